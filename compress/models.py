@@ -1,0 +1,207 @@
+"""Model sources to plain transformers folders, once, into the cache; and folders to torch models.
+
+Everything downstream sees one shape only: a folder with config, safetensors weights and a tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from limbeck import sources
+from limbeck.artifact import file_digest, find_artifact, folder_digest, write_artifact
+from limbeck.errors import EnvironmentalError, ModelError
+from limbeck.progress import say
+from limbeck.recipe import BaseSource, GgufModel, HubModel, LocalModel, PackageModel, RandomModel, fingerprint
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model on disk and the digest of its content."""
+
+    path: Path
+    digest: str
+
+
+def model_folder(source: BaseSource, *, folder: Path) -> ModelFolder:
+    """The plain folder of a model; GGUF files are dequantised and random models made into the cache, once.
+
+    Raises `ModelError` when the source holds nothing usable.
+    """
+    match source:
+        case HubModel():
+            return _from_hub(source)
+        case RandomModel():
+            key = fingerprint({"random": source.model_dump(mode="json")})
+            return _cached(key, lambda out: _make_random(source, out))
+        case LocalModel() | GgufModel() | PackageModel():
+            path = sources.model_path(source, folder=folder)
+            assert path is not None
+            if path.is_dir():
+                return ModelFolder(path, folder_digest(path))
+            key = fingerprint({"gguf": file_digest(path)})
+            return _cached(key, lambda out: _dequantise(path, out))
+
+
+def load_model(
+    folder: Path, *, dtype: str = "fp32", quantize: str = "none", device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """Load a causal LM from a plain folder, in eval mode and without gradients.
+
+    ``quantize`` is `none`, `int8` or `nf4` (bitsandbytes, on CPU and CUDA). Raises `ModelError`.
+    """
+    sources.check_weights(folder)
+    options: dict[str, Any] = {}
+    if quantize != "none":
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=quantize == "int8",
+            load_in_4bit=quantize == "nf4",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=DTYPES[dtype],
+        )
+        options["device_map"] = {"": device}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, local_files_only=True, **options
+        )
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(f"{folder}: transformers cannot load it as a causal language model: {error}") from error
+    if quantize == "none":
+        model = model.to(device)
+    model.requires_grad_(False)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Load the fast tokenizer of a plain folder. Raises `ModelError`."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(f"{folder}: no tokenizer that transformers can load: {error}") from error
+    if not tokenizer.is_fast:
+        raise ModelError(f"{folder}: only a slow tokenizer; save it with a tokenizer.json (a fast tokenizer).")
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def require_same_tokenizer(names_and_folders: Mapping[str, Path]) -> None:
+    """Raise `ModelError` unless all folders map the same tokens to the same ids.
+
+    A larger size with padded rows is fine; a different map is not, and the message counts ids and shows three.
+    """
+    (first, first_folder), *rest = names_and_folders.items()
+    reference = load_tokenizer(first_folder).get_vocab()
+    for name, folder in rest:
+        vocabulary = load_tokenizer(folder).get_vocab()
+        if vocabulary == reference:
+            continue
+        different = sorted(t for t in reference.keys() | vocabulary.keys() if reference.get(t) != vocabulary.get(t))
+        shown = "; ".join(f"{t!r} is {reference.get(t)} in {first} and {vocabulary.get(t)} in {name}" for t in different[:3])
+        raise ModelError(
+            f"{first} and {name} have different tokenizers: {len(different)} of {len(reference.keys() | vocabulary.keys())} tokens "
+            f"have another id or are missing ({shown}). Fusion needs one token map: choose models of one family."
+        )
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` as a device. Raises `EnvironmentalError` for a GPU where there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentalError(
+            "training.device: found 'cuda', but torch sees no GPU here; use device: auto or cpu, or install a CUDA build of torch."
+        )
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def _cached(key: str, make: Any) -> ModelFolder:
+    path = sources.cache_folder() / "models" / key[:16]
+    artifact = find_artifact(path, kind="model", key=key)
+    if artifact is None:
+        with write_artifact(path, kind="model", key=key, parents={}) as draft:
+            draft.result = make(draft.folder)
+        artifact = find_artifact(path, kind="model", key=key)
+        assert artifact is not None
+    return ModelFolder(path, artifact.digest)
+
+
+def _dequantise(file: Path, out: Path) -> dict[str, Any]:
+    say(f"  {file.name}: dequantising to fp32, once, into the cache")
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except (ValueError, OSError, KeyError, NotImplementedError) as error:
+        raise ModelError(f"{file}: transformers cannot read this GGUF file: {error}") from error
+    config = loaded.config
+    # A model loaded from GGUF refuses save_pretrained while it carries this.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    model.generation_config = loaded.generation_config
+    _save(model, tokenizer, out)
+    return {"parameters": model.num_parameters()}
+
+
+def _make_random(source: RandomModel, out: Path) -> dict[str, Any]:
+    tokenizer = byte_tokenizer()
+    model = random_model(source.config, vocab_size=len(tokenizer), seed=source.seed, where="model.config")
+    model.config.bos_token_id = model.config.eos_token_id = model.config.pad_token_id = tokenizer.eos_token_id
+    model.generation_config.bos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.eos_token_id
+    _save(model, tokenizer, out)
+    return {"parameters": model.num_parameters()}
+
+
+def random_model(config: Mapping[str, Any], *, vocab_size: int, seed: int, where: str) -> PreTrainedModel:
+    """A freshly initialised causal LM of any transformers configuration. Raises `ModelError`."""
+    options = {"vocab_size": vocab_size, **config}
+    if "model_type" not in options:
+        raise ModelError(f"{where}: no model_type; name the architecture, for example model_type: llama.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**options), dtype=torch.float32)  # type: ignore[no-any-return]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ModelError(f"{where}: transformers cannot build it: {error}") from error
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of the 256 bytes and one end-of-text token; needs no training and no file."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    end = "<|endoftext|>"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={end: 0, **{c: i + 1 for i, c in enumerate(alphabet)}}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end)
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def _from_hub(source: HubModel) -> ModelFolder:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        path = snapshot_download(
+            source.id, revision=source.revision, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ModelError(f"{source.id}@{source.revision}: cannot be had from the model hub: {error}") from error
+    folder = Path(path)
+    sources.check_weights(folder)
+    return ModelFolder(folder, fingerprint({"hub": source.id, "commit": folder.name}))

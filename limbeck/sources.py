@@ -1,0 +1,149 @@
+"""Where models and text come from on this machine: packages, files, the cache. Finds them and says what is missing.
+
+Knows paths and installed packages; opens no weights. `compress.models` turns what is found here into torch models.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.metadata
+import os
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from limbeck.errors import DataError, ModelError, UserError
+from limbeck.recipe import (
+    BaseSource,
+    FileText,
+    GgufModel,
+    HubModel,
+    LocalModel,
+    LoraStudent,
+    PackageModel,
+    PackageText,
+    Recipe,
+    RecipeModel,
+    StdlibText,
+    TextSource,
+    find_recipe,
+)
+
+
+def cache_folder() -> Path:
+    """``$LIMBECK_CACHE``, or the platform's user cache folder."""
+    chosen = os.environ.get("LIMBECK_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().resolve()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("limbeck"))
+
+
+def package_root(package: str, version: str | None) -> Path:
+    """Folder that the files of an installed distribution are relative to. Raises `UserError` with the install command."""
+    wanted = f"{package}=={version}" if version else package
+    install = f"pip install --no-deps '{wanted}'"
+    try:
+        distribution = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"the Python package {package} is not installed; run: {install}") from None
+    if version and distribution.version != version:
+        raise UserError(f"the Python package {package} is installed as {distribution.version}, the recipe wants {version}; run: {install}")
+    return Path(str(distribution.locate_file("")))
+
+
+def text_files(source: TextSource, *, folder: Path) -> list[Path]:
+    """Files that a text source names, sorted. Raises `DataError` for a path or glob that finds none."""
+    match source:
+        case FileText():
+            root, paths = folder, source.paths
+        case PackageText():
+            root, paths = package_root(source.package, source.version), source.paths
+        case StdlibText():
+            root, paths = Path(sysconfig.get_paths()["stdlib"]), source.paths
+    found: set[Path] = set()
+    for path in paths:
+        pattern = os.path.expanduser(path)
+        matches = [p for m in glob.glob(pattern, root_dir=root, recursive=True) if (p := root / m).is_file()]
+        if not matches:
+            raise DataError(f"{root / pattern}: no such file; check the path in the recipe (relative paths start from {root}).")
+        found.update(matches)
+    return sorted(found)
+
+
+def model_path(source: BaseSource, *, folder: Path) -> Path | None:
+    """The file or folder that holds a model's weights; none for hub and random models.
+
+    Raises `ModelError` when there is nothing usable: nothing at the path, no weights, or only a pickle.
+    """
+    match source:
+        case LocalModel():
+            path = (folder / source.path.expanduser()).resolve()
+        case GgufModel():
+            path = (folder / source.path.expanduser()).resolve()
+        case PackageModel():
+            path = package_root(source.package, source.version) / source.path
+        case _:
+            return None
+    check_weights(path)
+    return path
+
+
+def check_weights(path: Path) -> None:
+    """Raise `ModelError` unless ``path`` is a GGUF file or a model folder with safetensors weights."""
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return
+        raise ModelError(f"{path}: not a model; expected a .gguf file or a folder with safetensors weights.")
+    if not path.is_dir():
+        raise ModelError(f"{path}: no such file or folder; check the path in the recipe.")
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path}: no config.json; expected a folder as `save_pretrained` writes it.")
+    if not any(path.glob("*.safetensors")):
+        pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in path.glob(pattern)]
+        if pickles:
+            raise ModelError(
+                f"{path}: {pickles[0]} is a pickle, which can run code when it is opened; Limbeck reads safetensors and GGUF only. "
+                "Load it where you trust it and `save_pretrained(…)` it again, which writes safetensors."
+            )
+        raise ModelError(f"{path}: no weights; expected *.safetensors beside config.json.")
+
+
+def check_adapter(path: Path) -> None:
+    """Raise `ModelError` unless ``path`` is a PEFT adapter folder with safetensors weights."""
+    if not (path / "adapter_config.json").is_file():
+        raise ModelError(f"{path}: no adapter_config.json; expected a PEFT adapter folder.")
+    if not (path / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{path}: no adapter_model.safetensors; expected a PEFT adapter folder with safetensors weights.")
+
+
+def preflight(recipe: Recipe) -> list[str]:
+    """Mistakes that only this machine shows: missing files, packages and weights, each with its YAML path."""
+    return list(_mistakes(recipe))
+
+
+def _mistakes(recipe: Recipe) -> Iterator[str]:
+    for index, domain in enumerate(recipe.data.domains):
+        try:
+            if not any(path.stat().st_size for path in text_files(domain.text, folder=recipe.folder)):
+                yield f"data.domains.{index}.text: every file is empty; name files with text."
+        except UserError as error:
+            yield f"data.domains.{index}.text: {error}"
+    models = [(f"teachers.{i}", t.model) for i, t in enumerate(recipe.teachers)]
+    if isinstance(recipe.student, LoraStudent):
+        models.append(("student.base", recipe.student.base))
+    for where, source in models:
+        try:
+            if isinstance(source, RecipeModel):
+                find_recipe(source.recipe, folder=recipe.folder)
+            elif not isinstance(source, HubModel):
+                model_path(source, folder=recipe.folder)
+        except UserError as error:
+            yield f"{where}: {error}"
+    for index, teacher in enumerate(recipe.teachers):
+        if teacher.adapter is not None:
+            try:
+                check_adapter((recipe.folder / teacher.adapter.expanduser()).resolve())
+            except UserError as error:
+                yield f"teachers.{index}.adapter: {error}"
