@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from limbeck import sources
-from limbeck.artifact import file_digest, find_artifact, write_artifact
+from limbeck.artifact import find_artifact, write_artifact
 from limbeck.errors import DataError
 from limbeck.heldout import Blocks
 from limbeck.progress import say
@@ -44,12 +44,6 @@ def load_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> list[Doma
     Raises `DataError` for missing, empty or too little text.
     """
     return [_domain_blocks(domain, recipe, tokenizer) for domain in recipe.data.domains]
-
-
-def data_digest(recipe: Recipe) -> str:
-    """Fingerprint of every text file the recipe names. Raises `DataError` where one is missing."""
-    files = {d.name: _files(d, recipe) for d in recipe.data.domains}
-    return fingerprint({name: [file_digest(path) for path in paths] for name, paths in files.items()})
 
 
 def training_order(blocks: Sequence[DomainBlocks], *, count: int, seed: int) -> npt.NDArray[np.int64]:
@@ -116,16 +110,12 @@ def pieces(document: str, *, length: int) -> Iterator[str]:
         start = end
 
 
-def _files(domain: Domain, recipe: Recipe) -> list[Path]:
-    return sources.text_files(domain.text, folder=recipe.folder)
-
-
 def _domain_blocks(domain: Domain, recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> DomainBlocks:
-    data, paths = recipe.data, _files(domain, recipe)
+    data, paths = recipe.data, sources.text_files(domain.text, folder=recipe.folder)
     key = fingerprint(
         {
             "version": _VERSION,
-            "files": [file_digest(path) for path in paths],
+            "text": sources.text_digest(domain.text, folder=recipe.folder),
             "format": domain.text.format.model_dump(),
             "block": data.block,
             "heldout": data.heldout.model_dump(),

@@ -5,8 +5,7 @@ Everything downstream sees one shape only: a folder with config, safetensors wei
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from limbeck import sources
-from limbeck.artifact import file_digest, find_artifact, folder_digest, write_artifact
+from limbeck.artifact import file_digest, find_artifact, write_artifact
 from limbeck.errors import EnvironmentalError, ModelError
 from limbeck.progress import say
 from limbeck.recipe import BaseSource, GgufModel, HubModel, LocalModel, PackageModel, RandomModel, fingerprint
@@ -22,15 +21,7 @@ from limbeck.recipe import BaseSource, GgufModel, HubModel, LocalModel, PackageM
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True)
-class ModelFolder:
-    """A model on disk and the digest of its content."""
-
-    path: Path
-    digest: str
-
-
-def model_folder(source: BaseSource, *, folder: Path) -> ModelFolder:
+def model_folder(source: BaseSource, *, folder: Path) -> Path:
     """The plain folder of a model; GGUF files are dequantised and random models made into the cache, once.
 
     Raises `ModelError` when the source holds nothing usable.
@@ -45,7 +36,7 @@ def model_folder(source: BaseSource, *, folder: Path) -> ModelFolder:
             path = sources.model_path(source, folder=folder)
             assert path is not None
             if path.is_dir():
-                return ModelFolder(path, folder_digest(path))
+                return path
             key = fingerprint({"gguf": file_digest(path)})
             return _cached(key, lambda out: _dequantise(path, out))
 
@@ -122,15 +113,12 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def _cached(key: str, make: Any) -> ModelFolder:
+def _cached(key: str, make: Callable[[Path], dict[str, Any]]) -> Path:
     path = sources.cache_folder() / "models" / key[:16]
-    artifact = find_artifact(path, kind="model", key=key)
-    if artifact is None:
+    if find_artifact(path, kind="model", key=key) is None:
         with write_artifact(path, kind="model", key=key, parents={}) as draft:
             draft.result = make(draft.folder)
-        artifact = find_artifact(path, kind="model", key=key)
-        assert artifact is not None
-    return ModelFolder(path, artifact.digest)
+    return path
 
 
 def _dequantise(file: Path, out: Path) -> dict[str, Any]:
@@ -192,7 +180,7 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path)
     tokenizer.save_pretrained(out)
 
 
-def _from_hub(source: HubModel) -> ModelFolder:
+def _from_hub(source: HubModel) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -202,6 +190,5 @@ def _from_hub(source: HubModel) -> ModelFolder:
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ModelError(f"{source.id}@{source.revision}: cannot be had from the model hub: {error}") from error
-    folder = Path(path)
-    sources.check_weights(folder)
-    return ModelFolder(folder, fingerprint({"hub": source.id, "commit": folder.name}))
+    sources.check_weights(Path(path))
+    return Path(path)

@@ -9,9 +9,10 @@ import glob
 import importlib.metadata
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from limbeck.artifact import file_digest, folder_digest, open_artifact
 from limbeck.errors import DataError, ModelError, UserError
 from limbeck.recipe import (
     BaseSource,
@@ -20,13 +21,16 @@ from limbeck.recipe import (
     HubModel,
     LocalModel,
     LoraStudent,
+    ModelSource,
     PackageModel,
     PackageText,
+    RandomModel,
     Recipe,
     RecipeModel,
     StdlibText,
     TextSource,
     find_recipe,
+    fingerprint,
 )
 
 
@@ -147,3 +151,21 @@ def _mistakes(recipe: Recipe) -> Iterator[str]:
                 check_adapter((recipe.folder / teacher.adapter.expanduser()).resolve())
             except UserError as error:
                 yield f"teachers.{index}.adapter: {error}"
+
+
+def model_digest(source: ModelSource, *, folder: Path, products: Mapping[str, Path], teacher: str = "") -> str:
+    """Fingerprint of a model's content, without loading it. ``products`` holds student artifacts by teacher name."""
+    match source:
+        case RecipeModel():
+            return open_artifact(products[teacher], kind="student", verify=False).digest
+        case HubModel() | RandomModel():
+            return fingerprint(source.model_dump(mode="json"))
+        case _:
+            path = model_path(source, folder=folder)
+            assert path is not None
+            return file_digest(path) if path.is_file() else folder_digest(path)
+
+
+def text_digest(source: TextSource, *, folder: Path) -> str:
+    """Fingerprint of the text files a source names, in order. Raises `DataError` where one is missing."""
+    return fingerprint([file_digest(path) for path in text_files(source, folder=folder)])

@@ -1,0 +1,84 @@
+"""Feature alignment: the student's hidden states, projected, against each teacher's, in the fusion's weights.
+
+Shapes: K teachers, P layer pairs, R rows, L positions, d widths. Projections live outside the student: they are
+trained beside it and never saved, exported or counted with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.errors import RecipeError
+from limbeck.recipe import Features
+
+
+def layer_pairs(config: Features, *, student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
+    """(student layer, teacher layer) pairs, counted from 1; layer L is the state after the final norm.
+
+    Depth map j = round(i L_k / L_S) at ``config.pairs`` student layers spread evenly, the last included.
+    Raises `RecipeError` when an explicit pair names a layer that does not exist.
+    """
+    if config.layers is not None:
+        for student, teacher in config.layers:
+            if student > student_layers or teacher > teacher_layers:
+                raise RecipeError(
+                    f"features.layers: ({student}, {teacher}) is past the last layer; the student has {student_layers} "
+                    f"layers and the teacher {teacher_layers}"
+                )
+        return list(config.layers)
+    count = min(config.pairs, student_layers)
+    chosen = [round((index + 1) * student_layers / count) for index in range(count)]
+    return [(i, max(1, round(i * teacher_layers / student_layers))) for i in chosen]
+
+
+class Projections(nn.Module):
+    """One Linear(d_S -> d_k, no bias) a teacher and layer pair; the identity to begin with where widths agree."""
+
+    def __init__(self, *, student_width: int, teacher_widths: Sequence[int], pairs: Sequence[Sequence[tuple[int, int]]]) -> None:
+        super().__init__()
+        self.pairs = [list(p) for p in pairs]
+        self.linears = nn.ModuleList(
+            nn.ModuleList(nn.Linear(student_width, width, bias=False) for _ in self.pairs[k])
+            for k, width in enumerate(teacher_widths)
+        )
+        for k, width in enumerate(teacher_widths):
+            for linear in self.linears[k]:  # type: ignore[union-attr]
+                if width == student_width:
+                    nn.init.eye_(linear.weight)
+
+    def forward(self, student_states: dict[int, Tensor]) -> list[list[Tensor]]:
+        """Projected student states [K][P] of [R, L, d_k], from the states by layer number."""
+        return [
+            [linear(student_states[i].to(linear.weight.dtype)) for linear, (i, _) in zip(linears, pairs, strict=True)]  # type: ignore[call-overload]
+            for linears, pairs in zip(self.linears, self.pairs, strict=True)
+        ]
+
+
+def feature_loss(
+    projected: Sequence[Sequence[Tensor]],
+    teacher_states: Sequence[Sequence[Tensor]],
+    weights_KRL: Tensor,
+    valid_RL: Tensor,
+    *,
+    distance: str,
+    denominator: int,
+) -> Tensor:
+    """sum over label positions of sum_k w_k mean_pairs dist(projected, teacher), over ``denominator``; a scalar.
+
+    ``distance`` is `cosine` (1 - cos) or `mse` (mean square of the difference of layer-normed states).
+    """
+    total = torch.zeros((), device=weights_KRL.device)
+    for k, (mine, theirs) in enumerate(zip(projected, teacher_states, strict=True)):
+        weight_T = weights_KRL[k][valid_RL]
+        for student_RLd, teacher_RLd in zip(mine, theirs, strict=True):
+            student_Td, teacher_Td = student_RLd[valid_RL].float(), teacher_RLd[valid_RL].float().detach()
+            if distance == "cosine":
+                gap_T = 1 - torch.nn.functional.cosine_similarity(student_Td, teacher_Td, dim=-1)
+            else:
+                width = student_Td.shape[-1:]
+                gap_T = (nn.functional.layer_norm(student_Td, width) - nn.functional.layer_norm(teacher_Td, width)).square().mean(-1)
+            total = total + (weight_T * gap_T).sum() / len(mine)
+    return total / denominator

@@ -1,0 +1,90 @@
+"""The student: built from the recipe, seen by the loop as hidden states and a head, saved as a plain folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.features import Projections
+from compress.models import load_model, load_tokenizer, model_folder, random_model
+from compress.teachers import Body, causal_lm
+from limbeck.errors import ModelError
+from limbeck.recipe import FreshStudent, LoraStudent, Recipe
+
+
+class Student(nn.Module):
+    """A causal LM being trained, with the feature projections beside it (never inside)."""
+
+    def __init__(self, model: Any, projections: Projections | None) -> None:
+        super().__init__()
+        self.model, self.projections = model, projections
+        self.layers = sorted({i for pairs in projections.pairs for i, _ in pairs}) if projections else []
+
+    def forward(self, input_ids_RL: Tensor) -> tuple[Tensor, list[list[Tensor]]]:
+        """Last hidden states [R, L, d] and projected inner states [K][P] of [R, L, d_k]."""
+        hidden_RLd, states = Body(self.model).states(input_ids_RL, self.layers)
+        return hidden_RLd, self.projections(states) if self.projections is not None else []
+
+
+def build_model(recipe: Recipe, *, tokenizer_folder: Path | None, device: torch.device) -> tuple[Any, Path]:
+    """The trainable model of the recipe, and the folder that its tokenizer comes from. Raises `ModelError`."""
+    config = recipe.student
+    match config:
+        case LoraStudent():
+            folder = model_folder(config.base, folder=recipe.folder)
+            return _with_lora(load_model(folder, device=device), config, recipe.seed), folder
+        case FreshStudent():
+            assert tokenizer_folder is not None, "the recipe's check demands a teacher"
+            tokenizer = load_tokenizer(tokenizer_folder)
+            model = random_model(config.config, vocab_size=len(tokenizer), seed=recipe.seed, where="student.config")
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                setattr(model.config, name, getattr(tokenizer, name))
+                setattr(model.generation_config, name, getattr(tokenizer, name))
+            return model.to(device), tokenizer_folder
+
+
+def save_student(model: Any, *, tokenizer_folder: Path, out: Path) -> None:
+    """Write ``out/model`` (merged, fp32) and, for LoRA, ``out/adapter`` as it was before merging."""
+    if hasattr(model, "merge_and_unload"):
+        model.save_pretrained(out / "adapter")
+        (out / "adapter" / "README.md").unlink(missing_ok=True)  # peft's empty model card
+        model = model.merge_and_unload()
+    model.save_pretrained(out / "model")
+    load_tokenizer(tokenizer_folder).save_pretrained(out / "model")
+
+
+def trainable_state(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of every parameter that is trained, by name."""
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def load_trainable_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put back what `trainable_state` copied."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(state[name])
+
+
+def _with_lora(base: Any, config: LoraStudent, seed: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    options = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=config.targets if isinstance(config.targets, str) else list(config.targets),
+        use_rslora=config.rslora,
+        use_dora=config.dora,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(base, options)
+        except ValueError as error:
+            names = sorted({n.rpartition(".")[2] for n, m in causal_lm(base).named_modules() if isinstance(m, nn.Linear)})
+            raise ModelError(f"student.targets: {error} Linear layers of this model: {', '.join(names)}.") from error
