@@ -1,0 +1,333 @@
+"""A decoder graph and its KV cache under onnxruntime; the one loop that generate, parity and bench share.
+
+Knows numpy, onnxruntime and tokenizers, and imports each when it is first needed; knows nothing of torch, transformers or
+onnx. Shape letters: B rows, S new tokens, L whole length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from limbeck.artifact import available_cores, open_artifact
+from limbeck.errors import ArtifactError, DataError, EnvironmentalError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Ids = npt.NDArray[np.int64]
+    Logits = npt.NDArray[np.float32]
+
+Provider = Literal["cpu", "cuda"]
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+# The runtime package ---------------------------------------------------------------------------------------------
+
+
+def import_onnxruntime() -> Any:
+    """The onnxruntime module. Raises `EnvironmentalError` when it is missing or when two builds of it share a folder."""
+    builds = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
+    if len(builds) == 2:
+        raise EnvironmentalError(
+            "onnxruntime and onnxruntime-gpu are both installed; they write into the same folder, so neither can be trusted. Run: "
+            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'limbeck[cpu]' or pip install 'limbeck[gpu]'."
+        )
+    try:
+        import onnxruntime
+    except ImportError as error:
+        if builds:
+            raise EnvironmentalError(f"{builds[0]} is installed but cannot be imported ({error}); install it again.") from error
+        raise EnvironmentalError(
+            "onnxruntime is not installed, expected one build of it; run: pip install 'limbeck[cpu]' (or 'limbeck[gpu]' for CUDA)."
+        ) from None
+    return onnxruntime
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+# The decoder -----------------------------------------------------------------------------------------------------
+
+
+class Decoder:
+    """One decoder graph, its KV cache, and where in the sequence it stands.
+
+    The cache is one buffer a layer that the graph reads and writes in place; it is kept between prompts and grows
+    when a longer one comes. Padding on either side is right, ragged batches included, because the graph itself
+    moves each row's tokens to the front (see `export.graph`).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        form: str | None = None,
+        all_logits: bool = False,
+        threads: int | None = None,
+        provider: Provider = "cpu",
+        verify: bool = False,
+    ) -> None:
+        """Open a form of the ``onnx`` artifact at ``folder`` (none: the shipped one).
+
+        ``all_logits`` opens the twin that keeps every position, for `score`; ``threads`` defaults to every core
+        this process may use. ``verify`` checks the hashes of the whole folder first. Raises `ArtifactError` for a folder
+        that is no such artifact or lacks the form, `EnvironmentalError` for a missing runtime or provider.
+        """
+        result = open_artifact(Path(folder), kind="onnx", verify=verify).result
+        name = form or result["shipped"]
+        if name not in result["forms"]:
+            raise ArtifactError(f"{folder}: no form {name!r}; it has {', '.join(result['forms'])}.")
+        self.form: str | None = name
+        self._open(Path(folder) / result["forms"][name]["all_logits_graph" if all_logits else "graph"], threads, provider)
+
+    @classmethod
+    def from_graph(cls, graph: Path, *, threads: int | None = None, provider: Provider = "cpu") -> Decoder:
+        """Open a graph file by itself, for callers that are still making the artifact."""
+        decoder = cls.__new__(cls)
+        decoder.form = None
+        decoder._open(graph, threads, provider)
+        return decoder
+
+    def _open(self, graph: Path, threads: int | None, provider: Provider) -> None:
+        import numpy as np
+
+        ort = import_onnxruntime()
+        if _PROVIDERS[provider] not in ort.get_available_providers():
+            raise EnvironmentalError(
+                f"onnxruntime {ort.__version__} has no {_PROVIDERS[provider]} here, only {', '.join(ort.get_available_providers())}; "
+                + ("run: pip install 'limbeck[gpu]' on a machine with an NVIDIA card." if provider == "cuda" else "install it again.")
+            )
+        self.threads = threads or available_cores()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Threads may spin within a run, where the next operator is microseconds away, but never between runs.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        try:
+            self._session = ort.InferenceSession(str(graph), options, providers=[_PROVIDERS[provider]])
+        except Exception as error:  # onnxruntime's errors share no base class of their own
+            raise ArtifactError(f"{graph}: onnxruntime cannot open it ({error}); export the student again.") from error
+        self._np, self._ort, self._device = np, ort, provider
+        inputs = {value.name: value for value in self._session.get_inputs()}
+        self._past = [name for name in inputs if name.startswith("past_key_values.")]
+        self._kv_heads, self._head_size = inputs[self._past[0]].shape[1], inputs[self._past[0]].shape[3]
+        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+        self.all_logits = self.metadata.get("limbeck.logits") == "all"
+        self.vocabulary = int(self._session.get_outputs()[0].shape[-1])
+        self.context = int(self.metadata.get("limbeck.context", "0")) or None
+        self._binding: Any = None
+        self._rows = self._capacity = 0
+        self._mask: Ids = np.zeros((0, 0), np.int64)
+        self._length = 0
+
+    def prefill(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None, *, room: int = 0) -> Logits:
+        """Start anew with ``ids[B, S]`` and leave room for ``room`` more tokens a row.
+
+        ``mask[B, S]`` is 1 for tokens and 0 for padding on either side. Returns the logits ``[B, V]`` that follow each
+        row's last token, or ``[B, S, V]`` from an all-logits graph. Raises `DataError` past the model's context.
+        """
+        np = self._np
+        tokens = np.ascontiguousarray(ids, np.int64)
+        if tokens.ndim != 2 or not tokens.size:
+            raise DataError(f"found ids of shape {tokens.shape}; expected [rows, tokens] with at least one token.")
+        valid = np.ones_like(tokens) if mask is None else np.ascontiguousarray(mask, np.int64)
+        if valid.shape != tokens.shape or not valid.any(axis=1).all():
+            raise DataError(f"found a mask of shape {valid.shape}; expected {tokens.shape} with at least one token in every row.")
+        self._reserve(tokens.shape[0], tokens.shape[1] + room)
+        self._mask[:, : tokens.shape[1]] = valid
+        self._length = tokens.shape[1]
+        return self._run(tokens)
+
+    def extend(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> Logits:
+        """Append ``ids[B, S]`` to what is in the cache; returns as `prefill`. More than one token a row needs one row.
+
+        Raises `DataError` when ``room`` is spent or several rows get several tokens, which onnxruntime's kernel refuses.
+        """
+        np = self._np
+        tokens = np.ascontiguousarray(ids, np.int64)
+        valid = np.ones_like(tokens) if mask is None else np.ascontiguousarray(mask, np.int64)
+        if tokens.shape[1] > 1 and (len(tokens) > 1 or not valid.all()):
+            raise DataError("several tokens can be appended to one unpadded row only; append them one at a time.")
+        if self._length + tokens.shape[1] > self._capacity:
+            raise DataError(f"the cache holds {self._capacity} tokens and is full; give prefill more room.")
+        self._mask[:, self._length : self._length + tokens.shape[1]] = valid
+        self._length += tokens.shape[1]
+        return self._run(tokens)
+
+    def step(self, ids: npt.ArrayLike) -> Logits:
+        """Append one token a row, ``ids[B]``; returns the logits ``[B, V]`` after it. Raises `DataError` when full."""
+        logits = self.extend(self._np.asarray(ids, self._np.int64).reshape(-1, 1))
+        return logits[:, 0] if self.all_logits else logits
+
+    def score(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> Logits:
+        """Logits ``[B, L, V]`` after every token of ``ids[B, L]``; rows of padding are unspecified.
+
+        Needs a decoder opened with ``all_logits=True``.
+        """
+        if not self.all_logits:
+            raise DataError("this graph keeps the last logits only; open the decoder with all_logits=True to score.")
+        return self.prefill(ids, mask)
+
+    def generate(
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int,
+        *,
+        stop_ids: Collection[int] = (),
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[int]:
+        """Yield up to ``max_new_tokens`` token ids after the prompt ``ids``; a stop id ends it and is not yielded.
+
+        ``temperature`` 0 is greedy; above it, tokens are drawn from the smallest set with probability ``top_p``.
+        """
+        draw = self._np.random.default_rng(seed)
+        logits = self.prefill([list(ids)], room=max_new_tokens)
+        row = logits[0, -1] if self.all_logits else logits[0]
+        for count in range(1, max_new_tokens + 1):
+            token = choose(row, temperature=temperature, top_p=top_p, draw=draw)
+            if token in stop_ids:
+                return
+            yield token
+            if count < max_new_tokens:
+                row = self.step([token])[0]
+
+    def _reserve(self, rows: int, capacity: int) -> None:
+        """Make the cache hold ``capacity`` tokens for ``rows`` rows, or keep one that already does."""
+        np, ort = self._np, self._ort
+        if self.context and capacity > self.context:
+            raise DataError(f"found {capacity} tokens of prompt and answer; this model's context is {self.context}. Shorten either.")
+        if rows == self._rows and capacity <= self._capacity:
+            return
+        self._rows, self._capacity = rows, capacity
+        self._mask = np.ones((rows, capacity), np.int64)
+        self._binding = binding = self._session.io_binding()
+        shape = (rows, self._kv_heads, capacity, self._head_size)
+        for name in self._past:
+            cache = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32), self._device, 0)
+            binding.bind_ortvalue_input(name, cache)
+            binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), cache)
+
+    def _run(self, tokens: Ids) -> Logits:
+        """Feed ``tokens[B, S]``, the last S columns of the mask so far."""
+        np, ort = self._np, self._ort
+        shape = (len(tokens), tokens.shape[1] if self.all_logits else 1, self.vocabulary)
+        logits: Logits = np.empty(shape, np.float32)
+        # On the CPU these share the arrays' memory: nothing is copied.
+        self._binding.bind_ortvalue_input("input_ids", ort.OrtValue.ortvalue_from_numpy(tokens))
+        mask = np.ascontiguousarray(self._mask[:, : self._length])
+        self._binding.bind_ortvalue_input("attention_mask", ort.OrtValue.ortvalue_from_numpy(mask))
+        self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
+        self._session.run_with_iobinding(self._binding)
+        return logits if self.all_logits else logits[:, 0]
+
+
+def choose(row: Logits, *, temperature: float = 0.0, top_p: float = 1.0, draw: np.random.Generator | None = None) -> int:
+    """The next token from logits ``row[V]``: the greatest at temperature 0, else drawn from the top-p set."""
+    import numpy as np
+
+    if temperature <= 0:
+        return int(row.argmax())
+    scaled = row.astype(np.float64) / temperature
+    probabilities = np.exp(scaled - scaled.max())
+    probabilities /= probabilities.sum()
+    order = np.argsort(-probabilities)
+    below = np.cumsum(probabilities[order]) - probabilities[order] < top_p
+    kept = order[below]
+    weights = probabilities[kept] / probabilities[kept].sum()
+    return int((draw or np.random.default_rng()).choice(kept, p=weights))
+
+
+# Text ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Text:
+    """The tokenizer, chat template and stop tokens of a deployable folder."""
+
+    tokenizer: Any
+    template: str | None
+    special: dict[str, str]  # bos_token and its like, as the chat template names them
+    stop_ids: frozenset[int]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``, special tokens added as the tokenizer's own post-processor adds them."""
+        return list(self.tokenizer.encode(text).ids)
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation (``role`` and ``content`` each) up to where the model answers.
+
+        Raises `DataError` when the folder has no chat template or the template refuses the messages.
+        """
+        if self.template is None:
+            raise DataError("this model has no chat template; leave --chat out and give it plain text.")
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+        environment.globals["raise_exception"] = _refuse
+        try:
+            text = environment.from_string(self.template).render(messages=list(messages), add_generation_prompt=True, **self.special)
+        except TemplateError as error:
+            raise DataError(f"the model's chat template cannot render these messages: {error}") from None
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def stream(self, ids: Iterator[int]) -> Iterator[str]:
+        """Text of ``ids`` as it becomes certain: never half a character, and joined the same as decoding them at once."""
+        pending: list[int] = []
+        context: list[int] = []  # the last tokens told: a decoder may treat the first token of a text differently
+        for token in ids:
+            pending.append(token)
+            before = self.tokenizer.decode(context)
+            text = self.tokenizer.decode(context + pending)
+            if text.endswith("\ufffd") or len(text) <= len(before):
+                continue
+            yield text[len(before) :]
+            context, pending = (pending if self.tokenizer.decode(pending) else context + pending), []
+        if pending:
+            before = self.tokenizer.decode(context)
+            if rest := self.tokenizer.decode(context + pending)[len(before) :]:
+                yield rest
+
+
+def load_text(folder: Path) -> Text:
+    """Open the text side of a deployable folder. Raises `ArtifactError` when it has no ``tokenizer.json``."""
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ArtifactError(f"{folder}: tokenizer.json is missing; expected the folder that `limbeck export` wrote.")
+    config = _read(folder / "tokenizer_config.json")
+    template = folder / "chat_template.jinja"
+    special = {name: value["content"] if isinstance(value, dict) else value for name, value in config.items() if name.endswith("_token")}
+    stop = _read(folder / "generation_config.json").get("eos_token_id", _read(folder / "config.json").get("eos_token_id"))
+    return Text(
+        tokenizer=Tokenizer.from_file(str(path)),
+        template=template.read_text() if template.is_file() else config.get("chat_template"),
+        special={name: value for name, value in special.items() if isinstance(value, str)},
+        stop_ids=frozenset([stop] if isinstance(stop, int) else stop or ()),
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def _refuse(message: str) -> None:
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)
