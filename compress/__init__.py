@@ -1,0 +1,57 @@
+"""Stage 1: teachers and text to a student. The loss is in `fusion`, the loop in `train`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from limbeck import sources
+from limbeck.artifact import Artifact, find_artifact
+from limbeck.progress import say
+from limbeck.recipe import LoraStudent, Recipe, fingerprint
+
+_VERSION = 1  # of the stage: raise it when the same input would give another student
+
+__all__ = ["distill"]
+
+
+def distill(*, recipe: Recipe, out: Path, products: Mapping[str, Path] | None = None) -> Artifact:
+    """Train the recipe's student from all its teachers and write the student artifact to ``out``.
+
+    ``products`` maps the name of each teacher of kind `recipe` to the student artifact of that recipe. Returns the
+    artifact that is already there when it was made from the same input; goes on where an interrupted run stopped.
+    Raises `ModelError`, `DataError`, `EnvironmentalError` or `DivergenceError`.
+    """
+    products = products or {}
+    parents = {
+        f"teacher {t.name}": sources.model_digest(t.model, folder=recipe.folder, products=products, teacher=t.name)
+        for t in recipe.teachers
+    }
+    parents |= {f"adapter {t.name}": sources.adapter_digest(t, folder=recipe.folder) for t in recipe.teachers if t.adapter}
+    if isinstance(recipe.student, LoraStudent):
+        parents["base"] = sources.model_digest(recipe.student.base, folder=recipe.folder, products={})
+    parents |= {f"text {d.name}": sources.text_digest(d.text, folder=recipe.folder) for d in recipe.data.domains}
+    key = fingerprint({"stage": "compress", "version": _VERSION, "recipe": recipe.distillation(), "parents": parents})
+    found = find_artifact(out, kind="student", key=key)
+    if found is not None:
+        say(f"  {recipe.name}: student already complete")
+        return found
+    _quiet_libraries()
+    from compress.train import train
+
+    return train(recipe=recipe, out=out, products=products, key=key, parents=parents)
+
+
+def _quiet_libraries() -> None:
+    """Keep other libraries' progress bars and advice out of ours; their errors still come through."""
+    import logging
+    import warnings
+
+    # peft still asks transformers for the old name of this attribute.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

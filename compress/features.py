@@ -40,21 +40,21 @@ class Projections(nn.Module):
     def __init__(self, *, student_width: int, teacher_widths: Sequence[int], pairs: Sequence[Sequence[tuple[int, int]]]) -> None:
         super().__init__()
         self.pairs = [list(p) for p in pairs]
-        self.linears = nn.ModuleList(
-            nn.ModuleList(nn.Linear(student_width, width, bias=False) for _ in self.pairs[k])
-            for k, width in enumerate(teacher_widths)
-        )
-        for k, width in enumerate(teacher_widths):
-            for linear in self.linears[k]:  # type: ignore[union-attr]
-                if width == student_width:
+        self.linears = nn.ModuleList()
+        for mine, width in zip(self.pairs, teacher_widths, strict=True):
+            linears = [nn.Linear(student_width, width, bias=False) for _ in mine]
+            if width == student_width:
+                for linear in linears:
                     nn.init.eye_(linear.weight)
+            self.linears.append(nn.ModuleList(linears))
 
     def forward(self, student_states: dict[int, Tensor]) -> list[list[Tensor]]:
         """Projected student states [K][P] of [R, L, d_k], from the states by layer number."""
-        return [
-            [linear(student_states[i].to(linear.weight.dtype)) for linear, (i, _) in zip(linears, pairs, strict=True)]  # type: ignore[call-overload]
-            for linears, pairs in zip(self.linears, self.pairs, strict=True)
-        ]
+        projected = []
+        for linears, pairs in zip(self.linears, self.pairs, strict=True):
+            assert isinstance(linears, nn.ModuleList)
+            projected.append([linear(student_states[i]) for linear, (i, _) in zip(linears, pairs, strict=True)])
+        return projected
 
 
 def feature_loss(

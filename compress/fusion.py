@@ -207,7 +207,8 @@ _TINY = torch.finfo(torch.float32).tiny
 
 def _dot(a_CV: Tensor, b_CV: Tensor) -> Tensor:
     """Row-wise inner product without a [C, V] product; 0 * -inf counts as 0 because logarithms are clamped."""
-    return torch.linalg.vecdot(a_CV, b_CV)
+    product: Tensor = torch.linalg.vecdot(a_CV, b_CV)
+    return product
 
 
 def _through_softmax(q_CV: Tensor, slope_CV: Tensor) -> Tensor:
@@ -316,7 +317,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return loss.float().to(hidden_RLd.device)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         hidden, weight, bias = (g.mul_(grad_loss.to(g.dtype)) if g is not None else None for g in ctx.gradients)
         weight_type, bias_type = ctx.dtypes
         return (

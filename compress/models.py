@@ -69,7 +69,7 @@ def load_model(
     if quantize == "none":
         model = model.to(device)
     model.requires_grad_(False)
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -80,7 +80,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise ModelError(f"{folder}: no tokenizer that transformers can load: {error}") from error
     if not tokenizer.is_fast:
         raise ModelError(f"{folder}: only a slow tokenizer; save it with a tokenizer.json (a fast tokenizer).")
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def require_same_tokenizer(names_and_folders: Mapping[str, Path]) -> None:
@@ -158,7 +158,7 @@ def random_model(config: Mapping[str, Any], *, vocab_size: int, seed: int, where
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**options), dtype=torch.float32)  # type: ignore[no-any-return]
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**options), dtype=torch.float32)
         except (ValueError, TypeError, KeyError) as error:
             raise ModelError(f"{where}: transformers cannot build it: {error}") from error
 

@@ -1,0 +1,485 @@
+"""The one training loop, read from top to bottom: set up, fit, evaluate, save.
+
+Kept on disk beside the student until it is complete: a checkpoint that makes an interrupted run end in the same bits,
+and the log. Budget in tokens; the number of micro-batches and processes changes nothing, because every term is divided
+by the label count of the global batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor
+
+from compress.data import DomainBlocks, labels_of, load_blocks, special_prefix, training_order
+from compress.features import Projections, feature_loss, layer_pairs
+from compress.fusion import Head, fit_temperature, fused_loss, label_nll, span_of, teacher_statistics
+from compress.models import DTYPES, load_model, load_tokenizer, require_same_tokenizer, resolve_device
+from compress.students import Student, build_model, load_trainable_state, save_student, trainable_state
+from compress.teachers import Body, TeacherFolder, Teachers, teacher_folders
+from limbeck.artifact import Artifact, available_cores, disk_full_is_a_user_error, host, open_artifact, write_artifact
+from limbeck.errors import DivergenceError
+from limbeck.heldout import HELDOUT, Blocks, mean_nll, save_heldout
+from limbeck.progress import say, task
+from limbeck.recipe import LoraStudent, Recipe, Training, fingerprint
+
+CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
+
+
+def train(*, recipe: Recipe, out: Path, products: Mapping[str, Path], key: str, parents: Mapping[str, str]) -> Artifact:
+    """Train the recipe's student and write its artifact to ``out``. See `compress.distill`."""
+    config, started = recipe.training, time.monotonic()
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    torch.set_num_threads(config.threads or available_cores())
+    torch.manual_seed(recipe.seed)
+    AcceleratorState._reset_state()  # a teacher's own recipe may have run in this process with another precision
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision={"fp32": "no"}.get(precision, precision))
+    work = out.parent / f".{out.name}.training"
+    work.mkdir(parents=True, exist_ok=True)
+
+    folders = teacher_folders(recipe, products)
+    model, tokenizer_folder = build_model(recipe, tokenizer_folder=folders[0].tokenizer if folders else None, device=device)
+    if folders:
+        require_same_tokenizer({"the student": tokenizer_folder, **{f.name: f.tokenizer for f in folders}})
+    blocks = load_blocks(recipe, load_tokenizer(tokenizer_folder))
+    prefix = len(special_prefix(load_tokenizer(tokenizer_folder)))
+    teachers = Teachers(folders, device=device, compute_dtype=DTYPES[precision])
+    student = Student(model, _projections(recipe, Body(model), teachers)).to(device)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+
+    run = _Run(recipe, accelerator, student, teachers, blocks, prefix, precision, work, key)
+    reports = _measure_teachers(run)
+    state = fit(run)
+
+    load_trainable_state(student, state.best)
+    with write_artifact(out, kind="student", key=key, parents=parents, recipe=recipe) as draft:
+        parameters = {
+            "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "total": 0,
+        }
+        save_student(model, tokenizer_folder=tokenizer_folder, out=draft.folder)
+        save_heldout(draft.folder / HELDOUT, {b.name: b.heldout for b in blocks})
+        entries = [f.entry(reports[f.name]["temperature"]) for f in folders]
+        (draft.folder / "teachers.json").write_text(json.dumps(entries, indent=1))
+        shutil.copy(work / LOG, draft.folder / LOG)
+        merged = load_model(draft.folder / "model", device=device)
+        parameters["total"] = merged.num_parameters()
+        nll = evaluate(Body(merged), blocks, prefix, label="student, merged, fp32")
+        draft.result = {
+            "nll": nll,
+            "mean_nll": mean_nll(nll),
+            "teachers": reports,
+            "tokens": state.tokens,
+            "steps": state.step,
+            "best_step": state.best_step,
+            "seconds": round(state.seconds + time.monotonic() - started, 1),
+            "parameters": parameters,
+            "precision": precision,
+            "device": str(device),
+            "base": str(tokenizer_folder.resolve()) if isinstance(recipe.student, LoraStudent) else None,
+        }
+    shutil.rmtree(work)
+    return open_artifact(out, kind="student", verify=False)
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`auto` becomes bf16 where it is computed in hardware, else fp32."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if {"avx512_bf16", "amx_bf16"} & set(host()["flags"]) else "fp32"
+
+
+# The loop --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Run:
+    """Everything the loop holds that does not change."""
+
+    recipe: Recipe
+    accelerator: Any
+    student: Student
+    teachers: Teachers
+    blocks: Sequence[DomainBlocks]
+    prefix: int
+    precision: str
+    work: Path
+    key: str
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.recipe.training.batch_tokens // self.recipe.data.block
+
+    @property
+    def steps(self) -> int:
+        return self.recipe.training.tokens // self.recipe.training.batch_tokens
+
+
+@dataclass
+class _State:
+    """Everything that changes: what a checkpoint holds beside model, optimiser and random state."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best_nll: float = math.inf
+    best_step: int = 0
+    stale: int = 0
+    best: dict[str, Tensor] = field(default_factory=dict)
+
+
+def fit(run: _Run) -> _State:
+    """Train to the end of the budget, or until held-out NLL has not improved for ``patience`` measurements."""
+    config, accelerator = run.recipe.training, run.accelerator
+    trained = [p for p in run.student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+    student, optimizer = accelerator.prepare(run.student, optimizer)
+    state = _load_checkpoint(run, optimizer) or _State(best=trainable_state(run.student))
+    order = training_order(run.blocks, count=run.steps * run.rows_per_step, seed=run.recipe.seed)
+    if state.step == 0:
+        _record(run, "evaluate", _evaluate_student(run, state, count_stale=False))
+    resumed = state.seconds
+    started = time.monotonic()
+    with task(f"training {run.recipe.name}", run.steps, done=state.step) as progress:
+        while state.step < run.steps and (config.patience is None or state.stale < config.patience):
+            rate = learning_rate(config, state.step, run.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            picked = order[state.step * run.rows_per_step : (state.step + 1) * run.rows_per_step]
+            step_started = time.monotonic()
+            figures = _step(run, student, optimizer, trained, picked, progress=state.step / run.steps)
+            state.step += 1
+            state.tokens += figures.pop("labels")
+            state.seconds = resumed + time.monotonic() - started
+            pace = figures["labels_per_step"] / (time.monotonic() - step_started)
+            _record(
+                run, "step",
+                {"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 3), **figures,
+                 "learning_rate": rate, "tokens_per_second": round(pace, 1)},
+            )  # fmt: skip
+            progress.advance(1, loss=figures["loss"], heldout=state.best_nll)
+            last = state.step == run.steps
+            if state.step % config.evaluate_every == 0 or last:
+                _record(run, "evaluate", _evaluate_student(run, state))
+            if state.step % config.checkpoint_every == 0 and not last:
+                _save_checkpoint(run, optimizer, state)
+    return state
+
+
+def _step(
+    run: _Run, student: Any, optimizer: Any, trained: Sequence[Tensor], picked: Any, *, progress: float
+) -> dict[str, Any]:
+    """One optimiser step on the global batch of (domain, row) pairs ``picked``; raw terms per label position."""
+    recipe, accelerator, teachers = run.recipe, run.accelerator, run.teachers
+    config, features = recipe.training, recipe.features
+    ids_RL, labels_RL = _batch(run, picked)
+    denominator = int((labels_RL != -100).sum())
+    rank, world = accelerator.process_index, accelerator.num_processes
+    mine = torch.arange(rank, len(ids_RL), world)
+    micro = mine.split(config.micro_batch)
+    pairs = run.student.projections.pairs if run.student.projections is not None else []
+    teacher_layers = [[j for _, j in p] for p in pairs] or None
+    feature_factor = features.weight * min(1.0, progress / features.warmup if features.warmup else 1.0)
+    means = _global_means(run, ids_RL, labels_RL, micro) if teachers and span_of(recipe.fusion.weights) == "batch" else None
+
+    sums = _Sums(run, picked[:, 0])
+    optimizer.zero_grad(set_to_none=True)
+    for index, rows in enumerate(micro):
+        ids, labels = ids_RL[rows].to(accelerator.device), labels_RL[rows].to(accelerator.device)
+        last = index == len(micro) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(student):
+            with accelerator.autocast():
+                states, inner = teachers.states(ids, teacher_layers) if teachers else ([], [])
+                hidden_RLd, projected = student(ids)
+            terms = fused_loss(
+                recipe.fusion,
+                hidden_RLd=hidden_RLd.to(DTYPES[run.precision]),
+                head=_student_head(run),
+                teachers=states,
+                labels_RL=labels,
+                denominator=denominator,
+                names=teachers.names,
+                progress=progress,
+                global_means_2K=means,
+            )
+            loss = terms.loss
+            if projected:
+                gap = feature_loss(
+                    projected, inner, terms.weights_KRL, labels != -100, distance=features.distance, denominator=denominator
+                )
+                loss = loss + feature_factor * gap
+                sums.features += float(gap.detach())
+            accelerator.backward(loss * world)  # processes average their gradients; the terms are already shares
+        sums.add(terms, labels, rows, float(loss.detach()))
+    norm = accelerator.clip_grad_norm_(trained, config.clip)
+    figures = sums.figures(denominator, norm=float(norm))
+    if not (math.isfinite(figures["loss"]) and math.isfinite(figures["gradient_norm"])):
+        checkpoint = run.work / CHECKPOINT
+        good = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
+        raise DivergenceError(
+            f"training of {recipe.name} diverged at step {round(progress * run.steps) + 1}: loss {figures['loss']}, gradient "
+            f"norm {figures['gradient_norm']}; batch {fingerprint(ids_RL.tolist())[:16]}; {good}. Lower training.learning_rate "
+            f"(now {config.learning_rate}) or use precision: fp32."
+        )
+    optimizer.step()
+    return figures
+
+
+def learning_rate(config: Training, step: int, steps: int) -> float:
+    """Linear warm-up to the peak, then cosine, linear or constant; a function of the step alone."""
+    warmup = max(1, round(config.warmup * steps))
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    share = (step - warmup) / max(1, steps - warmup)
+    match config.schedule:
+        case "cosine":
+            return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+        case "linear":
+            return config.learning_rate * (1 - share)
+        case "constant":
+            return config.learning_rate
+
+
+def _batch(run: _Run, picked: Any) -> tuple[Tensor, Tensor]:
+    ids = np.stack([run.blocks[d].train_ids[r] for d, r in picked])
+    lengths = np.array([run.blocks[d].train_lengths[r] for d, r in picked])
+    return torch.from_numpy(ids).long(), torch.from_numpy(labels_of(ids, lengths, prefix=run.prefix))
+
+
+def _student_head(run: _Run) -> Head:
+    head = Body(run.student.model).head
+    dtype = DTYPES[run.precision]
+    if head.weight_Vd.dtype == dtype:
+        return head
+    if head.weight_Vd.requires_grad:
+        return Head(head.weight_Vd.to(dtype), head.bias_V.to(dtype) if head.bias_V is not None else None, head.scale, head.softcap)
+    cached: Head | None = getattr(run.student, "frozen_head", None)
+    if cached is None:
+        cached = Head(head.weight_Vd.detach().to(dtype), head.bias_V, head.scale, head.softcap)
+        object.__setattr__(run.student, "frozen_head", cached)
+    return cached
+
+
+def _global_means(run: _Run, ids_RL: Tensor, labels_RL: Tensor, micro: Sequence[Tensor]) -> Tensor:
+    """Mean entropy and label log-likelihood [2, K] of the teachers over the global batch."""
+    sums = torch.zeros(2, len(run.teachers), device=run.accelerator.device)
+    for rows in micro:
+        labels = labels_RL[rows].to(run.accelerator.device)
+        with run.accelerator.autocast():
+            states, _ = run.teachers.states(ids_RL[rows].to(run.accelerator.device))
+        for row, statistic in enumerate(teacher_statistics(states, labels, chunk=run.recipe.fusion.chunk)):
+            sums[row] += statistic.sum((1, 2))
+    total: Tensor = run.accelerator.reduce(sums, reduction="sum")
+    return total / int((labels_RL != -100).sum())
+
+
+class _Sums:
+    """Raw terms of a step, summed over micro-batches and processes."""
+
+    def __init__(self, run: _Run, domains: Any) -> None:
+        self.run, self.domains = run, torch.from_numpy(np.asarray(domains))
+        K, D = len(run.teachers), len(run.blocks)
+        self.loss = self.cross_entropy = self.fusion = self.features = 0.0
+        self.weights_DK, self.labels_D = torch.zeros(D, K, dtype=torch.float64), torch.zeros(D, dtype=torch.float64)
+        self.entropy_K = torch.zeros(K, dtype=torch.float64)
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, terms: Any, labels_RL: Tensor, rows: Tensor, loss: float) -> None:
+        """Add one micro-batch; ``rows`` are its places in the global batch."""
+        self.loss += loss
+        self.cross_entropy += terms.cross_entropy
+        self.fusion += terms.divergence
+        valid = labels_RL != -100
+        for row, place in enumerate(rows.tolist()):
+            domain = int(self.domains[place])
+            self.labels_D[domain] += int(valid[row].sum())
+            if len(self.run.teachers):
+                self.weights_DK[domain] += terms.weights_KRL[:, row][:, valid[row]].double().sum(1).cpu()
+        if len(self.run.teachers):
+            self.entropy_K += terms.entropy_KRL[:, valid].double().sum(1).cpu()
+            self.pairs.append((terms.weights_KRL[:, valid].cpu(), terms.label_logp_KRL[:, valid].cpu()))
+
+    def figures(self, denominator: int, *, norm: float) -> dict[str, Any]:
+        """What the log says of the step; everything per label position of the global batch."""
+        packed = torch.cat([
+            torch.tensor([self.loss, self.cross_entropy, self.fusion, self.features], dtype=torch.float64),
+            self.entropy_K, self.weights_DK.flatten(), self.labels_D,
+        ])  # fmt: skip
+        total = self.run.accelerator.reduce(packed.to(self.run.accelerator.device), reduction="sum").cpu()
+        K, D = len(self.run.teachers), len(self.run.blocks)
+        loss, cross_entropy, fusion, features = total[:4].tolist()
+        entropy_K, rest = total[4 : 4 + K], total[4 + K :]
+        weights_DK, labels_D = rest[: D * K].reshape(D, K), rest[D * K :]
+        names, domains = self.run.teachers.names, [b.name for b in self.run.blocks]
+        return {
+            "labels": denominator,
+            "labels_per_step": denominator,
+            "loss": loss,
+            "cross_entropy": cross_entropy / denominator,
+            "fusion": fusion / denominator if K else None,
+            "features": features if self.run.student.projections is not None else None,
+            "gradient_norm": norm,
+            "weights": {
+                domains[d]: {names[k]: round(float(weights_DK[d, k] / labels_D[d]), 4) for k in range(K)}
+                for d in range(D) if K and labels_D[d]
+            },
+            "entropy": {names[k]: round(float(entropy_K[k] / denominator), 4) for k in range(K)},
+            "weight_label_correlation": self._correlation() if K > 1 else None,
+        }  # fmt: skip
+
+    def _correlation(self) -> float | None:
+        """Pearson correlation of w_k - 1/K with log p_k(label) - its mean over teachers: do weights follow the better teacher?"""
+        weights = torch.cat([w - w.mean(0) for w, _ in self.pairs], dim=1).flatten()
+        logp = torch.cat([p - p.mean(0) for _, p in self.pairs], dim=1).flatten()
+        scale = float(weights.norm() * logp.norm())
+        return round(float(weights @ logp) / scale, 4) if scale > 1e-12 else None
+
+
+# Measuring -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(
+    body: Body, blocks: Sequence[DomainBlocks], prefix: int, *, label: str, autocast: Callable[[], Any] | None = None, head: Head | None = None
+) -> dict[str, float]:
+    """Held-out nats a token by domain."""
+    nll = {}
+    device = body.head.weight_Vd.device
+    with task(f"held-out text: {label}", sum(len(b.heldout) for b in blocks)) as progress:
+        for domain in blocks:
+            total = 0.0
+            for ids, labels in _heldout_batches(domain.heldout, prefix):
+                with autocast() if autocast else contextlib.nullcontext():
+                    hidden_RLd, _ = body.states(ids.to(device))
+                used = head or body.head
+                total += float(label_nll(hidden_RLd.to(used.weight_Vd.dtype), used, labels.to(device)).sum())
+                progress.advance(len(ids))
+            nll[domain.name] = total / _label_count(domain.heldout, prefix)
+    return nll
+
+
+def _heldout_batches(heldout: Blocks, prefix: int, rows: int = 4) -> list[tuple[Tensor, Tensor]]:
+    ids, labels = heldout.input_ids, labels_of(heldout.input_ids, heldout.lengths, prefix=prefix)
+    return [
+        (torch.from_numpy(ids[i : i + rows]).long(), torch.from_numpy(labels[i : i + rows])) for i in range(0, len(ids), rows)
+    ]
+
+
+def _label_count(heldout: Blocks, prefix: int) -> int:
+    return int((labels_of(heldout.input_ids, heldout.lengths, prefix=prefix) != -100).sum())
+
+
+def _evaluate_student(run: _Run, state: _State, *, count_stale: bool = True) -> dict[str, Any]:
+    run.student.eval()
+    nll = evaluate(
+        Body(run.student.model), run.blocks, run.prefix,
+        label=f"student, step {state.step}", autocast=run.accelerator.autocast, head=_student_head(run),
+    )  # fmt: skip
+    run.student.train()
+    mean = mean_nll(nll)
+    if mean < state.best_nll:
+        state.best_nll, state.best_step, state.stale = mean, state.step, 0
+        state.best = trainable_state(run.student)
+    elif count_stale:
+        state.stale += 1
+    return {"step": state.step, "tokens": state.tokens, "nll": nll, "mean_nll": mean}
+
+
+def _measure_teachers(run: _Run) -> dict[str, dict[str, Any]]:
+    """Calibrate each teacher and measure it on held-out text; kept beside the checkpoint for a resumed run."""
+    kept = run.work / "teachers.json"
+    names = run.teachers.names
+    if kept.exists() and (found := json.loads(kept.read_text())).get("key") == run.key:
+        reports: dict[str, dict[str, Any]] = found["reports"]
+    else:
+        reports = {}
+        calibration = run.recipe.fusion.calibration
+        for k, body in enumerate(run.teachers.bodies):
+            nll = evaluate(body, run.blocks, run.prefix, label=names[k], autocast=run.accelerator.autocast, head=run.teachers._heads[k])
+            temperature = 1.0
+            if calibration.kind == "fit":
+                batches = [b for domain in run.blocks for b in _heldout_batches(domain.heldout, run.prefix)[:2]]
+                with run.accelerator.autocast(), torch.no_grad():
+                    hidden = torch.cat([body.states(ids.to(run.accelerator.device))[0] for ids, _ in batches])
+                labels = torch.cat([labels for _, labels in batches]).to(run.accelerator.device)
+                head = run.teachers._heads[k]
+                temperature = fit_temperature(hidden.to(head.weight_Vd.dtype), head, labels, bounds=calibration.bounds)
+            reports[names[k]] = {"nll": nll, "mean_nll": mean_nll(nll), "temperature": temperature}
+        kept.write_text(json.dumps({"key": run.key, "reports": reports}))
+    run.teachers.temperatures = [reports[name]["temperature"] for name in names]
+    for name in names:
+        figures = "  ".join(f"{domain} {nll:.3f}" for domain, nll in reports[name]["nll"].items())
+        say(f"  teacher {name}: {figures} nats a token, calibration temperature {reports[name]['temperature']:.3f}")
+    return reports
+
+
+# Log and checkpoint ----------------------------------------------------------------------------------------------
+
+
+def _record(run: _Run, event: str, figures: Mapping[str, Any]) -> None:
+    if run.accelerator.is_main_process:
+        with disk_full_is_a_user_error(run.work / LOG), (run.work / LOG).open("a") as file:
+            file.write(json.dumps({"event": event, **{k: v for k, v in figures.items() if k != "labels_per_step"}}) + "\n")
+
+
+def _save_checkpoint(run: _Run, optimizer: Any, state: _State) -> None:
+    if not run.accelerator.is_main_process:
+        return
+    temporary = run.work / f"{CHECKPOINT}.writing"
+    with disk_full_is_a_user_error(run.work / CHECKPOINT):
+        torch.save(
+            {
+                "key": run.key,
+                "model": trainable_state(run.student),
+                "optimizer": optimizer.state_dict(),
+                "state": vars(state),
+                "rng": torch.get_rng_state(),
+                "log_bytes": (run.work / LOG).stat().st_size,
+            },
+            temporary,
+        )
+        temporary.rename(run.work / CHECKPOINT)
+
+
+def _load_checkpoint(run: _Run, optimizer: Any) -> _State | None:
+    """The state of an interrupted run of the same key; anything else in the folder is cleared."""
+    path = run.work / CHECKPOINT
+    saved = torch.load(path, weights_only=True, map_location=run.accelerator.device) if path.exists() else None
+    if saved is None or saved["key"] != run.key:
+        (run.work / LOG).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        return None
+    load_trainable_state(run.student, saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    torch.set_rng_state(saved["rng"].cpu())
+    with (run.work / LOG).open("r+b") as file:
+        file.truncate(saved["log_bytes"])
+    state = _State(**saved["state"])
+    say(f"  going on at step {state.step + 1} of {run.steps}")
+    return state
+
+
+def _projections(recipe: Recipe, student: Body, teachers: Teachers) -> Projections | None:
+    if not len(teachers) or recipe.features.weight == 0:
+        return None
+    pairs = [
+        layer_pairs(recipe.features, student_layers=student.layers, teacher_layers=body.layers) for body in teachers.bodies
+    ]
+    return Projections(student_width=student.width, teacher_widths=[b.width for b in teachers.bodies], pairs=pairs)
