@@ -1,1 +1,137 @@
-"""export"""
+"""Student → ONNX: one decoder graph with its cache, quantised forms, parity with torch, a folder that clients load.
+
+Importing this package is cheap; torch, onnx and onnxruntime are imported when a function is called.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from limbeck import __version__
+from limbeck.artifact import Artifact, find_artifact, open_artifact, write_artifact
+from limbeck.errors import ArtifactError
+from limbeck.progress import say
+from limbeck.recipe import Recipe, fingerprint
+
+__all__ = ["export_student", "verify_parity"]
+
+_STAGE = 1  # raise it when the same student and recipe would give other files
+
+
+def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
+    """Write the ``onnx`` artifact of the ``student`` artifact to ``out``: the deployable folder of docs/artifacts.md.
+
+    Returns the artifact that is already there when it was made from the same student and the same `export:` part of
+    the recipe. Raises `ArtifactError` when ``student`` is no student artifact, `ModelError` for an architecture the graph
+    builder does not know, `ParityError` when a form differs from the student by more than its tolerance, `QualityError` when a
+    quantised form is not; nothing is kept then. ``out`` is replaced when it holds an older export.
+    """
+    source = open_artifact(student, kind="student")
+    key = fingerprint({"stage": _STAGE, "export": recipe.export.model_dump(mode="json"), "student": source.digest})
+    if found := find_artifact(out, kind="onnx", key=key):
+        return found
+
+    from limbeck.runtime import import_onnxruntime
+
+    import_onnxruntime()  # before any work: a machine without it, or with two builds of it, is told so
+    from export.card import write_card, write_client_files
+    from export.census import require_quantized, take_census
+    from export.graph import build_fp32, form_files
+    from export.parity import PARITY, answer, make_cases, measure_parity, require_parity, save_cases, thin
+    from export.quantize import block_size_for, quantize_weights
+
+    model = student / "model"
+    config = json.loads((model / "config.json").read_text())
+    with write_artifact(out, kind="onnx", key=key, parents={"student": source.digest}, recipe=recipe) as draft:
+        folder = draft.folder
+        metadata = {"limbeck.version": __version__, "limbeck.recipe": recipe.digest, "limbeck.student": source.digest}
+        say("export: building the fp32 graph")
+        fp32, genai = build_fp32(model, folder, {**metadata, "limbeck.form": "fp32"})
+        cases = answer(make_cases(_texts(student), context=int(genai["model"]["context_length"])), model)
+        save_cases(folder / PARITY, thin(cases))
+        forms: dict[str, dict[str, Any]] = {}
+        for form in recipe.export.forms:
+            graphs = form_files(folder, form.kind)
+            facts: dict[str, Any] = {}
+            if form.kind == "int8-weight":
+                facts["block_size"] = form.block_size or block_size_for(int(config["hidden_size"]))
+                say(f"export: quantising to 8 bits, block {facts['block_size']}")
+                quantize_weights(
+                    fp32, graphs, block=facts["block_size"], metadata={**metadata, "limbeck.form": form.kind}
+                )
+            census = take_census(graphs.last)
+            require_quantized(form.kind, census)
+            parity = measure_parity(form.kind, graphs.last, graphs.all, cases)
+            require_parity(form.kind, parity)
+            forms[form.kind] = {
+                "graph": graphs.last.relative_to(folder).as_posix(),
+                "all_logits_graph": graphs.all.relative_to(folder).as_posix(),
+                "files": [path.relative_to(folder).as_posix() for path in graphs.files],
+                # What runs: the graph and its weights. The all-logits twin is for scoring and is not counted.
+                "bytes": graphs.last.stat().st_size + graphs.data.stat().st_size,
+                **facts,
+                "parity": parity,
+                "census": census,
+            }
+        shipped = recipe.export.forms[-1].kind
+        backend = {"name": "genai", "why": _why(recipe.export.backend, config)}
+        used = [form_files(folder, name) for name in forms]
+        write_client_files(model, folder, graphs=used, shipped=form_files(folder, shipped), genai=genai)
+        teachers = json.loads((student / "teachers.json").read_text()) if (student / "teachers.json").is_file() else []
+        write_card(
+            folder,
+            recipe=recipe,
+            student=source.result,
+            student_digest=source.digest,
+            teachers=teachers,
+            forms=forms,
+            shipped=shipped,
+            backend=backend,
+        )
+        draft.result = {"shipped": shipped, "backend": backend, "forms": forms}
+    return open_artifact(out, kind="onnx", verify=False)
+
+
+def verify_parity(folder: Path) -> dict[str, Any]:
+    """Measure every form of the ``onnx`` artifact at ``folder`` again, on this machine, without torch.
+
+    Returns the parity result by form name, on the positions that travel with the artifact. Raises `ArtifactError` for a
+    changed folder and `ParityError` past tolerance.
+    """
+    from export.parity import PARITY, load_cases, measure_parity, require_parity
+
+    artifact = open_artifact(folder, kind="onnx")
+    if not (folder / PARITY).is_file():
+        raise ArtifactError(f"{folder}: {PARITY} is missing; delete the folder and export the student again.")
+    cases = load_cases(folder / PARITY)
+    measured = {}
+    for name, form in artifact.result["forms"].items():
+        parity = measure_parity(name, folder / form["graph"], folder / form["all_logits_graph"], cases)
+        require_parity(name, parity)
+        measured[name] = parity
+    return measured
+
+
+def _texts(student: Path) -> list[Any]:
+    """One row of held-out tokens a domain, the longest of each."""
+    from limbeck.heldout import HELDOUT, load_heldout
+
+    if not (student / HELDOUT).is_file():
+        raise ArtifactError(
+            f"{student}: {HELDOUT} is missing; parity is measured on held-out text. Run the compress stage again."
+        )
+    domains = load_heldout(student / HELDOUT)
+    rows = []
+    for blocks in domains.values():
+        row = int(blocks.lengths.argmax())
+        rows.append(blocks.input_ids[row, : blocks.lengths[row]].astype("int64"))
+    return rows
+
+
+def _why(wanted: str, config: dict[str, Any]) -> str:
+    architecture = (config.get("architectures") or ["this architecture"])[0]
+    if wanted == "auto":
+        return f"auto: ONNX Runtime GenAI's builder knows {architecture} and fuses its attention"
+    return "the recipe names it"

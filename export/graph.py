@@ -47,7 +47,9 @@ class Graphs:
 def form_files(folder: Path, form: str) -> Graphs:
     """Where the graphs of ``form`` lie in a deployable ``folder``; the names are transformers.js's."""
     stem = {"fp32": "model", "int8-weight": "model_quantized"}[form]
-    return Graphs(folder / f"onnx/{stem}.onnx", folder / f"onnx/{stem}_all_logits.onnx", folder / f"onnx/{stem}.onnx_data")
+    return Graphs(
+        folder / f"onnx/{stem}.onnx", folder / f"onnx/{stem}_all_logits.onnx", folder / f"onnx/{stem}.onnx_data"
+    )
 
 
 def build_fp32(model: Path, folder: Path, metadata: Mapping[str, str]) -> tuple[Graphs, dict[str, Any]]:
@@ -67,7 +69,9 @@ def build_fp32(model: Path, folder: Path, metadata: Mapping[str, str]) -> tuple[
             _relocate(proto, graphs.data.name)
             _static_cache(proto, int(genai["model"]["decoder"]["head_size"]))
             handle_padding(proto, logits="last" if logits == "last" else "all")
-            stamp(proto, {**metadata, "limbeck.logits": logits, "limbeck.context": str(genai["model"]["context_length"])})
+            stamp(
+                proto, {**metadata, "limbeck.logits": logits, "limbeck.context": str(genai["model"]["context_length"])}
+            )
             onnx.save(proto, path)
     return graphs, genai
 
@@ -93,7 +97,9 @@ def _run_builder(model: Path, folder: Path) -> None:
         ) from error
     except Exception as error:
         tail = "\n".join(log.getvalue().strip().splitlines()[-5:])
-        error.add_note(f"while ONNX Runtime GenAI built the graph of {model} ({architecture}); its last lines were:\n{tail}")
+        error.add_note(
+            f"while ONNX Runtime GenAI built the graph of {model} ({architecture}); its last lines were:\n{tail}"
+        )
         raise
     proto = onnx.load(folder / "model.onnx", load_external_data=False)
     fused = any(node.op_type == "GroupQueryAttention" for node in proto.graph.node)
@@ -157,7 +163,9 @@ def handle_padding(proto: ModelProto, *, logits: Logits) -> None:
         make("Range", [zero_scalar, f"{_OWN}steps_scalar", one_scalar], "range"),
         make("Sub", [f"{_OWN}seen", one], "front"),  # a token goes behind the tokens before it,
         make("Add", [f"{_OWN}count", f"{_OWN}range"], "past_count"),
-        make("Sub", [f"{_OWN}past_count", f"{_OWN}seen"], "back"),  # padding behind all tokens and the padding before it
+        make(
+            "Sub", [f"{_OWN}past_count", f"{_OWN}seen"], "back"
+        ),  # padding behind all tokens and the padding before it
         make("Cast", [f"{_OWN}mask"], "is_token", to=onnx.TensorProto.BOOL),
         make("Where", [f"{_OWN}is_token", f"{_OWN}front", f"{_OWN}back"], "place"),
         make("ScatterElements", ["input_ids", f"{_OWN}place", "input_ids"], "ids", axis=1),
@@ -204,5 +212,3 @@ class _Maker:
 
     def __call__(self, op: str, inputs: list[str], output: str, **attributes: Any) -> NodeProto:
         return helper.make_node(op, inputs, [f"{_OWN}{output}"], name=f"{_OWN}{output}/{op}", **attributes)
-
-

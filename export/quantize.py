@@ -28,7 +28,9 @@ def block_size_for(width: int) -> int:
     return next((block for block in BLOCKS if width % block == 0), 16)
 
 
-def quantize_blocks(weights_NK: npt.NDArray[np.float32], block: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+def quantize_blocks(
+    weights_NK: npt.NDArray[np.float32], block: int
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
     """Round ``weights[N, K]`` to 8 bits in blocks along K, symmetric around 128.
 
     Returns codes ``[N, ceil(K / block), block]`` and scales ``[N, ceil(K / block)]``: weight = (code - 128) * scale.
@@ -64,14 +66,18 @@ def quantize_weights(source: Graphs, target: Graphs, *, block: int, metadata: Ma
                 rows_first = values if matrices[tensor.name] == "rows" else values.T
                 codes, scales = _quantize_in_pieces(rows_first, block)
                 written[f"{tensor.name}_q8"] = _append(out, f"{tensor.name}_q8", codes, target.data.name)
-                scale = written[f"{tensor.name}_scales"] = _append(out, f"{tensor.name}_scales", scales, target.data.name)
+                scale = written[f"{tensor.name}_scales"] = _append(
+                    out, f"{tensor.name}_scales", scales, target.data.name
+                )
                 # The same bytes once more with the rank that GatherBlockQuantized wants.
                 column = written[f"{tensor.name}_scales_3d"] = TensorProto()
                 column.CopyFrom(scale)
                 column.name = f"{tensor.name}_scales_3d"
                 column.dims.append(1)
             else:
-                written[tensor.name] = _append(out, tensor.name, external_array(tensor, source.data.parent), target.data.name)
+                written[tensor.name] = _append(
+                    out, tensor.name, external_array(tensor, source.data.parent), target.data.name
+                )
             progress.advance()
     for old, new in ((source.last, target.last), (source.all, target.all)):
         proto = onnx.load(old, load_external_data=False)
@@ -100,13 +106,22 @@ def _matrices(graph: GraphProto, tensors: Mapping[str, TensorProto]) -> dict[str
     for node in graph.node:
         name = node.input[1] if node.op_type == "MatMul" else node.input[0] if node.op_type == "Gather" else ""
         tensor = tensors.get(name)
-        if tensor is not None and tensor.data_type == TensorProto.FLOAT and len(tensor.dims) == 2 and tensor.external_data:
+        if (
+            tensor is not None
+            and tensor.data_type == TensorProto.FLOAT
+            and len(tensor.dims) == 2
+            and tensor.external_data
+        ):
             found[name] = "columns" if node.op_type == "MatMul" else "rows"
     return found
 
 
-def _quantize_in_pieces(weights_NK: npt.NDArray[np.float32], block: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
-    pieces = [quantize_blocks(np.asarray(weights_NK[at : at + _ROWS]), block) for at in range(0, len(weights_NK), _ROWS)]
+def _quantize_in_pieces(
+    weights_NK: npt.NDArray[np.float32], block: int
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+    pieces = [
+        quantize_blocks(np.asarray(weights_NK[at : at + _ROWS]), block) for at in range(0, len(weights_NK), _ROWS)
+    ]
     return np.concatenate([codes for codes, _ in pieces]), np.concatenate([scales for _, scales in pieces])
 
 
@@ -121,7 +136,9 @@ def _append(out: Any, name: str, values: npt.NDArray[Any], location: str) -> Ten
     return tensor
 
 
-def _replace_nodes(proto: ModelProto, tensors: Mapping[str, TensorProto], matrices: Mapping[str, str], block: int) -> None:
+def _replace_nodes(
+    proto: ModelProto, tensors: Mapping[str, TensorProto], matrices: Mapping[str, str], block: int
+) -> None:
     """Put quantised operators in the place of the MatMuls and Gathers on ``matrices``, in place."""
     graph = proto.graph
     transposed = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Transpose" and n.input[0] in matrices}
@@ -139,7 +156,9 @@ def _replace_nodes(proto: ModelProto, tensors: Mapping[str, TensorProto], matric
         graph.initializer.append(numpy_helper.from_array(np.asarray(dims, np.int64), f"limbeck/const/{name}"))
     for matrix in set(transposed.values()) | {m for m, layout in matrices.items() if layout == "rows"}:
         width = int(tensors[matrix].dims[1] if matrices[matrix] == "rows" else tensors[matrix].dims[0])
-        graph.initializer.append(numpy_helper.from_array(np.asarray([width], np.int64), f"limbeck/const/width/{matrix}"))
+        graph.initializer.append(
+            numpy_helper.from_array(np.asarray([width], np.int64), f"limbeck/const/width/{matrix}")
+        )
     del graph.node[:]
     graph.node.extend(nodes)
     if "com.microsoft" not in {opset.domain for opset in proto.opset_import}:
@@ -178,7 +197,10 @@ def _embedding(node: NodeProto, matrix: str, width: int, block: int) -> list[Nod
             quantize_axis=2,
         ),
         helper.make_node(
-            "Reshape", [f"{stem}/blocks", "limbeck/const/keep_rank"], [f"{stem}/whole" if padded > width else node.output[0]], name=f"{stem}/Reshape"
+            "Reshape",
+            [f"{stem}/blocks", "limbeck/const/keep_rank"],
+            [f"{stem}/whole" if padded > width else node.output[0]],
+            name=f"{stem}/Reshape",
         ),
     ]
     if padded > width:

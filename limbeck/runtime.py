@@ -42,7 +42,9 @@ def import_onnxruntime() -> Any:
         import onnxruntime
     except ImportError as error:
         if builds:
-            raise EnvironmentalError(f"{builds[0]} is installed but cannot be imported ({error}); install it again.") from error
+            raise EnvironmentalError(
+                f"{builds[0]} is installed but cannot be imported ({error}); install it again."
+            ) from error
         raise EnvironmentalError(
             "onnxruntime is not installed, expected one build of it; run: pip install 'limbeck[cpu]' (or 'limbeck[gpu]' for CUDA)."
         ) from None
@@ -89,7 +91,9 @@ class Decoder:
         if name not in result["forms"]:
             raise ArtifactError(f"{folder}: no form {name!r}; it has {', '.join(result['forms'])}.")
         self.form: str | None = name
-        self._open(Path(folder) / result["forms"][name]["all_logits_graph" if all_logits else "graph"], threads, provider)
+        self._open(
+            Path(folder) / result["forms"][name]["all_logits_graph" if all_logits else "graph"], threads, provider
+        )
 
     @classmethod
     def from_graph(cls, graph: Path, *, threads: int | None = None, provider: Provider = "cpu") -> Decoder:
@@ -106,7 +110,11 @@ class Decoder:
         if _PROVIDERS[provider] not in ort.get_available_providers():
             raise EnvironmentalError(
                 f"onnxruntime {ort.__version__} has no {_PROVIDERS[provider]} here, only {', '.join(ort.get_available_providers())}; "
-                + ("run: pip install 'limbeck[gpu]' on a machine with an NVIDIA card." if provider == "cuda" else "install it again.")
+                + (
+                    "run: pip install 'limbeck[gpu]' on a machine with an NVIDIA card."
+                    if provider == "cuda"
+                    else "install it again."
+                )
             )
         self.threads = threads or available_cores()
         options = ort.SessionOptions()
@@ -144,7 +152,9 @@ class Decoder:
             raise DataError(f"found ids of shape {tokens.shape}; expected [rows, tokens] with at least one token.")
         valid = np.ones_like(tokens) if mask is None else np.ascontiguousarray(mask, np.int64)
         if valid.shape != tokens.shape or not valid.any(axis=1).all():
-            raise DataError(f"found a mask of shape {valid.shape}; expected {tokens.shape} with at least one token in every row.")
+            raise DataError(
+                f"found a mask of shape {valid.shape}; expected {tokens.shape} with at least one token in every row."
+            )
         self._reserve(tokens.shape[0], tokens.shape[1] + room)
         self._mask[:, : tokens.shape[1]] = valid
         self._length = tokens.shape[1]
@@ -209,7 +219,9 @@ class Decoder:
         """Make the cache hold ``capacity`` tokens for ``rows`` rows, or keep one that already does."""
         np, ort = self._np, self._ort
         if self.context and capacity > self.context:
-            raise DataError(f"found {capacity} tokens of prompt and answer; this model's context is {self.context}. Shorten either.")
+            raise DataError(
+                f"found {capacity} tokens of prompt and answer; this model's context is {self.context}. Shorten either."
+            )
         if rows == self._rows and capacity <= self._capacity:
             return
         self._rows, self._capacity = rows, capacity
@@ -235,7 +247,9 @@ class Decoder:
         return logits if self.all_logits else logits[:, 0]
 
 
-def choose(row: Logits, *, temperature: float = 0.0, top_p: float = 1.0, draw: np.random.Generator | None = None) -> int:
+def choose(
+    row: Logits, *, temperature: float = 0.0, top_p: float = 1.0, draw: np.random.Generator | None = None
+) -> int:
     """The next token from logits ``row[V]``: the greatest at temperature 0, else drawn from the top-p set."""
     import numpy as np
 
@@ -277,11 +291,15 @@ class Text:
         from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         environment.globals["raise_exception"] = _refuse
         try:
-            text = environment.from_string(self.template).render(messages=list(messages), add_generation_prompt=True, **self.special)
+            text = environment.from_string(self.template).render(
+                messages=list(messages), add_generation_prompt=True, **self.special
+            )
         except TemplateError as error:
             raise DataError(f"the model's chat template cannot render these messages: {error}") from None
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
@@ -313,8 +331,14 @@ def load_text(folder: Path) -> Text:
         raise ArtifactError(f"{folder}: tokenizer.json is missing; expected the folder that `limbeck export` wrote.")
     config = _read(folder / "tokenizer_config.json")
     template = folder / "chat_template.jinja"
-    special = {name: value["content"] if isinstance(value, dict) else value for name, value in config.items() if name.endswith("_token")}
-    stop = _read(folder / "generation_config.json").get("eos_token_id", _read(folder / "config.json").get("eos_token_id"))
+    special = {
+        name: value["content"] if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name.endswith("_token")
+    }
+    stop = _read(folder / "generation_config.json").get(
+        "eos_token_id", _read(folder / "config.json").get("eos_token_id")
+    )
     return Text(
         tokenizer=Tokenizer.from_file(str(path)),
         template=template.read_text() if template.is_file() else config.get("chat_template"),

@@ -1,0 +1,134 @@
+"""The text files of the deployable folder: tokenizer, configurations and model card, as clients old and new expect them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from export.graph import Graphs
+from limbeck.errors import ModelError
+from limbeck.recipe import HubModel, LoraStudent, Recipe
+
+_COPIED = ("generation_config.json", "tokenizer.json", "chat_template.jinja")
+
+
+def write_client_files(
+    model: Path, folder: Path, *, graphs: Sequence[Graphs], shipped: Graphs, genai: Mapping[str, Any]
+) -> None:
+    """Write what transformers.js, optimum, onnxruntime-genai and transformers read beside the graphs.
+
+    ``genai`` is the builder's configuration; it is pointed at the ``shipped`` graph. Raises `ModelError` without a
+    ``tokenizer.json`` in ``model``.
+    """
+    if not (model / "tokenizer.json").is_file():
+        raise ModelError(
+            f"{model}: no tokenizer.json, expected a fast tokenizer; load it with transformers and `save_pretrained` it again."
+        )
+    for name in _COPIED:
+        if (model / name).is_file():
+            shutil.copy(model / name, folder / name)
+    _write(folder / "tokenizer_config.json", tokenizer_config(model))
+    config = json.loads((model / "config.json").read_text())
+    config.pop("_name_or_path", None)
+    config.pop("_model_name_or_path", None)
+    # transformers.js looks for a second file only where it is told that there is one.
+    config["transformers.js_config"] = {"use_external_data_format": {g.last.name: 1 for g in graphs}}
+    _write(folder / "config.json", config)
+    genai = json.loads(json.dumps(genai))
+    genai["model"]["decoder"]["filename"] = shipped.last.relative_to(folder).as_posix()
+    _write(folder / "genai_config.json", genai)
+
+
+def tokenizer_config(model: Path) -> dict[str, Any]:
+    """The tokenizer's configuration without what only transformers 5 understands, chat template included."""
+    path = model / "tokenizer_config.json"
+    config: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    for name in ("backend", "is_local", "local_files_only", "auto_map"):
+        config.pop(name, None)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["model_input_names"] = ["input_ids", "attention_mask"]
+    # Written as 1e30 when there is no limit, which some readers of JSON cannot hold.
+    context = json.loads((model / "config.json").read_text()).get("max_position_embeddings")
+    if context and config.get("model_max_length", 1e30) > context:
+        config["model_max_length"] = context
+    template = model / "chat_template.jinja"
+    if template.is_file():
+        config["chat_template"] = template.read_text()
+    return config
+
+
+def write_card(folder: Path, *, recipe: Recipe, student: Mapping[str, Any], student_digest: str, teachers: Sequence[Mapping[str, Any]],
+               forms: Mapping[str, Mapping[str, Any]], shipped: str, backend: Mapping[str, str]) -> None:  # fmt: skip
+    """Write the model card: the hub's YAML header, then what it is, what went in, what was measured, and digests."""
+    base = recipe.student.base if isinstance(recipe.student, LoraStudent) else None
+    header: dict[str, Any] = {
+        "library_name": "onnx",
+        "pipeline_tag": "text-generation",
+        "tags": ["limbeck", "onnx", "distillation", shipped],
+    }
+    if isinstance(base, HubModel):
+        header["base_model"] = base.id
+    card = [f"---\n{yaml.safe_dump(header, sort_keys=False)}---", f"# {recipe.name}"]
+    if recipe.description:
+        card.append(recipe.description)
+    card.append(
+        f"Made by [Limbeck](https://pypi.org/project/limbeck/): distilled, exported to ONNX ({backend['name']}) and shipped as `{shipped}`. "
+        "Licences of the base model, the teachers and the texts apply; look them up before you pass it on."
+    )
+    made_of = [["base model", _source(base)]] if base else []
+    made_of += [
+        ["teacher " + t["name"], f"{t['model']}" + (f" with adapter {t['adapter']}" if t.get("adapter") else "")]
+        for t in teachers
+    ]
+    made_of += [["text " + d.name, _source(d.text)] for d in recipe.data.domains]
+    card += ["## What went in", _table(["what", "from"], made_of)]
+    rows = [
+        [
+            f"`{name}`",
+            f"{form['bytes'] / 1e6:.1f}",
+            f"{p['max_abs']:.2g}",
+            f"{p['kl']:.2g}",
+            f"{100 * p['top1']:.1f} %",
+            _loss(p),
+        ]
+        for name, form in forms.items()
+        for p in [form["parity"]]
+    ]
+    columns = ["form", "MB", "max logit difference", "KL, nats", "same first choice", "NLL change"]
+    card += ["## The graphs against the torch student", _table(columns, rows)]
+    nll = student.get("nll", {})
+    if nll:
+        others: dict[str, Mapping[str, float]] = student.get("teachers", {})
+        table = [[name, f"{value:.3f}", *(f"{t[name]:.3f}" for t in others.values())] for name, value in nll.items()]
+        card += ["## Held-out nats a token of the torch student", _table(["text", "student", *others], table)]
+    card += [
+        "## How to run it",
+        f'```sh\nlimbeck generate . "Once upon a time"\n```\n\nThe same folder loads in onnxruntime-genai (`{shipped}`), transformers.js and plain '
+        "onnxruntime. Batches may be padded on either side.",
+        "## Digests",
+        _table(["of", "sha256"], [["recipe", f"`{recipe.digest}`"], ["student", f"`{student_digest}`"]]),
+    ]
+    (folder / "README.md").write_text("\n\n".join(card) + "\n")
+
+
+def _loss(parity: Mapping[str, Any]) -> str:
+    return f"{100 * (parity['nll'] / parity['nll_torch'] - 1):+.2f} %" if parity.get("nll_torch") else ""
+
+
+def _source(source: Any) -> str:
+    fields = source.model_dump(mode="json", exclude_none=True, exclude={"format"})
+    return f"{fields.pop('kind')}: " + ", ".join(f"{name} {value}" for name, value in fields.items())
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+    return "\n".join(lines)
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,107 @@
+"""What a graph is made of: operators by type and precision, bytes by precision, matrices still in float and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import NodeProto, TensorProto, helper
+
+from limbeck.errors import QualityError
+
+_LARGE = 0.01  # of the weights' bytes: a float matrix above it defeats the purpose of quantising
+_MULTIPLY = ("MatMul", "Gemm", "Gather")  # operators that read a whole weight matrix, or rows of one
+
+
+def take_census(graph: Path) -> dict[str, Any]:
+    """Count the graph at ``graph`` without reading its weights.
+
+    ``operators``: count by "type" or "type precision"; ``bytes``: by number type, bytes that two names share counted once;
+    ``float_matrices``: what stayed in float, each with its share of the bytes and the reason.
+    """
+    proto = onnx.load(graph, load_external_data=False)
+    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    operators = Counter(_label(node, tensors) for node in proto.graph.node)
+    sizes: Counter[str] = Counter()
+    seen: set[tuple[str, str]] = set()
+    for tensor in proto.graph.initializer:
+        entry = {e.key: e.value for e in tensor.external_data}
+        place = (entry.get("location", tensor.name), entry.get("offset", ""))
+        if place not in seen:
+            seen.add(place)
+            sizes[_type(tensor)] += _bytes(tensor)
+    whole = sum(sizes.values())
+    origin = {node.output[0]: node.input[0] for node in proto.graph.node if node.op_type in ("Transpose", "Cast")}
+    floats = []
+    for node in proto.graph.node:
+        for name in (origin.get(n, n) for n in node.input if node.op_type in _MULTIPLY):
+            tensor = tensors.get(name)
+            if (
+                tensor is not None
+                and tensor.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16)
+                and len(tensor.dims) > 1
+            ):
+                floats.append(
+                    {
+                        "node": node.name,
+                        "operator": node.op_type,
+                        "shape": list(tensor.dims),
+                        "bytes": _bytes(tensor),
+                        "share": _bytes(tensor) / whole,
+                        "why": _why(node, tensor),
+                    }
+                )
+    return {
+        "operators": dict(sorted(operators.items())),
+        "bytes": dict(sorted(sizes.items())),
+        "float_matrices": floats,
+    }
+
+
+def require_quantized(form: str, census: Mapping[str, Any]) -> None:
+    """Raise `QualityError` when a form that claims to be quantised keeps large matrices in float."""
+    if form == "fp32":
+        return
+    large = [m for m in census["float_matrices"] if m["share"] > _LARGE]
+    if large or not any(name.startswith("MatMulNBits") for name in census["operators"]):
+        listed = "".join(
+            f"\n  {m['node']} {m['shape']}: {100 * m['share']:.0f} % of the bytes; {m['why']}" for m in large
+        )
+        raise QualityError(
+            f"the {form} graph is not quantised: large matrices are still float{listed or ' (no MatMulNBits at all)'}"
+        )
+
+
+def _label(node: NodeProto, tensors: Mapping[str, TensorProto]) -> str:
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    if "bits" in attributes:
+        return f"{node.op_type} {attributes['bits']}-bit block {attributes['block_size']}"
+    weights = [tensors[name] for name in node.input if name in tensors] if node.op_type in ("MatMul", "Gemm") else []
+    return f"{node.op_type} {_type(weights[0])}" if weights else str(node.op_type)
+
+
+def _why(node: NodeProto, tensor: TensorProto) -> str:
+    if node.op_type == "Gemm":
+        return "Gemm has no 8-bit weight kernel; only MatMul is replaced"
+    if not tensor.external_data:
+        return "a small constant inside the graph"
+    if len(tensor.dims) != 2:
+        return f"rank {len(tensor.dims)}; only matrices are replaced"
+    return "not quantised in this form"
+
+
+def _type(tensor: TensorProto) -> str:
+    return str(TensorProto.DataType.Name(tensor.data_type)).lower()
+
+
+def _bytes(tensor: TensorProto) -> int:
+    entry = {e.key: e.value for e in tensor.external_data}
+    if "length" in entry:
+        return int(entry["length"])
+    count = 1
+    for dim in tensor.dims:
+        count *= dim
+    return count * int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)

@@ -1,0 +1,276 @@
+"""Does the graph compute what the student computes? Cases, torch's answers, and the differences by form.
+
+The cases are the ways a client feeds a decoder: a prompt, token by token, in chunks, in ragged batches padded on either
+side. Torch's answers to some positions of each travel with the artifact, so that a machine without torch can measure again.
+
+Shape letters: B rows, L length with padding, P positions compared, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file, save_file
+
+from limbeck.errors import ParityError
+from limbeck.progress import task
+from limbeck.runtime import Decoder
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+Floats64 = npt.NDArray[np.float64]
+
+PARITY = "parity.safetensors"
+_KEPT_BYTES = 8_000_000  # of reference logits in the artifact
+_LONG = 128  # tokens of the longest case; what grows with length is the cache, and it is exact
+_AT_ONCE = 64  # positions compared at a time, which bounds the memory
+_TEXTS = 3  # rows of the longest case, one a domain
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to feed a decoder, and torch's answers to it."""
+
+    ids: Ints  # [B, L]
+    mask: Ints  # [B, L], 1 for tokens
+    splits: Ints  # columns fed at a time; they sum to L
+    rows: Ints  # [P]
+    columns: Ints  # [P]
+    logits: Floats  # [P, V]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a form may be from torch. Measured values and the reasons are in docs/experiments.md."""
+
+    relative: float  # largest logit difference over the largest reference logit (at least 1)
+    kl: float  # mean KL(torch || form) in nats; a single case, which may be one position, may reach five times it
+    top1: float  # share of positions with the same first choice where torch's lead is at least `lead`
+    lead: float  # logit difference between torch's first and second choice that makes a position count
+
+
+TOLERANCES = {
+    "fp32": Tolerance(relative=1e-4, kl=1e-6, top1=1.0, lead=1e-2),
+    "int8-weight": Tolerance(relative=0.15, kl=0.03, top1=0.97, lead=0.5),
+}
+
+
+def make_cases(texts: Sequence[Ints], *, context: int) -> dict[str, Case]:
+    """Cases without answers from token rows ``texts``, each within ``context`` tokens."""
+    pool = np.concatenate([*texts, *texts])  # a short text is read twice rather than making a case shorter
+    room = min(context, 24)
+    step = max(room // 4, 1)  # tokens decoded one at a time at the end of a case
+
+    def take(length: int, at: int = 0) -> Ints:
+        return np.resize(np.roll(pool, -at), length)
+
+    def case(tokens: Sequence[Ints], splits: Sequence[int], *, left: bool = True, tail: int = 0) -> Case:
+        width = int(sum(splits))
+        ids, mask = np.zeros((len(tokens), width), np.int64), np.zeros((len(tokens), width), np.int64)
+        for row, text in enumerate(tokens):
+            head = len(text) - tail  # of the padded part; the tail is decoded without padding
+            start = width - len(text) if left else 0
+            mask[row, start : start + head] = 1
+            mask[row, width - tail :] = 1
+            ids[row, mask[row] == 1] = text
+        rows, columns = np.nonzero(mask)
+        return Case(ids, mask, np.asarray(splits, np.int64), rows, columns, np.zeros((0, 0), np.float32))
+
+    head = room - step
+    ragged = [take(length + step, 7 * n) for n, length in enumerate((head, max(head // 2, 1), 1))]
+    steps = [1] * step
+    long = [text[: min(context, _LONG)] for text in texts[:_TEXTS]]
+    return {
+        "prompt": case([take(room)], [room]),
+        "one_token": case([take(1, 3)], [1]),
+        "decode": case([take(room, 5)], [head, *steps]),
+        "decode_from_one": case([take(1 + step, 9)], [1, *steps]),
+        "chunks": case([take(room, 11)], [head, step]),
+        "left_padded": case(ragged, [head, *steps], tail=step),
+        "right_padded": case(ragged, [head, *steps], left=False, tail=step),
+        "long": case(long, [max(len(text) for text in long)]),
+    }
+
+
+def answer(cases: Mapping[str, Case], model: Path) -> dict[str, Case]:
+    """Fill in the logits of the transformers folder ``model`` in eager fp32, at every token of every case."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    loaded.eval()
+    answered = {}
+    with torch.inference_mode(), task("reference answers of torch", len(cases)) as progress:
+        for name, case in cases.items():
+            positions = np.clip(case.mask.cumsum(axis=1) - 1, 0, None)
+            logits = loaded(
+                input_ids=torch.from_numpy(case.ids),
+                attention_mask=torch.from_numpy(case.mask),
+                position_ids=torch.from_numpy(positions),
+                use_cache=False,
+            ).logits
+            answered[name] = replace(case, logits=logits.numpy()[case.rows, case.columns])
+            progress.advance()
+    return answered
+
+
+def thin(cases: Mapping[str, Case]) -> dict[str, Case]:
+    """Keep few enough positions of each case to travel with the artifact: where a prompt ends first, then spread evenly."""
+    vocabulary = next(iter(cases.values())).logits.shape[1]
+    each = max(_KEPT_BYTES // (4 * vocabulary * len(cases)), 2)
+    kept = {}
+    for name, case in cases.items():
+        ends = np.flatnonzero(_after_prompt(case))
+        order = np.unique(
+            np.concatenate([ends[-each // 2 :], np.linspace(0, len(case.rows) - 1, each).astype(np.int64)])
+        )
+        if len(order) > each:
+            order = order[np.linspace(0, len(order) - 1, each).astype(np.int64)]
+        kept[name] = replace(case, rows=case.rows[order], columns=case.columns[order], logits=case.logits[order])
+    return kept
+
+
+def save_cases(path: Path, cases: Mapping[str, Case]) -> None:
+    """Write cases to one safetensors file."""
+    tensors = {f"{name}/{f.name}": getattr(case, f.name) for name, case in cases.items() for f in fields(Case)}
+    save_file({name: np.ascontiguousarray(values) for name, values in tensors.items()}, path)
+
+
+def load_cases(path: Path) -> dict[str, Case]:
+    """Read what `save_cases` wrote."""
+    tensors = load_file(path)
+    names = sorted({name.partition("/")[0] for name in tensors})
+    return {name: Case(**{f.name: tensors[f"{name}/{f.name}"] for f in fields(Case)}) for name in names}
+
+
+def measure_parity(form: str, last: Path, all_: Path, cases: Mapping[str, Case]) -> dict[str, Any]:
+    """Differences between the graphs of ``form`` and the cases' answers, by case and over all positions.
+
+    Both graphs are fed: ``all_`` is compared at every position, ``last`` where it has an answer. The result names the
+    tolerance and the ``failures``, empty when the form is good enough.
+    """
+    tolerance = TOLERANCES[form]
+    by_case: dict[str, dict[str, float]] = {}
+    nll: dict[str, float] = {}
+    total: list[Floats64] = []
+    scale = max(1.0, *(float(np.abs(case.logits).max()) for case in cases.values()))
+    with task(f"parity of {form}", 2 * len(cases)) as progress:
+        for path in (all_, last):
+            decoder = Decoder.from_graph(path)
+            for name, case in cases.items():
+                chosen = np.arange(len(case.rows)) if decoder.all_logits else np.flatnonzero(_after_prompt(case))
+                if len(chosen):
+                    found = feed(decoder, case)[case.rows[chosen], case.columns[chosen]]
+                    differences = _differences(case.logits[chosen], found)
+                    by_case[name if decoder.all_logits else f"{name}/last"] = _summary(differences, tolerance.lead)
+                    total.append(differences)
+                    if name == "long" and len(chosen) == case.mask.sum():
+                        nll = _nll(case, found)
+                progress.advance()
+    summary = _summary(np.concatenate(total, axis=1), tolerance.lead)
+    limits = {"max_abs": tolerance.relative * scale, "kl": tolerance.kl, "top1_sure": tolerance.top1}
+    failures = [
+        f"{name}: {metric} is {values[metric]:.3g}, tolerance {limit:.3g}"
+        for name, values in by_case.items()
+        for metric, limit in (("max_abs", limits["max_abs"]), ("kl", 5 * limits["kl"]))
+        if not values[metric] <= limit  # NaN is past every tolerance
+    ]
+    if not summary["kl"] <= limits["kl"]:
+        failures.append(f"all cases: kl is {summary['kl']:.3g}, tolerance {limits['kl']:.3g}")
+    if not summary["top1_sure"] >= limits["top1_sure"]:
+        failures.append(f"all cases: top1_sure is {summary['top1_sure']:.3g}, tolerance {limits['top1_sure']:.3g}")
+    return {**summary, **nll, "tolerance": limits, "lead": tolerance.lead, "cases": by_case, "failures": failures}
+
+
+def require_parity(form: str, parity: Mapping[str, Any]) -> None:
+    """Raise `ParityError` naming the cases past tolerance, if there are any."""
+    if parity["failures"]:
+        listed = "\n".join(f"  {failure}" for failure in parity["failures"])
+        raise ParityError(
+            f"the {form} graph does not compute what the student computes:\n{listed}\n"
+            "Nothing was kept. Choose another form or a smaller block_size in the recipe, or report the model."
+        )
+
+
+def feed(decoder: Decoder, case: Case) -> Floats:
+    """Logits ``[B, L, V]`` of a case fed in its splits; columns a last-logits graph does not answer are NaN."""
+    rows, width = case.ids.shape
+    out = np.full((rows, width, decoder.vocabulary), np.nan, np.float32)
+    start = 0
+    for count in case.splits.tolist():
+        ids, mask = case.ids[:, start : start + count], case.mask[:, start : start + count]
+        found = decoder.extend(ids, mask) if start else decoder.prefill(ids, mask, room=width - count)
+        if decoder.all_logits:
+            out[:, start : start + count] = found
+        else:
+            out[np.arange(rows), start + count - 1 - np.argmax(mask[:, ::-1], axis=1)] = found
+        start += count
+    return out
+
+
+def _after_prompt(case: Case) -> npt.NDArray[np.bool_]:
+    """Which answers ``[P]`` follow the last token that a row was fed in one run: those a last-logits graph gives."""
+    given = np.zeros(case.mask.shape, bool)
+    start = 0
+    for count in case.splits.tolist():
+        part = case.mask[:, start : start + count]
+        given[np.arange(len(part)), start + count - 1 - np.argmax(part[:, ::-1], axis=1)] = True
+        start += count
+    return np.asarray(given[case.rows, case.columns])
+
+
+def _differences(reference_PV: Floats, found_PV: Floats) -> Floats64:
+    """Five numbers a position ``[5, P]``: largest and mean logit difference, KL(reference || found), same choice, lead."""
+    out = np.empty((5, len(reference_PV)))
+    for start in range(0, len(reference_PV), _AT_ONCE):
+        piece = slice(start, start + _AT_ONCE)
+        reference, found = reference_PV[piece], found_PV[piece]
+        p, q = _log_softmax(reference), _log_softmax(found)
+        gap = np.abs(reference - found)
+        first = reference.argmax(axis=1)
+        rest = reference.copy()
+        rest[np.arange(len(rest)), first] = -np.inf
+        out[0, piece], out[1, piece] = gap.max(axis=1), gap.mean(axis=1)
+        out[2, piece] = (np.exp(p) * (p - q)).sum(axis=1, dtype=np.float64)
+        out[3, piece] = first == found.argmax(axis=1)
+        out[4, piece] = reference.max(axis=1) - rest.max(axis=1)
+    return out
+
+
+def _summary(differences: Floats64, lead: float) -> dict[str, float]:
+    largest, mean, kl, same, margin = differences
+    sure = margin >= lead
+    return {
+        "positions": len(largest),
+        "max_abs": float(largest.max()),
+        "mean_abs": float(mean.mean()),
+        "kl": max(float(kl.mean()), 0.0) if np.isfinite(kl).all() else float("nan"),
+        "top1": float(same.mean()),
+        "top1_sure": float(same[sure].mean()) if sure.any() else 1.0,
+        "sure": int(sure.sum()),
+    }
+
+
+def _nll(case: Case, found_PV: Floats) -> dict[str, float]:
+    """Nats a token of torch and of the graph on the text of ``case``, where the next token is known."""
+    inside = case.columns + 1 < case.ids.shape[1]
+    rows, columns = case.rows[inside], case.columns[inside] + 1
+    labelled = case.mask[rows, columns] == 1
+    labels = case.ids[rows, columns][labelled]
+    values = {}
+    for name, logits in (("nll_torch", case.logits), ("nll", found_PV)):
+        chosen = _log_softmax(logits[inside][labelled])
+        values[name] = float(-chosen[np.arange(len(labels)), labels].mean(dtype=np.float64))
+    return values
+
+
+def _log_softmax(logits: Floats) -> Floats:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
+    return shifted
