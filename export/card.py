@@ -77,7 +77,7 @@ def write_card(folder: Path, *, recipe: Recipe, student: Mapping[str, Any], stud
     if recipe.description:
         card.append(recipe.description)
     card.append(
-        f"Made by [Limbeck](https://pypi.org/project/limbeck/): distilled, exported to ONNX ({backend['name']}) and shipped as `{shipped}`. "
+        f"Made by Limbeck: distilled, exported to ONNX ({backend['name']}) and shipped as `{shipped}`. "
         "Licences of the base model, the teachers and the texts apply; look them up before you pass it on."
     )
     made_of = [["base model", _source(base)]] if base else []

@@ -13,14 +13,15 @@ from onnx import NodeProto, TensorProto, helper
 from limbeck.errors import QualityError
 
 _LARGE = 0.01  # of the weights' bytes: a float matrix above it defeats the purpose of quantising
+_FLOAT = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _MULTIPLY = ("MatMul", "Gemm", "Gather")  # operators that read a whole weight matrix, or rows of one
 
 
 def take_census(graph: Path) -> dict[str, Any]:
     """Count the graph at ``graph`` without reading its weights.
 
-    ``operators``: count by "type" or "type precision"; ``bytes``: by number type, bytes that two names share counted once;
-    ``float_matrices``: what stayed in float, each with its share of the bytes and the reason.
+    ``operators``: count by "type" or "type precision"; ``bytes``: by number type, bytes that two names share counted
+    once; ``float_matrices``: what stayed in float, by operator and shape, with its share of the bytes and the reason.
     """
     proto = onnx.load(graph, load_external_data=False)
     tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
@@ -35,29 +36,22 @@ def take_census(graph: Path) -> dict[str, Any]:
             sizes[_type(tensor)] += _bytes(tensor)
     whole = sum(sizes.values())
     origin = {node.output[0]: node.input[0] for node in proto.graph.node if node.op_type in ("Transpose", "Cast")}
-    floats = []
+    floats: dict[tuple[Any, ...], dict[str, Any]] = {}
     for node in proto.graph.node:
         for name in (origin.get(n, n) for n in node.input if node.op_type in _MULTIPLY):
             tensor = tensors.get(name)
-            if (
-                tensor is not None
-                and tensor.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16)
-                and len(tensor.dims) > 1
-            ):
-                floats.append(
-                    {
-                        "node": node.name,
-                        "operator": node.op_type,
-                        "shape": list(tensor.dims),
-                        "bytes": _bytes(tensor),
-                        "share": _bytes(tensor) / whole,
-                        "why": _why(node, tensor),
-                    }
-                )
+            if tensor is not None and tensor.data_type in _FLOAT and len(tensor.dims) > 1:
+                shape, why = list(tensor.dims), _why(node, tensor)
+                start = {"operator": node.op_type, "shape": shape, "why": why, "first": node.name, "count": 0, "bytes": 0}
+                kind = floats.setdefault((node.op_type, *shape, why), start)
+                kind["count"] += 1
+                kind["bytes"] += _bytes(tensor)
+    for kind in floats.values():
+        kind["share"] = kind["bytes"] / whole
     return {
         "operators": dict(sorted(operators.items())),
         "bytes": dict(sorted(sizes.items())),
-        "float_matrices": floats,
+        "float_matrices": list(floats.values()),
     }
 
 
@@ -66,12 +60,15 @@ def require_quantized(form: str, census: Mapping[str, Any]) -> None:
     if form == "fp32":
         return
     large = [m for m in census["float_matrices"] if m["share"] > _LARGE]
-    if large or not any(name.startswith("MatMulNBits") for name in census["operators"]):
+    quantized = any(name.startswith("MatMulNBits") for name in census["operators"])
+    if large or not quantized:
         listed = "".join(
-            f"\n  {m['node']} {m['shape']}: {100 * m['share']:.0f} % of the bytes; {m['why']}" for m in large
+            f"\n  {m['count']} x {m['operator']} {m['shape']}, {100 * m['share']:.0f} % of the bytes ({m['first']}): {m['why']}"
+            for m in large
         )
         raise QualityError(
-            f"the {form} graph is not quantised: large matrices are still float{listed or ' (no MatMulNBits at all)'}"
+            f"the {form} graph is not quantised; expected 8-bit matrices, found {listed or 'no MatMulNBits at all'}\n"
+            "Nothing was kept. Ship fp32 (export.forms: [fp32]) or report the model."
         )
 
 

@@ -56,7 +56,7 @@ class Tolerance:
 
 TOLERANCES = {
     "fp32": Tolerance(relative=1e-4, kl=1e-6, top1=1.0, lead=1e-2),
-    "int8-weight": Tolerance(relative=0.15, kl=0.03, top1=0.97, lead=0.5),
+    "int8-weight": Tolerance(relative=0.25, kl=0.03, top1=0.97, lead=0.5),
 }
 
 
@@ -98,7 +98,10 @@ def make_cases(texts: Sequence[Ints], *, context: int) -> dict[str, Case]:
 
 
 def answer(cases: Mapping[str, Case], model: Path) -> dict[str, Case]:
-    """Fill in the logits of the transformers folder ``model`` in eager fp32, at every token of every case."""
+    """Fill in the logits of the transformers folder ``model`` in eager fp32, at every token of every case.
+
+    Each row is run by itself without its padding, which is what a padded row must be equal to.
+    """
     import torch
     import transformers
 
@@ -108,14 +111,11 @@ def answer(cases: Mapping[str, Case], model: Path) -> dict[str, Case]:
     answered = {}
     with torch.inference_mode(), task("reference answers of torch", len(cases)) as progress:
         for name, case in cases.items():
-            positions = np.clip(case.mask.cumsum(axis=1) - 1, 0, None)
-            logits = loaded(
-                input_ids=torch.from_numpy(case.ids),
-                attention_mask=torch.from_numpy(case.mask),
-                position_ids=torch.from_numpy(positions),
-                use_cache=False,
-            ).logits
-            answered[name] = replace(case, logits=logits.numpy()[case.rows, case.columns])
+            logits = [
+                loaded(input_ids=torch.from_numpy(ids[mask == 1][None]), use_cache=False).logits[0].numpy()
+                for ids, mask in zip(case.ids, case.mask, strict=True)
+            ]
+            answered[name] = replace(case, logits=np.concatenate(logits))
             progress.advance()
     return answered
 
@@ -140,6 +140,7 @@ def save_cases(path: Path, cases: Mapping[str, Case]) -> None:
     """Write cases to one safetensors file."""
     tensors = {f"{name}/{f.name}": getattr(case, f.name) for name, case in cases.items() for f in fields(Case)}
     save_file({name: np.ascontiguousarray(values) for name, values in tensors.items()}, path)
+    path.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
 def load_cases(path: Path) -> dict[str, Case]:
@@ -271,6 +272,6 @@ def _nll(case: Case, found_PV: Floats) -> dict[str, float]:
 
 
 def _log_softmax(logits: Floats) -> Floats:
-    shifted = logits - logits.max(axis=1, keepdims=True)
+    shifted: Floats = logits - logits.max(axis=1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
     return shifted

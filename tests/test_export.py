@@ -1,0 +1,273 @@
+"""The export stage on tiny real models: parity, padding, sharing, sizes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from export import export_student, verify_parity
+from export.census import require_quantized, take_census
+from export.graph import Graphs, build_fp32, form_files
+from export.parity import answer, load_cases, make_cases, measure_parity
+from export.quantize import block_size_for, quantize_blocks, quantize_weights
+from limbeck.artifact import Artifact, open_artifact
+from limbeck.errors import ArtifactError, ModelError, ParityError, QualityError
+from limbeck.runtime import Decoder
+from tests.pico import make_model, make_student, pico_recipe
+
+SHAPES = [
+    pytest.param({"tie_word_embeddings": True}, id="tied"),
+    pytest.param({"tie_word_embeddings": False, "hidden_size": 24}, id="untied, padded blocks"),
+    pytest.param({"tie_word_embeddings": True, "hidden_size": 40, "num_key_value_heads": 1}, id="tied, padded blocks"),
+    pytest.param({"model_type": "qwen2", "hidden_size": 64, "num_key_value_heads": 4}, id="qwen2"),
+    pytest.param({"model_type": "qwen3", "tie_word_embeddings": True}, id="qwen3"),
+    pytest.param({"model_type": "mistral", "sliding_window": 8}, id="mistral, window shorter than the text"),
+]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    root = tmp_path_factory.mktemp("exported")
+    make_student(root / "student", make_model(root / "model", tie_word_embeddings=True))
+    return export_student(student=root / "student", out=root / "onnx", recipe=pico_recipe())
+
+
+@pytest.fixture
+def copy(exported: Artifact, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported.path, tmp_path / "copy"))
+
+
+def texts(*lengths: int) -> list[Any]:
+    draw = np.random.default_rng(7)
+    return [draw.integers(0, 256, length) for length in lengths]
+
+
+@pytest.mark.parametrize("sizes", SHAPES)
+def test_every_way_of_feeding_agrees_with_torch(tmp_path: Path, sizes: dict[str, Any]) -> None:
+    model = make_model(tmp_path / "model", **sizes)
+    fp32, _ = build_fp32(model, tmp_path, {})
+    cases = answer(make_cases(texts(40, 33), context=64), model)
+    exact = measure_parity("fp32", fp32.last, fp32.all, cases)
+    assert exact["failures"] == []
+    assert exact["max_abs"] < 5e-5
+    assert {"left_padded", "left_padded/last", "right_padded", "one_token", "chunks", "long"} <= exact["cases"].keys()
+
+    int8 = form_files(tmp_path, "int8-weight")
+    quantize_weights(fp32, int8, block=16, metadata={})
+    rounded = measure_parity("int8-weight", int8.last, int8.all, cases)
+    assert rounded["failures"] == []
+    assert 0 < rounded["kl"] < 0.01
+    require_quantized("int8-weight", take_census(int8.last))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_mask_gives_torchs_answers(tmp_path: Path, seed: int) -> None:
+    """Holes, padding on both sides, in prompt and answer: a token's logits depend on the tokens before it alone."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = make_model(tmp_path / "model", seed=seed)
+    fp32, _ = build_fp32(model, tmp_path, {})
+    draw = np.random.default_rng(seed)
+    mask = (draw.random((4, 14)) < 0.6).astype(np.int64)
+    mask[np.arange(4), draw.integers(0, 9, 4)] = 1  # at least one token in every prompt
+    mask[:, 9:] = 1
+    ids = draw.integers(0, 256, mask.shape)
+    torch_model = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager")
+    decoder = Decoder.from_graph(fp32.all)
+    found = [decoder.prefill(ids[:, :9], mask[:, :9], room=5)] + [decoder.extend(ids[:, [at]]) for at in range(9, 14)]
+    for row in range(4):
+        tokens = ids[row][mask[row] == 1]
+        with torch.inference_mode():
+            expected = torch_model(torch.from_numpy(tokens[None])).logits[0].numpy()
+        np.testing.assert_allclose(np.concatenate(found, 1)[row][mask[row] == 1], expected, atol=5e-5)
+
+
+def test_a_client_that_grows_its_cache_gets_the_same_answers(exported: Artifact) -> None:
+    """transformers.js and plain onnxruntime feed the present of one step as the past of the next."""
+    import onnxruntime
+
+    path = exported.path / exported.result["forms"]["fp32"]["graph"]
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs() if "past" in value.name]
+    ids = np.random.default_rng(0).integers(0, 256, (2, 10))
+    mask = np.array([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    ours = Decoder(exported.path, form="fp32")
+    expected = [ours.prefill(ids[:, :6], mask, room=4)] + [ours.step(ids[:, at]) for at in range(6, 10)]
+    cache = {name: np.zeros((2, 2, 0, 16), np.float32) for name in names}
+    for at, width in ((0, 6), (6, 1), (7, 1), (8, 1), (9, 1)):
+        seen = np.concatenate([mask, np.ones((2, at + width - 6), np.int64)], axis=1)
+        feeds = {"input_ids": ids[:, at : at + width], "attention_mask": seen, **cache}
+        logits, *present = session.run(["logits", *(n.replace("past_key_values", "present") for n in names)], feeds)
+        cache = dict(zip(names, present, strict=True))
+        np.testing.assert_allclose(logits[:, 0], expected.pop(0), atol=1e-5)
+
+
+def test_tied_weights_are_stored_once(exported: Artifact) -> None:
+    forms = exported.result["forms"]
+    fp32, int8 = (onnx.load(exported.path / forms[f]["graph"], load_external_data=False) for f in ("fp32", "int8-weight"))
+    head = next(node for node in int8.graph.node if "logits" in node.output)
+    embedding = next(node for node in int8.graph.node if node.op_type == "GatherBlockQuantized")
+    assert head.input[1] == embedding.input[0]
+    place = {t.name: {e.key: e.value for e in t.external_data} for t in int8.graph.initializer}
+    assert place[head.input[2]]["offset"] == place[embedding.input[2]]["offset"]
+    weights = 258 * 32 + 2 * (32 * 128 + 64 * 32 + 3 * 32 * 48)
+    rope = 2 * 64 * 8 * 4 + 5 * 32 * 4
+    data = exported.path / "onnx/model_quantized.onnx_data"
+    assert data.stat().st_size == pytest.approx(weights * (1 + 4 / 32) + rope, rel=0.05)
+    assert fp32.graph.input[0].name == "input_ids"
+
+
+def test_both_graphs_share_one_weights_file_and_agree(exported: Artifact) -> None:
+    ids = np.random.default_rng(1).integers(0, 256, (2, 9))
+    for form in exported.result["forms"]:
+        last, every = Decoder(exported.path, form=form), Decoder(exported.path, form=form, all_logits=True)
+        np.testing.assert_allclose(last.prefill(ids), every.score(ids)[:, -1], atol=1e-5 if form == "fp32" else 2e-2)
+    located = {
+        entry.value
+        for graph in (exported.path / "onnx").glob("model_quantized*.onnx")
+        for tensor in onnx.load(graph, load_external_data=False).graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    assert located == {"model_quantized.onnx_data"}
+
+
+def test_the_cache_has_static_heads_and_the_graph_its_origin(exported: Artifact) -> None:
+    student = open_artifact(exported.path.parent / "student")
+    for form, facts in exported.result["forms"].items():
+        proto = onnx.load(exported.path / facts["graph"], load_external_data=False)
+        shapes = [v.type.tensor_type.shape.dim for v in proto.graph.input if "past" in v.name]
+        assert all(dims[1].dim_value == 2 and dims[3].dim_value == 16 for dims in shapes)
+        metadata = {entry.key: entry.value for entry in proto.metadata_props}
+        assert metadata["limbeck.student"] == student.digest
+        assert metadata["limbeck.recipe"] == pico_recipe().digest
+        assert metadata["limbeck.form"] == form
+        assert metadata["limbeck.logits"] == "last"
+
+
+def test_the_folder_is_what_clients_expect(exported: Artifact) -> None:
+    config = json.loads((exported.path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]
+    assert "chat_template" in config
+    assert json.loads((exported.path / "genai_config.json").read_text())["model"]["decoder"]["filename"] == (
+        "onnx/model_quantized.onnx"
+    )
+    card = (exported.path / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: onnx\n")
+    assert "int8-weight" in card
+    assert exported.manifest["parents"] == {"student": open_artifact(exported.path.parent / "student").digest}
+    assert exported.result["shipped"] == "int8-weight"
+    assert exported.result["backend"]["why"].startswith("auto: ")
+
+
+def test_genai_generates_the_same_tokens(exported: Artifact) -> None:
+    import onnxruntime_genai as genai
+
+    prompt = [10, 200, 33, 47]
+    model = genai.Model(str(exported.path))
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=20, do_sample=False)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(np.array(prompt, np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    theirs = list(generator.get_sequence(0))[4:]
+    ours = list(Decoder(exported.path).generate(prompt, 16, stop_ids={256}))
+    assert ours == [int(token) for token in theirs if token != 256]
+
+
+def test_a_second_export_is_skipped(exported: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.graph.build_fp32", None)
+    again = export_student(student=exported.path.parent / "student", out=exported.path, recipe=pico_recipe())
+    assert again.digest == exported.digest
+
+
+def test_parity_is_measured_again_without_torch(exported: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    measured = verify_parity(exported.path)
+    assert measured.keys() == {"fp32", "int8-weight"}
+    assert measured["fp32"]["max_abs"] < 5e-5
+
+
+def test_a_tampered_graph_fails_parity(copy: Path) -> None:
+    forms = open_artifact(copy).result["forms"]
+    graphs = [copy / forms["fp32"][name] for name in ("graph", "all_logits_graph")]
+    for path in graphs:
+        proto = onnx.load(path, load_external_data=False)
+        attention = next(node for node in proto.graph.node if node.op_type == "GroupQueryAttention")
+        next(a for a in attention.attribute if a.name == "scale").f *= 1.1
+        onnx.save(proto, path)
+    with pytest.raises(ArtifactError, match=r"onnx/model.onnx has changed"):
+        verify_parity(copy)
+    cases = load_cases(copy / "parity.safetensors")
+    assert any("left_padded" in failure for failure in measure_parity("fp32", *graphs, cases)["failures"])
+
+
+def test_a_graph_that_pads_wrongly_fails_parity_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the padding surgery the fused graph is wrong on left-padded batches and on those only."""
+
+    def unfixed(proto: Any, *, logits: str) -> None:
+        if logits == "last":
+            real(proto, logits=logits)
+
+    import export.graph
+
+    real = export.graph.handle_padding
+    monkeypatch.setattr(export.graph, "handle_padding", unfixed)
+    make_student(tmp_path / "student", make_model(tmp_path / "model"))
+    with pytest.raises(ParityError, match=r"left_padded: max_abs") as caught:
+        export_student(student=tmp_path / "student", out=tmp_path / "onnx", recipe=pico_recipe())
+    assert "prompt:" not in str(caught.value)
+    assert caught.value.exit_code == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["student"]
+
+
+def test_census_refuses_a_form_that_stayed_float(tmp_path: Path) -> None:
+    fp32, _ = build_fp32(make_model(tmp_path / "model"), tmp_path, {})
+    census = take_census(fp32.last)
+    assert census["operators"]["MatMul float"] == 11
+    assert census["operators"]["GroupQueryAttention"] == 2
+    assert sum(census["bytes"].values()) == pytest.approx(fp32.data.stat().st_size, rel=0.01)
+    with pytest.raises(QualityError, match=r"not quantised; expected 8-bit matrices, found \n(.*\n)*.*MatMul \[32, 258\]"):
+        require_quantized("int8-weight", census)
+    require_quantized("fp32", census)
+
+
+def test_rounding_to_blocks() -> None:
+    weights = np.random.default_rng(0).normal(size=(5, 40)).astype(np.float32)
+    weights[2, :16] = 0
+    codes, scales = quantize_blocks(weights, 16)
+    assert codes.shape == (5, 3, 16)
+    assert scales.shape == (5, 3)
+    back = ((codes.astype(np.float32) - 128) * scales[:, :, None]).reshape(5, 48)
+    assert np.abs(back[:, :40] - weights).max() <= scales.max() / 2 * 1.001
+    assert (back[:, 40:] == 0).all()
+    assert (back[2, :16] == 0).all()
+    assert [block_size_for(width) for width in (576, 768, 96, 48, 24)] == [64, 128, 32, 16, 16]
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "plain")
+    with pytest.raises(ArtifactError, match=r"no complete artifact here"):
+        export_student(student=model, out=tmp_path / "out", recipe=pico_recipe())
+    gpt2 = make_model(tmp_path / "gpt2", model_type="gpt2", n_embd=32, n_head=4, n_layer=1)
+    with pytest.raises(ModelError, match=r"cannot build GPT2LMHeadModel .* use a student of .* llama"):
+        build_fp32(gpt2, tmp_path, {})
+
+
+def test_names_are_those_of_transformers_js(tmp_path: Path) -> None:
+    assert form_files(tmp_path, "int8-weight") == Graphs(
+        tmp_path / "onnx/model_quantized.onnx",
+        tmp_path / "onnx/model_quantized_all_logits.onnx",
+        tmp_path / "onnx/model_quantized.onnx_data",
+    )
