@@ -64,7 +64,9 @@ def train(*, recipe: Recipe, out: Path, products: Mapping[str, Path], key: str, 
 
     run = _Run(recipe, accelerator, student, teachers, blocks, prefix, precision, work, key)
     reports = _measure_teachers(run)
+    prepared = time.monotonic() - started
     state = fit(run)
+    fitted = time.monotonic()
 
     load_trainable_state(student, state.best)
     with write_artifact(out, kind="student", key=key, parents=parents, recipe=recipe) as draft:
@@ -87,7 +89,7 @@ def train(*, recipe: Recipe, out: Path, products: Mapping[str, Path], key: str, 
             "tokens": state.tokens,
             "steps": state.step,
             "best_step": state.best_step,
-            "seconds": round(state.seconds + time.monotonic() - started, 1),
+            "seconds": round(prepared + state.seconds + time.monotonic() - fitted, 1),
             "parameters": parameters,
             "precision": precision,
             "device": str(device),

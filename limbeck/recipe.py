@@ -374,7 +374,9 @@ class Training(Frozen):
     warmup: Fraction = Field(0.1, description="Share of the steps over which the learning rate rises from 0.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW weight decay.")
     clip: Positive = Field(1.0, description="Largest gradient norm.")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Number type of the forward pass.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="Number type of the forward pass; auto is bf16 where the processor or GPU computes it, else fp32."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train; auto takes a GPU if present.")
     threads: Count | None = Field(None, description="CPU threads; none takes every core this process may use.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations to save memory.")
@@ -728,7 +730,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     for where, names in (
         ("teachers", [t.name for t in recipe.teachers]),
         ("data.domains", [d.name for d in recipe.data.domains]),
-        ("export.forms", [f.kind for f in recipe.export.forms]),
+        ("export.forms", [str(f.kind) for f in recipe.export.forms]),
     ):
         for name in sorted({n for n in names if names.count(n) > 1}):
             yield f"{where}: {name!r} stands there {names.count(name)} times; give each its own name"
@@ -752,9 +754,9 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield f"fusion.calibration.bounds: found [{low}, {high}]; the least comes first"
     weights = recipe.fusion.weights
     if isinstance(weights, StaticWeights):
-        names = {t.name for t in recipe.teachers}
-        if set(weights.values) != names:
-            yield f"fusion.weights.values: found {sorted(weights.values)}; name each teacher once: {sorted(names)}"
+        teachers = {t.name for t in recipe.teachers}
+        if set(weights.values) != teachers:
+            yield f"fusion.weights.values: found {sorted(weights.values)}; name each teacher once: {sorted(teachers)}"
         elif not sum(weights.values.values()) > 0:
             yield "fusion.weights.values: all are 0; give at least one teacher a weight"
     if recipe.gates.max_loss_vs_best_teacher is not None and not recipe.teachers:

@@ -28,6 +28,7 @@ from limbeck.recipe import (
     Recipe,
     RecipeModel,
     StdlibText,
+    Teacher,
     TextSource,
     find_recipe,
     fingerprint,
@@ -169,3 +170,11 @@ def model_digest(source: ModelSource, *, folder: Path, products: Mapping[str, Pa
 def text_digest(source: TextSource, *, folder: Path) -> str:
     """Fingerprint of the text files a source names, in order. Raises `DataError` where one is missing."""
     return fingerprint([file_digest(path) for path in text_files(source, folder=folder)])
+
+
+def adapter_digest(teacher: Teacher, *, folder: Path) -> str:
+    """Fingerprint of a teacher's own adapter folder. Raises `ModelError` where it is not one."""
+    assert teacher.adapter is not None
+    path = (folder / teacher.adapter.expanduser()).resolve()
+    check_adapter(path)
+    return folder_digest(path)

@@ -1,0 +1,300 @@
+"""The distillation stage on pico models: it learns, it resumes in the same bits, its inputs are checked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import compress
+from compress import train
+from compress.features import Projections, feature_loss, layer_pairs
+from compress.models import byte_tokenizer, load_model, random_model, require_same_tokenizer
+from compress.teachers import Body, head_of
+from limbeck.artifact import open_artifact
+from limbeck.errors import DataError, DivergenceError, EnvironmentalError, ModelError, RecipeError
+from limbeck.heldout import load_heldout
+from limbeck.recipe import Features, Recipe, parse_recipe
+
+TINY = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 64, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def tiny(folder: Path, **over: Any) -> Recipe:
+    """Two random teachers of different widths, two domains of real text, a few steps."""
+    tree = {
+        "name": "tiny",
+        "teachers": [
+            {"name": "a", "model": {"kind": "random", "config": TINY, "seed": 1}},
+            {"name": "b", "model": {"kind": "random", "config": {**TINY, "hidden_size": 48, "num_hidden_layers": 3}, "seed": 2}},
+        ],
+        "data": {
+            "domains": [
+                {"name": "code", "text": {"kind": "stdlib", "paths": ["abc.py"]}},
+                {"name": "prose", "text": {"kind": "stdlib", "paths": ["this.py"], "format": {"kind": "python-strings", "min_chars": 400}}},
+            ],
+            "block": 32,
+            "heldout": {"every": 4, "piece_chars": 128, "blocks": 2},
+        },
+        "student": {"kind": "lora", "base": {"kind": "random", "config": TINY, "seed": 0}, "rank": 4, "dropout": 0.1},
+        "training": {
+            "tokens": 64 * 6, "batch_tokens": 64, "micro_batch": 1, "learning_rate": 1e-2, "threads": 1, "precision": "fp32",
+            "evaluate_every": 3, "checkpoint_every": 2,
+        },
+    }  # fmt: skip
+    for key, value in over.items():
+        tree[key] = {**tree[key], **value} if isinstance(tree.get(key), dict) and isinstance(value, dict) else value
+    recipe = parse_recipe(tree)
+    recipe._folder = folder
+    return recipe
+
+
+def events(path: Path, event: str) -> list[dict[str, Any]]:
+    return [row for line in (path / "log.jsonl").read_text().splitlines() if (row := json.loads(line))["event"] == event]
+
+
+@pytest.mark.parametrize(
+    "student",
+    [{"kind": "lora", "base": {"kind": "random", "config": TINY, "seed": 0}, "rank": 4}, {"kind": "fresh", "config": TINY}],
+    ids=["lora", "fresh"],
+)
+def test_a_student_is_trained_and_complete(tmp_path: Path, student: dict[str, Any]) -> None:
+    recipe = tiny(tmp_path, training={"tokens": 64 * 40}).model_copy(update={"student": parse_recipe({**tiny(tmp_path).resolved(), "student": student}).student})
+    recipe._folder = tmp_path
+    artifact = compress.distill(recipe=recipe, out=tmp_path / "student")
+    first, *_, last = events(artifact.path, "evaluate")
+    assert last["mean_nll"] < first["mean_nll"] - 0.1
+    assert artifact.result["mean_nll"] == pytest.approx(min(e["mean_nll"] for e in events(artifact.path, "evaluate")), abs=1e-3)
+    steps = events(artifact.path, "step")
+    assert len(steps) == 40
+    assert set(steps[0]["weights"]) == {"code", "prose"}
+    assert sum(steps[0]["weights"]["code"].values()) == pytest.approx(1, abs=1e-3)
+    assert steps[0]["features"] > steps[-1]["features"]
+    assert set(load_heldout(artifact.path / "heldout.safetensors")) == {"code", "prose"}
+    assert [t["name"] for t in json.loads((artifact.path / "teachers.json").read_text())] == ["a", "b"]
+    saved = load_file(artifact.path / "model" / "model.safetensors")
+    assert not any("lora" in name or "projection" in name for name in saved)
+    assert (artifact.path / "adapter").is_dir() == (student["kind"] == "lora")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_complete_student_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = compress.distill(recipe=tiny(tmp_path), out=tmp_path / "student")
+    monkeypatch.setattr(train, "train", None)
+    assert compress.distill(recipe=tiny(tmp_path), out=tmp_path / "student").digest == first.digest
+
+
+@pytest.mark.parametrize("after", [1, 3, 4])
+def test_an_interrupted_run_ends_in_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    whole = compress.distill(recipe=tiny(tmp_path), out=tmp_path / "whole" / "student")
+    real, done = train._step, 0
+
+    def killed(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        nonlocal done
+        done += 1
+        if done > after:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(train, "_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compress.distill(recipe=tiny(tmp_path), out=tmp_path / "cut" / "student")
+    assert not (tmp_path / "cut" / "student").exists()
+    torch.rand(7)  # whatever the process did in between
+    monkeypatch.setattr(train, "_step", real)
+    cut = compress.distill(recipe=tiny(tmp_path), out=tmp_path / "cut" / "student")
+    for name in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (cut.path / name).read_bytes() == (whole.path / name).read_bytes()
+    drop = ("seconds", "tokens_per_second")
+    logs = [[{k: v for k, v in row.items() if k not in drop} for row in events(a.path, "step")] for a in (whole, cut)]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("granularity", ["token", "sequence", "batch"])
+def test_micro_batches_change_nothing(tmp_path: Path, granularity: str) -> None:
+    results = []
+    for micro in (1, 2):
+        recipe = tiny(
+            tmp_path,
+            training={"micro_batch": micro, "tokens": 64 * 3},
+            student={"dropout": 0.0},
+            fusion={"weights": {"kind": "entropy", "granularity": granularity}},
+        )
+        artifact = compress.distill(recipe=recipe, out=tmp_path / str(micro))
+        results.append(([s["loss"] for s in events(artifact.path, "step")], load_file(artifact.path / "model" / "model.safetensors")))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    for name, tensor in results[0][1].items():
+        torch.testing.assert_close(tensor, results[1][1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_golden_losses(tmp_path: Path) -> None:
+    """A refactor must reproduce the loss of every step; the text is fixed here so that it is the same everywhere."""
+    (tmp_path / "text.txt").write_text("".join(f"{i} bottles of beer on the wall, {i} bottles of beer.\n" for i in range(200)))
+    data = {"domains": [{"name": "beer", "text": {"kind": "files", "paths": ["text.txt"]}}], "heldout": {"every": 5, "piece_chars": 256, "blocks": 2}}
+    recipe = tiny(tmp_path, data=data, student={"dropout": 0.0}, fusion={"weights": {"kind": "entropy"}})
+    artifact = compress.distill(recipe=recipe, out=tmp_path / "student")
+    assert [round(s["loss"], 3) for s in events(artifact.path, "step")] == [1.771, 1.737, 1.72, 1.706, 1.687, 1.691]
+
+
+def test_a_recipe_can_teach_another(tmp_path: Path) -> None:
+    """Experts that are LoRA students of one base share that base in memory."""
+    products = {}
+    for seed in (1, 2):
+        expert = tiny(tmp_path, seed=seed, teachers=[])
+        products[f"expert{seed}"] = compress.distill(recipe=expert, out=tmp_path / f"expert{seed}").path
+    teachers = [{"name": name, "model": {"kind": "recipe", "recipe": f"{name}.yaml"}} for name in products]
+    recipe = tiny(tmp_path, teachers=teachers)
+    from compress.teachers import Teachers, teacher_folders
+
+    loaded = Teachers(teacher_folders(recipe, products), device=torch.device("cpu"), compute_dtype=torch.float32)
+    assert loaded.bodies[0].model is loaded.bodies[1].model
+    ids = torch.arange(12)[None]
+    states, _ = loaded.states(ids)
+    for (_, path), state in zip(products.items(), states, strict=True):
+        merged, _ = Body(load_model(path / "model")).states(ids)
+        torch.testing.assert_close(state.hidden_RLd, merged.detach(), rtol=1e-4, atol=1e-4)
+    artifact = compress.distill(recipe=recipe, out=tmp_path / "student", products=products)
+    assert [t["model"] for t in json.loads((artifact.path / "teachers.json").read_text())] == [str(p / "model") for p in products.values()]
+    assert artifact.manifest["parents"]["teacher expert1"] == open_artifact(products["expert1"]).digest
+
+
+def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
+    recipe = tiny(tmp_path, training={"learning_rate": 3.0, "tokens": 64 * 30, "evaluate_every": 1, "patience": 2, "schedule": "constant"})
+    result = compress.distill(recipe=recipe, out=tmp_path / "student").result
+    assert result["steps"] <= result["best_step"] + 2 < 30
+
+
+def test_nan_stops_with_step_batch_and_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = train.fused_loss
+
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        terms = real(*args, **kwargs)
+        return type(terms)(**{**vars(terms), "loss": terms.loss * float("nan")})
+
+    monkeypatch.setattr(train, "fused_loss", poisoned)
+    with pytest.raises(DivergenceError, match=r"diverged at step 1: loss nan.*batch [0-9a-f]{16}.*Lower training.learning_rate"):
+        compress.distill(recipe=tiny(tmp_path), out=tmp_path / "student")
+    assert not (tmp_path / "student").exists()
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    config = tiny(Path()).training.model_copy(update={"learning_rate": 1.0, "warmup": 0.2})
+    rates = [train.learning_rate(config, step, 10) for step in range(10)]
+    assert rates[:2] == [0.5, 1.0]
+    assert rates[2] == 1.0
+    assert rates == sorted(rates[:2]) + sorted(rates[2:], reverse=True)
+    assert rates[-1] > 0
+    linear = [train.learning_rate(config.model_copy(update={"schedule": "linear"}), s, 10) for s in (2, 6)]
+    assert linear == [1.0, 0.5]
+
+
+# Features --------------------------------------------------------------------------------------------------------
+
+
+def test_depth_map() -> None:
+    config = Features(pairs=3)
+    assert layer_pairs(config, student_layers=6, teacher_layers=12) == [(2, 4), (4, 8), (6, 12)]
+    assert layer_pairs(config, student_layers=2, teacher_layers=30) == [(1, 15), (2, 30)]
+    assert layer_pairs(Features(layers=((1, 2),)), student_layers=2, teacher_layers=3) == [(1, 2)]
+    with pytest.raises(RecipeError, match=r"\(1, 4\) is past the last layer"):
+        layer_pairs(Features(layers=((1, 4),)), student_layers=2, teacher_layers=3)
+
+
+@pytest.mark.parametrize("distance", ["cosine", "mse"])
+def test_identical_states_have_no_feature_loss(distance: str) -> None:
+    state = torch.randn(2, 5, 8)
+    projections = Projections(student_width=8, teacher_widths=[8], pairs=[[(1, 1)]])
+    loss = feature_loss(projections({1: state}), [[state]], torch.ones(1, 2, 5), torch.ones(2, 5, dtype=torch.bool), distance=distance, denominator=10)
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-6)
+
+
+def test_feature_loss_by_hand() -> None:
+    mine, theirs = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]), torch.tensor([[[0.0, 2.0], [3.0, 0.0]]])
+    weights, valid = torch.tensor([[[0.25, 0.75]]]), torch.tensor([[True, True]])
+    assert float(feature_loss([[mine]], [[theirs]], weights, valid, distance="cosine", denominator=2)) == pytest.approx(0.125)
+    assert float(feature_loss([[mine]], [[theirs]], weights, valid & False, distance="cosine", denominator=2)) == 0
+
+
+# Inputs ----------------------------------------------------------------------------------------------------------
+
+
+def test_different_tokenizers_are_refused_with_count_and_examples(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    byte_tokenizer().save_pretrained(tmp_path / "a")
+    words = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "hello": 1}, unk_token="<|endoftext|>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>").save_pretrained(tmp_path / "b")
+    for folder in ("a", "b"):
+        random_model(TINY, vocab_size=257, seed=0, where="t").save_pretrained(tmp_path / folder)
+    with pytest.raises(ModelError, match=r"257 of 258 tokens have another id or are missing \('.*' is .* in x and .* in y; .*; .*\)"):
+        require_same_tokenizer({"x": tmp_path / "a", "y": tmp_path / "b"})
+    teachers = [{"name": n, "model": {"kind": "local", "path": str(tmp_path / n)}} for n in ("a", "b")]
+    with pytest.raises(ModelError, match="have different tokenizers"):
+        compress.distill(recipe=tiny(tmp_path, teachers=teachers), out=tmp_path / "student")
+    assert not (tmp_path / "student").exists()
+
+
+def folder_without(path: Path, *files: str) -> Path:
+    byte_tokenizer().save_pretrained(path)
+    random_model(TINY, vocab_size=257, seed=0, where="t").save_pretrained(path)
+    for file in files:
+        (path / file).unlink()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("remove", "add", "message"),
+    [
+        ("model.safetensors", None, r"no weights; expected \*.safetensors"),
+        ("model.safetensors", "pytorch_model.bin", r"pytorch_model.bin is a pickle.*safetensors and GGUF only"),
+        ("config.json", None, "no config.json"),
+        ("tokenizer.json", None, "no tokenizer that transformers can load|only a slow tokenizer|different tokenizers"),
+    ],
+)
+def test_unusable_teacher_folders_are_refused(tmp_path: Path, remove: str, add: str | None, message: str) -> None:
+    folder = folder_without(tmp_path / "model", remove)
+    if add:
+        (folder / add).write_bytes(b"\x80\x04.")
+    recipe = tiny(tmp_path, teachers=[{"name": "a", "model": {"kind": "local", "path": "model"}}])
+    with pytest.raises(ModelError, match=message):
+        compress.distill(recipe=recipe, out=tmp_path / "student")
+    assert not (tmp_path / "student").exists()
+
+
+def test_other_bad_inputs(tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(EnvironmentalError, match="torch sees no GPU here"):
+            compress.distill(recipe=tiny(tmp_path, training={"device": "cuda"}), out=tmp_path / "student")
+    with pytest.raises(ModelError, match="no such file or folder"):
+        compress.distill(recipe=tiny(tmp_path, teachers=[{"name": "a", "model": {"kind": "gguf", "path": "x.gguf"}}]), out=tmp_path / "s")
+    with pytest.raises(ModelError, match="no adapter_config.json"):
+        (tmp_path / "empty").mkdir()
+        adapter = [{"name": "a", "model": {"kind": "random", "config": TINY}, "adapter": "empty"}]
+        compress.distill(recipe=tiny(tmp_path, teachers=adapter), out=tmp_path / "s")
+    with pytest.raises(ModelError, match=r"student.targets: .* Linear layers of this model: .*q_proj"):
+        compress.distill(recipe=tiny(tmp_path, student={"targets": ["nowhere"]}), out=tmp_path / "s")
+    with pytest.raises(DataError, match="no such file"):
+        domains = [{"name": "x", "text": {"kind": "files", "paths": ["missing.txt"]}}]
+        compress.distill(recipe=tiny(tmp_path, data={"domains": domains}), out=tmp_path / "s")
+    with pytest.raises(ModelError, match="no model_type"):
+        compress.distill(recipe=tiny(tmp_path, teachers=[], student={"base": {"kind": "random", "config": {}}}), out=tmp_path / "s")
+
+
+def test_heads_respect_logit_scale_and_soft_cap() -> None:
+    for config, scale, cap in (
+        ({**TINY, "model_type": "granite", "logits_scaling": 4.0}, 0.25, None),
+        ({**TINY, "model_type": "gemma2", "final_logit_softcapping": 3.0, "head_dim": 16}, 1.0, 3.0),
+    ):
+        model = random_model(config, vocab_size=257, seed=0, where="t").eval()
+        head = head_of(model)
+        assert (head.scale, head.softcap) == (scale, cap)
+        ids = torch.arange(9)[None]
+        hidden, _ = Body(model).states(ids)
+        torch.testing.assert_close(head.logits(hidden), model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
