@@ -120,7 +120,8 @@ class Decoder:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options.enable_mem_pattern = False  # the mask grows at every step, so no plan would be used twice
+        options.log_severity_level = 4
         # Threads may spin within a run, where the next operator is microseconds away, but never between runs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
