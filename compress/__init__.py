@@ -27,7 +27,9 @@ def distill(*, recipe: Recipe, out: Path, products: Mapping[str, Path] | None = 
         f"teacher {t.name}": sources.model_digest(t.model, folder=recipe.folder, products=products, teacher=t.name)
         for t in recipe.teachers
     }
-    parents |= {f"adapter {t.name}": sources.adapter_digest(t, folder=recipe.folder) for t in recipe.teachers if t.adapter}
+    parents |= {
+        f"adapter {t.name}": sources.adapter_digest(t, folder=recipe.folder) for t in recipe.teachers if t.adapter
+    }
     if isinstance(recipe.student, LoraStudent):
         parents["base"] = sources.model_digest(recipe.student.base, folder=recipe.folder, products={})
     parents |= {f"text {d.name}": sources.text_digest(d.text, folder=recipe.folder) for d in recipe.data.domains}

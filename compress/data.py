@@ -65,7 +65,9 @@ def training_order(blocks: Sequence[DomainBlocks], *, count: int, seed: int) -> 
     return order
 
 
-def labels_of(input_ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32], *, prefix: int) -> npt.NDArray[np.int64]:
+def labels_of(
+    input_ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32], *, prefix: int
+) -> npt.NDArray[np.int64]:
     """[N, L] next-token labels: position t holds token t + 1; padding and the tokenizer's own prefix are ignored."""
     labels = np.full(input_ids.shape, IGNORED, dtype=np.int64)
     labels[:, :-1] = input_ids[:, 1:]
@@ -151,7 +153,9 @@ def _tokenise(
                     segment.append(piece)
             train.append("".join(segment))
     if not seen:
-        raise DataError(f"data.domains: {domain.name}: no text in {paths[0]}{' …' * (len(paths) > 1)}; name files with text.")
+        raise DataError(
+            f"data.domains: {domain.name}: no text in {paths[0]}{' …' * (len(paths) > 1)}; name files with text."
+        )
     prefix = special_prefix(tokenizer)
     train_rows = _pack([t for t in train if t], data.block, prefix, tokenizer)
     heldout_rows = _pack(heldout, data.block, prefix, tokenizer)
@@ -164,7 +168,9 @@ def _tokenise(
         )
     # Spread over the corpus; full blocks first, so that short documents do not fill the measurement.
     heldout_rows = [row for row in heldout_rows if len(row) == data.block] or heldout_rows
-    chosen = np.unique(np.linspace(0, len(heldout_rows) - 1, min(data.heldout.blocks, len(heldout_rows))).round().astype(int))
+    chosen = np.unique(
+        np.linspace(0, len(heldout_rows) - 1, min(data.heldout.blocks, len(heldout_rows))).round().astype(int)
+    )
     heldout_rows = [heldout_rows[i] for i in chosen]
     sizes = [len(tokenizer.decode(row[max(len(prefix), 1) :]).encode()) for row in heldout_rows]
     train_ids, train_lengths = _padded(train_rows, data.block)
@@ -204,7 +210,9 @@ def _json_lines(path: Path, text: str, field: str) -> Iterator[str]:
             raise DataError(f"{path}, line {number}: not JSON: {error.msg}; each line is one JSON object.") from None
         if not isinstance(row, dict) or not isinstance(row.get(field), str):
             keys = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
-            raise DataError(f"{path}, line {number}: no text under {field!r} (found: {keys}); set format.field to the right key.")
+            raise DataError(
+                f"{path}, line {number}: no text under {field!r} (found: {keys}); set format.field to the right key."
+            )
         yield row[field]
 
 

@@ -37,7 +37,9 @@ def layer_pairs(config: Features, *, student_layers: int, teacher_layers: int) -
 class Projections(nn.Module):
     """One Linear(d_S -> d_k, no bias) a teacher and layer pair; the identity to begin with where widths agree."""
 
-    def __init__(self, *, student_width: int, teacher_widths: Sequence[int], pairs: Sequence[Sequence[tuple[int, int]]]) -> None:
+    def __init__(
+        self, *, student_width: int, teacher_widths: Sequence[int], pairs: Sequence[Sequence[tuple[int, int]]]
+    ) -> None:
         super().__init__()
         self.pairs = [list(p) for p in pairs]
         self.linears = nn.ModuleList()
@@ -79,6 +81,10 @@ def feature_loss(
                 gap_T = 1 - torch.nn.functional.cosine_similarity(student_Td, teacher_Td, dim=-1)
             else:
                 width = student_Td.shape[-1:]
-                gap_T = (nn.functional.layer_norm(student_Td, width) - nn.functional.layer_norm(teacher_Td, width)).square().mean(-1)
+                gap_T = (
+                    (nn.functional.layer_norm(student_Td, width) - nn.functional.layer_norm(teacher_Td, width))
+                    .square()
+                    .mean(-1)
+                )
             total = total + (weight_T * gap_T).sum() / len(mine)
     return total / denominator

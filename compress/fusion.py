@@ -116,7 +116,9 @@ def weigh(
         case UniformWeights():
             weights = torch.full_like(entropy_KRL, 1 / K)
         case StaticWeights():
-            values = torch.tensor([config.values[name] for name in names], dtype=torch.float32, device=entropy_KRL.device)
+            values = torch.tensor(
+                [config.values[name] for name in names], dtype=torch.float32, device=entropy_KRL.device
+            )
             weights = (values / values.sum())[:, None, None].expand_as(entropy_KRL)
         case EntropyWeights():
             sign = 1 if config.control == "inverted" else -1
@@ -242,7 +244,7 @@ def fused_loss(
     job = _Job(config, teachers, labels_RL, denominator, names, progress, global_means_2K, head, rows)
     job.weights_KRL = torch.zeros(K, R, L, device=labels_RL.device)
     job.entropy_KRL, job.label_logp_KRL = torch.zeros_like(job.weights_KRL), torch.zeros_like(job.weights_KRL)
-    if teachers and span_of(config.weights) != "token" and (L > config.chunk or span_of(config.weights) == "batch"):
+    if teachers and span_of(config.weights) != "token" and (config.chunk < L or span_of(config.weights) == "batch"):
         job.entropy_KRL, job.label_logp_KRL = teacher_statistics(teachers, labels_RL, rows=rows, chunk=config.chunk)
         job.weights_KRL = weigh(
             config.weights, job.entropy_KRL, job.label_logp_KRL, labels_RL,
@@ -424,7 +426,13 @@ def _chunks(labels_RL: Tensor, chunk: int, *, whole_rows: bool) -> Iterator[tupl
 
 @torch.no_grad()
 def fit_temperature(
-    hidden_RLd: Tensor, head: Head, labels_RL: Tensor, *, bounds: tuple[float, float], positions: int = 1024, chunk: int = 256
+    hidden_RLd: Tensor,
+    head: Head,
+    labels_RL: Tensor,
+    *,
+    bounds: tuple[float, float],
+    positions: int = 1024,
+    chunk: int = 256,
 ) -> float:
     """The temperature c that minimises the NLL of softmax(z / c), by Newton's method on 1 / c, within ``bounds``.
 

@@ -95,7 +95,9 @@ def require_same_tokenizer(names_and_folders: Mapping[str, Path]) -> None:
         if vocabulary == reference:
             continue
         different = sorted(t for t in reference.keys() | vocabulary.keys() if reference.get(t) != vocabulary.get(t))
-        shown = "; ".join(f"{t!r} is {reference.get(t)} in {first} and {vocabulary.get(t)} in {name}" for t in different[:3])
+        shown = "; ".join(
+            f"{t!r} is {reference.get(t)} in {first} and {vocabulary.get(t)} in {name}" for t in different[:3]
+        )
         raise ModelError(
             f"{first} and {name} have different tokenizers: {len(different)} of {len(reference.keys() | vocabulary.keys())} tokens "
             f"have another id or are missing ({shown}). Fusion needs one token map: choose models of one family."
@@ -186,7 +188,9 @@ def _from_hub(source: HubModel) -> Path:
 
     try:
         path = snapshot_download(
-            source.id, revision=source.revision, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+            source.id,
+            revision=source.revision,
+            allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"],
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ModelError(f"{source.id}@{source.revision}: cannot be had from the model hub: {error}") from error

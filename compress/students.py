@@ -86,5 +86,7 @@ def _with_lora(base: Any, config: LoraStudent, seed: int) -> Any:
         try:
             return get_peft_model(base, options)
         except ValueError as error:
-            names = sorted({n.rpartition(".")[2] for n, m in causal_lm(base).named_modules() if isinstance(m, nn.Linear)})
+            names = sorted(
+                {n.rpartition(".")[2] for n, m in causal_lm(base).named_modules() if isinstance(m, nn.Linear)}
+            )
             raise ModelError(f"student.targets: {error} Linear layers of this model: {', '.join(names)}.") from error

@@ -160,7 +160,9 @@ def head_of(model: Any) -> Head:
     """The head of a causal LM, with the logit scale and soft-capping of the architectures that have them."""
     config, output = model.config.get_text_config(), model.get_output_embeddings()
     if output is None:
-        raise ModelError(f"{type(model).__name__} has no output embeddings; only causal language models can be distilled.")
+        raise ModelError(
+            f"{type(model).__name__} has no output embeddings; only causal language models can be distilled."
+        )
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     return Head(output.weight, getattr(output, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
 

@@ -28,7 +28,7 @@ from compress.features import Projections, feature_loss, layer_pairs
 from compress.fusion import Head, fit_temperature, fused_loss, label_nll, span_of, teacher_statistics
 from compress.models import DTYPES, load_model, load_tokenizer, require_same_tokenizer, resolve_device
 from compress.students import Student, build_model, load_trainable_state, save_student, trainable_state
-from compress.teachers import Body, TeacherFolder, Teachers, teacher_folders
+from compress.teachers import Body, Teachers, teacher_folders
 from limbeck.artifact import Artifact, available_cores, disk_full_is_a_user_error, host, open_artifact, write_artifact
 from limbeck.errors import DivergenceError
 from limbeck.heldout import HELDOUT, Blocks, mean_nll, save_heldout
@@ -51,7 +51,9 @@ def train(*, recipe: Recipe, out: Path, products: Mapping[str, Path], key: str, 
     work.mkdir(parents=True, exist_ok=True)
 
     folders = teacher_folders(recipe, products)
-    model, tokenizer_folder = build_model(recipe, tokenizer_folder=folders[0].tokenizer if folders else None, device=device)
+    model, tokenizer_folder = build_model(
+        recipe, tokenizer_folder=folders[0].tokenizer if folders else None, device=device
+    )
     if folders:
         require_same_tokenizer({"the student": tokenizer_folder, **{f.name: f.tokenizer for f in folders}})
     blocks = load_blocks(recipe, load_tokenizer(tokenizer_folder))
@@ -199,7 +201,9 @@ def _step(
     pairs = run.student.projections.pairs if run.student.projections is not None else []
     teacher_layers = [[j for _, j in p] for p in pairs] or None
     feature_factor = features.weight * min(1.0, progress / features.warmup if features.warmup else 1.0)
-    means = _global_means(run, ids_RL, labels_RL, micro) if teachers and span_of(recipe.fusion.weights) == "batch" else None
+    means = (
+        _global_means(run, ids_RL, labels_RL, micro) if teachers and span_of(recipe.fusion.weights) == "batch" else None
+    )
 
     sums = _Sums(run, picked[:, 0])
     optimizer.zero_grad(set_to_none=True)
@@ -224,7 +228,12 @@ def _step(
             loss = terms.loss
             if projected:
                 gap = feature_loss(
-                    projected, inner, terms.weights_KRL, labels != -100, distance=features.distance, denominator=denominator
+                    projected,
+                    inner,
+                    terms.weights_KRL,
+                    labels != -100,
+                    distance=features.distance,
+                    denominator=denominator,
                 )
                 loss = loss + feature_factor * gap
                 sums.features += float(gap.detach())
@@ -271,7 +280,12 @@ def _student_head(run: _Run) -> Head:
     if head.weight_Vd.dtype == dtype:
         return head
     if head.weight_Vd.requires_grad:
-        return Head(head.weight_Vd.to(dtype), head.bias_V.to(dtype) if head.bias_V is not None else None, head.scale, head.softcap)
+        return Head(
+            head.weight_Vd.to(dtype),
+            head.bias_V.to(dtype) if head.bias_V is not None else None,
+            head.scale,
+            head.softcap,
+        )
     cached: Head | None = getattr(run.student, "frozen_head", None)
     if cached is None:
         cached = Head(head.weight_Vd.detach().to(dtype), head.bias_V, head.scale, head.softcap)
@@ -359,7 +373,13 @@ class _Sums:
 
 @torch.no_grad()
 def evaluate(
-    body: Body, blocks: Sequence[DomainBlocks], prefix: int, *, label: str, autocast: Callable[[], Any] | None = None, head: Head | None = None
+    body: Body,
+    blocks: Sequence[DomainBlocks],
+    prefix: int,
+    *,
+    label: str,
+    autocast: Callable[[], Any] | None = None,
+    head: Head | None = None,
 ) -> dict[str, float]:
     """Held-out nats a token by domain."""
     nll = {}
@@ -380,7 +400,8 @@ def evaluate(
 def _heldout_batches(heldout: Blocks, prefix: int, rows: int = 4) -> list[tuple[Tensor, Tensor]]:
     ids, labels = heldout.input_ids, labels_of(heldout.input_ids, heldout.lengths, prefix=prefix)
     return [
-        (torch.from_numpy(ids[i : i + rows]).long(), torch.from_numpy(labels[i : i + rows])) for i in range(0, len(ids), rows)
+        (torch.from_numpy(ids[i : i + rows]).long(), torch.from_numpy(labels[i : i + rows]))
+        for i in range(0, len(ids), rows)
     ]
 
 
@@ -414,7 +435,14 @@ def _measure_teachers(run: _Run) -> dict[str, dict[str, Any]]:
         reports = {}
         calibration = run.recipe.fusion.calibration
         for k, body in enumerate(run.teachers.bodies):
-            nll = evaluate(body, run.blocks, run.prefix, label=names[k], autocast=run.accelerator.autocast, head=run.teachers._heads[k])
+            nll = evaluate(
+                body,
+                run.blocks,
+                run.prefix,
+                label=names[k],
+                autocast=run.accelerator.autocast,
+                head=run.teachers._heads[k],
+            )
             temperature = 1.0
             if calibration.kind == "fit":
                 batches = [b for domain in run.blocks for b in _heldout_batches(domain.heldout, run.prefix)[:2]]
@@ -438,7 +466,9 @@ def _measure_teachers(run: _Run) -> dict[str, dict[str, Any]]:
 def _record(run: _Run, event: str, figures: Mapping[str, Any]) -> None:
     if run.accelerator.is_main_process:
         with disk_full_is_a_user_error(run.work / LOG), (run.work / LOG).open("a") as file:
-            file.write(json.dumps({"event": event, **{k: v for k, v in figures.items() if k != "labels_per_step"}}) + "\n")
+            file.write(
+                json.dumps({"event": event, **{k: v for k, v in figures.items() if k != "labels_per_step"}}) + "\n"
+            )
 
 
 def _save_checkpoint(run: _Run, optimizer: Any, state: _State) -> None:
@@ -482,6 +512,7 @@ def _projections(recipe: Recipe, student: Body, teachers: Teachers) -> Projectio
     if not len(teachers) or recipe.features.weight == 0:
         return None
     pairs = [
-        layer_pairs(recipe.features, student_layers=student.layers, teacher_layers=body.layers) for body in teachers.bodies
+        layer_pairs(recipe.features, student_layers=student.layers, teacher_layers=body.layers)
+        for body in teachers.bodies
     ]
     return Projections(student_width=student.width, teacher_widths=[b.width for b in teachers.bodies], pairs=pairs)

@@ -112,11 +112,15 @@ def open_artifact(path: Path, *, kind: str | None = None, verify: bool = True) -
         manifest = json.loads((path / MANIFEST).read_text())
         found, expected = (manifest["kind"], manifest["format"]), (kind or manifest["kind"], FORMAT)
     except FileNotFoundError:
-        raise ArtifactError(f"{path}: no complete artifact here ({MANIFEST} is missing); run the stage that makes it.") from None
+        raise ArtifactError(
+            f"{path}: no complete artifact here ({MANIFEST} is missing); run the stage that makes it."
+        ) from None
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
         raise ArtifactError(f"{path / MANIFEST}: not a manifest; delete the folder and run the stage again.") from None
     if found != expected:
-        raise ArtifactError(f"{path}: found a {found[0]} artifact of format {found[1]}, expected {expected[0]} of format {expected[1]}.")
+        raise ArtifactError(
+            f"{path}: found a {found[0]} artifact of format {found[1]}, expected {expected[0]} of format {expected[1]}."
+        )
     files: dict[str, dict[str, Any]] = manifest["files"]
     present = set(_files(path)) - {MANIFEST}
     for name in sorted(files.keys() | present):
@@ -125,7 +129,9 @@ def open_artifact(path: Path, *, kind: str | None = None, verify: bool = True) -
         if name not in files:
             raise ArtifactError(f"{path}: {name} is not part of this artifact; move it out of the folder.")
         if verify and _entry(path / name) != files[name]:
-            raise ArtifactError(f"{path}: {name} has changed since it was written; delete the folder and run the stage again.")
+            raise ArtifactError(
+                f"{path}: {name} has changed since it was written; delete the folder and run the stage again."
+            )
     return Artifact(path, manifest)
 
 
@@ -213,7 +219,9 @@ def disk_full_is_a_user_error(path: Path) -> Iterator[None]:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         if not full:
             raise
-        raise EnvironmentalError(f"{path}: no space left on the disk; free some room and run again. Nothing half-written was kept.") from error
+        raise EnvironmentalError(
+            f"{path}: no space left on the disk; free some room and run again. Nothing half-written was kept."
+        ) from error
 
 
 def _files(folder: Path) -> list[str]:

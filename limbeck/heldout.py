@@ -32,7 +32,14 @@ class Blocks:
 
 def save_heldout(path: Path, domains: Mapping[str, Blocks]) -> None:
     """Write blocks by domain name to ``path``."""
-    save_file({f"{name}/{field}": getattr(blocks, field) for name, blocks in domains.items() for field in Blocks.__annotations__}, path)
+    save_file(
+        {
+            f"{name}/{field}": getattr(blocks, field)
+            for name, blocks in domains.items()
+            for field in Blocks.__annotations__
+        },
+        path,
+    )
 
 
 def load_heldout(path: Path) -> dict[str, Blocks]:

@@ -341,7 +341,9 @@ class Fusion(Frozen):
     )
     weights: Weights = Field(LabelWeights(kind="label"), description="How much each teacher counts, and where.")
     divergence: Divergence = Field(ForwardKl(kind="forward_kl"), description="Distance from target to student.")
-    temperature: Positive = Field(1.0, description="Softening tau of teachers and student; the loss is scaled by its square.")
+    temperature: Positive = Field(
+        1.0, description="Softening tau of teachers and student; the loss is scaled by its square."
+    )
     calibration: Calibration = Field(Calibration(), description="Scalar calibration of each teacher.")
     weight: Annotated[float, Field(ge=0)] = Field(0.7, description="Factor of the fusion loss.")
     cross_entropy: Annotated[float, Field(ge=0)] = Field(0.3, description="Factor of the label's cross-entropy.")
@@ -375,7 +377,8 @@ class Training(Frozen):
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW weight decay.")
     clip: Positive = Field(1.0, description="Largest gradient norm.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="Number type of the forward pass; auto is bf16 where the processor or GPU computes it, else fp32."
+        "auto",
+        description="Number type of the forward pass; auto is bf16 where the processor or GPU computes it, else fp32.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train; auto takes a GPU if present.")
     threads: Count | None = Field(None, description="CPU threads; none takes every core this process may use.")
@@ -434,7 +437,9 @@ class Bench(Frozen):
     new_tokens: int = Field(64, ge=2, description="Tokens generated after it.")
     threads: Count | None = Field(None, description="CPU threads of every arm; none takes every core available.")
     min_blocks: int = Field(6, ge=3, description="Fewest mirrored blocks (A B C C B A) before a verdict.")
-    minutes: Positive = Field(4.0, description="Budget for timing; blocks go on until gates are decided or it is spent.")
+    minutes: Positive = Field(
+        4.0, description="Budget for timing; blocks go on until gates are decided or it is spent."
+    )
 
 
 class Gates(Frozen):
@@ -450,7 +455,9 @@ class Gates(Frozen):
     max_loss_vs_best_teacher: float | None = Field(
         None, description="Largest relative rise of the domains' mean NLL over the best single teacher's; 0: none."
     )
-    max_size_mb: Positive | None = Field(None, description="Largest size on disk of graph and weights, in MB (1e6 bytes).")
+    max_size_mb: Positive | None = Field(
+        None, description="Largest size on disk of graph and weights, in MB (1e6 bytes)."
+    )
     max_tpot_ms: Positive | None = Field(None, description="Largest median time per output token, in ms.")
     max_ttft_ms: Positive | None = Field(None, description="Largest median time to first token, in ms.")
 
@@ -491,7 +498,9 @@ class Recipe(Frozen):
     def distillation(self) -> dict[str, Any]:
         """The part of `resolved` that decides the student's weights."""
         whole = self.resolved()
-        return {key: whole[key] for key in ("name", "seed", "teachers", "data", "student", "fusion", "features", "training")}
+        return {
+            key: whole[key] for key in ("name", "seed", "teachers", "data", "student", "fusion", "features", "training")
+        }
 
     @property
     def digest(self) -> str:
@@ -564,7 +573,9 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is written twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is written twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
 
@@ -596,7 +607,10 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[str, dict[str, Any]]:
 def _merge(base: Any, over: Any) -> Any:
     """Mappings merge key by key unless their ``kind`` differs; everything else is replaced."""
     if isinstance(base, dict) and isinstance(over, dict) and over.get("kind", base.get("kind")) == base.get("kind"):
-        return {key: _merge(base[key], over[key]) if key in base and key in over else over.get(key, base.get(key)) for key in {**base, **over}}
+        return {
+            key: _merge(base[key], over[key]) if key in base and key in over else over.get(key, base.get(key))
+            for key in {**base, **over}
+        }
     return over
 
 
@@ -607,7 +621,9 @@ def _override(tree: dict[str, Any], override: str, path: Path) -> None:
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise RecipeError(f"--set {override}: the value is not valid YAML: {getattr(error, 'problem', error)}") from None
+        raise RecipeError(
+            f"--set {override}: the value is not valid YAML: {getattr(error, 'problem', error)}"
+        ) from None
     node: Any = tree
     *parents, last = key.split(".")
     for part in parents:
@@ -650,7 +666,9 @@ def _explain(error: dict[str, Any], tree: Any) -> str:
             return f"{where}: missing; add it{f' ({field.description})' if field and field.description else ''}"
         case "union_tag_invalid":
             expected = context["expected_tags"].replace("'", "`")
-            close = difflib.get_close_matches(str(context["tag"]), context["expected_tags"].replace("'", "").split(", "), n=1)
+            close = difflib.get_close_matches(
+                str(context["tag"]), context["expected_tags"].replace("'", "").split(", "), n=1
+            )
             hint = f"; did you mean `{close[0]}`?" if close else ""
             return f"{where}.kind: found {context['tag']!r}, expected one of {expected}{hint}"
         case "union_tag_not_found":
@@ -716,7 +734,15 @@ def _tag(model: type[BaseModel]) -> str | None:
 
 
 def _kind_of(value: Any) -> str:
-    names = {dict: "a mapping", list: "a list", str: "a text", int: "a number", float: "a number", bool: "a yes/no", type(None): "nothing"}
+    names = {
+        dict: "a mapping",
+        list: "a list",
+        str: "a text",
+        int: "a number",
+        float: "a number",
+        bool: "a yes/no",
+        type(None): "nothing",
+    }
     return names.get(type(value), type(value).__name__)
 
 

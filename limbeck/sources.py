@@ -54,7 +54,9 @@ def package_root(package: str, version: str | None) -> Path:
     except importlib.metadata.PackageNotFoundError:
         raise UserError(f"the Python package {package} is not installed; run: {install}") from None
     if version and distribution.version != version:
-        raise UserError(f"the Python package {package} is installed as {distribution.version}, the recipe wants {version}; run: {install}")
+        raise UserError(
+            f"the Python package {package} is installed as {distribution.version}, the recipe wants {version}; run: {install}"
+        )
     return Path(str(distribution.locate_file("")))
 
 
@@ -72,7 +74,9 @@ def text_files(source: TextSource, *, folder: Path) -> list[Path]:
         pattern = os.path.expanduser(path)
         matches = [p for m in glob.glob(pattern, root_dir=root, recursive=True) if (p := root / m).is_file()]
         if not matches:
-            raise DataError(f"{root / pattern}: no such file; check the path in the recipe (relative paths start from {root}).")
+            raise DataError(
+                f"{root / pattern}: no such file; check the path in the recipe (relative paths start from {root})."
+            )
         found.update(matches)
     return sorted(found)
 
@@ -120,7 +124,9 @@ def check_adapter(path: Path) -> None:
     if not (path / "adapter_config.json").is_file():
         raise ModelError(f"{path}: no adapter_config.json; expected a PEFT adapter folder.")
     if not (path / "adapter_model.safetensors").is_file():
-        raise ModelError(f"{path}: no adapter_model.safetensors; expected a PEFT adapter folder with safetensors weights.")
+        raise ModelError(
+            f"{path}: no adapter_model.safetensors; expected a PEFT adapter folder with safetensors weights."
+        )
 
 
 def preflight(recipe: Recipe) -> list[str]:

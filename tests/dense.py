@@ -45,7 +45,9 @@ def dense_loss(
         else:
             logp_TV = torch.log_softmax((log_weights_KT1.exp() * logp_tau_KTV).sum(0), dim=-1)
     logq_TV = torch.log_softmax(z_TV / tau, dim=-1)
-    return (config.cross_entropy * cross_entropy + config.weight * tau**2 * dense_divergence(config, logp_TV, logq_TV)) / denominator
+    return (
+        config.cross_entropy * cross_entropy + config.weight * tau**2 * dense_divergence(config, logp_TV, logq_TV)
+    ) / denominator
 
 
 def dense_divergence(config: Fusion, logp_TV: Tensor, logq_TV: Tensor) -> Tensor:

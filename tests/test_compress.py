@@ -56,21 +56,30 @@ def tiny(folder: Path, **over: Any) -> Recipe:
 
 
 def events(path: Path, event: str) -> list[dict[str, Any]]:
-    return [row for line in (path / "log.jsonl").read_text().splitlines() if (row := json.loads(line))["event"] == event]
+    return [
+        row for line in (path / "log.jsonl").read_text().splitlines() if (row := json.loads(line))["event"] == event
+    ]
 
 
 @pytest.mark.parametrize(
     "student",
-    [{"kind": "lora", "base": {"kind": "random", "config": TINY, "seed": 0}, "rank": 4}, {"kind": "fresh", "config": TINY}],
+    [
+        {"kind": "lora", "base": {"kind": "random", "config": TINY, "seed": 0}, "rank": 4},
+        {"kind": "fresh", "config": TINY},
+    ],
     ids=["lora", "fresh"],
 )
 def test_a_student_is_trained_and_complete(tmp_path: Path, student: dict[str, Any]) -> None:
-    recipe = tiny(tmp_path, training={"tokens": 64 * 40}).model_copy(update={"student": parse_recipe({**tiny(tmp_path).resolved(), "student": student}).student})
+    recipe = tiny(tmp_path, training={"tokens": 64 * 40}).model_copy(
+        update={"student": parse_recipe({**tiny(tmp_path).resolved(), "student": student}).student}
+    )
     recipe._folder = tmp_path
     artifact = compress.distill(recipe=recipe, out=tmp_path / "student")
     first, *_, last = events(artifact.path, "evaluate")
     assert last["mean_nll"] < first["mean_nll"] - 0.1
-    assert artifact.result["mean_nll"] == pytest.approx(min(e["mean_nll"] for e in events(artifact.path, "evaluate")), abs=1e-3)
+    assert artifact.result["mean_nll"] == pytest.approx(
+        min(e["mean_nll"] for e in events(artifact.path, "evaluate")), abs=1e-3
+    )
     steps = events(artifact.path, "step")
     assert len(steps) == 40
     assert set(steps[0]["weights"]) == {"code", "prose"}
@@ -127,7 +136,12 @@ def test_micro_batches_change_nothing(tmp_path: Path, granularity: str) -> None:
             fusion={"weights": {"kind": "entropy", "granularity": granularity}},
         )
         artifact = compress.distill(recipe=recipe, out=tmp_path / str(micro))
-        results.append(([s["loss"] for s in events(artifact.path, "step")], load_file(artifact.path / "model" / "model.safetensors")))
+        results.append(
+            (
+                [s["loss"] for s in events(artifact.path, "step")],
+                load_file(artifact.path / "model" / "model.safetensors"),
+            )
+        )
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     for name, tensor in results[0][1].items():
         torch.testing.assert_close(tensor, results[1][1][name], rtol=1e-3, atol=1e-5)
@@ -135,8 +149,13 @@ def test_micro_batches_change_nothing(tmp_path: Path, granularity: str) -> None:
 
 def test_golden_losses(tmp_path: Path) -> None:
     """A refactor must reproduce the loss of every step; the text is fixed here so that it is the same everywhere."""
-    (tmp_path / "text.txt").write_text("".join(f"{i} bottles of beer on the wall, {i} bottles of beer.\n" for i in range(200)))
-    data = {"domains": [{"name": "beer", "text": {"kind": "files", "paths": ["text.txt"]}}], "heldout": {"every": 5, "piece_chars": 256, "blocks": 2}}
+    (tmp_path / "text.txt").write_text(
+        "".join(f"{i} bottles of beer on the wall, {i} bottles of beer.\n" for i in range(200))
+    )
+    data = {
+        "domains": [{"name": "beer", "text": {"kind": "files", "paths": ["text.txt"]}}],
+        "heldout": {"every": 5, "piece_chars": 256, "blocks": 2},
+    }
     recipe = tiny(tmp_path, data=data, student={"dropout": 0.0}, fusion={"weights": {"kind": "entropy"}})
     artifact = compress.distill(recipe=recipe, out=tmp_path / "student")
     assert [round(s["loss"], 3) for s in events(artifact.path, "step")] == [1.771, 1.737, 1.72, 1.706, 1.687, 1.691]
@@ -160,12 +179,17 @@ def test_a_recipe_can_teach_another(tmp_path: Path) -> None:
         merged, _ = Body(load_model(path / "model")).states(ids)
         torch.testing.assert_close(state.hidden_RLd, merged.detach(), rtol=1e-4, atol=1e-4)
     artifact = compress.distill(recipe=recipe, out=tmp_path / "student", products=products)
-    assert [t["model"] for t in json.loads((artifact.path / "teachers.json").read_text())] == [str(p / "model") for p in products.values()]
+    assert [t["model"] for t in json.loads((artifact.path / "teachers.json").read_text())] == [
+        str(p / "model") for p in products.values()
+    ]
     assert artifact.manifest["parents"]["teacher expert1"] == open_artifact(products["expert1"]).digest
 
 
 def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
-    recipe = tiny(tmp_path, training={"learning_rate": 3.0, "tokens": 64 * 30, "evaluate_every": 1, "patience": 2, "schedule": "constant"})
+    recipe = tiny(
+        tmp_path,
+        training={"learning_rate": 3.0, "tokens": 64 * 30, "evaluate_every": 1, "patience": 2, "schedule": "constant"},
+    )
     result = compress.distill(recipe=recipe, out=tmp_path / "student").result
     assert result["steps"] <= result["best_step"] + 2 < 30
 
@@ -178,7 +202,9 @@ def test_nan_stops_with_step_batch_and_remedy(tmp_path: Path, monkeypatch: pytes
         return type(terms)(**{**vars(terms), "loss": terms.loss * float("nan")})
 
     monkeypatch.setattr(train, "fused_loss", poisoned)
-    with pytest.raises(DivergenceError, match=r"diverged at step 1: loss nan.*batch [0-9a-f]{16}.*Lower training.learning_rate"):
+    with pytest.raises(
+        DivergenceError, match=r"diverged at step 1: loss nan.*batch [0-9a-f]{16}.*Lower training.learning_rate"
+    ):
         compress.distill(recipe=tiny(tmp_path), out=tmp_path / "student")
     assert not (tmp_path / "student").exists()
 
@@ -210,14 +236,23 @@ def test_depth_map() -> None:
 def test_identical_states_have_no_feature_loss(distance: str) -> None:
     state = torch.randn(2, 5, 8)
     projections = Projections(student_width=8, teacher_widths=[8], pairs=[[(1, 1)]])
-    loss = feature_loss(projections({1: state}), [[state]], torch.ones(1, 2, 5), torch.ones(2, 5, dtype=torch.bool), distance=distance, denominator=10)
+    loss = feature_loss(
+        projections({1: state}),
+        [[state]],
+        torch.ones(1, 2, 5),
+        torch.ones(2, 5, dtype=torch.bool),
+        distance=distance,
+        denominator=10,
+    )
     assert float(loss.detach()) == pytest.approx(0, abs=1e-6)
 
 
 def test_feature_loss_by_hand() -> None:
     mine, theirs = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]), torch.tensor([[[0.0, 2.0], [3.0, 0.0]]])
     weights, valid = torch.tensor([[[0.25, 0.75]]]), torch.tensor([[True, True]])
-    assert float(feature_loss([[mine]], [[theirs]], weights, valid, distance="cosine", denominator=2)) == pytest.approx(0.125)
+    assert float(feature_loss([[mine]], [[theirs]], weights, valid, distance="cosine", denominator=2)) == pytest.approx(
+        0.125
+    )
     assert float(feature_loss([[mine]], [[theirs]], weights, valid & False, distance="cosine", denominator=2)) == 0
 
 
@@ -233,7 +268,9 @@ def test_different_tokenizers_are_refused_with_count_and_examples(tmp_path: Path
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>").save_pretrained(tmp_path / "b")
     for folder in ("a", "b"):
         random_model(TINY, vocab_size=257, seed=0, where="t").save_pretrained(tmp_path / folder)
-    with pytest.raises(ModelError, match=r"257 of 258 tokens have another id or are missing \('.*' is .* in x and .* in y; .*; .*\)"):
+    with pytest.raises(
+        ModelError, match=r"257 of 258 tokens have another id or are missing \('.*' is .* in x and .* in y; .*; .*\)"
+    ):
         require_same_tokenizer({"x": tmp_path / "a", "y": tmp_path / "b"})
     teachers = [{"name": n, "model": {"kind": "local", "path": str(tmp_path / n)}} for n in ("a", "b")]
     with pytest.raises(ModelError, match="have different tokenizers"):
@@ -273,18 +310,23 @@ def test_other_bad_inputs(tmp_path: Path) -> None:
         with pytest.raises(EnvironmentalError, match="torch sees no GPU here"):
             compress.distill(recipe=tiny(tmp_path, training={"device": "cuda"}), out=tmp_path / "student")
     with pytest.raises(ModelError, match="no such file or folder"):
-        compress.distill(recipe=tiny(tmp_path, teachers=[{"name": "a", "model": {"kind": "gguf", "path": "x.gguf"}}]), out=tmp_path / "s")
-    with pytest.raises(ModelError, match="no adapter_config.json"):
-        (tmp_path / "empty").mkdir()
-        adapter = [{"name": "a", "model": {"kind": "random", "config": TINY}, "adapter": "empty"}]
+        compress.distill(
+            recipe=tiny(tmp_path, teachers=[{"name": "a", "model": {"kind": "gguf", "path": "x.gguf"}}]),
+            out=tmp_path / "s",
+        )
+    (tmp_path / "empty").mkdir()
+    adapter = [{"name": "a", "model": {"kind": "random", "config": TINY}, "adapter": "empty"}]
+    with pytest.raises(ModelError, match=r"no adapter_config\.json"):
         compress.distill(recipe=tiny(tmp_path, teachers=adapter), out=tmp_path / "s")
     with pytest.raises(ModelError, match=r"student.targets: .* Linear layers of this model: .*q_proj"):
         compress.distill(recipe=tiny(tmp_path, student={"targets": ["nowhere"]}), out=tmp_path / "s")
+    domains = [{"name": "x", "text": {"kind": "files", "paths": ["missing.txt"]}}]
     with pytest.raises(DataError, match="no such file"):
-        domains = [{"name": "x", "text": {"kind": "files", "paths": ["missing.txt"]}}]
         compress.distill(recipe=tiny(tmp_path, data={"domains": domains}), out=tmp_path / "s")
     with pytest.raises(ModelError, match="no model_type"):
-        compress.distill(recipe=tiny(tmp_path, teachers=[], student={"base": {"kind": "random", "config": {}}}), out=tmp_path / "s")
+        compress.distill(
+            recipe=tiny(tmp_path, teachers=[], student={"base": {"kind": "random", "config": {}}}), out=tmp_path / "s"
+        )
 
 
 def test_heads_respect_logit_scale_and_soft_cap() -> None:

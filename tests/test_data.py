@@ -22,7 +22,10 @@ def recipe_of(folder: Path, *paths: str, **data: Any) -> Recipe:
     recipe = parse_recipe(
         {
             "name": "t",
-            "data": {"domains": [{"name": "d", "text": {"kind": "files", "paths": list(paths)}}], **{"block": 16, **data}},
+            "data": {
+                "domains": [{"name": "d", "text": {"kind": "files", "paths": list(paths)}}],
+                **{"block": 16, **data},
+            },
             "student": {"kind": "lora", "base": {"kind": "random", "config": {}}},
             "training": {"tokens": 640, "batch_tokens": data.get("block", 16)},
         }
@@ -33,7 +36,9 @@ def recipe_of(folder: Path, *paths: str, **data: Any) -> Recipe:
 
 def fake(rows: int, weight: float = 1.0) -> DomainBlocks:
     ids = np.zeros((rows, 4), dtype=np.int32)
-    return DomainBlocks("d", weight, ids, np.full(rows, 4, dtype=np.int32), Blocks(ids[:1], np.array([4]), np.array([3])))
+    return DomainBlocks(
+        "d", weight, ids, np.full(rows, 4, dtype=np.int32), Blocks(ids[:1], np.array([4]), np.array([3]))
+    )
 
 
 @given(st.text(max_size=400), st.integers(4, 60))
@@ -45,11 +50,15 @@ def test_pieces_lose_nothing(document: str, length: int) -> None:
 
 def test_heldout_is_interleaved_and_apart_from_training(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("".join(f"sentence number {i:05d}.\n" for i in range(400)))
-    blocks = load_blocks(recipe_of(tmp_path, "a.txt", block=80, heldout={"every": 5, "piece_chars": 88, "blocks": 6}), byte_tokenizer())[0]
+    blocks = load_blocks(
+        recipe_of(tmp_path, "a.txt", block=80, heldout={"every": 5, "piece_chars": 88, "blocks": 6}), byte_tokenizer()
+    )[0]
     decode = byte_tokenizer().decode
     train = " ".join(decode(row[:n]) for row, n in zip(blocks.train_ids, blocks.train_lengths, strict=True))
     heldout = [decode(row[:n]) for row, n in zip(blocks.heldout.input_ids, blocks.heldout.lengths, strict=True)]
-    numbers = sorted(int(text[i + 7 : i + 12]) for text in heldout if (i := text.find("number ")) >= 0 and len(text) >= i + 12)
+    numbers = sorted(
+        int(text[i + 7 : i + 12]) for text in heldout if (i := text.find("number ")) >= 0 and len(text) >= i + 12
+    )
     assert len(blocks.heldout) == 6
     assert numbers[0] < 100 < 300 < numbers[-1]
     assert not any(f"{n:05d}" in train for n in numbers)
@@ -107,7 +116,11 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, form: An
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "no text in"), ("too short", "too little text: 0 full training blocks of 16 tokens"), ("x" * 40, "0 held-out blocks")],
+    [
+        ("", "no text in"),
+        ("too short", "too little text: 0 full training blocks of 16 tokens"),
+        ("x" * 40, "0 held-out blocks"),
+    ],
 )
 def test_empty_and_short_text_is_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "a.txt").write_text(content)
@@ -125,7 +138,10 @@ def test_jsonl_corpus_end_to_end(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "a.jsonl", heldout={"every": 4})
     text = recipe.data.domains[0].text.model_copy(update={"format": JsonLines(kind="jsonl")})
     domain = recipe.data.domains[0].model_copy(update={"text": text})
-    folder, recipe = recipe.folder, recipe.model_copy(update={"data": recipe.data.model_copy(update={"domains": (domain,)})})
+    folder, recipe = (
+        recipe.folder,
+        recipe.model_copy(update={"data": recipe.data.model_copy(update={"domains": (domain,)})}),
+    )
     recipe._folder = folder
     blocks = load_blocks(recipe, byte_tokenizer())[0]
     assert len(blocks.heldout) == 12

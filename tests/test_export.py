@@ -111,7 +111,9 @@ def test_a_client_that_grows_its_cache_gets_the_same_answers(exported: Artifact)
 
 def test_tied_weights_are_stored_once(exported: Artifact) -> None:
     forms = exported.result["forms"]
-    fp32, int8 = (onnx.load(exported.path / forms[f]["graph"], load_external_data=False) for f in ("fp32", "int8-weight"))
+    fp32, int8 = (
+        onnx.load(exported.path / forms[f]["graph"], load_external_data=False) for f in ("fp32", "int8-weight")
+    )
     head = next(node for node in int8.graph.node if "logits" in node.output)
     embedding = next(node for node in int8.graph.node if node.op_type == "GatherBlockQuantized")
     assert head.input[1] == embedding.input[0]
@@ -238,7 +240,9 @@ def test_census_refuses_a_form_that_stayed_float(tmp_path: Path) -> None:
     assert census["operators"]["MatMul float"] == 11
     assert census["operators"]["GroupQueryAttention"] == 2
     assert sum(census["bytes"].values()) == pytest.approx(fp32.data.stat().st_size, rel=0.01)
-    with pytest.raises(QualityError, match=r"not quantised; expected 8-bit matrices, found \n(.*\n)*.*MatMul \[32, 258\]"):
+    with pytest.raises(
+        QualityError, match=r"not quantised; expected 8-bit matrices, found \n(.*\n)*.*MatMul \[32, 258\]"
+    ):
         require_quantized("int8-weight", census)
     require_quantized("fp32", census)
 

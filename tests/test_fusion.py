@@ -45,7 +45,12 @@ from limbeck.recipe import (
 from tests.dense import dense_loss
 
 NAMES = ("a", "b", "c")
-DIVERGENCES = [ForwardKl(kind="forward_kl"), ReverseKl(kind="reverse_kl"), Jsd(kind="jsd", beta=0.3), SkewKl(kind="skew_kl", skew=0.2)]
+DIVERGENCES = [
+    ForwardKl(kind="forward_kl"),
+    ReverseKl(kind="reverse_kl"),
+    Jsd(kind="jsd", beta=0.3),
+    SkewKl(kind="skew_kl", skew=0.2),
+]
 WEIGHTS = [
     UniformWeights(kind="uniform"),
     StaticWeights(kind="static", values={"a": 1, "b": 2, "c": 5}),
@@ -114,8 +119,12 @@ def test_divergences_against_scipy() -> None:
     rng = np.random.default_rng(1)
     p, q = rng.dirichlet(np.ones(11), size=2)
     tp, tq = (torch.tensor(x, dtype=torch.float32)[None] for x in (p, q))
-    assert float(divergence(ForwardKl(kind="forward_kl"), tp, tq.log())[0]) == pytest.approx(scipy.special.rel_entr(p, q).sum(), rel=1e-5)
-    assert float(divergence(ReverseKl(kind="reverse_kl"), tp, tq.log())[0]) == pytest.approx(scipy.special.rel_entr(q, p).sum(), rel=1e-5)
+    assert float(divergence(ForwardKl(kind="forward_kl"), tp, tq.log())[0]) == pytest.approx(
+        scipy.special.rel_entr(p, q).sum(), rel=1e-5
+    )
+    assert float(divergence(ReverseKl(kind="reverse_kl"), tp, tq.log())[0]) == pytest.approx(
+        scipy.special.rel_entr(q, p).sum(), rel=1e-5
+    )
     distance = scipy.spatial.distance.jensenshannon(p, q)
     assert float(divergence(Jsd(kind="jsd", beta=0.5), tp, tq.log())[0]) == pytest.approx(distance**2, rel=1e-5)
 
@@ -211,7 +220,9 @@ def test_padded_vocabulary_rows_are_left_out() -> None:
     parts = problem(K=2)
     reference = fused_loss(Fusion(), **parts).loss
     wide = parts["teachers"][0]
-    padded = Head(torch.cat([wide.head.weight_Vd, torch.full((4, 8), 9.0)]), torch.cat([wide.head.bias_V, torch.full((4,), 9.0)]))
+    padded = Head(
+        torch.cat([wide.head.weight_Vd, torch.full((4, 8), 9.0)]), torch.cat([wide.head.bias_V, torch.full((4,), 9.0)])
+    )
     parts["teachers"] = [TeacherStates(wide.hidden_RLd, padded, wide.temperature), parts["teachers"][1]]
     torch.testing.assert_close(fused_loss(Fusion(), **parts).loss, reference)
 
@@ -225,7 +236,9 @@ def test_copies_of_one_teacher_are_that_teacher(weights: Any, space: Any) -> Non
     parts = problem(K=1)
     alone = fused_loss(Fusion(weights=weights, space=space), **parts).loss
     parts["teachers"], parts["names"] = parts["teachers"] * 3, NAMES
-    torch.testing.assert_close(fused_loss(Fusion(weights=weights, space=space), **parts).loss, alone, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        fused_loss(Fusion(weights=weights, space=space), **parts).loss, alone, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_one_weight_of_one_is_plain_distillation() -> None:
@@ -242,7 +255,9 @@ def test_one_weight_of_one_is_plain_distillation() -> None:
 # 5. Sum of divergences and divergence from the mixture ----------------------------------------------------------
 
 
-@pytest.mark.parametrize(("config", "space"), [(DIVERGENCES[0], "arithmetic"), (DIVERGENCES[1], "geometric")], ids=["forward", "reverse"])
+@pytest.mark.parametrize(
+    ("config", "space"), [(DIVERGENCES[0], "arithmetic"), (DIVERGENCES[1], "geometric")], ids=["forward", "reverse"]
+)
 def test_weighted_sum_has_the_gradient_of_the_mixture(config: Any, space: Any) -> None:
     parts = problem()
     weights = {"a": 0.2, "b": 0.5, "c": 0.3}
@@ -250,7 +265,10 @@ def test_weighted_sum_has_the_gradient_of_the_mixture(config: Any, space: Any) -
     whole = Fusion(weights=StaticWeights(kind="static", values=weights), space=space, **options)
     mixture = gradients(fused_loss(whole, **parts).loss, parts)
     single = Fusion(weights=UniformWeights(kind="uniform"), **options)
-    each = [gradients(fused_loss(single, **{**parts, "teachers": [t], "names": [n]}).loss, parts) for n, t in zip(NAMES, parts["teachers"], strict=True)]
+    each = [
+        gradients(fused_loss(single, **{**parts, "teachers": [t], "names": [n]}).loss, parts)
+        for n, t in zip(NAMES, parts["teachers"], strict=True)
+    ]
     for index, gradient in enumerate(mixture):
         summed = sum(weights[n] * g[index] for n, g in zip(NAMES, each, strict=True))
         torch.testing.assert_close(gradient, summed, rtol=1e-4, atol=1e-6)
@@ -299,7 +317,9 @@ def test_permuting_teachers_or_vocabulary_changes_nothing(weights: Any) -> None:
     labels = torch.where(parts["labels_RL"] == IGNORED, IGNORED, where[parts["labels_RL"].clamp(min=0)])
 
     def permuted(head: Head) -> Head:
-        return Head(head.weight_Vd[order], head.bias_V[order] if head.bias_V is not None else None, head.scale, head.softcap)
+        return Head(
+            head.weight_Vd[order], head.bias_V[order] if head.bias_V is not None else None, head.scale, head.softcap
+        )
 
     teachers = [TeacherStates(t.hidden_RLd, permuted(t.head), t.temperature) for t in parts["teachers"]]
     moved = {**parts, "labels_RL": labels, "head": permuted(parts["head"]), "teachers": teachers}
@@ -350,7 +370,9 @@ def test_the_posterior_is_causal_and_bayes_rule() -> None:
 def test_batch_granularity_needs_no_neighbour_when_given_global_means() -> None:
     means = torch.tensor([[1.0, 2.0], [0.0, 0.0]])
     config = EntropyWeights(kind="entropy", granularity="batch", sharpness=1, floor=0)
-    w = weigh(config, torch.rand(2, 1, 4), torch.zeros(2, 1, 4), torch.zeros(1, 4, dtype=torch.long), global_means_2K=means)
+    w = weigh(
+        config, torch.rand(2, 1, 4), torch.zeros(2, 1, 4), torch.zeros(1, 4, dtype=torch.long), global_means_2K=means
+    )
     torch.testing.assert_close(w[0], torch.full((1, 4), 1 / (1 + math.exp(-1))))
 
 
@@ -363,7 +385,9 @@ def test_calibration_finds_the_temperature_that_was_put_in() -> None:
     truth = torch.distributions.Categorical(logits=hidden[0] @ weight.T / 1.6)
     torch.manual_seed(0)
     labels = truth.sample()[None]
-    assert fit_temperature(hidden, Head(weight), labels, bounds=(0.5, 3), positions=4000) == pytest.approx(1.6, rel=0.05)
+    assert fit_temperature(hidden, Head(weight), labels, bounds=(0.5, 3), positions=4000) == pytest.approx(
+        1.6, rel=0.05
+    )
     assert fit_temperature(hidden, Head(weight), labels, bounds=(0.5, 1.2), positions=4000) == pytest.approx(1.2)
 
 
@@ -371,5 +395,9 @@ def test_label_nll_sums_by_row() -> None:
     parts = problem()
     hidden, head, labels = parts["hidden_RLd"].detach(), parts["head"], parts["labels_RL"]
     logp = torch.log_softmax(head.logits(hidden), -1).detach()
-    expected = [-sum(float(logp[r, t, y]) for t, y in enumerate(row.tolist()) if y != IGNORED) for r, row in enumerate(labels)]
-    torch.testing.assert_close(label_nll(hidden, head, labels, chunk=3), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-5)
+    expected = [
+        -sum(float(logp[r, t, y]) for t, y in enumerate(row.tolist()) if y != IGNORED) for r, row in enumerate(labels)
+    ]
+    torch.testing.assert_close(
+        label_nll(hidden, head, labels, chunk=3), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-5
+    )

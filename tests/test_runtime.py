@@ -177,7 +177,9 @@ def _only(*names: str) -> Any:
 # Text ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["plain", "Grüße, Jürgen", "日本語のテキスト", "family 👩‍👩‍👧 flag 🇩🇪!", "  two  spaces\n", ""])
+@pytest.mark.parametrize(
+    "text", ["plain", "Grüße, Jürgen", "日本語のテキスト", "family 👩‍👩‍👧 flag 🇩🇪!", "  two  spaces\n", ""]
+)
 def test_streamed_text_is_whole_characters(exported: Artifact, text: str) -> None:
     folder = load_text(exported.path)
     ids = folder.encode(text)
