@@ -42,7 +42,14 @@ def take_census(graph: Path) -> dict[str, Any]:
             tensor = tensors.get(name)
             if tensor is not None and tensor.data_type in _FLOAT and len(tensor.dims) > 1:
                 shape, why = list(tensor.dims), _why(node, tensor)
-                start = {"operator": node.op_type, "shape": shape, "why": why, "first": node.name, "count": 0, "bytes": 0}
+                start = {
+                    "operator": node.op_type,
+                    "shape": shape,
+                    "why": why,
+                    "first": node.name,
+                    "count": 0,
+                    "bytes": 0,
+                }
                 kind = floats.setdefault((node.op_type, *shape, why), start)
                 kind["count"] += 1
                 kind["bytes"] += _bytes(tensor)
