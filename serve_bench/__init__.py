@@ -1,0 +1,41 @@
+"""Stage 3: what the student costs and what it is worth, beside its teachers, on the machine that will serve it.
+
+Importing this package is cheap; torch, onnxruntime and matplotlib are imported when a function is called, torch and
+onnxruntime only in the worker processes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from limbeck.artifact import Artifact
+from limbeck.recipe import Recipe
+
+if TYPE_CHECKING:
+    from serve_bench.report import Report
+
+__all__ = ["measure", "write_report"]
+
+
+def measure(*, onnx: Path, student: Path, out: Path, recipe: Recipe) -> Artifact:
+    """Time every form of the ``onnx`` artifact, its student and the student's teachers; score what was timed.
+
+    Writes the ``bench`` artifact of docs/artifacts.md to ``out``, or returns the one that is there when it was made from
+    the same artifacts, `bench:` and `gates:` on this machine. Raises `ArtifactError` for inputs that do not belong together,
+    `DataError` for a prompt and answer past a model's context, `EnvironmentalError` when an arm cannot run here.
+    """
+    from serve_bench.measure import measure as run
+
+    return run(onnx=onnx, student=student, out=out, recipe=recipe)
+
+
+def write_report(*, run: Path, recipe: Recipe) -> Report:
+    """Write ``report.html`` and ``report.json`` of the run folder ``run`` from its artifacts' raw samples.
+
+    The report carries the verdict, its exit code (0 pass, 1 fail, 3 undecided) and a Markdown table. Raises `ArtifactError`
+    when one of ``run/student``, ``run/onnx`` and ``run/bench`` is missing or changed.
+    """
+    from serve_bench.report import write_report as write
+
+    return write(run=run, recipe=recipe)

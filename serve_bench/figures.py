@@ -1,0 +1,196 @@
+"""From raw samples to figures: latencies by arm, ratios between arms, the noise floor, the evidence for the gates.
+
+Everything here can be computed again from samples.jsonl and quality.json at any time. Metrics by vLLM's names and
+definitions: TTFT to the first token, E2EL to the last, TPOT = (E2EL - TTFT) / (tokens - 1), ITL each gap between tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from serve_bench import quality as quality_figures
+from serve_bench.arms import Arm
+from serve_bench.gates import Evidence
+from serve_bench.stats import (
+    Array,
+    Interval,
+    paired_ratio,
+    percentile,
+    relative_rise,
+    sequential_interval,
+    widened,
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One timed generation. ``at`` holds seconds from the request to each generated token."""
+
+    arm: str
+    block: int
+    position: int
+    at: tuple[float, ...]
+
+    @property
+    def ttft(self) -> float:
+        """Seconds to the first token."""
+        return self.at[0]
+
+    @property
+    def e2el(self) -> float:
+        """Seconds to the last token."""
+        return self.at[-1]
+
+    @property
+    def tpot(self) -> float:
+        """Seconds per output token after the first; the prompt and the first token are in TTFT."""
+        return (self.e2el - self.ttft) / (len(self.at) - 1)
+
+    @property
+    def itl(self) -> Array:
+        """Seconds between tokens, [tokens - 1]."""
+        return np.diff(np.asarray(self.at))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the evidence needs to know besides samples: the arms, the shipped form, the schedule of looks."""
+
+    name: str
+    shipped: str
+    arms: tuple[Arm, ...]
+    first_look: int
+
+    @property
+    def shipped_arm(self) -> Arm:
+        """The arm that is judged."""
+        return next(arm for arm in self.arms if arm.id == f"onnx:{self.shipped}")
+
+    @property
+    def twin(self) -> Arm:
+        """Its copy in a process of its own."""
+        return next(arm for arm in self.arms if arm.role == "twin")
+
+    def with_role(self, role: str) -> list[Arm]:
+        """Arms of one role."""
+        return [arm for arm in self.arms if arm.role == role]
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """The timed generations of samples.jsonl, in the order they were made; warm-up is left out."""
+    rows = (json.loads(line) for line in path.read_text().splitlines())
+    return [Sample(r["arm"], r["block"], r["position"], tuple(r["at"])) for r in rows if r["event"] == "sample"]
+
+
+def by_block(samples: Iterable[Sample], arm: str, metric: str) -> Array:
+    """Seconds of one metric by block: the geometric mean of the arm's two generations in it."""
+    blocks: dict[int, list[float]] = {}
+    for sample in samples:
+        if sample.arm == arm:
+            blocks.setdefault(sample.block, []).append(getattr(sample, metric))
+    return np.array([np.exp(np.mean(np.log(values))) for _, values in sorted(blocks.items())])
+
+
+def latency(samples: Sequence[Sample], arm: str, *, first: int) -> dict[str, Any]:
+    """Figures of one arm: times in ms with intervals over blocks, percentiles with their sample counts."""
+    mine = [s for s in samples if s.arm == arm]
+    itl = np.concatenate([s.itl for s in mine])
+    tpot = _milliseconds(by_block(samples, arm, "tpot"), first)
+    return {
+        "n": len(mine),
+        "ttft_ms": asdict(_milliseconds(by_block(samples, arm, "ttft"), first)),
+        "tpot_ms": asdict(tpot),
+        "e2el_ms": asdict(_milliseconds(by_block(samples, arm, "e2el"), first)),
+        "decode_tokens_s": asdict(Interval(1e3 / tpot.value, 1e3 / tpot.high, _over(1e3, tpot.low), tpot.n)),
+        "itl_ms": {
+            "n": len(itl),
+            **{f"p{p}": None if (v := percentile(itl, p)) is None else 1e3 * v for p in (50, 90, 95, 99)},
+        },
+        "ttft_percentiles_ms": {
+            f"p{p}": None if (v := percentile([s.ttft for s in mine], p)) is None else 1e3 * v for p in (90, 95)
+        },
+    }
+
+
+def noise_floor(samples: Sequence[Sample], reference: Reference, metric: str) -> Interval:
+    """Speed of the shipped form over its own copy: what is measured where there is no difference."""
+    return _speed(samples, reference.shipped_arm.id, reference.twin.id, metric, reference.first_look)
+
+
+def speed(samples: Sequence[Sample], reference: Reference, arm: str, metric: str = "tpot") -> Interval:
+    """Speed of the shipped form over ``arm``: above 1 the shipped form is faster. Widened by the noise floor."""
+    noise = noise_floor(samples, reference, metric)
+    if arm == reference.twin.id:
+        return noise
+    return widened(_speed(samples, reference.shipped_arm.id, arm, metric, reference.first_look), noise)
+
+
+def timing_evidence(samples: Sequence[Sample], reference: Reference) -> Evidence:
+    """The part of the evidence that is known while blocks are still being timed."""
+    shipped, first = reference.shipped_arm, reference.first_look
+    fp32 = next((arm for arm in reference.arms if arm.id == "onnx:fp32"), None)
+
+    def absolute(metric: str) -> Interval:
+        interval = _milliseconds(by_block(samples, shipped.id, metric), first)
+        return widened(interval, noise_floor(samples, reference, metric))
+
+    return Evidence(
+        name=reference.name,
+        shipped=reference.shipped,
+        speedup={arm.label: speed(samples, reference, arm.id) for arm in reference.with_role("teacher")},
+        tpot_ms=absolute("tpot"),
+        ttft_ms=absolute("ttft"),
+        size=shipped.bytes,
+        fp32_size=fp32.bytes if fp32 else None,
+        rise_over_fp32=None,
+        rise_over_teachers={},
+    )
+
+
+def evidence(samples: Sequence[Sample], quality: Mapping[str, Any], reference: Reference) -> Evidence:
+    """All the evidence."""
+    timing, shipped = timing_evidence(samples, reference), reference.shipped_arm.id
+    return Evidence(
+        **vars(timing)
+        | {
+            "rise_over_fp32": rise(quality, shipped, "onnx:fp32") if "onnx:fp32" in quality["arms"] else None,
+            "rise_over_teachers": {
+                arm.label: (quality_figures.summarise(quality, arm.id)["mean_nll"], rise(quality, shipped, arm.id))
+                for arm in reference.with_role("teacher")
+            },
+        }
+    )
+
+
+def rise(quality: Mapping[str, Any], ours: str, theirs: str) -> Interval:
+    """Relative rise of one arm's mean NLL over another's, paired by held-out block."""
+    domains = quality["domains"]
+
+    def nll(arm: str) -> list[Array]:
+        return [np.asarray(quality["arms"][arm][name]["nll"], np.float64) for name in domains]
+
+    return relative_rise(nll(ours), nll(theirs), [np.asarray(d["labels"], np.float64) for d in domains.values()])
+
+
+def asdict(interval: Interval) -> dict[str, Any]:
+    """An interval as JSON: bounds that were not reached are null."""
+    low, high = (interval.low, interval.high) if interval.bounded else (None, None)
+    return {"value": interval.value, "low": low, "high": high, "n": interval.n}
+
+
+def _speed(samples: Sequence[Sample], ours: str, theirs: str, metric: str, first: int) -> Interval:
+    return paired_ratio(by_block(samples, theirs, metric), by_block(samples, ours, metric), first=first)
+
+
+def _milliseconds(seconds: Array, first: int) -> Interval:
+    return sequential_interval(1e3 * seconds, first=first)
+
+
+def _over(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator > 0 else float("inf")
