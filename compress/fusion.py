@@ -262,7 +262,7 @@ def teacher_statistics(
     """Entropy and label log-likelihood [K, R, L] in nats at tau = 1, calibrated; 0 where there is no label."""
     entropy_KRL = torch.zeros(len(teachers), *labels_RL.shape, device=labels_RL.device)
     logp_KRL = torch.zeros_like(entropy_KRL)
-    for place in _chunks(labels_RL, chunk, whole_rows=False):
+    for place in chunks_of_labels(labels_RL, chunk, whole_rows=False):
         labels_C = labels_RL[place]
         for k, teacher in enumerate(teachers):
             _, entropy_KRL[k][place], logp_KRL[k][place] = _teacher_softmax(teacher, place, labels_C, rows)
@@ -302,7 +302,7 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
         whole_rows = bool(job.teachers) and not job.weighed and span_of(job.config.weights) != "token"
         loss = torch.zeros((), dtype=torch.float64)
-        for place in _chunks(job.labels_RL, job.config.chunk, whole_rows=whole_rows):
+        for place in chunks_of_labels(job.labels_RL, job.config.chunk, whole_rows=whole_rows):
             hidden_Cd = hidden_RLd[place]
             value, slope_CV = _chunk_loss(job, head, hidden_Cd, place)
             loss += value
@@ -405,7 +405,7 @@ def _teacher_softmax(
     return torch.softmax(z_CV / tau, dim=-1), entropy_C, logp_C
 
 
-def _chunks(labels_RL: Tensor, chunk: int, *, whole_rows: bool) -> Iterator[tuple[Tensor, Tensor]]:
+def chunks_of_labels(labels_RL: Tensor, chunk: int, *, whole_rows: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """Indices (row, position) of label positions, about ``chunk`` at a time, or as many whole rows as fit (at least one)."""
     R, L = labels_RL.shape
     if whole_rows:
@@ -465,7 +465,7 @@ def fit_temperature(
 def label_nll(hidden_RLd: Tensor, head: Head, labels_RL: Tensor, *, chunk: int = 256) -> Tensor:
     """Summed label NLL [R] in nats of each row, float64."""
     total_R = torch.zeros(len(labels_RL), dtype=torch.float64)
-    for place in _chunks(labels_RL, chunk, whole_rows=False):
+    for place in chunks_of_labels(labels_RL, chunk, whole_rows=False):
         z_CV = head.logits(hidden_RLd[place])
         nll_C = torch.nn.functional.cross_entropy(z_CV, labels_RL[place], reduction="none")
         total_R.index_add_(0, place[0].cpu(), nll_C.double().cpu())

@@ -20,7 +20,7 @@ from compress.models import load_model, model_folder
 from limbeck import sources
 from limbeck.artifact import open_artifact
 from limbeck.errors import ModelError
-from limbeck.recipe import Recipe, RecipeModel, Teacher
+from limbeck.recipe import Recipe, RecipeModel, Teacher, fingerprint
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _teacher_folder(teacher: Teacher, recipe: Recipe, products: Mapping[str, Pat
         folder = model_folder(teacher.model, folder=recipe.folder)
     own = (recipe.folder / teacher.adapter.expanduser()).resolve() if teacher.adapter else None
     if own is not None:
-        sources.check_adapter(own)
+        common["digest"] = fingerprint([digest, sources.adapter_digest(teacher, folder=recipe.folder)])
     return TeacherFolder(base=folder, adapter=own, whole=folder, whole_adapter=own, tokenizer=folder, **common)
 
 
@@ -110,7 +110,7 @@ class Teachers:
         """Load them. Raises `ModelError` for an adapter that does not fit its base."""
         self.names = [f.name for f in folders]
         self.bodies: list[Body] = []
-        self._heads: list[Head] = []
+        self.heads: list[Head] = []
         self.temperatures = [1.0] * len(folders)
         shared: dict[tuple[Path, str, str], Any] = {}
         for folder in folders:
@@ -132,18 +132,20 @@ class Teachers:
             weight = body.head.weight_Vd
             if id(weight) not in cast:
                 cast[id(weight)] = replace(body.head, weight_Vd=weight.to(compute_dtype))
-            self._heads.append(cast[id(weight)])
+            self.heads.append(cast[id(weight)])
+        self.widths, self.depths = [b.width for b in self.bodies], [b.layers for b in self.bodies]
 
     def __len__(self) -> int:
-        return len(self.bodies)
+        return len(self.names)
 
     @torch.no_grad()
     def states(
-        self, input_ids_RL: Tensor, layers: Sequence[Sequence[int]] | None = None
+        self, input_ids_RL: Tensor, layers: Sequence[Sequence[int]] | None = None, *, only: int | None = None
     ) -> tuple[list[TeacherStates], list[list[Tensor]]]:
-        """Last states of each teacher, and the states [K][P] of [R, L, d_k] after the given layers of each."""
+        """Last states of each teacher (or ``only`` one), and the states [K][P] of [R, L, d_k] after the given layers of each."""
         last, inner = [], []
-        for k, (body, head) in enumerate(zip(self.bodies, self._heads, strict=True)):
+        for k in range(len(self)) if only is None else [only]:
+            body, head = self.bodies[k], self.heads[k]
             wanted = list(layers[k]) if layers else []
             hidden_RLd, states = body.states(input_ids_RL, wanted)
             last.append(TeacherStates(hidden_RLd.to(head.weight_Vd.dtype), head, self.temperatures[k]))

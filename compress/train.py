@@ -18,17 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from compress.data import DomainBlocks, labels_of, load_blocks, special_prefix, training_order
+from compress.cache import CachedTeachers
+from compress.data import IGNORED, DomainBlocks, labels_of, load_blocks, special_prefix, training_order
 from compress.features import Projections, feature_loss, layer_pairs
 from compress.fusion import Head, fit_temperature, fused_loss, label_nll, span_of, teacher_statistics
 from compress.models import DTYPES, load_model, load_tokenizer, require_same_tokenizer, resolve_device
 from compress.students import Student, build_model, load_trainable_state, save_student, trainable_state
-from compress.teachers import Body, Teachers, teacher_folders
+from compress.teachers import Body, TeacherFolder, Teachers, teacher_folders
 from limbeck.artifact import Artifact, available_cores, disk_full_is_a_user_error, host, open_artifact, write_artifact
 from limbeck.errors import DivergenceError
 from limbeck.heldout import HELDOUT, Blocks, mean_nll, save_heldout
@@ -40,50 +42,28 @@ CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 
 def train(*, recipe: Recipe, out: Path, products: Mapping[str, Path], key: str, parents: Mapping[str, str]) -> Artifact:
     """Train the recipe's student and write its artifact to ``out``. See `compress.distill`."""
-    config, started = recipe.training, time.monotonic()
-    device = resolve_device(config.device)
-    precision = resolve_precision(config.precision, device)
-    torch.set_num_threads(config.threads or available_cores())
-    torch.manual_seed(recipe.seed)
-    AcceleratorState._reset_state()  # a teacher's own recipe may have run in this process with another precision
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision={"fp32": "no"}.get(precision, precision))
+    started = time.monotonic()
     work = out.parent / f".{out.name}.training"
-    work.mkdir(parents=True, exist_ok=True)
-
-    folders = teacher_folders(recipe, products)
-    model, tokenizer_folder = build_model(
-        recipe, tokenizer_folder=folders[0].tokenizer if folders else None, device=device
-    )
-    if folders:
-        require_same_tokenizer({"the student": tokenizer_folder, **{f.name: f.tokenizer for f in folders}})
-    blocks = load_blocks(recipe, load_tokenizer(tokenizer_folder))
-    prefix = len(special_prefix(load_tokenizer(tokenizer_folder)))
-    teachers = Teachers(folders, device=device, compute_dtype=DTYPES[precision])
-    student = Student(model, _projections(recipe, Body(model), teachers)).to(device)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
-
-    run = _Run(recipe, accelerator, student, teachers, blocks, prefix, precision, work, key)
-    reports = _measure_teachers(run)
+    run = setup(recipe=recipe, products=products, work=work, key=key)
+    reports = measure_teachers(run)
     prepared = time.monotonic() - started
     state = fit(run)
     fitted = time.monotonic()
 
-    load_trainable_state(student, state.best)
+    model = run.student.model
+    load_trainable_state(run.student, state.best)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     with write_artifact(out, kind="student", key=key, parents=parents, recipe=recipe) as draft:
-        parameters = {
-            "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "total": 0,
-        }
-        save_student(model, tokenizer_folder=tokenizer_folder, out=draft.folder)
-        save_heldout(draft.folder / HELDOUT, {b.name: b.heldout for b in blocks})
-        entries = [f.entry(reports[f.name]["temperature"]) for f in folders]
+        save_student(model, tokenizer_folder=run.tokenizer_folder, out=draft.folder)
+        save_heldout(draft.folder / HELDOUT, {b.name: b.heldout for b in run.blocks})
+        entries = [f.entry(reports[f.name]["temperature"]) for f in run.folders]
         (draft.folder / "teachers.json").write_text(json.dumps(entries, indent=1))
         shutil.copy(work / LOG, draft.folder / LOG)
-        merged = load_model(draft.folder / "model", device=device)
-        parameters["total"] = merged.num_parameters()
-        nll = evaluate(Body(merged), blocks, prefix, label="student, merged, fp32")
+        merged = Body(load_model(draft.folder / "model", device=run.accelerator.device))
+        sums = evaluate(
+            lambda ids: merged.states(ids)[0], merged.head, run.blocks, run.prefix, label="student, merged, fp32"
+        )
+        nll = per_token(sums, run.blocks, run.prefix)
         draft.result = {
             "nll": nll,
             "mean_nll": mean_nll(nll),
@@ -92,13 +72,47 @@ def train(*, recipe: Recipe, out: Path, products: Mapping[str, Path], key: str, 
             "steps": state.step,
             "best_step": state.best_step,
             "seconds": round(prepared + state.seconds + time.monotonic() - fitted, 1),
-            "parameters": parameters,
-            "precision": precision,
-            "device": str(device),
-            "base": str(tokenizer_folder.resolve()) if isinstance(recipe.student, LoraStudent) else None,
+            "parameters": {"trained": trained, "total": merged.model.num_parameters()},
+            "precision": run.precision,
+            "device": str(run.accelerator.device),
+            "base": str(run.tokenizer_folder.resolve()) if isinstance(recipe.student, LoraStudent) else None,
         }
     shutil.rmtree(work)
     return open_artifact(out, kind="student", verify=False)
+
+
+def setup(*, recipe: Recipe, products: Mapping[str, Path], work: Path, key: str) -> Run:
+    """Load teachers, text and student, and check that they fit together. ``work`` holds checkpoint and log."""
+    config = recipe.training
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    torch.set_num_threads(config.threads or available_cores())
+    torch.manual_seed(recipe.seed)
+    AcceleratorState._reset_state()  # a teacher's own recipe may have run in this process with another precision
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision={"fp32": "no"}.get(precision, precision))
+    folders = teacher_folders(recipe, products)
+    model, tokenizer_folder = build_model(
+        recipe, tokenizer_folder=folders[0].tokenizer if folders else None, device=device
+    )
+    if folders:
+        require_same_tokenizer({"the student": tokenizer_folder, **{f.name: f.tokenizer for f in folders}})
+    tokenizer = load_tokenizer(tokenizer_folder)
+    blocks = load_blocks(recipe, tokenizer)
+    kind = CachedTeachers if recipe.training.teacher_cache == "hidden" else Teachers
+    teachers = kind(folders, device=device, compute_dtype=DTYPES[precision])
+    student = Student(model, _projections(recipe, Body(model), teachers)).to(device)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    work.mkdir(parents=True, exist_ok=True)
+    prefix = len(special_prefix(tokenizer))
+    run = Run(recipe, accelerator, student, teachers, blocks, prefix, precision, work, key, folders, tokenizer_folder)
+    if isinstance(teachers, CachedTeachers):
+        heldout = [row for b in blocks for row in torch.from_numpy(b.heldout.input_ids).long()]
+        training = [torch.from_numpy(blocks[d].train_ids[r]).long() for d, r in run.order]
+        with accelerator.autocast():
+            teachers.prepare(heldout + training, run.teacher_layers)
+    return run
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -114,18 +128,31 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 @dataclass
-class _Run:
+class Run:
     """Everything the loop holds that does not change."""
 
     recipe: Recipe
     accelerator: Any
     student: Student
-    teachers: Teachers
+    teachers: Teachers | CachedTeachers
     blocks: Sequence[DomainBlocks]
     prefix: int
     precision: str
     work: Path
     key: str
+    folders: Sequence[TeacherFolder]
+    tokenizer_folder: Path
+
+    @property
+    def order(self) -> npt.NDArray[np.int64]:
+        """(domain, row) of every training block, in order; a function of the seed alone."""
+        return training_order(self.blocks, count=self.steps * self.rows_per_step, seed=self.recipe.seed)
+
+    @property
+    def teacher_layers(self) -> list[list[int]] | None:
+        """Layers of each teacher that feature alignment looks at."""
+        projections = self.student.projections
+        return [[j for _, j in pairs] for pairs in projections.pairs] if projections is not None else None
 
     @property
     def rows_per_step(self) -> int:
@@ -137,7 +164,7 @@ class _Run:
 
 
 @dataclass
-class _State:
+class State:
     """Everything that changes: what a checkpoint holds beside model, optimiser and random state."""
 
     step: int = 0
@@ -149,14 +176,14 @@ class _State:
     best: dict[str, Tensor] = field(default_factory=dict)
 
 
-def fit(run: _Run) -> _State:
+def fit(run: Run) -> State:
     """Train to the end of the budget, or until held-out NLL has not improved for ``patience`` measurements."""
     config, accelerator = run.recipe.training, run.accelerator
     trained = [p for p in run.student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
     student, optimizer = accelerator.prepare(run.student, optimizer)
-    state = _load_checkpoint(run, optimizer) or _State(best=trainable_state(run.student))
-    order = training_order(run.blocks, count=run.steps * run.rows_per_step, seed=run.recipe.seed)
+    state = _load_checkpoint(run, optimizer) or State(best=trainable_state(run.student))
+    order = run.order
     if state.step == 0:
         _record(run, "evaluate", _evaluate_student(run, state, count_stale=False))
     resumed = state.seconds
@@ -188,18 +215,16 @@ def fit(run: _Run) -> _State:
 
 
 def _step(
-    run: _Run, student: Any, optimizer: Any, trained: Sequence[Tensor], picked: Any, *, progress: float
+    run: Run, student: Any, optimizer: Any, trained: Sequence[Tensor], picked: Any, *, progress: float
 ) -> dict[str, Any]:
     """One optimiser step on the global batch of (domain, row) pairs ``picked``; raw terms per label position."""
     recipe, accelerator, teachers = run.recipe, run.accelerator, run.teachers
     config, features = recipe.training, recipe.features
     ids_RL, labels_RL = _batch(run, picked)
-    denominator = int((labels_RL != -100).sum())
+    denominator = int((labels_RL != IGNORED).sum())
     rank, world = accelerator.process_index, accelerator.num_processes
     mine = torch.arange(rank, len(ids_RL), world)
     micro = mine.split(config.micro_batch)
-    pairs = run.student.projections.pairs if run.student.projections is not None else []
-    teacher_layers = [[j for _, j in p] for p in pairs] or None
     feature_factor = features.weight * min(1.0, progress / features.warmup if features.warmup else 1.0)
     means = (
         _global_means(run, ids_RL, labels_RL, micro) if teachers and span_of(recipe.fusion.weights) == "batch" else None
@@ -212,12 +237,12 @@ def _step(
         last = index == len(micro) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(student):
             with accelerator.autocast():
-                states, inner = teachers.states(ids, teacher_layers) if teachers else ([], [])
+                states, inner = teachers.states(ids, run.teacher_layers) if teachers else ([], [])
                 hidden_RLd, projected = student(ids)
             terms = fused_loss(
                 recipe.fusion,
                 hidden_RLd=hidden_RLd.to(DTYPES[run.precision]),
-                head=_student_head(run),
+                head=student_head(run),
                 teachers=states,
                 labels_RL=labels,
                 denominator=denominator,
@@ -231,7 +256,7 @@ def _step(
                     projected,
                     inner,
                     terms.weights_KRL,
-                    labels != -100,
+                    labels != IGNORED,
                     distance=features.distance,
                     denominator=denominator,
                 )
@@ -268,13 +293,13 @@ def learning_rate(config: Training, step: int, steps: int) -> float:
             return config.learning_rate
 
 
-def _batch(run: _Run, picked: Any) -> tuple[Tensor, Tensor]:
+def _batch(run: Run, picked: Any) -> tuple[Tensor, Tensor]:
     ids = np.stack([run.blocks[d].train_ids[r] for d, r in picked])
     lengths = np.array([run.blocks[d].train_lengths[r] for d, r in picked])
     return torch.from_numpy(ids).long(), torch.from_numpy(labels_of(ids, lengths, prefix=run.prefix))
 
 
-def _student_head(run: _Run) -> Head:
+def student_head(run: Run) -> Head:
     head = Body(run.student.model).head
     dtype = DTYPES[run.precision]
     if head.weight_Vd.dtype == dtype:
@@ -293,7 +318,7 @@ def _student_head(run: _Run) -> Head:
     return cached
 
 
-def _global_means(run: _Run, ids_RL: Tensor, labels_RL: Tensor, micro: Sequence[Tensor]) -> Tensor:
+def _global_means(run: Run, ids_RL: Tensor, labels_RL: Tensor, micro: Sequence[Tensor]) -> Tensor:
     """Mean entropy and label log-likelihood [2, K] of the teachers over the global batch."""
     sums = torch.zeros(2, len(run.teachers), device=run.accelerator.device)
     for rows in micro:
@@ -303,13 +328,13 @@ def _global_means(run: _Run, ids_RL: Tensor, labels_RL: Tensor, micro: Sequence[
         for row, statistic in enumerate(teacher_statistics(states, labels, chunk=run.recipe.fusion.chunk)):
             sums[row] += statistic.sum((1, 2))
     total: Tensor = run.accelerator.reduce(sums, reduction="sum")
-    return total / int((labels_RL != -100).sum())
+    return total / int((labels_RL != IGNORED).sum())
 
 
 class _Sums:
     """Raw terms of a step, summed over micro-batches and processes."""
 
-    def __init__(self, run: _Run, domains: Any) -> None:
+    def __init__(self, run: Run, domains: Any) -> None:
         self.run, self.domains = run, torch.from_numpy(np.asarray(domains))
         K, D = len(run.teachers), len(run.blocks)
         self.loss = self.cross_entropy = self.fusion = self.features = 0.0
@@ -322,7 +347,7 @@ class _Sums:
         self.loss += loss
         self.cross_entropy += terms.cross_entropy
         self.fusion += terms.divergence
-        valid = labels_RL != -100
+        valid = labels_RL != IGNORED
         for row, place in enumerate(rows.tolist()):
             domain = int(self.domains[place])
             self.labels_D[domain] += int(valid[row].sum())
@@ -373,31 +398,30 @@ class _Sums:
 
 @torch.no_grad()
 def evaluate(
-    body: Body,
-    blocks: Sequence[DomainBlocks],
-    prefix: int,
-    *,
-    label: str,
-    autocast: Callable[[], Any] | None = None,
-    head: Head | None = None,
-) -> dict[str, float]:
-    """Held-out nats a token by domain."""
-    nll = {}
-    device = body.head.weight_Vd.device
+    hidden_of: Callable[[Tensor], Tensor], head: Head, blocks: Sequence[DomainBlocks], prefix: int, *, label: str
+) -> dict[str, list[float]]:
+    """Held-out NLL in nats, summed over each block, by domain. ``hidden_of`` gives last hidden states [R, L, d]."""
+    nll: dict[str, list[float]] = {}
+    device = head.weight_Vd.device
     with task(f"held-out text: {label}", sum(len(b.heldout) for b in blocks)) as progress:
         for domain in blocks:
-            total = 0.0
-            for ids, labels in _heldout_batches(domain.heldout, prefix):
-                with autocast() if autocast else contextlib.nullcontext():
-                    hidden_RLd, _ = body.states(ids.to(device))
-                used = head or body.head
-                total += float(label_nll(hidden_RLd.to(used.weight_Vd.dtype), used, labels.to(device)).sum())
+            nll[domain.name] = []
+            for ids, labels in heldout_batches(domain.heldout, prefix):
+                hidden_RLd = hidden_of(ids.to(device)).to(head.weight_Vd.dtype)
+                nll[domain.name] += label_nll(hidden_RLd, head, labels.to(device)).tolist()
                 progress.advance(len(ids))
-            nll[domain.name] = total / _label_count(domain.heldout, prefix)
     return nll
 
 
-def _heldout_batches(heldout: Blocks, prefix: int, rows: int = 4) -> list[tuple[Tensor, Tensor]]:
+def per_token(nll: Mapping[str, Sequence[float]], blocks: Sequence[DomainBlocks], prefix: int) -> dict[str, float]:
+    """Nats a token by domain, from sums over blocks."""
+    counts = {
+        b.name: int((labels_of(b.heldout.input_ids, b.heldout.lengths, prefix=prefix) != IGNORED).sum()) for b in blocks
+    }
+    return {name: sum(sums) / counts[name] for name, sums in nll.items()}
+
+
+def heldout_batches(heldout: Blocks, prefix: int, rows: int = 4) -> list[tuple[Tensor, Tensor]]:
     ids, labels = heldout.input_ids, labels_of(heldout.input_ids, heldout.lengths, prefix=prefix)
     return [
         (torch.from_numpy(ids[i : i + rows]).long(), torch.from_numpy(labels[i : i + rows]))
@@ -405,17 +429,8 @@ def _heldout_batches(heldout: Blocks, prefix: int, rows: int = 4) -> list[tuple[
     ]
 
 
-def _label_count(heldout: Blocks, prefix: int) -> int:
-    return int((labels_of(heldout.input_ids, heldout.lengths, prefix=prefix) != -100).sum())
-
-
-def _evaluate_student(run: _Run, state: _State, *, count_stale: bool = True) -> dict[str, Any]:
-    run.student.eval()
-    nll = evaluate(
-        Body(run.student.model), run.blocks, run.prefix,
-        label=f"student, step {state.step}", autocast=run.accelerator.autocast, head=_student_head(run),
-    )  # fmt: skip
-    run.student.train()
+def _evaluate_student(run: Run, state: State, *, count_stale: bool = True) -> dict[str, Any]:
+    nll = per_token(student_nll(run, label=f"student, step {state.step}"), run.blocks, run.prefix)
     mean = mean_nll(nll)
     if mean < state.best_nll:
         state.best_nll, state.best_step, state.stale = mean, state.step, 0
@@ -425,33 +440,27 @@ def _evaluate_student(run: _Run, state: _State, *, count_stale: bool = True) -> 
     return {"step": state.step, "tokens": state.tokens, "nll": nll, "mean_nll": mean}
 
 
-def _measure_teachers(run: _Run) -> dict[str, dict[str, Any]]:
+def student_nll(run: Run, *, label: str) -> dict[str, list[float]]:
+    """Held-out NLL of the student as it is now, in the number type of its training."""
+    body = Body(run.student.model)
+
+    def hidden_of(ids_RL: Tensor) -> Tensor:
+        with run.accelerator.autocast():
+            return body.states(ids_RL)[0]
+
+    run.student.eval()
+    nll = evaluate(hidden_of, student_head(run), run.blocks, run.prefix, label=label)
+    run.student.train()
+    return nll
+
+
+def measure_teachers(run: Run) -> dict[str, dict[str, Any]]:
     """Calibrate each teacher and measure it on held-out text; kept beside the checkpoint for a resumed run."""
-    kept = run.work / "teachers.json"
-    names = run.teachers.names
+    kept, names = run.work / "teachers.json", run.teachers.names
     if kept.exists() and (found := json.loads(kept.read_text())).get("key") == run.key:
         reports: dict[str, dict[str, Any]] = found["reports"]
     else:
-        reports = {}
-        calibration = run.recipe.fusion.calibration
-        for k, body in enumerate(run.teachers.bodies):
-            nll = evaluate(
-                body,
-                run.blocks,
-                run.prefix,
-                label=names[k],
-                autocast=run.accelerator.autocast,
-                head=run.teachers._heads[k],
-            )
-            temperature = 1.0
-            if calibration.kind == "fit":
-                batches = [b for domain in run.blocks for b in _heldout_batches(domain.heldout, run.prefix)[:2]]
-                with run.accelerator.autocast(), torch.no_grad():
-                    hidden = torch.cat([body.states(ids.to(run.accelerator.device))[0] for ids, _ in batches])
-                labels = torch.cat([labels for _, labels in batches]).to(run.accelerator.device)
-                head = run.teachers._heads[k]
-                temperature = fit_temperature(hidden.to(head.weight_Vd.dtype), head, labels, bounds=calibration.bounds)
-            reports[names[k]] = {"nll": nll, "mean_nll": mean_nll(nll), "temperature": temperature}
+        reports = {name: _measure_teacher(run, k) for k, name in enumerate(names)}
         kept.write_text(json.dumps({"key": run.key, "reports": reports}))
     run.teachers.temperatures = [reports[name]["temperature"] for name in names]
     for name in names:
@@ -460,10 +469,30 @@ def _measure_teachers(run: _Run) -> dict[str, dict[str, Any]]:
     return reports
 
 
+def _measure_teacher(run: Run, k: int) -> dict[str, Any]:
+    head, calibration = run.teachers.heads[k], run.recipe.fusion.calibration
+
+    def hidden_of(ids_RL: Tensor) -> Tensor:
+        with run.accelerator.autocast():
+            return run.teachers.states(ids_RL, only=k)[0][0].hidden_RLd
+
+    nll = per_token(
+        evaluate(hidden_of, head, run.blocks, run.prefix, label=run.teachers.names[k]), run.blocks, run.prefix
+    )
+    temperature = 1.0
+    if calibration.kind == "fit":
+        batches = [batch for domain in run.blocks for batch in heldout_batches(domain.heldout, run.prefix)[:2]]
+        device = run.accelerator.device
+        hidden = torch.cat([hidden_of(ids.to(device)) for ids, _ in batches])
+        labels = torch.cat([labels for _, labels in batches]).to(device)
+        temperature = fit_temperature(hidden, head, labels, bounds=calibration.bounds)
+    return {"nll": nll, "mean_nll": mean_nll(nll), "temperature": temperature}
+
+
 # Log and checkpoint ----------------------------------------------------------------------------------------------
 
 
-def _record(run: _Run, event: str, figures: Mapping[str, Any]) -> None:
+def _record(run: Run, event: str, figures: Mapping[str, Any]) -> None:
     if run.accelerator.is_main_process:
         with disk_full_is_a_user_error(run.work / LOG), (run.work / LOG).open("a") as file:
             file.write(
@@ -471,7 +500,7 @@ def _record(run: _Run, event: str, figures: Mapping[str, Any]) -> None:
             )
 
 
-def _save_checkpoint(run: _Run, optimizer: Any, state: _State) -> None:
+def _save_checkpoint(run: Run, optimizer: Any, state: State) -> None:
     if not run.accelerator.is_main_process:
         return
     temporary = run.work / f"{CHECKPOINT}.writing"
@@ -490,7 +519,7 @@ def _save_checkpoint(run: _Run, optimizer: Any, state: _State) -> None:
         temporary.rename(run.work / CHECKPOINT)
 
 
-def _load_checkpoint(run: _Run, optimizer: Any) -> _State | None:
+def _load_checkpoint(run: Run, optimizer: Any) -> State | None:
     """The state of an interrupted run of the same key; anything else in the folder is cleared."""
     path = run.work / CHECKPOINT
     saved = torch.load(path, weights_only=True, map_location=run.accelerator.device) if path.exists() else None
@@ -503,16 +532,15 @@ def _load_checkpoint(run: _Run, optimizer: Any) -> _State | None:
     torch.set_rng_state(saved["rng"].cpu())
     with (run.work / LOG).open("r+b") as file:
         file.truncate(saved["log_bytes"])
-    state = _State(**saved["state"])
+    state = State(**saved["state"])
     say(f"  going on at step {state.step + 1} of {run.steps}")
     return state
 
 
-def _projections(recipe: Recipe, student: Body, teachers: Teachers) -> Projections | None:
+def _projections(recipe: Recipe, student: Body, teachers: Teachers | CachedTeachers) -> Projections | None:
     if not len(teachers) or recipe.features.weight == 0:
         return None
     pairs = [
-        layer_pairs(recipe.features, student_layers=student.layers, teacher_layers=body.layers)
-        for body in teachers.bodies
+        layer_pairs(recipe.features, student_layers=student.layers, teacher_layers=depth) for depth in teachers.depths
     ]
-    return Projections(student_width=student.width, teacher_widths=[b.width for b in teachers.bodies], pairs=pairs)
+    return Projections(student_width=student.width, teacher_widths=teachers.widths, pairs=pairs)

@@ -382,6 +382,9 @@ class Training(Frozen):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train; auto takes a GPU if present.")
     threads: Count | None = Field(None, description="CPU threads; none takes every core this process may use.")
+    teacher_cache: Literal["none", "hidden"] = Field(
+        "none", description="`hidden` runs each teacher once over the text and keeps its hidden states for later runs."
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations to save memory.")
     evaluate_every: Count = Field(20, description="Steps between measurements on held-out text.")
     checkpoint_every: Count = Field(20, description="Steps between checkpoints of a run that may be interrupted.")

@@ -147,6 +147,25 @@ def test_micro_batches_change_nothing(tmp_path: Path, granularity: str) -> None:
         torch.testing.assert_close(tensor, results[1][1][name], rtol=1e-3, atol=1e-5)
 
 
+def test_cached_teachers_teach_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cached equals live up to the bf16 of the cache; a second run with other weights loads no teacher body."""
+    live = compress.distill(recipe=tiny(tmp_path, student={"dropout": 0.0}), out=tmp_path / "live")
+    recipe = tiny(tmp_path, student={"dropout": 0.0}, training={"teacher_cache": "hidden"})
+    cached = compress.distill(recipe=recipe, out=tmp_path / "cached")
+    losses = [[s["loss"] for s in events(a.path, "step")] for a in (live, cached)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+
+    def no_body(*_: Any, **__: Any) -> None:
+        raise AssertionError("a teacher body was loaded")
+
+    monkeypatch.setattr("compress.cache.Teachers", no_body)
+    options = {"training": {"teacher_cache": "hidden", "micro_batch": 2}, "student": {"dropout": 0.0}}
+    other = tiny(tmp_path, fusion={"weights": {"kind": "uniform"}}, **options)
+    compress.distill(recipe=other, out=tmp_path / "other")
+    fewer = tiny(tmp_path, teachers=[tiny(tmp_path).resolved()["teachers"][1]], **options)
+    compress.distill(recipe=fewer, out=tmp_path / "fewer")
+
+
 def test_golden_losses(tmp_path: Path) -> None:
     """A refactor must reproduce the loss of every step; the text is fixed here so that it is the same everywhere."""
     (tmp_path / "text.txt").write_text(
