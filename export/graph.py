@@ -11,6 +11,7 @@ nothing for it, and an explicit bias or position input is not needed.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import shutil
@@ -108,6 +109,7 @@ def _run_builder(model: Path, folder: Path) -> None:
             f"({type(error).__name__}: {str(error)[:200]}); use a student of an architecture that is known to work: "
             f"{', '.join(KNOWN)}. The builder's last lines:{tail or ' none'}"
         ) from error
+    gc.collect()  # the builder's model and graph refer to each other, and the next step loads the weights again
     proto = onnx.load(folder / "model.onnx", load_external_data=False)
     fused = any(node.op_type == "GroupQueryAttention" for node in proto.graph.node)
     names = {value.name for value in proto.graph.input}

@@ -174,6 +174,7 @@ def measure_parity(form: str, last: Path, all_: Path, cases: Mapping[str, Case])
                     if name == "long" and len(chosen) == case.mask.sum():
                         nll = _nll(case, found)
                 progress.advance()
+            del decoder  # its weights, before the next graph's are loaded
     summary = _summary(np.concatenate(total, axis=1), tolerance.lead)
     limits = {"max_abs": tolerance.relative * scale, "kl": tolerance.kl, "top1_sure": tolerance.top1}
     failures = [
