@@ -14,18 +14,22 @@ from typing import Any
 
 import numpy as np
 
+from limbeck.recipe import Recipe
 from serve_bench import quality as quality_figures
 from serve_bench.arms import Arm
-from serve_bench.gates import Evidence
+from serve_bench.gates import Evidence, judge
 from serve_bench.stats import (
     Array,
     Interval,
+    first_look,
     paired_ratio,
     percentile,
     relative_rise,
     sequential_interval,
     widened,
 )
+
+SAMPLES, QUALITY, ENVIRONMENT = "samples.jsonl", "quality.json", "environment.json"
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,57 @@ def evidence(samples: Sequence[Sample], quality: Mapping[str, Any], reference: R
             },
         }
     )
+
+
+def reference_of(recipe: Recipe, shipped: str, arms: Sequence[Arm]) -> Reference:
+    """What the arms are compared with, and when."""
+    return Reference(recipe.name, shipped, tuple(arms), first_look(recipe.bench.min_blocks))
+
+
+def summary(
+    samples: Sequence[Sample],
+    quality: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    reference: Reference,
+    recipe: Recipe,
+) -> dict[str, Any]:
+    """The bench artifact's result: figures by arm, speed ratios, gates, verdict. A function of the raw samples."""
+    verdict = judge(recipe.gates, evidence(samples, quality, reference))
+    first = reference.first_look
+    arms = {}
+    for arm in reference.arms:
+        measured = environment["arms"][arm.id]
+        arms[arm.id] = {
+            "label": arm.label,
+            "role": arm.role,
+            "runtime": arm.runtime,
+            "bytes": arm.bytes,
+            "peak_rss_bytes": measured["peak_rss_bytes"],
+            "load_s": measured.get("load_s"),
+            "import_s": measured.get("import_s"),
+            "steady": measured["steady"],
+            **latency(samples, arm.id, first=first),
+            "quality": quality_figures.summarise(quality, arm.id) if arm.scored else None,
+        }
+    return {
+        "shipped": reference.shipped,
+        "blocks": environment["blocks"],
+        "stopped": environment["stopped"],
+        "arms": arms,
+        "speed_of_shipped_over": {
+            arm.id: {metric: asdict(speed(samples, reference, arm.id, metric)) for metric in ("tpot", "ttft")}
+            for arm in reference.arms
+            if arm.id != reference.shipped_arm.id
+        },
+        "nll_rise_of_shipped_over": {
+            arm.id: asdict(rise(quality, reference.shipped_arm.id, arm.id))
+            for arm in reference.arms
+            if arm.scored and arm.id != reference.shipped_arm.id
+        },
+        "gates": [vars(gate) for gate in verdict.gates],
+        "verdict": verdict.status,
+        "sentence": verdict.sentence,
+    }
 
 
 def rise(quality: Mapping[str, Any], ours: str, theirs: str) -> Interval:

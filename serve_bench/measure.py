@@ -21,13 +21,12 @@ from limbeck.progress import say, task
 from limbeck.recipe import Recipe, fingerprint
 from serve_bench import figures
 from serve_bench.arms import Arm, Worker, Workers, context_of, list_arms
-from serve_bench.figures import Reference, Sample
+from serve_bench.figures import ENVIRONMENT, QUALITY, SAMPLES, Reference, Sample
 from serve_bench.gates import judge
-from serve_bench.quality import measure_quality, summarise
-from serve_bench.stats import first_look, is_look
+from serve_bench.quality import measure_quality
+from serve_bench.stats import is_look
 
 _VERSION = 1  # of the stage: raise it when the same inputs would be measured otherwise
-SAMPLES, QUALITY, ENVIRONMENT = "samples.jsonl", "quality.json", "environment.json"
 
 _WARM_TOKENS = 16  # of a warm-up generation after the first, which is as long as the timed ones
 _WARM_WINDOW, _WARM_SPREAD, _WARM_MOST = 3, 1.10, 10  # steady: the last three within 10 %; given up after ten
@@ -50,7 +49,7 @@ def measure(*, onnx: Path, student: Path, out: Path, recipe: Recipe) -> Artifact
     require_context(arms, recipe, student / "model")
     heldout = load_heldout(trained.path / HELDOUT)
     threads = recipe.bench.threads or available_cores()
-    reference = reference_of(recipe, exported, arms)
+    reference = figures.reference_of(recipe, str(exported.result["shipped"]), arms)
     work = out.parent / f".{out.name}.work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -79,63 +78,10 @@ def measure(*, onnx: Path, student: Path, out: Path, recipe: Recipe) -> Artifact
             environment["prompt_source"] = "held-out text, another window of another domain in every block"
             (draft.folder / QUALITY).write_text(json.dumps(quality))
             (draft.folder / ENVIRONMENT).write_text(json.dumps(environment, indent=1))
-            draft.result = summary(samples, quality, environment, reference, recipe)
+            draft.result = figures.summary(samples, quality, environment, reference, recipe)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return open_artifact(out, kind="bench", verify=False)
-
-
-def reference_of(recipe: Recipe, onnx: Artifact, arms: Sequence[Arm]) -> Reference:
-    """What the arms are compared with, and when."""
-    return Reference(recipe.name, str(onnx.result["shipped"]), tuple(arms), first_look(recipe.bench.min_blocks))
-
-
-def summary(
-    samples: Sequence[Sample],
-    quality: Mapping[str, Any],
-    environment: Mapping[str, Any],
-    reference: Reference,
-    recipe: Recipe,
-) -> dict[str, Any]:
-    """The bench artifact's result: figures by arm, speed ratios, gates, verdict. A function of the raw samples."""
-    verdict = judge(recipe.gates, figures.evidence(samples, quality, reference))
-    first = reference.first_look
-    arms = {}
-    for arm in reference.arms:
-        measured = environment["arms"][arm.id]
-        arms[arm.id] = {
-            "label": arm.label,
-            "role": arm.role,
-            "runtime": arm.runtime,
-            "bytes": arm.bytes,
-            "peak_rss_bytes": measured["peak_rss_bytes"],
-            "load_s": measured.get("load_s"),
-            "import_s": measured.get("import_s"),
-            "steady": measured["steady"],
-            **figures.latency(samples, arm.id, first=first),
-            "quality": summarise(quality, arm.id) if arm.scored else None,
-        }
-    return {
-        "shipped": reference.shipped,
-        "blocks": environment["blocks"],
-        "stopped": environment["stopped"],
-        "arms": arms,
-        "speed_of_shipped_over": {
-            arm.id: {
-                metric: figures.asdict(figures.speed(samples, reference, arm.id, metric)) for metric in ("tpot", "ttft")
-            }
-            for arm in reference.arms
-            if arm.id != reference.shipped_arm.id
-        },
-        "nll_rise_of_shipped_over": {
-            arm.id: figures.asdict(figures.rise(quality, reference.shipped_arm.id, arm.id))
-            for arm in reference.arms
-            if arm.scored and arm.id != reference.shipped_arm.id
-        },
-        "gates": [vars(gate) for gate in verdict.gates],
-        "verdict": verdict.status,
-        "sentence": verdict.sentence,
-    }
 
 
 def require_context(arms: Sequence[Arm], recipe: Recipe, student: Path) -> None:

@@ -7,6 +7,7 @@ does not use.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,14 +36,16 @@ class Runtime(Protocol):
         """Logits [L, V] after every token of ``ids[L]``. Ends the arm's use for generation."""
 
 
-def prepare(runtime: str) -> None:
-    """Import the libraries of a runtime."""
+def prepare(runtime: str, spec: Mapping[str, Any]) -> None:
+    """Import the libraries of a runtime, the code of the arm's architecture included."""
     if runtime == "torch":
         import torch
         import transformers
-        from transformers import AutoModelForCausalLM  # noqa: F401
 
-        _quiet(transformers)
+        for name in json.loads((Path(spec["model"]) / "config.json").read_text()).get("architectures") or ():
+            getattr(transformers, name, None)  # transformers imports a class when it is first named
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
         torch.set_num_interop_threads(1)
     else:
         from limbeck.runtime import import_onnxruntime
@@ -184,8 +187,3 @@ class OnnxRuntime:
         if self._decoder is None:
             raise DataError("this arm was scored already, which ends its use for generation; open it anew.")
         return self._decoder
-
-
-def _quiet(transformers: Any) -> None:
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()

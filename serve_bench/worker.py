@@ -53,7 +53,7 @@ class Session:
     def open(self, runtime: str, spec: dict[str, Any], threads: int) -> dict[str, Any]:
         """Import the libraries, open the arm, and time both."""
         started = time.perf_counter()
-        prepare(runtime)
+        prepare(runtime, spec)
         imported = time.perf_counter()
         self.runtime = open_runtime(runtime, spec, threads=threads)
         return {
