@@ -8,7 +8,7 @@ from pathlib import Path
 from limbeck import sources
 from limbeck.artifact import Artifact, find_artifact
 from limbeck.progress import say
-from limbeck.recipe import LoraStudent, Recipe, fingerprint
+from limbeck.recipe import FreshStudent, Recipe, fingerprint
 
 _VERSION = 1  # of the stage: raise it when the same input would give another student
 
@@ -30,7 +30,7 @@ def distill(*, recipe: Recipe, out: Path, products: Mapping[str, Path] | None = 
     parents |= {
         f"adapter {t.name}": sources.adapter_digest(t, folder=recipe.folder) for t in recipe.teachers if t.adapter
     }
-    if isinstance(recipe.student, LoraStudent):
+    if not isinstance(recipe.student, FreshStudent):
         parents["base"] = sources.model_digest(recipe.student.base, folder=recipe.folder, products={})
     parents |= {f"text {d.name}": sources.text_digest(d.text, folder=recipe.folder) for d in recipe.data.domains}
     key = fingerprint({"stage": "compress", "version": _VERSION, "recipe": recipe.distillation(), "parents": parents})

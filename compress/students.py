@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 
 from compress.features import Projections
 from compress.models import load_model, load_tokenizer, model_folder, random_model
-from compress.teachers import Body, causal_lm
+from compress.shrink import Importance, shrink
+from compress.teachers import Body, TeacherFolder, causal_lm
 from limbeck.errors import ModelError
-from limbeck.recipe import FreshStudent, LoraStudent, Recipe
+from limbeck.recipe import FreshStudent, LoraStudent, Recipe, ShrinkStudent
 
 
 class Student(nn.Module):
@@ -29,21 +31,34 @@ class Student(nn.Module):
         return hidden_RLd, self.projections(states) if self.projections is not None else []
 
 
-def build_model(recipe: Recipe, *, tokenizer_folder: Path | None, device: torch.device) -> tuple[Any, Path]:
-    """The trainable model of the recipe, and the folder that its tokenizer comes from. Raises `ModelError`."""
-    config = recipe.student
-    match config:
-        case LoraStudent():
-            folder = model_folder(config.base, folder=recipe.folder)
-            return _with_lora(load_model(folder, device=device), config, recipe.seed), folder
-        case FreshStudent():
-            assert tokenizer_folder is not None, "the recipe's check demands a teacher"
-            tokenizer = load_tokenizer(tokenizer_folder)
+def student_folder(recipe: Recipe, teachers: Sequence[TeacherFolder]) -> Path:
+    """Folder of the base model, or for a fresh student of the first teacher's tokenizer. Raises `ModelError`."""
+    if isinstance(recipe.student, FreshStudent):
+        return teachers[0].tokenizer
+    return model_folder(recipe.student.base, folder=recipe.folder)
+
+
+def build_model(
+    recipe: Recipe, *, folder: Path, calibration: Sequence[Tensor], device: torch.device
+) -> tuple[Any, Importance | None, dict[str, Any]]:
+    """The trainable model; for a shrunk one also the importance it was cut by and the sizes kept.
+
+    ``calibration`` are token ids [R, L] of training text. Raises `ModelError`.
+    """
+    match recipe.student:
+        case LoraStudent() as config:
+            return _with_lora(load_model(folder, device=device), config, recipe.seed), None, {}
+        case ShrinkStudent() as config:
+            base = load_model(folder, device=device)
+            model, importance, kept = shrink(base, config, [ids.to(device) for ids in calibration])
+            return model.to(device), importance, kept
+        case FreshStudent() as config:
+            tokenizer = load_tokenizer(folder)
             model = random_model(config.config, vocab_size=len(tokenizer), seed=recipe.seed, where="student.config")
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 setattr(model.config, name, getattr(tokenizer, name))
                 setattr(model.generation_config, name, getattr(tokenizer, name))
-            return model.to(device), tokenizer_folder
+            return model.to(device), None, {}
 
 
 def save_student(model: Any, *, tokenizer_folder: Path, out: Path) -> None:

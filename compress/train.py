@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.cache import CachedTeachers
@@ -29,13 +30,21 @@ from compress.data import IGNORED, DomainBlocks, labels_of, load_blocks, special
 from compress.features import Projections, feature_loss, layer_pairs
 from compress.fusion import Head, fit_temperature, fused_loss, label_nll, span_of, teacher_statistics
 from compress.models import DTYPES, load_model, load_tokenizer, require_same_tokenizer, resolve_device
-from compress.students import Student, build_model, load_trainable_state, save_student, trainable_state
+from compress.shrink import Importance
+from compress.students import (
+    Student,
+    build_model,
+    load_trainable_state,
+    save_student,
+    student_folder,
+    trainable_state,
+)
 from compress.teachers import Body, TeacherFolder, Teachers, teacher_folders
 from limbeck.artifact import Artifact, available_cores, disk_full_is_a_user_error, host, open_artifact, write_artifact
 from limbeck.errors import DivergenceError
 from limbeck.heldout import HELDOUT, Blocks, mean_nll, save_heldout
 from limbeck.progress import say, task
-from limbeck.recipe import LoraStudent, Recipe, Training, fingerprint
+from limbeck.recipe import LoraStudent, Recipe, ShrinkStudent, Training, fingerprint
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 
@@ -55,6 +64,8 @@ def train(*, recipe: Recipe, out: Path, products: Mapping[str, Path], key: str, 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     with write_artifact(out, kind="student", key=key, parents=parents, recipe=recipe) as draft:
         save_student(model, tokenizer_folder=run.tokenizer_folder, out=draft.folder)
+        if run.importance is not None:
+            save_file(run.importance.tensors(), draft.folder / "importance.safetensors")
         save_heldout(draft.folder / HELDOUT, {b.name: b.heldout for b in run.blocks})
         entries = [f.entry(reports[f.name]["temperature"]) for f in run.folders]
         (draft.folder / "teachers.json").write_text(json.dumps(entries, indent=1))
@@ -75,6 +86,7 @@ def train(*, recipe: Recipe, out: Path, products: Mapping[str, Path], key: str, 
             "parameters": {"trained": trained, "total": merged.model.num_parameters()},
             "precision": run.precision,
             "device": str(run.accelerator.device),
+            "shrink": run.kept or None,
             "base": str(run.tokenizer_folder.resolve()) if isinstance(recipe.student, LoraStudent) else None,
         }
     shutil.rmtree(work)
@@ -91,13 +103,15 @@ def setup(*, recipe: Recipe, products: Mapping[str, Path], work: Path, key: str)
     AcceleratorState._reset_state()  # a teacher's own recipe may have run in this process with another precision
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision={"fp32": "no"}.get(precision, precision))
     folders = teacher_folders(recipe, products)
-    model, tokenizer_folder = build_model(
-        recipe, tokenizer_folder=folders[0].tokenizer if folders else None, device=device
-    )
+    folder = student_folder(recipe, folders)
     if folders:
-        require_same_tokenizer({"the student": tokenizer_folder, **{f.name: f.tokenizer for f in folders}})
-    tokenizer = load_tokenizer(tokenizer_folder)
+        require_same_tokenizer({"the student": folder, **{f.name: f.tokenizer for f in folders}})
+    tokenizer = load_tokenizer(folder)
     blocks = load_blocks(recipe, tokenizer)
+    calibration = _calibration_batches(recipe, blocks)
+    model, importance, kept = build_model(recipe, folder=folder, calibration=calibration, device=device)
+    if kept:
+        say(f"  student: {kept['parameters'] / 1e6:.1f}M of {kept['parameters_before'] / 1e6:.1f}M parameters kept")
     kind = CachedTeachers if recipe.training.teacher_cache == "hidden" else Teachers
     teachers = kind(folders, device=device, compute_dtype=DTYPES[precision])
     student = Student(model, _projections(recipe, Body(model), teachers)).to(device)
@@ -106,13 +120,24 @@ def setup(*, recipe: Recipe, products: Mapping[str, Path], work: Path, key: str)
         model.enable_input_require_grads()
     work.mkdir(parents=True, exist_ok=True)
     prefix = len(special_prefix(tokenizer))
-    run = Run(recipe, accelerator, student, teachers, blocks, prefix, precision, work, key, folders, tokenizer_folder)
+    run = Run(
+        recipe, accelerator, student, teachers, blocks, prefix, precision, work, key, folders, folder, importance, kept
+    )  # fmt: skip
     if isinstance(teachers, CachedTeachers):
         heldout = [row for b in blocks for row in torch.from_numpy(b.heldout.input_ids).long()]
         training = [torch.from_numpy(blocks[d].train_ids[r]).long() for d, r in run.order]
         with accelerator.autocast():
             teachers.prepare(heldout + training, run.teacher_layers)
     return run
+
+
+def _calibration_batches(recipe: Recipe, blocks: Sequence[DomainBlocks]) -> list[Tensor]:
+    """Full training blocks that a shrunk student's importance is measured on, in the recipe's mixture."""
+    if not isinstance(recipe.student, ShrinkStudent):
+        return []
+    order = training_order(blocks, count=recipe.student.calibration_blocks, seed=recipe.seed)
+    rows = [blocks[d].train_ids[r, : blocks[d].train_lengths[r]] for d, r in order]
+    return [torch.from_numpy(row).long()[None] for row in rows]
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -142,6 +167,8 @@ class Run:
     key: str
     folders: Sequence[TeacherFolder]
     tokenizer_folder: Path
+    importance: Importance | None
+    kept: dict[str, Any]
 
     @property
     def order(self) -> npt.NDArray[np.int64]:

@@ -201,7 +201,20 @@ class FreshStudent(Frozen):
     config: dict[str, Any] = Field(description="transformers configuration: model_type and its sizes.")
 
 
-Student = Annotated[LoraStudent | FreshStudent, Field(discriminator="kind")]
+class ShrinkStudent(Frozen):
+    """A smaller model cut out of a base by importance on the training text, then healed by distillation."""
+
+    kind: Literal["shrink"]
+    base: BaseSource = Field(description="Model it is cut out of.")
+    layers: Count | None = Field(None, description="Hidden layers kept; none keeps all.")
+    intermediate_size: Count | None = Field(None, description="FFN neurons kept in a layer; none keeps all.")
+    kv_heads: Count | None = Field(None, description="Key/value head groups kept in a layer; none keeps all.")
+    hidden_size: Count | None = Field(None, description="Hidden channels kept; none keeps all.")
+    round_to: Count = Field(32, description="FFN and hidden sizes are rounded down to a multiple of this.")
+    calibration_blocks: Count = Field(32, description="Training blocks that importance is measured on.")
+
+
+Student = Annotated[LoraStudent | ShrinkStudent | FreshStudent, Field(discriminator="kind")]
 
 
 # Fusion ----------------------------------------------------------------------------------------------------------

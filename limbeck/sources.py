@@ -17,10 +17,10 @@ from limbeck.errors import DataError, ModelError, UserError
 from limbeck.recipe import (
     BaseSource,
     FileText,
+    FreshStudent,
     GgufModel,
     HubModel,
     LocalModel,
-    LoraStudent,
     ModelSource,
     PackageModel,
     PackageText,
@@ -142,7 +142,7 @@ def _mistakes(recipe: Recipe) -> Iterator[str]:
         except UserError as error:
             yield f"data.domains.{index}.text: {error}"
     models = [(f"teachers.{i}", t.model) for i, t in enumerate(recipe.teachers)]
-    if isinstance(recipe.student, LoraStudent):
+    if not isinstance(recipe.student, FreshStudent):
         models.append(("student.base", recipe.student.base))
     for where, source in models:
         try:
