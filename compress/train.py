@@ -57,8 +57,20 @@ def train(*, recipe: Recipe, out: Path, products: Mapping[str, Path], key: str, 
     reports = measure_teachers(run)
     prepared = time.monotonic() - started
     state = fit(run)
-    fitted = time.monotonic()
 
+    if run.accelerator.is_main_process:
+        spent = prepared + state.seconds
+        _save(run, state, reports, out=out, key=key, parents=parents, spent=spent)
+        shutil.rmtree(work)
+    run.accelerator.wait_for_everyone()
+    return open_artifact(out, kind="student", verify=False)
+
+
+def _save(
+    run: Run, state: State, reports: Mapping[str, Any], *, out: Path, key: str, parents: Mapping[str, str], spent: float
+) -> None:
+    """Write the artifact with the best weights, measured again as they will be loaded: merged, in fp32."""
+    started, recipe = time.monotonic(), run.recipe
     model = run.student.model
     load_trainable_state(run.student, state.best)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -69,7 +81,7 @@ def train(*, recipe: Recipe, out: Path, products: Mapping[str, Path], key: str, 
         save_heldout(draft.folder / HELDOUT, {b.name: b.heldout for b in run.blocks})
         entries = [f.entry(reports[f.name]["temperature"]) for f in run.folders]
         (draft.folder / "teachers.json").write_text(json.dumps(entries, indent=1))
-        shutil.copy(work / LOG, draft.folder / LOG)
+        shutil.copy(run.work / LOG, draft.folder / LOG)
         merged = Body(load_model(draft.folder / "model", device=run.accelerator.device))
         sums = evaluate(
             lambda ids: merged.states(ids)[0], merged.head, run.blocks, run.prefix, label="student, merged, fp32"
@@ -82,15 +94,13 @@ def train(*, recipe: Recipe, out: Path, products: Mapping[str, Path], key: str, 
             "tokens": state.tokens,
             "steps": state.step,
             "best_step": state.best_step,
-            "seconds": round(prepared + state.seconds + time.monotonic() - fitted, 1),
+            "seconds": round(spent + time.monotonic() - started, 1),
             "parameters": {"trained": trained, "total": merged.model.num_parameters()},
             "precision": run.precision,
             "device": str(run.accelerator.device),
             "shrink": run.kept or None,
             "base": str(run.tokenizer_folder.resolve()) if isinstance(recipe.student, LoraStudent) else None,
         }
-    shutil.rmtree(work)
-    return open_artifact(out, kind="student", verify=False)
 
 
 def setup(*, recipe: Recipe, products: Mapping[str, Path], work: Path, key: str) -> Run:
@@ -102,22 +112,23 @@ def setup(*, recipe: Recipe, products: Mapping[str, Path], work: Path, key: str)
     torch.manual_seed(recipe.seed)
     AcceleratorState._reset_state()  # a teacher's own recipe may have run in this process with another precision
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision={"fp32": "no"}.get(precision, precision))
-    folders = teacher_folders(recipe, products)
-    folder = student_folder(recipe, folders)
-    if folders:
-        require_same_tokenizer({"the student": folder, **{f.name: f.tokenizer for f in folders}})
-    tokenizer = load_tokenizer(folder)
-    blocks = load_blocks(recipe, tokenizer)
-    calibration = _calibration_batches(recipe, blocks)
-    model, importance, kept = build_model(recipe, folder=folder, calibration=calibration, device=device)
-    if kept:
-        say(f"  student: {kept['parameters'] / 1e6:.1f}M of {kept['parameters_before'] / 1e6:.1f}M parameters kept")
-    kind = CachedTeachers if recipe.training.teacher_cache == "hidden" else Teachers
-    teachers = kind(folders, device=device, compute_dtype=DTYPES[precision])
-    student = Student(model, _projections(recipe, Body(model), teachers)).to(device)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+    with accelerator.main_process_first():  # the first one fills the cache, the others read it
+        folders = teacher_folders(recipe, products)
+        folder = student_folder(recipe, folders)
+        if folders:
+            require_same_tokenizer({"the student": folder, **{f.name: f.tokenizer for f in folders}})
+        tokenizer = load_tokenizer(folder)
+        blocks = load_blocks(recipe, tokenizer)
+        calibration = _calibration_batches(recipe, blocks)
+        model, importance, kept = build_model(recipe, folder=folder, calibration=calibration, device=device)
+        if kept:
+            say(f"  student: {kept['parameters'] / 1e6:.1f}M of {kept['parameters_before'] / 1e6:.1f}M parameters kept")
+        kind = CachedTeachers if recipe.training.teacher_cache == "hidden" else Teachers
+        teachers = kind(folders, device=device, compute_dtype=DTYPES[precision])
+        student = Student(model, _projections(recipe, Body(model), teachers)).to(device)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
     work.mkdir(parents=True, exist_ok=True)
     prefix = len(special_prefix(tokenizer))
     run = Run(
@@ -126,7 +137,7 @@ def setup(*, recipe: Recipe, products: Mapping[str, Path], work: Path, key: str)
     if isinstance(teachers, CachedTeachers):
         heldout = [row for b in blocks for row in torch.from_numpy(b.heldout.input_ids).long()]
         training = [torch.from_numpy(blocks[d].train_ids[r]).long() for d, r in run.order]
-        with accelerator.autocast():
+        with accelerator.main_process_first(), accelerator.autocast():
             teachers.prepare(heldout + training, run.teacher_layers)
     return run
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +145,41 @@ def test_micro_batches_change_nothing(tmp_path: Path, granularity: str) -> None:
                 load_file(artifact.path / "model" / "model.safetensors"),
             )
         )
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    for name, tensor in results[0][1].items():
+        torch.testing.assert_close(tensor, results[1][1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_change_nothing(tmp_path: Path) -> None:
+    """DDP over gloo: the single-process losses and weights (FSDP needs a GPU; accelerate ignores it on a CPU)."""
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nimport compress\nfrom tests.test_compress import tiny\n"
+        "out = Path(sys.argv[1])\n"
+        "compress.distill(recipe=tiny(out, student={'dropout': 0.0}), out=out / 'student')\n"
+    )
+    results = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+            str(script),
+            str(out),
+        ]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(
+            (
+                [s["loss"] for s in events(out / "student", "step")],
+                load_file(out / "student" / "model" / "model.safetensors"),
+            )
+        )
+    assert len(results[1][0]) == 6
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     for name, tensor in results[0][1].items():
         torch.testing.assert_close(tensor, results[1][1][name], rtol=1e-3, atol=1e-5)
