@@ -1,0 +1,374 @@
+"""The command line. Reads arguments, calls one function a command, and turns errors into messages and exit codes.
+
+Everything heavier than typer is imported inside the command that needs it, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from limbeck import __version__
+from limbeck.errors import LimbeckError
+
+if TYPE_CHECKING:
+    from limbeck.recipe import Recipe
+
+_STOPPED = "stopped; run the same command again to go on"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised where the work is, so that everything is put away as it is on Ctrl-C."""
+
+
+class Commands(TyperGroup):
+    """The commands, with every error a user can meet turned into one message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except LimbeckError as error:
+            print(f"limbeck: {error}", file=sys.stderr)
+            raise SystemExit(error.exit_code) from None
+        except KeyboardInterrupt as stop:
+            print(f"\n{_STOPPED}", file=sys.stderr)
+            raise SystemExit(143 if isinstance(stop, Terminated) else 130) from None
+        except BrokenPipeError:
+            # Whoever read our output has left. Nothing more can be told, not even by the interpreter on its way out.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+def main() -> None:
+    """Entry point of the `limbeck` command."""
+    try:
+        signal.signal(signal.SIGTERM, _terminate)
+        app(prog_name="limbeck")
+    except KeyboardInterrupt as stop:  # before a command was reached
+        print(f"\n{_STOPPED}", file=sys.stderr)
+        raise SystemExit(143 if isinstance(stop, Terminated) else 130) from None
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"limbeck {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Several teacher language models and one recipe in; one small, quantised, measured student out.
+
+    A recipe is a YAML file that names the teachers, the text, the student and what must hold before it ships.
+    `limbeck run` does the whole job and ends with a verdict and a report; a second run goes on where the first one
+    stopped.
+
+    \b
+    Start here:
+      limbeck doctor                            can this machine do it?
+      limbeck recipes                           what is there to run?
+      limbeck run pico                          a smoke test on tiny random models
+      limbeck run smollm2/135m-two-experts      the demo, on real models and real text
+
+    \b
+    Exit codes: 0 done and every gate passed, 1 done but not good enough, 2 a mistake in what was given,
+    3 undecided (more measuring time is needed), 130 stopped by Ctrl-C.
+    """
+
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or a name from `limbeck recipes`.", show_default=False)
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="DIR",
+        help="Run folder. Without it: runs/NAME-DIGEST in the working directory.",
+        show_default=False,
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one field of the recipe, such as training.tokens=20480 or teachers.0.quantize=int8. Repeatable.",
+        show_default=False,
+    ),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, help="CPU threads. Without it: every core available.", show_default=False),
+]
+
+
+# Recipes ---------------------------------------------------------------------------------------------------------
+
+
+@app.command("recipes")
+def recipes(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the recipes that come with Limbeck.
+
+    \b
+    Example:
+      limbeck recipes
+    """
+    from limbeck.recipe import load_recipe, shipped_recipes
+
+    rows = []
+    for name, path in shipped_recipes():
+        recipe = load_recipe(path)
+        header = [line.removeprefix("#").strip() for line in recipe.text.splitlines() if line.startswith("#")]
+        rows.append(
+            {
+                "name": name,
+                "description": recipe.description,
+                "teachers": [t.name for t in recipe.teachers],
+                "student": recipe.student.kind,
+                "forms": [form.kind for form in recipe.export.forms],
+                "about": " ".join(header),
+                "path": str(path),
+            }
+        )
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    width = max((len(row["name"]) for row in rows), default=0)
+    for row in rows:
+        print(f"{row['name']:{width}}  {row['description']}")
+    print("\nlimbeck run NAME runs one; the comment at the top of its file says what it needs.", file=sys.stderr)
+
+
+@app.command("validate")
+def validate(
+    recipes: Annotated[
+        list[str], typer.Argument(metavar="RECIPE...", help="Recipe files or shipped names.", show_default=False)
+    ],
+) -> None:
+    """Check recipes, and that the files and packages they name are on this machine. Runs nothing.
+
+    Every mistake of every file is reported at once; exit code 2 if there is any.
+
+    \b
+    Example:
+      limbeck validate my-recipe.yaml smollm2/135m-two-experts
+    """
+    from limbeck.pipeline import mistakes
+    from limbeck.recipe import load_recipe
+
+    bad = 0
+    for reference in recipes:
+        try:
+            recipe = load_recipe(reference)
+            found = mistakes(recipe)
+        except LimbeckError as error:
+            print(f"{error}", file=sys.stderr)
+            bad += 1
+            continue
+        if found:
+            count = "1 thing is" if len(found) == 1 else f"{len(found)} things are"
+            print("\n".join([f"{reference}: {count} missing here", *(f"  {line}" for line in found)]), file=sys.stderr)
+            bad += 1
+        else:
+            print(f"{reference}: valid; {recipe.name}, digest {recipe.digest[:8]}")
+    if bad:
+        raise typer.Exit(2)
+
+
+# The job ---------------------------------------------------------------------------------------------------------
+
+
+@app.command("run")
+def run(recipe: RecipeArgument, out: OutOption = None, overrides: SetOption = None) -> None:
+    """Do the whole job: distil, export, measure, report. Goes on where an earlier run of the same recipe stopped.
+
+    \b
+    Examples:
+      limbeck run smollm2/135m-two-experts
+      limbeck run my-recipe.yaml --out runs/mine --set training.tokens=20480
+    """
+    from limbeck import pipeline
+
+    raise typer.Exit(pipeline.run(_load(recipe, overrides), out=out).exit_code)
+
+
+@app.command("compress")
+def compress(recipe: RecipeArgument, out: OutOption = None, overrides: SetOption = None) -> None:
+    """Stage 1: distil the student from its teachers, which are made first where they are products of other recipes.
+
+    \b
+    Example:
+      limbeck compress my-recipe.yaml
+    """
+    _stage("compress", recipe, out, overrides)
+
+
+@app.command("export")
+def export(recipe: RecipeArgument, out: OutOption = None, overrides: SetOption = None) -> None:
+    """Stage 2: turn the distilled student into ONNX graphs, quantise them, and check them against the student.
+
+    \b
+    Example:
+      limbeck export my-recipe.yaml
+    """
+    _stage("export", recipe, out, overrides)
+
+
+@app.command("bench")
+def bench(recipe: RecipeArgument, out: OutOption = None, overrides: SetOption = None) -> None:
+    """Stage 3: measure teachers, student and ONNX graphs on this machine, and give the verdict.
+
+    \b
+    Example:
+      limbeck bench my-recipe.yaml --set bench.minutes=10
+    """
+    _stage("bench", recipe, out, overrides)
+
+
+def _stage(name: str, reference: str, out: Path | None, overrides: list[str] | None) -> None:
+    from limbeck import pipeline
+
+    report = pipeline.run_stage(name, _load(reference, overrides), out=out, reference=reference)
+    raise typer.Exit(report.exit_code if report else 0)
+
+
+def _load(reference: str, overrides: list[str] | None) -> Recipe:
+    from limbeck.recipe import load_recipe
+
+    return load_recipe(reference, overrides=overrides or ())
+
+
+# What came out ---------------------------------------------------------------------------------------------------
+
+
+@app.command("report")
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
+) -> None:
+    """Draw report.html and report.json of a finished run again, from the samples it kept.
+
+    The exit code is the verdict's, as that of `limbeck run`.
+
+    \b
+    Example:
+      limbeck report runs/pico-1a2b3c4d
+    """
+    from limbeck import pipeline
+
+    raise typer.Exit(pipeline.report(run).exit_code)
+
+
+@app.command("verify")
+def verify(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="An artifact or a whole run folder.", show_default=False)
+    ],
+) -> None:
+    """Check what a run made: every file's hash, and that ONNX graphs still compute here what the student computed.
+
+    Exit code 0 when all holds, 1 when a graph computes something else, 2 when a file is changed, missing or extra.
+
+    \b
+    Example:
+      limbeck verify runs/pico-1a2b3c4d/onnx
+    """
+    from limbeck import pipeline
+
+    raise typer.Exit(pipeline.verify(path))
+
+
+@app.command("generate")
+def generate(
+    artifact: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT", help="An exported folder, or the run it is in.", show_default=False)
+    ],
+    prompt: Annotated[
+        str,
+        typer.Argument(metavar="PROMPT", help="The text to go on from; - reads standard input.", show_default=False),
+    ],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens to generate.")] = 128,
+    form: Annotated[
+        str | None,
+        typer.Option("--form", help="Form to run, such as fp32. Without it: the shipped one.", show_default=False),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0, help="0 takes the likeliest token; higher is more varied.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", min=0, max=1, help="Draw from the likeliest tokens that hold this share.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the draw.")] = 0,
+    threads: ThreadsOption = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
+) -> None:
+    """Generate text with an exported student, under onnxruntime alone, and print it as it comes.
+
+    \b
+    Examples:
+      limbeck generate runs/pico-1a2b3c4d/onnx "My fellow Americans,"
+      limbeck generate runs/pico-1a2b3c4d "Who are you?" --chat --temperature 0.7 --top-p 0.9
+    """
+    from limbeck.artifact import MANIFEST
+    from limbeck.errors import DataError
+    from limbeck.runtime import Decoder, load_text
+
+    folder = artifact / "onnx" if not (artifact / MANIFEST).exists() and (artifact / "onnx").is_dir() else artifact
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    if not prompt:
+        raise DataError("the prompt is empty; give the text to go on from.")
+    decoder = Decoder(folder, form=form, threads=threads)
+    text = load_text(folder)
+    ids = text.chat([{"role": "user", "content": prompt}]) if chat else text.encode(prompt)
+    tokens = decoder.generate(
+        ids, max_new_tokens, stop_ids=text.stop_ids, temperature=temperature, top_p=top_p, seed=seed
+    )
+    for piece in text.stream(tokens):
+        print(piece, end="", flush=True)
+    print()
+
+
+@app.command("doctor")
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Say what this machine has, what it lacks, and the command that installs what is missing.
+
+    Exit code 0 when `limbeck run` can work here, 2 otherwise.
+
+    \b
+    Example:
+      limbeck doctor
+    """
+    from limbeck.doctor import examine
+
+    findings = examine()
+    print(json.dumps(findings.as_json(), indent=1) if as_json else findings.as_text())
+    raise typer.Exit(0 if findings.able else 2)

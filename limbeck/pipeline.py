@@ -1,0 +1,381 @@
+"""The order of the stages: what is made first, in which folder, and what is told on the way.
+
+Knows recipes, folders and the three stage functions, which it imports when it calls them; each stage decides for itself
+whether there is anything to do.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from limbeck.artifact import MANIFEST, Artifact, disk_full_is_a_user_error, open_artifact, write_atomically
+from limbeck.errors import ArtifactError, EnvironmentalError, LimbeckError, RecipeError
+from limbeck.progress import say
+from limbeck.recipe import Recipe, RecipeModel, find_recipe, load_recipe, parse_recipe
+
+if TYPE_CHECKING:
+    from serve_bench.report import Report
+
+RUN, LOG, LOCK = "run.json", "log.jsonl", ".lock"
+_FOLDERS = {"compress": "student", "export": "onnx", "bench": "bench"}  # stage -> what it writes, in order
+
+
+@dataclass(frozen=True)
+class Product:
+    """The student of another recipe, to be made before the recipe that teaches with it."""
+
+    recipe: Recipe
+    folder: Path  # its run folder
+    teachers: dict[str, Path]  # name of each teacher that is itself a product -> its student artifact
+
+
+# What has to be made ---------------------------------------------------------------------------------------------
+
+
+def default_folder(recipe: Recipe) -> Path:
+    """``runs/<name>-<digest8>`` under the working directory."""
+    return Path("runs") / f"{recipe.name}-{recipe.digest[:8]}"
+
+
+def plan(recipe: Recipe) -> tuple[list[Product], dict[str, Path]]:
+    """Products that ``recipe`` needs, in the order they are made, and its own teachers among them by name.
+
+    Raises `RecipeError` listing every teacher recipe that is missing, wrong, or made from itself.
+    """
+    products, teachers, errors = _plan(recipe)
+    if errors:
+        raise RecipeError("\n".join([f"{recipe.name}: its teachers cannot be made", *(f"  {line}" for line in errors)]))
+    return products, teachers
+
+
+def _plan(recipe: Recipe) -> tuple[list[Product], dict[str, Path], list[str]]:
+    products: dict[Path, Product] = {}
+    errors: list[str] = []
+    teachers = _teachers_of(recipe, products, errors, chain=(), where="")
+    return list(products.values()), teachers, errors
+
+
+def _teachers_of(
+    recipe: Recipe, products: dict[Path, Product], errors: list[str], *, chain: tuple[Path, ...], where: str
+) -> dict[str, Path]:
+    """Student artifacts of the teachers that are products; adds those to ``products``, teachers before pupils."""
+    from limbeck.sources import cache_folder
+
+    teachers = {}
+    for index, teacher in enumerate(recipe.teachers):
+        if not isinstance(teacher.model, RecipeModel):
+            continue
+        here = f"{where}teachers.{index}"
+        try:
+            path = find_recipe(teacher.model.recipe, folder=recipe.folder)
+            if path in chain:
+                circle = " -> ".join(p.stem for p in (*chain[chain.index(path) :], path))
+                raise RecipeError(f"a recipe that is made from itself ({circle}); name another model for one of them.")
+            made = load_recipe(path)
+        except RecipeError as error:
+            errors.append(f"{here}: {error}")
+            continue
+        inner = _teachers_of(made, products, errors, chain=(*chain, path), where=f"{here} ({made.name}): ")
+        folder = cache_folder() / "products" / f"{made.name}-{made.digest[:8]}"
+        products.setdefault(folder, Product(made, folder, inner))
+        teachers[teacher.name] = folder / "student"
+    return teachers
+
+
+def mistakes(recipe: Recipe) -> list[str]:
+    """What is wrong with ``recipe`` on this machine, and with the recipes of its teachers: each line one mistake.
+
+    Files and packages that are missing, and teacher recipes that are missing, wrong, or made from themselves.
+    """
+    from limbeck.sources import preflight
+
+    products, _, errors = _plan(recipe)
+    found = preflight(recipe) + errors
+    for product in products:
+        found += [f"{product.recipe.name}: {line}" for line in preflight(product.recipe)]
+    return list(dict.fromkeys(found))
+
+
+# Running ---------------------------------------------------------------------------------------------------------
+
+
+def run(recipe: Recipe, *, out: Path | None = None) -> Report:
+    """Run every stage of ``recipe`` that is not complete in the run folder ``out``, and report.
+
+    ``out`` defaults to `default_folder`. Raises `ArtifactError` when the folder belongs to another recipe or to no run,
+    `RecipeError` listing every missing file or package, and whatever a stage raises.
+    """
+    from limbeck.runtime import import_onnxruntime
+
+    _require_inputs(recipe)
+    import_onnxruntime()  # the second stage needs it: better to hear of it before the first one has run for long
+    with open_run(recipe, out or default_folder(recipe)) as folder:
+        for stage in _FOLDERS:
+            _stage(stage, recipe, folder)
+        return _tell(folder, recipe)
+
+
+def run_stage(stage: str, recipe: Recipe, *, out: Path | None = None, reference: str = "RECIPE") -> Report | None:
+    """Run one stage, ``compress``, ``export`` or ``bench``, in the run folder; after ``bench``, report.
+
+    Raises `ArtifactError` naming the command to run first (with ``reference`` as its recipe) when an earlier stage is not
+    complete there, and whatever the stage raises.
+    """
+    folder = out or default_folder(recipe)
+    for earlier, name in _FOLDERS.items():
+        if earlier == stage:
+            break
+        if not (folder / name / MANIFEST).exists():
+            where = f" --out {out}" if out else ""
+            raise ArtifactError(
+                f"{folder}: {stage} needs a complete {name}, which is not there; run: limbeck {earlier} {reference}{where} "
+                "(with the same --set, if any)"
+            )
+    if stage == "compress":
+        _require_inputs(recipe)
+    with open_run(recipe, folder):
+        _stage(stage, recipe, folder)
+        return _tell(folder, recipe) if stage == "bench" else None
+
+
+def _require_inputs(recipe: Recipe) -> None:
+    missing = mistakes(recipe)
+    if missing:
+        raise RecipeError("\n".join([f"{recipe.name}: cannot run here", *(f"  {line}" for line in missing)]))
+
+
+def _stage(stage: str, recipe: Recipe, folder: Path) -> None:
+    """Run one stage of a folder that is ours."""
+    out = folder / _FOLDERS[stage]
+    if stage == "compress":
+        products, teachers = plan(recipe)
+        for product in products:
+            with open_run(product.recipe, product.folder, wait=True):
+                _distill(f"teacher {product.recipe.name}", product.recipe, product.folder, product.teachers)
+        _distill("compress", recipe, folder, teachers)
+    elif stage == "export":
+        import export
+
+        _timed(stage, folder, out, lambda: export.export_student(student=folder / "student", out=out, recipe=recipe))
+    else:
+        import serve_bench
+
+        _timed(
+            stage,
+            folder,
+            out,
+            lambda: serve_bench.measure(onnx=folder / "onnx", student=folder / "student", out=out, recipe=recipe),
+        )
+
+
+def _distill(title: str, recipe: Recipe, folder: Path, teachers: dict[str, Path]) -> None:
+    import compress
+
+    out = folder / "student"
+    _timed(title, folder, out, lambda: compress.distill(recipe=recipe, out=out, products=teachers))
+
+
+def _timed(title: str, folder: Path, out: Path, work: Callable[[], Artifact]) -> None:
+    """Say what is being done and how long it took, and log it in the run folder."""
+    say(f"== {title}")
+    before, started, clock = _stamp(out), datetime.now(UTC), time.monotonic()
+    with disk_full_is_a_user_error(out):
+        work()
+    seconds, skipped = time.monotonic() - clock, before is not None and _stamp(out) == before
+    say(f"   {'already complete' if skipped else 'done'}, {_clock(seconds)}")
+    entry = {
+        "stage": title,
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": round(seconds, 3),
+        "skipped": skipped,
+    }
+    with disk_full_is_a_user_error(folder), (folder / LOG).open("a", encoding="utf-8") as log:
+        log.write(json.dumps(entry) + "\n")
+
+
+def _stamp(artifact: Path) -> tuple[int, int] | None:
+    """What tells a manifest from one that replaced it."""
+    try:
+        status = (artifact / MANIFEST).stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+
+
+def _tell(folder: Path, recipe: Recipe) -> Report:
+    """Write the report, and print its table, the verdict and where it is."""
+    import serve_bench
+
+    with disk_full_is_a_user_error(folder):
+        report = serve_bench.write_report(run=folder, recipe=recipe)
+    verdict = report.verdict
+    print(f"{report.table}\n\n{verdict.status}: {verdict.sentence}\n{report.html}", flush=True)
+    return report
+
+
+def report(folder: Path) -> Report:
+    """Draw the report of the run in ``folder`` again. Raises `ArtifactError` when its measurement is not complete."""
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: no such folder; expected a run folder, such as runs/pico-1a2b3c4d.")
+    bench = open_artifact(folder / "bench", kind="bench", verify=False)
+    resolved = bench.manifest["recipe"]["resolved"]
+    with _locked(folder, wait=False):
+        return _tell(folder, parse_recipe(resolved, where=str(folder / "bench")))
+
+
+# Whose folder it is ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_run(recipe: Recipe, folder: Path, *, wait: bool = False) -> Iterator[Path]:
+    """Hold the run folder of ``recipe``: make it, or take the one it made earlier, and keep others out meanwhile.
+
+    ``wait`` waits for another run that holds it, which otherwise is an error. Raises `ArtifactError` when the folder belongs
+    to another recipe or holds something that is no run, `EnvironmentalError` when it cannot be written.
+    """
+    _require_ours(recipe, folder)  # before a lock file is put into what may be someone else's folder
+    with disk_full_is_a_user_error(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except PermissionError as error:
+            raise EnvironmentalError(f"{folder}: cannot be made ({error.strerror}); name another with --out.") from None
+    with _locked(folder, wait=wait):
+        _require_ours(recipe, folder)
+        if not (folder / RUN).exists():
+            claim = {"recipe": recipe.name, "digest": recipe.digest, "resolved": recipe.distillation()}
+            write_atomically(folder / RUN, json.dumps(claim, indent=1))
+        yield folder
+
+
+def _require_ours(recipe: Recipe, folder: Path) -> None:
+    if not folder.exists():
+        for parent in folder.parents:
+            if parent.exists() and not parent.is_dir():
+                raise ArtifactError(f"{folder}: {parent} is a file, not a folder; name another with --out.")
+        return
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: is a file, not a folder; name another with --out.")
+    try:
+        claim = json.loads((folder / RUN).read_text())
+        name, digest = str(claim["recipe"]), str(claim["digest"])
+    except FileNotFoundError:
+        if any(entry.name != LOCK for entry in folder.iterdir()):
+            raise ArtifactError(
+                f"{folder}: holds files but no run of Limbeck ({RUN} is missing); name an empty or new folder with --out."
+            ) from None
+        return
+    except (ValueError, KeyError, TypeError):
+        raise ArtifactError(f"{folder / RUN}: not what Limbeck writes; name another folder with --out.") from None
+    if digest != recipe.digest:
+        raise ArtifactError(
+            f"{folder}: belongs to another recipe: found {name} ({digest[:8]}), expected {recipe.name} ({recipe.digest[:8]}). "
+            "Leave --out away or name another folder; a change of teachers, data, student, fusion, features, training or seed "
+            "makes another recipe."
+        )
+
+
+@contextmanager
+def _locked(folder: Path, *, wait: bool) -> Iterator[None]:
+    """Keep every other process out of ``folder``; the system lets go when this one ends, however it ends."""
+    try:
+        file = (folder / LOCK).open("a+")
+    except PermissionError as error:
+        raise EnvironmentalError(f"{folder}: cannot be written ({error.strerror}); name another with --out.") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = f"process {file.read().strip() or 'unknown'}"
+            if not wait:
+                raise ArtifactError(
+                    f"{folder}: another run ({holder}) is using this folder; wait for it or name another with --out."
+                ) from None
+            say(f"waiting for another run ({holder}), which is making {folder.name}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        file.truncate()
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+# Checking what was made ------------------------------------------------------------------------------------------
+
+
+def verify(path: Path) -> int:
+    """Check every artifact at ``path``, an artifact or a run folder, print tables, and return the exit code.
+
+    0 when all holds; 1 when a graph no longer computes what the student computed; 2 when a file is changed, missing or extra,
+    or an artifact was made from another one than stands beside it. Raises `ArtifactError` when there is no artifact at all.
+    """
+    folders = [path] if (path / MANIFEST).exists() else [path / name for name in _FOLDERS.values()]
+    folders = [folder for folder in folders if (folder / MANIFEST).exists()]
+    if not folders:
+        raise ArtifactError(f"{path}: no complete artifact here; expected an artifact or a run folder.")
+    artifacts: dict[str, Artifact] = {}
+    complaints: list[LimbeckError] = []
+    rows = [["artifact", "kind", "files", "result"]]
+    for folder in folders:
+        try:
+            artifact = open_artifact(folder)
+            _require_parents(artifact, artifacts)
+        except ArtifactError as error:
+            complaints.append(error)
+            rows.append([folder.name, "", "", "BROKEN"])
+        else:
+            artifacts[artifact.kind] = artifact
+            rows.append([folder.name, artifact.kind, str(len(artifact.manifest["files"])), "unchanged"])
+    _print_table(rows)
+    if "onnx" in artifacts:
+        complaints += _verify_graphs(artifacts["onnx"])
+    for complaint in complaints:
+        print(f"\n{complaint}")
+    code = max((complaint.exit_code for complaint in complaints), default=0)
+    print("\nNOT verified" if code else "\nverified")
+    return code
+
+
+def _require_parents(artifact: Artifact, beside: dict[str, Artifact]) -> None:
+    for role, digest in artifact.manifest["parents"].items():
+        if role in beside and beside[role].digest != digest:
+            raise ArtifactError(
+                f"{artifact.path}: was made from another {role} than the one in {beside[role].path}; run its stage again."
+            )
+
+
+def _verify_graphs(artifact: Artifact) -> list[LimbeckError]:
+    """Measure parity again, print it, and return what is wrong."""
+    import export
+
+    say("   running the graphs again on this machine")
+    try:
+        measured = export.verify_parity(artifact.path)
+    except LimbeckError as error:
+        return [error]
+    rows = [["form", "positions", "largest logit difference", "KL, nats", "same first choice"]]
+    for form, parity in measured.items():
+        figures = f"{parity['max_abs']:.3g}", f"{parity['kl']:.3g}", f"{parity['top1']:.1%}"
+        rows.append([form, str(parity["positions"]), *figures])
+    print()
+    _print_table(rows)
+    return []
+
+
+def _print_table(rows: list[list[str]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
