@@ -337,11 +337,11 @@ def generate(
       limbeck generate runs/pico-1a2b3c4d/onnx "My fellow Americans,"
       limbeck generate runs/pico-1a2b3c4d "Who are you?" --chat --temperature 0.7 --top-p 0.9
     """
-    from limbeck.artifact import MANIFEST
     from limbeck.errors import DataError
+    from limbeck.pipeline import RUN
     from limbeck.runtime import Decoder, load_text
 
-    folder = artifact / "onnx" if not (artifact / MANIFEST).exists() and (artifact / "onnx").is_dir() else artifact
+    folder = artifact / "onnx" if (artifact / RUN).is_file() else artifact
     if prompt == "-":
         prompt = sys.stdin.read()
     if not prompt:

@@ -323,13 +323,15 @@ def verify(path: Path) -> int:
     or an artifact was made from another one than stands beside it. Raises `ArtifactError` when there is no artifact at all.
     """
     folders = [path] if (path / MANIFEST).exists() else [path / name for name in _FOLDERS.values()]
-    folders = [folder for folder in folders if (folder / MANIFEST).exists()]
-    if not folders:
+    if not any((folder / MANIFEST).exists() for folder in folders):
         raise ArtifactError(f"{path}: no complete artifact here; expected an artifact or a run folder.")
     artifacts: dict[str, Artifact] = {}
     complaints: list[LimbeckError] = []
     rows = [["artifact", "kind", "files", "result"]]
     for folder in folders:
+        if not (folder / MANIFEST).exists():
+            rows.append([folder.name, "", "", "not made yet"])
+            continue
         try:
             artifact = open_artifact(folder)
             _require_parents(artifact, artifacts)

@@ -1,0 +1,45 @@
+# The whole developer interface. Every target makes the environment in .venv first when there is none.
+#   make PYTHON=python3.12 …                                  another interpreter
+#   make PIP_ARGS="--extra-index-url URL" …                   another place for packages, such as CPU builds of torch
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP_ARGS ?=
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup demo test test-slow check help
+
+help:
+	@echo "make setup       the environment in .venv"
+	@echo "make demo        the main job on real models and real text; ends with a verdict and a report"
+	@echo "make test        the tests that take seconds"
+	@echo "make test-slow   the tests that take minutes"
+	@echo "make check       ruff, mypy, and the rules of who imports whom"
+	@echo "make bench-NAME  a benchmark of tests/benchmarks; its last line is one JSON object"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt requirements-data.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install $(PIP_ARGS) -c constraints.txt -e '.[cpu,dev]'
+	$(BIN)/pip install $(PIP_ARGS) --no-deps -r requirements-data.txt
+	touch $(READY)
+
+# `limbeck` exits with 1 when a gate failed, 2 for a mistake, 3 when undecided; make prints that number and exits with 2.
+demo: $(READY)
+	$(BIN)/limbeck run smollm2/135m-two-experts
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+check: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_architecture.py
+
+bench-%: $(READY)
+	$(BIN)/python -m tests.benchmarks.bench_$(subst -,_,$*)
