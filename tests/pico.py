@@ -80,9 +80,11 @@ def make_student(path: Path, model: Path) -> Artifact:
     with write_artifact(path, kind="student", key=f"pico {path.name}", parents={}) as draft:
         model.rename(draft.folder / "model")
         save_heldout(draft.folder / HELDOUT, make_blocks())
-        (draft.folder / "teachers.json").write_text(json.dumps([]))
+        teacher = {"name": "one", "model": "/models/one", "adapter": None, "quantize": "none", "dtype": "fp32"}
+        (draft.folder / "teachers.json").write_text(json.dumps([teacher]))
         (draft.folder / "log.jsonl").write_text("")
-        draft.result = {"nll": {"letters": 5.0, "numbers": 5.1}, "mean_nll": 5.05, "teachers": {}}
+        draft.result = {"nll": {"letters": 5.0, "numbers": 5.1}, "mean_nll": 5.05}
+        draft.result["teachers"] = {"one": {"nll": {"letters": 4.5, "numbers": 4.75}, "temperature": 1.0}}
     return open_artifact(path)
 
 

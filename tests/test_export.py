@@ -164,7 +164,9 @@ def test_the_folder_is_what_clients_expect(exported: Artifact) -> None:
     )
     card = (exported.path / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: onnx\n")
-    assert "int8-weight" in card
+    assert "| letters | 5.000 | 4.500 |" in card
+    assert "| teacher one | /models/one |" in card
+    assert f"| `int8-weight` | {exported.result['forms']['int8-weight']['bytes'] / 1e6:.1f} |" in card
     assert exported.manifest["parents"] == {"student": open_artifact(exported.path.parent / "student").digest}
     assert exported.result["shipped"] == "int8-weight"
     assert exported.result["backend"]["why"].startswith("auto: ")
