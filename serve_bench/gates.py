@@ -90,7 +90,7 @@ def _timing(gates: Gates, evidence: Evidence) -> list[Gate]:
             _estimated(
                 "min_decode_speedup", "Decode speed over the fastest teacher", evidence.speedup[teacher],
                 gates.min_decode_speedup, unit="×", least=True,
-                found=f"{{}} times the decode speed of {teacher}, the fastest teacher, in torch",
+                found=f"{{}} the decode speed of {teacher}, the fastest teacher, in torch",
             )
         )  # fmt: skip
     for name, title, interval, bound, what in (
@@ -155,10 +155,9 @@ def _exact(name: str, title: str, value: Interval | float, bound: float, *, unit
     status: Status = "pass" if number <= bound else "fail"
     span = ""
     if isinstance(value, Interval):
-        span = f" (on other such text {show(value.low, unit)} to {show(value.high, unit)})"
+        span = f" (interval for such text {_plain(value.low, unit)} to {show(value.high, unit)})"
     shown = _rise(number) if unit == "%" else show(number, unit)
-    limit = _rise(bound) if unit == "%" else show(bound, unit)
-    sentence = f"{_capital(found.format(shown))}{span}; at most {limit} was asked."
+    sentence = f"{_capital(found.format(shown))}{span}; {_limit(bound, unit)} was asked."
     low, high = (value.low, value.high) if isinstance(value, Interval) else (None, None)
     return Gate(name, title, status, number, low, high, bound, unit, False, sentence)
 
@@ -181,6 +180,14 @@ def _rise(value: float) -> str:
     if value == 0:
         return "equal to"
     return f"{100 * abs(value):.2f} % {'above' if value > 0 else 'below'}"
+
+
+def _limit(bound: float, unit: str) -> str:
+    if unit != "%":
+        return f"at most {show(bound, unit)}"
+    if bound == 0:
+        return "no rise"
+    return f"a rise of at most {100 * bound:g} %" if bound > 0 else f"a fall of at least {-100 * bound:g} %"
 
 
 def _capital(text: str) -> str:

@@ -1,0 +1,299 @@
+"""The report's pictures, as inline SVG whose colours are the page's CSS variables, so that one picture serves light and dark.
+
+Knows numbers and labels; knows nothing of artifacts. Series are labelled where they are, never in a legend by colour alone.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+# matplotlib wants colours, the page wants variables: these stand in for them and are replaced at the end.
+_VARIABLES = {"#010203": "ink", "#010204": "muted", "#010205": "line", "#010206": "paper"}
+_VARIABLES |= {f"#0102a{index}": f"s{index}" for index in range(1, 7)}
+INK, MUTED, LINE, PAPER = "#010203", "#010204", "#010205", "#010206"
+SERIES = tuple(f"#0102a{index}" for index in range(1, 7))
+ROLE = {"teacher": SERIES[1], "student": SERIES[3], "form": SERIES[0], "twin": MUTED}
+_SCALE = 1.3  # of a drawing at its widest; drawings are small so that a phone need not shrink them much
+_MARKS = ("o", "s", "^", "D", "v", "P")
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "limbeck",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": MUTED,
+    "axes.linewidth": 1,
+    "axes.axisbelow": True,
+    "text.color": INK,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "axes.unicode_minus": True,
+}
+
+
+@dataclass(frozen=True)
+class Bubble:
+    """One arm in the picture of quality against speed."""
+
+    label: str
+    role: str
+    speed: float  # decode tokens/s
+    nll: float  # nats a token
+    megabytes: float
+    shipped: bool
+
+
+def lines(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    title: str,
+    x: str,
+    y: str,
+    dashed: Mapping[str, float] | None = None,
+    limits: tuple[float, float] | None = None,
+    marks: bool = False,
+) -> str:
+    """Lines labelled at their right end; ``dashed`` are horizontal references. ``title`` is the accessible name."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(250, 165)
+        ends: list[tuple[float, str, str]] = []
+        right = max((xs[-1] for xs, _ in series.values() if len(xs)), default=1.0)
+        for index, (name, (xs, ys)) in enumerate(series.items()):
+            colour = SERIES[index % len(SERIES)]
+            mark = _MARKS[index % len(_MARKS)] if marks else None
+            axes.plot(xs, ys, color=colour, linewidth=1.8, marker=mark, markersize=4, clip_on=False)
+            if len(ys):
+                ends.append((float(ys[-1]), name, colour))
+        for name, value in (dashed or {}).items():
+            axes.axhline(value, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
+            ends.append((value, name, MUTED))
+        if limits:
+            axes.set_ylim(*limits)
+        axes.set_xlim(left=0, right=right)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+        _finish_axes(axes, x, y)
+        bottom, top = axes.get_ylim()
+        places = _spread([value for value, _, _ in ends], gap=0.062 * (top - bottom), low=bottom, high=top)
+        for (_, name, colour), place in zip(ends, places, strict=True):
+            axes.annotate(
+                name, (1, place), xycoords=("axes fraction", "data"), xytext=(7, 0), textcoords="offset points",
+                color=colour, va="center", fontsize=9.5, annotation_clip=False,
+            )  # fmt: skip
+        return _svg(figure, title)
+
+
+def quality_against_speed(bubbles: Sequence[Bubble], *, title: str) -> str:
+    """Decode speed to the right, held-out quality upwards, size on disk as the area."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(310, 215)
+        speeds, losses = [b.speed for b in bubbles], [b.nll for b in bubbles]
+        largest = max(b.megabytes for b in bubbles)
+        span = max(max(losses) - min(losses), 1e-3)
+        axes.set_xscale("log")
+        axes.set_xlim(min(speeds) / 1.9, max(speeds) * 2.1)
+        axes.set_ylim(max(losses) + 0.35 * span, min(losses) - 0.35 * span)  # less loss is up
+        for bubble in sorted(bubbles, key=lambda b: -b.megabytes):
+            colour = ROLE[bubble.role]
+            axes.scatter(
+                [bubble.speed], [bubble.nll], s=1300 * bubble.megabytes / largest, color=colour,
+                alpha=0.85 if bubble.shipped else 0.28, linewidths=0,
+            )  # fmt: skip
+            axes.scatter(
+                [bubble.speed], [bubble.nll], s=1300 * bubble.megabytes / largest, facecolors="none",
+                edgecolors=colour, linewidths=1.6,
+            )  # fmt: skip
+        axes.xaxis.set_major_locator(FixedLocator(_ticks(*axes.get_xlim())))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        _finish_axes(
+            axes, "decode speed, tokens a second (logarithmic)", "held-out loss, nats a token (less is better)"
+        )
+        axes.text(0.995, 0.985, "better ↗", transform=axes.transAxes, ha="right", va="top", color=MUTED, fontsize=9.5)
+        _label_bubbles(figure, axes, bubbles, largest)
+        return _svg(figure, title, scale=1.2 * _SCALE)
+
+
+def strip(rows: Sequence[tuple[str, str, Sequence[float]]], *, title: str, x: str) -> str:
+    """One row of dots for each (label, role, values), a tick at the median; logarithmic."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(235, 22 * len(rows))
+        draw = np.random.default_rng(0)
+        for index, (label, role, values) in enumerate(rows):
+            place = len(rows) - 1 - index
+            colour = ROLE[role]
+            axes.scatter(
+                values, place + draw.uniform(-0.17, 0.17, len(values)), s=14, color=colour, alpha=0.55, linewidths=0
+            )
+            axes.plot([np.median(values)] * 2, [place - 0.34, place + 0.34], color=colour, linewidth=2)
+            axes.annotate(
+                label, (0, place), xycoords=("axes fraction", "data"), xytext=(-8, 0), textcoords="offset points",
+                ha="right", va="center", fontsize=9.5, annotation_clip=False,
+            )  # fmt: skip
+        axes.set_xscale("log")
+        every = [value for _, _, values in rows for value in values]
+        axes.set_xlim(min(every) / 1.25, max(every) * 1.25)
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.xaxis.set_major_locator(FixedLocator(_ticks(*axes.get_xlim())))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        _finish_axes(axes, x, "")
+        axes.grid(axis="y", visible=False)
+        axes.grid(axis="x", color=LINE, linewidth=0.8)
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        return _svg(figure, title)
+
+
+def _figure(width: int, height: int) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width / 72, height / 72), dpi=72)
+    FigureCanvasAgg(figure)  # measures text; the picture is written as SVG
+    return figure, figure.add_axes((0, 0, 1, 1))  # labels lie outside and are taken in when it is saved
+
+
+def _finish_axes(axes: Any, x: str, y: str) -> None:
+    axes.set_xlabel(x, fontsize=9.5, labelpad=6)
+    # The vertical axis is named above it, where it is read without turning the head.
+    axes.set_title(y, loc="left", fontsize=9.5, color=MUTED, pad=9, x=0)
+    axes.grid(axis="y", color=LINE, linewidth=0.8)
+    axes.tick_params(length=0, labelsize=9.5)
+    axes.spines["left"].set_visible(False)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """1, 2, 5 at every power of ten between two bounds, or fewer where they would crowd."""
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        found = [m * 10.0**e for e in range(-6, 8) for m in steps if low <= m * 10.0**e <= high]
+        if len(found) <= 7:
+            return found
+    return found
+
+
+def _thousands(value: float, _: object) -> str:
+    return f"{value / 1e6:g}M" if abs(value) >= 1e6 else f"{value / 1e3:g}k" if abs(value) >= 1e3 else f"{value:g}"
+
+
+def _spread(values: Sequence[float], *, gap: float, low: float, high: float) -> list[float]:
+    """Places near ``values``, at least ``gap`` apart and, where there is room, within the bounds."""
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    places = [values[i] for i in order]
+    for _ in range(100):
+        moved = False
+        for below in range(len(places) - 1):
+            lack = gap - (places[below + 1] - places[below])
+            if lack > 1e-9:
+                places[below] -= lack / 2
+                places[below + 1] += lack / 2
+                moved = True
+        if places and (shift := max(low - places[0], 0) - max(places[-1] - high, 0)) and len(places) * gap < high - low:
+            places = [p + shift for p in places]
+            moved = True
+        if not moved:
+            break
+    result = [0.0] * len(values)
+    for place, index in zip(places, order, strict=True):
+        result[index] = place
+    return result
+
+
+def _label_bubbles(figure: Figure, axes: Any, bubbles: Sequence[Bubble], largest: float) -> None:
+    """Put each label at the first place around its bubble that touches no label, no bubble and no edge."""
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    figure.canvas.draw()
+    frame = axes.get_window_extent(renderer)
+    centres = [axes.transData.transform((b.speed, b.nll)) for b in bubbles]
+    radii = [float(np.sqrt(1300 * b.megabytes / largest / np.pi)) for b in bubbles]
+    taken: list[tuple[float, float, float, float]] = [
+        (x - r, y - r, x + r, y + r) for (x, y), r in zip(centres, radii, strict=True)
+    ]
+    for index, bubble in enumerate(bubbles):
+        text = axes.annotate(
+            f"{bubble.label}, {bubble.megabytes:.3g} MB", (bubble.speed, bubble.nll), xytext=(0, 0),
+            textcoords="offset points", fontsize=9.5, fontweight="bold" if bubble.shipped else "normal",
+            color=INK, ha="center", va="center",
+        )  # fmt: skip
+        extent = text.get_window_extent(renderer)
+        width, height = extent.width, extent.height
+        (x, y), radius = centres[index], radii[index]
+        best: tuple[float, tuple[float, float]] | None = None
+        for distance in (4, 14, 26, 40, 56, 74, 94):
+            reach = radius + distance
+            for across, up in ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (0.8, -0.8), (-0.8, 0.8), (-0.8, -0.8)):
+                cx, cy = x + across * (reach + width / 2), y + up * (reach + height / 2)
+                box = (cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2)
+                others = [t for i, t in enumerate(taken) if i != index]
+                cost = sum(_overlap(box, other) for other in others) + 3 * _outside(box, frame.extents) + 0.5 * distance
+                if best is None or cost < best[0] - 1e-9:
+                    best = (cost, (cx, cy))
+        assert best is not None
+        cx, cy = best[1]
+        taken.append((cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2))
+        text.set_position((cx - x, cy - y))
+        if np.hypot(max(abs(cx - x) - width / 2, 0), max(abs(cy - y) - height / 2, 0)) > radius + 10:
+            edge = (np.clip(x, cx - width / 2, cx + width / 2), np.clip(y, cy - height / 2, cy + height / 2))
+            (x0, y0), (x1, y1) = axes.transData.inverted().transform([(x, y), edge])
+            axes.plot([x0, x1], [y0, y1], color=MUTED, linewidth=0.8, zorder=1)
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    return width * height + 20 if width > 0 and height > 0 else 0.0
+
+
+def _outside(box: tuple[float, ...], frame: Any) -> float:
+    sides = (frame[0] - box[0], frame[1] - box[1], box[2] - frame[2], box[3] - frame[3])
+    return float(sum(max(side, 0.0) * 30 for side in sides))
+
+
+def _svg(figure: Figure, title: str, *, scale: float = _SCALE) -> str:
+    """The figure as inline SVG: an accessible name, page colours and fonts, ids of its own, nothing from outside."""
+    buffer = io.StringIO()
+    figure.savefig(
+        buffer, format="svg", transparent=True, bbox_inches="tight", pad_inches=0.04,
+        metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+    )  # fmt: skip
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.S)
+    for sentinel, variable in _VARIABLES.items():
+        text = text.replace(sentinel, f"var(--{variable})")
+    prefix = "c" + re.sub(r"\W+", "-", title.lower())[:60] + "-"
+    text = re.sub(r'\bid="', f'id="{prefix}', text)
+    text = re.sub(r"url\(#", f"url(#{prefix}", text)
+    text = re.sub(r'(?:xlink:)?href="#', f'href="#{prefix}', text)
+    text = re.sub(
+        r"font: (\w+ )?([\d.]+px) [^;\"]*|font-family: [^;\"]*; ?| transform=\"rotate\(-0 [^\"]*\"", _font, text
+    )
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.S)
+    view = re.search(r'viewBox="([^"]+)"', text)
+    assert view is not None
+    width = float(view.group(1).split()[2]) * scale
+    name = escape(title, quote=True)
+    head = (
+        f'<svg class="chart" viewBox="{view.group(1)}" style="max-width: {width:.0f}px" role="img" aria-label="{name}">'
+    )
+    return head + text[text.index(">") + 1 :].strip()
+
+
+def _font(match: re.Match[str]) -> str:
+    """Size and weight stay, the family is the page's."""
+    if not match.group(2):
+        return ""
+    return f"{f'font-weight: {match.group(1)}; ' if match.group(1) else ''}font-size: {match.group(2)}"
