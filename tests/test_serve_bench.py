@@ -1,0 +1,331 @@
+"""The bench on tiny real models: what is timed, what is scored, and what happens when a worker dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from limbeck.artifact import Artifact, open_artifact, write_artifact
+from limbeck.errors import ArtifactError, DataError, EnvironmentalError, ModelError
+from limbeck.heldout import HELDOUT, load_heldout, save_heldout
+from limbeck.recipe import Recipe
+from serve_bench import figures, measure, quality, write_report
+from serve_bench.arms import Arm, Worker, Workers, list_arms
+from serve_bench.figures import Sample
+from serve_bench.measure import order, prompt, require_context
+from tests.pico import make_blocks, make_model, pico_recipe
+
+
+def torch_arm(model: Path, name: str = "student") -> Arm:
+    return Arm(name, name, "student", "torch", 1, {"model": str(model)})
+
+
+# Definitions -----------------------------------------------------------------------------------------------------
+
+
+def test_tpot_leaves_prompt_and_first_token_out() -> None:
+    sample = Sample("a", 0, 0, (0.5, 0.6, 0.8, 1.1))
+    assert sample.ttft == 0.5
+    assert sample.e2el == 1.1
+    assert sample.tpot == pytest.approx((1.1 - 0.5) / 3)
+    assert sample.itl == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_blocks_take_the_geometric_mean_of_both_directions() -> None:
+    samples = [Sample("a", 0, 0, (1.0, 2.0)), Sample("a", 0, 3, (4.0, 8.0)), Sample("b", 0, 1, (9.0, 9.5))]
+    assert figures.by_block(samples, "a", "ttft") == pytest.approx([2.0])
+    assert figures.by_block(samples, "a", "tpot") == pytest.approx([2.0])
+
+
+def test_blocks_are_mirrored_and_every_arm_takes_every_place() -> None:
+    arms = [torch_arm(Path(), name) for name in "ABCD"]
+    first = set()
+    for block in range(20):
+        there = [arm.id for arm in order(arms, block)]
+        assert there == there[::-1]
+        assert sorted(there[:4]) == list("ABCD")
+        first.add(there[0])
+    assert first == set("ABCD")
+    assert [a.id for a in order(arms, 3)] == [a.id for a in order(arms, 3)]
+
+
+def test_prompts_are_heldout_text_of_the_length_asked() -> None:
+    heldout = make_blocks()
+    letters, numbers = prompt(heldout, 0, 40), prompt(heldout, 1, 40)
+    text = np.concatenate(
+        [r[:n] for r, n in zip(heldout["letters"].input_ids, heldout["letters"].lengths, strict=True)]
+    )
+    assert letters == text[:40].tolist()
+    assert len(letters) == len(numbers) == 40
+    assert letters != numbers
+    assert prompt(heldout, 2, 8) == text[8:16].tolist()
+    assert len(prompt(heldout, 0, 1000)) == 1000  # text read again from its start
+
+
+# Quality ---------------------------------------------------------------------------------------------------------
+
+
+def test_sums_by_hand(tmp_path: Path) -> None:
+    one, two = np.log(np.array([[0.5, 0.5]], np.float32)), np.log(np.array([[0.9, 0.1]], np.float32))
+    np.save(tmp_path / "1.npy", one)
+    np.save(tmp_path / "2.npy", two)
+    quality.mix([tmp_path / "1.npy", tmp_path / "2.npy"], tmp_path / "m.npy")
+    mixture = np.load(tmp_path / "m.npy")
+    assert np.exp(mixture) == pytest.approx(np.array([[0.7, 0.3]]))
+    found = quality.sums(one, np.array([1]), mixture)
+    assert found["nll"] == pytest.approx(np.log(2))
+    assert found["kl"] == pytest.approx(0.7 * np.log(0.7 / 0.5) + 0.3 * np.log(0.3 / 0.5))
+    assert quality.sums(two, np.array([0]), mixture)["top1"] == 1
+    assert quality.sums(np.log(np.array([[0.1, 0.9]], np.float32)), np.array([0]), mixture)["top1"] == 0
+    assert quality.sums(one, np.array([1]), None)["kl"] is None
+
+
+def test_log_softmax_of_large_logits() -> None:
+    logits = np.array([[1e4, 1e4, 0.0], [-3.0, 0.0, 3.0]], np.float32)
+    found = quality.log_softmax(logits.copy())
+    assert found[0, :2] == pytest.approx(-np.log(2))
+    assert np.exp(found).sum(1) == pytest.approx([1.0, 1.0])
+
+
+# Workers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "m", seed=3)
+
+
+@pytest.fixture(scope="module")
+def worker(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    with Workers(tmp_path_factory.mktemp("logs"), threads=1) as workers:
+        yield workers.start(torch_arm(model))
+
+
+def test_worker_times_every_token_and_ignores_the_end_token(worker: Worker, model: Path) -> None:
+    answer = worker.ask("generate", prompt=[1, 2, 3, 4], new_tokens=12)
+    assert len(answer["at"]) == len(answer["tokens"]) == 12
+    assert answer["started"] < answer["at"][0]
+    assert all(b > a for a, b in zip(answer["at"], answer["at"][1:], strict=False))
+    assert answer["peak_rss_bytes"] > 50e6
+    assert worker.opened["load_s"] > 0
+    assert worker.opened["facts"]["threads"] == 1
+    assert worker.opened["facts"]["context"] == 64
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(model).eval()
+    ids = [1, 2, 3, 4]
+    with torch.inference_mode():
+        for _ in range(12):
+            ids.append(int(reference(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    assert answer["tokens"] == ids[4:]
+
+
+def test_worker_scores_what_torch_says(worker: Worker, model: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    ids = [5, 9, 2, 77, 130, 4]
+    found = worker.ask("score", ids=ids, vocabulary=258, mixture=None)
+    reference = AutoModelForCausalLM.from_pretrained(model).eval()
+    with torch.inference_mode():
+        logp = torch.log_softmax(reference(input_ids=torch.tensor([ids])).logits[0].double(), -1)
+    assert found["labels"] == 5
+    assert found["nll"] == pytest.approx(-float(logp[torch.arange(5), torch.tensor(ids[1:])].sum()), rel=1e-6)
+
+
+def test_idle_worker_uses_no_processor(worker: Worker) -> None:
+    worker.ask("generate", prompt=[1, 2, 3], new_tokens=4)
+    time.sleep(0.3)
+    pid = worker._process.pid
+    before = _cpu_ticks(pid)
+    time.sleep(0.7)
+    assert _cpu_ticks(pid) - before <= 2
+
+
+def _cpu_ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def test_the_users_mistake_comes_back_as_itself(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/config.json").write_text('{"model_type": "llama"}')
+    with Workers(tmp_path, threads=1) as workers:
+        with pytest.raises(ModelError, match=r"student: .*empty: transformers cannot load it"):
+            workers.start(torch_arm(tmp_path / "empty"))
+
+
+def test_a_crash_shows_the_workers_last_words(tmp_path: Path) -> None:
+    worker = Worker(torch_arm(tmp_path), threads=1, log=tmp_path / "log")
+    with pytest.raises(EnvironmentalError, match=r"ended with status 1 during 'nonsense'(?s:.*)nonsense before open"):
+        worker.ask("nonsense")
+    worker.kill()
+    killed = Worker(torch_arm(tmp_path), threads=1, log=tmp_path / "log")
+    killed._process.kill()
+    with pytest.raises(EnvironmentalError, match=r"killed by signal 9(?s:.*)enough"):
+        killed.ask("open")
+    killed.kill()
+
+
+def test_workers_end_with_their_owner(tmp_path: Path) -> None:
+    started = []
+
+    def interrupted() -> None:
+        with Workers(tmp_path, threads=1) as workers:
+            worker = Worker(torch_arm(tmp_path), threads=1, log=tmp_path / "log")
+            workers._all["x"] = worker
+            started.append(worker)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert started[0]._process.poll() is not None
+
+
+def test_libraries_may_print_without_breaking_the_answers(tmp_path: Path) -> None:
+    program = """
+import os, serve_bench.worker as w
+w.Session.open = lambda s, **k: (print("noise"), os.write(1, b"n"), {"facts": 1})[2]
+w.main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], input='{"command": "open"}\n', capture_output=True, text=True, check=True
+    )
+    assert done.stdout == '{"facts": 1}\n'
+    assert "noise" in done.stderr
+
+
+# The whole stage -------------------------------------------------------------------------------------------------
+
+
+def bench_recipe(**over: Any) -> Recipe:
+    teacher = {"name": "wise", "model": {"kind": "random", "config": {"model_type": "llama"}}}
+    bench = {"prompt_tokens": 24, "new_tokens": 8, "minutes": 0.02, "min_blocks": 3, "threads": 1}
+    return pico_recipe(**({"teachers": [teacher], "bench": bench, "gates": {"max_quantization_loss": 0.2}} | over))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Student and export of a pico run with one teacher, larger than the student."""
+    from export import export_student
+
+    folder = tmp_path_factory.mktemp("run")
+    make_model(folder / "teacher", seed=1, hidden_size=64)
+    with write_artifact(folder / "student", kind="student", key="s", parents={}) as draft:
+        make_model(draft.folder / "model", seed=2)
+        save_heldout(draft.folder / HELDOUT, make_blocks())
+        entry = {"name": "wise", "model": str(folder / "teacher"), "adapter": None, "quantize": "none"}
+        entry |= {"dtype": "fp32", "temperature": 1.0, "digest": "0" * 64}
+        (draft.folder / "teachers.json").write_text(json.dumps([entry]))
+        (draft.folder / "log.jsonl").write_text("")
+        draft.result = {"nll": {"letters": 5.0, "numbers": 5.1}, "mean_nll": 5.05, "teachers": {}}
+    export_student(student=folder / "student", out=folder / "onnx", recipe=bench_recipe())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bench(run: Path) -> Artifact:
+    return measure(onnx=run / "onnx", student=run / "student", out=run / "bench", recipe=bench_recipe())
+
+
+def test_everything_is_measured(bench: Artifact, run: Path) -> None:
+    result = bench.result
+    assert list(result["arms"]) == [
+        "teacher:wise", "student", "onnx:fp32", "onnx:int8-weight", "onnx:int8-weight:twin"
+    ]  # fmt: skip
+    for name, arm in result["arms"].items():
+        assert arm["n"] == 2 * result["blocks"]
+        assert arm["tpot_ms"]["value"] > 0
+        assert arm["peak_rss_bytes"] > 20e6
+        assert arm["bytes"] > 1000
+        assert (arm["quality"] is None) == name.endswith("twin")
+    assert result["blocks"] >= 3
+    assert result["verdict"] in ("pass", "fail")
+    # No process held both runtimes: torch alone is 150 MB.
+    assert result["arms"]["onnx:int8-weight"]["peak_rss_bytes"] < result["arms"]["student"]["peak_rss_bytes"] / 1.5
+    assert not list(run.glob(".bench*"))
+
+
+def test_quality_is_that_of_the_artifact(bench: Artifact, run: Path) -> None:
+    scores = json.loads((bench.path / figures.QUALITY).read_text())
+    torch_nll, graph_nll = (quality.summarise(scores, arm)["mean_nll"] for arm in ("student", "onnx:fp32"))
+    assert graph_nll == pytest.approx(torch_nll, rel=1e-5)
+    teacher = quality.summarise(scores, "teacher:wise")
+    assert teacher["mean_kl"] == pytest.approx(0, abs=1e-6)  # of a mixture of one
+    assert teacher["mean_top1"] == 1.0
+    assert quality.summarise(scores, "student")["mean_kl"] > 0.01
+    heldout = load_heldout(run / "student" / HELDOUT)
+    assert scores["domains"]["letters"]["labels"] == (heldout["letters"].lengths - 1).tolist()
+    assert all(scores["same_choice"]["onnx:fp32"].values())
+
+
+def test_samples_are_raw_and_the_same_work(bench: Artifact) -> None:
+    rows = [json.loads(line) for line in (bench.path / figures.SAMPLES).read_text().splitlines()]
+    timed = [row for row in rows if row["event"] == "sample"]
+    assert {len(row["at"]) for row in timed} == {8}
+    assert {row["prompt_tokens"] for row in timed} == {24}
+    tokens = {row["arm"]: row["tokens"] for row in timed if row["block"] == 0}
+    assert tokens["onnx:int8-weight"] == tokens["onnx:int8-weight:twin"]
+    assert tokens["student"] == tokens["onnx:fp32"]
+    assert any(row["event"] == "warm-up" for row in rows)
+
+
+def test_a_second_run_measures_nothing(bench: Artifact, run: Path) -> None:
+    started = time.monotonic()
+    again = measure(onnx=run / "onnx", student=run / "student", out=run / "bench", recipe=bench_recipe())
+    assert again.digest == bench.digest
+    assert time.monotonic() - started < 1
+
+
+def test_report_of_a_real_run(bench: Artifact, run: Path) -> None:
+    report = write_report(run=run, recipe=bench_recipe())
+    assert report.verdict.status == bench.result["verdict"]
+    assert "wise" in report.html.read_text()
+    assert json.loads(report.json.read_text())["arms"] == bench.result["arms"]
+
+
+def test_prompt_and_answer_must_fit_the_context(run: Path) -> None:
+    arms = list_arms(onnx=open_artifact(run / "onnx"), student=open_artifact(run / "student"))
+    long = bench_recipe(bench={"prompt_tokens": 60, "new_tokens": 8})
+    with pytest.raises(DataError, match=r"come to 68 tokens; the context of wise is 64"):
+        require_context(arms, long, run / "student/model")
+    require_context(arms, bench_recipe(bench={"prompt_tokens": 56, "new_tokens": 8}), run / "student/model")
+
+
+def test_inputs_that_do_not_belong_together(run: Path, tmp_path: Path) -> None:
+    with write_artifact(tmp_path / "student", kind="student", key="other", parents={}) as draft:
+        draft.result = {}
+    with pytest.raises(ArtifactError, match="was not made from"):
+        measure(onnx=run / "onnx", student=tmp_path / "student", out=tmp_path / "bench", recipe=bench_recipe())
+
+
+def test_a_teacher_that_is_gone_is_named(run: Path, tmp_path: Path) -> None:
+    entry = {"name": "wise", "model": str(tmp_path / "gone"), "adapter": None, "quantize": "none", "dtype": "fp32"}
+    with write_artifact(tmp_path / "student", kind="student", key="other", parents={}) as draft:
+        (draft.folder / "teachers.json").write_text(json.dumps([entry]))
+        draft.result = {}
+    with pytest.raises(ArtifactError, match="teacher wise is gone"):
+        list_arms(onnx=open_artifact(run / "onnx"), student=open_artifact(tmp_path / "student"))
+
+
+def test_importing_the_stage_is_cheap() -> None:
+    program = "import sys, serve_bench; print(sorted(m for m in ('torch', 'onnxruntime', 'matplotlib', 'numpy') if m in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": "."},
+    )
+    assert done.stdout.strip() == "[]"
