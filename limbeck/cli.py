@@ -324,7 +324,13 @@ def generate(
         float, typer.Option("--temperature", min=0, help="0 takes the likeliest token; higher is more varied.")
     ] = 0.0,
     top_p: Annotated[
-        float, typer.Option("--top-p", min=0, max=1, help="Draw from the likeliest tokens that hold this share.")
+        float,
+        typer.Option(
+            "--top-p",
+            min=0,
+            max=1,
+            help="Draw from the likeliest tokens that hold this share; 0 is the likeliest alone.",
+        ),
     ] = 1.0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the draw.")] = 0,
     threads: ThreadsOption = None,
@@ -350,7 +356,7 @@ def generate(
     text = load_text(folder)
     ids = text.chat([{"role": "user", "content": prompt}]) if chat else text.encode(prompt)
     tokens = decoder.generate(
-        ids, max_new_tokens, stop_ids=text.stop_ids, temperature=temperature, top_p=top_p, seed=seed
+        ids, max_new_tokens, stop_ids=text.stop_ids, temperature=temperature, top_p=max(top_p, 1e-9), seed=seed
     )
     for piece in text.stream(tokens):
         print(piece, end="", flush=True)

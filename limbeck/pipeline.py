@@ -221,8 +221,7 @@ def _tell(folder: Path, recipe: Recipe) -> Report:
 
     with disk_full_is_a_user_error(folder):
         report = serve_bench.write_report(run=folder, recipe=recipe)
-    verdict = report.verdict
-    print(f"{report.table}\n\n{verdict.status}: {verdict.sentence}\n{report.html}", flush=True)
+    print(f"{report.table}\n\nverdict: {report.verdict.status}\nreport:  {report.html}", flush=True)
     return report
 
 

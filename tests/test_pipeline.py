@@ -102,7 +102,7 @@ def test_stages_run_in_order_and_the_verdict_is_told(stages: Stages, capsys: pyt
     assert [stage for stage, _ in stages.called] == ["compress", "export", "bench", "report"]
     assert [open_artifact(folder / name).kind for name in ("student", "onnx", "bench")] == ["student", "onnx", "bench"]
     out, err = capsys.readouterr()
-    assert out == f"| table |\n\npass: so it is.\n{folder}/report.html\n"
+    assert out == f"| table |\n\nverdict: pass\nreport:  {folder}/report.html\n"
     assert [line for line in err.splitlines() if line.startswith("==")] == ["== compress", "== export", "== bench"]
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [(entry["stage"], entry["skipped"]) for entry in log] == [
@@ -121,7 +121,7 @@ def test_a_second_run_makes_nothing_and_says_so(stages: Stages, capsys: pytest.C
     assert pipeline.run(loaded).exit_code == 0
     assert stages.made == before
     out, err = capsys.readouterr()
-    assert "pass: so it is." in out
+    assert "verdict: pass" in out
     assert err.count("already complete") == 3
     log = pipeline.default_folder(loaded) / "log.jsonl"
     assert [json.loads(line)["skipped"] for line in log.read_text().splitlines()] == [False] * 3 + [True] * 3
