@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from compress.data import IGNORED, labels_of
-from compress.fusion import chunks_of_labels
+from compress.fusion import TeacherStates, chunks_of_labels
 from compress.teachers import Body
 from compress.train import Run, fit, heldout_batches, measure_teachers, setup, student_head, student_nll
 from limbeck.artifact import write_atomically
@@ -100,7 +100,7 @@ def _variant(recipe: Recipe, arm: str, seed: int, nll: Mapping[str, float]) -> R
     tree["seed"] = seed
     steps = tree["training"]["tokens"] // tree["training"]["batch_tokens"]
     tree["training"] |= {
-        "teacher_cache": "hidden",
+        "teacher_cache": {"kind": "hidden"},
         "evaluate_every": steps,
         "checkpoint_every": steps,
         "patience": None,
@@ -164,7 +164,13 @@ def _against_mixture(run: Run) -> dict[str, float]:
                 teachers, _ = run.teachers.states(ids)
             for place in chunks_of_labels(labels, 256, whole_rows=False):
                 logq = torch.log_softmax(head.logits(hidden[place].to(head.weight_Vd.dtype)), -1)
-                mixture = torch.stack([torch.softmax(t.head.logits(t.hidden_RLd[place]), -1) for t in teachers]).mean(0)
+                mixture = torch.stack(
+                    [
+                        torch.softmax(t.head.logits(t.hidden_RLd[place]), -1)
+                        for t in teachers
+                        if isinstance(t, TeacherStates)
+                    ]
+                ).mean(0)
                 divergence += float((torch.special.xlogy(mixture, mixture) - mixture * logq).double().sum())
                 agreement += float((mixture.argmax(-1) == logq.argmax(-1)).sum())
                 count += len(place[0])

@@ -37,6 +37,9 @@ from limbeck.recipe import (
 IGNORED = -100
 
 
+Place = tuple[Tensor, Tensor]  # row and position of each label position of a chunk
+
+
 @dataclass(frozen=True)
 class Head:
     """The last layer: logits = softcap(scale * (hidden W^T + b)); softcap(z) = c tanh(z / c), absent when none."""
@@ -64,6 +67,56 @@ class TeacherStates:
     hidden_RLd: Tensor
     head: Head
     temperature: float = 1.0
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the head."""
+        return len(self.head.weight_Vd)
+
+    @torch.no_grad()
+    def distribution(
+        self, place: Place, labels_C: Tensor, rows: int, *, tau: float = 1.0, logq_CV: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """softmax(z / (c tau)) [C, rows]; entropy [C] and label log-likelihood [C] at tau = 1."""
+        z_CV = self.head.logits(self.hidden_RLd[place], rows)
+        if self.temperature != 1.0:
+            z_CV /= self.temperature
+        norm_C1 = torch.logsumexp(z_CV, dim=-1, keepdim=True)
+        logp_C = (z_CV.gather(1, labels_C[:, None]) - norm_C1)[:, 0]
+        p_CV = torch.exp(z_CV - norm_C1)
+        entropy_C = norm_C1[:, 0] - _dot(p_CV, z_CV)
+        return p_CV if tau == 1.0 else torch.softmax(z_CV / tau, dim=-1), entropy_C, logp_C
+
+
+@dataclass(frozen=True)
+class SparseStates:
+    """What a teacher said about a batch, k tokens a position, with statistics of the whole distribution.
+
+    ``share_RLk`` sums to 1 - tail. The tail counts as one bucket: it is spread in proportion to the student's own
+    distribution outside the k tokens, which gives the value and the gradient of the divergence over k + 1 outcomes.
+    """
+
+    ids_RLk: Tensor
+    share_RLk: Tensor
+    entropy_RL: Tensor  # exact, nats
+    label_logp_RL: Tensor  # exact, nats
+    vocabulary: int
+
+    @torch.no_grad()
+    def distribution(
+        self, place: Place, labels_C: Tensor, rows: int, *, tau: float = 1.0, logq_CV: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As of `TeacherStates`, at tau = 1 only; ``logq_CV`` is the student's, and needed where there is a tail."""
+        assert tau == 1.0, "the recipe's check refuses another temperature"
+        ids_Ck, share_Ck = self.ids_RLk[place].long(), self.share_RLk[place].float()
+        tail_C1 = (1 - share_Ck.sum(-1, keepdim=True)).clamp(min=0)
+        if logq_CV is None:
+            p_CV = torch.zeros(len(labels_C), rows, device=share_Ck.device)
+        else:
+            p_CV = logq_CV.exp().scatter(1, ids_Ck, 0.0)
+            p_CV.mul_(tail_C1 / p_CV.sum(-1, keepdim=True).clamp(min=_TINY))
+        p_CV.scatter_add_(1, ids_Ck, share_Ck)
+        return p_CV, self.entropy_RL[place], self.label_logp_RL[place]
 
 
 @dataclass(frozen=True)
@@ -226,7 +279,7 @@ def fused_loss(
     *,
     hidden_RLd: Tensor,
     head: Head,
-    teachers: Sequence[TeacherStates],
+    teachers: Sequence[TeacherStates | SparseStates],
     labels_RL: Tensor,
     denominator: int,
     names: Sequence[str] = (),
@@ -240,7 +293,7 @@ def fused_loss(
     The vocabulary is the rows that student and teachers share (padded rows are left out).
     """
     K, (R, L) = len(teachers), labels_RL.shape
-    rows = min([len(head.weight_Vd), *(len(t.head.weight_Vd) for t in teachers)])
+    rows = min([len(head.weight_Vd), *(t.vocabulary for t in teachers)])
     job = _Job(config, teachers, labels_RL, denominator, names, progress, global_means_2K, head, rows)
     job.weights_KRL = torch.zeros(K, R, L, device=labels_RL.device)
     job.entropy_KRL, job.label_logp_KRL = torch.zeros_like(job.weights_KRL), torch.zeros_like(job.weights_KRL)
@@ -257,7 +310,7 @@ def fused_loss(
 
 @torch.no_grad()
 def teacher_statistics(
-    teachers: Sequence[TeacherStates], labels_RL: Tensor, *, rows: int | None = None, chunk: int = 256
+    teachers: Sequence[TeacherStates | SparseStates], labels_RL: Tensor, *, rows: int | None = None, chunk: int = 256
 ) -> tuple[Tensor, Tensor]:
     """Entropy and label log-likelihood [K, R, L] in nats at tau = 1, calibrated; 0 where there is no label."""
     entropy_KRL = torch.zeros(len(teachers), *labels_RL.shape, device=labels_RL.device)
@@ -265,7 +318,8 @@ def teacher_statistics(
     for place in chunks_of_labels(labels_RL, chunk, whole_rows=False):
         labels_C = labels_RL[place]
         for k, teacher in enumerate(teachers):
-            _, entropy_KRL[k][place], logp_KRL[k][place] = _teacher_softmax(teacher, place, labels_C, rows)
+            shared = rows or teacher.vocabulary
+            _, entropy_KRL[k][place], logp_KRL[k][place] = teacher.distribution(place, labels_C, shared)
     return entropy_KRL, logp_KRL
 
 
@@ -274,7 +328,7 @@ class _Job:
     """What the autograd function needs beside tensors, and what it hands back beside the loss."""
 
     config: Fusion
-    teachers: Sequence[TeacherStates]
+    teachers: Sequence[TeacherStates | SparseStates]
     labels_RL: Tensor
     denominator: int
     names: Sequence[str]
@@ -330,7 +384,7 @@ class _ChunkedLoss(torch.autograd.Function):
         )
 
 
-def _chunk_loss(job: _Job, head: Head, hidden_Cd: Tensor, place: tuple[Tensor, Tensor]) -> tuple[float, Tensor]:
+def _chunk_loss(job: _Job, head: Head, hidden_Cd: Tensor, place: Place) -> tuple[float, Tensor]:
     """Loss of one chunk and its gradient [C, V] at the raw (uncapped, unscaled) student logits; adds to the job's terms."""
     config, labels_C = job.config, job.labels_RL[place]
     z_CV = head.logits(hidden_Cd, job.rows)
@@ -342,7 +396,7 @@ def _chunk_loss(job: _Job, head: Head, hidden_Cd: Tensor, place: tuple[Tensor, T
         slope_CV = torch.zeros_like(z_CV)
     else:
         alpha, beta, tau = config.cross_entropy, config.weight, config.temperature
-        target_CV = _target(job, place, labels_C)
+        target_CV = _target(job, place, labels_C, logq_CV)
         logq_tau_CV = logq_CV if tau == 1.0 else torch.log_softmax(z_CV / tau, dim=-1)
         value_C, slope_CV = divergence(config.divergence, target_CV, logq_tau_CV)
         divergence_sum = float(value_C.double().sum()) * tau**2
@@ -357,12 +411,14 @@ def _chunk_loss(job: _Job, head: Head, hidden_Cd: Tensor, place: tuple[Tensor, T
     return (alpha * cross_entropy + beta * divergence_sum) / job.denominator, slope_CV
 
 
-def _target(job: _Job, place: tuple[Tensor, Tensor], labels_C: Tensor) -> Tensor:
+def _target(job: _Job, place: Place, labels_C: Tensor, logq_CV: Tensor) -> Tensor:
     """The fused teacher distribution [C, V] at temperature tau; records weights and statistics of the chunk."""
     config = job.config
     softened: list[Tensor] = []
     for k, teacher in enumerate(job.teachers):
-        p_CV, entropy_C, logp_C = _teacher_softmax(teacher, place, labels_C, job.rows, tau=config.temperature)
+        p_CV, entropy_C, logp_C = teacher.distribution(
+            place, labels_C, job.rows, tau=config.temperature, logq_CV=logq_CV
+        )
         softened.append(p_CV)
         job.entropy_KRL[k][place], job.label_logp_KRL[k][place] = entropy_C, logp_C
     if not job.weighed:
@@ -386,23 +442,6 @@ def _target(job: _Job, place: tuple[Tensor, Tensor], labels_C: Tensor) -> Tensor
     for p_CV, weight_C in zip(softened[1:], weights_KC[1:], strict=True):
         log_CV.addcmul_(p_CV.clamp_(min=_TINY).log_(), weight_C[:, None])
     return torch.softmax(log_CV, dim=-1)
-
-
-@torch.no_grad()
-def _teacher_softmax(
-    teacher: TeacherStates, place: tuple[Tensor, Tensor], labels_C: Tensor, rows: int | None, tau: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """softmax(z / (c tau)) [C, V]; entropy [C] and label log-likelihood [C] at tau = 1."""
-    z_CV = teacher.head.logits(teacher.hidden_RLd[place], rows)
-    if teacher.temperature != 1.0:
-        z_CV /= teacher.temperature
-    norm_C1 = torch.logsumexp(z_CV, dim=-1, keepdim=True)
-    logp_C = (z_CV.gather(1, labels_C[:, None]) - norm_C1)[:, 0]
-    if tau == 1.0:
-        p_CV = torch.exp(z_CV - norm_C1)
-        return p_CV, norm_C1[:, 0] - _dot(p_CV, z_CV), logp_C
-    entropy_C = norm_C1[:, 0] - _dot(torch.exp(z_CV - norm_C1), z_CV)
-    return torch.softmax(z_CV / tau, dim=-1), entropy_C, logp_C
 
 
 def chunks_of_labels(labels_RL: Tensor, chunk: int, *, whole_rows: bool) -> Iterator[tuple[Tensor, Tensor]]:

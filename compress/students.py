@@ -13,7 +13,7 @@ from compress.features import Projections
 from compress.models import load_model, load_tokenizer, model_folder, random_model
 from compress.shrink import Importance, shrink
 from compress.teachers import Body, TeacherFolder, causal_lm
-from limbeck.errors import ModelError
+from limbeck.errors import EnvironmentalError, ModelError
 from limbeck.recipe import FreshStudent, LoraStudent, Recipe, ShrinkStudent
 
 
@@ -47,7 +47,13 @@ def build_model(
     """
     match recipe.student:
         case LoraStudent() as config:
-            return _with_lora(load_model(folder, device=device), config, recipe.seed), None, {}
+            if config.quantize == "nf4" and device.type == "cpu":
+                # Its packed kernel for the CPU has no gradient, and bitsandbytes only warns of it.
+                raise EnvironmentalError(
+                    "student.quantize: nf4 cannot be trained on a CPU; use int8 or none, or train on a GPU."
+                )
+            base = load_model(folder, quantize=config.quantize, device=device)
+            return _with_lora(base, config, recipe.seed), None, {}
         case ShrinkStudent() as config:
             base = load_model(folder, device=device)
             model, importance, kept = shrink(base, config, [ids.to(device) for ids in calibration])
@@ -62,10 +68,17 @@ def build_model(
 
 
 def save_student(model: Any, *, tokenizer_folder: Path, out: Path) -> None:
-    """Write ``out/model`` (merged, fp32) and, for LoRA, ``out/adapter`` as it was before merging."""
+    """Write ``out/model`` (merged, fp32) and, for LoRA, ``out/adapter`` as it was before merging.
+
+    An adapter trained on a quantised base is merged into the base as it is on disk.
+    """
     if hasattr(model, "merge_and_unload"):
+        from peft import PeftModel
+
         model.save_pretrained(out / "adapter")
         (out / "adapter" / "README.md").unlink(missing_ok=True)  # peft's empty model card
+        if getattr(causal_lm(model), "is_quantized", False):
+            model = PeftModel.from_pretrained(load_model(tokenizer_folder), str(out / "adapter"))
         model = model.merge_and_unload()
     model.save_pretrained(out / "model")
     load_tokenizer(tokenizer_folder).save_pretrained(out / "model")

@@ -8,11 +8,13 @@ by the label count of the global batch.
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,16 @@ from torch import Tensor
 from compress.cache import CachedTeachers
 from compress.data import IGNORED, DomainBlocks, labels_of, load_blocks, special_prefix, training_order
 from compress.features import Projections, feature_loss, layer_pairs
-from compress.fusion import Head, fit_temperature, fused_loss, label_nll, span_of, teacher_statistics
+from compress.fusion import (
+    Head,
+    SparseStates,
+    TeacherStates,
+    fit_temperature,
+    fused_loss,
+    label_nll,
+    span_of,
+    teacher_statistics,
+)
 from compress.models import DTYPES, load_model, load_tokenizer, require_same_tokenizer, resolve_device
 from compress.shrink import Importance
 from compress.students import (
@@ -44,9 +55,18 @@ from limbeck.artifact import Artifact, available_cores, disk_full_is_a_user_erro
 from limbeck.errors import DivergenceError
 from limbeck.heldout import HELDOUT, Blocks, mean_nll, save_heldout
 from limbeck.progress import say, task
-from limbeck.recipe import LoraStudent, Recipe, ShrinkStudent, Training, fingerprint
+from limbeck.recipe import (
+    FittedCalibration,
+    FixedCalibration,
+    LoraStudent,
+    NoCache,
+    Recipe,
+    ShrinkStudent,
+    Training,
+    fingerprint,
+)
 
-CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
+CHECKPOINT, LOG, BOARD = "checkpoint.pt", "log.jsonl", "tensorboard"
 
 
 def train(*, recipe: Recipe, out: Path, products: Mapping[str, Path], key: str, parents: Mapping[str, str]) -> Artifact:
@@ -82,10 +102,14 @@ def _save(
         entries = [f.entry(reports[f.name]["temperature"]) for f in run.folders]
         (draft.folder / "teachers.json").write_text(json.dumps(entries, indent=1))
         shutil.copy(run.work / LOG, draft.folder / LOG)
+        if run.board is not None:
+            run.board.close()
+            shutil.copytree(run.work / BOARD, draft.folder / BOARD)
         merged = Body(load_model(draft.folder / "model", device=run.accelerator.device))
         sums = evaluate(
-            lambda ids: merged.states(ids)[0], merged.head, run.blocks, run.prefix, label="student, merged, fp32"
-        )
+            lambda ids, labels: label_nll(merged.states(ids)[0], merged.head, labels),
+            run.blocks, run.prefix, device=run.accelerator.device, label="student, merged, fp32",
+        )  # fmt: skip
         nll = per_token(sums, run.blocks, run.prefix)
         draft.result = {
             "nll": nll,
@@ -123,22 +147,29 @@ def setup(*, recipe: Recipe, products: Mapping[str, Path], work: Path, key: str)
         model, importance, kept = build_model(recipe, folder=folder, calibration=calibration, device=device)
         if kept:
             say(f"  student: {kept['parameters'] / 1e6:.1f}M of {kept['parameters_before'] / 1e6:.1f}M parameters kept")
-        kind = CachedTeachers if recipe.training.teacher_cache == "hidden" else Teachers
-        teachers = kind(folders, device=device, compute_dtype=DTYPES[precision])
+        teachers: Teachers | CachedTeachers
+        if isinstance(config.teacher_cache, NoCache):
+            teachers = Teachers(folders, device=device, compute_dtype=DTYPES[precision])
+        else:
+            teachers = CachedTeachers(
+                folders, cache=config.teacher_cache, device=device, compute_dtype=DTYPES[precision]
+            )
         student = Student(model, _projections(recipe, Body(model), teachers)).to(device)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
     work.mkdir(parents=True, exist_ok=True)
     prefix = len(special_prefix(tokenizer))
     run = Run(
-        recipe, accelerator, student, teachers, blocks, prefix, precision, work, key, folders, folder, importance, kept
+        recipe, accelerator, student, teachers, blocks, prefix, precision, work, key, folders, folder, importance, kept,
+        _tensorboard(work) if accelerator.is_main_process else None,
     )  # fmt: skip
     if isinstance(teachers, CachedTeachers):
-        heldout = [row for b in blocks for row in torch.from_numpy(b.heldout.input_ids).long()]
-        training = [torch.from_numpy(blocks[d].train_ids[r]).long() for d, r in run.order]
+        rows = [row for b in blocks for batch in heldout_batches(b.heldout, prefix) for row in zip(*batch, strict=True)]
+        for step in range(run.steps or 0):
+            rows += zip(*_batch(run, run.rows_of(step)), strict=True)
         with accelerator.main_process_first(), accelerator.autocast():
-            teachers.prepare(heldout + training, run.teacher_layers)
+            teachers.prepare(rows, run.teacher_layers)
     return run
 
 
@@ -163,7 +194,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 # The loop --------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """Everything the loop holds that does not change."""
 
@@ -180,11 +211,18 @@ class Run:
     tokenizer_folder: Path
     importance: Importance | None
     kept: dict[str, Any]
+    board: Any  # TensorBoard writer or none
 
-    @property
-    def order(self) -> npt.NDArray[np.int64]:
-        """(domain, row) of every training block, in order; a function of the seed alone."""
-        return training_order(self.blocks, count=self.steps * self.rows_per_step, seed=self.recipe.seed)
+    def rows_of(self, step: int) -> npt.NDArray[np.int64]:
+        """(domain, row) of the training blocks of a step; a function of the seed and the step alone."""
+        return self._order(1 << (step * self.rows_per_step + self.rows_per_step).bit_length())[
+            step * self.rows_per_step : (step + 1) * self.rows_per_step
+        ]
+
+    @functools.cache  # noqa: B019 - a run lives as long as the process needs it
+    def _order(self, count: int) -> npt.NDArray[np.int64]:
+        # A longer order begins with the shorter one, so growing it changes nothing.
+        return training_order(self.blocks, count=count, seed=self.recipe.seed)
 
     @property
     def teacher_layers(self) -> list[list[int]] | None:
@@ -197,8 +235,17 @@ class Run:
         return self.recipe.training.batch_tokens // self.recipe.data.block
 
     @property
-    def steps(self) -> int:
-        return self.recipe.training.tokens // self.recipe.training.batch_tokens
+    def steps(self) -> int | None:
+        """Steps of a budget in tokens; none when the budget is in minutes."""
+        config = self.recipe.training
+        return config.tokens // config.batch_tokens if config.tokens is not None else None
+
+    def share(self, state: State) -> float:
+        """Share of the budget that is spent, 1 at the end."""
+        if self.steps is not None:
+            return state.step / self.steps
+        assert self.recipe.training.minutes is not None
+        return state.seconds / (60 * self.recipe.training.minutes)
 
 
 @dataclass
@@ -221,39 +268,39 @@ def fit(run: Run) -> State:
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
     student, optimizer = accelerator.prepare(run.student, optimizer)
     state = _load_checkpoint(run, optimizer) or State(best=trainable_state(run.student))
-    order = run.order
     if state.step == 0:
         _record(run, "evaluate", _evaluate_student(run, state, count_stale=False))
-    resumed = state.seconds
-    started = time.monotonic()
+    resumed, started, done = state.seconds, time.monotonic(), run.share(state)
+    share_of_step = 1 / run.steps if run.steps else 0.0
     with task(f"training {run.recipe.name}", run.steps, done=state.step) as progress:
-        while state.step < run.steps and (config.patience is None or state.stale < config.patience):
-            rate = learning_rate(config, state.step, run.steps)
+        while done < 1 and (config.patience is None or state.stale < config.patience):
+            rate = learning_rate(config, done, share_of_step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            picked = order[state.step * run.rows_per_step : (state.step + 1) * run.rows_per_step]
             step_started = time.monotonic()
-            figures = _step(run, student, optimizer, trained, picked, progress=state.step / run.steps)
+            figures = _step(run, student, optimizer, trained, run.rows_of(state.step), state=state, progress=done)
             state.step += 1
-            state.tokens += figures.pop("labels")
+            state.tokens += figures["labels"]
             state.seconds = resumed + time.monotonic() - started
-            pace = figures["labels_per_step"] / (time.monotonic() - step_started)
+            pace = figures.pop("labels") / (time.monotonic() - step_started)
             _record(
                 run, "step",
                 {"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 3), **figures,
                  "learning_rate": rate, "tokens_per_second": round(pace, 1)},
             )  # fmt: skip
             progress.advance(1, loss=figures["loss"], heldout=state.best_nll)
-            last = state.step == run.steps
-            if state.step % config.evaluate_every == 0 or last:
+            before, done = done, run.share(state)
+            share_of_step = share_of_step if run.steps else done - before
+            if state.step % config.evaluate_every == 0 or done >= 1:
                 _record(run, "evaluate", _evaluate_student(run, state))
-            if state.step % config.checkpoint_every == 0 and not last:
+                done = run.share(state)
+            if state.step % config.checkpoint_every == 0 and done < 1:
                 _save_checkpoint(run, optimizer, state)
     return state
 
 
 def _step(
-    run: Run, student: Any, optimizer: Any, trained: Sequence[Tensor], picked: Any, *, progress: float
+    run: Run, student: Any, optimizer: Any, trained: Sequence[Tensor], picked: Any, *, state: State, progress: float
 ) -> dict[str, Any]:
     """One optimiser step on the global batch of (domain, row) pairs ``picked``; raw terms per label position."""
     recipe, accelerator, teachers = run.recipe, run.accelerator, run.teachers
@@ -308,7 +355,7 @@ def _step(
         checkpoint = run.work / CHECKPOINT
         good = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
         raise DivergenceError(
-            f"training of {recipe.name} diverged at step {round(progress * run.steps) + 1}: loss {figures['loss']}, gradient "
+            f"training of {recipe.name} diverged at step {state.step + 1}: loss {figures['loss']}, gradient "
             f"norm {figures['gradient_norm']}; batch {fingerprint(ids_RL.tolist())[:16]}; {good}. Lower training.learning_rate "
             f"(now {config.learning_rate}) or use precision: fp32."
         )
@@ -316,12 +363,11 @@ def _step(
     return figures
 
 
-def learning_rate(config: Training, step: int, steps: int) -> float:
-    """Linear warm-up to the peak, then cosine, linear or constant; a function of the step alone."""
-    warmup = max(1, round(config.warmup * steps))
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    share = (step - warmup) / max(1, steps - warmup)
+def learning_rate(config: Training, done: float, step: float) -> float:
+    """Linear warm-up to the peak, then cosine, linear or constant; ``done`` and ``step`` are shares of the budget."""
+    if done < config.warmup:
+        return config.learning_rate * min(1.0, (done + step) / config.warmup)
+    share = (done - config.warmup) / (1 - config.warmup) if config.warmup < 1 else 1.0
     match config.schedule:
         case "cosine":
             return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
@@ -409,7 +455,6 @@ class _Sums:
         names, domains = self.run.teachers.names, [b.name for b in self.run.blocks]
         return {
             "labels": denominator,
-            "labels_per_step": denominator,
             "loss": loss,
             "cross_entropy": cross_entropy / denominator,
             "fusion": fusion / denominator if K else None,
@@ -434,19 +479,20 @@ class _Sums:
 # Measuring -------------------------------------------------------------------------------------------------------
 
 
+Scorer = Callable[[Tensor, Tensor], Tensor]  # token ids and labels [R, L] -> NLL of each row [R], nats
+
+
 @torch.no_grad()
 def evaluate(
-    hidden_of: Callable[[Tensor], Tensor], head: Head, blocks: Sequence[DomainBlocks], prefix: int, *, label: str
+    score: Scorer, blocks: Sequence[DomainBlocks], prefix: int, *, device: torch.device, label: str
 ) -> dict[str, list[float]]:
-    """Held-out NLL in nats, summed over each block, by domain. ``hidden_of`` gives last hidden states [R, L, d]."""
+    """Held-out NLL in nats, summed over each block, by domain."""
     nll: dict[str, list[float]] = {}
-    device = head.weight_Vd.device
     with task(f"held-out text: {label}", sum(len(b.heldout) for b in blocks)) as progress:
         for domain in blocks:
             nll[domain.name] = []
             for ids, labels in heldout_batches(domain.heldout, prefix):
-                hidden_RLd = hidden_of(ids.to(device)).to(head.weight_Vd.dtype)
-                nll[domain.name] += label_nll(hidden_RLd, head, labels.to(device)).tolist()
+                nll[domain.name] += score(ids.to(device), labels.to(device)).tolist()
                 progress.advance(len(ids))
     return nll
 
@@ -480,14 +526,15 @@ def _evaluate_student(run: Run, state: State, *, count_stale: bool = True) -> di
 
 def student_nll(run: Run, *, label: str) -> dict[str, list[float]]:
     """Held-out NLL of the student as it is now, in the number type of its training."""
-    body = Body(run.student.model)
+    body, head = Body(run.student.model), student_head(run)
 
-    def hidden_of(ids_RL: Tensor) -> Tensor:
+    def score(ids_RL: Tensor, labels_RL: Tensor) -> Tensor:
         with run.accelerator.autocast():
-            return body.states(ids_RL)[0]
+            hidden_RLd, _ = body.states(ids_RL)
+        return label_nll(hidden_RLd.to(head.weight_Vd.dtype), head, labels_RL)
 
     run.student.eval()
-    nll = evaluate(hidden_of, student_head(run), run.blocks, run.prefix, label=label)
+    nll = evaluate(score, run.blocks, run.prefix, device=run.accelerator.device, label=label)
     run.student.train()
     return nll
 
@@ -508,22 +555,31 @@ def measure_teachers(run: Run) -> dict[str, dict[str, Any]]:
 
 
 def _measure_teacher(run: Run, k: int) -> dict[str, Any]:
-    head, calibration = run.teachers.heads[k], run.recipe.fusion.calibration
+    head, calibration, device = run.teachers.heads[k], run.recipe.fusion.calibration, run.accelerator.device
+    name = run.teachers.names[k]
 
-    def hidden_of(ids_RL: Tensor) -> Tensor:
+    def states(ids_RL: Tensor) -> TeacherStates | SparseStates:
         with run.accelerator.autocast():
-            return run.teachers.states(ids_RL, only=k)[0][0].hidden_RLd
+            return run.teachers.states(ids_RL, only=k)[0][0]
 
-    nll = per_token(
-        evaluate(hidden_of, head, run.blocks, run.prefix, label=run.teachers.names[k]), run.blocks, run.prefix
-    )
+    def score(ids_RL: Tensor, labels_RL: Tensor) -> Tensor:
+        said = states(ids_RL)
+        if isinstance(said, SparseStates):
+            return -said.label_logp_RL.double().sum(1)  # 0 where there is no label
+        return label_nll(said.hidden_RLd, head, labels_RL)
+
+    nll = per_token(evaluate(score, run.blocks, run.prefix, device=device, label=name), run.blocks, run.prefix)
     temperature = 1.0
-    if calibration.kind == "fit":
-        batches = [batch for domain in run.blocks for batch in heldout_batches(domain.heldout, run.prefix)[:2]]
-        device = run.accelerator.device
-        hidden = torch.cat([hidden_of(ids.to(device)) for ids, _ in batches])
-        labels = torch.cat([labels for _, labels in batches]).to(device)
-        temperature = fit_temperature(hidden, head, labels, bounds=calibration.bounds)
+    match calibration:
+        case FixedCalibration():
+            temperature = calibration.values[name]
+        case FittedCalibration():
+            batches = [batch for domain in run.blocks for batch in heldout_batches(domain.heldout, run.prefix)[:2]]
+            hidden = [
+                said.hidden_RLd for ids, _ in batches if isinstance(said := states(ids.to(device)), TeacherStates)
+            ]
+            labels = torch.cat([labels for _, labels in batches]).to(device)
+            temperature = fit_temperature(torch.cat(hidden), head, labels, bounds=calibration.bounds)
     return {"nll": nll, "mean_nll": mean_nll(nll), "temperature": temperature}
 
 
@@ -531,11 +587,31 @@ def _measure_teacher(run: Run, k: int) -> dict[str, Any]:
 
 
 def _record(run: Run, event: str, figures: Mapping[str, Any]) -> None:
-    if run.accelerator.is_main_process:
-        with disk_full_is_a_user_error(run.work / LOG), (run.work / LOG).open("a") as file:
-            file.write(
-                json.dumps({"event": event, **{k: v for k, v in figures.items() if k != "labels_per_step"}}) + "\n"
-            )
+    """One line of the log; the same numbers go to TensorBoard where it is installed."""
+    if not run.accelerator.is_main_process:
+        return
+    with disk_full_is_a_user_error(run.work / LOG), (run.work / LOG).open("a") as file:
+        file.write(json.dumps({"event": event, **figures}) + "\n")
+    if run.board is not None:
+        for name, value in _flat(figures):
+            run.board.add_scalar(f"{event}/{name}", value, figures["step"])
+
+
+def _flat(figures: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}{name}/")
+        elif isinstance(value, int | float):
+            yield f"{path}{name}", value
+
+
+def _tensorboard(work: Path) -> Any:
+    """A TensorBoard writer into ``work``, or none where the package is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(work / BOARD))
 
 
 def _save_checkpoint(run: Run, optimizer: Any, state: State) -> None:

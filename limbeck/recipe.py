@@ -190,6 +190,9 @@ class LoraStudent(Frozen):
     alpha: Positive = Field(32, description="LoRA alpha; the update is scaled by alpha / rank.")
     dropout: Fraction = Field(0.0, description="Dropout on the adapters' input.")
     targets: tuple[str, ...] | Literal["all-linear"] = Field("all-linear", description="Module names adapted.")
+    quantize: Literal["none", "int8", "nf4"] = Field(
+        "none", description="bitsandbytes form of the frozen base while training (QLoRA); merged into the fp32 base."
+    )
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead.")
     dora: bool = Field(False, description="Weight-decomposed LoRA.")
 
@@ -339,11 +342,27 @@ class SkewKl(Frozen):
 Divergence = Annotated[ForwardKl | ReverseKl | Jsd | SkewKl, Field(discriminator="kind")]
 
 
-class Calibration(Frozen):
-    """One temperature a teacher, by least held-out NLL, before anything is weighed or mixed."""
+class FittedCalibration(Frozen):
+    """One temperature a teacher, by least held-out NLL."""
 
-    kind: Literal["fit", "none"] = Field("fit", description="`fit` on held-out text, or `none` (temperature 1).")
+    kind: Literal["fit"]
     bounds: tuple[Positive, Positive] = Field((0.5, 2.0), description="Least and greatest temperature.")
+
+
+class FixedCalibration(Frozen):
+    """Temperatures given by hand."""
+
+    kind: Literal["fixed"]
+    values: dict[str, Positive] = Field(description="Temperature by teacher name.")
+
+
+class NoCalibration(Frozen):
+    """Teachers are taken as they are: temperature 1."""
+
+    kind: Literal["none"]
+
+
+Calibration = Annotated[FittedCalibration | FixedCalibration | NoCalibration, Field(discriminator="kind")]
 
 
 class Fusion(Frozen):
@@ -357,7 +376,7 @@ class Fusion(Frozen):
     temperature: Positive = Field(
         1.0, description="Softening tau of teachers and student; the loss is scaled by its square."
     )
-    calibration: Calibration = Field(Calibration(), description="Scalar calibration of each teacher.")
+    calibration: Calibration = Field(FittedCalibration(kind="fit"), description="Scalar calibration of each teacher.")
     weight: Annotated[float, Field(ge=0)] = Field(0.7, description="Factor of the fusion loss.")
     cross_entropy: Annotated[float, Field(ge=0)] = Field(0.3, description="Factor of the label's cross-entropy.")
     chunk: Count = Field(256, description="Token positions worked on at a time; memory grows with it.")
@@ -378,10 +397,45 @@ class Features(Frozen):
 # Training --------------------------------------------------------------------------------------------------------
 
 
+def _shorthand(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+class NoCache(Frozen):
+    """Teachers run beside the student, every time."""
+
+    kind: Literal["none"]
+
+
+class HiddenCache(Frozen):
+    """Last hidden states (and those of aligned layers) in bf16, and each head once: exact, 2 x width bytes a token and layer."""
+
+    kind: Literal["hidden"]
+
+
+class TopkCache(Frozen):
+    """A few tokens of each distribution with its exact entropy and label log-likelihood: small, and needs no head."""
+
+    kind: Literal["topk"]
+    k: Count = Field(64, description="Tokens kept a position.")
+    sampling: Literal["top", "unbiased"] = Field(
+        "top",
+        description="`top` keeps the likeliest and the rest as one bucket; `unbiased` draws k samples, whose mean gradient is exact.",
+    )
+
+
+TeacherCache = Annotated[
+    Annotated[NoCache | HiddenCache | TopkCache, Field(discriminator="kind")], BeforeValidator(_shorthand)
+]
+
+
 class Training(Frozen):
     """The one loop."""
 
-    tokens: Count = Field(description="Training budget, in label tokens of full blocks.")
+    tokens: Count | None = Field(None, description="Training budget, in tokens of full blocks; or give `minutes`.")
+    minutes: Positive | None = Field(
+        None, description="Training budget, in minutes; such a run is not repeatable to the bit. Or give `tokens`."
+    )
     batch_tokens: Count = Field(1024, description="Tokens in one optimiser step; a multiple of data.block.")
     micro_batch: Count = Field(4, description="Blocks in one forward pass; changes memory, not the result.")
     learning_rate: Positive = Field(1e-3, description="Peak learning rate of AdamW.")
@@ -395,8 +449,8 @@ class Training(Frozen):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train; auto takes a GPU if present.")
     threads: Count | None = Field(None, description="CPU threads; none takes every core this process may use.")
-    teacher_cache: Literal["none", "hidden"] = Field(
-        "none", description="`hidden` runs each teacher once over the text and keeps its hidden states for later runs."
+    teacher_cache: TeacherCache = Field(
+        NoCache(kind="none"), description="Run each teacher once over the text and keep what it said for later runs."
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations to save memory.")
     evaluate_every: Count = Field(20, description="Steps between measurements on held-out text.")
@@ -405,10 +459,6 @@ class Training(Frozen):
 
 
 # Export ----------------------------------------------------------------------------------------------------------
-
-
-def _shorthand(value: Any) -> Any:
-    return {"kind": value} if isinstance(value, str) else value
 
 
 class Fp32Form(Frozen):
@@ -426,8 +476,21 @@ class Int8WeightForm(Frozen):
     )
 
 
+class Int8DynamicForm(Frozen):
+    """MatMulInteger: signed 8-bit weights with a scale a channel, activations with one a tensor; 8-bit blocks in the head."""
+
+    kind: Literal["int8-dynamic"]
+
+
+class Int4WeightForm(Frozen):
+    """Weights in 4-bit blocks with zero points, rounded to nearest (MatMulNBits); 8-bit head shared with the embedding."""
+
+    kind: Literal["int4-weight"]
+    block_size: Literal[16, 32, 64, 128, 256] = Field(32, description="Weights that share a scale and a zero point.")
+
+
 Form = Annotated[
-    Annotated[Fp32Form | Int8WeightForm, Field(discriminator="kind")],
+    Annotated[Fp32Form | Int8WeightForm | Int8DynamicForm | Int4WeightForm, Field(discriminator="kind")],
     BeforeValidator(_shorthand),
 ]
 
@@ -782,7 +845,18 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             f"training.batch_tokens: found {recipe.training.batch_tokens}; it should be a multiple of "
             f"data.block ({recipe.data.block}), for example {below}"
         )
-    if recipe.training.tokens < recipe.training.batch_tokens:
+    if (recipe.training.tokens is None) == (recipe.training.minutes is None):
+        yield "training: give the budget once, as `tokens` or as `minutes`"
+    if recipe.training.minutes is not None and recipe.training.teacher_cache.kind != "none":
+        yield "training.minutes: a teacher cache has to know its text beforehand; give the budget as `tokens`"
+    if recipe.training.teacher_cache.kind == "topk":
+        if recipe.features.weight and recipe.teachers:
+            yield "training.teacher_cache: topk keeps no hidden states to align; set features.weight: 0, or use `hidden`"
+        if recipe.fusion.calibration.kind != "none":
+            yield "training.teacher_cache: topk keeps what an uncalibrated teacher said; set fusion.calibration: {kind: none}, or use `hidden`"
+        if recipe.fusion.temperature != 1:
+            yield "training.teacher_cache: topk is kept at temperature 1; set fusion.temperature: 1, or use `hidden`"
+    if recipe.training.tokens is not None and recipe.training.tokens < recipe.training.batch_tokens:
         yield (
             f"training.tokens: found {recipe.training.tokens}; it should be at least one step "
             f"(training.batch_tokens = {recipe.training.batch_tokens})"
@@ -791,9 +865,11 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield f"export.forms.0: found {recipe.export.forms[0].kind!r}; put fp32 first, every other form is made from it"
     if isinstance(recipe.student, FreshStudent) and not recipe.teachers:
         yield "student.kind: a fresh student takes its tokenizer from the first teacher; name a teacher, or use kind: lora"
-    low, high = recipe.fusion.calibration.bounds
-    if low > high:
-        yield f"fusion.calibration.bounds: found [{low}, {high}]; the least comes first"
+    calibration = recipe.fusion.calibration
+    if isinstance(calibration, FittedCalibration) and calibration.bounds[0] > calibration.bounds[1]:
+        yield f"fusion.calibration.bounds: found {list(calibration.bounds)}; the least comes first"
+    if isinstance(calibration, FixedCalibration) and set(calibration.values) != {t.name for t in recipe.teachers}:
+        yield f"fusion.calibration.values: found {sorted(calibration.values)}; name each teacher once: {sorted(t.name for t in recipe.teachers)}"
     weights = recipe.fusion.weights
     if isinstance(weights, StaticWeights):
         teachers = {t.name for t in recipe.teachers}

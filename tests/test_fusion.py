@@ -18,6 +18,7 @@ from torch import Tensor
 from compress.fusion import (
     IGNORED,
     Head,
+    SparseStates,
     TeacherStates,
     divergence,
     fit_temperature,
@@ -225,6 +226,50 @@ def test_padded_vocabulary_rows_are_left_out() -> None:
     )
     parts["teachers"] = [TeacherStates(wide.hidden_RLd, padded, wide.temperature), parts["teachers"][1]]
     torch.testing.assert_close(fused_loss(Fusion(), **parts).loss, reference)
+
+
+def sparse(teacher: TeacherStates, labels: Tensor, k: int, generator: torch.Generator | None = None) -> SparseStates:
+    """What a top-k (or, with a generator, a sampled) cache keeps of a teacher."""
+    R, L = labels.shape
+    ids, share = torch.zeros(R, L, k, dtype=torch.long), torch.zeros(R, L, k)
+    entropy, logp = teacher_statistics([teacher], labels)
+    row, position = (labels != IGNORED).nonzero(as_tuple=True)
+    p, _, _ = teacher.distribution((row, position), labels[row, position], teacher.vocabulary)
+    if generator is None:
+        share[row, position], ids[row, position] = p.topk(k)
+    else:
+        ids[row, position] = torch.multinomial(p, k, replacement=True, generator=generator)
+        share[row, position] = 1 / k
+    return SparseStates(ids, share, entropy[0], logp[0], teacher.vocabulary)
+
+
+def test_the_tail_is_one_bucket() -> None:
+    """KL over the k kept tokens and the rest as one outcome, in value and gradient, from an independent formula."""
+    parts = problem(K=1, masked=0)
+    config = Fusion(weights=UniformWeights(kind="uniform"), weight=1, cross_entropy=0)
+    kept = sparse(parts["teachers"][0], parts["labels_RL"], 4)
+    loss = fused_loss(config, **{**parts, "teachers": [kept]}).loss
+    q = torch.softmax(parts["head"].logits(parts["hidden_RLd"]), -1).gather(2, kept.ids_RLk)
+    p, tail_p, tail_q = kept.share_RLk, 1 - kept.share_RLk.sum(-1), 1 - q.sum(-1)
+    expected = ((p * (p / q).log()).sum(-1) + tail_p * (tail_p / tail_q).log()).sum() / parts["denominator"]
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+    for mine, reference in zip(gradients(loss, parts), gradients(expected, parts), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-3, atol=1e-5)
+
+
+def test_sampling_is_unbiased_where_topk_is_not() -> None:
+    """The mean gradient over many draws is the exact one (arXiv 2503.16870)."""
+    parts = problem(K=1, R=1, L=3, masked=0)
+    config = Fusion(weights=UniformWeights(kind="uniform"), weight=1, cross_entropy=0)
+
+    def gradient(teacher: Any) -> Tensor:
+        return gradients(fused_loss(config, **{**parts, "teachers": [teacher]}).loss, parts)[0]
+
+    exact, generator = gradient(parts["teachers"][0]), torch.Generator().manual_seed(0)
+    drawn = [gradient(sparse(parts["teachers"][0], parts["labels_RL"], 4, generator)) for _ in range(600)]
+    spread = torch.stack(drawn).std(0) / math.sqrt(len(drawn))
+    assert ((torch.stack(drawn).mean(0) - exact).abs() < 4.5 * spread + 1e-6).all()
+    assert (gradient(sparse(parts["teachers"][0], parts["labels_RL"], 1)) - exact).abs().max() > 10 * spread.max()
 
 
 # 4. K copies of one teacher --------------------------------------------------------------------------------------
