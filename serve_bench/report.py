@@ -75,7 +75,7 @@ def write_report(*, run: Path, recipe: Recipe) -> Report:
         "digests": {"student": student.digest, "onnx": onnx.digest, "bench": bench.digest}
         | {f"{role} (of the student)": digest for role, digest in student.manifest["parents"].items()},
     }
-    page = _render(data, verdict, recipe, samples, log, student, bench)
+    page = _render(data, verdict, recipe, samples, quality, log, student, bench)
     write_atomically(run / JSON, json.dumps(data, indent=1))
     write_atomically(run / HTML, page)
     return Report(run / HTML, run / JSON, verdict, markdown(data, verdict))
@@ -140,6 +140,7 @@ def _render(
     verdict: Verdict,
     recipe: Recipe,
     samples: Sequence[Sample],
+    quality: Mapping[str, Any],
     log: Sequence[Mapping[str, Any]],
     student: Artifact,
     bench: Artifact,
@@ -155,7 +156,7 @@ def _render(
         data=data,
         verdict=verdict,
         recipe=recipe,
-        recipe_text=((student.manifest.get("recipe") or {}).get("text") or recipe.text).strip(),
+        recipe_text=_recipe_text(recipe, bench, student),
         resolved=json.dumps(recipe.resolved(), indent=2),
         shipped=shipped,
         shipped_id=f"onnx:{data['shipped']}",
@@ -167,9 +168,16 @@ def _render(
         noise=_noise(data),
         busy=_busy(data["environment"]),
         created=datetime.fromisoformat(bench.manifest["created"]).strftime("%-d %B %Y, %H:%M UTC"),
+        checks=[same for choices in quality["same_choice"].values() for same in choices.values()],
         parameters=_parameters(student.result.get("parameters")),
         version=__version__,
     )
+
+
+def _recipe_text(recipe: Recipe, *artifacts: Artifact) -> str:
+    """The recipe as it was written; one that was read back from an artifact has no text of its own."""
+    texts = [(artifact.manifest.get("recipe") or {}).get("text") for artifact in artifacts]
+    return next((text.strip() for text in (recipe.text, *texts) if text), "")
 
 
 def _headline(data: Mapping[str, Any], recipe: Recipe) -> list[dict[str, str]]:

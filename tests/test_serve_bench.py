@@ -22,6 +22,7 @@ from serve_bench import figures, measure, quality, write_report
 from serve_bench.arms import Arm, Worker, Workers, list_arms
 from serve_bench.figures import Sample
 from serve_bench.measure import order, prompt, require_context
+from serve_bench.runtimes import TorchEager
 from tests.pico import make_blocks, make_model, pico_recipe
 
 
@@ -204,6 +205,23 @@ w.main()
     )
     assert done.stdout == '{"facts": 1}\n'
     assert "noise" in done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for the old name
+def test_an_adapter_is_merged_before_it_is_timed(model: Path, tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model)
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
+    adapted.save_pretrained(tmp_path)
+    ids = np.array([4, 8, 15, 16, 23, 42])
+    with torch.inference_mode():
+        expected = adapted(input_ids=torch.from_numpy(ids)[None]).logits[0].numpy()
+    runtime = TorchEager(model=str(model), adapter=str(tmp_path), threads=1)
+    assert runtime.score(ids) == pytest.approx(expected, abs=1e-4)
+    assert not any("lora" in name for name, _ in runtime._model.named_parameters())
 
 
 # The whole stage -------------------------------------------------------------------------------------------------
