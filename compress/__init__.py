@@ -38,13 +38,13 @@ def distill(*, recipe: Recipe, out: Path, products: Mapping[str, Path] | None = 
     if found is not None:
         say(f"  {recipe.name}: student already complete")
         return found
-    _quiet_libraries()
+    quiet_libraries()
     from compress.train import train
 
     return train(recipe=recipe, out=out, products=products, key=key, parents=parents)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Keep other libraries' progress bars and advice out of ours; their errors still come through."""
     import logging
     import warnings

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from compress import quiet_libraries
 from compress.data import IGNORED, labels_of
 from compress.fusion import TeacherStates, chunks_of_labels
 from compress.teachers import Body
@@ -61,6 +62,9 @@ def ablate(
     for arm in arms:
         if arm not in ARMS:
             raise RecipeError(f"--arms {arm}: no such arm; known: {', '.join(ARMS)}.")
+    if recipe.training.tokens is None:
+        raise RecipeError(f"{recipe.name}: arms are compared at equal tokens; give training.tokens instead of minutes.")
+    quiet_libraries()
     arms = list(dict.fromkeys([REFERENCE, *arms]))
     out.mkdir(parents=True, exist_ok=True)
     kept = out / "runs.json"

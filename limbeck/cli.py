@@ -254,6 +254,31 @@ def bench(recipe: RecipeArgument, out: OutOption = None, overrides: SetOption = 
     _stage("bench", recipe, out, overrides)
 
 
+@app.command("ablate")
+def ablate(
+    recipe: RecipeArgument,
+    arms: Annotated[
+        str, typer.Option("--arms", help="Arms to train, separated by commas. Without it: all.", show_default=False)
+    ] = "",
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds each arm is trained with.")] = 3,
+    out: OutOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Does the fusion earn its keep? Train it beside its controls at equal tokens, and compare on held-out text.
+
+    Controls: cross-entropy only, best single teacher, uniform, static, entropy in its forms, inverted, shuffled, label
+    oracle. Teachers run once; an interrupted comparison goes on where it stopped.
+
+    \b
+    Example:
+      limbeck ablate smollm2/135m-two-experts --arms uniform,entropy-token,label-sequence --seeds 3
+    """
+    from limbeck import pipeline
+
+    names = [name.strip() for name in arms.split(",") if name.strip()]
+    pipeline.ablate(_load(recipe, overrides), arms=names or None, seeds=seeds, out=out)
+
+
 def _stage(name: str, reference: str, out: Path | None, overrides: list[str] | None) -> None:
     from limbeck import pipeline
 

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -157,11 +157,7 @@ def _stage(stage: str, recipe: Recipe, folder: Path) -> None:
     """Run one stage of a folder that is ours."""
     out = folder / _FOLDERS[stage]
     if stage == "compress":
-        products, teachers = plan(recipe)
-        for product in products:
-            with open_run(product.recipe, product.folder, wait=True):
-                _distill(f"teacher {product.recipe.name}", product.recipe, product.folder, product.teachers)
-        _distill("compress", recipe, folder, teachers)
+        _distill("compress", recipe, folder, _make_products(recipe))
     elif stage == "export":
         import export
 
@@ -174,6 +170,33 @@ def _stage(stage: str, recipe: Recipe, folder: Path) -> None:
             folder,
             out,
             lambda: serve_bench.measure(onnx=folder / "onnx", student=folder / "student", out=out, recipe=recipe),
+        )
+
+
+def _make_products(recipe: Recipe) -> dict[str, Path]:
+    """Make the students of other recipes that ``recipe`` learns from; their artifacts by teacher name."""
+    products, teachers = plan(recipe)
+    for product in products:
+        with open_run(product.recipe, product.folder, wait=True):
+            _distill(f"teacher {product.recipe.name}", product.recipe, product.folder, product.teachers)
+    return teachers
+
+
+def ablate(recipe: Recipe, *, arms: Sequence[str] | None, seeds: int, out: Path | None = None) -> None:
+    """Compare the recipe's fusion with its controls in ``<run folder>/ablation``; print the table and one sentence.
+
+    Raises `RecipeError` for an unknown arm or fewer than two teachers, and whatever training raises.
+    """
+    from compress.ablate import ARMS, ablate, markdown
+
+    _require_inputs(recipe)
+    with open_run(recipe, out or default_folder(recipe)) as folder:
+        teachers = _make_products(recipe)
+        say("== ablation")
+        found = ablate(recipe=recipe, products=teachers, out=folder / "ablation", arms=arms or tuple(ARMS), seeds=seeds)
+        print(
+            f"{markdown(found['arms'])}\n\n{found['verdict']}\npicture: {folder / 'ablation' / 'ablation.svg'}",
+            flush=True,
         )
 
 

@@ -23,7 +23,7 @@ ROUNDS, FEATURES = 5, 0.0
 
 def main() -> None:
     """Build the four arms and time them in turn."""
-    compress._quiet_libraries()
+    compress.quiet_libraries()
     from compress.fusion import chunks_of_labels
     from compress.train import Run, _batch, _step, setup
 
@@ -72,7 +72,9 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "step_overhead": round(statistics.median(live / (plain + teachers) for live, plain, teachers, _ in rounds), 3),
+                "step_overhead": round(
+                    statistics.median(live / (plain + teachers) for live, plain, teachers, _ in rounds), 3
+                ),
                 "cached_overhead": round(statistics.median(cached / plain for _, plain, _, cached in rounds), 3),
                 "seconds": {name: round(statistics.median(values), 2) for name, values in seconds.items()},
                 "threads": torch.get_num_threads(),

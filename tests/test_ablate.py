@@ -1,0 +1,69 @@
+"""The honesty ablation: equal tokens, paired intervals, and a sentence that says when the recipe does not win."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from compress import ablate
+from limbeck.errors import RecipeError
+from tests.test_compress import tiny
+
+
+def fake(arm: str, seed: int, gain: float) -> dict[str, object]:
+    """A run that is ``gain`` nats a token better than cross-entropy on every block, with noise that both arms share."""
+    shared = [100 + 7 * ((seed * 5 + b * 3) % 4) for b in range(12)]
+    return {
+        "nll": {d: [s - gain * 50 for s in shared] for d in ("x", "y")},
+        "labels": {d: [50] * 12 for d in ("x", "y")},
+        "weights": {},
+    }
+
+
+def table(**gains: float) -> dict[str, dict[str, object]]:
+    runs = {
+        f"{arm.replace('_', '-')}/{s}": fake(arm, s, g)
+        for arm, g in {"ce-only": 0.0, **gains}.items()
+        for s in range(3)
+    }
+    return ablate.summarise(runs, [0, 1, 2])
+
+
+def test_paired_difference_and_interval_by_hand() -> None:
+    row = table(recipe=0.02)["recipe"]
+    assert row["against_ce"] == pytest.approx((-0.02, -0.02, -0.02))  # the shared noise cancels in every draw
+    assert row["mean_nll"] == pytest.approx(table()["ce-only"]["mean_nll"] - 0.02)
+
+
+def test_the_verdict_says_what_was_not_beaten() -> None:
+    assert (
+        ablate.verdict(table(recipe=0.02, uniform=0.01))
+        == "The recipe's arm beats ce-only, uniform (95 % interval below zero)."
+    )
+    assert "does NOT clearly beat uniform" in ablate.verdict(table(recipe=0.02, uniform=0.03))
+    assert ablate.verdict(table(recipe=-0.01)) == "The recipe's arm beats no control; it does NOT clearly beat ce-only."
+
+
+def test_arms_run_to_a_table_a_picture_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, out = tiny(tmp_path, training={"tokens": 128}), tmp_path / "ablation"
+    arms = ["best-single", "static", "entropy-token", "recipe"]
+    found = ablate.ablate(recipe=recipe, products={}, out=out, arms=arms, seeds=1)
+    assert set(found["arms"]) == {"ce-only", *arms}
+    assert 0 <= found["arms"]["recipe"]["top1_agreement"] <= 1
+    assert found["arms"]["static"]["weights"]["code"].keys() == {"a", "b"}
+    assert (out / "ablation.svg").read_text().startswith("<?xml")
+    assert json.loads((out / "ablation.json").read_text())["seeds"] == 1
+    assert ablate.markdown(found["arms"]).count("\n") == 6
+    monkeypatch.setattr(ablate, "_train_arm", None)
+    assert ablate.ablate(recipe=recipe, products={}, out=out, arms=arms, seeds=1) == found
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no such arm; known: ce-only, best-single"):
+        ablate.ablate(recipe=tiny(tmp_path), products={}, out=tmp_path / "a", arms=["nothing"])
+    with pytest.raises(RecipeError, match="needs at least two teachers, found 0"):
+        ablate.ablate(recipe=tiny(tmp_path, teachers=[]), products={}, out=tmp_path / "a")
+    with pytest.raises(RecipeError, match="equal tokens"):
+        ablate.ablate(recipe=tiny(tmp_path, training={"tokens": None, "minutes": 1}), products={}, out=tmp_path / "a")
