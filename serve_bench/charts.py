@@ -229,7 +229,7 @@ def _label_bubbles(figure: Figure, axes: Any, bubbles: Sequence[Bubble], largest
             color=INK, ha="center", va="center",
         )  # fmt: skip
         extent = text.get_window_extent(renderer)
-        width, height = extent.width, extent.height
+        width, height = extent.width + 6, extent.height  # room to the next label
         (x, y), radius = centres[index], radii[index]
         best: tuple[float, tuple[float, float]] | None = None
         for distance in (4, 14, 26, 40, 56, 74, 94):

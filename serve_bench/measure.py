@@ -146,7 +146,7 @@ def time_blocks(
             done, seconds = block + 1, time.monotonic() - started
             if is_look(done, first=first):
                 verdict = judge(recipe.gates, figures.timing_evidence(samples, reference), timing_only=True)
-                if verdict.status != "undecided" and not any(g.status == "undecided" for g in verdict.gates):
+                if all(gate.status != "undecided" for gate in verdict.gates):
                     return samples, seconds, "decided"
             if seconds >= budget and done >= recipe.bench.min_blocks:
                 return samples, seconds, "time spent"

@@ -166,12 +166,17 @@ def _render(
         best=_best(data),
         pictures=_pictures(data, samples, log),
         noise=_noise(data),
+        threads=_threads(data["environment"]),
         busy=_busy(data["environment"]),
         created=datetime.fromisoformat(bench.manifest["created"]).strftime("%-d %B %Y, %H:%M UTC"),
         checks=[same for choices in quality["same_choice"].values() for same in choices.values()],
         parameters=_parameters(student.result.get("parameters")),
         version=__version__,
     )
+
+
+def _threads(environment: Mapping[str, Any]) -> str:
+    return "1 thread" if environment["threads"] == 1 else f"{environment['threads']} threads"
 
 
 def _recipe_text(recipe: Recipe, *artifacts: Artifact) -> str:
@@ -188,7 +193,7 @@ def _headline(data: Mapping[str, Any], recipe: Recipe) -> list[dict[str, str]]:
         {
             "value": significant(shipped["decode_tokens_s"]["value"]),
             "unit": "tokens/s",
-            "label": f"decode speed on {data['environment']['threads']} threads",
+            "label": f"decode speed on {_threads(data['environment'])}",
             "note": "",
         },
         {"value": significant(shipped["bytes"] / 1e6), "unit": "MB", "label": "on disk, graph and weights", "note": ""},
