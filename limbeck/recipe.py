@@ -115,6 +115,23 @@ class JsonLines(Frozen):
     field: str = Field("text", description="Key that holds the document's text.")
 
 
+class ParquetRows(Frozen):
+    """Each row of a Parquet file is one document. Needs the extra `limbeck[data]`."""
+
+    kind: Literal["parquet"]
+    field: str = Field("text", description="Column that holds the document's text.")
+
+
+class ChatRows(Frozen):
+    """Each row of a JSONL or Parquet file is a conversation; the student learns the assistant's answers only.
+
+    Rendered by the tokenizer's chat template. An answer is scored with the token that ends its turn.
+    """
+
+    kind: Literal["chat"]
+    field: str = Field("messages", description="Key or column that holds the list of {role, content}.")
+
+
 class PythonStrings(Frozen):
     """Each long string literal of a Python source file is one document; the file is parsed, never run."""
 
@@ -122,7 +139,17 @@ class PythonStrings(Frozen):
     min_chars: int = Field(1000, ge=1, description="Shortest literal taken, in characters.")
 
 
-TextFormat = Annotated[PlainText | JsonLines | PythonStrings, Field(discriminator="kind")]
+TextFormat = Annotated[PlainText | JsonLines | ParquetRows | ChatRows | PythonStrings, Field(discriminator="kind")]
+
+
+class Rows(Frozen):
+    """Each row is one document."""
+
+    kind: Literal["rows"]
+    field: str = Field("text", description="Column that holds the document's text.")
+
+
+RowFormat = Annotated[Rows | ChatRows, Field(discriminator="kind")]
 
 
 class FileText(Frozen):
@@ -151,7 +178,16 @@ class StdlibText(Frozen):
     format: TextFormat = Field(PlainText(kind="text"), description="How a file is cut into documents.")
 
 
-TextSource = Annotated[FileText | PackageText | StdlibText, Field(discriminator="kind")]
+class DatasetText(Frozen):
+    """A folder that `datasets` wrote with `save_to_disk`, or a folder of Parquet or JSONL files."""
+
+    kind: Literal["datasets"]
+    path: Path = Field(description="Folder, absolute or relative to the recipe file.")
+    split: str | None = Field(None, description="Split taken; none where the folder holds only one.")
+    format: RowFormat = Field(Rows(kind="rows"), description="What a row is.")
+
+
+TextSource = Annotated[FileText | PackageText | StdlibText | DatasetText, Field(discriminator="kind")]
 
 
 class Domain(Frozen):
@@ -175,6 +211,11 @@ class Data(Frozen):
 
     domains: tuple[Domain, ...] = Field(min_length=1, description="Named kinds of text.")
     block: int = Field(256, ge=8, description="Tokens in a training block.")
+    packing: Literal["document", "stream"] = Field(
+        "document",
+        description="`document`: no block crosses documents. `stream`: documents are joined with the end-of-text token and "
+        "training blocks run across them. Held-out blocks never cross.",
+    )
     heldout: Heldout = Field(Heldout(), description="How held-out text is chosen.")
 
 

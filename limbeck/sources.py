@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import glob
 import importlib.metadata
+import importlib.util
+import json
 import os
+import re
 import sysconfig
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from limbeck.artifact import file_digest, folder_digest, open_artifact
-from limbeck.errors import DataError, ModelError, UserError
+from limbeck.errors import DataError, EnvironmentalError, ModelError, UserError
 from limbeck.recipe import (
     BaseSource,
+    DatasetText,
     FileText,
     FreshStudent,
     GgufModel,
@@ -24,6 +29,7 @@ from limbeck.recipe import (
     ModelSource,
     PackageModel,
     PackageText,
+    ParquetRows,
     RandomModel,
     Recipe,
     RecipeModel,
@@ -69,6 +75,8 @@ def text_files(source: TextSource, *, folder: Path) -> list[Path]:
             root, paths = package_root(source.package, source.version), source.paths
         case StdlibText():
             root, paths = Path(sysconfig.get_paths()["stdlib"]), source.paths
+        case DatasetText():
+            return _dataset_files((folder / source.path.expanduser()).resolve(), source.split)
     found: set[Path] = set()
     for path in paths:
         pattern = os.path.expanduser(path)
@@ -79,6 +87,75 @@ def text_files(source: TextSource, *, folder: Path) -> list[Path]:
             )
         found.update(matches)
     return sorted(found)
+
+
+def _dataset_files(root: Path, split: str | None) -> list[Path]:
+    """Files of one split, in the order of their rows: of a `save_to_disk` folder, else by the split's name in the path."""
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; check the path in the recipe.")
+    if (root / "dataset_dict.json").is_file():
+        splits = list(_json(root / "dataset_dict.json")["splits"])
+        if split is None and len(splits) == 1:
+            split = splits[0]
+        if split not in splits:
+            raise DataError(f"{root}: {_wrong_split(split)}; set split to one of: {', '.join(splits)}.")
+        return _saved_files(root / str(split))
+    if (root / "state.json").is_file():
+        own = _json(root / "state.json").get("_split")
+        if split is not None and split != own:
+            raise DataError(f"{root}: {_wrong_split(split)}; the folder holds one ({own}): leave split out.")
+        return _saved_files(root)
+    found = sorted(p for p in root.rglob("*") if p.suffix in (".parquet", ".jsonl", ".arrow") and p.is_file())
+    if not found:
+        raise DataError(f"{root}: no dataset; expected a `save_to_disk` folder, or *.parquet or *.jsonl files.")
+    names = {path: path.relative_to(root).with_suffix("").as_posix() for path in found}
+    if split is not None:
+        chosen = [path for path in found if _in_split(names[path], split)]
+        if not chosen:
+            listed = ", ".join(names.values())
+            raise DataError(f"{root}: {_wrong_split(split)}; set split to a name that one of the files has: {listed}.")
+        return chosen
+    splits = [word for word in ("train", "validation", "valid", "val", "dev", "test", "eval")
+              if any(_in_split(name, word) for name in names.values())]  # fmt: skip
+    if len(splits) > 1:
+        raise DataError(f"{root}: {_wrong_split(split)}; set split to one of: {', '.join(splits)}.")
+    return found
+
+
+def _wrong_split(split: str | None) -> str:
+    return "several splits and none chosen" if split is None else f"no split {split!r}"
+
+
+def _in_split(name: str, split: str) -> bool:
+    """Whether a path names the split: a folder or a file name, perhaps with a shard's number behind it."""
+    return re.search(rf"(?:^|[/._-]){re.escape(split)}(?=$|[/.-]|_\d)", name) is not None
+
+
+def _saved_files(root: Path) -> list[Path]:
+    state = _json(root / "state.json")
+    if state.get("_indices_data_files"):
+        raise DataError(f"{root}: a selection that an old `datasets` wrote; load it and `save_to_disk` again.")
+    files = [root / entry["filename"] for entry in state["_data_files"]]
+    for file in files:
+        if not file.is_file():
+            raise DataError(f"{file}: missing, though {root / 'state.json'} names it; copy the whole folder.")
+    return files
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); save the dataset again.") from None
+    return found
+
+
+def check_arrow() -> None:
+    """Raise `EnvironmentalError` unless pyarrow, which Parquet and Arrow files need, is installed."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise EnvironmentalError(
+            "Parquet and Arrow files need the package pyarrow, which is not installed; run: pip install 'limbeck[data]'"
+        )
 
 
 def model_path(source: BaseSource, *, folder: Path) -> Path | None:
@@ -137,7 +214,10 @@ def preflight(recipe: Recipe) -> list[str]:
 def _mistakes(recipe: Recipe) -> Iterator[str]:
     for index, domain in enumerate(recipe.data.domains):
         try:
-            if not any(path.stat().st_size for path in text_files(domain.text, folder=recipe.folder)):
+            files = text_files(domain.text, folder=recipe.folder)
+            if isinstance(domain.text.format, ParquetRows) or any(p.suffix in (".parquet", ".arrow") for p in files):
+                check_arrow()
+            if not any(path.stat().st_size for path in files):
                 yield f"data.domains.{index}.text: every file is empty; name files with text."
         except UserError as error:
             yield f"data.domains.{index}.text: {error}"
