@@ -41,5 +41,14 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_architecture.py
 
+# TRL needs its own versions of what we use; it never shares our environment.
+bench-peers: $(READY) .venvs/peers/.ready
+	$(BIN)/python -m tests.benchmarks.bench_peers
+
+.venvs/peers/.ready:
+	$(PYTHON) -m venv .venvs/peers
+	.venvs/peers/bin/pip install $(PIP_ARGS) torch==2.13.0 trl==1.16.0 transformers==5.24.0 peft==0.21.2 accelerate==1.15.0 datasets==5.2.0
+	touch $@
+
 bench-%: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_$(subst -,_,$*)

@@ -9,29 +9,23 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from compress.fusion import Head, TeacherStates, fused_loss
 from limbeck.recipe import EntropyWeights, Fusion
+from tests.benchmarks.memory import peak_growth
 from tests.dense import dense_loss
 
 K, V, T, D, ROUNDS = 2, 49_152, 2_048, 576, 5
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """Highest resident memory during ``work`` above what was resident before it (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-    def read(field: str) -> int:
-        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-        return int(line.split()[1]) * 1024
-
-    before = read("VmRSS")
-    work()
-    return read("VmHWM") - before
+    """Highest resident memory during ``work`` above what was resident before it."""
+    with peak_growth() as growth:
+        work()
+    return growth.bytes
 
 
 def main() -> None:

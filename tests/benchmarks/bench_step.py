@@ -25,7 +25,7 @@ def main() -> None:
     """Build the four arms and time them in turn."""
     compress.quiet_libraries()
     from compress.fusion import chunks_of_labels
-    from compress.train import Run, _batch, _step, setup
+    from compress.train import Run, State, _batch, _step, setup
 
     base = load_recipe("smollm2/135m-two-experts")
     work = Path(tempfile.mkdtemp())
@@ -50,11 +50,11 @@ def main() -> None:
 
     def step(name: str, index: int) -> None:
         run, student, optimizer, trained = prepared[name]
-        _step(run, student, optimizer, trained, run.order[index * 4 : index * 4 + 4], progress=0.5)
+        _step(run, student, optimizer, trained, run.rows_of(index), state=State(), progress=0.5)
 
     def teacher_forwards(index: int) -> None:
         run = runs["live"]
-        ids, labels = _batch(run, run.order[index * 4 : index * 4 + 4])
+        ids, labels = _batch(run, run.rows_of(index))
         with torch.no_grad(), run.accelerator.autocast():
             states, _ = run.teachers.states(ids)
             for state in states:
