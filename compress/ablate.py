@@ -132,8 +132,7 @@ def _train_arm(recipe: Recipe, products: Mapping[str, Path], out: Path, arm: str
     return {
         "nll": student_nll(run, label=arm),
         "labels": {
-            b.name: (labels_of(b.heldout.input_ids, b.heldout.lengths, prefix=run.prefix) != IGNORED).sum(1).tolist()
-            for b in run.blocks
+            b.name: (labels_of(b.heldout.input_ids, b.heldout.scored) != IGNORED).sum(1).tolist() for b in run.blocks
         },
         "weights": mean_weights,
         **(_against_mixture(run) if len(run.teachers) > 1 else {}),

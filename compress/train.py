@@ -178,7 +178,7 @@ def _calibration_batches(recipe: Recipe, blocks: Sequence[DomainBlocks]) -> list
     if not isinstance(recipe.student, ShrinkStudent):
         return []
     order = training_order(blocks, count=recipe.student.calibration_blocks, seed=recipe.seed)
-    rows = [blocks[d].train_ids[r, : blocks[d].train_lengths[r]] for d, r in order]
+    rows = [np.array(blocks[d].train_ids[r, : blocks[d].train_lengths[r]]) for d, r in order]
     return [torch.from_numpy(row).long()[None] for row in rows]
 
 
@@ -379,8 +379,8 @@ def learning_rate(config: Training, done: float, step: float) -> float:
 
 def _batch(run: Run, picked: Any) -> tuple[Tensor, Tensor]:
     ids = np.stack([run.blocks[d].train_ids[r] for d, r in picked])
-    lengths = np.array([run.blocks[d].train_lengths[r] for d, r in picked])
-    return torch.from_numpy(ids).long(), torch.from_numpy(labels_of(ids, lengths, prefix=run.prefix))
+    scored = np.stack([run.blocks[d].train_scored[r] for d, r in picked])
+    return torch.from_numpy(ids).long(), torch.from_numpy(labels_of(ids, scored))
 
 
 def student_head(run: Run) -> Head:
@@ -499,14 +499,12 @@ def evaluate(
 
 def per_token(nll: Mapping[str, Sequence[float]], blocks: Sequence[DomainBlocks], prefix: int) -> dict[str, float]:
     """Nats a token by domain, from sums over blocks."""
-    counts = {
-        b.name: int((labels_of(b.heldout.input_ids, b.heldout.lengths, prefix=prefix) != IGNORED).sum()) for b in blocks
-    }
+    counts = {b.name: int((labels_of(b.heldout.input_ids, b.heldout.scored) != IGNORED).sum()) for b in blocks}
     return {name: sum(sums) / counts[name] for name, sums in nll.items()}
 
 
 def heldout_batches(heldout: Blocks, prefix: int, rows: int = 4) -> list[tuple[Tensor, Tensor]]:
-    ids, labels = heldout.input_ids, labels_of(heldout.input_ids, heldout.lengths, prefix=prefix)
+    ids, labels = heldout.input_ids, labels_of(heldout.input_ids, heldout.scored)
     return [
         (torch.from_numpy(ids[i : i + rows]).long(), torch.from_numpy(labels[i : i + rows]))
         for i in range(0, len(ids), rows)

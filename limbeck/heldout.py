@@ -15,11 +15,12 @@ HELDOUT = "heldout.safetensors"
 
 @dataclass(frozen=True)
 class Blocks:
-    """Held-out blocks of one domain. Every token of a row but the first is scored, given the tokens before it."""
+    """Held-out blocks of one domain. Each scored token counts, given all the tokens before it."""
 
     input_ids: npt.NDArray[np.int32]  # [N, L], right-padded with 0
     lengths: npt.NDArray[np.int32]  # [N], tokens of each row
     utf8_bytes: npt.NDArray[np.int32]  # [N], bytes of the text of the scored tokens
+    scored: npt.NDArray[np.uint8]  # [N, L], 1 where the token is a label; never the first of a row
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -27,7 +28,13 @@ class Blocks:
     @property
     def labels(self) -> int:
         """Scored tokens."""
-        return int((self.lengths - 1).sum())
+        return int(self.scored.sum())
+
+
+def all_but_first(lengths: npt.NDArray[np.int32], width: int) -> npt.NDArray[np.uint8]:
+    """[N, width] mask of plain text: every token of a row is scored but the first, and no padding."""
+    positions = np.arange(width)
+    return ((positions > 0) & (positions < lengths[:, None])).astype(np.uint8)
 
 
 def save_heldout(path: Path, domains: Mapping[str, Blocks]) -> None:
@@ -46,6 +53,9 @@ def load_heldout(path: Path) -> dict[str, Blocks]:
     """Read what `save_heldout` wrote, domains in the order of their names."""
     tensors = load_file(path)
     names = sorted({name.rpartition("/")[0] for name in tensors})
+    for name in names:  # students made before there was chat data have no mask
+        ids, lengths = tensors[f"{name}/input_ids"], tensors[f"{name}/lengths"]
+        tensors.setdefault(f"{name}/scored", all_but_first(lengths, ids.shape[1]))
     return {name: Blocks(**{field: tensors[f"{name}/{field}"] for field in Blocks.__annotations__}) for name in names}
 
 

@@ -49,18 +49,22 @@ def mix(files: Sequence[Path], out: Path) -> None:
 
 
 def sums(
-    arm_NV: LogProbabilities, labels_N: npt.NDArray[np.int64], mixture_NV: LogProbabilities | None
+    arm_NV: LogProbabilities,
+    labels_N: npt.NDArray[np.int64],
+    mixture_NV: LogProbabilities | None,
+    scored_N: npt.NDArray[np.bool_],
 ) -> dict[str, Any]:
-    """Summed over the labels: NLL in nats, KL(mixture || arm) in nats, agreement of the first choices."""
-    nll = -float(arm_NV[np.arange(len(labels_N)), labels_N].astype(np.float64).sum())
-    result: dict[str, Any] = {"labels": len(labels_N), "nll": nll, "kl": None, "top1": None}
+    """Summed over the scored labels: NLL in nats, KL(mixture || arm) in nats, agreement of the first choices."""
+    nll = -float(arm_NV[np.arange(len(labels_N)), labels_N][scored_N].astype(np.float64).sum())
+    result: dict[str, Any] = {"labels": int(scored_N.sum()), "nll": nll, "kl": None, "top1": None}
     result["last"] = int(arm_NV[-1].argmax())
     if mixture_NV is None:
         return result
     kl, agreed = 0.0, 0
     for start in range(0, len(labels_N), _ROWS):
-        log_p = np.asarray(mixture_NV[start : start + _ROWS], np.float64)
-        log_q = arm_NV[start : start + _ROWS].astype(np.float64)
+        scored = scored_N[start : start + _ROWS]
+        log_p = np.asarray(mixture_NV[start : start + _ROWS][scored], np.float64)
+        log_q = arm_NV[start : start + _ROWS][scored].astype(np.float64)
         p = np.exp(log_p)
         kl += float(np.where(p > 0, p * (log_p - log_q), 0.0).sum())
         agreed += int((log_p.argmax(1) == log_q.argmax(1)).sum())
@@ -83,7 +87,7 @@ def measure_quality(
         # Whether the graph that was timed and its twin that scores choose the same token after one block a domain.
         "same_choice": {},
         "domains": {
-            name: {"labels": (blocks.lengths - 1).tolist(), "utf8_bytes": blocks.utf8_bytes.tolist()}
+            name: {"labels": blocks.scored.sum(1).tolist(), "utf8_bytes": blocks.utf8_bytes.tolist()}
             for name, blocks in heldout.items()
         },
         "arms": {arm.id: {name: {"nll": [], "kl": [], "top1": []} for name in heldout} for arm in arms if arm.scored},
@@ -94,7 +98,7 @@ def measure_quality(
     total = sum(len(blocks) for blocks in heldout.values())
     with task("quality: held-out blocks", total) as progress:
         for name, blocks in heldout.items():
-            for index, ids in enumerate(_rows(blocks)):
+            for index, (ids, scored) in enumerate(zip(_rows(blocks), blocks.scored.tolist(), strict=True)):
                 for arm, file in zip(teachers, files, strict=True):
                     workers[arm].ask("logp", ids=ids, vocabulary=vocabulary, file=str(file))
                 if teachers:
@@ -102,7 +106,11 @@ def measure_quality(
                 for arm in arms:
                     if arm.scored:
                         found = workers[arm].ask(
-                            "score", ids=ids, vocabulary=vocabulary, mixture=str(mixture) if teachers else None
+                            "score",
+                            ids=ids,
+                            scored=scored[1 : len(ids)],
+                            vocabulary=vocabulary,
+                            mixture=str(mixture) if teachers else None,
                         )
                         for figure, values in result["arms"][arm.id][name].items():
                             values.append(found[figure])

@@ -7,7 +7,7 @@ is closed. Times are of `time.perf_counter`, in seconds.
     generate   prompt, new_tokens                 -> started, at (a time a token), tokens, peak_rss_bytes
     last       ids                                -> token: the greedy choice after ``ids``, by the graph that is timed
     logp       ids, vocabulary, file              -> labels; writes log-probabilities [L - 1, V] to ``file``
-    score      ids, vocabulary, mixture           -> nll, kl, top1 (sums over labels), labels, last
+    score      ids, scored, vocabulary, mixture   -> nll, kl, top1 (sums over scored labels), labels, last
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ class Session:
         np.save(file, log_probabilities)
         return {"labels": len(log_probabilities)}
 
-    def score(self, ids: list[int], vocabulary: int, mixture: str | None) -> dict[str, Any]:
-        """Sums over the labels of one block; ``mixture`` is the file of the teachers' log-probabilities, or none."""
+    def score(self, ids: list[int], scored: list[int], vocabulary: int, mixture: str | None) -> dict[str, Any]:
+        """Sums over the labels of one block, of which ``scored`` says 1; ``mixture`` is the file of the teachers' log-probabilities, or none."""
         mine = self._log_probabilities(ids, vocabulary)
         teachers = np.load(mixture, mmap_mode="r") if mixture else None
-        return quality.sums(mine, np.asarray(ids[1:]), teachers)
+        return quality.sums(mine, np.asarray(ids[1:]), teachers, np.asarray(scored, bool))
 
     def _log_probabilities(self, ids: list[int], vocabulary: int) -> quality.LogProbabilities:
         assert self.runtime is not None

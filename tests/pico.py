@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from limbeck.artifact import Artifact, write_artifact
-from limbeck.heldout import HELDOUT, Blocks, save_heldout
+from limbeck.heldout import HELDOUT, Blocks, all_but_first, save_heldout
 from limbeck.recipe import Recipe, parse_recipe
 
 CHAT = (
@@ -69,7 +69,7 @@ def make_blocks(*, seed: int = 0, rows: int = 3, length: int = 24) -> dict[str, 
     for name in ("letters", "numbers"):
         lengths = draw.integers(length // 2, length + 1, rows).astype(np.int32)
         ids = draw.integers(0, 256, (rows, length)).astype(np.int32) * (np.arange(length) < lengths[:, None])
-        domains[name] = Blocks(ids.astype(np.int32), lengths, lengths - 1)
+        domains[name] = Blocks(ids.astype(np.int32), lengths, lengths - 1, all_but_first(lengths, length))
     return domains
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from compress.data import DomainBlocks, documents, labels_of, load_blocks, pieces, training_order
 from compress.models import byte_tokenizer
 from limbeck.errors import DataError
-from limbeck.heldout import Blocks
+from limbeck.heldout import Blocks, all_but_first
 from limbeck.recipe import JsonLines, PlainText, PythonStrings, Recipe, parse_recipe
 
 
@@ -35,9 +35,10 @@ def recipe_of(folder: Path, *paths: str, **data: Any) -> Recipe:
 
 
 def fake(rows: int, weight: float = 1.0) -> DomainBlocks:
-    ids = np.zeros((rows, 4), dtype=np.int32)
+    ids, lengths = np.zeros((rows, 4), dtype=np.int32), np.full(rows, 4, dtype=np.int32)
+    scored = all_but_first(lengths, 4)
     return DomainBlocks(
-        "d", weight, ids, np.full(rows, 4, dtype=np.int32), Blocks(ids[:1], np.array([4]), np.array([3]))
+        "d", weight, ids, scored, lengths, Blocks(ids[:1], lengths[:1], np.array([3], dtype=np.int32), scored[:1])
     )
 
 
@@ -68,7 +69,7 @@ def test_blocks_come_from_the_cache_the_second_time(tmp_path: Path, monkeypatch:
     (tmp_path / "a.txt").write_text("some words to learn, again and again.\n" * 50)
     recipe, tokenizer = recipe_of(tmp_path, "a.txt", heldout={"every": 3, "piece_chars": 64}), byte_tokenizer()
     first = load_blocks(recipe, tokenizer)[0]
-    monkeypatch.setattr("compress.data._tokenise", None)
+    monkeypatch.setattr("compress.data._write_blocks", None)
     second = load_blocks(recipe, tokenizer)[0]
     np.testing.assert_array_equal(first.train_ids, second.train_ids)
 
@@ -86,8 +87,12 @@ def test_order_follows_weights_and_seed() -> None:
 
 def test_labels_are_shifted_once_and_padding_is_ignored() -> None:
     ids = np.array([[5, 6, 7, 0], [5, 6, 7, 8]], dtype=np.int32)
-    assert labels_of(ids, np.array([3, 4]), prefix=0).tolist() == [[6, 7, -100, -100], [6, 7, 8, -100]]
-    assert labels_of(ids, np.array([3, 4]), prefix=2).tolist() == [[-100, 7, -100, -100], [-100, 7, 8, -100]]
+    scored = all_but_first(np.array([3, 4], dtype=np.int32), 4)
+    assert labels_of(ids, scored).tolist() == [[6, 7, -100, -100], [6, 7, 8, -100]]
+    assert labels_of(ids, scored * np.array([1, 1, 0, 1], dtype=np.uint8)).tolist() == [
+        [6, -100, -100, -100],
+        [6, -100, 8, -100],
+    ]
 
 
 def test_formats(tmp_path: Path) -> None:

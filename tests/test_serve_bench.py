@@ -82,12 +82,24 @@ def test_sums_by_hand(tmp_path: Path) -> None:
     quality.mix([tmp_path / "1.npy", tmp_path / "2.npy"], tmp_path / "m.npy")
     mixture = np.load(tmp_path / "m.npy")
     assert np.exp(mixture) == pytest.approx(np.array([[0.7, 0.3]]))
-    found = quality.sums(one, np.array([1]), mixture)
+    every = np.array([True])
+    found = quality.sums(one, np.array([1]), mixture, every)
     assert found["nll"] == pytest.approx(np.log(2))
     assert found["kl"] == pytest.approx(0.7 * np.log(0.7 / 0.5) + 0.3 * np.log(0.3 / 0.5))
-    assert quality.sums(two, np.array([0]), mixture)["top1"] == 1
-    assert quality.sums(np.log(np.array([[0.1, 0.9]], np.float32)), np.array([0]), mixture)["top1"] == 0
-    assert quality.sums(one, np.array([1]), None)["kl"] is None
+    assert quality.sums(two, np.array([0]), mixture, every)["top1"] == 1
+    assert quality.sums(np.log(np.array([[0.1, 0.9]], np.float32)), np.array([0]), mixture, every)["top1"] == 0
+    assert quality.sums(one, np.array([1]), None, every)["kl"] is None
+
+
+def test_sums_leave_out_what_is_not_scored() -> None:
+    draw = np.random.default_rng(0)
+    arm, mixture = (quality.log_softmax(draw.normal(size=(40, 5)).astype(np.float32)) for _ in range(2))
+    labels, scored = draw.integers(0, 5, 40), np.arange(40) % 3 == 0
+    found = quality.sums(arm, labels, mixture, scored)
+    alone = quality.sums(arm[scored], labels[scored], mixture[scored], scored[scored])
+    assert found["labels"] == scored.sum()
+    assert {k: found[k] for k in ("nll", "kl", "top1")} == pytest.approx({k: alone[k] for k in ("nll", "kl", "top1")})
+    assert found["last"] == arm[-1].argmax()
 
 
 def test_log_softmax_of_large_logits() -> None:
@@ -137,7 +149,7 @@ def test_worker_scores_what_torch_says(worker: Worker, model: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     ids = [5, 9, 2, 77, 130, 4]
-    found = worker.ask("score", ids=ids, vocabulary=258, mixture=None)
+    found = worker.ask("score", ids=ids, scored=[1] * (len(ids) - 1), vocabulary=258, mixture=None)
     reference = AutoModelForCausalLM.from_pretrained(model).eval()
     with torch.inference_mode():
         logp = torch.log_softmax(reference(input_ids=torch.tensor([ids])).logits[0].double(), -1)
