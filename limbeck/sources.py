@@ -103,7 +103,7 @@ def _dataset_files(root: Path, split: str | None) -> list[Path]:
     if (root / "state.json").is_file():
         own = _json(root / "state.json").get("_split")
         if split is not None and split != own:
-            raise DataError(f"{root}: {_wrong_split(split)}; the folder holds one ({own}): leave split out.")
+            raise DataError(f"{root}: {_wrong_split(split)}; the folder holds one ({own or 'unnamed'}): leave split out.")
         return _saved_files(root)
     found = sorted(p for p in root.rglob("*") if p.suffix in (".parquet", ".jsonl", ".arrow") and p.is_file())
     if not found:
