@@ -6,6 +6,7 @@ Importing this package is cheap; torch, onnx and onnxruntime are imported when a
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from limbeck.recipe import Recipe, fingerprint
 
 __all__ = ["export_student", "verify_parity"]
 
-_STAGE = 1  # raise it when the same student and recipe would give other files
+_STAGE = 2  # raise it when the same student and recipe would give other files
 
 
 def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
@@ -40,7 +41,7 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
     from export.census import require_quantized, take_census
     from export.graph import build_fp32, form_files
     from export.parity import PARITY, answer, make_cases, measure_parity, require_parity, save_cases, thin
-    from export.quantize import block_size_for, quantize_weights
+    from export.quantize import quantize_weights, scheme_for
 
     model = student / "model"
     config = json.loads((model / "config.json").read_text())
@@ -54,13 +55,10 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
         forms: dict[str, dict[str, Any]] = {}
         for form in recipe.export.forms:
             graphs = form_files(folder, form.kind)
-            facts: dict[str, Any] = {}
-            if form.kind == "int8-weight":
-                facts["block_size"] = form.block_size or block_size_for(int(config["hidden_size"]))
-                say(f"export: quantising to 8 bits, block {facts['block_size']}")
-                quantize_weights(
-                    fp32, graphs, block=facts["block_size"], metadata={**metadata, "limbeck.form": form.kind}
-                )
+            scheme = scheme_for(form, int(config["hidden_size"]))
+            if scheme:
+                say(f"export: quantising to {form.kind}")
+                quantize_weights(fp32, graphs, scheme=scheme, metadata={**metadata, "limbeck.form": form.kind})
             census = take_census(graphs.last)
             require_quantized(form.kind, census)
             parity = measure_parity(form.kind, graphs.last, graphs.all, cases)
@@ -71,7 +69,7 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
                 "files": [path.relative_to(folder).as_posix() for path in graphs.files],
                 # What runs: the graph and its weights. The all-logits twin is for scoring and is not counted.
                 "bytes": graphs.last.stat().st_size + graphs.data.stat().st_size,
-                **facts,
+                "rounding": asdict(scheme) if scheme else None,
                 "parity": parity,
                 "census": census,
             }

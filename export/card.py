@@ -104,7 +104,9 @@ def write_card(folder: Path, *, recipe: Recipe, student: Mapping[str, Any], stud
     nll = student.get("nll", {})
     if nll:
         others: dict[str, Mapping[str, Any]] = student.get("teachers", {})
-        table = [[name, f"{value:.3f}", *(f"{t['nll'][name]:.3f}" for t in others.values())] for name, value in nll.items()]
+        table = [
+            [name, f"{value:.3f}", *(f"{t['nll'][name]:.3f}" for t in others.values())] for name, value in nll.items()
+        ]
         card += ["## Held-out nats a token of the torch student", _table(["text", "student", *others], table)]
     card += [
         "## How to run it",

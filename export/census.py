@@ -14,6 +14,12 @@ from limbeck.errors import QualityError
 
 _LARGE = 0.01  # of the weights' bytes: a float matrix above it defeats the purpose of quantising
 _FLOAT = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+# What the large matrices of a form are read by, and how its census line begins.
+_QUANTIZED = {
+    "int8-weight": ("MatMulNBits 8-bit", "8-bit"),
+    "int8-dynamic": ("MatMulInteger int8", "8-bit"),
+    "int4-weight": ("MatMulNBits 4-bit", "4-bit"),
+}
 _MULTIPLY = ("MatMul", "Gemm", "Gather")  # operators that read a whole weight matrix, or rows of one
 
 
@@ -67,14 +73,15 @@ def require_quantized(form: str, census: Mapping[str, Any]) -> None:
     if form == "fp32":
         return
     large = [m for m in census["float_matrices"] if m["share"] > _LARGE]
-    quantized = any(name.startswith("MatMulNBits") for name in census["operators"])
+    operator, precision = _QUANTIZED[form]
+    quantized = any(name.startswith(operator) for name in census["operators"])
     if large or not quantized:
         listed = "".join(
             f"\n  {m['count']} x {m['operator']} {m['shape']}, {100 * m['share']:.0f} % of the bytes ({m['first']}): {m['why']}"
             for m in large
         )
         raise QualityError(
-            f"the {form} graph is not quantised; expected 8-bit matrices, found {listed or 'no MatMulNBits at all'}\n"
+            f"the {form} graph is not quantised; expected {precision} matrices, found {listed or f'no {operator} at all'}\n"
             "Nothing was kept. Ship fp32 (export.forms: [fp32]) or report the model."
         )
 
@@ -83,7 +90,8 @@ def _label(node: NodeProto, tensors: Mapping[str, TensorProto]) -> str:
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     if "bits" in attributes:
         return f"{node.op_type} {attributes['bits']}-bit block {attributes['block_size']}"
-    weights = [tensors[name] for name in node.input if name in tensors] if node.op_type in ("MatMul", "Gemm") else []
+    product = node.op_type in ("MatMul", "Gemm", "MatMulInteger")
+    weights = [tensors[name] for name in node.input if name in tensors] if product else []
     return f"{node.op_type} {_type(weights[0])}" if weights else str(node.op_type)
 
 

@@ -29,6 +29,12 @@ from limbeck.errors import ModelError
 
 Logits = Literal["last", "all"]
 KNOWN = ("llama", "mistral", "qwen2", "qwen3")  # model types that the tests export and compare with torch
+_STEMS = {
+    "fp32": "model",
+    "int8-weight": "model_quantized",
+    "int8-dynamic": "model_int8",
+    "int4-weight": "model_q4",
+}  # transformers.js's names of dtypes fp32, q8, int8 and q4
 _OWN = "limbeck/"  # prefix of every name this module adds
 
 
@@ -48,7 +54,7 @@ class Graphs:
 
 def form_files(folder: Path, form: str) -> Graphs:
     """Where the graphs of ``form`` lie in a deployable ``folder``; the names are transformers.js's."""
-    stem = {"fp32": "model", "int8-weight": "model_quantized"}[form]
+    stem = _STEMS[form]
     return Graphs(
         folder / f"onnx/{stem}.onnx", folder / f"onnx/{stem}_all_logits.onnx", folder / f"onnx/{stem}.onnx_data"
     )
@@ -121,6 +127,15 @@ def _run_builder(model: Path, folder: Path) -> None:
         )
 
 
+def head_of(proto: ModelProto) -> NodeProto:
+    """The product that makes the logits, past a scale, a cap or a bias on them."""
+    made_by = {name: node for node in proto.graph.node for name in node.output}
+    head = made_by["logits"]
+    while head.op_type not in ("MatMul", "Gemm"):
+        head = made_by[head.input[0]]
+    return head
+
+
 def stamp(proto: ModelProto, metadata: Mapping[str, str]) -> None:
     """Set ``metadata`` in the graph's ``metadata_props``, over what is there."""
     merged = {entry.key: entry.value for entry in proto.metadata_props} | dict(metadata)
@@ -169,9 +184,7 @@ def handle_padding(proto: ModelProto, *, logits: Logits) -> None:
     ``last`` keeps the logits of each row's last *token*, ``[B, 1, V]``; ``all`` keeps ``[B, S, V]`` in the client's order.
     """
     graph = proto.graph
-    head = next(node for node in graph.node if "logits" in node.output)
-    while head.op_type not in ("MatMul", "Gemm"):  # past a scale, a cap or a bias on the logits
-        head = next(node for node in graph.node if head.input[0] in node.output)
+    head = head_of(proto)
     hidden = head.input[0]
     for node in graph.node:
         for index, name in enumerate(node.input):

@@ -57,6 +57,8 @@ class Tolerance:
 TOLERANCES = {
     "fp32": Tolerance(relative=1e-4, kl=1e-6, top1=1.0, lead=1e-2),
     "int8-weight": Tolerance(relative=0.25, kl=0.03, top1=0.97, lead=0.5),
+    "int8-dynamic": Tolerance(relative=0.4, kl=0.1, top1=0.95, lead=0.5),
+    "int4-weight": Tolerance(relative=0.5, kl=0.3, top1=0.85, lead=0.5),
 }
 
 

@@ -1,26 +1,79 @@
-"""8-bit weights from the fp32 graph: MatMulNBits for every large MatMul, one 8-bit copy for a tied head and embedding.
+"""Rounded weights from the fp32 graph: MatMulNBits or MatMulInteger for every large MatMul, 8-bit head and embedding.
 
-Knows block quantisation and the weights file, which it streams from one file to the other a tensor at a time.
+Knows rounding and the weights file, which it streams from one file to the other a tensor at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from export.graph import Graphs, stamp
+from export.graph import Graphs, head_of, stamp
 from limbeck.progress import task
+from limbeck.recipe import Form, Fp32Form, Int4WeightForm, Int8DynamicForm, Int8WeightForm
 
 BLOCKS = (128, 64, 32, 16)
 _ALIGN = 64  # bytes; a processor's cache line
-_ROWS = 4096  # rows of a matrix quantised at a time, which bounds the memory
+_ROWS = 4096  # rows of a matrix rounded at a time, which bounds the memory
+
+Floats = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Blockwise:
+    """MatMulNBits: weights in blocks along the summed dimension, activations in 8 bits on the fly.
+
+    Without ``zero_points`` a block is symmetric around the middle code.
+    """
+
+    bits: int
+    block: int
+    zero_points: bool = False
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """MatMulInteger: signed 8-bit weights, a scale a column; activations in 8 bits, a scale a token, on the fly."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a form rounds.
+
+    ``narrow`` is for products with more inputs than outputs, which is where an FFN returns to the model's width and inputs
+    have outliers of a hundred times the rest; ``attention`` for those that make queries, keys and values. ``head`` is for
+    the head and every embedding: one copy of the codes where they are tied.
+    """
+
+    body: Blockwise | PerChannel
+    attention: Blockwise | PerChannel
+    narrow: Blockwise
+    head: Blockwise
+
+
+def scheme_for(form: Form, width: int) -> Scheme | None:
+    """What ``form`` of a model of hidden size ``width`` rounds, and how; none for fp32."""
+    head = Blockwise(8, block_size_for(width))
+    match form:
+        case Fp32Form():
+            return None
+        case Int8WeightForm():
+            both = Blockwise(8, form.block_size or block_size_for(width))
+            return Scheme(body=both, attention=both, narrow=both, head=both)
+        case Int8DynamicForm():
+            return Scheme(body=PerChannel(), attention=PerChannel(), narrow=head, head=head)
+        case Int4WeightForm():
+            body = Blockwise(4, form.block_size, zero_points=True)
+            return Scheme(body=body, attention=head, narrow=head, head=head)
 
 
 def block_size_for(width: int) -> int:
@@ -28,60 +81,66 @@ def block_size_for(width: int) -> int:
     return next((block for block in BLOCKS if width % block == 0), 16)
 
 
-def quantize_blocks(
-    weights_NK: npt.NDArray[np.float32], block: int
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
-    """Round ``weights[N, K]`` to 8 bits in blocks along K, symmetric around 128.
+def quantize_blocks(weights_NK: Floats, how: Blockwise) -> tuple[Codes, Floats, Codes]:
+    """Round ``weights[N, K]`` in blocks along K.
 
-    Returns codes ``[N, ceil(K / block), block]`` and scales ``[N, ceil(K / block)]``: weight = (code - 128) * scale.
+    Returns codes ``[N, ceil(K / block), block]``, scales ``[N, ceil(K / block)]`` and zero points of the scales' shape:
+    weight = (code - zero point) * scale. Codes are not packed yet.
     """
     rows, width = weights_NK.shape
-    blocks = math.ceil(width / block)
-    padded = np.zeros((rows, blocks * block), np.float32)
+    blocks = math.ceil(width / how.block)
+    padded = np.zeros((rows, blocks * how.block), np.float32)
     padded[:, :width] = weights_NK
-    grouped = padded.reshape(rows, blocks, block)
-    scales = np.abs(grouped).max(axis=2) / np.float32(127)
-    with np.errstate(divide="ignore"):
-        inverse = np.where(scales > 0, 1 / scales, 0).astype(np.float32)
-    codes = np.rint(grouped * inverse[:, :, None]) + 128
-    return codes.astype(np.uint8), scales.astype(np.float32)
+    grouped = padded.reshape(rows, blocks, how.block)
+    steps, middle = 2**how.bits - 1, 2 ** (how.bits - 1)
+    if how.zero_points:
+        low, high = np.minimum(grouped.min(axis=2), 0), np.maximum(grouped.max(axis=2), 0)
+        scales = (high - low) / np.float32(steps)
+        zeros = np.rint(-low * _inverse(scales)).astype(np.uint8)
+    else:
+        scales = np.abs(grouped).max(axis=2) / np.float32(middle - 1)
+        zeros = np.full(scales.shape, middle, np.uint8)
+    codes = np.rint(grouped * _inverse(scales)[:, :, None]) + zeros[:, :, None]
+    return np.clip(codes, 0, steps).astype(np.uint8), scales.astype(np.float32), zeros
 
 
-def quantize_weights(source: Graphs, target: Graphs, *, block: int, metadata: Mapping[str, str]) -> None:
-    """Write the ``int8-weight`` form of ``source`` to ``target``; ``block`` weights share a scale.
+def quantize_columns(weights_NK: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
+    """Round ``weights[N, K]`` to signed 8 bits, a scale an output channel: codes ``[N, K]``, scales ``[N]``."""
+    scales = np.abs(weights_NK).max(axis=1) / np.float32(127)
+    return np.rint(weights_NK * _inverse(scales)[:, None]).astype(np.int8), scales.astype(np.float32)
+
+
+def pack_nibbles(codes: Codes) -> Codes:
+    """Two 4-bit codes a byte along the last axis, the earlier one low; an odd end is filled with 0."""
+    if codes.shape[-1] % 2:
+        codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)
+    return np.asarray(codes[..., ::2] | codes[..., 1::2] << 4, np.uint8)
+
+
+def quantize_weights(source: Graphs, target: Graphs, *, scheme: Scheme, metadata: Mapping[str, str]) -> None:
+    """Write the form of ``source`` that ``scheme`` describes to ``target``.
 
     Every MatMul with a constant matrix becomes a MatMulNBits of accuracy level 4 (activations in 8 bits as well, the
-    fast kernel); every embedding becomes a GatherBlockQuantized, on the head's own codes where the two are tied.
+    fast kernel) or a MatMulInteger; every embedding becomes a GatherBlockQuantized, on the head's own codes where the
+    two are tied.
     """
     first = onnx.load(source.last, load_external_data=False)
     tensors = {t.name: t for t in first.graph.initializer}
-    matrices = _matrices(first.graph, tensors)
+    matrices = _matrices(first, tensors, scheme)
     written: dict[str, TensorProto] = {}
     with target.data.open("wb") as out, task("quantise weights", len(tensors)) as progress:
+        file = _WeightsFile(out, target.data.name, written)
         for tensor in first.graph.initializer:
             if not tensor.external_data:
                 written[tensor.name] = tensor
-            elif tensor.name in matrices:
-                values = external_array(tensor, source.data.parent)
-                rows_first = values if matrices[tensor.name] == "rows" else values.T
-                codes, scales = _quantize_in_pieces(rows_first, block)
-                written[f"{tensor.name}_q8"] = _append(out, f"{tensor.name}_q8", codes, target.data.name)
-                scale = written[f"{tensor.name}_scales"] = _append(
-                    out, f"{tensor.name}_scales", scales, target.data.name
-                )
-                # The same bytes once more with the rank that GatherBlockQuantized wants.
-                column = written[f"{tensor.name}_scales_3d"] = TensorProto()
-                column.CopyFrom(scale)
-                column.name = f"{tensor.name}_scales_3d"
-                column.dims.append(1)
+            elif matrix := matrices.get(tensor.name):
+                _write_matrix(file, matrix, external_array(tensor, source.data.parent))
             else:
-                written[tensor.name] = _append(
-                    out, tensor.name, external_array(tensor, source.data.parent), target.data.name
-                )
+                file.append(tensor.name, external_array(tensor, source.data.parent))
             progress.advance()
     for old, new in ((source.last, target.last), (source.all, target.all)):
         proto = onnx.load(old, load_external_data=False)
-        _replace_nodes(proto, tensors, matrices, block)
+        _replace_nodes(proto, matrices)
         own = {t.name: t for t in proto.graph.initializer if not t.external_data}
         used = {name for node in proto.graph.node for name in node.input}
         kept = [own.get(name, written.get(name)) for name in sorted(used)]
@@ -100,110 +159,228 @@ def external_array(tensor: TensorProto, folder: Path) -> npt.NDArray[Any]:
     return np.memmap(folder / entry["location"], dtype, "r", int(entry.get("offset", 0)), tuple(tensor.dims))
 
 
-def _matrices(graph: GraphProto, tensors: Mapping[str, TensorProto]) -> dict[str, str]:
-    """Name → layout of every constant matrix to quantise: `columns` ([K, N], of a MatMul) or `rows` ([N, K], embeddings)."""
-    found: dict[str, str] = {}
+@dataclass(frozen=True)
+class _Matrix:
+    """A constant matrix to round: [K, N] as a MatMul reads it, or [N, K] (``rows``) as embeddings are stored."""
+
+    name: str
+    width: int  # K
+    channels: int  # N
+    rows: bool
+    how: Blockwise | PerChannel
+
+    def names(self, *kinds: str) -> list[str]:
+        return [f"{self.name}_{kind}" for kind in kinds]
+
+
+def _matrices(proto: ModelProto, tensors: Mapping[str, TensorProto], scheme: Scheme) -> dict[str, _Matrix]:
+    """Every matrix to round by name, with its layout and how it is rounded."""
+    graph = proto.graph
+    origin = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Transpose" and n.input[0] in tensors}
+    head, attention = head_of(proto), _into_attention(graph, {*tensors, *origin})
+    found: dict[str, _Matrix] = {}
     for node in graph.node:
-        name = node.input[1] if node.op_type == "MatMul" else node.input[0] if node.op_type == "Gather" else ""
-        tensor = tensors.get(name)
-        if (
-            tensor is not None
-            and tensor.data_type == TensorProto.FLOAT
-            and len(tensor.dims) == 2
-            and tensor.external_data
-        ):
-            found[name] = "columns" if node.op_type == "MatMul" else "rows"
+        if node.op_type not in ("MatMul", "Gather"):
+            continue
+        read = node.input[1] if node.op_type == "MatMul" else node.input[0]
+        tensor = tensors.get(origin.get(read, read))
+        if tensor is None or tensor.data_type != TensorProto.FLOAT or len(tensor.dims) != 2 or not tensor.external_data:
+            continue
+        rows = (node.op_type == "Gather") != (read in origin)
+        first, second = (int(dim) for dim in tensor.dims)
+        is_head = node.op_type == "Gather" or node.output[0] == head.output[0]
+        if is_head or tensor.name not in found:
+            width, channels = (second, first) if rows else (first, second)
+            if is_head:
+                how: Blockwise | PerChannel = scheme.head
+            elif node.output[0] in attention:
+                how = scheme.attention
+            else:
+                how = scheme.narrow if width > channels else scheme.body
+            found[tensor.name] = _Matrix(tensor.name, width, channels, rows, how)
     return found
 
 
-def _quantize_in_pieces(
-    weights_NK: npt.NDArray[np.float32], block: int
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
-    pieces = [
-        quantize_blocks(np.asarray(weights_NK[at : at + _ROWS]), block) for at in range(0, len(weights_NK), _ROWS)
-    ]
-    return np.concatenate([codes for codes, _ in pieces]), np.concatenate([scales for _, scales in pieces])
+def _into_attention(graph: GraphProto, constants: Container[str]) -> set[str]:
+    """Outputs of the products with constant matrices whose next product is attention itself."""
+    made_by = {name: node for node in graph.node for name in node.output if name}
+    found: set[str] = set()
+    seen: set[str] = set()
+    todo: list[str] = []
+    for node in graph.node:
+        if node.op_type == "GroupQueryAttention" or (node.op_type == "MatMul" and node.input[1] not in constants):
+            todo += node.input
+    while todo:
+        name = todo.pop()
+        maker = made_by.get(name)
+        if maker is None or name in seen:
+            continue
+        seen.add(name)
+        if maker.op_type == "MatMul" and maker.input[1] in constants:
+            found.add(name)
+        else:
+            todo += maker.input
+    return found
 
 
-def _append(out: Any, name: str, values: npt.NDArray[Any], location: str) -> TensorProto:
-    """Append ``values`` to the weights file ``out`` and return the initialiser that refers to them."""
-    out.write(b"\0" * (-out.tell() % _ALIGN))
-    tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(values.dtype), dims=values.shape)
-    tensor.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", location), ("offset", out.tell()), ("length", values.nbytes)):
-        tensor.external_data.add(key=key, value=str(value))
-    out.write(np.ascontiguousarray(values).data)
-    return tensor
+def _inverse(scales: Floats) -> Floats:
+    with np.errstate(divide="ignore"):
+        return np.where(scales > 0, 1 / scales, 0).astype(np.float32)
 
 
-def _replace_nodes(
-    proto: ModelProto, tensors: Mapping[str, TensorProto], matrices: Mapping[str, str], block: int
-) -> None:
+class _WeightsFile:
+    """The external file being written, and the initialisers that refer to it."""
+
+    def __init__(self, out: BinaryIO, location: str, written: dict[str, TensorProto]) -> None:
+        self._out, self._location, self._written = out, location, written
+
+    def append(self, name: str, values: npt.NDArray[Any]) -> TensorProto:
+        out = self._out
+        out.write(b"\0" * (-out.tell() % _ALIGN))
+        tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(values.dtype), dims=values.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", self._location), ("offset", out.tell()), ("length", values.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+        out.write(np.ascontiguousarray(values).data)
+        self._written[name] = tensor
+        return tensor
+
+    def rename(self, tensor: TensorProto, name: str, dims: list[int]) -> None:
+        """The same bytes under another name and shape."""
+        other = TensorProto()
+        other.CopyFrom(tensor)
+        other.name = name
+        del other.dims[:]
+        other.dims.extend(dims)
+        self._written[name] = other
+
+
+def _write_matrix(file: _WeightsFile, matrix: _Matrix, values: npt.NDArray[Any]) -> None:
+    weights_NK = values if matrix.rows else values.T
+    pieces = [np.asarray(weights_NK[at : at + _ROWS]) for at in range(0, matrix.channels, _ROWS)]
+    codes, scales, zeros, column = matrix.names("codes", "scales", "zeros", "scales_3d")
+    if isinstance(matrix.how, PerChannel):
+        columns = [quantize_columns(piece) for piece in pieces]
+        file.append(codes, np.concatenate([c for c, _ in columns]).T)
+        file.append(scales, np.concatenate([s for _, s in columns]))
+        return
+    blocks = [quantize_blocks(piece, matrix.how) for piece in pieces]
+    pack = pack_nibbles if matrix.how.bits == 4 else np.asarray
+    file.append(codes, np.concatenate([pack(c) for c, _, _ in blocks]))
+    scale = file.append(scales, np.concatenate([s for _, s, _ in blocks]))
+    file.rename(scale, column, [*scale.dims, 1])  # the rank that GatherBlockQuantized wants
+    if matrix.how.zero_points:
+        file.append(zeros, np.concatenate([pack(z) for _, _, z in blocks]))
+
+
+def _replace_nodes(proto: ModelProto, matrices: Mapping[str, _Matrix]) -> None:
     """Put quantised operators in the place of the MatMuls and Gathers on ``matrices``, in place."""
     graph = proto.graph
-    transposed = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Transpose" and n.input[0] in matrices}
+    origin = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Transpose" and n.input[0] in matrices}
     nodes: list[NodeProto] = []
+    rounded: set[str] = set()  # activations that are quantised already: several MatMuls may read one
     for node in graph.node:
-        matrix = transposed.get(node.input[0], node.input[0]) if node.op_type == "Gather" else ""
-        if node.op_type == "MatMul" and node.input[1] in matrices:
-            nodes.append(_matmul(node, tensors[node.input[1]], block))
-        elif node.op_type == "Gather" and matrix in matrices:
-            dims = tensors[matrix].dims
-            nodes.extend(_embedding(node, matrix, int(dims[1] if matrices[matrix] == "rows" else dims[0]), block))
-        elif not (node.op_type == "Transpose" and node.output[0] in transposed):
-            nodes.append(node)
-    for name, dims in (("keep_rank", [0, 0, -1]), ("embedding_start", [0]), ("embedding_axis", [-1])):
-        graph.initializer.append(numpy_helper.from_array(np.asarray(dims, np.int64), f"limbeck/const/{name}"))
-    for matrix in set(transposed.values()) | {m for m, layout in matrices.items() if layout == "rows"}:
-        width = int(tensors[matrix].dims[1] if matrices[matrix] == "rows" else tensors[matrix].dims[0])
-        graph.initializer.append(
-            numpy_helper.from_array(np.asarray([width], np.int64), f"limbeck/const/width/{matrix}")
-        )
+        read = {"MatMul": 1, "Gather": 0}.get(node.op_type)
+        matrix = None if read is None else matrices.get(origin.get(node.input[read], node.input[read]))
+        if matrix is None:
+            if not (node.op_type == "Transpose" and node.output[0] in origin):
+                nodes.append(node)
+        elif isinstance(matrix.how, PerChannel):
+            nodes.extend(_integer_matmul(graph, node, matrix, rounded))
+        elif node.op_type == "MatMul":
+            nodes.append(_blockwise_matmul(node, matrix, matrix.how))
+        else:
+            nodes.extend(_embedding(graph, node, matrix, matrix.how))
     del graph.node[:]
     graph.node.extend(nodes)
     if "com.microsoft" not in {opset.domain for opset in proto.opset_import}:
         proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
 
 
-def _matmul(node: NodeProto, tensor: TensorProto, block: int) -> NodeProto:
-    name = tensor.name
+def _blockwise_matmul(node: NodeProto, matrix: _Matrix, how: Blockwise) -> NodeProto:
+    kinds = ("codes", "scales", "zeros") if how.zero_points else ("codes", "scales")
     return helper.make_node(
         "MatMulNBits",
-        [node.input[0], f"{name}_q8", f"{name}_scales"],
+        [node.input[0], *matrix.names(*kinds)],
         list(node.output),
         name=node.name,
         domain="com.microsoft",
-        K=int(tensor.dims[0]),
-        N=int(tensor.dims[1]),
-        bits=8,
-        block_size=block,
+        K=matrix.width,
+        N=matrix.channels,
+        bits=how.bits,
+        block_size=how.block,
         accuracy_level=4,
     )
 
 
-def _embedding(node: NodeProto, matrix: str, width: int, block: int) -> list[NodeProto]:
-    padded = math.ceil(width / block) * block
+def _integer_matmul(graph: GraphProto, node: NodeProto, matrix: _Matrix, rounded: set[str]) -> list[NodeProto]:
+    """MatMulInteger between operators that round each token's activations around 128 with a scale of its own."""
+    codes, scales = matrix.names("codes", "scales")
+    x, out = node.input[0], node.output[0]
+    stem, own = f"limbeck/dynamic/{x}", f"limbeck/dynamic/{out}"
+    shared = {"one": np.float32(1), "steps": np.float32(127), "least": np.float32(1e-9), "middle": np.uint8(128)}
+    one, steps, least, middle = (f"limbeck/const/dynamic/{name}" for name in shared)
+    axis = "limbeck/const/dynamic/axis"
+    nodes = []
+    if not rounded:
+        graph.initializer.extend(
+            numpy_helper.from_array(np.asarray(value), name)
+            for name, value in zip((one, steps, least, middle), shared.values(), strict=True)
+        )
+        graph.initializer.append(numpy_helper.from_array(np.array([-1], np.int64), axis))
+    if x not in rounded:
+        rounded.add(x)
+        nodes += [
+            helper.make_node("Abs", [x], [f"{stem}/abs"], name=f"{stem}/Abs"),
+            helper.make_node(
+                "ReduceMax", [f"{stem}/abs", axis], [f"{stem}/most"], name=f"{stem}/ReduceMax", keepdims=1
+            ),
+            helper.make_node("Max", [f"{stem}/most", least], [f"{stem}/range"], name=f"{stem}/Max"),
+            helper.make_node("Div", [f"{stem}/range", steps], [f"{stem}/scale"], name=f"{stem}/Scale"),
+            helper.make_node("Div", [x, f"{stem}/scale"], [f"{stem}/steps"], name=f"{stem}/Div"),
+            helper.make_node(
+                "QuantizeLinear", [f"{stem}/steps", one, middle], [f"{stem}/codes"], name=f"{stem}/Quantize"
+            ),
+        ]
+    nodes += [
+        helper.make_node("MatMulInteger", [f"{stem}/codes", codes, middle], [f"{own}/sum"], name=node.name),
+        helper.make_node("Cast", [f"{own}/sum"], [f"{own}/float"], name=f"{own}/Cast", to=TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{own}/float", f"{stem}/scale"], [f"{own}/rows"], name=f"{own}/Rows"),
+        helper.make_node("Mul", [f"{own}/rows", scales], [out], name=f"{own}/Columns"),
+    ]
+    return nodes
+
+
+def _embedding(graph: GraphProto, node: NodeProto, matrix: _Matrix, how: Blockwise) -> list[NodeProto]:
+    codes, scales = matrix.names("codes", "scales_3d")
+    padded = math.ceil(matrix.width / how.block) * how.block
     stem = f"limbeck/embedding/{node.output[0]}"
+
+    def constant(name: str, values: list[int]) -> str:
+        tensor = numpy_helper.from_array(np.asarray(values, np.int64), f"{stem}/{name}")
+        graph.initializer.append(tensor)
+        return str(tensor.name)
+
     nodes = [
         helper.make_node(
             "GatherBlockQuantized",
-            [f"{matrix}_q8", node.input[1], f"{matrix}_scales_3d"],
+            [codes, node.input[1], scales],
             [f"{stem}/blocks"],
             name=f"{stem}/GatherBlockQuantized",
             domain="com.microsoft",
             bits=8,
-            block_size=block,
+            block_size=how.block,
             gather_axis=0,
             quantize_axis=2,
         ),
         helper.make_node(
             "Reshape",
-            [f"{stem}/blocks", "limbeck/const/keep_rank"],
-            [f"{stem}/whole" if padded > width else node.output[0]],
+            [f"{stem}/blocks", constant("keep_rank", [0, 0, -1])],
+            [f"{stem}/whole" if padded > matrix.width else node.output[0]],
             name=f"{stem}/Reshape",
         ),
     ]
-    if padded > width:
-        ends = ["limbeck/const/embedding_start", f"limbeck/const/width/{matrix}", "limbeck/const/embedding_axis"]
+    if padded > matrix.width:
+        ends = [constant("start", [0]), constant("width", [matrix.width]), constant("axis", [-1])]
         nodes.append(helper.make_node("Slice", [f"{stem}/whole", *ends], list(node.output), name=f"{stem}/Slice"))
     return nodes

@@ -518,13 +518,13 @@ class Int8WeightForm(Frozen):
 
 
 class Int8DynamicForm(Frozen):
-    """MatMulInteger: signed 8-bit weights with a scale a channel, activations with one a tensor; 8-bit blocks in the head."""
+    """MatMulInteger: signed 8-bit weights with a scale a channel, activations with one a token; 8-bit blocks in head and FFN output."""
 
     kind: Literal["int8-dynamic"]
 
 
 class Int4WeightForm(Frozen):
-    """Weights in 4-bit blocks with zero points, rounded to nearest (MatMulNBits); 8-bit head shared with the embedding."""
+    """4-bit blocks with zero points, rounded to nearest (MatMulNBits); 8 bits in the tied head, attention inputs, FFN output."""
 
     kind: Literal["int4-weight"]
     block_size: Literal[16, 32, 64, 128, 256] = Field(32, description="Weights that share a scale and a zero point.")

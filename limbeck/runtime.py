@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Provider = Literal["cpu", "cuda"]
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# A form whose products the provider has no kernel for, and the form to use instead.
+_NO_KERNEL = {("cuda", "int8-dynamic"): "int8-weight"}
 
 
 # The runtime package ---------------------------------------------------------------------------------------------
@@ -84,12 +86,18 @@ class Decoder:
 
         ``all_logits`` opens the twin that keeps every position, for `score`; ``threads`` defaults to every core
         this process may use. ``verify`` checks the hashes of the whole folder first. Raises `ArtifactError` for a folder
-        that is no such artifact or lacks the form, `EnvironmentalError` for a missing runtime or provider.
+        that is no such artifact or lacks the form, `EnvironmentalError` for a missing runtime or provider and for a form
+        that the provider has no kernels for.
         """
         result = open_artifact(Path(folder), kind="onnx", verify=verify).result
         name = form or result["shipped"]
         if name not in result["forms"]:
             raise ArtifactError(f"{folder}: no form {name!r}; it has {', '.join(result['forms'])}.")
+        if instead := _NO_KERNEL.get((provider, name)):
+            raise EnvironmentalError(
+                f"{_PROVIDERS[provider]} has no kernel for the products of {name}: they would run on the CPU, with copies both ways. "
+                f"Open the form {instead} there (export.forms in the recipe), or keep {name} for the CPU."
+            )
         self.form: str | None = name
         self._open(
             Path(folder) / result["forms"][name]["all_logits_graph" if all_logits else "graph"], threads, provider

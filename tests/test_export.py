@@ -15,9 +15,18 @@ from export import export_student, verify_parity
 from export.census import require_quantized, take_census
 from export.graph import Graphs, build_fp32, form_files
 from export.parity import answer, load_cases, make_cases, measure_parity
-from export.quantize import block_size_for, quantize_blocks, quantize_weights
+from export.quantize import (
+    Blockwise,
+    block_size_for,
+    pack_nibbles,
+    quantize_blocks,
+    quantize_columns,
+    quantize_weights,
+    scheme_for,
+)
 from limbeck.artifact import Artifact, open_artifact
-from limbeck.errors import ArtifactError, ModelError, ParityError, QualityError
+from limbeck.errors import ArtifactError, EnvironmentalError, ModelError, ParityError, QualityError
+from limbeck.recipe import Int4WeightForm, Int8DynamicForm, Int8WeightForm
 from limbeck.runtime import Decoder
 from tests.pico import make_model, make_student, pico_recipe
 
@@ -28,6 +37,13 @@ SHAPES = [
     pytest.param({"model_type": "qwen2", "hidden_size": 64, "num_key_value_heads": 4}, id="qwen2"),
     pytest.param({"model_type": "qwen3", "tie_word_embeddings": True}, id="qwen3"),
     pytest.param({"model_type": "mistral", "sliding_window": 8}, id="mistral, window shorter than the text"),
+]
+
+# Most KL in nats; random weights stand rounding worse than trained ones.
+QUANTIZED = [
+    (Int8WeightForm(kind="int8-weight", block_size=16), 0.01),
+    (Int8DynamicForm(kind="int8-dynamic"), 0.04),
+    (Int4WeightForm(kind="int4-weight", block_size=16), 0.7),
 ]
 
 
@@ -58,12 +74,14 @@ def test_every_way_of_feeding_agrees_with_torch(tmp_path: Path, sizes: dict[str,
     assert exact["max_abs"] < 5e-5
     assert {"left_padded", "left_padded/last", "right_padded", "one_token", "chunks", "long"} <= exact["cases"].keys()
 
-    int8 = form_files(tmp_path, "int8-weight")
-    quantize_weights(fp32, int8, block=16, metadata={})
-    rounded = measure_parity("int8-weight", int8.last, int8.all, cases)
-    assert rounded["failures"] == []
-    assert 0 < rounded["kl"] < 0.01
-    require_quantized("int8-weight", take_census(int8.last))
+    for form, worst in QUANTIZED:
+        graphs = form_files(tmp_path, form.kind)
+        scheme = scheme_for(form, sizes.get("hidden_size", 32))
+        assert scheme is not None
+        quantize_weights(fp32, graphs, scheme=scheme, metadata={})
+        rounded = measure_parity(form.kind, graphs.last, graphs.all, cases)
+        assert 0 < rounded["kl"] < worst
+        require_quantized(form.kind, take_census(graphs.last))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -252,13 +270,22 @@ def test_census_refuses_a_form_that_stayed_float(tmp_path: Path) -> None:
 def test_rounding_to_blocks() -> None:
     weights = np.random.default_rng(0).normal(size=(5, 40)).astype(np.float32)
     weights[2, :16] = 0
-    codes, scales = quantize_blocks(weights, 16)
-    assert codes.shape == (5, 3, 16)
-    assert scales.shape == (5, 3)
-    back = ((codes.astype(np.float32) - 128) * scales[:, :, None]).reshape(5, 48)
-    assert np.abs(back[:, :40] - weights).max() <= scales.max() / 2 * 1.001
-    assert (back[:, 40:] == 0).all()
-    assert (back[2, :16] == 0).all()
+    for how in (Blockwise(8, 16), Blockwise(8, 16, True), Blockwise(4, 16), Blockwise(4, 16, True)):
+        codes, scales, zeros = quantize_blocks(weights, how)
+        assert codes.shape == (5, 3, 16)
+        assert scales.shape == zeros.shape == (5, 3)
+        assert codes.max() < 2**how.bits
+        assert how.zero_points or (zeros == 2 ** (how.bits - 1)).all()
+        back = (codes.astype(np.float32) - zeros[:, :, None]) * scales[:, :, None]
+        # A zero point is itself rounded, which costs the ends of a block up to half a step more.
+        worst = scales * (1 if how.zero_points else 0.5)
+        assert (np.abs(back.reshape(5, 48)[:, :40] - weights) <= np.repeat(worst, 16, axis=1)[:, :40] * 1.001).all()
+        assert (back.reshape(5, 48)[:, 40:] == 0).all()
+        assert (back[2, 0] == 0).all()
+    columns, scale = quantize_columns(weights)
+    assert np.abs(columns).max() == 127
+    assert (np.abs(columns * scale[:, None] - weights) <= scale[:, None] * 0.501).all()
+    assert pack_nibbles(np.array([[1, 2, 15]], np.uint8)).tolist() == [[0x21, 0x0F]]
     assert [block_size_for(width) for width in (576, 768, 96, 48, 24)] == [64, 128, 32, 16, 16]
 
 
@@ -271,9 +298,41 @@ def test_what_is_refused(tmp_path: Path) -> None:
         build_fp32(gpt2, tmp_path, {})
 
 
-def test_names_are_those_of_transformers_js(tmp_path: Path) -> None:
-    assert form_files(tmp_path, "int8-weight") == Graphs(
-        tmp_path / "onnx/model_quantized.onnx",
-        tmp_path / "onnx/model_quantized_all_logits.onnx",
-        tmp_path / "onnx/model_quantized.onnx_data",
+def test_every_form_ships_from_one_folder(tmp_path: Path) -> None:
+    """int8-dynamic and int4-weight, head in 8 bits and tied, and what a provider without kernels says."""
+    make_student(tmp_path / "student", make_model(tmp_path / "model", tie_word_embeddings=True, scale=0.02))
+    forms = ["fp32", "int8-dynamic", {"kind": "int4-weight", "block_size": 16}]
+    exported = export_student(
+        student=tmp_path / "student", out=tmp_path / "onnx", recipe=pico_recipe(export={"forms": forms})
+    )
+    assert exported.result["shipped"] == "int4-weight"
+    operators = {name: form["census"]["operators"] for name, form in exported.result["forms"].items()}
+    assert operators["int4-weight"]["MatMulNBits 4-bit block 16"] == 4  # two layers of gate and up
+    assert operators["int4-weight"]["MatMulNBits 8-bit block 32"] == 7  # two of q/k/v, out and down, and the head
+    assert operators["int8-dynamic"]["MatMulInteger int8"] == 6
+    assert operators["int8-dynamic"]["QuantizeLinear"] == 4  # gate and up share their input's
+    for name in ("int8-dynamic", "int4-weight"):
+        facts = exported.result["forms"][name]
+        graph = onnx.load(exported.path / facts["graph"], load_external_data=False).graph
+        head = next(node for node in graph.node if "logits" in node.output)
+        assert head.input[1] == next(n for n in graph.node if n.op_type == "GatherBlockQuantized").input[0]
+        assert facts["rounding"]["head"] == {"bits": 8, "block": 32, "zero_points": False}
+        assert facts["parity"]["failures"] == []
+    # A scale a token: what else is in the batch changes nothing.
+    ids = np.random.default_rng(3).integers(0, 256, (3, 12))
+    decoder = Decoder(exported.path, form="int8-dynamic")
+    np.testing.assert_allclose(decoder.prefill(ids)[:1], decoder.prefill(ids[:1]), atol=1e-6)
+    assert verify_parity(exported.path).keys() == {"fp32", "int8-dynamic", "int4-weight"}
+    with pytest.raises(EnvironmentalError, match=r"no kernel for the products of int8-dynamic.*form int8-weight there"):
+        Decoder(exported.path, form="int8-dynamic", provider="cuda")
+
+
+@pytest.mark.parametrize(
+    ("form", "stem"), [("int8-weight", "model_quantized"), ("int8-dynamic", "model_int8"), ("int4-weight", "model_q4")]
+)
+def test_names_are_those_of_transformers_js(tmp_path: Path, form: str, stem: str) -> None:
+    assert form_files(tmp_path, form) == Graphs(
+        tmp_path / f"onnx/{stem}.onnx",
+        tmp_path / f"onnx/{stem}_all_logits.onnx",
+        tmp_path / f"onnx/{stem}.onnx_data",
     )
