@@ -81,10 +81,12 @@ class TeacherStates:
         z_CV = self.head.logits(self.hidden_RLd[place], rows)
         if self.temperature != 1.0:
             z_CV /= self.temperature
-        norm_C1 = torch.logsumexp(z_CV, dim=-1, keepdim=True)
-        logp_C = (z_CV.gather(1, labels_C[:, None]) - norm_C1)[:, 0]
-        p_CV = torch.exp(z_CV - norm_C1)
-        entropy_C = norm_C1[:, 0] - _dot(p_CV, z_CV)
+        p_CV = torch.softmax(z_CV, dim=-1)
+        # log sum exp(z) = z - log p at any token; at the likeliest one p is never 0.
+        top_C1, at_C1 = p_CV.max(dim=-1, keepdim=True)
+        norm_C = (z_CV.gather(1, at_C1) - top_C1.log())[:, 0]
+        logp_C = z_CV.gather(1, labels_C[:, None])[:, 0] - norm_C
+        entropy_C = norm_C - _dot(p_CV, z_CV)
         return p_CV if tau == 1.0 else torch.softmax(z_CV / tau, dim=-1), entropy_C, logp_C
 
 
@@ -234,13 +236,18 @@ def _shuffled(weights_KRL: Tensor, labels_RL: Tensor) -> Tensor:
 # Divergences -----------------------------------------------------------------------------------------------------
 
 
-def divergence(config: Divergence, target_CV: Tensor, logq_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """D(target, q) per position [C] in nats, and its gradient [C, V] at the logits that gave ``logq_CV``."""
-    q_CV = logq_CV.exp()
+def divergence(
+    config: Divergence, target_CV: Tensor, logq_CV: Tensor, q_CV: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """D(target, q) per position [C] in nats, and its gradient [C, V] at the logits that gave ``logq_CV``.
+
+    ``q_CV`` = exp(``logq_CV``), for a caller that has it.
+    """
+    q_CV = logq_CV.exp() if q_CV is None else q_CV
     match config:
         case ForwardKl():
             value_C = torch.special.xlogy(target_CV, target_CV).sum(-1) - _dot(target_CV, logq_CV)
-            return value_C, q_CV.sub_(target_CV)
+            return value_C, q_CV - target_CV
         case ReverseKl():
             slope_CV = logq_CV - target_CV.clamp(min=_TINY).log()
             value_C = _dot(q_CV, slope_CV)
@@ -389,22 +396,23 @@ def _chunk_loss(job: _Job, head: Head, hidden_Cd: Tensor, place: Place) -> tuple
     config, labels_C = job.config, job.labels_RL[place]
     z_CV = head.logits(hidden_Cd, job.rows)
     logq_CV = torch.log_softmax(z_CV, dim=-1)
+    q_CV = logq_CV.exp()
     cross_entropy = -float(logq_CV.gather(1, labels_C[:, None]).double().sum())
     job.cross_entropy += cross_entropy
-    if not job.teachers:
-        alpha, beta, divergence_sum = 1.0, 0.0, 0.0
-        slope_CV = torch.zeros_like(z_CV)
-    else:
+    alpha, beta, divergence_sum = 1.0, 0.0, 0.0
+    if job.teachers:
         alpha, beta, tau = config.cross_entropy, config.weight, config.temperature
         target_CV = _target(job, place, labels_C, logq_CV)
-        logq_tau_CV = logq_CV if tau == 1.0 else torch.log_softmax(z_CV / tau, dim=-1)
-        value_C, slope_CV = divergence(config.divergence, target_CV, logq_tau_CV)
+        if tau == 1.0:
+            value_C, slope_CV = divergence(config.divergence, target_CV, logq_CV, q_CV)
+        else:
+            value_C, slope_CV = divergence(config.divergence, target_CV, torch.log_softmax(z_CV / tau, dim=-1))
         divergence_sum = float(value_C.double().sum()) * tau**2
-        slope_CV.mul_(beta * tau)
+        slope_CV.mul_(beta * tau).add_(q_CV, alpha=alpha)
         job.divergence += divergence_sum
-    if alpha:
-        slope_CV.add_(logq_CV.exp_(), alpha=alpha)
-        slope_CV[torch.arange(len(labels_C), device=labels_C.device), labels_C] -= alpha
+    else:
+        slope_CV = q_CV
+    slope_CV[torch.arange(len(labels_C), device=labels_C.device), labels_C] -= alpha
     if head.softcap is not None:
         slope_CV.mul_(1 - (z_CV / head.softcap) ** 2)
     slope_CV.mul_(head.scale / job.denominator)
