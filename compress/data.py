@@ -42,7 +42,7 @@ from limbeck.recipe import (
 )
 
 _VERSION = 2  # of the way text becomes blocks
-_BATCH = 512  # texts tokenised at a time
+_BATCH_CHARS = 1 << 20  # tokenised at a time; an encoding takes about 100 bytes a token while it is made
 IGNORED = -100
 
 
@@ -257,8 +257,7 @@ def _python_strings(path: Path, text: str, min_chars: int) -> Iterator[str]:
 
 def tokenise(texts: Iterable[Piece], tokenizer: PreTrainedTokenizerFast) -> Iterator[Tokens]:
     """Tokens of each piece, in order. A token that lies partly in an answer is scored."""
-    waiting = iter(texts)
-    while batch := list(itertools.islice(waiting, _BATCH)):
+    for batch in _batches(texts):
         encodings = tokenizer.backend_tokenizer.encode_batch([piece.text for piece in batch], add_special_tokens=False)
         for piece, encoding in zip(batch, encodings, strict=True):
             ids = np.array(encoding.ids, dtype=np.int32)
@@ -273,6 +272,18 @@ def tokenise(texts: Iterable[Piece], tokenizer: PreTrainedTokenizerFast) -> Iter
                 scored[slice(*span)] = 1
                 spans.append(span)
             yield Tokens(ids, scored, tuple(spans), piece.says_end)
+
+
+def _batches(texts: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text.text)
+        if size >= _BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def pack_documents(texts: Iterable[Tokens], block: int, prefix: Sequence[int]) -> Iterator[Row]:

@@ -94,7 +94,7 @@ def _dataset_files(root: Path, split: str | None) -> list[Path]:
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; check the path in the recipe.")
     if (root / "dataset_dict.json").is_file():
-        splits = list(_json(root / "dataset_dict.json")["splits"])
+        splits = _listed(root / "dataset_dict.json", "splits")
         if split is None and len(splits) == 1:
             split = splits[0]
         if split not in splits:
@@ -103,7 +103,9 @@ def _dataset_files(root: Path, split: str | None) -> list[Path]:
     if (root / "state.json").is_file():
         own = _json(root / "state.json").get("_split")
         if split is not None and split != own:
-            raise DataError(f"{root}: {_wrong_split(split)}; the folder holds one ({own or 'unnamed'}): leave split out.")
+            raise DataError(
+                f"{root}: {_wrong_split(split)}; the folder holds one ({own or 'unnamed'}): leave split out."
+            )
         return _saved_files(root)
     found = sorted(p for p in root.rglob("*") if p.suffix in (".parquet", ".jsonl", ".arrow") and p.is_file())
     if not found:
@@ -135,7 +137,7 @@ def _saved_files(root: Path) -> list[Path]:
     state = _json(root / "state.json")
     if state.get("_indices_data_files"):
         raise DataError(f"{root}: a selection that an old `datasets` wrote; load it and `save_to_disk` again.")
-    files = [root / entry["filename"] for entry in state["_data_files"]]
+    files = [root / entry["filename"] for entry in _listed(root / "state.json", "_data_files")]
     for file in files:
         if not file.is_file():
             raise DataError(f"{file}: missing, though {root / 'state.json'} names it; copy the whole folder.")
@@ -144,10 +146,21 @@ def _saved_files(root: Path) -> list[Path]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}); save the dataset again.") from None
     return found
+
+
+def _listed(path: Path, key: str) -> list[Any]:
+    found = _json(path)
+    if not isinstance(found.get(key), list):
+        raise DataError(
+            f"{path}: no list under {key!r}; this is not what `save_to_disk` writes: save the dataset again."
+        )
+    return list(found[key])
 
 
 def check_arrow() -> None:

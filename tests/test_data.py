@@ -445,6 +445,10 @@ def test_saved_datasets_are_read_by_split(tmp_path: Path) -> None:
     (tmp_path / "one" / "data-00001-of-00002.arrow").unlink()
     with pytest.raises(DataError, match=r"data-00001-of-00002.arrow: missing"):
         read(tmp_path / "one")
+    for content, message in (("{}", "no list under '_data_files'"), ("{", "cannot be read"), ("[]", "cannot be read")):
+        (tmp_path / "one" / "state.json").write_text(content)
+        with pytest.raises(DataError, match=f"state.json: {message}"):
+            read(tmp_path / "one")
 
 
 def test_folders_of_parquet_and_jsonl_are_read_by_split(tmp_path: Path) -> None:
