@@ -7,7 +7,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test test-slow check help
+.PHONY: setup demo test test-slow check architectures help
 
 help:
 	@echo "make setup       the environment in .venv"
@@ -15,6 +15,7 @@ help:
 	@echo "make test        the tests that take seconds"
 	@echo "make test-slow   the tests that take minutes"
 	@echo "make check       ruff, mypy, and the rules of who imports whom"
+	@echo "make architectures  writes docs/architectures.md from what passes"
 	@echo "make bench-NAME  a benchmark of tests/benchmarks; its last line is one JSON object"
 
 setup: $(READY)
@@ -49,6 +50,9 @@ bench-peers: $(READY) .venvs/peers/.ready
 	$(PYTHON) -m venv .venvs/peers
 	.venvs/peers/bin/pip install $(PIP_ARGS) torch==2.13.0 trl==1.16.0 transformers==5.24.0 peft==0.21.2 accelerate==1.15.0 datasets==5.2.0
 	touch $@
+
+architectures: $(READY)
+	$(BIN)/python -m tests.architectures
 
 bench-%: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_$(subst -,_,$*)

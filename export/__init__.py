@@ -37,28 +37,29 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
     from limbeck.runtime import import_onnxruntime
 
     import_onnxruntime()  # before any work: a machine without it, or with two builds of it, is told so
+    from export.backend import build_graphs
     from export.card import write_card, write_client_files
     from export.census import require_quantized, take_census
-    from export.graph import build_fp32, form_files
+    from export.graph import form_files
     from export.parity import PARITY, answer, make_cases, measure_parity, require_parity, save_cases, thin
     from export.quantize import quantize_weights, scheme_for
 
     model = student / "model"
-    config = json.loads((model / "config.json").read_text())
     with write_artifact(out, kind="onnx", key=key, parents={"student": source.digest}, recipe=recipe) as draft:
         folder = draft.folder
         metadata = {"limbeck.version": __version__, "limbeck.recipe": recipe.digest, "limbeck.student": source.digest}
         say("export: building the fp32 graph")
-        fp32, genai = build_fp32(model, folder, {**metadata, "limbeck.form": "fp32"})
-        cases = answer(make_cases(_texts(student), context=int(genai["model"]["context_length"])), model)
+        built = build_graphs(model, folder, {**metadata, "limbeck.form": "fp32"}, backend=recipe.export.backend)
+        say(f"export: built by {built.backend} ({built.why})")
+        cases = answer(make_cases(_texts(student), context=built.context), model)
         save_cases(folder / PARITY, thin(cases))
         forms: dict[str, dict[str, Any]] = {}
         for form in recipe.export.forms:
             graphs = form_files(folder, form.kind)
-            scheme = scheme_for(form, int(config["hidden_size"]))
+            scheme = scheme_for(form, built.width)
             if scheme:
                 say(f"export: quantising to {form.kind}")
-                quantize_weights(fp32, graphs, scheme=scheme, metadata={**metadata, "limbeck.form": form.kind})
+                quantize_weights(built.graphs, graphs, scheme=scheme, metadata={**metadata, "limbeck.form": form.kind})
             census = take_census(graphs.last)
             require_quantized(form.kind, census)
             parity = measure_parity(form.kind, graphs.last, graphs.all, cases)
@@ -74,9 +75,9 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
                 "census": census,
             }
         shipped = recipe.export.forms[-1].kind
-        backend = {"name": "genai", "why": _why(recipe.export.backend, config)}
+        backend = {"name": built.backend, "why": built.why}
         used = [form_files(folder, name) for name in forms]
-        write_client_files(model, folder, graphs=used, shipped=form_files(folder, shipped), genai=genai)
+        write_client_files(model, folder, graphs=used, shipped=form_files(folder, shipped), genai=built.genai)
         teachers = json.loads((student / "teachers.json").read_text()) if (student / "teachers.json").is_file() else []
         write_card(
             folder,
@@ -126,10 +127,3 @@ def _texts(student: Path) -> list[Any]:
         row = int(blocks.lengths.argmax())
         rows.append(blocks.input_ids[row, : blocks.lengths[row]].astype("int64"))
     return rows
-
-
-def _why(wanted: str, config: dict[str, Any]) -> str:
-    architecture = (config.get("architectures") or ["this architecture"])[0]
-    if wanted == "auto":
-        return f"auto: ONNX Runtime GenAI's builder knows {architecture} and fuses its attention"
-    return "the recipe names it"

@@ -18,11 +18,11 @@ _COPIED = ("generation_config.json", "tokenizer.json", "chat_template.jinja")
 
 
 def write_client_files(
-    model: Path, folder: Path, *, graphs: Sequence[Graphs], shipped: Graphs, genai: Mapping[str, Any]
+    model: Path, folder: Path, *, graphs: Sequence[Graphs], shipped: Graphs, genai: Mapping[str, Any] | None
 ) -> None:
     """Write what transformers.js, optimum, onnxruntime-genai and transformers read beside the graphs.
 
-    ``genai`` is the builder's configuration; it is pointed at the ``shipped`` graph. Raises `ModelError` without a
+    ``genai`` is the builder's configuration, none where GenAI cannot run the graph; it is pointed at the ``shipped`` graph. Raises `ModelError` without a
     ``tokenizer.json`` in ``model``.
     """
     if not (model / "tokenizer.json").is_file():
@@ -39,9 +39,10 @@ def write_client_files(
     # transformers.js looks for a second file only where it is told that there is one.
     config["transformers.js_config"] = {"use_external_data_format": {g.last.name: 1 for g in graphs}}
     _write(folder / "config.json", config)
-    genai = json.loads(json.dumps(genai))
-    genai["model"]["decoder"]["filename"] = shipped.last.relative_to(folder).as_posix()
-    _write(folder / "genai_config.json", genai)
+    if genai is not None:
+        genai = json.loads(json.dumps(genai))
+        genai["model"]["decoder"]["filename"] = shipped.last.relative_to(folder).as_posix()
+        _write(folder / "genai_config.json", genai)
 
 
 def tokenizer_config(model: Path) -> dict[str, Any]:
@@ -108,9 +109,10 @@ def write_card(folder: Path, *, recipe: Recipe, student: Mapping[str, Any], stud
             [name, f"{value:.3f}", *(f"{t['nll'][name]:.3f}" for t in others.values())] for name, value in nll.items()
         ]
         card += ["## Held-out nats a token of the torch student", _table(["text", "student", *others], table)]
+    genai = f"onnxruntime-genai (`{shipped}`), " if backend["name"] == "genai" else ""
     card += [
         "## How to run it",
-        f'```sh\nlimbeck generate . "Once upon a time"\n```\n\nThe same folder loads in onnxruntime-genai (`{shipped}`), transformers.js and plain '
+        f'```sh\nlimbeck generate . "Once upon a time"\n```\n\nThe same folder loads in {genai}transformers.js and plain '
         "onnxruntime. Batches may be padded on either side.",
         "## Digests",
         _table(["of", "sha256"], [["recipe", f"`{recipe.digest}`"], ["student", f"`{student_digest}`"]]),

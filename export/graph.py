@@ -1,4 +1,4 @@
-"""The fp32 decoder graph: ONNX Runtime GenAI's model builder, then surgery that makes padding right and heads cheap.
+"""The fused fp32 decoder graph: ONNX Runtime GenAI's model builder, then surgery that makes padding right and heads cheap.
 
 Knows ONNX protobufs and the builder; reads no weights (they stay in one external file that both graphs name).
 
@@ -28,7 +28,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 from limbeck.errors import ModelError
 
 Logits = Literal["last", "all"]
-KNOWN = ("llama", "mistral", "qwen2", "qwen3")  # model types that the tests export and compare with torch
+KNOWN = ("granite", "llama", "mistral", "qwen2", "qwen3")  # model types that the tests export and compare with torch
 _STEMS = {
     "fp32": "model",
     "int8-weight": "model_quantized",
@@ -81,7 +81,7 @@ def build_fp32(model: Path, folder: Path, metadata: Mapping[str, str]) -> tuple[
         shutil.move(build / "model.onnx.data", graphs.data)
         for logits, path in (("last", graphs.last), ("all", graphs.all)):
             proto = onnx.load(build / "model.onnx", load_external_data=False)
-            _relocate(proto, graphs.data.name)
+            relocate(proto, graphs.data.name)
             _static_cache(proto, head_size)
             _set_windows(proto, windows)
             handle_padding(proto, logits="last" if logits == "last" else "all")
@@ -112,8 +112,8 @@ def _run_builder(model: Path, folder: Path) -> None:
         tail = "".join(f"\n  {line}" for line in log.getvalue().strip().splitlines()[-3:])
         raise ModelError(
             f"{model}: ONNX Runtime GenAI's graph builder cannot build {architecture} "
-            f"({type(error).__name__}: {str(error)[:200]}); use a student of an architecture that is known to work: "
-            f"{', '.join(KNOWN)}. The builder's last lines:{tail or ' none'}"
+            f"({type(error).__name__}: {str(error)[:200]}); set export.backend: dynamo, or use a student of "
+            f"an architecture that is known to work: {', '.join(KNOWN)}. The builder's last lines:{tail or ' none'}"
         ) from error
     gc.collect()  # the builder's model and graph refer to each other, and the next step loads the weights again
     proto = onnx.load(folder / "model.onnx", load_external_data=False)
@@ -123,7 +123,7 @@ def _run_builder(model: Path, folder: Path) -> None:
         raise ModelError(
             f"{model}: the graph builder writes {architecture} with inputs {', '.join(sorted(n for n in names if 'past' not in n))} and "
             f"{'' if fused else 'no '}fused attention; expected input_ids, attention_mask and fused attention. "
-            f"Use a student of an architecture that is known to work: {', '.join(KNOWN)}."
+            f"Set export.backend: dynamo, or use a student of an architecture that is known to work: {', '.join(KNOWN)}."
         )
 
 
@@ -143,7 +143,7 @@ def stamp(proto: ModelProto, metadata: Mapping[str, str]) -> None:
     helper.set_model_props(proto, merged)
 
 
-def _relocate(proto: ModelProto, location: str) -> None:
+def relocate(proto: ModelProto, location: str) -> None:
     """Name another external file for every initialiser."""
     for tensor in proto.graph.initializer:
         for entry in tensor.external_data:
@@ -191,7 +191,7 @@ def handle_padding(proto: ModelProto, *, logits: Logits) -> None:
             if name == "input_ids":
                 node.input[index] = f"{_OWN}ids"
     head.input[0] = f"{_OWN}hidden"
-    make = _Maker(proto)
+    make = Maker(proto)
     whole, one, zero = make.constant("end", [2**63 - 1]), make.constant("one", [1]), make.constant("zero", [0])
     zero_scalar, one_scalar = make.constant("zero_scalar", 0), make.constant("one_scalar", 1)
     entry = [
@@ -212,7 +212,7 @@ def handle_padding(proto: ModelProto, *, logits: Logits) -> None:
         make("Where", [f"{_OWN}is_token", f"{_OWN}front", f"{_OWN}back"], "place"),
         make("ScatterElements", ["input_ids", f"{_OWN}place", "input_ids"], "ids", axis=1),
     ]
-    width = make.constant("flat", [-1, _width(proto, head)])
+    width = make.constant("flat", [-1, width_of(proto, head)])
     leave = [
         make("Squeeze", [f"{_OWN}rows", zero], "rows_scalar"),
         make("Range", [zero_scalar, f"{_OWN}rows_scalar", one_scalar], "row"),
@@ -236,16 +236,24 @@ def handle_padding(proto: ModelProto, *, logits: Logits) -> None:
         dims[1].dim_value = 1
 
 
-def _width(proto: ModelProto, head: NodeProto) -> int:
-    tensor = next(t for t in proto.graph.initializer if t.name == head.input[1])
-    return int(tensor.dims[0])
+def width_of(proto: ModelProto, head: NodeProto) -> int:
+    """Columns of the matrix ``[width, V]`` of ``head``, which may be read through a Transpose of the embedding."""
+    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    turned = {node.output[0]: node.input[0] for node in proto.graph.node if node.op_type == "Transpose"}
+    if head.input[1] in tensors:
+        return int(tensors[head.input[1]].dims[0])
+    return int(tensors[turned[head.input[1]]].dims[1])
 
 
-class _Maker:
+class Maker:
     """Makes nodes and small constants under our own prefix."""
 
     def __init__(self, proto: ModelProto) -> None:
         self._graph = proto.graph
+
+    def name(self, short: str) -> str:
+        """The full name of what another call makes as ``short``."""
+        return f"{_OWN}{short}"
 
     def constant(self, name: str, value: Any) -> str:
         tensor = numpy_helper.from_array(np.asarray(value, np.int64), f"{_OWN}const/{name}")

@@ -539,7 +539,10 @@ Form = Annotated[
 class Export(Frozen):
     """Graphs made from the student. The last form is the one that is shipped."""
 
-    backend: Literal["auto", "genai"] = Field("auto", description="Graph builder; auto says what it chose and why.")
+    backend: Literal["auto", "genai", "dynamo"] = Field(
+        "auto",
+        description="Graph builder: GenAI's (fused attention, few architectures) or torch's exporter; auto says what it chose and why.",
+    )
     forms: tuple[Form, ...] = Field(
         (Fp32Form(kind="fp32"), Int8WeightForm(kind="int8-weight")),
         min_length=1,

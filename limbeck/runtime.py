@@ -67,9 +67,10 @@ def _installed(name: str) -> bool:
 class Decoder:
     """One decoder graph, its KV cache, and where in the sequence it stands.
 
-    The cache is one buffer a layer that the graph reads and writes in place; it is kept between prompts and grows
-    when a longer one comes. Padding on either side is right, ragged batches included, because the graph itself
-    moves each row's tokens to the front (see `export.graph`).
+    The cache of a fused graph is one buffer a layer that it reads and writes in place; it is kept between prompts and
+    grows when a longer one comes. Other graphs (metadata ``limbeck.cache: grows``) return a longer cache at every step.
+    Padding on either side is right, ragged batches included, because the graph itself places each row's tokens
+    (see `export.graph` and `export.dynamo`).
     """
 
     def __init__(
@@ -138,12 +139,14 @@ class Decoder:
             raise ArtifactError(f"{graph}: onnxruntime cannot open it ({error}); export the student again.") from error
         self._np, self._ort, self._device = np, ort, provider
         inputs = {value.name: value for value in self._session.get_inputs()}
-        self._past = [name for name in inputs if name.startswith("past_key_values.")]
-        self._kv_heads, self._head_size = inputs[self._past[0]].shape[1], inputs[self._past[0]].shape[3]
+        # Heads and their size by cache input.
+        self._past = {n: (v.shape[1], v.shape[3]) for n, v in inputs.items() if n.startswith("past_key_values.")}
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         self.all_logits = self.metadata.get("limbeck.logits") == "all"
         self.vocabulary = int(self._session.get_outputs()[0].shape[-1])
         self.context = int(self.metadata.get("limbeck.context", "0")) or None
+        self._grows = self.metadata.get("limbeck.cache") == "grows"
+        self._cache: list[Any] = []  # of a graph whose cache grows: what the last run returned
         self._binding: Any = None
         self._rows = self._capacity = 0
         self._mask: Ids = np.zeros((0, 0), np.int64)
@@ -167,17 +170,18 @@ class Decoder:
         self._reserve(tokens.shape[0], tokens.shape[1] + room)
         self._mask[:, : tokens.shape[1]] = valid
         self._length = tokens.shape[1]
+        self._cache = [self._empty(heads, 0, size) for heads, size in self._past.values()] if self._grows else []
         return self._run(tokens)
 
     def extend(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> Logits:
         """Append ``ids[B, S]`` to what is in the cache; returns as `prefill`. More than one token a row needs one row.
 
-        Raises `DataError` when ``room`` is spent or several rows get several tokens, which onnxruntime's kernel refuses.
+        Raises `DataError` when ``room`` is spent or several rows get several tokens, which the fused kernel refuses.
         """
         np = self._np
         tokens = np.ascontiguousarray(ids, np.int64)
         valid = np.ones_like(tokens) if mask is None else np.ascontiguousarray(mask, np.int64)
-        if tokens.shape[1] > 1 and (len(tokens) > 1 or not valid.all()):
+        if not self._grows and tokens.shape[1] > 1 and (len(tokens) > 1 or not valid.all()):
             raise DataError("several tokens can be appended to one unpadded row only; append them one at a time.")
         if self._length + tokens.shape[1] > self._capacity:
             raise DataError(f"the cache holds {self._capacity} tokens and is full; give prefill more room.")
@@ -226,7 +230,7 @@ class Decoder:
 
     def _reserve(self, rows: int, capacity: int) -> None:
         """Make the cache hold ``capacity`` tokens for ``rows`` rows, or keep one that already does."""
-        np, ort = self._np, self._ort
+        np = self._np
         if self.context and capacity > self.context:
             raise DataError(
                 f"found {capacity} tokens of prompt and answer; this model's context is {self.context}. Shorten either."
@@ -236,11 +240,15 @@ class Decoder:
         self._rows, self._capacity = rows, capacity
         self._mask = np.ones((rows, capacity), np.int64)
         self._binding = binding = self._session.io_binding()
-        shape = (rows, self._kv_heads, capacity, self._head_size)
-        for name in self._past:
-            cache = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32), self._device, 0)
-            binding.bind_ortvalue_input(name, cache)
-            binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), cache)
+        for name, (heads, size) in self._past.items():
+            if not self._grows:
+                cache = self._empty(heads, capacity, size)
+                binding.bind_ortvalue_input(name, cache)
+                binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), cache)
+
+    def _empty(self, heads: int, tokens: int, size: int) -> Any:
+        cache = self._np.zeros((self._rows, heads, tokens, size), self._np.float32)
+        return self._ort.OrtValue.ortvalue_from_numpy(cache, self._device, 0)
 
     def _run(self, tokens: Ids) -> Logits:
         """Feed ``tokens[B, S]``, the last S columns of the mask so far."""
@@ -252,7 +260,12 @@ class Decoder:
         mask = np.ascontiguousarray(self._mask[:, : self._length])
         self._binding.bind_ortvalue_input("attention_mask", ort.OrtValue.ortvalue_from_numpy(mask))
         self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
+        for name, cache in zip(self._past, self._cache, strict=False):
+            self._binding.bind_ortvalue_input(name, cache)
+            self._binding.bind_output(name.replace("past_key_values.", "present."), self._device)
         self._session.run_with_iobinding(self._binding)
+        if self._grows:
+            self._cache = self._binding.get_outputs()[-len(self._past) :]
         return logits if self.all_logits else logits[:, 0]
 
 

@@ -1,0 +1,84 @@
+"""Which architectures the export handles, proven on tiny random models: student, every form, parity, greedy text.
+
+`make architectures` writes docs/architectures.md from what passes here; a slow test asserts that the file is up to date.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export import export_student
+from limbeck.errors import LimbeckError
+from limbeck.runtime import Decoder
+from tests.pico import make_model, make_student, pico_recipe
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "architectures.md"
+FORMS = ("fp32", "int8-weight", "int8-dynamic", "int4-weight")
+SIZES: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "qwen2": {"tie_word_embeddings": False},
+    "qwen3": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 8},
+    "granite": {"logits_scaling": 2.0, "attention_multiplier": 0.25, "residual_multiplier": 0.7},
+    "phi3": {},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64},
+    "gpt_neox": {"intermediate_size": 64},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+}
+HEAD = """# Architectures
+
+Made by `make architectures`: for each, a tiny random model goes through `export_student` with `backend: auto` and every form; parity with
+torch holds in all cases (ragged batches padded on either side among them), and 16 greedy tokens equal torch's. Do not edit.
+
+| model type | class | backend | passes |
+|---|---|---|---|
+"""
+
+
+def document() -> str:
+    """The whole text of docs/architectures.md as this code proves it; takes minutes."""
+    with tempfile.TemporaryDirectory() as folder:
+        return HEAD + "".join(f"{row}\n" for row in (prove(Path(folder), kind) for kind in SIZES))
+
+
+def prove(folder: Path, model_type: str) -> str:
+    """Export a tiny model of ``model_type`` below ``folder`` and return its row of the table."""
+    root = folder / model_type
+    root.mkdir()
+    model = make_model(root / "model", model_type=model_type, **SIZES[model_type])
+    make_student(root / "student", model)
+    prompt = np.random.default_rng(5).integers(0, 256, 12).tolist()
+    expected, name = _greedy(root / "student" / "model", prompt)
+    forms = ["fp32", *({"kind": f, "block_size": 16} for f in FORMS if f.endswith("-weight")), "int8-dynamic"]
+    try:
+        exported = export_student(
+            student=root / "student", out=root / "onnx", recipe=pico_recipe(export={"forms": forms})
+        )
+    except LimbeckError as error:
+        return f"| {model_type} | {name} | | nothing: {str(error).splitlines()[0]} |"
+    found = list(Decoder(exported.path, form="fp32").generate(prompt, 16))
+    assert found == expected, f"{model_type}: {found} instead of {expected}"
+    passed = ", ".join(form for form in FORMS if form in exported.result["forms"])
+    return f"| {model_type} | {name} | {exported.result['backend']['name']} | {passed} |"
+
+
+def _greedy(model: Path, prompt: list[int]) -> tuple[list[int], str]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager").eval()
+    ids = list(prompt)
+    with torch.inference_mode():
+        for _ in range(16):
+            ids.append(int(loaded(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :], type(loaded).__name__
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(document())
