@@ -161,7 +161,7 @@ def _against_mixture(run: Run) -> dict[str, float]:
     head, body = student_head(run), Body(run.student.model)
     run.student.eval()
     for domain in run.blocks:
-        for ids, labels in heldout_batches(domain.heldout, run.prefix):
+        for ids, labels in heldout_batches(domain.heldout):
             with run.accelerator.autocast():
                 hidden, _ = body.states(ids.to(run.accelerator.device))
                 teachers, _ = run.teachers.states(ids)

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.cache import CachedTeachers
-from compress.data import IGNORED, DomainBlocks, labels_of, load_blocks, special_prefix, training_order
+from compress.data import IGNORED, DomainBlocks, labels_of, load_blocks, training_order
 from compress.features import Projections, feature_loss, layer_pairs
 from compress.fusion import (
     Head,
@@ -108,9 +108,9 @@ def _save(
         merged = Body(load_model(draft.folder / "model", device=run.accelerator.device))
         sums = evaluate(
             lambda ids, labels: label_nll(merged.states(ids)[0], merged.head, labels),
-            run.blocks, run.prefix, device=run.accelerator.device, label="student, merged, fp32",
+            run.blocks, device=run.accelerator.device, label="student, merged, fp32",
         )  # fmt: skip
-        nll = per_token(sums, run.blocks, run.prefix)
+        nll = per_token(sums, run.blocks)
         draft.result = {
             "nll": nll,
             "mean_nll": mean_nll(nll),
@@ -159,13 +159,12 @@ def setup(*, recipe: Recipe, products: Mapping[str, Path], work: Path, key: str)
             model.activation_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
     work.mkdir(parents=True, exist_ok=True)
-    prefix = len(special_prefix(tokenizer))
     run = Run(
-        recipe, accelerator, student, teachers, blocks, prefix, precision, work, key, folders, folder, importance, kept,
+        recipe, accelerator, student, teachers, blocks, precision, work, key, folders, folder, importance, kept,
         _tensorboard(work) if accelerator.is_main_process else None,
     )  # fmt: skip
     if isinstance(teachers, CachedTeachers):
-        rows = [row for b in blocks for batch in heldout_batches(b.heldout, prefix) for row in zip(*batch, strict=True)]
+        rows = [row for b in blocks for batch in heldout_batches(b.heldout) for row in zip(*batch, strict=True)]
         for step in range(run.steps or 0):
             rows += zip(*_batch(run, run.rows_of(step)), strict=True)
         with accelerator.main_process_first(), accelerator.autocast():
@@ -203,7 +202,6 @@ class Run:
     student: Student
     teachers: Teachers | CachedTeachers
     blocks: Sequence[DomainBlocks]
-    prefix: int
     precision: str
     work: Path
     key: str
@@ -484,26 +482,26 @@ Scorer = Callable[[Tensor, Tensor], Tensor]  # token ids and labels [R, L] -> NL
 
 @torch.no_grad()
 def evaluate(
-    score: Scorer, blocks: Sequence[DomainBlocks], prefix: int, *, device: torch.device, label: str
+    score: Scorer, blocks: Sequence[DomainBlocks], *, device: torch.device, label: str
 ) -> dict[str, list[float]]:
     """Held-out NLL in nats, summed over each block, by domain."""
     nll: dict[str, list[float]] = {}
     with task(f"held-out text: {label}", sum(len(b.heldout) for b in blocks)) as progress:
         for domain in blocks:
             nll[domain.name] = []
-            for ids, labels in heldout_batches(domain.heldout, prefix):
+            for ids, labels in heldout_batches(domain.heldout):
                 nll[domain.name] += score(ids.to(device), labels.to(device)).tolist()
                 progress.advance(len(ids))
     return nll
 
 
-def per_token(nll: Mapping[str, Sequence[float]], blocks: Sequence[DomainBlocks], prefix: int) -> dict[str, float]:
+def per_token(nll: Mapping[str, Sequence[float]], blocks: Sequence[DomainBlocks]) -> dict[str, float]:
     """Nats a token by domain, from sums over blocks."""
     counts = {b.name: int((labels_of(b.heldout.input_ids, b.heldout.scored) != IGNORED).sum()) for b in blocks}
     return {name: sum(sums) / counts[name] for name, sums in nll.items()}
 
 
-def heldout_batches(heldout: Blocks, prefix: int, rows: int = 4) -> list[tuple[Tensor, Tensor]]:
+def heldout_batches(heldout: Blocks, rows: int = 4) -> list[tuple[Tensor, Tensor]]:
     ids, labels = heldout.input_ids, labels_of(heldout.input_ids, heldout.scored)
     return [
         (torch.from_numpy(ids[i : i + rows]).long(), torch.from_numpy(labels[i : i + rows]))
@@ -512,7 +510,7 @@ def heldout_batches(heldout: Blocks, prefix: int, rows: int = 4) -> list[tuple[T
 
 
 def _evaluate_student(run: Run, state: State, *, count_stale: bool = True) -> dict[str, Any]:
-    nll = per_token(student_nll(run, label=f"student, step {state.step}"), run.blocks, run.prefix)
+    nll = per_token(student_nll(run, label=f"student, step {state.step}"), run.blocks)
     mean = mean_nll(nll)
     if mean < state.best_nll:
         state.best_nll, state.best_step, state.stale = mean, state.step, 0
@@ -532,7 +530,7 @@ def student_nll(run: Run, *, label: str) -> dict[str, list[float]]:
         return label_nll(hidden_RLd.to(head.weight_Vd.dtype), head, labels_RL)
 
     run.student.eval()
-    nll = evaluate(score, run.blocks, run.prefix, device=run.accelerator.device, label=label)
+    nll = evaluate(score, run.blocks, device=run.accelerator.device, label=label)
     run.student.train()
     return nll
 
@@ -566,13 +564,13 @@ def _measure_teacher(run: Run, k: int) -> dict[str, Any]:
             return -said.label_logp_RL.double().sum(1)  # 0 where there is no label
         return label_nll(said.hidden_RLd, head, labels_RL)
 
-    nll = per_token(evaluate(score, run.blocks, run.prefix, device=device, label=name), run.blocks, run.prefix)
+    nll = per_token(evaluate(score, run.blocks, device=device, label=name), run.blocks)
     temperature = 1.0
     match calibration:
         case FixedCalibration():
             temperature = calibration.values[name]
         case FittedCalibration():
-            batches = [batch for domain in run.blocks for batch in heldout_batches(domain.heldout, run.prefix)[:2]]
+            batches = [batch for domain in run.blocks for batch in heldout_batches(domain.heldout)[:2]]
             hidden = [
                 said.hidden_RLd for ids, _ in batches if isinstance(said := states(ids.to(device)), TeacherStates)
             ]
