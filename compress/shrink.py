@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from optimum.utils import NormalizedConfigManager
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -34,7 +35,7 @@ class Family:
     final_norm: str
     ffn_out: str  # in a layer: reads the neurons
     attention_out: str  # in a layer: reads the heads
-    fields: dict[str, str]  # what a size is called in the configuration
+    ffn_field: str  # what the number of neurons is called in the configuration
     dims: tuple[tuple[str, str], ...]  # (regular expression of the name's end, dimensions)
     head_size_is_fixed: bool  # hidden / heads is the head size, so width and heads go together
 
@@ -44,13 +45,8 @@ _LLAMA = Family(
     norms=("input_layernorm", "post_attention_layernorm"),
     final_norm="model.norm",
     ffn_out="mlp.down_proj",
+    ffn_field="intermediate_size",
     attention_out="self_attn.o_proj",
-    fields={
-        "layers": "num_hidden_layers",
-        "ffn": "intermediate_size",
-        "hidden": "hidden_size",
-        "heads": "num_attention_heads",
-    },
     dims=(
         (r"(embed_tokens|lm_head)\.weight", ".H"),
         (r"q_proj\.weight", "QH"),
@@ -72,8 +68,8 @@ _GPT2 = Family(
     norms=("ln_1", "ln_2"),
     final_norm="transformer.ln_f",
     ffn_out="mlp.c_proj",
+    ffn_field="n_inner",
     attention_out="attn.c_proj",
-    fields={"layers": "n_layer", "ffn": "n_inner", "hidden": "n_embd", "heads": "n_head"},
     dims=(
         (r"(wte|wpe|lm_head)\.weight", ".H"),
         (r"c_attn\.weight", "HP"),
@@ -91,13 +87,8 @@ _NEOX = Family(
     norms=("input_layernorm", "post_attention_layernorm"),
     final_norm="gpt_neox.final_layer_norm",
     ffn_out="mlp.dense_4h_to_h",
+    ffn_field="intermediate_size",
     attention_out="attention.dense",
-    fields={
-        "layers": "num_hidden_layers",
-        "ffn": "intermediate_size",
-        "hidden": "hidden_size",
-        "heads": "num_attention_heads",
-    },
     dims=(
         (r"(embed_in|embed_out|lm_head)\.weight", ".H"),
         (r"query_key_value\.weight", "IH"),
@@ -141,8 +132,9 @@ def shrink(model: Any, config: ShrinkStudent, batches: Sequence[Tensor]) -> tupl
         )
     family, source = FAMILIES[kind], model.config
     importance = measure_importance(model, family, batches)
-    heads, groups = _heads(source)
-    head_size = getattr(source, "head_dim", None) or source.hidden_size // heads
+    facts = NormalizedConfigManager.get_normalized_config_class(kind)(source)
+    heads, groups = _heads(model)
+    head_size = getattr(source, "head_dim", None) or facts.hidden_size // heads
     sizes = {
         "layers": (config.layers, len(importance.layers_l), 1),
         "intermediate_size": (config.intermediate_size, importance.neurons_lF.shape[1], config.round_to),
@@ -159,10 +151,10 @@ def shrink(model: Any, config: ShrinkStudent, batches: Sequence[Tensor]) -> tupl
     layers = _top(importance.layers_l, wanted["layers"])
     hidden = _top(importance.hidden_H, wanted["hidden_size"])
     fields: dict[str, Any] = {
-        family.fields["layers"]: wanted["layers"],
-        family.fields["ffn"]: wanted["intermediate_size"],
-        family.fields["hidden"]: wanted["hidden_size"],
-        family.fields["heads"]: kept_heads,
+        facts.NUM_LAYERS: wanted["layers"],
+        family.ffn_field: wanted["intermediate_size"],
+        facts.HIDDEN_SIZE: wanted["hidden_size"],
+        facts.NUM_ATTENTION_HEADS: kept_heads,
     }
     if not family.head_size_is_fixed:
         fields |= {"num_key_value_heads": wanted["kv_heads"], "head_dim": head_size}
@@ -197,7 +189,7 @@ def shrink(model: Any, config: ShrinkStudent, batches: Sequence[Tensor]) -> tupl
 def measure_importance(model: Any, family: Family, batches: Sequence[Tensor]) -> Importance:
     """Scores of layers, neurons, key/value groups and hidden channels on token ids [R, L]."""
     layers = model.get_submodule(family.layers)
-    _, groups = _heads(model.config)
+    _, groups = _heads(model)
     squares: dict[tuple[str, int], Tensor] = {}
     channels: list[Tensor] = []
 
@@ -248,9 +240,11 @@ def _reading_norm(linear: Any) -> Tensor:
     return norm
 
 
-def _heads(config: Any) -> tuple[int, int]:
-    heads = config.num_attention_heads
-    return heads, getattr(config, "num_key_value_heads", None) or heads
+def _heads(model: Any) -> tuple[int, int]:
+    """Query heads and key/value groups, by whatever names the configuration has for them."""
+    facts = NormalizedConfigManager.get_normalized_config_class(model.config.model_type)(model.config)
+    heads = int(facts.num_attention_heads)
+    return heads, getattr(model.config, "num_key_value_heads", None) or heads
 
 
 def _rounded(name: str, wanted: int | None, present: int, multiple: int) -> int:
