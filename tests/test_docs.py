@@ -8,6 +8,7 @@ import inspect
 import itertools
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,6 @@ def test_data_packages_of_the_readme_and_the_recipes_agree() -> None:
 
 
 def test_every_dependency_is_explained() -> None:
-    import tomllib
-
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
     explained = (ROOT / "docs" / "dependencies.md").read_text().lower()
