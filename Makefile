@@ -7,13 +7,14 @@ PIP_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test test-slow check architectures help
+.PHONY: setup demo test test-slow test-clients check architectures help
 
 help:
 	@echo "make setup       the environment in .venv"
 	@echo "make demo        the main job on real models and real text; ends with a verdict and a report"
 	@echo "make test        the tests that take seconds"
 	@echo "make test-slow   the tests that take minutes"
+	@echo "make test-clients  the exported folder in transformers.js and optimum-onnx (needs node and npm)"
 	@echo "make check       ruff, mypy, and the rules of who imports whom"
 	@echo "make architectures  writes docs/architectures.md from what passes"
 	@echo "make bench-NAME  a benchmark of tests/benchmarks; its last line is one JSON object"
@@ -35,6 +36,20 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# Programs of others that load what we export, each in an environment of its own; optimum-onnx wants transformers 4.57.
+test-clients: $(READY) .venvs/transformers-js/.ready .venvs/optimum/.ready
+	$(BIN)/python -m pytest -m slow tests/test_clients.py
+
+.venvs/transformers-js/.ready:
+	mkdir -p $(@D)
+	npm install --ignore-scripts --no-audit --no-fund --prefix $(@D) @huggingface/transformers@4.3.0
+	touch $@
+
+.venvs/optimum/.ready:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install $(PIP_ARGS) optimum-onnx==0.1.0 transformers==4.57.6 onnxruntime torch
+	touch $@
 
 check: $(READY)
 	$(BIN)/ruff check
