@@ -7,7 +7,6 @@ from pathlib import Path
 
 from limbeck import sources
 from limbeck.artifact import Artifact, find_artifact
-from limbeck.progress import say
 from limbeck.recipe import FreshStudent, Recipe, fingerprint
 
 _VERSION = 1  # of the stage: raise it when the same input would give another student
@@ -36,7 +35,6 @@ def distill(*, recipe: Recipe, out: Path, products: Mapping[str, Path] | None = 
     key = fingerprint({"stage": "compress", "version": _VERSION, "recipe": recipe.distillation(), "parents": parents})
     found = find_artifact(out, kind="student", key=key)
     if found is not None:
-        say(f"  {recipe.name}: student already complete")
         return found
     quiet_libraries()
     from compress.train import train

@@ -5,6 +5,8 @@ Everything downstream sees one shape only: a folder with config, safetensors wei
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -126,8 +128,9 @@ def _cached(key: str, make: Callable[[Path], dict[str, Any]]) -> Path:
 def _dequantise(file: Path, out: Path) -> dict[str, Any]:
     say(f"  {file.name}: dequantising to fp32, once, into the cache")
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+            loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except (ValueError, OSError, KeyError, NotImplementedError) as error:
         raise ModelError(f"{file}: transformers cannot read this GGUF file: {error}") from error
     config = loaded.config

@@ -282,6 +282,7 @@ def choose(
     probabilities /= probabilities.sum()
     order = np.argsort(-probabilities)
     below = np.cumsum(probabilities[order]) - probabilities[order] < top_p
+    below[0] = True  # the likeliest token stays, however small top_p is
     kept = order[below]
     weights = probabilities[kept] / probabilities[kept].sum()
     return int((draw or np.random.default_rng()).choice(kept, p=weights))

@@ -42,7 +42,6 @@ def measure(*, onnx: Path, student: Path, out: Path, recipe: Recipe) -> Artifact
     asked = {part: getattr(recipe, part).model_dump(mode="json") for part in ("bench", "gates")}
     key = fingerprint({"stage": "bench", "version": _VERSION, "asked": asked, "parents": parents, "host": host()})
     if found := find_artifact(out, kind="bench", key=key):
-        say(f"  {recipe.name}: bench already complete")
         return found
 
     arms = list_arms(onnx=exported, student=trained)
