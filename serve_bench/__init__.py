@@ -25,7 +25,7 @@ def measure(*, onnx: Path, student: Path, out: Path, recipe: Recipe) -> Artifact
     the same artifacts, `bench:` and `gates:` on this machine. Raises `ArtifactError` for inputs that do not belong together,
     `DataError` for a prompt and answer past a model's context, `EnvironmentalError` when an arm cannot run here.
     """
-    from serve_bench.measure import measure as run
+    from serve_bench.timing import measure as run
 
     return run(onnx=onnx, student=student, out=out, recipe=recipe)
 

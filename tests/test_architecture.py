@@ -90,3 +90,10 @@ def test_the_reader_of_imports_sees_what_it_should(tmp_path: Path) -> None:
         ("inside", True),
         ("late", False),
     ]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_submodule_takes_the_name_of_a_public_function(stage: str) -> None:
+    """Importing ``stage.name`` would replace the function ``stage.name`` for everyone after it."""
+    modules = {path.stem for path in (ROOT / stage).glob("*.py")}
+    assert not modules & set(__import__(stage).__all__)

@@ -21,8 +21,8 @@ from limbeck.recipe import Recipe
 from serve_bench import figures, measure, quality, write_report
 from serve_bench.arms import Arm, Worker, Workers, list_arms
 from serve_bench.figures import Sample
-from serve_bench.measure import order, prompt, require_context
 from serve_bench.runtimes import TorchEager
+from serve_bench.timing import order, prompt, require_context
 from tests.pico import make_blocks, make_model, pico_recipe
 
 
