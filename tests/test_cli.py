@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -390,7 +389,6 @@ def test_doctor_advises_about_a_gpu_that_is_not_used(tmp_path: Path, monkeypatch
 # The whole job ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_pico_stopped_in_training_goes_on_to_a_verdict(tmp_path: Path) -> None:
     """The installed command, as a user meets it: stopped by Ctrl-C, started again, and once more when all is done."""
     command = [sys.executable, "-c", "from limbeck.cli import main; main()", "run", "pico", "--out", "out"]
@@ -412,9 +410,8 @@ def test_pico_stopped_in_training_goes_on_to_a_verdict(tmp_path: Path) -> None:
     digests = [open_artifact(tmp_path / "out" / name).digest for name in ("student", "onnx", "bench")]
 
     assert imported_by("run", "pico", "--out", "out") <= {"numpy", "onnxruntime", "matplotlib", "scipy"}
-    started = time.monotonic()
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 0
-    assert time.monotonic() - started < 10
+    assert again.stderr.count("already complete") == 3
     assert [open_artifact(tmp_path / "out" / name).digest for name in ("student", "onnx", "bench")] == digests
     assert load_recipe("pico").digest == json.loads((tmp_path / "out" / "run.json").read_text())["digest"]
