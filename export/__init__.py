@@ -6,6 +6,7 @@ Importing this package is cheap; torch, onnx and onnxruntime are imported when a
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from limbeck import __version__
 from limbeck.artifact import Artifact, find_artifact, open_artifact, write_artifact
 from limbeck.errors import ArtifactError
 from limbeck.progress import say
-from limbeck.recipe import Recipe, fingerprint
+from limbeck.recipe import Provider, Recipe, fingerprint
 
 __all__ = ["export_student", "verify_parity"]
 
-_STAGE = 2  # raise it when the same student and recipe would give other files
+_STAGE = 3  # raise it when the same student and recipe would give other files
 
 
 def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
@@ -41,10 +42,11 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
     from export.card import write_card, write_client_files
     from export.census import require_quantized, take_census
     from export.graph import form_files
+    from export.half import cast_to_half
     from export.parity import PARITY, answer, make_cases, measure_parity, require_parity, save_cases, thin
     from export.quantize import quantize_weights, scheme_for
 
-    model = student / "model"
+    model, provider = student / "model", recipe.export.provider
     with write_artifact(out, kind="onnx", key=key, parents={"student": source.digest}, recipe=recipe) as draft:
         folder = draft.folder
         metadata = {"limbeck.version": __version__, "limbeck.recipe": recipe.digest, "limbeck.student": source.digest}
@@ -57,27 +59,40 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
         for form in recipe.export.forms:
             graphs = form_files(folder, form.kind)
             scheme = scheme_for(form, built.width)
-            if scheme:
-                say(f"export: quantising to {form.kind}")
-                quantize_weights(built.graphs, graphs, scheme=scheme, metadata={**metadata, "limbeck.form": form.kind})
+            half = form.kind == "fp16" or (provider != "cpu" and form.kind != "fp32")
+            stamped = {**metadata, "limbeck.form": form.kind}
+            if form.kind != "fp32":
+                say(f"export: making {form.kind}{' in fp16' if half and scheme else ''}")
+            with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                made = built.graphs
+                if scheme:
+                    made = form_files(Path(temporary), form.kind) if half else graphs
+                    made.data.parent.mkdir(exist_ok=True)
+                    quantize_weights(built.graphs, made, scheme=scheme, metadata=stamped)
+                if half:
+                    cast_to_half(made, graphs, metadata=stamped)
             census = take_census(graphs.last)
             require_quantized(form.kind, census)
-            parity = measure_parity(form.kind, graphs.last, graphs.all, cases)
+            parity = measure_parity(form.kind, graphs.last, graphs.all, cases, provider=parity_provider(provider, half))
             require_parity(form.kind, parity)
             forms[form.kind] = {
+                "provider": "cpu" if form.kind == "fp32" else provider,
                 "graph": graphs.last.relative_to(folder).as_posix(),
                 "all_logits_graph": graphs.all.relative_to(folder).as_posix(),
                 "files": [path.relative_to(folder).as_posix() for path in graphs.files],
                 # What runs: the graph and its weights. The all-logits twin is for scoring and is not counted.
                 "bytes": graphs.last.stat().st_size + graphs.data.stat().st_size,
                 "rounding": asdict(scheme) if scheme else None,
+                "number_type": "fp16" if half else "fp32",
                 "parity": parity,
                 "census": census,
             }
         shipped = recipe.export.forms[-1].kind
         backend = {"name": built.backend, "why": built.why}
         used = [form_files(folder, name) for name in forms]
-        write_client_files(model, folder, graphs=used, shipped=form_files(folder, shipped), genai=built.genai)
+        write_client_files(
+            model, folder, graphs=used, shipped=form_files(folder, shipped), genai=built.genai, provider=provider
+        )
         teachers = json.loads((student / "teachers.json").read_text()) if (student / "teachers.json").is_file() else []
         write_card(
             folder,
@@ -107,10 +122,23 @@ def verify_parity(folder: Path) -> dict[str, Any]:
     cases = load_cases(folder / PARITY)
     measured = {}
     for name, form in artifact.result["forms"].items():
-        parity = measure_parity(name, folder / form["graph"], folder / form["all_logits_graph"], cases)
+        provider = parity_provider(form["provider"], form["number_type"] == "fp16")
+        parity = measure_parity(
+            name, folder / form["graph"], folder / form["all_logits_graph"], cases, provider=provider
+        )
         require_parity(name, parity)
         measured[name] = parity
     return measured
+
+
+def parity_provider(provider: Provider, half: bool) -> Provider:
+    """Where parity is measured: on the provider the form is made for where this machine has it, else on the CPU.
+
+    The CPU computes every form: what it has no kernel for, it casts. The arithmetic then differs from the target's.
+    """
+    from limbeck.runtime import providers
+
+    return provider if half and provider in providers() else "cpu"
 
 
 def _texts(student: Path) -> list[Any]:

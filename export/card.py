@@ -8,17 +8,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx
 import yaml
 
 from export.graph import Graphs
 from limbeck.errors import ModelError
-from limbeck.recipe import HubModel, LoraStudent, Recipe
+from limbeck.recipe import HubModel, LoraStudent, Provider, Recipe
 
+# transformers.js's names of the graphs' number types.
+DTYPES = {"model": "fp32", "model_fp16": "fp16", "model_quantized": "q8", "model_int8": "int8", "model_q4": "q4"}
 _COPIED = ("generation_config.json", "tokenizer.json", "chat_template.jinja")
 
 
 def write_client_files(
-    model: Path, folder: Path, *, graphs: Sequence[Graphs], shipped: Graphs, genai: Mapping[str, Any] | None
+    model: Path,
+    folder: Path,
+    *,
+    graphs: Sequence[Graphs],
+    shipped: Graphs,
+    genai: Mapping[str, Any] | None,
+    provider: Provider = "cpu",
 ) -> None:
     """Write what transformers.js, optimum, onnxruntime-genai and transformers read beside the graphs.
 
@@ -36,13 +45,26 @@ def write_client_files(
     config = json.loads((model / "config.json").read_text())
     config.pop("_name_or_path", None)
     config.pop("_model_name_or_path", None)
-    # transformers.js looks for a second file only where it is told that there is one.
+    # transformers.js looks for a second file, and for a cache in fp16, only where it is told so; the latter by dtype.
     config["transformers.js_config"] = {"use_external_data_format": {g.last.name: 1 for g in graphs}}
+    if half := [g for g in graphs if _cache_is_half(g.last)]:
+        config["transformers.js_config"]["kv_cache_dtype"] = {DTYPES[g.last.stem]: "float16" for g in half}
     _write(folder / "config.json", config)
     if genai is not None:
         genai = json.loads(json.dumps(genai))
+        if provider == "cuda":
+            genai["model"]["decoder"]["session_options"]["provider_options"] = [{"cuda": {"enable_cuda_graph": "0"}}]
         genai["model"]["decoder"]["filename"] = shipped.last.relative_to(folder).as_posix()
         _write(folder / "genai_config.json", genai)
+
+
+def _cache_is_half(graph: Path) -> bool:
+    inputs = onnx.load(graph, load_external_data=False).graph.input
+    return any(
+        v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+        for v in inputs
+        if v.name.startswith("past_key_values.")
+    )
 
 
 def tokenizer_config(model: Path) -> dict[str, Any]:

@@ -31,10 +31,11 @@ Logits = Literal["last", "all"]
 KNOWN = ("granite", "llama", "mistral", "qwen2", "qwen3")  # model types that the tests export and compare with torch
 _STEMS = {
     "fp32": "model",
+    "fp16": "model_fp16",
     "int8-weight": "model_quantized",
     "int8-dynamic": "model_int8",
     "int4-weight": "model_q4",
-}  # transformers.js's names of dtypes fp32, q8, int8 and q4
+}  # transformers.js's names of dtypes fp32, fp16, q8, int8 and q4
 _OWN = "limbeck/"  # prefix of every name this module adds
 
 

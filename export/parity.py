@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from limbeck.errors import ParityError
 from limbeck.progress import task
+from limbeck.recipe import Provider
 from limbeck.runtime import Decoder
 
 Ints = npt.NDArray[np.int64]
@@ -56,6 +57,7 @@ class Tolerance:
 
 TOLERANCES = {
     "fp32": Tolerance(relative=1e-4, kl=1e-6, top1=1.0, lead=1e-2),
+    "fp16": Tolerance(relative=0.03, kl=1e-4, top1=0.99, lead=0.1),
     "int8-weight": Tolerance(relative=0.25, kl=0.03, top1=0.97, lead=0.5),
     "int8-dynamic": Tolerance(relative=0.4, kl=0.1, top1=0.95, lead=0.5),
     "int4-weight": Tolerance(relative=0.5, kl=0.3, top1=0.85, lead=0.5),
@@ -152,7 +154,9 @@ def load_cases(path: Path) -> dict[str, Case]:
     return {name: Case(**{f.name: tensors[f"{name}/{f.name}"] for f in fields(Case)}) for name in names}
 
 
-def measure_parity(form: str, last: Path, all_: Path, cases: Mapping[str, Case]) -> dict[str, Any]:
+def measure_parity(
+    form: str, last: Path, all_: Path, cases: Mapping[str, Case], *, provider: Provider = "cpu"
+) -> dict[str, Any]:
     """Differences between the graphs of ``form`` and the cases' answers, by case and over all positions.
 
     Both graphs are fed: ``all_`` is compared at every position, ``last`` where it has an answer. The result names the
@@ -165,7 +169,7 @@ def measure_parity(form: str, last: Path, all_: Path, cases: Mapping[str, Case])
     scale = max(1.0, *(float(np.abs(case.logits).max()) for case in cases.values()))
     with task(f"parity of {form}", 2 * len(cases)) as progress:
         for path in (all_, last):
-            decoder = Decoder.from_graph(path)
+            decoder = Decoder.from_graph(path, provider=provider)
             for name, case in cases.items():
                 chosen = np.arange(len(case.rows)) if decoder.all_logits else np.flatnonzero(_after_prompt(case))
                 if len(chosen):
@@ -189,7 +193,15 @@ def measure_parity(form: str, last: Path, all_: Path, cases: Mapping[str, Case])
         failures.append(f"all cases: kl is {summary['kl']:.3g}, tolerance {limits['kl']:.3g}")
     if not summary["top1_sure"] >= limits["top1_sure"]:
         failures.append(f"all cases: top1_sure is {summary['top1_sure']:.3g}, tolerance {limits['top1_sure']:.3g}")
-    return {**summary, **nll, "tolerance": limits, "lead": tolerance.lead, "cases": by_case, "failures": failures}
+    return {
+        **summary,
+        **nll,
+        "provider": provider,
+        "tolerance": limits,
+        "lead": tolerance.lead,
+        "cases": by_case,
+        "failures": failures,
+    }
 
 
 def require_parity(form: str, parity: Mapping[str, Any]) -> None:

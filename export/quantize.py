@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +16,11 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from export.graph import Graphs, head_of, stamp
+from export.weights import WeightsFile, external_array
 from limbeck.progress import task
-from limbeck.recipe import Form, Fp32Form, Int4WeightForm, Int8DynamicForm, Int8WeightForm
+from limbeck.recipe import Form, Fp16Form, Fp32Form, Int4WeightForm, Int8DynamicForm, Int8WeightForm
 
 BLOCKS = (128, 64, 32, 16)
-_ALIGN = 64  # bytes; a processor's cache line
 _ROWS = 4096  # rows of a matrix rounded at a time, which bounds the memory
 
 Floats = npt.NDArray[np.float32]
@@ -61,10 +60,10 @@ class Scheme:
 
 
 def scheme_for(form: Form, width: int) -> Scheme | None:
-    """What ``form`` of a model of hidden size ``width`` rounds, and how; none for fp32."""
+    """What ``form`` of a model of hidden size ``width`` rounds, and how; none for fp32 and fp16."""
     head = Blockwise(8, block_size_for(width))
     match form:
-        case Fp32Form():
+        case Fp32Form() | Fp16Form():
             return None
         case Int8WeightForm():
             both = Blockwise(8, form.block_size or block_size_for(width))
@@ -129,7 +128,7 @@ def quantize_weights(source: Graphs, target: Graphs, *, scheme: Scheme, metadata
     matrices = _matrices(first, tensors, scheme)
     written: dict[str, TensorProto] = {}
     with target.data.open("wb") as out, task("quantise weights", len(tensors)) as progress:
-        file = _WeightsFile(out, target.data.name, written)
+        file = WeightsFile(out, target.data.name, written)
         for tensor in first.graph.initializer:
             if not tensor.external_data:
                 written[tensor.name] = tensor
@@ -148,15 +147,6 @@ def quantize_weights(source: Graphs, target: Graphs, *, scheme: Scheme, metadata
         proto.graph.initializer.extend(tensor for tensor in kept if tensor is not None)
         stamp(proto, metadata)
         onnx.save(proto, new)
-
-
-def external_array(tensor: TensorProto, folder: Path) -> npt.NDArray[Any]:
-    """An initialiser's values, mapped from its external file in ``folder``."""
-    if not tensor.external_data:
-        return np.asarray(numpy_helper.to_array(tensor))
-    entry = {e.key: e.value for e in tensor.external_data}
-    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    return np.memmap(folder / entry["location"], dtype, "r", int(entry.get("offset", 0)), tuple(tensor.dims))
 
 
 @dataclass(frozen=True)
@@ -228,34 +218,7 @@ def _inverse(scales: Floats) -> Floats:
         return np.where(scales > 0, 1 / scales, 0).astype(np.float32)
 
 
-class _WeightsFile:
-    """The external file being written, and the initialisers that refer to it."""
-
-    def __init__(self, out: BinaryIO, location: str, written: dict[str, TensorProto]) -> None:
-        self._out, self._location, self._written = out, location, written
-
-    def append(self, name: str, values: npt.NDArray[Any]) -> TensorProto:
-        out = self._out
-        out.write(b"\0" * (-out.tell() % _ALIGN))
-        tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(values.dtype), dims=values.shape)
-        tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", self._location), ("offset", out.tell()), ("length", values.nbytes)):
-            tensor.external_data.add(key=key, value=str(value))
-        out.write(np.ascontiguousarray(values).data)
-        self._written[name] = tensor
-        return tensor
-
-    def rename(self, tensor: TensorProto, name: str, dims: list[int]) -> None:
-        """The same bytes under another name and shape."""
-        other = TensorProto()
-        other.CopyFrom(tensor)
-        other.name = name
-        del other.dims[:]
-        other.dims.extend(dims)
-        self._written[name] = other
-
-
-def _write_matrix(file: _WeightsFile, matrix: _Matrix, values: npt.NDArray[Any]) -> None:
+def _write_matrix(file: WeightsFile, matrix: _Matrix, values: npt.NDArray[Any]) -> None:
     weights_NK = values if matrix.rows else values.T
     pieces = [np.asarray(weights_NK[at : at + _ROWS]) for at in range(0, matrix.channels, _ROWS)]
     codes, scales, zeros, column = matrix.names("codes", "scales", "zeros", "scales_3d")

@@ -508,6 +508,12 @@ class Fp32Form(Frozen):
     kind: Literal["fp32"]
 
 
+class Fp16Form(Frozen):
+    """Half the bytes, and half-precision arithmetic with fp32 sums, for providers that have it."""
+
+    kind: Literal["fp16"]
+
+
 class Int8WeightForm(Frozen):
     """Weights in 8-bit blocks, activations quantised on the fly inside MatMulNBits; one 8-bit copy of a tied head."""
 
@@ -531,9 +537,17 @@ class Int4WeightForm(Frozen):
 
 
 Form = Annotated[
-    Annotated[Fp32Form | Int8WeightForm | Int8DynamicForm | Int4WeightForm, Field(discriminator="kind")],
+    Annotated[Fp32Form | Fp16Form | Int8WeightForm | Int8DynamicForm | Int4WeightForm, Field(discriminator="kind")],
     BeforeValidator(_shorthand),
 ]
+Provider = Literal["cpu", "cuda"]
+
+# Forms that an execution provider of ONNX Runtime has no kernels for: what would happen, and the form to use instead.
+NO_KERNEL: Mapping[tuple[str, str], tuple[str, str]] = {
+    ("cpu", "fp16"): ("its products would be cast to fp32 when the file is opened", "int8-weight"),
+    ("cuda", "fp32"): ("fused attention in fp32 would run on the CPU, with copies both ways", "fp16"),
+    ("cuda", "int8-dynamic"): ("its products would run on the CPU, with copies both ways", "int8-weight"),
+}
 
 
 class Export(Frozen):
@@ -542,6 +556,10 @@ class Export(Frozen):
     backend: Literal["auto", "genai", "dynamo"] = Field(
         "auto",
         description="Graph builder: GenAI's (fused attention, few architectures) or torch's exporter; auto says what it chose and why.",
+    )
+    provider: Provider = Field(
+        "cpu",
+        description="Execution provider the forms are made for; on cuda all but fp32, the reference on the CPU, compute in fp16.",
     )
     forms: tuple[Form, ...] = Field(
         (Fp32Form(kind="fp32"), Int8WeightForm(kind="int8-weight")),
@@ -907,6 +925,13 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.export.forms[0].kind != "fp32":
         yield f"export.forms.0: found {recipe.export.forms[0].kind!r}; put fp32 first, every other form is made from it"
+    provider = recipe.export.provider
+    for index, form in enumerate(recipe.export.forms):
+        refused = NO_KERNEL.get((provider, form.kind))
+        reference = form.kind == "fp32" and (len(recipe.export.forms) > 1 or recipe.export.backend == "dynamo")
+        if refused and not reference:
+            why, instead = refused
+            yield f"export.forms.{index}: {provider} has no kernel for {form.kind} ({why}); use {instead}, or change export.provider"
     if isinstance(recipe.student, FreshStudent) and not recipe.teachers:
         yield "student.kind: a fresh student takes its tokenizer from the first teacher; name a teacher, or use kind: lora"
     calibration = recipe.fusion.calibration

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from limbeck.artifact import available_cores, open_artifact
 from limbeck.errors import ArtifactError, DataError, EnvironmentalError
+from limbeck.recipe import NO_KERNEL, Provider
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,10 +24,7 @@ if TYPE_CHECKING:
     Ids = npt.NDArray[np.int64]
     Logits = npt.NDArray[np.float32]
 
-Provider = Literal["cpu", "cuda"]
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-# A form whose products the provider has no kernel for, and the form to use instead.
-_NO_KERNEL = {("cuda", "int8-dynamic"): "int8-weight"}
+_PROVIDERS: Mapping[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 # The runtime package ---------------------------------------------------------------------------------------------
@@ -51,6 +49,12 @@ def import_onnxruntime() -> Any:
             "onnxruntime is not installed, expected one build of it; run: pip install 'limbeck[cpu]' (or 'limbeck[gpu]' for CUDA)."
         ) from None
     return onnxruntime
+
+
+def providers() -> list[Provider]:
+    """The execution providers that the installed onnxruntime can be asked for, by the recipe's names."""
+    available = import_onnxruntime().get_available_providers()
+    return [name for name, theirs in _PROVIDERS.items() if theirs in available]
 
 
 def _installed(name: str) -> bool:
@@ -80,13 +84,13 @@ class Decoder:
         form: str | None = None,
         all_logits: bool = False,
         threads: int | None = None,
-        provider: Provider = "cpu",
+        provider: Provider | None = None,
         verify: bool = False,
     ) -> None:
         """Open a form of the ``onnx`` artifact at ``folder`` (none: the shipped one).
 
         ``all_logits`` opens the twin that keeps every position, for `score`; ``threads`` defaults to every core
-        this process may use. ``verify`` checks the hashes of the whole folder first. Raises `ArtifactError` for a folder
+        this process may use; ``provider`` to the one the form was made for. ``verify`` checks the hashes of the whole folder first. Raises `ArtifactError` for a folder
         that is no such artifact or lacks the form, `EnvironmentalError` for a missing runtime or provider and for a form
         that the provider has no kernels for.
         """
@@ -94,15 +98,17 @@ class Decoder:
         name = form or result["shipped"]
         if name not in result["forms"]:
             raise ArtifactError(f"{folder}: no form {name!r}; it has {', '.join(result['forms'])}.")
-        if instead := _NO_KERNEL.get((provider, name)):
+        form_made = result["forms"][name]
+        provider = provider or form_made.get("provider", "cpu")
+        fused = result["backend"]["name"] == "genai"
+        if (refused := NO_KERNEL.get((provider, name))) and (name != "fp32" or fused):
+            why, instead = refused
             raise EnvironmentalError(
-                f"{_PROVIDERS[provider]} has no kernel for the products of {name}: they would run on the CPU, with copies both ways. "
-                f"Open the form {instead} there (export.forms in the recipe), or keep {name} for the CPU."
+                f"{_PROVIDERS[provider]} has no kernel for the products of {name}: {why}. "
+                f"Open the form {instead} there (export.forms in the recipe), or keep {name} for another provider."
             )
         self.form: str | None = name
-        self._open(
-            Path(folder) / result["forms"][name]["all_logits_graph" if all_logits else "graph"], threads, provider
-        )
+        self._open(Path(folder) / form_made["all_logits_graph" if all_logits else "graph"], threads, provider)
 
     @classmethod
     def from_graph(cls, graph: Path, *, threads: int | None = None, provider: Provider = "cpu") -> Decoder:
@@ -137,10 +143,17 @@ class Decoder:
             self._session = ort.InferenceSession(str(graph), options, providers=[_PROVIDERS[provider]])
         except Exception as error:  # onnxruntime's errors share no base class of their own
             raise ArtifactError(f"{graph}: onnxruntime cannot open it ({error}); export the student again.") from error
+        if self._session.get_providers()[0] != _PROVIDERS[provider]:  # onnxruntime only logs that it takes the CPU
+            raise EnvironmentalError(
+                f"onnxruntime {ort.__version__} could not start {_PROVIDERS[provider]} and took {self._session.get_providers()[0]} "
+                "instead; look at `nvidia-smi` and at the CUDA and cuDNN that pip install 'limbeck[gpu]' brings."
+            )
         self._np, self._ort, self._device = np, ort, provider
         inputs = {value.name: value for value in self._session.get_inputs()}
-        # Heads and their size by cache input.
+        # Heads and their size by cache input, and the numbers of the cache.
         self._past = {n: (v.shape[1], v.shape[3]) for n, v in inputs.items() if n.startswith("past_key_values.")}
+        half = any(inputs[name].type == "tensor(float16)" for name in self._past)
+        self._cache_type = np.float16 if half else np.float32
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         self.all_logits = self.metadata.get("limbeck.logits") == "all"
         self.vocabulary = int(self._session.get_outputs()[0].shape[-1])
@@ -247,7 +260,7 @@ class Decoder:
                 binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), cache)
 
     def _empty(self, heads: int, tokens: int, size: int) -> Any:
-        cache = self._np.zeros((self._rows, heads, tokens, size), self._np.float32)
+        cache = self._np.zeros((self._rows, heads, tokens, size), self._cache_type)
         return self._ort.OrtValue.ortvalue_from_numpy(cache, self._device, 0)
 
     def _run(self, tokens: Ids) -> Logits:
@@ -255,7 +268,8 @@ class Decoder:
         np, ort = self._np, self._ort
         shape = (len(tokens), tokens.shape[1] if self.all_logits else 1, self.vocabulary)
         logits: Logits = np.empty(shape, np.float32)
-        # On the CPU these share the arrays' memory: nothing is copied.
+        # On the CPU these share the arrays' memory: nothing is copied. On a device the cache stays there; only ids, mask
+        # and logits travel.
         self._binding.bind_ortvalue_input("input_ids", ort.OrtValue.ortvalue_from_numpy(tokens))
         mask = np.ascontiguousarray(self._mask[:, : self._length])
         self._binding.bind_ortvalue_input("attention_mask", ort.OrtValue.ortvalue_from_numpy(mask))
