@@ -5,6 +5,8 @@ Importing this package is cheap; torch, onnx and onnxruntime are imported when a
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import tempfile
 from dataclasses import asdict
@@ -40,11 +42,13 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
     import_onnxruntime()  # before any work: a machine without it, or with two builds of it, is told so
     from export.backend import build_graphs
     from export.card import write_card, write_client_files
-    from export.census import require_quantized, take_census
+    from export.census import require_quantized, take_census, where_nodes_run
     from export.graph import form_files
+    from export.greedy import answer_greedily, first_differences
     from export.half import cast_to_half
     from export.parity import PARITY, answer, make_cases, measure_parity, require_parity, save_cases, thin
     from export.quantize import quantize_weights, scheme_for
+    from limbeck.runtime import Decoder
 
     model, provider = student / "model", recipe.export.provider
     with write_artifact(out, kind="onnx", key=key, parents={"student": source.digest}, recipe=recipe) as draft:
@@ -53,7 +57,10 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
         say("export: building the fp32 graph")
         built = build_graphs(model, folder, {**metadata, "limbeck.form": "fp32"}, backend=recipe.export.backend)
         say(f"export: built by {built.backend} ({built.why})")
-        cases = answer(make_cases(_texts(student), context=built.context), model)
+        release_memory()
+        texts = _texts(student)
+        cases = answer(make_cases(list(texts.values()), context=built.context), model)
+        release_memory()
         save_cases(folder / PARITY, thin(cases))
         forms: dict[str, dict[str, Any]] = {}
         for form in recipe.export.forms:
@@ -73,8 +80,13 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
                     cast_to_half(made, graphs, metadata=stamped)
             census = take_census(graphs.last)
             require_quantized(form.kind, census)
-            parity = measure_parity(form.kind, graphs.last, graphs.all, cases, provider=parity_provider(provider, half))
+            here = parity_provider(provider, half)
+            parity = measure_parity(form.kind, graphs.last, graphs.all, cases, provider=here)
             require_parity(form.kind, parity)
+            census["runs_on"] = where_nodes_run(graphs.last, provider=here)
+            decoder = Decoder.from_graph(graphs.last, provider=here)
+            if form.kind == "fp32":
+                answers = answer_greedily(decoder, texts, stop_ids=_stop_ids(model))
             forms[form.kind] = {
                 "provider": "cpu" if form.kind == "fp32" else provider,
                 "graph": graphs.last.relative_to(folder).as_posix(),
@@ -85,8 +97,11 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
                 "rounding": asdict(scheme) if scheme else None,
                 "number_type": "fp16" if half else "fp32",
                 "parity": parity,
+                "greedy": first_differences(decoder, answers),
                 "census": census,
             }
+            del decoder
+            release_memory()
         shipped = recipe.export.forms[-1].kind
         backend = {"name": built.backend, "why": built.why}
         used = [form_files(folder, name) for name in forms]
@@ -141,8 +156,22 @@ def parity_provider(provider: Provider, half: bool) -> Provider:
     return provider if half and provider in providers() else "cpu"
 
 
-def _texts(student: Path) -> list[Any]:
-    """One row of held-out tokens a domain, the longest of each."""
+def release_memory() -> None:
+    """Hand memory that was let go of back to the system: the C library keeps it, and each phase here needs the model once more."""
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc
+        libc.malloc_trim(0)
+
+
+def _stop_ids(model: Path) -> set[int]:
+    path = model / "generation_config.json"
+    found = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    return {found} if isinstance(found, int) else set(found or ())
+
+
+def _texts(student: Path) -> dict[str, Any]:
+    """One row of held-out tokens by domain, the longest of each."""
     from limbeck.heldout import HELDOUT, load_heldout
 
     if not (student / HELDOUT).is_file():
@@ -150,8 +179,5 @@ def _texts(student: Path) -> list[Any]:
             f"{student}: {HELDOUT} is missing; parity is measured on held-out text. Run the compress stage again."
         )
     domains = load_heldout(student / HELDOUT)
-    rows = []
-    for blocks in domains.values():
-        row = int(blocks.lengths.argmax())
-        rows.append(blocks.input_ids[row, : blocks.lengths[row]].astype("int64"))
-    return rows
+    rows = {name: int(blocks.lengths.argmax()) for name, blocks in domains.items()}
+    return {n: domains[n].input_ids[r, : domains[n].lengths[r]].astype("int64") for n, r in rows.items()}

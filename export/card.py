@@ -124,6 +124,14 @@ def write_card(folder: Path, *, recipe: Recipe, student: Mapping[str, Any], stud
     ]
     columns = ["form", "MB", "max logit difference", "KL, nats", "same first choice", "NLL change"]
     card += ["## The graphs against the torch student", _table(columns, rows)]
+    greedy = [[f"`{n}`", *(_answer(a) for a in form["greedy"])] for n, form in forms.items() if n != "fp32"]
+    if greedy:
+        columns = ["form", *(answer["text"] for answer in next(iter(forms.values()))["greedy"])]
+        card += [
+            "## Greedy answers against fp32",
+            "Tokens in common before the first difference, and by how many logits fp32 preferred its own token there.",
+            _table(columns, greedy),
+        ]
     nll = student.get("nll", {})
     if nll:
         others: dict[str, Mapping[str, Any]] = student.get("teachers", {})
@@ -144,6 +152,12 @@ def write_card(folder: Path, *, recipe: Recipe, student: Mapping[str, Any], stud
 
 def _loss(parity: Mapping[str, Any]) -> str:
     return f"{100 * (parity['nll'] / parity['nll_torch'] - 1):+.2f} %" if parity.get("nll_torch") else ""
+
+
+def _answer(answer: Mapping[str, Any]) -> str:
+    if answer["lead"] is None:
+        return f"all {answer['tokens']}"
+    return f"{answer['same']} of {answer['tokens']}, then {answer['lead']:.2g}"
 
 
 def _source(source: Any) -> str:

@@ -1,16 +1,23 @@
-"""What a graph is made of: operators by type and precision, bytes by precision, matrices still in float and why."""
+"""What a graph is made of: operators by type and precision, bytes by precision, matrices still in float and why, and which
+execution provider runs each node.
+"""
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
 from limbeck.errors import QualityError
+from limbeck.recipe import Provider
+from limbeck.runtime import PROVIDERS, import_onnxruntime
 
 _LARGE = 0.01  # of the weights' bytes: a float matrix above it defeats the purpose of quantising
 _FLOAT = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -66,6 +73,43 @@ def take_census(graph: Path) -> dict[str, Any]:
         "bytes": dict(sorted(sizes.items())),
         "float_matrices": list(floats.values()),
     }
+
+
+def where_nodes_run(graph: Path, *, provider: Provider = "cpu") -> dict[str, dict[str, int]]:
+    """Nodes by execution provider and operator, from onnxruntime's own profile of a prompt and one more token.
+
+    These are the nodes that run: onnxruntime fuses and folds some of the file's, and adds casts and copies of its own.
+    """
+    ort = import_onnxruntime()
+    with tempfile.TemporaryDirectory() as folder:
+        options = ort.SessionOptions()
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        options.log_severity_level = 4
+        session = ort.InferenceSession(str(graph), options, providers=[PROVIDERS[provider]])
+        cache: dict[str, Any] = {}
+        for value in session.get_inputs():
+            if value.name.startswith("past_key_values."):
+                number = np.float16 if value.type == "tensor(float16)" else np.float32
+                cache[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), number)
+        for new, whole in ((2, 2), (1, 3)):
+            feeds = {
+                "input_ids": np.zeros((1, new), np.int64),
+                "attention_mask": np.ones((1, whole), np.int64),
+                **cache,
+            }
+            outputs = dict(zip([o.name for o in session.get_outputs()], session.run(None, feeds), strict=True))
+            cache = {name: outputs[name.replace("past_key_values", "present")] for name in cache}
+        events = json.loads(Path(session.end_profiling()).read_text())
+    nodes = {
+        (event["name"], event["args"]["node_index"]): (event["args"]["provider"], event["args"]["op_name"])
+        for event in events
+        if event["cat"] == "Node" and event["name"].endswith("_kernel_time")
+    }
+    found: dict[str, Counter[str]] = {}
+    for provider, operator in nodes.values():
+        found.setdefault(provider, Counter())[operator] += 1
+    return {provider: dict(sorted(counts.items())) for provider, counts in sorted(found.items())}
 
 
 def require_quantized(form: str, census: Mapping[str, Any]) -> None:

@@ -173,8 +173,8 @@ def measure_parity(
             for name, case in cases.items():
                 chosen = np.arange(len(case.rows)) if decoder.all_logits else np.flatnonzero(_after_prompt(case))
                 if len(chosen):
-                    found = feed(decoder, case)[case.rows[chosen], case.columns[chosen]]
-                    differences = _differences(case.logits[chosen], found)
+                    found = feed(decoder, case)
+                    differences = _differences(case, chosen, found)
                     by_case[name if decoder.all_logits else f"{name}/last"] = _summary(differences, tolerance.lead)
                     total.append(differences)
                     if name == "long" and len(chosen) == case.mask.sum():
@@ -217,6 +217,8 @@ def require_parity(form: str, parity: Mapping[str, Any]) -> None:
 def feed(decoder: Decoder, case: Case) -> Floats:
     """Logits ``[B, L, V]`` of a case fed in its splits; columns a last-logits graph does not answer are NaN."""
     rows, width = case.ids.shape
+    if decoder.all_logits and len(case.splits) == 1:
+        return decoder.prefill(case.ids, case.mask)
     out = np.full((rows, width, decoder.vocabulary), np.nan, np.float32)
     start = 0
     for count in case.splits.tolist():
@@ -241,22 +243,26 @@ def _after_prompt(case: Case) -> npt.NDArray[np.bool_]:
     return np.asarray(given[case.rows, case.columns])
 
 
-def _differences(reference_PV: Floats, found_PV: Floats) -> Floats64:
-    """Five numbers a position ``[5, P]``: largest and mean logit difference, KL(reference || found), same choice, lead."""
-    out = np.empty((5, len(reference_PV)))
-    for start in range(0, len(reference_PV), _AT_ONCE):
-        piece = slice(start, start + _AT_ONCE)
-        reference, found = reference_PV[piece], found_PV[piece]
+def _differences(case: Case, chosen: Ints, found_BLV: Floats) -> Floats64:
+    """Five numbers a ``chosen`` position ``[5, P]``: largest and mean logit difference, KL(torch || found), same choice, lead."""
+    out = np.empty((5, len(chosen)))
+    for start in range(0, len(chosen), _AT_ONCE):
+        piece, at = slice(start, start + _AT_ONCE), chosen[start : start + _AT_ONCE]
+        reference, found = case.logits[at], found_BLV[case.rows[at], case.columns[at]]
         p, q = _log_softmax(reference), _log_softmax(found)
         gap = np.abs(reference - found)
         first = reference.argmax(axis=1)
-        rest = reference.copy()
-        rest[np.arange(len(rest)), first] = -np.inf
         out[0, piece], out[1, piece] = gap.max(axis=1), gap.mean(axis=1)
         out[2, piece] = (np.exp(p) * (p - q)).sum(axis=1, dtype=np.float64)
         out[3, piece] = first == found.argmax(axis=1)
-        out[4, piece] = reference.max(axis=1) - rest.max(axis=1)
+        out[4, piece] = margins(reference)
     return out
+
+
+def margins(logits_PV: Floats) -> Floats:
+    """How far the first choice of each position leads the second, ``[P]``."""
+    two = np.partition(logits_PV, -2, axis=1)[:, -2:]
+    return np.asarray(two[:, 1] - two[:, 0], np.float32)
 
 
 def _summary(differences: Floats64, lead: float) -> dict[str, float]:
@@ -273,17 +279,18 @@ def _summary(differences: Floats64, lead: float) -> dict[str, float]:
     }
 
 
-def _nll(case: Case, found_PV: Floats) -> dict[str, float]:
+def _nll(case: Case, found_BLV: Floats) -> dict[str, float]:
     """Nats a token of torch and of the graph on the text of ``case``, where the next token is known."""
-    inside = case.columns + 1 < case.ids.shape[1]
-    rows, columns = case.rows[inside], case.columns[inside] + 1
-    labelled = case.mask[rows, columns] == 1
-    labels = case.ids[rows, columns][labelled]
-    values = {}
-    for name, logits in (("nll_torch", case.logits), ("nll", found_PV)):
-        chosen = _log_softmax(logits[inside][labelled])
-        values[name] = float(-chosen[np.arange(len(labels)), labels].mean(dtype=np.float64))
-    return values
+    known = np.flatnonzero(case.columns + 1 < case.ids.shape[1])
+    known = known[case.mask[case.rows[known], case.columns[known] + 1] == 1]
+    sums = {"nll_torch": 0.0, "nll": 0.0}
+    for start in range(0, len(known), _AT_ONCE):
+        at = known[start : start + _AT_ONCE]
+        rows, columns = case.rows[at], case.columns[at]
+        labels = case.ids[rows, columns + 1]
+        for name, logits in (("nll_torch", case.logits[at]), ("nll", found_BLV[rows, columns])):
+            sums[name] -= float(_log_softmax(logits)[np.arange(len(at)), labels].sum(dtype=np.float64))
+    return {name: total / len(known) for name, total in sums.items()}
 
 
 def _log_softmax(logits: Floats) -> Floats:

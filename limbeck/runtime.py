@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Ids = npt.NDArray[np.int64]
     Logits = npt.NDArray[np.float32]
 
-_PROVIDERS: Mapping[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS: Mapping[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 # The runtime package ---------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def import_onnxruntime() -> Any:
 def providers() -> list[Provider]:
     """The execution providers that the installed onnxruntime can be asked for, by the recipe's names."""
     available = import_onnxruntime().get_available_providers()
-    return [name for name, theirs in _PROVIDERS.items() if theirs in available]
+    return [name for name, theirs in PROVIDERS.items() if theirs in available]
 
 
 def _installed(name: str) -> bool:
@@ -104,7 +104,7 @@ class Decoder:
         if (refused := NO_KERNEL.get((provider, name))) and (name != "fp32" or fused):
             why, instead = refused
             raise EnvironmentalError(
-                f"{_PROVIDERS[provider]} has no kernel for the products of {name}: {why}. "
+                f"{PROVIDERS[provider]} has no kernel for the products of {name}: {why}. "
                 f"Open the form {instead} there (export.forms in the recipe), or keep {name} for another provider."
             )
         self.form: str | None = name
@@ -122,9 +122,9 @@ class Decoder:
         import numpy as np
 
         ort = import_onnxruntime()
-        if _PROVIDERS[provider] not in ort.get_available_providers():
+        if PROVIDERS[provider] not in ort.get_available_providers():
             raise EnvironmentalError(
-                f"onnxruntime {ort.__version__} has no {_PROVIDERS[provider]} here, only {', '.join(ort.get_available_providers())}; "
+                f"onnxruntime {ort.__version__} has no {PROVIDERS[provider]} here, only {', '.join(ort.get_available_providers())}; "
                 + (
                     "run: pip install 'limbeck[gpu]' on a machine with an NVIDIA card."
                     if provider == "cuda"
@@ -140,12 +140,12 @@ class Decoder:
         # Threads may spin within a run, where the next operator is microseconds away, but never between runs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
-            self._session = ort.InferenceSession(str(graph), options, providers=[_PROVIDERS[provider]])
+            self._session = ort.InferenceSession(str(graph), options, providers=[PROVIDERS[provider]])
         except Exception as error:  # onnxruntime's errors share no base class of their own
             raise ArtifactError(f"{graph}: onnxruntime cannot open it ({error}); export the student again.") from error
-        if self._session.get_providers()[0] != _PROVIDERS[provider]:  # onnxruntime only logs that it takes the CPU
+        if self._session.get_providers()[0] != PROVIDERS[provider]:  # onnxruntime only logs that it takes the CPU
             raise EnvironmentalError(
-                f"onnxruntime {ort.__version__} could not start {_PROVIDERS[provider]} and took {self._session.get_providers()[0]} "
+                f"onnxruntime {ort.__version__} could not start {PROVIDERS[provider]} and took {self._session.get_providers()[0]} "
                 "instead; look at `nvidia-smi` and at the CUDA and cuDNN that pip install 'limbeck[gpu]' brings."
             )
         self._np, self._ort, self._device = np, ort, provider

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from export import export_student, verify_parity
 from export.census import require_quantized, take_census
 from export.graph import Graphs, build_fp32, form_files
+from export.greedy import answer_greedily, first_differences
 from export.parity import answer, load_cases, make_cases, measure_parity
 from export.quantize import (
     Blockwise,
@@ -59,7 +61,7 @@ def copy(exported: Artifact, tmp_path: Path) -> Path:
     return Path(shutil.copytree(exported.path, tmp_path / "copy"))
 
 
-def texts(*lengths: int) -> list[Any]:
+def texts_of(*lengths: int) -> list[Any]:
     draw = np.random.default_rng(7)
     return [draw.integers(0, 256, length) for length in lengths]
 
@@ -68,7 +70,7 @@ def texts(*lengths: int) -> list[Any]:
 def test_every_way_of_feeding_agrees_with_torch(tmp_path: Path, sizes: dict[str, Any]) -> None:
     model = make_model(tmp_path / "model", **sizes)
     fp32, _ = build_fp32(model, tmp_path, {})
-    cases = answer(make_cases(texts(40, 33), context=64), model)
+    cases = answer(make_cases(texts_of(40, 33), context=64), model)
     exact = measure_parity("fp32", fp32.last, fp32.all, cases)
     assert exact["failures"] == []
     assert exact["max_abs"] < 5e-5
@@ -184,6 +186,7 @@ def test_the_folder_is_what_clients_expect(exported: Artifact) -> None:
     assert card.startswith("---\nlibrary_name: onnx\n")
     assert "| letters | 5.000 | 4.500 |" in card
     assert "| teacher one | /models/one |" in card
+    assert "| form | letters | numbers |" in card
     assert f"| `int8-weight` | {exported.result['forms']['int8-weight']['bytes'] / 1e6:.1f} |" in card
     assert exported.manifest["parents"] == {"student": open_artifact(exported.path.parent / "student").digest}
     assert exported.result["shipped"] == "int8-weight"
@@ -265,6 +268,33 @@ def test_census_refuses_a_form_that_stayed_float(tmp_path: Path) -> None:
     ):
         require_quantized("int8-weight", census)
     require_quantized("fp32", census)
+
+
+def test_census_says_where_each_node_runs(exported: Artifact) -> None:
+    for form in exported.result["forms"].values():
+        assert form["census"]["runs_on"].keys() == {"CPUExecutionProvider"}
+        runs = form["census"]["runs_on"]["CPUExecutionProvider"]
+        assert runs["GroupQueryAttention"] == form["census"]["operators"]["GroupQueryAttention"] == 2
+    assert runs["MatMulNBits"] == 11
+
+
+def test_greedy_answers_part_where_the_forms_own_answer_does(exported: Artifact) -> None:
+    texts = dict(zip("ab", texts_of(40, 33), strict=True))
+    fp32, rounded = Decoder(exported.path, form="fp32"), Decoder(exported.path, form="int8-weight")
+    answers = answer_greedily(fp32, texts)
+    assert [len(answer.tokens) for answer in answers.values()] == [32, 32]  # the context is 64
+    for difference, exact in zip(first_differences(rounded, answers), answers.values(), strict=True):
+        own = list(rounded.generate(exact.prompt, 32))
+        assert list(fp32.generate(exact.prompt, 32)) == exact.tokens
+        same = next((at for at in range(32) if own[at] != exact.tokens[at]), 32)
+        assert difference["same"] == same
+        assert difference["lead"] == (exact.leads[same] if same < 32 else None)
+    flipped = {"a": replace(answers["a"], tokens=[*answers["a"].tokens[:5], 300, *answers["a"].tokens[6:]])}
+    assert first_differences(fp32, flipped) == [
+        {"text": "a", "tokens": 32, "same": 5, "lead": pytest.approx(answers["a"].leads[5])}
+    ]
+    stopped = answer_greedily(fp32, texts, stop_ids={answers["a"].tokens[3]})
+    assert len(stopped["a"].tokens) <= 4
 
 
 def test_rounding_to_blocks() -> None:

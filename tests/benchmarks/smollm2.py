@@ -1,0 +1,47 @@
+"""SmolLM2-135M as a student artifact that was never trained, with the demo's held-out text: what export benchmarks start from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import compress
+from limbeck import sources
+from limbeck.artifact import Artifact, open_artifact, write_artifact
+from limbeck.heldout import HELDOUT, save_heldout
+from limbeck.recipe import LoraStudent, Recipe, load_recipe
+
+RECIPE = "smollm2/135m-two-experts"
+
+
+def demo_recipe(*overrides: str) -> Recipe:
+    """The demo's recipe, with ``key=value`` overrides."""
+    return load_recipe(RECIPE, overrides=overrides)
+
+
+def gguf_file() -> Path:
+    """The GGUF file (Q4_1) that the demo's base is dequantised from."""
+    recipe = demo_recipe()
+    assert isinstance(recipe.student, LoraStudent)
+    path = sources.model_path(recipe.student.base, folder=recipe.folder)
+    assert path is not None
+    return path
+
+
+def untrained_student(path: Path) -> Artifact:
+    """Write the base model of the demo as a student artifact at ``path``."""
+    compress.quiet_libraries()
+    from compress.data import load_blocks
+    from compress.models import load_tokenizer, model_folder
+
+    recipe = demo_recipe()
+    assert isinstance(recipe.student, LoraStudent)
+    base = model_folder(recipe.student.base, folder=recipe.folder)
+    blocks = load_blocks(recipe, load_tokenizer(base))
+    with write_artifact(path, kind="student", key="untrained", parents={}, recipe=recipe) as draft:
+        shutil.copytree(base, draft.folder / "model", ignore=shutil.ignore_patterns("manifest.json"))
+        save_heldout(draft.folder / HELDOUT, {b.name: b.heldout for b in blocks})
+        (draft.folder / "teachers.json").write_text(json.dumps([]))
+        draft.result = {"nll": {}, "teachers": {}}
+    return open_artifact(path, verify=False)
