@@ -70,16 +70,14 @@ def build_model(
 def save_student(model: Any, *, tokenizer_folder: Path, out: Path) -> None:
     """Write ``out/model`` (merged, fp32) and, for LoRA, ``out/adapter`` as it was before merging.
 
-    An adapter trained on a quantised base is merged into the base as it is on disk.
+    The adapter is merged into the base as it is on disk; the one in memory may be quantised or cast.
     """
     if hasattr(model, "merge_and_unload"):
         from peft import PeftModel
 
         model.save_pretrained(out / "adapter")
         (out / "adapter" / "README.md").unlink(missing_ok=True)  # peft's empty model card
-        if getattr(causal_lm(model), "is_quantized", False):
-            model = PeftModel.from_pretrained(load_model(tokenizer_folder), str(out / "adapter"))
-        model = model.merge_and_unload()
+        model = PeftModel.from_pretrained(load_model(tokenizer_folder), str(out / "adapter")).merge_and_unload()
     model.save_pretrained(out / "model")
     load_tokenizer(tokenizer_folder).save_pretrained(out / "model")
 

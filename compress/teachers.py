@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.fusion import Head, TeacherStates
-from compress.models import load_model, model_folder
+from compress.models import cast_frozen, load_model, model_folder
 from limbeck import sources
 from limbeck.artifact import open_artifact
 from limbeck.errors import ModelError
@@ -107,7 +107,7 @@ class Teachers:
     """All teachers of a recipe, ready to run."""
 
     def __init__(self, folders: Sequence[TeacherFolder], *, device: torch.device, compute_dtype: torch.dtype) -> None:
-        """Load them. Raises `ModelError` for an adapter that does not fit its base."""
+        """Load them, to be run under autocast to ``compute_dtype``. Raises `ModelError` for an adapter that does not fit its base."""
         self.names = [f.name for f in folders]
         self.bodies: list[Body] = []
         self.heads: list[Head] = []
@@ -126,6 +126,7 @@ class Teachers:
                     model.load_adapter(str(folder.adapter), adapter_name=folder.name, is_trainable=False)
             model.requires_grad_(False)
             model.eval()
+            cast_frozen(model, compute_dtype)
             self.bodies.append(Body(model, adapter=folder.name if folder.adapter else None))
         cast: dict[int, Head] = {}
         for body in self.bodies:

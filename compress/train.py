@@ -40,7 +40,7 @@ from compress.fusion import (
     span_of,
     teacher_statistics,
 )
-from compress.models import DTYPES, load_model, load_tokenizer, require_same_tokenizer, resolve_device
+from compress.models import DTYPES, cast_frozen, load_model, load_tokenizer, require_same_tokenizer, resolve_device
 from compress.shrink import Importance
 from compress.students import (
     Student,
@@ -155,6 +155,10 @@ def setup(*, recipe: Recipe, products: Mapping[str, Path], work: Path, key: str)
                 folders, cache=config.teacher_cache, device=device, compute_dtype=DTYPES[precision]
             )
         student = Student(model, _projections(recipe, Body(model), teachers)).to(device)
+        if (
+            isinstance(recipe.student, LoraStudent) and not recipe.student.dora
+        ):  # DoRA takes norms of the base's weights
+            cast_frozen(model, DTYPES[precision])
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()

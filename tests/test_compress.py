@@ -17,7 +17,14 @@ from safetensors.torch import load_file
 import compress
 from compress import train
 from compress.features import Projections, feature_loss, layer_pairs
-from compress.models import byte_tokenizer, load_model, random_model, require_same_tokenizer
+from compress.models import (
+    byte_tokenizer,
+    cast_frozen,
+    load_model,
+    model_folder,
+    random_model,
+    require_same_tokenizer,
+)
 from compress.teachers import Body, head_of
 from limbeck.artifact import open_artifact
 from limbeck.errors import DataError, DivergenceError, EnvironmentalError, ModelError, RecipeError
@@ -501,3 +508,31 @@ def test_heads_respect_logit_scale_and_soft_cap() -> None:
         ids = torch.arange(9)[None]
         hidden, _ = Body(model).states(ids)
         torch.testing.assert_close(head.logits(hidden), model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft 0.21.2 with transformers 5.23
+def test_frozen_matrices_cast_once_give_the_same_bits(tmp_path: Path) -> None:
+    """A LoRA student under bf16 autocast: states and gradients do not change when its frozen matrices are cast before."""
+    from compress.students import build_model
+
+    recipe = tiny(tmp_path, student={"dropout": 0.0})
+    folder = model_folder(recipe.student.base, folder=tmp_path)
+    ids = torch.randint(0, 257, (2, 16))
+    found = []
+    for cast in (False, True):
+        model, _, _ = build_model(recipe, folder=folder, calibration=[], device=torch.device("cpu"))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.constant_(parameter, 0.01)
+        if cast:
+            cast_frozen(model, torch.bfloat16)
+            frozen = [p for n, p in model.named_parameters() if "base_layer.weight" in n]
+            assert len(frozen) == 14
+            assert all(p.dtype == torch.bfloat16 for p in frozen)
+            assert Body(model).head.weight_Vd.dtype == torch.float32  # tied with the embedding
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden, _ = Body(model).states(ids)
+        hidden.float().square().sum().backward()
+        found.append([hidden, *(p.grad for p in model.parameters() if p.requires_grad)])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-STEPS, ROOT = 5, Path(__file__).resolve().parents[2]
+STEPS, ROOT = 7, Path(__file__).resolve().parents[2]
 
 
 def ours(folder: str, ids_file: str, cached: bool) -> dict[str, float]:
@@ -45,7 +45,7 @@ def ours(folder: str, ids_file: str, cached: bool) -> dict[str, float]:
             "fusion": {"weights": {"kind": "uniform"}, "weight": 1.0, "cross_entropy": 0.0, "calibration": {"kind": "none"}},
             "features": {"weight": 0},
             "training": {
-                "tokens": rows.size, "batch_tokens": rows.size // STEPS, "micro_batch": len(rows) // STEPS, "precision": "bf16",
+                "tokens": rows.size, "batch_tokens": rows.size // STEPS, "micro_batch": 2, "precision": "bf16",
                 "teacher_cache": "hidden" if cached else "none",
             },
         }
