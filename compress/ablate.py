@@ -20,7 +20,6 @@ import torch
 from compress import quiet_libraries
 from compress.data import IGNORED, labels_of
 from compress.fusion import TeacherStates, chunks_of_labels
-from compress.teachers import Body
 from compress.train import Run, fit, heldout_batches, measure_teachers, setup, student_head, student_nll
 from limbeck.artifact import write_atomically
 from limbeck.errors import RecipeError
@@ -158,12 +157,12 @@ def _teacher_nll(recipe: Recipe, products: Mapping[str, Path], out: Path) -> dic
 def _against_mixture(run: Run) -> dict[str, float]:
     """KL(uniform teacher mixture at tau = 1 || student), nats a token, and top-1 agreement: a reference no arm trains on."""
     divergence = agreement = count = 0.0
-    head, body = student_head(run), Body(run.student.model)
+    head = student_head(run)
     run.student.eval()
     for domain in run.blocks:
         for ids, labels in heldout_batches(domain.heldout):
             with run.accelerator.autocast():
-                hidden, _ = body.states(ids.to(run.accelerator.device))
+                hidden = run.student(ids.to(run.accelerator.device), lambda hidden_RLd, _: hidden_RLd)
                 teachers, _ = run.teachers.states(ids)
             for place in chunks_of_labels(labels, 256, whole_rows=False):
                 logq = torch.log_softmax(head.logits(hidden[place].to(head.weight_Vd.dtype)), -1)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from compress.features import Projections
 from compress.models import load_model, load_tokenizer, model_folder, random_model
+from compress.sharded import like, whole
 from compress.shrink import Importance, shrink
 from compress.teachers import Body, TeacherFolder, causal_lm
 from limbeck.errors import EnvironmentalError, ModelError
 from limbeck.recipe import FreshStudent, LoraStudent, Recipe, ShrinkStudent
+
+Used = TypeVar("Used")
 
 
 class Student(nn.Module):
@@ -24,11 +27,15 @@ class Student(nn.Module):
         super().__init__()
         self.model, self.projections = model, projections
         self.layers = sorted({i for pairs in projections.pairs for i, _ in pairs}) if projections else []
+        self._no_split_modules = causal_lm(model)._no_split_modules  # where accelerate cuts for FSDP
 
-    def forward(self, input_ids_RL: Tensor) -> tuple[Tensor, list[list[Tensor]]]:
-        """Last hidden states [R, L, d] and projected inner states [K][P] of [R, L, d_k]."""
-        hidden_RLd, states = Body(self.model).states(input_ids_RL, self.layers)
-        return hidden_RLd, self.projections(states) if self.projections is not None else []
+    def forward(self, input_ids_RL: Tensor, use: Callable[[Tensor, list[list[Tensor]]], Used]) -> Used:
+        """What ``use`` makes of last hidden states [R, L, d] and, in training, projected inner states [K][P] of [R, L, d_k].
+
+        ``use`` is called in here because only in here do all parameters, the head's among them, exist whole under FSDP.
+        """
+        hidden_RLd, states = Body(self.model).states(input_ids_RL, self.layers if self.training else ())
+        return use(hidden_RLd, self.projections(states) if self.projections is not None and self.training else [])
 
 
 def student_folder(recipe: Recipe, teachers: Sequence[TeacherFolder]) -> Path:
@@ -67,32 +74,36 @@ def build_model(
             return model.to(device), None, {}
 
 
-def save_student(model: Any, *, tokenizer_folder: Path, out: Path) -> None:
-    """Write ``out/model`` (merged, fp32) and, for LoRA, ``out/adapter`` as it was before merging.
+def save_student(model: Any, trained: Mapping[str, Tensor], *, tokenizer_folder: Path, out: Path) -> None:
+    """Write ``out/model`` (merged, fp32) with the ``trained`` weights and, for LoRA, ``out/adapter`` as before merging.
 
-    The adapter is merged into the base as it is on disk; the one in memory may be quantised or cast.
+    ``trained`` is what `trainable_state` gave; the parameters of ``model`` are not looked at, since under FSDP this
+    process holds only pieces. The adapter is merged into the base as it is on disk; the one in memory may be quantised or cast.
     """
+    weights = {name.removeprefix("model."): w for name, w in trained.items() if name.startswith("model.")}
     if hasattr(model, "merge_and_unload"):
         from peft import PeftModel
 
-        model.save_pretrained(out / "adapter")
+        model.save_pretrained(out / "adapter", state_dict=weights)
         (out / "adapter" / "README.md").unlink(missing_ok=True)  # peft's empty model card
-        model = PeftModel.from_pretrained(load_model(tokenizer_folder), str(out / "adapter")).merge_and_unload()
-    model.save_pretrained(out / "model")
+        merged = PeftModel.from_pretrained(load_model(tokenizer_folder), str(out / "adapter")).merge_and_unload()
+        merged.save_pretrained(out / "model")
+    else:
+        model.save_pretrained(out / "model", state_dict=weights)
     load_tokenizer(tokenizer_folder).save_pretrained(out / "model")
 
 
 def trainable_state(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of every parameter that is trained, by name."""
-    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+    """Copies of every parameter that is trained, by name, whole."""
+    return {name: whole(p.detach()).clone() for name, p in module.named_parameters() if p.requires_grad}
 
 
-def load_trainable_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+def load_trainable_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Put back what `trainable_state` copied."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                parameter.copy_(state[name])
+                parameter.copy_(like(parameter, state[name]))
 
 
 def _with_lora(base: Any, config: LoraStudent, seed: int) -> Any:

@@ -15,7 +15,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from compress.cache import CachedTeachers
 from compress.data import IGNORED, DomainBlocks, labels_of, load_blocks, training_order
 from compress.features import Projections, feature_loss, layer_pairs
 from compress.fusion import (
+    FusionTerms,
     Head,
     SparseStates,
     TeacherStates,
@@ -41,6 +42,7 @@ from compress.fusion import (
     teacher_statistics,
 )
 from compress.models import DTYPES, cast_frozen, load_model, load_tokenizer, require_same_tokenizer, resolve_device
+from compress.sharded import like, whole
 from compress.shrink import Importance
 from compress.students import (
     Student,
@@ -92,10 +94,9 @@ def _save(
     """Write the artifact with the best weights, measured again as they will be loaded: merged, in fp32."""
     started, recipe = time.monotonic(), run.recipe
     model = run.student.model
-    load_trainable_state(run.student, state.best)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     with write_artifact(out, kind="student", key=key, parents=parents, recipe=recipe) as draft:
-        save_student(model, tokenizer_folder=run.tokenizer_folder, out=draft.folder)
+        save_student(model, state.best, tokenizer_folder=run.tokenizer_folder, out=draft.folder)
         if run.importance is not None:
             save_file(run.importance.tensors(), draft.folder / "importance.safetensors")
         save_heldout(draft.folder / HELDOUT, {b.name: b.heldout for b in run.blocks})
@@ -214,6 +215,7 @@ class Run:
     importance: Importance | None
     kept: dict[str, Any]
     board: Any  # TensorBoard writer or none
+    _known_order: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 2), np.int64))
 
     def rows_of(self, step: int) -> npt.NDArray[np.int64]:
         """(domain, row) of the training blocks of a step; a function of the seed and the step alone."""
@@ -221,10 +223,11 @@ class Run:
             step * self.rows_per_step : (step + 1) * self.rows_per_step
         ]
 
-    @functools.cache  # noqa: B019 - a run lives as long as the process needs it
     def _order(self, count: int) -> npt.NDArray[np.int64]:
         # A longer order begins with the shorter one, so growing it changes nothing.
-        return training_order(self.blocks, count=count, seed=self.recipe.seed)
+        if len(self._known_order) < count:
+            self._known_order = training_order(self.blocks, count=count, seed=self.recipe.seed)
+        return self._known_order
 
     @property
     def teacher_layers(self) -> list[list[int]] | None:
@@ -269,6 +272,7 @@ def fit(run: Run) -> State:
     trained = [p for p in run.student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
     student, optimizer = accelerator.prepare(run.student, optimizer)
+    trained = [p for p in student.parameters() if p.requires_grad]  # FSDP puts sharded ones in their place
     state = _load_checkpoint(run, optimizer) or State(best=trainable_state(run.student))
     if state.step == 0:
         _record(run, "evaluate", _evaluate_student(run, state, count_stale=False))
@@ -306,13 +310,12 @@ def _step(
 ) -> dict[str, Any]:
     """One optimiser step on the global batch of (domain, row) pairs ``picked``; raw terms per label position."""
     recipe, accelerator, teachers = run.recipe, run.accelerator, run.teachers
-    config, features = recipe.training, recipe.features
+    config = recipe.training
     ids_RL, labels_RL = _batch(run, picked)
     denominator = int((labels_RL != IGNORED).sum())
     rank, world = accelerator.process_index, accelerator.num_processes
     mine = torch.arange(rank, len(ids_RL), world)
     micro = mine.split(config.micro_batch)
-    feature_factor = features.weight * min(1.0, progress / features.warmup if features.warmup else 1.0)
     means = (
         _global_means(run, ids_RL, labels_RL, micro) if teachers and span_of(recipe.fusion.weights) == "batch" else None
     )
@@ -325,33 +328,16 @@ def _step(
         with contextlib.nullcontext() if last else accelerator.no_sync(student):
             with accelerator.autocast():
                 states, inner = teachers.states(ids, run.teacher_layers) if teachers else ([], [])
-                hidden_RLd, projected = student(ids)
-            terms = fused_loss(
-                recipe.fusion,
-                hidden_RLd=hidden_RLd.to(DTYPES[run.precision]),
-                head=student_head(run),
-                teachers=states,
-                labels_RL=labels,
-                denominator=denominator,
-                names=teachers.names,
-                progress=progress,
+            weighed = functools.partial(
+                _loss, run, labels_RL=labels, teachers=states, teacher_states=inner, denominator=denominator, progress=progress,
                 global_means_2K=means,
-            )
-            loss = terms.loss
-            if projected:
-                gap = feature_loss(
-                    projected,
-                    inner,
-                    terms.weights_KRL,
-                    labels != IGNORED,
-                    distance=features.distance,
-                    denominator=denominator,
-                )
-                loss = loss + feature_factor * gap
-                sums.features += float(gap.detach())
+            )  # fmt: skip
+            with accelerator.autocast():
+                loss, terms, gap = student(ids, weighed)
+            sums.features += gap
             accelerator.backward(loss * world)  # processes average their gradients; the terms are already shares
         sums.add(terms, labels, rows, float(loss.detach()))
-    norm = accelerator.clip_grad_norm_(trained, config.clip)
+    norm = whole(accelerator.clip_grad_norm_(trained, config.clip))
     figures = sums.figures(denominator, norm=float(norm))
     if not (math.isfinite(figures["loss"]) and math.isfinite(figures["gradient_norm"])):
         checkpoint = run.work / CHECKPOINT
@@ -363,6 +349,26 @@ def _step(
         )
     optimizer.step()
     return figures
+
+
+def _loss(
+    run: Run, hidden_RLd: Tensor, projected: Sequence[Sequence[Tensor]], *, labels_RL: Tensor, teachers: Sequence[Any],
+    teacher_states: Sequence[Sequence[Tensor]], denominator: int, progress: float, global_means_2K: Tensor | None,
+) -> tuple[Tensor, FusionTerms, float]:  # fmt: skip
+    """Loss of one micro-batch with gradient, its raw terms, and its feature term before the factor."""
+    fusion, features = run.recipe.fusion, run.recipe.features
+    with torch.autocast(run.accelerator.device.type, enabled=False):  # the loss chooses its own number types
+        terms = fused_loss(
+            fusion, hidden_RLd=hidden_RLd.to(DTYPES[run.precision]), head=student_head(run), teachers=teachers, labels_RL=labels_RL,
+            denominator=denominator, names=run.teachers.names, progress=progress, global_means_2K=global_means_2K,
+        )  # fmt: skip
+        if not projected:
+            return terms.loss, terms, 0.0
+        gap = feature_loss(
+            projected, teacher_states, terms.weights_KRL, labels_RL != IGNORED, distance=features.distance, denominator=denominator
+        )  # fmt: skip
+    factor = features.weight * min(1.0, progress / features.warmup if features.warmup else 1.0)
+    return terms.loss + factor * gap, terms, float(gap.detach())
 
 
 def learning_rate(config: Training, done: float, step: float) -> float:
@@ -386,22 +392,18 @@ def _batch(run: Run, picked: Any) -> tuple[Tensor, Tensor]:
 
 
 def student_head(run: Run) -> Head:
-    head = Body(run.student.model).head
-    dtype = DTYPES[run.precision]
+    """The student's head in the number type of the training; to be called inside the student's forward."""
+    head, dtype = Body(run.student.model).head, DTYPES[run.precision]
     if head.weight_Vd.dtype == dtype:
         return head
-    if head.weight_Vd.requires_grad:
-        return Head(
-            head.weight_Vd.to(dtype),
-            head.bias_V.to(dtype) if head.bias_V is not None else None,
-            head.scale,
-            head.softcap,
-        )
     cached: Head | None = getattr(run.student, "frozen_head", None)
-    if cached is None:
-        cached = Head(head.weight_Vd.detach().to(dtype), head.bias_V, head.scale, head.softcap)
-        object.__setattr__(run.student, "frozen_head", cached)
-    return cached
+    if cached is not None:
+        return cached
+    bias = head.bias_V.to(dtype) if head.bias_V is not None else None
+    cast = replace(head, weight_Vd=head.weight_Vd.to(dtype), bias_V=bias)
+    if not head.weight_Vd.requires_grad:
+        object.__setattr__(run.student, "frozen_head", cast)  # not a part of the module: nothing to save or to shard
+    return cast
 
 
 def _global_means(run: Run, ids_RL: Tensor, labels_RL: Tensor, micro: Sequence[Tensor]) -> Tensor:
@@ -526,12 +528,16 @@ def _evaluate_student(run: Run, state: State, *, count_stale: bool = True) -> di
 
 def student_nll(run: Run, *, label: str) -> dict[str, list[float]]:
     """Held-out NLL of the student as it is now, in the number type of its training."""
-    body, head = Body(run.student.model), student_head(run)
 
     def score(ids_RL: Tensor, labels_RL: Tensor) -> Tensor:
+        def nll_of(hidden_RLd: Tensor, _: object) -> Tensor:
+            head = student_head(run)
+            with torch.autocast(run.accelerator.device.type, enabled=False):
+                return label_nll(hidden_RLd.to(head.weight_Vd.dtype), head, labels_RL)
+
         with run.accelerator.autocast():
-            hidden_RLd, _ = body.states(ids_RL)
-        return label_nll(hidden_RLd.to(head.weight_Vd.dtype), head, labels_RL)
+            found: Tensor = run.student(ids_RL, nll_of)
+        return found
 
     run.student.eval()
     nll = evaluate(score, run.blocks, device=run.accelerator.device, label=label)
@@ -615,6 +621,7 @@ def _tensorboard(work: Path) -> Any:
 
 
 def _save_checkpoint(run: Run, optimizer: Any, state: State) -> None:
+    model, moments = trainable_state(run.student), whole(optimizer.state_dict())
     if not run.accelerator.is_main_process:
         return
     temporary = run.work / f"{CHECKPOINT}.writing"
@@ -622,8 +629,8 @@ def _save_checkpoint(run: Run, optimizer: Any, state: State) -> None:
         torch.save(
             {
                 "key": run.key,
-                "model": trainable_state(run.student),
-                "optimizer": optimizer.state_dict(),
+                "model": model,
+                "optimizer": moments,
                 "state": vars(state),
                 "rng": torch.get_rng_state(),
                 "log_bytes": (run.work / LOG).stat().st_size,
@@ -636,13 +643,15 @@ def _save_checkpoint(run: Run, optimizer: Any, state: State) -> None:
 def _load_checkpoint(run: Run, optimizer: Any) -> State | None:
     """The state of an interrupted run of the same key; anything else in the folder is cleared."""
     path = run.work / CHECKPOINT
-    saved = torch.load(path, weights_only=True, map_location=run.accelerator.device) if path.exists() else None
+    saved = torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
     if saved is None or saved["key"] != run.key:
         (run.work / LOG).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         return None
     load_trainable_state(run.student, saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
+    moments, trained = saved["optimizer"], [p for p in run.student.parameters() if p.requires_grad]
+    moments["state"] = {i: {n: like(trained[i], v) for n, v in s.items()} for i, s in moments["state"].items()}
+    optimizer.load_state_dict(moments)
     torch.set_rng_state(saved["rng"].cpu())
     with (run.work / LOG).open("r+b") as file:
         file.truncate(saved["log_bytes"])

@@ -218,7 +218,8 @@ def run(recipe: RecipeArgument, out: OutOption = None, overrides: SetOption = No
     """
     from limbeck import pipeline
 
-    raise typer.Exit(pipeline.run(_load(recipe, overrides), out=out).exit_code)
+    report = pipeline.run(_load(recipe, overrides), out=out)
+    raise typer.Exit(report.exit_code if report else 0)
 
 
 @app.command("compress")

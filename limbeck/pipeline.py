@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from limbeck.artifact import MANIFEST, Artifact, disk_full_is_a_user_error, open_artifact, write_atomically
 from limbeck.errors import ArtifactError, EnvironmentalError, LimbeckError, RecipeError
-from limbeck.progress import say
+from limbeck.progress import leads, say
 from limbeck.recipe import Recipe, RecipeModel, find_recipe, load_recipe, parse_recipe
 
 if TYPE_CHECKING:
@@ -108,10 +108,10 @@ def mistakes(recipe: Recipe) -> list[str]:
 # Running ---------------------------------------------------------------------------------------------------------
 
 
-def run(recipe: Recipe, *, out: Path | None = None) -> Report:
+def run(recipe: Recipe, *, out: Path | None = None) -> Report | None:
     """Run every stage of ``recipe`` that is not complete in the run folder ``out``, and report.
 
-    ``out`` defaults to `default_folder`. Raises `ArtifactError` when the folder belongs to another recipe or to no run,
+    Several processes (torchrun) share the training; the first one alone does the rest, and has the report. ``out`` defaults to `default_folder`. Raises `ArtifactError` when the folder belongs to another recipe or to no run,
     `RecipeError` listing every missing file or package, and whatever a stage raises.
     """
     from limbeck.runtime import import_onnxruntime
@@ -120,8 +120,9 @@ def run(recipe: Recipe, *, out: Path | None = None) -> Report:
     import_onnxruntime()  # the second stage needs it: better to hear of it before the first one has run for long
     with open_run(recipe, out or default_folder(recipe)) as folder:
         for stage in _FOLDERS:
-            _stage(stage, recipe, folder)
-        return _tell(folder, recipe)
+            if stage == "compress" or leads():
+                _stage(stage, recipe, folder)
+        return _tell(folder, recipe) if leads() else None
 
 
 def run_stage(stage: str, recipe: Recipe, *, out: Path | None = None, reference: str = "RECIPE") -> Report | None:
@@ -142,6 +143,8 @@ def run_stage(stage: str, recipe: Recipe, *, out: Path | None = None, reference:
             )
     if stage == "compress":
         _require_inputs(recipe)
+    elif not leads():
+        return None
     with open_run(recipe, folder):
         _stage(stage, recipe, folder)
         return _tell(folder, recipe) if stage == "bench" else None
@@ -221,6 +224,8 @@ def _timed(title: str, folder: Path, out: Path, work: Callable[[], Artifact]) ->
         "seconds": round(seconds, 3),
         "skipped": skipped,
     }
+    if not leads():
+        return
     with disk_full_is_a_user_error(folder), (folder / LOG).open("a", encoding="utf-8") as log:
         log.write(json.dumps(entry) + "\n")
 
@@ -267,7 +272,11 @@ def open_run(recipe: Recipe, folder: Path, *, wait: bool = False) -> Iterator[Pa
 
     ``wait`` waits for another run that holds it, which otherwise is an error. Raises `ArtifactError` when the folder belongs
     to another recipe or holds something that is no run, `EnvironmentalError` when it cannot be written.
+    Of several processes of one job the first holds it for all.
     """
+    if not leads():
+        yield folder
+        return
     _require_ours(recipe, folder)  # before a lock file is put into what may be someone else's folder
     with disk_full_is_a_user_error(folder):
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -11,9 +12,15 @@ from typing import Any
 _PLAIN_EVERY = 10.0  # seconds between plain lines of one task
 
 
+def leads() -> bool:
+    """Whether this is the only process of the job, or the first of those that torchrun or accelerate started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(message: str) -> None:
-    """One line for the person who waits, on standard error."""
-    print(message, file=sys.stderr, flush=True)
+    """One line for the person who waits, on standard error; of several processes only the first speaks."""
+    if leads():
+        print(message, file=sys.stderr, flush=True)
 
 
 class Task:
@@ -39,7 +46,7 @@ class Task:
 @contextmanager
 def task(label: str, total: int | None = None, *, done: int = 0) -> Iterator[Task]:
     """Show work on ``label`` of ``total`` steps (unknown when none), ``done`` of which an earlier run finished."""
-    if not sys.stderr.isatty():
+    if not (leads() and sys.stderr.isatty()):
         handle = Task(label, total)
         handle.done = done
         yield handle

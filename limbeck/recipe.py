@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic_core import PydanticCustomError
 
 from limbeck.errors import RecipeError
 
@@ -28,9 +29,17 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+def _not_a_yes(value: Any) -> Any:
+    if isinstance(value, bool):  # pydantic takes true for 1
+        raise PydanticCustomError("yes_or_no", "it should be a number")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_not_a_yes)]
+Float = Annotated[float, BeforeValidator(_not_a_yes)]
+Fraction = Annotated[Float, Field(ge=0, le=1)]
+Positive = Annotated[Float, Field(gt=0)]
+Count = Annotated[Int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=80)]
 
 
@@ -73,7 +82,7 @@ class RandomModel(Frozen):
 
     kind: Literal["random"]
     config: dict[str, Any] = Field(description="transformers configuration: model_type and its sizes.")
-    seed: int = Field(0, ge=0, description="Seed of the initialisation.")
+    seed: Int = Field(0, ge=0, description="Seed of the initialisation.")
 
 
 class RecipeModel(Frozen):
@@ -136,7 +145,7 @@ class PythonStrings(Frozen):
     """Each long string literal of a Python source file is one document; the file is parsed, never run."""
 
     kind: Literal["python-strings"]
-    min_chars: int = Field(1000, ge=1, description="Shortest literal taken, in characters.")
+    min_chars: Int = Field(1000, ge=1, description="Shortest literal taken, in characters.")
 
 
 TextFormat = Annotated[PlainText | JsonLines | ParquetRows | ChatRows | PythonStrings, Field(discriminator="kind")]
@@ -201,8 +210,8 @@ class Domain(Frozen):
 class Heldout(Frozen):
     """Text kept from training: pieces taken at even distances through every document, never its end."""
 
-    every: int = Field(10, ge=2, description="Every n-th piece is held out.")
-    piece_chars: int = Field(4096, ge=64, description="Length of a piece, in characters.")
+    every: Int = Field(10, ge=2, description="Every n-th piece is held out.")
+    piece_chars: Int = Field(4096, ge=64, description="Length of a piece, in characters.")
     blocks: Count = Field(12, description="Most held-out blocks kept a domain, spread over the corpus.")
 
 
@@ -210,7 +219,7 @@ class Data(Frozen):
     """Training and held-out text."""
 
     domains: tuple[Domain, ...] = Field(min_length=1, description="Named kinds of text.")
-    block: int = Field(256, ge=8, description="Tokens in a training block.")
+    block: Int = Field(256, ge=8, description="Tokens in a training block.")
     packing: Literal["document", "stream"] = Field(
         "document",
         description="`document`: no block crosses documents. `stream`: documents are joined with the end-of-text token and "
@@ -276,7 +285,7 @@ class StaticWeights(Frozen):
     """Fixed weights by teacher name."""
 
     kind: Literal["static"]
-    values: dict[str, Annotated[float, Field(ge=0)]] = Field(description="Weight by teacher name; scaled to sum to 1.")
+    values: dict[str, Annotated[Float, Field(ge=0)]] = Field(description="Weight by teacher name; scaled to sum to 1.")
 
 
 class EntropyWeights(Frozen):
@@ -336,7 +345,7 @@ class PosteriorWeights(Frozen):
 
     kind: Literal["posterior"]
     evidence: Positive = Field(1.0, description="Power of the likelihood; 1 is Bayes' rule.")
-    entropy: Annotated[float, Field(ge=0)] = Field(0.0, description="Weight of -H in the log prior, a nat.")
+    entropy: Annotated[Float, Field(ge=0)] = Field(0.0, description="Weight of -H in the log prior, a nat.")
     floor: Fraction = Field(0.0, description="Share spread evenly over all teachers.")
 
 
@@ -370,14 +379,14 @@ class Jsd(Frozen):
     """Generalised Jensen-Shannon divergence: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q."""
 
     kind: Literal["jsd"]
-    beta: float = Field(0.5, gt=0, lt=1, description="Share of the teachers in the mixture.")
+    beta: Float = Field(0.5, gt=0, lt=1, description="Share of the teachers in the mixture.")
 
 
 class SkewKl(Frozen):
     """KL(p || skew p + (1 - skew) q)."""
 
     kind: Literal["skew_kl"]
-    skew: float = Field(0.1, ge=0, lt=1, description="Share of the teachers mixed into the student.")
+    skew: Float = Field(0.1, ge=0, lt=1, description="Share of the teachers mixed into the student.")
 
 
 Divergence = Annotated[ForwardKl | ReverseKl | Jsd | SkewKl, Field(discriminator="kind")]
@@ -418,15 +427,15 @@ class Fusion(Frozen):
         1.0, description="Softening tau of teachers and student; the loss is scaled by its square."
     )
     calibration: Calibration = Field(FittedCalibration(kind="fit"), description="Scalar calibration of each teacher.")
-    weight: Annotated[float, Field(ge=0)] = Field(0.7, description="Factor of the fusion loss.")
-    cross_entropy: Annotated[float, Field(ge=0)] = Field(0.3, description="Factor of the label's cross-entropy.")
+    weight: Annotated[Float, Field(ge=0)] = Field(0.7, description="Factor of the fusion loss.")
+    cross_entropy: Annotated[Float, Field(ge=0)] = Field(0.3, description="Factor of the label's cross-entropy.")
     chunk: Count = Field(256, description="Token positions worked on at a time; memory grows with it.")
 
 
 class Features(Frozen):
     """Feature alignment: projected student states against each teacher's, in the fusion's weights."""
 
-    weight: Annotated[float, Field(ge=0)] = Field(0.1, description="Factor of the feature loss; 0 turns it off.")
+    weight: Annotated[Float, Field(ge=0)] = Field(0.1, description="Factor of the feature loss; 0 turns it off.")
     pairs: Count = Field(4, description="Layer pairs aligned, spread evenly over depth, the last included.")
     layers: tuple[tuple[Count, Count], ...] | None = Field(
         None, description="Explicit (student layer, teacher layer) pairs, counted from 1; replaces `pairs`."
@@ -482,7 +491,7 @@ class Training(Frozen):
     learning_rate: Positive = Field(1e-3, description="Peak learning rate of AdamW.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Decay after the warm-up.")
     warmup: Fraction = Field(0.1, description="Share of the steps over which the learning rate rises from 0.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW weight decay.")
+    weight_decay: Annotated[Float, Field(ge=0)] = Field(0.0, description="AdamW weight decay.")
     clip: Positive = Field(1.0, description="Largest gradient norm.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
@@ -575,9 +584,9 @@ class Bench(Frozen):
     """What is measured before the verdict: one stream, prompt then decode, all arms interleaved."""
 
     prompt_tokens: Count = Field(128, description="Tokens of the prompt.")
-    new_tokens: int = Field(64, ge=2, description="Tokens generated after it.")
+    new_tokens: Int = Field(64, ge=2, description="Tokens generated after it.")
     threads: Count | None = Field(None, description="CPU threads of every arm; none takes every core available.")
-    min_blocks: int = Field(6, ge=3, description="Fewest mirrored blocks (A B C C B A) before a verdict.")
+    min_blocks: Int = Field(6, ge=3, description="Fewest mirrored blocks (A B C C B A) before a verdict.")
     minutes: Positive = Field(
         4.0, description="Budget for timing; blocks go on until gates are decided or it is spent."
     )
@@ -589,11 +598,11 @@ class Gates(Frozen):
     min_decode_speedup: Positive | None = Field(
         None, description="Decode tokens/s over the fastest teacher in torch eager: least ratio, whole interval."
     )
-    max_quantization_loss: Annotated[float, Field(ge=0)] | None = Field(
+    max_quantization_loss: Annotated[Float, Field(ge=0)] | None = Field(
         None, description="Largest relative rise of held-out NLL over the fp32 graph of the same student."
     )
     max_size_ratio: Positive | None = Field(None, description="Largest size on disk over the fp32 graph's.")
-    max_loss_vs_best_teacher: float | None = Field(
+    max_loss_vs_best_teacher: Float | None = Field(
         None, description="Largest relative rise of the domains' mean NLL over the best single teacher's; 0: none."
     )
     max_size_mb: Positive | None = Field(
@@ -608,7 +617,7 @@ class Recipe(Frozen):
 
     name: Name = Field(description="Name of the run folder and of the student.")
     description: str = Field("", description="One line for `limbeck recipes`.")
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of initialisation, data order and sampling.")
+    seed: Int = Field(0, ge=0, lt=2**32, description="Seed of initialisation, data order and sampling.")
     teachers: tuple[Teacher, ...] = Field((), description="Teachers; none is plain fine-tuning.")
     data: Data = Field(description="Training and held-out text.")
     student: Student = Field(description="What is trained.")

@@ -415,3 +415,16 @@ def test_pico_stopped_in_training_goes_on_to_a_verdict(tmp_path: Path) -> None:
     assert again.stderr.count("already complete") == 3
     assert [open_artifact(tmp_path / "out" / name).digest for name in ("student", "onnx", "bench")] == digests
     assert load_recipe("pico").digest == json.loads((tmp_path / "out" / "run.json").read_text())["digest"]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_training_and_the_first_does_the_rest(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "limbeck", "run", "pico", "--out", "out",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [done.stderr.count(f"== {stage}") for stage in ("compress", "export", "bench")] == [1, 1, 1]
+    assert done.stdout.count("verdict: pass") == 1
+    assert open_artifact(tmp_path / "out" / "student").result["steps"] > 0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -158,39 +160,87 @@ def test_micro_batches_change_nothing(tmp_path: Path, granularity: str) -> None:
         torch.testing.assert_close(tensor, results[1][1][name], rtol=1e-3, atol=1e-5)
 
 
-def test_two_processes_change_nothing(tmp_path: Path) -> None:
-    """DDP over gloo: the single-process losses and weights (FSDP needs a GPU; accelerate ignores it on a CPU)."""
-    script = tmp_path / "job.py"
-    script.write_text(
-        "import sys\nfrom pathlib import Path\nimport compress\nfrom tests.test_compress import tiny\n"
-        "out = Path(sys.argv[1])\n"
-        "compress.distill(recipe=tiny(out, student={'dropout': 0.0}), out=out / 'student')\n"
-    )
-    results = []
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={processes}",
-            str(script),
-            str(out),
-        ]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        results.append(
-            (
-                [s["loss"] for s in events(out / "student", "step")],
-                load_file(out / "student" / "model" / "model.safetensors"),
-            )
-        )
-    assert len(results[1][0]) == 6
-    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
-    for name, tensor in results[0][1].items():
-        torch.testing.assert_close(tensor, results[1][1][name], rtol=1e-3, atol=1e-5)
+# accelerate takes FSDP for GPUs only and ignores it on a CPU; its FSDP2 code runs there all the same when told to.
+PROCESSES = """
+import os
+import sys
+from pathlib import Path
+import accelerate
+import compress
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from compress import train
+from limbeck.recipe import parse_recipe
+from tests.test_compress import STUDENTS, tiny
+
+class Sharding(accelerate.Accelerator):
+    def prepare(self, *objects):
+        self.state.distributed_type = DistributedType.FSDP
+        self.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+        return super().prepare(*objects)
+
+def leave_after_step_5(run, event, figures, record=train._record):
+    record(run, event, figures)
+    if event == "step" and figures["step"] == 5:
+        run.accelerator.wait_for_everyone()
+        os._exit(0)
+
+out, student, mode, stop = Path(sys.argv[1]), *sys.argv[2:]
+if mode == "fsdp":
+    train.Accelerator = Sharding
+if stop == "stop":
+    train._record = leave_after_step_5
+recipe = parse_recipe(tiny(out).resolved() | {"student": STUDENTS[student]})
+compress.distill(recipe=recipe, out=out / "student")
+"""
+STUDENTS = {
+    "lora": {"kind": "lora", "base": {"kind": "random", "config": TINY, "seed": 0}, "rank": 4},
+    "fresh": {"kind": "fresh", "config": TINY},
+}
+
+
+def _in_processes(count: int, out: Path, student: str, mode: str = "ddp", *, stop: bool = False) -> None:
+    """The tiny recipe with ``count`` processes; ``stop`` leaves without a word after step 5 of 6."""
+    script = out.with_suffix(".py")
+    script.write_text(PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", str(script)]
+    command += [str(out), student, mode, "stop" if stop else "end"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder that one process made of the tiny recipe with a student, once for all tests."""
+
+    @functools.cache
+    def run(student: str) -> Path:
+        folder = tmp_path_factory.mktemp("alone") / student
+        _in_processes(1, folder, student)
+        return folder / "student"
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("student", "mode", "stopped"), [("lora", "ddp", False), ("lora", "fsdp", False), ("fresh", "fsdp", True)]
+)
+def test_two_processes_change_nothing(
+    tmp_path: Path, alone: Callable[[str], Path], student: str, mode: str, stopped: bool
+) -> None:
+    """DDP, and FSDP2 with parameters sharded, over gloo: the losses and weights of one process, interrupted or not."""
+    if stopped:
+        _in_processes(2, tmp_path / "two", student, mode, stop=True)
+        assert not (tmp_path / "two" / "student").exists()
+    _in_processes(2, tmp_path / "two", student, mode)
+    folders = alone(student), tmp_path / "two" / "student"
+    one, two = ([s["loss"] for s in events(folder, "step")] for folder in folders)
+    assert len(one) == 6
+    assert two == pytest.approx(one, rel=1e-5)
+    weights, sharded = (load_file(folder / "model" / "model.safetensors") for folder in folders)
+    assert sharded.keys() == weights.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(sharded[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_cached_teachers_teach_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

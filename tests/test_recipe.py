@@ -100,6 +100,8 @@ def test_a_field_of_another_choice_is_unknown() -> None:
     ("over", "expected"),
     [
         ({"seed": -1}, "seed: found -1; it should be greater than or equal to 0"),
+        ({"seed": True}, "seed: found True; it should be a number"),
+        ({"training": {"learning_rate": True}}, "training.learning_rate: found True; it should be a number"),
         ({"seed": 1.5}, "seed: found 1.5; it should be a valid integer"),
         ({"name": 5}, "name: found 5; it should be a valid string"),
         ({"data": {"domains": [], "block": 32}}, "data.domains: found []"),
