@@ -318,18 +318,26 @@ def verify(
     path: Annotated[
         Path, typer.Argument(metavar="PATH", help="An artifact or a whole run folder.", show_default=False)
     ],
+    quality: Annotated[
+        bool, typer.Option("--quality/--no-quality", help="Score the shipped form on the held-out text again.")
+    ] = True,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Time the shipped form again, shortly.")] = True,
 ) -> None:
-    """Check what a run made: every file's hash, and that ONNX graphs still compute here what the student computed.
+    """Check what a run made: every file's hash, that ONNX graphs still compute here what the student computed, and the certificate.
 
-    Exit code 0 when all holds, 1 when a graph computes something else, 2 when a file is changed, missing or extra.
+    The certificate of a run folder is replayed: quality to the digit where processor flags, provider and libraries are the
+    same, speed within its interval or with what differs. Exit code 0 when all holds, 1 when a graph computes something else
+    or a promise is broken without a reason, 2 when a file is changed, missing or extra.
 
     \b
-    Example:
+    Examples:
+      limbeck verify runs/pico-1a2b3c4d
+      limbeck verify runs/pico-1a2b3c4d --no-speed
       limbeck verify runs/pico-1a2b3c4d/onnx
     """
     from limbeck import pipeline
 
-    raise typer.Exit(pipeline.verify(path))
+    raise typer.Exit(pipeline.verify(path, quality=quality, speed=speed))
 
 
 @app.command("generate")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from limbeck.artifact import MANIFEST, Artifact, disk_full_is_a_user_error, open_artifact, write_atomically
-from limbeck.errors import ArtifactError, EnvironmentalError, LimbeckError, RecipeError
+from limbeck.errors import ArtifactError, EnvironmentalError, LimbeckError, QualityError, RecipeError
 from limbeck.progress import leads, say
 from limbeck.recipe import Recipe, RecipeModel, find_recipe, load_recipe, parse_recipe
 
@@ -347,10 +347,11 @@ def _locked(folder: Path, *, wait: bool) -> Iterator[None]:
 # Checking what was made ------------------------------------------------------------------------------------------
 
 
-def verify(path: Path) -> int:
+def verify(path: Path, *, quality: bool = True, speed: bool = True) -> int:
     """Check every artifact at ``path``, an artifact or a run folder, print tables, and return the exit code.
 
-    0 when all holds; 1 when a graph no longer computes what the student computed; 2 when a file is changed, missing or extra,
+    The certificate of a run is replayed; ``quality`` and ``speed`` say which of its figures are measured again. 0 when all
+    holds; 1 when a graph no longer computes what the student computed, or a promise of the certificate is not kept; 2 when a file is changed, missing or extra,
     or an artifact was made from another one than stands beside it. Raises `ArtifactError` when there is no artifact at all.
     """
     folders = [path] if (path / MANIFEST).exists() else [path / name for name in _FOLDERS.values()]
@@ -375,6 +376,8 @@ def verify(path: Path) -> int:
     _print_table(rows)
     if "onnx" in artifacts:
         complaints += _verify_graphs(artifacts["onnx"])
+    if "onnx" in artifacts and "bench" in artifacts:
+        complaints += _replay(path, quality=quality, speed=speed)
     for complaint in complaints:
         print(f"\n{complaint}")
     code = max((complaint.exit_code for complaint in complaints), default=0)
@@ -406,6 +409,23 @@ def _verify_graphs(artifact: Artifact) -> list[LimbeckError]:
     print()
     _print_table(rows)
     return []
+
+
+def _replay(run: Path, *, quality: bool, speed: bool) -> list[LimbeckError]:
+    """Measure what the certificate promises, print it, and return what is wrong."""
+    import serve_bench
+
+    if not (run / "certificate.json").exists():
+        return [ArtifactError(f"{run}: certificate.json is missing; `limbeck report {run}` writes it again.")]
+    try:
+        findings = serve_bench.replay(run=run, quality=quality, speed=speed)
+    except LimbeckError as error:
+        return [error]
+    rows = [["figure", "certificate", "now", ""]]
+    rows += [[found.figure, found.promised, found.found, found.says] for found in findings]
+    print()
+    _print_table(rows)
+    return [QualityError(f"certificate: {found.figure} {found.says}.") for found in findings if not found.holds]
 
 
 def _print_table(rows: list[list[str]]) -> None:

@@ -13,9 +13,10 @@ from limbeck.artifact import Artifact
 from limbeck.recipe import Recipe
 
 if TYPE_CHECKING:
+    from serve_bench.certificate import Finding
     from serve_bench.report import Report
 
-__all__ = ["measure", "write_report"]
+__all__ = ["measure", "replay", "write_report"]
 
 
 def measure(*, onnx: Path, student: Path, out: Path, recipe: Recipe) -> Artifact:
@@ -31,7 +32,7 @@ def measure(*, onnx: Path, student: Path, out: Path, recipe: Recipe) -> Artifact
 
 
 def write_report(*, run: Path, recipe: Recipe) -> Report:
-    """Write ``report.html`` and ``report.json`` of the run folder ``run`` from its artifacts' raw samples.
+    """Write ``report.html``, ``report.json`` and ``certificate.json`` of the run folder ``run`` from its artifacts' raw samples.
 
     The report carries the verdict, its exit code (0 pass, 1 fail, 3 undecided) and a Markdown table. Raises `ArtifactError`
     when one of ``run/student``, ``run/onnx`` and ``run/bench`` is missing or changed.
@@ -39,3 +40,14 @@ def write_report(*, run: Path, recipe: Recipe) -> Report:
     from serve_bench.report import write_report as write
 
     return write(run=run, recipe=recipe)
+
+
+def replay(*, run: Path, quality: bool = True, speed: bool = True) -> list[Finding]:
+    """Measure on this machine what ``run/certificate.json`` promises of the shipped form.
+
+    Needs ``run/onnx`` and ``run/bench`` beside it, and neither the student nor its text. Raises `ArtifactError` when the
+    certificate is damaged or of other artifacts, and what a worker raises when the form cannot run here.
+    """
+    from serve_bench.certificate import replay as run_again
+
+    return run_again(run=run, quality=quality, speed=speed)

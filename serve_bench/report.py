@@ -1,4 +1,5 @@
-"""The report of a run: report.html, report.json and a table for the terminal, from the artifacts and their raw samples.
+"""The report of a run: report.html, report.json, certificate.json and a table for the terminal, from the artifacts and
+their raw samples.
 
 Nothing is measured here, so that a report can be drawn again at any time. Knows what to say; `charts` draws, the template
 lays out.
@@ -21,6 +22,7 @@ from limbeck.errors import ArtifactError
 from limbeck.recipe import Recipe
 from serve_bench import charts, figures
 from serve_bench.arms import Arm
+from serve_bench.certificate import CERTIFICATE, certify
 from serve_bench.figures import ENVIRONMENT, QUALITY, SAMPLES, Sample
 from serve_bench.gates import EXIT_CODES, Verdict, judge, show
 
@@ -76,6 +78,8 @@ def write_report(*, run: Path, recipe: Recipe) -> Report:
         | {f"{role} (of the student)": digest for role, digest in student.manifest["parents"].items()},
     }
     page = _render(data, verdict, recipe, samples, quality, log, student, bench)
+    certificate = certify(bench=bench, onnx=onnx, student=student, recipe=recipe, verdict=verdict)
+    write_atomically(run / CERTIFICATE, json.dumps(certificate, indent=1))
     write_atomically(run / JSON, json.dumps(data, indent=1))
     write_atomically(run / HTML, page)
     return Report(run / HTML, run / JSON, verdict, markdown(data, verdict))

@@ -75,6 +75,7 @@ def measure(*, onnx: Path, student: Path, out: Path, recipe: Recipe) -> Artifact
                 } | {reference.twin.id: steady[reference.twin.id]}
             environment |= {"blocks": samples[-1].block + 1, "timed_s": seconds, "stopped": stopped}
             environment["prompt_source"] = "held-out text, another window of another domain in every block"
+            shutil.copyfile(trained.path / HELDOUT, draft.folder / HELDOUT)  # so that a replay needs no student
             (draft.folder / QUALITY).write_text(json.dumps(quality))
             (draft.folder / ENVIRONMENT).write_text(json.dumps(environment, indent=1))
             draft.result = figures.summary(samples, quality, environment, reference, recipe)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from limbeck.artifact import Artifact, find_artifact, open_artifact, write_artif
 from limbeck.errors import ArtifactError, EnvironmentalError, ParityError, RecipeError
 from limbeck.recipe import Recipe, load_recipe
 from limbeck.sources import cache_folder
+from serve_bench.certificate import Finding
 from serve_bench.gates import Verdict
 from serve_bench.report import Report
 
@@ -318,12 +320,15 @@ def test_a_full_disk_is_told(stages: Stages, monkeypatch: pytest.MonkeyPatch) ->
 # Verify ----------------------------------------------------------------------------------------------------------
 
 GOOD = {"fp32": {"positions": 9, "max_abs": 1e-5, "kl": 0.0, "top1": 1.0}}
+KEPT = Finding("loss, mean", "2.5", "2.5", "equal to the digit", True)
 
 
 @pytest.fixture
 def finished(stages: Stages, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(export, "verify_parity", lambda folder: GOOD)
+    monkeypatch.setattr(serve_bench, "replay", lambda **_: [KEPT])
     pipeline.run(load_recipe(recipe("alone")), out=Path("out"))
+    Path("out/certificate.json").write_text("{}")
     return Path("out")
 
 
@@ -333,6 +338,7 @@ def test_verify_passes_what_is_unchanged(finished: Path, capsys: pytest.CaptureF
     out = capsys.readouterr().out
     assert out.count("unchanged") == 3
     assert "fp32  9          1e-05" in out
+    assert re.search(r"^loss, mean +2.5 +2.5 +equal to the digit$", out, re.MULTILINE)
     assert out.endswith("\nverified\n")
     assert pipeline.verify(finished / "onnx") == 0
 
@@ -362,6 +368,24 @@ def test_verify_tells_a_graph_that_computes_something_else(
     monkeypatch.setattr(export, "verify_parity", differs)
     assert pipeline.verify(finished) == 1
     assert "does not compute" in capsys.readouterr().out
+
+
+def test_verify_replays_what_it_is_asked_to_and_tells_a_broken_promise(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+
+    def replay(**asks: Any) -> list[Finding]:
+        asked.append(asks)
+        return [KEPT, Finding("ms per output token", "7", "9", "slower than certified", False)]
+
+    monkeypatch.setattr(serve_bench, "replay", replay)
+    assert pipeline.verify(finished, speed=False) == 1
+    assert asked == [{"run": finished, "quality": True, "speed": False}]
+    assert "certificate: ms per output token slower than certified." in capsys.readouterr().out
+    (finished / "certificate.json").unlink()
+    assert pipeline.verify(finished) == 2
+    assert "`limbeck report out` writes it again" in capsys.readouterr().out
 
 
 def test_verify_of_an_unfinished_run_says_what_is_not_there(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

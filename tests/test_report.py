@@ -15,10 +15,12 @@ import pytest
 
 from limbeck.artifact import write_artifact
 from limbeck.errors import ArtifactError
+from limbeck.heldout import HELDOUT, save_heldout
 from limbeck.recipe import Recipe, parse_recipe
 from serve_bench import charts, figures, write_report
 from serve_bench.arms import Arm
 from serve_bench.report import significant
+from tests.pico import make_blocks
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "path", "use"}
 DOMAINS = {"speeches": (3.02, 3.41, 2.95), "scripture": (2.74, 2.41, 2.44)}
@@ -63,6 +65,7 @@ def make_run(run: Path, chosen: Recipe, *, blocks: int = 6, teachers: bool = Tru
             "steps": 80, "best_step": 80, "seconds": 412.0, "parameters": {"trained": 4_884_480, "total": 134_515_008},
         }  # fmt: skip
     with write_artifact(run / "onnx", kind="onnx", key="o", parents={}) as draft:
+        (draft.folder / "model.onnx").write_text("a graph")
         parity = {"positions": 1204, "max_abs": 6.1e-5, "kl": 2.1e-9, "top1": 1.0}
         census = {"operators": {"MatMul float": 211, "GroupQueryAttention": 30}, "bytes": {"float": 538_000_000}}
         census |= {"float_matrices": []}
@@ -71,8 +74,8 @@ def make_run(run: Path, chosen: Recipe, *, blocks: int = 6, teachers: bool = Tru
         draft.result = {
             "shipped": "int8-weight", "backend": {"name": "genai", "why": "auto: the builder knows LlamaForCausalLM"},
             "forms": {
-                "fp32": {"bytes": 538_200_000, "parity": parity, "census": census},
-                "int8-weight": {"bytes": 143_400_000, "parity": parity | {"max_abs": 0.61, "kl": 8e-4, "top1": 0.988},
+                "fp32": {"bytes": 538_200_000, "files": [], "parity": parity, "census": census},
+                "int8-weight": {"bytes": 143_400_000, "files": ["model.onnx"], "parity": parity | {"max_abs": 0.61, "kl": 8e-4, "top1": 0.988},
                                 "census": small},
             },
         }  # fmt: skip
@@ -130,6 +133,7 @@ def write_bench(
         )
         for name in seconds
     ]  # fmt: skip
+    save_heldout(draft.folder / HELDOUT, make_blocks())
     rows = []
     for block in range(blocks):
         for position, name in enumerate([*seconds, *reversed(seconds)]):

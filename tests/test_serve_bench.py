@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,8 +19,9 @@ from limbeck.artifact import Artifact, open_artifact, write_artifact
 from limbeck.errors import ArtifactError, DataError, EnvironmentalError, ModelError
 from limbeck.heldout import HELDOUT, load_heldout, save_heldout
 from limbeck.recipe import Recipe
-from serve_bench import figures, measure, quality, write_report
+from serve_bench import figures, measure, quality, replay, write_report
 from serve_bench.arms import Arm, Worker, Workers, list_arms
+from serve_bench.certificate import CERTIFICATE
 from serve_bench.figures import Sample
 from serve_bench.runtimes import TorchEager
 from serve_bench.timing import order, prompt, require_context
@@ -323,6 +325,46 @@ def test_report_of_a_real_run(bench: Artifact, run: Path) -> None:
     assert report.verdict.status == bench.result["verdict"]
     assert "wise" in report.html.read_text()
     assert json.loads(report.json.read_text())["arms"] == bench.result["arms"]
+
+
+def test_the_certificate_is_replayed_without_student_and_text(bench: Artifact, run: Path, tmp_path: Path) -> None:
+    write_report(run=run, recipe=bench_recipe())
+    for name in ("onnx", "bench"):
+        shutil.copytree(run / name, tmp_path / name)
+    shutil.copy(run / CERTIFICATE, tmp_path)
+    found = {finding.figure: finding for finding in replay(run=tmp_path)}
+    assert list(found) == [
+        "figures",
+        "ms to first token",
+        "ms per output token",
+        "loss, letters",
+        "loss, numbers",
+        "loss, mean",
+    ]
+    for name in ("letters", "numbers", "mean"):
+        assert found[f"loss, {name}"].says == "equal to the digit"
+    assert found["figures"].holds
+    assert [f.figure for f in replay(run=tmp_path, quality=False, speed=False)] == ["figures"]
+
+
+def test_a_certificate_that_was_edited_or_belongs_elsewhere(bench: Artifact, run: Path, tmp_path: Path) -> None:
+    write_report(run=run, recipe=bench_recipe())
+    for name in ("onnx", "bench"):
+        shutil.copytree(run / name, tmp_path / name)
+    certificate = json.loads((run / CERTIFICATE).read_text())
+    certificate["figures"]["tpot_ms"]["value"] /= 2
+    certificate["figures"]["quality"]["mean_nll"] -= 1e-9
+    (tmp_path / CERTIFICATE).write_text(json.dumps(certificate))
+    found = {finding.figure: finding for finding in replay(run=tmp_path, speed=False)}
+    assert not found["figures"].holds
+    assert "tpot_ms, quality" in found["figures"].says
+    assert not found["loss, mean"].holds
+    (tmp_path / CERTIFICATE).write_text(json.dumps(certificate | {"bench": "0" * 64}))
+    with pytest.raises(ArtifactError, match="is of another bench"):
+        replay(run=tmp_path)
+    (tmp_path / CERTIFICATE).write_text("{}")
+    with pytest.raises(ArtifactError, match="not a certificate; `limbeck report"):
+        replay(run=tmp_path)
 
 
 def test_prompt_and_answer_must_fit_the_context(run: Path) -> None:
