@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -338,6 +339,62 @@ def verify(
     from limbeck import pipeline
 
     raise typer.Exit(pipeline.verify(path, quality=quality, speed=speed))
+
+
+@app.command("compare")
+def compare(
+    before: Annotated[
+        Path, typer.Argument(metavar="RUN_A", help="Run folder or bench to compare with.", show_default=False)
+    ],
+    after: Annotated[Path, typer.Argument(metavar="RUN_B", help="Run folder or bench to judge.", show_default=False)],
+    tolerance: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tolerance",
+            metavar="WHAT=SHARE",
+            help="Relative change allowed, of speed (default 0.05), quality (0.01), size (0.01) or memory (0.05). Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    across_machines: Annotated[
+        bool, typer.Option("--across-machines", help="Compare runs of different machines, with a warning.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of Markdown.")] = False,
+) -> None:
+    """Did the shipped form get slower, larger or worse from RUN_A to RUN_B? A Markdown table for a pull request.
+
+    Exit code 0 when nothing is worse by more than its tolerance, 1 when something is, 3 when an interval still reaches past the
+    tolerance, 2 when the runs cannot be compared.
+
+    \b
+    Examples:
+      limbeck compare runs/main runs/branch
+      limbeck compare runs/main runs/branch --tolerance speed=0.1 --tolerance size=0
+    """
+    from limbeck import pipeline
+
+    raise typer.Exit(
+        pipeline.compare(
+            before, after, tolerances=_tolerances(tolerance or ()), across_machines=across_machines, as_json=as_json
+        )
+    )
+
+
+def _tolerances(given: Sequence[str]) -> dict[str, float]:
+    from limbeck.errors import UserError
+
+    known, found = ("speed", "quality", "size", "memory"), {}
+    for entry in given:
+        what, _, share = entry.partition("=")
+        try:
+            found[what] = float(share)
+        except ValueError:
+            found[what] = -1.0
+        if what not in known or not 0 <= found[what] < 10:
+            raise UserError(
+                f"--tolerance {entry}: expected one of {', '.join(known)} and a share of 0 or more, such as speed=0.05 for 5 %."
+            )
+    return found
 
 
 @app.command("generate")

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -261,6 +261,19 @@ def report(folder: Path) -> Report:
     resolved = bench.manifest["recipe"]["resolved"]
     with _locked(folder, wait=False):
         return _tell(folder, parse_recipe(resolved, where=str(folder / "bench")))
+
+
+def compare(
+    before: Path, after: Path, *, tolerances: Mapping[str, float], across_machines: bool, as_json: bool = False
+) -> int:
+    """Print what two runs differ in, Markdown or JSON; the exit code: 0 no regression, 1 regression, 3 undecided."""
+    from serve_bench import compare_runs
+    from serve_bench.compare import as_json as to_json
+    from serve_bench.compare import markdown
+
+    found = compare_runs(before, after, tolerances=tolerances, across_machines=across_machines)
+    print(json.dumps(to_json(found), indent=1) if as_json else markdown(found), flush=True)
+    return found.exit_code
 
 
 # Whose folder it is ----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ onnxruntime only in the worker processes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +15,10 @@ from limbeck.recipe import Recipe
 
 if TYPE_CHECKING:
     from serve_bench.certificate import Finding
+    from serve_bench.compare import Comparison
     from serve_bench.report import Report
 
-__all__ = ["measure", "replay", "write_report"]
+__all__ = ["compare_runs", "measure", "replay", "write_report"]
 
 
 def measure(*, onnx: Path, student: Path, out: Path, recipe: Recipe) -> Artifact:
@@ -51,3 +53,16 @@ def replay(*, run: Path, quality: bool = True, speed: bool = True) -> list[Findi
     from serve_bench.certificate import replay as run_again
 
     return run_again(run=run, quality=quality, speed=speed)
+
+
+def compare_runs(
+    before: Path, after: Path, *, tolerances: Mapping[str, float] | None = None, across_machines: bool = False
+) -> Comparison:
+    """The shipped forms of two runs (run folders or bench artifacts), metric by metric; measures nothing.
+
+    ``tolerances`` are relative (0.05 is 5 %), by `speed`, `quality`, `size` and `memory`. Raises `ArtifactError` when there is
+    no bench, `UserError` for runs of different work, or of different machines without ``across_machines``.
+    """
+    from serve_bench.compare import compare_runs as compare
+
+    return compare(before, after, tolerances=tolerances, across_machines=across_machines)

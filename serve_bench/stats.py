@@ -109,6 +109,37 @@ def widened(interval: Interval, noise: Interval) -> Interval:
     return Interval(interval.value, interval.low / factor, interval.high * factor, interval.n)
 
 
+def unpaired_ratio(ours: Array, theirs: Array) -> Interval:
+    """Ratio of our values to theirs, ``[blocks]`` each, of two runs that share no block; ``n`` is of the smaller run.
+
+    The Hodges-Lehmann shift of the logarithms, the median of all pairwise differences, with the interval that inverts the
+    exact rank-sum test (Lehmann, Nonparametrics, 1975, section 2.5). It assumes that both runs spread alike, and that the
+    machine was the same during both: what drifts between two runs no statistic of theirs can show.
+    """
+    differences = np.sort(np.subtract.outer(np.log(ours), np.log(theirs)).ravel())
+    most = (1 - CONFIDENCE) / 2 * math.comb(len(ours) + len(theirs), len(ours))
+    below, rank = 0, 0  # rank: of the largest k with P(U < k) <= 2.5 %
+    for ways in _rank_sum_counts(len(ours), len(theirs)):
+        if below + ways > most:
+            break
+        below, rank = below + ways, rank + 1
+    fewest, value = min(len(ours), len(theirs)), float(np.median(differences))
+    if rank == 0:
+        return Interval(value, -math.inf, math.inf, fewest).map_exp()
+    return Interval(value, float(differences[rank - 1]), float(differences[-rank]), fewest).map_exp()
+
+
+def _rank_sum_counts(n: int, m: int) -> list[int]:
+    """Of all orders of ``n`` and ``m`` values, how many have Mann-Whitney's U = 0, 1, 2 …: the Gaussian binomial's coefficients."""
+    counts = [1] + [0] * (n * m)
+    for i in range(1, m + 1):
+        for u in range(n * m, n + i - 1, -1):  # times 1 - q^(n + i)
+            counts[u] -= counts[u - n - i]
+        for u in range(i, n * m + 1):  # over 1 - q^i
+            counts[u] += counts[u - i]
+    return counts
+
+
 def samples_needed(percent: int) -> int:
     """Samples below which a percentile is not reported; the counts of MLPerf's rule at 95 % confidence."""
     return _SAMPLES_NEEDED[percent]

@@ -33,6 +33,7 @@ COMMANDS = (
     "ablate",
     "report",
     "verify",
+    "compare",
     "generate",
     "doctor",
 )
@@ -329,6 +330,16 @@ def test_verify_measures_a_real_artifact_again(exported: Path) -> None:
     assert result.exit_code == 0, result.output
     assert re.search(r"^int8-weight +\d+ ", result.stdout, re.MULTILINE)
     assert result.stdout.endswith("\nverified\n")
+
+
+def test_compare_mistakes(tmp_path: Path) -> None:
+    for given in ("speed", "speed=much", "speed=-1", "luck=0.1"):
+        result = call("compare", "a", "b", "--tolerance", given)
+        assert result.exit_code == 2
+        assert f"--tolerance {given}: expected one of speed, quality, size, memory" in result.stderr
+    result = call("compare", tmp_path / "a", tmp_path / "b")
+    assert result.exit_code == 2
+    assert "no measured run here" in result.stderr
 
 
 # Doctor ----------------------------------------------------------------------------------------------------------

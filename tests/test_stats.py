@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from serve_bench.stats import (
     Interval,
+    _rank_sum_counts,
     first_look,
     is_look,
     median_interval,
@@ -20,6 +22,7 @@ from serve_bench.stats import (
     relative_rise,
     samples_needed,
     sequential_interval,
+    unpaired_ratio,
     widened,
 )
 
@@ -74,6 +77,32 @@ def test_paired_ratio_takes_the_drift_out() -> None:
     assert ratio.value == pytest.approx(2.5)
     assert ratio.low == pytest.approx(2.5)
     assert ratio.high == pytest.approx(2.5)
+
+
+def test_unpaired_ratio_by_hand() -> None:
+    # Of the 20 orders of three and three values, 1 in 10 (two-sided) has U = 0: no 95 % interval. Of four and four it is 2 / 70.
+    assert not unpaired_ratio(np.ones(3), np.ones(3)).bounded
+    ours, theirs = np.exp([4.0, 5.0, 6.0, 7.0]), np.exp([0.0, 1.0, 2.0, 3.0])
+    found = unpaired_ratio(ours, theirs)
+    assert np.log([found.value, found.low, found.high]) == pytest.approx([4, 1, 7])
+    assert found.n == 4
+
+
+@given(st.integers(1, 7), st.integers(1, 7))
+def test_rank_sum_counts_every_order(n: int, m: int) -> None:
+    expected = [0] * (n * m + 1)
+    for places in itertools.combinations(range(n + m), n):
+        expected[sum(place - i for i, place in enumerate(places))] += 1
+    assert _rank_sum_counts(n, m) == expected
+
+
+def test_unpaired_intervals_cover_the_true_ratio() -> None:
+    draw, covered = np.random.default_rng(4), 0
+    for _ in range(1000):
+        n, m = draw.integers(6, 25, 2)
+        found = unpaired_ratio(1.05 * np.exp(0.03 * draw.standard_t(3, n)), np.exp(0.03 * draw.standard_t(3, m)))
+        covered += found.low <= 1.05 <= found.high
+    assert covered / 1000 >= 0.94
 
 
 def test_widening_only_when_two_copies_differ() -> None:

@@ -1,0 +1,292 @@
+"""Two runs beside each other, for continuous integration: what the shipped form got better or worse at, and a verdict.
+
+Knows bench artifacts; measures nothing. Between runs there are no pairs of blocks, so times are compared by ranks and widened
+by what each run's two copies of one artifact differ in. Quality is paired by held-out block, where the text is the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from limbeck.artifact import MANIFEST, Artifact, open_artifact
+from limbeck.errors import ArtifactError, UserError
+from limbeck.recipe import parse_recipe
+from serve_bench import figures
+from serve_bench.arms import Arm
+from serve_bench.certificate import heldout_file
+from serve_bench.figures import ENVIRONMENT, QUALITY, SAMPLES, Reference, Sample
+from serve_bench.gates import show
+from serve_bench.quality import summarise
+from serve_bench.stats import Array, Interval, relative_rise, unpaired_ratio, widened
+
+Status = Literal["worse", "undecided", "better", "no difference shown", "within tolerance", "not compared"]
+TOLERANCES: Mapping[str, float] = {"speed": 0.05, "quality": 0.01, "size": 0.01, "memory": 0.05}
+_MACHINE = ("processor", "flags", "cores", "memory_bytes")  # what makes another machine
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of both runs. ``change`` is relative, above zero is worse; it has bounds where it was estimated."""
+
+    metric: str
+    kind: str  # of its tolerance
+    before: str
+    after: str
+    change: Interval | None
+    tolerance: float
+    status: Status
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Every metric, what else differs between the runs, and what it comes to."""
+
+    before: str
+    after: str
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """1 when something is worse, else 3 when something is undecided, else 0."""
+        statuses = {row.status for row in self.rows}
+        return 1 if "worse" in statuses else 3 if "undecided" in statuses else 0
+
+
+@dataclass(frozen=True)
+class _Run:
+    path: Path
+    bench: Artifact
+    samples: list[Sample]
+    quality: dict[str, Any] | None
+    environment: dict[str, Any]
+    reference: Reference
+
+    @property
+    def shipped(self) -> str:
+        return self.reference.shipped_arm.id
+
+    @property
+    def arm(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.bench.result["arms"][self.shipped]
+        return found
+
+
+def compare_runs(
+    before: Path, after: Path, *, tolerances: Mapping[str, float] | None = None, across_machines: bool = False
+) -> Comparison:
+    """See `serve_bench.compare_runs`."""
+    allowed = {**TOLERANCES, **(tolerances or {})}
+    old, new = _open(before), _open(after)
+    _require_same_work(old, new)
+    notes = list(_differences(old, new))
+    machines = [name for name in _MACHINE if old.environment["host"][name] != new.environment["host"][name]]
+    if machines:
+        found = "; ".join(
+            f"{n}: {_shown(old.environment['host'][n])} and {_shown(new.environment['host'][n])}" for n in machines
+        )
+        if not across_machines:
+            raise UserError(
+                f"{before} and {after} were measured on different machines ({found}), so a difference of speed says nothing of the "
+                "models. Measure both on one machine (limbeck bench), or give --across-machines to see them beside each other."
+            )
+        notes.insert(
+            0, f"**Different machines**: {found}. Times and memory compare the machines as well as the models."
+        )
+    rows = [
+        *_times(old, new, allowed["speed"]),
+        *_sizes(old, new, allowed),
+        *_losses(old, new, allowed["quality"], notes),
+    ]
+    return Comparison(str(before), str(after), tuple(rows), tuple(notes))
+
+
+def judge_change(change: Interval, tolerance: float, *, exact: bool = False) -> Status:
+    """Status of a relative change, above zero is worse. An estimate is worse when its whole interval is past the tolerance,
+    an exact number when it is."""
+    low, high = (change.value, change.value) if exact else (change.low, change.high)
+    if low > tolerance:
+        return "worse"
+    if high > tolerance:
+        return "undecided"
+    if change.high < 0:
+        return "better"
+    return "no difference shown" if change.low <= 0 else "within tolerance"
+
+
+def markdown(comparison: Comparison) -> str:
+    """The table of a pull request."""
+    lines = [f"**{headline(comparison)}**", "", f"`{comparison.before}` → `{comparison.after}`", ""]
+    lines += ["| metric | before | after | change | tolerance | |", "|---|---:|---:|---:|---:|---|"]
+    for row in comparison.rows:
+        status = f"**{row.status}**" if row.status in ("worse", "better", "undecided") else row.status
+        lines.append(
+            f"| {row.metric} | {row.before} | {row.after} | {_change(row)} | {100 * row.tolerance:g} % | {status} |"
+        )
+    lines += [
+        "",
+        "Change: above zero is worse. In brackets the 95 % interval: of times over blocks, of losses over other text of the kind.",
+    ]
+    lines += [f"- {note}" for note in comparison.notes]
+    return "\n".join(lines)
+
+
+def headline(comparison: Comparison) -> str:
+    """The verdict in one sentence."""
+    named = {
+        status: ", ".join(row.metric for row in comparison.rows if row.status == status)
+        for status in ("worse", "undecided", "better")
+    }
+    if named["worse"]:
+        return f"Regression: {named['worse']}."
+    if named["undecided"]:
+        return f"Undecided: {named['undecided']}; the interval reaches past the tolerance. Give bench.minutes more, in both runs."
+    return f"No regression; better: {named['better']}." if named["better"] else "No regression."
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """The same for programs."""
+    return {
+        "before": comparison.before,
+        "after": comparison.after,
+        "exit_code": comparison.exit_code,
+        "headline": headline(comparison),
+        "rows": [
+            {**vars(row), "change": figures.asdict(row.change) if row.change else None} for row in comparison.rows
+        ],
+        "notes": list(comparison.notes),
+    }
+
+
+# Reading ---------------------------------------------------------------------------------------------------------
+
+
+def _open(path: Path) -> _Run:
+    folder = path / "bench" if (path / "bench" / MANIFEST).exists() else path
+    if not (folder / MANIFEST).exists():
+        raise ArtifactError(
+            f"{path}: no measured run here; expected a run folder with a complete bench, or a bench artifact."
+        )
+    bench = open_artifact(folder, kind="bench")
+    arms = [Arm(n, a["label"], a["role"], a["runtime"], a["bytes"], {}) for n, a in bench.result["arms"].items()]
+    recipe = parse_recipe(bench.manifest["recipe"]["resolved"], where=str(folder))
+    return _Run(
+        path,
+        bench,
+        figures.read_samples(folder / SAMPLES),
+        json.loads((folder / QUALITY).read_text()),
+        json.loads((folder / ENVIRONMENT).read_text()),
+        figures.reference_of(recipe, str(bench.result["shipped"]), arms),
+    )
+
+
+def _require_same_work(old: _Run, new: _Run) -> None:
+    for what, then, now in (
+        *((f"bench.{name}", _asked(old)[name], _asked(new)[name]) for name in ("prompt_tokens", "new_tokens")),
+        ("bench.threads", old.environment["threads"], new.environment["threads"]),
+    ):
+        if then != now:
+            raise UserError(
+                f"{what}: found {then} in {old.path} and {now} in {new.path}; times of different work cannot be compared. "
+                f"Measure one of them again, for example with --set {what}={then}."
+            )
+
+
+def _asked(run: _Run) -> dict[str, Any]:
+    return dict(run.bench.manifest["recipe"]["resolved"]["bench"])
+
+
+def _differences(old: _Run, new: _Run) -> Iterator[str]:
+    then, now = old.environment["versions"], new.environment["versions"]
+    changed = [
+        f"{n} {then.get(n, 'none')} → {now.get(n, 'none')}"
+        for n in sorted(then.keys() | now.keys())
+        if then.get(n) != now.get(n)
+    ]
+    if changed:
+        yield f"Versions: {', '.join(changed)}."
+    if old.shipped != new.shipped:
+        yield f"Shipped form: {old.reference.shipped} → {new.reference.shipped}."
+    for run in (old, new):
+        if not run.arm["steady"]:
+            yield f"{run.path}: the shipped form had not settled when it was timed."
+
+
+# Metrics ---------------------------------------------------------------------------------------------------------
+
+
+def _times(old: _Run, new: _Run, tolerance: float) -> Iterator[Row]:
+    for metric, title in (("tpot", "ms per output token"), ("ttft", "ms to first token"), ("e2el", "ms in all")):
+        then, now = (figures.by_block(run.samples, run.shipped, metric) for run in (old, new))
+        ratio = unpaired_ratio(now, then)
+        for run in (old, new):
+            ratio = widened(ratio, figures.noise_floor(run.samples, run.reference, metric))
+        change = _relative(ratio)
+        shown = tuple(f"{1e3 * np.median(values):.4g}" for values in (then, now))
+        yield Row(title, "speed", shown[0], shown[1], change, tolerance, judge_change(change, tolerance))
+
+
+def _sizes(old: _Run, new: _Run, allowed: Mapping[str, float]) -> Iterator[Row]:
+    for key, title, kind in (("bytes", "MB on disk", "size"), ("peak_rss_bytes", "MB of memory at most", "memory")):
+        then, now = old.arm[key], new.arm[key]
+        change = now / then - 1
+        exact = Interval(change, change, change, 1)
+        shown = tuple(f"{value / 1e6:.4g}" for value in (then, now))
+        yield Row(title, kind, shown[0], shown[1], exact, allowed[kind], judge_change(exact, allowed[kind], exact=True))
+
+
+def _losses(old: _Run, new: _Run, tolerance: float, notes: list[str]) -> Iterator[Row]:
+    if old.quality is None or new.quality is None:
+        return
+    then, now = summarise(old.quality, old.shipped), summarise(new.quality, new.shipped)
+    same = _text(old) == _text(new)
+    if not same:
+        notes.append("The held-out text differs, so losses are shown and not compared.")
+    domains = [name for name in then["domains"] if name in now["domains"]]
+    for title, names in [
+        ("loss, mean of domains", domains),
+        *((f"loss, {n}", [n]) for n in domains if len(domains) > 1),
+    ]:
+        mean = title == "loss, mean of domains"
+        values = [(f["mean_nll"] if mean else f["domains"][names[0]]["nll"]) for f in (then, now)]
+        shown = tuple(f"{value:.4f}" for value in values)
+        if not same:
+            yield Row(title, "quality", shown[0], shown[1], None, tolerance, "not compared")
+            continue
+        labels = [np.asarray(new.quality["domains"][n]["labels"], np.float64) for n in names]
+        change = relative_rise(_nll(new, names), _nll(old, names), labels)
+        yield Row(title, "quality", shown[0], shown[1], change, tolerance, judge_change(change, tolerance, exact=True))
+
+
+def _nll(run: _Run, domains: Sequence[str]) -> list[Array]:
+    assert run.quality is not None
+    return [np.asarray(run.quality["arms"][run.shipped][name]["nll"], np.float64) for name in domains]
+
+
+def _text(run: _Run) -> str:
+    student = run.path / "student"
+    return heldout_file(run.bench, open_artifact(student, verify=False) if (student / MANIFEST).exists() else None)[1]
+
+
+def _relative(ratio: Interval) -> Interval:
+    return Interval(ratio.value - 1, ratio.low - 1, ratio.high - 1, ratio.n)
+
+
+def _change(row: Row) -> str:
+    if row.change is None:
+        return ""
+    if row.change.low == row.change.high:
+        return show(row.change.value, "%")
+    if not row.change.bounded:
+        return f"{show(row.change.value, '%')} (too few blocks)"
+    return f"{show(row.change.value, '%')} ({show(row.change.low, '%')[:-2]} to {show(row.change.high, '%')})"
+
+
+def _shown(value: Any) -> str:
+    return " ".join(value) or "none" if isinstance(value, list) else str(value)

@@ -1,0 +1,146 @@
+"""Two runs beside each other: what counts as worse, and what may not be compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from limbeck.artifact import open_artifact, write_artifact
+from limbeck.errors import UserError
+from serve_bench import compare_runs, figures
+from serve_bench.compare import as_json, headline, judge_change, markdown
+from serve_bench.stats import Interval
+from tests.test_report import make_run, recipe
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "status"),
+    [
+        (0.06, 0.09, "worse"),
+        (0.04, 0.06, "undecided"),
+        (-0.01, 0.06, "undecided"),
+        (0.01, 0.04, "within tolerance"),
+        (-0.02, 0.03, "no difference shown"),
+        (-0.09, -0.01, "better"),
+        (-1.0, float("inf"), "undecided"),
+    ],
+)
+def test_an_estimate_is_judged_by_its_whole_interval(low: float, high: float, status: str) -> None:
+    assert judge_change(Interval(0.0, low, high, 6), 0.05) == status
+
+
+def test_an_exact_number_is_judged_by_itself() -> None:
+    assert judge_change(Interval(0.011, -0.5, 0.5, 24), 0.01, exact=True) == "worse"
+    assert judge_change(Interval(0.009, -0.5, 0.5, 24), 0.01, exact=True) == "no difference shown"
+    assert judge_change(Interval(-0.02, -0.03, -0.01, 24), 0.01, exact=True) == "better"
+    assert judge_change(Interval(0.0, 0.0, 0.0, 1), 0.0, exact=True) == "no difference shown"
+
+
+def rewrite(
+    run: Path, *, slower: float = 1.0, larger: float = 1.0, loss: float = 1.0, environment: Any = None, text: str = ""
+) -> None:
+    """Write the bench of ``run`` again with another shipped form."""
+    bench = open_artifact(run / "bench")
+    rows = [json.loads(line) for line in (bench.path / figures.SAMPLES).read_text().splitlines()]
+    quality = json.loads((bench.path / figures.QUALITY).read_text())
+    machine = json.loads((bench.path / figures.ENVIRONMENT).read_text()) | (environment or {})
+    shipped, result = "onnx:int8-weight", bench.result
+    files = {name: (bench.path / name).read_bytes() for name in bench.manifest["files"]}
+    for row in rows:
+        if row["arm"].startswith(shipped):
+            row["at"] = [slower * t for t in row["at"]]
+    for sums in quality["arms"][shipped].values():
+        sums["nll"] = [loss * value for value in sums["nll"]]
+    result["arms"][shipped]["bytes"] = int(larger * result["arms"][shipped]["bytes"])
+    files[figures.SAMPLES] = "\n".join(json.dumps(row) for row in rows).encode()
+    files[figures.QUALITY], files[figures.ENVIRONMENT] = json.dumps(quality).encode(), json.dumps(machine).encode()
+    if text:
+        files["heldout.safetensors"] = text.encode()
+    with write_artifact(
+        run / "bench", kind="bench", key="again", parents=bench.manifest["parents"], recipe=recipe()
+    ) as draft:
+        for name, content in files.items():
+            (draft.folder / name).write_bytes(content)
+        draft.result = result
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> tuple[Path, Path]:
+    return make_run(tmp_path / "a", recipe()), make_run(tmp_path / "b", recipe())
+
+
+def statuses(before: Path, after: Path, **options: Any) -> dict[str, str]:
+    return {row.metric: row.status for row in compare_runs(before, after, **options).rows}
+
+
+def test_a_run_beside_itself_shows_no_difference(runs: tuple[Path, Path]) -> None:
+    found = compare_runs(*runs)
+    assert {row.status for row in found.rows} == {"no difference shown"}
+    assert [row.metric for row in found.rows] == [
+        "ms per output token", "ms to first token", "ms in all", "MB on disk", "MB of memory at most",
+        "loss, mean of domains", "loss, speeches", "loss, scripture",
+    ]  # fmt: skip
+    assert (found.exit_code, headline(found), found.notes) == (0, "No regression.", ())
+
+
+def test_each_metric_is_found_worse(runs: tuple[Path, Path]) -> None:
+    rewrite(runs[1], slower=1.2, larger=1.02, loss=1.02)
+    found = compare_runs(*runs)
+    assert {row.status for row in found.rows if row.metric != "MB of memory at most"} == {"worse"}
+    assert found.exit_code == 1
+    assert headline(found).startswith("Regression: ms per output token, ms to first token")
+    loss = next(row for row in found.rows if row.metric == "loss, mean of domains")
+    assert loss.change is not None
+    assert loss.change.value == pytest.approx(0.02)
+    assert statuses(*runs, tolerances={"speed": 0.5, "size": 0.1, "quality": 0.05})["MB on disk"] == "within tolerance"
+    assert set(statuses(runs[1], runs[0]).values()) == {"better", "no difference shown"}
+
+
+def test_markdown_and_json_say_the_same(runs: tuple[Path, Path]) -> None:
+    rewrite(runs[1], larger=1.02)
+    found = compare_runs(*runs)
+    text, data = markdown(found), as_json(found)
+    assert "| MB on disk | 143.4 | 146.3 | +2.00 % | 1 % | **worse** |" in text
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+    assert [row["status"] for row in data["rows"]].count("worse") == 1
+    assert data["exit_code"] == 1
+    json.dumps(data)
+
+
+def test_a_tolerance_inside_the_interval_is_undecided(runs: tuple[Path, Path]) -> None:
+    rewrite(runs[1], slower=1.05)
+    change = next(row.change for row in compare_runs(*runs).rows if row.metric == "ms to first token")
+    assert change is not None
+    found = compare_runs(*runs, tolerances={"speed": change.value})
+    assert next(row.status for row in found.rows if row.metric == "ms to first token") == "undecided"
+    assert found.exit_code == 3
+    assert "reaches past the tolerance" in headline(found)
+
+
+def test_other_machines_are_refused_unless_asked_for(runs: tuple[Path, Path]) -> None:
+    host = json.loads((runs[0] / "bench" / figures.ENVIRONMENT).read_text())["host"]
+    rewrite(runs[1], environment={"host": host | {"processor": "another", "flags": []}, "versions": {"torch": "9"}})
+    with pytest.raises(
+        UserError, match=r"processor: AMD EPYC 9B14 and another; flags: avx2 avx512_vnni and none.*--across-machines"
+    ):
+        compare_runs(*runs)
+    text = markdown(compare_runs(*runs, across_machines=True))
+    assert "- **Different machines**: processor" in text
+    assert "torch 2.13.0 → 9" in text
+
+
+def test_other_work_is_refused(runs: tuple[Path, Path]) -> None:
+    rewrite(runs[1], environment={"threads": 8})
+    with pytest.raises(UserError, match=r"bench.threads: found 2 in .*a and 8 in .*b.*--set bench.threads=2"):
+        compare_runs(*runs)
+
+
+def test_losses_on_other_text_are_not_compared(runs: tuple[Path, Path]) -> None:
+    rewrite(runs[1], text="other blocks", loss=2.0)
+    found = compare_runs(*runs)
+    assert {row.status for row in found.rows if row.kind == "quality"} == {"not compared"}
+    assert any("text differs" in note for note in found.notes)
+    assert found.exit_code == 0
