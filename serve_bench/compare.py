@@ -27,6 +27,7 @@ from serve_bench.stats import Array, Interval, relative_rise, unpaired_ratio, wi
 
 Status = Literal["worse", "undecided", "better", "no difference shown", "within tolerance", "not compared"]
 TOLERANCES: Mapping[str, float] = {"speed": 0.05, "quality": 0.01, "size": 0.01, "memory": 0.05}
+Timed = tuple[Sequence[Sample], Reference]
 _MACHINE = ("processor", "flags", "cores", "memory_bytes")  # what makes another machine
 
 
@@ -105,6 +106,15 @@ def compare_runs(
         *_losses(old, new, allowed["quality"], notes),
     ]
     return Comparison(str(before), str(after), tuple(rows), tuple(notes))
+
+
+def time_change(old: Timed, new: Timed, *, metric: str) -> Interval:
+    """Ratio of the shipped forms' times, new over old, widened by what two copies differ in within either run."""
+    values = [figures.by_block(samples, reference.shipped_arm.id, metric) for samples, reference in (new, old)]
+    ratio = unpaired_ratio(*values)
+    for samples, reference in (old, new):
+        ratio = widened(ratio, figures.noise_floor(samples, reference, metric))
+    return ratio
 
 
 def judge_change(change: Interval, tolerance: float, *, exact: bool = False) -> Status:
@@ -224,9 +234,7 @@ def _differences(old: _Run, new: _Run) -> Iterator[str]:
 def _times(old: _Run, new: _Run, tolerance: float) -> Iterator[Row]:
     for metric, title in (("tpot", "ms per output token"), ("ttft", "ms to first token"), ("e2el", "ms in all")):
         then, now = (figures.by_block(run.samples, run.shipped, metric) for run in (old, new))
-        ratio = unpaired_ratio(now, then)
-        for run in (old, new):
-            ratio = widened(ratio, figures.noise_floor(run.samples, run.reference, metric))
+        ratio = time_change((old.samples, old.reference), (new.samples, new.reference), metric=metric)
         change = _relative(ratio)
         shown = tuple(f"{1e3 * np.median(values):.4g}" for values in (then, now))
         yield Row(title, "speed", shown[0], shown[1], change, tolerance, judge_change(change, tolerance))
