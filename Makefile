@@ -7,7 +7,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test test-slow test-clients check architectures help
+.PHONY: setup demo test test-slow test-clients test-browser test-eval check architectures help
 
 help:
 	@echo "make setup       the environment in .venv"
@@ -15,6 +15,8 @@ help:
 	@echo "make test        the tests that take seconds"
 	@echo "make test-slow   the tests that take minutes"
 	@echo "make test-clients  the exported folder in transformers.js and optimum-onnx (needs node and npm)"
+	@echo "make test-eval   limbeck eval and text metrics with lm-eval, sacrebleu and rouge-score"
+	@echo "make test-browser  the report in headless Chromium, with axe (needs chromium, node and npm)"
 	@echo "make check       ruff, mypy, and the rules of who imports whom"
 	@echo "make architectures  writes docs/architectures.md from what passes"
 	@echo "make bench-NAME  a benchmark of tests/benchmarks; its last line is one JSON object"
@@ -49,6 +51,24 @@ test-clients: $(READY) .venvs/transformers-js/.ready .venvs/optimum/.ready
 .venvs/optimum/.ready:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install $(PIP_ARGS) optimum-onnx==0.1.0 transformers==4.57.6 onnxruntime torch
+	touch $@
+
+# lm-eval brings datasets and scikit-learn, which transformers imports where it finds them: slower starts, so an environment apart.
+test-eval: .venvs/eval/.ready
+	.venvs/eval/bin/python -m pytest -m '' tests/test_tasks.py tests/test_generation.py
+
+.venvs/eval/.ready: pyproject.toml constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install $(PIP_ARGS) -c constraints.txt -e '.[cpu,eval,dev]'
+	touch $@
+
+# The report as a browser shows it. The test is one of the quick ones too, where this has been run once.
+test-browser: $(READY) .venvs/browser/.ready
+	$(BIN)/python -m pytest tests/test_page.py
+
+.venvs/browser/.ready:
+	mkdir -p $(@D)
+	npm install --ignore-scripts --no-audit --no-fund --prefix $(@D) puppeteer-core@PUP axe-core@AXE
 	touch $@
 
 check: $(READY)

@@ -397,6 +397,55 @@ def _tolerances(given: Sequence[str]) -> dict[str, float]:
     return found
 
 
+@app.command("eval")
+def evaluate(
+    artifact: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT", help="An exported folder, or the run it is in.", show_default=False)
+    ],
+    tasks: Annotated[str, typer.Option("--tasks", help="Tasks of lm-eval, separated by commas.", show_default=False)],
+    include_path: Annotated[
+        Path | None,
+        typer.Option("--include-path", metavar="DIR", help="A folder with task files of your own.", show_default=False),
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option("--form", help="Form to run, such as fp32. Without it: the shipped one.", show_default=False),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Most samples a task. Without it: all.", show_default=False)
+    ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option(
+            "--shots", min=0, help="Examples before each question. Without it: the task's.", show_default=False
+        ),
+    ] = None,
+    threads: ThreadsOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Run tasks of lm-evaluation-harness on the exported student, on local data, with what is deployed.
+
+    Needs the extra [eval]; nothing is fetched, so a task's data has to be on this machine.
+
+    \b
+    Example:
+      limbeck eval runs/pico-1a2b3c4d --tasks capitals --include-path my-tasks
+    """
+    from limbeck.errors import UserError
+    from limbeck.pipeline import RUN
+    from serve_bench import evaluate as run_tasks
+    from serve_bench.tasks import markdown
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise UserError("--tasks: found none; name at least one, such as --tasks capitals.")
+    folder = artifact / "onnx" if (artifact / RUN).is_file() else artifact
+    found = run_tasks(
+        folder, tasks=names, include_path=include_path, form=form, limit=limit, shots=shots, threads=threads
+    )
+    print(json.dumps(found, indent=1) if as_json else markdown(found))
+
+
 @app.command("generate")
 def generate(
     artifact: Annotated[

@@ -6,9 +6,9 @@ onnxruntime only in the worker processes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from limbeck.artifact import Artifact
 from limbeck.recipe import Recipe
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from serve_bench.compare import Comparison
     from serve_bench.report import Report
 
-__all__ = ["compare_runs", "measure", "replay", "write_report"]
+__all__ = ["compare_runs", "evaluate", "measure", "replay", "write_report"]
 
 
 def measure(*, onnx: Path, student: Path, out: Path, recipe: Recipe) -> Artifact:
@@ -66,3 +66,23 @@ def compare_runs(
     from serve_bench.compare import compare_runs as compare
 
     return compare(before, after, tolerances=tolerances, across_machines=across_machines)
+
+
+def evaluate(
+    artifact: Path,
+    *,
+    tasks: Sequence[str],
+    include_path: Path | None = None,
+    form: str | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Run tasks of lm-eval on a form of the ``onnx`` artifact (the shipped one unless ``form`` names another).
+
+    ``include_path`` is a folder of task files; ``limit`` the most samples a task; ``shots`` examples before each question.
+    Raises `EnvironmentalError` without lm-eval, `UserError` for an unknown task, `DataError` for data that is not local.
+    """
+    from serve_bench.tasks import evaluate as run
+
+    return run(artifact, tasks=tasks, include_path=include_path, form=form, limit=limit, shots=shots, threads=threads)

@@ -6,6 +6,7 @@ Knows numbers and labels; knows nothing of artifacts. Series are labelled where 
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 # matplotlib wants colours, the page wants variables: these stand in for them and are replaced at the end.
@@ -23,7 +25,7 @@ _VARIABLES = {"#010203": "ink", "#010204": "muted", "#010205": "line", "#010206"
 _VARIABLES |= {f"#0102a{index}": f"s{index}" for index in range(1, 7)}
 INK, MUTED, LINE, PAPER = "#010203", "#010204", "#010205", "#010206"
 SERIES = tuple(f"#0102a{index}" for index in range(1, 7))
-ROLE = {"teacher": SERIES[1], "student": SERIES[3], "form": SERIES[0], "twin": MUTED}
+ROLE = {"teacher": SERIES[1], "student": SERIES[3], "form": SERIES[0], "twin": MUTED, "extra": SERIES[2]}
 _SCALE = 1.3  # of a drawing at its widest; drawings are small so that a phone need not shrink them much
 _MARKS = ("o", "s", "^", "D", "v", "P")
 _STYLE: Any = {
@@ -108,6 +110,9 @@ def quality_against_speed(bubbles: Sequence[Bubble], *, title: str) -> str:
         axes.set_xscale("log")
         axes.set_xlim(min(speeds) / 1.9, max(speeds) * 2.1)
         axes.set_ylim(max(losses) + 0.35 * span, min(losses) - 0.35 * span)  # less loss is up
+        corners = [(bubbles[i].speed, bubbles[i].nll) for i in pareto([(b.speed, b.nll) for b in bubbles])]
+        if len(corners) > 1:
+            axes.plot(*zip(*corners, strict=True), color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=0)
         for bubble in sorted(bubbles, key=lambda b: -b.megabytes):
             colour = ROLE[bubble.role]
             axes.scatter(
@@ -126,8 +131,111 @@ def quality_against_speed(bubbles: Sequence[Bubble], *, title: str) -> str:
             axes, "decode speed, tokens a second (logarithmic)", "held-out loss, nats a token (less is better)"
         )
         axes.text(0.995, 0.985, "better ↗", transform=axes.transAxes, ha="right", va="top", color=MUTED, fontsize=9.5)
-        _label_bubbles(figure, axes, bubbles, largest)
+        _label_bubbles(figure, axes, bubbles, largest, corners)
         return _svg(figure, title, scale=1.2 * _SCALE)
+
+
+def pareto(points: Sequence[tuple[float, float]], *, same: float = 1e-3) -> list[int]:
+    """Indices of the points that no other beats in both speed (more is better) and loss (less is better), slowest first.
+
+    A loss that is less by a share below ``same`` is no better: two graphs of one model differ in their last digits.
+    """
+    best, front = float("inf"), []
+    for index in sorted(range(len(points)), key=lambda i: (-points[i][0], points[i][1])):
+        if points[index][1] < best * (1 - same):
+            best = points[index][1]
+            front.append(index)
+    return front[::-1]
+
+
+def ridges(rows: Sequence[tuple[str, str, Sequence[float]]], *, title: str, x: str) -> str:
+    """One hill a (label, role, values): how often each value came, all hills of one height; a stroke at the median."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(235, 26 * len(rows))
+        every = np.log(np.concatenate([np.asarray(values, np.float64) for _, _, values in rows]))
+        low, high = float(np.quantile(every, 0.001)) - 0.2, float(np.quantile(every, 0.999)) + 0.2
+        edges = np.linspace(low, high, 121)
+        middle = np.exp((edges[:-1] + edges[1:]) / 2)
+        for index, (label, role, values) in enumerate(rows):
+            place, colour = len(rows) - 1 - index, ROLE[role]
+            counts = np.histogram(np.clip(np.log(values), low, high), edges)[0].astype(np.float64)
+            smooth = np.convolve(counts, [0.25, 0.5, 0.25], mode="same")
+            height = 0.82 * smooth / max(float(smooth.max()), 1.0)
+            axes.fill_between(middle, place, place + height, color=colour, alpha=0.35, linewidth=0)
+            axes.plot(middle, place + height, color=colour, linewidth=1.2)
+            axes.plot([np.median(values)] * 2, [place, place + 0.9], color=colour, linewidth=2)
+            _row_label(axes, label, place + 0.3)
+        axes.set_xscale("log")
+        axes.set_xlim(np.exp(low), np.exp(high))
+        axes.set_ylim(-0.1, len(rows) + 0.05)
+        _finish_rows(axes, x)
+        return _svg(figure, title)
+
+
+def stacks(rows: Sequence[tuple[str, Sequence[float]]], parts: Sequence[str], *, title: str, x: str) -> str:
+    """One bar a (label, spans), its spans one after the other; the spans are named above the first bar."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(250, 26 * len(rows) + 16)
+        whole = max(sum(spans) for _, spans in rows)
+        for index, (label, spans) in enumerate(rows):
+            place, left = len(rows) - 1 - index, 0.0
+            for part, span in enumerate(spans):
+                axes.barh(place, span, left=left, height=0.56, color=SERIES[part % len(SERIES)], linewidth=0)
+                left += span
+            _row_label(axes, label, place)
+            axes.annotate(
+                f"{left:.3g}", (left, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9.5, color=MUTED
+            )  # fmt: skip
+        axes.set_xlim(0, 1.12 * whole)
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        _finish_rows(axes, x, logarithmic=False)
+        handles = [Patch(color=SERIES[part % len(SERIES)], label=name) for part, name in enumerate(parts)]
+        axes.legend(
+            handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9.5,
+            handlelength=0.9, handletextpad=0.4, columnspacing=1.2, borderaxespad=0.2, borderpad=0, labelcolor=INK,
+        )  # fmt: skip
+        return _svg(figure, title)
+
+
+def ranges(
+    series: Mapping[str, Sequence[tuple[float, float, float, float]]],
+    *,
+    title: str,
+    x: str,
+    y: str,
+    diagonal: str | None = None,
+) -> str:
+    """Lines of (x, value, low, high) with a bar from low to high, logarithmic in x; ``diagonal`` names the line y = x."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(250, 165)
+        ends: list[tuple[float, str, str]] = []
+        xs_all = sorted({point[0] for points in series.values() for point in points})
+        for index, (name, points) in enumerate(series.items()):
+            colour = SERIES[index % len(SERIES)]
+            xs, ys, lows, highs = (np.array(column, np.float64) for column in zip(*points, strict=True))
+            axes.plot(xs, ys, color=colour, linewidth=1.8, marker=_MARKS[index % len(_MARKS)], markersize=4)
+            axes.vlines(xs, lows, highs, color=colour, linewidth=1.2, alpha=0.7)
+            ends.append((float(ys[-1]), name, colour))
+        axes.set_ylim(0, 1.08 * max(point[3] for points in series.values() for point in points))
+        axes.set_xscale("log")
+        axes.set_xlim(xs_all[0] / 1.15, xs_all[-1] * 1.15)
+        if diagonal:
+            grid = np.geomspace(xs_all[0], xs_all[-1], 50)
+            axes.plot(grid, grid, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=0)
+            ends.append((float(min(xs_all[-1], axes.get_ylim()[1])), diagonal, MUTED))
+        axes.xaxis.set_major_locator(FixedLocator(xs_all if len(xs_all) <= 7 else _ticks(*axes.get_xlim())))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        _finish_axes(axes, x, y)
+        bottom, top = axes.get_ylim()
+        places = _spread([value for value, _, _ in ends], gap=0.062 * (top - bottom), low=bottom, high=top)
+        for (_, name, colour), place in zip(ends, places, strict=True):
+            axes.annotate(
+                name, (1, place), xycoords=("axes fraction", "data"), xytext=(7, 0), textcoords="offset points",
+                color=colour, va="center", fontsize=9.5, annotation_clip=False,
+            )  # fmt: skip
+        return _svg(figure, title)
 
 
 def strip(rows: Sequence[tuple[str, str, Sequence[float]]], *, title: str, x: str) -> str:
@@ -142,22 +250,12 @@ def strip(rows: Sequence[tuple[str, str, Sequence[float]]], *, title: str, x: st
                 values, place + draw.uniform(-0.17, 0.17, len(values)), s=14, color=colour, alpha=0.55, linewidths=0
             )
             axes.plot([np.median(values)] * 2, [place - 0.34, place + 0.34], color=colour, linewidth=2)
-            axes.annotate(
-                label, (0, place), xycoords=("axes fraction", "data"), xytext=(-8, 0), textcoords="offset points",
-                ha="right", va="center", fontsize=9.5, annotation_clip=False,
-            )  # fmt: skip
+            _row_label(axes, label, place)
         axes.set_xscale("log")
         every = [value for _, _, values in rows for value in values]
         axes.set_xlim(min(every) / 1.25, max(every) * 1.25)
         axes.set_ylim(-0.6, len(rows) - 0.4)
-        axes.xaxis.set_major_locator(FixedLocator(_ticks(*axes.get_xlim())))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-        _finish_axes(axes, x, "")
-        axes.grid(axis="y", visible=False)
-        axes.grid(axis="x", color=LINE, linewidth=0.8)
-        axes.set_yticks([])
-        axes.spines["left"].set_visible(False)
+        _finish_rows(axes, x)
         return _svg(figure, title)
 
 
@@ -174,6 +272,27 @@ def _finish_axes(axes: Any, x: str, y: str) -> None:
     axes.grid(axis="y", color=LINE, linewidth=0.8)
     axes.tick_params(length=0, labelsize=9.5)
     axes.spines["left"].set_visible(False)
+
+
+def _row_label(axes: Any, label: str, place: float) -> None:
+    axes.annotate(
+        label, (0, place), xycoords=("axes fraction", "data"), xytext=(-8, 0), textcoords="offset points",
+        ha="right", va="center", fontsize=9.5, annotation_clip=False,
+    )  # fmt: skip
+
+
+def _finish_rows(axes: Any, x: str, *, logarithmic: bool = True) -> None:
+    """As `_finish_axes`, for a picture of labelled rows: a grid across, no axis up."""
+    if logarithmic:
+        axes.xaxis.set_major_locator(FixedLocator(_ticks(*axes.get_xlim())))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    _finish_axes(axes, x, "")
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color=LINE, linewidth=0.8)
+    axes.set_yticks([])
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -212,8 +331,10 @@ def _spread(values: Sequence[float], *, gap: float, low: float, high: float) -> 
     return result
 
 
-def _label_bubbles(figure: Figure, axes: Any, bubbles: Sequence[Bubble], largest: float) -> None:
-    """Put each label at the first place around its bubble that touches no label, no bubble and no edge."""
+def _label_bubbles(
+    figure: Figure, axes: Any, bubbles: Sequence[Bubble], largest: float, line: Sequence[tuple[float, float]]
+) -> None:
+    """Put each label at the first place around its bubble that touches no label, no bubble, no edge and not the ``line``."""
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     figure.canvas.draw()
     frame = axes.get_window_extent(renderer)
@@ -222,6 +343,12 @@ def _label_bubbles(figure: Figure, axes: Any, bubbles: Sequence[Bubble], largest
     taken: list[tuple[float, float, float, float]] = [
         (x - r, y - r, x + r, y + r) for (x, y), r in zip(centres, radii, strict=True)
     ]
+    corners = [axes.transData.transform(corner) for corner in line]
+    for (x0, y0), (x1, y1) in itertools.pairwise(corners):
+        steps = np.linspace(0, 1, 40)
+        taken += [
+            (x - 2, y - 2, x + 2, y + 2) for x, y in zip(x0 + steps * (x1 - x0), y0 + steps * (y1 - y0), strict=True)
+        ]
     for index, bubble in enumerate(bubbles):
         text = axes.annotate(
             f"{bubble.label}, {bubble.megabytes:.3g} MB", (bubble.speed, bubble.nll), xytext=(0, 0),

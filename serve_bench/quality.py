@@ -1,4 +1,5 @@
-"""How good the timed artifact is on held-out text: NLL, KL to the teachers' mixture, top-1 agreement, bits per byte.
+"""How good the timed artifact is on held-out text: NLL, KL to the teachers' mixture, top-1 agreement, bits per byte,
+calibration error.
 
 Blocks are scored one at a time, every arm on the same one, so memory and disk hold one block whatever the amount of text.
 Knows log-probabilities and sums; the models run in `serve_bench.worker`.
@@ -22,6 +23,7 @@ from serve_bench.arms import Arm, Workers
 
 LogProbabilities = npt.NDArray[np.float32]
 _ROWS = 32  # positions worked on at a time, in double precision
+BINS = 15  # of confidence, for the calibration error; the number of Guo et al., arXiv 1706.04599
 
 
 def log_softmax(logits_NV: npt.NDArray[np.float32]) -> LogProbabilities:
@@ -54,9 +56,11 @@ def sums(
     mixture_NV: LogProbabilities | None,
     scored_N: npt.NDArray[np.bool_],
 ) -> dict[str, Any]:
-    """Summed over the scored labels: NLL in nats, KL(mixture || arm) in nats, agreement of the first choices."""
+    """Summed over the scored labels: NLL in nats, KL(mixture || arm) in nats, agreement of the first choices, and by bin of
+    confidence how many there are, their confidence, and how many are right."""
     nll = -float(arm_NV[np.arange(len(labels_N)), labels_N][scored_N].astype(np.float64).sum())
     result: dict[str, Any] = {"labels": int(scored_N.sum()), "nll": nll, "kl": None, "top1": None}
+    result["calibration"] = calibration(arm_NV[scored_N], labels_N[scored_N])
     result["last"] = int(arm_NV[-1].argmax())
     if mixture_NV is None:
         return result
@@ -69,6 +73,21 @@ def sums(
         kl += float(np.where(p > 0, p * (log_p - log_q), 0.0).sum())
         agreed += int((log_p.argmax(1) == log_q.argmax(1)).sum())
     return result | {"kl": kl, "top1": agreed}
+
+
+def calibration(arm_NV: LogProbabilities, labels_N: npt.NDArray[np.int64]) -> list[list[float]]:
+    """[BINS] of (choices, their summed confidence, how many are the label), bins of equal width from 0 to 1."""
+    choice_N = arm_NV.argmax(1)
+    confidence_N = np.exp(arm_NV[np.arange(len(choice_N)), choice_N].astype(np.float64))
+    bin_N = np.clip((confidence_N * BINS).astype(np.int64), 0, BINS - 1)
+    columns = (np.ones(len(bin_N)), confidence_N, (choice_N == labels_N).astype(np.float64))
+    return np.stack([np.bincount(bin_N, c, minlength=BINS) for c in columns], axis=1).tolist()
+
+
+def calibration_error(blocks: Sequence[Sequence[Sequence[float]]]) -> float:
+    """Expected calibration error: mean distance of confidence and accuracy over the bins, weighted by their choices."""
+    count, confidence, right = np.asarray(blocks, np.float64).sum(0).T
+    return float(np.abs(confidence - right).sum() / count.sum())
 
 
 def measure_quality(
@@ -90,7 +109,11 @@ def measure_quality(
             name: {"labels": blocks.scored.sum(1).tolist(), "utf8_bytes": blocks.utf8_bytes.tolist()}
             for name, blocks in heldout.items()
         },
-        "arms": {arm.id: {name: {"nll": [], "kl": [], "top1": []} for name in heldout} for arm in arms if arm.scored},
+        "arms": {
+            arm.id: {name: {f: [] for f in ("nll", "kl", "top1", "calibration")} for name in heldout}
+            for arm in arms
+            if arm.scored
+        },
     }
     chosen = _choices(workers, arms, heldout)
     files = [folder / f"teacher{index}.npy" for index in range(len(teachers))]
@@ -136,7 +159,8 @@ def _choices(workers: Workers, arms: Sequence[Arm], heldout: Mapping[str, Blocks
 def summarise(quality: Mapping[str, Any], arm: str) -> dict[str, Any]:
     """Figures of one arm, from quality.json: by domain, and their unweighted mean.
 
-    NLL and KL in nats a token, ``bits_per_byte`` over the UTF-8 bytes of the scored text, ``top1`` a share of 1.
+    NLL and KL in nats a token, ``bits_per_byte`` over the UTF-8 bytes of the scored text, ``top1`` and
+    ``calibration_error`` shares of 1. Benches of older versions have no calibration.
     """
     by_domain = {}
     for name, sizes in quality["domains"].items():
@@ -148,6 +172,7 @@ def summarise(quality: Mapping[str, Any], arm: str) -> dict[str, Any]:
             "bits_per_byte": nll / math.log(2) / sum(sizes["utf8_bytes"]),
             "kl": sum(sums["kl"]) / labels if quality["mixture_of"] else None,
             "top1": sum(sums["top1"]) / labels if quality["mixture_of"] else None,
+            "calibration_error": calibration_error(sums["calibration"]) if "calibration" in sums else None,
         }
     mean = mean_nll({name: figures["nll"] for name, figures in by_domain.items()})
     return {
@@ -157,6 +182,7 @@ def summarise(quality: Mapping[str, Any], arm: str) -> dict[str, Any]:
         "mean_bits_per_byte": _mean(by_domain, "bits_per_byte"),
         "mean_kl": _mean(by_domain, "kl"),
         "mean_top1": _mean(by_domain, "top1"),
+        "mean_calibration_error": _mean(by_domain, "calibration_error"),
     }
 
 

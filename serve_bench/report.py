@@ -20,7 +20,7 @@ from limbeck import __version__
 from limbeck.artifact import Artifact, open_artifact, write_atomically
 from limbeck.errors import ArtifactError
 from limbeck.recipe import Recipe
-from serve_bench import charts, figures
+from serve_bench import charts, figures, sections
 from serve_bench.arms import Arm
 from serve_bench.certificate import CERTIFICATE, certify
 from serve_bench.figures import ENVIRONMENT, QUALITY, SAMPLES, Sample
@@ -77,8 +77,8 @@ def write_report(*, run: Path, recipe: Recipe) -> Report:
         "digests": {"student": student.digest, "onnx": onnx.digest, "bench": bench.digest}
         | {f"{role} (of the student)": digest for role, digest in student.manifest["parents"].items()},
     }
-    page = _render(data, verdict, recipe, samples, quality, log, student, bench)
     certificate = certify(bench=bench, onnx=onnx, student=student, recipe=recipe, verdict=verdict)
+    page = _render(data, verdict, recipe, samples, quality, log, student, bench, certificate)
     write_atomically(run / CERTIFICATE, json.dumps(certificate, indent=1))
     write_atomically(run / JSON, json.dumps(data, indent=1))
     write_atomically(run / HTML, page)
@@ -121,7 +121,7 @@ def significant(value: float | None, digits: int = 3) -> str:
         return f"{value:g}"
     places = digits - 1 - math.floor(math.log10(abs(value)))
     text = (
-        f"{value:.{places}f}" if 0 <= places <= 5 else f"{round(value, places):.0f}" if places < 0 else f"{value:.1e}"
+        f"{value:.{places}f}" if 0 <= places <= 6 else f"{round(value, places):.0f}" if places < 0 else f"{value:.1e}"
     )
     return text.replace("-", "−")
 
@@ -148,6 +148,7 @@ def _render(
     log: Sequence[Mapping[str, Any]],
     student: Artifact,
     bench: Artifact,
+    certificate: Mapping[str, Any],
 ) -> str:
     from jinja2 import Environment, StrictUndefined
 
@@ -174,6 +175,11 @@ def _render(
         busy=_busy(data["environment"]),
         created=datetime.fromisoformat(bench.manifest["created"]).strftime("%-d %B %Y, %H:%M UTC"),
         checks=[same for choices in quality["same_choice"].values() for same in choices.values()],
+        certificate=certificate,
+        rows=sections.rows(data),
+        against_memory=sections.against_memory(data),
+        energy=sections.energy(data),
+        generation=quality.get("generation"),
         parameters=_parameters(student.result.get("parameters")),
         version=__version__,
     )
@@ -314,7 +320,16 @@ def _pictures(data: Mapping[str, Any], samples: Sequence[Sample], log: Sequence[
         for name, arm in arms.items() if arm["quality"]
     ]  # fmt: skip
     gaps = [(arm["label"], arm["role"], [1e3 * s.tpot for s in samples if s.arm == name]) for name, arm in arms.items()]
+    hills = [(arm["label"], arm["role"], _gaps(samples, name)) for name, arm in arms.items()]
+    firsts = [
+        (arm["label"], arm["role"], [1e3 * s.ttft for s in samples if s.arm == name]) for name, arm in arms.items()
+    ]
     pictures: dict[str, Any] = {
+        "gaps": charts.ridges(hills, title="Distribution of the gaps between tokens, by arm", x="ms between tokens (logarithmic)"),
+        "firsts": charts.strip(firsts, title="Time to the first token of every generation, by arm", x="ms to the first token (logarithmic)"),
+        "offline": sections.offline(data),
+        "server": sections.server(data),
+        "cold": sections.cold(data),
         "trade": charts.quality_against_speed(bubbles, title="Held-out loss against decode speed, size on disk as the area"),
         "strip": charts.strip(gaps, title="Time per output token of every generation, by arm", x="ms per output token (logarithmic)"),
         "terms": None, "heldout": None, "weights": {},
@@ -328,6 +343,10 @@ def _pictures(data: Mapping[str, Any], samples: Sequence[Sample], log: Sequence[
     if len(evaluations) > 1:
         pictures["heldout"] = _heldout(evaluations, data)
     return pictures
+
+
+def _gaps(samples: Sequence[Sample], arm: str) -> list[float]:
+    return [1e3 * float(gap) for sample in samples if sample.arm == arm for gap in sample.itl]
 
 
 def _terms(steps: Sequence[Mapping[str, Any]]) -> str:

@@ -154,6 +154,14 @@ def percentile(values: Sequence[float] | Array, percent: int) -> float | None:
     return float(np.percentile(np.asarray(values, np.float64), percent, method="inverted_cdf"))
 
 
+def mean_interval(values: Array, *, seed: int = 0, resamples: int = 2000) -> Interval:
+    """Mean of ``values[n]`` and its percentile bootstrap interval, for figures that are shown and decide nothing."""
+    picks = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    value = float(values.mean())
+    low, high = np.quantile(values[picks].mean(1), [0.025, 0.975])
+    return Interval(value, min(float(low), value), max(float(high), value), len(values))
+
+
 def relative_rise(
     ours: Sequence[Array], theirs: Sequence[Array], labels: Sequence[Array], *, seed: int = 0, resamples: int = 4000
 ) -> Interval:

@@ -34,6 +34,7 @@ COMMANDS = (
     "report",
     "verify",
     "compare",
+    "eval",
     "generate",
     "doctor",
 )

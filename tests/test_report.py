@@ -232,7 +232,7 @@ def test_report_is_one_file_that_needs_nothing_else(tmp_path: Path) -> None:
     assert "@import" not in text
     assert "url(" not in re.sub(r"url\(#", "", text)
     assert len(page.ids) == len(set(page.ids))
-    assert len(page.images) == 6  # trade, strip, terms, held-out, weights of two domains
+    assert len(page.images) == 8  # trade, three of latency, terms, held-out, weights of two domains
     assert all(image["role"] == "img" and image["aria-label"] for image in page.images)
     assert "#010" not in text  # every stand-in colour became a variable of the page
 
@@ -279,7 +279,8 @@ def test_report_without_teachers_or_log(tmp_path: Path) -> None:
 def test_report_escapes_what_it_shows(tmp_path: Path) -> None:
     chosen = recipe(description="<script>alert(1)</script>")
     report = write_report(run=make_run(tmp_path, chosen), recipe=chosen)
-    assert "<script" not in report.html.read_text()
+    assert "<script>alert" not in report.html.read_text()
+    assert "&lt;script&gt;alert(1)" in report.html.read_text()
 
 
 def test_report_refuses_a_bench_of_other_artifacts(tmp_path: Path) -> None:
@@ -337,6 +338,13 @@ def test_labels_of_a_picture_do_not_overlap() -> None:
     for i, a in enumerate(boxes):
         for b in boxes[:i]:
             assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+
+
+def test_the_front_is_what_nothing_beats_in_both() -> None:
+    # Speed and loss: slow and good, fast and worse, beaten by both, and a copy of the best that is no better for its last digits.
+    points = [(10.0, 2.0), (50.0, 2.5), (20.0, 2.6), (9.0, 1.9999), (50.0, 2.7)]
+    assert charts.pareto(points) == [0, 1]
+    assert charts.pareto([(1.0, 3.0)]) == [0]
 
 
 def test_line_labels_keep_their_distance() -> None:

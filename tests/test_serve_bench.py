@@ -104,6 +104,20 @@ def test_sums_leave_out_what_is_not_scored() -> None:
     assert found["last"] == arm[-1].argmax()
 
 
+def test_calibration_error_by_hand() -> None:
+    # Confident at 0.9 and right once of twice: off by 0.4. Confident at 0.6 and right: off by 0.4. 0.96 and 0.9 lie in two bins.
+    probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.04, 0.96]], np.float32)
+    first = quality.calibration(np.log(probabilities[:2]), np.array([0, 1]))
+    rest = quality.calibration(np.log(probabilities[2:]), np.array([1, 1]))
+    assert len(first) == quality.BINS
+    assert sum(count for count, _, _ in first) == 2
+    assert first[13] == pytest.approx([2, 1.8, 1])
+    assert quality.calibration_error([first, rest]) == pytest.approx((2 * 0.4 + 0.4 + 0.04) / 4)
+    sure = quality.calibration(np.log(np.array([[1.0, 1e-30]], np.float32)), np.array([0]))
+    assert sure[-1] == [1, 1, 1]  # a confidence of 1 is in the last bin
+    assert quality.calibration_error([sure]) == 0
+
+
 def test_log_softmax_of_large_logits() -> None:
     logits = np.array([[1e4, 1e4, 0.0], [-3.0, 0.0, 3.0]], np.float32)
     found = quality.log_softmax(logits.copy())

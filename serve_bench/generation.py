@@ -1,0 +1,92 @@
+"""What the timed generations say: how often an arm goes on as another does, how it repeats itself, how near it is to the text.
+
+Every arm was timed on the same held-out prompts, greedily, so its tokens cost nothing more. Knows token rows; BLEU, chrF and
+ROUGE-L are those of sacrebleu and rouge-score (extra `[eval]`), and absent without them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from serve_bench.stats import mean_interval
+
+Tokens = Sequence[int]
+_REPEATED = 4  # tokens of a repeated piece
+_WITHOUT = "sacrebleu and rouge-score are not installed; run: pip install 'limbeck[eval]', and measure again."
+
+
+def describe(
+    generated: Mapping[str, Sequence[Tokens]],
+    references: Sequence[Tokens],
+    *,
+    decode: Callable[[Tokens], str],
+    against: Sequence[str],
+) -> dict[str, Any]:
+    """Figures by arm, from one row of tokens a prompt; ``references`` is how the text itself goes on.
+
+    ``against`` names arms whose choices the others are held against. Figures are means over prompts with bootstrap
+    intervals; ``distinct`` is of all rows together, BLEU of the whole corpus.
+    """
+    texts = [decode(row) for row in references]
+    result: dict[str, Any] = {"prompts": len(references), "tokens": len(references[0]), "arms": {}}
+    for arm, rows in generated.items():
+        result["arms"][arm] = {
+            "greedy_match": {
+                other: _interval([common_prefix(a, b) / len(b) for a, b in zip(rows, generated[other], strict=True)])
+                for other in against
+                if other != arm and other in generated
+            },
+            "distinct_1": distinct(rows, 1),
+            "distinct_2": distinct(rows, 2),
+            "repetition": _interval([repetition(row) for row in rows]),
+        }
+    result["text"] = {
+        "distinct_1": distinct(references, 1),
+        "distinct_2": distinct(references, 2),
+        "repetition": _interval([repetition(row) for row in references]),
+    }
+    if not all(importlib.util.find_spec(name) for name in ("sacrebleu", "rouge_score")):
+        return result | {"overlap": None, "why": _WITHOUT}
+    return result | {"overlap": {arm: overlap([decode(row) for row in rows], texts) for arm, rows in generated.items()}}
+
+
+def common_prefix(ours: Tokens, theirs: Tokens) -> int:
+    """Tokens before the first difference; after it the two no longer go on from the same text."""
+    return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+
+
+def distinct(rows: Sequence[Tokens], n: int) -> float:
+    """Share of different n-grams among all of them (Li et al., arXiv 1510.03055)."""
+    grams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
+    return len(set(grams)) / max(len(grams), 1)
+
+
+def repetition(row: Tokens) -> float:
+    """Share of a row's pieces of four tokens that stood in it before."""
+    grams = [tuple(row[i : i + _REPEATED]) for i in range(len(row) - _REPEATED + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def overlap(ours: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
+    """BLEU of the corpus, and mean chrF and ROUGE-L (F1) of the texts, all from 0 to 100, with sacrebleu's signatures."""
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+
+    bleu, chrf, rouge = BLEU(), CHRF(), RougeScorer(["rougeL"])
+    pairs = list(zip(ours, references, strict=True))
+    return {
+        "bleu": float(bleu.corpus_score(list(ours), [list(references)]).score),
+        "chrf": _interval([chrf.sentence_score(text, [reference]).score for text, reference in pairs]),
+        "rouge_l": _interval([100 * rouge.score(reference, text)["rougeL"].fmeasure for text, reference in pairs]),
+        "signatures": {"bleu": str(bleu.get_signature()), "chrf": str(chrf.get_signature())},
+    }
+
+
+def _interval(values: Sequence[float]) -> dict[str, Any]:
+    found = mean_interval(np.asarray(values, np.float64))
+    return {"value": found.value, "low": found.low, "high": found.high, "n": found.n}

@@ -1,0 +1,69 @@
+"""Pictures of the scenarios and the list of every figure, from made-up results."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve_bench import charts, sections, write_report
+from tests import scenarios
+from tests.test_report import make_run, recipe
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> dict[str, Any]:
+    chosen = recipe()
+    report = write_report(run=make_run(tmp_path, chosen), recipe=chosen)
+    found: dict[str, Any] = json.loads(report.json.read_text())
+    return found | {"offline": scenarios.offline(), "cold": scenarios.cold(), "server": scenarios.server()}
+
+
+def test_nothing_is_drawn_of_what_was_not_measured(data: dict[str, Any]) -> None:
+    alone = {key: value for key, value in data.items() if key not in ("offline", "cold", "server")}
+    assert (sections.offline(alone), sections.server(alone), sections.cold(alone)) == ([], None, None)
+    assert not any("offline" in row["what"] or "cold" in row["what"] for row in sections.rows(alone))
+
+
+def test_pictures_name_their_arms(data: dict[str, Any]) -> None:
+    (cell,) = sections.offline(data)
+    assert cell["title"] == "prompts of 128 tokens, 64 new"
+    assert all(f">{label}<" in cell["picture"] for label in ("int8-weight", "fp32", "speeches"))
+    server, cold = sections.server(data), sections.cold(data)
+    assert server is not None
+    assert cold is not None
+    assert all(f">{label}<" in server for label in ("within the SLO", "completed", "asked"))
+    assert all(f">{label}<" in cold for label in ("start", "import", "load", "first token", "6.33", "0.64"))
+    for picture in (cell["picture"], server, cold):
+        assert re.match(r'<svg class="chart"[^>]* role="img" aria-label="[^"]+">', picture)
+        assert "#010" not in picture
+
+
+def test_every_figure_is_a_row(data: dict[str, Any]) -> None:
+    rows = {(row["arm"], row["what"]): row for row in sections.rows(data)}
+    assert rows["int8-weight", "size on disk"]["value"] == pytest.approx(143.4)
+    decode = rows["speeches", "decode speed of int8-weight over it"]
+    assert (decode["unit"], decode["value"]) == (
+        "×",
+        data["speed_of_shipped_over"]["teacher:speeches"]["tpot"]["value"],
+    )
+    loss = rows["fp32", "rise of loss of int8-weight over it"]
+    assert (loss["unit"], loss["value"]) == ("%", pytest.approx(0.06))
+    assert loss["low"] < loss["value"] < loss["high"] or loss["low"] == pytest.approx(loss["high"])
+    assert rows["int8-weight", "offline, batch 4, prompt 128, new 64: generated"]["value"] == pytest.approx(
+        116 * 4**0.7
+    )
+    assert rows["speeches", "cold: total"]["value"] == pytest.approx(6.33)
+    assert rows["int8-weight", "server at 4/s: goodput"]["n"] == 240
+    assert ("int8-weight", "server at 4/s: first token, p99") not in rows  # n too small
+    assert rows["int8-weight", "loss, speeches"]["n"] == 12 * 255
+
+
+def test_hills_hold_every_value() -> None:
+    svg = charts.ridges([("a", "form", [1.0] * 50 + [40.0]), ("b", "teacher", [2.0] * 9)], title="hills", x="ms")
+    assert ">a<" in svg
+    assert ">b<" in svg
+    assert 'aria-label="hills"' in svg
