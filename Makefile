@@ -68,7 +68,7 @@ test-browser: $(READY) .venvs/browser/.ready
 
 .venvs/browser/.ready:
 	mkdir -p $(@D)
-	npm install --ignore-scripts --no-audit --no-fund --prefix $(@D) puppeteer-core@PUP axe-core@AXE
+	npm install --ignore-scripts --no-audit --no-fund --prefix $(@D) puppeteer-core@24.43.1 axe-core@4.14.1
 	touch $@
 
 check: $(READY)
