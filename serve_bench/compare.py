@@ -1,7 +1,8 @@
 """Two runs beside each other, for continuous integration: what the shipped form got better or worse at, and a verdict.
 
 Knows bench artifacts; measures nothing. Between runs there are no pairs of blocks, so times are compared by ranks and widened
-by what each run's two copies of one artifact differ in. Quality is paired by held-out block, where the text is the same.
+by what each run's two copies of one artifact differ in; where both runs timed the same teachers, relative to them, so that
+what the machine did between the runs falls out. Quality is paired by held-out block, where the text is the same.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from limbeck.errors import ArtifactError, UserError
 from limbeck.recipe import parse_recipe
 from serve_bench import figures
 from serve_bench.arms import Arm
-from serve_bench.certificate import heldout_file
+from serve_bench.certificate import CERTIFICATE, heldout_file, read_certificate
 from serve_bench.figures import ENVIRONMENT, QUALITY, SAMPLES, Reference, Sample
 from serve_bench.gates import show
 from serve_bench.quality import summarise
@@ -100,17 +101,36 @@ def compare_runs(
         notes.insert(
             0, f"**Different machines**: {found}. Times and memory compare the machines as well as the models."
         )
+    anchors = _anchors(old, new)
+    if anchors:
+        names = ", ".join(new.bench.result["arms"][anchor]["label"] for anchor in anchors)
+        notes.append(
+            f"Changes of time are relative to {names}, timed in both runs: a slower machine is not a slower model."
+        )
+    else:
+        notes.append(
+            "No arm is the same in both runs, so a change of time holds what the machine did between them, too."
+        )
     rows = [
-        *_times(old, new, allowed["speed"]),
+        *_times(old, new, allowed["speed"], anchors),
         *_sizes(old, new, allowed),
         *_losses(old, new, allowed["quality"], notes),
     ]
     return Comparison(str(before), str(after), tuple(rows), tuple(notes))
 
 
-def time_change(old: Timed, new: Timed, *, metric: str) -> Interval:
-    """Ratio of the shipped forms' times, new over old, widened by what two copies differ in within either run."""
-    values = [figures.by_block(samples, reference.shipped_arm.id, metric) for samples, reference in (new, old)]
+def time_change(old: Timed, new: Timed, *, metric: str, anchors: Sequence[str] = ()) -> Interval:
+    """Ratio of the shipped forms' times, new over old, widened by what two copies differ in within either run.
+
+    ``anchors`` are arms that are the same in both runs: times are then taken relative to theirs, block by block, so that what
+    the machine did between the runs falls out. Without them it is part of the change.
+    """
+    values = []
+    for samples, reference in (new, old):
+        logs = np.log(figures.by_block(samples, reference.shipped_arm.id, metric))
+        for anchor in anchors:
+            logs = logs - np.log(figures.by_block(samples, anchor, metric)) / len(anchors)
+        values.append(np.exp(logs))
     ratio = unpaired_ratio(*values)
     for samples, reference in (old, new):
         ratio = widened(ratio, figures.noise_floor(samples, reference, metric))
@@ -231,10 +251,35 @@ def _differences(old: _Run, new: _Run) -> Iterator[str]:
 # Metrics ---------------------------------------------------------------------------------------------------------
 
 
-def _times(old: _Run, new: _Run, tolerance: float) -> Iterator[Row]:
+def _anchors(old: _Run, new: _Run) -> list[str]:
+    """Teachers that both runs timed: the same weights in the same libraries."""
+    versions = [
+        {name: run.environment["versions"].get(name) for name in ("torch", "transformers")} for run in (old, new)
+    ]
+    if versions[0] != versions[1]:
+        return []
+    parents = [_parents(run) for run in (old, new)]
+    return [
+        arm.id
+        for arm in new.reference.with_role("teacher")
+        if arm.id in old.bench.result["arms"]
+        and (digest := parents[1].get(f"teacher {arm.label}")) is not None
+        and digest == parents[0].get(f"teacher {arm.label}")
+    ]
+
+
+def _parents(run: _Run) -> dict[str, str]:
+    """What the measured student was made from; nothing where neither student nor certificate lies beside the bench."""
+    student = run.path / "student"
+    if (student / MANIFEST).exists():
+        return dict(open_artifact(student, verify=False).manifest["parents"])
+    return dict(read_certificate(run.path)["parents"]) if (run.path / CERTIFICATE).exists() else {}
+
+
+def _times(old: _Run, new: _Run, tolerance: float, anchors: Sequence[str]) -> Iterator[Row]:
     for metric, title in (("tpot", "ms per output token"), ("ttft", "ms to first token"), ("e2el", "ms in all")):
         then, now = (figures.by_block(run.samples, run.shipped, metric) for run in (old, new))
-        ratio = time_change((old.samples, old.reference), (new.samples, new.reference), metric=metric)
+        ratio = time_change((old.samples, old.reference), (new.samples, new.reference), metric=metric, anchors=anchors)
         change = _relative(ratio)
         shown = tuple(f"{1e3 * np.median(values):.4g}" for values in (then, now))
         yield Row(title, "speed", shown[0], shown[1], change, tolerance, judge_change(change, tolerance))

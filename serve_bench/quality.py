@@ -81,7 +81,8 @@ def calibration(arm_NV: LogProbabilities, labels_N: npt.NDArray[np.int64]) -> li
     confidence_N = np.exp(arm_NV[np.arange(len(choice_N)), choice_N].astype(np.float64))
     bin_N = np.clip((confidence_N * BINS).astype(np.int64), 0, BINS - 1)
     columns = (np.ones(len(bin_N)), confidence_N, (choice_N == labels_N).astype(np.float64))
-    return np.stack([np.bincount(bin_N, c, minlength=BINS) for c in columns], axis=1).tolist()
+    bins: list[list[float]] = np.stack([np.bincount(bin_N, c, minlength=BINS) for c in columns], axis=1).tolist()
+    return bins
 
 
 def calibration_error(blocks: Sequence[Sequence[Sequence[float]]]) -> float:

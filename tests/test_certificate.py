@@ -13,7 +13,7 @@ from limbeck.heldout import HELDOUT
 from serve_bench import write_report
 from serve_bench.certificate import CERTIFICATE, differences, judge_loss, judge_speed
 from serve_bench.stats import Interval
-from tests.test_report import make_run, recipe
+from tests.test_report import PARENTS, make_run, recipe
 
 THEN = {"value": 8.0, "low": 7.5, "high": 8.5, "n": 6}
 OTHER = {"processor": "A then, B now"}
@@ -26,7 +26,7 @@ def test_a_certificate_holds_digests_figures_and_the_machine(tmp_path: Path) -> 
     onnx, bench, student = (open_artifact(tmp_path / name) for name in ("onnx", "bench", "student"))
     assert found["artifact"]["digest"] == onnx.digest
     assert found["artifact"]["files"] == {"model.onnx": file_digest(tmp_path / "onnx/model.onnx")}
-    assert found["parents"] == {"student": student.digest, "base": "ab" * 32}
+    assert found["parents"] == {"student": student.digest, **PARENTS}
     assert (found["bench"], found["recipe"]["digest"]) == (bench.digest, chosen.digest)
     assert found["data"]["heldout"] == file_digest(tmp_path / "bench" / HELDOUT)
     assert found["data"]["domains"]["speeches"] == {"blocks": 12, "labels": 12 * 255}

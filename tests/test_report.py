@@ -23,6 +23,7 @@ from serve_bench.report import significant
 from tests.pico import make_blocks
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "path", "use"}
+PARENTS = {"base": "ab" * 32, "teacher speeches": "c0ffee" * 10, "teacher scripture": "c0ffee" * 10}
 DOMAINS = {"speeches": (3.02, 3.41, 2.95), "scripture": (2.74, 2.41, 2.44)}
 
 
@@ -49,7 +50,7 @@ def make_run(run: Path, chosen: Recipe, *, blocks: int = 6, teachers: bool = Tru
     """Artifacts of a run with made-up but plausible figures: 135M parameters, two experts."""
     draw = np.random.default_rng(7)
     names = list(DOMAINS) if teachers else []
-    with write_artifact(run / "student", kind="student", key="s", parents={"base": "ab" * 32}, recipe=chosen) as draft:
+    with write_artifact(run / "student", kind="student", key="s", parents=PARENTS, recipe=chosen) as draft:
         (draft.folder / "teachers.json").write_text(
             json.dumps(
                 [
