@@ -70,9 +70,7 @@ class InPlaceBatch:
         self.longest = min(tokens, decoder.context or tokens)
         unit = mmap.PAGESIZE // 4  # so that every row begins on a page, however small its heads
         capacity = -(-self.longest // unit) * unit
-        self._buffers = {
-            name: Pages((rows + 1, heads, capacity, size)) for name, (heads, size) in decoder.past.items()
-        }
+        self._buffers = {name: Pages((rows + 1, heads, capacity, size)) for name, (heads, size) in decoder.past.items()}
         self._lengths = np.zeros(rows + 1, np.int64)
         self._logits = np.empty((rows, 1, decoder.vocabulary), np.float32)
         self._running: Any = None
@@ -87,7 +85,8 @@ class InPlaceBatch:
         mask = np.ones((1, self._lengths[self._spare]), np.int64)
         logits = np.empty((1, 1, self._decoder.vocabulary), np.float32)
         run(self._decoder, self._filling, tokens, mask, logits)
-        return logits[0, 0]
+        last: Floats = logits[0, 0]
+        return last
 
     def join(self) -> None:
         self._move(self._spare, self.rows)
@@ -172,7 +171,8 @@ class GrowingBatch:
         self._filled += len(ids)
         past = self._new or [self._share(np.zeros((1, h, 0, d), np.float32)) for h, d in self._decoder.past.values()]
         logits, self._new = self._run(np.array([ids], np.int64), np.ones((1, self._filled), np.int64), past)
-        return logits[0]
+        last: Floats = logits[0]
+        return last
 
     def join(self) -> None:
         length = max(self._filled, self._mask.shape[1])

@@ -89,7 +89,7 @@ class Engine:
         threads: int | None = None,
         max_batch: int = 64,
         max_queue: int = 256,
-        cache_bytes: int = 1 << 30,
+        cache_bytes: int = 1_000_000_000,
         verify: bool = True,
     ) -> None:
         """Open a form of the ``onnx`` artifact at ``folder`` (none: the shipped one) and start the thread.
@@ -131,6 +131,16 @@ class Engine:
     def running(self) -> int:
         """Requests that hold a row."""
         return len(self._running) + (self._new is not None)
+
+    @property
+    def closing(self) -> bool:
+        """Whether new requests are refused."""
+        return self._closing is not None or self.failure is not None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the thread has ended: nothing runs and nothing ever will."""
+        return not self._thread.is_alive()
 
     def check(self, request: Request) -> None:
         """Raise `DataError` for a request that could never be answered: empty, foreign tokens, or too long."""
