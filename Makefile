@@ -19,7 +19,7 @@ help:
 	@echo "make test-browser  the report in headless Chromium, with axe (needs chromium, node and npm)"
 	@echo "make check       ruff, mypy, and the rules of who imports whom"
 	@echo "make architectures  writes docs/architectures.md from what passes"
-	@echo "make bench-NAME  a benchmark of tests/benchmarks; its last line is one JSON object"
+	@echo "make bench-NAME  a benchmark of tests/benchmarks; its last line is one JSON object; ARGS=… goes to it"
 
 setup: $(READY)
 
@@ -90,4 +90,4 @@ architectures: $(READY)
 	$(BIN)/python -m tests.architectures
 
 bench-%: $(READY)
-	$(BIN)/python -m tests.benchmarks.bench_$(subst -,_,$*)
+	$(BIN)/python -m tests.benchmarks.bench_$(subst -,_,$*) $(ARGS)
