@@ -52,7 +52,7 @@ def open_batch(decoder: Decoder, *, rows: int, tokens: int) -> Batch:
 
 def bytes_per_token(decoder: Decoder) -> int:
     """Bytes that the cache takes for one token of one row."""
-    return sum(heads * size for heads, size in decoder.past.values()) * np.dtype(np.float32).itemsize
+    return sum(heads * size for heads, size in decoder.past.values()) * np.dtype(decoder.cache_type).itemsize
 
 
 class InPlaceBatch:
@@ -68,7 +68,7 @@ class InPlaceBatch:
         self.rows = 0
         self._decoder, self._tokens, self._spare = decoder, tokens, rows
         self.longest = min(tokens, decoder.context or tokens)
-        unit = mmap.PAGESIZE // 4  # so that every row begins on a page, however small its heads
+        unit = mmap.PAGESIZE  # so that every row begins on a page, however small its heads
         capacity = -(-self.longest // unit) * unit
         self._buffers = {name: Pages((rows + 1, heads, capacity, size)) for name, (heads, size) in decoder.past.items()}
         self._lengths = np.zeros(rows + 1, np.int64)
@@ -137,14 +137,14 @@ class InPlaceBatch:
 
 
 class Pages:
-    """An array of floats in memory that the system provides when it is first written and that rows can give back."""
+    """An array in memory that the system provides when it is first written and that rows can give back."""
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self._row = int(np.prod(shape[1:])) * 4  # bytes
+    def __init__(self, shape: tuple[int, ...], kind: type[np.floating[Any]] = np.float32) -> None:
+        self._row = int(np.prod(shape[1:])) * np.dtype(kind).itemsize  # bytes
         self._memory = mmap.mmap(-1, shape[0] * self._row, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux: a huge page would hold thousands of tokens for the first one
             self._memory.madvise(mmap.MADV_NOHUGEPAGE)
-        self.array: Floats = np.frombuffer(self._memory, np.float32).reshape(shape)
+        self.array = np.frombuffer(self._memory, kind).reshape(shape)
 
     def give_back(self, row: int) -> None:
         """Let the system have the memory of ``row``; reads as zero afterwards."""
@@ -169,7 +169,8 @@ class GrowingBatch:
 
     def fill(self, ids: Sequence[int]) -> Floats:
         self._filled += len(ids)
-        past = self._new or [self._share(np.zeros((1, h, 0, d), np.float32)) for h, d in self._decoder.past.values()]
+        kind = self._decoder.cache_type
+        past = self._new or [self._share(np.zeros((1, h, 0, d), kind)) for h, d in self._decoder.past.values()]
         logits, self._new = self._run(np.array([ids], np.int64), np.ones((1, self._filled), np.int64), past)
         last: Floats = logits[0]
         return last

@@ -97,7 +97,7 @@ class Engine:
         Up to ``max_batch`` requests run at once and ``max_queue`` more wait; their caches take ``cache_bytes`` at most.
         Raises as `Decoder` does, and `EnvironmentalError` when the caches cannot hold one token of each.
         """
-        decoder = Decoder(folder, form=form, threads=threads, verify=verify)
+        decoder = Decoder(folder, form=form, threads=threads, provider="cpu", verify=verify)
         tokens = cache_bytes // bytes_per_token(decoder)
         if tokens < 2 * max_batch:
             raise EnvironmentalError(

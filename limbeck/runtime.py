@@ -155,7 +155,7 @@ class Decoder:
             n: (v.shape[1], v.shape[3]) for n, v in inputs.items() if n.startswith("past_key_values.")
         }
         half = any(inputs[name].type == "tensor(float16)" for name in self.past)
-        self.cache_type = np.float16 if half else np.float32
+        self.cache_type: type[np.floating[Any]] = np.float16 if half else np.float32
         self.metadata: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
         self.all_logits = self.metadata.get("limbeck.logits") == "all"
         self.vocabulary = int(self.session.get_outputs()[0].shape[-1])
