@@ -55,6 +55,9 @@ from limbeck.wire import (
 _COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens in /v1/completions
 _KINDS = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_limit_error", 504: "timeout_error"}
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_KEEP_ALIVE = (
+    30  # seconds; longer than clients keep an idle connection, or they would now and then use one being closed
+)
 _LAST_WORDS = 5  # seconds that answers already made may take to reach their clients at the end
 
 
@@ -175,6 +178,11 @@ class Answer:
             self._last = piece.at
             self.made += 1
         return piece
+
+    @property
+    def more(self) -> bool:
+        """Whether another piece lies ready."""
+        return not self._box.empty()
 
     async def rest(self, first: Piece) -> AsyncIterator[Piece]:
         """``first`` and what comes after it."""
@@ -314,16 +322,21 @@ class Service:
     async def _events(self, answer: Answer, first: Piece, shape: Shape, wants_usage: bool) -> AsyncIterator[str]:
         """One event a token, so that a client that times events times tokens; then the end, and the counts if wanted."""
         extra = {"usage": None} if wants_usage else {}
+        events = []
         try:
             async for piece in answer.rest(first):
                 text = piece.text or None if piece.finish else piece.text
-                yield _event(shape.chunk(text, piece.finish, first=piece is first) | extra)
+                events.append(_event(shape.chunk(text, piece.finish, first=piece is first) | extra))
+                if not answer.more:  # what lies ready goes out in one write
+                    yield "".join(events)
+                    events.clear()
             if wants_usage:
-                yield _event(shape.usage(answer.usage))
-            yield "data: [DONE]\n\n"
+                events.append(_event(shape.usage(answer.usage)))
+            events.append("data: [DONE]\n\n")
         except ApiError as error:
             self.metrics.errors.labels(str(error.body["error"]["code"])).inc()
-            yield _event(error.body)
+            events.append(_event(error.body))
+        yield "".join(events)
 
 
 def _event(body: dict[str, Any]) -> str:
@@ -567,6 +580,7 @@ def open_server(
             ws="none",
             lifespan="off",
             server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE,
             timeout_graceful_shutdown=_LAST_WORDS,
         )
         title = f"{model} ({engine.form}, context {engine.longest} tokens, {engine.threads} threads)"

@@ -75,7 +75,7 @@ async def client(load: Load, seed: int, until: float) -> None:
                 elif answer.usage.completion_tokens != count:
                     load.errors.append(f"{answer.usage.completion_tokens} tokens, expected {count}")
             except openai.APIError as error:
-                load.errors.append(f"{type(error).__name__}: {error}")
+                load.errors.append(f"{type(error).__name__}: {error} ({error.__cause__!r})")
                 await asyncio.sleep(0.1)
             load.requests += 1
 
