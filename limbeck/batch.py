@@ -26,6 +26,10 @@ class Batch(Protocol):
     rows: int
     longest: int  # tokens that one row may grow to
 
+    @property
+    def held(self) -> int:
+        """Tokens that the caches hold now, padding included."""
+
     def fits(self, needs: Sequence[int]) -> bool:
         """Whether rows that may grow to ``needs`` tokens each can be held at once."""
 
@@ -75,6 +79,10 @@ class InPlaceBatch:
         self._logits = np.empty((rows, 1, decoder.vocabulary), np.float32)
         self._running: Any = None
         self._filling = self._bind(rows, rows + 1)
+
+    @property
+    def held(self) -> int:
+        return int(self._lengths.sum())
 
     def fits(self, needs: Sequence[int]) -> bool:
         return len(needs) <= self._spare and sum(needs) <= self._tokens
@@ -163,6 +171,10 @@ class GrowingBatch:
         self._mask: Ids = np.zeros((0, 0), np.int64)
         self._new: list[Any] = []  # the cache of the row that is being filled
         self._filled = 0
+
+    @property
+    def held(self) -> int:
+        return self._mask.size + self._filled
 
     def fits(self, needs: Sequence[int]) -> bool:
         return len(needs) * max(needs, default=0) <= self._tokens  # every row is as long as the longest

@@ -98,10 +98,11 @@ class Engine:
         Raises as `Decoder` does, and `EnvironmentalError` when the caches cannot hold one token of each.
         """
         decoder = Decoder(folder, form=form, threads=threads, provider="cpu", verify=verify)
-        tokens = cache_bytes // bytes_per_token(decoder)
+        self._token_bytes = bytes_per_token(decoder)
+        tokens = cache_bytes // self._token_bytes
         if tokens < 2 * max_batch:
             raise EnvironmentalError(
-                f"found {cache_bytes} bytes for the caches, expected at least {2 * max_batch * bytes_per_token(decoder)} "
+                f"found {cache_bytes} bytes for the caches, expected at least {2 * max_batch * self._token_bytes} "
                 f"for {max_batch} rows of this model; allow more (--cache-mb) or fewer rows (--max-batch)."
             )
         self.form, self.threads, self.vocabulary = decoder.form, decoder.threads, decoder.vocabulary
@@ -131,6 +132,11 @@ class Engine:
     def running(self) -> int:
         """Requests that hold a row."""
         return len(self._running) + (self._new is not None)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that the tokens held by the caches take."""
+        return self._batch.held * self._token_bytes
 
     @property
     def closing(self) -> bool:

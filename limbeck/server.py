@@ -115,6 +115,7 @@ class Metrics:
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
             "limbeck_queue_length": ("Requests that wait for a slot.", lambda: engine.waiting),
             "limbeck_running": ("Requests that hold a slot.", lambda: engine.running),
+            "limbeck_cache_bytes": ("Memory of the tokens that the caches hold.", lambda: engine.cache_bytes),
             "limbeck_slots": ("Requests that may run at once.", lambda: engine.max_batch),
         }
         for name, (text, read) in gauges.items():

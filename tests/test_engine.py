@@ -287,6 +287,7 @@ def test_a_row_that_leaves_gives_its_memory_back(served: Artifact) -> None:
         batch.fill(ids)
         batch.join()
     batch.step(np.array([7, 8, 9]))
+    assert batch.held == 9
     written = [
         [int((pages.array[row] != 0).any(axis=(0, 2)).sum()) for row in range(4)] for pages in batch._buffers.values()
     ]
@@ -294,6 +295,7 @@ def test_a_row_that_leaves_gives_its_memory_back(served: Artifact) -> None:
     batch.leave(0)
     batch.fill([1, 2])
     batch.drop()
+    assert batch.held == 5
     written = [
         [int((pages.array[row] != 0).any(axis=(0, 2)).sum()) for row in range(4)] for pages in batch._buffers.values()
     ]

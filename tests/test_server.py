@@ -398,6 +398,7 @@ def test_a_full_queue_says_so(served: Artifact, monkeypatch: pytest.MonkeyPatch)
         second = pool.submit(bare, server, "POST", "/v1/completions", body)
         until(lambda: server.engine.waiting == 1)
         assert metric(server, "limbeck_queue_length") == 1
+        assert metric(server, "limbeck_cache_bytes") > 0
         status, headers, answer = bare(server, "POST", "/v1/completions", body)
         assert (status, headers["Retry-After"], answer["error"]["code"]) == (429, "1", "queue_full")
         with connect(server) as client, pytest.raises(openai.RateLimitError):
@@ -444,6 +445,7 @@ def test_metrics_count(server: Listener, client: openai.OpenAI) -> None:
     after = {name: metric(server, name, **labels) - before[name] for name, labels in names.items()}
     assert list(after.values()) == [1, 3, 8, 1, 7, 1, 1]
     assert metric(server, "limbeck_slots") == 64
+    until(lambda: metric(server, "limbeck_cache_bytes") == 0)
 
 
 # The end ---------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 Without a path it exports a tiny random model; with one (a run folder or an exported folder) it serves that. Every client asks one
 request after the other by the official client: streams read to the end, streams left early, answers at once. Memory is the
-server's resident set, twice a second; its slope is a line fitted to the last two thirds. Prints one JSON object, and exits with 1 when
+server's resident set, twice a second. The slope is a line fitted to the last two thirds of what is resident beside the caches, whose
+memory follows the tokens held and comes and goes by design. Prints one JSON object, and exits with 1 when
 a bound does not hold.
 """
 
@@ -142,12 +143,13 @@ def measure(server: subprocess.Popen[str], streams: int, seconds: float) -> tupl
     asyncio.run(drive(load, 1, 1))  # one client first: what an idle server holds once it has answered
     process, idle = psutil.Process(server.pid), psutil.Process(server.pid).memory_info().rss / 1e6
 
-    samples: list[tuple[float, float]] = []
+    samples: list[tuple[float, float, float]] = []
     over = threading.Event()
 
     def watch() -> None:
         while not over.wait(0.5):
-            samples.append((time.monotonic(), process.memory_info().rss / 1e6))
+            cached = metric(address, "limbeck_cache_bytes") / 1e6
+            samples.append((time.monotonic(), process.memory_info().rss / 1e6, cached))
 
     watching = threading.Thread(target=watch)
     generated, started = metric(address, "limbeck_generated_tokens_total"), time.monotonic()
@@ -160,9 +162,9 @@ def measure(server: subprocess.Popen[str], streams: int, seconds: float) -> tupl
     while metric(address, "limbeck_running") and time.monotonic() < deadline:
         time.sleep(0.05)
 
-    minutes, megabytes = np.array(samples).T
-    late = minutes >= started + seconds / 3
-    slope = float(np.polyfit(minutes[late] / 60, megabytes[late], 1)[0])
+    at, megabytes, cached = np.array(samples).T
+    late = at >= started + seconds / 3
+    slope = float(np.polyfit(at[late] / 60, (megabytes - cached)[late], 1)[0])
     figures = {
         "errors": len(load.errors),
         "requests": load.requests,
@@ -170,6 +172,7 @@ def measure(server: subprocess.Popen[str], streams: int, seconds: float) -> tupl
         "rss_slope_mb_per_min": round(slope, 2),
         "idle_rss_mb": round(idle, 1),
         "peak_rss_mb": round(float(megabytes.max()), 1),
+        "peak_cache_mb": round(float(cached.max()), 1),
         "slots_left": int(metric(address, "limbeck_slots") - metric(address, "limbeck_running")),
         "tokens_per_s": round((metric(address, "limbeck_generated_tokens_total") - generated) / took, 1),
     }
