@@ -128,8 +128,11 @@ def _save(
         }
 
 
-def setup(*, recipe: Recipe, products: Mapping[str, Path], work: Path, key: str) -> Run:
-    """Load teachers, text and student, and check that they fit together. ``work`` holds checkpoint and log."""
+def setup(*, recipe: Recipe, products: Mapping[str, Path], work: Path, key: str, model: Any = None) -> Run:
+    """Load teachers, text and student, and check that they fit together. ``work`` holds checkpoint and log.
+
+    ``model`` is a causal LM to go on training; none makes the recipe's student.
+    """
     config = recipe.training
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
@@ -144,8 +147,10 @@ def setup(*, recipe: Recipe, products: Mapping[str, Path], work: Path, key: str)
             require_same_tokenizer({"the student": folder, **{f.name: f.tokenizer for f in folders}})
         tokenizer = load_tokenizer(folder)
         blocks = load_blocks(recipe, tokenizer)
-        calibration = _calibration_batches(recipe, blocks)
-        model, importance, kept = build_model(recipe, folder=folder, calibration=calibration, device=device)
+        importance, kept = None, dict[str, Any]()
+        if model is None:
+            calibration = _calibration_batches(recipe, blocks)
+            model, importance, kept = build_model(recipe, folder=folder, calibration=calibration, device=device)
         if kept:
             say(f"  student: {kept['parameters'] / 1e6:.1f}M of {kept['parameters_before'] / 1e6:.1f}M parameters kept")
         teachers: Teachers | CachedTeachers

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from serve_bench.report import Report
 
 RUN, LOG, LOCK = "run.json", "log.jsonl", ".lock"
+RECOVERED = ("student-recovered", "onnx-recovered")  # beside `student` and `onnx`, where recovery was needed
 _FOLDERS = {"compress": "student", "export": "onnx", "bench": "bench"}  # stage -> what it writes, in order
 
 
@@ -162,18 +163,45 @@ def _stage(stage: str, recipe: Recipe, folder: Path) -> None:
     if stage == "compress":
         _distill("compress", recipe, folder, _make_products(recipe))
     elif stage == "export":
-        import export
-
-        _timed(stage, folder, out, lambda: export.export_student(student=folder / "student", out=out, recipe=recipe))
+        _export(stage, recipe, folder, folder / "student", out)
+        if open_artifact(out, verify=False).result.get("needs_recovery"):
+            _recover(recipe, folder)
     else:
         import serve_bench
 
-        _timed(
-            stage,
-            folder,
-            out,
-            lambda: serve_bench.measure(onnx=folder / "onnx", student=folder / "student", out=out, recipe=recipe),
-        )
+        student, onnx = _shipped(recipe, folder)
+        _timed(stage, folder, out, lambda: serve_bench.measure(onnx=onnx, student=student, out=out, recipe=recipe))
+
+
+def _export(title: str, recipe: Recipe, folder: Path, student: Path, out: Path) -> None:
+    import export
+
+    _timed(title, folder, out, lambda: export.export_student(student=student, out=out, recipe=recipe))
+
+
+def _recover(recipe: Recipe, folder: Path) -> None:
+    """Distil the student again through the rounding of the form that failed its gate, and export what came out of it."""
+    import compress
+
+    student, onnx, out = folder / "student", folder / "onnx", folder / RECOVERED[0]
+    teachers = _make_products(recipe)
+    _timed(
+        "recover",
+        folder,
+        out,
+        lambda: compress.recover(student=student, onnx=onnx, out=out, recipe=recipe, products=teachers),
+    )
+    _export("export of the recovered student", recipe, folder, out, folder / RECOVERED[1])
+
+
+def _shipped(recipe: Recipe, folder: Path) -> tuple[Path, Path]:
+    """Student and graphs that ship: the recovered ones when recovery was needed and helped."""
+    student, onnx = folder / "student", folder / "onnx"
+    if open_artifact(onnx, verify=False).result.get("needs_recovery"):
+        recovered = open_artifact(folder / RECOVERED[1], kind="onnx", verify=False)
+        if recovered.result["recovery"]["ships"]:
+            return folder / RECOVERED[0], recovered.path
+    return student, onnx
 
 
 def _make_products(recipe: Recipe) -> dict[str, Path]:
@@ -368,9 +396,11 @@ def verify(path: Path, *, quality: bool = True, speed: bool = True) -> int:
     or an artifact was made from another one than stands beside it. Raises `ArtifactError` when there is no artifact at all.
     """
     folders = [path] if (path / MANIFEST).exists() else [path / name for name in _FOLDERS.values()]
+    if folders != [path]:
+        folders[2:2] = [path / name for name in RECOVERED if (path / name / MANIFEST).exists()]
     if not any((folder / MANIFEST).exists() for folder in folders):
         raise ArtifactError(f"{path}: no complete artifact here; expected an artifact or a run folder.")
-    artifacts: dict[str, Artifact] = {}
+    artifacts: list[Artifact] = []
     complaints: list[LimbeckError] = []
     rows = [["artifact", "kind", "files", "result"]]
     for folder in folders:
@@ -384,12 +414,13 @@ def verify(path: Path, *, quality: bool = True, speed: bool = True) -> int:
             complaints.append(error)
             rows.append([folder.name, "", "", "BROKEN"])
         else:
-            artifacts[artifact.kind] = artifact
+            artifacts.append(artifact)
             rows.append([folder.name, artifact.kind, str(len(artifact.manifest["files"])), "unchanged"])
     _print_table(rows)
-    if "onnx" in artifacts:
-        complaints += _verify_graphs(artifacts["onnx"])
-    if "onnx" in artifacts and "bench" in artifacts:
+    for artifact in artifacts:
+        if artifact.kind == "onnx":
+            complaints += _verify_graphs(artifact)
+    if {"onnx", "bench"} <= {artifact.kind for artifact in artifacts}:
         complaints += _replay(path, quality=quality, speed=speed)
     for complaint in complaints:
         print(f"\n{complaint}")
@@ -398,11 +429,12 @@ def verify(path: Path, *, quality: bool = True, speed: bool = True) -> int:
     return code
 
 
-def _require_parents(artifact: Artifact, beside: dict[str, Artifact]) -> None:
+def _require_parents(artifact: Artifact, beside: Sequence[Artifact]) -> None:
     for role, digest in artifact.manifest["parents"].items():
-        if role in beside and beside[role].digest != digest:
+        same = [other for other in beside if other.kind == role]
+        if same and all(other.digest != digest for other in same):
             raise ArtifactError(
-                f"{artifact.path}: was made from another {role} than the one in {beside[role].path}; run its stage again."
+                f"{artifact.path}: was made from another {role} than the one in {same[-1].path}; run its stage again."
             )
 
 
@@ -410,7 +442,7 @@ def _verify_graphs(artifact: Artifact) -> list[LimbeckError]:
     """Measure parity again, print it, and return what is wrong."""
     import export
 
-    say("   running the graphs again on this machine")
+    say(f"   running the graphs of {artifact.path.name} again on this machine")
     try:
         measured = export.verify_parity(artifact.path)
     except LimbeckError as error:
