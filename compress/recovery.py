@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -20,15 +21,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from compress.fusion import label_nll
-from compress.models import load_model
-from compress.students import Student, load_trainable_state, save_student
+from compress.models import load_model, load_tokenizer
+from compress.students import Student
 from compress.teachers import Body
-from compress.train import LOG, evaluate, fit, per_token, setup
+from compress.train import LOG, Run, State, evaluate, fit, per_token, setup
 from limbeck.artifact import Artifact, open_artifact, write_artifact
 from limbeck.heldout import HELDOUT, mean_nll
 from limbeck.progress import say
 from limbeck.recipe import Features, Recipe, Recover
 
+_PARAMETRIZED = re.compile(r"parametrizations\.(?=[^.]+\.original$)|\.original$")
 _COPIED = (HELDOUT, "calibration.safetensors", "teachers.json")
 
 
@@ -102,33 +104,45 @@ def train_through(
     started = time.monotonic()
     asked = recipe.export.recover
     assert asked is not None
-    form = str(onnx.result["shipped"])
     rounding: Mapping[str, Mapping[str, Any]] = onnx.result["parameters"]
     work = out.parent / f".{out.name}.training"
     model = load_model(student.path / "model")
     run = setup(recipe=_short(recipe, asked), products=products, work=work, key=key, model=model)
     run.teachers.temperatures = [student.result["teachers"][name]["temperature"] for name in run.teachers.names]
-    frozen = prepare(run.student, rounding)
+    prepare(run.student, rounding)
     state = fit(run)
-    load_trainable_state(run.student, state.best)
-    restore(run.student.model, frozen)
-    log = [json.loads(line) for line in (work / LOG).read_text().splitlines()]
+    if run.accelerator.is_main_process:
+        _save(run, state, student=student, onnx=onnx, recipe=recipe, out=out, key=key, started=started)
+        shutil.rmtree(work)
+    run.accelerator.wait_for_everyone()
+    return open_artifact(out, kind="student", verify=False)
+
+
+def _save(
+    run: Run, state: State, *, student: Artifact, onnx: Artifact, recipe: Recipe, out: Path, key: str, started: float
+) -> None:
+    """Write the artifact with the best weights, in fp32 and not rounded: the exporter does that."""
+    log = [json.loads(line) for line in (run.work / LOG).read_text().splitlines()]
     measured = {row["step"]: row["nll"] for row in log if row["event"] == "evaluate"}
     if state.best_step == 0:
         say(f"  recovery: no step was better than none (held-out loss {mean_nll(measured[0]):.4f} when rounded)")
     with write_artifact(out, kind="student", key=key, parents={"student": student.digest}, recipe=recipe) as draft:
-        save_student(run.student.model, tokenizer_folder=student.path / "model", out=draft.folder)
+        model: Any = load_model(student.path / "model")
+        _, unknown = model.load_state_dict(plain_weights(state.best), strict=False)
+        assert not unknown, unknown
+        model.save_pretrained(draft.folder / "model")
+        load_tokenizer(student.path / "model").save_pretrained(draft.folder / "model")
         for name in _COPIED:
             if (student.path / name).is_file():
                 shutil.copy(student.path / name, draft.folder / name)
-        shutil.copy(work / LOG, draft.folder / LOG)
+        shutil.copy(run.work / LOG, draft.folder / LOG)
         body = Body(load_model(draft.folder / "model", device=run.accelerator.device))
         sums = evaluate(
             lambda ids, labels: label_nll(body.states(ids)[0], body.head, labels),
             run.blocks, device=run.accelerator.device, label="recovered student, fp32",
         )  # fmt: skip
         nll = per_token(sums, run.blocks)
-        before = onnx.result["heldout"]
+        before, form = onnx.result["heldout"], str(onnx.result["shipped"])
         draft.result = student.result | {
             "nll": nll,
             "mean_nll": mean_nll(nll),
@@ -143,42 +157,31 @@ def train_through(
                 "before": {"fp32": before["fp32"], "form": before[form]},
             },
         }
-    shutil.rmtree(work)
-    return open_artifact(out, kind="student", verify=False)
 
 
-def prepare(student: Student, rounding: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+def prepare(student: Student, rounding: Mapping[str, Mapping[str, Any]]) -> None:
     """Round every parameter that ``rounding`` names in the forward pass, and train them and the vectors beside them.
 
-    Embedding and head are rounded once and stay as they are, since 8 bits cost them next to nothing; returns what they were.
+    Embedding and head are rounded once and stay as they are, since 8 bits cost them next to nothing.
     """
     model = student.model
-    model.requires_grad_(False)
     fixed = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
-    frozen: dict[str, Tensor] = {}
     for name, parameter in list(model.named_parameters()):
         quantizer = _quantizer(rounding.get(name))
-        if id(parameter) in fixed:
-            if quantizer is not None:
-                frozen[name] = parameter.detach().clone()
-                parameter.copy_(quantizer(parameter))
+        trained = id(parameter) not in fixed and (quantizer is not None or parameter.ndim < 2)
+        parameter.requires_grad_(trained)
+        if quantizer is None:
             continue
-        parameter.requires_grad_(quantizer is not None or parameter.ndim < 2)
-        if quantizer is not None:
+        if trained:
             owner, _, attribute = name.rpartition(".")
             parametrize.register_parametrization(model.get_submodule(owner), attribute, quantizer)
-    return frozen
+        else:
+            parameter.copy_(quantizer(parameter))
 
 
-def restore(model: Any, frozen: Mapping[str, Tensor]) -> None:
-    """Undo `prepare`, keeping what was trained: plain fp32 weights again."""
-    for module in list(model.modules()):
-        for name in list(getattr(module, "parametrizations", {})):
-            parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, values in frozen.items():
-            parameters[name].copy_(values)
+def plain_weights(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Trained weights of a prepared student by the names they have in the model's own file."""
+    return {_PARAMETRIZED.sub("", name.removeprefix("model.")): values for name, values in trained.items()}
 
 
 def _quantizer(rounding: Mapping[str, Any] | None) -> FakeQuantize | None:

@@ -192,6 +192,7 @@ def _recover(recipe: Recipe, folder: Path) -> None:
         lambda: compress.recover(student=student, onnx=onnx, out=out, recipe=recipe, products=teachers),
     )
     _export("export of the recovered student", recipe, folder, out, folder / RECOVERED[1])
+    say(f"   what ships: {_shipped(recipe, folder)[1]}")
 
 
 def _shipped(recipe: Recipe, folder: Path) -> tuple[Path, Path]:
