@@ -9,15 +9,24 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from limbeck.artifact import MANIFEST, Artifact, disk_full_is_a_user_error, open_artifact, write_atomically
+from limbeck.artifact import (
+    MANIFEST,
+    RECOVERED,
+    Artifact,
+    disk_full_is_a_user_error,
+    open_artifact,
+    student_of,
+    write_atomically,
+)
 from limbeck.errors import ArtifactError, EnvironmentalError, LimbeckError, QualityError, RecipeError
 from limbeck.progress import leads, say
 from limbeck.recipe import Recipe, RecipeModel, find_recipe, load_recipe, parse_recipe
@@ -26,7 +35,7 @@ if TYPE_CHECKING:
     from serve_bench.report import Report
 
 RUN, LOG, LOCK = "run.json", "log.jsonl", ".lock"
-RECOVERED = ("student-recovered", "onnx-recovered")  # beside `student` and `onnx`, where recovery was needed
+ASIDE = ("onnx-unrecovered", "onnx-recovered")  # the export that does not ship, where both students were exported
 _FOLDERS = {"compress": "student", "export": "onnx", "bench": "bench"}  # stage -> what it writes, in order
 
 
@@ -163,46 +172,53 @@ def _stage(stage: str, recipe: Recipe, folder: Path) -> None:
     if stage == "compress":
         _distill("compress", recipe, folder, _make_products(recipe))
     elif stage == "export":
-        _export(stage, recipe, folder, folder / "student", out)
-        if open_artifact(out, verify=False).result.get("needs_recovery"):
-            _recover(recipe, folder)
+        _export(recipe, folder)
     else:
         import serve_bench
 
-        student, onnx = _shipped(recipe, folder)
+        onnx = folder / "onnx"
+        student = student_of(open_artifact(onnx, kind="onnx", verify=False))
         _timed(stage, folder, out, lambda: serve_bench.measure(onnx=onnx, student=student, out=out, recipe=recipe))
 
 
-def _export(title: str, recipe: Recipe, folder: Path, student: Path, out: Path) -> None:
+def _export(recipe: Recipe, folder: Path) -> None:
+    """Export the student; when the shipped form misses its gate, distil it again through the rounding, and export that.
+
+    The better one is ``onnx``, the other stays beside it.
+    """
+    import compress
     import export
 
-    _timed(title, folder, out, lambda: export.export_student(student=student, out=out, recipe=recipe))
+    student, recovered, onnx = folder / "student", folder / RECOVERED, folder / "onnx"
+    aside, second = folder / ASIDE[0], folder / ASIDE[1]
 
+    def make(title: str, source: Path, out: Path) -> dict[str, Any]:
+        _timed(title, folder, out, lambda: export.export_student(student=source, out=out, recipe=recipe))
+        return open_artifact(out, verify=False).result
 
-def _recover(recipe: Recipe, folder: Path) -> None:
-    """Distil the student again through the rounding of the form that failed its gate, and export what came out of it."""
-    import compress
-
-    student, onnx, out = folder / "student", folder / "onnx", folder / RECOVERED[0]
-    teachers = _make_products(recipe)
-    _timed(
-        "recover",
-        folder,
-        out,
-        lambda: compress.recover(student=student, onnx=onnx, out=out, recipe=recipe, products=teachers),
-    )
-    _export("export of the recovered student", recipe, folder, out, folder / RECOVERED[1])
-    say(f"   what ships: {_shipped(recipe, folder)[1]}")
-
-
-def _shipped(recipe: Recipe, folder: Path) -> tuple[Path, Path]:
-    """Student and graphs that ship: the recovered ones when recovery was needed and helped."""
-    student, onnx = folder / "student", folder / "onnx"
-    if open_artifact(onnx, verify=False).result.get("needs_recovery"):
-        recovered = open_artifact(folder / RECOVERED[1], kind="onnx", verify=False)
-        if recovered.result["recovery"]["ships"]:
-            return folder / RECOVERED[0], recovered.path
-    return student, onnx
+    shipped = aside.exists()  # whether a recovered one is `onnx` now
+    ships = False
+    first = make("export", student, aside if shipped else onnx)
+    if first.get("needs_recovery"):
+        plain, teachers = aside if shipped else onnx, _make_products(recipe)
+        _timed(
+            "recover",
+            folder,
+            recovered,
+            lambda: compress.recover(student=student, onnx=plain, out=recovered, recipe=recipe, products=teachers),
+        )
+        again = make("export of the recovered student", recovered, onnx if shipped else second)
+        ships = bool(again["recovery"]["ships"])
+        say(f"   the {'recovered' if ships else 'first'} student ships")
+    if ships and not shipped:
+        onnx.rename(aside)
+        second.rename(onnx)
+    elif shipped and not ships:
+        if first.get("needs_recovery"):
+            onnx.rename(second)
+        else:
+            shutil.rmtree(onnx)
+        aside.rename(onnx)
 
 
 def _make_products(recipe: Recipe) -> dict[str, Path]:
@@ -398,7 +414,8 @@ def verify(path: Path, *, quality: bool = True, speed: bool = True) -> int:
     """
     folders = [path] if (path / MANIFEST).exists() else [path / name for name in _FOLDERS.values()]
     if folders != [path]:
-        folders[2:2] = [path / name for name in RECOVERED if (path / name / MANIFEST).exists()]
+        others = [path / name for name in (RECOVERED, *ASIDE) if (path / name / MANIFEST).exists()]
+        folders[1:1] = others  # before what was made from them
     if not any((folder / MANIFEST).exists() for folder in folders):
         raise ArtifactError(f"{path}: no complete artifact here; expected an artifact or a run folder.")
     artifacts: list[Artifact] = []

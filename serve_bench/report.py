@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck import __version__
-from limbeck.artifact import MANIFEST, Artifact, open_artifact, write_atomically
+from limbeck.artifact import Artifact, open_artifact, student_of, write_atomically
 from limbeck.errors import ArtifactError
 from limbeck.recipe import Recipe
 from serve_bench import charts, figures, sections
@@ -48,7 +48,11 @@ class Report:
 def write_report(*, run: Path, recipe: Recipe) -> Report:
     """See `serve_bench.write_report`."""
     bench = open_artifact(run / "bench", kind="bench")
-    student, onnx = (_measured(bench, run, role) for role in ("student", "onnx"))
+    onnx = open_artifact(run / "onnx", kind="onnx", verify=False)
+    student = open_artifact(student_of(onnx), kind="student", verify=False)
+    for role, artifact in (("student", student), ("onnx", onnx)):
+        if bench.manifest["parents"][role] != artifact.digest:
+            raise ArtifactError(f"{bench.path} did not measure {artifact.path}; run the bench stage again.")
     samples = figures.read_samples(bench.path / SAMPLES)
     quality = json.loads((bench.path / QUALITY).read_text())
     environment = json.loads((bench.path / ENVIRONMENT).read_text())
@@ -79,16 +83,6 @@ def write_report(*, run: Path, recipe: Recipe) -> Report:
     write_atomically(run / JSON, json.dumps(data, indent=1))
     write_atomically(run / HTML, page)
     return Report(run / HTML, run / JSON, verdict, markdown(data, verdict))
-
-
-def _measured(bench: Artifact, run: Path, role: str) -> Artifact:
-    """The artifact that was measured: of ``role``, or what a recovery made of it."""
-    for name in (role, f"{role}-recovered"):
-        if (run / name / MANIFEST).exists():
-            artifact = open_artifact(run / name, kind=role, verify=False)
-            if bench.manifest["parents"][role] == artifact.digest:
-                return artifact
-    raise ArtifactError(f"{bench.path} did not measure {run / role}; run the bench stage again.")
 
 
 def markdown(data: Mapping[str, Any], verdict: Verdict) -> str:

@@ -16,7 +16,7 @@ from compress.students import Student, trainable_state
 from export.quantize import Blockwise, quantize_blocks, quantize_columns
 from export.sensitivity import rounded
 from limbeck import pipeline
-from limbeck.artifact import open_artifact
+from limbeck.artifact import open_artifact, student_of
 from limbeck.heldout import mean_nll
 from limbeck.recipe import load_recipe
 from tests.pico import make_model
@@ -98,7 +98,7 @@ def test_a_form_that_fails_its_gate_is_won_back(tmp_path: Path, monkeypatch: pyt
     recipe, run = load_recipe("pico", overrides=sets), tmp_path / "run"
     pipeline.run_stage("compress", recipe, out=run)
     pipeline.run_stage("export", recipe, out=run)
-    first, again = (open_artifact(run / name) for name in ("onnx", "onnx-recovered"))
+    first, again = (open_artifact(run / name) for name in ("onnx-unrecovered", "onnx"))
     student, recovered = (open_artifact(run / name) for name in ("student", "student-recovered"))
     assert recovered.manifest["parents"] == {"student": student.digest}
     assert again.manifest["parents"] == {"student": recovered.digest}
@@ -115,9 +115,16 @@ def test_a_form_that_fails_its_gate_is_won_back(tmp_path: Path, monkeypatch: pyt
     after = again.result["recovery"]["after"]
     assert mean_nll(after["form"]) == pytest.approx(mean_nll(told["rounded"]["after"]), rel=5e-3)
     assert again.result["recovery"]["ships"]
-    assert pipeline._shipped(recipe, run) == (run / "student-recovered", run / "onnx-recovered")
+    assert student_of(again) == run / "student-recovered"
+    assert student_of(first) == run / "student"
     assert pipeline.verify(run) == 0
     # A second time there is nothing to do.
     pipeline.run_stage("export", recipe, out=run)
     skipped = [json.loads(line)["skipped"] for line in (run / "log.jsonl").read_text().splitlines()]
     assert skipped == [False] * 4 + [True] * 3
+    assert open_artifact(run / "onnx", verify=False).digest == again.digest
+    # Without a wish to recover, the first export ships again, and nothing is trained or exported for it but the graph.
+    plain = load_recipe("pico", overrides=[line for line in sets if "recover" not in line])
+    pipeline.run_stage("export", plain, out=run)
+    assert student_of(open_artifact(run / "onnx")) == run / "student"
+    assert not (run / "onnx-unrecovered").exists()
