@@ -92,7 +92,7 @@ bench-decode: $(READY) .venvs/llama-cpp/.ready
 
 .venvs/llama-cpp/.ready:
 	$(PYTHON) -m venv $(@D)
-	CMAKE_ARGS="-DGGML_NATIVE=ON" $(@D)/bin/pip install $(PIP_ARGS) --no-binary llama-cpp-python llama-cpp-python==VERSION numpy
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $(@D)/bin/pip install $(PIP_ARGS) --no-binary llama-cpp-python llama-cpp-python==0.3.36
 	touch $@
 
 architectures: $(READY)
