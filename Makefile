@@ -86,6 +86,15 @@ bench-peers: $(READY) .venvs/peers/.ready
 	.venvs/peers/bin/pip install $(PIP_ARGS) torch==2.13.0 trl==1.16.0 transformers==5.24.0 peft==0.21.2 accelerate==1.15.0 datasets==5.2.0
 	touch $@
 
+# llama.cpp from source, with the instructions of this processor; takes minutes, and a C++ compiler.
+bench-decode: $(READY) .venvs/llama-cpp/.ready
+	$(BIN)/python -m tests.benchmarks.bench_decode
+
+.venvs/llama-cpp/.ready:
+	$(PYTHON) -m venv $(@D)
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $(@D)/bin/pip install $(PIP_ARGS) --no-binary llama-cpp-python llama-cpp-python==0.3.36
+	touch $@
+
 architectures: $(READY)
 	$(BIN)/python -m tests.architectures
 

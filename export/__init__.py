@@ -11,13 +11,17 @@ import json
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from limbeck import __version__
 from limbeck.artifact import Artifact, find_artifact, open_artifact, write_artifact
 from limbeck.errors import ArtifactError
 from limbeck.progress import say
-from limbeck.recipe import Provider, Recipe, fingerprint
+from limbeck.recipe import MixedByRule, Provider, Recipe, fingerprint
+
+if TYPE_CHECKING:
+    from export.graph import Graphs
+    from export.quantize import Scheme
 
 __all__ = ["export_student", "verify_parity"]
 
@@ -33,7 +37,9 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
     quantised form is not; nothing is kept then. ``out`` is replaced when it holds an older export.
     """
     source = open_artifact(student, kind="student")
-    key = fingerprint({"stage": _STAGE, "export": recipe.export.model_dump(mode="json"), "student": source.digest})
+    gates = [recipe.gates.max_size_mb, recipe.gates.max_quantization_loss]  # `mixed` and `recover` may look at them
+    asked = recipe.export.model_dump(mode="json") | ({"gates": gates} if _looks_at_gates(recipe) else {})
+    key = fingerprint({"stage": _STAGE, "export": asked, "student": source.digest})
     if found := find_artifact(out, kind="onnx", key=key):
         return found
 
@@ -48,6 +54,7 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
     from export.half import cast_to_half
     from export.parity import PARITY, answer, make_cases, measure_parity, require_parity, save_cases, thin
     from export.quantize import quantize_weights, scheme_for
+    from limbeck.heldout import HELDOUT, load_heldout
     from limbeck.runtime import Decoder
 
     model, provider = student / "model", recipe.export.provider
@@ -63,9 +70,23 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
         release_memory()
         save_cases(folder / PARITY, thin(cases))
         forms: dict[str, dict[str, Any]] = {}
+        schemes: dict[str, Scheme | None] = {}
         for form in recipe.export.forms:
             graphs = form_files(folder, form.kind)
-            scheme = scheme_for(form, built.width)
+            scheme, mixed = scheme_for(form, built.width), None
+            if form.kind == "int4-weight" and scheme and not isinstance(recipe.export.mixed, MixedByRule):
+                from export.mixed import choose_bits
+
+                scheme, mixed = choose_bits(
+                    recipe.export.mixed,
+                    recipe.gates,
+                    scheme=scheme,
+                    graphs=built.graphs,
+                    model=model,
+                    texts=list(texts.values()),
+                    heldout=load_heldout(student / HELDOUT),
+                )
+                release_memory()
             half = form.kind == "fp16" or (provider != "cpu" and form.kind != "fp32")
             stamped = {**metadata, "limbeck.form": form.kind}
             if form.kind != "fp32":
@@ -87,6 +108,7 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
             decoder = Decoder.from_graph(graphs.last, provider=here)
             if form.kind == "fp32":
                 answers = answer_greedily(decoder, texts, stop_ids=_stop_ids(model))
+            schemes[form.kind] = scheme
             forms[form.kind] = {
                 "provider": "cpu" if form.kind == "fp32" else provider,
                 "graph": graphs.last.relative_to(folder).as_posix(),
@@ -95,6 +117,7 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
                 # What runs: the graph and its weights. The all-logits twin is for scoring and is not counted.
                 "bytes": graphs.last.stat().st_size + graphs.data.stat().st_size,
                 "rounding": asdict(scheme) if scheme else None,
+                "mixed": mixed,
                 "number_type": "fp16" if half else "fp32",
                 "parity": parity,
                 "greedy": first_differences(decoder, answers),
@@ -119,7 +142,8 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
             shipped=shipped,
             backend=backend,
         )
-        draft.result = {"shipped": shipped, "backend": backend, "forms": forms}
+        recovery = _for_recovery(recipe, source, built.graphs, folder, shipped, schemes[shipped])
+        draft.result = {**recovery, "shipped": shipped, "backend": backend, "forms": forms}
     return open_artifact(out, kind="onnx", verify=False)
 
 
@@ -154,6 +178,48 @@ def parity_provider(provider: Provider, half: bool) -> Provider:
     from limbeck.runtime import providers
 
     return provider if half and provider in providers() else "cpu"
+
+
+def _looks_at_gates(recipe: Recipe) -> bool:
+    return recipe.export.recover is not None or not isinstance(recipe.export.mixed, MixedByRule)
+
+
+def _for_recovery(
+    recipe: Recipe, source: Artifact, fp32: Graphs, folder: Path, shipped: str, scheme: Scheme | None
+) -> dict[str, Any]:
+    """What `export.recover` needs to know of the shipped form: its held-out loss beside fp32's, and how it rounds the student.
+
+    Of a student that was recovered, also whether that helped: then it ships.
+    """
+    from export.graph import form_files
+    from export.loss import heldout_nll, relative_rise
+    from export.origin import origins, rounding_of
+    from export.quantize import matrices_of
+    from limbeck.heldout import HELDOUT, load_heldout, mean_nll
+
+    if recipe.export.recover is None or scheme is None:
+        return {}
+    heldout = load_heldout(source.path / HELDOUT)
+    losses = {name: heldout_nll(form_files(folder, name).all, heldout) for name in ("fp32", shipped)}
+    matrices = matrices_of(fp32, scheme)
+    rise, bound = relative_rise(losses[shipped], losses["fp32"]), recipe.gates.max_quantization_loss
+    assert bound is not None
+    say(f"export: {shipped} loses {rise:+.2%} of held-out loss to rounding; {bound:.2%} are allowed")
+    found = {
+        "heldout": losses,
+        "rise": rise,
+        "needs_recovery": rise > bound,
+        "parameters": rounding_of(matrices, origins(matrices, fp32, source.path / "model")),
+    }
+    if recovery := source.result.get("recovery"):
+        before, after = mean_nll(recovery["before"]["form"]), mean_nll(losses[shipped])
+        say(f"export: recovery took the held-out loss of {shipped} from {before:.4f} to {after:.4f} nats a token")
+        found["recovery"] = {
+            **recovery,
+            "after": {"fp32": losses["fp32"], "form": losses[shipped]},
+            "ships": after < before,
+        }
+    return found
 
 
 def release_memory() -> None:

@@ -559,6 +559,44 @@ NO_KERNEL: Mapping[tuple[str, str], tuple[str, str]] = {
 }
 
 
+class MixedByRule(Frozen):
+    """8 bits for attention inputs and FFN outputs."""
+
+    kind: Literal["rule"]
+
+
+class MixedBySize(Frozen):
+    """8 bits for the matrices that lose most a byte in 4 bits, as many as fit."""
+
+    kind: Literal["size"]
+    mb: Positive | None = Field(
+        None, description="Largest size of graph and weights, in MB (1e6 bytes); none takes gates.max_size_mb."
+    )
+    tokens: Count = Field(256, description="Held-out tokens that each matrix's loss is measured on.")
+
+
+class MixedByLoss(Frozen):
+    """8 bits for the matrices that lose most a byte in 4 bits, as few as keep the form within a loss."""
+
+    kind: Literal["loss"]
+    rise: Positive | None = Field(
+        None, description="Largest relative rise of held-out NLL over fp32; none takes gates.max_quantization_loss."
+    )
+    tokens: Count = Field(256, description="Held-out tokens that each matrix's loss is measured on.")
+
+
+Mixed = Annotated[
+    Annotated[MixedByRule | MixedBySize | MixedByLoss, Field(discriminator="kind")], BeforeValidator(_shorthand)
+]
+
+
+class Recover(Frozen):
+    """A short distillation through the shipped form's rounding when that form misses gates.max_quantization_loss."""
+
+    tokens: Count = Field(description="Training budget, in tokens of full blocks.")
+    learning_rate: Positive = Field(1e-4, description="Peak learning rate of AdamW; every rounded weight is trained.")
+
+
 class Export(Frozen):
     """Graphs made from the student. The last form is the one that is shipped."""
 
@@ -575,6 +613,8 @@ class Export(Frozen):
         min_length=1,
         description="Forms by name, fp32 first; the last one is shipped.",
     )
+    mixed: Mixed = Field(MixedByRule(kind="rule"), description="Which matrices of int4-weight keep 8 bits.")
+    recover: Recover | None = Field(None, description="What to try when rounding costs too much; none tries nothing.")
 
 
 # Measurement -----------------------------------------------------------------------------------------------------
@@ -941,6 +981,18 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         if refused and not reference:
             why, instead = refused
             yield f"export.forms.{index}: {provider} has no kernel for {form.kind} ({why}); use {instead}, or change export.provider"
+    forms, mixed = [form.kind for form in recipe.export.forms], recipe.export.mixed
+    if not isinstance(mixed, MixedByRule) and "int4-weight" not in forms:
+        yield f"export.mixed: found {mixed.kind!r}, which chooses between 4 and 8 bits; add int4-weight to export.forms"
+    if isinstance(mixed, MixedBySize) and mixed.mb is None and recipe.gates.max_size_mb is None:
+        yield "export.mixed: no size to keep to; give `mb` there, or gates.max_size_mb"
+    if isinstance(mixed, MixedByLoss) and mixed.rise is None and recipe.gates.max_quantization_loss is None:
+        yield "export.mixed: no loss to keep to; give `rise` there, or gates.max_quantization_loss"
+    if recipe.export.recover is not None:
+        if recipe.gates.max_quantization_loss is None:
+            yield "export.recover: nothing says when it is needed; set gates.max_quantization_loss"
+        if forms[-1] not in ("int8-weight", "int8-dynamic", "int4-weight"):
+            yield f"export.recover: found {forms[-1]!r} as the form to ship; put int8-weight, int8-dynamic or int4-weight last"
     if isinstance(recipe.student, FreshStudent) and not recipe.teachers:
         yield "student.kind: a fresh student takes its tokenizer from the first teacher; name a teacher, or use kind: lora"
     calibration = recipe.fusion.calibration

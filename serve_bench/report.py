@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck import __version__
-from limbeck.artifact import Artifact, open_artifact, write_atomically
+from limbeck.artifact import Artifact, open_artifact, student_of, write_atomically
 from limbeck.errors import ArtifactError
 from limbeck.recipe import Recipe
 from serve_bench import charts, figures, sections
@@ -48,8 +48,8 @@ class Report:
 def write_report(*, run: Path, recipe: Recipe) -> Report:
     """See `serve_bench.write_report`."""
     bench = open_artifact(run / "bench", kind="bench")
-    student = open_artifact(run / "student", kind="student", verify=False)
     onnx = open_artifact(run / "onnx", kind="onnx", verify=False)
+    student = open_artifact(student_of(onnx), kind="student", verify=False)
     for role, artifact in (("student", student), ("onnx", onnx)):
         if bench.manifest["parents"][role] != artifact.digest:
             raise ArtifactError(f"{bench.path} did not measure {artifact.path}; run the bench stage again.")
