@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -44,6 +45,20 @@ class Sizes:
 
     prompt_tokens: int
     new_tokens: int
+
+
+def require_server(asked: ServerScenario, artifact: Path | None) -> None:
+    """Raise `EnvironmentalError` when the scenario cannot run, before anything else is measured for long."""
+    if isinstance(asked.target, UrlTarget):
+        find_endpoint(asked.target.url, asked.target.model, asked.target.key_variable)
+    elif artifact is None:
+        raise EnvironmentalError(
+            "the server scenario needs an exported folder or a URL; a model in torch is not served."
+        )
+    elif missing := [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]:
+        raise EnvironmentalError(
+            f"the server scenario needs {' and '.join(missing)}, which `limbeck serve` runs on; run: pip install 'limbeck[serve]'."
+        )
 
 
 def measure_server(
@@ -168,8 +183,7 @@ def _target(
         endpoint = find_endpoint(asked.target.url, asked.target.model, asked.target.key_variable)
         yield endpoint, {"label": asked.target.url, "kind": "url", "model": endpoint.model}
         return
-    if artifact is None:
-        raise EnvironmentalError("the server scenario needs an exported folder or a URL; there is none to serve.")
+    assert artifact is not None, "require_server was not asked"
     with serve(artifact, threads=threads, log=log) as url:
         endpoint = find_endpoint(url)
         yield endpoint, {"label": f"limbeck serve {artifact.name}", "kind": "artifact", "model": endpoint.model}

@@ -19,7 +19,7 @@ from limbeck.artifact import MANIFEST, Artifact, available_cores, host, open_art
 from limbeck.errors import ArtifactError, DataError, ModelError
 from limbeck.recipe import Bench, ServerScenario, UrlTarget, fingerprint
 from limbeck.sources import check_weights
-from serve_bench import figures, machine, offline, scenarios, timing
+from serve_bench import figures, load, machine, offline, scenarios, timing
 from serve_bench.arms import Arm, Workers, context_of, form_arm, weights_on_disk
 from serve_bench.figures import ENVIRONMENT, SAMPLES, Reference
 from serve_bench.roofline import graph_weight_bytes
@@ -44,6 +44,8 @@ def measure_targets(targets: Sequence[str], *, against: Sequence[str], out: Path
     parents = {name: artifact.digest for name, artifact in artifacts.items() if name != twin.id}
     asked = {"targets": list(targets), "against": list(against), "bench": bench.model_dump(mode="json")}
     key = fingerprint({"stage": "bench", "asked": asked, "parents": parents, "host": host()})
+    if (server := bench.scenario("server")) is not None:
+        load.require_server(server, artifacts[arms[0].id].path if arms[0].id in artifacts else None)
     threads = bench.threads or available_cores()
     reference = Reference(arms[0].label, arms[0].label, tuple(arms), first_look(bench.min_blocks), arms[0].id)
 

@@ -66,6 +66,8 @@ def measure(*, onnx: Path, student: Path, out: Path, recipe: Recipe) -> Artifact
     bench = recipe.bench
     arms = list_arms(onnx=exported, student=trained, bench=bench)
     require_context(arms, recipe, student / "model")
+    if (server := bench.scenario("server")) is not None:
+        load.require_server(server, exported.path)
     heldout = load_heldout(trained.path / HELDOUT)
     threads = bench.threads or available_cores()
     reference = figures.reference_of(recipe, str(exported.result["shipped"]), arms)

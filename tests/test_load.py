@@ -171,7 +171,8 @@ def test_refusals_and_cut_streams_fail_and_say_why() -> None:
 def test_the_whole_scenario_on_a_url(tmp_path: Path) -> None:
     raw = io.StringIO()
     with FakeServer(pace=0.001) as server:
-        asked = scenario(server.url, requests=6, first_rate=50, bisections=0, minutes=0.001)
+        slo = {"ttft_ms": 6e5, "tpot_ms": 6e5}  # held on the slowest machine
+        asked = scenario(server.url, requests=6, first_rate=50, bisections=0, minutes=0.001, slo=slo)
         target = measure_server(asked, tmp_path, prompts, Sizes(5, 3), raw, threads=1, folder=tmp_path)
         assert {tuple(body["prompt"]) for body in server.bodies} >= {(0,) * 5, (5,) * 5}
         assert all(body["ignore_eos"] and body["max_tokens"] == 3 for body in server.bodies)
@@ -191,6 +192,17 @@ def test_where_nothing_answers_is_named() -> None:
         find_endpoint("http://127.0.0.1:9/v1/")
     with FakeServer() as server, pytest.raises(EnvironmentalError, match="no model 'other'; it has fake"):
         find_endpoint(server.url, "other")
+
+
+def test_what_cannot_be_served_is_said_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = ServerScenario(kind="server")
+    with pytest.raises(EnvironmentalError, match="a model in torch is not served"):
+        load.require_server(ours, None)
+    monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EnvironmentalError, match=r"needs fastapi and uvicorn(?s:.*)limbeck\[serve\]"):
+        load.require_server(ours, Path("somewhere"))
+    with pytest.raises(EnvironmentalError, match="no OpenAI-compatible server answers there"):
+        load.require_server(scenario("http://127.0.0.1:9"), None)
 
 
 def test_a_served_artifact_that_does_not_start_shows_its_last_words(tmp_path: Path) -> None:
