@@ -246,14 +246,42 @@ def export(recipe: RecipeArgument, out: OutOption = None, overrides: SetOption =
 
 
 @app.command("bench")
-def bench(recipe: RecipeArgument, out: OutOption = None, overrides: SetOption = None) -> None:
-    """Stage 3: measure teachers, student and ONNX graphs on this machine, and give the verdict.
+def bench(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE|TARGET...",
+            help="One recipe; or, without one, what to time: a run, an exported folder (#FORM picks a form), a model folder, "
+            "hub:OWNER/NAME, or the URL of an OpenAI-compatible server.",
+            show_default=False,
+        ),
+    ],
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--against", metavar="TARGET", help="What to compare the first target with. Repeatable.", show_default=False
+        ),
+    ] = None,
+    out: OutOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Stage 3: measure teachers, student and ONNX graphs on this machine, and give the verdict. Or time anything, without a recipe.
+
+    Without a recipe, --out is the folder of the result (else runs/bench-DATE) and --set changes a field of bench, such as
+    bench.prompt_tokens, bench.new_tokens, bench.threads, bench.minutes or bench.scenarios.
 
     \b
-    Example:
+    Examples:
       limbeck bench my-recipe.yaml --set bench.minutes=10
+      limbeck bench runs/pico-1a2b3c4d --against models/mine --set bench.new_tokens=32
+      limbeck bench http://127.0.0.1:8000 --set "bench.scenarios=[single, server]"
     """
-    _stage("bench", recipe, out, overrides)
+    from limbeck import pipeline
+
+    if len(targets) > 1 or against or pipeline.is_target(targets[0]):
+        pipeline.bench_targets(targets, against=against or (), out=out, overrides=overrides or ())
+        return
+    _stage("bench", targets[0], out, overrides)
 
 
 @app.command("ablate")

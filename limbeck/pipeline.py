@@ -29,7 +29,7 @@ from limbeck.artifact import (
 )
 from limbeck.errors import ArtifactError, EnvironmentalError, LimbeckError, QualityError, RecipeError
 from limbeck.progress import leads, say
-from limbeck.recipe import Recipe, RecipeModel, find_recipe, load_recipe, parse_recipe
+from limbeck.recipe import Recipe, RecipeModel, find_recipe, load_bench, load_recipe, parse_recipe
 
 if TYPE_CHECKING:
     from serve_bench.report import Report
@@ -219,6 +219,24 @@ def _export(recipe: Recipe, folder: Path) -> None:
         else:
             shutil.rmtree(onnx)
         aside.rename(onnx)
+
+
+def is_target(name: str) -> bool:
+    """Whether ``name``, given to `limbeck bench`, is something to time and no recipe."""
+    return name.startswith(("http://", "https://", "hub:")) or Path(name.partition("#")[0]).is_dir()
+
+
+def bench_targets(
+    targets: Sequence[str], *, against: Sequence[str], out: Path | None, overrides: Sequence[str]
+) -> None:
+    """Time targets without a recipe into ``out``, and print their table. Raises `RecipeError` for an override outside `bench`."""
+    import serve_bench
+
+    bench = load_bench(overrides)
+    folder = out or Path("runs") / f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    with disk_full_is_a_user_error(folder):
+        made = serve_bench.measure_targets(targets, against=against, out=folder, bench=bench)
+    print(f"{serve_bench.table(made)}\n\nsamples: {folder}", flush=True)
 
 
 def _make_products(recipe: Recipe) -> dict[str, Path]:

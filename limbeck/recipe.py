@@ -620,9 +620,127 @@ class Export(Frozen):
 # Measurement -----------------------------------------------------------------------------------------------------
 
 
-class Bench(Frozen):
-    """What is measured before the verdict: one stream, prompt then decode, all arms interleaved."""
+class SingleScenario(Frozen):
+    """One stream: a prompt, then decoding; all arms interleaved in mirrored blocks. What timing gates are judged on."""
 
+    kind: Literal["single"]
+
+
+class OfflineScenario(Frozen):
+    """Throughput of batches over a grid of sizes: the shipped form, the fp32 graph and the fastest teacher, interleaved."""
+
+    kind: Literal["offline"]
+    batches: tuple[Count, ...] = Field((1, 8), min_length=1, description="Rows generated at once.")
+    prompts: tuple[Count, ...] = Field((128,), min_length=1, description="Tokens of every row's prompt.")
+    outputs: tuple[Annotated[int, Field(ge=2)], ...] = Field(
+        (32,), min_length=1, description="Tokens generated after every row's prompt."
+    )
+    blocks: Count = Field(6, description="Most mirrored blocks a cell of the grid; fewer than 6 give no interval.")
+    minutes: Positive = Field(3.0, description="Budget; every cell gets one block, however long it takes.")
+
+
+class ArtifactTarget(Frozen):
+    """The exported folder of this run, behind `limbeck serve` in a process of its own."""
+
+    kind: Literal["artifact"]
+
+
+class UrlTarget(Frozen):
+    """Any server with an OpenAI-compatible completions endpoint that streams."""
+
+    kind: Literal["url"]
+    url: str = Field(pattern=r"^https?://", description="Address up to and without /v1.")
+    model: str | None = Field(None, description="Name of the model there; none takes the first that it lists.")
+    key_variable: str = Field(
+        "OPENAI_API_KEY", description="Environment variable that holds the API key, if it is set."
+    )
+
+
+ServerTarget = Annotated[
+    Annotated[ArtifactTarget | UrlTarget, Field(discriminator="kind")], BeforeValidator(_shorthand)
+]
+
+
+class Slo(Frozen):
+    """What a served request is promised, counted from its scheduled arrival."""
+
+    ttft_ms: Positive = Field(1000.0, description="Longest time to the first token, in ms.")
+    tpot_ms: Positive = Field(50.0, description="Longest time per output token after it, in ms.")
+    share: float = Field(0.95, gt=0, le=1, description="Share of the requests that must meet both for a rate to count.")
+
+
+class ServerScenario(Frozen):
+    """Open loop: requests arrive at random (Poisson) whether or not earlier ones are answered; the highest rate that holds."""
+
+    kind: Literal["server"]
+    target: ServerTarget = Field(ArtifactTarget(kind="artifact"), description="What is asked.")
+    slo: Slo = Field(Slo(), description="What each request is promised.")
+    requests: Count = Field(48, description="Arrivals at each rate; p99 needs 473, p95 93, p90 46.")
+    first_rate: Positive | None = Field(
+        None, description="Requests/s tried first; none takes half of what one request after another reaches."
+    )
+    bisections: int = Field(3, ge=0, description="Rates tried between the last that holds and the first that does not.")
+    minutes: Positive = Field(5.0, description="Budget; a rate that was begun is finished.")
+
+
+class ColdScenario(Frozen):
+    """A fresh process each time: interpreter, imports, loading, first and second token; files in the page cache."""
+
+    kind: Literal["cold"]
+    repeats: Count = Field(6, description="Fresh processes an arm, interleaved; fewer than 6 give no interval.")
+    minutes: Positive = Field(3.0, description="Budget; every arm starts once, however long it takes.")
+
+
+Scenario = Annotated[
+    Annotated[SingleScenario | OfflineScenario | ServerScenario | ColdScenario, Field(discriminator="kind")],
+    BeforeValidator(_shorthand),
+]
+
+
+class GenaiRuntime(Frozen):
+    """The shipped form under ONNX Runtime GenAI's own generation loop."""
+
+    kind: Literal["onnxruntime-genai"]
+
+
+class CompiledRuntime(Frozen):
+    """The student under torch.compile with a static cache; needs a C++ compiler on a CPU."""
+
+    kind: Literal["torch-compile"]
+
+
+class OpenAiRuntime(Frozen):
+    """A model behind an OpenAI-compatible URL, one request after another. It has to take token ids and `ignore_eos`."""
+
+    kind: Literal["openai"]
+    url: str = Field(pattern=r"^https?://", description="Address up to and without /v1.")
+    model: str | None = Field(None, description="Name of the model there; none takes the first that it lists.")
+    key_variable: str = Field(
+        "OPENAI_API_KEY", description="Environment variable that holds the API key, if it is set."
+    )
+
+
+ExtraRuntime = Annotated[
+    Annotated[GenaiRuntime | CompiledRuntime | OpenAiRuntime, Field(discriminator="kind")], BeforeValidator(_shorthand)
+]
+
+
+class Bench(Frozen):
+    """What is measured before the verdict."""
+
+    scenarios: tuple[Scenario, ...] = Field(
+        (SingleScenario(kind="single"),),
+        description="`single`, always, and any of `offline`, `server`, `cold`; each by name or with its own fields.",
+    )
+    runtimes: tuple[ExtraRuntime, ...] = Field(
+        (), description="Further runtimes that stand beside the shipped form in `single`: not scored, not judged."
+    )
+    device: Provider | None = Field(
+        None, description="Where models run in torch; none is where the shipped form runs, which export.provider says."
+    )
+    torch_dtype: Literal["fp32", "bf16"] | None = Field(
+        None, description="Number type of student and teachers in torch; none is fp32, and each teacher's own."
+    )
     prompt_tokens: Count = Field(128, description="Tokens of the prompt.")
     new_tokens: Int = Field(64, ge=2, description="Tokens generated after it.")
     threads: Count | None = Field(None, description="CPU threads of every arm; none takes every core available.")
@@ -630,6 +748,10 @@ class Bench(Frozen):
     minutes: Positive = Field(
         4.0, description="Budget for timing; blocks go on until gates are decided or it is spent."
     )
+
+    def scenario(self, kind: str) -> Any:
+        """The scenario of one kind, or none when it is not asked for."""
+        return next((scenario for scenario in self.scenarios if scenario.kind == kind), None)
 
 
 class Gates(Frozen):
@@ -719,6 +841,25 @@ def load_recipe(reference: str | Path, *, overrides: Sequence[str] = (), folder:
     recipe = parse_recipe(tree, where=str(path))
     recipe._folder, recipe._text = path.parent, text
     return recipe
+
+
+def load_bench(overrides: Sequence[str] = ()) -> Bench:
+    """The `bench:` part of a recipe by itself: defaults, with ``bench.key=value`` overrides. Raises `RecipeError`."""
+    part: dict[str, Any] = {"bench": {"minutes": 1.0}}
+    for override in overrides:
+        if not override.startswith("bench."):
+            raise RecipeError(
+                f"--set {override}: without a recipe there is only bench to set, for example bench.minutes=5."
+            )
+        _override(part, override, Path("bench"))
+    base = {
+        "name": "bench",
+        "data": {"domains": [{"name": "none", "text": {"kind": "stdlib", "paths": ["this.py"]}}]},
+        "student": {"kind": "fresh", "config": {}},
+        "teachers": [{"name": "none", "model": {"kind": "random", "config": {}}}],
+        "training": {"tokens": 1024},
+    }
+    return parse_recipe(base | part, where="--set").bench
 
 
 def parse_recipe(tree: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
@@ -947,6 +1088,8 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         ("teachers", [t.name for t in recipe.teachers]),
         ("data.domains", [d.name for d in recipe.data.domains]),
         ("export.forms", [str(f.kind) for f in recipe.export.forms]),
+        ("bench.scenarios", [str(s.kind) for s in recipe.bench.scenarios]),
+        ("bench.runtimes", [str(r.kind) for r in recipe.bench.runtimes]),
     ):
         for name in sorted({n for n in names if names.count(n) > 1}):
             yield f"{where}: {name!r} stands there {names.count(name)} times; give each its own name"
@@ -1007,6 +1150,8 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             yield f"fusion.weights.values: found {sorted(weights.values)}; name each teacher once: {sorted(teachers)}"
         elif not sum(weights.values.values()) > 0:
             yield "fusion.weights.values: all are 0; give at least one teacher a weight"
+    if recipe.bench.scenario("single") is None:
+        yield "bench.scenarios: single is missing; timing gates and the noise floor come from it: add it"
     if recipe.gates.max_loss_vs_best_teacher is not None and not recipe.teachers:
         yield "gates.max_loss_vs_best_teacher: there are no teachers to compare with; remove it or name teachers"
     if recipe.gates.min_decode_speedup is not None and not recipe.teachers:

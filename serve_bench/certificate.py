@@ -87,7 +87,7 @@ def certify(*, bench: Artifact, onnx: Artifact, student: Artifact, recipe: Recip
         "machine": {
             "host": environment["host"],
             "governor": environment.get("governor"),
-            "container": environment.get("cgroup_cpu_max"),
+            "container": environment.get("limits"),
             "load_average": environment["before"]["load_average"],
             "provider": environment["arms"][f"onnx:{shipped}"].get("facts", {}).get("provider"),
         },

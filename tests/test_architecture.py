@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 STAGES = ("compress", "export", "serve_bench")
 TOP = ("cli", "pipeline")
 # What the ground floor may import when it is itself imported. heldout serves stages, the others `limbeck serve` alone.
-LIGHT = {"yaml", "pydantic", "typer", "packaging", "limbeck"}
+LIGHT = {"yaml", "pydantic", "pydantic_core", "typer", "packaging", "limbeck"}
 ALLOWED = {
     "heldout": {"numpy", "safetensors"},
     "batch": {"numpy"},
