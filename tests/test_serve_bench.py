@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -19,8 +20,8 @@ from limbeck.artifact import Artifact, open_artifact, write_artifact
 from limbeck.errors import ArtifactError, DataError, EnvironmentalError, LimbeckError, ModelError, RecipeError
 from limbeck.heldout import HELDOUT, load_heldout, save_heldout
 from limbeck.pipeline import bench_targets
-from limbeck.recipe import Bench, Recipe
-from serve_bench import figures, measure, measure_targets, quality, replay, write_report
+from limbeck.recipe import Bench, Recipe, ServerScenario
+from serve_bench import figures, load, measure, measure_targets, quality, replay, write_report
 from serve_bench.arms import Arm, Worker, Workers, list_arms
 from serve_bench.certificate import CERTIFICATE
 from serve_bench.figures import Sample
@@ -495,6 +496,23 @@ def generate_with_both(model: Path) -> None:
             told.append(np.stack(columns).tolist())
         found.append(told)
     assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_our_own_server_is_started_asked_and_ended(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("limbeck.server")
+    slo, raw = {"ttft_ms": 6e5, "tpot_ms": 6e5}, io.StringIO()
+    asked = ServerScenario.model_validate(
+        {"kind": "server", "slo": slo, "requests": 4, "first_rate": 5, "bisections": 0, "minutes": 0.001}
+    )
+    sizes = load.Sizes(prompt_tokens=8, new_tokens=6)
+    target = load.measure_server(
+        asked, run / "onnx", lambda block, tokens: [block + 1] * tokens, sizes, raw, threads=1, folder=tmp_path
+    )
+    assert target["kind"] == "artifact"
+    rows = [json.loads(line) for line in raw.getvalue().splitlines()]
+    assert [(row["error"], row["prompt_tokens"], row["output_tokens"]) for row in rows] == [(None, 8, 6)] * 4
+    assert all(row["at"] == sorted(row["at"]) for row in rows)
 
 
 @pytest.mark.slow
