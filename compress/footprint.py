@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from compress.features import layer_pairs
-from compress.models import DTYPES, random_config
+from compress.models import BAD_CONFIG, DTYPES, random_config
 from compress.shrink import shrunk_config
 from compress.students import with_lora
 from compress.teachers import Body, causal_lm
@@ -98,7 +98,7 @@ def describe(config: Any) -> Shape:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (ValueError, TypeError, KeyError) as error:
+    except BAD_CONFIG as error:
         raise ModelError(f"{config.model_type}: transformers cannot build it: {error}") from error
     body, outputs = Body(model), model.get_output_embeddings()
     linear = sum(m.weight.numel() for m in model.modules() if _is_linear(m) and m is not outputs)
@@ -234,7 +234,7 @@ class _Live(TorchDispatchMode):
     """Bytes of the storages that operators made and that are still referred to, and the most there were."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._seen: Any = weakref.WeakKeyDictionary({t.untyped_storage(): True for t in known})
 

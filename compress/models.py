@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
@@ -22,6 +23,7 @@ from limbeck.errors import EnvironmentalError, ModelError
 from limbeck.progress import say
 from limbeck.recipe import BaseSource, GgufModel, HubModel, LocalModel, PackageModel, RandomModel, fingerprint
 
+BAD_CONFIG = (ValueError, TypeError, KeyError, StrictDataclassError)  # what transformers raises for impossible sizes
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -73,7 +75,7 @@ def model_config(source: BaseSource, *, folder: Path) -> Any:
         return AutoConfig.from_pretrained(
             path.parent if options else path, trust_remote_code=False, local_files_only=True, **options
         )
-    except (ValueError, OSError, KeyError, NotImplementedError) as error:
+    except (*BAD_CONFIG, OSError, NotImplementedError) as error:
         raise ModelError(f"{path}: transformers cannot read its configuration: {error}") from error
 
 
@@ -205,12 +207,12 @@ def _make_random(source: RandomModel, out: Path) -> dict[str, Any]:
 
 def random_model(config: Mapping[str, Any], *, vocab_size: int, seed: int, where: str) -> PreTrainedModel:
     """A freshly initialised causal LM of any transformers configuration. Raises `ModelError`."""
+    chosen = random_config(config, vocab_size=vocab_size, where=where)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            chosen = random_config(config, vocab_size=vocab_size, where=where)
             return AutoModelForCausalLM.from_config(chosen, dtype=torch.float32)
-        except (ValueError, TypeError, KeyError) as error:
+        except BAD_CONFIG as error:
             raise ModelError(f"{where}: transformers cannot build it: {error}") from error
 
 
@@ -221,7 +223,7 @@ def random_config(config: Mapping[str, Any], *, vocab_size: int, where: str) -> 
         raise ModelError(f"{where}: no model_type; name the architecture, for example model_type: llama.")
     try:
         return AutoConfig.for_model(**options)
-    except (ValueError, TypeError, KeyError) as error:
+    except BAD_CONFIG as error:
         raise ModelError(f"{where}: transformers cannot build it: {error}") from error
 
 

@@ -18,6 +18,7 @@ from optimum.utils import NormalizedConfigManager
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from compress.models import BAD_CONFIG
 from limbeck.errors import ModelError
 from limbeck.recipe import ShrinkStudent
 
@@ -202,7 +203,13 @@ def shrunk_config(source: Any, config: ShrinkStudent, layers: Sequence[int] | No
     if getattr(source, "layer_types", None):
         kept = layers if layers is not None else range(wanted["layers"])
         fields["layer_types"] = [source.layer_types[layer] for layer in kept]
-    return type(source).from_dict({**source.to_dict(), **fields})
+    try:
+        return type(source).from_dict({**source.to_dict(), **fields})
+    except BAD_CONFIG as error:
+        cause = error.__cause__ or error
+        raise ModelError(
+            f"student: {source.model_type} cannot have these sizes: {cause} Change kv_heads or hidden_size."
+        ) from error
 
 
 @torch.no_grad()

@@ -34,32 +34,34 @@ class Matrix:
     part: Literal["head", "attention", "narrow", "body"]
 
 
-def form_bytes(model: Any, form: Form, *, backend: str = "auto") -> int:
-    """Bytes of graph and weights of ``form`` for a causal LM on the meta device, exported with ``backend``."""
+def form_bytes(model: Any, form: Form, *, backend: str = "auto", provider: str = "cpu") -> int:
+    """Bytes of graph and weights of ``form`` for a causal LM on the meta device, as ``backend`` builds it for ``provider``."""
     if backend == "auto":
         backend = "genai" if model.config.model_type in KNOWN else "dynamo"
+    half = form.kind == "fp16" or (provider != "cpu" and form.kind != "fp32")
+    number = 2 if half else 4  # torch's graphs keep what is no matrix in fp32
     matrices = list(_matrices(model))
-    rest = sum(p.numel() for p in model.parameters()) - sum(m.channels * m.width for m in matrices)
-    floats = 4 * (rest + (_rotary_numbers(model.config) if backend == "genai" else 0))
+    rest: int = sum(p.numel() for p in model.parameters()) - sum(m.channels * m.width for m in matrices)
+    size = number * (rest + _rotary_numbers(model.config)) if backend == "genai" else 4 * rest
     layers = int(model.config.get_text_config().num_hidden_layers)
-    scheme = scheme_for(form, model.get_output_embeddings().weight.shape[1])
+    scheme = scheme_for(form, int(model.get_output_embeddings().weight.shape[1]))
     whole, (fp32, rounded, dynamic) = (
         _GENAI if backend == "genai" else _DYNAMO.get(model.config.model_type, _OTHER_DYNAMO)
     )
     if scheme is None:
-        return whole + layers * fp32 + floats + 4 * sum(m.channels * m.width for m in matrices)
+        return whole + layers * fp32 + size + number * sum(m.channels * m.width for m in matrices)
     layer = dynamic if isinstance(scheme.body, PerChannel) else rounded
-    return whole + layers * layer + floats + sum(rounded_bytes(m, getattr(scheme, m.part)) for m in matrices)
+    return whole + layers * layer + size + sum(rounded_bytes(m, getattr(scheme, m.part), number) for m in matrices)
 
 
-def rounded_bytes(matrix: Matrix, how: Blockwise | PerChannel) -> int:
-    """Codes, scales and zero points of one matrix."""
+def rounded_bytes(matrix: Matrix, how: Blockwise | PerChannel, number: int = 4) -> int:
+    """Codes, zero points, and scales of ``number`` bytes each, of one matrix."""
     N, K = matrix.channels, matrix.width
     if isinstance(how, PerChannel):
-        return N * K + 4 * N
+        return N * K + number * N
     blocks = math.ceil(K / how.block)
     zeros = N * math.ceil(blocks * how.bits / 8) if how.zero_points else 0
-    return N * blocks * how.block * how.bits // 8 + 4 * N * blocks + zeros
+    return N * blocks * how.block * how.bits // 8 + number * N * blocks + zeros
 
 
 def _matrices(model: Any) -> Iterator[Matrix]:

@@ -125,7 +125,7 @@ def plan_recipe(recipe: Recipe, *, trial: bool = False) -> Plan:
 
 def form_sizes(recipe: Recipe) -> dict[str, int]:
     """Bytes of graph and weights of each form of ``recipe``, the shipped one last. Raises as `plan_recipe` does."""
-    return _forms(recipe, _shapes(recipe, ())[0])
+    return _forms(recipe, _student(recipe, vocabulary=_vocabulary(recipe))[0])
 
 
 def _forms(recipe: Recipe, student: Shape) -> dict[str, int]:
@@ -136,35 +136,49 @@ def _forms(recipe: Recipe, student: Shape) -> dict[str, int]:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(student.config, dtype=torch.float32)
-    return {form.kind: form_bytes(model, form, backend=recipe.export.backend) for form in recipe.export.forms}
+    export = recipe.export
+    return {
+        form.kind: form_bytes(model, form, backend=export.backend, provider=export.provider) for form in export.forms
+    }
 
 
 def _footprint(recipe: Recipe, precision: str) -> tuple[Shape, Footprint, list[TeacherShape]]:
     from compress.footprint import footprint
 
-    student, base, teachers = _shapes(recipe, ())
+    teachers = _teachers(recipe, ())  # their mistakes are told first
+    student, base = _student(recipe, vocabulary=teachers[0].shape.vocabulary if teachers else 0)
     return student, footprint(recipe, student=student, base=base, teachers=teachers, precision=precision), teachers
 
 
-def _shapes(recipe: Recipe, chain: tuple[Path, ...]) -> tuple[Shape, Shape | None, list[TeacherShape]]:
+def _student(recipe: Recipe, *, vocabulary: int) -> tuple[Shape, Shape | None]:
+    """The student and its base; ``vocabulary`` is the tokenizer's size, for a fresh one."""
     from compress.footprint import describe, student_config
     from compress.models import model_config
 
-    teachers = []
-    for index in range(len(recipe.teachers)):
-        try:
-            teachers.append(_teacher(index, recipe, chain))
-        except LimbeckError as error:
-            raise type(error)(f"{recipe.name}: teachers.{index}: {error}") from error
     base = None
     if not isinstance(recipe.student, FreshStudent):
         try:
             base = describe(model_config(recipe.student.base, folder=recipe.folder))
         except LimbeckError as error:
             raise type(error)(f"{recipe.name}: student.base: {error}") from error
-    vocabulary = teachers[0].shape.vocabulary if teachers else 0
-    student = describe(student_config(recipe, base=base.config if base else None, vocabulary=vocabulary))
-    return student, base, teachers
+    if isinstance(recipe.student, LoraStudent) and base is not None:
+        return base, base
+    return describe(student_config(recipe, base=base.config if base else None, vocabulary=vocabulary)), base
+
+
+def _teachers(recipe: Recipe, chain: tuple[Path, ...]) -> list[TeacherShape]:
+    teachers = []
+    for index in range(len(recipe.teachers)):
+        try:
+            teachers.append(_teacher(index, recipe, chain))
+        except LimbeckError as error:
+            raise type(error)(f"{recipe.name}: teachers.{index}: {error}") from error
+    return teachers
+
+
+def _vocabulary(recipe: Recipe, chain: tuple[Path, ...] = ()) -> int:
+    """Of the first teacher, whose tokenizer a fresh student takes; 0 for any other student."""
+    return _teacher(0, recipe, chain).shape.vocabulary if isinstance(recipe.student, FreshStudent) else 0
 
 
 def _teacher(index: int, recipe: Recipe, chain: tuple[Path, ...]) -> TeacherShape:
@@ -182,7 +196,7 @@ def _teacher(index: int, recipe: Recipe, chain: tuple[Path, ...]) -> TeacherShap
     if path in chain:
         raise RecipeError(f"{path.stem} is made from itself; name another model for one of them.")
     made = load_recipe(path)
-    shape, _, _ = _shapes(made, (*chain, path))
+    shape, _ = _student(made, vocabulary=_vocabulary(made, (*chain, path)))
     if not isinstance(made.student, LoraStudent) or teacher.adapter:
         return TeacherShape(shape, alone, teacher.dtype, teacher.quantize)
     place = f"{made.student.base.model_dump_json()} {how}"

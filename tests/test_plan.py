@@ -69,8 +69,10 @@ def test_the_traced_step_keeps_what_a_real_one_keeps(student: str) -> None:
     model.train()
     with footprint._Live([*model.parameters(), *model.buffers(), ids]) as live:
         hidden = footprint._hidden(model, ids, "fp32")
-        assert traced.kept == live.now
-        assert traced.forward_peak == live.peak
+        # Fake tensors get an explicit attention mask in every layer, which real ones go without.
+        masks = 3 * 2 * recipe.data.block**2 * 4
+        assert traced.kept - masks <= live.now <= traced.kept
+        assert traced.forward_peak - masks <= live.peak <= traced.forward_peak
     assert hidden.shape[-1] == 32
     assert traced.backward_peak >= traced.kept > 0
     assert traced.backward > traced.forward > 0
@@ -93,7 +95,10 @@ def test_layers_lie_on_a_line() -> None:
 )
 def test_sizes_of_forms_are_what_the_exporter_writes(tmp_path: Path, kind: str, sizes: dict[str, Any]) -> None:
     make_student(tmp_path / "student", make_model(tmp_path / "model", model_type=kind, scale=0.05, **sizes))
-    recipe = pico_recipe(export={"forms": FORMS})
+    forms, provider = FORMS, "cpu"
+    if kind == "llama" and sizes["tie_word_embeddings"]:
+        forms, provider = ["fp32", "fp16", "int4-weight"], "cuda"
+    recipe = pico_recipe(export={"forms": forms, "provider": provider})
     made = export_student(student=tmp_path / "student", out=tmp_path / "onnx", recipe=recipe)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "student" / "model"))
@@ -101,7 +106,9 @@ def test_sizes_of_forms_are_what_the_exporter_writes(tmp_path: Path, kind: str, 
         weights = (tmp_path / "onnx" / made.result["forms"][form.kind]["graph"]).with_suffix(".onnx_data")
         graph = made.result["forms"][form.kind]["bytes"] - weights.stat().st_size
         # The weights follow from the shapes; of the graph the plan knows only its growth.
-        assert form_bytes(model, form) - weights.stat().st_size == pytest.approx(graph, rel=0.35), form.kind
+        assert form_bytes(model, form, provider=provider) - weights.stat().st_size == pytest.approx(graph, rel=0.35), (
+            form.kind
+        )
 
 
 # Planning --------------------------------------------------------------------------------------------------------
@@ -156,7 +163,7 @@ def test_the_header_says_what_the_plan_says(name: str, tmp_path: Path, monkeypat
     assert list(sizes)[-1] == entry.form
     assert sizes[entry.form] / 1e6 == pytest.approx(entry.megabytes, rel=0.01)
     for word in ("Needs:", "Licences:", "Plan:"):
-        assert word in entry.about or name == "pico"
+        assert word in entry.about
 
 
 @pytest.mark.slow
