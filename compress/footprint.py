@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from compress.features import layer_pairs
-from compress.models import BAD_CONFIG, DTYPES, random_config
+from compress.models import BAD_CONFIG, DTYPES, cast_frozen, random_config
 from compress.shrink import shrunk_config
 from compress.students import with_lora
 from compress.teachers import Body, causal_lm
@@ -74,7 +74,7 @@ class Memory:
     optimizer: int  # gradients, two moments, and the best weights so far
     activations: int  # of one micro-batch, and what teachers say of it
     logits: int  # of one chunk, of student and teachers
-    moment: str  # `training`, `shrinking` or `saving`: when the worst moment is
+    moment: str  # when that is: `training`, `saving`, …
 
     @property
     def total(self) -> int:
@@ -146,10 +146,12 @@ def footprint(
     compute = _BYTES[precision]
     places = {t.place: t for t in teachers}
     heads = sum(t.shape.width * t.shape.vocabulary * compute for t in places.values() if cached or t.dtype != precision)
-    bodies = sum(t.shape.weights(dtype=t.dtype, quantize=t.quantize) for t in places.values())
+    bodies = sum(_body(t, compute) for t in places.values())
     bodies += sum(4 * t.adapter for t in teachers)
     quantize = recipe.student.quantize if isinstance(recipe.student, LoraStudent) else "none"
     weights = student.weights(quantize=quantize) + 4 * (projections + adapters)
+    if _is_cast(recipe) and quantize == "none":
+        weights -= student.linear * (4 - compute)
     head = student.width * student.vocabulary * compute if precision != "fp32" else 0
     said = sum(tokens * t.shape.width * (compute + len(p) * 4) for t, p in zip(teachers, pairs, strict=True))
     aligned = sum(tokens * t.shape.width * 4 * len(p) * 4 for t, p in zip(teachers, pairs, strict=True))
@@ -162,34 +164,18 @@ def footprint(
     cache_bytes = _cache_bytes(recipe, teachers, pairs, cache_tokens)
     rows = cache_bytes if cached else 0
     best = 4 * trained
-    moments = [
-        Memory(
-            heads + rows if cached else bodies + heads,
-            weights + head,
-            12 * trained + best,
-            activations,
-            logits,
-            "training",
-        )
-    ]
+    kept_teachers = heads + rows if cached else bodies + heads
+    moments = [Memory(kept_teachers, weights + head, 12 * trained + best, activations, logits, "training")]
     if cached:
-        moments.append(
-            Memory(bodies + heads, weights + head, 0, max(t.forward_peak for t in theirs), 0, "filling the cache")
-        )
+        filling = max(t.forward_peak for t in theirs)
+        moments.append(Memory(bodies + heads, weights + head, 0, filling, 0, "filling the cache"))
     if base is not None and isinstance(recipe.student, ShrinkStudent):
         moments.append(Memory(0, base.weights() + weights, 0, 0, 0, "shrinking"))
     again = student.weights()  # the student as it is saved is loaded and measured once more
-    scored = trace_line(student, None, rows=_EVALUATED, length=recipe.data.block, precision="fp32")
-    moments.append(
-        Memory(
-            heads + rows if cached else bodies + heads,
-            weights + head + again,
-            2 * best,
-            scored.forward_peak,
-            0,
-            "saving",
-        )
-    )
+    scored = trace_line(student, None, rows=_EVALUATED, length=recipe.data.block, precision="fp32").forward_peak
+    moments.append(Memory(kept_teachers, weights + head + again, 2 * best, scored, 0, "saving"))
+    if lora:  # the adapters are merged into the base as it is on disk
+        moments.append(Memory(kept_teachers, weights + head + again + 4 * student.linear, 2 * best, 0, 0, "merging"))
     return Footprint(student, trained, max(moments, key=lambda m: m.total), cache_bytes, operations)
 
 
@@ -280,6 +266,8 @@ def _trace(config: Any, recipe: Recipe | None, rows: int, length: int, precision
         model.requires_grad_(recipe is not None)
         if recipe is not None and isinstance(recipe.student, LoraStudent):
             model = with_lora(model.requires_grad_(False), recipe.student, seed=0)
+        if recipe is None or _is_cast(recipe):
+            cast_frozen(model, DTYPES[precision])
     with FakeTensorMode():
         _on_the_cpu(model)
         model.train(recipe is not None)
@@ -341,6 +329,11 @@ def _teacher_trace(teacher: TeacherShape, recipe: Recipe, *, precision: str, sta
     )
 
 
+def _is_cast(recipe: Recipe) -> bool:
+    """Whether the frozen matrices of the student's base are kept in the number type of the forward pass."""
+    return isinstance(recipe.student, LoraStudent) and not recipe.student.dora
+
+
 def _resized(config: Any, *, layers: int) -> Any:
     """A copy with fewer layers; lists that hold one entry a layer are cut with them."""
     smaller, before = copy.deepcopy(config), config.num_hidden_layers
@@ -356,6 +349,13 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 # Sums ------------------------------------------------------------------------------------------------------------
+
+
+def _body(teacher: TeacherShape, compute: int) -> int:
+    """Bytes of a teacher's weights; fp32 matrices are kept in the number type of the forward pass."""
+    size = teacher.shape.weights(dtype=teacher.dtype, quantize=teacher.quantize)
+    cast = teacher.quantize == "none" and teacher.dtype == "fp32"
+    return size - teacher.shape.linear * (4 - compute) if cast else size
 
 
 def _pairs(recipe: Recipe, student: Shape, teachers: Sequence[TeacherShape]) -> list[list[tuple[int, int]]]:
