@@ -103,7 +103,8 @@ def plan_recipe(recipe: Recipe, *, trial: bool = False) -> Plan:
         speed = footprint.measure_speed(
             recipe, student.config, seconds=TRIAL_SECONDS, precision=precision, device=device
         )
-        seconds = (taken.operations + before) / speed
+        minutes = recipe.training.minutes  # a budget in time is what it is
+        seconds = (60 * minutes if minutes else taken.operations / speed) + before / speed
     return Plan(
         recipe=recipe.name,
         teachers={t.name: shape.shape.parameters for t, shape in zip(recipe.teachers, teachers, strict=True)},
