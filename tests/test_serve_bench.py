@@ -480,6 +480,7 @@ def test_a_static_cache_generates_what_a_growing_one_does(model: Path, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # of inductor itself
 def test_a_compiled_model_generates_what_the_plain_one_does(model: Path) -> None:
     generate_with_both(model)
 
