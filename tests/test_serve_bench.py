@@ -74,6 +74,7 @@ def test_prompts_are_heldout_text_of_the_length_asked() -> None:
     assert len(letters) == len(numbers) == 40
     assert letters != numbers
     assert prompt(heldout, 2, 8) == text[8:16].tolist()
+    assert prompt(heldout, 2, 8, then=5) == text[16:21].tolist()
     assert len(prompt(heldout, 0, 1000)) == 1000  # text read again from its start
 
 
@@ -327,6 +328,16 @@ def test_quality_is_that_of_the_artifact(bench: Artifact, run: Path) -> None:
     heldout = load_heldout(run / "student" / HELDOUT)
     assert scores["domains"]["letters"]["labels"] == (heldout["letters"].lengths - 1).tolist()
     assert all(scores["same_choice"]["onnx:fp32"].values())
+
+
+def test_what_the_timed_generations_say(bench: Artifact) -> None:
+    said = json.loads((bench.path / figures.QUALITY).read_text())["generation"]
+    assert said["against"] == ["teacher:wise", "onnx:fp32"]
+    assert (said["prompts"], said["tokens"]) == (bench.result["blocks"], 8)
+    assert "onnx:int8-weight:twin" not in said["arms"]
+    assert said["arms"]["student"]["greedy_match"]["onnx:fp32"]["value"] == 1  # one model in two runtimes
+    assert said["arms"]["student"]["greedy_match"]["teacher:wise"]["value"] < 1
+    assert 0 < said["arms"]["student"]["distinct_2"] <= 1
 
 
 def test_samples_are_raw_and_the_same_work(bench: Artifact) -> None:
