@@ -421,7 +421,7 @@ class Fusion(Frozen):
     space: Literal["arithmetic", "geometric"] = Field(
         "arithmetic", description="Mix probabilities, or logarithms of probabilities."
     )
-    weights: Weights = Field(LabelWeights(kind="label"), description="How much each teacher counts, and where.")
+    weights: Weights = Field(PosteriorWeights(kind="posterior"), description="How much each teacher counts, and where.")
     divergence: Divergence = Field(ForwardKl(kind="forward_kl"), description="Distance from target to student.")
     temperature: Positive = Field(
         1.0, description="Softening tau of teachers and student; the loss is scaled by its square."
