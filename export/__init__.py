@@ -11,13 +11,18 @@ import json
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from limbeck import __version__
 from limbeck.artifact import Artifact, find_artifact, open_artifact, write_artifact
 from limbeck.errors import ArtifactError
 from limbeck.progress import say
-from limbeck.recipe import Provider, Recipe, fingerprint
+from limbeck.recipe import Form, Int8StaticForm, Provider, Recipe, fingerprint
+
+if TYPE_CHECKING:
+    from export.calibrate import Calibration
+    from export.graph import Graphs
+    from export.quantize import Scheme
 
 __all__ = ["export_student", "verify_parity"]
 
@@ -75,7 +80,13 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
                 if scheme:
                     made = form_files(Path(temporary), form.kind) if half else graphs
                     made.data.parent.mkdir(exist_ok=True)
-                    quantize_weights(built.graphs, made, scheme=scheme, metadata=stamped)
+                    quantize_weights(
+                        built.graphs,
+                        made,
+                        scheme=scheme,
+                        metadata=stamped,
+                        calibration=_calibration(form, scheme, built.graphs, student),
+                    )
                 if half:
                     cast_to_half(made, graphs, metadata=stamped)
             census = take_census(graphs.last)
@@ -154,6 +165,24 @@ def parity_provider(provider: Provider, half: bool) -> Provider:
     from limbeck.runtime import providers
 
     return provider if half and provider in providers() else "cpu"
+
+
+def _calibration(form: Form, scheme: Scheme, graphs: Graphs, student: Path) -> Calibration | None:
+    """What a static form must know beforehand, measured on the training rows of the student; none for the others."""
+    from export.calibrate import calibrate
+    from export.quantize import static_activations
+    from limbeck.heldout import CALIBRATION, load_calibration
+
+    if not isinstance(form, Int8StaticForm):
+        return None
+    if not (student / CALIBRATION).is_file():
+        raise ArtifactError(
+            f"{student}: {CALIBRATION} is missing; {form.kind} is calibrated on training text. The student is older than that "
+            "form: delete its folder and run the compress stage again, or take the form out of export.forms."
+        )
+    activations = static_activations(graphs, scheme)
+    rows = load_calibration(student / CALIBRATION)
+    return calibrate(graphs, rows, activations, method=form.calibration, alpha=form.smooth)
 
 
 def release_memory() -> None:

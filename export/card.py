@@ -16,7 +16,14 @@ from limbeck.errors import ModelError
 from limbeck.recipe import HubModel, LoraStudent, Provider, Recipe
 
 # transformers.js's names of the graphs' number types.
-DTYPES = {"model": "fp32", "model_fp16": "fp16", "model_quantized": "q8", "model_int8": "int8", "model_q4": "q4"}
+DTYPES = {
+    "model": "fp32",
+    "model_fp16": "fp16",
+    "model_quantized": "q8",
+    "model_int8": "int8",
+    "model_uint8": "uint8",
+    "model_q4": "q4",
+}
 _COPIED = ("generation_config.json", "tokenizer.json", "chat_template.jinja")
 
 

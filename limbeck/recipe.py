@@ -538,6 +538,19 @@ class Int8DynamicForm(Frozen):
     kind: Literal["int8-dynamic"]
 
 
+class Int8StaticForm(Frozen):
+    """Quantise, dequantise and MatMul (QDQ): as int8-dynamic, but with a scale a tensor measured on training text beforehand."""
+
+    kind: Literal["int8-static"]
+    calibration: Literal["min-max", "percentile", "entropy"] = Field(
+        "min-max", description="How the range of each activation is chosen from what was seen."
+    )
+    smooth: Fraction = Field(
+        0.5,
+        description="Share of the outliers' difficulty that norms hand on to the next weights (SmoothQuant); 0: none.",
+    )
+
+
 class Int4WeightForm(Frozen):
     """4-bit blocks with zero points, rounded to nearest (MatMulNBits); 8 bits in the tied head, attention inputs, FFN output."""
 
@@ -546,7 +559,10 @@ class Int4WeightForm(Frozen):
 
 
 Form = Annotated[
-    Annotated[Fp32Form | Fp16Form | Int8WeightForm | Int8DynamicForm | Int4WeightForm, Field(discriminator="kind")],
+    Annotated[
+        Fp32Form | Fp16Form | Int8WeightForm | Int8DynamicForm | Int8StaticForm | Int4WeightForm,
+        Field(discriminator="kind"),
+    ],
     BeforeValidator(_shorthand),
 ]
 Provider = Literal["cpu", "cuda"]
@@ -555,6 +571,7 @@ Provider = Literal["cpu", "cuda"]
 NO_KERNEL: Mapping[tuple[str, str], tuple[str, str]] = {
     ("cpu", "fp16"): ("its products would be cast to fp32 when the file is opened", "int8-weight"),
     ("cuda", "fp32"): ("fused attention in fp32 would run on the CPU, with copies both ways", "fp16"),
+    ("cuda", "int8-static"): ("its products would run in fp32 between casts", "int8-weight"),
     ("cuda", "int8-dynamic"): ("its products would run on the CPU, with copies both ways", "int8-weight"),
 }
 
