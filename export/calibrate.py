@@ -88,7 +88,8 @@ def calibrate(
 
 def find_boundaries(proto: ModelProto) -> dict[str, Boundary]:
     """Activations whose outliers can move from a norm's weights into the products that read it, by name."""
-    tensors = {t.name: t for t in proto.graph.initializer}
+    open_ = {value.name for value in proto.graph.input}  # an adapter's inputs have defaults, but they are no constants
+    tensors = {t.name: t for t in proto.graph.initializer if t.name not in open_}
     turned = {n.output[0]: n.input[0] for n in proto.graph.node if n.op_type == "Transpose" and n.input[0] in tensors}
     readers: dict[str, list[Any]] = {}
     for node in proto.graph.node:

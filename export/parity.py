@@ -27,6 +27,7 @@ Floats = npt.NDArray[np.float32]
 Floats64 = npt.NDArray[np.float64]
 
 PARITY = "parity.safetensors"
+PARITY_BASE = "parity_base.safetensors"  # of the base alone, where the adapter is kept apart
 _KEPT_BYTES = 8_000_000  # of reference logits in the artifact
 _LONG = 128  # tokens of the longest case; what grows with length is the cache, and it is exact
 _AT_ONCE = 64  # positions compared at a time, which bounds the memory
@@ -102,8 +103,10 @@ def make_cases(texts: Sequence[Ints], *, context: int) -> dict[str, Case]:
     }
 
 
-def answer(cases: Mapping[str, Case], model: Path) -> dict[str, Case]:
+def answer(cases: Mapping[str, Case], model: Path, *, adapter: Path | None = None) -> dict[str, Case]:
     """Fill in the logits of the transformers folder ``model`` in eager fp32, at every token of every case.
+
+    ``adapter`` is a peft folder that sits on it.
 
     Each row is run by itself without its padding, which is what a padded row must be equal to.
     """
@@ -112,6 +115,10 @@ def answer(cases: Mapping[str, Case], model: Path) -> dict[str, Case]:
 
     transformers.utils.logging.disable_progress_bar()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    if adapter is not None:
+        from export.adapters import with_adapter
+
+        loaded = with_adapter(loaded, adapter)
     loaded.eval()
     answered = {}
     with torch.inference_mode(), task("reference answers of torch", len(cases)) as progress:
@@ -156,7 +163,13 @@ def load_cases(path: Path) -> dict[str, Case]:
 
 
 def measure_parity(
-    form: str, last: Path, all_: Path, cases: Mapping[str, Case], *, provider: Provider = "cpu"
+    form: str,
+    last: Path,
+    all_: Path,
+    cases: Mapping[str, Case],
+    *,
+    provider: Provider = "cpu",
+    adapter: Path | None = None,
 ) -> dict[str, Any]:
     """Differences between the graphs of ``form`` and the cases' answers, by case and over all positions.
 
@@ -170,7 +183,7 @@ def measure_parity(
     scale = max(1.0, *(float(np.abs(case.logits).max()) for case in cases.values()))
     with task(f"parity of {form}", 2 * len(cases)) as progress:
         for path in (all_, last):
-            decoder = Decoder.from_graph(path, provider=provider)
+            decoder = Decoder.from_graph(path, provider=provider, adapter=adapter)
             for name, case in cases.items():
                 chosen = np.arange(len(case.rows)) if decoder.all_logits else np.flatnonzero(_after_prompt(case))
                 if len(chosen):

@@ -583,6 +583,10 @@ class Export(Frozen):
         "auto",
         description="Graph builder: GenAI's (fused attention, few architectures) or torch's exporter; auto says what it chose and why.",
     )
+    adapters: Literal["merged", "separate"] = Field(
+        "merged",
+        description="What becomes of a LoRA student's adapter: merged into the weights, or a file beside its base, which then serves others too.",
+    )
     provider: Provider = Field(
         "cpu",
         description="Execution provider the forms are made for; on cuda all but fp32, the reference on the CPU, compute in fp16.",
@@ -951,6 +955,13 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.export.forms[0].kind != "fp32":
         yield f"export.forms.0: found {recipe.export.forms[0].kind!r}; put fp32 first, every other form is made from it"
+    if recipe.export.adapters == "separate":
+        if not isinstance(recipe.student, LoraStudent):
+            yield f"export.adapters: a {recipe.student.kind} student has no adapter; use merged, or student.kind: lora"
+        elif recipe.student.dora:
+            yield "export.adapters: DoRA changes more than low-rank updates can say; use merged, or set student.dora: false"
+        if recipe.export.provider != "cpu":
+            yield "export.adapters: adapters are fp32 and the forms for other providers than cpu are not; use merged"
     provider = recipe.export.provider
     for index, form in enumerate(recipe.export.forms):
         refused = NO_KERNEL.get((provider, form.kind))

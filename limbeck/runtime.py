@@ -11,7 +11,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from limbeck.artifact import available_cores, open_artifact
 from limbeck.errors import ArtifactError, DataError, EnvironmentalError
@@ -85,12 +85,15 @@ class Decoder:
         all_logits: bool = False,
         threads: int | None = None,
         provider: Provider | None = None,
+        adapter: Path | Literal["own", "none"] = "own",
         verify: bool = False,
     ) -> None:
         """Open a form of the ``onnx`` artifact at ``folder`` (none: the shipped one).
 
         ``all_logits`` opens the twin that keeps every position, for `score`; ``threads`` defaults to every core
-        this process may use; ``provider`` to the one the form was made for. ``verify`` checks the hashes of the whole folder first. Raises `ArtifactError` for a folder
+        this process may use; ``provider`` to the one the form was made for.
+        ``adapter`` is for a folder exported with `adapters: separate`: its own, none (the base alone), or the file of
+        another student of the same base. ``verify`` checks the hashes of the whole folder first. Raises `ArtifactError` for a folder
         that is no such artifact or lacks the form, `EnvironmentalError` for a missing runtime or provider and for a form
         that the provider has no kernels for.
         """
@@ -109,13 +112,22 @@ class Decoder:
             )
         self.form: str | None = name
         self._open(Path(folder) / form_made["all_logits_graph" if all_logits else "graph"], threads, provider)
+        own = result.get("adapter")
+        if adapter == "own":
+            adapter = Path(folder) / own["file"] if own else "none"
+        if adapter != "none":
+            self._adapt(Path(adapter))
 
     @classmethod
-    def from_graph(cls, graph: Path, *, threads: int | None = None, provider: Provider = "cpu") -> Decoder:
+    def from_graph(
+        cls, graph: Path, *, threads: int | None = None, provider: Provider = "cpu", adapter: Path | None = None
+    ) -> Decoder:
         """Open a graph file by itself, for callers that are still making the artifact."""
         decoder = cls.__new__(cls)
         decoder.form = None
         decoder._open(graph, threads, provider)
+        if adapter is not None:
+            decoder._adapt(adapter)
         return decoder
 
     def _open(self, graph: Path, threads: int | None, provider: Provider) -> None:
@@ -161,9 +173,33 @@ class Decoder:
         self._grows = self.metadata.get("limbeck.cache") == "grows"
         self._cache: list[Any] = []  # of a graph whose cache grows: what the last run returned
         self._binding: Any = None
+        self._adapter: dict[str, Any] = {}  # graph inputs that are empty unless an adapter fills them
         self._rows = self._capacity = 0
         self._mask: Ids = np.zeros((0, 0), np.int64)
         self._length = 0
+
+    def _adapt(self, path: Path) -> None:
+        """Fill the adapter inputs of the graph from the file at ``path``."""
+        try:
+            adapter = self._ort.AdapterFormat.read_adapter(str(path))
+        except Exception as error:  # onnxruntime's errors share no base class of their own
+            raise ArtifactError(
+                f"{path}: onnxruntime cannot read it as an adapter ({error}); expected an .onnx_adapter file that "
+                "`limbeck export` wrote with export.adapters: separate."
+            ) from error
+        base = self.metadata.get("limbeck.base")
+        if base is None:
+            raise ArtifactError(
+                f"{path}: this graph takes no adapter; export its student with export.adapters: separate."
+            )
+        values: dict[str, Any] = adapter.get_parameters()
+        takes = {value.name for value in self._session.get_overridable_initializers()}
+        if str(adapter.get_model_version()) != base or not set(values) <= takes:
+            raise ArtifactError(
+                f"{path}: made for base {adapter.get_model_version()}, this graph is of base {base}"
+                f"{'' if set(values) <= takes else ' and takes other inputs'}; open it with the base of its own student."
+            )
+        self._adapter = values
 
     def prefill(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None, *, room: int = 0) -> Logits:
         """Start anew with ``ids[B, S]`` and leave room for ``room`` more tokens a row.
@@ -253,6 +289,8 @@ class Decoder:
         self._rows, self._capacity = rows, capacity
         self._mask = np.ones((rows, capacity), np.int64)
         self._binding = binding = self._session.io_binding()
+        for name, value in self._adapter.items():
+            binding.bind_ortvalue_input(name, value)
         for name, (heads, size) in self._past.items():
             if not self._grows:
                 cache = self._empty(heads, capacity, size)
