@@ -17,7 +17,7 @@ from limbeck import __version__
 from limbeck.artifact import Artifact, find_artifact, open_artifact, write_artifact
 from limbeck.errors import ArtifactError
 from limbeck.progress import say
-from limbeck.recipe import Form, Int8StaticForm, Provider, Recipe, fingerprint
+from limbeck.recipe import Form, Int8StaticForm, Int8TrtForm, Provider, Recipe, fingerprint
 
 if TYPE_CHECKING:
     from export.calibrate import Calibration
@@ -61,7 +61,13 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
         folder = draft.folder
         metadata = {"limbeck.version": __version__, "limbeck.recipe": recipe.digest, "limbeck.student": source.digest}
         say("export: building the fp32 graph")
-        built = build_graphs(base or model, folder, {**metadata, "limbeck.form": "fp32"}, backend=recipe.export.backend)
+        built = build_graphs(
+            base or model,
+            folder,
+            {**metadata, "limbeck.form": "fp32"},
+            backend=recipe.export.backend,
+            provider=provider,
+        )
         say(f"export: built by {built.backend} ({built.why})")
         release_memory()
         texts = _texts(student)
@@ -79,14 +85,14 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
         for form in recipe.export.forms:
             graphs = form_files(folder, form.kind)
             scheme = scheme_for(form, built.width)
-            half = form.kind == "fp16" or (provider != "cpu" and form.kind != "fp32")
+            half = form.kind == "fp16" or (provider == "cuda" and form.kind != "fp32")
             stamped = {**metadata, "limbeck.form": form.kind}
             if form.kind != "fp32":
                 say(f"export: making {form.kind}{' in fp16' if half and scheme else ''}")
             _make(form, scheme, built.graphs, graphs, half=half, student=student, metadata=stamped)
             census = take_census(graphs.last)
             require_quantized(form.kind, census)
-            here = parity_provider(provider, half)
+            here = parity_provider("cpu" if form.kind == "fp32" else provider)
             parities = {}
             for name, answered in checks.items():
                 parities[name] = measure_parity(
@@ -159,7 +165,7 @@ def verify_parity(folder: Path) -> dict[str, Any]:
     adapters = {PARITY: folder / kept_apart["file"], PARITY_BASE: None} if kept_apart else {PARITY: None}
     measured: dict[str, Any] = {}
     for name, form in artifact.result["forms"].items():
-        where = parity_provider(form["provider"], form["number_type"] == "fp16")
+        where = parity_provider(form["provider"])
         for file, adapter in adapters.items():
             parity = measure_parity(
                 name,
@@ -225,14 +231,14 @@ def _keep_apart(graphs: Graphs, base: Path, adapter: Path, folder: Path) -> tupl
     return folder / ADAPTER, {"file": ADAPTER, "base": number, "bytes": (folder / ADAPTER).stat().st_size}
 
 
-def parity_provider(provider: Provider, half: bool) -> Provider:
+def parity_provider(provider: Provider) -> Provider:
     """Where parity is measured: on the provider the form is made for where this machine has it, else on the CPU.
 
     The CPU computes every form: what it has no kernel for, it casts. The arithmetic then differs from the target's.
     """
     from limbeck.runtime import providers
 
-    return provider if half and provider in providers() else "cpu"
+    return provider if provider in providers() else "cpu"
 
 
 def _calibration(form: Form, scheme: Scheme, graphs: Graphs, student: Path) -> Calibration | None:
@@ -241,7 +247,7 @@ def _calibration(form: Form, scheme: Scheme, graphs: Graphs, student: Path) -> C
     from export.quantize import static_activations
     from limbeck.heldout import CALIBRATION, load_calibration
 
-    if not isinstance(form, Int8StaticForm):
+    if not isinstance(form, Int8StaticForm | Int8TrtForm):
         return None
     if not (student / CALIBRATION).is_file():
         raise ArtifactError(

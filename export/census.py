@@ -26,6 +26,7 @@ _QUANTIZED = {
     "int8-weight": ("MatMulNBits 8-bit", "8-bit"),
     "int8-dynamic": ("MatMulInteger int8", "8-bit"),
     "int8-static": ("MatMul int8", "8-bit"),  # between quantise and dequantise operators
+    "int8-trt": ("MatMul int8", "8-bit"),
     "int4-weight": ("MatMulNBits 4-bit", "4-bit"),
 }
 _PASS = ("Transpose", "Cast", "DequantizeLinear")  # between a constant and the operator that it is for
@@ -40,7 +41,10 @@ def take_census(graph: Path) -> dict[str, Any]:
     """
     proto = onnx.load(graph, load_external_data=False)
     tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
-    origin = {n.output[0]: n.input[0] for n in proto.graph.node if n.op_type in _PASS}
+    origin: dict[str, str] = {}
+    for node in proto.graph.node:
+        if node.op_type in _PASS:
+            origin[node.output[0]] = origin.get(node.input[0], node.input[0])
     operators = Counter(_label(node, tensors, origin) for node in proto.graph.node)
     sizes: Counter[str] = Counter()
     seen: set[tuple[str, str]] = set()

@@ -62,6 +62,7 @@ TOLERANCES = {
     "int8-weight": Tolerance(relative=0.25, kl=0.03, top1=0.97, lead=0.5),
     "int8-dynamic": Tolerance(relative=0.4, kl=0.1, top1=0.95, lead=0.5),
     "int8-static": Tolerance(relative=0.4, kl=0.1, top1=0.95, lead=0.5),
+    "int8-trt": Tolerance(relative=0.4, kl=0.1, top1=0.95, lead=0.5),
     "int4-weight": Tolerance(relative=0.5, kl=0.3, top1=0.85, lead=0.5),
 }
 

@@ -19,7 +19,16 @@ from export.calibrate import Calibration
 from export.graph import Graphs, head_of, stamp
 from export.weights import WeightsFile, external_array
 from limbeck.progress import task
-from limbeck.recipe import Form, Fp16Form, Fp32Form, Int4WeightForm, Int8DynamicForm, Int8StaticForm, Int8WeightForm
+from limbeck.recipe import (
+    Form,
+    Fp16Form,
+    Fp32Form,
+    Int4WeightForm,
+    Int8DynamicForm,
+    Int8StaticForm,
+    Int8TrtForm,
+    Int8WeightForm,
+)
 
 How: TypeAlias = "Blockwise | PerChannel | Static"
 BLOCKS = (128, 64, 32, 16)
@@ -51,9 +60,8 @@ class Static:
     """A MatMul between quantise and dequantise operators: signed 8-bit weights, a scale a column; activations in 8 bits
     with one scale, known beforehand."""
 
-    symmetric: bool = (
-        False  # signed activations around 0, which TensorRT asks for; else unsigned ones with a zero point
-    )
+    symmetric: bool = False  # signed activations, which TensorRT asks for; else unsigned ones with a zero point
+    activations: bool = True  # else weights alone
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ class Scheme:
     body: How
     attention: How
     narrow: How
-    head: Blockwise
+    head: How
 
 
 def scheme_for(form: Form, width: int) -> Scheme | None:
@@ -84,6 +92,9 @@ def scheme_for(form: Form, width: int) -> Scheme | None:
             return Scheme(body=PerChannel(), attention=PerChannel(), narrow=head, head=head)
         case Int8StaticForm():
             return Scheme(body=Static(), attention=Static(), narrow=head, head=head)
+        case Int8TrtForm():
+            both = Static(symmetric=True)
+            return Scheme(body=both, attention=both, narrow=both, head=Static(activations=False, symmetric=True))
         case Int4WeightForm():
             body = Blockwise(4, form.block_size, zero_points=True)
             return Scheme(body=body, attention=head, narrow=head, head=head)
@@ -136,7 +147,8 @@ def static_activations(source: Graphs, scheme: Scheme) -> list[str]:
     tensors = {t.name: t for t in proto.graph.initializer}
     matrices, turned = _matrices(proto, tensors, scheme), _turned(proto.graph, tensors)
     read = [(n.input[0], turned.get(n.input[1], n.input[1])) for n in proto.graph.node if n.op_type == "MatMul"]
-    return list(dict.fromkeys(x for x, name in read if name in matrices and isinstance(matrices[name].how, Static)))
+    hows = [(x, matrices[name].how) for x, name in read if name in matrices]
+    return list(dict.fromkeys(x for x, how in hows if isinstance(how, Static) and how.activations))
 
 
 def quantize_weights(
@@ -198,6 +210,12 @@ class _Matrix:
     channels: int  # N
     rows: bool
     how: How
+    gathered: bool = False  # an embedding, or a head tied to one
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether the codes of a scale a channel are stored [N, K]: for embeddings, which read rows; products read [K, N]."""
+        return self.gathered and isinstance(self.how, Static)
 
     def names(self, *kinds: str) -> list[str]:
         return [f"{self.name}_{kind}" for kind in kinds]
@@ -208,6 +226,7 @@ def _matrices(proto: ModelProto, tensors: Mapping[str, TensorProto], scheme: Sch
     graph = proto.graph
     origin = _turned(graph, tensors)
     head, attention = head_of(proto), _into_attention(graph, {*tensors, *origin})
+    embeddings = {node.input[0] for node in graph.node if node.op_type == "Gather"}
     found: dict[str, _Matrix] = {}
     for node in graph.node:
         if node.op_type not in ("MatMul", "Gather"):
@@ -227,7 +246,7 @@ def _matrices(proto: ModelProto, tensors: Mapping[str, TensorProto], scheme: Sch
                 how = scheme.attention
             else:
                 how = scheme.narrow if width > channels else scheme.body
-            found[tensor.name] = _Matrix(tensor.name, width, channels, rows, how)
+            found[tensor.name] = _Matrix(tensor.name, width, channels, rows, how, tensor.name in embeddings)
     return found
 
 
@@ -269,7 +288,8 @@ def _write_matrix(file: WeightsFile, matrix: _Matrix, values: npt.NDArray[Any]) 
     codes, scales, zeros, column = matrix.names("codes", "scales", "zeros", "scales_3d")
     if not isinstance(matrix.how, Blockwise):
         columns = [quantize_columns(piece) for piece in pieces]
-        file.append(codes, np.concatenate([c for c, _ in columns]).T)
+        whole = np.concatenate([c for c, _ in columns])
+        file.append(codes, whole if matrix.by_rows else whole.T)
         file.append(scales, np.concatenate([s for _, s in columns]))
         return
     blocks = [quantize_blocks(piece, matrix.how) for piece in pieces]
@@ -297,8 +317,10 @@ def _replace_nodes(
                 nodes.append(node)
         elif isinstance(matrix.how, PerChannel):
             nodes.extend(_integer_matmul(graph, node, matrix, rounded))
+        elif isinstance(matrix.how, Static) and node.op_type == "Gather":
+            nodes.extend(_static_embedding(node, matrix))
         elif isinstance(matrix.how, Static):
-            nodes.extend(_static_matmul(graph, node, matrix, matrix.how, ranges[node.input[0]], rounded))
+            nodes.extend(_static_matmul(graph, node, matrix, matrix.how, ranges, rounded))
         elif node.op_type == "MatMul":
             nodes.append(_blockwise_matmul(node, matrix, matrix.how))
         else:
@@ -364,7 +386,12 @@ def _integer_matmul(graph: GraphProto, node: NodeProto, matrix: _Matrix, rounded
 
 
 def _static_matmul(
-    graph: GraphProto, node: NodeProto, matrix: _Matrix, how: Static, span: tuple[float, float], rounded: set[str]
+    graph: GraphProto,
+    node: NodeProto,
+    matrix: _Matrix,
+    how: Static,
+    ranges: Mapping[str, tuple[float, float]],
+    rounded: set[str],
 ) -> list[NodeProto]:
     """MatMul of two dequantised values; a provider with a kernel for 8-bit products runs the three as one."""
     codes, scales = matrix.names("codes", "scales")
@@ -372,9 +399,9 @@ def _static_matmul(
     stem, own = f"limbeck/static/{x}", f"limbeck/static/{out}"
     scale, middle = f"{stem}/scale", f"{stem}/middle"
     nodes = []
-    if x not in rounded:
+    if how.activations and x not in rounded:
         rounded.add(x)
-        step, zero = activation_scale(span, symmetric=how.symmetric)
+        step, zero = activation_scale(ranges[x], symmetric=how.symmetric)
         graph.initializer.append(numpy_helper.from_array(np.asarray(step, np.float32), scale))
         graph.initializer.append(numpy_helper.from_array(zero, middle))
         nodes += [
@@ -383,11 +410,21 @@ def _static_matmul(
                 "DequantizeLinear", [f"{stem}/codes", scale, middle], [f"{stem}/rounded"], name=f"{stem}/Dequantize"
             ),
         ]
-    nodes += [
-        helper.make_node("DequantizeLinear", [codes, scales], [f"{own}/weights"], name=f"{own}/Dequantize", axis=1),
-        helper.make_node("MatMul", [f"{stem}/rounded", f"{own}/weights"], [out], name=node.name),
+    axis, weights = (0, f"{own}/rows") if matrix.by_rows else (1, f"{own}/weights")
+    nodes.append(helper.make_node("DequantizeLinear", [codes, scales], [weights], name=f"{own}/Dequantize", axis=axis))
+    if matrix.by_rows:
+        nodes.append(helper.make_node("Transpose", [weights], [f"{own}/weights"], name=f"{own}/Transpose", perm=[1, 0]))
+    given = f"{stem}/rounded" if how.activations else x
+    return [*nodes, helper.make_node("MatMul", [given, f"{own}/weights"], [out], name=node.name)]
+
+
+def _static_embedding(node: NodeProto, matrix: _Matrix) -> list[NodeProto]:
+    codes, scales = matrix.names("codes", "scales")
+    rows = f"limbeck/static/{node.output[0]}/rows"
+    return [
+        helper.make_node("DequantizeLinear", [codes, scales], [rows], name=f"{rows}/Dequantize", axis=0),
+        helper.make_node("Gather", [rows, node.input[1]], list(node.output), name=node.name),
     ]
-    return nodes
 
 
 def activation_scale(span: tuple[float, float], *, symmetric: bool) -> tuple[float, npt.NDArray[Any]]:

@@ -551,6 +551,19 @@ class Int8StaticForm(Frozen):
     )
 
 
+class Int8TrtForm(Frozen):
+    """QDQ as TensorRT asks for it: signed 8 bits around 0 on both sides, a scale a channel for weights, measured on training text."""
+
+    kind: Literal["int8-trt"]
+    calibration: Literal["min-max", "percentile", "entropy"] = Field(
+        "min-max", description="How the range of each activation is chosen from what was seen."
+    )
+    smooth: Fraction = Field(
+        0.5,
+        description="Share of the outliers' difficulty that norms hand on to the next weights (SmoothQuant); 0: none.",
+    )
+
+
 class Int4WeightForm(Frozen):
     """4-bit blocks with zero points, rounded to nearest (MatMulNBits); 8 bits in the tied head, attention inputs, FFN output."""
 
@@ -560,18 +573,24 @@ class Int4WeightForm(Frozen):
 
 Form = Annotated[
     Annotated[
-        Fp32Form | Fp16Form | Int8WeightForm | Int8DynamicForm | Int8StaticForm | Int4WeightForm,
+        Fp32Form | Fp16Form | Int8WeightForm | Int8DynamicForm | Int8StaticForm | Int8TrtForm | Int4WeightForm,
         Field(discriminator="kind"),
     ],
     BeforeValidator(_shorthand),
 ]
-Provider = Literal["cpu", "cuda"]
+Provider = Literal["cpu", "cuda", "tensorrt"]
 
 # Forms that an execution provider of ONNX Runtime has no kernels for: what would happen, and the form to use instead.
 NO_KERNEL: Mapping[tuple[str, str], tuple[str, str]] = {
     ("cpu", "fp16"): ("its products would be cast to fp32 when the file is opened", "int8-weight"),
+    ("cpu", "int8-trt"): ("its signed products are slower there than fp32", "int8-static"),
     ("cuda", "fp32"): ("fused attention in fp32 would run on the CPU, with copies both ways", "fp16"),
     ("cuda", "int8-static"): ("its products would run in fp32 between casts", "int8-weight"),
+    ("cuda", "int8-trt"): ("its products would run in fp32 between casts", "int8-weight"),
+    **{
+        ("tensorrt", form): ("its operators are ONNX Runtime's own or have no signed codes", "int8-trt")
+        for form in ("int8-weight", "int8-dynamic", "int8-static", "int4-weight")
+    },
     ("cuda", "int8-dynamic"): ("its products would run on the CPU, with copies both ways", "int8-weight"),
 }
 
@@ -955,6 +974,8 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.export.forms[0].kind != "fp32":
         yield f"export.forms.0: found {recipe.export.forms[0].kind!r}; put fp32 first, every other form is made from it"
+    if recipe.export.provider == "tensorrt" and recipe.export.backend == "genai":
+        yield "export.backend: TensorRT has no kernel for the fused attention of GenAI's graphs; use dynamo, or auto"
     if recipe.export.adapters == "separate":
         if not isinstance(recipe.student, LoraStudent):
             yield f"export.adapters: a {recipe.student.kind} student has no adapter; use merged, or student.kind: lora"

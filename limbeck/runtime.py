@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     Ids = npt.NDArray[np.int64]
     Logits = npt.NDArray[np.float32]
 
-PROVIDERS: Mapping[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS: Mapping[Provider, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
 
 
 # The runtime package ---------------------------------------------------------------------------------------------
@@ -139,7 +143,7 @@ class Decoder:
                 f"onnxruntime {ort.__version__} has no {PROVIDERS[provider]} here, only {', '.join(ort.get_available_providers())}; "
                 + (
                     "run: pip install 'limbeck[gpu]' on a machine with an NVIDIA card."
-                    if provider == "cuda"
+                    if provider != "cpu"
                     else "install it again."
                 )
             )
@@ -152,7 +156,11 @@ class Decoder:
         # Threads may spin within a run, where the next operator is microseconds away, but never between runs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
-            self._session = ort.InferenceSession(str(graph), options, providers=[PROVIDERS[provider]])
+            # What TensorRT does not take stays on the card.
+            wanted = [PROVIDERS[name] for name in ("tensorrt", "cuda") if provider in ("tensorrt", name)]
+            self._session = ort.InferenceSession(
+                str(graph), options, providers=wanted if provider != "cpu" else [PROVIDERS["cpu"]]
+            )
         except Exception as error:  # onnxruntime's errors share no base class of their own
             raise ArtifactError(f"{graph}: onnxruntime cannot open it ({error}); export the student again.") from error
         if self._session.get_providers()[0] != PROVIDERS[provider]:  # onnxruntime only logs that it takes the CPU
@@ -160,7 +168,8 @@ class Decoder:
                 f"onnxruntime {ort.__version__} could not start {PROVIDERS[provider]} and took {self._session.get_providers()[0]} "
                 "instead; look at `nvidia-smi` and at the CUDA and cuDNN that pip install 'limbeck[gpu]' brings."
             )
-        self._np, self._ort, self._device = np, ort, provider
+        self._np, self._ort = np, ort
+        self.cache_device = "cpu" if provider == "cpu" else "cuda"
         inputs = {value.name: value for value in self._session.get_inputs()}
         # Heads and their size by cache input, and the numbers of the cache.
         self._past = {n: (v.shape[1], v.shape[3]) for n, v in inputs.items() if n.startswith("past_key_values.")}
@@ -299,7 +308,7 @@ class Decoder:
 
     def _empty(self, heads: int, tokens: int, size: int) -> Any:
         cache = self._np.zeros((self._rows, heads, tokens, size), self._cache_type)
-        return self._ort.OrtValue.ortvalue_from_numpy(cache, self._device, 0)
+        return self._ort.OrtValue.ortvalue_from_numpy(cache, self.cache_device, 0)
 
     def _run(self, tokens: Ids) -> Logits:
         """Feed ``tokens[B, S]``, the last S columns of the mask so far."""
@@ -314,7 +323,7 @@ class Decoder:
         self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
         for name, cache in zip(self._past, self._cache, strict=False):
             self._binding.bind_ortvalue_input(name, cache)
-            self._binding.bind_output(name.replace("past_key_values.", "present."), self._device)
+            self._binding.bind_output(name.replace("past_key_values.", "present."), self.cache_device)
         self._session.run_with_iobinding(self._binding)
         if self._grows:
             self._cache = self._binding.get_outputs()[-len(self._past) :]

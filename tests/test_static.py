@@ -16,9 +16,10 @@ from export import export_student
 from export.calibrate import calibrate, find_boundaries
 from export.graph import Graphs, build_fp32
 from export.quantize import activation_scale, scheme_for, static_activations
-from limbeck.errors import ArtifactError
+from limbeck.errors import ArtifactError, EnvironmentalError, RecipeError
 from limbeck.heldout import CALIBRATION
 from limbeck.recipe import Int8StaticForm
+from limbeck.runtime import Decoder
 from tests.pico import make_model, make_student, pico_recipe
 
 ROWS = [np.random.default_rng(seed).integers(0, 256, 20) for seed in range(3)]
@@ -127,3 +128,59 @@ def test_the_runtime_multiplies_in_8_bits(tmp_path: Path) -> None:
     (older.path / CALIBRATION).unlink()
     with pytest.raises(ArtifactError, match=r"calibration.safetensors"):
         export_student(student=older.path, out=tmp_path / "older/onnx", recipe=recipe)
+
+
+def test_tensorrt_gets_signed_codes_and_standard_operators(tmp_path: Path) -> None:
+    make_student(tmp_path / "student", make_model(tmp_path / "model", tie_word_embeddings=True))
+    recipe = pico_recipe(export={"forms": ["fp32", "int8-trt"], "provider": "tensorrt"})
+    exported = export_student(student=tmp_path / "student", out=tmp_path / "onnx", recipe=recipe)
+    assert exported.result["backend"]["why"].startswith("auto: TensorRT has no kernel")
+    facts = exported.result["forms"]["int8-trt"]
+    assert (facts["provider"], facts["number_type"], facts["parity"]["provider"]) == ("tensorrt", "fp32", "cpu")
+    assert facts["parity"]["failures"] == []
+    assert facts["census"]["float_matrices"] == []
+    assert facts["census"]["operators"]["MatMul int8"] == 15  # seven a layer, and the head
+    proto = onnx.load(exported.path / facts["graph"])
+    assert {node.domain for node in proto.graph.node} <= {"", "ai.onnx"}
+    tensors = {t.name: t for t in proto.graph.initializer}
+    made_by = {node.output[0]: node for node in proto.graph.node}
+    for node in proto.graph.node:
+        if node.op_type == "QuantizeLinear":
+            zero = numpy_helper.to_array(tensors[node.input[2]])
+            assert (zero.dtype, int(zero)) == (np.int8, 0)
+    (gather,) = [
+        n
+        for n in proto.graph.node
+        if n.op_type == "Gather" and made_by.get(n.input[0], n).op_type == "DequantizeLinear"
+    ]
+    head = made_by["logits"]
+    assert (
+        made_by[made_by[head.input[1]].input[0]].input[0] == made_by[gather.input[0]].input[0]
+    )  # one copy of the codes
+    with pytest.raises(EnvironmentalError, match=r"CPUExecutionProvider has no kernel .* int8-trt: .*form int8-static"):
+        Decoder(exported.path, form="int8-trt", provider="cpu")
+    with pytest.raises(EnvironmentalError, match=r"no TensorrtExecutionProvider here"):
+        Decoder(exported.path)
+
+
+@pytest.mark.parametrize(
+    ("export", "message"),
+    [
+        ({"forms": ["fp32", "int8-trt"]}, r"cpu has no kernel for int8-trt .*; use int8-static"),
+        (
+            {"forms": ["fp32", "int8-static"], "provider": "cuda"},
+            r"cuda has no kernel for int8-static .*; use int8-weight",
+        ),
+        (
+            {"forms": ["fp32", "int8-weight"], "provider": "tensorrt"},
+            r"tensorrt has no kernel for int8-weight .*; use int8-trt",
+        ),
+        (
+            {"forms": ["fp32", "fp16"], "provider": "tensorrt", "backend": "genai"},
+            r"export.backend: TensorRT has no kernel",
+        ),
+    ],
+)
+def test_where_it_cannot_run_it_is_a_mistake(export: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        pico_recipe(export=export)
