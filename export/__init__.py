@@ -161,11 +161,11 @@ def verify_parity(folder: Path) -> dict[str, Any]:
     artifact = open_artifact(folder, kind="onnx")
     if not (folder / PARITY).is_file():
         raise ArtifactError(f"{folder}: {PARITY} is missing; delete the folder and export the student again.")
-    kept_apart = artifact.result["adapter"]
+    kept_apart = artifact.result.get("adapter")
     adapters = {PARITY: folder / kept_apart["file"], PARITY_BASE: None} if kept_apart else {PARITY: None}
     measured: dict[str, Any] = {}
     for name, form in artifact.result["forms"].items():
-        where = parity_provider(form["provider"])
+        where = parity_provider(form.get("provider", "cpu"))
         for file, adapter in adapters.items():
             parity = measure_parity(
                 name,

@@ -64,7 +64,7 @@ def read_updates(base: Path, adapter: Path) -> list[Update]:
         weight_NK = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
         down, up = module.lora_A["default"].weight, module.lora_B["default"].weight * module.scaling["default"]
         ends = weight_NK[:, [0, -1]].T
-        updates.append(Update(name, *(_array(t) for t in (ends,)), int(weight_NK.shape[1]), _array(down), _array(up)))
+        updates.append(Update(name, _array(ends), int(weight_NK.shape[1]), _array(down), _array(up)))
     return updates
 
 
@@ -191,7 +191,7 @@ def _add_inputs(proto: ModelProto, shapes: Mapping[str, tuple[int, int]]) -> Non
         rank = f"{matrix}.rank"
         for name, dims in ((f"{matrix}.lora_A", [width, rank]), (f"{matrix}.lora_B", [rank, channels])):
             graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, dims))
-            empty = np.zeros([0 if isinstance(dim, str) else dim for dim in dims], np.float32)
+            empty = np.zeros([dim if isinstance(dim, int) else 0 for dim in dims], np.float32)
             graph.initializer.append(numpy_helper.from_array(empty, name))
     del graph.node[:]
     graph.node.extend(nodes)

@@ -461,13 +461,14 @@ def generate(
         typer.Option("--form", help="Form to run, such as fp32. Without it: the shipped one.", show_default=False),
     ] = None,
     adapter: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--adapter",
             metavar="FILE|none",
             help="Adapter of another student of the same base; none is the base alone.",
+            show_default=False,
         ),
-    ] = "own",
+    ] = None,
     temperature: Annotated[
         float, typer.Option("--temperature", min=0, help="0 takes the likeliest token; higher is more varied.")
     ] = 0.0,
@@ -501,7 +502,10 @@ def generate(
     if not prompt:
         raise DataError("the prompt is empty; give the text to go on from.")
     decoder = Decoder(
-        folder, form=form, threads=threads, adapter=adapter if adapter in ("own", "none") else Path(adapter)
+        folder,
+        form=form,
+        threads=threads,
+        adapter="own" if adapter is None else "none" if adapter == "none" else Path(adapter),
     )
     text = load_text(folder)
     ids = text.chat([{"role": "user", "content": prompt}]) if chat else text.encode(prompt)
