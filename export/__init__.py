@@ -67,6 +67,7 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
             {**metadata, "limbeck.form": "fp32"},
             backend=recipe.export.backend,
             provider=provider,
+            opset=recipe.export.opset,
         )
         say(f"export: built by {built.backend} ({built.why})")
         release_memory()

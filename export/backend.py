@@ -31,7 +31,13 @@ class Built:
 
 
 def build_graphs(
-    model: Path, folder: Path, metadata: Mapping[str, str], *, backend: str, provider: Provider = "cpu"
+    model: Path,
+    folder: Path,
+    metadata: Mapping[str, str],
+    *,
+    backend: str,
+    provider: Provider = "cpu",
+    opset: int | None = None,
 ) -> Built:
     """Build the fp32 graphs of the transformers folder ``model`` with ``backend``: genai, dynamo, or auto.
 
@@ -60,7 +66,7 @@ def build_graphs(
             return Built(graphs, "genai", why, int(genai["model"]["context_length"]), _width(graphs), genai)
     from export.dynamo import build_dynamo
 
-    graphs, context = build_dynamo(model, folder, metadata)
+    graphs, context = build_dynamo(model, folder, metadata, opset=opset)
     return Built(graphs, "dynamo", why, context or _NO_LIMIT, _width(graphs), None)
 
 

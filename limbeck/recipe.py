@@ -602,6 +602,10 @@ class Export(Frozen):
         "auto",
         description="Graph builder: GenAI's (fused attention, few architectures) or torch's exporter; auto says what it chose and why.",
     )
+    opset: Annotated[int, Field(ge=18, le=23)] | None = Field(
+        None,
+        description="ONNX operator set of the graphs, of backend dynamo only; none takes the exporter's own choice.",
+    )
     adapters: Literal["merged", "separate"] = Field(
         "merged",
         description="What becomes of a LoRA student's adapter: merged into the weights, or a file beside its base, which then serves others too.",
@@ -974,6 +978,8 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.export.forms[0].kind != "fp32":
         yield f"export.forms.0: found {recipe.export.forms[0].kind!r}; put fp32 first, every other form is made from it"
+    if recipe.export.opset is not None and recipe.export.backend != "dynamo":
+        yield f"export.opset: {recipe.export.backend} leaves no choice, GenAI's builder has an operator set of its own; use backend: dynamo"
     if recipe.export.provider == "tensorrt" and recipe.export.backend == "genai":
         yield "export.backend: TensorRT has no kernel for the fused attention of GenAI's graphs; use dynamo, or auto"
     if recipe.export.adapters == "separate":
