@@ -17,7 +17,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from limbeck.errors import QualityError
 from limbeck.recipe import Provider
-from limbeck.runtime import PROVIDERS, import_onnxruntime
+from limbeck.runtime import asked_for, import_onnxruntime
 
 _LARGE = 0.01  # of the weights' bytes: a float matrix above it defeats the purpose of quantising
 _FLOAT = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -92,7 +92,7 @@ def where_nodes_run(graph: Path, *, provider: Provider = "cpu") -> dict[str, dic
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")
         options.log_severity_level = 4
-        session = ort.InferenceSession(str(graph), options, providers=[PROVIDERS[provider]])
+        session = ort.InferenceSession(str(graph), options, providers=asked_for(provider))
         cache: dict[str, Any] = {}
         for value in session.get_inputs():
             if value.name.startswith("past_key_values."):

@@ -61,6 +61,11 @@ def providers() -> list[Provider]:
     return [name for name, theirs in PROVIDERS.items() if theirs in available]
 
 
+def asked_for(provider: Provider) -> list[str]:
+    """What a session for ``provider`` is opened with: on a card, what TensorRT does not take stays there."""
+    return [PROVIDERS[name] for name in (provider, "cuda") if name == provider or provider == "tensorrt"]
+
+
 def _installed(name: str) -> bool:
     try:
         importlib.metadata.version(name)
@@ -156,11 +161,7 @@ class Decoder:
         # Threads may spin within a run, where the next operator is microseconds away, but never between runs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
-            # What TensorRT does not take stays on the card.
-            wanted = [PROVIDERS[name] for name in ("tensorrt", "cuda") if provider in ("tensorrt", name)]
-            self._session = ort.InferenceSession(
-                str(graph), options, providers=wanted if provider != "cpu" else [PROVIDERS["cpu"]]
-            )
+            self._session = ort.InferenceSession(str(graph), options, providers=asked_for(provider))
         except Exception as error:  # onnxruntime's errors share no base class of their own
             raise ArtifactError(f"{graph}: onnxruntime cannot open it ({error}); export the student again.") from error
         if self._session.get_providers()[0] != PROVIDERS[provider]:  # onnxruntime only logs that it takes the CPU
