@@ -93,8 +93,8 @@ def scheme_for(form: Form, width: int) -> Scheme | None:
         case Int8StaticForm():
             return Scheme(body=Static(), attention=Static(), narrow=head, head=head)
         case Int8TrtForm():
-            both = Static(symmetric=True)
-            return Scheme(body=both, attention=both, narrow=both, head=Static(activations=False, symmetric=True))
+            signed = Static(symmetric=True)
+            return Scheme(body=signed, attention=signed, narrow=signed, head=Static(activations=False, symmetric=True))
         case Int4WeightForm():
             body = Blockwise(4, form.block_size, zero_points=True)
             return Scheme(body=body, attention=head, narrow=head, head=head)
