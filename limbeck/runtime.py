@@ -170,6 +170,7 @@ class Decoder:
                 "instead; look at `nvidia-smi` and at the CUDA and cuDNN that pip install 'limbeck[gpu]' brings."
             )
         self._np, self._ort = np, ort
+        self.provider = PROVIDERS[provider]
         self.cache_device = "cpu" if provider == "cpu" else "cuda"
         inputs = {value.name: value for value in self._session.get_inputs()}
         # Heads and their size by cache input, and the numbers of the cache.

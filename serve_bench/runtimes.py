@@ -162,7 +162,7 @@ class OnnxRuntime:
             "threads": self._decoder.threads,
             "library": f"onnxruntime {ort.__version__}",
             "providers": list(ort.get_available_providers()),
-            "provider": "CPUExecutionProvider",
+            "provider": self._decoder.provider,
         }
 
     def begin(self, prompt: Sequence[int], room: int) -> int:

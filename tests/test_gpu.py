@@ -41,6 +41,7 @@ def test_the_decoder_keeps_its_cache_on_the_card(exported: Artifact, form: str) 
     assert np.abs(found - expected).max() < (0.05 if form == "fp16" else 5)
     assert decoder.cache_device == "cuda"
     assert exact.cache_device == "cpu"
+    assert (decoder.provider, exact.provider) == ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 
 def test_genai_generates_the_same_tokens(exported: Artifact) -> None:
