@@ -20,7 +20,7 @@ help:
 	@echo "make test-browser  the report in headless Chromium, with axe (needs chromium, node and npm)"
 	@echo "make check       ruff, mypy, and the rules of who imports whom"
 	@echo "make architectures  writes docs/architectures.md from what passes"
-	@echo "make bench-NAME  a benchmark of tests/benchmarks; its last line is one JSON object"
+	@echo "make bench-NAME  a benchmark of tests/benchmarks; its last line is one JSON object; ARGS=… goes to it"
 
 setup: $(READY)
 
@@ -91,8 +91,17 @@ bench-peers: $(READY) .venvs/peers/.ready
 	.venvs/peers/bin/pip install $(PIP_ARGS) torch==2.13.0 trl==1.16.0 transformers==5.24.0 peft==0.21.2 accelerate==1.15.0 datasets==5.2.0
 	touch $@
 
+# llama.cpp from source, with the instructions of this processor; takes minutes, and a C++ compiler.
+bench-decode: $(READY) .venvs/llama-cpp/.ready
+	$(BIN)/python -m tests.benchmarks.bench_decode
+
+.venvs/llama-cpp/.ready:
+	$(PYTHON) -m venv $(@D)
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $(@D)/bin/pip install $(PIP_ARGS) --no-binary llama-cpp-python llama-cpp-python==0.3.36
+	touch $@
+
 architectures: $(READY)
 	$(BIN)/python -m tests.architectures
 
 bench-%: $(READY)
-	$(BIN)/python -m tests.benchmarks.bench_$(subst -,_,$*)
+	$(BIN)/python -m tests.benchmarks.bench_$(subst -,_,$*) $(ARGS)

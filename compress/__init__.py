@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from limbeck import sources
-from limbeck.artifact import Artifact, find_artifact
+from limbeck.artifact import Artifact, find_artifact, open_artifact
 from limbeck.recipe import FreshStudent, Recipe, fingerprint
 
 _VERSION = 1  # of the stage: raise it when the same input would give another student
 
-__all__ = ["distill"]
+__all__ = ["distill", "recover"]
 
 
 def distill(*, recipe: Recipe, out: Path, products: Mapping[str, Path] | None = None) -> Artifact:
@@ -40,6 +40,27 @@ def distill(*, recipe: Recipe, out: Path, products: Mapping[str, Path] | None = 
     from compress.train import train
 
     return train(recipe=recipe, out=out, products=products, key=key, parents=parents)
+
+
+def recover(
+    *, student: Path, onnx: Path, out: Path, recipe: Recipe, products: Mapping[str, Path] | None = None
+) -> Artifact:
+    """Distil the ``student`` artifact again through the rounding of the form that the ``onnx`` artifact ships (`export.recover`).
+
+    ``onnx`` was made from it, with held-out losses and the rounding of every parameter in its manifest. Returns the student
+    artifact at ``out`` when it was made from the same input. Raises as `distill`.
+    """
+    trained, exported = open_artifact(student, kind="student"), open_artifact(onnx, kind="onnx", verify=False)
+    asked = recipe.export.recover
+    assert asked is not None
+    given = {"recover": asked.model_dump(mode="json"), "rounding": exported.result["parameters"]}
+    key = fingerprint({"stage": "recover", "version": _VERSION, "student": trained.digest, **given})
+    if found := find_artifact(out, kind="student", key=key):
+        return found
+    quiet_libraries()
+    from compress.recovery import train_through
+
+    return train_through(student=trained, onnx=exported, recipe=recipe, out=out, products=products or {}, key=key)
 
 
 def quiet_libraries() -> None:

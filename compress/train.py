@@ -132,8 +132,11 @@ def _save(
         }
 
 
-def setup(*, recipe: Recipe, products: Mapping[str, Path], work: Path, key: str) -> Run:
-    """Load teachers, text and student, and check that they fit together. ``work`` holds checkpoint and log."""
+def setup(*, recipe: Recipe, products: Mapping[str, Path], work: Path, key: str, model: Any = None) -> Run:
+    """Load teachers, text and student, and check that they fit together. ``work`` holds checkpoint and log.
+
+    ``model`` is a causal LM to go on training; none makes the recipe's student.
+    """
     config = recipe.training
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
@@ -148,8 +151,10 @@ def setup(*, recipe: Recipe, products: Mapping[str, Path], work: Path, key: str)
             require_same_tokenizer({"the student": folder, **{f.name: f.tokenizer for f in folders}})
         tokenizer = load_tokenizer(folder)
         blocks = load_blocks(recipe, tokenizer)
-        calibration = _calibration_batches(recipe, blocks)
-        model, importance, kept = build_model(recipe, folder=folder, calibration=calibration, device=device)
+        importance, kept, made = None, dict[str, Any](), model is None
+        if made:
+            calibration = _calibration_batches(recipe, blocks)
+            model, importance, kept = build_model(recipe, folder=folder, calibration=calibration, device=device)
         if kept:
             say(f"  student: {kept['parameters'] / 1e6:.1f}M of {kept['parameters_before'] / 1e6:.1f}M parameters kept")
         teachers: Teachers | CachedTeachers
@@ -160,9 +165,8 @@ def setup(*, recipe: Recipe, products: Mapping[str, Path], work: Path, key: str)
                 folders, cache=config.teacher_cache, device=device, compute_dtype=DTYPES[precision]
             )
         student = Student(model, _projections(recipe, Body(model), teachers)).to(device)
-        if (
-            isinstance(recipe.student, LoraStudent) and not recipe.student.dora
-        ):  # DoRA takes norms of the base's weights
+        # DoRA takes norms of the base's weights, and a model that was given is trained in ways not known here.
+        if made and isinstance(recipe.student, LoraStudent) and not recipe.student.dora:
             cast_frozen(model, DTYPES[precision])
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})

@@ -17,7 +17,7 @@ from limbeck import __version__
 from limbeck.artifact import Artifact, find_artifact, open_artifact, write_artifact
 from limbeck.errors import ArtifactError
 from limbeck.progress import say
-from limbeck.recipe import Form, Int8StaticForm, Int8TrtForm, Provider, Recipe, fingerprint
+from limbeck.recipe import Form, Int8StaticForm, Int8TrtForm, MixedByRule, Provider, Recipe, fingerprint
 
 if TYPE_CHECKING:
     from export.calibrate import Calibration
@@ -38,7 +38,9 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
     quantised form is not; nothing is kept then. ``out`` is replaced when it holds an older export.
     """
     source = open_artifact(student, kind="student")
-    key = fingerprint({"stage": _STAGE, "export": recipe.export.model_dump(mode="json"), "student": source.digest})
+    gates = [recipe.gates.max_size_mb, recipe.gates.max_quantization_loss]  # `mixed` and `recover` may look at them
+    asked = recipe.export.model_dump(mode="json") | ({"gates": gates} if _looks_at_gates(recipe) else {})
+    key = fingerprint({"stage": _STAGE, "export": asked, "student": source.digest})
     if found := find_artifact(out, kind="onnx", key=key):
         return found
 
@@ -52,6 +54,7 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
     from export.greedy import answer_greedily, first_differences
     from export.parity import PARITY, PARITY_BASE, answer, make_cases, measure_parity, require_parity, save_cases, thin
     from export.quantize import scheme_for
+    from limbeck.heldout import HELDOUT, load_heldout
     from limbeck.runtime import Decoder
 
     model, provider = student / "model", recipe.export.provider
@@ -73,7 +76,8 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
         release_memory()
         texts = _texts(student)
         cases = make_cases(list(texts.values()), context=built.context)
-        adapter = None
+        adapter: Path | None = None
+        kept_apart: dict[str, Any] | None = None
         if base is None:
             checks = {PARITY: answer(cases, model)}
         else:
@@ -83,9 +87,23 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
         for name, answered in checks.items():
             save_cases(folder / name, thin(answered))
         forms: dict[str, dict[str, Any]] = {}
+        schemes: dict[str, Scheme | None] = {}
         for form in recipe.export.forms:
             graphs = form_files(folder, form.kind)
-            scheme = scheme_for(form, built.width)
+            scheme, mixed = scheme_for(form, built.width), None
+            if form.kind == "int4-weight" and scheme and not isinstance(recipe.export.mixed, MixedByRule):
+                from export.mixed import choose_bits
+
+                scheme, mixed = choose_bits(
+                    recipe.export.mixed,
+                    recipe.gates,
+                    scheme=scheme,
+                    graphs=built.graphs,
+                    model=model,
+                    texts=list(texts.values()),
+                    heldout=load_heldout(student / HELDOUT),
+                )
+                release_memory()
             half = form.kind == "fp16" or (provider == "cuda" and form.kind != "fp32")
             stamped = {**metadata, "limbeck.form": form.kind}
             if form.kind != "fp32":
@@ -109,6 +127,7 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
             decoder = Decoder.from_graph(graphs.last, provider=here, adapter=adapter)
             if form.kind == "fp32":
                 answers = answer_greedily(decoder, texts, stop_ids=_stop_ids(model))
+            schemes[form.kind] = scheme
             forms[form.kind] = {
                 "provider": "cpu" if form.kind == "fp32" else provider,
                 "graph": graphs.last.relative_to(folder).as_posix(),
@@ -121,6 +140,7 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
                     path.stat().st_size for path in (graphs.last, graphs.data, *([adapter] if adapter else ()))
                 ),
                 "rounding": asdict(scheme) if scheme else None,
+                "mixed": mixed,
                 "number_type": "fp16" if half else "fp32",
                 "parity": parities[PARITY],
                 "parity_base": parities.get(PARITY_BASE),
@@ -145,9 +165,10 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
             forms=forms,
             shipped=shipped,
             backend=backend,
-            adapter=kept_apart if base else None,
+            adapter=kept_apart,
         )
-        draft.result = {"shipped": shipped, "backend": backend, "adapter": kept_apart if base else None, "forms": forms}
+        recovery = _for_recovery(recipe, source, built.graphs, folder, shipped, schemes[shipped])
+        draft.result = {**recovery, "shipped": shipped, "backend": backend, "adapter": kept_apart, "forms": forms}
     return open_artifact(out, kind="onnx", verify=False)
 
 
@@ -258,6 +279,48 @@ def _calibration(form: Form, scheme: Scheme, graphs: Graphs, student: Path) -> C
     activations = static_activations(graphs, scheme)
     rows = load_calibration(student / CALIBRATION)
     return calibrate(graphs, rows, activations, method=form.calibration, alpha=form.smooth)
+
+
+def _looks_at_gates(recipe: Recipe) -> bool:
+    return recipe.export.recover is not None or not isinstance(recipe.export.mixed, MixedByRule)
+
+
+def _for_recovery(
+    recipe: Recipe, source: Artifact, fp32: Graphs, folder: Path, shipped: str, scheme: Scheme | None
+) -> dict[str, Any]:
+    """What `export.recover` needs to know of the shipped form: its held-out loss beside fp32's, and how it rounds the student.
+
+    Of a student that was recovered, also whether that helped: then it ships.
+    """
+    from export.graph import form_files
+    from export.loss import heldout_nll, relative_rise
+    from export.origin import origins, rounding_of
+    from export.quantize import matrices_of
+    from limbeck.heldout import HELDOUT, load_heldout, mean_nll
+
+    if recipe.export.recover is None or scheme is None:
+        return {}
+    heldout = load_heldout(source.path / HELDOUT)
+    losses = {name: heldout_nll(form_files(folder, name).all, heldout) for name in ("fp32", shipped)}
+    matrices = matrices_of(fp32, scheme)
+    rise, bound = relative_rise(losses[shipped], losses["fp32"]), recipe.gates.max_quantization_loss
+    assert bound is not None
+    say(f"export: {shipped} loses {rise:+.2%} of held-out loss to rounding; {bound:.2%} are allowed")
+    found = {
+        "heldout": losses,
+        "rise": rise,
+        "needs_recovery": rise > bound,
+        "parameters": rounding_of(matrices, origins(matrices, fp32, source.path / "model")),
+    }
+    if recovery := source.result.get("recovery"):
+        before, after = mean_nll(recovery["before"]["form"]), mean_nll(losses[shipped])
+        say(f"export: recovery took the held-out loss of {shipped} from {before:.4f} to {after:.4f} nats a token")
+        found["recovery"] = {
+            **recovery,
+            "after": {"fp32": losses["fp32"], "form": losses[shipped]},
+            "ships": after < before,
+        }
+    return found
 
 
 def release_memory() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -70,13 +70,15 @@ class Scheme:
 
     ``narrow`` is for products with more inputs than outputs, which is where an FFN returns to the model's width and inputs
     have outliers of a hundred times the rest; ``attention`` for those that make queries, keys and values. ``head`` is for
-    the head and every embedding: one copy of the codes where they are tied.
+    the head and every embedding: one copy of the codes where they are tied. ``exceptions`` are matrices of the fp32 graph, by
+    name, that are rounded otherwise.
     """
 
     body: How
     attention: How
     narrow: How
     head: How
+    exceptions: Mapping[str, Blockwise] = field(default_factory=dict)
 
 
 def scheme_for(form: Form, width: int) -> Scheme | None:
@@ -126,6 +128,12 @@ def quantize_blocks(weights_NK: Floats, how: Blockwise) -> tuple[Codes, Floats, 
         zeros = np.full(scales.shape, middle, np.uint8)
     codes = np.rint(grouped * _inverse(scales)[:, :, None]) + zeros[:, :, None]
     return np.clip(codes, 0, steps).astype(np.uint8), scales.astype(np.float32), zeros
+
+
+def dequantize_blocks(codes: Codes, scales: Floats, zeros: Codes) -> Floats:
+    """The weights ``[N, blocks * block]`` that `quantize_blocks` rounded."""
+    back = (codes.astype(np.float32) - zeros[:, :, None]) * scales[:, :, None]
+    return np.asarray(back.reshape(len(codes), -1), np.float32)
 
 
 def quantize_columns(weights_NK: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
@@ -202,7 +210,7 @@ def quantize_weights(
 
 
 @dataclass(frozen=True)
-class _Matrix:
+class Matrix:
     """A constant matrix to round: [K, N] as a MatMul reads it, or [N, K] (``rows``) as embeddings are stored."""
 
     name: str
@@ -221,13 +229,19 @@ class _Matrix:
         return [f"{self.name}_{kind}" for kind in kinds]
 
 
-def _matrices(proto: ModelProto, tensors: Mapping[str, TensorProto], scheme: Scheme) -> dict[str, _Matrix]:
+def matrices_of(source: Graphs, scheme: Scheme) -> dict[str, Matrix]:
+    """Every matrix of the fp32 ``source`` that ``scheme`` rounds, by its name there."""
+    proto = onnx.load(source.last, load_external_data=False)
+    return _matrices(proto, {t.name: t for t in proto.graph.initializer}, scheme)
+
+
+def _matrices(proto: ModelProto, tensors: Mapping[str, TensorProto], scheme: Scheme) -> dict[str, Matrix]:
     """Every matrix to round by name, with its layout and how it is rounded."""
     graph = proto.graph
     origin = _turned(graph, tensors)
     head, attention = head_of(proto), _into_attention(graph, {*tensors, *origin})
     embeddings = {node.input[0] for node in graph.node if node.op_type == "Gather"}
-    found: dict[str, _Matrix] = {}
+    found: dict[str, Matrix] = {}
     for node in graph.node:
         if node.op_type not in ("MatMul", "Gather"):
             continue
@@ -246,7 +260,8 @@ def _matrices(proto: ModelProto, tensors: Mapping[str, TensorProto], scheme: Sch
                 how = scheme.attention
             else:
                 how = scheme.narrow if width > channels else scheme.body
-            found[tensor.name] = _Matrix(tensor.name, width, channels, rows, how, tensor.name in embeddings)
+            how = scheme.exceptions.get(tensor.name, how)
+            found[tensor.name] = Matrix(tensor.name, width, channels, rows, how, tensor.name in embeddings)
     return found
 
 
@@ -282,7 +297,7 @@ def _inverse(scales: Floats) -> Floats:
         return np.where(scales > 0, 1 / scales, 0).astype(np.float32)
 
 
-def _write_matrix(file: WeightsFile, matrix: _Matrix, values: npt.NDArray[Any]) -> None:
+def _write_matrix(file: WeightsFile, matrix: Matrix, values: npt.NDArray[Any]) -> None:
     weights_NK = values if matrix.rows else values.T
     pieces = [np.asarray(weights_NK[at : at + _ROWS]) for at in range(0, matrix.channels, _ROWS)]
     codes, scales, zeros, column = matrix.names("codes", "scales", "zeros", "scales_3d")
@@ -302,7 +317,7 @@ def _write_matrix(file: WeightsFile, matrix: _Matrix, values: npt.NDArray[Any]) 
 
 
 def _replace_nodes(
-    proto: ModelProto, matrices: Mapping[str, _Matrix], ranges: Mapping[str, tuple[float, float]]
+    proto: ModelProto, matrices: Mapping[str, Matrix], ranges: Mapping[str, tuple[float, float]]
 ) -> None:
     """Put quantised operators in the place of the MatMuls and Gathers on ``matrices``, in place."""
     graph = proto.graph
@@ -331,7 +346,7 @@ def _replace_nodes(
         proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
 
 
-def _blockwise_matmul(node: NodeProto, matrix: _Matrix, how: Blockwise) -> NodeProto:
+def _blockwise_matmul(node: NodeProto, matrix: Matrix, how: Blockwise) -> NodeProto:
     kinds = ("codes", "scales", "zeros") if how.zero_points else ("codes", "scales")
     return helper.make_node(
         "MatMulNBits",
@@ -347,7 +362,7 @@ def _blockwise_matmul(node: NodeProto, matrix: _Matrix, how: Blockwise) -> NodeP
     )
 
 
-def _integer_matmul(graph: GraphProto, node: NodeProto, matrix: _Matrix, rounded: set[str]) -> list[NodeProto]:
+def _integer_matmul(graph: GraphProto, node: NodeProto, matrix: Matrix, rounded: set[str]) -> list[NodeProto]:
     """MatMulInteger between operators that round each token's activations around 128 with a scale of its own."""
     codes, scales = matrix.names("codes", "scales")
     x, out = node.input[0], node.output[0]
@@ -388,7 +403,7 @@ def _integer_matmul(graph: GraphProto, node: NodeProto, matrix: _Matrix, rounded
 def _static_matmul(
     graph: GraphProto,
     node: NodeProto,
-    matrix: _Matrix,
+    matrix: Matrix,
     how: Static,
     ranges: Mapping[str, tuple[float, float]],
     rounded: set[str],
@@ -418,7 +433,7 @@ def _static_matmul(
     return [*nodes, helper.make_node("MatMul", [given, f"{own}/weights"], [out], name=node.name)]
 
 
-def _static_embedding(node: NodeProto, matrix: _Matrix) -> list[NodeProto]:
+def _static_embedding(node: NodeProto, matrix: Matrix) -> list[NodeProto]:
     codes, scales = matrix.names("codes", "scales")
     rows = f"limbeck/static/{node.output[0]}/rows"
     return [
@@ -436,7 +451,7 @@ def activation_scale(span: tuple[float, float], *, symmetric: bool) -> tuple[flo
     return step, np.asarray(np.clip(np.rint(-low / step), 0, 255), np.uint8)
 
 
-def _embedding(graph: GraphProto, node: NodeProto, matrix: _Matrix, how: Blockwise) -> list[NodeProto]:
+def _embedding(graph: GraphProto, node: NodeProto, matrix: Matrix, how: Blockwise) -> list[NodeProto]:
     codes, scales = matrix.names("codes", "scales_3d")
     padded = math.ceil(matrix.width / how.block) * how.block
     stem = f"limbeck/embedding/{node.output[0]}"

@@ -24,6 +24,7 @@ from limbeck.recipe import Recipe, fingerprint
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+RECOVERED = "student-recovered"  # in a run folder, beside `student`: distilled again through the rounding of a form
 _VERSIONED = (
     "limbeck", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "optimum", "onnx",
     "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda", "numpy",
@@ -144,6 +145,15 @@ def find_artifact(path: Path, *, kind: str, key: str) -> Artifact | None:
         return None
     artifact = open_artifact(path, kind=kind)
     return artifact if artifact.key == key else None
+
+
+def student_of(onnx: Artifact) -> Path:
+    """The folder beside ``onnx`` of the student that its graphs were made from: the recovered one where that ships."""
+    recovered = onnx.path.parent / RECOVERED
+    made_from = onnx.manifest["parents"].get("student")
+    if (recovered / MANIFEST).exists() and open_artifact(recovered, verify=False).digest == made_from:
+        return recovered
+    return onnx.path.parent / "student"
 
 
 def file_digest(path: Path) -> str:

@@ -246,14 +246,42 @@ def export(recipe: RecipeArgument, out: OutOption = None, overrides: SetOption =
 
 
 @app.command("bench")
-def bench(recipe: RecipeArgument, out: OutOption = None, overrides: SetOption = None) -> None:
-    """Stage 3: measure teachers, student and ONNX graphs on this machine, and give the verdict.
+def bench(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE|TARGET...",
+            help="One recipe; or, without one, what to time: a run, an exported folder (#FORM picks a form), a model folder, "
+            "hub:OWNER/NAME, or the URL of an OpenAI-compatible server.",
+            show_default=False,
+        ),
+    ],
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--against", metavar="TARGET", help="What to compare the first target with. Repeatable.", show_default=False
+        ),
+    ] = None,
+    out: OutOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Stage 3: measure teachers, student and ONNX graphs on this machine, and give the verdict. Or time anything, without a recipe.
+
+    Without a recipe, --out is the folder of the result (else runs/bench-DATE) and --set changes a field of bench, such as
+    bench.prompt_tokens, bench.new_tokens, bench.threads, bench.minutes or bench.scenarios.
 
     \b
-    Example:
+    Examples:
       limbeck bench my-recipe.yaml --set bench.minutes=10
+      limbeck bench runs/pico-1a2b3c4d --against models/mine --set bench.new_tokens=32
+      limbeck bench http://127.0.0.1:8000 --set "bench.scenarios=[single, server]"
     """
-    _stage("bench", recipe, out, overrides)
+    from limbeck import pipeline
+
+    if len(targets) > 1 or against or pipeline.is_target(targets[0]):
+        pipeline.bench_targets(targets, against=against or (), out=out, overrides=overrides or ())
+        return
+    _stage("bench", targets[0], out, overrides)
 
 
 @app.command("ablate")
@@ -493,10 +521,9 @@ def generate(
       limbeck generate runs/pico-1a2b3c4d "Who are you?" --chat --temperature 0.7 --top-p 0.9
     """
     from limbeck.errors import DataError
-    from limbeck.pipeline import RUN
     from limbeck.runtime import Decoder, load_text
 
-    folder = artifact / "onnx" if (artifact / RUN).is_file() else artifact
+    folder = _exported(artifact)
     if prompt == "-":
         prompt = sys.stdin.read()
     if not prompt:
@@ -515,6 +542,89 @@ def generate(
     for piece in text.stream(tokens):
         print(piece, end="", flush=True)
     print()
+
+
+@app.command("serve")
+def serve(
+    artifact: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT", help="An exported folder, or the run it is in.", show_default=False)
+    ],
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    form: Annotated[
+        str | None,
+        typer.Option("--form", help="Form to run, such as fp32. Without it: the shipped one.", show_default=False),
+    ] = None,
+    threads: ThreadsOption = None,
+    max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Requests that run at once.")] = 64,
+    max_queue: Annotated[
+        int, typer.Option("--max-queue", min=0, help="Requests that may wait; one more is answered with 429.")
+    ] = 256,
+    cache_mb: Annotated[int, typer.Option("--cache-mb", min=1, help="Memory of all key-value caches, MB.")] = 1000,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, help="Most tokens one request may generate.")
+    ] = 1000,
+    max_body_bytes: Annotated[
+        int, typer.Option("--max-body-bytes", min=1, help="Largest request; a larger one is answered with 413.")
+    ] = 1 << 20,
+    request_timeout: Annotated[
+        float, typer.Option("--request-timeout", min=0.001, help="Seconds a request may take, waiting included.")
+    ] = 300.0,
+    grace: Annotated[
+        float, typer.Option("--grace", min=0, help="Seconds that running requests have left after SIGTERM or Ctrl-C.")
+    ] = 30.0,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key",
+            envvar="LIMBECK_API_KEY",
+            help="Key that clients must send; better in the environment, where no list of processes shows it.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Serve an exported student to many clients at once, as an OpenAI-compatible endpoint.
+
+    /v1/models, /v1/completions, /v1/chat/completions, /health, and Prometheus /metrics. Needs: pip install 'limbeck[serve]'.
+
+    \b
+    Examples:
+      limbeck serve runs/pico-1a2b3c4d
+      limbeck serve runs/pico-1a2b3c4d/onnx --host 0.0.0.0 --port 8080 --max-batch 16 --threads 4
+    """
+    from limbeck.errors import EnvironmentalError
+
+    try:
+        from limbeck.server import Limits, open_server
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("fastapi", "starlette", "uvicorn", "prometheus_client"):
+            raise
+        raise EnvironmentalError(f"{error.name} is not installed; run: pip install 'limbeck[serve]'.") from None
+    server = open_server(
+        _exported(artifact),
+        host=host,
+        port=port,
+        form=form,
+        threads=threads,
+        max_batch=max_batch,
+        max_queue=max_queue,
+        cache_bytes=cache_mb * 1_000_000,
+        grace=grace,
+        limits=Limits(
+            max_tokens=max_tokens,
+            max_body_bytes=max_body_bytes,
+            request_timeout=request_timeout,
+            api_key=api_key or None,
+        ),
+    )
+    server.run()
+
+
+def _exported(artifact: Path) -> Path:
+    """The exported folder of a run, or the folder itself."""
+    from limbeck.pipeline import RUN
+
+    return artifact / "onnx" if (artifact / RUN).is_file() else artifact
 
 
 @app.command("doctor")

@@ -66,6 +66,7 @@ def examine() -> Findings:
     _runtime(findings)
     _machine(findings)
     _gpu(findings)
+    _server(findings)
     _demo(findings)
     return findings
 
@@ -163,6 +164,16 @@ def _gpu(findings: Findings) -> None:
             "there is a GPU, but onnxruntime is built for the CPU; run: pip uninstall -y onnxruntime onnxruntime-genai, "
             "then pip install 'limbeck[gpu]'"
         )
+
+
+def _server(findings: Findings) -> None:
+    """What `limbeck serve` needs and nothing else does."""
+    facts = {name: _version(name) for name in ("fastapi", "uvicorn", "prometheus-client")}
+    if absent := [name for name, version in facts.items() if version is None]:
+        findings.advice.append(
+            f"limbeck serve needs {', '.join(absent)}, which nothing else does; run: pip install 'limbeck[serve]'"
+        )
+    findings.facts["server"] = facts
 
 
 def _demo(findings: Findings) -> None:

@@ -595,6 +595,44 @@ NO_KERNEL: Mapping[tuple[str, str], tuple[str, str]] = {
 }
 
 
+class MixedByRule(Frozen):
+    """8 bits for attention inputs and FFN outputs."""
+
+    kind: Literal["rule"]
+
+
+class MixedBySize(Frozen):
+    """8 bits for the matrices that lose most a byte in 4 bits, as many as fit."""
+
+    kind: Literal["size"]
+    mb: Positive | None = Field(
+        None, description="Largest size of graph and weights, in MB (1e6 bytes); none takes gates.max_size_mb."
+    )
+    tokens: Count = Field(256, description="Held-out tokens that each matrix's loss is measured on.")
+
+
+class MixedByLoss(Frozen):
+    """8 bits for the matrices that lose most a byte in 4 bits, as few as keep the form within a loss."""
+
+    kind: Literal["loss"]
+    rise: Positive | None = Field(
+        None, description="Largest relative rise of held-out NLL over fp32; none takes gates.max_quantization_loss."
+    )
+    tokens: Count = Field(256, description="Held-out tokens that each matrix's loss is measured on.")
+
+
+Mixed = Annotated[
+    Annotated[MixedByRule | MixedBySize | MixedByLoss, Field(discriminator="kind")], BeforeValidator(_shorthand)
+]
+
+
+class Recover(Frozen):
+    """A short distillation through the shipped form's rounding when that form misses gates.max_quantization_loss."""
+
+    tokens: Count = Field(description="Training budget, in tokens of full blocks.")
+    learning_rate: Positive = Field(1e-4, description="Peak learning rate of AdamW; every rounded weight is trained.")
+
+
 class Export(Frozen):
     """Graphs made from the student. The last form is the one that is shipped."""
 
@@ -619,14 +657,134 @@ class Export(Frozen):
         min_length=1,
         description="Forms by name, fp32 first; the last one is shipped.",
     )
+    mixed: Mixed = Field(MixedByRule(kind="rule"), description="Which matrices of int4-weight keep 8 bits.")
+    recover: Recover | None = Field(None, description="What to try when rounding costs too much; none tries nothing.")
 
 
 # Measurement -----------------------------------------------------------------------------------------------------
 
 
-class Bench(Frozen):
-    """What is measured before the verdict: one stream, prompt then decode, all arms interleaved."""
+class SingleScenario(Frozen):
+    """One stream: a prompt, then decoding; all arms interleaved in mirrored blocks. What timing gates are judged on."""
 
+    kind: Literal["single"]
+
+
+class OfflineScenario(Frozen):
+    """Throughput of batches over a grid of sizes: the shipped form, the fp32 graph and the fastest teacher, interleaved."""
+
+    kind: Literal["offline"]
+    batches: tuple[Count, ...] = Field((1, 8), min_length=1, description="Rows generated at once.")
+    prompts: tuple[Count, ...] = Field((128,), min_length=1, description="Tokens of every row's prompt.")
+    outputs: tuple[Annotated[int, Field(ge=2)], ...] = Field(
+        (32,), min_length=1, description="Tokens generated after every row's prompt."
+    )
+    blocks: Count = Field(6, description="Most mirrored blocks a cell of the grid; fewer than 6 give no interval.")
+    minutes: Positive = Field(3.0, description="Budget; every cell gets one block, however long it takes.")
+
+
+class ArtifactTarget(Frozen):
+    """The exported folder of this run, behind `limbeck serve` in a process of its own."""
+
+    kind: Literal["artifact"]
+
+
+class UrlTarget(Frozen):
+    """Any server with an OpenAI-compatible completions endpoint that streams."""
+
+    kind: Literal["url"]
+    url: str = Field(pattern=r"^https?://", description="Address up to and without /v1.")
+    model: str | None = Field(None, description="Name of the model there; none takes the first that it lists.")
+    key_variable: str = Field(
+        "OPENAI_API_KEY", description="Environment variable that holds the API key, if it is set."
+    )
+
+
+ServerTarget = Annotated[
+    Annotated[ArtifactTarget | UrlTarget, Field(discriminator="kind")], BeforeValidator(_shorthand)
+]
+
+
+class Slo(Frozen):
+    """What a served request is promised, counted from its scheduled arrival."""
+
+    ttft_ms: Positive = Field(1000.0, description="Longest time to the first token, in ms.")
+    tpot_ms: Positive = Field(50.0, description="Longest time per output token after it, in ms.")
+    share: float = Field(0.95, gt=0, le=1, description="Share of the requests that must meet both for a rate to count.")
+
+
+class ServerScenario(Frozen):
+    """Open loop: requests arrive at random (Poisson) whether or not earlier ones are answered; the highest rate that holds."""
+
+    kind: Literal["server"]
+    target: ServerTarget = Field(ArtifactTarget(kind="artifact"), description="What is asked.")
+    slo: Slo = Field(Slo(), description="What each request is promised.")
+    requests: Count = Field(48, description="Arrivals at each rate; p99 needs 473, p95 93, p90 46.")
+    first_rate: Positive | None = Field(
+        None, description="Requests/s tried first; none takes half of what one request after another reaches."
+    )
+    bisections: int = Field(3, ge=0, description="Rates tried between the last that holds and the first that does not.")
+    minutes: Positive = Field(5.0, description="Budget; a rate that was begun is finished.")
+
+
+class ColdScenario(Frozen):
+    """A fresh process each time: interpreter, imports, loading, first and second token; files in the page cache."""
+
+    kind: Literal["cold"]
+    repeats: Count = Field(6, description="Fresh processes an arm, interleaved; fewer than 6 give no interval.")
+    minutes: Positive = Field(3.0, description="Budget; every arm starts once, however long it takes.")
+
+
+Scenario = Annotated[
+    Annotated[SingleScenario | OfflineScenario | ServerScenario | ColdScenario, Field(discriminator="kind")],
+    BeforeValidator(_shorthand),
+]
+
+
+class GenaiRuntime(Frozen):
+    """The shipped form under ONNX Runtime GenAI's own generation loop."""
+
+    kind: Literal["onnxruntime-genai"]
+
+
+class CompiledRuntime(Frozen):
+    """The student under torch.compile with a static cache; needs a C++ compiler on a CPU."""
+
+    kind: Literal["torch-compile"]
+
+
+class OpenAiRuntime(Frozen):
+    """A model behind an OpenAI-compatible URL, one request after another. It has to take token ids and `ignore_eos`."""
+
+    kind: Literal["openai"]
+    url: str = Field(pattern=r"^https?://", description="Address up to and without /v1.")
+    model: str | None = Field(None, description="Name of the model there; none takes the first that it lists.")
+    key_variable: str = Field(
+        "OPENAI_API_KEY", description="Environment variable that holds the API key, if it is set."
+    )
+
+
+ExtraRuntime = Annotated[
+    Annotated[GenaiRuntime | CompiledRuntime | OpenAiRuntime, Field(discriminator="kind")], BeforeValidator(_shorthand)
+]
+
+
+class Bench(Frozen):
+    """What is measured before the verdict."""
+
+    scenarios: tuple[Scenario, ...] = Field(
+        (SingleScenario(kind="single"),),
+        description="`single`, always, and any of `offline`, `server`, `cold`; each by name or with its own fields.",
+    )
+    runtimes: tuple[ExtraRuntime, ...] = Field(
+        (), description="Further runtimes that stand beside the shipped form in `single`: not scored, not judged."
+    )
+    device: Provider | None = Field(
+        None, description="Where models run in torch; none is where the shipped form runs, which export.provider says."
+    )
+    torch_dtype: Literal["fp32", "bf16"] | None = Field(
+        None, description="Number type of student and teachers in torch; none is fp32, and each teacher's own."
+    )
     prompt_tokens: Count = Field(128, description="Tokens of the prompt.")
     new_tokens: Int = Field(64, ge=2, description="Tokens generated after it.")
     threads: Count | None = Field(None, description="CPU threads of every arm; none takes every core available.")
@@ -634,6 +792,10 @@ class Bench(Frozen):
     minutes: Positive = Field(
         4.0, description="Budget for timing; blocks go on until gates are decided or it is spent."
     )
+
+    def scenario(self, kind: str) -> Any:
+        """The scenario of one kind, or none when it is not asked for."""
+        return next((scenario for scenario in self.scenarios if scenario.kind == kind), None)
 
 
 class Gates(Frozen):
@@ -723,6 +885,25 @@ def load_recipe(reference: str | Path, *, overrides: Sequence[str] = (), folder:
     recipe = parse_recipe(tree, where=str(path))
     recipe._folder, recipe._text = path.parent, text
     return recipe
+
+
+def load_bench(overrides: Sequence[str] = ()) -> Bench:
+    """The `bench:` part of a recipe by itself: defaults, with ``bench.key=value`` overrides. Raises `RecipeError`."""
+    part: dict[str, Any] = {"bench": {"minutes": 1.0}}
+    for override in overrides:
+        if not override.startswith("bench."):
+            raise RecipeError(
+                f"--set {override}: without a recipe there is only bench to set, for example bench.minutes=5."
+            )
+        _override(part, override, Path("bench"))
+    base = {
+        "name": "bench",
+        "data": {"domains": [{"name": "none", "text": {"kind": "stdlib", "paths": ["this.py"]}}]},
+        "student": {"kind": "fresh", "config": {}},
+        "teachers": [{"name": "none", "model": {"kind": "random", "config": {}}}],
+        "training": {"tokens": 1024},
+    }
+    return parse_recipe(base | part, where="--set").bench
 
 
 def parse_recipe(tree: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
@@ -951,6 +1132,8 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         ("teachers", [t.name for t in recipe.teachers]),
         ("data.domains", [d.name for d in recipe.data.domains]),
         ("export.forms", [str(f.kind) for f in recipe.export.forms]),
+        ("bench.scenarios", [str(s.kind) for s in recipe.bench.scenarios]),
+        ("bench.runtimes", [str(r.kind) for r in recipe.bench.runtimes]),
     ):
         for name in sorted({n for n in names if names.count(n) > 1}):
             yield f"{where}: {name!r} stands there {names.count(name)} times; give each its own name"
@@ -989,6 +1172,8 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             yield "export.adapters: DoRA changes more than low-rank updates can say; use merged, or set student.dora: false"
         if recipe.export.provider != "cpu":
             yield "export.adapters: adapters are fp32 and the forms for other providers than cpu are not; use merged"
+        if recipe.export.recover is not None or not isinstance(recipe.export.mixed, MixedByRule):
+            yield "export.adapters: mixed and recover round the merged student, not its base; use merged, or leave both out"
     provider = recipe.export.provider
     for index, form in enumerate(recipe.export.forms):
         refused = NO_KERNEL.get((provider, form.kind))
@@ -996,6 +1181,18 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         if refused and not reference:
             why, instead = refused
             yield f"export.forms.{index}: {provider} has no kernel for {form.kind} ({why}); use {instead}, or change export.provider"
+    forms, mixed = [form.kind for form in recipe.export.forms], recipe.export.mixed
+    if not isinstance(mixed, MixedByRule) and "int4-weight" not in forms:
+        yield f"export.mixed: found {mixed.kind!r}, which chooses between 4 and 8 bits; add int4-weight to export.forms"
+    if isinstance(mixed, MixedBySize) and mixed.mb is None and recipe.gates.max_size_mb is None:
+        yield "export.mixed: no size to keep to; give `mb` there, or gates.max_size_mb"
+    if isinstance(mixed, MixedByLoss) and mixed.rise is None and recipe.gates.max_quantization_loss is None:
+        yield "export.mixed: no loss to keep to; give `rise` there, or gates.max_quantization_loss"
+    if recipe.export.recover is not None:
+        if recipe.gates.max_quantization_loss is None:
+            yield "export.recover: nothing says when it is needed; set gates.max_quantization_loss"
+        if forms[-1] not in ("int8-weight", "int8-dynamic", "int4-weight"):
+            yield f"export.recover: found {forms[-1]!r} as the form to ship; put int8-weight, int8-dynamic or int4-weight last"
     if isinstance(recipe.student, FreshStudent) and not recipe.teachers:
         yield "student.kind: a fresh student takes its tokenizer from the first teacher; name a teacher, or use kind: lora"
     calibration = recipe.fusion.calibration
@@ -1010,6 +1207,8 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             yield f"fusion.weights.values: found {sorted(weights.values)}; name each teacher once: {sorted(teachers)}"
         elif not sum(weights.values.values()) > 0:
             yield "fusion.weights.values: all are 0; give at least one teacher a weight"
+    if recipe.bench.scenario("single") is None:
+        yield "bench.scenarios: single is missing; timing gates and the noise floor come from it: add it"
     if recipe.gates.max_loss_vs_best_teacher is not None and not recipe.teachers:
         yield "gates.max_loss_vs_best_teacher: there are no teachers to compare with; remove it or name teachers"
     if recipe.gates.min_decode_speedup is not None and not recipe.teachers:

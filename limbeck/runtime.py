@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -161,27 +161,29 @@ class Decoder:
         # Threads may spin within a run, where the next operator is microseconds away, but never between runs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
-            self._session = ort.InferenceSession(str(graph), options, providers=asked_for(provider))
+            self.session = ort.InferenceSession(str(graph), options, providers=asked_for(provider))
         except Exception as error:  # onnxruntime's errors share no base class of their own
             raise ArtifactError(f"{graph}: onnxruntime cannot open it ({error}); export the student again.") from error
-        if self._session.get_providers()[0] != PROVIDERS[provider]:  # onnxruntime only logs that it takes the CPU
+        if self.session.get_providers()[0] != PROVIDERS[provider]:  # onnxruntime only logs that it takes the CPU
             raise EnvironmentalError(
-                f"onnxruntime {ort.__version__} could not start {PROVIDERS[provider]} and took {self._session.get_providers()[0]} "
+                f"onnxruntime {ort.__version__} could not start {PROVIDERS[provider]} and took {self.session.get_providers()[0]} "
                 "instead; look at `nvidia-smi` and at the CUDA and cuDNN that pip install 'limbeck[gpu]' brings."
             )
         self._np, self._ort = np, ort
         self.provider = PROVIDERS[provider]
         self.cache_device = "cpu" if provider == "cpu" else "cuda"
-        inputs = {value.name: value for value in self._session.get_inputs()}
+        inputs = {value.name: value for value in self.session.get_inputs()}
         # Heads and their size by cache input, and the numbers of the cache.
-        self._past = {n: (v.shape[1], v.shape[3]) for n, v in inputs.items() if n.startswith("past_key_values.")}
-        half = any(inputs[name].type == "tensor(float16)" for name in self._past)
-        self._cache_type = np.float16 if half else np.float32
-        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+        self.past: dict[str, tuple[int, int]] = {
+            n: (v.shape[1], v.shape[3]) for n, v in inputs.items() if n.startswith("past_key_values.")
+        }
+        half = any(inputs[name].type == "tensor(float16)" for name in self.past)
+        self.cache_type: type[np.floating[Any]] = np.float16 if half else np.float32
+        self.metadata: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
         self.all_logits = self.metadata.get("limbeck.logits") == "all"
-        self.vocabulary = int(self._session.get_outputs()[0].shape[-1])
+        self.vocabulary = int(self.session.get_outputs()[0].shape[-1])
         self.context = int(self.metadata.get("limbeck.context", "0")) or None
-        self._grows = self.metadata.get("limbeck.cache") == "grows"
+        self.grows = self.metadata.get("limbeck.cache") == "grows"
         self._cache: list[Any] = []  # of a graph whose cache grows: what the last run returned
         self._binding: Any = None
         self._adapter: dict[str, Any] = {}  # graph inputs that are empty unless an adapter fills them
@@ -204,7 +206,7 @@ class Decoder:
                 f"{path}: this graph takes no adapter; export its student with export.adapters: separate."
             )
         values: dict[str, Any] = adapter.get_parameters()
-        takes = {value.name for value in self._session.get_overridable_initializers()}
+        takes = {value.name for value in self.session.get_overridable_initializers()}
         if str(adapter.get_model_version()) != base or not set(values) <= takes:
             raise ArtifactError(
                 f"{path}: made for base {adapter.get_model_version()}, this graph is of base {base}"
@@ -230,7 +232,7 @@ class Decoder:
         self._reserve(tokens.shape[0], tokens.shape[1] + room)
         self._mask[:, : tokens.shape[1]] = valid
         self._length = tokens.shape[1]
-        self._cache = [self._empty(heads, 0, size) for heads, size in self._past.values()] if self._grows else []
+        self._cache = [self._empty(heads, 0, size) for heads, size in self.past.values()] if self.grows else []
         return self._run(tokens)
 
     def extend(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> Logits:
@@ -241,7 +243,7 @@ class Decoder:
         np = self._np
         tokens = np.ascontiguousarray(ids, np.int64)
         valid = np.ones_like(tokens) if mask is None else np.ascontiguousarray(mask, np.int64)
-        if not self._grows and tokens.shape[1] > 1 and (len(tokens) > 1 or not valid.all()):
+        if not self.grows and tokens.shape[1] > 1 and (len(tokens) > 1 or not valid.all()):
             raise DataError("several tokens can be appended to one unpadded row only; append them one at a time.")
         if self._length + tokens.shape[1] > self._capacity:
             raise DataError(f"the cache holds {self._capacity} tokens and is full; give prefill more room.")
@@ -299,17 +301,21 @@ class Decoder:
             return
         self._rows, self._capacity = rows, capacity
         self._mask = np.ones((rows, capacity), np.int64)
-        self._binding = binding = self._session.io_binding()
+        self._binding = binding = self.session.io_binding()
         for name, value in self._adapter.items():
             binding.bind_ortvalue_input(name, value)
-        for name, (heads, size) in self._past.items():
-            if not self._grows:
+        for name, (heads, size) in self.past.items():
+            if not self.grows:
                 cache = self._empty(heads, capacity, size)
                 binding.bind_ortvalue_input(name, cache)
                 binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), cache)
 
+    def share(self, array: npt.NDArray[Any]) -> Any:
+        """``array`` as onnxruntime takes it: on the CPU the same memory, which must be kept as long as it is bound."""
+        return self._ort.OrtValue.ortvalue_from_numpy(array)
+
     def _empty(self, heads: int, tokens: int, size: int) -> Any:
-        cache = self._np.zeros((self._rows, heads, tokens, size), self._cache_type)
+        cache = self._np.zeros((self._rows, heads, tokens, size), self.cache_type)
         return self._ort.OrtValue.ortvalue_from_numpy(cache, self.cache_device, 0)
 
     def _run(self, tokens: Ids) -> Logits:
@@ -323,12 +329,12 @@ class Decoder:
         mask = np.ascontiguousarray(self._mask[:, : self._length])
         self._binding.bind_ortvalue_input("attention_mask", ort.OrtValue.ortvalue_from_numpy(mask))
         self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
-        for name, cache in zip(self._past, self._cache, strict=False):
+        for name, cache in zip(self.past, self._cache, strict=False):
             self._binding.bind_ortvalue_input(name, cache)
             self._binding.bind_output(name.replace("past_key_values.", "present."), self.cache_device)
-        self._session.run_with_iobinding(self._binding)
-        if self._grows:
-            self._cache = self._binding.get_outputs()[-len(self._past) :]
+        self.session.run_with_iobinding(self._binding)
+        if self.grows:
+            self._cache = self._binding.get_outputs()[-len(self.past) :]
         return logits if self.all_logits else logits[:, 0]
 
 
@@ -340,15 +346,26 @@ def choose(
 
     if temperature <= 0:
         return int(row.argmax())
-    scaled = row.astype(np.float64) / temperature
-    probabilities = np.exp(scaled - scaled.max())
+    with np.errstate(over="ignore"):  # a temperature next to 0 sends all but the greatest to minus infinity
+        probabilities = np.exp((row.astype(np.float64) - row.max()) / temperature)
     probabilities /= probabilities.sum()
-    order = np.argsort(-probabilities)
+    draw = draw or np.random.default_rng()
+    if top_p >= 1:
+        return _pick(probabilities, draw)
+    # Tokens below this share of an even split hold less than 1 - top_p together, so none of them is in the set: a sort of
+    # the rest will do.
+    likely = np.flatnonzero(probabilities >= min((1 - top_p) / len(probabilities), probabilities.max()))
+    order = likely[np.argsort(-probabilities[likely], kind="stable")]
     below = np.cumsum(probabilities[order]) - probabilities[order] < top_p
     below[0] = True  # the likeliest token stays, however small top_p is
     kept = order[below]
-    weights = probabilities[kept] / probabilities[kept].sum()
-    return int((draw or np.random.default_rng()).choice(kept, p=weights))
+    return int(kept[_pick(probabilities[kept], draw)])
+
+
+def _pick(weights: npt.NDArray[np.float64], draw: np.random.Generator) -> int:
+    """A place in ``weights``, each with the probability of its share of their sum."""
+    cumulative = weights.cumsum()
+    return min(int(cumulative.searchsorted(draw.random() * cumulative[-1], side="right")), len(weights) - 1)
 
 
 # Text ------------------------------------------------------------------------------------------------------------
@@ -390,22 +407,40 @@ class Text:
             raise DataError(f"the model's chat template cannot render these messages: {error}") from None
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def stream(self, ids: Iterator[int]) -> Iterator[str]:
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Text of ``ids`` as it becomes certain: never half a character, and joined the same as decoding them at once."""
-        pending: list[int] = []
-        context: list[int] = []  # the last tokens told: a decoder may treat the first token of a text differently
+        decoding = Decoding(self.tokenizer)
         for token in ids:
-            pending.append(token)
-            before = self.tokenizer.decode(context)
-            text = self.tokenizer.decode(context + pending)
-            if text.endswith("\ufffd") or len(text) <= len(before):
-                continue
-            yield text[len(before) :]
-            context, pending = (pending if self.tokenizer.decode(pending) else context + pending), []
-        if pending:
-            before = self.tokenizer.decode(context)
-            if rest := self.tokenizer.decode(context + pending)[len(before) :]:
-                yield rest
+            if piece := decoding.add(token):
+                yield piece
+        if rest := decoding.rest():
+            yield rest
+
+
+class Decoding:
+    """Text of tokens that come one at a time."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._decode = tokenizer.decode
+        self._pending: list[int] = []
+        self._context: list[int] = []  # the last tokens told: a decoder may treat the first token of a text differently
+
+    def add(self, token: int) -> str:
+        """The text that ``token`` makes certain; empty while it ends within a character."""
+        self._pending.append(token)
+        text = self._new()
+        if not text or text.endswith("\ufffd"):
+            return ""
+        told = self._pending if self._decode(self._pending) else self._context + self._pending
+        self._context, self._pending = told, []
+        return text
+
+    def rest(self) -> str:
+        """What was held back, now that no token follows."""
+        return self._new() if self._pending else ""
+
+    def _new(self) -> str:
+        return str(self._decode(self._context + self._pending)[len(self._decode(self._context)) :])
 
 
 def load_text(folder: Path) -> Text:

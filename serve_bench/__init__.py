@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.artifact import Artifact
-from limbeck.recipe import Recipe
+from limbeck.recipe import Bench, Recipe
 
 if TYPE_CHECKING:
     from serve_bench.certificate import Finding
     from serve_bench.compare import Comparison
     from serve_bench.report import Report
 
-__all__ = ["compare_runs", "evaluate", "measure", "replay", "write_report"]
+__all__ = ["compare_runs", "evaluate", "measure", "measure_targets", "replay", "table", "write_report"]
 
 
 def measure(*, onnx: Path, student: Path, out: Path, recipe: Recipe) -> Artifact:
@@ -31,6 +31,25 @@ def measure(*, onnx: Path, student: Path, out: Path, recipe: Recipe) -> Artifact
     from serve_bench.timing import measure as run
 
     return run(onnx=onnx, student=student, out=out, recipe=recipe)
+
+
+def measure_targets(targets: Sequence[str], *, against: Sequence[str] = (), out: Path, bench: Bench) -> Artifact:
+    """Time ``targets`` and what they are to be compared with, without a recipe; the first is what ratios are of.
+
+    A target is a run or an exported folder (``#FORM`` picks a form), a model folder, ``hub:ID[@REVISION]``, or the URL of an
+    OpenAI-compatible server. Writes a ``bench`` artifact without quality and verdict to ``out``. Raises `ModelError` for what
+    is no target, `ArtifactError` when ``out`` holds something else, `DataError` for arms that cannot be compared.
+    """
+    from serve_bench.targets import measure_targets as run
+
+    return run(targets, against=against, out=out, bench=bench)
+
+
+def table(bench: Artifact) -> str:
+    """The figures of a ``bench`` artifact as a llama-bench-like table for a terminal."""
+    from serve_bench.terminal import of_artifact
+
+    return of_artifact(bench)
 
 
 def write_report(*, run: Path, recipe: Recipe) -> Report:

@@ -11,17 +11,21 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from limbeck import errors
 from limbeck.artifact import Artifact
 from limbeck.errors import ArtifactError, EnvironmentalError
+from limbeck.recipe import Bench, CompiledRuntime, GenaiRuntime, OpenAiRuntime
+from serve_bench.fairness import require_same_work
 
-Role = Literal["teacher", "student", "form", "twin"]
+Role = Literal["teacher", "student", "form", "twin", "extra"]
+RuntimeName = Literal["torch", "torch-compile", "onnxruntime", "onnxruntime-genai", "openai"]
 _TAIL = 2000  # characters of a worker's stderr in an error
 
 
@@ -32,22 +36,24 @@ class Arm:
     id: str
     label: str  # in tables and pictures
     role: Role
-    runtime: Literal["torch", "onnxruntime"]
+    runtime: RuntimeName
     bytes: int  # on disk, of what is needed to run it: weights, and graph or adapter
     spec: Mapping[str, Any] = field(repr=False)
 
     @property
     def scored(self) -> bool:
-        """Whether its quality is measured; the twin is the shipped form itself."""
-        return self.role != "twin"
+        """Whether its quality is measured; a twin is the form that is judged itself, and extra runtimes run what is scored."""
+        return self.role not in ("twin", "extra")
 
 
-def list_arms(*, onnx: Artifact, student: Artifact) -> list[Arm]:
-    """Teachers and student in torch, every form under onnxruntime, and the shipped form once more.
+def list_arms(*, onnx: Artifact, student: Artifact, bench: Bench | None = None) -> list[Arm]:
+    """Teachers and student in torch, every form under onnxruntime, the shipped form once more, and what the bench adds.
 
     Raises `ArtifactError` when a teacher's folder is gone.
     """
-    arms = []
+    bench, arms = bench or Bench(), list[Arm]()
+    shipped = str(onnx.result["shipped"])
+    device = bench.device or provider_of(onnx, shipped)
     for teacher in json.loads((student.path / "teachers.json").read_text()):
         folders = [Path(teacher[key]) for key in ("model", "adapter") if teacher.get(key)]
         for folder in folders:
@@ -56,25 +62,43 @@ def list_arms(*, onnx: Artifact, student: Artifact) -> list[Arm]:
                     f"{folder}: the folder of teacher {teacher['name']} is gone, so the student cannot be measured "
                     "against it; run the recipe again, which makes it."
                 )
-        spec = {key: teacher.get(key) for key in ("model", "adapter", "quantize", "dtype")}
-        arms.append(Arm(f"teacher:{teacher['name']}", teacher["name"], "teacher", "torch", _weights(*folders), spec))
-    model = student.path / "model"
-    arms.append(Arm("student", "student", "student", "torch", _weights(model), {"model": str(model)}))
-    shipped = str(onnx.result["shipped"])
-    for name, form in onnx.result["forms"].items():
-        spec = {"artifact": str(onnx.path), "form": name}
-        arms.append(Arm(f"onnx:{name}", name, "form", "onnxruntime", int(form["bytes"]), spec))
-    arms.append(
-        Arm(
-            f"onnx:{shipped}:twin",
-            f"{shipped} (copy)",
-            "twin",
-            "onnxruntime",
-            int(onnx.result["forms"][shipped]["bytes"]),
-            {"artifact": str(onnx.path), "form": shipped},
+        spec = {key: teacher.get(key) for key in ("model", "adapter", "quantize", "dtype")} | {"device": device}
+        if bench.torch_dtype is not None:
+            spec["dtype"] = bench.torch_dtype
+        arms.append(
+            Arm(f"teacher:{teacher['name']}", teacher["name"], "teacher", "torch", weights_on_disk(*folders), spec)
         )
-    )
+    model = student.path / "model"
+    plain = {"model": str(model), "dtype": bench.torch_dtype or "fp32", "device": device}
+    arms.append(Arm("student", "student", "student", "torch", weights_on_disk(model), plain))
+    arms += [form_arm(onnx, name) for name in onnx.result["forms"]]
+    arms.append(form_arm(onnx, shipped, twin=True))
+    for extra in bench.runtimes:
+        match extra:
+            case GenaiRuntime():
+                size, spec = (
+                    int(onnx.result["forms"][shipped]["bytes"]),
+                    {"artifact": str(onnx.path), "device": provider_of(onnx, shipped)},
+                )
+                arms.append(Arm("genai", f"{shipped}, genai", "extra", "onnxruntime-genai", size, spec))
+            case CompiledRuntime():
+                size = weights_on_disk(model)
+                arms.append(Arm("compiled", "student, compiled", "extra", "torch-compile", size, plain))
+            case OpenAiRuntime():
+                arms.append(Arm("openai", extra.url, "extra", "openai", 0, extra.model_dump(exclude={"kind"})))
     return arms
+
+
+def provider_of(onnx: Artifact, form: str) -> str:
+    """The execution provider that a form was made for."""
+    return str(onnx.result["forms"][form].get("provider", "cpu"))
+
+
+def form_arm(onnx: Artifact, form: str, *, twin: bool = False) -> Arm:
+    """A form of an ``onnx`` artifact under onnxruntime; ``twin`` makes it the copy that shows the noise."""
+    spec = {"artifact": str(onnx.path), "form": form, "device": provider_of(onnx, form)}
+    name, label, role = (f"onnx:{form}:twin", f"{form} (copy)", "twin") if twin else (f"onnx:{form}", form, "form")
+    return Arm(name, label, cast(Role, role), "onnxruntime", int(onnx.result["forms"][form]["bytes"]), spec)
 
 
 def context_of(model: Path) -> int | None:
@@ -84,7 +108,8 @@ def context_of(model: Path) -> int | None:
     return int(found) if found else None
 
 
-def _weights(*folders: Path) -> int:
+def weights_on_disk(*folders: Path) -> int:
+    """Bytes of the safetensors files in some folders."""
     return sum(path.stat().st_size for folder in folders for path in folder.glob("*.safetensors"))
 
 
@@ -95,6 +120,7 @@ class Worker:
         """Start it; ``log`` receives its stderr, and what libraries print."""
         self.arm, self._log = arm, log
         root = str(Path(__file__).resolve().parent.parent)
+        self.spawned = time.perf_counter()
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
             "OMP_NUM_THREADS": str(threads),
@@ -109,6 +135,30 @@ class Worker:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, env=environment, text=True, bufsize=1,
             )  # fmt: skip
         self.opened: dict[str, Any] = {}
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def open(self, *, threads: int) -> None:
+        """Open the arm in it; raises as `ask`."""
+        self.opened = self.ask("open", runtime=self.arm.runtime, spec=dict(self.arm.spec), threads=threads)
+
+    def generate(self, prompt: Sequence[int], new_tokens: int) -> dict[str, Any]:
+        """One greedy generation; times in seconds after its start. Raises `DataError` when it did other work than was asked."""
+        answer = self.ask("generate", prompt=list(prompt), new_tokens=new_tokens)
+        return self._checked(answer | {"rows": [answer["tokens"]]}, [prompt], new_tokens)
+
+    def batch(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, Any]:
+        """The same of several prompts of one length at once."""
+        answer = self.ask("batch", prompts=[list(prompt) for prompt in prompts], new_tokens=new_tokens)
+        return self._checked(answer | {"rows": answer["tokens"]}, prompts, new_tokens)
+
+    def _checked(self, answer: dict[str, Any], prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, Any]:
+        require_same_work(self.arm.id, answer, rows=len(prompts), prompt_tokens=len(prompts[0]), new_tokens=new_tokens)
+        answer["at"] = [round(t - answer["started"], 7) for t in answer["at"]]
+        return answer
 
     def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
         """Send one command and wait for its answer. Raises the worker's `LimbeckError`, or `EnvironmentalError`."""
@@ -157,13 +207,18 @@ class Workers:
         """Start the process of an arm and open the arm in it."""
         worker = Worker(arm, threads=self._threads, log=self._folder / f"{len(self._all)}.log")
         self._all[arm.id] = worker
-        worker.opened = worker.ask("open", runtime=arm.runtime, spec=dict(arm.spec), threads=self._threads)
+        worker.open(threads=self._threads)
         return worker
 
     def stop(self, arms: Iterable[Arm]) -> None:
         """End the processes of some arms."""
-        for arm in arms:
+        for arm in list(arms):
             self._all.pop(arm.id).kill()
+
+    @property
+    def running(self) -> list[Arm]:
+        """Arms that are open."""
+        return [worker.arm for worker in self._all.values()]
 
     def __getitem__(self, arm: Arm) -> Worker:
         return self._all[arm.id]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limbeck.artifact import Artifact, file_digest, host, open_artifact, versions
+from limbeck.artifact import Artifact, file_digest, host, open_artifact, student_of, versions
 from limbeck.errors import ArtifactError
 from limbeck.heldout import HELDOUT, Blocks, load_heldout, mean_nll
 from limbeck.progress import task
@@ -87,7 +87,7 @@ def certify(*, bench: Artifact, onnx: Artifact, student: Artifact, recipe: Recip
         "machine": {
             "host": environment["host"],
             "governor": environment.get("governor"),
-            "container": environment.get("cgroup_cpu_max"),
+            "container": environment.get("limits"),
             "load_average": environment["before"]["load_average"],
             "provider": environment["arms"][f"onnx:{shipped}"].get("facts", {}).get("provider"),
         },
@@ -150,7 +150,7 @@ def replay(*, run: Path, quality: bool = True, speed: bool = True) -> list[Findi
     """Measure on this machine what the certificate of ``run`` promises; see `serve_bench.replay`."""
     certificate = read_certificate(run)
     onnx, bench = open_artifact(run / "onnx", kind="onnx", verify=False), open_artifact(run / "bench", kind="bench")
-    student = open_artifact(run / "student", verify=False) if (run / "student").is_dir() else None
+    student = open_artifact(student_of(onnx), verify=False) if student_of(onnx).is_dir() else None
     recipe = parse_recipe(bench.manifest["recipe"]["resolved"], where=str(bench.path))
     blocks = _require_ours(certificate, run, onnx=onnx, bench=bench, student=student)
     findings = [_recomputed(certificate, promises(bench, recipe))]

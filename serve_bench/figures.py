@@ -18,6 +18,7 @@ from limbeck.recipe import Recipe
 from serve_bench import quality as quality_figures
 from serve_bench.arms import Arm
 from serve_bench.gates import Evidence, judge
+from serve_bench.roofline import against
 from serve_bench.stats import (
     Array,
     Interval,
@@ -40,6 +41,11 @@ class Sample:
     block: int
     position: int
     at: tuple[float, ...]
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Sample:
+        """From a row of samples.jsonl."""
+        return cls(row["arm"], row["block"], row["position"], tuple(row["at"]))
 
     @property
     def ttft(self) -> float:
@@ -70,11 +76,13 @@ class Reference:
     shipped: str
     arms: tuple[Arm, ...]
     first_look: int
+    judged: str = ""  # id of the arm that is judged; empty: the shipped form
 
     @property
     def shipped_arm(self) -> Arm:
         """The arm that is judged."""
-        return next(arm for arm in self.arms if arm.id == f"onnx:{self.shipped}")
+        judged = self.judged or f"onnx:{self.shipped}"
+        return next(arm for arm in self.arms if arm.id == judged)
 
     @property
     def twin(self) -> Arm:
@@ -86,10 +94,14 @@ class Reference:
         return [arm for arm in self.arms if arm.role == role]
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Every row of samples.jsonl, in the order they were written."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def read_samples(path: Path) -> list[Sample]:
-    """The timed generations of samples.jsonl, in the order they were made; warm-up is left out."""
-    rows = (json.loads(line) for line in path.read_text().splitlines())
-    return [Sample(r["arm"], r["block"], r["position"], tuple(r["at"])) for r in rows if r["event"] == "sample"]
+    """The timed generations of `single`, in the order they were made; warm-up and void blocks are left out."""
+    return [Sample.of(row) for row in read_rows(path) if row["event"] == "sample"]
 
 
 def by_block(samples: Iterable[Sample], arm: str, metric: str) -> Array:
@@ -186,32 +198,10 @@ def summary(
 ) -> dict[str, Any]:
     """The bench artifact's result: figures by arm, speed ratios, gates, verdict. A function of the raw samples."""
     verdict = judge(recipe.gates, evidence(samples, quality, reference))
-    first = reference.first_look
-    arms = {}
+    result = speeds(samples, environment, reference, prompt_tokens=recipe.bench.prompt_tokens)
     for arm in reference.arms:
-        measured = environment["arms"][arm.id]
-        arms[arm.id] = {
-            "label": arm.label,
-            "role": arm.role,
-            "runtime": arm.runtime,
-            "bytes": arm.bytes,
-            "peak_rss_bytes": measured["peak_rss_bytes"],
-            "load_s": measured.get("load_s"),
-            "import_s": measured.get("import_s"),
-            "steady": measured["steady"],
-            **latency(samples, arm.id, first=first),
-            "quality": quality_figures.summarise(quality, arm.id) if arm.scored else None,
-        }
-    return {
-        "shipped": reference.shipped,
-        "blocks": environment["blocks"],
-        "stopped": environment["stopped"],
-        "arms": arms,
-        "speed_of_shipped_over": {
-            arm.id: {metric: asdict(speed(samples, reference, arm.id, metric)) for metric in ("tpot", "ttft")}
-            for arm in reference.arms
-            if arm.id != reference.shipped_arm.id
-        },
+        result["arms"][arm.id]["quality"] = quality_figures.summarise(quality, arm.id) if arm.scored else None
+    return result | {
         "nll_rise_of_shipped_over": {
             arm.id: asdict(rise(quality, reference.shipped_arm.id, arm.id))
             for arm in reference.arms
@@ -220,6 +210,45 @@ def summary(
         "gates": [vars(gate) for gate in verdict.gates],
         "verdict": verdict.status,
         "sentence": verdict.sentence,
+    }
+
+
+def speeds(
+    samples: Sequence[Sample], environment: Mapping[str, Any], reference: Reference, *, prompt_tokens: int
+) -> dict[str, Any]:
+    """The part of the result that needs no recipe: figures by arm, and the speed of what is judged over every other."""
+    judged, arms = reference.shipped_arm.id, {}
+    for arm in reference.arms:
+        measured = environment["arms"][arm.id]
+        times = latency(samples, arm.id, first=reference.first_look)
+        tpot, ttft = times["tpot_ms"]["value"], times["ttft_ms"]
+        arms[arm.id] = {
+            "label": arm.label,
+            "role": arm.role,
+            "runtime": arm.runtime,
+            "bytes": arm.bytes,
+            **{key: measured.get(key) for key in ("peak_rss_bytes", "device_bytes", "import_s", "load_s", "energy")},
+            "steady": measured["steady"],
+            **times,
+            "prompt_tokens_s": {
+                "value": 1e3 * prompt_tokens / ttft["value"],
+                "low": 1e3 * prompt_tokens / ttft["high"] if ttft["high"] else None,
+                "high": 1e3 * prompt_tokens / ttft["low"] if ttft["low"] else None,
+                "n": ttft["n"],
+            },
+            "roofline": against(environment.get("roofline"), measured.get("weight_bytes"), tpot),
+            "quality": None,
+        }
+    return {
+        "shipped": reference.shipped,
+        "judged": judged,
+        **{key: environment.get(key) for key in ("blocks", "void_blocks", "disturbed", "stopped")},
+        "arms": arms,
+        "speed_of_shipped_over": {
+            arm.id: {metric: asdict(speed(samples, reference, arm.id, metric)) for metric in ("tpot", "ttft")}
+            for arm in reference.arms
+            if arm.id != judged
+        },
     }
 
 

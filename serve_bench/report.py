@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from limbeck import __version__
-from limbeck.artifact import Artifact, open_artifact, write_atomically
+from limbeck.artifact import Artifact, open_artifact, student_of, write_atomically
 from limbeck.errors import ArtifactError
 from limbeck.recipe import Recipe
-from serve_bench import charts, figures, sections
+from serve_bench import charts, figures, scenarios, sections
 from serve_bench.arms import Arm
 from serve_bench.certificate import CERTIFICATE, certify
 from serve_bench.figures import ENVIRONMENT, QUALITY, SAMPLES, Sample
@@ -48,8 +48,8 @@ class Report:
 def write_report(*, run: Path, recipe: Recipe) -> Report:
     """See `serve_bench.write_report`."""
     bench = open_artifact(run / "bench", kind="bench")
-    student = open_artifact(run / "student", kind="student", verify=False)
     onnx = open_artifact(run / "onnx", kind="onnx", verify=False)
+    student = open_artifact(student_of(onnx), kind="student", verify=False)
     for role, artifact in (("student", student), ("onnx", onnx)):
         if bench.manifest["parents"][role] != artifact.digest:
             raise ArtifactError(f"{bench.path} did not measure {artifact.path}; run the bench stage again.")
@@ -63,6 +63,8 @@ def write_report(*, run: Path, recipe: Recipe) -> Report:
     reference = figures.reference_of(recipe, str(bench.result["shipped"]), arms)
     verdict = judge(recipe.gates, figures.evidence(samples, quality, reference))
     result = figures.summary(samples, quality, environment, reference, recipe)
+    rows = figures.read_rows(bench.path / SAMPLES)
+    result |= scenarios.summary(rows, environment, recipe.bench, arms)
     log = _read_log(student.path / "log.jsonl")
     data = {
         "recipe": {"name": recipe.name, "description": recipe.description, "digest": recipe.digest},
@@ -98,7 +100,7 @@ def markdown(data: Mapping[str, Any], verdict: Verdict) -> str:
                 f"{arm['label']} (shipped)" if name == f"onnx:{data['shipped']}" else arm["label"],
                 arm["runtime"],
                 f"{arm['bytes'] / 1e6:.1f}",
-                f"{arm['peak_rss_bytes'] / 1e6:.0f}",
+                "" if arm["peak_rss_bytes"] is None else f"{arm['peak_rss_bytes'] / 1e6:.0f}",
                 _interval(arm["ttft_ms"]),
                 _interval(arm["tpot_ms"]),
                 significant(arm["decode_tokens_s"]["value"]),
@@ -153,7 +155,7 @@ def _render(
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"sig": significant, "mb": lambda value: significant(value / 1e6)}
+    environment.filters |= {"sig": significant, "mb": lambda value: significant(None if value is None else value / 1e6)}
     environment.globals |= {"show": show}
     template = environment.from_string((files("serve_bench") / "templates" / "report.html.j2").read_text())
     shipped = data["arms"][f"onnx:{data['shipped']}"]

@@ -3,8 +3,11 @@
 Whatever libraries print goes to stderr. Between commands it waits on the pipe and uses no processor; it ends when the pipe
 is closed. Times are of `time.perf_counter`, in seconds.
 
+    ready                                         -> at: when the interpreter was up
     open       runtime, spec, threads             -> import_s, load_s, facts
-    generate   prompt, new_tokens                 -> started, at (a time a token), tokens, peak_rss_bytes
+    generate   prompt, new_tokens                 -> started, at (a time a token), tokens, prompt_tokens (as the runtime counted
+                                                     them), device_s (or null), peak_rss_bytes
+    batch      prompts (rows), new_tokens         -> the same; tokens are rows, times are of a column
     last       ids                                -> token: the greedy choice after ``ids``, by the graph that is timed
     logp       ids, vocabulary, file              -> labels; writes log-probabilities [L - 1, V] to ``file``
     score      ids, scored, vocabulary, mixture   -> nll, kl, top1 (sums over scored labels), labels, last
@@ -36,14 +39,19 @@ class Session:
 
     def answer(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """Do one command."""
+        if command == "ready":
+            return {"at": time.perf_counter()}
         if command == "open":
             return self.open(**arguments)
         assert self.runtime is not None, f"{command} before open"
         match command:
             case "generate":
+                answer = generate(self.runtime, [arguments["prompt"]], arguments["new_tokens"])
+                return answer | {"tokens": answer["tokens"][0]}
+            case "batch":
                 return generate(self.runtime, **arguments)
             case "last":
-                return {"token": self.runtime.begin(arguments["ids"], 1)}
+                return {"token": int(self.runtime.begin(np.asarray([arguments["ids"]], np.int64), 1)[0])}
             case "logp":
                 return self.logp(**arguments)
             case "score":
@@ -85,17 +93,25 @@ class Session:
         return found
 
 
-def generate(runtime: Runtime, prompt: list[int], new_tokens: int) -> dict[str, Any]:
-    """Greedy, exactly ``new_tokens`` tokens whatever they are, with the time at which each was known."""
+def generate(runtime: Runtime, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
+    """Greedy, exactly ``new_tokens`` tokens a row whatever they are, with the time at which each column was known."""
     clock = time.perf_counter
-    at, tokens = [0.0] * new_tokens, [0] * new_tokens
+    rows = np.array(prompts, np.int64)
+    at, columns = [0.0] * new_tokens, [rows[:, 0]] * new_tokens
     started = clock()
-    tokens[0] = runtime.begin(prompt, new_tokens)
+    columns[0] = runtime.begin(rows, new_tokens)
     at[0] = clock()
     for index in range(1, new_tokens):
-        tokens[index] = runtime.step(tokens[index - 1])
+        columns[index] = runtime.step(columns[index - 1])
         at[index] = clock()
-    return {"started": started, "at": at, "tokens": tokens, "peak_rss_bytes": peak_rss()}
+    return {
+        "started": started,
+        "at": at,
+        "tokens": np.stack(columns, axis=1).tolist(),
+        "prompt_tokens": runtime.prompt_tokens(),
+        "device_s": runtime.device_seconds(),
+        "peak_rss_bytes": peak_rss(),
+    }
 
 
 def peak_rss() -> int:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from limbeck.artifact import Artifact
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
@@ -16,3 +18,26 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("LIMBECK_CACHE", str(folder))
         patch.setenv("HF_HUB_OFFLINE", "1")
         yield folder
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """An exported tiny student with room for long answers, for the engine and the server."""
+    from export import export_student
+    from tests.pico import make_model, make_student, pico_recipe
+
+    root = tmp_path_factory.mktemp("served")
+    make_student(root / "student", make_model(root / "model", seed=3, max_position_embeddings=512))
+    return export_student(student=root / "student", out=root / "onnx", recipe=pico_recipe())
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """An exported tiny student of torch's exporter: its cache grows at every step."""
+    from export import export_student
+    from tests.architectures import SIZES
+    from tests.pico import make_model, make_student, pico_recipe
+
+    root = tmp_path_factory.mktemp("gpt2")
+    make_student(root / "student", make_model(root / "model", model_type="gpt2", **SIZES["gpt2"]))
+    return export_student(student=root / "student", out=root / "onnx", recipe=pico_recipe())

@@ -36,6 +36,7 @@ COMMANDS = (
     "compare",
     "eval",
     "generate",
+    "serve",
     "doctor",
 )
 GOOD = """
@@ -365,7 +366,7 @@ def test_doctor_says_what_is_missing_and_what_installs_it(monkeypatch: pytest.Mo
     real = metadata.version
 
     def version(name: str) -> str:
-        if name in {"peft", "onnxruntime-genai"}:
+        if name in {"peft", "onnxruntime-genai", "uvicorn"}:
             raise metadata.PackageNotFoundError(name)
         return "4.57.0" if name == "transformers" else real(name)
 
@@ -377,6 +378,7 @@ def test_doctor_says_what_is_missing_and_what_installs_it(monkeypatch: pytest.Mo
         "peft is not installed; run: pip install 'peft>=",
         "transformers is 4.57.0, expected <6,>=5.",
         "both are installed",
+        "limbeck serve needs uvicorn, which nothing else does; run: pip install 'limbeck[serve]'",
         "onnxruntime-genai is not installed and builds the graphs; run: pip install 'limbeck[cpu]'",
         "this machine cannot run Limbeck yet",
     ):

@@ -10,7 +10,6 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export import export_student
 from export.backend import build_graphs
 from export.census import require_quantized, take_census
 from export.dynamo import build_dynamo, split_gemm
@@ -19,14 +18,12 @@ from limbeck.artifact import Artifact
 from limbeck.errors import ModelError, QualityError, RecipeError
 from limbeck.runtime import Decoder
 from tests.architectures import DOCUMENT, HEAD, SIZES, document
-from tests.pico import make_model, make_student, pico_recipe
+from tests.pico import make_model
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    root = tmp_path_factory.mktemp("gpt2")
-    make_student(root / "student", make_model(root / "model", model_type="gpt2", **SIZES["gpt2"]))
-    return export_student(student=root / "student", out=root / "onnx", recipe=pico_recipe())
+def exported(gpt2: Artifact) -> Artifact:
+    return gpt2
 
 
 def test_the_folder_is_the_same_and_says_why(exported: Artifact) -> None:

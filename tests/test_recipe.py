@@ -88,7 +88,7 @@ def test_all_mistakes_are_reported_at_once_with_path_and_remedy() -> None:
 
 def test_an_unknown_key_without_a_near_one_names_the_known_ones() -> None:
     [line] = mistakes(plain(bench={"zzz": 1}))
-    assert line.startswith("bench.zzz: unknown key; remove it; known here: min_blocks, minutes, new_tokens")
+    assert line.startswith("bench.zzz: unknown key; remove it; known here: device, min_blocks, minutes, new_tokens")
 
 
 def test_a_field_of_another_choice_is_unknown() -> None:
@@ -354,3 +354,33 @@ def test_every_shipped_recipe_is_valid_and_says_what_it_needs(name: str) -> None
 def test_shipped_recipes_have_names_of_their_own() -> None:
     names = [load_recipe(path).name for _, path in shipped_recipes()]
     assert len(set(names)) == len(names)
+
+
+# The bench -------------------------------------------------------------------------------------------------------
+
+
+def test_scenarios_and_runtimes_by_name_or_with_fields() -> None:
+    url = "http://127.0.0.1:8000"
+    asked = {"scenarios": ["single", {"kind": "offline", "batches": [1, 4]}, {"kind": "server", "target": {"kind": "url", "url": url}}, "cold"],
+             "runtimes": ["onnxruntime-genai", {"kind": "openai", "url": url}]}  # fmt: skip
+    bench = pico_recipe(bench=asked).bench
+    assert bench.scenario("offline").batches == (1, 4)
+    assert bench.scenario("server").target.url == url
+    assert bench.scenario("cold").repeats == 6
+    assert [runtime.kind for runtime in bench.runtimes] == ["onnxruntime-genai", "openai"]
+    assert pico_recipe().bench.scenario("cold") is None
+    assert pico_recipe(bench=asked).digest == pico_recipe().digest
+
+
+@pytest.mark.parametrize(
+    ("bench", "message"),
+    [
+        ({"scenarios": ["cold"]}, "bench.scenarios: single is missing"),
+        ({"scenarios": ["single", "cold", "cold"]}, "bench.scenarios: 'cold' stands there 2 times"),
+        ({"scenarios": ["single", "clod"]}, "bench.scenarios.1"),
+        ({"scenarios": ["single", {"kind": "cold", "batches": [1]}]}, "bench.scenarios.1"),
+        ({"runtimes": [{"kind": "openai", "url": "localhost"}]}, "bench.runtimes.0"),
+    ],
+)
+def test_wrong_scenarios_are_named(bench: dict[str, Any], message: str) -> None:
+    assert any(message in line for line in mistakes(plain(bench=bench)))

@@ -71,13 +71,21 @@ def make_run(run: Path, chosen: Recipe, *, blocks: int = 6, teachers: bool = Tru
         census = {"operators": {"MatMul float": 211, "GroupQueryAttention": 30}, "bytes": {"float": 538_000_000}}
         census |= {"float_matrices": []}
         small = {"operators": {"MatMulNBits 8-bit block 64": 211}, "bytes": {"uint8": 134_000_000, "float": 8_500_000}}
-        small |= {"float_matrices": []}
+        small |= {
+            "float_matrices": [{"operator": "Gemm", "shape": [9, 9], "count": 2, "share": 0.004, "why": "no kernel"}]
+        }
+        small |= {"runs_on": {"CUDAExecutionProvider": {"MatMulNBits": 211}, "CPUExecutionProvider": {"Shape": 3}}}
+        same = [{"text": "speeches", "tokens": 64, "same": 64, "lead": None}]
+        part = [{"text": "speeches", "tokens": 64, "same": 21, "lead": 0.0432}]
+        cost = {"parameters": ["layers.0.q", "layers.0.k"], "kl": 0.0125, "extra_bytes": 4096, "bits": 8}
+        loss = {"fp32": {"speeches": 3.0}, "form": {"speeches": 3.3}}
         draft.result = {
+            "recovery": {"form": "int8-weight", "tokens": 8192, "before": loss, "after": loss | {"form": {"speeches": 3.06}}},
             "shipped": "int8-weight", "backend": {"name": "genai", "why": "auto: the builder knows LlamaForCausalLM"},
             "forms": {
-                "fp32": {"bytes": 538_200_000, "files": [], "parity": parity, "census": census},
+                "fp32": {"bytes": 538_200_000, "files": [], "parity": parity, "census": census, "greedy": same},
                 "int8-weight": {"bytes": 143_400_000, "files": ["model.onnx"], "parity": parity | {"max_abs": 0.61, "kl": 8e-4, "top1": 0.988},
-                                "census": small},
+                                "census": small, "greedy": part, "mixed": {"sensitivity": [cost]}},
             },
         }  # fmt: skip
     from limbeck.artifact import open_artifact
@@ -168,7 +176,7 @@ def write_bench(
         "host": {"system": "Linux 6.1", "processor": "AMD EPYC 9B14", "flags": ["avx2", "avx512_vnni"], "cores": 2,
                  "memory_bytes": 16_000_000_000},
         "threads": 2, "versions": {"python": "3.11.2", "torch": "2.13.0", "onnxruntime": "1.32.0"}, "governor": None,
-        "cgroup_cpu_max": "max 100000", "before": {"load_average": [0.31, 0.4, 0.5]},
+        "limits": {"cpus": 1.5, "memory_bytes": None}, "before": {"load_average": [0.31, 0.4, 0.5]},
         "after": {"load_average": [2.1, 1.4, 0.8]}, "blocks": blocks, "timed_s": 131.2, "stopped": "decided",
         "arms": {
             arm.id: (torch_arm if arm.runtime == "torch" else onnx_arm)
@@ -257,6 +265,18 @@ def test_report_says_what_the_samples_say(tmp_path: Path) -> None:
     assert table[0].startswith("**pass**: two-experts, as int8-weight, is fit to ship")
     assert sum(line.startswith("| ") for line in table) == 2 + 6
     assert len({line.count("|") for line in table if line.startswith("| ")}) == 1
+
+
+def test_report_shows_what_rounding_did(tmp_path: Path) -> None:
+    chosen = recipe()
+    text = read(write_report(run=make_run(tmp_path, chosen), recipe=chosen).html).text
+    assert "21 of 64, then 0.0432" in text
+    assert "211 nodes run on CUDAExecutionProvider." in text
+    assert "3 nodes run on CPUExecutionProvider: 3 Shape." in text
+    assert "2 Gemm 9×9 (0.4 %, no kernel)" in text
+    assert "layers.0.q, layers.0.k" in text
+    assert "+10.00 %" in text
+    assert "+2.00 %" in text
 
 
 def test_report_judges_by_the_recipe_it_is_given(tmp_path: Path) -> None:

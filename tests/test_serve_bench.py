@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -16,15 +17,17 @@ import numpy as np
 import pytest
 
 from limbeck.artifact import Artifact, open_artifact, write_artifact
-from limbeck.errors import ArtifactError, DataError, EnvironmentalError, ModelError
+from limbeck.errors import ArtifactError, DataError, EnvironmentalError, LimbeckError, ModelError, RecipeError
 from limbeck.heldout import HELDOUT, load_heldout, save_heldout
-from limbeck.recipe import Recipe
-from serve_bench import figures, measure, quality, replay, write_report
+from limbeck.pipeline import bench_targets
+from limbeck.recipe import Bench, Recipe, ServerScenario
+from serve_bench import figures, load, measure, measure_targets, quality, replay, write_report
 from serve_bench.arms import Arm, Worker, Workers, list_arms
 from serve_bench.certificate import CERTIFICATE
 from serve_bench.figures import Sample
-from serve_bench.runtimes import TorchEager
+from serve_bench.runtimes import TorchCompiled, TorchEager
 from serve_bench.timing import order, prompt, require_context
+from tests.fake_server import FakeServer
 from tests.pico import make_blocks, make_model, pico_recipe
 
 
@@ -282,20 +285,30 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bench(run: Path) -> Artifact:
-    return measure(onnx=run / "onnx", student=run / "student", out=run / "bench", recipe=bench_recipe())
+    return measure(onnx=run / "onnx", student=run / "student", out=run / "bench", recipe=whole_recipe())
+
+
+def whole_recipe() -> Recipe:
+    """Every scenario that needs no server, and GenAI beside ours."""
+    grid = {"kind": "offline", "batches": [3], "prompts": [16], "outputs": [8], "blocks": 1}
+    scenarios = ["single", grid, {"kind": "cold", "repeats": 1}]
+    bench = bench_recipe().bench.model_dump(mode="json") | {"scenarios": scenarios, "runtimes": ["onnxruntime-genai"]}
+    return bench_recipe(bench=bench)
 
 
 def test_everything_is_measured(bench: Artifact, run: Path) -> None:
     result = bench.result
     assert list(result["arms"]) == [
-        "teacher:wise", "student", "onnx:fp32", "onnx:int8-weight", "onnx:int8-weight:twin"
+        "teacher:wise", "student", "onnx:fp32", "onnx:int8-weight", "onnx:int8-weight:twin", "genai"
     ]  # fmt: skip
     for name, arm in result["arms"].items():
         assert arm["n"] == 2 * result["blocks"]
         assert arm["tpot_ms"]["value"] > 0
         assert arm["peak_rss_bytes"] > 20e6
         assert arm["bytes"] > 1000
-        assert (arm["quality"] is None) == name.endswith("twin")
+        assert (arm["quality"] is None) == (name.endswith("twin") or name == "genai")
+        assert arm["roofline"]["weight_bytes"] > 1000
+        assert arm["energy"]["joules_per_token"] or arm["energy"]["why"]
     assert result["blocks"] >= 3
     assert result["verdict"] in ("pass", "fail")
     # No process held both runtimes: torch alone is 150 MB.
@@ -321,28 +334,30 @@ def test_samples_are_raw_and_the_same_work(bench: Artifact) -> None:
     timed = [row for row in rows if row["event"] == "sample"]
     assert {len(row["at"]) for row in timed} == {8}
     assert {row["prompt_tokens"] for row in timed} == {24}
-    tokens = {row["arm"]: row["tokens"] for row in timed if row["block"] == 0}
+    first = min(row["block"] for row in timed)  # of those that were not disturbed
+    tokens = {row["arm"]: row["tokens"] for row in timed if row["block"] == first}
     assert tokens["onnx:int8-weight"] == tokens["onnx:int8-weight:twin"]
     assert tokens["student"] == tokens["onnx:fp32"]
+    assert tokens["genai"] == tokens["onnx:int8-weight"]
     assert any(row["event"] == "warm-up" for row in rows)
 
 
 def test_a_second_run_measures_nothing(bench: Artifact, run: Path) -> None:
     started = time.monotonic()
-    again = measure(onnx=run / "onnx", student=run / "student", out=run / "bench", recipe=bench_recipe())
+    again = measure(onnx=run / "onnx", student=run / "student", out=run / "bench", recipe=whole_recipe())
     assert again.digest == bench.digest
     assert time.monotonic() - started < 1
 
 
 def test_report_of_a_real_run(bench: Artifact, run: Path) -> None:
-    report = write_report(run=run, recipe=bench_recipe())
+    report = write_report(run=run, recipe=whole_recipe())
     assert report.verdict.status == bench.result["verdict"]
     assert "wise" in report.html.read_text()
     assert json.loads(report.json.read_text())["arms"] == bench.result["arms"]
 
 
 def test_the_certificate_is_replayed_without_student_and_text(bench: Artifact, run: Path, tmp_path: Path) -> None:
-    write_report(run=run, recipe=bench_recipe())
+    write_report(run=run, recipe=whole_recipe())
     for name in ("onnx", "bench"):
         shutil.copytree(run / name, tmp_path / name)
     shutil.copy(run / CERTIFICATE, tmp_path)
@@ -362,7 +377,7 @@ def test_the_certificate_is_replayed_without_student_and_text(bench: Artifact, r
 
 
 def test_a_certificate_that_was_edited_or_belongs_elsewhere(bench: Artifact, run: Path, tmp_path: Path) -> None:
-    write_report(run=run, recipe=bench_recipe())
+    write_report(run=run, recipe=whole_recipe())
     for name in ("onnx", "bench"):
         shutil.copytree(run / name, tmp_path / name)
     certificate = json.loads((run / CERTIFICATE).read_text())
@@ -379,6 +394,134 @@ def test_a_certificate_that_was_edited_or_belongs_elsewhere(bench: Artifact, run
     (tmp_path / CERTIFICATE).write_text("{}")
     with pytest.raises(ArtifactError, match="not a certificate; `limbeck report"):
         replay(run=tmp_path)
+
+
+def test_batches_and_cold_starts_are_those_of_the_compared(bench: Artifact) -> None:
+    compared = {"onnx:int8-weight", "onnx:fp32", "teacher:wise"}
+    assert {cell["arm"] for cell in bench.result["offline"]} == compared
+    for cell in bench.result["offline"]:
+        assert (cell["batch"], cell["prompt_tokens"], cell["new_tokens"], cell["n"]) == (3, 16, 8, 2)
+        assert cell["generated_tokens_s"]["value"] > 0
+    assert set(bench.result["cold"]) == compared
+    for starts in bench.result["cold"].values():
+        assert starts["n"] == 1
+        assert starts["total_s"]["value"] > starts["import_s"]["value"] > 0
+
+
+def test_the_environment_says_what_was_measured_how(bench: Artifact) -> None:
+    told = json.loads((bench.path / figures.ENVIRONMENT).read_text())
+    assert told["fairness"]["threads"] == 1
+    assert told["fairness"]["kv_cache"] is True
+    assert told["roofline"]["bandwidth_bytes_s"] > 1e8
+    assert told["sentinel"]["median_s"] > 0
+    assert told["before"]["load_average"]
+    assert told["after"]["load_average"]
+    assert told["arms"]["student"]["facts"]["number_type"] == "float32"
+    sizes = {name: arm["weight_bytes"] for name, arm in told["arms"].items()}
+    assert sizes["onnx:int8-weight"] == sizes["genai"] < sizes["onnx:fp32"]
+    assert sizes["onnx:fp32"] == pytest.approx(sizes["student"], rel=0.01)
+
+
+def test_a_batch_generates_what_its_rows_do_alone(worker: Worker) -> None:
+    prompts = [[1, 2, 3, 4], [9, 8, 7, 6], [5, 5, 5, 5]]
+    together = worker.batch(prompts, 6)
+    assert together["tokens"] == [worker.generate(prompt, 6)["tokens"] for prompt in prompts]
+    assert together["prompt_tokens"] == 4
+    assert len(together["at"]) == 6
+
+
+def test_arms_without_a_recipe(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = [
+        "bench.prompt_tokens=8",
+        "bench.new_tokens=4",
+        "bench.minutes=0.001",
+        "bench.min_blocks=3",
+        "bench.threads=1",
+    ]
+    out = tmp_path / "out"
+    with FakeServer() as server:
+        bench_targets([str(run / "onnx"), f"{run / 'onnx'}#fp32"], against=[str(run / "teacher"), server.url], out=out, overrides=changes)  # fmt: skip
+    result = open_artifact(out, kind="bench").result
+    shipped, fp32, teacher, url, twin = result["arms"].values()
+    assert (shipped["label"], shipped["runtime"]) == ("onnx int8-weight", "onnxruntime")
+    assert (fp32["label"], teacher["label"], teacher["runtime"]) == ("onnx fp32", "teacher", "torch")
+    assert (url["runtime"], url["peak_rss_bytes"], url["roofline"]) == ("openai", None, None)
+    assert twin["role"] == "twin"
+    assert result["judged"] == next(iter(result["arms"]))
+    assert set(result["speed_of_shipped_over"]) == set(result["arms"]) - {result["judged"]}
+    assert result["verdict"] is None
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0].split() == ["model", "size", "runtime", "threads", "test", "tokens/s", "95", "%"]
+    assert "pp8" in printed
+    assert "as fast as teacher" in printed
+    with pytest.raises(ArtifactError, match="holds something else"):
+        bench_targets([str(run / "onnx")], against=[], out=run, overrides=[])
+
+
+def test_what_is_no_target_is_named(run: Path, tmp_path: Path) -> None:
+    for target, match in (
+        (str(tmp_path / "nothing"), "nothing: no such folder; expected a run"),
+        (f"{run / 'onnx'}#int3", "no form 'int3'; it has fp32, int8-weight"),
+        (str(tmp_path), "no config.json"),
+        (f"{run / 'teacher'}#fp32", "only an exported folder has forms"),
+    ):
+        with pytest.raises(LimbeckError, match=match):
+            measure_targets([target], out=tmp_path / "out", bench=Bench())
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(RecipeError, match="there is only bench to set"):
+        bench_targets([str(run / "onnx")], against=[], out=tmp_path / "out", overrides=["training.tokens=3"])
+    with pytest.raises(RecipeError, match=r"bench\.new_tokens: found 1"):
+        bench_targets([str(run / "onnx")], against=[], out=tmp_path / "out", overrides=["bench.new_tokens=1"])
+
+
+def test_a_static_cache_generates_what_a_growing_one_does(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.compile", lambda forward, **options: forward)
+    generate_with_both(model)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_generates_what_the_plain_one_does(model: Path) -> None:
+    generate_with_both(model)
+
+
+def generate_with_both(model: Path) -> None:
+    """Eager and compiled, each twice, the second time shorter and in a cache that was used."""
+    found = []
+    for kind in (TorchEager, TorchCompiled):
+        runtime, told = kind(model=str(model), threads=1), []
+        for length, new_tokens in ((6, 5), (4, 3)):
+            columns = [runtime.begin(np.random.default_rng(length).integers(0, 256, (2, length)), new_tokens)]
+            for _ in range(new_tokens - 1):
+                columns.append(runtime.step(columns[-1]))
+            told.append(np.stack(columns).tolist())
+        found.append(told)
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_our_own_server_is_started_asked_and_ended(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("limbeck.server")
+    slo, raw = {"ttft_ms": 6e5, "tpot_ms": 6e5}, io.StringIO()
+    asked = ServerScenario.model_validate(
+        {"kind": "server", "slo": slo, "requests": 4, "first_rate": 5, "bisections": 0, "minutes": 0.001}
+    )
+    sizes = load.Sizes(prompt_tokens=8, new_tokens=6)
+    target = load.measure_server(
+        asked, run / "onnx", lambda block, tokens: [block + 1] * tokens, sizes, raw, threads=1, folder=tmp_path
+    )
+    assert target["kind"] == "artifact"
+    rows = [json.loads(line) for line in raw.getvalue().splitlines()]
+    assert [(row["error"], row["prompt_tokens"], row["output_tokens"]) for row in rows] == [(None, 8, 6)] * 4
+    assert all(row["at"] == sorted(row["at"]) for row in rows)
+
+
+@pytest.mark.slow
+def test_the_harness_costs_next_to_nothing() -> None:
+    from tests.benchmarks.harness_overhead import overhead
+
+    found = overhead(blocks=3, new_tokens=4)
+    assert found["overhead_low"] <= found["overhead"] <= found["overhead_high"]
+    assert found["token_ms"] > 0
 
 
 def test_prompt_and_answer_must_fit_the_context(run: Path) -> None:

@@ -1,0 +1,203 @@
+"""Win back what rounding cost: a short distillation of a finished student through its quantised forward pass.
+
+Knows the rounding of a form as data, from the manifest of an ``onnx`` artifact; imports nothing of the stage that wrote it. Weights
+are rounded in the forward pass and gradients pass straight through to the fp32 weights (straight-through estimator), with the same
+teachers, teacher cache and text as before. Activations are not rounded here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from compress.fusion import label_nll
+from compress.models import load_model, load_tokenizer
+from compress.students import Student
+from compress.teachers import Body
+from compress.train import LOG, Run, State, evaluate, fit, per_token, setup
+from limbeck.artifact import Artifact, open_artifact, write_artifact
+from limbeck.heldout import HELDOUT, mean_nll
+from limbeck.progress import say
+from limbeck.recipe import Features, Recipe, Recover
+
+_PARAMETRIZED = re.compile(r"parametrizations\.(?=[^.]+\.original$)|\.original$")
+_COPIED = (HELDOUT, "calibration.safetensors", "teachers.json")
+
+
+class FakeQuantize(nn.Module):
+    """A matrix as a form rounds it: the numbers of `export.quantize`, bit for bit, and a gradient that ignores the rounding."""
+
+    def __init__(self, rounding: Mapping[str, Any], *, turned: bool) -> None:
+        """``rounding`` is what the manifest says of the parameter; ``turned`` matrices are stored [K, N], not [N, K]."""
+        super().__init__()
+        self.rounding, self.turned = dict(rounding), turned
+
+    def forward(self, weights: Tensor) -> Tensor:
+        """Rounded weights of the same shape."""
+        with torch.no_grad():
+            weights_NK = (weights.T if self.turned else weights).float()
+            rounded_NK = self._blocks(weights_NK) if "bits" in self.rounding else rounded_columns(weights_NK)
+            rounded = (rounded_NK.T if self.turned else rounded_NK).to(weights.dtype)
+        through: Tensor = _StraightThrough.apply(weights, rounded)  # type: ignore[no-untyped-call]
+        return through
+
+    def _blocks(self, weights_NK: Tensor) -> Tensor:
+        codes, scales, zeros = quantize_blocks(weights_NK, **self.rounding)
+        back = (codes - zeros[:, :, None]) * scales[:, :, None]
+        return back.reshape(len(weights_NK), -1)[:, : weights_NK.shape[1]]
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The second argument forward; the gradient to the first."""
+
+    @staticmethod
+    def forward(_: Any, weights: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(_: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def quantize_blocks(weights_NK: Tensor, *, bits: int, block: int, zero_points: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [N, ceil(K / block), block], scales and zero points [N, ceil(K / block)] of ``weights[N, K]``, all as floats."""
+    rows, width = weights_NK.shape
+    grouped = nn.functional.pad(weights_NK, (0, -width % block)).reshape(rows, -1, block)
+    steps, middle = 2**bits - 1, 2 ** (bits - 1)
+    if zero_points:
+        low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
+        scales = (high - low) / torch.full_like(high, steps)  # a plain number may be multiplied by its inverse on a GPU
+        zeros = (-low * _inverse(scales)).round()
+    else:
+        largest = grouped.abs().amax(2)
+        scales = largest / torch.full_like(largest, middle - 1)
+        zeros = torch.full_like(scales, middle)
+    codes = ((grouped * _inverse(scales)[:, :, None]).round() + zeros[:, :, None]).clamp(0, steps)
+    return codes, scales, zeros
+
+
+def rounded_columns(weights_NK: Tensor) -> Tensor:
+    """``weights[N, K]`` rounded to signed 8 bits, a scale an output channel."""
+    largest = weights_NK.abs().amax(1)
+    scales = largest / torch.full_like(largest, 127)
+    return (weights_NK * _inverse(scales)[:, None]).round() * scales[:, None]
+
+
+def _inverse(scales: Tensor) -> Tensor:
+    return torch.where(scales > 0, 1 / scales, torch.zeros_like(scales))
+
+
+def train_through(
+    *, student: Artifact, onnx: Artifact, recipe: Recipe, out: Path, products: Mapping[str, Path], key: str
+) -> Artifact:
+    """Distil ``student`` again through the rounding of the form that ``onnx`` ships, and write it to ``out``. See `compress.recover`."""
+    started = time.monotonic()
+    asked = recipe.export.recover
+    assert asked is not None
+    rounding: Mapping[str, Mapping[str, Any]] = onnx.result["parameters"]
+    work = out.parent / f".{out.name}.training"
+    model = load_model(student.path / "model")
+    run = setup(recipe=_short(recipe, asked), products=products, work=work, key=key, model=model)
+    run.teachers.temperatures = [student.result["teachers"][name]["temperature"] for name in run.teachers.names]
+    prepare(run.student, rounding)
+    state = fit(run)
+    if run.accelerator.is_main_process:
+        _save(run, state, student=student, onnx=onnx, recipe=recipe, out=out, key=key, started=started)
+        shutil.rmtree(work)
+    run.accelerator.wait_for_everyone()
+    return open_artifact(out, kind="student", verify=False)
+
+
+def _save(
+    run: Run, state: State, *, student: Artifact, onnx: Artifact, recipe: Recipe, out: Path, key: str, started: float
+) -> None:
+    """Write the artifact with the best weights, in fp32 and not rounded: the exporter does that."""
+    log = [json.loads(line) for line in (run.work / LOG).read_text().splitlines()]
+    measured = {row["step"]: row["nll"] for row in log if row["event"] == "evaluate"}
+    if state.best_step == 0:
+        say(f"  recovery: no step was better than none (held-out loss {mean_nll(measured[0]):.4f} when rounded)")
+    with write_artifact(out, kind="student", key=key, parents={"student": student.digest}, recipe=recipe) as draft:
+        model: Any = load_model(student.path / "model")
+        _, unknown = model.load_state_dict(plain_weights(state.best), strict=False)
+        assert not unknown, unknown
+        model.save_pretrained(draft.folder / "model")
+        load_tokenizer(student.path / "model").save_pretrained(draft.folder / "model")
+        for name in _COPIED:
+            if (student.path / name).is_file():
+                shutil.copy(student.path / name, draft.folder / name)
+        shutil.copy(run.work / LOG, draft.folder / LOG)
+        body = Body(load_model(draft.folder / "model", device=run.accelerator.device))
+        sums = evaluate(
+            lambda ids, labels: label_nll(body.states(ids)[0], body.head, labels),
+            run.blocks, device=run.accelerator.device, label="recovered student, fp32",
+        )  # fmt: skip
+        nll = per_token(sums, run.blocks)
+        before, form = onnx.result["heldout"], str(onnx.result["shipped"])
+        draft.result = student.result | {
+            "nll": nll,
+            "mean_nll": mean_nll(nll),
+            "seconds": round(time.monotonic() - started, 1),
+            "base": None,
+            "recovery": {
+                "form": form,
+                "tokens": state.tokens,
+                "steps": state.step,
+                "best_step": state.best_step,
+                "rounded": {"before": measured[0], "after": measured[state.best_step]},
+                "before": {"fp32": before["fp32"], "form": before[form]},
+            },
+        }
+
+
+def prepare(student: Student, rounding: Mapping[str, Mapping[str, Any]]) -> None:
+    """Round every parameter that ``rounding`` names in the forward pass, and train them and the vectors beside them.
+
+    Embedding and head are rounded once and stay as they are, since 8 bits cost them next to nothing.
+    """
+    model = student.model
+    fixed = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    for name, parameter in list(model.named_parameters()):
+        quantizer = _quantizer(rounding.get(name))
+        trained = id(parameter) not in fixed and (quantizer is not None or parameter.ndim < 2)
+        parameter.requires_grad_(trained)
+        if quantizer is None:
+            continue
+        if trained:
+            owner, _, attribute = name.rpartition(".")
+            parametrize.register_parametrization(model.get_submodule(owner), attribute, quantizer)
+        else:
+            parameter.copy_(quantizer(parameter))
+
+
+def plain_weights(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Trained weights of a prepared student by the names they have in the model's own file."""
+    return {_PARAMETRIZED.sub("", name.removeprefix("model.")): values for name, values in trained.items()}
+
+
+def _quantizer(rounding: Mapping[str, Any] | None) -> FakeQuantize | None:
+    if rounding is None:
+        return None
+    rest = {name: value for name, value in rounding.items() if name != "turned"}
+    return FakeQuantize(rest, turned=bool(rounding["turned"]))
+
+
+def _short(recipe: Recipe, asked: Recover) -> Recipe:
+    """The recipe of the recovery: the same text, teachers and fusion, a budget and rate of its own, no feature alignment."""
+    steps = max(asked.tokens // recipe.training.batch_tokens, 1)
+    training = recipe.training.model_copy(
+        update={
+            "tokens": steps * recipe.training.batch_tokens, "minutes": None, "learning_rate": asked.learning_rate,
+            "evaluate_every": max(math.ceil(steps / 4), 1), "patience": None,
+        }
+    )  # fmt: skip
+    return recipe.model_copy(update={"training": training, "features": Features(weight=0)})

@@ -1,0 +1,96 @@
+"""Which matrices of int4-weight keep 8 bits when the recipe asks for a size or a loss (`export.mixed`), and the table it rests on."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from export.graph import Graphs, form_files
+from export.loss import heldout_nll, relative_rise
+from export.origin import origins
+from export.quantize import Blockwise, Scheme, matrices_of, quantize_weights
+from export.sensitivity import Cost, measure_costs, stored_bytes, within_bytes, within_loss
+from limbeck.heldout import Blocks
+from limbeck.progress import say
+from limbeck.recipe import Gates, MixedByLoss, MixedBySize
+
+_NODE_BYTES = 600  # most that a rounded product adds to graph and padding
+
+
+def choose_bits(
+    mixed: MixedBySize | MixedByLoss,
+    gates: Gates,
+    *,
+    scheme: Scheme,
+    graphs: Graphs,
+    model: Path,
+    texts: Sequence[npt.NDArray[np.int64]],
+    heldout: Mapping[str, Blocks],
+) -> tuple[Scheme, dict[str, Any]]:
+    """``scheme`` with 4 bits everywhere but in the head and the matrices chosen, and what the manifest says of the choice.
+
+    ``texts`` are rows that sensitivities are measured on; a loss is measured on all of ``heldout``.
+    """
+    few, more = scheme.body, scheme.head
+    assert isinstance(few, Blockwise)
+    flat = replace(scheme, attention=few, narrow=few)
+    matrices = matrices_of(graphs, flat)
+    body = {name: matrix for name, matrix in matrices.items() if matrix.how == few}
+    costs = measure_costs(model, graphs, body, origins(body, graphs, model), texts, more=more, tokens=mixed.tokens)
+
+    def with_more(names: Sequence[str]) -> Scheme:
+        return replace(flat, exceptions=dict.fromkeys(names, more))
+
+    found: dict[str, Any] = {"kind": mixed.kind}
+    if isinstance(mixed, MixedBySize):
+        bound = mixed.mb or gates.max_size_mb
+        assert bound is not None
+        least = _least_bytes(graphs, flat)
+        chosen = within_bytes(costs, int(bound * 1e6) - least)
+        found |= {"bound_mb": bound}
+        if least > bound * 1e6:
+            say(f"export: 4 bits alone take {least / 1e6:.1f} MB, above the {bound:g} MB asked for")
+    else:
+        rise = mixed.rise or gates.max_quantization_loss
+        assert rise is not None
+        exact = heldout_nll(graphs.all, heldout)
+
+        def measure(names: list[str]) -> float:
+            with tempfile.TemporaryDirectory(dir=graphs.data.parent) as temporary:
+                made = form_files(Path(temporary), "int4-weight")
+                made.data.parent.mkdir()
+                quantize_weights(graphs, made, scheme=with_more(names), metadata={})
+                return relative_rise(heldout_nll(made.all, heldout), exact)
+
+        chosen, reached = within_loss(costs, rise, measure)
+        found |= {"bound_rise": rise, "rise": reached}
+        if reached > rise:
+            say(f"export: 8 bits everywhere still lose {reached:.2%}, above the {rise:.2%} asked for")
+    say(f"export: {len(chosen)} of {len(costs)} matrices get 8 bits")
+    return with_more(chosen), found | {"sensitivity": [_entry(cost, cost.matrix in set(chosen)) for cost in costs]}
+
+
+def _entry(cost: Cost, chosen: bool) -> dict[str, Any]:
+    return asdict(cost) | {"bits": 8 if chosen else 4}
+
+
+def _least_bytes(graphs: Graphs, scheme: Scheme) -> int:
+    """Size of graph and weights when nothing gets more bits; a little more than it will be."""
+    proto = onnx.load(graphs.last, load_external_data=False)
+    matrices = matrices_of(graphs, scheme)
+    whole = graphs.last.stat().st_size + _NODE_BYTES * len(matrices)
+    for tensor in proto.graph.initializer:
+        matrix, entry = matrices.get(tensor.name), {e.key: e.value for e in tensor.external_data}
+        if matrix is not None:
+            assert isinstance(matrix.how, Blockwise)
+            whole += stored_bytes(matrix, matrix.how)
+        elif "length" in entry:
+            whole += int(entry["length"])
+    return whole
