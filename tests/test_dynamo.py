@@ -18,7 +18,7 @@ from limbeck.artifact import Artifact
 from limbeck.errors import ModelError, QualityError, RecipeError
 from limbeck.runtime import Decoder
 from tests.architectures import DOCUMENT, HEAD, SIZES, document
-from tests.pico import make_model
+from tests.pico import make_model, pico_recipe
 
 
 @pytest.fixture(scope="module")
