@@ -301,14 +301,19 @@ class Decoder:
             return
         self._rows, self._capacity = rows, capacity
         self._mask = np.ones((rows, capacity), np.int64)
-        self._binding = binding = self.session.io_binding()
-        for name, value in self._adapter.items():
-            binding.bind_ortvalue_input(name, value)
+        self._binding = binding = self.new_binding()
         for name, (heads, size) in self.past.items():
             if not self.grows:
                 cache = self._empty(heads, capacity, size)
                 binding.bind_ortvalue_input(name, cache)
                 binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), cache)
+
+    def new_binding(self) -> Any:
+        """An IOBinding of the session with the adapter in place, where there is one."""
+        binding = self.session.io_binding()
+        for name, value in self._adapter.items():
+            binding.bind_ortvalue_input(name, value)
+        return binding
 
     def share(self, array: npt.NDArray[Any]) -> Any:
         """``array`` as onnxruntime takes it: on the CPU the same memory, which must be kept as long as it is bound."""

@@ -352,6 +352,8 @@ class OnnxRuntimeGenai:
     def __init__(self, *, artifact: str, threads: int, device: str = "cpu") -> None:
         import onnxruntime_genai as og
 
+        from limbeck.artifact import open_artifact
+
         folder = Path(artifact)
         if not (folder / "genai_config.json").is_file():
             raise ArtifactError(
@@ -368,6 +370,10 @@ class OnnxRuntimeGenai:
             self._model = og.Model(config)
         except Exception as error:  # its errors share no base class of their own
             raise ArtifactError(f"{folder}: ONNX Runtime GenAI cannot open it ({error}).") from error
+        adapter = open_artifact(folder, verify=False).result.get("adapter")
+        self._adapters = og.Adapters(self._model) if adapter else None
+        if self._adapters is not None:
+            self._adapters.load(str(folder / adapter["file"]), "student")
         self._og, self._prompt_tokens = og, 0
         self._generator: Any = None
         told = json.loads((folder / "genai_config.json").read_text())["model"]
@@ -388,6 +394,8 @@ class OnnxRuntimeGenai:
         )  # fmt: skip
         self._generator = None  # one cache at a time
         self._generator = self._og.Generator(self._model, parameters)
+        if self._adapters is not None:
+            self._generator.set_active_adapter(self._adapters, "student")
         self._generator.append_tokens(prompts.astype(np.int32))
         self._prompt_tokens = int(self._generator.token_count())
         return self._next()

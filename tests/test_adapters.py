@@ -140,6 +140,24 @@ def test_genai_takes_the_adapter(two: list[Artifact]) -> None:
     assert theirs == list(Decoder(two[0].path).generate(PROMPT, 20 - len(PROMPT), stop_ids={256}))
 
 
+def test_the_server_and_the_bench_run_the_student_and_not_its_base(two: list[Artifact]) -> None:
+    from limbeck.engine import Engine, Request
+    from serve_bench.runtimes import OnnxRuntimeGenai
+
+    expected = list(Decoder(two[0].path).generate(PROMPT, 4))
+    assert expected != list(Decoder(two[0].path, adapter="none").generate(PROMPT, 4))
+    engine = Engine(two[0].path, form="int8-weight", threads=1)
+    try:
+        pieces = list(engine.generate(Request(ids=tuple(PROMPT), max_new_tokens=4)))
+    finally:
+        engine.close()
+    assert [piece.token for piece in pieces if piece.token is not None] == expected
+    runtime = OnnxRuntimeGenai(artifact=str(two[0].path), threads=1)
+    chosen = [int(runtime.begin(np.array([PROMPT]), room=4)[0])]
+    chosen += [int(runtime.step(np.array([0]))[0]) for _ in range(3)]
+    assert chosen == expected
+
+
 def test_what_is_refused(two: list[Artifact], tmp_path: Path) -> None:
     (tmp_path / "no.onnx_adapter").write_bytes(b"something else")
     with pytest.raises(ArtifactError, match=r"cannot read it as an adapter"):
