@@ -39,7 +39,8 @@ def choose_bits(
     ``texts`` are rows that sensitivities are measured on; a loss is measured on all of ``heldout``.
     """
     few, more = scheme.body, scheme.head
-    assert isinstance(few, Blockwise) and isinstance(more, Blockwise)
+    assert isinstance(few, Blockwise)
+    assert isinstance(more, Blockwise)
     flat = replace(scheme, attention=few, narrow=few)
     matrices = matrices_of(graphs, flat)
     body = {name: matrix for name, matrix in matrices.items() if matrix.how == few}

@@ -371,8 +371,8 @@ class OnnxRuntimeGenai:
         except Exception as error:  # its errors share no base class of their own
             raise ArtifactError(f"{folder}: ONNX Runtime GenAI cannot open it ({error}).") from error
         adapter = open_artifact(folder, verify=False).result.get("adapter")
-        self._adapters = og.Adapters(self._model) if adapter else None
-        if self._adapters is not None:
+        self._adapters: Any = og.Adapters(self._model) if adapter else None
+        if adapter:
             self._adapters.load(str(folder / adapter["file"]), "student")
         self._og, self._prompt_tokens = og, 0
         self._generator: Any = None
