@@ -371,9 +371,11 @@ class OnnxRuntimeGenai:
         except Exception as error:  # its errors share no base class of their own
             raise ArtifactError(f"{folder}: ONNX Runtime GenAI cannot open it ({error}).") from error
         adapter = open_artifact(folder, verify=False).result.get("adapter")
-        self._adapters: Any = og.Adapters(self._model) if adapter else None
+        self._adapters: Any = None
         if adapter:
-            self._adapters.load(str(folder / adapter["file"]), "student")
+            adapters = og.Adapters(self._model)
+            adapters.load(str(folder / adapter["file"]), "student")
+            self._adapters = adapters
         self._og, self._prompt_tokens = og, 0
         self._generator: Any = None
         told = json.loads((folder / "genai_config.json").read_text())["model"]
