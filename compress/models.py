@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
@@ -22,6 +23,7 @@ from limbeck.errors import EnvironmentalError, ModelError
 from limbeck.progress import say
 from limbeck.recipe import BaseSource, GgufModel, HubModel, LocalModel, PackageModel, RandomModel, fingerprint
 
+BAD_CONFIG = (ValueError, TypeError, KeyError, StrictDataclassError)  # what transformers raises for impossible sizes
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -43,6 +45,38 @@ def model_folder(source: BaseSource, *, folder: Path) -> Path:
                 return path
             key = fingerprint({"gguf": file_digest(path)})
             return _cached(key, lambda out: _dequantise(path, out))
+
+
+def model_config(source: BaseSource, *, folder: Path) -> Any:
+    """The configuration of a model, without its weights: of a hub model only config.json is fetched.
+
+    Raises `ModelError` when it cannot be had.
+    """
+    if isinstance(source, RandomModel):
+        return random_config(source.config, vocab_size=len(byte_tokenizer()), where="model.config")
+    if isinstance(source, HubModel):
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            path = Path(hf_hub_download(source.id, "config.json", revision=source.revision)).parent
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            raise ModelError(
+                f"{source.id}@{source.revision}: its config.json is not on this machine and cannot be fetched "
+                f"({type(error).__name__}). Where there is a network, run: hf download {source.id} config.json "
+                f"--revision {source.revision} (for a gated model after `hf auth login`)."
+            ) from error
+    else:
+        found = sources.model_path(source, folder=folder)
+        assert found is not None
+        path = found
+    options = {"gguf_file": path.name} if path.is_file() else {}
+    try:
+        return AutoConfig.from_pretrained(
+            path.parent if options else path, trust_remote_code=False, local_files_only=True, **options
+        )
+    except (*BAD_CONFIG, OSError, NotImplementedError) as error:
+        raise ModelError(f"{path}: transformers cannot read its configuration: {error}") from error
 
 
 def load_model(
@@ -173,15 +207,24 @@ def _make_random(source: RandomModel, out: Path) -> dict[str, Any]:
 
 def random_model(config: Mapping[str, Any], *, vocab_size: int, seed: int, where: str) -> PreTrainedModel:
     """A freshly initialised causal LM of any transformers configuration. Raises `ModelError`."""
-    options = {"vocab_size": vocab_size, **config}
-    if "model_type" not in options:
-        raise ModelError(f"{where}: no model_type; name the architecture, for example model_type: llama.")
+    chosen = random_config(config, vocab_size=vocab_size, where=where)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**options), dtype=torch.float32)
-        except (ValueError, TypeError, KeyError) as error:
+            return AutoModelForCausalLM.from_config(chosen, dtype=torch.float32)
+        except BAD_CONFIG as error:
             raise ModelError(f"{where}: transformers cannot build it: {error}") from error
+
+
+def random_config(config: Mapping[str, Any], *, vocab_size: int, where: str) -> Any:
+    """The transformers configuration of fields given by hand. Raises `ModelError`."""
+    options = {"vocab_size": vocab_size, **config}
+    if "model_type" not in options:
+        raise ModelError(f"{where}: no model_type; name the architecture, for example model_type: llama.")
+    try:
+        return AutoConfig.for_model(**options)
+    except BAD_CONFIG as error:
+        raise ModelError(f"{where}: transformers cannot build it: {error}") from error
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -18,6 +18,7 @@ from optimum.utils import NormalizedConfigManager
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from compress.models import BAD_CONFIG
 from limbeck.errors import ModelError
 from limbeck.recipe import ShrinkStudent
 
@@ -125,42 +126,13 @@ def shrink(model: Any, config: ShrinkStudent, batches: Sequence[Tensor]) -> tupl
     Returns the smaller model (fp32, loadable by plain transformers), the importance and what was kept.
     Raises `ModelError` for an architecture or a size that cannot be cut.
     """
-    kind = model.config.model_type
-    if kind not in FAMILIES:
-        raise ModelError(
-            f"student.kind: shrink does not know the architecture {kind!r}; known: {', '.join(sorted(FAMILIES))}. Use kind: lora or fresh."
-        )
-    family, source = FAMILIES[kind], model.config
+    family, source = family_of(model.config), model.config
     importance = measure_importance(model, family, batches)
-    facts = NormalizedConfigManager.get_normalized_config_class(kind)(source)
-    heads, groups = _heads(model)
-    head_size = getattr(source, "head_dim", None) or facts.hidden_size // heads
-    sizes = {
-        "layers": (config.layers, len(importance.layers_l), 1),
-        "intermediate_size": (config.intermediate_size, importance.neurons_lF.shape[1], config.round_to),
-        "kv_heads": (config.kv_heads, groups, 1),
-        "hidden_size": (config.hidden_size, len(importance.hidden_H), config.round_to),
-    }
-    wanted = {name: _rounded(name, *size) for name, size in sizes.items()}
-    kept_heads = wanted["kv_heads"] * (heads // groups)
-    if family.head_size_is_fixed and wanted["hidden_size"] != kept_heads * head_size:
-        raise ModelError(
-            f"student: in {kind} the hidden width is heads x {head_size}; found hidden_size {wanted['hidden_size']} and "
-            f"{kept_heads} heads. Set kv_heads and hidden_size together, for example kv_heads: {kept_heads}, hidden_size: {kept_heads * head_size}."
-        )
+    heads, groups, head_size = _heads(source)
+    wanted = shrunk_sizes(source, config)
     layers = _top(importance.layers_l, wanted["layers"])
     hidden = _top(importance.hidden_H, wanted["hidden_size"])
-    fields: dict[str, Any] = {
-        facts.NUM_LAYERS: wanted["layers"],
-        family.ffn_field: wanted["intermediate_size"],
-        facts.HIDDEN_SIZE: wanted["hidden_size"],
-        facts.NUM_ATTENTION_HEADS: kept_heads,
-    }
-    if not family.head_size_is_fixed:
-        fields |= {"num_key_value_heads": wanted["kv_heads"], "head_dim": head_size}
-    if getattr(source, "layer_types", None):
-        fields["layer_types"] = [source.layer_types[layer] for layer in layers]
-    smaller_config = type(source).from_dict({**source.to_dict(), **fields})
+    smaller_config = shrunk_config(source, config, layers)
     smaller = AutoModelForCausalLM.from_config(smaller_config, dtype=torch.float32)
     state, place = model.state_dict(), re.compile(rf"^{re.escape(family.layers)}\.(\d+)\.(.*)$")
     with torch.no_grad():
@@ -185,11 +157,66 @@ def shrink(model: Any, config: ShrinkStudent, batches: Sequence[Tensor]) -> tupl
     return smaller, importance, kept
 
 
+def family_of(config: Any) -> Family:
+    """How the architecture of a configuration is cut. Raises `ModelError` for one that is not known."""
+    if config.model_type not in FAMILIES:
+        raise ModelError(
+            f"student.kind: shrink does not know the architecture {config.model_type!r}; known: {', '.join(sorted(FAMILIES))}. "
+            "Use kind: lora or fresh."
+        )
+    return FAMILIES[config.model_type]
+
+
+def shrunk_sizes(source: Any, config: ShrinkStudent) -> dict[str, int]:
+    """What is kept of each dimension of the configuration ``source``. Raises `ModelError` for a size that cannot be cut."""
+    family, facts = family_of(source), _facts(source)
+    heads, groups, head_size = _heads(source)
+    neurons = getattr(source, family.ffn_field, None) or 4 * facts.hidden_size  # gpt2 leaves it out
+    sizes = {
+        "layers": (config.layers, int(facts.num_layers), 1),
+        "intermediate_size": (config.intermediate_size, int(neurons), config.round_to),
+        "kv_heads": (config.kv_heads, groups, 1),
+        "hidden_size": (config.hidden_size, int(facts.hidden_size), config.round_to),
+    }
+    wanted = {name: _rounded(name, *size) for name, size in sizes.items()}
+    kept_heads = wanted["kv_heads"] * (heads // groups)
+    if family.head_size_is_fixed and wanted["hidden_size"] != kept_heads * head_size:
+        raise ModelError(
+            f"student: in {source.model_type} the hidden width is heads x {head_size}; found hidden_size {wanted['hidden_size']} and "
+            f"{kept_heads} heads. Set kv_heads and hidden_size together, for example kv_heads: {kept_heads}, hidden_size: {kept_heads * head_size}."
+        )
+    return wanted
+
+
+def shrunk_config(source: Any, config: ShrinkStudent, layers: Sequence[int] | None = None) -> Any:
+    """The configuration of what is cut out of ``source``; ``layers`` are those kept, the first ones where none are given."""
+    family, facts, wanted = family_of(source), _facts(source), shrunk_sizes(source, config)
+    heads, groups, head_size = _heads(source)
+    fields: dict[str, Any] = {
+        facts.NUM_LAYERS: wanted["layers"],
+        family.ffn_field: wanted["intermediate_size"],
+        facts.HIDDEN_SIZE: wanted["hidden_size"],
+        facts.NUM_ATTENTION_HEADS: wanted["kv_heads"] * (heads // groups),
+    }
+    if not family.head_size_is_fixed:
+        fields |= {"num_key_value_heads": wanted["kv_heads"], "head_dim": head_size}
+    if getattr(source, "layer_types", None):
+        kept = layers if layers is not None else range(wanted["layers"])
+        fields["layer_types"] = [source.layer_types[layer] for layer in kept]
+    try:
+        return type(source).from_dict({**source.to_dict(), **fields})
+    except BAD_CONFIG as error:
+        cause = error.__cause__ or error
+        raise ModelError(
+            f"student: {source.model_type} cannot have these sizes: {cause} Change kv_heads or hidden_size."
+        ) from error
+
+
 @torch.no_grad()
 def measure_importance(model: Any, family: Family, batches: Sequence[Tensor]) -> Importance:
     """Scores of layers, neurons, key/value groups and hidden channels on token ids [R, L]."""
     layers = model.get_submodule(family.layers)
-    _, groups = _heads(model)
+    _, groups, _ = _heads(model.config)
     squares: dict[tuple[str, int], Tensor] = {}
     channels: list[Tensor] = []
 
@@ -240,11 +267,16 @@ def _reading_norm(linear: Any) -> Tensor:
     return norm
 
 
-def _heads(model: Any) -> tuple[int, int]:
-    """Query heads and key/value groups, by whatever names the configuration has for them."""
-    facts = NormalizedConfigManager.get_normalized_config_class(model.config.model_type)(model.config)
+def _facts(config: Any) -> Any:
+    return NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
+
+
+def _heads(config: Any) -> tuple[int, int, int]:
+    """Query heads, key/value groups and the head size, by whatever names the configuration has for them."""
+    facts = _facts(config)
     heads = int(facts.num_attention_heads)
-    return heads, getattr(model.config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or facts.hidden_size // heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads, int(size)
 
 
 def _rounded(name: str, wanted: int | None, present: int, multiple: int) -> int:

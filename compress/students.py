@@ -60,7 +60,7 @@ def build_model(
                     "student.quantize: nf4 cannot be trained on a CPU; use int8 or none, or train on a GPU."
                 )
             base = load_model(folder, quantize=config.quantize, device=device)
-            return _with_lora(base, config, recipe.seed), None, {}
+            return with_lora(base, config, recipe.seed), None, {}
         case ShrinkStudent() as config:
             base = load_model(folder, device=device)
             model, importance, kept = shrink(base, config, [ids.to(device) for ids in calibration])
@@ -106,7 +106,8 @@ def load_trainable_state(module: nn.Module, state: Mapping[str, Tensor]) -> None
                 parameter.copy_(like(parameter, state[name]))
 
 
-def _with_lora(base: Any, config: LoraStudent, seed: int) -> Any:
+def with_lora(base: Any, config: LoraStudent, seed: int) -> Any:
+    """``base`` with trainable adapters on it. Raises `ModelError` for targets it does not have."""
     from peft import LoraConfig, get_peft_model
 
     options = LoraConfig(

@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from limbeck import __version__
-from limbeck.errors import LimbeckError
+from limbeck.errors import LimbeckError, RecipeError
 
 if TYPE_CHECKING:
     from limbeck.recipe import Recipe
@@ -126,6 +126,15 @@ SetOption = Annotated[
         show_default=False,
     ),
 ]
+ShrinkOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shrink-to",
+        metavar="pico",
+        help="Try the recipe out: tiny random models of the same architectures, built-in text, a few steps.",
+        show_default=False,
+    ),
+]
 ThreadsOption = Annotated[
     int | None,
     typer.Option("--threads", min=1, help="CPU threads. Without it: every core available.", show_default=False),
@@ -136,36 +145,48 @@ ThreadsOption = Annotated[
 
 
 @app.command("recipes")
-def recipes(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """List the recipes that come with Limbeck.
+def recipes(
+    max_mb: Annotated[
+        float | None,
+        typer.Option("--max-mb", min=0, help="Only students of at most this many MB, as shipped.", show_default=False),
+    ] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Only recipes that train on a CPU.")] = False,
+    family: Annotated[
+        str | None, typer.Option("--family", help="Only one model family, such as smollm2.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the recipes that come with Limbeck by the size of what they ship, the smallest first.
 
     \b
-    Example:
+    Examples:
       limbeck recipes
+      limbeck recipes --max-mb 150 --cpu
     """
-    from limbeck.recipe import load_recipe, shipped_recipes
+    from limbeck.library import library
 
-    rows = []
-    for name, path in shipped_recipes():
-        recipe = load_recipe(path)
-        header = [line.removeprefix("#").strip() for line in recipe.text.splitlines() if line.startswith("#")]
-        rows.append(
-            {
-                "name": name,
-                "description": recipe.description,
-                "teachers": [t.name for t in recipe.teachers],
-                "student": recipe.student.kind,
-                "forms": [form.kind for form in recipe.export.forms],
-                "about": " ".join(header),
-                "path": str(path),
-            }
-        )
+    entries = library(max_mb=max_mb, cpu=cpu, family=family)
     if as_json:
+        rows = [
+            {
+                "name": entry.name,
+                "family": entry.family,
+                "megabytes": entry.megabytes,
+                "device": entry.device,
+                "description": entry.recipe.description,
+                "teachers": [t.name for t in entry.recipe.teachers],
+                "student": entry.recipe.student.kind,
+                "forms": [form.kind for form in entry.recipe.export.forms],
+                "about": entry.about,
+                "path": str(entry.path),
+            }
+            for entry in entries
+        ]
         print(json.dumps(rows, indent=1))
         return
-    width = max((len(row["name"]) for row in rows), default=0)
-    for row in rows:
-        print(f"{row['name']:{width}}  {row['description']}")
+    width = max((len(entry.name) for entry in entries), default=0)
+    for entry in entries:
+        print(f"{entry.name:{width}}  {entry.megabytes:6g} MB  {entry.device:4}  {entry.recipe.description}")
     print("\nlimbeck run NAME runs one; the comment at the top of its file says what it needs.", file=sys.stderr)
 
 
@@ -205,44 +226,108 @@ def validate(
         raise typer.Exit(2)
 
 
+@app.command("init")
+def init(
+    teacher: Annotated[
+        list[str],
+        typer.Option("--teacher", help="A model folder, .gguf file, hub id or recipe. Repeatable.", show_default=False),
+    ],
+    data: Annotated[
+        list[str],
+        typer.Option("--data", help="A text file; quality is reported by file. Repeatable.", show_default=False),
+    ],
+    target_mb: Annotated[
+        float, typer.Option("--target-mb", min=0, help="Largest size of what is shipped, in MB.", show_default=False)
+    ],
+    student: Annotated[
+        str | None,
+        typer.Option(
+            "--student", help="Model the student starts from. Without it: the smallest teacher.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="File to write.")] = Path("recipe.yaml"),
+) -> None:
+    """Write a short recipe for your own teachers, text and target size; the student is chosen by what fits.
+
+    \b
+    Example:
+      limbeck init --teacher models/legal --teacher models/medical --data text.txt --target-mb 150
+    """
+    from limbeck.init import write_recipe
+
+    choice = write_recipe(teachers=teacher, texts=data, target_mb=target_mb, student=student, out=out)
+    print(f"{out}: {choice.why}; about {choice.megabytes:.1f} MB as {choice.form}\nnext: limbeck run {out}")
+
+
+@app.command("plan")
+def plan(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    shrink: ShrinkOption = None,
+    trial: Annotated[
+        bool, typer.Option("--trial", help="Time the student's layers here for ten seconds, and estimate the time.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a recipe takes and gives before any weights are loaded: parameters, sizes, memory, operations, time.
+
+    Needs the configuration of every model, which for a hub model means its config.json.
+
+    \b
+    Example:
+      limbeck plan smollm2/135m-two-experts --trial
+    """
+    from limbeck.plan import plan_recipe
+
+    found = plan_recipe(_load(recipe, overrides, shrink), trial=trial)
+    print(json.dumps(found.as_json(), indent=1) if as_json else found.as_text())
+
+
 # The job ---------------------------------------------------------------------------------------------------------
 
 
 @app.command("run")
-def run(recipe: RecipeArgument, out: OutOption = None, overrides: SetOption = None) -> None:
+def run(
+    recipe: RecipeArgument, out: OutOption = None, overrides: SetOption = None, shrink: ShrinkOption = None
+) -> None:
     """Do the whole job: distil, export, measure, report. Goes on where an earlier run of the same recipe stopped.
 
     \b
     Examples:
       limbeck run smollm2/135m-two-experts
       limbeck run my-recipe.yaml --out runs/mine --set training.tokens=20480
+      limbeck run qwen3/0.6b-from-8b-4b --shrink-to pico
     """
     from limbeck import pipeline
 
-    report = pipeline.run(_load(recipe, overrides), out=out)
+    report = pipeline.run(_load(recipe, overrides, shrink), out=out)
     raise typer.Exit(report.exit_code if report else 0)
 
 
 @app.command("compress")
-def compress(recipe: RecipeArgument, out: OutOption = None, overrides: SetOption = None) -> None:
+def compress(
+    recipe: RecipeArgument, out: OutOption = None, overrides: SetOption = None, shrink: ShrinkOption = None
+) -> None:
     """Stage 1: distil the student from its teachers, which are made first where they are products of other recipes.
 
     \b
     Example:
       limbeck compress my-recipe.yaml
     """
-    _stage("compress", recipe, out, overrides)
+    _stage("compress", recipe, out, overrides, shrink)
 
 
 @app.command("export")
-def export(recipe: RecipeArgument, out: OutOption = None, overrides: SetOption = None) -> None:
+def export(
+    recipe: RecipeArgument, out: OutOption = None, overrides: SetOption = None, shrink: ShrinkOption = None
+) -> None:
     """Stage 2: turn the distilled student into ONNX graphs, quantise them, and check them against the student.
 
     \b
     Example:
       limbeck export my-recipe.yaml
     """
-    _stage("export", recipe, out, overrides)
+    _stage("export", recipe, out, overrides, shrink)
 
 
 @app.command("bench")
@@ -264,6 +349,7 @@ def bench(
     ] = None,
     out: OutOption = None,
     overrides: SetOption = None,
+    shrink: ShrinkOption = None,
 ) -> None:
     """Stage 3: measure teachers, student and ONNX graphs on this machine, and give the verdict. Or time anything, without a recipe.
 
@@ -281,7 +367,7 @@ def bench(
     if len(targets) > 1 or against or pipeline.is_target(targets[0]):
         pipeline.bench_targets(targets, against=against or (), out=out, overrides=overrides or ())
         return
-    _stage("bench", targets[0], out, overrides)
+    _stage("bench", targets[0], out, overrides, shrink)
 
 
 @app.command("ablate")
@@ -309,17 +395,24 @@ def ablate(
     pipeline.ablate(_load(recipe, overrides), arms=names or None, seeds=seeds, out=out)
 
 
-def _stage(name: str, reference: str, out: Path | None, overrides: list[str] | None) -> None:
+def _stage(name: str, reference: str, out: Path | None, overrides: list[str] | None, shrink: str | None) -> None:
     from limbeck import pipeline
 
-    report = pipeline.run_stage(name, _load(reference, overrides), out=out, reference=reference)
+    report = pipeline.run_stage(name, _load(reference, overrides, shrink), out=out, reference=reference)
     raise typer.Exit(report.exit_code if report else 0)
 
 
-def _load(reference: str, overrides: list[str] | None) -> Recipe:
+def _load(reference: str, overrides: list[str] | None, shrink: str | None = None) -> Recipe:
     from limbeck.recipe import load_recipe
 
-    return load_recipe(reference, overrides=overrides or ())
+    recipe = load_recipe(reference, overrides=overrides or ())
+    if shrink is None:
+        return recipe
+    if shrink != "pico":
+        raise RecipeError(f"--shrink-to {shrink}: expected pico, the one size there is.")
+    from limbeck.pico import shrink_to_pico
+
+    return shrink_to_pico(recipe)
 
 
 # What came out ---------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def certify(*, bench: Artifact, onnx: Artifact, student: Artifact, recipe: Recip
         "machine": {
             "host": environment["host"],
             "governor": environment.get("governor"),
-            "container": environment.get("limits"),
+            "limits": environment.get("limits"),
             "load_average": environment["before"]["load_average"],
             "provider": environment["arms"][f"onnx:{shipped}"].get("facts", {}).get("provider"),
         },
@@ -285,10 +285,9 @@ def _replay_speed(
             tokens = prompt(heldout, max(block, 0), protocol["prompt_tokens"])
             for position, chosen in enumerate(order([arm, twin], max(block, 0))):
                 time.sleep(0.02)  # for the other's threads to stop spinning
-                answer = workers[chosen].ask("generate", prompt=tokens, new_tokens=protocol["new_tokens"])
+                answer = workers[chosen].generate(tokens, protocol["new_tokens"])
                 if block >= 0:
-                    at = tuple(t - answer["started"] for t in answer["at"])
-                    samples.append(Sample(chosen.id, block, position, at))
+                    samples.append(Sample(chosen.id, block, position, tuple(answer["at"])))
                     progress.advance()
     workers.stop([twin])
     shipped = str(certificate["artifact"]["shipped"])

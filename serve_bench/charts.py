@@ -191,8 +191,8 @@ def stacks(rows: Sequence[tuple[str, Sequence[float]]], parts: Sequence[str], *,
         _finish_rows(axes, x, logarithmic=False)
         handles = [Patch(color=SERIES[part % len(SERIES)], label=name) for part, name in enumerate(parts)]
         axes.legend(
-            handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9.5,
-            handlelength=0.9, handletextpad=0.4, columnspacing=1.2, borderaxespad=0.2, borderpad=0, labelcolor=INK,
+            handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=9.5,
+            handlelength=0.9, handletextpad=0.4, columnspacing=0.9, borderaxespad=0.2, borderpad=0, labelcolor=INK,
         )  # fmt: skip
         return _svg(figure, title)
 

@@ -24,7 +24,7 @@ from serve_bench.certificate import CERTIFICATE, heldout_file, read_certificate
 from serve_bench.figures import ENVIRONMENT, QUALITY, SAMPLES, Reference, Sample
 from serve_bench.gates import show
 from serve_bench.quality import summarise
-from serve_bench.stats import Array, Interval, relative_rise, unpaired_ratio, widened
+from serve_bench.stats import FEWEST_BLOCKS, Array, Interval, first_look, relative_rise, unpaired_ratio, widened
 
 Status = Literal["worse", "undecided", "better", "no difference shown", "within tolerance", "not compared"]
 TOLERANCES: Mapping[str, float] = {"speed": 0.05, "quality": 0.01, "size": 0.01, "memory": 0.05}
@@ -205,14 +205,17 @@ def _open(path: Path) -> _Run:
         )
     bench = open_artifact(folder, kind="bench")
     arms = [Arm(n, a["label"], a["role"], a["runtime"], a["bytes"], {}) for n, a in bench.result["arms"].items()]
-    recipe = parse_recipe(bench.manifest["recipe"]["resolved"], where=str(folder))
+    recipe, quality = bench.manifest["recipe"], folder / QUALITY
+    # Targets that were timed without a recipe have neither gates nor quality, and the first of them is judged.
+    least = parse_recipe(recipe["resolved"], where=str(folder)).bench.min_blocks if recipe else FEWEST_BLOCKS
+    shipped, judged = str(bench.result["shipped"]), str(bench.result.get("judged", ""))
     return _Run(
         path,
         bench,
         figures.read_samples(folder / SAMPLES),
-        json.loads((folder / QUALITY).read_text()),
+        json.loads(quality.read_text()) if quality.exists() else None,
         json.loads((folder / ENVIRONMENT).read_text()),
-        figures.reference_of(recipe, str(bench.result["shipped"]), arms),
+        Reference(path.name, shipped, tuple(arms), first_look(least), judged),
     )
 
 
@@ -229,7 +232,8 @@ def _require_same_work(old: _Run, new: _Run) -> None:
 
 
 def _asked(run: _Run) -> dict[str, Any]:
-    return dict(run.bench.manifest["recipe"]["resolved"]["bench"])
+    recipe = run.bench.manifest["recipe"]
+    return dict(run.environment.get("fairness") or recipe["resolved"]["bench"])
 
 
 def _differences(old: _Run, new: _Run) -> Iterator[str]:
@@ -288,6 +292,8 @@ def _times(old: _Run, new: _Run, tolerance: float, anchors: Sequence[str]) -> It
 def _sizes(old: _Run, new: _Run, allowed: Mapping[str, float]) -> Iterator[Row]:
     for key, title, kind in (("bytes", "MB on disk", "size"), ("peak_rss_bytes", "MB of memory at most", "memory")):
         then, now = old.arm[key], new.arm[key]
+        if not then or now is None:  # a server elsewhere
+            continue
         change = now / then - 1
         exact = Interval(change, change, change, 1)
         shown = tuple(f"{value / 1e6:.4g}" for value in (then, now))

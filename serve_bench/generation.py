@@ -7,16 +7,47 @@ ROUGE-L are those of sacrebleu and rouge-score (extra `[eval]`), and absent with
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from limbeck.runtime import load_text
+from serve_bench.figures import Reference
 from serve_bench.stats import mean_interval
 
 Tokens = Sequence[int]
 _REPEATED = 4  # tokens of a repeated piece
 _WITHOUT = "sacrebleu and rouge-score are not installed; run: pip install 'limbeck[eval]', and measure again."
+
+
+def of_run(
+    rows: Iterable[Mapping[str, Any]],
+    reference: Reference,
+    *,
+    continuation: Callable[[int], Tokens],
+    folder: Path,
+) -> dict[str, Any]:
+    """Figures of the timed generations of samples.jsonl, one a block and arm, decoded with the tokenizer in ``folder``.
+
+    ``continuation`` is how the held-out text of a block goes on after the prompt. Arms are held against the fp32 graph and
+    the teachers; copies, and runtimes that only time, are left out.
+    """
+    arms = [arm.id for arm in reference.arms if arm.scored]
+    generated: dict[str, dict[int, Tokens]] = {arm: {} for arm in arms}
+    for row in rows:
+        if row["event"] == "sample" and row["arm"] in generated:
+            generated[row["arm"]].setdefault(row["block"], row["tokens"])
+    blocks = sorted(set.intersection(*(set(found) for found in generated.values())))
+    against = [arm.id for arm in reference.arms if arm.id == "onnx:fp32" or arm.role == "teacher"]
+    tokenizer = load_text(folder).tokenizer
+    return describe(
+        {arm: [found[block] for block in blocks] for arm, found in generated.items()},
+        [continuation(block) for block in blocks],
+        decode=lambda row: str(tokenizer.decode(list(row))),
+        against=against,
+    )
 
 
 def describe(
@@ -32,7 +63,12 @@ def describe(
     intervals; ``distinct`` is of all rows together, BLEU of the whole corpus.
     """
     texts = [decode(row) for row in references]
-    result: dict[str, Any] = {"prompts": len(references), "tokens": len(references[0]), "arms": {}}
+    result: dict[str, Any] = {
+        "prompts": len(references),
+        "tokens": len(references[0]),
+        "against": list(against),
+        "arms": {},
+    }
     for arm, rows in generated.items():
         result["arms"][arm] = {
             "greedy_match": {

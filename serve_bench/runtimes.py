@@ -262,7 +262,7 @@ class TorchCompiled(TorchEager):
             return self._forward(tokens[:, None])
         except BackendCompilerFailed as error:
             raise EnvironmentalError(
-                f"torch.compile failed here ({str(error).splitlines()[0]}); it needs a C++ compiler on a CPU, Triton on a card. "
+                f"torch.compile failed here ({' '.join(str(error).split())[:200]}); it needs a C++ compiler on a CPU, Triton on a card. "
                 "Install one, or leave torch-compile out of bench.runtimes."
             ) from error
         finally:

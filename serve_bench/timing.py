@@ -19,7 +19,7 @@ from limbeck.errors import ArtifactError, DataError
 from limbeck.heldout import HELDOUT, Blocks, load_heldout
 from limbeck.progress import say, task
 from limbeck.recipe import Bench, Gates, Recipe, fingerprint
-from serve_bench import cold, fairness, figures, load, machine, offline, scenarios
+from serve_bench import cold, fairness, figures, generation, load, machine, offline, scenarios
 from serve_bench.arms import Arm, Worker, Workers, context_of, list_arms
 from serve_bench.figures import ENVIRONMENT, QUALITY, SAMPLES, Reference, Sample
 from serve_bench.gates import judge
@@ -96,6 +96,12 @@ def measure(*, onnx: Path, student: Path, out: Path, recipe: Recipe) -> Artifact
                 if (graph := _graph(arm, exported)) is not None:
                     environment["arms"][arm.id]["weight_bytes"] = graph_weight_bytes(graph)
             environment["prompt_source"] = "held-out text, another window of another domain in every block"
+            quality["generation"] = generation.of_run(
+                figures.read_rows(draft.folder / SAMPLES),
+                reference,
+                continuation=lambda block: prompt(heldout, block, bench.prompt_tokens, then=bench.new_tokens),
+                folder=exported.path,
+            )
             shutil.copyfile(trained.path / HELDOUT, draft.folder / HELDOUT)  # so that a replay needs no student
             (draft.folder / QUALITY).write_text(json.dumps(quality))
             (draft.folder / ENVIRONMENT).write_text(json.dumps(environment, indent=1))
@@ -128,11 +134,15 @@ def require_context(arms: Sequence[Arm], recipe: Recipe, student: Path) -> None:
             )
 
 
-def prompt(heldout: Mapping[str, Blocks], block: int, tokens: int) -> list[int]:
-    """The prompt of a block: a window of held-out text, blocks joined, read from its start again where it ends."""
+def prompt(heldout: Mapping[str, Blocks], block: int, tokens: int, *, then: int = 0) -> list[int]:
+    """The prompt of a block: a window of held-out text, blocks joined, read from its start again where it ends.
+
+    With ``then`` it is the so many tokens that follow the prompt.
+    """
     blocks = heldout[sorted(heldout)[block % len(heldout)]]
     text = np.concatenate([row[:length] for row, length in zip(blocks.input_ids, blocks.lengths, strict=True)])
-    return [int(token) for token in np.resize(np.roll(text, -tokens * (block // len(heldout))), tokens)]
+    window = np.resize(np.roll(text, -tokens * (block // len(heldout))), tokens + then)
+    return [int(token) for token in (window[tokens:] if then else window)]
 
 
 def order(arms: Sequence[Arm], block: int) -> list[Arm]:
@@ -250,7 +260,7 @@ def time_blocks(
             rows = []
             for position, arm in enumerate(order(reference.arms, block)):
                 time.sleep(_PAUSE)
-                rows.append(_generate(workers[arm], tokens, bench.new_tokens, block, position, keep=not samples))
+                rows.append(_generate(workers[arm], tokens, bench.new_tokens, block, position))
             raw.write(json.dumps({"event": "sentinel", "block": block, "seconds": last}) + "\n")
             previous, last = last, sentinel.read()
             complaint = sentinel.complaint(previous, last)
@@ -274,16 +284,13 @@ def time_blocks(
     raise AssertionError("unreachable")
 
 
-def _generate(
-    worker: Worker, tokens: list[int], new_tokens: int, block: int, position: int, *, keep: bool
-) -> dict[str, Any]:
+def _generate(worker: Worker, tokens: list[int], new_tokens: int, block: int, position: int) -> dict[str, Any]:
     answer = worker.generate(tokens, new_tokens)
     row = {"event": "sample", "arm": worker.arm.id, "block": block, "position": position, "prompt_tokens": len(tokens)}
     row |= {"started": answer["started"], "at": answer["at"]}
     if answer["device_s"] is not None:
         row["device_s"] = answer["device_s"]
-    # The first block's tokens are kept, to see that two forms or two copies do the same work.
-    return row | ({"tokens": answer["tokens"]} if keep else {})
+    return row | {"tokens": answer["tokens"]}
 
 
 def warm(worker: Worker, tokens: list[int], new_tokens: int, raw: IO[str]) -> dict[str, Any]:

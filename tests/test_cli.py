@@ -26,6 +26,8 @@ HEAVY = ("torch", "numpy", "transformers", "onnx", "onnxruntime", "onnxruntime_g
 COMMANDS = (
     "recipes",
     "validate",
+    "init",
+    "plan",
     "run",
     "compress",
     "export",
@@ -105,9 +107,13 @@ def test_usage_mistakes_exit_2(arguments: list[str]) -> None:
 
 def test_recipes_lists_what_is_shipped() -> None:
     names = [name for name, _ in shipped_recipes()]
-    assert [line.split()[0] for line in call("recipes").stdout.splitlines()] == names
+    listed = [line.split()[0] for line in call("recipes").stdout.splitlines()]
+    assert sorted(listed) == names
     rows = json.loads(call("recipes", "--json").stdout)
-    assert [row["name"] for row in rows] == names
+    assert [row["name"] for row in rows] == listed
+    small = json.loads(call("recipes", "--json", "--max-mb", "150", "--cpu", "--family", "smollm2").stdout)
+    assert [row["name"] for row in small] == [n for n in listed if "smollm2/expert" in n or "two-experts" in n]
+    assert "no recipe of that family" in call("recipes", "--family", "zzz").stderr
     demo = next(row for row in rows if row["name"] == "smollm2/135m-two-experts")
     assert demo["teachers"] == ["speeches", "scripture"]
     assert demo["about"].startswith("Two domain experts into one 135M student")

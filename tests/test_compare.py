@@ -161,6 +161,29 @@ def test_other_work_is_refused(runs: tuple[Path, Path]) -> None:
         compare_runs(*runs)
 
 
+def test_what_was_timed_without_a_recipe_is_compared_by_its_first_target(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folders = []
+    for run, name in zip(runs, "ab", strict=True):
+        bench = open_artifact(run / "bench")
+        result = bench.result | {"judged": "onnx:fp32"}
+        result["arms"]["onnx:fp32"]["bytes"] = None if name == "a" else 1
+        with write_artifact(tmp_path / f"bare-{name}", kind="bench", key="bare", parents={}) as draft:
+            for file in set(bench.manifest["files"]) - {figures.QUALITY}:
+                (draft.folder / file).write_bytes((bench.path / file).read_bytes())
+            machine = json.loads((draft.folder / figures.ENVIRONMENT).read_text())
+            machine["fairness"] = {"prompt_tokens": 128, "new_tokens": 64}
+            (draft.folder / figures.ENVIRONMENT).write_text(json.dumps(machine))
+            draft.result = result
+        folders.append(tmp_path / f"bare-{name}")
+    found = compare_runs(*folders)
+    assert [row.metric for row in found.rows] == [
+        "ms per output token", "ms to first token", "ms in all", "MB of memory at most"
+    ]  # fmt: skip
+    assert found.rows[0].before.startswith("28.")
+
+
 def test_losses_on_other_text_are_not_compared(runs: tuple[Path, Path]) -> None:
     rewrite(runs[1], text="other blocks", loss=2.0)
     found = compare_runs(*runs)

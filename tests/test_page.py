@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from serve_bench import write_report
+from tests import scenarios
 from tests.test_report import make_run, recipe
 
 HERE = Path(__file__).parent
@@ -36,7 +37,11 @@ def look(page: Path, **more: Any) -> list[dict[str, Any]]:
     return found
 
 
-def test_the_report_is_sound_at_both_widths_and_in_both_schemes(tmp_path: Path) -> None:
+def test_the_report_is_sound_at_both_widths_and_in_both_schemes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = {"offline": scenarios.offline(), "cold": scenarios.cold(), "server": scenarios.server()}
+    monkeypatch.setattr("serve_bench.report.scenarios.summary", lambda *_: measured)
     chosen = recipe()
     report = write_report(run=make_run(tmp_path, chosen), recipe=chosen)
     found = look(report.html, pdf=str(tmp_path / "report.pdf"))

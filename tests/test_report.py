@@ -175,8 +175,9 @@ def write_bench(
     environment = {
         "host": {"system": "Linux 6.1", "processor": "AMD EPYC 9B14", "flags": ["avx2", "avx512_vnni"], "cores": 2,
                  "memory_bytes": 16_000_000_000},
-        "threads": 2, "versions": {"python": "3.11.2", "torch": "2.13.0", "onnxruntime": "1.32.0"}, "governor": None,
-        "limits": {"cpus": 1.5, "memory_bytes": None}, "before": {"load_average": [0.31, 0.4, 0.5]},
+        "threads": 2, "versions": {"python": "3.11.2", "torch": "2.13.0", "onnxruntime": "1.32.0"},
+        "governor": None, "limits": {"cpus": 2.0, "memory_bytes": None},
+        "before": {"load_average": [0.31, 0.4, 0.5]},
         "after": {"load_average": [2.1, 1.4, 0.8]}, "blocks": blocks, "timed_s": 131.2, "stopped": "decided",
         "arms": {
             arm.id: (torch_arm if arm.runtime == "torch" else onnx_arm)

@@ -11,7 +11,7 @@ import pytest
 
 from serve_bench import charts, sections, write_report
 from tests import scenarios
-from tests.test_report import make_run, recipe
+from tests.test_report import make_run, read, recipe
 
 
 @pytest.fixture
@@ -40,6 +40,23 @@ def test_pictures_name_their_arms(data: dict[str, Any]) -> None:
     for picture in (cell["picture"], server, cold):
         assert re.match(r'<svg class="chart"[^>]* role="img" aria-label="[^"]+">', picture)
         assert "#010" not in picture
+
+
+def test_the_page_shows_every_scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"offline": scenarios.offline(), "cold": scenarios.cold(), "server": scenarios.server()}
+    monkeypatch.setattr("serve_bench.report.scenarios.summary", lambda *_: found)
+    chosen = recipe()
+    html = write_report(run=make_run(tmp_path, chosen), recipe=chosen).html
+    page = read(html)
+    assert len(page.images) == 8 + 3
+    for text in (
+        "Batches",
+        "Under load",
+        "The highest rate that does is 4.00 requests/s; 5.00 does not.",
+        "From a cold start",
+    ):
+        assert text in page.text
+    assert html.read_text().count('<span class="mark fail">missed</span>') == 2
 
 
 def test_every_figure_is_a_row(data: dict[str, Any]) -> None:

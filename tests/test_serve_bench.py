@@ -74,6 +74,7 @@ def test_prompts_are_heldout_text_of_the_length_asked() -> None:
     assert len(letters) == len(numbers) == 40
     assert letters != numbers
     assert prompt(heldout, 2, 8) == text[8:16].tolist()
+    assert prompt(heldout, 2, 8, then=5) == text[16:21].tolist()
     assert len(prompt(heldout, 0, 1000)) == 1000  # text read again from its start
 
 
@@ -329,6 +330,16 @@ def test_quality_is_that_of_the_artifact(bench: Artifact, run: Path) -> None:
     assert all(scores["same_choice"]["onnx:fp32"].values())
 
 
+def test_what_the_timed_generations_say(bench: Artifact) -> None:
+    said = json.loads((bench.path / figures.QUALITY).read_text())["generation"]
+    assert said["against"] == ["teacher:wise", "onnx:fp32"]
+    assert (said["prompts"], said["tokens"]) == (bench.result["blocks"], 8)
+    assert "onnx:int8-weight:twin" not in said["arms"]
+    assert said["arms"]["student"]["greedy_match"]["onnx:fp32"]["value"] == 1  # one model in two runtimes
+    assert said["arms"]["student"]["greedy_match"]["teacher:wise"]["value"] < 1
+    assert 0 < said["arms"]["student"]["distinct_2"] <= 1
+
+
 def test_samples_are_raw_and_the_same_work(bench: Artifact) -> None:
     rows = [json.loads(line) for line in (bench.path / figures.SAMPLES).read_text().splitlines()]
     timed = [row for row in rows if row["event"] == "sample"]
@@ -480,6 +491,7 @@ def test_a_static_cache_generates_what_a_growing_one_does(model: Path, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # of inductor itself
 def test_a_compiled_model_generates_what_the_plain_one_does(model: Path) -> None:
     generate_with_both(model)
 

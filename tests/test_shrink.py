@@ -106,6 +106,7 @@ def test_importance_shapes_and_determinism() -> None:
     [
         ("llama", {"layers": 9}, r"student\.layers: found 9, but the base has only 4"),
         ("gpt2", {"hidden_size": 32}, r"hidden width is heads x 16.*for example kv_heads: 4, hidden_size: 64"),
+        ("llama", {"hidden_size": 33, "round_to": 1}, "llama cannot have these sizes: .*multiple.* Change kv_heads"),
     ],
 )
 def test_sizes_that_cannot_be_cut_are_refused(kind: str, sizes: dict[str, int], message: str) -> None:

@@ -95,9 +95,9 @@ def _make(folder: Path) -> Path:
     from export import export_student
 
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "head_dim": 64}
-    model = make_model(folder / "model", max_position_embeddings=256, **sizes)
+    model = make_model(folder / "model", scale=0.02, max_position_embeddings=256, **sizes)
     make_student(folder / "student", model)
-    export_student(student=folder / "student", out=folder / "onnx", recipe=pico_recipe())
+    export_student(student=folder / "student", out=folder / "onnx", recipe=pico_recipe(export={"forms": ["fp32"]}))
     return folder / "onnx"
 
 

@@ -1,0 +1,414 @@
+"""What training will take, without its weights: parameters, memory and operations, by tracing the real modules.
+
+They run on fake tensors, which have shapes and no values, so every architecture counts itself; what the loop adds
+around them (optimiser, copies, logits of a chunk) is summed here. Knows nothing of files or of text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from compress.features import layer_pairs
+from compress.models import BAD_CONFIG, DTYPES, cast_frozen, random_config
+from compress.shrink import shrunk_config
+from compress.students import with_lora
+from compress.teachers import Body, causal_lm
+from limbeck.artifact import available_cores
+from limbeck.errors import ModelError
+from limbeck.recipe import FreshStudent, HiddenCache, LoraStudent, NoCache, Recipe, ShrinkStudent, TopkCache
+
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_TRACED = (2, 4)  # layers that are traced; all others lie on the line through both
+_EVALUATED = 4  # blocks in one batch of held-out text
+_TRIAL_VOCABULARY = 1024  # the trial times layers
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A causal LM as its configuration describes it."""
+
+    config: Any
+    parameters: int
+    linear: int  # of them in layers that bitsandbytes quantises, which leaves the head alone
+    layers: int
+    width: int
+    vocabulary: int
+
+    def weights(self, *, dtype: str = "fp32", quantize: str = "none") -> int:
+        """Bytes in memory. nf4 keeps an fp32 scale for every 64 numbers."""
+        each = {"none": _BYTES[dtype], "int8": 1, "nf4": 0.5 + 4 / 64}[quantize]
+        return round((self.parameters - self.linear) * _BYTES[dtype] + self.linear * each)
+
+
+@dataclass(frozen=True)
+class TeacherShape:
+    """A teacher in memory; teachers of one ``place`` share its weights and bring ``adapter`` parameters each."""
+
+    shape: Shape
+    place: str
+    dtype: str = "fp32"
+    quantize: str = "none"
+    adapter: int = 0
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the worst moment of training, by what they are for; the program itself is not counted."""
+
+    teachers: int  # weights and heads
+    student: int  # weights, head and feature projections
+    optimizer: int  # gradients, two moments, and the best weights so far
+    activations: int  # of one micro-batch, and what teachers say of it
+    logits: int  # of one chunk, of student and teachers
+    moment: str  # when that is: `training`, `saving`, …
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.teachers + self.student + self.optimizer + self.activations + self.logits
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What distilling one recipe takes, by its sizes."""
+
+    student: Shape
+    trained: int  # parameters, projections included
+    memory: Memory
+    cache_bytes: int  # of the teacher cache; 0 without one
+    operations: float  # floating-point operations of the whole training
+
+
+def describe(config: Any) -> Shape:
+    """Count a configuration's parameters on the meta device. Raises `ModelError` when transformers cannot build it."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except BAD_CONFIG as error:
+        raise ModelError(f"{config.model_type}: transformers cannot build it: {error}") from error
+    body, outputs = Body(model), model.get_output_embeddings()
+    linear = sum(m.weight.numel() for m in model.modules() if _is_linear(m) and m is not outputs)
+    vocabulary, width = body.head.weight_Vd.shape
+    return Shape(config, model.num_parameters(), linear, body.layers, width, vocabulary)
+
+
+def student_config(recipe: Recipe, *, base: Any, vocabulary: int) -> Any:
+    """The student's configuration; ``base`` is its base's, ``vocabulary`` the tokenizer's size for a fresh one."""
+    match recipe.student:
+        case LoraStudent():
+            return base
+        case ShrinkStudent() as config:
+            return shrunk_config(base, config)
+        case FreshStudent() as config:
+            return random_config(config.config, vocab_size=vocabulary, where="student.config")
+
+
+def lora_parameters(config: Any, student: LoraStudent) -> int:
+    """Trainable parameters of the adapters of ``student`` on the configuration."""
+    with torch.device("meta"):
+        model = with_lora(AutoModelForCausalLM.from_config(config, dtype=torch.float32), student, seed=0)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def footprint(
+    recipe: Recipe, *, student: Shape, base: Shape | None, teachers: Sequence[TeacherShape], precision: str
+) -> Footprint:
+    """What training takes, from the sizes of student and teachers, computing in ``precision`` (fp32, bf16, fp16)."""
+    config, lora = recipe.training, isinstance(recipe.student, LoraStudent)
+    tokens = config.micro_batch * recipe.data.block
+    cached = not isinstance(config.teacher_cache, NoCache)
+    pairs = _pairs(recipe, student, teachers)
+    projections = sum(len(p) * student.width * t.shape.width for t, p in zip(teachers, pairs, strict=True))
+    adapters = lora_parameters(student.config, recipe.student) if isinstance(recipe.student, LoraStudent) else 0
+    trained = (adapters if lora else student.parameters) + projections
+
+    mine = trace_line(student, recipe, rows=config.micro_batch, precision=precision)
+    theirs = [
+        _teacher_trace(t, recipe, precision=precision, states=bool(p)) for t, p in zip(teachers, pairs, strict=True)
+    ]
+    operations = _operations(recipe, student, mine, teachers, theirs)
+
+    # Heads are cast once to the number type of the forward pass.
+    compute = _BYTES[precision]
+    places = {t.place: t for t in teachers}
+    heads = sum(t.shape.width * t.shape.vocabulary * compute for t in places.values() if cached or t.dtype != precision)
+    bodies = sum(_body(t, compute) for t in places.values())
+    bodies += sum(4 * t.adapter for t in teachers)
+    quantize = recipe.student.quantize if isinstance(recipe.student, LoraStudent) else "none"
+    weights = student.weights(quantize=quantize) + 4 * (projections + adapters)
+    if _is_cast(recipe) and quantize == "none":
+        weights -= student.linear * (4 - compute)
+    head = student.width * student.vocabulary * compute if precision != "fp32" else 0
+    said = sum(tokens * t.shape.width * (compute + len(p) * 4) for t, p in zip(teachers, pairs, strict=True))
+    aligned = sum(tokens * t.shape.width * 4 * len(p) * 4 for t, p in zip(teachers, pairs, strict=True))
+    logits = _logits(recipe, student, len(teachers))
+    if not lora:
+        logits += student.width * student.vocabulary * 4  # gradient of the head, summed over chunks
+    teacher_peak = 0 if cached else max((t.forward_peak for t in theirs), default=0)
+    activations = max(mine.kept + said + aligned, mine.backward_peak - logits + said, teacher_peak - logits)
+    cache_tokens = _cache_tokens(recipe)
+    cache_bytes = _cache_bytes(recipe, teachers, pairs, cache_tokens)
+    rows = cache_bytes if cached else 0
+    best = 4 * trained
+    kept_teachers = heads + rows if cached else bodies + heads
+    moments = [Memory(kept_teachers, weights + head, 12 * trained + best, activations, logits, "training")]
+    if cached:
+        filling = max(t.forward_peak for t in theirs)
+        moments.append(Memory(bodies + heads, weights + head, 0, filling, 0, "filling the cache"))
+    if base is not None and isinstance(recipe.student, ShrinkStudent):
+        moments.append(Memory(0, base.weights() + weights, 0, 0, 0, "shrinking"))
+    again = student.weights()  # the student as it is saved is loaded and measured once more
+    scored = trace_line(student, None, rows=_EVALUATED, length=recipe.data.block, precision="fp32").forward_peak
+    moments.append(Memory(kept_teachers, weights + head + again, 2 * best, scored, 0, "saving"))
+    if lora:  # the adapters are merged into the base as it is on disk
+        moments.append(Memory(kept_teachers, weights + head + again + 4 * student.linear, 2 * best, 0, 0, "merging"))
+    return Footprint(student, trained, max(moments, key=lambda m: m.total), cache_bytes, operations)
+
+
+def measure_speed(recipe: Recipe, config: Any, *, seconds: float, precision: str, device: torch.device) -> float:
+    """Operations a second of the student's layers here, forward and backward, in a trial of about ``seconds``."""
+    torch.set_num_threads(recipe.training.threads or available_cores())
+    small = _resized(config, layers=2)
+    small.vocab_size = _TRIAL_VOCABULARY
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(small, name, None)  # they may lie past the smaller vocabulary
+    model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).to(device)
+    ids = torch.zeros((recipe.training.micro_batch, recipe.data.block), dtype=torch.int64, device=device)
+    rates: list[float] = []
+    started = time.perf_counter()
+    while len(rates) < 3 or time.perf_counter() - started < seconds:
+        with FlopCounterMode(display=False) as counter:
+            begun = time.perf_counter()
+            hidden = _hidden(model, ids, precision)
+            hidden.backward(torch.ones_like(hidden))
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            rates.append(counter.get_total_flops() / (time.perf_counter() - begun))
+        model.zero_grad(set_to_none=True)
+    return sorted(rates[1:])[len(rates[1:]) // 2]  # the first one warms up
+
+
+# Tracing ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One micro-batch through a model: operations, and bytes above what is alive before it."""
+
+    forward: float
+    backward: float
+    kept: int  # between forward and backward
+    forward_peak: int
+    backward_peak: int
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of the storages that operators made and that are still referred to, and the most there were."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._seen: Any = weakref.WeakKeyDictionary({t.untyped_storage(): True for t in known})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._count, result)
+        return result
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._seen:
+            return
+        self._seen[storage] = True
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._let_go, size)
+
+    def _let_go(self, size: int) -> None:
+        self.now -= size
+
+
+def trace_line(
+    shape: Shape, recipe: Recipe | None, *, rows: int, precision: str, length: int = 0, states: bool = False
+) -> Trace:
+    """One micro-batch through all layers of ``shape``: forward and backward of the recipe's student, or a teacher's forward."""
+    few = [n for n in _TRACED if n < shape.layers] if shape.layers > _TRACED[1] else [shape.layers]
+    traces = [_trace(_resized(shape.config, layers=n), recipe, rows, length, precision, states) for n in few]
+    if len(few) == 1:
+        return traces[0]
+    steps = (shape.layers - few[0]) / (few[1] - few[0])
+
+    def at(name: str) -> float:
+        first, second = (getattr(t, name) for t in traces)
+        return float(first + (second - first) * steps)
+
+    return Trace(at("forward"), at("backward"), *(round(at(n)) for n in ("kept", "forward_peak", "backward_peak")))
+
+
+def _trace(config: Any, recipe: Recipe | None, rows: int, length: int, precision: str, states: bool) -> Trace:
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.requires_grad_(recipe is not None)
+        if recipe is not None and isinstance(recipe.student, LoraStudent):
+            model = with_lora(model.requires_grad_(False), recipe.student, seed=0)
+        if recipe is None or _is_cast(recipe):
+            cast_frozen(model, DTYPES[precision])
+    with FakeTensorMode():
+        _on_the_cpu(model)
+        model.train(recipe is not None)
+        if recipe is not None:
+            length = recipe.data.block
+            if recipe.training.gradient_checkpointing:
+                model.activation_checkpointing_enable({"use_reentrant": False})
+                model.enable_input_require_grads()
+        ids = torch.zeros((rows, length), dtype=torch.int64)
+        known = [*model.parameters(), *model.buffers(), ids]
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # gradients are counted with the optimiser
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        with _Live(known) as live, FlopCounterMode(display=False) as counter:
+            hidden = _hidden(model, ids, precision, states=states)
+            kept, forward_peak, forward = live.now, live.peak, counter.get_total_flops()
+            live.peak = live.now
+            if recipe is not None:
+                hidden.backward(torch.empty_like(hidden))
+            return Trace(forward, counter.get_total_flops() - forward, kept, forward_peak, live.peak)
+
+
+def _on_the_cpu(model: Any) -> None:
+    """Give every parameter and buffer of a model on the meta device to the fake tensors of the mode that is on."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for kind in (module._parameters, module._buffers):
+            for name, value in kind.items():
+                if value is None:
+                    continue
+                if id(value) not in made:  # tied ones stay tied
+                    fake = torch.empty(value.shape, dtype=value.dtype, device="cpu")
+                    trained = isinstance(value, nn.Parameter)
+                    made[id(value)] = value, nn.Parameter(fake, value.requires_grad) if trained else fake
+                kind[name] = made[id(value)][1]
+
+
+def _hidden(model: Any, ids: Tensor, precision: str, *, states: bool = False) -> Any:
+    lm = causal_lm(model)
+    body = getattr(lm, lm.base_model_prefix)
+    mixed = torch.autocast(ids.device.type, DTYPES[precision]) if precision != "fp32" else contextlib.nullcontext()
+    with mixed:
+        return body(input_ids=ids, use_cache=False, output_hidden_states=states).last_hidden_state
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _teacher_trace(teacher: TeacherShape, recipe: Recipe, *, precision: str, states: bool) -> Trace:
+    # Quantised layers give what plain ones give: traced as such, in the number type of the forward pass.
+    return trace_line(
+        teacher.shape,
+        None,
+        rows=recipe.training.micro_batch,
+        length=recipe.data.block,
+        precision=precision,
+        states=states,
+    )
+
+
+def _is_cast(recipe: Recipe) -> bool:
+    """Whether the frozen matrices of the student's base are kept in the number type of the forward pass."""
+    return isinstance(recipe.student, LoraStudent) and not recipe.student.dora
+
+
+def _resized(config: Any, *, layers: int) -> Any:
+    """A copy with fewer layers; lists that hold one entry a layer are cut with them."""
+    smaller, before = copy.deepcopy(config), config.num_hidden_layers
+    for name, value in vars(smaller).items():
+        if isinstance(value, list) and len(value) == before:
+            setattr(smaller, name, value[:layers])
+    smaller.num_hidden_layers = layers
+    return smaller
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+# Sums ------------------------------------------------------------------------------------------------------------
+
+
+def _body(teacher: TeacherShape, compute: int) -> int:
+    """Bytes of a teacher's weights; fp32 matrices are kept in the number type of the forward pass."""
+    size = teacher.shape.weights(dtype=teacher.dtype, quantize=teacher.quantize)
+    cast = teacher.quantize == "none" and teacher.dtype == "fp32"
+    return size - teacher.shape.linear * (4 - compute) if cast else size
+
+
+def _pairs(recipe: Recipe, student: Shape, teachers: Sequence[TeacherShape]) -> list[list[tuple[int, int]]]:
+    if recipe.features.weight == 0:
+        return [[] for _ in teachers]
+    return [
+        layer_pairs(recipe.features, student_layers=student.layers, teacher_layers=t.shape.layers) for t in teachers
+    ]
+
+
+def _logits(recipe: Recipe, student: Shape, teachers: int) -> int:
+    """Peak of `compress.fusion.fused_loss`, measured: (K + 6) C V numbers of fp32, one of them in the chunk before."""
+    label_positions = recipe.training.micro_batch * (recipe.data.block - 1)
+    return (teachers + 6) * min(recipe.fusion.chunk, label_positions) * student.vocabulary * 4
+
+
+def _heldout_tokens(recipe: Recipe) -> int:
+    return recipe.data.heldout.blocks * recipe.data.block * len(recipe.data.domains)
+
+
+def _cache_tokens(recipe: Recipe) -> int:
+    return (recipe.training.tokens or 0) + _heldout_tokens(recipe)
+
+
+def _cache_bytes(
+    recipe: Recipe, teachers: Sequence[TeacherShape], pairs: Sequence[Sequence[tuple[int, int]]], tokens: int
+) -> int:
+    match recipe.training.teacher_cache:
+        case HiddenCache():
+            kept = sum(
+                2 * t.shape.width * len({t.shape.layers, *(layer for _, layer in p)})
+                for t, p in zip(teachers, pairs, strict=True)
+            )
+            return tokens * kept + sum(_BYTES[t.dtype] * t.shape.width * t.shape.vocabulary for t in teachers)
+        case TopkCache(k=k):
+            return tokens * len(teachers) * (8 * k + 8)
+        case NoCache():
+            return 0
+
+
+def _operations(
+    recipe: Recipe, student: Shape, mine: Trace, teachers: Sequence[TeacherShape], theirs: Sequence[Trace]
+) -> float:
+    """Of all steps and all measurements on held-out text; a product with a head of width d is 2 d V a token."""
+    config = recipe.training
+    tokens = config.tokens or 0
+    micro = config.micro_batch * recipe.data.block
+    heldout, measurements = _heldout_tokens(recipe), 2 + (tokens // config.batch_tokens) // config.evaluate_every
+    head = 2 * student.width * student.vocabulary
+    trains_head = not isinstance(recipe.student, LoraStudent)
+    step = (mine.forward + mine.backward) / micro + head * (3 if trains_head else 2)
+    operations = tokens * step + measurements * heldout * (mine.forward / micro + head)
+    for teacher, trace in zip(teachers, theirs, strict=True):
+        each_head = 2 * teacher.shape.width * teacher.shape.vocabulary
+        operations += (tokens + heldout) * trace.forward / micro + (tokens + heldout) * each_head
+    return operations

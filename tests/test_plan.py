@@ -1,0 +1,235 @@
+"""The plan: what it counts is what modules, exporter and loop do; shipped headers say what it says; recipes run shrunk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import compress
+from compress import footprint
+from compress.footprint import describe, trace_line
+from compress.models import random_config, random_model
+from export import export_student
+from export.sizes import form_bytes
+from limbeck import pico, pipeline, plan
+from limbeck.cli import app
+from limbeck.errors import ModelError, RecipeError
+from limbeck.library import library
+from limbeck.recipe import Recipe, load_recipe, parse_recipe
+from tests import hub
+from tests.pico import make_model, make_student, pico_recipe
+
+TINY = {
+    "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 300,
+}  # fmt: skip
+FORMS = ["fp32", "int8-weight", "int8-dynamic", "int4-weight"]
+LIBRARY = [entry.name for entry in library()]
+
+
+def config(kind: str = "llama", **sizes: Any) -> Any:
+    return random_config({"model_type": kind, **TINY, **sizes}, vocab_size=300, where="test")
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    compress.quiet_libraries()
+
+
+# Counting --------------------------------------------------------------------------------------------------------
+
+
+def test_a_shape_counts_what_the_real_model_has() -> None:
+    for tied in (True, False):
+        sizes = {"model_type": "llama", **TINY, "num_hidden_layers": 3, "tie_word_embeddings": tied}
+        real = random_model(sizes, vocab_size=300, seed=0, where="test")
+        shape = describe(real.config)
+        assert shape.parameters == real.num_parameters()
+        assert (shape.layers, shape.width, shape.vocabulary) == (3, 32, 300)
+        # Of a layer: q and o 32 x 32, k and v 16 x 32, three of 48 x 32; never the head.
+        assert shape.linear == 3 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)
+    assert shape.weights() == 4 * shape.parameters
+    assert shape.weights(dtype="bf16", quantize="nf4") == 2 * (shape.parameters - shape.linear) + shape.linear * 9 // 16
+
+
+@pytest.mark.parametrize("student", ["lora", "fresh"])
+def test_the_traced_step_keeps_what_a_real_one_keeps(student: str) -> None:
+    recipe = _recipe(student)
+    shape = describe(config(num_hidden_layers=3))
+    traced = trace_line(shape, recipe, rows=2, precision="fp32")
+    model: Any = AutoModelForCausalLM.from_config(shape.config)
+    if student == "lora":
+        model = footprint.with_lora(model.requires_grad_(False), recipe.student, seed=0)  # type: ignore[arg-type]
+    ids = torch.zeros((2, recipe.data.block), dtype=torch.int64)
+    model.train()
+    with footprint._Live([*model.parameters(), *model.buffers(), ids]) as live:
+        hidden = footprint._hidden(model, ids, "fp32")
+        # Fake tensors get an explicit attention mask in every layer, which real ones go without.
+        masks = 3 * 2 * recipe.data.block**2 * 4
+        assert traced.kept - masks <= live.now <= traced.kept
+        assert traced.forward_peak - 1.2 * masks <= live.peak <= traced.forward_peak  # made from one of yes and no
+    assert hidden.shape[-1] == 32
+    assert traced.backward_peak >= traced.kept > 0
+    assert traced.backward > traced.forward > 0
+
+
+def test_layers_lie_on_a_line() -> None:
+    recipe, deep = _recipe("fresh"), describe(config(num_hidden_layers=7))
+    whole = footprint._trace(deep.config, recipe, 2, 0, "fp32", False)
+    assert trace_line(deep, recipe, rows=2, precision="fp32") == whole
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("llama", {"tie_word_embeddings": True, "num_hidden_layers": 3}),
+        ("llama", {"tie_word_embeddings": False, "hidden_size": 72, "vocab_size": 1000}),
+        pytest.param("gpt2", {"n_embd": 96, "n_head": 4, "n_layer": 3, "n_positions": 64}, marks=pytest.mark.slow),
+        pytest.param("gpt_neox", {"intermediate_size": 256, "hidden_size": 128}, marks=pytest.mark.slow),
+    ],
+)
+def test_sizes_of_forms_are_what_the_exporter_writes(tmp_path: Path, kind: str, sizes: dict[str, Any]) -> None:
+    make_student(tmp_path / "student", make_model(tmp_path / "model", model_type=kind, scale=0.05, **sizes))
+    forms, provider = FORMS, "cpu"
+    if kind == "llama" and sizes["tie_word_embeddings"]:
+        forms, provider = ["fp32", "fp16", "int4-weight"], "cuda"
+    recipe = pico_recipe(export={"forms": forms, "provider": provider})
+    made = export_student(student=tmp_path / "student", out=tmp_path / "onnx", recipe=recipe)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "student" / "model"))
+    for form in recipe.export.forms:
+        weights = (tmp_path / "onnx" / made.result["forms"][form.kind]["graph"]).with_suffix(".onnx_data")
+        graph = made.result["forms"][form.kind]["bytes"] - weights.stat().st_size
+        # The weights follow from the shapes; of the graph the plan knows only its growth.
+        assert form_bytes(model, form, provider=provider) - weights.stat().st_size == pytest.approx(graph, rel=0.35), (
+            form.kind
+        )
+
+
+# Planning --------------------------------------------------------------------------------------------------------
+
+
+def test_plan_of_a_recipe_from_teachers_that_are_made_first(tmp_path: Path) -> None:
+    base = {"kind": "random", "config": {"model_type": "llama", **TINY}}
+    tree = pico_recipe().resolved() | {"student": {"kind": "lora", "base": base}, "features": {"weight": 0}}
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(tree | {"name": name}))
+    teachers = [{"name": n, "model": {"kind": "recipe", "recipe": f"{n}.yaml"}} for n in ("a", "b")]
+    (tmp_path / "child.yaml").write_text(json.dumps(tree | {"name": "child", "teachers": teachers}))
+    found = plan.plan_recipe(load_recipe(tmp_path / "child.yaml", overrides=["training.precision=fp32"]))
+    one = describe(config())
+    adapters = footprint.lora_parameters(one.config, load_recipe(tmp_path / "a.yaml").student)  # type: ignore[arg-type]
+    assert found.first == ("a", "b")
+    assert found.teachers == {"a": one.parameters, "b": one.parameters}
+    assert found.memory["teachers"] == 4 * one.parameters + 2 * 4 * adapters  # one base for both
+    assert found.trained == adapters
+    assert list(found.forms) == ["fp32", "int8-weight"]
+    assert found.memory_total == sum(found.memory.values())
+    assert found.operations_first > 0
+    assert found.seconds is None
+    assert "made first            b" in found.as_text()
+
+
+def test_a_trial_gives_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "TRIAL_SECONDS", 0.1)
+    found = plan.plan_recipe(_recipe("fresh"), trial=True)
+    assert found.seconds is not None
+    assert 0 < found.seconds < 600
+
+
+def test_the_command_prints_json_and_names_what_cannot_be_had(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["plan", "pico", "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["student"] == json.loads(result.stdout)["teachers"]["wide"]
+    result = CliRunner().invoke(app, ["plan", "qwen3/0.6b-from-8b-4b"])
+    assert result.exit_code == 2
+    assert "teachers.0: Qwen/Qwen3-8B@main: its config.json is not on this machine" in result.stderr
+    assert "run: hf download Qwen/Qwen3-8B config.json" in result.stderr
+
+
+# The library -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_the_header_says_what_the_plan_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.serve(tmp_path, monkeypatch)
+    entry = next(entry for entry in library() if entry.name == name)
+    sizes = plan.form_sizes(entry.recipe)
+    assert list(sizes)[-1] == entry.form
+    assert sizes[entry.form] / 1e6 == pytest.approx(entry.megabytes, rel=0.01)
+    for word in ("Needs:", "Licences:", "Plan:"):
+        assert word in entry.about
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LIBRARY)
+def test_every_recipe_can_be_planned(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.serve(tmp_path, monkeypatch)
+    found = plan.plan_recipe(load_recipe(name))
+    assert found.memory_total > 0
+    assert found.operations > 0
+    assert found.as_text().startswith("recipe ")
+
+
+def test_the_library_is_filtered_and_sorted() -> None:
+    sizes = [entry.megabytes for entry in library()]
+    assert sizes == sorted(sizes)
+    assert {entry.name for entry in library(max_mb=100)} == {e.name for e in library() if e.megabytes <= 100}
+    assert {entry.device for entry in library(cpu=True)} == {"cpu"}
+    assert {entry.family for entry in library(family="qwen3")} == {"qwen3"}
+    with pytest.raises(RecipeError, match="--family qwen: no recipe of that family; there are: cpu-quick, gemma3, "):
+        library(family="qwen")
+
+
+# Shrunk to pico --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_shrinking_keeps_every_choice(name: str) -> None:
+    recipe = load_recipe(name)
+    small = pico.shrink_to_pico(recipe)
+    assert small.digest != recipe.digest
+    for part in ("fusion", "export", "gates", "seed"):
+        assert getattr(small, part) == getattr(recipe, part)
+    assert [(t.name, t.quantize, t.dtype) for t in small.teachers] == [
+        (t.name, t.quantize, t.dtype) for t in recipe.teachers
+    ]
+    assert {t.model.kind for t in small.teachers} <= {"random"}
+    assert small.student.kind == recipe.student.kind
+    assert [d.name for d in small.data.domains] == [d.name for d in recipe.data.domains]
+
+
+def test_shrinking_tells_the_architecture_by_configuration_or_name(tmp_path: Path) -> None:
+    make_model(tmp_path / "mine", model_type="gpt2", n_embd=32, n_head=4, n_layer=1)
+    tree = pico_recipe().resolved()
+    local = {"name": "t", "model": {"kind": "local", "path": str(tmp_path / "mine")}}
+    teacher = pico.shrink_to_pico(parse_recipe(tree | {"teachers": [local]})).teachers[0]
+    assert teacher.model.model_dump()["config"]["model_type"] == "gpt2"
+    odd = {"name": "t", "model": {"kind": "hub", "id": "someone/something"}}
+    with pytest.raises(ModelError, match=r"teachers\.0: the architecture of someone/something cannot be told"):
+        pico.shrink_to_pico(parse_recipe(tree | {"teachers": [odd]}))
+    result = CliRunner().invoke(app, ["run", "pico", "--shrink-to", "nano"])
+    assert (result.exit_code, "expected pico" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "qwen3/0.6b-from-8b-4b" else pytest.param(n, marks=pytest.mark.slow) for n in LIBRARY],
+)
+def test_every_recipe_runs_to_its_verdict_shrunk(name: str, tmp_path: Path) -> None:
+    report = pipeline.run(pico.shrink_to_pico(load_recipe(name)), out=tmp_path / "run")
+    assert report.verdict.status in ("pass", "fail", "undecided")
+    assert report.html.is_file()
+
+
+def _recipe(student: str) -> Recipe:
+    base = {"kind": "random", "config": {"model_type": "llama", **TINY, "num_hidden_layers": 3}}
+    if student == "lora":
+        return pico_recipe(student={"kind": "lora", "base": base})
+    teacher = {"name": "t", "model": base}
+    return pico_recipe(student={"kind": "fresh", "config": base["config"]}, teachers=[teacher])
