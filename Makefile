@@ -7,13 +7,14 @@ PIP_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test test-slow test-clients test-browser test-eval check architectures help
+.PHONY: setup demo test test-slow test-gpu test-clients test-browser test-eval check architectures help
 
 help:
 	@echo "make setup       the environment in .venv"
 	@echo "make demo        the main job on real models and real text; ends with a verdict and a report"
 	@echo "make test        the tests that take seconds"
 	@echo "make test-slow   the tests that take minutes"
+	@echo "make test-gpu    the tests that need an NVIDIA card"
 	@echo "make test-clients  the exported folder in transformers.js and optimum-onnx (needs node and npm)"
 	@echo "make test-eval   limbeck eval and text metrics with lm-eval, sacrebleu and rouge-score"
 	@echo "make test-browser  the report in headless Chromium, with axe (needs chromium, node and npm)"
@@ -38,6 +39,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# Skips where there is no NVIDIA card; see docs/gpu.md.
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu
 
 # Programs of others that load what we export, each in an environment of its own; optimum-onnx wants transformers 4.57.
 test-clients: $(READY) .venvs/transformers-js/.ready .venvs/optimum/.ready

@@ -55,7 +55,7 @@ from compress.students import (
 from compress.teachers import Body, TeacherFolder, Teachers, teacher_folders
 from limbeck.artifact import Artifact, available_cores, disk_full_is_a_user_error, host, open_artifact, write_artifact
 from limbeck.errors import DivergenceError
-from limbeck.heldout import HELDOUT, Blocks, mean_nll, save_heldout
+from limbeck.heldout import CALIBRATION, HELDOUT, Blocks, mean_nll, save_calibration, save_heldout
 from limbeck.progress import say, task
 from limbeck.recipe import (
     FittedCalibration,
@@ -69,6 +69,7 @@ from limbeck.recipe import (
 )
 
 CHECKPOINT, LOG, BOARD = "checkpoint.pt", "log.jsonl", "tensorboard"
+_CALIBRATION_ROWS = 24  # training blocks that travel with a student, for the export's calibration
 
 
 def train(*, recipe: Recipe, out: Path, products: Mapping[str, Path], key: str, parents: Mapping[str, str]) -> Artifact:
@@ -100,6 +101,9 @@ def _save(
         if run.importance is not None:
             save_file(run.importance.tensors(), draft.folder / "importance.safetensors")
         save_heldout(draft.folder / HELDOUT, {b.name: b.heldout for b in run.blocks})
+        save_calibration(
+            draft.folder / CALIBRATION, _training_rows(run.blocks, count=_CALIBRATION_ROWS, seed=recipe.seed)
+        )
         entries = [f.entry(reports[f.name]["temperature"]) for f in run.folders]
         (draft.folder / "teachers.json").write_text(json.dumps(entries, indent=1))
         shutil.copy(run.work / LOG, draft.folder / LOG)
@@ -185,9 +189,14 @@ def _calibration_batches(recipe: Recipe, blocks: Sequence[DomainBlocks]) -> list
     """Full training blocks that a shrunk student's importance is measured on, in the recipe's mixture."""
     if not isinstance(recipe.student, ShrinkStudent):
         return []
-    order = training_order(blocks, count=recipe.student.calibration_blocks, seed=recipe.seed)
-    rows = [np.array(blocks[d].train_ids[r, : blocks[d].train_lengths[r]]) for d, r in order]
+    rows = _training_rows(blocks, count=recipe.student.calibration_blocks, seed=recipe.seed)
     return [torch.from_numpy(row).long()[None] for row in rows]
+
+
+def _training_rows(blocks: Sequence[DomainBlocks], *, count: int, seed: int) -> list[npt.NDArray[np.int32]]:
+    """The first ``count`` training blocks in the recipe's mixture, without their padding."""
+    order = training_order(blocks, count=count, seed=seed)
+    return [np.array(blocks[d].train_ids[r, : blocks[d].train_lengths[r]]) for d, r in order]
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

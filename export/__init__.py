@@ -17,9 +17,10 @@ from limbeck import __version__
 from limbeck.artifact import Artifact, find_artifact, open_artifact, write_artifact
 from limbeck.errors import ArtifactError
 from limbeck.progress import say
-from limbeck.recipe import MixedByRule, Provider, Recipe, fingerprint
+from limbeck.recipe import Form, Int8StaticForm, Int8TrtForm, MixedByRule, Provider, Recipe, fingerprint
 
 if TYPE_CHECKING:
+    from export.calibrate import Calibration
     from export.graph import Graphs
     from export.quantize import Scheme
 
@@ -51,24 +52,40 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
     from export.census import require_quantized, take_census, where_nodes_run
     from export.graph import form_files
     from export.greedy import answer_greedily, first_differences
-    from export.half import cast_to_half
-    from export.parity import PARITY, answer, make_cases, measure_parity, require_parity, save_cases, thin
-    from export.quantize import quantize_weights, scheme_for
+    from export.parity import PARITY, PARITY_BASE, answer, make_cases, measure_parity, require_parity, save_cases, thin
+    from export.quantize import scheme_for
     from limbeck.heldout import HELDOUT, load_heldout
     from limbeck.runtime import Decoder
 
     model, provider = student / "model", recipe.export.provider
+    # What the graph is made of: the merged student, or the base that its adapter sits on.
+    base = _base(source) if recipe.export.adapters == "separate" else None
     with write_artifact(out, kind="onnx", key=key, parents={"student": source.digest}, recipe=recipe) as draft:
         folder = draft.folder
         metadata = {"limbeck.version": __version__, "limbeck.recipe": recipe.digest, "limbeck.student": source.digest}
         say("export: building the fp32 graph")
-        built = build_graphs(model, folder, {**metadata, "limbeck.form": "fp32"}, backend=recipe.export.backend)
+        built = build_graphs(
+            base or model,
+            folder,
+            {**metadata, "limbeck.form": "fp32"},
+            backend=recipe.export.backend,
+            provider=provider,
+            opset=recipe.export.opset,
+        )
         say(f"export: built by {built.backend} ({built.why})")
         release_memory()
         texts = _texts(student)
-        cases = answer(make_cases(list(texts.values()), context=built.context), model)
+        cases = make_cases(list(texts.values()), context=built.context)
+        adapter: Path | None = None
+        kept_apart: dict[str, Any] | None = None
+        if base is None:
+            checks = {PARITY: answer(cases, model)}
+        else:
+            adapter, kept_apart = _keep_apart(built.graphs, base, student / "adapter", folder)
+            checks = {PARITY: answer(cases, base, adapter=student / "adapter"), PARITY_BASE: answer(cases, base)}
         release_memory()
-        save_cases(folder / PARITY, thin(cases))
+        for name, answered in checks.items():
+            save_cases(folder / name, thin(answered))
         forms: dict[str, dict[str, Any]] = {}
         schemes: dict[str, Scheme | None] = {}
         for form in recipe.export.forms:
@@ -87,25 +104,27 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
                     heldout=load_heldout(student / HELDOUT),
                 )
                 release_memory()
-            half = form.kind == "fp16" or (provider != "cpu" and form.kind != "fp32")
+            half = form.kind == "fp16" or (provider == "cuda" and form.kind != "fp32")
             stamped = {**metadata, "limbeck.form": form.kind}
             if form.kind != "fp32":
                 say(f"export: making {form.kind}{' in fp16' if half and scheme else ''}")
-            with tempfile.TemporaryDirectory(dir=folder) as temporary:
-                made = built.graphs
-                if scheme:
-                    made = form_files(Path(temporary), form.kind) if half else graphs
-                    made.data.parent.mkdir(exist_ok=True)
-                    quantize_weights(built.graphs, made, scheme=scheme, metadata=stamped)
-                if half:
-                    cast_to_half(made, graphs, metadata=stamped)
+            _make(form, scheme, built.graphs, graphs, half=half, student=student, metadata=stamped)
             census = take_census(graphs.last)
             require_quantized(form.kind, census)
-            here = parity_provider(provider, half)
-            parity = measure_parity(form.kind, graphs.last, graphs.all, cases, provider=here)
-            require_parity(form.kind, parity)
+            here = parity_provider("cpu" if form.kind == "fp32" else provider)
+            parities = {}
+            for name, answered in checks.items():
+                parities[name] = measure_parity(
+                    form.kind,
+                    graphs.last,
+                    graphs.all,
+                    answered,
+                    provider=here,
+                    adapter=adapter if name == PARITY else None,
+                )
+                require_parity(form.kind, parities[name])
             census["runs_on"] = where_nodes_run(graphs.last, provider=here)
-            decoder = Decoder.from_graph(graphs.last, provider=here)
+            decoder = Decoder.from_graph(graphs.last, provider=here, adapter=adapter)
             if form.kind == "fp32":
                 answers = answer_greedily(decoder, texts, stop_ids=_stop_ids(model))
             schemes[form.kind] = scheme
@@ -113,13 +132,18 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
                 "provider": "cpu" if form.kind == "fp32" else provider,
                 "graph": graphs.last.relative_to(folder).as_posix(),
                 "all_logits_graph": graphs.all.relative_to(folder).as_posix(),
-                "files": [path.relative_to(folder).as_posix() for path in graphs.files],
+                "files": [
+                    path.relative_to(folder).as_posix() for path in (*graphs.files, *([adapter] if adapter else ()))
+                ],
                 # What runs: the graph and its weights. The all-logits twin is for scoring and is not counted.
-                "bytes": graphs.last.stat().st_size + graphs.data.stat().st_size,
+                "bytes": sum(
+                    path.stat().st_size for path in (graphs.last, graphs.data, *([adapter] if adapter else ()))
+                ),
                 "rounding": asdict(scheme) if scheme else None,
                 "mixed": mixed,
                 "number_type": "fp16" if half else "fp32",
-                "parity": parity,
+                "parity": parities[PARITY],
+                "parity_base": parities.get(PARITY_BASE),
                 "greedy": first_differences(decoder, answers),
                 "census": census,
             }
@@ -141,9 +165,10 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
             forms=forms,
             shipped=shipped,
             backend=backend,
+            adapter=kept_apart,
         )
         recovery = _for_recovery(recipe, source, built.graphs, folder, shipped, schemes[shipped])
-        draft.result = {**recovery, "shipped": shipped, "backend": backend, "forms": forms}
+        draft.result = {**recovery, "shipped": shipped, "backend": backend, "adapter": kept_apart, "forms": forms}
     return open_artifact(out, kind="onnx", verify=False)
 
 
@@ -153,31 +178,107 @@ def verify_parity(folder: Path) -> dict[str, Any]:
     Returns the parity result by form name, on the positions that travel with the artifact. Raises `ArtifactError` for a
     changed folder and `ParityError` past tolerance.
     """
-    from export.parity import PARITY, load_cases, measure_parity, require_parity
+    from export.parity import PARITY, PARITY_BASE, load_cases, measure_parity, require_parity
 
     artifact = open_artifact(folder, kind="onnx")
     if not (folder / PARITY).is_file():
         raise ArtifactError(f"{folder}: {PARITY} is missing; delete the folder and export the student again.")
-    cases = load_cases(folder / PARITY)
-    measured = {}
+    kept_apart = artifact.result.get("adapter")
+    adapters = {PARITY: folder / kept_apart["file"], PARITY_BASE: None} if kept_apart else {PARITY: None}
+    measured: dict[str, Any] = {}
     for name, form in artifact.result["forms"].items():
-        provider = parity_provider(form["provider"], form["number_type"] == "fp16")
-        parity = measure_parity(
-            name, folder / form["graph"], folder / form["all_logits_graph"], cases, provider=provider
-        )
-        require_parity(name, parity)
-        measured[name] = parity
+        where = parity_provider(form.get("provider", "cpu"))
+        for file, adapter in adapters.items():
+            parity = measure_parity(
+                name,
+                folder / form["graph"],
+                folder / form["all_logits_graph"],
+                load_cases(folder / file),
+                provider=where,
+                adapter=adapter,
+            )
+            require_parity(name, parity)
+            measured.setdefault(name, parity)
     return measured
 
 
-def parity_provider(provider: Provider, half: bool) -> Provider:
+def _make(
+    form: Form,
+    scheme: Scheme | None,
+    source: Graphs,
+    target: Graphs,
+    *,
+    half: bool,
+    student: Path,
+    metadata: dict[str, str],
+) -> None:
+    """Write the graphs of ``form`` to ``target``: the fp32 ones of ``source`` with rounded weights, in fp16, or both."""
+    from export.graph import form_files
+    from export.half import cast_to_half
+    from export.quantize import quantize_weights
+
+    with tempfile.TemporaryDirectory(dir=target.data.parent) as temporary:
+        made = source
+        if scheme:
+            made = form_files(Path(temporary), form.kind) if half else target
+            made.data.parent.mkdir(exist_ok=True)
+            calibration = _calibration(form, scheme, source, student)
+            quantize_weights(source, made, scheme=scheme, metadata=metadata, calibration=calibration)
+        if half:
+            cast_to_half(made, target, metadata=metadata)
+
+
+def _base(student: Artifact) -> Path:
+    """The base that the adapter of a LoRA ``student`` sits on."""
+    base = student.result.get("base")
+    if not base or not (student.path / "adapter").is_dir():
+        raise ArtifactError(
+            f"{student.path}: no adapter in it, which export.adapters: separate would keep; only LoRA students have one."
+        )
+    if not (Path(base) / "config.json").is_file():
+        raise ArtifactError(
+            f"{base}: the base of the adapter in {student.path} is gone; run the compress stage again, or set export.adapters: merged."
+        )
+    return Path(base)
+
+
+def _keep_apart(graphs: Graphs, base: Path, adapter: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Give the base's fp32 ``graphs`` inputs for ``adapter`` and write what fills them; its file, and what there is to say of it."""
+    from export.adapters import ADAPTER, add_adapter_inputs, base_number, read_updates, write_adapter
+
+    say("export: keeping the adapter apart from its base")
+    number = base_number(graphs)
+    values = add_adapter_inputs(graphs, read_updates(base, adapter), base=number)
+    write_adapter(folder / ADAPTER, values, base=number)
+    return folder / ADAPTER, {"file": ADAPTER, "base": number, "bytes": (folder / ADAPTER).stat().st_size}
+
+
+def parity_provider(provider: Provider) -> Provider:
     """Where parity is measured: on the provider the form is made for where this machine has it, else on the CPU.
 
     The CPU computes every form: what it has no kernel for, it casts. The arithmetic then differs from the target's.
     """
     from limbeck.runtime import providers
 
-    return provider if half and provider in providers() else "cpu"
+    return provider if provider in providers() else "cpu"
+
+
+def _calibration(form: Form, scheme: Scheme, graphs: Graphs, student: Path) -> Calibration | None:
+    """What a static form must know beforehand, measured on the training rows of the student; none for the others."""
+    from export.calibrate import calibrate
+    from export.quantize import static_activations
+    from limbeck.heldout import CALIBRATION, load_calibration
+
+    if not isinstance(form, Int8StaticForm | Int8TrtForm):
+        return None
+    if not (student / CALIBRATION).is_file():
+        raise ArtifactError(
+            f"{student}: {CALIBRATION} is missing; {form.kind} is calibrated on training text. The student is older than that "
+            "form: delete its folder and run the compress stage again, or take the form out of export.forms."
+        )
+    activations = static_activations(graphs, scheme)
+    rows = load_calibration(student / CALIBRATION)
+    return calibrate(graphs, rows, activations, method=form.calibration, alpha=form.smooth)
 
 
 def _looks_at_gates(recipe: Recipe) -> bool:

@@ -13,6 +13,7 @@ import onnx
 from export.graph import KNOWN, Graphs, build_fp32, head_of, width_of
 from limbeck.errors import ModelError
 from limbeck.progress import say
+from limbeck.recipe import Provider
 
 _NO_LIMIT = 1 << 20  # tokens; of a model that names no context
 
@@ -29,11 +30,19 @@ class Built:
     genai: dict[str, Any] | None  # the configuration of ONNX Runtime GenAI, where it can run the graph
 
 
-def build_graphs(model: Path, folder: Path, metadata: Mapping[str, str], *, backend: str) -> Built:
+def build_graphs(
+    model: Path,
+    folder: Path,
+    metadata: Mapping[str, str],
+    *,
+    backend: str,
+    provider: Provider = "cpu",
+    opset: int | None = None,
+) -> Built:
     """Build the fp32 graphs of the transformers folder ``model`` with ``backend``: genai, dynamo, or auto.
 
     ``auto`` takes the fused graph of GenAI's builder for the architectures it is proven on, and torch's exporter where
-    it is not or where the builder gives up. Raises `ModelError` when the builder asked for cannot do it.
+    it is not, where the builder gives up, and for TensorRT. Raises `ModelError` when the builder asked for cannot do it.
     """
     config = json.loads((model / "config.json").read_text())
     architecture = (config.get("architectures") or ["this architecture"])[0]
@@ -41,6 +50,8 @@ def build_graphs(model: Path, folder: Path, metadata: Mapping[str, str], *, back
     if backend == "auto" and config.get("model_type") not in KNOWN:
         backend = "dynamo"
         why = f"auto: GenAI's builder is not proven on {architecture}, only on {', '.join(KNOWN)}"
+    if backend == "auto" and provider == "tensorrt":
+        backend, why = "dynamo", "auto: TensorRT has no kernel for the builder's fused attention"
     if backend in ("auto", "genai"):
         try:
             graphs, genai = build_fp32(model, folder, metadata)
@@ -55,7 +66,7 @@ def build_graphs(model: Path, folder: Path, metadata: Mapping[str, str], *, back
             return Built(graphs, "genai", why, int(genai["model"]["context_length"]), _width(graphs), genai)
     from export.dynamo import build_dynamo
 
-    graphs, context = build_dynamo(model, folder, metadata)
+    graphs, context = build_dynamo(model, folder, metadata, opset=opset)
     return Built(graphs, "dynamo", why, context or _NO_LIMIT, _width(graphs), None)
 
 

@@ -16,7 +16,17 @@ from limbeck.errors import ModelError
 from limbeck.recipe import HubModel, LoraStudent, Provider, Recipe
 
 # transformers.js's names of the graphs' number types.
-DTYPES = {"model": "fp32", "model_fp16": "fp16", "model_quantized": "q8", "model_int8": "int8", "model_q4": "q4"}
+DTYPES = {
+    "model": "fp32",
+    "model_fp16": "fp16",
+    "model_quantized": "q8",
+    "model_int8": "int8",
+    "model_uint8": "uint8",
+    "model_q4": "q4",
+}
+_APART = """## The adapter
+
+The graphs hold the base; what the student learnt is in `{file}` ({bytes} bytes), which `limbeck generate` and onnxruntime-genai's `Adapters` load with them. A client that knows no adapters, transformers.js among them, runs the base alone. `limbeck generate . --adapter FILE` takes the adapter of any other student of the same base (number {base})."""
 _COPIED = ("generation_config.json", "tokenizer.json", "chat_template.jinja")
 
 
@@ -86,7 +96,8 @@ def tokenizer_config(model: Path) -> dict[str, Any]:
 
 
 def write_card(folder: Path, *, recipe: Recipe, student: Mapping[str, Any], student_digest: str, teachers: Sequence[Mapping[str, Any]],
-               forms: Mapping[str, Mapping[str, Any]], shipped: str, backend: Mapping[str, str]) -> None:  # fmt: skip
+               forms: Mapping[str, Mapping[str, Any]], shipped: str, backend: Mapping[str, str],
+               adapter: Mapping[str, Any] | None = None) -> None:  # fmt: skip
     """Write the model card: the hub's YAML header, then what it is, what went in, what was measured, and digests."""
     base = recipe.student.base if isinstance(recipe.student, LoraStudent) else None
     header: dict[str, Any] = {
@@ -144,6 +155,7 @@ def write_card(folder: Path, *, recipe: Recipe, student: Mapping[str, Any], stud
         "## How to run it",
         f'```sh\nlimbeck generate . "Once upon a time"\n```\n\nThe same folder loads in {genai}transformers.js and plain '
         "onnxruntime. Batches may be padded on either side.",
+        *([_APART.format(**adapter)] if adapter else ()),
         "## Digests",
         _table(["of", "sha256"], [["recipe", f"`{recipe.digest}`"], ["student", f"`{student_digest}`"]]),
     ]

@@ -17,7 +17,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from limbeck.errors import QualityError
 from limbeck.recipe import Provider
-from limbeck.runtime import PROVIDERS, import_onnxruntime
+from limbeck.runtime import asked_for, import_onnxruntime
 
 _LARGE = 0.01  # of the weights' bytes: a float matrix above it defeats the purpose of quantising
 _FLOAT = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -25,8 +25,11 @@ _FLOAT = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _QUANTIZED = {
     "int8-weight": ("MatMulNBits 8-bit", "8-bit"),
     "int8-dynamic": ("MatMulInteger int8", "8-bit"),
+    "int8-static": ("MatMul int8", "8-bit"),  # between quantise and dequantise operators
+    "int8-trt": ("MatMul int8", "8-bit"),
     "int4-weight": ("MatMulNBits 4-bit", "4-bit"),
 }
+_PASS = ("Transpose", "Cast", "DequantizeLinear")  # between a constant and the operator that it is for
 _MULTIPLY = ("MatMul", "Gemm", "Gather")  # operators that read a whole weight matrix, or rows of one
 
 
@@ -38,7 +41,11 @@ def take_census(graph: Path) -> dict[str, Any]:
     """
     proto = onnx.load(graph, load_external_data=False)
     tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
-    operators = Counter(_label(node, tensors) for node in proto.graph.node)
+    origin: dict[str, str] = {}
+    for node in proto.graph.node:
+        if node.op_type in _PASS:
+            origin[node.output[0]] = origin.get(node.input[0], node.input[0])
+    operators = Counter(_label(node, tensors, origin) for node in proto.graph.node)
     sizes: Counter[str] = Counter()
     seen: set[tuple[str, str]] = set()
     for tensor in proto.graph.initializer:
@@ -48,7 +55,6 @@ def take_census(graph: Path) -> dict[str, Any]:
             seen.add(place)
             sizes[_type(tensor)] += _bytes(tensor)
     whole = sum(sizes.values())
-    origin = {node.output[0]: node.input[0] for node in proto.graph.node if node.op_type in ("Transpose", "Cast")}
     floats: dict[tuple[Any, ...], dict[str, Any]] = {}
     for node in proto.graph.node:
         for name in (origin.get(n, n) for n in node.input if node.op_type in _MULTIPLY):
@@ -86,7 +92,7 @@ def where_nodes_run(graph: Path, *, provider: Provider = "cpu") -> dict[str, dic
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")
         options.log_severity_level = 4
-        session = ort.InferenceSession(str(graph), options, providers=[PROVIDERS[provider]])
+        session = ort.InferenceSession(str(graph), options, providers=asked_for(provider))
         cache: dict[str, Any] = {}
         for value in session.get_inputs():
             if value.name.startswith("past_key_values."):
@@ -130,12 +136,12 @@ def require_quantized(form: str, census: Mapping[str, Any]) -> None:
         )
 
 
-def _label(node: NodeProto, tensors: Mapping[str, TensorProto]) -> str:
+def _label(node: NodeProto, tensors: Mapping[str, TensorProto], origin: Mapping[str, str]) -> str:
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     if "bits" in attributes:
         return f"{node.op_type} {attributes['bits']}-bit block {attributes['block_size']}"
     product = node.op_type in ("MatMul", "Gemm", "MatMulInteger")
-    weights = [tensors[name] for name in node.input if name in tensors] if product else []
+    weights = [tensors[n] for n in (origin.get(n, n) for n in node.input) if n in tensors] if product else []
     return f"{node.op_type} {_type(weights[0])}" if weights else str(node.op_type)
 
 

@@ -72,8 +72,12 @@ class FlatCache(torch.nn.Module):
         return (out.logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
 
 
-def build_dynamo(model: Path, folder: Path, metadata: Mapping[str, str]) -> tuple[Graphs, int | None]:
+def build_dynamo(
+    model: Path, folder: Path, metadata: Mapping[str, str], *, opset: int | None = None
+) -> tuple[Graphs, int | None]:
     """Build the fp32 graphs of the transformers folder ``model`` below ``folder``; also returns the context, in tokens.
+
+    ``opset`` is the ONNX operator set, none the exporter's choice.
 
     Raises `ModelError` for a model that takes no positions, keeps no keys and values, or that torch cannot export.
     """
@@ -81,7 +85,7 @@ def build_dynamo(model: Path, folder: Path, metadata: Mapping[str, str]) -> tupl
     graphs.data.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary, _quiet():
         build = Path(temporary) / "model.onnx"
-        context = _export(model, build)
+        context = _export(model, build, opset)
         (build.parent / "model.onnx.data").rename(graphs.data)
         for logits, path in (("last", graphs.last), ("all", graphs.all)):
             proto = onnx.load(build, load_external_data=False)
@@ -102,7 +106,7 @@ def build_dynamo(model: Path, folder: Path, metadata: Mapping[str, str]) -> tupl
     return graphs, context
 
 
-def _export(folder: Path, path: Path) -> int | None:
+def _export(folder: Path, path: Path, opset: int | None) -> int | None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
@@ -131,6 +135,7 @@ def _export(folder: Path, path: Path) -> int | None:
                     [torch.zeros((rows, shape[1], past, shape[3])) for shape in shapes],
                 ),
                 dynamo=True,
+                opset_version=opset,
                 verbose=False,
                 input_names=["input_ids", "attention_mask", *names],
                 output_names=["logits", *(n.replace("past_key_values", "present") for n in names)],

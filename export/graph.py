@@ -34,8 +34,10 @@ _STEMS = {
     "fp16": "model_fp16",
     "int8-weight": "model_quantized",
     "int8-dynamic": "model_int8",
+    "int8-static": "model_uint8",
+    "int8-trt": "model_int8_trt",
     "int4-weight": "model_q4",
-}  # transformers.js's names of dtypes fp32, fp16, q8, int8 and q4
+}  # transformers.js's names of dtypes fp32, fp16, q8, int8, uint8 and q4
 _OWN = "limbeck/"  # prefix of every name this module adds
 
 

@@ -40,6 +40,7 @@ def choose_bits(
     """
     few, more = scheme.body, scheme.head
     assert isinstance(few, Blockwise)
+    assert isinstance(more, Blockwise)
     flat = replace(scheme, attention=few, narrow=few)
     matrices = matrices_of(graphs, flat)
     body = {name: matrix for name, matrix in matrices.items() if matrix.how == few}

@@ -27,6 +27,7 @@ Floats = npt.NDArray[np.float32]
 Floats64 = npt.NDArray[np.float64]
 
 PARITY = "parity.safetensors"
+PARITY_BASE = "parity_base.safetensors"  # of the base alone, where the adapter is kept apart
 _KEPT_BYTES = 8_000_000  # of reference logits in the artifact
 _LONG = 128  # tokens of the longest case; what grows with length is the cache, and it is exact
 _AT_ONCE = 64  # positions compared at a time, which bounds the memory
@@ -60,6 +61,8 @@ TOLERANCES = {
     "fp16": Tolerance(relative=0.03, kl=1e-4, top1=0.99, lead=0.1),
     "int8-weight": Tolerance(relative=0.25, kl=0.03, top1=0.97, lead=0.5),
     "int8-dynamic": Tolerance(relative=0.4, kl=0.1, top1=0.95, lead=0.5),
+    "int8-static": Tolerance(relative=0.4, kl=0.1, top1=0.95, lead=0.5),
+    "int8-trt": Tolerance(relative=0.4, kl=0.1, top1=0.95, lead=0.5),
     "int4-weight": Tolerance(relative=0.5, kl=0.3, top1=0.85, lead=0.5),
 }
 
@@ -101,8 +104,10 @@ def make_cases(texts: Sequence[Ints], *, context: int) -> dict[str, Case]:
     }
 
 
-def answer(cases: Mapping[str, Case], model: Path) -> dict[str, Case]:
+def answer(cases: Mapping[str, Case], model: Path, *, adapter: Path | None = None) -> dict[str, Case]:
     """Fill in the logits of the transformers folder ``model`` in eager fp32, at every token of every case.
+
+    ``adapter`` is a peft folder that sits on it.
 
     Each row is run by itself without its padding, which is what a padded row must be equal to.
     """
@@ -111,6 +116,10 @@ def answer(cases: Mapping[str, Case], model: Path) -> dict[str, Case]:
 
     transformers.utils.logging.disable_progress_bar()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    if adapter is not None:
+        from export.adapters import with_adapter
+
+        loaded = with_adapter(loaded, adapter)
     loaded.eval()
     answered = {}
     with torch.inference_mode(), task("reference answers of torch", len(cases)) as progress:
@@ -155,7 +164,13 @@ def load_cases(path: Path) -> dict[str, Case]:
 
 
 def measure_parity(
-    form: str, last: Path, all_: Path, cases: Mapping[str, Case], *, provider: Provider = "cpu"
+    form: str,
+    last: Path,
+    all_: Path,
+    cases: Mapping[str, Case],
+    *,
+    provider: Provider = "cpu",
+    adapter: Path | None = None,
 ) -> dict[str, Any]:
     """Differences between the graphs of ``form`` and the cases' answers, by case and over all positions.
 
@@ -169,7 +184,7 @@ def measure_parity(
     scale = max(1.0, *(float(np.abs(case.logits).max()) for case in cases.values()))
     with task(f"parity of {form}", 2 * len(cases)) as progress:
         for path in (all_, last):
-            decoder = Decoder.from_graph(path, provider=provider)
+            decoder = Decoder.from_graph(path, provider=provider, adapter=adapter)
             for name, case in cases.items():
                 chosen = np.arange(len(case.rows)) if decoder.all_logits else np.flatnonzero(_after_prompt(case))
                 if len(chosen):

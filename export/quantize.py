@@ -8,18 +8,29 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from export.calibrate import Calibration
 from export.graph import Graphs, head_of, stamp
 from export.weights import WeightsFile, external_array
 from limbeck.progress import task
-from limbeck.recipe import Form, Fp16Form, Fp32Form, Int4WeightForm, Int8DynamicForm, Int8WeightForm
+from limbeck.recipe import (
+    Form,
+    Fp16Form,
+    Fp32Form,
+    Int4WeightForm,
+    Int8DynamicForm,
+    Int8StaticForm,
+    Int8TrtForm,
+    Int8WeightForm,
+)
 
+How: TypeAlias = "Blockwise | PerChannel | Static"
 BLOCKS = (128, 64, 32, 16)
 _ROWS = 4096  # rows of a matrix rounded at a time, which bounds the memory
 
@@ -45,6 +56,15 @@ class PerChannel:
 
 
 @dataclass(frozen=True)
+class Static:
+    """A MatMul between quantise and dequantise operators: signed 8-bit weights, a scale a column; activations in 8 bits
+    with one scale, known beforehand."""
+
+    symmetric: bool = False  # signed activations, which TensorRT asks for; else unsigned ones with a zero point
+    activations: bool = True  # else weights alone
+
+
+@dataclass(frozen=True)
 class Scheme:
     """How a form rounds.
 
@@ -54,10 +74,10 @@ class Scheme:
     name, that are rounded otherwise.
     """
 
-    body: Blockwise | PerChannel
-    attention: Blockwise | PerChannel
-    narrow: Blockwise
-    head: Blockwise
+    body: How
+    attention: How
+    narrow: How
+    head: How
     exceptions: Mapping[str, Blockwise] = field(default_factory=dict)
 
 
@@ -72,6 +92,11 @@ def scheme_for(form: Form, width: int) -> Scheme | None:
             return Scheme(body=both, attention=both, narrow=both, head=both)
         case Int8DynamicForm():
             return Scheme(body=PerChannel(), attention=PerChannel(), narrow=head, head=head)
+        case Int8StaticForm():
+            return Scheme(body=Static(), attention=Static(), narrow=head, head=head)
+        case Int8TrtForm():
+            signed = Static(symmetric=True)
+            return Scheme(body=signed, attention=signed, narrow=signed, head=Static(activations=False, symmetric=True))
         case Int4WeightForm():
             body = Blockwise(4, form.block_size, zero_points=True)
             return Scheme(body=body, attention=head, narrow=head, head=head)
@@ -124,8 +149,25 @@ def pack_nibbles(codes: Codes) -> Codes:
     return np.asarray(codes[..., ::2] | codes[..., 1::2] << 4, np.uint8)
 
 
-def quantize_weights(source: Graphs, target: Graphs, *, scheme: Scheme, metadata: Mapping[str, str]) -> None:
-    """Write the form of ``source`` that ``scheme`` describes to ``target``.
+def static_activations(source: Graphs, scheme: Scheme) -> list[str]:
+    """The activations whose ranges ``scheme`` must know beforehand, in the order of the graph."""
+    proto = onnx.load(source.last, load_external_data=False)
+    tensors = {t.name: t for t in proto.graph.initializer}
+    matrices, turned = _matrices(proto, tensors, scheme), _turned(proto.graph, tensors)
+    read = [(n.input[0], turned.get(n.input[1], n.input[1])) for n in proto.graph.node if n.op_type == "MatMul"]
+    hows = [(x, matrices[name].how) for x, name in read if name in matrices]
+    return list(dict.fromkeys(x for x, how in hows if isinstance(how, Static) and how.activations))
+
+
+def quantize_weights(
+    source: Graphs,
+    target: Graphs,
+    *,
+    scheme: Scheme,
+    metadata: Mapping[str, str],
+    calibration: Calibration | None = None,
+) -> None:
+    """Write the form of ``source`` that ``scheme`` describes to ``target``; a static one needs a ``calibration``.
 
     Every MatMul with a constant matrix becomes a MatMulNBits of accuracy level 4 (activations in 8 bits as well, the
     fast kernel) or a MatMulInteger; every embedding becomes a GatherBlockQuantized, on the head's own codes where the
@@ -134,21 +176,31 @@ def quantize_weights(source: Graphs, target: Graphs, *, scheme: Scheme, metadata
     first = onnx.load(source.last, load_external_data=False)
     tensors = {t.name: t for t in first.graph.initializer}
     matrices = _matrices(first, tensors, scheme)
+    ranges, factors = (calibration.ranges, calibration.factors) if calibration else ({}, {})
     written: dict[str, TensorProto] = {}
     with target.data.open("wb") as out, task("quantise weights", len(tensors)) as progress:
         file = WeightsFile(out, target.data.name, written)
         for tensor in first.graph.initializer:
             if not tensor.external_data:
                 written[tensor.name] = tensor
-            elif matrix := matrices.get(tensor.name):
-                _write_matrix(file, matrix, external_array(tensor, source.data.parent))
+                if tensor.name in factors:
+                    values = numpy_helper.to_array(tensor) * factors[tensor.name]
+                    written[tensor.name] = numpy_helper.from_array(values, tensor.name)
             else:
-                file.append(tensor.name, external_array(tensor, source.data.parent))
+                values = external_array(tensor, source.data.parent)
+                matrix = matrices.get(tensor.name)
+                if tensor.name in factors:
+                    along_rows = matrix is not None and not matrix.rows
+                    values = values * (factors[tensor.name][:, None] if along_rows else factors[tensor.name])
+                if matrix:
+                    _write_matrix(file, matrix, values)
+                else:
+                    file.append(tensor.name, values)
             progress.advance()
     for old, new in ((source.last, target.last), (source.all, target.all)):
         proto = onnx.load(old, load_external_data=False)
-        _replace_nodes(proto, matrices)
-        own = {t.name: t for t in proto.graph.initializer if not t.external_data}
+        _replace_nodes(proto, matrices, ranges)
+        own = {t.name: t for t in proto.graph.initializer if not t.external_data and t.name not in factors}
         used = {name for node in proto.graph.node for name in node.input}
         kept = [own.get(name, written.get(name)) for name in sorted(used)]
         del proto.graph.initializer[:]
@@ -165,7 +217,13 @@ class Matrix:
     width: int  # K
     channels: int  # N
     rows: bool
-    how: Blockwise | PerChannel
+    how: How
+    gathered: bool = False  # an embedding, or a head tied to one
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether the codes of a scale a channel are stored [N, K]: for embeddings, which read rows; products read [K, N]."""
+        return self.gathered and isinstance(self.how, Static)
 
     def names(self, *kinds: str) -> list[str]:
         return [f"{self.name}_{kind}" for kind in kinds]
@@ -180,8 +238,9 @@ def matrices_of(source: Graphs, scheme: Scheme) -> dict[str, Matrix]:
 def _matrices(proto: ModelProto, tensors: Mapping[str, TensorProto], scheme: Scheme) -> dict[str, Matrix]:
     """Every matrix to round by name, with its layout and how it is rounded."""
     graph = proto.graph
-    origin = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Transpose" and n.input[0] in tensors}
+    origin = _turned(graph, tensors)
     head, attention = head_of(proto), _into_attention(graph, {*tensors, *origin})
+    embeddings = {node.input[0] for node in graph.node if node.op_type == "Gather"}
     found: dict[str, Matrix] = {}
     for node in graph.node:
         if node.op_type not in ("MatMul", "Gather"):
@@ -196,14 +255,19 @@ def _matrices(proto: ModelProto, tensors: Mapping[str, TensorProto], scheme: Sch
         if is_head or tensor.name not in found:
             width, channels = (second, first) if rows else (first, second)
             if is_head:
-                how: Blockwise | PerChannel = scheme.head
+                how: How = scheme.head
             elif node.output[0] in attention:
                 how = scheme.attention
             else:
                 how = scheme.narrow if width > channels else scheme.body
             how = scheme.exceptions.get(tensor.name, how)
-            found[tensor.name] = Matrix(tensor.name, width, channels, rows, how)
+            found[tensor.name] = Matrix(tensor.name, width, channels, rows, how, tensor.name in embeddings)
     return found
+
+
+def _turned(graph: GraphProto, constants: Container[str]) -> dict[str, str]:
+    """Names of transposed constants, and what they are made of."""
+    return {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Transpose" and n.input[0] in constants}
 
 
 def _into_attention(graph: GraphProto, constants: Container[str]) -> set[str]:
@@ -237,9 +301,10 @@ def _write_matrix(file: WeightsFile, matrix: Matrix, values: npt.NDArray[Any]) -
     weights_NK = values if matrix.rows else values.T
     pieces = [np.asarray(weights_NK[at : at + _ROWS]) for at in range(0, matrix.channels, _ROWS)]
     codes, scales, zeros, column = matrix.names("codes", "scales", "zeros", "scales_3d")
-    if isinstance(matrix.how, PerChannel):
+    if not isinstance(matrix.how, Blockwise):
         columns = [quantize_columns(piece) for piece in pieces]
-        file.append(codes, np.concatenate([c for c, _ in columns]).T)
+        whole = np.concatenate([c for c, _ in columns])
+        file.append(codes, whole if matrix.by_rows else whole.T)
         file.append(scales, np.concatenate([s for _, s in columns]))
         return
     blocks = [quantize_blocks(piece, matrix.how) for piece in pieces]
@@ -251,10 +316,12 @@ def _write_matrix(file: WeightsFile, matrix: Matrix, values: npt.NDArray[Any]) -
         file.append(zeros, np.concatenate([pack(z) for _, _, z in blocks]))
 
 
-def _replace_nodes(proto: ModelProto, matrices: Mapping[str, Matrix]) -> None:
+def _replace_nodes(
+    proto: ModelProto, matrices: Mapping[str, Matrix], ranges: Mapping[str, tuple[float, float]]
+) -> None:
     """Put quantised operators in the place of the MatMuls and Gathers on ``matrices``, in place."""
     graph = proto.graph
-    origin = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Transpose" and n.input[0] in matrices}
+    origin = _turned(graph, matrices)
     nodes: list[NodeProto] = []
     rounded: set[str] = set()  # activations that are quantised already: several MatMuls may read one
     for node in graph.node:
@@ -265,6 +332,10 @@ def _replace_nodes(proto: ModelProto, matrices: Mapping[str, Matrix]) -> None:
                 nodes.append(node)
         elif isinstance(matrix.how, PerChannel):
             nodes.extend(_integer_matmul(graph, node, matrix, rounded))
+        elif isinstance(matrix.how, Static) and node.op_type == "Gather":
+            nodes.extend(_static_embedding(node, matrix))
+        elif isinstance(matrix.how, Static):
+            nodes.extend(_static_matmul(graph, node, matrix, matrix.how, ranges, rounded))
         elif node.op_type == "MatMul":
             nodes.append(_blockwise_matmul(node, matrix, matrix.how))
         else:
@@ -327,6 +398,57 @@ def _integer_matmul(graph: GraphProto, node: NodeProto, matrix: Matrix, rounded:
         helper.make_node("Mul", [f"{own}/rows", scales], [out], name=f"{own}/Columns"),
     ]
     return nodes
+
+
+def _static_matmul(
+    graph: GraphProto,
+    node: NodeProto,
+    matrix: Matrix,
+    how: Static,
+    ranges: Mapping[str, tuple[float, float]],
+    rounded: set[str],
+) -> list[NodeProto]:
+    """MatMul of two dequantised values; a provider with a kernel for 8-bit products runs the three as one."""
+    codes, scales = matrix.names("codes", "scales")
+    x, out = node.input[0], node.output[0]
+    stem, own = f"limbeck/static/{x}", f"limbeck/static/{out}"
+    scale, middle = f"{stem}/scale", f"{stem}/middle"
+    nodes = []
+    if how.activations and x not in rounded:
+        rounded.add(x)
+        step, zero = activation_scale(ranges[x], symmetric=how.symmetric)
+        graph.initializer.append(numpy_helper.from_array(np.asarray(step, np.float32), scale))
+        graph.initializer.append(numpy_helper.from_array(zero, middle))
+        nodes += [
+            helper.make_node("QuantizeLinear", [x, scale, middle], [f"{stem}/codes"], name=f"{stem}/Quantize"),
+            helper.make_node(
+                "DequantizeLinear", [f"{stem}/codes", scale, middle], [f"{stem}/rounded"], name=f"{stem}/Dequantize"
+            ),
+        ]
+    axis, weights = (0, f"{own}/rows") if matrix.by_rows else (1, f"{own}/weights")
+    nodes.append(helper.make_node("DequantizeLinear", [codes, scales], [weights], name=f"{own}/Dequantize", axis=axis))
+    if matrix.by_rows:
+        nodes.append(helper.make_node("Transpose", [weights], [f"{own}/weights"], name=f"{own}/Transpose", perm=[1, 0]))
+    given = f"{stem}/rounded" if how.activations else x
+    return [*nodes, helper.make_node("MatMul", [given, f"{own}/weights"], [out], name=node.name)]
+
+
+def _static_embedding(node: NodeProto, matrix: Matrix) -> list[NodeProto]:
+    codes, scales = matrix.names("codes", "scales")
+    rows = f"limbeck/static/{node.output[0]}/rows"
+    return [
+        helper.make_node("DequantizeLinear", [codes, scales], [rows], name=f"{rows}/Dequantize", axis=0),
+        helper.make_node("Gather", [rows, node.input[1]], list(node.output), name=node.name),
+    ]
+
+
+def activation_scale(span: tuple[float, float], *, symmetric: bool) -> tuple[float, npt.NDArray[Any]]:
+    """Scale and zero point of 8-bit codes for values between ``span``, 0 among them."""
+    low, high = min(span[0], 0.0), max(span[1], 0.0)
+    if symmetric:
+        return max(-low, high, 1e-9) / 127, np.asarray(0, np.int8)
+    step = max(high - low, 1e-9) / 255
+    return step, np.asarray(np.clip(np.rint(-low / step), 0, 255), np.uint8)
 
 
 def _embedding(graph: GraphProto, node: NodeProto, matrix: Matrix, how: Blockwise) -> list[NodeProto]:

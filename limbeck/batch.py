@@ -136,7 +136,7 @@ class InPlaceBatch:
         self._running = self._bind(0, rows) if rows else None
 
     def _bind(self, first: int, last: int) -> Any:
-        binding = self._decoder.session.io_binding()
+        binding = self._decoder.new_binding()
         for name, pages in self._buffers.items():
             cache = self._decoder.share(pages.array[first:last])
             binding.bind_ortvalue_input(name, cache)
@@ -166,7 +166,7 @@ class GrowingBatch:
         self.rows = 0
         self._decoder, self._tokens = decoder, tokens // 2  # a step holds the old cache and the new one
         self.longest = min(self._tokens, decoder.context or self._tokens)
-        self._binding = decoder.session.io_binding()
+        self._binding = decoder.new_binding()
         self._cache: list[Any] = []
         self._mask: Ids = np.zeros((0, 0), np.int64)
         self._new: list[Any] = []  # the cache of the row that is being filled

@@ -581,6 +581,15 @@ def generate(
         str | None,
         typer.Option("--form", help="Form to run, such as fp32. Without it: the shipped one.", show_default=False),
     ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            "--adapter",
+            metavar="FILE|none",
+            help="Adapter of another student of the same base; none is the base alone.",
+            show_default=False,
+        ),
+    ] = None,
     temperature: Annotated[
         float, typer.Option("--temperature", min=0, help="0 takes the likeliest token; higher is more varied.")
     ] = 0.0,
@@ -612,7 +621,12 @@ def generate(
         prompt = sys.stdin.read()
     if not prompt:
         raise DataError("the prompt is empty; give the text to go on from.")
-    decoder = Decoder(folder, form=form, threads=threads)
+    decoder = Decoder(
+        folder,
+        form=form,
+        threads=threads,
+        adapter="own" if adapter is None else "none" if adapter == "none" else Path(adapter),
+    )
     text = load_text(folder)
     ids = text.chat([{"role": "user", "content": prompt}]) if chat else text.encode(prompt)
     tokens = decoder.generate(

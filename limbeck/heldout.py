@@ -1,8 +1,8 @@
-"""Held-out text as the stages share it: token blocks by domain in one safetensors file, and the one way NLL is averaged."""
+"""Text as the stages share it: held-out blocks by domain, a few training rows for calibration, and the one way NLL is averaged."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
 HELDOUT = "heldout.safetensors"
+CALIBRATION = "calibration.safetensors"
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,16 @@ def load_heldout(path: Path) -> dict[str, Blocks]:
         ids, lengths = tensors[f"{name}/input_ids"], tensors[f"{name}/lengths"]
         tensors.setdefault(f"{name}/scored", all_but_first(lengths, ids.shape[1]))
     return {name: Blocks(**{field: tensors[f"{name}/{field}"] for field in Blocks.__annotations__}) for name in names}
+
+
+def save_calibration(path: Path, rows: Sequence[npt.NDArray[np.int32]]) -> None:
+    """Write token rows of training text, ``[S]`` each, to ``path``."""
+    save_file({f"{index:04d}": np.ascontiguousarray(row, np.int32) for index, row in enumerate(rows)}, path)
+
+
+def load_calibration(path: Path) -> list[npt.NDArray[np.int64]]:
+    """Read what `save_calibration` wrote, in the same order."""
+    return [row.astype(np.int64) for _, row in sorted(load_file(path).items())]
 
 
 def mean_nll(nll_by_domain: Mapping[str, float]) -> float:

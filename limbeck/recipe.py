@@ -538,6 +538,32 @@ class Int8DynamicForm(Frozen):
     kind: Literal["int8-dynamic"]
 
 
+class Int8StaticForm(Frozen):
+    """Quantise, dequantise and MatMul (QDQ): as int8-dynamic, but with a scale a tensor measured on training text beforehand."""
+
+    kind: Literal["int8-static"]
+    calibration: Literal["min-max", "percentile", "entropy"] = Field(
+        "min-max", description="How the range of each activation is chosen from what was seen."
+    )
+    smooth: Fraction = Field(
+        0.5,
+        description="Share of the outliers' difficulty that norms hand on to the next weights (SmoothQuant); 0: none.",
+    )
+
+
+class Int8TrtForm(Frozen):
+    """QDQ as TensorRT asks for it: signed 8 bits around 0 on both sides, a scale a channel for weights, measured on training text."""
+
+    kind: Literal["int8-trt"]
+    calibration: Literal["min-max", "percentile", "entropy"] = Field(
+        "min-max", description="How the range of each activation is chosen from what was seen."
+    )
+    smooth: Fraction = Field(
+        0.5,
+        description="Share of the outliers' difficulty that norms hand on to the next weights (SmoothQuant); 0: none.",
+    )
+
+
 class Int4WeightForm(Frozen):
     """4-bit blocks with zero points, rounded to nearest (MatMulNBits); 8 bits in the tied head, attention inputs, FFN output."""
 
@@ -546,15 +572,25 @@ class Int4WeightForm(Frozen):
 
 
 Form = Annotated[
-    Annotated[Fp32Form | Fp16Form | Int8WeightForm | Int8DynamicForm | Int4WeightForm, Field(discriminator="kind")],
+    Annotated[
+        Fp32Form | Fp16Form | Int8WeightForm | Int8DynamicForm | Int8StaticForm | Int8TrtForm | Int4WeightForm,
+        Field(discriminator="kind"),
+    ],
     BeforeValidator(_shorthand),
 ]
-Provider = Literal["cpu", "cuda"]
+Provider = Literal["cpu", "cuda", "tensorrt"]
 
 # Forms that an execution provider of ONNX Runtime has no kernels for: what would happen, and the form to use instead.
 NO_KERNEL: Mapping[tuple[str, str], tuple[str, str]] = {
     ("cpu", "fp16"): ("its products would be cast to fp32 when the file is opened", "int8-weight"),
+    ("cpu", "int8-trt"): ("its signed products are slower there than fp32", "int8-static"),
     ("cuda", "fp32"): ("fused attention in fp32 would run on the CPU, with copies both ways", "fp16"),
+    ("cuda", "int8-static"): ("its products would run in fp32 between casts", "int8-weight"),
+    ("cuda", "int8-trt"): ("its products would run in fp32 between casts", "int8-weight"),
+    **{
+        ("tensorrt", form): ("its operators are ONNX Runtime's own or have no signed codes", "int8-trt")
+        for form in ("int8-weight", "int8-dynamic", "int8-static", "int4-weight")
+    },
     ("cuda", "int8-dynamic"): ("its products would run on the CPU, with copies both ways", "int8-weight"),
 }
 
@@ -603,6 +639,14 @@ class Export(Frozen):
     backend: Literal["auto", "genai", "dynamo"] = Field(
         "auto",
         description="Graph builder: GenAI's (fused attention, few architectures) or torch's exporter; auto says what it chose and why.",
+    )
+    opset: Annotated[int, Field(ge=18, le=23)] | None = Field(
+        None,
+        description="ONNX operator set of the graphs, of backend dynamo only; none takes the exporter's own choice.",
+    )
+    adapters: Literal["merged", "separate"] = Field(
+        "merged",
+        description="What becomes of a LoRA student's adapter: merged into the weights, or a file beside its base, which then serves others too.",
     )
     provider: Provider = Field(
         "cpu",
@@ -1117,6 +1161,19 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.export.forms[0].kind != "fp32":
         yield f"export.forms.0: found {recipe.export.forms[0].kind!r}; put fp32 first, every other form is made from it"
+    if recipe.export.opset is not None and recipe.export.backend != "dynamo":
+        yield f"export.opset: {recipe.export.backend} leaves no choice, GenAI's builder has an operator set of its own; use backend: dynamo"
+    if recipe.export.provider == "tensorrt" and recipe.export.backend == "genai":
+        yield "export.backend: TensorRT has no kernel for the fused attention of GenAI's graphs; use dynamo, or auto"
+    if recipe.export.adapters == "separate":
+        if not isinstance(recipe.student, LoraStudent):
+            yield f"export.adapters: a {recipe.student.kind} student has no adapter; use merged, or student.kind: lora"
+        elif recipe.student.dora:
+            yield "export.adapters: DoRA changes more than low-rank updates can say; use merged, or set student.dora: false"
+        if recipe.export.provider != "cpu":
+            yield "export.adapters: adapters are fp32 and the forms for other providers than cpu are not; use merged"
+        if recipe.export.recover is not None or not isinstance(recipe.export.mixed, MixedByRule):
+            yield "export.adapters: mixed and recover round the merged student, not its base; use merged, or leave both out"
     provider = recipe.export.provider
     for index, form in enumerate(recipe.export.forms):
         refused = NO_KERNEL.get((provider, form.kind))

@@ -11,7 +11,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from limbeck.artifact import available_cores, open_artifact
 from limbeck.errors import ArtifactError, DataError, EnvironmentalError
@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     Ids = npt.NDArray[np.int64]
     Logits = npt.NDArray[np.float32]
 
-PROVIDERS: Mapping[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS: Mapping[Provider, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
 
 
 # The runtime package ---------------------------------------------------------------------------------------------
@@ -57,6 +61,11 @@ def providers() -> list[Provider]:
     return [name for name, theirs in PROVIDERS.items() if theirs in available]
 
 
+def asked_for(provider: Provider) -> list[str]:
+    """What a session for ``provider`` is opened with: on a card, what TensorRT does not take stays there."""
+    return [PROVIDERS[name] for name in (provider, "cuda") if name == provider or provider == "tensorrt"]
+
+
 def _installed(name: str) -> bool:
     try:
         importlib.metadata.version(name)
@@ -85,12 +94,15 @@ class Decoder:
         all_logits: bool = False,
         threads: int | None = None,
         provider: Provider | None = None,
+        adapter: Path | Literal["own", "none"] = "own",
         verify: bool = False,
     ) -> None:
         """Open a form of the ``onnx`` artifact at ``folder`` (none: the shipped one).
 
         ``all_logits`` opens the twin that keeps every position, for `score`; ``threads`` defaults to every core
-        this process may use; ``provider`` to the one the form was made for. ``verify`` checks the hashes of the whole folder first. Raises `ArtifactError` for a folder
+        this process may use; ``provider`` to the one the form was made for.
+        ``adapter`` is for a folder exported with `adapters: separate`: its own, none (the base alone), or the file of
+        another student of the same base. ``verify`` checks the hashes of the whole folder first. Raises `ArtifactError` for a folder
         that is no such artifact or lacks the form, `EnvironmentalError` for a missing runtime or provider and for a form
         that the provider has no kernels for.
         """
@@ -109,13 +121,22 @@ class Decoder:
             )
         self.form: str | None = name
         self._open(Path(folder) / form_made["all_logits_graph" if all_logits else "graph"], threads, provider)
+        own = result.get("adapter")
+        if adapter == "own":
+            adapter = Path(folder) / own["file"] if own else "none"
+        if adapter != "none":
+            self._adapt(Path(adapter))
 
     @classmethod
-    def from_graph(cls, graph: Path, *, threads: int | None = None, provider: Provider = "cpu") -> Decoder:
+    def from_graph(
+        cls, graph: Path, *, threads: int | None = None, provider: Provider = "cpu", adapter: Path | None = None
+    ) -> Decoder:
         """Open a graph file by itself, for callers that are still making the artifact."""
         decoder = cls.__new__(cls)
         decoder.form = None
         decoder._open(graph, threads, provider)
+        if adapter is not None:
+            decoder._adapt(adapter)
         return decoder
 
     def _open(self, graph: Path, threads: int | None, provider: Provider) -> None:
@@ -127,7 +148,7 @@ class Decoder:
                 f"onnxruntime {ort.__version__} has no {PROVIDERS[provider]} here, only {', '.join(ort.get_available_providers())}; "
                 + (
                     "run: pip install 'limbeck[gpu]' on a machine with an NVIDIA card."
-                    if provider == "cuda"
+                    if provider != "cpu"
                     else "install it again."
                 )
             )
@@ -140,7 +161,7 @@ class Decoder:
         # Threads may spin within a run, where the next operator is microseconds away, but never between runs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
-            self.session = ort.InferenceSession(str(graph), options, providers=[PROVIDERS[provider]])
+            self.session = ort.InferenceSession(str(graph), options, providers=asked_for(provider))
         except Exception as error:  # onnxruntime's errors share no base class of their own
             raise ArtifactError(f"{graph}: onnxruntime cannot open it ({error}); export the student again.") from error
         if self.session.get_providers()[0] != PROVIDERS[provider]:  # onnxruntime only logs that it takes the CPU
@@ -148,7 +169,9 @@ class Decoder:
                 f"onnxruntime {ort.__version__} could not start {PROVIDERS[provider]} and took {self.session.get_providers()[0]} "
                 "instead; look at `nvidia-smi` and at the CUDA and cuDNN that pip install 'limbeck[gpu]' brings."
             )
-        self._np, self._ort, self._device = np, ort, provider
+        self._np, self._ort = np, ort
+        self.provider = PROVIDERS[provider]
+        self.cache_device = "cpu" if provider == "cpu" else "cuda"
         inputs = {value.name: value for value in self.session.get_inputs()}
         # Heads and their size by cache input, and the numbers of the cache.
         self.past: dict[str, tuple[int, int]] = {
@@ -163,9 +186,33 @@ class Decoder:
         self.grows = self.metadata.get("limbeck.cache") == "grows"
         self._cache: list[Any] = []  # of a graph whose cache grows: what the last run returned
         self._binding: Any = None
+        self._adapter: dict[str, Any] = {}  # graph inputs that are empty unless an adapter fills them
         self._rows = self._capacity = 0
         self._mask: Ids = np.zeros((0, 0), np.int64)
         self._length = 0
+
+    def _adapt(self, path: Path) -> None:
+        """Fill the adapter inputs of the graph from the file at ``path``."""
+        try:
+            adapter = self._ort.AdapterFormat.read_adapter(str(path))
+        except Exception as error:  # onnxruntime's errors share no base class of their own
+            raise ArtifactError(
+                f"{path}: onnxruntime cannot read it as an adapter ({error}); expected an .onnx_adapter file that "
+                "`limbeck export` wrote with export.adapters: separate."
+            ) from error
+        base = self.metadata.get("limbeck.base")
+        if base is None:
+            raise ArtifactError(
+                f"{path}: this graph takes no adapter; export its student with export.adapters: separate."
+            )
+        values: dict[str, Any] = adapter.get_parameters()
+        takes = {value.name for value in self.session.get_overridable_initializers()}
+        if str(adapter.get_model_version()) != base or not set(values) <= takes:
+            raise ArtifactError(
+                f"{path}: made for base {adapter.get_model_version()}, this graph is of base {base}"
+                f"{'' if set(values) <= takes else ' and takes other inputs'}; open it with the base of its own student."
+            )
+        self._adapter = values
 
     def prefill(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None, *, room: int = 0) -> Logits:
         """Start anew with ``ids[B, S]`` and leave room for ``room`` more tokens a row.
@@ -254,12 +301,19 @@ class Decoder:
             return
         self._rows, self._capacity = rows, capacity
         self._mask = np.ones((rows, capacity), np.int64)
-        self._binding = binding = self.session.io_binding()
+        self._binding = binding = self.new_binding()
         for name, (heads, size) in self.past.items():
             if not self.grows:
                 cache = self._empty(heads, capacity, size)
                 binding.bind_ortvalue_input(name, cache)
                 binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), cache)
+
+    def new_binding(self) -> Any:
+        """An IOBinding of the session with the adapter in place, where there is one."""
+        binding = self.session.io_binding()
+        for name, value in self._adapter.items():
+            binding.bind_ortvalue_input(name, value)
+        return binding
 
     def share(self, array: npt.NDArray[Any]) -> Any:
         """``array`` as onnxruntime takes it: on the CPU the same memory, which must be kept as long as it is bound."""
@@ -267,7 +321,7 @@ class Decoder:
 
     def _empty(self, heads: int, tokens: int, size: int) -> Any:
         cache = self._np.zeros((self._rows, heads, tokens, size), self.cache_type)
-        return self._ort.OrtValue.ortvalue_from_numpy(cache, self._device, 0)
+        return self._ort.OrtValue.ortvalue_from_numpy(cache, self.cache_device, 0)
 
     def _run(self, tokens: Ids) -> Logits:
         """Feed ``tokens[B, S]``, the last S columns of the mask so far."""
@@ -282,7 +336,7 @@ class Decoder:
         self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
         for name, cache in zip(self.past, self._cache, strict=False):
             self._binding.bind_ortvalue_input(name, cache)
-            self._binding.bind_output(name.replace("past_key_values.", "present."), self._device)
+            self._binding.bind_output(name.replace("past_key_values.", "present."), self.cache_device)
         self.session.run_with_iobinding(self._binding)
         if self.grows:
             self._cache = self._binding.get_outputs()[-len(self.past) :]

@@ -304,7 +304,7 @@ class OnnxRuntime:
             "library": f"onnxruntime {ort.__version__}",
             "device": device,
             "providers": list(ort.get_available_providers()),
-            "provider": {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device],
+            "provider": self._decoder.provider,
         }
 
     def begin(self, prompts: Ids, room: int) -> Ids:
@@ -352,6 +352,8 @@ class OnnxRuntimeGenai:
     def __init__(self, *, artifact: str, threads: int, device: str = "cpu") -> None:
         import onnxruntime_genai as og
 
+        from limbeck.artifact import open_artifact
+
         folder = Path(artifact)
         if not (folder / "genai_config.json").is_file():
             raise ArtifactError(
@@ -368,6 +370,12 @@ class OnnxRuntimeGenai:
             self._model = og.Model(config)
         except Exception as error:  # its errors share no base class of their own
             raise ArtifactError(f"{folder}: ONNX Runtime GenAI cannot open it ({error}).") from error
+        adapter = open_artifact(folder, verify=False).result.get("adapter")
+        self._adapters: Any = None
+        if adapter:
+            adapters = og.Adapters(self._model)
+            adapters.load(str(folder / adapter["file"]), "student")
+            self._adapters = adapters
         self._og, self._prompt_tokens = og, 0
         self._generator: Any = None
         told = json.loads((folder / "genai_config.json").read_text())["model"]
@@ -388,6 +396,8 @@ class OnnxRuntimeGenai:
         )  # fmt: skip
         self._generator = None  # one cache at a time
         self._generator = self._og.Generator(self._model, parameters)
+        if self._adapters is not None:
+            self._generator.set_active_adapter(self._adapters, "student")
         self._generator.append_tokens(prompts.astype(np.int32))
         self._prompt_tokens = int(self._generator.token_count())
         return self._next()

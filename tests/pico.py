@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from limbeck.artifact import Artifact, write_artifact
-from limbeck.heldout import HELDOUT, Blocks, all_but_first, save_heldout
+from limbeck.heldout import CALIBRATION, HELDOUT, Blocks, all_but_first, save_calibration, save_heldout
 from limbeck.recipe import Recipe, parse_recipe
 
 CHAT = (
@@ -80,6 +80,8 @@ def make_student(path: Path, model: Path) -> Artifact:
     with write_artifact(path, kind="student", key=f"pico {path.name}", parents={}) as draft:
         model.rename(draft.folder / "model")
         save_heldout(draft.folder / HELDOUT, make_blocks())
+        rows = [b.input_ids[row, : b.lengths[row]] for b in make_blocks(seed=1).values() for row in range(len(b))]
+        save_calibration(draft.folder / CALIBRATION, rows)
         teacher = {"name": "one", "model": "/models/one", "adapter": None, "quantize": "none", "dtype": "fp32"}
         (draft.folder / "teachers.json").write_text(json.dumps([teacher]))
         (draft.folder / "log.jsonl").write_text("")

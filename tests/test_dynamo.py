@@ -15,10 +15,10 @@ from export.census import require_quantized, take_census
 from export.dynamo import build_dynamo, split_gemm
 from export.graph import KNOWN
 from limbeck.artifact import Artifact
-from limbeck.errors import ModelError, QualityError
+from limbeck.errors import ModelError, QualityError, RecipeError
 from limbeck.runtime import Decoder
 from tests.architectures import DOCUMENT, HEAD, SIZES, document
-from tests.pico import make_model
+from tests.pico import make_model, pico_recipe
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,19 @@ def test_any_mask_gives_torchs_answers(exported: Artifact) -> None:
         with torch.inference_mode():
             expected = model(torch.from_numpy(ids[row][mask[row] == 1][None])).logits[0].numpy()
         np.testing.assert_allclose(found[row][mask[row] == 1], expected, atol=5e-5)
+
+
+def test_the_operator_set_is_a_choice(exported: Artifact, tmp_path: Path) -> None:
+    def opset(graph: Path) -> int:
+        return int(next(o.version for o in onnx.load(graph, load_external_data=False).opset_import if o.domain == ""))
+
+    own = opset(exported.path / "onnx/model.onnx")
+    model = make_model(tmp_path / "model", model_type="gpt2", **SIZES["gpt2"] | {"n_layer": 1})
+    graphs, _ = build_dynamo(model, tmp_path, {}, opset=own + 1)
+    assert opset(graphs.last) == opset(graphs.all) == own + 1
+    assert Decoder.from_graph(graphs.last).prefill([[1, 2, 3]]).shape == (1, 258)
+    with pytest.raises(RecipeError, match=r"export.opset: auto leaves no choice"):
+        pico_recipe(export={"opset": 20})
 
 
 def test_tied_head_and_gemms_are_quantised(exported: Artifact) -> None:
@@ -115,7 +128,7 @@ def test_what_torch_cannot_place_is_refused(tmp_path: Path) -> None:
 
 
 def test_auto_says_why_the_builder_gave_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.dynamo.build_dynamo", lambda model, folder, metadata: (None, None))
+    monkeypatch.setattr("export.dynamo.build_dynamo", lambda model, folder, metadata, opset: (None, None))
     monkeypatch.setattr("export.backend._width", lambda graphs: 32)
     model = make_model(tmp_path / "model", head_dim=8)
     built = build_graphs(model, tmp_path, {}, backend="auto")

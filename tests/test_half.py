@@ -94,3 +94,19 @@ def test_weights_beyond_fp16_are_refused() -> None:
 def test_a_form_without_kernels_is_a_mistake_in_the_recipe(export: dict[str, object], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         pico_recipe(export=export)
+
+
+def test_the_gpu_benchmark_needs_a_card_and_sums_up(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    from tests.benchmarks import bench_gpu
+
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit) as stop:
+            bench_gpu.main()
+        assert stop.value.code == 2
+        assert "no NVIDIA card" in capsys.readouterr().err
+    times = {"torch": [(0.2, 0.04), (0.4, 0.02), (0.2, 0.02)], "fp16 ort": [(0.1, 0.01), (0.1, 0.01), (0.1, 0.01)]}
+    found = bench_gpu.summary(times)
+    assert found["ms"]["torch"] == {"ttft": 200.0, "tpot": 20.0}
+    assert (found["ttft_ratio"], found["tpot_ratio"]) == ({"fp16 ort": 0.5}, {"fp16 ort": 0.5})

@@ -9,7 +9,7 @@ from pathlib import Path
 import compress
 from limbeck import sources
 from limbeck.artifact import Artifact, open_artifact, write_artifact
-from limbeck.heldout import HELDOUT, save_heldout
+from limbeck.heldout import CALIBRATION, HELDOUT, save_calibration, save_heldout
 from limbeck.recipe import LoraStudent, Recipe, load_recipe
 
 RECIPE = "smollm2/135m-two-experts"
@@ -42,6 +42,8 @@ def untrained_student(path: Path) -> Artifact:
     with write_artifact(path, kind="student", key="untrained", parents={}, recipe=recipe) as draft:
         shutil.copytree(base, draft.folder / "model", ignore=shutil.ignore_patterns("manifest.json"))
         save_heldout(draft.folder / HELDOUT, {b.name: b.heldout for b in blocks})
+        rows = [b.train_ids[row, : b.train_lengths[row]] for b in blocks for row in range(12)]
+        save_calibration(draft.folder / CALIBRATION, rows)
         (draft.folder / "teachers.json").write_text(json.dumps([]))
         draft.result = {"nll": {}, "teachers": {}}
     return open_artifact(path, verify=False)

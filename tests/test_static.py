@@ -1,0 +1,186 @@
+"""int8-static: moving outliers is exact, ranges are what was seen, and the runtime multiplies in 8 bits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+import pytest
+from onnx import numpy_helper
+
+from export import export_student
+from export.calibrate import calibrate, find_boundaries
+from export.graph import Graphs, build_fp32
+from export.quantize import activation_scale, scheme_for, static_activations
+from limbeck.errors import ArtifactError, EnvironmentalError, RecipeError
+from limbeck.heldout import CALIBRATION
+from limbeck.recipe import Int8StaticForm
+from limbeck.runtime import Decoder
+from tests.pico import make_model, make_student, pico_recipe
+
+ROWS = [np.random.default_rng(seed).integers(0, 256, 20) for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def fp32(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
+    root = tmp_path_factory.mktemp("static")
+    graphs, _ = build_fp32(make_model(root / "model", tie_word_embeddings=True), root, {})
+    return graphs
+
+
+def static_names(graphs: Graphs) -> list[str]:
+    scheme = scheme_for(Int8StaticForm(kind="int8-static"), 32)
+    assert scheme is not None
+    return static_activations(graphs, scheme)
+
+
+def logits(proto: onnx.ModelProto, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    past = {v.name: np.zeros((1, 2, 0, 16), np.float32) for v in session.get_inputs() if "past" in v.name}
+    found = session.run(
+        ["logits"], {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64), **past}
+    )
+    return np.asarray(found[0])
+
+
+def test_moving_outliers_changes_nothing_in_fp32(fp32: Graphs) -> None:
+    proto = onnx.load(fp32.all)
+    boundaries = find_boundaries(proto)
+    # Each layer's two norms: into queries, keys and values (one product), and into gate and up. Not the tied head.
+    assert sorted(len(boundary.matrices) for boundary in boundaries.values()) == [1, 1, 2, 2]
+    names = static_names(fp32)
+    assert set(boundaries) == set(names)  # what narrows stays in blocks
+    found = calibrate(fp32, ROWS, names, method="min-max", alpha=0.5)
+    assert len(found.factors) == 10
+    assert all(np.ptp(factor) > 0.1 for factor in found.factors.values())
+    before = logits(proto, ROWS[0])
+    for tensor in proto.graph.initializer:
+        if tensor.name in found.factors:
+            values, factor = numpy_helper.to_array(tensor), found.factors[tensor.name]
+            tensor.CopyFrom(
+                numpy_helper.from_array(values * (factor[:, None] if values.ndim == 2 else factor), tensor.name)
+            )
+    np.testing.assert_allclose(logits(proto, ROWS[0]), before, atol=2e-4)
+    # The moved graph has the ranges that were promised for it.
+    proto.graph.output.extend(onnx.helper.make_tensor_value_info(name, 1, None) for name in names)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    past = {v.name: np.zeros((1, 2, 0, 16), np.float32) for v in session.get_inputs() if "past" in v.name}
+    seen = [
+        session.run(names, {"input_ids": r[None], "attention_mask": np.ones((1, 20), np.int64), **past}) for r in ROWS
+    ]
+    for at, name in enumerate(names):
+        low, high = min(s[at].min() for s in seen), max(s[at].max() for s in seen)
+        np.testing.assert_allclose(found.ranges[name], (low, high), rtol=1e-3)
+
+
+def test_methods_differ_in_how_much_they_cut_off(fp32: Graphs) -> None:
+    names = static_names(fp32)
+    widths = {}
+    for method in ("min-max", "percentile", "entropy"):
+        found = calibrate(fp32, ROWS, names, method=method, alpha=0)
+        assert not found.factors
+        assert found.ranges.keys() == set(names)
+        assert all(low < 0 < high for low, high in found.ranges.values())
+        widths[method] = sum(high - low for low, high in found.ranges.values())
+    assert widths["entropy"] < 1.01 * widths["min-max"]
+    assert widths["percentile"] < 1.01 * widths["min-max"]
+
+
+def test_scales_of_activations() -> None:
+    step, zero = activation_scale((-1.0, 4.1), symmetric=False)
+    assert (step, zero.dtype, int(zero)) == (pytest.approx(0.02), np.uint8, 50)
+    step, zero = activation_scale((-1.0, 6.35), symmetric=True)
+    assert (step, zero.dtype, int(zero)) == (pytest.approx(0.05), np.int8, 0)
+    assert int(activation_scale((0.5, 2.0), symmetric=False)[1]) == 0  # 0 is always among the values
+
+
+def test_the_runtime_multiplies_in_8_bits(tmp_path: Path) -> None:
+    make_student(tmp_path / "student", make_model(tmp_path / "model", tie_word_embeddings=True))
+    recipe = pico_recipe(export={"forms": ["fp32", "int8-static"]})
+    exported = export_student(student=tmp_path / "student", out=tmp_path / "onnx", recipe=recipe)
+    facts = exported.result["forms"]["int8-static"]
+    assert facts["parity"]["failures"] == []
+    assert facts["graph"] == "onnx/model_uint8.onnx"
+    operators = facts["census"]["operators"]
+    assert (
+        operators["MatMul int8"] == 6
+    )  # of two layers: one of q/k/v, gate and up; what narrows and the head stay in blocks
+    assert operators["MatMulNBits 8-bit block 32"] == 5
+    assert operators["QuantizeLinear"] == 4  # gate and up share their input's
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimised.data")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    onnxruntime.InferenceSession(exported.path / facts["graph"], options, providers=["CPUExecutionProvider"])
+    run = onnx.load(tmp_path / "optimised.onnx", load_external_data=False)
+    ran = Counter(node.op_type for node in run.graph.node)
+    assert ran["MatMulIntegerToFloat"] == 6
+    assert ran["MatMul"] == 0
+
+    (tmp_path / "older").mkdir()
+    older = make_student(tmp_path / "older/student", make_model(tmp_path / "other"))
+    (older.path / CALIBRATION).unlink()
+    with pytest.raises(ArtifactError, match=r"calibration.safetensors"):
+        export_student(student=older.path, out=tmp_path / "older/onnx", recipe=recipe)
+
+
+def test_tensorrt_gets_signed_codes_and_standard_operators(tmp_path: Path) -> None:
+    make_student(tmp_path / "student", make_model(tmp_path / "model", tie_word_embeddings=True))
+    recipe = pico_recipe(export={"forms": ["fp32", "int8-trt"], "provider": "tensorrt"})
+    exported = export_student(student=tmp_path / "student", out=tmp_path / "onnx", recipe=recipe)
+    assert exported.result["backend"]["why"].startswith("auto: TensorRT has no kernel")
+    facts = exported.result["forms"]["int8-trt"]
+    assert (facts["provider"], facts["number_type"], facts["parity"]["provider"]) == ("tensorrt", "fp32", "cpu")
+    assert facts["parity"]["failures"] == []
+    assert facts["census"]["float_matrices"] == []
+    assert facts["census"]["operators"]["MatMul int8"] == 15  # seven a layer, and the head
+    proto = onnx.load(exported.path / facts["graph"])
+    assert {node.domain for node in proto.graph.node} <= {"", "ai.onnx"}
+    tensors = {t.name: t for t in proto.graph.initializer}
+    made_by = {node.output[0]: node for node in proto.graph.node}
+    for node in proto.graph.node:
+        if node.op_type == "QuantizeLinear":
+            zero = numpy_helper.to_array(tensors[node.input[2]])
+            assert (zero.dtype, int(zero)) == (np.int8, 0)
+    (gather,) = [
+        n
+        for n in proto.graph.node
+        if n.op_type == "Gather" and made_by.get(n.input[0], n).op_type == "DequantizeLinear"
+    ]
+    head = made_by["logits"]
+    assert (
+        made_by[made_by[head.input[1]].input[0]].input[0] == made_by[gather.input[0]].input[0]
+    )  # one copy of the codes
+    with pytest.raises(EnvironmentalError, match=r"CPUExecutionProvider has no kernel .* int8-trt: .*form int8-static"):
+        Decoder(exported.path, form="int8-trt", provider="cpu")
+    with pytest.raises(EnvironmentalError, match=r"no TensorrtExecutionProvider here"):
+        Decoder(exported.path)
+
+
+@pytest.mark.parametrize(
+    ("export", "message"),
+    [
+        ({"forms": ["fp32", "int8-trt"]}, r"cpu has no kernel for int8-trt .*; use int8-static"),
+        (
+            {"forms": ["fp32", "int8-static"], "provider": "cuda"},
+            r"cuda has no kernel for int8-static .*; use int8-weight",
+        ),
+        (
+            {"forms": ["fp32", "int8-weight"], "provider": "tensorrt"},
+            r"tensorrt has no kernel for int8-weight .*; use int8-trt",
+        ),
+        (
+            {"forms": ["fp32", "fp16"], "provider": "tensorrt", "backend": "genai"},
+            r"export.backend: TensorRT has no kernel",
+        ),
+    ],
+)
+def test_where_it_cannot_run_it_is_a_mistake(export: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        pico_recipe(export=export)
