@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from limbeck import __version__
 from limbeck.artifact import Artifact, find_artifact, open_artifact, write_artifact
+from limbeck.encoder_recipe import AnyRecipe
 from limbeck.errors import ArtifactError
 from limbeck.progress import say
 from limbeck.recipe import MixedByRule, Provider, Recipe, fingerprint
@@ -28,7 +29,7 @@ __all__ = ["export_student", "verify_parity"]
 _STAGE = 3  # raise it when the same student and recipe would give other files
 
 
-def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
+def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
     """Write the ``onnx`` artifact of the ``student`` artifact to ``out``: the deployable folder of docs/artifacts.md.
 
     Returns the artifact that is already there when it was made from the same student and the same `export:` part of
@@ -46,6 +47,10 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
     from limbeck.runtime import import_onnxruntime
 
     import_onnxruntime()  # before any work: a machine without it, or with two builds of it, is told so
+    if not isinstance(recipe, Recipe):
+        from export.encoders import export_encoder
+
+        return export_encoder(student=source, out=out, recipe=recipe, key=key)
     from export.backend import build_graphs
     from export.card import write_card, write_client_files
     from export.census import require_quantized, take_census, where_nodes_run
@@ -159,6 +164,10 @@ def verify_parity(folder: Path) -> dict[str, Any]:
     if not (folder / PARITY).is_file():
         raise ArtifactError(f"{folder}: {PARITY} is missing; delete the folder and export the student again.")
     cases = load_cases(folder / PARITY)
+    if "task" in artifact.result:
+        from export.encoders import verify_encoder
+
+        return verify_encoder(artifact)
     measured = {}
     for name, form in artifact.result["forms"].items():
         provider = parity_provider(form["provider"], form["number_type"] == "fp16")

@@ -79,7 +79,7 @@ def build_dynamo(model: Path, folder: Path, metadata: Mapping[str, str]) -> tupl
     """
     graphs = form_files(folder, "fp32")
     graphs.data.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary, _quiet():
+    with tempfile.TemporaryDirectory(dir=folder) as temporary, quiet_exporter():
         build = Path(temporary) / "model.onnx"
         context = _export(model, build)
         (build.parent / "model.onnx.data").rename(graphs.data)
@@ -222,7 +222,7 @@ def keep_last(proto: ModelProto) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Keep the exporter's notes on missing packages and unused names from the user, who can do nothing about them."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
