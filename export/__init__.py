@@ -163,11 +163,11 @@ def verify_parity(folder: Path) -> dict[str, Any]:
     artifact = open_artifact(folder, kind="onnx")
     if not (folder / PARITY).is_file():
         raise ArtifactError(f"{folder}: {PARITY} is missing; delete the folder and export the student again.")
-    cases = load_cases(folder / PARITY)
     if "task" in artifact.result:
         from export.encoders import verify_encoder
 
         return verify_encoder(artifact)
+    cases = load_cases(folder / PARITY)
     measured = {}
     for name, form in artifact.result["forms"].items():
         provider = parity_provider(form["provider"], form["number_type"] == "fp16")
