@@ -28,7 +28,7 @@ def subject_and_body(message: str | bytes) -> str:
     plain = [text for part in parts if part.get_content_subtype() != "html" and (text := _decoded(part)).strip()]
     marked = [_without_markup(_decoded(part)) for part in parts if part.get_content_subtype() == "html"]
     body = "\n".join(plain or marked)
-    return f"{_subject(parsed)}\n\n{_squeezed(body)}".strip()
+    return f"{_subject(parsed)}\n\n{_squeezed(body).strip()}".strip()
 
 
 def _subject(message: Message) -> str:

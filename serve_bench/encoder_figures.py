@@ -112,7 +112,7 @@ class Quality:
         losses = []
         for _ in range(_RESAMPLES[self._task]):
             picks = draw.integers(n, size=n)
-            losses.append(1 - self._score(ours, picks) / max(self._score(theirs, picks), 1e-12))
+            losses.append(1 - self._score(ours, picks) / (self._score(theirs, picks) or 1e-12))
         low, high = np.quantile(losses, [0.025, 0.975])
         return Interval(value, min(float(low), value), max(float(high), value), n)
 

@@ -18,8 +18,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "distilbert": {"dim": 64, "n_heads": 4, "n_layers": 2, "hidden_dim": 128},
 }
 CLASSES = [
-    {"name": "code", "text": {"kind": "stdlib", "paths": ["json/*.py", "email/*.py"]}},
-    {"name": "tables", "text": {"kind": "stdlib", "paths": ["encodings/cp*.py"]}},
+    {"name": "code", "text": {"kind": "stdlib", "paths": ["[a-f]*.py"]}},
+    {
+        "name": "prose",
+        "text": {
+            "kind": "stdlib",
+            "paths": ["pydoc_data/topics.py"],
+            "format": {"kind": "python-strings", "min_chars": 200},
+        },
+    },
 ]
 
 
@@ -34,7 +41,7 @@ def classifier_recipe(**over: Any) -> EncoderRecipe:
     tree = {
         "task": "classification",
         "name": "pico-classes",
-        "data": {"classes": CLASSES, "max_tokens": 24, "heldout": {"every": 3}},
+        "data": {"classes": CLASSES, "max_tokens": 40, "heldout": {"every": 3}},
         "student": {"kind": "full", "base": source()},
         "training": {"examples": 64, "batch": 8, "learning_rate": 1e-3, "precision": "fp32", "threads": 1},
         "bench": {"batches": [1, 2], "lengths": [8, 16], "minutes": 0.01, "min_blocks": 3, "threads": 1},
