@@ -18,11 +18,13 @@ from limbeck.recipe import (
     Domain,
     EbkdWeights,
     EntropyWeights,
+    Float,
     Fp32Form,
     Fraction,
     Frozen,
     Fusion,
     HubModel,
+    Int,
     Int8DynamicForm,
     Int8WeightForm,
     InverseEntropyWeights,
@@ -91,7 +93,7 @@ class EmbeddingTeacher(EncoderTeacher):
 class HeldoutExamples(Frozen):
     """Examples kept from training, at even distances through each class or domain."""
 
-    every: int = Field(5, ge=2, description="Every n-th example is held out.")
+    every: Int = Field(5, ge=2, description="Every n-th example is held out.")
     most: Count = Field(500, description="Most held-out examples kept of a class or domain, spread evenly.")
 
 
@@ -107,7 +109,7 @@ class LabelledData(Frozen):
     """Examples by class. The same text is taken once, so that none is both learnt and held out."""
 
     classes: tuple[Class, ...] = Field(min_length=2, description="The classes, in the order of the student's outputs.")
-    max_tokens: int = Field(128, ge=4, description="Tokens of an example that are read; the rest is cut off.")
+    max_tokens: Int = Field(128, ge=4, description="Tokens of an example that are read; the rest is cut off.")
     heldout: HeldoutExamples = Field(HeldoutExamples(), description="How held-out examples are chosen.")
 
 
@@ -115,11 +117,11 @@ class SentenceData(Frozen):
     """Unlabelled texts by domain."""
 
     domains: tuple[Domain, ...] = Field(min_length=1, description="Named kinds of text.")
-    piece_chars: int = Field(
+    piece_chars: Int = Field(
         400, ge=16, description="Documents are cut into pieces of about this length, in characters."
     )
     most: Count | None = Field(None, description="Most pieces taken of a domain, spread evenly; none takes all.")
-    max_tokens: int = Field(128, ge=4, description="Tokens of a piece that are read; the rest is cut off.")
+    max_tokens: Int = Field(128, ge=4, description="Tokens of a piece that are read; the rest is cut off.")
     heldout: HeldoutExamples = Field(HeldoutExamples(), description="How held-out pieces are chosen.")
 
 
@@ -182,10 +184,10 @@ class SimilarityFusion(Frozen):
     temperature: Positive = Field(
         0.05, description="Softmax temperature that turns cosine similarities into probabilities."
     )
-    cosine: Annotated[float, Field(ge=0)] = Field(
+    cosine: Annotated[Float, Field(ge=0)] = Field(
         1.0, description="Factor of the distance to each teacher's embedding."
     )
-    relational: Annotated[float, Field(ge=0)] = Field(1.0, description="Factor of the relational loss.")
+    relational: Annotated[Float, Field(ge=0)] = Field(1.0, description="Factor of the relational loss.")
     relation: Literal["kl", "mse"] = Field(
         "kl",
         description="KL between the similarity distributions of an example in its batch, or MSE between similarities.",
@@ -205,7 +207,7 @@ class EncoderTraining(Frozen):
     learning_rate: Positive = Field(1e-4, description="Peak learning rate of AdamW.")
     schedule: Literal["cosine", "linear", "constant"] = Field("linear", description="Decay after the warm-up.")
     warmup: Fraction = Field(0.1, description="Share of the steps over which the learning rate rises from 0.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="AdamW weight decay.")
+    weight_decay: Annotated[Float, Field(ge=0)] = Field(0.01, description="AdamW weight decay.")
     clip: Positive = Field(1.0, description="Largest gradient norm.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train; auto takes a GPU if present.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
@@ -237,11 +239,11 @@ class EncoderBench(Frozen):
     """Batches through every arm, over a grid of sizes, interleaved; then held-out examples through the same processes."""
 
     batches: tuple[Count, ...] = Field((1, 8, 32), min_length=1, description="Sequences of a batch.")
-    lengths: tuple[Annotated[int, Field(ge=4)], ...] = Field(
+    lengths: tuple[Annotated[Int, Field(ge=4)], ...] = Field(
         (32, 128), min_length=1, description="Tokens of a sequence."
     )
     threads: Count | None = Field(None, description="CPU threads of every arm; none takes every core available.")
-    min_blocks: int = Field(6, ge=3, description="Fewest mirrored blocks (A B C C B A) before a verdict.")
+    min_blocks: Int = Field(6, ge=3, description="Fewest mirrored blocks (A B C C B A) before a verdict.")
     minutes: Positive = Field(
         3.0, description="Budget for timing; blocks go on until gates are decided or it is spent."
     )
@@ -260,10 +262,10 @@ class EncoderGates(Frozen):
         None,
         description="Sequences/s over the better teacher in torch eager, geometric mean of the grid: least ratio, whole interval.",
     )
-    max_metric_loss: float | None = Field(
+    max_metric_loss: Float | None = Field(
         None, description="Largest relative loss of the task's metric against the better teacher; 0.02 is 2 %."
     )
-    max_quantization_loss: Annotated[float, Field(ge=0)] | None = Field(
+    max_quantization_loss: Annotated[Float, Field(ge=0)] | None = Field(
         None, description="Largest relative loss of the task's metric against the fp32 graph of the same student."
     )
     max_size_ratio: Positive | None = Field(None, description="Largest size on disk over the fp32 graph's.")
