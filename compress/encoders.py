@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -53,7 +54,7 @@ from compress.train import learning_rate, resolve_precision
 from limbeck import sources
 from limbeck.artifact import Artifact, available_cores, disk_full_is_a_user_error, open_artifact, write_artifact
 from limbeck.encoder_recipe import ClassificationRecipe, EmbeddingRecipe, EncoderRecipe, EncoderShrinkStudent
-from limbeck.errors import DivergenceError, ModelError
+from limbeck.errors import DivergenceError, EnvironmentalError, ModelError
 from limbeck.examples import EXAMPLES, Examples, accuracy, macro_f1, save_examples
 from limbeck.progress import say, task
 from limbeck.recipe import FittedCalibration, FixedCalibration, Weights
@@ -99,6 +100,8 @@ def train_encoder(
 
     The weights after the last step are kept: to choose among steps by the held-out examples would flatter them.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise EnvironmentalError("encoders are trained by one process; start limbeck without torchrun.")
     started, config = time.monotonic(), recipe.training
     device = resolve_device(config.device)
     torch.set_num_threads(config.threads or available_cores())

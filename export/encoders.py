@@ -22,7 +22,7 @@ import onnx
 import torch
 from safetensors.numpy import load_file, save_file
 
-from export.card import write_client_files
+from export.card import markdown_table, write_client_files
 from export.census import require_quantized, take_census
 from export.dynamo import quiet_exporter, split_gemm
 from export.graph import Graphs, form_files, relocate, stamp
@@ -318,8 +318,6 @@ def _write_card(
     folder: Path, *, recipe: EncoderRecipe, student: Artifact, forms: Mapping[str, Mapping[str, Any]], shipped: str
 ) -> None:
     """The model card: the hub's YAML header, then what it is, what was measured, and digests."""
-    from export.card import markdown_table
-
     pipeline = "text-classification" if recipe.task == "classification" else "feature-extraction"
     classes = f" Classes: {', '.join(student.result['classes'])}." if student.result["classes"] else ""
     metrics = {"student": student.result["metrics"]} | {

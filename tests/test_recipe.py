@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from limbeck import recipe as module
 from limbeck.encoder_recipe import load_any_recipe
 from limbeck.errors import RecipeError
-from limbeck.recipe import BaseRecipe, Frozen, Recipe, find_recipe, load_recipe, parse_recipe, shipped_recipes
+from limbeck.recipe import BaseRecipe, Frozen, find_recipe, load_recipe, parse_recipe, shipped_recipes
 from tests.pico import pico_recipe
 
 MINIMAL = """
