@@ -39,7 +39,9 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
     """
     source = open_artifact(student, kind="student")
     gates = [recipe.gates.max_size_mb, recipe.gates.max_quantization_loss]  # `mixed` and `recover` may look at them
-    asked = recipe.export.model_dump(mode="json") | ({"gates": gates} if _looks_at_gates(recipe) else {})
+    asked = recipe.export.model_dump(mode="json") | (
+        {"gates": gates} if isinstance(recipe, Recipe) and _looks_at_gates(recipe) else {}
+    )
     key = fingerprint({"stage": _STAGE, "export": asked, "student": source.digest})
     if found := find_artifact(out, kind="onnx", key=key):
         return found

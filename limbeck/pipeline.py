@@ -461,7 +461,9 @@ def verify(path: Path, *, quality: bool = True, speed: bool = True) -> int:
     for artifact in artifacts:
         if artifact.kind == "onnx":
             complaints += _verify_graphs(artifact)
-    certified = {artifact.kind for artifact in artifacts if "task" not in artifact.result}  # encoders have no certificate
+    certified = {
+        artifact.kind for artifact in artifacts if "task" not in artifact.result
+    }  # encoders have no certificate
     if {"onnx", "bench"} <= certified:
         complaints += _replay(path, quality=quality, speed=speed)
     for complaint in complaints:
