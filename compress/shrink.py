@@ -215,7 +215,7 @@ def family_of(config: Any) -> Family:
     return FAMILIES[config.model_type]
 
 
-def shrunk_sizes(source: Any, config: ShrinkStudent) -> dict[str, int]:
+def shrunk_sizes(source: Any, config: Sizes) -> dict[str, int]:
     """What is kept of each dimension of the configuration ``source``. Raises `ModelError` for a size that cannot be cut."""
     family, facts = family_of(source), _facts(source)
     heads, groups, head_size = _heads(source)
@@ -236,7 +236,7 @@ def shrunk_sizes(source: Any, config: ShrinkStudent) -> dict[str, int]:
     return wanted
 
 
-def shrunk_config(source: Any, config: ShrinkStudent, layers: Sequence[int] | None = None) -> Any:
+def shrunk_config(source: Any, config: Sizes, layers: Sequence[int] | None = None) -> Any:
     """The configuration of what is cut out of ``source``; ``layers`` are those kept, the first ones where none are given."""
     family, facts, wanted = family_of(source), _facts(source), shrunk_sizes(source, config)
     heads, groups, head_size = _heads(source)

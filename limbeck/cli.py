@@ -164,6 +164,7 @@ def recipes(
       limbeck recipes
       limbeck recipes --max-mb 150 --cpu
     """
+    from limbeck.encoder_recipe import teachers_of
     from limbeck.library import library
 
     entries = library(max_mb=max_mb, cpu=cpu, family=family)
@@ -175,7 +176,8 @@ def recipes(
                 "megabytes": entry.megabytes,
                 "device": entry.device,
                 "description": entry.recipe.description,
-                "teachers": [t.name for t in entry.recipe.teachers],
+                "task": entry.recipe.task,
+                "teachers": [t.name for t in teachers_of(entry.recipe)],
                 "student": entry.recipe.student.kind,
                 "forms": [form.kind for form in entry.recipe.export.forms],
                 "about": entry.about,
