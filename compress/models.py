@@ -37,14 +37,14 @@ def model_folder(source: BaseSource, *, folder: Path) -> Path:
             return _from_hub(source)
         case RandomModel():
             key = fingerprint({"random": source.model_dump(mode="json")})
-            return _cached(key, lambda out: _make_random(source, out))
+            return cached(key, lambda out: _make_random(source, out))
         case LocalModel() | GgufModel() | PackageModel():
             path = sources.model_path(source, folder=folder)
             assert path is not None
             if path.is_dir():
                 return path
             key = fingerprint({"gguf": file_digest(path)})
-            return _cached(key, lambda out: _dequantise(path, out))
+            return cached(key, lambda out: _dequantise(path, out))
 
 
 def model_config(source: BaseSource, *, folder: Path) -> Any:
@@ -167,7 +167,8 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def _cached(key: str, make: Callable[[Path], dict[str, Any]]) -> Path:
+def cached(key: str, make: Callable[[Path], dict[str, Any]]) -> Path:
+    """Folder of the `model` artifact of ``key`` in the cache; ``make`` fills it, and says what it measured, when it is not there."""
     path = sources.cache_folder() / "models" / key[:16]
     if find_artifact(path, kind="model", key=key) is None:
         with write_artifact(path, kind="model", key=key, parents={}) as draft:
@@ -205,13 +206,16 @@ def _make_random(source: RandomModel, out: Path) -> dict[str, Any]:
     return {"parameters": model.num_parameters()}
 
 
-def random_model(config: Mapping[str, Any], *, vocab_size: int, seed: int, where: str) -> PreTrainedModel:
-    """A freshly initialised causal LM of any transformers configuration. Raises `ModelError`."""
+def random_model(
+    config: Mapping[str, Any], *, vocab_size: int, seed: int, where: str, auto: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
+    """A freshly initialised model of any transformers configuration, a causal LM by default. Raises `ModelError`."""
     chosen = random_config(config, vocab_size=vocab_size, where=where)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return AutoModelForCausalLM.from_config(chosen, dtype=torch.float32)
+            model: PreTrainedModel = auto.from_config(chosen, dtype=torch.float32)
+            return model
         except BAD_CONFIG as error:
             raise ModelError(f"{where}: transformers cannot build it: {error}") from error
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from optimum.utils import NormalizedConfigManager
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from compress.models import BAD_CONFIG
 from limbeck.errors import ModelError
-from limbeck.recipe import ShrinkStudent
+from limbeck.recipe import Sizes
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,53 @@ _NEOX = Family(
     ),
     head_size_is_fixed=True,
 )
-FAMILIES = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3"), _LLAMA) | {"gpt2": _GPT2, "gpt_neox": _NEOX}
+_BERT = Family(  # of the encoder without a head; its norms stand behind what they norm, so there is no last one
+    layers="encoder.layer",
+    norms=("attention.output.LayerNorm", "output.LayerNorm"),
+    final_norm="embeddings.LayerNorm",
+    ffn_out="output.dense",
+    ffn_field="intermediate_size",
+    attention_out="attention.output.dense",
+    dims=(
+        (r"embeddings\.\w+_embeddings\.weight", ".H"),
+        (r"(query|key|value)\.weight", "QH"),
+        (r"(query|key|value)\.bias", "Q"),
+        (r"attention\.output\.dense\.weight", "HQ"),
+        (r"intermediate\.dense\.weight", "FH"),
+        (r"intermediate\.dense\.bias", "F"),
+        (r"pooler\.dense\.weight", "HH"),
+        (r"output\.dense\.weight", "HF"),
+        (r"(dense|LayerNorm)\.(weight|bias)", "H"),
+    ),
+    head_size_is_fixed=True,
+)
+_DISTILBERT = Family(
+    layers="transformer.layer",
+    norms=("sa_layer_norm", "output_layer_norm"),
+    final_norm="embeddings.LayerNorm",
+    ffn_out="ffn.lin2",
+    ffn_field="hidden_dim",
+    attention_out="attention.out_lin",
+    dims=(
+        (r"embeddings\.\w+_embeddings\.weight", ".H"),
+        (r"[qkv]_lin\.weight", "QH"),
+        (r"[qkv]_lin\.bias", "Q"),
+        (r"out_lin\.weight", "HQ"),
+        (r"lin1\.weight", "FH"),
+        (r"lin1\.bias", "F"),
+        (r"lin2\.weight", "HF"),
+        (r"(lin2|out_lin)\.bias", "H"),
+        (r"(LayerNorm|layer_norm)\.(weight|bias)", "H"),
+    ),
+    head_size_is_fixed=True,
+)
+FAMILIES = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3"), _LLAMA) | {
+    "gpt2": _GPT2,
+    "gpt_neox": _NEOX,
+    "bert": _BERT,
+    "roberta": _BERT,
+    "distilbert": _DISTILBERT,
+}
 
 
 @dataclass(frozen=True)
@@ -120,7 +166,7 @@ class Importance:
         return {"layers": self.layers_l, "neurons": self.neurons_lF, "heads": self.heads_lG, "hidden": self.hidden_H}
 
 
-def shrink(model: Any, config: ShrinkStudent, batches: Sequence[Tensor]) -> tuple[Any, Importance, dict[str, Any]]:
+def shrink(model: Any, config: Sizes, batches: Sequence[Tensor]) -> tuple[Any, Importance, dict[str, Any]]:
     """Cut ``model`` down to the sizes of ``config``; ``batches`` are token ids [R, L] of calibration text.
 
     Returns the smaller model (fp32, loadable by plain transformers), the importance and what was kept.
@@ -133,7 +179,8 @@ def shrink(model: Any, config: ShrinkStudent, batches: Sequence[Tensor]) -> tupl
     layers = _top(importance.layers_l, wanted["layers"])
     hidden = _top(importance.hidden_H, wanted["hidden_size"])
     smaller_config = shrunk_config(source, config, layers)
-    smaller = AutoModelForCausalLM.from_config(smaller_config, dtype=torch.float32)
+    auto = AutoModelForCausalLM if _has_head(model) else AutoModel
+    smaller = auto.from_config(smaller_config, dtype=torch.float32)
     state, place = model.state_dict(), re.compile(rf"^{re.escape(family.layers)}\.(\d+)\.(.*)$")
     with torch.no_grad():
         for name, target in smaller.state_dict().items():
@@ -147,7 +194,8 @@ def shrink(model: Any, config: ShrinkStudent, batches: Sequence[Tensor]) -> tupl
             origin = f"{family.layers}.{layer}.{match[2]}" if match else name
             target.copy_(_cut(state[origin], origin, family, cuts))
     smaller.tie_weights()
-    smaller.generation_config = model.generation_config
+    if _has_head(model):
+        smaller.generation_config = model.generation_config
     kept = {
         **wanted,
         "kept_layers": layers,
@@ -167,7 +215,7 @@ def family_of(config: Any) -> Family:
     return FAMILIES[config.model_type]
 
 
-def shrunk_sizes(source: Any, config: ShrinkStudent) -> dict[str, int]:
+def shrunk_sizes(source: Any, config: Sizes) -> dict[str, int]:
     """What is kept of each dimension of the configuration ``source``. Raises `ModelError` for a size that cannot be cut."""
     family, facts = family_of(source), _facts(source)
     heads, groups, head_size = _heads(source)
@@ -188,7 +236,7 @@ def shrunk_sizes(source: Any, config: ShrinkStudent) -> dict[str, int]:
     return wanted
 
 
-def shrunk_config(source: Any, config: ShrinkStudent, layers: Sequence[int] | None = None) -> Any:
+def shrunk_config(source: Any, config: Sizes, layers: Sequence[int] | None = None) -> Any:
     """The configuration of what is cut out of ``source``; ``layers`` are those kept, the first ones where none are given."""
     family, facts, wanted = family_of(source), _facts(source), shrunk_sizes(source, config)
     heads, groups, head_size = _heads(source)
@@ -239,9 +287,9 @@ def measure_importance(model: Any, family: Family, batches: Sequence[Tensor]) ->
     influence = torch.zeros(len(layers), dtype=torch.float64)
     with _removed(handles):
         for ids in batches:
-            states = getattr(model, model.base_model_prefix)(
-                input_ids=ids, use_cache=False, output_hidden_states=True
-            ).hidden_states
+            body = getattr(model, model.base_model_prefix) if _has_head(model) else model
+            options = {"use_cache": False} if _has_head(model) else {}
+            states = body(input_ids=ids, output_hidden_states=True, **options).hidden_states
             for index in range(len(layers)):
                 cosine = torch.nn.functional.cosine_similarity(states[index].float(), states[index + 1].float(), dim=-1)
                 influence[index] += float((1 - cosine).mean()) / len(batches)
@@ -259,6 +307,11 @@ def measure_importance(model: Any, family: Family, batches: Sequence[Tensor]) ->
     )
     grouped = attention.unflatten(1, (groups, -1)).square().sum(-1).sqrt()
     return Importance(influence.float(), neurons, grouped, torch.stack(channels).mean(0))
+
+
+def _has_head(model: Any) -> bool:
+    """Whether it is a language model around its body, or an encoder's body by itself."""
+    return hasattr(model, model.base_model_prefix)
 
 
 def _reading_norm(linear: Any) -> Tensor:

@@ -54,6 +54,7 @@ from compress.students import (
 )
 from compress.teachers import Body, TeacherFolder, Teachers, teacher_folders
 from limbeck.artifact import Artifact, available_cores, disk_full_is_a_user_error, host, open_artifact, write_artifact
+from limbeck.encoder_recipe import EncoderTraining
 from limbeck.errors import DivergenceError
 from limbeck.heldout import CALIBRATION, HELDOUT, Blocks, mean_nll, save_calibration, save_heldout
 from limbeck.progress import say, task
@@ -384,7 +385,7 @@ def _loss(
     return terms.loss + factor * gap, terms, float(gap.detach())
 
 
-def learning_rate(config: Training, done: float, step: float) -> float:
+def learning_rate(config: Training | EncoderTraining, done: float, step: float) -> float:
     """Linear warm-up to the peak, then cosine, linear or constant; ``done`` and ``step`` are shares of the budget."""
     if done < config.warmup:
         return config.learning_rate * min(1.0, (done + step) / config.warmup)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from limbeck import __version__
 from limbeck.artifact import Artifact, find_artifact, open_artifact, write_artifact
+from limbeck.encoder_recipe import AnyRecipe
 from limbeck.errors import ArtifactError
 from limbeck.progress import say
 from limbeck.recipe import Form, Int8StaticForm, Int8TrtForm, MixedByRule, Provider, Recipe, fingerprint
@@ -29,7 +30,7 @@ __all__ = ["export_student", "verify_parity"]
 _STAGE = 3  # raise it when the same student and recipe would give other files
 
 
-def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
+def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
     """Write the ``onnx`` artifact of the ``student`` artifact to ``out``: the deployable folder of docs/artifacts.md.
 
     Returns the artifact that is already there when it was made from the same student and the same `export:` part of
@@ -39,7 +40,9 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
     """
     source = open_artifact(student, kind="student")
     gates = [recipe.gates.max_size_mb, recipe.gates.max_quantization_loss]  # `mixed` and `recover` may look at them
-    asked = recipe.export.model_dump(mode="json") | ({"gates": gates} if _looks_at_gates(recipe) else {})
+    asked = recipe.export.model_dump(mode="json") | (
+        {"gates": gates} if isinstance(recipe, Recipe) and _looks_at_gates(recipe) else {}
+    )
     key = fingerprint({"stage": _STAGE, "export": asked, "student": source.digest})
     if found := find_artifact(out, kind="onnx", key=key):
         return found
@@ -47,6 +50,10 @@ def export_student(*, student: Path, out: Path, recipe: Recipe) -> Artifact:
     from limbeck.runtime import import_onnxruntime
 
     import_onnxruntime()  # before any work: a machine without it, or with two builds of it, is told so
+    if not isinstance(recipe, Recipe):
+        from export.encoders import export_encoder
+
+        return export_encoder(student=source, out=out, recipe=recipe, key=key)
     from export.backend import build_graphs
     from export.card import write_card, write_client_files
     from export.census import require_quantized, take_census, where_nodes_run
@@ -183,6 +190,10 @@ def verify_parity(folder: Path) -> dict[str, Any]:
     artifact = open_artifact(folder, kind="onnx")
     if not (folder / PARITY).is_file():
         raise ArtifactError(f"{folder}: {PARITY} is missing; delete the folder and export the student again.")
+    if "task" in artifact.result:
+        from export.encoders import verify_encoder
+
+        return verify_encoder(artifact)
     kept_apart = artifact.result.get("adapter")
     adapters = {PARITY: folder / kept_apart["file"], PARITY_BASE: None} if kept_apart else {PARITY: None}
     measured: dict[str, Any] = {}

@@ -120,7 +120,7 @@ def write_card(folder: Path, *, recipe: Recipe, student: Mapping[str, Any], stud
         for t in teachers
     ]
     made_of += [["text " + d.name, _source(d.text)] for d in recipe.data.domains]
-    card += ["## What went in", _table(["what", "from"], made_of)]
+    card += ["## What went in", markdown_table(["what", "from"], made_of)]
     rows = [
         [
             f"`{name}`",
@@ -134,14 +134,14 @@ def write_card(folder: Path, *, recipe: Recipe, student: Mapping[str, Any], stud
         for p in [form["parity"]]
     ]
     columns = ["form", "MB", "max logit difference", "KL, nats", "same first choice", "NLL change"]
-    card += ["## The graphs against the torch student", _table(columns, rows)]
+    card += ["## The graphs against the torch student", markdown_table(columns, rows)]
     greedy = [[f"`{n}`", *(_answer(a) for a in form["greedy"])] for n, form in forms.items() if n != "fp32"]
     if greedy:
         columns = ["form", *(answer["text"] for answer in next(iter(forms.values()))["greedy"])]
         card += [
             "## Greedy answers against fp32",
             "Tokens in common before the first difference, and by how many logits fp32 preferred its own token there.",
-            _table(columns, greedy),
+            markdown_table(columns, greedy),
         ]
     nll = student.get("nll", {})
     if nll:
@@ -149,7 +149,7 @@ def write_card(folder: Path, *, recipe: Recipe, student: Mapping[str, Any], stud
         table = [
             [name, f"{value:.3f}", *(f"{t['nll'][name]:.3f}" for t in others.values())] for name, value in nll.items()
         ]
-        card += ["## Held-out nats a token of the torch student", _table(["text", "student", *others], table)]
+        card += ["## Held-out nats a token of the torch student", markdown_table(["text", "student", *others], table)]
     genai = f"onnxruntime-genai (`{shipped}`), " if backend["name"] == "genai" else ""
     card += [
         "## How to run it",
@@ -157,7 +157,7 @@ def write_card(folder: Path, *, recipe: Recipe, student: Mapping[str, Any], stud
         "onnxruntime. Batches may be padded on either side.",
         *([_APART.format(**adapter)] if adapter else ()),
         "## Digests",
-        _table(["of", "sha256"], [["recipe", f"`{recipe.digest}`"], ["student", f"`{student_digest}`"]]),
+        markdown_table(["of", "sha256"], [["recipe", f"`{recipe.digest}`"], ["student", f"`{student_digest}`"]]),
     ]
     (folder / "README.md").write_text("\n\n".join(card) + "\n")
 
@@ -177,7 +177,7 @@ def _source(source: Any) -> str:
     return f"{fields.pop('kind')}: " + ", ".join(f"{name} {value}" for name, value in fields.items())
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
     return "\n".join(lines)
 

@@ -83,7 +83,7 @@ def build_dynamo(
     """
     graphs = form_files(folder, "fp32")
     graphs.data.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary, _quiet():
+    with tempfile.TemporaryDirectory(dir=folder) as temporary, quiet_exporter():
         build = Path(temporary) / "model.onnx"
         context = _export(model, build, opset)
         (build.parent / "model.onnx.data").rename(graphs.data)
@@ -227,7 +227,7 @@ def keep_last(proto: ModelProto) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Keep the exporter's notes on missing packages and unused names from the user, who can do nothing about them."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

@@ -239,7 +239,8 @@ def _matrices(proto: ModelProto, tensors: Mapping[str, TensorProto], scheme: Sch
     """Every matrix to round by name, with its layout and how it is rounded."""
     graph = proto.graph
     origin = _turned(graph, tensors)
-    head, attention = head_of(proto), _into_attention(graph, {*tensors, *origin})
+    has_head = any(value.name == "logits" for value in graph.output)  # a sentence encoder has none
+    head, attention = head_of(proto).output[0] if has_head else "", _into_attention(graph, {*tensors, *origin})
     embeddings = {node.input[0] for node in graph.node if node.op_type == "Gather"}
     found: dict[str, Matrix] = {}
     for node in graph.node:
@@ -251,7 +252,7 @@ def _matrices(proto: ModelProto, tensors: Mapping[str, TensorProto], scheme: Sch
             continue
         rows = (node.op_type == "Gather") != (read in origin)
         first, second = (int(dim) for dim in tensor.dims)
-        is_head = node.op_type == "Gather" or node.output[0] == head.output[0]
+        is_head = node.op_type == "Gather" or node.output[0] == head
         if is_head or tensor.name not in found:
             width, channels = (second, first) if rows else (first, second)
             if is_head:

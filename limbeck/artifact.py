@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.errors import ArtifactError, EnvironmentalError
-from limbeck.recipe import Recipe, fingerprint
+from limbeck.recipe import BaseRecipe, fingerprint
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -69,7 +69,7 @@ class Draft:
 
 @contextmanager
 def write_artifact(
-    path: Path, *, kind: str, key: str, parents: Mapping[str, str], recipe: Recipe | None = None
+    path: Path, *, kind: str, key: str, parents: Mapping[str, str], recipe: BaseRecipe | None = None
 ) -> Iterator[Draft]:
     """Write an artifact to ``path`` through a temporary folder beside it; nothing half-written ever has that name.
 

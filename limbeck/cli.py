@@ -20,6 +20,7 @@ from limbeck import __version__
 from limbeck.errors import LimbeckError, RecipeError
 
 if TYPE_CHECKING:
+    from limbeck.encoder_recipe import AnyRecipe
     from limbeck.recipe import Recipe
 
 _STOPPED = "stopped; run the same command again to go on"
@@ -163,6 +164,7 @@ def recipes(
       limbeck recipes
       limbeck recipes --max-mb 150 --cpu
     """
+    from limbeck.encoder_recipe import teachers_of
     from limbeck.library import library
 
     entries = library(max_mb=max_mb, cpu=cpu, family=family)
@@ -174,7 +176,8 @@ def recipes(
                 "megabytes": entry.megabytes,
                 "device": entry.device,
                 "description": entry.recipe.description,
-                "teachers": [t.name for t in entry.recipe.teachers],
+                "task": entry.recipe.task,
+                "teachers": [t.name for t in teachers_of(entry.recipe)],
                 "student": entry.recipe.student.kind,
                 "forms": [form.kind for form in entry.recipe.export.forms],
                 "about": entry.about,
@@ -204,13 +207,13 @@ def validate(
     Example:
       limbeck validate my-recipe.yaml smollm2/135m-two-experts
     """
+    from limbeck.encoder_recipe import load_any_recipe
     from limbeck.pipeline import mistakes
-    from limbeck.recipe import load_recipe
 
     bad = 0
     for reference in recipes:
         try:
-            recipe = load_recipe(reference)
+            recipe = load_any_recipe(reference)
             found = mistakes(recipe)
         except LimbeckError as error:
             print(f"{error}", file=sys.stderr)
@@ -300,7 +303,7 @@ def run(
     """
     from limbeck import pipeline
 
-    report = pipeline.run(_load(recipe, overrides, shrink), out=out)
+    report = pipeline.run(_load_any(recipe, overrides, shrink), out=out)
     raise typer.Exit(report.exit_code if report else 0)
 
 
@@ -398,8 +401,16 @@ def ablate(
 def _stage(name: str, reference: str, out: Path | None, overrides: list[str] | None, shrink: str | None) -> None:
     from limbeck import pipeline
 
-    report = pipeline.run_stage(name, _load(reference, overrides, shrink), out=out, reference=reference)
+    report = pipeline.run_stage(name, _load_any(reference, overrides, shrink), out=out, reference=reference)
     raise typer.Exit(report.exit_code if report else 0)
+
+
+def _load_any(reference: str, overrides: list[str] | None, shrink: str | None) -> AnyRecipe:
+    from limbeck.encoder_recipe import load_any_recipe
+
+    if shrink is not None:
+        return _load(reference, overrides, shrink)
+    return load_any_recipe(reference, overrides=overrides or ())
 
 
 def _load(reference: str, overrides: list[str] | None, shrink: str | None = None) -> Recipe:

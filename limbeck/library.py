@@ -9,8 +9,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from limbeck.encoder_recipe import AnyRecipe, load_any_recipe
 from limbeck.errors import RecipeError
-from limbeck.recipe import Recipe, load_recipe, shipped_recipes
+from limbeck.recipe import shipped_recipes
 
 _PLAN = re.compile(r"^# Plan: ([\d.]+) MB (\S+) on (cpu|card)$", re.MULTILINE)
 
@@ -21,7 +22,7 @@ class Entry:
 
     name: str
     path: Path
-    recipe: Recipe
+    recipe: AnyRecipe
     megabytes: float  # of the shipped form, graph and weights
     form: str
     device: str  # `cpu`, or `card` where training asks for a GPU
@@ -54,7 +55,7 @@ def library(*, max_mb: float | None = None, cpu: bool = False, family: str | Non
 
 
 def _entry(name: str, path: Path) -> Entry:
-    recipe = load_recipe(path)
+    recipe = load_any_recipe(path)
     found = _PLAN.search(recipe.text)
     if found is None:
         raise RecipeError(f"{path}: the header has no line such as `# Plan: 145 MB int8-weight on cpu`; add it.")

@@ -27,9 +27,10 @@ from limbeck.artifact import (
     student_of,
     write_atomically,
 )
+from limbeck.encoder_recipe import AnyRecipe, load_any_recipe, parse_any_recipe, teachers_of
 from limbeck.errors import ArtifactError, EnvironmentalError, LimbeckError, QualityError, RecipeError
 from limbeck.progress import leads, say
-from limbeck.recipe import Recipe, RecipeModel, find_recipe, load_bench, load_recipe, parse_recipe
+from limbeck.recipe import Recipe, RecipeModel, find_recipe, load_bench
 
 if TYPE_CHECKING:
     from serve_bench.report import Report
@@ -43,7 +44,7 @@ _FOLDERS = {"compress": "student", "export": "onnx", "bench": "bench"}  # stage 
 class Product:
     """The student of another recipe, to be made before the recipe that teaches with it."""
 
-    recipe: Recipe
+    recipe: AnyRecipe
     folder: Path  # its run folder
     teachers: dict[str, Path]  # name of each teacher that is itself a product -> its student artifact
 
@@ -51,12 +52,12 @@ class Product:
 # What has to be made ---------------------------------------------------------------------------------------------
 
 
-def default_folder(recipe: Recipe) -> Path:
+def default_folder(recipe: AnyRecipe) -> Path:
     """``runs/<name>-<digest8>`` under the working directory."""
     return Path("runs") / f"{recipe.name}-{recipe.digest[:8]}"
 
 
-def plan(recipe: Recipe) -> tuple[list[Product], dict[str, Path]]:
+def plan(recipe: AnyRecipe) -> tuple[list[Product], dict[str, Path]]:
     """Products that ``recipe`` needs, in the order they are made, and its own teachers among them by name.
 
     Raises `RecipeError` listing every teacher recipe that is missing, wrong, or made from itself.
@@ -67,7 +68,7 @@ def plan(recipe: Recipe) -> tuple[list[Product], dict[str, Path]]:
     return products, teachers
 
 
-def _plan(recipe: Recipe) -> tuple[list[Product], dict[str, Path], list[str]]:
+def _plan(recipe: AnyRecipe) -> tuple[list[Product], dict[str, Path], list[str]]:
     products: dict[Path, Product] = {}
     errors: list[str] = []
     teachers = _teachers_of(recipe, products, errors, chain=(), where="")
@@ -75,13 +76,13 @@ def _plan(recipe: Recipe) -> tuple[list[Product], dict[str, Path], list[str]]:
 
 
 def _teachers_of(
-    recipe: Recipe, products: dict[Path, Product], errors: list[str], *, chain: tuple[Path, ...], where: str
+    recipe: AnyRecipe, products: dict[Path, Product], errors: list[str], *, chain: tuple[Path, ...], where: str
 ) -> dict[str, Path]:
     """Student artifacts of the teachers that are products; adds those to ``products``, teachers before pupils."""
     from limbeck.sources import cache_folder
 
     teachers = {}
-    for index, teacher in enumerate(recipe.teachers):
+    for index, teacher in enumerate(teachers_of(recipe)):
         if not isinstance(teacher.model, RecipeModel):
             continue
         here = f"{where}teachers.{index}"
@@ -90,7 +91,11 @@ def _teachers_of(
             if path in chain:
                 circle = " -> ".join(p.stem for p in (*chain[chain.index(path) :], path))
                 raise RecipeError(f"a recipe that is made from itself ({circle}); name another model for one of them.")
-            made = load_recipe(path)
+            made = load_any_recipe(path)
+            if made.task != recipe.task:
+                raise RecipeError(
+                    f"{path}: its task is {made.task}, expected {recipe.task}; name a recipe of that task."
+                )
         except RecipeError as error:
             errors.append(f"{here}: {error}")
             continue
@@ -101,7 +106,7 @@ def _teachers_of(
     return teachers
 
 
-def mistakes(recipe: Recipe) -> list[str]:
+def mistakes(recipe: AnyRecipe) -> list[str]:
     """What is wrong with ``recipe`` on this machine, and with the recipes of its teachers: each line one mistake.
 
     Files and packages that are missing, and teacher recipes that are missing, wrong, or made from themselves.
@@ -118,7 +123,7 @@ def mistakes(recipe: Recipe) -> list[str]:
 # Running ---------------------------------------------------------------------------------------------------------
 
 
-def run(recipe: Recipe, *, out: Path | None = None) -> Report | None:
+def run(recipe: AnyRecipe, *, out: Path | None = None) -> Report | None:
     """Run every stage of ``recipe`` that is not complete in the run folder ``out``, and report.
 
     Several processes (torchrun) share the training; the first one alone does the rest, and has the report. ``out`` defaults to `default_folder`. Raises `ArtifactError` when the folder belongs to another recipe or to no run,
@@ -135,7 +140,7 @@ def run(recipe: Recipe, *, out: Path | None = None) -> Report | None:
         return _tell(folder, recipe) if leads() else None
 
 
-def run_stage(stage: str, recipe: Recipe, *, out: Path | None = None, reference: str = "RECIPE") -> Report | None:
+def run_stage(stage: str, recipe: AnyRecipe, *, out: Path | None = None, reference: str = "RECIPE") -> Report | None:
     """Run one stage, ``compress``, ``export`` or ``bench``, in the run folder; after ``bench``, report.
 
     Raises `ArtifactError` naming the command to run first (with ``reference`` as its recipe) when an earlier stage is not
@@ -160,13 +165,13 @@ def run_stage(stage: str, recipe: Recipe, *, out: Path | None = None, reference:
         return _tell(folder, recipe) if stage == "bench" else None
 
 
-def _require_inputs(recipe: Recipe) -> None:
+def _require_inputs(recipe: AnyRecipe) -> None:
     missing = mistakes(recipe)
     if missing:
         raise RecipeError("\n".join([f"{recipe.name}: cannot run here", *(f"  {line}" for line in missing)]))
 
 
-def _stage(stage: str, recipe: Recipe, folder: Path) -> None:
+def _stage(stage: str, recipe: AnyRecipe, folder: Path) -> None:
     """Run one stage of a folder that is ours."""
     out = folder / _FOLDERS[stage]
     if stage == "compress":
@@ -181,7 +186,7 @@ def _stage(stage: str, recipe: Recipe, folder: Path) -> None:
         _timed(stage, folder, out, lambda: serve_bench.measure(onnx=onnx, student=student, out=out, recipe=recipe))
 
 
-def _export(recipe: Recipe, folder: Path) -> None:
+def _export(recipe: AnyRecipe, folder: Path) -> None:
     """Export the student; when the shipped form misses its gate, distil it again through the rounding, and export that.
 
     The better one is ``onnx``, the other stays beside it.
@@ -199,7 +204,7 @@ def _export(recipe: Recipe, folder: Path) -> None:
     shipped = aside.exists()  # whether a recovered one is `onnx` now
     ships = False
     first = make("export", student, aside if shipped else onnx)
-    if first.get("needs_recovery"):
+    if first.get("needs_recovery") and isinstance(recipe, Recipe):
         plain, teachers = aside if shipped else onnx, _make_products(recipe)
         _timed(
             "recover",
@@ -239,7 +244,7 @@ def bench_targets(
     print(f"{serve_bench.table(made)}\n\nsamples: {folder}", flush=True)
 
 
-def _make_products(recipe: Recipe) -> dict[str, Path]:
+def _make_products(recipe: AnyRecipe) -> dict[str, Path]:
     """Make the students of other recipes that ``recipe`` learns from; their artifacts by teacher name."""
     products, teachers = plan(recipe)
     for product in products:
@@ -266,7 +271,7 @@ def ablate(recipe: Recipe, *, arms: Sequence[str] | None, seeds: int, out: Path 
         )
 
 
-def _distill(title: str, recipe: Recipe, folder: Path, teachers: dict[str, Path]) -> None:
+def _distill(title: str, recipe: AnyRecipe, folder: Path, teachers: dict[str, Path]) -> None:
     import compress
 
     out = folder / "student"
@@ -306,7 +311,7 @@ def _clock(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 100 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
 
 
-def _tell(folder: Path, recipe: Recipe) -> Report:
+def _tell(folder: Path, recipe: AnyRecipe) -> Report:
     """Write the report, and print its table, the verdict and where it is."""
     import serve_bench
 
@@ -323,7 +328,7 @@ def report(folder: Path) -> Report:
     bench = open_artifact(folder / "bench", kind="bench", verify=False)
     resolved = bench.manifest["recipe"]["resolved"]
     with _locked(folder, wait=False):
-        return _tell(folder, parse_recipe(resolved, where=str(folder / "bench")))
+        return _tell(folder, parse_any_recipe(resolved, where=str(folder / "bench")))
 
 
 def compare(
@@ -343,7 +348,7 @@ def compare(
 
 
 @contextmanager
-def open_run(recipe: Recipe, folder: Path, *, wait: bool = False) -> Iterator[Path]:
+def open_run(recipe: AnyRecipe, folder: Path, *, wait: bool = False) -> Iterator[Path]:
     """Hold the run folder of ``recipe``: make it, or take the one it made earlier, and keep others out meanwhile.
 
     ``wait`` waits for another run that holds it, which otherwise is an error. Raises `ArtifactError` when the folder belongs
@@ -367,7 +372,7 @@ def open_run(recipe: Recipe, folder: Path, *, wait: bool = False) -> Iterator[Pa
         yield folder
 
 
-def _require_ours(recipe: Recipe, folder: Path) -> None:
+def _require_ours(recipe: AnyRecipe, folder: Path) -> None:
     if not folder.exists():
         for parent in folder.parents:
             if parent.exists() and not parent.is_dir():
@@ -456,7 +461,10 @@ def verify(path: Path, *, quality: bool = True, speed: bool = True) -> int:
     for artifact in artifacts:
         if artifact.kind == "onnx":
             complaints += _verify_graphs(artifact)
-    if {"onnx", "bench"} <= {artifact.kind for artifact in artifacts}:
+    certified = {
+        artifact.kind for artifact in artifacts if "task" not in artifact.result
+    }  # encoders have no certificate
+    if {"onnx", "bench"} <= certified:
         complaints += _replay(path, quality=quality, speed=speed)
     for complaint in complaints:
         print(f"\n{complaint}")
@@ -484,7 +492,12 @@ def _verify_graphs(artifact: Artifact) -> list[LimbeckError]:
     except LimbeckError as error:
         return [error]
     rows = [["form", "positions", "largest logit difference", "KL, nats", "same first choice"]]
+    if "task" in artifact.result:  # of an encoder
+        rows = [["form", "examples", "largest difference", "alike"]]
     for form, parity in measured.items():
+        if "task" in artifact.result:
+            rows.append([form, str(parity["rows"]), f"{parity['max_abs']:.3g}", f"{parity['alike']:.1%}"])
+            continue
         figures = f"{parity['max_abs']:.3g}", f"{parity['kl']:.3g}", f"{parity['top1']:.1%}"
         rows.append([form, str(parity["positions"]), *figures])
     print()

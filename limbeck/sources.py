@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.artifact import file_digest, folder_digest, open_artifact
+from limbeck.encoder_recipe import AnyRecipe, FreshEncoder, OnnxModel, groups_of, teachers_of
 from limbeck.errors import DataError, EnvironmentalError, ModelError, UserError
 from limbeck.recipe import (
     BaseSource,
@@ -27,6 +28,7 @@ from limbeck.recipe import (
     HubModel,
     LocalModel,
     ModelSource,
+    NpmText,
     PackageModel,
     PackageText,
     ParquetRows,
@@ -66,6 +68,22 @@ def package_root(package: str, version: str | None) -> Path:
     return Path(str(distribution.locate_file("")))
 
 
+def npm_root(package: str, version: str) -> Path:
+    """Folder of an npm package below the cache folder. Raises `UserError` with the install command."""
+    prefix = cache_folder() / "npm"
+    root = prefix / "node_modules" / package
+    install = f"npm install --ignore-scripts --no-audit --no-fund --prefix {prefix} '{package}@{version}'"
+    try:
+        found = json.loads((root / "package.json").read_text(encoding="utf-8"))["version"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"the npm package {package} is not installed; run: {install}") from None
+    if found != version:
+        raise UserError(
+            f"the npm package {package} is installed as {found}, the recipe wants {version}; run: {install}"
+        )
+    return root
+
+
 def text_files(source: TextSource, *, folder: Path) -> list[Path]:
     """Files that a text source names, sorted. Raises `DataError` for a path or glob that finds none."""
     match source:
@@ -73,6 +91,8 @@ def text_files(source: TextSource, *, folder: Path) -> list[Path]:
             root, paths = folder, source.paths
         case PackageText():
             root, paths = package_root(source.package, source.version), source.paths
+        case NpmText():
+            root, paths = npm_root(source.package, source.version), source.paths
         case StdlibText():
             root, paths = Path(sysconfig.get_paths()["stdlib"]), source.paths
         case DatasetText():
@@ -171,7 +191,7 @@ def check_arrow() -> None:
         )
 
 
-def model_path(source: BaseSource, *, folder: Path) -> Path | None:
+def model_path(source: BaseSource | OnnxModel, *, folder: Path) -> Path | None:
     """The file or folder that holds a model's weights; none for hub and random models.
 
     Raises `ModelError` when there is nothing usable: nothing at the path, no weights, or only a pickle.
@@ -183,6 +203,13 @@ def model_path(source: BaseSource, *, folder: Path) -> Path | None:
             path = (folder / source.path.expanduser()).resolve()
         case PackageModel():
             path = package_root(source.package, source.version) / source.path
+        case OnnxModel():
+            model_path(source.like, folder=folder)
+            root = package_root(source.package, source.version) if source.package else folder
+            path = (root / source.path.expanduser()).resolve()
+            if not path.is_file():
+                raise ModelError(f"{path}: no such file; check the path in the recipe.")
+            return path
         case _:
             return None
     check_weights(path)
@@ -219,23 +246,29 @@ def check_adapter(path: Path) -> None:
         )
 
 
-def preflight(recipe: Recipe) -> list[str]:
+def preflight(recipe: AnyRecipe) -> list[str]:
     """Mistakes that only this machine shows: missing files, packages and weights, each with its YAML path."""
     return list(_mistakes(recipe))
 
 
-def _mistakes(recipe: Recipe) -> Iterator[str]:
-    for index, domain in enumerate(recipe.data.domains):
+def _mistakes(recipe: AnyRecipe) -> Iterator[str]:
+    if isinstance(recipe, Recipe):
+        texts = [(f"data.domains.{i}.text", domain.text) for i, domain in enumerate(recipe.data.domains)]
+    else:
+        texts = [(where, text) for where, _, text in groups_of(recipe)]
+    for where, text in texts:
         try:
-            files = text_files(domain.text, folder=recipe.folder)
-            if isinstance(domain.text.format, ParquetRows) or any(p.suffix in (".parquet", ".arrow") for p in files):
+            files = text_files(text, folder=recipe.folder)
+            if isinstance(text.format, ParquetRows) or any(p.suffix in (".parquet", ".arrow") for p in files):
                 check_arrow()
             if not any(path.stat().st_size for path in files):
-                yield f"data.domains.{index}.text: every file is empty; name files with text."
+                yield f"{where}: every file is empty; name files with text."
         except UserError as error:
-            yield f"data.domains.{index}.text: {error}"
-    models = [(f"teachers.{i}", t.model) for i, t in enumerate(recipe.teachers)]
-    if not isinstance(recipe.student, FreshStudent):
+            yield f"{where}: {error}"
+    models: list[tuple[str, ModelSource | OnnxModel]] = [
+        (f"teachers.{i}", t.model) for i, t in enumerate(teachers_of(recipe))
+    ]
+    if not isinstance(recipe.student, FreshStudent | FreshEncoder):
         models.append(("student.base", recipe.student.base))
     for where, source in models:
         try:
@@ -245,7 +278,7 @@ def _mistakes(recipe: Recipe) -> Iterator[str]:
                 model_path(source, folder=recipe.folder)
         except UserError as error:
             yield f"{where}: {error}"
-    for index, teacher in enumerate(recipe.teachers):
+    for index, teacher in enumerate(recipe.teachers if isinstance(recipe, Recipe) else ()):
         if teacher.adapter is not None:
             try:
                 check_adapter((recipe.folder / teacher.adapter.expanduser()).resolve())
@@ -253,13 +286,19 @@ def _mistakes(recipe: Recipe) -> Iterator[str]:
                 yield f"teachers.{index}.adapter: {error}"
 
 
-def model_digest(source: ModelSource, *, folder: Path, products: Mapping[str, Path], teacher: str = "") -> str:
+def model_digest(
+    source: ModelSource | OnnxModel, *, folder: Path, products: Mapping[str, Path], teacher: str = ""
+) -> str:
     """Fingerprint of a model's content, without loading it. ``products`` holds student artifacts by teacher name."""
     match source:
         case RecipeModel():
             return open_artifact(products[teacher], kind="student", verify=False).digest
         case HubModel() | RandomModel():
             return fingerprint(source.model_dump(mode="json"))
+        case OnnxModel():
+            path = model_path(source, folder=folder)
+            assert path is not None
+            return fingerprint([file_digest(path), model_digest(source.like, folder=folder, products={})])
         case _:
             path = model_path(source, folder=folder)
             assert path is not None

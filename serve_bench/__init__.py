@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.artifact import Artifact
+from limbeck.encoder_recipe import AnyRecipe
 from limbeck.recipe import Bench, Recipe
 
 if TYPE_CHECKING:
@@ -21,13 +22,17 @@ if TYPE_CHECKING:
 __all__ = ["compare_runs", "evaluate", "measure", "measure_targets", "replay", "table", "write_report"]
 
 
-def measure(*, onnx: Path, student: Path, out: Path, recipe: Recipe) -> Artifact:
+def measure(*, onnx: Path, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
     """Time every form of the ``onnx`` artifact, its student and the student's teachers; score what was timed.
 
     Writes the ``bench`` artifact of docs/artifacts.md to ``out``, or returns the one that is there when it was made from
     the same artifacts, `bench:` and `gates:` on this machine. Raises `ArtifactError` for inputs that do not belong together,
     `DataError` for a prompt and answer past a model's context, `EnvironmentalError` when an arm cannot run here.
     """
+    if not isinstance(recipe, Recipe):
+        from serve_bench.encoders import measure_encoder
+
+        return measure_encoder(onnx=onnx, student=student, out=out, recipe=recipe)
     from serve_bench.timing import measure as run
 
     return run(onnx=onnx, student=student, out=out, recipe=recipe)
@@ -52,12 +57,16 @@ def table(bench: Artifact) -> str:
     return of_artifact(bench)
 
 
-def write_report(*, run: Path, recipe: Recipe) -> Report:
+def write_report(*, run: Path, recipe: AnyRecipe) -> Report:
     """Write ``report.html``, ``report.json`` and ``certificate.json`` of the run folder ``run`` from its artifacts' raw samples.
 
     The report carries the verdict, its exit code (0 pass, 1 fail, 3 undecided) and a Markdown table. Raises `ArtifactError`
     when one of ``run/student``, ``run/onnx`` and ``run/bench`` is missing or changed.
     """
+    if not isinstance(recipe, Recipe):
+        from serve_bench.encoder_report import write_encoder_report
+
+        return write_encoder_report(run=run, recipe=recipe)
     from serve_bench.report import write_report as write
 
     return write(run=run, recipe=recipe)

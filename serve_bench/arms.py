@@ -116,8 +116,8 @@ def weights_on_disk(*folders: Path) -> int:
 class Worker:
     """The process that runs one arm. It waits on its pipe and uses no processor between commands."""
 
-    def __init__(self, arm: Arm, *, threads: int, log: Path) -> None:
-        """Start it; ``log`` receives its stderr, and what libraries print."""
+    def __init__(self, arm: Arm, *, threads: int, log: Path, module: str = "serve_bench.worker") -> None:
+        """Start it, running ``module``; ``log`` receives its stderr, and what libraries print."""
         self.arm, self._log = arm, log
         root = str(Path(__file__).resolve().parent.parent)
         self.spawned = time.perf_counter()
@@ -131,7 +131,7 @@ class Worker:
         with log.open("wb") as stderr:
             # -P: the user's working directory is no place to import from.
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "serve_bench.worker"],
+                [sys.executable, "-P", "-m", module],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, env=environment, text=True, bufsize=1,
             )  # fmt: skip
         self.opened: dict[str, Any] = {}
@@ -198,14 +198,14 @@ class Worker:
 class Workers:
     """All arms' processes; leaving kills every one, whatever happened."""
 
-    def __init__(self, folder: Path, *, threads: int) -> None:
-        """``folder`` receives their logs."""
-        self._folder, self._threads = folder, threads
+    def __init__(self, folder: Path, *, threads: int, module: str = "serve_bench.worker") -> None:
+        """``folder`` receives their logs; ``module`` is what the processes run."""
+        self._folder, self._threads, self._module = folder, threads, module
         self._all: dict[str, Worker] = {}
 
     def start(self, arm: Arm) -> Worker:
         """Start the process of an arm and open the arm in it."""
-        worker = Worker(arm, threads=self._threads, log=self._folder / f"{len(self._all)}.log")
+        worker = Worker(arm, threads=self._threads, log=self._folder / f"{len(self._all)}.log", module=self._module)
         self._all[arm.id] = worker
         worker.open(threads=self._threads)
         return worker

@@ -6,7 +6,7 @@ and size by the number itself, which another run on the same text and files give
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,9 +67,14 @@ def judge(gates: Gates, evidence: Evidence, *, timing_only: bool = False) -> Ver
     judged = _timing(gates, evidence)
     if not timing_only:
         judged += _others(gates, evidence)
+    return conclude(judged, name=evidence.name, shipped=evidence.shipped)
+
+
+def conclude(judged: Sequence[Gate], *, name: str, shipped: str) -> Verdict:
+    """What judged gates come to; ``name`` is the recipe's, ``shipped`` the form's."""
     statuses = {gate.status for gate in judged}
     status: Status = "fail" if "fail" in statuses else "undecided" if "undecided" in statuses else "pass"
-    return Verdict(status, _sentence(status, judged, evidence), tuple(judged))
+    return Verdict(status, _sentence(status, judged, f"{name}, as {shipped},"), tuple(judged))
 
 
 def fastest_teacher(evidence: Evidence) -> str | None:
@@ -87,7 +92,7 @@ def _timing(gates: Gates, evidence: Evidence) -> list[Gate]:
     teacher = fastest_teacher(evidence)
     if gates.min_decode_speedup is not None and teacher is not None:
         judged.append(
-            _estimated(
+            estimated(
                 "min_decode_speedup", "Decode speed over the fastest teacher", evidence.speedup[teacher],
                 gates.min_decode_speedup, unit="×", least=True,
                 found=f"{{}} the decode speed of {teacher}, the fastest teacher, in torch",
@@ -98,7 +103,7 @@ def _timing(gates: Gates, evidence: Evidence) -> list[Gate]:
         ("max_ttft_ms", "Time to first token", evidence.ttft_ms, gates.max_ttft_ms, "to the first token"),
     ):
         if bound is not None and interval is not None:
-            judged.append(_estimated(name, title, interval, bound, unit="ms", least=False, found=f"{{}} {what}"))
+            judged.append(estimated(name, title, interval, bound, unit="ms", least=False, found=f"{{}} {what}"))
     return judged
 
 
@@ -107,33 +112,33 @@ def _others(gates: Gates, evidence: Evidence) -> list[Gate]:
     teacher = best_teacher(evidence)
     if gates.max_loss_vs_best_teacher is not None and teacher is not None:
         judged.append(
-            _exact(
+            exact(
                 "max_loss_vs_best_teacher", "Loss against the best single teacher", evidence.rise_over_teachers[teacher][1],
                 gates.max_loss_vs_best_teacher, unit="%", found=f"held-out loss {{}} that of {teacher}, the best single teacher",
             )
         )  # fmt: skip
     if gates.max_quantization_loss is not None and evidence.rise_over_fp32 is not None:
         judged.append(
-            _exact(
+            exact(
                 "max_quantization_loss", "Loss from quantising", evidence.rise_over_fp32, gates.max_quantization_loss,
                 unit="%", found="held-out loss {} that of the fp32 graph",
             )
         )  # fmt: skip
     if gates.max_size_ratio is not None and evidence.fp32_size:
         judged.append(
-            _exact(
+            exact(
                 "max_size_ratio", "Size over the fp32 graph", evidence.size / evidence.fp32_size, gates.max_size_ratio,
                 unit="×", found="{} the size of the fp32 graph",
             )
         )  # fmt: skip
     if gates.max_size_mb is not None:
         judged.append(
-            _exact("max_size_mb", "Size on disk", evidence.size / 1e6, gates.max_size_mb, unit="MB", found="{} on disk")
+            exact("max_size_mb", "Size on disk", evidence.size / 1e6, gates.max_size_mb, unit="MB", found="{} on disk")
         )
     return judged
 
 
-def _estimated(name: str, title: str, interval: Interval, bound: float, *, unit: str, least: bool, found: str) -> Gate:
+def estimated(name: str, title: str, interval: Interval, bound: float, *, unit: str, least: bool, found: str) -> Gate:
     """Pass or fail when the whole interval lies on one side of the bound."""
     above, below = interval.low >= bound, interval.high < bound
     if not least:
@@ -149,7 +154,7 @@ def _estimated(name: str, title: str, interval: Interval, bound: float, *, unit:
     return Gate(name, title, status, interval.value, low, high, bound, unit, least, sentence)
 
 
-def _exact(name: str, title: str, value: Interval | float, bound: float, *, unit: str, found: str) -> Gate:
+def exact(name: str, title: str, value: Interval | float, bound: float, *, unit: str, found: str) -> Gate:
     """The number itself decides; the interval of a quality figure is shown for what it says about other text."""
     number = value.value if isinstance(value, Interval) else value
     status: Status = "pass" if number <= bound else "fail"
@@ -194,8 +199,7 @@ def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _sentence(status: Status, gates: list[Gate], evidence: Evidence) -> str:
-    subject = f"{evidence.name}, as {evidence.shipped},"
+def _sentence(status: Status, gates: Sequence[Gate], subject: str) -> str:
     if not gates:
         return f"{subject} was measured; the recipe sets no gates, so nothing was asked of it."
     many = "its only gate" if len(gates) == 1 else f"all {len(gates)} gates"

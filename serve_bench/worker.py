@@ -21,7 +21,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 
@@ -127,9 +127,15 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def serve(commands: IO[str], answers: IO[str]) -> None:
+class Answering(Protocol):
+    """Who answers the commands of a process."""
+
+    def answer(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Do one command."""
+
+
+def serve(commands: IO[str], answers: IO[str], session: Answering) -> None:
     """Answer commands until there are no more. An error of the user's making is an answer; a defect ends the process."""
-    session = Session()
     for line in commands:
         arguments = json.loads(line)
         try:
@@ -145,15 +151,15 @@ def serve(commands: IO[str], answers: IO[str]) -> None:
         answers.flush()
 
 
-def main() -> None:
+def main(session: Answering) -> None:
     """Keep the real stdout for answers and point file descriptor 1 at stderr, where C libraries print too."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     try:
-        serve(sys.stdin, answers)
+        serve(sys.stdin, answers, session)
     except (KeyboardInterrupt, BrokenPipeError):
         os._exit(130)
 
 
 if __name__ == "__main__":
-    main()
+    main(Session())

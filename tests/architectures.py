@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from export import export_student
 from limbeck.errors import LimbeckError
 from limbeck.runtime import Decoder
+from tests.encoders import classifier_recipe, embedding_recipe, make_encoder_student
 from tests.pico import make_model, make_student, pico_recipe
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "architectures.md"
@@ -46,7 +48,11 @@ torch holds in all cases (ragged batches padded on either side among them), and 
 def document() -> str:
     """The whole text of docs/architectures.md as this code proves it; takes minutes."""
     with tempfile.TemporaryDirectory() as folder:
-        return HEAD + "".join(f"{row}\n" for row in (prove(Path(folder), kind) for kind in SIZES))
+        decoders = [prove(Path(folder), kind) for kind in SIZES]
+        encoders = [
+            prove_encoder(Path(folder), kind, task) for kind in ENCODERS for task in ("classification", "embedding")
+        ]
+        return HEAD + "".join(f"{row}\n" for row in decoders) + ENCODER_HEAD + "".join(f"{row}\n" for row in encoders)
 
 
 def prove(folder: Path, model_type: str) -> str:
@@ -67,6 +73,35 @@ def prove(folder: Path, model_type: str) -> str:
     assert found == expected, f"{model_type}: {found} instead of {expected}"
     passed = ", ".join(form for form in FORMS if form in exported.result["forms"])
     return f"| {model_type} | {name} | {exported.result['backend']['name']} | {passed} |"
+
+
+ENCODERS = ("bert", "distilbert", "roberta")
+ENCODER_HEAD = """
+Encoders, through torch's exporter: parity with torch holds for a ragged batch, padding, one token and the longest text.
+
+| model type | task | class | passes |
+|---|---|---|---|
+"""
+
+
+def prove_encoder(folder: Path, model_type: str, task: str) -> str:
+    """Export a tiny encoder of ``model_type`` for ``task`` below ``folder`` and return its row of the table."""
+    root = folder / f"{model_type}-{task}"
+    root.mkdir()
+    student = make_encoder_student(root / "student", model_type, task=task)
+    name = json.loads((student.path / "model" / "config.json").read_text())["architectures"][0]
+    make = classifier_recipe if task == "classification" else embedding_recipe
+    forms = [
+        form
+        for form in IN_RECIPE
+        if form in ("fp32", "int8-dynamic") or form == {"kind": "int8-weight", "block_size": 16}
+    ]
+    recipe = make(export={"forms": forms})
+    try:
+        exported = export_student(student=student.path, out=root / "onnx", recipe=recipe)
+    except LimbeckError as error:
+        return f"| {model_type} | {task} | {name} | nothing: {str(error).splitlines()[0]} |"
+    return f"| {model_type} | {task} | {name} | {', '.join(exported.result['forms'])} |"
 
 
 def greedy(model: Path, prompt: list[int], count: int = 16) -> tuple[list[int], str]:

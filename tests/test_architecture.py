@@ -16,6 +16,7 @@ TOP = ("cli", "pipeline", "plan", "init")
 LIGHT = {"yaml", "pydantic", "pydantic_core", "typer", "packaging", "limbeck"}
 ALLOWED = {
     "heldout": {"numpy", "safetensors"},
+    "examples": {"numpy", "safetensors"},
     "batch": {"numpy"},
     "engine": {"numpy"},
     "server": {"fastapi", "starlette", "uvicorn", "prometheus_client"},

@@ -18,7 +18,7 @@ import typer
 import yaml
 
 from limbeck.cli import app
-from limbeck.recipe import parse_recipe
+from limbeck.encoder_recipe import parse_any_recipe
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")])
@@ -76,7 +76,7 @@ training: {tokens: 2048}
         tree = yaml.safe_load(text)
         if text.startswith("# part of a recipe"):
             tree = yaml.safe_load(base) | tree
-        parse_recipe(tree, where=path.name)
+        parse_any_recipe(tree, where=path.name)
 
 
 def test_every_python_call_of_ours_fits() -> None:

@@ -17,7 +17,7 @@ from export.graph import KNOWN
 from limbeck.artifact import Artifact
 from limbeck.errors import ModelError, QualityError, RecipeError
 from limbeck.runtime import Decoder
-from tests.architectures import DOCUMENT, HEAD, SIZES, document
+from tests.architectures import DOCUMENT, ENCODER_HEAD, ENCODERS, HEAD, SIZES, document
 from tests.pico import make_model, pico_recipe
 
 
@@ -138,8 +138,11 @@ def test_auto_says_why_the_builder_gave_up(tmp_path: Path, monkeypatch: pytest.M
 def test_the_table_names_every_architecture() -> None:
     text = DOCUMENT.read_text()
     assert text.startswith(HEAD)
-    rows = dict(re.findall(r"^\| (\w+) \| \w+ \| (\w+) \|", text[len(HEAD) :], re.MULTILINE))
+    decoders, _, encoders = text[len(HEAD) :].partition(ENCODER_HEAD)
+    rows = dict(re.findall(r"^\| (\w+) \| \w+ \| (\w+) \|", decoders, re.MULTILINE))
     assert list(rows) == list(SIZES)
+    assert re.findall(r"^\| (\w+) \| classification \| \w+ \| fp32", encoders, re.MULTILINE) == list(ENCODERS)
+    assert re.findall(r"^\| (\w+) \| embedding \| \w+ \| fp32", encoders, re.MULTILINE) == list(ENCODERS)
     assert {kind for kind, backend in rows.items() if backend == "genai"} == set(KNOWN)
 
 

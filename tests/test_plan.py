@@ -29,7 +29,7 @@ TINY = {
     "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 300,
 }  # fmt: skip
 FORMS = ["fp32", "int8-weight", "int8-dynamic", "int4-weight"]
-LIBRARY = [entry.name for entry in library()]
+LIBRARY = [entry.name for entry in library() if entry.recipe.task == "causal-lm"]
 
 
 def config(kind: str = "llama", **sizes: Any) -> Any:

@@ -129,7 +129,9 @@ def test_unknown_architectures_are_refused() -> None:
         seed=0,
         where="t",
     )
-    with pytest.raises(ModelError, match=r"does not know the architecture 'opt'; known: gpt2, gpt_neox, llama"):
+    with pytest.raises(
+        ModelError, match=r"does not know the architecture 'opt'; known: bert, distilbert, gpt2, gpt_neox, llama"
+    ):
         shrink(model, ShrinkStudent.model_validate({"kind": "shrink", "base": {"kind": "random", "config": {}}}), IDS)
 
 

@@ -1,0 +1,242 @@
+"""Encoders: sources to plain folders, folders to torch models, and what a model says of a batch.
+
+Shapes: R rows, L tokens, C classes, d width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+from compress.models import byte_tokenizer, cached, load_tokenizer, model_folder, random_model
+from compress.shrink import Importance, shrink
+from limbeck import sources
+from limbeck.artifact import file_digest
+from limbeck.encoder_recipe import (
+    AnyEncoderSource,
+    EncoderShrinkStudent,
+    EncoderSource,
+    EncoderStudent,
+    FreshEncoder,
+    FullStudent,
+    OnnxModel,
+)
+from limbeck.errors import ModelError
+from limbeck.progress import say
+from limbeck.recipe import RandomModel, RecipeModel, fingerprint
+
+_FAITHFUL = 1e-4  # largest difference between an ONNX file's output and that of the model read back from it
+
+
+def encoder_folder(source: AnyEncoderSource, *, folder: Path, product: Path | None = None) -> Path:
+    """The plain folder of an encoder; random ones and ONNX files are made into the cache, once.
+
+    ``product`` is the student artifact of a source of kind `recipe`. Raises `ModelError`.
+    """
+    match source:
+        case RecipeModel():
+            assert product is not None
+            return product / "model"
+        case RandomModel():
+            key = fingerprint({"random encoder": source.model_dump(mode="json")})
+            return cached(key, lambda out: _make_random(source, out))
+        case OnnxModel():
+            path = sources.model_path(source, folder=folder)
+            assert path is not None
+            like = model_folder(source.like, folder=folder)
+            key = fingerprint({"onnx encoder": file_digest(path), "like": file_digest(like / "config.json")})
+            return cached(key, lambda out: _read_onnx(path, like, out))
+        case _:
+            return model_folder(source, folder=folder)
+
+
+def load_body(folder: Path) -> Any:
+    """The encoder without a head, in fp32 and eval mode. Raises `ModelError`."""
+    return _load(AutoModel, folder, "an encoder")
+
+
+def load_classifier(folder: Path, classes: Sequence[str] | None = None) -> Any:
+    """The encoder with a classification head; with ``classes``, a fresh one of these classes. Raises `ModelError`."""
+    if classes is None:
+        return _load(AutoModelForSequenceClassification, folder, "a classifier")
+    return _load(
+        AutoModelForSequenceClassification, folder, "an encoder with a classification head", **_labels(classes)
+    )
+
+
+def class_names(model: Any) -> list[str]:
+    """Classes of a classifier, in the order of its outputs."""
+    return [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
+
+
+def build_student(
+    student: EncoderStudent,
+    *,
+    folder: Path,
+    classes: Sequence[str] | None,
+    calibration: Sequence[Tensor],
+    seed: int,
+) -> tuple[Any, Importance | None, dict[str, Any]]:
+    """The trainable model; for a shrunk one also the importance it was cut by and the sizes kept.
+
+    ``folder`` is the base, or for a fresh student any with its tokenizer; ``classes`` is none for a sentence encoder;
+    ``calibration`` are token ids ``[1, L]`` of training text. Raises `ModelError`.
+    """
+    importance, kept = None, dict[str, Any]()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # of a fresh head
+        match student:
+            case FullStudent():
+                model = load_body(folder) if classes is None else load_classifier(folder, classes)
+            case EncoderShrinkStudent():
+                body, importance, kept = shrink(load_body(folder), student, calibration)
+                model = body if classes is None else _with_head(body, classes)
+            case FreshEncoder(config=config):
+                tokenizer = load_tokenizer(folder)
+                body = random_model(
+                    config, vocab_size=len(tokenizer), seed=seed, where="student.config", auto=AutoModel
+                )
+                body.config.pad_token_id = tokenizer.pad_token_id
+                model = body if classes is None else _with_head(body, classes)
+    return model.requires_grad_(True), importance, kept
+
+
+def pooled(model: Any, ids_RL: Tensor, mask_RL: Tensor, *, pooling: str = "mean") -> Tensor:
+    """Unit vectors ``[R, d]`` in fp32: the mean of the token states under the mask, or the first one (`cls`)."""
+    states_RLd = model(input_ids=ids_RL, attention_mask=mask_RL).last_hidden_state.float()
+    if pooling == "cls":
+        vectors_Rd = states_RLd[:, 0]
+    else:
+        weight_RL1 = mask_RL[..., None].float()
+        vectors_Rd = (states_RLd * weight_RL1).sum(1) / weight_RL1.sum(1).clamp(min=1e-9)
+    return torch.nn.functional.normalize(vectors_Rd, dim=-1)
+
+
+def _load(auto: Any, folder: Path, what: str, **options: Any) -> Any:
+    sources.check_weights(folder)
+    try:
+        model = auto.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True, **options
+        )
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{folder}: transformers cannot load it as {what}: {error}") from error
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _labels(classes: Sequence[str]) -> dict[str, Any]:
+    return {
+        "num_labels": len(classes),
+        "id2label": dict(enumerate(classes)),
+        "label2id": {name: index for index, name in enumerate(classes)},
+    }
+
+
+def _with_head(body: Any, classes: Sequence[str]) -> Any:
+    """A classifier around ``body``, its head fresh."""
+    config = type(body.config).from_dict({**body.config.to_dict(), **_labels(classes)})
+    try:
+        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    except ValueError as error:
+        raise ModelError(f"student: transformers has no classifier of {config.model_type}: {error}") from error
+    inner = getattr(model, model.base_model_prefix)
+    missing, _ = inner.load_state_dict(body.state_dict(), strict=False)  # a pooler that the classifier has no use for
+    assert not [name for name in missing if not name.startswith("pooler.")], missing
+    return model
+
+
+def _make_random(source: RandomModel, out: Path) -> dict[str, Any]:
+    tokenizer = byte_tokenizer()
+    options = {"pad_token_id": tokenizer.pad_token_id, **source.config}
+    model = random_model(options, vocab_size=len(tokenizer), seed=source.seed, where="model.config", auto=AutoModel)
+    _save(model, tokenizer, out)
+    return {"parameters": model.num_parameters()}
+
+
+# An ONNX file read back ------------------------------------------------------------------------------------------
+
+
+def _read_onnx(file: Path, like: Path, out: Path) -> dict[str, Any]:
+    """Make a transformers folder of the initialisers of ``file``, with configuration and tokenizer of ``like``.
+
+    Exporters keep the parameters' names, but fold the transpose of every Linear into a matrix without one: those are named
+    by the MatMul that reads them.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    say(f"  {file.name}: reading the weights back from ONNX, once, into the cache")
+    graph = onnx.load(file).graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    found = {_local(name): numpy_helper.to_array(tensor) for name, tensor in tensors.items() if _local(name)}
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[1] in tensors:
+            name = _local(f"{node.name.removesuffix('/MatMul').replace('/', '.')}.weight")
+            if name:
+                found[name] = numpy_helper.to_array(tensors[node.input[1]]).T
+    layers = {int(match[1]) for name in found if (match := re.search(r"\.layer\.(\d+)\.", name))}
+    config = AutoConfig.from_pretrained(like)
+    config.num_hidden_layers = max(layers, default=-1) + 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of a pooler that the file does not have
+        model = AutoModel.from_config(config, dtype=torch.float32).eval()
+    state = {name: torch.from_numpy(np.array(values)) for name, values in found.items()}
+    try:
+        missing, _ = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ModelError(f"{file}: its weights do not fit the configuration of {like}: {str(error)[:300]}") from error
+    missing = [name for name in missing if not name.startswith("pooler.")]
+    if missing or not layers:
+        raise ModelError(
+            f"{file}: {len(missing)} weights of a {config.model_type} are not found in it (for example {', '.join(missing[:3])}); "
+            "only encoders whose exporter kept the parameters' names can be read back."
+        )
+    gap = _difference(model, file)
+    if not gap <= _FAITHFUL:
+        raise ModelError(
+            f"{file}: the model read back from it computes something else (difference {gap:.2g}, tolerance {_FAITHFUL}); "
+            f"is {like} of the same configuration?"
+        )
+    _save(model, load_tokenizer(like), out)
+    return {"parameters": model.num_parameters(), "difference": gap}
+
+
+def _local(name: str) -> str:
+    """A parameter's name inside the encoder: from `embeddings.` or `encoder.` on; empty for anything else."""
+    match = re.search(r"(?:^|\.)((?:embeddings|encoder)\..*)$", name)
+    return match[1] if match else ""
+
+
+@torch.no_grad()
+def _difference(model: Any, file: Path) -> float:
+    """Largest difference between any output of ``file`` and the model's states, or their mean, whichever it is of."""
+    from limbeck.runtime import import_onnxruntime
+
+    session = import_onnxruntime().InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 7))
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    outputs = session.run(None, {value.name: feeds[value.name] for value in session.get_inputs()})
+    states = model(input_ids=torch.from_numpy(ids), attention_mask=torch.ones(2, 7, dtype=torch.long)).last_hidden_state
+    mine = [states.numpy(), states.mean(1).numpy(), torch.nn.functional.normalize(states.mean(1), dim=-1).numpy()]
+    gaps = [float(np.abs(a - b).max()) for a in outputs for b in mine if a.shape == b.shape]
+    return min(gaps, default=float("inf"))
+
+
+def _save(model: Any, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def base_folder(student: EncoderStudent, *, folder: Path, teachers: Sequence[Path]) -> Path:
+    """Folder of the student's base, or for a fresh one of the first teacher's tokenizer."""
+    if isinstance(student, FreshEncoder):
+        return teachers[0]
+    base: EncoderSource = student.base
+    return encoder_folder(base, folder=folder)
