@@ -230,7 +230,7 @@ def test_libraries_may_print_without_breaking_the_answers(tmp_path: Path) -> Non
     program = """
 import os, serve_bench.worker as w
 w.Session.open = lambda s, **k: (print("noise"), os.write(1, b"n"), {"facts": 1})[2]
-w.main()
+w.main(w.Session())
 """
     done = subprocess.run(
         [sys.executable, "-c", program], input='{"command": "open"}\n', capture_output=True, text=True, check=True
