@@ -368,7 +368,7 @@ class CorrectedEntropyWeights(Frozen):
 
 
 class PosteriorWeights(Frozen):
-    """Causal posterior over teachers: entropy of this token as prior, label likelihood of the earlier ones as evidence."""
+    """Causal posterior over teachers: label likelihood of the earlier tokens as evidence; prior uniform, or by this token's entropy."""
 
     kind: Literal["posterior"]
     evidence: Positive = Field(1.0, description="Power of the likelihood; 1 is Bayes' rule.")
@@ -667,7 +667,7 @@ class Export(Frozen):
         "auto",
         description="Graph builder: GenAI's (fused attention, few architectures) or torch's exporter; auto says what it chose and why.",
     )
-    opset: Annotated[int, Field(ge=18, le=23)] | None = Field(
+    opset: Annotated[Int, Field(ge=18, le=23)] | None = Field(
         None,
         description="ONNX operator set of the graphs, of backend dynamo only; none takes the exporter's own choice.",
     )
@@ -703,7 +703,7 @@ class OfflineScenario(Frozen):
     kind: Literal["offline"]
     batches: tuple[Count, ...] = Field((1, 8), min_length=1, description="Rows generated at once.")
     prompts: tuple[Count, ...] = Field((128,), min_length=1, description="Tokens of every row's prompt.")
-    outputs: tuple[Annotated[int, Field(ge=2)], ...] = Field(
+    outputs: tuple[Annotated[Int, Field(ge=2)], ...] = Field(
         (32,), min_length=1, description="Tokens generated after every row's prompt."
     )
     blocks: Count = Field(6, description="Most mirrored blocks a cell of the grid; fewer than 6 give no interval.")
@@ -737,7 +737,7 @@ class Slo(Frozen):
 
     ttft_ms: Positive = Field(1000.0, description="Longest time to the first token, in ms.")
     tpot_ms: Positive = Field(50.0, description="Longest time per output token after it, in ms.")
-    share: float = Field(0.95, gt=0, le=1, description="Share of the requests that must meet both for a rate to count.")
+    share: Float = Field(0.95, gt=0, le=1, description="Share of the requests that must meet both for a rate to count.")
 
 
 class ServerScenario(Frozen):
@@ -750,7 +750,7 @@ class ServerScenario(Frozen):
     first_rate: Positive | None = Field(
         None, description="Requests/s tried first; none takes half of what one request after another reaches."
     )
-    bisections: int = Field(3, ge=0, description="Rates tried between the last that holds and the first that does not.")
+    bisections: Int = Field(3, ge=0, description="Rates tried between the last that holds and the first that does not.")
     minutes: Positive = Field(5.0, description="Budget; a rate that was begun is finished.")
 
 
