@@ -11,7 +11,7 @@ from typing import Any
 
 
 class FakeServer:
-    """Answers every request with ``max_tokens`` tokens, ``pace`` seconds apart, all requests at once.
+    """Answers every request with ``max_tokens`` tokens, ``pace`` seconds apart, all requests at once; the first takes ``first``.
 
     ``stall`` = (after, seconds) stops everything once, ``after`` seconds after the first completion came in. ``status``
     refuses; ``cut`` ends streams early; ``usage=False`` leaves the counts out; ``extra`` prompt tokens are counted on top;
@@ -22,6 +22,7 @@ class FakeServer:
         self,
         *,
         pace: float = 0.0,
+        first: float | None = None,
         stall: tuple[float, float] | None = None,
         status: int = 200,
         cut: int | None = None,
@@ -30,6 +31,7 @@ class FakeServer:
         text: str | None = None,
     ) -> None:
         self._pace, self._stall, self._status, self._cut = pace, stall, status, cut
+        self._first = pace if first is None else first
         self._usage, self._extra, self._text = usage, extra, text
         self.bodies: list[dict[str, Any]] = []
         self._loop = asyncio.new_event_loop()
@@ -82,8 +84,8 @@ class FakeServer:
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
         wanted = asked["max_tokens"]
         for index in range(min(wanted, self._cut or wanted)):
-            if self._pace:
-                await asyncio.sleep(self._pace)
+            if wait := self._pace if index else self._first:
+                await asyncio.sleep(wait)
             text = f" {index}" if self._text is None else self._text
             self._event(writer, {"choices": [{"index": 0, "text": text, "finish_reason": None}]})
             await writer.drain()
