@@ -100,7 +100,7 @@ bench-peers: $(READY) .venvs/peers/.ready
 
 # llama.cpp from source, with the instructions of this processor; takes minutes, and a C++ compiler.
 bench-decode: $(READY) .venvs/llama-cpp/.ready
-	$(BIN)/python -m tests.benchmarks.bench_decode
+	$(BIN)/python -m tests.benchmarks.bench_decode $(ARGS)
 
 .venvs/llama-cpp/.ready:
 	$(PYTHON) -m venv $(@D)

@@ -42,13 +42,18 @@ def distill(*, recipe: AnyRecipe, out: Path, products: Mapping[str, Path] | None
     if found is not None:
         return found
     quiet_libraries()
-    if not isinstance(recipe, Recipe):
-        from compress.encoders import train_encoder
+    from compress.host import give_memory_back
 
-        return train_encoder(recipe=recipe, out=out, products=products, key=key, parents=parents)
-    from compress.train import train
+    try:
+        if not isinstance(recipe, Recipe):
+            from compress.encoders import train_encoder
 
-    return train(recipe=recipe, out=out, products=products, key=key, parents=parents)
+            return train_encoder(recipe=recipe, out=out, products=products, key=key, parents=parents)
+        from compress.train import train
+
+        return train(recipe=recipe, out=out, products=products, key=key, parents=parents)
+    finally:
+        give_memory_back()
 
 
 def recover(
@@ -67,9 +72,13 @@ def recover(
     if found := find_artifact(out, kind="student", key=key):
         return found
     quiet_libraries()
+    from compress.host import give_memory_back
     from compress.recovery import train_through
 
-    return train_through(student=trained, onnx=exported, recipe=recipe, out=out, products=products or {}, key=key)
+    try:
+        return train_through(student=trained, onnx=exported, recipe=recipe, out=out, products=products or {}, key=key)
+    finally:
+        give_memory_back()
 
 
 def quiet_libraries() -> None:

@@ -48,11 +48,12 @@ from compress.encoder_models import (
 )
 from compress.features import Projections, feature_loss
 from compress.fusion import Head, TeacherStates, fit_temperature, fused_loss, weigh
+from compress.host import prepare_host
 from compress.models import load_tokenizer, require_same_tokenizer, resolve_device
 from compress.students import load_trainable_state, trainable_state
 from compress.train import learning_rate, resolve_precision
 from limbeck import sources
-from limbeck.artifact import Artifact, available_cores, disk_full_is_a_user_error, open_artifact, write_artifact
+from limbeck.artifact import Artifact, disk_full_is_a_user_error, open_artifact, write_artifact
 from limbeck.encoder_recipe import ClassificationRecipe, EmbeddingRecipe, EncoderRecipe, EncoderShrinkStudent
 from limbeck.errors import DivergenceError, EnvironmentalError, ModelError
 from limbeck.examples import EXAMPLES, Examples, accuracy, macro_f1, save_examples
@@ -104,7 +105,7 @@ def train_encoder(
         raise EnvironmentalError("encoders are trained by one process; start limbeck without torchrun.")
     started, config = time.monotonic(), recipe.training
     device = resolve_device(config.device)
-    torch.set_num_threads(config.threads or available_cores())
+    prepare_host(config.threads)
     torch.manual_seed(recipe.seed)
     folders = [encoder_folder(t.model, folder=recipe.folder, product=products.get(t.name)) for t in recipe.teachers]
     base = base_folder(recipe.student, folder=recipe.folder, teachers=folders)

@@ -23,11 +23,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from compress.features import layer_pairs
+from compress.host import prepare_host
 from compress.models import BAD_CONFIG, DTYPES, cast_frozen, random_config
 from compress.shrink import shrunk_config
 from compress.students import with_lora
 from compress.teachers import Body, causal_lm
-from limbeck.artifact import available_cores
 from limbeck.errors import ModelError
 from limbeck.recipe import FreshStudent, HiddenCache, LoraStudent, NoCache, Recipe, ShrinkStudent, TopkCache
 
@@ -181,7 +181,7 @@ def footprint(
 
 def measure_speed(recipe: Recipe, config: Any, *, seconds: float, precision: str, device: torch.device) -> float:
     """Operations a second of the student's layers here, forward and backward, in a trial of about ``seconds``."""
-    torch.set_num_threads(recipe.training.threads or available_cores())
+    prepare_host(recipe.training.threads)
     small = _resized(config, layers=2)
     small.vocab_size = _TRIAL_VOCABULARY
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -41,6 +41,7 @@ from compress.fusion import (
     span_of,
     teacher_statistics,
 )
+from compress.host import prepare_host
 from compress.models import DTYPES, cast_frozen, load_model, load_tokenizer, require_same_tokenizer, resolve_device
 from compress.sharded import like, whole
 from compress.shrink import Importance
@@ -53,7 +54,7 @@ from compress.students import (
     trainable_state,
 )
 from compress.teachers import Body, TeacherFolder, Teachers, teacher_folders
-from limbeck.artifact import Artifact, available_cores, disk_full_is_a_user_error, host, open_artifact, write_artifact
+from limbeck.artifact import Artifact, disk_full_is_a_user_error, host, open_artifact, write_artifact
 from limbeck.encoder_recipe import EncoderTraining
 from limbeck.errors import DivergenceError
 from limbeck.heldout import CALIBRATION, HELDOUT, Blocks, mean_nll, save_calibration, save_heldout
@@ -141,7 +142,7 @@ def setup(*, recipe: Recipe, products: Mapping[str, Path], work: Path, key: str,
     config = recipe.training
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    torch.set_num_threads(config.threads or available_cores())
+    prepare_host(config.threads)
     torch.manual_seed(recipe.seed)
     AcceleratorState._reset_state()  # a teacher's own recipe may have run in this process with another precision
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision={"fp32": "no"}.get(precision, precision))

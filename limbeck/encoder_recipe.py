@@ -41,11 +41,11 @@ from limbeck.recipe import (
     Teacher,
     TextSource,
     UniformWeights,
-    _shorthand,
     parse_as,
     parse_recipe,
     read_tree,
 )
+from limbeck.recipe.base import shorthand
 
 # Where encoders come from ----------------------------------------------------------------------------------------
 
@@ -221,7 +221,7 @@ class EncoderTraining(Frozen):
 # Export, measurement ---------------------------------------------------------------------------------------------
 
 EncoderForm = Annotated[
-    Annotated[Fp32Form | Int8WeightForm | Int8DynamicForm, Field(discriminator="kind")], BeforeValidator(_shorthand)
+    Annotated[Fp32Form | Int8WeightForm | Int8DynamicForm, Field(discriminator="kind")], BeforeValidator(shorthand)
 ]
 
 

@@ -14,6 +14,7 @@ from limbeck import recipe as module
 from limbeck.encoder_recipe import load_any_recipe
 from limbeck.errors import RecipeError
 from limbeck.recipe import BaseRecipe, Frozen, find_recipe, load_recipe, parse_recipe, shipped_recipes
+from limbeck.recipe.reading import RECIPES
 from tests.pico import pico_recipe
 
 MINIMAL = """
@@ -202,7 +203,7 @@ def test_a_missing_recipe_names_the_nearest_shipped_one() -> None:
 
 @pytest.mark.parametrize("reference", ["pico", "pico.yaml", "recipes/pico.yaml", "recipes/pico"])
 def test_shipped_names(tmp_path: Path, reference: str) -> None:
-    assert find_recipe(reference, folder=tmp_path) == module.RECIPES / "pico.yaml"
+    assert find_recipe(reference, folder=tmp_path) == RECIPES / "pico.yaml"
 
 
 def test_a_file_beside_comes_before_a_shipped_name(tmp_path: Path) -> None:

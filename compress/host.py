@@ -1,0 +1,32 @@
+"""How this process uses the processor it computes on: threads, and memory that is kept for the next step."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+import torch
+
+from limbeck.artifact import available_cores
+
+# Names and values of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _NEVER = -1, -3, 2**31 - 1
+
+
+def prepare_host(threads: int | None) -> None:
+    """Compute with ``threads`` threads (none: every core of this process) and keep freed memory from step to step.
+
+    Left to itself glibc hands every large tensor back to the kernel when it is freed, and the next step pays for the
+    same pages again, zeroed one by one: a fifth of a step on a CPU (docs/experiments.md). Other C libraries are left alone.
+    """
+    torch.set_num_threads(threads or available_cores())
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL("libc.so.6")
+        if not (libc.mallopt(_M_MMAP_THRESHOLD, _NEVER) and libc.mallopt(_M_TRIM_THRESHOLD, _NEVER)):
+            raise RuntimeError("glibc refused a malloc threshold of 2 GiB")
+
+
+def give_memory_back() -> None:
+    """Hand freed memory back to the kernel, for whoever comes after the last step."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

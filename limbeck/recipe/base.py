@@ -1,0 +1,75 @@
+"""What every node of a recipe is made of: frozen models, numbers with bounds, and what recipes of every task share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
+from pydantic_core import PydanticCustomError
+
+
+class Frozen(BaseModel):
+    """Base of every node of the tree: no unknown keys, no change after reading."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _not_a_yes(value: Any) -> Any:
+    if isinstance(value, bool):  # pydantic takes true for 1
+        raise PydanticCustomError("yes_or_no", "it should be a number")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_not_a_yes)]
+Float = Annotated[float, BeforeValidator(_not_a_yes)]
+Fraction = Annotated[Float, Field(ge=0, le=1)]
+Positive = Annotated[Float, Field(gt=0)]
+Count = Annotated[Int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=80)]
+
+
+def shorthand(value: Any) -> Any:
+    """A choice written as its bare name: `int8-weight` for `{kind: int8-weight}`."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+class BaseRecipe(Frozen):
+    """What recipes of every task have in common."""
+
+    name: Name = Field(description="Name of the run folder and of the student.")
+    description: str = Field("", description="One line for `limbeck recipes`.")
+    seed: Int = Field(0, ge=0, lt=2**32, description="Seed of initialisation, data order and sampling.")
+
+    _folder: Path = PrivateAttr(default_factory=Path.cwd)
+    _text: str = PrivateAttr("")
+
+    @property
+    def folder(self) -> Path:
+        """Folder that relative paths in this recipe start from."""
+        return self._folder
+
+    @property
+    def text(self) -> str:
+        """The file as it was read, comments included."""
+        return self._text
+
+    def resolved(self) -> dict[str, Any]:
+        """Every choice with its default filled in, as plain JSON types."""
+        return self.model_dump(mode="json")
+
+    def distillation(self) -> dict[str, Any]:
+        """The part of `resolved` that decides the student's weights."""
+        raise NotImplementedError
+
+    @property
+    def digest(self) -> str:
+        """sha256 of `distillation`: names the run folder, so that other gates do not train again."""
+        return fingerprint(self.distillation())
+
+
+def fingerprint(value: Any) -> str:
+    """sha256 of the canonical JSON of ``value``."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,160 @@
+"""Which graphs and forms are made of the student."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from limbeck.recipe.base import Count, Fraction, Frozen, Int, Positive, shorthand
+
+
+class Fp32Form(Frozen):
+    """The exact graph."""
+
+    kind: Literal["fp32"]
+
+
+class Fp16Form(Frozen):
+    """Half the bytes, and half-precision arithmetic with fp32 sums, for providers that have it."""
+
+    kind: Literal["fp16"]
+
+
+class Int8WeightForm(Frozen):
+    """Weights in 8-bit blocks, activations quantised on the fly inside MatMulNBits; one 8-bit copy of a tied head."""
+
+    kind: Literal["int8-weight"]
+    block_size: Literal[16, 32, 64, 128, 256] | None = Field(
+        None, description="Weights that share a scale; none takes the largest that divides the width."
+    )
+
+
+class Int8DynamicForm(Frozen):
+    """MatMulInteger: signed 8-bit weights with a scale a channel, activations with one a token; 8-bit blocks in head and FFN output."""
+
+    kind: Literal["int8-dynamic"]
+
+
+class Int8StaticForm(Frozen):
+    """Quantise, dequantise and MatMul (QDQ): as int8-dynamic, but with a scale a tensor measured on training text beforehand."""
+
+    kind: Literal["int8-static"]
+    calibration: Literal["min-max", "percentile", "entropy"] = Field(
+        "min-max", description="How the range of each activation is chosen from what was seen."
+    )
+    smooth: Fraction = Field(
+        0.5,
+        description="Share of the outliers' difficulty that norms hand on to the next weights (SmoothQuant); 0: none.",
+    )
+
+
+class Int8TrtForm(Frozen):
+    """QDQ as TensorRT asks for it: signed 8 bits around 0 on both sides, a scale a channel for weights, measured on training text."""
+
+    kind: Literal["int8-trt"]
+    calibration: Literal["min-max", "percentile", "entropy"] = Field(
+        "min-max", description="How the range of each activation is chosen from what was seen."
+    )
+    smooth: Fraction = Field(
+        0.5,
+        description="Share of the outliers' difficulty that norms hand on to the next weights (SmoothQuant); 0: none.",
+    )
+
+
+class Int4WeightForm(Frozen):
+    """4-bit blocks with zero points, rounded to nearest (MatMulNBits); 8 bits in the tied head, attention inputs, FFN output."""
+
+    kind: Literal["int4-weight"]
+    block_size: Literal[16, 32, 64, 128, 256] = Field(32, description="Weights that share a scale and a zero point.")
+
+
+Form = Annotated[
+    Annotated[
+        Fp32Form | Fp16Form | Int8WeightForm | Int8DynamicForm | Int8StaticForm | Int8TrtForm | Int4WeightForm,
+        Field(discriminator="kind"),
+    ],
+    BeforeValidator(shorthand),
+]
+Provider = Literal["cpu", "cuda", "tensorrt"]
+
+# Forms that an execution provider of ONNX Runtime has no kernels for: what would happen, and the form to use instead.
+NO_KERNEL: Mapping[tuple[str, str], tuple[str, str]] = {
+    ("cpu", "fp16"): ("its products would be cast to fp32 when the file is opened", "int8-weight"),
+    ("cpu", "int8-trt"): ("its signed products are slower there than fp32", "int8-static"),
+    ("cuda", "fp32"): ("fused attention in fp32 would run on the CPU, with copies both ways", "fp16"),
+    ("cuda", "int8-static"): ("its products would run in fp32 between casts", "int8-weight"),
+    ("cuda", "int8-trt"): ("its products would run in fp32 between casts", "int8-weight"),
+    **{
+        ("tensorrt", form): ("its operators are ONNX Runtime's own or have no signed codes", "int8-trt")
+        for form in ("int8-weight", "int8-dynamic", "int8-static", "int4-weight")
+    },
+    ("cuda", "int8-dynamic"): ("its products would run on the CPU, with copies both ways", "int8-weight"),
+}
+
+
+class MixedByRule(Frozen):
+    """8 bits for attention inputs and FFN outputs."""
+
+    kind: Literal["rule"]
+
+
+class MixedBySize(Frozen):
+    """8 bits for the matrices that lose most a byte in 4 bits, as many as fit."""
+
+    kind: Literal["size"]
+    mb: Positive | None = Field(
+        None, description="Largest size of graph and weights, in MB (1e6 bytes); none takes gates.max_size_mb."
+    )
+    tokens: Count = Field(256, description="Held-out tokens that each matrix's loss is measured on.")
+
+
+class MixedByLoss(Frozen):
+    """8 bits for the matrices that lose most a byte in 4 bits, as few as keep the form within a loss."""
+
+    kind: Literal["loss"]
+    rise: Positive | None = Field(
+        None, description="Largest relative rise of held-out NLL over fp32; none takes gates.max_quantization_loss."
+    )
+    tokens: Count = Field(256, description="Held-out tokens that each matrix's loss is measured on.")
+
+
+Mixed = Annotated[
+    Annotated[MixedByRule | MixedBySize | MixedByLoss, Field(discriminator="kind")], BeforeValidator(shorthand)
+]
+
+
+class Recover(Frozen):
+    """A short distillation through the shipped form's rounding when that form misses gates.max_quantization_loss."""
+
+    tokens: Count = Field(description="Training budget, in tokens of full blocks.")
+    learning_rate: Positive = Field(1e-4, description="Peak learning rate of AdamW; every rounded weight is trained.")
+
+
+class Export(Frozen):
+    """Graphs made from the student. The last form is the one that is shipped."""
+
+    backend: Literal["auto", "genai", "dynamo"] = Field(
+        "auto",
+        description="Graph builder: GenAI's (fused attention, few architectures) or torch's exporter; auto says what it chose and why.",
+    )
+    opset: Annotated[Int, Field(ge=18, le=23)] | None = Field(
+        None,
+        description="ONNX operator set of the graphs, of backend dynamo only; none takes the exporter's own choice.",
+    )
+    adapters: Literal["merged", "separate"] = Field(
+        "merged",
+        description="What becomes of a LoRA student's adapter: merged into the weights, or a file beside its base, which then serves others too.",
+    )
+    provider: Provider = Field(
+        "cpu",
+        description="Execution provider the forms are made for; on cuda all but fp32, the reference on the CPU, compute in fp16.",
+    )
+    forms: tuple[Form, ...] = Field(
+        (Fp32Form(kind="fp32"), Int8WeightForm(kind="int8-weight")),
+        min_length=1,
+        description="Forms by name, fp32 first; the last one is shipped.",
+    )
+    mixed: Mixed = Field(MixedByRule(kind="rule"), description="Which matrices of int4-weight keep 8 bits.")
+    recover: Recover | None = Field(None, description="What to try when rounding costs too much; none tries nothing.")
