@@ -377,22 +377,21 @@ def _text(run: _Run) -> str:
 def _batches(old: _Run, new: _Run, tolerance: float, anchors: Sequence[str]) -> Iterator[Row]:
     """Throughput of every cell of `offline` that both runs timed."""
     then, now = scenarios.batches(old.rows), scenarios.batches(new.rows)
-    for shipped, *cell in then:
-        key, other = (shipped, *cell), (new.shipped, *cell)
-        if shipped != old.shipped or other not in now:
+    for cell in (cell for cell in then if cell in now):
+        arms, others = then[cell], now[cell]
+        if old.shipped not in arms or new.shipped not in others:
             continue
         batch, prompt, made = cell
-        there = [a for a in anchors if (a, *cell) in then and (a, *cell) in now]
+        there = [anchor for anchor in anchors if anchor in arms and anchor in others]
         for what, metric, seconds, tokens in (
             ("generated", "tpot", scenarios.decoding, batch * (made - 1)),
             ("of prompts", "ttft", scenarios.ttft, batch * prompt),
         ):
-            ours = [scenarios.by_block(now[other], seconds), scenarios.by_block(then[key], seconds)]
-            beside = [[scenarios.by_block(side[(a, *cell)], seconds) for side in (now, then)] for a in there]
-            change = _relative(_widened(_ratio(ours, beside), old.timed, new.timed, metric))
-            shown = [f"{tokens / np.median(values):.4g}" for values in reversed(ours)]
+            ours = [scenarios.by_block(others[new.shipped], seconds), scenarios.by_block(arms[old.shipped], seconds)]
+            beside = [[scenarios.by_block(side[anchor], seconds) for side in (others, arms)] for anchor in there]
+            ratio = _widened(_ratio(ours, beside), old.timed, new.timed, metric)
             title = f"tokens/s {what}, batch {batch}, prompt {prompt}, new {made}"
-            yield Row(title, "speed", *shown, change, tolerance, _judge_bounded(change, tolerance))
+            yield _speed(title, tokens / np.median(ours[1]), tokens / np.median(ours[0]), ratio, tolerance)
 
 
 def _starts(old: _Run, new: _Run, tolerance: float, anchors: Sequence[str]) -> Iterator[Row]:
@@ -406,16 +405,9 @@ def _starts(old: _Run, new: _Run, tolerance: float, anchors: Sequence[str]) -> I
     )
     if old.shipped in then and new.shipped in now:
         ours = [now[new.shipped], then[old.shipped]]
-        change = _relative(_ratio(ours, [[now[a], then[a]] for a in anchors if a in then and a in now]))
-        shown = [f"{np.median(values):.4g}" for values in reversed(ours)]
-        yield Row(
-            "s from a cold start to the first token",
-            "speed",
-            *shown,
-            change,
-            tolerance,
-            _judge_bounded(change, tolerance),
-        )
+        ratio = _ratio(ours, [[now[a], then[a]] for a in anchors if a in then and a in now])
+        title = "s from a cold start to the first token"
+        yield _speed(title, np.median(ours[1]), np.median(ours[0]), ratio, tolerance)
 
 
 def _served(old: _Run, new: _Run, tolerance: float, notes: list[str]) -> Iterator[Row]:
@@ -430,15 +422,15 @@ def _served(old: _Run, new: _Run, tolerance: float, notes: list[str]) -> Iterato
         yield from _highest(then["highest_rate"]["value"], now["highest_rate"]["value"], tolerance)
     else:
         notes.append("The promises (slo) of the server differ, so the highest rates that keep them are not compared.")
-    held = [rate["rate"] for rate in then["rates"] if rate["meets"]]
+    held = {rate["rate"] for rate in then["rates"] if rate["meets"]}
     before, after = scenarios.requests(old.rows), scenarios.requests(new.rows)
-    common = [rate for rate in before if rate in after and _arrivals(before[rate]) == _arrivals(after[rate])]
+    common = {rate for rate in before if rate in after and _arrivals(before[rate]) == _arrivals(after[rate])}
     if not common:
         notes.append(
             "No rate of the server was tried in both runs; give the scenario a first_rate to have its latencies compared."
         )
         return
-    rate = max(set(common) & set(held), default=min(common))
+    rate = max(common & held, default=min(common))
     notes.append(
         f"Latencies of the server are paired by request, of the same arrivals at {rate:g} requests/s; what the machine did between the "
         "runs is in them."
@@ -447,15 +439,13 @@ def _served(old: _Run, new: _Run, tolerance: float, notes: list[str]) -> Iterato
 
 
 def _highest(then: float | None, now: float | None, tolerance: float) -> Iterator[Row]:
-    if then is None and now is None:
-        return
-    shown = ["none" if rate is None else f"{rate:.3g}" for rate in (then, now)]
+    """The rates themselves: each is the outcome of one search, without samples."""
     title = "highest requests/s that keep the SLO"
-    if then is None or now is None:
-        yield Row(title, "speed", *shown, None, tolerance, "worse" if now is None else "better")
-        return
-    change = Interval(then / now - 1, -np.inf, np.inf, 1)
-    yield Row(title, "speed", *shown, change, tolerance, _judge_bounded(change, tolerance))
+    if then and now:
+        yield _speed(title, then, now, Interval(then / now, -np.inf, np.inf, 1), tolerance)
+    elif then or now:
+        before, after = (f"{rate:.4g}" if rate else "none" for rate in (then, now))
+        yield Row(title, "speed", before, after, None, tolerance, "worse" if then else "better")
 
 
 def _answers(
@@ -470,34 +460,28 @@ def _answers(
     answered = [pair for pair in pairs if all(row["error"] is None for row in pair)]
     for title, seconds in (("ms to first token", scenarios.ttft), ("ms per output token", scenarios.tpot)):
         timed = [found for pair in answered if None not in (found := tuple(seconds(row) for row in pair))]
-        if not timed:
-            continue
-        then, now = np.array(timed, np.float64).T
-        means = [part.mean() for part in np.array_split(np.log(now / then), min(_BATCHES, len(timed)))]
-        change = _relative(median_interval(means, error=1 - CONFIDENCE).map_exp())
-        shown = [f"{1e3 * np.median(values):.4g}" for values in (then, now)]
-        yield Row(f"{title}, {where}", "speed", *shown, change, tolerance, _judge_bounded(change, tolerance))
+        if timed:
+            then, now = np.array(timed, np.float64).T
+            means = [part.mean() for part in np.array_split(np.log(now / then), min(_BATCHES, len(timed)))]
+            ratio = median_interval(means, error=1 - CONFIDENCE).map_exp()
+            yield _speed(f"{title}, {where}", 1e3 * np.median(then), 1e3 * np.median(now), ratio, tolerance)
     failed = [sum(row["error"] is not None for row in rows) for rows in (before, after)]
     if any(failed):
         more = (failed[1] - failed[0]) / len(pairs)
         change = Interval(more, more, more, len(pairs))
-        shown = [f"{count} of {len(pairs)}" for count in failed]
-        yield Row(
-            f"requests that failed, {where}",
-            "speed",
-            *shown,
-            change,
-            tolerance,
-            judge_change(change, tolerance, exact=True),
-        )
+        title, (lost, lose) = f"requests that failed, {where}", (f"{count} of {len(pairs)}" for count in failed)
+        yield Row(title, "speed", lost, lose, change, tolerance, judge_change(change, tolerance, exact=True))
 
 
 def _arrivals(rows: Sequence[Mapping[str, Any]]) -> list[float]:
     return [row["scheduled"] for row in rows]
 
 
-def _judge_bounded(change: Interval, tolerance: float) -> Status:
-    return judge_change(change, tolerance) if change.bounded else "ratio only"
+def _speed(title: str, before: float, after: float, ratio: Interval, tolerance: float) -> Row:
+    """A row of ``ratio``, time over time; one without bounds decides nothing."""
+    change = _relative(ratio)
+    status = judge_change(change, tolerance) if change.bounded else "ratio only"
+    return Row(title, "speed", f"{before:.4g}", f"{after:.4g}", change, tolerance, status)
 
 
 def _relative(ratio: Interval) -> Interval:

@@ -17,7 +17,7 @@ from serve_bench.figures import Reference, Sample, asdict
 from serve_bench.stats import CONFIDENCE, Array, median_interval, percentile
 
 Row = Mapping[str, Any]
-Cell = tuple[str, int, int, int]  # arm, rows of a batch, prompt tokens, generated tokens
+Cell = tuple[int, int, int]  # rows of a batch, prompt tokens, generated tokens
 
 
 def compared(reference: Reference, samples: Sequence[Sample]) -> list[Arm]:
@@ -49,7 +49,9 @@ def summary(rows: Sequence[Row], environment: Row, bench: Bench, arms: Sequence[
 def offline(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Throughput by arm and cell; prompt and generated tokens are never added up."""
     result = []
-    for (arm, batch, prompt_tokens, new_tokens), blocks in batches(rows).items():
+    for (batch, prompt_tokens, new_tokens), arm, blocks in (
+        (cell, arm, blocks) for cell, arms in batches(rows).items() for arm, blocks in arms.items()
+    ):
         first, rest, whole = (by_block(blocks, seconds) for seconds in (ttft, decoding, lambda row: row["at"][-1]))
         result.append(
             {
@@ -63,13 +65,13 @@ def offline(rows: Iterable[Row]) -> list[dict[str, Any]]:
     return result
 
 
-def batches(rows: Iterable[Row]) -> dict[Cell, dict[int, list[Row]]]:
-    """Rows of `offline` by cell and block."""
-    cells: dict[Cell, dict[int, list[Row]]] = {}
+def batches(rows: Iterable[Row]) -> dict[Cell, dict[str, dict[int, list[Row]]]]:
+    """Rows of `offline` by cell, arm and block."""
+    cells: dict[Cell, dict[str, dict[int, list[Row]]]] = {}
     for row in rows:
         if row["event"] == "offline":
-            cell = (row["arm"], row["batch"], row["prompt_tokens"], row["new_tokens"])
-            cells.setdefault(cell, {}).setdefault(row["block"], []).append(row)
+            arms = cells.setdefault((row["batch"], row["prompt_tokens"], row["new_tokens"]), {})
+            arms.setdefault(row["arm"], {}).setdefault(row["block"], []).append(row)
     return cells
 
 

@@ -220,7 +220,7 @@ def add_scenarios(
         return float(value * machine_slower * ours * np.exp(0.01 * draw.standard_normal()))
 
     for block in range(blocks):
-        drift = float(np.exp(0.2 * draw.standard_normal()))  # of the machine, from block to block
+        drift = float(np.exp(0.05 * draw.standard_normal()))  # of the machine, from block to block
         for arm in ("onnx:int8-weight", "teacher:speeches"):
             row = {"arm": arm, "block": block}
             sizes = {"batch": 8, "prompt_tokens": 128, "new_tokens": 33}
@@ -267,7 +267,9 @@ def test_scenarios_of_equal_runs_show_no_difference(runs: tuple[Path, Path]) -> 
     assert list(found) == [GENERATED, PROMPTS, COLD, HIGHEST, TTFT, TPOT]
     assert {row.status for name, row in found.items() if name != HIGHEST} == {"no difference shown"}
     assert found[HIGHEST].status == "ratio only"
-    assert found[COLD].before.startswith("0.8")  # four spans of 0.2 s: the second token is none of them
+    assert (
+        0.6 < float(found[COLD].before) < 1.0
+    )  # four spans of 0.2 s and the machine's drift; the second token is none of them
     comparison = compare_runs(*runs)
     assert comparison.exit_code == 0
     assert any("the same arrivals at 2 requests/s" in note for note in comparison.notes)
