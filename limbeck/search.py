@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -92,8 +93,13 @@ def search(recipe: Recipe, *, out: Path | None = None) -> Found:
     _rule_out_sizes(candidates, budget)
     model = _predict_speeds(recipe, students, candidates, budget, folder)
     _halve(recipe, students, candidates, folder, until=started + 3600 * budget.hours * (1 - _RESERVED))
-    for finalist in _finalists(candidates, recipe.search.finalists):
-        _measure(recipe, students, finalist, budget, folder)
+    finalists = _finalists(candidates, recipe.search.finalists)
+    for finalist in finalists:
+        run = folder / "finalists" / finalist.name
+        earlier = next((Path(c.run) for c in finalists if c.run and c.student == finalist.student), None)
+        if earlier is not None and not run.exists():
+            _share_student(earlier, run)
+        _measure(recipe, students, finalist, budget, run)
     return _conclude(recipe, students, candidates, budget, model, folder, time.time() - started)
 
 
@@ -527,7 +533,9 @@ def final_recipe(recipe: Recipe, student: dict[str, Any], candidate: Candidate, 
     gates["max_quantization_loss"] = None  # what rounding costs is part of the loss that is chosen by
     del tree["budget"], tree["search"]
     tree |= {
-        "name": f"{recipe.name[:50]}-{candidate.name}"[:80],
+        "name": f"{recipe.name[:50]}-{candidate.student}"[
+            :80
+        ],  # not the form: a student is trained once for all of them
         "description": f"{candidate.student} of {recipe.name} as {candidate.form}, found by limbeck search.",
         "student": student,
         "export": _export(recipe, [candidate.form]),
@@ -556,31 +564,34 @@ def _absolute(node: Any, folder: Path) -> Any:
     return made
 
 
+def _share_student(earlier: Path, run: Path) -> None:
+    """Begin a run with the student that another form of it was made from, rather than train it again."""
+    part = run.with_name(f".{run.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(earlier / "student", part / "student", copy_function=os.link)
+    shutil.copy(earlier / pipeline.RUN, part / pipeline.RUN)
+    part.rename(run)
+
+
 def _measure(
-    recipe: Recipe, students: Mapping[str, dict[str, Any]], finalist: Candidate, budget: Budget, folder: Path
+    recipe: Recipe, students: Mapping[str, dict[str, Any]], finalist: Candidate, budget: Budget, run: Path
 ) -> None:
-    """Run a finalist's whole job and keep what was measured."""
+    """Run a finalist's whole job in the folder ``run``, and keep what was measured."""
     say(f"== finalist {finalist.name}")
     tree = final_recipe(recipe, students[finalist.student], finalist, budget)
-    run = folder / "finalists" / finalist.name
     report = pipeline.run(parse_recipe(tree, where=finalist.name), out=run)
     assert report is not None
-    written = json.loads(report.json.read_text())
     finalist.run, finalist.verdict = str(run), report.verdict.status
     bench = open_artifact(run / "bench", kind="bench", verify=False).result
     arm = bench["arms"][bench["judged"]]
     finalist.measured = {
         "size": float(arm["bytes"]),
         **{metric: float(arm[metric]["value"]) for metric in _SPEEDS},
-        "nll": _shipped_nll(written, bench),
+        "nll": float(arm["quality"]["mean_nll"]),
     }
     if report.verdict.status != "pass":
         missed = [gate.sentence for gate in report.verdict.gates if gate.status != "pass"]
         finalist.out = f"measured: {'; '.join(missed)}"
-
-
-def _shipped_nll(report: Mapping[str, Any], bench: Mapping[str, Any]) -> float:
-    return float(bench["arms"][bench["judged"]]["quality"]["mean_nll"])
 
 
 # What it came to -------------------------------------------------------------------------------------------------
