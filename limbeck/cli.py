@@ -398,6 +398,33 @@ def ablate(
     pipeline.ablate(_load(recipe, overrides), arms=names or None, seeds=seeds, out=out)
 
 
+@app.command("search")
+def search(
+    recipe: RecipeArgument,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder of the search; default runs/search-NAME-DIGEST.", show_default=False),
+    ] = None,
+    overrides: SetOption = None,
+    shrink: ShrinkOption = None,
+) -> None:
+    """Find the best student within a budget: plan, time a few exports, distil in rounds, measure the finalists.
+
+    The budget is the recipe's: size_mb, tpot_ms, ttft_ms, quality.max_loss, hours. Writes chosen.yaml, a recipe that stands alone, or
+    nearest.yaml and which bound cannot be kept. An interrupted search goes on; a second one in the same folder shares the work.
+    Exit codes: 0 chosen, 1 no student keeps the budget, 3 undecided.
+
+    \b
+    Example:
+      limbeck search smollm2/135m-two-experts --set budget.size_mb=120 --set budget.tpot_ms=8
+    """
+    from limbeck.search import search as run_search
+
+    found = run_search(_load(recipe, overrides, shrink), out=out)
+    print(f"{found.table}\n\n{found.sentence}\npicture: {found.folder / 'search.svg'}", flush=True)
+    raise typer.Exit(found.exit_code)
+
+
 def _stage(name: str, reference: str, out: Path | None, overrides: list[str] | None, shrink: str | None) -> None:
     from limbeck import pipeline
 

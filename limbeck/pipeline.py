@@ -131,7 +131,7 @@ def run(recipe: AnyRecipe, *, out: Path | None = None) -> Report | None:
     """
     from limbeck.runtime import import_onnxruntime
 
-    _require_inputs(recipe)
+    require_inputs(recipe)
     import_onnxruntime()  # the second stage needs it: better to hear of it before the first one has run for long
     with open_run(recipe, out or default_folder(recipe)) as folder:
         for stage in _FOLDERS:
@@ -157,7 +157,7 @@ def run_stage(stage: str, recipe: AnyRecipe, *, out: Path | None = None, referen
                 "(with the same --set, if any)"
             )
     if stage == "compress":
-        _require_inputs(recipe)
+        require_inputs(recipe)
     elif not leads():
         return None
     with open_run(recipe, folder):
@@ -165,7 +165,8 @@ def run_stage(stage: str, recipe: AnyRecipe, *, out: Path | None = None, referen
         return _tell(folder, recipe) if stage == "bench" else None
 
 
-def _require_inputs(recipe: AnyRecipe) -> None:
+def require_inputs(recipe: AnyRecipe) -> None:
+    """Raise `RecipeError` listing every file or package that ``recipe`` lacks on this machine."""
     missing = mistakes(recipe)
     if missing:
         raise RecipeError("\n".join([f"{recipe.name}: cannot run here", *(f"  {line}" for line in missing)]))
@@ -260,7 +261,7 @@ def ablate(recipe: Recipe, *, arms: Sequence[str] | None, seeds: int, out: Path 
     """
     from compress.ablate import ARMS, ablate, markdown
 
-    _require_inputs(recipe)
+    require_inputs(recipe)
     with open_run(recipe, out or default_folder(recipe)) as folder:
         teachers = _make_products(recipe)
         say("== ablation")

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("compress", "export", "serve_bench")
-TOP = ("cli", "pipeline", "plan", "init")
+TOP = ("cli", "pipeline", "plan", "init", "search")
 # What the ground floor may import when it is itself imported. heldout serves stages, the others `limbeck serve` alone.
 LIGHT = {"yaml", "pydantic", "pydantic_core", "typer", "packaging", "limbeck"}
 ALLOWED = {

@@ -30,6 +30,7 @@ from limbeck.recipe.bench import (
     Slo,
     UrlTarget,
 )
+from limbeck.recipe.budget import Budget, QualityBudget, Space
 from limbeck.recipe.checks import contradictions
 from limbeck.recipe.distillation import (
     Calibration,
@@ -120,6 +121,7 @@ __all__ = [
     "BaseRecipe",
     "BaseSource",
     "Bench",
+    "Budget",
     "CaMkdWeights",
     "Calibration",
     "ChatRows",
@@ -187,6 +189,7 @@ __all__ = [
     "PosteriorWeights",
     "Provider",
     "PythonStrings",
+    "QualityBudget",
     "RandomModel",
     "Recipe",
     "RecipeModel",
@@ -202,6 +205,7 @@ __all__ = [
     "Sizes",
     "SkewKl",
     "Slo",
+    "Space",
     "StaticWeights",
     "StdlibText",
     "Student",
@@ -238,6 +242,8 @@ class Recipe(BaseRecipe):
     export: Export = Field(Export(), description="Graphs made from the student.")
     bench: Bench = Field(Bench(), description="What is measured.")
     gates: Gates = Field(Gates(), description="What the shipped form must meet.")
+    budget: Budget | None = Field(None, description="What `limbeck search` must keep to; of no effect elsewhere.")
+    search: Space = Field(Space(), description="What `limbeck search` looks among; of no effect elsewhere.")
 
     def distillation(self) -> dict[str, Any]:
         """The part of `resolved` that decides the student's weights."""

@@ -1,0 +1,744 @@
+"""`limbeck search`: from a budget in megabytes and milliseconds to the student that keeps it.
+
+The order of the work: the plan rules out what is too large, a handful of exports is timed and the rest predicted, short distillations
+from one teacher cache halve the field, and the finalists go through the whole job. Only those are ever called good: what a search
+promises was measured. Optuna keeps the state (ask and tell), so that a search goes on where it stopped and several can share one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from limbeck import pipeline
+from limbeck.artifact import MANIFEST, open_artifact, write_atomically
+from limbeck.errors import EnvironmentalError, ParityError, RecipeError
+from limbeck.plan import form_sizes
+from limbeck.progress import say
+from limbeck.recipe import Budget, FreshStudent, Recipe, find_recipe, fingerprint, parse_recipe
+
+if TYPE_CHECKING:
+    import numpy as np
+    import optuna
+
+CHOSEN, NEAREST, STATE, RESULT, TABLE, PICTURE = (
+    "chosen.yaml", "nearest.yaml", "search.db", "search.json", "search.md", "search.svg"
+)  # fmt: skip
+_SIZE_ERROR = 0.02  # of the plan, relative
+_RESERVED = 0.5  # share of the hours kept for the finalists
+_SPEEDS = ("tpot_ms", "ttft_ms")
+
+
+@dataclass
+class Candidate:
+    """One student in one form. Sizes in bytes, times in ms, losses in nats a token; none is not known yet."""
+
+    student: str
+    form: str
+    shape: str
+    size: int  # planned
+    layers: int
+    predicted: dict[str, float] = field(default_factory=dict)
+    timed: bool = False  # whether `predicted` was measured on an untrained export
+    nll: float | None = None  # of the student in torch, after the longest round it reached
+    tokens: int = 0  # of that round
+    out: str | None = None  # why it is out; none where it reached the finals
+    measured: dict[str, float] = field(default_factory=dict)  # finalists: size, tpot_ms, ttft_ms, nll
+    verdict: str | None = None
+    run: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Student and form."""
+        return f"{self.student}-{self.form}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to."""
+
+    folder: Path
+    table: str  # Markdown
+    sentence: str
+    exit_code: int  # 0 chosen, 1 no student keeps the budget, 3 the finalists' intervals do not decide
+
+
+def search(recipe: Recipe, *, out: Path | None = None) -> Found:
+    """Find the best student within ``recipe.budget`` and write it to ``out`` as a recipe of its own.
+
+    ``out`` defaults to ``runs/search-<name>-<digest8>``; an interrupted search goes on there. Raises `RecipeError` without a
+    budget or a base to start from, `EnvironmentalError` without Optuna, and whatever a stage raises.
+    """
+    budget = _required(recipe)
+    _require_optuna()
+    pipeline.require_inputs(recipe)
+    digest = fingerprint(
+        [recipe.distillation(), *(recipe.resolved()[k] for k in ("budget", "search", "export", "bench"))]
+    )
+    folder = out or Path("runs") / f"search-{recipe.name}-{digest[:8]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    started = _started(folder, digest)
+    students = dict(_students(recipe))
+    say(f"== search: {len(students)} students in {len(recipe.search.forms)} forms")
+    candidates = _sized(recipe, students)
+    _rule_out_sizes(candidates, budget)
+    model = _predict_speeds(recipe, students, candidates, budget, folder)
+    _halve(recipe, students, candidates, folder, until=started + 3600 * budget.hours * (1 - _RESERVED))
+    finalists = _finalists(candidates, recipe.search.finalists)
+    for finalist in finalists:
+        run = folder / "finalists" / finalist.name
+        earlier = next((Path(c.run) for c in finalists if c.run and c.student == finalist.student), None)
+        if earlier is not None and not run.exists():
+            _share_student(earlier, run)
+        _measure(recipe, students, finalist, budget, run)
+    return _conclude(recipe, students, candidates, budget, model, folder, time.time() - started)
+
+
+def _required(recipe: Recipe) -> Budget:
+    if recipe.budget is None or all(
+        bound is None for bound in (recipe.budget.size_mb, recipe.budget.tpot_ms, recipe.budget.ttft_ms)
+    ):
+        raise RecipeError(
+            f"{recipe.name}: budget: a search needs a bound to keep to; add budget: {{size_mb: 120}}, or --set budget.size_mb=120."
+        )
+    if isinstance(recipe.student, FreshStudent):
+        raise RecipeError(f"{recipe.name}: student.kind: a search cuts a base down; use lora or shrink, with a base.")
+    if not recipe.teachers:
+        raise RecipeError(f"{recipe.name}: teachers: a search compares distilled students; name a teacher.")
+    if recipe.training.tokens is None:
+        raise RecipeError(
+            f"{recipe.name}: training.minutes: rounds are counted in tokens; give the budget as `tokens`."
+        )
+    return recipe.budget
+
+
+def _require_optuna() -> None:
+    try:
+        import optuna
+    except ImportError:
+        raise EnvironmentalError("limbeck search needs Optuna; install it: pip install 'limbeck[search]'.") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def _started(folder: Path, digest: str) -> float:
+    """When this search began, in seconds of the epoch. Raises `RecipeError` for a folder of another search."""
+    path = folder / "started.json"
+    if not path.exists():
+        write_atomically(path, json.dumps({"digest": digest, "started": time.time()}))
+    state = json.loads(path.read_text())
+    if state["digest"] != digest:
+        raise RecipeError(f"{folder}: holds a search with another recipe or budget; name another folder with --out.")
+    return float(state["started"])
+
+
+# Candidates ------------------------------------------------------------------------------------------------------
+
+
+def _students(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and `student:` of everything in the space, whole before cut."""
+    space, asked = recipe.search, recipe.resolved()["student"]
+    base = asked["base"]
+    for rank in space.ranks:
+        kept = {k: v for k, v in asked.items() if k not in ("rank", "alpha")} if asked["kind"] == "lora" else {}
+        yield f"lora-r{rank}", {"kind": "lora", "base": base, **kept, "rank": rank, "alpha": 2 * rank}
+    layers, neurons = _dimensions(recipe, base)
+    for width, depth in itertools.product(space.widths, space.depths):
+        kept_layers, kept_neurons = max(1, round(layers * depth)), max(1, int(neurons * width))
+        if (kept_layers, kept_neurons) != (layers, neurons):
+            student = {"kind": "shrink", "base": base, "layers": kept_layers, "intermediate_size": kept_neurons}
+            yield f"cut-{kept_layers}x{kept_neurons}", student
+
+
+def _dimensions(recipe: Recipe, base: dict[str, Any]) -> tuple[int, int]:
+    from compress.models import model_config
+    from compress.shrink import shrunk_sizes
+
+    whole = _variant(recipe, student={"kind": "shrink", "base": base}).student
+    assert whole.kind == "shrink"
+    sizes = shrunk_sizes(model_config(whole.base, folder=recipe.folder), whole)
+    return sizes["layers"], sizes["intermediate_size"]
+
+
+def _variant(recipe: Recipe, **changes: Any) -> Recipe:
+    """The recipe with some of its parts replaced, in the same folder."""
+    tree = recipe.resolved() | {"gates": {}, "budget": None} | changes
+    tree["export"] |= {"recover": None, "mixed": "rule"}
+    made = parse_recipe(tree, where=recipe.name)
+    made._folder = recipe.folder
+    return made
+
+
+def _sized(recipe: Recipe, students: Mapping[str, dict[str, Any]]) -> list[Candidate]:
+    found = []
+    for name, student in students.items():
+        made = _variant(recipe, student=student, export=_export(recipe, recipe.search.forms))
+        sizes = form_sizes(made)
+        layers = int(student.get("layers") or _dimensions(recipe, student["base"])[0])
+        shape = "whole" if student["kind"] == "lora" else name
+        found += [Candidate(name, form, shape, sizes[form], layers) for form in recipe.search.forms]
+    return found
+
+
+def _export(recipe: Recipe, forms: Sequence[str]) -> dict[str, Any]:
+    """The recipe's `export:` with these forms; a form that the recipe describes keeps its description."""
+    export: dict[str, Any] = recipe.resolved()["export"]
+    described = {form["kind"]: form for form in export["forms"]}
+    return export | {"forms": [described.get(form, form) for form in ("fp32", *forms)]}
+
+
+def _rule_out_sizes(candidates: Sequence[Candidate], budget: Budget) -> None:
+    if budget.size_mb is None:
+        return
+    for candidate in candidates:
+        if candidate.size > 1e6 * budget.size_mb * (1 + _SIZE_ERROR):
+            candidate.out = f"planned {candidate.size / 1e6:.1f} MB"
+
+
+def _in(candidates: Sequence[Candidate]) -> list[Candidate]:
+    return [c for c in candidates if c.out is None]
+
+
+# Speed -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SpeedModel:
+    """Times as fixed cost + cost a layer + cost a byte of each form, none of them negative; and how far off that is.
+
+    ``error`` is the greatest relative error on a measured point that the fit had not seen; none where too few were measured.
+    """
+
+    forms: tuple[str, ...]
+    coefficients: tuple[float, ...]
+    error: float | None
+
+    def __call__(self, candidate: Candidate) -> float:
+        """Predicted time in ms."""
+        row = _features(candidate, self.forms)
+        return float(sum(a * b for a, b in zip(row, self.coefficients, strict=True)))
+
+
+def fit_speed(candidates: Sequence[Candidate], times_ms: Sequence[float]) -> SpeedModel:
+    """Least squares in relative error over measured candidates, with each left out once for the error."""
+    import numpy as np
+
+    forms = tuple(dict.fromkeys(c.form for c in candidates))
+    rows, times = np.array([_features(c, forms) for c in candidates]), np.array(times_ms)
+    errors = []
+    for left_out in range(len(times)):
+        rest = np.arange(len(times)) != left_out
+        seen = {c.form for c, kept in zip(candidates, rest, strict=True) if kept}
+        if candidates[left_out].form in seen and rest.sum() > len(forms):
+            guess = rows[left_out] @ _solve(rows[rest], times[rest])
+            errors.append(abs(guess / times[left_out] - 1))
+    return SpeedModel(forms, tuple(map(float, _solve(rows, times))), float(max(errors)) if errors else None)
+
+
+def _solve(rows: np.ndarray[Any, Any], times: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    import numpy as np
+    from scipy.optimize import nnls
+
+    solution: np.ndarray[Any, Any] = nnls(rows / times[:, None], np.ones(len(times)))[0]
+    return solution
+
+
+def _features(candidate: Candidate, forms: Sequence[str]) -> list[float]:
+    return [1.0, float(candidate.layers), *(candidate.size / 1e6 if candidate.form == form else 0.0 for form in forms)]
+
+
+def _predict_speeds(
+    recipe: Recipe,
+    students: Mapping[str, dict[str, Any]],
+    candidates: Sequence[Candidate],
+    budget: Budget,
+    folder: Path,
+) -> dict[str, SpeedModel]:
+    """Time a few exports, predict the others, and rule out what is too slow by more than the prediction's error."""
+    if budget.tpot_ms is None and budget.ttft_ms is None:
+        return {}
+    left = _in(candidates)
+    if not left:
+        return {}
+    by_shape: dict[str, list[Candidate]] = {}
+    for candidate in left:
+        by_shape.setdefault(candidate.shape, []).append(candidate)
+    shapes = sorted(by_shape, key=lambda shape: (by_shape[shape][0].layers, by_shape[shape][0].size))
+    probes = _spread(shapes, recipe.search.probes)
+    say(f"   timing {len(probes)} of {len(shapes)} shapes, untrained: {', '.join(probes)}")
+    timed = []
+    for shape in probes:
+        group = list({c.form: c for c in by_shape[shape]}.values())
+        if _export_untrained(recipe, students[group[0].student], group, folder / "probes" / shape):
+            timed += group
+    if not timed:
+        raise ParityError(f"{recipe.name}: none of the exports for timing kept to torch; see {folder / 'probes'}.")
+    measured = _timed(recipe, timed, folder)
+    models = {}
+    for metric in _SPEEDS:
+        models[metric] = fit_speed(timed, [measured[c.name][metric] for c in timed])
+        error = models[metric].error
+        say(f"   {metric}: predicted within {error:.0%}" if error is not None else f"   {metric}: all measured")
+    known = {(c.shape, c.form): measured[c.name] for c in timed}
+    for candidate in candidates:
+        candidate.timed = (candidate.shape, candidate.form) in known
+        for metric in _SPEEDS:
+            if candidate.timed:
+                candidate.predicted[metric] = known[candidate.shape, candidate.form][metric]
+            elif candidate.form in models[metric].forms:
+                candidate.predicted[metric] = models[metric](candidate)
+    for candidate in left:
+        for metric, bound in (("tpot_ms", budget.tpot_ms), ("ttft_ms", budget.ttft_ms)):
+            # A measured one may be as far off in another process as a prediction: what is near the bound stays in.
+            error = models[metric].error or 0.1
+            if bound is not None and candidate.predicted.get(metric, 0.0) * (1 - error) > bound:
+                candidate.out = (
+                    f"{'timed' if candidate.timed else 'predicted'} {metric[:4]} {candidate.predicted[metric]:.2f} ms"
+                )
+    return models
+
+
+def _spread(items: Sequence[str], count: int) -> list[str]:
+    """Evenly many of a sorted list, both ends among them."""
+    if count >= len(items):
+        return list(items)
+    if count == 1:
+        return [items[-1]]
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+
+
+def _export_untrained(recipe: Recipe, student: dict[str, Any], group: Sequence[Candidate], folder: Path) -> bool:
+    """Export a student after a single step without teachers: speed does not depend on what weights say."""
+    tree = recipe.resolved()
+    block = tree["data"]["block"]
+    probe = _variant(
+        recipe,
+        name=f"{recipe.name[:60]}-probe",
+        teachers=[],
+        student=student,
+        data=tree["data"] | {"heldout": tree["data"]["heldout"] | {"blocks": 2}},
+        fusion={},
+        training=tree["training"] | {"tokens": block, "batch_tokens": block, "micro_batch": 1, "teacher_cache": "none"},
+        export=_export(recipe, [c.form for c in group]),
+    )
+    for stage in ("compress", "export"):
+        try:
+            pipeline.run_stage(stage, probe, out=folder)
+        except ParityError as error:
+            say(f"   {folder.name}: not timed, {error}")
+            return False
+    return True
+
+
+def _timed(recipe: Recipe, timed: Sequence[Candidate], folder: Path) -> dict[str, dict[str, float]]:
+    """Median times of untrained exports by candidate, all in one interleaved run."""
+    import serve_bench
+
+    out = folder / "timing"
+    targets = [f"{folder / 'probes' / c.shape}#{c.form}" for c in timed]
+    if not (out / MANIFEST).is_file():
+        bench = recipe.bench.model_copy(
+            update={"minutes": 1.0, "min_blocks": 3, "scenarios": (recipe.bench.scenario("single"),), "runtimes": ()}
+        )
+        serve_bench.measure_targets(targets, out=out, bench=bench)
+    result = open_artifact(out, kind="bench", verify=False).result
+    arms = [arm for arm in result["arms"].values() if arm["role"] != "twin"]
+    assert result["targets"] == targets, "the timing is of other exports"
+    return {
+        c.name: {metric: float(arm[metric]["value"]) for metric in _SPEEDS} for c, arm in zip(timed, arms, strict=True)
+    }
+
+
+# Halving ---------------------------------------------------------------------------------------------------------
+
+
+def _halve(
+    recipe: Recipe,
+    students: Mapping[str, dict[str, Any]],
+    candidates: Sequence[Candidate],
+    folder: Path,
+    *,
+    until: float,
+) -> None:
+    """Distil every student that is left for a short round, the better half for a longer one, and so on."""
+    import optuna
+
+    names = list(dict.fromkeys(c.student for c in _in(candidates)))
+    if not names:
+        return
+    storage = optuna.storages.RDBStorage(
+        f"sqlite:///{(folder / STATE).resolve()}", engine_kwargs={"connect_args": {"timeout": 60}}
+    )
+    study = optuna.create_study(
+        study_name="students",
+        storage=storage,
+        load_if_exists=True,
+        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2, min_early_stopping_rate=0),
+        sampler=optuna.samplers.RandomSampler(seed=recipe.seed),
+    )
+    _enqueue(study, names)
+    while (trial := _ask(study)) is not None:
+        name = trial.user_attrs["student"]
+        trial.set_user_attr("worker", _worker())
+        _climb(study, trial, recipe, name, students[name], folder, until=until)
+    reached: dict[str, tuple[int, float]] = {}
+    for frozen in study.get_trials(states=(optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)):
+        if frozen.intermediate_values:
+            rung = max(frozen.intermediate_values)
+            reached[frozen.user_attrs["student"]] = (rung, frozen.intermediate_values[rung])
+    top = max((rung for rung, _ in reached.values()), default=0)
+    for candidate in _in(candidates):
+        if candidate.student not in reached:
+            candidate.out = "no time left for it"
+            continue
+        rung, candidate.nll = reached[candidate.student]
+        candidate.tokens = recipe.search.rungs[rung.bit_length() - 1]
+        if rung < top:
+            candidate.out = f"behind after {candidate.tokens} tokens"
+
+
+def _enqueue(study: optuna.Study, names: Sequence[str]) -> None:
+    """Queue each student once, and again where the process that had it is gone."""
+    import optuna
+
+    state = optuna.trial.TrialState
+    for frozen in study.get_trials(states=(state.RUNNING,)):
+        worker = frozen.user_attrs.get("worker")
+        if worker is not None and not _alive(worker):
+            study.tell(frozen.number, state=state.FAIL)
+    queued = (state.RUNNING, state.WAITING, state.COMPLETE, state.PRUNED)
+    held = {frozen.user_attrs["student"] for frozen in study.get_trials(states=queued)}
+    for name in names:
+        if name not in held:
+            study.enqueue_trial({}, user_attrs={"student": name})
+
+
+def _ask(study: optuna.Study) -> optuna.Trial | None:
+    """The next student in the queue; none when it is empty."""
+    import optuna
+
+    if not study.get_trials(states=(optuna.trial.TrialState.WAITING,)):
+        return None
+    trial = study.ask()
+    if "student" not in trial.user_attrs:  # another worker took the last one in between
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        return None
+    return trial
+
+
+def _worker() -> dict[str, Any]:
+    return {"host": os.uname().nodename, "pid": os.getpid()}
+
+
+def _alive(worker: Mapping[str, Any]) -> bool:
+    """Whether a worker of this machine runs; of another machine's nothing is known, so it counts as running."""
+    if worker["host"] != os.uname().nodename:
+        return True
+    try:
+        os.kill(worker["pid"], 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _climb(
+    study: optuna.Study,
+    trial: optuna.Trial,
+    recipe: Recipe,
+    name: str,
+    student: dict[str, Any],
+    folder: Path,
+    *,
+    until: float,
+) -> None:
+    import optuna
+
+    state = optuna.trial.TrialState
+    if time.time() > until:
+        study.tell(trial, state=state.PRUNED)
+        return
+    nll = float("inf")
+    for index, tokens in enumerate(recipe.search.rungs):
+        nll = _healed(recipe, name, student, tokens, folder)
+        trial.report(nll, step=2**index)
+        if index + 1 < len(recipe.search.rungs) and (trial.should_prune() or time.time() > until):
+            study.tell(trial, state=state.PRUNED)
+            return
+    study.tell(trial, nll)
+
+
+def _healed(recipe: Recipe, name: str, student: dict[str, Any], tokens: int, folder: Path) -> float:
+    """Mean held-out NLL after a distillation of ``tokens`` from the cache that every student shares."""
+    tree = recipe.resolved()
+    tokens = max(tokens // tree["training"]["batch_tokens"], 1) * tree["training"]["batch_tokens"]
+    short = _variant(
+        recipe,
+        name=f"{recipe.name[:60]}-{name}",
+        student=student,
+        # Aligned layers depend on the student's depth; without them every student reads the same cache.
+        features=tree["features"] | {"weight": 0},
+        training=tree["training"]
+        | {
+            "tokens": tokens,
+            "teacher_cache": "hidden",
+            "learning_rate": _rate(recipe, student),
+            "evaluate_every": 10**9,
+        },
+    )
+    out = folder / "students" / name / str(tokens)
+    pipeline.run_stage("compress", short, out=out)
+    return float(open_artifact(out / "student", kind="student", verify=False).result["mean_nll"])
+
+
+def _rate(recipe: Recipe, student: Mapping[str, Any]) -> float:
+    """Learning rate: the recipe's for a student of its kind; whole weights want a third of what adapters do."""
+    rate, asked = recipe.training.learning_rate, recipe.student.kind
+    if student["kind"] == asked:
+        return rate
+    return rate * 0.3 if asked == "lora" else rate / 0.3
+
+
+# Finalists -------------------------------------------------------------------------------------------------------
+
+
+def _finalists(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
+    """The best student of each form, then the next best, ``count`` in all: rounding costs each form another loss."""
+    left = sorted(_in(candidates), key=lambda c: (c.nll or 0.0, -c.size))
+    leaders = list({c.form: c for c in reversed(left)}.values())
+    order = sorted(leaders, key=left.index) + [c for c in left if c not in leaders]
+    for candidate in order[count:]:
+        candidate.out = "not among the finalists"
+    return order[:count]
+
+
+def final_recipe(recipe: Recipe, student: dict[str, Any], candidate: Candidate, budget: Budget) -> dict[str, Any]:
+    """The recipe of one candidate as plain data that stands alone: no `extends`, every path absolute, the budget as gates."""
+    tree = recipe.resolved()
+    gates = tree["gates"]
+    for gate, bound in (
+        ("max_size_mb", budget.size_mb),
+        ("max_tpot_ms", budget.tpot_ms),
+        ("max_ttft_ms", budget.ttft_ms),
+        ("max_loss_vs_best_teacher", budget.quality.max_loss if budget.quality else None),
+    ):
+        gates[gate] = bound
+    gates["max_quantization_loss"] = None  # what rounding costs is part of the loss that is chosen by
+    del tree["budget"], tree["search"]
+    tree |= {
+        "name": f"{recipe.name[:50]}-{candidate.student}"[
+            :80
+        ],  # not the form: a student is trained once for all of them
+        "description": f"{candidate.student} of {recipe.name} as {candidate.form}, found by limbeck search.",
+        "student": student,
+        "export": _export(recipe, [candidate.form]),
+        "training": tree["training"] | {"learning_rate": _rate(recipe, student)},
+    }
+    absolute: dict[str, Any] = _absolute(tree, recipe.folder)
+    return absolute
+
+
+def _absolute(node: Any, folder: Path) -> Any:
+    """Plain data with every path of a recipe made absolute."""
+    if isinstance(node, list):
+        return [_absolute(item, folder) for item in node]
+    if not isinstance(node, dict):
+        return node
+    made = {key: _absolute(value, folder) for key, value in node.items()}
+    kind = made.get("kind")
+    if kind == "recipe":
+        made["recipe"] = str(find_recipe(made["recipe"], folder=folder))
+    elif kind in ("local", "gguf", "datasets"):
+        made["path"] = str((folder / Path(made["path"]).expanduser()).resolve())
+    elif kind == "files":
+        made["paths"] = [str(folder / Path(path).expanduser()) for path in made["paths"]]
+    if isinstance(made.get("adapter"), str):
+        made["adapter"] = str((folder / Path(made["adapter"]).expanduser()).resolve())
+    return made
+
+
+def _share_student(earlier: Path, run: Path) -> None:
+    """Begin a run with the student that another form of it was made from, rather than train it again."""
+    part = run.with_name(f".{run.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(earlier / "student", part / "student", copy_function=os.link)
+    shutil.copy(earlier / pipeline.RUN, part / pipeline.RUN)
+    part.rename(run)
+
+
+def _measure(
+    recipe: Recipe, students: Mapping[str, dict[str, Any]], finalist: Candidate, budget: Budget, run: Path
+) -> None:
+    """Run a finalist's whole job in the folder ``run``, and keep what was measured."""
+    say(f"== finalist {finalist.name}")
+    tree = final_recipe(recipe, students[finalist.student], finalist, budget)
+    report = pipeline.run(parse_recipe(tree, where=finalist.name), out=run)
+    assert report is not None
+    finalist.run, finalist.verdict = str(run), report.verdict.status
+    bench = open_artifact(run / "bench", kind="bench", verify=False).result
+    arm = bench["arms"][bench["judged"]]
+    finalist.measured = {
+        "size": float(arm["bytes"]),
+        **{metric: float(arm[metric]["value"]) for metric in _SPEEDS},
+        "nll": float(arm["quality"]["mean_nll"]),
+    }
+    if report.verdict.status != "pass":
+        missed = [gate.sentence for gate in report.verdict.gates if gate.status != "pass"]
+        finalist.out = f"measured: {'; '.join(missed)}"
+
+
+# What it came to -------------------------------------------------------------------------------------------------
+
+
+def _conclude(
+    recipe: Recipe,
+    students: Mapping[str, dict[str, Any]],
+    candidates: Sequence[Candidate],
+    budget: Budget,
+    model: Mapping[str, SpeedModel],
+    folder: Path,
+    seconds: float,
+) -> Found:
+    passed = [c for c in candidates if c.verdict == "pass"]
+    undecided = [c for c in candidates if c.verdict == "undecided"]
+    (folder / CHOSEN).unlink(missing_ok=True)
+    (folder / NEAREST).unlink(missing_ok=True)
+    if passed:
+        best, code, name = min(passed, key=lambda c: c.measured["nll"]), 0, CHOSEN
+        sentence = f"{best.name} keeps the budget: {_said(best)}; limbeck run {folder / CHOSEN}"
+    else:
+        best, code, name = nearest(undecided or candidates, budget), 3 if undecided else 1, NEAREST
+        sentence = (
+            f"{_bound(candidates, budget)} The nearest is {best.name}: {_said(best)}; limbeck run {folder / NEAREST}"
+        )
+    tree = final_recipe(recipe, students[best.student], best, budget)
+    head = f"# Found by `limbeck search {recipe.name}` for {_asked(budget)}: {_said(best)}.\n"
+    write_atomically(folder / name, head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120))
+    table = markdown(candidates, best)
+    write_atomically(folder / TABLE, f"{table}\n\n{sentence}\n")
+    _draw(candidates, budget, best, folder / PICTURE)
+    write_atomically(
+        folder / RESULT,
+        json.dumps(
+            {
+                "recipe": recipe.name,
+                "budget": budget.model_dump(mode="json"),
+                "best": best.name,
+                "sentence": sentence,
+                "exit_code": code,
+                "seconds": round(seconds, 1),
+                "speed_error": {metric: fitted.error for metric, fitted in model.items()},
+                "candidates": [asdict(c) for c in candidates],
+            },
+            indent=1,
+        ),
+    )
+    return Found(folder, table, sentence, code)
+
+
+def nearest(candidates: Sequence[Candidate], budget: Budget) -> Candidate:
+    """The candidate whose worst bound is missed by least, in ratio; of equals the one with the lowest loss."""
+
+    def excess(candidate: Candidate) -> float:
+        known = {"size": float(candidate.size), **candidate.predicted, **candidate.measured}
+        bounds = {
+            "size": 1e6 * budget.size_mb if budget.size_mb else None,
+            "tpot_ms": budget.tpot_ms,
+            "ttft_ms": budget.ttft_ms,
+        }
+        return max([1.0, *(known[key] / bound for key, bound in bounds.items() if bound and key in known)])
+
+    return min(candidates, key=lambda c: (excess(c), not c.measured, c.nll if c.nll is not None else float("inf")))
+
+
+def _bound(candidates: Sequence[Candidate], budget: Budget) -> str:
+    """Which bound cannot be met, in a sentence."""
+    if budget.size_mb is not None and (least := min(c.size for c in candidates)) > 1e6 * budget.size_mb:
+        return f"No student is small enough: size_mb {budget.size_mb:g} is asked for, the smallest is planned at {least / 1e6:.1f}."
+    for metric, bound in (("tpot_ms", budget.tpot_ms), ("ttft_ms", budget.ttft_ms)):
+        fitting = [c for c in candidates if c.out is None or not c.out.startswith("planned")]
+        fastest = min((c.measured.get(metric, c.predicted.get(metric, 0.0)) for c in fitting), default=0.0)
+        if bound is not None and fastest > bound:
+            return f"No student is fast enough: {metric} {bound:g} is asked for, the fastest takes {fastest:.2f}."
+    missed = [f"{c.name}: {c.out}" for c in candidates if c.measured]
+    return (
+        f"No finalist keeps every bound ({' | '.join(missed)})." if missed else "No student keeps every bound at once."
+    )
+
+
+def _asked(budget: Budget) -> str:
+    said = [f"{key} {value:g}" for key in ("size_mb", *_SPEEDS) if (value := getattr(budget, key)) is not None]
+    if budget.quality:
+        said.append(f"at most {budget.quality.max_loss:+.1%} loss against the best teacher")
+    return ", ".join(said)
+
+
+def _said(candidate: Candidate) -> str:
+    if candidate.measured:
+        m = candidate.measured
+        return f"{m['size'] / 1e6:.1f} MB, {m['tpot_ms']:.2f} ms a token, {m['ttft_ms']:.0f} ms to the first, {m['nll']:.4f} nats, measured"
+    parts = [f"{candidate.size / 1e6:.1f} MB planned"]
+    if "tpot_ms" in candidate.predicted:
+        parts.append(f"{candidate.predicted['tpot_ms']:.2f} ms a token {'timed' if candidate.timed else 'predicted'}")
+    return ", ".join(parts)
+
+
+def markdown(candidates: Sequence[Candidate], best: Candidate) -> str:
+    """Every candidate, the ones that went furthest first."""
+    rows = [
+        "| student | form | size, MB | ms a token | ms to the first | nats a token (after tokens) | what became of it |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for c in sorted(candidates, key=lambda c: (c is not best, not c.measured, -c.tokens, c.nll or 0.0, c.size)):
+        m = c.measured
+        size = f"**{m['size'] / 1e6:.1f}**" if m else f"{c.size / 1e6:.1f}"
+        times = [
+            f"**{m[k]:.2f}**"
+            if m
+            else (f"{c.predicted[k]:.2f}{'' if c.timed else ' (predicted)'}" if k in c.predicted else "")
+            for k in _SPEEDS
+        ]
+        nll = f"**{m['nll']:.4f}**" if m else (f"{c.nll:.4f} ({c.tokens})" if c.nll is not None else "")
+        fate = "chosen" if c is best and c.verdict == "pass" else c.out or c.verdict or ""
+        rows.append(f"| {c.student} | {c.form} | {size} | {times[0]} | {times[1]} | {nll} | {fate} |")
+    return "\n".join(rows)
+
+
+def _draw(candidates: Sequence[Candidate], budget: Budget, best: Candidate, path: Path) -> None:
+    """Loss over size and over time a token; filled where the whole job was measured."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    colours = {form: f"C{i}" for i, form in enumerate(dict.fromkeys(c.form for c in candidates))}
+    for axes, key, bound, label in (
+        (left, "size", budget.size_mb, "size, MB"),
+        (right, "tpot_ms", budget.tpot_ms, "ms a token"),
+    ):
+        for c in candidates:
+            known = {"size": c.size / 1e6, **c.predicted}
+            if c.measured:
+                known = {"size": c.measured["size"] / 1e6, "tpot_ms": c.measured["tpot_ms"]}
+            loss = c.measured.get("nll", c.nll)
+            if loss is None or key not in known:
+                continue
+            axes.plot(
+                known[key], loss, marker="*" if c is best else "o", markersize=13 if c is best else 7, linestyle="none",
+                color=colours[c.form], fillstyle="full" if c.measured else "none",
+            )  # fmt: skip
+            axes.annotate(c.student, (known[key], loss), xytext=(5, 4), textcoords="offset points", fontsize=7)
+        if bound is not None:
+            axes.axvline(bound, color="0.5", linestyle=":")
+        axes.set_xlabel(label)
+    left.set_ylabel("held-out loss, nats a token")
+    for form, colour in colours.items():
+        left.plot([], [], marker="o", linestyle="none", color=colour, label=form)
+    left.legend(fontsize=8)
+    figure.savefig(path)
