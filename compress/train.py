@@ -41,7 +41,7 @@ from compress.fusion import (
     span_of,
     teacher_statistics,
 )
-from compress.host import prepare_host
+from compress.host import give_memory_back, prepare_host
 from compress.models import DTYPES, cast_frozen, load_model, load_tokenizer, require_same_tokenizer, resolve_device
 from compress.sharded import like, whole
 from compress.shrink import Importance
@@ -96,6 +96,7 @@ def _save(
 ) -> None:
     """Write the artifact with the best weights, measured again as they will be loaded: merged, in fp32."""
     started, recipe = time.monotonic(), run.recipe
+    give_memory_back()  # the student is about to be loaded a second time
     model = run.student.model
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     with write_artifact(out, kind="student", key=key, parents=parents, recipe=recipe) as draft:
