@@ -282,8 +282,11 @@ class State:
     best: dict[str, Tensor] = field(default_factory=dict)
 
 
-def fit(run: Run) -> State:
-    """Train to the end of the budget, or until held-out NLL has not improved for ``patience`` measurements."""
+def fit(run: Run, *, ends: Callable[[], bool] = lambda: False) -> State:
+    """Train to the end of the budget, or until held-out NLL has not improved for ``patience`` measurements.
+
+    ``ends`` is asked after every measurement but the first, once that is in the log, and may end the training early.
+    """
     config, accelerator = run.recipe.training, run.accelerator
     trained = [p for p in run.student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -315,6 +318,8 @@ def fit(run: Run) -> State:
             share_of_step = share_of_step if run.steps else done - before
             if state.step % config.evaluate_every == 0 or done >= 1:
                 _record(run, "evaluate", _evaluate_student(run, state))
+                if ends():
+                    break
                 done = run.share(state)
             if state.step % config.checkpoint_every == 0 and done < 1:
                 _save_checkpoint(run, optimizer, state)
