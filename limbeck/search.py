@@ -532,13 +532,16 @@ def final_recipe(recipe: Recipe, student: dict[str, Any], candidate: Candidate, 
         gates[gate] = bound
     gates["max_quantization_loss"] = None  # what rounding costs is part of the loss that is chosen by
     del tree["budget"], tree["search"]
+    export = _export(recipe, [candidate.form]) | {"recover": None}
+    if candidate.form != "int4-weight":
+        export["mixed"] = "rule"  # the other choices are between 4 and 8 bits
     tree |= {
         "name": f"{recipe.name[:50]}-{candidate.student}"[
             :80
         ],  # not the form: a student is trained once for all of them
         "description": f"{candidate.student} of {recipe.name} as {candidate.form}, found by limbeck search.",
         "student": student,
-        "export": _export(recipe, [candidate.form]),
+        "export": export,
         "training": tree["training"] | {"learning_rate": _rate(recipe, student)},
     }
     absolute: dict[str, Any] = _absolute(tree, recipe.folder)

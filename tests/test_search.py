@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from limbeck import search as module
 from limbeck.cli import app
 from limbeck.errors import EnvironmentalError, RecipeError
-from limbeck.recipe import Budget, Recipe, load_recipe
+from limbeck.recipe import Budget, Recipe, load_recipe, parse_recipe
 from limbeck.search import Candidate, _enqueue, _halve, final_recipe, fit_speed, nearest, search
 
 BUDGET = {"size_mb": 0.6, "tpot_ms": 5.0}
@@ -130,6 +130,17 @@ def test_the_recipe_that_is_written_stands_alone(tmp_path: Path) -> None:
     assert read.gates.min_decode_speedup == recipe.gates.min_decode_speedup
     assert read.budget is None
     assert all(Path(teacher["model"]["recipe"]).is_absolute() for teacher in tree["teachers"])
+
+
+def test_what_a_form_does_not_have_is_left_out_of_its_recipe(tmp_path: Path) -> None:
+    asked = ["export={forms: [fp32, int4-weight], mixed: {kind: size, mb: 1}, recover: {tokens: 512}}", "budget={size_mb: 1}"]
+    recipe = load_recipe("pico", overrides=asked)
+    assert recipe.budget is not None
+    student = recipe.resolved()["student"]
+    for form, mixed in (("int8-weight", "rule"), ("int4-weight", "size")):
+        made = parse_recipe(final_recipe(recipe, student, candidate("whole", form), recipe.budget))
+        assert made.export.mixed.kind == mixed
+        assert made.export.recover is None
 
 
 def test_the_nearest_misses_its_worst_bound_by_least() -> None:
