@@ -22,7 +22,6 @@ import onnx
 import torch
 from safetensors.numpy import load_file, save_file
 
-from export.attention import FUSED, register
 from export.calibrate import calibration_for
 from export.card import markdown_table, write_client_files
 from export.census import require_quantized, take_census
@@ -164,14 +163,14 @@ class SentenceEncoder(torch.nn.Module):
         return states, torch.nn.functional.normalize(mean, dim=-1)
 
 
-def load_student(model: Path, *, task: str, attention: str = "eager") -> Classifier | SentenceEncoder:
-    """The transformers folder ``model`` in fp32, as what the graph is to compute; ``attention`` as transformers names it."""
+def load_student(model: Path, *, task: str) -> Classifier | SentenceEncoder:
+    """The transformers folder ``model`` in eager fp32, as what the graph is to compute."""
     from transformers import AutoModel, AutoModelForSequenceClassification
 
     kind, wrapper = (
         (AutoModelForSequenceClassification, Classifier) if task == "classification" else (AutoModel, SentenceEncoder)
     )
-    loaded = kind.from_pretrained(model, dtype=torch.float32, attn_implementation=attention).eval()
+    loaded = kind.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
     return wrapper(loaded).eval()
 
 
@@ -186,13 +185,12 @@ def build_fp32(
 ) -> tuple[Graphs, int]:
     """Build the fp32 graph of the transformers folder ``model`` below ``folder``; also returns the hidden width.
 
-    ``opset`` is the ONNX operator set, none the exporter's choice. Attention is one operator of onnxruntime where `export.attention` knows
-    the architecture, but not in a ``static`` graph, which is for other runtimes. Raises `ModelError` for a model that torch cannot export.
+    ``opset`` is the ONNX operator set, none the exporter's choice. A ``static`` graph is of one shape. Raises `ModelError` for a model
+    that torch cannot export.
     """
     graphs = encoder_files(folder, "fp32")
     graphs.data.parent.mkdir(exist_ok=True)
-    fused = not static and json.loads((model / "config.json").read_text())["model_type"] in FUSED
-    student = load_student(model, task=task, attention=register() if fused else "eager")
+    student = load_student(model, task=task)
     config = student.model.config
     shape = (static.batch, static.length) if static else (_TRACED["rows"], _TRACED["tokens"])
     free = {0: "batch_size", 1: "sequence_length"}

@@ -278,9 +278,7 @@ def _into_attention(graph: GraphProto, constants: Container[str]) -> set[str]:
     seen: set[str] = set()
     todo: list[str] = []
     for node in graph.node:
-        if node.op_type in ("GroupQueryAttention", "MultiHeadAttention") or (
-            node.op_type == "MatMul" and node.input[1] not in constants
-        ):
+        if node.op_type == "GroupQueryAttention" or (node.op_type == "MatMul" and node.input[1] not in constants):
             todo += node.input
     while todo:
         name = todo.pop()

@@ -133,7 +133,10 @@ def test_the_recipe_that_is_written_stands_alone(tmp_path: Path) -> None:
 
 
 def test_what_a_form_does_not_have_is_left_out_of_its_recipe(tmp_path: Path) -> None:
-    asked = ["export={forms: [fp32, int4-weight], mixed: {kind: size, mb: 1}, recover: {tokens: 512}}", "budget={size_mb: 1}"]
+    asked = [
+        "export={forms: [fp32, int4-weight], mixed: {kind: size, mb: 1}, recover: {tokens: 512}}",
+        "budget={size_mb: 1}",
+    ]
     recipe = load_recipe("pico", overrides=asked)
     assert recipe.budget is not None
     student = recipe.resolved()["student"]
