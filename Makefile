@@ -107,6 +107,15 @@ bench-decode: $(READY) .venvs/llama-cpp/.ready
 	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $(@D)/bin/pip install $(PIP_ARGS) --no-binary llama-cpp-python llama-cpp-python==0.3.36
 	touch $@
 
+# A second load generator, in an environment of its own: it brings datasets, transformers and much else.
+bench-load: $(READY) .venvs/aiperf/.ready
+	$(BIN)/python -m tests.benchmarks.bench_load $(ARGS)
+
+.venvs/aiperf/.ready:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install $(PIP_ARGS) aiperf==0.13.0
+	touch $@
+
 architectures: $(READY)
 	$(BIN)/python -m tests.architectures
 

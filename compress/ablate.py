@@ -2,11 +2,13 @@
 
 A claim about several teachers counts only beside these: cross-entropy only, the best single teacher, uniform, static,
 entropy in its forms, inverted, shuffled, and an oracle that sees the label. Intervals are paired bootstraps over seeds
-and held-out blocks; NLL is per token, averaged over domains without weights.
+and held-out blocks; NLL is per token, averaged over domains without weights. Beside it: KL to a mixture that no arm trains on, and
+what greedy continuations of held-out text are like.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -23,11 +25,17 @@ from compress.fusion import TeacherStates, chunks_of_labels
 from compress.train import Run, fit, heldout_batches, measure_teachers, setup, student_head, student_nll
 from limbeck.artifact import write_atomically
 from limbeck.errors import RecipeError
+from limbeck.generated import distinct, repetition
 from limbeck.heldout import mean_nll
 from limbeck.progress import say
 from limbeck.recipe import Recipe, fingerprint, parse_recipe
 
 REFERENCE = "ce-only"
+_FURTHER = {  # beside the loss, and how the table calls them
+    "kl_to_mixture": "KL to mixture", "top1_agreement": "top-1", "text_match": "text's own tokens", "distinct_2": "distinct pairs",
+    "repetition": "repeated",
+}  # fmt: skip
+_GENERATED, _GENERATED_BATCHES = 32, 2  # most tokens read, and generated after them; batches of held-out rows a domain
 ARMS: dict[str, dict[str, Any]] = {
     "ce-only": {"fusion": {"weight": 0.0, "cross_entropy": 1.0}, "features": {"weight": 0.0}},
     "best-single": {},
@@ -134,6 +142,7 @@ def _train_arm(recipe: Recipe, products: Mapping[str, Path], out: Path, arm: str
             b.name: (labels_of(b.heldout.input_ids, b.heldout.scored) != IGNORED).sum(1).tolist() for b in run.blocks
         },
         "weights": mean_weights,
+        **_generation(run),
         **(_against_mixture(run) if len(run.teachers) > 1 else {}),
     }
 
@@ -179,6 +188,33 @@ def _against_mixture(run: Run) -> dict[str, float]:
     return {"kl_to_mixture": divergence / count, "top1_agreement": agreement / count}
 
 
+@torch.no_grad()
+def _generation(run: Run) -> dict[str, float]:
+    """Greedy continuations of held-out text: share of it that is the text's own tokens, of different pairs, of repeated pieces."""
+    model, device = run.accelerator.unwrap_model(run.student).model.eval(), run.accelerator.device
+    half = min(_GENERATED, run.recipe.data.block // 2)
+    rows, agreed = [], []
+    for domain in run.blocks:
+        for ids, labels in itertools.islice(heldout_batches(domain.heldout), _GENERATED_BATCHES):
+            text = ids[(labels[:, : 2 * half] != IGNORED).sum(1) >= 2 * half - 1, : 2 * half].to(device)
+            if not len(text):  # every row is shorter
+                continue
+            with run.accelerator.autocast():
+                made = model.generate(
+                    input_ids=text[:, :half], attention_mask=torch.ones_like(text[:, :half]), do_sample=False,
+                    min_new_tokens=half, max_new_tokens=half, pad_token_id=0,
+                )[:, half:]  # fmt: skip
+            rows += made.tolist()
+            agreed += (made == text[:, half:]).float().mean(1).tolist()
+    if not rows:
+        return {}
+    return {
+        "text_match": float(np.mean(agreed)),
+        "distinct_2": distinct(rows, 2),
+        "repetition": float(np.mean([repetition(row) for row in rows])),
+    }
+
+
 def summarise(
     runs: Mapping[str, Mapping[str, Any]], seeds: Sequence[int], *, draws: int = 4000
 ) -> dict[str, dict[str, Any]]:
@@ -213,12 +249,13 @@ def summarise(
         table[arm] = {
             "nll": nll,
             "mean_nll": mean_nll(nll),
+            "perplexity": {d: math.exp(value) for d, value in nll.items()},
             "against_ce": interval(arm, REFERENCE, domains),
             "against_ce_by_domain": {d: interval(arm, REFERENCE, [d]) for d in domains},
             "weights": runs[f"{arm}/{seeds[0]}"]["weights"],
         }
-        for name in ("kl_to_mixture", "top1_agreement"):
-            if name in runs[f"{arm}/{seeds[0]}"]:
+        for name in _FURTHER:
+            if all(name in runs[f"{arm}/{s}"] for s in seeds):
                 table[arm][name] = float(np.mean([runs[f"{arm}/{s}"][name] for s in seeds]))
         if "recipe" in arms and arm != "recipe":
             table[arm]["recipe_against_it"] = interval("recipe", arm, domains)
@@ -243,12 +280,12 @@ def markdown(table: Mapping[str, Mapping[str, Any]]) -> str:
     """The table as Markdown, best arm first."""
     domains = list(next(iter(table.values()))["nll"])
     lines = [
-        f"| arm | {' | '.join(domains)} | mean NLL | against ce-only (95 %) | KL to mixture | top-1 |",
-        "|---" * (len(domains) + 5) + "|",
+        f"| arm | {' | '.join(domains)} | mean NLL | against ce-only (95 %) | {' | '.join(_FURTHER.values())} |",
+        "|---" * (len(domains) + 3 + len(_FURTHER)) + "|",
     ]
     for arm, row in sorted(table.items(), key=lambda item: item[1]["mean_nll"]):
         point, low, high = row["against_ce"]
-        extra = [f"{row[n]:.3f}" if n in row else "" for n in ("kl_to_mixture", "top1_agreement")]
+        extra = [f"{row[n]:.3f}" if n in row else "" for n in _FURTHER]
         figures = " | ".join(f"{row['nll'][d]:.4f}" for d in domains)
         lines.append(
             f"| {arm} | {figures} | {row['mean_nll']:.4f} | {point:+.4f} [{low:+.4f}, {high:+.4f}] | {' | '.join(extra)} |"

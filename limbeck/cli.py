@@ -522,6 +522,9 @@ def compare(
 ) -> None:
     """Did the shipped form get slower, larger or worse from RUN_A to RUN_B? A Markdown table for a pull request.
 
+    Batches, cold starts and a server under load are compared where both runs measured them; a server's latencies at a rate that both
+    tried, for which the recipe's scenario needs a first_rate.
+
     Exit code 0 when nothing is worse by more than its tolerance, 1 when something is, 3 when an interval still reaches past the
     tolerance, 2 when the runs cannot be compared.
 

@@ -21,7 +21,7 @@ import yaml
 
 from limbeck import pipeline
 from limbeck.artifact import MANIFEST, open_artifact, write_atomically
-from limbeck.errors import EnvironmentalError, ParityError, RecipeError
+from limbeck.errors import EnvironmentalError, QualityError, RecipeError
 from limbeck.plan import form_sizes
 from limbeck.progress import say
 from limbeck.recipe import Budget, FreshStudent, Recipe, find_recipe, fingerprint, parse_recipe
@@ -93,13 +93,22 @@ def search(recipe: Recipe, *, out: Path | None = None) -> Found:
     _rule_out_sizes(candidates, budget)
     model = _predict_speeds(recipe, students, candidates, budget, folder)
     _halve(recipe, students, candidates, folder, until=started + 3600 * budget.hours * (1 - _RESERVED))
-    finalists = _finalists(candidates, recipe.search.finalists)
-    for finalist in finalists:
+    measured: list[Candidate] = []
+    for finalist in _order(candidates):
+        if len(measured) == recipe.search.finalists:
+            finalist.out = "not among the finalists"
+            continue
         run = folder / "finalists" / finalist.name
-        earlier = next((Path(c.run) for c in finalists if c.run and c.student == finalist.student), None)
+        earlier = next((Path(c.run) for c in measured if c.run and c.student == finalist.student), None)
         if earlier is not None and not run.exists():
             _share_student(earlier, run)
-        _measure(recipe, students, finalist, budget, run)
+        try:
+            _measure(recipe, students, finalist, budget, run)
+        except QualityError as error:
+            finalist.out = f"not exported: {str(error).splitlines()[0].rstrip(':')}"
+            say(f"   {finalist.name}: {error}")
+        else:
+            measured.append(finalist)
     return _conclude(recipe, students, candidates, budget, model, folder, time.time() - started)
 
 
@@ -200,7 +209,7 @@ def _rule_out_sizes(candidates: Sequence[Candidate], budget: Budget) -> None:
         return
     for candidate in candidates:
         if candidate.size > 1e6 * budget.size_mb * (1 + _SIZE_ERROR):
-            candidate.out = f"planned {candidate.size / 1e6:.1f} MB"
+            candidate.out = f"planned {_mb(candidate.size)}"
 
 
 def _in(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -277,10 +286,8 @@ def _predict_speeds(
     timed = []
     for shape in probes:
         group = list({c.form: c for c in by_shape[shape]}.values())
-        if _export_untrained(recipe, students[group[0].student], group, folder / "probes" / shape):
-            timed += group
-    if not timed:
-        raise ParityError(f"{recipe.name}: none of the exports for timing kept to torch; see {folder / 'probes'}.")
+        _export_untrained(recipe, students[group[0].student], [c.form for c in group], folder / "probes" / shape)
+        timed += group
     measured = _timed(recipe, timed, folder)
     models = {}
     for metric in _SPEEDS:
@@ -315,27 +322,38 @@ def _spread(items: Sequence[str], count: int) -> list[str]:
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
-def _export_untrained(recipe: Recipe, student: dict[str, Any], group: Sequence[Candidate], folder: Path) -> bool:
-    """Export a student after a single step without teachers: speed does not depend on what weights say."""
+def _export_untrained(recipe: Recipe, student: dict[str, Any], forms: Sequence[str], folder: Path) -> None:
+    """Export a random model of a student's shape: speed does not depend on what weights say, and a cut that has not
+    healed yet may lose more to rounding than any exporter passes."""
     tree = recipe.resolved()
     block = tree["data"]["block"]
     probe = _variant(
         recipe,
         name=f"{recipe.name[:60]}-probe",
-        teachers=[],
-        student=student,
+        teachers=tree["teachers"][:1],  # its tokenizer
+        student={"kind": "fresh", "config": _shape(recipe, student)},
         data=tree["data"] | {"heldout": tree["data"]["heldout"] | {"blocks": 2}},
-        fusion={},
+        fusion={"weights": {"kind": "uniform"}},
+        features={"weight": 0},
         training=tree["training"] | {"tokens": block, "batch_tokens": block, "micro_batch": 1, "teacher_cache": "none"},
-        export=_export(recipe, [c.form for c in group]),
+        export=_export(recipe, forms),
     )
     for stage in ("compress", "export"):
-        try:
-            pipeline.run_stage(stage, probe, out=folder)
-        except ParityError as error:
-            say(f"   {folder.name}: not timed, {error}")
-            return False
-    return True
+        pipeline.run_stage(stage, probe, out=folder)
+
+
+def _shape(recipe: Recipe, student: dict[str, Any]) -> dict[str, Any]:
+    """The transformers configuration of a student, as a recipe's `fresh` student has it."""
+    from compress.footprint import student_config
+    from compress.models import model_config
+
+    made = _variant(recipe, student=student)
+    assert not isinstance(made.student, FreshStudent)
+    config = student_config(made, base=model_config(made.student.base, folder=recipe.folder), vocabulary=0)
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return {
+        k: v for k, v in values.items() if k not in ("architectures", "dtype", "transformers_version", "_name_or_path")
+    }
 
 
 def _timed(recipe: Recipe, timed: Sequence[Candidate], folder: Path) -> dict[str, dict[str, float]]:
@@ -509,14 +527,11 @@ def _rate(recipe: Recipe, student: Mapping[str, Any]) -> float:
 # Finalists -------------------------------------------------------------------------------------------------------
 
 
-def _finalists(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
-    """The best student of each form, then the next best, ``count`` in all: rounding costs each form another loss."""
+def _order(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Who is measured first: the best student of each form, then the next best; rounding costs each form another loss."""
     left = sorted(_in(candidates), key=lambda c: (c.nll or 0.0, -c.size))
     leaders = list({c.form: c for c in reversed(left)}.values())
-    order = sorted(leaders, key=left.index) + [c for c in left if c not in leaders]
-    for candidate in order[count:]:
-        candidate.out = "not among the finalists"
-    return order[:count]
+    return sorted(leaders, key=left.index) + [c for c in left if c not in leaders]
 
 
 def final_recipe(recipe: Recipe, student: dict[str, Any], candidate: Candidate, budget: Budget) -> dict[str, Any]:
@@ -664,7 +679,7 @@ def nearest(candidates: Sequence[Candidate], budget: Budget) -> Candidate:
 def _bound(candidates: Sequence[Candidate], budget: Budget) -> str:
     """Which bound cannot be met, in a sentence."""
     if budget.size_mb is not None and (least := min(c.size for c in candidates)) > 1e6 * budget.size_mb:
-        return f"No student is small enough: size_mb {budget.size_mb:g} is asked for, the smallest is planned at {least / 1e6:.1f}."
+        return f"No student is small enough: size_mb {budget.size_mb:g} is asked for, the smallest is planned at {_mb(least)}."
     for metric, bound in (("tpot_ms", budget.tpot_ms), ("ttft_ms", budget.ttft_ms)):
         fitting = [c for c in candidates if c.out is None or not c.out.startswith("planned")]
         fastest = min((c.measured.get(metric, c.predicted.get(metric, 0.0)) for c in fitting), default=0.0)
@@ -686,22 +701,26 @@ def _asked(budget: Budget) -> str:
 def _said(candidate: Candidate) -> str:
     if candidate.measured:
         m = candidate.measured
-        return f"{m['size'] / 1e6:.1f} MB, {m['tpot_ms']:.2f} ms a token, {m['ttft_ms']:.0f} ms to the first, {m['nll']:.4f} nats, measured"
-    parts = [f"{candidate.size / 1e6:.1f} MB planned"]
+        return f"{_mb(m['size'])}, {m['tpot_ms']:.2f} ms a token, {m['ttft_ms']:.0f} ms to the first, {m['nll']:.4f} nats, measured"
+    parts = [f"{_mb(candidate.size)} planned"]
     if "tpot_ms" in candidate.predicted:
         parts.append(f"{candidate.predicted['tpot_ms']:.2f} ms a token {'timed' if candidate.timed else 'predicted'}")
     return ", ".join(parts)
 
 
+def _mb(size: float) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e7 else f"{size / 1e6:.3f} MB"
+
+
 def markdown(candidates: Sequence[Candidate], best: Candidate) -> str:
     """Every candidate, the ones that went furthest first."""
     rows = [
-        "| student | form | size, MB | ms a token | ms to the first | nats a token (after tokens) | what became of it |",
+        "| student | form | size | ms a token | ms to the first | nats a token (after tokens) | what became of it |",
         "|---|---|---|---|---|---|---|",
     ]
     for c in sorted(candidates, key=lambda c: (c is not best, not c.measured, -c.tokens, c.nll or 0.0, c.size)):
         m = c.measured
-        size = f"**{m['size'] / 1e6:.1f}**" if m else f"{c.size / 1e6:.1f}"
+        size = f"**{_mb(m['size'])}**" if m else _mb(c.size)
         times = [
             f"**{m[k]:.2f}**"
             if m

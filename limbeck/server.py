@@ -13,6 +13,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,6 +59,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 _KEEP_ALIVE = (
     30  # seconds; longer than clients keep an idle connection, or they would now and then use one being closed
 )
+_READERS = 2  # threads that turn text into tokens: tokenizers keeps up to 10,000 words for each thread that asks it
 _LAST_WORDS = 5  # seconds that answers already made may take to reach their clients at the end
 
 
@@ -215,6 +217,9 @@ class EventStream(StreamingResponse):
             self._answer.leave()
 
 
+Given = TypeVar("Given")
+
+
 class Service:
     """The endpoints' work: from a body to an answer."""
 
@@ -223,6 +228,7 @@ class Service:
         self.created = int(time.time())
         self.metrics = Metrics(engine)
         self._post: Post | None = None
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="limbeck-text")
 
     def post(self) -> Post:
         """The way from the engine to the loop that serves."""
@@ -256,10 +262,13 @@ class Service:
             case "failed":
                 raise ApiError(500, "the engine has failed; the server's log says why.", code="failed")
 
+    async def _read(self, turn: Callable[[Given], list[int]], given: Given) -> list[int]:
+        return await asyncio.get_running_loop().run_in_executor(self._readers, turn, given)
+
     async def complete(self, http: HttpRequest, body: CompletionBody) -> Response:
         """`/v1/completions`."""
         prompt = body.one_prompt
-        ids = await asyncio.to_thread(self.engine.text.encode, prompt) if isinstance(prompt, str) else prompt
+        ids = await self._read(self.engine.text.encode, prompt) if isinstance(prompt, str) else prompt
         most = body.max_tokens or _COMPLETION_TOKENS
         return await self._answer(http, body, ids, most, Completion(self.model, self.fingerprint))
 
@@ -268,7 +277,7 @@ class Service:
         if self.engine.text.template is None:
             raise ApiError(400, "this model has no chat template; use /v1/completions.", param="messages")
         try:
-            ids = await asyncio.to_thread(self.engine.text.chat, [message.plain() for message in body.messages])
+            ids = await self._read(self.engine.text.chat, [message.plain() for message in body.messages])
         except DataError as error:
             raise ApiError(400, str(error), param="messages") from None
         room = max(

@@ -86,7 +86,7 @@ def replay(*, run: Path, quality: bool = True, speed: bool = True) -> list[Findi
 def compare_runs(
     before: Path, after: Path, *, tolerances: Mapping[str, float] | None = None, across_machines: bool = False
 ) -> Comparison:
-    """The shipped forms of two runs (run folders or bench artifacts), metric by metric; measures nothing.
+    """The shipped forms of two runs (run folders or bench artifacts), metric by metric, in every scenario that both have; measures nothing.
 
     ``tolerances`` are relative (0.05 is 5 %), by `speed`, `quality`, `size` and `memory`. Raises `ArtifactError` when there is
     no bench, `UserError` for runs of different work, or of different machines without ``across_machines``.

@@ -1,7 +1,7 @@
 """The client of an OpenAI-compatible completions endpoint that streams: one event's meaning, one request, one closed-loop runtime.
 
 Prompts are token ids, so that their length is exact. Tokens are counted by the server's own usage where it gives one, and
-timed by the events that carry text. Knows HTTP; knows nothing of arrivals (see `serve_bench.load`).
+timed by the events that carry one, as vLLM's `bench serve` does. Knows HTTP; knows nothing of arrivals (see `serve_bench.load`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CONNECT = 10.0  # seconds
 
 @dataclass
 class Stream:
-    """What one streamed answer has told so far; ``at`` holds the clock's time of every event that carries text."""
+    """What one streamed answer has told so far; ``at`` holds the clock's time of every event that carries a token."""
 
     at: list[float] = field(default_factory=list)
     prompt_tokens: int | None = None
@@ -37,7 +37,11 @@ class Stream:
         return len(self.at) if self.counted is None else self.counted
 
     def read(self, line: str, now: float) -> bool:
-        """Take one line of the event stream; whether it carried text. Raises `ValueError` for an error in the stream."""
+        """Take one line of the event stream; whether it carried a token. Raises `ValueError` for an error in the stream.
+
+        A token's text may be empty: a special token, or a part of a character that waits for the rest. The end may bring the
+        last token along or stand alone, so an event with `finish_reason` carries a token only where it has text.
+        """
         if not line.startswith("data:"):
             return False
         data = line[5:].strip()
@@ -49,7 +53,7 @@ class Stream:
             raise ValueError(f"the server said: {event['error']}")
         if usage := event.get("usage"):
             self.prompt_tokens, self.counted = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
-        carried = any(choice.get("text") for choice in event.get("choices") or ())
+        carried = any(choice.get("text") or not choice.get("finish_reason") for choice in event.get("choices") or ())
         if carried:
             self.at.append(now)
         return carried
@@ -114,7 +118,7 @@ async def request(client: httpx2.AsyncClient, endpoint: Endpoint, prompt: Sequen
     if not stream.finished:
         raise ValueError("the stream ended without [DONE]")
     if not stream.at:
-        raise ValueError("the answer holds no text")
+        raise ValueError("the answer holds no token")
     return stream
 
 
@@ -159,7 +163,7 @@ class OpenAi:
             next(self._tokens)
         except StopIteration:
             raise DataError(
-                f"{self._endpoint.url}: the answer ended after {len(self._stream.at)} pieces of text, before all the tokens asked; let "
+                f"{self._endpoint.url}: the answer ended after {len(self._stream.at)} tokens, before all that were asked; let "
                 "the server honour ignore_eos and send every token by itself."
             ) from None
         return np.array([-1])

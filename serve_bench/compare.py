@@ -2,7 +2,8 @@
 
 Knows bench artifacts; measures nothing. Between runs there are no pairs of blocks, so times are compared by ranks and widened
 by what each run's two copies of one artifact differ in; where both runs timed the same teachers, relative to them, so that
-what the machine did between the runs falls out. Quality is paired by held-out block, where the text is the same.
+what the machine did between the runs falls out. Quality is paired by held-out block, where the text is the same. The further
+scenarios are compared where both runs have them, a server by its answers to the same arrivals.
 """
 
 from __future__ import annotations
@@ -18,23 +19,39 @@ import numpy as np
 from limbeck.artifact import MANIFEST, Artifact, open_artifact
 from limbeck.errors import ArtifactError, UserError
 from limbeck.recipe import parse_recipe
-from serve_bench import figures
+from serve_bench import figures, scenarios
 from serve_bench.arms import Arm
 from serve_bench.certificate import CERTIFICATE, heldout_file, read_certificate
 from serve_bench.figures import ENVIRONMENT, QUALITY, SAMPLES, Reference, Sample
 from serve_bench.gates import show
 from serve_bench.quality import summarise
-from serve_bench.stats import FEWEST_BLOCKS, Array, Interval, first_look, relative_rise, unpaired_ratio, widened
+from serve_bench.stats import (
+    CONFIDENCE,
+    FEWEST_BLOCKS,
+    Array,
+    Interval,
+    first_look,
+    median_interval,
+    relative_rise,
+    unpaired_ratio,
+    widened,
+)
 
-Status = Literal["worse", "undecided", "better", "no difference shown", "within tolerance", "not compared"]
+Status = Literal[
+    "worse", "undecided", "better", "no difference shown", "within tolerance", "ratio only", "not compared"
+]
 TOLERANCES: Mapping[str, float] = {"speed": 0.05, "quality": 0.01, "size": 0.01, "memory": 0.05}
 Timed = tuple[Sequence[Sample], Reference]
+_BATCHES = 8  # of successive requests, whose means are taken to be independent
 _MACHINE = ("processor", "flags", "cores", "memory_bytes")  # what makes another machine
 
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of both runs. ``change`` is relative, above zero is worse; it has bounds where it was estimated."""
+    """One metric of both runs. ``change`` is relative, above zero is worse; it has bounds where it was estimated.
+
+    "ratio only": there are no samples, or too few, for bounds; such a row decides nothing.
+    """
 
     metric: str
     kind: str  # of its tolerance
@@ -65,10 +82,15 @@ class Comparison:
 class _Run:
     path: Path
     bench: Artifact
+    rows: list[dict[str, Any]]
     samples: list[Sample]
     quality: dict[str, Any] | None
     environment: dict[str, Any]
     reference: Reference
+
+    @property
+    def timed(self) -> Timed:
+        return self.samples, self.reference
 
     @property
     def shipped(self) -> str:
@@ -115,7 +137,12 @@ def compare_runs(
         *_times(old, new, allowed["speed"], anchors),
         *_sizes(old, new, allowed),
         *_losses(old, new, allowed["quality"], notes),
+        *_batches(old, new, allowed["speed"], anchors),
+        *_starts(old, new, allowed["speed"], anchors),
+        *_served(old, new, allowed["speed"], notes),
     ]
+    if any(row.status == "ratio only" for row in rows):
+        notes.append("Ratio only: no samples, or too few, for an interval, so nothing is decided by it.")
     return Comparison(str(before), str(after), tuple(rows), tuple(notes))
 
 
@@ -125,13 +152,22 @@ def time_change(old: Timed, new: Timed, *, metric: str, anchors: Sequence[str] =
     ``anchors`` are arms that are the same in both runs: times are then taken relative to theirs, block by block, so that what
     the machine did between the runs falls out. Without them it is part of the change.
     """
-    values = []
-    for samples, reference in (new, old):
-        logs = np.log(figures.by_block(samples, reference.shipped_arm.id, metric))
-        for anchor in anchors:
-            logs = logs - np.log(figures.by_block(samples, anchor, metric)) / len(anchors)
-        values.append(np.exp(logs))
-    ratio = unpaired_ratio(*values)
+    sides = (new, old)
+    ours = [figures.by_block(samples, reference.shipped_arm.id, metric) for samples, reference in sides]
+    beside = [[figures.by_block(samples, anchor, metric) for samples, _ in sides] for anchor in anchors]
+    return _widened(_ratio(ours, beside), old, new, metric)
+
+
+def _ratio(ours: Sequence[Array], beside: Sequence[Sequence[Array]]) -> Interval:
+    """New over old of ``ours`` (new, old), seconds by block, relative to the anchors ``beside`` in the same blocks."""
+    relative = [
+        np.exp(np.log(mine) - sum(np.log(anchor[side]) for anchor in beside) / max(len(beside), 1))
+        for side, mine in enumerate(ours)
+    ]
+    return unpaired_ratio(*relative)
+
+
+def _widened(ratio: Interval, old: Timed, new: Timed, metric: str) -> Interval:
     for samples, reference in (old, new):
         ratio = widened(ratio, figures.noise_floor(samples, reference, metric))
     return ratio
@@ -161,7 +197,8 @@ def markdown(comparison: Comparison) -> str:
         )
     lines += [
         "",
-        "Change: above zero is worse. In brackets the 95 % interval: of times over blocks, of losses over other text of the kind.",
+        "Change: above zero is worse, of tokens/s as of the time they take. In brackets the 95 % interval: of times over blocks, of losses "
+        "over other text of the kind.",
     ]
     lines += [f"- {note}" for note in comparison.notes]
     return "\n".join(lines)
@@ -206,13 +243,15 @@ def _open(path: Path) -> _Run:
     bench = open_artifact(folder, kind="bench")
     arms = [Arm(n, a["label"], a["role"], a["runtime"], a["bytes"], {}) for n, a in bench.result["arms"].items()]
     recipe, quality = bench.manifest["recipe"], folder / QUALITY
+    rows = figures.read_rows(folder / SAMPLES)
     # Targets that were timed without a recipe have neither gates nor quality, and the first of them is judged.
     least = parse_recipe(recipe["resolved"], where=str(folder)).bench.min_blocks if recipe else FEWEST_BLOCKS
     shipped, judged = str(bench.result["shipped"]), str(bench.result.get("judged", ""))
     return _Run(
         path,
         bench,
-        figures.read_samples(folder / SAMPLES),
+        rows,
+        [Sample.of(row) for row in rows if row["event"] == "sample"],
         json.loads(quality.read_text()) if quality.exists() else None,
         json.loads((folder / ENVIRONMENT).read_text()),
         Reference(path.name, shipped, tuple(arms), first_look(least), judged),
@@ -283,8 +322,7 @@ def _parents(run: _Run) -> dict[str, str]:
 def _times(old: _Run, new: _Run, tolerance: float, anchors: Sequence[str]) -> Iterator[Row]:
     for metric, title in (("tpot", "ms per output token"), ("ttft", "ms to first token"), ("e2el", "ms in all")):
         then, now = (figures.by_block(run.samples, run.shipped, metric) for run in (old, new))
-        ratio = time_change((old.samples, old.reference), (new.samples, new.reference), metric=metric, anchors=anchors)
-        change = _relative(ratio)
+        change = _relative(time_change(old.timed, new.timed, metric=metric, anchors=anchors))
         shown = tuple(f"{1e3 * np.median(values):.4g}" for values in (then, now))
         yield Row(title, "speed", shown[0], shown[1], change, tolerance, judge_change(change, tolerance))
 
@@ -333,6 +371,119 @@ def _text(run: _Run) -> str:
     return heldout_file(run.bench, open_artifact(student, verify=False) if (student / MANIFEST).exists() else None)[1]
 
 
+# Scenarios -------------------------------------------------------------------------------------------------------
+
+
+def _batches(old: _Run, new: _Run, tolerance: float, anchors: Sequence[str]) -> Iterator[Row]:
+    """Throughput of every cell of `offline` that both runs timed."""
+    then, now = scenarios.batches(old.rows), scenarios.batches(new.rows)
+    for cell in (cell for cell in then if cell in now):
+        arms, others = then[cell], now[cell]
+        if old.shipped not in arms or new.shipped not in others:
+            continue
+        batch, prompt, made = cell
+        there = [anchor for anchor in anchors if anchor in arms and anchor in others]
+        for what, metric, seconds, tokens in (
+            ("generated", "tpot", scenarios.decoding, batch * (made - 1)),
+            ("of prompts", "ttft", scenarios.ttft, batch * prompt),
+        ):
+            ours = [scenarios.by_block(others[new.shipped], seconds), scenarios.by_block(arms[old.shipped], seconds)]
+            beside = [[scenarios.by_block(side[anchor], seconds) for side in (others, arms)] for anchor in there]
+            ratio = _widened(_ratio(ours, beside), old.timed, new.timed, metric)
+            title = f"tokens/s {what}, batch {batch}, prompt {prompt}, new {made}"
+            yield _speed(title, tokens / np.median(ours[1]), tokens / np.median(ours[0]), ratio, tolerance)
+
+
+def _starts(old: _Run, new: _Run, tolerance: float, anchors: Sequence[str]) -> Iterator[Row]:
+    """Seconds of a cold start; every one is a process of its own, so there is no noise of a process to widen by."""
+    then, now = (
+        {
+            arm: np.array([scenarios.until_first_token(row) for row in rows])
+            for arm, rows in scenarios.starts(run.rows).items()
+        }
+        for run in (old, new)
+    )
+    if old.shipped in then and new.shipped in now:
+        ours = [now[new.shipped], then[old.shipped]]
+        ratio = _ratio(ours, [[now[a], then[a]] for a in anchors if a in then and a in now])
+        title = "s from a cold start to the first token"
+        yield _speed(title, np.median(ours[1]), np.median(ours[0]), ratio, tolerance)
+
+
+def _served(old: _Run, new: _Run, tolerance: float, notes: list[str]) -> Iterator[Row]:
+    """The highest rate of the server, and its answers to the same arrivals at one rate that both runs tried."""
+    then, now = old.bench.result.get("server"), new.bench.result.get("server")
+    if not then or not now:
+        return
+    if then["target"]["kind"] != now["target"]["kind"]:
+        notes.append("One run asked a server of its own and the other a URL, so they are not compared under load.")
+        return
+    if then["slo"] == now["slo"]:
+        yield from _highest(then["highest_rate"]["value"], now["highest_rate"]["value"], tolerance)
+    else:
+        notes.append("The promises (slo) of the server differ, so the highest rates that keep them are not compared.")
+    held = {rate["rate"] for rate in then["rates"] if rate["meets"]}
+    before, after = scenarios.requests(old.rows), scenarios.requests(new.rows)
+    common = {rate for rate in before if rate in after and _arrivals(before[rate]) == _arrivals(after[rate])}
+    if not common:
+        notes.append(
+            "No rate of the server was tried in both runs; give the scenario a first_rate to have its latencies compared."
+        )
+        return
+    rate = max(common & held, default=min(common))
+    notes.append(
+        f"Latencies of the server are paired by request, of the same arrivals at {rate:g} requests/s; what the machine did between the "
+        "runs is in them."
+    )
+    yield from _answers(before[rate], after[rate], f"at {rate:g} requests/s", tolerance)
+
+
+def _highest(then: float | None, now: float | None, tolerance: float) -> Iterator[Row]:
+    """The rates themselves: each is the outcome of one search, without samples."""
+    title = "highest requests/s that keep the SLO"
+    if then and now:
+        yield _speed(title, then, now, Interval(then / now, -np.inf, np.inf, 1), tolerance)
+    elif then or now:
+        before, after = (f"{rate:.4g}" if rate else "none" for rate in (then, now))
+        yield Row(title, "speed", before, after, None, tolerance, "worse" if then else "better")
+
+
+def _answers(
+    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], where: str, tolerance: float
+) -> Iterator[Row]:
+    """Latencies of the requests that both runs answered, and how many were not.
+
+    Requests that wait for each other are not independent: their log-ratios are averaged over batches of successive ones, and the
+    interval is of those means (the method of batch means; Law, Simulation Modeling and Analysis, chapter 9).
+    """
+    pairs = list(zip(before, after, strict=True))
+    answered = [pair for pair in pairs if all(row["error"] is None for row in pair)]
+    for title, seconds in (("ms to first token", scenarios.ttft), ("ms per output token", scenarios.tpot)):
+        timed = [found for pair in answered if None not in (found := tuple(seconds(row) for row in pair))]
+        if timed:
+            then, now = np.array(timed, np.float64).T
+            means = [part.mean() for part in np.array_split(np.log(now / then), min(_BATCHES, len(timed)))]
+            ratio = median_interval(means, error=1 - CONFIDENCE).map_exp()
+            yield _speed(f"{title}, {where}", 1e3 * np.median(then), 1e3 * np.median(now), ratio, tolerance)
+    failed = [sum(row["error"] is not None for row in rows) for rows in (before, after)]
+    if any(failed):
+        more = (failed[1] - failed[0]) / len(pairs)
+        change = Interval(more, more, more, len(pairs))
+        title, (lost, lose) = f"requests that failed, {where}", (f"{count} of {len(pairs)}" for count in failed)
+        yield Row(title, "speed", lost, lose, change, tolerance, judge_change(change, tolerance, exact=True))
+
+
+def _arrivals(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [row["scheduled"] for row in rows]
+
+
+def _speed(title: str, before: float, after: float, ratio: Interval, tolerance: float) -> Row:
+    """A row of ``ratio``, time over time; one without bounds decides nothing."""
+    change = _relative(ratio)
+    status = judge_change(change, tolerance) if change.bounded else "ratio only"
+    return Row(title, "speed", f"{before:.4g}", f"{after:.4g}", change, tolerance, status)
+
+
 def _relative(ratio: Interval) -> Interval:
     return Interval(ratio.value - 1, ratio.low - 1, ratio.high - 1, ratio.n)
 
@@ -343,7 +494,7 @@ def _change(row: Row) -> str:
     if row.change.low == row.change.high:
         return show(row.change.value, "%")
     if not row.change.bounded:
-        return f"{show(row.change.value, '%')} (too few blocks)"
+        return f"{show(row.change.value, '%')} (no interval)"
     return f"{show(row.change.value, '%')} ({show(row.change.low, '%')[:-2]} to {show(row.change.high, '%')})"
 
 

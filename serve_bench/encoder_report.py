@@ -20,7 +20,7 @@ from serve_bench import encoder_figures as figures
 from serve_bench.arms import Arm
 from serve_bench.figures import ENVIRONMENT, SAMPLES
 from serve_bench.gates import EXIT_CODES, Verdict, show
-from serve_bench.report import HTML, JSON, Report, significant
+from serve_bench.report import HTML, JSON, Report, interval, significant, verdict_and_table
 
 
 def write_encoder_report(*, run: Path, recipe: EncoderRecipe) -> Report:
@@ -59,8 +59,6 @@ def write_encoder_report(*, run: Path, recipe: EncoderRecipe) -> Report:
 
 def markdown(data: Mapping[str, Any], verdict: Verdict) -> str:
     """Verdict, gates and the main table, as Markdown that also reads well in a terminal."""
-    lines = [f"**{verdict.status}**: {verdict.sentence}", ""]
-    lines += [f"- {gate.status}: {gate.sentence}" for gate in verdict.gates]
     columns = [(cell["batch"], cell["length"]) for cell in next(iter(data["arms"].values()))["grid"]]
     names = list(data["arms"][f"onnx:{data['shipped']}"]["metrics"])
     rows = [["arm", "runtime", "MB", "memory MB", *(n.replace("_", " ") for n in names)]]
@@ -77,20 +75,7 @@ def markdown(data: Mapping[str, Any], verdict: Verdict) -> str:
         row += [f"{arm['metrics'][n]:.4f}" if arm["metrics"] else "" for n in names]
         row += [significant(cell["sequences_s"]["value"]) for cell in arm["grid"]]
         rows.append([*row, f"{interval(over)}×" if over else ""])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    padded = [
-        " | ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
-        for r in rows
-    ]
-    rule = " | ".join("-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths))
-    return "\n".join([*lines, "", *(f"| {row} |" for row in [padded[0], rule, *padded[1:]])])
-
-
-def interval(estimate: Mapping[str, Any]) -> str:
-    """A value with its 95 % interval, where there is one."""
-    if estimate["low"] is None:
-        return significant(estimate["value"])
-    return f"{significant(estimate['value'])} ({significant(estimate['low'])}–{significant(estimate['high'])})"
+    return verdict_and_table(verdict, rows)
 
 
 def _render(data: Mapping[str, Any], verdict: Verdict, recipe_text: str, measured: datetime) -> str:

@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from limbeck.generated import Tokens, common_prefix, distinct, repetition
 from limbeck.runtime import load_text
 from serve_bench.figures import Reference
 from serve_bench.stats import mean_interval
 
-Tokens = Sequence[int]
-_REPEATED = 4  # tokens of a repeated piece
 _WITHOUT = "sacrebleu and rouge-score are not installed; run: pip install 'limbeck[eval]', and measure again."
 
 
@@ -88,23 +87,6 @@ def describe(
     if not all(importlib.util.find_spec(name) for name in ("sacrebleu", "rouge_score")):
         return result | {"overlap": None, "why": _WITHOUT}
     return result | {"overlap": {arm: overlap([decode(row) for row in rows], texts) for arm, rows in generated.items()}}
-
-
-def common_prefix(ours: Tokens, theirs: Tokens) -> int:
-    """Tokens before the first difference; after it the two no longer go on from the same text."""
-    return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-
-
-def distinct(rows: Sequence[Tokens], n: int) -> float:
-    """Share of different n-grams among all of them (Li et al., arXiv 1510.03055)."""
-    grams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
-    return len(set(grams)) / max(len(grams), 1)
-
-
-def repetition(row: Tokens) -> float:
-    """Share of a row's pieces of four tokens that stood in it before."""
-    grams = [tuple(row[i : i + _REPEATED]) for i in range(len(row) - _REPEATED + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def overlap(ours: Sequence[str], references: Sequence[str]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ _DOUBLINGS = 12  # and halvings, at most
 _READY = 120.0  # seconds that our own server may take to load
 _LEAD = 0.05  # seconds from building the tasks to the first arrival
 _PATIENCE = 30.0  # seconds after its arrival, or five times the SLO, when a request has failed
+_SERVED_BY = ("fastapi", "uvicorn", "prometheus_client")  # the extra limbeck[serve], as it is imported
 _WARM = 3  # requests one after another before the first rate
 
 Row = dict[str, Any]
@@ -55,9 +56,9 @@ def require_server(asked: ServerScenario, artifact: Path | None) -> None:
         raise EnvironmentalError(
             "the server scenario needs an exported folder or a URL; a model in torch is not served."
         )
-    elif missing := [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]:
+    elif missing := [name for name in _SERVED_BY if importlib.util.find_spec(name) is None]:
         raise EnvironmentalError(
-            f"the server scenario needs {' and '.join(missing)}, which `limbeck serve` runs on; run: pip install 'limbeck[serve]'."
+            f"the server scenario needs {', '.join(missing)}, which `limbeck serve` runs on; run: pip install 'limbeck[serve]'."
         )
 
 

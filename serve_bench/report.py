@@ -89,8 +89,6 @@ def write_report(*, run: Path, recipe: Recipe) -> Report:
 
 def markdown(data: Mapping[str, Any], verdict: Verdict) -> str:
     """Verdict, gates and the main table, as Markdown that also reads well in a terminal."""
-    lines = [f"**{verdict.status}**: {verdict.sentence}", ""]
-    lines += [f"- {gate.status}: {gate.sentence}" for gate in verdict.gates]
     head = ["arm", "runtime", "MB", "memory MB", "TTFT ms", "TPOT ms", "tokens/s", "NLL", "speed of the shipped"]
     rows = []
     for name, arm in data["arms"].items():
@@ -101,18 +99,27 @@ def markdown(data: Mapping[str, Any], verdict: Verdict) -> str:
                 arm["runtime"],
                 f"{arm['bytes'] / 1e6:.1f}",
                 "" if arm["peak_rss_bytes"] is None else f"{arm['peak_rss_bytes'] / 1e6:.0f}",
-                _interval(arm["ttft_ms"]),
-                _interval(arm["tpot_ms"]),
+                interval(arm["ttft_ms"]),
+                interval(arm["tpot_ms"]),
                 significant(arm["decode_tokens_s"]["value"]),
                 f"{arm['quality']['mean_nll']:.4f}" if arm["quality"] else "",
-                f"{_interval(over['tpot'])}×" if over else "",
+                f"{interval(over['tpot'])}×" if over else "",
             ]
         )
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    text = [" | ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in [head, *rows]]  # fmt: skip
+    return verdict_and_table(verdict, [head, *rows])
+
+
+def verdict_and_table(verdict: Verdict, rows: Sequence[Sequence[str]]) -> str:
+    """Verdict, gates, and a Markdown table of ``rows``, the first its head: two columns of words, then figures."""
+    lines = [f"**{verdict.status}**: {verdict.sentence}", ""]
+    lines += [f"- {gate.status}: {gate.sentence}" for gate in verdict.gates]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    text = [
+        " | ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
     rule = " | ".join("-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths))
-    lines += ["", *(f"| {row} |" for row in [text[0], rule, *text[1:]])]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *(f"| {row} |" for row in [text[0], rule, *text[1:]])])
 
 
 def significant(value: float | None, digits: int = 3) -> str:
@@ -128,7 +135,8 @@ def significant(value: float | None, digits: int = 3) -> str:
     return text.replace("-", "−")
 
 
-def _interval(estimate: Mapping[str, Any]) -> str:
+def interval(estimate: Mapping[str, Any]) -> str:
+    """A value with its 95 % interval, where there is one."""
     if estimate["low"] is None:
         return significant(estimate["value"])
     return f"{significant(estimate['value'])} ({significant(estimate['low'])}–{significant(estimate['high'])})"
@@ -220,7 +228,7 @@ def _headline(data: Mapping[str, Any], recipe: Recipe) -> list[dict[str, str]]:
         fastest = min(teachers, key=lambda name: data["speed_of_shipped_over"][name]["tpot"]["value"])
         best = min(teachers, key=lambda name: teachers[name]["quality"]["mean_nll"])
         over, rise = data["speed_of_shipped_over"][fastest]["tpot"], data["nll_rise_of_shipped_over"][best]
-        items[0]["note"] = f"{_interval(over)}× the fastest teacher, {teachers[fastest]['label']}"
+        items[0]["note"] = f"{interval(over)}× the fastest teacher, {teachers[fastest]['label']}"
         items[1]["note"] = f"{significant(teachers[fastest]['bytes'] / shipped['bytes'])}× smaller than that teacher"
         percent = show(rise["value"], "%")
         items[2]["note"] = f"{percent} against the best teacher, {teachers[best]['label']}"

@@ -5,17 +5,19 @@ Everything here can be computed again from samples.jsonl at any time; docs/artif
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from limbeck.recipe import Bench, ServerScenario, Slo
+from serve_bench import figures
 from serve_bench.arms import Arm
-from serve_bench.figures import Reference, Sample, asdict, by_block
+from serve_bench.figures import Reference, Sample, asdict
 from serve_bench.stats import CONFIDENCE, Array, median_interval, percentile
 
 Row = Mapping[str, Any]
+Cell = tuple[int, int, int]  # rows of a batch, prompt tokens, generated tokens
 
 
 def compared(reference: Reference, samples: Sequence[Sample]) -> list[Arm]:
@@ -24,7 +26,7 @@ def compared(reference: Reference, samples: Sequence[Sample]) -> list[Arm]:
     arms = [judged, *(arm for arm in reference.arms if arm.id == "onnx:fp32" and arm != judged)]
     rivals = reference.with_role("teacher") or reference.with_role("student")
     if rivals:
-        arms.append(min(rivals, key=lambda arm: float(np.median(by_block(samples, arm.id, "tpot")))))
+        arms.append(min(rivals, key=lambda arm: float(np.median(figures.by_block(samples, arm.id, "tpot")))))
     return arms
 
 
@@ -46,16 +48,11 @@ def summary(rows: Sequence[Row], environment: Row, bench: Bench, arms: Sequence[
 
 def offline(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Throughput by arm and cell; prompt and generated tokens are never added up."""
-    cells: dict[tuple[str, int, int, int], dict[int, list[Row]]] = {}
-    for row in rows:
-        if row["event"] == "offline":
-            cell = (row["arm"], row["batch"], row["prompt_tokens"], row["new_tokens"])
-            cells.setdefault(cell, {}).setdefault(row["block"], []).append(row)
     result = []
-    for (arm, batch, prompt_tokens, new_tokens), blocks in cells.items():
-        first = _by_block(blocks, lambda row: row["at"][0])
-        rest = _by_block(blocks, lambda row: row["at"][-1] - row["at"][0])
-        whole = _by_block(blocks, lambda row: row["at"][-1])
+    for (batch, prompt_tokens, new_tokens), arm, blocks in (
+        (cell, arm, blocks) for cell, arms in batches(rows).items() for arm, blocks in arms.items()
+    ):
+        first, rest, whole = (by_block(blocks, seconds) for seconds in (ttft, decoding, lambda row: row["at"][-1]))
         result.append(
             {
                 "arm": arm, "batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens,
@@ -68,8 +65,18 @@ def offline(rows: Iterable[Row]) -> list[dict[str, Any]]:
     return result
 
 
-def _by_block(blocks: Mapping[int, Sequence[Row]], seconds: Any) -> Array:
-    """Geometric mean of the two generations of each block."""
+def batches(rows: Iterable[Row]) -> dict[Cell, dict[str, dict[int, list[Row]]]]:
+    """Rows of `offline` by cell, arm and block."""
+    cells: dict[Cell, dict[str, dict[int, list[Row]]]] = {}
+    for row in rows:
+        if row["event"] == "offline":
+            arms = cells.setdefault((row["batch"], row["prompt_tokens"], row["new_tokens"]), {})
+            arms.setdefault(row["arm"], {}).setdefault(row["block"], []).append(row)
+    return cells
+
+
+def by_block(blocks: Mapping[int, Sequence[Row]], seconds: Callable[[Row], float]) -> Array:
+    """Geometric mean of the two generations of each block, in the order of the blocks."""
     return np.array([np.exp(np.mean(np.log([seconds(row) for row in rows]))) for _, rows in sorted(blocks.items())])
 
 
@@ -84,19 +91,29 @@ SPANS = ("start_s", "import_s", "load_s", "first_token_s", "second_token_s")
 
 def cold(rows: Iterable[Row], labels: Mapping[str, str]) -> dict[str, Any]:
     """Median seconds of every span of a start, by arm."""
-    starts: dict[str, list[Row]] = {}
-    for row in rows:
-        if row["event"] == "cold":
-            starts.setdefault(row["arm"], []).append(row)
     return {
         arm: {
             "label": labels[arm],
             "n": len(mine),
             **{span: _median(np.array([row[span] for row in mine])) for span in SPANS},
-            "total_s": _median(np.array([sum(row[span] for span in SPANS[:-1]) for row in mine])),
+            "total_s": _median(np.array([until_first_token(row) for row in mine])),
         }
-        for arm, mine in starts.items()
+        for arm, mine in starts(rows).items()
     }
+
+
+def starts(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows of `cold` by arm, in the order of the blocks."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["event"] == "cold":
+            found.setdefault(row["arm"], []).append(row)
+    return found
+
+
+def until_first_token(row: Row) -> float:
+    """Seconds from the start of a process to its first token."""
+    return float(sum(row[span] for span in SPANS[:-1]))
 
 
 # A server under load ---------------------------------------------------------------------------------------------
@@ -104,11 +121,7 @@ def cold(rows: Iterable[Row], labels: Mapping[str, str]) -> dict[str, Any]:
 
 def server(rows: Iterable[Row], asked: ServerScenario, target: Row, bench: Bench) -> dict[str, Any]:
     """Latency, throughput and goodput at every rate tried, and the highest that meets the SLO."""
-    rates: dict[float, list[Row]] = {}
-    for row in rows:
-        if row["event"] == "request":
-            rates.setdefault(row["rate"], []).append(row)
-    measured = [rate_figures(rate, mine, asked.slo) for rate, mine in sorted(rates.items())]
+    measured = [rate_figures(rate, mine, asked.slo) for rate, mine in sorted(requests(rows).items())]
     fails_at = min((rate["rate"] for rate in measured if not rate["meets"]), default=None)
     holds = [rate["rate"] for rate in measured if rate["meets"]]
     return {
@@ -120,6 +133,15 @@ def server(rows: Iterable[Row], asked: ServerScenario, target: Row, bench: Bench
         "highest_rate": {"value": max(holds, default=None), "fails_at": fails_at},
         "rates": measured,
     }
+
+
+def requests(rows: Iterable[Row]) -> dict[float, list[Row]]:
+    """Rows of `server` by the rate at which they arrived."""
+    rates: dict[float, list[Row]] = {}
+    for row in rows:
+        if row["event"] == "request":
+            rates.setdefault(row["rate"], []).append(row)
+    return rates
 
 
 def rate_figures(rate: float, rows: Sequence[Row], slo: Slo) -> dict[str, Any]:
@@ -156,15 +178,20 @@ def rate_figures(rate: float, rows: Sequence[Row], slo: Slo) -> dict[str, Any]:
 
 
 def ttft(row: Row) -> float:
-    """Seconds from the scheduled arrival to the first token."""
+    """Seconds from the scheduled arrival (of a batch: from the request) to the first token."""
     return float(row["at"][0])
+
+
+def decoding(row: Row) -> float:
+    """Seconds from the first token to the last."""
+    return float(row["at"][-1] - row["at"][0])
 
 
 def tpot(row: Row) -> float | None:
     """Seconds per output token after the first; none of an answer of one token. Several tokens may have come in one event."""
     if row["output_tokens"] < 2:
         return None
-    return float(row["at"][-1] - row["at"][0]) / float(row["output_tokens"] - 1)
+    return decoding(row) / float(row["output_tokens"] - 1)
 
 
 def within(row: Row, slo: Slo) -> bool:

@@ -11,24 +11,28 @@ from typing import Any
 
 
 class FakeServer:
-    """Answers every request with ``max_tokens`` tokens, ``pace`` seconds apart, all requests at once.
+    """Answers every request with ``max_tokens`` tokens, ``pace`` seconds apart, all requests at once; the first takes ``first``.
 
     ``stall`` = (after, seconds) stops everything once, ``after`` seconds after the first completion came in. ``status``
-    refuses; ``cut`` ends streams early; ``usage=False`` leaves the counts out; ``extra`` prompt tokens are counted on top.
+    refuses; ``cut`` ends streams early; ``usage=False`` leaves the counts out; ``extra`` prompt tokens are counted on top;
+    ``text`` is what each token says (none: its number).
     """
 
     def __init__(
         self,
         *,
         pace: float = 0.0,
+        first: float | None = None,
         stall: tuple[float, float] | None = None,
         status: int = 200,
         cut: int | None = None,
         usage: bool = True,
         extra: int = 0,
+        text: str | None = None,
     ) -> None:
         self._pace, self._stall, self._status, self._cut = pace, stall, status, cut
-        self._usage, self._extra = usage, extra
+        self._first = pace if first is None else first
+        self._usage, self._extra, self._text = usage, extra, text
         self.bodies: list[dict[str, Any]] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -80,9 +84,10 @@ class FakeServer:
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
         wanted = asked["max_tokens"]
         for index in range(min(wanted, self._cut or wanted)):
-            if self._pace:
-                await asyncio.sleep(self._pace)
-            self._event(writer, {"choices": [{"index": 0, "text": f" {index}", "finish_reason": None}]})
+            if wait := self._pace if index else self._first:
+                await asyncio.sleep(wait)
+            text = f" {index}" if self._text is None else self._text
+            self._event(writer, {"choices": [{"index": 0, "text": text, "finish_reason": None}]})
             await writer.drain()
         if self._usage:
             counts = {"prompt_tokens": len(asked["prompt"]) + self._extra, "completion_tokens": self._cut or wanted}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,12 @@ def test_arms_run_to_a_table_a_picture_and_go_on(tmp_path: Path, monkeypatch: py
     arms = ["best-single", "static", "entropy-token", "recipe"]
     found = ablate.ablate(recipe=recipe, products={}, out=out, arms=arms, seeds=1)
     assert set(found["arms"]) == {"ce-only", *arms}
-    assert 0 <= found["arms"]["recipe"]["top1_agreement"] <= 1
+    recipe_row = found["arms"]["recipe"]
+    assert 0 <= recipe_row["top1_agreement"] <= 1
+    assert 0 <= recipe_row["text_match"] <= 1
+    assert 0 < recipe_row["distinct_2"] <= 1
+    assert 0 <= recipe_row["repetition"] < 1
+    assert recipe_row["perplexity"]["code"] == pytest.approx(math.exp(recipe_row["nll"]["code"]))
     assert found["arms"]["static"]["weights"]["code"].keys() == {"a", "b"}
     assert (out / "ablation.svg").read_text().startswith("<?xml")
     assert json.loads((out / "ablation.json").read_text())["seeds"] == 1

@@ -7,12 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from limbeck.artifact import open_artifact, write_artifact
 from limbeck.errors import UserError
 from serve_bench import compare_runs, figures
-from serve_bench.compare import as_json, headline, judge_change, markdown
+from serve_bench.compare import Row, as_json, headline, judge_change, markdown
 from serve_bench.stats import Interval
 from tests.test_report import make_run, recipe
 
@@ -190,3 +191,143 @@ def test_losses_on_other_text_are_not_compared(runs: tuple[Path, Path]) -> None:
     assert {row.status for row in found.rows if row.kind == "quality"} == {"not compared"}
     assert any("text differs" in note for note in found.notes)
     assert found.exit_code == 0
+
+
+# Scenarios -------------------------------------------------------------------------------------------------------
+
+SLO = {"ttft_ms": 500.0, "tpot_ms": 50.0, "share": 0.9}
+
+
+def add_scenarios(
+    run: Path,
+    *,
+    slower: float = 1.0,
+    machine_slower: float = 1.0,
+    blocks: int = 6,
+    rate: float = 2.0,
+    highest: float | None = 4.0,
+    failed: int = 0,
+    seed: int = 0,
+    **server: Any,
+) -> None:
+    """Give the bench of ``run`` batches, cold starts and a server under load, of which the shipped form is ``slower``."""
+    bench = open_artifact(run / "bench")
+    draw = np.random.default_rng(seed)
+    rows: list[dict[str, Any]] = []
+
+    def seconds(value: float, arm: str) -> float:
+        ours = slower if arm == "onnx:int8-weight" else 1.0
+        return float(value * machine_slower * ours * np.exp(0.01 * draw.standard_normal()))
+
+    for block in range(blocks):
+        drift = float(np.exp(0.05 * draw.standard_normal()))  # of the machine, from block to block
+        for arm in ("onnx:int8-weight", "teacher:speeches"):
+            row = {"arm": arm, "block": block}
+            sizes = {"batch": 8, "prompt_tokens": 128, "new_tokens": 33}
+            for position in range(2):
+                at = np.cumsum([seconds(0.5 * drift, arm), *[seconds(0.02 * drift, arm)] * 32]).tolist()
+                rows.append({"event": "offline", **row, **sizes, "position": position, "at": at})
+            spans = ("start_s", "import_s", "load_s", "first_token_s", "second_token_s")
+            rows.append({"event": "cold", **row, "position": 0} | {span: seconds(0.2 * drift, arm) for span in spans})
+    for index in range(48):
+        at = [seconds(0.1, "onnx:int8-weight"), *[0.0] * 4]
+        at[1:] = (at[0] + np.arange(1, 5) * seconds(0.01, "onnx:int8-weight")).tolist()
+        error = "gone" if index < failed else None
+        rows.append(
+            {"event": "request", "rate": rate, "phase": "double", "index": index, "scheduled": index / rate, "sent": index / rate}
+            | {"at": [] if error else at, "prompt_tokens": 128, "output_tokens": 5, "error": error}
+        )  # fmt: skip
+    files = {name: (bench.path / name).read_bytes() for name in bench.manifest["files"]}
+    files[figures.SAMPLES] += "".join("\n" + json.dumps(row) for row in rows).encode()
+    told = {"target": {"label": "limbeck serve onnx", "kind": "artifact", "model": "pico"}, "slo": SLO}
+    told |= {"highest_rate": {"value": highest, "fails_at": None}, "rates": [{"rate": rate, "meets": True}]}
+    with write_artifact(
+        run / "bench", kind="bench", key=f"scenarios {seed}", parents=bench.manifest["parents"], recipe=recipe()
+    ) as draft:
+        for name, content in files.items():
+            (draft.folder / name).write_bytes(content)
+        draft.result = bench.result | {"server": told | server}
+
+
+BATCH, COLD = ", batch 8, prompt 128, new 33", "s from a cold start to the first token"
+GENERATED, PROMPTS = f"tokens/s generated{BATCH}", f"tokens/s of prompts{BATCH}"
+HIGHEST, FAILED = "highest requests/s that keep the SLO", "requests that failed, at 2 requests/s"
+TTFT, TPOT = "ms to first token, at 2 requests/s", "ms per output token, at 2 requests/s"
+
+
+def scenario_rows(before: Path, after: Path) -> dict[str, Row]:
+    names = {GENERATED, PROMPTS, COLD, HIGHEST, FAILED, TTFT, TPOT}
+    return {row.metric: row for row in compare_runs(before, after).rows if row.metric in names}
+
+
+def test_scenarios_of_equal_runs_show_no_difference(runs: tuple[Path, Path]) -> None:
+    for seed, run in enumerate(runs):
+        add_scenarios(run, seed=seed)
+    found = scenario_rows(*runs)
+    assert list(found) == [GENERATED, PROMPTS, COLD, HIGHEST, TTFT, TPOT]
+    assert {row.status for name, row in found.items() if name != HIGHEST} == {"no difference shown"}
+    assert found[HIGHEST].status == "ratio only"
+    assert (
+        0.6 < float(found[COLD].before) < 1.0
+    )  # four spans of 0.2 s and the machine's drift; the second token is none of them
+    comparison = compare_runs(*runs)
+    assert comparison.exit_code == 0
+    assert any("the same arrivals at 2 requests/s" in note for note in comparison.notes)
+    assert f"| {HIGHEST} | 4 | 4 | +0.00 % (no interval) | 5 % | ratio only |" in markdown(comparison)
+    json.dumps(as_json(comparison), allow_nan=False)
+
+
+def test_a_scenario_only_one_run_has_is_left_out(runs: tuple[Path, Path]) -> None:
+    add_scenarios(runs[0])
+    assert scenario_rows(*runs) == scenario_rows(*reversed(runs)) == {}
+
+
+def test_each_scenario_is_found_worse(runs: tuple[Path, Path]) -> None:
+    add_scenarios(runs[0])
+    add_scenarios(runs[1], seed=1, slower=1.3, highest=3.0)
+    found = scenario_rows(*runs)
+    assert {row.status for name, row in found.items() if name != HIGHEST} == {"worse"}
+    for row in found.values():
+        assert row.change is not None
+        assert row.change.value == pytest.approx(1 / 3 if row.metric == HIGHEST else 0.3, abs=0.03)
+    assert float(found[GENERATED].before) > 1.2 * float(found[GENERATED].after)
+    assert {row.status for name, row in scenario_rows(*reversed(runs)).items() if name != HIGHEST} == {"better"}
+
+
+def test_a_slower_machine_is_in_the_server_and_not_in_batches_and_starts(runs: tuple[Path, Path]) -> None:
+    add_scenarios(runs[0])
+    add_scenarios(runs[1], seed=1, machine_slower=1.3)
+    found = scenario_rows(*runs)
+    assert {found[name].status for name in (GENERATED, PROMPTS, COLD)} == {"no difference shown"}
+    assert {found[name].status for name in (TTFT, TPOT)} == {"worse"}
+    assert any("what the machine did between the runs is in them" in note for note in compare_runs(*runs).notes)
+
+
+def test_too_few_samples_give_a_ratio_that_decides_nothing(runs: tuple[Path, Path]) -> None:
+    add_scenarios(runs[0], blocks=2)
+    add_scenarios(runs[1], blocks=2, seed=1, slower=1.3)
+    found = scenario_rows(*runs)
+    assert {found[name].status for name in (GENERATED, PROMPTS, COLD)} == {"ratio only"}
+    assert {found[name].status for name in (TTFT, TPOT)} == {"worse"}  # 48 requests are enough
+    assert any(note.startswith("Ratio only:") for note in compare_runs(*runs).notes)
+
+
+def test_a_server_is_compared_only_where_it_was_asked_the_same(runs: tuple[Path, Path]) -> None:
+    add_scenarios(runs[0])
+    add_scenarios(runs[1], rate=3.0, slo=SLO | {"share": 0.99})
+    comparison = compare_runs(*runs)
+    assert not {HIGHEST, TTFT, TPOT} & {row.metric for row in comparison.rows}
+    assert any("give the scenario a first_rate" in note for note in comparison.notes)
+    assert any("The promises (slo) of the server differ" in note for note in comparison.notes)
+    add_scenarios(runs[1], seed=2, target={"label": "http://a", "kind": "url", "model": None})
+    assert any("the other a URL" in note for note in compare_runs(*runs).notes)
+
+
+def test_failed_requests_and_a_rate_that_no_longer_holds_are_worse(runs: tuple[Path, Path]) -> None:
+    add_scenarios(runs[0])
+    add_scenarios(runs[1], failed=6, highest=None)
+    found = scenario_rows(*runs)
+    assert (found[FAILED].before, found[FAILED].after, found[FAILED].status) == ("0 of 48", "6 of 48", "worse")
+    assert (found[HIGHEST].before, found[HIGHEST].after, found[HIGHEST].status) == ("4", "none", "worse")
+    assert found[TTFT].status == "no difference shown"  # of the requests that both answered
+    assert scenario_rows(*reversed(runs))[FAILED].status == "better"

@@ -65,12 +65,12 @@ def test_tokens_are_the_servers_count_where_one_event_carries_several() -> None:
     assert scenarios.tpot(row(0.1)) is None
 
 
-def test_a_stream_counts_text_and_takes_the_servers_usage() -> None:
+def test_a_stream_counts_tokens_with_and_without_text_and_takes_the_servers_usage() -> None:
     stream = Stream()
     assert not stream.read(": comment", 0.5)
     assert stream.read('data: {"choices": [{"text": "a"}]}', 1.0)
-    assert not stream.read('data: {"choices": [{"text": ""}]}', 2.0)
-    assert (stream.at, stream.output_tokens) == ([1.0], 1)
+    assert stream.read('data: {"choices": [{"text": "", "finish_reason": null}]}', 2.0)  # half a character
+    assert (stream.at, stream.output_tokens) == ([1.0, 2.0], 2)
     stream.read('data: {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 2}}', 3.0)
     stream.read("data: [DONE]", 3.0)
     assert (stream.prompt_tokens, stream.output_tokens, stream.finished) == (7, 2, True)
@@ -198,9 +198,13 @@ def test_what_cannot_be_served_is_said_before_anything_is_measured(monkeypatch: 
     ours = ServerScenario(kind="server")
     with pytest.raises(EnvironmentalError, match="a model in torch is not served"):
         load.require_server(ours, None)
-    monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(EnvironmentalError, match=r"needs fastapi and uvicorn(?s:.*)limbeck\[serve\]"):
-        load.require_server(ours, Path("somewhere"))
+    for missing in (["prometheus_client"], ["fastapi", "uvicorn", "prometheus_client"]):
+        monkeypatch.setattr(load.importlib.util, "find_spec", lambda name, gone=missing: None if name in gone else name)
+        with pytest.raises(
+            EnvironmentalError,
+            match=rf"needs {', '.join(missing)}, which `limbeck serve` runs on(?s:.*)limbeck\[serve\]",
+        ):
+            load.require_server(ours, Path("somewhere"))
     with pytest.raises(EnvironmentalError, match="no OpenAI-compatible server answers there"):
         load.require_server(scenario("http://127.0.0.1:9"), None)
 
@@ -227,6 +231,26 @@ def test_the_runtime_behind_a_url_times_every_token() -> None:
         assert answer["tokens"] == [[-1] * 4]
 
 
+def test_the_end_of_a_stream_is_a_token_only_where_it_brings_text() -> None:
+    alone, with_text = Stream(), Stream()
+    for stream, text in ((alone, ""), (with_text, "b")):
+        stream.read('data: {"choices": [{"text": "a", "finish_reason": null}]}', 1.0)
+        carried = stream.read(f'data: {{"choices": [{{"text": "{text}", "finish_reason": "length"}}]}}', 2.0)
+        assert carried == bool(text)
+    assert (alone.at, with_text.at) == ([1.0], [1.0, 2.0])  # limbeck serve ends as the first does, vLLM as the second
+
+
+def test_tokens_without_text_are_timed_by_both_clients() -> None:
+    from serve_bench.worker import generate
+
+    with FakeServer(text="") as server:
+        (answer,) = run_loop(server, rate=100, requests=1, new_tokens=4)
+        with closing(OpenAi(url=server.url)) as runtime:
+            timed = generate(runtime, [[1, 2, 3]], 4)["at"]
+    assert (len(answer["at"]), answer["output_tokens"], answer["error"]) == (4, 4, None)
+    assert len(timed) == 4
+
+
 def test_the_runtime_behind_a_url_refuses_other_work() -> None:
     from serve_bench.worker import generate
 
@@ -235,6 +259,6 @@ def test_the_runtime_behind_a_url_refuses_other_work() -> None:
             with pytest.raises(kind, match=match):
                 generate(runtime, [[1, 2, 3]], 4)
 
-    refused(DataError, "ended after 2 pieces of text", cut=2)
+    refused(DataError, "ended after 2 tokens", cut=2)
     refused(DataError, "gives no usage", usage=False)
     refused(EnvironmentalError, "status 429: no room", status=429)

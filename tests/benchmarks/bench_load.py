@@ -1,0 +1,189 @@
+"""The `server` scenario's client beside NVIDIA's aiperf: the same bodies at the same arrivals, mirrored (ours, theirs, theirs, ours).
+
+Two servers are asked. The first answers at a constant pace, so that whatever differs is the clients'; the second is `limbeck serve`
+on an exported folder (a path, or else a random model of some 24 million parameters whose tokens are all printable: aiperf
+times text, and a byte that is half a character has none). Both runs of a side are pooled; a ratio is the median of ours over
+the median of theirs. aiperf counts from the sending, the scenario from the scheduled arrival, so what our own client was late
+by is in the ratio; it is printed, too. Prints one JSON object: the ratio farthest from 1 of both servers, and each server's
+figures. Exits with 1 when a request failed or a median is more than 5 % apart. Environment: `make bench-load` sets up .venvs/aiperf.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from limbeck.recipe import ServerScenario, Slo
+from serve_bench import load, scenarios
+from serve_bench.client import Endpoint, find_endpoint
+from tests.fake_server import FakeServer
+
+ROOT = Path(__file__).resolve().parents[2]
+AIPERF = ROOT / ".venvs" / "aiperf" / "bin" / "aiperf"
+FIRST, PACE = 0.1, 0.01  # seconds to the first token and between tokens, about those of the demo's student
+PROMPT, NEW = 128, 32  # tokens
+LIMIT = 0.05  # of a ratio from 1
+Figures = dict[str, list[float]]  # milliseconds of every request; and `errors`, one 1.0 for each failed request
+
+
+def prompts(index: int, tokens: int) -> list[int]:
+    """Random tokens, printable ones of a byte-level vocabulary."""
+    return [int(token) for token in np.random.default_rng((5, index)).integers(0, 94, tokens)]
+
+
+def ours(endpoint: Endpoint, asked: ServerScenario, rate: float) -> tuple[Figures, list[float]]:
+    """One run of the scenario at ``rate`` requests/s: its figures, and when its requests were due."""
+    rows = load.Loop(endpoint, prompts, load.Sizes(PROMPT, NEW), asked).at(rate)
+    done = [row for row in rows if row["error"] is None]
+    late = [row["sent"] - row["scheduled"] for row in done]
+    figures = {
+        "ttft": [1e3 * scenarios.ttft(row) for row in done],
+        "tpot": [1e3 * found for row in done if (found := scenarios.tpot(row)) is not None],
+        "late": [1e3 * seconds for seconds in late],
+        "errors": [1.0] * (len(rows) - len(done) + sum(row["output_tokens"] != NEW for row in done)),
+    }
+    return figures, [row["scheduled"] for row in rows]
+
+
+def theirs(endpoint: Endpoint, due: list[float], folder: Path) -> Figures:
+    """One run of aiperf: the bodies our client sends, at the same times."""
+    trace = folder / "trace.jsonl"
+    bodies = [endpoint.body(prompts(index, PROMPT), NEW) for index in range(len(due))]
+    trace.write_text(
+        "".join(
+            json.dumps({"timestamp": 1e3 * at, "payload": body}) + "\n" for at, body in zip(due, bodies, strict=True)
+        )
+    )
+    command = [
+        AIPERF, "profile", "--model", endpoint.model, "--url", endpoint.url.removesuffix("/v1"), "--endpoint-type", "completions",
+        "--streaming", "--input-file", trace, "--custom-dataset-type", "mooncake_trace", "--fixed-schedule", "--tokenizer", "builtin",
+        "--use-server-token-count", "--ui", "none", "--artifact-dir", folder, "--export-level", "records", "--no-gpu-telemetry",
+        "--no-server-metrics", "--workers-max", "1", "--record-processors", "1",
+    ]  # fmt: skip
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)  # our code is not for its environment
+    ended = subprocess.run([str(part) for part in command], cwd=folder, env=environment, capture_output=True, text=True)
+    if ended.returncode:
+        sys.exit(f"aiperf ended with status {ended.returncode}:\n{(ended.stdout + ended.stderr)[-3000:]}")
+    (export,) = folder.rglob("profile_export.jsonl")
+    records = [json.loads(line) for line in export.read_text().splitlines()]
+    done = [record["metrics"] for record in records if record["error"] is None]
+    written = [found["output_sequence_length"]["value"] for found in done]
+    return {
+        "ttft": [found["time_to_first_token"]["value"] for found in done],
+        "tpot": [found["inter_token_latency"]["value"] for found in done],
+        "errors": [1.0] * (len(due) - len(done) + sum(count != NEW for count in written)),
+    }
+
+
+def compare(url: str, requests: int, rate: float, folder: Path) -> dict[str, Any]:
+    """Both clients against one server, mirrored."""
+    slo = Slo(ttft_ms=6e5, tpot_ms=6e5)  # nothing is given up while the machine is slow
+    asked = ServerScenario(kind="server", slo=slo, requests=requests)
+    endpoint = find_endpoint(url)
+    load.Loop(endpoint, prompts, load.Sizes(PROMPT, NEW), asked).alone()
+    first, due = ours(endpoint, asked, rate)
+    others = []
+    for name in ("first", "second"):
+        work = folder / name
+        work.mkdir(parents=True)
+        others.append(theirs(endpoint, due, work))
+    last, again = ours(endpoint, asked, rate)
+    assert due == again, "the scenario's arrivals are not the same every time"
+
+    def median(runs: list[Figures], name: str) -> float:
+        return float(np.median([value for run in runs for value in run[name]]))
+
+    figures: dict[str, Any] = {
+        "errors": sum(len(run["errors"]) for run in (first, *others, last)),
+        "requests": 2 * requests,
+    }
+    for name in ("ttft", "tpot"):
+        mine, other = median([first, last], name), median(others, name)
+        figures |= {
+            f"{name}_ratio": round(mine / other, 4),
+            f"{name}_ms": round(mine, 3),
+            f"{name}_ms_aiperf": round(other, 3),
+        }
+    return figures | {"late_ms": round(median([first, last], "late"), 3)}
+
+
+@contextlib.contextmanager
+def constant() -> Iterator[str]:
+    """The address of a server of constant pace, in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there,))
+    process.start()
+    try:
+        yield here.recv()
+    finally:
+        here.send("end")
+        process.join()
+
+
+def _serve(pipe: multiprocessing.connection.Connection) -> None:
+    with FakeServer(first=FIRST, pace=PACE) as server:
+        pipe.send(server.url)
+        pipe.recv()
+
+
+def printable_model(folder: Path) -> Path:
+    """An exported random model that says printable bytes alone."""
+    from safetensors.numpy import load_file, save_file
+
+    from export import export_student
+    from tests.pico import make_model, make_student, make_tokenizer, pico_recipe
+
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
+    model = make_model(
+        folder / "model", scale=0.05, max_position_embeddings=512, num_key_value_heads=4, head_dim=64,
+        tie_word_embeddings=False, **sizes,
+    )  # fmt: skip
+    weights = load_file(model / "model.safetensors")
+    symbols = make_tokenizer().convert_ids_to_tokens(range(258))
+    silent = [index for index, symbol in enumerate(symbols) if len(symbol) > 1 or not "!" <= symbol <= "~"]
+    weights["lm_head.weight"][silent] = 0  # never above the best of what is left
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    make_student(folder / "student", model)
+    return export_student(student=folder / "student", out=folder / "onnx", recipe=pico_recipe()).path
+
+
+def main() -> None:
+    """Ask both servers by both clients."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("artifact", nargs="?", type=Path, help="exported folder whose tokens all carry text")
+    parser.add_argument("--requests", type=int, default=60, help="of one run; there are two of each client")
+    parser.add_argument("--rate", type=float, default=4.0, help="requests/s of the server of constant pace")
+    parser.add_argument("--served-rate", type=float, default=1.0, help="requests/s of `limbeck serve`")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        with constant() as url:
+            found = {"constant": compare(url, asked.requests, asked.rate, folder / "constant")}
+        artifact = asked.artifact or printable_model(folder)
+        with load.serve(artifact, threads=1, log=folder / "server.log") as url:
+            found["served"] = compare(url, asked.requests, asked.served_rate, folder / "served")
+    worst = {
+        name: max((figures[name] for figures in found.values()), key=lambda ratio: abs(np.log(ratio)))
+        for name in ("ttft_ratio", "tpot_ratio")
+    }
+    errors = sum(figures["errors"] for figures in found.values())
+    print(json.dumps({**worst, "errors": errors, **found}))
+    sys.exit(1 if errors or any(abs(ratio - 1) > LIMIT for ratio in worst.values()) else 0)
+
+
+if __name__ == "__main__":
+    main()
