@@ -97,7 +97,8 @@ class Encoder:
             np.pad(np.pad(a, ((0, missing[0]), (0, 0)), "edge"), ((0, 0), (0, missing[1]))) for a in (tokens, valid)
         )
         parts = [self._answer(tokens[at : at + rows], valid[at : at + rows]) for at in range(0, len(tokens), rows)]
-        return np.concatenate(parts)[:count]
+        answers: npt.NDArray[np.float32] = np.concatenate(parts)[:count]
+        return answers
 
     def _answer(self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         found: npt.NDArray[Any] = self._session.run([_ANSWERS[self.task]], {"input_ids": ids, "attention_mask": mask})[
