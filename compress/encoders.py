@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 from scipy import stats
@@ -57,11 +58,13 @@ from limbeck.artifact import Artifact, disk_full_is_a_user_error, open_artifact,
 from limbeck.encoder_recipe import ClassificationRecipe, EmbeddingRecipe, EncoderRecipe, EncoderShrinkStudent
 from limbeck.errors import DivergenceError, EnvironmentalError, ModelError
 from limbeck.examples import EXAMPLES, Examples, accuracy, macro_f1, save_examples
+from limbeck.heldout import CALIBRATION, save_calibration
 from limbeck.progress import say, task
 from limbeck.recipe import FittedCalibration, FixedCalibration, Weights
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 _ROWS = 32  # examples of a batch that is not trained on
+_CALIBRATION_ROWS = 64  # training examples that travel with a student, for the export's calibration
 
 Answers = Tensor  # logits [N, C], or unit vectors [N, d]
 Model = Callable[[Tensor, Tensor], Answers]  # of ids and mask [R, L]
@@ -152,6 +155,7 @@ def train_encoder(
         if importance is not None:
             save_file(importance.tensors(), draft.folder / "importance.safetensors")
         save_examples(draft.folder / EXAMPLES, heldout)
+        save_calibration(draft.folder / CALIBRATION, _rows(train, order[:_CALIBRATION_ROWS]))
         entries = [
             {"name": t.name, "model": str(t.folder), "pooling": t.pooling, "temperature": c, "digest": t.digest}
             for t, c in zip(teachers, objective.temperatures, strict=True)
@@ -291,8 +295,13 @@ def _calibration(recipe: EncoderRecipe, train: Examples, order: Any) -> list[Ten
     """Rows without padding that a shrunk student's importance is measured on."""
     if not isinstance(recipe.student, EncoderShrinkStudent):
         return []
-    chosen = order[: recipe.student.calibration_examples]
-    return [torch.from_numpy(train.input_ids[row, : train.lengths[row]]).long()[None] for row in chosen]
+    chosen = _rows(train, order[: recipe.student.calibration_examples])
+    return [torch.from_numpy(row).long()[None] for row in chosen]
+
+
+def _rows(train: Examples, chosen: Any) -> list[npt.NDArray[np.int32]]:
+    """Token rows without padding."""
+    return [train.input_ids[row, : train.lengths[row]] for row in chosen]
 
 
 @torch.no_grad()

@@ -18,16 +18,15 @@ from limbeck.artifact import Artifact, find_artifact, open_artifact, write_artif
 from limbeck.encoder_recipe import AnyRecipe
 from limbeck.errors import ArtifactError
 from limbeck.progress import say
-from limbeck.recipe import Form, Int8StaticForm, Int8TrtForm, MixedByRule, Provider, Recipe, fingerprint
+from limbeck.recipe import Form, MixedByRule, Provider, Recipe, StaticShapes, fingerprint
 
 if TYPE_CHECKING:
-    from export.calibrate import Calibration
     from export.graph import Graphs
     from export.quantize import Scheme
 
 __all__ = ["export_student", "verify_parity"]
 
-_STAGE = 3  # raise it when the same student and recipe would give other files
+_STAGE = 4  # raise it when the same student and recipe would give other files
 
 
 def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
@@ -78,6 +77,7 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
             backend=recipe.export.backend,
             provider=provider,
             opset=recipe.export.opset,
+            static=recipe.export.shapes if isinstance(recipe.export.shapes, StaticShapes) else None,
         )
         say(f"export: built by {built.backend} ({built.why})")
         release_memory()
@@ -175,7 +175,14 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
             adapter=kept_apart,
         )
         recovery = _for_recovery(recipe, source, built.graphs, folder, shipped, schemes[shipped])
-        draft.result = {**recovery, "shipped": shipped, "backend": backend, "adapter": kept_apart, "forms": forms}
+        draft.result = {
+            **recovery,
+            "shipped": shipped,
+            "backend": backend,
+            "shapes": recipe.export.shapes.model_dump(mode="json"),
+            "adapter": kept_apart,
+            "forms": forms,
+        }
     return open_artifact(out, kind="onnx", verify=False)
 
 
@@ -224,16 +231,17 @@ def _make(
     metadata: dict[str, str],
 ) -> None:
     """Write the graphs of ``form`` to ``target``: the fp32 ones of ``source`` with rounded weights, in fp16, or both."""
+    from export.calibrate import calibration_for
     from export.graph import form_files
     from export.half import cast_to_half
-    from export.quantize import quantize_weights
+    from export.quantize import quantize_weights, static_activations
 
     with tempfile.TemporaryDirectory(dir=target.data.parent) as temporary:
         made = source
         if scheme:
             made = form_files(Path(temporary), form.kind) if half else target
             made.data.parent.mkdir(exist_ok=True)
-            calibration = _calibration(form, scheme, source, student)
+            calibration = calibration_for(form, source, student, static_activations(source, scheme))
             quantize_weights(source, made, scheme=scheme, metadata=metadata, calibration=calibration)
         if half:
             cast_to_half(made, target, metadata=metadata)
@@ -272,24 +280,6 @@ def parity_provider(provider: Provider) -> Provider:
     from limbeck.runtime import providers
 
     return provider if provider in providers() else "cpu"
-
-
-def _calibration(form: Form, scheme: Scheme, graphs: Graphs, student: Path) -> Calibration | None:
-    """What a static form must know beforehand, measured on the training rows of the student; none for the others."""
-    from export.calibrate import calibrate
-    from export.quantize import static_activations
-    from limbeck.heldout import CALIBRATION, load_calibration
-
-    if not isinstance(form, Int8StaticForm | Int8TrtForm):
-        return None
-    if not (student / CALIBRATION).is_file():
-        raise ArtifactError(
-            f"{student}: {CALIBRATION} is missing; {form.kind} is calibrated on training text. The student is older than that "
-            "form: delete its folder and run the compress stage again, or take the form out of export.forms."
-        )
-    activations = static_activations(graphs, scheme)
-    rows = load_calibration(student / CALIBRATION)
-    return calibrate(graphs, rows, activations, method=form.calibration, alpha=form.smooth)
 
 
 def _looks_at_gates(recipe: Recipe) -> bool:

@@ -13,7 +13,7 @@ import onnx
 from export.graph import KNOWN, Graphs, build_fp32, head_of, width_of
 from limbeck.errors import ModelError
 from limbeck.progress import say
-from limbeck.recipe import Provider
+from limbeck.recipe import Provider, StaticShapes
 
 _NO_LIMIT = 1 << 20  # tokens; of a model that names no context
 
@@ -38,11 +38,12 @@ def build_graphs(
     backend: str,
     provider: Provider = "cpu",
     opset: int | None = None,
+    static: StaticShapes | None = None,
 ) -> Built:
     """Build the fp32 graphs of the transformers folder ``model`` with ``backend``: genai, dynamo, or auto.
 
     ``auto`` takes the fused graph of GenAI's builder for the architectures it is proven on, and torch's exporter where
-    it is not, where the builder gives up, and for TensorRT. Raises `ModelError` when the builder asked for cannot do it.
+    it is not, where the builder gives up, and for TensorRT. ``static`` shapes are for dynamo alone. Raises `ModelError` when the builder asked for cannot do it.
     """
     config = json.loads((model / "config.json").read_text())
     architecture = (config.get("architectures") or ["this architecture"])[0]
@@ -66,8 +67,9 @@ def build_graphs(
             return Built(graphs, "genai", why, int(genai["model"]["context_length"]), _width(graphs), genai)
     from export.dynamo import build_dynamo
 
-    graphs, context = build_dynamo(model, folder, metadata, opset=opset)
-    return Built(graphs, "dynamo", why, context or _NO_LIMIT, _width(graphs), None)
+    graphs, context = build_dynamo(model, folder, metadata, opset=opset, static=static)
+    context = min(context or _NO_LIMIT, static.length if static else _NO_LIMIT)
+    return Built(graphs, "dynamo", why, context, _width(graphs), None)
 
 
 def _width(graphs: Graphs) -> int:

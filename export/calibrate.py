@@ -25,7 +25,11 @@ from onnx import ModelProto, TensorProto, helper
 from export.graph import Graphs
 from export.weights import external_array
 from limbeck.artifact import available_cores
+from limbeck.encoder_recipe import EncoderForm
+from limbeck.errors import ArtifactError
+from limbeck.heldout import CALIBRATION, load_calibration
 from limbeck.progress import task
+from limbeck.recipe import Form, Int8StaticForm, Int8TrtForm
 from limbeck.runtime import import_onnxruntime
 
 Floats = npt.NDArray[np.float32]
@@ -86,6 +90,24 @@ def calibrate(
         return Calibration(_ranges(run, rows, activations, shifts, method), factors)
 
 
+def calibration_for(
+    form: Form | EncoderForm, source: Graphs, student: Path, activations: Sequence[str]
+) -> Calibration | None:
+    """What a static ``form`` must know of ``activations``, measured on the training rows of the ``student`` artifact; none for the others.
+
+    Raises `ArtifactError` for a student that carries no training rows.
+    """
+    if not isinstance(form, Int8StaticForm | Int8TrtForm):
+        return None
+    if not (student / CALIBRATION).is_file():
+        raise ArtifactError(
+            f"{student}: {CALIBRATION} is missing; {form.kind} is calibrated on training text. The student is older than that "
+            "form: delete its folder and run the compress stage again, or take the form out of export.forms."
+        )
+    rows = load_calibration(student / CALIBRATION)
+    return calibrate(source, rows, activations, method=form.calibration, alpha=form.smooth)
+
+
 def find_boundaries(proto: ModelProto) -> dict[str, Boundary]:
     """Activations whose outliers can move from a norm's weights into the products that read it, by name."""
     open_ = {value.name for value in proto.graph.input}  # an adapter's inputs have defaults, but they are no constants
@@ -139,7 +161,9 @@ class _Run:
         # Fusions across an activation that is asked for would take it away.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self._past = {v.name: v.shape for v in self._session.get_inputs() if v.name.startswith("past_key_values.")}
+        inputs = {v.name: v.shape for v in self._session.get_inputs()}
+        self._past = {name: shape for name, shape in inputs.items() if name.startswith("past_key_values.")}
+        self._fixed = inputs["attention_mask"] if isinstance(inputs["attention_mask"][0], int) else None
 
     def __call__(self, ids_S: npt.NDArray[np.int64], activations: Sequence[str]) -> dict[str, Floats]:
         feeds: dict[str, Any] = {
@@ -147,7 +171,32 @@ class _Run:
             "attention_mask": np.ones((1, len(ids_S)), np.int64),
             **{name: np.zeros((1, shape[1], 0, shape[3]), np.float32) for name, shape in self._past.items()},
         }
-        return dict(zip(activations, self._session.run(list(activations), feeds), strict=True))
+        if self._fixed is None:
+            return dict(zip(activations, self._session.run(list(activations), feeds), strict=True))
+        if self._past:
+            return self._step_by_step(ids_S, activations)
+        whole = {name: np.zeros(self._fixed, np.int64) for name in ("input_ids", "attention_mask")}
+        for name, values in whole.items():
+            values[:, : len(ids_S)] = feeds[name]
+        found = self._session.run(list(activations), whole)
+        # The first row without its padding; what is pooled has no tokens.
+        return {n: x[:1, : len(ids_S)] if x.ndim == 3 else x[:1] for n, x in zip(activations, found, strict=True)}
+
+    def _step_by_step(self, ids_S: npt.NDArray[np.int64], activations: Sequence[str]) -> dict[str, Floats]:
+        """As a call, of a graph that reads one token a run and gives its cache back."""
+        assert self._fixed is not None
+        columns = self._fixed[1]
+        cache = {name: np.zeros(shape, np.float32) for name, shape in self._past.items()}
+        parts: list[list[Floats]] = []
+        for at, token in enumerate(ids_S[:columns]):
+            mask = np.zeros(self._fixed, np.int64)
+            mask[:, columns - at - 1 :] = 1
+            feeds = {"input_ids": np.full((len(mask), 1), token), "attention_mask": mask, **cache}
+            presents = [name.replace("past_key_values", "present") for name in cache]
+            found = self._session.run([*activations, *presents], feeds)
+            parts.append([x[:1] for x in found[: len(activations)]])
+            cache = dict(zip(cache, found[len(activations) :], strict=True))
+        return {name: np.concatenate(x, axis=1) for name, x in zip(activations, zip(*parts, strict=True), strict=True)}
 
 
 def _channel_maxima(run: _Run, rows: Sequence[npt.NDArray[np.int64]], activations: Sequence[str]) -> dict[str, Floats]:

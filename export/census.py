@@ -24,7 +24,7 @@ _FLOAT = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 # What the large matrices of a form are read by, and how its census line begins.
 _QUANTIZED = {
     "int8-weight": ("MatMulNBits 8-bit", "8-bit"),
-    "int8-dynamic": ("MatMulInteger int8", "8-bit"),
+    "int8-dynamic": ("MatMulIntegerToFloat int8", "8-bit"),
     "int8-static": ("MatMul int8", "8-bit"),  # between quantise and dequantise operators
     "int8-trt": ("MatMul int8", "8-bit"),
     "int4-weight": ("MatMulNBits 4-bit", "4-bit"),
@@ -94,14 +94,17 @@ def where_nodes_run(graph: Path, *, provider: Provider = "cpu") -> dict[str, dic
         options.log_severity_level = 4
         session = ort.InferenceSession(str(graph), options, providers=asked_for(provider))
         cache: dict[str, Any] = {}
+        rows, fixed = next(v.shape for v in session.get_inputs() if v.name == "attention_mask")
+        static = isinstance(fixed, int)
+        rows = rows if static else 1
         for value in session.get_inputs():
             if value.name.startswith("past_key_values."):
                 number = np.float16 if value.type == "tensor(float16)" else np.float32
-                cache[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), number)
-        for new, whole in ((2, 2), (1, 3)):
+                cache[value.name] = np.zeros((rows, value.shape[1], fixed - 1 if static else 0, value.shape[3]), number)
+        for new, whole in ((1, fixed),) if static else ((2, 2), (1, 3)):
             feeds = {
-                "input_ids": np.zeros((1, new), np.int64),
-                "attention_mask": np.ones((1, whole), np.int64),
+                "input_ids": np.zeros((rows, new), np.int64),
+                "attention_mask": np.ones((rows, whole), np.int64),
                 **cache,
             }
             outputs = dict(zip([o.name for o in session.get_outputs()], session.run(None, feeds), strict=True))
@@ -140,7 +143,7 @@ def _label(node: NodeProto, tensors: Mapping[str, TensorProto], origin: Mapping[
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     if "bits" in attributes:
         return f"{node.op_type} {attributes['bits']}-bit block {attributes['block_size']}"
-    product = node.op_type in ("MatMul", "Gemm", "MatMulInteger")
+    product = node.op_type in ("MatMul", "Gemm", "MatMulIntegerToFloat")
     weights = [tensors[n] for n in (origin.get(n, n) for n in node.input) if n in tensors] if product else []
     return f"{node.op_type} {_type(weights[0])}" if weights else str(node.op_type)
 

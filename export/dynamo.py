@@ -23,6 +23,7 @@ from onnx import ModelProto, NodeProto, helper
 
 from export.graph import Graphs, Maker, attention_windows, form_files, head_of, relocate, stamp, width_of
 from limbeck.errors import ModelError
+from limbeck.recipe import StaticShapes
 
 _TRACED = {"rows": 2, "new": 3, "past": 5}  # sizes 0 and 1 would be taken for constants
 
@@ -30,10 +31,14 @@ _TRACED = {"rows": 2, "new": 3, "past": 5}  # sizes 0 and 1 would be taken for c
 class FlatCache(torch.nn.Module):
     """A causal LM of transformers as a function of ids, mask and one tensor a cache entry."""
 
-    def __init__(self, model: Any, windows: Mapping[str, int] | int) -> None:
-        """``windows`` is the sliding window (-1: none) of all layers, or of each kind of layer that the model tells apart."""
+    def __init__(self, model: Any, windows: Mapping[str, int] | int, *, shifts: bool = False) -> None:
+        """``windows`` is the sliding window (-1: none) of all layers, or of each kind of layer that the model tells apart.
+
+        A cache that ``shifts`` is given back without its first S columns, so that it keeps its length.
+        """
         super().__init__()
         self.model = model
+        self.shifts = shifts
         self.windows = windows
 
     def forward(
@@ -69,15 +74,23 @@ class FlatCache(torch.nn.Module):
             past_key_values=cache,
             use_cache=True,
         )
-        return (out.logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
+        first = input_ids.shape[1] if self.shifts else 0
+        kept = (tensor[:, :, first:] for layer in cache.layers for tensor in (layer.keys, layer.values))
+        return (out.logits, *kept)
 
 
 def build_dynamo(
-    model: Path, folder: Path, metadata: Mapping[str, str], *, opset: int | None = None
+    model: Path,
+    folder: Path,
+    metadata: Mapping[str, str],
+    *,
+    opset: int | None = None,
+    static: StaticShapes | None = None,
 ) -> tuple[Graphs, int | None]:
     """Build the fp32 graphs of the transformers folder ``model`` below ``folder``; also returns the context, in tokens.
 
-    ``opset`` is the ONNX operator set, none the exporter's choice.
+    ``opset`` is the ONNX operator set, none the exporter's choice. ``static`` graphs read one token of each row a run, given a mask of
+    their length and a cache of one column less; both keep all logits, which are of one token.
 
     Raises `ModelError` for a model that takes no positions, keeps no keys and values, or that torch cannot export.
     """
@@ -85,13 +98,13 @@ def build_dynamo(
     graphs.data.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary, quiet_exporter():
         build = Path(temporary) / "model.onnx"
-        context = _export(model, build, opset)
+        context = _export(model, build, opset, static)
         (build.parent / "model.onnx.data").rename(graphs.data)
         for logits, path in (("last", graphs.last), ("all", graphs.all)):
             proto = onnx.load(build, load_external_data=False)
             relocate(proto, graphs.data.name)
             split_gemm(proto)
-            if logits == "last":
+            if logits == "last" and static is None:
                 keep_last(proto)
             stamp(
                 proto,
@@ -99,14 +112,14 @@ def build_dynamo(
                     **metadata,
                     "limbeck.logits": logits,
                     "limbeck.context": str(context or 0),
-                    "limbeck.cache": "grows",
+                    "limbeck.cache": "shifts" if static else "grows",
                 },
             )
             onnx.save(proto, path)
     return graphs, context
 
 
-def _export(folder: Path, path: Path, opset: int | None) -> int | None:
+def _export(folder: Path, path: Path, opset: int | None, static: StaticShapes | None) -> int | None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
@@ -124,11 +137,13 @@ def _export(folder: Path, path: Path, opset: int | None) -> int | None:
             "only decoders with such a cache can be exported. Use a student of another architecture."
         )
     rows, new, past = _TRACED["rows"], _TRACED["new"], _TRACED["past"]
+    if static:
+        rows, new, past = static.batch, 1, static.length - 1
     names = [f"past_key_values.{index}.{part}" for index in range(len(shapes) // 2) for part in ("key", "value")]
     try:
         with torch.no_grad():
             program = torch.onnx.export(
-                FlatCache(model, _windows(folder, model.config)).eval(),
+                FlatCache(model, _windows(folder, model.config), shifts=static is not None).eval(),
                 (
                     torch.zeros((rows, new), dtype=torch.int64),
                     torch.ones((rows, past + new), dtype=torch.int64),
@@ -139,7 +154,9 @@ def _export(folder: Path, path: Path, opset: int | None) -> int | None:
                 verbose=False,
                 input_names=["input_ids", "attention_mask", *names],
                 output_names=["logits", *(n.replace("past_key_values", "present") for n in names)],
-                dynamic_shapes={
+                dynamic_shapes=None
+                if static
+                else {
                     "input_ids": {0: "batch_size", 1: "sequence_length"},
                     "attention_mask": {0: "batch_size", 1: "total_sequence_length"},
                     "past": [{0: "batch_size", 2: "past_sequence_length"}] * len(names),

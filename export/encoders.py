@@ -22,12 +22,22 @@ import onnx
 import torch
 from safetensors.numpy import load_file, save_file
 
+from export.calibrate import calibration_for
 from export.card import markdown_table, write_client_files
 from export.census import require_quantized, take_census
 from export.dynamo import quiet_exporter, split_gemm
 from export.graph import Graphs, form_files, relocate, stamp
 from export.parity import PARITY, require_parity
-from export.quantize import Blockwise, PerChannel, Scheme, block_size_for, quantize_weights, scheme_for
+from export.quantize import (
+    Blockwise,
+    PerChannel,
+    Scheme,
+    Static,
+    block_size_for,
+    quantize_weights,
+    scheme_for,
+    static_activations,
+)
 from limbeck import __version__
 from limbeck.artifact import Artifact, open_artifact, write_artifact
 from limbeck.encoder import COUNTS_FROM_PADDING, Encoder
@@ -35,7 +45,7 @@ from limbeck.encoder_recipe import EncoderForm, EncoderRecipe
 from limbeck.errors import ArtifactError, ModelError
 from limbeck.examples import EXAMPLES, Examples, load_examples
 from limbeck.progress import say
-from limbeck.recipe import Int8DynamicForm
+from limbeck.recipe import Int8DynamicForm, Int8StaticForm, StaticShapes
 
 Cases = Mapping[str, Mapping[str, npt.NDArray[Any]]]  # name -> input_ids and attention_mask [B, L], answers [B, C or d]
 
@@ -43,7 +53,12 @@ _TRACED = {"rows": 2, "tokens": 5}  # sizes 0 and 1 would be taken for constants
 _BATCH = 8  # rows of the ragged case
 # How far a form may be from torch: largest difference over the largest answer (of unit vectors: over 1), and the least share of
 # like answers: the same class where torch's lead is at least `_LEAD`, or the mean cosine of the two vectors.
-_TOLERANCES = {"fp32": (1e-4, 1.0), "int8-weight": (0.25, 0.97), "int8-dynamic": (0.25, 0.97)}
+_TOLERANCES = {
+    "fp32": (1e-4, 1.0),
+    "int8-weight": (0.25, 0.97),
+    "int8-dynamic": (0.25, 0.97),
+    "int8-static": (0.25, 0.97),
+}
 _LEAD = 0.5
 _ALIKE = 1e-6  # of a mean cosine that should be 1
 
@@ -57,7 +72,14 @@ def export_encoder(*, student: Artifact, out: Path, recipe: EncoderRecipe, key: 
             "limbeck.version": __version__, "limbeck.recipe": recipe.digest, "limbeck.student": student.digest, "limbeck.task": task,
         }  # fmt: skip
         say("export: building the fp32 graph")
-        fp32, width = build_fp32(model, folder, {**metadata, "limbeck.form": "fp32"}, task=task)
+        fp32, width = build_fp32(
+            model,
+            folder,
+            {**metadata, "limbeck.form": "fp32"},
+            task=task,
+            opset=recipe.export.opset,
+            static=recipe.export.shapes if isinstance(recipe.export.shapes, StaticShapes) else None,
+        )
         cases = make_cases(_heldout(student.path), model, task=task)
         save_cases(folder / PARITY, cases)
         forms: dict[str, dict[str, Any]] = {}
@@ -66,7 +88,13 @@ def export_encoder(*, student: Artifact, out: Path, recipe: EncoderRecipe, key: 
             scheme = _scheme(form, width)
             if scheme:
                 say(f"export: quantising to {form.kind}")
-                quantize_weights(fp32, graphs, scheme=scheme, metadata={**metadata, "limbeck.form": form.kind})
+                quantize_weights(
+                    fp32,
+                    graphs,
+                    scheme=scheme,
+                    metadata={**metadata, "limbeck.form": form.kind},
+                    calibration=calibration_for(form, fp32, student.path, static_activations(fp32, scheme)),
+                )
             census = take_census(graphs.last)
             require_quantized(form.kind, census)
             parity = measure_encoder_parity(form.kind, graphs.last, cases)
@@ -89,6 +117,7 @@ def export_encoder(*, student: Artifact, out: Path, recipe: EncoderRecipe, key: 
             "task": task,
             "shipped": shipped,
             "backend": {"name": "dynamo", "why": "encoders have no other"},
+            "shapes": recipe.export.shapes.model_dump(mode="json"),
         }
         draft.result |= {"classes": student.result["classes"], "forms": forms}
     return open_artifact(out, kind="onnx", verify=False)
@@ -145,16 +174,25 @@ def load_student(model: Path, *, task: str) -> Classifier | SentenceEncoder:
     return wrapper(loaded).eval()
 
 
-def build_fp32(model: Path, folder: Path, metadata: Mapping[str, str], *, task: str) -> tuple[Graphs, int]:
+def build_fp32(
+    model: Path,
+    folder: Path,
+    metadata: Mapping[str, str],
+    *,
+    task: str,
+    opset: int | None = None,
+    static: StaticShapes | None = None,
+) -> tuple[Graphs, int]:
     """Build the fp32 graph of the transformers folder ``model`` below ``folder``; also returns the hidden width.
 
-    Raises `ModelError` for a model that torch cannot export.
+    ``opset`` is the ONNX operator set, none the exporter's choice. A ``static`` graph is of one shape. Raises `ModelError` for a model
+    that torch cannot export.
     """
     graphs = encoder_files(folder, "fp32")
     graphs.data.parent.mkdir(exist_ok=True)
     student = load_student(model, task=task)
     config = student.model.config
-    shape = _TRACED["rows"], _TRACED["tokens"]
+    shape = (static.batch, static.length) if static else (_TRACED["rows"], _TRACED["tokens"])
     free = {0: "batch_size", 1: "sequence_length"}
     with tempfile.TemporaryDirectory(dir=folder) as temporary, quiet_exporter():
         build = Path(temporary) / "model.onnx"
@@ -167,7 +205,8 @@ def build_fp32(model: Path, folder: Path, metadata: Mapping[str, str], *, task: 
                     verbose=False,
                     input_names=["input_ids", "attention_mask"],
                     output_names=list(student.outputs),
-                    dynamic_shapes={"input_ids": free, "attention_mask": free},
+                    opset_version=opset,
+                    dynamic_shapes=None if static else {"input_ids": free, "attention_mask": free},
                 )
             assert program is not None
             program.save(str(build), external_data=True)
@@ -190,9 +229,9 @@ def build_fp32(model: Path, folder: Path, metadata: Mapping[str, str], *, task: 
 
 
 def _scheme(form: EncoderForm, width: int) -> Scheme | None:
-    """As for decoders, but all products in MatMulInteger: an encoder's come many rows at a time, where it is the fastest."""
-    if isinstance(form, Int8DynamicForm):
-        each = PerChannel()
+    """As for decoders, but all products in integers: an encoder's come many rows at a time, where that is the fastest."""
+    if isinstance(form, Int8DynamicForm | Int8StaticForm):
+        each = PerChannel() if isinstance(form, Int8DynamicForm) else Static()
         return Scheme(body=each, attention=each, narrow=each, head=Blockwise(8, block_size_for(width)))
     return scheme_for(form, width)
 

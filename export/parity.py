@@ -230,8 +230,15 @@ def require_parity(form: str, parity: Mapping[str, Any]) -> None:
 
 
 def feed(decoder: Decoder, case: Case) -> Floats:
-    """Logits ``[B, L, V]`` of a case fed in its splits; columns a last-logits graph does not answer are NaN."""
+    """Logits ``[B, L, V]`` of a case fed in its splits; columns a last-logits graph does not answer are NaN.
+
+    A graph of fixed shape gets the rows as many at a time as it takes.
+    """
     rows, width = case.ids.shape
+    most = decoder.fixed[0] if decoder.fixed else rows
+    if rows > most:
+        parts = [slice(at, at + most) for at in range(0, rows, most)]
+        return np.concatenate([feed(decoder, replace(case, ids=case.ids[p], mask=case.mask[p])) for p in parts])
     if decoder.all_logits and len(case.splits) == 1:
         return decoder.prefill(case.ids, case.mask)
     out = np.full((rows, width, decoder.vocabulary), np.nan, np.float32)

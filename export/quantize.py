@@ -1,4 +1,4 @@
-"""Rounded weights from the fp32 graph: MatMulNBits or MatMulInteger for every large MatMul, 8-bit head and embedding.
+"""Rounded weights from the fp32 graph: MatMulNBits or MatMulIntegerToFloat for every large MatMul, 8-bit head and embedding.
 
 Knows rounding and the weights file, which it streams from one file to the other a tensor at a time.
 """
@@ -52,7 +52,7 @@ class Blockwise:
 
 @dataclass(frozen=True)
 class PerChannel:
-    """MatMulInteger: signed 8-bit weights, a scale a column; activations in 8 bits, a scale a token, on the fly."""
+    """MatMulIntegerToFloat: signed 8-bit weights, a scale a column; activations in 8 bits, a scale a token, on the fly."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def quantize_weights(
     """Write the form of ``source`` that ``scheme`` describes to ``target``; a static one needs a ``calibration``.
 
     Every MatMul with a constant matrix becomes a MatMulNBits of accuracy level 4 (activations in 8 bits as well, the
-    fast kernel) or a MatMulInteger; every embedding becomes a GatherBlockQuantized, on the head's own codes where the
+    fast kernel) or a MatMulIntegerToFloat; every embedding becomes a GatherBlockQuantized, on the head's own codes where the
     two are tied.
     """
     first = onnx.load(source.last, load_external_data=False)
@@ -364,7 +364,11 @@ def _blockwise_matmul(node: NodeProto, matrix: Matrix, how: Blockwise) -> NodePr
 
 
 def _integer_matmul(graph: GraphProto, node: NodeProto, matrix: Matrix, rounded: set[str]) -> list[NodeProto]:
-    """MatMulInteger between operators that round each token's activations around 128 with a scale of its own."""
+    """An integer product between operators that round each token's activations around 128 with a scale of its own.
+
+    onnxruntime's MatMulIntegerToFloat scales the columns where it sums; it takes one scale for the activations, so a token's
+    own divides before and multiplies after.
+    """
     codes, scales = matrix.names("codes", "scales")
     x, out = node.input[0], node.output[0]
     stem, own = f"limbeck/dynamic/{x}", f"limbeck/dynamic/{out}"
@@ -393,10 +397,14 @@ def _integer_matmul(graph: GraphProto, node: NodeProto, matrix: Matrix, rounded:
             ),
         ]
     nodes += [
-        helper.make_node("MatMulInteger", [f"{stem}/codes", codes, middle], [f"{own}/sum"], name=node.name),
-        helper.make_node("Cast", [f"{own}/sum"], [f"{own}/float"], name=f"{own}/Cast", to=TensorProto.FLOAT),
-        helper.make_node("Mul", [f"{own}/float", f"{stem}/scale"], [f"{own}/rows"], name=f"{own}/Rows"),
-        helper.make_node("Mul", [f"{own}/rows", scales], [out], name=f"{own}/Columns"),
+        helper.make_node(
+            "MatMulIntegerToFloat",
+            [f"{stem}/codes", codes, one, scales, middle],
+            [f"{own}/steps"],
+            name=node.name,
+            domain="com.microsoft",
+        ),
+        helper.make_node("Mul", [f"{own}/steps", f"{stem}/scale"], [out], name=f"{own}/Rows"),
     ]
     return nodes
 

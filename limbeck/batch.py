@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from limbeck.errors import ArtifactError
 from limbeck.runtime import Decoder
 
 Ids = npt.NDArray[np.int64]
@@ -50,7 +51,15 @@ class Batch(Protocol):
 
 
 def open_batch(decoder: Decoder, *, rows: int, tokens: int) -> Batch:
-    """Caches for up to ``rows`` rows and ``tokens`` tokens of all rows together, in the graph of ``decoder``."""
+    """Caches for up to ``rows`` rows and ``tokens`` tokens of all rows together, in the graph of ``decoder``.
+
+    Raises `ArtifactError` for a graph of fixed shape, whose rows cannot come and go.
+    """
+    if decoder.fixed:
+        raise ArtifactError(
+            "this graph is of fixed shape (export.shapes: static), so its rows cannot come and go; serve one that was exported "
+            "with export.shapes: dynamic."
+        )
     return GrowingBatch(decoder, tokens) if decoder.grows else InPlaceBatch(decoder, rows, tokens)
 
 

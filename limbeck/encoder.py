@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    Answers = npt.NDArray[np.float32]
+
 # Architectures whose positions begin behind the id of the padding token, which shortens their context.
 COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
 _ANSWERS = {"classification": "logits", "embedding": "sentence_embedding"}
@@ -65,15 +67,20 @@ class Encoder:
         except Exception as error:  # onnxruntime's errors share no base class of their own
             raise ArtifactError(f"{graph}: onnxruntime cannot open it ({error}); export the student again.") from error
         self._np = np
+        rows, tokens = self._session.get_inputs()[0].shape
+        self.fixed: tuple[int, int] | None = (rows, tokens) if isinstance(rows, int) else None  # of a static graph
         metadata = self._session.get_modelmeta().custom_metadata_map
         self.task = str(metadata["limbeck.task"])
         self.context = int(metadata.get("limbeck.context", "0")) or None
+        if self.fixed:
+            self.context = min(self.fixed[1], self.context or self.fixed[1])
         self._text: Any = None
 
     def run(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> npt.NDArray[np.float32]:
         """Logits ``[B, C]`` or unit vectors ``[B, d]`` of ``ids[B, L]``; ``mask`` is 1 for tokens, 0 for padding on the right.
 
-        Raises `DataError` past the model's context.
+        A graph of fixed shape gets the rows in batches of its own size, padded to its length, which is then the context. Raises
+        `DataError` past the model's context.
         """
         np = self._np
         tokens = np.ascontiguousarray(ids, np.int64)
@@ -82,8 +89,23 @@ class Encoder:
         if self.context and tokens.shape[1] > self.context:
             raise DataError(f"found {tokens.shape[1]} tokens; this model reads {self.context} at most. Cut the text.")
         valid = np.ones_like(tokens) if mask is None else np.ascontiguousarray(mask, np.int64)
-        feeds = {"input_ids": tokens, "attention_mask": valid}
-        found: npt.NDArray[Any] = self._session.run([_ANSWERS[self.task]], feeds)[0]
+        if self.fixed is None:
+            return self._answer(tokens, valid)
+        rows, width = self.fixed
+        count, length = tokens.shape
+        missing = -count % rows, width - length
+        # Rows are filled up with copies of the last one: a row of padding alone has nothing to attend to.
+        tokens, valid = (
+            np.pad(np.pad(a, ((0, missing[0]), (0, 0)), "edge"), ((0, 0), (0, missing[1]))) for a in (tokens, valid)
+        )
+        parts = [self._answer(tokens[at : at + rows], valid[at : at + rows]) for at in range(0, len(tokens), rows)]
+        answers: Answers = np.concatenate(parts)[:count]
+        return answers
+
+    def _answer(self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        found: npt.NDArray[Any] = self._session.run([_ANSWERS[self.task]], {"input_ids": ids, "attention_mask": mask})[
+            0
+        ]
         return found
 
     def encode(self, texts: Sequence[str], *, max_tokens: int | None = None) -> npt.NDArray[np.float32]:

@@ -16,6 +16,7 @@ from limbeck.recipe import (
     CaMkdWeights,
     Count,
     Domain,
+    DynamicShapes,
     EbkdWeights,
     EntropyWeights,
     Float,
@@ -26,17 +27,21 @@ from limbeck.recipe import (
     HubModel,
     Int,
     Int8DynamicForm,
+    Int8StaticForm,
     Int8WeightForm,
     InverseEntropyWeights,
     LabelWeights,
     LocalModel,
     Name,
+    Opset,
     PackageModel,
     Positive,
     RandomModel,
     Recipe,
     RecipeModel,
+    Shapes,
     Sizes,
+    StaticShapes,
     StaticWeights,
     Teacher,
     TextSource,
@@ -221,7 +226,8 @@ class EncoderTraining(Frozen):
 # Export, measurement ---------------------------------------------------------------------------------------------
 
 EncoderForm = Annotated[
-    Annotated[Fp32Form | Int8WeightForm | Int8DynamicForm, Field(discriminator="kind")], BeforeValidator(shorthand)
+    Annotated[Fp32Form | Int8WeightForm | Int8DynamicForm | Int8StaticForm, Field(discriminator="kind")],
+    BeforeValidator(shorthand),
 ]
 
 
@@ -232,6 +238,13 @@ class EncoderExport(Frozen):
         (Fp32Form(kind="fp32"), Int8DynamicForm(kind="int8-dynamic")),
         min_length=1,
         description="Forms by name, fp32 first; the last one is shipped.",
+    )
+    opset: Opset | None = Field(
+        None, description="ONNX operator set of the graphs; none takes the exporter's own choice."
+    )
+    shapes: Shapes = Field(
+        DynamicShapes(kind="dynamic"),
+        description="Whether a graph takes any number of rows and tokens, or one of each.",
     )
 
 
@@ -363,6 +376,14 @@ def _contradictions(recipe: EncoderRecipe) -> Iterator[str]:
             yield f"{where}: {name!r} stands there {names.count(name)} times; give each its own name"
     if recipe.export.forms[0].kind != "fp32":
         yield f"export.forms.0: found {recipe.export.forms[0].kind!r}; put fp32 first, every other form is made from it"
+    shapes = recipe.export.shapes
+    if isinstance(shapes, StaticShapes):
+        longest = max(recipe.data.max_tokens, *recipe.bench.lengths)
+        if shapes.length < longest:
+            yield (
+                f"export.shapes.length: found {shapes.length}; make it {longest} or more, which data.max_tokens and bench.lengths "
+                "read, or make those smaller"
+            )
     if isinstance(recipe.student, FreshEncoder) and not recipe.teachers:
         yield "student.kind: a fresh student takes its tokenizer from the first teacher; name a teacher, or use kind: full"
     if recipe.training.examples < recipe.training.batch:

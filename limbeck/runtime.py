@@ -81,7 +81,8 @@ class Decoder:
     """One decoder graph, its KV cache, and where in the sequence it stands.
 
     The cache of a fused graph is one buffer a layer that it reads and writes in place; it is kept between prompts and
-    grows when a longer one comes. Other graphs (metadata ``limbeck.cache: grows``) return a longer cache at every step.
+    grows when a longer one comes. Other graphs (metadata ``limbeck.cache: grows``) return a longer cache at every step, and those
+    of fixed shape (``shifts``) read one token a run and forget the cache's oldest column: a prompt then takes a run a token.
     Padding on either side is right, ragged batches included, because the graph itself places each row's tokens
     (see `export.graph` and `export.dynamo`).
     """
@@ -187,8 +188,12 @@ class Decoder:
         self.all_logits = self.metadata.get("limbeck.logits") == "all"
         self.vocabulary = int(self.session.get_outputs()[0].shape[-1])
         self.context = int(self.metadata.get("limbeck.context", "0")) or None
-        self.grows = self.metadata.get("limbeck.cache") == "grows"
-        self._cache: list[Any] = []  # of a graph whose cache grows: what the last run returned
+        self.grows = self.metadata.get("limbeck.cache") in ("grows", "shifts")
+        rows, columns = inputs["attention_mask"].shape
+        self.fixed: tuple[int, int] | None = (rows, columns) if isinstance(columns, int) else None
+        if self.fixed:
+            self.context = min(columns, self.context or columns)
+        self._cache: list[Any] = []  # of a graph that returns its cache: what the last run returned
         self._binding: Any = None
         self._adapter: dict[str, Any] = {}  # graph inputs that are empty unless an adapter fills them
         self._rows = self._capacity = 0
@@ -236,7 +241,8 @@ class Decoder:
         self._reserve(tokens.shape[0], tokens.shape[1] + room)
         self._mask[:, : tokens.shape[1]] = valid
         self._length = tokens.shape[1]
-        self._cache = [self._empty(heads, 0, size) for heads, size in self.past.values()] if self.grows else []
+        columns = self.fixed[1] - 1 if self.fixed else 0
+        self._cache = [self._empty(heads, columns, size) for heads, size in self.past.values()] if self.grows else []
         return self._run(tokens)
 
     def extend(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> Logits:
@@ -267,7 +273,13 @@ class Decoder:
         """
         if not self.all_logits:
             raise DataError("this graph keeps the last logits only; open the decoder with all_logits=True to score.")
-        return self.prefill(ids, mask)
+        np, rows = self._np, self.fixed[0] if self.fixed else None
+        if rows is None or len(tokens := np.asarray(ids)) <= rows:
+            return self.prefill(ids, mask)
+        valid = np.ones_like(tokens) if mask is None else np.asarray(mask)
+        parts = range(0, len(tokens), rows)
+        scored: Logits = np.concatenate([self.prefill(tokens[at : at + rows], valid[at : at + rows]) for at in parts])
+        return scored
 
     def generate(
         self,
@@ -301,6 +313,10 @@ class Decoder:
             raise DataError(
                 f"found {capacity} tokens of prompt and answer; this model's context is {self.context}. Shorten either."
             )
+        if self.fixed and rows > self.fixed[0]:
+            raise DataError(
+                f"found {rows} rows; this graph was made for {self.fixed[0]} (export.shapes.batch). Give it fewer at a time."
+            )
         if rows == self._rows and capacity <= self._capacity:
             return
         self._rows, self._capacity = rows, capacity
@@ -324,18 +340,32 @@ class Decoder:
         return self._ort.OrtValue.ortvalue_from_numpy(array)
 
     def _empty(self, heads: int, tokens: int, size: int) -> Any:
-        cache = self._np.zeros((self._rows, heads, tokens, size), self.cache_type)
+        cache = self._np.zeros((self.fixed[0] if self.fixed else self._rows, heads, tokens, size), self.cache_type)
         return self._ort.OrtValue.ortvalue_from_numpy(cache, self.cache_device, 0)
 
     def _run(self, tokens: Ids) -> Logits:
         """Feed ``tokens[B, S]``, the last S columns of the mask so far."""
+        if self.fixed is None:
+            return self._feed(tokens, self._np.ascontiguousarray(self._mask[:, : self._length]))
+        np, (rows, columns) = self._np, self.fixed
+        out: Logits = np.zeros((len(tokens), tokens.shape[1] if self.all_logits else 1, self.vocabulary), np.float32)
+        fill = ((0, rows - len(tokens)), (0, 0))  # with copies of the last row
+        for at in range(tokens.shape[1]):
+            seen = self._mask[:, : self._length - tokens.shape[1] + at + 1]
+            mask = np.zeros((rows, columns), np.int64)
+            mask[:, columns - seen.shape[1] :] = np.pad(seen, fill, "edge")
+            found = self._feed(np.pad(tokens[:, at : at + 1], fill, "edge"), mask)[: len(tokens)]
+            told = np.ones(len(tokens), bool) if self.all_logits else seen[:, -1] == 1
+            out[told, at if self.all_logits else 0] = found.reshape(len(tokens), -1)[told]
+        return out if self.all_logits else out[:, 0]
+
+    def _feed(self, tokens: Ids, mask: Ids) -> Logits:
         np, ort = self._np, self._ort
         shape = (len(tokens), tokens.shape[1] if self.all_logits else 1, self.vocabulary)
         logits: Logits = np.empty(shape, np.float32)
         # On the CPU these share the arrays' memory: nothing is copied. On a device the cache stays there; only ids, mask
         # and logits travel.
         self._binding.bind_ortvalue_input("input_ids", ort.OrtValue.ortvalue_from_numpy(tokens))
-        mask = np.ascontiguousarray(self._mask[:, : self._length])
         self._binding.bind_ortvalue_input("attention_mask", ort.OrtValue.ortvalue_from_numpy(mask))
         self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
         for name, cache in zip(self.past, self._cache, strict=False):

@@ -19,9 +19,14 @@ from tests.encoders import classifier_recipe, embedding_recipe, make_encoder_stu
 from tests.pico import make_model, make_student, pico_recipe
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "architectures.md"
-FORMS = ("fp32", "int8-weight", "int8-dynamic", "int4-weight")
 # Small blocks: random weights have no redundancy that would forgive large ones.
-IN_RECIPE = ["fp32", *({"kind": form, "block_size": 16} for form in FORMS if form.endswith("-weight")), "int8-dynamic"]
+WEIGHT8, WEIGHT4 = ({"kind": form, "block_size": 16} for form in ("int8-weight", "int4-weight"))
+FORMS = ("fp32", WEIGHT8, "int8-dynamic", "int8-static", WEIGHT4)
+ENCODER_FORMS = ("fp32", WEIGHT8, "int8-dynamic", "int8-static")
+CARDS = (
+    ("cuda", "fp16"),
+    ("tensorrt", "int8-trt"),
+)  # forms that the CPU has no kernels for, and whom they are made for
 SIZES: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True},
     "qwen2": {"tie_word_embeddings": False},
@@ -38,10 +43,12 @@ SIZES: dict[str, dict[str, Any]] = {
 HEAD = """# Architectures
 
 Made by `make architectures`: for each, a tiny random model goes through `export_student` with `backend: auto` and every form; parity with
-torch holds in all cases (ragged batches padded on either side among them), and 16 greedy tokens equal torch's. Do not edit.
+torch holds in all cases (ragged batches padded on either side among them), and 16 greedy tokens equal torch's. Forms for a card are
+checked as far as a CPU can: their graphs are built for that provider and pass parity in onnxruntime's CPU arithmetic, where fp16 products are
+cast to fp32; that a card has a kernel for each operator is not shown here (docs/gpu.md). Do not edit.
 
-| model type | class | backend | passes |
-|---|---|---|---|
+| model type | class | backend | passes | for a card, on a CPU |
+|---|---|---|---|---|
 """
 
 
@@ -63,16 +70,23 @@ def prove(folder: Path, model_type: str) -> str:
     make_student(root / "student", model)
     prompt = np.random.default_rng(5).integers(0, 256, 12).tolist()
     expected, name = greedy(root / "student" / "model", prompt)
-    try:
-        exported = export_student(
-            student=root / "student", out=root / "onnx", recipe=pico_recipe(export={"forms": IN_RECIPE})
-        )
-    except LimbeckError as error:
-        return f"| {model_type} | {name} | | nothing: {str(error).splitlines()[0]} |"
-    found = list(Decoder(exported.path, form="fp32").generate(prompt, 16))
-    assert found == expected, f"{model_type}: {found} instead of {expected}"
-    passed = ", ".join(form for form in FORMS if form in exported.result["forms"])
-    return f"| {model_type} | {name} | {exported.result['backend']['name']} | {passed} |"
+    exports: dict[str, list[Any]] = {"cpu": list(FORMS)} | {card: ["fp32", form] for card, form in CARDS}
+    passed: dict[str, list[str]] = {}
+    backend = ""
+    for provider, forms in exports.items():
+        recipe = pico_recipe(export={"forms": forms, "provider": provider})
+        try:
+            exported = export_student(student=root / "student", out=root / provider, recipe=recipe)
+        except LimbeckError as error:
+            passed[provider] = [f"not for {provider}: {str(error).splitlines()[0]}"]
+            continue
+        passed[provider] = list(exported.result["forms"])
+        if provider == "cpu":
+            backend = exported.result["backend"]["name"]
+            found = list(Decoder(exported.path, form="fp32").generate(prompt, 16))
+            assert found == expected, f"{model_type}: {found} instead of {expected}"
+    cards = ", ".join(form for card, _ in CARDS for form in passed[card] if form != "fp32")
+    return f"| {model_type} | {name} | {backend} | {', '.join(passed['cpu'])} | {cards} |"
 
 
 ENCODERS = ("bert", "distilbert", "roberta")
@@ -91,12 +105,7 @@ def prove_encoder(folder: Path, model_type: str, task: str) -> str:
     student = make_encoder_student(root / "student", model_type, task=task)
     name = json.loads((student.path / "model" / "config.json").read_text())["architectures"][0]
     make = classifier_recipe if task == "classification" else embedding_recipe
-    forms = [
-        form
-        for form in IN_RECIPE
-        if form in ("fp32", "int8-dynamic") or form == {"kind": "int8-weight", "block_size": 16}
-    ]
-    recipe = make(export={"forms": forms})
+    recipe = make(export={"forms": list(ENCODER_FORMS)})
     try:
         exported = export_student(student=student.path, out=root / "onnx", recipe=recipe)
     except LimbeckError as error:

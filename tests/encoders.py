@@ -11,6 +11,7 @@ import numpy as np
 from limbeck.artifact import Artifact, open_artifact, write_artifact
 from limbeck.encoder_recipe import EncoderRecipe, parse_any_recipe
 from limbeck.examples import EXAMPLES, Examples, save_examples
+from limbeck.heldout import CALIBRATION, save_calibration
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "bert": {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 128},
@@ -102,6 +103,8 @@ def make_encoder_student(path: Path, model_type: str, *, task: str, scale: float
         model.save_pretrained(draft.folder / "model")
         tokenizer.save_pretrained(draft.folder / "model")
         save_examples(draft.folder / EXAMPLES, make_examples())
+        rows = make_examples(seed=1)
+        save_calibration(draft.folder / CALIBRATION, [r[:n] for r, n in zip(rows.input_ids, rows.lengths, strict=True)])
         (draft.folder / "teachers.json").write_text(json.dumps([]))
         metrics = {"accuracy": 0.5, "macro_f1": 0.5} if classes else {"spearman": 0.5}
         draft.result = {"task": task, "classes": classes, "metrics": metrics, "teachers": {}}

@@ -12,7 +12,7 @@ import pytest
 from export import export_student
 from limbeck.artifact import Artifact
 from limbeck.runtime import Decoder, load_text
-from tests.architectures import FORMS, IN_RECIPE, SIZES, greedy
+from tests.architectures import SIZES, WEIGHT4, WEIGHT8, greedy
 from tests.pico import make_model, make_student, pico_recipe
 
 HERE = Path(__file__).parent
@@ -21,6 +21,8 @@ CLIENTS = {
     "transformers-js": ["node", str(HERE / "clients/transformers_js.mjs")],
     "optimum": [str(ENVIRONMENTS / "optimum/bin/python"), str(HERE / "clients/optimum_onnx.py")],
 }
+IN_RECIPE = ["fp32", WEIGHT8, "int8-dynamic", WEIGHT4]
+FORMS = ("fp32", "int8-weight", "int8-dynamic", "int4-weight")
 COUNT = 12
 END = {256, 257}
 PROMPTS = [[10, 200, 33, 47, 5, 91], [72, 3], [150, 151, 152, 9]]
@@ -34,7 +36,11 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     # optimum-onnx takes heads to be hidden_size / num_attention_heads wide, whatever head_dim says; so they are here.
     sizes = SIZES[request.param] | ({"num_attention_heads": 2} if request.param == "llama" else {})
     make_student(root / "student", make_model(root / "model", model_type=request.param, **sizes))
-    return export_student(student=root / "student", out=root / "onnx", recipe=pico_recipe(export={"forms": IN_RECIPE}))
+    return export_student(
+        student=root / "student",
+        out=root / "onnx",
+        recipe=pico_recipe(export={"forms": IN_RECIPE}),
+    )
 
 
 def test_greedy_tokens_text_and_chat_are_the_same(exported: Artifact, client: str) -> None:

@@ -128,7 +128,7 @@ def test_what_torch_cannot_place_is_refused(tmp_path: Path) -> None:
 
 
 def test_auto_says_why_the_builder_gave_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.dynamo.build_dynamo", lambda model, folder, metadata, opset: (None, None))
+    monkeypatch.setattr("export.dynamo.build_dynamo", lambda model, folder, metadata, opset, static: (None, None))
     monkeypatch.setattr("export.backend._width", lambda graphs: 32)
     model = make_model(tmp_path / "model", head_dim=8)
     built = build_graphs(model, tmp_path, {}, backend="auto")

@@ -32,8 +32,8 @@ from limbeck.recipe import load_recipe, shipped_recipes
 from limbeck.sources import npm_root, text_files
 from tests.encoders import CLASSES, classifier_recipe, embedding_recipe, make_encoder_student, make_examples, source
 
-FORMS = ("fp32", "int8-weight", "int8-dynamic")
-SMALL = ["fp32", {"kind": "int8-weight", "block_size": 16}, "int8-dynamic"]
+FORMS = ("fp32", "int8-weight", "int8-static", "int8-dynamic")
+SMALL = ["fp32", {"kind": "int8-weight", "block_size": 16}, "int8-static", "int8-dynamic"]
 
 
 # Recipes ---------------------------------------------------------------------------------------------------------
@@ -331,6 +331,10 @@ def test_every_form_of_a_tiny_bert(exported: Exported) -> None:
     assert tuple(forms) == FORMS
     assert forms["int8-dynamic"]["bytes"] < 0.6 * forms["fp32"]["bytes"]
     assert export.verify_parity(exported.onnx.path).keys() == forms.keys()
+    for name, products in (("int8-dynamic", "MatMulIntegerToFloat int8"), ("int8-static", "MatMul int8")):
+        operators = forms[name]["census"]["operators"]
+        assert operators[products] == 12 + (exported.task == "classification")  # six a layer, and the pooler
+        assert operators["QuantizeLinear"] == 8 + (exported.task == "classification")  # q, k and v share one
     encoder = Encoder(exported.onnx.path, form="fp32")
     ids, mask = make_examples(seed=7).batch(slice(None))
     student = load_student(exported.student / "model", task=exported.task)

@@ -339,7 +339,7 @@ def test_every_form_ships_from_one_folder(tmp_path: Path) -> None:
     operators = {name: form["census"]["operators"] for name, form in exported.result["forms"].items()}
     assert operators["int4-weight"]["MatMulNBits 4-bit block 16"] == 4  # two layers of gate and up
     assert operators["int4-weight"]["MatMulNBits 8-bit block 32"] == 7  # two of q/k/v, out and down, and the head
-    assert operators["int8-dynamic"]["MatMulInteger int8"] == 6
+    assert operators["int8-dynamic"]["MatMulIntegerToFloat int8"] == 6
     assert operators["int8-dynamic"]["QuantizeLinear"] == 4  # gate and up share their input's
     for name in ("int8-dynamic", "int4-weight"):
         facts = exported.result["forms"][name]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from limbeck.recipe.distillation import FittedCalibration, FixedCalibration, FreshStudent, LoraStudent, StaticWeights
-from limbeck.recipe.export import NO_KERNEL, MixedByLoss, MixedByRule, MixedBySize
+from limbeck.recipe.export import NO_KERNEL, MixedByLoss, MixedByRule, MixedBySize, StaticShapes
 
 if TYPE_CHECKING:
     from limbeck.recipe import Recipe
@@ -60,6 +60,25 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
             yield "export.adapters: adapters are fp32 and the forms for other providers than cpu are not; use merged"
         if recipe.export.recover is not None or not isinstance(recipe.export.mixed, MixedByRule):
             yield "export.adapters: mixed and recover round the merged student, not its base; use merged, or leave both out"
+    shapes = recipe.export.shapes
+    if isinstance(shapes, StaticShapes):
+        if recipe.export.backend != "dynamo":
+            yield f"export.shapes: {recipe.export.backend} leaves no choice, GenAI's builder makes graphs of free shapes alone; use backend: dynamo"
+        if (
+            recipe.export.adapters == "separate"
+            or recipe.export.recover is not None
+            or not isinstance(recipe.export.mixed, MixedByRule)
+        ):
+            yield "export.shapes: adapters, mixed and recover feed graphs of free shapes; use dynamic, or leave them out"
+        longest = max(recipe.data.block, recipe.bench.prompt_tokens + recipe.bench.new_tokens)
+        if shapes.length < longest:
+            yield (
+                f"export.shapes.length: found {shapes.length}; make it {longest} or more, which data.block and bench.prompt_tokens + "
+                "bench.new_tokens read, or make those smaller"
+            )
+        for kind in ("offline", "server"):
+            if recipe.bench.scenario(kind) is not None:
+                yield f"bench.scenarios: {kind} runs batches that change in size, which a static graph cannot; take it out"
     provider = recipe.export.provider
     for index, form in enumerate(recipe.export.forms):
         refused = NO_KERNEL.get((provider, form.kind))

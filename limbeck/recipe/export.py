@@ -32,7 +32,7 @@ class Int8WeightForm(Frozen):
 
 
 class Int8DynamicForm(Frozen):
-    """MatMulInteger: signed 8-bit weights with a scale a channel, activations with one a token; 8-bit blocks in head and FFN output."""
+    """Integer products: signed 8-bit weights with a scale a channel, activations with one a token; 8-bit blocks in head and FFN output."""
 
     kind: Literal["int8-dynamic"]
 
@@ -132,6 +132,29 @@ class Recover(Frozen):
     learning_rate: Positive = Field(1e-4, description="Peak learning rate of AdamW; every rounded weight is trained.")
 
 
+Opset = Annotated[Int, Field(ge=18, le=23)]
+
+
+class DynamicShapes(Frozen):
+    """Any number of rows and tokens."""
+
+    kind: Literal["dynamic"]
+
+
+class StaticShapes(Frozen):
+    """One number of rows and one of tokens, for compilers that plan for one shape (NPUs, TensorRT): standard operators alone, each
+    dimension a number. Fewer rows and tokens are padded."""
+
+    kind: Literal["static"]
+    batch: Count = Field(1, description="Rows of a batch.")
+    length: Annotated[Int, Field(ge=2)] = Field(
+        description="Tokens of a row; of a language model, of prompt and answer together."
+    )
+
+
+Shapes = Annotated[Annotated[DynamicShapes | StaticShapes, Field(discriminator="kind")], BeforeValidator(shorthand)]
+
+
 class Export(Frozen):
     """Graphs made from the student. The last form is the one that is shipped."""
 
@@ -139,9 +162,13 @@ class Export(Frozen):
         "auto",
         description="Graph builder: GenAI's (fused attention, few architectures) or torch's exporter; auto says what it chose and why.",
     )
-    opset: Annotated[Int, Field(ge=18, le=23)] | None = Field(
+    opset: Opset | None = Field(
         None,
         description="ONNX operator set of the graphs, of backend dynamo only; none takes the exporter's own choice.",
+    )
+    shapes: Shapes = Field(
+        DynamicShapes(kind="dynamic"),
+        description="Whether the graphs take any number of rows and tokens, or one of each (backend dynamo; for other runtimes).",
     )
     adapters: Literal["merged", "separate"] = Field(
         "merged",
