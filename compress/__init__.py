@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from limbeck import sources
@@ -12,7 +12,7 @@ from limbeck.recipe import FreshStudent, Recipe, fingerprint
 
 _VERSION = 1  # of the stage: raise it when the same input would give another student
 
-__all__ = ["distill", "recover"]
+__all__ = ["cache_teachers", "distill", "heal", "recover"]
 
 
 def distill(*, recipe: AnyRecipe, out: Path, products: Mapping[str, Path] | None = None) -> Artifact:
@@ -77,6 +77,43 @@ def recover(
 
     try:
         return train_through(student=trained, onnx=exported, recipe=recipe, out=out, products=products or {}, key=key)
+    finally:
+        give_memory_back()
+
+
+def heal(
+    *,
+    recipe: Recipe,
+    products: Mapping[str, Path],
+    work: Path,
+    rounds: Sequence[int],
+    goes_on: Callable[[int, float], bool],
+) -> None:
+    """Distil the recipe's student to ``rounds[-1]`` tokens, and ask after each of the rounds whether it goes on.
+
+    ``rounds`` are rising multiples of `training.batch_tokens`; ``goes_on`` is given the index of a round and the mean held-out NLL
+    after it, in nats a token. Inner layers are not aligned, and teachers answer from the `hidden` cache, which then is the same for
+    every student. ``work`` holds checkpoint and log, from which an interrupted distillation goes on (and tells the rounds again).
+    Raises as `distill`.
+    """
+    quiet_libraries()
+    from compress.healing import heal as run
+    from compress.host import give_memory_back
+
+    try:
+        run(recipe=recipe, products=products, work=work, rounds=rounds, goes_on=goes_on)
+    finally:
+        give_memory_back()
+
+
+def cache_teachers(*, recipe: Recipe, products: Mapping[str, Path], work: Path, rounds: Sequence[int]) -> None:
+    """Let every teacher read once what `heal` will ask it for. Raises as `distill`."""
+    quiet_libraries()
+    from compress.healing import cache_teachers as run
+    from compress.host import give_memory_back
+
+    try:
+        run(recipe=recipe, products=products, work=work, rounds=rounds)
     finally:
         give_memory_back()
 

@@ -113,7 +113,8 @@ def load_model(
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast the frozen fp32 matrices of linear layers to autocast's ``dtype`` once, as it would at every use.
 
-    The same bits come out, from half the memory. What an embedding shares stays as it is.
+    The same bits come out, from half the memory. What an embedding shares keeps its type. Everything is copied, so that nothing
+    holds the file that the weights were mapped from, which would stay in memory whole.
     """
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for module in model.modules():
@@ -122,6 +123,9 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
         for parameter in module.parameters(recurse=False):
             if not parameter.requires_grad and id(parameter) not in embedded:
                 parameter.data = parameter.data.to(dtype)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype != dtype and not tensor.requires_grad:
+            tensor.data = tensor.data.clone()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

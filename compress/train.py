@@ -41,7 +41,7 @@ from compress.fusion import (
     span_of,
     teacher_statistics,
 )
-from compress.host import prepare_host
+from compress.host import give_memory_back, prepare_host
 from compress.models import DTYPES, cast_frozen, load_model, load_tokenizer, require_same_tokenizer, resolve_device
 from compress.sharded import like, whole
 from compress.shrink import Importance
@@ -96,6 +96,7 @@ def _save(
 ) -> None:
     """Write the artifact with the best weights, measured again as they will be loaded: merged, in fp32."""
     started, recipe = time.monotonic(), run.recipe
+    give_memory_back()  # the student is about to be loaded a second time
     model = run.student.model
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     with write_artifact(out, kind="student", key=key, parents=parents, recipe=recipe) as draft:
@@ -281,8 +282,11 @@ class State:
     best: dict[str, Tensor] = field(default_factory=dict)
 
 
-def fit(run: Run) -> State:
-    """Train to the end of the budget, or until held-out NLL has not improved for ``patience`` measurements."""
+def fit(run: Run, *, ends: Callable[[], bool] = lambda: False) -> State:
+    """Train to the end of the budget, or until held-out NLL has not improved for ``patience`` measurements.
+
+    ``ends`` is asked after every measurement but the first, once that is in the log, and may end the training early.
+    """
     config, accelerator = run.recipe.training, run.accelerator
     trained = [p for p in run.student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -314,6 +318,8 @@ def fit(run: Run) -> State:
             share_of_step = share_of_step if run.steps else done - before
             if state.step % config.evaluate_every == 0 or done >= 1:
                 _record(run, "evaluate", _evaluate_student(run, state))
+                if ends():
+                    break
                 done = run.share(state)
             if state.step % config.checkpoint_every == 0 and done < 1:
                 _save_checkpoint(run, optimizer, state)

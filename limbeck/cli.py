@@ -418,10 +418,10 @@ def search(
     Example:
       limbeck search smollm2/135m-two-experts --set budget.size_mb=120 --set budget.tpot_ms=8
     """
-    from limbeck.search import search as run_search
+    from limbeck import search as searching
 
-    found = run_search(_load(recipe, overrides, shrink), out=out)
-    print(f"{found.table}\n\n{found.sentence}\npicture: {found.folder / 'search.svg'}", flush=True)
+    found = searching.search(_load(recipe, overrides, shrink), out=out)
+    searching.show(found)
     raise typer.Exit(found.exit_code)
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    Answers = npt.NDArray[np.float32]
+
 # Architectures whose positions begin behind the id of the padding token, which shortens their context.
 COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
 _ANSWERS = {"classification": "logits", "embedding": "sentence_embedding"}
@@ -97,7 +99,8 @@ class Encoder:
             np.pad(np.pad(a, ((0, missing[0]), (0, 0)), "edge"), ((0, 0), (0, missing[1]))) for a in (tokens, valid)
         )
         parts = [self._answer(tokens[at : at + rows], valid[at : at + rows]) for at in range(0, len(tokens), rows)]
-        return np.concatenate(parts)[:count]
+        answers: Answers = np.concatenate(parts)[:count]
+        return answers
 
     def _answer(self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         found: npt.NDArray[Any] = self._session.run([_ANSWERS[self.task]], {"input_ids": ids, "attention_mask": mask})[

@@ -176,7 +176,7 @@ def _stage(stage: str, recipe: AnyRecipe, folder: Path) -> None:
     """Run one stage of a folder that is ours."""
     out = folder / _FOLDERS[stage]
     if stage == "compress":
-        _distill("compress", recipe, folder, _make_products(recipe))
+        _distill("compress", recipe, folder, make_products(recipe))
     elif stage == "export":
         _export(recipe, folder)
     else:
@@ -206,7 +206,7 @@ def _export(recipe: AnyRecipe, folder: Path) -> None:
     ships = False
     first = make("export", student, aside if shipped else onnx)
     if first.get("needs_recovery") and isinstance(recipe, Recipe):
-        plain, teachers = aside if shipped else onnx, _make_products(recipe)
+        plain, teachers = aside if shipped else onnx, make_products(recipe)
         _timed(
             "recover",
             folder,
@@ -245,7 +245,7 @@ def bench_targets(
     print(f"{serve_bench.table(made)}\n\nsamples: {folder}", flush=True)
 
 
-def _make_products(recipe: AnyRecipe) -> dict[str, Path]:
+def make_products(recipe: AnyRecipe) -> dict[str, Path]:
     """Make the students of other recipes that ``recipe`` learns from; their artifacts by teacher name."""
     products, teachers = plan(recipe)
     for product in products:
@@ -263,7 +263,7 @@ def ablate(recipe: Recipe, *, arms: Sequence[str] | None, seeds: int, out: Path 
 
     require_inputs(recipe)
     with open_run(recipe, out or default_folder(recipe)) as folder:
-        teachers = _make_products(recipe)
+        teachers = make_products(recipe)
         say("== ablation")
         found = ablate(recipe=recipe, products=teachers, out=folder / "ablation", arms=arms or tuple(ARMS), seeds=seeds)
         print(
@@ -328,7 +328,7 @@ def report(folder: Path) -> Report:
         raise ArtifactError(f"{folder}: no such folder; expected a run folder, such as runs/pico-1a2b3c4d.")
     bench = open_artifact(folder / "bench", kind="bench", verify=False)
     resolved = bench.manifest["recipe"]["resolved"]
-    with _locked(folder, wait=False):
+    with locked(folder, wait=False):
         return _tell(folder, parse_any_recipe(resolved, where=str(folder / "bench")))
 
 
@@ -365,7 +365,7 @@ def open_run(recipe: AnyRecipe, folder: Path, *, wait: bool = False) -> Iterator
             folder.mkdir(parents=True, exist_ok=True)
         except PermissionError as error:
             raise EnvironmentalError(f"{folder}: cannot be made ({error.strerror}); name another with --out.") from None
-    with _locked(folder, wait=wait):
+    with locked(folder, wait=wait):
         _require_ours(recipe, folder)
         if not (folder / RUN).exists():
             claim = {"recipe": recipe.name, "digest": recipe.digest, "resolved": recipe.distillation()}
@@ -401,7 +401,7 @@ def _require_ours(recipe: AnyRecipe, folder: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path, *, wait: bool) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool) -> Iterator[None]:
     """Keep every other process out of ``folder``; the system lets go when this one ends, however it ends."""
     try:
         file = (folder / LOCK).open("a+")

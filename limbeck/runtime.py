@@ -278,7 +278,8 @@ class Decoder:
             return self.prefill(ids, mask)
         valid = np.ones_like(tokens) if mask is None else np.asarray(mask)
         parts = range(0, len(tokens), rows)
-        return np.concatenate([self.prefill(tokens[at : at + rows], valid[at : at + rows]) for at in parts])
+        scored: Logits = np.concatenate([self.prefill(tokens[at : at + rows], valid[at : at + rows]) for at in parts])
+        return scored
 
     def generate(
         self,

@@ -7,12 +7,15 @@ promises was measured. Optuna keeps the state (ask and tell), so that a search g
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
 import shutil
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,22 +23,34 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from limbeck import pipeline
-from limbeck.artifact import MANIFEST, open_artifact, write_atomically
-from limbeck.errors import EnvironmentalError, QualityError, RecipeError
+from limbeck.artifact import disk_full_is_a_user_error, open_artifact, write_atomically
+from limbeck.errors import ArtifactError, DivergenceError, EnvironmentalError, QualityError, RecipeError
 from limbeck.plan import form_sizes
 from limbeck.progress import say
-from limbeck.recipe import Budget, FreshStudent, Recipe, find_recipe, fingerprint, parse_recipe
+from limbeck.recipe import (
+    Budget,
+    FreshStudent,
+    MixedByLoss,
+    MixedBySize,
+    Recipe,
+    find_recipe,
+    fingerprint,
+    parse_recipe,
+)
+from limbeck.runtime import import_onnxruntime
 
 if TYPE_CHECKING:
     import numpy as np
     import optuna
 
-CHOSEN, NEAREST, STATE, RESULT, TABLE, PICTURE = (
-    "chosen.yaml", "nearest.yaml", "search.db", "search.json", "search.md", "search.svg"
-)  # fmt: skip
+ASKED, SPENT, TIMING, STATE = "asked.json", "spent.json", "timing.json", "search.db"
+CHOSEN, NEAREST, RESULT, TABLE, PICTURE = "chosen.yaml", "nearest.yaml", "search.json", "search.md", "search.svg"
 _SIZE_ERROR = 0.02  # of the plan, relative
+_NOISE = 0.1  # least error of a time, relative
 _RESERVED = 0.5  # share of the hours kept for the finalists
 _SPEEDS = ("tpot_ms", "ttft_ms")
+_PLAIN = {"recover": None, "adapters": "merged"}  # of `export:`, for every student and form
+_WAIT = 2.0  # seconds between looks at what another worker is doing
 
 
 @dataclass
@@ -75,41 +90,36 @@ class Found:
 def search(recipe: Recipe, *, out: Path | None = None) -> Found:
     """Find the best student within ``recipe.budget`` and write it to ``out`` as a recipe of its own.
 
-    ``out`` defaults to ``runs/search-<name>-<digest8>``; an interrupted search goes on there. Raises `RecipeError` without a
-    budget or a base to start from, `EnvironmentalError` without Optuna, and whatever a stage raises.
+    ``out`` defaults to ``runs/search-<name>-<digest8>``; an interrupted search goes on there, and several processes share one.
+    Raises `RecipeError` without a budget or a base to start from, `EnvironmentalError` without Optuna, `ArtifactError` for a folder
+    that holds something else, and whatever a stage raises.
     """
     budget = _required(recipe)
     _require_optuna()
     pipeline.require_inputs(recipe)
+    import_onnxruntime()  # the first exports need it
     digest = fingerprint(
         [recipe.distillation(), *(recipe.resolved()[k] for k in ("budget", "search", "export", "bench"))]
     )
     folder = out or Path("runs") / f"search-{recipe.name}-{digest[:8]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    started = _started(folder, digest)
+    _require_ours(folder, digest)
     students = dict(_students(recipe))
-    say(f"== search: {len(students)} students in {len(recipe.search.forms)} forms")
-    candidates = _sized(recipe, students)
-    _rule_out_sizes(candidates, budget)
-    model = _predict_speeds(recipe, students, candidates, budget, folder)
-    _halve(recipe, students, candidates, folder, until=started + 3600 * budget.hours * (1 - _RESERVED))
-    measured: list[Candidate] = []
-    for finalist in _order(candidates):
-        if len(measured) == recipe.search.finalists:
-            finalist.out = "not among the finalists"
-            continue
-        run = folder / "finalists" / finalist.name
-        earlier = next((Path(c.run) for c in measured if c.run and c.student == finalist.student), None)
-        if earlier is not None and not run.exists():
-            _share_student(earlier, run)
-        try:
-            _measure(recipe, students, finalist, budget, run)
-        except QualityError as error:
-            finalist.out = f"not exported: {str(error).splitlines()[0].rstrip(':')}"
-            say(f"   {finalist.name}: {error}")
-        else:
-            measured.append(finalist)
-    return _conclude(recipe, students, candidates, budget, model, folder, time.time() - started)
+    candidates = _sized(recipe, students)  # what is wrong with a model or a form is told before anything is written
+    _claim(folder, recipe, digest)
+    clock = _Clock(folder / SPENT)
+    with pipeline.locked(folder, wait=True):
+        if (folder / RESULT).exists():
+            return _found(folder)
+        say(f"== search: {len(students)} students in {len(recipe.search.forms)} forms")
+        _rule_out_sizes(candidates, budget)
+        models = _predict_speeds(recipe, students, candidates, budget, folder)
+        clock.save()
+    _halve(recipe, students, candidates, folder, clock, until=3600 * budget.hours * (1 - _RESERVED))
+    with pipeline.locked(folder, wait=True):
+        if (folder / RESULT).exists():
+            return _found(folder)
+        _measure_finalists(recipe, students, candidates, budget, folder, clock)
+        return _conclude(recipe, students, candidates, budget, models, folder, clock.spent())
 
 
 def _required(recipe: Recipe) -> Budget:
@@ -127,6 +137,10 @@ def _required(recipe: Recipe) -> Budget:
         raise RecipeError(
             f"{recipe.name}: training.minutes: rounds are counted in tokens; give the budget as `tokens`."
         )
+    if list(recipe.search.rungs) != sorted(set(recipe.search.rungs)):
+        raise RecipeError(
+            f"{recipe.name}: search.rungs: found {list(recipe.search.rungs)}; each round is longer than the one before."
+        )
     return recipe.budget
 
 
@@ -138,15 +152,63 @@ def _require_optuna() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def _started(folder: Path, digest: str) -> float:
-    """When this search began, in seconds of the epoch. Raises `RecipeError` for a folder of another search."""
-    path = folder / "started.json"
-    if not path.exists():
-        write_atomically(path, json.dumps({"digest": digest, "started": time.time()}))
-    state = json.loads(path.read_text())
-    if state["digest"] != digest:
-        raise RecipeError(f"{folder}: holds a search with another recipe or budget; name another folder with --out.")
-    return float(state["started"])
+def _require_ours(folder: Path, digest: str) -> None:
+    """Raise `ArtifactError` when ``folder`` cannot be made, or holds anything but this search."""
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise ArtifactError(f"{place}: is a file, not a folder; name another with --out.")
+    try:
+        found = str(json.loads((folder / ASKED).read_text())["digest"])
+    except FileNotFoundError:
+        if folder.exists() and any(entry.name != pipeline.LOCK for entry in folder.iterdir()):
+            raise ArtifactError(
+                f"{folder}: holds files but no search ({ASKED} is missing); name an empty or new folder with --out."
+            ) from None
+        return
+    except (ValueError, KeyError, TypeError):
+        raise ArtifactError(f"{folder / ASKED}: not what Limbeck writes; name another folder with --out.") from None
+    if found != digest:
+        raise ArtifactError(
+            f"{folder}: holds a search of another recipe or budget; leave --out away or name another folder."
+        )
+
+
+def _claim(folder: Path, recipe: Recipe, digest: str) -> None:
+    with disk_full_is_a_user_error(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / ASKED).exists():
+                asked = {"digest": digest, "recipe": recipe.resolved(), "folder": str(recipe.folder)}
+                write_atomically(folder / ASKED, json.dumps(asked, indent=1))
+        except PermissionError as error:
+            raise EnvironmentalError(
+                f"{folder}: cannot be written ({error.strerror}); name another with --out."
+            ) from None
+
+
+class _Clock:
+    """Seconds of work on a search, over all its interruptions; of several workers at once, of the longest."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._before, self._started = self._kept(), time.monotonic()
+
+    def spent(self) -> float:
+        """Seconds until now."""
+        return self._before + time.monotonic() - self._started
+
+    def save(self) -> None:
+        """Keep it for whoever goes on."""
+        write_atomically(self._path, json.dumps({"seconds": round(max(self.spent(), self._kept()), 1)}))
+
+    def _kept(self) -> float:
+        return float(json.loads(self._path.read_text())["seconds"]) if self._path.exists() else 0.0
+
+
+def _found(folder: Path) -> Found:
+    """What a search that is complete came to."""
+    result = json.loads((folder / RESULT).read_text())
+    return Found(folder, result["table"], result["sentence"], result["exit_code"])
 
 
 # Candidates ------------------------------------------------------------------------------------------------------
@@ -160,11 +222,14 @@ def _students(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
         kept = {k: v for k, v in asked.items() if k not in ("rank", "alpha")} if asked["kind"] == "lora" else {}
         yield f"lora-r{rank}", {"kind": "lora", "base": base, **kept, "rank": rank, "alpha": 2 * rank}
     layers, neurons = _dimensions(recipe, base)
+    cut = asked if asked["kind"] == "shrink" else {"kind": "shrink", "base": base}
     for width, depth in itertools.product(space.widths, space.depths):
         kept_layers, kept_neurons = max(1, round(layers * depth)), max(1, int(neurons * width))
         if (kept_layers, kept_neurons) != (layers, neurons):
-            student = {"kind": "shrink", "base": base, "layers": kept_layers, "intermediate_size": kept_neurons}
+            student = {**cut, "layers": kept_layers, "intermediate_size": kept_neurons}
             yield f"cut-{kept_layers}x{kept_neurons}", student
+    if asked["kind"] == "shrink":
+        yield "asked", asked
 
 
 def _dimensions(recipe: Recipe, base: dict[str, Any]) -> tuple[int, int]:
@@ -180,7 +245,7 @@ def _dimensions(recipe: Recipe, base: dict[str, Any]) -> tuple[int, int]:
 def _variant(recipe: Recipe, **changes: Any) -> Recipe:
     """The recipe with some of its parts replaced, in the same folder."""
     tree = recipe.resolved() | {"gates": {}, "budget": None} | changes
-    tree["export"] |= {"recover": None, "mixed": "rule"}
+    tree["export"] |= _PLAIN | {"mixed": "rule"}
     made = parse_recipe(tree, where=recipe.name)
     made._folder = recipe.folder
     return made
@@ -188,10 +253,11 @@ def _variant(recipe: Recipe, **changes: Any) -> Recipe:
 
 def _sized(recipe: Recipe, students: Mapping[str, dict[str, Any]]) -> list[Candidate]:
     found = []
+    whole = _dimensions(recipe, recipe.resolved()["student"]["base"])[0]
     for name, student in students.items():
         made = _variant(recipe, student=student, export=_export(recipe, recipe.search.forms))
         sizes = form_sizes(made)
-        layers = int(student.get("layers") or _dimensions(recipe, student["base"])[0])
+        layers = int(student.get("layers") or whole)
         shape = "whole" if student["kind"] == "lora" else name
         found += [Candidate(name, form, shape, sizes[form], layers) for form in recipe.search.forms]
     return found
@@ -201,7 +267,7 @@ def _export(recipe: Recipe, forms: Sequence[str]) -> dict[str, Any]:
     """The recipe's `export:` with these forms; a form that the recipe describes keeps its description."""
     export: dict[str, Any] = recipe.resolved()["export"]
     described = {form["kind"]: form for form in export["forms"]}
-    return export | {"forms": [described.get(form, form) for form in ("fp32", *forms)]}
+    return export | {"forms": [described.get(form, form) for form in ("fp32", *forms)]} | _PLAIN
 
 
 def _rule_out_sizes(candidates: Sequence[Candidate], budget: Budget) -> None:
@@ -282,13 +348,11 @@ def _predict_speeds(
         by_shape.setdefault(candidate.shape, []).append(candidate)
     shapes = sorted(by_shape, key=lambda shape: (by_shape[shape][0].layers, by_shape[shape][0].size))
     probes = _spread(shapes, recipe.search.probes)
-    say(f"   timing {len(probes)} of {len(shapes)} shapes, untrained: {', '.join(probes)}")
-    timed = []
-    for shape in probes:
-        group = list({c.form: c for c in by_shape[shape]}.values())
-        _export_untrained(recipe, students[group[0].student], [c.form for c in group], folder / "probes" / shape)
-        timed += group
-    measured = _timed(recipe, timed, folder)
+    groups = {shape: list({c.form: c for c in by_shape[shape]}.values()) for shape in probes}
+    if not (folder / TIMING).exists():
+        _time_probes(recipe, students, groups, folder, of=len(shapes))
+    measured = json.loads((folder / TIMING).read_text())
+    timed = [c for group in groups.values() for c in group]
     models = {}
     for metric in _SPEEDS:
         models[metric] = fit_speed(timed, [measured[c.name][metric] for c in timed])
@@ -304,8 +368,8 @@ def _predict_speeds(
                 candidate.predicted[metric] = models[metric](candidate)
     for candidate in left:
         for metric, bound in (("tpot_ms", budget.tpot_ms), ("ttft_ms", budget.ttft_ms)):
-            # A measured one may be as far off in another process as a prediction: what is near the bound stays in.
-            error = models[metric].error or 0.1
+            # What was timed is as far off in another process, and a good fit no promise: what is near the bound stays in.
+            error = max(models[metric].error or 0.0, _NOISE)
             if bound is not None and candidate.predicted.get(metric, 0.0) * (1 - error) > bound:
                 candidate.out = (
                     f"{'timed' if candidate.timed else 'predicted'} {metric[:4]} {candidate.predicted[metric]:.2f} ms"
@@ -356,23 +420,32 @@ def _shape(recipe: Recipe, student: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _timed(recipe: Recipe, timed: Sequence[Candidate], folder: Path) -> dict[str, dict[str, float]]:
-    """Median times of untrained exports by candidate, all in one interleaved run."""
+def _time_probes(
+    recipe: Recipe,
+    students: Mapping[str, dict[str, Any]],
+    groups: Mapping[str, Sequence[Candidate]],
+    folder: Path,
+    *,
+    of: int,
+) -> None:
+    """Median times of untrained exports by candidate, all in one interleaved run, to ``timing.json``; the exports are not kept."""
     import serve_bench
 
-    out = folder / "timing"
+    say(f"== timing {len(groups)} of {of} shapes, untrained: {', '.join(groups)}")
+    for shape, group in groups.items():
+        _export_untrained(recipe, students[group[0].student], [c.form for c in group], folder / "probes" / shape)
+    bench = recipe.bench.model_copy(
+        update={"minutes": 1.0, "min_blocks": 3, "scenarios": (recipe.bench.scenario("single"),), "runtimes": ()}
+    )
+    timed = [c for group in groups.values() for c in group]
     targets = [f"{folder / 'probes' / c.shape}#{c.form}" for c in timed]
-    if not (out / MANIFEST).is_file():
-        bench = recipe.bench.model_copy(
-            update={"minutes": 1.0, "min_blocks": 3, "scenarios": (recipe.bench.scenario("single"),), "runtimes": ()}
-        )
-        serve_bench.measure_targets(targets, out=out, bench=bench)
-    result = open_artifact(out, kind="bench", verify=False).result
+    result = serve_bench.measure_targets(targets, out=folder / "probes" / "timing", bench=bench).result
     arms = [arm for arm in result["arms"].values() if arm["role"] != "twin"]
-    assert result["targets"] == targets, "the timing is of other exports"
-    return {
+    times = {
         c.name: {metric: float(arm[metric]["value"]) for metric in _SPEEDS} for c, arm in zip(timed, arms, strict=True)
     }
+    write_atomically(folder / TIMING, json.dumps(times, indent=1))
+    shutil.rmtree(folder / "probes")
 
 
 # Halving ---------------------------------------------------------------------------------------------------------
@@ -383,137 +456,192 @@ def _halve(
     students: Mapping[str, dict[str, Any]],
     candidates: Sequence[Candidate],
     folder: Path,
+    clock: _Clock,
     *,
     until: float,
 ) -> None:
-    """Distil every student that is left for a short round, the better half for a longer one, and so on."""
-    import optuna
+    """Distil every student that is left for a short round, the better half on to a longer one, and so on.
+
+    Every worker takes students from one queue until it is empty and the others are done. After ``until`` seconds none is begun.
+    """
+    import compress
 
     names = list(dict.fromkeys(c.student for c in _in(candidates)))
     if not names:
         return
-    storage = optuna.storages.RDBStorage(
-        f"sqlite:///{(folder / STATE).resolve()}", engine_kwargs={"connect_args": {"timeout": 60}}
-    )
-    study = optuna.create_study(
-        study_name="students",
-        storage=storage,
-        load_if_exists=True,
-        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2, min_early_stopping_rate=0),
-        sampler=optuna.samplers.RandomSampler(seed=recipe.seed),
-    )
-    _enqueue(study, names)
-    while (trial := _ask(study)) is not None:
-        name = trial.user_attrs["student"]
-        trial.set_user_attr("worker", _worker())
-        _climb(study, trial, recipe, name, students[name], folder, until=until)
-    reached: dict[str, tuple[int, float]] = {}
-    for frozen in study.get_trials(states=(optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)):
-        if frozen.intermediate_values:
-            rung = max(frozen.intermediate_values)
-            reached[frozen.user_attrs["student"]] = (rung, frozen.intermediate_values[rung])
+    step = recipe.training.batch_tokens
+    assert recipe.training.tokens is not None  # as `_required` made sure
+    rounds = sorted({max(min(tokens, recipe.training.tokens) // step, 1) * step for tokens in recipe.search.rungs})
+    with pipeline.locked(folder, wait=True), _study(folder, recipe.seed) as study:
+        products = pipeline.make_products(recipe)
+        if not study.user_attrs.get("cached"):
+            say("== teachers, once")
+            first = _variant(recipe, student=students[names[0]])
+            work = folder / "healing" / "teachers"
+            compress.cache_teachers(recipe=first, products=products, work=work, rounds=rounds)
+            study.set_user_attr("cached", True)
+        _enqueue(study, names)
+    with _worker(folder) as me, _study(folder, recipe.seed) as study:
+        while (trial := _next(study, folder, me)) is not None:
+            name = trial.user_attrs["student"]
+            if clock.spent() > until:
+                _tell(study, trial, None)
+                continue
+            _heal(study, trial, recipe, name, students[name], products, folder, rounds, lambda: clock.spent() > until)
+            clock.save()
+        reached, why = _reached(study)
     top = max((rung for rung, _ in reached.values()), default=0)
     for candidate in _in(candidates):
         if candidate.student not in reached:
-            candidate.out = "no time left for it"
+            candidate.out = why.get(candidate.student, "no time left for it")
             continue
         rung, candidate.nll = reached[candidate.student]
-        candidate.tokens = recipe.search.rungs[rung.bit_length() - 1]
+        candidate.tokens = rounds[rung]
         if rung < top:
             candidate.out = f"behind after {candidate.tokens} tokens"
 
 
+@contextmanager
+def _study(folder: Path, seed: int) -> Iterator[optuna.Study]:
+    """The queue of students and what they came to, in the folder's database."""
+    import optuna
+
+    storage = optuna.storages.RDBStorage(
+        f"sqlite:///{(folder / STATE).resolve()}", engine_kwargs={"connect_args": {"timeout": 60}}
+    )
+    try:
+        yield optuna.create_study(
+            study_name="students",
+            storage=storage,
+            load_if_exists=True,
+            pruner=optuna.pruners.SuccessiveHalvingPruner(
+                min_resource=1, reduction_factor=2, min_early_stopping_rate=0
+            ),
+            sampler=optuna.samplers.RandomSampler(seed=seed),
+        )
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def _reached(study: optuna.Study) -> tuple[dict[str, tuple[int, float]], dict[str, str]]:
+    """Of every student that was distilled, the last round and the loss after it; of those that failed, why."""
+    import optuna
+
+    reached, why = {}, {}
+    for frozen in study.get_trials(states=(optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)):
+        name = frozen.user_attrs["student"]
+        if "why" in frozen.user_attrs:
+            why[name] = str(frozen.user_attrs["why"])
+        elif frozen.intermediate_values:
+            step = max(frozen.intermediate_values)
+            reached[name] = (step.bit_length() - 1, frozen.intermediate_values[step])
+    return reached, why
+
+
 def _enqueue(study: optuna.Study, names: Sequence[str]) -> None:
-    """Queue each student once, and again where the process that had it is gone."""
+    """Queue each student that is not there yet. To be called by one worker at a time."""
     import optuna
 
     state = optuna.trial.TrialState
-    for frozen in study.get_trials(states=(state.RUNNING,)):
-        worker = frozen.user_attrs.get("worker")
-        if worker is not None and not _alive(worker):
-            study.tell(frozen.number, state=state.FAIL)
-    queued = (state.RUNNING, state.WAITING, state.COMPLETE, state.PRUNED)
-    held = {frozen.user_attrs["student"] for frozen in study.get_trials(states=queued)}
+    queued = study.get_trials(states=(state.RUNNING, state.WAITING, state.COMPLETE, state.PRUNED))
+    held = {frozen.user_attrs.get("student") for frozen in queued}
     for name in names:
         if name not in held:
             study.enqueue_trial({}, user_attrs={"student": name})
 
 
-def _ask(study: optuna.Study) -> optuna.Trial | None:
-    """The next student in the queue; none when it is empty."""
+def _next(study: optuna.Study, folder: Path, me: str) -> optuna.Trial | None:
+    """The next student of the queue, back in which go those whose worker is gone; none when all are done."""
     import optuna
 
-    if not study.get_trials(states=(optuna.trial.TrialState.WAITING,)):
-        return None
-    trial = study.ask()
-    if "student" not in trial.user_attrs:  # another worker took the last one in between
-        study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        return None
-    return trial
+    state = optuna.trial.TrialState
+    while True:
+        with pipeline.locked(folder, wait=True):
+            running = study.get_trials(states=(state.RUNNING,))
+            for frozen in running:
+                if not _alive(folder, frozen.user_attrs.get("worker")):
+                    study.tell(frozen.number, state=state.FAIL)
+                    study.enqueue_trial({}, user_attrs={"student": frozen.user_attrs["student"]})
+            if study.get_trials(states=(state.WAITING,)):
+                trial = study.ask()
+                trial.set_user_attr("worker", me)
+                return trial
+        if not running:
+            return None
+        time.sleep(_WAIT)
 
 
-def _worker() -> dict[str, Any]:
-    return {"host": os.uname().nodename, "pid": os.getpid()}
+@contextmanager
+def _worker(folder: Path) -> Iterator[str]:
+    """A name for this worker, by which others see whether it is alive: it holds a lock as long as its process runs."""
+    (folder / "workers").mkdir(exist_ok=True)
+    path = folder / "workers" / f"{os.uname().nodename}-{os.getpid()}-{time.monotonic_ns()}"
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield path.name
+        finally:
+            path.unlink()
 
 
-def _alive(worker: Mapping[str, Any]) -> bool:
-    """Whether a worker of this machine runs; of another machine's nothing is known, so it counts as running."""
-    if worker["host"] != os.uname().nodename:
-        return True
-    try:
-        os.kill(worker["pid"], 0)
-    except ProcessLookupError:
+def _alive(folder: Path, worker: str | None) -> bool:
+    if worker is None:  # it fell between taking a student and saying so
         return False
-    return True
+    try:
+        with (folder / "workers" / worker).open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
-def _climb(
+def _heal(
     study: optuna.Study,
     trial: optuna.Trial,
     recipe: Recipe,
     name: str,
     student: dict[str, Any],
+    products: Mapping[str, Path],
     folder: Path,
-    *,
-    until: float,
+    rounds: Sequence[int],
+    late: Callable[[], bool],
 ) -> None:
+    """Distil one student from the shared cache for as many rounds as it earns, and tell the study."""
+    import compress
+
+    say(f"== healing {name}")
+    reported: list[float] = []
+
+    def goes_on(index: int, nll: float) -> bool:
+        say(f"   {name}: {nll:.4f} nats a token after {rounds[index]} tokens")
+        reported.append(nll)
+        trial.report(nll, step=2**index)
+        return not (late() or trial.should_prune())
+
+    work = folder / "healing" / name
+    tree = recipe.resolved()
+    training = tree["training"] | {"learning_rate": _rate(recipe, student)}
+    short = _variant(recipe, name=f"{recipe.name[:50]}-{name}"[:80], student=student, training=training)
+    try:
+        compress.heal(recipe=short, products=products, work=work, rounds=rounds, goes_on=goes_on)
+    except DivergenceError as error:
+        say(f"   {name}: {error}")
+        trial.set_user_attr("why", "diverged")
+    _tell(study, trial, reported[-1] if len(reported) == len(rounds) else None)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _tell(study: optuna.Study, trial: optuna.Trial, nll: float | None) -> None:
+    """The loss after the last round, or that there was none."""
     import optuna
 
-    state = optuna.trial.TrialState
-    if time.time() > until:
-        study.tell(trial, state=state.PRUNED)
-        return
-    nll = float("inf")
-    for index, tokens in enumerate(recipe.search.rungs):
-        nll = _healed(recipe, name, student, tokens, folder)
-        trial.report(nll, step=2**index)
-        if index + 1 < len(recipe.search.rungs) and (trial.should_prune() or time.time() > until):
-            study.tell(trial, state=state.PRUNED)
-            return
-    study.tell(trial, nll)
-
-
-def _healed(recipe: Recipe, name: str, student: dict[str, Any], tokens: int, folder: Path) -> float:
-    """Mean held-out NLL after a distillation of ``tokens`` from the cache that every student shares."""
-    tree = recipe.resolved()
-    tokens = max(tokens // tree["training"]["batch_tokens"], 1) * tree["training"]["batch_tokens"]
-    short = _variant(
-        recipe,
-        name=f"{recipe.name[:60]}-{name}",
-        student=student,
-        # Aligned layers depend on the student's depth; without them every student reads the same cache.
-        features=tree["features"] | {"weight": 0},
-        training=tree["training"]
-        | {
-            "tokens": tokens,
-            "teacher_cache": "hidden",
-            "learning_rate": _rate(recipe, student),
-            "evaluate_every": 10**9,
-        },
-    )
-    out = folder / "students" / name / str(tokens)
-    pipeline.run_stage("compress", short, out=out)
-    return float(open_artifact(out / "student", kind="student", verify=False).result["mean_nll"])
+    if nll is None:
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+    else:
+        study.tell(trial, nll)
 
 
 def _rate(recipe: Recipe, student: Mapping[str, Any]) -> float:
@@ -527,17 +655,53 @@ def _rate(recipe: Recipe, student: Mapping[str, Any]) -> float:
 # Finalists -------------------------------------------------------------------------------------------------------
 
 
-def _order(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Who is measured first: the best student of each form, then the next best; rounding costs each form another loss."""
-    left = sorted(_in(candidates), key=lambda c: (c.nll or 0.0, -c.size))
-    leaders = list({c.form: c for c in reversed(left)}.values())
-    return sorted(leaders, key=left.index) + [c for c in left if c not in leaders]
+def _measure_finalists(
+    recipe: Recipe,
+    students: Mapping[str, dict[str, Any]],
+    candidates: Sequence[Candidate],
+    budget: Budget,
+    folder: Path,
+    clock: _Clock,
+) -> None:
+    """Run the whole job of the finalists; where none of them keeps the budget, of the next ones while there is time for it."""
+    order, longest, wanted = finalists(candidates), 0.0, recipe.search.finalists
+    for place, finalist in enumerate(order):
+        passed = any(c.verdict == "pass" for c in order) and sum(bool(c.measured) for c in order) >= wanted
+        late = place >= wanted and clock.spent() + longest > 3600 * budget.hours
+        if passed or late:
+            finalist.out = finalist.out or "not among the finalists"
+            continue
+        began, run = clock.spent(), folder / "finalists" / finalist.name
+        earlier = next((Path(c.run) for c in order[:place] if c.run and c.student == finalist.student), None)
+        if earlier is not None and (earlier / "student").exists() and not run.exists():
+            _share_student(earlier, run)
+        _measure(recipe, students, finalist, budget, run)
+        clock.save()
+        longest = max(longest, clock.spent() - began)
+
+
+def finalists(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Every healed student that may keep the budget: the best of each form first, then those that went furthest.
+
+    Rounding costs each form another loss, which is not known yet; so each has its best student measured.
+    """
+    healed = [c for c in candidates if c.nll is not None]
+    order = sorted(healed, key=lambda c: (-c.tokens, c.nll, -c.size))
+    leaders = list({c.form: c for c in reversed(order)}.values())
+    return sorted(leaders, key=order.index) + [c for c in order if c not in leaders]
 
 
 def final_recipe(recipe: Recipe, student: dict[str, Any], candidate: Candidate, budget: Budget) -> dict[str, Any]:
     """The recipe of one candidate as plain data that stands alone: no `extends`, every path absolute, the budget as gates."""
     tree = recipe.resolved()
     gates = tree["gates"]
+    export, mixed = _export(recipe, [candidate.form]), recipe.export.mixed
+    if candidate.form != "int4-weight":
+        export["mixed"] = "rule"  # the other choices are between 4 and 8 bits
+    elif isinstance(mixed, MixedBySize):  # whose bound may be a gate of the recipe that is not in the budget
+        export["mixed"]["mb"] = mixed.mb or budget.size_mb or gates["max_size_mb"]
+    elif isinstance(mixed, MixedByLoss):
+        export["mixed"]["rise"] = mixed.rise if mixed.rise is not None else gates["max_quantization_loss"]
     for gate, bound in (
         ("max_size_mb", budget.size_mb),
         ("max_tpot_ms", budget.tpot_ms),
@@ -547,13 +711,9 @@ def final_recipe(recipe: Recipe, student: dict[str, Any], candidate: Candidate, 
         gates[gate] = bound
     gates["max_quantization_loss"] = None  # what rounding costs is part of the loss that is chosen by
     del tree["budget"], tree["search"]
-    export = _export(recipe, [candidate.form]) | {"recover": None}
-    if candidate.form != "int4-weight":
-        export["mixed"] = "rule"  # the other choices are between 4 and 8 bits
     tree |= {
-        "name": f"{recipe.name[:50]}-{candidate.student}"[
-            :80
-        ],  # not the form: a student is trained once for all of them
+        # Not the form: a student is trained once for all of them.
+        "name": f"{recipe.name[:50]}-{candidate.student}"[:80],
         "description": f"{candidate.student} of {recipe.name} as {candidate.form}, found by limbeck search.",
         "student": student,
         "export": export,
@@ -597,9 +757,15 @@ def _measure(
     """Run a finalist's whole job in the folder ``run``, and keep what was measured."""
     say(f"== finalist {finalist.name}")
     tree = final_recipe(recipe, students[finalist.student], finalist, budget)
-    report = pipeline.run(parse_recipe(tree, where=finalist.name), out=run)
+    finalist.run, finalist.out = str(run), None
+    try:
+        report = pipeline.run(parse_recipe(tree, where=finalist.name), out=run)
+    except QualityError as error:
+        say(f"   {finalist.name}: {error}")
+        finalist.out = f"not exported: {str(error).splitlines()[0].rstrip(':')}"
+        return
     assert report is not None
-    finalist.run, finalist.verdict = str(run), report.verdict.status
+    finalist.verdict = report.verdict.status
     bench = open_artifact(run / "bench", kind="bench", verify=False).result
     arm = bench["arms"][bench["judged"]]
     finalist.measured = {
@@ -620,7 +786,7 @@ def _conclude(
     students: Mapping[str, dict[str, Any]],
     candidates: Sequence[Candidate],
     budget: Budget,
-    model: Mapping[str, SpeedModel],
+    models: Mapping[str, SpeedModel],
     folder: Path,
     seconds: float,
 ) -> Found:
@@ -636,10 +802,12 @@ def _conclude(
         sentence = (
             f"{_bound(candidates, budget)} The nearest is {best.name}: {_said(best)}; limbeck run {folder / NEAREST}"
         )
+    if said := ", ".join(f"{metric} within {m.error:.0%}" for metric, m in models.items() if m.error is not None):
+        sentence += f"\nPredicted times: {said}, by the worst of the timed exports that the prediction had not seen."
     tree = final_recipe(recipe, students[best.student], best, budget)
     head = f"# Found by `limbeck search {recipe.name}` for {_asked(budget)}: {_said(best)}.\n"
     write_atomically(folder / name, head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120))
-    table = markdown(candidates, best)
+    table = markdown(rows(candidates, best))
     write_atomically(folder / TABLE, f"{table}\n\n{sentence}\n")
     _draw(candidates, budget, best, folder / PICTURE)
     write_atomically(
@@ -650,9 +818,10 @@ def _conclude(
                 "budget": budget.model_dump(mode="json"),
                 "best": best.name,
                 "sentence": sentence,
+                "table": table,
                 "exit_code": code,
                 "seconds": round(seconds, 1),
-                "speed_error": {metric: fitted.error for metric, fitted in model.items()},
+                "speed_error": {metric: fitted.error for metric, fitted in models.items()},
                 "candidates": [asdict(c) for c in candidates],
             },
             indent=1,
@@ -677,7 +846,9 @@ def nearest(candidates: Sequence[Candidate], budget: Budget) -> Candidate:
 
 
 def _bound(candidates: Sequence[Candidate], budget: Budget) -> str:
-    """Which bound cannot be met, in a sentence."""
+    """Which bound cannot be met, or between which the measuring did not decide, in a sentence."""
+    if undecided := [f"{c.name}: {c.out}" for c in candidates if c.verdict == "undecided"]:
+        return f"Not decided, give bench.minutes more ({' | '.join(undecided)})."
     if budget.size_mb is not None and (least := min(c.size for c in candidates)) > 1e6 * budget.size_mb:
         return f"No student is small enough: size_mb {budget.size_mb:g} is asked for, the smallest is planned at {_mb(least)}."
     for metric, bound in (("tpot_ms", budget.tpot_ms), ("ttft_ms", budget.ttft_ms)):
@@ -685,7 +856,7 @@ def _bound(candidates: Sequence[Candidate], budget: Budget) -> str:
         fastest = min((c.measured.get(metric, c.predicted.get(metric, 0.0)) for c in fitting), default=0.0)
         if bound is not None and fastest > bound:
             return f"No student is fast enough: {metric} {bound:g} is asked for, the fastest takes {fastest:.2f}."
-    missed = [f"{c.name}: {c.out}" for c in candidates if c.measured]
+    missed = [f"{c.name}: {c.out}" for c in candidates if c.run]
     return (
         f"No finalist keeps every bound ({' | '.join(missed)})." if missed else "No student keeps every bound at once."
     )
@@ -712,12 +883,9 @@ def _mb(size: float) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e7 else f"{size / 1e6:.3f} MB"
 
 
-def markdown(candidates: Sequence[Candidate], best: Candidate) -> str:
-    """Every candidate, the ones that went furthest first."""
-    rows = [
-        "| student | form | size | ms a token | ms to the first | nats a token (after tokens) | what became of it |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def rows(candidates: Sequence[Candidate], best: Candidate) -> list[list[str]]:
+    """The table with its head: every candidate, the ones that went furthest first. What was measured in full is in ** **."""
+    found = [["student", "form", "size", "ms a token", "ms to the first", "nats a token", "what became of it"]]
     for c in sorted(candidates, key=lambda c: (c is not best, not c.measured, -c.tokens, c.nll or 0.0, c.size)):
         m = c.measured
         size = f"**{_mb(m['size'])}**" if m else _mb(c.size)
@@ -727,10 +895,32 @@ def markdown(candidates: Sequence[Candidate], best: Candidate) -> str:
             else (f"{c.predicted[k]:.2f}{'' if c.timed else ' (predicted)'}" if k in c.predicted else "")
             for k in _SPEEDS
         ]
-        nll = f"**{m['nll']:.4f}**" if m else (f"{c.nll:.4f} ({c.tokens})" if c.nll is not None else "")
+        nll = f"**{m['nll']:.4f}**" if m else (f"{c.nll:.4f} after {c.tokens}" if c.nll is not None else "")
         fate = "chosen" if c is best and c.verdict == "pass" else c.out or c.verdict or ""
-        rows.append(f"| {c.student} | {c.form} | {size} | {times[0]} | {times[1]} | {nll} | {fate} |")
-    return "\n".join(rows)
+        found.append([c.student, c.form, size, *times, nll, fate])
+    return found
+
+
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    """The table as Markdown."""
+    head, *rest = (f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in table)
+    return "\n".join([head, "|---" * len(table[0]) + "|", *rest])
+
+
+def show(found: Found) -> None:
+    """Print the table, for a terminal or as Markdown, and what it comes to."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in found.table.splitlines()]
+        table = Table(*lines[0])
+        for line in lines[2:]:
+            table.add_row(*(f"[bold]{cell.strip('*')}[/bold]" if cell.startswith("**") else cell for cell in line))
+        Console().print(table)
+    else:
+        print(found.table)
+    print(f"\n{found.sentence}\npicture: {found.folder / PICTURE}", flush=True)
 
 
 def _draw(candidates: Sequence[Candidate], budget: Budget, best: Candidate, path: Path) -> None:

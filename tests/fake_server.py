@@ -98,7 +98,7 @@ class FakeServer:
         return None
 
     def _event(self, writer: asyncio.StreamWriter, event: dict[str, Any]) -> None:
-        self._chunk(writer, f"data: {json.dumps(event)}\n\n".encode())
+        self._chunk(writer, f"data: {json.dumps({'object': 'text_completion', **event})}\n\n".encode())
 
     @staticmethod
     def _chunk(writer: asyncio.StreamWriter, data: bytes) -> None:

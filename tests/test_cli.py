@@ -33,6 +33,7 @@ COMMANDS = (
     "export",
     "bench",
     "ablate",
+    "search",
     "report",
     "verify",
     "compare",

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 import yaml
 from typer.testing import CliRunner
 
+import compress
+from compress.cache import CachedTeachers
 from limbeck import search as module
 from limbeck.cli import app
-from limbeck.errors import EnvironmentalError, RecipeError
+from limbeck.errors import ArtifactError, DivergenceError, EnvironmentalError
 from limbeck.recipe import Budget, Recipe, load_recipe, parse_recipe
-from limbeck.search import Candidate, _enqueue, _halve, final_recipe, fit_speed, nearest, search
+from limbeck.search import Candidate, _Clock, _halve, final_recipe, fit_speed, nearest, search
 
 BUDGET = {"size_mb": 0.6, "tpot_ms": 5.0}
 
@@ -58,58 +61,256 @@ def test_the_error_of_the_speed_model_is_that_of_points_it_had_not_seen() -> Non
     assert fit_speed(points[:1], times[:1]).error is None
 
 
+def timed_field(folder: Path, *, tpot_ms: float) -> dict[str, Candidate]:
+    """Five shapes, of which three were timed at a millisecond a layer, after what is too slow is ruled out."""
+    field = [candidate(f"s{n}", size=n * 10_000_000, layers=n) for n in (2, 4, 6, 8, 10)]
+    times = {f"s{n}-int8-weight": {"tpot_ms": float(n), "ttft_ms": 3.0 * n} for n in (2, 6, 10)}
+    (folder / module.TIMING).write_text(json.dumps(times))
+    recipe = pico(budget={"tpot_ms": tpot_ms}, **{"search.probes": 3})
+    assert recipe.budget is not None
+    module._predict_speeds(recipe, {}, field, recipe.budget, folder)
+    return {c.student: c for c in field}
+
+
+def test_what_misses_a_bound_by_more_than_the_error_is_ruled_out(tmp_path: Path) -> None:
+    field = timed_field(tmp_path, tpot_ms=7.1)
+    assert {name: c.out for name, c in field.items() if c.out} == {
+        "s8": "predicted tpot 8.00 ms",
+        "s10": "timed tpot 10.00 ms",
+    }
+    assert field["s4"].predicted == pytest.approx({"tpot_ms": 4.0, "ttft_ms": 12.0})
+    assert not field["s4"].timed
+    assert timed_field(tmp_path, tpot_ms=7.3)["s8"].out is None  # 8 ms, give or take a tenth
+
+
+def test_what_is_planned_too_large_is_ruled_out_before_anything_is_made() -> None:
+    recipe = pico(budget={"size_mb": 0.6})
+    assert recipe.budget is not None
+    field = module._sized(recipe, dict(module._students(recipe)))
+    module._rule_out_sizes(field, recipe.budget)
+    assert {c.out is None for c in field} == {True, False}
+    for c in field:
+        assert (c.out is None) == (c.size <= 0.6e6 * 1.02), c.name
+
+
 # Halving ---------------------------------------------------------------------------------------------------------
 
 LOSSES = {"a": 3.0, "b": 4.0, "c": 3.5, "d": 5.0}
 
 
-def halve(
-    recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> tuple[list[Candidate], list[tuple[str, int]]]:
-    """Candidates after the rounds, and which trainings there were; the loss of a student is made up."""
+class Killed(BaseException):
+    """A process that ends in the middle."""
+
+
+@pytest.fixture
+def stood_in(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Which rounds were trained; the loss of a student is made up."""
     trained: list[tuple[str, int]] = []
 
-    def healed(_: Recipe, name: str, __: Any, tokens: int, ___: Path) -> float:
-        trained.append((name, tokens))
-        return LOSSES[name] - tokens / 1e4
+    def heal(*, recipe: Recipe, rounds: Sequence[int], goes_on: Callable[[int, float], bool], **_: Any) -> None:
+        name = recipe.name.removeprefix("pico-")
+        for index, tokens in enumerate(rounds):
+            trained.append((name, tokens))
+            if not goes_on(index, LOSSES[name] - tokens / 1e4):
+                return
 
-    monkeypatch.setattr(module, "_healed", healed)
+    monkeypatch.setattr(compress, "heal", heal)
+    monkeypatch.setattr(compress, "cache_teachers", lambda **_: trained.append(("teachers", 0)))
+    monkeypatch.setattr(module, "_WAIT", 0.01)
+    return trained
+
+
+def halve(folder: Path, *, until: float = float("inf"), **over: Any) -> list[Candidate]:
+    """Candidates after the rounds."""
+    recipe = pico(**over)
     candidates = [candidate(name) for name in LOSSES]
-    _halve(recipe, {name: {} for name in LOSSES}, candidates, folder, until=float("inf"))
-    return candidates, trained
+    students = {name: recipe.resolved()["student"] for name in LOSSES}
+    _halve(recipe, students, candidates, folder, _Clock(folder / module.SPENT), until=until)
+    return candidates
 
 
 def test_the_worse_half_gets_no_second_round_and_nothing_is_trained_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, stood_in: list[tuple[str, int]]
 ) -> None:
-    recipe = pico()
-    candidates, trained = halve(recipe, tmp_path, monkeypatch)
-    assert [name for name, tokens in trained if tokens == 512] == list(LOSSES)
-    assert ("d", 1024) not in trained
-    assert ("b", 1024) not in trained
+    candidates = halve(tmp_path)
+    assert [name for name, tokens in stood_in if tokens == 512] == list(LOSSES)
+    assert ("d", 1024) not in stood_in
+    assert ("b", 1024) not in stood_in
+    assert stood_in.count(("teachers", 0)) == 1
     left = {c.student: c.nll for c in candidates if c.out is None}
     assert left["a"] == pytest.approx(3.0 - 0.1024)
     assert next(c for c in candidates if c.student == "d").out == "behind after 512 tokens"
-    _, again = halve(recipe, tmp_path, monkeypatch)
-    assert again == []
+    stood_in.clear()
+    again = halve(tmp_path)
+    assert stood_in == []
+    assert again == candidates
 
 
-def test_a_student_whose_process_died_is_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    storage = f"sqlite:///{tmp_path / module.STATE}"
-    study = optuna.create_study(study_name="students", storage=storage)
-    _enqueue(study, list(LOSSES))
-    dead, other = study.ask(), study.ask()
-    dead.set_user_attr("worker", {"host": os.uname().nodename, "pid": 2**22 + 1})  # above the largest there is
-    other.set_user_attr("worker", module._worker())  # at work, as far as anyone can tell
-    _, trained = halve(pico(), tmp_path, monkeypatch)
-    assert {name for name, _ in trained} == {"a", "c", "d"}
+def test_a_student_whose_process_was_killed_is_taken_up_again(
+    tmp_path: Path, stood_in: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(compress, "heal", lambda **_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            halve(tmp_path)
+    assert stood_in == [("teachers", 0)]
+    candidates = halve(tmp_path)
+    assert stood_in.count(("teachers", 0)) == 1
+    assert {name for name, tokens in stood_in if tokens} == set(LOSSES)
+    assert all(c.nll is not None for c in candidates)
 
 
-def test_no_student_is_begun_when_the_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_healed", lambda *_: pytest.fail("trained"))
-    candidates = [candidate("a")]
-    _halve(pico(), {"a": {}}, candidates, tmp_path, until=0.0)
-    assert candidates[0].out == "no time left for it"
+def test_what_a_killed_worker_leaves_behind_is_taken_up(tmp_path: Path, stood_in: list[tuple[str, int]]) -> None:
+    with module._study(tmp_path, 0) as study:
+        module._enqueue(study, list(LOSSES))
+        study.ask()
+        study.ask().set_user_attr("worker", "killed")
+    (tmp_path / "workers").mkdir()
+    (tmp_path / "workers" / "killed").touch()  # nobody holds its lock
+    assert all(c.nll is not None for c in halve(tmp_path))
+
+
+def test_two_workers_share_the_students_and_both_know_all_losses(
+    tmp_path: Path, stood_in: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first worker stands in the middle of its first student until the second one has done all the others."""
+    heal, both = compress.heal, threading.Barrier(2)
+    others_done = threading.Event()
+    first: list[str] = []
+
+    def slow(**given: Any) -> None:
+        name = given["recipe"].name.removeprefix("pico-")
+        if not first:
+            first.append(name)
+            both.wait(10)
+            assert others_done.wait(10)
+        heal(**given)
+        if len({n for n, tokens in stood_in if tokens}) == len(LOSSES) - 1:
+            others_done.set()
+
+    monkeypatch.setattr(compress, "heal", slow)
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(halve, tmp_path)
+        both.wait(10)
+        two = pool.submit(halve, tmp_path)
+        assert one.result(30) == two.result(30)
+    assert sorted(name for name, tokens in stood_in if tokens == 512) == sorted(LOSSES)
+    assert all(c.nll is not None for c in one.result())
+    assert list((tmp_path / "workers").iterdir()) == []
+
+
+def test_no_student_is_begun_when_the_time_is_up(tmp_path: Path, stood_in: list[tuple[str, int]]) -> None:
+    candidates = halve(tmp_path, until=0.0)
+    assert [c.out for c in candidates] == ["no time left for it"] * len(LOSSES)
+    assert stood_in == [("teachers", 0)]
+
+
+def test_the_clock_counts_work_and_not_the_night_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    clock = _Clock(tmp_path / "spent.json")
+    now[0] += 60
+    clock.save()
+    now[0] += 30_000  # it was killed, and nobody came back for hours
+    again = _Clock(tmp_path / "spent.json")
+    now[0] += 5
+    assert again.spent() == 65
+
+
+def test_a_student_that_diverges_is_out_and_the_others_go_on(
+    tmp_path: Path, stood_in: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heal = compress.heal
+
+    def diverging(**given: Any) -> None:
+        if given["recipe"].name == "pico-a":
+            raise DivergenceError("it diverged at step 3")
+        heal(**given)
+
+    monkeypatch.setattr(compress, "heal", diverging)
+    found = {c.student: c for c in halve(tmp_path)}
+    assert found["a"].out == "diverged"
+    assert found["c"].out is None
+
+
+def test_healing_in_rounds_is_one_training_that_can_be_interrupted(tmp_path: Path) -> None:
+    """A stop after the first round leaves the rest untrained; going on tells the first round again, and ends in the same loss."""
+    recipe = pico(**{"training.batch_tokens": 256, "training.checkpoint_every": 1, "data.heldout": {"blocks": 2}})
+    options: dict[str, Any] = {"recipe": recipe, "products": {}, "rounds": (256, 512, 1024)}
+
+    def heal(work: str, says: Callable[[int], bool]) -> list[tuple[int, float]]:
+        told: list[tuple[int, float]] = []
+
+        def goes_on(index: int, nll: float) -> bool:
+            told.append((index, nll))
+            return says(index)
+
+        compress.heal(**options, work=tmp_path / work, goes_on=goes_on)
+        return told
+
+    def killed(index: int) -> bool:
+        if index == 1:
+            raise Killed
+        return True
+
+    whole = heal("whole", lambda _: True)
+    assert [index for index, _ in whole] == [0, 1, 2]
+    assert whole[2][1] < whole[0][1]
+    with pytest.raises(Killed):
+        heal("work", killed)
+    assert (tmp_path / "work" / "checkpoint.pt").exists()
+    assert heal("work", lambda _: True) == whole
+    assert heal("stopped", lambda _: False) == whole[:1]
+
+
+def test_teachers_run_once_for_every_student_and_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
+    recipe = pico(**{"data.heldout": {"blocks": 2}})
+    options: dict[str, Any] = {"products": {}, "rounds": (512, 1024)}
+    compress.cache_teachers(recipe=recipe, work=tmp_path / "teachers", **options)
+    monkeypatch.setattr(CachedTeachers, "_load", lambda _: pytest.fail("a teacher ran again"))
+    cut = {"kind": "shrink", "base": recipe.resolved()["student"]["base"], "layers": 2}
+    short = module._variant(recipe, name="cut", student=cut)
+    compress.heal(recipe=short, work=tmp_path / "cut", goes_on=lambda *_: True, **options)
+
+
+# Finalists -------------------------------------------------------------------------------------------------------
+
+
+def test_each_form_has_its_best_student_measured_first() -> None:
+    """4 bits cost what is not known yet: the best int8 student is measured though two int4 ones are ahead of it."""
+    field = [candidate("a", "int4-weight"), candidate("b", "int4-weight"), candidate("c"), candidate("d")]
+    for place, c in enumerate(field[:3]):
+        c.nll, c.tokens = 3.0 + place, 1024
+    field[2].tokens = 512
+    assert [c.student for c in module.finalists(field)] == ["a", "c", "b"]
+
+
+def test_the_next_ones_are_measured_while_none_keeps_the_budget_and_time_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    field = [candidate(name) for name in LOSSES]
+    for c in field:
+        c.nll, c.tokens = LOSSES[c.student], 512
+    measured: list[str] = []
+
+    def measure(_: Any, __: Any, finalist: Candidate, *___: Any) -> None:
+        measured.append(finalist.student)
+        finalist.measured = {"nll": 3.0}
+        finalist.verdict = "pass" if finalist.student == "b" else "fail"
+
+    monkeypatch.setattr(module, "_measure", measure)
+    recipe = pico(**{"search.finalists": 1})
+    assert recipe.budget is not None
+    module._measure_finalists(recipe, {}, field, recipe.budget, tmp_path, _Clock(tmp_path / module.SPENT))
+    assert measured == ["a", "c", "b"]
+    assert field[-1].out == "not among the finalists"
+    measured.clear()
+    for c in field:
+        c.measured, c.verdict = {}, None
+    spent = recipe.budget.model_copy(update={"hours": 1e-9})
+    module._measure_finalists(recipe, {}, field, spent, tmp_path, _Clock(tmp_path / module.SPENT))
+    assert measured == ["a"]
 
 
 # What is left ----------------------------------------------------------------------------------------------------
@@ -130,6 +331,24 @@ def test_the_recipe_that_is_written_stands_alone(tmp_path: Path) -> None:
     assert read.gates.min_decode_speedup == recipe.gates.min_decode_speedup
     assert read.budget is None
     assert all(Path(teacher["model"]["recipe"]).is_absolute() for teacher in tree["teachers"])
+
+
+def test_what_a_recipe_asks_of_its_export_spoils_no_finalist() -> None:
+    """`recover`, `mixed` and separate adapters ask for gates, forms and students that a finalist need not have."""
+    for override in ("export.recover={tokens: 1024}", "export.adapters=separate", "export.mixed={kind: loss}"):
+        given = ["budget.size_mb=1", "export.forms=[fp32, int4-weight]", override]
+        recipe = load_recipe("pico", overrides=given)
+        assert recipe.budget is not None
+        for name, student in module._students(recipe):
+            for form in ("int8-weight", "int4-weight"):
+                made = parse_recipe(final_recipe(recipe, student, candidate(name, form), recipe.budget)).export
+                assert [form.kind for form in made.forms] == ["fp32", form]
+                assert (made.recover, made.adapters) == (None, "merged")
+
+
+def test_a_round_is_no_longer_than_the_training(tmp_path: Path, stood_in: list[tuple[str, int]]) -> None:
+    halve(tmp_path, **{"training.tokens": 1536, "search.rungs": [512, 100_000]})
+    assert {tokens for _, tokens in stood_in} == {0, 512, 1536}
 
 
 def test_what_a_form_does_not_have_is_left_out_of_its_recipe(tmp_path: Path) -> None:
@@ -160,12 +379,31 @@ def test_a_budget_that_nothing_fits_is_said_before_anything_is_trained(tmp_path:
         "No student is small enough: size_mb 0.01 is asked for, the smallest is planned at 0."
     )
     assert not (tmp_path / "out" / module.CHOSEN).exists()
-    assert not (tmp_path / "out" / "students").exists()
+    assert not (tmp_path / "out" / "healing").exists()
     assert load_recipe(tmp_path / "out" / module.NEAREST).gates.max_size_mb == 0.01
     result = json.loads((tmp_path / "out" / module.RESULT).read_text())
     assert all(c["out"].startswith("planned") for c in result["candidates"])
-    with pytest.raises(RecipeError, match="another recipe or budget"):
+    with pytest.raises(ArtifactError, match="another recipe or budget"):
         search(pico(budget={"size_mb": 0.02}), out=tmp_path / "out")
+    again = search(pico(budget={"size_mb": 0.01}), out=tmp_path / "out")
+    assert again == found
+
+
+def test_a_folder_of_something_else_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "text").write_text("of mine")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / module.ASKED).write_text("{")
+    for out, said in (
+        ("mine", "holds files but no search"),
+        ("file", "is a file"),
+        ("file/in", "is a file"),
+        ("broken", "not what Limbeck writes"),
+    ):
+        with pytest.raises(ArtifactError, match=said):
+            search(pico(), out=tmp_path / out)
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["text"]
 
 
 def test_wrong_input_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,6 +412,9 @@ def test_wrong_input_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
         ("budget={hours: 2}", "a search needs a bound to keep to"),
         ("teachers=[]", "name a teacher"),
         ("student={kind: fresh, config: {model_type: llama}}", "a search cuts a base down"),
+        ("search.rungs=[1024, 512]", "each round is longer than the one before"),
+        ("search.forms=[]", "search.forms"),
+        ("budget.size_gb=1", "did you mean `size_mb`?"),
     ):
         given = ["search", "pico", "--set", "budget.size_mb=1", "--set", override]
         done = CliRunner().invoke(app, given)

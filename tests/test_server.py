@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 from limbeck.artifact import Artifact
 from limbeck.cli import app
-from limbeck.runtime import Decoder, load_text
+from limbeck.runtime import Decoder, Text, load_text
 from limbeck.server import Limits, Listener, open_server
 
 PROMPTS = ["a", "My fellow Americans,", "x" * 140, "Grüße", "one two three four five", "{}", "And it came to pass " * 5]
@@ -427,6 +427,22 @@ def test_time_runs_out_within_a_stream(limited: Listener, monkeypatch: pytest.Mo
         with pytest.raises(openai.APIError, match="took longer than 1 s"):
             list(events)
     assert metric(limited, "limbeck_errors_total", code="timeout") >= 1
+
+
+def test_text_is_read_by_two_threads_however_many_ask(server: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, threads, several = Text.encode, list[str](), threading.Barrier(2)
+
+    def watched(text: Text, given: str) -> list[int]:
+        threads.append(threading.current_thread().name)
+        several.wait(30)  # so that both are at work at once
+        return encode(text, given)
+
+    monkeypatch.setattr(Text, "encode", watched)
+    body = {"model": "pico", "prompt": "abc", "max_tokens": 1, "ignore_eos": True}
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda _: bare(server, "POST", "/v1/completions", body)[0], range(12)))
+    assert answers == [200] * 12
+    assert set(threads) == {"limbeck-text_0", "limbeck-text_1"}
 
 
 def test_metrics_count(server: Listener, client: openai.OpenAI) -> None:

@@ -23,7 +23,10 @@ class Budget(Frozen):
     tpot_ms: Positive | None = Field(None, description="Largest median time per output token, in ms.")
     ttft_ms: Positive | None = Field(None, description="Largest median time to first token, in ms.")
     quality: QualityBudget | None = Field(None, description="Least quality; none takes the best that is found.")
-    hours: Positive = Field(1.0, description="Time for the search; near its end no further student is started.")
+    hours: Positive = Field(
+        1.0,
+        description="Time for the search, interruptions not counted; half is kept for the finalists, and students are begun in the other half.",
+    )
 
 
 SearchForm = Literal["int8-weight", "int8-dynamic", "int4-weight"]
@@ -44,6 +47,11 @@ class Space(Frozen):
     )
     probes: Count = Field(4, description="Shapes that are exported and timed before the rest is predicted.")
     rungs: tuple[Count, ...] = Field(
-        (4096, 12288), min_length=1, description="Training tokens of each round; the better half goes on to the next."
+        (4096, 12288),
+        min_length=1,
+        description="Training tokens of each round, counted from the start and at most training.tokens; the better half goes on.",
     )
-    finalists: Count = Field(2, description="Students that are trained, exported and measured in full.")
+    finalists: Count = Field(
+        2,
+        description="Students that are trained, exported and measured in full; more where none keeps the budget and time is left.",
+    )

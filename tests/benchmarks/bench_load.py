@@ -2,9 +2,10 @@
 
 Two servers are asked. The first answers at a constant pace, so that whatever differs is the clients'; the second is `limbeck serve`
 on an exported folder (a path, or else a random model of some 24 million parameters whose tokens are all printable: aiperf
-times text, and a byte that is half a character has none). Both runs of a side are pooled; a ratio is the median of ours over
-the median of theirs. aiperf counts from the sending, the scenario from the scheduled arrival, so what our own client was late
-by is in the ratio; it is printed, too. Prints one JSON object: the ratio farthest from 1 of both servers, and each server's
+times text, and a byte that is half a character has none). A server first answers a few requests that nobody counts. Of each run the
+median is taken, of both runs of a side the geometric mean, so that a machine that slows down steadily slows both sides alike; a ratio
+is ours over theirs. aiperf counts from the sending, the scenario from the scheduled arrival, so what our own client was late by is
+in the ratio; it is printed, too. Prints one JSON object: the ratio farthest from 1 of both servers, and each server's
 figures. Exits with 1 when a request failed or a median is more than 5 % apart. Environment: `make bench-load` sets up .venvs/aiperf.
 """
 
@@ -29,12 +30,14 @@ from limbeck.recipe import ServerScenario, Slo
 from serve_bench import load, scenarios
 from serve_bench.client import Endpoint, find_endpoint
 from tests.fake_server import FakeServer
+from tests.pico import make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 AIPERF = ROOT / ".venvs" / "aiperf" / "bin" / "aiperf"
 FIRST, PACE = 0.1, 0.01  # seconds to the first token and between tokens, about those of the demo's student
 PROMPT, NEW = 128, 32  # tokens
 LIMIT = 0.05  # of a ratio from 1
+_WARM = 20  # requests before any is counted
 Figures = dict[str, list[float]]  # milliseconds of every request; and `errors`, one 1.0 for each failed request
 
 
@@ -59,7 +62,8 @@ def ours(endpoint: Endpoint, asked: ServerScenario, rate: float) -> tuple[Figure
 
 def theirs(endpoint: Endpoint, due: list[float], folder: Path) -> Figures:
     """One run of aiperf: the bodies our client sends, at the same times."""
-    trace = folder / "trace.jsonl"
+    trace, tokenizer = folder / "trace.jsonl", folder / "tokenizer"
+    make_tokenizer().save_pretrained(tokenizer)  # it wants one, and asks it nothing: counts are the server's
     bodies = [endpoint.body(prompts(index, PROMPT), NEW) for index in range(len(due))]
     trace.write_text(
         "".join(
@@ -68,18 +72,19 @@ def theirs(endpoint: Endpoint, due: list[float], folder: Path) -> Figures:
     )
     command = [
         AIPERF, "profile", "--model", endpoint.model, "--url", endpoint.url.removesuffix("/v1"), "--endpoint-type", "completions",
-        "--streaming", "--input-file", trace, "--custom-dataset-type", "mooncake_trace", "--fixed-schedule", "--tokenizer", "builtin",
-        "--use-server-token-count", "--ui", "none", "--artifact-dir", folder, "--export-level", "records", "--no-gpu-telemetry",
+        "--streaming", "--input-file", trace, "--custom-dataset-type", "mooncake_trace", "--fixed-schedule", "--tokenizer", tokenizer,
+        "--use-server-token-count", "--ui", "none", "--artifact-dir", folder / "artifacts", "--export-level", "records", "--no-gpu-telemetry",
         "--no-server-metrics", "--workers-max", "1", "--record-processors", "1",
     ]  # fmt: skip
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    environment.pop("PYTHONPATH", None)  # our code is not for its environment
+    environment = {
+        name: value for name, value in os.environ.items() if name != "PYTHONPATH"
+    }  # our code is not for its environment
     ended = subprocess.run([str(part) for part in command], cwd=folder, env=environment, capture_output=True, text=True)
     if ended.returncode:
         sys.exit(f"aiperf ended with status {ended.returncode}:\n{(ended.stdout + ended.stderr)[-3000:]}")
     (export,) = folder.rglob("profile_export.jsonl")
     records = [json.loads(line) for line in export.read_text().splitlines()]
-    done = [record["metrics"] for record in records if record["error"] is None]
+    done = [record["metrics"] for record in records if record.get("error") is None]
     written = [found["output_sequence_length"]["value"] for found in done]
     return {
         "ttft": [found["time_to_first_token"]["value"] for found in done],
@@ -94,6 +99,9 @@ def compare(url: str, requests: int, rate: float, folder: Path) -> dict[str, Any
     asked = ServerScenario(kind="server", slo=slo, requests=requests)
     endpoint = find_endpoint(url)
     load.Loop(endpoint, prompts, load.Sizes(PROMPT, NEW), asked).alone()
+    ours(
+        endpoint, asked.model_copy(update={"requests": _WARM}), rate
+    )  # a server's first requests are slower, whoever asks
     first, due = ours(endpoint, asked, rate)
     others = []
     for name in ("first", "second"):
@@ -103,21 +111,13 @@ def compare(url: str, requests: int, rate: float, folder: Path) -> dict[str, Any
     last, again = ours(endpoint, asked, rate)
     assert due == again, "the scenario's arrivals are not the same every time"
 
-    def median(runs: list[Figures], name: str) -> float:
-        return float(np.median([value for run in runs for value in run[name]]))
-
-    figures: dict[str, Any] = {
-        "errors": sum(len(run["errors"]) for run in (first, *others, last)),
-        "requests": 2 * requests,
-    }
+    runs = [first, *others, last]
+    figures: dict[str, Any] = {"errors": sum(len(run["errors"]) for run in runs), "requests": len(runs) * requests}
     for name in ("ttft", "tpot"):
-        mine, other = median([first, last], name), median(others, name)
-        figures |= {
-            f"{name}_ratio": round(mine / other, 4),
-            f"{name}_ms": round(mine, 3),
-            f"{name}_ms_aiperf": round(other, 3),
-        }
-    return figures | {"late_ms": round(median([first, last], "late"), 3)}
+        medians = [float(np.median(run[name])) for run in runs]
+        ratio = np.sqrt(medians[0] * medians[3] / (medians[1] * medians[2]))
+        figures |= {f"{name}_ratio": round(float(ratio), 4), f"{name}_ms": [round(median, 2) for median in medians]}
+    return figures | {"late_ms": [round(float(np.median(run["late"])), 2) for run in (first, last)]}
 
 
 @contextlib.contextmanager
@@ -145,7 +145,7 @@ def printable_model(folder: Path) -> Path:
     from safetensors.numpy import load_file, save_file
 
     from export import export_student
-    from tests.pico import make_model, make_student, make_tokenizer, pico_recipe
+    from tests.pico import make_model, make_student, pico_recipe
 
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
     model = make_model(

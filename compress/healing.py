@@ -1,0 +1,65 @@
+"""Short distillations that are compared while they run: one teacher cache for all of them, no student kept.
+
+Knows the loop and its log; who goes on is for the caller to say.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from compress.train import LOG, Run, fit, measure_teachers, setup
+from limbeck.recipe import HiddenCache, Recipe, fingerprint
+
+
+def heal(
+    *,
+    recipe: Recipe,
+    products: Mapping[str, Path],
+    work: Path,
+    rounds: Sequence[int],
+    goes_on: Callable[[int, float], bool],
+) -> None:
+    """See `compress.heal`."""
+    steps = [tokens // recipe.training.batch_tokens for tokens in rounds]
+    run = _setup(recipe, products, work, rounds)
+    measure_teachers(run)
+    told = 0
+
+    def ends() -> bool:
+        nonlocal told
+        log = [json.loads(line) for line in (work / LOG).read_text().splitlines()]
+        nll = {entry["step"]: entry["mean_nll"] for entry in log if entry["event"] == "evaluate"}
+        while told < len(steps) and steps[told] in nll:  # more than one after an interruption
+            told += 1
+            if not goes_on(told - 1, nll[steps[told - 1]]):
+                return True
+        return False
+
+    fit(run, ends=ends)
+    if run.board is not None:
+        run.board.close()
+
+
+def cache_teachers(*, recipe: Recipe, products: Mapping[str, Path], work: Path, rounds: Sequence[int]) -> None:
+    """See `compress.cache_teachers`."""
+    _setup(recipe, products, work, rounds)
+
+
+def _setup(recipe: Recipe, products: Mapping[str, Path], work: Path, rounds: Sequence[int]) -> Run:
+    config = recipe.training
+    assert all(tokens % config.batch_tokens == 0 for tokens in rounds)
+    every = math.gcd(*(tokens // config.batch_tokens for tokens in rounds))
+    short = {
+        "tokens": rounds[-1],
+        "minutes": None,
+        "patience": None,
+        "teacher_cache": HiddenCache(kind="hidden"),
+        "evaluate_every": every,
+    }
+    # Which layers are aligned depends on the student's depth; without them every student reads the same cache.
+    features = recipe.features.model_copy(update={"weight": 0.0})
+    recipe = recipe.model_copy(update={"training": config.model_copy(update=short), "features": features})
+    return setup(recipe=recipe, products=products, work=work, key=fingerprint(["heal", recipe.distillation()]))
