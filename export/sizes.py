@@ -14,12 +14,13 @@ from typing import Any, Literal
 from torch import nn
 
 from export.graph import KNOWN
-from export.quantize import Blockwise, PerChannel, scheme_for
+from export.quantize import Blockwise, How, scheme_for
 from limbeck.recipe import Form
 
 _ATTENTION_OUT = re.compile(r"(o_proj|out_proj|c_proj|dense)$")
-# Bytes of the graph file without weights: of a model, and of one of its layers in fp32, in rounded forms and, which has nodes
-# for the rounding, in int8-dynamic. Measured on tiny models; torch's exporter keeps notes on every node and writes norms as many.
+# Bytes of the graph file without weights: of a model, and of one of its layers in fp32, in rounded forms and, which have nodes
+# for the rounding of activations, in int8-dynamic and static forms. Measured on tiny models; torch's exporter keeps notes on
+# every node and writes norms as many.
 _GENAI = (6_000, (4_500, 5_600, 10_500))
 _DYNAMO = {"gpt2": (36_000, (72_000, 71_000, 74_000)), "gemma3_text": (36_000, (197_000, 182_000, 185_000))}
 _OTHER_DYNAMO = (36_000, (91_000, 84_000, 87_000))
@@ -50,14 +51,14 @@ def form_bytes(model: Any, form: Form, *, backend: str = "auto", provider: str =
     )
     if scheme is None:
         return whole + layers * fp32 + size + number * sum(m.channels * m.width for m in matrices)
-    layer = dynamic if isinstance(scheme.body, PerChannel) else rounded
+    layer = rounded if isinstance(scheme.body, Blockwise) else dynamic
     return whole + layers * layer + size + sum(rounded_bytes(m, getattr(scheme, m.part), number) for m in matrices)
 
 
-def rounded_bytes(matrix: Matrix, how: Blockwise | PerChannel, number: int = 4) -> int:
+def rounded_bytes(matrix: Matrix, how: How, number: int = 4) -> int:
     """Codes, zero points, and scales of ``number`` bytes each, of one matrix."""
     N, K = matrix.channels, matrix.width
-    if isinstance(how, PerChannel):
+    if not isinstance(how, Blockwise):
         return N * K + number * N
     blocks = math.ceil(K / how.block)
     zeros = N * math.ceil(blocks * how.bits / 8) if how.zero_points else 0

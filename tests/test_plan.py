@@ -28,7 +28,7 @@ from tests.pico import make_model, make_student, pico_recipe
 TINY = {
     "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 300,
 }  # fmt: skip
-FORMS = ["fp32", "int8-weight", "int8-dynamic", "int4-weight"]
+FORMS = ["fp32", "int8-weight", "int8-dynamic", "int8-static", "int4-weight"]
 LIBRARY = [entry.name for entry in library() if entry.recipe.task == "causal-lm"]
 
 
