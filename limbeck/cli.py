@@ -418,10 +418,11 @@ def search(
     Example:
       limbeck search smollm2/135m-two-experts --set budget.size_mb=120 --set budget.tpot_ms=8
     """
-    from limbeck import search as searching
+    from limbeck.outcome import show
+    from limbeck.search import search as run_search
 
-    found = searching.search(_load(recipe, overrides, shrink), out=out)
-    searching.show(found)
+    found = run_search(_load(recipe, overrides, shrink), out=out)
+    show(found)
     raise typer.Exit(found.exit_code)
 
 

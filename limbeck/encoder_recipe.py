@@ -51,6 +51,7 @@ from limbeck.recipe import (
     read_tree,
 )
 from limbeck.recipe.base import shorthand
+from limbeck.recipe.checks import static_weights
 
 # Where encoders come from ----------------------------------------------------------------------------------------
 
@@ -394,12 +395,7 @@ def _contradictions(recipe: EncoderRecipe) -> Iterator[str]:
     if isinstance(recipe, EmbeddingRecipe) and recipe.training.batch < 3 and recipe.fusion.relational:
         yield f"training.batch: found {recipe.training.batch}; similarities within a batch need at least 3 examples"
     weights = recipe.fusion.weights
-    if isinstance(weights, StaticWeights):
-        teachers = {t.name for t in recipe.teachers}
-        if set(weights.values) != teachers:
-            yield f"fusion.weights.values: found {sorted(weights.values)}; name each teacher once: {sorted(teachers)}"
-        elif not sum(weights.values.values()) > 0:
-            yield "fusion.weights.values: all are 0; give at least one teacher a weight"
+    yield from static_weights(weights, {t.name for t in recipe.teachers})
     if isinstance(weights, EntropyWeights) and weights.control == "shuffled":
         yield "fusion.weights.control: shuffled permutes the positions of a text, and an example has one; use inverted"
     if not recipe.teachers:

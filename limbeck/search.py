@@ -12,11 +12,10 @@ import itertools
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,20 @@ import yaml
 
 from limbeck import pipeline
 from limbeck.artifact import disk_full_is_a_user_error, open_artifact, write_atomically
+from limbeck.candidates import SPEEDS, Candidate, SpeedModel, fit_speed
 from limbeck.errors import ArtifactError, DivergenceError, EnvironmentalError, QualityError, RecipeError
+from limbeck.outcome import (
+    PICTURE,
+    Found,
+    asked_for,
+    draw,
+    figures_of,
+    markdown,
+    megabytes,
+    missed_bound,
+    nearest,
+    rows,
+)
 from limbeck.plan import form_sizes
 from limbeck.progress import say
 from limbeck.recipe import (
@@ -40,51 +52,15 @@ from limbeck.recipe import (
 from limbeck.runtime import import_onnxruntime
 
 if TYPE_CHECKING:
-    import numpy as np
     import optuna
 
 ASKED, SPENT, TIMING, STATE = "asked.json", "spent.json", "timing.json", "search.db"
-CHOSEN, NEAREST, RESULT, TABLE, PICTURE = "chosen.yaml", "nearest.yaml", "search.json", "search.md", "search.svg"
+CHOSEN, NEAREST, RESULT, TABLE = "chosen.yaml", "nearest.yaml", "search.json", "search.md"
 _SIZE_ERROR = 0.02  # of the plan, relative
 _NOISE = 0.1  # least error of a time, relative
 _RESERVED = 0.5  # share of the hours kept for the finalists
-_SPEEDS = ("tpot_ms", "ttft_ms")
 _PLAIN = {"recover": None, "adapters": "merged"}  # of `export:`, for every student and form
 _WAIT = 2.0  # seconds between looks at what another worker is doing
-
-
-@dataclass
-class Candidate:
-    """One student in one form. Sizes in bytes, times in ms, losses in nats a token; none is not known yet."""
-
-    student: str
-    form: str
-    shape: str
-    size: int  # planned
-    layers: int
-    predicted: dict[str, float] = field(default_factory=dict)
-    timed: bool = False  # whether `predicted` was measured on an untrained export
-    nll: float | None = None  # of the student in torch, after the longest round it reached
-    tokens: int = 0  # of that round
-    out: str | None = None  # why it is out; none where it reached the finals
-    measured: dict[str, float] = field(default_factory=dict)  # finalists: size, tpot_ms, ttft_ms, nll
-    verdict: str | None = None
-    run: str | None = None
-
-    @property
-    def name(self) -> str:
-        """Student and form."""
-        return f"{self.student}-{self.form}"
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a search came to."""
-
-    folder: Path
-    table: str  # Markdown
-    sentence: str
-    exit_code: int  # 0 chosen, 1 no student keeps the budget, 3 the finalists' intervals do not decide
 
 
 def search(recipe: Recipe, *, out: Path | None = None) -> Found:
@@ -275,7 +251,7 @@ def _rule_out_sizes(candidates: Sequence[Candidate], budget: Budget) -> None:
         return
     for candidate in candidates:
         if candidate.size > 1e6 * budget.size_mb * (1 + _SIZE_ERROR):
-            candidate.out = f"planned {_mb(candidate.size)}"
+            candidate.out = f"planned {megabytes(candidate.size)}"
 
 
 def _in(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -283,51 +259,6 @@ def _in(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 # Speed -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SpeedModel:
-    """Times as fixed cost + cost a layer + cost a byte of each form, none of them negative; and how far off that is.
-
-    ``error`` is the greatest relative error on a measured point that the fit had not seen; none where too few were measured.
-    """
-
-    forms: tuple[str, ...]
-    coefficients: tuple[float, ...]
-    error: float | None
-
-    def __call__(self, candidate: Candidate) -> float:
-        """Predicted time in ms."""
-        row = _features(candidate, self.forms)
-        return float(sum(a * b for a, b in zip(row, self.coefficients, strict=True)))
-
-
-def fit_speed(candidates: Sequence[Candidate], times_ms: Sequence[float]) -> SpeedModel:
-    """Least squares in relative error over measured candidates, with each left out once for the error."""
-    import numpy as np
-
-    forms = tuple(dict.fromkeys(c.form for c in candidates))
-    rows, times = np.array([_features(c, forms) for c in candidates]), np.array(times_ms)
-    errors = []
-    for left_out in range(len(times)):
-        rest = np.arange(len(times)) != left_out
-        seen = {c.form for c, kept in zip(candidates, rest, strict=True) if kept}
-        if candidates[left_out].form in seen and rest.sum() > len(forms):
-            guess = rows[left_out] @ _solve(rows[rest], times[rest])
-            errors.append(abs(guess / times[left_out] - 1))
-    return SpeedModel(forms, tuple(map(float, _solve(rows, times))), float(max(errors)) if errors else None)
-
-
-def _solve(rows: np.ndarray[Any, Any], times: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    import numpy as np
-    from scipy.optimize import nnls
-
-    solution: np.ndarray[Any, Any] = nnls(rows / times[:, None], np.ones(len(times)))[0]
-    return solution
-
-
-def _features(candidate: Candidate, forms: Sequence[str]) -> list[float]:
-    return [1.0, float(candidate.layers), *(candidate.size / 1e6 if candidate.form == form else 0.0 for form in forms)]
 
 
 def _predict_speeds(
@@ -354,14 +285,16 @@ def _predict_speeds(
     measured = json.loads((folder / TIMING).read_text())
     timed = [c for group in groups.values() for c in group]
     models = {}
-    for metric in _SPEEDS:
+    for metric in SPEEDS:
         models[metric] = fit_speed(timed, [measured[c.name][metric] for c in timed])
         error = models[metric].error
-        say(f"   {metric}: predicted within {error:.0%}" if error is not None else f"   {metric}: all measured")
+        if len(probes) < len(shapes):
+            said = f"predicted within {error:.0%}" if error is not None else "predicted from too few to say how well"
+            say(f"   {metric}: {said}")
     known = {(c.shape, c.form): measured[c.name] for c in timed}
     for candidate in candidates:
         candidate.timed = (candidate.shape, candidate.form) in known
-        for metric in _SPEEDS:
+        for metric in SPEEDS:
             if candidate.timed:
                 candidate.predicted[metric] = known[candidate.shape, candidate.form][metric]
             elif candidate.form in models[metric].forms:
@@ -442,7 +375,7 @@ def _time_probes(
     result = serve_bench.measure_targets(targets, out=folder / "probes" / "timing", bench=bench).result
     arms = [arm for arm in result["arms"].values() if arm["role"] != "twin"]
     times = {
-        c.name: {metric: float(arm[metric]["value"]) for metric in _SPEEDS} for c, arm in zip(timed, arms, strict=True)
+        c.name: {metric: float(arm[metric]["value"]) for metric in SPEEDS} for c, arm in zip(timed, arms, strict=True)
     }
     write_atomically(folder / TIMING, json.dumps(times, indent=1))
     shutil.rmtree(folder / "probes")
@@ -770,7 +703,7 @@ def _measure(
     arm = bench["arms"][bench["judged"]]
     finalist.measured = {
         "size": float(arm["bytes"]),
-        **{metric: float(arm[metric]["value"]) for metric in _SPEEDS},
+        **{metric: float(arm[metric]["value"]) for metric in SPEEDS},
         "nll": float(arm["quality"]["mean_nll"]),
     }
     if report.verdict.status != "pass":
@@ -796,20 +729,18 @@ def _conclude(
     (folder / NEAREST).unlink(missing_ok=True)
     if passed:
         best, code, name = min(passed, key=lambda c: c.measured["nll"]), 0, CHOSEN
-        sentence = f"{best.name} keeps the budget: {_said(best)}; limbeck run {folder / CHOSEN}"
+        sentence = f"{best.name} keeps the budget: {figures_of(best)}; limbeck run {folder / CHOSEN}"
     else:
         best, code, name = nearest(undecided or candidates, budget), 3 if undecided else 1, NEAREST
-        sentence = (
-            f"{_bound(candidates, budget)} The nearest is {best.name}: {_said(best)}; limbeck run {folder / NEAREST}"
-        )
+        sentence = f"{missed_bound(candidates, budget)} The nearest is {best.name}: {figures_of(best)}; limbeck run {folder / NEAREST}"
     if said := ", ".join(f"{metric} within {m.error:.0%}" for metric, m in models.items() if m.error is not None):
         sentence += f"\nPredicted times: {said}, by the worst of the timed exports that the prediction had not seen."
     tree = final_recipe(recipe, students[best.student], best, budget)
-    head = f"# Found by `limbeck search {recipe.name}` for {_asked(budget)}: {_said(best)}.\n"
+    head = f"# Found by `limbeck search {recipe.name}` for {asked_for(budget)}: {figures_of(best)}.\n"
     write_atomically(folder / name, head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120))
     table = markdown(rows(candidates, best))
     write_atomically(folder / TABLE, f"{table}\n\n{sentence}\n")
-    _draw(candidates, budget, best, folder / PICTURE)
+    draw(candidates, budget, best, folder / PICTURE)
     write_atomically(
         folder / RESULT,
         json.dumps(
@@ -828,129 +759,3 @@ def _conclude(
         ),
     )
     return Found(folder, table, sentence, code)
-
-
-def nearest(candidates: Sequence[Candidate], budget: Budget) -> Candidate:
-    """The candidate whose worst bound is missed by least, in ratio; of equals the one with the lowest loss."""
-
-    def excess(candidate: Candidate) -> float:
-        known = {"size": float(candidate.size), **candidate.predicted, **candidate.measured}
-        bounds = {
-            "size": 1e6 * budget.size_mb if budget.size_mb else None,
-            "tpot_ms": budget.tpot_ms,
-            "ttft_ms": budget.ttft_ms,
-        }
-        return max([1.0, *(known[key] / bound for key, bound in bounds.items() if bound and key in known)])
-
-    return min(candidates, key=lambda c: (excess(c), not c.measured, c.nll if c.nll is not None else float("inf")))
-
-
-def _bound(candidates: Sequence[Candidate], budget: Budget) -> str:
-    """Which bound cannot be met, or between which the measuring did not decide, in a sentence."""
-    if undecided := [f"{c.name}: {c.out}" for c in candidates if c.verdict == "undecided"]:
-        return f"Not decided, give bench.minutes more ({' | '.join(undecided)})."
-    if budget.size_mb is not None and (least := min(c.size for c in candidates)) > 1e6 * budget.size_mb:
-        return f"No student is small enough: size_mb {budget.size_mb:g} is asked for, the smallest is planned at {_mb(least)}."
-    for metric, bound in (("tpot_ms", budget.tpot_ms), ("ttft_ms", budget.ttft_ms)):
-        fitting = [c for c in candidates if c.out is None or not c.out.startswith("planned")]
-        fastest = min((c.measured.get(metric, c.predicted.get(metric, 0.0)) for c in fitting), default=0.0)
-        if bound is not None and fastest > bound:
-            return f"No student is fast enough: {metric} {bound:g} is asked for, the fastest takes {fastest:.2f}."
-    missed = [f"{c.name}: {c.out}" for c in candidates if c.run]
-    return (
-        f"No finalist keeps every bound ({' | '.join(missed)})." if missed else "No student keeps every bound at once."
-    )
-
-
-def _asked(budget: Budget) -> str:
-    said = [f"{key} {value:g}" for key in ("size_mb", *_SPEEDS) if (value := getattr(budget, key)) is not None]
-    if budget.quality:
-        said.append(f"at most {budget.quality.max_loss:+.1%} loss against the best teacher")
-    return ", ".join(said)
-
-
-def _said(candidate: Candidate) -> str:
-    if candidate.measured:
-        m = candidate.measured
-        return f"{_mb(m['size'])}, {m['tpot_ms']:.2f} ms a token, {m['ttft_ms']:.0f} ms to the first, {m['nll']:.4f} nats, measured"
-    parts = [f"{_mb(candidate.size)} planned"]
-    if "tpot_ms" in candidate.predicted:
-        parts.append(f"{candidate.predicted['tpot_ms']:.2f} ms a token {'timed' if candidate.timed else 'predicted'}")
-    return ", ".join(parts)
-
-
-def _mb(size: float) -> str:
-    return f"{size / 1e6:.1f} MB" if size >= 1e7 else f"{size / 1e6:.3f} MB"
-
-
-def rows(candidates: Sequence[Candidate], best: Candidate) -> list[list[str]]:
-    """The table with its head: every candidate, the ones that went furthest first. What was measured in full is in ** **."""
-    found = [["student", "form", "size", "ms a token", "ms to the first", "nats a token", "what became of it"]]
-    for c in sorted(candidates, key=lambda c: (c is not best, not c.measured, -c.tokens, c.nll or 0.0, c.size)):
-        m = c.measured
-        size = f"**{_mb(m['size'])}**" if m else _mb(c.size)
-        times = [
-            f"**{m[k]:.2f}**"
-            if m
-            else (f"{c.predicted[k]:.2f}{'' if c.timed else ' (predicted)'}" if k in c.predicted else "")
-            for k in _SPEEDS
-        ]
-        nll = f"**{m['nll']:.4f}**" if m else (f"{c.nll:.4f} after {c.tokens}" if c.nll is not None else "")
-        fate = "chosen" if c is best and c.verdict == "pass" else c.out or c.verdict or ""
-        found.append([c.student, c.form, size, *times, nll, fate])
-    return found
-
-
-def markdown(table: Sequence[Sequence[str]]) -> str:
-    """The table as Markdown."""
-    head, *rest = (f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in table)
-    return "\n".join([head, "|---" * len(table[0]) + "|", *rest])
-
-
-def show(found: Found) -> None:
-    """Print the table, for a terminal or as Markdown, and what it comes to."""
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in found.table.splitlines()]
-        table = Table(*lines[0])
-        for line in lines[2:]:
-            table.add_row(*(f"[bold]{cell.strip('*')}[/bold]" if cell.startswith("**") else cell for cell in line))
-        Console().print(table)
-    else:
-        print(found.table)
-    print(f"\n{found.sentence}\npicture: {found.folder / PICTURE}", flush=True)
-
-
-def _draw(candidates: Sequence[Candidate], budget: Budget, best: Candidate, path: Path) -> None:
-    """Loss over size and over time a token; filled where the whole job was measured."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    colours = {form: f"C{i}" for i, form in enumerate(dict.fromkeys(c.form for c in candidates))}
-    for axes, key, bound, label in (
-        (left, "size", budget.size_mb, "size, MB"),
-        (right, "tpot_ms", budget.tpot_ms, "ms a token"),
-    ):
-        for c in candidates:
-            known = {"size": c.size / 1e6, **c.predicted}
-            if c.measured:
-                known = {"size": c.measured["size"] / 1e6, "tpot_ms": c.measured["tpot_ms"]}
-            loss = c.measured.get("nll", c.nll)
-            if loss is None or key not in known:
-                continue
-            axes.plot(
-                known[key], loss, marker="*" if c is best else "o", markersize=13 if c is best else 7, linestyle="none",
-                color=colours[c.form], fillstyle="full" if c.measured else "none",
-            )  # fmt: skip
-            axes.annotate(c.student, (known[key], loss), xytext=(5, 4), textcoords="offset points", fontsize=7)
-        if bound is not None:
-            axes.axvline(bound, color="0.5", linestyle=":")
-        axes.set_xlabel(label)
-    left.set_ylabel("held-out loss, nats a token")
-    for form, colour in colours.items():
-        left.plot([], [], marker="o", linestyle="none", color=colour, label=form)
-    left.legend(fontsize=8)
-    figure.savefig(path)

@@ -105,16 +105,20 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
         yield f"fusion.calibration.bounds: found {list(calibration.bounds)}; the least comes first"
     if isinstance(calibration, FixedCalibration) and set(calibration.values) != {t.name for t in recipe.teachers}:
         yield f"fusion.calibration.values: found {sorted(calibration.values)}; name each teacher once: {sorted(t.name for t in recipe.teachers)}"
-    weights = recipe.fusion.weights
-    if isinstance(weights, StaticWeights):
-        teachers = {t.name for t in recipe.teachers}
-        if set(weights.values) != teachers:
-            yield f"fusion.weights.values: found {sorted(weights.values)}; name each teacher once: {sorted(teachers)}"
-        elif not sum(weights.values.values()) > 0:
-            yield "fusion.weights.values: all are 0; give at least one teacher a weight"
+    yield from static_weights(recipe.fusion.weights, {t.name for t in recipe.teachers})
     if recipe.bench.scenario("single") is None:
         yield "bench.scenarios: single is missing; timing gates and the noise floor come from it: add it"
     if recipe.gates.max_loss_vs_best_teacher is not None and not recipe.teachers:
         yield "gates.max_loss_vs_best_teacher: there are no teachers to compare with; remove it or name teachers"
     if recipe.gates.min_decode_speedup is not None and not recipe.teachers:
         yield "gates.min_decode_speedup: there are no teachers to compare with; remove it or name teachers"
+
+
+def static_weights(weights: object, teachers: set[str]) -> Iterator[str]:
+    """What is wrong with weights given by teacher's name; nothing is with the other kinds."""
+    if not isinstance(weights, StaticWeights):
+        return
+    if set(weights.values) != teachers:
+        yield f"fusion.weights.values: found {sorted(weights.values)}; name each teacher once: {sorted(teachers)}"
+    elif not sum(weights.values.values()) > 0:
+        yield "fusion.weights.values: all are 0; give at least one teacher a weight"

@@ -69,6 +69,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/pruning"))
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
+    if options.tokens < 512 * max(map(len, ITERATIVE.values())):
+        parser.error("--tokens: every size on the way needs a step of 512 tokens")
     options.runs.mkdir(parents=True, exist_ok=True)
     base = load_recipe(RECIPE).resolved()["student"]["base"]
     found: dict[str, dict[str, Any]] = {}

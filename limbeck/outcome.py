@@ -1,0 +1,155 @@
+"""What a search came to, for people: which bound cannot be kept, the nearest student, the table and the picture.
+
+Knows candidates and a budget; runs nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from limbeck.candidates import SPEEDS, Candidate
+from limbeck.recipe import Budget
+
+PICTURE = "search.svg"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to."""
+
+    folder: Path
+    table: str  # Markdown
+    sentence: str
+    exit_code: int  # 0 chosen, 1 no student keeps the budget, 3 the finalists' intervals do not decide
+
+
+def nearest(candidates: Sequence[Candidate], budget: Budget) -> Candidate:
+    """The candidate whose worst bound is missed by least, in ratio; of equals the one with the lowest loss."""
+
+    def excess(candidate: Candidate) -> float:
+        known = {"size": float(candidate.size), **candidate.predicted, **candidate.measured}
+        bounds = {
+            "size": 1e6 * budget.size_mb if budget.size_mb else None,
+            "tpot_ms": budget.tpot_ms,
+            "ttft_ms": budget.ttft_ms,
+        }
+        return max([1.0, *(known[key] / bound for key, bound in bounds.items() if bound and key in known)])
+
+    return min(candidates, key=lambda c: (excess(c), not c.measured, c.nll if c.nll is not None else float("inf")))
+
+
+def missed_bound(candidates: Sequence[Candidate], budget: Budget) -> str:
+    """Which bound cannot be met, or between which the measuring did not decide, in a sentence."""
+    if undecided := [f"{c.name}: {c.out}" for c in candidates if c.verdict == "undecided"]:
+        return f"Not decided, give bench.minutes more ({' | '.join(undecided)})."
+    if budget.size_mb is not None and (least := min(c.size for c in candidates)) > 1e6 * budget.size_mb:
+        return f"No student is small enough: size_mb {budget.size_mb:g} is asked for, the smallest is planned at {megabytes(least)}."
+    for metric, bound in (("tpot_ms", budget.tpot_ms), ("ttft_ms", budget.ttft_ms)):
+        fitting = [c for c in candidates if c.out is None or not c.out.startswith("planned")]
+        fastest = min((c.measured.get(metric, c.predicted.get(metric, 0.0)) for c in fitting), default=0.0)
+        if bound is not None and fastest > bound:
+            return f"No student is fast enough: {metric} {bound:g} is asked for, the fastest takes {fastest:.2f}."
+    missed = [f"{c.name}: {c.out}" for c in candidates if c.run]
+    return (
+        f"No finalist keeps every bound ({' | '.join(missed)})." if missed else "No student keeps every bound at once."
+    )
+
+
+def asked_for(budget: Budget) -> str:
+    """The budget in words."""
+    said = [f"{key} {value:g}" for key in ("size_mb", *SPEEDS) if (value := getattr(budget, key)) is not None]
+    if budget.quality:
+        said.append(f"at most {budget.quality.max_loss:+.1%} loss against the best teacher")
+    return ", ".join(said)
+
+
+def figures_of(candidate: Candidate) -> str:
+    """What is known of a candidate, in words."""
+    if candidate.measured:
+        m = candidate.measured
+        return f"{megabytes(m['size'])}, {m['tpot_ms']:.2f} ms a token, {m['ttft_ms']:.0f} ms to the first, {m['nll']:.4f} nats, measured"
+    parts = [f"{megabytes(candidate.size)} planned"]
+    if "tpot_ms" in candidate.predicted:
+        parts.append(f"{candidate.predicted['tpot_ms']:.2f} ms a token {'timed' if candidate.timed else 'predicted'}")
+    return ", ".join(parts)
+
+
+def megabytes(size: float) -> str:
+    """Bytes as MB."""
+    return f"{size / 1e6:.1f} MB" if size >= 1e7 else f"{size / 1e6:.3f} MB"
+
+
+def rows(candidates: Sequence[Candidate], best: Candidate) -> list[list[str]]:
+    """The table with its head: every candidate, the ones that went furthest first. What was measured in full is in ** **."""
+    found = [["student", "form", "size", "ms a token", "ms to the first", "nats a token", "what became of it"]]
+    for c in sorted(candidates, key=lambda c: (c is not best, not c.measured, -c.tokens, c.nll or 0.0, c.size)):
+        m = c.measured
+        size = f"**{megabytes(m['size'])}**" if m else megabytes(c.size)
+        times = [
+            f"**{m[k]:.2f}**"
+            if m
+            else (f"{c.predicted[k]:.2f}{'' if c.timed else ' (predicted)'}" if k in c.predicted else "")
+            for k in SPEEDS
+        ]
+        nll = f"**{m['nll']:.4f}**" if m else (f"{c.nll:.4f} after {c.tokens}" if c.nll is not None else "")
+        fate = "chosen" if c is best and c.verdict == "pass" else c.out or c.verdict or ""
+        found.append([c.student, c.form, size, *times, nll, fate])
+    return found
+
+
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    """The table as Markdown."""
+    head, *rest = (f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in table)
+    return "\n".join([head, "|---" * len(table[0]) + "|", *rest])
+
+
+def show(found: Found) -> None:
+    """Print the table, for a terminal or as Markdown, and what it comes to."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in found.table.splitlines()]
+        table = Table(*lines[0])
+        for line in lines[2:]:
+            table.add_row(*(f"[bold]{cell.strip('*')}[/bold]" if cell.startswith("**") else cell for cell in line))
+        Console().print(table)
+    else:
+        print(found.table)
+    print(f"\n{found.sentence}\npicture: {found.folder / PICTURE}", flush=True)
+
+
+def draw(candidates: Sequence[Candidate], budget: Budget, best: Candidate, path: Path) -> None:
+    """Loss over size and over time a token; filled where the whole job was measured."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    colours = {form: f"C{i}" for i, form in enumerate(dict.fromkeys(c.form for c in candidates))}
+    for axes, key, bound, label in (
+        (left, "size", budget.size_mb, "size, MB"),
+        (right, "tpot_ms", budget.tpot_ms, "ms a token"),
+    ):
+        for c in candidates:
+            known = {"size": c.size / 1e6, **c.predicted}
+            if c.measured:
+                known = {"size": c.measured["size"] / 1e6, "tpot_ms": c.measured["tpot_ms"]}
+            loss = c.measured.get("nll", c.nll)
+            if loss is None or key not in known:
+                continue
+            axes.plot(
+                known[key], loss, marker="*" if c is best else "o", markersize=13 if c is best else 7, linestyle="none",
+                color=colours[c.form], fillstyle="full" if c.measured else "none",
+            )  # fmt: skip
+            axes.annotate(c.student, (known[key], loss), xytext=(5, 4), textcoords="offset points", fontsize=7)
+        if bound is not None:
+            axes.axvline(bound, color="0.5", linestyle=":")
+        axes.set_xlabel(label)
+    left.set_ylabel("held-out loss, nats a token")
+    for form, colour in colours.items():
+        left.plot([], [], marker="o", linestyle="none", color=colour, label=form)
+    left.legend(fontsize=8)
+    figure.savefig(path)
