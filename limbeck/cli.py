@@ -418,8 +418,8 @@ def search(
     Example:
       limbeck search smollm2/135m-two-experts --set budget.size_mb=120 --set budget.tpot_ms=8
     """
-    from limbeck.outcome import show
     from limbeck.search import search as run_search
+    from limbeck.search_outcome import show
 
     found = run_search(_load(recipe, overrides, shrink), out=out)
     show(found)

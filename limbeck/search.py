@@ -23,20 +23,7 @@ import yaml
 
 from limbeck import pipeline
 from limbeck.artifact import disk_full_is_a_user_error, open_artifact, write_atomically
-from limbeck.candidates import SPEEDS, Candidate, SpeedModel, fit_speed
 from limbeck.errors import ArtifactError, DivergenceError, EnvironmentalError, QualityError, RecipeError
-from limbeck.outcome import (
-    PICTURE,
-    Found,
-    asked_for,
-    draw,
-    figures_of,
-    markdown,
-    megabytes,
-    missed_bound,
-    nearest,
-    rows,
-)
 from limbeck.plan import form_sizes
 from limbeck.progress import say
 from limbeck.recipe import (
@@ -50,6 +37,19 @@ from limbeck.recipe import (
     parse_recipe,
 )
 from limbeck.runtime import import_onnxruntime
+from limbeck.search_candidates import SPEEDS, Candidate, SpeedModel, fit_speed
+from limbeck.search_outcome import (
+    PICTURE,
+    Found,
+    asked_for,
+    draw,
+    figures_of,
+    markdown,
+    megabytes,
+    missed_bound,
+    nearest,
+    rows,
+)
 
 if TYPE_CHECKING:
     import optuna

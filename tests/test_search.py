@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 import compress
 from compress.cache import CachedTeachers
 from limbeck import search as module
-from limbeck.candidates import Candidate, fit_speed
 from limbeck.cli import app
 from limbeck.errors import ArtifactError, DivergenceError, EnvironmentalError
-from limbeck.outcome import nearest
 from limbeck.recipe import Budget, Recipe, load_recipe, parse_recipe
 from limbeck.search import _Clock, _halve, final_recipe, search
+from limbeck.search_candidates import Candidate, fit_speed
+from limbeck.search_outcome import nearest
 
 BUDGET = {"size_mb": 0.6, "tpot_ms": 5.0}
 

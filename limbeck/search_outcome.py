@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from limbeck.candidates import SPEEDS, Candidate
 from limbeck.recipe import Budget
+from limbeck.search_candidates import SPEEDS, Candidate
 
 PICTURE = "search.svg"
 
