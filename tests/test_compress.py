@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -331,14 +333,16 @@ def test_calibration_can_be_fixed(tmp_path: Path) -> None:
     assert {name: r["temperature"] for name, r in result["teachers"].items()} == {"a": 1.5, "b": 0.8}
 
 
-def test_a_budget_in_minutes_ends_in_time(tmp_path: Path) -> None:
+def test_a_budget_in_minutes_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count(step=0.1)  # a clock of its own: on a busy machine three seconds hold any number of steps
+    monkeypatch.setattr("compress.train.time", SimpleNamespace(monotonic=lambda: next(ticks)))
     recipe = tiny(
         tmp_path, training={"tokens": None, "minutes": 0.05, "evaluate_every": 1000, "checkpoint_every": 1000}
     )
     result = compress.distill(recipe=recipe, out=tmp_path / "student").result
     steps = events(tmp_path / "student", "step")
     assert len(steps) == result["steps"] > 3
-    assert steps[-2]["seconds"] < 3 <= steps[-1]["seconds"] + 0.05
+    assert steps[-2]["seconds"] < 3 <= steps[-1]["seconds"]
     assert steps[-1]["learning_rate"] < steps[len(steps) // 2]["learning_rate"]
 
 
