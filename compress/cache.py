@@ -163,7 +163,8 @@ class CachedTeachers:
         }
         generator = torch.Generator().manual_seed(int(ids_RL.sum()))
         for place in chunks_of_labels(labels_RL, 256, whole_rows=False):
-            p_CV, entropy_C, logp_C = state.distribution(place, labels_RL[place], state.vocabulary)
+            reading = state.read(place, state.vocabulary)
+            p_CV, entropy_C, logp_C = reading.distribution(slice(None), labels_RL[place])
             if self._cache.sampling == "top":
                 share_Ck, ids_Ck = p_CV.topk(k_, dim=-1)
             else:

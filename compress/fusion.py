@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from limbeck.recipe import (
 )
 
 IGNORED = -100
-
+_CACHED = 1 << 20  # logits that are worked on at once: 4 MB, some five tensors of which a processor's caches hold
 
 Place = tuple[Tensor, Tensor]  # row and position of each label position of a chunk
 
@@ -51,8 +51,16 @@ class Head:
 
     def logits(self, hidden_Cd: Tensor, rows: int | None = None) -> Tensor:
         """fp32 logits [C, rows] of the first ``rows`` vocabulary entries."""
+        return self.finish(self.product(hidden_Cd, rows))
+
+    def product(self, hidden_Cd: Tensor, rows: int | None = None) -> Tensor:
+        """hidden W^T + b, in the number type of the weights."""
         weight, bias = self.weight_Vd[:rows], self.bias_V[:rows] if self.bias_V is not None else None
-        logits_CV = torch.nn.functional.linear(hidden_Cd, weight, bias).float()
+        return torch.nn.functional.linear(hidden_Cd, weight, bias)
+
+    def finish(self, product_CV: Tensor) -> Tensor:
+        """fp32 logits of some rows of a product; a tensor that is fp32 already may come back as it is."""
+        logits_CV = product_CV.float()
         if self.scale != 1.0:
             logits_CV = logits_CV * self.scale
         if self.softcap is not None:
@@ -74,20 +82,9 @@ class TeacherStates:
         return len(self.head.weight_Vd)
 
     @torch.no_grad()
-    def distribution(
-        self, place: Place, labels_C: Tensor, rows: int, *, tau: float = 1.0, logq_CV: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """softmax(z / (c tau)) [C, rows]; entropy [C] and label log-likelihood [C] at tau = 1."""
-        z_CV = self.head.logits(self.hidden_RLd[place], rows)
-        if self.temperature != 1.0:
-            z_CV /= self.temperature
-        p_CV = torch.softmax(z_CV, dim=-1)
-        # log sum exp(z) = z - log p at any token; at the likeliest one p is never 0.
-        top_C1, at_C1 = p_CV.max(dim=-1, keepdim=True)
-        norm_C = (z_CV.gather(1, at_C1) - top_C1.log())[:, 0]
-        logp_C = z_CV.gather(1, labels_C[:, None])[:, 0] - norm_C
-        entropy_C = norm_C - _dot(p_CV, z_CV)
-        return p_CV if tau == 1.0 else torch.softmax(z_CV / tau, dim=-1), entropy_C, logp_C
+    def read(self, place: Place, rows: int) -> Reading:
+        """What it says at some label positions of the first ``rows`` vocabulary entries."""
+        return _DenseReading(self.head.product(self.hidden_RLd[place], rows), self.head, self.temperature)
 
 
 @dataclass(frozen=True)
@@ -104,21 +101,65 @@ class SparseStates:
     label_logp_RL: Tensor  # exact, nats
     vocabulary: int
 
+    def read(self, place: Place, rows: int) -> Reading:
+        """As of `TeacherStates`."""
+        kept = (self.ids_RLk[place].long(), self.share_RLk[place].float())
+        return _SparseReading(*kept, self.entropy_RL[place], self.label_logp_RL[place], rows)
+
+
+class Reading(Protocol):
+    """What one teacher says of a chunk."""
+
+    def distribution(
+        self, block: slice, labels_C: Tensor, *, tau: float = 1.0, logq_BV: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """softmax(z / (c tau)) [B, V]; entropy [B] and label log-likelihood [B] at tau = 1, of a ``block`` of B positions.
+
+        ``logq_BV``, the student's, is needed where there is a tail.
+        """
+
+
+@dataclass(frozen=True)
+class _DenseReading:
+    product_CV: Tensor
+    head: Head
+    temperature: float
+
     @torch.no_grad()
     def distribution(
-        self, place: Place, labels_C: Tensor, rows: int, *, tau: float = 1.0, logq_CV: Tensor | None = None
+        self, block: slice, labels_C: Tensor, *, tau: float = 1.0, logq_BV: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As of `TeacherStates`, at tau = 1 only; ``logq_CV`` is the student's, and needed where there is a tail."""
+        z_BV = self.head.finish(self.product_CV[block])
+        if self.temperature != 1.0:
+            z_BV = z_BV / self.temperature
+        p_BV, norm_B1 = _softmax(z_BV)
+        logp_B = (z_BV.gather(1, labels_C[block, None]) - norm_B1)[:, 0]
+        entropy_B = norm_B1[:, 0] - _dot(p_BV, z_BV)
+        return p_BV if tau == 1.0 else torch.softmax(z_BV / tau, dim=-1), entropy_B, logp_B
+
+
+@dataclass(frozen=True)
+class _SparseReading:
+    ids_Ck: Tensor
+    share_Ck: Tensor
+    entropy_C: Tensor
+    label_logp_C: Tensor
+    rows: int
+
+    @torch.no_grad()
+    def distribution(
+        self, block: slice, labels_C: Tensor, *, tau: float = 1.0, logq_BV: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         assert tau == 1.0, "the recipe's check refuses another temperature"
-        ids_Ck, share_Ck = self.ids_RLk[place].long(), self.share_RLk[place].float()
-        tail_C1 = (1 - share_Ck.sum(-1, keepdim=True)).clamp(min=0)
-        if logq_CV is None:
-            p_CV = torch.zeros(len(labels_C), rows, device=share_Ck.device)
+        ids_Bk, share_Bk = self.ids_Ck[block], self.share_Ck[block]
+        tail_B1 = (1 - share_Bk.sum(-1, keepdim=True)).clamp(min=0)
+        if logq_BV is None:
+            p_BV = torch.zeros(len(ids_Bk), self.rows, device=share_Bk.device)
         else:
-            p_CV = logq_CV.exp().scatter(1, ids_Ck, 0.0)
-            p_CV.mul_(tail_C1 / p_CV.sum(-1, keepdim=True).clamp(min=_TINY))
-        p_CV.scatter_add_(1, ids_Ck, share_Ck)
-        return p_CV, self.entropy_RL[place], self.label_logp_RL[place]
+            p_BV = logq_BV.exp().scatter(1, ids_Bk, 0.0)
+            p_BV.mul_(tail_B1 / p_BV.sum(-1, keepdim=True).clamp(min=_TINY))
+        p_BV.scatter_add_(1, ids_Bk, share_Bk)
+        return p_BV, self.entropy_C[block], self.label_logp_C[block]
 
 
 @dataclass(frozen=True)
@@ -246,25 +287,36 @@ def divergence(
     q_CV = logq_CV.exp() if q_CV is None else q_CV
     match config:
         case ForwardKl():
-            value_C = torch.special.xlogy(target_CV, target_CV).sum(-1) - _dot(target_CV, logq_CV)
+            value_C = _dot(target_CV, _log(target_CV)) - _dot(target_CV, logq_CV)
             return value_C, q_CV - target_CV
         case ReverseKl():
-            slope_CV = logq_CV - target_CV.clamp(min=_TINY).log()
+            slope_CV = logq_CV - _log(target_CV)
             value_C = _dot(q_CV, slope_CV)
             return value_C, _through_softmax(q_CV, slope_CV)
         case Jsd(beta=beta):
             mixture_CV = (beta * target_CV + (1 - beta) * q_CV).clamp(min=_TINY)
             logm_CV = mixture_CV.log()
             slope_CV = (1 - beta) * (logq_CV - logm_CV)
-            teacher_C = torch.special.xlogy(target_CV, target_CV).sum(-1) - _dot(target_CV, logm_CV)
+            teacher_C = _dot(target_CV, _log(target_CV)) - _dot(target_CV, logm_CV)
             return beta * teacher_C + _dot(q_CV, slope_CV), _through_softmax(q_CV, slope_CV)
         case SkewKl(skew=skew):
             mixture_CV = (skew * target_CV + (1 - skew) * q_CV).clamp(min=_TINY)
-            value_C = torch.special.xlogy(target_CV, target_CV).sum(-1) - _dot(target_CV, mixture_CV.log())
+            value_C = _dot(target_CV, _log(target_CV)) - _dot(target_CV, mixture_CV.log())
             return value_C, _through_softmax(q_CV, -(1 - skew) * target_CV / mixture_CV)
 
 
 _TINY = torch.finfo(torch.float32).tiny
+
+
+def _softmax(z_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(z) and log sum exp(z) [C, 1], which is z - log p at any token; at the likeliest one p is never 0."""
+    p_CV = torch.softmax(z_CV, dim=-1)
+    return p_CV, z_CV.amax(-1, keepdim=True) - p_CV.amax(-1, keepdim=True).log()
+
+
+def _log(p_CV: Tensor) -> Tensor:
+    """log p, finite at 0."""
+    return p_CV.clamp(min=_TINY).log_()
 
 
 def _dot(a_CV: Tensor, b_CV: Tensor) -> Tensor:
@@ -296,7 +348,8 @@ def fused_loss(
     """Cross-entropy plus divergence to the fused teachers, with the gradient at hidden states and head.
 
     ``denominator`` is the number of label positions of the *global* batch, so that micro-batches and processes add
-    up. Without teachers the loss is the cross-entropy with factor 1. Extra memory is (K + 4) C V numbers of fp32.
+    up. Without teachers the loss is the cross-entropy with factor 1. Extra memory is K + 1 products [C, V] in the
+    heads' number type, and a few blocks of them in fp32.
     The vocabulary is the rows that student and teachers share (padded rows are left out).
     """
     K, (R, L) = len(teachers), labels_RL.shape
@@ -323,11 +376,24 @@ def teacher_statistics(
     entropy_KRL = torch.zeros(len(teachers), *labels_RL.shape, device=labels_RL.device)
     logp_KRL = torch.zeros_like(entropy_KRL)
     for place in chunks_of_labels(labels_RL, chunk, whole_rows=False):
-        labels_C = labels_RL[place]
         for k, teacher in enumerate(teachers):
-            shared = rows or teacher.vocabulary
-            _, entropy_KRL[k][place], logp_KRL[k][place] = teacher.distribution(place, labels_C, shared)
+            reading = teacher.read(place, rows or teacher.vocabulary)
+            entropy_KRL[k][place], logp_KRL[k][place] = _statistics(
+                reading, labels_RL[place], rows or teacher.vocabulary
+            )
     return entropy_KRL, logp_KRL
+
+
+def _statistics(reading: Reading, labels_C: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Entropy and label log-likelihood [C] of one teacher in a chunk."""
+    found = [reading.distribution(block, labels_C)[1:] for block in _blocks(labels_C, rows)]
+    return torch.cat([entropy_B for entropy_B, _ in found]), torch.cat([logp_B for _, logp_B in found])
+
+
+def _blocks(labels_C: Tensor, rows: int) -> Iterator[slice]:
+    """Positions of a chunk, a few at a time: on a CPU what is computed of them stays in its caches, on a GPU all at once."""
+    size = len(labels_C) if labels_C.is_cuda else max(1, _CACHED // rows)
+    return (slice(first, first + size) for first in range(0, len(labels_C), size))
 
 
 @dataclass
@@ -393,63 +459,79 @@ class _ChunkedLoss(torch.autograd.Function):
 
 def _chunk_loss(job: _Job, head: Head, hidden_Cd: Tensor, place: Place) -> tuple[float, Tensor]:
     """Loss of one chunk and its gradient [C, V] at the raw (uncapped, unscaled) student logits; adds to the job's terms."""
-    config, labels_C = job.config, job.labels_RL[place]
-    z_CV = head.logits(hidden_Cd, job.rows)
-    logq_CV = torch.log_softmax(z_CV, dim=-1)
-    q_CV = logq_CV.exp()
-    cross_entropy = -float(logq_CV.gather(1, labels_C[:, None]).double().sum())
+    labels_C = job.labels_RL[place]
+    product_CV = head.product(hidden_Cd, job.rows)
+    readings = [teacher.read(place, job.rows) for teacher in job.teachers]
+    if readings and not job.weighed and span_of(job.config.weights) != "token":
+        for k, reading in enumerate(readings):
+            job.entropy_KRL[k][place], job.label_logp_KRL[k][place] = _statistics(reading, labels_C, job.rows)
+        _weigh(job, place[0].unique())
+    total = 0.0
+    for block in _blocks(labels_C, job.rows):
+        value, slope_BV = _block_loss(job, head, product_CV, readings, place, block)
+        product_CV[block] = slope_BV  # nobody reads these logits again
+        total += value
+    return total, product_CV
+
+
+def _block_loss(
+    job: _Job, head: Head, product_CV: Tensor, readings: Sequence[Reading], place: Place, block: slice
+) -> tuple[float, Tensor]:
+    """As of `_chunk_loss`, of a block of it."""
+    config, labels_B1 = job.config, job.labels_RL[place][block, None]
+    z_BV = head.finish(product_CV[block])
+    q_BV, norm_B1 = _softmax(z_BV)
+    logq_BV = z_BV - norm_B1
+    cross_entropy = -float(logq_BV.gather(1, labels_B1).double().sum())
     job.cross_entropy += cross_entropy
     alpha, beta, divergence_sum = 1.0, 0.0, 0.0
-    if job.teachers:
+    if readings:
         alpha, beta, tau = config.cross_entropy, config.weight, config.temperature
-        target_CV = _target(job, place, labels_C, logq_CV)
+        target_BV = _target(job, readings, place, block, logq_BV)
         if tau == 1.0:
-            value_C, slope_CV = divergence(config.divergence, target_CV, logq_CV, q_CV)
+            value_B, slope_BV = divergence(config.divergence, target_BV, logq_BV, q_BV)
         else:
-            value_C, slope_CV = divergence(config.divergence, target_CV, torch.log_softmax(z_CV / tau, dim=-1))
-        divergence_sum = float(value_C.double().sum()) * tau**2
-        slope_CV.mul_(beta * tau).add_(q_CV, alpha=alpha)
+            value_B, slope_BV = divergence(config.divergence, target_BV, torch.log_softmax(z_BV / tau, dim=-1))
+        divergence_sum = float(value_B.double().sum()) * tau**2
+        slope_BV.mul_(beta * tau).add_(q_BV, alpha=alpha)
         job.divergence += divergence_sum
     else:
-        slope_CV = q_CV
-    slope_CV[torch.arange(len(labels_C), device=labels_C.device), labels_C] -= alpha
+        slope_BV = q_BV
+    slope_BV.scatter_add_(1, labels_B1, torch.full_like(slope_BV[:, :1], -alpha))
     if head.softcap is not None:
-        slope_CV.mul_(1 - (z_CV / head.softcap) ** 2)
-    slope_CV.mul_(head.scale / job.denominator)
-    return (alpha * cross_entropy + beta * divergence_sum) / job.denominator, slope_CV
+        slope_BV.mul_(1 - (z_BV / head.softcap) ** 2)
+    slope_BV.mul_(head.scale / job.denominator)
+    return (alpha * cross_entropy + beta * divergence_sum) / job.denominator, slope_BV
 
 
-def _target(job: _Job, place: Place, labels_C: Tensor, logq_CV: Tensor) -> Tensor:
-    """The fused teacher distribution [C, V] at temperature tau; records weights and statistics of the chunk."""
-    config = job.config
-    softened: list[Tensor] = []
-    for k, teacher in enumerate(job.teachers):
-        p_CV, entropy_C, logp_C = teacher.distribution(
-            place, labels_C, job.rows, tau=config.temperature, logq_CV=logq_CV
-        )
-        softened.append(p_CV)
-        job.entropy_KRL[k][place], job.label_logp_KRL[k][place] = entropy_C, logp_C
-    if not job.weighed:
-        rows = place[0].unique() if span_of(config.weights) != "token" else None
-        if rows is None:
-            entropy, logp = (s[:, place[0], place[1]][:, None] for s in (job.entropy_KRL, job.label_logp_KRL))
-            weights = weigh(config.weights, entropy, logp, labels_C[None], names=job.names, progress=job.progress)
-            job.weights_KRL[:, place[0], place[1]] = weights[:, 0]
-        else:
-            job.weights_KRL[:, rows] = weigh(
-                config.weights, job.entropy_KRL[:, rows], job.label_logp_KRL[:, rows], job.labels_RL[rows],
-                names=job.names, progress=job.progress,
-            )  # fmt: skip
-    weights_KC = job.weights_KRL[:, place[0], place[1]]
+def _target(job: _Job, readings: Sequence[Reading], place: Place, block: slice, logq_BV: Tensor) -> Tensor:
+    """The fused teacher distribution [B, V] at temperature tau; records statistics and, where a token has its own, weights."""
+    config, labels_C, softened = job.config, job.labels_RL[place], []
+    row_B, position_B = place[0][block], place[1][block]
+    for k, reading in enumerate(readings):
+        p_BV, entropy_B, logp_B = reading.distribution(block, labels_C, tau=config.temperature, logq_BV=logq_BV)
+        softened.append(p_BV)
+        job.entropy_KRL[k, row_B, position_B], job.label_logp_KRL[k, row_B, position_B] = entropy_B, logp_B
+    if not job.weighed and span_of(config.weights) == "token":
+        _weigh(job, row_B, position_B)
+    weights_KB1 = job.weights_KRL[:, row_B, position_B, None]
     if config.space == "arithmetic":
-        target_CV = softened[0].mul_(weights_KC[0][:, None])
-        for p_CV, weight_C in zip(softened[1:], weights_KC[1:], strict=True):
-            target_CV.addcmul_(p_CV, weight_C[:, None])
-        return target_CV
-    log_CV = softened[0].clamp_(min=_TINY).log_().mul_(weights_KC[0][:, None])
-    for p_CV, weight_C in zip(softened[1:], weights_KC[1:], strict=True):
-        log_CV.addcmul_(p_CV.clamp_(min=_TINY).log_(), weight_C[:, None])
-    return torch.softmax(log_CV, dim=-1)
+        target_BV = softened[0].mul_(weights_KB1[0])
+        for p_BV, weight_B1 in zip(softened[1:], weights_KB1[1:], strict=True):
+            target_BV.addcmul_(p_BV, weight_B1)
+        return target_BV
+    log_BV = _log(softened[0]).mul_(weights_KB1[0])
+    for p_BV, weight_B1 in zip(softened[1:], weights_KB1[1:], strict=True):
+        log_BV.addcmul_(_log(p_BV), weight_B1)
+    return torch.softmax(log_BV, dim=-1)
+
+
+def _weigh(job: _Job, row_B: Tensor, position_B: Tensor | None = None) -> None:
+    """Set the weights of some positions, or of whole rows, from the statistics that stand there."""
+    at = (slice(None), row_B) if position_B is None else (slice(None), row_B[:, None], position_B[:, None])
+    job.weights_KRL[at] = weigh(
+        job.config.weights, job.entropy_KRL[at], job.label_logp_KRL[at], job.labels_RL[at[1:]], names=job.names, progress=job.progress
+    )  # fmt: skip
 
 
 def chunks_of_labels(labels_RL: Tensor, chunk: int, *, whole_rows: bool) -> Iterator[tuple[Tensor, Tensor]]:

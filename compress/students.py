@@ -109,6 +109,7 @@ def load_trainable_state(module: nn.Module, state: Mapping[str, Tensor]) -> None
 def with_lora(base: Any, config: LoraStudent, seed: int) -> Any:
     """``base`` with trainable adapters on it. Raises `ModelError` for targets it does not have."""
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     options = LoraConfig(
         r=config.rank,
@@ -122,9 +123,14 @@ def with_lora(base: Any, config: LoraStudent, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return get_peft_model(base, options)
+            model = get_peft_model(base, options)
         except ValueError as error:
             names = sorted(
                 {n.rpartition(".")[2] for n, m in causal_lm(base).named_modules() if isinstance(m, nn.Linear)}
             )
             raise ModelError(f"student.targets: {error} Linear layers of this model: {', '.join(names)}.") from error
+    if not config.dora and config.quantize == "none":
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.cast_input_dtype_enabled = False  # to fp32 and, by autocast, back: the same bits
+    return model

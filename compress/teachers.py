@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.attention import use_short_attention
 from compress.fusion import Head, TeacherStates
 from compress.models import cast_frozen, load_model, model_folder
 from limbeck import sources
@@ -127,6 +128,7 @@ class Teachers:
             model.requires_grad_(False)
             model.eval()
             cast_frozen(model, compute_dtype)
+            use_short_attention(causal_lm(model))
             self.bodies.append(Body(model, adapter=folder.name if folder.adapter else None))
         cast: dict[int, Head] = {}
         for body in self.bodies:

@@ -27,6 +27,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch import Tensor
 
+from compress.attention import use_short_attention
 from compress.cache import CachedTeachers
 from compress.data import IGNORED, DomainBlocks, labels_of, load_blocks, training_order
 from compress.features import Projections, feature_loss, layer_pairs
@@ -53,7 +54,7 @@ from compress.students import (
     student_folder,
     trainable_state,
 )
-from compress.teachers import Body, TeacherFolder, Teachers, teacher_folders
+from compress.teachers import Body, TeacherFolder, Teachers, causal_lm, teacher_folders
 from limbeck.artifact import Artifact, disk_full_is_a_user_error, host, open_artifact, write_artifact
 from limbeck.encoder_recipe import EncoderTraining
 from limbeck.errors import DivergenceError
@@ -167,6 +168,7 @@ def setup(*, recipe: Recipe, products: Mapping[str, Path], work: Path, key: str,
             teachers = CachedTeachers(
                 folders, cache=config.teacher_cache, device=device, compute_dtype=DTYPES[precision]
             )
+        use_short_attention(causal_lm(model))
         student = Student(model, _projections(recipe, Body(model), teachers)).to(device)
         # DoRA takes norms of the base's weights, and a model that was given is trained in ways not known here.
         if made and isinstance(recipe.student, LoraStudent) and not recipe.student.dora:

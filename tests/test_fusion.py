@@ -234,7 +234,7 @@ def sparse(teacher: TeacherStates, labels: Tensor, k: int, generator: torch.Gene
     ids, share = torch.zeros(R, L, k, dtype=torch.long), torch.zeros(R, L, k)
     entropy, logp = teacher_statistics([teacher], labels)
     row, position = (labels != IGNORED).nonzero(as_tuple=True)
-    p, _, _ = teacher.distribution((row, position), labels[row, position], teacher.vocabulary)
+    p, _, _ = teacher.read((row, position), teacher.vocabulary).distribution(slice(None), labels[row, position])
     if generator is None:
         share[row, position], ids[row, position] = p.topk(k)
     else:
