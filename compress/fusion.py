@@ -287,7 +287,7 @@ def divergence(
     q_CV = logq_CV.exp() if q_CV is None else q_CV
     match config:
         case ForwardKl():
-            value_C = _dot(target_CV, _log(target_CV)) - _dot(target_CV, logq_CV)
+            value_C = _log(target_CV).sub_(logq_CV).mul_(target_CV).sum(-1)
             return value_C, q_CV - target_CV
         case ReverseKl():
             slope_CV = logq_CV - _log(target_CV)
@@ -469,7 +469,7 @@ def _chunk_loss(job: _Job, head: Head, hidden_Cd: Tensor, place: Place) -> tuple
     total = 0.0
     for block in _blocks(labels_C, job.rows):
         value, slope_BV = _block_loss(job, head, product_CV, readings, place, block)
-        product_CV[block] = slope_BV  # nobody reads these logits again
+        product_CV[block] = slope_BV
         total += value
     return total, product_CV
 
@@ -481,7 +481,7 @@ def _block_loss(
     config, labels_B1 = job.config, job.labels_RL[place][block, None]
     z_BV = head.finish(product_CV[block])
     q_BV, norm_B1 = _softmax(z_BV)
-    logq_BV = z_BV - norm_B1
+    logq_BV = z_BV.sub_(norm_B1)  # in place: nobody reads these logits again
     cross_entropy = -float(logq_BV.gather(1, labels_B1).double().sum())
     job.cross_entropy += cross_entropy
     alpha, beta, divergence_sum = 1.0, 0.0, 0.0
@@ -491,7 +491,7 @@ def _block_loss(
         if tau == 1.0:
             value_B, slope_BV = divergence(config.divergence, target_BV, logq_BV, q_BV)
         else:
-            value_B, slope_BV = divergence(config.divergence, target_BV, torch.log_softmax(z_BV / tau, dim=-1))
+            value_B, slope_BV = divergence(config.divergence, target_BV, torch.log_softmax(logq_BV / tau, dim=-1))
         divergence_sum = float(value_B.double().sum()) * tau**2
         slope_BV.mul_(beta * tau).add_(q_BV, alpha=alpha)
         job.divergence += divergence_sum
@@ -499,7 +499,7 @@ def _block_loss(
         slope_BV = q_BV
     slope_BV.scatter_add_(1, labels_B1, torch.full_like(slope_BV[:, :1], -alpha))
     if head.softcap is not None:
-        slope_BV.mul_(1 - (z_BV / head.softcap) ** 2)
+        slope_BV.mul_(1 - ((logq_BV + norm_B1) / head.softcap) ** 2)
     slope_BV.mul_(head.scale / job.denominator)
     return (alpha * cross_entropy + beta * divergence_sum) / job.denominator, slope_BV
 
