@@ -6,6 +6,7 @@ timed by the events that carry one, as vLLM's `bench serve` does. Knows HTTP; kn
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -103,12 +104,17 @@ def find_endpoint(url: str, model: str | None = None, key_variable: str = "OPENA
     return Endpoint(base, model or names[0], headers)
 
 
-async def request(client: httpx2.AsyncClient, endpoint: Endpoint, prompt: Sequence[int], new_tokens: int) -> Stream:
+def prepare(client: httpx2.AsyncClient, endpoint: Endpoint, prompt: Sequence[int], new_tokens: int) -> httpx2.Request:
+    """A request that is written out and only has to be sent."""
+    body = endpoint.body(prompt, new_tokens)
+    return client.build_request("POST", f"{endpoint.url}/completions", json=body, headers=endpoint.headers)
+
+
+async def request(client: httpx2.AsyncClient, prepared: httpx2.Request) -> Stream:
     """One streamed request, to its end. Raises `ValueError` with the reason when it fails."""
     stream, clock = Stream(), time.perf_counter
-    url, body = f"{endpoint.url}/completions", endpoint.body(prompt, new_tokens)
     try:
-        async with client.stream("POST", url, json=body, headers=endpoint.headers) as response:
+        async with contextlib.aclosing(await client.send(prepared, stream=True)) as response:
             if response.status_code != 200:
                 raise ValueError(_refusal(response.status_code, await response.aread()))
             async for line in response.aiter_lines():

@@ -27,12 +27,15 @@ import numpy as np
 from limbeck.errors import EnvironmentalError
 from limbeck.progress import say
 from limbeck.recipe import ServerScenario, UrlTarget
-from serve_bench.client import Endpoint, find_endpoint, request
+from serve_bench.client import Endpoint, find_endpoint, prepare, request
 from serve_bench.scenarios import meets
 
 _DOUBLINGS = 12  # and halvings, at most
 _READY = 120.0  # seconds that our own server may take to load
 _LEAD = 0.05  # seconds from building the tasks to the first arrival
+_AWAKE = (
+    0.002  # seconds before its arrival that a request is waited for without sleeping: timers come up to 1.5 ms late
+)
 _PATIENCE = 30.0  # seconds after its arrival, or five times the SLO, when a request has failed
 _SERVED_BY = ("fastapi", "uvicorn", "prometheus_client")  # the extra limbeck[serve], as it is imported
 _WARM = 3  # requests one after another before the first rate
@@ -126,13 +129,10 @@ class Loop:
     def alone(self) -> float:
         """Seconds that one request takes when nothing else is asked. Raises `EnvironmentalError` when the server refuses it."""
 
-        prompts = [self._prompts(index, self._sizes.prompt_tokens) for index in range(_WARM)]
-
         async def run() -> list[Row]:
             async with self._client() as client:
-                return [
-                    await self._one(client, index, time.perf_counter(), 0.0, prompts[index]) for index in range(_WARM)
-                ]
+                prepared = self._prepare(client, _WARM)
+                return [await self._one(client, i, time.perf_counter(), 0.0, prepared[i]) for i in range(_WARM)]
 
         rows = asyncio.run(run())
         if errors := [row["error"] for row in rows if row["error"]]:
@@ -143,24 +143,32 @@ class Loop:
         """One row a request, as in samples.jsonl, of arrivals at ``rate`` requests/s with exponential gaps."""
         gaps = np.random.default_rng((2, round(1e6 * rate))).exponential(1 / rate, self._asked.requests)
         due = np.cumsum(gaps) - gaps[0]
-        prompts = [self._prompts(index, self._sizes.prompt_tokens) for index in range(len(due))]
 
         async def run() -> list[Row]:
             async with self._client() as client:
+                prepared = self._prepare(client, len(due))
                 start = time.perf_counter() + _LEAD
-                tasks = [self._one(client, i, start, float(due[i]), prompt) for i, prompt in enumerate(prompts)]
+                tasks = [self._one(client, i, start, float(due[i]), prepared[i]) for i in range(len(due))]
                 return list(await asyncio.gather(*tasks))
 
         return [{"event": "request", "rate": rate, **row} for row in asyncio.run(run())]
 
-    async def _one(self, client: httpx2.AsyncClient, index: int, start: float, after: float, prompt: list[int]) -> Row:
+    def _prepare(self, client: httpx2.AsyncClient, count: int) -> list[httpx2.Request]:
+        prompts = (self._prompts(index, self._sizes.prompt_tokens) for index in range(count))
+        return [prepare(client, self._endpoint, prompt, self._sizes.new_tokens) for prompt in prompts]
+
+    async def _one(
+        self, client: httpx2.AsyncClient, index: int, start: float, after: float, prepared: httpx2.Request
+    ) -> Row:
         """One request, due ``after`` seconds from ``start``; times in its row count from then."""
         due = start + after
-        await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        await asyncio.sleep(due - _AWAKE - time.perf_counter())
+        while time.perf_counter() < due:
+            await asyncio.sleep(0)  # others go on meanwhile
         sent, at, read, written, error = time.perf_counter(), list[float](), None, 0, None
         try:
             async with asyncio.timeout(max(0.0, due + self._patience - sent)):
-                answer = await request(client, self._endpoint, prompt, self._sizes.new_tokens)
+                answer = await request(client, prepared)
             at, read, written = answer.at, answer.prompt_tokens, answer.output_tokens
         except ValueError as failure:
             error = str(failure)
