@@ -29,6 +29,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": {**SIZES, "num_key_value_heads": 2, "tie_word_embeddings": False},
     "qwen3": {**SIZES, "num_key_value_heads": 2, "head_dim": 16},
     "mistral": {**SIZES, "num_key_value_heads": 2},
+    "granite": {**SIZES, "num_key_value_heads": 2, "logits_scaling": 2.0, "residual_multiplier": 0.7},
+    "phi3": {**SIZES, "num_key_value_heads": 2},
+    "smollm3": {**SIZES, "num_key_value_heads": 2, "no_rope_layers": [1, 0, 1, 0]},
+    "gemma3_text": {
+        **SIZES,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "opt": {**SIZES, "ffn_dim": 96, "word_embed_proj_dim": 64},
     "gpt2": {"n_embd": 64, "n_inner": 96, "n_layer": 4, "n_head": 4, "n_positions": 64},
     "gpt_neox": SIZES,
 }
@@ -115,23 +126,17 @@ def test_sizes_that_cannot_be_cut_are_refused(kind: str, sizes: dict[str, int], 
         shrink(base(kind), config, IDS)
 
 
-def test_unknown_architectures_are_refused() -> None:
-    model = random_model(
-        {
-            "model_type": "opt",
-            "hidden_size": 32,
-            "ffn_dim": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "word_embed_proj_dim": 32,
-        },
-        vocab_size=90,
-        seed=0,
-        where="t",
-    )
-    with pytest.raises(
-        ModelError, match=r"does not know the architecture 'opt'; known: bert, distilbert, gpt2, gpt_neox, llama"
-    ):
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "bloom", "n_layer": 2, "n_head": 4}, r"the architecture 'bloom'; known: bert, distilbert, gemma3"),
+        ({"model_type": "opt", **CONFIGS["opt"], "word_embed_proj_dim": 32}, r"found .* word_embed_proj_dim 32 and hidden"),
+        ({"model_type": "opt", **CONFIGS["opt"], "do_layer_norm_before": False}, r"found do_layer_norm_before False"),
+    ],
+)  # fmt: skip
+def test_architectures_that_cannot_be_cut_are_refused(config: dict[str, Any], message: str) -> None:
+    model = random_model(config, vocab_size=90, seed=0, where="t")
+    with pytest.raises(ModelError, match=message):
         shrink(model, ShrinkStudent.model_validate({"kind": "shrink", "base": {"kind": "random", "config": {}}}), IDS)
 
 
