@@ -38,12 +38,10 @@ def choose_bits(
 
     ``texts`` are rows that sensitivities are measured on; a loss is measured on all of ``heldout``.
     """
-    few, more = scheme.body, scheme.head
-    assert isinstance(few, Blockwise)
+    flat, more = with_more(scheme, ()), scheme.head
     assert isinstance(more, Blockwise)
-    flat = with_more(scheme, ())
     matrices = matrices_of(graphs, flat)
-    body = {name: matrix for name, matrix in matrices.items() if matrix.how == few}
+    body = {name: matrix for name, matrix in matrices.items() if matrix.how == flat.body}
     costs = measure_costs(model, graphs, body, origins(body, graphs, model), texts, more=more, tokens=mixed.tokens)
 
     found: dict[str, Any] = {"kind": mixed.kind}
@@ -84,8 +82,10 @@ def same_bits(scheme: Scheme, found: dict[str, Any]) -> tuple[Scheme, dict[str, 
 
 def with_more(scheme: Scheme, names: Sequence[str]) -> Scheme:
     """``scheme`` with 4 bits everywhere but in the head and the matrices ``names``, which get the head's."""
-    few = scheme.body
-    return replace(scheme, attention=few, narrow=few, exceptions=dict.fromkeys(names, scheme.head))
+    few, more = scheme.body, scheme.head
+    assert isinstance(few, Blockwise)
+    assert isinstance(more, Blockwise)
+    return replace(scheme, attention=few, narrow=few, exceptions=dict.fromkeys(names, more))
 
 
 def _entry(cost: Cost, chosen: bool) -> dict[str, Any]:
