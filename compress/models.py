@@ -230,9 +230,13 @@ def random_config(config: Mapping[str, Any], *, vocab_size: int, where: str) -> 
     if "model_type" not in options:
         raise ModelError(f"{where}: no model_type; name the architecture, for example model_type: llama.")
     try:
-        return AutoConfig.for_model(**options)
+        made = AutoConfig.for_model(**options)
     except BAD_CONFIG as error:
         raise ModelError(f"{where}: transformers cannot build it: {error}") from error
+    text = made.get_text_config()
+    if "pad_token_id" not in config and (text.pad_token_id or 0) >= text.vocab_size:
+        text.pad_token_id = None  # the architecture's default, which the embedding would not hold
+    return made
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

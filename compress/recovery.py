@@ -150,6 +150,7 @@ def _save(
             "base": None,
             "recovery": {
                 "form": form,
+                "mixed": onnx.result["forms"][form]["mixed"],
                 "tokens": state.tokens,
                 "steps": state.step,
                 "best_step": state.best_step,

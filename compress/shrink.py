@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,8 +27,9 @@ from limbeck.recipe import Sizes
 class Family:
     """How one family of architectures names its parts, and what each dimension of each parameter counts.
 
-    Dimensions: H hidden, F feed-forward, Q query heads x head size, K key/value heads x head size, P fused query, key and
-    value (as three blocks), I the same interleaved by head; `.` is never cut. The first suffix that matches decides.
+    Dimensions: H hidden, F feed-forward, G fused gate and up (as two blocks), Q query heads x head size, K key/value heads x
+    head size, P fused query, key and value (as three blocks), I the same interleaved by head; `.` is never cut. The first suffix
+    that matches decides.
     """
 
     layers: str  # path of the module list
@@ -64,6 +65,8 @@ _LLAMA = Family(
     ),
     head_size_is_fixed=False,
 )
+_PHI3 = replace(_LLAMA, dims=((r"qkv_proj\.weight", "PH"), (r"gate_up_proj\.weight", "GH"), *_LLAMA.dims))
+_GEMMA3 = replace(_LLAMA, norms=("input_layernorm", "pre_feedforward_layernorm"))  # the others norm what is added
 _GPT2 = Family(
     layers="transformer.h",
     norms=("ln_1", "ln_2"),
@@ -100,6 +103,26 @@ _NEOX = Family(
         (r"dense_4h_to_h\.weight", "HF"),
         (r"(attention\.dense|dense_4h_to_h)\.bias", "H"),
         (r"(layernorm|layer_norm)\.(weight|bias)", "H"),
+    ),
+    head_size_is_fixed=True,
+)
+_OPT = Family(
+    layers="model.decoder.layers",
+    norms=("self_attn_layer_norm", "final_layer_norm"),
+    final_norm="model.decoder.final_layer_norm",
+    ffn_out="fc2",
+    ffn_field="ffn_dim",
+    attention_out="self_attn.out_proj",
+    dims=(
+        (r"(embed_tokens|embed_positions|lm_head)\.weight", ".H"),
+        (r"[qkv]_proj\.weight", "QH"),
+        (r"[qkv]_proj\.bias", "Q"),
+        (r"out_proj\.weight", "HQ"),
+        (r"fc1\.weight", "FH"),
+        (r"fc1\.bias", "F"),
+        (r"fc2\.weight", "HF"),
+        (r"(fc2|out_proj)\.bias", "H"),
+        (r"layer_norm\.(weight|bias)", "H"),
     ),
     head_size_is_fixed=True,
 )
@@ -143,7 +166,10 @@ _DISTILBERT = Family(
     ),
     head_size_is_fixed=True,
 )
-FAMILIES = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3"), _LLAMA) | {
+FAMILIES = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite"), _LLAMA) | {
+    "phi3": _PHI3,
+    "gemma3_text": _GEMMA3,
+    "opt": _OPT,
     "gpt2": _GPT2,
     "gpt_neox": _NEOX,
     "bert": _BERT,
@@ -186,9 +212,11 @@ def shrink(model: Any, config: Sizes, batches: Sequence[Tensor]) -> tuple[Any, I
         for name, target in smaller.state_dict().items():
             match = place.match(name)
             layer = layers[int(match[1])] if match else 0
+            neurons = _top(importance.neurons_lF[layer], wanted["intermediate_size"])
             cuts = {
                 "H": hidden,
-                "F": _top(importance.neurons_lF[layer], wanted["intermediate_size"]),
+                "F": neurons,
+                "G": neurons + [importance.neurons_lF.shape[1] + n for n in neurons],
                 **_head_cuts(_top(importance.heads_lG[layer], wanted["kv_heads"]), heads, groups, head_size),
             }
             origin = f"{family.layers}.{layer}.{match[2]}" if match else name
@@ -211,6 +239,14 @@ def family_of(config: Any) -> Family:
         raise ModelError(
             f"student.kind: shrink does not know the architecture {config.model_type!r}; known: {', '.join(sorted(FAMILIES))}. "
             "Use kind: lora or fresh."
+        )
+    if config.model_type == "opt" and not (
+        config.do_layer_norm_before and config.word_embed_proj_dim == config.hidden_size
+    ):
+        raise ModelError(
+            "student.kind: shrink cuts an opt only where norms stand before what they norm and the embedding is as wide as the layers; "
+            f"found do_layer_norm_before {config.do_layer_norm_before}, word_embed_proj_dim {config.word_embed_proj_dim} and "
+            f"hidden_size {config.hidden_size}. Use kind: lora or fresh."
         )
     return FAMILIES[config.model_type]
 
@@ -248,9 +284,12 @@ def shrunk_config(source: Any, config: Sizes, layers: Sequence[int] | None = Non
     }
     if not family.head_size_is_fixed:
         fields |= {"num_key_value_heads": wanted["kv_heads"], "head_dim": head_size}
-    if getattr(source, "layer_types", None):
-        kept = layers if layers is not None else range(wanted["layers"])
-        fields["layer_types"] = [source.layer_types[layer] for layer in kept]
+    kept = layers if layers is not None else range(wanted["layers"])
+    for name in ("layer_types", "no_rope_layers"):  # of each layer one entry
+        if entries := getattr(source, name, None):
+            fields[name] = [entries[layer] for layer in kept]
+    if hasattr(source, "word_embed_proj_dim"):
+        fields["word_embed_proj_dim"] = wanted["hidden_size"]
     try:
         return type(source).from_dict({**source.to_dict(), **fields})
     except BAD_CONFIG as error:
@@ -321,7 +360,8 @@ def _reading_norm(linear: Any) -> Tensor:
 
 
 def _facts(config: Any) -> Any:
-    return NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
+    kind = config.model_type.replace("gemma3_text", "gemma")  # which optimum does not list
+    return NormalizedConfigManager.get_normalized_config_class(kind)(config)
 
 
 def _heads(config: Any) -> tuple[int, int, int]:
@@ -350,11 +390,12 @@ def _head_cuts(kept_groups: list[int], heads: int, groups: int, size: int) -> di
     share = heads // groups
     kept = [g * share + i for g in kept_groups for i in range(share)]
     queries = [h * size + i for h in kept for i in range(size)]
-    width = heads * size
+    keys = [g * size + i for g in kept_groups for i in range(size)]
+    starts = heads * size, (heads + groups) * size  # of keys and values
     return {
         "Q": queries,
-        "K": [g * size + i for g in kept_groups for i in range(size)],
-        "P": [part * width + q for part in range(3) for q in queries],
+        "K": keys,
+        "P": queries + [start + key for start in starts for key in keys],
         "I": [(h * 3 + part) * size + i for h in kept for part in range(3) for i in range(size)],
     }
 

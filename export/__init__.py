@@ -99,18 +99,21 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
             graphs = form_files(folder, form.kind)
             scheme, mixed = scheme_for(form, built.width), None
             if form.kind == "int4-weight" and scheme and not isinstance(recipe.export.mixed, MixedByRule):
-                from export.mixed import choose_bits
+                from export.mixed import choose_bits, same_bits
 
-                scheme, mixed = choose_bits(
-                    recipe.export.mixed,
-                    recipe.gates,
-                    scheme=scheme,
-                    graphs=built.graphs,
-                    model=model,
-                    texts=list(texts.values()),
-                    heldout=load_heldout(student / HELDOUT),
-                )
-                release_memory()
+                if learnt := source.result.get("recovery", {}).get("mixed"):
+                    scheme, mixed = same_bits(scheme, learnt)
+                else:
+                    scheme, mixed = choose_bits(
+                        recipe.export.mixed,
+                        recipe.gates,
+                        scheme=scheme,
+                        graphs=built.graphs,
+                        model=model,
+                        texts=list(texts.values()),
+                        heldout=load_heldout(student / HELDOUT),
+                    )
+                    release_memory()
             half = form.kind == "fp16" or (provider == "cuda" and form.kind != "fp32")
             stamped = {**metadata, "limbeck.form": form.kind}
             if form.kind != "fp32":

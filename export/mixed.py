@@ -38,16 +38,11 @@ def choose_bits(
 
     ``texts`` are rows that sensitivities are measured on; a loss is measured on all of ``heldout``.
     """
-    few, more = scheme.body, scheme.head
-    assert isinstance(few, Blockwise)
+    flat, more = with_more(scheme, ()), scheme.head
     assert isinstance(more, Blockwise)
-    flat = replace(scheme, attention=few, narrow=few)
     matrices = matrices_of(graphs, flat)
-    body = {name: matrix for name, matrix in matrices.items() if matrix.how == few}
+    body = {name: matrix for name, matrix in matrices.items() if matrix.how == flat.body}
     costs = measure_costs(model, graphs, body, origins(body, graphs, model), texts, more=more, tokens=mixed.tokens)
-
-    def with_more(names: Sequence[str]) -> Scheme:
-        return replace(flat, exceptions=dict.fromkeys(names, more))
 
     found: dict[str, Any] = {"kind": mixed.kind}
     if isinstance(mixed, MixedBySize):
@@ -67,7 +62,7 @@ def choose_bits(
             with tempfile.TemporaryDirectory(dir=graphs.data.parent) as temporary:
                 made = form_files(Path(temporary), "int4-weight")
                 made.data.parent.mkdir()
-                quantize_weights(graphs, made, scheme=with_more(names), metadata={})
+                quantize_weights(graphs, made, scheme=with_more(scheme, names), metadata={})
                 return relative_rise(heldout_nll(made.all, heldout), exact)
 
         chosen, reached = within_loss(costs, rise, measure)
@@ -75,7 +70,22 @@ def choose_bits(
         if reached > rise:
             say(f"export: 8 bits everywhere still lose {reached:.2%}, above the {rise:.2%} asked for")
     say(f"export: {len(chosen)} of {len(costs)} matrices get 8 bits")
-    return with_more(chosen), found | {"sensitivity": [_entry(cost, cost.matrix in set(chosen)) for cost in costs]}
+    return with_more(scheme, chosen), found | {
+        "sensitivity": [_entry(cost, cost.matrix in set(chosen)) for cost in costs]
+    }
+
+
+def same_bits(scheme: Scheme, found: dict[str, Any]) -> tuple[Scheme, dict[str, Any]]:
+    """The choice of an earlier `choose_bits`, from what the manifest says of it: a recovered student learnt to live with that one."""
+    return with_more(scheme, [entry["matrix"] for entry in found["sensitivity"] if entry["bits"] == 8]), found
+
+
+def with_more(scheme: Scheme, names: Sequence[str]) -> Scheme:
+    """``scheme`` with 4 bits everywhere but in the head and the matrices ``names``, which get the head's."""
+    few, more = scheme.body, scheme.head
+    assert isinstance(few, Blockwise)
+    assert isinstance(more, Blockwise)
+    return replace(scheme, attention=few, narrow=few, exceptions=dict.fromkeys(names, more))
 
 
 def _entry(cost: Cost, chosen: bool) -> dict[str, Any]:

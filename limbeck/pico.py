@@ -53,9 +53,10 @@ _SIZES: Mapping[str, Any] = {
 _OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_inner": 128, "n_layer": 4, "n_head": 4, "n_positions": 128},
     "gpt_neox": {k: v for k, v in _SIZES.items() if k not in ("num_key_value_heads", "head_dim")},
+    "opt": {**_SIZES, "ffn_dim": 128},
     "gemma3_text": {**_SIZES, "sliding_window": 32, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
 }
-_FIXED_HEADS = ("gpt2", "gpt_neox")  # width and heads are cut together
+_FIXED_HEADS = ("gpt2", "gpt_neox", "opt")  # width and heads are cut together
 _BLOCK, _STEPS = 64, 4
 _TEXTS = (["json/*.py"], ["email/*.py"], ["logging/*.py"], ["unittest/*.py"])
 

@@ -1,4 +1,4 @@
-"""Which architectures the export handles, proven on tiny random models: student, every form, parity, greedy text.
+"""Which architectures go the whole way, proven on tiny random models: distilled student, every form, parity, greedy text.
 
 `make architectures` writes docs/architectures.md from what passes here; a slow test asserts that the file is up to date.
 """
@@ -6,16 +6,23 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
+import compress
+from compress.shrink import FAMILIES
 from export import export_student
+from limbeck.artifact import Artifact
 from limbeck.errors import LimbeckError
+from limbeck.recipe import Recipe
 from limbeck.runtime import Decoder
-from tests.encoders import classifier_recipe, embedding_recipe, make_encoder_student
+from tests.encoders import CONFIGS, classifier_recipe, embedding_recipe, source
 from tests.pico import make_model, make_student, pico_recipe
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "architectures.md"
@@ -40,77 +47,158 @@ SIZES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"intermediate_size": 64},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
 }
+# Models that a student is cut out of or adapts: three layers, so that two can be kept of unlike ones.
+_WIDE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+_GROUPED = _WIDE | {"num_key_value_heads": 2, "head_dim": 16}
+BASES: dict[str, dict[str, Any]] = {
+    "llama": _GROUPED | SIZES["llama"],
+    "qwen2": _GROUPED | SIZES["qwen2"],
+    "qwen3": _GROUPED | SIZES["qwen3"],
+    "mistral": _GROUPED | SIZES["mistral"],
+    "granite": _GROUPED | SIZES["granite"],
+    "phi3": _GROUPED,
+    "smollm3": _GROUPED | {"no_rope_layers": [1, 0, 1]},
+    "gemma3_text": _GROUPED
+    | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gpt2": {"n_embd": 64, "n_inner": 96, "n_head": 4, "n_layer": 3, "n_positions": 64},
+    "gpt_neox": _WIDE,
+    "opt": _WIDE | {"ffn_dim": 96, "word_embed_proj_dim": 64},
+}
+STUDENTS = ("lora", "shrink")
 HEAD = """# Architectures
 
 Made by `make architectures`: for each, a tiny random model goes through `export_student` with `backend: auto` and every form; parity with
-torch holds in all cases (ragged batches padded on either side among them), and 16 greedy tokens equal torch's. Forms for a card are
-checked as far as a CPU can: their graphs are built for that provider and pass parity in onnxruntime's CPU arithmetic, where fp16 products are
-cast to fp32; that a card has a kernel for each operator is not shown here (docs/gpu.md). Do not edit.
+torch holds in all cases (ragged batches padded on either side among them), and 16 greedy tokens equal torch's. The same holds of two students
+that `compress.distill` made of two random teachers of the architecture in a few steps: a LoRA student, merged, and one cut in layers,
+neurons, heads and width. Forms for a card are checked as far as a CPU can, of the plain model: their graphs are built for that provider and
+pass parity in onnxruntime's CPU arithmetic, where fp16 products are cast to fp32; that a card has a kernel for each operator is not shown
+here (docs/gpu.md). Do not edit.
 
-| model type | class | backend | passes | for a card, on a CPU |
-|---|---|---|---|---|
+| model type | class | backend | plain model | LoRA student | shrunk student | for a card, on a CPU |
+|---|---|---|---|---|---|---|
 """
 
 
 def document() -> str:
     """The whole text of docs/architectures.md as this code proves it; takes minutes."""
-    with tempfile.TemporaryDirectory() as folder:
-        decoders = [prove(Path(folder), kind) for kind in SIZES]
-        encoders = [
-            prove_encoder(Path(folder), kind, task) for kind in ENCODERS for task in ("classification", "embedding")
-        ]
+    with tempfile.TemporaryDirectory() as name, patch.dict(os.environ, LIMBECK_CACHE=f"{name}/cache"):
+        folder = Path(name)
+        decoders = [prove(folder, kind) for kind in SIZES]
+        encoders = [prove_encoder(folder, kind, task) for kind in ENCODERS for task in ("classification", "embedding")]
         return HEAD + "".join(f"{row}\n" for row in decoders) + ENCODER_HEAD + "".join(f"{row}\n" for row in encoders)
 
 
 def prove(folder: Path, model_type: str) -> str:
-    """Export a tiny model of ``model_type`` below ``folder`` and return its row of the table."""
+    """Export a tiny model of ``model_type`` and its students below ``folder`` and return their row of the table."""
     root = folder / model_type
     root.mkdir()
     model = make_model(root / "model", model_type=model_type, **SIZES[model_type])
     make_student(root / "student", model)
+    name = json.loads((root / "student/model/config.json").read_text())["architectures"][0]
+    plain = export_and_compare(root / "student", root / "cpu", pico_recipe(export={"forms": list(FORMS)}))
+    lora, shrunk = (prove_student(root / kind, model_type, kind) for kind in STUDENTS)
+    backend = plain.result["backend"]["name"]
+    assert {student.result["backend"]["name"] for student in (lora, shrunk)} == {backend}, model_type
+    proven = " | ".join(", ".join(exported.result["forms"]) for exported in (plain, lora, shrunk))
+    cards = ", ".join(prove_card(root, provider, form) for provider, form in CARDS)
+    return f"| {model_type} | {name} | {backend} | {proven} | {cards} |"
+
+
+def prove_card(root: Path, provider: str, form: str) -> str:
+    """Export the plain student below ``root`` for a card; the form that passes, or why there is none."""
+    recipe = pico_recipe(export={"forms": ["fp32", form], "provider": provider})
+    try:
+        exported = export_student(student=root / "student", out=root / provider, recipe=recipe)
+    except LimbeckError as error:
+        return f"not for {provider}: {str(error).splitlines()[0]}"
+    return ", ".join(exported.result["forms"].keys() - {"fp32"})
+
+
+def prove_student(folder: Path, model_type: str, kind: str, forms: Sequence[Any] = FORMS) -> Artifact:
+    """Distil two random teachers of ``model_type`` into a student of ``kind`` in ``folder``, and export it."""
+    recipe = distillation(model_type, kind, forms)
+    student = compress.distill(recipe=recipe, out=folder / "student")
+    assert student.result["best_step"] > 0, f"{model_type}: the best student of kind {kind} is the untrained one"
+    return export_and_compare(student.path, folder / "onnx", recipe)
+
+
+def distillation(model_type: str, kind: str, forms: Sequence[Any] = FORMS) -> Recipe:
+    """A few steps on real text, from two random teachers of ``model_type`` into a student of a third."""
+    # Spread, so that logits differ; opt has its own name for it.
+    spread = {"init_std" if model_type == "opt" else "initializer_range": 0.2}
+    config = {"model_type": model_type, **BASES[model_type], **spread}
+    one, two, base = ({"kind": "random", "config": config, "seed": seed} for seed in (1, 2, 0))
+    sizes = {"rank": 4} if kind == "lora" else {**cut(model_type), "calibration_blocks": 4}
+    return pico_recipe(
+        teachers=[{"name": "one", "model": one}, {"name": "two", "model": two}],
+        data={
+            "domains": [{"name": "code", "text": {"kind": "stdlib", "paths": ["abc.py"]}}],
+            "block": 32,
+            "heldout": {"every": 4, "piece_chars": 128, "blocks": 4},
+        },
+        student={"kind": kind, "base": base, **sizes},
+        training={"tokens": 512, "batch_tokens": 64, "learning_rate": 1e-2, "precision": "fp32", "threads": 1},
+        export={"forms": list(forms)},
+    )
+
+
+def cut(model_type: str) -> dict[str, int]:
+    """Sizes of a student cut out of `BASES`; where the head size is hidden / heads, width and heads go together."""
+    heads = 3 if FAMILIES[model_type].head_size_is_fixed else 1
+    return {"layers": 2, "intermediate_size": 64, "kv_heads": heads, "hidden_size": 48, "round_to": 16}
+
+
+def export_and_compare(student: Path, out: Path, recipe: Recipe) -> Artifact:
+    """Export the artifact ``student`` to ``out``, and assert that the fp32 graph goes on from a prompt as torch does."""
+    exported = export_student(student=student, out=out, recipe=recipe)
     prompt = np.random.default_rng(5).integers(0, 256, 12).tolist()
-    expected, name = greedy(root / "student" / "model", prompt)
-    exports: dict[str, list[Any]] = {"cpu": list(FORMS)} | {card: ["fp32", form] for card, form in CARDS}
-    passed: dict[str, list[str]] = {}
-    backend = ""
-    for provider, forms in exports.items():
-        recipe = pico_recipe(export={"forms": forms, "provider": provider})
-        try:
-            exported = export_student(student=root / "student", out=root / provider, recipe=recipe)
-        except LimbeckError as error:
-            passed[provider] = [f"not for {provider}: {str(error).splitlines()[0]}"]
-            continue
-        passed[provider] = list(exported.result["forms"])
-        if provider == "cpu":
-            backend = exported.result["backend"]["name"]
-            found = list(Decoder(exported.path, form="fp32").generate(prompt, 16))
-            assert found == expected, f"{model_type}: {found} instead of {expected}"
-    cards = ", ".join(form for card, _ in CARDS for form in passed[card] if form != "fp32")
-    return f"| {model_type} | {name} | {backend} | {', '.join(passed['cpu'])} | {cards} |"
+    expected, name = greedy(student / "model", prompt)
+    found = list(Decoder(exported.path, form="fp32").generate(prompt, 16))
+    assert found == expected, f"{name}: {found} instead of {expected}"
+    return exported
 
 
 ENCODERS = ("bert", "distilbert", "roberta")
 ENCODER_HEAD = """
-Encoders, through torch's exporter: parity with torch holds for a ragged batch, padding, one token and the longest text.
+Encoders, through torch's exporter, distilled from two teachers of the architecture: all of a base trained (`full`), and cut in layers, neurons,
+heads and width (`shrink`); LoRA is for language models. Parity with torch holds for a ragged batch, padding, one token and the longest text.
 
-| model type | task | class | passes |
-|---|---|---|---|
+| model type | task | class | full student | shrunk student |
+|---|---|---|---|---|
 """
 
 
 def prove_encoder(folder: Path, model_type: str, task: str) -> str:
-    """Export a tiny encoder of ``model_type`` for ``task`` below ``folder`` and return its row of the table."""
+    """Distil and export encoders of ``model_type`` for ``task`` below ``folder`` and return their row of the table."""
     root = folder / f"{model_type}-{task}"
-    root.mkdir()
-    student = make_encoder_student(root / "student", model_type, task=task)
-    name = json.loads((student.path / "model" / "config.json").read_text())["architectures"][0]
+    # Twice as wide as elsewhere: of a narrower one the head, which stays in fp32, weighs too much.
+    wide = {name: size if "layers" in name else 2 * size for name, size in CONFIGS[model_type].items()}
+    bases = [source(model_type, seed=seed, initializer_range=0.2, **wide) for seed in range(3)]
+    full: dict[str, Any] = {"kind": "full", "base": bases[0]}
+    shrunk = {"layers": 1, "intermediate_size": 128, "kv_heads": 6, "hidden_size": 96, "calibration_examples": 4}
     make = classifier_recipe if task == "classification" else embedding_recipe
-    recipe = make(export={"forms": list(ENCODER_FORMS)})
-    try:
-        exported = export_student(student=student.path, out=root / "onnx", recipe=recipe)
-    except LimbeckError as error:
-        return f"| {model_type} | {task} | {name} | nothing: {str(error).splitlines()[0]} |"
-    return f"| {model_type} | {task} | {name} | {', '.join(exported.result['forms'])} |"
+    models = bases[1:] if task == "embedding" else [classifier(root / f"teacher{i}", bases[i]) for i in (1, 2)]
+    teachers = [{"name": name, "model": model} for name, model in zip(("one", "two"), models, strict=True)]
+    proven = []
+    for student in (full, {**full, "kind": "shrink", **shrunk}):
+        recipe = make(teachers=teachers, student=student, export={"forms": list(ENCODER_FORMS)})
+        distilled = compress.distill(recipe=recipe, out=root / student["kind"] / "student")
+        exported = export_student(student=distilled.path, out=root / student["kind"] / "onnx", recipe=recipe)
+        proven.append(", ".join(exported.result["forms"]))
+    name = json.loads((distilled.path / "model" / "config.json").read_text())["architectures"][0]
+    return f"| {model_type} | {task} | {name} | {' | '.join(proven)} |"
+
+
+def classifier(folder: Path, base: dict[str, Any]) -> dict[str, Any]:
+    """A teacher of `classifier_recipe`, as a recipe names it: ``base`` fine-tuned in ``folder``."""
+    tuned = compress.distill(recipe=classifier_recipe(student={"kind": "full", "base": base}), out=folder)
+    return {"kind": "local", "path": str(tuned.path / "model")}
 
 
 def greedy(model: Path, prompt: list[int], count: int = 16) -> tuple[list[int], str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,18 @@ from export.graph import KNOWN
 from limbeck.artifact import Artifact
 from limbeck.errors import ModelError, QualityError, RecipeError
 from limbeck.runtime import Decoder
-from tests.architectures import DOCUMENT, ENCODER_HEAD, ENCODERS, HEAD, SIZES, document
+from tests.architectures import (
+    DOCUMENT,
+    ENCODER_FORMS,
+    ENCODER_HEAD,
+    ENCODERS,
+    FORMS,
+    HEAD,
+    SIZES,
+    WEIGHT4,
+    document,
+    prove_student,
+)
 from tests.pico import make_model, pico_recipe
 
 
@@ -135,15 +146,29 @@ def test_auto_says_why_the_builder_gave_up(tmp_path: Path, monkeypatch: pytest.M
     assert (built.backend, built.why) == ("dynamo", "auto: heads of 8 numbers")
 
 
-def test_the_table_names_every_architecture() -> None:
+def test_the_table_names_every_architecture_and_all_of_its_students_pass() -> None:
     text = DOCUMENT.read_text()
     assert text.startswith(HEAD)
     decoders, _, encoders = text[len(HEAD) :].partition(ENCODER_HEAD)
-    rows = dict(re.findall(r"^\| (\w+) \| \w+ \| (\w+) \|", decoders, re.MULTILINE))
-    assert list(rows) == list(SIZES)
-    assert re.findall(r"^\| (\w+) \| classification \| \w+ \| fp32", encoders, re.MULTILINE) == list(ENCODERS)
-    assert re.findall(r"^\| (\w+) \| embedding \| \w+ \| fp32", encoders, re.MULTILINE) == list(ENCODERS)
-    assert {kind for kind, backend in rows.items() if backend == "genai"} == set(KNOWN)
+    every, every_of_encoders = (
+        ", ".join(form if isinstance(form, str) else form["kind"] for form in forms) for forms in (FORMS, ENCODER_FORMS)
+    )
+    rows = [line.strip("| ").split(" | ") for line in decoders.splitlines()]
+    assert [row[0] for row in rows] == list(SIZES)
+    assert {row[0] for row in rows if row[2] == "genai"} == set(KNOWN)
+    assert all(row[3:6] == [every] * 3 for row in rows)
+    found = [line.strip("| ").split(" | ") for line in encoders.splitlines()]
+    assert [row[:2] for row in found] == [[kind, task] for kind in ENCODERS for task in ("classification", "embedding")]
+    assert all(row[3:] == [every_of_encoders] * 2 for row in found)
+
+
+@pytest.mark.parametrize(("model_type", "kind"), [("llama", "lora"), ("phi3", "shrink")])
+def test_a_distilled_student_goes_the_whole_way(tmp_path: Path, model_type: str, kind: str) -> None:
+    exported = prove_student(tmp_path, model_type, kind, ["fp32", WEIGHT4])
+    student = json.loads((tmp_path / "student/manifest.json").read_text())["result"]
+    assert (student["parameters"]["trained"] < student["parameters"]["total"]) == (kind == "lora")
+    assert (student["shrink"] is not None) == (kind == "shrink")
+    assert exported.result["shipped"] == "int4-weight"
 
 
 @pytest.mark.slow

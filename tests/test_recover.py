@@ -91,7 +91,7 @@ def test_a_form_that_fails_its_gate_is_won_back(tmp_path: Path, monkeypatch: pyt
     """Distil, export, miss the gate, distil through the rounding, export again; then what ships is what is measured."""
     monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
     sets = [
-        "export.forms=[fp32, {kind: int4-weight, block_size: 128}]", "export.mixed={kind: size, mb: 0.001}",
+        "export.forms=[fp32, {kind: int4-weight, block_size: 128}]", "export.mixed={kind: size, mb: 0.5}",
         "export.recover={tokens: 4096, learning_rate: 1e-3}", "gates={max_quantization_loss: 1e-6}", "features.weight=0",
         "training.tokens=4096", "training.learning_rate=1e-2", "training.threads=1", "training.teacher_cache=hidden",
     ]  # fmt: skip
@@ -112,6 +112,10 @@ def test_a_form_that_fails_its_gate_is_won_back(tmp_path: Path, monkeypatch: pyt
     assert told["best_step"] > 0
     assert mean_nll(told["rounded"]["after"]) < mean_nll(told["rounded"]["before"])
     assert recovered.result["nll"] != student.result["nll"]
+    # What keeps 8 bits was learnt too: the export of the recovered student does not choose again.
+    kept = first.result["forms"]["int4-weight"]["mixed"]
+    assert again.result["forms"]["int4-weight"]["mixed"] == kept
+    assert {entry["bits"] for entry in kept["sensitivity"]} == {4, 8}
     after = again.result["recovery"]["after"]
     assert mean_nll(after["form"]) == pytest.approx(mean_nll(told["rounded"]["after"]), rel=5e-3)
     assert again.result["recovery"]["ships"]
