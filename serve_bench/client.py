@@ -6,7 +6,6 @@ timed by the events that carry one, as vLLM's `bench serve` does. Knows HTTP; kn
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
@@ -14,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import aiohttp
 import httpx2
 import numpy as np
 
@@ -21,6 +21,7 @@ from limbeck.errors import DataError, EnvironmentalError
 from serve_bench.runtimes import Ids, Logits
 
 _CONNECT = 10.0  # seconds
+_LONGEST_EVENT = 1 << 20  # bytes of a line of a stream
 
 
 @dataclass
@@ -104,22 +105,24 @@ def find_endpoint(url: str, model: str | None = None, key_variable: str = "OPENA
     return Endpoint(base, model or names[0], headers)
 
 
-def prepare(client: httpx2.AsyncClient, endpoint: Endpoint, prompt: Sequence[int], new_tokens: int) -> httpx2.Request:
-    """A request that is written out and only has to be sent."""
-    body = endpoint.body(prompt, new_tokens)
-    return client.build_request("POST", f"{endpoint.url}/completions", json=body, headers=endpoint.headers)
+def open_session() -> aiohttp.ClientSession:
+    """What `request` sends through: any number of connections, kept open, and no limit of time of its own. Needs a running loop."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(), read_bufsize=_LONGEST_EVENT
+    )
 
 
-async def request(client: httpx2.AsyncClient, prepared: httpx2.Request) -> Stream:
-    """One streamed request, to its end. Raises `ValueError` with the reason when it fails."""
+async def request(session: aiohttp.ClientSession, endpoint: Endpoint, body: bytes) -> Stream:
+    """One streamed request, its ``body`` written out before, to its end. Raises `ValueError` with the reason when it fails."""
     stream, clock = Stream(), time.perf_counter
+    url, headers = f"{endpoint.url}/completions", {**endpoint.headers, "Content-Type": "application/json"}
     try:
-        async with contextlib.aclosing(await client.send(prepared, stream=True)) as response:
-            if response.status_code != 200:
-                raise ValueError(_refusal(response.status_code, await response.aread()))
-            async for line in response.aiter_lines():
-                stream.read(line, clock())
-    except httpx2.HTTPError as error:
+        async with session.post(url, data=body, headers=headers, allow_redirects=False) as response:
+            if response.status != 200:
+                raise ValueError(_refusal(response.status, await response.read()))
+            async for line in response.content:
+                stream.read(line.decode(), clock())
+    except aiohttp.ClientError as error:
         raise ValueError(f"{type(error).__name__}: {error}".rstrip(": ")) from None
     if not stream.finished:
         raise ValueError("the stream ended without [DONE]")

@@ -21,13 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import aiohttp
 import httpx2
 import numpy as np
 
 from limbeck.errors import EnvironmentalError
 from limbeck.progress import say
 from limbeck.recipe import ServerScenario, UrlTarget
-from serve_bench.client import Endpoint, find_endpoint, prepare, request
+from serve_bench.client import Endpoint, find_endpoint, open_session, request
 from serve_bench.scenarios import meets
 
 _DOUBLINGS = 12  # and halvings, at most
@@ -128,11 +129,11 @@ class Loop:
 
     def alone(self) -> float:
         """Seconds that one request takes when nothing else is asked. Raises `EnvironmentalError` when the server refuses it."""
+        bodies = self._bodies(_WARM)
 
         async def run() -> list[Row]:
-            async with self._client() as client:
-                prepared = self._prepare(client, _WARM)
-                return [await self._one(client, i, time.perf_counter(), 0.0, prepared[i]) for i in range(_WARM)]
+            async with open_session() as session:
+                return [await self._one(session, i, time.perf_counter(), 0.0, bodies[i]) for i in range(_WARM)]
 
         rows = asyncio.run(run())
         if errors := [row["error"] for row in rows if row["error"]]:
@@ -142,24 +143,22 @@ class Loop:
     def at(self, rate: float) -> list[Row]:
         """One row a request, as in samples.jsonl, of arrivals at ``rate`` requests/s with exponential gaps."""
         gaps = np.random.default_rng((2, round(1e6 * rate))).exponential(1 / rate, self._asked.requests)
-        due = np.cumsum(gaps) - gaps[0]
+        due, bodies = np.cumsum(gaps) - gaps[0], self._bodies(len(gaps))
 
         async def run() -> list[Row]:
-            async with self._client() as client:
-                prepared = self._prepare(client, len(due))
+            async with open_session() as session:
                 start = time.perf_counter() + _LEAD
-                tasks = [self._one(client, i, start, float(due[i]), prepared[i]) for i in range(len(due))]
+                tasks = [self._one(session, i, start, float(due[i]), bodies[i]) for i in range(len(due))]
                 return list(await asyncio.gather(*tasks))
 
         return [{"event": "request", "rate": rate, **row} for row in asyncio.run(run())]
 
-    def _prepare(self, client: httpx2.AsyncClient, count: int) -> list[httpx2.Request]:
+    def _bodies(self, count: int) -> list[bytes]:
+        """Written out before anything is due."""
         prompts = (self._prompts(index, self._sizes.prompt_tokens) for index in range(count))
-        return [prepare(client, self._endpoint, prompt, self._sizes.new_tokens) for prompt in prompts]
+        return [json.dumps(self._endpoint.body(prompt, self._sizes.new_tokens)).encode() for prompt in prompts]
 
-    async def _one(
-        self, client: httpx2.AsyncClient, index: int, start: float, after: float, prepared: httpx2.Request
-    ) -> Row:
+    async def _one(self, session: aiohttp.ClientSession, index: int, start: float, after: float, body: bytes) -> Row:
         """One request, due ``after`` seconds from ``start``; times in its row count from then."""
         due = start + after
         await asyncio.sleep(due - _AWAKE - time.perf_counter())
@@ -168,7 +167,7 @@ class Loop:
         sent, at, read, written, error = time.perf_counter(), list[float](), None, 0, None
         try:
             async with asyncio.timeout(max(0.0, due + self._patience - sent)):
-                answer = await request(client, prepared)
+                answer = await request(session, self._endpoint, body)
             at, read, written = answer.at, answer.prompt_tokens, answer.output_tokens
         except ValueError as failure:
             error = str(failure)
@@ -177,10 +176,6 @@ class Loop:
         row: Row = {"index": index, "scheduled": round(after, 6), "sent": round(sent - start, 6)}
         row |= {"at": [round(t - due, 6) for t in at], "prompt_tokens": read, "output_tokens": written}
         return row | {"error": error}
-
-    def _client(self) -> httpx2.AsyncClient:
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-        return httpx2.AsyncClient(timeout=None, limits=limits)
 
 
 @contextlib.contextmanager
