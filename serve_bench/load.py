@@ -117,6 +117,13 @@ def search(try_rate: Callable[[float, str], bool], first: float, *, bisections: 
             fails = rate
 
 
+def arrivals(rate: float, count: int) -> list[float]:
+    """Seconds from the first of ``count`` arrivals to each, at ``rate`` a second with exponential gaps; always the same ones."""
+    gaps = np.random.default_rng((2, round(1e6 * rate))).exponential(1 / rate, count)
+    times: list[float] = (np.cumsum(gaps) - gaps[0]).tolist()
+    return times
+
+
 class Loop:
     """Sends requests to one endpoint: one after another, or at a rate."""
 
@@ -142,13 +149,13 @@ class Loop:
 
     def at(self, rate: float) -> list[Row]:
         """One row a request, as in samples.jsonl, of arrivals at ``rate`` requests/s with exponential gaps."""
-        gaps = np.random.default_rng((2, round(1e6 * rate))).exponential(1 / rate, self._asked.requests)
-        due, bodies = np.cumsum(gaps) - gaps[0], self._bodies(len(gaps))
+        due = arrivals(rate, self._asked.requests)
+        bodies = self._bodies(len(due))
 
         async def run() -> list[Row]:
             async with open_session() as session:
                 start = time.perf_counter() + _LEAD
-                tasks = [self._one(session, i, start, float(due[i]), bodies[i]) for i in range(len(due))]
+                tasks = [self._one(session, i, start, due[i], bodies[i]) for i in range(len(due))]
                 return list(await asyncio.gather(*tasks))
 
         return [{"event": "request", "rate": rate, **row} for row in asyncio.run(run())]

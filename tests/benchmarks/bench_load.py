@@ -1,12 +1,13 @@
-"""The `server` scenario's client beside NVIDIA's aiperf: the same bodies at the same arrivals, mirrored (ours, theirs, theirs, ours).
+"""The `server` scenario's client beside NVIDIA's aiperf: the same bodies at the same arrivals, to one server at the same time.
 
 Two servers are asked. The first answers at a constant pace, so that whatever differs is the clients'; the second is `limbeck serve`
 on an exported folder (a path, or else a random model of some 24 million parameters whose tokens are all printable: aiperf
-times text, and a byte that is half a character has none). A server first answers a few requests that nobody counts. Of each run the
-median is taken, of both runs of a side the geometric mean, so that a machine that slows down steadily slows both sides alike; a ratio
-is ours over theirs. aiperf counts from the sending, the scenario from the scheduled arrival, so what our own client was late by is
-in the ratio; it is printed, too. Prints one JSON object: the ratio farthest from 1 of both servers, and each server's
-figures. Exits with 1 when a request failed or a median is more than 5 % apart. Environment: `make bench-load` sets up .venvs/aiperf.
+times text, and a byte that is half a character has none). Both clients run at once, because a shared machine is up to a third slower in one
+minute than in the next, which would be in the ratio of two runs one after the other. The first round warms up and does not count;
+of each further one the medians are compared, and of the rounds the median ratio is taken, ours over theirs. aiperf counts from the
+sending, the scenario from the scheduled arrival, so what our own client was late by is in the ratio; it is printed, too. Prints one JSON
+object: the ratio farthest from 1 of both servers, and each server's figures. Exits with 1 when a request failed or a median
+is more than 5 % apart. Environment: `make bench-load` sets up .venvs/aiperf.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +41,7 @@ AIPERF = ROOT / ".venvs" / "aiperf" / "bin" / "aiperf"
 FIRST, PACE = 0.1, 0.01  # seconds to the first token and between tokens, about those of the demo's student
 PROMPT, NEW = 128, 32  # tokens
 LIMIT = 0.05  # of a ratio from 1
-_WARM = 20  # requests before any is counted
+_START = 5.0  # seconds that aiperf takes before its first request, about
 Figures = dict[str, list[float]]  # milliseconds of every request; and `errors`, one 1.0 for each failed request
 
 
@@ -46,21 +50,19 @@ def prompts(index: int, tokens: int) -> list[int]:
     return [int(token) for token in np.random.default_rng((5, index)).integers(0, 94, tokens)]
 
 
-def ours(endpoint: Endpoint, asked: ServerScenario, rate: float) -> tuple[Figures, list[float]]:
-    """One run of the scenario at ``rate`` requests/s: its figures, and when its requests were due."""
+def ours(endpoint: Endpoint, asked: ServerScenario, rate: float) -> Figures:
+    """One run of the scenario at ``rate`` requests/s."""
     rows = load.Loop(endpoint, prompts, load.Sizes(PROMPT, NEW), asked).at(rate)
     done = [row for row in rows if row["error"] is None]
-    late = [row["sent"] - row["scheduled"] for row in done]
-    figures = {
+    return {
         "ttft": [1e3 * scenarios.ttft(row) for row in done],
         "tpot": [1e3 * found for row in done if (found := scenarios.tpot(row)) is not None],
-        "late": [1e3 * seconds for seconds in late],
+        "late": [1e3 * (row["sent"] - row["scheduled"]) for row in done],
         "errors": [1.0] * (len(rows) - len(done) + sum(row["output_tokens"] != NEW for row in done)),
     }
-    return figures, [row["scheduled"] for row in rows]
 
 
-def theirs(endpoint: Endpoint, due: list[float], folder: Path) -> Figures:
+def theirs(endpoint: Endpoint, due: Sequence[float], folder: Path) -> Figures:
     """One run of aiperf: the bodies our client sends, at the same times."""
     trace, tokenizer = folder / "trace.jsonl", folder / "tokenizer"
     make_tokenizer().save_pretrained(tokenizer)  # it wants one, and asks it nothing: counts are the server's
@@ -93,31 +95,31 @@ def theirs(endpoint: Endpoint, due: list[float], folder: Path) -> Figures:
     }
 
 
-def compare(url: str, requests: int, rate: float, folder: Path) -> dict[str, Any]:
-    """Both clients against one server, mirrored."""
+def compare(url: str, requests: int, rate: float, rounds: int, folder: Path) -> dict[str, Any]:
+    """Both clients against one server at once, ``rounds`` times after one that does not count."""
     slo = Slo(ttft_ms=6e5, tpot_ms=6e5)  # nothing is given up while the machine is slow
     asked = ServerScenario(kind="server", slo=slo, requests=requests)
     endpoint = find_endpoint(url)
     load.Loop(endpoint, prompts, load.Sizes(PROMPT, NEW), asked).alone()
-    ours(
-        endpoint, asked.model_copy(update={"requests": _WARM}), rate
-    )  # a server's first requests are slower, whoever asks
-    first, due = ours(endpoint, asked, rate)
-    others = []
-    for name in ("first", "second"):
-        work = folder / name
-        work.mkdir(parents=True)
-        others.append(theirs(endpoint, due, work))
-    last, again = ours(endpoint, asked, rate)
-    assert due == again, "the scenario's arrivals are not the same every time"
+    due = load.arrivals(rate, requests)
+    pairs = []
+    with ThreadPoolExecutor(1) as beside:
+        for index in range(rounds + 1):
+            work = folder / str(index)
+            work.mkdir(parents=True)
+            other = beside.submit(theirs, endpoint, due, work)
+            time.sleep(_START)
+            pairs.append((ours(endpoint, asked, rate), other.result()))
 
-    runs = [first, *others, last]
-    figures: dict[str, Any] = {"errors": sum(len(run["errors"]) for run in runs), "requests": len(runs) * requests}
+    figures: dict[str, Any] = {"errors": sum(len(run["errors"]) for pair in pairs for run in pair)}
     for name in ("ttft", "tpot"):
-        medians = [float(np.median(run[name])) for run in runs]
-        ratio = np.sqrt(medians[0] * medians[3] / (medians[1] * medians[2]))
-        figures |= {f"{name}_ratio": round(float(ratio), 4), f"{name}_ms": [round(median, 2) for median in medians]}
-    return figures | {"late_ms": [round(float(np.median(run["late"])), 2) for run in (first, last)]}
+        medians = [[float(np.median(run[name])) for run in pair] for pair in pairs[1:]]
+        ratio = statistics.median(mine / other for mine, other in medians)
+        figures |= {
+            f"{name}_ratio": round(ratio, 4),
+            f"{name}_ms": [[round(median, 2) for median in pair] for pair in medians],
+        }
+    return figures | {"late_ms": [round(float(np.median(run["late"])), 2) for run, _ in pairs[1:]]}
 
 
 @contextlib.contextmanager
@@ -165,17 +167,18 @@ def main() -> None:
     """Ask both servers by both clients."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("artifact", nargs="?", type=Path, help="exported folder whose tokens all carry text")
-    parser.add_argument("--requests", type=int, default=60, help="of one run; there are two of each client")
+    parser.add_argument("--requests", type=int, default=40, help="of one client in one round")
     parser.add_argument("--rate", type=float, default=4.0, help="requests/s of the server of constant pace")
     parser.add_argument("--served-rate", type=float, default=1.0, help="requests/s of `limbeck serve`")
+    parser.add_argument("--rounds", type=int, default=3, help="that count")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         with constant() as url:
-            found = {"constant": compare(url, asked.requests, asked.rate, folder / "constant")}
+            found = {"constant": compare(url, asked.requests, asked.rate, asked.rounds, folder / "constant")}
         artifact = asked.artifact or printable_model(folder)
         with load.serve(artifact, threads=1, log=folder / "server.log") as url:
-            found["served"] = compare(url, asked.requests, asked.served_rate, folder / "served")
+            found["served"] = compare(url, asked.requests, asked.served_rate, asked.rounds, folder / "served")
     worst = {
         name: max((figures[name] for figures in found.values()), key=lambda ratio: abs(np.log(ratio)))
         for name in ("ttft_ratio", "tpot_ratio")
