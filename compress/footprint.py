@@ -22,7 +22,9 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from compress.attention import use_short_attention
 from compress.features import layer_pairs
+from compress.fusion import CACHED
 from compress.host import prepare_host
 from compress.models import BAD_CONFIG, DTYPES, cast_frozen, random_config
 from compress.shrink import shrunk_config
@@ -155,7 +157,7 @@ def footprint(
     head = student.width * student.vocabulary * compute if precision != "fp32" else 0
     said = sum(tokens * t.shape.width * (compute + len(p) * 4) for t, p in zip(teachers, pairs, strict=True))
     aligned = sum(tokens * t.shape.width * 4 * len(p) * 4 for t, p in zip(teachers, pairs, strict=True))
-    logits = _logits(recipe, student, len(teachers))
+    logits = _logits(recipe, student, len(teachers), compute)
     if not lora:
         logits += student.width * student.vocabulary * 4  # gradient of the head, summed over chunks
     teacher_peak = 0 if cached else max((t.forward_peak for t in theirs), default=0)
@@ -268,6 +270,7 @@ def _trace(config: Any, recipe: Recipe | None, rows: int, length: int, precision
             model = with_lora(model.requires_grad_(False), recipe.student, seed=0)
         if recipe is None or _is_cast(recipe):
             cast_frozen(model, DTYPES[precision])
+        use_short_attention(causal_lm(model))
     with FakeTensorMode():
         _on_the_cpu(model)
         model.train(recipe is not None)
@@ -366,10 +369,11 @@ def _pairs(recipe: Recipe, student: Shape, teachers: Sequence[TeacherShape]) -> 
     ]
 
 
-def _logits(recipe: Recipe, student: Shape, teachers: int) -> int:
-    """Peak of `compress.fusion.fused_loss`, measured: (K + 6) C V numbers of fp32, one of them in the chunk before."""
+def _logits(recipe: Recipe, student: Shape, teachers: int, compute: int) -> int:
+    """Peak of `compress.fusion.fused_loss`, measured: K + 2 products [C, V], one of them of the chunk before, and eight fp32 blocks."""
     label_positions = recipe.training.micro_batch * (recipe.data.block - 1)
-    return (teachers + 6) * min(recipe.fusion.chunk, label_positions) * student.vocabulary * 4
+    chunk = min(recipe.fusion.chunk, label_positions) * student.vocabulary
+    return (teachers + 2) * chunk * compute + 8 * min(CACHED, chunk) * 4
 
 
 def _heldout_tokens(recipe: Recipe) -> int:

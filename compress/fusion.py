@@ -35,7 +35,7 @@ from limbeck.recipe import (
 )
 
 IGNORED = -100
-_CACHED = 1 << 20  # logits that are worked on at once: 4 MB, some five tensors of which a processor's caches hold
+CACHED = 1 << 20  # logits that are worked on at once: 4 MB, some five tensors of which a processor's caches hold
 
 Place = tuple[Tensor, Tensor]  # row and position of each label position of a chunk
 
@@ -392,7 +392,7 @@ def _statistics(reading: Reading, labels_C: Tensor, rows: int) -> tuple[Tensor, 
 
 def _blocks(labels_C: Tensor, rows: int) -> Iterator[slice]:
     """Positions of a chunk, a few at a time: on a CPU what is computed of them stays in its caches, on a GPU all at once."""
-    size = len(labels_C) if labels_C.is_cuda else max(1, _CACHED // rows)
+    size = len(labels_C) if labels_C.is_cuda else max(1, CACHED // rows)
     return (slice(first, first + size) for first in range(0, len(labels_C), size))
 
 
