@@ -252,11 +252,20 @@ cli.main()
 """
 
 
+def _hears_ctrl_c() -> None:
+    """A shell lets what it starts in the background ignore SIGINT, and children inherit that: undo it in the child."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_run_that_is_stopped_says_how_to_go_on(tmp_path: Path, number: signal.Signals, code: int) -> None:
     (tmp_path / "mine.yaml").write_text(GOOD)
     with subprocess.Popen(
-        [sys.executable, "-c", ENDLESS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", ENDLESS],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=_hears_ctrl_c,
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "working\n"
@@ -413,7 +422,9 @@ def test_doctor_advises_about_a_gpu_that_is_not_used(tmp_path: Path, monkeypatch
 def test_pico_stopped_in_training_goes_on_to_a_verdict(tmp_path: Path) -> None:
     """The installed command, as a user meets it: stopped by Ctrl-C, started again, and once more when all is done."""
     command = [sys.executable, "-c", "from limbeck.cli import main; main()", "run", "pico", "--out", "out"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=_hears_ctrl_c
+    ) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if "training pico" in line:
