@@ -373,7 +373,9 @@ def _logits(recipe: Recipe, student: Shape, teachers: int, compute: int) -> int:
     """Peak of `compress.fusion.fused_loss`, measured: K + 2 products [C, V], one of them of the chunk before, and eight fp32 blocks."""
     label_positions = recipe.training.micro_batch * (recipe.data.block - 1)
     chunk = min(recipe.fusion.chunk, label_positions) * student.vocabulary
-    return (teachers + 2) * chunk * compute + 8 * min(CACHED, chunk) * 4
+    device = recipe.training.device
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())  # where a block is the chunk
+    return (teachers + 2) * chunk * compute + 8 * (chunk if on_gpu else min(CACHED, chunk)) * 4
 
 
 def _heldout_tokens(recipe: Recipe) -> int:

@@ -348,8 +348,8 @@ def fused_loss(
     """Cross-entropy plus divergence to the fused teachers, with the gradient at hidden states and head.
 
     ``denominator`` is the number of label positions of the *global* batch, so that micro-batches and processes add
-    up. Without teachers the loss is the cross-entropy with factor 1. Extra memory is K + 1 products [C, V] in the
-    heads' number type, and a few blocks of them in fp32.
+    up. Without teachers the loss is the cross-entropy with factor 1. Extra memory is K + 2 products [C, V] in the
+    heads' number type (one is of the chunk before), and a few blocks of them in fp32; on a GPU a block is the chunk.
     The vocabulary is the rows that student and teachers share (padded rows are left out).
     """
     K, (R, L) = len(teachers), labels_RL.shape
@@ -463,7 +463,7 @@ def _chunk_loss(job: _Job, head: Head, hidden_Cd: Tensor, place: Place) -> tuple
     product_CV = head.product(hidden_Cd, job.rows)
     readings = [teacher.read(place, job.rows) for teacher in job.teachers]
     if readings and not job.weighed and span_of(job.config.weights) != "token":
-        for k, reading in enumerate(readings):
+        for k, reading in enumerate(readings):  # softmax is taken again below: cheaper than keeping K of them
             job.entropy_KRL[k][place], job.label_logp_KRL[k][place] = _statistics(reading, labels_C, job.rows)
         _weigh(job, place[0].unique())
     total = 0.0
