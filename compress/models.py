@@ -6,6 +6,8 @@ Everything downstream sees one shape only: a folder with config, safetensors wei
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -70,13 +72,18 @@ def model_config(source: BaseSource, *, folder: Path) -> Any:
         found = sources.model_path(source, folder=folder)
         assert found is not None
         path = found
-    options = {"gguf_file": path.name} if path.is_file() else {}
     try:
-        return AutoConfig.from_pretrained(
-            path.parent if options else path, trust_remote_code=False, local_files_only=True, **options
-        )
+        if path.is_file():
+            return copy.deepcopy(_gguf_config(path, path.stat().st_mtime_ns))
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (*BAD_CONFIG, OSError, NotImplementedError) as error:
         raise ModelError(f"{path}: transformers cannot read its configuration: {error}") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _gguf_config(path: Path, _changed: int) -> Any:
+    """The configuration in a GGUF file, which takes seconds to read, with its whole vocabulary."""
+    return AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False, local_files_only=True)
 
 
 def load_model(

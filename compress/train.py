@@ -321,6 +321,8 @@ def fit(run: Run, *, ends: Callable[[], bool] = lambda: False) -> State:
             if state.step % config.evaluate_every == 0 or done >= 1:
                 _record(run, "evaluate", _evaluate_student(run, state))
                 if ends():
+                    if done < 1:
+                        _save_checkpoint(run, optimizer, state)  # so that it can go on from here
                     break
                 done = run.share(state)
             if state.step % config.checkpoint_every == 0 and done < 1:

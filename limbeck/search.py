@@ -43,6 +43,7 @@ from limbeck.search_outcome import (
     Found,
     asked_for,
     draw,
+    excess,
     figures_of,
     markdown,
     megabytes,
@@ -163,11 +164,15 @@ def _claim(folder: Path, recipe: Recipe, digest: str) -> None:
 
 
 class _Clock:
-    """Seconds of work on a search, over all its interruptions; of several workers at once, of the longest."""
+    """Seconds of work on a search, over all its interruptions; of several workers at once, of the longest.
+
+    ``longest`` is what a finalist took at most.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._before, self._started = self._kept(), time.monotonic()
+        kept = self._kept()
+        self._before, self.longest, self._started = kept["seconds"], kept["longest"], time.monotonic()
 
     def spent(self) -> float:
         """Seconds until now."""
@@ -175,10 +180,13 @@ class _Clock:
 
     def save(self) -> None:
         """Keep it for whoever goes on."""
-        write_atomically(self._path, json.dumps({"seconds": round(max(self.spent(), self._kept()), 1)}))
+        kept = self._kept()
+        now = {"seconds": self.spent(), "longest": self.longest}
+        write_atomically(self._path, json.dumps({name: round(max(now[name], kept[name]), 1) for name in now}))
 
-    def _kept(self) -> float:
-        return float(json.loads(self._path.read_text())["seconds"]) if self._path.exists() else 0.0
+    def _kept(self) -> dict[str, float]:
+        found: dict[str, float] = {"seconds": 0.0, "longest": 0.0}
+        return found | (json.loads(self._path.read_text()) if self._path.exists() else {})
 
 
 def _found(folder: Path) -> Found:
@@ -197,25 +205,50 @@ def _students(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
     for rank in space.ranks:
         kept = {k: v for k, v in asked.items() if k not in ("rank", "alpha")} if asked["kind"] == "lora" else {}
         yield f"lora-r{rank}", {"kind": "lora", "base": base, **kept, "rank": rank, "alpha": 2 * rank}
-    layers, neurons = _dimensions(recipe, base)
-    cut = asked if asked["kind"] == "shrink" else {"kind": "shrink", "base": base}
-    for width, depth in itertools.product(space.widths, space.depths):
-        kept_layers, kept_neurons = max(1, round(layers * depth)), max(1, int(neurons * width))
-        if (kept_layers, kept_neurons) != (layers, neurons):
-            student = {**cut, "layers": kept_layers, "intermediate_size": kept_neurons}
-            yield f"cut-{kept_layers}x{kept_neurons}", student
+    own = asked if asked["kind"] == "shrink" else {}  # what it says of heads and hidden width stays
+    cut = {"kind": "shrink", "base": base} | {k: v for k, v in own.items() if k not in ("layers", "intermediate_size")}
+    most, seen = _dimensions(recipe, cut), [_dimensions(recipe, {"kind": "shrink", "base": base})]
+    for hidden, width, depth in itertools.product(space.hidden, space.widths, space.depths):
+        student = cut | {
+            "layers": _share(most, "layers", depth),
+            "intermediate_size": _share(most, "intermediate_size", width),
+        }
+        if hidden < 1:
+            student |= _narrowed(recipe, base, most, hidden)
+        kept = _dimensions(recipe, student)
+        if kept not in seen:
+            seen.append(kept)
+            sizes = ["layers", "intermediate_size"] + (["hidden_size"] if hidden < 1 else [])
+            yield f"cut-{'x'.join(str(kept[name]) for name in sizes)}", student | {name: kept[name] for name in sizes}
     if asked["kind"] == "shrink":
         yield "asked", asked
 
 
-def _dimensions(recipe: Recipe, base: dict[str, Any]) -> tuple[int, int]:
+def _share(sizes: Mapping[str, int], name: str, share: float) -> int:
+    return max(1, int(sizes[name] * share + 0.5))
+
+
+def _narrowed(recipe: Recipe, base: dict[str, Any], most: Mapping[str, int], share: float) -> dict[str, int]:
+    """A share of the hidden width, and of the heads with it where an architecture's heads fill the width."""
+    from compress.models import model_config
+    from compress.shrink import family_of
+
+    made = _variant(recipe, student={"kind": "shrink", "base": base}).student
+    assert made.kind == "shrink"
+    if not family_of(model_config(made.base, folder=recipe.folder)).head_size_is_fixed:
+        return {"hidden_size": _share(most, "hidden_size", share)}
+    heads = _share(most, "kv_heads", share)
+    return {"kv_heads": heads, "hidden_size": most["hidden_size"] * heads // most["kv_heads"]}
+
+
+def _dimensions(recipe: Recipe, student: dict[str, Any]) -> dict[str, int]:
+    """What a cut student keeps of each dimension, in multiples that can be cut."""
     from compress.models import model_config
     from compress.shrink import shrunk_sizes
 
-    whole = _variant(recipe, student={"kind": "shrink", "base": base}).student
-    assert whole.kind == "shrink"
-    sizes = shrunk_sizes(model_config(whole.base, folder=recipe.folder), whole)
-    return sizes["layers"], sizes["intermediate_size"]
+    made = _variant(recipe, student=student).student
+    assert made.kind == "shrink"
+    return shrunk_sizes(model_config(made.base, folder=recipe.folder), made)
 
 
 def _variant(recipe: Recipe, **changes: Any) -> Recipe:
@@ -229,7 +262,7 @@ def _variant(recipe: Recipe, **changes: Any) -> Recipe:
 
 def _sized(recipe: Recipe, students: Mapping[str, dict[str, Any]]) -> list[Candidate]:
     found = []
-    whole = _dimensions(recipe, recipe.resolved()["student"]["base"])[0]
+    whole = _dimensions(recipe, {"kind": "shrink", "base": recipe.resolved()["student"]["base"]})["layers"]
     for name, student in students.items():
         made = _variant(recipe, student=student, export=_export(recipe, recipe.search.forms))
         sizes = form_sizes(made)
@@ -393,13 +426,14 @@ def _halve(
     *,
     until: float,
 ) -> None:
-    """Distil every student that is left for a short round, the better half on to a longer one, and so on.
+    """Distil every student that is left for a short round, the better half on to a longer one, and so on (successive halving).
 
-    Every worker takes students from one queue until it is empty and the others are done. After ``until`` seconds none is begun.
+    A half that the finals have room for needs no further round. Every worker takes students from one queue until nothing is left
+    to do; after ``until`` seconds none is begun.
     """
     import compress
 
-    names = list(dict.fromkeys(c.student for c in _in(candidates)))
+    names = list(dict.fromkeys(c.student for c in sorted(_in(candidates), key=lambda c: -c.size)))
     if not names:
         return
     step = recipe.training.batch_tokens
@@ -413,16 +447,18 @@ def _halve(
             work = folder / "healing" / "teachers"
             compress.cache_teachers(recipe=first, products=products, work=work, rounds=rounds)
             study.set_user_attr("cached", True)
-        _enqueue(study, names)
+        _enqueue(study, names, 0)
     with _worker(folder) as me, _study(folder, recipe.seed) as study:
-        while (trial := _next(study, folder, me)) is not None:
+        while (trial := _next(study, folder, me, rounds=len(rounds), finalists=recipe.search.finalists)) is not None:
             name = trial.user_attrs["student"]
             if clock.spent() > until:
-                _tell(study, trial, None)
+                _tell(study, trial, None, why="no time left for it")
                 continue
-            _heal(study, trial, recipe, name, students[name], products, folder, rounds, lambda: clock.spent() > until)
-            clock.save()
+            _heal(study, trial, recipe, students[name], products, folder, rounds, until=lambda: clock.spent() > until)
+            with pipeline.locked(folder, wait=True):
+                clock.save()
         reached, why = _reached(study)
+    shutil.rmtree(folder / "healing", ignore_errors=True)
     top = max((rung for rung, _ in reached.values()), default=0)
     for candidate in _in(candidates):
         if candidate.student not in reached:
@@ -436,7 +472,7 @@ def _halve(
 
 @contextmanager
 def _study(folder: Path, seed: int) -> Iterator[optuna.Study]:
-    """The queue of students and what they came to, in the folder's database."""
+    """The queue of students and rounds and what they came to, in the folder's database."""
     import optuna
 
     storage = optuna.storages.RDBStorage(
@@ -447,9 +483,6 @@ def _study(folder: Path, seed: int) -> Iterator[optuna.Study]:
             study_name="students",
             storage=storage,
             load_if_exists=True,
-            pruner=optuna.pruners.SuccessiveHalvingPruner(
-                min_resource=1, reduction_factor=2, min_early_stopping_rate=0
-            ),
             sampler=optuna.samplers.RandomSampler(seed=seed),
         )
     finally:
@@ -457,35 +490,47 @@ def _study(folder: Path, seed: int) -> Iterator[optuna.Study]:
         storage.engine.dispose()
 
 
-def _reached(study: optuna.Study) -> tuple[dict[str, tuple[int, float]], dict[str, str]]:
-    """Of every student that was distilled, the last round and the loss after it; of those that failed, why."""
+def _losses(study: optuna.Study, rung: int) -> dict[str, float]:
+    """Loss after a round, by student, of all that finished it."""
     import optuna
 
-    reached, why = {}, {}
-    for frozen in study.get_trials(states=(optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)):
-        name = frozen.user_attrs["student"]
-        if "why" in frozen.user_attrs:
-            why[name] = str(frozen.user_attrs["why"])
-        elif frozen.intermediate_values:
-            step = max(frozen.intermediate_values)
-            reached[name] = (step.bit_length() - 1, frozen.intermediate_values[step])
-    return reached, why
+    done = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+    return {t.user_attrs["student"]: float(t.values[0]) for t in done if t.user_attrs["rung"] == rung}
 
 
-def _enqueue(study: optuna.Study, names: Sequence[str]) -> None:
-    """Queue each student that is not there yet. To be called by one worker at a time."""
+def _reached(study: optuna.Study) -> tuple[dict[str, tuple[int, float]], dict[str, str]]:
+    """Of every student that was distilled, the last round and the loss after it; of those that were not, why."""
+    import optuna
+
+    reached = {}
+    for rung in range(1 + _highest(study)):
+        reached |= {name: (rung, nll) for name, nll in _losses(study, rung).items()}
+    pruned = study.get_trials(states=(optuna.trial.TrialState.PRUNED,))
+    return reached, {t.user_attrs["student"]: str(t.user_attrs["why"]) for t in pruned}
+
+
+def _highest(study: optuna.Study) -> int:
+    """The highest round that students were queued for."""
+    return max((int(t.user_attrs["rung"]) for t in study.get_trials(deepcopy=False) if t.user_attrs), default=0)
+
+
+def _enqueue(study: optuna.Study, names: Sequence[str], rung: int) -> None:
+    """Queue students for a round, but for those that are or were. To be called by one worker at a time."""
     import optuna
 
     state = optuna.trial.TrialState
     queued = study.get_trials(states=(state.RUNNING, state.WAITING, state.COMPLETE, state.PRUNED))
-    held = {frozen.user_attrs.get("student") for frozen in queued}
+    held = {(t.user_attrs.get("student"), t.user_attrs.get("rung")) for t in queued}
     for name in names:
-        if name not in held:
-            study.enqueue_trial({}, user_attrs={"student": name})
+        if (name, rung) not in held:
+            study.enqueue_trial({}, user_attrs={"student": name, "rung": rung})
 
 
-def _next(study: optuna.Study, folder: Path, me: str) -> optuna.Trial | None:
-    """The next student of the queue, back in which go those whose worker is gone; none when all are done."""
+def _next(study: optuna.Study, folder: Path, me: str, *, rounds: int, finalists: int) -> optuna.Trial | None:
+    """The next student of the queue, back in which go those whose worker is gone; none when nothing is left to do.
+
+    Once a round is over its better half is queued for the next, where that has more students than there are ``finalists``.
+    """
     import optuna
 
     state = optuna.trial.TrialState
@@ -495,14 +540,26 @@ def _next(study: optuna.Study, folder: Path, me: str) -> optuna.Trial | None:
             for frozen in running:
                 if not _alive(folder, frozen.user_attrs.get("worker")):
                     study.tell(frozen.number, state=state.FAIL)
-                    study.enqueue_trial({}, user_attrs={"student": frozen.user_attrs["student"]})
-            if study.get_trials(states=(state.WAITING,)):
+                    kept = {key: frozen.user_attrs[key] for key in ("student", "rung")}
+                    study.enqueue_trial({}, user_attrs=kept)
+            waiting = study.get_trials(states=(state.WAITING,))
+            if not waiting and not running:
+                rung = _highest(study)
+                better = _better_half(_losses(study, rung))
+                if rung + 1 == rounds or len(better) <= finalists:
+                    return None
+                _enqueue(study, better, rung + 1)
+                waiting = better
+            if waiting:
                 trial = study.ask()
                 trial.set_user_attr("worker", me)
                 return trial
-        if not running:
-            return None
         time.sleep(_WAIT)
+
+
+def _better_half(losses: Mapping[str, float]) -> list[str]:
+    """The students with the lowest losses, the best first."""
+    return sorted(losses, key=lambda name: losses[name])[: (len(losses) + 1) // 2]
 
 
 @contextmanager
@@ -535,43 +592,51 @@ def _heal(
     study: optuna.Study,
     trial: optuna.Trial,
     recipe: Recipe,
-    name: str,
     student: dict[str, Any],
     products: Mapping[str, Path],
     folder: Path,
     rounds: Sequence[int],
-    late: Callable[[], bool],
+    *,
+    until: Callable[[], bool],
 ) -> None:
-    """Distil one student from the shared cache for as many rounds as it earns, and tell the study."""
+    """Distil one student from the shared cache to the end of its round, from where the round before ended, and tell the study."""
     import compress
 
-    say(f"== healing {name}")
-    reported: list[float] = []
+    name, rung = trial.user_attrs["student"], trial.user_attrs["rung"]
+    say(f"== healing {name}, round {rung + 1} of {len(rounds)}")
+    found: list[float] = []
 
     def goes_on(index: int, nll: float) -> bool:
+        if index < rung:
+            return not until()
         say(f"   {name}: {nll:.4f} nats a token after {rounds[index]} tokens")
-        reported.append(nll)
-        trial.report(nll, step=2**index)
-        return not (late() or trial.should_prune())
+        found.append(nll)
+        return False
 
     work = folder / "healing" / name
     tree = recipe.resolved()
     training = tree["training"] | {"learning_rate": _rate(recipe, student)}
     short = _variant(recipe, name=f"{recipe.name[:50]}-{name}"[:80], student=student, training=training)
+    why = "no time left for it"
     try:
         compress.heal(recipe=short, products=products, work=work, rounds=rounds, goes_on=goes_on)
     except DivergenceError as error:
         say(f"   {name}: {error}")
-        trial.set_user_attr("why", "diverged")
-    _tell(study, trial, reported[-1] if len(reported) == len(rounds) else None)
-    shutil.rmtree(work, ignore_errors=True)
+        why = "diverged"
+    _tell(study, trial, found[-1] if found else None, why=why)
+    # What cannot be among the better half any more need not be kept to go on from; a checkpoint is three times the weights.
+    losses = _losses(study, rung)
+    asked = {t.user_attrs["student"] for t in study.get_trials(deepcopy=False) if t.user_attrs.get("rung") == rung}
+    for beaten in sorted(losses, key=lambda student: losses[student])[(len(asked) + 1) // 2 :]:
+        shutil.rmtree(folder / "healing" / beaten, ignore_errors=True)
 
 
-def _tell(study: optuna.Study, trial: optuna.Trial, nll: float | None) -> None:
-    """The loss after the last round, or that there was none."""
+def _tell(study: optuna.Study, trial: optuna.Trial, nll: float | None, *, why: str) -> None:
+    """The loss after the round, or why there is none."""
     import optuna
 
     if nll is None:
+        trial.set_user_attr("why", why)
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     else:
         study.tell(trial, nll)
@@ -596,30 +661,31 @@ def _measure_finalists(
     folder: Path,
     clock: _Clock,
 ) -> None:
-    """Run the whole job of the finalists; where none of them keeps the budget, of the next ones while there is time for it."""
-    order, longest, wanted = finalists(candidates), 0.0, recipe.search.finalists
+    """Run the whole job of the finalists, in the time there is: of the first one always; where none keeps the budget, of more."""
+    order, wanted = finalists(candidates, budget), recipe.search.finalists
     for place, finalist in enumerate(order):
-        passed = any(c.verdict == "pass" for c in order) and sum(bool(c.measured) for c in order) >= wanted
-        late = place >= wanted and clock.spent() + longest > 3600 * budget.hours
-        if passed or late:
-            finalist.out = finalist.out or "not among the finalists"
-            continue
+        enough = any(c.verdict == "pass" for c in order) and sum(bool(c.measured) for c in order) >= wanted
         began, run = clock.spent(), folder / "finalists" / finalist.name
+        late = place > 0 and not (run / "report.json").exists() and began + clock.longest > 3600 * budget.hours
+        if enough or late:
+            finalist.out = finalist.out or ("not among the finalists" if enough else "no time left to measure it")
+            continue
         earlier = next((Path(c.run) for c in order[:place] if c.run and c.student == finalist.student), None)
         if earlier is not None and (earlier / "student").exists() and not run.exists():
             _share_student(earlier, run)
         _measure(recipe, students, finalist, budget, run)
+        clock.longest = max(clock.longest, clock.spent() - began)
         clock.save()
-        longest = max(longest, clock.spent() - began)
 
 
-def finalists(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Every healed student that may keep the budget: the best of each form first, then those that went furthest.
+def finalists(candidates: Sequence[Candidate], budget: Budget) -> list[Candidate]:
+    """Every healed student that may keep the budget: the best of each form first, then those that went furthest; before all
+    others those that plan and prediction put inside every bound, rather than so near that they may be.
 
     Rounding costs each form another loss, which is not known yet; so each has its best student measured.
     """
     healed = [c for c in candidates if c.nll is not None]
-    order = sorted(healed, key=lambda c: (-c.tokens, c.nll, -c.size))
+    order = sorted(healed, key=lambda c: (excess(c, budget) > 1, -c.tokens, c.nll, -c.size))
     leaders = list({c.form: c for c in reversed(order)}.values())
     return sorted(leaders, key=order.index) + [c for c in order if c not in leaders]
 
@@ -709,6 +775,8 @@ def _measure(
     if report.verdict.status != "pass":
         missed = [gate.sentence for gate in report.verdict.gates if gate.status != "pass"]
         finalist.out = f"measured: {'; '.join(missed)}"
+    elif pipeline.verify(run):
+        finalist.verdict, finalist.out = "fail", "measured, but `limbeck verify` does not find it again"
 
 
 # What it came to -------------------------------------------------------------------------------------------------

@@ -28,17 +28,20 @@ class Found:
 
 def nearest(candidates: Sequence[Candidate], budget: Budget) -> Candidate:
     """The candidate whose worst bound is missed by least, in ratio; of equals the one with the lowest loss."""
+    return min(
+        candidates, key=lambda c: (excess(c, budget), not c.measured, c.nll if c.nll is not None else float("inf"))
+    )
 
-    def excess(candidate: Candidate) -> float:
-        known = {"size": float(candidate.size), **candidate.predicted, **candidate.measured}
-        bounds = {
-            "size": 1e6 * budget.size_mb if budget.size_mb else None,
-            "tpot_ms": budget.tpot_ms,
-            "ttft_ms": budget.ttft_ms,
-        }
-        return max([1.0, *(known[key] / bound for key, bound in bounds.items() if bound and key in known)])
 
-    return min(candidates, key=lambda c: (excess(c), not c.measured, c.nll if c.nll is not None else float("inf")))
+def excess(candidate: Candidate, budget: Budget) -> float:
+    """By how much the worst of the bounds is missed, as a ratio: by what was measured, else predicted, else planned; 1 inside all."""
+    known = {"size": float(candidate.size), **candidate.predicted, **candidate.measured}
+    bounds = {
+        "size": 1e6 * budget.size_mb if budget.size_mb else None,
+        "tpot_ms": budget.tpot_ms,
+        "ttft_ms": budget.ttft_ms,
+    }
+    return max([1.0, *(known[key] / bound for key, bound in bounds.items() if bound and key in known)])
 
 
 def missed_bound(candidates: Sequence[Candidate], budget: Budget) -> str:
@@ -122,8 +125,17 @@ def show(found: Found) -> None:
     print(f"\n{found.sentence}\npicture: {found.folder / PICTURE}", flush=True)
 
 
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (cost, loss) points those that no other beats or equals in both, by rising cost."""
+    front: list[tuple[float, float]] = []
+    for cost, loss in sorted(points):
+        if not front or loss < front[-1][1]:
+            front.append((cost, loss))
+    return front
+
+
 def draw(candidates: Sequence[Candidate], budget: Budget, best: Candidate, path: Path) -> None:
-    """Loss over size and over time a token; filled where the whole job was measured."""
+    """Loss over size and over time a token; filled where the whole job was measured, a line along those that no other beats in both."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
@@ -133,6 +145,7 @@ def draw(candidates: Sequence[Candidate], budget: Budget, best: Candidate, path:
         (left, "size", budget.size_mb, "size, MB"),
         (right, "tpot_ms", budget.tpot_ms, "ms a token"),
     ):
+        points: list[tuple[float, float]] = []
         for c in candidates:
             known = {"size": c.size / 1e6, **c.predicted}
             if c.measured:
@@ -144,7 +157,10 @@ def draw(candidates: Sequence[Candidate], budget: Budget, best: Candidate, path:
                 known[key], loss, marker="*" if c is best else "o", markersize=13 if c is best else 7, linestyle="none",
                 color=colours[c.form], fillstyle="full" if c.measured else "none",
             )  # fmt: skip
+            points.append((known[key], loss))
             axes.annotate(c.student, (known[key], loss), xytext=(5, 4), textcoords="offset points", fontsize=7)
+        front = pareto_front(points)
+        axes.step([x for x, _ in front], [y for _, y in front], where="post", color="0.7", linewidth=1, zorder=0)
         if bound is not None:
             axes.axvline(bound, color="0.5", linestyle=":")
         axes.set_xlabel(label)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +24,7 @@ from limbeck.errors import ArtifactError, DivergenceError, EnvironmentalError
 from limbeck.recipe import Budget, Recipe, load_recipe, parse_recipe
 from limbeck.search import _Clock, _halve, final_recipe, search
 from limbeck.search_candidates import Candidate, fit_speed
-from limbeck.search_outcome import nearest
+from limbeck.search_outcome import draw, nearest, pareto_front
 
 BUDGET = {"size_mb": 0.6, "tpot_ms": 5.0}
 
@@ -95,6 +97,21 @@ def test_what_is_planned_too_large_is_ruled_out_before_anything_is_made() -> Non
         assert (c.out is None) == (c.size <= 0.6e6 * 1.02), c.name
 
 
+def test_what_is_looked_among_is_named_by_what_it_keeps() -> None:
+    recipe = pico(**{"search.depths": [1.0, 0.5], "search.widths": [1.0, 0.5], "search.hidden": [1.0, 0.5]})
+    students = dict(module._students(recipe))
+    base = module._dimensions(recipe, {"kind": "shrink", "base": recipe.resolved()["student"]["base"]})
+    layers, neurons, hidden = (base[name] for name in ("layers", "intermediate_size", "hidden_size"))
+    cuts = {name.removeprefix("cut-") for name in students if name.startswith("cut-")}
+    assert len(cuts) == 2 * 2 * 2 - 1  # all but the whole base
+    assert f"{layers // 2}x{neurons}" in cuts
+    assert f"{layers}x{neurons}x{hidden // 2}" in cuts
+    narrow = students[f"cut-{layers}x{neurons // 2}x{hidden // 2}"]
+    assert (narrow["intermediate_size"], narrow["hidden_size"]) == (neurons // 2, hidden // 2)
+    sizes = {c.student: c.size for c in module._sized(recipe, students) if c.form == "int8-weight"}
+    assert sizes[f"cut-{layers}x{neurons}x{hidden // 2}"] < sizes[f"cut-{layers}x{neurons // 2}"]
+
+
 # Halving ---------------------------------------------------------------------------------------------------------
 
 LOSSES = {"a": 3.0, "b": 4.0, "c": 3.5, "d": 5.0}
@@ -112,7 +129,8 @@ def stood_in(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     def heal(*, recipe: Recipe, rounds: Sequence[int], goes_on: Callable[[int, float], bool], **_: Any) -> None:
         name = recipe.name.removeprefix("pico-")
         for index, tokens in enumerate(rounds):
-            trained.append((name, tokens))
+            if (name, tokens) not in trained:  # a later round goes on from the earlier one
+                trained.append((name, tokens))
             if not goes_on(index, LOSSES[name] - tokens / 1e4):
                 return
 
@@ -124,7 +142,7 @@ def stood_in(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
 def halve(folder: Path, *, until: float = float("inf"), **over: Any) -> list[Candidate]:
     """Candidates after the rounds."""
-    recipe = pico(**over)
+    recipe = pico(**{"search.finalists": 1, **over})
     candidates = [candidate(name) for name in LOSSES]
     students = {name: recipe.resolved()["student"] for name in LOSSES}
     _halve(recipe, students, candidates, folder, _Clock(folder / module.SPENT), until=until)
@@ -136,16 +154,39 @@ def test_the_worse_half_gets_no_second_round_and_nothing_is_trained_twice(
 ) -> None:
     candidates = halve(tmp_path)
     assert [name for name, tokens in stood_in if tokens == 512] == list(LOSSES)
-    assert ("d", 1024) not in stood_in
-    assert ("b", 1024) not in stood_in
+    assert [name for name, tokens in stood_in if tokens == 1024] == ["a", "c"]  # the better half, the best first
     assert stood_in.count(("teachers", 0)) == 1
     left = {c.student: c.nll for c in candidates if c.out is None}
-    assert left["a"] == pytest.approx(3.0 - 0.1024)
+    assert left == {"a": pytest.approx(3.0 - 0.1024), "c": pytest.approx(3.5 - 0.1024)}
+    assert not (tmp_path / "healing").exists()
     assert next(c for c in candidates if c.student == "d").out == "behind after 512 tokens"
     stood_in.clear()
     again = halve(tmp_path)
     assert stood_in == []
     assert again == candidates
+
+
+def test_a_half_that_the_finals_have_room_for_gets_no_further_round(
+    tmp_path: Path, stood_in: list[tuple[str, int]]
+) -> None:
+    candidates = halve(tmp_path, **{"search.finalists": 2})
+    assert {tokens for _, tokens in stood_in} == {0, 512}
+    assert all(c.out is None for c in candidates)
+    assert next(c.student for c in module.finalists(candidates, Budget(size_mb=1))) == "a"
+
+
+def test_what_is_beaten_does_not_lie_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[set[str]] = []
+
+    def heal(*, recipe: Recipe, work: Path, goes_on: Callable[[int, float], bool], **_: Any) -> None:
+        work.mkdir(parents=True)
+        left.append({path.name for path in work.parent.iterdir()})
+        goes_on(0, LOSSES[recipe.name.removeprefix("pico-")])
+
+    monkeypatch.setattr(compress, "heal", heal)
+    monkeypatch.setattr(compress, "cache_teachers", lambda **_: None)
+    halve(tmp_path, **{"search.rungs": [512]})
+    assert left == [{"a"}, {"a", "b"}, {"a", "b", "c"}, {"a", "c", "d"}]  # b cannot be among two of four any more
 
 
 def test_a_student_whose_process_was_killed_is_taken_up_again(
@@ -164,7 +205,7 @@ def test_a_student_whose_process_was_killed_is_taken_up_again(
 
 def test_what_a_killed_worker_leaves_behind_is_taken_up(tmp_path: Path, stood_in: list[tuple[str, int]]) -> None:
     with module._study(tmp_path, 0) as study:
-        module._enqueue(study, list(LOSSES))
+        module._enqueue(study, list(LOSSES), 0)
         study.ask()
         study.ask().set_user_attr("worker", "killed")
     (tmp_path / "workers").mkdir()
@@ -199,6 +240,34 @@ def test_two_workers_share_the_students_and_both_know_all_losses(
     assert sorted(name for name, tokens in stood_in if tokens == 512) == sorted(LOSSES)
     assert all(c.nll is not None for c in one.result())
     assert list((tmp_path / "workers").iterdir()) == []
+
+
+def work_in(folder: Path) -> None:
+    """One worker in a process of its own, with made-up losses; says which rounds it trained, and what all came to."""
+    mine: list[str] = []
+
+    def heal(*, recipe: Recipe, rounds: Sequence[int], goes_on: Callable[[int, float], bool], **_: Any) -> None:
+        name = recipe.name.removeprefix("pico-")
+        time.sleep(0.3)
+        for index, tokens in enumerate(rounds):
+            if not goes_on(index, LOSSES[name] - tokens / 1e4):
+                mine.append(f"{name} {tokens}")
+                return
+
+    compress.heal, compress.cache_teachers, module._WAIT = heal, lambda **_: None, 0.01  # type: ignore[assignment]
+    found = {c.student: (c.nll, c.out) for c in halve(folder)}
+    print(json.dumps({"mine": mine, "found": found}))
+
+
+def test_two_processes_share_the_students(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from tests.test_search import work_in; work_in(Path(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [json.loads(worker.communicate(timeout=120)[0].splitlines()[-1]) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0]
+    assert told[0]["found"] == told[1]["found"]
+    trained = told[0]["mine"] + told[1]["mine"]
+    assert sorted(trained) == sorted([*(f"{name} 512" for name in LOSSES), "a 1024", "c 1024"])
 
 
 def test_no_student_is_begun_when_the_time_is_up(tmp_path: Path, stood_in: list[tuple[str, int]]) -> None:
@@ -263,6 +332,7 @@ def test_healing_in_rounds_is_one_training_that_can_be_interrupted(tmp_path: Pat
     assert (tmp_path / "work" / "checkpoint.pt").exists()
     assert heal("work", lambda _: True) == whole
     assert heal("stopped", lambda _: False) == whole[:1]
+    assert heal("stopped", lambda _: True) == whole  # as if it had not stopped
 
 
 def test_teachers_run_once_for_every_student_and_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,7 +355,32 @@ def test_each_form_has_its_best_student_measured_first() -> None:
     for place, c in enumerate(field[:3]):
         c.nll, c.tokens = 3.0 + place, 1024
     field[2].tokens = 512
-    assert [c.student for c in module.finalists(field)] == ["a", "c", "b"]
+    assert [c.student for c in module.finalists(field, Budget(size_mb=1))] == ["a", "c", "b"]
+
+
+def test_what_is_inside_every_bound_is_measured_before_what_may_be() -> None:
+    field = [candidate(name, size=size) for name, size in (("a", 1_010_000), ("b", 900_000), ("c", 800_000))]
+    for place, c in enumerate(field):
+        c.nll, c.tokens, c.predicted = 3.0 + place, 1024, {"tpot_ms": 8.5 if c.student == "b" else 7.0}
+    assert [c.student for c in module.finalists(field, Budget(size_mb=1, tpot_ms=8))] == ["c", "a", "b"]
+    assert [c.student for c in module.finalists(field, Budget(tpot_ms=8))] == ["a", "c", "b"]
+
+
+def test_the_front_is_what_no_other_beats_in_both() -> None:
+    points = [(3.0, 1.0), (1.0, 4.0), (2.0, 4.0), (2.5, 2.0), (4.0, 1.5)]
+    assert pareto_front(points) == [(1.0, 4.0), (2.5, 2.0), (3.0, 1.0)]
+    assert pareto_front([]) == []
+
+
+def test_the_picture_shows_every_student_that_has_a_loss(tmp_path: Path) -> None:
+    field = [candidate("healed"), candidate("whole", "int4-weight"), candidate("unseen")]
+    for c, nll in zip(field, (4.0, 3.0, None), strict=True):
+        c.nll, c.predicted = nll, {"tpot_ms": 5.0}
+    field[1].measured = {"size": 1e6, "tpot_ms": 6.0, "nll": 3.0}
+    draw(field, Budget(size_mb=1, tpot_ms=8), field[1], tmp_path / "search.svg")
+    svg = (tmp_path / "search.svg").read_text()
+    assert svg.count("<!-- healed -->") == svg.count("<!-- whole -->") == 2
+    assert "<!-- unseen -->" not in svg
 
 
 def test_the_next_ones_are_measured_while_none_keeps_the_budget_and_time_is_left(
@@ -296,12 +391,7 @@ def test_the_next_ones_are_measured_while_none_keeps_the_budget_and_time_is_left
         c.nll, c.tokens = LOSSES[c.student], 512
     measured: list[str] = []
 
-    def measure(_: Any, __: Any, finalist: Candidate, *___: Any) -> None:
-        measured.append(finalist.student)
-        finalist.measured = {"nll": 3.0}
-        finalist.verdict = "pass" if finalist.student == "b" else "fail"
-
-    monkeypatch.setattr(module, "_measure", measure)
+    monkeypatch.setattr(module, "_measure", lambda _, __, c, *___: _measured(measured, c, c.student == "b"))
     recipe = pico(**{"search.finalists": 1})
     assert recipe.budget is not None
     module._measure_finalists(recipe, {}, field, recipe.budget, tmp_path, _Clock(tmp_path / module.SPENT))
@@ -313,6 +403,24 @@ def test_the_next_ones_are_measured_while_none_keeps_the_budget_and_time_is_left
     spent = recipe.budget.model_copy(update={"hours": 1e-9})
     module._measure_finalists(recipe, {}, field, spent, tmp_path, _Clock(tmp_path / module.SPENT))
     assert measured == ["a"]
+    # Two are wanted, and time is up after the first; but what was measured before an interruption is not lost.
+    two = pico(**{"search.finalists": 2})
+    for done, expected in ((None, ["a"]), ("c", ["a", "c"])):
+        measured.clear()
+        for c in field:
+            c.measured, c.verdict, c.out = {}, None, None
+        if done:
+            (tmp_path / f"finalists/{done}-int8-weight").mkdir(parents=True)
+            (tmp_path / f"finalists/{done}-int8-weight/report.json").touch()
+        module._measure_finalists(two, {}, field, spent, tmp_path, _Clock(tmp_path / module.SPENT))
+        assert measured == expected
+        assert next(c.out for c in field if c.student == "d") == "no time left to measure it"
+
+
+def _measured(told: list[str], finalist: Candidate, passes: bool) -> None:
+    told.append(finalist.student)
+    finalist.measured = {"nll": 3.0}
+    finalist.verdict = "pass" if passes else "fail"
 
 
 # What is left ----------------------------------------------------------------------------------------------------

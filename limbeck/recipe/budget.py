@@ -33,7 +33,7 @@ SearchForm = Literal["int8-weight", "int8-dynamic", "int4-weight"]
 
 
 class Space(Frozen):
-    """The students that `limbeck search` compares: the whole base with adapters, and the base cut in depth and width."""
+    """The students that `limbeck search` compares: the whole base with adapters, and the base cut in depth, in FFN width and in hidden width."""
 
     ranks: tuple[Count, ...] = Field((16,), description="LoRA ranks tried on the whole base; none tries no LoRA.")
     depths: tuple[Annotated[Fraction, Field(gt=0)], ...] = Field(
@@ -42,6 +42,9 @@ class Space(Frozen):
     widths: tuple[Annotated[Fraction, Field(gt=0)], ...] = Field(
         (1.0, 0.75), min_length=1, description="Shares of the base's FFN neurons kept in each layer."
     )
+    hidden: tuple[Annotated[Fraction, Field(gt=0)], ...] = Field(
+        (1.0,), min_length=1, description="Shares of the base's hidden width kept; what is cut there heals slowest."
+    )
     forms: tuple[SearchForm, ...] = Field(
         ("int8-weight", "int4-weight"), min_length=1, description="Forms that may ship."
     )
@@ -49,9 +52,10 @@ class Space(Frozen):
     rungs: tuple[Count, ...] = Field(
         (4096, 12288),
         min_length=1,
-        description="Training tokens of each round, counted from the start and at most training.tokens; the better half goes on.",
+        description="Training tokens of each round, counted from the start and at most training.tokens; the better half goes on, where it has more students than there are finalists.",
     )
     finalists: Count = Field(
         2,
-        description="Students that are trained, exported and measured in full; more where none keeps the budget and time is left.",
+        description="Students that are trained, exported and measured in full: fewer where time is up and one keeps the budget, "
+        "more where none does and time is left.",
     )
