@@ -5,6 +5,7 @@ Knows recipes, and what the plan says of them. Writes one file, with the reasons
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from limbeck.plan import form_sizes
 from limbeck.recipe import Recipe, find_recipe, parse_recipe
 
 _TARGET_SHARE = 0.97  # of the size asked for: the plan is right within 2 %
-_DEPTHS = (0.85, 0.7, 0.55, 0.4, 0.25)  # shares of the layers kept, most first
+_DEPTHS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)  # shares of the layers kept, most first
 _WIDTHS = (1.0, 0.75, 0.5)  # shares of the FFN's neurons
+_BITS = {"int8-weight": 8, "int4-weight": 4}  # forms that may ship
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def write_recipe(
             "heldout": {"piece_chars": 1024},
         },
         "training": {"tokens": 204800, "batch_tokens": 1024, "learning_rate": 1e-3, "evaluate_every": 50},
-        "gates": {"max_size_mb": target_mb},
+        "gates": {"max_size_mb": target_mb, "max_loss_vs_best_teacher": 0.02},
     }
     bases = [_source(student, "--student")] if student else [s for s in sources if s["kind"] != "recipe"]
     if not bases:
@@ -66,6 +68,7 @@ def write_recipe(
     choice = choose_student(tree, bases, target_mb=target_mb)
     if choice.student["kind"] == "shrink":
         tree["training"]["learning_rate"] = 3e-4
+    tree["gates"]["max_quantization_loss"] = 0.01 if choice.form == "int8-weight" else 0.05
     tree |= {"student": choice.student, "export": {"forms": ["fp32", choice.form]}}
     parse_recipe(tree, where=str(out))
     write_atomically(out, _text(tree, choice, target_mb))
@@ -73,22 +76,30 @@ def write_recipe(
 
 
 def choose_student(tree: dict[str, Any], bases: Sequence[dict[str, Any]], *, target_mb: float) -> Choice:
-    """The best student of at most ``target_mb``: whole before cut, 8 bits before 4, more layers before fewer.
+    """The best student of at most ``target_mb``: whole before cut, of cuts the one that keeps most, and of its forms 8 bits before 4.
 
-    Raises `ModelError` naming the smallest that was found when none fits.
+    4 bits cost a few percent of loss, a cut far more (docs/experiments.md). Raises `ModelError` naming the smallest that was
+    found when none fits.
     """
-    tried: list[tuple[float, str]] = []
-    smallest = min(bases, key=lambda base: _size(tree, {"kind": "lora", "base": base}, "int8-weight"))
-    for student, form, why in _candidates(tree, smallest):
-        try:
-            megabytes = _size(tree, student, form)
-        except ModelError as error:
-            if student["kind"] == "lora":
-                raise
-            raise ModelError(f"{target_mb:g} MB: the model itself does not fit, and {error}") from error
-        if megabytes <= target_mb * _TARGET_SHARE:
-            return Choice(student, form, megabytes, why)
-        tried.append((megabytes, why))
+    most = target_mb * _TARGET_SHARE
+    base = min(bases, key=lambda base: _sizes(tree, {"kind": "lora", "base": base})["int8-weight"])
+    whole = {"kind": "lora", "base": base, "rank": 16}
+    tried = []
+    for form, megabytes in _sizes(tree, whole).items():
+        why = f"the smallest model fits whole in {_BITS[form]} bits"
+        why += ", so adapters on it lose nothing" if form == "int8-weight" else " but not in 8"
+        if megabytes <= most:
+            return Choice(whole, form, megabytes, why)
+        tried.append((megabytes, f"whole, {form}"))
+    try:
+        cuts = [(_sizes(tree, student), student, kept) for student, kept in _cuts(tree, base)]
+    except ModelError as error:
+        raise ModelError(f"{target_mb:g} MB: the model itself does not fit, and {error}") from error
+    for sizes, student, kept in sorted(cuts, key=lambda cut: -cut[0]["int8-weight"]):
+        for form, megabytes in sizes.items():
+            if megabytes <= most:
+                return Choice(student, form, megabytes, f"whole it does not fit, so {kept} are kept")
+            tried.append((megabytes, f"{kept} kept, {form}"))
     least, why = min(tried)
     raise ModelError(
         f"--target-mb {target_mb:g}: no student of that size from these models; the smallest is {least:.1f} MB ({why}). "
@@ -96,19 +107,16 @@ def choose_student(tree: dict[str, Any], bases: Sequence[dict[str, Any]], *, tar
     )
 
 
-def _candidates(tree: dict[str, Any], base: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
-    whole = {"kind": "lora", "base": base, "rank": 16}
-    yield whole, "int8-weight", "the smallest model fits whole in 8 bits, so adapters on it lose nothing"
-    yield whole, "int4-weight", "the smallest model fits whole in 4 bits but not in 8"
+def _cuts(tree: dict[str, Any], base: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
     layers, neurons = _dimensions(tree, base)
-    for width in _WIDTHS:
-        for depth in _DEPTHS:
-            kept = max(1, round(layers * depth))
-            student: dict[str, Any] = {"kind": "shrink", "base": base, "layers": kept}
-            if width < 1:
-                student["intermediate_size"] = int(neurons * width)
-            why = f"whole it does not fit, so {kept} of {layers} layers and {width:.0%} of the neurons are kept"
-            yield student, "int8-weight", why
+    for width, depth in itertools.product(_WIDTHS, _DEPTHS):
+        if width == depth == 1:
+            continue
+        kept = max(1, round(layers * depth))
+        student: dict[str, Any] = {"kind": "shrink", "base": base, "layers": kept}
+        if width < 1:
+            student["intermediate_size"] = int(neurons * width)
+        yield student, f"{kept} of {layers} layers and {width:.0%} of the neurons"
 
 
 def _dimensions(tree: dict[str, Any], base: dict[str, Any]) -> tuple[int, int]:
@@ -121,13 +129,17 @@ def _dimensions(tree: dict[str, Any], base: dict[str, Any]) -> tuple[int, int]:
     return sizes["layers"], sizes["intermediate_size"]
 
 
-def _size(tree: dict[str, Any], student: dict[str, Any], form: str) -> float:
-    return form_sizes(_recipe(tree, student, form))[form] / 1e6
+def _sizes(tree: dict[str, Any], student: dict[str, Any]) -> dict[str, float]:
+    """Megabytes of each form that may ship, 8 bits first."""
+    sizes = form_sizes(_recipe(tree, student, *_BITS))
+    return {form: sizes[form] / 1e6 for form in _BITS}
 
 
-def _recipe(tree: dict[str, Any], student: dict[str, Any], form: str) -> Recipe:
-    # Without teachers: the size is the student's alone.
-    return parse_recipe({**tree, "teachers": [], "student": student, "export": {"forms": ["fp32", form]}})
+def _recipe(tree: dict[str, Any], student: dict[str, Any], *forms: str) -> Recipe:
+    # Without teachers: the size is the student's alone. Gates are about what is made, not about what is planned.
+    return parse_recipe(
+        {**tree, "teachers": [], "gates": {}, "student": student, "export": {"forms": ["fp32", *forms]}}
+    )
 
 
 def _source(given: str, option: str) -> dict[str, Any]:
