@@ -11,6 +11,7 @@ from limbeck.encoder_recipe import AnyRecipe, FreshEncoder, groups_of
 from limbeck.recipe import FreshStudent, Recipe, fingerprint
 
 _VERSION = 1  # of the stage: raise it when the same input would give another student
+_RECOVERY = 2  # the same for `recover`
 
 __all__ = ["cache_teachers", "distill", "heal", "recover"]
 
@@ -68,7 +69,7 @@ def recover(
     asked = recipe.export.recover
     assert asked is not None
     given = {"recover": asked.model_dump(mode="json"), "rounding": exported.result["parameters"]}
-    key = fingerprint({"stage": "recover", "version": _VERSION, "student": trained.digest, **given})
+    key = fingerprint({"stage": "recover", "version": _RECOVERY, "student": trained.digest, **given})
     if found := find_artifact(out, kind="student", key=key):
         return found
     quiet_libraries()

@@ -46,7 +46,9 @@ class FakeQuantize(nn.Module):
         """Rounded weights of the same shape."""
         with torch.no_grad():
             weights_NK = (weights.T if self.turned else weights).float()
-            rounded_NK = self._blocks(weights_NK) if "bits" in self.rounding else rounded_columns(weights_NK)
+            rounded_NK = (
+                self._blocks(weights_NK) if "bits" in self.rounding else rounded_columns(weights_NK, **self.rounding)
+            )
             rounded = (rounded_NK.T if self.turned else rounded_NK).to(weights.dtype)
         through: Tensor = _StraightThrough.apply(weights, rounded)  # type: ignore[no-untyped-call]
         return through
@@ -86,10 +88,10 @@ def quantize_blocks(weights_NK: Tensor, *, bits: int, block: int, zero_points: b
     return codes, scales, zeros
 
 
-def rounded_columns(weights_NK: Tensor) -> Tensor:
-    """``weights[N, K]`` rounded to signed 8 bits, a scale an output channel."""
+def rounded_columns(weights_NK: Tensor, *, most: int) -> Tensor:
+    """``weights[N, K]`` rounded to signed codes of at most ``most``, a scale an output channel."""
     largest = weights_NK.abs().amax(1)
-    scales = largest / torch.full_like(largest, 127)
+    scales = largest / torch.full_like(largest, most)
     return (weights_NK * _inverse(scales)[:, None]).round() * scales[:, None]
 
 
@@ -156,6 +158,7 @@ def _save(
                 "best_step": state.best_step,
                 "rounded": {"before": measured[0], "after": measured[state.best_step]},
                 "before": {"fp32": before["fp32"], "form": before[form]},
+                "distilled": onnx.result["blocks"]["fp32"],
             },
         }
 

@@ -175,7 +175,8 @@ def evidence(samples: Sequence[Sample], quality: Mapping[str, Any], reference: R
     return Evidence(
         **vars(timing)
         | {
-            "rise_over_fp32": rise(quality, shipped, "onnx:fp32") if "onnx:fp32" in quality["arms"] else None,
+            "rise_over_fp32": _rise_over_fp32(quality, shipped),
+            "recovered": "recovery" in quality,
             "rise_over_teachers": {
                 arm.label: (quality_figures.summarise(quality, arm.id)["mean_nll"], rise(quality, shipped, arm.id))
                 for arm in reference.with_role("teacher")
@@ -252,14 +253,26 @@ def speeds(
     }
 
 
+def _rise_over_fp32(quality: Mapping[str, Any], shipped: str) -> Interval | None:
+    """What rounding costs: over the fp32 graph of the student as it was distilled, which recovery leaves behind."""
+    if told := quality.get("recovery"):
+        ours, theirs = ([np.asarray(told[who][d]) for d in quality["domains"]] for who in ("shipped", "distilled"))
+        return _rise(quality, ours, theirs)
+    return rise(quality, shipped, "onnx:fp32") if "onnx:fp32" in quality["arms"] else None
+
+
 def rise(quality: Mapping[str, Any], ours: str, theirs: str) -> Interval:
     """Relative rise of one arm's mean NLL over another's, paired by held-out block."""
-    domains = quality["domains"]
+    return _rise(quality, _nll(quality, ours), _nll(quality, theirs))
 
-    def nll(arm: str) -> list[Array]:
-        return [np.asarray(quality["arms"][arm][name]["nll"], np.float64) for name in domains]
 
-    return relative_rise(nll(ours), nll(theirs), [np.asarray(d["labels"], np.float64) for d in domains.values()])
+def _nll(quality: Mapping[str, Any], arm: str) -> list[Array]:
+    """Nats of each held-out block, by domain."""
+    return [np.asarray(quality["arms"][arm][name]["nll"], np.float64) for name in quality["domains"]]
+
+
+def _rise(quality: Mapping[str, Any], ours: Sequence[Array], theirs: Sequence[Array]) -> Interval:
+    return relative_rise(ours, theirs, [np.asarray(d["labels"], np.float64) for d in quality["domains"].values()])
 
 
 def asdict(interval: Interval) -> dict[str, Any]:

@@ -28,8 +28,9 @@ class Evidence:
     ttft_ms: Interval | None
     size: int
     fp32_size: int | None
-    rise_over_fp32: Interval | None  # relative rise of mean NLL
+    rise_over_fp32: Interval | None  # relative rise of mean NLL over the student as it was distilled
     rise_over_teachers: Mapping[str, tuple[float, Interval]]  # by teacher: its mean NLL, and our relative rise over it
+    recovered: bool = False  # whether `rise_over_fp32` is over another student, the one that recovery began with
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _others(gates: Gates, evidence: Evidence) -> list[Gate]:
         judged.append(
             exact(
                 "max_quantization_loss", "Loss from quantising", evidence.rise_over_fp32, gates.max_quantization_loss,
-                unit="%", found="held-out loss {} that of the fp32 graph",
+                unit="%", found=f"held-out loss {{}} that of the fp32 graph{' of the student before recovery' if evidence.recovered else ''}",
             )
         )  # fmt: skip
     if gates.max_size_ratio is not None and evidence.fp32_size:

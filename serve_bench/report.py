@@ -187,6 +187,7 @@ def _render(
         checks=[same for choices in quality["same_choice"].values() for same in choices.values()],
         certificate=certificate,
         rows=sections.rows(data),
+        loss_steps=sections.loss_steps(data),
         against_memory=sections.against_memory(data),
         energy=sections.energy(data),
         generation=quality.get("generation"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from limbeck.heldout import mean_nll
 from serve_bench import charts
 
 COLD_PARTS = {"start_s": "start", "import_s": "import", "load_s": "load", "first_token_s": "first token"}
@@ -58,6 +59,43 @@ def cold(data: Mapping[str, Any]) -> str | None:
         rows, list(COLD_PARTS.values()), title="Seconds from the start of a process to its first token, by arm",
         x="seconds from nothing to the first token",
     )  # fmt: skip
+
+
+def loss_steps(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Held-out loss from the best teacher to what ships, and what each step between them did: distilling, rounding, recovery.
+
+    Fewer than two steps are no story and give nothing.
+    """
+    best = min(
+        (arm for arm in data["arms"].values() if arm["role"] == "teacher" and arm["quality"]),
+        key=lambda arm: float(arm["quality"]["mean_nll"]),
+        default=None,
+    )
+    shipped = data["arms"][f"onnx:{data['shipped']}"]
+    places = [] if best is None else [("", f"{best['label']}, the best teacher", _nll(best))]
+    if recovery := data["onnx"].get("recovery"):
+        places.append(("distilling", "student, fp32 graph, before recovery", recovery["before"]["fp32"]))
+        places.append(("rounding", f"{data['shipped']}, before recovery", recovery["before"]["form"]))
+        places.append(("recovery", f"{data['shipped']}, shipped", recovery["after"]["form"]))
+    elif data["shipped"] != "fp32" and "onnx:fp32" in data["arms"]:
+        places.append(("distilling", "student, fp32 graph", _nll(data["arms"]["onnx:fp32"])))
+        places.append(("rounding", f"{data['shipped']}, shipped", _nll(shipped)))
+    if len(places) < 3:
+        return []
+    found = []
+    for index, (step, label, nll) in enumerate(places):
+        before = places[index - 1][2] if index else None
+        cells = {
+            **{d: (nll[d], before and before[d]) for d in nll},
+            "mean": (mean_nll(nll), before and mean_nll(before)),
+        }
+        change = {name: None if then is None else now / then - 1 for name, (now, then) in cells.items()}
+        found.append({"step": step, "label": label, "nll": {n: now for n, (now, _) in cells.items()}, "change": change})
+    return found
+
+
+def _nll(arm: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(found["nll"]) for name, found in arm["quality"]["domains"].items()}
 
 
 def against_memory(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

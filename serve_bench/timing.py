@@ -63,6 +63,9 @@ def measure(*, onnx: Path, student: Path, out: Path, recipe: Recipe) -> Artifact
     if found := find_artifact(out, kind="bench", key=key):
         return found
 
+    recovery = exported.result.get("recovery")
+    if recovery is not None and "blocks" not in recovery:
+        raise ArtifactError(f"{onnx}: was recovered by an older version; run the export stage again.")
     bench = recipe.bench
     arms = list_arms(onnx=exported, student=trained, bench=bench)
     require_context(arms, recipe, student / "model")
@@ -96,6 +99,10 @@ def measure(*, onnx: Path, student: Path, out: Path, recipe: Recipe) -> Artifact
                 if (graph := _graph(arm, exported)) is not None:
                     environment["arms"][arm.id]["weight_bytes"] = graph_weight_bytes(graph)
             environment["prompt_source"] = "held-out text, another window of another domain in every block"
+            if recovery is not None:
+                # The student as it was distilled has no graph here; its losses on the same blocks travel in the manifest,
+                # with those of what ships, both over the whole vocabulary.
+                quality["recovery"] = recovery["blocks"]
             quality["generation"] = generation.of_run(
                 figures.read_rows(draft.folder / SAMPLES),
                 reference,

@@ -104,6 +104,8 @@ def test_sentences_say_value_interval_and_bound() -> None:
         "a rise of at most 1 % was asked.",
         "0.26× the size of the fp32 graph; at most 0.50× was asked.",
     ]
+    recovered = judge(Gates(max_quantization_loss=0.01), evidence(recovered=True)).gates[0].sentence
+    assert recovered.startswith("Held-out loss 0.20 % above that of the fp32 graph of the student before recovery (")
     unknown = judge(Gates(min_decode_speedup=3), evidence(speedup={"fast": UNKNOWN}))
     assert "4 blocks are too few for an interval" in unknown.gates[0].sentence
     assert unknown.gates[0].low is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import torch
 from compress.recovery import FakeQuantize, plain_weights, prepare
 from compress.recovery import quantize_blocks as torch_blocks
 from compress.students import Student, trainable_state
+from export.loss import heldout_losses, per_token
 from export.quantize import Blockwise, quantize_blocks, quantize_columns
 from export.sensitivity import rounded
 from limbeck import pipeline
 from limbeck.artifact import open_artifact, student_of
-from limbeck.heldout import mean_nll
+from limbeck.heldout import HELDOUT, load_heldout, mean_nll
 from limbeck.recipe import load_recipe
+from serve_bench import write_report
 from tests.pico import make_model
 
 
@@ -47,10 +50,11 @@ def test_rounding_equals_the_exporters_bit_for_bit(how: Blockwise) -> None:
 
 
 def test_rounding_of_columns_equals_the_exporters_bit_for_bit() -> None:
-    for weights in matrices():
-        codes, scales = quantize_columns(weights)
-        back = FakeQuantize({}, turned=False)(torch.from_numpy(weights)).numpy()
+    for weights, most in itertools.product(matrices(), (127, 63)):
+        codes, scales = quantize_columns(weights, most)
+        back = FakeQuantize({"most": most}, turned=False)(torch.from_numpy(weights)).numpy()
         np.testing.assert_array_equal(back, codes * scales[:, None])
+        assert np.abs(codes).max() == most
 
 
 def test_the_gradient_passes_straight_through() -> None:
@@ -93,12 +97,14 @@ def test_a_form_that_fails_its_gate_is_won_back(tmp_path: Path, monkeypatch: pyt
     sets = [
         "export.forms=[fp32, {kind: int4-weight, block_size: 128}]", "export.mixed={kind: size, mb: 0.5}",
         "export.recover={tokens: 4096, learning_rate: 1e-3}", "gates={max_quantization_loss: 1e-6}", "features.weight=0",
+        "bench={prompt_tokens: 8, new_tokens: 4, minutes: 0.05, min_blocks: 3}",
         "training.tokens=4096", "training.learning_rate=1e-2", "training.threads=1", "training.teacher_cache=hidden",
     ]  # fmt: skip
     recipe, run = load_recipe("pico", overrides=sets), tmp_path / "run"
     pipeline.run_stage("compress", recipe, out=run)
     pipeline.run_stage("export", recipe, out=run)
     first, again = (open_artifact(run / name) for name in ("onnx-unrecovered", "onnx"))
+    graph = first.result["forms"]["fp32"]["all_logits_graph"]
     student, recovered = (open_artifact(run / name) for name in ("student", "student-recovered"))
     assert recovered.manifest["parents"] == {"student": student.digest}
     assert again.manifest["parents"] == {"student": recovered.digest}
@@ -116,16 +122,39 @@ def test_a_form_that_fails_its_gate_is_won_back(tmp_path: Path, monkeypatch: pyt
     kept = first.result["forms"]["int4-weight"]["mixed"]
     assert again.result["forms"]["int4-weight"]["mixed"] == kept
     assert {entry["bits"] for entry in kept["sensitivity"]} == {4, 8}
+    # What rounding costs is told from the student that was distilled, block by block, not from the one recovery made.
+    heldout = load_heldout(student.path / HELDOUT)
+    distilled = first.result["blocks"]["fp32"]
+    assert distilled == heldout_losses(run / "onnx-unrecovered" / graph, heldout)
+    assert again.result["recovery"]["blocks"] == {
+        "distilled": distilled,
+        "shipped": heldout_losses(run / "onnx" / again.result["forms"]["int4-weight"]["all_logits_graph"], heldout),
+    }
+    assert per_token(distilled, heldout) == first.result["heldout"]["fp32"] == told["before"]["fp32"]
+    assert (
+        again.result["rise"] == mean_nll(again.result["heldout"]["int4-weight"]) / mean_nll(told["before"]["fp32"]) - 1
+    )
     after = again.result["recovery"]["after"]
     assert mean_nll(after["form"]) == pytest.approx(mean_nll(told["rounded"]["after"]), rel=5e-3)
     assert again.result["recovery"]["ships"]
     assert student_of(again) == run / "student-recovered"
     assert student_of(first) == run / "student"
-    assert pipeline.verify(run) == 0
+    # The bench judges by that, and the report tells both losses apart.
+    pipeline.run_stage("bench", recipe, out=run)
+    told = json.loads((run / "bench/quality.json").read_text())["recovery"]
+    assert told == again.result["recovery"]["blocks"]
+    report = write_report(run=run, recipe=recipe)
+    (gate,) = report.verdict.gates
+    assert gate.value == pytest.approx(again.result["rise"])
+    assert "before recovery" in gate.sentence
+    page = report.html.read_text()
+    assert "distilled again through the rounding for 4096 tokens" in page
+    assert all(step in page for step in ("distilling", "rounding", "recovery"))
+    assert pipeline.verify(run, speed=False) == 0
     # A second time there is nothing to do.
     pipeline.run_stage("export", recipe, out=run)
     skipped = [json.loads(line)["skipped"] for line in (run / "log.jsonl").read_text().splitlines()]
-    assert skipped == [False] * 4 + [True] * 3
+    assert skipped == [False] * 5 + [True] * 3
     assert open_artifact(run / "onnx", verify=False).digest == again.digest
     # Without a wish to recover, the first export ships again, and nothing is trained or exported for it but the graph.
     plain = load_recipe("pico", overrides=[line for line in sets if "recover" not in line])

@@ -78,9 +78,7 @@ def make_run(run: Path, chosen: Recipe, *, blocks: int = 6, teachers: bool = Tru
         same = [{"text": "speeches", "tokens": 64, "same": 64, "lead": None}]
         part = [{"text": "speeches", "tokens": 64, "same": 21, "lead": 0.0432}]
         cost = {"parameters": ["layers.0.q", "layers.0.k"], "kl": 0.0125, "extra_bytes": 4096, "bits": 8}
-        loss = {"fp32": {"speeches": 3.0}, "form": {"speeches": 3.3}}
         draft.result = {
-            "recovery": {"form": "int8-weight", "tokens": 8192, "before": loss, "after": loss | {"form": {"speeches": 3.06}}},
             "shipped": "int8-weight", "backend": {"name": "genai", "why": "auto: the builder knows LlamaForCausalLM"},
             "forms": {
                 "fp32": {"bytes": 538_200_000, "files": [], "parity": parity, "census": census, "greedy": same},
@@ -231,6 +229,28 @@ def read(path: Path) -> Page:
     page.close()
     assert page.stack == []
     return page
+
+
+def test_after_a_recovery_rounding_is_held_against_the_student_before_it(tmp_path: Path) -> None:
+    chosen = recipe()
+    bench = make_run(tmp_path, chosen) / "bench"
+    samples = figures.read_samples(bench / figures.SAMPLES)
+    quality = json.loads((bench / figures.QUALITY).read_text())
+    arms = json.loads((bench / "manifest.json").read_text())["result"]["arms"]
+    listed = [Arm(n, arm["label"], arm["role"], arm["runtime"], arm["bytes"], {}) for n, arm in arms.items()]
+    reference = figures.reference_of(chosen, "int8-weight", listed)
+    plain = figures.evidence(samples, quality, reference)
+    assert plain.rise_over_fp32 is not None
+    assert (plain.rise_over_fp32.value, plain.recovered) == (pytest.approx(0.0006), False)
+    fp32 = quality["arms"]["onnx:fp32"]
+    names = list(reversed(list(fp32)))  # found by name, not by place
+    quality["recovery"] = {
+        "distilled": {name: [0.99 * nats for nats in fp32[name]["nll"]] for name in names},
+        "shipped": {name: [1.0006 * nats for nats in fp32[name]["nll"]] for name in names},
+    }
+    recovered = figures.evidence(samples, quality, reference)
+    assert recovered.rise_over_fp32 is not None
+    assert (recovered.rise_over_fp32.value, recovered.recovered) == (pytest.approx(1.0006 / 0.99 - 1), True)
 
 
 def test_report_is_one_file_that_needs_nothing_else(tmp_path: Path) -> None:

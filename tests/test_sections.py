@@ -59,6 +59,29 @@ def test_the_page_shows_every_scenario(tmp_path: Path, monkeypatch: pytest.Monke
     assert html.read_text().count('<span class="mark fail">missed</span>') == 2
 
 
+def test_the_loss_is_followed_from_the_best_teacher_to_what_ships(data: dict[str, Any]) -> None:
+    steps = sections.loss_steps(data)
+    assert [step["step"] for step in steps] == ["", "distilling", "rounding"]
+    arms = {arm["label"]: arm["quality"] for arm in data["arms"].values() if arm["quality"]}
+    best = min((a for a in data["arms"].values() if a["role"] == "teacher"), key=lambda a: a["quality"]["mean_nll"])
+    assert [step["nll"]["mean"] for step in steps] == pytest.approx(
+        [best["quality"]["mean_nll"], arms["fp32"]["mean_nll"], arms["int8-weight"]["mean_nll"]]
+    )
+    assert steps[0]["change"]["mean"] is None
+    assert steps[2]["change"]["mean"] == pytest.approx(data["nll_rise_of_shipped_over"]["onnx:fp32"]["value"])
+    # After a recovery the fp32 graph is of another student; the steps tell of the one that was distilled.
+    domains = steps[1]["nll"].keys() - {"mean"}
+    told = {"fp32": dict.fromkeys(domains, 2.0), "form": dict.fromkeys(domains, 2.5)}
+    data["onnx"]["recovery"] = {"before": told, "after": {"form": dict.fromkeys(domains, 2.25)}}
+    steps = sections.loss_steps(data)
+    assert [step["step"] for step in steps] == ["", "distilling", "rounding", "recovery"]
+    assert steps[2]["change"] == dict.fromkeys([*sorted(domains), "mean"], pytest.approx(0.25))
+    assert steps[3]["change"]["mean"] == pytest.approx(-0.1)
+    del data["onnx"]["recovery"]
+    data["shipped"] = "fp32"
+    assert sections.loss_steps(data) == []
+
+
 def test_every_figure_is_a_row(data: dict[str, Any]) -> None:
     rows = {(row["arm"], row["what"]): row for row in sections.rows(data)}
     assert rows["int8-weight", "size on disk"]["value"] == pytest.approx(143.4)

@@ -149,7 +149,8 @@ class Gates(Frozen):
         None, description="Decode tokens/s over the fastest teacher in torch eager: least ratio, whole interval."
     )
     max_quantization_loss: Annotated[Float, Field(ge=0)] | None = Field(
-        None, description="Largest relative rise of held-out NLL over the fp32 graph of the same student."
+        None,
+        description="Largest relative rise of held-out NLL over the fp32 graph of the student as it was distilled.",
     )
     max_size_ratio: Positive | None = Field(None, description="Largest size on disk over the fp32 graph's.")
     max_loss_vs_best_teacher: Float | None = Field(
