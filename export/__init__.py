@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["export_student", "verify_parity"]
 
-_STAGE = 4  # raise it when the same student and recipe would give other files
+_STAGE = 5  # raise it when the same student and recipe would give other files
 
 
 def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
@@ -58,6 +58,7 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
     from export.census import require_quantized, take_census, where_nodes_run
     from export.graph import form_files
     from export.greedy import answer_greedily, first_differences
+    from export.mixed import more_bits_everywhere
     from export.parity import PARITY, PARITY_BASE, answer, make_cases, measure_parity, require_parity, save_cases, thin
     from export.quantize import scheme_for
     from limbeck.heldout import HELDOUT, load_heldout
@@ -118,9 +119,18 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
             stamped = {**metadata, "limbeck.form": form.kind}
             if form.kind != "fp32":
                 say(f"export: making {form.kind}{' in fp16' if half and scheme else ''}")
-            _make(form, scheme, built.graphs, graphs, half=half, student=student, metadata=stamped)
+            alpha = _make(
+                form,
+                scheme,
+                built.graphs,
+                graphs,
+                half=half,
+                student=student,
+                metadata=stamped,
+                recovers=recipe.export.recover is not None,
+            )
             census = take_census(graphs.last)
-            require_quantized(form.kind, census)
+            require_quantized(form.kind, census, more_bits=mixed is not None and more_bits_everywhere(mixed))
             here = parity_provider("cpu" if form.kind == "fp32" else provider)
             parities = {}
             for name, answered in checks.items():
@@ -150,6 +160,7 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
                     path.stat().st_size for path in (graphs.last, graphs.data, *([adapter] if adapter else ()))
                 ),
                 "rounding": asdict(scheme) if scheme else None,
+                "smooth": alpha,
                 "mixed": mixed,
                 "number_type": "fp16" if half else "fp32",
                 "parity": parities[PARITY],
@@ -232,22 +243,29 @@ def _make(
     half: bool,
     student: Path,
     metadata: dict[str, str],
-) -> None:
-    """Write the graphs of ``form`` to ``target``: the fp32 ones of ``source`` with rounded weights, in fp16, or both."""
+    recovers: bool,
+) -> float:
+    """Write the graphs of ``form`` to ``target``: the fp32 ones of ``source`` with rounded weights, in fp16, or both.
+
+    Returns the share of outliers' difficulty that moved into the weights.
+    """
     from export.calibrate import calibration_for
     from export.graph import form_files
     from export.half import cast_to_half
     from export.quantize import quantize_weights, static_activations
 
+    calibration = None
     with tempfile.TemporaryDirectory(dir=target.data.parent) as temporary:
         made = source
         if scheme:
             made = form_files(Path(temporary), form.kind) if half else target
             made.data.parent.mkdir(exist_ok=True)
-            calibration = calibration_for(form, source, student, static_activations(source, scheme))
+            activations = static_activations(source, scheme)
+            calibration = calibration_for(form, source, student, activations, recovers=recovers)
             quantize_weights(source, made, scheme=scheme, metadata=metadata, calibration=calibration)
         if half:
             cast_to_half(made, target, metadata=metadata)
+    return calibration.alpha if calibration else 0.0
 
 
 def _base(student: Artifact) -> Path:
@@ -297,7 +315,7 @@ def _for_recovery(
     Of a student that was recovered, also whether that helped: then it ships.
     """
     from export.graph import form_files
-    from export.loss import heldout_nll, relative_rise
+    from export.loss import heldout_losses, per_token, relative_rise
     from export.origin import origins, rounding_of
     from export.quantize import matrices_of
     from limbeck.heldout import HELDOUT, load_heldout, mean_nll
@@ -305,23 +323,29 @@ def _for_recovery(
     if recipe.export.recover is None or scheme is None:
         return {}
     heldout = load_heldout(source.path / HELDOUT)
-    losses = {name: heldout_nll(form_files(folder, name).all, heldout) for name in ("fp32", shipped)}
+    by_block = {name: heldout_losses(form_files(folder, name).all, heldout) for name in ("fp32", shipped)}
+    losses = {name: per_token(nats, heldout) for name, nats in by_block.items()}
     matrices = matrices_of(fp32, scheme)
-    rise, bound = relative_rise(losses[shipped], losses["fp32"]), recipe.gates.max_quantization_loss
+    recovery = source.result.get("recovery")
+    # What rounding costs is told from the student that was distilled; recovery moves the fp32 weights for the form's sake.
+    distilled = recovery["before"]["fp32"] if recovery else losses["fp32"]
+    rise, bound = relative_rise(losses[shipped], distilled), recipe.gates.max_quantization_loss
     assert bound is not None
     say(f"export: {shipped} loses {rise:+.2%} of held-out loss to rounding; {bound:.2%} are allowed")
     found = {
         "heldout": losses,
+        "blocks": by_block,
         "rise": rise,
         "needs_recovery": rise > bound,
         "parameters": rounding_of(matrices, origins(matrices, fp32, source.path / "model")),
     }
-    if recovery := source.result.get("recovery"):
+    if recovery:
         before, after = mean_nll(recovery["before"]["form"]), mean_nll(losses[shipped])
         say(f"export: recovery took the held-out loss of {shipped} from {before:.4f} to {after:.4f} nats a token")
         found["recovery"] = {
             **recovery,
             "after": {"fp32": losses["fp32"], "form": losses[shipped]},
+            "blocks": {"distilled": recovery["distilled"], "shipped": by_block[shipped]},
             "ships": after < before,
         }
     return found

@@ -1,8 +1,6 @@
-"""What int8-static must know before it rounds: the ranges of activations on calibration text, and where outliers can be moved.
+"""What must be known before rounding: the ranges of activations on calibration text, and how far outliers are moved.
 
-Runs the fp32 graph over blocks of training text. Histograms and thresholds are onnxruntime's; the migration of outliers is that
-of SmoothQuant (Xiao et al. 2023): a norm's weights are divided by factors that the next products' weights are multiplied by,
-which changes nothing in fp32 and makes the activations between them easier to round.
+Runs the fp32 graph over blocks of training text. Histograms and thresholds are onnxruntime's; `export.smooth` moves outliers.
 
 Shape letters: S tokens, K inputs of a product.
 """
@@ -23,127 +21,81 @@ import onnx
 from onnx import ModelProto, TensorProto, helper
 
 from export.graph import Graphs
-from export.weights import external_array
+from export.smooth import Factors, find_boundaries, find_factors
 from limbeck.artifact import available_cores
 from limbeck.encoder_recipe import EncoderForm
 from limbeck.errors import ArtifactError
 from limbeck.heldout import CALIBRATION, load_calibration
 from limbeck.progress import task
-from limbeck.recipe import Form, Int8StaticForm, Int8TrtForm
+from limbeck.recipe import Form, Int8DynamicForm, Int8StaticForm, Int8TrtForm, Int8WeightForm
 from limbeck.runtime import import_onnxruntime
 
 Floats = npt.NDArray[np.float32]
 Method = Literal["min-max", "percentile", "entropy"]
 
-# Norms with weights along the last axis, and which inputs those are.
-_NORMS = {
-    "SimplifiedLayerNormalization": (1,),
-    "SkipSimplifiedLayerNormalization": (2,),
-    "LayerNormalization": (1, 2),
-    "SkipLayerNormalization": (2, 3),
-    "RMSNormalization": (1,),
-    "Mul": (0, 1),
-}
+SMOOTH = 0.5  # share of the outliers' difficulty that moves into int8 weights where a recipe does not say
 _BINS = {"percentile": 2048, "entropy": 512}
 _RARE = 99.999  # percent of the values that a percentile range holds
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Least and largest value of each activation, after each initialiser named in ``factors`` was multiplied."""
+    """Least and largest value of each activation, once ``factors`` are applied."""
 
     ranges: Mapping[str, tuple[float, float]]
-    factors: Mapping[str, Floats] = field(
-        default_factory=dict
-    )  # [K], along K of a matrix or the whole of a norm's weights
-
-
-@dataclass(frozen=True)
-class Boundary:
-    """An activation that a norm makes and that products with constant matrices alone read."""
-
-    norm: tuple[str, ...]  # initialisers ``[K]`` that the activation is proportional to
-    matrices: tuple[str, ...]
+    factors: Factors = field(default_factory=Factors)
+    alpha: float = 0.0  # that the factors were made with
 
 
 def calibrate(
-    source: Graphs, rows: Sequence[npt.NDArray[np.int64]], activations: Sequence[str], *, method: Method, alpha: float
+    source: Graphs,
+    rows: Sequence[npt.NDArray[np.int64]],
+    activations: Sequence[str],
+    *,
+    method: Method = "min-max",
+    alpha: float,
 ) -> Calibration:
     """Ranges of ``activations`` of the fp32 graphs over the token ``rows`` ``[S]``, outliers migrated by ``alpha``.
 
     ``alpha`` is the share of the difficulty that moves into the weights; 0 moves nothing.
     """
     proto = onnx.load(source.last, load_external_data=False)
-    boundaries = {name: b for name, b in find_boundaries(proto).items() if name in set(activations)} if alpha else {}
+    boundaries = find_boundaries(proto) if alpha else {}
     with tempfile.TemporaryDirectory(dir=source.data.parent) as temporary:
         # Beside the weights, as the weights' location is relative to the graph; a link, so nothing is copied.
         (Path(temporary) / source.data.name).hardlink_to(source.data)
-        run = _Run(proto, Path(temporary) / "calibration.onnx", [*activations])
-        shifts: dict[str, Floats] = {}
-        factors: dict[str, Floats] = {}
+        run = _Run(proto, Path(temporary) / "calibration.onnx", list(dict.fromkeys([*activations, *boundaries])))
+        factors, divided = Factors(), dict[str, Floats]()
         if boundaries:
             largest = _channel_maxima(run, rows, list(boundaries))
-            for name, boundary in boundaries.items():
-                shift = _factors(proto, source, boundary, largest[name], alpha)
-                shifts[name] = shift
-                factors |= dict.fromkeys(boundary.norm, np.reciprocal(shift)) | dict.fromkeys(boundary.matrices, shift)
-        return Calibration(_ranges(run, rows, activations, shifts, method), factors)
+            factors, divided = find_factors(source, proto, boundaries, largest, alpha=alpha)
+        return Calibration(_ranges(run, rows, activations, divided, method) if activations else {}, factors, alpha)
 
 
 def calibration_for(
-    form: Form | EncoderForm, source: Graphs, student: Path, activations: Sequence[str]
+    form: Form | EncoderForm, source: Graphs, student: Path, activations: Sequence[str], *, recovers: bool = False
 ) -> Calibration | None:
-    """What a static ``form`` must know of ``activations``, measured on the training rows of the ``student`` artifact; none for the others.
+    """What ``form`` must know of the ``activations`` whose ranges it needs, and of outliers, measured on the training rows of
+    the ``student`` artifact; none for a form that needs nothing. Where the recipe ``recovers``, training rounds the weights as
+    they are, so nothing is moved.
 
     Raises `ArtifactError` for a student that carries no training rows.
     """
-    if not isinstance(form, Int8StaticForm | Int8TrtForm):
-        return None
+    match form:
+        case Int8StaticForm() | Int8TrtForm():
+            method, alpha = form.calibration, form.smooth
+        case Int8WeightForm() | Int8DynamicForm():
+            method, alpha = "min-max", (0.0 if recovers else SMOOTH) if form.smooth is None else form.smooth
+            if not alpha:
+                return None
+        case _:
+            return None
     if not (student / CALIBRATION).is_file():
         raise ArtifactError(
-            f"{student}: {CALIBRATION} is missing; {form.kind} is calibrated on training text. The student is older than that "
-            "form: delete its folder and run the compress stage again, or take the form out of export.forms."
+            f"{student}: {CALIBRATION} is missing; {form.kind} is calibrated on training text. The student is older than "
+            "that: delete its folder and run the compress stage again, or take the form out of export.forms."
         )
-    rows = load_calibration(student / CALIBRATION)
-    return calibrate(source, rows, activations, method=form.calibration, alpha=form.smooth)
-
-
-def find_boundaries(proto: ModelProto) -> dict[str, Boundary]:
-    """Activations whose outliers can move from a norm's weights into the products that read it, by name."""
-    open_ = {value.name for value in proto.graph.input}  # an adapter's inputs have defaults, but they are no constants
-    tensors = {t.name: t for t in proto.graph.initializer if t.name not in open_}
-    turned = {n.output[0]: n.input[0] for n in proto.graph.node if n.op_type == "Transpose" and n.input[0] in tensors}
-    readers: dict[str, list[Any]] = {}
-    for node in proto.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    found: dict[str, Boundary] = {}
-    for node in proto.graph.node:
-        places = [at for at in _NORMS.get(node.op_type, ()) if at < len(node.input)]
-        weights = [node.input[at] for at in places if len(getattr(tensors.get(node.input[at]), "dims", ())) == 1]
-        # A norm written out ends in a product of its weights with what they scale; a product of two activations is none.
-        if not weights or (node.op_type != "Mul" and len(weights) < len([at for at in places if node.input[at]])):
-            continue
-        products = readers.get(node.output[0], [])
-        matrices = [turned.get(p.input[1], p.input[1]) for p in products if p.op_type == "MatMul"]
-        constant = all(p.op_type == "MatMul" and p.input[0] == node.output[0] for p in products)
-        own = all(len(readers[name]) == 1 for name in (*matrices, *weights))
-        if products and constant and own and set(matrices) <= set(tensors):
-            found[node.output[0]] = Boundary(tuple(weights), tuple(matrices))
-    return found
-
-
-def _factors(proto: ModelProto, source: Graphs, boundary: Boundary, largest_K: Floats, alpha: float) -> Floats:
-    """max|x|^alpha / max|w|^(1 - alpha) for each channel, 1 where a channel is always 0."""
-    tensors = {t.name: t for t in proto.graph.initializer}
-    turned = {n.input[0] for n in proto.graph.node if n.op_type == "Transpose"}
-    weights_K = np.zeros_like(largest_K)
-    for name in boundary.matrices:
-        values = np.abs(external_array(tensors[name], source.data.parent))
-        weights_K = np.maximum(weights_K, values.max(axis=0 if name in turned else 1))
-    alive = (largest_K > 0) & (weights_K > 0)
-    safe_x, safe_w = np.where(alive, largest_K, 1), np.where(alive, weights_K, 1)
-    return np.where(alive, safe_x**alpha / safe_w ** (1 - alpha), 1).astype(np.float32)
+    return calibrate(source, load_calibration(student / CALIBRATION), activations, method=method, alpha=alpha)
 
 
 class _Run:
@@ -214,7 +166,7 @@ def _ranges(
     run: _Run,
     rows: Sequence[npt.NDArray[np.int64]],
     activations: Sequence[str],
-    shifts: Mapping[str, Floats],
+    divided: Mapping[str, Floats],
     method: Method,
 ) -> dict[str, tuple[float, float]]:
     from onnxruntime.quantization.calibrate import HistogramCollector
@@ -231,7 +183,7 @@ def _ranges(
     with task("calibrate: ranges", len(rows)) as progress:
         for row in rows:
             found = run(row, activations)
-            values = {name: x / shifts[name] if name in shifts else x for name, x in found.items()}
+            values = {name: x / divided[name] if name in divided else x for name, x in found.items()}
             if method == "min-max":
                 for name, x in values.items():
                     low, high = ranges.get(name, (0.0, 0.0))

@@ -121,12 +121,15 @@ def where_nodes_run(graph: Path, *, provider: Provider = "cpu") -> dict[str, dic
     return {provider: dict(sorted(counts.items())) for provider, counts in sorted(found.items())}
 
 
-def require_quantized(form: str, census: Mapping[str, Any]) -> None:
-    """Raise `QualityError` when a form that claims to be quantised keeps large matrices in float."""
+def require_quantized(form: str, census: Mapping[str, Any], *, more_bits: bool = False) -> None:
+    """Raise `QualityError` when a form that claims to be quantised keeps large matrices in float.
+
+    ``more_bits`` says that `export.mixed` gave 8 bits to every matrix of a 4-bit form.
+    """
     if form in ("fp32", "fp16"):
         return
     large = [m for m in census["float_matrices"] if m["share"] > _LARGE]
-    operator, precision = _QUANTIZED[form]
+    operator, precision = _QUANTIZED["int8-weight" if more_bits else form]
     quantized = any(name.startswith(operator) for name in census["operators"])
     if large or not quantized:
         listed = "".join(

@@ -34,6 +34,7 @@ from export.quantize import (
     Scheme,
     Static,
     block_size_for,
+    most_of,
     quantize_weights,
     scheme_for,
     static_activations,
@@ -231,7 +232,8 @@ def build_fp32(
 def _scheme(form: EncoderForm, width: int) -> Scheme | None:
     """As for decoders, but all products in integers: an encoder's come many rows at a time, where that is the fastest."""
     if isinstance(form, Int8DynamicForm | Int8StaticForm):
-        each = PerChannel() if isinstance(form, Int8DynamicForm) else Static()
+        most = most_of(form)
+        each = PerChannel(most) if isinstance(form, Int8DynamicForm) else Static(most)
         return Scheme(body=each, attention=each, narrow=each, head=Blockwise(8, block_size_for(width)))
     return scheme_for(form, width)
 

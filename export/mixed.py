@@ -80,6 +80,11 @@ def same_bits(scheme: Scheme, found: dict[str, Any]) -> tuple[Scheme, dict[str, 
     return with_more(scheme, [entry["matrix"] for entry in found["sensitivity"] if entry["bits"] == 8]), found
 
 
+def more_bits_everywhere(found: Mapping[str, Any]) -> bool:
+    """Whether a choice, as the manifest has it, left no matrix in 4 bits."""
+    return all(entry["bits"] == 8 for entry in found["sensitivity"])
+
+
 def with_more(scheme: Scheme, names: Sequence[str]) -> Scheme:
     """``scheme`` with 4 bits everywhere but in the head and the matrices ``names``, which get the head's."""
     few, more = scheme.body, scheme.head

@@ -63,11 +63,12 @@ def origins(matrices: Mapping[str, Matrix], graphs: Graphs, model: Path) -> dict
 
 
 def rounding_of(matrices: Mapping[str, Matrix], parts: Mapping[str, Sequence[Part]]) -> dict[str, dict[str, Any]]:
-    """How each parameter is rounded, as data: ``bits``, ``block`` and ``zero_points``, none of them for 8 bits with a scale a
-    channel; ``turned`` when it is stored [K, N].
+    """How each parameter is rounded, as data: ``bits``, ``block`` and ``zero_points``, or ``most``, the largest code, where it has
+    a scale a channel; ``turned`` when it is stored [K, N].
     """
     return {
-        part.parameter: {"turned": part.turned} | (asdict(matrix.how) if isinstance(matrix.how, Blockwise) else {})
+        part.parameter: {"turned": part.turned}
+        | (asdict(matrix.how) if isinstance(matrix.how, Blockwise) else {"most": matrix.how.most})
         for name, matrix in matrices.items()
         for part in parts[name]
     }

@@ -29,7 +29,10 @@ Floats64 = npt.NDArray[np.float64]
 PARITY = "parity.safetensors"
 PARITY_BASE = "parity_base.safetensors"  # of the base alone, where the adapter is kept apart
 _KEPT_BYTES = 8_000_000  # of reference logits in the artifact
-_LONG = 128  # tokens of the longest case; what grows with length is the cache, and it is exact
+_LONG = 128  # tokens of the rows of the longest case
+_LONGEST = (
+    576  # of its first row, where the text has so many: past the windows of sliding attention, which are 512 or fewer
+)
 _AT_ONCE = 64  # positions compared at a time, which bounds the memory
 _TEXTS = 3  # rows of the longest case, one a domain
 
@@ -91,7 +94,8 @@ def make_cases(texts: Sequence[Ints], *, context: int) -> dict[str, Case]:
     head = room - step
     ragged = [take(length + step, 7 * n) for n, length in enumerate((head, max(head // 2, 1), 1))]
     steps = [1] * step
-    long = [text[: min(context, _LONG)] for text in texts[:_TEXTS]]
+    texts = sorted(texts[:_TEXTS], key=len, reverse=True)
+    long = [text[: min(context, _LONG if n else _LONGEST)] for n, text in enumerate(texts)]
     return {
         "prompt": case([take(room)], [room]),
         "one_token": case([take(1, 3)], [1]),

@@ -17,7 +17,9 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from export.calibrate import Calibration
 from export.graph import Graphs, head_of, stamp
+from export.smooth import Factors
 from export.weights import WeightsFile, external_array
+from limbeck.artifact import sums_overflow
 from limbeck.progress import task
 from limbeck.recipe import (
     Form,
@@ -52,7 +54,10 @@ class Blockwise:
 
 @dataclass(frozen=True)
 class PerChannel:
-    """MatMulIntegerToFloat: signed 8-bit weights, a scale a column; activations in 8 bits, a scale a token, on the fly."""
+    """MatMulIntegerToFloat: signed 8-bit weights of at most ``most``, a scale a column; activations in 8 bits, a scale a token, on
+    the fly."""
+
+    most: int = 127
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class Static:
     """A MatMul between quantise and dequantise operators: signed 8-bit weights, a scale a column; activations in 8 bits
     with one scale, known beforehand."""
 
+    most: int = 127  # of the weights' codes
     symmetric: bool = False  # signed activations, which TensorRT asks for; else unsigned ones with a zero point
     activations: bool = True  # else weights alone
 
@@ -91,15 +97,22 @@ def scheme_for(form: Form, width: int) -> Scheme | None:
             both = Blockwise(8, form.block_size or block_size_for(width))
             return Scheme(body=both, attention=both, narrow=both, head=both)
         case Int8DynamicForm():
-            return Scheme(body=PerChannel(), attention=PerChannel(), narrow=head, head=head)
+            each: How = PerChannel(most_of(form))
+            return Scheme(body=each, attention=each, narrow=head, head=head)
         case Int8StaticForm():
-            return Scheme(body=Static(), attention=Static(), narrow=head, head=head)
+            each = Static(most_of(form))
+            return Scheme(body=each, attention=each, narrow=head, head=head)
         case Int8TrtForm():
             signed = Static(symmetric=True)
             return Scheme(body=signed, attention=signed, narrow=signed, head=Static(activations=False, symmetric=True))
         case Int4WeightForm():
             body = Blockwise(4, form.block_size, zero_points=True)
             return Scheme(body=body, attention=head, narrow=head, head=head)
+
+
+def most_of(form: Int8DynamicForm | Int8StaticForm) -> int:
+    """The largest code of a weight: one of 7 bits where pairs of products would overflow 16 bits, `reduce_range`."""
+    return 63 if (sums_overflow() if form.reduce_range is None else form.reduce_range) else 127
 
 
 def block_size_for(width: int) -> int:
@@ -136,9 +149,9 @@ def dequantize_blocks(codes: Codes, scales: Floats, zeros: Codes) -> Floats:
     return np.asarray(back.reshape(len(codes), -1), np.float32)
 
 
-def quantize_columns(weights_NK: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
-    """Round ``weights[N, K]`` to signed 8 bits, a scale an output channel: codes ``[N, K]``, scales ``[N]``."""
-    scales = np.abs(weights_NK).max(axis=1) / np.float32(127)
+def quantize_columns(weights_NK: Floats, most: int = 127) -> tuple[npt.NDArray[np.int8], Floats]:
+    """Round ``weights[N, K]`` to signed codes of at most ``most``, a scale an output channel: codes ``[N, K]``, scales ``[N]``."""
+    scales = np.abs(weights_NK).max(axis=1) / np.float32(most)
     return np.rint(weights_NK * _inverse(scales)[:, None]).astype(np.int8), scales.astype(np.float32)
 
 
@@ -164,10 +177,10 @@ def quantize_weights(
     target: Graphs,
     *,
     scheme: Scheme,
-    metadata: Mapping[str, str],
+    metadata: dict[str, str],
     calibration: Calibration | None = None,
 ) -> None:
-    """Write the form of ``source`` that ``scheme`` describes to ``target``; a static one needs a ``calibration``.
+    """Write the form of ``source`` that ``scheme`` describes to ``target``; with what ``calibration`` says of it; a static one needs one.
 
     Every MatMul with a constant matrix becomes a MatMulNBits of accuracy level 4 (activations in 8 bits as well, the
     fast kernel) or a MatMulIntegerToFloat; every embedding becomes a GatherBlockQuantized, on the head's own codes where the
@@ -176,7 +189,7 @@ def quantize_weights(
     first = onnx.load(source.last, load_external_data=False)
     tensors = {t.name: t for t in first.graph.initializer}
     matrices = _matrices(first, tensors, scheme)
-    ranges, factors = (calibration.ranges, calibration.factors) if calibration else ({}, {})
+    ranges, factors = (calibration.ranges, calibration.factors) if calibration else ({}, Factors())
     written: dict[str, TensorProto] = {}
     with target.data.open("wb") as out, task("quantise weights", len(tensors)) as progress:
         file = WeightsFile(out, target.data.name, written)
@@ -184,14 +197,12 @@ def quantize_weights(
             if not tensor.external_data:
                 written[tensor.name] = tensor
                 if tensor.name in factors:
-                    values = numpy_helper.to_array(tensor) * factors[tensor.name]
+                    values = factors.apply(tensor.name, numpy_helper.to_array(tensor), rows=False)
                     written[tensor.name] = numpy_helper.from_array(values, tensor.name)
             else:
                 values = external_array(tensor, source.data.parent)
                 matrix = matrices.get(tensor.name)
-                if tensor.name in factors:
-                    along_rows = matrix is not None and not matrix.rows
-                    values = values * (factors[tensor.name][:, None] if along_rows else factors[tensor.name])
+                values = factors.apply(tensor.name, values, rows=matrix is not None and matrix.rows)
                 if matrix:
                     _write_matrix(file, matrix, values)
                 else:
@@ -205,7 +216,7 @@ def quantize_weights(
         kept = [own.get(name, written.get(name)) for name in sorted(used)]
         del proto.graph.initializer[:]
         proto.graph.initializer.extend(tensor for tensor in kept if tensor is not None)
-        stamp(proto, metadata)
+        stamp(proto, metadata | _integer_bits(matrices))
         onnx.save(proto, new)
 
 
@@ -266,6 +277,17 @@ def _matrices(proto: ModelProto, tensors: Mapping[str, TensorProto], scheme: Sch
     return found
 
 
+def _integer_bits(matrices: Mapping[str, Matrix]) -> dict[str, str]:
+    """For clients on processors whose sums overflow: whether integer products have weights of 8 bits."""
+    most = {m.how.most for m in matrices.values() if not isinstance(m.how, Blockwise) and _unsigned(m.how)}
+    return {"limbeck.integer_weights": "8 bits" if 127 in most else "7 bits"} if most else {}
+
+
+def _unsigned(how: How) -> bool:
+    """Whether activations are unsigned, which is what overflows."""
+    return not isinstance(how, Static) or not how.symmetric
+
+
 def _turned(graph: GraphProto, constants: Container[str]) -> dict[str, str]:
     """Names of transposed constants, and what they are made of."""
     return {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Transpose" and n.input[0] in constants}
@@ -303,7 +325,7 @@ def _write_matrix(file: WeightsFile, matrix: Matrix, values: npt.NDArray[Any]) -
     pieces = [np.asarray(weights_NK[at : at + _ROWS]) for at in range(0, matrix.channels, _ROWS)]
     codes, scales, zeros, column = matrix.names("codes", "scales", "zeros", "scales_3d")
     if not isinstance(matrix.how, Blockwise):
-        columns = [quantize_columns(piece) for piece in pieces]
+        columns = [quantize_columns(piece, matrix.how.most) for piece in pieces]
         whole = np.concatenate([c for c, _ in columns])
         file.append(codes, whole if matrix.by_rows else whole.T)
         file.append(scales, np.concatenate([s for _, s in columns]))

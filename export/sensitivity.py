@@ -91,8 +91,9 @@ def rounded(weights_NK: npt.NDArray[np.float32], how: Blockwise) -> npt.NDArray[
 
 def stored_bytes(matrix: Matrix, how: Blockwise) -> int:
     """Bytes of a matrix's codes, scales and zero points in the weights file."""
-    blocks = matrix.channels * math.ceil(matrix.width / how.block)
-    zeros = blocks * how.bits // 8 if how.zero_points else 0
+    row = math.ceil(matrix.width / how.block)
+    blocks = matrix.channels * row
+    zeros = matrix.channels * math.ceil(row * how.bits / 8) if how.zero_points else 0  # a row ends on a whole byte
     return blocks * how.block * how.bits // 8 + 4 * blocks + zeros
 
 

@@ -215,6 +215,12 @@ def host() -> dict[str, Any]:
     }
 
 
+def sums_overflow() -> bool:
+    """Whether this processor adds pairs of 8-bit products in 16 bits, where signed weights of 8 bits overflow: x86 without VNNI."""
+    flags = set(host()["flags"])
+    return "avx2" in flags and not flags & {"avx512_vnni", "avx_vnni", "amx_int8"}
+
+
 def available_cores() -> int:
     """Processor cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -16,7 +16,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from limbeck.artifact import host, versions
+from limbeck.artifact import host, sums_overflow, versions
 from limbeck.errors import LimbeckError
 from limbeck.recipe import LoraStudent, PackageModel, PackageText, load_recipe
 from limbeck.runtime import import_onnxruntime
@@ -121,9 +121,11 @@ def _machine(findings: Findings) -> None:
         "cores": machine["cores"],
         "memory": _gigabytes(machine["memory_bytes"]),
     }
-    flags = set(machine["flags"])
-    if flags and not flags & {"avx512_vnni", "avx_vnni", "amx_int8"}:
-        findings.advice.append("this processor has no VNNI: 8-bit arithmetic works and is slower than it could be")
+    if sums_overflow():
+        findings.advice.append(
+            "this processor has no VNNI: 8-bit arithmetic is slower than it could be, and int8-dynamic and int8-static get "
+            "weights of 7 bits here (reduce_range), since those of 8 would overflow"
+        )
     if machine["memory_bytes"] < _MEMORY:
         findings.advice.append(f"the demo needs about {_gigabytes(_MEMORY)} of memory; `limbeck run pico` needs 2 GB")
     folders = {"cache": cache_folder(), "runs": Path("runs").resolve()}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from limbeck.artifact import available_cores, open_artifact
 from limbeck.errors import ArtifactError, DataError
-from limbeck.runtime import import_onnxruntime
+from limbeck.runtime import import_onnxruntime, warn_of_overflow
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,6 +70,7 @@ class Encoder:
         rows, tokens = self._session.get_inputs()[0].shape
         self.fixed: tuple[int, int] | None = (rows, tokens) if isinstance(rows, int) else None  # of a static graph
         metadata = self._session.get_modelmeta().custom_metadata_map
+        warn_of_overflow(metadata)
         self.task = str(metadata["limbeck.task"])
         self.context = int(metadata.get("limbeck.context", "0")) or None
         if self.fixed:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from limbeck.artifact import available_cores, open_artifact
+from limbeck.artifact import available_cores, open_artifact, sums_overflow
 from limbeck.errors import ArtifactError, DataError, EnvironmentalError
+from limbeck.progress import say
 from limbeck.recipe import NO_KERNEL, Provider
 
 if TYPE_CHECKING:
@@ -75,6 +76,15 @@ def _installed(name: str) -> bool:
 
 
 # The decoder -----------------------------------------------------------------------------------------------------
+
+
+def warn_of_overflow(metadata: Mapping[str, str]) -> None:
+    """Say so where a graph's weights of 8 bits overflow this processor's sums: its answers are wrong then."""
+    if metadata.get("limbeck.integer_weights") == "8 bits" and sums_overflow():
+        say(
+            f"warning: {metadata.get('limbeck.form', 'this form')} has weights of 8 bits, which overflow on this processor (x86 without "
+            "VNNI); its answers may be wrong. `limbeck verify` says how far. Export it with reduce_range: true, or ship int8-weight."
+        )
 
 
 class Decoder:
@@ -185,6 +195,7 @@ class Decoder:
         half = any(inputs[name].type == "tensor(float16)" for name in self.past)
         self.cache_type: type[np.floating[Any]] = np.float16 if half else np.float32
         self.metadata: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
+        warn_of_overflow(self.metadata)
         self.all_logits = self.metadata.get("limbeck.logits") == "all"
         self.vocabulary = int(self.session.get_outputs()[0].shape[-1])
         self.context = int(self.metadata.get("limbeck.context", "0")) or None

@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from export import export_student, verify_parity
-from export.calibrate import find_boundaries
+from export.smooth import find_boundaries
 from limbeck.artifact import Artifact, open_artifact, write_artifact
 from limbeck.errors import ArtifactError, RecipeError
 from limbeck.heldout import CALIBRATION, HELDOUT, save_calibration, save_heldout

@@ -149,14 +149,17 @@ def test_rounding_is_told_as_data(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     graphs, _ = build_fp32(model, tmp_path, {})
     found = {}
-    for form in (Int4WeightForm(kind="int4-weight", block_size=16), Int8DynamicForm(kind="int8-dynamic")):
+    for form in (
+        Int4WeightForm(kind="int4-weight", block_size=16),
+        Int8DynamicForm(kind="int8-dynamic", reduce_range=False),
+    ):
         scheme = scheme_for(form, 32)
         assert scheme is not None
         matrices = matrices_of(graphs, scheme)
         found[form.kind] = rounding_of(matrices, origins(matrices, graphs, model))
     up = "model.layers.0.mlp.up_proj.weight"
     assert found["int4-weight"][up] == {"turned": False, "bits": 4, "block": 16, "zero_points": True}
-    assert found["int8-dynamic"][up] == {"turned": False}
+    assert found["int8-dynamic"][up] == {"turned": False, "most": 127}
     assert found["int4-weight"].keys() == found["int8-dynamic"].keys() == {
         name for name, values in load_file(model / "model.safetensors").items() if values.ndim == 2
     }  # fmt: skip

@@ -11,11 +11,13 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import numpy_helper
+from safetensors.torch import load_file, save_file
 
 from export import export_student
-from export.calibrate import calibrate, find_boundaries
+from export.calibrate import calibrate
 from export.graph import Graphs, build_fp32
 from export.quantize import activation_scale, scheme_for, static_activations
+from export.smooth import find_boundaries
 from limbeck.errors import ArtifactError, EnvironmentalError, RecipeError
 from limbeck.heldout import CALIBRATION
 from limbeck.recipe import Int8StaticForm
@@ -50,20 +52,20 @@ def logits(proto: onnx.ModelProto, ids: npt.NDArray[np.int64]) -> npt.NDArray[np
 def test_moving_outliers_changes_nothing_in_fp32(fp32: Graphs) -> None:
     proto = onnx.load(fp32.all)
     boundaries = find_boundaries(proto)
-    # Each layer's two norms: into queries, keys and values (one product), and into gate and up. Not the tied head.
-    assert sorted(len(boundary.matrices) for boundary in boundaries.values()) == [1, 1, 2, 2]
+    # Of each layer: the values into what attention ends in, `up` into `down`, and the norms into queries, keys and values (one
+    # product) and into gate and up. Not the tied head.
+    assert [len(boundary.matrices) for boundary in boundaries.values()] == [1, 1, 1, 1, 1, 2, 1, 2]
+    assert [boundary.shared is not None for boundary in boundaries.values()] == [True, False] * 2 + [False] * 4
     names = static_names(fp32)
-    assert set(boundaries) == set(names)  # what narrows stays in blocks
     found = calibrate(fp32, ROWS, names, method="min-max", alpha=0.5)
-    assert len(found.factors) == 10
-    assert all(np.ptp(factor) > 0.1 for factor in found.factors.values())
+    assert len(found.factors.inputs) == 5 * 2
+    assert len(found.factors.outputs) == 4 * 2  # values and `up` are multiplied on both sides
+    assert all(np.ptp(factor) > 0.1 for factor in (*found.factors.inputs.values(), *found.factors.outputs.values()))
     before = logits(proto, ROWS[0])
     for tensor in proto.graph.initializer:
         if tensor.name in found.factors:
-            values, factor = numpy_helper.to_array(tensor), found.factors[tensor.name]
-            tensor.CopyFrom(
-                numpy_helper.from_array(values * (factor[:, None] if values.ndim == 2 else factor), tensor.name)
-            )
+            values = found.factors.apply(tensor.name, numpy_helper.to_array(tensor), rows=False)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     np.testing.assert_allclose(logits(proto, ROWS[0]), before, atol=2e-4)
     # The moved graph has the ranges that were promised for it.
     proto.graph.output.extend(onnx.helper.make_tensor_value_info(name, 1, None) for name in names)
@@ -79,12 +81,37 @@ def test_moving_outliers_changes_nothing_in_fp32(fp32: Graphs) -> None:
         np.testing.assert_allclose(found.ranges[name], (low, high), rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["int8-weight", "int8-dynamic"])
+def test_outliers_cost_less_once_they_have_moved(name: str, tmp_path: Path) -> None:
+    """One neuron, one value and one channel of a norm a hundred times the others, and their readers' weights a hundredth."""
+    folder = make_model(tmp_path / "model", tie_word_embeddings=True, hidden_size=64, intermediate_size=128)
+    weights = load_file(folder / "model.safetensors")
+    for layer in ("model.layers.0", "model.layers.1"):
+        for maker, reader in (("mlp.up_proj", "mlp.down_proj"), ("self_attn.v_proj", "self_attn.o_proj")):
+            weights[f"{layer}.{maker}.weight"][0] *= 100
+            reads = weights[f"{layer}.{reader}.weight"]
+            for head in range(2 if "o_proj" in reader else 1):  # two heads share a value
+                reads[:, head * 16] /= 100
+        weights[f"{layer}.input_layernorm.weight"][3] *= 100
+        for reader in ("q_proj", "k_proj", "v_proj"):
+            weights[f"{layer}.self_attn.{reader}.weight"][:, 3] /= 100
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    student = make_student(tmp_path / "student", folder).path
+    kls, smooth = {}, {}
+    for alpha in (0.0, None):
+        recipe = pico_recipe(export={"forms": ["fp32", {"kind": name, "smooth": alpha}]})
+        form = export_student(student=student, out=tmp_path / str(alpha), recipe=recipe).result["forms"][name]
+        kls[alpha], smooth[alpha] = form["parity"]["kl"], form["smooth"]
+    assert smooth == {0.0: 0.0, None: 0.5}
+    assert kls[None] < kls[0.0] / 2
+
+
 def test_methods_differ_in_how_much_they_cut_off(fp32: Graphs) -> None:
     names = static_names(fp32)
     widths = {}
     for method in ("min-max", "percentile", "entropy"):
         found = calibrate(fp32, ROWS, names, method=method, alpha=0)
-        assert not found.factors
+        assert not found.factors.inputs
         assert found.ranges.keys() == set(names)
         assert all(low < 0 < high for low, high in found.ranges.values())
         widths[method] = sum(high - low for low, high in found.ranges.values())

@@ -96,6 +96,8 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
     if recipe.export.recover is not None:
         if recipe.gates.max_quantization_loss is None:
             yield "export.recover: nothing says when it is needed; set gates.max_quantization_loss"
+        if getattr(recipe.export.forms[-1], "smooth", None):
+            yield f"export.recover: training rounds the weights as they are, not smoothed; leave smooth out of {forms[-1]}"
         if forms[-1] not in ("int8-weight", "int8-dynamic", "int4-weight"):
             yield f"export.recover: found {forms[-1]!r} as the form to ship; put int8-weight, int8-dynamic or int4-weight last"
     if isinstance(recipe.student, FreshStudent) and not recipe.teachers:

@@ -9,6 +9,9 @@ from pydantic import BeforeValidator, Field
 
 from limbeck.recipe.base import Count, Fraction, Frozen, Int, Positive, shorthand
 
+_REDUCE = "Weights of 7 bits instead of 8, which no processor's sums overflow; none takes 7 on x86 without VNNI, where this is made, else 8."
+_SMOOTH = "Share of the difficulty of activations' outliers that moves into the weights that read them (SmoothQuant), on training text; 0: none."
+
 
 class Fp32Form(Frozen):
     """The exact graph."""
@@ -29,12 +32,15 @@ class Int8WeightForm(Frozen):
     block_size: Literal[16, 32, 64, 128, 256] | None = Field(
         None, description="Weights that share a scale; none takes the largest that divides the width."
     )
+    smooth: Fraction | None = Field(None, description=f"{_SMOOTH} None takes 0.5, and 0 with export.recover.")
 
 
 class Int8DynamicForm(Frozen):
     """Integer products: signed 8-bit weights with a scale a channel, activations with one a token; 8-bit blocks in head and FFN output."""
 
     kind: Literal["int8-dynamic"]
+    reduce_range: bool | None = Field(None, description=_REDUCE)
+    smooth: Fraction | None = Field(None, description=f"{_SMOOTH} None takes 0.5, and 0 with export.recover.")
 
 
 class Int8StaticForm(Frozen):
@@ -44,10 +50,8 @@ class Int8StaticForm(Frozen):
     calibration: Literal["min-max", "percentile", "entropy"] = Field(
         "min-max", description="How the range of each activation is chosen from what was seen."
     )
-    smooth: Fraction = Field(
-        0.5,
-        description="Share of the outliers' difficulty that norms hand on to the next weights (SmoothQuant); 0: none.",
-    )
+    reduce_range: bool | None = Field(None, description=_REDUCE)
+    smooth: Fraction = Field(0.5, description=_SMOOTH)
 
 
 class Int8TrtForm(Frozen):
@@ -57,10 +61,7 @@ class Int8TrtForm(Frozen):
     calibration: Literal["min-max", "percentile", "entropy"] = Field(
         "min-max", description="How the range of each activation is chosen from what was seen."
     )
-    smooth: Fraction = Field(
-        0.5,
-        description="Share of the outliers' difficulty that norms hand on to the next weights (SmoothQuant); 0: none.",
-    )
+    smooth: Fraction = Field(0.5, description=_SMOOTH)
 
 
 class Int4WeightForm(Frozen):
