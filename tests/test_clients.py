@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,13 @@ CLIENTS = {
 IN_RECIPE = ["fp32", WEIGHT8, "int8-dynamic", WEIGHT4]
 FORMS = ("fp32", "int8-weight", "int8-dynamic", "int4-weight")
 COUNT = 12
-END = {256, 257}
-PROMPTS = [[10, 200, 33, 47, 5, 91], [72, 3], [150, 151, 152, 9]]
+PROMPTS = [
+    [10, 200, 33, 47, 5, 91],
+    [72, 3],
+    [150, 151, 152, 9],
+    [7 * i % 256 for i in range(45)],
+]  # ragged; one past a block of 32
+ENDS = [150, 151, 152, 9]  # the prompt whose answer meets the stop token
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +41,12 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     root = tmp_path_factory.mktemp(request.param)
     # optimum-onnx takes heads to be hidden_size / num_attention_heads wide, whatever head_dim says; so they are here.
     sizes = SIZES[request.param] | ({"num_attention_heads": 2} if request.param == "llama" else {})
-    make_student(root / "student", make_model(root / "model", model_type=request.param, **sizes))
+    model = make_model(root / "model", model_type=request.param, **sizes)
+    answer = greedy(model, ENDS, COUNT)[0]
+    stop = next(token for at, token in enumerate(answer) if at >= 3 and token not in answer[:at])
+    config = model / "generation_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": [256, stop]}))
+    make_student(root / "student", model)
     return export_student(
         student=root / "student",
         out=root / "onnx",
@@ -44,7 +55,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def test_greedy_tokens_text_and_chat_are_the_same(exported: Artifact, client: str) -> None:
-    """A ragged batch padded on the left; fp32 equals torch, the other forms equal our own loop."""
+    """A ragged batch padded on the left, and one that ends early; fp32 equals torch, the other forms equal our own loop."""
     width = max(len(prompt) for prompt in PROMPTS)
     messages = [{"role": "user", "content": "Grüße, 世界 🙂"}]
     found = _ask(
@@ -55,18 +66,25 @@ def test_greedy_tokens_text_and_chat_are_the_same(exported: Artifact, client: st
             "files": {form: Path(exported.result["forms"][form]["graph"]).name for form in FORMS},
             "ids": [[257] * (width - len(prompt)) + prompt for prompt in PROMPTS],
             "mask": [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS],
+            "alone": ENDS,
             "count": COUNT,
             "text": "naïve 世界 🙂\n",
             "messages": messages,
         },
     )
-    model = exported.path.parent / "student/model"
+    model, text = exported.path.parent / "student/model", load_text(exported.path)
     for form in FORMS:
         decoder = Decoder(exported.path, form=form)
         for prompt, tokens in zip(PROMPTS, found["tokens"][form], strict=True):
             expected = greedy(model, prompt, COUNT)[0] if form == "fp32" else list(decoder.generate(prompt, COUNT))
-            assert _until_end(tokens) == _until_end(expected), f"{form} after {prompt}"
-    text = load_text(exported.path)
+            end = text.stop_ids | {257}
+            assert _until_end(tokens, end) == _until_end(expected, end), f"{form} after {prompt}"
+        whole = list(decoder.generate(ENDS, COUNT))
+        kept = _until_end(whole, text.stop_ids)
+        assert list(decoder.generate(ENDS, COUNT, stop_ids=text.stop_ids)) == kept
+        assert found["alone"][form] == whole[: len(kept) + 1], f"{form} stops"
+        if form == "fp32":
+            assert 3 <= len(kept) < COUNT
     assert found["text"] == text.encode("naïve 世界 🙂\n")
     assert found["chat"] == text.chat(messages)
 
@@ -87,5 +105,5 @@ def _ask(client: str, job: dict[str, Any]) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def _until_end(tokens: list[int]) -> list[int]:
-    return tokens[: next((at for at, token in enumerate(tokens) if token in END), len(tokens))]
+def _until_end(tokens: list[int], end: Collection[int]) -> list[int]:
+    return tokens[: next((at for at, token in enumerate(tokens) if token in end), len(tokens))]

@@ -9,13 +9,17 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from typer.testing import CliRunner
 
 from export import export_student, verify_parity
+from limbeck import pipeline
 from limbeck.artifact import Artifact
 from limbeck.batch import open_batch
+from limbeck.cli import app
 from limbeck.encoder import Encoder
 from limbeck.errors import ArtifactError, DataError, RecipeError
-from limbeck.runtime import Decoder
+from limbeck.recipe import load_recipe
+from limbeck.runtime import Decoder, load_text
 from tests.architectures import greedy
 from tests.encoders import classifier_recipe, embedding_recipe, make_encoder_student, make_examples
 from tests.pico import make_model, make_student, pico_recipe
@@ -116,6 +120,25 @@ def test_a_decoder_of_fixed_shape_generates_what_torch_does(fixed: tuple[Path, A
         decoder.prefill(ids)
     with pytest.raises(ArtifactError, match=r"export.shapes: dynamic"):
         open_batch(decoder, rows=2, tokens=32)
+
+
+def test_a_run_of_fixed_shape_ends_in_a_verdict_and_generates(tmp_path: Path) -> None:
+    """The whole job on graphs of one shape: measured, verified, and the command line says what torch says."""
+    few = [
+        "training.tokens=1024", "data.heldout.blocks=2", "bench={prompt_tokens: 8, new_tokens: 4, minutes: 0.05, min_blocks: 3}",
+        "export={forms: [fp32, int8-weight], backend: dynamo, shapes: {kind: static, batch: 1, length: 128}}",
+    ]  # fmt: skip
+    run = tmp_path / "run"
+    report = pipeline.run(load_recipe("pico", overrides=few), out=run)
+    assert report is not None
+    assert report.verdict.status in ("pass", "undecided")
+    assert pipeline.verify(run) == 0
+    made = CliRunner().invoke(app, ["generate", str(run), "abcdef", "--max-new-tokens", "12", "--form", "fp32"])
+    assert made.exit_code == 0, made.output
+    text = load_text(run / "onnx")
+    ids, _ = greedy(run / "student/model", text.encode("abcdef"), 12)
+    kept = ids[: next((at for at, token in enumerate(ids) if token in text.stop_ids), len(ids))]
+    assert made.stdout == "".join(text.stream(iter(kept))) + "\n"
 
 
 @pytest.mark.parametrize(

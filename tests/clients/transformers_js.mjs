@@ -9,22 +9,22 @@ env.localModelPath = "/";
 
 const job = JSON.parse(readFileSync(0, "utf8"));
 const DTYPES = { fp32: "fp32", "int8-weight": "q8", "int8-dynamic": "int8", "int4-weight": "q4" };
-const width = job.ids[0].length;
 const tensor = (rows) =>
   new Tensor("int64", BigInt64Array.from(rows.flat().map(BigInt)), [rows.length, rows[0].length]);
 const numbers = (rows) => rows.map((row) => row.map(Number));
 
 const tokens = {};
+const alone = {};
 for (const form of job.forms) {
   const model = await AutoModelForCausalLM.from_pretrained(job.folder, { dtype: DTYPES[form], local_files_only: true });
-  const out = await model.generate({
-    input_ids: tensor(job.ids),
-    attention_mask: tensor(job.mask),
-    max_new_tokens: job.count,
-    do_sample: false,
-  });
-  tokens[form] = numbers(out.tolist()).map((row) => row.slice(width));
+  const answer = async (ids, mask) => {
+    const given = { input_ids: tensor(ids), attention_mask: tensor(mask) };
+    const out = await model.generate({ ...given, max_new_tokens: job.count, do_sample: false });
+    return numbers(out.tolist()).map((row) => row.slice(ids[0].length));
+  };
+  tokens[form] = await answer(job.ids, job.mask);
+  alone[form] = (await answer([job.alone], [job.alone.map(() => 1)]))[0];
 }
 const tokenizer = await AutoTokenizer.from_pretrained(job.folder, { local_files_only: true });
 const chat = tokenizer.apply_chat_template(job.messages, { add_generation_prompt: true, return_dict: false, return_tensor: false });
-console.log(JSON.stringify({ tokens, text: tokenizer.encode(job.text), chat: chat.map(Number) }));
+console.log(JSON.stringify({ tokens, alone, text: tokenizer.encode(job.text), chat: chat.map(Number) }));
