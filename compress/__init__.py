@@ -7,8 +7,8 @@ from pathlib import Path
 
 from limbeck import sources
 from limbeck.artifact import Artifact, find_artifact, open_artifact
-from limbeck.encoder_recipe import AnyRecipe, FreshEncoder, groups_of
-from limbeck.recipe import FreshStudent, Recipe, fingerprint
+from limbeck.encoder_recipe import AnyRecipe, base_of, texts_of
+from limbeck.recipe import Recipe, fingerprint
 
 _VERSION = 1  # of the stage: raise it when the same input would give another student
 _RECOVERY = 2  # the same for `recover`
@@ -32,12 +32,9 @@ def distill(*, recipe: AnyRecipe, out: Path, products: Mapping[str, Path] | None
         parents |= {
             f"adapter {t.name}": sources.adapter_digest(t, folder=recipe.folder) for t in recipe.teachers if t.adapter
         }
-        texts = [(d.name, d.text) for d in recipe.data.domains]
-    else:
-        texts = [(name, text) for _, name, text in groups_of(recipe)]
-    if not isinstance(recipe.student, FreshStudent | FreshEncoder):
-        parents["base"] = sources.model_digest(recipe.student.base, folder=recipe.folder, products={})
-    parents |= {f"text {name}": sources.text_digest(text, folder=recipe.folder) for name, text in texts}
+    if (base := base_of(recipe)) is not None:
+        parents["base"] = sources.model_digest(base, folder=recipe.folder, products={})
+    parents |= {f"text {name}": sources.text_digest(text, folder=recipe.folder) for name, text in texts_of(recipe)}
     key = fingerprint({"stage": "compress", "version": _VERSION, "recipe": recipe.distillation(), "parents": parents})
     found = find_artifact(out, kind="student", key=key)
     if found is not None:

@@ -59,6 +59,7 @@ from limbeck.encoder_recipe import ClassificationRecipe, EmbeddingRecipe, Encode
 from limbeck.errors import DivergenceError, EnvironmentalError, ModelError
 from limbeck.examples import EXAMPLES, Examples, accuracy, macro_f1, save_examples
 from limbeck.heldout import CALIBRATION, save_calibration
+from limbeck.licences import sources_of
 from limbeck.progress import say, task
 from limbeck.recipe import FittedCalibration, FixedCalibration, Weights
 
@@ -115,6 +116,7 @@ def train_encoder(
     if folders:
         names = [t.name for t in recipe.teachers]
         require_same_tokenizer({"the student": base, **dict(zip(names, folders, strict=True))})
+    known = sources_of(recipe, base=base, teachers=folders)
     tokenizer = load_tokenizer(base)
     train, heldout = load_examples(recipe, tokenizer)
     say(f"  {len(train)} training and {len(heldout)} held-out examples")
@@ -158,6 +160,7 @@ def train_encoder(
         save_calibration(draft.folder / CALIBRATION, _rows(train, order[:_CALIBRATION_ROWS]))
         entries = [
             {"name": t.name, "model": str(t.folder), "pooling": t.pooling, "temperature": c, "digest": t.digest}
+            | known["teachers"][t.name]
             for t, c in zip(teachers, objective.temperatures, strict=True)
         ]
         (draft.folder / "teachers.json").write_text(json.dumps(entries, indent=1))
@@ -176,6 +179,7 @@ def train_encoder(
             "precision": resolve_precision(config.precision, device),
             "device": str(device),
             "shrink": kept or None,
+            "sources": {name: known[name] for name in ("base", "texts")},
         }
     shutil.rmtree(work)
     return open_artifact(out, kind="student", verify=False)

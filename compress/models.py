@@ -271,7 +271,7 @@ def _from_hub(source: HubModel) -> Path:
         path = snapshot_download(
             source.id,
             revision=source.revision,
-            allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"],
+            allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"],
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ModelError(f"{source.id}@{source.revision}: cannot be had from the model hub: {error}") from error

@@ -59,6 +59,7 @@ from limbeck.artifact import Artifact, disk_full_is_a_user_error, host, open_art
 from limbeck.encoder_recipe import EncoderTraining
 from limbeck.errors import DivergenceError
 from limbeck.heldout import CALIBRATION, HELDOUT, Blocks, mean_nll, save_calibration, save_heldout
+from limbeck.licences import sources_of
 from limbeck.progress import say, task
 from limbeck.recipe import (
     FittedCalibration,
@@ -80,21 +81,24 @@ def train(*, recipe: Recipe, out: Path, products: Mapping[str, Path], key: str, 
     started = time.monotonic()
     work = out.parent / f".{out.name}.training"
     run = setup(recipe=recipe, products=products, work=work, key=key)
+    # Now, and not when it is over: folders may be gone by then.
+    known = sources_of(recipe, base=run.tokenizer_folder, teachers=[f.whole for f in run.folders])
     reports = measure_teachers(run)
     prepared = time.monotonic() - started
     state = fit(run)
 
     if run.accelerator.is_main_process:
         spent = prepared + state.seconds
-        _save(run, state, reports, out=out, key=key, parents=parents, spent=spent)
+        _save(run, state, reports, known, out=out, key=key, parents=parents, spent=spent)
         shutil.rmtree(work)
     run.accelerator.wait_for_everyone()
     return open_artifact(out, kind="student", verify=False)
 
 
 def _save(
-    run: Run, state: State, reports: Mapping[str, Any], *, out: Path, key: str, parents: Mapping[str, str], spent: float
-) -> None:
+    run: Run, state: State, reports: Mapping[str, Any], known: Mapping[str, Any], *, out: Path, key: str,
+    parents: Mapping[str, str], spent: float,
+) -> None:  # fmt: skip
     """Write the artifact with the best weights, measured again as they will be loaded: merged, in fp32."""
     started, recipe = time.monotonic(), run.recipe
     give_memory_back()  # the student is about to be loaded a second time
@@ -108,7 +112,7 @@ def _save(
         save_calibration(
             draft.folder / CALIBRATION, _training_rows(run.blocks, count=_CALIBRATION_ROWS, seed=recipe.seed)
         )
-        entries = [f.entry(reports[f.name]["temperature"]) for f in run.folders]
+        entries = [f.entry(reports[f.name]["temperature"]) | known["teachers"][f.name] for f in run.folders]
         (draft.folder / "teachers.json").write_text(json.dumps(entries, indent=1))
         shutil.copy(run.work / LOG, draft.folder / LOG)
         if run.board is not None:
@@ -133,6 +137,7 @@ def _save(
             "device": str(run.accelerator.device),
             "shrink": run.kept or None,
             "base": str(run.tokenizer_folder.resolve()) if isinstance(recipe.student, LoraStudent) else None,
+            "sources": {name: known[name] for name in ("base", "texts")},
         }
 
 

@@ -12,8 +12,10 @@ import onnx
 import yaml
 
 from export.graph import Graphs
+from limbeck.encoder_recipe import AnyRecipe, base_of, teachers_of, texts_of
 from limbeck.errors import ModelError
-from limbeck.recipe import HubModel, LoraStudent, Provider, Recipe
+from limbeck.licences import UNKNOWN, hub_fields, of_student
+from limbeck.recipe import HubModel, Provider, Recipe
 
 # transformers.js's names of the graphs' number types.
 DTYPES = {
@@ -24,6 +26,9 @@ DTYPES = {
     "model_uint8": "uint8",
     "model_q4": "q4",
 }
+# What the names of metrics do not say.
+_METRICS = {"nll": "nats a token, of the student in torch"}
+_LICENCES = """Each licence is what it says of itself, `unknown` where it says nothing. The header's is that of base model and teachers: theirs where they agree, `other` where they differ, `unknown` where one is."""
 _APART = """## The adapter
 
 The graphs hold the base; what the student learnt is in `{file}` ({bytes} bytes), which `limbeck generate` and onnxruntime-genai's `Adapters` load with them. A client that knows no adapters, transformers.js among them, runs the base alone. `limbeck generate . --adapter FILE` takes the adapter of any other student of the same base (number {base})."""
@@ -95,32 +100,87 @@ def tokenizer_config(model: Path) -> dict[str, Any]:
     return config
 
 
-def write_card(folder: Path, *, recipe: Recipe, student: Mapping[str, Any], student_digest: str, teachers: Sequence[Mapping[str, Any]],
-               forms: Mapping[str, Mapping[str, Any]], shipped: str, backend: Mapping[str, str],
-               adapter: Mapping[str, Any] | None = None) -> None:  # fmt: skip
-    """Write the model card: the hub's YAML header, then what it is, what went in, what was measured, and digests."""
-    base = recipe.student.base if isinstance(recipe.student, LoraStudent) else None
+def card_header(recipe: AnyRecipe, *, pipeline: str, shipped: str, student: Mapping[str, Any], student_digest: str,
+                teachers: Sequence[Mapping[str, Any]], measured: Mapping[str, Mapping[str, float]]) -> str:  # fmt: skip
+    """The hub's YAML header: ``student`` is the artifact's `result`, ``measured`` what was measured by held-out text and metric.
+
+    `base_model` and `datasets` name what lies on the hub and nothing else; `teachers` and `digests` are not the hub's but ours.
+    """
+    base, texts = base_of(recipe), student.get("sources", {}).get("texts", {})
+    hub = {name: text["dataset"] for name, text in texts.items() if text["dataset"]}
     header: dict[str, Any] = {
         "library_name": "onnx",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": pipeline,
         "tags": ["limbeck", "onnx", "distillation", shipped],
+        **hub_fields(of_student(student, teachers)),
     }
     if isinstance(base, HubModel):
         header["base_model"] = base.id
-    card = [f"---\n{yaml.safe_dump(header, sort_keys=False)}---", f"# {recipe.name}"]
+    if teachers:
+        header["teachers"] = [
+            {"name": t["name"], "model": _teacher(recipe, t), "license": t.get("license", UNKNOWN)} for t in teachers
+        ]
+    if hub:
+        header["datasets"] = sorted(set(hub.values()))
+    if measured:
+        results = [
+            {
+                "task": {"type": pipeline},
+                "dataset": {"name": f"{name}, held out", "type": hub.get(name, name)},
+                "metrics": [
+                    {"type": metric, "name": _METRICS.get(metric, metric), "value": round(value, 6)}
+                    for metric, value in metrics.items()
+                ],
+            }
+            for name, metrics in measured.items()
+        ]
+        header["model-index"] = [{"name": recipe.name, "results": results}]
+    header["digests"] = {"recipe": recipe.digest, "student": student_digest}
+    return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---"
+
+
+def what_went_in(recipe: AnyRecipe, *, student: Mapping[str, Any], teachers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The part of a card on base model, teachers and texts, with the licences that were known when the student was distilled."""
+    base, known = base_of(recipe), student.get("sources", {})
+    rows = [["base model", _source(base), *_licence(known.get("base"))]] if base else []
+    rows += [["teacher " + t["name"], _teacher(recipe, t), *_licence(t)] for t in teachers]
+    rows += [
+        ["text " + name, _source(text), *_licence(known.get("texts", {}).get(name))] for name, text in texts_of(recipe)
+    ]
+    return ["## What went in", markdown_table(["what", "from", "licence", "said by"], rows), _LICENCES]
+
+
+def digests(recipe: AnyRecipe, *, student: str, parents: Mapping[str, str]) -> list[str]:
+    """The part of a card on digests; ``parents`` are those of the student's artifact."""
+    rows = [["recipe", f"`{recipe.digest}`"], ["student", f"`{student}`"]]
+    rows += [[f"made of {name}", f"`{digest}`"] for name, digest in parents.items()]
+    return ["## Digests", markdown_table(["of", "sha256"], rows)]
+
+
+def write_card(folder: Path, *, recipe: Recipe, student: Mapping[str, Any], student_digest: str, parents: Mapping[str, str],
+               teachers: Sequence[Mapping[str, Any]], forms: Mapping[str, Mapping[str, Any]], shipped: str,
+               backend: Mapping[str, str], adapter: Mapping[str, Any] | None = None) -> None:  # fmt: skip
+    """Write the model card: the hub's YAML header, then what it is, what went in, what was measured, and digests."""
+    nll: Mapping[str, float] = student.get("nll", {})
+    card = [
+        card_header(
+            recipe,
+            pipeline="text-generation",
+            shipped=shipped,
+            student=student,
+            student_digest=student_digest,
+            teachers=teachers,
+            measured={name: {"nll": value} for name, value in nll.items()},
+        ),
+        f"# {recipe.name}",
+    ]
     if recipe.description:
         card.append(recipe.description)
     card.append(
         f"Made by Limbeck: distilled, exported to ONNX ({backend['name']}) and shipped as `{shipped}`. "
         "Licences of the base model, the teachers and the texts apply; look them up before you pass it on."
     )
-    made_of = [["base model", _source(base)]] if base else []
-    made_of += [
-        ["teacher " + t["name"], f"{t['model']}" + (f" with adapter {t['adapter']}" if t.get("adapter") else "")]
-        for t in teachers
-    ]
-    made_of += [["text " + d.name, _source(d.text)] for d in recipe.data.domains]
-    card += ["## What went in", markdown_table(["what", "from"], made_of)]
+    card += what_went_in(recipe, student=student, teachers=teachers)
     rows = [
         [
             f"`{name}`",
@@ -143,7 +203,6 @@ def write_card(folder: Path, *, recipe: Recipe, student: Mapping[str, Any], stud
             "Tokens in common before the first difference, and by how many logits fp32 preferred its own token there.",
             markdown_table(columns, greedy),
         ]
-    nll = student.get("nll", {})
     if nll:
         others: dict[str, Mapping[str, Any]] = student.get("teachers", {})
         table = [
@@ -151,13 +210,14 @@ def write_card(folder: Path, *, recipe: Recipe, student: Mapping[str, Any], stud
         ]
         card += ["## Held-out nats a token of the torch student", markdown_table(["text", "student", *others], table)]
     genai = f"onnxruntime-genai (`{shipped}`), " if backend["name"] == "genai" else ""
+    dtype = DTYPES.get(Path(forms[shipped]["graph"]).stem)
+    transformers_js = f"transformers.js (`dtype: {dtype}`)" if dtype else "transformers.js"
     card += [
         "## How to run it",
-        f'```sh\nlimbeck generate . "Once upon a time"\n```\n\nThe same folder loads in {genai}transformers.js and plain '
-        "onnxruntime. Batches may be padded on either side.",
+        f'```sh\nlimbeck generate . "Once upon a time"\n```\n\nThe same folder loads in {genai}{transformers_js}, plain onnxruntime, '
+        "and optimum-onnx where heads are hidden_size / num_attention_heads wide. Batches may be padded on either side.",
         *([_APART.format(**adapter)] if adapter else ()),
-        "## Digests",
-        markdown_table(["of", "sha256"], [["recipe", f"`{recipe.digest}`"], ["student", f"`{student_digest}`"]]),
+        *digests(recipe, student=student_digest, parents=parents),
     ]
     (folder / "README.md").write_text("\n\n".join(card) + "\n")
 
@@ -170,6 +230,17 @@ def _answer(answer: Mapping[str, Any]) -> str:
     if answer["lead"] is None:
         return f"all {answer['tokens']}"
     return f"{answer['same']} of {answer['tokens']}, then {answer['lead']:.2g}"
+
+
+def _licence(said: Mapping[str, Any] | None) -> list[str]:
+    return [said.get("license", UNKNOWN), said.get("said_by", "")] if said else [UNKNOWN, ""]
+
+
+def _teacher(recipe: AnyRecipe, teacher: Mapping[str, Any]) -> str:
+    """Where a teacher came from: as the recipe says, else the folder that it was loaded from."""
+    named = {t.name: _source(t.model) for t in teachers_of(recipe)}
+    adapter = f" with adapter {teacher['adapter']}" if teacher.get("adapter") else ""
+    return named.get(teacher["name"], str(teacher["model"])) + adapter
 
 
 def _source(source: Any) -> str:

@@ -23,7 +23,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from export.calibrate import calibration_for
-from export.card import markdown_table, write_client_files
+from export.card import card_header, digests, markdown_table, what_went_in, write_client_files
 from export.census import require_quantized, take_census
 from export.dynamo import quiet_exporter, split_gemm
 from export.graph import Graphs, form_files, relocate, stamp
@@ -371,17 +371,26 @@ def _write_card(
         for name, f in forms.items()
     ]
     like = "same class where torch is sure" if recipe.task == "classification" else "mean cosine with torch's vector"
+    teachers = json.loads((student.path / "teachers.json").read_text())
     parts = [
-        f"---\nlibrary_name: onnx\npipeline_tag: {pipeline}\ntags: [limbeck, onnx, distillation, {shipped}]\n---",
+        card_header(
+            recipe,
+            pipeline=pipeline,
+            shipped=shipped,
+            student=student.result,
+            student_digest=student.digest,
+            teachers=teachers,
+            measured={recipe.name: student.result["metrics"]},
+        ),
         f"# {recipe.name}",
         recipe.description,
         f"Made by Limbeck: distilled, exported to ONNX and shipped as `{shipped}`.{classes} Licences of the base model, the teachers "
         "and the texts apply; look them up before you pass it on.",
+        *what_went_in(recipe, student=student.result, teachers=teachers),
         "## On held-out examples, in torch",
         markdown_table(["", *columns], rows),
         "## The graphs against the torch student",
         markdown_table(["form", "MB", "largest difference", like], parity),
-        "## Digests",
-        markdown_table(["of", "sha256"], [["recipe", f"`{recipe.digest}`"], ["student", f"`{student.digest}`"]]),
+        *digests(recipe, student=student.digest, parents=student.manifest["parents"]),
     ]
     (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n")

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field
 
 from limbeck.recipe import (
     BaseRecipe,
+    BaseSource,
     CaMkdWeights,
     Count,
     Domain,
@@ -22,6 +23,7 @@ from limbeck.recipe import (
     Float,
     Fp32Form,
     Fraction,
+    FreshStudent,
     Frozen,
     Fusion,
     HubModel,
@@ -338,6 +340,18 @@ def _distillation(whole: Mapping[str, Any]) -> dict[str, Any]:
 def teachers_of(recipe: AnyRecipe) -> Sequence[Teacher | EncoderTeacher]:
     """Teachers of a recipe of any task."""
     return recipe.teachers
+
+
+def texts_of(recipe: AnyRecipe) -> list[tuple[str, TextSource]]:
+    """Name and text of every domain or class of a recipe of any task, in order."""
+    if isinstance(recipe, Recipe):
+        return [(d.name, d.text) for d in recipe.data.domains]
+    return [(name, text) for _, name, text in groups_of(recipe)]
+
+
+def base_of(recipe: AnyRecipe) -> BaseSource | OnnxModel | None:
+    """The model that the student of a recipe of any task starts from; none for a fresh one."""
+    return None if isinstance(recipe.student, FreshStudent | FreshEncoder) else recipe.student.base
 
 
 def groups_of(recipe: EncoderRecipe) -> list[tuple[str, str, TextSource]]:

@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import yaml
+from huggingface_hub import ModelCard
 
+import compress
 from export import export_student, verify_parity
 from export.census import require_quantized, take_census
 from export.graph import Graphs, build_fp32, form_files
@@ -28,8 +31,9 @@ from export.quantize import (
 )
 from limbeck.artifact import Artifact, open_artifact
 from limbeck.errors import ArtifactError, EnvironmentalError, ModelError, ParityError, QualityError
-from limbeck.recipe import Int4WeightForm, Int8DynamicForm, Int8WeightForm
+from limbeck.recipe import Int4WeightForm, Int8DynamicForm, Int8WeightForm, parse_recipe
 from limbeck.runtime import Decoder
+from tests.architectures import BASES, WEIGHT8, distillation
 from tests.pico import make_model, make_student, pico_recipe
 
 SHAPES = [
@@ -191,6 +195,83 @@ def test_the_folder_is_what_clients_expect(exported: Artifact) -> None:
     assert exported.manifest["parents"] == {"student": open_artifact(exported.path.parent / "student").digest}
     assert exported.result["shipped"] == "int8-weight"
     assert exported.result["backend"]["why"].startswith("auto: ")
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known licence", "unknown licence"])
+@pytest.mark.parametrize("kind", ["lora", "shrink"])
+def test_the_card_says_what_the_student_was_made_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, known: bool
+) -> None:
+    """Distilled for real, from the hub and from folders that are gone when the card is written; read as the hub reads it."""
+    names = ("base", "one", "two")
+    for seed, name in enumerate(names):
+        make_model(tmp_path / name, seed=seed, scale=0.2, **BASES["llama"])
+        if known or name != "two":
+            (tmp_path / name / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **_: str(tmp_path / repo.split("/")[1]))
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "train.jsonl").write_text(
+        "".join(json.dumps({"text": f"{n} is a number. " * 20}) + "\n" for n in range(40))
+    )
+    address = "hf://datasets/someone/texts@0a1b/train.jsonl"
+    (texts / "dataset_info.json").write_text(json.dumps({"license": "cc-by-4.0", "download_checksums": {address: {}}}))
+    plan = distillation("llama", kind, ["fp32", WEIGHT8]).resolved()
+    plan["student"]["base"] = {"kind": "hub", "id": "someone/base"}
+    plan["teachers"] = [
+        {"name": "one", "model": {"kind": "hub", "id": "someone/one"}},
+        {"name": "two", "model": {"kind": "local", "path": str(tmp_path / "two")}},
+    ]
+    plan["data"]["domains"].append({"name": "rows", "text": {"kind": "datasets", "path": str(texts)}})
+    recipe = parse_recipe(plan)
+    student = compress.distill(recipe=recipe, out=tmp_path / "student")
+    for name in (*names, "texts"):
+        shutil.rmtree(tmp_path / name)
+    exported = export_student(student=student.path, out=tmp_path / "onnx", recipe=recipe)
+
+    text = (exported.path / "README.md").read_text()
+    header = yaml.safe_load(text.split("---\n")[1])
+    licence = "apache-2.0" if known else "unknown"
+    assert header["license"] == licence
+    assert header["base_model"] == "someone/base"
+    assert header["datasets"] == ["someone/texts"]
+    assert header["pipeline_tag"] == "text-generation"
+    assert "int8-weight" in header["tags"]
+    assert header["teachers"] == [
+        {"name": "one", "model": "hub: id someone/one, revision main", "license": "apache-2.0"},
+        {"name": "two", "model": f"local: path {tmp_path / 'two'}", "license": licence},
+    ]
+    assert header["digests"] == {"recipe": recipe.digest, "student": student.digest}
+    card = ModelCard(text).data
+    assert card.model_name == recipe.name
+    assert [(r.task_type, r.dataset_name, r.dataset_type, r.metric_type) for r in card.eval_results or ()] == [
+        ("text-generation", "code, held out", "code", "nll"),
+        ("text-generation", "rows, held out", "someone/texts", "nll"),
+    ]
+    assert [r.metric_value for r in card.eval_results or ()] == pytest.approx(
+        [*student.result["nll"].values()], abs=1e-5
+    )
+    said = "apache-2.0 | its README.md"
+    for row in (
+        f"| base model | hub: id someone/base, revision main | {said} |",
+        f"| teacher one | hub: id someone/one, revision main | {said} |",
+        f"| teacher two | local: path {tmp_path / 'two'} | {said if known else 'unknown | '} |",
+        f"| text rows | datasets: path {texts} | cc-by-4.0 | dataset_info.json |",
+        "| text code | stdlib: paths ['abc.py'] | PSF-2.0 | Python, whose standard library it is |",
+        f"| made of teacher two | `{student.manifest['parents']['teacher two']}` |",
+    ):
+        assert row in text
+
+
+def test_the_card_of_a_student_that_says_nothing_of_licences(exported: Artifact) -> None:
+    text = (exported.path / "README.md").read_text()
+    header = yaml.safe_load(text.split("---\n")[1])
+    assert header["license"] == "unknown"
+    assert header["teachers"] == [{"name": "one", "model": "/models/one", "license": "unknown"}]
+    assert not {"base_model", "datasets"} & header.keys()
+    assert "| teacher one | /models/one | unknown |  |" in text
+    assert "transformers.js (`dtype: q8`)" in text
+    assert "optimum-onnx" in text
 
 
 def test_genai_generates_the_same_tokens(exported: Artifact) -> None:
