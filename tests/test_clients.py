@@ -32,6 +32,7 @@ PROMPTS = [
     [7 * i % 256 for i in range(45)],
 ]  # ragged; one past a block of 32
 ENDS = [150, 151, 152, 9]  # the prompt whose answer meets the stop token
+PROMPT = "My fellow Americans,"
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +56,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def test_greedy_tokens_text_and_chat_are_the_same(exported: Artifact, client: str) -> None:
-    """A ragged batch padded on the left, and one that ends early; fp32 equals torch, the other forms equal our own loop."""
+    """A ragged batch padded on the left, and one prompt that meets a stop token, and text; fp32 equals torch, the other forms equal our own loop."""
     width = max(len(prompt) for prompt in PROMPTS)
     messages = [{"role": "user", "content": "Grüße, 世界 🙂"}]
     found = _ask(
@@ -68,6 +69,7 @@ def test_greedy_tokens_text_and_chat_are_the_same(exported: Artifact, client: st
             "mask": [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS],
             "alone": ENDS,
             "count": COUNT,
+            "prompt": PROMPT,
             "text": "naïve 世界 🙂\n",
             "messages": messages,
         },
@@ -79,12 +81,14 @@ def test_greedy_tokens_text_and_chat_are_the_same(exported: Artifact, client: st
             expected = greedy(model, prompt, COUNT)[0] if form == "fp32" else list(decoder.generate(prompt, COUNT))
             end = text.stop_ids | {257}
             assert _until_end(tokens, end) == _until_end(expected, end), f"{form} after {prompt}"
-        whole = list(decoder.generate(ENDS, COUNT))
-        kept = _until_end(whole, text.stop_ids)
-        assert list(decoder.generate(ENDS, COUNT, stop_ids=text.stop_ids)) == kept
-        assert found["alone"][form] == whole[: len(kept) + 1], f"{form} stops"
+        ended = _with_end(decoder, ENDS, text.stop_ids)
+        assert found["alone"][form] == ended, f"{form} stops"
         if form == "fp32":
-            assert 3 <= len(kept) < COUNT
+            assert 3 < len(ended) <= COUNT
+            assert ended[-1] in text.stop_ids
+        if client == "transformers-js":  # by its pipeline, text in and text out
+            answer = _with_end(decoder, text.encode(PROMPT), text.stop_ids)
+            assert found["written"][form] == PROMPT + "".join(text.stream(answer)), f"{form} by pipeline"
     assert found["text"] == text.encode("naïve 世界 🙂\n")
     assert found["chat"] == text.chat(messages)
 
@@ -103,6 +107,14 @@ def _ask(client: str, job: dict[str, Any]) -> dict[str, Any]:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _with_end(decoder: Decoder, prompt: list[int], end: Collection[int]) -> list[int]:
+    """Our own answer as clients give it: with the stop token that ends it, which our loop leaves out."""
+    whole = list(decoder.generate(prompt, COUNT))
+    kept = _until_end(whole, end)
+    assert list(decoder.generate(prompt, COUNT, stop_ids=end)) == kept
+    return whole[: len(kept) + 1]
 
 
 def _until_end(tokens: list[int], end: Collection[int]) -> list[int]:

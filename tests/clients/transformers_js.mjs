@@ -3,7 +3,7 @@ import { createRequire } from "node:module";
 import { readFileSync } from "node:fs";
 
 const require = createRequire(`${process.cwd()}/`);
-const { AutoModelForCausalLM, AutoTokenizer, Tensor, env } = require("@huggingface/transformers");
+const { AutoModelForCausalLM, AutoTokenizer, Tensor, env, pipeline } = require("@huggingface/transformers");
 env.allowRemoteModels = false;
 env.localModelPath = "/";
 
@@ -15,6 +15,7 @@ const numbers = (rows) => rows.map((row) => row.map(Number));
 
 const tokens = {};
 const alone = {};
+const written = {};
 for (const form of job.forms) {
   const model = await AutoModelForCausalLM.from_pretrained(job.folder, { dtype: DTYPES[form], local_files_only: true });
   const answer = async (ids, mask) => {
@@ -24,7 +25,9 @@ for (const form of job.forms) {
   };
   tokens[form] = await answer(job.ids, job.mask);
   alone[form] = (await answer([job.alone], [job.alone.map(() => 1)]))[0];
+  const generator = await pipeline("text-generation", job.folder, { dtype: DTYPES[form], local_files_only: true });
+  written[form] = (await generator(job.prompt, { max_new_tokens: job.count, do_sample: false }))[0].generated_text;
 }
 const tokenizer = await AutoTokenizer.from_pretrained(job.folder, { local_files_only: true });
 const chat = tokenizer.apply_chat_template(job.messages, { add_generation_prompt: true, return_dict: false, return_tensor: false });
-console.log(JSON.stringify({ tokens, alone, text: tokenizer.encode(job.text), chat: chat.map(Number) }));
+console.log(JSON.stringify({ tokens, alone, written, text: tokenizer.encode(job.text), chat: chat.map(Number) }));
