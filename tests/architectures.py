@@ -78,7 +78,8 @@ torch holds in all cases (ragged batches padded on either side among them), and 
 that `compress.distill` made of two random teachers of the architecture in a few steps: a LoRA student, merged, and one cut in layers,
 neurons, heads and width. Forms for a card are checked as far as a CPU can, of the plain model: their graphs are built for that provider and
 pass parity in onnxruntime's CPU arithmetic, where fp16 products are cast to fp32; that a card has a kernel for each operator is not shown
-here (docs/gpu.md). Do not edit.
+here (docs/gpu.md). Encoders, below, have the forms fp32, int8-weight, int8-dynamic and int8-static only: none of 4 bits, none for a card.
+Do not edit.
 
 | model type | class | backend | plain model | LoRA student | shrunk student | for a card, on a CPU |
 |---|---|---|---|---|---|---|
