@@ -36,6 +36,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "HuggingFaceTB/SmolLM2-360M-Instruct": {**SMOLLM2, **_sizes(960, 2560, 32, 15, 5)},
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": {**SMOLLM2, **_sizes(2048, 8192, 24, 32, 32)},
     "Qwen/Qwen3-0.6B": {**QWEN3, **_sizes(1024, 3072, 28, 16, tied=True)},
+    "Qwen/Qwen3-1.7B": {**QWEN3, **_sizes(2048, 6144, 28, 16, tied=True)},
     "Qwen/Qwen3-4B": {**QWEN3, **_sizes(2560, 9728, 36, 32, tied=True)},
     "Qwen/Qwen3-8B": {**QWEN3, **_sizes(4096, 12288, 36, 32, tied=False)},
     "meta-llama/Llama-3.2-1B-Instruct": {**LLAMA3, **_sizes(2048, 8192, 16, 32, tied=True)},

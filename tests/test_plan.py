@@ -186,6 +186,19 @@ def test_the_library_is_filtered_and_sorted() -> None:
         library(family="qwen")
 
 
+def test_an_expert_of_your_own_text_is_the_one_beside_your_recipe(tmp_path: Path) -> None:
+    (tmp_path / "expert-domain.yaml").write_text("extends: qwen3/expert-domain\nname: my-expert\n")
+    (tmp_path / "mine.yaml").write_text("extends: qwen3/0.6b-from-8b-4b\nname: mine\n")
+    made = {
+        reference: plan._first(load_recipe(reference))
+        for reference in ("qwen3/0.6b-from-8b-4b", str(tmp_path / "mine.yaml"))
+    }
+    assert [[load_recipe(path).name for path in paths] for paths in made.values()] == [
+        ["qwen3-1.7b-expert-domain"],
+        ["my-expert"],
+    ]
+
+
 # Shrunk to pico --------------------------------------------------------------------------------------------------
 
 
