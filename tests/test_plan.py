@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from export.sizes import form_bytes
 from limbeck import pico, pipeline, plan
 from limbeck.cli import app
 from limbeck.errors import ModelError, RecipeError
-from limbeck.library import library
+from limbeck.library import Entry, library
 from limbeck.recipe import Recipe, load_recipe, parse_recipe
 from tests import hub
 from tests.pico import make_model, make_student, pico_recipe
@@ -174,6 +175,21 @@ def test_every_recipe_can_be_planned(name: str, tmp_path: Path, monkeypatch: pyt
     assert found.memory_total > 0
     assert found.operations > 0
     assert found.as_text().startswith("recipe ")
+
+
+@pytest.mark.parametrize("entry", library(), ids=lambda entry: entry.name)
+def test_a_header_says_what_the_recipe_takes_and_gives(entry: Entry) -> None:
+    said = entry.about.partition("Plan:")[0]
+    for what, words in {
+        "needs": "Needs:",
+        "memory": r"\d GB of memory|card with \d+ GB",
+        "disk": r"\d [GM]B of disk",
+        "processor": r"No GPU|\bcard\b",
+        "time": r"[Hh]ours [^.]*not measured|minute",
+        "licences": "Licences:",
+        "gives": r"Gives:|Gave",
+    }.items():
+        assert re.search(words, said), f"{entry.name}: {what}"
 
 
 def test_the_library_is_filtered_and_sorted() -> None:
