@@ -1,25 +1,18 @@
-"""What training will take, without its weights: parameters, memory and operations, by tracing the real modules.
+"""What training a language model will take, without its weights: parameters, memory and operations.
 
-They run on fake tensors, which have shapes and no values, so every architecture counts itself; what the loop adds
-around them (optimiser, copies, logits of a chunk) is summed here. Knows nothing of files or of text.
+Every architecture counts itself (`compress.tracing`); what the loop adds around it (optimiser, copies, logits of a chunk) is
+summed here. Knows nothing of files or of text.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import time
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from compress.attention import use_short_attention
@@ -30,13 +23,13 @@ from compress.models import BAD_CONFIG, DTYPES, cast_frozen, random_config
 from compress.shrink import shrunk_config
 from compress.students import with_lora
 from compress.teachers import Body, causal_lm
+from compress.tracing import Trace, on_a_line, operations_a_second, resized, trace_model
 from limbeck.errors import ModelError
 from limbeck.recipe import FreshStudent, HiddenCache, LoraStudent, NoCache, Recipe, ShrinkStudent, TopkCache
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-_TRACED = (2, 4)  # layers that are traced; all others lie on the line through both
 _EVALUATED = 4  # blocks in one batch of held-out text
-_TRIAL_VOCABULARY = 1024  # the trial times layers
+TRIAL_VOCABULARY = 1024  # the trial times layers
 
 
 @dataclass(frozen=True)
@@ -71,7 +64,7 @@ class TeacherShape:
 class Memory:
     """Bytes at the worst moment of training, by what they are for; the program itself is not counted."""
 
-    teachers: int  # weights and heads
+    teachers: int  # weights and heads, or what they said
     student: int  # weights, head and feature projections
     optimizer: int  # gradients, two moments, and the best weights so far
     activations: int  # of one micro-batch, and what teachers say of it
@@ -88,7 +81,6 @@ class Memory:
 class Footprint:
     """What distilling one recipe takes, by its sizes."""
 
-    student: Shape
     trained: int  # parameters, projections included
     memory: Memory
     cache_bytes: int  # of the teacher cache; 0 without one
@@ -178,88 +170,37 @@ def footprint(
     moments.append(Memory(kept_teachers, weights + head + again, 2 * best, scored, 0, "saving"))
     if lora:  # the adapters are merged into the base as it is on disk
         moments.append(Memory(kept_teachers, weights + head + again + 4 * student.linear, 2 * best, 0, 0, "merging"))
-    return Footprint(student, trained, max(moments, key=lambda m: m.total), cache_bytes, operations)
+    return Footprint(trained, max(moments, key=lambda m: m.total), cache_bytes, operations)
 
 
 def measure_speed(recipe: Recipe, config: Any, *, seconds: float, precision: str, device: torch.device) -> float:
     """Operations a second of the student's layers here, forward and backward, in a trial of about ``seconds``."""
     prepare_host(recipe.training.threads)
-    small = _resized(config, layers=2)
-    small.vocab_size = _TRIAL_VOCABULARY
+    small = resized(config, layers=2)
+    small.vocab_size = TRIAL_VOCABULARY
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(small, name, None)  # they may lie past the smaller vocabulary
     model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).to(device)
     ids = torch.zeros((recipe.training.micro_batch, recipe.data.block), dtype=torch.int64, device=device)
-    rates: list[float] = []
-    started = time.perf_counter()
-    while len(rates) < 3 or time.perf_counter() - started < seconds:
-        with FlopCounterMode(display=False) as counter:
-            begun = time.perf_counter()
-            hidden = _hidden(model, ids, precision)
-            hidden.backward(torch.ones_like(hidden))
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            rates.append(counter.get_total_flops() / (time.perf_counter() - begun))
+
+    def step() -> None:
+        hidden = _hidden(model, ids, precision)
+        hidden.backward(torch.ones_like(hidden))
         model.zero_grad(set_to_none=True)
-    return sorted(rates[1:])[len(rates[1:]) // 2]  # the first one warms up
+
+    return operations_a_second(step, seconds=seconds, device=device)
 
 
 # Tracing ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Trace:
-    """One micro-batch through a model: operations, and bytes above what is alive before it."""
-
-    forward: float
-    backward: float
-    kept: int  # between forward and backward
-    forward_peak: int
-    backward_peak: int
-
-
-class _Live(TorchDispatchMode):
-    """Bytes of the storages that operators made and that are still referred to, and the most there were."""
-
-    def __init__(self, known: Sequence[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._seen: Any = weakref.WeakKeyDictionary({t.untyped_storage(): True for t in known})
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, self._count, result)
-        return result
-
-    def _count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage in self._seen:
-            return
-        self._seen[storage] = True
-        size = storage.nbytes()
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._let_go, size)
-
-    def _let_go(self, size: int) -> None:
-        self.now -= size
 
 
 def trace_line(
     shape: Shape, recipe: Recipe | None, *, rows: int, precision: str, length: int = 0, states: bool = False
 ) -> Trace:
     """One micro-batch through all layers of ``shape``: forward and backward of the recipe's student, or a teacher's forward."""
-    few = [n for n in _TRACED if n < shape.layers] if shape.layers > _TRACED[1] else [shape.layers]
-    traces = [_trace(_resized(shape.config, layers=n), recipe, rows, length, precision, states) for n in few]
-    if len(few) == 1:
-        return traces[0]
-    steps = (shape.layers - few[0]) / (few[1] - few[0])
-
-    def at(name: str) -> float:
-        first, second = (getattr(t, name) for t in traces)
-        return float(first + (second - first) * steps)
-
-    return Trace(at("forward"), at("backward"), *(round(at(n)) for n in ("kept", "forward_peak", "backward_peak")))
+    return on_a_line(
+        shape.layers, lambda n: _trace(resized(shape.config, layers=n), recipe, rows, length, precision, states)
+    )
 
 
 def _trace(config: Any, recipe: Recipe | None, rows: int, length: int, precision: str, states: bool) -> Trace:
@@ -271,41 +212,17 @@ def _trace(config: Any, recipe: Recipe | None, rows: int, length: int, precision
         if recipe is None or _is_cast(recipe):
             cast_frozen(model, DTYPES[precision])
         use_short_attention(causal_lm(model))
-    with FakeTensorMode():
-        _on_the_cpu(model)
-        model.train(recipe is not None)
-        if recipe is not None:
-            length = recipe.data.block
-            if recipe.training.gradient_checkpointing:
-                model.activation_checkpointing_enable({"use_reentrant": False})
-                model.enable_input_require_grads()
-        ids = torch.zeros((rows, length), dtype=torch.int64)
-        known = [*model.parameters(), *model.buffers(), ids]
-        for parameter in model.parameters():
-            if parameter.requires_grad:  # gradients are counted with the optimiser
-                parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        with _Live(known) as live, FlopCounterMode(display=False) as counter:
-            hidden = _hidden(model, ids, precision, states=states)
-            kept, forward_peak, forward = live.now, live.peak, counter.get_total_flops()
-            live.peak = live.now
-            if recipe is not None:
-                hidden.backward(torch.empty_like(hidden))
-            return Trace(forward, counter.get_total_flops() - forward, kept, forward_peak, live.peak)
+    if recipe is not None:
+        length = recipe.data.block
+        if recipe.training.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
 
+    def run(model: Any, ids: Tensor) -> Tensor:
+        hidden: Tensor = _hidden(model, ids, precision, states=states)
+        return hidden
 
-def _on_the_cpu(model: Any) -> None:
-    """Give every parameter and buffer of a model on the meta device to the fake tensors of the mode that is on."""
-    made: dict[int, Any] = {}
-    for module in model.modules():
-        for kind in (module._parameters, module._buffers):
-            for name, value in kind.items():
-                if value is None:
-                    continue
-                if id(value) not in made:  # tied ones stay tied
-                    fake = torch.empty(value.shape, dtype=value.dtype, device="cpu")
-                    trained = isinstance(value, nn.Parameter)
-                    made[id(value)] = value, nn.Parameter(fake, value.requires_grad) if trained else fake
-                kind[name] = made[id(value)][1]
+    return trace_model(model, run, rows=rows, length=length, trains=recipe is not None)
 
 
 def _hidden(model: Any, ids: Tensor, precision: str, *, states: bool = False) -> Any:
@@ -314,10 +231,6 @@ def _hidden(model: Any, ids: Tensor, precision: str, *, states: bool = False) ->
     mixed = torch.autocast(ids.device.type, DTYPES[precision]) if precision != "fp32" else contextlib.nullcontext()
     with mixed:
         return body(input_ids=ids, use_cache=False, output_hidden_states=states).last_hidden_state
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
 
 
 def _teacher_trace(teacher: TeacherShape, recipe: Recipe, *, precision: str, states: bool) -> Trace:
@@ -335,16 +248,6 @@ def _teacher_trace(teacher: TeacherShape, recipe: Recipe, *, precision: str, sta
 def _is_cast(recipe: Recipe) -> bool:
     """Whether the frozen matrices of the student's base are kept in the number type of the forward pass."""
     return isinstance(recipe.student, LoraStudent) and not recipe.student.dora
-
-
-def _resized(config: Any, *, layers: int) -> Any:
-    """A copy with fewer layers; lists that hold one entry a layer are cut with them."""
-    smaller, before = copy.deepcopy(config), config.num_hidden_layers
-    for name, value in vars(smaller).items():
-        if isinstance(value, list) and len(value) == before:
-            setattr(smaller, name, value[:layers])
-    smaller.num_hidden_layers = layers
-    return smaller
 
 
 def _is_linear(module: nn.Module) -> bool:

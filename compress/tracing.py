@@ -1,0 +1,137 @@
+"""Operations and memory of a model without its weights: its real modules run on fake tensors, which have shapes and no values.
+
+Knows torch modules and nothing of recipes; what a loop keeps beside a model is summed by those who call this.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+_TRACED = (2, 4)  # layers that are traced; all others lie on the line through both
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One micro-batch through a model: operations, and bytes above what is alive before it."""
+
+    forward: float
+    backward: float
+    kept: int  # between forward and backward
+    forward_peak: int
+    backward_peak: int
+
+
+def trace_model(model: Any, run: Callable[[Any, Tensor], Tensor], *, rows: int, length: int, trains: bool) -> Trace:
+    """``run`` on ``model``, which is on the meta device, and token ids ``[rows, length]``; and backward where it ``trains``."""
+    with FakeTensorMode():
+        _on_the_cpu(model)
+        model.train(trains)
+        ids = torch.zeros((rows, length), dtype=torch.int64)
+        known = [*model.parameters(), *model.buffers(), ids]
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # gradients are counted with the optimiser
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        with Live(known) as live, FlopCounterMode(display=False) as counter:
+            said = run(model, ids)
+            kept, forward_peak, forward = live.now, live.peak, counter.get_total_flops()
+            live.peak = live.now
+            if trains:
+                said.backward(torch.empty_like(said))
+            return Trace(forward, counter.get_total_flops() - forward, kept, forward_peak, live.peak)
+
+
+def on_a_line(layers: int, trace_of: Callable[[int], Trace]) -> Trace:
+    """The trace of ``layers`` layers, from those of few: each layer adds the same."""
+    few = [n for n in _TRACED if n < layers] if layers > _TRACED[1] else [layers]
+    traces = [trace_of(n) for n in few]
+    if len(few) == 1:
+        return traces[0]
+    steps = (layers - few[0]) / (few[1] - few[0])
+
+    def at(name: str) -> float:
+        first, second = (getattr(t, name) for t in traces)
+        return float(first + (second - first) * steps)
+
+    return Trace(at("forward"), at("backward"), *(round(at(n)) for n in ("kept", "forward_peak", "backward_peak")))
+
+
+def resized(config: Any, *, layers: int) -> Any:
+    """A copy with fewer layers; lists that hold one entry a layer are cut with them."""
+    smaller, before = copy.deepcopy(config), config.num_hidden_layers
+    for name, value in vars(smaller).items():
+        if isinstance(value, list) and len(value) == before:
+            setattr(smaller, name, value[:layers])
+    smaller.num_hidden_layers = layers
+    return smaller
+
+
+def operations_a_second(step: Callable[[], None], *, seconds: float, device: torch.device) -> float:
+    """Floating-point operations a second of ``step``, done again and again for about ``seconds``: the median."""
+    rates: list[float] = []
+    started = time.perf_counter()
+    while len(rates) < 3 or time.perf_counter() - started < seconds:
+        with FlopCounterMode(display=False) as counter:
+            begun = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            rates.append(counter.get_total_flops() / (time.perf_counter() - begun))
+    return sorted(rates[1:])[len(rates[1:]) // 2]  # the first one warms up
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the storages that operators made and that are still referred to, and the most there were."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._seen: Any = weakref.WeakKeyDictionary({t.untyped_storage(): True for t in known})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._count, result)
+        return result
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._seen:
+            return
+        self._seen[storage] = True
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._let_go, size)
+
+    def _let_go(self, size: int) -> None:
+        self.now -= size
+
+
+def _on_the_cpu(model: Any) -> None:
+    """Give every parameter and buffer of a model on the meta device to the fake tensors of the mode that is on."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for kind in (module._parameters, module._buffers):
+            for name, value in kind.items():
+                if value is None:
+                    continue
+                if id(value) not in made:  # tied ones stay tied
+                    fake = torch.empty(value.shape, dtype=value.dtype, device="cpu")
+                    trained = isinstance(value, nn.Parameter)
+                    made[id(value)] = value, nn.Parameter(fake, value.requires_grad) if trained else fake
+                kind[name] = made[id(value)][1]
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
