@@ -5,6 +5,7 @@ Shapes: R rows, L tokens, C classes, d width.
 
 from __future__ import annotations
 
+import mmap
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +16,19 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from compress.models import byte_tokenizer, cached, load_tokenizer, model_folder, random_model
+from compress.models import (
+    byte_tokenizer,
+    cached,
+    load_tokenizer,
+    model_config,
+    model_folder,
+    random_config,
+    random_model,
+)
 from compress.shrink import Importance, shrink
 from limbeck import sources
 from limbeck.artifact import file_digest
+from limbeck.encoder import COUNTS_FROM_PADDING
 from limbeck.encoder_recipe import (
     AnyEncoderSource,
     EncoderShrinkStudent,
@@ -55,6 +65,36 @@ def encoder_folder(source: AnyEncoderSource, *, folder: Path, product: Path | No
             return cached(key, lambda out: _read_onnx(path, like, out))
         case _:
             return model_folder(source, folder=folder)
+
+
+def encoder_config(source: EncoderSource, *, folder: Path) -> Any:
+    """The configuration of an encoder, without its weights: of a hub model only config.json is fetched.
+
+    Raises `ModelError` when it cannot be had.
+    """
+    if isinstance(source, RandomModel):
+        return random_config(_random_fields(source), vocab_size=len(byte_tokenizer()), where="model.config")
+    if not isinstance(source, OnnxModel):
+        return model_config(source, folder=folder)
+    path = sources.model_path(source, folder=folder)
+    assert path is not None
+    config = model_config(source.like, folder=folder)
+    config.num_hidden_layers = _layers_named_in(path)
+    return config
+
+
+def labelled(config: Any, classes: Sequence[str]) -> Any:
+    """A copy of a configuration for a classifier of these classes."""
+    return type(config).from_dict({**config.to_dict(), **_labels(classes)})
+
+
+def require_context(name: str, config: Any, tokens: int) -> None:
+    """Raise `ModelError` unless the encoder of a configuration reads examples of ``tokens`` tokens."""
+    most = int(getattr(config, "max_position_embeddings", 0) or 0)
+    if most and config.model_type in COUNTS_FROM_PADDING:
+        most -= (config.pad_token_id or 0) + 1
+    if most and tokens > most:
+        raise ModelError(f"data.max_tokens: found {tokens}, but {name} reads {most} at most; choose {most} or less.")
 
 
 def load_body(folder: Path) -> Any:
@@ -141,7 +181,7 @@ def _labels(classes: Sequence[str]) -> dict[str, Any]:
 
 def _with_head(body: Any, classes: Sequence[str]) -> Any:
     """A classifier around ``body``, its head fresh."""
-    config = type(body.config).from_dict({**body.config.to_dict(), **_labels(classes)})
+    config = labelled(body.config, classes)
     try:
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     except ValueError as error:
@@ -153,11 +193,15 @@ def _with_head(body: Any, classes: Sequence[str]) -> Any:
 
 
 def _make_random(source: RandomModel, out: Path) -> dict[str, Any]:
-    tokenizer = byte_tokenizer()
-    options = {"pad_token_id": tokenizer.pad_token_id, **source.config}
-    model = random_model(options, vocab_size=len(tokenizer), seed=source.seed, where="model.config", auto=AutoModel)
+    tokenizer, options = byte_tokenizer(), _random_fields(source)
+    auto = AutoModelForSequenceClassification if "id2label" in source.config else AutoModel
+    model = random_model(options, vocab_size=len(tokenizer), seed=source.seed, where="model.config", auto=auto)
     _save(model, tokenizer, out)
     return {"parameters": model.num_parameters()}
+
+
+def _random_fields(source: RandomModel) -> dict[str, Any]:
+    return {"pad_token_id": byte_tokenizer().pad_token_id, **source.config}
 
 
 # An ONNX file read back ------------------------------------------------------------------------------------------
@@ -206,6 +250,19 @@ def _read_onnx(file: Path, like: Path, out: Path) -> dict[str, Any]:
         )
     _save(model, load_tokenizer(like), out)
     return {"parameters": model.num_parameters(), "difference": gap}
+
+
+def _layers_named_in(file: Path) -> int:
+    """Layers of an ONNX file by the names in it, which lie there as text: protobuf would read the weights as well."""
+    found = set[int]()
+    if file.stat().st_size:
+        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            found = {int(match[1]) for match in re.finditer(rb"encoder\.layer\.(\d+)\.", data)}
+    if not found:
+        raise ModelError(
+            f"{file}: no layers of an encoder are named in it; only encoders whose exporter kept the parameters' names can be read back."
+        )
+    return max(found) + 1
 
 
 def _local(name: str) -> str:

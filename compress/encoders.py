@@ -46,11 +46,12 @@ from compress.encoder_models import (
     load_body,
     load_classifier,
     pooled,
+    require_context,
 )
 from compress.features import Projections, feature_loss
 from compress.fusion import Head, TeacherStates, fit_temperature, fused_loss, weigh
 from compress.host import prepare_host
-from compress.models import load_tokenizer, require_same_tokenizer, resolve_device
+from compress.models import folder_config, load_tokenizer, require_same_tokenizer, resolve_device
 from compress.students import load_trainable_state, trainable_state
 from compress.train import learning_rate, resolve_precision
 from limbeck import sources
@@ -64,7 +65,7 @@ from limbeck.progress import say, task
 from limbeck.recipe import FittedCalibration, FixedCalibration, Weights
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
-_ROWS = 32  # examples of a batch that is not trained on
+ROWS = 32  # examples of a batch that is not trained on
 _CALIBRATION_ROWS = 64  # training examples that travel with a student, for the export's calibration
 
 Answers = Tensor  # logits [N, C], or unit vectors [N, d]
@@ -113,9 +114,10 @@ def train_encoder(
     torch.manual_seed(recipe.seed)
     folders = [encoder_folder(t.model, folder=recipe.folder, product=products.get(t.name)) for t in recipe.teachers]
     base = base_folder(recipe.student, folder=recipe.folder, teachers=folders)
-    if folders:
-        names = [t.name for t in recipe.teachers]
-        require_same_tokenizer({"the student": base, **dict(zip(names, folders, strict=True))})
+    places = {"the student": base} | {t.name: place for t, place in zip(recipe.teachers, folders, strict=True)}
+    require_same_tokenizer(places)
+    for name, place in places.items():
+        require_context(name, folder_config(place), recipe.data.max_tokens)
     known = sources_of(recipe, base=base, teachers=folders)
     tokenizer = load_tokenizer(base)
     train, heldout = load_examples(recipe, tokenizer)
@@ -125,6 +127,7 @@ def train_encoder(
     model, importance, kept = build_student(
         recipe.student, folder=base, classes=classes, calibration=_calibration(recipe, train, order), seed=recipe.seed
     )
+    require_context("the student", model.config, recipe.data.max_tokens)  # a fresh one has sizes of its own
     if kept:
         say(f"  student: {kept['parameters'] / 1e6:.1f}M of {kept['parameters_before'] / 1e6:.1f}M parameters kept")
     teachers = [
@@ -314,8 +317,8 @@ def _answers(model: Model, examples: Examples, *, device: torch.device, label: s
     order = np.argsort(examples.lengths, kind="stable")
     parts = []
     with task(label, len(order)) as progress:
-        for at in range(0, len(order), _ROWS):
-            ids, mask = examples.batch(order[at : at + _ROWS])
+        for at in range(0, len(order), ROWS):
+            ids, mask = examples.batch(order[at : at + ROWS])
             parts.append(model(torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)).float())
             progress.advance(len(ids))
     found = torch.cat(parts)

@@ -72,6 +72,11 @@ def model_config(source: BaseSource, *, folder: Path) -> Any:
         found = sources.model_path(source, folder=folder)
         assert found is not None
         path = found
+    return folder_config(path)
+
+
+def folder_config(path: Path) -> Any:
+    """The configuration in a model folder or a GGUF file. Raises `ModelError`."""
     try:
         if path.is_file():
             return copy.deepcopy(_gguf_config(path, path.stat().st_mtime_ns))

@@ -86,7 +86,7 @@ def export_encoder(*, student: Artifact, out: Path, recipe: EncoderRecipe, key: 
         forms: dict[str, dict[str, Any]] = {}
         for form in recipe.export.forms:
             graphs = encoder_files(folder, form.kind)
-            scheme = _scheme(form, width)
+            scheme = encoder_scheme(form, width)
             if scheme:
                 say(f"export: quantising to {form.kind}")
                 quantize_weights(
@@ -229,7 +229,7 @@ def build_fp32(
     return graphs, int(config.hidden_size)
 
 
-def _scheme(form: EncoderForm, width: int) -> Scheme | None:
+def encoder_scheme(form: EncoderForm, width: int) -> Scheme | None:
     """As for decoders, but all products in integers: an encoder's come many rows at a time, where that is the fastest."""
     if isinstance(form, Int8DynamicForm | Int8StaticForm):
         most = most_of(form)
