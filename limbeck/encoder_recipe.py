@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from limbeck.errors import RecipeError
 from limbeck.recipe import (
     BaseRecipe,
     BaseSource,
@@ -352,6 +353,14 @@ def texts_of(recipe: AnyRecipe) -> list[tuple[str, TextSource]]:
 def base_of(recipe: AnyRecipe) -> BaseSource | OnnxModel | None:
     """The model that the student of a recipe of any task starts from; none for a fresh one."""
     return None if isinstance(recipe.student, FreshStudent | FreshEncoder) else recipe.student.base
+
+
+def load_teacher_recipe(path: Path, *, of: AnyRecipe) -> AnyRecipe:
+    """The recipe that makes a teacher of another one. Raises `RecipeError`, also where its task is another."""
+    made = load_any_recipe(path)
+    if made.task != of.task:
+        raise RecipeError(f"{path}: its task is {made.task}, expected {of.task}; name a recipe of that task.")
+    return made
 
 
 def groups_of(recipe: EncoderRecipe) -> list[tuple[str, str, TextSource]]:

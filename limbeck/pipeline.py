@@ -27,7 +27,7 @@ from limbeck.artifact import (
     student_of,
     write_atomically,
 )
-from limbeck.encoder_recipe import AnyRecipe, load_any_recipe, parse_any_recipe, teachers_of
+from limbeck.encoder_recipe import AnyRecipe, load_teacher_recipe, parse_any_recipe, teachers_of
 from limbeck.errors import ArtifactError, EnvironmentalError, LimbeckError, QualityError, RecipeError
 from limbeck.progress import leads, say
 from limbeck.recipe import Recipe, RecipeModel, find_recipe, load_bench
@@ -91,11 +91,7 @@ def _teachers_of(
             if path in chain:
                 circle = " -> ".join(p.stem for p in (*chain[chain.index(path) :], path))
                 raise RecipeError(f"a recipe that is made from itself ({circle}); name another model for one of them.")
-            made = load_any_recipe(path)
-            if made.task != recipe.task:
-                raise RecipeError(
-                    f"{path}: its task is {made.task}, expected {recipe.task}; name a recipe of that task."
-                )
+            made = load_teacher_recipe(path, of=recipe)
         except RecipeError as error:
             errors.append(f"{here}: {error}")
             continue

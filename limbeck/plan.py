@@ -1,6 +1,7 @@
 """What a recipe will take and give, before any weights are loaded: parameters, sizes, memory, operations, time.
 
-Knows recipes and configurations; the stages say what they would do with them (`compress.footprint`, `export.sizes`).
+Knows recipes and configurations; the stages say what they would do with them: of language models `compress.footprint` and
+`export.sizes`, of encoders `compress.encoder_footprint` and `export.encoder_sizes`.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from limbeck.encoder_recipe import AnyRecipe, EncoderRecipe, FreshEncoder, load_teacher_recipe, teachers_of
 from limbeck.errors import LimbeckError, RecipeError
 from limbeck.recipe import FreshStudent, LoraStudent, Recipe, RecipeModel, find_recipe, load_recipe
 
 if TYPE_CHECKING:
+    from compress.encoder_footprint import EncoderShape
     from compress.footprint import Footprint, Shape, TeacherShape
 
 # Resident memory of Python with torch, transformers and peft before any model: Linux, CPU build of torch 2.13, measured.
@@ -30,10 +33,12 @@ class Plan:
     student: int  # parameters
     trained: int  # of them, or of the adapters and projections beside them
     forms: dict[str, int]  # bytes of graph and weights, the shipped one last
-    memory: dict[str, int]  # training, by what it is for
+    memory: dict[
+        str, int
+    ]  # training, by what it is for; of whichever takes most, this recipe or one that is made first
     memory_total: int
     worst_moment: str
-    device: str
+    device: str  # that the memory is on
     cache: int  # bytes of the teacher cache
     operations: float  # of training
     first: tuple[str, ...]  # recipes whose students are made first
@@ -77,64 +82,106 @@ class Plan:
             )
 
 
-def plan_recipe(recipe: Recipe, *, trial: bool = False) -> Plan:
+@dataclass(frozen=True)
+class _Making:
+    """One student that is to be made, and what that takes."""
+
+    recipe: AnyRecipe
+    student: Shape | EncoderShape
+    teachers: list[int]  # parameters
+    taken: Footprint
+    device: Any  # of torch
+    precision: str
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes by what they are for, the program included where it lies beside them."""
+        parts = {part: value for part, value in asdict(self.taken.memory).items() if part != "moment"}
+        return parts | ({"program": PROGRAM_BYTES} if self.device.type == "cpu" else {})
+
+    def seconds(self, speed: float) -> float:
+        """Of training, at ``speed`` operations a second; a budget in time is what it is."""
+        minutes = self.recipe.training.minutes if isinstance(self.recipe, Recipe) else None
+        return 60 * minutes if minutes else self.taken.operations / speed
+
+
+def plan_recipe(recipe: AnyRecipe, *, trial: bool = False) -> Plan:
     """Work out what ``recipe`` takes; ``trial`` times its student's layers on this machine for about ten seconds.
 
     Raises `ModelError` for a model whose configuration cannot be had, `RecipeError` for a teacher recipe that is wrong.
     """
     import compress
+    from limbeck import pipeline
 
     compress.quiet_libraries()
-    from compress import footprint
-    from compress.models import resolve_device
-    from compress.train import resolve_precision
-
-    device = resolve_device(recipe.training.device)
-    precision = resolve_precision(recipe.training.precision, device)
-    student, taken, teachers = _footprint(recipe, precision)
-    forms = _forms(recipe, student)
-    first = {path: load_recipe(path) for path in _first(recipe)}
-    before = sum(_footprint(made, precision)[1].operations for made in first.values())
-    memory = {part: value for part, value in asdict(taken.memory).items() if part != "moment"}
-    if device.type == "cpu":
-        memory["program"] = PROGRAM_BYTES
+    own = _making(recipe)
+    first = [_making(product.recipe) for product in pipeline.plan(recipe)[0]]
+    worst = max([own, *first], key=lambda making: sum(making.memory.values()))
+    moment = worst.taken.memory.moment
     seconds = None
     if trial:
-        speed = footprint.measure_speed(
-            recipe, student.config, seconds=TRIAL_SECONDS, precision=precision, device=device
-        )
-        minutes = recipe.training.minutes  # a budget in time is what it is
-        seconds = (60 * minutes if minutes else taken.operations / speed) + before / speed
+        speed = _speed(own)
+        seconds = sum(making.seconds(speed) for making in (own, *first))
     return Plan(
         recipe=recipe.name,
-        teachers={t.name: shape.shape.parameters for t, shape in zip(recipe.teachers, teachers, strict=True)},
-        student=student.parameters,
-        trained=taken.trained,
-        forms=forms,
-        memory=memory,
-        memory_total=sum(memory.values()),
-        worst_moment=taken.memory.moment,
-        device=device.type,
-        cache=taken.cache_bytes,
-        operations=taken.operations,
-        first=tuple(made.name for made in first.values()),
-        operations_first=before,
+        teachers={t.name: count for t, count in zip(teachers_of(recipe), own.teachers, strict=True)},
+        student=own.student.parameters,
+        trained=own.taken.trained,
+        forms=_forms(recipe, own.student),
+        memory=worst.memory,
+        memory_total=sum(worst.memory.values()),
+        worst_moment=moment if worst is own else f"{moment} ({worst.recipe.name}, made first)",
+        device=worst.device.type,
+        cache=own.taken.cache_bytes,
+        operations=own.taken.operations,
+        first=tuple(making.recipe.name for making in first),
+        operations_first=sum(making.taken.operations for making in first),
         seconds=seconds,
         bench_seconds=60 * recipe.bench.minutes,
     )
 
 
-def form_sizes(recipe: Recipe) -> dict[str, int]:
+def form_sizes(recipe: AnyRecipe) -> dict[str, int]:
     """Bytes of graph and weights of each form of ``recipe``, the shipped one last. Raises as `plan_recipe` does."""
-    return _forms(recipe, _student(recipe, vocabulary=_vocabulary(recipe))[0])
+    if isinstance(recipe, Recipe):
+        return _forms(recipe, _student(recipe, vocabulary=_vocabulary(recipe))[0])
+    return _forms(recipe, _encoder_student(recipe, ())[0])
 
 
-def _forms(recipe: Recipe, student: Shape) -> dict[str, int]:
+def _making(recipe: AnyRecipe) -> _Making:
+    from compress.models import resolve_device
+    from compress.train import resolve_precision
+
+    device = resolve_device(recipe.training.device)
+    precision = resolve_precision(recipe.training.precision, device)
+    if isinstance(recipe, Recipe):
+        return _Making(recipe, *_footprint(recipe, precision), device, precision)
+    return _Making(recipe, *_encoder_footprint(recipe, precision), device, precision)
+
+
+def _speed(making: _Making) -> float:
+    """Operations a second of the student's layers here."""
+    from compress.encoder_footprint import EncoderShape, measure_encoder_speed
+    from compress.footprint import measure_speed
+
+    recipe, student, options = making.recipe, making.student, {"precision": making.precision, "device": making.device}
+    if isinstance(recipe, Recipe):
+        return measure_speed(recipe, student.config, seconds=TRIAL_SECONDS, **options)
+    assert isinstance(student, EncoderShape)
+    return measure_encoder_speed(recipe, student, seconds=TRIAL_SECONDS, **options)
+
+
+def _forms(recipe: AnyRecipe, student: Shape | EncoderShape) -> dict[str, int]:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from compress.encoder_footprint import meta_encoder
+    from export.encoder_sizes import encoder_form_bytes
     from export.sizes import form_bytes
 
+    if not isinstance(recipe, Recipe):
+        encoder = meta_encoder(student.config, recipe.task)
+        return {form.kind: encoder_form_bytes(encoder, form, task=recipe.task) for form in recipe.export.forms}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(student.config, dtype=torch.float32)
     export = recipe.export
@@ -143,12 +190,16 @@ def _forms(recipe: Recipe, student: Shape) -> dict[str, int]:
     }
 
 
-def _footprint(recipe: Recipe, precision: str) -> tuple[Shape, Footprint, list[TeacherShape]]:
+# Language models -------------------------------------------------------------------------------------------------
+
+
+def _footprint(recipe: Recipe, precision: str) -> tuple[Shape, list[int], Footprint]:
     from compress.footprint import footprint
 
     teachers = _teachers(recipe, ())  # their mistakes are told first
     student, base = _student(recipe, vocabulary=teachers[0].shape.vocabulary if teachers else 0)
-    return student, footprint(recipe, student=student, base=base, teachers=teachers, precision=precision), teachers
+    taken = footprint(recipe, student=student, base=base, teachers=teachers, precision=precision)
+    return student, [t.shape.parameters for t in teachers], taken
 
 
 def _student(recipe: Recipe, *, vocabulary: int) -> tuple[Shape, Shape | None]:
@@ -204,14 +255,56 @@ def _teacher(index: int, recipe: Recipe, chain: tuple[Path, ...]) -> TeacherShap
     return TeacherShape(shape, place, teacher.dtype, teacher.quantize, lora_parameters(shape.config, made.student))
 
 
-def _first(recipe: Recipe) -> list[Path]:
-    """Recipes of teachers, and of their teachers, each once, in the order they are made."""
-    found: dict[Path, None] = {}
-    for teacher in recipe.teachers:
-        if isinstance(teacher.model, RecipeModel):
-            path = find_recipe(teacher.model.recipe, folder=recipe.folder)
-            found |= dict.fromkeys([*_first(load_recipe(path)), path])
-    return list(found)
+# Encoders --------------------------------------------------------------------------------------------------------
+
+
+def _encoder_footprint(recipe: EncoderRecipe, precision: str) -> tuple[EncoderShape, list[int], Footprint]:
+    from compress.encoder_footprint import encoder_footprint
+
+    teachers = [_encoder_teacher(index, recipe, ()) for index in range(len(recipe.teachers))]
+    student, base = _encoder_student(recipe, ())
+    taken = encoder_footprint(recipe, student=student, base=base, teachers=teachers, precision=precision)
+    return student, [t.parameters for t in teachers], taken
+
+
+def _encoder_student(recipe: EncoderRecipe, chain: tuple[Path, ...]) -> tuple[EncoderShape, EncoderShape | None]:
+    """The student and its base; a fresh one takes the tokenizer, and so the vocabulary, of the first teacher."""
+    from compress.encoder_footprint import describe_encoder, encoder_student_config
+    from compress.encoder_models import encoder_config
+
+    base: EncoderShape | None = None
+    vocabulary = 0
+    if isinstance(recipe.student, FreshEncoder):
+        vocabulary = int(_encoder_teacher(0, recipe, chain).config.vocab_size)
+    else:
+        try:
+            config = encoder_config(recipe.student.base, folder=recipe.folder)
+            base = describe_encoder(config, name="student.base", recipe=recipe)
+        except LimbeckError as error:
+            raise type(error)(f"{recipe.name}: student.base: {error}") from error
+    config = encoder_student_config(recipe, base=base.config if base else None, vocabulary=vocabulary)
+    return describe_encoder(config, name="the student", recipe=recipe), base
+
+
+def _encoder_teacher(index: int, recipe: EncoderRecipe, chain: tuple[Path, ...]) -> EncoderShape:
+    from compress.encoder_footprint import describe_encoder
+    from compress.encoder_models import encoder_config, require_context
+
+    name, model = f"teacher {recipe.teachers[index].name}", recipe.teachers[index].model
+    try:
+        if not isinstance(model, RecipeModel):
+            config = encoder_config(model, folder=recipe.folder)
+            return describe_encoder(config, name=name, recipe=recipe)
+        path = find_recipe(model.recipe, folder=recipe.folder)
+        if path in chain:
+            raise RecipeError(f"{path.stem} is made from itself; name another model for one of them.")
+        made = load_teacher_recipe(path, of=recipe)
+        assert not isinstance(made, Recipe)
+        shape = _encoder_student(made, (*chain, path))[0]
+        require_context(name, shape.config, recipe.data.max_tokens)
+        return shape
+    except LimbeckError as error:
+        raise type(error)(f"{recipe.name}: teachers.{index}: {error}") from error
 
 
 def _mb(size: float) -> str:

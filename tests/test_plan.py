@@ -13,13 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import compress
-from compress import footprint
+from compress import footprint, tracing
 from compress.footprint import describe, trace_line
 from compress.models import random_config, random_model
 from export import export_student
 from export.sizes import form_bytes
 from limbeck import pico, pipeline, plan
 from limbeck.cli import app
+from limbeck.encoder_recipe import EncoderRecipe, groups_of, load_any_recipe
 from limbeck.errors import ModelError, RecipeError
 from limbeck.library import Entry, library
 from limbeck.recipe import Recipe, load_recipe, parse_recipe
@@ -30,7 +31,8 @@ TINY = {
     "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 300,
 }  # fmt: skip
 FORMS = ["fp32", "int8-weight", "int8-dynamic", "int8-static", "int4-weight"]
-LIBRARY = [entry.name for entry in library() if entry.recipe.task == "causal-lm"]
+LIBRARY = [entry.name for entry in library()]
+QUICK = ("qwen3/0.6b-from-8b-4b", "minilm/spam-two-classifiers")  # of those that run shrunk
 
 
 def config(kind: str = "llama", **sizes: Any) -> Any:
@@ -68,7 +70,7 @@ def test_the_traced_step_keeps_what_a_real_one_keeps(student: str) -> None:
         model = footprint.with_lora(model.requires_grad_(False), recipe.student, seed=0)  # type: ignore[arg-type]
     ids = torch.zeros((2, recipe.data.block), dtype=torch.int64)
     model.train()
-    with footprint._Live([*model.parameters(), *model.buffers(), ids]) as live:
+    with tracing.Live([*model.parameters(), *model.buffers(), ids]) as live:
         hidden = footprint._hidden(model, ids, "fp32")
         # Fake tensors get an explicit attention mask in every layer, which real ones go without.
         masks = 3 * 2 * recipe.data.block**2 * 4
@@ -136,6 +138,36 @@ def test_plan_of_a_recipe_from_teachers_that_are_made_first(tmp_path: Path) -> N
     assert "made first            b" in found.as_text()
 
 
+def test_what_is_made_first_counts_in_time_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(**sizes: Any) -> dict[str, Any]:
+        config = {"model_type": "llama", **TINY, **sizes}
+        return {"kind": "shrink", "base": {"kind": "random", "config": config}, "layers": 1}
+
+    whole = pico_recipe().resolved()
+    deep = whole | {"name": "deep", "student": cut(num_hidden_layers=2, intermediate_size=4096)}
+    deep["training"] |= {"tokens": None, "minutes": 30}
+    (tmp_path / "deep.yaml").write_text(json.dumps(deep))
+    teachers = [{"name": "deep", "model": {"kind": "recipe", "recipe": "deep.yaml"}}]
+    child = pico_recipe().resolved() | {"name": "child", "student": cut(), "teachers": teachers}
+    (tmp_path / "child.yaml").write_text(json.dumps(child))
+    monkeypatch.setattr(plan, "_speed", lambda making: 1e12)
+    found = plan.plan_recipe(load_recipe(tmp_path / "child.yaml"), trial=True)
+    alone = plan.plan_recipe(load_recipe(tmp_path / "deep.yaml"))
+    assert found.seconds == pytest.approx(1800 + found.operations / 1e12)
+    assert found.memory == alone.memory
+    assert found.worst_moment == f"{alone.worst_moment} (deep, made first)"
+    assert found.memory_total == alone.memory_total
+
+
+def test_a_recipe_that_is_made_from_itself_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    teachers = [{"name": "me", "model": {"kind": "recipe", "recipe": "me.yaml"}}]
+    (tmp_path / "me.yaml").write_text(json.dumps(pico_recipe().resolved() | {"name": "me", "teachers": teachers}))
+    result = CliRunner().invoke(app, ["plan", "me.yaml"])
+    assert result.exit_code == 2
+    assert "made from itself" in result.stderr
+
+
 def test_a_trial_gives_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "TRIAL_SECONDS", 0.1)
     found = plan.plan_recipe(_recipe("fresh"), trial=True)
@@ -171,7 +203,7 @@ def test_the_header_says_what_the_plan_says(name: str, tmp_path: Path, monkeypat
 @pytest.mark.parametrize("name", LIBRARY)
 def test_every_recipe_can_be_planned(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.serve(tmp_path, monkeypatch)
-    found = plan.plan_recipe(load_recipe(name))
+    found = plan.plan_recipe(load_any_recipe(name))
     assert found.memory_total > 0
     assert found.operations > 0
     assert found.as_text().startswith("recipe ")
@@ -220,17 +252,23 @@ def test_an_expert_of_your_own_text_is_the_one_beside_your_recipe(tmp_path: Path
 
 @pytest.mark.parametrize("name", LIBRARY)
 def test_shrinking_keeps_every_choice(name: str) -> None:
-    recipe = load_recipe(name)
+    recipe = load_any_recipe(name)
     small = pico.shrink_to_pico(recipe)
     assert small.digest != recipe.digest
     for part in ("fusion", "export", "gates", "seed"):
         assert getattr(small, part) == getattr(recipe, part)
-    assert [(t.name, t.quantize, t.dtype) for t in small.teachers] == [
-        (t.name, t.quantize, t.dtype) for t in recipe.teachers
+    assert [t.model_dump(exclude={"model", "adapter"}) for t in small.teachers] == [
+        t.model_dump(exclude={"model", "adapter"}) for t in recipe.teachers
     ]
     assert {t.model.kind for t in small.teachers} <= {"random"}
     assert small.student.kind == recipe.student.kind
-    assert [d.name for d in small.data.domains] == [d.name for d in recipe.data.domains]
+    if isinstance(small, Recipe):
+        assert isinstance(recipe, Recipe)
+        assert [d.name for d in small.data.domains] == [d.name for d in recipe.data.domains]
+    else:
+        assert isinstance(recipe, EncoderRecipe)
+        assert [name for _, name, _ in groups_of(small)] == [name for _, name, _ in groups_of(recipe)]
+        assert {text.kind for _, _, text in groups_of(small)} == {"stdlib"}
 
 
 def test_shrinking_tells_the_architecture_by_configuration_or_name(tmp_path: Path) -> None:
@@ -248,10 +286,11 @@ def test_shrinking_tells_the_architecture_by_configuration_or_name(tmp_path: Pat
 
 @pytest.mark.parametrize(
     "name",
-    [n if n == "qwen3/0.6b-from-8b-4b" else pytest.param(n, marks=pytest.mark.slow) for n in LIBRARY],
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in LIBRARY],
 )
 def test_every_recipe_runs_to_its_verdict_shrunk(name: str, tmp_path: Path) -> None:
-    report = pipeline.run(pico.shrink_to_pico(load_recipe(name)), out=tmp_path / "run")
+    report = pipeline.run(pico.shrink_to_pico(load_any_recipe(name)), out=tmp_path / "run")
+    assert report is not None
     assert report.verdict.status in ("pass", "fail", "undecided")
     assert report.html.is_file()
 

@@ -297,6 +297,6 @@ def parse_recipe(tree: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     if tree.get("task") in ("classification", "embedding"):
         raise RecipeError(
             f"{where}: its task is {tree['task']}, and this works on language models (task: causal-lm) only; "
-            "encoders have run, compress, export, bench, report and verify."
+            "encoders have plan, run, compress, export, bench, report and verify."
         )
     return parse_as(Recipe, tree, where=where, contradictions=contradictions)

@@ -1,4 +1,4 @@
-"""What `limbeck plan` says against what happens: artifact size and training memory of five recipes, each in processes of its own.
+"""What `limbeck plan` says against what happens: artifact size and training memory of seven recipes, each in processes of its own.
 
 `size_error` and `memory_error` are the largest relative errors. Needs the packages of requirements-data.txt. Prints a
 table, and one JSON object last.
@@ -23,6 +23,10 @@ QWEN = (
     f"tie_word_embeddings: true, max_position_embeddings: 4096, {SIZES}}}}}"
 )
 NEOX = f"{{kind: fresh, config: {{model_type: gpt_neox, vocab_size: 49152, num_hidden_layers: 6, {SIZES}}}}}"
+CLASSES = (
+    "data.classes=[{name: code, text: {kind: stdlib, paths: ['[a-f]*.py']}}, {name: prose, text: {kind: stdlib, "
+    "paths: [pydoc_data/topics.py], format: {kind: python-strings, min_chars: 200}}}]"
+)
 CASES: dict[str, tuple[str, list[str]]] = {
     "pico": ("pico", ["training.tokens=1024"]),
     "LoRA on SmolLM2, two teachers": ("smollm2/135m-two-experts", [*FEW, TWICE]),
@@ -35,35 +39,37 @@ CASES: dict[str, tuple[str, list[str]]] = {
         [*FEW, f"teachers=[{{name: a, model: {QWEN}}}]", f"student={{kind: lora, base: {QWEN}}}", "data.block=256",
          "training.teacher_cache=hidden", "export.forms=[fp32, int4-weight]"],
     ),
+    "MiniLM, a classifier, all of it": ("minilm/spam-l6", ["training.examples=160", CLASSES]),
+    "MiniLM, sentences, two teachers": ("minilm/sentences-two-encoders", ["training.examples=640"]),
 }  # fmt: skip
 
 
 def train(reference: str, overrides: list[str], out: Path) -> dict[str, Any]:
     """Distil in this process; the highest resident memory of the process."""
     import compress
-    from limbeck.recipe import load_recipe
+    from limbeck.encoder_recipe import load_any_recipe
     from tests.benchmarks.memory import resident
 
-    compress.distill(recipe=load_recipe(reference, overrides=overrides), out=out / "student")
+    compress.distill(recipe=load_any_recipe(reference, overrides=overrides), out=out / "student")
     return {"memory": resident("VmHWM")}
 
 
 def export(reference: str, overrides: list[str], out: Path) -> dict[str, Any]:
     """Export in this process; bytes of every form."""
     from export import export_student
-    from limbeck.recipe import load_recipe
+    from limbeck.encoder_recipe import load_any_recipe
 
-    recipe = load_recipe(reference, overrides=overrides)
+    recipe = load_any_recipe(reference, overrides=overrides)
     made = export_student(student=out / "student", out=out / "onnx", recipe=recipe)
     return {"forms": {name: form["bytes"] for name, form in made.result["forms"].items()}}
 
 
 def predict(reference: str, overrides: list[str], out: Path) -> dict[str, Any]:
     """What the plan says."""
+    from limbeck.encoder_recipe import load_any_recipe
     from limbeck.plan import plan_recipe
-    from limbeck.recipe import load_recipe
 
-    plan = plan_recipe(load_recipe(reference, overrides=overrides))
+    plan = plan_recipe(load_any_recipe(reference, overrides=overrides))
     return {"memory": plan.memory_total, "forms": plan.forms, "moment": plan.worst_moment}
 
 
