@@ -282,7 +282,7 @@ def plan(
     """
     from limbeck.plan import plan_recipe
 
-    found = plan_recipe(_load(recipe, overrides, shrink), trial=trial)
+    found = plan_recipe(_load_any(recipe, overrides, shrink), trial=trial)
     print(json.dumps(found.as_json(), indent=1) if as_json else found.as_text())
 
 
@@ -435,23 +435,25 @@ def _stage(name: str, reference: str, out: Path | None, overrides: list[str] | N
 
 def _load_any(reference: str, overrides: list[str] | None, shrink: str | None) -> AnyRecipe:
     from limbeck.encoder_recipe import load_any_recipe
+    from limbeck.pico import shrink_to_pico
 
-    if shrink is not None:
-        return _load(reference, overrides, shrink)
-    return load_any_recipe(reference, overrides=overrides or ())
+    recipe = load_any_recipe(reference, overrides=overrides or ())
+    return shrink_to_pico(recipe) if _wants_pico(shrink) else recipe
 
 
 def _load(reference: str, overrides: list[str] | None, shrink: str | None = None) -> Recipe:
+    """As `_load_any`, where only a language model will do."""
+    from limbeck.pico import shrink_to_pico
     from limbeck.recipe import load_recipe
 
     recipe = load_recipe(reference, overrides=overrides or ())
-    if shrink is None:
-        return recipe
-    if shrink != "pico":
-        raise RecipeError(f"--shrink-to {shrink}: expected pico, the one size there is.")
-    from limbeck.pico import shrink_to_pico
+    return shrink_to_pico(recipe) if _wants_pico(shrink) else recipe
 
-    return shrink_to_pico(recipe)
+
+def _wants_pico(shrink: str | None) -> bool:
+    if shrink not in (None, "pico"):
+        raise RecipeError(f"--shrink-to {shrink}: expected pico, the one size there is.")
+    return shrink is not None
 
 
 # What came out ---------------------------------------------------------------------------------------------------
