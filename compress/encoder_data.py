@@ -22,6 +22,7 @@ from limbeck.progress import say
 from limbeck.recipe import ChatRows, TextSource
 
 _CHARS = 32  # of a document read for each token wanted: what comes after is cut off whatever it says
+_TOKENISED = 512  # texts at a time: what the tokenizer makes of one beside its ids is many times as large
 
 Indices = npt.NDArray[np.int64]
 Row = tuple[int, ...]  # token ids
@@ -81,10 +82,11 @@ def _documents(source: TextSource, folder: Path) -> Iterator[str]:
 
 
 def _tokenise(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> list[Row]:
-    if not texts:
-        return []
-    found = tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]
-    return [tuple(row) for row in found if row]
+    rows: list[Row] = []
+    for at in range(0, len(texts), _TOKENISED):
+        found = tokenizer(list(texts[at : at + _TOKENISED]), truncation=True, max_length=max_tokens)["input_ids"]
+        rows += [tuple(row) for row in found if row]
+    return rows
 
 
 def _spread(count: int, most: int | None) -> Indices:

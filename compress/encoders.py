@@ -50,7 +50,7 @@ from compress.encoder_models import (
 )
 from compress.features import Projections, feature_loss
 from compress.fusion import Head, TeacherStates, fit_temperature, fused_loss, weigh
-from compress.host import prepare_host
+from compress.host import give_memory_back, prepare_host
 from compress.models import folder_config, load_tokenizer, require_same_tokenizer, resolve_device
 from compress.students import load_trainable_state, trainable_state
 from compress.train import learning_rate, resolve_precision
@@ -121,6 +121,7 @@ def train_encoder(
     known = sources_of(recipe, base=base, teachers=folders)
     tokenizer = load_tokenizer(base)
     train, heldout = load_examples(recipe, tokenizer)
+    give_memory_back()  # of the texts
     say(f"  {len(train)} training and {len(heldout)} held-out examples")
     order = training_order(config.examples // config.batch * config.batch, examples=len(train), seed=recipe.seed)
     classes = [c.name for c in recipe.data.classes] if isinstance(recipe, ClassificationRecipe) else None
