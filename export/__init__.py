@@ -127,7 +127,7 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
                 half=half,
                 student=student,
                 metadata=stamped,
-                recovers=recipe.export.recover is not None,
+                as_they_are=recipe.export.recover is not None or base is not None,
             )
             census = take_census(graphs.last)
             require_quantized(form.kind, census, more_bits=mixed is not None and more_bits_everywhere(mixed))
@@ -244,7 +244,7 @@ def _make(
     half: bool,
     student: Path,
     metadata: dict[str, str],
-    recovers: bool,
+    as_they_are: bool,
 ) -> float:
     """Write the graphs of ``form`` to ``target``: the fp32 ones of ``source`` with rounded weights, in fp16, or both.
 
@@ -262,7 +262,7 @@ def _make(
             made = form_files(Path(temporary), form.kind) if half else target
             made.data.parent.mkdir(exist_ok=True)
             activations = static_activations(source, scheme)
-            calibration = calibration_for(form, source, student, activations, recovers=recovers)
+            calibration = calibration_for(form, source, student, activations, as_they_are=as_they_are)
             quantize_weights(source, made, scheme=scheme, metadata=metadata, calibration=calibration)
         if half:
             cast_to_half(made, target, metadata=metadata)

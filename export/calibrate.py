@@ -73,11 +73,12 @@ def calibrate(
 
 
 def calibration_for(
-    form: Form | EncoderForm, source: Graphs, student: Path, activations: Sequence[str], *, recovers: bool = False
+    form: Form | EncoderForm, source: Graphs, student: Path, activations: Sequence[str], *, as_they_are: bool = False
 ) -> Calibration | None:
     """What ``form`` must know of the ``activations`` whose ranges it needs, and of outliers, measured on the training rows of
-    the ``student`` artifact; none for a form that needs nothing. Where the recipe ``recovers``, training rounds the weights as
-    they are, so nothing is moved.
+    the ``student`` artifact; none for a form that needs nothing. Outliers stay where they are where the weights must be the
+    student's own, ``as_they_are``, unless the form says otherwise: for recovery, which trains through their rounding, and for a base
+    that serves the adapters of many students.
 
     Raises `ArtifactError` for a student that carries no training rows.
     """
@@ -85,7 +86,7 @@ def calibration_for(
         case Int8StaticForm() | Int8TrtForm():
             method, alpha = form.calibration, form.smooth
         case Int8WeightForm() | Int8DynamicForm():
-            method, alpha = "min-max", (0.0 if recovers else SMOOTH) if form.smooth is None else form.smooth
+            method, alpha = "min-max", (0.0 if as_they_are else SMOOTH) if form.smooth is None else form.smooth
             if not alpha:
                 return None
         case _:

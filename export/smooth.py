@@ -125,8 +125,8 @@ def find_factors(
         if boundary.shared:
             groups, sharing, size = boundary.shared
             factor = np.repeat(factor.reshape(groups, 1, size), sharing, axis=1).ravel()
-        divided[name] = factor
-        inputs |= dict.fromkeys(boundary.matrices, factor)
+        divided[name] = np.asarray(factor, np.float32)
+        inputs |= dict.fromkeys(boundary.matrices, divided[name])
     return Factors(inputs, outputs), divided
 
 

@@ -173,6 +173,17 @@ def test_rounding_is_told_as_data(tmp_path: Path) -> None:
         ({"export": {"forms": ["fp32", "int4-weight"], "mixed": "loss"}}, r"give `rise` there, or gates.max_quant"),
         ({"export": {"recover": {"tokens": 64}}}, r"export.recover: nothing says when .* gates.max_quantization_loss"),
         (
+            {
+                "export": {"forms": ["fp32", {"kind": "int8-weight", "smooth": 0.5}], "recover": {"tokens": 64}},
+                "gates": {"max_quantization_loss": 0.1},
+            },
+            r"export.recover: training rounds the weights as they are, not smoothed; leave smooth out of int8-weight",
+        ),
+        (
+            {"export": {"forms": ["fp32", {"kind": "int8-dynamic", "smooth": 0.5}], "adapters": "separate"}},
+            r"export.adapters: a base whose outliers are moved serves one student only; leave smooth out of int8-dynamic",
+        ),
+        (
             {"export": {"forms": ["fp32"], "recover": {"tokens": 64}}, "gates": {"max_quantization_loss": 0.1}},
             r"export.recover: found 'fp32' as the form to ship",
         ),

@@ -32,7 +32,9 @@ class Int8WeightForm(Frozen):
     block_size: Literal[16, 32, 64, 128, 256] | None = Field(
         None, description="Weights that share a scale; none takes the largest that divides the width."
     )
-    smooth: Fraction | None = Field(None, description=f"{_SMOOTH} None takes 0.5, and 0 with export.recover.")
+    smooth: Fraction | None = Field(
+        None, description=f"{_SMOOTH} None takes 0.5, and 0 with export.recover or adapters: separate."
+    )
 
 
 class Int8DynamicForm(Frozen):
@@ -40,7 +42,9 @@ class Int8DynamicForm(Frozen):
 
     kind: Literal["int8-dynamic"]
     reduce_range: bool | None = Field(None, description=_REDUCE)
-    smooth: Fraction | None = Field(None, description=f"{_SMOOTH} None takes 0.5, and 0 with export.recover.")
+    smooth: Fraction | None = Field(
+        None, description=f"{_SMOOTH} None takes 0.5, and 0 with export.recover or adapters: separate."
+    )
 
 
 class Int8StaticForm(Frozen):
