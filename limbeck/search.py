@@ -502,7 +502,7 @@ def _reached(study: optuna.Study) -> tuple[dict[str, tuple[int, float]], dict[st
     """Of every student that was distilled, the last round and the loss after it; of those that were not, why."""
     import optuna
 
-    reached = {}
+    reached: dict[str, tuple[int, float]] = {}
     for rung in range(1 + _highest(study)):
         reached |= {name: (rung, nll) for name, nll in _losses(study, rung).items()}
     pruned = study.get_trials(states=(optuna.trial.TrialState.PRUNED,))
@@ -542,14 +542,14 @@ def _next(study: optuna.Study, folder: Path, me: str, *, rounds: int, finalists:
                     study.tell(frozen.number, state=state.FAIL)
                     kept = {key: frozen.user_attrs[key] for key in ("student", "rung")}
                     study.enqueue_trial({}, user_attrs=kept)
-            waiting = study.get_trials(states=(state.WAITING,))
+            waiting = bool(study.get_trials(states=(state.WAITING,)))
             if not waiting and not running:
                 rung = _highest(study)
                 better = _better_half(_losses(study, rung))
                 if rung + 1 == rounds or len(better) <= finalists:
                     return None
                 _enqueue(study, better, rung + 1)
-                waiting = better
+                waiting = True
             if waiting:
                 trial = study.ask()
                 trial.set_user_attr("worker", me)

@@ -82,15 +82,12 @@ def loss_steps(data: Mapping[str, Any]) -> list[dict[str, Any]]:
         places.append(("rounding", f"{data['shipped']}, shipped", _nll(shipped)))
     if len(places) < 3:
         return []
-    found = []
-    for index, (step, label, nll) in enumerate(places):
-        before = places[index - 1][2] if index else None
-        cells = {
-            **{d: (nll[d], before and before[d]) for d in nll},
-            "mean": (mean_nll(nll), before and mean_nll(before)),
-        }
-        change = {name: None if then is None else now / then - 1 for name, (now, then) in cells.items()}
-        found.append({"step": step, "label": label, "nll": {n: now for n, (now, _) in cells.items()}, "change": change})
+    found: list[dict[str, Any]] = []
+    for step, label, nll in places:
+        now = {**nll, "mean": mean_nll(nll)}
+        then = found[-1]["nll"] if found else {}
+        change = {name: now[name] / then[name] - 1 if then else None for name in now}
+        found.append({"step": step, "label": label, "nll": now, "change": change})
     return found
 
 

@@ -88,7 +88,7 @@ def test_differences_name_what_changed() -> None:
     machine: dict[str, Any] = {"host": host(), "provider": "CPUExecutionProvider"}
     certificate = {"machine": machine, "versions": versions()}
     assert differences(certificate, "CPUExecutionProvider") == {}
-    older = {"machine": machine | {"host": host() | {"flags": ["avx2"], "cores": 64}}}
+    older = {"machine": machine | {"host": host() | {"flags": ["another"], "cores": 64}}}
     older |= {"versions": versions() | {"onnxruntime": "1.2"}}
     found = differences(older, "CUDAExecutionProvider")
     assert list(found) == ["execution provider", "processor flags", "cores", "onnxruntime"]
