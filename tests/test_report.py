@@ -296,8 +296,8 @@ def test_report_shows_what_rounding_did(tmp_path: Path) -> None:
     assert "3 nodes run on CPUExecutionProvider: 3 Shape." in text
     assert "2 Gemm 9×9 (0.4 %, no kernel)" in text
     assert "layers.0.q, layers.0.k" in text
-    assert "+10.00 %" in text
-    assert "+2.00 %" in text
+    assert "Where the loss comes from" in text
+    assert all(step in text for step in ("distilling", "rounding"))
 
 
 def test_report_judges_by_the_recipe_it_is_given(tmp_path: Path) -> None:

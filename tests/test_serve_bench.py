@@ -18,7 +18,7 @@ import pytest
 
 from limbeck.artifact import Artifact, open_artifact, write_artifact
 from limbeck.errors import ArtifactError, DataError, EnvironmentalError, LimbeckError, ModelError, RecipeError
-from limbeck.heldout import HELDOUT, load_heldout, save_heldout
+from limbeck.heldout import CALIBRATION, HELDOUT, load_heldout, save_calibration, save_heldout
 from limbeck.pipeline import bench_targets
 from limbeck.recipe import Bench, Recipe, ServerScenario
 from serve_bench import figures, load, measure, measure_targets, quality, replay, write_report
@@ -275,6 +275,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with write_artifact(folder / "student", kind="student", key="s", parents={}) as draft:
         make_model(draft.folder / "model", seed=2)
         save_heldout(draft.folder / HELDOUT, make_blocks())
+        save_calibration(draft.folder / CALIBRATION, [b.input_ids[0] for b in make_blocks(seed=1).values()])
         entry = {"name": "wise", "model": str(folder / "teacher"), "adapter": None, "quantize": "none"}
         entry |= {"dtype": "fp32", "temperature": 1.0, "digest": "0" * 64}
         (draft.folder / "teachers.json").write_text(json.dumps([entry]))
