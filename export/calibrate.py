@@ -44,7 +44,7 @@ class Calibration:
 
     ranges: Mapping[str, tuple[float, float]]
     factors: Factors = field(default_factory=Factors)
-    alpha: float = 0.0  # that the factors were made with
+    alpha: float = 0.0  # that the factors were made with; 0 where nothing moved
 
 
 def calibrate(
@@ -52,7 +52,7 @@ def calibrate(
     rows: Sequence[npt.NDArray[np.int64]],
     activations: Sequence[str],
     *,
-    method: Method = "min-max",
+    method: Method,
     alpha: float,
 ) -> Calibration:
     """Ranges of ``activations`` of the fp32 graphs over the token ``rows`` ``[S]``, outliers migrated by ``alpha``.
@@ -61,6 +61,8 @@ def calibrate(
     """
     proto = onnx.load(source.last, load_external_data=False)
     boundaries = find_boundaries(proto) if alpha else {}
+    if not boundaries and not activations:
+        return Calibration({})
     with tempfile.TemporaryDirectory(dir=source.data.parent) as temporary:
         # Beside the weights, as the weights' location is relative to the graph; a link, so nothing is copied.
         (Path(temporary) / source.data.name).hardlink_to(source.data)
@@ -69,7 +71,11 @@ def calibrate(
         if boundaries:
             largest = _channel_maxima(run, rows, list(boundaries))
             factors, divided = find_factors(source, proto, boundaries, largest, alpha=alpha)
-        return Calibration(_ranges(run, rows, activations, divided, method) if activations else {}, factors, alpha)
+        return Calibration(
+            _ranges(run, rows, activations, divided, method) if activations else {},
+            factors,
+            alpha if boundaries else 0.0,
+        )
 
 
 def calibration_for(

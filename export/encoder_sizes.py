@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from export.encoders import encoder_scheme
-from export.quantize import Blockwise
-from export.sizes import Matrix, rounded_bytes
+from export.quantize import Blockwise, stored_bytes
+from export.sizes import Matrix
 from limbeck.encoder_recipe import EncoderForm
 
 # Bytes of the graph file without weights: of a model, and of one of its layers in fp32, in blockwise forms and in those that have nodes
@@ -40,7 +40,7 @@ def encoder_form_bytes(model: Any, form: EncoderForm, *, task: str) -> int:
         layer, weights = fp32, 4 * sum(m.channels * m.width for m in matrices)
     else:
         layer = blockwise if isinstance(scheme.body, Blockwise) else integer
-        weights = sum(rounded_bytes(m, getattr(scheme, m.part)) for m in matrices)
+        weights = sum(stored_bytes(m.channels, m.width, getattr(scheme, m.part)) for m in matrices)
     return whole + int(config.num_hidden_layers) * layer + rest + weights
 
 

@@ -86,15 +86,16 @@ def export_encoder(*, student: Artifact, out: Path, recipe: EncoderRecipe, key: 
         forms: dict[str, dict[str, Any]] = {}
         for form in recipe.export.forms:
             graphs = encoder_files(folder, form.kind)
-            scheme = encoder_scheme(form, width)
+            scheme, calibration = encoder_scheme(form, width), None
             if scheme:
                 say(f"export: quantising to {form.kind}")
+                calibration = calibration_for(form, fp32, student.path, static_activations(fp32, scheme))
                 quantize_weights(
                     fp32,
                     graphs,
                     scheme=scheme,
                     metadata={**metadata, "limbeck.form": form.kind},
-                    calibration=calibration_for(form, fp32, student.path, static_activations(fp32, scheme)),
+                    calibration=calibration,
                 )
             census = take_census(graphs.last)
             require_quantized(form.kind, census)
@@ -105,6 +106,7 @@ def export_encoder(*, student: Artifact, out: Path, recipe: EncoderRecipe, key: 
                 "files": [path.relative_to(folder).as_posix() for path in (graphs.last, graphs.data)],
                 "bytes": graphs.last.stat().st_size + graphs.data.stat().st_size,
                 "rounding": asdict(scheme) if scheme else None,
+                "smooth": calibration.alpha if calibration else 0.0,
                 "parity": parity,
                 "census": census,
             }

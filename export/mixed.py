@@ -15,8 +15,8 @@ import onnx
 from export.graph import Graphs, form_files
 from export.loss import heldout_nll, relative_rise
 from export.origin import origins
-from export.quantize import Blockwise, Scheme, matrices_of, quantize_weights
-from export.sensitivity import Cost, measure_costs, stored_bytes, within_bytes, within_loss
+from export.quantize import Blockwise, Scheme, matrices_of, quantize_weights, stored_bytes
+from export.sensitivity import Cost, measure_costs, within_bytes, within_loss
 from limbeck.heldout import Blocks
 from limbeck.progress import say
 from limbeck.recipe import Gates, MixedByLoss, MixedBySize
@@ -106,7 +106,7 @@ def _least_bytes(graphs: Graphs, scheme: Scheme) -> int:
         matrix, entry = matrices.get(tensor.name), {e.key: e.value for e in tensor.external_data}
         if matrix is not None:
             assert isinstance(matrix.how, Blockwise)
-            whole += stored_bytes(matrix, matrix.how)
+            whole += stored_bytes(matrix.channels, matrix.width, matrix.how)
         elif "length" in entry:
             whole += int(entry["length"])
     return whole

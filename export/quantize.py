@@ -155,6 +155,16 @@ def quantize_columns(weights_NK: Floats, most: int = 127) -> tuple[npt.NDArray[n
     return np.rint(weights_NK * _inverse(scales)[:, None]).astype(np.int8), scales.astype(np.float32)
 
 
+def stored_bytes(channels: int, width: int, how: How, number: int = 4) -> int:
+    """Bytes in the weights file of a matrix of ``channels`` outputs and ``width`` inputs: codes, zero points, and scales of
+    ``number`` bytes each."""
+    if not isinstance(how, Blockwise):
+        return channels * width + number * channels
+    row = math.ceil(width / how.block)
+    zeros = channels * math.ceil(row * how.bits / 8) if how.zero_points else 0  # a row ends on a whole byte
+    return channels * row * (how.block * how.bits // 8 + number) + zeros
+
+
 def pack_nibbles(codes: Codes) -> Codes:
     """Two 4-bit codes a byte along the last axis, the earlier one low; an odd end is filled with 0."""
     if codes.shape[-1] % 2:
@@ -180,7 +190,7 @@ def quantize_weights(
     metadata: dict[str, str],
     calibration: Calibration | None = None,
 ) -> None:
-    """Write the form of ``source`` that ``scheme`` describes to ``target``; with what ``calibration`` says of it; a static one needs one.
+    """Write the form of ``source`` that ``scheme`` describes to ``target``, after ``calibration``, which a static one needs.
 
     Every MatMul with a constant matrix becomes a MatMulNBits of accuracy level 4 (activations in 8 bits as well, the
     fast kernel) or a MatMulIntegerToFloat; every embedding becomes a GatherBlockQuantized, on the head's own codes where the

@@ -6,7 +6,6 @@ values. Activations stay in float there; how they are rounded is the same for 4 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from export.graph import Graphs
 from export.origin import Part, matrix_values
-from export.quantize import Blockwise, Matrix, dequantize_blocks, quantize_blocks
+from export.quantize import Blockwise, Matrix, dequantize_blocks, quantize_blocks, stored_bytes
 from limbeck.progress import task
 
 _TRIES = 5  # forms made and measured under a bound on the loss
@@ -78,7 +77,7 @@ def measure_costs(
             kl = float((reference.exp() * (reference - changed)).sum(-1, dtype=torch.float64).mean())
             for parameter, values in kept.items():
                 parameters[parameter].copy_(values)
-            few, many = stored_bytes(matrix, matrix.how), stored_bytes(matrix, more)
+            few, many = (stored_bytes(matrix.channels, matrix.width, how) for how in (matrix.how, more))
             costs.append(Cost(name, tuple(kept), max(kl, 0.0), few, many - few))
             progress.advance()
     return sorted(costs, key=lambda cost: -cost.worth)
@@ -87,14 +86,6 @@ def measure_costs(
 def rounded(weights_NK: npt.NDArray[np.float32], how: Blockwise) -> npt.NDArray[np.float32]:
     """``weights[N, K]`` as they are after rounding."""
     return dequantize_blocks(*quantize_blocks(weights_NK, how))[:, : weights_NK.shape[1]]
-
-
-def stored_bytes(matrix: Matrix, how: Blockwise) -> int:
-    """Bytes of a matrix's codes, scales and zero points in the weights file."""
-    row = math.ceil(matrix.width / how.block)
-    blocks = matrix.channels * row
-    zeros = matrix.channels * math.ceil(row * how.bits / 8) if how.zero_points else 0  # a row ends on a whole byte
-    return blocks * how.block * how.bits // 8 + 4 * blocks + zeros
 
 
 def within_bytes(costs: Sequence[Cost], room: int) -> list[str]:

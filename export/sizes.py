@@ -5,7 +5,6 @@ Reads modules on the meta device. Of the graph itself it knows only how it grows
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any, Literal
 from torch import nn
 
 from export.graph import KNOWN
-from export.quantize import Blockwise, How, scheme_for
+from export.quantize import Blockwise, scheme_for, stored_bytes
 from limbeck.recipe import Form
 
 _ATTENTION_OUT = re.compile(r"(o_proj|out_proj|c_proj|dense)$")
@@ -52,17 +51,8 @@ def form_bytes(model: Any, form: Form, *, backend: str = "auto", provider: str =
     if scheme is None:
         return whole + layers * fp32 + size + number * sum(m.channels * m.width for m in matrices)
     layer = rounded if isinstance(scheme.body, Blockwise) else dynamic
-    return whole + layers * layer + size + sum(rounded_bytes(m, getattr(scheme, m.part), number) for m in matrices)
-
-
-def rounded_bytes(matrix: Matrix, how: How, number: int = 4) -> int:
-    """Codes, zero points, and scales of ``number`` bytes each, of one matrix."""
-    N, K = matrix.channels, matrix.width
-    if not isinstance(how, Blockwise):
-        return N * K + number * N
-    blocks = math.ceil(K / how.block)
-    zeros = N * math.ceil(blocks * how.bits / 8) if how.zero_points else 0
-    return N * blocks * how.block * how.bits // 8 + number * N * blocks + zeros
+    weights = sum(stored_bytes(m.channels, m.width, getattr(scheme, m.part), number) for m in matrices)
+    return whole + layers * layer + size + weights
 
 
 def _matrices(model: Any) -> Iterator[Matrix]:

@@ -134,9 +134,8 @@ class _Graph:
     """Who makes and who reads what."""
 
     def __init__(self, proto: ModelProto) -> None:
-        open_ = {
-            value.name for value in proto.graph.input
-        }  # an adapter's inputs have defaults, but they are no constants
+        # An adapter's inputs have defaults, but they are no constants.
+        open_ = {value.name for value in proto.graph.input}
         self.tensors: dict[str, TensorProto] = {t.name: t for t in proto.graph.initializer if t.name not in open_}
         self.turned = {
             n.output[0]: n.input[0] for n in proto.graph.node if n.op_type == "Transpose" and n.input[0] in self.tensors

@@ -35,7 +35,7 @@ class Plan:
     forms: dict[str, int]  # bytes of graph and weights, the shipped one last
     memory: dict[
         str, int
-    ]  # training, by what it is for; of whichever takes most, this recipe or one that is made first
+    ]  # of training, by what it is for, where it takes most: for this recipe or one that is made first
     memory_total: int
     worst_moment: str
     device: str  # that the memory is on

@@ -454,7 +454,7 @@ def _halve(
             if clock.spent() > until:
                 _tell(study, trial, None, why="no time left for it")
                 continue
-            _heal(study, trial, recipe, students[name], products, folder, rounds, until=lambda: clock.spent() > until)
+            _heal(study, trial, recipe, students[name], products, folder, rounds, late=lambda: clock.spent() > until)
             with pipeline.locked(folder, wait=True):
                 clock.save()
         reached, why = _reached(study)
@@ -545,7 +545,8 @@ def _next(study: optuna.Study, folder: Path, me: str, *, rounds: int, finalists:
             waiting = bool(study.get_trials(states=(state.WAITING,)))
             if not waiting and not running:
                 rung = _highest(study)
-                better = _better_half(_losses(study, rung))
+                losses = _losses(study, rung)
+                better = _better_half(losses, of=len(losses))
                 if rung + 1 == rounds or len(better) <= finalists:
                     return None
                 _enqueue(study, better, rung + 1)
@@ -557,9 +558,9 @@ def _next(study: optuna.Study, folder: Path, me: str, *, rounds: int, finalists:
         time.sleep(_WAIT)
 
 
-def _better_half(losses: Mapping[str, float]) -> list[str]:
-    """The students with the lowest losses, the best first."""
-    return sorted(losses, key=lambda name: losses[name])[: (len(losses) + 1) // 2]
+def _better_half(losses: Mapping[str, float], *, of: int) -> list[str]:
+    """The students with the lowest losses, the best first: half of so many, of which some may not be done."""
+    return sorted(losses, key=lambda name: losses[name])[: (of + 1) // 2]
 
 
 @contextmanager
@@ -597,7 +598,7 @@ def _heal(
     folder: Path,
     rounds: Sequence[int],
     *,
-    until: Callable[[], bool],
+    late: Callable[[], bool],
 ) -> None:
     """Distil one student from the shared cache to the end of its round, from where the round before ended, and tell the study."""
     import compress
@@ -608,7 +609,7 @@ def _heal(
 
     def goes_on(index: int, nll: float) -> bool:
         if index < rung:
-            return not until()
+            return not late()
         say(f"   {name}: {nll:.4f} nats a token after {rounds[index]} tokens")
         found.append(nll)
         return False
@@ -625,9 +626,9 @@ def _heal(
         why = "diverged"
     _tell(study, trial, found[-1] if found else None, why=why)
     # What cannot be among the better half any more need not be kept to go on from; a checkpoint is three times the weights.
-    losses = _losses(study, rung)
     asked = {t.user_attrs["student"] for t in study.get_trials(deepcopy=False) if t.user_attrs.get("rung") == rung}
-    for beaten in sorted(losses, key=lambda student: losses[student])[(len(asked) + 1) // 2 :]:
+    losses = _losses(study, rung)
+    for beaten in losses.keys() - set(_better_half(losses, of=len(asked))):
         shutil.rmtree(folder / "healing" / beaten, ignore_errors=True)
 
 

@@ -14,8 +14,8 @@ from export.backend import build_graphs
 from export.graph import Graphs, build_fp32
 from export.loss import heldout_nll, relative_rise
 from export.origin import matrix_values, origins, rounding_of
-from export.quantize import Blockwise, Scheme, matrices_of, scheme_for
-from export.sensitivity import Cost, measure_costs, rounded, stored_bytes, within_bytes, within_loss
+from export.quantize import Blockwise, Scheme, matrices_of, pack_nibbles, quantize_blocks, scheme_for, stored_bytes
+from export.sensitivity import Cost, measure_costs, rounded, within_bytes, within_loss
 from limbeck.artifact import open_artifact
 from limbeck.errors import ModelError, RecipeError
 from limbeck.heldout import HELDOUT, load_heldout
@@ -84,7 +84,19 @@ def test_costs_are_those_of_the_whole_model_with_one_matrix_rounded(tmp_path: Pa
         assert cost.kl == pytest.approx(float((exact.exp() * (exact - changed)).sum(-1).mean()), rel=1e-3)
         assert cost.kl > 0
         matrix = matrices[cost.matrix]
-        assert (cost.bytes, cost.bytes + cost.extra_bytes) == (stored_bytes(matrix, FEW), stored_bytes(matrix, MORE))
+        sizes = [stored_bytes(matrix.channels, matrix.width, how) for how in (FEW, MORE)]
+        assert [cost.bytes, cost.bytes + cost.extra_bytes] == sizes
+
+
+@pytest.mark.parametrize("how", [Blockwise(4, 64, zero_points=True), Blockwise(4, 32), Blockwise(8, 16)])
+def test_counted_bytes_are_those_of_the_arrays(how: Blockwise) -> None:
+    weights = (
+        np.random.default_rng(0).normal(size=(7, 576)).astype(np.float32)
+    )  # nine blocks of 64: half a byte is left over
+    codes, scales, zeros = quantize_blocks(weights, how)
+    pack = pack_nibbles if how.bits == 4 else np.asarray
+    arrays = [pack(codes), scales, *([pack(zeros)] if how.zero_points else [])]
+    assert stored_bytes(7, 576, how) == sum(array.nbytes for array in arrays)
 
 
 COSTS = [Cost(name, (name,), kl, 10, extra) for name, kl, extra in (("a", 8, 2), ("b", 9, 3), ("c", 4, 2), ("d", 1, 1))]
@@ -125,6 +137,9 @@ def test_a_size_and_a_loss_are_kept_to(tmp_path: Path) -> None:
     rule, least = export("rule", "rule"), export("least", {"kind": "size", "mb": 0.001})
     assert rule["mixed"] is None
     assert {cost["bits"] for cost in least["mixed"]["sensitivity"]} == {4}
+    # All of them may get 8 bits; that is what was asked for, and no form that stayed unrounded.
+    every = export("every", {"kind": "size", "mb": 1000})
+    assert {cost["bits"] for cost in every["mixed"]["sensitivity"]} == {8}
     half = export("half", "size", max_size_mb=(least["bytes"] + 4000) / 1e6)
     assert least["bytes"] < half["bytes"] <= least["bytes"] + 4000
     assert {cost["bits"] for cost in half["mixed"]["sensitivity"]} == {4, 8}

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from export import export_student
 from export.calibrate import calibrate
-from export.graph import Graphs, build_fp32
-from export.quantize import activation_scale, scheme_for, static_activations
+from export.graph import Graphs, build_fp32, form_files
+from export.quantize import activation_scale, quantize_weights, scheme_for, static_activations
 from export.smooth import find_boundaries
 from limbeck.errors import ArtifactError, EnvironmentalError, RecipeError
 from limbeck.heldout import CALIBRATION
-from limbeck.recipe import Int8StaticForm
+from limbeck.recipe import Int8DynamicForm, Int8StaticForm
 from limbeck.runtime import Decoder
 from tests.pico import make_model, make_student, pico_recipe
 
@@ -118,6 +118,29 @@ def test_methods_differ_in_how_much_they_cut_off(fp32: Graphs) -> None:
         widths[method] = sum(high - low for low, high in found.ranges.values())
     assert widths["entropy"] < 1.01 * widths["min-max"]
     assert widths["percentile"] < 1.01 * widths["min-max"]
+
+
+@pytest.mark.parametrize("flags", [["avx2"], ["avx2", "avx512f"], ["avx2", "avx_vnni"], ["avx512_vnni", "avx2"], []])
+def test_weights_have_7_bits_where_sums_would_overflow_and_a_graph_of_8_warns(
+    flags: list[str], fp32: Graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("limbeck.artifact.host", lambda: {"flags": flags})
+    overflows = bool(flags) and not {"avx512_vnni", "avx_vnni"} & set(flags)
+    most = {}
+    for reduce_range in (None, False, True):
+        form = Int8DynamicForm(kind="int8-dynamic", reduce_range=reduce_range)
+        scheme = scheme_for(form, 32)
+        assert scheme is not None
+        graphs = form_files(tmp_path / str(reduce_range), form.kind)
+        graphs.data.parent.mkdir(parents=True)
+        quantize_weights(fp32, graphs, scheme=scheme, metadata={"limbeck.form": form.kind})
+        names = {n.input[1] for n in onnx.load(graphs.last).graph.node if n.op_type == "MatMulIntegerToFloat"}
+        codes = [numpy_helper.to_array(t) for t in onnx.load(graphs.last).graph.initializer if t.name in names]
+        most[reduce_range] = max(int(np.abs(c.astype(int)).max()) for c in codes)
+        capsys.readouterr()
+        Decoder.from_graph(graphs.last)
+        assert ("overflow on this processor" in capsys.readouterr().err) == (overflows and most[reduce_range] == 127)
+    assert most == {None: 63 if overflows else 127, False: 127, True: 63}
 
 
 def test_scales_of_activations() -> None:
