@@ -67,7 +67,12 @@ def certify(*, bench: Artifact, onnx: Artifact, student: Artifact, recipe: Recip
             "digest": onnx.digest,
             "files": {name: onnx.manifest["files"][name]["sha256"] for name in sorted(form["files"])},
         },
-        "parents": {"student": student.digest, **student.manifest["parents"]},
+        # A recovered student is made from a student, which must not stand in its place.
+        "parents": {
+            "student before recovery" if role == "student" else role: digest
+            for role, digest in student.manifest["parents"].items()
+        }
+        | {"student": student.digest},
         "bench": bench.digest,
         "data": {
             "heldout": heldout_file(bench, student)[1],

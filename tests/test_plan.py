@@ -32,7 +32,7 @@ TINY = {
 }  # fmt: skip
 FORMS = ["fp32", "int8-weight", "int8-dynamic", "int8-static", "int4-weight"]
 LIBRARY = [entry.name for entry in library()]
-QUICK = ("qwen3/0.6b-from-8b-4b", "minilm/spam-two-classifiers")  # of those that run shrunk
+QUICK = ("smollm2/60m-shrunk", "minilm/spam-two-classifiers")  # of those that run shrunk
 
 
 def config(kind: str = "llama", **sizes: Any) -> Any:
@@ -237,14 +237,12 @@ def test_the_library_is_filtered_and_sorted() -> None:
 def test_an_expert_of_your_own_text_is_the_one_beside_your_recipe(tmp_path: Path) -> None:
     (tmp_path / "expert-domain.yaml").write_text("extends: qwen3/expert-domain\nname: my-expert\n")
     (tmp_path / "mine.yaml").write_text("extends: qwen3/0.6b-from-8b-4b\nname: mine\n")
-    made = {
-        reference: plan._first(load_recipe(reference))
-        for reference in ("qwen3/0.6b-from-8b-4b", str(tmp_path / "mine.yaml"))
-    }
-    assert [[load_recipe(path).name for path in paths] for paths in made.values()] == [
-        ["qwen3-1.7b-expert-domain"],
-        ["my-expert"],
-    ]
+    for reference, expert in (
+        ("qwen3/0.6b-from-8b-4b", "qwen3-1.7b-expert-domain"),
+        (str(tmp_path / "mine.yaml"), "my-expert"),
+    ):
+        products, _ = pipeline.plan(load_recipe(reference))
+        assert [product.recipe.name for product in products] == [expert]
 
 
 # Shrunk to pico --------------------------------------------------------------------------------------------------
