@@ -55,7 +55,7 @@ def encoder_folder(source: AnyEncoderSource, *, folder: Path, product: Path | No
             assert product is not None
             return product / "model"
         case RandomModel():
-            key = fingerprint({"random encoder": source.model_dump(mode="json")})
+            key = fingerprint({"random encoder": source.model_dump(mode="json"), "head": "id2label" in source.config})
             return cached(key, lambda out: _make_random(source, out))
         case OnnxModel():
             path = sources.model_path(source, folder=folder)

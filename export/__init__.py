@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck import __version__
-from limbeck.artifact import Artifact, find_artifact, open_artifact, write_artifact
+from limbeck.artifact import Artifact, find_artifact, open_artifact, sums_overflow, write_artifact
 from limbeck.encoder_recipe import AnyRecipe
 from limbeck.errors import ArtifactError
 from limbeck.progress import say
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["export_student", "verify_parity"]
 
-_STAGE = 6  # raise it when the same student and recipe would give other files
+_STAGE = 7  # raise it when the same student and recipe would give other files
 
 
 def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
@@ -42,6 +42,9 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
     asked = recipe.export.model_dump(mode="json") | (
         {"gates": gates} if isinstance(recipe, Recipe) and _looks_at_gates(recipe) else {}
     )
+    # Codes of 7 or 8 bits, where that is the machine's choice: on another kind of machine the forms are made again.
+    if any(getattr(form, "reduce_range", False) is None for form in recipe.export.forms):
+        asked["sums_overflow"] = sums_overflow()
     key = fingerprint({"stage": _STAGE, "export": asked, "student": source.digest})
     if found := find_artifact(out, kind="onnx", key=key):
         return found
@@ -96,6 +99,7 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
             save_cases(folder / name, thin(answered))
         forms: dict[str, dict[str, Any]] = {}
         schemes: dict[str, Scheme | None] = {}
+        maxima: dict[str, Any] = {}
         for form in recipe.export.forms:
             graphs = form_files(folder, form.kind)
             scheme, mixed = scheme_for(form, built.width), None
@@ -128,6 +132,7 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
                 student=student,
                 metadata=stamped,
                 as_they_are=recipe.export.recover is not None or base is not None,
+                maxima=maxima,
             )
             census = take_census(graphs.last)
             require_quantized(form.kind, census, more_bits=mixed is not None and more_bits_everywhere(mixed))
@@ -245,10 +250,11 @@ def _make(
     student: Path,
     metadata: dict[str, str],
     as_they_are: bool,
+    maxima: dict[str, Any],
 ) -> float:
     """Write the graphs of ``form`` to ``target``: the fp32 ones of ``source`` with rounded weights, in fp16, or both.
 
-    Returns the share of outliers' difficulty that moved into the weights.
+    ``as_they_are`` and ``maxima`` are those of `calibration_for`. Returns the share of outliers' difficulty that moved into the weights.
     """
     from export.calibrate import calibration_for
     from export.graph import form_files
@@ -262,7 +268,7 @@ def _make(
             made = form_files(Path(temporary), form.kind) if half else target
             made.data.parent.mkdir(exist_ok=True)
             activations = static_activations(source, scheme)
-            calibration = calibration_for(form, source, student, activations, as_they_are=as_they_are)
+            calibration = calibration_for(form, source, student, activations, as_they_are=as_they_are, maxima=maxima)
             quantize_weights(source, made, scheme=scheme, metadata=metadata, calibration=calibration)
         if half:
             cast_to_half(made, target, metadata=metadata)

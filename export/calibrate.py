@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,12 +21,12 @@ import onnx
 from onnx import ModelProto, TensorProto, helper
 
 from export.graph import Graphs
-from export.smooth import Factors, find_boundaries, find_factors
+from export.smooth import Boundary, Factors, find_boundaries, find_factors
 from limbeck.artifact import available_cores
 from limbeck.encoder_recipe import EncoderForm
 from limbeck.errors import ArtifactError
 from limbeck.heldout import CALIBRATION, load_calibration
-from limbeck.progress import task
+from limbeck.progress import say, task
 from limbeck.recipe import Form, Int8DynamicForm, Int8StaticForm, Int8TrtForm, Int8WeightForm
 from limbeck.runtime import import_onnxruntime
 
@@ -54,55 +54,71 @@ def calibrate(
     *,
     method: Method,
     alpha: float,
+    maxima: MutableMapping[str, Floats] | None = None,
 ) -> Calibration:
     """Ranges of ``activations`` of the fp32 graphs over the token ``rows`` ``[S]``, outliers migrated by ``alpha``.
 
-    ``alpha`` is the share of the difficulty that moves into the weights; 0 moves nothing.
+    ``alpha`` is the share of the difficulty that moves into the weights; 0 moves nothing. ``maxima`` keeps the largest value by
+    channel of what outliers can leave, ``[K]`` by activation, for the next form of the same graphs and rows.
     """
     proto = onnx.load(source.last, load_external_data=False)
-    boundaries = find_boundaries(proto) if alpha else {}
-    if not boundaries and not activations:
-        return Calibration({})
-    with tempfile.TemporaryDirectory(dir=source.data.parent) as temporary:
-        # Beside the weights, as the weights' location is relative to the graph; a link, so nothing is copied.
-        (Path(temporary) / source.data.name).hardlink_to(source.data)
-        run = _Run(proto, Path(temporary) / "calibration.onnx", list(dict.fromkeys([*activations, *boundaries])))
+    boundaries: Mapping[str, Boundary] = find_boundaries(proto) if alpha else {}
+    maxima = {} if maxima is None else maxima
+    unknown = [name for name in boundaries if name not in maxima]
+    # Beside the weights, as the weights' location is relative to the graph.
+    with tempfile.NamedTemporaryFile(dir=source.data.parent, suffix=".onnx") as probe:
+        run = _Run(proto, Path(probe.name), [*activations, *unknown]) if activations or unknown else None
+        if run and unknown:
+            maxima.update(_channel_maxima(run, rows, unknown))
         factors, divided = Factors(), dict[str, Floats]()
         if boundaries:
-            largest = _channel_maxima(run, rows, list(boundaries))
-            factors, divided = find_factors(source, proto, boundaries, largest, alpha=alpha)
+            factors, divided = find_factors(source, proto, boundaries, maxima, alpha=alpha)
         return Calibration(
-            _ranges(run, rows, activations, divided, method) if activations else {},
+            _ranges(run, rows, activations, divided, method) if run and activations else {},
             factors,
             alpha if boundaries else 0.0,
         )
 
 
 def calibration_for(
-    form: Form | EncoderForm, source: Graphs, student: Path, activations: Sequence[str], *, as_they_are: bool = False
+    form: Form | EncoderForm,
+    source: Graphs,
+    student: Path,
+    activations: Sequence[str],
+    *,
+    as_they_are: bool = False,
+    maxima: MutableMapping[str, Floats] | None = None,
 ) -> Calibration | None:
     """What ``form`` must know of the ``activations`` whose ranges it needs, and of outliers, measured on the training rows of
     the ``student`` artifact; none for a form that needs nothing. Outliers stay where they are where the weights must be the
     student's own, ``as_they_are``, unless the form says otherwise: for recovery, which trains through their rounding, and for a base
-    that serves the adapters of many students.
+    that serves the adapters of many students. ``maxima`` is that of `calibrate`.
 
     Raises `ArtifactError` for a student that carries no training rows.
     """
     match form:
         case Int8StaticForm() | Int8TrtForm():
-            method, alpha = form.calibration, form.smooth
+            method = form.calibration
         case Int8WeightForm() | Int8DynamicForm():
-            method, alpha = "min-max", (0.0 if as_they_are else SMOOTH) if form.smooth is None else form.smooth
-            if not alpha:
-                return None
+            method = "min-max"
         case _:
             return None
+    alpha = (0.0 if as_they_are else SMOOTH) if form.smooth is None else form.smooth
+    movable = bool(alpha) and bool(find_boundaries(onnx.load(source.last, load_external_data=False)))
+    if form.smooth and not movable:
+        say(
+            f"export: {form.kind}: smooth moves nothing, as nothing in this graph can be divided exactly before its products"
+        )
+    if not movable and not activations:
+        return None
     if not (student / CALIBRATION).is_file():
+        without = ", or set its smooth: 0" if not activations else ""
         raise ArtifactError(
             f"{student}: {CALIBRATION} is missing; {form.kind} is calibrated on training text. The student is older than "
-            "that: delete its folder and run the compress stage again, or take the form out of export.forms."
+            f"that: delete its folder and run the compress stage again{without}, or take the form out of export.forms."
         )
-    return calibrate(source, load_calibration(student / CALIBRATION), activations, method=method, alpha=alpha)
+    rows = load_calibration(student / CALIBRATION)
+    return calibrate(source, rows, activations, method=method, alpha=alpha if movable else 0.0, maxima=maxima)
 
 
 class _Run:

@@ -26,9 +26,10 @@ DTYPES = {
     "model_uint8": "uint8",
     "model_q4": "q4",
 }
-# What the names of metrics do not say.
-_METRICS = {"nll": "nats a token, of the student in torch"}
 _LICENCES = """Each licence is what it says of itself, `unknown` where it says nothing. The header's is that of base model and teachers: theirs where they agree, `other` where they differ, `unknown` where one is."""
+_BEFORE_LICENCES = (
+    "The student was distilled by a version that wrote no licences down; those of what went in hold all the same."
+)
 _APART = """## The adapter
 
 The graphs hold the base; what the student learnt is in `{file}` ({bytes} bytes), which `limbeck generate` and onnxruntime-genai's `Adapters` load with them. A client that knows no adapters, transformers.js among them, runs the base alone. `limbeck generate . --adapter FILE` takes the adapter of any other student of the same base (number {base})."""
@@ -101,8 +102,9 @@ def tokenizer_config(model: Path) -> dict[str, Any]:
 
 
 def card_header(recipe: AnyRecipe, *, pipeline: str, shipped: str, student: Mapping[str, Any], student_digest: str,
-                teachers: Sequence[Mapping[str, Any]], measured: Mapping[str, Mapping[str, float]]) -> str:  # fmt: skip
-    """The hub's YAML header: ``student`` is the artifact's `result`, ``measured`` what was measured by held-out text and metric.
+                teachers: Sequence[Mapping[str, Any]], measured: Mapping[str, Mapping[str, float]], names: Mapping[str, str]) -> str:  # fmt: skip
+    """The hub's YAML header: ``student`` is the artifact's `result`, ``measured`` what was measured by held-out text and metric,
+    ``names`` what a metric is in full.
 
     `base_model` and `datasets` name what lies on the hub and nothing else; `teachers` and `digests` are not the hub's but ours.
     """
@@ -128,7 +130,7 @@ def card_header(recipe: AnyRecipe, *, pipeline: str, shipped: str, student: Mapp
                 "task": {"type": pipeline},
                 "dataset": {"name": f"{name}, held out", "type": hub.get(name, name)},
                 "metrics": [
-                    {"type": metric, "name": _METRICS.get(metric, metric), "value": round(value, 6)}
+                    {"type": metric, "name": names.get(metric, metric), "value": round(value, 6)}
                     for metric, value in metrics.items()
                 ],
             }
@@ -142,12 +144,13 @@ def card_header(recipe: AnyRecipe, *, pipeline: str, shipped: str, student: Mapp
 def what_went_in(recipe: AnyRecipe, *, student: Mapping[str, Any], teachers: Sequence[Mapping[str, Any]]) -> list[str]:
     """The part of a card on base model, teachers and texts, with the licences that were known when the student was distilled."""
     base, known = base_of(recipe), student.get("sources", {})
+    said = _LICENCES if "sources" in student else _BEFORE_LICENCES
     rows = [["base model", _source(base), *_licence(known.get("base"))]] if base else []
     rows += [["teacher " + t["name"], _teacher(recipe, t), *_licence(t)] for t in teachers]
     rows += [
         ["text " + name, _source(text), *_licence(known.get("texts", {}).get(name))] for name, text in texts_of(recipe)
     ]
-    return ["## What went in", markdown_table(["what", "from", "licence", "said by"], rows), _LICENCES]
+    return ["## What went in", markdown_table(["what", "from", "licence", "said by"], rows), said]
 
 
 def digests(recipe: AnyRecipe, *, student: str, parents: Mapping[str, str]) -> list[str]:
@@ -171,6 +174,7 @@ def write_card(folder: Path, *, recipe: Recipe, student: Mapping[str, Any], stud
             student_digest=student_digest,
             teachers=teachers,
             measured={name: {"nll": value} for name, value in nll.items()},
+            names={"nll": "nats a token, of the student in torch"},
         ),
         f"# {recipe.name}",
     ]

@@ -84,12 +84,13 @@ def export_encoder(*, student: Artifact, out: Path, recipe: EncoderRecipe, key: 
         cases = make_cases(_heldout(student.path), model, task=task)
         save_cases(folder / PARITY, cases)
         forms: dict[str, dict[str, Any]] = {}
+        maxima: dict[str, Any] = {}
         for form in recipe.export.forms:
             graphs = encoder_files(folder, form.kind)
             scheme, calibration = encoder_scheme(form, width), None
             if scheme:
                 say(f"export: quantising to {form.kind}")
-                calibration = calibration_for(form, fp32, student.path, static_activations(fp32, scheme))
+                calibration = calibration_for(form, fp32, student.path, static_activations(fp32, scheme), maxima=maxima)
                 quantize_weights(
                     fp32,
                     graphs,
@@ -383,6 +384,7 @@ def _write_card(
             student_digest=student.digest,
             teachers=teachers,
             measured={recipe.name: student.result["metrics"]},
+            names={"nll": "nats an example, of the student in torch"},
         ),
         f"# {recipe.name}",
         recipe.description,

@@ -9,6 +9,7 @@ Shape letters: K inputs of a product, N outputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,7 +79,7 @@ def find_boundaries(proto: ModelProto) -> dict[str, Boundary]:
     graph = _Graph(proto)
     found: dict[str, Boundary] = {}
     for node in proto.graph.node:
-        matrices = graph.matrices_after(node)
+        activation, matrices = graph.matrices_after(node)
         if not matrices:
             continue
         shared = None
@@ -87,9 +88,10 @@ def find_boundaries(proto: ModelProto) -> dict[str, Boundary]:
             parts = next((p for p in map(graph.product, node.input) if p), None)
         if parts is None and node.op_type == "GroupQueryAttention":
             parts, shared = graph.values(node)
-        wide = None if shared else graph.width(matrices[0])
-        if parts and all(graph.only_reader(p.name) and wide in (None, graph.channels(p.name)) for p in parts):
-            found[node.output[0]] = Boundary(tuple(parts), matrices, shared)
+        wide = graph.width(matrices[0])
+        widths = {math.prod(shared)} if shared else {graph.channels(part.name) for part in parts or ()}
+        if parts and widths == {wide} and all(graph.only_reader(part.name) for part in parts):
+            found[activation] = Boundary(tuple(parts), matrices, shared)
     return dict(sorted(found.items(), key=lambda item: not graph.is_matrix(item[1].made_by[0].name)))
 
 
@@ -176,13 +178,17 @@ class _Graph:
         own = name in self.tensors and self.only_reader(name) and self.only_reader(node.input[1])
         return name if own and self.is_matrix(name) else None
 
-    def matrices_after(self, node: NodeProto) -> tuple[str, ...]:
-        """The matrices of the products that read a node's output, none unless such products alone do."""
+    def matrices_after(self, node: NodeProto) -> tuple[str, tuple[str, ...]]:
+        """A node's output as products read it, and their matrices; none unless such products alone read it."""
         made = node.output[0] if node.output else ""
         readers = self.readers.get(made, [])
+        # torch's exporter folds rows and columns into one dimension; channels stay, as the widths must be equal.
+        if [r.op_type for r in readers] == ["Reshape"] and made not in self._results:
+            made = readers[0].output[0]
+            readers = self.readers.get(made, [])
         found = [self.constant(r) if r.input[0] == made else None for r in readers]
         known = tuple(name for name in found if name is not None)
-        return known if len(known) == len(found) and made not in self._results else ()
+        return made, (known if len(known) == len(found) and made not in self._results else ())
 
     def norm(self, node: NodeProto) -> list[Part] | None:
         """The weights of a norm; one that is written out ends in a product of its weights with what they scale."""
@@ -210,8 +216,13 @@ class _Graph:
         """What makes the values of a fused attention, and how its heads share them."""
         counts = {a.name: int(a.i) for a in node.attribute if a.name in ("num_heads", "kv_num_heads")}
         heads, groups = counts["num_heads"], counts["kv_num_heads"]
-        packed = not node.input[2]  # queries, keys and values side by side
-        parts = self.product(node.input[0] if packed else node.input[2])
+        packed, made = not node.input[2], node.input[2] or node.input[0]  # queries, keys and values side by side
+        split = self.made_by.get(made)
+        if split is not None and split.op_type == "Split":  # made together, taken apart for norms of queries and keys
+            if list(split.output)[2:] != [made] or not self.only_reader(made):
+                return None, None
+            packed, made = True, split.input[0]
+        parts = self.product(made)
         if parts is None:
             return None, None
         size = self.channels(parts[0].name) // (heads + 2 * groups if packed else groups)

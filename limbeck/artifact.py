@@ -216,8 +216,13 @@ def host() -> dict[str, Any]:
 
 
 def sums_overflow() -> bool:
-    """Whether this processor adds pairs of 8-bit products in 16 bits, where signed weights of 8 bits overflow: x86 without VNNI."""
+    """Whether this processor adds pairs of 8-bit products in 16 bits, where signed weights of 8 bits overflow: x86 without VNNI.
+
+    True of an x86 whose flags are not known, as on macOS.
+    """
     flags = set(host()["flags"])
+    if not flags and platform.machine().lower() in ("x86_64", "amd64"):
+        return platform.system() != "Linux"
     return "avx2" in flags and not flags & {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 

@@ -6,6 +6,8 @@ Knows recipes, and what the plan says of them. Writes one file, with the reasons
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,10 +18,18 @@ from limbeck.artifact import write_atomically
 from limbeck.errors import DataError, LimbeckError, ModelError, RecipeError
 from limbeck.plan import form_sizes
 from limbeck.recipe import Recipe, find_recipe, parse_recipe
+from limbeck.sources import check_arrow
 
 _TARGET_SHARE = 0.97  # of the size asked for: the plan is right within 2 %
 _DEPTHS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)  # shares of the layers kept, most first
 _WIDTHS = (1.0, 0.75, 0.5)  # shares of the FFN's neurons
+_TOKENS, _BATCH, _PASSES = 204800, 1024, 10  # of training: tokens, tokens a step, passes over the text at most
+_DECODERS = (
+    "ForCausalLM",
+    "LMHeadModel",
+    "ForConditionalGeneration",
+)  # how transformers' classes that write text are called
+_JSON_LINES = (".jsonl", ".ndjson", ".json")
 _BITS = {"int8-weight": 8, "int4-weight": 4}  # forms that may ship
 
 
@@ -38,33 +48,39 @@ def write_recipe(
 ) -> Choice:
     """Write the recipe to ``out`` and return what was chosen.
 
-    ``teachers`` and ``student`` are model folders, GGUF files, hub ids (owner/name) or recipe files; the student's
-    base is the smallest teacher when none is given. Raises `ModelError`, `DataError` or `RecipeError`.
+    ``teachers`` and ``student`` are model folders, GGUF files, hub ids (owner/name) or recipe files, teachers PEFT adapter
+    folders too; the student's base is the smallest teacher when none is given. Raises `ModelError`, `DataError` or `RecipeError`.
     """
     if out.exists():
         raise RecipeError(f"{out}: is already there; name another file with --out.")
-    for text in texts:
-        if not Path(text).expanduser().is_file():
-            raise DataError(f"--data {text}: no such file; give a text file of yours.")
-    sources = [_source(teacher, "--teacher") for teacher in teachers]
-    names = _names(teachers)
+    if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
+        raise RecipeError(f"{out}: {out.parent} is no folder that can be written to; name another file with --out.")
+    found = [{"name": name, **_teacher(given)} for name, given in zip(_names(teachers), teachers, strict=True)]
     tree: dict[str, Any] = {
         "name": re.sub(r"[^a-z0-9._-]+", "-", out.stem.lower()).strip("-.") or "mine",
-        "teachers": [{"name": n, "model": s} for n, s in zip(names, sources, strict=True)],
+        "teachers": found,
         "data": {
-            "domains": [
-                {"name": name, "text": {"kind": "files", "paths": [str(Path(text).expanduser().resolve())]}}
-                for name, text in zip(_names(texts), texts, strict=True)
-            ],
+            "domains": [{"name": name, "text": _data(text)} for name, text in zip(_names(texts), texts, strict=True)],
             "block": 128,
             "heldout": {"piece_chars": 1024},
         },
-        "training": {"tokens": 204800, "batch_tokens": 1024, "learning_rate": 1e-3, "evaluate_every": 50},
+        "training": {"tokens": _tokens(texts), "batch_tokens": _BATCH, "learning_rate": 1e-3, "evaluate_every": 50},
         "gates": {"max_size_mb": target_mb, "max_loss_vs_best_teacher": 0.02},
     }
-    bases = [_source(student, "--student")] if student else [s for s in sources if s["kind"] != "recipe"]
+    bases = (
+        [_source(student, "--student")] if student else [t["model"] for t in found if t["model"]["kind"] != "recipe"]
+    )
     if not bases:
         raise ModelError("--teacher: all teachers are recipes; name the model the student starts from with --student.")
+    _check_tokenizers(found, bases if student else [])
+    for option, source in [("--student", bases[0])] if student else [("--teacher", base) for base in bases]:
+        if source["kind"] == "hub":
+            try:
+                _sizes(tree, {"kind": "lora", "base": source})
+            except ModelError as error:
+                raise ModelError(
+                    f"{option} {source['id']}: no folder of that name here, and as a model of the hub: {error}"
+                ) from error
     choice = choose_student(tree, bases, target_mb=target_mb)
     if choice.student["kind"] == "shrink":
         tree["training"]["learning_rate"] = 3e-4
@@ -142,10 +158,107 @@ def _recipe(tree: dict[str, Any], student: dict[str, Any], *forms: str) -> Recip
     )
 
 
+def _teacher(given: str) -> dict[str, Any]:
+    """A teacher's model, and its adapter where a PEFT folder was typed. Raises `ModelError`."""
+    path = Path(given).expanduser()
+    if not (path / "adapter_config.json").is_file() or (path / "config.json").is_file():
+        return {"model": _source(given, "--teacher")}
+    try:
+        base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError) as error:
+        raise ModelError(
+            f"--teacher {given}: its adapter_config.json names no base model ({error}); write its path there as base_model_name_or_path."
+        ) from error
+    return {"model": _source(str(base), f"--teacher {given}, an adapter on"), "adapter": str(path.resolve())}
+
+
+def _data(given: str) -> dict[str, Any]:
+    """A text source from what was typed; rows are told by the file's suffix and read once. Raises `DataError`."""
+    from compress.data import documents
+    from limbeck.recipe import PlainText
+
+    path = Path(given).expanduser().resolve()
+    if not path.is_file():
+        raise DataError(f"--data {given}: no such file; give a text file of yours.")
+    source: dict[str, Any] = {"kind": "files", "paths": [str(path)]}
+    if path.suffix not in (*_JSON_LINES, ".parquet"):
+        for _ in documents(path, PlainText(kind="text")):  # text that cannot be read is told now
+            pass
+        return source
+    kind = "parquet" if path.suffix == ".parquet" else "jsonl"
+    fields = _parquet_fields(path) if kind == "parquet" else _json_fields(path)
+    if "messages" in fields:
+        return source | {"format": {"kind": "chat"}}
+    texts = [name for name, is_text in fields.items() if is_text]
+    field = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
+    if field is None:
+        raise DataError(
+            f"--data {given}: its rows have {', '.join(fields) or 'nothing'}, and which of them is the text cannot be told; "
+            "rename it to text, or to messages where it holds conversations."
+        )
+    return source | {"format": {"kind": kind, "field": field}}
+
+
+def _json_fields(path: Path) -> dict[str, bool]:
+    """The keys of the first row of JSON lines, and whether they hold text."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        line = next((line for line in file if line.strip()), "")
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        raise DataError(f"--data {path}: its first line is no JSON object; write one object a line.")
+    return {name: isinstance(value, str) for name, value in row.items()}
+
+
+def _parquet_fields(path: Path) -> dict[str, bool]:
+    """The columns of a Parquet file, and whether they hold text."""
+    check_arrow()
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        schema = pyarrow.parquet.read_schema(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"--data {path}: not a Parquet file ({error}).") from None
+    return {
+        field.name: pyarrow.types.is_string(field.type) or pyarrow.types.is_large_string(field.type) for field in schema
+    }
+
+
+def _tokens(texts: Sequence[str]) -> int:
+    """How long to train: ten times the tokens of the text at most, of which a byte is taken for a quarter; of Parquet it is not known."""
+    files = [Path(text).expanduser() for text in texts]
+    if any(path.suffix == ".parquet" for path in files):
+        return _TOKENS
+    passes = _PASSES * sum(path.stat().st_size for path in files) // 4
+    return max(20 * _BATCH, min(_TOKENS, passes // _BATCH * _BATCH))
+
+
+def _check_tokenizers(teachers: Sequence[dict[str, Any]], bases: Sequence[dict[str, Any]]) -> None:
+    """Raise `ModelError` where two folders on this machine have other token maps; of other sources `limbeck run` tells."""
+    from compress.models import require_same_tokenizer
+
+    named = [(teacher["name"], teacher["model"]) for teacher in teachers] + [("the student", base) for base in bases]
+    folders = {name: Path(source["path"]) for name, source in named if source["kind"] == "local"}
+    if len(folders) > 1:
+        require_same_tokenizer(folders)
+
+
 def _source(given: str, option: str) -> dict[str, Any]:
-    """A model source from what was typed. Raises `ModelError` when it is nothing that is known."""
+    """A model source from what was typed. Raises `ModelError` when it is nothing that is known, or no decoder."""
     path = Path(given).expanduser()
     if path.is_dir():
+        try:
+            kinds = json.loads((path / "config.json").read_text()).get("architectures") or []
+        except (OSError, ValueError, AttributeError) as error:
+            raise ModelError(f"{option} {given}: no config.json of a model there ({error}).") from error
+        if kinds and not any(kind.endswith(_DECODERS) for kind in kinds):
+            raise ModelError(
+                f"{option} {given}: {kinds[0]} does not write text; for classifiers and sentence encoders write a recipe with "
+                "task: classification or task: embedding, as `limbeck recipes` lists them."
+            )
         return {"kind": "local", "path": str(path.resolve())}
     if path.suffix == ".gguf" and path.is_file():
         return {"kind": "gguf", "path": str(path.resolve())}
@@ -163,7 +276,9 @@ def _names(given: Sequence[str]) -> list[str]:
     """A short name for each, all different."""
     names: list[str] = []
     for index, one in enumerate(given):
-        stem = re.sub(r"[^a-z0-9._-]+", "-", Path(one).stem.lower()).strip("-._")[:40] or f"n{index + 1}"
+        # What follows a dot is a suffix in the name of a file alone.
+        name = Path(one).stem if Path(one).expanduser().is_file() else Path(one).name
+        stem = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[:40] or f"n{index + 1}"
         names.append(stem if stem not in names else f"{stem}-{index + 1}")
     return names
 

@@ -35,6 +35,7 @@ from limbeck.recipe import (
     PackageModel,
     RandomModel,
     Recipe,
+    StaticShapes,
     find_recipe,
 )
 
@@ -99,6 +100,12 @@ _FIXED_HEADS = ("gpt2", "gpt_neox", "opt")  # width and heads are cut together, 
 _BLOCK, _STEPS = 64, 4
 _TEXTS = (["json/*.py"], ["email/*.py"], ["logging/*.py"], ["unittest/*.py"])
 _EXAMPLES = 40  # of a class or domain
+_SCENARIOS: Mapping[str, Mapping[str, Any]] = {
+    "single": {},
+    "offline": {"batches": [1, 2], "prompts": [16], "outputs": [4], "blocks": 1, "minutes": 0.05},
+    "server": {"requests": 4, "bisections": 0, "minutes": 0.05},
+    "cold": {"repeats": 1, "minutes": 0.05},
+}
 
 
 @overload
@@ -138,6 +145,10 @@ def _shrink_language_model(tree: dict[str, Any], recipe: Recipe) -> None:
         "checkpoint_every": 2,
     }
     tree["bench"] |= {"prompt_tokens": 16, "new_tokens": 8, "min_blocks": 3, "minutes": 0.05}
+    for scenario in tree["bench"]["scenarios"]:
+        scenario |= _SCENARIOS[scenario["kind"]]
+    if isinstance(recipe.export.shapes, StaticShapes):
+        tree["export"]["shapes"]["length"] = min(recipe.export.shapes.length, _SIZES["max_position_embeddings"])
 
 
 def _shrink_encoder(tree: dict[str, Any], recipe: EncoderRecipe) -> None:
@@ -187,8 +198,10 @@ def architecture(source: ModelSource | OnnxModel, recipe: AnyRecipe, *, where: s
             return architecture(source.like, recipe, where=where)
         case HubModel():
             name = source.id
-        case PackageModel() | GgufModel():
+        case PackageModel():
             name = str(source.path)
+        case GgufModel():
+            name = source.path.name  # the folders above it are the user's
         case _:
             made = load_teacher_recipe(find_recipe(source.recipe, folder=recipe.folder), of=recipe)
             if isinstance(made.student, FreshStudent | FreshEncoder):

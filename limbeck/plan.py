@@ -40,7 +40,8 @@ class Plan:
     worst_moment: str
     device: str  # that the memory is on
     cache: int  # bytes of the teacher cache
-    operations: float  # of training
+    operations: float  # of training; without a trial those of its measurements alone, where its budget is in minutes
+    minutes: float | None  # of training, where its operations are not known
     first: tuple[str, ...]  # recipes whose students are made first
     operations_first: float
     seconds: float | None  # of training and of what is made first; none without a trial
@@ -72,7 +73,8 @@ class Plan:
             yield "teacher cache on disk", _mb(self.cache)
         for name in self.first:
             yield "made first", name
-        yield "operations", f"{(self.operations + self.operations_first) / 1e12:,.1f} TFLOP"
+        open_ = f", and what {self.minutes:g} minutes of training hold" if self.minutes else ""
+        yield "operations", f"{(self.operations + self.operations_first) / 1e12:,.1f} TFLOP{open_}"
         if self.seconds is None:
             yield "time", "unknown without a trial on this machine: add --trial"
         else:
@@ -99,10 +101,18 @@ class _Making:
         parts = {part: value for part, value in asdict(self.taken.memory).items() if part != "moment"}
         return parts | ({"program": PROGRAM_BYTES} if self.device.type == "cpu" else {})
 
+    @property
+    def minutes(self) -> float | None:
+        """Of training, where that is its budget."""
+        return self.recipe.training.minutes if isinstance(self.recipe, Recipe) else None
+
     def seconds(self, speed: float) -> float:
         """Of training, at ``speed`` operations a second; a budget in time is what it is."""
-        minutes = self.recipe.training.minutes if isinstance(self.recipe, Recipe) else None
-        return 60 * minutes if minutes else self.taken.operations / speed
+        return 60 * self.minutes if self.minutes else self.taken.operations / speed
+
+    def operations(self, speed: float | None) -> float:
+        """Of training, at ``speed`` operations a second; with a budget in time and no speed, of its measurements alone."""
+        return self.taken.operations + (60 * self.minutes * speed if self.minutes and speed else 0)
 
 
 def plan_recipe(recipe: AnyRecipe, *, trial: bool = False) -> Plan:
@@ -118,10 +128,8 @@ def plan_recipe(recipe: AnyRecipe, *, trial: bool = False) -> Plan:
     first = [_making(product.recipe) for product in pipeline.plan(recipe)[0]]
     worst = max([own, *first], key=lambda making: sum(making.memory.values()))
     moment = worst.taken.memory.moment
-    seconds = None
-    if trial:
-        speed = _speed(own)
-        seconds = sum(making.seconds(speed) for making in (own, *first))
+    speed = _speed(own) if trial else None
+    seconds = sum(making.seconds(speed) for making in (own, *first)) if speed else None
     return Plan(
         recipe=recipe.name,
         teachers={t.name: count for t, count in zip(teachers_of(recipe), own.teachers, strict=True)},
@@ -133,9 +141,10 @@ def plan_recipe(recipe: AnyRecipe, *, trial: bool = False) -> Plan:
         worst_moment=moment if worst is own else f"{moment} ({worst.recipe.name}, made first)",
         device=worst.device.type,
         cache=own.taken.cache_bytes,
-        operations=own.taken.operations,
+        operations=own.operations(speed),
+        minutes=None if speed else own.minutes,
         first=tuple(making.recipe.name for making in first),
-        operations_first=sum(making.taken.operations for making in first),
+        operations_first=sum(making.operations(speed) for making in first),
         seconds=seconds,
         bench_seconds=60 * recipe.bench.minutes,
     )

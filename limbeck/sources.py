@@ -32,6 +32,7 @@ from limbeck.recipe import (
     PackageModel,
     PackageText,
     ParquetRows,
+    PlainText,
     RandomModel,
     Recipe,
     RecipeModel,
@@ -261,6 +262,12 @@ def _mistakes(recipe: AnyRecipe) -> Iterator[str]:
             files = text_files(text, folder=recipe.folder)
             if isinstance(text.format, ParquetRows) or any(p.suffix in (".parquet", ".arrow") for p in files):
                 check_arrow()
+            rows = next((p for p in files if p.suffix in (".jsonl", ".ndjson", ".parquet", ".arrow")), None)
+            if rows and isinstance(text.format, PlainText) and "format" not in text.model_fields_set:
+                yield (
+                    f"{where}: {rows.name} would be read as plain text, keys and braces included; "
+                    "set format to jsonl, parquet or chat, or to text where that is meant."
+                )
             if not any(path.stat().st_size for path in files):
                 yield f"{where}: every file is empty; name files with text."
         except UserError as error:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from limbeck.artifact import Artifact
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which test modules do
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -16,7 +19,6 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIMBECK_CACHE", str(folder))
-        patch.setenv("HF_HUB_OFFLINE", "1")
         yield folder
 
 

@@ -352,6 +352,7 @@ def test_texts_go_in(exported: Exported) -> None:
     if exported.task == "classification":
         assert set(encoder.classify(texts)) <= {"no", "yes", "maybe"}
         assert "text-classification" in card
+        assert "nats an example" in card
     else:
         assert np.linalg.norm(encoder.encode(texts), axis=1) == pytest.approx(1.0, abs=1e-5)
         assert json.loads((exported.onnx.path / "1_Pooling" / "config.json").read_text())["pooling_mode_mean_tokens"]

@@ -78,7 +78,9 @@ def test_every_way_of_feeding_agrees_with_torch(tmp_path: Path, sizes: dict[str,
     exact = measure_parity("fp32", fp32.last, fp32.all, cases)
     assert exact["failures"] == []
     assert exact["max_abs"] < 5e-5
-    assert {"left_padded", "left_padded/last", "right_padded", "one_token", "chunks", "long"} <= exact["cases"].keys()
+    assert {"left_padded", "left_padded/last", "right_padded", "one_token", "chunks", "long", "longest"} <= exact[
+        "cases"
+    ].keys()
 
     for form, worst in QUANTIZED:
         graphs = form_files(tmp_path, form.kind)

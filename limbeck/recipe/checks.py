@@ -93,18 +93,16 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
         yield "export.mixed: no size to keep to; give `mb` there, or gates.max_size_mb"
     if isinstance(mixed, MixedByLoss) and mixed.rise is None and recipe.gates.max_quantization_loss is None:
         yield "export.mixed: no loss to keep to; give `rise` there, or gates.max_quantization_loss"
-    moved = [
-        f.kind for f in recipe.export.forms if f.kind in ("int8-weight", "int8-dynamic") and getattr(f, "smooth", None)
-    ]
+    moved = [f.kind for f in recipe.export.forms if getattr(f, "smooth", None)]
     if moved and recipe.export.adapters == "separate":
         yield f"export.adapters: a base whose outliers are moved serves one student only; leave smooth out of {moved[0]}, or use merged"
     if recipe.export.recover is not None:
         if recipe.gates.max_quantization_loss is None:
             yield "export.recover: nothing says when it is needed; set gates.max_quantization_loss"
-        if getattr(recipe.export.forms[-1], "smooth", None):
-            yield f"export.recover: training rounds the weights as they are, not smoothed; leave smooth out of {forms[-1]}"
         if forms[-1] not in ("int8-weight", "int8-dynamic", "int4-weight"):
             yield f"export.recover: found {forms[-1]!r} as the form to ship; put int8-weight, int8-dynamic or int4-weight last"
+        elif getattr(recipe.export.forms[-1], "smooth", None):
+            yield f"export.recover: training rounds the weights as they are, not smoothed; leave smooth out of {forms[-1]}"
     if isinstance(recipe.student, FreshStudent) and not recipe.teachers:
         yield "student.kind: a fresh student takes its tokenizer from the first teacher; name a teacher, or use kind: lora"
     calibration = recipe.fusion.calibration

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 from limbeck.recipe.base import Count, Fraction, Frozen, Int, Positive, shorthand
 
 _REDUCE = "Weights of 7 bits instead of 8, which no processor's sums overflow; none takes 7 on x86 without VNNI, where this is made, else 8."
-_SMOOTH = "Share of the difficulty of activations' outliers that moves into the weights that read them (SmoothQuant), on training text; 0: none."
+_SMOOTH = "Share of the difficulty of activations' outliers that moves into the weights that read them (SmoothQuant), on training text; 0: none. Not said: 0.5, and 0 with export.recover or adapters: separate."
 
 
 class Fp32Form(Frozen):
@@ -32,9 +32,7 @@ class Int8WeightForm(Frozen):
     block_size: Literal[16, 32, 64, 128, 256] | None = Field(
         None, description="Weights that share a scale; none takes the largest that divides the width."
     )
-    smooth: Fraction | None = Field(
-        None, description=f"{_SMOOTH} None takes 0.5, and 0 with export.recover or adapters: separate."
-    )
+    smooth: Fraction | None = Field(None, description=_SMOOTH)
 
 
 class Int8DynamicForm(Frozen):
@@ -42,9 +40,7 @@ class Int8DynamicForm(Frozen):
 
     kind: Literal["int8-dynamic"]
     reduce_range: bool | None = Field(None, description=_REDUCE)
-    smooth: Fraction | None = Field(
-        None, description=f"{_SMOOTH} None takes 0.5, and 0 with export.recover or adapters: separate."
-    )
+    smooth: Fraction | None = Field(None, description=_SMOOTH)
 
 
 class Int8StaticForm(Frozen):
@@ -55,7 +51,7 @@ class Int8StaticForm(Frozen):
         "min-max", description="How the range of each activation is chosen from what was seen."
     )
     reduce_range: bool | None = Field(None, description=_REDUCE)
-    smooth: Fraction = Field(0.5, description=_SMOOTH)
+    smooth: Fraction | None = Field(None, description=_SMOOTH)
 
 
 class Int8TrtForm(Frozen):
@@ -65,7 +61,7 @@ class Int8TrtForm(Frozen):
     calibration: Literal["min-max", "percentile", "entropy"] = Field(
         "min-max", description="How the range of each activation is chosen from what was seen."
     )
-    smooth: Fraction = Field(0.5, description=_SMOOTH)
+    smooth: Fraction | None = Field(None, description=_SMOOTH)
 
 
 class Int4WeightForm(Frozen):
