@@ -82,7 +82,7 @@ def search(recipe: Recipe, *, out: Path | None = None) -> Found:
     _require_ours(folder, digest)
     students = dict(_students(recipe))
     candidates = _sized(recipe, students)  # what is wrong with a model or a form is told before anything is written
-    _claim(folder, recipe, digest)
+    _claim(folder, digest)
     clock = _Clock(folder / SPENT)
     with pipeline.locked(folder, wait=True):
         if (folder / RESULT).exists():
@@ -150,13 +150,12 @@ def _require_ours(folder: Path, digest: str) -> None:
         )
 
 
-def _claim(folder: Path, recipe: Recipe, digest: str) -> None:
+def _claim(folder: Path, digest: str) -> None:
     with disk_full_is_a_user_error(folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / ASKED).exists():
-                asked = {"digest": digest, "recipe": recipe.resolved(), "folder": str(recipe.folder)}
-                write_atomically(folder / ASKED, json.dumps(asked, indent=1))
+                write_atomically(folder / ASKED, json.dumps({"digest": digest}))
         except PermissionError as error:
             raise EnvironmentalError(
                 f"{folder}: cannot be written ({error.strerror}); name another with --out."
