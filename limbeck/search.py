@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from limbeck import pipeline
+from limbeck import pipeline, sources
 from limbeck.artifact import disk_full_is_a_user_error, open_artifact, write_atomically
 from limbeck.errors import ArtifactError, DivergenceError, EnvironmentalError, QualityError, RecipeError
 from limbeck.plan import form_sizes
@@ -75,9 +75,7 @@ def search(recipe: Recipe, *, out: Path | None = None) -> Found:
     _require_optuna()
     pipeline.require_inputs(recipe)
     import_onnxruntime()  # the first exports need it
-    digest = fingerprint(
-        [recipe.distillation(), *(recipe.resolved()[k] for k in ("budget", "search", "export", "bench"))]
-    )
+    digest = _digest(recipe)
     folder = out or Path("runs") / f"search-{recipe.name}-{digest[:8]}"
     _require_ours(folder, digest)
     students = dict(_students(recipe))
@@ -129,6 +127,17 @@ def _require_optuna() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
+def _digest(recipe: Recipe) -> str:
+    """Of all that decides what a search comes to: the recipe, and what the models and texts that it names hold now."""
+    products, _ = pipeline.plan(recipe)
+    made = [
+        [each.distillation(), sources.input_digests(each, products=None)]
+        for each in (recipe, *(product.recipe for product in products))
+    ]
+    asked = recipe.resolved()
+    return fingerprint([made, [asked[key] for key in ("budget", "search", "export", "bench", "gates")]])
+
+
 def _require_ours(folder: Path, digest: str) -> None:
     """Raise `ArtifactError` when ``folder`` cannot be made, or holds anything but this search."""
     for place in (folder, *folder.parents):
@@ -146,7 +155,8 @@ def _require_ours(folder: Path, digest: str) -> None:
         raise ArtifactError(f"{folder / ASKED}: not what Limbeck writes; name another folder with --out.") from None
     if found != digest:
         raise ArtifactError(
-            f"{folder}: holds a search of another recipe or budget; leave --out away or name another folder."
+            f"{folder}: holds a search of another recipe or budget, or of files that have changed since; leave --out away or "
+            "name another folder."
         )
 
 

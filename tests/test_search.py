@@ -499,6 +499,32 @@ def test_a_budget_that_nothing_fits_is_said_before_anything_is_trained(tmp_path:
     assert again == found
 
 
+def test_a_search_of_other_gates_or_other_text_is_another_search(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("of old " * 9000)
+    asked: dict[str, Any] = {"budget": {"size_mb": 0.01}, "data.domains": [
+        {"name": "mine", "text": {"kind": "files", "paths": [str(text)]}}]}  # fmt: skip
+    search(pico(**asked), out=tmp_path / "out")
+    with pytest.raises(ArtifactError, match="another recipe or budget"):
+        search(pico(**asked, gates={"min_decode_speedup": 2}), out=tmp_path / "out")
+    text.write_text("of new " * 9000)
+    with pytest.raises(ArtifactError, match="files that have changed since"):
+        search(pico(**asked), out=tmp_path / "out")
+
+
+def test_a_search_knows_what_the_teachers_of_its_teachers_read(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    made = load_recipe("pico").resolved() | {"name": "made"}
+    made["data"]["domains"] = [{"name": "mine", "text": {"kind": "files", "paths": [str(text)]}}]
+    (tmp_path / "made.yaml").write_text(yaml.safe_dump(made))
+    recipe = pico(teachers=[{"name": "made", "model": {"kind": "recipe", "recipe": str(tmp_path / "made.yaml")}}])
+    digests = []
+    for written in ("old", "old", "new"):
+        text.write_text(written)
+        digests.append(module._digest(recipe))
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_a_folder_of_something_else_is_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "text").write_text("of mine")
