@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -421,6 +422,31 @@ def _measured(told: list[str], finalist: Candidate, passes: bool) -> None:
     told.append(finalist.student)
     finalist.measured = {"nll": 3.0}
     finalist.verdict = "pass" if passes else "fail"
+
+
+def test_a_finalist_is_verified_but_for_its_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that is faster a minute later, a replay of the speed would find another figure."""
+    arms = {
+        "mine": {
+            "role": "form",
+            "bytes": 5e5,
+            "tpot_ms": {"value": 2.0},
+            "ttft_ms": {"value": 9.0},
+            "quality": {"mean_nll": 3.3},
+        },
+        "one": {"role": "teacher", "quality": {"mean_nll": 3.5}},
+        "other": {"role": "teacher", "quality": {"mean_nll": 3.0}},
+    }
+    bench = SimpleNamespace(result={"judged": "mine", "arms": arms})
+    monkeypatch.setattr(module, "open_artifact", lambda *_, **__: bench)
+    passed = SimpleNamespace(verdict=SimpleNamespace(status="pass"))
+    monkeypatch.setattr(module.pipeline, "run", lambda *_, **__: passed)
+    monkeypatch.setattr(module.pipeline, "verify", lambda _, *, quality=True, speed=True: int(speed or not quality))
+    recipe, finalist = pico(), candidate("asked")
+    assert recipe.budget is not None
+    module._measure(recipe, {"asked": recipe.resolved()["student"]}, finalist, recipe.budget, tmp_path)
+    assert (finalist.verdict, finalist.out) == ("pass", None)
+    assert finalist.measured == {"size": 5e5, "tpot_ms": 2.0, "ttft_ms": 9.0, "nll": 3.3}
 
 
 # What is left ----------------------------------------------------------------------------------------------------
