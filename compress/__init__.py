@@ -7,7 +7,7 @@ from pathlib import Path
 
 from limbeck import sources
 from limbeck.artifact import Artifact, find_artifact, open_artifact
-from limbeck.encoder_recipe import AnyRecipe, base_of, texts_of
+from limbeck.encoder_recipe import AnyRecipe
 from limbeck.recipe import Recipe, fingerprint
 
 _VERSION = 1  # of the stage: raise it when the same input would give another student
@@ -24,17 +24,7 @@ def distill(*, recipe: AnyRecipe, out: Path, products: Mapping[str, Path] | None
     Raises `ModelError`, `DataError`, `EnvironmentalError` or `DivergenceError`.
     """
     products = products or {}
-    parents = {
-        f"teacher {t.name}": sources.model_digest(t.model, folder=recipe.folder, products=products, teacher=t.name)
-        for t in recipe.teachers
-    }
-    if isinstance(recipe, Recipe):
-        parents |= {
-            f"adapter {t.name}": sources.adapter_digest(t, folder=recipe.folder) for t in recipe.teachers if t.adapter
-        }
-    if (base := base_of(recipe)) is not None:
-        parents["base"] = sources.model_digest(base, folder=recipe.folder, products={})
-    parents |= {f"text {name}": sources.text_digest(text, folder=recipe.folder) for name, text in texts_of(recipe)}
+    parents = sources.input_digests(recipe, products=products)
     key = fingerprint({"stage": "compress", "version": _VERSION, "recipe": recipe.distillation(), "parents": parents})
     found = find_artifact(out, kind="student", key=key)
     if found is not None:

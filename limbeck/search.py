@@ -21,9 +21,17 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from limbeck import pipeline
+from limbeck import pipeline, sources
 from limbeck.artifact import disk_full_is_a_user_error, open_artifact, write_atomically
-from limbeck.errors import ArtifactError, DivergenceError, EnvironmentalError, QualityError, RecipeError
+from limbeck.errors import (
+    ArtifactError,
+    DivergenceError,
+    EnvironmentalError,
+    ModelError,
+    ParityError,
+    QualityError,
+    RecipeError,
+)
 from limbeck.plan import form_sizes
 from limbeck.progress import say
 from limbeck.recipe import (
@@ -37,7 +45,7 @@ from limbeck.recipe import (
     parse_recipe,
 )
 from limbeck.runtime import import_onnxruntime
-from limbeck.search_candidates import SPEEDS, Candidate, SpeedModel, fit_speed
+from limbeck.search_candidates import NO_TIME, SPEEDS, Candidate, SpeedModel, fit_speed
 from limbeck.search_outcome import (
     PICTURE,
     Found,
@@ -49,6 +57,7 @@ from limbeck.search_outcome import (
     megabytes,
     missed_bound,
     nearest,
+    out_of_time,
     rows,
 )
 
@@ -75,14 +84,12 @@ def search(recipe: Recipe, *, out: Path | None = None) -> Found:
     _require_optuna()
     pipeline.require_inputs(recipe)
     import_onnxruntime()  # the first exports need it
-    digest = fingerprint(
-        [recipe.distillation(), *(recipe.resolved()[k] for k in ("budget", "search", "export", "bench"))]
-    )
+    digest = _digest(recipe)
     folder = out or Path("runs") / f"search-{recipe.name}-{digest[:8]}"
     _require_ours(folder, digest)
     students = dict(_students(recipe))
     candidates = _sized(recipe, students)  # what is wrong with a model or a form is told before anything is written
-    _claim(folder, recipe, digest)
+    _claim(folder, digest)
     clock = _Clock(folder / SPENT)
     with pipeline.locked(folder, wait=True):
         if (folder / RESULT).exists():
@@ -129,6 +136,17 @@ def _require_optuna() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
+def _digest(recipe: Recipe) -> str:
+    """Of all that decides what a search comes to: the recipe, and what the models and texts that it names hold now."""
+    products, _ = pipeline.plan(recipe)
+    made = [
+        [each.distillation(), sources.input_digests(each, products=None)]
+        for each in (recipe, *(product.recipe for product in products))
+    ]
+    asked = recipe.resolved()
+    return fingerprint([made, [asked[key] for key in ("budget", "search", "export", "bench", "gates")]])
+
+
 def _require_ours(folder: Path, digest: str) -> None:
     """Raise `ArtifactError` when ``folder`` cannot be made, or holds anything but this search."""
     for place in (folder, *folder.parents):
@@ -146,17 +164,17 @@ def _require_ours(folder: Path, digest: str) -> None:
         raise ArtifactError(f"{folder / ASKED}: not what Limbeck writes; name another folder with --out.") from None
     if found != digest:
         raise ArtifactError(
-            f"{folder}: holds a search of another recipe or budget; leave --out away or name another folder."
+            f"{folder}: holds a search of another recipe or budget, or of files that have changed since; leave --out away or "
+            "name another folder."
         )
 
 
-def _claim(folder: Path, recipe: Recipe, digest: str) -> None:
+def _claim(folder: Path, digest: str) -> None:
     with disk_full_is_a_user_error(folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / ASKED).exists():
-                asked = {"digest": digest, "recipe": recipe.resolved(), "folder": str(recipe.folder)}
-                write_atomically(folder / ASKED, json.dumps(asked, indent=1))
+                write_atomically(folder / ASKED, json.dumps({"digest": digest}))
         except PermissionError as error:
             raise EnvironmentalError(
                 f"{folder}: cannot be written ({error.strerror}); name another with --out."
@@ -205,6 +223,13 @@ def _students(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
     for rank in space.ranks:
         kept = {k: v for k, v in asked.items() if k not in ("rank", "alpha")} if asked["kind"] == "lora" else {}
         yield f"lora-r{rank}", {"kind": "lora", "base": base, **kept, "rank": rank, "alpha": 2 * rank}
+    if asked["kind"] == "lora" and (
+        asked["rank"] not in space.ranks or asked["alpha"] not in (None, 2 * asked["rank"])
+    ):
+        yield "asked", asked
+    if why := _uncut(recipe):
+        say(f"search: {why}; nothing is cut")
+        return
     own = asked if asked["kind"] == "shrink" else {}  # what it says of heads and hidden width stays
     cut = {"kind": "shrink", "base": base} | {k: v for k, v in own.items() if k not in ("layers", "intermediate_size")}
     most, seen = _dimensions(recipe, cut), [_dimensions(recipe, {"kind": "shrink", "base": base})]
@@ -222,6 +247,17 @@ def _students(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"cut-{'x'.join(str(kept[name]) for name in sizes)}", student | {name: kept[name] for name in sizes}
     if asked["kind"] == "shrink":
         yield "asked", asked
+
+
+def _uncut(recipe: Recipe) -> str | None:
+    """Why nothing can be cut out of the recipe's base; none where it can."""
+    try:
+        _dimensions(recipe, {"kind": "shrink", "base": recipe.resolved()["student"]["base"]})
+    except ModelError as error:
+        if recipe.student.kind == "shrink":
+            raise
+        return str(error)
+    return None
 
 
 def _share(sizes: Mapping[str, int], name: str, share: float) -> int:
@@ -262,7 +298,8 @@ def _variant(recipe: Recipe, **changes: Any) -> Recipe:
 
 def _sized(recipe: Recipe, students: Mapping[str, dict[str, Any]]) -> list[Candidate]:
     found = []
-    whole = _dimensions(recipe, {"kind": "shrink", "base": recipe.resolved()["student"]["base"]})["layers"]
+    base = {"kind": "shrink", "base": recipe.resolved()["student"]["base"]}
+    whole = 1 if _uncut(recipe) else _dimensions(recipe, base)["layers"]  # whole ones alone are all as deep
     for name, student in students.items():
         made = _variant(recipe, student=student, export=_export(recipe, recipe.search.forms))
         sizes = form_sizes(made)
@@ -316,7 +353,9 @@ def _predict_speeds(
     if not (folder / TIMING).exists():
         _time_probes(recipe, students, groups, folder, of=len(shapes))
     measured = json.loads((folder / TIMING).read_text())
-    timed = [c for group in groups.values() for c in group]
+    timed = [c for group in groups.values() for c in group if c.name in measured]
+    if not timed:
+        return {}
     models = {}
     for metric in SPEEDS:
         models[metric] = fit_speed(timed, [measured[c.name][metric] for c in timed])
@@ -398,12 +437,20 @@ def _time_probes(
     import serve_bench
 
     say(f"== timing {len(groups)} of {of} shapes, untrained: {', '.join(groups)}")
+    timed: list[Candidate] = []
     for shape, group in groups.items():
-        _export_untrained(recipe, students[group[0].student], [c.form for c in group], folder / "probes" / shape)
+        try:
+            _export_untrained(recipe, students[group[0].student], [c.form for c in group], folder / "probes" / shape)
+        except (ParityError, QualityError) as error:  # of random weights, which says little of trained ones
+            say(f"   {shape} is not timed: {error}")
+            continue
+        timed += group
+    if not timed:
+        write_atomically(folder / TIMING, "{}")
+        return
     bench = recipe.bench.model_copy(
         update={"minutes": 1.0, "min_blocks": 3, "scenarios": (recipe.bench.scenario("single"),), "runtimes": ()}
     )
-    timed = [c for group in groups.values() for c in group]
     targets = [f"{folder / 'probes' / c.shape}#{c.form}" for c in timed]
     result = serve_bench.measure_targets(targets, out=folder / "probes" / "timing", bench=bench).result
     arms = [arm for arm in result["arms"].values() if arm["role"] != "twin"]
@@ -452,7 +499,7 @@ def _halve(
         while (trial := _next(study, folder, me, rounds=len(rounds), finalists=recipe.search.finalists)) is not None:
             name = trial.user_attrs["student"]
             if clock.spent() > until:
-                _tell(study, trial, None, why="no time left for it")
+                _tell(study, trial, None, why=f"{NO_TIME} for it")
                 continue
             _heal(study, trial, recipe, students[name], products, folder, rounds, late=lambda: clock.spent() > until)
             with pipeline.locked(folder, wait=True):
@@ -462,7 +509,7 @@ def _halve(
     top = max((rung for rung, _ in reached.values()), default=0)
     for candidate in _in(candidates):
         if candidate.student not in reached:
-            candidate.out = why.get(candidate.student, "no time left for it")
+            candidate.out = why.get(candidate.student, f"{NO_TIME} for it")
             continue
         rung, candidate.nll = reached[candidate.student]
         candidate.tokens = rounds[rung]
@@ -618,7 +665,7 @@ def _heal(
     tree = recipe.resolved()
     training = tree["training"] | {"learning_rate": _rate(recipe, student)}
     short = _variant(recipe, name=f"{recipe.name[:50]}-{name}"[:80], student=student, training=training)
-    why = "no time left for it"
+    why = f"{NO_TIME} for it"
     try:
         compress.heal(recipe=short, products=products, work=work, rounds=rounds, goes_on=goes_on)
     except DivergenceError as error:
@@ -669,7 +716,7 @@ def _measure_finalists(
         began, run = clock.spent(), folder / "finalists" / finalist.name
         late = place > 0 and not (run / "report.json").exists() and began + clock.longest > 3600 * budget.hours
         if enough or late:
-            finalist.out = finalist.out or ("not among the finalists" if enough else "no time left to measure it")
+            finalist.out = finalist.out or ("not among the finalists" if enough else f"{NO_TIME} to measure it")
             continue
         earlier = next((Path(c.run) for c in order[:place] if c.run and c.student == finalist.student), None)
         if earlier is not None and (earlier / "student").exists() and not run.exists():
@@ -754,7 +801,11 @@ def _share_student(earlier: Path, run: Path) -> None:
 def _measure(
     recipe: Recipe, students: Mapping[str, dict[str, Any]], finalist: Candidate, budget: Budget, run: Path
 ) -> None:
-    """Run a finalist's whole job in the folder ``run``, and keep what was measured."""
+    """Run a finalist's whole job in the folder ``run``, and keep what was measured.
+
+    One that passes is verified but for its speed: the bench has just measured that, and another minute of the same machine, faster
+    or slower, says nothing against it.
+    """
     say(f"== finalist {finalist.name}")
     tree = final_recipe(recipe, students[finalist.student], finalist, budget)
     finalist.run, finalist.out = str(run), None
@@ -772,11 +823,12 @@ def _measure(
         "size": float(arm["bytes"]),
         **{metric: float(arm[metric]["value"]) for metric in SPEEDS},
         "nll": float(arm["quality"]["mean_nll"]),
+        "best_teacher": min(float(a["quality"]["mean_nll"]) for a in bench["arms"].values() if a["role"] == "teacher"),
     }
     if report.verdict.status != "pass":
         missed = [gate.sentence for gate in report.verdict.gates if gate.status != "pass"]
         finalist.out = f"measured: {'; '.join(missed)}"
-    elif pipeline.verify(run):
+    elif pipeline.verify(run, speed=False):
         finalist.verdict, finalist.out = "fail", "measured, but `limbeck verify` does not find it again"
 
 
@@ -800,7 +852,8 @@ def _conclude(
         best, code, name = min(passed, key=lambda c: c.measured["nll"]), 0, CHOSEN
         sentence = f"{best.name} keeps the budget: {figures_of(best)}; limbeck run {folder / CHOSEN}"
     else:
-        best, code, name = nearest(undecided or candidates, budget), 3 if undecided else 1, NEAREST
+        best, name = nearest(undecided or candidates, budget), NEAREST
+        code = 3 if undecided or out_of_time(candidates) else 1
         sentence = f"{missed_bound(candidates, budget)} The nearest is {best.name}: {figures_of(best)}; limbeck run {folder / NEAREST}"
     if said := ", ".join(f"{metric} within {m.error:.0%}" for metric, m in models.items() if m.error is not None):
         sentence += f"\nPredicted times: {said}, by the worst of the timed exports that the prediction had not seen."

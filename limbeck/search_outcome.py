@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from limbeck.recipe import Budget
-from limbeck.search_candidates import SPEEDS, Candidate
+from limbeck.search_candidates import NO_TIME, SPEEDS, Candidate
 
 PICTURE = "search.svg"
 
@@ -23,38 +23,59 @@ class Found:
     folder: Path
     table: str  # Markdown
     sentence: str
-    exit_code: int  # 0 chosen, 1 no student keeps the budget, 3 the finalists' intervals do not decide
+    exit_code: int  # 0 chosen, 1 no student keeps the budget, 3 the finalists' intervals do not decide, or the hours did not suffice
 
 
 def nearest(candidates: Sequence[Candidate], budget: Budget) -> Candidate:
-    """The candidate whose worst bound is missed by least, in ratio; of equals the one with the lowest loss."""
-    return min(
-        candidates, key=lambda c: (excess(c, budget), not c.measured, c.nll if c.nll is not None else float("inf"))
-    )
+    """The candidate whose worst bound is missed by least, in ratio; of equals the one with the lowest loss, measured ones first.
+
+    Where quality is bounded, those that were measured come before all others, whose loss in the end nobody knows.
+    """
+
+    def order(c: Candidate) -> tuple[bool, float, bool, float]:
+        nll = c.measured.get("nll", c.nll)
+        unknown = budget.quality is not None and not c.measured
+        return unknown, excess(c, budget), not c.measured, float("inf") if nll is None else nll
+
+    return min(candidates, key=order)
 
 
 def excess(candidate: Candidate, budget: Budget) -> float:
-    """By how much the worst of the bounds is missed, as a ratio: by what was measured, else predicted, else planned; 1 inside all."""
+    """By how much the worst of the bounds is missed, as a ratio: by what was measured, else predicted, else planned; 1 inside all.
+
+    Of the loss only a measured one counts: a student is judged when it is trained.
+    """
     known = {"size": float(candidate.size), **candidate.predicted, **candidate.measured}
     bounds = {
         "size": 1e6 * budget.size_mb if budget.size_mb else None,
         "tpot_ms": budget.tpot_ms,
         "ttft_ms": budget.ttft_ms,
     }
+    if budget.quality and candidate.measured:
+        bounds["nll"] = candidate.measured["best_teacher"] * (1 + budget.quality.max_loss)
     return max([1.0, *(known[key] / bound for key, bound in bounds.items() if bound and key in known)])
+
+
+def out_of_time(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those that the hours did not suffice for."""
+    return [c for c in candidates if c.out is not None and c.out.startswith(NO_TIME)]
 
 
 def missed_bound(candidates: Sequence[Candidate], budget: Budget) -> str:
     """Which bound cannot be met, or between which the measuring did not decide, in a sentence."""
     if undecided := [f"{c.name}: {c.out}" for c in candidates if c.verdict == "undecided"]:
         return f"Not decided, give bench.minutes more ({' | '.join(undecided)})."
+    if left := out_of_time(candidates):
+        return f"Not decided: the {budget.hours:g} hours ran out before {len(left)} of the students {'was' if len(left) == 1 else 'were'} measured; give budget.hours more."
     if budget.size_mb is not None and (least := min(c.size for c in candidates)) > 1e6 * budget.size_mb:
         return f"No student is small enough: size_mb {budget.size_mb:g} is asked for, the smallest is planned at {megabytes(least)}."
     for metric, bound in (("tpot_ms", budget.tpot_ms), ("ttft_ms", budget.ttft_ms)):
         fitting = [c for c in candidates if c.out is None or not c.out.startswith("planned")]
-        fastest = min((c.measured.get(metric, c.predicted.get(metric, 0.0)) for c in fitting), default=0.0)
+        times = [(c.measured.get(metric, c.predicted.get(metric, 0.0)), c.timed or bool(c.measured)) for c in fitting]
+        fastest, timed = min(times, default=(0.0, False))
         if bound is not None and fastest > bound:
-            return f"No student is fast enough: {metric} {bound:g} is asked for, the fastest takes {fastest:.2f}."
+            takes = "takes" if timed else "is predicted to take"
+            return f"No student is fast enough: {metric} {bound:g} is asked for, the fastest {takes} {fastest:.2f}."
     missed = [f"{c.name}: {c.out}" for c in candidates if c.run]
     return (
         f"No finalist keeps every bound ({' | '.join(missed)})." if missed else "No student keeps every bound at once."

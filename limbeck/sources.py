@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.artifact import file_digest, folder_digest, open_artifact
-from limbeck.encoder_recipe import AnyRecipe, FreshEncoder, OnnxModel, groups_of, teachers_of
+from limbeck.encoder_recipe import AnyRecipe, FreshEncoder, OnnxModel, base_of, groups_of, teachers_of, texts_of
 from limbeck.errors import DataError, EnvironmentalError, ModelError, UserError
 from limbeck.recipe import (
     BaseSource,
@@ -291,6 +291,24 @@ def _mistakes(recipe: AnyRecipe) -> Iterator[str]:
                 check_adapter((recipe.folder / teacher.adapter.expanduser()).resolve())
             except UserError as error:
                 yield f"teachers.{index}.adapter: {error}"
+
+
+def input_digests(recipe: AnyRecipe, *, products: Mapping[str, Path] | None) -> dict[str, str]:
+    """Fingerprints of what a student is made from, by role: teachers, their adapters, base and texts.
+
+    ``products`` holds student artifacts by teacher name; none leaves out the teachers that other recipes make, which may not be
+    there yet. Raises `ModelError` or `DataError` where something is missing.
+    """
+    found = {
+        f"teacher {t.name}": model_digest(t.model, folder=recipe.folder, products=products or {}, teacher=t.name)
+        for t in teachers_of(recipe)
+        if products is not None or not isinstance(t.model, RecipeModel)
+    }
+    if isinstance(recipe, Recipe):
+        found |= {f"adapter {t.name}": adapter_digest(t, folder=recipe.folder) for t in recipe.teachers if t.adapter}
+    if (base := base_of(recipe)) is not None:
+        found["base"] = model_digest(base, folder=recipe.folder, products={})
+    return found | {f"text {name}": text_digest(text, folder=recipe.folder) for name, text in texts_of(recipe)}
 
 
 def model_digest(

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,11 +21,11 @@ import compress
 from compress.cache import CachedTeachers
 from limbeck import search as module
 from limbeck.cli import app
-from limbeck.errors import ArtifactError, DivergenceError, EnvironmentalError
-from limbeck.recipe import Budget, Recipe, load_recipe, parse_recipe
+from limbeck.errors import ArtifactError, DivergenceError, EnvironmentalError, ModelError, ParityError
+from limbeck.recipe import Budget, QualityBudget, Recipe, load_recipe, parse_recipe
 from limbeck.search import _Clock, _halve, final_recipe, search
-from limbeck.search_candidates import Candidate, fit_speed
-from limbeck.search_outcome import draw, nearest, pareto_front
+from limbeck.search_candidates import NO_TIME, Candidate, fit_speed
+from limbeck.search_outcome import draw, excess, missed_bound, nearest, out_of_time, pareto_front
 
 BUDGET = {"size_mb": 0.6, "tpot_ms": 5.0}
 
@@ -423,6 +424,31 @@ def _measured(told: list[str], finalist: Candidate, passes: bool) -> None:
     finalist.verdict = "pass" if passes else "fail"
 
 
+def test_a_finalist_is_verified_but_for_its_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that is faster a minute later, a replay of the speed would find another figure."""
+    arms = {
+        "mine": {
+            "role": "form",
+            "bytes": 5e5,
+            "tpot_ms": {"value": 2.0},
+            "ttft_ms": {"value": 9.0},
+            "quality": {"mean_nll": 3.3},
+        },
+        "one": {"role": "teacher", "quality": {"mean_nll": 3.5}},
+        "other": {"role": "teacher", "quality": {"mean_nll": 3.0}},
+    }
+    bench = SimpleNamespace(result={"judged": "mine", "arms": arms})
+    monkeypatch.setattr(module, "open_artifact", lambda *_, **__: bench)
+    passed = SimpleNamespace(verdict=SimpleNamespace(status="pass"))
+    monkeypatch.setattr(module.pipeline, "run", lambda *_, **__: passed)
+    monkeypatch.setattr(module.pipeline, "verify", lambda _, *, quality=True, speed=True: int(speed or not quality))
+    recipe, finalist = pico(), candidate("asked")
+    assert recipe.budget is not None
+    module._measure(recipe, {"asked": recipe.resolved()["student"]}, finalist, recipe.budget, tmp_path)
+    assert (finalist.verdict, finalist.out) == ("pass", None)
+    assert finalist.measured == {"size": 5e5, "tpot_ms": 2.0, "ttft_ms": 9.0, "nll": 3.3, "best_teacher": 3.0}
+
+
 # What is left ----------------------------------------------------------------------------------------------------
 
 
@@ -482,6 +508,64 @@ def test_the_nearest_misses_its_worst_bound_by_least() -> None:
     assert nearest([fast, small], Budget(tpot_ms=5)) is fast
 
 
+def test_the_nearest_is_chosen_by_the_loss_that_was_measured() -> None:
+    a, b, unseen = candidate("a"), candidate("b"), candidate("unseen")
+    a.nll, b.nll, unseen.nll = 3.0, 3.5, 2.0  # after a round
+    a.measured = {"size": 1e6, "tpot_ms": 4.0, "ttft_ms": 9.0, "nll": 3.3, "best_teacher": 3.0}
+    b.measured = a.measured | {"nll": 3.2, "tpot_ms": 4.4}
+    assert nearest([a, b, unseen], Budget(tpot_ms=5)) is b
+    assert nearest([a, b], Budget(tpot_ms=4)) is a
+    quality = Budget(tpot_ms=4.3, quality=QualityBudget(max_loss=0.01))
+    assert excess(a, quality) == pytest.approx(3.3 / (3.0 * 1.01))
+    assert excess(b, quality) == pytest.approx(3.2 / (3.0 * 1.01))
+    assert nearest([a, b, unseen], quality) is b
+
+
+def test_a_time_that_nobody_measured_is_called_predicted() -> None:
+    slow, slower = candidate("slow"), candidate("slower")
+    slow.predicted, slower.predicted = {"tpot_ms": 8.0}, {"tpot_ms": 9.0}
+    assert missed_bound([slow, slower], Budget(tpot_ms=5)).endswith("the fastest is predicted to take 8.00.")
+    slow.timed = True
+    assert missed_bound([slow, slower], Budget(tpot_ms=5)).endswith("the fastest takes 8.00.")
+
+
+def test_hours_that_ran_out_are_no_answer() -> None:
+    begun, late = candidate("begun"), candidate("late")
+    begun.out, late.out = "gates missed", f"{NO_TIME} to measure it"
+    said = missed_bound([begun, late], Budget(tpot_ms=5, hours=2))
+    assert said == "Not decided: the 2 hours ran out before 1 of the students was measured; give budget.hours more."
+    assert out_of_time([begun, late]) == [late]
+
+
+def test_an_adapter_is_tried_as_the_recipe_has_it_and_without_cuts_where_there_are_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = {**pico().resolved()["student"], "rank": 3, "alpha": 12}
+    students = dict(module._students(pico(student=asked)))
+    assert students["asked"]["rank"] == 3
+    assert students["asked"]["alpha"] == 12
+    assert any(name.startswith("cut-") for name in students)
+
+    def unknown(*_: Any) -> None:
+        raise ModelError("student.base: nobody knows what can be cut out of a mamba")
+
+    monkeypatch.setattr(module, "_dimensions", unknown)
+    alone = dict(module._students(pico(student=asked)))
+    assert alone == {name: s for name, s in students.items() if s["kind"] == "lora"}
+    assert "nobody knows what can be cut out of a mamba; nothing is cut" in capsys.readouterr().err
+
+
+def test_a_probe_that_parity_refuses_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise ParityError("int8-weight: too far from torch")
+
+    monkeypatch.setattr(module, "_export_untrained", refused)
+    field, recipe = [candidate("a"), candidate("b")], pico()
+    assert recipe.budget is not None
+    assert module._predict_speeds(recipe, {"a": {}, "b": {}}, field, recipe.budget, tmp_path) == {}
+    assert [(c.out, c.predicted) for c in field] == [(None, {})] * 2
+
+
 def test_a_budget_that_nothing_fits_is_said_before_anything_is_trained(tmp_path: Path) -> None:
     found = search(pico(budget={"size_mb": 0.01}), out=tmp_path / "out")
     assert found.exit_code == 1
@@ -497,6 +581,32 @@ def test_a_budget_that_nothing_fits_is_said_before_anything_is_trained(tmp_path:
         search(pico(budget={"size_mb": 0.02}), out=tmp_path / "out")
     again = search(pico(budget={"size_mb": 0.01}), out=tmp_path / "out")
     assert again == found
+
+
+def test_a_search_of_other_gates_or_other_text_is_another_search(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("of old " * 9000)
+    asked: dict[str, Any] = {"budget": {"size_mb": 0.01}, "data.domains": [
+        {"name": "mine", "text": {"kind": "files", "paths": [str(text)]}}]}  # fmt: skip
+    search(pico(**asked), out=tmp_path / "out")
+    with pytest.raises(ArtifactError, match="another recipe or budget"):
+        search(pico(**asked, gates={"min_decode_speedup": 2}), out=tmp_path / "out")
+    text.write_text("of new " * 9000)
+    with pytest.raises(ArtifactError, match="files that have changed since"):
+        search(pico(**asked), out=tmp_path / "out")
+
+
+def test_a_search_knows_what_the_teachers_of_its_teachers_read(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    made = load_recipe("pico").resolved() | {"name": "made"}
+    made["data"]["domains"] = [{"name": "mine", "text": {"kind": "files", "paths": [str(text)]}}]
+    (tmp_path / "made.yaml").write_text(yaml.safe_dump(made))
+    recipe = pico(teachers=[{"name": "made", "model": {"kind": "recipe", "recipe": str(tmp_path / "made.yaml")}}])
+    digests = []
+    for written in ("old", "old", "new"):
+        text.write_text(written)
+        digests.append(module._digest(recipe))
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_a_folder_of_something_else_is_left_as_it_is(tmp_path: Path) -> None:
@@ -541,15 +651,14 @@ def test_without_optuna_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_
 
 @pytest.mark.slow
 def test_a_search_ends_with_a_student_that_measures_inside_its_budget(tmp_path: Path) -> None:
-    recipe = pico(
-        **{"training.tokens": 2048, "bench.minutes": 0.05, "search.depths": [1.0, 0.5], "search.widths": [0.5]}
-    )
-    found = search(recipe, out=tmp_path / "out")
+    budget = {"size_mb": 0.6, "tpot_ms": 50.0}  # a time that no machine misses
+    few = {"training.tokens": 2048, "bench.minutes": 0.05, "search.depths": [1.0, 0.5], "search.widths": [0.5]}
+    found = search(pico(budget=budget, **few), out=tmp_path / "out")
     assert found.exit_code == 0, found.sentence
     result = json.loads((tmp_path / "out" / module.RESULT).read_text())
     best = next(c for c in result["candidates"] if f"{c['student']}-{c['form']}" == result["best"])
     assert best["measured"]["size"] <= 0.6e6
-    assert best["measured"]["tpot_ms"] <= 5
+    assert best["measured"]["tpot_ms"] <= 50
     chosen = load_recipe(tmp_path / "out" / module.CHOSEN)
     run = json.loads((Path(best["run"]) / "run.json").read_text())
     assert chosen.digest == run["digest"]  # so that `limbeck run chosen.yaml` makes the same student
