@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from limbeck.recipe import Budget
-from limbeck.search_candidates import NO_TIME, SPEEDS, Candidate
+from limbeck.search_candidates import SPEEDS, Candidate
 
 PICTURE = "search.svg"
 
@@ -58,7 +58,7 @@ def excess(candidate: Candidate, budget: Budget) -> float:
 
 def out_of_time(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Those that the hours did not suffice for."""
-    return [c for c in candidates if c.out is not None and c.out.startswith(NO_TIME)]
+    return [c for c in candidates if c.late]
 
 
 def missed_bound(candidates: Sequence[Candidate], budget: Budget) -> str:

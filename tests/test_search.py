@@ -24,8 +24,8 @@ from limbeck.cli import app
 from limbeck.errors import ArtifactError, DivergenceError, EnvironmentalError, ModelError, ParityError
 from limbeck.recipe import Budget, QualityBudget, Recipe, load_recipe, parse_recipe
 from limbeck.search import _Clock, _halve, final_recipe, search
-from limbeck.search_candidates import NO_TIME, Candidate, fit_speed
-from limbeck.search_outcome import draw, excess, missed_bound, nearest, out_of_time, pareto_front
+from limbeck.search_candidates import Candidate, fit_speed
+from limbeck.search_outcome import Found, draw, excess, missed_bound, nearest, out_of_time, pareto_front
 
 BUDGET = {"size_mb": 0.6, "tpot_ms": 5.0}
 
@@ -206,7 +206,7 @@ def test_a_student_whose_process_was_killed_is_taken_up_again(
 
 def test_what_a_killed_worker_leaves_behind_is_taken_up(tmp_path: Path, stood_in: list[tuple[str, int]]) -> None:
     with module._study(tmp_path, 0) as study:
-        module._enqueue(study, list(LOSSES), 0)
+        module._enqueue(study, list(LOSSES), 0, float("inf"))
         study.ask()
         study.ask().set_user_attr("worker", "killed")
     (tmp_path / "workers").mkdir()
@@ -275,6 +275,22 @@ def test_no_student_is_begun_when_the_time_is_up(tmp_path: Path, stood_in: list[
     candidates = halve(tmp_path, until=0.0)
     assert [c.out for c in candidates] == ["no time left for it"] * len(LOSSES)
     assert stood_in == [("teachers", 0)]
+
+
+def test_what_there_was_no_time_for_goes_on_when_there_is_more(
+    tmp_path: Path, stood_in: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Time is up in the first round and before the second; with more of it all comes to what it would have come to at once."""
+    at_once = halve(tmp_path / "at-once")
+    stood_in.clear()
+    monkeypatch.setattr(_Clock, "spent", lambda _: 60.0 * len(stood_in))  # a minute a round, and one for the teachers
+    halve(tmp_path / "cut", until=200.0)
+    assert [name for name, tokens in stood_in if tokens] == ["a", "b", "c"]
+    cut = halve(tmp_path / "cut", until=200.0)  # no more time than before
+    assert len(stood_in) == 4
+    assert [(c.student, c.tokens) for c in cut if c.late] == [("a", 512), ("c", 512), ("d", 0)]
+    assert halve(tmp_path / "cut") == at_once
+    assert stood_in[4:] == [("d", 512), ("a", 1024), ("c", 1024)]
 
 
 def test_the_clock_counts_work_and_not_the_night_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -531,7 +547,7 @@ def test_a_time_that_nobody_measured_is_called_predicted() -> None:
 
 def test_hours_that_ran_out_are_no_answer() -> None:
     begun, late = candidate("begun"), candidate("late")
-    begun.out, late.out = "gates missed", f"{NO_TIME} to measure it"
+    begun.out, late.late = "gates missed", True
     said = missed_bound([begun, late], Budget(tpot_ms=5, hours=2))
     assert said == "Not decided: the 2 hours ran out before 1 of the students was measured; give budget.hours more."
     assert out_of_time([begun, late]) == [late]
@@ -581,6 +597,40 @@ def test_a_budget_that_nothing_fits_is_said_before_anything_is_trained(tmp_path:
         search(pico(budget={"size_mb": 0.02}), out=tmp_path / "out")
     again = search(pico(budget={"size_mb": 0.01}), out=tmp_path / "out")
     assert again == found
+
+
+def test_a_search_whose_time_was_up_says_so_and_goes_on_with_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    healed: list[str] = []
+
+    def heal(*, recipe: Recipe, goes_on: Callable[[int, float], bool], **_: Any) -> None:
+        healed.append(recipe.name)
+        goes_on(0, 3.0 + len(healed) / 10)
+
+    def measure(_: Any, __: Any, finalist: Candidate, *___: Any) -> None:
+        finalist.late, finalist.verdict = False, "pass"
+        finalist.measured = {"size": 5e5, "tpot_ms": 2.0, "ttft_ms": 9.0, "nll": 3.0, "best_teacher": 3.0}
+
+    monkeypatch.setattr(compress, "heal", heal)
+    monkeypatch.setattr(compress, "cache_teachers", lambda **_: None)
+    monkeypatch.setattr(module, "_measure", measure)
+
+    def find(hours: float) -> Found:
+        recipe = pico(budget={"size_mb": 0.6, "hours": hours}, **{"search.rungs": [512], "search.finalists": 1})
+        return search(recipe, out=tmp_path / "out")
+
+    cut = find(1e-9)
+    assert cut.exit_code == 3
+    assert cut.sentence.startswith("Not decided: the 1e-09 hours ran out before")
+    assert "budget.hours" in cut.sentence
+    assert find(1e-9) == cut
+    assert healed == []
+    found = find(1.0)
+    assert found.exit_code == 0, found.sentence
+    assert len(healed) == len(set(healed)) > 1
+    assert not (tmp_path / "out" / module.NEAREST).exists()
+    assert find(2.0) == found  # which nothing was left out of
 
 
 def test_a_search_of_other_gates_or_other_text_is_another_search(tmp_path: Path) -> None:
