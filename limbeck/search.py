@@ -28,7 +28,6 @@ from limbeck.errors import (
     DivergenceError,
     EnvironmentalError,
     ModelError,
-    ParityError,
     QualityError,
     RecipeError,
 )
@@ -48,6 +47,7 @@ from limbeck.runtime import import_onnxruntime
 from limbeck.search_candidates import SPEEDS, Candidate, SpeedModel, fit_speed
 from limbeck.search_outcome import (
     PICTURE,
+    UNEXPORTED,
     Found,
     asked_for,
     draw,
@@ -362,7 +362,13 @@ def _predict_speeds(
     if not (folder / TIMING).exists():
         _time_probes(recipe, students, groups, folder, of=len(shapes))
     measured = json.loads((folder / TIMING).read_text())
-    timed = [c for group in groups.values() for c in group if c.name in measured]
+    probed = [c for group in groups.values() for c in group]
+    timed = [c for c in probed if "refused" not in measured[c.name]]
+    # Another shape says how fast a form is that was refused in one; a form that was refused in all is out.
+    refused = {c.form: measured[c.name]["refused"] for c in probed if c.form not in {t.form for t in timed}}
+    for candidate in left:
+        if candidate.form in refused:
+            candidate.out = f"{UNEXPORTED}: {refused[candidate.form]}"
     if not timed:
         return {}
     models = {}
@@ -380,7 +386,7 @@ def _predict_speeds(
                 candidate.predicted[metric] = known[candidate.shape, candidate.form][metric]
             elif candidate.form in models[metric].forms:
                 candidate.predicted[metric] = models[metric](candidate)
-    for candidate in left:
+    for candidate in _in(left):
         for metric, bound in (("tpot_ms", budget.tpot_ms), ("ttft_ms", budget.ttft_ms)):
             # What was timed is as far off in another process, and a good fit no promise: what is near the bound stays in.
             error = max(models[metric].error or 0.0, _NOISE)
@@ -442,32 +448,37 @@ def _time_probes(
     *,
     of: int,
 ) -> None:
-    """Median times of untrained exports by candidate, all in one interleaved run, to ``timing.json``; the exports are not kept."""
+    """Median times of untrained exports by candidate, all in one interleaved run, to ``timing.json``, or why there are none; the exports are not kept."""
     import serve_bench
 
     say(f"== timing {len(groups)} of {of} shapes, untrained: {', '.join(groups)}")
-    timed: list[Candidate] = []
+    targets: dict[str, str] = {}  # by candidate's name
+    times: dict[str, dict[str, Any]] = {}
     for shape, group in groups.items():
+        student, place = students[group[0].student], folder / "probes" / shape
         try:
-            _export_untrained(recipe, students[group[0].student], [c.form for c in group], folder / "probes" / shape)
-        except (ParityError, QualityError) as error:  # of random weights, which says little of trained ones
-            say(f"   {shape} is not timed: {error}")
-            continue
-        timed += group
-    if not timed:
-        write_atomically(folder / TIMING, "{}")
-        return
+            _export_untrained(recipe, student, [c.form for c in group], place)
+            targets |= {c.name: f"{place}#{c.form}" for c in group}
+        except QualityError:  # of one of the forms, which leaves nothing of the others
+            for c in group:
+                place = folder / "probes" / c.name
+                try:
+                    _export_untrained(recipe, student, [c.form], place)
+                    targets[c.name] = f"{place}#{c.form}"
+                except QualityError as error:
+                    say(f"   {c.name} is not timed: {error}")
+                    times[c.name] = {"refused": str(error).splitlines()[0].rstrip(":")}
     bench = recipe.bench.model_copy(
         update={"minutes": 1.0, "min_blocks": 3, "scenarios": (recipe.bench.scenario("single"),), "runtimes": ()}
     )
-    targets = [f"{folder / 'probes' / c.shape}#{c.form}" for c in timed]
-    result = serve_bench.measure_targets(targets, out=folder / "probes" / "timing", bench=bench).result
-    arms = [arm for arm in result["arms"].values() if arm["role"] != "twin"]
-    times = {
-        c.name: {metric: float(arm[metric]["value"]) for metric in SPEEDS} for c, arm in zip(timed, arms, strict=True)
-    }
+    if targets:
+        timing = folder / "probes" / "timing"
+        result = serve_bench.measure_targets(list(targets.values()), out=timing, bench=bench).result
+        arms = [arm for arm in result["arms"].values() if arm["role"] != "twin"]
+        for name, arm in zip(targets, arms, strict=True):
+            times[name] = {metric: float(arm[metric]["value"]) for metric in SPEEDS}
     write_atomically(folder / TIMING, json.dumps(times, indent=1))
-    shutil.rmtree(folder / "probes")
+    shutil.rmtree(folder / "probes", ignore_errors=True)
 
 
 # Halving ---------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import yaml
 from typer.testing import CliRunner
 
 import compress
+import serve_bench
 from compress.cache import CachedTeachers
 from limbeck import search as module
 from limbeck.cli import app
@@ -571,15 +572,33 @@ def test_an_adapter_is_tried_as_the_recipe_has_it_and_without_cuts_where_there_a
     assert "nobody knows what can be cut out of a mamba; nothing is cut" in capsys.readouterr().err
 
 
-def test_a_probe_that_parity_refuses_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*_: Any) -> None:
-        raise ParityError("int8-weight: too far from torch")
+def test_a_form_that_parity_refuses_untrained_is_out_and_the_others_are_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """int4-weight in every shape, int8-weight in one: that one is predicted."""
+    pairs = [(name, form) for name in "abc" for form in ("int8-weight", "int4-weight")]
 
-    monkeypatch.setattr(module, "_export_untrained", refused)
-    field, recipe = [candidate("a"), candidate("b")], pico()
+    def export(_: Any, student: dict[str, str], forms: Sequence[str], __: Any) -> None:
+        if "int4-weight" in forms or student["name"] == "b":
+            raise ParityError(f"the {forms[-1]} graph does not compute what the student computes:\n  far off")
+
+    def measure(targets: Sequence[str], **_: Any) -> SimpleNamespace:
+        arm = {"role": "target", "tpot_ms": {"value": 2.0}, "ttft_ms": {"value": 4.0}}
+        return SimpleNamespace(result={"arms": dict.fromkeys(targets, arm)})
+
+    monkeypatch.setattr(module, "_export_untrained", export)
+    monkeypatch.setattr(serve_bench, "measure_targets", measure)
+    field, students = [candidate(*pair) for pair in pairs], {name: {"name": name} for name in "abc"}
+    recipe = pico()
     assert recipe.budget is not None
-    assert module._predict_speeds(recipe, {"a": {}, "b": {}}, field, recipe.budget, tmp_path) == {}
-    assert [(c.out, c.predicted) for c in field] == [(None, {})] * 2
+    module._predict_speeds(recipe, students, field, recipe.budget, tmp_path)
+    refused = "not exported untrained: the int4-weight graph does not compute what the student computes"
+    assert {(c.form, c.out) for c in field} == {("int8-weight", None), ("int4-weight", refused)}
+    found = {c.student: (c.timed, c.predicted["tpot_ms"]) for c in field if c.out is None}
+    assert found == {"a": (True, 2.0), "b": (False, pytest.approx(2.0)), "c": (True, 2.0)}
+    assert missed_bound([c for c in field if c.out], recipe.budget) == (
+        f"No student that is small enough can be exported: int4-weight is {refused}."
+    )
 
 
 def test_a_budget_that_nothing_fits_is_said_before_anything_is_trained(tmp_path: Path) -> None:
