@@ -282,6 +282,8 @@ def test_what_there_was_no_time_for_goes_on_when_there_is_more(
     tmp_path: Path, stood_in: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Time is up in the first round and before the second; with more of it all comes to what it would have come to at once."""
+    for folder in ("at-once", "cut"):
+        (tmp_path / folder).mkdir()
     at_once = halve(tmp_path / "at-once")
     stood_in.clear()
     monkeypatch.setattr(_Clock, "spent", lambda _: 60.0 * len(stood_in))  # a minute a round, and one for the teachers
