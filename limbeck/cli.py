@@ -411,8 +411,9 @@ def search(
     """Find the best student within a budget: plan, time a few exports, distil in rounds, measure the finalists.
 
     The budget is the recipe's: size_mb, tpot_ms, ttft_ms, quality.max_loss, hours. Writes chosen.yaml, a recipe that stands alone, or
-    nearest.yaml and which bound cannot be kept. An interrupted search goes on; a second one in the same folder shares the work.
-    Exit codes: 0 chosen, 1 no student keeps the budget, 3 undecided.
+    nearest.yaml and which bound cannot be kept. An interrupted search goes on, and one whose time was up when it is given more hours; a
+    second one in the same folder shares the work.
+    Exit codes: 0 chosen, 1 no student keeps the budget, 3 undecided (bench.minutes or budget.hours did not suffice).
 
     \b
     Example:

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +28,6 @@ from limbeck.errors import (
     DivergenceError,
     EnvironmentalError,
     ModelError,
-    ParityError,
     QualityError,
     RecipeError,
 )
@@ -45,9 +44,10 @@ from limbeck.recipe import (
     parse_recipe,
 )
 from limbeck.runtime import import_onnxruntime
-from limbeck.search_candidates import NO_TIME, SPEEDS, Candidate, SpeedModel, fit_speed
+from limbeck.search_candidates import SPEEDS, Candidate, SpeedModel, fit_speed
 from limbeck.search_outcome import (
     PICTURE,
+    UNEXPORTED,
     Found,
     asked_for,
     draw,
@@ -70,6 +70,7 @@ _SIZE_ERROR = 0.02  # of the plan, relative
 _NOISE = 0.1  # least error of a time, relative
 _RESERVED = 0.5  # share of the hours kept for the finalists
 _PLAIN = {"recover": None, "adapters": "merged"}  # of `export:`, for every student and form
+_LATE = "no time left for it"
 _WAIT = 2.0  # seconds between looks at what another worker is doing
 
 
@@ -92,16 +93,16 @@ def search(recipe: Recipe, *, out: Path | None = None) -> Found:
     _claim(folder, digest)
     clock = _Clock(folder / SPENT)
     with pipeline.locked(folder, wait=True):
-        if (folder / RESULT).exists():
-            return _found(folder)
+        if (found := _found(folder, budget)) is not None:
+            return found
         say(f"== search: {len(students)} students in {len(recipe.search.forms)} forms")
         _rule_out_sizes(candidates, budget)
         models = _predict_speeds(recipe, students, candidates, budget, folder)
         clock.save()
     _halve(recipe, students, candidates, folder, clock, until=3600 * budget.hours * (1 - _RESERVED))
     with pipeline.locked(folder, wait=True):
-        if (folder / RESULT).exists():
-            return _found(folder)
+        if (found := _found(folder, budget)) is not None:
+            return found
         _measure_finalists(recipe, students, candidates, budget, folder, clock)
         return _conclude(recipe, students, candidates, budget, models, folder, clock.spent())
 
@@ -137,14 +138,18 @@ def _require_optuna() -> None:
 
 
 def _digest(recipe: Recipe) -> str:
-    """Of all that decides what a search comes to: the recipe, and what the models and texts that it names hold now."""
+    """Of all that decides what is looked for: the recipe, and what the models and texts that it names hold now.
+
+    Not of the hours: with more of them a search goes on from what is there.
+    """
     products, _ = pipeline.plan(recipe)
     made = [
         [each.distillation(), sources.input_digests(each, products=None)]
         for each in (recipe, *(product.recipe for product in products))
     ]
     asked = recipe.resolved()
-    return fingerprint([made, [asked[key] for key in ("budget", "search", "export", "bench", "gates")]])
+    bounds = {name: bound for name, bound in asked["budget"].items() if name != "hours"}
+    return fingerprint([made, bounds, [asked[key] for key in ("search", "export", "bench", "gates")]])
 
 
 def _require_ours(folder: Path, digest: str) -> None:
@@ -207,9 +212,13 @@ class _Clock:
         return found | (json.loads(self._path.read_text()) if self._path.exists() else {})
 
 
-def _found(folder: Path) -> Found:
-    """What a search that is complete came to."""
+def _found(folder: Path, budget: Budget) -> Found | None:
+    """What a search that is complete came to; none where there is none, or where its time was up and there is more of it now."""
+    if not (folder / RESULT).exists():
+        return None
     result = json.loads((folder / RESULT).read_text())
+    if any(c["late"] for c in result["candidates"]) and budget.hours > result["budget"]["hours"]:
+        return None
     return Found(folder, result["table"], result["sentence"], result["exit_code"])
 
 
@@ -353,7 +362,13 @@ def _predict_speeds(
     if not (folder / TIMING).exists():
         _time_probes(recipe, students, groups, folder, of=len(shapes))
     measured = json.loads((folder / TIMING).read_text())
-    timed = [c for group in groups.values() for c in group if c.name in measured]
+    probed = [c for group in groups.values() for c in group]
+    timed = [c for c in probed if "refused" not in measured[c.name]]
+    # Another shape says how fast a form is that was refused in one; a form that was refused in all is out.
+    refused = {c.form: measured[c.name]["refused"] for c in probed if c.form not in {t.form for t in timed}}
+    for candidate in left:
+        if candidate.form in refused:
+            candidate.out = f"{UNEXPORTED}: {refused[candidate.form]}"
     if not timed:
         return {}
     models = {}
@@ -371,7 +386,7 @@ def _predict_speeds(
                 candidate.predicted[metric] = known[candidate.shape, candidate.form][metric]
             elif candidate.form in models[metric].forms:
                 candidate.predicted[metric] = models[metric](candidate)
-    for candidate in left:
+    for candidate in _in(left):
         for metric, bound in (("tpot_ms", budget.tpot_ms), ("ttft_ms", budget.ttft_ms)):
             # What was timed is as far off in another process, and a good fit no promise: what is near the bound stays in.
             error = max(models[metric].error or 0.0, _NOISE)
@@ -433,32 +448,37 @@ def _time_probes(
     *,
     of: int,
 ) -> None:
-    """Median times of untrained exports by candidate, all in one interleaved run, to ``timing.json``; the exports are not kept."""
+    """Median times of untrained exports by candidate, all in one interleaved run, to ``timing.json``, or why there are none; the exports are not kept."""
     import serve_bench
 
     say(f"== timing {len(groups)} of {of} shapes, untrained: {', '.join(groups)}")
-    timed: list[Candidate] = []
+    targets: dict[str, str] = {}  # by candidate's name
+    times: dict[str, dict[str, Any]] = {}
     for shape, group in groups.items():
+        student, place = students[group[0].student], folder / "probes" / shape
         try:
-            _export_untrained(recipe, students[group[0].student], [c.form for c in group], folder / "probes" / shape)
-        except (ParityError, QualityError) as error:  # of random weights, which says little of trained ones
-            say(f"   {shape} is not timed: {error}")
-            continue
-        timed += group
-    if not timed:
-        write_atomically(folder / TIMING, "{}")
-        return
+            _export_untrained(recipe, student, [c.form for c in group], place)
+            targets |= {c.name: f"{place}#{c.form}" for c in group}
+        except QualityError:  # of one of the forms, which leaves nothing of the others
+            for c in group:
+                place = folder / "probes" / c.name
+                try:
+                    _export_untrained(recipe, student, [c.form], place)
+                    targets[c.name] = f"{place}#{c.form}"
+                except QualityError as error:
+                    say(f"   {c.name} is not timed: {error}")
+                    times[c.name] = {"refused": str(error).splitlines()[0].rstrip(":")}
     bench = recipe.bench.model_copy(
         update={"minutes": 1.0, "min_blocks": 3, "scenarios": (recipe.bench.scenario("single"),), "runtimes": ()}
     )
-    targets = [f"{folder / 'probes' / c.shape}#{c.form}" for c in timed]
-    result = serve_bench.measure_targets(targets, out=folder / "probes" / "timing", bench=bench).result
-    arms = [arm for arm in result["arms"].values() if arm["role"] != "twin"]
-    times = {
-        c.name: {metric: float(arm[metric]["value"]) for metric in SPEEDS} for c, arm in zip(timed, arms, strict=True)
-    }
+    if targets:
+        timing = folder / "probes" / "timing"
+        result = serve_bench.measure_targets(list(targets.values()), out=timing, bench=bench).result
+        arms = [arm for arm in result["arms"].values() if arm["role"] != "twin"]
+        for name, arm in zip(targets, arms, strict=True):
+            times[name] = {metric: float(arm[metric]["value"]) for metric in SPEEDS}
     write_atomically(folder / TIMING, json.dumps(times, indent=1))
-    shutil.rmtree(folder / "probes")
+    shutil.rmtree(folder / "probes", ignore_errors=True)
 
 
 # Halving ---------------------------------------------------------------------------------------------------------
@@ -494,27 +514,30 @@ def _halve(
             work = folder / "healing" / "teachers"
             compress.cache_teachers(recipe=first, products=products, work=work, rounds=rounds)
             study.set_user_attr("cached", True)
-        _enqueue(study, names, 0)
+        _enqueue(study, names, 0, until)
     with _worker(folder) as me, _study(folder, recipe.seed) as study:
-        while (trial := _next(study, folder, me, rounds=len(rounds), finalists=recipe.search.finalists)) is not None:
+        while (
+            trial := _next(study, folder, me, rounds=len(rounds), finalists=recipe.search.finalists, until=until)
+        ) is not None:
             name = trial.user_attrs["student"]
             if clock.spent() > until:
-                _tell(study, trial, None, why=f"{NO_TIME} for it")
+                _tell(study, trial, None, why=_LATE, until=until)
                 continue
-            _heal(study, trial, recipe, students[name], products, folder, rounds, late=lambda: clock.spent() > until)
+            _heal(study, trial, recipe, students[name], products, folder, rounds, clock, until)
             with pipeline.locked(folder, wait=True):
                 clock.save()
         reached, why = _reached(study)
-    shutil.rmtree(folder / "healing", ignore_errors=True)
+    if _LATE not in why.values():  # else more hours may be given, and they go on from there
+        shutil.rmtree(folder / "healing", ignore_errors=True)
     top = max((rung for rung, _ in reached.values()), default=0)
     for candidate in _in(candidates):
-        if candidate.student not in reached:
-            candidate.out = why.get(candidate.student, f"{NO_TIME} for it")
-            continue
-        rung, candidate.nll = reached[candidate.student]
-        candidate.tokens = rounds[rung]
-        if rung < top:
-            candidate.out = f"behind after {candidate.tokens} tokens"
+        candidate.out = why.get(candidate.student)
+        candidate.late = candidate.out == _LATE
+        if candidate.student in reached:
+            rung, candidate.nll = reached[candidate.student]
+            candidate.tokens = rounds[rung]
+            if candidate.out is None and rung < top:
+                candidate.out = f"behind after {candidate.tokens} tokens"
 
 
 @contextmanager
@@ -546,38 +569,62 @@ def _losses(study: optuna.Study, rung: int) -> dict[str, float]:
 
 
 def _reached(study: optuna.Study) -> tuple[dict[str, tuple[int, float]], dict[str, str]]:
-    """Of every student that was distilled, the last round and the loss after it; of those that were not, why."""
+    """Of every student that was distilled, the last round and the loss after it; of those whose last trial came to nothing, why."""
     import optuna
 
+    state = optuna.trial.TrialState
     reached: dict[str, tuple[int, float]] = {}
-    for rung in range(1 + _highest(study)):
-        reached |= {name: (rung, nll) for name, nll in _losses(study, rung).items()}
-    pruned = study.get_trials(states=(optuna.trial.TrialState.PRUNED,))
-    return reached, {t.user_attrs["student"]: str(t.user_attrs["why"]) for t in pruned}
+    why: dict[str, str] = {}
+    for trial in study.get_trials(
+        states=(state.COMPLETE, state.PRUNED)
+    ):  # in order: a later one may have had more time
+        name = trial.user_attrs["student"]
+        why.pop(name, None)
+        if trial.state == state.COMPLETE:
+            reached[name] = (int(trial.user_attrs["rung"]), float(trial.values[0]))
+        else:
+            why[name] = str(trial.user_attrs["why"])
+    return reached, why
 
 
-def _highest(study: optuna.Study) -> int:
-    """The highest round that students were queued for."""
-    return max((int(t.user_attrs["rung"]) for t in study.get_trials(deepcopy=False) if t.user_attrs), default=0)
+def _enqueue(study: optuna.Study, names: Sequence[str], rung: int, until: float) -> bool:
+    """Queue students for a round, but for those that are or were; whether there were any. To be called by one worker at a time.
 
-
-def _enqueue(study: optuna.Study, names: Sequence[str], rung: int) -> None:
-    """Queue students for a round, but for those that are or were. To be called by one worker at a time."""
+    Those that an earlier and shorter time than ``until`` did not suffice for go in again.
+    """
     import optuna
 
     state = optuna.trial.TrialState
     queued = study.get_trials(states=(state.RUNNING, state.WAITING, state.COMPLETE, state.PRUNED))
-    held = {(t.user_attrs.get("student"), t.user_attrs.get("rung")) for t in queued}
-    for name in names:
-        if (name, rung) not in held:
-            study.enqueue_trial({}, user_attrs={"student": name, "rung": rung})
+    held = {
+        (t.user_attrs.get("student"), t.user_attrs.get("rung"))
+        for t in queued
+        if t.user_attrs.get("until", until) >= until
+    }
+    new = [name for name in names if (name, rung) not in held]
+    for name in new:
+        study.enqueue_trial({}, user_attrs={"student": name, "rung": rung})
+    return bool(new)
 
 
-def _next(study: optuna.Study, folder: Path, me: str, *, rounds: int, finalists: int) -> optuna.Trial | None:
+def _next(
+    study: optuna.Study, folder: Path, me: str, *, rounds: int, finalists: int, until: float
+) -> optuna.Trial | None:
     """The next student of the queue, back in which go those whose worker is gone; none when nothing is left to do.
 
     Once a round is over its better half is queued for the next, where that has more students than there are ``finalists``.
     """
+
+    def begin_next_round() -> bool:
+        for rung in range(rounds - 1):
+            losses = _losses(study, rung)
+            better = _better_half(losses, of=len(losses))
+            if len(better) <= finalists:
+                return False
+            if _enqueue(study, better, rung + 1, until):
+                return True
+        return False
+
     import optuna
 
     state = optuna.trial.TrialState
@@ -591,12 +638,8 @@ def _next(study: optuna.Study, folder: Path, me: str, *, rounds: int, finalists:
                     study.enqueue_trial({}, user_attrs=kept)
             waiting = bool(study.get_trials(states=(state.WAITING,)))
             if not waiting and not running:
-                rung = _highest(study)
-                losses = _losses(study, rung)
-                better = _better_half(losses, of=len(losses))
-                if rung + 1 == rounds or len(better) <= finalists:
+                if not begin_next_round():
                     return None
-                _enqueue(study, better, rung + 1)
                 waiting = True
             if waiting:
                 trial = study.ask()
@@ -644,8 +687,8 @@ def _heal(
     products: Mapping[str, Path],
     folder: Path,
     rounds: Sequence[int],
-    *,
-    late: Callable[[], bool],
+    clock: _Clock,
+    until: float,
 ) -> None:
     """Distil one student from the shared cache to the end of its round, from where the round before ended, and tell the study."""
     import compress
@@ -656,7 +699,7 @@ def _heal(
 
     def goes_on(index: int, nll: float) -> bool:
         if index < rung:
-            return not late()
+            return clock.spent() <= until
         say(f"   {name}: {nll:.4f} nats a token after {rounds[index]} tokens")
         found.append(nll)
         return False
@@ -665,13 +708,13 @@ def _heal(
     tree = recipe.resolved()
     training = tree["training"] | {"learning_rate": _rate(recipe, student)}
     short = _variant(recipe, name=f"{recipe.name[:50]}-{name}"[:80], student=student, training=training)
-    why = f"{NO_TIME} for it"
+    why = _LATE
     try:
         compress.heal(recipe=short, products=products, work=work, rounds=rounds, goes_on=goes_on)
     except DivergenceError as error:
         say(f"   {name}: {error}")
         why = "diverged"
-    _tell(study, trial, found[-1] if found else None, why=why)
+    _tell(study, trial, found[-1] if found else None, why=why, until=until)
     # What cannot be among the better half any more need not be kept to go on from; a checkpoint is three times the weights.
     asked = {t.user_attrs["student"] for t in study.get_trials(deepcopy=False) if t.user_attrs.get("rung") == rung}
     losses = _losses(study, rung)
@@ -679,12 +722,14 @@ def _heal(
         shutil.rmtree(folder / "healing" / beaten, ignore_errors=True)
 
 
-def _tell(study: optuna.Study, trial: optuna.Trial, nll: float | None, *, why: str) -> None:
-    """The loss after the round, or why there is none."""
+def _tell(study: optuna.Study, trial: optuna.Trial, nll: float | None, *, why: str, until: float) -> None:
+    """The loss after the round, or why there is none; for want of time until when, in seconds."""
     import optuna
 
     if nll is None:
         trial.set_user_attr("why", why)
+        if why == _LATE:
+            trial.set_user_attr("until", until)
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     else:
         study.tell(trial, nll)
@@ -716,7 +761,8 @@ def _measure_finalists(
         began, run = clock.spent(), folder / "finalists" / finalist.name
         late = place > 0 and not (run / "report.json").exists() and began + clock.longest > 3600 * budget.hours
         if enough or late:
-            finalist.out = finalist.out or ("not among the finalists" if enough else f"{NO_TIME} to measure it")
+            finalist.late = finalist.late or not enough
+            finalist.out = finalist.out or ("not among the finalists" if enough else "no time left to measure it")
             continue
         earlier = next((Path(c.run) for c in order[:place] if c.run and c.student == finalist.student), None)
         if earlier is not None and (earlier / "student").exists() and not run.exists():
@@ -808,7 +854,7 @@ def _measure(
     """
     say(f"== finalist {finalist.name}")
     tree = final_recipe(recipe, students[finalist.student], finalist, budget)
-    finalist.run, finalist.out = str(run), None
+    finalist.run, finalist.out, finalist.late = str(run), None, False
     try:
         report = pipeline.run(parse_recipe(tree, where=finalist.name), out=run)
     except QualityError as error:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-NO_TIME = "no time left"  # how it begins why a candidate is out that the hours did not suffice for
 SPEEDS = ("tpot_ms", "ttft_ms")
 
 
@@ -27,6 +26,7 @@ class Candidate:
     nll: float | None = None  # of the student in torch, after the longest round it reached
     tokens: int = 0  # of that round
     out: str | None = None  # why it is out; none where it reached the finals
+    late: bool = False  # whether more hours would take it further
     # Of finalists: size, tpot_ms, ttft_ms, nll and, of the best teacher in the same bench, best_teacher.
     measured: dict[str, float] = field(default_factory=dict)
     verdict: str | None = None

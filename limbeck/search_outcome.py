@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from limbeck.recipe import Budget
-from limbeck.search_candidates import NO_TIME, SPEEDS, Candidate
+from limbeck.search_candidates import SPEEDS, Candidate
 
 PICTURE = "search.svg"
+UNEXPORTED = "not exported untrained"  # how it begins why a form is out that no probe could be exported in
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def excess(candidate: Candidate, budget: Budget) -> float:
 
 def out_of_time(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Those that the hours did not suffice for."""
-    return [c for c in candidates if c.out is not None and c.out.startswith(NO_TIME)]
+    return [c for c in candidates if c.late]
 
 
 def missed_bound(candidates: Sequence[Candidate], budget: Budget) -> str:
@@ -69,8 +70,11 @@ def missed_bound(candidates: Sequence[Candidate], budget: Budget) -> str:
         return f"Not decided: the {budget.hours:g} hours ran out before {len(left)} of the students {'was' if len(left) == 1 else 'were'} measured; give budget.hours more."
     if budget.size_mb is not None and (least := min(c.size for c in candidates)) > 1e6 * budget.size_mb:
         return f"No student is small enough: size_mb {budget.size_mb:g} is asked for, the smallest is planned at {megabytes(least)}."
+    fitting = [c for c in candidates if not (c.out or "").startswith(("planned", UNEXPORTED))]
+    if not fitting:
+        refused = next(c for c in candidates if (c.out or "").startswith(UNEXPORTED))
+        return f"No student that is small enough can be exported: {refused.form} is {refused.out}."
     for metric, bound in (("tpot_ms", budget.tpot_ms), ("ttft_ms", budget.ttft_ms)):
-        fitting = [c for c in candidates if c.out is None or not c.out.startswith("planned")]
         times = [(c.measured.get(metric, c.predicted.get(metric, 0.0)), c.timed or bool(c.measured)) for c in fitting]
         fastest, timed = min(times, default=(0.0, False))
         if bound is not None and fastest > bound:

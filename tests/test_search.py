@@ -18,14 +18,15 @@ import yaml
 from typer.testing import CliRunner
 
 import compress
+import serve_bench
 from compress.cache import CachedTeachers
 from limbeck import search as module
 from limbeck.cli import app
 from limbeck.errors import ArtifactError, DivergenceError, EnvironmentalError, ModelError, ParityError
 from limbeck.recipe import Budget, QualityBudget, Recipe, load_recipe, parse_recipe
 from limbeck.search import _Clock, _halve, final_recipe, search
-from limbeck.search_candidates import NO_TIME, Candidate, fit_speed
-from limbeck.search_outcome import draw, excess, missed_bound, nearest, out_of_time, pareto_front
+from limbeck.search_candidates import Candidate, fit_speed
+from limbeck.search_outcome import Found, draw, excess, missed_bound, nearest, out_of_time, pareto_front
 
 BUDGET = {"size_mb": 0.6, "tpot_ms": 5.0}
 
@@ -206,7 +207,7 @@ def test_a_student_whose_process_was_killed_is_taken_up_again(
 
 def test_what_a_killed_worker_leaves_behind_is_taken_up(tmp_path: Path, stood_in: list[tuple[str, int]]) -> None:
     with module._study(tmp_path, 0) as study:
-        module._enqueue(study, list(LOSSES), 0)
+        module._enqueue(study, list(LOSSES), 0, float("inf"))
         study.ask()
         study.ask().set_user_attr("worker", "killed")
     (tmp_path / "workers").mkdir()
@@ -275,6 +276,24 @@ def test_no_student_is_begun_when_the_time_is_up(tmp_path: Path, stood_in: list[
     candidates = halve(tmp_path, until=0.0)
     assert [c.out for c in candidates] == ["no time left for it"] * len(LOSSES)
     assert stood_in == [("teachers", 0)]
+
+
+def test_what_there_was_no_time_for_goes_on_when_there_is_more(
+    tmp_path: Path, stood_in: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Time is up in the first round and before the second; with more of it all comes to what it would have come to at once."""
+    for folder in ("at-once", "cut"):
+        (tmp_path / folder).mkdir()
+    at_once = halve(tmp_path / "at-once")
+    stood_in.clear()
+    monkeypatch.setattr(_Clock, "spent", lambda _: 60.0 * len(stood_in))  # a minute a round, and one for the teachers
+    halve(tmp_path / "cut", until=200.0)
+    assert [name for name, tokens in stood_in if tokens] == ["a", "b", "c"]
+    cut = halve(tmp_path / "cut", until=200.0)  # no more time than before
+    assert len(stood_in) == 4
+    assert [(c.student, c.tokens) for c in cut if c.late] == [("a", 512), ("c", 512), ("d", 0)]
+    assert halve(tmp_path / "cut") == at_once
+    assert stood_in[4:] == [("d", 512), ("a", 1024), ("c", 1024)]
 
 
 def test_the_clock_counts_work_and_not_the_night_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -531,7 +550,7 @@ def test_a_time_that_nobody_measured_is_called_predicted() -> None:
 
 def test_hours_that_ran_out_are_no_answer() -> None:
     begun, late = candidate("begun"), candidate("late")
-    begun.out, late.out = "gates missed", f"{NO_TIME} to measure it"
+    begun.out, late.late = "gates missed", True
     said = missed_bound([begun, late], Budget(tpot_ms=5, hours=2))
     assert said == "Not decided: the 2 hours ran out before 1 of the students was measured; give budget.hours more."
     assert out_of_time([begun, late]) == [late]
@@ -555,15 +574,33 @@ def test_an_adapter_is_tried_as_the_recipe_has_it_and_without_cuts_where_there_a
     assert "nobody knows what can be cut out of a mamba; nothing is cut" in capsys.readouterr().err
 
 
-def test_a_probe_that_parity_refuses_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*_: Any) -> None:
-        raise ParityError("int8-weight: too far from torch")
+def test_a_form_that_parity_refuses_untrained_is_out_and_the_others_are_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """int4-weight in every shape, int8-weight in one: that one is predicted."""
+    pairs = [(name, form) for name in "abc" for form in ("int8-weight", "int4-weight")]
 
-    monkeypatch.setattr(module, "_export_untrained", refused)
-    field, recipe = [candidate("a"), candidate("b")], pico()
+    def export(_: Any, student: dict[str, str], forms: Sequence[str], __: Any) -> None:
+        if "int4-weight" in forms or student["name"] == "b":
+            raise ParityError(f"the {forms[-1]} graph does not compute what the student computes:\n  far off")
+
+    def measure(targets: Sequence[str], **_: Any) -> SimpleNamespace:
+        arm = {"role": "target", "tpot_ms": {"value": 2.0}, "ttft_ms": {"value": 4.0}}
+        return SimpleNamespace(result={"arms": dict.fromkeys(targets, arm)})
+
+    monkeypatch.setattr(module, "_export_untrained", export)
+    monkeypatch.setattr(serve_bench, "measure_targets", measure)
+    field, students = [candidate(*pair) for pair in pairs], {name: {"name": name} for name in "abc"}
+    recipe = pico()
     assert recipe.budget is not None
-    assert module._predict_speeds(recipe, {"a": {}, "b": {}}, field, recipe.budget, tmp_path) == {}
-    assert [(c.out, c.predicted) for c in field] == [(None, {})] * 2
+    module._predict_speeds(recipe, students, field, recipe.budget, tmp_path)
+    refused = "not exported untrained: the int4-weight graph does not compute what the student computes"
+    assert {(c.form, c.out) for c in field} == {("int8-weight", None), ("int4-weight", refused)}
+    found = {c.student: (c.timed, c.predicted["tpot_ms"]) for c in field if c.out is None}
+    assert found == {"a": (True, 2.0), "b": (False, pytest.approx(2.0)), "c": (True, 2.0)}
+    assert missed_bound([c for c in field if c.out], recipe.budget) == (
+        f"No student that is small enough can be exported: int4-weight is {refused}."
+    )
 
 
 def test_a_budget_that_nothing_fits_is_said_before_anything_is_trained(tmp_path: Path) -> None:
@@ -581,6 +618,40 @@ def test_a_budget_that_nothing_fits_is_said_before_anything_is_trained(tmp_path:
         search(pico(budget={"size_mb": 0.02}), out=tmp_path / "out")
     again = search(pico(budget={"size_mb": 0.01}), out=tmp_path / "out")
     assert again == found
+
+
+def test_a_search_whose_time_was_up_says_so_and_goes_on_with_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    healed: list[str] = []
+
+    def heal(*, recipe: Recipe, goes_on: Callable[[int, float], bool], **_: Any) -> None:
+        healed.append(recipe.name)
+        goes_on(0, 3.0 + len(healed) / 10)
+
+    def measure(_: Any, __: Any, finalist: Candidate, *___: Any) -> None:
+        finalist.late, finalist.verdict = False, "pass"
+        finalist.measured = {"size": 5e5, "tpot_ms": 2.0, "ttft_ms": 9.0, "nll": 3.0, "best_teacher": 3.0}
+
+    monkeypatch.setattr(compress, "heal", heal)
+    monkeypatch.setattr(compress, "cache_teachers", lambda **_: None)
+    monkeypatch.setattr(module, "_measure", measure)
+
+    def find(hours: float) -> Found:
+        recipe = pico(budget={"size_mb": 0.6, "hours": hours}, **{"search.rungs": [512], "search.finalists": 1})
+        return search(recipe, out=tmp_path / "out")
+
+    cut = find(1e-9)
+    assert cut.exit_code == 3
+    assert cut.sentence.startswith("Not decided: the 1e-09 hours ran out before")
+    assert "budget.hours" in cut.sentence
+    assert find(1e-9) == cut
+    assert healed == []
+    found = find(1.0)
+    assert found.exit_code == 0, found.sentence
+    assert len(healed) == len(set(healed)) > 1
+    assert not (tmp_path / "out" / module.NEAREST).exists()
+    assert find(2.0) == found  # which nothing was left out of
 
 
 def test_a_search_of_other_gates_or_other_text_is_another_search(tmp_path: Path) -> None:
