@@ -10,6 +10,7 @@ import gc
 import json
 import tempfile
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from limbeck.progress import say
 from limbeck.recipe import Form, MixedByRule, Provider, Recipe, StaticShapes, fingerprint
 
 if TYPE_CHECKING:
+    from export.calibrate import Calibration, Known
     from export.graph import Graphs
     from export.quantize import Scheme
 
@@ -57,6 +59,7 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
 
         return export_encoder(student=source, out=out, recipe=recipe, key=key)
     from export.backend import build_graphs
+    from export.calibrate import Known
     from export.card import write_card, write_client_files
     from export.census import require_quantized, take_census, where_nodes_run
     from export.graph import form_files
@@ -99,10 +102,18 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
             save_cases(folder / name, thin(answered))
         forms: dict[str, dict[str, Any]] = {}
         schemes: dict[str, Scheme | None] = {}
-        maxima: dict[str, Any] = {}
+        known = Known()
         for form in recipe.export.forms:
             graphs = form_files(folder, form.kind)
             scheme, mixed = scheme_for(form, built.width), None
+            calibrate = partial(
+                _calibrate,
+                form,
+                built.graphs,
+                student,
+                as_they_are=recipe.export.recover is not None or base is not None,
+                known=known,
+            )
             if form.kind == "int4-weight" and scheme and not isinstance(recipe.export.mixed, MixedByRule):
                 from export.mixed import choose_bits, same_bits
 
@@ -117,23 +128,15 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
                         model=model,
                         texts=list(texts.values()),
                         heldout=load_heldout(student / HELDOUT),
+                        calibrate=calibrate,
                     )
                     release_memory()
             half = form.kind == "fp16" or (provider == "cuda" and form.kind != "fp32")
             stamped = {**metadata, "limbeck.form": form.kind}
             if form.kind != "fp32":
                 say(f"export: making {form.kind}{' in fp16' if half and scheme else ''}")
-            alpha = _make(
-                form,
-                scheme,
-                built.graphs,
-                graphs,
-                half=half,
-                student=student,
-                metadata=stamped,
-                as_they_are=recipe.export.recover is not None or base is not None,
-                maxima=maxima,
-            )
+            calibration = calibrate(scheme) if scheme else None
+            _make(form, scheme, built.graphs, graphs, half=half, metadata=stamped, calibration=calibration)
             census = take_census(graphs.last)
             require_quantized(form.kind, census, more_bits=mixed is not None and more_bits_everywhere(mixed))
             here = parity_provider("cpu" if form.kind == "fp32" else provider)
@@ -165,7 +168,8 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
                     path.stat().st_size for path in (graphs.last, graphs.data, *([adapter] if adapter else ()))
                 ),
                 "rounding": asdict(scheme) if scheme else None,
-                "smooth": alpha,
+                "smooth": calibration.alpha if calibration else 0.0,
+                "algorithm": ("gptq" if calibration else "rtn") if form.kind == "int4-weight" else None,
                 "mixed": mixed,
                 "number_type": "fp16" if half else "fp32",
                 "parity": parities[PARITY],
@@ -240,6 +244,17 @@ def verify_parity(folder: Path) -> dict[str, Any]:
     return measured
 
 
+def _calibrate(
+    form: Form, source: Graphs, student: Path, scheme: Scheme, *, as_they_are: bool, known: Known
+) -> Calibration | None:
+    """What ``form`` must know to round as ``scheme`` says; see `export.calibrate.calibration_for`."""
+    from export.calibrate import calibration_for
+    from export.quantize import calibrated_reads
+
+    reads = calibrated_reads(source, scheme)
+    return calibration_for(form, source, student, reads, as_they_are=as_they_are, known=known)
+
+
 def _make(
     form: Form,
     scheme: Scheme | None,
@@ -247,32 +262,22 @@ def _make(
     target: Graphs,
     *,
     half: bool,
-    student: Path,
     metadata: dict[str, str],
-    as_they_are: bool,
-    maxima: dict[str, Any],
-) -> float:
-    """Write the graphs of ``form`` to ``target``: the fp32 ones of ``source`` with rounded weights, in fp16, or both.
-
-    ``as_they_are`` and ``maxima`` are those of `calibration_for`. Returns the share of outliers' difficulty that moved into the weights.
-    """
-    from export.calibrate import calibration_for
+    calibration: Calibration | None,
+) -> None:
+    """Write the graphs of ``form`` to ``target``: the fp32 ones of ``source`` with rounded weights, in fp16, or both."""
     from export.graph import form_files
     from export.half import cast_to_half
-    from export.quantize import quantize_weights, static_activations
+    from export.quantize import quantize_weights
 
-    calibration = None
     with tempfile.TemporaryDirectory(dir=target.data.parent) as temporary:
         made = source
         if scheme:
             made = form_files(Path(temporary), form.kind) if half else target
             made.data.parent.mkdir(exist_ok=True)
-            activations = static_activations(source, scheme)
-            calibration = calibration_for(form, source, student, activations, as_they_are=as_they_are, maxima=maxima)
             quantize_weights(source, made, scheme=scheme, metadata=metadata, calibration=calibration)
         if half:
             cast_to_half(made, target, metadata=metadata)
-    return calibration.alpha if calibration else 0.0
 
 
 def _base(student: Artifact) -> Path:

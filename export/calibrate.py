@@ -1,4 +1,4 @@
-"""What must be known before rounding: the ranges of activations on calibration text, and how far outliers are moved.
+"""What must be known before rounding: ranges and second moments of activations on calibration text, and how far outliers are moved.
 
 Runs the fp32 graph over blocks of training text. Histograms and thresholds are onnxruntime's; `export.smooth` moves outliers.
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from limbeck.encoder_recipe import EncoderForm
 from limbeck.errors import ArtifactError
 from limbeck.heldout import CALIBRATION, load_calibration
 from limbeck.progress import say, task
-from limbeck.recipe import Form, Int8DynamicForm, Int8StaticForm, Int8TrtForm, Int8WeightForm
+from limbeck.recipe import Form, Int4WeightForm, Int8DynamicForm, Int8StaticForm, Int8TrtForm, Int8WeightForm
 from limbeck.runtime import import_onnxruntime
 
 Floats = npt.NDArray[np.float32]
@@ -40,11 +40,20 @@ _RARE = 99.999  # percent of the values that a percentile range holds
 
 @dataclass(frozen=True)
 class Calibration:
-    """Least and largest value of each activation, once ``factors`` are applied."""
+    """Least and largest value of each activation, once ``factors`` are applied; by matrix, the sum of x xᵀ ``[K, K]`` over what it reads."""
 
-    ranges: Mapping[str, tuple[float, float]]
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     factors: Factors = field(default_factory=Factors)
     alpha: float = 0.0  # that the factors were made with; 0 where nothing moved
+    moments: Mapping[str, Floats] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What was measured of a graph's activations, by activation, for the next form of the same graph and rows."""
+
+    maxima: dict[str, Floats] = field(default_factory=dict)  # largest size by channel, [K]
+    moments: dict[str, Floats] = field(default_factory=dict)  # sum of x xᵀ, [K, K]
 
 
 def calibrate(
@@ -54,16 +63,15 @@ def calibrate(
     *,
     method: Method,
     alpha: float,
-    maxima: MutableMapping[str, Floats] | None = None,
+    known: Known | None = None,
 ) -> Calibration:
     """Ranges of ``activations`` of the fp32 graphs over the token ``rows`` ``[S]``, outliers migrated by ``alpha``.
 
-    ``alpha`` is the share of the difficulty that moves into the weights; 0 moves nothing. ``maxima`` keeps the largest value by
-    channel of what outliers can leave, ``[K]`` by activation, for the next form of the same graphs and rows.
+    ``alpha`` is the share of the difficulty that moves into the weights; 0 moves nothing. What outliers can leave goes into ``known``.
     """
     proto = onnx.load(source.last, load_external_data=False)
     boundaries: Mapping[str, Boundary] = find_boundaries(proto) if alpha else {}
-    maxima = {} if maxima is None else maxima
+    maxima = (known or Known()).maxima
     unknown = [name for name in boundaries if name not in maxima]
     # Beside the weights, as the weights' location is relative to the graph.
     with tempfile.NamedTemporaryFile(dir=source.data.parent, suffix=".onnx") as probe:
@@ -84,25 +92,33 @@ def calibration_for(
     form: Form | EncoderForm,
     source: Graphs,
     student: Path,
-    activations: Sequence[str],
+    reads: Mapping[str, str],
     *,
     as_they_are: bool = False,
-    maxima: MutableMapping[str, Floats] | None = None,
+    known: Known | None = None,
 ) -> Calibration | None:
-    """What ``form`` must know of the ``activations`` whose ranges it needs, and of outliers, measured on the training rows of
-    the ``student`` artifact; none for a form that needs nothing. Outliers stay where they are where the weights must be the
-    student's own, ``as_they_are``, unless the form says otherwise: for recovery, which trains through their rounding, and for a base
-    that serves the adapters of many students. ``maxima`` is that of `calibrate`.
+    """What ``form`` must know of the activations that its matrices read, by matrix in ``reads``, and of outliers, measured on the
+    training rows of the ``student`` artifact; none for a form that needs nothing. Where the weights must be the student's own,
+    ``as_they_are``, outliers stay where they are and each weight is rounded to nearest, unless the form says otherwise: for recovery,
+    which trains through their rounding, and for a base that serves the adapters of many students. ``known`` is that of `calibrate`.
 
     Raises `ArtifactError` for a student that carries no training rows.
     """
+    method: Method = "min-max"
     match form:
         case Int8StaticForm() | Int8TrtForm():
             method = form.calibration
         case Int8WeightForm() | Int8DynamicForm():
-            method = "min-max"
+            pass
+        case Int4WeightForm():
+            if not reads or rounds_to_nearest(form, as_they_are=as_they_are):
+                return None
+            rows = _rows(student, form, "set its algorithm: rtn")
+            moments = _moments(source, rows, list(dict.fromkeys(reads.values())), known or Known())
+            return Calibration(moments={matrix: moments[activation] for matrix, activation in reads.items()})
         case _:
             return None
+    activations = list(dict.fromkeys(reads.values()))
     alpha = (0.0 if as_they_are else SMOOTH) if form.smooth is None else form.smooth
     movable = bool(alpha) and bool(find_boundaries(onnx.load(source.last, load_external_data=False)))
     if form.smooth and not movable:
@@ -111,14 +127,41 @@ def calibration_for(
         )
     if not movable and not activations:
         return None
+    rows = _rows(student, form, "" if activations else "set its smooth: 0")
+    return calibrate(source, rows, activations, method=method, alpha=alpha if movable else 0.0, known=known)
+
+
+def rounds_to_nearest(form: Int4WeightForm, *, as_they_are: bool) -> bool:
+    """Whether 4-bit weights are rounded one by one; ``as_they_are`` as in `calibration_for`."""
+    return form.algorithm == "rtn" or (form.algorithm is None and as_they_are)
+
+
+def _rows(student: Path, form: Form | EncoderForm, instead: str) -> list[npt.NDArray[np.int64]]:
     if not (student / CALIBRATION).is_file():
-        without = ", or set its smooth: 0" if not activations else ""
+        without = f", or {instead}" if instead else ""
         raise ArtifactError(
             f"{student}: {CALIBRATION} is missing; {form.kind} is calibrated on training text. The student is older than "
             f"that: delete its folder and run the compress stage again{without}, or take the form out of export.forms."
         )
-    rows = load_calibration(student / CALIBRATION)
-    return calibrate(source, rows, activations, method=method, alpha=alpha if movable else 0.0, maxima=maxima)
+    return load_calibration(student / CALIBRATION)
+
+
+def _moments(
+    source: Graphs, rows: Sequence[npt.NDArray[np.int64]], activations: Sequence[str], known: Known
+) -> Mapping[str, Floats]:
+    unknown = [name for name in activations if name not in known.moments]
+    if unknown:
+        proto = onnx.load(source.last, load_external_data=False)
+        with tempfile.NamedTemporaryFile(dir=source.data.parent, suffix=".onnx") as probe:
+            run = _Run(proto, Path(probe.name), unknown)
+            with task("calibrate: moments", len(rows)) as progress:
+                for row in rows:
+                    for name, values in run(row, unknown).items():
+                        x_SK = values.reshape(-1, values.shape[-1])
+                        moments_KK = x_SK.T @ x_SK
+                        known.moments[name] = known.moments.get(name, np.float32(0)) + moments_KK
+                    progress.advance()
+    return known.moments
 
 
 class _Run:

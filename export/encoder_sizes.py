@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from export.blocks import Blockwise
 from export.encoders import encoder_scheme
-from export.quantize import Blockwise, stored_bytes
+from export.quantize import stored_bytes
 from export.sizes import Matrix
 from limbeck.encoder_recipe import EncoderForm
 

@@ -22,22 +22,21 @@ import onnx
 import torch
 from safetensors.numpy import load_file, save_file
 
-from export.calibrate import calibration_for
+from export.blocks import Blockwise, block_size_for
+from export.calibrate import Known, calibration_for
 from export.card import card_header, digests, markdown_table, what_went_in, write_client_files
 from export.census import require_quantized, take_census
 from export.dynamo import quiet_exporter, split_gemm
 from export.graph import Graphs, form_files, relocate, stamp
 from export.parity import PARITY, require_parity
 from export.quantize import (
-    Blockwise,
     PerChannel,
     Scheme,
     Static,
-    block_size_for,
+    calibrated_reads,
     most_of,
     quantize_weights,
     scheme_for,
-    static_activations,
 )
 from limbeck import __version__
 from limbeck.artifact import Artifact, open_artifact, write_artifact
@@ -84,13 +83,13 @@ def export_encoder(*, student: Artifact, out: Path, recipe: EncoderRecipe, key: 
         cases = make_cases(_heldout(student.path), model, task=task)
         save_cases(folder / PARITY, cases)
         forms: dict[str, dict[str, Any]] = {}
-        maxima: dict[str, Any] = {}
+        known = Known()
         for form in recipe.export.forms:
             graphs = encoder_files(folder, form.kind)
             scheme, calibration = encoder_scheme(form, width), None
             if scheme:
                 say(f"export: quantising to {form.kind}")
-                calibration = calibration_for(form, fp32, student.path, static_activations(fp32, scheme), maxima=maxima)
+                calibration = calibration_for(form, fp32, student.path, calibrated_reads(fp32, scheme), known=known)
                 quantize_weights(
                     fp32,
                     graphs,

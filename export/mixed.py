@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from export.blocks import Blockwise
+from export.calibrate import Calibration
 from export.graph import Graphs, form_files
 from export.loss import heldout_nll, relative_rise
 from export.origin import origins
-from export.quantize import Blockwise, Scheme, matrices_of, quantize_weights, stored_bytes
+from export.quantize import Scheme, matrices_of, quantize_weights, stored_bytes
 from export.sensitivity import Cost, measure_costs, within_bytes, within_loss
 from limbeck.heldout import Blocks
 from limbeck.progress import say
@@ -33,16 +35,28 @@ def choose_bits(
     model: Path,
     texts: Sequence[npt.NDArray[np.int64]],
     heldout: Mapping[str, Blocks],
+    calibrate: Callable[[Scheme], Calibration | None],
 ) -> tuple[Scheme, dict[str, Any]]:
     """``scheme`` with 4 bits everywhere but in the head and the matrices chosen, and what the manifest says of the choice.
 
-    ``texts`` are rows that sensitivities are measured on; a loss is measured on all of ``heldout``.
+    ``texts`` are rows that sensitivities are measured on; a loss is measured on all of ``heldout``. ``calibrate`` tells what a
+    scheme must know of activations.
     """
     flat, more = with_more(scheme, ()), scheme.head
     assert isinstance(more, Blockwise)
     matrices = matrices_of(graphs, flat)
     body = {name: matrix for name, matrix in matrices.items() if matrix.how == flat.body}
-    costs = measure_costs(model, graphs, body, origins(body, graphs, model), texts, more=more, tokens=mixed.tokens)
+    calibration = calibrate(flat)
+    costs = measure_costs(
+        model,
+        graphs,
+        body,
+        origins(body, graphs, model),
+        texts,
+        more=more,
+        tokens=mixed.tokens,
+        moments=calibration.moments if calibration else {},
+    )
 
     found: dict[str, Any] = {"kind": mixed.kind}
     if isinstance(mixed, MixedBySize):
@@ -62,7 +76,7 @@ def choose_bits(
             with tempfile.TemporaryDirectory(dir=graphs.data.parent) as temporary:
                 made = form_files(Path(temporary), "int4-weight")
                 made.data.parent.mkdir()
-                quantize_weights(graphs, made, scheme=with_more(scheme, names), metadata={})
+                quantize_weights(graphs, made, scheme=with_more(scheme, names), metadata={}, calibration=calibration)
                 return relative_rise(heldout_nll(made.all, heldout), exact)
 
         chosen, reached = within_loss(costs, rise, measure)

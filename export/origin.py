@@ -15,8 +15,9 @@ import numpy.typing as npt
 import onnx
 from safetensors import safe_open
 
+from export.blocks import Blockwise
 from export.graph import Graphs
-from export.quantize import Blockwise, Matrix
+from export.quantize import Matrix
 from export.weights import external_array
 from limbeck.errors import ModelError
 

@@ -15,9 +15,10 @@ import numpy.typing as npt
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from export.blocks import Blockwise, Floats, block_size_for, inverse, pack_nibbles
 from export.calibrate import Calibration
+from export.gptq import round_blocks
 from export.graph import Graphs, head_of, stamp
-from export.smooth import Factors
 from export.weights import WeightsFile, external_array
 from limbeck.artifact import sums_overflow
 from limbeck.progress import task
@@ -33,23 +34,7 @@ from limbeck.recipe import (
 )
 
 How: TypeAlias = "Blockwise | PerChannel | Static"
-BLOCKS = (128, 64, 32, 16)
 _ROWS = 4096  # rows of a matrix rounded at a time, which bounds the memory
-
-Floats = npt.NDArray[np.float32]
-Codes = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Blockwise:
-    """MatMulNBits: weights in blocks along the summed dimension, activations in 8 bits on the fly.
-
-    Without ``zero_points`` a block is symmetric around the middle code.
-    """
-
-    bits: int
-    block: int
-    zero_points: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,44 +100,10 @@ def most_of(form: Int8DynamicForm | Int8StaticForm) -> int:
     return 63 if (sums_overflow() if form.reduce_range is None else form.reduce_range) else 127
 
 
-def block_size_for(width: int) -> int:
-    """The largest of 128, 64, 32 and 16 that divides ``width``, else 16; a block that divides it wastes no bytes."""
-    return next((block for block in BLOCKS if width % block == 0), 16)
-
-
-def quantize_blocks(weights_NK: Floats, how: Blockwise) -> tuple[Codes, Floats, Codes]:
-    """Round ``weights[N, K]`` in blocks along K.
-
-    Returns codes ``[N, ceil(K / block), block]``, scales ``[N, ceil(K / block)]`` and zero points of the scales' shape:
-    weight = (code - zero point) * scale. Codes are not packed yet.
-    """
-    rows, width = weights_NK.shape
-    blocks = math.ceil(width / how.block)
-    padded = np.zeros((rows, blocks * how.block), np.float32)
-    padded[:, :width] = weights_NK
-    grouped = padded.reshape(rows, blocks, how.block)
-    steps, middle = 2**how.bits - 1, 2 ** (how.bits - 1)
-    if how.zero_points:
-        low, high = np.minimum(grouped.min(axis=2), 0), np.maximum(grouped.max(axis=2), 0)
-        scales = (high - low) / np.float32(steps)
-        zeros = np.rint(-low * _inverse(scales)).astype(np.uint8)
-    else:
-        scales = np.abs(grouped).max(axis=2) / np.float32(middle - 1)
-        zeros = np.full(scales.shape, middle, np.uint8)
-    codes = np.rint(grouped * _inverse(scales)[:, :, None]) + zeros[:, :, None]
-    return np.clip(codes, 0, steps).astype(np.uint8), scales.astype(np.float32), zeros
-
-
-def dequantize_blocks(codes: Codes, scales: Floats, zeros: Codes) -> Floats:
-    """The weights ``[N, blocks * block]`` that `quantize_blocks` rounded."""
-    back = (codes.astype(np.float32) - zeros[:, :, None]) * scales[:, :, None]
-    return np.asarray(back.reshape(len(codes), -1), np.float32)
-
-
 def quantize_columns(weights_NK: Floats, most: int = 127) -> tuple[npt.NDArray[np.int8], Floats]:
     """Round ``weights[N, K]`` to signed codes of at most ``most``, a scale an output channel: codes ``[N, K]``, scales ``[N]``."""
     scales = np.abs(weights_NK).max(axis=1) / np.float32(most)
-    return np.rint(weights_NK * _inverse(scales)[:, None]).astype(np.int8), scales.astype(np.float32)
+    return np.rint(weights_NK * inverse(scales)[:, None]).astype(np.int8), scales.astype(np.float32)
 
 
 def stored_bytes(channels: int, width: int, how: How, number: int = 4) -> int:
@@ -165,21 +116,19 @@ def stored_bytes(channels: int, width: int, how: How, number: int = 4) -> int:
     return channels * row * (how.block * how.bits // 8 + number) + zeros
 
 
-def pack_nibbles(codes: Codes) -> Codes:
-    """Two 4-bit codes a byte along the last axis, the earlier one low; an odd end is filled with 0."""
-    if codes.shape[-1] % 2:
-        codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)
-    return np.asarray(codes[..., ::2] | codes[..., 1::2] << 4, np.uint8)
-
-
-def static_activations(source: Graphs, scheme: Scheme) -> list[str]:
-    """The activations whose ranges ``scheme`` must know beforehand, in the order of the graph."""
+def calibrated_reads(source: Graphs, scheme: Scheme) -> dict[str, str]:
+    """By matrix, the activation that ``scheme`` may want to know beforehand: its range where it is rounded with a scale of its own, its
+    second moments where weights get few bits. In the order of the graph.
+    """
     proto = onnx.load(source.last, load_external_data=False)
     tensors = {t.name: t for t in proto.graph.initializer}
     matrices, turned = _matrices(proto, tensors, scheme), _turned(proto.graph, tensors)
     read = [(n.input[0], turned.get(n.input[1], n.input[1])) for n in proto.graph.node if n.op_type == "MatMul"]
-    hows = [(x, matrices[name].how) for x, name in read if name in matrices]
-    return list(dict.fromkeys(x for x, how in hows if isinstance(how, Static) and how.activations))
+    return {name: x for x, name in read if name in matrices and _is_calibrated(matrices[name].how)}
+
+
+def _is_calibrated(how: How) -> bool:
+    return how.bits < 8 if isinstance(how, Blockwise) else isinstance(how, Static) and how.activations
 
 
 def quantize_weights(
@@ -190,7 +139,8 @@ def quantize_weights(
     metadata: dict[str, str],
     calibration: Calibration | None = None,
 ) -> None:
-    """Write the form of ``source`` that ``scheme`` describes to ``target``, after ``calibration``, which a static one needs.
+    """Write the form of ``source`` that ``scheme`` describes to ``target``, after ``calibration``, which a static one needs;
+    matrices whose moments it holds are rounded by `export.gptq`.
 
     Every MatMul with a constant matrix becomes a MatMulNBits of accuracy level 4 (activations in 8 bits as well, the
     fast kernel) or a MatMulIntegerToFloat; every embedding becomes a GatherBlockQuantized, on the head's own codes where the
@@ -199,7 +149,8 @@ def quantize_weights(
     first = onnx.load(source.last, load_external_data=False)
     tensors = {t.name: t for t in first.graph.initializer}
     matrices = _matrices(first, tensors, scheme)
-    ranges, factors = (calibration.ranges, calibration.factors) if calibration else ({}, Factors())
+    calibration = calibration or Calibration()
+    ranges, factors = calibration.ranges, calibration.factors
     written: dict[str, TensorProto] = {}
     with target.data.open("wb") as out, task("quantise weights", len(tensors)) as progress:
         file = WeightsFile(out, target.data.name, written)
@@ -214,7 +165,8 @@ def quantize_weights(
                 matrix = matrices.get(tensor.name)
                 values = factors.apply(tensor.name, values, rows=matrix is not None and matrix.rows)
                 if matrix:
-                    _write_matrix(file, matrix, values)
+                    few = _is_calibrated(matrix.how)
+                    _write_matrix(file, matrix, values, calibration.moments.get(matrix.name) if few else None)
                 else:
                     file.append(tensor.name, values)
             progress.advance()
@@ -325,12 +277,9 @@ def _into_attention(graph: GraphProto, constants: Container[str]) -> set[str]:
     return found
 
 
-def _inverse(scales: Floats) -> Floats:
-    with np.errstate(divide="ignore"):
-        return np.where(scales > 0, 1 / scales, 0).astype(np.float32)
-
-
-def _write_matrix(file: WeightsFile, matrix: Matrix, values: npt.NDArray[Any]) -> None:
+def _write_matrix(
+    file: WeightsFile, matrix: Matrix, values: npt.NDArray[Any], moments_KK: npt.NDArray[Any] | None
+) -> None:
     weights_NK = values if matrix.rows else values.T
     pieces = [np.asarray(weights_NK[at : at + _ROWS]) for at in range(0, matrix.channels, _ROWS)]
     codes, scales, zeros, column = matrix.names("codes", "scales", "zeros", "scales_3d")
@@ -340,7 +289,7 @@ def _write_matrix(file: WeightsFile, matrix: Matrix, values: npt.NDArray[Any]) -
         file.append(codes, whole if matrix.by_rows else whole.T)
         file.append(scales, np.concatenate([s for _, s in columns]))
         return
-    blocks = [quantize_blocks(piece, matrix.how) for piece in pieces]
+    blocks = [round_blocks(piece, matrix.how, moments_KK) for piece in pieces]
     pack = pack_nibbles if matrix.how.bits == 4 else np.asarray
     file.append(codes, np.concatenate([pack(c) for c, _, _ in blocks]))
     scale = file.append(scales, np.concatenate([s for _, s, _ in blocks]))

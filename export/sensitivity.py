@@ -17,9 +17,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from export.blocks import Blockwise, Floats, dequantize_blocks
+from export.gptq import round_blocks
 from export.graph import Graphs
 from export.origin import Part, matrix_values
-from export.quantize import Blockwise, Matrix, dequantize_blocks, quantize_blocks, stored_bytes
+from export.quantize import Matrix, stored_bytes
 from limbeck.progress import task
 
 _TRIES = 5  # forms made and measured under a bound on the loss
@@ -50,11 +52,12 @@ def measure_costs(
     *,
     more: Blockwise,
     tokens: int,
+    moments: Mapping[str, Floats],
 ) -> list[Cost]:
     """The cost of each of ``matrices`` of the fp32 ``graphs``, the greatest worth first.
 
     ``parts`` says which parameters of the transformers folder ``model`` each is made of; ``texts`` are rows of held-out tokens, of
-    which ``tokens`` are read. A changed layer is run from there on only: the layers before it answer as they did.
+    which ``tokens`` are read; ``moments`` are those of `export.calibrate.Calibration`, empty where weights are rounded to nearest. A changed layer is run from there on only: the layers before it answer as they did.
     """
     from transformers import AutoModelForCausalLM
 
@@ -67,7 +70,7 @@ def measure_costs(
         reference = loaded(input_ids=ids_RL, use_cache=False).logits.log_softmax(-1)
         for name, matrix in matrices.items():
             assert isinstance(matrix.how, Blockwise)
-            rounded_NK = torch.from_numpy(rounded(matrix_values(matrix, graphs), matrix.how))
+            rounded_NK = torch.from_numpy(rounded(matrix_values(matrix, graphs), matrix.how, moments.get(name)))
             kept = {part.parameter: parameters[part.parameter].clone() for part in parts[name]}
             for part in parts[name]:
                 rows = rounded_NK[part.start : part.start + part.rows]
@@ -83,9 +86,9 @@ def measure_costs(
     return sorted(costs, key=lambda cost: -cost.worth)
 
 
-def rounded(weights_NK: npt.NDArray[np.float32], how: Blockwise) -> npt.NDArray[np.float32]:
-    """``weights[N, K]`` as they are after rounding."""
-    return dequantize_blocks(*quantize_blocks(weights_NK, how))[:, : weights_NK.shape[1]]
+def rounded(weights_NK: Floats, how: Blockwise, moments_KK: Floats | None = None) -> Floats:
+    """``weights[N, K]`` as they are after `export.gptq.round_blocks`."""
+    return dequantize_blocks(*round_blocks(weights_NK, how, moments_KK))[:, : weights_NK.shape[1]]
 
 
 def within_bytes(costs: Sequence[Cost], room: int) -> list[str]:

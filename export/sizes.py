@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from torch import nn
 
+from export.blocks import Blockwise
 from export.graph import KNOWN
-from export.quantize import Blockwise, scheme_for, stored_bytes
+from export.quantize import scheme_for, stored_bytes
 from limbeck.recipe import Form
 
 _ATTENTION_OUT = re.compile(r"(o_proj|out_proj|c_proj|dense)$")

@@ -16,15 +16,12 @@ from huggingface_hub import ModelCard
 
 import compress
 from export import export_student, verify_parity
+from export.blocks import Blockwise, block_size_for, pack_nibbles, quantize_blocks
 from export.census import require_quantized, take_census
 from export.graph import Graphs, build_fp32, form_files
 from export.greedy import answer_greedily, first_differences
 from export.parity import answer, load_cases, make_cases, measure_parity
 from export.quantize import (
-    Blockwise,
-    block_size_for,
-    pack_nibbles,
-    quantize_blocks,
     quantize_columns,
     quantize_weights,
     scheme_for,

@@ -14,8 +14,9 @@ import torch
 from compress.recovery import FakeQuantize, plain_weights, prepare
 from compress.recovery import quantize_blocks as torch_blocks
 from compress.students import Student, trainable_state
+from export.blocks import Blockwise, quantize_blocks
 from export.loss import heldout_losses, per_token
-from export.quantize import Blockwise, quantize_blocks, quantize_columns
+from export.quantize import quantize_columns
 from export.sensitivity import rounded
 from limbeck import pipeline
 from limbeck.artifact import open_artifact, student_of

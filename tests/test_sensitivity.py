@@ -11,10 +11,11 @@ from safetensors.numpy import load_file, save_file
 
 from export import export_student
 from export.backend import build_graphs
+from export.blocks import Blockwise, pack_nibbles, quantize_blocks
 from export.graph import Graphs, build_fp32
 from export.loss import heldout_nll, relative_rise
 from export.origin import matrix_values, origins, rounding_of
-from export.quantize import Blockwise, Scheme, matrices_of, pack_nibbles, quantize_blocks, scheme_for, stored_bytes
+from export.quantize import Scheme, matrices_of, scheme_for, stored_bytes
 from export.sensitivity import Cost, measure_costs, rounded, within_bytes, within_loss
 from limbeck.artifact import open_artifact
 from limbeck.errors import ModelError, RecipeError
@@ -69,7 +70,9 @@ def test_costs_are_those_of_the_whole_model_with_one_matrix_rounded(tmp_path: Pa
     graphs, _ = build_fp32(model, tmp_path, {})
     matrices = {n: m for n, m in matrices_of(graphs, all_few(graphs, 32)).items() if m.how == FEW}
     texts = [np.random.default_rng(n).integers(0, 256, 24) for n in range(2)]
-    costs = measure_costs(model, graphs, matrices, origins(matrices, graphs, model), texts, more=MORE, tokens=40)
+    costs = measure_costs(
+        model, graphs, matrices, origins(matrices, graphs, model), texts, more=MORE, tokens=40, moments={}
+    )
     assert len(costs) == 3 * 5
     assert [cost.worth for cost in costs] == sorted((cost.worth for cost in costs), reverse=True)
     ids = torch.from_numpy(np.stack([text[:20] for text in texts]))

@@ -18,7 +18,7 @@ from export import export_student
 from export.backend import build_graphs
 from export.calibrate import calibrate
 from export.graph import Graphs, build_fp32, form_files
-from export.quantize import activation_scale, quantize_weights, scheme_for, static_activations
+from export.quantize import activation_scale, calibrated_reads, quantize_weights, scheme_for
 from export.smooth import find_boundaries
 from limbeck.errors import ArtifactError, EnvironmentalError, RecipeError
 from limbeck.heldout import CALIBRATION
@@ -40,7 +40,7 @@ def fp32(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
 def static_names(graphs: Graphs) -> list[str]:
     scheme = scheme_for(Int8StaticForm(kind="int8-static"), 32)
     assert scheme is not None
-    return static_activations(graphs, scheme)
+    return list(dict.fromkeys(calibrated_reads(graphs, scheme).values()))
 
 
 def logits(proto: onnx.ModelProto, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:

@@ -103,6 +103,8 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
             yield f"export.recover: found {forms[-1]!r} as the form to ship; put int8-weight, int8-dynamic or int4-weight last"
         elif getattr(recipe.export.forms[-1], "smooth", None):
             yield f"export.recover: training rounds the weights as they are, not smoothed; leave smooth out of {forms[-1]}"
+        elif getattr(recipe.export.forms[-1], "algorithm", None) == "gptq":
+            yield "export.recover: training rounds weights to nearest, as gptq does not; leave algorithm out of int4-weight"
     if isinstance(recipe.student, FreshStudent) and not recipe.teachers:
         yield "student.kind: a fresh student takes its tokenizer from the first teacher; name a teacher, or use kind: lora"
     calibration = recipe.fusion.calibration

@@ -65,10 +65,15 @@ class Int8TrtForm(Frozen):
 
 
 class Int4WeightForm(Frozen):
-    """4-bit blocks with zero points, rounded to nearest (MatMulNBits); 8 bits in the tied head, attention inputs, FFN output."""
+    """4-bit blocks with zero points (MatMulNBits); 8 bits in the tied head, attention inputs, FFN output."""
 
     kind: Literal["int4-weight"]
     block_size: Literal[16, 32, 64, 128, 256] = Field(32, description="Weights that share a scale and a zero point.")
+    algorithm: Literal["gptq", "rtn"] | None = Field(
+        None,
+        description="gptq: the inputs of a matrix make up for each other's rounding, judged on training text. rtn: each is rounded to "
+        "nearest. None is gptq, but rtn with export.recover, which trains through that, and with separate adapters.",
+    )
 
 
 Form = Annotated[
