@@ -193,6 +193,30 @@ def test_an_encoder_that_diverges_is_out(
     assert (field["a"].out, field["b"].out) == ("diverged", None)
 
 
+class Killed(BaseException):
+    """A process that ends in the middle."""
+
+
+def test_an_encoder_whose_process_was_killed_is_taken_up_again(
+    tmp_path: Path, trained: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distill, recipe = compress.distill, classifiers(search={"rungs": [32], "finalists": 4})
+
+    def killed(*, recipe: EncoderRecipe, **given: Any) -> Any:
+        if recipe.name.endswith("-b"):
+            raise Killed
+        return distill(recipe=recipe, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compress, "distill", killed)
+        with pytest.raises(Killed):
+            halve(recipe, tmp_path)
+    assert trained == [("a", 32)]
+    field = halve(recipe, tmp_path)
+    assert sorted(trained) == [(name, 32) for name in LOSSES]  # and a is not trained again
+    assert all(c.out is None for c in field.values())
+
+
 # What is left ----------------------------------------------------------------------------------------------------
 
 
