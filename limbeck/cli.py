@@ -410,7 +410,7 @@ def search(
 ) -> None:
     """Find the best student within a budget: plan, time a few exports, distil in rounds, measure the finalists.
 
-    The budget is the recipe's: size_mb, tpot_ms, ttft_ms, quality.max_loss, hours. Writes chosen.yaml, a recipe that stands alone, or
+    The budget is the recipe's: size_mb, quality.max_loss, hours, and of a language model tpot_ms and ttft_ms, of an encoder latency_ms. Writes chosen.yaml, a recipe that stands alone, or
     nearest.yaml and which bound cannot be kept. An interrupted search goes on, and one whose time was up when it is given more hours; a
     second one in the same folder shares the work.
     Exit codes: 0 chosen, 1 no student keeps the budget, 3 undecided (bench.minutes or budget.hours did not suffice).
@@ -418,11 +418,12 @@ def search(
     \b
     Example:
       limbeck search smollm2/135m-two-experts --set budget.size_mb=120 --set budget.tpot_ms=8
+      limbeck search minilm/spam-two-classifiers --set budget.size_mb=20 --set budget.latency_ms=5
     """
     from limbeck.search import search as run_search
-    from limbeck.search_outcome import show
+    from limbeck.search.outcome import show
 
-    found = run_search(_load(recipe, overrides, shrink), out=out)
+    found = run_search(_load_any(recipe, overrides, shrink), out=out)
     show(found)
     raise typer.Exit(found.exit_code)
 
@@ -442,13 +443,11 @@ def _load_any(reference: str, overrides: list[str] | None, shrink: str | None) -
     return shrink_to_pico(recipe) if _wants_pico(shrink) else recipe
 
 
-def _load(reference: str, overrides: list[str] | None, shrink: str | None = None) -> Recipe:
+def _load(reference: str, overrides: list[str] | None) -> Recipe:
     """As `_load_any`, where only a language model will do."""
-    from limbeck.pico import shrink_to_pico
     from limbeck.recipe import load_recipe
 
-    recipe = load_recipe(reference, overrides=overrides or ())
-    return shrink_to_pico(recipe) if _wants_pico(shrink) else recipe
+    return load_recipe(reference, overrides=overrides or ())
 
 
 def _wants_pico(shrink: str | None) -> bool:

@@ -16,10 +16,13 @@ from limbeck.recipe import (
     BaseRecipe,
     BaseSource,
     CaMkdWeights,
+    ClassificationBudget,
     Count,
     Domain,
     DynamicShapes,
     EbkdWeights,
+    EmbeddingBudget,
+    EncoderSpace,
     EntropyWeights,
     Float,
     Fp32Form,
@@ -285,6 +288,9 @@ class EncoderGates(Frozen):
     max_quantization_loss: Annotated[Float, Field(ge=0)] | None = Field(
         None, description="Largest relative loss of the task's metric against the fp32 graph of the same student."
     )
+    max_latency_ms: Positive | None = Field(
+        None, description="Median time of one sequence at the largest of bench.lengths, in ms: most, whole interval."
+    )
     max_size_ratio: Positive | None = Field(None, description="Largest size on disk over the fp32 graph's.")
     max_size_mb: Positive | None = Field(
         None, description="Largest size on disk of graph and weights, in MB (1e6 bytes)."
@@ -306,6 +312,12 @@ class ClassificationRecipe(BaseRecipe):
     export: EncoderExport = Field(EncoderExport(), description="Graphs made from the student.")
     bench: ClassificationBench = Field(ClassificationBench(), description="What is measured.")
     gates: EncoderGates = Field(EncoderGates(), description="What the shipped form must meet.")
+    budget: ClassificationBudget | None = Field(
+        None, description="What `limbeck search` must keep to; of no effect elsewhere."
+    )
+    search: EncoderSpace = Field(
+        EncoderSpace(), description="What `limbeck search` looks among; of no effect elsewhere."
+    )
 
     def distillation(self) -> dict[str, Any]:
         """The part of `resolved` that decides the student's weights."""
@@ -324,6 +336,12 @@ class EmbeddingRecipe(BaseRecipe):
     export: EncoderExport = Field(EncoderExport(), description="Graphs made from the student.")
     bench: EncoderBench = Field(EncoderBench(), description="What is measured.")
     gates: EncoderGates = Field(EncoderGates(), description="What the shipped form must meet.")
+    budget: EmbeddingBudget | None = Field(
+        None, description="What `limbeck search` must keep to; of no effect elsewhere."
+    )
+    search: EncoderSpace = Field(
+        EncoderSpace(), description="What `limbeck search` looks among; of no effect elsewhere."
+    )
 
     def distillation(self) -> dict[str, Any]:
         """The part of `resolved` that decides the student's weights."""
@@ -425,3 +443,12 @@ def _contradictions(recipe: EncoderRecipe) -> Iterator[str]:
         for gate in ("min_throughput_ratio", "max_metric_loss"):
             if getattr(recipe.gates, gate) is not None:
                 yield f"gates.{gate}: there are no teachers to compare with; remove it or name teachers"
+    budget, alone = recipe.budget, 1 in recipe.bench.batches
+    if not alone and recipe.gates.max_latency_ms is not None:
+        yield "gates.max_latency_ms: it is the time of one sequence; add 1 to bench.batches"
+    if not alone and budget is not None and budget.latency_ms is not None:
+        yield "budget.latency_ms: it is the time of one sequence; add 1 to bench.batches"
+    if isinstance(recipe, ClassificationRecipe) and recipe.budget is not None and recipe.budget.quality is not None:
+        metric = recipe.budget.quality.metric
+        if metric not in (None, recipe.bench.metric):
+            yield f"budget.quality.metric: found {metric!r}, but bench.metric is {recipe.bench.metric!r}; make them alike, or leave it out"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.artifact import Artifact
-from limbeck.encoder_recipe import AnyRecipe
+from limbeck.encoder_recipe import AnyRecipe, EncoderBench
 from limbeck.recipe import Bench, Recipe
 
 if TYPE_CHECKING:
@@ -19,7 +19,16 @@ if TYPE_CHECKING:
     from serve_bench.compare import Comparison
     from serve_bench.report import Report
 
-__all__ = ["compare_runs", "evaluate", "measure", "measure_targets", "replay", "table", "write_report"]
+__all__ = [
+    "compare_runs",
+    "evaluate",
+    "measure",
+    "measure_targets",
+    "replay",
+    "table",
+    "time_encoders",
+    "write_report",
+]
 
 
 def measure(*, onnx: Path, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
@@ -48,6 +57,17 @@ def measure_targets(targets: Sequence[str], *, against: Sequence[str] = (), out:
     from serve_bench.targets import measure_targets as run
 
     return run(targets, against=against, out=out, bench=bench)
+
+
+def time_encoders(exports: Sequence[tuple[Path, str]], *, out: Path, bench: EncoderBench) -> list[float]:
+    """Median milliseconds of one sequence at the largest of `lengths`, of each run folder and form, all in one interleaved run.
+
+    Blocks go on for the bench's `minutes`; its samples lie in ``out``. Raises `ArtifactError` for a folder without export,
+    `DataError` for a sequence past a model's context.
+    """
+    from serve_bench.encoders import time_encoders as run
+
+    return run(exports, out=out, bench=bench)
 
 
 def table(bench: Artifact) -> str:

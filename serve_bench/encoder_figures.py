@@ -148,19 +148,39 @@ def speed(samples: Sequence[Sample], arms: Sequence[Arm], shipped: str, arm: str
     return noise if arm == twin else widened(paired_ratio(by_block(samples, arm), ours, first=first), noise)
 
 
+def latency(samples: Sequence[Sample], arms: Sequence[Arm], shipped: str, length: int, *, first: int) -> Interval:
+    """Median milliseconds of the shipped form for one sequence; widened by what its copy differs in beyond chance."""
+    cell, twin = Cell(1, length), next(a.id for a in arms if a.role == "twin")
+    ours = by_block(samples, f"onnx:{shipped}", cell)
+    noise = paired_ratio(by_block(samples, twin, cell), ours, first=first)
+    return widened(sequential_interval(1e3 * ours, first=first), noise)
+
+
 def timing_gates(
     samples: Sequence[Sample], quality: Quality, shipped: str, arms: Sequence[Arm], recipe: EncoderRecipe
 ) -> list[Gate]:
     """The gates that more blocks can decide."""
-    best, bound = quality.best_teacher, recipe.gates.min_throughput_ratio
-    if bound is None or best is None:
-        return []
-    ratio = speed(samples, arms, shipped, best, first=first_look(recipe.bench.min_blocks))
-    name = _label(arms, best)
-    found = f"{{}} the throughput of {name}, the better teacher, in torch"
-    return [
-        estimated("min_throughput_ratio", "Throughput over the better teacher", ratio, bound, unit="×", least=True, found=found)
-    ]  # fmt: skip
+    gates, asked, first = [], recipe.gates, first_look(recipe.bench.min_blocks)
+    best = quality.best_teacher
+    if asked.min_throughput_ratio is not None and best is not None:
+        ratio = speed(samples, arms, shipped, best, first=first)
+        found = f"{{}} the throughput of {_label(arms, best)}, the better teacher, in torch"
+        gates.append(
+            estimated(
+                "min_throughput_ratio", "Throughput over the better teacher", ratio, asked.min_throughput_ratio,
+                unit="×", least=True, found=found,
+            )
+        )  # fmt: skip
+    if asked.max_latency_ms is not None:
+        length = max(recipe.bench.lengths)
+        taken = latency(samples, arms, shipped, length, first=first)
+        gates.append(
+            estimated(
+                "max_latency_ms", "Time of one sequence", taken, asked.max_latency_ms,
+                unit="ms", least=False, found=f"{{}} for one sequence of {length} tokens",
+            )
+        )  # fmt: skip
+    return gates
 
 
 def judge(

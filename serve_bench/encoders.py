@@ -20,10 +20,10 @@ from safetensors.numpy import save_file
 
 from limbeck.artifact import Artifact, available_cores, find_artifact, host, open_artifact, versions, write_artifact
 from limbeck.encoder import COUNTS_FROM_PADDING
-from limbeck.encoder_recipe import EncoderRecipe
+from limbeck.encoder_recipe import EncoderBench, EncoderRecipe
 from limbeck.errors import ArtifactError, DataError
 from limbeck.examples import EXAMPLES, Examples, load_examples
-from limbeck.progress import say, task
+from limbeck.progress import Task, say, task
 from limbeck.recipe import fingerprint
 from serve_bench import encoder_figures as figures
 from serve_bench.arms import Arm, Workers, context_of
@@ -194,17 +194,7 @@ def _time(
     started, budget, first = time.monotonic(), 60 * recipe.bench.minutes, first_look(recipe.bench.min_blocks)
     with task(f"timing {len(arms)} arms x {len(cells)} sizes, samples") as progress:
         for block in range(1_000_000):
-            for place, cell in enumerate(cells):
-                ids = _batch(heldout, cell, block)
-                for position, arm in enumerate(order(arms, block * len(cells) + place)):
-                    time.sleep(_PAUSE)
-                    count = runs[arm.id, cell]
-                    seconds = workers[arm].ask("time", ids=ids, runs=count)["seconds"] / count
-                    samples.append(Sample(arm.id, block, position, cell, seconds))
-                    row = {"event": "sample", "arm": arm.id, "block": block, "position": position, **vars(cell)}
-                    raw.write(json.dumps(row | {"runs": count, "seconds": seconds}) + "\n")
-                    progress.advance()
-            raw.flush()
+            samples += _block(workers, arms, cells, heldout, runs, block, raw, progress)
             done, spent = block + 1, time.monotonic() - started
             if is_look(done, first=first):
                 gates = figures.timing_gates(samples, quality, shipped, arms, recipe)
@@ -213,3 +203,59 @@ def _time(
             if spent >= budget and done >= recipe.bench.min_blocks:
                 return samples, spent, "time spent"
     raise AssertionError("unreachable")
+
+
+def _block(
+    workers: Workers,
+    arms: Sequence[Arm],
+    cells: Sequence[Cell],
+    heldout: Examples,
+    runs: Mapping[tuple[str, Cell], int],
+    block: int,
+    raw: IO[str],
+    progress: Task,
+) -> list[Sample]:
+    """Every arm twice on every cell, in mirrored order."""
+    samples = []
+    for place, cell in enumerate(cells):
+        ids = _batch(heldout, cell, block)
+        for position, arm in enumerate(order(arms, block * len(cells) + place)):
+            time.sleep(_PAUSE)
+            count = runs[arm.id, cell]
+            seconds = workers[arm].ask("time", ids=ids, runs=count)["seconds"] / count
+            samples.append(Sample(arm.id, block, position, cell, seconds))
+            row = {"event": "sample", "arm": arm.id, "block": block, "position": position, **vars(cell)}
+            raw.write(json.dumps(row | {"runs": count, "seconds": seconds}) + "\n")
+            progress.advance()
+    raw.flush()
+    return samples
+
+
+# Exports by themselves -------------------------------------------------------------------------------------------
+
+
+def time_encoders(exports: Sequence[tuple[Path, str]], *, out: Path, bench: EncoderBench) -> list[float]:
+    """See `serve_bench.time_encoders`."""
+    cell, arms = Cell(1, max(bench.lengths)), []
+    for run, form in exports:
+        onnx = open_artifact(run / "onnx", kind="onnx")
+        size, spec = int(onnx.result["forms"][form]["bytes"]), {"artifact": str(onnx.path), "form": form}
+        arms.append(Arm(f"{run.name}:{form}", f"{run.name} {form}", "form", "onnxruntime", size, spec))
+    student = exports[0][0] / "student"
+    _require_context(arms, [cell], student / "model")
+    heldout, threads = load_examples(student / EXAMPLES), bench.threads or available_cores()
+    out.mkdir(parents=True, exist_ok=True)
+    samples: list[Sample] = []
+    with (
+        Workers(out, threads=threads, module="serve_bench.encoder_worker") as workers,
+        (out / SAMPLES).open("w") as raw,
+    ):
+        for arm in arms:
+            workers.start(arm)
+        runs, _ = _warm(workers, arms, [cell], heldout, raw)
+        started, block = time.monotonic(), 0
+        with task(f"timing {len(arms)} exports, samples") as progress:
+            while block < bench.min_blocks or time.monotonic() - started < 60 * bench.minutes:
+                samples += _block(workers, arms, [cell], heldout, runs, block, raw, progress)
+                block += 1
+    return [1e3 * float(np.median(figures.by_block(samples, arm.id))) for arm in arms]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from limbeck.errors import RecipeError
 from serve_bench.arms import Arm
 from serve_bench.encoder_figures import Cell, Quality, Sample, by_block, judge, speed
 from tests.encoders import classifier_recipe, embedding_recipe, source
@@ -86,6 +87,41 @@ def test_the_interval_of_a_loss_is_paired_over_examples() -> None:
     found = quality().loss("onnx:int8-dynamic", "teacher:b")
     assert found.value == pytest.approx(1 - 95 / 90)
     assert found.low < found.value < found.high < 0.01
+
+
+def level(blocks: int = 6, **seconds: float) -> list[Sample]:
+    """As `samples`, of a machine that stays as it is."""
+    return [
+        Sample(arm, block, position, cell, taken * cell.batch)
+        for block in range(blocks)
+        for cell in CELLS
+        for position in (0, 1)
+        for arm, taken in (SECONDS | seconds).items()
+    ]
+
+
+def test_the_time_of_one_sequence_is_judged_by_its_whole_interval() -> None:
+    """Milliseconds of batch 1 at the largest length; the other cells have no part in it."""
+
+    def judged(asked: float, timed: list[Sample]) -> tuple[str, float]:
+        recipe = classifier_recipe(
+            gates={"max_latency_ms": asked}, bench={"batches": [1, 4], "lengths": [8], "min_blocks": 6}
+        )
+        (gate,) = judge(timed, quality(), "int8-dynamic", ARMS, recipe).gates
+        assert (gate.name, gate.unit, gate.least) == ("max_latency_ms", "ms", False)
+        return gate.status, gate.value
+
+    assert judged(1001, level()) == ("pass", pytest.approx(1000))
+    assert judged(999, level()) == ("fail", pytest.approx(1000))
+    assert judged(1001, level(5)) == ("undecided", pytest.approx(1000))  # too few blocks
+    assert judged(2000, samples())[0] == "undecided"  # from 1 s to 6 s
+    # Its copy is a tenth slower without fail: a process of its own may be so too.
+    assert judged(1050, level(**{"onnx:int8-dynamic:twin": 1.1}))[0] == "undecided"
+
+
+def test_the_time_of_one_sequence_needs_batches_of_one() -> None:
+    with pytest.raises(RecipeError, match=r"gates\.max_latency_ms: .* add 1 to bench\.batches"):
+        classifier_recipe(gates={"max_latency_ms": 3}, bench={"batches": [4]})
 
 
 def test_sizes_and_quantising_are_judged() -> None:

@@ -380,6 +380,25 @@ def test_parity_sees_a_graph_that_computes_something_else(exported: Exported) ->
         require_parity("fp32", parity)
 
 
+def test_exports_are_timed_by_themselves(exported: Exported, tmp_path: Path) -> None:
+    """One sequence of the largest length, every form twice in a block; the figure is the median of what lies in the samples."""
+    bench = classifier_recipe().bench
+    run = exported.student.parent
+    found = serve_bench.time_encoders([(run, "fp32"), (run, "int8-static")], out=tmp_path / "timing", bench=bench)
+    lines = (tmp_path / "timing" / "samples.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["event"] == "sample"]
+    assert {(row["batch"], row["length"]) for row in rows} == {(1, 16)}
+    blocks = {row["block"] for row in rows}
+    assert len(blocks) >= bench.min_blocks
+    assert len(rows) == 4 * len(blocks)
+    for form, told in zip(("fp32", "int8-static"), found, strict=True):
+        pairs = [[r["seconds"] for r in rows if r["arm"].endswith(form) and r["block"] == block] for block in blocks]
+        assert told == pytest.approx(1e3 * np.median([np.sqrt(a * b) for a, b in pairs]))
+    long = bench.model_copy(update={"lengths": (8, 65)})
+    with pytest.raises(DataError, match=r"bench\.lengths: found 65; .* reads 64 tokens at most"):
+        serve_bench.time_encoders([(run, "fp32")], out=tmp_path / "long", bench=long)
+
+
 # The whole chain -------------------------------------------------------------------------------------------------
 
 

@@ -24,9 +24,11 @@ from limbeck import search as module
 from limbeck.cli import app
 from limbeck.errors import ArtifactError, DivergenceError, EnvironmentalError, ModelError, ParityError
 from limbeck.recipe import Budget, QualityBudget, Recipe, load_recipe, parse_recipe
-from limbeck.search import _Clock, _halve, final_recipe, search
-from limbeck.search_candidates import Candidate, fit_speed
-from limbeck.search_outcome import Found, draw, excess, missed_bound, nearest, out_of_time, pareto_front
+from limbeck.search import finals, language, probes, rounds, search, state
+from limbeck.search.candidates import Candidate, fit_speed
+from limbeck.search.language import final_recipe
+from limbeck.search.outcome import Found, draw, excess, missed_bound, nearest, out_of_time, pareto_front
+from limbeck.search.state import Clock
 
 BUDGET = {"size_mb": 0.6, "tpot_ms": 5.0}
 
@@ -71,10 +73,10 @@ def timed_field(folder: Path, *, tpot_ms: float) -> dict[str, Candidate]:
     """Five shapes, of which three were timed at a millisecond a layer, after what is too slow is ruled out."""
     field = [candidate(f"s{n}", size=n * 10_000_000, layers=n) for n in (2, 4, 6, 8, 10)]
     times = {f"s{n}-int8-weight": {"tpot_ms": float(n), "ttft_ms": 3.0 * n} for n in (2, 6, 10)}
-    (folder / module.TIMING).write_text(json.dumps(times))
+    (folder / state.TIMING).write_text(json.dumps(times))
     recipe = pico(budget={"tpot_ms": tpot_ms}, **{"search.probes": 3})
     assert recipe.budget is not None
-    module._predict_speeds(recipe, {}, field, recipe.budget, folder)
+    probes.predict_speeds(recipe, {}, field, recipe.budget, folder)
     return {c.student: c for c in field}
 
 
@@ -92,7 +94,7 @@ def test_what_misses_a_bound_by_more_than_the_error_is_ruled_out(tmp_path: Path)
 def test_what_is_planned_too_large_is_ruled_out_before_anything_is_made() -> None:
     recipe = pico(budget={"size_mb": 0.6})
     assert recipe.budget is not None
-    field = module._sized(recipe, dict(module._students(recipe)))
+    field = language.sized(recipe, dict(language.students(recipe)))
     module._rule_out_sizes(field, recipe.budget)
     assert {c.out is None for c in field} == {True, False}
     for c in field:
@@ -101,8 +103,8 @@ def test_what_is_planned_too_large_is_ruled_out_before_anything_is_made() -> Non
 
 def test_what_is_looked_among_is_named_by_what_it_keeps() -> None:
     recipe = pico(**{"search.depths": [1.0, 0.5], "search.widths": [1.0, 0.5], "search.hidden": [1.0, 0.5]})
-    students = dict(module._students(recipe))
-    base = module._dimensions(recipe, {"kind": "shrink", "base": recipe.resolved()["student"]["base"]})
+    students = dict(language.students(recipe))
+    base = language._dimensions(recipe, {"kind": "shrink", "base": recipe.resolved()["student"]["base"]})
     layers, neurons, hidden = (base[name] for name in ("layers", "intermediate_size", "hidden_size"))
     cuts = {name.removeprefix("cut-") for name in students if name.startswith("cut-")}
     assert len(cuts) == 2 * 2 * 2 - 1  # all but the whole base
@@ -110,7 +112,7 @@ def test_what_is_looked_among_is_named_by_what_it_keeps() -> None:
     assert f"{layers}x{neurons}x{hidden // 2}" in cuts
     narrow = students[f"cut-{layers}x{neurons // 2}x{hidden // 2}"]
     assert (narrow["intermediate_size"], narrow["hidden_size"]) == (neurons // 2, hidden // 2)
-    sizes = {c.student: c.size for c in module._sized(recipe, students) if c.form == "int8-weight"}
+    sizes = {c.student: c.size for c in language.sized(recipe, students) if c.form == "int8-weight"}
     assert sizes[f"cut-{layers}x{neurons}x{hidden // 2}"] < sizes[f"cut-{layers}x{neurons // 2}"]
 
 
@@ -138,7 +140,7 @@ def stood_in(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
     monkeypatch.setattr(compress, "heal", heal)
     monkeypatch.setattr(compress, "cache_teachers", lambda **_: trained.append(("teachers", 0)))
-    monkeypatch.setattr(module, "_WAIT", 0.01)
+    monkeypatch.setattr(rounds, "_WAIT", 0.01)
     return trained
 
 
@@ -147,7 +149,7 @@ def halve(folder: Path, *, until: float = float("inf"), **over: Any) -> list[Can
     recipe = pico(**{"search.finalists": 1, **over})
     candidates = [candidate(name) for name in LOSSES]
     students = {name: recipe.resolved()["student"] for name in LOSSES}
-    _halve(recipe, students, candidates, folder, _Clock(folder / module.SPENT), until=until)
+    rounds.halve(recipe, students, candidates, folder, Clock(folder / state.SPENT), until=until)
     return candidates
 
 
@@ -174,7 +176,7 @@ def test_a_half_that_the_finals_have_room_for_gets_no_further_round(
     candidates = halve(tmp_path, **{"search.finalists": 2})
     assert {tokens for _, tokens in stood_in} == {0, 512}
     assert all(c.out is None for c in candidates)
-    assert next(c.student for c in module.finalists(candidates, Budget(size_mb=1))) == "a"
+    assert next(c.student for c in finals.finalists(candidates, Budget(size_mb=1))) == "a"
 
 
 def test_what_is_beaten_does_not_lie_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,8 +208,8 @@ def test_a_student_whose_process_was_killed_is_taken_up_again(
 
 
 def test_what_a_killed_worker_leaves_behind_is_taken_up(tmp_path: Path, stood_in: list[tuple[str, int]]) -> None:
-    with module._study(tmp_path, 0) as study:
-        module._enqueue(study, list(LOSSES), 0, float("inf"))
+    with rounds._study(tmp_path, 0) as study:
+        rounds._enqueue(study, list(LOSSES), 0, float("inf"))
         study.ask()
         study.ask().set_user_attr("worker", "killed")
     (tmp_path / "workers").mkdir()
@@ -256,7 +258,7 @@ def work_in(folder: Path) -> None:
                 mine.append(f"{name} {tokens}")
                 return
 
-    compress.heal, compress.cache_teachers, module._WAIT = heal, lambda **_: None, 0.01  # type: ignore[assignment]
+    compress.heal, compress.cache_teachers, rounds._WAIT = heal, lambda **_: None, 0.01  # type: ignore[assignment]
     found = {c.student: (c.nll, c.out) for c in halve(folder)}
     print(json.dumps({"mine": mine, "found": found}))
 
@@ -286,7 +288,7 @@ def test_what_there_was_no_time_for_goes_on_when_there_is_more(
         (tmp_path / folder).mkdir()
     at_once = halve(tmp_path / "at-once")
     stood_in.clear()
-    monkeypatch.setattr(_Clock, "spent", lambda _: 60.0 * len(stood_in))  # a minute a round, and one for the teachers
+    monkeypatch.setattr(Clock, "spent", lambda _: 60.0 * len(stood_in))  # a minute a round, and one for the teachers
     halve(tmp_path / "cut", until=200.0)
     assert [name for name, tokens in stood_in if tokens] == ["a", "b", "c"]
     cut = halve(tmp_path / "cut", until=200.0)  # no more time than before
@@ -298,12 +300,12 @@ def test_what_there_was_no_time_for_goes_on_when_there_is_more(
 
 def test_the_clock_counts_work_and_not_the_night_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    clock = _Clock(tmp_path / "spent.json")
+    monkeypatch.setattr(state.time, "monotonic", lambda: now[0])
+    clock = Clock(tmp_path / "spent.json")
     now[0] += 60
     clock.save()
     now[0] += 30_000  # it was killed, and nobody came back for hours
-    again = _Clock(tmp_path / "spent.json")
+    again = Clock(tmp_path / "spent.json")
     now[0] += 5
     assert again.spent() == 65
 
@@ -362,7 +364,7 @@ def test_teachers_run_once_for_every_student_and_round(tmp_path: Path, monkeypat
     compress.cache_teachers(recipe=recipe, work=tmp_path / "teachers", **options)
     monkeypatch.setattr(CachedTeachers, "_load", lambda _: pytest.fail("a teacher ran again"))
     cut = {"kind": "shrink", "base": recipe.resolved()["student"]["base"], "layers": 2}
-    short = module._variant(recipe, name="cut", student=cut)
+    short = language._variant(recipe, name="cut", student=cut)
     compress.heal(recipe=short, work=tmp_path / "cut", goes_on=lambda *_: True, **options)
 
 
@@ -375,15 +377,15 @@ def test_each_form_has_its_best_student_measured_first() -> None:
     for place, c in enumerate(field[:3]):
         c.nll, c.tokens = 3.0 + place, 1024
     field[2].tokens = 512
-    assert [c.student for c in module.finalists(field, Budget(size_mb=1))] == ["a", "c", "b"]
+    assert [c.student for c in finals.finalists(field, Budget(size_mb=1))] == ["a", "c", "b"]
 
 
 def test_what_is_inside_every_bound_is_measured_before_what_may_be() -> None:
     field = [candidate(name, size=size) for name, size in (("a", 1_010_000), ("b", 900_000), ("c", 800_000))]
     for place, c in enumerate(field):
         c.nll, c.tokens, c.predicted = 3.0 + place, 1024, {"tpot_ms": 8.5 if c.student == "b" else 7.0}
-    assert [c.student for c in module.finalists(field, Budget(size_mb=1, tpot_ms=8))] == ["c", "a", "b"]
-    assert [c.student for c in module.finalists(field, Budget(tpot_ms=8))] == ["a", "c", "b"]
+    assert [c.student for c in finals.finalists(field, Budget(size_mb=1, tpot_ms=8))] == ["c", "a", "b"]
+    assert [c.student for c in finals.finalists(field, Budget(tpot_ms=8))] == ["a", "c", "b"]
 
 
 def test_the_front_is_what_no_other_beats_in_both() -> None:
@@ -411,17 +413,17 @@ def test_the_next_ones_are_measured_while_none_keeps_the_budget_and_time_is_left
         c.nll, c.tokens = LOSSES[c.student], 512
     measured: list[str] = []
 
-    monkeypatch.setattr(module, "_measure", lambda _, __, c, *___: _measured(measured, c, c.student == "b"))
+    monkeypatch.setattr(finals, "_measure", lambda _, __, c, *___: _measured(measured, c, c.student == "b"))
     recipe = pico(**{"search.finalists": 1})
     assert recipe.budget is not None
-    module._measure_finalists(recipe, {}, field, recipe.budget, tmp_path, _Clock(tmp_path / module.SPENT))
+    finals.measure_finalists(recipe, {}, field, recipe.budget, tmp_path, Clock(tmp_path / state.SPENT))
     assert measured == ["a", "c", "b"]
     assert field[-1].out == "not among the finalists"
     measured.clear()
     for c in field:
         c.measured, c.verdict = {}, None
     spent = recipe.budget.model_copy(update={"hours": 1e-9})
-    module._measure_finalists(recipe, {}, field, spent, tmp_path, _Clock(tmp_path / module.SPENT))
+    finals.measure_finalists(recipe, {}, field, spent, tmp_path, Clock(tmp_path / state.SPENT))
     assert measured == ["a"]
     # Two are wanted, and time is up after the first; but what was measured before an interruption is not lost.
     two = pico(**{"search.finalists": 2})
@@ -432,7 +434,7 @@ def test_the_next_ones_are_measured_while_none_keeps_the_budget_and_time_is_left
         if done:
             (tmp_path / f"finalists/{done}-int8-weight").mkdir(parents=True)
             (tmp_path / f"finalists/{done}-int8-weight/report.json").touch()
-        module._measure_finalists(two, {}, field, spent, tmp_path, _Clock(tmp_path / module.SPENT))
+        finals.measure_finalists(two, {}, field, spent, tmp_path, Clock(tmp_path / state.SPENT))
         assert measured == expected
         assert next(c.out for c in field if c.student == "d") == "no time left to measure it"
 
@@ -457,13 +459,13 @@ def test_a_finalist_is_verified_but_for_its_speed(tmp_path: Path, monkeypatch: p
         "other": {"role": "teacher", "quality": {"mean_nll": 3.0}},
     }
     bench = SimpleNamespace(result={"judged": "mine", "arms": arms})
-    monkeypatch.setattr(module, "open_artifact", lambda *_, **__: bench)
+    monkeypatch.setattr(finals, "open_artifact", lambda *_, **__: bench)
     passed = SimpleNamespace(verdict=SimpleNamespace(status="pass"))
-    monkeypatch.setattr(module.pipeline, "run", lambda *_, **__: passed)
-    monkeypatch.setattr(module.pipeline, "verify", lambda _, *, quality=True, speed=True: int(speed or not quality))
+    monkeypatch.setattr(finals.pipeline, "run", lambda *_, **__: passed)
+    monkeypatch.setattr(finals.pipeline, "verify", lambda _, *, quality=True, speed=True: int(speed or not quality))
     recipe, finalist = pico(), candidate("asked")
     assert recipe.budget is not None
-    module._measure(recipe, {"asked": recipe.resolved()["student"]}, finalist, recipe.budget, tmp_path)
+    finals._measure(recipe, {"asked": recipe.resolved()["student"]}, finalist, recipe.budget, tmp_path)
     assert (finalist.verdict, finalist.out) == ("pass", None)
     assert finalist.measured == {"size": 5e5, "tpot_ms": 2.0, "ttft_ms": 9.0, "nll": 3.3, "best_teacher": 3.0}
 
@@ -494,7 +496,7 @@ def test_what_a_recipe_asks_of_its_export_spoils_no_finalist() -> None:
         given = ["budget.size_mb=1", "export.forms=[fp32, int4-weight]", override]
         recipe = load_recipe("pico", overrides=given)
         assert recipe.budget is not None
-        for name, student in module._students(recipe):
+        for name, student in language.students(recipe):
             for form in ("int8-weight", "int4-weight"):
                 made = parse_recipe(final_recipe(recipe, student, candidate(name, form), recipe.budget)).export
                 assert [form.kind for form in made.forms] == ["fp32", form]
@@ -560,7 +562,7 @@ def test_an_adapter_is_tried_as_the_recipe_has_it_and_without_cuts_where_there_a
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = {**pico().resolved()["student"], "rank": 3, "alpha": 12}
-    students = dict(module._students(pico(student=asked)))
+    students = dict(language.students(pico(student=asked)))
     assert students["asked"]["rank"] == 3
     assert students["asked"]["alpha"] == 12
     assert any(name.startswith("cut-") for name in students)
@@ -568,8 +570,8 @@ def test_an_adapter_is_tried_as_the_recipe_has_it_and_without_cuts_where_there_a
     def unknown(*_: Any) -> None:
         raise ModelError("student.base: nobody knows what can be cut out of a mamba")
 
-    monkeypatch.setattr(module, "_dimensions", unknown)
-    alone = dict(module._students(pico(student=asked)))
+    monkeypatch.setattr(language, "_dimensions", unknown)
+    alone = dict(language.students(pico(student=asked)))
     assert alone == {name: s for name, s in students.items() if s["kind"] == "lora"}
     assert "nobody knows what can be cut out of a mamba; nothing is cut" in capsys.readouterr().err
 
@@ -588,12 +590,12 @@ def test_a_form_that_parity_refuses_untrained_is_out_and_the_others_are_timed(
         arm = {"role": "target", "tpot_ms": {"value": 2.0}, "ttft_ms": {"value": 4.0}}
         return SimpleNamespace(result={"arms": dict.fromkeys(targets, arm)})
 
-    monkeypatch.setattr(module, "_export_untrained", export)
+    monkeypatch.setattr(language, "export_untrained", export)
     monkeypatch.setattr(serve_bench, "measure_targets", measure)
     field, students = [candidate(*pair) for pair in pairs], {name: {"name": name} for name in "abc"}
     recipe = pico()
     assert recipe.budget is not None
-    module._predict_speeds(recipe, students, field, recipe.budget, tmp_path)
+    probes.predict_speeds(recipe, students, field, recipe.budget, tmp_path)
     refused = "not exported untrained: the int4-weight graph does not compute what the student computes"
     assert {(c.form, c.out) for c in field} == {("int8-weight", None), ("int4-weight", refused)}
     found = {c.student: (c.timed, c.predicted["tpot_ms"]) for c in field if c.out is None}
@@ -635,7 +637,7 @@ def test_a_search_whose_time_was_up_says_so_and_goes_on_with_more(
 
     monkeypatch.setattr(compress, "heal", heal)
     monkeypatch.setattr(compress, "cache_teachers", lambda **_: None)
-    monkeypatch.setattr(module, "_measure", measure)
+    monkeypatch.setattr(finals, "_measure", measure)
 
     def find(hours: float) -> Found:
         recipe = pico(budget={"size_mb": 0.6, "hours": hours}, **{"search.rungs": [512], "search.finalists": 1})
@@ -676,7 +678,7 @@ def test_a_search_knows_what_the_teachers_of_its_teachers_read(tmp_path: Path) -
     digests = []
     for written in ("old", "old", "new"):
         text.write_text(written)
-        digests.append(module._digest(recipe))
+        digests.append(state.digest_of(recipe))
     assert digests[0] == digests[1] != digests[2]
 
 
@@ -685,7 +687,7 @@ def test_a_folder_of_something_else_is_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "mine" / "text").write_text("of mine")
     (tmp_path / "file").write_text("")
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / module.ASKED).write_text("{")
+    (tmp_path / "broken" / state.ASKED).write_text("{")
     for out, said in (
         ("mine", "holds files but no search"),
         ("file", "is a file"),

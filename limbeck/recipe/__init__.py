@@ -30,7 +30,15 @@ from limbeck.recipe.bench import (
     Slo,
     UrlTarget,
 )
-from limbeck.recipe.budget import Budget, QualityBudget, Space
+from limbeck.recipe.budget import (
+    AnyBudget,
+    Budget,
+    ClassificationBudget,
+    EmbeddingBudget,
+    EncoderSpace,
+    QualityBudget,
+    Space,
+)
 from limbeck.recipe.checks import contradictions
 from limbeck.recipe.distillation import (
     Calibration,
@@ -121,6 +129,7 @@ from limbeck.recipe.reading import apply_override, find_recipe, parse_as, read_t
 
 __all__ = [
     "NO_KERNEL",
+    "AnyBudget",
     "ArtifactTarget",
     "BaseRecipe",
     "BaseSource",
@@ -129,6 +138,7 @@ __all__ = [
     "CaMkdWeights",
     "Calibration",
     "ChatRows",
+    "ClassificationBudget",
     "ColdScenario",
     "CompiledRuntime",
     "CorrectedEntropyWeights",
@@ -139,6 +149,8 @@ __all__ = [
     "Domain",
     "DynamicShapes",
     "EbkdWeights",
+    "EmbeddingBudget",
+    "EncoderSpace",
     "EntropyWeights",
     "Export",
     "ExtraRuntime",
@@ -297,6 +309,6 @@ def parse_recipe(tree: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     if tree.get("task") in ("classification", "embedding"):
         raise RecipeError(
             f"{where}: its task is {tree['task']}, and this works on language models (task: causal-lm) only; "
-            "encoders have plan, run, compress, export, bench, report and verify."
+            "encoders have plan, run, search, compress, export, bench, report and verify."
         )
     return parse_as(Recipe, tree, where=where, contradictions=contradictions)

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-SPEEDS = ("tpot_ms", "ttft_ms")
+METRICS = ("accuracy", "macro_f1", "spearman")  # that encoders are judged by
 
 
 @dataclass
 class Candidate:
-    """One student in one form. Sizes in bytes, times in ms, losses in nats a token; none is not known yet."""
+    """One student in one form. Sizes in bytes, times in ms; none is not known yet.
+
+    Losses are nats a token, nats an example of a classifier, or of a sentence encoder 1 - Spearman's correlation.
+    """
 
     student: str
     form: str
@@ -24,10 +27,14 @@ class Candidate:
     predicted: dict[str, float] = field(default_factory=dict)
     timed: bool = False  # whether `predicted` was measured on an untrained export
     nll: float | None = None  # of the student in torch, after the longest round it reached
-    tokens: int = 0  # of that round
+    tokens: int = 0  # of that round; of an encoder, examples
+    metric: dict[str, float] = field(default_factory=dict)  # of an encoder: its task's metric by name, after that round
+    work: float | None = (
+        None  # what its time grows with beside layers, where that is not its size: billions of operations
+    )
     out: str | None = None  # why it is out; none where it reached the finals
     late: bool = False  # whether more hours would take it further
-    # Of finalists: size, tpot_ms, ttft_ms, nll and, of the best teacher in the same bench, best_teacher.
+    # Of finalists: size, the times of the budget, nll or the metric and, of the best teacher in the same bench, best_teacher.
     measured: dict[str, float] = field(default_factory=dict)
     verdict: str | None = None
     run: str | None = None
@@ -37,10 +44,27 @@ class Candidate:
         """Student and form."""
         return f"{self.student}-{self.form}"
 
+    @property
+    def known_metric(self) -> tuple[str, float] | None:
+        """Name and value of an encoder's metric: as it was measured, else after the longest round."""
+        return next(((n, v) for n, v in (self.metric | self.measured).items() if n in METRICS), None)
+
+    @property
+    def loss(self) -> float | None:
+        """What students are compared by in the end: of language models nats a token, of encoders 1 - the metric."""
+        if (found := self.known_metric) is not None:
+            return 1 - found[1]
+        return self.measured.get("nll", self.nll)
+
+
+def still_in(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those that nothing speaks against yet."""
+    return [c for c in candidates if c.out is None]
+
 
 @dataclass(frozen=True)
 class SpeedModel:
-    """Times as fixed cost + cost a layer + cost a byte of each form, none of them negative; and how far off that is.
+    """Times as fixed cost + cost a layer + cost a byte (or operation) of each form, none negative; and how far off that is.
 
     ``error`` is the greatest relative error on a measured point that the fit had not seen; none where too few were measured.
     """
@@ -80,4 +104,5 @@ def _solve(rows: np.ndarray[Any, Any], times: np.ndarray[Any, Any]) -> np.ndarra
 
 
 def _features(candidate: Candidate, forms: Sequence[str]) -> list[float]:
-    return [1.0, float(candidate.layers), *(candidate.size / 1e6 if candidate.form == form else 0.0 for form in forms)]
+    work = candidate.size / 1e6 if candidate.work is None else candidate.work
+    return [1.0, float(candidate.layers), *(work if candidate.form == form else 0.0 for form in forms)]

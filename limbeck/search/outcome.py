@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from limbeck.recipe import Budget
-from limbeck.search_candidates import SPEEDS, Candidate
+from limbeck.recipe import AnyBudget, Budget
+from limbeck.search.candidates import Candidate
 
 PICTURE = "search.svg"
+_HEADS = {"tpot_ms": "ms a token", "ttft_ms": "ms to the first", "latency_ms": "ms a sequence"}
 UNEXPORTED = "not exported untrained"  # how it begins why a form is out that no probe could be exported in
 
 
@@ -27,34 +28,34 @@ class Found:
     exit_code: int  # 0 chosen, 1 no student keeps the budget, 3 the finalists' intervals do not decide, or the hours did not suffice
 
 
-def nearest(candidates: Sequence[Candidate], budget: Budget) -> Candidate:
+def nearest(candidates: Sequence[Candidate], budget: AnyBudget) -> Candidate:
     """The candidate whose worst bound is missed by least, in ratio; of equals the one with the lowest loss, measured ones first.
 
     Where quality is bounded, those that were measured come before all others, whose loss in the end nobody knows.
     """
 
     def order(c: Candidate) -> tuple[bool, float, bool, float]:
-        nll = c.measured.get("nll", c.nll)
         unknown = budget.quality is not None and not c.measured
-        return unknown, excess(c, budget), not c.measured, float("inf") if nll is None else nll
+        return unknown, excess(c, budget), not c.measured, float("inf") if c.loss is None else c.loss
 
     return min(candidates, key=order)
 
 
-def excess(candidate: Candidate, budget: Budget) -> float:
+def excess(candidate: Candidate, budget: AnyBudget) -> float:
     """By how much the worst of the bounds is missed, as a ratio: by what was measured, else predicted, else planned; 1 inside all.
 
     Of the loss only a measured one counts: a student is judged when it is trained.
     """
     known = {"size": float(candidate.size), **candidate.predicted, **candidate.measured}
-    bounds = {
-        "size": 1e6 * budget.size_mb if budget.size_mb else None,
-        "tpot_ms": budget.tpot_ms,
-        "ttft_ms": budget.ttft_ms,
-    }
+    bounds = {"size": 1e6 * budget.size_mb if budget.size_mb else None, **budget.times}
+    ratios = [known[key] / bound for key, bound in bounds.items() if bound and key in known]
     if budget.quality and candidate.measured:
-        bounds["nll"] = candidate.measured["best_teacher"] * (1 + budget.quality.max_loss)
-    return max([1.0, *(known[key] / bound for key, bound in bounds.items() if bound and key in known)])
+        best, most = candidate.measured["best_teacher"], budget.quality.max_loss
+        if (found := candidate.known_metric) is None:
+            ratios.append(candidate.measured["nll"] / (best * (1 + most)))
+        else:
+            ratios.append(best * (1 - most) / found[1] if found[1] > 0 else float("inf"))
+    return max([1.0, *ratios])
 
 
 def out_of_time(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -62,7 +63,7 @@ def out_of_time(candidates: Sequence[Candidate]) -> list[Candidate]:
     return [c for c in candidates if c.late]
 
 
-def missed_bound(candidates: Sequence[Candidate], budget: Budget) -> str:
+def missed_bound(candidates: Sequence[Candidate], budget: AnyBudget) -> str:
     """Which bound cannot be met, or between which the measuring did not decide, in a sentence."""
     if undecided := [f"{c.name}: {c.out}" for c in candidates if c.verdict == "undecided"]:
         return f"Not decided, give bench.minutes more ({' | '.join(undecided)})."
@@ -74,7 +75,7 @@ def missed_bound(candidates: Sequence[Candidate], budget: Budget) -> str:
     if not fitting:
         refused = next(c for c in candidates if (c.out or "").startswith(UNEXPORTED))
         return f"No student that is small enough can be exported: {refused.form} is {refused.out}."
-    for metric, bound in (("tpot_ms", budget.tpot_ms), ("ttft_ms", budget.ttft_ms)):
+    for metric, bound in budget.times.items():
         times = [(c.measured.get(metric, c.predicted.get(metric, 0.0)), c.timed or bool(c.measured)) for c in fitting]
         fastest, timed = min(times, default=(0.0, False))
         if bound is not None and fastest > bound:
@@ -86,23 +87,29 @@ def missed_bound(candidates: Sequence[Candidate], budget: Budget) -> str:
     )
 
 
-def asked_for(budget: Budget) -> str:
+def asked_for(budget: AnyBudget) -> str:
     """The budget in words."""
-    said = [f"{key} {value:g}" for key in ("size_mb", *SPEEDS) if (value := getattr(budget, key)) is not None]
+    bounds = {"size_mb": budget.size_mb, **budget.times}
+    said = [f"{key} {bound:g}" for key, bound in bounds.items() if bound is not None]
     if budget.quality:
-        said.append(f"at most {budget.quality.max_loss:+.1%} loss against the best teacher")
+        whose = "loss against the best" if isinstance(budget, Budget) else "loss of the metric against the better"
+        said.append(f"at most {budget.quality.max_loss:+.1%} {whose} teacher")
     return ", ".join(said)
 
 
 def figures_of(candidate: Candidate) -> str:
     """What is known of a candidate, in words."""
-    if candidate.measured:
-        m = candidate.measured
-        return f"{megabytes(m['size'])}, {m['tpot_ms']:.2f} ms a token, {m['ttft_ms']:.0f} ms to the first, {m['nll']:.4f} nats, measured"
-    parts = [f"{megabytes(candidate.size)} planned"]
-    if "tpot_ms" in candidate.predicted:
-        parts.append(f"{candidate.predicted['tpot_ms']:.2f} ms a token {'timed' if candidate.timed else 'predicted'}")
-    return ", ".join(parts)
+    m = candidate.measured or candidate.predicted
+    how = "" if candidate.measured else " timed" if candidate.timed else " predicted"
+    parts = [megabytes(m["size"]) if candidate.measured else f"{megabytes(candidate.size)} planned"]
+    parts += [f"{m[key]:.2f} {_HEADS[key]}{how}" for key in ("tpot_ms", "latency_ms") if key in m]
+    if not candidate.measured:
+        return ", ".join(parts)
+    if "ttft_ms" in m:
+        parts.append(f"{m['ttft_ms']:.0f} ms to the first")
+    found = candidate.known_metric
+    quality = f"{m['nll']:.4f} nats" if found is None else f"{_word(found[0])} {found[1]:.4f}"
+    return ", ".join([*parts, quality, "measured"])
 
 
 def megabytes(size: float) -> str:
@@ -110,22 +117,35 @@ def megabytes(size: float) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e7 else f"{size / 1e6:.3f} MB"
 
 
-def rows(candidates: Sequence[Candidate], best: Candidate) -> list[list[str]]:
+def rows(candidates: Sequence[Candidate], best: Candidate, budget: AnyBudget) -> list[list[str]]:
     """The table with its head: every candidate, the ones that went furthest first. What was measured in full is in ** **."""
-    found = [["student", "form", "size", "ms a token", "ms to the first", "nats a token", "what became of it"]]
+    heads = [_HEADS[key] for key in budget.times]
+    found = [["student", "form", "size", *heads, _quality(candidates, budget), "what became of it"]]
     for c in sorted(candidates, key=lambda c: (c is not best, not c.measured, -c.tokens, c.nll or 0.0, c.size)):
         m = c.measured
         size = f"**{megabytes(m['size'])}**" if m else megabytes(c.size)
         times = [
             f"**{m[k]:.2f}**"
-            if m
+            if k in m
             else (f"{c.predicted[k]:.2f}{'' if c.timed else ' (predicted)'}" if k in c.predicted else "")
-            for k in SPEEDS
+            for k in budget.times
         ]
-        nll = f"**{m['nll']:.4f}**" if m else (f"{c.nll:.4f} after {c.tokens}" if c.nll is not None else "")
+        value = c.measured.get("nll", c.nll) if c.known_metric is None else c.known_metric[1]
+        quality = "" if value is None else f"**{value:.4f}**" if m else f"{value:.4f} after {c.tokens}"
         fate = "chosen" if c is best and c.verdict == "pass" else c.out or c.verdict or ""
-        found.append([c.student, c.form, size, *times, nll, fate])
+        found.append([c.student, c.form, size, *times, quality, fate])
     return found
+
+
+def _quality(candidates: Sequence[Candidate], budget: AnyBudget) -> str:
+    """What quality is told in."""
+    if isinstance(budget, Budget):
+        return "nats a token"
+    return next((_word(c.known_metric[0]) for c in candidates if c.known_metric is not None), "metric")
+
+
+def _word(metric: str) -> str:
+    return metric.replace("_", " ")
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:
@@ -159,23 +179,24 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
     return front
 
 
-def draw(candidates: Sequence[Candidate], budget: Budget, best: Candidate, path: Path) -> None:
-    """Loss over size and over time a token; filled where the whole job was measured, a line along those that no other beats in both."""
+def draw(candidates: Sequence[Candidate], budget: AnyBudget, best: Candidate, path: Path) -> None:
+    """Loss over size and over the first of the times; filled where the whole job was measured, a line along those that no other beats in both."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     colours = {form: f"C{i}" for i, form in enumerate(dict.fromkeys(c.form for c in candidates))}
+    time, most = next(iter(budget.times.items()))
     for axes, key, bound, label in (
         (left, "size", budget.size_mb, "size, MB"),
-        (right, "tpot_ms", budget.tpot_ms, "ms a token"),
+        (right, time, most, _HEADS[time]),
     ):
         points: list[tuple[float, float]] = []
         for c in candidates:
             known = {"size": c.size / 1e6, **c.predicted}
             if c.measured:
-                known = {"size": c.measured["size"] / 1e6, "tpot_ms": c.measured["tpot_ms"]}
-            loss = c.measured.get("nll", c.nll)
+                known = c.measured | {"size": c.measured["size"] / 1e6}
+            loss = c.loss
             if loss is None or key not in known:
                 continue
             axes.plot(
@@ -189,7 +210,8 @@ def draw(candidates: Sequence[Candidate], budget: Budget, best: Candidate, path:
         if bound is not None:
             axes.axvline(bound, color="0.5", linestyle=":")
         axes.set_xlabel(label)
-    left.set_ylabel("held-out loss, nats a token")
+    quality = _quality(candidates, budget)
+    left.set_ylabel(f"held-out loss, {quality}" if isinstance(budget, Budget) else f"1 − {quality}, held out")
     for form, colour in colours.items():
         left.plot([], [], marker="o", linestyle="none", color=colour, label=form)
     left.legend(fontsize=8)

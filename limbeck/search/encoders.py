@@ -1,0 +1,223 @@
+"""The search for a classifier or a sentence encoder: bases whole and cut, examples, and the time of one sequence. See `limbeck.search.tasks`.
+
+Encoders train quickly: each round is a training of its own, from the base, and teachers answer anew.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from limbeck import pipeline
+from limbeck.encoder_recipe import EncoderRecipe, EncoderShrinkStudent, FreshEncoder, parse_any_recipe
+from limbeck.errors import ModelError
+from limbeck.plan import form_sizes
+from limbeck.progress import say
+from limbeck.recipe import ClassificationBudget, EmbeddingBudget, Recipe
+from limbeck.search.candidates import Candidate
+from limbeck.search.variants import alone, exported, fields, share_of
+
+if TYPE_CHECKING:
+    from compress.encoder_footprint import EncoderShape
+
+UNIT = "examples"
+_PROBE = {"examples": 64, "batch": 32}  # as many as a static form is calibrated on
+
+# Students --------------------------------------------------------------------------------------------------------
+
+
+def students(recipe: EncoderRecipe) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and `student:` of everything in the space, whole before cut."""
+    space, asked = recipe.search, recipe.resolved()["student"]
+    base = asked["base"]
+    if why := _uncut(recipe):
+        say(f"search: {why}; nothing is cut")
+        yield "whole", {"kind": "full", "base": base}
+        return
+    own = asked if asked["kind"] == "shrink" else {}  # what it says of heads and hidden width stays
+    cut = {"kind": "shrink", "base": base} | {k: v for k, v in own.items() if k not in ("layers", "intermediate_size")}
+    whole, most = _dimensions(recipe, {"kind": "shrink", "base": base}), _dimensions(recipe, cut)
+    seen: list[dict[str, int]] = []
+    for width, depth in itertools.product(space.widths, space.depths):
+        sizes = {
+            "layers": share_of(most, "layers", depth),
+            "intermediate_size": share_of(most, "intermediate_size", width),
+        }
+        kept = _dimensions(recipe, cut | sizes)
+        if kept in seen:
+            continue
+        seen.append(kept)
+        sizes = {name: kept[name] for name in sizes}
+        if kept == whole:
+            yield "whole", {"kind": "full", "base": base}
+        else:
+            yield f"cut-{kept['layers']}x{kept['intermediate_size']}", cut | sizes
+    if own and _dimensions(recipe, asked) not in seen:
+        yield "asked", asked
+
+
+def _uncut(recipe: EncoderRecipe) -> str | None:
+    """Why nothing can be cut out of the recipe's base; none where it can."""
+    try:
+        _dimensions(recipe, {"kind": "shrink", "base": recipe.resolved()["student"]["base"]})
+    except ModelError as error:
+        if isinstance(recipe.student, EncoderShrinkStudent):
+            raise
+        return str(error)
+    return None
+
+
+def _dimensions(recipe: EncoderRecipe, student: dict[str, Any]) -> dict[str, int]:
+    """What a cut student keeps of each dimension, in multiples that can be cut."""
+    from compress.encoder_models import encoder_config
+    from compress.shrink import shrunk_sizes
+
+    made = _variant(recipe, student=student).student
+    assert isinstance(made, EncoderShrinkStudent)
+    return shrunk_sizes(encoder_config(made.base, folder=recipe.folder), made)
+
+
+def _variant(recipe: EncoderRecipe, **changes: Any) -> EncoderRecipe:
+    """The recipe with some of its parts replaced, in the same folder."""
+    made = parse_any_recipe(recipe.resolved() | {"gates": {}, "budget": None} | changes, where=recipe.name)
+    assert not isinstance(made, Recipe)
+    made._folder = recipe.folder
+    return made
+
+
+def sized(recipe: EncoderRecipe, students: Mapping[str, dict[str, Any]]) -> list[Candidate]:
+    """Every student in every form, with the size it is planned at and the operations of one sequence."""
+    from compress.encoder_footprint import trace_encoder
+
+    found, length = [], max(recipe.bench.lengths)
+    for name, student in students.items():
+        made = _variant(recipe, student=student, export=exported(recipe, recipe.search.forms))
+        sizes, shape = form_sizes(made), _shape(made)
+        work = trace_encoder(shape, rows=1, length=length, precision="fp32", trains=False).forward / 1e9
+        found += [Candidate(name, form, name, sizes[form], shape.layers, work=work) for form in recipe.search.forms]
+    return found
+
+
+def _shape(recipe: EncoderRecipe) -> EncoderShape:
+    """The recipe's student as its configuration describes it."""
+    from compress.encoder_footprint import describe_encoder, encoder_student_config
+    from compress.encoder_models import encoder_config
+
+    assert not isinstance(recipe.student, FreshEncoder)
+    base = encoder_config(recipe.student.base, folder=recipe.folder)
+    config = encoder_student_config(recipe, base=base, vocabulary=0)
+    return describe_encoder(config, name="the student", recipe=recipe)
+
+
+# Probes ----------------------------------------------------------------------------------------------------------
+
+
+def export_untrained(recipe: EncoderRecipe, student: dict[str, Any], forms: Sequence[str], folder: Path) -> None:
+    """Export a random model of a student's shape: speed does not depend on what weights say."""
+    tree = recipe.resolved()
+    probe = _variant(
+        recipe,
+        name=f"{recipe.name[:60]}-probe",
+        teachers=tree["teachers"][:1],  # its tokenizer
+        student={"kind": "fresh", "config": fields(_shape(_variant(recipe, student=student)).config)},
+        data=tree["data"] | {"heldout": tree["data"]["heldout"] | {"most": 8}},
+        fusion={"weights": {"kind": "uniform"}},
+        training=tree["training"] | _PROBE,
+        export=exported(recipe, forms),
+    )
+    for stage in ("compress", "export"):
+        pipeline.run_stage(stage, probe, out=folder)
+
+
+def time_exports(recipe: EncoderRecipe, exports: Sequence[tuple[Path, str]], out: Path) -> list[dict[str, float]]:
+    """Median times of one sequence, of run folders and forms, all in one interleaved run."""
+    import serve_bench
+
+    bench = recipe.bench.model_copy(update={"minutes": min(1.0, recipe.bench.minutes)})
+    return [{"latency_ms": found} for found in serve_bench.time_encoders(exports, out=out, bench=bench)]
+
+
+# Rounds ----------------------------------------------------------------------------------------------------------
+
+
+def rounds_of(recipe: EncoderRecipe) -> list[int]:
+    """Examples of each round, in whole steps."""
+    step, most = recipe.training.batch, recipe.training.examples
+    return sorted({max(min(examples, most) // step, 1) * step for examples in recipe.search.rungs})
+
+
+def make_teachers(
+    recipe: EncoderRecipe, student: dict[str, Any], folder: Path, rounds: Sequence[int], *, cached: bool
+) -> dict[str, Path]:
+    """Make the teachers that are students of other recipes; what they say of examples is not kept."""
+    return pipeline.make_products(recipe)
+
+
+def heal(
+    recipe: EncoderRecipe,
+    name: str,
+    student: dict[str, Any],
+    products: Mapping[str, Path],
+    work: Path,
+    rounds: Sequence[int],
+    rung: int,
+    in_time: Callable[[], bool],
+) -> tuple[float, dict[str, float]]:
+    """Train one student from the base for a round's examples; one that is begun is trained to the end.
+
+    The loss of a classifier is that of held-out labels, which moves less by chance than the share of them that is right.
+    """
+    import compress
+
+    short = _variant(
+        recipe,
+        name=f"{recipe.name[:50]}-{name}"[:80],
+        student=student,
+        training=recipe.resolved()["training"] | {"examples": rounds[rung]},
+    )
+    metrics = compress.distill(recipe=short, out=work / f"round-{rung}", products=products).result["metrics"]
+    shutil.rmtree(work)  # the next round begins from the base
+    metric = recipe.bench.metric if recipe.task == "classification" else "spearman"
+    loss = float(metrics["nll"] if recipe.task == "classification" else 1 - metrics["spearman"])
+    say(f"   {name}: {metric.replace('_', ' ')} {metrics[metric]:.4f}, loss {loss:.4f} after {rounds[rung]} examples")
+    return loss, {metric: float(metrics[metric])}
+
+
+# Finalists -------------------------------------------------------------------------------------------------------
+
+
+def final_recipe(
+    recipe: EncoderRecipe,
+    student: dict[str, Any],
+    candidate: Candidate,
+    budget: ClassificationBudget | EmbeddingBudget,
+) -> dict[str, Any]:
+    """See `limbeck.search.tasks`."""
+    return alone(
+        recipe,
+        student=student,
+        name=candidate.student,
+        form=candidate.form,
+        gates={
+            "max_size_mb": budget.size_mb,
+            "max_latency_ms": budget.latency_ms,
+            "max_metric_loss": budget.quality.max_loss if budget.quality else None,
+            "max_quantization_loss": None,  # what rounding costs is part of the loss that is chosen by
+        },
+        export=exported(recipe, [candidate.form]),
+        training=recipe.resolved()["training"],
+    )
+
+
+def measured(bench: Mapping[str, Any]) -> dict[str, float]:
+    """What the bench says of the shipped form, and of the better teacher."""
+    metric, arm = str(bench["metric"]), bench["arms"][f"onnx:{bench['shipped']}"]
+    found = {"size": float(arm["bytes"])}
+    single = [cell for cell in arm["grid"] if cell["batch"] == 1]
+    if single:
+        found["latency_ms"] = 1e3 * float(max(single, key=lambda cell: int(cell["length"]))["seconds"]["value"])
+    found[metric] = float(arm["metrics"][metric])
+    return found | {"best_teacher": float(bench["arms"][bench["best_teacher"]]["metrics"][metric])}
