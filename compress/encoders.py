@@ -154,7 +154,9 @@ def train_encoder(
         trained["projections"] = objective.projections
     run = Run(recipe, objective, trained.to(device), train, heldout, order, work, key, device)
     prepared = time.monotonic() - started
+    give_memory_back()  # of the teachers
     state = fit(run)
+    give_memory_back()  # of the optimiser: the student is read once more
     with write_artifact(out, kind="student", key=key, parents=parents, recipe=recipe) as draft:
         model.save_pretrained(draft.folder / "model")
         tokenizer.save_pretrained(draft.folder / "model")
