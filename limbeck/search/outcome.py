@@ -191,7 +191,7 @@ def draw(candidates: Sequence[Candidate], budget: AnyBudget, best: Candidate, pa
         (left, "size", budget.size_mb, "size, MB"),
         (right, time, most, _HEADS[time]),
     ):
-        points: list[tuple[float, float]] = []
+        points: dict[tuple[float, float], str] = {}
         for c in candidates:
             known = {"size": c.size / 1e6, **c.predicted}
             if c.measured:
@@ -203,9 +203,19 @@ def draw(candidates: Sequence[Candidate], budget: AnyBudget, best: Candidate, pa
                 known[key], loss, marker="*" if c is best else "o", markersize=13 if c is best else 7, linestyle="none",
                 color=colours[c.form], fillstyle="full" if c.measured else "none",
             )  # fmt: skip
-            points.append((known[key], loss))
-            axes.annotate(c.student, (known[key], loss), xytext=(5, 4), textcoords="offset points", fontsize=7)
-        front = pareto_front(points)
+            points[known[key], loss] = c.student
+        named: set[tuple[str, float]] = (
+            set()
+        )  # forms of a student that are not measured have one loss: the first is named
+        for (x, loss), student in sorted(points.items()):
+            if (student, loss) not in named:
+                named.add((student, loss))
+                beyond = x > (min(points)[0] + max(points)[0]) / 2
+                axes.annotate(
+                    student, (x, loss), xytext=(-6 if beyond else 6, 4), ha="right" if beyond else "left",
+                    textcoords="offset points", fontsize=7,
+                )  # fmt: skip
+        front = pareto_front(list(points))
         axes.step([x for x, _ in front], [y for _, y in front], where="post", color="0.7", linewidth=1, zorder=0)
         if bound is not None:
             axes.axvline(bound, color="0.5", linestyle=":")
