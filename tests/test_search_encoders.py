@@ -45,6 +45,21 @@ def candidate(student: str, form: str = "int8-dynamic", *, size: int = 100, laye
     return Candidate(student, form, student, size, layers)
 
 
+def test_of_equally_good_students_the_fastest_is_chosen_then_the_smallest() -> None:
+    budget = ClassificationBudget(size_mb=1.0)
+    slow, fast, smaller, better = (candidate(name) for name in ("slow", "fast", "smaller", "better"))
+    for c, accuracy, latency, size in (
+        (slow, 0.95, 3.0, 50),
+        (fast, 0.95, 2.0, 100),
+        (smaller, 0.95, 2.0, 90),
+        (better, 0.96, 4.0, 200),
+    ):
+        c.measured = {"accuracy": accuracy, "latency_ms": latency, "size": float(size)}
+    assert module.chosen([slow, fast], budget) is fast
+    assert module.chosen([fast, smaller], budget) is smaller
+    assert module.chosen([slow, fast, smaller, better], budget) is better
+
+
 # What is looked among --------------------------------------------------------------------------------------------
 
 
