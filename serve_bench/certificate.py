@@ -312,7 +312,9 @@ def _replay_speed(
 def judge_speed(
     figure: str, then: Mapping[str, Any], now: Interval, *, differs: Mapping[str, str], busy: Mapping[str, str]
 ) -> Finding:
-    """Overlapping intervals hold; apart, they hold only where this machine is not the one of the certificate."""
+    """Overlapping intervals hold, and so does a faster run: it keeps what was certified. A slower one holds only where this machine is
+    not the one of the certificate.
+    """
     promised, found = _interval(then["value"], then["low"], then["high"]), _interval(now.value, now.low, now.high)
     if then["low"] is None or not now.bounded:
         return Finding(
@@ -320,12 +322,13 @@ def judge_speed(
         )
     if now.low <= then["high"] and then["low"] <= now.high:
         return Finding(figure, promised, found, "intervals overlap", True)
-    apart = f"{'slower' if now.value > then['value'] else 'faster'} than certified, {now.value / then['value']:.2f}×"
+    slower = now.value > then["value"]
+    apart = f"{'slower' if slower else 'faster'} than certified, {now.value / then['value']:.2f}×"
     if differs:
         why = "; ".join(f"{name}: {pair}" for name, pair in differs.items())
         return Finding(figure, promised, found, f"{apart}, on what is not the same: {why}", True)
     also = "".join(f"; {name} {value} before the replay" for name, value in busy.items())
-    return Finding(figure, promised, found, f"{apart}, on the same machine with the same versions{also}", False)
+    return Finding(figure, promised, found, f"{apart}, on the same machine with the same versions{also}", not slower)
 
 
 def _interval(value: float, low: float | None, high: float | None) -> str:
