@@ -110,6 +110,7 @@ def with_lora(base: Any, config: LoraStudent, seed: int) -> Any:
     """``base`` with trainable adapters on it. Raises `ModelError` for targets it does not have."""
     from peft import LoraConfig, get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers.pytorch_utils import Conv1D  # GPT-2's, whose weights are stored turned
 
     options = LoraConfig(
         r=config.rank,
@@ -118,6 +119,7 @@ def with_lora(base: Any, config: LoraStudent, seed: int) -> Any:
         target_modules=config.targets if isinstance(config.targets, str) else list(config.targets),
         use_rslora=config.rslora,
         use_dora=config.dora,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):
@@ -125,9 +127,8 @@ def with_lora(base: Any, config: LoraStudent, seed: int) -> Any:
         try:
             model = get_peft_model(base, options)
         except ValueError as error:
-            names = sorted(
-                {n.rpartition(".")[2] for n, m in causal_lm(base).named_modules() if isinstance(m, nn.Linear)}
-            )
+            modules = causal_lm(base).named_modules()
+            names = sorted({n.rpartition(".")[2] for n, m in modules if isinstance(m, nn.Linear | Conv1D)})
             raise ModelError(f"student.targets: {error} Linear layers of this model: {', '.join(names)}.") from error
     if not config.dora and config.quantize == "none":
         for module in model.modules():

@@ -29,11 +29,13 @@ from compress.models import (
     random_model,
     require_same_tokenizer,
 )
+from compress.students import with_lora
 from compress.teachers import Body, head_of
 from limbeck.artifact import open_artifact
 from limbeck.errors import DataError, DivergenceError, EnvironmentalError, ModelError, RecipeError
 from limbeck.heldout import load_heldout
-from limbeck.recipe import Features, Recipe, parse_recipe
+from limbeck.recipe import Features, LoraStudent, RandomModel, Recipe, parse_recipe
+from tests.pico import make_model
 
 TINY = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -525,6 +527,18 @@ def test_unusable_teacher_folders_are_refused(tmp_path: Path, remove: str, add: 
     with pytest.raises(ModelError, match=message):
         compress.distill(recipe=recipe, out=tmp_path / "student")
     assert not (tmp_path / "student").exists()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for the old name
+def test_adapters_know_that_gpt2_stores_its_weights_turned(tmp_path: Path) -> None:
+    """Left to find out by itself PEFT warns, which is an error here."""
+    folder = make_model(tmp_path / "gpt2", model_type="gpt2", n_embd=32, n_head=2)
+    config = LoraStudent(kind="lora", base=RandomModel(kind="random", config={}), rank=4)
+    adapted = with_lora(load_model(folder), config, 0)
+    shapes = {n: p.shape for n, p in adapted.named_parameters() if "lora_A" in n and "c_fc" in n}
+    assert {tuple(shape) for shape in shapes.values()} == {(4, 32)}
+    with pytest.raises(ModelError, match=r"student.targets: .* Linear layers of this model: .*c_attn"):
+        with_lora(load_model(folder), config.model_copy(update={"targets": ("q_proj",)}), 0)
 
 
 def test_other_bad_inputs(tmp_path: Path) -> None:
