@@ -111,7 +111,7 @@ def calibration_for(
         case Int8WeightForm() | Int8DynamicForm():
             pass
         case Int4WeightForm():
-            if not reads or rounds_to_nearest(form, as_they_are=as_they_are):
+            if not reads or _rounds_to_nearest(form, as_they_are=as_they_are):
                 return None
             rows = _rows(student, form, "set its algorithm: rtn")
             moments = _moments(source, rows, list(dict.fromkeys(reads.values())), known or Known())
@@ -131,7 +131,7 @@ def calibration_for(
     return calibrate(source, rows, activations, method=method, alpha=alpha if movable else 0.0, known=known)
 
 
-def rounds_to_nearest(form: Int4WeightForm, *, as_they_are: bool) -> bool:
+def _rounds_to_nearest(form: Int4WeightForm, *, as_they_are: bool) -> bool:
     """Whether 4-bit weights are rounded one by one; ``as_they_are`` as in `calibration_for`."""
     return form.algorithm == "rtn" or (form.algorithm is None and as_they_are)
 

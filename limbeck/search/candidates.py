@@ -29,9 +29,7 @@ class Candidate:
     nll: float | None = None  # of the student in torch, after the longest round it reached
     tokens: int = 0  # of that round; of an encoder, examples
     metric: dict[str, float] = field(default_factory=dict)  # of an encoder: its task's metric by name, after that round
-    work: float | None = (
-        None  # what its time grows with beside layers, where that is not its size: billions of operations
-    )
+    work: float | None = None  # billions of operations, where time grows with those rather than with size
     out: str | None = None  # why it is out; none where it reached the finals
     late: bool = False  # whether more hours would take it further
     # Of finalists: size, the times of the budget, nll or the metric and, of the best teacher in the same bench, best_teacher.

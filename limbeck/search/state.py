@@ -53,6 +53,7 @@ def require_ours(folder: Path, digest: str) -> None:
 
 
 def claim(folder: Path, digest: str) -> None:
+    """Make ``folder`` this search's. Raises `EnvironmentalError` where it cannot be written."""
     with disk_full_is_a_user_error(folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)
