@@ -1,8 +1,8 @@
 """Win back what rounding cost: a short distillation of a finished student through its quantised forward pass.
 
 Knows the rounding of a form as data, from the manifest of an ``onnx`` artifact; imports nothing of the stage that wrote it. Weights
-are rounded in the forward pass and gradients pass straight through to the fp32 weights (straight-through estimator), with the same
-teachers, teacher cache and text as before. Activations are not rounded here.
+and the activations that meet them are rounded in the forward pass, and gradients pass straight through both (straight-through
+estimator), with the same teachers, teacher cache and text as before. The head's own activations are not rounded.
 """
 
 from __future__ import annotations
@@ -59,6 +59,32 @@ class FakeQuantize(nn.Module):
         return back.reshape(len(weights_NK), -1)[:, : weights_NK.shape[1]]
 
 
+class RoundInput:
+    """Forward pre-hook of a layer whose weights are rounded: its input in 8 bits, as the kernels of the forms round it on the fly.
+
+    A scale for each block of ``block`` inputs where weights have blocks (MatMulNBits at accuracy level 4), else one a token.
+    """
+
+    def __init__(self, block: int | None) -> None:
+        self.block = block
+
+    def __call__(self, _: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        (values,) = inputs
+        with torch.no_grad():
+            rounded = round_activations(values, self.block)
+        return (_StraightThrough.apply(values, rounded),)  # type: ignore[no-untyped-call]
+
+
+def round_activations(values: Tensor, block: int | None) -> Tensor:
+    """``values[..., K]`` rounded to 127 steps either way of the largest of each ``block`` inputs, or of all K."""
+    width = values.shape[-1]
+    block = block or width
+    grouped = nn.functional.pad(values.float(), (0, -width % block)).unflatten(-1, (-1, block))
+    scales = grouped.abs().amax(-1, keepdim=True) / 127
+    rounded: Tensor = (grouped * _inverse(scales)).round() * scales
+    return rounded.flatten(-2)[..., :width].to(values.dtype)
+
+
 class _StraightThrough(torch.autograd.Function):
     """The second argument forward; the gradient to the first."""
 
@@ -111,7 +137,7 @@ def train_through(
     model = load_model(student.path / "model")
     run = setup(recipe=_short(recipe, asked), products=products, work=work, key=key, model=model)
     run.teachers.temperatures = [student.result["teachers"][name]["temperature"] for name in run.teachers.names]
-    prepare(run.student, rounding)
+    prepare(run.student, rounding, activations=recipe.export.provider == "cpu")
     state = fit(run)
     if run.accelerator.is_main_process:
         _save(run, state, student=student, onnx=onnx, recipe=recipe, out=out, key=key, started=started)
@@ -163,8 +189,9 @@ def _save(
         }
 
 
-def prepare(student: Student, rounding: Mapping[str, Mapping[str, Any]]) -> None:
-    """Round every parameter that ``rounding`` names in the forward pass, and train them and the vectors beside them.
+def prepare(student: Student, rounding: Mapping[str, Mapping[str, Any]], *, activations: bool) -> None:
+    """Round every parameter that ``rounding`` names in the forward pass, and train them and the vectors beside them; round what
+    their layers read too where ``activations`` are in 8 bits (CUDA multiplies blocks of weights with activations as they are).
 
     Embedding and head are rounded once and stay as they are, since 8 bits cost them next to nothing.
     """
@@ -178,7 +205,10 @@ def prepare(student: Student, rounding: Mapping[str, Mapping[str, Any]]) -> None
             continue
         if trained:
             owner, _, attribute = name.rpartition(".")
-            parametrize.register_parametrization(model.get_submodule(owner), attribute, quantizer)
+            layer = model.get_submodule(owner)
+            parametrize.register_parametrization(layer, attribute, quantizer)
+            if activations:
+                layer.register_forward_pre_hook(RoundInput(quantizer.rounding.get("block")))
         else:
             parameter.copy_(quantizer(parameter))
 

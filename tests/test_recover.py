@@ -11,19 +11,23 @@ import numpy as np
 import pytest
 import torch
 
-from compress.recovery import FakeQuantize, plain_weights, prepare
+from compress.recovery import FakeQuantize, RoundInput, plain_weights, prepare
 from compress.recovery import quantize_blocks as torch_blocks
 from compress.students import Student, trainable_state
+from export import export_student
 from export.blocks import Blockwise, quantize_blocks
+from export.graph import form_files
 from export.loss import heldout_losses, per_token
-from export.quantize import quantize_columns
+from export.origin import origins, rounding_of
+from export.quantize import matrices_of, quantize_columns, scheme_for
 from export.sensitivity import rounded
 from limbeck import pipeline
 from limbeck.artifact import open_artifact, student_of
 from limbeck.heldout import HELDOUT, load_heldout, mean_nll
 from limbeck.recipe import load_recipe
+from limbeck.runtime import Decoder
 from serve_bench import write_report
-from tests.pico import make_model
+from tests.pico import make_model, make_student
 
 
 def matrices() -> list[np.ndarray]:
@@ -79,7 +83,7 @@ def test_preparing_changes_nothing_but_the_forward_pass(tmp_path: Path) -> None:
     ids = torch.arange(12)[None]
     exact = model(ids).logits
     student = Student(model, None)
-    prepare(student, rounding)
+    prepare(student, rounding, activations=False)
     by_hand: Any = load_model(folder)
     with torch.no_grad():
         for name in rounding:
@@ -90,6 +94,37 @@ def test_preparing_changes_nothing_but_the_forward_pass(tmp_path: Path) -> None:
     back = plain_weights(trainable_state(student))
     assert back.keys() == before.keys() - {"model.embed_tokens.weight", "lm_head.weight"}
     assert all(torch.equal(values, before[name]) for name, values in back.items())
+
+
+@pytest.mark.parametrize("form", ["int8-weight", "{kind: int4-weight, algorithm: rtn}", "int8-dynamic"])
+def test_the_forward_pass_is_that_of_the_exported_graph(tmp_path: Path, form: str) -> None:
+    """Weights and activations: with both rounded torch gives the graph's logits, with weights alone it is far from them."""
+    from compress.models import load_model
+
+    model = make_model(tmp_path / "model", hidden_size=64, intermediate_size=128, head_dim=16)
+    student = make_student(tmp_path / "student", model)
+    recipe = load_recipe("pico", overrides=[f"export.forms=[fp32, {form}]"])
+    if form.startswith("int8"):
+        recipe = load_recipe("pico", overrides=[f"export.forms=[fp32, {{kind: {form}, smooth: 0}}]"])
+    exported = export_student(student=student.path, out=tmp_path / "onnx", recipe=recipe)
+    shipped = recipe.export.forms[-1]
+    fp32 = form_files(exported.path, "fp32")
+    scheme = scheme_for(shipped, 64)
+    assert scheme is not None
+    matrices = matrices_of(fp32, scheme)
+    rounding = rounding_of(matrices, origins(matrices, fp32, student.path / "model"))
+    ids = np.random.default_rng(0).integers(0, 64, (1, 8))
+    graph = Decoder.from_graph(form_files(exported.path, shipped.kind).all).score(ids)
+    away = {}
+    for activations in (True, False):
+        prepared: Any = load_model(student.path / "model")
+        prepare(Student(prepared, None), rounding, activations=activations)
+        if activations:  # the head's, which training leaves alone
+            prepared.lm_head.register_forward_pre_hook(RoundInput(rounding["lm_head.weight"]["block"]))
+        with torch.no_grad():
+            difference = np.abs(prepared(torch.from_numpy(ids)).logits.numpy() - graph).max(-1)
+        away[activations] = float(np.median(difference))  # a tie that falls the other way moves what comes after it
+    assert away[True] < 1e-3 * away[False], away
 
 
 def test_a_form_that_fails_its_gate_is_won_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
