@@ -21,6 +21,7 @@ from limbeck.recipe import load_recipe
 
 RECIPE = "smollm2/135m-two-experts"
 SHAPES: dict[str, dict[str, int]] = {  # named by millions of parameters; what is not named is kept
+    "135": {"layers": 30},  # all of it, healed as the others are
     "100": {"layers": 20},
     "80": {"layers": 15},
     "60": {"layers": 12, "intermediate_size": 1024},
