@@ -39,6 +39,7 @@ from limbeck.encoder_recipe import (
     OnnxModel,
 )
 from limbeck.errors import ModelError
+from limbeck.loading import load_pretrained, unused_pooler
 from limbeck.progress import say
 from limbeck.recipe import RandomModel, RecipeModel, fingerprint
 
@@ -99,16 +100,15 @@ def require_context(name: str, config: Any, tokens: int) -> None:
 
 def load_body(folder: Path) -> Any:
     """The encoder without a head, in fp32 and eval mode. Raises `ModelError`."""
-    return _load(AutoModel, folder, "an encoder")
+    return _load(AutoModel, folder, "an encoder", fresh=unused_pooler)
 
 
 def load_classifier(folder: Path, classes: Sequence[str] | None = None) -> Any:
     """The encoder with a classification head; with ``classes``, a fresh one of these classes. Raises `ModelError`."""
     if classes is None:
         return _load(AutoModelForSequenceClassification, folder, "a classifier")
-    return _load(
-        AutoModelForSequenceClassification, folder, "an encoder with a classification head", **_labels(classes)
-    )
+    what = "an encoder with a classification head"
+    return _load(AutoModelForSequenceClassification, folder, what, fresh=_of_a_head, **_labels(classes))
 
 
 def class_names(model: Any) -> list[str]:
@@ -161,14 +161,15 @@ def pooled(model: Any, ids_RL: Tensor, mask_RL: Tensor, *, pooling: str = "mean"
 
 def _load(auto: Any, folder: Path, what: str, **options: Any) -> Any:
     sources.check_weights(folder)
-    try:
-        model = auto.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True, **options
-        )
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{folder}: transformers cannot load it as {what}: {error}") from error
+    model = load_pretrained(auto, folder, what=what, dtype=torch.float32, **options)
     model.requires_grad_(False)
     return model.eval()
+
+
+def _of_a_head(model: Any, name: str) -> bool:
+    """Whether a classifier's weight is of its head, which in some architectures begins with the body's pooler."""
+    body = f"{model.base_model_prefix}."
+    return not name.startswith(body) or unused_pooler(model, name.removeprefix(body))
 
 
 def _labels(classes: Sequence[str]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from limbeck import sources
 from limbeck.artifact import file_digest, find_artifact, write_artifact
 from limbeck.errors import EnvironmentalError, ModelError
+from limbeck.loading import load_pretrained
 from limbeck.progress import say
 from limbeck.recipe import BaseSource, GgufModel, HubModel, LocalModel, PackageModel, RandomModel, fingerprint
 
@@ -110,12 +111,7 @@ def load_model(
             bnb_4bit_compute_dtype=DTYPES[dtype],
         )
         options["device_map"] = {"": device}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, local_files_only=True, **options
-        )
-    except (ValueError, OSError, KeyError) as error:
-        raise ModelError(f"{folder}: transformers cannot load it as a causal language model: {error}") from error
+    model: PreTrainedModel = load_pretrained(AutoModelForCausalLM, folder, dtype=DTYPES[dtype], **options)
     if quantize == "none":
         model = model.to(device)
     model.requires_grad_(False)
@@ -196,7 +192,7 @@ def _dequantise(file: Path, out: Path) -> dict[str, Any]:
     say(f"  {file.name}: dequantising to fp32, once, into the cache")
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
-            loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+            loaded = load_pretrained(AutoModelForCausalLM, file.parent, gguf_file=file.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except (ValueError, OSError, KeyError, NotImplementedError) as error:
         raise ModelError(f"{file}: transformers cannot read this GGUF file: {error}") from error

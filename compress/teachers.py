@@ -6,13 +6,13 @@ Shapes: R rows, L positions, d_k width. Teachers give last hidden states and hea
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from compress.attention import use_short_attention
@@ -183,5 +183,5 @@ def _with_adapter(base: Any, folder: TeacherFolder) -> Any:
 def _adapter_errors(folder: TeacherFolder) -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"{folder.adapter}: this adapter does not fit {folder.base}: {error}") from error

@@ -23,6 +23,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from export.graph import Graphs, stamp
 from export.weights import external_array
 from limbeck.errors import ModelError
+from limbeck.loading import load_pretrained
 from limbeck.runtime import import_onnxruntime
 
 ADAPTER = "adapters/student.onnx_adapter"
@@ -50,7 +51,7 @@ def read_updates(base: Path, adapter: Path) -> list[Update]:
     from peft.tuners.lora import LoraLayer
     from transformers import AutoModelForCausalLM, Conv1D
 
-    model = with_adapter(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+    model = with_adapter(load_pretrained(AutoModelForCausalLM, base, dtype=torch.float32), adapter)
     updates = []
     for name, module in model.base_model.model.named_modules():
         if not isinstance(module, LoraLayer):

@@ -23,6 +23,7 @@ from onnx import ModelProto, NodeProto, helper
 
 from export.graph import Graphs, Maker, attention_windows, form_files, head_of, relocate, stamp, width_of
 from limbeck.errors import ModelError
+from limbeck.loading import load_pretrained
 from limbeck.recipe import StaticShapes
 
 _TRACED = {"rows": 2, "new": 3, "past": 5}  # sizes 0 and 1 would be taken for constants
@@ -122,7 +123,8 @@ def build_dynamo(
 def _export(folder: Path, path: Path, opset: int | None, static: StaticShapes | None) -> int | None:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
+    model = load_pretrained(AutoModelForCausalLM, folder, **options).eval()
     name = type(model).__name__
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise ModelError(

@@ -44,6 +44,7 @@ from limbeck.encoder import COUNTS_FROM_PADDING, Encoder
 from limbeck.encoder_recipe import EncoderForm, EncoderRecipe
 from limbeck.errors import ArtifactError, ModelError
 from limbeck.examples import EXAMPLES, Examples, load_examples
+from limbeck.loading import load_pretrained, unused_pooler
 from limbeck.progress import say
 from limbeck.recipe import Int8DynamicForm, Int8StaticForm, StaticShapes
 
@@ -170,11 +171,12 @@ def load_student(model: Path, *, task: str) -> Classifier | SentenceEncoder:
     """The transformers folder ``model`` in eager fp32, as what the graph is to compute."""
     from transformers import AutoModel, AutoModelForSequenceClassification
 
-    kind, wrapper = (
-        (AutoModelForSequenceClassification, Classifier) if task == "classification" else (AutoModel, SentenceEncoder)
-    )
-    loaded = kind.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
-    return wrapper(loaded).eval()
+    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
+    if task == "classification":
+        loaded = load_pretrained(AutoModelForSequenceClassification, model, what="a classifier", **options)
+        return Classifier(loaded).eval()
+    loaded = load_pretrained(AutoModel, model, what="an encoder", fresh=unused_pooler, **options)
+    return SentenceEncoder(loaded).eval()
 
 
 def build_fp32(

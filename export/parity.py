@@ -18,6 +18,7 @@ import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
 from limbeck.errors import ParityError
+from limbeck.loading import load_pretrained
 from limbeck.progress import task
 from limbeck.recipe import Provider
 from limbeck.runtime import Decoder
@@ -118,7 +119,8 @@ def answer(cases: Mapping[str, Case], model: Path, *, adapter: Path | None = Non
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
+    loaded = load_pretrained(transformers.AutoModelForCausalLM, model, **options)
     if adapter is not None:
         from export.adapters import with_adapter
 

@@ -22,6 +22,7 @@ from export.gptq import round_blocks
 from export.graph import Graphs
 from export.origin import Part, matrix_values
 from export.quantize import Matrix, stored_bytes
+from limbeck.loading import load_pretrained
 from limbeck.progress import task
 
 _TRIES = 5  # forms made and measured under a bound on the loss
@@ -61,7 +62,7 @@ def measure_costs(
     """
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval().requires_grad_(False)
+    loaded = load_pretrained(AutoModelForCausalLM, model, dtype=torch.float32).eval().requires_grad_(False)
     parameters = dict(loaded.named_parameters())
     length = max(min(tokens // len(texts), *(len(text) for text in texts)), 1)
     ids_RL = torch.from_numpy(np.stack([text[:length] for text in texts]))

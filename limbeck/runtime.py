@@ -493,13 +493,20 @@ class Decoding:
         return str(self._decode(self._context + self._pending)[len(self._decode(self._context)) :])
 
 
+_AGAIN = "copy the folder again, or export the student again."
+
+
 def load_text(folder: Path) -> Text:
-    """Open the text side of a deployable folder. Raises `ArtifactError` when it has no ``tokenizer.json``."""
+    """Open the text side of a deployable folder. Raises `ArtifactError` for a file that is missing or cannot be read."""
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ArtifactError(f"{folder}: tokenizer.json is missing; expected the folder that `limbeck export` wrote.")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises no class of its own
+        raise ArtifactError(f"{path}: no tokenizer ({error}); {_AGAIN}") from error
     config = _read(folder / "tokenizer_config.json")
     template = folder / "chat_template.jinja"
     special = {
@@ -511,7 +518,7 @@ def load_text(folder: Path) -> Text:
         "eos_token_id", _read(folder / "config.json").get("eos_token_id")
     )
     return Text(
-        tokenizer=Tokenizer.from_file(str(path)),
+        tokenizer=tokenizer,
         template=template.read_text() if template.is_file() else config.get("chat_template"),
         special={name: value for name, value in special.items() if isinstance(value, str)},
         stop_ids=frozenset([stop] if isinstance(stop, int) else stop or ()),
@@ -519,7 +526,10 @@ def load_text(folder: Path) -> Text:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+    try:
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(f"{path}: cannot be read ({error}); {_AGAIN}") from error
 
 
 def _refuse(message: str) -> None:

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from limbeck.errors import ModelError
 from limbeck.examples import load_examples
+from limbeck.loading import load_pretrained, unused_pooler
 from serve_bench.worker import main, peak_rss
 
 _ROWS = 16  # examples of a batch that is not timed
@@ -43,12 +43,8 @@ class TorchEncoder:
 
         torch.set_num_threads(threads)
         kind = AutoModelForSequenceClassification if task == "classification" else AutoModel
-        try:
-            loaded: Any = kind.from_pretrained(
-                model, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True
-            )
-        except (ValueError, OSError, KeyError) as error:
-            raise ModelError(f"{model}: transformers cannot load it for {task}: {error}") from error
+        what, fresh = ("a classifier", None) if task == "classification" else ("an encoder", unused_pooler)
+        loaded = load_pretrained(kind, model, what=what, fresh=fresh, dtype=torch.float32)
         self._torch, self._model = torch, loaded.eval().requires_grad_(False)
         self._task, self._pooling = task, pooling
         self.facts = {

@@ -19,7 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from limbeck.errors import ArtifactError, DataError, EnvironmentalError, ModelError
+from limbeck.errors import ArtifactError, DataError, EnvironmentalError
+from limbeck.loading import load_pretrained
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
@@ -136,12 +137,7 @@ class TorchEager:
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_compute_dtype=number,
             )
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                model, dtype=number, use_safetensors=True, trust_remote_code=False, local_files_only=True, **options
-            )
-        except (ValueError, OSError, KeyError) as error:
-            raise ModelError(f"{model}: transformers cannot load it as a causal language model: {error}") from error
+        loaded = load_pretrained(AutoModelForCausalLM, model, dtype=number, **options)
         if adapter is not None:
             from peft import PeftModel
 

@@ -529,6 +529,53 @@ def test_unusable_teacher_folders_are_refused(tmp_path: Path, remove: str, add: 
     assert not (tmp_path / "student").exists()
 
 
+def test_incomplete_weights_are_never_made_up(tmp_path: Path) -> None:
+    """Transformers fills what is missing with random numbers; what is tied to something that is there is not missing."""
+    folder = tmp_path / "model"
+    config = {**TINY, "tie_word_embeddings": False}
+
+    def written(config: dict[str, Any], body: bool = False) -> Path:
+        model: Any = random_model(config, vocab_size=257, seed=0, where="t")
+        (model.model if body else model).save_pretrained(folder)
+        return folder
+
+    with pytest.raises(
+        ModelError, match=r"model: .*lacks 1 of its weights \(for example lm_head.weight\)\. Save the whole"
+    ):
+        load_model(written(config, body=True))
+    load_model(written(TINY, body=True))  # its head is the embedding
+    path = written(config) / "config.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps(saved | {"num_hidden_layers": 3}))
+    with pytest.raises(
+        ModelError, match=r"lacks 9 of its weights \(for example model.layers.2.input_layernorm.weight, "
+    ):
+        load_model(folder)
+    path.write_text(json.dumps(saved | {"intermediate_size": 40}))
+    with pytest.raises(
+        ModelError, match=r"6 of its weights do not fit .*down_proj.weight is 32x48, expected 32x40; .*config"
+    ):
+        load_model(folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(
+        ModelError, match=r"model: its weights cannot be read \(.*\); copy or download the folder again"
+    ):
+        load_model(folder)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for the old name
+def test_an_adapter_that_was_cut_short_is_named(tmp_path: Path) -> None:
+    base = RandomModel(kind="random", config=TINY, seed=1)
+    model = load_model(model_folder(base, folder=tmp_path))
+    with_lora(model, LoraStudent(kind="lora", base=base, rank=4), 0).save_pretrained(tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    teacher = {"name": "a", "model": base.model_dump(mode="json"), "adapter": "adapter"}
+    with pytest.raises(ModelError, match=r"adapter: this adapter does not fit .*deserializing"):
+        compress.distill(recipe=tiny(tmp_path, teachers=[teacher]), out=tmp_path / "student")
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for the old name
 def test_adapters_know_that_gpt2_stores_its_weights_turned(tmp_path: Path) -> None:
     """Left to find out by itself PEFT warns, which is an error here."""

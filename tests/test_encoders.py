@@ -17,7 +17,7 @@ import export
 import serve_bench
 from compress.encoder_data import load_examples as examples_of
 from compress.encoder_data import training_order
-from compress.encoder_models import build_student, encoder_folder, load_body, load_classifier, pooled
+from compress.encoder_models import build_student, class_names, encoder_folder, load_body, load_classifier, pooled
 from compress.mail import subject_and_body
 from compress.models import byte_tokenizer
 from export.encoders import load_cases, load_student, measure_encoder_parity
@@ -30,6 +30,7 @@ from limbeck.errors import DataError, ModelError, ParityError, RecipeError, User
 from limbeck.examples import EXAMPLES, accuracy, load_examples, macro_f1
 from limbeck.recipe import load_recipe, shipped_recipes
 from limbeck.sources import npm_root, text_files
+from serve_bench.encoder_worker import TorchEncoder
 from tests.encoders import CLASSES, classifier_recipe, embedding_recipe, make_encoder_student, make_examples, source
 
 FORMS = ("fp32", "int8-weight", "int8-static", "int8-dynamic")
@@ -216,6 +217,30 @@ def test_an_onnx_file_is_read_back(tmp_path: Path) -> None:
     entry["path"] = str(tmp_path / "none.onnx")
     with pytest.raises(ModelError, match="no such file"):
         encoder_folder(OnnxModel.model_validate(entry), folder=Path())
+
+
+def test_only_the_head_of_a_base_and_an_unused_pooler_may_be_missing(tmp_path: Path) -> None:
+    folder = make_encoder_student(tmp_path / "student", "bert", task="embedding").path / "model"
+    with pytest.raises(ModelError, match=r"as a classifier it lacks 2 of its weights \(for example classifier.bias"):
+        load_classifier(folder)
+    with pytest.raises(ModelError, match="as a classifier it lacks 2"):
+        load_student(folder, task="classification")
+    with pytest.raises(ModelError, match="as a classifier it lacks 2"):
+        TorchEncoder(model=str(folder), task="classification", pooling="", threads=1)
+    body = load_body(folder)
+    del body.pooler
+    type(body).save_pretrained(body, folder)
+    load_body(folder)
+    load_student(folder, task="embedding")
+    TorchEncoder(model=str(folder), task="embedding", pooling="mean", threads=1)
+    load_classifier(folder, ["a", "b"]).save_pretrained(folder)  # whose head begins with the pooler
+    assert class_names(load_classifier(folder)) == ["a", "b"]
+    assert load_classifier(folder, ["a", "b", "c"]).classifier.weight.shape == (3, 64)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    for load in (load_body, load_classifier, lambda folder: load_classifier(folder, ["a", "b"])):
+        with pytest.raises(ModelError, match=r"lacks 16 of its weights \(for example .*encoder.layer.2.attention"):
+            load(folder)
 
 
 # Training --------------------------------------------------------------------------------------------------------

@@ -223,6 +223,16 @@ def test_a_template_cannot_do_harm(exported: Artifact, tmp_path: Path, template:
         load_text(tmp_path).chat([{"role": "user", "content": "x"}])
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_a_file_that_was_cut_short_is_named(tmp_path: Path, name: str) -> None:
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"eos_token_id": 256}')
+    assert load_text(tmp_path).stop_ids == {256}
+    (tmp_path / name).write_text((tmp_path / name).read_text()[:-5])
+    with pytest.raises(ArtifactError, match=rf"{name}: .*; copy the folder again"):
+        load_text(tmp_path)
+
+
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"tokenizer.json is missing"):
         load_text(tmp_path)

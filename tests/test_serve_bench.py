@@ -199,6 +199,16 @@ def test_the_users_mistake_comes_back_as_itself(tmp_path: Path) -> None:
             workers.start(torch_arm(tmp_path / "empty"))
 
 
+def test_weights_that_are_missing_are_not_timed_as_random_ones(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModel
+
+    folder = make_model(tmp_path / "model", tie_word_embeddings=False)
+    AutoModel.from_pretrained(folder, dtype=torch.float32).save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"model: .*lacks 1 of its weights \(for example lm_head.weight\)"):
+        TorchEager(model=str(folder), threads=1)
+
+
 def test_a_crash_shows_the_workers_last_words(tmp_path: Path) -> None:
     worker = Worker(torch_arm(tmp_path), threads=1, log=tmp_path / "log")
     with pytest.raises(EnvironmentalError, match=r"ended with status 1 during 'nonsense'(?s:.*)nonsense before open"):
