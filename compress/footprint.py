@@ -121,7 +121,7 @@ def lora_parameters(config: Any, student: LoraStudent) -> int:
 def footprint(
     recipe: Recipe, *, student: Shape, base: Shape | None, teachers: Sequence[TeacherShape], precision: str
 ) -> Footprint:
-    """What training takes, from the sizes of student and teachers, computing in ``precision`` (fp32, bf16, fp16)."""
+    """What training takes, from the sizes of student and teachers, computing in ``precision`` (fp32, bf16)."""
     config, lora = recipe.training, isinstance(recipe.student, LoraStudent)
     tokens = config.micro_batch * recipe.data.block
     cached = not isinstance(config.teacher_cache, NoCache)

@@ -112,6 +112,10 @@ def test_a_field_of_another_choice_is_unknown() -> None:
         ({"gates": None}, "gates: found None"),
         ({"export": {"forms": ["fp32", "int3"]}}, "export.forms.1.kind: found 'int3', expected one of `fp32`, "),
         ({"export": {"forms": []}}, "export.forms: found []"),
+        (
+            {"training": {"precision": "fp16"}},
+            "training.precision: found 'fp16'; it should be 'auto', 'fp32' or 'bf16' (Number type",
+        ),
         ({"features": {"layers": [[0, 1]]}}, "features.layers.0.0: found 0"),
         ({"fusion": {"calibration": {"kind": "fit", "bounds": [1]}}}, "fusion.calibration.bounds.1: missing"),
     ],

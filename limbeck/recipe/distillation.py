@@ -275,9 +275,10 @@ class Training(Frozen):
     warmup: Fraction = Field(0.1, description="Share of the steps over which the learning rate rises from 0.")
     weight_decay: Annotated[Float, Field(ge=0)] = Field(0.0, description="AdamW weight decay.")
     clip: Positive = Field(1.0, description="Largest gradient norm.")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+    precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
-        description="Number type of the forward pass; auto is bf16 where the processor or GPU computes it, else fp32.",
+        description="Number type of the forward pass; auto is bf16 where the processor or GPU computes it, else fp32; "
+        "fp16 is too narrow for gradients.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train; auto takes a GPU if present.")
     threads: Count | None = Field(None, description="CPU threads; none takes every core this process may use.")
