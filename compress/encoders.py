@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -61,7 +60,7 @@ from limbeck.errors import DivergenceError, EnvironmentalError, ModelError
 from limbeck.examples import EXAMPLES, Examples, accuracy, macro_f1, save_examples
 from limbeck.heldout import CALIBRATION, save_calibration
 from limbeck.licences import sources_of
-from limbeck.progress import say, task
+from limbeck.progress import processes, say, task
 from limbeck.recipe import FittedCalibration, FixedCalibration, Weights
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
@@ -106,7 +105,7 @@ def train_encoder(
 
     The weights after the last step are kept: to choose among steps by the held-out examples would flatter them.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes() > 1:
         raise EnvironmentalError("encoders are trained by one process; start limbeck without torchrun.")
     started, config = time.monotonic(), recipe.training
     device = resolve_device(config.device)

@@ -29,7 +29,7 @@ from limbeck.artifact import (
 )
 from limbeck.encoder_recipe import AnyRecipe, load_teacher_recipe, parse_any_recipe, teachers_of
 from limbeck.errors import ArtifactError, EnvironmentalError, LimbeckError, QualityError, RecipeError
-from limbeck.progress import leads, say
+from limbeck.progress import leads, processes, say
 from limbeck.recipe import Recipe, RecipeModel, find_recipe, load_bench
 
 if TYPE_CHECKING:
@@ -123,10 +123,11 @@ def run(recipe: AnyRecipe, *, out: Path | None = None) -> Report | None:
     """Run every stage of ``recipe`` that is not complete in the run folder ``out``, and report.
 
     Several processes (torchrun) share the training; the first one alone does the rest, and has the report. ``out`` defaults to `default_folder`. Raises `ArtifactError` when the folder belongs to another recipe or to no run,
-    `RecipeError` listing every missing file or package, and whatever a stage raises.
+    `RecipeError` listing every missing file or package or for a recovery by several processes, and whatever a stage raises.
     """
     from limbeck.runtime import import_onnxruntime
 
+    _require_one_to_recover(recipe)
     require_inputs(recipe)
     import_onnxruntime()  # the second stage needs it: better to hear of it before the first one has run for long
     with open_run(recipe, out or default_folder(recipe)) as folder:
@@ -140,8 +141,10 @@ def run_stage(stage: str, recipe: AnyRecipe, *, out: Path | None = None, referen
     """Run one stage, ``compress``, ``export`` or ``bench``, in the run folder; after ``bench``, report.
 
     Raises `ArtifactError` naming the command to run first (with ``reference`` as its recipe) when an earlier stage is not
-    complete there, and whatever the stage raises.
+    complete there, `RecipeError` for a recovery by several processes, and whatever the stage raises.
     """
+    if stage == "export":
+        _require_one_to_recover(recipe)
     folder = out or default_folder(recipe)
     for earlier, name in _FOLDERS.items():
         if earlier == stage:
@@ -166,6 +169,15 @@ def require_inputs(recipe: AnyRecipe) -> None:
     missing = mistakes(recipe)
     if missing:
         raise RecipeError("\n".join([f"{recipe.name}: cannot run here", *(f"  {line}" for line in missing)]))
+
+
+def _require_one_to_recover(recipe: AnyRecipe) -> None:
+    """Raise `RecipeError` where the export may train and others would have left: each process would wait for all."""
+    if processes() > 1 and isinstance(recipe, Recipe) and recipe.export.recover is not None:
+        raise RecipeError(
+            f"{recipe.name}: export.recover: found {processes()} processes; the training through the rounding takes one. Let them "
+            "share `limbeck compress`, then start `limbeck export` and `limbeck bench` without torchrun (or `limbeck run`, which goes on)."
+        )
 
 
 def _stage(stage: str, recipe: AnyRecipe, folder: Path) -> None:

@@ -17,6 +17,11 @@ def leads() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def processes() -> int:
+    """How many processes torchrun or accelerate started for this job; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def say(message: str) -> None:
     """One line for the person who waits, on standard error; of several processes only the first speaks."""
     if leads():

@@ -235,6 +235,23 @@ def test_a_stage_names_the_command_that_comes_first(stages: Stages, tmp_path: Pa
     assert stages.called == []
 
 
+def test_a_recovery_by_several_processes_is_refused_before_they_wait_for_each_other(
+    stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_recipe(recipe("alone"), overrides=["export.recover={tokens: 64}", "gates.max_quantization_loss=0.01"])
+    pipeline.run_stage("compress", loaded)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        for start in (pipeline.run, lambda loaded: pipeline.run_stage("export", loaded)):
+            with pytest.raises(
+                RecipeError, match=r"export.recover: found 2 processes; .* `limbeck export` .* without torchrun"
+            ):
+                start(loaded)
+    pipeline.run_stage("compress", loaded)
+    assert [stage for stage, _ in stages.called] == ["compress", "compress"]
+
+
 def test_report_draws_again_without_the_recipe_file(stages: Stages) -> None:
     path = recipe("alone")
     pipeline.run(load_recipe(path, overrides=["gates.max_size_mb=7"]), out=Path("out"))
