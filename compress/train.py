@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, broadcast
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -57,7 +58,7 @@ from compress.students import (
 from compress.teachers import Body, TeacherFolder, Teachers, causal_lm, teacher_folders
 from limbeck.artifact import Artifact, disk_full_is_a_user_error, host, open_artifact, write_artifact
 from limbeck.encoder_recipe import EncoderTraining
-from limbeck.errors import DivergenceError
+from limbeck.errors import DivergenceError, RecipeError
 from limbeck.heldout import CALIBRATION, HELDOUT, Blocks, mean_nll, save_calibration, save_heldout
 from limbeck.licences import sources_of
 from limbeck.progress import say, task
@@ -153,6 +154,9 @@ def setup(*, recipe: Recipe, products: Mapping[str, Path], work: Path, key: str,
     torch.manual_seed(recipe.seed)
     AcceleratorState._reset_state()  # a teacher's own recipe may have run in this process with another precision
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision={"fp32": "no"}.get(precision, precision))
+    require_share_for_all(
+        recipe, processes=accelerator.num_processes, sharded=accelerator.distributed_type == DistributedType.FSDP
+    )
     with accelerator.main_process_first():  # the first one fills the cache, the others read it
         folders = teacher_folders(recipe, products)
         folder = student_folder(recipe, folders)
@@ -193,6 +197,27 @@ def setup(*, recipe: Recipe, products: Mapping[str, Path], work: Path, key: str,
         with accelerator.main_process_first(), accelerator.autocast():
             teachers.prepare(rows, run.teacher_layers)
     return run
+
+
+def require_share_for_all(recipe: Recipe, *, processes: int, sharded: bool) -> None:
+    """Raise `RecipeError` unless each of the processes gets blocks of every step, and as many forward passes when ``sharded``.
+
+    FSDP gathers the parameters in every forward pass, from all processes.
+    """
+    config, block = recipe.training, recipe.data.block
+    rows = config.batch_tokens // block
+    most, fewest = (-(-count // config.micro_batch) for count in (-(-rows // processes), rows // processes))
+    if rows >= processes and (most == fewest or not sharded):
+        return
+    why = (
+        f"the {rows} blocks of a step cannot be shared by {processes} processes"
+        if rows < processes
+        else f"of the {rows} blocks of a step some of {processes} processes would run {most} micro-batches and others {fewest}"
+    )
+    raise RecipeError(
+        f"training.batch_tokens: found {config.batch_tokens} with data.block {block}: {why}; make it a multiple of "
+        f"{processes * block}, for example {max(rows // processes, 1) * processes * block}, or start fewer processes."
+    )
 
 
 def _calibration_batches(recipe: Recipe, blocks: Sequence[DomainBlocks]) -> list[Tensor]:
@@ -313,7 +338,7 @@ def fit(run: Run, *, ends: Callable[[], bool] = lambda: False) -> State:
             figures = _step(run, student, optimizer, trained, run.rows_of(state.step), state=state, progress=done)
             state.step += 1
             state.tokens += figures["labels"]
-            state.seconds = resumed + time.monotonic() - started
+            state.seconds = _seconds_of_all(run, resumed + time.monotonic() - started)
             pace = figures.pop("labels") / (time.monotonic() - step_started)
             _record(
                 run, "step",
@@ -333,6 +358,13 @@ def fit(run: Run, *, ends: Callable[[], bool] = lambda: False) -> State:
             if state.step % config.checkpoint_every == 0 and done < 1:
                 _save_checkpoint(run, optimizer, state)
     return state
+
+
+def _seconds_of_all(run: Run, seconds: float) -> float:
+    """The clock of the first process where a budget in minutes goes by it: learning rate and last step are those of all."""
+    if run.steps is not None:
+        return seconds
+    return float(broadcast(torch.tensor(seconds, dtype=torch.float64, device=run.accelerator.device)))
 
 
 def _step(

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 import compress
@@ -346,6 +347,52 @@ def test_a_budget_in_minutes_ends_in_time(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(steps) == result["steps"] > 3
     assert steps[-2]["seconds"] < 3 <= steps[-1]["seconds"]
     assert steps[-1]["learning_rate"] < steps[len(steps) // 2]["learning_rate"]
+
+
+def test_a_budget_in_minutes_goes_by_the_clock_of_the_first_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another process is told counts, and not its own clock."""
+    told = iter([10.0, 45.0, 61.0])
+    monkeypatch.setattr(train, "broadcast", lambda mine: torch.full_like(mine, next(told)))
+    recipe = tiny(tmp_path, training={"tokens": None, "minutes": 1, "warmup": 0, "schedule": "linear"})
+    compress.distill(recipe=recipe, out=tmp_path / "student")
+    steps = events(tmp_path / "student", "step")
+    assert [s["seconds"] for s in steps] == [10, 45, 61]
+    assert [s["learning_rate"] for s in steps] == pytest.approx([1e-2, 1e-2 * 5 / 6, 1e-2 / 4])
+
+
+@pytest.mark.parametrize(
+    ("blocks", "micro", "processes", "sharded", "problem"),
+    [
+        (2, 1, 2, True, None),
+        (3, 1, 2, False, None),
+        (3, 2, 2, True, None),
+        (3, 1, 2, True, r".* some of 2 processes would run 2 micro-batches and others 1; .* of 64, for example 64, or start"),
+        (2, 4, 3, False, r"the 2 blocks of a step cannot be shared by 3 processes; make it a multiple of 96, for example 96"),
+        (2, 4, 4, False, r"the 2 blocks of a step cannot be shared by 4 processes"),
+    ],
+)  # fmt: skip
+def test_every_process_needs_blocks_of_every_step(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    blocks: int,
+    micro: int,
+    processes: int,
+    sharded: bool,
+    problem: str | None,
+) -> None:
+    tokens = 32 * blocks
+    recipe = tiny(tmp_path, training={"batch_tokens": tokens, "tokens": tokens, "micro_batch": micro})
+    if problem is None:
+        train.require_share_for_all(recipe, processes=processes, sharded=sharded)
+        return
+    kind = DistributedType.FSDP if sharded else DistributedType.MULTI_CPU
+    for name, value in (("num_processes", processes), ("distributed_type", kind)):
+        monkeypatch.setattr(train.Accelerator, name, value)
+    with pytest.raises(RecipeError, match=rf"training.batch_tokens: found {tokens} with data.block 32: {problem}"):
+        compress.distill(recipe=recipe, out=tmp_path / "student")
+    assert not list(tmp_path.iterdir())
 
 
 def test_killed_without_warning(tmp_path: Path) -> None:
