@@ -157,7 +157,8 @@ def _teacher_nll(recipe: Recipe, products: Mapping[str, Path], out: Path) -> dic
             work=out / ".training",
             key="teachers",
         )
-        kept.write_text(json.dumps({name: report["mean_nll"] for name, report in measure_teachers(run).items()}))
+        nll = {name: report["mean_nll"] for name, report in measure_teachers(run).items()}
+        write_atomically(kept, json.dumps(nll))
     found: dict[str, float] = json.loads(kept.read_text())
     return found
 

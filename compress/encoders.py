@@ -52,7 +52,7 @@ from compress.fusion import Head, TeacherStates, fit_temperature, fused_loss, we
 from compress.host import give_memory_back, prepare_host
 from compress.models import folder_config, load_tokenizer, require_same_tokenizer, resolve_device
 from compress.students import load_trainable_state, trainable_state
-from compress.train import learning_rate, resolve_precision
+from compress.train import learning_rate, read_checkpoint, resolve_precision, write_checkpoint
 from limbeck import sources
 from limbeck.artifact import Artifact, disk_full_is_a_user_error, open_artifact, write_artifact
 from limbeck.encoder_recipe import ClassificationRecipe, EmbeddingRecipe, EncoderRecipe, EncoderShrinkStudent
@@ -271,21 +271,18 @@ def _record(run: Run, event: str, figures: Mapping[str, Any]) -> None:
 
 
 def _save_checkpoint(run: Run, optimizer: Any, state: State) -> None:
-    temporary = run.work / f"{CHECKPOINT}.writing"
     saved = {
         "key": run.key, "trained": trainable_state(run.trained), "optimizer": optimizer.state_dict(), "state": vars(state),
         "rng": torch.get_rng_state(), "log_bytes": (run.work / LOG).stat().st_size,
     }  # fmt: skip
-    with disk_full_is_a_user_error(run.work / CHECKPOINT):
-        torch.save(saved, temporary)
-        temporary.rename(run.work / CHECKPOINT)
+    write_checkpoint(run.work / CHECKPOINT, saved)
 
 
 def _load_checkpoint(run: Run, optimizer: Any) -> State:
     """The state of an interrupted run of the same key; anything else in the folder is cleared."""
     path = run.work / CHECKPOINT
-    saved = torch.load(path, weights_only=True, map_location=run.device) if path.exists() else None
-    if saved is None or saved["key"] != run.key:
+    saved = read_checkpoint(path, key=run.key, device=run.device)
+    if saved is None:
         (run.work / LOG).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         torch.manual_seed(run.recipe.seed)  # of dropout, whatever was drawn before

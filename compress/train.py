@@ -12,6 +12,8 @@ import functools
 import importlib.util
 import json
 import math
+import os
+import pickle
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,9 +58,16 @@ from compress.students import (
     trainable_state,
 )
 from compress.teachers import Body, TeacherFolder, Teachers, causal_lm, teacher_folders
-from limbeck.artifact import Artifact, disk_full_is_a_user_error, host, open_artifact, write_artifact
+from limbeck.artifact import (
+    Artifact,
+    disk_full_is_a_user_error,
+    host,
+    open_artifact,
+    write_artifact,
+    write_atomically,
+)
 from limbeck.encoder_recipe import EncoderTraining
-from limbeck.errors import DivergenceError, RecipeError
+from limbeck.errors import ArtifactError, DivergenceError, RecipeError
 from limbeck.heldout import CALIBRATION, HELDOUT, Blocks, mean_nll, save_calibration, save_heldout
 from limbeck.licences import sources_of
 from limbeck.progress import say, task
@@ -614,7 +623,7 @@ def measure_teachers(run: Run) -> dict[str, dict[str, Any]]:
         reports: dict[str, dict[str, Any]] = found["reports"]
     else:
         reports = {name: _measure_teacher(run, k) for k, name in enumerate(names)}
-        kept.write_text(json.dumps({"key": run.key, "reports": reports}))
+        write_atomically(kept, json.dumps({"key": run.key, "reports": reports}))
     run.teachers.temperatures = [reports[name]["temperature"] for name in names]
     for name in names:
         figures = "  ".join(f"{domain} {nll:.3f}" for domain, nll in reports[name]["nll"].items())
@@ -686,27 +695,45 @@ def _save_checkpoint(run: Run, optimizer: Any, state: State) -> None:
     model, moments = trainable_state(run.student), whole(optimizer.state_dict())
     if not run.accelerator.is_main_process:
         return
-    temporary = run.work / f"{CHECKPOINT}.writing"
-    with disk_full_is_a_user_error(run.work / CHECKPOINT):
-        torch.save(
-            {
-                "key": run.key,
-                "model": model,
-                "optimizer": moments,
-                "state": vars(state),
-                "rng": torch.get_rng_state(),
-                "log_bytes": (run.work / LOG).stat().st_size,
-            },
-            temporary,
-        )
-        temporary.rename(run.work / CHECKPOINT)
+    saved = {
+        "key": run.key, "model": model, "optimizer": moments, "state": vars(state), "rng": torch.get_rng_state(),
+        "log_bytes": (run.work / LOG).stat().st_size,
+    }  # fmt: skip
+    write_checkpoint(run.work / CHECKPOINT, saved)
+
+
+def write_checkpoint(path: Path, saved: Mapping[str, Any]) -> None:
+    """Write ``saved`` so that ``path`` holds either the old checkpoint or all of the new one, whatever happens."""
+    temporary = path.with_name(f"{path.name}.writing")
+    with disk_full_is_a_user_error(path):
+        with temporary.open("wb") as file:
+            torch.save(saved, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+
+
+def read_checkpoint(path: Path, *, key: str, device: torch.device | str) -> dict[str, Any] | None:
+    """What `write_checkpoint` wrote for the run of this ``key``; none for another's, or where there is none.
+
+    Raises `ArtifactError` for one that is damaged.
+    """
+    try:
+        saved: dict[str, Any] = torch.load(path, weights_only=True, map_location=device)
+    except FileNotFoundError:
+        return None
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise ArtifactError(
+            f"{path}: the checkpoint cannot be read ({type(error).__name__}); delete it, and the same command starts this training over."
+        ) from error
+    return saved if saved["key"] == key else None
 
 
 def _load_checkpoint(run: Run, optimizer: Any) -> State | None:
     """The state of an interrupted run of the same key; anything else in the folder is cleared."""
     path = run.work / CHECKPOINT
-    saved = torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
-    if saved is None or saved["key"] != run.key:
+    saved = read_checkpoint(path, key=run.key, device="cpu")
+    if saved is None:
         (run.work / LOG).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         return None

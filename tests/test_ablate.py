@@ -10,7 +10,7 @@ import pytest
 
 from compress import ablate
 from limbeck.errors import RecipeError
-from tests.test_compress import tiny
+from tests.test_compress import killed_while_writing, tiny
 
 
 def fake(arm: str, seed: int, gain: float) -> dict[str, object]:
@@ -64,6 +64,15 @@ def test_arms_run_to_a_table_a_picture_and_go_on(tmp_path: Path, monkeypatch: py
     assert ablate.markdown(found["arms"]).count("\n") == 6
     monkeypatch.setattr(ablate, "_train_arm", None)
     assert ablate.ablate(recipe=recipe, products={}, out=out, arms=arms, seeds=1) == found
+
+
+def test_killed_while_the_teachers_figures_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny(tmp_path)
+    monkeypatch.setattr(ablate, "setup", lambda **_: None)
+    monkeypatch.setattr(ablate, "measure_teachers", lambda _: {"a": {"mean_nll": 1.5}})
+    with killed_while_writing(), pytest.raises(KeyboardInterrupt):
+        ablate._teacher_nll(recipe, {}, tmp_path)
+    assert ablate._teacher_nll(recipe, {}, tmp_path) == {"a": 1.5}
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:

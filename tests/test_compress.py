@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -9,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +34,7 @@ from compress.models import (
 from compress.students import with_lora
 from compress.teachers import Body, head_of
 from limbeck.artifact import open_artifact
-from limbeck.errors import DataError, DivergenceError, EnvironmentalError, ModelError, RecipeError
+from limbeck.errors import ArtifactError, DataError, DivergenceError, EnvironmentalError, ModelError, RecipeError
 from limbeck.heldout import load_heldout
 from limbeck.recipe import Features, LoraStudent, RandomModel, Recipe, parse_recipe
 from tests.pico import make_model
@@ -413,6 +414,47 @@ def test_killed_without_warning(tmp_path: Path) -> None:
     cut = compress.distill(recipe=tiny(tmp_path), out=tmp_path / "student")
     whole = compress.distill(recipe=tiny(tmp_path), out=tmp_path / "whole" / "student")
     assert (cut.path / "model/model.safetensors").read_bytes() == (whole.path / "model/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("length", [0, 1, 4000, -1])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "checkpoint.pt"
+    train.write_checkpoint(path, {"key": "mine", "model": {"weight": torch.rand(2000)}})
+    assert not path.with_name("checkpoint.pt.writing").exists()
+    assert (train.read_checkpoint(path, key="mine", device="cpu") or {})["model"]["weight"].shape == (2000,)
+    assert train.read_checkpoint(path, key="another's", device="cpu") is None
+    assert train.read_checkpoint(tmp_path / "none.pt", key="mine", device="cpu") is None
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(
+        ArtifactError, match=r"checkpoint.pt: the checkpoint cannot be read .*; delete it, and the same command"
+    ):
+        train.read_checkpoint(path, key="mine", device="cpu")
+
+
+@contextlib.contextmanager
+def killed_while_writing() -> Iterator[None]:
+    """Whatever is written here stays half-written."""
+    real = Path.write_text
+
+    def half(path: Path, text: str) -> None:
+        real(path, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    def dies(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "write_text", half)
+        patch.setattr(os, "fsync", dies)
+        yield
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for the old name
+def test_killed_while_the_teachers_figures_are_written(tmp_path: Path) -> None:
+    run = train.setup(recipe=tiny(tmp_path), products={}, work=tmp_path / "work", key="k")
+    with killed_while_writing(), pytest.raises(KeyboardInterrupt):
+        train.measure_teachers(run)
+    assert train.measure_teachers(run).keys() == {"a", "b"}
 
 
 def test_golden_losses(tmp_path: Path) -> None:
