@@ -20,7 +20,8 @@ from torch import Tensor
 from compress.fusion import Head, SparseStates, TeacherStates, chunks_of_labels
 from compress.teachers import TeacherFolder, Teachers
 from limbeck import sources
-from limbeck.artifact import find_artifact, open_artifact, write_artifact
+from limbeck.artifact import open_artifact
+from limbeck.lock import make_once
 from limbeck.progress import say, task
 from limbeck.recipe import HiddenCache, TopkCache, fingerprint
 
@@ -107,15 +108,17 @@ class CachedTeachers:
         folder = self._folders[k]
         key = fingerprint({"version": _VERSION, "head of": _identity(folder)})
         path = sources.cache_folder() / "teachers" / f"head-{key[:16]}"
-        if find_artifact(path, kind="teacher-head", key=key) is None:
+
+        def make(out: Path) -> dict[str, Any]:
             body = self._load().bodies[k]
             head = body.head
-            with write_artifact(path, kind="teacher-head", key=key, parents={"teacher": folder.digest}) as draft:
-                tensors = {"weight": head.weight_Vd.contiguous()}
-                if head.bias_V is not None:
-                    tensors["bias"] = head.bias_V
-                save_file(tensors, draft.folder / "head.safetensors")
-                draft.result = {"scale": head.scale, "softcap": head.softcap, "layers": body.layers}
+            tensors = {"weight": head.weight_Vd.contiguous()}
+            if head.bias_V is not None:
+                tensors["bias"] = head.bias_V
+            save_file(tensors, out / "head.safetensors")
+            return {"scale": head.scale, "softcap": head.softcap, "layers": body.layers}
+
+        make_once(path, kind="teacher-head", key=key, parents={"teacher": folder.digest}, make=make)
         tensors = {n: t.to(self._device, self._dtype) for n, t in load_file(path / "head.safetensors").items()}
         result = open_artifact(path, verify=False).result
         return Head(tensors["weight"], tensors.get("bias"), result["scale"], result["softcap"]), result["layers"]
@@ -129,7 +132,8 @@ class CachedTeachers:
             kept |= {"layers": self._layers[k]}
         key = fingerprint({"version": _VERSION, "teacher": _identity(self._folders[k]), **kept})
         path = sources.cache_folder() / "teachers" / f"rows-{key[:16]}"
-        if find_artifact(path, kind="teacher-rows", key=key) is None:
+
+        def make(out: Path) -> dict[str, Any]:
             made: list[dict[str, Tensor]] = []
             for first in range(0, len(shard), _BATCH_ROWS):
                 ids, labels = (
@@ -137,14 +141,10 @@ class CachedTeachers:
                     for rows in zip(*(row for _, row in shard[first : first + _BATCH_ROWS]), strict=True)
                 )
                 made.append(self._run(k, ids.to(self._device), labels.to(self._device)))
-            with write_artifact(
-                path, kind="teacher-rows", key=key, parents={"teacher": self._folders[k].digest}
-            ) as draft:
-                save_file(
-                    {n: torch.cat([m[n] for m in made]).contiguous() for n in made[0]},
-                    draft.folder / "rows.safetensors",
-                )
-                draft.result = {name: list(tensor.shape) for name, tensor in made[0].items()}
+            save_file({n: torch.cat([m[n] for m in made]).contiguous() for n in made[0]}, out / "rows.safetensors")
+            return {name: list(tensor.shape) for name, tensor in made[0].items()}
+
+        make_once(path, kind="teacher-rows", key=key, parents={"teacher": self._folders[k].digest}, make=make)
         return path
 
     def _run(self, k: int, ids_RL: Tensor, labels_RL: Tensor) -> dict[str, Tensor]:

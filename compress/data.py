@@ -23,9 +23,9 @@ from transformers import PreTrainedTokenizerFast
 from compress.chat import Span, chat_template, check_messages, render
 from compress.mail import subject_and_body
 from limbeck import sources
-from limbeck.artifact import find_artifact, write_artifact
 from limbeck.errors import DataError
 from limbeck.heldout import Blocks
+from limbeck.lock import make_once
 from limbeck.progress import say
 from limbeck.recipe import (
     ChatRows,
@@ -403,10 +403,12 @@ def _domain_blocks(domain: Domain, recipe: Recipe, tokenizer: PreTrainedTokenize
         }
     )
     folder = sources.cache_folder() / "tokens" / key[:16]
-    if find_artifact(folder, kind="tokens", key=key) is None:
+
+    def make(out: Path) -> dict[str, Any]:
         say(f"  {domain.name}: tokenising {len(paths)} file{'s' * (len(paths) > 1)}, once, into the cache")
-        with write_artifact(folder, kind="tokens", key=key, parents={}, recipe=recipe) as draft:
-            draft.result = _write_blocks(draft.folder, domain, paths, data, tokenizer)
+        return _write_blocks(out, domain, paths, data, tokenizer)
+
+    make_once(folder, kind="tokens", key=key, parents={}, make=make, recipe=recipe)
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("train_ids", "train_scored")}
     arrays |= {name: np.load(folder / f"{name}.npy") for name in ("train_lengths", *_HELDOUT)}
     heldout = Blocks(*(arrays[name] for name in _HELDOUT))

@@ -20,9 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.pytorch_utils import Conv1D
 
 from limbeck import sources
-from limbeck.artifact import file_digest, find_artifact, write_artifact
+from limbeck.artifact import file_digest
 from limbeck.errors import EnvironmentalError, ModelError
 from limbeck.loading import load_pretrained
+from limbeck.lock import make_once
 from limbeck.progress import say
 from limbeck.recipe import BaseSource, GgufModel, HubModel, LocalModel, PackageModel, RandomModel, fingerprint
 
@@ -182,9 +183,7 @@ def resolve_device(device: str) -> torch.device:
 def cached(key: str, make: Callable[[Path], dict[str, Any]]) -> Path:
     """Folder of the `model` artifact of ``key`` in the cache; ``make`` fills it, and says what it measured, when it is not there."""
     path = sources.cache_folder() / "models" / key[:16]
-    if find_artifact(path, kind="model", key=key) is None:
-        with write_artifact(path, kind="model", key=key, parents={}) as draft:
-            draft.result = make(draft.folder)
+    make_once(path, kind="model", key=key, parents={}, make=make)
     return path
 
 

@@ -245,6 +245,17 @@ def disk_full_is_a_user_error(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def unwritable_is_a_user_error(folder: Path, *, remedy: str = "name another with --out") -> Iterator[None]:
+    """Turn a lack of permission and a read-only file system into an error that names ``folder`` and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise EnvironmentalError(f"{folder}: cannot be written ({error.strerror}); {remedy}.") from None
+
+
 def _files(folder: Path) -> list[str]:
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() or p.is_symlink())
 

@@ -6,9 +6,7 @@ whether there is anything to do.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,17 +23,19 @@ from limbeck.artifact import (
     disk_full_is_a_user_error,
     open_artifact,
     student_of,
+    unwritable_is_a_user_error,
     write_atomically,
 )
 from limbeck.encoder_recipe import AnyRecipe, load_teacher_recipe, parse_any_recipe, teachers_of
-from limbeck.errors import ArtifactError, EnvironmentalError, LimbeckError, QualityError, RecipeError
+from limbeck.errors import ArtifactError, LimbeckError, QualityError, RecipeError
+from limbeck.lock import LOCK, locked
 from limbeck.progress import leads, processes, say
 from limbeck.recipe import Recipe, RecipeModel, find_recipe, load_bench
 
 if TYPE_CHECKING:
     from serve_bench.report import Report
 
-RUN, LOG, LOCK = "run.json", "log.jsonl", ".lock"
+RUN, LOG = "run.json", "log.jsonl"
 ASIDE = ("onnx-unrecovered", "onnx-recovered")  # the export that does not ship, where both students were exported
 _FOLDERS = {"compress": "student", "export": "onnx", "bench": "bench"}  # stage -> what it writes, in order
 
@@ -368,11 +368,8 @@ def open_run(recipe: AnyRecipe, folder: Path, *, wait: bool = False) -> Iterator
         yield folder
         return
     _require_ours(recipe, folder)  # before a lock file is put into what may be someone else's folder
-    with disk_full_is_a_user_error(folder):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except PermissionError as error:
-            raise EnvironmentalError(f"{folder}: cannot be made ({error.strerror}); name another with --out.") from None
+    with disk_full_is_a_user_error(folder), unwritable_is_a_user_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, wait=wait):
         _require_ours(recipe, folder)
         if not (folder / RUN).exists():
@@ -406,32 +403,6 @@ def _require_ours(recipe: AnyRecipe, folder: Path) -> None:
             "Leave --out away or name another folder; a change of teachers, data, student, fusion, features, training or seed "
             "makes another recipe."
         )
-
-
-@contextmanager
-def locked(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Keep every other process out of ``folder``; the system lets go when this one ends, however it ends."""
-    try:
-        file = (folder / LOCK).open("a+")
-    except PermissionError as error:
-        raise EnvironmentalError(f"{folder}: cannot be written ({error.strerror}); name another with --out.") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = f"process {file.read().strip() or 'unknown'}"
-            if not wait:
-                raise ArtifactError(
-                    f"{folder}: another run ({holder}) is using this folder; wait for it or name another with --out."
-                ) from None
-            say(f"waiting for another run ({holder}), which is making {folder.name}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        file.truncate()
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
 
 
 # Checking what was made ------------------------------------------------------------------------------------------

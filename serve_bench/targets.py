@@ -15,7 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.artifact import MANIFEST, Artifact, available_cores, host, open_artifact, write_artifact
+from limbeck.artifact import (
+    MANIFEST,
+    Artifact,
+    available_cores,
+    host,
+    open_artifact,
+    unwritable_is_a_user_error,
+    write_artifact,
+)
 from limbeck.errors import ArtifactError, DataError, ModelError
 from limbeck.recipe import Bench, ServerScenario, UrlTarget, fingerprint
 from limbeck.sources import check_weights
@@ -53,8 +61,9 @@ def measure_targets(targets: Sequence[str], *, against: Sequence[str], out: Path
         return [int(token) for token in np.random.default_rng((3, block)).integers(0, vocabulary, tokens)]
 
     work = out.parent / f".{out.name}.work"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    with unwritable_is_a_user_error(out):
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
     try:
         with write_artifact(out, kind="bench", key=key, parents=parents) as draft:
             environment = timing.before(bench, arms, prompts, threads=threads, folder=work)
@@ -162,8 +171,8 @@ def _require_context(arms: Sequence[Arm], bench: Bench) -> None:
         context = context_of(folder) if folder is not None else None
         if context is not None and wanted > context:
             raise DataError(
-                f"--prompt-tokens ({bench.prompt_tokens}) and --new-tokens ({bench.new_tokens}) come to {wanted} tokens; the context "
-                f"of {arm.label} is {context}. Make either smaller."
+                f"bench.prompt_tokens ({bench.prompt_tokens}) and bench.new_tokens ({bench.new_tokens}) come to {wanted} tokens; the "
+                f"context of {arm.label} is {context}. Make either smaller, with --set bench.prompt_tokens=… or bench.new_tokens=…."
             )
 
 

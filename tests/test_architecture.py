@@ -104,3 +104,15 @@ def test_no_submodule_takes_the_name_of_a_public_function(stage: str) -> None:
     """Importing ``stage.name`` would replace the function ``stage.name`` for everyone after it."""
     modules = {path.stem for path in (ROOT / stage).glob("*.py")}
     assert not modules & set(__import__(stage).__all__)
+
+
+def test_what_is_kept_in_the_cache_is_made_by_one_process_at_a_time() -> None:
+    keepers = [path for path in files("compress") if "cache_folder()" in path.read_text()]
+    assert keepers
+    for path in keepers:
+        assert "limbeck.artifact.write_artifact" not in {
+            f"{node.module}.{alias.name}"
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }, f"{path}: two runs would delete each other's files; use limbeck.lock.make_once"

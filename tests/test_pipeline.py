@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import os
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -314,14 +316,15 @@ def test_two_runs_cannot_share_a_folder(stages: Stages) -> None:
     pipeline.run(loaded, out=Path("out"))
 
 
-def test_a_folder_that_cannot_be_made_is_told(stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+def test_a_folder_that_cannot_be_made_is_told(stages: Stages, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     def refused(*_: Any, **__: Any) -> None:
-        raise PermissionError(13, "Permission denied")
+        raise OSError(code, os.strerror(code))
 
     loaded = load_recipe(recipe("alone"))
     with monkeypatch.context() as patch:
         patch.setattr(Path, "mkdir", refused)
-        with pytest.raises(EnvironmentalError, match=r"out: cannot be made \(Permission denied\)"):
+        with pytest.raises(EnvironmentalError, match=rf"out: cannot be written \({os.strerror(code)}\)"):
             pipeline.run(loaded, out=Path("out"))
 
 

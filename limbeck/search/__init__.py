@@ -20,6 +20,7 @@ from limbeck import pipeline
 from limbeck.artifact import write_atomically
 from limbeck.encoder_recipe import AnyRecipe, FreshEncoder
 from limbeck.errors import EnvironmentalError, RecipeError
+from limbeck.lock import locked
 from limbeck.progress import say
 from limbeck.recipe import AnyBudget, FreshStudent, Recipe
 from limbeck.runtime import import_onnxruntime
@@ -67,7 +68,7 @@ def search(recipe: AnyRecipe, *, out: Path | None = None) -> Found:
     candidates = task.sized(recipe, students)  # what is wrong with a model or a form is told before anything is written
     claim(folder, digest)
     clock = Clock(folder / SPENT)
-    with pipeline.locked(folder, wait=True):
+    with locked(folder, wait=True):
         if (found := _found(folder, budget)) is not None:
             return found
         say(f"== search: {len(students)} students in {len(recipe.search.forms)} forms")
@@ -75,7 +76,7 @@ def search(recipe: AnyRecipe, *, out: Path | None = None) -> Found:
         models = predict_speeds(recipe, students, candidates, budget, folder)
         clock.save()
     halve(recipe, students, candidates, folder, clock, until=3600 * budget.hours * (1 - _RESERVED))
-    with pipeline.locked(folder, wait=True):
+    with locked(folder, wait=True):
         if (found := _found(folder, budget)) is not None:
             return found
         measure_finalists(recipe, students, candidates, budget, folder, clock)

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck import pipeline
 from limbeck.encoder_recipe import AnyRecipe
 from limbeck.errors import DivergenceError
+from limbeck.lock import locked
 from limbeck.progress import say
 from limbeck.search.candidates import Candidate, still_in
 from limbeck.search.state import STATE, Clock
@@ -45,7 +45,7 @@ def halve(
     if not names:
         return
     rounds = task.rounds_of(recipe)
-    with pipeline.locked(folder, wait=True), _study(folder, recipe.seed) as study:
+    with locked(folder, wait=True), _study(folder, recipe.seed) as study:
         cached = bool(study.user_attrs.get("cached"))
         products = task.make_teachers(recipe, students[names[0]], folder, rounds, cached=cached)
         study.set_user_attr("cached", True)
@@ -59,7 +59,7 @@ def halve(
                 _tell(study, trial, None, why=_LATE, until=until)
                 continue
             _heal(study, trial, recipe, students[name], products, folder, rounds, clock, until)
-            with pipeline.locked(folder, wait=True):
+            with locked(folder, wait=True):
                 clock.save()
         reached, why = _reached(study)
     if _LATE not in why.values():  # else more hours may be given, and they go on from there
@@ -165,7 +165,7 @@ def _next(
 
     state = optuna.trial.TrialState
     while True:
-        with pipeline.locked(folder, wait=True):
+        with locked(folder, wait=True):
             running = study.get_trials(states=(state.RUNNING,))
             for frozen in running:
                 if not _alive(folder, frozen.user_attrs.get("worker")):

@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 from limbeck import pipeline, sources
-from limbeck.artifact import disk_full_is_a_user_error, write_atomically
+from limbeck.artifact import disk_full_is_a_user_error, unwritable_is_a_user_error, write_atomically
 from limbeck.encoder_recipe import AnyRecipe
-from limbeck.errors import ArtifactError, EnvironmentalError
+from limbeck.errors import ArtifactError
+from limbeck.lock import LOCK
 from limbeck.recipe import fingerprint
 
 ASKED, SPENT, TIMING, STATE = "asked.json", "spent.json", "timing.json", "search.db"
@@ -38,7 +39,7 @@ def require_ours(folder: Path, digest: str) -> None:
     try:
         found = str(json.loads((folder / ASKED).read_text())["digest"])
     except FileNotFoundError:
-        if folder.exists() and any(entry.name != pipeline.LOCK for entry in folder.iterdir()):
+        if folder.exists() and any(entry.name != LOCK for entry in folder.iterdir()):
             raise ArtifactError(
                 f"{folder}: holds files but no search ({ASKED} is missing); name an empty or new folder with --out."
             ) from None
@@ -54,15 +55,10 @@ def require_ours(folder: Path, digest: str) -> None:
 
 def claim(folder: Path, digest: str) -> None:
     """Make ``folder`` this search's. Raises `EnvironmentalError` where it cannot be written."""
-    with disk_full_is_a_user_error(folder):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / ASKED).exists():
-                write_atomically(folder / ASKED, json.dumps({"digest": digest}))
-        except PermissionError as error:
-            raise EnvironmentalError(
-                f"{folder}: cannot be written ({error.strerror}); name another with --out."
-            ) from None
+    with disk_full_is_a_user_error(folder), unwritable_is_a_user_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / ASKED).exists():
+            write_atomically(folder / ASKED, json.dumps({"digest": digest}))
 
 
 class Clock:
