@@ -183,6 +183,15 @@ def test_the_digest_is_of_what_is_trained_not_of_what_is_asked_afterwards(tmp_pa
         ("- a\n", "expected a mapping of recipe fields at the top, found a list"),
         ("", "expected a mapping of recipe fields at the top, found nothing"),
         ("x: !!python/object:os.system {}\n", "not valid YAML: could not determine a constructor"),
+        ("name: {{ foo }}\n", "line 1, column 8: not valid YAML: a key cannot be a mapping; put it in quotes"),
+        ("name: a\n? [a, b]\n", "line 2, column 3: not valid YAML: a key cannot be a list; put it in quotes"),
+        (
+            "name: 2024-13-45\n",
+            "line 1, column 7: not valid YAML: '2024-13-45' is no timestamp (month must be in 1..12); put",
+        ),
+        ("seed: !!int one\n", "line 1, column 7: not valid YAML: 'one' is no int"),
+        ("seed: !!bool one\n", "line 1, column 7: not valid YAML: 'one' is no bool"),
+        ("seed: !!timestamp one\n", "line 1, column 7: not valid YAML: 'one' is no timestamp"),
     ],
 )
 def test_yaml_mistakes(tmp_path: Path, text: str, expected: str) -> None:
@@ -294,6 +303,8 @@ def test_set_changes_fields_of_mappings_and_lists(tmp_path: Path) -> None:
         ("training.tokens", "expected key=value"),
         ("=3", "expected key=value"),
         ("training.tokens=[", "the value is not valid YAML"),
+        ("name={{ foo }}", "the value is not valid YAML: a key cannot be a mapping; put it in quotes"),
+        ("name=2024-13-45", "the value is not valid YAML: '2024-13-45' is no timestamp"),
         ("data.domains.1.name=x", "'1' is no index of a list of 1"),
         ("data.domains.first.name=x", "'first' is no index"),
         ("data.domains.-1=x", "'-1' is no index"),
