@@ -210,6 +210,8 @@ def _export(recipe: AnyRecipe, folder: Path) -> None:
         _timed(title, folder, out, lambda: export.export_student(student=source, out=out, recipe=recipe))
         return open_artifact(out, verify=False).result
 
+    if not onnx.exists() and aside.exists():  # an earlier run was stopped between two renames
+        (second if second.exists() else aside).rename(onnx)
     shipped = aside.exists()  # whether a recovered one is `onnx` now
     ships = False
     first = make("export", student, aside if shipped else onnx)
@@ -228,10 +230,9 @@ def _export(recipe: AnyRecipe, folder: Path) -> None:
         onnx.rename(aside)
         second.rename(onnx)
     elif shipped and not ships:
-        if first.get("needs_recovery"):
-            onnx.rename(second)
-        else:
-            shutil.rmtree(onnx)
+        if second.exists():
+            shutil.rmtree(second)
+        onnx.rename(second)
         aside.rename(onnx)
 
 

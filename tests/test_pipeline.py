@@ -337,6 +337,53 @@ def test_a_full_disk_is_told(stages: Stages, monkeypatch: pytest.MonkeyPatch) ->
         pipeline.run(load_recipe(recipe("alone")), out=Path("out"))
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "kept"),
+    [
+        ({"ships": False}, {"ships": True}, {"onnx": "student-recovered", "onnx-unrecovered": "student"}),
+        ({"ships": True}, {"ships": False}, {"onnx": "student", "onnx-recovered": "student-recovered"}),
+        ({"ships": True}, {"needed": False}, {"onnx": "student", "onnx-recovered": "student-recovered"}),
+    ],
+    ids=["recovered one ships", "first one ships again", "none is needed any more"],
+)
+def test_an_exchange_of_exports_that_was_stopped_is_finished(
+    monkeypatch: pytest.MonkeyPatch, before: dict[str, bool], after: dict[str, bool], kept: dict[str, str]
+) -> None:
+    says: dict[str, bool] = {}
+
+    def export_student(*, student: Path, out: Path, recipe: Recipe) -> None:
+        key = json.dumps([student.name, says])
+        if find_artifact(out, kind="onnx", key=key) is None:
+            with write_artifact(out, kind="onnx", key=key, parents={}) as draft:
+                (draft.folder / "graph").write_text(student.name)
+                ships = says.get("ships", False)
+                draft.result = {"needs_recovery": says.get("needed", True), "recovery": {"ships": ships}}
+
+    monkeypatch.setattr(export, "export_student", export_student)
+    monkeypatch.setattr(compress, "recover", lambda **_: None)
+    loaded, run = load_recipe(recipe("alone")), Path("run")
+    run.mkdir()
+    says |= before
+    pipeline._export(loaded, run)
+    says.clear()
+    says |= after
+    rename = Path.rename
+
+    def stopped(path: Path, target: Path) -> Path:
+        if path.name.startswith("onnx") and target.name == "onnx":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline._export(loaded, run)
+    assert not (run / "onnx").exists()
+    for _ in range(2):
+        pipeline._export(loaded, run)
+        assert {path.name: (path / "graph").read_text() for path in run.glob("onnx*")} == kept
+
+
 # Verify ----------------------------------------------------------------------------------------------------------
 
 GOOD = {"fp32": {"positions": 9, "max_abs": 1e-5, "kl": 0.0, "top1": 1.0}}
