@@ -270,7 +270,6 @@ def make_cases(heldout: Examples, model: Path, *, task: str) -> dict[str, dict[s
 def save_cases(path: Path, cases: Cases) -> None:
     """Write cases to one safetensors file."""
     save_file({f"{c}/{n}": np.ascontiguousarray(v) for c, tensors in cases.items() for n, v in tensors.items()}, path)
-    path.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
 def load_cases(path: Path) -> dict[str, dict[str, npt.NDArray[Any]]]:

@@ -158,7 +158,6 @@ def save_cases(path: Path, cases: Mapping[str, Case]) -> None:
     """Write cases to one safetensors file."""
     tensors = {f"{name}/{f.name}": getattr(case, f.name) for name, case in cases.items() for f in fields(Case)}
     save_file({name: np.ascontiguousarray(values) for name, values in tensors.items()}, path)
-    path.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
 def load_cases(path: Path) -> dict[str, Case]:

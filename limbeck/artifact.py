@@ -99,6 +99,7 @@ def write_artifact(
                 "files": {name: _entry(folder / name) for name in _files(folder)},
             }
             write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
+            _share(folder)
             _replace(folder, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -262,6 +263,14 @@ def _files(folder: Path) -> list[str]:
 
 def _entry(path: Path) -> dict[str, Any]:
     return {"sha256": file_digest(path), "bytes": path.stat().st_size}
+
+
+def _share(folder: Path) -> None:
+    """Let everyone read what the umask lets them: safetensors writes files for their owner alone."""
+    mode = (folder / MANIFEST).stat().st_mode & 0o666  # of a file that was opened as usual
+    for name in _files(folder):
+        if not (folder / name).is_symlink():
+            (folder / name).chmod(mode)
 
 
 def _replace(folder: Path, path: Path) -> None:

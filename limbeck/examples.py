@@ -49,7 +49,6 @@ class Examples:
 def save_examples(path: Path, examples: Examples) -> None:
     """Write examples to ``path``."""
     save_file({name: np.ascontiguousarray(getattr(examples, name)) for name in Examples.__annotations__}, path)
-    path.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
 def load_examples(path: Path) -> Examples:

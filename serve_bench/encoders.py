@@ -68,7 +68,6 @@ def measure_encoder(*, onnx: Path, student: Path, out: Path, recipe: EncoderReci
             with workers_of as workers, (draft.folder / SAMPLES).open("w") as raw:
                 answers = _ask(workers, arms, trained.path / EXAMPLES, work)
                 save_file(answers, draft.folder / ANSWERS)
-                (draft.folder / ANSWERS).chmod(0o644)
                 quality = figures.Quality(recipe, answers, heldout.groups, arms)
                 runs, steady = _warm(workers, arms, cells, heldout, raw)
                 samples, seconds, stopped = _time(workers, arms, cells, heldout, runs, quality, shipped, recipe, raw)

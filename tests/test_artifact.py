@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from limbeck.artifact import (
     write_atomically,
 )
 from limbeck.errors import ArtifactError, EnvironmentalError
+from limbeck.heldout import save_calibration
 from tests.pico import pico_recipe
 
 
@@ -139,6 +141,19 @@ def test_a_new_artifact_replaces_the_old_one_whole(tmp_path: Path) -> None:
         draft.result = {}
     assert set(open_artifact(made.path).manifest["files"]) == {"only"}
     assert [p.name for p in tmp_path.iterdir()] == ["student"]
+
+
+def test_everyone_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with write_artifact(tmp_path / "student", kind="student", key="k", parents={}) as draft:
+            save_calibration(draft.folder / "calibration.safetensors", [])
+            (draft.folder / "link").symlink_to("calibration.safetensors")
+            draft.result = {}
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "student").iterdir()}
+    assert modes == dict.fromkeys(("calibration.safetensors", "link", MANIFEST), 0o640)
 
 
 def test_a_result_is_required(tmp_path: Path) -> None:
