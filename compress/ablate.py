@@ -23,6 +23,7 @@ from compress import quiet_libraries
 from compress.data import IGNORED, labels_of
 from compress.fusion import TeacherStates, chunks_of_labels
 from compress.train import Run, fit, heldout_batches, measure_teachers, setup, student_head, student_nll
+from limbeck import sources
 from limbeck.artifact import write_atomically
 from limbeck.errors import RecipeError
 from limbeck.generated import distinct, repetition
@@ -60,7 +61,7 @@ def ablate(
 ) -> dict[str, Any]:
     """Train every arm with every seed and compare; writes ``ablation.json`` and ``ablation.svg`` to ``out``.
 
-    Goes on where it was interrupted. Raises `RecipeError` for a recipe without two teachers or an unknown arm.
+    Goes on where it was interrupted, while the models and texts are the same. Raises `RecipeError` for a recipe without two teachers or an unknown arm.
     """
     if len(recipe.teachers) < 2:
         raise RecipeError(
@@ -75,7 +76,7 @@ def ablate(
     arms = list(dict.fromkeys([REFERENCE, *arms]))
     out.mkdir(parents=True, exist_ok=True)
     kept = out / "runs.json"
-    key = fingerprint([recipe.distillation(), {a: ARMS[a] for a in ARMS}])
+    key = fingerprint([recipe.distillation(), sources.input_digests(recipe, products=products), ARMS])
     saved = json.loads(kept.read_text()) if kept.exists() else {}
     runs: dict[str, dict[str, Any]] = saved["runs"] if saved.get("key") == key else {}
     for seed in range(recipe.seed, recipe.seed + seeds):
@@ -83,7 +84,7 @@ def ablate(
             if f"{arm}/{seed}" in runs:
                 continue
             say(f"{arm}, seed {seed}")
-            runs[f"{arm}/{seed}"] = _train_arm(recipe, products, out, arm, seed)
+            runs[f"{arm}/{seed}"] = _train_arm(recipe, products, out, arm, seed, key)
             write_atomically(kept, json.dumps({"key": key, "runs": runs}))
     wanted = {name: run for name, run in runs.items() if name.split("/")[0] in arms}
     table = summarise(wanted, list(range(recipe.seed, recipe.seed + seeds)))
@@ -121,10 +122,12 @@ def _variant(recipe: Recipe, arm: str, seed: int, nll: Mapping[str, float]) -> R
     return variant
 
 
-def _train_arm(recipe: Recipe, products: Mapping[str, Path], out: Path, arm: str, seed: int) -> dict[str, Any]:
+def _train_arm(
+    recipe: Recipe, products: Mapping[str, Path], out: Path, arm: str, seed: int, key: str
+) -> dict[str, Any]:
     work = out / ".training"
-    nll = _teacher_nll(recipe, products, out)
-    run = setup(recipe=_variant(recipe, arm, seed, nll), products=products, work=work, key=f"{arm}/{seed}")
+    nll = _teacher_nll(recipe, products, out, key)
+    run = setup(recipe=_variant(recipe, arm, seed, nll), products=products, work=work, key=f"{key}/{arm}/{seed}")
     measure_teachers(run)
     fit(run)
     log = [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
@@ -147,19 +150,21 @@ def _train_arm(recipe: Recipe, products: Mapping[str, Path], out: Path, arm: str
     }
 
 
-def _teacher_nll(recipe: Recipe, products: Mapping[str, Path], out: Path) -> dict[str, float]:
-    """Mean held-out NLL by teacher, once for the whole ablation."""
+def _teacher_nll(recipe: Recipe, products: Mapping[str, Path], out: Path, key: str) -> dict[str, float]:
+    """Mean held-out NLL by teacher, once for the whole ablation of ``key``."""
     kept = out / "teachers.json"
-    if not kept.exists():
+    saved = json.loads(kept.read_text()) if kept.exists() else {}
+    if saved.get("key") != key:
         run = setup(
             recipe=_variant(recipe, "uniform", recipe.seed, {}),
             products=products,
             work=out / ".training",
-            key="teachers",
+            key=f"{key}/teachers",
         )
         nll = {name: report["mean_nll"] for name, report in measure_teachers(run).items()}
-        write_atomically(kept, json.dumps(nll))
-    found: dict[str, float] = json.loads(kept.read_text())
+        saved = {"key": key, "nll": nll}
+        write_atomically(kept, json.dumps(saved))
+    found: dict[str, float] = saved["nll"]
     return found
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from compress import ablate
 from limbeck.errors import RecipeError
+from limbeck.recipe import Recipe
 from tests.test_compress import killed_while_writing, tiny
 
 
@@ -71,8 +73,36 @@ def test_killed_while_the_teachers_figures_are_written(tmp_path: Path, monkeypat
     monkeypatch.setattr(ablate, "setup", lambda **_: None)
     monkeypatch.setattr(ablate, "measure_teachers", lambda _: {"a": {"mean_nll": 1.5}})
     with killed_while_writing(), pytest.raises(KeyboardInterrupt):
-        ablate._teacher_nll(recipe, {}, tmp_path)
-    assert ablate._teacher_nll(recipe, {}, tmp_path) == {"a": 1.5}
+        ablate._teacher_nll(recipe, {}, tmp_path, "key")
+    assert ablate._teacher_nll(recipe, {}, tmp_path, "key") == {"a": 1.5}
+
+
+def test_nothing_is_compared_across_other_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tmp_path / "text.txt"
+    domain = {"name": "x", "text": {"kind": "files", "paths": [str(text)]}}
+    recipe, out = tiny(tmp_path, data={"domains": [domain]}), tmp_path / "ablation"
+    trained: list[str] = []
+    measured: list[str] = []
+
+    def train_arm(recipe: Recipe, products: Any, out: Path, arm: str, seed: int, key: str) -> dict[str, object]:
+        trained.append(arm)
+        assert ablate._teacher_nll(recipe, products, out, key) == {"a": len(measured), "b": 1.0}
+        return fake(arm, seed, 0.0)
+
+    def measure(key: str) -> dict[str, dict[str, float]]:
+        measured.append(key)
+        return {"a": {"mean_nll": len(measured)}, "b": {"mean_nll": 1.0}}
+
+    monkeypatch.setattr(ablate, "_train_arm", train_arm)
+    monkeypatch.setattr(ablate, "setup", lambda **asked: asked["key"])
+    monkeypatch.setattr(ablate, "measure_teachers", measure)
+    monkeypatch.setattr(ablate, "summarise", lambda *_: {})
+    monkeypatch.setattr(ablate, "_draw", lambda *_: None)
+    for words, arms in (("one", ["recipe"]), ("one", ["recipe", "uniform"]), ("two", ["recipe"])):
+        text.write_text(words)
+        ablate.ablate(recipe=recipe, products={}, out=out, arms=arms, seeds=1)
+    assert trained == ["ce-only", "recipe", "uniform", "ce-only", "recipe"]
+    assert len(set(measured)) == len(measured) == 2  # a checkpoint of the other text is of another key, too
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
