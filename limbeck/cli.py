@@ -368,6 +368,8 @@ def bench(
     from limbeck import pipeline
 
     if len(targets) > 1 or against or pipeline.is_target(targets[0]):
+        if shrink is not None:
+            raise RecipeError("--shrink-to: only a recipe can be shrunk, and none is given here; leave it out.")
         pipeline.bench_targets(targets, against=against or (), out=out, overrides=overrides or ())
         return
     _stage("bench", targets[0], out, overrides, shrink)

@@ -155,6 +155,12 @@ def test_validate_looks_at_the_recipes_of_teachers(tmp_path: Path) -> None:
 # Bad input, in the words of issue 2 ------------------------------------------------------------------------------
 
 
+def test_only_a_recipe_can_be_shrunk(tmp_path: Path) -> None:
+    result = call("bench", tmp_path, "--shrink-to", "pico")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("limbeck: --shrink-to: only a recipe can be shrunk")
+
+
 @pytest.mark.parametrize("command", ["run", "compress", "export", "bench"])
 @pytest.mark.parametrize(
     ("text", "expected"),
