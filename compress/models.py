@@ -38,7 +38,7 @@ def model_folder(source: BaseSource, *, folder: Path) -> Path:
     """
     match source:
         case HubModel():
-            return _from_hub(source)
+            return sources.hub_snapshot(source.id, source.revision)
         case RandomModel():
             key = fingerprint({"random": source.model_dump(mode="json")})
             return cached(key, lambda out: _make_random(source, out))
@@ -59,17 +59,7 @@ def model_config(source: BaseSource, *, folder: Path) -> Any:
     if isinstance(source, RandomModel):
         return random_config(source.config, vocab_size=len(byte_tokenizer()), where="model.config")
     if isinstance(source, HubModel):
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError
-
-        try:
-            path = Path(hf_hub_download(source.id, "config.json", revision=source.revision)).parent
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            raise ModelError(
-                f"{source.id}@{source.revision}: its config.json is not on this machine and cannot be fetched "
-                f"({type(error).__name__}). Where there is a network, run: hf download {source.id} config.json "
-                f"--revision {source.revision} (for a gated model after `hf auth login`)."
-            ) from error
+        path = sources.hub_config(source.id, source.revision)
     else:
         found = sources.model_path(source, folder=folder)
         assert found is not None
@@ -261,19 +251,3 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-
-
-def _from_hub(source: HubModel) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        path = snapshot_download(
-            source.id,
-            revision=source.revision,
-            allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"],
-        )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ModelError(f"{source.id}@{source.revision}: cannot be had from the model hub: {error}") from error
-    sources.check_weights(Path(path))
-    return Path(path)

@@ -247,6 +247,51 @@ def check_adapter(path: Path) -> None:
         )
 
 
+def hub_snapshot(repository: str, revision: str | None = None) -> Path:
+    """The folder of a model of the hub, fetched into the cache folder where it is not there. Raises `ModelError`."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    cache = _hub_cache()
+    try:
+        path = snapshot_download(
+            repository,
+            revision=revision,
+            cache_dir=cache,
+            allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"],
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        name = f"{repository}@{revision}" if revision else repository
+        raise ModelError(
+            f"{name}: is not in {cache} and cannot be had from the model hub; see to the name, the network, or, of a gated model, "
+            f"`hf auth login`: {error}"
+        ) from error
+    check_weights(Path(path))
+    return Path(path)
+
+
+def hub_config(repository: str, revision: str) -> Path:
+    """A folder with the config.json of a model of the hub, which alone is fetched. Raises `ModelError` with the command to run."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    cache = _hub_cache()
+    try:
+        return Path(hf_hub_download(repository, "config.json", revision=revision, cache_dir=cache)).parent
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ModelError(
+            f"{repository}@{revision}: its config.json is not on this machine and cannot be fetched "
+            f"({type(error).__name__}). Where there is a network, run: hf download {repository} config.json "
+            f"--revision {revision} --cache-dir {cache} (for a gated model after `hf auth login`)."
+        ) from error
+
+
+def _hub_cache() -> Path:
+    """Where models of the hub are kept: below our cache folder, as are the pieces that its downloader keeps."""
+    os.environ.setdefault("HF_XET_CACHE", str(cache_folder() / "hub" / "xet"))
+    return cache_folder() / "hub"
+
+
 def preflight(recipe: AnyRecipe) -> list[str]:
     """Mistakes that only this machine shows: missing files, packages and weights, each with its YAML path."""
     return list(_mistakes(recipe))

@@ -26,7 +26,7 @@ from limbeck.artifact import (
 )
 from limbeck.errors import ArtifactError, DataError, ModelError
 from limbeck.recipe import Bench, ServerScenario, UrlTarget, fingerprint
-from limbeck.sources import check_weights
+from limbeck.sources import check_weights, hub_snapshot
 from serve_bench import figures, load, machine, offline, scenarios, timing
 from serve_bench.arms import Arm, Workers, context_of, form_arm, weights_on_disk
 from serve_bench.figures import ENVIRONMENT, SAMPLES, Reference
@@ -102,7 +102,8 @@ def find_arm(target: str, bench: Bench) -> Arm:
     if target.startswith(("http://", "https://")):
         return Arm(target, target, "extra", "openai", 0, {"url": target})
     if target.startswith("hub:"):
-        name, folder = target, _download(target.removeprefix("hub:"))
+        repository, _, revision = target.removeprefix("hub:").partition("@")
+        name, folder = target, hub_snapshot(repository, revision or None)
     else:
         path, _, form = target.partition("#")
         folder = Path(path).expanduser()
@@ -127,18 +128,6 @@ def find_arm(target: str, bench: Bench) -> Arm:
     check_weights(folder)
     spec = {"model": str(folder.resolve()), "dtype": number, "device": device}
     return Arm(name, name, "extra", "torch", weights_on_disk(folder), spec)
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    repository, _, revision = name.partition("@")
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"hub:{name}: cannot be had from the hub ({str(error).splitlines()[0]}).") from None
 
 
 def _named(arms: Sequence[Arm]) -> list[Arm]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from limbeck.sources import cache_folder
+
 SMOLLM2 = {"model_type": "llama", "vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": 8192}
 QWEN3 = {
     "model_type": "qwen3", "vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "max_position_embeddings": 40960,
@@ -58,8 +60,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def serve(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the hub's client find these configurations, written below ``folder``."""
 
-    def download(repo: str, file: str, *, revision: str) -> str:
-        assert (file, revision) == ("config.json", "main")
+    def download(repo: str, file: str, *, revision: str, cache_dir: Path) -> str:
+        assert (file, revision, cache_dir) == ("config.json", "main", cache_folder() / "hub")
         path = folder / repo / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(CONFIGS[repo]))

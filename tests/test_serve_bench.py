@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -16,16 +17,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from compress.models import model_folder
 from limbeck.artifact import Artifact, open_artifact, write_artifact
 from limbeck.errors import ArtifactError, DataError, EnvironmentalError, LimbeckError, ModelError, RecipeError
 from limbeck.heldout import CALIBRATION, HELDOUT, load_heldout, save_calibration, save_heldout
 from limbeck.pipeline import bench_targets
-from limbeck.recipe import Bench, Recipe, ServerScenario
+from limbeck.recipe import Bench, HubModel, Recipe, ServerScenario
+from limbeck.sources import cache_folder
 from serve_bench import figures, load, measure, measure_targets, quality, replay, write_report
 from serve_bench.arms import Arm, Worker, Workers, list_arms
 from serve_bench.certificate import CERTIFICATE
 from serve_bench.figures import Sample
 from serve_bench.runtimes import TorchCompiled, TorchEager
+from serve_bench.targets import find_arm
 from serve_bench.timing import order, prompt, require_context
 from tests.fake_server import FakeServer
 from tests.pico import make_blocks, make_model, pico_recipe
@@ -553,6 +557,44 @@ def test_prompt_and_answer_must_fit_the_context(run: Path) -> None:
     with pytest.raises(DataError, match=r"come to 68 tokens; the context of wise is 64"):
         require_context(arms, long, run / "student/model")
     require_context(arms, bench_recipe(bench={"prompt_tokens": 56, "new_tokens": 8}), run / "student/model")
+
+
+def test_targets_must_have_the_context_and_a_folder_that_can_be_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = ["bench.prompt_tokens=60", "bench.new_tokens=8"]
+    with pytest.raises(
+        DataError, match=r"come to 68 tokens; .* is 64\. Make either smaller, with --set bench\.prompt_tokens="
+    ):
+        bench_targets([str(run / "onnx")], against=[], out=tmp_path / "out", overrides=long)
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    short = ["bench.prompt_tokens=8", "bench.new_tokens=4"]
+    with pytest.raises(
+        EnvironmentalError, match=r"out: cannot be written \(Read-only file system\); name another with --out"
+    ):
+        bench_targets([str(run / "onnx")], against=[], out=tmp_path / "out", overrides=short)
+
+
+def test_a_model_of_the_hub_is_kept_in_the_cache_whoever_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def download(repository: str, **options: Any) -> str:
+        asked.append((repository, options))
+        return str(make_model(tmp_path / "model"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert find_arm("hub:someone/wise@4f1e", Bench()).label == "hub:someone/wise@4f1e"
+    assert model_folder(HubModel(kind="hub", id="someone/wise", revision="4f1e"), folder=tmp_path) == tmp_path / "model"
+    assert asked[0] == asked[1]
+    assert asked[0][1]["cache_dir"] == cache_folder() / "hub"
+    monkeypatch.undo()
+    for arm in ("hub:someone/wise@4f1e", "hub:not/a/name"):
+        with pytest.raises(ModelError, match=rf"{arm[4:]}: is not in .*hub and cannot be had from the model hub"):
+            find_arm(arm, Bench())
 
 
 def test_inputs_that_do_not_belong_together(run: Path, tmp_path: Path) -> None:
