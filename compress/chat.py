@@ -115,4 +115,9 @@ def _rendered(
         )
     except TemplateError as error:
         raise DataError(f"{where}: the chat template refuses this conversation: {error}.") from None
+    except Exception as error:  # a template is a program, and may fail like one
+        raise DataError(
+            f"{where}: the chat template fails on this conversation: {type(error).__name__}: {error}. "
+            "Correct the template, or leave the row out."
+        ) from error
     return texts[0], spans[0] if marks else []

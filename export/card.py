@@ -12,6 +12,7 @@ import onnx
 import yaml
 
 from export.graph import Graphs
+from limbeck.chat import without_marks
 from limbeck.encoder_recipe import AnyRecipe, base_of, teachers_of, texts_of
 from limbeck.errors import ModelError
 from limbeck.licences import UNKNOWN, hub_fields, of_student
@@ -33,7 +34,7 @@ _BEFORE_LICENCES = (
 _APART = """## The adapter
 
 The graphs hold the base; what the student learnt is in `{file}` ({bytes} bytes), which `limbeck generate` and onnxruntime-genai's `Adapters` load with them. A client that knows no adapters, transformers.js among them, runs the base alone. `limbeck generate . --adapter FILE` takes the adapter of any other student of the same base (number {base})."""
-_COPIED = ("generation_config.json", "tokenizer.json", "chat_template.jinja")
+_COPIED = ("generation_config.json", "tokenizer.json")
 
 
 def write_client_files(
@@ -58,6 +59,8 @@ def write_client_files(
         if (model / name).is_file():
             shutil.copy(model / name, folder / name)
     _write(folder / "tokenizer_config.json", tokenizer_config(model))
+    if (template := _chat_template(model)) is not None:
+        (folder / "chat_template.jinja").write_text(template)
     config = json.loads((model / "config.json").read_text())
     config.pop("_name_or_path", None)
     config.pop("_model_name_or_path", None)
@@ -95,10 +98,15 @@ def tokenizer_config(model: Path) -> dict[str, Any]:
     context = json.loads((model / "config.json").read_text()).get("max_position_embeddings")
     if context and config.get("model_max_length", 1e30) > context:
         config["model_max_length"] = context
-    template = model / "chat_template.jinja"
-    if template.is_file():
-        config["chat_template"] = template.read_text()
+    if (template := _chat_template(model)) is not None:
+        config["chat_template"] = template
     return config
+
+
+def _chat_template(model: Path) -> str | None:
+    """The chat template as every client can read it."""
+    path = model / "chat_template.jinja"
+    return without_marks(path.read_text()) if path.is_file() else None
 
 
 def card_header(recipe: AnyRecipe, *, pipeline: str, shipped: str, student: Mapping[str, Any], student_digest: str,

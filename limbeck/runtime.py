@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from limbeck.artifact import available_cores, open_artifact, sums_overflow
+from limbeck.chat import render
 from limbeck.errors import ArtifactError, DataError, EnvironmentalError
 from limbeck.progress import say
 from limbeck.recipe import NO_KERNEL, Provider
@@ -441,20 +442,7 @@ class Text:
         """
         if self.template is None:
             raise DataError("this model has no chat template; leave --chat out and give it plain text.")
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-        environment.globals["raise_exception"] = _refuse
-        try:
-            text = environment.from_string(self.template).render(
-                messages=list(messages), add_generation_prompt=True, **self.special
-            )
-        except TemplateError as error:
-            raise DataError(f"the model's chat template cannot render these messages: {error}") from None
+        text = render(self.template, messages, self.special)
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
@@ -530,9 +518,3 @@ def _read(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text())) if path.is_file() else {}
     except (ValueError, TypeError) as error:
         raise ArtifactError(f"{path}: cannot be read ({error}); {_AGAIN}") from error
-
-
-def _refuse(message: str) -> None:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)

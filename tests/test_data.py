@@ -319,6 +319,7 @@ def test_answers_are_what_the_template_made_of_them(template: str, turns: tuple[
             "{{ raise_exception('no system role') }}",
             "here: the chat template refuses this conversation: no system role",
         ),
+        ("{{ messages[0]['content'] + 1 }}", "here: the chat template fails on this conversation: TypeError: "),
         (
             "{% for m in messages %}{{ m['content'] | upper }}{{ m['content'] }}{% endfor %}",
             "here: .*cannot be told from",

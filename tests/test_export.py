@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 import compress
 from export import export_student, verify_parity
 from export.blocks import Blockwise, block_size_for, pack_nibbles, quantize_blocks
+from export.card import write_client_files
 from export.census import require_quantized, take_census
 from export.graph import Graphs, build_fp32, form_files
 from export.greedy import answer_greedily, first_differences
@@ -194,6 +195,15 @@ def test_the_folder_is_what_clients_expect(exported: Artifact) -> None:
     assert exported.manifest["parents"] == {"student": open_artifact(exported.path.parent / "student").digest}
     assert exported.result["shipped"] == "int8-weight"
     assert exported.result["backend"]["why"].startswith("auto: ")
+
+
+def test_clients_get_the_chat_template_without_the_marks_of_training(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    (model / "chat_template.jinja").write_text("a {%- generation -%} b {% endgeneration %} c")
+    write_client_files(model, tmp_path, graphs=[], shipped=form_files(tmp_path, "fp32"), genai=None)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["chat_template"] == "a {%- if true -%} b {% endif %} c"
+    assert (tmp_path / "chat_template.jinja").read_text() == config["chat_template"]
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["known licence", "unknown licence"])

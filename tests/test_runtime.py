@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,12 +205,31 @@ def test_chat_is_rendered_as_transformers_does(exported: Artifact) -> None:
 
 
 @pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}<\n  {%- generation -%}\n  {{ m.content }} {% endgeneration %}\n>{% endfor %}",
+        "{{ strftime_now('%Y') }}{{ tools is none }}{{ documents is none }}",
+        "{{ {'b': '<é>', 'a': [1]} | tojson(indent=1, sort_keys=true) }}{{ '<é>' | tojson(ensure_ascii=true) }}",
+    ],
+    ids=["generation", "globals", "tojson"],
+)
+def test_templates_find_what_transformers_gives_them(exported: Artifact, tmp_path: Path, template: str) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    expected = make_tokenizer().apply_chat_template(
+        messages, chat_template=template, add_generation_prompt=True, tokenize=False
+    )
+    found = replace(load_text(exported.path), template=template)
+    assert found.tokenizer.decode(found.chat(messages)) == expected
+
+
+@pytest.mark.parametrize(
     ("template", "message"),
     [
         ("{{ raise_exception('no system role') }}", "no system role"),
         ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
         ("{% if %}", "cannot render"),
+        ("{{ messages[0]['content'] + 1 }}", "cannot render these messages: TypeError: "),
     ],
 )
 def test_a_template_cannot_do_harm(exported: Artifact, tmp_path: Path, template: str, message: str) -> None:
