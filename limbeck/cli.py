@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from limbeck import __version__
 from limbeck.errors import LimbeckError, RecipeError
+from limbeck.limits import Limits
 
 if TYPE_CHECKING:
     from limbeck.encoder_recipe import AnyRecipe
@@ -599,16 +600,20 @@ def evaluate(
       limbeck eval runs/pico-1a2b3c4d --tasks capitals --include-path my-tasks
     """
     from limbeck.errors import UserError
-    from limbeck.pipeline import RUN
     from serve_bench import evaluate as run_tasks
     from serve_bench.tasks import markdown
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise UserError("--tasks: found none; name at least one, such as --tasks capitals.")
-    folder = artifact / "onnx" if (artifact / RUN).is_file() else artifact
     found = run_tasks(
-        folder, tasks=names, include_path=include_path, form=form, limit=limit, shots=shots, threads=threads
+        _exported(artifact),
+        tasks=names,
+        include_path=include_path,
+        form=form,
+        limit=limit,
+        shots=shots,
+        threads=threads,
     )
     print(json.dumps(found, indent=1) if as_json else markdown(found))
 
@@ -702,13 +707,13 @@ def serve(
     cache_mb: Annotated[int, typer.Option("--cache-mb", min=1, help="Memory of all key-value caches, MB.")] = 1000,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=1, help="Most tokens one request may generate.")
-    ] = 1000,
+    ] = Limits.max_tokens,
     max_body_bytes: Annotated[
         int, typer.Option("--max-body-bytes", min=1, help="Largest request; a larger one is answered with 413.")
-    ] = 1 << 20,
+    ] = Limits.max_body_bytes,
     request_timeout: Annotated[
         float, typer.Option("--request-timeout", min=0.001, help="Seconds a request may take, waiting included.")
-    ] = 300.0,
+    ] = Limits.request_timeout,
     grace: Annotated[
         float, typer.Option("--grace", min=0, help="Seconds that running requests have left after SIGTERM or Ctrl-C.")
     ] = 30.0,
@@ -734,7 +739,7 @@ def serve(
     from limbeck.errors import EnvironmentalError
 
     try:
-        from limbeck.server import Limits, open_server
+        from limbeck.server import open_server
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("fastapi", "starlette", "uvicorn", "prometheus_client"):
             raise

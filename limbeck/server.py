@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,6 +39,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from limbeck.artifact import open_artifact
 from limbeck.engine import Engine, Finish, Piece, Request, Stream
 from limbeck.errors import ClosedError, ContextError, DataError, EnvironmentalError, QueueFullError
+from limbeck.limits import Limits
 from limbeck.progress import say
 from limbeck.wire import (
     ChatBody,
@@ -61,16 +61,6 @@ _KEEP_ALIVE = (
 )
 _READERS = 2  # threads that turn text into tokens: tokenizers keeps up to 10,000 words for each thread that asks it
 _LAST_WORDS = 5  # seconds that answers already made may take to reach their clients at the end
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one client may ask of the server."""
-
-    max_tokens: int = 1024  # a request; also the default of chat, where the context has room for it
-    max_body_bytes: int = 1 << 20
-    request_timeout: float = 300.0  # seconds from the first byte of the request to the last token
-    api_key: str | None = None
 
 
 class ApiError(HTTPException):
@@ -269,7 +259,7 @@ class Service:
         """`/v1/completions`."""
         prompt = body.one_prompt
         ids = await self._read(self.engine.text.encode, prompt) if isinstance(prompt, str) else prompt
-        most = body.max_tokens or _COMPLETION_TOKENS
+        most = body.max_tokens or self._room(ids, _COMPLETION_TOKENS)
         return await self._answer(http, body, ids, most, Completion(self.model, self.fingerprint))
 
     async def chat(self, http: HttpRequest, body: ChatBody) -> Response:
@@ -280,11 +270,13 @@ class Service:
             ids = await self._read(self.engine.text.chat, [message.plain() for message in body.messages])
         except DataError as error:
             raise ApiError(400, str(error), param="messages") from None
-        room = max(
-            1, min(self.limits.max_tokens, self.engine.longest - len(ids))
-        )  # 1: the engine says what is too long
-        most = body.max_completion_tokens or body.max_tokens or room
+        most = body.max_completion_tokens or body.max_tokens or self._room(ids, self.limits.max_tokens)
         return await self._answer(http, body, ids, most, ChatCompletion(self.model, self.fingerprint))
+
+    def _room(self, ids: list[int], most: int) -> int:
+        """Tokens to generate where the request does not say: ``most``, or what the limit and the context leave."""
+        room = min(most, self.limits.max_tokens, self.engine.longest - len(ids))
+        return max(room, 1)  # the engine says what is too long
 
     async def _answer(self, http: HttpRequest, body: Sampling, ids: list[int], most: int, shape: Shape) -> Response:
         arrived: float = http.scope["limbeck.arrived"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import inspect
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
 from limbeck.artifact import Artifact
-from limbeck.cli import app
+from limbeck.cli import app, serve
+from limbeck.limits import Limits
 from limbeck.runtime import Decoder, Text, load_text
-from limbeck.server import Limits, Listener, open_server
+from limbeck.server import Listener, open_server
 
 PROMPTS = ["a", "My fellow Americans,", "x" * 140, "Grüße", "one two three four five", "{}", "And it came to pass " * 5]
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"}]
@@ -137,6 +140,14 @@ def test_a_completion_is_the_decoders(served: Artifact, client: openai.OpenAI) -
     assert answer.system_fingerprint == f"limbeck-{served.digest[:12]}-fp32"
     unasked = client.completions.create(model="pico", prompt="a", extra_body={"ignore_eos": True})  # drawn, as OpenAI's
     assert unasked.usage.completion_tokens == 16  # type: ignore[union-attr]
+
+
+def test_what_is_not_asked_for_fits_the_limits(served: Artifact) -> None:
+    with serving(served.path, limits=Limits(max_tokens=8)) as server:
+        for prompt, made in (("a", 8), ("x" * 507, 5)):  # of a context of 512
+            body = {"model": "pico", "prompt": prompt, "ignore_eos": True}
+            status, _, answer = bare(server, "POST", "/v1/completions", body)
+            assert (status, answer["usage"]["completion_tokens"]) == (200, made)
 
 
 def test_a_chat_is_the_decoders(served: Artifact, client: openai.OpenAI) -> None:
@@ -552,6 +563,11 @@ def test_the_command(served: Artifact) -> None:
         process.kill()
         process.wait()
         process.stderr.close()  # type: ignore[union-attr]
+
+
+def test_the_command_has_the_limits_of_the_server() -> None:
+    of_command = inspect.signature(serve).parameters
+    assert Limits(**{f.name: of_command[f.name].default for f in fields(Limits)}) == Limits()
 
 
 def test_a_port_in_use_and_a_host_that_is_none(served: Artifact) -> None:
