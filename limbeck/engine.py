@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -175,13 +175,23 @@ class Engine:
                 raise ClosedError(f"the engine has failed ({self.failure!r}) and takes no more requests.")
             if self._closing is not None:
                 raise ClosedError("the engine is shutting down and takes no more requests.")
-            if len(self._waiting) >= self.max_queue + self.max_batch - self.running:
+            held_up = self._held_up([*self._waiting, stream])
+            if held_up > self.max_queue:
                 raise QueueFullError(
-                    f"found {len(self._waiting)} requests waiting, at most {self.max_queue} may; try again later."
+                    f"found {held_up - 1} requests waiting, at most {self.max_queue} may; try again later."
                 )
             self._waiting.append(stream)
             self._change.notify()
         return stream
+
+    def _held_up(self, streams: Sequence[Stream]) -> int:
+        """How many of ``streams``, first come first served, have no row or no room in the caches now."""
+        needs = [stream.need for stream in (*self._running, *([self._new] if self._new else []))]
+        for place, stream in enumerate(streams):
+            needs.append(stream.need)
+            if len(needs) > self.max_batch or not self._batch.fits(needs):
+                return len(streams) - place
+        return 0
 
     def generate(self, request: Request) -> Iterator[Piece]:
         """The pieces of one request, as they come; leaving the loop early cancels it. Raises as `submit` does."""
@@ -264,14 +274,15 @@ class Engine:
             left -= len(chunk)
             if new.read < len(new.request.ids):
                 return
-            finish = self._advance(new, logits)
-            self._new = None
-            if finish:
+            if finish := self._advance(new, logits):
                 self._batch.drop()
+                self._new = None
                 self._end(new, finish)
             else:
                 self._batch.join()
-                self._running.append(new)
+                with self._change:  # `submit` counts each request once
+                    self._new = None
+                    self._running.append(new)
 
     def _next(self) -> Stream | None:
         """The request that waits longest, when there is room for all it may grow to."""
@@ -307,8 +318,9 @@ class Engine:
     def _leave(self, ended: dict[int, Finish]) -> None:
         for row in sorted(ended, reverse=True):  # the last row takes the number of one that leaves
             self._batch.leave(row)
-            stream, self._running[row] = self._running[row], self._running[-1]
-            self._running.pop()
+            with self._change:
+                stream, self._running[row] = self._running[row], self._running[-1]
+                self._running.pop()
             self._end(stream, ended[row])
 
     def _end(self, stream: Stream, finish: Finish) -> None:

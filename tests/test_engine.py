@@ -280,6 +280,17 @@ def test_requests_wait_for_room_in_the_cache(served: Artifact) -> None:
         Engine(served.path, form="fp32", threads=1, cache_bytes=1000, max_batch=8)
 
 
+def test_what_waits_for_room_counts_as_waiting_though_rows_are_free(served: Artifact) -> None:
+    room = 100 * bytes_per_token(Decoder(served.path, form="fp32", threads=1))
+    with running(served.path, cache_bytes=room, max_batch=8, max_queue=1) as engine:
+        held = Held(engine)
+        answers = [start(engine, [token] * 20, 20)[1] for token in range(3)]  # two have room
+        with pytest.raises(QueueFullError, match="found 1 requests waiting, at most 1 may"):
+            start(engine, [3] * 20, 20)
+        held.free()
+        assert [collect(pieces)[2] for pieces in answers] == ["length"] * 3
+
+
 def test_a_row_that_leaves_gives_its_memory_back(served: Artifact) -> None:
     batch = open_batch(Decoder(served.path, form="fp32", threads=1), rows=3, tokens=1000)
     assert isinstance(batch, InPlaceBatch)
