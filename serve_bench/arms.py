@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from limbeck.artifact import Artifact
 from limbeck.errors import ArtifactError, EnvironmentalError
 from limbeck.recipe import Bench, CompiledRuntime, GenaiRuntime, OpenAiRuntime
 from serve_bench.fairness import require_same_work
+from serve_bench.machine import child_environment
 
 Role = Literal["teacher", "student", "form", "twin", "extra"]
 RuntimeName = Literal["torch", "torch-compile", "onnxruntime", "onnxruntime-genai", "openai"]
@@ -119,15 +119,13 @@ class Worker:
     def __init__(self, arm: Arm, *, threads: int, log: Path, module: str = "serve_bench.worker") -> None:
         """Start it, running ``module``; ``log`` receives its stderr, and what libraries print."""
         self.arm, self._log = arm, log
-        root = str(Path(__file__).resolve().parent.parent)
         self.spawned = time.perf_counter()
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
-            "OMP_NUM_THREADS": str(threads),
-            "OPENBLAS_NUM_THREADS": "1",  # numpy is used for scoring only
-            "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_OFFLINE": "1",
-        }
+        environment = child_environment(
+            OMP_NUM_THREADS=str(threads),
+            OPENBLAS_NUM_THREADS="1",  # numpy is used for scoring only
+            TOKENIZERS_PARALLELISM="false",
+            HF_HUB_OFFLINE="1",
+        )
         with log.open("wb") as stderr:
             # -P: the user's working directory is no place to import from.
             self._process = subprocess.Popen(

@@ -10,7 +10,6 @@ their mean over the teachers in torch. The loss of an arm is 1 - its metric over
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,16 @@ from limbeck.examples import accuracy, macro_f1, similarities
 from serve_bench.arms import Arm
 from serve_bench.figures import asdict
 from serve_bench.gates import Gate, Verdict, conclude, estimated, exact, show
-from serve_bench.stats import Array, Interval, first_look, paired_ratio, sequential_interval, widened
+from serve_bench.stats import (
+    Array,
+    Interval,
+    first_look,
+    geometric_means,
+    paired_ratio,
+    rate,
+    sequential_interval,
+    widened,
+)
 
 ANSWERS = "answers.safetensors"
 _RESAMPLES = {"classification": 2000, "embedding": 200}  # ranks of all pairs are dear
@@ -133,11 +141,7 @@ class Quality:
 
 def by_block(samples: Sequence[Sample], arm: str, cell: Cell | None = None) -> Array:
     """Seconds of a run by block: geometric mean of the arm's samples in it, of one cell or of all."""
-    blocks: dict[int, list[float]] = {}
-    for sample in samples:
-        if sample.arm == arm and cell in (None, sample.cell):
-            blocks.setdefault(sample.block, []).append(math.log(sample.seconds))
-    return np.array([np.exp(np.mean(logs)) for _, logs in sorted(blocks.items())])
+    return geometric_means((s.block, s.seconds) for s in samples if s.arm == arm and cell in (None, s.cell))
 
 
 def speed(samples: Sequence[Sample], arms: Sequence[Arm], shipped: str, arm: str, *, first: int) -> Interval:
@@ -241,10 +245,7 @@ def summary(
         grid = []
         for cell in cells:
             seconds = sequential_interval(by_block(samples, arm.id, cell), first=first)
-            rate = Interval(
-                cell.batch / seconds.value, cell.batch / seconds.high, _over(cell.batch, seconds.low), seconds.n
-            )
-            grid.append({**vars(cell), "seconds": asdict(seconds), "sequences_s": asdict(rate)})
+            grid.append({**vars(cell), "seconds": asdict(seconds), "sequences_s": asdict(rate(cell.batch, seconds))})
         figures[arm.id] = {
             "label": arm.label,
             "role": arm.role,
@@ -275,7 +276,3 @@ def summary(
         "verdict": verdict.status,
         "sentence": verdict.sentence,
     }
-
-
-def _over(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator > 0 else float("inf")

@@ -26,7 +26,7 @@ from limbeck.examples import EXAMPLES, Examples, load_examples
 from limbeck.progress import Task, say, task
 from limbeck.recipe import fingerprint
 from serve_bench import encoder_figures as figures
-from serve_bench.arms import Arm, Workers, context_of
+from serve_bench.arms import Arm, Workers, context_of, weights_on_disk
 from serve_bench.encoder_figures import ANSWERS, Cell, Sample
 from serve_bench.figures import ENVIRONMENT, SAMPLES
 from serve_bench.stats import first_look, is_look
@@ -101,10 +101,12 @@ def list_arms(*, onnx: Artifact, student: Artifact) -> list[Arm]:
                 "the recipe again, which makes it."
             )
         spec = {"model": str(folder), "task": task_name, "pooling": teacher["pooling"]}
-        arms.append(Arm(f"teacher:{teacher['name']}", teacher["name"], "teacher", "torch", _weights(folder), spec))
+        arms.append(
+            Arm(f"teacher:{teacher['name']}", teacher["name"], "teacher", "torch", weights_on_disk(folder), spec)
+        )
     model = student.path / "model"
     spec = {"model": str(model), "task": task_name, "pooling": "mean"}
-    arms.append(Arm("student", "student", "student", "torch", _weights(model), spec))
+    arms.append(Arm("student", "student", "student", "torch", weights_on_disk(model), spec))
     shipped = str(onnx.result["shipped"])
     for name, form in onnx.result["forms"].items():
         spec = {"artifact": str(onnx.path), "form": name}
@@ -112,10 +114,6 @@ def list_arms(*, onnx: Artifact, student: Artifact) -> list[Arm]:
     size, spec = int(onnx.result["forms"][shipped]["bytes"]), {"artifact": str(onnx.path), "form": shipped}
     arms.append(Arm(f"onnx:{shipped}:twin", f"{shipped} (copy)", "twin", "onnxruntime", size, spec))
     return arms
-
-
-def _weights(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _require_context(arms: Sequence[Arm], cells: Sequence[Cell], student: Path) -> None:

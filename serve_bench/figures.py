@@ -23,8 +23,10 @@ from serve_bench.stats import (
     Array,
     Interval,
     first_look,
+    geometric_means,
     paired_ratio,
     percentile,
+    rate,
     relative_rise,
     sequential_interval,
     widened,
@@ -106,11 +108,7 @@ def read_samples(path: Path) -> list[Sample]:
 
 def by_block(samples: Iterable[Sample], arm: str, metric: str) -> Array:
     """Seconds of one metric by block: the geometric mean of the arm's two generations in it."""
-    blocks: dict[int, list[float]] = {}
-    for sample in samples:
-        if sample.arm == arm:
-            blocks.setdefault(sample.block, []).append(getattr(sample, metric))
-    return np.array([np.exp(np.mean(np.log(values))) for _, values in sorted(blocks.items())])
+    return geometric_means((s.block, getattr(s, metric)) for s in samples if s.arm == arm)
 
 
 def latency(samples: Sequence[Sample], arm: str, *, first: int) -> dict[str, Any]:
@@ -123,7 +121,7 @@ def latency(samples: Sequence[Sample], arm: str, *, first: int) -> dict[str, Any
         "ttft_ms": asdict(_milliseconds(by_block(samples, arm, "ttft"), first)),
         "tpot_ms": asdict(tpot),
         "e2el_ms": asdict(_milliseconds(by_block(samples, arm, "e2el"), first)),
-        "decode_tokens_s": asdict(Interval(1e3 / tpot.value, 1e3 / tpot.high, _over(1e3, tpot.low), tpot.n)),
+        "decode_tokens_s": asdict(rate(1e3, tpot)),
         "itl_ms": {
             "n": len(itl),
             **{f"p{p}": None if (v := percentile(itl, p)) is None else 1e3 * v for p in (50, 90, 95, 99)},
@@ -287,7 +285,3 @@ def _speed(samples: Sequence[Sample], ours: str, theirs: str, metric: str, first
 
 def _milliseconds(seconds: Array, first: int) -> Interval:
     return sequential_interval(1e3 * seconds, first=first)
-
-
-def _over(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator > 0 else float("inf")

@@ -11,7 +11,6 @@ import contextlib
 import importlib.util
 import json
 import math
-import os
 import socket
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from limbeck.errors import EnvironmentalError
 from limbeck.progress import say
 from limbeck.recipe import ServerScenario, UrlTarget
 from serve_bench.client import Endpoint, find_endpoint, open_session, request
+from serve_bench.machine import child_environment
 from serve_bench.scenarios import meets
 
 _DOUBLINGS = 12  # and halvings, at most
@@ -206,8 +206,7 @@ def serve(artifact: Path, *, threads: int, log: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    root = str(Path(__file__).resolve().parent.parent)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+    environment = child_environment()
     environment.pop("LIMBECK_API_KEY", None)  # it listens to this machine alone, and to us
     command = ["serve", str(artifact), "--port", str(port), "--threads", str(threads)]
     with log.open("wb") as output:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.errors import EnvironmentalError
-from serve_bench.machine import cache_bytes
+from serve_bench.machine import cache_bytes, child_environment
 
 _LEAST, _MOST = 64 << 20, 512 << 20  # bytes of an array: far beyond the caches, within reason
 _CACHES = 4  # arrays are so many times the last-level cache
@@ -27,12 +26,7 @@ _SIDE = 1024  # of the multiplied matrices
 
 def measure_roofline(*, threads: int, device: str = "cpu") -> dict[str, Any]:
     """Bandwidth in bytes/s and compute in FLOP/s of ``device`` with ``threads`` threads. Raises `EnvironmentalError` when it dies."""
-    root = str(Path(__file__).resolve().parent.parent)
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-    }
+    environment = child_environment(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
     done = subprocess.run(
         [sys.executable, "-P", "-m", "serve_bench.roofline", str(threads), device],
         capture_output=True, text=True, env=environment, check=False,

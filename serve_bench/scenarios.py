@@ -14,7 +14,7 @@ from limbeck.recipe import Bench, ServerScenario, Slo
 from serve_bench import figures
 from serve_bench.arms import Arm
 from serve_bench.figures import Reference, Sample, asdict
-from serve_bench.stats import CONFIDENCE, Array, median_interval, percentile
+from serve_bench.stats import CONFIDENCE, Array, geometric_means, median_interval, percentile
 
 Row = Mapping[str, Any]
 Cell = tuple[int, int, int]  # rows of a batch, prompt tokens, generated tokens
@@ -77,7 +77,7 @@ def batches(rows: Iterable[Row]) -> dict[Cell, dict[str, dict[int, list[Row]]]]:
 
 def by_block(blocks: Mapping[int, Sequence[Row]], seconds: Callable[[Row], float]) -> Array:
     """Geometric mean of the two generations of each block, in the order of the blocks."""
-    return np.array([np.exp(np.mean(np.log([seconds(row) for row in rows]))) for _, rows in sorted(blocks.items())])
+    return geometric_means((block, seconds(row)) for block, rows in blocks.items() for row in rows)
 
 
 def _median(values: Array) -> dict[str, Any]:

@@ -17,7 +17,7 @@ more often than it says. So looks are rare (after n, 2n, 4n … blocks, and when
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +58,20 @@ def first_look(min_blocks: int) -> int:
 def is_look(blocks: int, *, first: int) -> bool:
     """Whether the interval is looked at after so many blocks: ``first``, twice, four times …"""
     return blocks >= first and blocks % first == 0 and (blocks // first).bit_count() == 1
+
+
+def geometric_means(timed: Iterable[tuple[int, float]]) -> Array:
+    """Of (block, value) pairs: the geometric mean of each block's values, in the order of the blocks."""
+    blocks: dict[int, list[float]] = {}
+    for block, value in timed:
+        blocks.setdefault(block, []).append(value)
+    return np.array([np.exp(np.mean(np.log(values))) for _, values in sorted(blocks.items())])
+
+
+def rate(amount: float, time: Interval) -> Interval:
+    """``amount`` over the time that it takes; without a bound above where the time may be nothing."""
+    high = amount / time.low if time.low > 0 else math.inf
+    return Interval(amount / time.value, amount / time.high, high, time.n)
 
 
 def median_interval(values: Sequence[float] | Array, *, error: float) -> Interval:
