@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
-from safetensors.numpy import load_file, save_file
 
 from export.blocks import Blockwise, block_size_for
 from export.calibrate import Known, calibration_for
@@ -28,7 +27,7 @@ from export.card import card_header, digests, markdown_table, what_went_in, writ
 from export.census import require_quantized, take_census
 from export.dynamo import quiet_exporter, split_gemm
 from export.graph import Graphs, form_files, relocate, stamp
-from export.parity import PARITY, require_parity
+from export.parity import PARITY, load_arrays, require_parity, save_arrays
 from export.quantize import (
     PerChannel,
     Scheme,
@@ -82,7 +81,7 @@ def export_encoder(*, student: Artifact, out: Path, recipe: EncoderRecipe, key: 
             static=recipe.export.shapes if isinstance(recipe.export.shapes, StaticShapes) else None,
         )
         cases = make_cases(_heldout(student.path), model, task=task)
-        save_cases(folder / PARITY, cases)
+        save_arrays(folder / PARITY, cases)
         forms: dict[str, dict[str, Any]] = {}
         known = Known()
         for form in recipe.export.forms:
@@ -267,20 +266,6 @@ def make_cases(heldout: Examples, model: Path, *, task: str) -> dict[str, dict[s
     return cases
 
 
-def save_cases(path: Path, cases: Cases) -> None:
-    """Write cases to one safetensors file."""
-    save_file({f"{c}/{n}": np.ascontiguousarray(v) for c, tensors in cases.items() for n, v in tensors.items()}, path)
-
-
-def load_cases(path: Path) -> dict[str, dict[str, npt.NDArray[Any]]]:
-    """Read what `save_cases` wrote."""
-    cases: dict[str, dict[str, npt.NDArray[Any]]] = {}
-    for name, values in load_file(path).items():
-        case, _, tensor = name.partition("/")
-        cases.setdefault(case, {})[tensor] = values
-    return cases
-
-
 def measure_encoder_parity(form: str, graph: Path, cases: Cases) -> dict[str, Any]:
     """Differences between the graph of ``form`` and torch's answers, by case and over all rows.
 
@@ -326,7 +311,7 @@ def _likeness(expected: npt.NDArray[Any], found: npt.NDArray[Any], *, task: str)
 
 def verify_encoder(artifact: Artifact) -> dict[str, Any]:
     """Measure every form of an encoder's ``onnx`` artifact again, without torch. See `export.verify_parity`."""
-    cases = load_cases(artifact.path / PARITY)
+    cases = load_arrays(artifact.path / PARITY)
     measured = {}
     for name, form in artifact.result["forms"].items():
         measured[name] = measure_encoder_parity(name, artifact.path / form["graph"], cases)

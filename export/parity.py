@@ -9,7 +9,7 @@ Shape letters: B rows, L length with padding, P positions compared, V vocabulary
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,15 +156,27 @@ def thin(cases: Mapping[str, Case]) -> dict[str, Case]:
 
 def save_cases(path: Path, cases: Mapping[str, Case]) -> None:
     """Write cases to one safetensors file."""
-    tensors = {f"{name}/{f.name}": getattr(case, f.name) for name, case in cases.items() for f in fields(Case)}
-    save_file({name: np.ascontiguousarray(values) for name, values in tensors.items()}, path)
+    save_arrays(path, {name: vars(case) for name, case in cases.items()})
 
 
 def load_cases(path: Path) -> dict[str, Case]:
     """Read what `save_cases` wrote."""
-    tensors = load_file(path)
-    names = sorted({name.partition("/")[0] for name in tensors})
-    return {name: Case(**{f.name: tensors[f"{name}/{f.name}"] for f in fields(Case)}) for name in names}
+    return {name: Case(**arrays) for name, arrays in load_arrays(path).items()}
+
+
+def save_arrays(path: Path, cases: Mapping[str, Mapping[str, npt.NDArray[Any]]]) -> None:
+    """Write the named arrays of each case to one safetensors file."""
+    save_file({f"{c}/{n}": np.ascontiguousarray(v) for c, arrays in cases.items() for n, v in arrays.items()}, path)
+    path.chmod(0o644)  # safetensors writes files that only their owner can read
+
+
+def load_arrays(path: Path) -> dict[str, dict[str, npt.NDArray[Any]]]:
+    """Read what `save_arrays` wrote, the cases in the order of their names."""
+    cases: dict[str, dict[str, npt.NDArray[Any]]] = {}
+    for name, values in sorted(load_file(path).items()):
+        case, _, array = name.partition("/")
+        cases.setdefault(case, {})[array] = values
+    return cases
 
 
 def measure_parity(

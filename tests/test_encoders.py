@@ -20,8 +20,8 @@ from compress.encoder_data import training_order
 from compress.encoder_models import build_student, class_names, encoder_folder, load_body, load_classifier, pooled
 from compress.mail import subject_and_body
 from compress.models import byte_tokenizer
-from export.encoders import load_cases, load_student, measure_encoder_parity
-from export.parity import PARITY, require_parity
+from export.encoders import load_student, measure_encoder_parity
+from export.parity import PARITY, load_arrays, require_parity
 from limbeck import pipeline
 from limbeck.artifact import Artifact, open_artifact
 from limbeck.encoder import Encoder
@@ -396,7 +396,7 @@ def test_a_row_does_not_depend_on_its_batch(exported: Exported) -> None:
 
 def test_parity_sees_a_graph_that_computes_something_else(exported: Exported) -> None:
     graph = exported.onnx.path / exported.onnx.result["forms"]["fp32"]["graph"]
-    cases = load_cases(exported.onnx.path / PARITY)
+    cases = load_arrays(exported.onnx.path / PARITY)
     assert measure_encoder_parity("fp32", graph, cases)["failures"] == []
     cases["ragged"]["answers"] = -cases["ragged"]["answers"]
     parity = measure_encoder_parity("fp32", graph, cases)
