@@ -10,7 +10,8 @@ from typing import Any
 
 import onnx
 
-from export.graph import KNOWN, Graphs, build_fp32, head_of, width_of
+from export.genai import KNOWN, build_genai
+from export.graph import Graphs, head_of, width_of
 from limbeck.errors import ModelError
 from limbeck.progress import say
 from limbeck.recipe import Provider, StaticShapes
@@ -55,7 +56,7 @@ def build_graphs(
         backend, why = "dynamo", "auto: TensorRT has no kernel for the builder's fused attention"
     if backend in ("auto", "genai"):
         try:
-            graphs, genai = build_fp32(model, folder, metadata)
+            graphs, genai = build_genai(model, folder, metadata)
         except ModelError as error:
             if backend == "genai":
                 raise

@@ -21,7 +21,17 @@ import onnx
 import torch
 from onnx import ModelProto, NodeProto, helper
 
-from export.graph import Graphs, Maker, attention_windows, form_files, head_of, relocate, stamp, width_of
+from export.graph import (
+    Graphs,
+    Maker,
+    attention_windows,
+    choose_columns,
+    declare_one_position,
+    describe_input,
+    form_files,
+    relocate,
+    stamp,
+)
 from limbeck.errors import ModelError
 from limbeck.loading import load_pretrained
 from limbeck.recipe import StaticShapes
@@ -212,37 +222,14 @@ def split_gemm(proto: ModelProto) -> None:
 
 def keep_last(proto: ModelProto) -> None:
     """Compute the head for each row's last *token* only, in place: logits become ``[B, 1, V]``."""
-    graph = proto.graph
-    head = head_of(proto)
     make = Maker(proto)
-    whole, one, zero = make.constant("end", [2**63 - 1]), make.constant("one", [1]), make.constant("zero", [0])
-    zero_scalar, one_scalar = make.constant("zero_scalar", 0), make.constant("one_scalar", 1)
-    nodes = [
-        make("Shape", ["input_ids"], "rows", start=0, end=1),
-        make("Shape", ["input_ids"], "steps", start=1, end=2),
-        make("Neg", [make.name("steps")], "start"),
-        make("Slice", ["attention_mask", make.name("start"), whole, one], "mask"),  # [B, S]
-        make("Squeeze", [make.name("steps"), zero], "steps_scalar"),
-        make("Range", [zero_scalar, make.name("steps_scalar"), one_scalar], "range"),
+    entry = [
+        *describe_input(make),
         make("Mul", [make.name("mask"), make.name("range")], "token_columns"),
-        make("ReduceMax", [make.name("token_columns"), one], "last", keepdims=1),  # [B, 1]
-        make("Squeeze", [make.name("rows"), zero], "rows_scalar"),
-        make("Range", [zero_scalar, make.name("rows_scalar"), one_scalar], "row"),
-        make("Mul", [make.name("row"), make.name("steps")], "row_start"),
-        make("Unsqueeze", [make.name("row_start"), one], "row_start_column"),
-        make("Add", [make.name("row_start_column"), make.name("last")], "source"),
-        make("Reshape", [head.input[0], make.constant("flat", [-1, width_of(proto, head)])], "hidden_flat"),
-        make("Gather", [make.name("hidden_flat"), make.name("source")], "hidden", axis=0),
+        make("ReduceMax", [make.name("token_columns"), make.constant("one", [1])], "last", keepdims=1),  # [B, 1]
     ]
-    head.input[0] = make.name("hidden")
-    before = list(graph.node)
-    at = next(index for index, node in enumerate(before) if node.output[0] == head.output[0])
-    del graph.node[:]
-    graph.node.extend([*before[:at], *nodes, *before[at:]])
-    del graph.value_info[:]
-    dims = next(value for value in graph.output if value.name == "logits").type.tensor_type.shape.dim
-    dims[1].Clear()
-    dims[1].dim_value = 1
+    choose_columns(proto, make, entry, "last")
+    declare_one_position(proto)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import nn
 
 from export.blocks import Blockwise
-from export.graph import KNOWN
+from export.genai import KNOWN
 from export.quantize import scheme_for, stored_bytes
 from limbeck.recipe import Form
 

@@ -95,7 +95,7 @@ class Decoder:
     grows when a longer one comes. Other graphs (metadata ``limbeck.cache: grows``) return a longer cache at every step, and those
     of fixed shape (``shifts``) read one token a run and forget the cache's oldest column: a prompt then takes a run a token.
     Padding on either side is right, ragged batches included, because the graph itself places each row's tokens
-    (see `export.graph` and `export.dynamo`).
+    (see `export.genai` and `export.dynamo`).
     """
 
     def __init__(

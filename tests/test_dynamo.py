@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from export.backend import build_graphs
 from export.census import require_quantized, take_census
 from export.dynamo import build_dynamo, split_gemm
-from export.graph import KNOWN
+from export.genai import KNOWN
 from limbeck.artifact import Artifact
 from limbeck.errors import ModelError, QualityError, RecipeError
 from limbeck.runtime import Decoder

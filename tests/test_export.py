@@ -19,7 +19,8 @@ from export import export_student, verify_parity
 from export.blocks import Blockwise, block_size_for, pack_nibbles, quantize_blocks
 from export.card import write_client_files
 from export.census import require_quantized, take_census
-from export.graph import Graphs, build_fp32, form_files
+from export.genai import build_genai
+from export.graph import Graphs, form_files
 from export.greedy import answer_greedily, first_differences
 from export.parity import answer, load_cases, make_cases, measure_parity
 from export.quantize import (
@@ -71,7 +72,7 @@ def texts_of(*lengths: int) -> list[Any]:
 @pytest.mark.parametrize("sizes", SHAPES)
 def test_every_way_of_feeding_agrees_with_torch(tmp_path: Path, sizes: dict[str, Any]) -> None:
     model = make_model(tmp_path / "model", **sizes)
-    fp32, _ = build_fp32(model, tmp_path, {})
+    fp32, _ = build_genai(model, tmp_path, {})
     cases = answer(make_cases(texts_of(40, 33), context=64), model)
     exact = measure_parity("fp32", fp32.last, fp32.all, cases)
     assert exact["failures"] == []
@@ -97,7 +98,7 @@ def test_any_mask_gives_torchs_answers(tmp_path: Path, seed: int) -> None:
     from transformers import AutoModelForCausalLM
 
     model = make_model(tmp_path / "model", seed=seed)
-    fp32, _ = build_fp32(model, tmp_path, {})
+    fp32, _ = build_genai(model, tmp_path, {})
     draw = np.random.default_rng(seed)
     mask = (draw.random((4, 14)) < 0.6).astype(np.int64)
     mask[np.arange(4), draw.integers(0, 9, 4)] = 1  # at least one token in every prompt
@@ -300,7 +301,7 @@ def test_genai_generates_the_same_tokens(exported: Artifact) -> None:
 
 
 def test_a_second_export_is_skipped(exported: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.graph.build_fp32", None)
+    monkeypatch.setattr("export.backend.build_graphs", None)
     again = export_student(student=exported.path.parent / "student", out=exported.path, recipe=pico_recipe())
     assert again.digest == exported.digest
 
@@ -335,10 +336,10 @@ def test_a_graph_that_pads_wrongly_fails_parity_and_leaves_nothing(
         if logits == "last":
             real(proto, logits=logits)
 
-    import export.graph
+    import export.genai
 
-    real = export.graph.handle_padding
-    monkeypatch.setattr(export.graph, "handle_padding", unfixed)
+    real = export.genai.handle_padding
+    monkeypatch.setattr(export.genai, "handle_padding", unfixed)
     make_student(tmp_path / "student", make_model(tmp_path / "model"))
     with pytest.raises(ParityError, match=r"left_padded: max_abs") as caught:
         export_student(student=tmp_path / "student", out=tmp_path / "onnx", recipe=pico_recipe())
@@ -348,7 +349,7 @@ def test_a_graph_that_pads_wrongly_fails_parity_and_leaves_nothing(
 
 
 def test_census_refuses_a_form_that_stayed_float(tmp_path: Path) -> None:
-    fp32, _ = build_fp32(make_model(tmp_path / "model"), tmp_path, {})
+    fp32, _ = build_genai(make_model(tmp_path / "model"), tmp_path, {})
     census = take_census(fp32.last)
     assert census["operators"]["MatMul float"] == 11
     assert census["operators"]["GroupQueryAttention"] == 2
@@ -415,7 +416,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         export_student(student=model, out=tmp_path / "out", recipe=pico_recipe())
     gpt2 = make_model(tmp_path / "gpt2", model_type="gpt2", n_embd=32, n_head=4, n_layer=1)
     with pytest.raises(ModelError, match=r"cannot build GPT2LMHeadModel .* use a student of .* llama"):
-        build_fp32(gpt2, tmp_path, {})
+        build_genai(gpt2, tmp_path, {})
 
 
 def test_every_form_ships_from_one_folder(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 from export import export_student
 from export.backend import build_graphs
 from export.blocks import Blockwise, pack_nibbles, quantize_blocks
-from export.graph import Graphs, build_fp32
+from export.genai import build_genai
+from export.graph import Graphs
 from export.loss import heldout_nll, relative_rise
 from export.origin import matrix_values, origins, rounding_of
 from export.quantize import Scheme, matrices_of, scheme_for, stored_bytes
@@ -54,7 +55,7 @@ def test_every_matrix_is_traced_to_its_parameters(tmp_path: Path, sizes: dict[st
 
 def test_a_matrix_that_was_changed_on_the_way_is_refused(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
-    graphs, _ = build_fp32(model, tmp_path, {})
+    graphs, _ = build_genai(model, tmp_path, {})
     weights = load_file(model / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"] *= 2
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
@@ -67,7 +68,7 @@ def test_costs_are_those_of_the_whole_model_with_one_matrix_rounded(tmp_path: Pa
     from transformers import AutoModelForCausalLM
 
     model = make_model(tmp_path / "model", num_hidden_layers=3)
-    graphs, _ = build_fp32(model, tmp_path, {})
+    graphs, _ = build_genai(model, tmp_path, {})
     matrices = {n: m for n, m in matrices_of(graphs, all_few(graphs, 32)).items() if m.how == FEW}
     texts = [np.random.default_rng(n).integers(0, 256, 24) for n in range(2)]
     costs = measure_costs(
@@ -165,7 +166,7 @@ def test_a_size_and_a_loss_are_kept_to(tmp_path: Path) -> None:
 
 def test_rounding_is_told_as_data(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
-    graphs, _ = build_fp32(model, tmp_path, {})
+    graphs, _ = build_genai(model, tmp_path, {})
     found = {}
     for form in (
         Int4WeightForm(kind="int4-weight", block_size=16),

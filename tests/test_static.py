@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from export import export_student
 from export.backend import build_graphs
 from export.calibrate import calibrate
-from export.graph import Graphs, build_fp32, form_files
+from export.genai import build_genai
+from export.graph import Graphs, form_files
 from export.quantize import activation_scale, calibrated_reads, quantize_weights, scheme_for
 from export.smooth import find_boundaries
 from limbeck.errors import ArtifactError, EnvironmentalError, RecipeError
@@ -33,7 +34,7 @@ ROWS = [np.random.default_rng(seed).integers(0, 256, 20) for seed in range(3)]
 @pytest.fixture(scope="module")
 def fp32(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
     root = tmp_path_factory.mktemp("static")
-    graphs, _ = build_fp32(make_model(root / "model", tie_word_embeddings=True), root, {})
+    graphs, _ = build_genai(make_model(root / "model", tie_word_embeddings=True), root, {})
     return graphs
 
 
