@@ -9,7 +9,8 @@ import ctypes
 import gc
 import json
 import tempfile
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,10 @@ from limbeck.progress import say
 from limbeck.recipe import Form, MixedByRule, Provider, Recipe, StaticShapes, fingerprint
 
 if TYPE_CHECKING:
+    from export.backend import Built
     from export.calibrate import Calibration, Known
     from export.graph import Graphs
+    from export.parity import Case
     from export.quantize import Scheme
 
 __all__ = ["export_student", "verify_parity"]
@@ -61,13 +64,9 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
     from export.backend import build_graphs
     from export.calibrate import Known
     from export.card import write_card, write_client_files
-    from export.census import require_quantized, take_census, where_nodes_run
     from export.graph import form_files
     from export.greedy import answer_greedily, first_differences
-    from export.mixed import more_bits_everywhere
-    from export.parity import PARITY, PARITY_BASE, answer, make_cases, measure_parity, require_parity, save_cases, thin
-    from export.quantize import scheme_for
-    from limbeck.heldout import HELDOUT, load_heldout
+    from export.parity import PARITY, PARITY_BASE, answer, make_cases, save_cases, thin
     from limbeck.runtime import Decoder
 
     model, provider = student / "model", recipe.export.provider
@@ -102,81 +101,14 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
             save_cases(folder / name, thin(answered))
         forms: dict[str, dict[str, Any]] = {}
         schemes: dict[str, Scheme | None] = {}
-        known = Known()
+        job = _Job(recipe, source, folder, metadata, built, list(texts.values()), checks, adapter, Known())
         for form in recipe.export.forms:
-            graphs = form_files(folder, form.kind)
-            scheme, mixed = scheme_for(form, built.width), None
-            calibrate = partial(
-                _calibrate,
-                form,
-                built.graphs,
-                student,
-                as_they_are=recipe.export.recover is not None or base is not None,
-                known=known,
-            )
-            if form.kind == "int4-weight" and scheme and not isinstance(recipe.export.mixed, MixedByRule):
-                from export.mixed import choose_bits, same_bits
-
-                if learnt := source.result.get("recovery", {}).get("mixed"):
-                    scheme, mixed = same_bits(scheme, learnt)
-                else:
-                    scheme, mixed = choose_bits(
-                        recipe.export.mixed,
-                        recipe.gates,
-                        scheme=scheme,
-                        graphs=built.graphs,
-                        model=model,
-                        texts=list(texts.values()),
-                        heldout=load_heldout(student / HELDOUT),
-                        calibrate=calibrate,
-                    )
-                    release_memory()
-            half = form.kind == "fp16" or (provider == "cuda" and form.kind != "fp32")
-            stamped = {**metadata, "limbeck.form": form.kind}
-            if form.kind != "fp32":
-                say(f"export: making {form.kind}{' in fp16' if half and scheme else ''}")
-            calibration = calibrate(scheme) if scheme else None
-            _make(form, scheme, built.graphs, graphs, half=half, metadata=stamped, calibration=calibration)
-            census = take_census(graphs.last)
-            require_quantized(form.kind, census, more_bits=mixed is not None and more_bits_everywhere(mixed))
-            here = parity_provider("cpu" if form.kind == "fp32" else provider)
-            parities = {}
-            for name, answered in checks.items():
-                parities[name] = measure_parity(
-                    form.kind,
-                    graphs.last,
-                    graphs.all,
-                    answered,
-                    provider=here,
-                    adapter=adapter if name == PARITY else None,
-                )
-                require_parity(form.kind, parities[name])
-            census["runs_on"] = where_nodes_run(graphs.last, provider=here)
-            decoder = Decoder.from_graph(graphs.last, provider=here, adapter=adapter)
+            forms[form.kind], schemes[form.kind] = _make_form(form, job)
+            here = parity_provider(forms[form.kind]["provider"])
+            decoder = Decoder.from_graph(form_files(folder, form.kind).last, provider=here, adapter=adapter)
             if form.kind == "fp32":
                 answers = answer_greedily(decoder, texts, stop_ids=_stop_ids(model))
-            schemes[form.kind] = scheme
-            forms[form.kind] = {
-                "provider": "cpu" if form.kind == "fp32" else provider,
-                "graph": graphs.last.relative_to(folder).as_posix(),
-                "all_logits_graph": graphs.all.relative_to(folder).as_posix(),
-                "files": [
-                    path.relative_to(folder).as_posix() for path in (*graphs.files, *([adapter] if adapter else ()))
-                ],
-                # What runs: the graph and its weights. The all-logits twin is for scoring and is not counted.
-                "bytes": sum(
-                    path.stat().st_size for path in (graphs.last, graphs.data, *([adapter] if adapter else ()))
-                ),
-                "rounding": asdict(scheme) if scheme else None,
-                "smooth": calibration.alpha if calibration else 0.0,
-                "algorithm": ("gptq" if calibration else "rtn") if form.kind == "int4-weight" else None,
-                "mixed": mixed,
-                "number_type": "fp16" if half else "fp32",
-                "parity": parities[PARITY],
-                "parity_base": parities.get(PARITY_BASE),
-                "greedy": first_differences(decoder, answers),
-                "census": census,
-            }
+            forms[form.kind]["greedy"] = first_differences(decoder, answers)
             del decoder
             release_memory()
         shipped = recipe.export.forms[-1].kind
@@ -244,15 +176,101 @@ def verify_parity(folder: Path) -> dict[str, Any]:
     return measured
 
 
-def _calibrate(
-    form: Form, source: Graphs, student: Path, scheme: Scheme, *, as_they_are: bool, known: Known
-) -> Calibration | None:
+@dataclass(frozen=True)
+class _Job:
+    """What the making of every form needs."""
+
+    recipe: Recipe
+    student: Artifact
+    folder: Path
+    metadata: Mapping[str, str]  # of every graph
+    built: Built
+    texts: Sequence[Any]  # rows of held-out tokens
+    checks: Mapping[str, Mapping[str, Case]]  # torch's answers, by the file that keeps them
+    adapter: Path | None  # where it is kept apart
+    known: Known
+
+
+def _make_form(form: Form, job: _Job) -> tuple[dict[str, Any], Scheme | None]:
+    """Write the graphs of ``form`` and measure them: what the artifact's result says of it, and how it was rounded.
+
+    Raises `QualityError` and `ParityError` as `export_student` does.
+    """
+    from export.census import require_quantized, take_census, where_nodes_run
+    from export.graph import form_files
+    from export.mixed import more_bits_everywhere
+    from export.parity import PARITY, PARITY_BASE, measure_parity, require_parity
+
+    graphs = form_files(job.folder, form.kind)
+    provider: Provider = "cpu" if form.kind == "fp32" else job.recipe.export.provider
+    scheme, mixed = _choose_scheme(form, job)
+    half = form.kind == "fp16" or provider == "cuda"
+    if form.kind != "fp32":
+        say(f"export: making {form.kind}{' in fp16' if half and scheme else ''}")
+    calibration = _calibrate(form, job, scheme) if scheme else None
+    stamped = {**job.metadata, "limbeck.form": form.kind}
+    _make(form, scheme, job.built.graphs, graphs, half=half, metadata=stamped, calibration=calibration)
+    census = take_census(graphs.last)
+    require_quantized(form.kind, census, more_bits=mixed is not None and more_bits_everywhere(mixed))
+    here, parities = parity_provider(provider), {}
+    for name, cases in job.checks.items():
+        adapter = job.adapter if name == PARITY else None
+        parities[name] = measure_parity(form.kind, graphs.last, graphs.all, cases, provider=here, adapter=adapter)
+        require_parity(form.kind, parities[name])
+    census["runs_on"] = where_nodes_run(graphs.last, provider=here)
+    apart = (job.adapter,) if job.adapter else ()
+    return {
+        "provider": provider,
+        "graph": graphs.last.relative_to(job.folder).as_posix(),
+        "all_logits_graph": graphs.all.relative_to(job.folder).as_posix(),
+        "files": [path.relative_to(job.folder).as_posix() for path in (*graphs.files, *apart)],
+        # What runs: the graph and its weights. The all-logits twin is for scoring and is not counted.
+        "bytes": sum(path.stat().st_size for path in (graphs.last, graphs.data, *apart)),
+        "rounding": asdict(scheme) if scheme else None,
+        "smooth": calibration.alpha if calibration else 0.0,
+        "algorithm": ("gptq" if calibration else "rtn") if form.kind == "int4-weight" else None,
+        "mixed": mixed,
+        "number_type": "fp16" if half else "fp32",
+        "parity": parities[PARITY],
+        "parity_base": parities.get(PARITY_BASE),
+        "census": census,
+    }, scheme
+
+
+def _choose_scheme(form: Form, job: _Job) -> tuple[Scheme | None, dict[str, Any] | None]:
+    """How ``form`` is rounded, and, where matrices differ in their bits, what that was chosen by."""
+    from export.mixed import choose_bits, same_bits
+    from export.quantize import scheme_for
+    from limbeck.heldout import HELDOUT, load_heldout
+
+    scheme, recipe = scheme_for(form, job.built.width), job.recipe
+    if form.kind != "int4-weight" or scheme is None or isinstance(recipe.export.mixed, MixedByRule):
+        return scheme, None
+    if learnt := job.student.result.get("recovery", {}).get("mixed"):
+        return same_bits(scheme, learnt)
+    chosen = choose_bits(
+        recipe.export.mixed,
+        recipe.gates,
+        scheme=scheme,
+        graphs=job.built.graphs,
+        model=job.student.path / "model",
+        texts=job.texts,
+        heldout=load_heldout(job.student.path / HELDOUT),
+        calibrate=partial(_calibrate, form, job),
+    )
+    release_memory()
+    return chosen
+
+
+def _calibrate(form: Form, job: _Job, scheme: Scheme) -> Calibration | None:
     """What ``form`` must know to round as ``scheme`` says; see `export.calibrate.calibration_for`."""
     from export.calibrate import calibration_for
     from export.quantize import calibrated_reads
 
-    reads = calibrated_reads(source, scheme)
-    return calibration_for(form, source, student, reads, as_they_are=as_they_are, known=known)
+    asked, fp32 = job.recipe.export, job.built.graphs
+    as_they_are = asked.recover is not None or asked.adapters == "separate"
+    reads = calibrated_reads(fp32, scheme)
+    return calibration_for(form, fp32, job.student.path, reads, as_they_are=as_they_are, known=job.known)
 
 
 def _make(
