@@ -260,13 +260,18 @@ class Decoder:
     def extend(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> Logits:
         """Append ``ids[B, S]`` to what is in the cache; returns as `prefill`. More than one token a row needs one row.
 
-        Raises `DataError` when ``room`` is spent or several rows get several tokens, which the fused kernel refuses.
+        Raises `DataError` when ``room`` is spent, and of a fused graph when several rows get several tokens, which its kernel refuses,
+        or when ``mask`` has padding, which it would take for no new column and write over the row's last token.
         """
         np = self._np
         tokens = np.ascontiguousarray(ids, np.int64)
         valid = np.ones_like(tokens) if mask is None else np.ascontiguousarray(mask, np.int64)
-        if not self.grows and tokens.shape[1] > 1 and (len(tokens) > 1 or not valid.all()):
-            raise DataError("several tokens can be appended to one unpadded row only; append them one at a time.")
+        if not self.grows and not valid.all():
+            raise DataError(
+                "padding can be appended to no row of this graph; give every row a token, or begin anew with the rows that go on."
+            )
+        if not self.grows and tokens.shape[1] > 1 and len(tokens) > 1:
+            raise DataError("several tokens can be appended to one row only; append them one at a time.")
         if self._length + tokens.shape[1] > self._capacity:
             raise DataError(f"the cache holds {self._capacity} tokens and is full; give prefill more room.")
         self._mask[:, self._length : self._length + tokens.shape[1]] = valid

@@ -93,7 +93,7 @@ def test_every_way_of_feeding_agrees_with_torch(tmp_path: Path, sizes: dict[str,
 
 @pytest.mark.parametrize("seed", range(3))
 def test_any_mask_gives_torchs_answers(tmp_path: Path, seed: int) -> None:
-    """Holes, padding on both sides, in prompt and answer: a token's logits depend on the tokens before it alone."""
+    """Holes in the prompt, padding on both sides of it, then decoding: a token's logits depend on the tokens before it alone."""
     import torch
     from transformers import AutoModelForCausalLM
 

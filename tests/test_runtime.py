@@ -111,7 +111,12 @@ def test_scores_need_the_all_logits_graph(exported: Artifact) -> None:
         (lambda d: d.prefill([1, 2]), r"found ids of shape \(2,\)"),
         (lambda d: d.prefill([[1, 2]], [[0, 0]]), "at least one token in every row"),
         (lambda d: d.prefill([[1, 2]], room=63), r"found 65 tokens .* context is 64"),
-        (lambda d: (d.prefill([[1], [2]], room=4), d.extend([[1, 2], [3, 4]])), "one unpadded row only"),
+        (
+            lambda d: (d.prefill([[1], [2]], room=4), d.extend([[1, 2], [3, 4]])),
+            "one row only; append them one at a time",
+        ),
+        (lambda d: (d.prefill([[1], [2]], room=4), d.extend([[1], [3]], [[1], [0]])), "give every row a token"),
+        (lambda d: (d.prefill([[1]], room=4), d.extend([[1, 2]], [[1, 0]])), "padding can be appended to no row"),
     ],
 )
 def test_bad_input_is_refused(exported: Artifact, act: Any, message: str) -> None:
