@@ -83,7 +83,10 @@ class InPlaceBatch:
         self.longest = min(tokens, decoder.context or tokens)
         unit = mmap.PAGESIZE  # so that every row begins on a page, however small its heads
         capacity = -(-self.longest // unit) * unit
-        self._buffers = {name: Pages((rows + 1, heads, capacity, size)) for name, (heads, size) in decoder.past.items()}
+        self._buffers = {
+            name: Pages((rows + 1, heads, capacity, size), decoder.cache_type)
+            for name, (heads, size) in decoder.past.items()
+        }
         self._lengths = np.zeros(rows + 1, np.int64)
         self._logits = np.empty((rows, 1, decoder.vocabulary), np.float32)
         self._running: Any = None
@@ -156,7 +159,7 @@ class InPlaceBatch:
 class Pages:
     """An array in memory that the system provides when it is first written and that rows can give back."""
 
-    def __init__(self, shape: tuple[int, ...], kind: type[np.floating[Any]] = np.float32) -> None:
+    def __init__(self, shape: tuple[int, ...], kind: type[np.floating[Any]]) -> None:
         self._row = int(np.prod(shape[1:])) * np.dtype(kind).itemsize  # bytes
         self._memory = mmap.mmap(-1, shape[0] * self._row, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux: a huge page would hold thousands of tokens for the first one

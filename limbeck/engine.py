@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 
 from limbeck.batch import Floats, bytes_per_token, open_batch
-from limbeck.errors import ClosedError, ContextError, DataError, EnvironmentalError, QueueFullError
+from limbeck.errors import ArtifactError, ClosedError, ContextError, DataError, EnvironmentalError, QueueFullError
 from limbeck.runtime import Decoder, Decoding, choose, load_text
 
 Finish = Literal["stop", "length", "cancelled", "timeout", "closed", "failed"]
@@ -95,9 +95,15 @@ class Engine:
         """Open a form of the ``onnx`` artifact at ``folder`` (none: the shipped one) and start the thread.
 
         Up to ``max_batch`` requests run at once and ``max_queue`` more wait; their caches take ``cache_bytes`` at most.
-        Raises as `Decoder` does, and `EnvironmentalError` when the caches cannot hold one token of each.
+        Raises as `Decoder` does, `ArtifactError` for a form made for a card, and `EnvironmentalError` when the caches cannot hold
+        one token of each.
         """
         decoder = Decoder(folder, form=form, threads=threads, provider="cpu", verify=verify)
+        if decoder.made_for != "cpu":
+            raise ArtifactError(
+                f"{folder}: its {decoder.form} is made for {decoder.made_for} and this serves on the CPU, which would cast what it has no "
+                "kernel for; export the student with export.provider: cpu, or serve the form fp32."
+            )
         self._token_bytes = bytes_per_token(decoder)
         tokens = cache_bytes // self._token_bytes
         if tokens < 2 * max_batch:

@@ -127,7 +127,8 @@ class Decoder:
         if name not in result["forms"]:
             raise ArtifactError(f"{folder}: no form {name!r}; it has {', '.join(result['forms'])}.")
         form_made = result["forms"][name]
-        provider = provider or form_made.get("provider", "cpu")
+        made_for: Provider = form_made.get("provider", "cpu")
+        provider = provider or made_for
         fused = result["backend"]["name"] == "genai"
         if (refused := NO_KERNEL.get((provider, name))) and (name != "fp32" or fused):
             why, instead = refused
@@ -136,6 +137,7 @@ class Decoder:
                 f"Open the form {instead} there (export.forms in the recipe), or keep {name} for another provider."
             )
         self.form: str | None = name
+        self.made_for: Provider | None = made_for
         self._open(Path(folder) / form_made["all_logits_graph" if all_logits else "graph"], threads, provider)
         own = result.get("adapter")
         if adapter == "own":
@@ -149,7 +151,7 @@ class Decoder:
     ) -> Decoder:
         """Open a graph file by itself, for callers that are still making the artifact."""
         decoder = cls.__new__(cls)
-        decoder.form = None
+        decoder.form = decoder.made_for = None
         decoder._open(graph, threads, provider)
         if adapter is not None:
             decoder._adapt(adapter)

@@ -318,7 +318,7 @@ def test_memory_is_taken_where_it_is_written_and_given_back() -> None:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
     before = resident()
-    pages = Pages((4, 1, 1 << 14, 256))  # 16 MB a row
+    pages = Pages((4, 1, 1 << 14, 256), np.float32)  # 16 MB a row
     assert resident() - before < 2 << 20
     pages.array[1] = 1.0
     pages.array[2] = 1.0

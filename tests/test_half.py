@@ -12,7 +12,9 @@ from onnx import TensorProto
 from export import export_student, verify_parity
 from export.half import half
 from limbeck.artifact import Artifact
-from limbeck.errors import EnvironmentalError, QualityError, RecipeError
+from limbeck.batch import open_batch
+from limbeck.engine import Engine
+from limbeck.errors import ArtifactError, EnvironmentalError, QualityError, RecipeError
 from limbeck.runtime import Decoder
 from tests.architectures import SIZES
 from tests.pico import make_model, make_student, pico_recipe
@@ -72,6 +74,26 @@ def test_the_cpu_computes_it_to_check_it_and_does_not_serve_it(exported: Artifac
     if exported.result["backend"]["name"] == "genai":
         with pytest.raises(EnvironmentalError, match=r"CUDAExecutionProvider has no kernel .* fp32: fused attention"):
             Decoder(exported.path, form="fp32", provider="cuda")
+
+
+def test_the_engine_refuses_what_is_made_for_a_card_and_serves_its_reference(exported: Artifact) -> None:
+    with pytest.raises(ArtifactError, match=r"int8-weight is made for cuda and .*export.provider: cpu, or .* fp32"):
+        Engine(exported.path, threads=1)
+    engine = Engine(exported.path, form="fp32", threads=1, max_batch=2)
+    engine.close()
+
+
+def test_rows_that_share_a_batch_have_caches_of_the_graphs_own_type(exported: Artifact) -> None:
+    graph = exported.path / exported.result["forms"]["int8-weight"]["graph"]
+    alone, batch = (
+        Decoder.from_graph(graph, threads=1),
+        open_batch(Decoder.from_graph(graph, threads=1), rows=2, tokens=256),
+    )
+    assert (alone.cache_type is np.float16) == (exported.result["backend"]["name"] == "genai")
+    for prompt in ([40, 41, 42], [50]):
+        np.testing.assert_allclose(batch.fill(prompt), alone.prefill([prompt], room=1)[0], atol=1e-3)
+        batch.join()
+    np.testing.assert_allclose(batch.step(np.array([7, 8]))[1], alone.step([8])[0], atol=1e-2)
 
 
 def test_weights_beyond_fp16_are_refused() -> None:
