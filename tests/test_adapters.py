@@ -18,7 +18,7 @@ from limbeck.heldout import CALIBRATION, HELDOUT, save_calibration, save_heldout
 from limbeck.runtime import Decoder
 from tests.pico import make_blocks, make_model, pico_recipe
 
-FORMS = ["fp32", "int8-static", {"kind": "int8-weight", "block_size": 16}]
+FORMS = ["fp32", "int8-dynamic", {"kind": "int8-weight", "block_size": 16}]
 PROMPT = list(range(40, 52))
 
 
@@ -80,7 +80,7 @@ def test_with_its_adapter_it_is_the_student_and_without_it_the_base(two: list[Ar
         alone = Decoder(exported.path, form="fp32", adapter="none").prefill([PROMPT])[0]
         np.testing.assert_allclose(alone, torch_logits(root / "base", PROMPT), atol=1e-4)
         assert np.abs(own - alone).max() > 1
-    assert set(verify_parity(two[0].path)) == {"fp32", "int8-static", "int8-weight"}
+    assert set(verify_parity(two[0].path)) == {"fp32", "int8-dynamic", "int8-weight"}
 
 
 def test_one_base_serves_both(two: list[Artifact]) -> None:
@@ -175,6 +175,10 @@ def test_what_is_refused(two: list[Artifact], tmp_path: Path) -> None:
         Decoder(merged.path, adapter=exported.path / exported.result["adapter"]["file"])
     with pytest.raises(RecipeError, match=r"export.adapters: adapters are fp32"):
         pico_recipe(export={"adapters": "separate", "provider": "cuda", "forms": ["fp32", "fp16"]})
+    with pytest.raises(
+        RecipeError, match=r"export.adapters: the ranges of int8-static .*; use int8-dynamic, .* or merged"
+    ):
+        pico_recipe(export={"adapters": "separate", "forms": ["fp32", "int8-static"]})
     with pytest.raises(RecipeError, match=r"export.adapters: a fresh student has no adapter"):
         pico_recipe(
             student={"kind": "fresh", "config": {}},

@@ -56,6 +56,11 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
             yield f"export.adapters: a {recipe.student.kind} student has no adapter; use merged, or student.kind: lora"
         elif recipe.student.dora:
             yield "export.adapters: DoRA changes more than low-rank updates can say; use merged, or set student.dora: false"
+        if any(form.kind == "int8-static" for form in recipe.export.forms):
+            yield (
+                "export.adapters: the ranges of int8-static are those of one student, and its base is to serve many; "
+                "use int8-dynamic, whose ranges are each token's own, or merged"
+            )
         if recipe.export.provider != "cpu":
             yield "export.adapters: adapters are fp32 and the forms for other providers than cpu are not; use merged"
         if recipe.export.recover is not None or not isinstance(recipe.export.mixed, MixedByRule):

@@ -178,7 +178,8 @@ class Export(Frozen):
     )
     adapters: Literal["merged", "separate"] = Field(
         "merged",
-        description="What becomes of a LoRA student's adapter: merged into the weights, or a file beside its base, which then serves others too.",
+        description="What becomes of a LoRA student's adapter: merged into the weights, or a file beside its base, which then serves others too "
+        "(of all forms but int8-static, whose ranges are those of one student).",
     )
     provider: Provider = Field(
         "cpu",
