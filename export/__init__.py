@@ -87,8 +87,10 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
         )
         say(f"export: built by {built.backend} ({built.why})")
         release_memory()
-        texts = _texts(student)
-        cases = make_cases(list(texts.values()), context=built.context)
+        heldout = _heldout_rows(student)
+        texts = {name: rows[0] for name, rows in heldout.items()}
+        more = [row for rows in heldout.values() for row in rows[1:]]
+        cases = make_cases(list(texts.values()), context=built.context, more=more)
         adapter: Path | None = None
         kept_apart: dict[str, Any] | None = None
         if base is None:
@@ -395,14 +397,18 @@ def _stop_ids(model: Path) -> set[int]:
     return {found} if isinstance(found, int) else set(found or ())
 
 
-def _texts(student: Path) -> dict[str, Any]:
-    """One row of held-out tokens by domain, the longest of each."""
+def _heldout_rows(student: Path) -> dict[str, list[Any]]:
+    """Rows of held-out tokens by domain, the longest first."""
     from limbeck.heldout import HELDOUT, load_heldout
 
     if not (student / HELDOUT).is_file():
         raise ArtifactError(
             f"{student}: {HELDOUT} is missing; parity is measured on held-out text. Run the compress stage again."
         )
-    domains = load_heldout(student / HELDOUT)
-    rows = {name: int(blocks.lengths.argmax()) for name, blocks in domains.items()}
-    return {n: domains[n].input_ids[r, : domains[n].lengths[r]].astype("int64") for n, r in rows.items()}
+    return {
+        name: [
+            blocks.input_ids[row, : blocks.lengths[row]].astype("int64")
+            for row in (-blocks.lengths).argsort(kind="stable")
+        ]
+        for name, blocks in load_heldout(student / HELDOUT).items()
+    }

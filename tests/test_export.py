@@ -22,7 +22,7 @@ from export.census import require_quantized, take_census
 from export.genai import build_genai
 from export.graph import Graphs, form_files
 from export.greedy import answer_greedily, first_differences
-from export.parity import answer, load_cases, make_cases, measure_parity
+from export.parity import answer, load_cases, make_cases, margins, measure_parity, require_parity
 from export.quantize import (
     quantize_columns,
     quantize_weights,
@@ -89,6 +89,17 @@ def test_every_way_of_feeding_agrees_with_torch(tmp_path: Path, sizes: dict[str,
         rounded = measure_parity(form.kind, graphs.last, graphs.all, cases)
         assert 0 < rounded["kl"] < worst
         require_quantized(form.kind, take_census(graphs.last))
+
+
+@pytest.mark.parametrize(("context", "length", "compared"), [(64, 64, 64), (8192, 512, 256)])
+def test_the_longest_case_ends_where_the_context_does(context: int, length: int, compared: int) -> None:
+    """Held-out rows are joined up to there, however short each is; of a long context, to 512 tokens."""
+    texts, more = texts_of(24, 20), texts_of(*[24] * 30)
+    case = make_cases(texts, context=context, more=more)["longest"]
+    assert case.ids.shape == (1, length)
+    np.testing.assert_array_equal(case.ids[0], np.concatenate([*texts, *more])[:length])
+    assert (len(case.columns), case.columns[0], case.columns[-1]) == (compared, 0, length - 1)
+    assert make_cases(texts, context=64)["longest"].ids.shape == (1, 64)  # what is shorter is read again
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -325,6 +336,44 @@ def test_a_tampered_graph_fails_parity(copy: Path) -> None:
         verify_parity(copy)
     cases = load_cases(copy / "parity.safetensors")
     assert any("left_padded" in failure for failure in measure_parity("fp32", *graphs, cases)["failures"])
+
+
+def test_one_wrong_matrix_of_a_quantised_form_fails_parity(copy: Path) -> None:
+    facts = open_artifact(copy).result["forms"]["int8-weight"]
+    graphs = [copy / facts[name] for name in ("graph", "all_logits_graph")]
+    cases = load_cases(copy / "parity.safetensors")
+    require_parity("int8-weight", measure_parity("int8-weight", *graphs, cases))
+    tensors = onnx.load(graphs[0], load_external_data=False).graph.initializer
+    codes = next(t for t in tensors if "layers.1.mlp.down_proj" in t.name and t.name.endswith("_codes"))
+    place = {entry.key: entry.value for entry in codes.external_data}
+    at, length = int(place["offset"]), int(place["length"])
+    with (copy / "onnx" / place["location"]).open("r+b") as file:  # its outputs, the other way round
+        file.seek(at)
+        turned = np.frombuffer(file.read(length), np.uint8).reshape(codes.dims)[::-1].tobytes()
+        file.seek(at)
+        file.write(turned)
+    with pytest.raises(ParityError, match=r"the int8-weight graph does not compute what the student computes"):
+        require_parity("int8-weight", measure_parity("int8-weight", *graphs, cases))
+
+
+def test_one_wrong_case_fails_although_all_cases_together_pass(exported: Artifact) -> None:
+    """First and second choice exchanged at a few positions: too few to move any mean."""
+    forms, cases = exported.result["forms"], load_cases(exported.path / "parity.safetensors")
+    graphs = [exported.path / forms["fp32"][name] for name in ("graph", "all_logits_graph")]
+    long = cases["long"]
+    leads = margins(long.logits)
+    few = np.flatnonzero((leads > 0.5) & (leads < 1))[:6]
+    logits = long.logits[few]
+    first, second = logits.argsort(axis=1)[:, :-3:-1].T
+    row = np.arange(6)
+    logits[row, first], logits[row, second] = logits[row, second], logits[row, first]
+    cases["wrong"] = replace(long, rows=long.rows[few], columns=long.columns[few], logits=logits)
+    parity = measure_parity("int8-dynamic", *graphs, cases)
+    assert parity["top1_sure"] > parity["tolerance"]["top1_sure"]
+    assert parity["kl"] < parity["tolerance"]["kl"]
+    assert parity["failures"] == ["wrong: 6 of 6 first choices that torch is sure of differ, 2 may"]
+    with pytest.raises(ParityError, match=r"wrong: 6 of 6"):
+        require_parity("int8-dynamic", parity)
 
 
 def test_a_graph_that_pads_wrongly_fails_parity_and_leaves_nothing(
