@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +17,14 @@ from safetensors.torch import load_file, save_file
 
 from export import export_student
 from export.backend import build_graphs
-from export.calibrate import calibrate
+from export.calibrate import _ranges, calibrate
 from export.genai import build_genai
 from export.graph import Graphs, form_files
 from export.quantize import activation_scale, calibrated_reads, quantize_weights, scheme_for
 from export.smooth import find_boundaries
+from limbeck.artifact import Artifact
 from limbeck.errors import ArtifactError, EnvironmentalError, RecipeError
-from limbeck.heldout import CALIBRATION
+from limbeck.heldout import CALIBRATION, load_calibration
 from limbeck.recipe import Int8DynamicForm, Int8StaticForm
 from limbeck.runtime import Decoder
 from tests.architectures import SIZES
@@ -157,8 +159,20 @@ def test_methods_differ_in_how_much_they_cut_off(fp32: Graphs) -> None:
         assert found.ranges.keys() == set(names)
         assert all(low < 0 < high for low, high in found.ranges.values())
         widths[method] = sum(high - low for low, high in found.ranges.values())
-    assert widths["entropy"] < 1.01 * widths["min-max"]
-    assert widths["percentile"] < 1.01 * widths["min-max"]
+    assert widths["entropy"] < 0.99 * widths["min-max"]
+
+
+def test_what_is_rare_is_cut_off_by_all_methods_but_min_max() -> None:
+    """200,000 normal values and two far from them, one in 100,000."""
+    draw = np.random.default_rng(0)
+    rows = [draw.normal(size=(1, 500, 100)).astype(np.float32) for _ in range(4)]
+    rows[2][0, 0, 0], rows[3][0, 0, 1] = 50, -30
+    found = {}
+    for method in ("min-max", "percentile", "entropy"):
+        found[method] = _ranges(lambda row, _: {"x": row}, rows, ["x"], {}, method)["x"]  # type: ignore[arg-type]
+    assert found["min-max"] == (-30.0, 50.0)
+    assert found["percentile"] == pytest.approx((-4.60, 4.73), abs=0.01)
+    assert found["entropy"] == pytest.approx((-4.84, 4.86), abs=0.01)
 
 
 @pytest.mark.parametrize("flags", [["avx2"], ["avx2", "avx512f"], ["avx2", "avx_vnni"], ["avx512_vnni", "avx2"], []])
@@ -192,11 +206,27 @@ def test_scales_of_activations() -> None:
     assert int(activation_scale((0.5, 2.0), symmetric=False)[1]) == 0  # 0 is always among the values
 
 
+def require_scales_of(exported: Artifact, form: str, method: Literal["percentile", "entropy"]) -> None:
+    """Assert that the activations of ``form`` have the scales that ``method``, and not min-max, finds on the training rows."""
+    facts, rows = exported.result["forms"][form], load_calibration(exported.path.parent / "student" / CALIBRATION)
+    tensors = {t.name: t for t in onnx.load(exported.path / facts["graph"], load_external_data=False).graph.initializer}
+    stem = "limbeck/static/"
+    names = [n[len(stem) : -len("/scale")] for n in tensors if n.startswith(stem) and n.endswith("/scale")]
+    written = [float(numpy_helper.to_array(tensors[f"{stem}{name}/scale"])) for name in names]
+    fp32, scales = form_files(exported.path, "fp32"), {}
+    for used in (method, "min-max"):
+        ranges = calibrate(fp32, rows, names, method=used, alpha=facts["smooth"]).ranges
+        scales[used] = [activation_scale(ranges[name], symmetric=form == "int8-trt")[0] for name in names]
+    assert written == pytest.approx(scales[method], rel=1e-5)
+    assert written != pytest.approx(scales["min-max"], rel=1e-5)
+
+
 def test_the_runtime_multiplies_in_8_bits(tmp_path: Path) -> None:
     make_student(tmp_path / "student", make_model(tmp_path / "model", tie_word_embeddings=True))
-    recipe = pico_recipe(export={"forms": ["fp32", "int8-static"]})
+    recipe = pico_recipe(export={"forms": ["fp32", {"kind": "int8-static", "calibration": "entropy"}]})
     exported = export_student(student=tmp_path / "student", out=tmp_path / "onnx", recipe=recipe)
     facts = exported.result["forms"]["int8-static"]
+    require_scales_of(exported, "int8-static", "entropy")
     assert facts["parity"]["failures"] == []
     assert facts["graph"] == "onnx/model_uint8.onnx"
     operators = facts["census"]["operators"]
@@ -224,8 +254,10 @@ def test_the_runtime_multiplies_in_8_bits(tmp_path: Path) -> None:
 
 def test_tensorrt_gets_signed_codes_and_standard_operators(tmp_path: Path) -> None:
     make_student(tmp_path / "student", make_model(tmp_path / "model", tie_word_embeddings=True))
-    recipe = pico_recipe(export={"forms": ["fp32", "int8-trt"], "provider": "tensorrt"})
+    form = {"kind": "int8-trt", "calibration": "percentile"}
+    recipe = pico_recipe(export={"forms": ["fp32", form], "provider": "tensorrt"})
     exported = export_student(student=tmp_path / "student", out=tmp_path / "onnx", recipe=recipe)
+    require_scales_of(exported, "int8-trt", "percentile")
     assert exported.result["backend"]["why"].startswith("auto: TensorRT has no kernel")
     facts = exported.result["forms"]["int8-trt"]
     assert (facts["provider"], facts["number_type"], facts["parity"]["provider"]) == ("tensorrt", "fp32", "cpu")

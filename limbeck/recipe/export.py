@@ -48,7 +48,8 @@ class Int8StaticForm(Frozen):
 
     kind: Literal["int8-static"]
     calibration: Literal["min-max", "percentile", "entropy"] = Field(
-        "min-max", description="How the range of each activation is chosen from what was seen."
+        "min-max",
+        description="How the range of each activation is chosen from what training text showed; not held-out text, by which the form is judged.",
     )
     reduce_range: bool | None = Field(None, description=_REDUCE)
     smooth: Fraction | None = Field(None, description=_SMOOTH)
@@ -59,7 +60,8 @@ class Int8TrtForm(Frozen):
 
     kind: Literal["int8-trt"]
     calibration: Literal["min-max", "percentile", "entropy"] = Field(
-        "min-max", description="How the range of each activation is chosen from what was seen."
+        "min-max",
+        description="How the range of each activation is chosen from what training text showed; not held-out text, by which the form is judged.",
     )
     smooth: Fraction | None = Field(None, description=_SMOOTH)
 
