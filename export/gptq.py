@@ -20,17 +20,14 @@ _DAMPING = 0.01  # of the mean second moment, on the diagonal; the paper's
 _AT_ONCE = 128  # inputs after which the rest of the matrix takes over
 
 
-def round_blocks(weights_NK: Floats, how: Blockwise, moments_KK: Floats | None) -> tuple[Codes, Floats, Codes]:
+def round_blocks(weights_NK: Floats, how: Blockwise, shares_KK: Floats | None) -> tuple[Codes, Floats, Codes]:
     """Codes, scales and zero points of ``weights[N, K]``, as `export.blocks.quantize_blocks` gives them, which does it where no
-    moments are known.
-
-    ``moments_KK`` is the sum of x xᵀ over activations that the matrix reads. An input that was 0 in all of them is rounded to nearest.
-    """
-    if moments_KK is None:
+    ``shares_KK`` of activations, from `shares`, are known."""
+    if shares_KK is None:
         return quantize_blocks(weights_NK, how)
     channels, width = weights_NK.shape
     blocks, most = math.ceil(width / how.block), 2**how.bits - 1
-    left_KN, shares_KK = weights_NK.T.astype(np.float32, order="C"), _shares(moments_KK)
+    left_KN = weights_NK.T.astype(np.float32, order="C")
     codes_KN = np.empty((width, channels), np.float32)
     scales, zeros = np.empty((blocks, channels), np.float32), np.empty((blocks, channels), np.uint8)
     step = math.lcm(how.block, _AT_ONCE)
@@ -52,8 +49,11 @@ def round_blocks(weights_NK: Floats, how: Blockwise, moments_KK: Floats | None) 
     return codes.reshape(channels, blocks, how.block), np.ascontiguousarray(scales.T), np.ascontiguousarray(zeros.T)
 
 
-def _shares(moments_KK: Floats) -> Floats:
-    """U, upper triangular, with Uᵀ U the inverse of the damped moments: U[k, j] / U[k, k] of what input k loses is input j's to make up."""
+def shares(moments_KK: Floats) -> Floats:
+    """U, upper triangular, with Uᵀ U the inverse of the damped moments: U[k, j] / U[k, k] of what input k loses is input j's to make up.
+
+    ``moments_KK`` is the sum of x xᵀ over activations that a matrix reads. An input that was 0 in all of them is rounded to nearest.
+    """
     damped: npt.NDArray[np.float64] = moments_KK.astype(np.float64)
     diagonal = np.einsum("kk->k", damped)  # a view
     damping = _DAMPING * float(diagonal.mean())

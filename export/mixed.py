@@ -41,6 +41,9 @@ def choose_bits(
 
     ``texts`` are rows that sensitivities are measured on; a loss is measured on all of ``heldout``. ``calibrate`` tells what a
     scheme must know of activations.
+
+    Gates are judged on the same ``heldout``, so a loss that was kept to here is no independent finding there. The training rows that
+    a student carries are no better judge: GPTQ is fitted to them and loses less on them than elsewhere.
     """
     flat, more = with_more(scheme, ()), scheme.head
     assert isinstance(more, Blockwise)

@@ -17,7 +17,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from export.blocks import Blockwise, Floats, block_size_for, inverse, pack_nibbles
 from export.calibrate import Calibration
-from export.gptq import round_blocks
+from export.gptq import round_blocks, shares
 from export.graph import Graphs, head_of, stamp
 from export.weights import WeightsFile, external_array
 from limbeck.artifact import sums_overflow
@@ -289,7 +289,8 @@ def _write_matrix(
         file.append(codes, whole if matrix.by_rows else whole.T)
         file.append(scales, np.concatenate([s for _, s in columns]))
         return
-    blocks = [round_blocks(piece, matrix.how, moments_KK) for piece in pieces]
+    shares_KK = None if moments_KK is None else shares(moments_KK)
+    blocks = [round_blocks(piece, matrix.how, shares_KK) for piece in pieces]
     pack = pack_nibbles if matrix.how.bits == 4 else np.asarray
     file.append(codes, np.concatenate([pack(c) for c, _, _ in blocks]))
     scale = file.append(scales, np.concatenate([s for _, s, _ in blocks]))

@@ -18,14 +18,12 @@ import torch
 from torch import Tensor
 
 from export.blocks import Blockwise, Floats, dequantize_blocks
-from export.gptq import round_blocks
+from export.gptq import round_blocks, shares
 from export.graph import Graphs
 from export.origin import Part, matrix_values
 from export.quantize import Matrix, stored_bytes
 from limbeck.loading import load_pretrained
 from limbeck.progress import task
-
-_TRIES = 5  # forms made and measured under a bound on the loss
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,8 @@ def measure_costs(
 
 def rounded(weights_NK: Floats, how: Blockwise, moments_KK: Floats | None = None) -> Floats:
     """``weights[N, K]`` as they are after `export.gptq.round_blocks`."""
-    return dequantize_blocks(*round_blocks(weights_NK, how, moments_KK))[:, : weights_NK.shape[1]]
+    shares_KK = None if moments_KK is None else shares(moments_KK)
+    return dequantize_blocks(*round_blocks(weights_NK, how, shares_KK))[:, : weights_NK.shape[1]]
 
 
 def within_bytes(costs: Sequence[Cost], room: int) -> list[str]:
@@ -105,8 +104,8 @@ def within_bytes(costs: Sequence[Cost], room: int) -> list[str]:
 def within_loss(costs: Sequence[Cost], bound: float, measure: Callable[[list[str]], float]) -> tuple[list[str], float]:
     """The shortest head of ``costs`` that ``measure`` finds within ``bound`` when those get more bits, and its loss.
 
-    Losses are taken to fall with the summed KL of what stays in few bits, then measured; a few tries, in halves. All of them
-    when nothing shorter is within the bound.
+    Losses are taken to fall with the summed KL of what stays in few bits, which gives the first guess, then measured, in halves: of
+    150 matrices up to ten forms are made. All of them when nothing shorter is within the bound.
     """
     left = np.concatenate([np.cumsum([cost.kl for cost in costs][::-1])[::-1], [0.0]])  # KL left after each head
     low, high = 0, len(costs)  # the least head that may do; the least known to do, or all
@@ -115,15 +114,13 @@ def within_loss(costs: Sequence[Cost], bound: float, measure: Callable[[list[str
         return [], loss_at[0]
     wanted = left[0] * bound / loss_at[0]
     guess = int(np.argmax(left <= wanted))
-    for _ in range(_TRIES):
-        guess = min(max(guess, low + 1), high)
+    while high - low > 1:
+        guess = min(max(guess, low + 1), high - 1)
         loss_at[guess] = measure([cost.matrix for cost in costs[:guess]])
         if loss_at[guess] <= bound:
             high = guess
         else:
             low = guess
-        if high - low <= 1:
-            break
         guess = (low + high) // 2
     if high not in loss_at:
         loss_at[high] = measure([cost.matrix for cost in costs[:high]])

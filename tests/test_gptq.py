@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from onnx import TensorProto
 
 from export import export_student
 from export.blocks import Blockwise, dequantize_blocks, quantize_blocks
 from export.calibrate import calibration_for
-from export.gptq import round_blocks
+from export.gptq import round_blocks, shares
 from export.graph import form_files
+from export.quantize import Matrix, _write_matrix
+from export.weights import WeightsFile
 from limbeck.errors import ArtifactError, RecipeError
 from limbeck.recipe import Int4WeightForm
 from tests.pico import make_model, make_student, pico_recipe
@@ -35,7 +38,7 @@ def weights(channels: int, width: int) -> npt.NDArray[np.float32]:
 @pytest.mark.parametrize("width", [256, 200])  # 200: the last block is half full, and so is the last step
 def test_the_product_loses_less_than_by_rounding_to_nearest(width: int) -> None:
     x, w = correlated(width), weights(24, width)
-    solved, nearest = round_blocks(w, HOW, x.T @ x), quantize_blocks(w, HOW)
+    solved, nearest = round_blocks(w, HOW, shares(x.T @ x)), quantize_blocks(w, HOW)
     for mine, theirs in zip(solved, nearest, strict=True):
         assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
         assert mine.flags.c_contiguous
@@ -46,7 +49,7 @@ def test_the_product_loses_less_than_by_rounding_to_nearest(width: int) -> None:
 
 def test_inputs_that_do_not_depend_on_each_other_are_rounded_to_nearest() -> None:
     w = weights(8, 64)
-    solved = round_blocks(w, HOW, np.diag(np.arange(1, 65, dtype=np.float32)))
+    solved = round_blocks(w, HOW, shares(np.diag(np.arange(1, 65, dtype=np.float32))))
     for mine, theirs in zip(solved, quantize_blocks(w, HOW), strict=True):
         np.testing.assert_array_equal(mine, theirs)
 
@@ -54,7 +57,7 @@ def test_inputs_that_do_not_depend_on_each_other_are_rounded_to_nearest() -> Non
 def test_what_is_never_active_is_rounded_to_nearest() -> None:
     x, w = correlated(64), weights(8, 64)
     x[:, 16:32] = 0
-    solved, nearest = round_blocks(w, HOW, x.T @ x), quantize_blocks(w, HOW)
+    solved, nearest = round_blocks(w, HOW, shares(x.T @ x)), quantize_blocks(w, HOW)
     np.testing.assert_array_equal(solved[0][:, 1], nearest[0][:, 1])
     assert (solved[0][:, 2] != nearest[0][:, 2]).any()
 
@@ -66,7 +69,7 @@ def test_each_error_is_made_up_for_by_least_squares() -> None:
     moments = x.T @ x
     damped = moments.astype(np.float64) + 0.01 * np.diag(moments).mean() * np.eye(width)
     left = w.astype(np.float64)
-    codes, scales, zeros = round_blocks(w, how, moments)
+    codes, scales, zeros = round_blocks(w, how, shares(moments))
     for k in range(width):
         fixed = (codes[:, k // 32, k % 32].astype(float) - zeros[:, k // 32]) * scales[:, k // 32]
         np.testing.assert_array_less(  # nothing nearer is on the grid
@@ -78,6 +81,28 @@ def test_each_error_is_made_up_for_by_least_squares() -> None:
         moved = np.linalg.solve(damped[k + 1 :, k + 1 :], damped[k + 1 :, k])
         left[:, k + 1 :] += (left[:, k] - fixed)[:, None] * moved
         left[:, k] = fixed
+
+
+def test_a_matrix_in_pieces_is_solved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inverse of its moments is the costly part, and is the same for all its rows."""
+    solved: list[int] = []
+
+    def counted(moments: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        solved.append(len(moments))
+        return shares(moments)
+
+    monkeypatch.setattr("export.quantize.shares", counted)
+    x, w = correlated(64), weights(40, 64)
+    codes = {}
+    for rows in (4096, 16):
+        monkeypatch.setattr("export.quantize._ROWS", rows)
+        written: dict[str, TensorProto] = {}
+        with (tmp_path / str(rows)).open("wb") as out:
+            file = WeightsFile(out, str(rows), written)
+            _write_matrix(file, Matrix("m", 64, 40, rows=True, how=HOW), w, x.T @ x)
+        codes[rows] = (tmp_path / str(rows)).read_bytes()
+    assert solved == [64, 64]
+    assert codes[4096] == codes[16]
 
 
 def int4(**fields: Any) -> list[Any]:

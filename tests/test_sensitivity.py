@@ -128,6 +128,22 @@ def test_the_shortest_head_within_the_loss_is_found_whatever_the_curve(bound: fl
     assert within_loss(COSTS, -1.0, loss) == (["a", "b", "c", "d"], 0.0)  # nothing does: as good as it gets
 
 
+@pytest.mark.parametrize("bound", [0.9, 0.5, 0.1, 0.001])
+@pytest.mark.parametrize("power", [0.2, 1, 5])
+def test_the_head_is_the_shortest_of_a_whole_models_matrices_too(bound: float, power: float) -> None:
+    costs = [Cost(str(at), (str(at),), 150 - at, 10, 1) for at in range(150)]
+    whole = sum(cost.kl for cost in costs)
+    asked: list[int] = []
+
+    def loss(names: list[str]) -> float:
+        asked.append(len(names))
+        return float((sum(cost.kl for cost in costs[len(names) :]) / whole) ** power)
+
+    chosen, reached = within_loss(costs, bound, loss)
+    assert len(asked) <= 10
+    assert loss(chosen) == reached <= bound < loss(chosen[:-1])
+
+
 def test_a_size_and_a_loss_are_kept_to(tmp_path: Path) -> None:
     student = make_student(
         tmp_path / "student", make_model(tmp_path / "model", tie_word_embeddings=True, scale=0.05)

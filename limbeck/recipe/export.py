@@ -123,7 +123,9 @@ class MixedByLoss(Frozen):
 
     kind: Literal["loss"]
     rise: Positive | None = Field(
-        None, description="Largest relative rise of held-out NLL over fp32; none takes gates.max_quantization_loss."
+        None,
+        description="Largest relative rise of held-out NLL over fp32; none takes gates.max_quantization_loss. It is kept to on the blocks that "
+        "the gate is judged on: leave a margin for other text.",
     )
     tokens: Count = Field(256, description="Held-out tokens that each matrix's loss is measured on.")
 
