@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck import __version__
 from limbeck.artifact import Artifact, find_artifact, open_artifact, sums_overflow, write_artifact
 from limbeck.encoder_recipe import AnyRecipe
 from limbeck.errors import ArtifactError
@@ -63,7 +62,7 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
         return export_encoder(student=source, out=out, recipe=recipe, key=key)
     from export.backend import build_graphs
     from export.calibrate import Known
-    from export.card import write_card, write_client_files
+    from export.card import graph_metadata, write_card, write_client_files
     from export.graph import form_files
     from export.greedy import answer_greedily, first_differences
     from export.parity import PARITY, PARITY_BASE, answer, make_cases, save_cases, thin
@@ -74,7 +73,7 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
     base = _base(source) if recipe.export.adapters == "separate" else None
     with write_artifact(out, kind="onnx", key=key, parents={"student": source.digest}, recipe=recipe) as draft:
         folder = draft.folder
-        metadata = {"limbeck.version": __version__, "limbeck.recipe": recipe.digest, "limbeck.student": source.digest}
+        metadata = graph_metadata(recipe, student=source.digest)
         say("export: building the fp32 graph")
         built = build_graphs(
             base or model,

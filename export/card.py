@@ -12,11 +12,13 @@ import onnx
 import yaml
 
 from export.graph import Graphs
+from limbeck import __version__
+from limbeck.artifact import versions
 from limbeck.chat import without_marks
 from limbeck.encoder_recipe import AnyRecipe, base_of, teachers_of, texts_of
 from limbeck.errors import ModelError
 from limbeck.licences import UNKNOWN, hub_fields, of_student
-from limbeck.recipe import HubModel, Provider, Recipe
+from limbeck.recipe import HubModel, Provider, Recipe, fingerprint
 
 # transformers.js's names of the graphs' number types.
 DTYPES = {
@@ -159,6 +161,17 @@ def what_went_in(recipe: AnyRecipe, *, student: Mapping[str, Any], teachers: Seq
         ["text " + name, _source(text), *_licence(known.get("texts", {}).get(name))] for name, text in texts_of(recipe)
     ]
     return ["## What went in", markdown_table(["what", "from", "licence", "said by"], rows), said]
+
+
+def graph_metadata(recipe: AnyRecipe, *, student: str) -> dict[str, str]:
+    """What every graph says of where it comes from: digests of the distillation, the `export:` part and the student; versions."""
+    return {
+        "limbeck.version": __version__,
+        "limbeck.versions": json.dumps(versions()),
+        "limbeck.recipe": recipe.digest,
+        "limbeck.export": fingerprint(recipe.export.model_dump(mode="json")),
+        "limbeck.student": student,
+    }
 
 
 def digests(recipe: AnyRecipe, *, student: str, parents: Mapping[str, str]) -> list[str]:

@@ -23,7 +23,7 @@ import torch
 
 from export.blocks import Blockwise, block_size_for
 from export.calibrate import Known, calibration_for
-from export.card import card_header, digests, markdown_table, what_went_in, write_client_files
+from export.card import card_header, digests, graph_metadata, markdown_table, what_went_in, write_client_files
 from export.census import require_quantized, take_census
 from export.dynamo import quiet_exporter, split_gemm
 from export.graph import Graphs, form_files, relocate, stamp
@@ -37,7 +37,6 @@ from export.quantize import (
     quantize_weights,
     scheme_for,
 )
-from limbeck import __version__
 from limbeck.artifact import Artifact, open_artifact, write_artifact
 from limbeck.encoder import COUNTS_FROM_PADDING, Encoder
 from limbeck.encoder_recipe import EncoderForm, EncoderRecipe
@@ -68,9 +67,7 @@ def export_encoder(*, student: Artifact, out: Path, recipe: EncoderRecipe, key: 
     model, task = student.path / "model", str(student.result["task"])
     with write_artifact(out, kind="onnx", key=key, parents={"student": student.digest}, recipe=recipe) as draft:
         folder = draft.folder
-        metadata = {
-            "limbeck.version": __version__, "limbeck.recipe": recipe.digest, "limbeck.student": student.digest, "limbeck.task": task,
-        }  # fmt: skip
+        metadata = {**graph_metadata(recipe, student=student.digest), "limbeck.task": task}
         say("export: building the fp32 graph")
         fp32, width = build_fp32(
             model,

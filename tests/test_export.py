@@ -30,7 +30,7 @@ from export.quantize import (
 )
 from limbeck.artifact import Artifact, open_artifact
 from limbeck.errors import ArtifactError, EnvironmentalError, ModelError, ParityError, QualityError
-from limbeck.recipe import Int4WeightForm, Int8DynamicForm, Int8WeightForm, parse_recipe
+from limbeck.recipe import Int4WeightForm, Int8DynamicForm, Int8WeightForm, fingerprint, parse_recipe
 from limbeck.runtime import Decoder
 from tests.architectures import BASES, WEIGHT8, distillation
 from tests.pico import make_model, make_student, pico_recipe
@@ -186,6 +186,11 @@ def test_the_cache_has_static_heads_and_the_graph_its_origin(exported: Artifact)
         metadata = {entry.key: entry.value for entry in proto.metadata_props}
         assert metadata["limbeck.student"] == student.digest
         assert metadata["limbeck.recipe"] == pico_recipe().digest
+        assert metadata["limbeck.export"] == fingerprint(pico_recipe().resolved()["export"])
+        assert json.loads(metadata["limbeck.versions"]) == exported.manifest["versions"]
+        versions = exported.manifest["versions"].keys()
+        assert {"torch", "onnx"} < versions
+        assert versions & {"onnxruntime", "onnxruntime-gpu"}
         assert metadata["limbeck.form"] == form
         assert metadata["limbeck.logits"] == "last"
 
