@@ -29,6 +29,7 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "architectures.md"
 # Small blocks: random weights have no redundancy that would forgive large ones.
 WEIGHT8, WEIGHT4 = ({"kind": form, "block_size": 16} for form in ("int8-weight", "int4-weight"))
 FORMS = ("fp32", WEIGHT8, "int8-dynamic", "int8-static", WEIGHT4)
+PROMPT = np.random.default_rng(5).integers(0, 256, 12).tolist()
 ENCODER_FORMS = ("fp32", WEIGHT8, "int8-dynamic", "int8-static")
 CARDS = (
     ("cuda", "fp16"),
@@ -74,7 +75,8 @@ STUDENTS = ("lora", "shrink")
 HEAD = """# Architectures
 
 Made by `make architectures`: for each, a tiny random model goes through `export_student` with `backend: auto` and every form; parity with
-torch holds in all cases (ragged batches padded on either side among them), and 16 greedy tokens equal torch's. The same holds of two students
+torch holds in all cases (ragged batches padded on either side among them), and 16 greedy tokens equal torch's; each other form goes on from the same
+prompt by the tokens that its graph for scoring puts first. The same holds of two students
 that `compress.distill` made of two random teachers of the architecture in a few steps: a LoRA student, merged, and one cut in layers,
 neurons, heads and width. Forms for a card are checked as far as a CPU can, of the plain model: their graphs are built for that provider and
 pass parity in onnxruntime's CPU arithmetic, where fp16 products are cast to fp32; that a card has a kernel for each operator is not shown
@@ -118,6 +120,7 @@ def prove_card(root: Path, provider: str, form: str) -> str:
         exported = export_student(student=root / "student", out=root / provider, recipe=recipe)
     except LimbeckError as error:
         return f"not for {provider}: {str(error).splitlines()[0]}"
+    require_generation(exported, form, PROMPT)
     return ", ".join(exported.result["forms"].keys() - {"fp32"})
 
 
@@ -156,13 +159,30 @@ def cut(model_type: str) -> dict[str, int]:
 
 
 def export_and_compare(student: Path, out: Path, recipe: Recipe) -> Artifact:
-    """Export the artifact ``student`` to ``out``, and assert that the fp32 graph goes on from a prompt as torch does."""
+    """Export the artifact ``student`` to ``out``, and assert that the fp32 graph goes on from a prompt as torch does, other forms as they score."""
     exported = export_student(student=student, out=out, recipe=recipe)
-    prompt = np.random.default_rng(5).integers(0, 256, 12).tolist()
-    expected, name = greedy(student / "model", prompt)
-    found = list(Decoder(exported.path, form="fp32").generate(prompt, 16))
+    expected, name = greedy(student / "model", PROMPT)
+    found = list(Decoder(exported.path, form="fp32").generate(PROMPT, 16))
     assert found == expected, f"{name}: {found} instead of {expected}"
+    for form in exported.result["forms"].keys() - {"fp32"}:
+        require_generation(exported, form, PROMPT)
     return exported
+
+
+def require_generation(exported: Artifact, form: str, prompt: list[int], count: int = 4) -> None:
+    """Assert that ``form`` goes on from ``prompt`` by the tokens that its all-logits graph puts first, whatever provider it is made for.
+
+    A step and a whole text sum in another order: two choices nearer to each other than that are both first.
+    """
+    facts = exported.result["forms"][form]
+    last, every = (Decoder.from_graph(exported.path / facts[graph]) for graph in ("graph", "all_logits_graph"))
+    found = list(last.generate(prompt, count))
+    scores = every.score([[*prompt, *found]])[0, len(prompt) - 1 : -1]
+    assert np.isfinite(scores).all()
+    behind = scores.max(axis=1) - scores[np.arange(count), found]
+    assert (behind <= 1e-3 * np.abs(scores).max()).all(), (
+        f"{exported.path}: {form} generates {found}, behind by {behind}"
+    )
 
 
 ENCODERS = ("bert", "distilbert", "roberta")
