@@ -116,6 +116,14 @@ def test_what_is_looked_among_is_named_by_what_it_keeps() -> None:
     assert sizes[f"cut-{layers}x{neurons}x{hidden // 2}"] < sizes[f"cut-{layers}x{neurons // 2}"]
 
 
+def test_a_cut_that_was_asked_for_and_lies_on_the_grid_is_tried_once() -> None:
+    base = pico().resolved()["student"]["base"]
+    for layers, names in ((2, ["cut-4x256", "cut-2x256"]), (3, ["cut-4x256", "cut-2x256", "asked"])):
+        asked = {"kind": "shrink", "base": base, "layers": layers, "hidden_size": 64, "calibration_blocks": 2}
+        space = {"ranks": [], "depths": [1.0, 0.5], "widths": [1.0]}
+        assert list(dict(language.students(pico(student=asked, search=space)))) == names
+
+
 # Halving ---------------------------------------------------------------------------------------------------------
 
 LOSSES = {"a": 3.0, "b": 4.0, "c": 3.5, "d": 5.0}

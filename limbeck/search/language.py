@@ -50,7 +50,7 @@ def students(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
             seen.append(kept)
             sizes = ["layers", "intermediate_size"] + (["hidden_size"] if hidden < 1 else [])
             yield f"cut-{'x'.join(str(kept[name]) for name in sizes)}", student | {name: kept[name] for name in sizes}
-    if asked["kind"] == "shrink":
+    if asked["kind"] == "shrink" and _dimensions(recipe, asked) not in seen[1:]:
         yield "asked", asked
 
 
