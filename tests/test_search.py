@@ -664,6 +664,43 @@ def test_a_search_whose_time_was_up_says_so_and_goes_on_with_more(
     assert find(2.0) == found  # which nothing was left out of
 
 
+def test_an_undecided_search_measures_its_finalists_again_when_the_bench_has_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    healed: list[str] = []
+    measured: list[float] = []
+
+    def heal(*, recipe: Recipe, goes_on: Callable[[int, float], bool], **_: Any) -> None:
+        healed.append(recipe.name)
+        goes_on(0, 3.0 + len(healed) / 10)
+
+    def measure(recipe: Recipe, _: Any, finalist: Candidate, *__: Any) -> None:
+        measured.append(recipe.bench.minutes)
+        finalist.verdict = "pass" if recipe.bench.minutes > 1 else "undecided"
+        finalist.out = None if recipe.bench.minutes > 1 else "measured: 2.0 ms per output token"
+        finalist.measured = {"size": 5e5, "tpot_ms": 2.0, "ttft_ms": 9.0, "nll": 3.0, "best_teacher": 3.0}
+
+    monkeypatch.setattr(compress, "heal", heal)
+    monkeypatch.setattr(compress, "cache_teachers", lambda **_: None)
+    monkeypatch.setattr(finals, "_measure", measure)
+    few = {"search.rungs": [512], "search.finalists": 1, "search.ranks": [8], "search.depths": [1.0]}
+    few |= {"search.widths": [1.0], "search.forms": ["int8-weight"], "budget": {"size_mb": 1.0}}
+
+    def find(**bench: float) -> Found:
+        return search(pico(**few, **{f"bench.{name}": value for name, value in bench.items()}), out=tmp_path / "out")
+
+    first = find(minutes=1.0)
+    assert first.exit_code == 3
+    assert "give bench.minutes more, and only the finalists are measured again" in first.sentence
+    assert find(minutes=0.5) == first  # which would decide less
+    trained, again = len(healed), find(minutes=2.0)
+    assert (again.exit_code, len(healed)) == (0, trained)
+    assert measured == [1.0, 1.0, 2.0]  # of the two, one passes
+    assert find(minutes=3.0) == again  # which is decided
+    with pytest.raises(ArtifactError, match="another recipe or budget"):
+        find(minutes=2.0, new_tokens=8)
+
+
 def test_a_search_of_other_gates_or_other_text_is_another_search(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("of old " * 9000)

@@ -41,7 +41,7 @@ from limbeck.search.outcome import (
 )
 from limbeck.search.probes import predict_speeds
 from limbeck.search.rounds import halve
-from limbeck.search.state import SPENT, Clock, claim, digest_of, require_ours
+from limbeck.search.state import PATIENCE, SPENT, Clock, claim, digest_of, require_ours
 from limbeck.search.tasks import task_of
 
 CHOSEN, NEAREST, RESULT, TABLE = "chosen.yaml", "nearest.yaml", "search.json", "search.md"
@@ -69,7 +69,7 @@ def search(recipe: AnyRecipe, *, out: Path | None = None) -> Found:
     claim(folder, digest)
     clock = Clock(folder / SPENT)
     with locked(folder, wait=True):
-        if (found := _found(folder, budget)) is not None:
+        if (found := _found(folder, recipe, budget)) is not None:
             return found
         say(f"== search: {len(students)} students in {len(recipe.search.forms)} forms")
         _rule_out_sizes(candidates, budget)
@@ -77,7 +77,7 @@ def search(recipe: AnyRecipe, *, out: Path | None = None) -> Found:
         clock.save()
     halve(recipe, students, candidates, folder, clock, until=3600 * budget.hours * (1 - _RESERVED))
     with locked(folder, wait=True):
-        if (found := _found(folder, budget)) is not None:
+        if (found := _found(folder, recipe, budget)) is not None:
             return found
         measure_finalists(recipe, students, candidates, budget, folder, clock)
         return _conclude(recipe, students, candidates, budget, models, folder, clock.spent())
@@ -113,12 +113,15 @@ def _require_optuna() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def _found(folder: Path, budget: AnyBudget) -> Found | None:
-    """What a search that is complete came to; none where there is none, or where its time was up and there is more of it now."""
+def _found(folder: Path, recipe: AnyRecipe, budget: AnyBudget) -> Found | None:
+    """What a search that is complete came to; none where there is none, or where its time or the bench's was up and there is more of it now."""
     if not (folder / RESULT).exists():
         return None
     result = json.loads((folder / RESULT).read_text())
     if any(c["late"] for c in result["candidates"]) and budget.hours > result["budget"]["hours"]:
+        return None
+    undecided = any(c["verdict"] == "undecided" for c in result["candidates"])
+    if undecided and any(getattr(recipe.bench, name) > result["bench"][name] for name in PATIENCE):
         return None
     return Found(folder, result["table"], result["sentence"], result["exit_code"])
 
@@ -175,6 +178,7 @@ def _conclude(
             {
                 "recipe": recipe.name,
                 "budget": budget.model_dump(mode="json"),
+                "bench": {name: getattr(recipe.bench, name) for name in PATIENCE},
                 "best": best.name,
                 "sentence": sentence,
                 "table": table,

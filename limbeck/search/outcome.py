@@ -66,7 +66,7 @@ def out_of_time(candidates: Sequence[Candidate]) -> list[Candidate]:
 def missed_bound(candidates: Sequence[Candidate], budget: AnyBudget) -> str:
     """Which bound cannot be met, or between which the measuring did not decide, in a sentence."""
     if undecided := [f"{c.name}: {c.out}" for c in candidates if c.verdict == "undecided"]:
-        return f"Not decided, give bench.minutes more ({' | '.join(undecided)})."
+        return f"Not decided: give bench.minutes more, and only the finalists are measured again ({' | '.join(undecided)})."
     if left := out_of_time(candidates):
         return f"Not decided: the {budget.hours:g} hours ran out before {len(left)} of the students {'was' if len(left) == 1 else 'were'} measured; give budget.hours more."
     if budget.size_mb is not None and (least := min(c.size for c in candidates)) > 1e6 * budget.size_mb:

@@ -14,12 +14,13 @@ from limbeck.lock import LOCK
 from limbeck.recipe import fingerprint
 
 ASKED, SPENT, TIMING, STATE = "asked.json", "spent.json", "timing.json", "search.db"
+PATIENCE = ("minutes", "min_blocks")  # of the bench: how long it measures before it says undecided
 
 
 def digest_of(recipe: AnyRecipe) -> str:
     """Of all that decides what is looked for: the recipe, and what the models and texts that it names hold now.
 
-    Not of the hours: with more of them a search goes on from what is there.
+    Not of the hours, nor of how long the bench measures: with more of them a search goes on from what is there.
     """
     products, _ = pipeline.plan(recipe)
     made = [
@@ -28,7 +29,8 @@ def digest_of(recipe: AnyRecipe) -> str:
     ]
     asked = recipe.resolved()
     bounds = {name: bound for name, bound in asked["budget"].items() if name != "hours"}
-    return fingerprint([made, bounds, [asked[key] for key in ("search", "export", "bench", "gates")]])
+    bench = {name: value for name, value in asked["bench"].items() if name not in PATIENCE}
+    return fingerprint([made, bounds, bench, [asked[key] for key in ("search", "export", "gates")]])
 
 
 def require_ours(folder: Path, digest: str) -> None:
