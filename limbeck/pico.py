@@ -147,6 +147,8 @@ def _shrink_language_model(tree: dict[str, Any], recipe: Recipe) -> None:
     tree["bench"] |= {"prompt_tokens": 16, "new_tokens": 8, "min_blocks": 3, "minutes": 0.05}
     for scenario in tree["bench"]["scenarios"]:
         scenario |= _SCENARIOS[scenario["kind"]]
+    if recipe.export.recover is not None:
+        tree["export"]["recover"]["tokens"] = 2 * _BLOCK * _STEPS
     if isinstance(recipe.export.shapes, StaticShapes):
         tree["export"]["shapes"]["length"] = min(recipe.export.shapes.length, _SIZES["max_position_embeddings"])
 

@@ -269,6 +269,13 @@ def test_shrinking_keeps_every_choice(name: str) -> None:
         assert {text.kind for _, _, text in groups_of(small)} == {"stdlib"}
 
 
+def test_a_recovery_is_shrunk_as_the_training_is() -> None:
+    asked = {"export": {"recover": {"tokens": 2_000_000}}, "gates": {"max_quantization_loss": 0.01}}
+    small = pico.shrink_to_pico(pico_recipe(**asked))
+    assert small.export.recover is not None
+    assert small.export.recover.tokens == small.training.tokens
+
+
 def test_shrinking_tells_the_architecture_by_configuration_or_name(tmp_path: Path) -> None:
     make_model(tmp_path / "mine", model_type="gpt2", n_embd=32, n_head=4, n_layer=1)
     tree = pico_recipe().resolved()
