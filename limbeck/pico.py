@@ -89,14 +89,14 @@ _ENCODER_SIZES: Mapping[str, Any] = {
     "num_attention_heads": 4,
     "max_position_embeddings": 514,
 }
+_FULL_HEADS = {k: v for k, v in _SIZES.items() if k not in ("num_key_value_heads", "head_dim")}
 _OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_inner": 128, "n_layer": 4, "n_head": 4, "n_positions": 128},
-    "gpt_neox": {k: v for k, v in _SIZES.items() if k not in ("num_key_value_heads", "head_dim")},
-    "opt": {**_SIZES, "ffn_dim": 128},
+    "gpt_neox": _FULL_HEADS,
+    "opt": {**_FULL_HEADS, "ffn_dim": 128},
     "gemma3_text": {**_SIZES, "sliding_window": 32, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
     "distilbert": {"dim": 64, "hidden_dim": 128, "n_layers": 4, "n_heads": 4, "max_position_embeddings": 514},
 }
-_FIXED_HEADS = ("gpt2", "gpt_neox", "opt")  # width and heads are cut together, as in every encoder
 _BLOCK, _STEPS = 64, 4
 _TEXTS = (["json/*.py"], ["email/*.py"], ["logging/*.py"], ["unittest/*.py"])
 _EXAMPLES = 40  # of a class or domain
@@ -228,7 +228,7 @@ def _shrink_student(student: dict[str, Any], recipe: AnyRecipe) -> None:
     kind = architecture(recipe.student.base, recipe, where="student.base")
     student["base"] = {"kind": "random", "config": _config(kind, recipe), "seed": 0}
     if student["kind"] == "shrink":
-        heads = 1 if language and kind not in _FIXED_HEADS else 2
+        heads = 1 if "head_dim" in student["base"]["config"] else 2  # else width and heads are cut together
         small = {"layers": 3, "intermediate_size": 96, "kv_heads": heads, "hidden_size": 32}
         student |= {name: value for name, value in small.items() if student[name] is not None}
         student["round_to"] = min(32, student["round_to"])

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 import compress
 from compress import footprint, tracing
 from compress.footprint import describe, trace_line
-from compress.models import random_config, random_model
+from compress.models import model_config, random_config, random_model
+from compress.shrink import FAMILIES, shrunk_sizes
 from export import export_student
 from export.sizes import form_bytes
 from limbeck import pico, pipeline, plan
@@ -23,7 +24,7 @@ from limbeck.cli import app
 from limbeck.encoder_recipe import EncoderRecipe, groups_of, load_any_recipe
 from limbeck.errors import ModelError, RecipeError
 from limbeck.library import Entry, library
-from limbeck.recipe import Recipe, load_recipe, parse_recipe
+from limbeck.recipe import Recipe, ShrinkStudent, load_recipe, parse_recipe
 from tests import hub
 from tests.pico import make_model, make_student, pico_recipe
 
@@ -267,6 +268,15 @@ def test_shrinking_keeps_every_choice(name: str) -> None:
         assert isinstance(recipe, EncoderRecipe)
         assert [name for _, name, _ in groups_of(small)] == [name for _, name, _ in groups_of(recipe)]
         assert {text.kind for _, _, text in groups_of(small)} == {"stdlib"}
+
+
+@pytest.mark.parametrize("kind", sorted({*pico._BY_NAME.values(), "opt"} & FAMILIES.keys()))
+def test_a_cut_in_heads_and_width_can_be_made_of_every_shrunk_architecture(kind: str) -> None:
+    config = {"model_type": kind, "num_hidden_layers": 2}
+    student = {"kind": "shrink", "base": {"kind": "random", "config": config}, "kv_heads": 3, "hidden_size": 96}
+    small = pico.shrink_to_pico(pico_recipe(student=student)).student
+    assert isinstance(small, ShrinkStudent)
+    assert shrunk_sizes(model_config(small.base, folder=Path()), small)["hidden_size"] == 32
 
 
 def test_a_recovery_is_shrunk_as_the_training_is() -> None:
