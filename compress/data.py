@@ -258,6 +258,46 @@ def _python_strings(path: Path, text: str, min_chars: int) -> Iterator[str]:
             yield node.value
 
 
+# Before there is a tokenizer ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much text a domain has, in bytes, of which a token takes at least one."""
+
+    pieces: int  # that every n-th is held out of: parts of texts, or whole conversations
+    training: int  # bytes that are not held out
+    longest: int  # of them in one run that blocks may fill
+    blocks: int  # for training, at most
+
+
+def measure_text(domain: Domain, data: Data, *, folder: Path, enough: int | None = None) -> Amount:
+    """Read a domain without a tokenizer, until ``enough`` blocks may be there; none reads all of it.
+
+    Raises `DataError` for text that is missing or cannot be read.
+    """
+    form, split = domain.text.format, _Split(data)
+    training = longest = blocks = 0
+    files = sources.text_files(domain.text, folder=folder)
+    for piece in split.train(itertools.chain.from_iterable(_unrendered(path, form) for path in files)):
+        size = len(piece.text.encode())
+        training, longest = training + size, max(longest, size)
+        if isinstance(form, ChatRows) and data.packing == "document":
+            blocks += 1
+        else:
+            blocks += -(-size // data.block)
+        if enough is not None and blocks >= enough:
+            break
+    return Amount(split.seen, training, longest, blocks)
+
+
+def _unrendered(path: Path, form: TextFormat | RowFormat) -> Iterator[str | Piece]:
+    """Documents; of conversations the JSON, which is about as long as what a template makes of it."""
+    if isinstance(form, ChatRows):
+        return (Piece(json.dumps(value, ensure_ascii=False)) for _, value in _rows(path, form.field))
+    return documents(path, form)
+
+
 # Blocks ----------------------------------------------------------------------------------------------------------
 
 

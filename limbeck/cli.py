@@ -260,7 +260,8 @@ def init(
     from limbeck.init import write_recipe
 
     choice = write_recipe(teachers=teacher, texts=data, target_mb=target_mb, student=student, out=out)
-    print(f"{out}: {choice.why}; about {choice.megabytes:.1f} MB as {choice.form}\nnext: limbeck run {out}")
+    caution = f"{choice.caution}\n" if choice.caution else ""
+    print(f"{out}: {choice.why}; about {choice.megabytes:.1f} MB as {choice.form}\n{caution}next: limbeck run {out}")
 
 
 @app.command("plan")

@@ -17,7 +17,7 @@ from typing import Any
 from limbeck.artifact import write_atomically
 from limbeck.errors import DataError, LimbeckError, ModelError, RecipeError
 from limbeck.plan import form_sizes
-from limbeck.recipe import Recipe, find_recipe, parse_recipe
+from limbeck.recipe import ChatRows, Data, Recipe, find_recipe, parse_recipe
 from limbeck.sources import check_arrow
 
 _TARGET_SHARE = 0.97  # of the size asked for: the plan is right within 2 %
@@ -29,6 +29,7 @@ _DECODERS = (
     "LMHeadModel",
     "ForConditionalGeneration",
 )  # how transformers' classes that write text are called
+_BYTES = 4  # of a token of text, about
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _BITS = {"int8-weight": 8, "int4-weight": 4}  # forms that may ship
 
@@ -41,6 +42,16 @@ class Choice:
     form: str
     megabytes: float
     why: str
+
+    @property
+    def caution(self) -> str | None:
+        """What to expect of a cut student, as it was measured (docs/experiments.md); none for a whole one."""
+        if self.student["kind"] != "shrink":
+            return None
+        return (
+            "A cut heals slowly, and max_loss_vs_best_teacher will likely fail: SmolLM2-135M cut to 20 of 30 layers was still 0.8 nats "
+            "above its best teacher after 24,576 tokens. Give far more text and training.tokens, or a larger --target-mb."
+        )
 
 
 def write_recipe(
@@ -67,6 +78,8 @@ def write_recipe(
         "training": {"tokens": _tokens(texts), "batch_tokens": _BATCH, "learning_rate": 1e-3, "evaluate_every": 50},
         "gates": {"max_size_mb": target_mb, "max_loss_vs_best_teacher": 0.02},
     }
+    if _are_short(texts, Data.model_validate(tree["data"])):
+        tree["data"]["packing"] = "stream"
     bases = (
         [_source(student, "--student")] if student else [t["model"] for t in found if t["model"]["kind"] != "recipe"]
     )
@@ -199,6 +212,24 @@ def _data(given: str) -> dict[str, Any]:
     return source | {"format": {"kind": kind, "field": field}}
 
 
+def _are_short(texts: Sequence[str], data: Data) -> bool:
+    """Whether the documents of a text must be joined to fill a block. Raises `DataError` for too little text."""
+    from compress.data import measure_text
+
+    short, block, heldout = False, _BYTES * data.block, data.heldout
+    for given, domain in zip(texts, data.domains, strict=True):
+        found = measure_text(domain, data, folder=Path())
+        if found.pieces < heldout.every or found.training < block:
+            raise DataError(
+                f"--data {given}: too little text: found {found.pieces} of at least {heldout.every} rows, or pieces of up to "
+                f"{heldout.piece_chars} characters, every {heldout.every}th of which is held out, and {found.training} of at least "
+                f"{block} bytes to train on, for a block of {data.block} tokens. Add text: a single document needs about "
+                f"{heldout.every * heldout.piece_chars} characters."
+            )
+        short = short or (not isinstance(domain.text.format, ChatRows) and found.longest < block)
+    return short
+
+
 def _json_fields(path: Path) -> dict[str, bool]:
     """The keys of the first row of JSON lines, and whether they hold text."""
     with path.open(encoding="utf-8-sig", errors="replace") as file:
@@ -232,7 +263,7 @@ def _tokens(texts: Sequence[str]) -> int:
     files = [Path(text).expanduser() for text in texts]
     if any(path.suffix == ".parquet" for path in files):
         return _TOKENS
-    passes = _PASSES * sum(path.stat().st_size for path in files) // 4
+    passes = _PASSES * sum(path.stat().st_size for path in files) // _BYTES
     return max(20 * _BATCH, min(_TOKENS, passes // _BATCH * _BATCH))
 
 
@@ -287,6 +318,7 @@ def _text(tree: dict[str, Any], choice: Choice, target_mb: float) -> str:
     lines = [
         f"# Written by `limbeck init` for {target_mb:g} MB. Student: {choice.why}.",
         f"# It will take about {choice.megabytes:.1f} MB as {choice.form}; `limbeck plan` says more, `limbeck run` does it.",
+        *([f"# {choice.caution}"] if choice.caution else []),
         f"name: {tree['name']}",
         "teachers:",
         *(f"  - {_flow(teacher)}" for teacher in tree["teachers"]),

@@ -10,6 +10,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
+from compress.data import load_blocks
+from compress.models import load_tokenizer
 from limbeck import pipeline
 from limbeck.cli import app
 from limbeck.init import _cuts, _sizes, choose_student
@@ -51,6 +53,9 @@ def test_the_student_is_the_best_that_fits(tmp_path: Path) -> None:
         # The verdict is on size and on what it costs in quality.
         gates = recipe.gates
         assert gates.max_loss_vs_best_teacher == 0.02
+        # Of a cut it is said, here and in the file, that the loss cannot be expected to be met.
+        said = "A cut heals slowly, and max_loss_vs_best_teacher will likely fail"
+        assert (said in result.stdout) == (said in recipe.text) == (recipe.student.kind == "shrink")
         assert gates.max_quantization_loss == {"int8-weight": 0.01, "int4-weight": 0.05}[form]
         found.append((recipe.student.kind, form))
     assert found[:2] == [("lora", "int8-weight"), ("lora", "int4-weight")]
@@ -134,13 +139,35 @@ def test_rows_are_told_by_the_first_of_them(row: Any, form: dict[str, str] | Non
 
 
 def test_little_text_is_not_read_over_and_over(tmp_path: Path) -> None:
-    def tokens(characters: int) -> int:
+    def tokens(text: str) -> int:
         (tmp_path / "recipe.yaml").unlink(missing_ok=True)
-        (tmp_path / "text.txt").write_text("word " * (characters // 5))
+        (tmp_path / "text.txt").write_text(text)
         assert init(10).exit_code == 0
         return int(yaml.safe_load((tmp_path / "recipe.yaml").read_text())["training"]["tokens"])
 
-    assert [tokens(n) for n in (1000, 20_000, 1_000_000)] == [20 * 1024, 48 * 1024, 200 * 1024]
+    lines = ("word " * 119 + "end.\n") * 10  # each a piece
+    texts = (lines, "word " * 4000, "word " * 200_000)
+    assert [tokens(text) for text in texts] == [20 * 1024, 48 * 1024, 200 * 1024]
+
+
+def test_too_little_text_is_refused_and_just_enough_becomes_blocks(tmp_path: Path) -> None:
+    few = "word " * 56
+    (tmp_path / "text.txt").write_text(few)
+    refused = init(10)
+    assert refused.exit_code == 2
+    assert "--data text.txt: too little text: found 1 of at least 10 rows, or pieces of up to 1024" in refused.stderr
+    assert "a single document needs about 10240 characters" in refused.stderr
+    assert not (tmp_path / "recipe.yaml").exists()
+    # Rows that are shorter than a block are joined, or not one block would be full.
+    for name, text in (("text.txt", few * 40), ("rows.jsonl", '{"text": "a few words of a row"}\n' * 60)):
+        out = f"{name}.yaml"
+        data = ["--data", name] if name == "rows.jsonl" else []
+        (tmp_path / name).write_text(text)
+        assert init(10, *data, "--out", out).exit_code == 0
+        recipe = load_recipe(tmp_path / out)
+        assert recipe.data.packing == ("stream" if data else "document")
+        blocks = load_blocks(recipe, load_tokenizer(tmp_path / "models" / "medical"))
+        assert all(len(domain.train_ids) and len(domain.heldout) for domain in blocks)
 
 
 def test_what_is_written_runs_to_a_verdict(tmp_path: Path) -> None:
