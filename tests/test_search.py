@@ -69,12 +69,12 @@ def test_the_error_of_the_speed_model_is_that_of_points_it_had_not_seen() -> Non
     assert fit_speed(points[:1], times[:1]).error is None
 
 
-def timed_field(folder: Path, *, tpot_ms: float) -> dict[str, Candidate]:
+def timed_field(folder: Path, **bounds: float) -> dict[str, Candidate]:
     """Five shapes, of which three were timed at a millisecond a layer, after what is too slow is ruled out."""
     field = [candidate(f"s{n}", size=n * 10_000_000, layers=n) for n in (2, 4, 6, 8, 10)]
     times = {f"s{n}-int8-weight": {"tpot_ms": float(n), "ttft_ms": 3.0 * n} for n in (2, 6, 10)}
     (folder / state.TIMING).write_text(json.dumps(times))
-    recipe = pico(budget={"tpot_ms": tpot_ms}, **{"search.probes": 3})
+    recipe = pico(budget=bounds, **{"search.probes": 3})
     assert recipe.budget is not None
     probes.predict_speeds(recipe, {}, field, recipe.budget, folder)
     return {c.student: c for c in field}
@@ -89,6 +89,11 @@ def test_what_misses_a_bound_by_more_than_the_error_is_ruled_out(tmp_path: Path)
     assert field["s4"].predicted == pytest.approx({"tpot_ms": 4.0, "ttft_ms": 12.0})
     assert not field["s4"].timed
     assert timed_field(tmp_path, tpot_ms=7.3)["s8"].out is None  # 8 ms, give or take a tenth
+    first = timed_field(tmp_path, tpot_ms=99, ttft_ms=20.0)  # which is three times as long
+    assert {name: c.out for name, c in first.items() if c.out} == {
+        "s8": "predicted ttft 24.00 ms",
+        "s10": "timed ttft 30.00 ms",
+    }
 
 
 def test_what_is_planned_too_large_is_ruled_out_before_anything_is_made() -> None:
@@ -478,6 +483,21 @@ def test_a_finalist_is_verified_but_for_its_speed(tmp_path: Path, monkeypatch: p
     assert finalist.measured == {"size": 5e5, "tpot_ms": 2.0, "ttft_ms": 9.0, "nll": 3.3, "best_teacher": 3.0}
 
 
+def test_a_finalist_whose_training_diverged_is_not_called_an_export_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = pico()
+    assert recipe.budget is not None
+    for error, said in (
+        (DivergenceError("training of a diverged at step 3: loss nan"), "training of a diverged at step 3: loss nan"),
+        (ParityError("the int8-weight graph is wrong:\n  far off"), "not exported: the int8-weight graph is wrong"),
+    ):
+        monkeypatch.setattr(finals.pipeline, "run", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+        finalist = candidate("asked")
+        finals._measure(recipe, {"asked": recipe.resolved()["student"]}, finalist, recipe.budget, tmp_path)
+        assert (finalist.out, finalist.verdict) == (said, None)
+
+
 # What is left ----------------------------------------------------------------------------------------------------
 
 
@@ -496,6 +516,15 @@ def test_the_recipe_that_is_written_stands_alone(tmp_path: Path) -> None:
     assert read.gates.min_decode_speedup == recipe.gates.min_decode_speedup
     assert read.budget is None
     assert all(Path(teacher["model"]["recipe"]).is_absolute() for teacher in tree["teachers"])
+
+
+def test_every_bound_of_the_budget_is_a_gate_of_the_recipe_that_is_written() -> None:
+    recipe = pico(budget={"size_mb": 0.6, "tpot_ms": 5.0, "ttft_ms": 20.0}, gates={"max_tpot_ms": 1.0})
+    assert recipe.budget is not None
+    tree = final_recipe(recipe, recipe.resolved()["student"], candidate("asked"), recipe.budget)
+    gates = parse_recipe(tree).gates
+    assert (gates.max_size_mb, gates.max_tpot_ms, gates.max_ttft_ms) == (0.6, 5.0, 20.0)
+    assert gates.max_loss_vs_best_teacher is None
 
 
 def test_what_a_recipe_asks_of_its_export_spoils_no_finalist() -> None:
@@ -604,12 +633,12 @@ def test_a_form_that_parity_refuses_untrained_is_out_and_the_others_are_timed(
     recipe = pico()
     assert recipe.budget is not None
     probes.predict_speeds(recipe, students, field, recipe.budget, tmp_path)
-    refused = "not exported untrained: the int4-weight graph does not compute what the student computes"
+    refused = "untrained, not exported: the int4-weight graph does not compute what the student computes"
     assert {(c.form, c.out) for c in field} == {("int8-weight", None), ("int4-weight", refused)}
     found = {c.student: (c.timed, c.predicted["tpot_ms"]) for c in field if c.out is None}
     assert found == {"a": (True, 2.0), "b": (False, pytest.approx(2.0)), "c": (True, 2.0)}
     assert missed_bound([c for c in field if c.out], recipe.budget) == (
-        f"No student that is small enough can be exported: int4-weight is {refused}."
+        f"No student that is small enough can be exported in int4-weight: {refused}."
     )
 
 

@@ -15,7 +15,7 @@ from limbeck.errors import QualityError
 from limbeck.progress import say
 from limbeck.recipe import AnyBudget
 from limbeck.search.candidates import Candidate
-from limbeck.search.outcome import excess
+from limbeck.search.outcome import excess, why_refused
 from limbeck.search.state import Clock
 from limbeck.search.tasks import task_of
 
@@ -83,7 +83,7 @@ def _measure(
         report = pipeline.run(parse_any_recipe(tree, where=finalist.name), out=run)
     except QualityError as error:
         say(f"   {finalist.name}: {error}")
-        finalist.out = f"not exported: {str(error).splitlines()[0].rstrip(':')}"
+        finalist.out = why_refused(error)
         return
     assert report is not None
     finalist.verdict = report.verdict.status

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from limbeck.errors import DivergenceError, QualityError
 from limbeck.recipe import AnyBudget, Budget
 from limbeck.search.candidates import Candidate
 
 PICTURE = "search.svg"
 _HEADS = {"tpot_ms": "ms a token", "ttft_ms": "ms to the first", "latency_ms": "ms a sequence"}
-UNEXPORTED = "not exported untrained"  # how it begins why a form is out that no probe could be exported in
+UNEXPORTED = "untrained, "  # how it begins why a form is out that no probe could be exported in
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,12 @@ def excess(candidate: Candidate, budget: AnyBudget) -> float:
     return max([1.0, *ratios])
 
 
+def why_refused(error: QualityError) -> str:
+    """Why nothing was exported: the graph was not right, or the training before it was not."""
+    said = str(error).splitlines()[0].rstrip(":")
+    return said if isinstance(error, DivergenceError) else f"not exported: {said}"
+
+
 def out_of_time(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Those that the hours did not suffice for."""
     return [c for c in candidates if c.late]
@@ -74,7 +81,7 @@ def missed_bound(candidates: Sequence[Candidate], budget: AnyBudget) -> str:
     fitting = [c for c in candidates if not (c.out or "").startswith(("planned", UNEXPORTED))]
     if not fitting:
         refused = next(c for c in candidates if (c.out or "").startswith(UNEXPORTED))
-        return f"No student that is small enough can be exported: {refused.form} is {refused.out}."
+        return f"No student that is small enough can be exported in {refused.form}: {refused.out}."
     for metric, bound in budget.times.items():
         times = [(c.measured.get(metric, c.predicted.get(metric, 0.0)), c.timed or bool(c.measured)) for c in fitting]
         fastest, timed = min(times, default=(0.0, False))

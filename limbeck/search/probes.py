@@ -14,7 +14,7 @@ from limbeck.errors import QualityError
 from limbeck.progress import say
 from limbeck.recipe import AnyBudget
 from limbeck.search.candidates import Candidate, SpeedModel, fit_speed, still_in
-from limbeck.search.outcome import UNEXPORTED
+from limbeck.search.outcome import UNEXPORTED, why_refused
 from limbeck.search.state import TIMING
 from limbeck.search.tasks import task_of
 
@@ -49,7 +49,7 @@ def predict_speeds(
     refused = {c.form: measured[c.name]["refused"] for c in probed if c.form not in {t.form for t in timed}}
     for candidate in left:
         if candidate.form in refused:
-            candidate.out = f"{UNEXPORTED}: {refused[candidate.form]}"
+            candidate.out = f"{UNEXPORTED}{refused[candidate.form]}"
     if not timed:
         return {}
     models = {}
@@ -111,7 +111,7 @@ def _time_probes(
                     targets[c.name] = (place, c.form)
                 except QualityError as error:
                     say(f"   {c.name} is not timed: {error}")
-                    times[c.name] = {"refused": str(error).splitlines()[0].rstrip(":")}
+                    times[c.name] = {"refused": why_refused(error)}
     if targets:
         found = task.time_exports(recipe, list(targets.values()), folder / "probes" / "timing")
         times |= dict(zip(targets, found, strict=True))
