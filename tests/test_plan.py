@@ -196,6 +196,11 @@ def test_the_header_says_what_the_plan_says(name: str, tmp_path: Path, monkeypat
     sizes = plan.form_sizes(entry.recipe)
     assert list(sizes)[-1] == entry.form
     assert sizes[entry.form] / 1e6 == pytest.approx(entry.megabytes, rel=0.01)
+    # Six operations a parameter and token; a core or two do 1e15 in about an hour.
+    recipe = entry.recipe
+    tokens = recipe.training.tokens if isinstance(recipe, Recipe) else recipe.training.examples * recipe.data.max_tokens
+    assert entry.device == ("cpu" if 6 * sizes["fp32"] / 4 * (tokens or 0) < 1e15 else "card")
+    assert ("No GPU" in entry.about) == (entry.device == "cpu")
     for word in ("Needs:", "Licences:", "Plan:"):
         assert word in entry.about
 
