@@ -515,7 +515,18 @@ def test_the_recipe_that_is_written_stands_alone(tmp_path: Path) -> None:
     assert (read.gates.max_size_mb, read.gates.max_loss_vs_best_teacher) == (120, 0.01)
     assert read.gates.min_decode_speedup == recipe.gates.min_decode_speedup
     assert read.budget is None
-    assert all(Path(teacher["model"]["recipe"]).is_absolute() for teacher in tree["teachers"])
+    # By name: on another machine a shipped recipe lies elsewhere.
+    assert [t["model"]["recipe"] for t in tree["teachers"]] == ["smollm2/expert-speeches", "smollm2/expert-scripture"]
+
+
+def test_a_teacher_recipe_of_ones_own_keeps_its_place(tmp_path: Path) -> None:
+    (tmp_path / "expert.yaml").write_text("extends: pico\nname: expert\n")
+    teachers = "teachers: [{name: a, model: {kind: recipe, recipe: expert.yaml}}]\n"
+    (tmp_path / "mine.yaml").write_text(f"extends: pico\nname: mine\n{teachers}budget: {{size_mb: 1}}\n")
+    recipe = load_recipe(tmp_path / "mine.yaml")
+    assert recipe.budget is not None
+    tree = final_recipe(recipe, recipe.resolved()["student"], candidate("asked"), recipe.budget)
+    assert tree["teachers"][0]["model"]["recipe"] == str(tmp_path / "expert.yaml")
 
 
 def test_every_bound_of_the_budget_is_a_gate_of_the_recipe_that_is_written() -> None:

@@ -125,7 +125,14 @@ from limbeck.recipe.inputs import (
     TextFormat,
     TextSource,
 )
-from limbeck.recipe.reading import apply_override, find_recipe, parse_as, read_tree, shipped_recipes
+from limbeck.recipe.reading import (
+    apply_override,
+    find_recipe,
+    parse_as,
+    portable_reference,
+    read_tree,
+    shipped_recipes,
+)
 
 __all__ = [
     "NO_KERNEL",
@@ -244,6 +251,7 @@ __all__ = [
     "load_recipe",
     "parse_as",
     "parse_recipe",
+    "portable_reference",
     "read_tree",
     "shipped_recipes",
 ]

@@ -61,6 +61,11 @@ def find_recipe(reference: str | Path, *, folder: Path | None = None) -> Path:
     raise RecipeError(f"{reference}: no such recipe file, and no shipped recipe of that name; {hint}")
 
 
+def portable_reference(path: Path) -> str:
+    """How a recipe's file is named in another recipe: a shipped one by its name, which every machine with Limbeck knows."""
+    return next((name for name, shipped in shipped_recipes() if shipped.resolve() == path.resolve()), str(path))
+
+
 def shipped_recipes() -> list[tuple[str, Path]]:
     """Name and path of every recipe in the wheel, sorted."""
     return [(str(p.relative_to(RECIPES).with_suffix("")), p) for p in sorted(RECIPES.rglob("*.yaml"))]

@@ -54,7 +54,7 @@ class Task(Protocol[R, B]):
         """Distil a student to the end of a round: its loss and metric then; none where time was up. Raises `DivergenceError`."""
 
     def final_recipe(self, recipe: R, student: dict[str, Any], candidate: Candidate, budget: B) -> dict[str, Any]:
-        """The recipe of one candidate as plain data that stands alone: no `extends`, every path absolute, the budget as gates."""
+        """The recipe of one candidate as plain data that stands alone: no `extends`, every path absolute but for shipped recipes, the budget as gates."""
 
     def measured(self, bench: Mapping[str, Any]) -> dict[str, float]:
         """What the result of a bench says of the shipped form, and of the best teacher, as candidates hold it."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.encoder_recipe import AnyRecipe
-from limbeck.recipe import find_recipe
+from limbeck.recipe import find_recipe, portable_reference
 
 _NOT_SHAPE = ("architectures", "dtype", "transformers_version", "_name_or_path", "id2label", "label2id", "num_labels")
 
@@ -30,7 +30,7 @@ def alone(
     export: Mapping[str, Any],
     training: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The recipe of one candidate as plain data that stands alone: no `extends`, every path absolute, the budget as gates."""
+    """The recipe of one candidate as plain data that stands alone: no `extends`, every path absolute but for shipped recipes, the budget as gates."""
     tree = recipe.resolved()
     tree["gates"] |= gates
     del tree["budget"], tree["search"]
@@ -58,7 +58,7 @@ def share_of(sizes: Mapping[str, int], name: str, share: float) -> int:
 
 
 def _absolute(node: Any, folder: Path) -> Any:
-    """Plain data with every path of a recipe made absolute."""
+    """Plain data with every path of a recipe made absolute; shipped recipes keep their names."""
     if isinstance(node, list):
         return [_absolute(item, folder) for item in node]
     if not isinstance(node, dict):
@@ -66,7 +66,7 @@ def _absolute(node: Any, folder: Path) -> Any:
     made = {key: _absolute(value, folder) for key, value in node.items()}
     kind = made.get("kind")
     if kind == "recipe":
-        made["recipe"] = str(find_recipe(made["recipe"], folder=folder))
+        made["recipe"] = portable_reference(find_recipe(made["recipe"], folder=folder))
     elif kind in ("local", "gguf", "datasets") or (kind == "onnx" and made["package"] is None):
         made["path"] = str((folder / Path(made["path"]).expanduser()).resolve())
     elif kind == "files":
