@@ -661,7 +661,11 @@ def test_a_budget_that_nothing_fits_is_said_before_anything_is_trained(tmp_path:
     )
     assert not (tmp_path / "out" / module.CHOSEN).exists()
     assert not (tmp_path / "out" / "healing").exists()
-    assert load_recipe(tmp_path / "out" / module.NEAREST).gates.max_size_mb == 0.01
+    left = load_recipe(tmp_path / "out" / module.NEAREST)
+    assert left.gates.max_size_mb == 0.01
+    told = "ts gates are the budget's, which are not kept: it fails unless they are raised"
+    assert told in found.sentence
+    assert told in left.text
     result = json.loads((tmp_path / "out" / module.RESULT).read_text())
     assert all(c["out"].startswith("planned") for c in result["candidates"])
     with pytest.raises(ArtifactError, match="another recipe or budget"):
@@ -695,6 +699,7 @@ def test_a_search_whose_time_was_up_says_so_and_goes_on_with_more(
     assert cut.exit_code == 3
     assert cut.sentence.startswith("Not decided: the 1e-09 hours ran out before")
     assert "budget.hours" in cut.sentence
+    assert "(its gates are the budget's, which were not shown to be kept)" in cut.sentence
     assert find(1e-9) == cut
     assert healed == []
     found = find(1.0)

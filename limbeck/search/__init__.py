@@ -158,16 +158,21 @@ def _conclude(
     (folder / CHOSEN).unlink(missing_ok=True)
     (folder / NEAREST).unlink(missing_ok=True)
     if passed:
-        best, code, name = chosen(passed, budget), 0, CHOSEN
+        best, code, name, note = chosen(passed, budget), 0, CHOSEN, ""
         sentence = f"{best.name} keeps the budget: {figures_of(best)}; limbeck run {folder / CHOSEN}"
     else:
         best, name = nearest(undecided or candidates, budget), NEAREST
         code = 3 if undecided or out_of_time(candidates) else 1
-        sentence = f"{missed_bound(candidates, budget)} The nearest is {best.name}: {figures_of(best)}; limbeck run {folder / NEAREST}"
+        kept = "were not shown to be kept" if code == 3 else "are not kept: it fails unless they are raised"
+        note = f"# Its gates are the budget's, which {kept}.\n"
+        sentence = (
+            f"{missed_bound(candidates, budget)} The nearest is {best.name}: {figures_of(best)}; limbeck run {folder / NEAREST} "
+            f"(its gates are the budget's, which {kept})"
+        )
     if said := ", ".join(f"{metric} within {m.error:.0%}" for metric, m in models.items() if m.error is not None):
         sentence += f"\nPredicted times: {said}, by the worst of the timed exports that the prediction had not seen."
     tree = task_of(recipe).final_recipe(recipe, students[best.student], best, budget)
-    head = f"# Found by `limbeck search {recipe.name}` for {asked_for(budget)}: {figures_of(best)}.\n"
+    head = f"# Found by `limbeck search {recipe.name}` for {asked_for(budget)}: {figures_of(best)}.\n{note}"
     write_atomically(folder / name, head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120))
     table = markdown(rows(candidates, best, budget))
     write_atomically(folder / TABLE, f"{table}\n\n{sentence}\n")
