@@ -1,7 +1,7 @@
 """What training a language model will take, without its weights: parameters, memory and operations.
 
 Every architecture counts itself (`compress.tracing`); what the loop adds around it (optimiser, copies, logits of a chunk) is
-summed here. Knows nothing of files or of text.
+summed here. Knows nothing of files or of text: how many blocks there are it is told.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Footprint:
 
     trained: int  # parameters, projections included
     memory: Memory
-    cache_bytes: int  # of the teacher cache; 0 without one
+    cache_bytes: int  # of the teacher cache, at most; 0 without one
     operations: float  # floating-point operations of the whole training
 
 
@@ -119,9 +119,12 @@ def lora_parameters(config: Any, student: LoraStudent) -> int:
 
 
 def footprint(
-    recipe: Recipe, *, student: Shape, base: Shape | None, teachers: Sequence[TeacherShape], precision: str
+    recipe: Recipe, *, student: Shape, base: Shape | None, teachers: Sequence[TeacherShape], precision: str, blocks: int
 ) -> Footprint:
-    """What training takes, from the sizes of student and teachers, computing in ``precision`` (fp32, bf16)."""
+    """What training takes, from the sizes of student and teachers, computing in ``precision`` (fp32, bf16).
+
+    ``blocks`` are the different ones that training reads, however often: a teacher cache holds each once.
+    """
     config, lora = recipe.training, isinstance(recipe.student, LoraStudent)
     tokens = config.micro_batch * recipe.data.block
     cached = not isinstance(config.teacher_cache, NoCache)
@@ -134,7 +137,8 @@ def footprint(
     theirs = [
         _teacher_trace(t, recipe, precision=precision, states=bool(p)) for t, p in zip(teachers, pairs, strict=True)
     ]
-    operations = _operations(recipe, student, mine, teachers, theirs)
+    cached_tokens = blocks * recipe.data.block + _heldout_tokens(recipe)
+    operations = _operations(recipe, student, mine, teachers, theirs, cached_tokens)
 
     # Heads are cast once to the number type of the forward pass.
     compute = _BYTES[precision]
@@ -154,11 +158,9 @@ def footprint(
         logits += student.width * student.vocabulary * 4  # gradient of the head, summed over chunks
     teacher_peak = 0 if cached else max((t.forward_peak for t in theirs), default=0)
     activations = max(mine.kept + said + aligned, mine.backward_peak - logits + said, teacher_peak - logits)
-    cache_tokens = _cache_tokens(recipe)
-    cache_bytes = _cache_bytes(recipe, teachers, pairs, cache_tokens)
-    rows = cache_bytes if cached else 0
     best = 4 * trained
-    kept_teachers = heads + rows if cached else bodies + heads
+    # The cache is mapped from disk: its pages are given back when memory is short, and a card gets a micro-batch of it at a time.
+    kept_teachers = heads if cached else bodies + heads
     moments = [Memory(kept_teachers, weights + head, 12 * trained + best, activations, logits, "training")]
     if cached:
         filling = max(t.forward_peak for t in theirs)
@@ -170,6 +172,7 @@ def footprint(
     moments.append(Memory(kept_teachers, weights + head + again, 2 * best, scored, 0, "saving"))
     if lora:  # the adapters are merged into the base as it is on disk
         moments.append(Memory(kept_teachers, weights + head + again + 4 * student.linear, 2 * best, 0, 0, "merging"))
+    cache_bytes = _cache_bytes(recipe, teachers, pairs, cached_tokens)
     return Footprint(trained, max(moments, key=lambda m: m.total), cache_bytes, operations)
 
 
@@ -285,30 +288,35 @@ def _heldout_tokens(recipe: Recipe) -> int:
     return recipe.data.heldout.blocks * recipe.data.block * len(recipe.data.domains)
 
 
-def _cache_tokens(recipe: Recipe) -> int:
-    return (recipe.training.tokens or 0) + _heldout_tokens(recipe)
-
-
 def _cache_bytes(
     recipe: Recipe, teachers: Sequence[TeacherShape], pairs: Sequence[Sequence[tuple[int, int]]], tokens: int
 ) -> int:
+    heads = sum(_BYTES[t.dtype] * t.shape.width * t.shape.vocabulary for t in teachers)
     match recipe.training.teacher_cache:
         case HiddenCache():
             kept = sum(
                 2 * t.shape.width * len({t.shape.layers, *(layer for _, layer in p)})
                 for t, p in zip(teachers, pairs, strict=True)
             )
-            return tokens * kept + sum(_BYTES[t.dtype] * t.shape.width * t.shape.vocabulary for t in teachers)
+            return tokens * kept + heads
         case TopkCache(k=k):
-            return tokens * len(teachers) * (8 * k + 8)
+            return tokens * len(teachers) * (8 * k + 8) + heads
         case NoCache():
             return 0
 
 
 def _operations(
-    recipe: Recipe, student: Shape, mine: Trace, teachers: Sequence[TeacherShape], theirs: Sequence[Trace]
+    recipe: Recipe,
+    student: Shape,
+    mine: Trace,
+    teachers: Sequence[TeacherShape],
+    theirs: Sequence[Trace],
+    cached_tokens: int,
 ) -> float:
-    """Of all steps and all measurements on held-out text; a product with a head of width d is 2 d V a token."""
+    """Of all steps and all measurements on held-out text; a product with a head of width d is 2 d V a token.
+
+    With a cache bodies read each block once, and with the `topk` one heads too.
+    """
     config = recipe.training
     tokens = config.tokens or 0
     micro = config.micro_batch * recipe.data.block
@@ -317,7 +325,10 @@ def _operations(
     trains_head = not isinstance(recipe.student, LoraStudent)
     step = (mine.forward + mine.backward) / micro + head * (3 if trains_head else 2)
     operations = tokens * step + measurements * heldout * (mine.forward / micro + head)
+    read = tokens + heldout
+    by_body = read if isinstance(config.teacher_cache, NoCache) else cached_tokens
+    by_head = cached_tokens if isinstance(config.teacher_cache, TopkCache) else read
     for teacher, trace in zip(teachers, theirs, strict=True):
         each_head = 2 * teacher.shape.width * teacher.shape.vocabulary
-        operations += (tokens + heldout) * trace.forward / micro + (tokens + heldout) * each_head
+        operations += by_body * trace.forward / micro + by_head * each_head
     return operations

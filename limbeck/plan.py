@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.encoder_recipe import AnyRecipe, EncoderRecipe, FreshEncoder, load_teacher_recipe, teachers_of
-from limbeck.errors import LimbeckError, RecipeError
-from limbeck.recipe import FreshStudent, LoraStudent, Recipe, RecipeModel, find_recipe, load_recipe
+from limbeck.errors import LimbeckError, RecipeError, UserError
+from limbeck.recipe import FreshStudent, LoraStudent, NoCache, Recipe, RecipeModel, find_recipe, load_recipe
+from limbeck.sources import text_files
 
 if TYPE_CHECKING:
     from compress.encoder_footprint import EncoderShape
@@ -39,7 +41,7 @@ class Plan:
     memory_total: int
     worst_moment: str
     device: str  # that the memory is on
-    cache: int  # bytes of the teacher cache
+    cache: int  # bytes of the teacher cache, at most
     operations: float  # of training; without a trial those of its measurements alone, where its budget is in minutes
     minutes: float | None  # of training, where its operations are not known
     first: tuple[str, ...]  # recipes whose students are made first
@@ -69,8 +71,7 @@ class Plan:
         for part, size in self.memory.items():
             if size:
                 yield f"  {part}", _mb(size)
-        if self.cache:
-            yield "teacher cache on disk", _mb(self.cache)
+        yield "teacher cache on disk", f"at most {_mb(self.cache)}" if self.cache else "none"
         for name in self.first:
             yield "made first", name
         open_ = f", and what {self.minutes:g} minutes of training hold" if self.minutes else ""
@@ -207,8 +208,29 @@ def _footprint(recipe: Recipe, precision: str) -> tuple[Shape, list[int], Footpr
 
     teachers = _teachers(recipe, ())  # their mistakes are told first
     student, base = _student(recipe, vocabulary=teachers[0].shape.vocabulary if teachers else 0)
-    taken = footprint(recipe, student=student, base=base, teachers=teachers, precision=precision)
+    taken = footprint(
+        recipe, student=student, base=base, teachers=teachers, precision=precision, blocks=_different_blocks(recipe)
+    )
     return student, [t.shape.parameters for t in teachers], taken
+
+
+def _different_blocks(recipe: Recipe) -> int:
+    """Training blocks that differ, at most: of each domain as many as training takes, or as its text has where that is here."""
+    from compress.data import measure_text
+
+    wanted, domains = (recipe.training.tokens or 0) // recipe.data.block, recipe.data.domains
+    if isinstance(recipe.training.teacher_cache, NoCache):  # the one that asks
+        return wanted
+    blocks = 0
+    for domain in domains:
+        share = ceil(wanted * domain.weight / sum(d.weight for d in domains))
+        try:
+            text_files(domain.text, folder=recipe.folder)
+        except UserError:  # a plan needs no text
+            blocks += share
+        else:
+            blocks += min(share, measure_text(domain, recipe.data, folder=recipe.folder, enough=share).blocks)
+    return blocks
 
 
 def _student(recipe: Recipe, *, vocabulary: int) -> tuple[Shape, Shape | None]:

@@ -17,6 +17,7 @@ from compress import footprint, tracing
 from compress.footprint import describe, trace_line
 from compress.models import model_config, random_config, random_model
 from compress.shrink import FAMILIES, shrunk_sizes
+from compress.train import setup
 from export import export_student
 from export.sizes import form_bytes
 from limbeck import pico, pipeline, plan
@@ -137,6 +138,7 @@ def test_plan_of_a_recipe_from_teachers_that_are_made_first(tmp_path: Path) -> N
     assert found.operations_first > 0
     assert found.seconds is None
     assert "made first            b" in found.as_text()
+    assert "teacher cache on disk none" in found.as_text()
 
 
 def test_what_is_made_first_counts_in_time_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +186,34 @@ def test_the_command_prints_json_and_names_what_cannot_be_had(tmp_path: Path) ->
     assert result.exit_code == 2
     assert "teachers.0: Qwen/Qwen3-8B@main: its config.json is not on this machine" in result.stderr
     assert "run: hf download Qwen/Qwen3-8B config.json" in result.stderr
+
+
+@pytest.mark.parametrize(("cache", "passes"), [("hidden", 3), ("topk", 0.5)])
+def test_the_teacher_cache_is_planned_at_the_bytes_it_takes(
+    cache: str, passes: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a text that is read often, or in part, each block is kept once."""
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text("".join(f"line {n} of a text with {n * n} words\n" for n in range(200)))
+    recipe = _cached(tmp_path, cache, tokens=64 * round(passes * (tmp_path / "text.txt").stat().st_size / 64))
+    found = plan.plan_recipe(recipe)
+    setup(recipe=recipe, products={}, work=tmp_path / "work", key="")
+    taken = sum(path.stat().st_size for path in (tmp_path / "cache" / "teachers").rglob("*.safetensors"))
+    assert taken * 0.99 <= found.cache <= taken * 1.03
+    assert "teacher cache on disk at most" in found.as_text()
+    assert found.memory["teachers"] < found.cache / 4  # pages that are mapped are not taken
+
+
+@pytest.mark.parametrize("cache", ["none", "hidden", "topk"])
+def test_a_cached_teacher_reads_each_block_once(cache: str, tmp_path: Path) -> None:
+    """Of two passes: its body runs in one, and for `topk` its head too."""
+    recipe, shape = _cached(tmp_path, cache, tokens=2048), describe(config(num_hidden_layers=1))
+    nothing, body = tracing.Trace(0, 0, 0, 0, 0), tracing.Trace(64e6 * recipe.training.micro_batch, 0, 0, 0, 0)
+    head = 2 * shape.width * shape.vocabulary
+    alone = footprint._operations(recipe, shape, nothing, [], [], 1024 + 256)
+    found = footprint._operations(recipe, shape, nothing, [footprint.TeacherShape(shape, "t")], [body], 1024 + 256)
+    passes = {"none": (2304, 2304), "hidden": (1280, 2304), "topk": (1280, 1280)}[cache]  # with 4 held-out blocks
+    assert found - alone == pytest.approx(passes[0] * 1e6 + passes[1] * head)
 
 
 # The library -----------------------------------------------------------------------------------------------------
@@ -313,6 +343,20 @@ def test_every_recipe_runs_to_its_verdict_shrunk(name: str, tmp_path: Path) -> N
     assert report is not None
     assert report.verdict.status in ("pass", "fail", "undecided")
     assert report.html.is_file()
+
+
+def _cached(folder: Path, cache: str, *, tokens: int) -> Recipe:
+    """A pico recipe on the text there, with a teacher cache."""
+    base = {"kind": "random", "config": {"model_type": "llama", **TINY, "num_hidden_layers": 2}}
+    text = {"kind": "files", "paths": [str(folder / "text.txt")]}
+    return pico_recipe(
+        data={"domains": [{"name": "mine", "text": text}], "block": 64, "heldout": {"blocks": 4, "piece_chars": 512}},
+        student={"kind": "lora", "base": base},
+        teachers=[{"name": "t", "model": base}],
+        features={"weight": 0},
+        fusion={"weights": {"kind": "uniform"}, "calibration": {"kind": "none"}},
+        training={"tokens": tokens, "batch_tokens": 64, "teacher_cache": cache, "precision": "fp32"},
+    )
 
 
 def _recipe(student: str) -> Recipe:
