@@ -12,6 +12,7 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from limbeck.artifact import host
 from limbeck.encoder_recipe import AnyRecipe, EncoderRecipe, FreshEncoder, load_teacher_recipe, teachers_of
 from limbeck.errors import LimbeckError, RecipeError, UserError
 from limbeck.recipe import FreshStudent, LoraStudent, NoCache, Recipe, RecipeModel, find_recipe, load_recipe
@@ -156,6 +157,19 @@ def form_sizes(recipe: AnyRecipe) -> dict[str, int]:
     if isinstance(recipe, Recipe):
         return _forms(recipe, _student(recipe, vocabulary=_vocabulary(recipe))[0])
     return _forms(recipe, _encoder_student(recipe, ())[0])
+
+
+def training_memory(recipe: AnyRecipe) -> tuple[int, int]:
+    """Bytes that training ``recipe`` takes at its worst moment, and those that there are where it runs. Raises as `plan_recipe` does."""
+    import torch
+
+    import compress
+
+    compress.quiet_libraries()
+    making = _making(recipe)
+    on_card = making.device.type == "cuda"
+    here = torch.cuda.get_device_properties(making.device).total_memory if on_card else host()["memory_bytes"]
+    return sum(making.memory.values()), int(here)
 
 
 def _making(recipe: AnyRecipe) -> _Making:

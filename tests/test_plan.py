@@ -21,6 +21,7 @@ from compress.train import setup
 from export import export_student
 from export.sizes import form_bytes
 from limbeck import pico, pipeline, plan
+from limbeck.artifact import host
 from limbeck.cli import app
 from limbeck.encoder_recipe import EncoderRecipe, groups_of, load_any_recipe
 from limbeck.errors import ModelError, RecipeError
@@ -202,6 +203,7 @@ def test_the_teacher_cache_is_planned_at_the_bytes_it_takes(
     assert taken * 0.99 <= found.cache <= taken * 1.03
     assert "teacher cache on disk at most" in found.as_text()
     assert found.memory["teachers"] < found.cache / 4  # pages that are mapped are not taken
+    assert plan.training_memory(recipe) == (found.memory_total, host()["memory_bytes"])
 
 
 @pytest.mark.parametrize("cache", ["none", "hidden", "topk"])

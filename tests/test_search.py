@@ -106,6 +106,40 @@ def test_what_is_planned_too_large_is_ruled_out_before_anything_is_made() -> Non
         assert (c.out is None) == (c.size <= 0.6e6 * 1.02), c.name
 
 
+def test_what_this_machine_has_no_memory_to_train_is_ruled_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = pico(**{"search.depths": [1.0, 0.5, 0.25], "search.widths": [0.5], "search.ranks": [8]})
+    students, budget = dict(language.students(recipe)), recipe.budget
+    assert budget is not None
+    planned: list[str] = []
+
+    def memory(made: Recipe, *, here: int) -> tuple[int, int]:
+        planned.append(made.name)
+        return (made.student.layers or 0) * 10_000_000 if made.student.kind == "shrink" else 5_000_000, here
+
+    def left(here: int) -> tuple[set[str], list[Candidate]]:
+        planned.clear()
+        monkeypatch.setattr(module, "training_memory", lambda made: memory(made, here=here))
+        field = language.sized(recipe, students)
+        module._rule_out_memory(recipe, students, field, budget)
+        return {c.student for c in field if c.out is None}, field
+
+    cuts = {"cut-4x128", "cut-2x128", "cut-1x128"}
+    assert left(50_000_000)[0] == students.keys()
+    assert len(planned) == 2  # the largest of each kind
+    assert left(20_000_000)[0] == students.keys() - {"cut-4x128"}
+    assert "planned to take more memory than there is here, and left out: cut-4x128" in capsys.readouterr().err
+    assert left(9_000_000)[0] == students.keys() - cuts
+    none, field = left(1_000_000)
+    assert none == set()
+    said = missed_bound([c for c in field if c.student in cuts], Budget(size_mb=1))
+    assert said == (
+        "No student that is small enough can be trained here: cut-1x128 is planned to train in 10.0 MB of memory, and "
+        "1.000 MB are here."
+    )
+
+
 def test_what_is_looked_among_is_named_by_what_it_keeps() -> None:
     recipe = pico(**{"search.depths": [1.0, 0.5], "search.widths": [1.0, 0.5], "search.hidden": [1.0, 0.5]})
     students = dict(language.students(recipe))
@@ -728,6 +762,8 @@ def test_an_undecided_search_measures_its_finalists_again_when_the_bench_has_lon
     monkeypatch.setattr(compress, "heal", heal)
     monkeypatch.setattr(compress, "cache_teachers", lambda **_: None)
     monkeypatch.setattr(finals, "_measure", measure)
+    in_memory: list[Any] = []
+    monkeypatch.setattr(module, "_rule_out_memory", lambda *given: in_memory.append(given))
     few = {"search.rungs": [512], "search.finalists": 1, "search.ranks": [8], "search.depths": [1.0]}
     few |= {"search.widths": [1.0], "search.forms": ["int8-weight"], "budget": {"size_mb": 1.0}}
 
@@ -736,6 +772,7 @@ def test_an_undecided_search_measures_its_finalists_again_when_the_bench_has_lon
 
     first = find(minutes=1.0)
     assert first.exit_code == 3
+    assert len(in_memory) == 1
     assert "give bench.minutes more, and only the finalists are measured again" in first.sentence
     assert find(minutes=0.5) == first  # which would decide less
     trained, again = len(healed), find(minutes=2.0)

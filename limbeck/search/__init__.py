@@ -18,16 +18,18 @@ import yaml
 
 from limbeck import pipeline
 from limbeck.artifact import write_atomically
-from limbeck.encoder_recipe import AnyRecipe, FreshEncoder
+from limbeck.encoder_recipe import AnyRecipe, FreshEncoder, parse_any_recipe
 from limbeck.errors import EnvironmentalError, RecipeError
 from limbeck.lock import locked
+from limbeck.plan import training_memory
 from limbeck.progress import say
 from limbeck.recipe import AnyBudget, FreshStudent, Recipe
 from limbeck.runtime import import_onnxruntime
-from limbeck.search.candidates import Candidate, SpeedModel
+from limbeck.search.candidates import Candidate, SpeedModel, still_in
 from limbeck.search.finals import measure_finalists
 from limbeck.search.outcome import (
     PICTURE,
+    UNTRAINED,
     Found,
     asked_for,
     draw,
@@ -73,6 +75,7 @@ def search(recipe: AnyRecipe, *, out: Path | None = None) -> Found:
             return found
         say(f"== search: {len(students)} students in {len(recipe.search.forms)} forms")
         _rule_out_sizes(candidates, budget)
+        _rule_out_memory(recipe, students, candidates, budget)
         models = predict_speeds(recipe, students, candidates, budget, folder)
         clock.save()
     halve(recipe, students, candidates, folder, clock, until=3600 * budget.hours * (1 - _RESERVED))
@@ -132,6 +135,27 @@ def _rule_out_sizes(candidates: Sequence[Candidate], budget: AnyBudget) -> None:
     for candidate in candidates:
         if candidate.size > 1e6 * budget.size_mb * (1 + _SIZE_ERROR):
             candidate.out = f"planned {megabytes(candidate.size)}"
+
+
+def _rule_out_memory(
+    recipe: AnyRecipe, students: Mapping[str, dict[str, Any]], candidates: Sequence[Candidate], budget: AnyBudget
+) -> None:
+    """Leave out what cannot be trained here: of each kind of student the largest are planned first, until one fits."""
+    fits: set[str] = set()  # kinds
+    for candidate in sorted(still_in(candidates), key=lambda c: -c.size):
+        student = students[candidate.student]
+        if student["kind"] in fits or candidate.out is not None:
+            continue
+        tree = task_of(recipe).final_recipe(recipe, student, candidate, budget)
+        taken, here = training_memory(parse_any_recipe(tree, where=candidate.name))
+        if taken <= here:
+            fits.add(student["kind"])
+            continue
+        for other in still_in(candidates):  # the other forms of the student
+            if other.student == candidate.student:
+                other.out = f"{UNTRAINED}{megabytes(taken)} of memory, and {megabytes(here)} are here"
+    if out := list(dict.fromkeys(c.student for c in candidates if (c.out or "").startswith(UNTRAINED))):
+        say(f"   planned to take more memory than there is here, and left out: {', '.join(out)}")
 
 
 def chosen(passed: Sequence[Candidate], budget: AnyBudget) -> Candidate:

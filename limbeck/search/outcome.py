@@ -16,6 +16,7 @@ from limbeck.search.candidates import Candidate
 
 PICTURE = "search.svg"
 _HEADS = {"tpot_ms": "ms a token", "ttft_ms": "ms to the first", "latency_ms": "ms a sequence"}
+UNTRAINED = "planned to train in "  # how it begins why a student is out that this machine has no memory for
 UNEXPORTED = "untrained, "  # how it begins why a form is out that no probe could be exported in
 
 
@@ -80,8 +81,10 @@ def missed_bound(candidates: Sequence[Candidate], budget: AnyBudget) -> str:
         return f"No student is small enough: size_mb {budget.size_mb:g} is asked for, the smallest is planned at {megabytes(least)}."
     fitting = [c for c in candidates if not (c.out or "").startswith(("planned", UNEXPORTED))]
     if not fitting:
-        refused = next(c for c in candidates if (c.out or "").startswith(UNEXPORTED))
-        return f"No student that is small enough can be exported in {refused.form}: {refused.out}."
+        if refused := next((c for c in candidates if (c.out or "").startswith(UNEXPORTED)), None):
+            return f"No student that is small enough can be exported in {refused.form}: {refused.out}."
+        smallest = min((c for c in candidates if (c.out or "").startswith(UNTRAINED)), key=lambda c: c.size)
+        return f"No student that is small enough can be trained here: {smallest.student} is {smallest.out}."
     for metric, bound in budget.times.items():
         times = [(c.measured.get(metric, c.predicted.get(metric, 0.0)), c.timed or bool(c.measured)) for c in fitting]
         fastest, timed = min(times, default=(0.0, False))
