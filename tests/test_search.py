@@ -24,7 +24,7 @@ from limbeck import search as module
 from limbeck.cli import app
 from limbeck.errors import ArtifactError, DivergenceError, EnvironmentalError, ModelError, ParityError
 from limbeck.recipe import Budget, QualityBudget, Recipe, load_recipe, parse_recipe
-from limbeck.search import finals, language, probes, rounds, search, state
+from limbeck.search import finals, language, probes, rounds, search, state, variants
 from limbeck.search.candidates import Candidate, fit_speed
 from limbeck.search.language import final_recipe
 from limbeck.search.outcome import Found, draw, excess, missed_bound, nearest, out_of_time, pareto_front
@@ -143,7 +143,7 @@ def test_what_this_machine_has_no_memory_to_train_is_ruled_out(
 def test_what_is_looked_among_is_named_by_what_it_keeps() -> None:
     recipe = pico(**{"search.depths": [1.0, 0.5], "search.widths": [1.0, 0.5], "search.hidden": [1.0, 0.5]})
     students = dict(language.students(recipe))
-    base = language._dimensions(recipe, {"kind": "shrink", "base": recipe.resolved()["student"]["base"]})
+    base = variants.dimensions(recipe, {"kind": "shrink", "base": recipe.resolved()["student"]["base"]})
     layers, neurons, hidden = (base[name] for name in ("layers", "intermediate_size", "hidden_size"))
     cuts = {name.removeprefix("cut-") for name in students if name.startswith("cut-")}
     assert len(cuts) == 2 * 2 * 2 - 1  # all but the whole base
@@ -411,7 +411,7 @@ def test_teachers_run_once_for_every_student_and_round(tmp_path: Path, monkeypat
     compress.cache_teachers(recipe=recipe, work=tmp_path / "teachers", **options)
     monkeypatch.setattr(CachedTeachers, "_load", lambda _: pytest.fail("a teacher ran again"))
     cut = {"kind": "shrink", "base": recipe.resolved()["student"]["base"], "layers": 2}
-    short = language._variant(recipe, name="cut", student=cut)
+    short = variants.variant(recipe, name="cut", student=cut)
     compress.heal(recipe=short, work=tmp_path / "cut", goes_on=lambda *_: True, **options)
 
 
@@ -652,7 +652,7 @@ def test_an_adapter_is_tried_as_the_recipe_has_it_and_without_cuts_where_there_a
     def unknown(*_: Any) -> None:
         raise ModelError("student.base: nobody knows what can be cut out of a mamba")
 
-    monkeypatch.setattr(language, "_dimensions", unknown)
+    monkeypatch.setattr(variants, "dimensions", unknown)
     alone = dict(language.students(pico(student=asked)))
     assert alone == {name: s for name, s in students.items() if s["kind"] == "lora"}
     assert "nobody knows what can be cut out of a mamba; nothing is cut" in capsys.readouterr().err

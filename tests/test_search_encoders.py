@@ -17,7 +17,7 @@ from limbeck.cli import app
 from limbeck.encoder_recipe import EncoderRecipe, load_any_recipe
 from limbeck.errors import ArtifactError, DivergenceError, ModelError, RecipeError
 from limbeck.recipe import ClassificationBudget, EmbeddingBudget
-from limbeck.search import encoders, finals, probes, rounds, search, state
+from limbeck.search import encoders, finals, probes, rounds, search, state, variants
 from limbeck.search.candidates import Candidate, fit_speed
 from limbeck.search.outcome import excess, figures_of, markdown, nearest, rows
 from limbeck.search.state import Clock
@@ -70,7 +70,7 @@ def test_the_base_is_looked_at_whole_and_cut() -> None:
     assert students["whole"] == {"kind": "full", "base": recipe.resolved()["student"]["base"]}
     assert (students["cut-2x64"]["layers"], students["cut-2x64"]["intermediate_size"]) == (2, 64)
     for name, student in students.items():
-        assert encoders._variant(recipe, student=student).student.kind == ("full" if name == "whole" else "shrink")
+        assert variants.variant(recipe, student=student).student.kind == ("full" if name == "whole" else "shrink")
 
 
 def test_a_student_that_is_cut_is_tried_as_the_recipe_has_it() -> None:
@@ -86,7 +86,7 @@ def test_a_base_that_cannot_be_cut_is_tried_whole(monkeypatch: pytest.MonkeyPatc
     def unknown(*_: Any) -> None:
         raise ModelError("student.base: nobody knows what can be cut out of a mamba")
 
-    monkeypatch.setattr(encoders, "_dimensions", unknown)
+    monkeypatch.setattr(variants, "dimensions", unknown)
     assert list(dict(encoders.students(classifiers()))) == ["whole"]
     with pytest.raises(ModelError, match="mamba"):
         list(encoders.students(classifiers(student={"kind": "shrink", "base": BASE})))

@@ -12,13 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck import pipeline
-from limbeck.encoder_recipe import EncoderRecipe, EncoderShrinkStudent, FreshEncoder, parse_any_recipe
-from limbeck.errors import ModelError
+from limbeck.encoder_recipe import EncoderRecipe, FreshEncoder
 from limbeck.plan import form_sizes
 from limbeck.progress import say
-from limbeck.recipe import ClassificationBudget, EmbeddingBudget, Recipe
+from limbeck.recipe import ClassificationBudget, EmbeddingBudget
 from limbeck.search.candidates import Candidate
-from limbeck.search.variants import alone, exported, fields, share_of
+from limbeck.search.variants import (
+    alone,
+    base_config,
+    cut_of,
+    dimensions,
+    exported,
+    fields,
+    share_of,
+    variant,
+    whole_steps,
+    why_uncut,
+)
 
 if TYPE_CHECKING:
     from compress.encoder_footprint import EncoderShape
@@ -33,20 +43,19 @@ def students(recipe: EncoderRecipe) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and `student:` of everything in the space, whole before cut."""
     space, asked = recipe.search, recipe.resolved()["student"]
     base = asked["base"]
-    if why := _uncut(recipe):
+    if why := why_uncut(recipe):
         say(f"search: {why}; nothing is cut")
         yield "whole", {"kind": "full", "base": base}
         return
-    own = asked if asked["kind"] == "shrink" else {}  # what it says of heads and hidden width stays
-    cut = {"kind": "shrink", "base": base} | {k: v for k, v in own.items() if k not in ("layers", "intermediate_size")}
-    whole, most = _dimensions(recipe, {"kind": "shrink", "base": base}), _dimensions(recipe, cut)
+    cut = cut_of(asked)
+    whole, most = dimensions(recipe, {"kind": "shrink", "base": base}), dimensions(recipe, cut)
     seen: list[dict[str, int]] = []
     for width, depth in itertools.product(space.widths, space.depths):
         sizes = {
             "layers": share_of(most, "layers", depth),
             "intermediate_size": share_of(most, "intermediate_size", width),
         }
-        kept = _dimensions(recipe, cut | sizes)
+        kept = dimensions(recipe, cut | sizes)
         if kept in seen:
             continue
         seen.append(kept)
@@ -55,37 +64,8 @@ def students(recipe: EncoderRecipe) -> Iterator[tuple[str, dict[str, Any]]]:
             yield "whole", {"kind": "full", "base": base}
         else:
             yield f"cut-{kept['layers']}x{kept['intermediate_size']}", cut | sizes
-    if own and _dimensions(recipe, asked) not in seen:
+    if asked["kind"] == "shrink" and dimensions(recipe, asked) not in seen:
         yield "asked", asked
-
-
-def _uncut(recipe: EncoderRecipe) -> str | None:
-    """Why nothing can be cut out of the recipe's base; none where it can."""
-    try:
-        _dimensions(recipe, {"kind": "shrink", "base": recipe.resolved()["student"]["base"]})
-    except ModelError as error:
-        if isinstance(recipe.student, EncoderShrinkStudent):
-            raise
-        return str(error)
-    return None
-
-
-def _dimensions(recipe: EncoderRecipe, student: dict[str, Any]) -> dict[str, int]:
-    """What a cut student keeps of each dimension, in multiples that can be cut."""
-    from compress.encoder_models import encoder_config
-    from compress.shrink import shrunk_sizes
-
-    made = _variant(recipe, student=student).student
-    assert isinstance(made, EncoderShrinkStudent)
-    return shrunk_sizes(encoder_config(made.base, folder=recipe.folder), made)
-
-
-def _variant(recipe: EncoderRecipe, **changes: Any) -> EncoderRecipe:
-    """The recipe with some of its parts replaced, in the same folder."""
-    made = parse_any_recipe(recipe.resolved() | {"gates": {}, "budget": None} | changes, where=recipe.name)
-    assert not isinstance(made, Recipe)
-    made._folder = recipe.folder
-    return made
 
 
 def sized(recipe: EncoderRecipe, students: Mapping[str, dict[str, Any]]) -> list[Candidate]:
@@ -94,7 +74,7 @@ def sized(recipe: EncoderRecipe, students: Mapping[str, dict[str, Any]]) -> list
 
     found, length = [], max(recipe.bench.lengths)
     for name, student in students.items():
-        made = _variant(recipe, student=student, export=exported(recipe, recipe.search.forms))
+        made = variant(recipe, student=student, export=exported(recipe, recipe.search.forms))
         sizes, shape = form_sizes(made), _shape(made)
         work = trace_encoder(shape, rows=1, length=length, precision="fp32", trains=False).forward / 1e9
         found += [Candidate(name, form, name, sizes[form], shape.layers, work=work) for form in recipe.search.forms]
@@ -104,11 +84,9 @@ def sized(recipe: EncoderRecipe, students: Mapping[str, dict[str, Any]]) -> list
 def _shape(recipe: EncoderRecipe) -> EncoderShape:
     """The recipe's student as its configuration describes it."""
     from compress.encoder_footprint import describe_encoder, encoder_student_config
-    from compress.encoder_models import encoder_config
 
     assert not isinstance(recipe.student, FreshEncoder)
-    base = encoder_config(recipe.student.base, folder=recipe.folder)
-    config = encoder_student_config(recipe, base=base, vocabulary=0)
+    config = encoder_student_config(recipe, base=base_config(recipe, recipe.student.base), vocabulary=0)
     return describe_encoder(config, name="the student", recipe=recipe)
 
 
@@ -118,11 +96,11 @@ def _shape(recipe: EncoderRecipe) -> EncoderShape:
 def export_untrained(recipe: EncoderRecipe, student: dict[str, Any], forms: Sequence[str], folder: Path) -> None:
     """Export a random model of a student's shape: speed does not depend on what weights say."""
     tree = recipe.resolved()
-    probe = _variant(
+    probe = variant(
         recipe,
         name=f"{recipe.name[:60]}-probe",
         teachers=tree["teachers"][:1],  # its tokenizer
-        student={"kind": "fresh", "config": fields(_shape(_variant(recipe, student=student)).config)},
+        student={"kind": "fresh", "config": fields(_shape(variant(recipe, student=student)).config)},
         data=tree["data"] | {"heldout": tree["data"]["heldout"] | {"most": 8}},
         fusion={"weights": {"kind": "uniform"}},
         training=tree["training"] | _PROBE,
@@ -145,8 +123,7 @@ def time_exports(recipe: EncoderRecipe, exports: Sequence[tuple[Path, str]], out
 
 def rounds_of(recipe: EncoderRecipe) -> list[int]:
     """Examples of each round, in whole steps."""
-    step, most = recipe.training.batch, recipe.training.examples
-    return sorted({max(min(examples, most) // step, 1) * step for examples in recipe.search.rungs})
+    return whole_steps(recipe.search.rungs, step=recipe.training.batch, most=recipe.training.examples)
 
 
 def make_teachers(
@@ -172,7 +149,7 @@ def heal(
     """
     import compress
 
-    short = _variant(
+    short = variant(
         recipe,
         name=f"{recipe.name[:50]}-{name}"[:80],
         student=student,

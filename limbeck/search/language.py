@@ -8,15 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from limbeck import pipeline
-from limbeck.errors import ModelError
 from limbeck.plan import form_sizes
 from limbeck.progress import say
-from limbeck.recipe import Budget, FreshStudent, MixedByLoss, MixedBySize, Recipe, parse_recipe
+from limbeck.recipe import Budget, FreshStudent, MixedByLoss, MixedBySize, Recipe
 from limbeck.search.candidates import Candidate
-from limbeck.search.variants import alone, exported, fields, share_of
+from limbeck.search.variants import (
+    PLAIN,
+    alone,
+    base_config,
+    cut_of,
+    dimensions,
+    exported,
+    fields,
+    share_of,
+    variant,
+    whole_steps,
+    why_uncut,
+)
 
 UNIT = "tokens"
-_PLAIN = {"recover": None, "adapters": "merged"}  # of `export:`, for every student and form
 
 # Students --------------------------------------------------------------------------------------------------------
 
@@ -32,12 +42,11 @@ def students(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
         asked["rank"] not in space.ranks or asked["alpha"] not in (None, 2 * asked["rank"])
     ):
         yield "asked", asked
-    if why := _uncut(recipe):
+    if why := why_uncut(recipe):
         say(f"search: {why}; nothing is cut")
         return
-    own = asked if asked["kind"] == "shrink" else {}  # what it says of heads and hidden width stays
-    cut = {"kind": "shrink", "base": base} | {k: v for k, v in own.items() if k not in ("layers", "intermediate_size")}
-    most, seen = _dimensions(recipe, cut), [_dimensions(recipe, {"kind": "shrink", "base": base})]
+    cut = cut_of(asked)
+    most, seen = dimensions(recipe, cut), [dimensions(recipe, {"kind": "shrink", "base": base})]
     for hidden, width, depth in itertools.product(space.hidden, space.widths, space.depths):
         student = cut | {
             "layers": share_of(most, "layers", depth),
@@ -45,65 +54,34 @@ def students(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
         }
         if hidden < 1:
             student |= _narrowed(recipe, base, most, hidden)
-        kept = _dimensions(recipe, student)
+        kept = dimensions(recipe, student)
         if kept not in seen:
             seen.append(kept)
             sizes = ["layers", "intermediate_size"] + (["hidden_size"] if hidden < 1 else [])
             yield f"cut-{'x'.join(str(kept[name]) for name in sizes)}", student | {name: kept[name] for name in sizes}
-    if asked["kind"] == "shrink" and _dimensions(recipe, asked) not in seen[1:]:
+    if asked["kind"] == "shrink" and dimensions(recipe, asked) not in seen[1:]:
         yield "asked", asked
-
-
-def _uncut(recipe: Recipe) -> str | None:
-    """Why nothing can be cut out of the recipe's base; none where it can."""
-    try:
-        _dimensions(recipe, {"kind": "shrink", "base": recipe.resolved()["student"]["base"]})
-    except ModelError as error:
-        if recipe.student.kind == "shrink":
-            raise
-        return str(error)
-    return None
 
 
 def _narrowed(recipe: Recipe, base: dict[str, Any], most: Mapping[str, int], share: float) -> dict[str, int]:
     """A share of the hidden width, and of the heads with it where an architecture's heads fill the width."""
-    from compress.models import model_config
     from compress.shrink import family_of
 
-    made = _variant(recipe, student={"kind": "shrink", "base": base}).student
+    made = variant(recipe, student={"kind": "shrink", "base": base}).student
     assert made.kind == "shrink"
-    if not family_of(model_config(made.base, folder=recipe.folder)).head_size_is_fixed:
+    if not family_of(base_config(recipe, made.base)).head_size_is_fixed:
         return {"hidden_size": share_of(most, "hidden_size", share)}
     heads = share_of(most, "kv_heads", share)
     return {"kv_heads": heads, "hidden_size": most["hidden_size"] * heads // most["kv_heads"]}
-
-
-def _dimensions(recipe: Recipe, student: dict[str, Any]) -> dict[str, int]:
-    """What a cut student keeps of each dimension, in multiples that can be cut."""
-    from compress.models import model_config
-    from compress.shrink import shrunk_sizes
-
-    made = _variant(recipe, student=student).student
-    assert made.kind == "shrink"
-    return shrunk_sizes(model_config(made.base, folder=recipe.folder), made)
-
-
-def _variant(recipe: Recipe, **changes: Any) -> Recipe:
-    """The recipe with some of its parts replaced, in the same folder."""
-    tree = recipe.resolved() | {"gates": {}, "budget": None} | changes
-    tree["export"] |= _PLAIN | {"mixed": "rule"}
-    made = parse_recipe(tree, where=recipe.name)
-    made._folder = recipe.folder
-    return made
 
 
 def sized(recipe: Recipe, students: Mapping[str, dict[str, Any]]) -> list[Candidate]:
     """Every student in every form, with the size it is planned at."""
     found = []
     base = {"kind": "shrink", "base": recipe.resolved()["student"]["base"]}
-    whole = 1 if _uncut(recipe) else _dimensions(recipe, base)["layers"]  # whole ones alone are all as deep
+    whole = 1 if why_uncut(recipe) else dimensions(recipe, base)["layers"]  # whole ones alone are all as deep
     for name, student in students.items():
-        made = _variant(recipe, student=student, export=_export(recipe, recipe.search.forms))
+        made = variant(recipe, student=student, export=_export(recipe, recipe.search.forms))
         sizes = form_sizes(made)
         layers = int(student.get("layers") or whole)
         shape = "whole" if student["kind"] == "lora" else name
@@ -112,7 +90,7 @@ def sized(recipe: Recipe, students: Mapping[str, dict[str, Any]]) -> list[Candid
 
 
 def _export(recipe: Recipe, forms: Sequence[str]) -> dict[str, Any]:
-    return exported(recipe, forms) | _PLAIN
+    return exported(recipe, forms) | PLAIN
 
 
 # Probes ----------------------------------------------------------------------------------------------------------
@@ -123,7 +101,7 @@ def export_untrained(recipe: Recipe, student: dict[str, Any], forms: Sequence[st
     healed yet may lose more to rounding than any exporter passes."""
     tree = recipe.resolved()
     block = tree["data"]["block"]
-    probe = _variant(
+    probe = variant(
         recipe,
         name=f"{recipe.name[:60]}-probe",
         teachers=tree["teachers"][:1],  # its tokenizer
@@ -141,11 +119,10 @@ def export_untrained(recipe: Recipe, student: dict[str, Any], forms: Sequence[st
 def _shape(recipe: Recipe, student: dict[str, Any]) -> dict[str, Any]:
     """The transformers configuration of a student, as a recipe's `fresh` student has it."""
     from compress.footprint import student_config
-    from compress.models import model_config
 
-    made = _variant(recipe, student=student)
+    made = variant(recipe, student=student)
     assert not isinstance(made.student, FreshStudent)
-    config = student_config(made, base=model_config(made.student.base, folder=recipe.folder), vocabulary=0)
+    config = student_config(made, base=base_config(recipe, made.student.base), vocabulary=0)
     return fields(config)
 
 
@@ -166,9 +143,8 @@ def time_exports(recipe: Recipe, exports: Sequence[tuple[Path, str]], out: Path)
 
 def rounds_of(recipe: Recipe) -> list[int]:
     """Tokens of each round, in whole steps."""
-    step, most = recipe.training.batch_tokens, recipe.training.tokens
-    assert most is not None  # as the search made sure
-    return sorted({max(min(tokens, most) // step, 1) * step for tokens in recipe.search.rungs})
+    assert recipe.training.tokens is not None  # as the search made sure
+    return whole_steps(recipe.search.rungs, step=recipe.training.batch_tokens, most=recipe.training.tokens)
 
 
 def make_teachers(
@@ -181,7 +157,7 @@ def make_teachers(
     if not cached:
         say("== teachers, once")
         compress.cache_teachers(
-            recipe=_variant(recipe, student=student),
+            recipe=variant(recipe, student=student),
             products=products,
             work=folder / "healing" / "teachers",
             rounds=rounds,
@@ -212,7 +188,7 @@ def heal(
         return False
 
     training = recipe.resolved()["training"] | {"learning_rate": _rate(recipe, student)}
-    short = _variant(recipe, name=f"{recipe.name[:50]}-{name}"[:80], student=student, training=training)
+    short = variant(recipe, name=f"{recipe.name[:50]}-{name}"[:80], student=student, training=training)
     compress.heal(recipe=short, products=products, work=work, rounds=rounds, goes_on=goes_on)
     return (found[-1], {}) if found else None
 

@@ -1,16 +1,71 @@
-"""Recipes of a search's students as plain data: what is the same in every task."""
+"""A search's students and their recipes: what is the same in every task."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from limbeck.encoder_recipe import AnyRecipe
-from limbeck.recipe import find_recipe, portable_reference
+from limbeck.encoder_recipe import AnyRecipe, parse_any_recipe
+from limbeck.errors import ModelError
+from limbeck.recipe import Recipe, find_recipe, portable_reference
+
+R = TypeVar("R", bound=AnyRecipe)
+PLAIN = {"recover": None, "adapters": "merged"}  # of a language model's `export:`, for every student and form
 
 _NOT_SHAPE = ("architectures", "dtype", "transformers_version", "_name_or_path", "id2label", "label2id", "num_labels")
+
+
+def variant(recipe: R, **changes: Any) -> R:
+    """The recipe with some of its parts replaced, in the same folder, and without what not every student can have."""
+    tree = recipe.resolved() | {"gates": {}, "budget": None} | changes
+    if isinstance(recipe, Recipe):
+        tree["export"] |= PLAIN | {"mixed": "rule"}
+    made = parse_any_recipe(tree, where=recipe.name)
+    assert isinstance(made, type(recipe))
+    made._folder = recipe.folder
+    return made
+
+
+def base_config(recipe: AnyRecipe, base: Any) -> Any:
+    """The transformers configuration of a student's base."""
+    from compress.encoder_models import encoder_config
+    from compress.models import model_config
+
+    return (model_config if isinstance(recipe, Recipe) else encoder_config)(base, folder=recipe.folder)
+
+
+def dimensions(recipe: AnyRecipe, student: dict[str, Any]) -> dict[str, int]:
+    """What a cut student keeps of each dimension, in multiples that can be cut."""
+    from compress.shrink import shrunk_sizes
+
+    made = variant(recipe, student=student).student
+    assert made.kind == "shrink"
+    return shrunk_sizes(base_config(recipe, made.base), made)
+
+
+def cut_of(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """A cut student of the base of ``asked``; what a cut one says of heads and hidden width stays."""
+    own = asked if asked["kind"] == "shrink" else {}
+    cut = {"kind": "shrink", "base": asked["base"]}
+    return cut | {name: value for name, value in own.items() if name not in ("layers", "intermediate_size")}
+
+
+def why_uncut(recipe: AnyRecipe) -> str | None:
+    """Why nothing can be cut out of the recipe's base; none where it can."""
+    try:
+        dimensions(recipe, {"kind": "shrink", "base": recipe.resolved()["student"]["base"]})
+    except ModelError as error:
+        if recipe.student.kind == "shrink":
+            raise
+        return str(error)
+    return None
+
+
+def whole_steps(rungs: Sequence[int], *, step: int, most: int) -> list[int]:
+    """Training of each round, in whole steps and at most that of the recipe."""
+    return sorted({max(min(rung, most) // step, 1) * step for rung in rungs})
 
 
 def exported(recipe: AnyRecipe, forms: Sequence[str]) -> dict[str, Any]:
