@@ -30,14 +30,17 @@ _QUANTIZED = {
     "int4-weight": ("MatMulNBits 4-bit", "4-bit"),
 }
 _PASS = ("Transpose", "Cast", "DequantizeLinear")  # between a constant and the operator that it is for
-_MULTIPLY = ("MatMul", "Gemm", "Gather")  # operators that read a whole weight matrix, or rows of one
+_PRODUCT = ("MatMul", "Gemm")  # operators that read a whole weight matrix
+_MULTIPLY = (*_PRODUCT, "Gather")  # or rows of one
+_NO_WEIGHTS = "both factors are activations, as in attention; there are no weights to round"
 
 
 def take_census(graph: Path) -> dict[str, Any]:
     """Count the graph at ``graph`` without reading its weights.
 
     ``operators``: count by "type" or "type precision"; ``bytes``: by number type, bytes that two names share counted
-    once; ``float_matrices``: what stayed in float, by operator and shape, with its share of the bytes and the reason.
+    once; ``float_matrices``: what stayed in float, by operator and shape, with its share of the bytes and the reason;
+    ``float_products``: products of two activations, which no form rounds, by operator.
     """
     proto = onnx.load(graph, load_external_data=False)
     tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
@@ -74,15 +77,25 @@ def take_census(graph: Path) -> dict[str, Any]:
                 kind["bytes"] += _bytes(tensor)
     for kind in floats.values():
         kind["share"] = kind["bytes"] / whole
+    integers = {node.output[0] for node in proto.graph.node if node.op_type == "DequantizeLinear"}
+    products = Counter(
+        node.op_type
+        for node in proto.graph.node
+        if node.op_type in _PRODUCT
+        and not any(origin.get(name, name) in tensors for name in node.input)
+        and not integers.issuperset(node.input)
+    )
     return {
         "operators": dict(sorted(operators.items())),
         "bytes": dict(sorted(sizes.items())),
         "float_matrices": list(floats.values()),
+        "float_products": [{"operator": name, "count": n, "why": _NO_WEIGHTS} for name, n in sorted(products.items())],
     }
 
 
 def where_nodes_run(graph: Path, *, provider: Provider = "cpu") -> dict[str, dict[str, int]]:
-    """Nodes by execution provider and operator, from onnxruntime's own profile of a prompt and one more token.
+    """Nodes by execution provider and operator, from onnxruntime's own profile: a decoder of a prompt and one more token, an encoder
+    of one text.
 
     These are the nodes that run: onnxruntime fuses and folds some of the file's, and adds casts and copies of its own.
     """
@@ -101,7 +114,11 @@ def where_nodes_run(graph: Path, *, provider: Provider = "cpu") -> dict[str, dic
             if value.name.startswith("past_key_values."):
                 number = np.float16 if value.type == "tensor(float16)" else np.float32
                 cache[value.name] = np.zeros((rows, value.shape[1], fixed - 1 if static else 0, value.shape[3]), number)
-        for new, whole in ((1, fixed),) if static else ((2, 2), (1, 3)):
+        if cache:
+            runs = [(1, fixed)] if static else [(2, 2), (1, 3)]
+        else:
+            runs = [(fixed, fixed) if static else (2, 2)]
+        for new, whole in runs:
             feeds = {
                 "input_ids": np.zeros((rows, new), np.int64),
                 "attention_mask": np.ones((rows, whole), np.int64),

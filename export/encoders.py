@@ -24,7 +24,7 @@ import torch
 from export.blocks import Blockwise, block_size_for
 from export.calibrate import Known, calibration_for
 from export.card import card_header, digests, graph_metadata, markdown_table, what_went_in, write_client_files
-from export.census import require_quantized, take_census
+from export.census import require_quantized, take_census, where_nodes_run
 from export.dynamo import quiet_exporter, split_gemm
 from export.graph import Graphs, form_files, relocate, stamp
 from export.parity import PARITY, load_arrays, require_parity, save_arrays
@@ -98,6 +98,7 @@ def export_encoder(*, student: Artifact, out: Path, recipe: EncoderRecipe, key: 
             require_quantized(form.kind, census)
             parity = measure_encoder_parity(form.kind, graphs.last, cases)
             require_parity(form.kind, parity)
+            census["runs_on"] = where_nodes_run(graphs.last)
             forms[form.kind] = {
                 "graph": graphs.last.relative_to(folder).as_posix(),
                 "files": [path.relative_to(folder).as_posix() for path in (graphs.last, graphs.data)],

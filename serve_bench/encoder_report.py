@@ -19,8 +19,8 @@ from limbeck.examples import EXAMPLES, load_examples
 from serve_bench import encoder_figures as figures
 from serve_bench.arms import Arm
 from serve_bench.figures import ENVIRONMENT, SAMPLES
-from serve_bench.gates import EXIT_CODES, Verdict, show
-from serve_bench.report import HTML, JSON, Report, interval, significant, verdict_and_table
+from serve_bench.gates import EXIT_CODES, Verdict
+from serve_bench.report import HTML, JSON, Report, interval, significant, templates, verdict_and_table
 
 
 def write_encoder_report(*, run: Path, recipe: EncoderRecipe) -> Report:
@@ -79,16 +79,16 @@ def markdown(data: Mapping[str, Any], verdict: Verdict) -> str:
 
 
 def _render(data: Mapping[str, Any], verdict: Verdict, recipe_text: str, measured: datetime) -> str:
-    from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"sig": significant, "mb": lambda value: significant(value / 1e6), "span": interval}
-    environment.globals |= {"show": show}
-    templates = files("serve_bench") / "templates"
-    template = environment.from_string((templates / "encoder.html.j2").read_text())
+    template = templates().get_template("encoder.html.j2")
     # One look for both reports: the style is written in the other one.
-    style = (templates / "report.html.j2").read_text().partition("<style>")[2].partition("</style>")[0]
+    style = (
+        (files("serve_bench") / "templates" / "report.html.j2")
+        .read_text()
+        .partition("<style>")[2]
+        .partition("</style>")[0]
+    )
     return template.render(
         style=Markup(style),
         data=data,

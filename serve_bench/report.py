@@ -12,9 +12,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from limbeck import __version__
 from limbeck.artifact import Artifact, open_artifact, student_of, write_atomically
@@ -25,6 +24,9 @@ from serve_bench.arms import Arm
 from serve_bench.certificate import CERTIFICATE, certify
 from serve_bench.figures import ENVIRONMENT, QUALITY, SAMPLES, Sample
 from serve_bench.gates import EXIT_CODES, Verdict, judge, show
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 HTML, JSON = "report.html", "report.json"
 _BUSY = 0.5  # load average a core, before anything was timed, above which the report says so
@@ -149,6 +151,23 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
 # The page --------------------------------------------------------------------------------------------------------
 
 
+def templates() -> Environment:
+    """The pages' templates, with the filters that both reports write numbers by."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("serve_bench"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"sig": significant, "mb": lambda value: significant(None if value is None else value / 1e6)}
+    environment.filters |= {"span": interval}
+    environment.globals |= {"show": show}
+    return environment
+
+
 def _render(
     data: Mapping[str, Any],
     verdict: Verdict,
@@ -160,12 +179,7 @@ def _render(
     bench: Artifact,
     certificate: Mapping[str, Any],
 ) -> str:
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"sig": significant, "mb": lambda value: significant(None if value is None else value / 1e6)}
-    environment.globals |= {"show": show}
-    template = environment.from_string((files("serve_bench") / "templates" / "report.html.j2").read_text())
+    template = templates().get_template("report.html.j2")
     shipped = data["arms"][f"onnx:{data['shipped']}"]
     return template.render(
         data=data,

@@ -101,6 +101,9 @@ def test_tied_head_and_gemms_are_quantised(exported: Artifact) -> None:
     assert facts["census"]["operators"]["MatMulNBits 8-bit block 32"] == 9  # 4 products a layer, and the head
     assert "Gemm" not in facts["census"]["operators"]
     assert facts["census"]["float_matrices"] == []
+    (attention,) = facts["census"]["float_products"]
+    assert (attention["operator"], attention["count"]) == ("MatMul", 4)  # two a layer
+    assert "no weights" in attention["why"]
     weights = 258 * 32 + 64 * 32 + 2 * (4 * 32 * 32 + 2 * 32 * 128)
     assert (exported.path / "onnx/model_quantized.onnx_data").stat().st_size < 1.5 * weights
 

@@ -360,6 +360,10 @@ def test_every_form_of_a_tiny_bert(exported: Exported) -> None:
         operators = forms[name]["census"]["operators"]
         assert operators[products] == 12 + (exported.task == "classification")  # six a layer, and the pooler
         assert operators["QuantizeLinear"] == 8 + (exported.task == "classification")  # q, k and v share one
+    for form in forms.values():
+        assert [(p["operator"], p["count"]) for p in form["census"]["float_products"]] == [("MatMul", 4)]  # two a layer
+        assert form["census"]["runs_on"].keys() == {"CPUExecutionProvider"}
+        assert form["census"]["runs_on"]["CPUExecutionProvider"]["Softmax"] == 2
     encoder = Encoder(exported.onnx.path, form="fp32")
     ids, mask = make_examples(seed=7).batch(slice(None))
     student = load_student(exported.student / "model", task=exported.task)
@@ -446,5 +450,8 @@ def test_the_whole_chain_to_a_verdict(expert: Path, tmp_path: Path) -> None:
     assert data["arms"]["student"]["metrics"]["accuracy"] == data["arms"]["onnx:fp32"]["metrics"]["accuracy"] == student
     assert [(c["batch"], c["length"]) for c in teacher["grid"]] == [(1, 8), (1, 16), (2, 8), (2, 16)]
     assert "accuracy" in report.table
-    assert "<style>" in report.html.read_text()
+    page = report.html.read_text()
+    assert "<style>" in page
+    assert page.count("nodes run on CPUExecutionProvider") == len(data["onnx"]["forms"])
+    assert "Still in float: 2 MatMul (both factors are activations" in page
     assert pipeline.verify(run) == 0

@@ -74,6 +74,7 @@ def make_run(run: Path, chosen: Recipe, *, blocks: int = 6, teachers: bool = Tru
         small |= {
             "float_matrices": [{"operator": "Gemm", "shape": [9, 9], "count": 2, "share": 0.004, "why": "no kernel"}]
         }
+        small |= {"float_products": [{"operator": "MatMul", "count": 60, "why": "no weights"}]}
         small |= {"runs_on": {"CUDAExecutionProvider": {"MatMulNBits": 211}, "CPUExecutionProvider": {"Shape": 3}}}
         same = [{"text": "speeches", "tokens": 64, "same": 64, "lead": None}]
         part = [{"text": "speeches", "tokens": 64, "same": 21, "lead": 0.0432}]
@@ -294,7 +295,7 @@ def test_report_shows_what_rounding_did(tmp_path: Path) -> None:
     assert "21 of 64, then 0.0432" in text
     assert "211 nodes run on CUDAExecutionProvider." in text
     assert "3 nodes run on CPUExecutionProvider: 3 Shape." in text
-    assert "2 Gemm 9×9 (0.4 %, no kernel)" in text
+    assert "Still in float: 2 Gemm 9×9 (0.4 %, no kernel); 60 MatMul (no weights)." in text
     assert "layers.0.q, layers.0.k" in text
     assert "Where the loss comes from" in text
     assert all(step in text for step in ("distilling", "rounding"))
