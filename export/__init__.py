@@ -119,6 +119,7 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
             model, folder, graphs=used, shipped=form_files(folder, shipped), genai=built.genai, provider=provider
         )
         teachers = json.loads((student / "teachers.json").read_text()) if (student / "teachers.json").is_file() else []
+        recovery = _for_recovery(recipe, source, built.graphs, folder, shipped, schemes[shipped])
         write_card(
             folder,
             recipe=recipe,
@@ -130,8 +131,8 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
             shipped=shipped,
             backend=backend,
             adapter=kept_apart,
+            heldout=recovery["heldout"][shipped] if recovery else None,
         )
-        recovery = _for_recovery(recipe, source, built.graphs, folder, shipped, schemes[shipped])
         draft.result = {
             **recovery,
             "shipped": shipped,

@@ -183,8 +183,12 @@ def digests(recipe: AnyRecipe, *, student: str, parents: Mapping[str, str]) -> l
 
 def write_card(folder: Path, *, recipe: Recipe, student: Mapping[str, Any], student_digest: str, parents: Mapping[str, str],
                teachers: Sequence[Mapping[str, Any]], forms: Mapping[str, Mapping[str, Any]], shipped: str,
-               backend: Mapping[str, str], adapter: Mapping[str, Any] | None = None) -> None:  # fmt: skip
-    """Write the model card: the hub's YAML header, then what it is, what went in, what was measured, and digests."""
+               backend: Mapping[str, str], adapter: Mapping[str, Any] | None = None,
+               heldout: Mapping[str, float] | None = None) -> None:  # fmt: skip
+    """Write the model card: the hub's YAML header, then what it is, what went in, what was measured, and digests.
+
+    ``heldout`` is the loss of the ``shipped`` form in nats a token by domain, where the export measured it.
+    """
     nll: Mapping[str, float] = student.get("nll", {})
     card = [
         card_header(
@@ -194,8 +198,8 @@ def write_card(folder: Path, *, recipe: Recipe, student: Mapping[str, Any], stud
             student=student,
             student_digest=student_digest,
             teachers=teachers,
-            measured={name: {"nll": value} for name, value in nll.items()},
-            names={"nll": "nats a token, of the student in torch"},
+            measured={name: {"nll": (heldout or nll)[name]} for name in nll},
+            names={"nll": f"nats a token, of {shipped}" if heldout else f"nats a token, of {in_torch(shipped)}"},
         ),
         f"# {recipe.name}",
     ]
@@ -219,7 +223,12 @@ def write_card(folder: Path, *, recipe: Recipe, student: Mapping[str, Any], stud
         for p in [form["parity"]]
     ]
     columns = ["form", "MB", "max logit difference", "KL, nats", "same first choice", "NLL change"]
-    card += ["## The graphs against the torch student", markdown_table(columns, rows)]
+    card += [
+        "## The graphs against the torch student",
+        markdown_table(columns, rows),
+        f"On {forms[shipped]['parity']['positions']} positions of held-out text, fed as clients feed a graph. The change of NLL is over one "
+        "short piece of a domain: enough to see a mistake, too little to say what rounding costs.",
+    ]
     greedy = [[f"`{n}`", *(_answer(a) for a in form["greedy"])] for n, form in forms.items() if n != "fp32"]
     if greedy:
         columns = ["form", *(answer["text"] for answer in next(iter(forms.values()))["greedy"])]
@@ -230,10 +239,16 @@ def write_card(folder: Path, *, recipe: Recipe, student: Mapping[str, Any], stud
         ]
     if nll:
         others: dict[str, Mapping[str, Any]] = student.get("teachers", {})
-        table = [
-            [name, f"{value:.3f}", *(f"{t['nll'][name]:.3f}" for t in others.values())] for name, value in nll.items()
+        arms = {f"`{shipped}`": heldout} if heldout else {}
+        arms |= {"student": nll, **{name: found["nll"] for name, found in others.items()}}
+        table = [[name, *(f"{losses[name]:.3f}" for losses in arms.values())] for name in nll]
+        card += [
+            "## Held-out loss, nats a token",
+            markdown_table(["text", *arms], table),
+            f"`{shipped}` is what ships; student and teachers are in torch."
+            if heldout
+            else f"Of {in_torch(shipped)}{', and its teachers' if others else ''}. What ships is measured by `limbeck bench`.",
         ]
-        card += ["## Held-out nats a token of the torch student", markdown_table(["text", "student", *others], table)]
     genai = f"onnxruntime-genai (`{shipped}`), " if backend["name"] == "genai" else ""
     dtype = DTYPES.get(Path(forms[shipped]["graph"]).stem)
     transformers_js = f"transformers.js (`dtype: {dtype}`)" if dtype else "transformers.js"
@@ -245,6 +260,11 @@ def write_card(folder: Path, *, recipe: Recipe, student: Mapping[str, Any], stud
         *digests(recipe, student=student_digest, parents=parents),
     ]
     (folder / "README.md").write_text("\n\n".join(card) + "\n")
+
+
+def in_torch(shipped: str) -> str:
+    """Whose figures those of the student's artifact are, to a reader who holds the ``shipped`` form."""
+    return "the student in torch" + ("" if shipped == "fp32" else f", before it was rounded to {shipped}")
 
 
 def _loss(parity: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ import torch
 
 from export.blocks import Blockwise, block_size_for
 from export.calibrate import Known, calibration_for
-from export.card import card_header, digests, graph_metadata, markdown_table, what_went_in, write_client_files
+from export.card import card_header, digests, graph_metadata, in_torch, markdown_table, what_went_in, write_client_files
 from export.census import require_quantized, take_census, where_nodes_run
 from export.dynamo import quiet_exporter, split_gemm
 from export.graph import Graphs, form_files, relocate, stamp
@@ -367,15 +367,19 @@ def _write_card(
             student_digest=student.digest,
             teachers=teachers,
             measured={recipe.name: student.result["metrics"]},
-            names={"nll": "nats an example, of the student in torch"},
+            names={
+                metric: f"{'nats an example' if metric == 'nll' else metric.replace('_', ' ')}, of {in_torch(shipped)}"
+                for metric in columns
+            },
         ),
         f"# {recipe.name}",
         recipe.description,
         f"Made by Limbeck: distilled, exported to ONNX and shipped as `{shipped}`.{classes} Licences of the base model, the teachers "
         "and the texts apply; look them up before you pass it on.",
         *what_went_in(recipe, student=student.result, teachers=teachers),
-        "## On held-out examples, in torch",
+        "## On held-out examples",
         markdown_table(["", *columns], rows),
+        f"Of {in_torch(shipped)}{', and its teachers' if teachers else ''}. What ships is measured by `limbeck bench`.",
         "## The graphs against the torch student",
         markdown_table(["form", "MB", "largest difference", like], parity),
         *digests(recipe, student=student.digest, parents=student.manifest["parents"]),

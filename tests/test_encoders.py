@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 import compress
 import export
@@ -378,14 +379,19 @@ def test_texts_go_in(exported: Exported) -> None:
     encoder, texts = Encoder(exported.onnx.path, form="fp32"), ["a longer text than the other", "short"]
     np.testing.assert_allclose(encoder.encode(texts)[1:], encoder.encode(texts[1:]), rtol=1e-3, atol=1e-5)
     card = (exported.onnx.path / "README.md").read_text()
+    whose = "of the student in torch, before it was rounded to int8-dynamic"
+    names = {result.metric_type: result.metric_name for result in ModelCard(card).data.eval_results or ()}
     if exported.task == "classification":
         assert set(encoder.classify(texts)) <= {"no", "yes", "maybe"}
         assert "text-classification" in card
-        assert "nats an example" in card
+        assert names == {
+            "accuracy": f"accuracy, {whose}", "macro_f1": f"macro f1, {whose}", "nll": f"nats an example, {whose}",
+        }  # fmt: skip
     else:
         assert np.linalg.norm(encoder.encode(texts), axis=1) == pytest.approx(1.0, abs=1e-5)
         assert json.loads((exported.onnx.path / "1_Pooling" / "config.json").read_text())["pooling_mode_mean_tokens"]
         assert "feature-extraction" in card
+        assert names == {"spearman": f"spearman, {whose}"}
         with pytest.raises(DataError, match="sentence encoder"):
             encoder.classify(texts)
 
@@ -454,4 +460,10 @@ def test_the_whole_chain_to_a_verdict(expert: Path, tmp_path: Path) -> None:
     assert "<style>" in page
     assert page.count("nodes run on CPUExecutionProvider") == len(data["onnx"]["forms"])
     assert "Still in float: 2 MatMul (both factors are activations" in page
+    header = ModelCard.load(run / "onnx/README.md").data.to_dict()
+    assert header["teachers"] == [
+        {"name": name, "model": f"local: path {expert / 'model'}", "license": "unknown"} for name in ("a", "b")
+    ]
+    assert header["digests"] == {"recipe": recipe.digest, "student": open_artifact(run / "student").digest}
+    assert header["license"] == "unknown"
     assert pipeline.verify(run) == 0

@@ -274,6 +274,9 @@ def test_the_card_says_what_the_student_was_made_of(
         ("text-generation", "code, held out", "code", "nll"),
         ("text-generation", "rows, held out", "someone/texts", "nll"),
     ]
+    whose = "the student in torch, before it was rounded to int8-weight"
+    assert {r.metric_name for r in card.eval_results or ()} == {f"nats a token, of {whose}"}
+    assert f"Of {whose}, and its teachers." in text
     assert [r.metric_value for r in card.eval_results or ()] == pytest.approx(
         [*student.result["nll"].values()], abs=1e-5
     )

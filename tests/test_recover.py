@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from compress.recovery import FakeQuantize, RoundInput, plain_weights, prepare
 from compress.recovery import quantize_blocks as torch_blocks
@@ -175,6 +176,10 @@ def test_a_form_that_fails_its_gate_is_won_back(tmp_path: Path, monkeypatch: pyt
     assert again.result["recovery"]["ships"]
     assert student_of(again) == run / "student-recovered"
     assert student_of(first) == run / "student"
+    # The card's loss is that of what ships, since it was measured.
+    (found, *_) = ModelCard.load(run / "onnx/README.md").data.eval_results or ()
+    assert (found.dataset_name, found.metric_name) == ("prose, held out", "nats a token, of int4-weight")
+    assert found.metric_value == pytest.approx(again.result["heldout"]["int4-weight"]["prose"], abs=1e-6)
     # The bench judges by that, and the report tells both losses apart.
     pipeline.run_stage("bench", recipe, out=run)
     scored = json.loads((run / "bench/quality.json").read_text())["recovery"]
