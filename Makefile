@@ -16,7 +16,7 @@ help:
 	@echo "make test        the tests that take seconds"
 	@echo "make test-slow   the tests that take minutes"
 	@echo "make test-gpu    the tests that need an NVIDIA card"
-	@echo "make test-clients  the exported folder in transformers.js and optimum-onnx (needs node and npm)"
+	@echo "make test-clients  the exported folder in onnxruntime-genai, transformers.js and optimum-onnx (needs node and npm)"
 	@echo "make test-eval   limbeck eval and text metrics with lm-eval, sacrebleu and rouge-score"
 	@echo "make test-browser  the report in headless Chromium, with axe (needs chromium, node and npm)"
 	@echo "make check       ruff, mypy, and the rules of who imports whom"

@@ -1,9 +1,10 @@
-"""The deployable folder in clients that nobody here wrote, each in an environment of its own (`make test-clients`)."""
+"""The deployable folder in clients that nobody here wrote (`make test-clients`), each but onnxruntime-genai in an environment of its own."""
 
 from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from tests.pico import make_model, make_student, pico_recipe
 HERE = Path(__file__).parent
 ENVIRONMENTS = HERE.parent / ".venvs"
 CLIENTS = {
+    "genai": [sys.executable, str(HERE / "clients/genai.py")],
     "transformers-js": ["node", str(HERE / "clients/transformers_js.mjs")],
     "optimum": [str(ENVIRONMENTS / "optimum/bin/python"), str(HERE / "clients/optimum_onnx.py")],
 }
 IN_RECIPE = ["fp32", WEIGHT8, "int8-dynamic", WEIGHT4]
 FORMS = ("fp32", "int8-weight", "int8-dynamic", "int4-weight")
-COUNT = 12
+COUNT, PAD = 16, 257
 PROMPTS = [
     [10, 200, 33, 47, 5, 91],
     [72, 3],
@@ -32,7 +34,9 @@ PROMPTS = [
     [7 * i % 256 for i in range(45)],
 ]  # ragged; one past a block of 32
 ENDS = [150, 151, 152, 9]  # the prompt whose answer meets the stop token
-PROMPT = "My fellow Americans,"
+TEXTS = ["My fellow Americans,", "naïve 世界 🙂\n"]
+MESSAGES = [{"role": "user", "content": "Grüße, 世界 🙂"}]
+ANSWER = "Ça, 世界 🙂"  # of more tokens than characters
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +46,8 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     root = tmp_path_factory.mktemp(request.param)
     # optimum-onnx takes heads to be hidden_size / num_attention_heads wide, whatever head_dim says; so they are here.
     sizes = SIZES[request.param] | ({"num_attention_heads": 2} if request.param == "llama" else {})
-    model = make_model(root / "model", model_type=request.param, **sizes)
+    model = make_model(root / "model", model_type=request.param, scale=0.1, **sizes)
+    teach(model)
     answer = greedy(model, ENDS, COUNT)[0]
     stop = next(token for at, token in enumerate(answer) if at >= 3 and token not in answer[:at])
     config = model / "generation_config.json"
@@ -55,55 +60,108 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     )
 
 
+def teach(folder: Path) -> None:
+    """Train the model until `ANSWER` follows each of `TEXTS` and `MESSAGES`: bytes of a random one are no text, which clients decode each
+    in a way of its own."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    chat = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
+    rows = [torch.tensor([tokenizer.encode(text + ANSWER)]) for text in (*TEXTS, chat)]
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(80):
+        optimizer.zero_grad()
+        for row in rows:
+            model(row, labels=row).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+
+
 def test_greedy_tokens_text_and_chat_are_the_same(exported: Artifact, client: str) -> None:
-    """A ragged batch padded on the left, and one prompt that meets a stop token, and text; fp32 equals torch, the other forms equal our own loop."""
-    width = max(len(prompt) for prompt in PROMPTS)
-    messages = [{"role": "user", "content": "Grüße, 世界 🙂"}]
-    found = _ask(
-        client,
-        {
-            "folder": str(exported.path),
-            "forms": FORMS,
-            "files": {form: Path(exported.result["forms"][form]["graph"]).name for form in FORMS},
-            "ids": [[257] * (width - len(prompt)) + prompt for prompt in PROMPTS],
-            "mask": [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS],
-            "alone": ENDS,
-            "count": COUNT,
-            "prompt": PROMPT,
-            "text": "naïve 世界 🙂\n",
-            "messages": messages,
-        },
-    )
+    """A ragged batch, one prompt that meets a stop token, text and chat; fp32 equals torch, the other forms equal our own loop."""
+    if client == "genai" and not (exported.path / "genai_config.json").is_file():
+        pytest.skip("GenAI runs graphs of the backend genai only")
+    found = _ask(client, _job(exported, FORMS))
     model, text = exported.path.parent / "student/model", load_text(exported.path)
+    prompts = [*map(text.encode, TEXTS), text.chat(MESSAGES)]
     for form in FORMS:
         decoder = Decoder(exported.path, form=form)
         for prompt, tokens in zip(PROMPTS, found["tokens"][form], strict=True):
             expected = greedy(model, prompt, COUNT)[0] if form == "fp32" else list(decoder.generate(prompt, COUNT))
-            end = text.stop_ids | {257}
+            end = text.stop_ids | {PAD}
             assert _until_end(tokens, end) == _until_end(expected, end), f"{form} after {prompt}"
         ended = _with_end(decoder, ENDS, text.stop_ids)
-        assert found["alone"][form] == ended, f"{form} stops"
+        told = _until_end(ended, text.stop_ids) if client == "genai" else ended  # GenAI too leaves the stop token out
+        assert found["alone"][form] == told, f"{form} stops"
         if form == "fp32":
             assert 3 < len(ended) <= COUNT
             assert ended[-1] in text.stop_ids
-        if client == "transformers-js":  # by its pipeline, text in and text out
-            answer = _with_end(decoder, text.encode(PROMPT), text.stop_ids)
-            assert found["written"][form] == PROMPT + "".join(text.stream(answer)), f"{form} by pipeline"
-    assert found["text"] == text.encode("naïve 世界 🙂\n")
-    assert found["chat"] == text.chat(messages)
+        for prompt, answer in zip(prompts, found["written"][form], strict=True):
+            expected = list(decoder.generate(prompt, COUNT, stop_ids=text.stop_ids))
+            assert answer == "".join(text.stream(expected)), f"{form} after {text.tokenizer.decode(prompt)}"
+            if form == "fp32":
+                assert answer.startswith(ANSWER)
+    assert found["ids"] == prompts
+
+
+@pytest.mark.parametrize(("model_type", "loads"), [("gemma3_text", True), ("qwen3", False)])
+def test_the_card_knows_what_optimum_loads(tmp_path: Path, model_type: str, loads: bool) -> None:
+    """Heads are wider than hidden_size / num_attention_heads here, which optimum-onnx reads of some architectures only."""
+    _require("optimum")
+    model = make_model(tmp_path / "model", model_type=model_type, scale=0.1, **SIZES[model_type])
+    teach(model)
+    make_student(tmp_path / "student", model)
+    recipe = pico_recipe(export={"forms": ["fp32"]})
+    exported = export_student(student=tmp_path / "student", out=tmp_path / "onnx", recipe=recipe)
+    assert ("optimum-onnx" in (exported.path / "README.md").read_text()) == loads
+    job = _job(exported, ["fp32"])
+    if loads:
+        expected = [greedy(tmp_path / "student/model", prompt, COUNT)[0] for prompt in PROMPTS]
+        found = _ask("optimum", job)["tokens"]["fp32"]
+        assert [_until_end(row, {256}) for row in found] == [_until_end(row, {256}) for row in expected]
+    else:
+        with pytest.raises(AssertionError, match=r"Got: 8 Expected: 16"):
+            _ask("optimum", job)
 
 
 @pytest.fixture(params=CLIENTS)
 def client(request: pytest.FixtureRequest) -> str:
     name = str(request.param)
-    if not (ENVIRONMENTS / name / ".ready").is_file():
-        pytest.skip(f"{ENVIRONMENTS / name} is not set up; run: make test-clients")
+    _require(name)
     return name
+
+
+def _require(name: str) -> None:
+    if name != "genai" and not (ENVIRONMENTS / name / ".ready").is_file():
+        pytest.skip(f"{ENVIRONMENTS / name} is not set up; run: make test-clients")
+
+
+def _job(exported: Artifact, forms: Collection[str]) -> dict[str, Any]:
+    width = max(len(prompt) for prompt in PROMPTS)
+    return {
+        "folder": str(exported.path),
+        "forms": list(forms),
+        "files": {form: Path(exported.result["forms"][form]["graph"]).name for form in forms},
+        "prompts": PROMPTS,
+        "pad": PAD,
+        "ids": [[PAD] * (width - len(prompt)) + prompt for prompt in PROMPTS],
+        "mask": [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS],
+        "alone": ENDS,
+        "count": COUNT,
+        "texts": TEXTS,
+        "messages": MESSAGES,
+    }
 
 
 def _ask(client: str, job: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(
-        CLIENTS[client], input=json.dumps(job), capture_output=True, text=True, cwd=ENVIRONMENTS / client, timeout=300
+        CLIENTS[client],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        cwd=HERE if client == "genai" else ENVIRONMENTS / client,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(json.loads(done.stdout.splitlines()[-1]))

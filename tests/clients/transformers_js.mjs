@@ -3,7 +3,7 @@ import { createRequire } from "node:module";
 import { readFileSync } from "node:fs";
 
 const require = createRequire(`${process.cwd()}/`);
-const { AutoModelForCausalLM, AutoTokenizer, Tensor, env, pipeline } = require("@huggingface/transformers");
+const { AutoTokenizer, Tensor, env, pipeline } = require("@huggingface/transformers");
 env.allowRemoteModels = false;
 env.localModelPath = "/";
 
@@ -13,21 +13,25 @@ const tensor = (rows) =>
   new Tensor("int64", BigInt64Array.from(rows.flat().map(BigInt)), [rows.length, rows[0].length]);
 const numbers = (rows) => rows.map((row) => row.map(Number));
 
+const tokenizer = await AutoTokenizer.from_pretrained(job.folder, { local_files_only: true });
+const chat = tokenizer.apply_chat_template(job.messages, { add_generation_prompt: true, return_dict: false, return_tensor: false });
+const ids = [...job.texts.map((text) => tokenizer.encode(text)), chat].map((prompt) => prompt.map(Number));
 const tokens = {};
 const alone = {};
 const written = {};
 for (const form of job.forms) {
-  const model = await AutoModelForCausalLM.from_pretrained(job.folder, { dtype: DTYPES[form], local_files_only: true });
+  const generator = await pipeline("text-generation", job.folder, { dtype: DTYPES[form], local_files_only: true });
   const answer = async (ids, mask) => {
     const given = { input_ids: tensor(ids), attention_mask: tensor(mask) };
-    const out = await model.generate({ ...given, max_new_tokens: job.count, do_sample: false });
+    const out = await generator.model.generate({ ...given, max_new_tokens: job.count, do_sample: false });
     return numbers(out.tolist()).map((row) => row.slice(ids[0].length));
   };
   tokens[form] = await answer(job.ids, job.mask);
   alone[form] = (await answer([job.alone], [job.alone.map(() => 1)]))[0];
-  const generator = await pipeline("text-generation", job.folder, { dtype: DTYPES[form], local_files_only: true });
-  written[form] = (await generator(job.prompt, { max_new_tokens: job.count, do_sample: false }))[0].generated_text;
+  written[form] = [];
+  for (const prompt of [...job.texts, job.messages]) {
+    const [{ generated_text: whole }] = await generator(prompt, { max_new_tokens: job.count, do_sample: false });
+    written[form].push(typeof prompt === "string" ? whole.slice(prompt.length) : whole.at(-1).content);
+  }
 }
-const tokenizer = await AutoTokenizer.from_pretrained(job.folder, { local_files_only: true });
-const chat = tokenizer.apply_chat_template(job.messages, { add_generation_prompt: true, return_dict: false, return_tensor: false });
-console.log(JSON.stringify({ tokens, alone, written, text: tokenizer.encode(job.text), chat: chat.map(Number) }));
+console.log(JSON.stringify({ tokens, alone, written, ids }));
