@@ -36,6 +36,10 @@ _BEFORE_LICENCES = (
 _APART = """## The adapter
 
 The graphs hold the base; what the student learnt is in `{file}` ({bytes} bytes), which `limbeck generate` and onnxruntime-genai's `Adapters` load with them. A client that knows no adapters, transformers.js among them, runs the base alone. `limbeck generate . --adapter FILE` takes the adapter of any other student of the same base (number {base})."""
+# optimum-onnx 0.1.0 does not read a cache's shape from the graph but derives it from config.json: it knows the size of a head of the
+# first, of others it takes hidden_size / num_attention_heads; it knows the number of key heads of the second, of others it takes all.
+_OPTIMUM_HEAD_SIZE = ("gemma3_text",)
+_OPTIMUM_KEY_HEADS = ("gemma3_text", "granite", "llama", "mistral", "qwen2", "qwen3", "smollm3")
 _COPIED = ("generation_config.json", "tokenizer.json")
 
 
@@ -77,6 +81,21 @@ def write_client_files(
             genai["model"]["decoder"]["session_options"]["provider_options"] = [{"cuda": {"enable_cuda_graph": "0"}}]
         genai["model"]["decoder"]["filename"] = shipped.last.relative_to(folder).as_posix()
         _write(folder / "genai_config.json", genai)
+
+
+def optimum_loads(folder: Path, graph: Path) -> bool:
+    """Whether optimum-onnx 0.1.0 gives ``graph`` a cache of the shape it has; see `_OPTIMUM_HEAD_SIZE`."""
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(folder)
+    heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    if config.model_type in _OPTIMUM_HEAD_SIZE:
+        size = config.head_dim
+    if config.model_type in _OPTIMUM_KEY_HEADS:
+        heads = config.num_key_value_heads
+    inputs = onnx.load(graph, load_external_data=False).graph.input
+    dims = next(v.type.tensor_type.shape.dim for v in inputs if v.name.startswith("past_key_values."))
+    return (heads, 0, size) == (dims[1].dim_value, dims[2].dim_value, dims[3].dim_value)
 
 
 def _cache_is_half(graph: Path) -> bool:
@@ -249,13 +268,16 @@ def write_card(folder: Path, *, recipe: Recipe, student: Mapping[str, Any], stud
             if heldout
             else f"Of {in_torch(shipped)}{', and its teachers' if others else ''}. What ships is measured by `limbeck bench`.",
         ]
-    genai = f"onnxruntime-genai (`{shipped}`), " if backend["name"] == "genai" else ""
     dtype = DTYPES.get(Path(forms[shipped]["graph"]).stem)
-    transformers_js = f"transformers.js (`dtype: {dtype}`)" if dtype else "transformers.js"
+    clients = [
+        *([f"onnxruntime-genai (`{shipped}`)"] if backend["name"] == "genai" else ()),
+        f"transformers.js (`dtype: {dtype}`)" if dtype else "transformers.js",
+        *(["optimum-onnx"] if optimum_loads(folder, folder / forms[shipped]["graph"]) else ()),
+    ]
     card += [
         "## How to run it",
-        f'```sh\nlimbeck generate . "Once upon a time"\n```\n\nThe same folder loads in {genai}{transformers_js}, plain onnxruntime, '
-        "and optimum-onnx where heads are hidden_size / num_attention_heads wide. Batches may be padded on either side.",
+        f'```sh\nlimbeck generate . "Once upon a time"\n```\n\nThe same folder loads in {", ".join(clients)} '
+        "and plain onnxruntime. Batches may be padded on either side.",
         *([_APART.format(**adapter)] if adapter else ()),
         *digests(recipe, student=student_digest, parents=parents),
     ]

@@ -42,7 +42,9 @@ def test_the_folder_is_the_same_and_says_why(exported: Artifact) -> None:
     assert backend["name"] == "dynamo"
     assert backend["why"].startswith("auto: GenAI's builder is not proven on GPT2LMHeadModel")
     assert not (exported.path / "genai_config.json").exists()
-    assert "onnxruntime-genai" not in (exported.path / "README.md").read_text()
+    card = (exported.path / "README.md").read_text()
+    assert "onnxruntime-genai" not in card
+    assert "transformers.js (`dtype: q8`), optimum-onnx and plain onnxruntime" in card
     for form, facts in exported.result["forms"].items():
         assert facts["parity"]["failures"] == []
         assert {"left_padded", "right_padded/last", "decode_from_one", "chunks"} <= facts["parity"]["cases"].keys()
