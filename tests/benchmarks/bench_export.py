@@ -34,7 +34,7 @@ def export(student: Path, out: Path) -> None:
 
 
 def main() -> None:
-    """Make the student, export it elsewhere, and compare with the bounds."""
+    """Make the student, export it in a process of its own, and print what that took."""
     if len(sys.argv) > 1:
         export(Path(sys.argv[1]), Path(sys.argv[2]))
         return
