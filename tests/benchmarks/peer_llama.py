@@ -33,7 +33,11 @@ def quantize(source: str, target: str) -> None:
 
 
 class Peer:
-    """One open model and its cache."""
+    """One open model and its cache.
+
+    ``logits_all`` is for `score` alone: llama-cpp-python 0.3.36 keeps it to itself and marks the rows of `Llama.eval`'s batches by it.
+    `generate` decodes batches of `llama_batch_get_one`, which mark none, and llama.cpp then computes the head for the last token only.
+    """
 
     def __init__(self, file: str, threads: int) -> None:
         self._model = llama_cpp.Llama(
