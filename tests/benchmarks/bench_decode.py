@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--texts", type=int, default=8, help="held-out blocks scored a domain")
     parser.add_argument("--onnx", type=Path, help="an exported folder with int8-weight, instead of exporting now")
+    parser.add_argument("--flash-attention", choices=("on", "off"), default="off", help="of llama.cpp")
     parser.add_argument("--profile", action="store_true")
     asked = parser.parse_args()
     if not PEER.exists():
@@ -214,7 +215,7 @@ def main() -> None:
         arms = {
             "ours": Process(*module, "ours", str(folder), threads),
             "genai": Process(*module, "genai", str(folder), threads),
-            "llama.cpp": Process(str(PEER), peer_script, "serve", str(gguf), threads),
+            "llama.cpp": Process(str(PEER), peer_script, "serve", str(gguf), threads, asked.flash_attention),
         }
         times = time_blocks(arms, [np.concatenate(texts) for texts in rows.values()], asked.rounds)
         arms["genai"].stop()

@@ -1,7 +1,7 @@
 """The peer's side of bench_decode: llama.cpp through llama-cpp-python, run in an environment of its own.
 
     python peer_llama.py quantize SOURCE.gguf TARGET.gguf     llama.cpp's own quantiser, to Q8_0
-    python peer_llama.py serve MODEL.gguf THREADS             one JSON job a line on stdin, one JSON answer on stdout
+    python peer_llama.py serve MODEL.gguf THREADS on|off      one JSON job a line on stdin, one JSON answer on stdout; flash attention
 
 Jobs and answers are those of `tests.benchmarks.bench_decode`.
 """
@@ -39,10 +39,11 @@ class Peer:
     `generate` decodes batches of `llama_batch_get_one`, which mark none, and llama.cpp then computes the head for the last token only.
     """
 
-    def __init__(self, file: str, threads: int) -> None:
+    def __init__(self, file: str, threads: int, *, flash_attention: bool) -> None:
         self._model = llama_cpp.Llama(
-            file, n_ctx=512, n_batch=512, n_threads=threads, n_threads_batch=threads, logits_all=True, verbose=False
-        )
+            file, n_ctx=512, n_batch=512, n_threads=threads, n_threads_batch=threads, logits_all=True,
+            flash_attn=flash_attention, verbose=False,
+        )  # fmt: skip
         self._context = self._model._ctx.ctx
         self._vocabulary = self._model.n_vocab()
 
@@ -78,7 +79,7 @@ def main() -> None:
     if sys.argv[1] == "quantize":
         quantize(*sys.argv[2:])
         return
-    peer = Peer(sys.argv[2], int(sys.argv[3]))
+    peer = Peer(sys.argv[2], int(sys.argv[3]), flash_attention=sys.argv[4] == "on")
     print(json.dumps({"library": f"llama-cpp-python {llama_cpp.__version__}"}), file=_ANSWERS, flush=True)
     for line in sys.stdin:
         job = json.loads(line)
