@@ -415,7 +415,7 @@ def search(
     """Find the best student within a budget: plan, time a few exports, distil in rounds, measure the finalists.
 
     The budget is the recipe's: size_mb, quality.max_loss, hours, and of a language model tpot_ms and ttft_ms, of an encoder latency_ms. Writes chosen.yaml, a recipe that stands alone, or
-    nearest.yaml and which bound cannot be kept. An interrupted search goes on, and one whose time was up when it is given more hours; a
+    nearest.yaml and which bound cannot be kept. An interrupted search goes on, and an undecided one when it is given more budget.hours or bench.minutes; a
     second one in the same folder shares the work.
     Exit codes: 0 chosen, 1 no student keeps the budget, 3 undecided (bench.minutes or budget.hours did not suffice).
 
