@@ -138,8 +138,9 @@ def answer(cases: Mapping[str, Case], model: Path, *, adapter: Path | None = Non
         for name, case in cases.items():
             logits = []
             for row, (ids, mask) in enumerate(zip(case.ids, case.mask, strict=True)):
-                whole = loaded(input_ids=torch.from_numpy(ids[mask == 1][None]), use_cache=False).logits[0].numpy()
-                logits.append(whole[np.cumsum(mask)[case.columns[case.rows == row]] - 1])
+                tokens, kept = ids[mask == 1], np.cumsum(mask)[case.columns[case.rows == row]] - 1
+                asked = {"input_ids": torch.from_numpy(tokens[None]), "logits_to_keep": torch.from_numpy(kept)}
+                logits.append(loaded(**asked, use_cache=False).logits[0].numpy())
             answered[name] = replace(case, logits=np.concatenate(logits))
             progress.advance()
     return answered
