@@ -218,6 +218,7 @@ def measure_parity(
                     total.append(differences)
                     if name == "long" and len(chosen) == case.mask.sum():
                         nll = _nll(case, found)
+                    del found  # before the next case's are made
                 progress.advance()
             del decoder  # its weights, before the next graph's are loaded
     summary = _summary(np.concatenate(total, axis=1), tolerance.lead)
