@@ -33,7 +33,7 @@ PARITY_BASE = "parity_base.safetensors"  # of the base alone, where the adapter 
 _KEPT_BYTES = 8_000_000  # of reference logits in the artifact
 _LONG = 128  # tokens of the rows of the long case
 _LONGEST = 512  # of the longest case, or the context where that is less
-_COMPARED = 256  # positions of the longest case, its end among them; their logits stay in memory
+_COMPARED = 128  # positions of the longest case, its end among them; their logits stay in memory
 _AT_ONCE = 64  # positions compared at a time, which bounds the memory
 _TEXTS = 3  # rows of the long case, one a domain
 
@@ -75,7 +75,8 @@ TOLERANCES = {
 def make_cases(texts: Sequence[Ints], *, context: int, more: Sequence[Ints] = ()) -> dict[str, Case]:
     """Cases without answers from token rows ``texts``, each within ``context`` tokens.
 
-    The longest case joins ``texts``, then ``more``, up to the context's end or 512 tokens; what is shorter is read again.
+    The longest case joins ``texts``, then ``more``, up to the context's end or 512 tokens; what is shorter is read again. It is
+    fed in two halves, so that the graph's logits of one take no more memory than those of the other cases.
     """
     pool = np.concatenate([*texts, *texts])  # a short text is read twice rather than making a case shorter
     room = min(context, 24)
@@ -102,6 +103,7 @@ def make_cases(texts: Sequence[Ints], *, context: int, more: Sequence[Ints] = ()
     long = [text[: min(context, _LONG)] for text in texts[:_TEXTS]]
     longest = np.resize(np.concatenate([*texts, *more]), min(context, _LONGEST))
     kept = np.unique(np.linspace(0, len(longest) - 1, _COMPARED).astype(np.int64))
+    halves = [part for part in (len(longest) - len(longest) // 2, len(longest) // 2) if part]
     return {
         "prompt": case([take(room)], [room]),
         "one_token": case([take(1, 3)], [1]),
@@ -111,7 +113,7 @@ def make_cases(texts: Sequence[Ints], *, context: int, more: Sequence[Ints] = ()
         "left_padded": case(ragged, [head, *steps], tail=step),
         "right_padded": case(ragged, [head, *steps], left=False, tail=step),
         "long": case(long, [max(len(text) for text in long)]),
-        "longest": replace(case([longest], [len(longest)]), rows=np.zeros_like(kept), columns=kept),
+        "longest": replace(case([longest], halves), rows=np.zeros_like(kept), columns=kept),
     }
 
 
@@ -262,27 +264,28 @@ def require_parity(form: str, parity: Mapping[str, Any]) -> None:
 
 
 def feed(decoder: Decoder, case: Case) -> Floats:
-    """Logits ``[B, L, V]`` of a case fed in its splits; columns a last-logits graph does not answer are NaN.
+    """Logits ``[P, V]`` at the positions of a case that is fed in its splits; NaN where a last-logits graph does not answer.
 
     A graph of fixed shape gets the rows as many at a time as it takes.
     """
-    rows, width = case.ids.shape
-    most = decoder.fixed[0] if decoder.fixed else rows
-    if rows > most:
-        parts = [slice(at, at + most) for at in range(0, rows, most)]
-        return np.concatenate([feed(decoder, replace(case, ids=case.ids[p], mask=case.mask[p])) for p in parts])
-    if decoder.all_logits and len(case.splits) == 1:
-        return decoder.prefill(case.ids, case.mask)
-    out = np.full((rows, width, decoder.vocabulary), np.nan, np.float32)
-    start = 0
-    for count in case.splits.tolist():
-        ids, mask = case.ids[:, start : start + count], case.mask[:, start : start + count]
-        found = decoder.extend(ids, mask) if start else decoder.prefill(ids, mask, room=width - count)
-        if decoder.all_logits:
-            out[:, start : start + count] = found
-        else:
-            out[np.arange(rows), start + count - 1 - np.argmax(mask[:, ::-1], axis=1)] = found
-        start += count
+    width, most = case.ids.shape[1], decoder.fixed[0] if decoder.fixed else len(case.ids)
+    out = np.full((len(case.rows), decoder.vocabulary), np.nan, np.float32)
+    for first in range(0, len(case.ids), most):
+        part = slice(first, first + most)
+        all_ids, all_mask = case.ids[part], case.mask[part]
+        mine = (case.rows >= first) & (case.rows < first + most)
+        start = 0
+        for count in case.splits.tolist():
+            ids, mask = all_ids[:, start : start + count], all_mask[:, start : start + count]
+            found = decoder.extend(ids, mask) if start else decoder.prefill(ids, mask, room=width - count)
+            at = np.flatnonzero(mine & (case.columns >= start) & (case.columns < start + count))
+            rows, columns = case.rows[at] - first, case.columns[at] - start
+            if decoder.all_logits:
+                out[at] = found[rows, columns]
+            else:
+                ends = columns == (count - 1 - np.argmax(mask[:, ::-1], axis=1))[rows]
+                out[at[ends]] = found[rows[ends]]
+            start += count
     return out
 
 
@@ -297,12 +300,12 @@ def _after_prompt(case: Case) -> npt.NDArray[np.bool_]:
     return np.asarray(given[case.rows, case.columns])
 
 
-def _differences(case: Case, chosen: Ints, found_BLV: Floats) -> Floats64:
+def _differences(case: Case, chosen: Ints, found_PV: Floats) -> Floats64:
     """Five numbers a ``chosen`` position ``[5, P]``: largest and mean logit difference, KL(torch || found), same choice, lead."""
     out = np.empty((5, len(chosen)))
     for start in range(0, len(chosen), _AT_ONCE):
         piece, at = slice(start, start + _AT_ONCE), chosen[start : start + _AT_ONCE]
-        reference, found = case.logits[at], found_BLV[case.rows[at], case.columns[at]]
+        reference, found = case.logits[at], found_PV[at]
         p, q = _log_softmax(reference), _log_softmax(found)
         gap = np.abs(reference - found)
         first = reference.argmax(axis=1)
@@ -333,7 +336,7 @@ def _summary(differences: Floats64, lead: float) -> dict[str, float]:
     }
 
 
-def _nll(case: Case, found_BLV: Floats) -> dict[str, float]:
+def _nll(case: Case, found_PV: Floats) -> dict[str, float]:
     """Nats a token of torch and of the graph on the text of ``case``, where the next token is known."""
     known = np.flatnonzero(case.columns + 1 < case.ids.shape[1])
     known = known[case.mask[case.rows[known], case.columns[known] + 1] == 1]
@@ -342,7 +345,7 @@ def _nll(case: Case, found_BLV: Floats) -> dict[str, float]:
         at = known[start : start + _AT_ONCE]
         rows, columns = case.rows[at], case.columns[at]
         labels = case.ids[rows, columns + 1]
-        for name, logits in (("nll_torch", case.logits[at]), ("nll", found_BLV[rows, columns])):
+        for name, logits in (("nll_torch", case.logits[at]), ("nll", found_PV[at])):
             sums[name] -= float(_log_softmax(logits)[np.arange(len(at)), labels].sum(dtype=np.float64))
     return {name: total / len(known) for name, total in sums.items()}
 
