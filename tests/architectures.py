@@ -38,7 +38,8 @@ CARDS = (
 SIZES: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True},
     "qwen2": {"tie_word_embeddings": False},
-    "qwen3": {"tie_word_embeddings": True},
+    # 64 wide: at 32 a scale a tensor misses one in ten of the clear first choices of this very model, not of those of other seeds.
+    "qwen3": {"tie_word_embeddings": True, "hidden_size": 64, "intermediate_size": 96},
     "mistral": {"sliding_window": 8},
     "granite": {"logits_scaling": 2.0, "attention_multiplier": 0.25, "residual_multiplier": 0.7},
     "phi3": {},
