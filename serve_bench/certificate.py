@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from serve_bench.stats import FEWEST_BLOCKS, Interval, first_look
 from serve_bench.timing import order, prompt
 
 CERTIFICATE = "certificate.json"
-FORMAT = 1
+FORMAT = 2
+_FP32 = "onnx:fp32"  # the arm
 _DIGITS = ("onnxruntime", "onnxruntime-gpu", "numpy")  # libraries that can change the last digits of a score
 _BUSY = 0.5  # load average a core, above which a slower replay is put down to it
 _WARM = 2  # generations before the replay's clock counts
@@ -118,6 +119,12 @@ def promises(bench: Artifact, recipe: Recipe) -> dict[str, Any]:
         "ttft_ms": figures.asdict(evidence.ttft_ms),
         "tpot_ms": figures.asdict(evidence.tpot_ms),
         "speed_over": {name: figures.asdict(interval) for name, interval in evidence.speedup.items()},
+        # What a replay can time beside it: a machine's good and bad minutes are the same for both graphs.
+        "speed_over_fp32": {
+            metric: figures.asdict(figures.speed(samples, reference, _FP32, metric)) for metric in ("ttft", "tpot")
+        }
+        if _FP32 in arms and shipped != _FP32
+        else None,
         "loss_rise_over": {name: figures.asdict(rise) for name, (_, rise) in evidence.rise_over_teachers.items()}
         | ({"fp32": figures.asdict(evidence.rise_over_fp32)} if evidence.rise_over_fp32 else {}),
         "bytes": evidence.size,
@@ -140,7 +147,9 @@ def read_certificate(run: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text())
         if found["format"] != FORMAT:
-            raise ArtifactError(f"{path}: found a certificate of format {found['format']}, expected {FORMAT}.")
+            raise ArtifactError(
+                f"{path}: found a certificate of format {found['format']}, expected {FORMAT}; `limbeck report {run}` writes it again."
+            )
         for key in ("artifact", "bench", "data", "figures", "machine", "protocol", "versions"):
             found[key]
     except (ValueError, KeyError, TypeError):
@@ -169,7 +178,7 @@ def replay(*, run: Path, quality: bool = True, speed: bool = True) -> list[Findi
             facts = workers.start(arm).opened["facts"]
             differs = differences(certificate, facts.get("provider"))
             if speed:  # before scoring, which ends an arm's use for generation
-                findings += _replay_speed(workers, arm, certificate, recipe, blocks, differs)
+                findings += _replay_speed(workers, arm, certificate, recipe, onnx, blocks, differs)
             if quality:
                 findings += _replay_quality(workers, arm, certificate, onnx, blocks, differs)
     finally:
@@ -276,45 +285,77 @@ def _replay_speed(
     arm: Arm,
     certificate: Mapping[str, Any],
     recipe: Recipe,
+    onnx: Artifact,
     heldout: Mapping[str, Blocks],
     differs: Mapping[str, str],
 ) -> list[Finding]:
-    """A short run of the shipped form beside its own copy, as in the bench: mirrored blocks, widened by the noise floor."""
-    protocol = certificate["protocol"]
+    """A short run of the shipped form beside its own copy and the fp32 graph, as in the bench: mirrored blocks, widened by the noise floor."""
+    protocol, promised = certificate["protocol"], certificate["figures"]
     twin = Arm(f"{arm.id}:twin", arm.label, "twin", arm.runtime, arm.bytes, arm.spec)
-    workers.start(twin)
+    arms = [arm, twin] + ([_arm(onnx, "fp32")] if promised["speed_over_fp32"] else [])
+    for other in arms[1:]:
+        workers.start(other)
     load = os.getloadavg()[0]
     samples: list[Sample] = []
-    with task("speed again, generations", 2 * 2 * _BLOCKS) as progress:
+    with task("speed again, generations", 2 * len(arms) * _BLOCKS) as progress:
         for block in range(-_WARM, _BLOCKS):
             tokens = prompt(heldout, max(block, 0), protocol["prompt_tokens"])
-            for position, chosen in enumerate(order([arm, twin], max(block, 0))):
+            for position, chosen in enumerate(order(arms, max(block, 0))):
                 time.sleep(0.02)  # for the other's threads to stop spinning
                 answer = workers[chosen].generate(tokens, protocol["new_tokens"])
                 if block >= 0:
                     samples.append(Sample(chosen.id, block, position, tuple(answer["at"])))
                     progress.advance()
-    workers.stop([twin])
+    workers.stop(arms[1:])
     shipped = str(certificate["artifact"]["shipped"])
-    reference = Reference(recipe.name, shipped, (arm, twin), first_look(_BLOCKS))
+    reference = Reference(recipe.name, shipped, tuple(arms), first_look(_BLOCKS))
     evidence = figures.timing_evidence(samples, reference)
     busy = {"load average": f"{load:.2f} on {host()['cores']} cores"} if load > _BUSY * host()["cores"] else {}
     findings = []
-    for figure, key, now in (
-        ("ms to first token", "ttft_ms", evidence.ttft_ms),
-        ("ms per output token", "tpot_ms", evidence.tpot_ms),
+    for what, metric, now in (
+        ("to first token", "ttft", evidence.ttft_ms),
+        ("per output token", "tpot", evidence.tpot_ms),
     ):
         assert now is not None
-        findings.append(judge_speed(figure, certificate["figures"][key], now, differs=differs, busy=busy))
+        times = judge_speed(f"ms {what}", promised[f"{metric}_ms"], now, differs=differs, busy=busy)
+        if promised["speed_over_fp32"]:
+            then, ratio_now = promised["speed_over_fp32"][metric], figures.speed(samples, reference, _FP32, metric)
+            ratio = judge_ratio(f"speed over fp32, {what}", then, ratio_now, differs=differs, busy=busy)
+            # One of the two may move with the machine: its clock moves the times, who else uses its memory the ratio.
+            if ratio.holds and not times.holds:
+                times = replace(times, says=f"{times.says}; so was the fp32 graph beside it", holds=True)
+            elif times.holds and not ratio.holds:
+                ratio = replace(ratio, says=f"{ratio.says}; its own times are as certified", holds=True)
+            findings.append(ratio)
+        findings.append(times)
     return findings
 
 
 def judge_speed(
     figure: str, then: Mapping[str, Any], now: Interval, *, differs: Mapping[str, str], busy: Mapping[str, str]
 ) -> Finding:
-    """Overlapping intervals hold, and so does a faster run: it keeps what was certified. A slower one holds only where this machine is
-    not the one of the certificate.
+    """Of times in ms. Overlapping intervals hold, and so does a faster run: it keeps what was certified. A slower one holds only where
+    this machine is not the one of the certificate.
     """
+    return _judge(figure, then, now, slower=now.value > then["value"], differs=differs, busy=busy)
+
+
+def judge_ratio(
+    figure: str, then: Mapping[str, Any], now: Interval, *, differs: Mapping[str, str], busy: Mapping[str, str]
+) -> Finding:
+    """The same of how many times as fast as another graph."""
+    return _judge(figure, then, now, slower=now.value < then["value"], differs=differs, busy=busy)
+
+
+def _judge(
+    figure: str,
+    then: Mapping[str, Any],
+    now: Interval,
+    *,
+    slower: bool,
+    differs: Mapping[str, str],
+    busy: Mapping[str, str],
+) -> Finding:
     promised, found = _interval(then["value"], then["low"], then["high"]), _interval(now.value, now.low, now.high)
     if then["low"] is None or not now.bounded:
         return Finding(
@@ -322,7 +363,6 @@ def judge_speed(
         )
     if now.low <= then["high"] and then["low"] <= now.high:
         return Finding(figure, promised, found, "intervals overlap", True)
-    slower = now.value > then["value"]
     apart = f"{'slower' if slower else 'faster'} than certified, {now.value / then['value']:.2f}×"
     if differs:
         why = "; ".join(f"{name}: {pair}" for name, pair in differs.items())

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from limbeck.artifact import file_digest, host, open_artifact, versions
-from limbeck.heldout import HELDOUT
+from limbeck.heldout import HELDOUT, load_heldout
 from serve_bench import write_report
-from serve_bench.certificate import CERTIFICATE, differences, judge_loss, judge_speed
+from serve_bench.arms import Arm
+from serve_bench.certificate import CERTIFICATE, _arm, _replay_speed, differences, judge_loss, judge_speed
 from serve_bench.stats import Interval
 from tests.test_report import PARENTS, make_run, recipe
 
@@ -35,6 +36,7 @@ def test_a_certificate_holds_digests_figures_and_the_machine(tmp_path: Path) -> 
     assert found["figures"]["bytes"] == shipped["bytes"]
     assert found["figures"]["quality"] == {"vocabulary": 49152} | shipped["quality"]
     assert found["figures"]["speed_over"]["speeches"] == data["speed_of_shipped_over"]["teacher:speeches"]["tpot"]
+    assert found["figures"]["speed_over_fp32"]["tpot"] == data["speed_of_shipped_over"]["onnx:fp32"]["tpot"]
     assert found["figures"]["loss_rise_over"]["fp32"] == data["nll_rise_of_shipped_over"]["onnx:fp32"]
     assert (found["verdict"], found["machine"]["host"]["cores"]) == ("pass", 2)
 
@@ -82,6 +84,61 @@ def test_loss_is_equal_to_the_digit_or_has_a_reason(
     finding = judge_loss("loss", 2.5, now, tolerance=0.03, reasons=reasons)
     assert finding.holds is holds
     assert says in finding.says
+
+
+class FakeWorkers:
+    """Generations of a made-up machine: seconds a token by arm, and a little noise by block."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds, self.made = seconds, 0
+
+    def start(self, arm: Arm) -> None:
+        pass
+
+    def stop(self, arms: list[Arm]) -> None:
+        pass
+
+    def __getitem__(self, arm: Arm) -> FakeWorkers:
+        self.arm = arm
+        return self
+
+    def generate(self, tokens: list[int], count: int) -> dict[str, list[float]]:
+        self.made += 1
+        each = self.seconds[self.arm.id.removesuffix(":twin")] * (1 + 0.005 * (self.made % 3))
+        return {"at": [each * (10 + n) for n in range(count)]}
+
+
+@pytest.mark.parametrize(
+    ("int8", "fp32", "holds", "says"),
+    [
+        (8.0, 20.0, True, "intervals overlap"),
+        (10.0, 25.0, True, "so was the fp32 graph beside it"),  # the machine is slower
+        (10.0, 20.0, False, "slower than certified, 1.25×"),  # the graph is
+        (8.0, 16.0, True, "its own times are as certified"),
+        (6.0, 12.0, True, "faster than certified"),
+    ],
+)
+def test_a_slower_machine_is_not_a_slower_graph(
+    tmp_path: Path, int8: float, fp32: float, holds: bool, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    chosen = recipe()
+    write_report(run=make_run(tmp_path, chosen), recipe=chosen)
+    certificate = json.loads((tmp_path / CERTIFICATE).read_text())
+    around = {"low": 0.98, "value": 1.0, "high": 1.02}
+    certificate["figures"] |= {
+        f"{metric}_ms": {k: v * ms for k, v in around.items()} for metric, ms in (("tpot", 8.0), ("ttft", 80.0))
+    }
+    certificate["figures"]["speed_over_fp32"] = {
+        key: {k: v * 2.5 for k, v in around.items()} for key in ("tpot", "ttft")
+    }
+    onnx = open_artifact(tmp_path / "onnx", verify=False)
+    blocks = load_heldout(tmp_path / "bench" / HELDOUT)
+    workers: Any = FakeWorkers({"onnx:int8-weight": int8 / 1e3, "onnx:fp32": fp32 / 1e3})
+    findings = _replay_speed(workers, _arm(onnx, "int8-weight"), certificate, chosen, onnx, blocks, {})
+    assert len(findings) == 4
+    assert all(finding.holds for finding in findings) is holds
+    assert any(says in finding.says for finding in findings)
 
 
 def test_differences_name_what_changed() -> None:
