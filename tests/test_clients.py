@@ -109,7 +109,7 @@ def test_greedy_tokens_text_and_chat_are_the_same(exported: Artifact, client: st
 def test_the_card_knows_what_optimum_loads(tmp_path: Path, model_type: str, loads: bool) -> None:
     """Heads are wider than hidden_size / num_attention_heads here, which optimum-onnx reads of some architectures only."""
     _require("optimum")
-    model = make_model(tmp_path / "model", model_type=model_type, scale=0.1, **SIZES[model_type])
+    model = make_model(tmp_path / "model", model_type=model_type, scale=0.1, **SIZES[model_type] | {"hidden_size": 32})
     teach(model)
     make_student(tmp_path / "student", model)
     recipe = pico_recipe(export={"forms": ["fp32"]})
