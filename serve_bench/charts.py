@@ -53,8 +53,8 @@ class Bubble:
 
     label: str
     role: str
-    speed: float  # decode tokens/s
-    nll: float  # nats a token
+    speed: float  # tokens or sequences a second
+    loss: float  # less is better
     megabytes: float
     shipped: bool
 
@@ -100,36 +100,34 @@ def lines(
         return _svg(figure, title)
 
 
-def quality_against_speed(bubbles: Sequence[Bubble], *, title: str) -> str:
-    """Decode speed to the right, held-out quality upwards, size on disk as the area."""
+def quality_against_speed(bubbles: Sequence[Bubble], *, title: str, x: str, y: str) -> str:
+    """Speed to the right, held-out quality upwards, size on disk as the area. ``x`` and ``y`` name what is measured."""
     with mpl.rc_context(_STYLE):
         figure, axes = _figure(310, 215)
-        speeds, losses = [b.speed for b in bubbles], [b.nll for b in bubbles]
+        speeds, losses = [b.speed for b in bubbles], [b.loss for b in bubbles]
         largest = max(b.megabytes for b in bubbles)
         span = max(max(losses) - min(losses), 1e-3)
         axes.set_xscale("log")
         axes.set_xlim(min(speeds) / 1.9, max(speeds) * 2.1)
         axes.set_ylim(max(losses) + 0.35 * span, min(losses) - 0.35 * span)  # less loss is up
-        corners = [(bubbles[i].speed, bubbles[i].nll) for i in pareto([(b.speed, b.nll) for b in bubbles])]
+        corners = [(bubbles[i].speed, bubbles[i].loss) for i in pareto([(b.speed, b.loss) for b in bubbles])]
         if len(corners) > 1:
             axes.plot(*zip(*corners, strict=True), color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=0)
         for bubble in sorted(bubbles, key=lambda b: -b.megabytes):
             colour = ROLE[bubble.role]
             axes.scatter(
-                [bubble.speed], [bubble.nll], s=1300 * bubble.megabytes / largest, color=colour,
+                [bubble.speed], [bubble.loss], s=1300 * bubble.megabytes / largest, color=colour,
                 alpha=0.85 if bubble.shipped else 0.28, linewidths=0,
             )  # fmt: skip
             axes.scatter(
-                [bubble.speed], [bubble.nll], s=1300 * bubble.megabytes / largest, facecolors="none",
+                [bubble.speed], [bubble.loss], s=1300 * bubble.megabytes / largest, facecolors="none",
                 edgecolors=colour, linewidths=1.6,
             )  # fmt: skip
         axes.xaxis.set_major_locator(FixedLocator(_ticks(*axes.get_xlim())))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        _finish_axes(
-            axes, "decode speed, tokens a second (logarithmic)", "held-out loss, nats a token (less is better)"
-        )
+        _finish_axes(axes, f"{x} (logarithmic)", f"{y} (less is better)")
         axes.text(0.995, 0.985, "better ↗", transform=axes.transAxes, ha="right", va="top", color=MUTED, fontsize=9.5)
         _label_bubbles(figure, axes, bubbles, largest, corners)
         return _svg(figure, title, scale=1.2 * _SCALE)
@@ -338,7 +336,7 @@ def _label_bubbles(
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     figure.canvas.draw()
     frame = axes.get_window_extent(renderer)
-    centres = [axes.transData.transform((b.speed, b.nll)) for b in bubbles]
+    centres = [axes.transData.transform((b.speed, b.loss)) for b in bubbles]
     radii = [float(np.sqrt(1300 * b.megabytes / largest / np.pi)) for b in bubbles]
     taken: list[tuple[float, float, float, float]] = [
         (x - r, y - r, x + r, y + r) for (x, y), r in zip(centres, radii, strict=True)
@@ -351,7 +349,7 @@ def _label_bubbles(
         ]
     for index, bubble in enumerate(bubbles):
         text = axes.annotate(
-            f"{bubble.label}, {bubble.megabytes:.3g} MB", (bubble.speed, bubble.nll), xytext=(0, 0),
+            f"{bubble.label}, {bubble.megabytes:.3g} MB", (bubble.speed, bubble.loss), xytext=(0, 0),
             textcoords="offset points", fontsize=9.5, fontweight="bold" if bubble.shipped else "normal",
             color=INK, ha="center", va="center",
         )  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from safetensors.numpy import load_file
@@ -16,6 +17,7 @@ from limbeck.artifact import open_artifact, write_atomically
 from limbeck.encoder_recipe import EncoderRecipe, groups_of
 from limbeck.errors import ArtifactError
 from limbeck.examples import EXAMPLES, load_examples
+from serve_bench import charts
 from serve_bench import encoder_figures as figures
 from serve_bench.arms import Arm
 from serve_bench.figures import ENVIRONMENT, SAMPLES
@@ -96,7 +98,26 @@ def _render(data: Mapping[str, Any], verdict: Verdict, recipe_text: str, measure
         shipped=f"onnx:{data['shipped']}",
         metrics=list(data["arms"][f"onnx:{data['shipped']}"]["metrics"]),
         cells=[(cell["batch"], cell["length"]) for cell in next(iter(data["arms"].values()))["grid"]],
+        trade=Markup(_trade(data)),
         recipe_text=recipe_text.strip(),
         created=measured.strftime("%-d %B %Y, %H:%M UTC"),
         version=__version__,
+    )
+
+
+def _trade(data: Mapping[str, Any]) -> str:
+    """What every arm gets wrong against its throughput, the geometric mean over the grid."""
+    metric = str(data["metric"])
+    bubbles = [
+        charts.Bubble(
+            arm["label"], arm["role"], geometric_mean([cell["sequences_s"]["value"] for cell in arm["grid"]]),
+            1 - arm["metrics"][metric], arm["bytes"] / 1e6, name == f"onnx:{data['shipped']}",
+        )
+        for name, arm in data["arms"].items() if arm["metrics"]
+    ]  # fmt: skip
+    return charts.quality_against_speed(
+        bubbles,
+        title=f"One less {metric.replace('_', ' ')} against throughput, size on disk as the area",
+        x="throughput, sequences a second",
+        y=f"1 − {metric.replace('_', ' ')}",
     )

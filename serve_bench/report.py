@@ -355,7 +355,10 @@ def _pictures(data: Mapping[str, Any], samples: Sequence[Sample], log: Sequence[
         "offline": sections.offline(data),
         "server": sections.server(data),
         "cold": sections.cold(data),
-        "trade": charts.quality_against_speed(bubbles, title="Held-out loss against decode speed, size on disk as the area"),
+        "trade": charts.quality_against_speed(
+            bubbles, title="Held-out loss against decode speed, size on disk as the area",
+            x="decode speed, tokens a second", y="held-out loss, nats a token",
+        ),
         "strip": charts.strip(gaps, title="Time per output token of every generation, by arm", x="ms per output token (logarithmic)"),
         "terms": None, "heldout": None, "weights": {},
     }  # fmt: skip

@@ -458,6 +458,8 @@ def test_the_whole_chain_to_a_verdict(expert: Path, tmp_path: Path) -> None:
     assert "accuracy" in report.table
     page = report.html.read_text()
     assert "<style>" in page
+    assert "throughput, sequences a second (logarithmic)" in page
+    assert "1 − accuracy (less is better)" in page
     assert page.count("nodes run on CPUExecutionProvider") == len(data["onnx"]["forms"])
     assert "Still in float: 2 MatMul (both factors are activations" in page
     header = ModelCard.load(run / "onnx/README.md").data.to_dict()

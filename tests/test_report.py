@@ -367,7 +367,7 @@ def test_labels_of_a_picture_do_not_overlap() -> None:
             ("int8-weight", "form", 116, 2.697, 143),
         )
     ]  # fmt: skip
-    svg = charts.quality_against_speed(bubbles, title="trade")
+    svg = charts.quality_against_speed(bubbles, title="trade", x="speed", y="loss")
     pattern = (
         r'<text style="[^"]*font-size: 9.5px; text-anchor: (\w+)[^>]*x="([-\d.]+)" y="([-\d.]+)"[^>]*>([^<]*MB)</text>'
     )
