@@ -199,6 +199,7 @@ def validate(
     recipes: Annotated[
         list[str], typer.Argument(metavar="RECIPE...", help="Recipe files or shipped names.", show_default=False)
     ],
+    overrides: SetOption = None,
 ) -> None:
     """Check recipes, and that the files and packages they name are on this machine. Runs nothing.
 
@@ -214,7 +215,7 @@ def validate(
     bad = 0
     for reference in recipes:
         try:
-            recipe = load_any_recipe(reference)
+            recipe = load_any_recipe(reference, overrides=overrides or ())
             found = mistakes(recipe)
         except LimbeckError as error:
             print(f"{error}", file=sys.stderr)

@@ -142,6 +142,8 @@ def test_validate_reports_every_mistake_of_every_file(tmp_path: Path) -> None:
     ):
         assert expected in result.stderr
     assert call("validate", "good.yaml").exit_code == 0
+    assert call("validate", "good.yaml", "--set", "export.block=3").exit_code == 2
+    assert call("validate", "good.yaml", "--set", "seed=7").exit_code == 0
 
 
 def test_validate_looks_at_the_recipes_of_teachers(tmp_path: Path) -> None:
