@@ -177,7 +177,6 @@ def load_cases(path: Path) -> dict[str, Case]:
 def save_arrays(path: Path, cases: Mapping[str, Mapping[str, npt.NDArray[Any]]]) -> None:
     """Write the named arrays of each case to one safetensors file."""
     save_file({f"{c}/{n}": np.ascontiguousarray(v) for c, arrays in cases.items() for n, v in arrays.items()}, path)
-    path.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
 def load_arrays(path: Path) -> dict[str, dict[str, npt.NDArray[Any]]]:

@@ -323,7 +323,7 @@ def _replay_speed(
             ratio = judge_ratio(f"speed over fp32, {what}", then, ratio_now, differs=differs, busy=busy)
             # One of the two may move with the machine: its clock moves the times, who else uses its memory the ratio.
             if ratio.holds and not times.holds:
-                times = replace(times, says=f"{times.says}; so was the fp32 graph beside it", holds=True)
+                times = replace(times, says=f"{times.says}; its speed over the fp32 graph is as certified", holds=True)
             elif times.holds and not ratio.holds:
                 ratio = replace(ratio, says=f"{ratio.says}; its own times are as certified", holds=True)
             findings.append(ratio)

@@ -112,7 +112,7 @@ class FakeWorkers:
     ("int8", "fp32", "holds", "says"),
     [
         (8.0, 20.0, True, "intervals overlap"),
-        (10.0, 25.0, True, "so was the fp32 graph beside it"),  # the machine is slower
+        (10.0, 25.0, True, "its speed over the fp32 graph is as certified"),  # the machine is slower
         (10.0, 20.0, False, "slower than certified, 1.25×"),  # the graph is
         (8.0, 16.0, True, "its own times are as certified"),
         (6.0, 12.0, True, "faster than certified"),
