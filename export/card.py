@@ -18,7 +18,7 @@ from limbeck.chat import without_marks
 from limbeck.encoder_recipe import AnyRecipe, base_of, teachers_of, texts_of
 from limbeck.errors import ModelError
 from limbeck.licences import UNKNOWN, hub_fields, of_student
-from limbeck.recipe import HubModel, Provider, Recipe, fingerprint
+from limbeck.recipe import HubModel, Provider, Recipe, StaticShapes, fingerprint
 
 # transformers.js's names of the graphs' number types.
 DTYPES = {
@@ -274,10 +274,14 @@ def write_card(folder: Path, *, recipe: Recipe, student: Mapping[str, Any], stud
         f"transformers.js (`dtype: {dtype}`)" if dtype else "transformers.js",
         *(["optimum-onnx"] if optimum_loads(folder, folder / forms[shipped]["graph"]) else ()),
     ]
+    where = (
+        f"The same folder loads in {', '.join(clients)} and plain onnxruntime. Batches may be padded on either side."
+    )
+    if isinstance(recipe.export.shapes, StaticShapes):
+        where = "Elsewhere it runs in plain onnxruntime, a token a run; clients that read a prompt at once do not fit its one shape."
     card += [
         "## How to run it",
-        f'```sh\nlimbeck generate . "Once upon a time"\n```\n\nThe same folder loads in {", ".join(clients)} '
-        "and plain onnxruntime. Batches may be padded on either side.",
+        f'```sh\nlimbeck generate . "Once upon a time"\n```\n\n{where}',
         *([_APART.format(**adapter)] if adapter else ()),
         *digests(recipe, student=student_digest, parents=parents),
     ]

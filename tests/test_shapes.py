@@ -90,6 +90,7 @@ def fixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Artifact]:
 
 def test_a_decoder_of_fixed_shape_has_numbers_alone(fixed: tuple[Path, Artifact]) -> None:
     _, exported = fixed
+    assert "transformers.js" not in (exported.path / "README.md").read_text()  # which reads a prompt at once
     graph = exported.path / exported.result["forms"]["fp32"]["graph"]
     found = dims(graph)
     assert (found["input_ids"], found["attention_mask"]) == ([2, 1], [2, 32])
