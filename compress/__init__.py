@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from limbeck import sources
-from limbeck.artifact import Artifact, find_artifact, open_artifact
-from limbeck.encoder_recipe import AnyRecipe
-from limbeck.recipe import Recipe, fingerprint
+from limbeck.contract import sources
+from limbeck.contract.artifact import Artifact, find_artifact, open_artifact
+from limbeck.contract.recipe import Recipe, fingerprint
+from limbeck.contract.recipe.encoder import AnyRecipe
 
 _VERSION = 1  # of the stage: raise it when the same input would give another student
 _RECOVERY = 2  # the same for `recover`
@@ -37,7 +37,7 @@ def distill(*, recipe: AnyRecipe, out: Path, products: Mapping[str, Path] | None
             from compress.encoders import train_encoder
 
             return train_encoder(recipe=recipe, out=out, products=products, key=key, parents=parents)
-        from compress.train import train
+        from compress.loop import train
 
         return train(recipe=recipe, out=out, products=products, key=key, parents=parents)
     finally:

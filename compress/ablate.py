@@ -20,16 +20,16 @@ import numpy.typing as npt
 import torch
 
 from compress import quiet_libraries
-from compress.data import IGNORED, labels_of
-from compress.fusion import TeacherStates, chunks_of_labels
-from compress.train import Run, fit, heldout_batches, measure_teachers, setup, student_head, student_nll
-from limbeck import sources
-from limbeck.artifact import write_atomically
-from limbeck.errors import RecipeError
-from limbeck.generated import distinct, repetition
-from limbeck.heldout import mean_nll
-from limbeck.progress import say
-from limbeck.recipe import Recipe, fingerprint, parse_recipe
+from compress.data.blocks import IGNORED, labels_of
+from compress.loop import Run, fit, heldout_batches, measure_teachers, setup, student_head, student_nll
+from compress.loss import TeacherStates, chunks_of_labels
+from limbeck.contract import sources
+from limbeck.contract.artifact import write_atomically
+from limbeck.contract.errors import RecipeError
+from limbeck.contract.generated import distinct, repetition
+from limbeck.contract.heldout import mean_nll
+from limbeck.contract.progress import say
+from limbeck.contract.recipe import Recipe, fingerprint, parse_recipe
 
 REFERENCE = "ce-only"
 _FURTHER = {  # beside the loss, and how the table calls them

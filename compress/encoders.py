@@ -2,13 +2,13 @@
 
 Shapes: K teachers, R examples of a batch, N of the whole, L tokens, C classes, d student and d_k teacher width.
 
-Classification is `compress.fusion` with classes in place of the vocabulary: the answer z[R, C] goes in as the state of one
+Classification is `compress.loss` with classes in place of the vocabulary: the answer z[R, C] goes in as the state of one
 position under a head that changes nothing, so weights, divergences and calibration are the very same code.
 
 Embedding, with unit vectors s_i of the student and e_ki of teacher k, and similarities within the batch:
 
     p_ki = softmax_{j != i}(e_ki . e_kj / tau)     q_i = softmax_{j != i}(s_i . s_j / tau)
-    H_ki = -sum_j p_ki(j) log p_ki(j)              weights w_ki of `compress.fusion.weigh` from it (no labels)
+    H_ki = -sum_j p_ki(j) log p_ki(j)              weights w_ki of `compress.loss.weigh` from it (no labels)
     cosine      1/R sum_i sum_k w_ki (1 - cos(P_k s_i, e_ki))
     relational  1/R sum_i KL(sum_k w_ki p_ki || q_i),  or the mean over i != j of (sum_k w_ki e_ki.e_kj - s_i.s_j)^2
 
@@ -36,8 +36,12 @@ from safetensors.torch import save_file
 from scipy import stats
 from torch import Tensor, nn
 
-from compress.encoder_data import load_examples, training_order
-from compress.encoder_models import (
+from compress.data.examples import load_examples, training_order
+from compress.features import Projections, feature_loss
+from compress.host import give_memory_back, prepare_host
+from compress.loop import learning_rate, read_checkpoint, resolve_precision, write_checkpoint
+from compress.loss import Head, TeacherStates, fit_temperature, fused_loss, weigh
+from compress.models.encoders import (
     base_folder,
     build_student,
     class_names,
@@ -47,21 +51,17 @@ from compress.encoder_models import (
     pooled,
     require_context,
 )
-from compress.features import Projections, feature_loss
-from compress.fusion import Head, TeacherStates, fit_temperature, fused_loss, weigh
-from compress.host import give_memory_back, prepare_host
-from compress.models import folder_config, load_tokenizer, require_same_tokenizer, resolve_device
-from compress.students import load_trainable_state, trainable_state
-from compress.train import learning_rate, read_checkpoint, resolve_precision, write_checkpoint
-from limbeck import sources
-from limbeck.artifact import Artifact, disk_full_is_a_user_error, open_artifact, write_artifact
-from limbeck.encoder_recipe import ClassificationRecipe, EmbeddingRecipe, EncoderRecipe, EncoderShrinkStudent
-from limbeck.errors import DivergenceError, EnvironmentalError, ModelError
-from limbeck.examples import EXAMPLES, Examples, accuracy, macro_f1, save_examples
-from limbeck.heldout import CALIBRATION, save_calibration
-from limbeck.licences import sources_of
-from limbeck.progress import processes, say, task
-from limbeck.recipe import FittedCalibration, FixedCalibration, Weights
+from compress.models.language import folder_config, load_tokenizer, require_same_tokenizer, resolve_device
+from compress.models.students import load_trainable_state, trainable_state
+from limbeck.contract import sources
+from limbeck.contract.artifact import Artifact, disk_full_is_a_user_error, open_artifact, write_artifact
+from limbeck.contract.errors import DivergenceError, EnvironmentalError, ModelError
+from limbeck.contract.examples import EXAMPLES, Examples, accuracy, macro_f1, save_examples
+from limbeck.contract.heldout import CALIBRATION, save_calibration
+from limbeck.contract.licences import sources_of
+from limbeck.contract.progress import processes, say, task
+from limbeck.contract.recipe import FittedCalibration, FixedCalibration, Weights
+from limbeck.contract.recipe.encoder import ClassificationRecipe, EmbeddingRecipe, EncoderRecipe, EncoderShrinkStudent
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 ROWS = 32  # examples of a batch that is not trained on
@@ -364,7 +364,7 @@ def _require_classes(name: str, found: Sequence[str], expected: Sequence[str], f
 
 
 class Classification:
-    """Cross-entropy with the label plus the divergence from the fused teachers, of `compress.fusion`."""
+    """Cross-entropy with the label plus the divergence from the fused teachers, of `compress.loss`."""
 
     def __init__(
         self, recipe: ClassificationRecipe, teachers: Sequence[Teacher], train: Examples, heldout: Examples, device: Any

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from limbeck.errors import RecipeError
-from limbeck.recipe import Features
+from limbeck.contract.errors import RecipeError
+from limbeck.contract.recipe import Features
 
 
 def layer_pairs(config: Features, *, student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:

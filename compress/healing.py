@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from compress.train import LOG, Run, fit, measure_teachers, setup
-from limbeck.recipe import HiddenCache, Recipe, fingerprint
+from compress.loop import LOG, Run, fit, measure_teachers, setup
+from limbeck.contract.recipe import HiddenCache, Recipe, fingerprint
 
 
 def heal(

@@ -20,22 +20,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from compress.fusion import label_nll
-from compress.models import load_model, load_tokenizer
-from compress.students import Student
-from compress.teachers import Body
-from compress.train import LOG, Run, State, evaluate, fit, per_token, setup
-from limbeck.artifact import Artifact, open_artifact, write_artifact
-from limbeck.heldout import HELDOUT, mean_nll
-from limbeck.progress import say
-from limbeck.recipe import Features, Recipe, Recover
+from compress.loop import LOG, Run, State, evaluate, fit, per_token, setup
+from compress.loss import label_nll
+from compress.models.language import load_model, load_tokenizer
+from compress.models.students import Student
+from compress.teachers.live import Body
+from limbeck.contract.artifact import Artifact, open_artifact, write_artifact
+from limbeck.contract.heldout import HELDOUT, mean_nll
+from limbeck.contract.progress import say
+from limbeck.contract.recipe import Features, Recipe, Recover
 
 _PARAMETRIZED = re.compile(r"parametrizations\.(?=[^.]+\.original$)|\.original$")
 _COPIED = (HELDOUT, "calibration.safetensors", "teachers.json")
 
 
 class FakeQuantize(nn.Module):
-    """A matrix as a form rounds it: the numbers of `export.quantize`, bit for bit, and a gradient that ignores the rounding."""
+    """A matrix as a form rounds it: the numbers of `export.round.quantize`, bit for bit, and a gradient that ignores the rounding."""
 
     def __init__(self, rounding: Mapping[str, Any], *, turned: bool) -> None:
         """``rounding`` is what the manifest says of the parameter; ``turned`` matrices are stored [K, N], not [N, K]."""

@@ -15,18 +15,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck.artifact import Artifact, find_artifact, open_artifact, sums_overflow, write_artifact
-from limbeck.encoder_recipe import AnyRecipe
-from limbeck.errors import ArtifactError
-from limbeck.progress import say
-from limbeck.recipe import Form, MixedByRule, Provider, Recipe, StaticShapes, fingerprint
+from limbeck.contract.artifact import Artifact, find_artifact, open_artifact, sums_overflow, write_artifact
+from limbeck.contract.errors import ArtifactError
+from limbeck.contract.progress import say
+from limbeck.contract.recipe import Form, MixedByRule, Provider, Recipe, StaticShapes, fingerprint
+from limbeck.contract.recipe.encoder import AnyRecipe
 
 if TYPE_CHECKING:
-    from export.backend import Built
-    from export.calibrate import Calibration, Known
-    from export.graph import Graphs
-    from export.parity import Case
-    from export.quantize import Scheme
+    from export.build.backend import Built
+    from export.build.surgery import Graphs
+    from export.check.parity import Case
+    from export.round.calibrate import Calibration, Known
+    from export.round.quantize import Scheme
 
 __all__ = ["export_student", "verify_parity"]
 
@@ -53,20 +53,20 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
     if found := find_artifact(out, kind="onnx", key=key):
         return found
 
-    from limbeck.runtime import import_onnxruntime
+    from limbeck.runtime.decoder import import_onnxruntime
 
     import_onnxruntime()  # before any work: a machine without it, or with two builds of it, is told so
     if not isinstance(recipe, Recipe):
         from export.encoders import export_encoder
 
         return export_encoder(student=source, out=out, recipe=recipe, key=key)
-    from export.backend import build_graphs
-    from export.calibrate import Known
-    from export.card import graph_metadata, write_card, write_client_files
-    from export.graph import form_files
-    from export.greedy import answer_greedily, first_differences
-    from export.parity import PARITY, PARITY_BASE, answer, make_cases, save_cases, thin
-    from limbeck.runtime import Decoder
+    from export.build.backend import build_graphs
+    from export.build.surgery import form_files
+    from export.check.greedy import answer_greedily, first_differences
+    from export.check.parity import PARITY, PARITY_BASE, answer, make_cases, save_cases, thin
+    from export.folder.card import graph_metadata, write_card, write_client_files
+    from export.round.calibrate import Known
+    from limbeck.runtime.decoder import Decoder
 
     model, provider = student / "model", recipe.export.provider
     # What the graph is made of: the merged student, or the base that its adapter sits on.
@@ -150,7 +150,7 @@ def verify_parity(folder: Path) -> dict[str, Any]:
     Returns the parity result by form name, on the positions that travel with the artifact. Raises `ArtifactError` for a
     changed folder and `ParityError` past tolerance.
     """
-    from export.parity import PARITY, PARITY_BASE, load_cases, measure_parity, require_parity
+    from export.check.parity import PARITY, PARITY_BASE, load_cases, measure_parity, require_parity
 
     artifact = open_artifact(folder, kind="onnx")
     if not (folder / PARITY).is_file():
@@ -198,10 +198,10 @@ def _make_form(form: Form, job: _Job) -> tuple[dict[str, Any], Scheme | None]:
 
     Raises `QualityError` and `ParityError` as `export_student` does.
     """
-    from export.census import require_quantized, take_census, where_nodes_run
-    from export.graph import form_files
-    from export.mixed import more_bits_everywhere
-    from export.parity import PARITY, PARITY_BASE, measure_parity, require_parity
+    from export.build.surgery import form_files
+    from export.check.census import require_quantized, take_census, where_nodes_run
+    from export.check.parity import PARITY, PARITY_BASE, measure_parity, require_parity
+    from export.round.mixed import more_bits_everywhere
 
     graphs = form_files(job.folder, form.kind)
     provider: Provider = "cpu" if form.kind == "fp32" else job.recipe.export.provider
@@ -241,9 +241,9 @@ def _make_form(form: Form, job: _Job) -> tuple[dict[str, Any], Scheme | None]:
 
 def _choose_scheme(form: Form, job: _Job) -> tuple[Scheme | None, dict[str, Any] | None]:
     """How ``form`` is rounded, and, where matrices differ in their bits, what that was chosen by."""
-    from export.mixed import choose_bits, same_bits
-    from export.quantize import scheme_for
-    from limbeck.heldout import HELDOUT, load_heldout
+    from export.round.mixed import choose_bits, same_bits
+    from export.round.quantize import scheme_for
+    from limbeck.contract.heldout import HELDOUT, load_heldout
 
     scheme, recipe = scheme_for(form, job.built.width), job.recipe
     if form.kind != "int4-weight" or scheme is None or isinstance(recipe.export.mixed, MixedByRule):
@@ -265,9 +265,9 @@ def _choose_scheme(form: Form, job: _Job) -> tuple[Scheme | None, dict[str, Any]
 
 
 def _calibrate(form: Form, job: _Job, scheme: Scheme) -> Calibration | None:
-    """What ``form`` must know to round as ``scheme`` says; see `export.calibrate.calibration_for`."""
-    from export.calibrate import calibration_for
-    from export.quantize import calibrated_reads
+    """What ``form`` must know to round as ``scheme`` says; see `export.round.calibrate.calibration_for`."""
+    from export.round.calibrate import calibration_for
+    from export.round.quantize import calibrated_reads
 
     asked, fp32 = job.recipe.export, job.built.graphs
     as_they_are = asked.recover is not None or asked.adapters == "separate"
@@ -286,9 +286,9 @@ def _make(
     calibration: Calibration | None,
 ) -> None:
     """Write the graphs of ``form`` to ``target``: the fp32 ones of ``source`` with rounded weights, in fp16, or both."""
-    from export.graph import form_files
-    from export.half import cast_to_half
-    from export.quantize import quantize_weights
+    from export.build.surgery import form_files
+    from export.round.half import cast_to_half
+    from export.round.quantize import quantize_weights
 
     with tempfile.TemporaryDirectory(dir=target.data.parent) as temporary:
         made = source
@@ -316,7 +316,7 @@ def _base(student: Artifact) -> Path:
 
 def _keep_apart(graphs: Graphs, base: Path, adapter: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
     """Give the base's fp32 ``graphs`` inputs for ``adapter`` and write what fills them; its file, and what there is to say of it."""
-    from export.adapters import ADAPTER, add_adapter_inputs, base_number, read_updates, write_adapter
+    from export.folder.adapters import ADAPTER, add_adapter_inputs, base_number, read_updates, write_adapter
 
     say("export: keeping the adapter apart from its base")
     number = base_number(graphs)
@@ -330,7 +330,7 @@ def parity_provider(provider: Provider) -> Provider:
 
     The CPU computes every form: what it has no kernel for, it casts. The arithmetic then differs from the target's.
     """
-    from limbeck.runtime import providers
+    from limbeck.runtime.decoder import providers
 
     return provider if provider in providers() else "cpu"
 
@@ -346,11 +346,11 @@ def _for_recovery(
 
     Of a student that was recovered, also whether that helped: then it ships.
     """
-    from export.graph import form_files
-    from export.loss import heldout_losses, per_token, relative_rise
-    from export.origin import origins, rounding_of
-    from export.quantize import matrices_of
-    from limbeck.heldout import HELDOUT, load_heldout, mean_nll
+    from export.build.surgery import form_files
+    from export.check.heldout import heldout_losses, per_token, relative_rise
+    from export.round.origin import origins, rounding_of
+    from export.round.quantize import matrices_of
+    from limbeck.contract.heldout import HELDOUT, load_heldout, mean_nll
 
     if recipe.export.recover is None or scheme is None:
         return {}
@@ -399,7 +399,7 @@ def _stop_ids(model: Path) -> set[int]:
 
 def _heldout_rows(student: Path) -> dict[str, list[Any]]:
     """Rows of held-out tokens by domain, the longest first."""
-    from limbeck.heldout import HELDOUT, load_heldout
+    from limbeck.contract.heldout import HELDOUT, load_heldout
 
     if not (student / HELDOUT).is_file():
         raise ArtifactError(

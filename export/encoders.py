@@ -21,14 +21,22 @@ import numpy.typing as npt
 import onnx
 import torch
 
-from export.blocks import Blockwise, block_size_for
-from export.calibrate import Known, calibration_for
-from export.card import card_header, digests, graph_metadata, in_torch, markdown_table, what_went_in, write_client_files
-from export.census import require_quantized, take_census, where_nodes_run
-from export.dynamo import quiet_exporter, split_gemm
-from export.graph import Graphs, form_files, relocate, stamp
-from export.parity import PARITY, load_arrays, require_parity, save_arrays
-from export.quantize import (
+from export.build.dynamo import quiet_exporter, split_gemm
+from export.build.surgery import Graphs, form_files, relocate, stamp
+from export.check.census import require_quantized, take_census, where_nodes_run
+from export.check.parity import PARITY, load_arrays, require_parity, save_arrays
+from export.folder.card import (
+    card_header,
+    digests,
+    graph_metadata,
+    in_torch,
+    markdown_table,
+    what_went_in,
+    write_client_files,
+)
+from export.round.blocks import Blockwise, block_size_for
+from export.round.calibrate import Known, calibration_for
+from export.round.quantize import (
     PerChannel,
     Scheme,
     Static,
@@ -37,14 +45,14 @@ from export.quantize import (
     quantize_weights,
     scheme_for,
 )
-from limbeck.artifact import Artifact, open_artifact, write_artifact
-from limbeck.encoder import COUNTS_FROM_PADDING, Encoder
-from limbeck.encoder_recipe import EncoderForm, EncoderRecipe
-from limbeck.errors import ArtifactError, ModelError
-from limbeck.examples import EXAMPLES, Examples, load_examples
-from limbeck.loading import load_pretrained, unused_pooler
-from limbeck.progress import say
-from limbeck.recipe import Int8DynamicForm, Int8StaticForm, StaticShapes
+from limbeck.contract.artifact import Artifact, open_artifact, write_artifact
+from limbeck.contract.errors import ArtifactError, ModelError
+from limbeck.contract.examples import EXAMPLES, Examples, load_examples
+from limbeck.contract.loading import load_pretrained, unused_pooler
+from limbeck.contract.progress import say
+from limbeck.contract.recipe import Int8DynamicForm, Int8StaticForm, StaticShapes
+from limbeck.contract.recipe.encoder import EncoderForm, EncoderRecipe
+from limbeck.runtime.encoder import COUNTS_FROM_PADDING, Encoder
 
 Cases = Mapping[str, Mapping[str, npt.NDArray[Any]]]  # name -> input_ids and attention_mask [B, L], answers [B, C or d]
 

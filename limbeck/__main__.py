@@ -1,6 +1,6 @@
 """``python -m limbeck``, which is how torchrun starts it."""
 
-from limbeck.cli import main
+from limbeck.app.cli import main
 
 if __name__ == "__main__":
     main()

@@ -10,19 +10,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck.artifact import Artifact
-from limbeck.encoder_recipe import AnyRecipe, EncoderBench
-from limbeck.recipe import Bench, Recipe
+from limbeck.contract.artifact import Artifact
+from limbeck.contract.recipe import Bench, Recipe
+from limbeck.contract.recipe.encoder import AnyRecipe, EncoderBench
 
 if TYPE_CHECKING:
-    from serve_bench.certificate import Finding
-    from serve_bench.compare import Comparison
-    from serve_bench.report import Report
+    from serve_bench.judge.certificate import Finding
+    from serve_bench.judge.compare import Comparison
+    from serve_bench.tell.report import Report
 
 __all__ = [
+    "bench",
     "compare_runs",
     "evaluate",
-    "measure",
     "measure_targets",
     "replay",
     "table",
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-def measure(*, onnx: Path, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
+def bench(*, onnx: Path, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
     """Time every form of the ``onnx`` artifact, its student and the student's teachers; score what was timed.
 
     Writes the ``bench`` artifact of docs/artifacts.md to ``out``, or returns the one that is there when it was made from
@@ -39,10 +39,10 @@ def measure(*, onnx: Path, student: Path, out: Path, recipe: AnyRecipe) -> Artif
     `DataError` for a prompt and answer past a model's context, `EnvironmentalError` when an arm cannot run here.
     """
     if not isinstance(recipe, Recipe):
-        from serve_bench.encoders import measure_encoder
+        from serve_bench.measure.encoders import measure_encoder
 
         return measure_encoder(onnx=onnx, student=student, out=out, recipe=recipe)
-    from serve_bench.timing import measure as run
+    from serve_bench.measure.clock import measure as run
 
     return run(onnx=onnx, student=student, out=out, recipe=recipe)
 
@@ -54,7 +54,7 @@ def measure_targets(targets: Sequence[str], *, against: Sequence[str] = (), out:
     OpenAI-compatible server. Writes a ``bench`` artifact without quality and verdict to ``out``. Raises `ModelError` for what
     is no target, `ArtifactError` when ``out`` holds something else, `DataError` for arms that cannot be compared.
     """
-    from serve_bench.targets import measure_targets as run
+    from serve_bench.measure.targets import measure_targets as run
 
     return run(targets, against=against, out=out, bench=bench)
 
@@ -65,14 +65,14 @@ def time_encoders(exports: Sequence[tuple[Path, str]], *, out: Path, bench: Enco
     Blocks go on for the bench's `minutes`; its samples lie in ``out``. Raises `ArtifactError` for a folder without export,
     `DataError` for a sequence past a model's context.
     """
-    from serve_bench.encoders import time_encoders as run
+    from serve_bench.measure.encoders import time_encoders as run
 
     return run(exports, out=out, bench=bench)
 
 
 def table(bench: Artifact) -> str:
     """The figures of a ``bench`` artifact as a llama-bench-like table for a terminal."""
-    from serve_bench.terminal import of_artifact
+    from serve_bench.tell.terminal import of_artifact
 
     return of_artifact(bench)
 
@@ -84,10 +84,10 @@ def write_report(*, run: Path, recipe: AnyRecipe) -> Report:
     when one of ``run/student``, ``run/onnx`` and ``run/bench`` is missing or changed.
     """
     if not isinstance(recipe, Recipe):
-        from serve_bench.encoder_report import write_encoder_report
+        from serve_bench.tell.encoder_report import write_encoder_report
 
         return write_encoder_report(run=run, recipe=recipe)
-    from serve_bench.report import write_report as write
+    from serve_bench.tell.report import write_report as write
 
     return write(run=run, recipe=recipe)
 
@@ -98,7 +98,7 @@ def replay(*, run: Path, quality: bool = True, speed: bool = True) -> list[Findi
     Needs ``run/onnx`` and ``run/bench`` beside it, and neither the student nor its text. Raises `ArtifactError` when the
     certificate is damaged or of other artifacts, and what a worker raises when the form cannot run here.
     """
-    from serve_bench.certificate import replay as run_again
+    from serve_bench.judge.certificate import replay as run_again
 
     return run_again(run=run, quality=quality, speed=speed)
 
@@ -111,7 +111,7 @@ def compare_runs(
     ``tolerances`` are relative (0.05 is 5 %), by `speed`, `quality`, `size` and `memory`. Raises `ArtifactError` when there is
     no bench, `UserError` for runs of different work, or of different machines without ``across_machines``.
     """
-    from serve_bench.compare import compare_runs as compare
+    from serve_bench.judge.compare import compare_runs as compare
 
     return compare(before, after, tolerances=tolerances, across_machines=across_machines)
 
@@ -131,6 +131,6 @@ def evaluate(
     ``include_path`` is a folder of task files; ``limit`` the most samples a task; ``shots`` examples before each question.
     Raises `EnvironmentalError` without lm-eval, `UserError` for an unknown task, `DataError` for data that is not local.
     """
-    from serve_bench.tasks import evaluate as run
+    from serve_bench.lm_eval import evaluate as run
 
     return run(artifact, tasks=tasks, include_path=include_path, form=form, limit=limit, shots=shots, threads=threads)

@@ -16,12 +16,12 @@ from unittest.mock import patch
 import numpy as np
 
 import compress
-from compress.shrink import FAMILIES
+from compress.models.shrink import FAMILIES
 from export import export_student
-from limbeck.artifact import Artifact
-from limbeck.errors import LimbeckError
-from limbeck.recipe import Recipe
-from limbeck.runtime import Decoder
+from limbeck.contract.artifact import Artifact
+from limbeck.contract.errors import LimbeckError
+from limbeck.contract.recipe import Recipe
+from limbeck.runtime.decoder import Decoder
 from tests.encoders import CONFIGS, classifier_recipe, embedding_recipe, source
 from tests.pico import make_model, make_student, pico_recipe
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.artifact import Artifact
+from limbeck.contract.artifact import Artifact
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which test modules do
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from compress.fusion import IGNORED, Head, TeacherStates, weigh
-from limbeck.recipe import ForwardKl, Fusion, Jsd, ReverseKl, SkewKl
+from compress.loss import IGNORED, Head, TeacherStates, weigh
+from limbeck.contract.recipe import ForwardKl, Fusion, Jsd, ReverseKl, SkewKl
 
 
 def dense_loss(

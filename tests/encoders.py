@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.artifact import Artifact, open_artifact, write_artifact
-from limbeck.encoder_recipe import EncoderRecipe, parse_any_recipe
-from limbeck.examples import EXAMPLES, Examples, save_examples
-from limbeck.heldout import CALIBRATION, save_calibration
+from limbeck.contract.artifact import Artifact, open_artifact, write_artifact
+from limbeck.contract.examples import EXAMPLES, Examples, save_examples
+from limbeck.contract.heldout import CALIBRATION, save_calibration
+from limbeck.contract.recipe.encoder import EncoderRecipe, parse_any_recipe
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "bert": {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 128},
@@ -88,7 +88,7 @@ def make_encoder_student(path: Path, model_type: str, *, task: str, scale: float
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
-    from compress.models import byte_tokenizer
+    from compress.models.language import byte_tokenizer
 
     tokenizer = byte_tokenizer()
     sizes = source(model_type)["config"] | {"vocab_size": len(tokenizer), "pad_token_id": 0, "initializer_range": scale}

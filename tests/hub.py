@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from limbeck.sources import cache_folder
+from limbeck.contract.sources import cache_folder
 
 SMOLLM2 = {"model_type": "llama", "vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": 8192}
 QWEN3 = {

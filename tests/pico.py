@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.artifact import Artifact, write_artifact
-from limbeck.heldout import CALIBRATION, HELDOUT, Blocks, all_but_first, save_calibration, save_heldout
-from limbeck.recipe import Recipe, parse_recipe
+from limbeck.contract.artifact import Artifact, write_artifact
+from limbeck.contract.heldout import CALIBRATION, HELDOUT, Blocks, all_but_first, save_calibration, save_heldout
+from limbeck.contract.recipe import Recipe, parse_recipe
 
 CHAT = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}{% endfor %}"
@@ -75,7 +75,7 @@ def make_blocks(*, seed: int = 0, rows: int = 3, length: int = 24) -> dict[str, 
 
 def make_student(path: Path, model: Path) -> Artifact:
     """Wrap the transformers folder ``model`` (moved) as a student artifact at ``path``."""
-    from limbeck.artifact import open_artifact
+    from limbeck.contract.artifact import open_artifact
 
     with write_artifact(path, kind="student", key=f"pico {path.name}", parents={}) as draft:
         model.rename(draft.folder / "model")

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from export import export_student
-from limbeck.artifact import Artifact
-from limbeck.runtime import Decoder, load_text
+from limbeck.contract.artifact import Artifact
+from limbeck.runtime.decoder import Decoder, load_text
 from tests.architectures import SIZES, WEIGHT4, WEIGHT8, greedy
 from tests.pico import make_model, make_student, pico_recipe
 

@@ -17,8 +17,8 @@ import pytest
 import typer
 import yaml
 
-from limbeck.cli import app
-from limbeck.encoder_recipe import parse_any_recipe
+from limbeck.app.cli import app
+from limbeck.contract.recipe.encoder import parse_any_recipe
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")])

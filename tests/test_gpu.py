@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from export import export_student, verify_parity
-from limbeck.artifact import Artifact
-from limbeck.runtime import Decoder, providers
+from limbeck.contract.artifact import Artifact
+from limbeck.runtime.decoder import Decoder, providers
 from tests.architectures import SIZES
 from tests.pico import make_model, make_student, pico_recipe
 

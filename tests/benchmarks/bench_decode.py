@@ -1,7 +1,7 @@
 """SmolLM2-135M, prompt 128, 64 new tokens, 2 threads: int8-weight in our loop, in GenAI's, and llama.cpp's Q8_0, in one run.
 
 Both sides start from the weights of one GGUF file. Each arm is a process of its own, timed in mirrored blocks (A B C C B A);
-ratios are medians over blocks with the interval of `serve_bench.stats`. Prints one JSON object: `tpot_ratio`, `ttft_ratio` and
+ratios are medians over blocks with the interval of `serve_bench.judge.stats`. Prints one JSON object: `tpot_ratio`, `ttft_ratio` and
 `size_ratio` are ours over llama.cpp's, `loop_ratio` our loop over GenAI's on the same graph, `nll_ours` and `nll_peer` nats a token on
 the same held-out text. `--onnx FOLDER` takes an exported folder instead of exporting, `--profile` adds what a token is made of.
 
@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.heldout import HELDOUT, load_heldout
-from serve_bench.stats import Interval, first_look, paired_ratio
+from limbeck.contract.heldout import HELDOUT, load_heldout
+from serve_bench.judge.stats import Interval, first_look, paired_ratio
 
 PROMPT, NEW, FORM, ROOT = 128, 64, "int8-weight", Path(__file__).resolve().parents[2]
 PEER = ROOT / ".venvs/llama-cpp/bin/python"
@@ -35,10 +35,10 @@ _PAUSE, _WARM = 0.02, 4  # seconds before a generation; generations before any i
 
 
 class Ours:
-    """`limbeck.runtime.Decoder`, as `limbeck generate` uses it."""
+    """`limbeck.runtime.decoder.Decoder`, as `limbeck generate` uses it."""
 
     def __init__(self, folder: Path, threads: int) -> None:
-        from limbeck.runtime import Decoder, import_onnxruntime
+        from limbeck.runtime.decoder import Decoder, import_onnxruntime
 
         self._open = {"form": FORM, "threads": threads}
         self._folder, self._decoder = folder, Decoder(folder, form=FORM, threads=threads)
@@ -53,7 +53,7 @@ class Ours:
 
     def score(self, ids: list[int]) -> dict[str, Any]:
         """Nats of every token of ``ids`` but the first, summed."""
-        from limbeck.runtime import Decoder
+        from limbeck.runtime.decoder import Decoder
 
         if not self._decoder.all_logits:
             self._decoder = Decoder(self._folder, form=FORM, all_logits=True)

@@ -16,16 +16,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from limbeck.heldout import Blocks
+from limbeck.contract.heldout import Blocks
 
 FORMS = ("fp32", "int8-weight", "int8-dynamic", "int8-static", "int4-weight")
 
 
 def heldout_text(model: Path, blocks: int) -> dict[str, Blocks]:
     """Held-out blocks of 256 tokens by domain, in the tokens of ``model``."""
-    from compress.data import load_blocks
-    from compress.models import load_tokenizer
-    from limbeck.recipe import Domain, StdlibText
+    from compress.data.blocks import load_blocks
+    from compress.models.language import load_tokenizer
+    from limbeck.contract.recipe import Domain, StdlibText
     from tests.benchmarks.smollm2 import demo_recipe
 
     recipe = demo_recipe(f"data.heldout.blocks={blocks}")
@@ -44,8 +44,8 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=24, help="held-out blocks a domain")
     asked = parser.parse_args()
     from export import export_student
-    from export.graph import form_files
-    from export.loss import heldout_nll
+    from export.build.surgery import form_files
+    from export.check.heldout import heldout_nll
     from tests.benchmarks.smollm2 import demo_recipe, untrained_student
 
     with tempfile.TemporaryDirectory() as temporary:

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from compress.fusion import Head, TeacherStates, fused_loss
-from limbeck.recipe import EntropyWeights, Fusion
+from compress.loss import Head, TeacherStates, fused_loss
+from limbeck.contract.recipe import EntropyWeights, Fusion
 from tests.benchmarks.memory import peak_growth
 from tests.dense import dense_loss
 

@@ -25,7 +25,7 @@ def main() -> None:
     """Export SmolLM2-135M for CUDA, open the arms, and time them in turn."""
     import torch
 
-    from limbeck.runtime import providers
+    from limbeck.runtime.decoder import providers
 
     if not torch.cuda.is_available() or "cuda" not in providers():
         print(
@@ -35,7 +35,7 @@ def main() -> None:
         )
         raise SystemExit(2)
     from export import export_student
-    from limbeck.runtime import Decoder
+    from limbeck.runtime.decoder import Decoder
     from tests.benchmarks.smollm2 import demo_recipe, untrained_student
 
     with tempfile.TemporaryDirectory() as folder:

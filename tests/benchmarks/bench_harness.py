@@ -26,14 +26,15 @@ from unittest import mock
 
 import numpy as np
 
-from limbeck.recipe import Recipe
-from serve_bench import figures, timing
-from serve_bench.arms import Arm
-from serve_bench.compare import time_change
-from serve_bench.figures import Reference, Sample
-from serve_bench.gates import judge
-from serve_bench.sentinel import Sentinel
-from serve_bench.stats import first_look
+from limbeck.contract.recipe import Recipe
+from serve_bench.judge import figures
+from serve_bench.judge.compare import time_change
+from serve_bench.judge.figures import Reference, Sample
+from serve_bench.judge.gates import judge
+from serve_bench.judge.stats import first_look
+from serve_bench.measure import clock as timing
+from serve_bench.measure.arms import Arm
+from serve_bench.measure.sentinel import Sentinel
 from tests.benchmarks.harness_overhead import overhead
 from tests.pico import pico_recipe
 

@@ -30,9 +30,10 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.recipe import ServerScenario, Slo
-from serve_bench import load, scenarios
-from serve_bench.client import Endpoint, find_endpoint
+from limbeck.contract.recipe import ServerScenario, Slo
+from serve_bench.measure.scenarios import figures as scenarios
+from serve_bench.measure.scenarios import load
+from serve_bench.measure.scenarios.client import Endpoint, find_endpoint
 from tests.fake_server import FakeServer
 from tests.pico import make_tokenizer
 

@@ -23,11 +23,11 @@ def ours(folder: str, ids_file: str, cached: bool) -> dict[str, float]:
     import torch
 
     import compress
-    from limbeck.recipe import parse_recipe
+    from limbeck.contract.recipe import parse_recipe
     from tests.benchmarks.memory import peak_growth
 
     compress.quiet_libraries()
-    from compress.train import State, _step, setup
+    from compress.loop import State, _step, setup
 
     rows = np.load(ids_file)
     text = Path(ids_file).with_suffix(".jsonl")
@@ -70,11 +70,11 @@ def main() -> None:
     import numpy as np
 
     import compress
-    from limbeck.recipe import load_recipe
+    from limbeck.contract.recipe import load_recipe
 
     compress.quiet_libraries()
-    from compress.data import load_blocks
-    from compress.models import load_tokenizer, model_folder
+    from compress.data.blocks import load_blocks
+    from compress.models.language import load_tokenizer, model_folder
 
     recipe = load_recipe("smollm2/expert-speeches")
     folder = model_folder(recipe.student.base, folder=recipe.folder)  # type: ignore[union-attr]

@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from limbeck import pipeline
-from limbeck.artifact import open_artifact
-from limbeck.recipe import load_recipe
+from limbeck.app import run as pipeline
+from limbeck.contract.artifact import open_artifact
+from limbeck.contract.recipe import load_recipe
 
 RECIPE = "smollm2/135m-two-experts"
 SHAPES: dict[str, dict[str, int]] = {  # named by millions of parameters; what is not named is kept

@@ -23,7 +23,8 @@ from pathlib import Path
 _CHILD = """
 import sys, time
 import onnxruntime, tokenizers
-from limbeck import cli, runtime
+from limbeck.app import cli
+from limbeck.runtime.decoder import decoder as runtime
 
 spent = 0.0
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import compress
-from limbeck.recipe import load_recipe, parse_recipe
+from limbeck.contract.recipe import load_recipe, parse_recipe
 
 ROUNDS, FEATURES = 5, 0.0
 
@@ -24,8 +24,8 @@ ROUNDS, FEATURES = 5, 0.0
 def main() -> None:
     """Build the four arms and time them in turn."""
     compress.quiet_libraries()
-    from compress.fusion import chunks_of_labels
-    from compress.train import Run, State, _batch, _step, setup
+    from compress.loop import Run, State, _batch, _step, setup
+    from compress.loss import chunks_of_labels
 
     base = load_recipe("smollm2/135m-two-experts")
     work = Path(tempfile.mkdtemp())

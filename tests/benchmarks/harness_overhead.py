@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.runtime import Decoder
-from serve_bench import worker
-from serve_bench.runtimes import OnnxRuntime
-from serve_bench.stats import CONFIDENCE, Interval, median_interval
+from limbeck.runtime.decoder import Decoder
+from serve_bench.judge.stats import CONFIDENCE, Interval, median_interval
+from serve_bench.measure import worker
+from serve_bench.measure.runtimes import OnnxRuntime
 from tests.pico import make_model, make_student, pico_recipe
 
 PROMPT, NEW = 32, 64  # tokens

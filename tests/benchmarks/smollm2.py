@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 import compress
-from limbeck import sources
-from limbeck.artifact import Artifact, open_artifact, write_artifact
-from limbeck.heldout import CALIBRATION, HELDOUT, save_calibration, save_heldout
-from limbeck.recipe import LoraStudent, Recipe, load_recipe
+from limbeck.contract import sources
+from limbeck.contract.artifact import Artifact, open_artifact, write_artifact
+from limbeck.contract.heldout import CALIBRATION, HELDOUT, save_calibration, save_heldout
+from limbeck.contract.recipe import LoraStudent, Recipe, load_recipe
 
 RECIPE = "smollm2/135m-two-experts"
 
@@ -32,8 +32,8 @@ def gguf_file() -> Path:
 def untrained_student(path: Path) -> Artifact:
     """Write the base model of the demo as a student artifact at ``path``."""
     compress.quiet_libraries()
-    from compress.data import load_blocks
-    from compress.models import load_tokenizer, model_folder
+    from compress.data.blocks import load_blocks
+    from compress.models.language import load_tokenizer, model_folder
 
     recipe = demo_recipe()
     assert isinstance(recipe.student, LoraStudent)

@@ -1,0 +1,1 @@
+"""Text and examples, as token rows."""

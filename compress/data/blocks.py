@@ -1,0 +1,569 @@
+"""Text to token blocks: documents, held-out pieces, packing, and the order in which training sees them.
+
+Blocks are made once, into a cache that is mapped into memory, so a corpus may be larger than the memory is.
+
+Every choice is a pure function of recipe and content, so nothing about the position in the data needs saving.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerFast
+
+from compress.data.chat import Span, chat_template, check_messages, render
+from compress.data.mail import subject_and_body
+from limbeck.contract import sources
+from limbeck.contract.errors import DataError
+from limbeck.contract.heldout import Blocks
+from limbeck.contract.lock import make_once
+from limbeck.contract.progress import say
+from limbeck.contract.recipe import (
+    ChatRows,
+    Data,
+    Domain,
+    JsonLines,
+    MailText,
+    ParquetRows,
+    PlainText,
+    PythonStrings,
+    Recipe,
+    RowFormat,
+    Rows,
+    TextFormat,
+    fingerprint,
+)
+
+_VERSION = 2  # of the way text becomes blocks
+_BATCH_CHARS = 1 << 20  # tokenised at a time; an encoding takes about 100 bytes a token while it is made
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class DomainBlocks:
+    """Token blocks of one domain."""
+
+    name: str
+    weight: float
+    train_ids: npt.NDArray[np.int32]  # [N, block], right-padded with 0
+    train_scored: npt.NDArray[np.uint8]  # [N, block], 1 where the token is a label
+    train_lengths: npt.NDArray[np.int32]  # [N]
+    heldout: Blocks
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that is tokenised in one go."""
+
+    text: str
+    answers: tuple[Span, ...] | None = None  # the characters that are scored; none: all of them
+    says_end: bool = True  # whether an end-of-text token after it is a label
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A piece as tokens."""
+
+    ids: npt.NDArray[np.int32]
+    scored: npt.NDArray[np.uint8]
+    answers: tuple[Span, ...] = ()  # by token
+    says_end: bool = True
+
+
+Row = tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]  # ids and scored of one block
+
+
+def load_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> list[DomainBlocks]:
+    """Token blocks of every domain, from the cache where they were made before.
+
+    Raises `DataError` for missing, empty or too little text.
+    """
+    return [_domain_blocks(domain, recipe, tokenizer) for domain in recipe.data.domains]
+
+
+def training_order(blocks: Sequence[DomainBlocks], *, count: int, seed: int) -> npt.NDArray[np.int64]:
+    """[count, 2] of (domain, row): each domain by its weight, rows shuffled anew in every pass over the domain."""
+    shares = np.array([b.weight for b in blocks]) / sum(b.weight for b in blocks)
+    order = np.empty((count, 2), dtype=np.int64)
+    taken = np.zeros(len(blocks), dtype=np.int64)
+    for position in range(count):
+        domain = int(np.argmax(shares * (position + 1) - taken))
+        order[position] = domain, taken[domain]
+        taken[domain] += 1
+    for domain, block in enumerate(blocks):
+        rows = len(block.train_ids)
+        passes = -(-int(taken[domain]) // rows)
+        shuffled = [np.random.default_rng((seed, domain, epoch)).permutation(rows) for epoch in range(passes)]
+        if shuffled:
+            mine = order[:, 0] == domain
+            order[mine, 1] = np.concatenate(shuffled)[: int(taken[domain])]
+    return order
+
+
+def labels_of(input_ids: npt.NDArray[np.int32], scored: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """[N, L] next-token labels: position t holds token t + 1 where that is scored; all else is ignored."""
+    labels = np.full(input_ids.shape, IGNORED, dtype=np.int64)
+    labels[:, :-1] = np.where(scored[:, 1:], input_ids[:, 1:], IGNORED)
+    return labels
+
+
+def special_prefix(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Ids the tokenizer puts before any text, such as a begin-of-text token; often none."""
+    ids = tokenizer("", add_special_tokens=True)["input_ids"]
+    return [] if ids and ids[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id else list(ids)
+
+
+# Documents -------------------------------------------------------------------------------------------------------
+
+
+def documents(path: Path, form: PlainText | JsonLines | ParquetRows | PythonStrings | MailText | Rows) -> Iterator[str]:
+    """The documents of one file, empty ones left out. Raises `DataError` naming file and line."""
+    match form:
+        case PlainText():
+            found: Iterator[str] = iter([_text(path)])
+        case PythonStrings():
+            found = _python_strings(path, _text(path), form.min_chars)
+        case MailText(field=None):
+            found = iter([subject_and_body(path.read_bytes())])
+        case MailText(field=str(field)):
+            found = map(subject_and_body, _texts(_json_lines(path, field), field))
+        case JsonLines():
+            found = _texts(_json_lines(path, form.field), form.field)
+        case ParquetRows():
+            found = _texts(_parquet_rows(path, form.field), form.field)
+        case Rows():
+            found = _texts(_rows(path, form.field), form.field)
+    return (document for document in found if document.strip())
+
+
+def conversations(path: Path, form: ChatRows, tokenizer: PreTrainedTokenizerFast) -> Iterator[Piece]:
+    """The conversations of one file, rendered. Raises `DataError` naming file and row."""
+    template = chat_template(tokenizer)
+    for where, value in _rows(path, form.field):
+        text, answers = render(check_messages(value, where), tokenizer, template, where)
+        yield Piece(text, tuple(answers), says_end=False)
+
+
+def pieces(document: str, *, length: int) -> Iterator[str]:
+    """Cut a document into pieces of about ``length`` characters at line ends, else at spaces; nothing is lost."""
+    start = 0
+    while start < len(document):
+        end = start + length
+        if end < len(document):
+            cut = document.rfind("\n", start + length // 2, end)
+            cut = cut if cut > 0 else document.rfind(" ", start + length // 2, end)
+            end = cut + 1 if cut > 0 else end
+        yield document[start:end]
+        start = end
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); convert it, for example with iconv.") from None
+
+
+def _texts(rows: Iterator[tuple[str, Any]], field: str) -> Iterator[str]:
+    for where, value in rows:
+        if not isinstance(value, str):
+            found = "nothing" if value is None else type(value).__name__
+            raise DataError(f"{where}: no text under {field!r} (found: {found}); set format.field to the right key.")
+        yield value
+
+
+def _rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
+    """Where each row is, for errors, and its value under ``field``."""
+    match path.suffix:
+        case ".parquet":
+            return _parquet_rows(path, field)
+        case ".arrow":
+            return _arrow_rows(path, field)
+        case _:
+            return _json_lines(path, field)
+
+
+def _json_lines(path: Path, field: str) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{where}: not UTF-8 text (byte {error.start} of the line); convert the file."
+                ) from None
+            except json.JSONDecodeError as error:
+                raise DataError(f"{where}: not JSON: {error.msg}; each line is one JSON object.") from None
+            if not isinstance(row, dict) or field not in row:
+                keys = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
+                raise DataError(f"{where}: no text under {field!r} (found: {keys}); set format.field to the right key.")
+            yield where, row[field]
+
+
+def _parquet_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
+    sources.check_arrow()
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            _check_column(path, field, file.schema_arrow.names)
+            yield from _numbered(path, file.iter_batches(columns=[field]), field)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a Parquet file ({error}); check format.kind, or write the file again.") from None
+
+
+def _arrow_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
+    """Rows of an Arrow stream, the form that `datasets` saves."""
+    sources.check_arrow()
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
+            _check_column(path, field, stream.schema.names)
+            yield from _numbered(path, stream, field)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not an Arrow stream ({error}); save the dataset again.") from None
+
+
+def _check_column(path: Path, field: str, found: Sequence[str]) -> None:
+    if field not in found:
+        raise DataError(f"{path}: no column {field!r} (found: {', '.join(found)}); set format.field to the right one.")
+
+
+def _numbered(path: Path, batches: Iterable[Any], field: str) -> Iterator[tuple[str, Any]]:
+    values = itertools.chain.from_iterable(batch.column(field).to_pylist() for batch in batches)
+    return ((f"{path}, row {number}", value) for number, value in enumerate(values, start=1))
+
+
+def _python_strings(path: Path, text: str, min_chars: int) -> Iterator[str]:
+    try:
+        tree = ast.parse(text)
+    except SyntaxError as error:
+        raise DataError(f"{path}, line {error.lineno}: not Python: {error.msg}.") from None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) >= min_chars:
+            yield node.value
+
+
+# Before there is a tokenizer ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much text a domain has, in bytes, of which a token takes at least one."""
+
+    pieces: int  # that every n-th is held out of: parts of texts, or whole conversations
+    training: int  # bytes that are not held out
+    longest: int  # of them in one run that blocks may fill
+    blocks: int  # for training, at most
+
+
+def measure_text(domain: Domain, data: Data, *, folder: Path, enough: int | None = None) -> Amount:
+    """Read a domain without a tokenizer, until ``enough`` blocks may be there; none reads all of it.
+
+    Raises `DataError` for text that is missing or cannot be read.
+    """
+    form, split = domain.text.format, _Split(data)
+    training = longest = blocks = 0
+    files = sources.text_files(domain.text, folder=folder)
+    for piece in split.train(itertools.chain.from_iterable(_unrendered(path, form) for path in files)):
+        size = len(piece.text.encode())
+        training, longest = training + size, max(longest, size)
+        if isinstance(form, ChatRows) and data.packing == "document":
+            blocks += 1
+        else:
+            blocks += -(-size // data.block)
+        if enough is not None and blocks >= enough:
+            break
+    return Amount(split.seen, training, longest, blocks)
+
+
+def _unrendered(path: Path, form: TextFormat | RowFormat) -> Iterator[str | Piece]:
+    """Documents; of conversations the JSON, which is about as long as what a template makes of it."""
+    if isinstance(form, ChatRows):
+        return (Piece(json.dumps(value, ensure_ascii=False)) for _, value in _rows(path, form.field))
+    return documents(path, form)
+
+
+# Blocks ----------------------------------------------------------------------------------------------------------
+
+
+def tokenise(texts: Iterable[Piece], tokenizer: PreTrainedTokenizerFast) -> Iterator[Tokens]:
+    """Tokens of each piece, in order. A token that lies partly in an answer is scored."""
+    for batch in _batches(texts):
+        encodings = tokenizer.backend_tokenizer.encode_batch([piece.text for piece in batch], add_special_tokens=False)
+        for piece, encoding in zip(batch, encodings, strict=True):
+            ids = np.array(encoding.ids, dtype=np.int32)
+            if piece.answers is None:
+                yield Tokens(ids, np.ones(len(ids), dtype=np.uint8), says_end=piece.says_end)
+                continue
+            scored, spans = np.zeros(len(ids), dtype=np.uint8), []
+            starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
+            for first, end in piece.answers:
+                begin = int(np.searchsorted(ends, first, side="right"))
+                span = begin, int(np.searchsorted(starts, end)) if end > first else begin
+                scored[slice(*span)] = 1
+                spans.append(span)
+            yield Tokens(ids, scored, tuple(spans), piece.says_end)
+
+
+def _batches(texts: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text.text)
+        if size >= _BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def pack_documents(texts: Iterable[Tokens], block: int, prefix: Sequence[int]) -> Iterator[Row]:
+    """Blocks of at most ``block`` tokens that never cross a text; a tail of one token has nothing to predict."""
+    room = block - len(prefix)
+    for text in texts:
+        for start in range(0, len(text.ids), room):
+            if len(text.ids) - start > 1:
+                yield _row(text.ids[start : start + room], text.scored[start : start + room], prefix)
+
+
+def pack_stream(texts: Iterable[Tokens], block: int, prefix: Sequence[int], *, end: int) -> Iterator[Row]:
+    """Full blocks of all texts joined, with the token ``end`` after each; only the last block may be shorter.
+
+    ``end`` is a label where a document of plain text ends, not where a held-out piece was cut out or a conversation ends.
+    """
+    room = block - len(prefix)
+    ids, scored = np.empty(0, dtype=np.int32), np.empty(0, dtype=np.uint8)
+    for text in texts:
+        ids = np.concatenate([ids, text.ids, np.array([end], dtype=np.int32)])
+        scored = np.concatenate([scored, text.scored, np.array([text.says_end], dtype=np.uint8)])
+        full = len(ids) // room * room
+        for start in range(0, full, room):
+            yield _row(ids[start : start + room], scored[start : start + room], prefix)
+        ids, scored = ids[full:], scored[full:]
+    if len(ids) > 1:
+        yield _row(ids, scored, prefix)
+
+
+def _row(ids: npt.NDArray[np.int32], scored: npt.NDArray[np.uint8], prefix: Sequence[int]) -> Row:
+    before = np.array(prefix, dtype=np.int32)
+    ids, scored = np.concatenate([before, ids]), np.concatenate([np.zeros(len(before), dtype=np.uint8), scored])
+    scored[0] = 0  # nothing comes before it
+    return ids, scored
+
+
+@dataclass
+class _Answers:
+    """What becomes of the answers of a chat domain, counted while its conversations are cut to a block."""
+
+    block: int
+    kept: int = 0
+    shortened: int = 0
+    dropped: int = 0
+
+    def cut(self, texts: Iterable[Tokens]) -> Iterator[Tokens]:
+        """Conversations up to their first ``block`` tokens: the rest would be learnt without what it answers."""
+        for text in texts:
+            for start, end in text.answers:
+                self.dropped += start >= self.block
+                self.shortened += start < self.block < end
+                self.kept += start < self.block
+            yield Tokens(text.ids[: self.block], text.scored[: self.block], text.answers, text.says_end)
+
+    def say(self, name: str) -> None:
+        if self.dropped or self.shortened:
+            say(
+                f"  {name}: of {self.kept + self.dropped} answers, {self.dropped} lie past the first {self.block} tokens of their "
+                f"conversation and were dropped, {self.shortened} were cut short; a larger data.block keeps them"
+            )
+
+
+@dataclass
+class _Split:
+    """A corpus cut into training pieces, which pass through, and held-out pieces, which are kept."""
+
+    data: Data
+    heldout: list[Piece] = field(default_factory=list)
+    seen: int = 0
+
+    def train(self, found: Iterable[str | Piece]) -> Iterator[Piece]:
+        """Every n-th piece of the corpus is held out: a part of a long text, or a whole conversation."""
+        for document in found:
+            if isinstance(document, Piece):
+                if self._holds_out():
+                    self.heldout.append(document)
+                else:
+                    yield document
+                continue
+            segment: list[str] = []
+            for piece in pieces(document, length=self.data.heldout.piece_chars):
+                if not self._holds_out():
+                    segment.append(piece)
+                    continue
+                self.heldout.append(Piece(piece))
+                if segment:
+                    yield Piece("".join(segment), says_end=False)
+                segment = []
+            if segment:
+                yield Piece("".join(segment))
+
+    def _holds_out(self) -> bool:
+        self.seen += 1
+        return self.seen % self.data.heldout.every == 0
+
+
+def _domain_blocks(domain: Domain, recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> DomainBlocks:
+    data, paths = recipe.data, sources.text_files(domain.text, folder=recipe.folder)
+    form: TextFormat | RowFormat = domain.text.format
+    key = fingerprint(
+        {
+            "version": _VERSION,
+            "text": sources.text_digest(domain.text, folder=recipe.folder),
+            "format": form.model_dump(),
+            "template": chat_template(tokenizer) if isinstance(form, ChatRows) else None,
+            "block": data.block,
+            "packing": data.packing,
+            "heldout": data.heldout.model_dump(),
+            "tokenizer": fingerprint(tokenizer.backend_tokenizer.to_str()),
+            "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        }
+    )
+    folder = sources.cache_folder() / "tokens" / key[:16]
+
+    def make(out: Path) -> dict[str, Any]:
+        say(f"  {domain.name}: tokenising {len(paths)} file{'s' * (len(paths) > 1)}, once, into the cache")
+        return _write_blocks(out, domain, paths, data, tokenizer)
+
+    make_once(folder, kind="tokens", key=key, parents={}, make=make, recipe=recipe)
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("train_ids", "train_scored")}
+    arrays |= {name: np.load(folder / f"{name}.npy") for name in ("train_lengths", *_HELDOUT)}
+    heldout = Blocks(*(arrays[name] for name in _HELDOUT))
+    return DomainBlocks(
+        domain.name, domain.weight, arrays["train_ids"], arrays["train_scored"], arrays["train_lengths"], heldout
+    )
+
+
+_HELDOUT = ("heldout_ids", "heldout_lengths", "heldout_bytes", "heldout_scored")
+
+
+def _write_blocks(
+    folder: Path, domain: Domain, paths: Sequence[Path], data: Data, tokenizer: PreTrainedTokenizerFast
+) -> dict[str, Any]:
+    """Fill ``folder`` with one .npy an array of `DomainBlocks`; memory holds the held-out text and one batch of the rest."""
+    form: TextFormat | RowFormat = domain.text.format
+    chat = isinstance(form, ChatRows)
+    prefix = [] if chat else special_prefix(tokenizer)  # a chat template writes its own
+    split, answers = _Split(data), _Answers(data.block)
+    found: Iterable[str | Piece] = itertools.chain.from_iterable(
+        conversations(path, form, tokenizer) if isinstance(form, ChatRows) else documents(path, form) for path in paths
+    )
+    train = tokenise(split.train(found), tokenizer)
+    if data.packing == "stream":
+        rows = pack_stream(train, data.block, prefix, end=_end_of_text(tokenizer))
+    else:
+        rows = pack_documents(answers.cut(train) if chat else train, data.block, prefix)
+    lengths = _write_rows(folder, (row for row in rows if row[1].any()), data.block)
+    heldout = tokenise(split.heldout, tokenizer)
+    heldout_rows = [
+        row for row in pack_documents(answers.cut(heldout) if chat else heldout, data.block, prefix) if row[1].any()
+    ]
+    if not split.seen:
+        raise DataError(
+            f"data.domains: {domain.name}: no text in {paths[0]}{' …' * (len(paths) > 1)}; name files with text."
+        )
+    full = int((lengths == data.block).sum())
+    if not (len(lengths) if chat else full) or not heldout_rows:
+        raise DataError(
+            f"data.domains: {domain.name}: too little text: "
+            + (
+                f"{len(lengths)} training and {len(heldout_rows)} held-out blocks with an answer from {split.seen} "
+                f"conversations, {answers.dropped} answers past the first {data.block} tokens; expected at least one block of "
+                "each. Add conversations, or make data.block larger or data.heldout.every smaller."
+                if chat
+                else f"{full} full training blocks of {data.block} tokens and {len(heldout_rows)} held-out blocks from "
+                f"{split.seen} pieces of {data.heldout.piece_chars} characters; expected at least one of each. Add text, make "
+                "data.block, data.heldout.piece_chars or data.heldout.every smaller, or join short documents with data.packing: stream."
+            )
+        )
+    answers.say(domain.name if data.packing == "document" else f"{domain.name}, held-out text")
+    # Spread over the corpus; full blocks first, so that short documents do not fill the measurement.
+    if not chat:
+        heldout_rows = [row for row in heldout_rows if len(row[0]) == data.block] or heldout_rows
+    chosen = np.unique(
+        np.linspace(0, len(heldout_rows) - 1, min(data.heldout.blocks, len(heldout_rows))).round().astype(int)
+    )
+    arrays = _heldout_arrays([heldout_rows[i] for i in chosen], data.block, tokenizer, skip_special_tokens=chat)
+    for name, array in {"train_lengths": lengths, **arrays}.items():
+        np.save(folder / f"{name}.npy", array)
+    return {
+        "train_blocks": len(lengths),
+        "train_tokens": int(lengths.sum()),
+        "heldout_blocks": len(chosen),
+        "answers": {"kept": answers.kept, "shortened": answers.shortened, "dropped": answers.dropped} if chat else None,
+    }
+
+
+def _heldout_arrays(
+    rows: Sequence[Row], block: int, tokenizer: PreTrainedTokenizerFast, *, skip_special_tokens: bool
+) -> dict[str, npt.NDArray[Any]]:
+    texts = [
+        tokenizer.decode(ids[scored == 1].tolist(), skip_special_tokens=skip_special_tokens) for ids, scored in rows
+    ]
+    values = (
+        np.stack([_padded(ids, block) for ids, _ in rows]),
+        np.array([len(ids) for ids, _ in rows], dtype=np.int32),
+        np.array([len(text.encode()) for text in texts], dtype=np.int32),
+        np.stack([_padded(scored, block) for _, scored in rows]),
+    )
+    return dict(zip(_HELDOUT, values, strict=True))
+
+
+def _write_rows(folder: Path, rows: Iterable[Row], block: int) -> npt.NDArray[np.int32]:
+    """Write train_ids.npy and train_scored.npy row by row, and return the length of each row."""
+    lengths: list[int] = []
+    with contextlib.ExitStack() as stack:
+        files = [
+            (stack.enter_context((folder / f"train_{name}.npy").open("wb")), np.dtype(kind))
+            for name, kind in (("ids", np.int32), ("scored", np.uint8))
+        ]
+        for file, kind in files:
+            _write_header(file, kind, (0, block))
+        for row in rows:
+            lengths.append(len(row[0]))
+            for (file, kind), values in zip(files, row, strict=True):
+                file.write(_padded(np.asarray(values, kind), block).tobytes())
+        for file, kind in files:
+            _write_header(file, kind, (len(lengths), block))
+    return np.array(lengths, dtype=np.int32)
+
+
+def _write_header(file: IO[bytes], kind: np.dtype[Any], shape: tuple[int, int]) -> None:
+    # numpy leaves room for the first axis to grow, so the header can be written again once the rows are counted.
+    file.seek(0)
+    np.lib.format.write_array_header_1_0(file, {"descr": kind.str, "fortran_order": False, "shape": shape})
+
+
+def _padded(values: npt.NDArray[Any], block: int) -> npt.NDArray[Any]:
+    row = np.zeros(block, values.dtype)
+    row[: len(values)] = values
+    return row
+
+
+def _end_of_text(tokenizer: PreTrainedTokenizerFast) -> int:
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise DataError("data.packing: stream: the tokenizer has no end-of-text token; use packing: document.")
+    return tokenizer.eos_token_id

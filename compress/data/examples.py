@@ -1,0 +1,104 @@
+"""Text to examples for encoders: one row of tokens a document or piece, held-out ones apart, and the order of training.
+
+Every choice is a pure function of recipe and content, so nothing about the position in the data needs saving.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerFast
+
+from compress.data.blocks import documents, pieces
+from limbeck.contract import sources
+from limbeck.contract.errors import DataError
+from limbeck.contract.examples import Examples
+from limbeck.contract.progress import say
+from limbeck.contract.recipe import ChatRows, TextSource
+from limbeck.contract.recipe.encoder import ClassificationRecipe, EncoderRecipe
+
+_CHARS = 32  # of a document read for each token wanted: what comes after is cut off whatever it says
+_TOKENISED = 512  # texts at a time: what the tokenizer makes of one beside its ids is many times as large
+
+Indices = npt.NDArray[np.int64]
+Row = tuple[int, ...]  # token ids
+
+
+def load_examples(recipe: EncoderRecipe, tokenizer: PreTrainedTokenizerFast) -> tuple[Examples, Examples]:
+    """Training and held-out examples. Raises `DataError` for missing, empty or too little text."""
+    train: list[tuple[Row, int]] = []
+    heldout: list[tuple[Row, int]] = []
+    seen: set[Row] = set()
+    every, most_heldout = recipe.data.heldout.every, recipe.data.heldout.most
+    for group, (where, name, texts, most) in enumerate(_texts(recipe)):
+        tokens = _tokenise(texts, tokenizer, recipe.data.max_tokens)
+        fresh = [row for row in dict.fromkeys(tokens) if row not in seen]
+        if len(fresh) < len(tokens):
+            say(f"  {name}: {len(tokens) - len(fresh)} of {len(tokens)} texts repeat another and are left out")
+        seen.update(fresh)
+        chosen = [fresh[i] for i in _spread(len(fresh), most)]
+        kept = chosen[every - 1 :: every]
+        if not kept or len(chosen) == len(kept):
+            raise DataError(
+                f"{where}: too little text for {name}: {len(chosen)} examples, of which every {every}th is held out; expected at "
+                "least one of each. Add text, or make data.heldout.every smaller."
+            )
+        train += [(row, group) for place, row in enumerate(chosen, start=1) if place % every]
+        heldout += [(kept[i], group) for i in _spread(len(kept), most_heldout)]
+    return _examples(train, tokenizer), _examples(heldout, tokenizer)
+
+
+def training_order(count: int, *, examples: int, seed: int) -> Indices:
+    """Row of the training examples at each of ``count`` places, shuffled anew in every pass."""
+    passes = -(-count // examples)
+    order = [np.random.default_rng((seed, epoch)).permutation(examples) for epoch in range(passes)]
+    return np.concatenate(order)[:count]
+
+
+def _texts(recipe: EncoderRecipe) -> Iterator[tuple[str, str, list[str], int | None]]:
+    """Where in the recipe, name, texts and most of them taken, of every class or domain."""
+    limit = _CHARS * recipe.data.max_tokens
+    if isinstance(recipe, ClassificationRecipe):
+        for index, group in enumerate(recipe.data.classes):
+            found = (document[:limit] for document in _documents(group.text, recipe.folder))
+            yield f"data.classes.{index}", group.name, list(found), group.most
+        return
+    for index, domain in enumerate(recipe.data.domains):
+        cut = (pieces(document, length=recipe.data.piece_chars) for document in _documents(domain.text, recipe.folder))
+        found = (piece.strip() for piece in itertools.chain.from_iterable(cut))
+        yield f"data.domains.{index}", domain.name, [piece for piece in found if piece], recipe.data.most
+
+
+def _documents(source: TextSource, folder: Path) -> Iterator[str]:
+    form = source.format
+    if isinstance(form, ChatRows):
+        raise DataError("format: chat is for language models; name the field that holds an example's text.")
+    for path in sources.text_files(source, folder=folder):
+        yield from documents(path, form)
+
+
+def _tokenise(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> list[Row]:
+    rows: list[Row] = []
+    for at in range(0, len(texts), _TOKENISED):
+        found = tokenizer(list(texts[at : at + _TOKENISED]), truncation=True, max_length=max_tokens)["input_ids"]
+        rows += [tuple(row) for row in found if row]
+    return rows
+
+
+def _spread(count: int, most: int | None) -> Indices:
+    """Places of at most ``most`` of ``count`` things, at even distances."""
+    if most is None or count <= most:
+        return np.arange(count)
+    return np.linspace(0, count - 1, most).round().astype(np.int64)
+
+
+def _examples(rows: Sequence[tuple[Row, int]], tokenizer: PreTrainedTokenizerFast) -> Examples:
+    lengths = np.array([len(row) for row, _ in rows], dtype=np.int32)
+    ids = np.full((len(rows), int(lengths.max())), tokenizer.pad_token_id or 0, dtype=np.int32)
+    for place, (row, _) in enumerate(rows):
+        ids[place, : len(row)] = row
+    return Examples(ids, lengths, np.array([group for _, group in rows], dtype=np.int32))

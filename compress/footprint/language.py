@@ -1,0 +1,334 @@
+"""What training a language model will take, without its weights: parameters, memory and operations.
+
+Every architecture counts itself (`compress.footprint.tracing`); what the loop adds around it (optimiser, copies, logits of a chunk) is
+summed here. Knows nothing of files or of text: how many blocks there are it is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from compress.features import layer_pairs
+from compress.footprint.tracing import Trace, on_a_line, operations_a_second, resized, trace_model
+from compress.host import prepare_host
+from compress.loss import CACHED
+from compress.models.attention import use_short_attention
+from compress.models.language import BAD_CONFIG, DTYPES, cast_frozen, random_config
+from compress.models.shrink import shrunk_config
+from compress.models.students import with_lora
+from compress.teachers.live import Body, causal_lm
+from limbeck.contract.errors import ModelError
+from limbeck.contract.recipe import FreshStudent, HiddenCache, LoraStudent, NoCache, Recipe, ShrinkStudent, TopkCache
+
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_EVALUATED = 4  # blocks in one batch of held-out text
+TRIAL_VOCABULARY = 1024  # the trial times layers
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A causal LM as its configuration describes it."""
+
+    config: Any
+    parameters: int
+    linear: int  # of them in layers that bitsandbytes quantises, which leaves the head alone
+    layers: int
+    width: int
+    vocabulary: int
+
+    def weights(self, *, dtype: str = "fp32", quantize: str = "none") -> int:
+        """Bytes in memory. nf4 keeps an fp32 scale for every 64 numbers."""
+        each = {"none": _BYTES[dtype], "int8": 1, "nf4": 0.5 + 4 / 64}[quantize]
+        return round((self.parameters - self.linear) * _BYTES[dtype] + self.linear * each)
+
+
+@dataclass(frozen=True)
+class TeacherShape:
+    """A teacher in memory; teachers of one ``place`` share its weights and bring ``adapter`` parameters each."""
+
+    shape: Shape
+    place: str
+    dtype: str = "fp32"
+    quantize: str = "none"
+    adapter: int = 0
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the worst moment of training, by what they are for; the program itself is not counted."""
+
+    teachers: int  # weights and heads, or what they said
+    student: int  # weights, head and feature projections
+    optimizer: int  # gradients, two moments, and the best weights so far
+    activations: int  # of one micro-batch, and what teachers say of it
+    logits: int  # of one chunk, of student and teachers
+    moment: str  # when that is: `training`, `saving`, …
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.teachers + self.student + self.optimizer + self.activations + self.logits
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What distilling one recipe takes, by its sizes."""
+
+    trained: int  # parameters, projections included
+    memory: Memory
+    cache_bytes: int  # of the teacher cache, at most; 0 without one
+    operations: float  # floating-point operations of the whole training
+
+
+def describe(config: Any) -> Shape:
+    """Count a configuration's parameters on the meta device. Raises `ModelError` when transformers cannot build it."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except BAD_CONFIG as error:
+        raise ModelError(f"{config.model_type}: transformers cannot build it: {error}") from error
+    body, outputs = Body(model), model.get_output_embeddings()
+    linear = sum(m.weight.numel() for m in model.modules() if _is_linear(m) and m is not outputs)
+    vocabulary, width = body.head.weight_Vd.shape
+    return Shape(config, model.num_parameters(), linear, body.layers, width, vocabulary)
+
+
+def student_config(recipe: Recipe, *, base: Any, vocabulary: int) -> Any:
+    """The student's configuration; ``base`` is its base's, ``vocabulary`` the tokenizer's size for a fresh one."""
+    match recipe.student:
+        case LoraStudent():
+            return base
+        case ShrinkStudent() as config:
+            return shrunk_config(base, config)
+        case FreshStudent() as config:
+            return random_config(config.config, vocab_size=vocabulary, where="student.config")
+
+
+def lora_parameters(config: Any, student: LoraStudent) -> int:
+    """Trainable parameters of the adapters of ``student`` on the configuration."""
+    with torch.device("meta"):
+        model = with_lora(AutoModelForCausalLM.from_config(config, dtype=torch.float32), student, seed=0)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def footprint(
+    recipe: Recipe, *, student: Shape, base: Shape | None, teachers: Sequence[TeacherShape], precision: str, blocks: int
+) -> Footprint:
+    """What training takes, from the sizes of student and teachers, computing in ``precision`` (fp32, bf16).
+
+    ``blocks`` are the different ones that training reads, however often: a teacher cache holds each once.
+    """
+    config, lora = recipe.training, isinstance(recipe.student, LoraStudent)
+    tokens = config.micro_batch * recipe.data.block
+    cached = not isinstance(config.teacher_cache, NoCache)
+    pairs = _pairs(recipe, student, teachers)
+    projections = sum(len(p) * student.width * t.shape.width for t, p in zip(teachers, pairs, strict=True))
+    adapters = lora_parameters(student.config, recipe.student) if isinstance(recipe.student, LoraStudent) else 0
+    trained = (adapters if lora else student.parameters) + projections
+
+    mine = trace_line(student, recipe, rows=config.micro_batch, precision=precision)
+    theirs = [
+        _teacher_trace(t, recipe, precision=precision, states=bool(p)) for t, p in zip(teachers, pairs, strict=True)
+    ]
+    cached_tokens = blocks * recipe.data.block + _heldout_tokens(recipe)
+    operations = _operations(recipe, student, mine, teachers, theirs, cached_tokens)
+
+    # Heads are cast once to the number type of the forward pass.
+    compute = _BYTES[precision]
+    places = {t.place: t for t in teachers}
+    heads = sum(t.shape.width * t.shape.vocabulary * compute for t in places.values() if cached or t.dtype != precision)
+    bodies = sum(_body(t, compute) for t in places.values())
+    bodies += sum(4 * t.adapter for t in teachers)
+    quantize = recipe.student.quantize if isinstance(recipe.student, LoraStudent) else "none"
+    weights = student.weights(quantize=quantize) + 4 * (projections + adapters)
+    if _is_cast(recipe) and quantize == "none":
+        weights -= student.linear * (4 - compute)
+    head = student.width * student.vocabulary * compute if precision != "fp32" else 0
+    said = sum(tokens * t.shape.width * (compute + len(p) * 4) for t, p in zip(teachers, pairs, strict=True))
+    aligned = sum(tokens * t.shape.width * 4 * len(p) * 4 for t, p in zip(teachers, pairs, strict=True))
+    logits = _logits(recipe, student, len(teachers), compute)
+    if not lora:
+        logits += student.width * student.vocabulary * 4  # gradient of the head, summed over chunks
+    teacher_peak = 0 if cached else max((t.forward_peak for t in theirs), default=0)
+    activations = max(mine.kept + said + aligned, mine.backward_peak - logits + said, teacher_peak - logits)
+    best = 4 * trained
+    # The cache is mapped from disk: its pages are given back when memory is short, and a card gets a micro-batch of it at a time.
+    kept_teachers = heads if cached else bodies + heads
+    moments = [Memory(kept_teachers, weights + head, 12 * trained + best, activations, logits, "training")]
+    if cached:
+        filling = max(t.forward_peak for t in theirs)
+        moments.append(Memory(bodies + heads, weights + head, 0, filling, 0, "filling the cache"))
+    if base is not None and isinstance(recipe.student, ShrinkStudent):
+        moments.append(Memory(0, base.weights() + weights, 0, 0, 0, "shrinking"))
+    again = student.weights()  # the student as it is saved is loaded and measured once more
+    scored = trace_line(student, None, rows=_EVALUATED, length=recipe.data.block, precision="fp32").forward_peak
+    moments.append(Memory(kept_teachers, weights + head + again, 2 * best, scored, 0, "saving"))
+    if lora:  # the adapters are merged into the base as it is on disk
+        moments.append(Memory(kept_teachers, weights + head + again + 4 * student.linear, 2 * best, 0, 0, "merging"))
+    cache_bytes = _cache_bytes(recipe, teachers, pairs, cached_tokens)
+    return Footprint(trained, max(moments, key=lambda m: m.total), cache_bytes, operations)
+
+
+def measure_speed(recipe: Recipe, config: Any, *, seconds: float, precision: str, device: torch.device) -> float:
+    """Operations a second of the student's layers here, forward and backward, in a trial of about ``seconds``."""
+    prepare_host(recipe.training.threads)
+    small = resized(config, layers=2)
+    small.vocab_size = TRIAL_VOCABULARY
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(small, name, None)  # they may lie past the smaller vocabulary
+    model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).to(device)
+    ids = torch.zeros((recipe.training.micro_batch, recipe.data.block), dtype=torch.int64, device=device)
+
+    def step() -> None:
+        hidden = _hidden(model, ids, precision)
+        hidden.backward(torch.ones_like(hidden))
+        model.zero_grad(set_to_none=True)
+
+    return operations_a_second(step, seconds=seconds, device=device)
+
+
+# Tracing ---------------------------------------------------------------------------------------------------------
+
+
+def trace_line(
+    shape: Shape, recipe: Recipe | None, *, rows: int, precision: str, length: int = 0, states: bool = False
+) -> Trace:
+    """One micro-batch through all layers of ``shape``: forward and backward of the recipe's student, or a teacher's forward."""
+    return on_a_line(
+        shape.layers, lambda n: _trace(resized(shape.config, layers=n), recipe, rows, length, precision, states)
+    )
+
+
+def _trace(config: Any, recipe: Recipe | None, rows: int, length: int, precision: str, states: bool) -> Trace:
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.requires_grad_(recipe is not None)
+        if recipe is not None and isinstance(recipe.student, LoraStudent):
+            model = with_lora(model.requires_grad_(False), recipe.student, seed=0)
+        if recipe is None or _is_cast(recipe):
+            cast_frozen(model, DTYPES[precision])
+        use_short_attention(causal_lm(model))
+    if recipe is not None:
+        length = recipe.data.block
+        if recipe.training.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+
+    def run(model: Any, ids: Tensor) -> Tensor:
+        hidden: Tensor = _hidden(model, ids, precision, states=states)
+        return hidden
+
+    return trace_model(model, run, rows=rows, length=length, trains=recipe is not None)
+
+
+def _hidden(model: Any, ids: Tensor, precision: str, *, states: bool = False) -> Any:
+    lm = causal_lm(model)
+    body = getattr(lm, lm.base_model_prefix)
+    mixed = torch.autocast(ids.device.type, DTYPES[precision]) if precision != "fp32" else contextlib.nullcontext()
+    with mixed:
+        return body(input_ids=ids, use_cache=False, output_hidden_states=states).last_hidden_state
+
+
+def _teacher_trace(teacher: TeacherShape, recipe: Recipe, *, precision: str, states: bool) -> Trace:
+    # Quantised layers give what plain ones give: traced as such, in the number type of the forward pass.
+    return trace_line(
+        teacher.shape,
+        None,
+        rows=recipe.training.micro_batch,
+        length=recipe.data.block,
+        precision=precision,
+        states=states,
+    )
+
+
+def _is_cast(recipe: Recipe) -> bool:
+    """Whether the frozen matrices of the student's base are kept in the number type of the forward pass."""
+    return isinstance(recipe.student, LoraStudent) and not recipe.student.dora
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+# Sums ------------------------------------------------------------------------------------------------------------
+
+
+def _body(teacher: TeacherShape, compute: int) -> int:
+    """Bytes of a teacher's weights; fp32 matrices are kept in the number type of the forward pass."""
+    size = teacher.shape.weights(dtype=teacher.dtype, quantize=teacher.quantize)
+    cast = teacher.quantize == "none" and teacher.dtype == "fp32"
+    return size - teacher.shape.linear * (4 - compute) if cast else size
+
+
+def _pairs(recipe: Recipe, student: Shape, teachers: Sequence[TeacherShape]) -> list[list[tuple[int, int]]]:
+    if recipe.features.weight == 0:
+        return [[] for _ in teachers]
+    return [
+        layer_pairs(recipe.features, student_layers=student.layers, teacher_layers=t.shape.layers) for t in teachers
+    ]
+
+
+def _logits(recipe: Recipe, student: Shape, teachers: int, compute: int) -> int:
+    """Peak of `compress.loss.fused_loss`, measured: K + 2 products [C, V], one of them of the chunk before, and eight fp32 blocks."""
+    label_positions = recipe.training.micro_batch * (recipe.data.block - 1)
+    chunk = min(recipe.fusion.chunk, label_positions) * student.vocabulary
+    device = recipe.training.device
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())  # where a block is the chunk
+    return (teachers + 2) * chunk * compute + 8 * (chunk if on_gpu else min(CACHED, chunk)) * 4
+
+
+def _heldout_tokens(recipe: Recipe) -> int:
+    return recipe.data.heldout.blocks * recipe.data.block * len(recipe.data.domains)
+
+
+def _cache_bytes(
+    recipe: Recipe, teachers: Sequence[TeacherShape], pairs: Sequence[Sequence[tuple[int, int]]], tokens: int
+) -> int:
+    heads = sum(_BYTES[t.dtype] * t.shape.width * t.shape.vocabulary for t in teachers)
+    match recipe.training.teacher_cache:
+        case HiddenCache():
+            kept = sum(
+                2 * t.shape.width * len({t.shape.layers, *(layer for _, layer in p)})
+                for t, p in zip(teachers, pairs, strict=True)
+            )
+            return tokens * kept + heads
+        case TopkCache(k=k):
+            return tokens * len(teachers) * (8 * k + 8) + heads
+        case NoCache():
+            return 0
+
+
+def _operations(
+    recipe: Recipe,
+    student: Shape,
+    mine: Trace,
+    teachers: Sequence[TeacherShape],
+    theirs: Sequence[Trace],
+    cached_tokens: int,
+) -> float:
+    """Of all steps and all measurements on held-out text; a product with a head of width d is 2 d V a token.
+
+    With a cache bodies read each block once, and with the `topk` one heads too.
+    """
+    config = recipe.training
+    tokens = config.tokens or 0
+    micro = config.micro_batch * recipe.data.block
+    heldout, measurements = _heldout_tokens(recipe), 2 + (tokens // config.batch_tokens) // config.evaluate_every
+    head = 2 * student.width * student.vocabulary
+    trains_head = not isinstance(recipe.student, LoraStudent)
+    step = (mine.forward + mine.backward) / micro + head * (3 if trains_head else 2)
+    operations = tokens * step + measurements * heldout * (mine.forward / micro + head)
+    read = tokens + heldout
+    by_body = read if isinstance(config.teacher_cache, NoCache) else cached_tokens
+    by_head = cached_tokens if isinstance(config.teacher_cache, TopkCache) else read
+    for teacher, trace in zip(teachers, theirs, strict=True):
+        each_head = 2 * teacher.shape.width * teacher.shape.vocabulary
+        operations += by_body * trace.forward / micro + by_head * each_head
+    return operations

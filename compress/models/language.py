@@ -1,0 +1,253 @@
+"""Model sources to plain transformers folders, once, into the cache; and folders to torch models.
+
+Everything downstream sees one shape only: a folder with config, safetensors weights and a tokenizer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import io
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
+
+from limbeck.contract import sources
+from limbeck.contract.artifact import file_digest
+from limbeck.contract.errors import EnvironmentalError, ModelError
+from limbeck.contract.loading import load_pretrained
+from limbeck.contract.lock import make_once
+from limbeck.contract.progress import say
+from limbeck.contract.recipe import BaseSource, GgufModel, HubModel, LocalModel, PackageModel, RandomModel, fingerprint
+
+BAD_CONFIG = (ValueError, TypeError, KeyError, StrictDataclassError)  # what transformers raises for impossible sizes
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def model_folder(source: BaseSource, *, folder: Path) -> Path:
+    """The plain folder of a model; GGUF files are dequantised and random models made into the cache, once.
+
+    Raises `ModelError` when the source holds nothing usable.
+    """
+    match source:
+        case HubModel():
+            return sources.hub_snapshot(source.id, source.revision)
+        case RandomModel():
+            key = fingerprint({"random": source.model_dump(mode="json")})
+            return cached(key, lambda out: _make_random(source, out))
+        case LocalModel() | GgufModel() | PackageModel():
+            path = sources.model_path(source, folder=folder)
+            assert path is not None
+            if path.is_dir():
+                return path
+            key = fingerprint({"gguf": file_digest(path)})
+            return cached(key, lambda out: _dequantise(path, out))
+
+
+def model_config(source: BaseSource, *, folder: Path) -> Any:
+    """The configuration of a model, without its weights: of a hub model only config.json is fetched.
+
+    Raises `ModelError` when it cannot be had.
+    """
+    if isinstance(source, RandomModel):
+        return random_config(source.config, vocab_size=len(byte_tokenizer()), where="model.config")
+    if isinstance(source, HubModel):
+        path = sources.hub_config(source.id, source.revision)
+    else:
+        found = sources.model_path(source, folder=folder)
+        assert found is not None
+        path = found
+    return folder_config(path)
+
+
+def folder_config(path: Path) -> Any:
+    """The configuration in a model folder or a GGUF file. Raises `ModelError`."""
+    try:
+        if path.is_file():
+            return copy.deepcopy(_gguf_config(path, path.stat().st_mtime_ns))
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except (*BAD_CONFIG, OSError, NotImplementedError) as error:
+        raise ModelError(f"{path}: transformers cannot read its configuration: {error}") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _gguf_config(path: Path, _changed: int) -> Any:
+    """The configuration in a GGUF file, which takes seconds to read, with its whole vocabulary."""
+    return AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False, local_files_only=True)
+
+
+def load_model(
+    folder: Path, *, dtype: str = "fp32", quantize: str = "none", device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """Load a causal LM from a plain folder, in eval mode and without gradients.
+
+    ``quantize`` is `none`, `int8` or `nf4` (bitsandbytes, on CPU and CUDA). Raises `ModelError`.
+    """
+    sources.check_weights(folder)
+    options: dict[str, Any] = {}
+    if quantize != "none":
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=quantize == "int8",
+            load_in_4bit=quantize == "nf4",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=DTYPES[dtype],
+        )
+        options["device_map"] = {"": device}
+    model: PreTrainedModel = load_pretrained(AutoModelForCausalLM, folder, dtype=DTYPES[dtype], **options)
+    if quantize == "none":
+        model = model.to(device)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the frozen fp32 matrices of linear layers to autocast's ``dtype`` once, as it would at every use.
+
+    The same bits come out, from half the memory. What an embedding shares keeps its type. Everything is copied, so that nothing
+    holds the file that the weights were mapped from, which would stay in memory whole.
+    """
+    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for module in model.modules():
+        if not isinstance(module, nn.Linear | Conv1D) or module.weight.dtype != torch.float32:
+            continue
+        for parameter in module.parameters(recurse=False):
+            if not parameter.requires_grad and id(parameter) not in embedded:
+                parameter.data = parameter.data.to(dtype)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype != dtype and not tensor.requires_grad:
+            tensor.data = tensor.data.clone()
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Load the fast tokenizer of a plain folder. Raises `ModelError`."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(f"{folder}: no tokenizer that transformers can load: {error}") from error
+    if not tokenizer.is_fast:
+        raise ModelError(f"{folder}: only a slow tokenizer; save it with a tokenizer.json (a fast tokenizer).")
+    return tokenizer
+
+
+def require_same_tokenizer(names_and_folders: Mapping[str, Path]) -> None:
+    """Raise `ModelError` unless all folders map the same tokens to the same ids.
+
+    A larger size with padded rows is fine; a different map is not, and the message counts ids and shows three.
+    """
+    (first, first_folder), *rest = names_and_folders.items()
+    reference = load_tokenizer(first_folder).get_vocab()
+    for name, folder in rest:
+        vocabulary = load_tokenizer(folder).get_vocab()
+        if vocabulary == reference:
+            continue
+        different = sorted(t for t in reference.keys() | vocabulary.keys() if reference.get(t) != vocabulary.get(t))
+        shown = "; ".join(
+            f"{t!r} is {reference.get(t)} in {first} and {vocabulary.get(t)} in {name}" for t in different[:3]
+        )
+        raise ModelError(
+            f"{first} and {name} have different tokenizers: {len(different)} of {len(reference.keys() | vocabulary.keys())} tokens "
+            f"have another id or are missing ({shown}). Fusion needs one token map: choose models of one family."
+        )
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` as a device. Raises `EnvironmentalError` for a GPU where there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentalError(
+            "training.device: found 'cuda', but torch sees no GPU here; use device: auto or cpu, or install a CUDA build of torch."
+        )
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def cached(key: str, make: Callable[[Path], dict[str, Any]]) -> Path:
+    """Folder of the `model` artifact of ``key`` in the cache; ``make`` fills it, and says what it measured, when it is not there."""
+    path = sources.cache_folder() / "models" / key[:16]
+    make_once(path, kind="model", key=key, parents={}, make=make)
+    return path
+
+
+def _dequantise(file: Path, out: Path) -> dict[str, Any]:
+    say(f"  {file.name}: dequantising to fp32, once, into the cache")
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+            loaded = load_pretrained(AutoModelForCausalLM, file.parent, gguf_file=file.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except (ValueError, OSError, KeyError, NotImplementedError) as error:
+        raise ModelError(f"{file}: transformers cannot read this GGUF file: {error}") from error
+    config = loaded.config
+    # A model loaded from GGUF refuses save_pretrained while it carries this.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    model.generation_config = loaded.generation_config
+    _save(model, tokenizer, out)
+    return {"parameters": model.num_parameters()}
+
+
+def _make_random(source: RandomModel, out: Path) -> dict[str, Any]:
+    tokenizer = byte_tokenizer()
+    model = random_model(source.config, vocab_size=len(tokenizer), seed=source.seed, where="model.config")
+    model.config.bos_token_id = model.config.eos_token_id = model.config.pad_token_id = tokenizer.eos_token_id
+    model.generation_config.bos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.eos_token_id
+    _save(model, tokenizer, out)
+    return {"parameters": model.num_parameters()}
+
+
+def random_model(
+    config: Mapping[str, Any], *, vocab_size: int, seed: int, where: str, auto: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
+    """A freshly initialised model of any transformers configuration, a causal LM by default. Raises `ModelError`."""
+    chosen = random_config(config, vocab_size=vocab_size, where=where)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model: PreTrainedModel = auto.from_config(chosen, dtype=torch.float32)
+            return model
+        except BAD_CONFIG as error:
+            raise ModelError(f"{where}: transformers cannot build it: {error}") from error
+
+
+def random_config(config: Mapping[str, Any], *, vocab_size: int, where: str) -> Any:
+    """The transformers configuration of fields given by hand. Raises `ModelError`."""
+    options = {"vocab_size": vocab_size, **config}
+    if "model_type" not in options:
+        raise ModelError(f"{where}: no model_type; name the architecture, for example model_type: llama.")
+    try:
+        made = AutoConfig.for_model(**options)
+    except BAD_CONFIG as error:
+        raise ModelError(f"{where}: transformers cannot build it: {error}") from error
+    text = made.get_text_config()
+    if "pad_token_id" not in config and (text.pad_token_id or 0) >= text.vocab_size:
+        text.pad_token_id = None  # the architecture's default, which the embedding would not hold
+    return made
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of the 256 bytes and one end-of-text token; needs no training and no file."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    end = "<|endoftext|>"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={end: 0, **{c: i + 1 for i, c in enumerate(alphabet)}}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end)
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)

@@ -1,0 +1,137 @@
+"""The student: built from the recipe, seen by the loop as hidden states and a head, saved as a plain folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from compress.features import Projections
+from compress.models.language import load_model, load_tokenizer, model_folder, random_model
+from compress.models.sharded import like, whole
+from compress.models.shrink import Importance, shrink
+from compress.teachers.live import Body, TeacherFolder, causal_lm
+from limbeck.contract.errors import EnvironmentalError, ModelError
+from limbeck.contract.recipe import FreshStudent, LoraStudent, Recipe, ShrinkStudent
+
+Used = TypeVar("Used")
+
+
+class Student(nn.Module):
+    """A causal LM being trained, with the feature projections beside it (never inside)."""
+
+    def __init__(self, model: Any, projections: Projections | None) -> None:
+        super().__init__()
+        self.model, self.projections = model, projections
+        self.layers = sorted({i for pairs in projections.pairs for i, _ in pairs}) if projections else []
+        self._no_split_modules = causal_lm(model)._no_split_modules  # where accelerate cuts for FSDP
+
+    def forward(self, input_ids_RL: Tensor, use: Callable[[Tensor, list[list[Tensor]]], Used]) -> Used:
+        """What ``use`` makes of last hidden states [R, L, d] and, in training, projected inner states [K][P] of [R, L, d_k].
+
+        ``use`` is called in here because only in here do all parameters, the head's among them, exist whole under FSDP.
+        """
+        hidden_RLd, states = Body(self.model).states(input_ids_RL, self.layers if self.training else ())
+        return use(hidden_RLd, self.projections(states) if self.projections is not None and self.training else [])
+
+
+def student_folder(recipe: Recipe, teachers: Sequence[TeacherFolder]) -> Path:
+    """Folder of the base model, or for a fresh student of the first teacher's tokenizer. Raises `ModelError`."""
+    if isinstance(recipe.student, FreshStudent):
+        return teachers[0].tokenizer
+    return model_folder(recipe.student.base, folder=recipe.folder)
+
+
+def build_model(
+    recipe: Recipe, *, folder: Path, calibration: Sequence[Tensor], device: torch.device
+) -> tuple[Any, Importance | None, dict[str, Any]]:
+    """The trainable model; for a shrunk one also the importance it was cut by and the sizes kept.
+
+    ``calibration`` are token ids [R, L] of training text. Raises `ModelError`.
+    """
+    match recipe.student:
+        case LoraStudent() as config:
+            if config.quantize == "nf4" and device.type == "cpu":
+                # Its packed kernel for the CPU has no gradient, and bitsandbytes only warns of it.
+                raise EnvironmentalError(
+                    "student.quantize: nf4 cannot be trained on a CPU; use int8 or none, or train on a GPU."
+                )
+            base = load_model(folder, quantize=config.quantize, device=device)
+            return with_lora(base, config, recipe.seed), None, {}
+        case ShrinkStudent() as config:
+            base = load_model(folder, device=device)
+            model, importance, kept = shrink(base, config, [ids.to(device) for ids in calibration])
+            return model.to(device), importance, kept
+        case FreshStudent() as config:
+            tokenizer = load_tokenizer(folder)
+            model = random_model(config.config, vocab_size=len(tokenizer), seed=recipe.seed, where="student.config")
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                setattr(model.config, name, getattr(tokenizer, name))
+                setattr(model.generation_config, name, getattr(tokenizer, name))
+            return model.to(device), None, {}
+
+
+def save_student(model: Any, trained: Mapping[str, Tensor], *, tokenizer_folder: Path, out: Path) -> None:
+    """Write ``out/model`` (merged, fp32) with the ``trained`` weights and, for LoRA, ``out/adapter`` as before merging.
+
+    ``trained`` is what `trainable_state` gave; the parameters of ``model`` are not looked at, since under FSDP this
+    process holds only pieces. The adapter is merged into the base as it is on disk; the one in memory may be quantised or cast.
+    """
+    weights = {name.removeprefix("model."): w for name, w in trained.items() if name.startswith("model.")}
+    if hasattr(model, "merge_and_unload"):
+        from peft import PeftModel
+
+        model.save_pretrained(out / "adapter", state_dict=weights)
+        (out / "adapter" / "README.md").unlink(missing_ok=True)  # peft's empty model card
+        merged = PeftModel.from_pretrained(load_model(tokenizer_folder), str(out / "adapter")).merge_and_unload()
+        merged.save_pretrained(out / "model")
+    else:
+        model.save_pretrained(out / "model", state_dict=weights)
+    load_tokenizer(tokenizer_folder).save_pretrained(out / "model")
+
+
+def trainable_state(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of every parameter that is trained, by name, whole."""
+    return {name: whole(p.detach()).clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def load_trainable_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put back what `trainable_state` copied."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(like(parameter, state[name]))
+
+
+def with_lora(base: Any, config: LoraStudent, seed: int) -> Any:
+    """``base`` with trainable adapters on it. Raises `ModelError` for targets it does not have."""
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers.pytorch_utils import Conv1D  # GPT-2's, whose weights are stored turned
+
+    options = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=config.targets if isinstance(config.targets, str) else list(config.targets),
+        use_rslora=config.rslora,
+        use_dora=config.dora,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model = get_peft_model(base, options)
+        except ValueError as error:
+            modules = causal_lm(base).named_modules()
+            names = sorted({n.rpartition(".")[2] for n, m in modules if isinstance(m, nn.Linear | Conv1D)})
+            raise ModelError(f"student.targets: {error} Linear layers of this model: {', '.join(names)}.") from error
+    if not config.dora and config.quantize == "none":
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.cast_input_dtype_enabled = False  # to fp32 and, by autocast, back: the same bits
+    return model

@@ -1,0 +1,1 @@
+"""Teachers: run in this process, or read from a cache."""

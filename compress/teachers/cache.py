@@ -1,0 +1,191 @@
+"""The re-fusable teacher cache: each teacher runs once over a text, and what it said serves every later run.
+
+Another weighting, divergence, subset of teachers or student needs no teacher body. `hidden` is exact up to the bf16 it is
+kept in: 2 d_k bytes a token and layer, plus the head once a teacher. `topk` keeps k tokens a position with the exact
+entropy and label log-likelihood. Keyed by token ids and teacher digest, never by position or step, so shuffling and
+accumulation cannot misalign it; made in shards, so an interrupted build goes on; hashes are checked when it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compress.loss import Head, SparseStates, TeacherStates, chunks_of_labels
+from compress.teachers.live import TeacherFolder, Teachers
+from limbeck.contract import sources
+from limbeck.contract.artifact import open_artifact
+from limbeck.contract.lock import make_once
+from limbeck.contract.progress import say, task
+from limbeck.contract.recipe import HiddenCache, TopkCache, fingerprint
+
+Row = tuple[Tensor, Tensor]  # token ids [L] and labels [L]
+
+_VERSION = 1
+_SHARD_ROWS = 64
+_BATCH_ROWS = 4
+
+
+class CachedTeachers:
+    """Stands where `Teachers` stands, and answers from disk. Call `prepare` with every row that will be asked for."""
+
+    def __init__(
+        self,
+        folders: Sequence[TeacherFolder],
+        *,
+        cache: HiddenCache | TopkCache,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        self.names = [f.name for f in folders]
+        self.temperatures = [1.0] * len(folders)
+        self._cache, self._folders, self._device, self._dtype = cache, list(folders), device, compute_dtype
+        self._bodies: Teachers | None = None
+        self._rows: list[dict[bytes, tuple[dict[str, Tensor], int]]] = [{} for _ in folders]
+        self._layers: list[list[int]] = [[] for _ in folders]
+        self.heads, self.widths, self.depths = [], [], []
+        for k in range(len(folders)):
+            head, depth = self._head(k)
+            self.heads.append(head)
+            self.widths.append(int(head.weight_Vd.shape[1]))
+            self.depths.append(depth)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def prepare(self, rows: Sequence[Row], layers: Sequence[Sequence[int]] | None) -> None:
+        """Read, or make and keep, what every teacher says of all ``rows``; then let the bodies go."""
+        unique = list({_row_key(ids): (ids, labels) for ids, labels in rows}.items())
+        shards = [unique[i : i + _SHARD_ROWS] for i in range(0, len(unique), _SHARD_ROWS)]
+        size, tokens = 0, sum(len(ids) for _, (ids, _) in unique)
+        for k, name in enumerate(self.names):
+            # The last state is layer L; it comes first so that `states` finds it without a search.
+            self._layers[k] = [self.depths[k], *(sorted(set(layers[k]) - {self.depths[k]}) if layers else [])]
+            with task(f"teacher cache: {name}", len(unique)) as progress:
+                for shard in shards:
+                    path = self._shard(k, shard) / "rows.safetensors"
+                    tensors = load_file(path)
+                    for place, (key, _) in enumerate(shard):
+                        self._rows[k][key] = tensors, place
+                    size += path.stat().st_size
+                    progress.advance(len(shard))
+        self._bodies = None
+        if tokens:
+            say(f"  teacher cache: {size / 1e6:.0f} MB, {size / tokens:.0f} bytes a token for {len(self)} teachers")
+
+    def states(
+        self, input_ids_RL: Tensor, layers: Sequence[Sequence[int]] | None = None, *, only: int | None = None
+    ) -> tuple[list[TeacherStates | SparseStates], list[list[Tensor]]]:
+        """As `Teachers.states`. Asking for a row that was not prepared is a defect (KeyError)."""
+        keys = [_row_key(row) for row in input_ids_RL.cpu()]
+        last: list[TeacherStates | SparseStates] = []
+        inner: list[list[Tensor]] = []
+        for k in range(len(self)) if only is None else [only]:
+            found = [self._rows[k][key] for key in keys]
+
+            def stacked(name: str, found: list[tuple[dict[str, Tensor], int]] = found) -> Tensor:
+                return torch.stack([tensors[name][place] for tensors, place in found]).to(self._device)
+
+            if isinstance(self._cache, TopkCache):
+                ids, share, entropy, logp = (stacked(name) for name in ("ids", "share", "entropy", "label_logp"))
+                last.append(SparseStates(ids, share, entropy, logp, len(self.heads[k].weight_Vd)))
+                inner.append([])
+                continue
+            wanted = [self.depths[k], *(layers[k] if layers else [])]
+            by_layer = {layer: stacked(f"layer{layer}").to(self._dtype) for layer in dict.fromkeys(wanted)}
+            last.append(TeacherStates(by_layer[self.depths[k]], self.heads[k], self.temperatures[k]))
+            inner.append([by_layer[layer] for layer in layers[k]] if layers else [])
+        return last, inner
+
+    def _head(self, k: int) -> tuple[Head, int]:
+        """The head of teacher ``k`` and its number of layers, from the cache."""
+        folder = self._folders[k]
+        key = fingerprint({"version": _VERSION, "head of": _identity(folder)})
+        path = sources.cache_folder() / "teachers" / f"head-{key[:16]}"
+
+        def make(out: Path) -> dict[str, Any]:
+            body = self._load().bodies[k]
+            head = body.head
+            tensors = {"weight": head.weight_Vd.contiguous()}
+            if head.bias_V is not None:
+                tensors["bias"] = head.bias_V
+            save_file(tensors, out / "head.safetensors")
+            return {"scale": head.scale, "softcap": head.softcap, "layers": body.layers}
+
+        make_once(path, kind="teacher-head", key=key, parents={"teacher": folder.digest}, make=make)
+        tensors = {n: t.to(self._device, self._dtype) for n, t in load_file(path / "head.safetensors").items()}
+        result = open_artifact(path, verify=False).result
+        return Head(tensors["weight"], tensors.get("bias"), result["scale"], result["softcap"]), result["layers"]
+
+    def _shard(self, k: int, shard: Sequence[tuple[bytes, Row]]) -> Path:
+        """Folder with what teacher ``k`` says of the shard's rows; made when missing."""
+        kept: dict[str, Any] = {"cache": self._cache.model_dump(), "rows": [key.hex() for key, _ in shard]}
+        if isinstance(self._cache, TopkCache):
+            kept |= {"labels": [_row_key(labels).hex() for _, (_, labels) in shard]}
+        else:
+            kept |= {"layers": self._layers[k]}
+        key = fingerprint({"version": _VERSION, "teacher": _identity(self._folders[k]), **kept})
+        path = sources.cache_folder() / "teachers" / f"rows-{key[:16]}"
+
+        def make(out: Path) -> dict[str, Any]:
+            made: list[dict[str, Tensor]] = []
+            for first in range(0, len(shard), _BATCH_ROWS):
+                ids, labels = (
+                    torch.stack(rows)
+                    for rows in zip(*(row for _, row in shard[first : first + _BATCH_ROWS]), strict=True)
+                )
+                made.append(self._run(k, ids.to(self._device), labels.to(self._device)))
+            save_file({n: torch.cat([m[n] for m in made]).contiguous() for n in made[0]}, out / "rows.safetensors")
+            return {name: list(tensor.shape) for name, tensor in made[0].items()}
+
+        make_once(path, kind="teacher-rows", key=key, parents={"teacher": self._folders[k].digest}, make=make)
+        return path
+
+    def _run(self, k: int, ids_RL: Tensor, labels_RL: Tensor) -> dict[str, Tensor]:
+        layers = [self._layers[k] if j == k else [] for j in range(len(self))]
+        states, inner = self._load().states(ids_RL, layers, only=k)
+        if not isinstance(self._cache, TopkCache):
+            return {f"layer{layer}": s.to(torch.bfloat16).cpu() for layer, s in zip(layers[k], inner[0], strict=True)}
+        state = TeacherStates(states[0].hidden_RLd, self.heads[k])
+        R, L = ids_RL.shape
+        k_ = min(self._cache.k, state.vocabulary)
+        kept = {
+            "ids": torch.zeros(R, L, k_, dtype=torch.int32),
+            "share": torch.zeros(R, L, k_),
+            "entropy": torch.zeros(R, L),
+            "label_logp": torch.zeros(R, L),
+        }
+        generator = torch.Generator().manual_seed(int(ids_RL.sum()))
+        for place in chunks_of_labels(labels_RL, 256, whole_rows=False):
+            reading = state.read(place, state.vocabulary)
+            p_CV, entropy_C, logp_C = reading.distribution(slice(None), labels_RL[place])
+            if self._cache.sampling == "top":
+                share_Ck, ids_Ck = p_CV.topk(k_, dim=-1)
+            else:
+                # k draws with replacement, each worth 1 / k: the mean over draws is the distribution (arXiv 2503.16870).
+                ids_Ck = torch.multinomial(p_CV.cpu(), k_, replacement=True, generator=generator)
+                share_Ck = torch.full(ids_Ck.shape, 1 / k_)
+            at = place[0].cpu(), place[1].cpu()
+            kept["ids"][at], kept["share"][at] = ids_Ck.int().cpu(), share_Ck.cpu()
+            kept["entropy"][at], kept["label_logp"][at] = entropy_C.cpu(), logp_C.cpu()
+        return kept
+
+    def _load(self) -> Teachers:
+        if self._bodies is None:
+            self._bodies = Teachers(self._folders, device=self._device, compute_dtype=self._dtype)
+        return self._bodies
+
+
+def _identity(folder: TeacherFolder) -> dict[str, str]:
+    """What decides a teacher's states beside the tokens: its content and the form of its weights in memory."""
+    return {"digest": folder.digest, "quantize": folder.quantize, "dtype": folder.dtype}
+
+
+def _row_key(row_L: Tensor) -> bytes:
+    return hashlib.sha256(row_L.to(torch.int64).numpy().tobytes()).digest()[:16]

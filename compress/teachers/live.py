@@ -1,0 +1,187 @@
+"""K teachers in memory: one model each, or several PEFT adapters on one base that is loaded once.
+
+Shapes: R rows, L positions, d_k width. Teachers give last hidden states and heads; logits are made in chunks elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from compress.loss import Head, TeacherStates
+from compress.models.attention import use_short_attention
+from compress.models.language import cast_frozen, load_model, model_folder
+from limbeck.contract import sources
+from limbeck.contract.artifact import open_artifact
+from limbeck.contract.errors import ModelError
+from limbeck.contract.recipe import Recipe, RecipeModel, Teacher, fingerprint
+
+
+@dataclass(frozen=True)
+class TeacherFolder:
+    """A teacher on disk: the model to run, and the form in which others (serve_bench) can load it whole."""
+
+    name: str
+    base: Path  # weights in memory
+    adapter: Path | None  # PEFT adapter on them
+    whole: Path  # folder to load for deployment: the merged model where there is one
+    whole_adapter: Path | None
+    tokenizer: Path
+    quantize: str
+    dtype: str
+    digest: str
+
+    def entry(self, temperature: float) -> dict[str, Any]:
+        """What `teachers.json` says of this teacher."""
+        adapter = str(self.whole_adapter) if self.whole_adapter else None
+        return {
+            "name": self.name, "model": str(self.whole), "adapter": adapter, "quantize": self.quantize,
+            "dtype": self.dtype, "temperature": temperature, "digest": self.digest,
+        }  # fmt: skip
+
+
+def teacher_folders(recipe: Recipe, products: Mapping[str, Path]) -> list[TeacherFolder]:
+    """Find every teacher on disk, made into plain folders where need be. Raises `ModelError`."""
+    return [_teacher_folder(teacher, recipe, products) for teacher in recipe.teachers]
+
+
+def _teacher_folder(teacher: Teacher, recipe: Recipe, products: Mapping[str, Path]) -> TeacherFolder:
+    digest = sources.model_digest(teacher.model, folder=recipe.folder, products=products, teacher=teacher.name)
+    common = {"name": teacher.name, "quantize": teacher.quantize, "dtype": teacher.dtype, "digest": digest}
+    if isinstance(teacher.model, RecipeModel):
+        product = open_artifact(products[teacher.name], kind="student")
+        whole, adapter = product.path / "model", product.path / "adapter"
+        base = Path(product.result["base"]) if adapter.is_dir() else whole
+        if adapter.is_dir() and teacher.adapter is None and base.is_dir():
+            return TeacherFolder(base=base, adapter=adapter, whole=whole, whole_adapter=None, tokenizer=whole, **common)
+        folder = whole
+    else:
+        folder = model_folder(teacher.model, folder=recipe.folder)
+    own = (recipe.folder / teacher.adapter.expanduser()).resolve() if teacher.adapter else None
+    if own is not None:
+        common["digest"] = fingerprint([digest, sources.adapter_digest(teacher, folder=recipe.folder)])
+    return TeacherFolder(base=folder, adapter=own, whole=folder, whole_adapter=own, tokenizer=folder, **common)
+
+
+@dataclass
+class Body:
+    """A causal LM seen as hidden states and a head."""
+
+    model: Any  # transformers PreTrainedModel, or PeftModel around one
+    adapter: str | None = None
+    head: Head = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.head = head_of(causal_lm(self.model))
+
+    @property
+    def width(self) -> int:
+        """d, of the states that enter the head."""
+        return int(self.head.weight_Vd.shape[1])
+
+    @property
+    def layers(self) -> int:
+        """Hidden layers."""
+        return int(causal_lm(self.model).config.get_text_config().num_hidden_layers)
+
+    def states(self, input_ids_RL: Tensor, layers: Sequence[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
+        """Last hidden states [R, L, d] and those after each of ``layers`` (counted from 1), in the caller's grad mode.
+
+        Right padding needs no mask: attention is causal, so label positions never see it.
+        """
+        lm = causal_lm(self.model)
+        if self.adapter is not None:
+            self.model.set_adapter(self.adapter)
+        body = getattr(lm, lm.base_model_prefix)
+        output = body(input_ids=input_ids_RL, use_cache=False, output_hidden_states=bool(layers))
+        return output.last_hidden_state, {i: output.hidden_states[i] for i in layers}
+
+
+class Teachers:
+    """All teachers of a recipe, ready to run."""
+
+    def __init__(self, folders: Sequence[TeacherFolder], *, device: torch.device, compute_dtype: torch.dtype) -> None:
+        """Load them, to be run under autocast to ``compute_dtype``. Raises `ModelError` for an adapter that does not fit its base."""
+        self.names = [f.name for f in folders]
+        self.bodies: list[Body] = []
+        self.heads: list[Head] = []
+        self.temperatures = [1.0] * len(folders)
+        shared: dict[tuple[Path, str, str], Any] = {}
+        for folder in folders:
+            place = (folder.base, folder.quantize, folder.dtype)
+            if folder.adapter is None:
+                model = load_model(folder.base, dtype=folder.dtype, quantize=folder.quantize, device=device)
+            elif place not in shared:
+                base = load_model(folder.base, dtype=folder.dtype, quantize=folder.quantize, device=device)
+                model = shared[place] = _with_adapter(base, folder)
+            else:
+                model = shared[place]
+                with _adapter_errors(folder):
+                    model.load_adapter(str(folder.adapter), adapter_name=folder.name, is_trainable=False)
+            model.requires_grad_(False)
+            model.eval()
+            cast_frozen(model, compute_dtype)
+            use_short_attention(causal_lm(model))
+            self.bodies.append(Body(model, adapter=folder.name if folder.adapter else None))
+        cast: dict[int, Head] = {}
+        for body in self.bodies:
+            weight = body.head.weight_Vd
+            if id(weight) not in cast:
+                cast[id(weight)] = replace(body.head, weight_Vd=weight.to(compute_dtype))
+            self.heads.append(cast[id(weight)])
+        self.widths, self.depths = [b.width for b in self.bodies], [b.layers for b in self.bodies]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @torch.no_grad()
+    def states(
+        self, input_ids_RL: Tensor, layers: Sequence[Sequence[int]] | None = None, *, only: int | None = None
+    ) -> tuple[list[TeacherStates], list[list[Tensor]]]:
+        """Last states of each teacher (or ``only`` one), and the states [K][P] of [R, L, d_k] after the given layers of each."""
+        last, inner = [], []
+        for k in range(len(self)) if only is None else [only]:
+            body, head = self.bodies[k], self.heads[k]
+            wanted = list(layers[k]) if layers else []
+            hidden_RLd, states = body.states(input_ids_RL, wanted)
+            last.append(TeacherStates(hidden_RLd.to(head.weight_Vd.dtype), head, self.temperatures[k]))
+            inner.append([states[i] for i in wanted])
+        return last, inner
+
+
+def causal_lm(model: Any) -> Any:
+    """The transformers model inside a PeftModel, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def head_of(model: Any) -> Head:
+    """The head of a causal LM, with the logit scale and soft-capping of the architectures that have them."""
+    config, output = model.config.get_text_config(), model.get_output_embeddings()
+    if output is None:
+        raise ModelError(
+            f"{type(model).__name__} has no output embeddings; only causal language models can be distilled."
+        )
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    return Head(output.weight, getattr(output, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+
+
+def _with_adapter(base: Any, folder: TeacherFolder) -> Any:
+    from peft import PeftModel
+
+    with _adapter_errors(folder):
+        return PeftModel.from_pretrained(base, str(folder.adapter), adapter_name=folder.name, is_trainable=False)
+
+
+@contextlib.contextmanager
+def _adapter_errors(folder: TeacherFolder) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{folder.adapter}: this adapter does not fit {folder.base}: {error}") from error

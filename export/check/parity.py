@@ -1,0 +1,355 @@
+"""Does the graph compute what the student computes? Cases, torch's answers, and the differences by form.
+
+The cases are the ways a client feeds a decoder: a prompt, token by token, in chunks, in ragged batches padded on either
+side. Torch's answers to some positions of each travel with the artifact, so that a machine without torch can measure again.
+
+Shape letters: B rows, L length with padding, P positions compared, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file, save_file
+
+from limbeck.contract.errors import ParityError
+from limbeck.contract.loading import load_pretrained
+from limbeck.contract.progress import task
+from limbeck.contract.recipe import Provider
+from limbeck.runtime.decoder import Decoder
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+Floats64 = npt.NDArray[np.float64]
+
+PARITY = "parity.safetensors"
+PARITY_BASE = "parity_base.safetensors"  # of the base alone, where the adapter is kept apart
+_KEPT_BYTES = 8_000_000  # of reference logits in the artifact
+_LONG = 128  # tokens of the rows of the long case
+_LONGEST = 512  # of the longest case, or the context where that is less
+_COMPARED = 128  # positions of the longest case, its end among them; their logits stay in memory
+_AT_ONCE = 64  # positions compared at a time, which bounds the memory
+_TEXTS = 3  # rows of the long case, one a domain
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to feed a decoder, and torch's answers to it."""
+
+    ids: Ints  # [B, L]
+    mask: Ints  # [B, L], 1 for tokens
+    splits: Ints  # columns fed at a time; they sum to L
+    rows: Ints  # [P]
+    columns: Ints  # [P]
+    logits: Floats  # [P, V]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a form may be from torch. Measured values and the reasons are in docs/experiments.md."""
+
+    relative: float  # largest logit difference over the largest reference logit (at least 1)
+    kl: float  # mean KL(torch || form) in nats
+    top1: float  # share of positions with the same first choice where torch's lead is at least `lead`
+    lead: float  # logit difference between torch's first and second choice that makes a position count
+
+
+_WORST = 5  # times the mean KL, and the share of other first choices, that a single case, which may be one position, may reach
+TOLERANCES = {
+    "fp32": Tolerance(relative=1e-4, kl=1e-6, top1=1.0, lead=1e-2),
+    "fp16": Tolerance(relative=0.03, kl=1e-4, top1=0.99, lead=0.1),
+    "int8-weight": Tolerance(relative=0.25, kl=0.03, top1=0.97, lead=0.5),
+    "int8-dynamic": Tolerance(relative=0.4, kl=0.1, top1=0.95, lead=0.5),
+    "int8-static": Tolerance(relative=0.4, kl=0.1, top1=0.95, lead=0.5),
+    "int8-trt": Tolerance(relative=0.4, kl=0.1, top1=0.95, lead=0.5),
+    "int4-weight": Tolerance(relative=0.5, kl=0.3, top1=0.85, lead=0.5),
+}
+
+
+def make_cases(texts: Sequence[Ints], *, context: int, more: Sequence[Ints] = ()) -> dict[str, Case]:
+    """Cases without answers from token rows ``texts``, each within ``context`` tokens.
+
+    The longest case joins ``texts``, then ``more``, up to the context's end or 512 tokens; what is shorter is read again. It is
+    fed in two halves, so that the graph's logits of one take no more memory than those of the other cases.
+    """
+    pool = np.concatenate([*texts, *texts])  # a short text is read twice rather than making a case shorter
+    room = min(context, 24)
+    step = max(room // 4, 1)  # tokens decoded one at a time at the end of a case
+
+    def take(length: int, at: int = 0) -> Ints:
+        return np.resize(np.roll(pool, -at), length)
+
+    def case(tokens: Sequence[Ints], splits: Sequence[int], *, left: bool = True, tail: int = 0) -> Case:
+        width = int(sum(splits))
+        ids, mask = np.zeros((len(tokens), width), np.int64), np.zeros((len(tokens), width), np.int64)
+        for row, text in enumerate(tokens):
+            head = len(text) - tail  # of the padded part; the tail is decoded without padding
+            start = width - len(text) if left else 0
+            mask[row, start : start + head] = 1
+            mask[row, width - tail :] = 1
+            ids[row, mask[row] == 1] = text
+        rows, columns = np.nonzero(mask)
+        return Case(ids, mask, np.asarray(splits, np.int64), rows, columns, np.zeros((0, 0), np.float32))
+
+    head = room - step
+    ragged = [take(length + step, 7 * n) for n, length in enumerate((head, max(head // 2, 1), 1))]
+    steps = [1] * step
+    long = [text[: min(context, _LONG)] for text in texts[:_TEXTS]]
+    longest = np.resize(np.concatenate([*texts, *more]), min(context, _LONGEST))
+    kept = np.unique(np.linspace(0, len(longest) - 1, _COMPARED).astype(np.int64))
+    halves = [part for part in (len(longest) - len(longest) // 2, len(longest) // 2) if part]
+    return {
+        "prompt": case([take(room)], [room]),
+        "one_token": case([take(1, 3)], [1]),
+        "decode": case([take(room, 5)], [head, *steps]),
+        "decode_from_one": case([take(1 + step, 9)], [1, *steps]),
+        "chunks": case([take(room, 11)], [head, step]),
+        "left_padded": case(ragged, [head, *steps], tail=step),
+        "right_padded": case(ragged, [head, *steps], left=False, tail=step),
+        "long": case(long, [max(len(text) for text in long)]),
+        "longest": replace(case([longest], halves), rows=np.zeros_like(kept), columns=kept),
+    }
+
+
+def answer(cases: Mapping[str, Case], model: Path, *, adapter: Path | None = None) -> dict[str, Case]:
+    """Fill in the logits of the transformers folder ``model`` in eager fp32, at the positions of every case.
+
+    ``adapter`` is a peft folder that sits on it.
+
+    Each row is run by itself without its padding, which is what a padded row must be equal to.
+    """
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
+    loaded = load_pretrained(transformers.AutoModelForCausalLM, model, **options)
+    if adapter is not None:
+        from export.folder.adapters import with_adapter
+
+        loaded = with_adapter(loaded, adapter)
+    loaded.eval()
+    answered = {}
+    with torch.inference_mode(), task("reference answers of torch", len(cases)) as progress:
+        for name, case in cases.items():
+            logits = []
+            for row, (ids, mask) in enumerate(zip(case.ids, case.mask, strict=True)):
+                tokens, kept = ids[mask == 1], np.cumsum(mask)[case.columns[case.rows == row]] - 1
+                asked = {"input_ids": torch.from_numpy(tokens[None]), "logits_to_keep": torch.from_numpy(kept)}
+                logits.append(loaded(**asked, use_cache=False).logits[0].numpy())
+            answered[name] = replace(case, logits=np.concatenate(logits))
+            progress.advance()
+    return answered
+
+
+def thin(cases: Mapping[str, Case]) -> dict[str, Case]:
+    """Keep few enough positions of each case to travel with the artifact: where a prompt ends first, then spread evenly."""
+    vocabulary = next(iter(cases.values())).logits.shape[1]
+    each = max(_KEPT_BYTES // (4 * vocabulary * len(cases)), 2)
+    kept = {}
+    for name, case in cases.items():
+        ends = np.flatnonzero(_after_prompt(case))
+        order = np.unique(
+            np.concatenate([ends[-each // 2 :], np.linspace(0, len(case.rows) - 1, each).astype(np.int64)])
+        )
+        if len(order) > each:
+            order = order[np.linspace(0, len(order) - 1, each).astype(np.int64)]
+        kept[name] = replace(case, rows=case.rows[order], columns=case.columns[order], logits=case.logits[order])
+    return kept
+
+
+def save_cases(path: Path, cases: Mapping[str, Case]) -> None:
+    """Write cases to one safetensors file."""
+    save_arrays(path, {name: vars(case) for name, case in cases.items()})
+
+
+def load_cases(path: Path) -> dict[str, Case]:
+    """Read what `save_cases` wrote."""
+    return {name: Case(**arrays) for name, arrays in load_arrays(path).items()}
+
+
+def save_arrays(path: Path, cases: Mapping[str, Mapping[str, npt.NDArray[Any]]]) -> None:
+    """Write the named arrays of each case to one safetensors file."""
+    save_file({f"{c}/{n}": np.ascontiguousarray(v) for c, arrays in cases.items() for n, v in arrays.items()}, path)
+
+
+def load_arrays(path: Path) -> dict[str, dict[str, npt.NDArray[Any]]]:
+    """Read what `save_arrays` wrote, the cases in the order of their names."""
+    cases: dict[str, dict[str, npt.NDArray[Any]]] = {}
+    for name, values in sorted(load_file(path).items()):
+        case, _, array = name.partition("/")
+        cases.setdefault(case, {})[array] = values
+    return cases
+
+
+def measure_parity(
+    form: str,
+    last: Path,
+    all_: Path,
+    cases: Mapping[str, Case],
+    *,
+    provider: Provider = "cpu",
+    adapter: Path | None = None,
+) -> dict[str, Any]:
+    """Differences between the graphs of ``form`` and the cases' answers, by case and over all positions.
+
+    Both graphs are fed: ``all_`` is compared at every position, ``last`` where it has an answer. The result names the
+    tolerance and the ``failures``, empty when the form is good enough.
+    """
+    tolerance = TOLERANCES[form]
+    by_case: dict[str, dict[str, float]] = {}
+    nll: dict[str, float] = {}
+    total: list[Floats64] = []
+    scale = max(1.0, *(float(np.abs(case.logits).max()) for case in cases.values()))
+    with task(f"parity of {form}", 2 * len(cases)) as progress:
+        for path in (all_, last):
+            decoder = Decoder.from_graph(path, provider=provider, adapter=adapter)
+            for name, case in cases.items():
+                chosen = np.arange(len(case.rows)) if decoder.all_logits else np.flatnonzero(_after_prompt(case))
+                if len(chosen):
+                    found = feed(decoder, case)
+                    differences = _differences(case, chosen, found)
+                    by_case[name if decoder.all_logits else f"{name}/last"] = _summary(differences, tolerance.lead)
+                    total.append(differences)
+                    if name == "long" and len(chosen) == case.mask.sum():
+                        nll = _nll(case, found)
+                    del found  # before the next case's are made
+                progress.advance()
+            del decoder  # its weights, before the next graph's are loaded
+    summary = _summary(np.concatenate(total, axis=1), tolerance.lead)
+    limits = {"max_abs": tolerance.relative * scale, "kl": tolerance.kl, "top1_sure": tolerance.top1}
+    failures = [
+        f"{name}: {metric} is {values[metric]:.3g}, tolerance {limit:.3g}"
+        for name, values in by_case.items()
+        for metric, limit in (("max_abs", limits["max_abs"]), ("kl", _WORST * limits["kl"]))
+        if not values[metric] <= limit  # NaN is past every tolerance
+    ]
+    for name, values in by_case.items():
+        missed = round(values["sure"] * (1 - values["top1_sure"]))
+        may = math.ceil(round(_WORST * (1 - tolerance.top1) * values["sure"], 6))
+        if missed > may:
+            failures.append(
+                f"{name}: {missed} of {values['sure']} first choices that torch is sure of differ, {may} may"
+            )
+    if not summary["kl"] <= limits["kl"]:
+        failures.append(f"all cases: kl is {summary['kl']:.3g}, tolerance {limits['kl']:.3g}")
+    if not summary["top1_sure"] >= limits["top1_sure"]:
+        failures.append(f"all cases: top1_sure is {summary['top1_sure']:.3g}, tolerance {limits['top1_sure']:.3g}")
+    return {
+        **summary,
+        **nll,
+        "provider": provider,
+        "tolerance": limits,
+        "lead": tolerance.lead,
+        "cases": by_case,
+        "failures": failures,
+    }
+
+
+def require_parity(form: str, parity: Mapping[str, Any]) -> None:
+    """Raise `ParityError` naming the cases past tolerance, if there are any."""
+    if parity["failures"]:
+        listed = "\n".join(f"  {failure}" for failure in parity["failures"])
+        raise ParityError(
+            f"the {form} graph does not compute what the student computes:\n{listed}\n"
+            "Nothing was kept. Choose another form or a smaller block_size in the recipe, or report the model."
+        )
+
+
+def feed(decoder: Decoder, case: Case) -> Floats:
+    """Logits ``[P, V]`` at the positions of a case that is fed in its splits; NaN where a last-logits graph does not answer.
+
+    A graph of fixed shape gets the rows as many at a time as it takes.
+    """
+    width, most = case.ids.shape[1], decoder.fixed[0] if decoder.fixed else len(case.ids)
+    out = np.full((len(case.rows), decoder.vocabulary), np.nan, np.float32)
+    for first in range(0, len(case.ids), most):
+        part = slice(first, first + most)
+        all_ids, all_mask = case.ids[part], case.mask[part]
+        mine = (case.rows >= first) & (case.rows < first + most)
+        start = 0
+        for count in case.splits.tolist():
+            ids, mask = all_ids[:, start : start + count], all_mask[:, start : start + count]
+            found = decoder.extend(ids, mask) if start else decoder.prefill(ids, mask, room=width - count)
+            at = np.flatnonzero(mine & (case.columns >= start) & (case.columns < start + count))
+            rows, columns = case.rows[at] - first, case.columns[at] - start
+            if decoder.all_logits:
+                out[at] = found[rows, columns]
+            else:
+                ends = columns == (count - 1 - np.argmax(mask[:, ::-1], axis=1))[rows]
+                out[at[ends]] = found[rows[ends]]
+            start += count
+    return out
+
+
+def _after_prompt(case: Case) -> npt.NDArray[np.bool_]:
+    """Which answers ``[P]`` follow the last token that a row was fed in one run: those a last-logits graph gives."""
+    given = np.zeros(case.mask.shape, bool)
+    start = 0
+    for count in case.splits.tolist():
+        part = case.mask[:, start : start + count]
+        given[np.arange(len(part)), start + count - 1 - np.argmax(part[:, ::-1], axis=1)] = True
+        start += count
+    return np.asarray(given[case.rows, case.columns])
+
+
+def _differences(case: Case, chosen: Ints, found_PV: Floats) -> Floats64:
+    """Five numbers a ``chosen`` position ``[5, P]``: largest and mean logit difference, KL(torch || found), same choice, lead."""
+    out = np.empty((5, len(chosen)))
+    for start in range(0, len(chosen), _AT_ONCE):
+        piece, at = slice(start, start + _AT_ONCE), chosen[start : start + _AT_ONCE]
+        reference, found = case.logits[at], found_PV[at]
+        p, q = _log_softmax(reference), _log_softmax(found)
+        gap = np.abs(reference - found)
+        first = reference.argmax(axis=1)
+        out[0, piece], out[1, piece] = gap.max(axis=1), gap.mean(axis=1)
+        out[2, piece] = (np.exp(p) * (p - q)).sum(axis=1, dtype=np.float64)
+        out[3, piece] = first == found.argmax(axis=1)
+        out[4, piece] = margins(reference)
+    return out
+
+
+def margins(logits_PV: Floats) -> Floats:
+    """How far the first choice of each position leads the second, ``[P]``."""
+    two = np.partition(logits_PV, -2, axis=1)[:, -2:]
+    return np.asarray(two[:, 1] - two[:, 0], np.float32)
+
+
+def _summary(differences: Floats64, lead: float) -> dict[str, float]:
+    largest, mean, kl, same, margin = differences
+    sure = margin >= lead
+    return {
+        "positions": len(largest),
+        "max_abs": float(largest.max()),
+        "mean_abs": float(mean.mean()),
+        "kl": max(float(kl.mean()), 0.0) if np.isfinite(kl).all() else float("nan"),
+        "top1": float(same.mean()),
+        "top1_sure": float(same[sure].mean()) if sure.any() else 1.0,
+        "sure": int(sure.sum()),
+    }
+
+
+def _nll(case: Case, found_PV: Floats) -> dict[str, float]:
+    """Nats a token of torch and of the graph on the text of ``case``, where the next token is known."""
+    known = np.flatnonzero(case.columns + 1 < case.ids.shape[1])
+    known = known[case.mask[case.rows[known], case.columns[known] + 1] == 1]
+    sums = {"nll_torch": 0.0, "nll": 0.0}
+    for start in range(0, len(known), _AT_ONCE):
+        at = known[start : start + _AT_ONCE]
+        rows, columns = case.rows[at], case.columns[at]
+        labels = case.ids[rows, columns + 1]
+        for name, logits in (("nll_torch", case.logits[at]), ("nll", found_PV[at])):
+            sums[name] -= float(_log_softmax(logits)[np.arange(len(at)), labels].sum(dtype=np.float64))
+    return {name: total / len(known) for name, total in sums.items()}
+
+
+def _log_softmax(logits: Floats) -> Floats:
+    shifted: Floats = logits - logits.max(axis=1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
+    return shifted

@@ -1,0 +1,1 @@
+"""What lies beside the graphs in the folder that is deployed."""

@@ -1,0 +1,1 @@
+"""Sizes of graphs that are not made yet."""

@@ -1,0 +1,129 @@
+"""Which matrices of int4-weight keep 8 bits when the recipe asks for a size or a loss (`export.round.mixed`), and the table it rests on."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from export.build.surgery import Graphs, form_files
+from export.check.heldout import heldout_nll, relative_rise
+from export.round.blocks import Blockwise
+from export.round.calibrate import Calibration
+from export.round.origin import origins
+from export.round.quantize import Scheme, matrices_of, quantize_weights, stored_bytes
+from export.round.sensitivity import Cost, measure_costs, within_bytes, within_loss
+from limbeck.contract.heldout import Blocks
+from limbeck.contract.progress import say
+from limbeck.contract.recipe import Gates, MixedByLoss, MixedBySize
+
+_NODE_BYTES = 600  # most that a rounded product adds to graph and padding
+
+
+def choose_bits(
+    mixed: MixedBySize | MixedByLoss,
+    gates: Gates,
+    *,
+    scheme: Scheme,
+    graphs: Graphs,
+    model: Path,
+    texts: Sequence[npt.NDArray[np.int64]],
+    heldout: Mapping[str, Blocks],
+    calibrate: Callable[[Scheme], Calibration | None],
+) -> tuple[Scheme, dict[str, Any]]:
+    """``scheme`` with 4 bits everywhere but in the head and the matrices chosen, and what the manifest says of the choice.
+
+    ``texts`` are rows that sensitivities are measured on; a loss is measured on all of ``heldout``. ``calibrate`` tells what a
+    scheme must know of activations.
+
+    Gates are judged on the same ``heldout``, so a loss that was kept to here is no independent finding there. The training rows that
+    a student carries are no better judge: GPTQ is fitted to them and loses less on them than elsewhere.
+    """
+    flat, more = with_more(scheme, ()), scheme.head
+    assert isinstance(more, Blockwise)
+    matrices = matrices_of(graphs, flat)
+    body = {name: matrix for name, matrix in matrices.items() if matrix.how == flat.body}
+    calibration = calibrate(flat)
+    costs = measure_costs(
+        model,
+        graphs,
+        body,
+        origins(body, graphs, model),
+        texts,
+        more=more,
+        tokens=mixed.tokens,
+        moments=calibration.moments if calibration else {},
+    )
+
+    found: dict[str, Any] = {"kind": mixed.kind}
+    if isinstance(mixed, MixedBySize):
+        bound = mixed.mb or gates.max_size_mb
+        assert bound is not None
+        least = _least_bytes(graphs, flat)
+        chosen = within_bytes(costs, int(bound * 1e6) - least)
+        found |= {"bound_mb": bound}
+        if least > bound * 1e6:
+            say(f"export: 4 bits alone take {least / 1e6:.1f} MB, above the {bound:g} MB asked for")
+    else:
+        rise = mixed.rise or gates.max_quantization_loss
+        assert rise is not None
+        exact = heldout_nll(graphs.all, heldout)
+
+        def measure(names: list[str]) -> float:
+            with tempfile.TemporaryDirectory(dir=graphs.data.parent) as temporary:
+                made = form_files(Path(temporary), "int4-weight")
+                made.data.parent.mkdir()
+                quantize_weights(graphs, made, scheme=with_more(scheme, names), metadata={}, calibration=calibration)
+                return relative_rise(heldout_nll(made.all, heldout), exact)
+
+        chosen, reached = within_loss(costs, rise, measure)
+        found |= {"bound_rise": rise, "rise": reached}
+        if reached > rise:
+            say(f"export: 8 bits everywhere still lose {reached:.2%}, above the {rise:.2%} asked for")
+    say(f"export: {len(chosen)} of {len(costs)} matrices get 8 bits")
+    return with_more(scheme, chosen), found | {
+        "sensitivity": [_entry(cost, cost.matrix in set(chosen)) for cost in costs]
+    }
+
+
+def same_bits(scheme: Scheme, found: dict[str, Any]) -> tuple[Scheme, dict[str, Any]]:
+    """The choice of an earlier `choose_bits`, from what the manifest says of it: a recovered student learnt to live with that one."""
+    return with_more(scheme, [entry["matrix"] for entry in found["sensitivity"] if entry["bits"] == 8]), found
+
+
+def more_bits_everywhere(found: Mapping[str, Any]) -> bool:
+    """Whether a choice, as the manifest has it, left no matrix in 4 bits."""
+    return all(entry["bits"] == 8 for entry in found["sensitivity"])
+
+
+def with_more(scheme: Scheme, names: Sequence[str]) -> Scheme:
+    """``scheme`` with 4 bits everywhere but in the head and the matrices ``names``, which get the head's."""
+    few, more = scheme.body, scheme.head
+    assert isinstance(few, Blockwise)
+    assert isinstance(more, Blockwise)
+    return replace(scheme, attention=few, narrow=few, exceptions=dict.fromkeys(names, more))
+
+
+def _entry(cost: Cost, chosen: bool) -> dict[str, Any]:
+    return asdict(cost) | {"bits": 8 if chosen else 4}
+
+
+def _least_bytes(graphs: Graphs, scheme: Scheme) -> int:
+    """Size of graph and weights when nothing gets more bits; a little more than it will be."""
+    proto = onnx.load(graphs.last, load_external_data=False)
+    matrices = matrices_of(graphs, scheme)
+    whole = graphs.last.stat().st_size + _NODE_BYTES * len(matrices)
+    for tensor in proto.graph.initializer:
+        matrix, entry = matrices.get(tensor.name), {e.key: e.value for e in tensor.external_data}
+        if matrix is not None:
+            assert isinstance(matrix.how, Blockwise)
+            whole += stored_bytes(matrix.channels, matrix.width, matrix.how)
+        elif "length" in entry:
+            whole += int(entry["length"])
+    return whole

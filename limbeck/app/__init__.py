@@ -1,0 +1,1 @@
+"""The command line, and the order of the stages. The only layer that imports them."""

@@ -1,0 +1,222 @@
+"""`limbeck search`: from a budget in megabytes and milliseconds to the student that keeps it.
+
+The order of the work: the plan rules out what is too large, a handful of exports is timed and the rest predicted (`probes`), short
+distillations halve the field (`rounds`), and the finalists go through the whole job (`finals`). Only those are ever called good: what
+a search promises was measured. Optuna keeps the state (ask and tell), so that a search goes on where it stopped and several can share
+one. What differs between language models and encoders is in `tasks`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from limbeck.app import run as pipeline
+from limbeck.app.plan import training_memory
+from limbeck.app.search.candidates import Candidate, SpeedModel, still_in
+from limbeck.app.search.finals import measure_finalists
+from limbeck.app.search.outcome import (
+    PICTURE,
+    UNTRAINED,
+    Found,
+    asked_for,
+    draw,
+    figures_of,
+    markdown,
+    megabytes,
+    missed_bound,
+    nearest,
+    out_of_time,
+    rows,
+)
+from limbeck.app.search.probes import predict_speeds
+from limbeck.app.search.rounds import halve
+from limbeck.app.search.state import PATIENCE, SPENT, Clock, claim, digest_of, require_ours
+from limbeck.app.search.tasks import task_of
+from limbeck.contract.artifact import write_atomically
+from limbeck.contract.errors import EnvironmentalError, RecipeError
+from limbeck.contract.lock import locked
+from limbeck.contract.progress import say
+from limbeck.contract.recipe import AnyBudget, FreshStudent, Recipe
+from limbeck.contract.recipe.encoder import AnyRecipe, FreshEncoder, parse_any_recipe
+from limbeck.runtime.decoder import import_onnxruntime
+
+CHOSEN, NEAREST, RESULT, TABLE = "chosen.yaml", "nearest.yaml", "search.json", "search.md"
+_SIZE_ERROR = 0.02  # of the plan, relative
+_RESERVED = 0.5  # share of the hours kept for the finalists
+
+
+def search(recipe: AnyRecipe, *, out: Path | None = None) -> Found:
+    """Find the best student within ``recipe.budget`` and write it to ``out`` as a recipe of its own.
+
+    ``out`` defaults to ``runs/search-<name>-<digest8>``; an interrupted search goes on there, and several processes share one.
+    Raises `RecipeError` without a budget or a base to start from, `EnvironmentalError` without Optuna, `ArtifactError` for a folder
+    that holds something else, and whatever a stage raises.
+    """
+    budget = _required(recipe)
+    _require_optuna()
+    pipeline.require_inputs(recipe)
+    import_onnxruntime()  # the first exports need it
+    digest = digest_of(recipe)
+    folder = out or Path("runs") / f"search-{recipe.name}-{digest[:8]}"
+    require_ours(folder, digest)
+    task = task_of(recipe)
+    students = dict(task.students(recipe))
+    candidates = task.sized(recipe, students)  # what is wrong with a model or a form is told before anything is written
+    claim(folder, digest)
+    clock = Clock(folder / SPENT)
+    with locked(folder, wait=True):
+        if (found := _found(folder, recipe, budget)) is not None:
+            return found
+        say(f"== search: {len(students)} students in {len(recipe.search.forms)} forms")
+        _rule_out_sizes(candidates, budget)
+        _rule_out_memory(recipe, students, candidates, budget)
+        models = predict_speeds(recipe, students, candidates, budget, folder)
+        clock.save()
+    halve(recipe, students, candidates, folder, clock, until=3600 * budget.hours * (1 - _RESERVED))
+    with locked(folder, wait=True):
+        if (found := _found(folder, recipe, budget)) is not None:
+            return found
+        measure_finalists(recipe, students, candidates, budget, folder, clock)
+        return _conclude(recipe, students, candidates, budget, models, folder, clock.spent())
+
+
+def _required(recipe: AnyRecipe) -> AnyBudget:
+    budget = recipe.budget
+    if budget is None or all(bound is None for bound in (budget.size_mb, *budget.times.values())):
+        raise RecipeError(
+            f"{recipe.name}: budget: a search needs a bound to keep to; add budget: {{size_mb: 120}}, or --set budget.size_mb=120."
+        )
+    if isinstance(recipe.student, FreshStudent | FreshEncoder):
+        kinds = "lora or shrink" if isinstance(recipe, Recipe) else "full or shrink"
+        raise RecipeError(f"{recipe.name}: student.kind: a search cuts a base down; use {kinds}, with a base.")
+    if not recipe.teachers:
+        raise RecipeError(f"{recipe.name}: teachers: a search compares distilled students; name a teacher.")
+    if isinstance(recipe, Recipe) and recipe.training.tokens is None:
+        raise RecipeError(
+            f"{recipe.name}: training.minutes: rounds are counted in tokens; give the budget as `tokens`."
+        )
+    if list(recipe.search.rungs) != sorted(set(recipe.search.rungs)):
+        raise RecipeError(
+            f"{recipe.name}: search.rungs: found {list(recipe.search.rungs)}; each round is longer than the one before."
+        )
+    return budget
+
+
+def _require_optuna() -> None:
+    try:
+        import optuna
+    except ImportError:
+        raise EnvironmentalError("limbeck search needs Optuna; install it: pip install 'limbeck[search]'.") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def _found(folder: Path, recipe: AnyRecipe, budget: AnyBudget) -> Found | None:
+    """What a search that is complete came to; none where there is none, or where its time or the bench's was up and there is more of it now."""
+    if not (folder / RESULT).exists():
+        return None
+    result = json.loads((folder / RESULT).read_text())
+    if any(c["late"] for c in result["candidates"]) and budget.hours > result["budget"]["hours"]:
+        return None
+    undecided = any(c["verdict"] == "undecided" for c in result["candidates"])
+    if undecided and any(getattr(recipe.bench, name) > result["bench"][name] for name in PATIENCE):
+        return None
+    return Found(folder, result["table"], result["sentence"], result["exit_code"])
+
+
+def _rule_out_sizes(candidates: Sequence[Candidate], budget: AnyBudget) -> None:
+    if budget.size_mb is None:
+        return
+    for candidate in candidates:
+        if candidate.size > 1e6 * budget.size_mb * (1 + _SIZE_ERROR):
+            candidate.out = f"planned {megabytes(candidate.size)}"
+
+
+def _rule_out_memory(
+    recipe: AnyRecipe, students: Mapping[str, dict[str, Any]], candidates: Sequence[Candidate], budget: AnyBudget
+) -> None:
+    """Leave out what cannot be trained here: of each kind of student the largest are planned first, until one fits."""
+    fits: set[str] = set()  # kinds
+    for candidate in sorted(still_in(candidates), key=lambda c: -c.size):
+        student = students[candidate.student]
+        if student["kind"] in fits or candidate.out is not None:
+            continue
+        tree = task_of(recipe).final_recipe(recipe, student, candidate, budget)
+        taken, here = training_memory(parse_any_recipe(tree, where=candidate.name))
+        if taken <= here:
+            fits.add(student["kind"])
+            continue
+        for other in still_in(candidates):  # the other forms of the student
+            if other.student == candidate.student:
+                other.out = f"{UNTRAINED}{megabytes(taken)} of memory, and {megabytes(here)} are here"
+    if out := list(dict.fromkeys(c.student for c in candidates if (c.out or "").startswith(UNTRAINED))):
+        say(f"   planned to take more memory than there is here, and left out: {', '.join(out)}")
+
+
+def chosen(passed: Sequence[Candidate], budget: AnyBudget) -> Candidate:
+    """The one with the least loss; of equals, which metrics that count examples bring about, the fastest, then the smallest."""
+
+    def order(c: Candidate) -> tuple[float, ...]:
+        assert c.loss is not None
+        return (c.loss, *(c.measured[metric] for metric in budget.times if metric in c.measured), c.measured["size"])
+
+    return min(passed, key=order)
+
+
+def _conclude(
+    recipe: AnyRecipe,
+    students: Mapping[str, dict[str, Any]],
+    candidates: Sequence[Candidate],
+    budget: AnyBudget,
+    models: Mapping[str, SpeedModel],
+    folder: Path,
+    seconds: float,
+) -> Found:
+    passed = [c for c in candidates if c.verdict == "pass"]
+    undecided = [c for c in candidates if c.verdict == "undecided"]
+    (folder / CHOSEN).unlink(missing_ok=True)
+    (folder / NEAREST).unlink(missing_ok=True)
+    if passed:
+        best, code, name, note = chosen(passed, budget), 0, CHOSEN, ""
+        sentence = f"{best.name} keeps the budget: {figures_of(best)}; limbeck run {folder / CHOSEN}"
+    else:
+        best, name = nearest(undecided or candidates, budget), NEAREST
+        code = 3 if undecided or out_of_time(candidates) else 1
+        kept = "were not shown to be kept" if code == 3 else "are not kept: it fails unless they are raised"
+        note = f"# Its gates are the budget's, which {kept}.\n"
+        sentence = (
+            f"{missed_bound(candidates, budget)} The nearest is {best.name}: {figures_of(best)}; limbeck run {folder / NEAREST} "
+            f"(its gates are the budget's, which {kept})"
+        )
+    if said := ", ".join(f"{metric} within {m.error:.0%}" for metric, m in models.items() if m.error is not None):
+        sentence += f"\nPredicted times: {said}, by the worst of the timed exports that the prediction had not seen."
+    tree = task_of(recipe).final_recipe(recipe, students[best.student], best, budget)
+    head = f"# Found by `limbeck search {recipe.name}` for {asked_for(budget)}: {figures_of(best)}.\n{note}"
+    write_atomically(folder / name, head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120))
+    table = markdown(rows(candidates, best, budget))
+    write_atomically(folder / TABLE, f"{table}\n\n{sentence}\n")
+    draw(candidates, budget, best, folder / PICTURE)
+    write_atomically(
+        folder / RESULT,
+        json.dumps(
+            {
+                "recipe": recipe.name,
+                "budget": budget.model_dump(mode="json"),
+                "bench": {name: getattr(recipe.bench, name) for name in PATIENCE},
+                "best": best.name,
+                "sentence": sentence,
+                "table": table,
+                "exit_code": code,
+                "seconds": round(seconds, 1),
+                "speed_error": {metric: fitted.error for metric, fitted in models.items()},
+                "candidates": [asdict(c) for c in candidates],
+            },
+            indent=1,
+        ),
+    )
+    return Found(folder, table, sentence, code)

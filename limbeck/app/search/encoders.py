@@ -1,0 +1,200 @@
+"""The search for a classifier or a sentence encoder: bases whole and cut, examples, and the time of one sequence. See `limbeck.app.search.tasks`.
+
+Encoders train quickly: each round is a training of its own, from the base, and teachers answer anew.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from limbeck.app import run as pipeline
+from limbeck.app.plan import form_sizes
+from limbeck.app.search.candidates import Candidate
+from limbeck.app.search.variants import (
+    alone,
+    base_config,
+    cut_of,
+    dimensions,
+    exported,
+    fields,
+    share_of,
+    variant,
+    whole_steps,
+    why_uncut,
+)
+from limbeck.contract.progress import say
+from limbeck.contract.recipe import ClassificationBudget, EmbeddingBudget
+from limbeck.contract.recipe.encoder import EncoderRecipe, FreshEncoder
+
+if TYPE_CHECKING:
+    from compress.footprint.encoders import EncoderShape
+
+UNIT = "examples"
+_PROBE = {"examples": 64, "batch": 32}  # as many as a static form is calibrated on
+
+# Students --------------------------------------------------------------------------------------------------------
+
+
+def students(recipe: EncoderRecipe) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and `student:` of everything in the space, whole before cut."""
+    space, asked = recipe.search, recipe.resolved()["student"]
+    base = asked["base"]
+    if why := why_uncut(recipe):
+        say(f"search: {why}; nothing is cut")
+        yield "whole", {"kind": "full", "base": base}
+        return
+    cut = cut_of(asked)
+    whole, most = dimensions(recipe, {"kind": "shrink", "base": base}), dimensions(recipe, cut)
+    seen: list[dict[str, int]] = []
+    for width, depth in itertools.product(space.widths, space.depths):
+        sizes = {
+            "layers": share_of(most, "layers", depth),
+            "intermediate_size": share_of(most, "intermediate_size", width),
+        }
+        kept = dimensions(recipe, cut | sizes)
+        if kept in seen:
+            continue
+        seen.append(kept)
+        sizes = {name: kept[name] for name in sizes}
+        if kept == whole:
+            yield "whole", {"kind": "full", "base": base}
+        else:
+            yield f"cut-{kept['layers']}x{kept['intermediate_size']}", cut | sizes
+    if asked["kind"] == "shrink" and dimensions(recipe, asked) not in seen:
+        yield "asked", asked
+
+
+def sized(recipe: EncoderRecipe, students: Mapping[str, dict[str, Any]]) -> list[Candidate]:
+    """Every student in every form, with the size it is planned at and the operations of one sequence."""
+    from compress.footprint.encoders import trace_encoder
+
+    found, length = [], max(recipe.bench.lengths)
+    for name, student in students.items():
+        made = variant(recipe, student=student, export=exported(recipe, recipe.search.forms))
+        sizes, shape = form_sizes(made), _shape(made)
+        work = trace_encoder(shape, rows=1, length=length, precision="fp32", trains=False).forward / 1e9
+        found += [Candidate(name, form, name, sizes[form], shape.layers, work=work) for form in recipe.search.forms]
+    return found
+
+
+def _shape(recipe: EncoderRecipe) -> EncoderShape:
+    """The recipe's student as its configuration describes it."""
+    from compress.footprint.encoders import describe_encoder, encoder_student_config
+
+    assert not isinstance(recipe.student, FreshEncoder)
+    config = encoder_student_config(recipe, base=base_config(recipe, recipe.student.base), vocabulary=0)
+    return describe_encoder(config, name="the student", recipe=recipe)
+
+
+# Probes ----------------------------------------------------------------------------------------------------------
+
+
+def export_untrained(recipe: EncoderRecipe, student: dict[str, Any], forms: Sequence[str], folder: Path) -> None:
+    """Export a random model of a student's shape: speed does not depend on what weights say."""
+    tree = recipe.resolved()
+    probe = variant(
+        recipe,
+        name=f"{recipe.name[:60]}-probe",
+        teachers=tree["teachers"][:1],  # its tokenizer
+        student={"kind": "fresh", "config": fields(_shape(variant(recipe, student=student)).config)},
+        data=tree["data"] | {"heldout": tree["data"]["heldout"] | {"most": 8}},
+        fusion={"weights": {"kind": "uniform"}},
+        training=tree["training"] | _PROBE,
+        export=exported(recipe, forms),
+    )
+    for stage in ("compress", "export"):
+        pipeline.run_stage(stage, probe, out=folder)
+
+
+def time_exports(recipe: EncoderRecipe, exports: Sequence[tuple[Path, str]], out: Path) -> list[dict[str, float]]:
+    """Median times of one sequence, of run folders and forms, all in one interleaved run."""
+    import serve_bench
+
+    bench = recipe.bench.model_copy(update={"minutes": min(1.0, recipe.bench.minutes)})
+    return [{"latency_ms": found} for found in serve_bench.time_encoders(exports, out=out, bench=bench)]
+
+
+# Rounds ----------------------------------------------------------------------------------------------------------
+
+
+def rounds_of(recipe: EncoderRecipe) -> list[int]:
+    """Examples of each round, in whole steps."""
+    return whole_steps(recipe.search.rungs, step=recipe.training.batch, most=recipe.training.examples)
+
+
+def make_teachers(
+    recipe: EncoderRecipe, student: dict[str, Any], folder: Path, rounds: Sequence[int], *, cached: bool
+) -> dict[str, Path]:
+    """Make the teachers that are students of other recipes; what they say of examples is not kept."""
+    return pipeline.make_products(recipe)
+
+
+def heal(
+    recipe: EncoderRecipe,
+    name: str,
+    student: dict[str, Any],
+    products: Mapping[str, Path],
+    work: Path,
+    rounds: Sequence[int],
+    rung: int,
+    in_time: Callable[[], bool],
+) -> tuple[float, dict[str, float]]:
+    """Train one student from the base for a round's examples; one that is begun is trained to the end.
+
+    The loss of a classifier is that of held-out labels, which moves less by chance than the share of them that is right.
+    """
+    import compress
+
+    short = variant(
+        recipe,
+        name=f"{recipe.name[:50]}-{name}"[:80],
+        student=student,
+        training=recipe.resolved()["training"] | {"examples": rounds[rung]},
+    )
+    metrics = compress.distill(recipe=short, out=work / f"round-{rung}", products=products).result["metrics"]
+    shutil.rmtree(work)  # the next round begins from the base
+    metric = recipe.bench.metric if recipe.task == "classification" else "spearman"
+    loss = float(metrics["nll"] if recipe.task == "classification" else 1 - metrics["spearman"])
+    say(f"   {name}: {metric.replace('_', ' ')} {metrics[metric]:.4f}, loss {loss:.4f} after {rounds[rung]} examples")
+    return loss, {metric: float(metrics[metric])}
+
+
+# Finalists -------------------------------------------------------------------------------------------------------
+
+
+def final_recipe(
+    recipe: EncoderRecipe,
+    student: dict[str, Any],
+    candidate: Candidate,
+    budget: ClassificationBudget | EmbeddingBudget,
+) -> dict[str, Any]:
+    """See `limbeck.app.search.tasks`."""
+    return alone(
+        recipe,
+        student=student,
+        name=candidate.student,
+        form=candidate.form,
+        gates={
+            "max_size_mb": budget.size_mb,
+            "max_latency_ms": budget.latency_ms,
+            "max_metric_loss": budget.quality.max_loss if budget.quality else None,
+            "max_quantization_loss": None,  # what rounding costs is part of the loss that is chosen by
+        },
+        export=exported(recipe, [candidate.form]),
+        training=recipe.resolved()["training"],
+    )
+
+
+def measured(bench: Mapping[str, Any]) -> dict[str, float]:
+    """What the bench says of the shipped form, and of the better teacher."""
+    metric, arm = str(bench["metric"]), bench["arms"][f"onnx:{bench['shipped']}"]
+    found = {"size": float(arm["bytes"])}
+    single = [cell for cell in arm["grid"] if cell["batch"] == 1]
+    if single:
+        found["latency_ms"] = 1e3 * float(max(single, key=lambda cell: int(cell["length"]))["seconds"]["value"])
+    found[metric] = float(arm["metrics"][metric])
+    return found | {"best_teacher": float(bench["arms"][bench["best_teacher"]]["metrics"][metric])}

@@ -1,0 +1,95 @@
+"""The finalists of a search: who they are, and their whole job."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from limbeck.app import run as pipeline
+from limbeck.app.search.candidates import Candidate
+from limbeck.app.search.outcome import excess, why_refused
+from limbeck.app.search.state import Clock
+from limbeck.app.search.tasks import task_of
+from limbeck.contract.artifact import open_artifact
+from limbeck.contract.errors import QualityError
+from limbeck.contract.progress import say
+from limbeck.contract.recipe import AnyBudget
+from limbeck.contract.recipe.encoder import AnyRecipe, parse_any_recipe
+
+
+def measure_finalists(
+    recipe: AnyRecipe,
+    students: Mapping[str, dict[str, Any]],
+    candidates: Sequence[Candidate],
+    budget: AnyBudget,
+    folder: Path,
+    clock: Clock,
+) -> None:
+    """Run the whole job of the finalists, in the time there is: of the first one always; where none keeps the budget, of more."""
+    order, wanted = finalists(candidates, budget), recipe.search.finalists
+    for place, finalist in enumerate(order):
+        enough = any(c.verdict == "pass" for c in order) and sum(bool(c.measured) for c in order) >= wanted
+        began, run = clock.spent(), folder / "finalists" / finalist.name
+        late = place > 0 and not (run / "report.json").exists() and began + clock.longest > 3600 * budget.hours
+        if enough or late:
+            finalist.late = finalist.late or not enough
+            finalist.out = finalist.out or ("not among the finalists" if enough else "no time left to measure it")
+            continue
+        earlier = next((Path(c.run) for c in order[:place] if c.run and c.student == finalist.student), None)
+        if earlier is not None and (earlier / "student").exists() and not run.exists():
+            _share_student(earlier, run)
+        _measure(recipe, students, finalist, budget, run)
+        clock.longest = max(clock.longest, clock.spent() - began)
+        clock.save()
+
+
+def finalists(candidates: Sequence[Candidate], budget: AnyBudget) -> list[Candidate]:
+    """Every healed student that may keep the budget: the best of each form first, then those that went furthest; before all
+    others those that plan and prediction put inside every bound, rather than so near that they may be.
+
+    Rounding costs each form another loss, which is not known yet; so each has its best student measured.
+    """
+    healed = [c for c in candidates if c.nll is not None]
+    order = sorted(healed, key=lambda c: (excess(c, budget) > 1, -c.tokens, c.nll, -c.size))
+    leaders = list({c.form: c for c in reversed(order)}.values())
+    return sorted(leaders, key=order.index) + [c for c in order if c not in leaders]
+
+
+def _share_student(earlier: Path, run: Path) -> None:
+    """Begin a run with the student that another form of it was made from, rather than train it again."""
+    part = run.with_name(f".{run.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(earlier / "student", part / "student", copy_function=os.link)
+    shutil.copy(earlier / pipeline.RUN, part / pipeline.RUN)
+    part.rename(run)
+
+
+def _measure(
+    recipe: AnyRecipe, students: Mapping[str, dict[str, Any]], finalist: Candidate, budget: AnyBudget, run: Path
+) -> None:
+    """Run a finalist's whole job in the folder ``run``, and keep what was measured.
+
+    One that passes is verified but for its speed: the bench has just measured that, and another minute of the same machine, faster
+    or slower, says nothing against it.
+    """
+    say(f"== finalist {finalist.name}")
+    task = task_of(recipe)
+    tree = task.final_recipe(recipe, students[finalist.student], finalist, budget)
+    finalist.run, finalist.out, finalist.late = str(run), None, False
+    try:
+        report = pipeline.run(parse_any_recipe(tree, where=finalist.name), out=run)
+    except QualityError as error:
+        say(f"   {finalist.name}: {error}")
+        finalist.out = why_refused(error)
+        return
+    assert report is not None
+    finalist.verdict = report.verdict.status
+    finalist.measured = task.measured(open_artifact(run / "bench", kind="bench", verify=False).result)
+    if report.verdict.status != "pass":
+        missed = [gate.sentence for gate in report.verdict.gates if gate.status != "pass"]
+        finalist.out = f"measured: {'; '.join(missed)}"
+    elif pipeline.verify(run, speed=False):
+        finalist.verdict, finalist.out = "fail", "measured, but `limbeck verify` does not find it again"

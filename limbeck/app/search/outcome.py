@@ -1,0 +1,238 @@
+"""What a search came to, for people: which bound cannot be kept, the nearest student, the table and the picture.
+
+Knows candidates and a budget; runs nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from limbeck.app.search.candidates import Candidate
+from limbeck.contract.errors import DivergenceError, QualityError
+from limbeck.contract.recipe import AnyBudget, Budget
+
+PICTURE = "search.svg"
+_HEADS = {"tpot_ms": "ms a token", "ttft_ms": "ms to the first", "latency_ms": "ms a sequence"}
+UNTRAINED = "planned to train in "  # how it begins why a student is out that this machine has no memory for
+UNEXPORTED = "untrained, "  # how it begins why a form is out that no probe could be exported in
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to."""
+
+    folder: Path
+    table: str  # Markdown
+    sentence: str
+    exit_code: int  # 0 chosen, 1 no student keeps the budget, 3 the finalists' intervals do not decide, or the hours did not suffice
+
+
+def nearest(candidates: Sequence[Candidate], budget: AnyBudget) -> Candidate:
+    """The candidate whose worst bound is missed by least, in ratio; of equals the one with the lowest loss, measured ones first.
+
+    Where quality is bounded, those that were measured come before all others, whose loss in the end nobody knows.
+    """
+
+    def order(c: Candidate) -> tuple[bool, float, bool, float]:
+        unknown = budget.quality is not None and not c.measured
+        return unknown, excess(c, budget), not c.measured, float("inf") if c.loss is None else c.loss
+
+    return min(candidates, key=order)
+
+
+def excess(candidate: Candidate, budget: AnyBudget) -> float:
+    """By how much the worst of the bounds is missed, as a ratio: by what was measured, else predicted, else planned; 1 inside all.
+
+    Of the loss only a measured one counts: a student is judged when it is trained.
+    """
+    known = {"size": float(candidate.size), **candidate.predicted, **candidate.measured}
+    bounds = {"size": 1e6 * budget.size_mb if budget.size_mb else None, **budget.times}
+    ratios = [known[key] / bound for key, bound in bounds.items() if bound and key in known]
+    if budget.quality and candidate.measured:
+        best, most = candidate.measured["best_teacher"], budget.quality.max_loss
+        if (found := candidate.known_metric) is None:
+            ratios.append(candidate.measured["nll"] / (best * (1 + most)))
+        else:
+            ratios.append(best * (1 - most) / found[1] if found[1] > 0 else float("inf"))
+    return max([1.0, *ratios])
+
+
+def why_refused(error: QualityError) -> str:
+    """Why nothing was exported: the graph was not right, or the training before it was not."""
+    said = str(error).splitlines()[0].rstrip(":")
+    return said if isinstance(error, DivergenceError) else f"not exported: {said}"
+
+
+def out_of_time(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those that the hours did not suffice for."""
+    return [c for c in candidates if c.late]
+
+
+def missed_bound(candidates: Sequence[Candidate], budget: AnyBudget) -> str:
+    """Which bound cannot be met, or between which the measuring did not decide, in a sentence."""
+    if undecided := [f"{c.name}: {c.out}" for c in candidates if c.verdict == "undecided"]:
+        return f"Not decided: give bench.minutes more, and only the finalists are measured again ({' | '.join(undecided)})."
+    if left := out_of_time(candidates):
+        return f"Not decided: the {budget.hours:g} hours ran out before {len(left)} of the students {'was' if len(left) == 1 else 'were'} measured; give budget.hours more."
+    if budget.size_mb is not None and (least := min(c.size for c in candidates)) > 1e6 * budget.size_mb:
+        return f"No student is small enough: size_mb {budget.size_mb:g} is asked for, the smallest is planned at {megabytes(least)}."
+    fitting = [c for c in candidates if not (c.out or "").startswith(("planned", UNEXPORTED))]
+    if not fitting:
+        if refused := next((c for c in candidates if (c.out or "").startswith(UNEXPORTED)), None):
+            return f"No student that is small enough can be exported in {refused.form}: {refused.out}."
+        smallest = min((c for c in candidates if (c.out or "").startswith(UNTRAINED)), key=lambda c: c.size)
+        return f"No student that is small enough can be trained here: {smallest.student} is {smallest.out}."
+    for metric, bound in budget.times.items():
+        times = [(c.measured.get(metric, c.predicted.get(metric, 0.0)), c.timed or bool(c.measured)) for c in fitting]
+        fastest, timed = min(times, default=(0.0, False))
+        if bound is not None and fastest > bound:
+            takes = "takes" if timed else "is predicted to take"
+            return f"No student is fast enough: {metric} {bound:g} is asked for, the fastest {takes} {fastest:.2f}."
+    missed = [f"{c.name}: {c.out}" for c in candidates if c.run]
+    return (
+        f"No finalist keeps every bound ({' | '.join(missed)})." if missed else "No student keeps every bound at once."
+    )
+
+
+def asked_for(budget: AnyBudget) -> str:
+    """The budget in words."""
+    bounds = {"size_mb": budget.size_mb, **budget.times}
+    said = [f"{key} {bound:g}" for key, bound in bounds.items() if bound is not None]
+    if budget.quality:
+        whose = "loss against the best" if isinstance(budget, Budget) else "loss of the metric against the better"
+        said.append(f"at most {budget.quality.max_loss:+.1%} {whose} teacher")
+    return ", ".join(said)
+
+
+def figures_of(candidate: Candidate) -> str:
+    """What is known of a candidate, in words."""
+    m = candidate.measured or candidate.predicted
+    how = "" if candidate.measured else " timed" if candidate.timed else " predicted"
+    parts = [megabytes(m["size"]) if candidate.measured else f"{megabytes(candidate.size)} planned"]
+    parts += [f"{m[key]:.2f} {_HEADS[key]}{how}" for key in ("tpot_ms", "latency_ms") if key in m]
+    if not candidate.measured:
+        return ", ".join(parts)
+    if "ttft_ms" in m:
+        parts.append(f"{m['ttft_ms']:.0f} ms to the first")
+    found = candidate.known_metric
+    quality = f"{m['nll']:.4f} nats" if found is None else f"{_word(found[0])} {found[1]:.4f}"
+    return ", ".join([*parts, quality, "measured"])
+
+
+def megabytes(size: float) -> str:
+    """Bytes as MB."""
+    return f"{size / 1e6:.1f} MB" if size >= 1e7 else f"{size / 1e6:.3f} MB"
+
+
+def rows(candidates: Sequence[Candidate], best: Candidate, budget: AnyBudget) -> list[list[str]]:
+    """The table with its head: every candidate, the ones that went furthest first. What was measured in full is in ** **."""
+    heads = [_HEADS[key] for key in budget.times]
+    found = [["student", "form", "size", *heads, _quality(candidates, budget), "what became of it"]]
+    for c in sorted(candidates, key=lambda c: (c is not best, not c.measured, -c.tokens, c.nll or 0.0, c.size)):
+        m = c.measured
+        size = f"**{megabytes(m['size'])}**" if m else megabytes(c.size)
+        times = [
+            f"**{m[k]:.2f}**"
+            if k in m
+            else (f"{c.predicted[k]:.2f}{'' if c.timed else ' (predicted)'}" if k in c.predicted else "")
+            for k in budget.times
+        ]
+        value = c.measured.get("nll", c.nll) if c.known_metric is None else c.known_metric[1]
+        quality = "" if value is None else f"**{value:.4f}**" if m else f"{value:.4f} after {c.tokens}"
+        fate = "chosen" if c is best and c.verdict == "pass" else c.out or c.verdict or ""
+        found.append([c.student, c.form, size, *times, quality, fate])
+    return found
+
+
+def _quality(candidates: Sequence[Candidate], budget: AnyBudget) -> str:
+    """What quality is told in."""
+    if isinstance(budget, Budget):
+        return "nats a token"
+    return next((_word(c.known_metric[0]) for c in candidates if c.known_metric is not None), "metric")
+
+
+def _word(metric: str) -> str:
+    return metric.replace("_", " ")
+
+
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    """The table as Markdown."""
+    head, *rest = (f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in table)
+    return "\n".join([head, "|---" * len(table[0]) + "|", *rest])
+
+
+def show(found: Found) -> None:
+    """Print the table, for a terminal or as Markdown, and what it comes to."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in found.table.splitlines()]
+        table = Table(*lines[0])
+        for line in lines[2:]:
+            table.add_row(*(f"[bold]{cell.strip('*')}[/bold]" if cell.startswith("**") else cell for cell in line))
+        Console().print(table)
+    else:
+        print(found.table)
+    print(f"\n{found.sentence}\npicture: {found.folder / PICTURE}", flush=True)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (cost, loss) points those that no other beats or equals in both, by rising cost."""
+    front: list[tuple[float, float]] = []
+    for cost, loss in sorted(points):
+        if not front or loss < front[-1][1]:
+            front.append((cost, loss))
+    return front
+
+
+def draw(candidates: Sequence[Candidate], budget: AnyBudget, best: Candidate, path: Path) -> None:
+    """Loss over size and over the first of the times; filled where the whole job was measured, a line along those that no other beats in both."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    colours = {form: f"C{i}" for i, form in enumerate(dict.fromkeys(c.form for c in candidates))}
+    time, most = next(iter(budget.times.items()))
+    for axes, key, bound, label in (
+        (left, "size", budget.size_mb, "size, MB"),
+        (right, time, most, _HEADS[time]),
+    ):
+        points: dict[tuple[float, float], str] = {}
+        for c in candidates:
+            known = {"size": c.size / 1e6, **c.predicted}
+            if c.measured:
+                known = c.measured | {"size": c.measured["size"] / 1e6}
+            loss = c.loss
+            if loss is None or key not in known:
+                continue
+            axes.plot(
+                known[key], loss, marker="*" if c is best else "o", markersize=13 if c is best else 7, linestyle="none",
+                color=colours[c.form], fillstyle="full" if c.measured else "none",
+            )  # fmt: skip
+            points[known[key], loss] = c.student
+        named: set[tuple[str, float]] = (
+            set()
+        )  # forms of a student that are not measured have one loss: the first is named
+        for (x, loss), student in sorted(points.items()):
+            if (student, loss) not in named:
+                named.add((student, loss))
+                beyond = x > (min(points)[0] + max(points)[0]) / 2
+                axes.annotate(
+                    student, (x, loss), xytext=(-6 if beyond else 6, 4), ha="right" if beyond else "left",
+                    textcoords="offset points", fontsize=7,
+                )  # fmt: skip
+        front = pareto_front(list(points))
+        axes.step([x for x, _ in front], [y for _, y in front], where="post", color="0.7", linewidth=1, zorder=0)
+        if bound is not None:
+            axes.axvline(bound, color="0.5", linestyle=":")
+        axes.set_xlabel(label)
+    quality = _quality(candidates, budget)
+    left.set_ylabel(f"held-out loss, {quality}" if isinstance(budget, Budget) else f"1 − {quality}, held out")
+    for form, colour in colours.items():
+        left.plot([], [], marker="o", linestyle="none", color=colour, label=form)
+    left.legend(fontsize=8)
+    figure.savefig(path)

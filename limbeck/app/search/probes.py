@@ -1,0 +1,119 @@
+"""How fast the students of a search are: a few exports timed untrained, the others predicted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from limbeck.app.search.candidates import Candidate, SpeedModel, fit_speed, still_in
+from limbeck.app.search.outcome import UNEXPORTED, why_refused
+from limbeck.app.search.state import TIMING
+from limbeck.app.search.tasks import task_of
+from limbeck.contract.artifact import write_atomically
+from limbeck.contract.errors import QualityError
+from limbeck.contract.progress import say
+from limbeck.contract.recipe import AnyBudget
+from limbeck.contract.recipe.encoder import AnyRecipe
+
+_NOISE = 0.1  # least error of a time, relative
+
+
+def predict_speeds(
+    recipe: AnyRecipe,
+    students: Mapping[str, dict[str, Any]],
+    candidates: Sequence[Candidate],
+    budget: AnyBudget,
+    folder: Path,
+) -> dict[str, SpeedModel]:
+    """Time a few exports, predict the others, and rule out what is too slow by more than the prediction's error."""
+    if all(bound is None for bound in budget.times.values()):
+        return {}
+    left = still_in(candidates)
+    if not left:
+        return {}
+    by_shape: dict[str, list[Candidate]] = {}
+    for candidate in left:
+        by_shape.setdefault(candidate.shape, []).append(candidate)
+    shapes = sorted(by_shape, key=lambda shape: (by_shape[shape][0].layers, by_shape[shape][0].size))
+    probes = _spread(shapes, recipe.search.probes)
+    groups = {shape: list({c.form: c for c in by_shape[shape]}.values()) for shape in probes}
+    if not (folder / TIMING).exists():
+        _time_probes(recipe, students, groups, folder, of=len(shapes))
+    measured = json.loads((folder / TIMING).read_text())
+    probed = [c for group in groups.values() for c in group]
+    timed = [c for c in probed if "refused" not in measured[c.name]]
+    # Another shape says how fast a form is that was refused in one; a form that was refused in all is out.
+    refused = {c.form: measured[c.name]["refused"] for c in probed if c.form not in {t.form for t in timed}}
+    for candidate in left:
+        if candidate.form in refused:
+            candidate.out = f"{UNEXPORTED}{refused[candidate.form]}"
+    if not timed:
+        return {}
+    models = {}
+    for metric in budget.times:
+        models[metric] = fit_speed(timed, [measured[c.name][metric] for c in timed])
+        error = models[metric].error
+        if len(probes) < len(shapes):
+            said = f"predicted within {error:.0%}" if error is not None else "predicted from too few to say how well"
+            say(f"   {metric}: {said}")
+    known = {(c.shape, c.form): measured[c.name] for c in timed}
+    for candidate in candidates:
+        candidate.timed = (candidate.shape, candidate.form) in known
+        for metric in budget.times:
+            if candidate.timed:
+                candidate.predicted[metric] = known[candidate.shape, candidate.form][metric]
+            elif candidate.form in models[metric].forms:
+                candidate.predicted[metric] = models[metric](candidate)
+    for candidate in still_in(left):
+        for metric, bound in budget.times.items():
+            # What was timed is as far off in another process, and a good fit no promise: what is near the bound stays in.
+            error = max(models[metric].error or 0.0, _NOISE)
+            if bound is not None and candidate.predicted.get(metric, 0.0) * (1 - error) > bound:
+                candidate.out = f"{'timed' if candidate.timed else 'predicted'} {metric.removesuffix('_ms')} {candidate.predicted[metric]:.2f} ms"
+    return models
+
+
+def _spread(items: Sequence[str], count: int) -> list[str]:
+    """Evenly many of a sorted list, both ends among them."""
+    if count >= len(items):
+        return list(items)
+    if count == 1:
+        return [items[-1]]
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+
+
+def _time_probes(
+    recipe: AnyRecipe,
+    students: Mapping[str, dict[str, Any]],
+    groups: Mapping[str, Sequence[Candidate]],
+    folder: Path,
+    *,
+    of: int,
+) -> None:
+    """Median times of untrained exports by candidate, all in one interleaved run, to ``timing.json``, or why there are none; the exports are not kept."""
+    task = task_of(recipe)
+    say(f"== timing {len(groups)} of {of} shapes, untrained: {', '.join(groups)}")
+    targets: dict[str, tuple[Path, str]] = {}  # by candidate's name
+    times: dict[str, dict[str, Any]] = {}
+    for shape, group in groups.items():
+        student, place = students[group[0].student], folder / "probes" / shape
+        try:
+            task.export_untrained(recipe, student, [c.form for c in group], place)
+            targets |= {c.name: (place, c.form) for c in group}
+        except QualityError:  # of one of the forms, which leaves nothing of the others
+            for c in group:
+                place = folder / "probes" / c.name
+                try:
+                    task.export_untrained(recipe, student, [c.form], place)
+                    targets[c.name] = (place, c.form)
+                except QualityError as error:
+                    say(f"   {c.name} is not timed: {error}")
+                    times[c.name] = {"refused": why_refused(error)}
+    if targets:
+        found = task.time_exports(recipe, list(targets.values()), folder / "probes" / "timing")
+        times |= dict(zip(targets, found, strict=True))
+    write_atomically(folder / TIMING, json.dumps(times, indent=1))
+    shutil.rmtree(folder / "probes", ignore_errors=True)

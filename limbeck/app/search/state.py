@@ -1,0 +1,90 @@
+"""Whose folder a search works in, and how long it has worked there."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from limbeck.app import run as pipeline
+from limbeck.contract import sources
+from limbeck.contract.artifact import disk_full_is_a_user_error, unwritable_is_a_user_error, write_atomically
+from limbeck.contract.errors import ArtifactError
+from limbeck.contract.lock import LOCK
+from limbeck.contract.recipe import fingerprint
+from limbeck.contract.recipe.encoder import AnyRecipe
+
+ASKED, SPENT, TIMING, STATE = "asked.json", "spent.json", "timing.json", "search.db"
+PATIENCE = ("minutes", "min_blocks")  # of the bench: how long it measures before it says undecided
+
+
+def digest_of(recipe: AnyRecipe) -> str:
+    """Of all that decides what is looked for: the recipe, and what the models and texts that it names hold now.
+
+    Not of the hours, nor of how long the bench measures: with more of them a search goes on from what is there.
+    """
+    products, _ = pipeline.plan(recipe)
+    made = [
+        [each.distillation(), sources.input_digests(each, products=None)]
+        for each in (recipe, *(product.recipe for product in products))
+    ]
+    asked = recipe.resolved()
+    bounds = {name: bound for name, bound in asked["budget"].items() if name != "hours"}
+    bench = {name: value for name, value in asked["bench"].items() if name not in PATIENCE}
+    return fingerprint([made, bounds, bench, [asked[key] for key in ("search", "export", "gates")]])
+
+
+def require_ours(folder: Path, digest: str) -> None:
+    """Raise `ArtifactError` when ``folder`` cannot be made, or holds anything but this search."""
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise ArtifactError(f"{place}: is a file, not a folder; name another with --out.")
+    try:
+        found = str(json.loads((folder / ASKED).read_text())["digest"])
+    except FileNotFoundError:
+        if folder.exists() and any(entry.name != LOCK for entry in folder.iterdir()):
+            raise ArtifactError(
+                f"{folder}: holds files but no search ({ASKED} is missing); name an empty or new folder with --out."
+            ) from None
+        return
+    except (ValueError, KeyError, TypeError):
+        raise ArtifactError(f"{folder / ASKED}: not what Limbeck writes; name another folder with --out.") from None
+    if found != digest:
+        raise ArtifactError(
+            f"{folder}: holds a search of another recipe or budget, or of files that have changed since; leave --out away or "
+            "name another folder."
+        )
+
+
+def claim(folder: Path, digest: str) -> None:
+    """Make ``folder`` this search's. Raises `EnvironmentalError` where it cannot be written."""
+    with disk_full_is_a_user_error(folder), unwritable_is_a_user_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / ASKED).exists():
+            write_atomically(folder / ASKED, json.dumps({"digest": digest}))
+
+
+class Clock:
+    """Seconds of work on a search, over all its interruptions; of several workers at once, of the longest.
+
+    ``longest`` is what a finalist took at most.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        kept = self._kept()
+        self._before, self.longest, self._started = kept["seconds"], kept["longest"], time.monotonic()
+
+    def spent(self) -> float:
+        """Seconds until now."""
+        return self._before + time.monotonic() - self._started
+
+    def save(self) -> None:
+        """Keep it for whoever goes on."""
+        kept = self._kept()
+        now = {"seconds": self.spent(), "longest": self.longest}
+        write_atomically(self._path, json.dumps({name: round(max(now[name], kept[name]), 1) for name in now}))
+
+    def _kept(self) -> dict[str, float]:
+        found: dict[str, float] = {"seconds": 0.0, "longest": 0.0}
+        return found | (json.loads(self._path.read_text()) if self._path.exists() else {})

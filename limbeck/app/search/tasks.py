@@ -1,0 +1,65 @@
+"""What differs between the tasks of a search, as one protocol; `language` and `encoders` are what keeps to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from limbeck.app.search import encoders, language
+from limbeck.app.search.candidates import Candidate
+from limbeck.contract.recipe import Recipe
+from limbeck.contract.recipe.encoder import AnyRecipe
+
+R = TypeVar("R", contravariant=True)  # a recipe
+B = TypeVar("B", contravariant=True)  # its budget
+
+
+class Task(Protocol[R, B]):
+    """One of the two modules. A student is the `student:` of a recipe as plain data."""
+
+    UNIT: str  # of training
+
+    def students(self, recipe: R) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Name and student of everything in the space, whole before cut."""
+
+    def sized(self, recipe: R, students: Mapping[str, dict[str, Any]]) -> list[Candidate]:
+        """Every student in every form, with the size it is planned at."""
+
+    def export_untrained(self, recipe: R, student: dict[str, Any], forms: Sequence[str], folder: Path) -> None:
+        """Export a random model of a student's shape in a run folder."""
+
+    def time_exports(self, recipe: R, exports: Sequence[tuple[Path, str]], out: Path) -> list[dict[str, float]]:
+        """Median times of run folders and forms, all in one interleaved run."""
+
+    def rounds_of(self, recipe: R) -> list[int]:
+        """Training of each round, rising."""
+
+    def make_teachers(
+        self, recipe: R, student: dict[str, Any], folder: Path, rounds: Sequence[int], *, cached: bool
+    ) -> dict[str, Path]:
+        """What students learn from: artifacts of teachers by name. ``cached`` says whether that was done before, in this folder."""
+
+    def heal(
+        self,
+        recipe: R,
+        name: str,
+        student: dict[str, Any],
+        products: Mapping[str, Path],
+        work: Path,
+        rounds: Sequence[int],
+        rung: int,
+        in_time: Callable[[], bool],
+    ) -> tuple[float, dict[str, float]] | None:
+        """Distil a student to the end of a round: its loss and metric then; none where time was up. Raises `DivergenceError`."""
+
+    def final_recipe(self, recipe: R, student: dict[str, Any], candidate: Candidate, budget: B) -> dict[str, Any]:
+        """The recipe of one candidate as plain data that stands alone: no `extends`, every path absolute but for shipped recipes, the budget as gates."""
+
+    def measured(self, bench: Mapping[str, Any]) -> dict[str, float]:
+        """What the result of a bench says of the shipped form, and of the best teacher, as candidates hold it."""
+
+
+def task_of(recipe: AnyRecipe) -> Task[Any, Any]:
+    """The module for a recipe's task."""
+    return language if isinstance(recipe, Recipe) else encoders

@@ -1,0 +1,131 @@
+"""A search's students and their recipes: what is the same in every task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from limbeck.contract.errors import ModelError
+from limbeck.contract.recipe import Recipe, find_recipe, portable_reference
+from limbeck.contract.recipe.encoder import AnyRecipe, parse_any_recipe
+
+R = TypeVar("R", bound=AnyRecipe)
+PLAIN = {"recover": None, "adapters": "merged"}  # of a language model's `export:`, for every student and form
+
+_NOT_SHAPE = ("architectures", "dtype", "transformers_version", "_name_or_path", "id2label", "label2id", "num_labels")
+
+
+def variant(recipe: R, **changes: Any) -> R:
+    """The recipe with some of its parts replaced, in the same folder, and without what not every student can have."""
+    tree = recipe.resolved() | {"gates": {}, "budget": None} | changes
+    if isinstance(recipe, Recipe):
+        tree["export"] |= PLAIN | {"mixed": "rule"}
+    made = parse_any_recipe(tree, where=recipe.name)
+    assert isinstance(made, type(recipe))
+    made._folder = recipe.folder
+    return made
+
+
+def base_config(recipe: AnyRecipe, base: Any) -> Any:
+    """The transformers configuration of a student's base."""
+    from compress.models.encoders import encoder_config
+    from compress.models.language import model_config
+
+    return (model_config if isinstance(recipe, Recipe) else encoder_config)(base, folder=recipe.folder)
+
+
+def dimensions(recipe: AnyRecipe, student: dict[str, Any]) -> dict[str, int]:
+    """What a cut student keeps of each dimension, in multiples that can be cut."""
+    from compress.models.shrink import shrunk_sizes
+
+    made = variant(recipe, student=student).student
+    assert made.kind == "shrink"
+    return shrunk_sizes(base_config(recipe, made.base), made)
+
+
+def cut_of(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """A cut student of the base of ``asked``; what a cut one says of heads and hidden width stays."""
+    own = asked if asked["kind"] == "shrink" else {}
+    cut = {"kind": "shrink", "base": asked["base"]}
+    return cut | {name: value for name, value in own.items() if name not in ("layers", "intermediate_size")}
+
+
+def why_uncut(recipe: AnyRecipe) -> str | None:
+    """Why nothing can be cut out of the recipe's base; none where it can."""
+    try:
+        dimensions(recipe, {"kind": "shrink", "base": recipe.resolved()["student"]["base"]})
+    except ModelError as error:
+        if recipe.student.kind == "shrink":
+            raise
+        return str(error)
+    return None
+
+
+def whole_steps(rungs: Sequence[int], *, step: int, most: int) -> list[int]:
+    """Training of each round, in whole steps and at most that of the recipe."""
+    return sorted({max(min(rung, most) // step, 1) * step for rung in rungs})
+
+
+def exported(recipe: AnyRecipe, forms: Sequence[str]) -> dict[str, Any]:
+    """The recipe's `export:` with fp32 and these forms; a form that the recipe describes keeps its description."""
+    export: dict[str, Any] = recipe.resolved()["export"]
+    described = {form["kind"]: form for form in export["forms"]}
+    return export | {"forms": [described.get(form, form) for form in ("fp32", *forms)]}
+
+
+def alone(
+    recipe: AnyRecipe,
+    *,
+    student: Mapping[str, Any],
+    name: str,
+    form: str,
+    gates: Mapping[str, Any],
+    export: Mapping[str, Any],
+    training: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The recipe of one candidate as plain data that stands alone: no `extends`, every path absolute but for shipped recipes, the budget as gates."""
+    tree = recipe.resolved()
+    tree["gates"] |= gates
+    del tree["budget"], tree["search"]
+    tree |= {
+        # Not the form: a student is trained once for all of them.
+        "name": f"{recipe.name[:50]}-{name}"[:80],
+        "description": f"{name} of {recipe.name} as {form}, found by limbeck search.",
+        "student": student,
+        "export": export,
+        "training": training,
+    }
+    absolute: dict[str, Any] = _absolute(tree, recipe.folder)
+    return absolute
+
+
+def fields(config: Any) -> dict[str, Any]:
+    """A transformers configuration as a recipe's `fresh` student has it."""
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return {k: v for k, v in values.items() if k not in _NOT_SHAPE}
+
+
+def share_of(sizes: Mapping[str, int], name: str, share: float) -> int:
+    """A share of one dimension, at least 1."""
+    return max(1, int(sizes[name] * share + 0.5))
+
+
+def _absolute(node: Any, folder: Path) -> Any:
+    """Plain data with every path of a recipe made absolute; shipped recipes keep their names."""
+    if isinstance(node, list):
+        return [_absolute(item, folder) for item in node]
+    if not isinstance(node, dict):
+        return node
+    made = {key: _absolute(value, folder) for key, value in node.items()}
+    kind = made.get("kind")
+    if kind == "recipe":
+        made["recipe"] = portable_reference(find_recipe(made["recipe"], folder=folder))
+    elif kind in ("local", "gguf", "datasets") or (kind == "onnx" and made["package"] is None):
+        made["path"] = str((folder / Path(made["path"]).expanduser()).resolve())
+    elif kind == "files":
+        made["paths"] = [str(folder / Path(path).expanduser()) for path in made["paths"]]
+    if isinstance(made.get("adapter"), str):
+        made["adapter"] = str((folder / Path(made["adapter"]).expanduser()).resolve())
+    return made

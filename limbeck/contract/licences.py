@@ -1,0 +1,199 @@
+"""Under which licence a model or a text stands, by what it says of itself: a model card, a GGUF file, a package.
+
+Nothing is guessed: what says nothing is `unknown`. Reads no weights.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from limbeck.contract import sources
+from limbeck.contract.artifact import open_artifact
+from limbeck.contract.recipe import (
+    DatasetText,
+    GgufModel,
+    HubModel,
+    LocalModel,
+    ModelSource,
+    NpmText,
+    PackageModel,
+    PackageText,
+    RecipeModel,
+    StdlibText,
+    TextSource,
+)
+from limbeck.contract.recipe.encoder import AnyRecipe, OnnxModel, base_of, teachers_of, texts_of
+
+UNKNOWN = "unknown"
+# What the hub takes as `license:`; its list is https://huggingface.co/docs/hub/repositories-licenses.
+_HUB = frozenset(
+    """afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
+    bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5 cc-by-3.0
+    cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0
+    cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 cdla-permissive-2.0
+    cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2
+    gemma gfdl gpl gpl-2.0 gpl-3.0 h-research intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1
+    llama3.2 llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openrail openrail++ osl-3.0 other pddl
+    postgresql unknown unlicense wtfpl zlib""".split()  # noqa: SIM905 - a line a name would be long
+)
+
+
+@dataclass(frozen=True)
+class Licence:
+    """A licence as it was written down, in the hub's spelling where that has it, and what says so."""
+
+    license: str = UNKNOWN
+    said_by: str = ""
+
+
+def sources_of(recipe: AnyRecipe, *, base: Path, teachers: Sequence[Path]) -> dict[str, Any]:
+    """Licences of what goes into a student: ``base`` (none for a fresh one), ``teachers`` and ``texts`` by name.
+
+    ``base`` and ``teachers`` are the model folders that the recipe's sources became. A text also names its ``dataset`` on the hub, or none.
+    """
+    folder, chosen = recipe.folder, base_of(recipe)
+    found: dict[str, Any] = {"base": None, "teachers": {}, "texts": {}}
+    if chosen is not None:
+        found["base"] = asdict(of_model(chosen, folder=folder, made=base))
+    for teacher, made in zip(teachers_of(recipe), teachers, strict=True):
+        licence = of_model(teacher.model, folder=folder, made=made)
+        if adapter := getattr(teacher, "adapter", None):
+            licence = of_all([licence, _of_readme(folder / adapter.expanduser())])
+        found["teachers"][teacher.name] = asdict(licence)
+    for name, text in texts_of(recipe):
+        found["texts"][name] = asdict(of_text(text, folder=folder)) | {"dataset": hub_dataset(text, folder=folder)}
+    return found
+
+
+def of_model(source: ModelSource | OnnxModel, *, folder: Path, made: Path) -> Licence:
+    """The licence of a model; ``made`` is the folder that it became, of a recipe's student the one inside its artifact."""
+    match source:
+        case RecipeModel():
+            product = open_artifact(made.parent, kind="student", verify=False)
+            return of_student(product.result, json.loads((product.path / "teachers.json").read_text()))
+        case HubModel():
+            return _of_readme(made)
+        case LocalModel() | GgufModel() | PackageModel():
+            path = sources.model_path(source, folder=folder)
+            assert path is not None
+            own = _of_gguf(path) if path.is_file() else _of_readme(path)
+            return _of_package(source.package) if own == Licence() and isinstance(source, PackageModel) else own
+        case OnnxModel(package=str(package)):
+            return _of_package(package)
+        case _:
+            return Licence()
+
+
+def of_text(source: TextSource, *, folder: Path) -> Licence:
+    """The licence of a text."""
+    match source:
+        case PackageText():
+            return _of_package(source.package)
+        case NpmText():
+            package = json.loads((sources.npm_root(source.package, source.version) / "package.json").read_text())
+            return _said(package.get("license"), by=f"package.json of {source.package}")
+        case StdlibText():
+            return Licence("PSF-2.0", "Python, whose standard library it is")
+        case DatasetText():
+            own = _of_readme(folder / source.path.expanduser())
+            infos = _dataset_infos(source, folder=folder) if own == Licence() else []
+            return next((_said(i["license"], by="dataset_info.json") for i in infos if i.get("license")), own)
+        case _:
+            return Licence()
+
+
+def of_student(result: Mapping[str, Any], teachers: Iterable[Mapping[str, Any]]) -> Licence:
+    """The licence of a student, by the `result` and the `teachers.json` of its artifact: that of base and teachers together."""
+    if "sources" not in result:  # distilled before licences were written down
+        return Licence()
+    models = [m for m in (result["sources"]["base"], *teachers) if m is not None]
+    return of_all(Licence(m.get("license", UNKNOWN), m.get("said_by", "")) for m in models)
+
+
+def of_all(licences: Iterable[Licence]) -> Licence:
+    """Of what is made of several: theirs where they agree, all of them where they differ, unknown where one is."""
+    found = set(licences)
+    names = sorted({licence.license for licence in found})
+    if not names or UNKNOWN in names:
+        return Licence()
+    return Licence(" and ".join(names), "; ".join(sorted({licence.said_by for licence in found})))
+
+
+def hub_dataset(source: TextSource, *, folder: Path) -> str | None:
+    """The hub's name of a folder that `datasets` saved, by the addresses that it was downloaded from."""
+    addresses = [a for info in _dataset_infos(source, folder=folder) for a in info.get("download_checksums") or ()]
+    return next((found[1] for a in addresses if (found := re.match(r"hf://datasets/([^@]+)@", a))), None)
+
+
+def hub_fields(licence: Licence) -> dict[str, str]:
+    """``license``, and for one that the hub has no name for ``license_name``, of a card's header."""
+    if licence.license in _HUB:
+        return {"license": licence.license}
+    return {"license": "other", "license_name": re.sub(r"[^a-z0-9.+-]+", "-", licence.license.lower()).strip("-")}
+
+
+# What says so ----------------------------------------------------------------------------------------------------
+
+
+def _of_readme(folder: Path) -> Licence:
+    header = _header(folder / "README.md")
+    return _said(header.get("license"), header.get("license_name"), by="its README.md")
+
+
+def _of_gguf(path: Path) -> Licence:
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+    name, other = (
+        fields[key].contents() if key in fields else None for key in ("general.license", "general.license.name")
+    )
+    return _said(name, other, by="general.license of the GGUF file")
+
+
+def _of_package(package: str) -> Licence:
+    metadata = importlib.metadata.metadata(package)
+    classifiers = [c for c in metadata.get_all("Classifier", []) if c.startswith("License :: OSI Approved :: ")]
+    said = [
+        *metadata.get_all("License-Expression", []),
+        *(text for text in metadata.get_all("License", []) if "\n" not in text),  # some hold the whole text
+        *(c.rpartition(" :: ")[2] for c in classifiers),
+    ]
+    return _said(next(iter(said), None), by=f"metadata of the package {package}")
+
+
+def _said(name: Any, other: Any = None, *, by: str) -> Licence:
+    """``other`` is what a licence that the hub has no name for is called."""
+    if isinstance(name, list):
+        name = " and ".join(str(part) for part in name)
+    if name == "other" and other:
+        name = other
+    words = " ".join(name.split()) if isinstance(name, str) else ""
+    if words.lower() in ("", UNKNOWN):
+        return Licence()
+    return Licence(words.lower() if words.lower() in _HUB else words, by)
+
+
+def _header(readme: Path) -> dict[str, Any]:
+    """The YAML header of a card; empty where there is none that can be read."""
+    try:
+        found = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", readme.read_text(encoding="utf-8"), re.DOTALL)
+        header = yaml.safe_load(found[1]) if found else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        header = None
+    return header if isinstance(header, dict) else {}
+
+
+def _dataset_infos(source: TextSource, *, folder: Path) -> list[dict[str, Any]]:
+    """What `save_to_disk` wrote of each split; none for any other text."""
+    if not isinstance(source, DatasetText):
+        return []
+    files = sorted((folder / source.path.expanduser()).rglob("dataset_info.json"))
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]

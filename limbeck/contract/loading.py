@@ -1,0 +1,68 @@
+"""A transformers folder to a model whose every weight is in its files, or an error that says which is not.
+
+All stages load models here. The classes are given by the caller: nothing of torch or transformers is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from limbeck.contract.errors import ModelError
+
+Fresh = Callable[[Any, str], bool]  # of the model and the name of a weight: whether the folder may lack it
+
+
+def load_pretrained(
+    auto: Any, folder: Path | str, *, what: str = "a causal language model", fresh: Fresh | None = None, **options: Any
+) -> Any:
+    """``auto.from_pretrained(folder)`` from safetensors on this machine, without code of others. ``what`` names it in errors.
+
+    Raises `ModelError` for files that cannot be read, and for weights that are not in them or have another shape there: in
+    the place of those transformers puts random ones, and only warns. Those that are ``fresh`` may be random.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    where = Path(folder, options["gguf_file"]) if "gguf_file" in options else folder
+    try:
+        model, found = auto.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, **options,
+        )  # fmt: skip
+    except SafetensorError as error:
+        raise ModelError(
+            f"{where}: its weights cannot be read ({error}); copy or download the folder again."
+        ) from error
+    except (ValueError, TypeError, KeyError, OSError, RuntimeError, StrictDataclassError) as error:
+        raise ModelError(f"{where}: transformers cannot load it as {what}: {error}") from error
+
+    def is_fresh(name: str) -> bool:
+        return fresh is not None and fresh(model, name)
+
+    wrong = sorted(entry for entry in found["mismatched_keys"] if not is_fresh(entry[0]))
+    if wrong:
+        shown = "; ".join(
+            f"{name} is {_shape(stored)}, expected {_shape(wanted)}" for name, stored, wanted in wrong[:3]
+        )
+        raise ModelError(
+            f"{where}: {len(wrong)} of its weights do not fit its configuration ({shown}); "
+            "take the config.json that was saved with them."
+        )
+    missing = sorted(name for name in found["missing_keys"] if not is_fresh(name))
+    if missing:
+        raise ModelError(
+            f"{where}: as {what} it lacks {len(missing)} of its weights (for example {', '.join(missing[:3])}). Save the whole model "
+            "again, its head included, with the configuration that belongs to it."
+        )
+    return model
+
+
+def unused_pooler(_model: Any, name: str) -> bool:
+    """`Fresh` for encoders that are asked for the states of their tokens: the pooler behind those goes unused."""
+    return name.startswith("pooler.")
+
+
+def _shape(size: Any) -> str:
+    return "x".join(map(str, size)) or "a number"

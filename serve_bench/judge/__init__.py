@@ -1,0 +1,1 @@
+"""Statistics, figures, gates and verdicts."""

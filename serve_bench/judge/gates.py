@@ -1,0 +1,220 @@
+"""Gates and the verdict: what was asked of the shipped form, what was found, and what follows.
+
+Knows intervals and bounds; knows nothing of how they were measured. Timing gates are decided by the whole interval, quality
+and size by the number itself, which another run on the same text and files gives again to the digit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from limbeck.contract.recipe import Gates
+from serve_bench.judge.stats import Interval
+
+Status = Literal["pass", "fail", "undecided"]
+EXIT_CODES: Mapping[Status, int] = {"pass": 0, "fail": 1, "undecided": 3}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What gates are judged on. Times in ms, sizes in bytes; a thing that was not measured is none or empty."""
+
+    name: str  # of the recipe
+    shipped: str  # form
+    speedup: Mapping[str, Interval]  # decode speed of the shipped form over each teacher's, by teacher
+    tpot_ms: Interval | None
+    ttft_ms: Interval | None
+    size: int
+    fp32_size: int | None
+    rise_over_fp32: Interval | None  # relative rise of mean NLL over the student as it was distilled
+    rise_over_teachers: Mapping[str, tuple[float, Interval]]  # by teacher: its mean NLL, and our relative rise over it
+    recovered: bool = False  # whether `rise_over_fp32` is over another student, the one that recovery began with
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One gate, judged."""
+
+    name: str  # the recipe's key under `gates:`
+    title: str
+    status: Status
+    value: float
+    low: float | None  # of the interval; none for what is counted, not estimated
+    high: float | None
+    bound: float
+    unit: str  # `×`, `ms`, `MB`, `%` (of value 0.01 is 1 %)
+    least: bool  # whether the bound is a least (else a greatest) value
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All gates, and what they come to."""
+
+    status: Status
+    sentence: str
+    gates: tuple[Gate, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """What the command line returns: 0 pass, 1 fail, 3 undecided."""
+        return EXIT_CODES[self.status]
+
+
+def judge(gates: Gates, evidence: Evidence, *, timing_only: bool = False) -> Verdict:
+    """Judge every gate that the recipe names; ``timing_only`` leaves quality and size out, before they are known."""
+    judged = _timing(gates, evidence)
+    if not timing_only:
+        judged += _others(gates, evidence)
+    return conclude(judged, name=evidence.name, shipped=evidence.shipped)
+
+
+def conclude(judged: Sequence[Gate], *, name: str, shipped: str) -> Verdict:
+    """What judged gates come to; ``name`` is the recipe's, ``shipped`` the form's."""
+    statuses = {gate.status for gate in judged}
+    status: Status = "fail" if "fail" in statuses else "undecided" if "undecided" in statuses else "pass"
+    return Verdict(status, _sentence(status, judged, f"{name}, as {shipped},"), tuple(judged))
+
+
+def fastest_teacher(evidence: Evidence) -> str | None:
+    """The teacher that the shipped form has the smallest lead over."""
+    return min(evidence.speedup, key=lambda name: evidence.speedup[name].value, default=None)
+
+
+def best_teacher(evidence: Evidence) -> str | None:
+    """The teacher with the least NLL, averaged over the domains."""
+    return min(evidence.rise_over_teachers, key=lambda name: evidence.rise_over_teachers[name][0], default=None)
+
+
+def _timing(gates: Gates, evidence: Evidence) -> list[Gate]:
+    judged = []
+    teacher = fastest_teacher(evidence)
+    if gates.min_decode_speedup is not None and teacher is not None:
+        judged.append(
+            estimated(
+                "min_decode_speedup", "Decode speed over the fastest teacher", evidence.speedup[teacher],
+                gates.min_decode_speedup, unit="×", least=True,
+                found=f"{{}} the decode speed of {teacher}, the fastest teacher, in torch",
+            )
+        )  # fmt: skip
+    for name, title, interval, bound, what in (
+        ("max_tpot_ms", "Time per output token", evidence.tpot_ms, gates.max_tpot_ms, "per output token"),
+        ("max_ttft_ms", "Time to first token", evidence.ttft_ms, gates.max_ttft_ms, "to the first token"),
+    ):
+        if bound is not None and interval is not None:
+            judged.append(estimated(name, title, interval, bound, unit="ms", least=False, found=f"{{}} {what}"))
+    return judged
+
+
+def _others(gates: Gates, evidence: Evidence) -> list[Gate]:
+    judged = []
+    teacher = best_teacher(evidence)
+    if gates.max_loss_vs_best_teacher is not None and teacher is not None:
+        judged.append(
+            exact(
+                "max_loss_vs_best_teacher", "Loss against the best single teacher", evidence.rise_over_teachers[teacher][1],
+                gates.max_loss_vs_best_teacher, unit="%", found=f"held-out loss {{}} that of {teacher}, the best single teacher",
+            )
+        )  # fmt: skip
+    if gates.max_quantization_loss is not None and evidence.rise_over_fp32 is not None:
+        judged.append(
+            exact(
+                "max_quantization_loss", "Loss from quantising", evidence.rise_over_fp32, gates.max_quantization_loss,
+                unit="%", found=f"held-out loss {{}} that of the fp32 graph{' of the student before recovery' if evidence.recovered else ''}",
+            )
+        )  # fmt: skip
+    if gates.max_size_ratio is not None and evidence.fp32_size:
+        judged.append(
+            exact(
+                "max_size_ratio", "Size over the fp32 graph", evidence.size / evidence.fp32_size, gates.max_size_ratio,
+                unit="×", found="{} the size of the fp32 graph",
+            )
+        )  # fmt: skip
+    if gates.max_size_mb is not None:
+        judged.append(
+            exact("max_size_mb", "Size on disk", evidence.size / 1e6, gates.max_size_mb, unit="MB", found="{} on disk")
+        )
+    return judged
+
+
+def estimated(name: str, title: str, interval: Interval, bound: float, *, unit: str, least: bool, found: str) -> Gate:
+    """Pass or fail when the whole interval lies on one side of the bound."""
+    above, below = interval.low >= bound, interval.high < bound
+    if not least:
+        above, below = interval.high <= bound, interval.low > bound
+    status: Status = "pass" if above else "fail" if below else "undecided"
+    if interval.bounded:
+        span = f"95 % interval {_plain(interval.low, unit)} to {show(interval.high, unit)}"
+    else:
+        span = f"{interval.n} blocks are too few for an interval"
+    asked = f"{'at least' if least else 'at most'} {show(bound, unit)} was asked"
+    sentence = f"{_capital(found.format(show(interval.value, unit)))} ({span}); {asked}."
+    low, high = (interval.low, interval.high) if interval.bounded else (None, None)
+    return Gate(name, title, status, interval.value, low, high, bound, unit, least, sentence)
+
+
+def exact(name: str, title: str, value: Interval | float, bound: float, *, unit: str, found: str) -> Gate:
+    """The number itself decides; the interval of a quality figure is shown for what it says about other text."""
+    number = value.value if isinstance(value, Interval) else value
+    status: Status = "pass" if number <= bound else "fail"
+    span = ""
+    if isinstance(value, Interval):
+        span = f" (interval for such text {_plain(value.low, unit)} to {show(value.high, unit)})"
+    shown = _rise(number) if unit == "%" else show(number, unit)
+    sentence = f"{_capital(found.format(shown))}{span}; {_limit(bound, unit)} was asked."
+    low, high = (value.low, value.high) if isinstance(value, Interval) else (None, None)
+    return Gate(name, title, status, number, low, high, bound, unit, False, sentence)
+
+
+def show(value: float, unit: str) -> str:
+    """A value with its unit, in as many digits as mean something."""
+    number = _plain(value, unit)
+    return f"{number}{unit}" if unit == "×" else f"{number} {unit}"
+
+
+def _plain(value: float, unit: str) -> str:
+    if unit == "%":
+        return f"{100 * value:+.2f}".replace("-", "−")
+    if value == int(value) and abs(value) < 1e6:
+        return f"{value:.0f}"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def _rise(value: float) -> str:
+    if value == 0:
+        return "equal to"
+    return f"{100 * abs(value):.2f} % {'above' if value > 0 else 'below'}"
+
+
+def _limit(bound: float, unit: str) -> str:
+    if unit != "%":
+        return f"at most {show(bound, unit)}"
+    if bound == 0:
+        return "no rise"
+    return f"a rise of at most {100 * bound:g} %" if bound > 0 else f"a fall of at least {-100 * bound:g} %"
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _sentence(status: Status, gates: Sequence[Gate], subject: str) -> str:
+    if not gates:
+        return f"{subject} was measured; the recipe sets no gates, so nothing was asked of it."
+    many = "its only gate" if len(gates) == 1 else f"all {len(gates)} gates"
+    if status == "pass":
+        return f"{subject} is fit to ship: it meets {many} on this machine."
+    failed = [gate.title.lower() for gate in gates if gate.status == "fail"]
+    if status == "fail":
+        return f"{subject} is not fit to ship: {_list(failed)} {'misses its bound' if len(failed) == 1 else 'miss their bounds'}."
+    open_ = [gate.title.lower() for gate in gates if gate.status == "undecided"]
+    return (
+        f"{subject} is undecided: the measured interval of {_list(open_)} still contains the bound, and the time for "
+        "measuring is spent. Give bench.minutes more, or measure on a quieter machine."
+    )
+
+
+def _list(items: list[str]) -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

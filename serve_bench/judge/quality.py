@@ -1,0 +1,192 @@
+"""How good the timed artifact is on held-out text: NLL, KL to the teachers' mixture, top-1 agreement, bits per byte,
+calibration error.
+
+Blocks are scored one at a time, every arm on the same one, so memory and disk hold one block whatever the amount of text.
+Knows log-probabilities and sums; the models run in `serve_bench.measure.worker`.
+
+Shape letters: N labels of a block, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from limbeck.contract.heldout import Blocks, mean_nll
+from limbeck.contract.progress import task
+from serve_bench.measure.arms import Arm, Workers
+
+LogProbabilities = npt.NDArray[np.float32]
+_ROWS = 32  # positions worked on at a time, in double precision
+BINS = 15  # of confidence, for the calibration error; the number of Guo et al., arXiv 1706.04599
+
+
+def log_softmax(logits_NV: npt.NDArray[np.float32]) -> LogProbabilities:
+    """Log-probabilities [N, V], in place where the logits allow it."""
+    out = np.require(logits_NV, np.float32, ["C", "W"])
+    for start in range(0, len(out), _ROWS):
+        rows = out[start : start + _ROWS].astype(np.float64)
+        rows -= rows.max(axis=1, keepdims=True)
+        rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
+        out[start : start + _ROWS] = rows
+    return out
+
+
+def mix(files: Sequence[Path], out: Path) -> None:
+    """Write log of the mean probability of the teachers' ``files`` (each log-probabilities [N, V]) to ``out``."""
+    teachers = [np.load(file, mmap_mode="r") for file in files]
+    mixture = np.empty(teachers[0].shape, np.float32)
+    for start in range(0, len(mixture), _ROWS):
+        total = np.zeros((len(mixture[start : start + _ROWS]), mixture.shape[1]))
+        for teacher in teachers:
+            total += np.exp(teacher[start : start + _ROWS].astype(np.float64))
+        with np.errstate(divide="ignore"):  # a token that no teacher thinks possible
+            mixture[start : start + _ROWS] = np.log(total / len(teachers))
+    np.save(out, mixture)
+
+
+def sums(
+    arm_NV: LogProbabilities,
+    labels_N: npt.NDArray[np.int64],
+    mixture_NV: LogProbabilities | None,
+    scored_N: npt.NDArray[np.bool_],
+) -> dict[str, Any]:
+    """Summed over the scored labels: NLL in nats, KL(mixture || arm) in nats, agreement of the first choices, and by bin of
+    confidence how many there are, their confidence, and how many are right."""
+    nll = -float(arm_NV[np.arange(len(labels_N)), labels_N][scored_N].astype(np.float64).sum())
+    result: dict[str, Any] = {"labels": int(scored_N.sum()), "nll": nll, "kl": None, "top1": None}
+    result["calibration"] = calibration(arm_NV[scored_N], labels_N[scored_N])
+    result["last"] = int(arm_NV[-1].argmax())
+    if mixture_NV is None:
+        return result
+    kl, agreed = 0.0, 0
+    for start in range(0, len(labels_N), _ROWS):
+        scored = scored_N[start : start + _ROWS]
+        log_p = np.asarray(mixture_NV[start : start + _ROWS][scored], np.float64)
+        log_q = arm_NV[start : start + _ROWS][scored].astype(np.float64)
+        p = np.exp(log_p)
+        kl += float(np.where(p > 0, p * (log_p - log_q), 0.0).sum())
+        agreed += int((log_p.argmax(1) == log_q.argmax(1)).sum())
+    return result | {"kl": kl, "top1": agreed}
+
+
+def calibration(arm_NV: LogProbabilities, labels_N: npt.NDArray[np.int64]) -> list[list[float]]:
+    """[BINS] of (choices, their summed confidence, how many are the label), bins of equal width from 0 to 1."""
+    choice_N = arm_NV.argmax(1)
+    confidence_N = np.exp(arm_NV[np.arange(len(choice_N)), choice_N].astype(np.float64))
+    bin_N = np.clip((confidence_N * BINS).astype(np.int64), 0, BINS - 1)
+    columns = (np.ones(len(bin_N)), confidence_N, (choice_N == labels_N).astype(np.float64))
+    bins: list[list[float]] = np.stack([np.bincount(bin_N, c, minlength=BINS) for c in columns], axis=1).tolist()
+    return bins
+
+
+def calibration_error(blocks: Sequence[Sequence[Sequence[float]]]) -> float:
+    """Expected calibration error: mean distance of confidence and accuracy over the bins, weighted by their choices."""
+    count, confidence, right = np.asarray(blocks, np.float64).sum(0).T
+    return float(np.abs(confidence - right).sum() / count.sum())
+
+
+def measure_quality(
+    workers: Workers, arms: Sequence[Arm], heldout: Mapping[str, Blocks], *, vocabulary: int, folder: Path
+) -> dict[str, Any]:
+    """Score every arm on every held-out block, in the processes that were timed.
+
+    ``vocabulary`` is what all arms share: padding rows that only some have are left out of everyone's softmax. ``folder``
+    holds one block of log-probabilities a teacher. Returns the content of quality.json: sums a block, so that any mean and
+    interval can be computed from it.
+    """
+    teachers = [arm for arm in arms if arm.role == "teacher"]
+    result: dict[str, Any] = {
+        "vocabulary": vocabulary,
+        "mixture_of": [arm.id for arm in teachers],
+        # Whether the graph that was timed and its twin that scores choose the same token after one block a domain.
+        "same_choice": {},
+        "domains": {
+            name: {"labels": blocks.scored.sum(1).tolist(), "utf8_bytes": blocks.utf8_bytes.tolist()}
+            for name, blocks in heldout.items()
+        },
+        "arms": {
+            arm.id: {name: {f: [] for f in ("nll", "kl", "top1", "calibration")} for name in heldout}
+            for arm in arms
+            if arm.scored
+        },
+    }
+    chosen = _choices(workers, arms, heldout)
+    files = [folder / f"teacher{index}.npy" for index in range(len(teachers))]
+    mixture = folder / "mixture.npy"
+    total = sum(len(blocks) for blocks in heldout.values())
+    with task("quality: held-out blocks", total) as progress:
+        for name, blocks in heldout.items():
+            for index, (ids, scored) in enumerate(zip(_rows(blocks), blocks.scored.tolist(), strict=True)):
+                for arm, file in zip(teachers, files, strict=True):
+                    workers[arm].ask("logp", ids=ids, vocabulary=vocabulary, file=str(file))
+                if teachers:
+                    mix(files, mixture)
+                for arm in arms:
+                    if arm.scored:
+                        found = workers[arm].ask(
+                            "score",
+                            ids=ids,
+                            scored=scored[1 : len(ids)],
+                            vocabulary=vocabulary,
+                            mixture=str(mixture) if teachers else None,
+                        )
+                        for figure, values in result["arms"][arm.id][name].items():
+                            values.append(found[figure])
+                        if index == 0 and arm.id in chosen:
+                            result["same_choice"].setdefault(arm.id, {})[name] = chosen[arm.id][name] == found["last"]
+                progress.advance()
+    return result
+
+
+def _rows(blocks: Blocks) -> list[list[int]]:
+    return [row[:length].tolist() for row, length in zip(blocks.input_ids, blocks.lengths, strict=True)]
+
+
+def _choices(workers: Workers, arms: Sequence[Arm], heldout: Mapping[str, Blocks]) -> dict[str, dict[str, int]]:
+    """What each onnx arm's timed graph chooses after the first block of each domain, its last token left out."""
+    return {
+        arm.id: {name: workers[arm].ask("last", ids=_rows(blocks)[0][:-1])["token"] for name, blocks in heldout.items()}
+        for arm in arms
+        if arm.role == "form"
+    }
+
+
+def summarise(quality: Mapping[str, Any], arm: str) -> dict[str, Any]:
+    """Figures of one arm, from quality.json: by domain, and their unweighted mean.
+
+    NLL and KL in nats a token, ``bits_per_byte`` over the UTF-8 bytes of the scored text, ``top1`` and
+    ``calibration_error`` shares of 1. Benches of older versions have no calibration.
+    """
+    by_domain = {}
+    for name, sizes in quality["domains"].items():
+        sums, labels = quality["arms"][arm][name], sum(sizes["labels"])
+        nll = sum(sums["nll"])
+        by_domain[name] = {
+            "nll": nll / labels,
+            "perplexity": math.exp(min(nll / labels, 700.0)),
+            "bits_per_byte": nll / math.log(2) / sum(sizes["utf8_bytes"]),
+            "kl": sum(sums["kl"]) / labels if quality["mixture_of"] else None,
+            "top1": sum(sums["top1"]) / labels if quality["mixture_of"] else None,
+            "calibration_error": calibration_error(sums["calibration"]) if "calibration" in sums else None,
+        }
+    mean = mean_nll({name: figures["nll"] for name, figures in by_domain.items()})
+    return {
+        "domains": by_domain,
+        "mean_nll": mean,
+        "mean_perplexity": math.exp(min(mean, 700.0)),
+        "mean_bits_per_byte": _mean(by_domain, "bits_per_byte"),
+        "mean_kl": _mean(by_domain, "kl"),
+        "mean_top1": _mean(by_domain, "top1"),
+        "mean_calibration_error": _mean(by_domain, "calibration_error"),
+    }
+
+
+def _mean(by_domain: Mapping[str, Mapping[str, float | None]], figure: str) -> float | None:
+    values = [figures[figure] for figures in by_domain.values()]
+    return float(np.mean([v for v in values if v is not None])) if None not in values else None

@@ -1,0 +1,1 @@
+"""Timing: arms, workers and the loop over blocks."""

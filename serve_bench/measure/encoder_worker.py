@@ -1,0 +1,159 @@
+"""The process of one encoder arm: ``python -m serve_bench.measure.encoder_worker``, on the pipe of `serve_bench.measure.worker`.
+
+open       runtime, spec, threads   -> import_s, load_s, facts
+time       ids (rows), runs         -> seconds of all runs together, peak_rss_bytes
+answers    examples, out            -> rows; writes logits or unit vectors of every example to the file ``out``
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from limbeck.contract.examples import load_examples
+from limbeck.contract.loading import load_pretrained, unused_pooler
+from serve_bench.measure.worker import main, peak_rss
+
+_ROWS = 16  # examples of a batch that is not timed
+
+Ids = npt.NDArray[np.int64]
+Answers = npt.NDArray[np.float32]
+
+
+class Runtime(Protocol):
+    """One opened arm."""
+
+    facts: dict[str, Any]
+
+    def run(self, ids: Ids, mask: Ids) -> Answers:
+        """Logits ``[B, C]`` or unit vectors ``[B, d]`` of a batch padded on the right."""
+
+
+class TorchEncoder:
+    """A transformers folder in torch eager fp32, with the attention that transformers chooses: what a user would call."""
+
+    def __init__(self, *, model: str, task: str, pooling: str, threads: int) -> None:
+        import torch
+        from transformers import AutoModel, AutoModelForSequenceClassification
+
+        torch.set_num_threads(threads)
+        kind = AutoModelForSequenceClassification if task == "classification" else AutoModel
+        what, fresh = ("a classifier", None) if task == "classification" else ("an encoder", unused_pooler)
+        loaded = load_pretrained(kind, model, what=what, fresh=fresh, dtype=torch.float32)
+        self._torch, self._model = torch, loaded.eval().requires_grad_(False)
+        self._task, self._pooling = task, pooling
+        self.facts = {
+            "context": getattr(loaded.config, "max_position_embeddings", None),
+            "threads": torch.get_num_threads(),
+            "library": f"torch {torch.__version__}",
+            "number_type": "float32",
+            "attention": getattr(loaded.config, "_attn_implementation", None),
+        }
+
+    def run(self, ids: Ids, mask: Ids) -> Answers:
+        """See `Runtime`."""
+        torch = self._torch
+        with torch.inference_mode():
+            kept = torch.from_numpy(mask)
+            output = self._model(input_ids=torch.from_numpy(ids), attention_mask=kept)
+            if self._task == "classification":
+                found = output.logits
+            else:
+                states = output.last_hidden_state
+                weight = kept[..., None].to(states.dtype)
+                mean = (states * weight).sum(1) / weight.sum(1)
+                found = torch.nn.functional.normalize(states[:, 0] if self._pooling == "cls" else mean, dim=-1)
+            answers: Answers = found.numpy()
+        return answers
+
+
+class OnnxEncoder:
+    """A form of an ``onnx`` artifact through `limbeck.runtime.encoder`."""
+
+    def __init__(self, *, artifact: str, form: str, threads: int) -> None:
+        from limbeck.runtime.decoder import import_onnxruntime
+        from limbeck.runtime.encoder import Encoder
+
+        self._encoder = Encoder(Path(artifact), form=form, threads=threads)
+        self.facts = {
+            "context": self._encoder.context,
+            "threads": self._encoder.threads,
+            "library": f"onnxruntime {import_onnxruntime().__version__}",
+            "provider": "CPUExecutionProvider",
+        }
+
+    def run(self, ids: Ids, mask: Ids) -> Answers:
+        """See `Runtime`."""
+        answers: Answers = self._encoder.run(ids, mask)
+        return answers
+
+
+class Session:
+    """What the worker holds between commands."""
+
+    def __init__(self) -> None:
+        self.runtime: Runtime | None = None
+
+    def answer(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Do one command."""
+        if command == "open":
+            return self.open(**arguments)
+        assert self.runtime is not None, f"{command} before open"
+        match command:
+            case "time":
+                return self.time(self.runtime, **arguments)
+            case "answers":
+                return self.answers(self.runtime, **arguments)
+        raise AssertionError(f"no such command: {command}")
+
+    def open(self, runtime: str, spec: dict[str, Any], threads: int) -> dict[str, Any]:
+        """Import the libraries, open the arm, and time both."""
+        started = time.perf_counter()
+        _prepare(runtime, spec)
+        imported = time.perf_counter()
+        self.runtime = (
+            TorchEncoder(threads=threads, **spec) if runtime == "torch" else OnnxEncoder(threads=threads, **spec)
+        )
+        loaded = time.perf_counter()
+        return {"import_s": imported - started, "load_s": loaded - imported, "facts": self.runtime.facts}
+
+    def time(self, runtime: Runtime, ids: list[list[int]], runs: int) -> dict[str, Any]:
+        """Run one batch of rows without padding some times over."""
+        rows = np.array(ids, np.int64)
+        mask = np.ones_like(rows)
+        started = time.perf_counter()
+        for _ in range(runs):
+            runtime.run(rows, mask)
+        return {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss()}
+
+    def answers(self, runtime: Runtime, examples: str, out: str) -> dict[str, Any]:
+        """Write what this arm says of held-out examples, in their order."""
+        found = [runtime.run(ids, mask) for ids, mask in load_examples(Path(examples)).batches(_ROWS)]
+        np.save(out, np.concatenate(found))
+        return {"rows": sum(len(part) for part in found)}
+
+
+def _prepare(runtime: str, spec: dict[str, Any]) -> None:
+    """Import the libraries of a runtime, the code of the arm's architecture included."""
+    if runtime == "torch":
+        import torch
+        import transformers
+
+        for name in json.loads((Path(spec["model"]) / "config.json").read_text()).get("architectures") or ():
+            getattr(transformers, name, None)  # transformers imports a class when it is first named
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        torch.set_num_interop_threads(1)
+    else:
+        from limbeck.runtime.decoder import import_onnxruntime
+
+        import_onnxruntime()
+
+
+if __name__ == "__main__":
+    main(Session())

@@ -1,0 +1,1 @@
+"""Load of other kinds than one stream."""

@@ -1,0 +1,211 @@
+"""The client of an OpenAI-compatible completions endpoint that streams: one event's meaning, one request, one closed-loop runtime.
+
+Prompts are token ids, so that their length is exact. Tokens are counted by the server's own usage where it gives one, and
+timed by the events that carry one, as vLLM's `bench serve` does. Knows HTTP; knows nothing of arrivals (see `serve_bench.measure.scenarios.load`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import httpx2
+import numpy as np
+
+from limbeck.contract.errors import DataError, EnvironmentalError
+from serve_bench.measure.runtimes import Ids, Logits
+
+_CONNECT = 10.0  # seconds
+_LONGEST_EVENT = 1 << 20  # bytes of a line of a stream
+
+
+@dataclass
+class Stream:
+    """What one streamed answer has told so far; ``at`` holds the clock's time of every event that carries a token."""
+
+    at: list[float] = field(default_factory=list)
+    prompt_tokens: int | None = None
+    counted: int | None = None  # generated tokens, by the server
+    finished: bool = False
+
+    @property
+    def output_tokens(self) -> int:
+        """Generated tokens: the server's count, else one an event."""
+        return len(self.at) if self.counted is None else self.counted
+
+    def read(self, line: str, now: float) -> bool:
+        """Take one line of the event stream; whether it carried a token. Raises `ValueError` for an error in the stream.
+
+        A token's text may be empty: a special token, or a part of a character that waits for the rest. The end may bring the
+        last token along or stand alone, so an event with `finish_reason` carries a token only where it has text.
+        """
+        if not line.startswith("data:"):
+            return False
+        data = line[5:].strip()
+        if data == "[DONE]":
+            self.finished = True
+            return False
+        event = json.loads(data)
+        if "error" in event:
+            raise ValueError(f"the server said: {event['error']}")
+        if usage := event.get("usage"):
+            self.prompt_tokens, self.counted = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
+        carried = any(choice.get("text") or not choice.get("finish_reason") for choice in event.get("choices") or ())
+        if carried:
+            self.at.append(now)
+        return carried
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where requests go, and as whom."""
+
+    url: str  # up to and with /v1
+    model: str
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def body(self, prompt: Sequence[int], new_tokens: int) -> dict[str, Any]:
+        """A greedy request for exactly ``new_tokens`` tokens, where the server honours ``ignore_eos``."""
+        return {
+            "model": self.model,
+            "prompt": list(prompt),
+            "max_tokens": new_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+
+
+def find_endpoint(url: str, model: str | None = None, key_variable: str = "OPENAI_API_KEY") -> Endpoint:
+    """Ask a server for its models. Raises `EnvironmentalError` when nothing usable answers or it lacks ``model``."""
+    base = url.rstrip("/").removesuffix("/v1") + "/v1"
+    key = os.environ.get(key_variable)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        answer = httpx2.get(f"{base}/models", headers=headers, timeout=_CONNECT)
+        answer.raise_for_status()
+        names = [str(entry["id"]) for entry in answer.json()["data"]]
+    except httpx2.HTTPStatusError as error:
+        hint = f"; is the key in ${key_variable} right?" if error.response.status_code in (401, 403) else "."
+        raise EnvironmentalError(f"{base}/models: answered {error.response.status_code}{hint}") from None
+    except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
+        raise EnvironmentalError(
+            f"{base}/models: no OpenAI-compatible server answers there ({type(error).__name__}: {error}); is it running?"
+        ) from None
+    if model is not None and model not in names:
+        raise EnvironmentalError(f"{base}: no model {model!r}; it has {', '.join(names) or 'none'}.")
+    if not names:
+        raise EnvironmentalError(f"{base}: the server lists no model; name one in the recipe.")
+    return Endpoint(base, model or names[0], headers)
+
+
+def open_session() -> aiohttp.ClientSession:
+    """What `request` sends through: any number of connections, kept open, and no limit of time of its own. Needs a running loop."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(), read_bufsize=_LONGEST_EVENT
+    )
+
+
+async def request(session: aiohttp.ClientSession, endpoint: Endpoint, body: bytes) -> Stream:
+    """One streamed request, its ``body`` written out before, to its end. Raises `ValueError` with the reason when it fails."""
+    stream, clock = Stream(), time.perf_counter
+    url, headers = f"{endpoint.url}/completions", {**endpoint.headers, "Content-Type": "application/json"}
+    try:
+        async with session.post(url, data=body, headers=headers, allow_redirects=False) as response:
+            if response.status != 200:
+                raise ValueError(_refusal(response.status, await response.read()))
+            async for line in response.content:
+                stream.read(line.decode(), clock())
+    except aiohttp.ClientError as error:
+        raise ValueError(f"{type(error).__name__}: {error}".rstrip(": ")) from None
+    if not stream.finished:
+        raise ValueError("the stream ended without [DONE]")
+    if not stream.at:
+        raise ValueError("the answer holds no token")
+    return stream
+
+
+def _refusal(status: int, body: bytes) -> str:
+    text = body.decode(errors="replace").strip()
+    try:
+        found = json.loads(text)
+        text = str(found.get("error", {}).get("message") or found.get("detail") or text)
+    except (ValueError, AttributeError):
+        pass
+    return f"status {status}: {text[:300]}"
+
+
+class OpenAi:
+    """A model behind a URL as a runtime: one request at a time, each token taken from the stream as it comes.
+
+    The server chooses and appends tokens by itself, so `step` takes none, and what they were is not known here: -1.
+    """
+
+    def __init__(self, *, url: str, model: str | None = None, key_variable: str = "OPENAI_API_KEY") -> None:
+        self._endpoint = find_endpoint(url, model, key_variable)
+        self._client = httpx2.Client(timeout=httpx2.Timeout(None, connect=_CONNECT))
+        self._stream = Stream()
+        self._tokens: Iterator[None] = iter(())
+        self.facts: dict[str, Any] = {
+            "vocabulary": None, "context": None, "threads": None, "kv_cache": None,
+            "library": self._endpoint.url, "model": self._endpoint.model,
+        }  # fmt: skip
+
+    def begin(self, prompts: Ids, room: int) -> Ids:
+        """See `Runtime.begin`. Raises `DataError` for several rows, `EnvironmentalError` when the server refuses."""
+        if len(prompts) != 1:
+            raise DataError("a server takes one prompt a request; measure it in the `server` scenario.")
+        for _ in self._tokens:
+            pass  # the last answer's end, so that its connection can be used again
+        self._tokens = self._answer([int(token) for token in prompts[0]], room)
+        return self.step(prompts[:, -1])
+
+    def step(self, tokens: Ids) -> Ids:
+        """See `Runtime.step`."""
+        try:
+            next(self._tokens)
+        except StopIteration:
+            raise DataError(
+                f"{self._endpoint.url}: the answer ended after {len(self._stream.at)} tokens, before all that were asked; let "
+                "the server honour ignore_eos and send every token by itself."
+            ) from None
+        return np.array([-1])
+
+    def close(self) -> None:
+        """Give its connection back."""
+        self._client.close()
+
+    def score(self, ids: Ids) -> Logits:
+        """Not offered by the protocol."""
+        raise DataError(f"{self._endpoint.url}: a server tells no logits, so it cannot be scored.")
+
+    def device_seconds(self) -> list[float] | None:
+        """See `Runtime.device_seconds`."""
+        return None
+
+    def prompt_tokens(self) -> int:
+        """See `Runtime.prompt_tokens`; reads the answer to its end, where the usage stands."""
+        for _ in self._tokens:
+            pass
+        if self._stream.prompt_tokens is None:
+            raise DataError(f"{self._endpoint.url}: the server gives no usage, so what it read cannot be checked.")
+        return self._stream.prompt_tokens
+
+    def _answer(self, prompt: list[int], new_tokens: int) -> Iterator[None]:
+        self._stream = stream = Stream()
+        url, body = f"{self._endpoint.url}/completions", self._endpoint.body(prompt, new_tokens)
+        try:
+            with self._client.stream("POST", url, json=body, headers=self._endpoint.headers) as response:
+                if response.status_code != 200:
+                    raise ValueError(_refusal(response.status_code, response.read()))
+                for line in response.iter_lines():
+                    if stream.read(line, time.perf_counter()):
+                        yield None
+        except (httpx2.HTTPError, ValueError) as error:
+            raise EnvironmentalError(f"{url}: {error}") from None

@@ -1,0 +1,189 @@
+"""Bench without a recipe: artifacts, plain model folders and URLs, beside each other or beside what they are to be compared with.
+
+Knows what a target is and which arm runs it; the order of the measurement is `serve_bench.measure.clock`'s. Prompts are random
+tokens that every target knows: speed does not depend on which they are, and no tokenizer is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from limbeck.contract.artifact import (
+    MANIFEST,
+    Artifact,
+    available_cores,
+    host,
+    open_artifact,
+    unwritable_is_a_user_error,
+    write_artifact,
+)
+from limbeck.contract.errors import ArtifactError, DataError, ModelError
+from limbeck.contract.recipe import Bench, ServerScenario, UrlTarget, fingerprint
+from limbeck.contract.sources import check_weights, hub_snapshot
+from serve_bench.judge import figures
+from serve_bench.judge.figures import ENVIRONMENT, SAMPLES, Reference
+from serve_bench.judge.stats import first_look
+from serve_bench.measure import clock as timing
+from serve_bench.measure import machine
+from serve_bench.measure.arms import Arm, Workers, context_of, form_arm, weights_on_disk
+from serve_bench.measure.roofline import graph_weight_bytes
+from serve_bench.measure.scenarios import figures as scenarios
+from serve_bench.measure.scenarios import load, offline
+
+_FEW = 1000  # tokens that any vocabulary holds, where none is known
+
+
+def measure_targets(targets: Sequence[str], *, against: Sequence[str], out: Path, bench: Bench) -> Artifact:
+    """See `serve_bench.measure_targets`."""
+    _require_free(out)
+    bench = _at(bench, targets[0])
+    arms = [find_arm(target, bench) for target in (*targets, *against)]
+    arms = _named(arms)
+    twin = replace(arms[0], id=f"{arms[0].id}:twin", label=f"{arms[0].label} (copy)", role="twin")
+    arms.append(twin)
+    _require_context(arms, bench)
+    vocabulary = min((v for arm in arms if (v := _vocabulary(arm)) is not None), default=_FEW)
+    artifacts = {
+        arm.id: open_artifact(Path(arm.spec["artifact"]), kind="onnx") for arm in arms if "artifact" in arm.spec
+    }
+    parents = {name: artifact.digest for name, artifact in artifacts.items() if name != twin.id}
+    asked = {"targets": list(targets), "against": list(against), "bench": bench.model_dump(mode="json")}
+    key = fingerprint({"stage": "bench", "asked": asked, "parents": parents, "host": host()})
+    if (server := bench.scenario("server")) is not None:
+        load.require_server(server, artifacts[arms[0].id].path if arms[0].id in artifacts else None)
+    threads = bench.threads or available_cores()
+    reference = Reference(arms[0].label, arms[0].label, tuple(arms), first_look(bench.min_blocks), arms[0].id)
+
+    def prompts(block: int, tokens: int) -> list[int]:
+        return [int(token) for token in np.random.default_rng((3, block)).integers(0, vocabulary, tokens)]
+
+    work = out.parent / f".{out.name}.work"
+    with unwritable_is_a_user_error(out):
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+    try:
+        with write_artifact(out, kind="bench", key=key, parents=parents) as draft:
+            environment = timing.before(bench, arms, prompts, threads=threads, folder=work)
+            with (draft.folder / SAMPLES).open("w") as raw:
+                local = [arm for arm in arms if arm.runtime != "openai" and arm.role != "twin"]
+                with Workers(work, threads=threads) as workers:
+                    samples = timing.single(workers, reference, prompts, bench, None, raw, environment)
+                    if (grid := bench.scenario("offline")) is not None:
+                        offline.measure_offline(workers, local, prompts, grid, raw)
+                    environment["after"] = machine.load()
+                timing.elsewhere(
+                    bench, local, artifacts.get(arms[0].id), prompts, raw, environment, threads=threads, folder=work
+                )  # fmt: skip
+            for name, artifact in artifacts.items():
+                form = next(arm for arm in arms if arm.id == name).spec["form"]
+                graph = artifact.path / artifact.result["forms"][form]["graph"]
+                environment["arms"][name]["weight_bytes"] = graph_weight_bytes(graph)
+            environment["prompt_source"] = f"random tokens below {vocabulary}, others in every block"
+            (draft.folder / ENVIRONMENT).write_text(json.dumps(environment, indent=1))
+            result = figures.speeds(samples, environment, reference, prompt_tokens=bench.prompt_tokens)
+            result |= {"gates": [], "verdict": None, "targets": list(targets), "against": list(against)}
+            draft.result = result | scenarios.summary(
+                figures.read_rows(draft.folder / SAMPLES), environment, bench, arms
+            )
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return open_artifact(out, kind="bench", verify=False)
+
+
+def find_arm(target: str, bench: Bench) -> Arm:
+    """What runs a target: a URL, ``hub:ID[@REVISION]``, a run or ``onnx`` folder (``#FORM`` picks a form), a model folder.
+
+    Raises `ModelError` naming what was found and what would do, `ArtifactError` for a form that is not there.
+    """
+    device, number = bench.device or "cpu", bench.torch_dtype or "fp32"
+    if target.startswith(("http://", "https://")):
+        return Arm(target, target, "extra", "openai", 0, {"url": target})
+    if target.startswith("hub:"):
+        repository, _, revision = target.removeprefix("hub:").partition("@")
+        name, folder = target, hub_snapshot(repository, revision or None)
+    else:
+        path, _, form = target.partition("#")
+        folder = Path(path).expanduser()
+        name = folder.resolve().name
+        if (folder / "onnx" / MANIFEST).is_file():
+            folder = folder / "onnx"
+        if (folder / MANIFEST).is_file():
+            artifact = open_artifact(folder, verify=False)
+            if artifact.kind == "onnx":
+                form = form or str(artifact.result["shipped"])
+                if form not in artifact.result["forms"]:
+                    raise ArtifactError(f"{folder}: no form {form!r}; it has {', '.join(artifact.result['forms'])}.")
+                return replace(form_arm(artifact, form), label=f"{name} {form}")
+            if artifact.kind == "student":
+                folder = folder / "model"
+        if form:
+            raise ModelError(f"{target}: only an exported folder has forms; leave #{form} out.")
+        if not folder.is_dir():
+            raise ModelError(
+                f"{target}: no such folder; expected a run, an exported folder, a model folder, hub:OWNER/NAME, or the URL of a server."
+            )
+    check_weights(folder)
+    spec = {"model": str(folder.resolve()), "dtype": number, "device": device}
+    return Arm(name, name, "extra", "torch", weights_on_disk(folder), spec)
+
+
+def _named(arms: Sequence[Arm]) -> list[Arm]:
+    """Each with an id of its own, so that a target may stand there twice."""
+    names = [f"{arm.label} [{arm.runtime}]" for arm in arms]
+    return [
+        replace(arm, id=name if names.count(name) == 1 else f"{name} {index + 1}")
+        for index, (arm, name) in enumerate(zip(arms, names, strict=True))
+    ]
+
+
+def _folder(arm: Arm) -> Path | None:
+    found = arm.spec.get("artifact") or arm.spec.get("model")
+    return Path(found) if found and arm.runtime != "openai" else None
+
+
+def _vocabulary(arm: Arm) -> int | None:
+    folder = _folder(arm)
+    if folder is None:
+        return None
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    found = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    return int(found) if found else None
+
+
+def _require_context(arms: Sequence[Arm], bench: Bench) -> None:
+    wanted = bench.prompt_tokens + bench.new_tokens
+    for arm in arms:
+        folder = _folder(arm)
+        context = context_of(folder) if folder is not None else None
+        if context is not None and wanted > context:
+            raise DataError(
+                f"bench.prompt_tokens ({bench.prompt_tokens}) and bench.new_tokens ({bench.new_tokens}) come to {wanted} tokens; the "
+                f"context of {arm.label} is {context}. Make either smaller, with --set bench.prompt_tokens=… or bench.new_tokens=…."
+            )
+
+
+def _at(bench: Bench, target: str) -> Bench:
+    """The bench whose server scenario asks ``target``: a URL itself, an exported folder behind a server of ours."""
+    if not target.startswith(("http://", "https://")):
+        return bench
+    url = UrlTarget(kind="url", url=target)
+    asked = tuple(s.model_copy(update={"target": url}) if isinstance(s, ServerScenario) else s for s in bench.scenarios)
+    return bench.model_copy(update={"scenarios": asked})
+
+
+def _require_free(out: Path) -> None:
+    """Raise `ArtifactError` for a folder that holds something else than an earlier bench of targets."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if (out / MANIFEST).is_file():
+        earlier = open_artifact(out, verify=False)
+        if earlier.kind == "bench" and "targets" in earlier.result:
+            return
+    raise ArtifactError(f"{out}: holds something else; name a new or empty folder with --out.")

@@ -1,0 +1,259 @@
+"""The KV caches of several streams in one decoder graph: rows that join and leave between steps.
+
+Knows numpy, onnxruntime and the graphs that `limbeck.runtime.decoder.Decoder` opens; knows nothing of requests, sampling or text.
+Every row is decoded from its own tokens alone, whatever the others are. Shape letters: N rows, S new tokens, L the longest row,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from limbeck.contract.errors import ArtifactError
+from limbeck.runtime.decoder import Decoder
+
+Ids = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+class Batch(Protocol):
+    """What the two kinds of cache have in common. One new row is filled at a time, apart from the rows that run."""
+
+    rows: int
+    longest: int  # tokens that one row may grow to
+
+    @property
+    def held(self) -> int:
+        """Tokens that the caches hold now, padding included."""
+
+    def fits(self, needs: Sequence[int]) -> bool:
+        """Whether rows that may grow to ``needs`` tokens each can be held at once."""
+
+    def fill(self, ids: Sequence[int]) -> Floats:
+        """Append ``ids`` to the new row; returns the logits ``[V]`` after its last token."""
+
+    def join(self) -> None:
+        """Make the new row the last of the rows that run."""
+
+    def drop(self) -> None:
+        """Forget the new row."""
+
+    def step(self, ids: Ids) -> Floats:
+        """Append one token to every row, ``ids[N]``; returns the logits ``[N, V]`` after it, valid until the next call."""
+
+    def leave(self, row: int) -> None:
+        """Free a row. The last one takes its number."""
+
+
+def open_batch(decoder: Decoder, *, rows: int, tokens: int) -> Batch:
+    """Caches for up to ``rows`` rows and ``tokens`` tokens of all rows together, in the graph of ``decoder``.
+
+    Raises `ArtifactError` for a graph of fixed shape, whose rows cannot come and go.
+    """
+    if decoder.fixed:
+        raise ArtifactError(
+            "this graph is of fixed shape (export.shapes: static), so its rows cannot come and go; serve one that was exported "
+            "with export.shapes: dynamic."
+        )
+    return GrowingBatch(decoder, tokens) if decoder.grows else InPlaceBatch(decoder, rows, tokens)
+
+
+def bytes_per_token(decoder: Decoder) -> int:
+    """Bytes that the cache takes for one token of one row."""
+    return sum(heads * size for heads, size in decoder.past.values()) * np.dtype(decoder.cache_type).itemsize
+
+
+class InPlaceBatch:
+    """Rows of a fused graph, which reads and writes one buffer a layer.
+
+    Each buffer has address space for every row at full length, and one row more for the row that is being filled. The
+    system gives it memory page by page where tokens are written, and takes it back when a row leaves: memory follows the tokens
+    that are held, without a table of blocks that the graph would have to know. The fused kernel takes a row's length from
+    the sum of its mask, so rows of any lengths can be stepped together.
+    """
+
+    def __init__(self, decoder: Decoder, rows: int, tokens: int) -> None:
+        self.rows = 0
+        self._decoder, self._tokens, self._spare = decoder, tokens, rows
+        self.longest = min(tokens, decoder.context or tokens)
+        unit = mmap.PAGESIZE  # so that every row begins on a page, however small its heads
+        capacity = -(-self.longest // unit) * unit
+        self._buffers = {
+            name: Pages((rows + 1, heads, capacity, size), decoder.cache_type)
+            for name, (heads, size) in decoder.past.items()
+        }
+        self._lengths = np.zeros(rows + 1, np.int64)
+        self._logits = np.empty((rows, 1, decoder.vocabulary), np.float32)
+        self._running: Any = None
+        self._filling = self._bind(rows, rows + 1)
+
+    @property
+    def held(self) -> int:
+        return int(self._lengths.sum())
+
+    def fits(self, needs: Sequence[int]) -> bool:
+        return len(needs) <= self._spare and sum(needs) <= self._tokens
+
+    def fill(self, ids: Sequence[int]) -> Floats:
+        tokens = np.array([ids], np.int64)
+        self._lengths[self._spare] += len(ids)
+        mask = np.ones((1, self._lengths[self._spare]), np.int64)
+        logits = np.empty((1, 1, self._decoder.vocabulary), np.float32)
+        run(self._decoder, self._filling, tokens, mask, logits)
+        last: Floats = logits[0, 0]
+        return last
+
+    def join(self) -> None:
+        self._move(self._spare, self.rows)
+        self._resize(self.rows + 1)
+
+    def drop(self) -> None:
+        self._clear(self._spare)
+
+    def step(self, ids: Ids) -> Floats:
+        lengths = self._lengths[: self.rows]
+        lengths += 1
+        width = lengths.max()
+        mask = (np.arange(width) >= width - lengths[:, None]).astype(np.int64)
+        logits = self._logits[: self.rows]
+        run(self._decoder, self._running, np.ascontiguousarray(ids[:, None]), mask, logits)
+        return logits[:, 0]
+
+    def leave(self, row: int) -> None:
+        last = self.rows - 1
+        self._clear(row)
+        if row != last:
+            self._move(last, row)
+        self._resize(last)
+
+    def _move(self, source: int, target: int) -> None:
+        length = self._lengths[source]
+        for pages in self._buffers.values():
+            pages.array[target, :, :length] = pages.array[source, :, :length]
+        self._clear(source)
+        self._lengths[target] = length
+
+    def _clear(self, row: int) -> None:
+        for pages in self._buffers.values():
+            pages.give_back(row)
+        self._lengths[row] = 0
+
+    def _resize(self, rows: int) -> None:
+        self.rows = rows
+        self._running = self._bind(0, rows) if rows else None
+
+    def _bind(self, first: int, last: int) -> Any:
+        binding = self._decoder.new_binding()
+        for name, pages in self._buffers.items():
+            cache = self._decoder.share(pages.array[first:last])
+            binding.bind_ortvalue_input(name, cache)
+            binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), cache)
+        return binding
+
+
+class Pages:
+    """An array in memory that the system provides when it is first written and that rows can give back."""
+
+    def __init__(self, shape: tuple[int, ...], kind: type[np.floating[Any]]) -> None:
+        self._row = int(np.prod(shape[1:])) * np.dtype(kind).itemsize  # bytes
+        self._memory = mmap.mmap(-1, shape[0] * self._row, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux: a huge page would hold thousands of tokens for the first one
+            self._memory.madvise(mmap.MADV_NOHUGEPAGE)
+        self.array = np.frombuffer(self._memory, kind).reshape(shape)
+
+    def give_back(self, row: int) -> None:
+        """Let the system have the memory of ``row``; reads as zero afterwards."""
+        self._memory.madvise(mmap.MADV_DONTNEED, row * self._row, self._row)
+
+
+class GrowingBatch:
+    """Rows of a graph that returns a longer cache at every step (see `export.build.dynamo`): padded on the left to one length."""
+
+    def __init__(self, decoder: Decoder, tokens: int) -> None:
+        self.rows = 0
+        self._decoder, self._tokens = decoder, tokens // 2  # a step holds the old cache and the new one
+        self.longest = min(self._tokens, decoder.context or self._tokens)
+        self._binding = decoder.new_binding()
+        self._cache: list[Any] = []
+        self._mask: Ids = np.zeros((0, 0), np.int64)
+        self._new: list[Any] = []  # the cache of the row that is being filled
+        self._filled = 0
+
+    @property
+    def held(self) -> int:
+        return self._mask.size + self._filled
+
+    def fits(self, needs: Sequence[int]) -> bool:
+        return len(needs) * max(needs, default=0) <= self._tokens  # every row is as long as the longest
+
+    def fill(self, ids: Sequence[int]) -> Floats:
+        self._filled += len(ids)
+        kind = self._decoder.cache_type
+        past = self._new or [self._share(np.zeros((1, h, 0, d), kind)) for h, d in self._decoder.past.values()]
+        logits, self._new = self._run(np.array([ids], np.int64), np.ones((1, self._filled), np.int64), past)
+        last: Floats = logits[0]
+        return last
+
+    def join(self) -> None:
+        length = max(self._filled, self._mask.shape[1])
+        mine, theirs = self._arrays(self._new), self._arrays(self._cache)
+        joined = [self._padded(new, length) for new in mine]
+        if self.rows:
+            joined = [np.concatenate([self._padded(old, length), new]) for old, new in zip(theirs, joined, strict=True)]
+        mask = np.zeros((self.rows + 1, length), np.int64)
+        mask[: self.rows, length - self._mask.shape[1] :] = self._mask
+        mask[self.rows, length - self._filled :] = 1
+        self._keep(joined, mask)
+        self.drop()
+
+    def drop(self) -> None:
+        self._new, self._filled = [], 0
+
+    def step(self, ids: Ids) -> Floats:
+        self._mask = np.concatenate([self._mask, np.ones((self.rows, 1), np.int64)], axis=1)
+        logits, self._cache = self._run(np.ascontiguousarray(ids[:, None]), self._mask, self._cache)
+        return logits
+
+    def leave(self, row: int) -> None:
+        order = [*range(self.rows - 1)]
+        if row < self.rows - 1:
+            order[row] = self.rows - 1
+        mask = self._mask[order]
+        first = int(mask.any(axis=0).argmax()) if order else 0  # columns that were padding to all who stay
+        self._keep([cache[order, :, first:] for cache in self._arrays(self._cache)], mask[:, first:])
+
+    def _keep(self, arrays: Iterable[Floats], mask: Ids) -> None:
+        self.rows, self._mask = len(mask), mask
+        self._cache = [self._share(np.ascontiguousarray(array)) for array in arrays] if self.rows else []
+
+    def _run(self, tokens: Ids, mask: Ids, past: list[Any]) -> tuple[Floats, list[Any]]:
+        logits = np.empty((len(tokens), 1, self._decoder.vocabulary), np.float32)
+        for name, cache in zip(self._decoder.past, past, strict=True):
+            self._binding.bind_ortvalue_input(name, cache)
+            self._binding.bind_output(name.replace("past_key_values.", "present."), "cpu")
+        run(self._decoder, self._binding, tokens, np.ascontiguousarray(mask), logits)
+        return logits[:, 0], self._binding.get_outputs()[: len(past)]  # bound before the logits
+
+    def _share(self, array: Floats) -> Any:
+        return self._decoder.share(array)
+
+    @staticmethod
+    def _arrays(values: list[Any]) -> list[Floats]:
+        return [value.numpy() for value in values]
+
+    @staticmethod
+    def _padded(array: Floats, length: int) -> Floats:
+        return np.pad(array, ((0, 0), (0, 0), (length - array.shape[2], 0), (0, 0)))
+
+
+def run(decoder: Decoder, binding: Any, tokens: Ids, mask: Ids, logits: Floats) -> None:
+    """Run the graph of ``decoder`` on ``tokens[N, S]`` and ``mask[N, L]`` into ``logits``; the caches are bound already."""
+    binding.bind_ortvalue_input("input_ids", decoder.share(tokens))
+    binding.bind_ortvalue_input("attention_mask", decoder.share(mask))
+    binding.bind_ortvalue_output("logits", decoder.share(logits))
+    decoder.session.run_with_iobinding(binding)

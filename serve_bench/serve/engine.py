@@ -1,0 +1,373 @@
+"""Continuous batching over an exported folder: requests in, pieces of text out, one thread that owns the model.
+
+Knows requests, sampling, stop strings, limits and time; knows nothing of HTTP, so any server can stand in front of it. The
+caches and the graph are `serve_bench.serve.batch`'s.
+
+Between two steps of the rows that run, requests that ended leave and waiting ones join. A prompt is read in chunks, one
+chunk a step, so that a long one holds the others up by a chunk only. A request joins when there is room for all it may
+ask for, first come first served: nothing that runs is ever pushed out again.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from limbeck.contract.errors import (
+    ArtifactError,
+    ClosedError,
+    ContextError,
+    DataError,
+    EnvironmentalError,
+    QueueFullError,
+)
+from limbeck.runtime.decoder import Decoder, Decoding, choose, load_text
+from serve_bench.serve.batch import Floats, bytes_per_token, open_batch
+
+Finish = Literal["stop", "length", "cancelled", "timeout", "closed", "failed"]
+
+_CHUNK = 128  # prompt tokens between two steps of the rows that run
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for. ``temperature`` 0 is greedy; without a ``seed`` every draw is another one."""
+
+    ids: tuple[int, ...]
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop_ids: frozenset[int] = frozenset()
+    stop: tuple[str, ...] = ()
+    timeout: float | None = None  # seconds from submission to the last token
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One token and the text it made certain, or, with ``finish``, the end and the text held back until then.
+
+    The text may be empty: half a character, or what might become a stop string, waits for the tokens after it.
+    """
+
+    text: str
+    at: float  # time.monotonic() when it was made
+    token: int | None = None
+    finish: Finish | None = None
+
+
+class Stream:
+    """A request in the engine. Its pieces go to ``put``, in the engine's thread; the last one has ``finish``."""
+
+    def __init__(self, request: Request, put: Callable[[Piece], None], decoding: Decoding) -> None:
+        self.request = request
+        self.put = put
+        self.decoding = decoding
+        self.stops = StopStrings(request.stop)
+        self.draw = np.random.default_rng(request.seed)
+        self.deadline = time.monotonic() + request.timeout if request.timeout else None
+        self.need = len(request.ids) + request.max_new_tokens
+        self.read = 0  # tokens of the prompt
+        self.made = 0
+        self.last = -1
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        """Give it up; its place is free before the next step. Does nothing once it has ended. Any thread may call it."""
+        self.cancelled = True
+
+
+class Engine:
+    """An exported student that answers many requests at once."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        form: str | None = None,
+        threads: int | None = None,
+        max_batch: int = 64,
+        max_queue: int = 256,
+        cache_bytes: int = 1_000_000_000,
+        verify: bool = True,
+    ) -> None:
+        """Open a form of the ``onnx`` artifact at ``folder`` (none: the shipped one) and start the thread.
+
+        Up to ``max_batch`` requests run at once and ``max_queue`` more wait; their caches take ``cache_bytes`` at most.
+        Raises as `Decoder` does, `ArtifactError` for a form made for a card, and `EnvironmentalError` when the caches cannot hold
+        one token of each.
+        """
+        decoder = Decoder(folder, form=form, threads=threads, provider="cpu", verify=verify)
+        if decoder.made_for != "cpu":
+            raise ArtifactError(
+                f"{folder}: its {decoder.form} is made for {decoder.made_for} and this serves on the CPU, which would cast what it has no "
+                "kernel for; export the student with export.provider: cpu, or serve the form fp32."
+            )
+        self._token_bytes = bytes_per_token(decoder)
+        tokens = cache_bytes // self._token_bytes
+        if tokens < 2 * max_batch:
+            raise EnvironmentalError(
+                f"found {cache_bytes} bytes for the caches, expected at least {2 * max_batch * self._token_bytes} "
+                f"for {max_batch} rows of this model; allow more (--cache-mb) or fewer rows (--max-batch)."
+            )
+        self.form, self.threads, self.vocabulary = decoder.form, decoder.threads, decoder.vocabulary
+        self.max_batch, self.max_queue = max_batch, max_queue
+        self.text = load_text(folder)
+        self.failure: BaseException | None = None  # what ended the thread, when that was a defect
+        self._batch = open_batch(decoder, rows=max_batch, tokens=tokens)
+        self._change = threading.Condition()
+        self._waiting: deque[Stream] = deque()
+        self._new: Stream | None = None  # its prompt is being read
+        self._running: list[Stream] = []  # by row of the batch
+        self._closing: float | None = None  # when what still runs is ended
+        self._thread = threading.Thread(target=self._work, name="limbeck-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of prompt and answer together: the model's context, or less when the caches hold less."""
+        return self._batch.longest
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests that hold a row."""
+        return len(self._running) + (self._new is not None)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that the tokens held by the caches take."""
+        return self._batch.held * self._token_bytes
+
+    @property
+    def closing(self) -> bool:
+        """Whether new requests are refused."""
+        return self._closing is not None or self.failure is not None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the thread has ended: nothing runs and nothing ever will."""
+        return not self._thread.is_alive()
+
+    def check(self, request: Request) -> None:
+        """Raise `DataError` for a request that could never be answered: empty, foreign tokens, or too long."""
+        count = len(request.ids)
+        if not count:
+            raise DataError("found an empty prompt, expected at least one token.")
+        if foreign := next((token for token in request.ids if not 0 <= token < self.vocabulary), None):
+            raise DataError(f"found token {foreign} in the prompt, expected 0 to {self.vocabulary - 1}.")
+        if request.max_new_tokens < 1:
+            raise DataError(f"found {request.max_new_tokens} tokens to generate, expected at least 1.")
+        if count + request.max_new_tokens > self.longest:
+            raise ContextError(
+                f"found a prompt of {count} tokens and {request.max_new_tokens} to generate, {count + request.max_new_tokens} "
+                f"together; the context here is {self.longest} tokens. Shorten the prompt or ask for fewer tokens."
+            )
+
+    def submit(self, request: Request, put: Callable[[Piece], None]) -> Stream:
+        """Queue a request. ``put`` gets its pieces in the engine's thread and must return at once.
+
+        Raises `DataError` as `check` does, `QueueFullError` when too many wait already, `ClosedError` once `close` was called.
+        """
+        self.check(request)
+        stream = Stream(request, put, Decoding(self.text.tokenizer))
+        with self._change:
+            if self.failure is not None:
+                raise ClosedError(f"the engine has failed ({self.failure!r}) and takes no more requests.")
+            if self._closing is not None:
+                raise ClosedError("the engine is shutting down and takes no more requests.")
+            held_up = self._held_up([*self._waiting, stream])
+            if held_up > self.max_queue:
+                raise QueueFullError(
+                    f"found {held_up - 1} requests waiting, at most {self.max_queue} may; try again later."
+                )
+            self._waiting.append(stream)
+            self._change.notify()
+        return stream
+
+    def _held_up(self, streams: Sequence[Stream]) -> int:
+        """How many of ``streams``, first come first served, have no row or no room in the caches now."""
+        needs = [stream.need for stream in (*self._running, *([self._new] if self._new else []))]
+        for place, stream in enumerate(streams):
+            needs.append(stream.need)
+            if len(needs) > self.max_batch or not self._batch.fits(needs):
+                return len(streams) - place
+        return 0
+
+    def generate(self, request: Request) -> Iterator[Piece]:
+        """The pieces of one request, as they come; leaving the loop early cancels it. Raises as `submit` does."""
+        pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+        stream = self.submit(request, pieces.put)
+        try:
+            while True:
+                piece = pieces.get()
+                yield piece
+                if piece.finish:
+                    return
+        finally:
+            stream.cancel()
+
+    def close(self, grace: float = 0.0, *, wait: bool = True) -> None:
+        """Take no more requests; what is there may go on for ``grace`` seconds, then ends as ``closed``.
+
+        ``wait`` returns only when the thread has ended. May be called again with less grace.
+        """
+        with self._change:
+            end = time.monotonic() + grace
+            self._closing = end if self._closing is None else min(self._closing, end)
+            self._change.notify()
+        if wait:
+            self._thread.join()
+
+    # The thread --------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        try:
+            while self._wait():
+                self._sweep()
+                self._read_prompts()
+                self._step()
+        except BaseException as error:
+            with self._change:
+                self.failure = error
+            for stream in self._all():
+                self._end(stream, "failed")
+
+    def _wait(self) -> bool:
+        """Until there is something to do; false when there never will be again."""
+        with self._change:
+            self._change.wait_for(lambda: self._all() or self._closing is not None)
+            return bool(self._all())
+
+    def _all(self) -> list[Stream]:
+        return [*self._running, *([self._new] if self._new else []), *self._waiting]
+
+    def _sweep(self) -> None:
+        """Let go of requests that were given up or whose time is over."""
+        now = time.monotonic()
+
+        def over(stream: Stream) -> Finish | None:
+            if stream.cancelled:
+                return "cancelled"
+            if self._closing is not None and now >= self._closing:
+                return "closed"
+            return "timeout" if stream.deadline is not None and now >= stream.deadline else None
+
+        with self._change:
+            ended = [(stream, finish) for stream in self._waiting if (finish := over(stream))]
+            for stream, _ in ended:
+                self._waiting.remove(stream)
+        for stream, finish in ended:
+            self._end(stream, finish)
+        if self._new and (finish := over(self._new)):
+            self._batch.drop()
+            self._end(self._new, finish)
+            self._new = None
+        self._leave({row: finish for row, stream in enumerate(self._running) if (finish := over(stream))})
+
+    def _read_prompts(self) -> None:
+        """Read up to a chunk of prompts; those read to their end get their first token and join."""
+        left = _CHUNK
+        while left and (new := self._new or self._next()):
+            chunk = new.request.ids[new.read : new.read + left]
+            logits = self._batch.fill(chunk)
+            new.read += len(chunk)
+            left -= len(chunk)
+            if new.read < len(new.request.ids):
+                return
+            if finish := self._advance(new, logits):
+                self._batch.drop()
+                self._new = None
+                self._end(new, finish)
+            else:
+                self._batch.join()
+                with self._change:  # `submit` counts each request once
+                    self._new = None
+                    self._running.append(new)
+
+    def _next(self) -> Stream | None:
+        """The request that waits longest, when there is room for all it may grow to."""
+        with self._change:
+            if not self._waiting or len(self._running) == self.max_batch:
+                return None
+            if not self._batch.fits([stream.need for stream in (*self._running, self._waiting[0])]):
+                return None
+            self._new = self._waiting.popleft()
+            return self._new
+
+    def _step(self) -> None:
+        if not self._running:
+            return
+        logits = self._batch.step(np.array([stream.last for stream in self._running], np.int64))
+        found = ((row, self._advance(stream, logits[row])) for row, stream in enumerate(self._running))
+        self._leave({row: finish for row, finish in found if finish})
+
+    def _advance(self, stream: Stream, logits: Floats) -> Finish | None:
+        """Choose the token after ``logits[V]`` and tell it; returns why the stream ends with it, if it does."""
+        request = stream.request
+        token = choose(logits, temperature=request.temperature, top_p=request.top_p, draw=stream.draw)
+        if token in request.stop_ids:
+            return "stop"
+        stream.last = token
+        stream.made += 1
+        text = stream.stops.add(stream.decoding.add(token))
+        stream.put(Piece(text, time.monotonic(), token))
+        if stream.stops.met:
+            return "stop"
+        return "length" if stream.made == request.max_new_tokens else None
+
+    def _leave(self, ended: dict[int, Finish]) -> None:
+        for row in sorted(ended, reverse=True):  # the last row takes the number of one that leaves
+            self._batch.leave(row)
+            with self._change:
+                stream, self._running[row] = self._running[row], self._running[-1]
+                self._running.pop()
+            self._end(stream, ended[row])
+
+    def _end(self, stream: Stream, finish: Finish) -> None:
+        rest = stream.stops.add(stream.decoding.rest()) + stream.stops.rest()
+        stream.put(Piece(rest, time.monotonic(), finish=finish))
+
+
+class StopStrings:
+    """Finds the first stop string in a text that comes in pieces, wherever the pieces are cut."""
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self.met = False
+        self._stops = stops
+        self._held = ""  # the end of the text, as long as it may be the beginning of a stop string
+
+    def add(self, text: str) -> str:
+        """What may be told now: never any part of a stop string, and nothing after one."""
+        if self.met:
+            return ""
+        text = self._held + text
+        starts = [start for stop in self._stops if (start := text.find(stop)) >= 0]
+        if starts:
+            self.met, self._held = True, ""
+            return text[: min(starts)]
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def rest(self) -> str:
+        """What was held back, now that nothing follows."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of ``text`` that begin ``stop``."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

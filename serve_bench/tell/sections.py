@@ -1,0 +1,186 @@
+"""Parts of the report beyond the main tables: pictures of the scenarios, and every figure in one list of rows.
+
+Knows the bench artifact's result (docs/artifacts.md); a scenario that was not measured gives nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from limbeck.contract.heldout import mean_nll
+from serve_bench.tell import charts
+
+COLD_PARTS = {"start_s": "start", "import_s": "import", "load_s": "load", "first_token_s": "first token"}
+
+
+def offline(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A picture for each prompt and answer length: generated tokens a second over the batch, a line an arm."""
+    cells: dict[tuple[int, int], dict[str, list[tuple[float, float, float, float]]]] = {}
+    for cell in data.get("offline") or ():
+        estimate, label = cell["generated_tokens_s"], data["arms"][cell["arm"]]["label"]
+        point = (cell["batch"], estimate["value"], *_bounds(estimate))
+        cells.setdefault((cell["prompt_tokens"], cell["new_tokens"]), {}).setdefault(label, []).append(point)
+    return [
+        {
+            "title": f"prompts of {prompt} tokens, {new} new",
+            "picture": charts.ranges(
+                {label: sorted(points) for label, points in series.items()},
+                title=f"Generated tokens a second over the batch, prompts of {prompt} tokens and {new} new ones",
+                x="rows of a batch (logarithmic)", y="generated tokens/s",
+            ),
+        }
+        for (prompt, new), series in sorted(cells.items())
+    ]  # fmt: skip
+
+
+def server(data: Mapping[str, Any]) -> str | None:
+    """Goodput and completed requests over the rate asked."""
+    rates = (data.get("server") or {}).get("rates") or ()
+    if len(rates) < 2:
+        return None
+    series = {
+        name: sorted((r["rate"], r[key], r[key], r[key]) for r in rates)
+        for name, key in (("within the SLO", "goodput"), ("completed", "requests_s"))
+    }
+    return charts.ranges(
+        series, diagonal="asked", title="Goodput and throughput of the server over the rate asked",
+        x="requests/s asked (logarithmic)", y="requests/s",
+    )  # fmt: skip
+
+
+def cold(data: Mapping[str, Any]) -> str | None:
+    """From the start of a process to its first token, part by part."""
+    arms = data.get("cold") or {}
+    if not arms:
+        return None
+    rows = [(found["label"], [found[part]["value"] for part in COLD_PARTS]) for found in arms.values()]
+    return charts.stacks(
+        rows, list(COLD_PARTS.values()), title="Seconds from the start of a process to its first token, by arm",
+        x="seconds from nothing to the first token",
+    )  # fmt: skip
+
+
+def loss_steps(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Held-out loss from the best teacher to what ships, and what each step between them did: distilling, rounding, recovery.
+
+    Fewer than two steps are no story and give nothing.
+    """
+    best = min(
+        (arm for arm in data["arms"].values() if arm["role"] == "teacher" and arm["quality"]),
+        key=lambda arm: float(arm["quality"]["mean_nll"]),
+        default=None,
+    )
+    shipped = data["arms"][f"onnx:{data['shipped']}"]
+    places = [] if best is None else [("", f"{best['label']}, the best teacher", _nll(best))]
+    if recovery := data["onnx"].get("recovery"):
+        places.append(("distilling", "student, fp32 graph, before recovery", recovery["before"]["fp32"]))
+        places.append(("rounding", f"{data['shipped']}, before recovery", recovery["before"]["form"]))
+        places.append(("recovery", f"{data['shipped']}, shipped", recovery["after"]["form"]))
+    elif data["shipped"] != "fp32" and "onnx:fp32" in data["arms"]:
+        places.append(("distilling", "student, fp32 graph", _nll(data["arms"]["onnx:fp32"])))
+        places.append(("rounding", f"{data['shipped']}, shipped", _nll(shipped)))
+    if len(places) < 3:
+        return []
+    found: list[dict[str, Any]] = []
+    for step, label, nll in places:
+        now = {**nll, "mean": mean_nll(nll)}
+        then = found[-1]["nll"] if found else {}
+        change = {name: now[name] / then[name] - 1 if then else None for name in now}
+        found.append({"step": step, "label": label, "nll": now, "change": change})
+    return found
+
+
+def _nll(arm: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(found["nll"]) for name, found in arm["quality"]["domains"].items()}
+
+
+def against_memory(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Arms whose decoding was held against the machine's memory bandwidth."""
+    return {name: arm for name, arm in data["arms"].items() if arm.get("roofline")}
+
+
+def energy(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Joules a token by label where they could be read; else why not."""
+    found = {arm["label"]: arm["energy"] for arm in data["arms"].values() if arm.get("energy")}
+    measured = {label: e for label, e in found.items() if e["joules_per_token"] is not None}
+    return {"measured": measured, "why": next((e["why"] for e in found.values() if e.get("why")), None)}
+
+
+def rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every figure: arm, what, unit, value, interval, n."""
+    return [
+        {"arm": arm, "what": what, "unit": unit, "value": value, "low": low, "high": high, "n": n}
+        for arm, what, unit, value, low, high, n in _rows(data)
+        if value is not None
+    ]
+
+
+def _rows(data: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+    shipped = data["shipped"]
+    for name, arm in data["arms"].items():
+        label = arm["label"]
+        for key, what, unit in (
+            ("ttft_ms", "time to first token", "ms"), ("tpot_ms", "time per output token", "ms"),
+            ("e2el_ms", "end-to-end latency", "ms"), ("decode_tokens_s", "decode speed", "tokens/s"),
+            ("prompt_tokens_s", "prompt speed", "tokens/s"),
+        ):  # fmt: skip
+            if arm.get(key):
+                yield label, what, unit, *_estimate(arm[key])
+        for key, what in (("itl_ms", "gap between tokens"), ("ttft_percentiles_ms", "time to first token")):
+            found = arm.get(key) or {}
+            for percentile in (p for p in found if p.startswith("p")):
+                n = found.get("n", arm["n"])
+                yield label, f"{what}, {percentile}", "ms", found[percentile], None, None, n
+        for what, value in (("size on disk", arm["bytes"]), ("peak memory", arm["peak_rss_bytes"])):
+            yield label, what, "MB", None if value is None else value / 1e6, None, None, 1
+        for what, key in (("load", "load_s"), ("import of libraries", "import_s")):
+            yield label, what, "s", arm.get(key), None, None, 1
+        yield from _quality_rows(label, arm.get("quality"), data["heldout"])
+        for metric, what in (("tpot", "decode speed"), ("ttft", "speed to first token")):
+            if over := data["speed_of_shipped_over"].get(name, {}).get(metric):
+                yield label, f"{what} of {shipped} over it", "×", *_estimate(over)
+        if rise := data["nll_rise_of_shipped_over"].get(name):
+            yield label, f"rise of loss of {shipped} over it", "%", *_estimate({**rise, **_percent(rise)})
+    for cell in data.get("offline") or ():
+        where = f"batch {cell['batch']}, prompt {cell['prompt_tokens']}, new {cell['new_tokens']}"
+        for key, what, unit in (
+            ("prompt_tokens_s", "prompt", "tokens/s"), ("generated_tokens_s", "generated", "tokens/s"),
+            ("requests_s", "requests", "requests/s"),
+        ):  # fmt: skip
+            yield data["arms"][cell["arm"]]["label"], f"offline, {where}: {what}", unit, *_estimate(cell[key])
+    for found in (data.get("cold") or {}).values():
+        for key in (*COLD_PARTS, "second_token_s", "total_s"):
+            yield found["label"], f"cold: {key.removesuffix('_s').replace('_', ' ')}", "s", *_estimate(found[key])
+    server_data = data.get("server") or {}
+    for rate in server_data.get("rates") or ():
+        label, at = server_data["target"]["label"], f"server at {rate['rate']:g}/s"
+        yield label, f"{at}: goodput", "requests/s", rate["goodput"], None, None, rate["requests"]
+        for key, what in (("ttft_ms", "first token"), ("tpot_ms", "per token"), ("e2el_ms", "whole answer")):
+            for percentile in ("p50", "p90", "p95", "p99"):
+                yield label, f"{at}: {what}, {percentile}", "ms", rate[key][percentile], None, None, rate[key]["n"]
+
+
+def _quality_rows(
+    label: str, quality: Mapping[str, Any] | None, heldout: Mapping[str, Any]
+) -> Iterator[tuple[Any, ...]]:
+    for domain, found in (quality or {}).get("domains", {}).items():
+        for key, what, unit in (
+            ("nll", "loss", "nats"), ("perplexity", "perplexity", ""), ("bits_per_byte", "bits a byte", "bits"),
+            ("kl", "KL to the mixture", "nats"), ("top1", "agreement with the mixture", ""),
+            ("calibration_error", "calibration error", ""),
+        ):  # fmt: skip
+            yield label, f"{what}, {domain}", unit, found.get(key), None, None, sum(heldout[domain]["labels"])
+
+
+def _estimate(found: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
+    return found["value"], found["low"], found["high"], found["n"]
+
+
+def _percent(found: Mapping[str, Any]) -> dict[str, float]:
+    return {key: 100 * found[key] for key in ("value", "low", "high")}
+
+
+def _bounds(estimate: Mapping[str, Any]) -> Sequence[float]:
+    low, high = estimate["low"], estimate["high"]
+    return (estimate["value"],) * 2 if low is None or high is None else (low, high)

@@ -1,0 +1,180 @@
+"""`limbeck init`: the student is the best that fits, and what is written runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from compress.data.blocks import load_blocks
+from compress.models.language import load_tokenizer
+from limbeck.app import run as pipeline
+from limbeck.app.cli import app
+from limbeck.app.init import _cuts, _sizes, choose_student
+from limbeck.app.plan import form_sizes
+from limbeck.contract.recipe import load_recipe
+from limbeck.contract.sources import preflight
+from tests.pico import make_model
+
+SIZES: dict[str, Any] = {"max_position_embeddings": 256, "num_hidden_layers": 6, "vocab_size": 258, "scale": 0.05}
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "models" / "Legal", seed=1, hidden_size=256, intermediate_size=512, **SIZES)
+    make_model(tmp_path / "models" / "medical", seed=2, hidden_size=192, intermediate_size=512, **SIZES)
+    words = " ".join(f"word{i % 97} of line {i}" for i in range(4000))
+    (tmp_path / "text.txt").write_text(words)
+
+
+def init(target: float, *more: str) -> Result:
+    given = ["--teacher", "models/Legal", "--teacher", "models/medical", "--data", "text.txt"]
+    return CliRunner().invoke(app, ["init", *given, "--target-mb", str(target), *more])
+
+
+def test_the_student_is_the_best_that_fits(tmp_path: Path) -> None:
+    found = []
+    for target in (10.0, 2.2, 1.6, 1.3):
+        result = init(target, "--out", f"for-{target}.yaml")
+        assert result.exit_code == 0, result.output
+        recipe = load_recipe(tmp_path / f"for-{target}.yaml")
+        form = recipe.export.forms[-1].kind
+        assert form_sizes(recipe)[form] <= target * 1e6
+        assert len(recipe.text.splitlines()) <= 15
+        assert recipe.text.startswith(f"# Written by `limbeck init` for {target:g} MB. Student: ")
+        assert [t.name for t in recipe.teachers] == ["legal", "medical"]
+        assert recipe.gates.max_size_mb == target
+        assert recipe.student.model_dump()["base"]["path"].name == "medical"  # the smaller one
+        # The verdict is on size and on what it costs in quality.
+        gates = recipe.gates
+        assert gates.max_loss_vs_best_teacher == 0.02
+        # Of a cut it is said, here and in the file, that the loss cannot be expected to be met.
+        said = "A cut heals slowly, and max_loss_vs_best_teacher will likely fail"
+        assert (said in result.stdout) == (said in recipe.text) == (recipe.student.kind == "shrink")
+        assert gates.max_quantization_loss == {"int8-weight": 0.01, "int4-weight": 0.05}[form]
+        found.append((recipe.student.kind, form))
+    assert found[:2] == [("lora", "int8-weight"), ("lora", "int4-weight")]
+    assert [kind for kind, _ in found[2:]] == ["shrink", "shrink"]
+
+
+def test_a_cut_keeps_the_most_that_fits_in_either_form(tmp_path: Path) -> None:
+    assert init(1.2, "--out", "cut.yaml").exit_code == 0
+    recipe = load_recipe(tmp_path / "cut.yaml").resolved()
+    tree, base = {name: recipe[name] for name in ("name", "data", "training")}, recipe["student"]["base"]
+    sizes = {str(student): (_sizes(tree, student), student) for student, _ in _cuts(tree, base)}
+    most = 0.97 * 1.2
+    fitting = [found for found in sizes.values() if min(found[0].values()) <= most]
+    assert 0 < len(fitting) < len(sizes)
+    planned, student = max(fitting, key=lambda found: found[0]["int8-weight"])
+    chosen = choose_student(tree, [base], target_mb=1.2)
+    assert chosen.student == student
+    assert chosen.form == ("int8-weight" if planned["int8-weight"] <= most else "int4-weight")
+
+
+def test_what_cannot_be_is_told_and_nothing_is_written(tmp_path: Path) -> None:
+    result = init(0.01)
+    assert result.exit_code == 2
+    assert "no student of that size from these models; the smallest is " in result.stderr
+    assert init(10, "--data", "gone.txt").exit_code == 2
+    assert "no such folder, .gguf file, recipe, or hub id" in init(10, "--student", "models/gone/x").stderr
+    typo = init(10, "--student", "models/leagl")
+    assert "--student models/leagl: no folder of that name here, and as a model of the hub: " in typo.stderr
+    assert "gone is no folder that can be written to" in init(10, "--out", "gone/recipe.yaml").stderr
+    (tmp_path / "latin.txt").write_bytes("Grüße".encode("latin-1"))
+    assert "latin.txt: not UTF-8 text" in init(10, "--data", "latin.txt").stderr
+    assert not (tmp_path / "recipe.yaml").exists()
+    (tmp_path / "recipe.yaml").write_text("mine")
+    assert "is already there" in init(10).stderr
+    assert (tmp_path / "recipe.yaml").read_text() == "mine"
+
+
+def test_models_of_other_kinds_are_told_apart(tmp_path: Path) -> None:
+    other = make_model(tmp_path / "models" / "v1.5-other", hidden_size=64, **SIZES)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["a"], tokenizer["model"]["vocab"]["b"] = (tokenizer["model"]["vocab"][x] for x in "ba")
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    result = init(10, "--teacher", "models/v1.5-other")
+    assert result.exit_code == 2
+    assert "legal and v1.5-other have different tokenizers: 2 of 258 tokens" in result.stderr
+    config = json.loads((other / "config.json").read_text()) | {"architectures": ["BertForSequenceClassification"]}
+    (other / "config.json").write_text(json.dumps(config))
+    assert "BertForSequenceClassification does not write text" in init(10, "--teacher", "models/v1.5-other").stderr
+    # An adapter is a teacher on the base that it names.
+    adapter = tmp_path / "adapters" / "v2.1"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "models/medical"}')
+    assert init(10, "--teacher", "adapters/v2.1").exit_code == 0
+    teacher = yaml.safe_load((tmp_path / "recipe.yaml").read_text())["teachers"][2]
+    base = {"kind": "local", "path": str(tmp_path / "models/medical")}
+    assert teacher == {"name": "v2.1", "model": base, "adapter": str(adapter)}
+
+
+@pytest.mark.parametrize(
+    ("row", "form"),
+    [
+        ({"text": "a b", "id": "c"}, {"kind": "jsonl", "field": "text"}),
+        ({"body": "a b", "id": 3}, {"kind": "jsonl", "field": "body"}),
+        ({"messages": [{"role": "user", "content": "a"}]}, {"kind": "chat"}),
+        ({"question": "a", "answer": "b"}, None),
+        (["a"], None),
+    ],
+)
+def test_rows_are_told_by_the_first_of_them(row: Any, form: dict[str, str] | None, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(f"\n{json.dumps(row)}\n" * 500)
+    result = init(10, "--data", "rows.jsonl")
+    if form is None:
+        assert result.exit_code == 2
+        assert "rows.jsonl: its" in result.stderr
+        return
+    assert result.exit_code == 0, result.output
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    assert recipe["data"]["domains"][1]["text"]["format"] == form
+    mistakes = list(preflight(load_recipe(tmp_path / "recipe.yaml")))
+    assert not [m for m in mistakes if "plain text" in m]
+
+
+def test_little_text_is_not_read_over_and_over(tmp_path: Path) -> None:
+    def tokens(text: str) -> int:
+        (tmp_path / "recipe.yaml").unlink(missing_ok=True)
+        (tmp_path / "text.txt").write_text(text)
+        assert init(10).exit_code == 0
+        return int(yaml.safe_load((tmp_path / "recipe.yaml").read_text())["training"]["tokens"])
+
+    lines = ("word " * 119 + "end.\n") * 10  # each a piece
+    texts = (lines, "word " * 4000, "word " * 200_000)
+    assert [tokens(text) for text in texts] == [20 * 1024, 48 * 1024, 200 * 1024]
+
+
+def test_too_little_text_is_refused_and_just_enough_becomes_blocks(tmp_path: Path) -> None:
+    few = "word " * 56
+    (tmp_path / "text.txt").write_text(few)
+    refused = init(10)
+    assert refused.exit_code == 2
+    assert "--data text.txt: too little text: found 1 of at least 10 rows, or pieces of up to 1024" in refused.stderr
+    assert "a single document needs about 10240 characters" in refused.stderr
+    assert not (tmp_path / "recipe.yaml").exists()
+    # Rows that are shorter than a block are joined, or not one block would be full.
+    for name, text in (("text.txt", few * 40), ("rows.jsonl", '{"text": "a few words of a row"}\n' * 60)):
+        out = f"{name}.yaml"
+        data = ["--data", name] if name == "rows.jsonl" else []
+        (tmp_path / name).write_text(text)
+        assert init(10, *data, "--out", out).exit_code == 0
+        recipe = load_recipe(tmp_path / out)
+        assert recipe.data.packing == ("stream" if data else "document")
+        blocks = load_blocks(recipe, load_tokenizer(tmp_path / "models" / "medical"))
+        assert all(len(domain.train_ids) and len(domain.heldout) for domain in blocks)
+
+
+def test_what_is_written_runs_to_a_verdict(tmp_path: Path) -> None:
+    assert init(10).exit_code == 0
+    few = ["training.tokens=2048", "bench.minutes=0.05", "bench.min_blocks=3", "data.heldout.blocks=2"]
+    report = pipeline.run(load_recipe(tmp_path / "recipe.yaml", overrides=few), out=tmp_path / "run")
+    (size,) = (gate for gate in report.verdict.gates if gate.name == "max_size_mb")
+    assert size.status == "pass"
+    asked = {"max_size_mb", "max_loss_vs_best_teacher", "max_quantization_loss"}
+    assert {gate.name for gate in report.verdict.gates} == asked

@@ -1,0 +1,448 @@
+"""The tests of the maths: each divergence, weight and fusion against an independent reference, and the identities."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.spatial.distance
+import scipy.special
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from compress.loss import (
+    IGNORED,
+    Head,
+    SparseStates,
+    TeacherStates,
+    divergence,
+    fit_temperature,
+    fused_loss,
+    label_nll,
+    teacher_statistics,
+    weigh,
+)
+from limbeck.contract.recipe import (
+    CaMkdWeights,
+    CorrectedEntropyWeights,
+    EbkdWeights,
+    EntropyWeights,
+    ForwardKl,
+    Fusion,
+    InverseEntropyWeights,
+    Jsd,
+    LabelWeights,
+    PosteriorWeights,
+    ReverseKl,
+    SkewKl,
+    StaticWeights,
+    UniformWeights,
+)
+from tests.dense import dense_loss
+
+NAMES = ("a", "b", "c")
+DIVERGENCES = [
+    ForwardKl(kind="forward_kl"),
+    ReverseKl(kind="reverse_kl"),
+    Jsd(kind="jsd", beta=0.3),
+    SkewKl(kind="skew_kl", skew=0.2),
+]
+WEIGHTS = [
+    UniformWeights(kind="uniform"),
+    StaticWeights(kind="static", values={"a": 1, "b": 2, "c": 5}),
+    *(EntropyWeights(kind="entropy", granularity=g) for g in ("token", "sequence", "batch")),
+    EntropyWeights(kind="entropy", control="inverted"),
+    EntropyWeights(kind="entropy", control="shuffled"),
+    EntropyWeights(kind="entropy", warmup=0.9),
+    InverseEntropyWeights(kind="inverse_entropy"),
+    EbkdWeights(kind="ebkd"),
+    CaMkdWeights(kind="ca_mkd"),
+    *(LabelWeights(kind="label", granularity=g) for g in ("token", "sequence")),
+    CorrectedEntropyWeights(kind="corrected_entropy"),
+    PosteriorWeights(kind="posterior", entropy=0.5, evidence=0.7),
+]
+
+
+def problem(
+    *, seed: int = 0, K: int = 3, R: int = 4, L: int = 7, V: int = 23, widths: tuple[int, ...] = (8, 5, 6), masked: float = 0.3,
+    softcap: float | None = None, scale: float = 1.0,
+) -> dict[str, Any]:  # fmt: skip
+    """A small batch: student and teachers of different widths, labels with holes."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    labels = torch.randint(0, V, (R, L), generator=g)
+    labels[torch.rand(R, L, generator=g) < masked] = IGNORED
+    teachers = [
+        TeacherStates(2 * draw(R, L, widths[k]), Head(draw(V, widths[k]), draw(V) if k == 0 else None, 1.0, 5.0 if k == 1 else None), 1 + 0.1 * k)
+        for k in range(K)
+    ]  # fmt: skip
+    return {
+        "hidden_RLd": draw(R, L, 8).requires_grad_(),
+        "head": Head(draw(V, 8).requires_grad_(), draw(V).requires_grad_(), scale, softcap),
+        "teachers": teachers,
+        "labels_RL": labels,
+        "denominator": max(1, int((labels != IGNORED).sum())),
+        "names": NAMES[:K],
+    }
+
+
+def gradients(loss: Tensor, parts: dict[str, Any]) -> list[Tensor]:
+    head: Head = parts["head"]
+    assert head.bias_V is not None
+    return list(torch.autograd.grad(loss, [parts["hidden_RLd"], head.weight_Vd, head.bias_V]))
+
+
+# 1. Each divergence against references --------------------------------------------------------------------------
+
+
+def test_divergences_by_hand() -> None:
+    p, q = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]])
+    expected = {
+        ForwardKl(kind="forward_kl"): 0.5 * math.log(2) + 0.5 * math.log(2 / 3),  # 0.143841
+        ReverseKl(kind="reverse_kl"): 0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2),  # 0.130812
+        Jsd(kind="jsd", beta=0.5): 0.03382264,  # m = (0.375, 0.625)
+        SkewKl(kind="skew_kl", skew=0.5): 0.5 * math.log(0.5 / 0.375) + 0.5 * math.log(0.5 / 0.625),  # 0.032269
+    }
+    for config, value in expected.items():
+        assert float(divergence(config, p, q.log())[0]) == pytest.approx(value, abs=1e-6)
+    assert float(divergence(ForwardKl(kind="forward_kl"), p, q.log())[0]) == pytest.approx(0.1438410, abs=1e-6)
+
+
+def test_divergences_against_scipy() -> None:
+    rng = np.random.default_rng(1)
+    p, q = rng.dirichlet(np.ones(11), size=2)
+    tp, tq = (torch.tensor(x, dtype=torch.float32)[None] for x in (p, q))
+    assert float(divergence(ForwardKl(kind="forward_kl"), tp, tq.log())[0]) == pytest.approx(
+        scipy.special.rel_entr(p, q).sum(), rel=1e-5
+    )
+    assert float(divergence(ReverseKl(kind="reverse_kl"), tp, tq.log())[0]) == pytest.approx(
+        scipy.special.rel_entr(q, p).sum(), rel=1e-5
+    )
+    distance = scipy.spatial.distance.jensenshannon(p, q)
+    assert float(divergence(Jsd(kind="jsd", beta=0.5), tp, tq.log())[0]) == pytest.approx(distance**2, rel=1e-5)
+
+
+# 2. Identities ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", DIVERGENCES, ids=lambda c: c.kind)
+def test_divergence_from_itself_is_zero(config: Any) -> None:
+    p = torch.softmax(torch.randn(5, 9, generator=torch.Generator().manual_seed(0)), dim=-1)
+    value, slope = divergence(config, p, p.log())
+    torch.testing.assert_close(value, torch.zeros(5), atol=1e-6, rtol=0)
+    torch.testing.assert_close(slope, torch.zeros(5, 9), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("config", DIVERGENCES, ids=lambda c: c.kind)
+def test_divergence_of_disjoint_certainties_is_finite(config: Any) -> None:
+    p = torch.tensor([[1.0, 0.0]])
+    value, slope = divergence(config, p, torch.log_softmax(torch.tensor([[-200.0, 200.0]]), -1))
+    assert torch.isfinite(value).all()
+    assert torch.isfinite(slope).all()
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=repr)
+def test_all_masked_is_zero_without_nan(weights: Any) -> None:
+    parts = problem()
+    parts["labels_RL"] = torch.full_like(parts["labels_RL"], IGNORED)
+    terms = fused_loss(Fusion(weights=weights), **parts)
+    assert float(terms.loss.detach()) == 0
+    for gradient in gradients(terms.loss, parts):
+        assert gradient.abs().sum() == 0
+
+
+# 3. Chunked equals dense ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("weights", "space"), list(itertools.product(WEIGHTS, ("arithmetic", "geometric"))), ids=repr)
+@pytest.mark.parametrize("config", DIVERGENCES, ids=lambda c: c.kind)
+def test_chunked_equals_dense(config: Any, weights: Any, space: Any) -> None:
+    parts = problem(softcap=4.0, scale=0.7)
+    fusion = Fusion(weights=weights, divergence=config, space=space, temperature=1.7, chunk=5)
+    chunked, dense = fused_loss(fusion, progress=0.4, **parts).loss, dense_loss(fusion, progress=0.4, **parts)
+    torch.testing.assert_close(chunked, dense, rtol=1e-5, atol=1e-6)
+    for mine, reference in zip(gradients(chunked, parts), gradients(dense, parts), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000), K=st.integers(1, 3), R=st.integers(1, 5), L=st.integers(1, 9), V=st.integers(2, 40),
+    masked=st.floats(0, 1), chunk=st.integers(1, 50), weights=st.sampled_from(WEIGHTS), config=st.sampled_from(DIVERGENCES),
+)  # fmt: skip
+def test_chunked_equals_dense_on_any_shape(
+    seed: int, K: int, R: int, L: int, V: int, masked: float, chunk: int, weights: Any, config: Any
+) -> None:
+    if isinstance(weights, StaticWeights):
+        weights = StaticWeights(kind="static", values=dict.fromkeys(NAMES[:K], 1.0))
+    parts = problem(seed=seed, K=K, R=R, L=L, V=V, masked=masked)
+    fusion = Fusion(weights=weights, divergence=config, chunk=chunk)
+    chunked, dense = fused_loss(fusion, **parts).loss, dense_loss(fusion, **parts)
+    torch.testing.assert_close(chunked, dense, rtol=1e-4, atol=1e-5)
+    for mine, reference in zip(gradients(chunked, parts), gradients(dense, parts), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-3, atol=1e-5)
+
+
+def test_without_teachers_it_is_cross_entropy() -> None:
+    parts = problem(K=0)
+    terms = fused_loss(Fusion(), **parts)
+    torch.testing.assert_close(terms.loss, dense_loss(Fusion(), **parts))
+    assert terms.divergence == 0
+
+
+def test_frozen_head_gets_no_gradient() -> None:
+    parts = problem()
+    parts["head"] = Head(parts["head"].weight_Vd.detach())
+    fused_loss(Fusion(), **parts).loss.backward()
+    assert parts["hidden_RLd"].grad is not None
+    assert parts["head"].weight_Vd.grad is None
+
+
+def test_tied_head_gets_the_gradient_of_both_uses() -> None:
+    parts = problem()
+    embedding = parts["head"].weight_Vd.detach().clone().requires_grad_()
+    ids = torch.randint(0, 23, (4, 7), generator=torch.Generator().manual_seed(3))
+    both = []
+    for loss in (lambda **p: fused_loss(Fusion(), **p).loss, lambda **p: dense_loss(Fusion(), **p)):
+        tied = {**parts, "hidden_RLd": embedding[ids], "head": Head(embedding)}
+        both.append(torch.autograd.grad(loss(**tied), embedding)[0])
+    torch.testing.assert_close(*both, rtol=1e-4, atol=1e-6)
+
+
+def test_padded_vocabulary_rows_are_left_out() -> None:
+    parts = problem(K=2)
+    reference = fused_loss(Fusion(), **parts).loss
+    wide = parts["teachers"][0]
+    padded = Head(
+        torch.cat([wide.head.weight_Vd, torch.full((4, 8), 9.0)]), torch.cat([wide.head.bias_V, torch.full((4,), 9.0)])
+    )
+    parts["teachers"] = [TeacherStates(wide.hidden_RLd, padded, wide.temperature), parts["teachers"][1]]
+    torch.testing.assert_close(fused_loss(Fusion(), **parts).loss, reference)
+
+
+def sparse(teacher: TeacherStates, labels: Tensor, k: int, generator: torch.Generator | None = None) -> SparseStates:
+    """What a top-k (or, with a generator, a sampled) cache keeps of a teacher."""
+    R, L = labels.shape
+    ids, share = torch.zeros(R, L, k, dtype=torch.long), torch.zeros(R, L, k)
+    entropy, logp = teacher_statistics([teacher], labels)
+    row, position = (labels != IGNORED).nonzero(as_tuple=True)
+    p, _, _ = teacher.read((row, position), teacher.vocabulary).distribution(slice(None), labels[row, position])
+    if generator is None:
+        share[row, position], ids[row, position] = p.topk(k)
+    else:
+        ids[row, position] = torch.multinomial(p, k, replacement=True, generator=generator)
+        share[row, position] = 1 / k
+    return SparseStates(ids, share, entropy[0], logp[0], teacher.vocabulary)
+
+
+def test_the_tail_is_one_bucket() -> None:
+    """KL over the k kept tokens and the rest as one outcome, in value and gradient, from an independent formula."""
+    parts = problem(K=1, masked=0)
+    config = Fusion(weights=UniformWeights(kind="uniform"), weight=1, cross_entropy=0)
+    kept = sparse(parts["teachers"][0], parts["labels_RL"], 4)
+    loss = fused_loss(config, **{**parts, "teachers": [kept]}).loss
+    q = torch.softmax(parts["head"].logits(parts["hidden_RLd"]), -1).gather(2, kept.ids_RLk)
+    p, tail_p, tail_q = kept.share_RLk, 1 - kept.share_RLk.sum(-1), 1 - q.sum(-1)
+    expected = ((p * (p / q).log()).sum(-1) + tail_p * (tail_p / tail_q).log()).sum() / parts["denominator"]
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+    for mine, reference in zip(gradients(loss, parts), gradients(expected, parts), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-3, atol=1e-5)
+
+
+def test_sampling_is_unbiased_where_topk_is_not() -> None:
+    """The mean gradient over many draws is the exact one (arXiv 2503.16870)."""
+    parts = problem(K=1, R=1, L=3, masked=0)
+    config = Fusion(weights=UniformWeights(kind="uniform"), weight=1, cross_entropy=0)
+
+    def gradient(teacher: Any) -> Tensor:
+        return gradients(fused_loss(config, **{**parts, "teachers": [teacher]}).loss, parts)[0]
+
+    exact, generator = gradient(parts["teachers"][0]), torch.Generator().manual_seed(0)
+    drawn = [gradient(sparse(parts["teachers"][0], parts["labels_RL"], 4, generator)) for _ in range(600)]
+    spread = torch.stack(drawn).std(0) / math.sqrt(len(drawn))
+    assert ((torch.stack(drawn).mean(0) - exact).abs() < 4.5 * spread + 1e-6).all()
+    assert (gradient(sparse(parts["teachers"][0], parts["labels_RL"], 1)) - exact).abs().max() > 10 * spread.max()
+
+
+# 4. K copies of one teacher --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [w for w in WEIGHTS if not isinstance(w, StaticWeights)], ids=repr)
+@pytest.mark.parametrize("space", ["arithmetic", "geometric"])
+def test_copies_of_one_teacher_are_that_teacher(weights: Any, space: Any) -> None:
+    parts = problem(K=1)
+    alone = fused_loss(Fusion(weights=weights, space=space), **parts).loss
+    parts["teachers"], parts["names"] = parts["teachers"] * 3, NAMES
+    torch.testing.assert_close(
+        fused_loss(Fusion(weights=weights, space=space), **parts).loss, alone, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_one_weight_of_one_is_plain_distillation() -> None:
+    parts = problem()
+    config = Fusion(weights=StaticWeights(kind="static", values={"a": 0, "b": 1, "c": 0}), weight=1, cross_entropy=0)
+    teacher = parts["teachers"][1]
+    valid = parts["labels_RL"] != IGNORED
+    logp = torch.log_softmax(teacher.head.logits(teacher.hidden_RLd[valid]) / teacher.temperature, -1)
+    logq = torch.log_softmax(parts["head"].logits(parts["hidden_RLd"][valid]), -1)
+    expected = torch.nn.functional.kl_div(logq, logp, reduction="sum", log_target=True) / parts["denominator"]
+    torch.testing.assert_close(fused_loss(config, **parts).loss, expected)
+
+
+# 5. Sum of divergences and divergence from the mixture ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "space"), [(DIVERGENCES[0], "arithmetic"), (DIVERGENCES[1], "geometric")], ids=["forward", "reverse"]
+)
+def test_weighted_sum_has_the_gradient_of_the_mixture(config: Any, space: Any) -> None:
+    parts = problem()
+    weights = {"a": 0.2, "b": 0.5, "c": 0.3}
+    options = {"divergence": config, "weight": 1, "cross_entropy": 0}
+    whole = Fusion(weights=StaticWeights(kind="static", values=weights), space=space, **options)
+    mixture = gradients(fused_loss(whole, **parts).loss, parts)
+    single = Fusion(weights=UniformWeights(kind="uniform"), **options)
+    each = [
+        gradients(fused_loss(single, **{**parts, "teachers": [t], "names": [n]}).loss, parts)
+        for n, t in zip(NAMES, parts["teachers"], strict=True)
+    ]
+    for index, gradient in enumerate(mixture):
+        summed = sum(weights[n] * g[index] for n, g in zip(NAMES, each, strict=True))
+        torch.testing.assert_close(gradient, summed, rtol=1e-4, atol=1e-6)
+
+
+# 6. Splits and order ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=repr)
+def test_any_split_gives_the_same_loss_and_gradient(weights: Any) -> None:
+    parts = problem(R=6)
+    fusion = Fusion(weights=weights)
+    statistics = teacher_statistics(parts["teachers"], parts["labels_RL"])
+    means = torch.stack([s.sum((1, 2)) / parts["denominator"] for s in statistics])
+    whole = fused_loss(fusion, **parts, global_means_2K=means).loss
+    expected = gradients(whole, parts)
+    order = torch.tensor([4, 0, 5, 1, 3, 2])
+    total, summed = torch.zeros(()), [torch.zeros_like(g) for g in expected]
+    for rows in (order[:1], order[1:4], order[4:]):
+        part = {
+            **parts,
+            "labels_RL": parts["labels_RL"][rows],
+            "teachers": [TeacherStates(t.hidden_RLd[rows], t.head, t.temperature) for t in parts["teachers"]],
+        }
+        loss = fused_loss(fusion, **{**part, "hidden_RLd": parts["hidden_RLd"][rows]}, global_means_2K=means).loss
+        total = total + loss.detach()
+        summed = [a + b for a, b in zip(summed, gradients(loss, parts), strict=True)]
+    torch.testing.assert_close(total, whole.detach(), rtol=1e-5, atol=1e-6)
+    for mine, reference in zip(summed, expected, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-6)
+
+
+# 7. Permutations -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=repr)
+def test_permuting_teachers_or_vocabulary_changes_nothing(weights: Any) -> None:
+    parts, fusion = problem(), Fusion(weights=weights)
+    expected = fused_loss(fusion, **parts).loss
+    turned = {**parts, "teachers": parts["teachers"][::-1], "names": parts["names"][::-1]}
+    torch.testing.assert_close(fused_loss(fusion, **turned).loss, expected, rtol=1e-5, atol=1e-6)
+    if getattr(weights, "control", "") == "shuffled":
+        return  # its random order is seeded by the label ids
+    order = torch.randperm(23, generator=torch.Generator().manual_seed(2))
+    where = torch.argsort(order)
+    labels = torch.where(parts["labels_RL"] == IGNORED, IGNORED, where[parts["labels_RL"].clamp(min=0)])
+
+    def permuted(head: Head) -> Head:
+        return Head(
+            head.weight_Vd[order], head.bias_V[order] if head.bias_V is not None else None, head.scale, head.softcap
+        )
+
+    teachers = [TeacherStates(t.hidden_RLd, permuted(t.head), t.temperature) for t in parts["teachers"]]
+    moved = {**parts, "labels_RL": labels, "head": permuted(parts["head"]), "teachers": teachers}
+    torch.testing.assert_close(fused_loss(fusion, **moved).loss, expected, rtol=1e-5, atol=1e-6)
+
+
+# Weights ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=repr)
+def test_weights_are_a_distribution(weights: Any) -> None:
+    g = torch.Generator().manual_seed(0)
+    entropy, logp = torch.rand(3, 4, 6, generator=g) * 5, -torch.rand(3, 4, 6, generator=g) * 8
+    labels = torch.randint(-1, 5, (4, 6), generator=g)
+    labels[labels < 0] = IGNORED
+    w = weigh(weights, entropy, logp, labels, names=NAMES)
+    assert (w >= 0).all()
+    torch.testing.assert_close(w.sum(0), torch.ones(4, 6))
+
+
+def test_weights_by_hand() -> None:
+    entropy, logp = torch.tensor([[[1.0]], [[3.0]]]), torch.tensor([[[-2.0]], [[-1.0]]])
+    labels = torch.zeros(1, 1, dtype=torch.long)
+
+    def first(config: Any) -> float:
+        return float(weigh(config, entropy, logp, labels, names=("a", "b"))[0, 0, 0])
+
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    assert first(EntropyWeights(kind="entropy", sharpness=2, floor=0)) == pytest.approx(sigmoid(1))
+    assert first(EntropyWeights(kind="entropy", sharpness=2, floor=0.1)) == pytest.approx(0.9 * sigmoid(1) + 0.05)
+    assert first(EntropyWeights(kind="entropy", sharpness=2, floor=0, control="inverted")) == pytest.approx(sigmoid(-1))
+    assert first(InverseEntropyWeights(kind="inverse_entropy")) == pytest.approx(0.75)
+    assert first(EbkdWeights(kind="ebkd")) == pytest.approx(0.75)
+    assert first(LabelWeights(kind="label", sharpness=0.5)) == pytest.approx(sigmoid(-2))
+    assert first(CaMkdWeights(kind="ca_mkd")) == pytest.approx(1 - sigmoid(1))  # CE 2 and 1: the better one gets more
+    # One position: entropy + (surprise - entropy) is the surprise itself.
+    assert first(CorrectedEntropyWeights(kind="corrected_entropy", sharpness=1, floor=0)) == pytest.approx(sigmoid(-1))
+
+
+def test_the_posterior_is_causal_and_bayes_rule() -> None:
+    logp = torch.tensor([[[-1.0, -2.0, -3.0]], [[-2.0, -1.0, -1.0]]])
+    labels = torch.zeros(1, 3, dtype=torch.long)
+    w = weigh(PosteriorWeights(kind="posterior"), torch.zeros(2, 1, 3), logp, labels)[0, 0]
+    expected = [0.5, 1 / (1 + math.exp(-1)), 0.5]  # evidence before each position: (0,0), (-1,-2), (-3,-3)
+    torch.testing.assert_close(w, torch.tensor(expected))
+
+
+def test_batch_granularity_needs_no_neighbour_when_given_global_means() -> None:
+    means = torch.tensor([[1.0, 2.0], [0.0, 0.0]])
+    config = EntropyWeights(kind="entropy", granularity="batch", sharpness=1, floor=0)
+    w = weigh(
+        config, torch.rand(2, 1, 4), torch.zeros(2, 1, 4), torch.zeros(1, 4, dtype=torch.long), global_means_2K=means
+    )
+    torch.testing.assert_close(w[0], torch.full((1, 4), 1 / (1 + math.exp(-1))))
+
+
+# Calibration and scoring -----------------------------------------------------------------------------------------
+
+
+def test_calibration_finds_the_temperature_that_was_put_in() -> None:
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(1, 4000, 6, generator=g), torch.randn(9, 6, generator=g)
+    truth = torch.distributions.Categorical(logits=hidden[0] @ weight.T / 1.6)
+    torch.manual_seed(0)
+    labels = truth.sample()[None]
+    assert fit_temperature(hidden, Head(weight), labels, bounds=(0.5, 3), positions=4000) == pytest.approx(
+        1.6, rel=0.05
+    )
+    assert fit_temperature(hidden, Head(weight), labels, bounds=(0.5, 1.2), positions=4000) == pytest.approx(1.2)
+
+
+def test_label_nll_sums_by_row() -> None:
+    parts = problem()
+    hidden, head, labels = parts["hidden_RLd"].detach(), parts["head"], parts["labels_RL"]
+    logp = torch.log_softmax(head.logits(hidden), -1).detach()
+    expected = [
+        -sum(float(logp[r, t, y]) for t, y in enumerate(row.tolist()) if y != IGNORED) for r, row in enumerate(labels)
+    ]
+    torch.testing.assert_close(
+        label_nll(hidden, head, labels, chunk=3), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-5
+    )

@@ -1,0 +1,91 @@
+"""One process at a time: what several want at once is made once, and whoever waits is told so."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+import pytest
+
+from limbeck.contract import lock
+from limbeck.contract.artifact import open_artifact
+from limbeck.contract.errors import EnvironmentalError
+from limbeck.contract.lock import locked, make_once
+
+
+@pytest.fixture(autouse=True)
+def _forgets() -> None:
+    lock._say_once.cache_clear()
+
+
+def test_what_several_want_at_once_is_made_once(tmp_path: Path) -> None:
+    path, start, made = tmp_path / "cache" / "models" / "abc", Barrier(3), list[Path]()
+
+    def make(folder: Path) -> dict[str, Any]:
+        made.append(folder)
+        time.sleep(0.05)
+        (folder / "weights").write_text("1")
+        return {"parameters": 1}
+
+    def want(_: int) -> str:
+        start.wait()
+        make_once(path, kind="model", key="abc", parents={}, make=make)
+        return open_artifact(path, kind="model").digest
+
+    with ThreadPoolExecutor(3) as pool:
+        digests = list(pool.map(want, range(3)))
+    assert len(made) == 1
+    assert len(set(digests)) == 1
+
+
+def test_who_waits_is_told_once_for_whom(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def rows(name: str) -> None:
+        make_once(tmp_path / "teachers" / name, kind="rows", key=name, parents={}, make=lambda _: {})
+
+    (tmp_path / "teachers").mkdir()
+    with ThreadPoolExecutor(2) as pool:
+        for name in ("a", "b"):
+            with (tmp_path / "teachers" / f".{name}.lock").open("w") as held:
+                fcntl.flock(held, fcntl.LOCK_EX)
+                held.write("123\n")
+                held.flush()
+                waits = pool.submit(rows, name)
+                time.sleep(0.05)
+                assert not waits.done()
+            waits.result(timeout=5)
+            assert open_artifact(tmp_path / "teachers" / name).key == name
+    assert capsys.readouterr().err == "  waiting for another run (process 123), which is making teachers in the cache\n"
+
+
+def test_who_is_stopped_lets_the_next_one_make_it(tmp_path: Path) -> None:
+    def stopped(folder: Path) -> dict[str, Any]:
+        (folder / "half").write_text("…")
+        raise KeyboardInterrupt
+
+    path = tmp_path / "models" / "abc"
+    with pytest.raises(KeyboardInterrupt):
+        make_once(path, kind="model", key="abc", parents={}, make=stopped)
+    assert not path.exists()
+    make_once(path, kind="model", key="abc", parents={}, make=lambda _: {"parameters": 1})
+    assert open_artifact(path).manifest["files"] == {}
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(EnvironmentalError, match=rf"run: cannot be written \({os.strerror(code)}\); .* --out"):
+        with locked(tmp_path / "run", wait=False):
+            pass
+    with pytest.raises(
+        EnvironmentalError, match=r"models: cannot be written .* name another cache folder with LIMBECK_CACHE"
+    ):
+        make_once(tmp_path / "models" / "abc", kind="model", key="abc", parents={}, make=lambda _: {})

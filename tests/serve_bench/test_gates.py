@@ -1,0 +1,125 @@
+"""Gates: each is judged by the right thing, and the verdict follows from all of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from limbeck.contract.recipe import Gates
+from serve_bench.judge.gates import EXIT_CODES, Evidence, best_teacher, fastest_teacher, judge, show
+from serve_bench.judge.stats import Interval
+
+
+def evidence(**over: Any) -> Evidence:
+    values: dict[str, Any] = {
+        "name": "demo", "shipped": "int8-weight",
+        "speedup": {"slow": Interval(6.0, 5.5, 6.5, 6), "fast": Interval(4.0, 3.5, 4.5, 6)},
+        "tpot_ms": Interval(9.0, 8.0, 10.0, 6), "ttft_ms": Interval(100.0, 90.0, 110.0, 6),
+        "size": 143_000_000, "fp32_size": 540_000_000,
+        "rise_over_fp32": Interval(0.002, -0.001, 0.02, 24),
+        "rise_over_teachers": {
+            "left": (2.9, Interval(-0.03, -0.05, 0.01, 24)), "right": (2.8, Interval(0.004, -0.02, 0.03, 24))
+        },
+    }  # fmt: skip
+    return Evidence(**values | over)
+
+
+UNKNOWN = Interval(4.0, 0.0, math.inf, 4)
+
+
+@pytest.mark.parametrize(
+    ("gate", "over", "status"),
+    [
+        # Timing: the whole interval [3.5, 4.5] over the fastest teacher.
+        ({"min_decode_speedup": 3.5}, {}, "pass"),
+        ({"min_decode_speedup": 3.6}, {}, "undecided"),
+        ({"min_decode_speedup": 4.5}, {}, "undecided"),
+        ({"min_decode_speedup": 4.6}, {}, "fail"),
+        ({"min_decode_speedup": 3.0}, {"speedup": {"fast": UNKNOWN}}, "undecided"),
+        ({"max_tpot_ms": 10}, {}, "pass"),
+        ({"max_tpot_ms": 9.5}, {}, "undecided"),
+        ({"max_tpot_ms": 7.9}, {}, "fail"),
+        ({"max_ttft_ms": 110}, {}, "pass"),
+        ({"max_ttft_ms": 100}, {}, "undecided"),
+        ({"max_ttft_ms": 89}, {}, "fail"),
+        # Quality and size: the number itself, whatever its interval.
+        ({"max_quantization_loss": 0.01}, {}, "pass"),
+        ({"max_quantization_loss": 0.002}, {}, "pass"),
+        ({"max_quantization_loss": 0.001}, {}, "fail"),
+        ({"max_loss_vs_best_teacher": 0.01}, {}, "pass"),
+        ({"max_loss_vs_best_teacher": 0}, {}, "fail"),  # against right, the best one
+        ({"max_size_ratio": 0.5}, {}, "pass"),
+        ({"max_size_ratio": 0.2}, {}, "fail"),
+        ({"max_size_mb": 143}, {}, "pass"),
+        ({"max_size_mb": 142}, {}, "fail"),
+    ],
+)
+def test_one_gate(gate: dict[str, float], over: dict[str, Any], status: str) -> None:
+    verdict = judge(Gates(**gate), evidence(**over))
+    assert [g.status for g in verdict.gates] == [status]
+    assert verdict.status == status
+    assert [g.name for g in verdict.gates] == list(gate)
+    assert verdict.exit_code == {"pass": 0, "fail": 1, "undecided": 3}[status] == EXIT_CODES[verdict.status]
+
+
+def test_a_failure_outweighs_what_is_undecided() -> None:
+    verdict = judge(Gates(min_decode_speedup=4.0, max_size_mb=1), evidence())
+    assert (verdict.status, verdict.exit_code) == ("fail", 1)
+    assert "size on disk misses its bound" in verdict.sentence
+    undecided = judge(Gates(min_decode_speedup=4.0, max_size_mb=200), evidence())
+    assert (undecided.status, undecided.exit_code) == ("undecided", 3)
+    assert "bench.minutes" in undecided.sentence
+
+
+def test_timing_gates_are_judged_before_quality_is_known() -> None:
+    gates = Gates(min_decode_speedup=3, max_tpot_ms=20, max_size_mb=1, max_quantization_loss=0)
+    verdict = judge(gates, evidence(rise_over_fp32=None, rise_over_teachers={}), timing_only=True)
+    assert [g.name for g in verdict.gates] == ["min_decode_speedup", "max_tpot_ms"]
+    assert verdict.status == "pass"
+
+
+def test_no_gates_ask_nothing() -> None:
+    verdict = judge(Gates(), evidence())
+    assert (verdict.status, verdict.gates) == ("pass", ())
+    assert "nothing was asked" in verdict.sentence
+
+
+def test_which_teacher() -> None:
+    assert (fastest_teacher(evidence()), best_teacher(evidence())) == ("fast", "right")
+    alone = evidence(speedup={}, rise_over_teachers={})
+    assert (fastest_teacher(alone), best_teacher(alone)) == (None, None)
+
+
+def test_sentences_say_value_interval_and_bound() -> None:
+    gates = Gates(min_decode_speedup=3, max_quantization_loss=0.01, max_loss_vs_best_teacher=0, max_size_ratio=0.5)
+    sentences = [gate.sentence for gate in judge(gates, evidence()).gates]
+    assert sentences == [
+        "4× the decode speed of fast, the fastest teacher, in torch (95 % interval 3.50 to 4.50×); "
+        "at least 3× was asked.",
+        "Held-out loss 0.40 % above that of right, the best single teacher (interval for such text −2.00 to +3.00 %); "
+        "no rise was asked.",
+        "Held-out loss 0.20 % above that of the fp32 graph (interval for such text −0.10 to +2.00 %); "
+        "a rise of at most 1 % was asked.",
+        "0.26× the size of the fp32 graph; at most 0.50× was asked.",
+    ]
+    recovered = judge(Gates(max_quantization_loss=0.01), evidence(recovered=True)).gates[0].sentence
+    assert recovered.startswith("Held-out loss 0.20 % above that of the fp32 graph of the student before recovery (")
+    unknown = judge(Gates(min_decode_speedup=3), evidence(speedup={"fast": UNKNOWN}))
+    assert "4 blocks are too few for an interval" in unknown.gates[0].sentence
+    assert unknown.gates[0].low is None
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (5.147, "×", "5.15×"),
+        (12.34, "ms", "12.3 ms"),
+        (143.4, "MB", "143 MB"),
+        (-0.0637, "%", "−6.37 %"),
+        (3, "×", "3×"),
+    ],
+)
+def test_values_with_units(value: float, unit: str, text: str) -> None:
+    assert show(value, unit) == text

@@ -1,0 +1,630 @@
+"""The bench on tiny real models: what is timed, what is scored, and what happens when a worker dies."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from compress.models.language import model_folder
+from limbeck.app.run import bench_targets
+from limbeck.contract.artifact import Artifact, open_artifact, write_artifact
+from limbeck.contract.errors import ArtifactError, DataError, EnvironmentalError, LimbeckError, ModelError, RecipeError
+from limbeck.contract.heldout import CALIBRATION, HELDOUT, load_heldout, save_calibration, save_heldout
+from limbeck.contract.recipe import Bench, HubModel, Recipe, ServerScenario
+from limbeck.contract.sources import cache_folder
+from serve_bench import bench as measure
+from serve_bench import measure_targets, replay, write_report
+from serve_bench.judge import figures, quality
+from serve_bench.judge.certificate import CERTIFICATE
+from serve_bench.judge.figures import Sample
+from serve_bench.measure.arms import Arm, Worker, Workers, list_arms
+from serve_bench.measure.clock import order, prompt, require_context
+from serve_bench.measure.runtimes import TorchCompiled, TorchEager
+from serve_bench.measure.scenarios import load
+from serve_bench.measure.targets import find_arm
+from tests.fake_server import FakeServer
+from tests.pico import make_blocks, make_model, pico_recipe
+
+
+def torch_arm(model: Path, name: str = "student") -> Arm:
+    return Arm(name, name, "student", "torch", 1, {"model": str(model)})
+
+
+# Definitions -----------------------------------------------------------------------------------------------------
+
+
+def test_tpot_leaves_prompt_and_first_token_out() -> None:
+    sample = Sample("a", 0, 0, (0.5, 0.6, 0.8, 1.1))
+    assert sample.ttft == 0.5
+    assert sample.e2el == 1.1
+    assert sample.tpot == pytest.approx((1.1 - 0.5) / 3)
+    assert sample.itl == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_blocks_take_the_geometric_mean_of_both_directions() -> None:
+    samples = [Sample("a", 0, 0, (1.0, 2.0)), Sample("a", 0, 3, (4.0, 8.0)), Sample("b", 0, 1, (9.0, 9.5))]
+    assert figures.by_block(samples, "a", "ttft") == pytest.approx([2.0])
+    assert figures.by_block(samples, "a", "tpot") == pytest.approx([2.0])
+
+
+def test_blocks_are_mirrored_and_every_arm_takes_every_place() -> None:
+    arms = [torch_arm(Path(), name) for name in "ABCD"]
+    first = set()
+    for block in range(20):
+        there = [arm.id for arm in order(arms, block)]
+        assert there == there[::-1]
+        assert sorted(there[:4]) == list("ABCD")
+        first.add(there[0])
+    assert first == set("ABCD")
+    assert [a.id for a in order(arms, 3)] == [a.id for a in order(arms, 3)]
+
+
+def test_prompts_are_heldout_text_of_the_length_asked() -> None:
+    heldout = make_blocks()
+    letters, numbers = prompt(heldout, 0, 40), prompt(heldout, 1, 40)
+    text = np.concatenate(
+        [r[:n] for r, n in zip(heldout["letters"].input_ids, heldout["letters"].lengths, strict=True)]
+    )
+    assert letters == text[:40].tolist()
+    assert len(letters) == len(numbers) == 40
+    assert letters != numbers
+    assert prompt(heldout, 2, 8) == text[8:16].tolist()
+    assert prompt(heldout, 2, 8, then=5) == text[16:21].tolist()
+    assert len(prompt(heldout, 0, 1000)) == 1000  # text read again from its start
+
+
+# Quality ---------------------------------------------------------------------------------------------------------
+
+
+def test_sums_by_hand(tmp_path: Path) -> None:
+    one, two = np.log(np.array([[0.5, 0.5]], np.float32)), np.log(np.array([[0.9, 0.1]], np.float32))
+    np.save(tmp_path / "1.npy", one)
+    np.save(tmp_path / "2.npy", two)
+    quality.mix([tmp_path / "1.npy", tmp_path / "2.npy"], tmp_path / "m.npy")
+    mixture = np.load(tmp_path / "m.npy")
+    assert np.exp(mixture) == pytest.approx(np.array([[0.7, 0.3]]))
+    every = np.array([True])
+    found = quality.sums(one, np.array([1]), mixture, every)
+    assert found["nll"] == pytest.approx(np.log(2))
+    assert found["kl"] == pytest.approx(0.7 * np.log(0.7 / 0.5) + 0.3 * np.log(0.3 / 0.5))
+    assert quality.sums(two, np.array([0]), mixture, every)["top1"] == 1
+    assert quality.sums(np.log(np.array([[0.1, 0.9]], np.float32)), np.array([0]), mixture, every)["top1"] == 0
+    assert quality.sums(one, np.array([1]), None, every)["kl"] is None
+
+
+def test_sums_leave_out_what_is_not_scored() -> None:
+    draw = np.random.default_rng(0)
+    arm, mixture = (quality.log_softmax(draw.normal(size=(40, 5)).astype(np.float32)) for _ in range(2))
+    labels, scored = draw.integers(0, 5, 40), np.arange(40) % 3 == 0
+    found = quality.sums(arm, labels, mixture, scored)
+    alone = quality.sums(arm[scored], labels[scored], mixture[scored], scored[scored])
+    assert found["labels"] == scored.sum()
+    assert {k: found[k] for k in ("nll", "kl", "top1")} == pytest.approx({k: alone[k] for k in ("nll", "kl", "top1")})
+    assert found["last"] == arm[-1].argmax()
+
+
+def test_calibration_error_by_hand() -> None:
+    # Confident at 0.9 and right once of twice: off by 0.4. Confident at 0.6 and right: off by 0.4. 0.96 and 0.9 lie in two bins.
+    probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.04, 0.96]], np.float32)
+    first = quality.calibration(np.log(probabilities[:2]), np.array([0, 1]))
+    rest = quality.calibration(np.log(probabilities[2:]), np.array([1, 1]))
+    assert len(first) == quality.BINS
+    assert sum(count for count, _, _ in first) == 2
+    assert first[13] == pytest.approx([2, 1.8, 1])
+    assert quality.calibration_error([first, rest]) == pytest.approx((2 * 0.4 + 0.4 + 0.04) / 4)
+    sure = quality.calibration(np.log(np.array([[1.0, 1e-30]], np.float32)), np.array([0]))
+    assert sure[-1] == [1, 1, 1]  # a confidence of 1 is in the last bin
+    assert quality.calibration_error([sure]) == 0
+
+
+def test_log_softmax_of_large_logits() -> None:
+    logits = np.array([[1e4, 1e4, 0.0], [-3.0, 0.0, 3.0]], np.float32)
+    found = quality.log_softmax(logits.copy())
+    assert found[0, :2] == pytest.approx(-np.log(2))
+    assert np.exp(found).sum(1) == pytest.approx([1.0, 1.0])
+
+
+# Workers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "m", seed=3)
+
+
+@pytest.fixture(scope="module")
+def worker(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    with Workers(tmp_path_factory.mktemp("logs"), threads=1) as workers:
+        yield workers.start(torch_arm(model))
+
+
+def test_worker_times_every_token_and_ignores_the_end_token(worker: Worker, model: Path) -> None:
+    answer = worker.ask("generate", prompt=[1, 2, 3, 4], new_tokens=12)
+    assert len(answer["at"]) == len(answer["tokens"]) == 12
+    assert answer["started"] < answer["at"][0]
+    assert all(b > a for a, b in zip(answer["at"], answer["at"][1:], strict=False))
+    assert answer["peak_rss_bytes"] > 50e6
+    assert worker.opened["load_s"] > 0
+    assert worker.opened["facts"]["threads"] == 1
+    assert worker.opened["facts"]["context"] == 64
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(model).eval()
+    ids = [1, 2, 3, 4]
+    with torch.inference_mode():
+        for _ in range(12):
+            ids.append(int(reference(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    assert answer["tokens"] == ids[4:]
+
+
+def test_worker_scores_what_torch_says(worker: Worker, model: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    ids = [5, 9, 2, 77, 130, 4]
+    found = worker.ask("score", ids=ids, scored=[1] * (len(ids) - 1), vocabulary=258, mixture=None)
+    reference = AutoModelForCausalLM.from_pretrained(model).eval()
+    with torch.inference_mode():
+        logp = torch.log_softmax(reference(input_ids=torch.tensor([ids])).logits[0].double(), -1)
+    assert found["labels"] == 5
+    assert found["nll"] == pytest.approx(-float(logp[torch.arange(5), torch.tensor(ids[1:])].sum()), rel=1e-6)
+
+
+def test_idle_worker_uses_no_processor(worker: Worker) -> None:
+    worker.ask("generate", prompt=[1, 2, 3], new_tokens=4)
+    time.sleep(0.3)
+    pid = worker._process.pid
+    before = _cpu_ticks(pid)
+    time.sleep(0.7)
+    assert _cpu_ticks(pid) - before <= 2
+
+
+def _cpu_ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def test_the_users_mistake_comes_back_as_itself(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/config.json").write_text('{"model_type": "llama"}')
+    with Workers(tmp_path, threads=1) as workers:
+        with pytest.raises(ModelError, match=r"student: .*empty: transformers cannot load it"):
+            workers.start(torch_arm(tmp_path / "empty"))
+
+
+def test_weights_that_are_missing_are_not_timed_as_random_ones(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModel
+
+    folder = make_model(tmp_path / "model", tie_word_embeddings=False)
+    AutoModel.from_pretrained(folder, dtype=torch.float32).save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"model: .*lacks 1 of its weights \(for example lm_head.weight\)"):
+        TorchEager(model=str(folder), threads=1)
+
+
+def test_a_crash_shows_the_workers_last_words(tmp_path: Path) -> None:
+    worker = Worker(torch_arm(tmp_path), threads=1, log=tmp_path / "log")
+    with pytest.raises(EnvironmentalError, match=r"ended with status 1 during 'nonsense'(?s:.*)nonsense before open"):
+        worker.ask("nonsense")
+    worker.kill()
+    killed = Worker(torch_arm(tmp_path), threads=1, log=tmp_path / "log")
+    killed._process.kill()
+    with pytest.raises(EnvironmentalError, match=r"killed by signal 9(?s:.*)enough"):
+        killed.ask("open")
+    killed.kill()
+
+
+def test_workers_end_with_their_owner(tmp_path: Path) -> None:
+    started = []
+
+    def interrupted() -> None:
+        with Workers(tmp_path, threads=1) as workers:
+            worker = Worker(torch_arm(tmp_path), threads=1, log=tmp_path / "log")
+            workers._all["x"] = worker
+            started.append(worker)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert started[0]._process.poll() is not None
+
+
+def test_libraries_may_print_without_breaking_the_answers(tmp_path: Path) -> None:
+    program = """
+import os, serve_bench.measure.worker as w
+w.Session.open = lambda s, **k: (print("noise"), os.write(1, b"n"), {"facts": 1})[2]
+w.main(w.Session())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], input='{"command": "open"}\n', capture_output=True, text=True, check=True
+    )
+    assert done.stdout == '{"facts": 1}\n'
+    assert "noise" in done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for the old name
+def test_an_adapter_is_merged_before_it_is_timed(model: Path, tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model)
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
+    adapted.save_pretrained(tmp_path)
+    ids = np.array([4, 8, 15, 16, 23, 42])
+    with torch.inference_mode():
+        expected = adapted(input_ids=torch.from_numpy(ids)[None]).logits[0].numpy()
+    runtime = TorchEager(model=str(model), adapter=str(tmp_path), threads=1)
+    assert runtime.score(ids) == pytest.approx(expected, abs=1e-4)
+    assert not any("lora" in name for name, _ in runtime._model.named_parameters())
+
+
+# The whole stage -------------------------------------------------------------------------------------------------
+
+
+def bench_recipe(**over: Any) -> Recipe:
+    teacher = {"name": "wise", "model": {"kind": "random", "config": {"model_type": "llama"}}}
+    bench = {"prompt_tokens": 24, "new_tokens": 8, "minutes": 0.02, "min_blocks": 3, "threads": 1}
+    return pico_recipe(**({"teachers": [teacher], "bench": bench, "gates": {"max_quantization_loss": 0.2}} | over))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Student and export of a pico run with one teacher, larger than the student."""
+    from export import export_student
+
+    folder = tmp_path_factory.mktemp("run")
+    make_model(folder / "teacher", seed=1, hidden_size=64)
+    with write_artifact(folder / "student", kind="student", key="s", parents={}) as draft:
+        make_model(draft.folder / "model", seed=2)
+        save_heldout(draft.folder / HELDOUT, make_blocks())
+        save_calibration(draft.folder / CALIBRATION, [b.input_ids[0] for b in make_blocks(seed=1).values()])
+        entry = {"name": "wise", "model": str(folder / "teacher"), "adapter": None, "quantize": "none"}
+        entry |= {"dtype": "fp32", "temperature": 1.0, "digest": "0" * 64}
+        (draft.folder / "teachers.json").write_text(json.dumps([entry]))
+        (draft.folder / "log.jsonl").write_text("")
+        draft.result = {"nll": {"letters": 5.0, "numbers": 5.1}, "mean_nll": 5.05, "teachers": {}}
+    export_student(student=folder / "student", out=folder / "onnx", recipe=bench_recipe())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bench(run: Path) -> Artifact:
+    return measure(onnx=run / "onnx", student=run / "student", out=run / "bench", recipe=whole_recipe())
+
+
+def whole_recipe() -> Recipe:
+    """Every scenario that needs no server, and GenAI beside ours."""
+    grid = {"kind": "offline", "batches": [3], "prompts": [16], "outputs": [8], "blocks": 1}
+    scenarios = ["single", grid, {"kind": "cold", "repeats": 1}]
+    bench = bench_recipe().bench.model_dump(mode="json") | {"scenarios": scenarios, "runtimes": ["onnxruntime-genai"]}
+    return bench_recipe(bench=bench)
+
+
+def test_everything_is_measured(bench: Artifact, run: Path) -> None:
+    result = bench.result
+    assert list(result["arms"]) == [
+        "teacher:wise", "student", "onnx:fp32", "onnx:int8-weight", "onnx:int8-weight:twin", "genai"
+    ]  # fmt: skip
+    for name, arm in result["arms"].items():
+        assert arm["n"] == 2 * result["blocks"]
+        assert arm["tpot_ms"]["value"] > 0
+        assert arm["peak_rss_bytes"] > 20e6
+        assert arm["bytes"] > 1000
+        assert (arm["quality"] is None) == (name.endswith("twin") or name == "genai")
+        assert arm["roofline"]["weight_bytes"] > 1000
+        assert arm["energy"]["joules_per_token"] or arm["energy"]["why"]
+    assert result["blocks"] >= 3
+    assert result["verdict"] in ("pass", "fail")
+    # No process held both runtimes: torch alone is 150 MB.
+    assert result["arms"]["onnx:int8-weight"]["peak_rss_bytes"] < result["arms"]["student"]["peak_rss_bytes"] / 1.5
+    assert not list(run.glob(".bench*"))
+
+
+def test_quality_is_that_of_the_artifact(bench: Artifact, run: Path) -> None:
+    scores = json.loads((bench.path / figures.QUALITY).read_text())
+    torch_nll, graph_nll = (quality.summarise(scores, arm)["mean_nll"] for arm in ("student", "onnx:fp32"))
+    assert graph_nll == pytest.approx(torch_nll, rel=1e-5)
+    teacher = quality.summarise(scores, "teacher:wise")
+    assert teacher["mean_kl"] == pytest.approx(0, abs=1e-6)  # of a mixture of one
+    assert teacher["mean_top1"] == 1.0
+    assert quality.summarise(scores, "student")["mean_kl"] > 0.01
+    heldout = load_heldout(run / "student" / HELDOUT)
+    assert scores["domains"]["letters"]["labels"] == (heldout["letters"].lengths - 1).tolist()
+    assert all(scores["same_choice"]["onnx:fp32"].values())
+
+
+def test_what_the_timed_generations_say(bench: Artifact) -> None:
+    said = json.loads((bench.path / figures.QUALITY).read_text())["generation"]
+    assert said["against"] == ["teacher:wise", "onnx:fp32"]
+    assert (said["prompts"], said["tokens"]) == (bench.result["blocks"], 8)
+    assert "onnx:int8-weight:twin" not in said["arms"]
+    assert said["arms"]["student"]["greedy_match"]["onnx:fp32"]["value"] == 1  # one model in two runtimes
+    assert said["arms"]["student"]["greedy_match"]["teacher:wise"]["value"] < 1
+    assert 0 < said["arms"]["student"]["distinct_2"] <= 1
+
+
+def test_samples_are_raw_and_the_same_work(bench: Artifact) -> None:
+    rows = [json.loads(line) for line in (bench.path / figures.SAMPLES).read_text().splitlines()]
+    timed = [row for row in rows if row["event"] == "sample"]
+    assert {len(row["at"]) for row in timed} == {8}
+    assert {row["prompt_tokens"] for row in timed} == {24}
+    first = min(row["block"] for row in timed)  # of those that were not disturbed
+    tokens = {row["arm"]: row["tokens"] for row in timed if row["block"] == first}
+    assert tokens["onnx:int8-weight"] == tokens["onnx:int8-weight:twin"]
+    assert tokens["student"] == tokens["onnx:fp32"]
+    assert tokens["genai"] == tokens["onnx:int8-weight"]
+    assert any(row["event"] == "warm-up" for row in rows)
+
+
+def test_a_second_run_measures_nothing(bench: Artifact, run: Path) -> None:
+    started = time.monotonic()
+    again = measure(onnx=run / "onnx", student=run / "student", out=run / "bench", recipe=whole_recipe())
+    assert again.digest == bench.digest
+    assert time.monotonic() - started < 1
+
+
+def test_report_of_a_real_run(bench: Artifact, run: Path) -> None:
+    report = write_report(run=run, recipe=whole_recipe())
+    assert report.verdict.status == bench.result["verdict"]
+    assert "wise" in report.html.read_text()
+    assert json.loads(report.json.read_text())["arms"] == bench.result["arms"]
+
+
+def test_the_certificate_is_replayed_without_student_and_text(bench: Artifact, run: Path, tmp_path: Path) -> None:
+    write_report(run=run, recipe=whole_recipe())
+    for name in ("onnx", "bench"):
+        shutil.copytree(run / name, tmp_path / name)
+    shutil.copy(run / CERTIFICATE, tmp_path)
+    found = {finding.figure: finding for finding in replay(run=tmp_path)}
+    assert list(found) == [
+        "figures",
+        "speed over fp32, to first token",
+        "ms to first token",
+        "speed over fp32, per output token",
+        "ms per output token",
+        "loss, letters",
+        "loss, numbers",
+        "loss, mean",
+    ]
+    for name in ("letters", "numbers", "mean"):
+        assert found[f"loss, {name}"].says == "equal to the digit"
+    assert found["figures"].holds
+    assert [f.figure for f in replay(run=tmp_path, quality=False, speed=False)] == ["figures"]
+
+
+def test_a_certificate_that_was_edited_or_belongs_elsewhere(bench: Artifact, run: Path, tmp_path: Path) -> None:
+    write_report(run=run, recipe=whole_recipe())
+    for name in ("onnx", "bench"):
+        shutil.copytree(run / name, tmp_path / name)
+    certificate = json.loads((run / CERTIFICATE).read_text())
+    certificate["figures"]["tpot_ms"]["value"] /= 2
+    certificate["figures"]["quality"]["mean_nll"] -= 1e-9
+    (tmp_path / CERTIFICATE).write_text(json.dumps(certificate))
+    found = {finding.figure: finding for finding in replay(run=tmp_path, speed=False)}
+    assert not found["figures"].holds
+    assert "tpot_ms, quality" in found["figures"].says
+    assert not found["loss, mean"].holds
+    (tmp_path / CERTIFICATE).write_text(json.dumps(certificate | {"bench": "0" * 64}))
+    with pytest.raises(ArtifactError, match="is of another bench"):
+        replay(run=tmp_path)
+    (tmp_path / CERTIFICATE).write_text("{}")
+    with pytest.raises(ArtifactError, match="not a certificate; `limbeck report"):
+        replay(run=tmp_path)
+
+
+def test_batches_and_cold_starts_are_those_of_the_compared(bench: Artifact) -> None:
+    compared = {"onnx:int8-weight", "onnx:fp32", "teacher:wise"}
+    assert {cell["arm"] for cell in bench.result["offline"]} == compared
+    for cell in bench.result["offline"]:
+        assert (cell["batch"], cell["prompt_tokens"], cell["new_tokens"], cell["n"]) == (3, 16, 8, 2)
+        assert cell["generated_tokens_s"]["value"] > 0
+    assert set(bench.result["cold"]) == compared
+    for starts in bench.result["cold"].values():
+        assert starts["n"] == 1
+        assert starts["total_s"]["value"] > starts["import_s"]["value"] > 0
+
+
+def test_the_environment_says_what_was_measured_how(bench: Artifact) -> None:
+    told = json.loads((bench.path / figures.ENVIRONMENT).read_text())
+    assert told["fairness"]["threads"] == 1
+    assert told["fairness"]["kv_cache"] is True
+    assert told["roofline"]["bandwidth_bytes_s"] > 1e8
+    assert told["sentinel"]["median_s"] > 0
+    assert told["before"]["load_average"]
+    assert told["after"]["load_average"]
+    assert told["arms"]["student"]["facts"]["number_type"] == "float32"
+    sizes = {name: arm["weight_bytes"] for name, arm in told["arms"].items()}
+    assert sizes["onnx:int8-weight"] == sizes["genai"] < sizes["onnx:fp32"]
+    assert sizes["onnx:fp32"] == pytest.approx(sizes["student"], rel=0.01)
+
+
+def test_a_batch_generates_what_its_rows_do_alone(worker: Worker) -> None:
+    prompts = [[1, 2, 3, 4], [9, 8, 7, 6], [5, 5, 5, 5]]
+    together = worker.batch(prompts, 6)
+    assert together["tokens"] == [worker.generate(prompt, 6)["tokens"] for prompt in prompts]
+    assert together["prompt_tokens"] == 4
+    assert len(together["at"]) == 6
+
+
+def test_arms_without_a_recipe(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = [
+        "bench.prompt_tokens=8",
+        "bench.new_tokens=4",
+        "bench.minutes=0.001",
+        "bench.min_blocks=3",
+        "bench.threads=1",
+    ]
+    out = tmp_path / "out"
+    with FakeServer() as server:
+        bench_targets([str(run / "onnx"), f"{run / 'onnx'}#fp32"], against=[str(run / "teacher"), server.url], out=out, overrides=changes)  # fmt: skip
+    result = open_artifact(out, kind="bench").result
+    shipped, fp32, teacher, url, twin = result["arms"].values()
+    assert (shipped["label"], shipped["runtime"]) == ("onnx int8-weight", "onnxruntime")
+    assert (fp32["label"], teacher["label"], teacher["runtime"]) == ("onnx fp32", "teacher", "torch")
+    assert (url["runtime"], url["peak_rss_bytes"], url["roofline"]) == ("openai", None, None)
+    assert twin["role"] == "twin"
+    assert result["judged"] == next(iter(result["arms"]))
+    assert set(result["speed_of_shipped_over"]) == set(result["arms"]) - {result["judged"]}
+    assert result["verdict"] is None
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0].split() == ["model", "size", "runtime", "threads", "test", "tokens/s", "95", "%"]
+    assert "pp8" in printed
+    assert "as fast as teacher" in printed
+    with pytest.raises(ArtifactError, match="holds something else"):
+        bench_targets([str(run / "onnx")], against=[], out=run, overrides=[])
+
+
+def test_what_is_no_target_is_named(run: Path, tmp_path: Path) -> None:
+    for target, match in (
+        (str(tmp_path / "nothing"), "nothing: no such folder; expected a run"),
+        (f"{run / 'onnx'}#int3", "no form 'int3'; it has fp32, int8-weight"),
+        (str(tmp_path), "no config.json"),
+        (f"{run / 'teacher'}#fp32", "only an exported folder has forms"),
+    ):
+        with pytest.raises(LimbeckError, match=match):
+            measure_targets([target], out=tmp_path / "out", bench=Bench())
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(RecipeError, match="there is only bench to set"):
+        bench_targets([str(run / "onnx")], against=[], out=tmp_path / "out", overrides=["training.tokens=3"])
+    with pytest.raises(RecipeError, match=r"bench\.new_tokens: found 1"):
+        bench_targets([str(run / "onnx")], against=[], out=tmp_path / "out", overrides=["bench.new_tokens=1"])
+
+
+def test_a_static_cache_generates_what_a_growing_one_does(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.compile", lambda forward, **options: forward)
+    generate_with_both(model)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # of inductor itself
+def test_a_compiled_model_generates_what_the_plain_one_does(model: Path) -> None:
+    generate_with_both(model)
+
+
+def generate_with_both(model: Path) -> None:
+    """Eager and compiled, each twice, the second time shorter and in a cache that was used."""
+    found = []
+    for kind in (TorchEager, TorchCompiled):
+        runtime, told = kind(model=str(model), threads=1), []
+        for length, new_tokens in ((6, 5), (4, 3)):
+            columns = [runtime.begin(np.random.default_rng(length).integers(0, 256, (2, length)), new_tokens)]
+            for _ in range(new_tokens - 1):
+                columns.append(runtime.step(columns[-1]))
+            told.append(np.stack(columns).tolist())
+        found.append(told)
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_our_own_server_is_started_asked_and_ended(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("serve_bench.serve.server")
+    slo, raw = {"ttft_ms": 6e5, "tpot_ms": 6e5}, io.StringIO()
+    asked = ServerScenario.model_validate(
+        {"kind": "server", "slo": slo, "requests": 4, "first_rate": 5, "bisections": 0, "minutes": 0.001}
+    )
+    sizes = load.Sizes(prompt_tokens=8, new_tokens=6)
+    target = load.measure_server(
+        asked, run / "onnx", lambda block, tokens: [block + 1] * tokens, sizes, raw, threads=1, folder=tmp_path
+    )
+    assert target["kind"] == "artifact"
+    rows = [json.loads(line) for line in raw.getvalue().splitlines()]
+    assert [(row["error"], row["prompt_tokens"], row["output_tokens"]) for row in rows] == [(None, 8, 6)] * 4
+    assert all(row["at"] == sorted(row["at"]) for row in rows)
+
+
+@pytest.mark.slow
+def test_the_harness_costs_next_to_nothing() -> None:
+    from tests.benchmarks.harness_overhead import overhead
+
+    found = overhead(blocks=3, new_tokens=4)
+    assert found["overhead_low"] <= found["overhead"] <= found["overhead_high"]
+    assert found["token_ms"] > 0
+
+
+def test_prompt_and_answer_must_fit_the_context(run: Path) -> None:
+    arms = list_arms(onnx=open_artifact(run / "onnx"), student=open_artifact(run / "student"))
+    long = bench_recipe(bench={"prompt_tokens": 60, "new_tokens": 8})
+    with pytest.raises(DataError, match=r"come to 68 tokens; the context of wise is 64"):
+        require_context(arms, long, run / "student/model")
+    require_context(arms, bench_recipe(bench={"prompt_tokens": 56, "new_tokens": 8}), run / "student/model")
+
+
+def test_targets_must_have_the_context_and_a_folder_that_can_be_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = ["bench.prompt_tokens=60", "bench.new_tokens=8"]
+    with pytest.raises(
+        DataError, match=r"come to 68 tokens; .* is 64\. Make either smaller, with --set bench\.prompt_tokens="
+    ):
+        bench_targets([str(run / "onnx")], against=[], out=tmp_path / "out", overrides=long)
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    short = ["bench.prompt_tokens=8", "bench.new_tokens=4"]
+    with pytest.raises(
+        EnvironmentalError, match=r"out: cannot be written \(Read-only file system\); name another with --out"
+    ):
+        bench_targets([str(run / "onnx")], against=[], out=tmp_path / "out", overrides=short)
+
+
+def test_a_model_of_the_hub_is_kept_in_the_cache_whoever_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def download(repository: str, **options: Any) -> str:
+        asked.append((repository, options))
+        return str(make_model(tmp_path / "model"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert find_arm("hub:someone/wise@4f1e", Bench()).label == "hub:someone/wise@4f1e"
+    assert model_folder(HubModel(kind="hub", id="someone/wise", revision="4f1e"), folder=tmp_path) == tmp_path / "model"
+    assert asked[0] == asked[1]
+    assert asked[0][1]["cache_dir"] == cache_folder() / "hub"
+    monkeypatch.undo()
+    for arm in ("hub:someone/wise@4f1e", "hub:not/a/name"):
+        with pytest.raises(ModelError, match=rf"{arm[4:]}: is not in .*hub and cannot be had from the model hub"):
+            find_arm(arm, Bench())
+
+
+def test_inputs_that_do_not_belong_together(run: Path, tmp_path: Path) -> None:
+    with write_artifact(tmp_path / "student", kind="student", key="other", parents={}) as draft:
+        draft.result = {}
+    with pytest.raises(ArtifactError, match="was not made from"):
+        measure(onnx=run / "onnx", student=tmp_path / "student", out=tmp_path / "bench", recipe=bench_recipe())
+
+
+def test_a_teacher_that_is_gone_is_named(run: Path, tmp_path: Path) -> None:
+    entry = {"name": "wise", "model": str(tmp_path / "gone"), "adapter": None, "quantize": "none", "dtype": "fp32"}
+    with write_artifact(tmp_path / "student", kind="student", key="other", parents={}) as draft:
+        (draft.folder / "teachers.json").write_text(json.dumps([entry]))
+        draft.result = {}
+    with pytest.raises(ArtifactError, match="teacher wise is gone"):
+        list_arms(onnx=open_artifact(run / "onnx"), student=open_artifact(tmp_path / "student"))
+
+
+def test_importing_the_stage_is_cheap() -> None:
+    program = "import sys, serve_bench; print(sorted(m for m in ('torch', 'onnxruntime', 'matplotlib', 'numpy') if m in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": "."},
+    )
+    assert done.stdout.strip() == "[]"

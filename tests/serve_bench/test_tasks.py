@@ -1,0 +1,104 @@
+"""`limbeck eval`: lm-eval's tasks over our decoder (`make test-eval` installs lm-eval in an environment of its own)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from export import export_student
+from limbeck.contract.artifact import Artifact
+from limbeck.contract.errors import DataError, EnvironmentalError
+from limbeck.runtime.decoder import Decoder, load_text
+from serve_bench import evaluate
+from serve_bench.lm_eval import _figures, markdown, score
+from tests.pico import make_model, make_student, pico_recipe
+
+QUESTIONS = [
+    {"question": "two and two make", "choices": ["four", "nine"], "answer": 0},
+    {"question": "the sky is", "choices": ["loud", "blue"], "answer": 1},
+    {"question": "ice is", "choices": ["cold", "hot"], "answer": 0},
+]
+COMMON = "dataset_path: json\ndataset_kwargs: {data_files: {test: %s}}\ntest_split: test\n"
+TASKS = {
+    "choose": "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: choices\ndoc_to_target: answer\n",
+    "whole": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{question}}'\n"
+    "metric_list: [{metric: byte_perplexity}]\n",
+    "answer": "output_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{choices[answer]}}'\n"
+    "generation_kwargs: {until: ['e'], max_gen_toks: 8}\nmetric_list: [{metric: exact_match}]\n",
+}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    root = tmp_path_factory.mktemp("eval")
+    make_student(root / "student", make_model(root / "model", seed=5))
+    return export_student(
+        student=root / "student", out=root / "onnx", recipe=pico_recipe(export={"forms": [{"kind": "fp32"}]})
+    )
+
+
+def test_score_sums_the_log_probabilities_of_what_is_wanted(exported: Artifact) -> None:
+    decoder = Decoder(exported.path, threads=1, all_logits=True)
+    before, wanted = [3, 14, 15], [92, 65]
+    logits = decoder.score([[*before, *wanted]])[0].astype(np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    found, greedy = score(decoder, before, wanted, context=64)
+    assert found == pytest.approx(log_p[2, 92] + log_p[3, 65], abs=1e-4)
+    assert not greedy
+    likeliest = int(logits[2].argmax())
+    assert score(decoder, before, [likeliest], context=64)[1]
+    # Past the context the left is cut off: the model sees its last four tokens only.
+    assert score(decoder, [9] * 50 + before, wanted, context=4) == score(decoder, before, wanted, context=4)
+
+
+def test_figures_are_paired_with_their_errors() -> None:
+    found = {"alias": "x", "acc,none": 0.5, "acc_stderr,none": 0.1, "bleu,strict": 3.0, "bleu_stderr,strict": "N/A"}
+    assert _figures(found) == {"acc": {"value": 0.5, "stderr": 0.1}, "bleu (strict)": {"value": 3.0, "stderr": None}}
+    table = markdown({"results": {"x": _figures(found)}, "samples": {"x": 4}})
+    assert "| x | acc | 0.5000 | 0.1000 | 4 |" in table
+
+
+def test_mistakes_are_told(exported: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        evaluate(exported.path, tasks=["choose"], include_path=tmp_path / "gone")
+    if importlib.util.find_spec("lm_eval") is None:
+        with pytest.raises(EnvironmentalError, match=r"pip install 'limbeck\[eval\]'"):
+            evaluate(exported.path, tasks=["choose"])
+
+
+@pytest.mark.slow
+def test_tasks_of_ones_own_over_the_deployed_graph(exported: Artifact, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="extra [eval] is not installed; run: make test-eval")
+    data = tmp_path / "questions.jsonl"
+    data.write_text("\n".join(json.dumps(question) for question in QUESTIONS))
+    for name, text in TASKS.items():
+        (tmp_path / f"{name}.yaml").write_text(f"task: {name}\n{COMMON % data}{text}")
+    # In a process of its own: lm-eval and datasets warn as they are imported, and warnings are errors here.
+    command = [sys.executable, "-m", "limbeck.app.cli", "eval", str(exported.path), "--tasks", ",".join(TASKS)]
+    code = "from limbeck.cli import main; main()"
+    command = [sys.executable, "-c", code, *command[3:], "--include-path", str(tmp_path), "--threads", "1", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    decoder, text = Decoder(exported.path, threads=1, all_logits=True), load_text(exported.path)
+    right = 0
+    for question in QUESTIONS:
+        before = text.encode(str(question["question"]))
+        sums = [score(decoder, before, text.encode(f" {choice}"), 64)[0] for choice in question["choices"]]  # type: ignore[attr-defined]
+        right += int(np.argmax(sums) == question["answer"])
+    assert found["results"]["choose"]["acc"]["value"] == pytest.approx(right / 3)
+    assert found["samples"] == {"choose": 3, "whole": 3, "answer": 3}
+    ends = [score(decoder, [256], text.encode(str(q["question"])), 64)[0] for q in QUESTIONS]
+    size = sum(len(str(q["question"]).encode()) for q in QUESTIONS)
+    assert found["results"]["whole"]["byte_perplexity"]["value"] == pytest.approx(math.exp(-sum(ends) / size), rel=1e-4)
+    assert found["form"] == "fp32"
+    unknown = subprocess.run([*command[:6], "nothing", *command[7:]], capture_output=True, text=True, check=False)
+    assert unknown.returncode == 2
+    assert "found nothing, which is neither in" in unknown.stderr
