@@ -16,7 +16,9 @@ _RECOVERY = 2  # the same for `recover`
 __all__ = ["cache_teachers", "distill", "heal", "recover"]
 
 
-def distill(*, recipe: AnyRecipe, out: Path, products: Mapping[str, Path] | None = None) -> Artifact:
+def distill(
+    *, recipe: AnyRecipe, out: Path, products: Mapping[str, Path] | None = None
+) -> Artifact:
     """Train the recipe's student from all its teachers and write the student artifact to ``out``.
 
     ``products`` maps the name of each teacher of kind `recipe` to the student artifact of that recipe. Returns the
@@ -25,7 +27,14 @@ def distill(*, recipe: AnyRecipe, out: Path, products: Mapping[str, Path] | None
     """
     products = products or {}
     parents = sources.input_digests(recipe, products=products)
-    key = fingerprint({"stage": "compress", "version": _VERSION, "recipe": recipe.distillation(), "parents": parents})
+    key = fingerprint(
+        {
+            "stage": "compress",
+            "version": _VERSION,
+            "recipe": recipe.distillation(),
+            "parents": parents,
+        }
+    )
     found = find_artifact(out, kind="student", key=key)
     if found is not None:
         return found
@@ -36,7 +45,9 @@ def distill(*, recipe: AnyRecipe, out: Path, products: Mapping[str, Path] | None
         if not isinstance(recipe, Recipe):
             from compress.encoders import train_encoder
 
-            return train_encoder(recipe=recipe, out=out, products=products, key=key, parents=parents)
+            return train_encoder(
+                recipe=recipe, out=out, products=products, key=key, parents=parents
+            )
         from compress.loop import train
 
         return train(recipe=recipe, out=out, products=products, key=key, parents=parents)
@@ -45,18 +56,28 @@ def distill(*, recipe: AnyRecipe, out: Path, products: Mapping[str, Path] | None
 
 
 def recover(
-    *, student: Path, onnx: Path, out: Path, recipe: Recipe, products: Mapping[str, Path] | None = None
+    *,
+    student: Path,
+    onnx: Path,
+    out: Path,
+    recipe: Recipe,
+    products: Mapping[str, Path] | None = None,
 ) -> Artifact:
     """Distil the ``student`` artifact again through the rounding of the form that the ``onnx`` artifact ships (`export.recover`).
 
     ``onnx`` was made from it, with held-out losses and the rounding of every parameter in its manifest. Returns the student
     artifact at ``out`` when it was made from the same input. Raises as `distill`.
     """
-    trained, exported = open_artifact(student, kind="student"), open_artifact(onnx, kind="onnx", verify=False)
+    trained, exported = (
+        open_artifact(student, kind="student"),
+        open_artifact(onnx, kind="onnx", verify=False),
+    )
     asked = recipe.export.recover
     assert asked is not None
     given = {"recover": asked.model_dump(mode="json"), "rounding": exported.result["parameters"]}
-    key = fingerprint({"stage": "recover", "version": _RECOVERY, "student": trained.digest, **given})
+    key = fingerprint(
+        {"stage": "recover", "version": _RECOVERY, "student": trained.digest, **given}
+    )
     if found := find_artifact(out, kind="student", key=key):
         return found
     quiet_libraries()
@@ -64,7 +85,9 @@ def recover(
     from compress.recovery import train_through
 
     try:
-        return train_through(student=trained, onnx=exported, recipe=recipe, out=out, products=products or {}, key=key)
+        return train_through(
+            student=trained, onnx=exported, recipe=recipe, out=out, products=products or {}, key=key
+        )
     finally:
         give_memory_back()
 
@@ -94,7 +117,9 @@ def heal(
         give_memory_back()
 
 
-def cache_teachers(*, recipe: Recipe, products: Mapping[str, Path], work: Path, rounds: Sequence[int]) -> None:
+def cache_teachers(
+    *, recipe: Recipe, products: Mapping[str, Path], work: Path, rounds: Sequence[int]
+) -> None:
     """Let every teacher read once what `heal` will ask it for. Raises as `distill`."""
     quiet_libraries()
     from compress.healing import cache_teachers as run
@@ -112,7 +137,9 @@ def quiet_libraries() -> None:
     import warnings
 
     # peft still asks transformers for the old name of this attribute.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+    )
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging

@@ -21,7 +21,15 @@ import torch
 
 from compress import quiet_libraries
 from compress.data.blocks import IGNORED, labels_of
-from compress.loop import Run, fit, heldout_batches, measure_teachers, setup, student_head, student_nll
+from compress.loop import (
+    Run,
+    fit,
+    heldout_batches,
+    measure_teachers,
+    setup,
+    student_head,
+    student_nll,
+)
 from compress.loss import TeacherStates, chunks_of_labels
 from limbeck.contract import sources
 from limbeck.contract.artifact import write_atomically
@@ -36,28 +44,44 @@ _FURTHER = {  # beside the loss, and how the table calls them
     "kl_to_mixture": "KL to mixture", "top1_agreement": "top-1", "text_match": "text's own tokens", "distinct_2": "distinct pairs",
     "repetition": "repeated",
 }  # fmt: skip
-_GENERATED, _GENERATED_BATCHES = 32, 2  # most tokens read, and generated after them; batches of held-out rows a domain
+_GENERATED, _GENERATED_BATCHES = (
+    32,
+    2,
+)  # most tokens read, and generated after them; batches of held-out rows a domain
 ARMS: dict[str, dict[str, Any]] = {
     "ce-only": {"fusion": {"weight": 0.0, "cross_entropy": 1.0}, "features": {"weight": 0.0}},
     "best-single": {},
     "uniform": {"fusion": {"weights": {"kind": "uniform"}}},
     "static": {},
     "entropy-token": {"fusion": {"weights": {"kind": "entropy", "granularity": "token"}}},
-    "entropy-sequence": {"fusion": {"weights": {"kind": "entropy", "granularity": "sequence", "sharpness": 0.1}}},
-    "entropy-batch": {"fusion": {"weights": {"kind": "entropy", "granularity": "batch", "sharpness": 0.1}}},
+    "entropy-sequence": {
+        "fusion": {"weights": {"kind": "entropy", "granularity": "sequence", "sharpness": 0.1}}
+    },
+    "entropy-batch": {
+        "fusion": {"weights": {"kind": "entropy", "granularity": "batch", "sharpness": 0.1}}
+    },
     "entropy-inverted": {"fusion": {"weights": {"kind": "entropy", "control": "inverted"}}},
     "entropy-shuffled": {"fusion": {"weights": {"kind": "entropy", "control": "shuffled"}}},
     "corrected-entropy": {"fusion": {"weights": {"kind": "corrected_entropy"}}},
     "posterior": {"fusion": {"weights": {"kind": "posterior"}}},
     "posterior-entropy": {"fusion": {"weights": {"kind": "posterior", "entropy": 1.0}}},
-    "label-token": {"fusion": {"weights": {"kind": "label", "granularity": "token", "sharpness": 1.0}}},
-    "label-sequence": {"fusion": {"weights": {"kind": "label", "granularity": "sequence", "sharpness": 0.1}}},
+    "label-token": {
+        "fusion": {"weights": {"kind": "label", "granularity": "token", "sharpness": 1.0}}
+    },
+    "label-sequence": {
+        "fusion": {"weights": {"kind": "label", "granularity": "sequence", "sharpness": 0.1}}
+    },
     "recipe": {},
 }
 
 
 def ablate(
-    *, recipe: Recipe, products: Mapping[str, Path], out: Path, arms: Sequence[str] = tuple(ARMS), seeds: int = 3
+    *,
+    recipe: Recipe,
+    products: Mapping[str, Path],
+    out: Path,
+    arms: Sequence[str] = tuple(ARMS),
+    seeds: int = 3,
 ) -> dict[str, Any]:
     """Train every arm with every seed and compare; writes ``ablation.json`` and ``ablation.svg`` to ``out``.
 
@@ -71,12 +95,16 @@ def ablate(
         if arm not in ARMS:
             raise RecipeError(f"--arms {arm}: no such arm; known: {', '.join(ARMS)}.")
     if recipe.training.tokens is None:
-        raise RecipeError(f"{recipe.name}: arms are compared at equal tokens; give training.tokens instead of minutes.")
+        raise RecipeError(
+            f"{recipe.name}: arms are compared at equal tokens; give training.tokens instead of minutes."
+        )
     quiet_libraries()
     arms = list(dict.fromkeys([REFERENCE, *arms]))
     out.mkdir(parents=True, exist_ok=True)
     kept = out / "runs.json"
-    key = fingerprint([recipe.distillation(), sources.input_digests(recipe, products=products), ARMS])
+    key = fingerprint(
+        [recipe.distillation(), sources.input_digests(recipe, products=products), ARMS]
+    )
     saved = json.loads(kept.read_text()) if kept.exists() else {}
     runs: dict[str, dict[str, Any]] = saved["runs"] if saved.get("key") == key else {}
     for seed in range(recipe.seed, recipe.seed + seeds):
@@ -89,7 +117,8 @@ def ablate(
     wanted = {name: run for name, run in runs.items() if name.split("/")[0] in arms}
     table = summarise(wanted, list(range(recipe.seed, recipe.seed + seeds)))
     write_atomically(
-        out / "ablation.json", json.dumps({"arms": table, "seeds": seeds, "recipe": recipe.resolved()}, indent=1)
+        out / "ablation.json",
+        json.dumps({"arms": table, "seeds": seeds, "recipe": recipe.resolved()}, indent=1),
     )
     _draw(table, out / "ablation.svg")
     return {"arms": table, "verdict": verdict(table)}
@@ -101,7 +130,9 @@ def _variant(recipe: Recipe, arm: str, seed: int, nll: Mapping[str, float]) -> R
     for section, changes in ARMS[arm].items():
         tree[section] = {**tree[section], **changes}
     if arm == "best-single":
-        tree["teachers"] = [t for t in tree["teachers"] if t["name"] == min(nll, key=nll.__getitem__)]
+        tree["teachers"] = [
+            t for t in tree["teachers"] if t["name"] == min(nll, key=nll.__getitem__)
+        ]
         tree["fusion"]["weights"] = {"kind": "uniform"}
     if arm == "static":
         least = min(nll.values())
@@ -127,7 +158,12 @@ def _train_arm(
 ) -> dict[str, Any]:
     work = out / ".training"
     nll = _teacher_nll(recipe, products, out, key)
-    run = setup(recipe=_variant(recipe, arm, seed, nll), products=products, work=work, key=f"{key}/{arm}/{seed}")
+    run = setup(
+        recipe=_variant(recipe, arm, seed, nll),
+        products=products,
+        work=work,
+        key=f"{key}/{arm}/{seed}",
+    )
     measure_teachers(run)
     fit(run)
     log = [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
@@ -142,7 +178,8 @@ def _train_arm(
     return {
         "nll": student_nll(run, label=arm),
         "labels": {
-            b.name: (labels_of(b.heldout.input_ids, b.heldout.scored) != IGNORED).sum(1).tolist() for b in run.blocks
+            b.name: (labels_of(b.heldout.input_ids, b.heldout.scored) != IGNORED).sum(1).tolist()
+            for b in run.blocks
         },
         "weights": mean_weights,
         **_generation(run),
@@ -150,7 +187,9 @@ def _train_arm(
     }
 
 
-def _teacher_nll(recipe: Recipe, products: Mapping[str, Path], out: Path, key: str) -> dict[str, float]:
+def _teacher_nll(
+    recipe: Recipe, products: Mapping[str, Path], out: Path, key: str
+) -> dict[str, float]:
     """Mean held-out NLL by teacher, once for the whole ablation of ``key``."""
     kept = out / "teachers.json"
     saved = json.loads(kept.read_text()) if kept.exists() else {}
@@ -177,7 +216,9 @@ def _against_mixture(run: Run) -> dict[str, float]:
     for domain in run.blocks:
         for ids, labels in heldout_batches(domain.heldout):
             with run.accelerator.autocast():
-                hidden = run.student(ids.to(run.accelerator.device), lambda hidden_RLd, _: hidden_RLd)
+                hidden = run.student(
+                    ids.to(run.accelerator.device), lambda hidden_RLd, _: hidden_RLd
+                )
                 teachers, _ = run.teachers.states(ids)
             for place in chunks_of_labels(labels, 256, whole_rows=False):
                 logq = torch.log_softmax(head.logits(hidden[place].to(head.weight_Vd.dtype)), -1)
@@ -188,7 +229,9 @@ def _against_mixture(run: Run) -> dict[str, float]:
                         if isinstance(t, TeacherStates)
                     ]
                 ).mean(0)
-                divergence += float((torch.special.xlogy(mixture, mixture) - mixture * logq).double().sum())
+                divergence += float(
+                    (torch.special.xlogy(mixture, mixture) - mixture * logq).double().sum()
+                )
                 agreement += float((mixture.argmax(-1) == logq.argmax(-1)).sum())
                 count += len(place[0])
     return {"kl_to_mixture": divergence / count, "top1_agreement": agreement / count}
@@ -202,7 +245,9 @@ def _generation(run: Run) -> dict[str, float]:
     rows, agreed = [], []
     for domain in run.blocks:
         for ids, labels in itertools.islice(heldout_batches(domain.heldout), _GENERATED_BATCHES):
-            text = ids[(labels[:, : 2 * half] != IGNORED).sum(1) >= 2 * half - 1, : 2 * half].to(device)
+            text = ids[(labels[:, : 2 * half] != IGNORED).sum(1) >= 2 * half - 1, : 2 * half].to(
+                device
+            )
             if not len(text):  # every row is shorter
                 continue
             with run.accelerator.autocast():
@@ -231,7 +276,9 @@ def summarise(
     arms = list(dict.fromkeys(name.split("/")[0] for name in runs))
     reference = runs[f"{REFERENCE}/{seeds[0]}"]
     domains = list(reference["nll"])
-    sums = {a: {d: np.array([runs[f"{a}/{s}"]["nll"][d] for s in seeds]) for d in domains} for a in arms}  # [S, blocks]
+    sums = {
+        a: {d: np.array([runs[f"{a}/{s}"]["nll"][d] for s in seeds]) for d in domains} for a in arms
+    }  # [S, blocks]
     labels = {d: np.array(reference["labels"][d]) for d in domains}
     rng = np.random.default_rng(0)
     picks = [
@@ -245,7 +292,10 @@ def summarise(
     def interval(arm: str, other: str, names: Sequence[str]) -> tuple[float, float, float]:
         gap = {d: sums[arm][d] - sums[other][d] for d in names}
         point = float(np.mean([gap[d].mean(0).sum() / labels[d].sum() for d in names]))
-        drawn = [np.mean([gap[d][s][:, b[d]].mean(0).sum() / labels[d][b[d]].sum() for d in names]) for s, b in picks]
+        drawn = [
+            np.mean([gap[d][s][:, b[d]].mean(0).sum() / labels[d][b[d]].sum() for d in names])
+            for s, b in picks
+        ]
         low, high = np.percentile(drawn, [2.5, 97.5])
         return point, float(low), float(high)
 
@@ -315,7 +365,9 @@ def _draw(table: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         axes.plot(point, y, "o", color=colour, markersize=6)
     axes.axvline(0, color="0.5", linewidth=0.8)
     axes.set_yticks(rows, arms)
-    axes.set_xlabel("held-out NLL against cross-entropy only, nats a token (left is better; 95 % interval)")
+    axes.set_xlabel(
+        "held-out NLL against cross-entropy only, nats a token (left is better; 95 % interval)"
+    )
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(left=False)
     figure.savefig(path)

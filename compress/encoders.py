@@ -51,17 +51,32 @@ from compress.models.encoders import (
     pooled,
     require_context,
 )
-from compress.models.language import folder_config, load_tokenizer, require_same_tokenizer, resolve_device
+from compress.models.language import (
+    folder_config,
+    load_tokenizer,
+    require_same_tokenizer,
+    resolve_device,
+)
 from compress.models.students import load_trainable_state, trainable_state
 from limbeck.contract import sources
-from limbeck.contract.artifact import Artifact, disk_full_is_a_user_error, open_artifact, write_artifact
+from limbeck.contract.artifact import (
+    Artifact,
+    disk_full_is_a_user_error,
+    open_artifact,
+    write_artifact,
+)
 from limbeck.contract.errors import DivergenceError, EnvironmentalError, ModelError
 from limbeck.contract.examples import EXAMPLES, Examples, accuracy, macro_f1, save_examples
 from limbeck.contract.heldout import CALIBRATION, save_calibration
 from limbeck.contract.licences import sources_of
 from limbeck.contract.progress import processes, say, task
 from limbeck.contract.recipe import FittedCalibration, FixedCalibration, Weights
-from limbeck.contract.recipe.encoder import ClassificationRecipe, EmbeddingRecipe, EncoderRecipe, EncoderShrinkStudent
+from limbeck.contract.recipe.encoder import (
+    ClassificationRecipe,
+    EmbeddingRecipe,
+    EncoderRecipe,
+    EncoderShrinkStudent,
+)
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 ROWS = 32  # examples of a batch that is not trained on
@@ -79,7 +94,9 @@ class Objective(Protocol):
     def answer(self, model: Any, ids_RL: Tensor, mask_RL: Tensor) -> Answers:
         """What a student says of a batch, in fp32."""
 
-    def loss(self, answers: Answers, rows: Tensor, progress: float) -> tuple[Tensor, dict[str, Any]]:
+    def loss(
+        self, answers: Answers, rows: Tensor, progress: float
+    ) -> tuple[Tensor, dict[str, Any]]:
         """Loss of the training examples ``rows``, and what the log says of it."""
 
     def measure(self, answers: Answers) -> dict[str, float]:
@@ -99,21 +116,33 @@ class Teacher:
 
 
 def train_encoder(
-    *, recipe: EncoderRecipe, out: Path, products: Mapping[str, Path], key: str, parents: Mapping[str, str]
+    *,
+    recipe: EncoderRecipe,
+    out: Path,
+    products: Mapping[str, Path],
+    key: str,
+    parents: Mapping[str, str],
 ) -> Artifact:
     """Train the recipe's student and write its artifact to ``out``. See `compress.distill`.
 
     The weights after the last step are kept: to choose among steps by the held-out examples would flatter them.
     """
     if processes() > 1:
-        raise EnvironmentalError("encoders are trained by one process; start limbeck without torchrun.")
+        raise EnvironmentalError(
+            "encoders are trained by one process; start limbeck without torchrun."
+        )
     started, config = time.monotonic(), recipe.training
     device = resolve_device(config.device)
     prepare_host(config.threads)
     torch.manual_seed(recipe.seed)
-    folders = [encoder_folder(t.model, folder=recipe.folder, product=products.get(t.name)) for t in recipe.teachers]
+    folders = [
+        encoder_folder(t.model, folder=recipe.folder, product=products.get(t.name))
+        for t in recipe.teachers
+    ]
     base = base_folder(recipe.student, folder=recipe.folder, teachers=folders)
-    places = {"the student": base} | {t.name: place for t, place in zip(recipe.teachers, folders, strict=True)}
+    places = {"the student": base} | {
+        t.name: place for t, place in zip(recipe.teachers, folders, strict=True)
+    }
     require_same_tokenizer(places)
     for name, place in places.items():
         require_context(name, folder_config(place), recipe.data.max_tokens)
@@ -122,16 +151,37 @@ def train_encoder(
     train, heldout = load_examples(recipe, tokenizer)
     give_memory_back()  # of the texts
     say(f"  {len(train)} training and {len(heldout)} held-out examples")
-    order = training_order(config.examples // config.batch * config.batch, examples=len(train), seed=recipe.seed)
-    classes = [c.name for c in recipe.data.classes] if isinstance(recipe, ClassificationRecipe) else None
-    model, importance, kept = build_student(
-        recipe.student, folder=base, classes=classes, calibration=_calibration(recipe, train, order), seed=recipe.seed
+    order = training_order(
+        config.examples // config.batch * config.batch, examples=len(train), seed=recipe.seed
     )
-    require_context("the student", model.config, recipe.data.max_tokens)  # a fresh one has sizes of its own
+    classes = (
+        [c.name for c in recipe.data.classes] if isinstance(recipe, ClassificationRecipe) else None
+    )
+    model, importance, kept = build_student(
+        recipe.student,
+        folder=base,
+        classes=classes,
+        calibration=_calibration(recipe, train, order),
+        seed=recipe.seed,
+    )
+    require_context(
+        "the student", model.config, recipe.data.max_tokens
+    )  # a fresh one has sizes of its own
     if kept:
-        say(f"  student: {kept['parameters'] / 1e6:.1f}M of {kept['parameters_before'] / 1e6:.1f}M parameters kept")
+        say(
+            f"  student: {kept['parameters'] / 1e6:.1f}M of {kept['parameters_before'] / 1e6:.1f}M parameters kept"
+        )
     teachers = [
-        _ask(recipe, index, folder, train, heldout, products=products, used=np.unique(order), device=device)
+        _ask(
+            recipe,
+            index,
+            folder,
+            train,
+            heldout,
+            products=products,
+            used=np.unique(order),
+            device=device,
+        )
         for index, folder in enumerate(folders)
     ]
     objective: Objective
@@ -164,7 +214,13 @@ def train_encoder(
         save_examples(draft.folder / EXAMPLES, heldout)
         save_calibration(draft.folder / CALIBRATION, _rows(train, order[:_CALIBRATION_ROWS]))
         entries = [
-            {"name": t.name, "model": str(t.folder), "pooling": t.pooling, "temperature": c, "digest": t.digest}
+            {
+                "name": t.name,
+                "model": str(t.folder),
+                "pooling": t.pooling,
+                "temperature": c,
+                "digest": t.digest,
+            }
             | known["teachers"][t.name]
             for t, c in zip(teachers, objective.temperatures, strict=True)
         ]
@@ -175,7 +231,9 @@ def train_encoder(
         draft.result = {
             "task": recipe.task,
             "classes": classes,
-            "metrics": objective.measure(_answers(lambda i, m: objective.answer(saved, i, m), heldout, device=device)),
+            "metrics": objective.measure(
+                _answers(lambda i, m: objective.answer(saved, i, m), heldout, device=device)
+            ),
             "teachers": reports,
             "examples": {"train": len(train), "heldout": len(heldout), "seen": len(order)},
             "steps": state.step,
@@ -220,7 +278,9 @@ def fit(run: Run) -> State:
     """Train to the end of the budget, from the checkpoint of an interrupted run where there is one."""
     config, model = run.recipe.training, run.trained["model"]
     parameters = [p for p in run.trained.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+    )
     state = _load_checkpoint(run, optimizer)
     steps, resumed, started = len(run.order) // config.batch, state.seconds, time.monotonic()
     half = resolve_precision(config.precision, run.device) == "bf16"
@@ -238,7 +298,10 @@ def fit(run: Run) -> State:
                 answers = run.objective.answer(model, ids, mask)
             loss, figures = run.objective.loss(answers, torch.from_numpy(rows), done)
             loss.backward()
-            norm, value = float(nn.utils.clip_grad_norm_(parameters, config.clip)), float(loss.detach())
+            norm, value = (
+                float(nn.utils.clip_grad_norm_(parameters, config.clip)),
+                float(loss.detach()),
+            )
             if not (math.isfinite(value) and math.isfinite(norm)):
                 raise DivergenceError(
                     f"training of {run.recipe.name} diverged at step {state.step + 1}: loss {value}, gradient norm {norm}. "
@@ -247,10 +310,17 @@ def fit(run: Run) -> State:
             optimizer.step()
             state.step += 1
             state.seconds = resumed + time.monotonic() - started
-            entry = {"step": state.step, "examples": state.step * config.batch, "loss": value, **figures}
+            entry = {
+                "step": state.step,
+                "examples": state.step * config.batch,
+                "loss": value,
+                **figures,
+            }
             _record(run, "step", entry | {"gradient_norm": norm, "learning_rate": rate})
             progress.advance(1, loss=value)
-            if state.step % config.evaluate_every == 0 and state.step < steps:  # the last is measured as it is saved
+            if (
+                state.step % config.evaluate_every == 0 and state.step < steps
+            ):  # the last is measured as it is saved
                 _evaluate(run, state)
                 model.train()
             if state.step % config.checkpoint_every == 0 and state.step < steps:
@@ -261,7 +331,9 @@ def fit(run: Run) -> State:
 
 def _evaluate(run: Run, state: State) -> None:
     model = run.trained["model"].eval()
-    answers = _answers(lambda i, m: run.objective.answer(model, i, m), run.heldout, device=run.device)
+    answers = _answers(
+        lambda i, m: run.objective.answer(model, i, m), run.heldout, device=run.device
+    )
     _record(run, "evaluate", {"step": state.step, **run.objective.measure(answers)})
 
 
@@ -311,14 +383,18 @@ def _rows(train: Examples, chosen: Any) -> list[npt.NDArray[np.int32]]:
 
 
 @torch.no_grad()
-def _answers(model: Model, examples: Examples, *, device: torch.device, label: str = "held-out examples") -> Answers:
+def _answers(
+    model: Model, examples: Examples, *, device: torch.device, label: str = "held-out examples"
+) -> Answers:
     """What ``model`` says of every example, in their order; rows of like length go together, which saves padding."""
     order = np.argsort(examples.lengths, kind="stable")
     parts = []
     with task(label, len(order)) as progress:
         for at in range(0, len(order), ROWS):
             ids, mask = examples.batch(order[at : at + ROWS])
-            parts.append(model(torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)).float())
+            parts.append(
+                model(torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)).float()
+            )
             progress.advance(len(ids))
     found = torch.cat(parts)
     return torch.empty_like(found).index_copy_(0, torch.from_numpy(order).to(device), found)
@@ -330,11 +406,15 @@ def _ask(
 ) -> Teacher:  # fmt: skip
     """Load a teacher, let it answer every example that training or measuring will need, and let it go."""
     entry = recipe.teachers[index]
-    digest = sources.model_digest(entry.model, folder=recipe.folder, products=products, teacher=entry.name)
+    digest = sources.model_digest(
+        entry.model, folder=recipe.folder, products=products, teacher=entry.name
+    )
     pooling = str(getattr(entry, "pooling", ""))
     if isinstance(recipe, ClassificationRecipe):
         loaded = load_classifier(folder).to(device)
-        _require_classes(entry.name, class_names(loaded), [c.name for c in recipe.data.classes], folder)
+        _require_classes(
+            entry.name, class_names(loaded), [c.name for c in recipe.data.classes], folder
+        )
 
         def model(ids: Tensor, mask: Tensor) -> Answers:
             logits: Tensor = loaded(input_ids=ids, attention_mask=mask).logits
@@ -345,14 +425,18 @@ def _ask(
         def model(ids: Tensor, mask: Tensor) -> Answers:
             return pooled(loaded, ids, mask, pooling=pooling)
 
-    some = _answers(model, train.take(used), device=device, label=f"teacher {entry.name}: training examples")
+    some = _answers(
+        model, train.take(used), device=device, label=f"teacher {entry.name}: training examples"
+    )
     every = torch.zeros(len(train), some.shape[1], device=device)
     every[torch.from_numpy(used)] = some
     said = _answers(model, heldout, device=device)
     return Teacher(entry.name, folder, digest, pooling, every, said)
 
 
-def _require_classes(name: str, found: Sequence[str], expected: Sequence[str], folder: Path) -> None:
+def _require_classes(
+    name: str, found: Sequence[str], expected: Sequence[str], folder: Path
+) -> None:
     if list(found) != list(expected):
         raise ModelError(
             f"{folder}: teacher {name} tells apart {', '.join(found)}; the recipe's classes are {', '.join(expected)}, in this "
@@ -367,7 +451,12 @@ class Classification:
     """Cross-entropy with the label plus the divergence from the fused teachers, of `compress.loss`."""
 
     def __init__(
-        self, recipe: ClassificationRecipe, teachers: Sequence[Teacher], train: Examples, heldout: Examples, device: Any
+        self,
+        recipe: ClassificationRecipe,
+        teachers: Sequence[Teacher],
+        train: Examples,
+        heldout: Examples,
+        device: Any,
     ) -> None:
         self.config, self.teachers, self.device = recipe.fusion, teachers, device
         self.labels_N = torch.from_numpy(train.groups).long().to(device)
@@ -381,7 +470,9 @@ class Classification:
         logits: Tensor = model(input_ids=ids_RL, attention_mask=mask_RL).logits.float()
         return logits
 
-    def loss(self, answers: Answers, rows: Tensor, progress: float) -> tuple[Tensor, dict[str, Any]]:
+    def loss(
+        self, answers: Answers, rows: Tensor, progress: float
+    ) -> tuple[Tensor, dict[str, Any]]:
         """See `Objective`; terms are means over the batch."""
         rows = rows.to(self.device)
         states = [
@@ -393,7 +484,10 @@ class Classification:
             self.config, hidden_RLd=answers[:, None], head=self.head, teachers=states, labels_RL=self.labels_N[rows][:, None],
             denominator=R, names=self.names, progress=progress,
         )  # fmt: skip
-        figures = {"cross_entropy": terms.cross_entropy / R, "fusion": terms.divergence / R if states else None}
+        figures = {
+            "cross_entropy": terms.cross_entropy / R,
+            "fusion": terms.divergence / R if states else None,
+        }
         return terms.loss, figures | _weights(self.names, terms.weights_KRL, terms.entropy_KRL)
 
     def measure(self, answers: Answers) -> dict[str, float]:
@@ -410,7 +504,9 @@ class Classification:
             case FixedCalibration(values=values):
                 return values[teacher.name]
             case FittedCalibration(bounds=bounds):
-                return fit_temperature(teacher.heldout[:, None], self.head, self.heldout_N[:, None], bounds=bounds)
+                return fit_temperature(
+                    teacher.heldout[:, None], self.head, self.heldout_N[:, None], bounds=bounds
+                )
         return 1.0
 
 
@@ -420,11 +516,15 @@ class Classification:
 class Embedding:
     """Cosine distance through projections plus the relational loss; the formulas are at the top of the file."""
 
-    def __init__(self, recipe: EmbeddingRecipe, teachers: Sequence[Teacher], width: int, device: Any) -> None:
+    def __init__(
+        self, recipe: EmbeddingRecipe, teachers: Sequence[Teacher], width: int, device: Any
+    ) -> None:
         self.config, self.teachers, self.device = recipe.fusion, teachers, device
         self.names, self.temperatures = [t.name for t in teachers], [1.0] * len(teachers)
         self.projections = Projections(
-            student_width=width, teacher_widths=[t.train.shape[1] for t in teachers], pairs=[[(1, 1)]] * len(teachers)
+            student_width=width,
+            teacher_widths=[t.train.shape[1] for t in teachers],
+            pairs=[[(1, 1)]] * len(teachers),
         )
         self.reference = mixed_similarities([t.heldout for t in teachers])
 
@@ -432,11 +532,17 @@ class Embedding:
         """Unit vectors ``[R, d]``."""
         return pooled(model, ids_RL, mask_RL)
 
-    def loss(self, answers: Answers, rows: Tensor, progress: float) -> tuple[Tensor, dict[str, Any]]:
+    def loss(
+        self, answers: Answers, rows: Tensor, progress: float
+    ) -> tuple[Tensor, dict[str, Any]]:
         """See `Objective`."""
         theirs = [t.train[rows.to(self.device)] for t in self.teachers]
         weights_KR, entropy_KR = similarity_weights(
-            self.config.weights, theirs, temperature=self.config.temperature, names=self.names, progress=progress
+            self.config.weights,
+            theirs,
+            temperature=self.config.temperature,
+            names=self.names,
+            progress=progress,
         )
         projected = self.projections({1: answers[:, None]})
         valid = torch.ones(len(rows), 1, dtype=torch.bool, device=self.device)
@@ -444,7 +550,11 @@ class Embedding:
             projected, [[t[:, None]] for t in theirs], weights_KR[..., None], valid, distance="cosine", denominator=len(rows)
         )  # fmt: skip
         relational = relational_loss(
-            answers, theirs, weights_KR, temperature=self.config.temperature, relation=self.config.relation
+            answers,
+            theirs,
+            weights_KR,
+            temperature=self.config.temperature,
+            relation=self.config.relation,
         )
         figures = {"cosine": float(cosine.detach()), "relational": float(relational.detach())}
         loss = self.config.cosine * cosine + self.config.relational * relational
@@ -463,24 +573,45 @@ def similarity_logits(vectors_Rd: Tensor, temperature: float) -> Tensor:
 
 
 def similarity_weights(
-    config: Weights, teachers: Sequence[Tensor], *, temperature: float, names: Sequence[str], progress: float = 1.0
+    config: Weights,
+    teachers: Sequence[Tensor],
+    *,
+    temperature: float,
+    names: Sequence[str],
+    progress: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Weights and entropies ``[K, R]`` of the teachers' unit vectors ``[R, d_k]`` of one batch; entropy in nats."""
-    p_KRR = torch.stack([torch.softmax(similarity_logits(v, temperature), dim=-1) for v in teachers])
+    p_KRR = torch.stack(
+        [torch.softmax(similarity_logits(v, temperature), dim=-1) for v in teachers]
+    )
     entropy_KR = -torch.special.xlogy(p_KRR, p_KRR).sum(-1)
     no_labels = torch.zeros(p_KRR.shape[1], 1, dtype=torch.long, device=p_KRR.device)
     entropy_KR1 = entropy_KR[..., None]
-    weights = weigh(config, entropy_KR1, torch.zeros_like(entropy_KR1), no_labels, names=names, progress=progress)
+    weights = weigh(
+        config,
+        entropy_KR1,
+        torch.zeros_like(entropy_KR1),
+        no_labels,
+        names=names,
+        progress=progress,
+    )
     return weights[..., 0], entropy_KR
 
 
 def relational_loss(
-    student_Rd: Tensor, teachers: Sequence[Tensor], weights_KR: Tensor, *, temperature: float, relation: str
+    student_Rd: Tensor,
+    teachers: Sequence[Tensor],
+    weights_KR: Tensor,
+    *,
+    temperature: float,
+    relation: str,
 ) -> Tensor:
     """The relational term of the loss: a scalar. ``relation`` is `kl` or `mse`."""
     R = len(student_Rd)
     if relation == "mse":
-        target_RR = torch.stack([w[:, None] * (v @ v.T) for w, v in zip(weights_KR, teachers, strict=True)]).sum(0)
+        target_RR = torch.stack(
+            [w[:, None] * (v @ v.T) for w, v in zip(weights_KR, teachers, strict=True)]
+        ).sum(0)
         others = ~torch.eye(R, dtype=torch.bool, device=student_Rd.device)
         squares: Tensor = (student_Rd @ student_Rd.T - target_RR)[others].square()
         return squares.mean()
@@ -488,7 +619,9 @@ def relational_loss(
     for w, v in zip(weights_KR, teachers, strict=True):
         p_RR += w[:, None] * torch.softmax(similarity_logits(v, temperature), dim=-1)
     own = torch.eye(R, dtype=torch.bool, device=student_Rd.device)
-    logq_RR = torch.log_softmax(similarity_logits(student_Rd, temperature), dim=-1).masked_fill(own, 0.0)
+    logq_RR = torch.log_softmax(similarity_logits(student_Rd, temperature), dim=-1).masked_fill(
+        own, 0.0
+    )
     kl_R: Tensor = (torch.special.xlogy(p_RR, p_RR) - p_RR * logq_RR).sum(-1)
     return kl_R.mean()
 
@@ -501,7 +634,9 @@ def mixed_similarities(teachers: Sequence[Tensor]) -> Tensor:
 def spearman(ours_NN: Tensor, theirs_NN: Tensor) -> float:
     """Rank correlation over the pairs i < j."""
     above = np.triu_indices(len(ours_NN), 1)
-    return float(stats.spearmanr(ours_NN.cpu().numpy()[above], theirs_NN.cpu().numpy()[above]).statistic)
+    return float(
+        stats.spearmanr(ours_NN.cpu().numpy()[above], theirs_NN.cpu().numpy()[above]).statistic
+    )
 
 
 def _weights(names: Sequence[str], weights: Tensor, entropy: Tensor) -> dict[str, Any]:

@@ -15,7 +15,9 @@ from limbeck.contract.errors import RecipeError
 from limbeck.contract.recipe import Features
 
 
-def layer_pairs(config: Features, *, student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
+def layer_pairs(
+    config: Features, *, student_layers: int, teacher_layers: int
+) -> list[tuple[int, int]]:
     """(student layer, teacher layer) pairs, counted from 1; layer L is the state after the final norm.
 
     Depth map j = round(i L_k / L_S) at ``config.pairs`` student layers spread evenly, the last included.
@@ -38,7 +40,11 @@ class Projections(nn.Module):
     """One Linear(d_S -> d_k, no bias) a teacher and layer pair; the identity to begin with where widths agree."""
 
     def __init__(
-        self, *, student_width: int, teacher_widths: Sequence[int], pairs: Sequence[Sequence[tuple[int, int]]]
+        self,
+        *,
+        student_width: int,
+        teacher_widths: Sequence[int],
+        pairs: Sequence[Sequence[tuple[int, int]]],
     ) -> None:
         super().__init__()
         self.pairs = [list(p) for p in pairs]
@@ -55,7 +61,9 @@ class Projections(nn.Module):
         projected = []
         for linears, pairs in zip(self.linears, self.pairs, strict=True):
             assert isinstance(linears, nn.ModuleList)
-            projected.append([linear(student_states[i]) for linear, (i, _) in zip(linears, pairs, strict=True)])
+            projected.append(
+                [linear(student_states[i]) for linear, (i, _) in zip(linears, pairs, strict=True)]
+            )
         return projected
 
 
@@ -76,13 +84,19 @@ def feature_loss(
     for k, (mine, theirs) in enumerate(zip(projected, teacher_states, strict=True)):
         weight_T = weights_KRL[k][valid_RL]
         for student_RLd, teacher_RLd in zip(mine, theirs, strict=True):
-            student_Td, teacher_Td = student_RLd[valid_RL].float(), teacher_RLd[valid_RL].float().detach()
+            student_Td, teacher_Td = (
+                student_RLd[valid_RL].float(),
+                teacher_RLd[valid_RL].float().detach(),
+            )
             if distance == "cosine":
                 gap_T = 1 - torch.nn.functional.cosine_similarity(student_Td, teacher_Td, dim=-1)
             else:
                 width = student_Td.shape[-1:]
                 gap_T = (
-                    (nn.functional.layer_norm(student_Td, width) - nn.functional.layer_norm(teacher_Td, width))
+                    (
+                        nn.functional.layer_norm(student_Td, width)
+                        - nn.functional.layer_norm(teacher_Td, width)
+                    )
                     .square()
                     .mean(-1)
                 )

@@ -43,7 +43,9 @@ def heal(
         run.board.close()
 
 
-def cache_teachers(*, recipe: Recipe, products: Mapping[str, Path], work: Path, rounds: Sequence[int]) -> None:
+def cache_teachers(
+    *, recipe: Recipe, products: Mapping[str, Path], work: Path, rounds: Sequence[int]
+) -> None:
     """See `compress.cache_teachers`."""
     _setup(recipe, products, work, rounds)
 
@@ -61,5 +63,12 @@ def _setup(recipe: Recipe, products: Mapping[str, Path], work: Path, rounds: Seq
     }
     # Which layers are aligned depends on the student's depth; without them every student reads the same cache.
     features = recipe.features.model_copy(update={"weight": 0.0})
-    recipe = recipe.model_copy(update={"training": config.model_copy(update=short), "features": features})
-    return setup(recipe=recipe, products=products, work=work, key=fingerprint(["heal", recipe.distillation()]))
+    recipe = recipe.model_copy(
+        update={"training": config.model_copy(update=short), "features": features}
+    )
+    return setup(
+        recipe=recipe,
+        products=products,
+        work=work,
+        key=fingerprint(["heal", recipe.distillation()]),
+    )

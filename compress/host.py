@@ -22,7 +22,9 @@ def prepare_host(threads: int | None) -> None:
     torch.set_num_threads(threads or available_cores())
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
-        if not (libc.mallopt(_M_MMAP_THRESHOLD, _NEVER) and libc.mallopt(_M_TRIM_THRESHOLD, _NEVER)):
+        if not (
+            libc.mallopt(_M_MMAP_THRESHOLD, _NEVER) and libc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
+        ):
             raise RuntimeError("glibc refused a malloc threshold of 2 GiB")
 
 

@@ -74,7 +74,14 @@ from limbeck.contract.artifact import (
     write_atomically,
 )
 from limbeck.contract.errors import ArtifactError, DivergenceError, RecipeError
-from limbeck.contract.heldout import CALIBRATION, HELDOUT, Blocks, mean_nll, save_calibration, save_heldout
+from limbeck.contract.heldout import (
+    CALIBRATION,
+    HELDOUT,
+    Blocks,
+    mean_nll,
+    save_calibration,
+    save_heldout,
+)
 from limbeck.contract.licences import sources_of
 from limbeck.contract.progress import say, task
 from limbeck.contract.recipe import (
@@ -93,7 +100,9 @@ CHECKPOINT, LOG, BOARD = "checkpoint.pt", "log.jsonl", "tensorboard"
 _CALIBRATION_ROWS = 24  # training blocks that travel with a student, for the export's calibration
 
 
-def train(*, recipe: Recipe, out: Path, products: Mapping[str, Path], key: str, parents: Mapping[str, str]) -> Artifact:
+def train(
+    *, recipe: Recipe, out: Path, products: Mapping[str, Path], key: str, parents: Mapping[str, str]
+) -> Artifact:
     """Train the recipe's student and write its artifact to ``out``. See `compress.distill`."""
     started = time.monotonic()
     work = out.parent / f".{out.name}.training"
@@ -127,9 +136,12 @@ def _save(
             save_file(run.importance.tensors(), draft.folder / "importance.safetensors")
         save_heldout(draft.folder / HELDOUT, {b.name: b.heldout for b in run.blocks})
         save_calibration(
-            draft.folder / CALIBRATION, _training_rows(run.blocks, count=_CALIBRATION_ROWS, seed=recipe.seed)
+            draft.folder / CALIBRATION,
+            _training_rows(run.blocks, count=_CALIBRATION_ROWS, seed=recipe.seed),
         )
-        entries = [f.entry(reports[f.name]["temperature"]) | known["teachers"][f.name] for f in run.folders]
+        entries = [
+            f.entry(reports[f.name]["temperature"]) | known["teachers"][f.name] for f in run.folders
+        ]
         (draft.folder / "teachers.json").write_text(json.dumps(entries, indent=1))
         shutil.copy(run.work / LOG, draft.folder / LOG)
         if run.board is not None:
@@ -153,12 +165,16 @@ def _save(
             "precision": run.precision,
             "device": str(run.accelerator.device),
             "shrink": run.kept or None,
-            "base": str(run.tokenizer_folder.resolve()) if isinstance(recipe.student, LoraStudent) else None,
+            "base": str(run.tokenizer_folder.resolve())
+            if isinstance(recipe.student, LoraStudent)
+            else None,
             "sources": {name: known[name] for name in ("base", "texts")},
         }
 
 
-def setup(*, recipe: Recipe, products: Mapping[str, Path], work: Path, key: str, model: Any = None) -> Run:
+def setup(
+    *, recipe: Recipe, products: Mapping[str, Path], work: Path, key: str, model: Any = None
+) -> Run:
     """Load teachers, text and student, and check that they fit together. ``work`` holds checkpoint and log.
 
     ``model`` is a causal LM to go on training; none makes the recipe's student.
@@ -169,23 +185,33 @@ def setup(*, recipe: Recipe, products: Mapping[str, Path], work: Path, key: str,
     prepare_host(config.threads)
     torch.manual_seed(recipe.seed)
     AcceleratorState._reset_state()  # a teacher's own recipe may have run in this process with another precision
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision={"fp32": "no"}.get(precision, precision))
+    accelerator = Accelerator(
+        cpu=device.type == "cpu", mixed_precision={"fp32": "no"}.get(precision, precision)
+    )
     require_share_for_all(
-        recipe, processes=accelerator.num_processes, sharded=accelerator.distributed_type == DistributedType.FSDP
+        recipe,
+        processes=accelerator.num_processes,
+        sharded=accelerator.distributed_type == DistributedType.FSDP,
     )
     with accelerator.main_process_first():  # the first one fills the cache, the others read it
         folders = teacher_folders(recipe, products)
         folder = student_folder(recipe, folders)
         if folders:
-            require_same_tokenizer({"the student": folder, **{f.name: f.tokenizer for f in folders}})
+            require_same_tokenizer(
+                {"the student": folder, **{f.name: f.tokenizer for f in folders}}
+            )
         tokenizer = load_tokenizer(folder)
         blocks = load_blocks(recipe, tokenizer)
         importance, kept, made = None, dict[str, Any](), model is None
         if made:
             calibration = _calibration_batches(recipe, blocks)
-            model, importance, kept = build_model(recipe, folder=folder, calibration=calibration, device=device)
+            model, importance, kept = build_model(
+                recipe, folder=folder, calibration=calibration, device=device
+            )
         if kept:
-            say(f"  student: {kept['parameters'] / 1e6:.1f}M of {kept['parameters_before'] / 1e6:.1f}M parameters kept")
+            say(
+                f"  student: {kept['parameters'] / 1e6:.1f}M of {kept['parameters_before'] / 1e6:.1f}M parameters kept"
+            )
         teachers: Teachers | CachedTeachers
         if isinstance(config.teacher_cache, NoCache):
             teachers = Teachers(folders, device=device, compute_dtype=DTYPES[precision])
@@ -207,7 +233,12 @@ def setup(*, recipe: Recipe, products: Mapping[str, Path], work: Path, key: str,
         _tensorboard(work) if accelerator.is_main_process else None,
     )  # fmt: skip
     if isinstance(teachers, CachedTeachers):
-        rows = [row for b in blocks for batch in heldout_batches(b.heldout) for row in zip(*batch, strict=True)]
+        rows = [
+            row
+            for b in blocks
+            for batch in heldout_batches(b.heldout)
+            for row in zip(*batch, strict=True)
+        ]
         for step in range(run.steps or 0):
             rows += zip(*_batch(run, run.rows_of(step)), strict=True)
         with accelerator.main_process_first(), accelerator.autocast():
@@ -222,7 +253,9 @@ def require_share_for_all(recipe: Recipe, *, processes: int, sharded: bool) -> N
     """
     config, block = recipe.training, recipe.data.block
     rows = config.batch_tokens // block
-    most, fewest = (-(-count // config.micro_batch) for count in (-(-rows // processes), rows // processes))
+    most, fewest = (
+        -(-count // config.micro_batch) for count in (-(-rows // processes), rows // processes)
+    )
     if rows >= processes and (most == fewest or not sharded):
         return
     why = (
@@ -244,7 +277,9 @@ def _calibration_batches(recipe: Recipe, blocks: Sequence[DomainBlocks]) -> list
     return [torch.from_numpy(row).long()[None] for row in rows]
 
 
-def _training_rows(blocks: Sequence[DomainBlocks], *, count: int, seed: int) -> list[npt.NDArray[np.int32]]:
+def _training_rows(
+    blocks: Sequence[DomainBlocks], *, count: int, seed: int
+) -> list[npt.NDArray[np.int32]]:
     """The first ``count`` training blocks in the recipe's mixture, without their padding."""
     order = training_order(blocks, count=count, seed=seed)
     return [np.array(blocks[d].train_ids[r, : blocks[d].train_lengths[r]]) for d, r in order]
@@ -297,7 +332,11 @@ class Run:
     def teacher_layers(self) -> list[list[int]] | None:
         """Layers of each teacher that feature alignment looks at."""
         projections = self.student.projections
-        return [[j for _, j in pairs] for pairs in projections.pairs] if projections is not None else None
+        return (
+            [[j for _, j in pairs] for pairs in projections.pairs]
+            if projections is not None
+            else None
+        )
 
     @property
     def rows_per_step(self) -> int:
@@ -337,9 +376,13 @@ def fit(run: Run, *, ends: Callable[[], bool] = lambda: False) -> State:
     """
     config, accelerator = run.recipe.training, run.accelerator
     trained = [p for p in run.student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        trained, lr=config.learning_rate, weight_decay=config.weight_decay
+    )
     student, optimizer = accelerator.prepare(run.student, optimizer)
-    trained = [p for p in student.parameters() if p.requires_grad]  # FSDP puts sharded ones in their place
+    trained = [
+        p for p in student.parameters() if p.requires_grad
+    ]  # FSDP puts sharded ones in their place
     state = _load_checkpoint(run, optimizer) or State(best=trainable_state(run.student))
     if state.step == 0:
         _record(run, "evaluate", _evaluate_student(run, state, count_stale=False))
@@ -351,7 +394,15 @@ def fit(run: Run, *, ends: Callable[[], bool] = lambda: False) -> State:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             step_started = time.monotonic()
-            figures = _step(run, student, optimizer, trained, run.rows_of(state.step), state=state, progress=done)
+            figures = _step(
+                run,
+                student,
+                optimizer,
+                trained,
+                run.rows_of(state.step),
+                state=state,
+                progress=done,
+            )
             state.step += 1
             state.tokens += figures["labels"]
             state.seconds = _seconds_of_all(run, resumed + time.monotonic() - started)
@@ -380,11 +431,20 @@ def _seconds_of_all(run: Run, seconds: float) -> float:
     """The clock of the first process where a budget in minutes goes by it: learning rate and last step are those of all."""
     if run.steps is not None:
         return seconds
-    return float(broadcast(torch.tensor(seconds, dtype=torch.float64, device=run.accelerator.device)))
+    return float(
+        broadcast(torch.tensor(seconds, dtype=torch.float64, device=run.accelerator.device))
+    )
 
 
 def _step(
-    run: Run, student: Any, optimizer: Any, trained: Sequence[Tensor], picked: Any, *, state: State, progress: float
+    run: Run,
+    student: Any,
+    optimizer: Any,
+    trained: Sequence[Tensor],
+    picked: Any,
+    *,
+    state: State,
+    progress: float,
 ) -> dict[str, Any]:
     """One optimiser step on the global batch of (domain, row) pairs ``picked``; raw terms per label position."""
     recipe, accelerator, teachers = run.recipe, run.accelerator, run.teachers
@@ -395,7 +455,9 @@ def _step(
     mine = torch.arange(rank, len(ids_RL), world)
     micro = mine.split(config.micro_batch)
     means = (
-        _global_means(run, ids_RL, labels_RL, micro) if teachers and span_of(recipe.fusion.weights) == "batch" else None
+        _global_means(run, ids_RL, labels_RL, micro)
+        if teachers and span_of(recipe.fusion.weights) == "batch"
+        else None
     )
 
     sums = _Sums(run, picked[:, 0])
@@ -413,13 +475,19 @@ def _step(
             with accelerator.autocast():
                 loss, terms, gap = student(ids, weighed)
             sums.features += gap
-            accelerator.backward(loss * world)  # processes average their gradients; the terms are already shares
+            accelerator.backward(
+                loss * world
+            )  # processes average their gradients; the terms are already shares
         sums.add(terms, labels, rows, float(loss.detach()))
     norm = whole(accelerator.clip_grad_norm_(trained, config.clip))
     figures = sums.figures(denominator, norm=float(norm))
     if not (math.isfinite(figures["loss"]) and math.isfinite(figures["gradient_norm"])):
         checkpoint = run.work / CHECKPOINT
-        good = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
+        good = (
+            f"the last good checkpoint is {checkpoint}"
+            if checkpoint.exists()
+            else "there is no checkpoint yet"
+        )
         raise DivergenceError(
             f"training of {recipe.name} diverged at step {state.step + 1}: loss {figures['loss']}, gradient "
             f"norm {figures['gradient_norm']}; batch {fingerprint(ids_RL.tolist())[:16]}; {good}. Lower training.learning_rate "
@@ -435,7 +503,9 @@ def _loss(
 ) -> tuple[Tensor, FusionTerms, float]:  # fmt: skip
     """Loss of one micro-batch with gradient, its raw terms, and its feature term before the factor."""
     fusion, features = run.recipe.fusion, run.recipe.features
-    with torch.autocast(run.accelerator.device.type, enabled=False):  # the loss chooses its own number types
+    with torch.autocast(
+        run.accelerator.device.type, enabled=False
+    ):  # the loss chooses its own number types
         terms = fused_loss(
             fusion, hidden_RLd=hidden_RLd.to(DTYPES[run.precision]), head=student_head(run), teachers=teachers, labels_RL=labels_RL,
             denominator=denominator, names=run.teachers.names, progress=progress, global_means_2K=global_means_2K,
@@ -480,7 +550,9 @@ def student_head(run: Run) -> Head:
     bias = head.bias_V.to(dtype) if head.bias_V is not None else None
     cast = replace(head, weight_Vd=head.weight_Vd.to(dtype), bias_V=bias)
     if not head.weight_Vd.requires_grad:
-        object.__setattr__(run.student, "frozen_head", cast)  # not a part of the module: nothing to save or to shard
+        object.__setattr__(
+            run.student, "frozen_head", cast
+        )  # not a part of the module: nothing to save or to shard
     return cast
 
 
@@ -491,7 +563,9 @@ def _global_means(run: Run, ids_RL: Tensor, labels_RL: Tensor, micro: Sequence[T
         labels = labels_RL[rows].to(run.accelerator.device)
         with run.accelerator.autocast():
             states, _ = run.teachers.states(ids_RL[rows].to(run.accelerator.device))
-        for row, statistic in enumerate(teacher_statistics(states, labels, chunk=run.recipe.fusion.chunk)):
+        for row, statistic in enumerate(
+            teacher_statistics(states, labels, chunk=run.recipe.fusion.chunk)
+        ):
             sums[row] += statistic.sum((1, 2))
     total: Tensor = run.accelerator.reduce(sums, reduction="sum")
     return total / int((labels_RL != IGNORED).sum())
@@ -504,7 +578,10 @@ class _Sums:
         self.run, self.domains = run, torch.from_numpy(np.asarray(domains))
         K, D = len(run.teachers), len(run.blocks)
         self.loss = self.cross_entropy = self.fusion = self.features = 0.0
-        self.weights_DK, self.labels_D = torch.zeros(D, K, dtype=torch.float64), torch.zeros(D, dtype=torch.float64)
+        self.weights_DK, self.labels_D = (
+            torch.zeros(D, K, dtype=torch.float64),
+            torch.zeros(D, dtype=torch.float64),
+        )
         self.entropy_K = torch.zeros(K, dtype=torch.float64)
         self.pairs: list[tuple[Tensor, Tensor]] = []
 
@@ -518,10 +595,14 @@ class _Sums:
             domain = int(self.domains[place])
             self.labels_D[domain] += int(valid[row].sum())
             if len(self.run.teachers):
-                self.weights_DK[domain] += terms.weights_KRL[:, row][:, valid[row]].double().sum(1).cpu()
+                self.weights_DK[domain] += (
+                    terms.weights_KRL[:, row][:, valid[row]].double().sum(1).cpu()
+                )
         if len(self.run.teachers):
             self.entropy_K += terms.entropy_KRL[:, valid].double().sum(1).cpu()
-            self.pairs.append((terms.weights_KRL[:, valid].cpu(), terms.label_logp_KRL[:, valid].cpu()))
+            self.pairs.append(
+                (terms.weights_KRL[:, valid].cpu(), terms.label_logp_KRL[:, valid].cpu())
+            )
 
     def figures(self, denominator: int, *, norm: float) -> dict[str, Any]:
         """What the log says of the step; everything per label position of the global batch."""
@@ -529,7 +610,9 @@ class _Sums:
             torch.tensor([self.loss, self.cross_entropy, self.fusion, self.features], dtype=torch.float64),
             self.entropy_K, self.weights_DK.flatten(), self.labels_D,
         ])  # fmt: skip
-        total = self.run.accelerator.reduce(packed.to(self.run.accelerator.device), reduction="sum").cpu()
+        total = self.run.accelerator.reduce(
+            packed.to(self.run.accelerator.device), reduction="sum"
+        ).cpu()
         K, D = len(self.run.teachers), len(self.run.blocks)
         loss, cross_entropy, fusion, features = total[:4].tolist()
         entropy_K, rest = total[4 : 4 + K], total[4 + K :]
@@ -561,7 +644,9 @@ class _Sums:
 # Measuring -------------------------------------------------------------------------------------------------------
 
 
-Scorer = Callable[[Tensor, Tensor], Tensor]  # token ids and labels [R, L] -> NLL of each row [R], nats
+Scorer = Callable[
+    [Tensor, Tensor], Tensor
+]  # token ids and labels [R, L] -> NLL of each row [R], nats
 
 
 @torch.no_grad()
@@ -579,9 +664,14 @@ def evaluate(
     return nll
 
 
-def per_token(nll: Mapping[str, Sequence[float]], blocks: Sequence[DomainBlocks]) -> dict[str, float]:
+def per_token(
+    nll: Mapping[str, Sequence[float]], blocks: Sequence[DomainBlocks]
+) -> dict[str, float]:
     """Nats a token by domain, from sums over blocks."""
-    counts = {b.name: int((labels_of(b.heldout.input_ids, b.heldout.scored) != IGNORED).sum()) for b in blocks}
+    counts = {
+        b.name: int((labels_of(b.heldout.input_ids, b.heldout.scored) != IGNORED).sum())
+        for b in blocks
+    }
     return {name: sum(sums) / counts[name] for name, sums in nll.items()}
 
 
@@ -634,12 +724,18 @@ def measure_teachers(run: Run) -> dict[str, dict[str, Any]]:
     run.teachers.temperatures = [reports[name]["temperature"] for name in names]
     for name in names:
         figures = "  ".join(f"{domain} {nll:.3f}" for domain, nll in reports[name]["nll"].items())
-        say(f"  teacher {name}: {figures} nats a token, calibration temperature {reports[name]['temperature']:.3f}")
+        say(
+            f"  teacher {name}: {figures} nats a token, calibration temperature {reports[name]['temperature']:.3f}"
+        )
     return reports
 
 
 def _measure_teacher(run: Run, k: int) -> dict[str, Any]:
-    head, calibration, device = run.teachers.heads[k], run.recipe.fusion.calibration, run.accelerator.device
+    head, calibration, device = (
+        run.teachers.heads[k],
+        run.recipe.fusion.calibration,
+        run.accelerator.device,
+    )
     name = run.teachers.names[k]
 
     def states(ids_RL: Tensor) -> TeacherStates | SparseStates:
@@ -658,12 +754,18 @@ def _measure_teacher(run: Run, k: int) -> dict[str, Any]:
         case FixedCalibration():
             temperature = calibration.values[name]
         case FittedCalibration():
-            batches = [batch for domain in run.blocks for batch in heldout_batches(domain.heldout)[:2]]
+            batches = [
+                batch for domain in run.blocks for batch in heldout_batches(domain.heldout)[:2]
+            ]
             hidden = [
-                said.hidden_RLd for ids, _ in batches if isinstance(said := states(ids.to(device)), TeacherStates)
+                said.hidden_RLd
+                for ids, _ in batches
+                if isinstance(said := states(ids.to(device)), TeacherStates)
             ]
             labels = torch.cat([labels for _, labels in batches]).to(device)
-            temperature = fit_temperature(torch.cat(hidden), head, labels, bounds=calibration.bounds)
+            temperature = fit_temperature(
+                torch.cat(hidden), head, labels, bounds=calibration.bounds
+            )
     return {"nll": nll, "mean_nll": mean_nll(nll), "temperature": temperature}
 
 
@@ -746,7 +848,9 @@ def _load_checkpoint(run: Run, optimizer: Any) -> State | None:
         return None
     load_trainable_state(run.student, saved["model"])
     moments, trained = saved["optimizer"], [p for p in run.student.parameters() if p.requires_grad]
-    moments["state"] = {i: {n: like(trained[i], v) for n, v in s.items()} for i, s in moments["state"].items()}
+    moments["state"] = {
+        i: {n: like(trained[i], v) for n, v in s.items()} for i, s in moments["state"].items()
+    }
     optimizer.load_state_dict(moments)
     torch.set_rng_state(saved["rng"].cpu())
     with (run.work / LOG).open("r+b") as file:
@@ -756,10 +860,13 @@ def _load_checkpoint(run: Run, optimizer: Any) -> State | None:
     return state
 
 
-def _projections(recipe: Recipe, student: Body, teachers: Teachers | CachedTeachers) -> Projections | None:
+def _projections(
+    recipe: Recipe, student: Body, teachers: Teachers | CachedTeachers
+) -> Projections | None:
     if not len(teachers) or recipe.features.weight == 0:
         return None
     pairs = [
-        layer_pairs(recipe.features, student_layers=student.layers, teacher_layers=depth) for depth in teachers.depths
+        layer_pairs(recipe.features, student_layers=student.layers, teacher_layers=depth)
+        for depth in teachers.depths
     ]
     return Projections(student_width=student.width, teacher_widths=teachers.widths, pairs=pairs)

@@ -35,7 +35,9 @@ from limbeck.contract.recipe import (
 )
 
 IGNORED = -100
-CACHED = 1 << 20  # logits that are worked on at once: 4 MB, some five tensors of which a processor's caches hold
+CACHED = (
+    1 << 20
+)  # logits that are worked on at once: 4 MB, some five tensors of which a processor's caches hold
 
 Place = tuple[Tensor, Tensor]  # row and position of each label position of a chunk
 
@@ -55,7 +57,10 @@ class Head:
 
     def product(self, hidden_Cd: Tensor, rows: int | None = None) -> Tensor:
         """hidden W^T + b, in the number type of the weights."""
-        weight, bias = self.weight_Vd[:rows], self.bias_V[:rows] if self.bias_V is not None else None
+        weight, bias = (
+            self.weight_Vd[:rows],
+            self.bias_V[:rows] if self.bias_V is not None else None,
+        )
         return torch.nn.functional.linear(hidden_Cd, weight, bias)
 
     def finish(self, product_CV: Tensor) -> Tensor:
@@ -84,7 +89,9 @@ class TeacherStates:
     @torch.no_grad()
     def read(self, place: Place, rows: int) -> Reading:
         """What it says at some label positions of the first ``rows`` vocabulary entries."""
-        return _DenseReading(self.head.product(self.hidden_RLd[place], rows), self.head, self.temperature)
+        return _DenseReading(
+            self.head.product(self.hidden_RLd[place], rows), self.head, self.temperature
+        )
 
 
 @dataclass(frozen=True)
@@ -213,7 +220,9 @@ def weigh(
             weights = torch.full_like(entropy_KRL, 1 / K)
         case StaticWeights():
             values = torch.tensor(
-                [config.values[name] for name in names], dtype=torch.float32, device=entropy_KRL.device
+                [config.values[name] for name in names],
+                dtype=torch.float32,
+                device=entropy_KRL.device,
             )
             weights = (values / values.sum())[:, None, None].expand_as(entropy_KRL)
         case EntropyWeights():
@@ -236,7 +245,9 @@ def weigh(
             weights = torch.softmax(-(entropy_KRL + overconfidence) / config.sharpness, dim=0)
         case PosteriorWeights():
             evidence = (label_logp_KRL * valid_RL).cumsum(-1) - label_logp_KRL * valid_RL
-            weights = torch.softmax(config.evidence * evidence - config.entropy * entropy_KRL, dim=0)
+            weights = torch.softmax(
+                config.evidence * evidence - config.entropy * entropy_KRL, dim=0
+            )
     floor, warmup = getattr(config, "floor", 0.0), getattr(config, "warmup", 0.0)
     weights = (1 - floor) * weights + floor / K
     if progress < warmup:
@@ -255,7 +266,9 @@ def span_of(config: Weights) -> str:
 
 
 def _row_mean(value_KRL: Tensor, valid_RL: Tensor) -> Tensor:
-    return (value_KRL * valid_RL).sum(-1, keepdim=True) / valid_RL.sum(-1, keepdim=True).clamp(min=1)
+    return (value_KRL * valid_RL).sum(-1, keepdim=True) / valid_RL.sum(-1, keepdim=True).clamp(
+        min=1
+    )
 
 
 def _complement(share_KRL: Tensor) -> Tensor:
@@ -354,23 +367,45 @@ def fused_loss(
     """
     K, (R, L) = len(teachers), labels_RL.shape
     rows = min([len(head.weight_Vd), *(t.vocabulary for t in teachers)])
-    job = _Job(config, teachers, labels_RL, denominator, names, progress, global_means_2K, head, rows)
+    job = _Job(
+        config, teachers, labels_RL, denominator, names, progress, global_means_2K, head, rows
+    )
     job.weights_KRL = torch.zeros(K, R, L, device=labels_RL.device)
-    job.entropy_KRL, job.label_logp_KRL = torch.zeros_like(job.weights_KRL), torch.zeros_like(job.weights_KRL)
-    if teachers and span_of(config.weights) != "token" and (config.chunk < L or span_of(config.weights) == "batch"):
-        job.entropy_KRL, job.label_logp_KRL = teacher_statistics(teachers, labels_RL, rows=rows, chunk=config.chunk)
+    job.entropy_KRL, job.label_logp_KRL = (
+        torch.zeros_like(job.weights_KRL),
+        torch.zeros_like(job.weights_KRL),
+    )
+    if (
+        teachers
+        and span_of(config.weights) != "token"
+        and (config.chunk < L or span_of(config.weights) == "batch")
+    ):
+        job.entropy_KRL, job.label_logp_KRL = teacher_statistics(
+            teachers, labels_RL, rows=rows, chunk=config.chunk
+        )
         job.weights_KRL = weigh(
             config.weights, job.entropy_KRL, job.label_logp_KRL, labels_RL,
             names=names, progress=progress, global_means_2K=global_means_2K,
         )  # fmt: skip
         job.weighed = True
     loss: Tensor = _ChunkedLoss.apply(hidden_RLd, head.weight_Vd, head.bias_V, job)  # type: ignore[no-untyped-call]
-    return FusionTerms(loss, job.cross_entropy, job.divergence, job.weights_KRL, job.entropy_KRL, job.label_logp_KRL)
+    return FusionTerms(
+        loss,
+        job.cross_entropy,
+        job.divergence,
+        job.weights_KRL,
+        job.entropy_KRL,
+        job.label_logp_KRL,
+    )
 
 
 @torch.no_grad()
 def teacher_statistics(
-    teachers: Sequence[TeacherStates | SparseStates], labels_RL: Tensor, *, rows: int | None = None, chunk: int = 256
+    teachers: Sequence[TeacherStates | SparseStates],
+    labels_RL: Tensor,
+    *,
+    rows: int | None = None,
+    chunk: int = 256,
 ) -> tuple[Tensor, Tensor]:
     """Entropy and label log-likelihood [K, R, L] in nats at tau = 1, calibrated; 0 where there is no label."""
     entropy_KRL = torch.zeros(len(teachers), *labels_RL.shape, device=labels_RL.device)
@@ -387,7 +422,9 @@ def teacher_statistics(
 def _statistics(reading: Reading, labels_C: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """Entropy and label log-likelihood [C] of one teacher in a chunk."""
     found = [reading.distribution(block, labels_C)[1:] for block in _blocks(labels_C, rows)]
-    return torch.cat([entropy_B for entropy_B, _ in found]), torch.cat([logp_B for _, logp_B in found])
+    return torch.cat([entropy_B for entropy_B, _ in found]), torch.cat(
+        [logp_B for _, logp_B in found]
+    )
 
 
 def _blocks(labels_C: Tensor, rows: int) -> Iterator[slice]:
@@ -421,13 +458,21 @@ class _ChunkedLoss(torch.autograd.Function):
     """Value and gradient in one pass over chunks; nothing of size T x V outlives its chunk."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_RLd: Tensor, weight_Vd: Tensor, bias_V: Tensor | None, job: _Job) -> Tensor:
+    def forward(
+        ctx: Any, hidden_RLd: Tensor, weight_Vd: Tensor, bias_V: Tensor | None, job: _Job
+    ) -> Tensor:
         wants_hidden, wants_weight, wants_bias, _ = ctx.needs_input_grad
         head = Head(weight_Vd, bias_V, job.head.scale, job.head.softcap)
         grad_hidden = torch.zeros_like(hidden_RLd) if wants_hidden else None
         grad_weight = torch.zeros_like(weight_Vd, dtype=torch.float32) if wants_weight else None
-        grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
-        whole_rows = bool(job.teachers) and not job.weighed and span_of(job.config.weights) != "token"
+        grad_bias = (
+            torch.zeros_like(bias_V, dtype=torch.float32)
+            if wants_bias and bias_V is not None
+            else None
+        )
+        whole_rows = (
+            bool(job.teachers) and not job.weighed and span_of(job.config.weights) != "token"
+        )
         loss = torch.zeros((), dtype=torch.float64)
         for place in chunks_of_labels(job.labels_RL, job.config.chunk, whole_rows=whole_rows):
             hidden_Cd = hidden_RLd[place]
@@ -446,8 +491,12 @@ class _ChunkedLoss(torch.autograd.Function):
         return loss.float().to(hidden_RLd.device)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        hidden, weight, bias = (g.mul_(grad_loss.to(g.dtype)) if g is not None else None for g in ctx.gradients)
+    def backward(
+        ctx: Any, grad_loss: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        hidden, weight, bias = (
+            g.mul_(grad_loss.to(g.dtype)) if g is not None else None for g in ctx.gradients
+        )
         weight_type, bias_type = ctx.dtypes
         return (
             hidden,
@@ -463,8 +512,12 @@ def _chunk_loss(job: _Job, head: Head, hidden_Cd: Tensor, place: Place) -> tuple
     product_CV = head.product(hidden_Cd, job.rows)
     readings = [teacher.read(place, job.rows) for teacher in job.teachers]
     if readings and not job.weighed and span_of(job.config.weights) != "token":
-        for k, reading in enumerate(readings):  # softmax is taken again below: cheaper than keeping K of them
-            job.entropy_KRL[k][place], job.label_logp_KRL[k][place] = _statistics(reading, labels_C, job.rows)
+        for k, reading in enumerate(
+            readings
+        ):  # softmax is taken again below: cheaper than keeping K of them
+            job.entropy_KRL[k][place], job.label_logp_KRL[k][place] = _statistics(
+                reading, labels_C, job.rows
+            )
         _weigh(job, place[0].unique())
     total = 0.0
     for block in _blocks(labels_C, job.rows):
@@ -475,7 +528,12 @@ def _chunk_loss(job: _Job, head: Head, hidden_Cd: Tensor, place: Place) -> tuple
 
 
 def _block_loss(
-    job: _Job, head: Head, product_CV: Tensor, readings: Sequence[Reading], place: Place, block: slice
+    job: _Job,
+    head: Head,
+    product_CV: Tensor,
+    readings: Sequence[Reading],
+    place: Place,
+    block: slice,
 ) -> tuple[float, Tensor]:
     """As of `_chunk_loss`, of a block of it."""
     config, labels_B1 = job.config, job.labels_RL[place][block, None]
@@ -491,7 +549,9 @@ def _block_loss(
         if tau == 1.0:
             value_B, slope_BV = divergence(config.divergence, target_BV, logq_BV, q_BV)
         else:
-            value_B, slope_BV = divergence(config.divergence, target_BV, torch.log_softmax(logq_BV / tau, dim=-1))
+            value_B, slope_BV = divergence(
+                config.divergence, target_BV, torch.log_softmax(logq_BV / tau, dim=-1)
+            )
         divergence_sum = float(value_B.double().sum()) * tau**2
         slope_BV.mul_(beta * tau).add_(q_BV, alpha=alpha)
         job.divergence += divergence_sum
@@ -504,14 +564,21 @@ def _block_loss(
     return (alpha * cross_entropy + beta * divergence_sum) / job.denominator, slope_BV
 
 
-def _target(job: _Job, readings: Sequence[Reading], place: Place, block: slice, logq_BV: Tensor) -> Tensor:
+def _target(
+    job: _Job, readings: Sequence[Reading], place: Place, block: slice, logq_BV: Tensor
+) -> Tensor:
     """The fused teacher distribution [B, V] at temperature tau; records statistics and, where a token has its own, weights."""
     config, labels_C, softened = job.config, job.labels_RL[place], []
     row_B, position_B = place[0][block], place[1][block]
     for k, reading in enumerate(readings):
-        p_BV, entropy_B, logp_B = reading.distribution(block, labels_C, tau=config.temperature, logq_BV=logq_BV)
+        p_BV, entropy_B, logp_B = reading.distribution(
+            block, labels_C, tau=config.temperature, logq_BV=logq_BV
+        )
         softened.append(p_BV)
-        job.entropy_KRL[k, row_B, position_B], job.label_logp_KRL[k, row_B, position_B] = entropy_B, logp_B
+        job.entropy_KRL[k, row_B, position_B], job.label_logp_KRL[k, row_B, position_B] = (
+            entropy_B,
+            logp_B,
+        )
     if not job.weighed and span_of(config.weights) == "token":
         _weigh(job, row_B, position_B)
     weights_KB1 = job.weights_KRL[:, row_B, position_B, None]
@@ -528,13 +595,19 @@ def _target(job: _Job, readings: Sequence[Reading], place: Place, block: slice, 
 
 def _weigh(job: _Job, row_B: Tensor, position_B: Tensor | None = None) -> None:
     """Set the weights of some positions, or of whole rows, from the statistics that stand there."""
-    at = (slice(None), row_B) if position_B is None else (slice(None), row_B[:, None], position_B[:, None])
+    at = (
+        (slice(None), row_B)
+        if position_B is None
+        else (slice(None), row_B[:, None], position_B[:, None])
+    )
     job.weights_KRL[at] = weigh(
         job.config.weights, job.entropy_KRL[at], job.label_logp_KRL[at], job.labels_RL[at[1:]], names=job.names, progress=job.progress
     )  # fmt: skip
 
 
-def chunks_of_labels(labels_RL: Tensor, chunk: int, *, whole_rows: bool) -> Iterator[tuple[Tensor, Tensor]]:
+def chunks_of_labels(
+    labels_RL: Tensor, chunk: int, *, whole_rows: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Indices (row, position) of label positions, about ``chunk`` at a time, or as many whole rows as fit (at least one)."""
     R, L = labels_RL.shape
     if whole_rows:
@@ -580,7 +653,11 @@ def fit_temperature(
             z_CV = head.logits(hidden_RLd[row_C, position_C])
             p_CV = torch.softmax(z_CV * inverse, dim=-1)
             mean_C = _dot(p_CV, z_CV)
-            slope += float((mean_C - z_CV.gather(1, labels_RL[row_C, position_C][:, None])[:, 0]).double().sum())
+            slope += float(
+                (mean_C - z_CV.gather(1, labels_RL[row_C, position_C][:, None])[:, 0])
+                .double()
+                .sum()
+            )
             curvature += float((_dot(p_CV, z_CV**2) - mean_C**2).double().sum())
         step = slope / max(curvature, 1e-12)
         updated = min(max(inverse - step, low), high)

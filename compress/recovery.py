@@ -47,7 +47,9 @@ class FakeQuantize(nn.Module):
         with torch.no_grad():
             weights_NK = (weights.T if self.turned else weights).float()
             rounded_NK = (
-                self._blocks(weights_NK) if "bits" in self.rounding else rounded_columns(weights_NK, **self.rounding)
+                self._blocks(weights_NK)
+                if "bits" in self.rounding
+                else rounded_columns(weights_NK, **self.rounding)
             )
             rounded = (rounded_NK.T if self.turned else rounded_NK).to(weights.dtype)
         through: Tensor = _StraightThrough.apply(weights, rounded)  # type: ignore[no-untyped-call]
@@ -97,14 +99,18 @@ class _StraightThrough(torch.autograd.Function):
         return gradients[0], None
 
 
-def quantize_blocks(weights_NK: Tensor, *, bits: int, block: int, zero_points: bool) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_blocks(
+    weights_NK: Tensor, *, bits: int, block: int, zero_points: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [N, ceil(K / block), block], scales and zero points [N, ceil(K / block)] of ``weights[N, K]``, all as floats."""
     rows, width = weights_NK.shape
     grouped = nn.functional.pad(weights_NK, (0, -width % block)).reshape(rows, -1, block)
     steps, middle = 2**bits - 1, 2 ** (bits - 1)
     if zero_points:
         low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
-        scales = (high - low) / torch.full_like(high, steps)  # a plain number may be multiplied by its inverse on a GPU
+        scales = (high - low) / torch.full_like(
+            high, steps
+        )  # a plain number may be multiplied by its inverse on a GPU
         zeros = (-low * _inverse(scales)).round()
     else:
         largest = grouped.abs().amax(2)
@@ -126,7 +132,13 @@ def _inverse(scales: Tensor) -> Tensor:
 
 
 def train_through(
-    *, student: Artifact, onnx: Artifact, recipe: Recipe, out: Path, products: Mapping[str, Path], key: str
+    *,
+    student: Artifact,
+    onnx: Artifact,
+    recipe: Recipe,
+    out: Path,
+    products: Mapping[str, Path],
+    key: str,
 ) -> Artifact:
     """Distil ``student`` again through the rounding of the form that ``onnx`` ships, and write it to ``out``. See `compress.recover`."""
     started = time.monotonic()
@@ -136,25 +148,41 @@ def train_through(
     work = out.parent / f".{out.name}.training"
     model = load_model(student.path / "model")
     run = setup(recipe=_short(recipe, asked), products=products, work=work, key=key, model=model)
-    run.teachers.temperatures = [student.result["teachers"][name]["temperature"] for name in run.teachers.names]
+    run.teachers.temperatures = [
+        student.result["teachers"][name]["temperature"] for name in run.teachers.names
+    ]
     prepare(run.student, rounding, activations=recipe.export.provider == "cpu")
     state = fit(run)
     if run.accelerator.is_main_process:
-        _save(run, state, student=student, onnx=onnx, recipe=recipe, out=out, key=key, started=started)
+        _save(
+            run, state, student=student, onnx=onnx, recipe=recipe, out=out, key=key, started=started
+        )
         shutil.rmtree(work)
     run.accelerator.wait_for_everyone()
     return open_artifact(out, kind="student", verify=False)
 
 
 def _save(
-    run: Run, state: State, *, student: Artifact, onnx: Artifact, recipe: Recipe, out: Path, key: str, started: float
+    run: Run,
+    state: State,
+    *,
+    student: Artifact,
+    onnx: Artifact,
+    recipe: Recipe,
+    out: Path,
+    key: str,
+    started: float,
 ) -> None:
     """Write the artifact with the best weights, in fp32 and not rounded: the exporter does that."""
     log = [json.loads(line) for line in (run.work / LOG).read_text().splitlines()]
     measured = {row["step"]: row["nll"] for row in log if row["event"] == "evaluate"}
     if state.best_step == 0:
-        say(f"  recovery: no step was better than none (held-out loss {mean_nll(measured[0]):.4f} when rounded)")
-    with write_artifact(out, kind="student", key=key, parents={"student": student.digest}, recipe=recipe) as draft:
+        say(
+            f"  recovery: no step was better than none (held-out loss {mean_nll(measured[0]):.4f} when rounded)"
+        )
+    with write_artifact(
+        out, kind="student", key=key, parents={"student": student.digest}, recipe=recipe
+    ) as draft:
         model: Any = load_model(student.path / "model")
         _, unknown = model.load_state_dict(plain_weights(state.best), strict=False)
         assert not unknown, unknown
@@ -189,14 +217,19 @@ def _save(
         }
 
 
-def prepare(student: Student, rounding: Mapping[str, Mapping[str, Any]], *, activations: bool) -> None:
+def prepare(
+    student: Student, rounding: Mapping[str, Mapping[str, Any]], *, activations: bool
+) -> None:
     """Round every parameter that ``rounding`` names in the forward pass, and train them and the vectors beside them; round what
     their layers read too where ``activations`` are in 8 bits (CUDA multiplies blocks of weights with activations as they are).
 
     Embedding and head are rounded once and stay as they are, since 8 bits cost them next to nothing.
     """
     model = student.model
-    fixed = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    fixed = {
+        id(module.weight)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    }
     for name, parameter in list(model.named_parameters()):
         quantizer = _quantizer(rounding.get(name))
         trained = id(parameter) not in fixed and (quantizer is not None or parameter.ndim < 2)
@@ -215,7 +248,10 @@ def prepare(student: Student, rounding: Mapping[str, Mapping[str, Any]], *, acti
 
 def plain_weights(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Trained weights of a prepared student by the names they have in the model's own file."""
-    return {_PARAMETRIZED.sub("", name.removeprefix("model.")): values for name, values in trained.items()}
+    return {
+        _PARAMETRIZED.sub("", name.removeprefix("model.")): values
+        for name, values in trained.items()
+    }
 
 
 def _quantizer(rounding: Mapping[str, Any] | None) -> FakeQuantize | None:

@@ -15,7 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck.contract.artifact import Artifact, find_artifact, open_artifact, sums_overflow, write_artifact
+from limbeck.contract.artifact import (
+    Artifact,
+    find_artifact,
+    open_artifact,
+    sums_overflow,
+    write_artifact,
+)
 from limbeck.contract.errors import ArtifactError
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import Form, MixedByRule, Provider, Recipe, StaticShapes, fingerprint
@@ -42,7 +48,10 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
     quantised form is not; nothing is kept then. ``out`` is replaced when it holds an older export.
     """
     source = open_artifact(student, kind="student")
-    gates = [recipe.gates.max_size_mb, recipe.gates.max_quantization_loss]  # `mixed` and `recover` may look at them
+    gates = [
+        recipe.gates.max_size_mb,
+        recipe.gates.max_quantization_loss,
+    ]  # `mixed` and `recover` may look at them
     asked = recipe.export.model_dump(mode="json") | (
         {"gates": gates} if isinstance(recipe, Recipe) and _looks_at_gates(recipe) else {}
     )
@@ -71,7 +80,9 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
     model, provider = student / "model", recipe.export.provider
     # What the graph is made of: the merged student, or the base that its adapter sits on.
     base = _base(source) if recipe.export.adapters == "separate" else None
-    with write_artifact(out, kind="onnx", key=key, parents={"student": source.digest}, recipe=recipe) as draft:
+    with write_artifact(
+        out, kind="onnx", key=key, parents={"student": source.digest}, recipe=recipe
+    ) as draft:
         folder = draft.folder
         metadata = graph_metadata(recipe, student=source.digest)
         say("export: building the fp32 graph")
@@ -96,17 +107,24 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
             checks = {PARITY: answer(cases, model)}
         else:
             adapter, kept_apart = _keep_apart(built.graphs, base, student / "adapter", folder)
-            checks = {PARITY: answer(cases, base, adapter=student / "adapter"), PARITY_BASE: answer(cases, base)}
+            checks = {
+                PARITY: answer(cases, base, adapter=student / "adapter"),
+                PARITY_BASE: answer(cases, base),
+            }
         release_memory()
         for name, answered in checks.items():
             save_cases(folder / name, thin(answered))
         forms: dict[str, dict[str, Any]] = {}
         schemes: dict[str, Scheme | None] = {}
-        job = _Job(recipe, source, folder, metadata, built, list(texts.values()), checks, adapter, Known())
+        job = _Job(
+            recipe, source, folder, metadata, built, list(texts.values()), checks, adapter, Known()
+        )
         for form in recipe.export.forms:
             forms[form.kind], schemes[form.kind] = _make_form(form, job)
             here = parity_provider(forms[form.kind]["provider"])
-            decoder = Decoder.from_graph(form_files(folder, form.kind).last, provider=here, adapter=adapter)
+            decoder = Decoder.from_graph(
+                form_files(folder, form.kind).last, provider=here, adapter=adapter
+            )
             if form.kind == "fp32":
                 answers = answer_greedily(decoder, texts, stop_ids=_stop_ids(model))
             forms[form.kind]["greedy"] = first_differences(decoder, answers)
@@ -116,9 +134,18 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
         backend = {"name": built.backend, "why": built.why}
         used = [form_files(folder, name) for name in forms]
         write_client_files(
-            model, folder, graphs=used, shipped=form_files(folder, shipped), genai=built.genai, provider=provider
+            model,
+            folder,
+            graphs=used,
+            shipped=form_files(folder, shipped),
+            genai=built.genai,
+            provider=provider,
         )
-        teachers = json.loads((student / "teachers.json").read_text()) if (student / "teachers.json").is_file() else []
+        teachers = (
+            json.loads((student / "teachers.json").read_text())
+            if (student / "teachers.json").is_file()
+            else []
+        )
         recovery = _for_recovery(recipe, source, built.graphs, folder, shipped, schemes[shipped])
         write_card(
             folder,
@@ -154,13 +181,17 @@ def verify_parity(folder: Path) -> dict[str, Any]:
 
     artifact = open_artifact(folder, kind="onnx")
     if not (folder / PARITY).is_file():
-        raise ArtifactError(f"{folder}: {PARITY} is missing; delete the folder and export the student again.")
+        raise ArtifactError(
+            f"{folder}: {PARITY} is missing; delete the folder and export the student again."
+        )
     if "task" in artifact.result:
         from export.encoders import verify_encoder
 
         return verify_encoder(artifact)
     kept_apart = artifact.result.get("adapter")
-    adapters = {PARITY: folder / kept_apart["file"], PARITY_BASE: None} if kept_apart else {PARITY: None}
+    adapters = (
+        {PARITY: folder / kept_apart["file"], PARITY_BASE: None} if kept_apart else {PARITY: None}
+    )
     measured: dict[str, Any] = {}
     for name, form in artifact.result["forms"].items():
         where = parity_provider(form.get("provider", "cpu"))
@@ -211,13 +242,19 @@ def _make_form(form: Form, job: _Job) -> tuple[dict[str, Any], Scheme | None]:
         say(f"export: making {form.kind}{' in fp16' if half and scheme else ''}")
     calibration = _calibrate(form, job, scheme) if scheme else None
     stamped = {**job.metadata, "limbeck.form": form.kind}
-    _make(form, scheme, job.built.graphs, graphs, half=half, metadata=stamped, calibration=calibration)
+    _make(
+        form, scheme, job.built.graphs, graphs, half=half, metadata=stamped, calibration=calibration
+    )
     census = take_census(graphs.last)
-    require_quantized(form.kind, census, more_bits=mixed is not None and more_bits_everywhere(mixed))
+    require_quantized(
+        form.kind, census, more_bits=mixed is not None and more_bits_everywhere(mixed)
+    )
     here, parities = parity_provider(provider), {}
     for name, cases in job.checks.items():
         adapter = job.adapter if name == PARITY else None
-        parities[name] = measure_parity(form.kind, graphs.last, graphs.all, cases, provider=here, adapter=adapter)
+        parities[name] = measure_parity(
+            form.kind, graphs.last, graphs.all, cases, provider=here, adapter=adapter
+        )
         require_parity(form.kind, parities[name])
     census["runs_on"] = where_nodes_run(graphs.last, provider=here)
     apart = (job.adapter,) if job.adapter else ()
@@ -272,7 +309,9 @@ def _calibrate(form: Form, job: _Job, scheme: Scheme) -> Calibration | None:
     asked, fp32 = job.recipe.export, job.built.graphs
     as_they_are = asked.recover is not None or asked.adapters == "separate"
     reads = calibrated_reads(fp32, scheme)
-    return calibration_for(form, fp32, job.student.path, reads, as_they_are=as_they_are, known=job.known)
+    return calibration_for(
+        form, fp32, job.student.path, reads, as_they_are=as_they_are, known=job.known
+    )
 
 
 def _make(
@@ -295,7 +334,9 @@ def _make(
         if scheme:
             made = form_files(Path(temporary), form.kind) if half else target
             made.data.parent.mkdir(exist_ok=True)
-            quantize_weights(source, made, scheme=scheme, metadata=metadata, calibration=calibration)
+            quantize_weights(
+                source, made, scheme=scheme, metadata=metadata, calibration=calibration
+            )
         if half:
             cast_to_half(made, target, metadata=metadata)
 
@@ -314,15 +355,27 @@ def _base(student: Artifact) -> Path:
     return Path(base)
 
 
-def _keep_apart(graphs: Graphs, base: Path, adapter: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
+def _keep_apart(
+    graphs: Graphs, base: Path, adapter: Path, folder: Path
+) -> tuple[Path, dict[str, Any]]:
     """Give the base's fp32 ``graphs`` inputs for ``adapter`` and write what fills them; its file, and what there is to say of it."""
-    from export.folder.adapters import ADAPTER, add_adapter_inputs, base_number, read_updates, write_adapter
+    from export.folder.adapters import (
+        ADAPTER,
+        add_adapter_inputs,
+        base_number,
+        read_updates,
+        write_adapter,
+    )
 
     say("export: keeping the adapter apart from its base")
     number = base_number(graphs)
     values = add_adapter_inputs(graphs, read_updates(base, adapter), base=number)
     write_adapter(folder / ADAPTER, values, base=number)
-    return folder / ADAPTER, {"file": ADAPTER, "base": number, "bytes": (folder / ADAPTER).stat().st_size}
+    return folder / ADAPTER, {
+        "file": ADAPTER,
+        "base": number,
+        "bytes": (folder / ADAPTER).stat().st_size,
+    }
 
 
 def parity_provider(provider: Provider) -> Provider:
@@ -340,7 +393,12 @@ def _looks_at_gates(recipe: Recipe) -> bool:
 
 
 def _for_recovery(
-    recipe: Recipe, source: Artifact, fp32: Graphs, folder: Path, shipped: str, scheme: Scheme | None
+    recipe: Recipe,
+    source: Artifact,
+    fp32: Graphs,
+    folder: Path,
+    shipped: str,
+    scheme: Scheme | None,
 ) -> dict[str, Any]:
     """What `export.recover` needs to know of the shipped form: its held-out loss beside fp32's, and how it rounds the student.
 
@@ -355,7 +413,9 @@ def _for_recovery(
     if recipe.export.recover is None or scheme is None:
         return {}
     heldout = load_heldout(source.path / HELDOUT)
-    by_block = {name: heldout_losses(form_files(folder, name).all, heldout) for name in ("fp32", shipped)}
+    by_block = {
+        name: heldout_losses(form_files(folder, name).all, heldout) for name in ("fp32", shipped)
+    }
     losses = {name: per_token(nats, heldout) for name, nats in by_block.items()}
     matrices = matrices_of(fp32, scheme)
     recovery = source.result.get("recovery")
@@ -363,7 +423,9 @@ def _for_recovery(
     distilled = recovery["before"]["fp32"] if recovery else losses["fp32"]
     rise, bound = relative_rise(losses[shipped], distilled), recipe.gates.max_quantization_loss
     assert bound is not None
-    say(f"export: {shipped} loses {rise:+.2%} of held-out loss to rounding; {bound:.2%} are allowed")
+    say(
+        f"export: {shipped} loses {rise:+.2%} of held-out loss to rounding; {bound:.2%} are allowed"
+    )
     found = {
         "heldout": losses,
         "blocks": by_block,
@@ -373,7 +435,9 @@ def _for_recovery(
     }
     if recovery:
         before, after = mean_nll(recovery["before"]["form"]), mean_nll(losses[shipped])
-        say(f"export: recovery took the held-out loss of {shipped} from {before:.4f} to {after:.4f} nats a token")
+        say(
+            f"export: recovery took the held-out loss of {shipped} from {before:.4f} to {after:.4f} nats a token"
+        )
         found["recovery"] = {
             **recovery,
             "after": {"fp32": losses["fp32"], "form": losses[shipped]},

@@ -54,7 +54,9 @@ from limbeck.contract.recipe import Int8DynamicForm, Int8StaticForm, StaticShape
 from limbeck.contract.recipe.encoder import EncoderForm, EncoderRecipe
 from limbeck.runtime.encoder import COUNTS_FROM_PADDING, Encoder
 
-Cases = Mapping[str, Mapping[str, npt.NDArray[Any]]]  # name -> input_ids and attention_mask [B, L], answers [B, C or d]
+Cases = Mapping[
+    str, Mapping[str, npt.NDArray[Any]]
+]  # name -> input_ids and attention_mask [B, L], answers [B, C or d]
 
 _TRACED = {"rows": 2, "tokens": 5}  # sizes 0 and 1 would be taken for constants
 _BATCH = 8  # rows of the ragged case
@@ -73,7 +75,9 @@ _ALIKE = 1e-6  # of a mean cosine that should be 1
 def export_encoder(*, student: Artifact, out: Path, recipe: EncoderRecipe, key: str) -> Artifact:
     """Write the ``onnx`` artifact of an encoder's ``student`` artifact to ``out``. See `export.export_student`."""
     model, task = student.path / "model", str(student.result["task"])
-    with write_artifact(out, kind="onnx", key=key, parents={"student": student.digest}, recipe=recipe) as draft:
+    with write_artifact(
+        out, kind="onnx", key=key, parents={"student": student.digest}, recipe=recipe
+    ) as draft:
         folder = draft.folder
         metadata = {**graph_metadata(recipe, student=student.digest), "limbeck.task": task}
         say("export: building the fp32 graph")
@@ -94,7 +98,9 @@ def export_encoder(*, student: Artifact, out: Path, recipe: EncoderRecipe, key: 
             scheme, calibration = encoder_scheme(form, width), None
             if scheme:
                 say(f"export: quantising to {form.kind}")
-                calibration = calibration_for(form, fp32, student.path, calibrated_reads(fp32, scheme), known=known)
+                calibration = calibration_for(
+                    form, fp32, student.path, calibrated_reads(fp32, scheme), known=known
+                )
                 quantize_weights(
                     fp32,
                     graphs,
@@ -109,7 +115,9 @@ def export_encoder(*, student: Artifact, out: Path, recipe: EncoderRecipe, key: 
             census["runs_on"] = where_nodes_run(graphs.last)
             forms[form.kind] = {
                 "graph": graphs.last.relative_to(folder).as_posix(),
-                "files": [path.relative_to(folder).as_posix() for path in (graphs.last, graphs.data)],
+                "files": [
+                    path.relative_to(folder).as_posix() for path in (graphs.last, graphs.data)
+                ],
                 "bytes": graphs.last.stat().st_size + graphs.data.stat().st_size,
                 "rounding": asdict(scheme) if scheme else None,
                 "smooth": calibration.alpha if calibration else 0.0,
@@ -118,7 +126,9 @@ def export_encoder(*, student: Artifact, out: Path, recipe: EncoderRecipe, key: 
             }
         shipped = recipe.export.forms[-1].kind
         used = [encoder_files(folder, name) for name in forms]
-        write_client_files(model, folder, graphs=used, shipped=encoder_files(folder, shipped), genai=None)
+        write_client_files(
+            model, folder, graphs=used, shipped=encoder_files(folder, shipped), genai=None
+        )
         if task == "embedding":
             write_sentence_transformers(folder, width=width)
         _write_card(folder, recipe=recipe, student=student, forms=forms, shipped=shipped)
@@ -164,7 +174,9 @@ class SentenceEncoder(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """States ``[B, L, d]`` and unit vectors ``[B, d]``."""
         states = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         weight = attention_mask[..., None].to(states.dtype)
@@ -178,7 +190,9 @@ def load_student(model: Path, *, task: str) -> Classifier | SentenceEncoder:
 
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
     if task == "classification":
-        loaded = load_pretrained(AutoModelForSequenceClassification, model, what="a classifier", **options)
+        loaded = load_pretrained(
+            AutoModelForSequenceClassification, model, what="a classifier", **options
+        )
         return Classifier(loaded).eval()
     loaded = load_pretrained(AutoModel, model, what="an encoder", fresh=unused_pooler, **options)
     return SentenceEncoder(loaded).eval()
@@ -243,14 +257,18 @@ def encoder_scheme(form: EncoderForm, width: int) -> Scheme | None:
     if isinstance(form, Int8DynamicForm | Int8StaticForm):
         most = most_of(form)
         each = PerChannel(most) if isinstance(form, Int8DynamicForm) else Static(most)
-        return Scheme(body=each, attention=each, narrow=each, head=Blockwise(8, block_size_for(width)))
+        return Scheme(
+            body=each, attention=each, narrow=each, head=Blockwise(8, block_size_for(width))
+        )
     return scheme_for(form, width)
 
 
 # Parity ----------------------------------------------------------------------------------------------------------
 
 
-def make_cases(heldout: Examples, model: Path, *, task: str) -> dict[str, dict[str, npt.NDArray[Any]]]:
+def make_cases(
+    heldout: Examples, model: Path, *, task: str
+) -> dict[str, dict[str, npt.NDArray[Any]]]:
     """Ways to feed an encoder, and torch's answer to each row run by itself without padding: what a batch must not change."""
     order = np.argsort(heldout.lengths, kind="stable")
     ragged = order[np.linspace(0, len(order) - 1, min(_BATCH, len(order))).round().astype(int)]
@@ -263,12 +281,17 @@ def make_cases(heldout: Examples, model: Path, *, task: str) -> dict[str, dict[s
     with torch.inference_mode():
         for name, (ids, mask) in inputs.items():
             answers = [
-                student(torch.from_numpy(row[kept == 1][None]), torch.ones(1, int(kept.sum()), dtype=torch.int64))[-1][
-                    0
-                ]
+                student(
+                    torch.from_numpy(row[kept == 1][None]),
+                    torch.ones(1, int(kept.sum()), dtype=torch.int64),
+                )[-1][0]
                 for row, kept in zip(ids, mask, strict=True)
             ]
-            cases[name] = {"input_ids": ids, "attention_mask": mask, "answers": torch.stack(answers).numpy()}
+            cases[name] = {
+                "input_ids": ids,
+                "attention_mask": mask,
+                "answers": torch.stack(answers).numpy(),
+            }
     return cases
 
 
@@ -340,31 +363,61 @@ def write_sentence_transformers(folder: Path, *, width: int) -> None:
     """What sentence-transformers reads to pool and to normalise as the graph does."""
     modules = [
         {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-        {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+        {
+            "idx": 1,
+            "name": "1",
+            "path": "1_Pooling",
+            "type": "sentence_transformers.models.Pooling",
+        },
+        {
+            "idx": 2,
+            "name": "2",
+            "path": "2_Normalize",
+            "type": "sentence_transformers.models.Normalize",
+        },
     ]
     (folder / "modules.json").write_text(json.dumps(modules, indent=2) + "\n")
     (folder / "1_Pooling").mkdir()
-    pooling = {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
+    pooling = {
+        "word_embedding_dimension": width,
+        "pooling_mode_mean_tokens": True,
+        "pooling_mode_cls_token": False,
+    }
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling, indent=2) + "\n")
 
 
 def _write_card(
-    folder: Path, *, recipe: EncoderRecipe, student: Artifact, forms: Mapping[str, Mapping[str, Any]], shipped: str
+    folder: Path,
+    *,
+    recipe: EncoderRecipe,
+    student: Artifact,
+    forms: Mapping[str, Mapping[str, Any]],
+    shipped: str,
 ) -> None:
     """The model card: the hub's YAML header, then what it is, what was measured, and digests."""
     pipeline = "text-classification" if recipe.task == "classification" else "feature-extraction"
-    classes = f" Classes: {', '.join(student.result['classes'])}." if student.result["classes"] else ""
+    classes = (
+        f" Classes: {', '.join(student.result['classes'])}." if student.result["classes"] else ""
+    )
     metrics = {"student": student.result["metrics"]} | {
         f"teacher {name}": report["metrics"] for name, report in student.result["teachers"].items()
     }
     columns = list(student.result["metrics"])
     rows = [[name, *(f"{values[c]:.4f}" for c in columns)] for name, values in metrics.items()]
     parity = [
-        [f"`{name}`", f"{f['bytes'] / 1e6:.1f}", f"{f['parity']['max_abs']:.2g}", f"{f['parity']['alike']:.4f}"]
+        [
+            f"`{name}`",
+            f"{f['bytes'] / 1e6:.1f}",
+            f"{f['parity']['max_abs']:.2g}",
+            f"{f['parity']['alike']:.4f}",
+        ]
         for name, f in forms.items()
     ]
-    like = "same class where torch is sure" if recipe.task == "classification" else "mean cosine with torch's vector"
+    like = (
+        "same class where torch is sure"
+        if recipe.task == "classification"
+        else "mean cosine with torch's vector"
+    )
     teachers = json.loads((student.path / "teachers.json").read_text())
     parts = [
         card_header(

@@ -47,7 +47,9 @@ def bench(*, onnx: Path, student: Path, out: Path, recipe: AnyRecipe) -> Artifac
     return run(onnx=onnx, student=student, out=out, recipe=recipe)
 
 
-def measure_targets(targets: Sequence[str], *, against: Sequence[str] = (), out: Path, bench: Bench) -> Artifact:
+def measure_targets(
+    targets: Sequence[str], *, against: Sequence[str] = (), out: Path, bench: Bench
+) -> Artifact:
     """Time ``targets`` and what they are to be compared with, without a recipe; the first is what ratios are of.
 
     A target is a run or an exported folder (``#FORM`` picks a form), a model folder, ``hub:ID[@REVISION]``, or the URL of an
@@ -59,7 +61,9 @@ def measure_targets(targets: Sequence[str], *, against: Sequence[str] = (), out:
     return run(targets, against=against, out=out, bench=bench)
 
 
-def time_encoders(exports: Sequence[tuple[Path, str]], *, out: Path, bench: EncoderBench) -> list[float]:
+def time_encoders(
+    exports: Sequence[tuple[Path, str]], *, out: Path, bench: EncoderBench
+) -> list[float]:
     """Median milliseconds of one sequence at the largest of `lengths`, of each run folder and form, all in one interleaved run.
 
     Blocks go on for the bench's `minutes`; its samples lie in ``out``. Raises `ArtifactError` for a folder without export,
@@ -104,7 +108,11 @@ def replay(*, run: Path, quality: bool = True, speed: bool = True) -> list[Findi
 
 
 def compare_runs(
-    before: Path, after: Path, *, tolerances: Mapping[str, float] | None = None, across_machines: bool = False
+    before: Path,
+    after: Path,
+    *,
+    tolerances: Mapping[str, float] | None = None,
+    across_machines: bool = False,
 ) -> Comparison:
     """The shipped forms of two runs (run folders or bench artifacts), metric by metric, in every scenario that both have; measures nothing.
 
@@ -133,4 +141,12 @@ def evaluate(
     """
     from serve_bench.lm_eval import evaluate as run
 
-    return run(artifact, tasks=tasks, include_path=include_path, form=form, limit=limit, shots=shots, threads=threads)
+    return run(
+        artifact,
+        tasks=tasks,
+        include_path=include_path,
+        form=form,
+        limit=limit,
+        shots=shots,
+        threads=threads,
+    )

@@ -47,7 +47,9 @@ def evaluate(
     manager = TaskManager(include_path=str(include_path) if include_path else None)
     if unknown := [name for name in tasks if name not in manager.all_tasks]:
         where = f"in {include_path} nor " if include_path else ""
-        raise UserError(f"--tasks: found {', '.join(unknown)}, which is neither {where}among the tasks of lm-eval.")
+        raise UserError(
+            f"--tasks: found {', '.join(unknown)}, which is neither {where}among the tasks of lm-eval."
+        )
     opened = open_artifact(artifact, kind="onnx")
     model = _adapter(artifact, form=form, threads=threads)
     try:
@@ -79,7 +81,9 @@ def markdown(result: dict[str, Any]) -> str:
     for name, figures in result["results"].items():
         for metric, figure in figures.items():
             error = "" if figure["stderr"] is None else f"{figure['stderr']:.4f}"
-            lines.append(f"| {name} | {metric} | {figure['value']:.4f} | {error} | {result['samples'].get(name, '')} |")
+            lines.append(
+                f"| {name} | {metric} | {figure['value']:.4f} | {error} | {result['samples'].get(name, '')} |"
+            )
     return "\n".join(lines)
 
 
@@ -101,7 +105,10 @@ def _figures(found: dict[str, Any]) -> dict[str, dict[str, float | None]]:
             continue
         error = found.get(f"{metric}_stderr,{kept}")
         name = metric if kept == "none" else f"{metric} ({kept})"
-        result[name] = {"value": float(value), "stderr": float(error) if isinstance(error, int | float) else None}
+        result[name] = {
+            "value": float(value),
+            "stderr": float(error) if isinstance(error, int | float) else None,
+        }
     return result
 
 
@@ -110,7 +117,10 @@ def _adapter(artifact: Path, *, form: str | None, threads: int | None) -> Any:
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    decoder, text = Decoder(artifact, form=form, threads=threads, all_logits=True), load_text(artifact)
+    decoder, text = (
+        Decoder(artifact, form=form, threads=threads, all_logits=True),
+        load_text(artifact),
+    )
     context = decoder.context or 2048
     end = min(text.stop_ids, default=0)
 
@@ -122,9 +132,13 @@ def _adapter(artifact: Path, *, form: str | None, threads: int | None) -> Any:
             """What stands before a text that has no context."""
             return end
 
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        def tok_encode(
+            self, string: str, add_special_tokens: bool | None = None, **_: Any
+        ) -> list[int]:
             """Token ids, special tokens as the tokenizer's own post-processor adds them unless told otherwise."""
-            return list(text.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)).ids)
+            return list(
+                text.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)).ids
+            )
 
         def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
             answers = []
@@ -140,10 +154,15 @@ def _adapter(artifact: Path, *, form: str | None, threads: int | None) -> Any:
             with progress_of("scoring whole texts", len(requests)) as progress:
                 for request in requests:
                     windows = get_rolling_token_windows(
-                        self.tok_encode(request.args[0]), prefix_token=end, max_seq_len=context - 1, context_len=1
+                        self.tok_encode(request.args[0]),
+                        prefix_token=end,
+                        max_seq_len=context - 1,
+                        context_len=1,
                     )
                     pieces = [make_disjoint_window(window) for window in windows]
-                    totals.append(sum(score(decoder, before, wanted, context)[0] for before, wanted in pieces))
+                    totals.append(
+                        sum(score(decoder, before, wanted, context)[0] for before, wanted in pieces)
+                    )
                     progress.advance()
             return totals
 
@@ -161,7 +180,9 @@ def _adapter(artifact: Path, *, form: str | None, threads: int | None) -> Any:
             stops = [until] if isinstance(until, str) else list(until)
             most = min(int(options.get("max_gen_toks", _MOST_NEW)), context - 1)
             ids = (self.tok_encode(prompt) or [end])[-(context - most) :]
-            temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
+            temperature = (
+                float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
+            )
             tokens = decoder.generate(ids, most, stop_ids=text.stop_ids, temperature=temperature)
             answer = ""
             for piece in text.stream(tokens):
@@ -173,7 +194,9 @@ def _adapter(artifact: Path, *, form: str | None, threads: int | None) -> Any:
     return Adapter()
 
 
-def score(decoder: Decoder, before: Sequence[int], wanted: Sequence[int], context: int) -> tuple[float, bool]:
+def score(
+    decoder: Decoder, before: Sequence[int], wanted: Sequence[int], context: int
+) -> tuple[float, bool]:
     """Log-probability in nats of ``wanted`` after ``before``, and whether each of its tokens is the greedy choice.
 
     What does not fit into ``context`` is cut off on the left.
@@ -182,5 +205,9 @@ def score(decoder: Decoder, before: Sequence[int], wanted: Sequence[int], contex
     logits = decoder.score([ids[:-1]])[0][-len(wanted) :].astype(np.float64)
     labels = np.asarray(wanted[-len(logits) :])
     peak = logits.max(1)
-    log_p = logits[np.arange(len(labels)), labels] - peak - np.log(np.exp(logits - peak[:, None]).sum(1))
+    log_p = (
+        logits[np.arange(len(labels)), labels]
+        - peak
+        - np.log(np.exp(logits - peak[:, None]).sum(1))
+    )
     return float(log_p.sum()), bool((logits.argmax(1) == labels).all())

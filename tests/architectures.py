@@ -67,7 +67,10 @@ BASES: dict[str, dict[str, Any]] = {
     "phi3": _GROUPED,
     "smollm3": _GROUPED | {"no_rope_layers": [1, 0, 1]},
     "gemma3_text": _GROUPED
-    | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    | {
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "gpt2": {"n_embd": 64, "n_inner": 96, "n_head": 4, "n_layer": 3, "n_positions": 64},
     "gpt_neox": _WIDE,
     "opt": _WIDE | {"ffn_dim": 96, "word_embed_proj_dim": 64},
@@ -91,11 +94,23 @@ Do not edit.
 
 def document() -> str:
     """The whole text of docs/architectures.md as this code proves it; takes minutes."""
-    with tempfile.TemporaryDirectory() as name, patch.dict(os.environ, LIMBECK_CACHE=f"{name}/cache"):
+    with (
+        tempfile.TemporaryDirectory() as name,
+        patch.dict(os.environ, LIMBECK_CACHE=f"{name}/cache"),
+    ):
         folder = Path(name)
         decoders = [prove(folder, kind) for kind in SIZES]
-        encoders = [prove_encoder(folder, kind, task) for kind in ENCODERS for task in ("classification", "embedding")]
-        return HEAD + "".join(f"{row}\n" for row in decoders) + ENCODER_HEAD + "".join(f"{row}\n" for row in encoders)
+        encoders = [
+            prove_encoder(folder, kind, task)
+            for kind in ENCODERS
+            for task in ("classification", "embedding")
+        ]
+        return (
+            HEAD
+            + "".join(f"{row}\n" for row in decoders)
+            + ENCODER_HEAD
+            + "".join(f"{row}\n" for row in encoders)
+        )
 
 
 def prove(folder: Path, model_type: str) -> str:
@@ -105,10 +120,14 @@ def prove(folder: Path, model_type: str) -> str:
     model = make_model(root / "model", model_type=model_type, **SIZES[model_type])
     make_student(root / "student", model)
     name = json.loads((root / "student/model/config.json").read_text())["architectures"][0]
-    plain = export_and_compare(root / "student", root / "cpu", pico_recipe(export={"forms": list(FORMS)}))
+    plain = export_and_compare(
+        root / "student", root / "cpu", pico_recipe(export={"forms": list(FORMS)})
+    )
     lora, shrunk = (prove_student(root / kind, model_type, kind) for kind in STUDENTS)
     backend = plain.result["backend"]["name"]
-    assert {student.result["backend"]["name"] for student in (lora, shrunk)} == {backend}, model_type
+    assert {student.result["backend"]["name"] for student in (lora, shrunk)} == {backend}, (
+        model_type
+    )
     proven = " | ".join(", ".join(exported.result["forms"]) for exported in (plain, lora, shrunk))
     cards = ", ".join(prove_card(root, provider, form) for provider, form in CARDS)
     return f"| {model_type} | {name} | {backend} | {proven} | {cards} |"
@@ -125,11 +144,15 @@ def prove_card(root: Path, provider: str, form: str) -> str:
     return ", ".join(exported.result["forms"].keys() - {"fp32"})
 
 
-def prove_student(folder: Path, model_type: str, kind: str, forms: Sequence[Any] = FORMS) -> Artifact:
+def prove_student(
+    folder: Path, model_type: str, kind: str, forms: Sequence[Any] = FORMS
+) -> Artifact:
     """Distil two random teachers of ``model_type`` into a student of ``kind`` in ``folder``, and export it."""
     recipe = distillation(model_type, kind, forms)
     student = compress.distill(recipe=recipe, out=folder / "student")
-    assert student.result["best_step"] > 0, f"{model_type}: the best student of kind {kind} is the untrained one"
+    assert student.result["best_step"] > 0, (
+        f"{model_type}: the best student of kind {kind} is the untrained one"
+    )
     return export_and_compare(student.path, folder / "onnx", recipe)
 
 
@@ -148,7 +171,13 @@ def distillation(model_type: str, kind: str, forms: Sequence[Any] = FORMS) -> Re
             "heldout": {"every": 4, "piece_chars": 128, "blocks": 4},
         },
         student={"kind": kind, "base": base, **sizes},
-        training={"tokens": 512, "batch_tokens": 64, "learning_rate": 1e-2, "precision": "fp32", "threads": 1},
+        training={
+            "tokens": 512,
+            "batch_tokens": 64,
+            "learning_rate": 1e-2,
+            "precision": "fp32",
+            "threads": 1,
+        },
         export={"forms": list(forms)},
     )
 
@@ -156,7 +185,13 @@ def distillation(model_type: str, kind: str, forms: Sequence[Any] = FORMS) -> Re
 def cut(model_type: str) -> dict[str, int]:
     """Sizes of a student cut out of `BASES`; where the head size is hidden / heads, width and heads go together."""
     heads = 3 if FAMILIES[model_type].head_size_is_fixed else 1
-    return {"layers": 2, "intermediate_size": 64, "kv_heads": heads, "hidden_size": 48, "round_to": 16}
+    return {
+        "layers": 2,
+        "intermediate_size": 64,
+        "kv_heads": heads,
+        "hidden_size": 48,
+        "round_to": 16,
+    }
 
 
 def export_and_compare(student: Path, out: Path, recipe: Recipe) -> Artifact:
@@ -176,7 +211,9 @@ def require_generation(exported: Artifact, form: str, prompt: list[int], count: 
     A step and a whole text sum in another order: two choices nearer to each other than that are both first.
     """
     facts = exported.result["forms"][form]
-    last, every = (Decoder.from_graph(exported.path / facts[graph]) for graph in ("graph", "all_logits_graph"))
+    last, every = (
+        Decoder.from_graph(exported.path / facts[graph]) for graph in ("graph", "all_logits_graph")
+    )
     found = list(last.generate(prompt, count))
     scores = every.score([[*prompt, *found]])[0, len(prompt) - 1 : -1]
     assert np.isfinite(scores).all()
@@ -200,18 +237,34 @@ def prove_encoder(folder: Path, model_type: str, task: str) -> str:
     """Distil and export encoders of ``model_type`` for ``task`` below ``folder`` and return their row of the table."""
     root = folder / f"{model_type}-{task}"
     # Twice as wide as elsewhere: of a narrower one the head, which stays in fp32, weighs too much.
-    wide = {name: size if "layers" in name else 2 * size for name, size in CONFIGS[model_type].items()}
+    wide = {
+        name: size if "layers" in name else 2 * size for name, size in CONFIGS[model_type].items()
+    }
     bases = [source(model_type, seed=seed, initializer_range=0.2, **wide) for seed in range(3)]
     full: dict[str, Any] = {"kind": "full", "base": bases[0]}
-    shrunk = {"layers": 1, "intermediate_size": 128, "kv_heads": 6, "hidden_size": 96, "calibration_examples": 4}
+    shrunk = {
+        "layers": 1,
+        "intermediate_size": 128,
+        "kv_heads": 6,
+        "hidden_size": 96,
+        "calibration_examples": 4,
+    }
     make = classifier_recipe if task == "classification" else embedding_recipe
-    models = bases[1:] if task == "embedding" else [classifier(root / f"teacher{i}", bases[i]) for i in (1, 2)]
-    teachers = [{"name": name, "model": model} for name, model in zip(("one", "two"), models, strict=True)]
+    models = (
+        bases[1:]
+        if task == "embedding"
+        else [classifier(root / f"teacher{i}", bases[i]) for i in (1, 2)]
+    )
+    teachers = [
+        {"name": name, "model": model} for name, model in zip(("one", "two"), models, strict=True)
+    ]
     proven = []
     for student in (full, {**full, "kind": "shrink", **shrunk}):
         recipe = make(teachers=teachers, student=student, export={"forms": list(ENCODER_FORMS)})
         distilled = compress.distill(recipe=recipe, out=root / student["kind"] / "student")
-        exported = export_student(student=distilled.path, out=root / student["kind"] / "onnx", recipe=recipe)
+        exported = export_student(
+            student=distilled.path, out=root / student["kind"] / "onnx", recipe=recipe
+        )
         proven.append(", ".join(exported.result["forms"]))
     name = json.loads((distilled.path / "model" / "config.json").read_text())["architectures"][0]
     return f"| {model_type} | {task} | {name} | {' | '.join(proven)} |"
@@ -219,7 +272,9 @@ def prove_encoder(folder: Path, model_type: str, task: str) -> str:
 
 def classifier(folder: Path, base: dict[str, Any]) -> dict[str, Any]:
     """A teacher of `classifier_recipe`, as a recipe names it: ``base`` fine-tuned in ``folder``."""
-    tuned = compress.distill(recipe=classifier_recipe(student={"kind": "full", "base": base}), out=folder)
+    tuned = compress.distill(
+        recipe=classifier_recipe(student={"kind": "full", "base": base}), out=folder
+    )
     return {"kind": "local", "path": str(tuned.path / "model")}
 
 

@@ -31,13 +31,19 @@ def dense_loss(
         return cross_entropy / denominator
     tau = config.temperature
     with torch.no_grad():
-        z_KTV = torch.stack([t.head.logits(t.hidden_RLd[valid_RL]) / t.temperature for t in teachers])
+        z_KTV = torch.stack(
+            [t.head.logits(t.hidden_RLd[valid_RL]) / t.temperature for t in teachers]
+        )
         logp_KTV = torch.log_softmax(z_KTV, dim=-1)
         entropy_KRL = torch.zeros(len(teachers), *labels_RL.shape)
         label_logp_KRL = torch.zeros_like(entropy_KRL)
         entropy_KRL[:, valid_RL] = -(logp_KTV.exp() * logp_KTV).sum(-1)
-        label_logp_KRL[:, valid_RL] = logp_KTV.gather(2, labels_T[None, :, None].expand(len(teachers), -1, 1))[..., 0]
-        weights_KRL = weigh(config.weights, entropy_KRL, label_logp_KRL, labels_RL, names=names, progress=progress)
+        label_logp_KRL[:, valid_RL] = logp_KTV.gather(
+            2, labels_T[None, :, None].expand(len(teachers), -1, 1)
+        )[..., 0]
+        weights_KRL = weigh(
+            config.weights, entropy_KRL, label_logp_KRL, labels_RL, names=names, progress=progress
+        )
         log_weights_KT1 = weights_KRL[:, valid_RL].log()[..., None]
         logp_tau_KTV = torch.log_softmax(z_KTV / tau, dim=-1)
         if config.space == "arithmetic":
@@ -46,7 +52,8 @@ def dense_loss(
             logp_TV = torch.log_softmax((log_weights_KT1.exp() * logp_tau_KTV).sum(0), dim=-1)
     logq_TV = torch.log_softmax(z_TV / tau, dim=-1)
     return (
-        config.cross_entropy * cross_entropy + config.weight * tau**2 * dense_divergence(config, logp_TV, logq_TV)
+        config.cross_entropy * cross_entropy
+        + config.weight * tau**2 * dense_divergence(config, logp_TV, logq_TV)
     ) / denominator
 
 

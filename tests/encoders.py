@@ -14,8 +14,18 @@ from limbeck.contract.heldout import CALIBRATION, save_calibration
 from limbeck.contract.recipe.encoder import EncoderRecipe, parse_any_recipe
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    "bert": {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 128},
-    "roberta": {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 128},
+    "bert": {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "intermediate_size": 128,
+    },
+    "roberta": {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "intermediate_size": 128,
+    },
     "distilbert": {"dim": 64, "n_heads": 4, "n_layers": 2, "hidden_dim": 128},
 }
 CLASSES = [
@@ -33,7 +43,12 @@ CLASSES = [
 
 def source(model_type: str = "bert", *, seed: int = 0, **sizes: Any) -> dict[str, Any]:
     """A random encoder as a recipe names it."""
-    config = {"model_type": model_type, "max_position_embeddings": 64, **CONFIGS[model_type], **sizes}
+    config = {
+        "model_type": model_type,
+        "max_position_embeddings": 64,
+        **CONFIGS[model_type],
+        **sizes,
+    }
     return {"kind": "random", "seed": seed, "config": config}
 
 
@@ -44,8 +59,20 @@ def classifier_recipe(**over: Any) -> EncoderRecipe:
         "name": "pico-classes",
         "data": {"classes": CLASSES, "max_tokens": 40, "heldout": {"every": 3}},
         "student": {"kind": "full", "base": source()},
-        "training": {"examples": 64, "batch": 8, "learning_rate": 1e-3, "precision": "fp32", "threads": 1},
-        "bench": {"batches": [1, 2], "lengths": [8, 16], "minutes": 0.01, "min_blocks": 3, "threads": 1},
+        "training": {
+            "examples": 64,
+            "batch": 8,
+            "learning_rate": 1e-3,
+            "precision": "fp32",
+            "threads": 1,
+        },
+        "bench": {
+            "batches": [1, 2],
+            "lengths": [8, 16],
+            "minutes": 0.01,
+            "min_blocks": 3,
+            "threads": 1,
+        },
     }
     return _checked(tree | over)
 
@@ -55,7 +82,10 @@ def embedding_recipe(**over: Any) -> EncoderRecipe:
     tree = {
         "task": "embedding",
         "name": "pico-sentences",
-        "teachers": [{"name": "a", "model": source(seed=1)}, {"name": "b", "model": source("distilbert", seed=2)}],
+        "teachers": [
+            {"name": "a", "model": source(seed=1)},
+            {"name": "b", "model": source("distilbert", seed=2)},
+        ],
         "data": {
             "domains": [{"name": "code", "text": {"kind": "stdlib", "paths": ["json/*.py"]}}],
             "piece_chars": 80,
@@ -63,8 +93,20 @@ def embedding_recipe(**over: Any) -> EncoderRecipe:
             "max_tokens": 24,
         },
         "student": {"kind": "shrink", "base": source(), "layers": 1, "calibration_examples": 4},
-        "training": {"examples": 64, "batch": 8, "learning_rate": 1e-3, "precision": "fp32", "threads": 1},
-        "bench": {"batches": [1, 2], "lengths": [8, 16], "minutes": 0.01, "min_blocks": 3, "threads": 1},
+        "training": {
+            "examples": 64,
+            "batch": 8,
+            "learning_rate": 1e-3,
+            "precision": "fp32",
+            "threads": 1,
+        },
+        "bench": {
+            "batches": [1, 2],
+            "lengths": [8, 16],
+            "minutes": 0.01,
+            "min_blocks": 3,
+            "threads": 1,
+        },
     }
     return _checked(tree | over)
 
@@ -79,7 +121,9 @@ def make_examples(*, rows: int = 12, width: int = 20, seed: int = 0) -> Examples
     """Random ragged examples of two groups."""
     draw = np.random.default_rng(seed)
     lengths = draw.integers(2, width + 1, rows).astype(np.int32)
-    ids = draw.integers(1, 256, (rows, width)).astype(np.int32) * (np.arange(width) < lengths[:, None])
+    ids = draw.integers(1, 256, (rows, width)).astype(np.int32) * (
+        np.arange(width) < lengths[:, None]
+    )
     return Examples(ids.astype(np.int32), lengths, (np.arange(rows) % 2).astype(np.int32))
 
 
@@ -91,7 +135,11 @@ def make_encoder_student(path: Path, model_type: str, *, task: str, scale: float
     from compress.models.language import byte_tokenizer
 
     tokenizer = byte_tokenizer()
-    sizes = source(model_type)["config"] | {"vocab_size": len(tokenizer), "pad_token_id": 0, "initializer_range": scale}
+    sizes = source(model_type)["config"] | {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": 0,
+        "initializer_range": scale,
+    }
     torch.manual_seed(0)
     classes = ["no", "yes", "maybe"] if task == "classification" else None
     if classes:
@@ -104,7 +152,10 @@ def make_encoder_student(path: Path, model_type: str, *, task: str, scale: float
         tokenizer.save_pretrained(draft.folder / "model")
         save_examples(draft.folder / EXAMPLES, make_examples())
         rows = make_examples(seed=1)
-        save_calibration(draft.folder / CALIBRATION, [r[:n] for r, n in zip(rows.input_ids, rows.lengths, strict=True)])
+        save_calibration(
+            draft.folder / CALIBRATION,
+            [r[:n] for r, n in zip(rows.input_ids, rows.lengths, strict=True)],
+        )
         (draft.folder / "teachers.json").write_text(json.dumps([]))
         metrics = {"accuracy": 0.5, "macro_f1": 0.5, "nll": 0.7} if classes else {"spearman": 0.5}
         draft.result = {"task": task, "classes": classes, "metrics": metrics, "teachers": {}}

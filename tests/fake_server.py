@@ -47,7 +47,10 @@ class FakeServer:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -81,7 +84,9 @@ class FakeServer:
             return self._whole(writer, self._status, {"error": {"message": "no room"}})
         if self._stall and len(self.bodies) == 1:
             self._loop.call_later(self._stall[0], time.sleep, self._stall[1])
-        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+        writer.write(
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+        )
         wanted = asked["max_tokens"]
         for index in range(min(wanted, self._cut or wanted)):
             if wait := self._pace if index else self._first:
@@ -90,7 +95,10 @@ class FakeServer:
             self._event(writer, {"choices": [{"index": 0, "text": text, "finish_reason": None}]})
             await writer.drain()
         if self._usage:
-            counts = {"prompt_tokens": len(asked["prompt"]) + self._extra, "completion_tokens": self._cut or wanted}
+            counts = {
+                "prompt_tokens": len(asked["prompt"]) + self._extra,
+                "completion_tokens": self._cut or wanted,
+            }
             self._event(writer, {"choices": [], "usage": counts})
         self._chunk(writer, b"data: [DONE]\n\n")
         self._chunk(writer, b"")
@@ -98,7 +106,9 @@ class FakeServer:
         return None
 
     def _event(self, writer: asyncio.StreamWriter, event: dict[str, Any]) -> None:
-        self._chunk(writer, f"data: {json.dumps({'object': 'text_completion', **event})}\n\n".encode())
+        self._chunk(
+            writer, f"data: {json.dumps({'object': 'text_completion', **event})}\n\n".encode()
+        )
 
     @staticmethod
     def _chunk(writer: asyncio.StreamWriter, data: bytes) -> None:

@@ -10,27 +10,54 @@ import pytest
 
 from limbeck.contract.sources import cache_folder
 
-SMOLLM2 = {"model_type": "llama", "vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": 8192}
+SMOLLM2 = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+}
 QWEN3 = {
     "model_type": "qwen3", "vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "max_position_embeddings": 40960,
 }  # fmt: skip
-LLAMA3 = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+LLAMA3 = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+}
 GEMMA3 = {
     "model_type": "gemma3_text", "vocab_size": 262144, "head_dim": 256, "num_attention_heads": 4, "num_key_value_heads": 1,
     "tie_word_embeddings": True, "max_position_embeddings": 32768, "sliding_window": 512,
 }  # fmt: skip
-PYTHIA = {"model_type": "gpt_neox", "vocab_size": 50304, "tie_word_embeddings": False, "max_position_embeddings": 2048}
+PYTHIA = {
+    "model_type": "gpt_neox",
+    "vocab_size": 50304,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 2048,
+}
 
 
-def _sizes(width: int, inner: int, layers: int, heads: int, kv: int | None = None, tied: bool | None = None) -> Any:
+def _sizes(
+    width: int, inner: int, layers: int, heads: int, kv: int | None = None, tied: bool | None = None
+) -> Any:
     found: dict[str, Any] = {
         "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
     }  # fmt: skip
-    return found | ({"num_key_value_heads": kv} if kv else {}) | ({} if tied is None else {"tie_word_embeddings": tied})
+    return (
+        found
+        | ({"num_key_value_heads": kv} if kv else {})
+        | ({} if tied is None else {"tie_word_embeddings": tied})
+    )
 
 
 def _gpt2(width: int, layers: int, heads: int) -> Any:
-    return {"model_type": "gpt2", "vocab_size": 50257, "n_embd": width, "n_layer": layers, "n_head": heads}
+    return {
+        "model_type": "gpt2",
+        "vocab_size": 50257,
+        "n_embd": width,
+        "n_layer": layers,
+        "n_head": heads,
+    }
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -44,9 +71,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.2-1B-Instruct": {**LLAMA3, **_sizes(2048, 8192, 16, 32, tied=True)},
     "meta-llama/Llama-3.2-3B-Instruct": {**LLAMA3, **_sizes(3072, 8192, 28, 24, tied=True)},
     "meta-llama/Llama-3.1-8B-Instruct": {**LLAMA3, **_sizes(4096, 14336, 32, 32, tied=False)},
-    "google/gemma-3-270m-it": {**GEMMA3, "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18},
-    "google/gemma-3-1b-it": {**GEMMA3, "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26},
-    "google/gemma-3-1b-pt": {**GEMMA3, "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26},
+    "google/gemma-3-270m-it": {
+        **GEMMA3,
+        "hidden_size": 640,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 18,
+    },
+    "google/gemma-3-1b-it": {
+        **GEMMA3,
+        "hidden_size": 1152,
+        "intermediate_size": 6912,
+        "num_hidden_layers": 26,
+    },
+    "google/gemma-3-1b-pt": {
+        **GEMMA3,
+        "hidden_size": 1152,
+        "intermediate_size": 6912,
+        "num_hidden_layers": 26,
+    },
     "openai-community/gpt2": _gpt2(768, 12, 12),
     "openai-community/gpt2-medium": _gpt2(1024, 24, 16),
     "openai-community/gpt2-large": _gpt2(1280, 36, 20),

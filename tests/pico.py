@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 
 from limbeck.contract.artifact import Artifact, write_artifact
-from limbeck.contract.heldout import CALIBRATION, HELDOUT, Blocks, all_but_first, save_calibration, save_heldout
+from limbeck.contract.heldout import (
+    CALIBRATION,
+    HELDOUT,
+    Blocks,
+    all_but_first,
+    save_calibration,
+    save_heldout,
+)
 from limbeck.contract.recipe import Recipe, parse_recipe
 
 CHAT = (
@@ -23,7 +30,9 @@ def make_tokenizer() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocabulary = {
+        symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
     for special in ("<|end|>", "<|pad|>"):
         vocabulary[special] = len(vocabulary)
     bytes_only = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -36,7 +45,9 @@ def make_tokenizer() -> Any:
     return tokenizer
 
 
-def make_model(folder: Path, *, seed: int = 0, model_type: str = "llama", scale: float = 0.3, **sizes: Any) -> Path:
+def make_model(
+    folder: Path, *, seed: int = 0, model_type: str = "llama", scale: float = 0.3, **sizes: Any
+) -> Path:
     """Save a random causal LM and its tokenizer to ``folder``. ``scale`` spreads the weights so that logits differ."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -68,8 +79,12 @@ def make_blocks(*, seed: int = 0, rows: int = 3, length: int = 24) -> dict[str, 
     domains = {}
     for name in ("letters", "numbers"):
         lengths = draw.integers(length // 2, length + 1, rows).astype(np.int32)
-        ids = draw.integers(0, 256, (rows, length)).astype(np.int32) * (np.arange(length) < lengths[:, None])
-        domains[name] = Blocks(ids.astype(np.int32), lengths, lengths - 1, all_but_first(lengths, length))
+        ids = draw.integers(0, 256, (rows, length)).astype(np.int32) * (
+            np.arange(length) < lengths[:, None]
+        )
+        domains[name] = Blocks(
+            ids.astype(np.int32), lengths, lengths - 1, all_but_first(lengths, length)
+        )
     return domains
 
 
@@ -80,13 +95,25 @@ def make_student(path: Path, model: Path) -> Artifact:
     with write_artifact(path, kind="student", key=f"pico {path.name}", parents={}) as draft:
         model.rename(draft.folder / "model")
         save_heldout(draft.folder / HELDOUT, make_blocks())
-        rows = [b.input_ids[row, : b.lengths[row]] for b in make_blocks(seed=1).values() for row in range(len(b))]
+        rows = [
+            b.input_ids[row, : b.lengths[row]]
+            for b in make_blocks(seed=1).values()
+            for row in range(len(b))
+        ]
         save_calibration(draft.folder / CALIBRATION, rows)
-        teacher = {"name": "one", "model": "/models/one", "adapter": None, "quantize": "none", "dtype": "fp32"}
+        teacher = {
+            "name": "one",
+            "model": "/models/one",
+            "adapter": None,
+            "quantize": "none",
+            "dtype": "fp32",
+        }
         (draft.folder / "teachers.json").write_text(json.dumps([teacher]))
         (draft.folder / "log.jsonl").write_text("")
         draft.result = {"nll": {"letters": 5.0, "numbers": 5.1}, "mean_nll": 5.05}
-        draft.result["teachers"] = {"one": {"nll": {"letters": 4.5, "numbers": 4.75}, "temperature": 1.0}}
+        draft.result["teachers"] = {
+            "one": {"nll": {"letters": 4.5, "numbers": 4.75}, "temperature": 1.0}
+        }
     return open_artifact(path)
 
 

@@ -39,7 +39,11 @@ def cold() -> dict[str, Any]:
     }
     keys = ("start_s", "import_s", "load_s", "first_token_s", "second_token_s")
     return {
-        arm: {"label": label, "n": 6, **{key: estimate(span) for key, span in zip(keys, values, strict=True)}}
+        arm: {
+            "label": label,
+            "n": 6,
+            **{key: estimate(span) for key, span in zip(keys, values, strict=True)},
+        }
         | {"total_s": estimate(sum(values[:4]))}
         for arm, (label, values) in spans.items()
     }

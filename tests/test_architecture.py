@@ -13,10 +13,7 @@ ROOT = Path(__file__).parent.parent
 STAGES = ("compress", "export", "serve_bench")
 # What a module of `limbeck` may import when it is itself imported: `limbeck --help` must stay quick.
 LIGHT = {"yaml", "pydantic", "pydantic_core", "typer", "packaging", "limbeck"}
-ALLOWED = {
-    "heldout": {"numpy", "safetensors"},
-    "examples": {"numpy", "safetensors"},
-}
+ALLOWED = {"heldout": {"numpy", "safetensors"}, "examples": {"numpy", "safetensors"}}
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
@@ -51,7 +48,9 @@ def test_limbeck_imports_nothing_heavy_when_it_is_imported() -> None:
         for name, eager in imports(path):
             package = name.split(".")[0]
             if eager and package not in sys.stdlib_module_names:
-                assert package in {*LIGHT, *STAGES} | ALLOWED.get(path.stem, set()), f"{path} imports {name} at its top"
+                assert package in {*LIGHT, *STAGES} | ALLOWED.get(path.stem, set()), (
+                    f"{path} imports {name} at its top"
+                )
 
 
 def test_the_command_line_imports_stages_only_inside_functions() -> None:
@@ -65,7 +64,9 @@ def test_importing_a_stage_is_cheap() -> None:
     for stage in STAGES:
         for name, eager in imports(ROOT / stage / "__init__.py"):
             package = name.split(".")[0]
-            assert not eager or package in {*sys.stdlib_module_names, "limbeck"}, f"{stage} imports {name} at its top"
+            assert not eager or package in {*sys.stdlib_module_names, "limbeck"}, (
+                f"{stage} imports {name} at its top"
+            )
 
 
 def test_the_reader_of_imports_sees_what_it_should(tmp_path: Path) -> None:

@@ -54,9 +54,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": [256, stop]}))
     make_student(root / "student", model)
     return export_student(
-        student=root / "student",
-        out=root / "onnx",
-        recipe=pico_recipe(export={"forms": IN_RECIPE}),
+        student=root / "student", out=root / "onnx", recipe=pico_recipe(export={"forms": IN_RECIPE})
     )
 
 
@@ -66,7 +64,10 @@ def teach(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
     chat = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
     rows = [torch.tensor([tokenizer.encode(text + ANSWER)]) for text in (*TEXTS, chat)]
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
@@ -88,18 +89,26 @@ def test_greedy_tokens_text_and_chat_are_the_same(exported: Artifact, client: st
     for form in FORMS:
         decoder = Decoder(exported.path, form=form)
         for prompt, tokens in zip(PROMPTS, found["tokens"][form], strict=True):
-            expected = greedy(model, prompt, COUNT)[0] if form == "fp32" else list(decoder.generate(prompt, COUNT))
+            expected = (
+                greedy(model, prompt, COUNT)[0]
+                if form == "fp32"
+                else list(decoder.generate(prompt, COUNT))
+            )
             end = text.stop_ids | {PAD}
             assert _until_end(tokens, end) == _until_end(expected, end), f"{form} after {prompt}"
         ended = _with_end(decoder, ENDS, text.stop_ids)
-        told = _until_end(ended, text.stop_ids) if client == "genai" else ended  # GenAI too leaves the stop token out
+        told = (
+            _until_end(ended, text.stop_ids) if client == "genai" else ended
+        )  # GenAI too leaves the stop token out
         assert found["alone"][form] == told, f"{form} stops"
         if form == "fp32":
             assert 3 < len(ended) <= COUNT
             assert ended[-1] in text.stop_ids
         for prompt, answer in zip(prompts, found["written"][form], strict=True):
             expected = list(decoder.generate(prompt, COUNT, stop_ids=text.stop_ids))
-            assert answer == "".join(text.stream(expected)), f"{form} after {text.tokenizer.decode(prompt)}"
+            assert answer == "".join(text.stream(expected)), (
+                f"{form} after {text.tokenizer.decode(prompt)}"
+            )
             if form == "fp32":
                 assert answer.startswith(ANSWER)
     assert found["ids"] == prompts
@@ -109,7 +118,12 @@ def test_greedy_tokens_text_and_chat_are_the_same(exported: Artifact, client: st
 def test_the_card_knows_what_optimum_loads(tmp_path: Path, model_type: str, loads: bool) -> None:
     """Heads are wider than hidden_size / num_attention_heads here, which optimum-onnx reads of some architectures only."""
     _require("optimum")
-    model = make_model(tmp_path / "model", model_type=model_type, scale=0.1, **SIZES[model_type] | {"hidden_size": 32})
+    model = make_model(
+        tmp_path / "model",
+        model_type=model_type,
+        scale=0.1,
+        **SIZES[model_type] | {"hidden_size": 32},
+    )
     teach(model)
     make_student(tmp_path / "student", model)
     recipe = pico_recipe(export={"forms": ["fp32"]})
@@ -119,7 +133,9 @@ def test_the_card_knows_what_optimum_loads(tmp_path: Path, model_type: str, load
     if loads:
         expected = [greedy(tmp_path / "student/model", prompt, COUNT)[0] for prompt in PROMPTS]
         found = _ask("optimum", job)["tokens"]["fp32"]
-        assert [_until_end(row, {256}) for row in found] == [_until_end(row, {256}) for row in expected]
+        assert [_until_end(row, {256}) for row in found] == [
+            _until_end(row, {256}) for row in expected
+        ]
     else:
         with pytest.raises(AssertionError, match=r"Got: 8 Expected: 16"):
             _ask("optimum", job)

@@ -28,7 +28,9 @@ COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[
 def blocks(language: str) -> Iterator[tuple[Path, str]]:
     """Fenced code of one language in every document."""
     for path in DOCUMENTS:
-        for fence, text in re.findall(r"^```(\w*)\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL):
+        for fence, text in re.findall(
+            r"^```(\w*)\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL
+        ):
             if fence == language:
                 yield path, text
 
@@ -55,10 +57,14 @@ def test_the_readme_shows_every_command() -> None:
 def test_every_make_target_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
-    benchmarks = {p.stem.replace("_", "-") for p in (ROOT / "tests" / "benchmarks").glob("bench_*.py")}
+    benchmarks = {
+        p.stem.replace("_", "-") for p in (ROOT / "tests" / "benchmarks").glob("bench_*.py")
+    }
     for path in DOCUMENTS:
         text = path.read_text()
-        named = re.findall(r"`make ([\w-]+)[^`]*`", text) + re.findall(r"^make ([\w-]+)", text, re.MULTILINE)
+        named = re.findall(r"`make ([\w-]+)[^`]*`", text) + re.findall(
+            r"^make ([\w-]+)", text, re.MULTILINE
+        )
         for target in named:
             assert target in targets | benchmarks, f"{path.name}: make {target}"
 
@@ -87,7 +93,9 @@ def test_every_python_call_of_ours_fits() -> None:
         for node in ast.walk(ast.parse(text)):
             match node:
                 case ast.Import():
-                    names |= {alias.name: importlib.import_module(alias.name) for alias in node.names}
+                    names |= {
+                        alias.name: importlib.import_module(alias.name) for alias in node.names
+                    }
                 case ast.ImportFrom():
                     source = importlib.import_module(str(node.module))
                     names |= {alias.name: getattr(source, alias.name) for alias in node.names}
@@ -95,15 +103,17 @@ def test_every_python_call_of_ours_fits() -> None:
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Call):
                 match node.func:
-                    case ast.Attribute(value=ast.Name(id=module), attr=attribute) if inspect.ismodule(
-                        names.get(module)
+                    case ast.Attribute(value=ast.Name(id=module), attr=attribute) if (
+                        inspect.ismodule(names.get(module))
                     ):
                         function = getattr(names[module], attribute)
                     case ast.Name(id=name) if name in names:
                         function = names[name]
                     case _:
                         continue
-                inspect.signature(function).bind(*node.args, **{str(k.arg): k.value for k in node.keywords})
+                inspect.signature(function).bind(
+                    *node.args, **{str(k.arg): k.value for k in node.keywords}
+                )
                 ours += 1
         assert ours
 
@@ -116,15 +126,24 @@ def test_every_internal_link_exists(path: Path) -> None:
 
 
 def test_data_packages_of_the_readme_and_the_recipes_agree() -> None:
-    pinned = dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "requirements-data.txt").read_text(), re.MULTILINE))
+    pinned = dict(
+        re.findall(
+            r"^([\w-]+)==([\w.]+)", (ROOT / "requirements-data.txt").read_text(), re.MULTILINE
+        )
+    )
     for recipe in (ROOT / "recipes").rglob("*.yaml"):
-        for package, version in re.findall(r"package: ([\w-]+), version: ([\w.]+)", recipe.read_text()):
+        for package, version in re.findall(
+            r"package: ([\w-]+), version: ([\w.]+)", recipe.read_text()
+        ):
             assert pinned[package] == version, recipe
 
 
 def test_every_dependency_is_explained() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    declared = [
+        *project["dependencies"],
+        *itertools.chain(*project["optional-dependencies"].values()),
+    ]
     explained = (ROOT / "docs" / "dependencies.md").read_text().lower()
     for line in declared:
         name = re.split(r"[\[<>=;, ]", line)[0].lower()

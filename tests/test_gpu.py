@@ -11,15 +11,26 @@ from limbeck.runtime.decoder import Decoder, providers
 from tests.architectures import SIZES
 from tests.pico import make_model, make_student, pico_recipe
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif("cuda" not in providers(), reason="onnxruntime has no CUDA here")]
-FORMS = ["fp32", "fp16", {"kind": "int4-weight", "block_size": 16}, {"kind": "int8-weight", "block_size": 16}]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif("cuda" not in providers(), reason="onnxruntime has no CUDA here"),
+]
+FORMS = [
+    "fp32",
+    "fp16",
+    {"kind": "int4-weight", "block_size": 16},
+    {"kind": "int8-weight", "block_size": 16},
+]
 PROMPT = list(range(40, 52))
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     root = tmp_path_factory.mktemp(request.param)
-    make_student(root / "student", make_model(root / "model", model_type=request.param, **SIZES[request.param]))
+    make_student(
+        root / "student",
+        make_model(root / "model", model_type=request.param, **SIZES[request.param]),
+    )
     recipe = pico_recipe(export={"forms": FORMS, "provider": "cuda"})
     return export_student(student=root / "student", out=root / "onnx", recipe=recipe)
 

@@ -44,7 +44,9 @@ from limbeck.contract.recipe import (
 )
 
 _VERSION = 2  # of the way text becomes blocks
-_BATCH_CHARS = 1 << 20  # tokenised at a time; an encoding takes about 100 bytes a token while it is made
+_BATCH_CHARS = (
+    1 << 20
+)  # tokenised at a time; an encoding takes about 100 bytes a token while it is made
 IGNORED = -100
 
 
@@ -90,7 +92,9 @@ def load_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> list[Doma
     return [_domain_blocks(domain, recipe, tokenizer) for domain in recipe.data.domains]
 
 
-def training_order(blocks: Sequence[DomainBlocks], *, count: int, seed: int) -> npt.NDArray[np.int64]:
+def training_order(
+    blocks: Sequence[DomainBlocks], *, count: int, seed: int
+) -> npt.NDArray[np.int64]:
     """[count, 2] of (domain, row): each domain by its weight, rows shuffled anew in every pass over the domain."""
     shares = np.array([b.weight for b in blocks]) / sum(b.weight for b in blocks)
     order = np.empty((count, 2), dtype=np.int64)
@@ -102,14 +106,19 @@ def training_order(blocks: Sequence[DomainBlocks], *, count: int, seed: int) -> 
     for domain, block in enumerate(blocks):
         rows = len(block.train_ids)
         passes = -(-int(taken[domain]) // rows)
-        shuffled = [np.random.default_rng((seed, domain, epoch)).permutation(rows) for epoch in range(passes)]
+        shuffled = [
+            np.random.default_rng((seed, domain, epoch)).permutation(rows)
+            for epoch in range(passes)
+        ]
         if shuffled:
             mine = order[:, 0] == domain
             order[mine, 1] = np.concatenate(shuffled)[: int(taken[domain])]
     return order
 
 
-def labels_of(input_ids: npt.NDArray[np.int32], scored: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+def labels_of(
+    input_ids: npt.NDArray[np.int32], scored: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.int64]:
     """[N, L] next-token labels: position t holds token t + 1 where that is scored; all else is ignored."""
     labels = np.full(input_ids.shape, IGNORED, dtype=np.int64)
     labels[:, :-1] = np.where(scored[:, 1:], input_ids[:, 1:], IGNORED)
@@ -125,7 +134,9 @@ def special_prefix(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 # Documents -------------------------------------------------------------------------------------------------------
 
 
-def documents(path: Path, form: PlainText | JsonLines | ParquetRows | PythonStrings | MailText | Rows) -> Iterator[str]:
+def documents(
+    path: Path, form: PlainText | JsonLines | ParquetRows | PythonStrings | MailText | Rows
+) -> Iterator[str]:
     """The documents of one file, empty ones left out. Raises `DataError` naming file and line."""
     match form:
         case PlainText():
@@ -145,7 +156,9 @@ def documents(path: Path, form: PlainText | JsonLines | ParquetRows | PythonStri
     return (document for document in found if document.strip())
 
 
-def conversations(path: Path, form: ChatRows, tokenizer: PreTrainedTokenizerFast) -> Iterator[Piece]:
+def conversations(
+    path: Path, form: ChatRows, tokenizer: PreTrainedTokenizerFast
+) -> Iterator[Piece]:
     """The conversations of one file, rendered. Raises `DataError` naming file and row."""
     template = chat_template(tokenizer)
     for where, value in _rows(path, form.field):
@@ -170,14 +183,18 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); convert it, for example with iconv.") from None
+        raise DataError(
+            f"{path}: not UTF-8 text (byte {error.start}); convert it, for example with iconv."
+        ) from None
 
 
 def _texts(rows: Iterator[tuple[str, Any]], field: str) -> Iterator[str]:
     for where, value in rows:
         if not isinstance(value, str):
             found = "nothing" if value is None else type(value).__name__
-            raise DataError(f"{where}: no text under {field!r} (found: {found}); set format.field to the right key.")
+            raise DataError(
+                f"{where}: no text under {field!r} (found: {found}); set format.field to the right key."
+            )
         yield value
 
 
@@ -205,10 +222,14 @@ def _json_lines(path: Path, field: str) -> Iterator[tuple[str, Any]]:
                     f"{where}: not UTF-8 text (byte {error.start} of the line); convert the file."
                 ) from None
             except json.JSONDecodeError as error:
-                raise DataError(f"{where}: not JSON: {error.msg}; each line is one JSON object.") from None
+                raise DataError(
+                    f"{where}: not JSON: {error.msg}; each line is one JSON object."
+                ) from None
             if not isinstance(row, dict) or field not in row:
                 keys = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
-                raise DataError(f"{where}: no text under {field!r} (found: {keys}); set format.field to the right key.")
+                raise DataError(
+                    f"{where}: no text under {field!r} (found: {keys}); set format.field to the right key."
+                )
             yield where, row[field]
 
 
@@ -222,7 +243,9 @@ def _parquet_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
             _check_column(path, field, file.schema_arrow.names)
             yield from _numbered(path, file.iter_batches(columns=[field]), field)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a Parquet file ({error}); check format.kind, or write the file again.") from None
+        raise DataError(
+            f"{path}: not a Parquet file ({error}); check format.kind, or write the file again."
+        ) from None
 
 
 def _arrow_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
@@ -240,7 +263,9 @@ def _arrow_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
 
 def _check_column(path: Path, field: str, found: Sequence[str]) -> None:
     if field not in found:
-        raise DataError(f"{path}: no column {field!r} (found: {', '.join(found)}); set format.field to the right one.")
+        raise DataError(
+            f"{path}: no column {field!r} (found: {', '.join(found)}); set format.field to the right one."
+        )
 
 
 def _numbered(path: Path, batches: Iterable[Any], field: str) -> Iterator[tuple[str, Any]]:
@@ -254,7 +279,11 @@ def _python_strings(path: Path, text: str, min_chars: int) -> Iterator[str]:
     except SyntaxError as error:
         raise DataError(f"{path}, line {error.lineno}: not Python: {error.msg}.") from None
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) >= min_chars:
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and len(node.value) >= min_chars
+        ):
             yield node.value
 
 
@@ -279,7 +308,9 @@ def measure_text(domain: Domain, data: Data, *, folder: Path, enough: int | None
     form, split = domain.text.format, _Split(data)
     training = longest = blocks = 0
     files = sources.text_files(domain.text, folder=folder)
-    for piece in split.train(itertools.chain.from_iterable(_unrendered(path, form) for path in files)):
+    for piece in split.train(
+        itertools.chain.from_iterable(_unrendered(path, form) for path in files)
+    ):
         size = len(piece.text.encode())
         training, longest = training + size, max(longest, size)
         if isinstance(form, ChatRows) and data.packing == "document":
@@ -294,7 +325,9 @@ def measure_text(domain: Domain, data: Data, *, folder: Path, enough: int | None
 def _unrendered(path: Path, form: TextFormat | RowFormat) -> Iterator[str | Piece]:
     """Documents; of conversations the JSON, which is about as long as what a template makes of it."""
     if isinstance(form, ChatRows):
-        return (Piece(json.dumps(value, ensure_ascii=False)) for _, value in _rows(path, form.field))
+        return (
+            Piece(json.dumps(value, ensure_ascii=False)) for _, value in _rows(path, form.field)
+        )
     return documents(path, form)
 
 
@@ -304,7 +337,9 @@ def _unrendered(path: Path, form: TextFormat | RowFormat) -> Iterator[str | Piec
 def tokenise(texts: Iterable[Piece], tokenizer: PreTrainedTokenizerFast) -> Iterator[Tokens]:
     """Tokens of each piece, in order. A token that lies partly in an answer is scored."""
     for batch in _batches(texts):
-        encodings = tokenizer.backend_tokenizer.encode_batch([piece.text for piece in batch], add_special_tokens=False)
+        encodings = tokenizer.backend_tokenizer.encode_batch(
+            [piece.text for piece in batch], add_special_tokens=False
+        )
         for piece, encoding in zip(batch, encodings, strict=True):
             ids = np.array(encoding.ids, dtype=np.int32)
             if piece.answers is None:
@@ -338,10 +373,14 @@ def pack_documents(texts: Iterable[Tokens], block: int, prefix: Sequence[int]) -
     for text in texts:
         for start in range(0, len(text.ids), room):
             if len(text.ids) - start > 1:
-                yield _row(text.ids[start : start + room], text.scored[start : start + room], prefix)
+                yield _row(
+                    text.ids[start : start + room], text.scored[start : start + room], prefix
+                )
 
 
-def pack_stream(texts: Iterable[Tokens], block: int, prefix: Sequence[int], *, end: int) -> Iterator[Row]:
+def pack_stream(
+    texts: Iterable[Tokens], block: int, prefix: Sequence[int], *, end: int
+) -> Iterator[Row]:
     """Full blocks of all texts joined, with the token ``end`` after each; only the last block may be shorter.
 
     ``end`` is a label where a document of plain text ends, not where a held-out piece was cut out or a conversation ends.
@@ -361,7 +400,10 @@ def pack_stream(texts: Iterable[Tokens], block: int, prefix: Sequence[int], *, e
 
 def _row(ids: npt.NDArray[np.int32], scored: npt.NDArray[np.uint8], prefix: Sequence[int]) -> Row:
     before = np.array(prefix, dtype=np.int32)
-    ids, scored = np.concatenate([before, ids]), np.concatenate([np.zeros(len(before), dtype=np.uint8), scored])
+    ids, scored = (
+        np.concatenate([before, ids]),
+        np.concatenate([np.zeros(len(before), dtype=np.uint8), scored]),
+    )
     scored[0] = 0  # nothing comes before it
     return ids, scored
 
@@ -382,7 +424,9 @@ class _Answers:
                 self.dropped += start >= self.block
                 self.shortened += start < self.block < end
                 self.kept += start < self.block
-            yield Tokens(text.ids[: self.block], text.scored[: self.block], text.answers, text.says_end)
+            yield Tokens(
+                text.ids[: self.block], text.scored[: self.block], text.answers, text.says_end
+            )
 
     def say(self, name: str) -> None:
         if self.dropped or self.shortened:
@@ -426,7 +470,9 @@ class _Split:
         return self.seen % self.data.heldout.every == 0
 
 
-def _domain_blocks(domain: Domain, recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> DomainBlocks:
+def _domain_blocks(
+    domain: Domain, recipe: Recipe, tokenizer: PreTrainedTokenizerFast
+) -> DomainBlocks:
     data, paths = recipe.data, sources.text_files(domain.text, folder=recipe.folder)
     form: TextFormat | RowFormat = domain.text.format
     key = fingerprint(
@@ -445,15 +491,25 @@ def _domain_blocks(domain: Domain, recipe: Recipe, tokenizer: PreTrainedTokenize
     folder = sources.cache_folder() / "tokens" / key[:16]
 
     def make(out: Path) -> dict[str, Any]:
-        say(f"  {domain.name}: tokenising {len(paths)} file{'s' * (len(paths) > 1)}, once, into the cache")
+        say(
+            f"  {domain.name}: tokenising {len(paths)} file{'s' * (len(paths) > 1)}, once, into the cache"
+        )
         return _write_blocks(out, domain, paths, data, tokenizer)
 
     make_once(folder, kind="tokens", key=key, parents={}, make=make, recipe=recipe)
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("train_ids", "train_scored")}
+    arrays = {
+        name: np.load(folder / f"{name}.npy", mmap_mode="r")
+        for name in ("train_ids", "train_scored")
+    }
     arrays |= {name: np.load(folder / f"{name}.npy") for name in ("train_lengths", *_HELDOUT)}
     heldout = Blocks(*(arrays[name] for name in _HELDOUT))
     return DomainBlocks(
-        domain.name, domain.weight, arrays["train_ids"], arrays["train_scored"], arrays["train_lengths"], heldout
+        domain.name,
+        domain.weight,
+        arrays["train_ids"],
+        arrays["train_scored"],
+        arrays["train_lengths"],
+        heldout,
     )
 
 
@@ -461,7 +517,11 @@ _HELDOUT = ("heldout_ids", "heldout_lengths", "heldout_bytes", "heldout_scored")
 
 
 def _write_blocks(
-    folder: Path, domain: Domain, paths: Sequence[Path], data: Data, tokenizer: PreTrainedTokenizerFast
+    folder: Path,
+    domain: Domain,
+    paths: Sequence[Path],
+    data: Data,
+    tokenizer: PreTrainedTokenizerFast,
 ) -> dict[str, Any]:
     """Fill ``folder`` with one .npy an array of `DomainBlocks`; memory holds the held-out text and one batch of the rest."""
     form: TextFormat | RowFormat = domain.text.format
@@ -469,7 +529,10 @@ def _write_blocks(
     prefix = [] if chat else special_prefix(tokenizer)  # a chat template writes its own
     split, answers = _Split(data), _Answers(data.block)
     found: Iterable[str | Piece] = itertools.chain.from_iterable(
-        conversations(path, form, tokenizer) if isinstance(form, ChatRows) else documents(path, form) for path in paths
+        conversations(path, form, tokenizer)
+        if isinstance(form, ChatRows)
+        else documents(path, form)
+        for path in paths
     )
     train = tokenise(split.train(found), tokenizer)
     if data.packing == "stream":
@@ -479,7 +542,9 @@ def _write_blocks(
     lengths = _write_rows(folder, (row for row in rows if row[1].any()), data.block)
     heldout = tokenise(split.heldout, tokenizer)
     heldout_rows = [
-        row for row in pack_documents(answers.cut(heldout) if chat else heldout, data.block, prefix) if row[1].any()
+        row
+        for row in pack_documents(answers.cut(heldout) if chat else heldout, data.block, prefix)
+        if row[1].any()
     ]
     if not split.seen:
         raise DataError(
@@ -504,24 +569,39 @@ def _write_blocks(
     if not chat:
         heldout_rows = [row for row in heldout_rows if len(row[0]) == data.block] or heldout_rows
     chosen = np.unique(
-        np.linspace(0, len(heldout_rows) - 1, min(data.heldout.blocks, len(heldout_rows))).round().astype(int)
+        np.linspace(0, len(heldout_rows) - 1, min(data.heldout.blocks, len(heldout_rows)))
+        .round()
+        .astype(int)
     )
-    arrays = _heldout_arrays([heldout_rows[i] for i in chosen], data.block, tokenizer, skip_special_tokens=chat)
+    arrays = _heldout_arrays(
+        [heldout_rows[i] for i in chosen], data.block, tokenizer, skip_special_tokens=chat
+    )
     for name, array in {"train_lengths": lengths, **arrays}.items():
         np.save(folder / f"{name}.npy", array)
     return {
         "train_blocks": len(lengths),
         "train_tokens": int(lengths.sum()),
         "heldout_blocks": len(chosen),
-        "answers": {"kept": answers.kept, "shortened": answers.shortened, "dropped": answers.dropped} if chat else None,
+        "answers": {
+            "kept": answers.kept,
+            "shortened": answers.shortened,
+            "dropped": answers.dropped,
+        }
+        if chat
+        else None,
     }
 
 
 def _heldout_arrays(
-    rows: Sequence[Row], block: int, tokenizer: PreTrainedTokenizerFast, *, skip_special_tokens: bool
+    rows: Sequence[Row],
+    block: int,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    skip_special_tokens: bool,
 ) -> dict[str, npt.NDArray[Any]]:
     texts = [
-        tokenizer.decode(ids[scored == 1].tolist(), skip_special_tokens=skip_special_tokens) for ids, scored in rows
+        tokenizer.decode(ids[scored == 1].tolist(), skip_special_tokens=skip_special_tokens)
+        for ids, scored in rows
     ]
     values = (
         np.stack([_padded(ids, block) for ids, _ in rows]),
@@ -554,7 +634,9 @@ def _write_rows(folder: Path, rows: Iterable[Row], block: int) -> npt.NDArray[np
 def _write_header(file: IO[bytes], kind: np.dtype[Any], shape: tuple[int, int]) -> None:
     # numpy leaves room for the first axis to grow, so the header can be written again once the rows are counted.
     file.seek(0)
-    np.lib.format.write_array_header_1_0(file, {"descr": kind.str, "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": kind.str, "fortran_order": False, "shape": shape}
+    )
 
 
 def _padded(values: npt.NDArray[Any], block: int) -> npt.NDArray[Any]:
@@ -565,5 +647,7 @@ def _padded(values: npt.NDArray[Any], block: int) -> npt.NDArray[Any]:
 
 def _end_of_text(tokenizer: PreTrainedTokenizerFast) -> int:
     if not isinstance(tokenizer.eos_token_id, int):
-        raise DataError("data.packing: stream: the tokenizer has no end-of-text token; use packing: document.")
+        raise DataError(
+            "data.packing: stream: the tokenizer has no end-of-text token; use packing: document."
+        )
     return tokenizer.eos_token_id

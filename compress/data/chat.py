@@ -25,7 +25,9 @@ def check_messages(value: Any, where: str) -> Messages:
     """``value`` as a conversation. Raises `DataError` naming ``where`` and the message that is none."""
     if not isinstance(value, list) or not value:
         found = "an empty list" if value == [] else type(value).__name__
-        raise DataError(f"{where}: expected a list of messages, found {found}; set format.field to the right key.")
+        raise DataError(
+            f"{where}: expected a list of messages, found {found}; set format.field to the right key."
+        )
     messages = []
     for number, message in enumerate(value, start=1):
         for key in ("role", "content"):
@@ -49,7 +51,9 @@ def chat_template(tokenizer: PreTrainedTokenizerFast) -> str:
         ) from None
 
 
-def render(messages: Messages, tokenizer: PreTrainedTokenizerFast, template: str, where: str) -> tuple[str, list[Span]]:
+def render(
+    messages: Messages, tokenizer: PreTrainedTokenizerFast, template: str, where: str
+) -> tuple[str, list[Span]]:
     """The conversation as text, and the span of every answer with the token that ends its turn.
 
     Spans come from the template's ``{% generation %}`` marks where it has them. Else the conversation is rendered twice, the
@@ -64,7 +68,11 @@ def render(messages: Messages, tokenizer: PreTrainedTokenizerFast, template: str
     names = [_MARK.format(index) for index in range(len(answers))]
     replacing = iter(names)
     blank = [{**m, "content": next(replacing)} if m["role"] == "assistant" else m for m in messages]
-    between = re.split("|".join(names), _rendered(blank, tokenizer, template, where)[0]) if names else [text]
+    between = (
+        re.split("|".join(names), _rendered(blank, tokenizer, template, where)[0])
+        if names
+        else [text]
+    )
     found = _between(text, between, answers) if len(between) == len(names) + 1 else None
     if found is None:
         raise DataError(
@@ -72,7 +80,9 @@ def render(messages: Messages, tokenizer: PreTrainedTokenizerFast, template: str
             "Put {% generation %} and {% endgeneration %} around the answer in the template, or leave the row out."
         )
     turn_end = _turn_end(tokenizer)
-    return text, [(start, m.end() if (m := turn_end.match(text, end)) else end) for start, end in found]
+    return text, [
+        (start, m.end() if (m := turn_end.match(text, end)) else end) for start, end in found
+    ]
 
 
 def _between(text: str, between: Sequence[str], answers: Sequence[str]) -> list[Span] | None:
@@ -84,7 +94,9 @@ def _between(text: str, between: Sequence[str], answers: Sequence[str]) -> list[
         last = index == len(answers) - 1
         for candidate in (answer, answer.strip(), answer.lstrip(), answer.rstrip()):
             end = at + len(candidate)
-            if text.startswith(candidate + after, at) and (not last or end + len(after) == len(text)):
+            if text.startswith(candidate + after, at) and (
+                not last or end + len(after) == len(text)
+            ):
                 break
         else:  # the template made something else of it, such as leaving out the reasoning of earlier turns
             end = len(text) - len(after) if last else text.find(after, at)
@@ -100,11 +112,18 @@ def _turn_end(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
     special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
     if not special:
         return re.compile(r"(?!)")  # matches nothing
-    return re.compile(r"\s*(?:" + "|".join(re.escape(s) for s in sorted(special, key=len, reverse=True)) + ")")
+    return re.compile(
+        r"\s*(?:" + "|".join(re.escape(s) for s in sorted(special, key=len, reverse=True)) + ")"
+    )
 
 
 def _rendered(
-    messages: Messages, tokenizer: PreTrainedTokenizerFast, template: str, where: str, *, marks: bool = False
+    messages: Messages,
+    tokenizer: PreTrainedTokenizerFast,
+    template: str,
+    where: str,
+    *,
+    marks: bool = False,
 ) -> tuple[str, list[Span]]:
     try:
         texts, spans = render_jinja_template(

@@ -21,14 +21,20 @@ from limbeck.contract.progress import say
 from limbeck.contract.recipe import ChatRows, TextSource
 from limbeck.contract.recipe.encoder import ClassificationRecipe, EncoderRecipe
 
-_CHARS = 32  # of a document read for each token wanted: what comes after is cut off whatever it says
-_TOKENISED = 512  # texts at a time: what the tokenizer makes of one beside its ids is many times as large
+_CHARS = (
+    32  # of a document read for each token wanted: what comes after is cut off whatever it says
+)
+_TOKENISED = (
+    512  # texts at a time: what the tokenizer makes of one beside its ids is many times as large
+)
 
 Indices = npt.NDArray[np.int64]
 Row = tuple[int, ...]  # token ids
 
 
-def load_examples(recipe: EncoderRecipe, tokenizer: PreTrainedTokenizerFast) -> tuple[Examples, Examples]:
+def load_examples(
+    recipe: EncoderRecipe, tokenizer: PreTrainedTokenizerFast
+) -> tuple[Examples, Examples]:
     """Training and held-out examples. Raises `DataError` for missing, empty or too little text."""
     train: list[tuple[Row, int]] = []
     heldout: list[tuple[Row, int]] = []
@@ -38,7 +44,9 @@ def load_examples(recipe: EncoderRecipe, tokenizer: PreTrainedTokenizerFast) -> 
         tokens = _tokenise(texts, tokenizer, recipe.data.max_tokens)
         fresh = [row for row in dict.fromkeys(tokens) if row not in seen]
         if len(fresh) < len(tokens):
-            say(f"  {name}: {len(tokens) - len(fresh)} of {len(tokens)} texts repeat another and are left out")
+            say(
+                f"  {name}: {len(tokens) - len(fresh)} of {len(tokens)} texts repeat another and are left out"
+            )
         seen.update(fresh)
         chosen = [fresh[i] for i in _spread(len(fresh), most)]
         kept = chosen[every - 1 :: every]
@@ -68,23 +76,37 @@ def _texts(recipe: EncoderRecipe) -> Iterator[tuple[str, str, list[str], int | N
             yield f"data.classes.{index}", group.name, list(found), group.most
         return
     for index, domain in enumerate(recipe.data.domains):
-        cut = (pieces(document, length=recipe.data.piece_chars) for document in _documents(domain.text, recipe.folder))
+        cut = (
+            pieces(document, length=recipe.data.piece_chars)
+            for document in _documents(domain.text, recipe.folder)
+        )
         found = (piece.strip() for piece in itertools.chain.from_iterable(cut))
-        yield f"data.domains.{index}", domain.name, [piece for piece in found if piece], recipe.data.most
+        yield (
+            f"data.domains.{index}",
+            domain.name,
+            [piece for piece in found if piece],
+            recipe.data.most,
+        )
 
 
 def _documents(source: TextSource, folder: Path) -> Iterator[str]:
     form = source.format
     if isinstance(form, ChatRows):
-        raise DataError("format: chat is for language models; name the field that holds an example's text.")
+        raise DataError(
+            "format: chat is for language models; name the field that holds an example's text."
+        )
     for path in sources.text_files(source, folder=folder):
         yield from documents(path, form)
 
 
-def _tokenise(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> list[Row]:
+def _tokenise(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_tokens: int
+) -> list[Row]:
     rows: list[Row] = []
     for at in range(0, len(texts), _TOKENISED):
-        found = tokenizer(list(texts[at : at + _TOKENISED]), truncation=True, max_length=max_tokens)["input_ids"]
+        found = tokenizer(
+            list(texts[at : at + _TOKENISED]), truncation=True, max_length=max_tokens
+        )["input_ids"]
         rows += [tuple(row) for row in found if row]
     return rows
 

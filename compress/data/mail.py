@@ -21,12 +21,26 @@ def subject_and_body(message: str | bytes) -> str:
     """
     # Old archives begin with the line by which a mailbox file parts messages.
     if isinstance(message, str):
-        parsed = email.message_from_string(re.sub(r"\AFrom .*\n", "", message), policy=email.policy.compat32)
+        parsed = email.message_from_string(
+            re.sub(r"\AFrom .*\n", "", message), policy=email.policy.compat32
+        )
     else:
-        parsed = email.message_from_bytes(re.sub(rb"\AFrom .*\n", b"", message), policy=email.policy.compat32)
-    parts = [part for part in parsed.walk() if part.get_content_maintype() == "text" and not part.get_filename()]
-    plain = [text for part in parts if part.get_content_subtype() != "html" and (text := _decoded(part)).strip()]
-    marked = [_without_markup(_decoded(part)) for part in parts if part.get_content_subtype() == "html"]
+        parsed = email.message_from_bytes(
+            re.sub(rb"\AFrom .*\n", b"", message), policy=email.policy.compat32
+        )
+    parts = [
+        part
+        for part in parsed.walk()
+        if part.get_content_maintype() == "text" and not part.get_filename()
+    ]
+    plain = [
+        text
+        for part in parts
+        if part.get_content_subtype() != "html" and (text := _decoded(part)).strip()
+    ]
+    marked = [
+        _without_markup(_decoded(part)) for part in parts if part.get_content_subtype() == "html"
+    ]
     body = "\n".join(plain or marked)
     return f"{_subject(parsed)}\n\n{_squeezed(body).strip()}".strip()
 
@@ -35,7 +49,9 @@ def _subject(message: Message) -> str:
     raw = str(message.get("Subject") or "")
     try:
         found = email.policy.default.header_factory("subject", raw)
-    except Exception:  # the standard library's header parser has bugs that only malformed headers meet
+    except (
+        Exception
+    ):  # the standard library's header parser has bugs that only malformed headers meet
         return " ".join(raw.split())
     return " ".join(str(found).split())
 

@@ -59,7 +59,9 @@ def meta_encoder(config: Any, task: str) -> Any:
             return auto.from_config(config, dtype=torch.float32)
     except BAD_CONFIG as error:
         reason = str(error).partition("\n")[0]
-        raise ModelError(f"{config.model_type}: transformers cannot build it for {task}: {reason}") from error
+        raise ModelError(
+            f"{config.model_type}: transformers cannot build it for {task}: {reason}"
+        ) from error
 
 
 def describe_encoder(config: Any, *, name: str, recipe: EncoderRecipe) -> EncoderShape:
@@ -84,7 +86,9 @@ def encoder_student_config(recipe: EncoderRecipe, *, base: Any, vocabulary: int)
         case FreshEncoder(config=fields):
             config = random_config(fields, vocab_size=vocabulary, where="student.config")
     return (
-        labelled(config, [c.name for c in recipe.data.classes]) if isinstance(recipe, ClassificationRecipe) else config
+        labelled(config, [c.name for c in recipe.data.classes])
+        if isinstance(recipe, ClassificationRecipe)
+        else config
     )
 
 
@@ -101,19 +105,30 @@ def encoder_footprint(
     trained = student.parameters
     if recipe.task == "embedding":
         trained += sum(student.width * t.width for t in teachers)  # projections
-    mine = trace_encoder(student, rows=config.batch, length=length, precision=precision, trains=True)
+    mine = trace_encoder(
+        student, rows=config.batch, length=length, precision=precision, trains=True
+    )
     measured = trace_encoder(student, rows=ROWS, length=length, precision="fp32", trains=False)
-    theirs = [trace_encoder(t, rows=ROWS, length=length, precision="fp32", trains=False) for t in teachers]
+    theirs = [
+        trace_encoder(t, rows=ROWS, length=length, precision="fp32", trains=False) for t in teachers
+    ]
 
     steps, (train, heldout) = config.examples // config.batch, example_counts(recipe)
     measurements = 1 + (steps - 1) // config.evaluate_every
-    operations = steps * (mine.forward + mine.backward) + measurements * heldout * measured.forward / ROWS
+    operations = (
+        steps * (mine.forward + mine.backward) + measurements * heldout * measured.forward / ROWS
+    )
     operations += sum((train + heldout) * t.forward / ROWS for t in theirs)
 
-    numbers = [len(recipe.data.classes) if isinstance(recipe, ClassificationRecipe) else t.width for t in teachers]
+    numbers = [
+        len(recipe.data.classes) if isinstance(recipe, ClassificationRecipe) else t.width
+        for t in teachers
+    ]
     said = 4 * (train + heldout) * sum(numbers)
     weights = student.weights + 4 * (trained - student.parameters)
-    loop = max(mine.kept, mine.backward_peak, measured.forward_peak, 4 * _TEMPORARIES * student.largest)
+    loop = max(
+        mine.kept, mine.backward_peak, measured.forward_peak, 4 * _TEMPORARIES * student.largest
+    )
     moments = [Memory(said, weights, 12 * trained, loop, 0, "training")]
     if steps > config.checkpoint_every:  # which copies what is trained
         moments.append(Memory(said, weights, 16 * trained, 0, 0, "saving a checkpoint"))
@@ -124,7 +139,9 @@ def encoder_footprint(
     if base is not None and isinstance(recipe.student, EncoderShrinkStudent):
         moments.append(Memory(0, base.weights + student.weights, 0, 0, 0, "shrinking"))
     # The student as it is saved is loaded and measured once more, beside what was trained and its last gradients.
-    moments.append(Memory(said, weights + student.weights, 4 * trained, measured.forward_peak, 0, "saving"))
+    moments.append(
+        Memory(said, weights + student.weights, 4 * trained, measured.forward_peak, 0, "saving")
+    )
     return Footprint(trained, max(moments, key=lambda m: m.total), 0, operations)
 
 
@@ -137,24 +154,39 @@ def example_counts(recipe: EncoderRecipe) -> tuple[int, int]:
     else:
         taken = [recipe.data.most] * len(recipe.data.domains)
     train = sum(looked if most is None else most - most // held.every for most in taken)
-    heldout = sum(held.most if most is None else min(held.most, most // held.every) for most in taken)
+    heldout = sum(
+        held.most if most is None else min(held.most, most // held.every) for most in taken
+    )
     return min(train, looked), heldout
 
 
-def trace_encoder(shape: EncoderShape, *, rows: int, length: int, precision: str, trains: bool) -> Trace:
+def trace_encoder(
+    shape: EncoderShape, *, rows: int, length: int, precision: str, trains: bool
+) -> Trace:
     """One batch of ``rows`` examples of ``length`` tokens through all layers of ``shape``."""
 
     def trace_of(layers: int) -> Trace:
-        model = meta_encoder(resized(shape.config, layers=layers), shape.task).requires_grad_(trains)
+        model = meta_encoder(resized(shape.config, layers=layers), shape.task).requires_grad_(
+            trains
+        )
         return trace_model(
-            model, lambda m, ids: _answers(m, ids, shape.task, precision), rows=rows, length=length, trains=trains
+            model,
+            lambda m, ids: _answers(m, ids, shape.task, precision),
+            rows=rows,
+            length=length,
+            trains=trains,
         )
 
     return on_a_line(shape.layers, trace_of)
 
 
 def measure_encoder_speed(
-    recipe: EncoderRecipe, shape: EncoderShape, *, seconds: float, precision: str, device: torch.device
+    recipe: EncoderRecipe,
+    shape: EncoderShape,
+    *,
+    seconds: float,
+    precision: str,
+    device: torch.device,
 ) -> float:
     """Operations a second of the student's layers here, forward and backward, in a trial of about ``seconds``."""
     prepare_host(recipe.training.threads)
@@ -163,7 +195,9 @@ def measure_encoder_speed(
     small.pad_token_id = min(small.pad_token_id or 0, TRIAL_VOCABULARY - 1)
     auto = AutoModelForSequenceClassification if shape.task == "classification" else AutoModel
     model = auto.from_config(small, dtype=torch.float32).to(device).train()
-    ids = torch.ones((recipe.training.batch, recipe.data.max_tokens), dtype=torch.int64, device=device)
+    ids = torch.ones(
+        (recipe.training.batch, recipe.data.max_tokens), dtype=torch.int64, device=device
+    )
 
     def step() -> None:
         answers = _answers(model, ids, shape.task, precision)
@@ -175,7 +209,11 @@ def measure_encoder_speed(
 
 def _answers(model: Any, ids_RL: Tensor, task: str, precision: str) -> Tensor:
     mask_RL = torch.ones_like(ids_RL)
-    mixed = torch.autocast(ids_RL.device.type, DTYPES[precision]) if precision != "fp32" else contextlib.nullcontext()
+    mixed = (
+        torch.autocast(ids_RL.device.type, DTYPES[precision])
+        if precision != "fp32"
+        else contextlib.nullcontext()
+    )
     with mixed:
         if task == "classification":
             logits: Tensor = model(input_ids=ids_RL, attention_mask=mask_RL).logits.float()

@@ -25,7 +25,15 @@ from compress.models.shrink import shrunk_config
 from compress.models.students import with_lora
 from compress.teachers.live import Body, causal_lm
 from limbeck.contract.errors import ModelError
-from limbeck.contract.recipe import FreshStudent, HiddenCache, LoraStudent, NoCache, Recipe, ShrinkStudent, TopkCache
+from limbeck.contract.recipe import (
+    FreshStudent,
+    HiddenCache,
+    LoraStudent,
+    NoCache,
+    Recipe,
+    ShrinkStudent,
+    TopkCache,
+)
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _EVALUATED = 4  # blocks in one batch of held-out text
@@ -114,12 +122,20 @@ def student_config(recipe: Recipe, *, base: Any, vocabulary: int) -> Any:
 def lora_parameters(config: Any, student: LoraStudent) -> int:
     """Trainable parameters of the adapters of ``student`` on the configuration."""
     with torch.device("meta"):
-        model = with_lora(AutoModelForCausalLM.from_config(config, dtype=torch.float32), student, seed=0)
+        model = with_lora(
+            AutoModelForCausalLM.from_config(config, dtype=torch.float32), student, seed=0
+        )
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def footprint(
-    recipe: Recipe, *, student: Shape, base: Shape | None, teachers: Sequence[TeacherShape], precision: str, blocks: int
+    recipe: Recipe,
+    *,
+    student: Shape,
+    base: Shape | None,
+    teachers: Sequence[TeacherShape],
+    precision: str,
+    blocks: int,
 ) -> Footprint:
     """What training takes, from the sizes of student and teachers, computing in ``precision`` (fp32, bf16).
 
@@ -129,13 +145,20 @@ def footprint(
     tokens = config.micro_batch * recipe.data.block
     cached = not isinstance(config.teacher_cache, NoCache)
     pairs = _pairs(recipe, student, teachers)
-    projections = sum(len(p) * student.width * t.shape.width for t, p in zip(teachers, pairs, strict=True))
-    adapters = lora_parameters(student.config, recipe.student) if isinstance(recipe.student, LoraStudent) else 0
+    projections = sum(
+        len(p) * student.width * t.shape.width for t, p in zip(teachers, pairs, strict=True)
+    )
+    adapters = (
+        lora_parameters(student.config, recipe.student)
+        if isinstance(recipe.student, LoraStudent)
+        else 0
+    )
     trained = (adapters if lora else student.parameters) + projections
 
     mine = trace_line(student, recipe, rows=config.micro_batch, precision=precision)
     theirs = [
-        _teacher_trace(t, recipe, precision=precision, states=bool(p)) for t, p in zip(teachers, pairs, strict=True)
+        _teacher_trace(t, recipe, precision=precision, states=bool(p))
+        for t, p in zip(teachers, pairs, strict=True)
     ]
     cached_tokens = blocks * recipe.data.block + _heldout_tokens(recipe)
     operations = _operations(recipe, student, mine, teachers, theirs, cached_tokens)
@@ -143,7 +166,11 @@ def footprint(
     # Heads are cast once to the number type of the forward pass.
     compute = _BYTES[precision]
     places = {t.place: t for t in teachers}
-    heads = sum(t.shape.width * t.shape.vocabulary * compute for t in places.values() if cached or t.dtype != precision)
+    heads = sum(
+        t.shape.width * t.shape.vocabulary * compute
+        for t in places.values()
+        if cached or t.dtype != precision
+    )
     bodies = sum(_body(t, compute) for t in places.values())
     bodies += sum(4 * t.adapter for t in teachers)
     quantize = recipe.student.quantize if isinstance(recipe.student, LoraStudent) else "none"
@@ -151,32 +178,54 @@ def footprint(
     if _is_cast(recipe) and quantize == "none":
         weights -= student.linear * (4 - compute)
     head = student.width * student.vocabulary * compute if precision != "fp32" else 0
-    said = sum(tokens * t.shape.width * (compute + len(p) * 4) for t, p in zip(teachers, pairs, strict=True))
-    aligned = sum(tokens * t.shape.width * 4 * len(p) * 4 for t, p in zip(teachers, pairs, strict=True))
+    said = sum(
+        tokens * t.shape.width * (compute + len(p) * 4)
+        for t, p in zip(teachers, pairs, strict=True)
+    )
+    aligned = sum(
+        tokens * t.shape.width * 4 * len(p) * 4 for t, p in zip(teachers, pairs, strict=True)
+    )
     logits = _logits(recipe, student, len(teachers), compute)
     if not lora:
         logits += student.width * student.vocabulary * 4  # gradient of the head, summed over chunks
     teacher_peak = 0 if cached else max((t.forward_peak for t in theirs), default=0)
-    activations = max(mine.kept + said + aligned, mine.backward_peak - logits + said, teacher_peak - logits)
+    activations = max(
+        mine.kept + said + aligned, mine.backward_peak - logits + said, teacher_peak - logits
+    )
     best = 4 * trained
     # The cache is mapped from disk: its pages are given back when memory is short, and a card gets a micro-batch of it at a time.
     kept_teachers = heads if cached else bodies + heads
-    moments = [Memory(kept_teachers, weights + head, 12 * trained + best, activations, logits, "training")]
+    moments = [
+        Memory(kept_teachers, weights + head, 12 * trained + best, activations, logits, "training")
+    ]
     if cached:
         filling = max(t.forward_peak for t in theirs)
         moments.append(Memory(bodies + heads, weights + head, 0, filling, 0, "filling the cache"))
     if base is not None and isinstance(recipe.student, ShrinkStudent):
         moments.append(Memory(0, base.weights() + weights, 0, 0, 0, "shrinking"))
     again = student.weights()  # the student as it is saved is loaded and measured once more
-    scored = trace_line(student, None, rows=_EVALUATED, length=recipe.data.block, precision="fp32").forward_peak
+    scored = trace_line(
+        student, None, rows=_EVALUATED, length=recipe.data.block, precision="fp32"
+    ).forward_peak
     moments.append(Memory(kept_teachers, weights + head + again, 2 * best, scored, 0, "saving"))
     if lora:  # the adapters are merged into the base as it is on disk
-        moments.append(Memory(kept_teachers, weights + head + again + 4 * student.linear, 2 * best, 0, 0, "merging"))
+        moments.append(
+            Memory(
+                kept_teachers,
+                weights + head + again + 4 * student.linear,
+                2 * best,
+                0,
+                0,
+                "merging",
+            )
+        )
     cache_bytes = _cache_bytes(recipe, teachers, pairs, cached_tokens)
     return Footprint(trained, max(moments, key=lambda m: m.total), cache_bytes, operations)
 
 
-def measure_speed(recipe: Recipe, config: Any, *, seconds: float, precision: str, device: torch.device) -> float:
+def measure_speed(
+    recipe: Recipe, config: Any, *, seconds: float, precision: str, device: torch.device
+) -> float:
     """Operations a second of the student's layers here, forward and backward, in a trial of about ``seconds``."""
     prepare_host(recipe.training.threads)
     small = resized(config, layers=2)
@@ -184,7 +233,9 @@ def measure_speed(recipe: Recipe, config: Any, *, seconds: float, precision: str
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(small, name, None)  # they may lie past the smaller vocabulary
     model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).to(device)
-    ids = torch.zeros((recipe.training.micro_batch, recipe.data.block), dtype=torch.int64, device=device)
+    ids = torch.zeros(
+        (recipe.training.micro_batch, recipe.data.block), dtype=torch.int64, device=device
+    )
 
     def step() -> None:
         hidden = _hidden(model, ids, precision)
@@ -198,15 +249,24 @@ def measure_speed(recipe: Recipe, config: Any, *, seconds: float, precision: str
 
 
 def trace_line(
-    shape: Shape, recipe: Recipe | None, *, rows: int, precision: str, length: int = 0, states: bool = False
+    shape: Shape,
+    recipe: Recipe | None,
+    *,
+    rows: int,
+    precision: str,
+    length: int = 0,
+    states: bool = False,
 ) -> Trace:
     """One micro-batch through all layers of ``shape``: forward and backward of the recipe's student, or a teacher's forward."""
     return on_a_line(
-        shape.layers, lambda n: _trace(resized(shape.config, layers=n), recipe, rows, length, precision, states)
+        shape.layers,
+        lambda n: _trace(resized(shape.config, layers=n), recipe, rows, length, precision, states),
     )
 
 
-def _trace(config: Any, recipe: Recipe | None, rows: int, length: int, precision: str, states: bool) -> Trace:
+def _trace(
+    config: Any, recipe: Recipe | None, rows: int, length: int, precision: str, states: bool
+) -> Trace:
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.requires_grad_(recipe is not None)
@@ -231,7 +291,11 @@ def _trace(config: Any, recipe: Recipe | None, rows: int, length: int, precision
 def _hidden(model: Any, ids: Tensor, precision: str, *, states: bool = False) -> Any:
     lm = causal_lm(model)
     body = getattr(lm, lm.base_model_prefix)
-    mixed = torch.autocast(ids.device.type, DTYPES[precision]) if precision != "fp32" else contextlib.nullcontext()
+    mixed = (
+        torch.autocast(ids.device.type, DTYPES[precision])
+        if precision != "fp32"
+        else contextlib.nullcontext()
+    )
     with mixed:
         return body(input_ids=ids, use_cache=False, output_hidden_states=states).last_hidden_state
 
@@ -267,11 +331,14 @@ def _body(teacher: TeacherShape, compute: int) -> int:
     return size - teacher.shape.linear * (4 - compute) if cast else size
 
 
-def _pairs(recipe: Recipe, student: Shape, teachers: Sequence[TeacherShape]) -> list[list[tuple[int, int]]]:
+def _pairs(
+    recipe: Recipe, student: Shape, teachers: Sequence[TeacherShape]
+) -> list[list[tuple[int, int]]]:
     if recipe.features.weight == 0:
         return [[] for _ in teachers]
     return [
-        layer_pairs(recipe.features, student_layers=student.layers, teacher_layers=t.shape.layers) for t in teachers
+        layer_pairs(recipe.features, student_layers=student.layers, teacher_layers=t.shape.layers)
+        for t in teachers
     ]
 
 
@@ -280,7 +347,9 @@ def _logits(recipe: Recipe, student: Shape, teachers: int, compute: int) -> int:
     label_positions = recipe.training.micro_batch * (recipe.data.block - 1)
     chunk = min(recipe.fusion.chunk, label_positions) * student.vocabulary
     device = recipe.training.device
-    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())  # where a block is the chunk
+    on_gpu = device == "cuda" or (
+        device == "auto" and torch.cuda.is_available()
+    )  # where a block is the chunk
     return (teachers + 2) * chunk * compute + 8 * (chunk if on_gpu else min(CACHED, chunk)) * 4
 
 
@@ -289,7 +358,10 @@ def _heldout_tokens(recipe: Recipe) -> int:
 
 
 def _cache_bytes(
-    recipe: Recipe, teachers: Sequence[TeacherShape], pairs: Sequence[Sequence[tuple[int, int]]], tokens: int
+    recipe: Recipe,
+    teachers: Sequence[TeacherShape],
+    pairs: Sequence[Sequence[tuple[int, int]]],
+    tokens: int,
 ) -> int:
     heads = sum(_BYTES[t.dtype] * t.shape.width * t.shape.vocabulary for t in teachers)
     match recipe.training.teacher_cache:
@@ -320,7 +392,10 @@ def _operations(
     config = recipe.training
     tokens = config.tokens or 0
     micro = config.micro_batch * recipe.data.block
-    heldout, measurements = _heldout_tokens(recipe), 2 + (tokens // config.batch_tokens) // config.evaluate_every
+    heldout, measurements = (
+        _heldout_tokens(recipe),
+        2 + (tokens // config.batch_tokens) // config.evaluate_every,
+    )
     head = 2 * student.width * student.vocabulary
     trains_head = not isinstance(recipe.student, LoraStudent)
     step = (mine.forward + mine.backward) / micro + head * (3 if trains_head else 2)

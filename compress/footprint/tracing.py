@@ -33,7 +33,9 @@ class Trace:
     backward_peak: int
 
 
-def trace_model(model: Any, run: Callable[[Any, Tensor], Tensor], *, rows: int, length: int, trains: bool) -> Trace:
+def trace_model(
+    model: Any, run: Callable[[Any, Tensor], Tensor], *, rows: int, length: int, trains: bool
+) -> Trace:
     """``run`` on ``model``, which is on the meta device, and token ids ``[rows, length]``; and backward where it ``trains``."""
     with FakeTensorMode():
         _on_the_cpu(model)
@@ -49,7 +51,9 @@ def trace_model(model: Any, run: Callable[[Any, Tensor], Tensor], *, rows: int, 
             live.peak = live.now
             if trains:
                 said.backward(torch.empty_like(said))
-            return Trace(forward, counter.get_total_flops() - forward, kept, forward_peak, live.peak)
+            return Trace(
+                forward, counter.get_total_flops() - forward, kept, forward_peak, live.peak
+            )
 
 
 def on_a_line(layers: int, trace_of: Callable[[int], Trace]) -> Trace:
@@ -64,7 +68,11 @@ def on_a_line(layers: int, trace_of: Callable[[int], Trace]) -> Trace:
         first, second = (getattr(t, name) for t in traces)
         return float(first + (second - first) * steps)
 
-    return Trace(at("forward"), at("backward"), *(round(at(n)) for n in ("kept", "forward_peak", "backward_peak")))
+    return Trace(
+        at("forward"),
+        at("backward"),
+        *(round(at(n)) for n in ("kept", "forward_peak", "backward_peak")),
+    )
 
 
 def resized(config: Any, *, layers: int) -> Any:
@@ -129,7 +137,10 @@ def _on_the_cpu(model: Any) -> None:
                 if id(value) not in made:  # tied ones stay tied
                     fake = torch.empty(value.shape, dtype=value.dtype, device="cpu")
                     trained = isinstance(value, nn.Parameter)
-                    made[id(value)] = value, nn.Parameter(fake, value.requires_grad) if trained else fake
+                    made[id(value)] = (
+                        value,
+                        nn.Parameter(fake, value.requires_grad) if trained else fake,
+                    )
                 kind[name] = made[id(value)][1]
 
 

@@ -36,8 +36,15 @@ def short_attention(
     (R, H, L, d), G = query_RHLd.shape, key_RGLd.shape[1]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     square = 1 < L <= LONGEST and key_RGLd.shape[2] == L
-    plain = causal and attention_mask is None and not dropout and all(options.get(name) is None for name in _SPECIAL)
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query_RHLd.dtype
+    plain = (
+        causal
+        and attention_mask is None
+        and not dropout
+        and all(options.get(name) is None for name in _SPECIAL)
+    )
+    dtype = (
+        torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query_RHLd.dtype
+    )
     if not (square and plain and dtype == torch.bfloat16 and query_RHLd.device.type == "cpu"):
         fused: tuple[Tensor, None] = sdpa_attention_forward(
             module, query_RHLd, key_RGLd, value_RGLd, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **options

@@ -14,7 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from compress.models.language import (
     byte_tokenizer,
@@ -43,7 +48,9 @@ from limbeck.contract.recipe.encoder import (
 )
 from limbeck.runtime.encoder import COUNTS_FROM_PADDING
 
-_FAITHFUL = 1e-4  # largest difference between an ONNX file's output and that of the model read back from it
+_FAITHFUL = (
+    1e-4  # largest difference between an ONNX file's output and that of the model read back from it
+)
 
 
 def encoder_folder(source: AnyEncoderSource, *, folder: Path, product: Path | None = None) -> Path:
@@ -56,13 +63,20 @@ def encoder_folder(source: AnyEncoderSource, *, folder: Path, product: Path | No
             assert product is not None
             return product / "model"
         case RandomModel():
-            key = fingerprint({"random encoder": source.model_dump(mode="json"), "head": "id2label" in source.config})
+            key = fingerprint(
+                {
+                    "random encoder": source.model_dump(mode="json"),
+                    "head": "id2label" in source.config,
+                }
+            )
             return cached(key, lambda out: _make_random(source, out))
         case OnnxModel():
             path = sources.model_path(source, folder=folder)
             assert path is not None
             like = model_folder(source.like, folder=folder)
-            key = fingerprint({"onnx encoder": file_digest(path), "like": file_digest(like / "config.json")})
+            key = fingerprint(
+                {"onnx encoder": file_digest(path), "like": file_digest(like / "config.json")}
+            )
             return cached(key, lambda out: _read_onnx(path, like, out))
         case _:
             return model_folder(source, folder=folder)
@@ -74,7 +88,9 @@ def encoder_config(source: EncoderSource, *, folder: Path) -> Any:
     Raises `ModelError` when it cannot be had.
     """
     if isinstance(source, RandomModel):
-        return random_config(_random_fields(source), vocab_size=len(byte_tokenizer()), where="model.config")
+        return random_config(
+            _random_fields(source), vocab_size=len(byte_tokenizer()), where="model.config"
+        )
     if not isinstance(source, OnnxModel):
         return model_config(source, folder=folder)
     path = sources.model_path(source, folder=folder)
@@ -95,7 +111,9 @@ def require_context(name: str, config: Any, tokens: int) -> None:
     if most and config.model_type in COUNTS_FROM_PADDING:
         most -= (config.pad_token_id or 0) + 1
     if most and tokens > most:
-        raise ModelError(f"data.max_tokens: found {tokens}, but {name} reads {most} at most; choose {most} or less.")
+        raise ModelError(
+            f"data.max_tokens: found {tokens}, but {name} reads {most} at most; choose {most} or less."
+        )
 
 
 def load_body(folder: Path) -> Any:
@@ -108,7 +126,9 @@ def load_classifier(folder: Path, classes: Sequence[str] | None = None) -> Any:
     if classes is None:
         return _load(AutoModelForSequenceClassification, folder, "a classifier")
     what = "an encoder with a classification head"
-    return _load(AutoModelForSequenceClassification, folder, what, fresh=_of_a_head, **_labels(classes))
+    return _load(
+        AutoModelForSequenceClassification, folder, what, fresh=_of_a_head, **_labels(classes)
+    )
 
 
 def class_names(model: Any) -> list[str]:
@@ -141,7 +161,11 @@ def build_student(
             case FreshEncoder(config=config):
                 tokenizer = load_tokenizer(folder)
                 body = random_model(
-                    config, vocab_size=len(tokenizer), seed=seed, where="student.config", auto=AutoModel
+                    config,
+                    vocab_size=len(tokenizer),
+                    seed=seed,
+                    where="student.config",
+                    auto=AutoModel,
                 )
                 body.config.pad_token_id = tokenizer.pad_token_id
                 model = body if classes is None else _with_head(body, classes)
@@ -186,9 +210,13 @@ def _with_head(body: Any, classes: Sequence[str]) -> Any:
     try:
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     except ValueError as error:
-        raise ModelError(f"student: transformers has no classifier of {config.model_type}: {error}") from error
+        raise ModelError(
+            f"student: transformers has no classifier of {config.model_type}: {error}"
+        ) from error
     inner = getattr(model, model.base_model_prefix)
-    missing, _ = inner.load_state_dict(body.state_dict(), strict=False)  # a pooler that the classifier has no use for
+    missing, _ = inner.load_state_dict(
+        body.state_dict(), strict=False
+    )  # a pooler that the classifier has no use for
     assert not [name for name in missing if not name.startswith("pooler.")], missing
     return model
 
@@ -196,7 +224,9 @@ def _with_head(body: Any, classes: Sequence[str]) -> Any:
 def _make_random(source: RandomModel, out: Path) -> dict[str, Any]:
     tokenizer, options = byte_tokenizer(), _random_fields(source)
     auto = AutoModelForSequenceClassification if "id2label" in source.config else AutoModel
-    model = random_model(options, vocab_size=len(tokenizer), seed=source.seed, where="model.config", auto=auto)
+    model = random_model(
+        options, vocab_size=len(tokenizer), seed=source.seed, where="model.config", auto=auto
+    )
     _save(model, tokenizer, out)
     return {"parameters": model.num_parameters()}
 
@@ -220,7 +250,11 @@ def _read_onnx(file: Path, like: Path, out: Path) -> dict[str, Any]:
     say(f"  {file.name}: reading the weights back from ONNX, once, into the cache")
     graph = onnx.load(file).graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
-    found = {_local(name): numpy_helper.to_array(tensor) for name, tensor in tensors.items() if _local(name)}
+    found = {
+        _local(name): numpy_helper.to_array(tensor)
+        for name, tensor in tensors.items()
+        if _local(name)
+    }
     for node in graph.node:
         if node.op_type == "MatMul" and node.input[1] in tensors:
             name = _local(f"{node.name.removesuffix('/MatMul').replace('/', '.')}.weight")
@@ -236,7 +270,9 @@ def _read_onnx(file: Path, like: Path, out: Path) -> dict[str, Any]:
     try:
         missing, _ = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise ModelError(f"{file}: its weights do not fit the configuration of {like}: {str(error)[:300]}") from error
+        raise ModelError(
+            f"{file}: its weights do not fit the configuration of {like}: {str(error)[:300]}"
+        ) from error
     missing = [name for name in missing if not name.startswith("pooler.")]
     if missing or not layers:
         raise ModelError(
@@ -257,7 +293,10 @@ def _layers_named_in(file: Path) -> int:
     """Layers of an ONNX file by the names in it, which lie there as text: protobuf would read the weights as well."""
     found = set[int]()
     if file.stat().st_size:
-        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with (
+            file.open("rb") as opened,
+            mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
             found = {int(match[1]) for match in re.finditer(rb"encoder\.layer\.(\d+)\.", data)}
     if not found:
         raise ModelError(
@@ -279,10 +318,20 @@ def _difference(model: Any, file: Path) -> float:
 
     session = import_onnxruntime().InferenceSession(str(file), providers=["CPUExecutionProvider"])
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 7))
-    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    feeds = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "token_type_ids": np.zeros_like(ids),
+    }
     outputs = session.run(None, {value.name: feeds[value.name] for value in session.get_inputs()})
-    states = model(input_ids=torch.from_numpy(ids), attention_mask=torch.ones(2, 7, dtype=torch.long)).last_hidden_state
-    mine = [states.numpy(), states.mean(1).numpy(), torch.nn.functional.normalize(states.mean(1), dim=-1).numpy()]
+    states = model(
+        input_ids=torch.from_numpy(ids), attention_mask=torch.ones(2, 7, dtype=torch.long)
+    ).last_hidden_state
+    mine = [
+        states.numpy(),
+        states.mean(1).numpy(),
+        torch.nn.functional.normalize(states.mean(1), dim=-1).numpy(),
+    ]
     gaps = [float(np.abs(a - b).max()) for a in outputs for b in mine if a.shape == b.shape]
     return min(gaps, default=float("inf"))
 

@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.pytorch_utils import Conv1D
 
 from limbeck.contract import sources
@@ -25,9 +31,22 @@ from limbeck.contract.errors import EnvironmentalError, ModelError
 from limbeck.contract.loading import load_pretrained
 from limbeck.contract.lock import make_once
 from limbeck.contract.progress import say
-from limbeck.contract.recipe import BaseSource, GgufModel, HubModel, LocalModel, PackageModel, RandomModel, fingerprint
+from limbeck.contract.recipe import (
+    BaseSource,
+    GgufModel,
+    HubModel,
+    LocalModel,
+    PackageModel,
+    RandomModel,
+    fingerprint,
+)
 
-BAD_CONFIG = (ValueError, TypeError, KeyError, StrictDataclassError)  # what transformers raises for impossible sizes
+BAD_CONFIG = (
+    ValueError,
+    TypeError,
+    KeyError,
+    StrictDataclassError,
+)  # what transformers raises for impossible sizes
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -80,7 +99,9 @@ def folder_config(path: Path) -> Any:
 @functools.lru_cache(maxsize=8)
 def _gguf_config(path: Path, _changed: int) -> Any:
     """The configuration in a GGUF file, which takes seconds to read, with its whole vocabulary."""
-    return AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False, local_files_only=True)
+    return AutoConfig.from_pretrained(
+        path.parent, gguf_file=path.name, trust_remote_code=False, local_files_only=True
+    )
 
 
 def load_model(
@@ -102,7 +123,9 @@ def load_model(
             bnb_4bit_compute_dtype=DTYPES[dtype],
         )
         options["device_map"] = {"": device}
-    model: PreTrainedModel = load_pretrained(AutoModelForCausalLM, folder, dtype=DTYPES[dtype], **options)
+    model: PreTrainedModel = load_pretrained(
+        AutoModelForCausalLM, folder, dtype=DTYPES[dtype], **options
+    )
     if quantize == "none":
         model = model.to(device)
     model.requires_grad_(False)
@@ -130,11 +153,15 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Load the fast tokenizer of a plain folder. Raises `ModelError`."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
     except (ValueError, OSError, KeyError) as error:
         raise ModelError(f"{folder}: no tokenizer that transformers can load: {error}") from error
     if not tokenizer.is_fast:
-        raise ModelError(f"{folder}: only a slow tokenizer; save it with a tokenizer.json (a fast tokenizer).")
+        raise ModelError(
+            f"{folder}: only a slow tokenizer; save it with a tokenizer.json (a fast tokenizer)."
+        )
     return tokenizer
 
 
@@ -149,9 +176,12 @@ def require_same_tokenizer(names_and_folders: Mapping[str, Path]) -> None:
         vocabulary = load_tokenizer(folder).get_vocab()
         if vocabulary == reference:
             continue
-        different = sorted(t for t in reference.keys() | vocabulary.keys() if reference.get(t) != vocabulary.get(t))
+        different = sorted(
+            t for t in reference.keys() | vocabulary.keys() if reference.get(t) != vocabulary.get(t)
+        )
         shown = "; ".join(
-            f"{t!r} is {reference.get(t)} in {first} and {vocabulary.get(t)} in {name}" for t in different[:3]
+            f"{t!r} is {reference.get(t)} in {first} and {vocabulary.get(t)} in {name}"
+            for t in different[:3]
         )
         raise ModelError(
             f"{first} and {name} have different tokenizers: {len(different)} of {len(reference.keys() | vocabulary.keys())} tokens "
@@ -181,7 +211,9 @@ def _dequantise(file: Path, out: Path) -> dict[str, Any]:
     say(f"  {file.name}: dequantising to fp32, once, into the cache")
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
-            loaded = load_pretrained(AutoModelForCausalLM, file.parent, gguf_file=file.name, dtype=torch.float32)
+            loaded = load_pretrained(
+                AutoModelForCausalLM, file.parent, gguf_file=file.name, dtype=torch.float32
+            )
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except (ValueError, OSError, KeyError, NotImplementedError) as error:
         raise ModelError(f"{file}: transformers cannot read this GGUF file: {error}") from error
@@ -199,16 +231,27 @@ def _dequantise(file: Path, out: Path) -> dict[str, Any]:
 
 def _make_random(source: RandomModel, out: Path) -> dict[str, Any]:
     tokenizer = byte_tokenizer()
-    model = random_model(source.config, vocab_size=len(tokenizer), seed=source.seed, where="model.config")
-    model.config.bos_token_id = model.config.eos_token_id = model.config.pad_token_id = tokenizer.eos_token_id
-    model.generation_config.bos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model = random_model(
+        source.config, vocab_size=len(tokenizer), seed=source.seed, where="model.config"
+    )
+    model.config.bos_token_id = model.config.eos_token_id = model.config.pad_token_id = (
+        tokenizer.eos_token_id
+    )
+    model.generation_config.bos_token_id = model.generation_config.eos_token_id = (
+        tokenizer.eos_token_id
+    )
     model.generation_config.pad_token_id = tokenizer.eos_token_id
     _save(model, tokenizer, out)
     return {"parameters": model.num_parameters()}
 
 
 def random_model(
-    config: Mapping[str, Any], *, vocab_size: int, seed: int, where: str, auto: Any = AutoModelForCausalLM
+    config: Mapping[str, Any],
+    *,
+    vocab_size: int,
+    seed: int,
+    where: str,
+    auto: Any = AutoModelForCausalLM,
 ) -> PreTrainedModel:
     """A freshly initialised model of any transformers configuration, a causal LM by default. Raises `ModelError`."""
     chosen = random_config(config, vocab_size=vocab_size, where=where)
@@ -225,7 +268,9 @@ def random_config(config: Mapping[str, Any], *, vocab_size: int, where: str) -> 
     """The transformers configuration of fields given by hand. Raises `ModelError`."""
     options = {"vocab_size": vocab_size, **config}
     if "model_type" not in options:
-        raise ModelError(f"{where}: no model_type; name the architecture, for example model_type: llama.")
+        raise ModelError(
+            f"{where}: no model_type; name the architecture, for example model_type: llama."
+        )
     try:
         made = AutoConfig.for_model(**options)
     except BAD_CONFIG as error:
@@ -242,10 +287,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
     end = "<|endoftext|>"
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={end: 0, **{c: i + 1 for i, c in enumerate(alphabet)}}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={end: 0, **{c: i + 1 for i, c in enumerate(alphabet)}}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end
+    )
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:

@@ -22,6 +22,12 @@ def whole(value: Any) -> Any:
 
 def like(parameter: Tensor, value: Any) -> Any:
     """A whole tensor of a parameter's shape cut as the parameter is; anything else unchanged."""
-    if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape:
-        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    if (
+        isinstance(parameter, DTensor)
+        and isinstance(value, Tensor)
+        and value.shape == parameter.shape
+    ):
+        return distribute_tensor(
+            value.to(parameter.device), parameter.device_mesh, parameter.placements
+        )
     return value

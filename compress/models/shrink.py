@@ -65,8 +65,12 @@ _LLAMA = Family(
     ),
     head_size_is_fixed=False,
 )
-_PHI3 = replace(_LLAMA, dims=((r"qkv_proj\.weight", "PH"), (r"gate_up_proj\.weight", "GH"), *_LLAMA.dims))
-_GEMMA3 = replace(_LLAMA, norms=("input_layernorm", "pre_feedforward_layernorm"))  # the others norm what is added
+_PHI3 = replace(
+    _LLAMA, dims=((r"qkv_proj\.weight", "PH"), (r"gate_up_proj\.weight", "GH"), *_LLAMA.dims)
+)
+_GEMMA3 = replace(
+    _LLAMA, norms=("input_layernorm", "pre_feedforward_layernorm")
+)  # the others norm what is added
 _GPT2 = Family(
     layers="transformer.h",
     norms=("ln_1", "ln_2"),
@@ -189,10 +193,17 @@ class Importance:
 
     def tensors(self) -> dict[str, Tensor]:
         """By name, to be saved."""
-        return {"layers": self.layers_l, "neurons": self.neurons_lF, "heads": self.heads_lG, "hidden": self.hidden_H}
+        return {
+            "layers": self.layers_l,
+            "neurons": self.neurons_lF,
+            "heads": self.heads_lG,
+            "hidden": self.hidden_H,
+        }
 
 
-def shrink(model: Any, config: Sizes, batches: Sequence[Tensor]) -> tuple[Any, Importance, dict[str, Any]]:
+def shrink(
+    model: Any, config: Sizes, batches: Sequence[Tensor]
+) -> tuple[Any, Importance, dict[str, Any]]:
     """Cut ``model`` down to the sizes of ``config``; ``batches`` are token ids [R, L] of calibration text.
 
     Returns the smaller model (fp32, loadable by plain transformers), the importance and what was kept.
@@ -217,7 +228,9 @@ def shrink(model: Any, config: Sizes, batches: Sequence[Tensor]) -> tuple[Any, I
                 "H": hidden,
                 "F": neurons,
                 "G": neurons + [importance.neurons_lF.shape[1] + n for n in neurons],
-                **_head_cuts(_top(importance.heads_lG[layer], wanted["kv_heads"]), heads, groups, head_size),
+                **_head_cuts(
+                    _top(importance.heads_lG[layer], wanted["kv_heads"]), heads, groups, head_size
+                ),
             }
             origin = f"{family.layers}.{layer}.{match[2]}" if match else name
             target.copy_(_cut(state[origin], origin, family, cuts))
@@ -319,9 +332,17 @@ def measure_importance(model: Any, family: Family, batches: Sequence[Tensor]) ->
 
     handles = []
     for index, layer in enumerate(layers):
-        handles.append(layer.get_submodule(family.ffn_out).register_forward_pre_hook(read("ffn", index)))
-        handles.append(layer.get_submodule(family.attention_out).register_forward_pre_hook(read("attention", index)))
-        handles += [layer.get_submodule(norm).register_forward_hook(channel) for norm in family.norms]
+        handles.append(
+            layer.get_submodule(family.ffn_out).register_forward_pre_hook(read("ffn", index))
+        )
+        handles.append(
+            layer.get_submodule(family.attention_out).register_forward_pre_hook(
+                read("attention", index)
+            )
+        )
+        handles += [
+            layer.get_submodule(norm).register_forward_hook(channel) for norm in family.norms
+        ]
     handles.append(model.get_submodule(family.final_norm).register_forward_hook(channel))
     influence = torch.zeros(len(layers), dtype=torch.float64)
     with _removed(handles):
@@ -330,7 +351,9 @@ def measure_importance(model: Any, family: Family, batches: Sequence[Tensor]) ->
             options = {"use_cache": False} if _has_head(model) else {}
             states = body(input_ids=ids, output_hidden_states=True, **options).hidden_states
             for index in range(len(layers)):
-                cosine = torch.nn.functional.cosine_similarity(states[index].float(), states[index + 1].float(), dim=-1)
+                cosine = torch.nn.functional.cosine_similarity(
+                    states[index].float(), states[index + 1].float(), dim=-1
+                )
                 influence[index] += float((1 - cosine).mean()) / len(batches)
     neurons = torch.stack(
         [
@@ -340,7 +363,8 @@ def measure_importance(model: Any, family: Family, batches: Sequence[Tensor]) ->
     )
     attention = torch.stack(
         [
-            squares["attention", i].sqrt() * _reading_norm(layer.get_submodule(family.attention_out))
+            squares["attention", i].sqrt()
+            * _reading_norm(layer.get_submodule(family.attention_out))
             for i, layer in enumerate(layers)
         ]
     )
@@ -376,7 +400,9 @@ def _rounded(name: str, wanted: int | None, present: int, multiple: int) -> int:
     if wanted is None:
         return present
     if wanted > present:
-        raise ModelError(f"student.{name}: found {wanted}, but the base has only {present}; choose {present} or less.")
+        raise ModelError(
+            f"student.{name}: found {wanted}, but the base has only {present}; choose {present} or less."
+        )
     return max(multiple, wanted // multiple * multiple) if wanted < present else present
 
 
@@ -405,7 +431,9 @@ def _cut(tensor: Tensor, name: str, family: Family, cuts: dict[str, list[int]]) 
         if re.search(rf"{suffix}$", name):
             for axis, dim in enumerate(dims):
                 if dim != ".":
-                    tensor = tensor.index_select(axis, torch.tensor(cuts[dim], device=tensor.device))
+                    tensor = tensor.index_select(
+                        axis, torch.tensor(cuts[dim], device=tensor.device)
+                    )
             return tensor
     raise ModelError(
         f"student.kind: shrink does not know how to cut the parameter {name} {tuple(tensor.shape)}; use kind: lora or fresh."

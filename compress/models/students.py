@@ -26,16 +26,27 @@ class Student(nn.Module):
     def __init__(self, model: Any, projections: Projections | None) -> None:
         super().__init__()
         self.model, self.projections = model, projections
-        self.layers = sorted({i for pairs in projections.pairs for i, _ in pairs}) if projections else []
-        self._no_split_modules = causal_lm(model)._no_split_modules  # where accelerate cuts for FSDP
+        self.layers = (
+            sorted({i for pairs in projections.pairs for i, _ in pairs}) if projections else []
+        )
+        self._no_split_modules = causal_lm(
+            model
+        )._no_split_modules  # where accelerate cuts for FSDP
 
-    def forward(self, input_ids_RL: Tensor, use: Callable[[Tensor, list[list[Tensor]]], Used]) -> Used:
+    def forward(
+        self, input_ids_RL: Tensor, use: Callable[[Tensor, list[list[Tensor]]], Used]
+    ) -> Used:
         """What ``use`` makes of last hidden states [R, L, d] and, in training, projected inner states [K][P] of [R, L, d_k].
 
         ``use`` is called in here because only in here do all parameters, the head's among them, exist whole under FSDP.
         """
-        hidden_RLd, states = Body(self.model).states(input_ids_RL, self.layers if self.training else ())
-        return use(hidden_RLd, self.projections(states) if self.projections is not None and self.training else [])
+        hidden_RLd, states = Body(self.model).states(
+            input_ids_RL, self.layers if self.training else ()
+        )
+        return use(
+            hidden_RLd,
+            self.projections(states) if self.projections is not None and self.training else [],
+        )
 
 
 def student_folder(recipe: Recipe, teachers: Sequence[TeacherFolder]) -> Path:
@@ -67,26 +78,34 @@ def build_model(
             return model.to(device), importance, kept
         case FreshStudent() as config:
             tokenizer = load_tokenizer(folder)
-            model = random_model(config.config, vocab_size=len(tokenizer), seed=recipe.seed, where="student.config")
+            model = random_model(
+                config.config, vocab_size=len(tokenizer), seed=recipe.seed, where="student.config"
+            )
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 setattr(model.config, name, getattr(tokenizer, name))
                 setattr(model.generation_config, name, getattr(tokenizer, name))
             return model.to(device), None, {}
 
 
-def save_student(model: Any, trained: Mapping[str, Tensor], *, tokenizer_folder: Path, out: Path) -> None:
+def save_student(
+    model: Any, trained: Mapping[str, Tensor], *, tokenizer_folder: Path, out: Path
+) -> None:
     """Write ``out/model`` (merged, fp32) with the ``trained`` weights and, for LoRA, ``out/adapter`` as before merging.
 
     ``trained`` is what `trainable_state` gave; the parameters of ``model`` are not looked at, since under FSDP this
     process holds only pieces. The adapter is merged into the base as it is on disk; the one in memory may be quantised or cast.
     """
-    weights = {name.removeprefix("model."): w for name, w in trained.items() if name.startswith("model.")}
+    weights = {
+        name.removeprefix("model."): w for name, w in trained.items() if name.startswith("model.")
+    }
     if hasattr(model, "merge_and_unload"):
         from peft import PeftModel
 
         model.save_pretrained(out / "adapter", state_dict=weights)
         (out / "adapter" / "README.md").unlink(missing_ok=True)  # peft's empty model card
-        merged = PeftModel.from_pretrained(load_model(tokenizer_folder), str(out / "adapter")).merge_and_unload()
+        merged = PeftModel.from_pretrained(
+            load_model(tokenizer_folder), str(out / "adapter")
+        ).merge_and_unload()
         merged.save_pretrained(out / "model")
     else:
         model.save_pretrained(out / "model", state_dict=weights)
@@ -95,7 +114,9 @@ def save_student(model: Any, trained: Mapping[str, Tensor], *, tokenizer_folder:
 
 def trainable_state(module: nn.Module) -> dict[str, Tensor]:
     """Copies of every parameter that is trained, by name, whole."""
-    return {name: whole(p.detach()).clone() for name, p in module.named_parameters() if p.requires_grad}
+    return {
+        name: whole(p.detach()).clone() for name, p in module.named_parameters() if p.requires_grad
+    }
 
 
 def load_trainable_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -128,10 +149,16 @@ def with_lora(base: Any, config: LoraStudent, seed: int) -> Any:
             model = get_peft_model(base, options)
         except ValueError as error:
             modules = causal_lm(base).named_modules()
-            names = sorted({n.rpartition(".")[2] for n, m in modules if isinstance(m, nn.Linear | Conv1D)})
-            raise ModelError(f"student.targets: {error} Linear layers of this model: {', '.join(names)}.") from error
+            names = sorted(
+                {n.rpartition(".")[2] for n, m in modules if isinstance(m, nn.Linear | Conv1D)}
+            )
+            raise ModelError(
+                f"student.targets: {error} Linear layers of this model: {', '.join(names)}."
+            ) from error
     if not config.dora and config.quantize == "none":
         for module in model.modules():
             if isinstance(module, BaseTunerLayer):
-                module.cast_input_dtype_enabled = False  # to fp32 and, by autocast, back: the same bits
+                module.cast_input_dtype_enabled = (
+                    False  # to fp32 and, by autocast, back: the same bits
+                )
     return model

@@ -45,7 +45,12 @@ class CachedTeachers:
     ) -> None:
         self.names = [f.name for f in folders]
         self.temperatures = [1.0] * len(folders)
-        self._cache, self._folders, self._device, self._dtype = cache, list(folders), device, compute_dtype
+        self._cache, self._folders, self._device, self._dtype = (
+            cache,
+            list(folders),
+            device,
+            compute_dtype,
+        )
         self._bodies: Teachers | None = None
         self._rows: list[dict[bytes, tuple[dict[str, Tensor], int]]] = [{} for _ in folders]
         self._layers: list[list[int]] = [[] for _ in folders]
@@ -66,7 +71,10 @@ class CachedTeachers:
         size, tokens = 0, sum(len(ids) for _, (ids, _) in unique)
         for k, name in enumerate(self.names):
             # The last state is layer L; it comes first so that `states` finds it without a search.
-            self._layers[k] = [self.depths[k], *(sorted(set(layers[k]) - {self.depths[k]}) if layers else [])]
+            self._layers[k] = [
+                self.depths[k],
+                *(sorted(set(layers[k]) - {self.depths[k]}) if layers else []),
+            ]
             with task(f"teacher cache: {name}", len(unique)) as progress:
                 for shard in shards:
                     path = self._shard(k, shard) / "rows.safetensors"
@@ -77,10 +85,16 @@ class CachedTeachers:
                     progress.advance(len(shard))
         self._bodies = None
         if tokens:
-            say(f"  teacher cache: {size / 1e6:.0f} MB, {size / tokens:.0f} bytes a token for {len(self)} teachers")
+            say(
+                f"  teacher cache: {size / 1e6:.0f} MB, {size / tokens:.0f} bytes a token for {len(self)} teachers"
+            )
 
     def states(
-        self, input_ids_RL: Tensor, layers: Sequence[Sequence[int]] | None = None, *, only: int | None = None
+        self,
+        input_ids_RL: Tensor,
+        layers: Sequence[Sequence[int]] | None = None,
+        *,
+        only: int | None = None,
     ) -> tuple[list[TeacherStates | SparseStates], list[list[Tensor]]]:
         """As `Teachers.states`. Asking for a row that was not prepared is a defect (KeyError)."""
         keys = [_row_key(row) for row in input_ids_RL.cpu()]
@@ -90,16 +104,24 @@ class CachedTeachers:
             found = [self._rows[k][key] for key in keys]
 
             def stacked(name: str, found: list[tuple[dict[str, Tensor], int]] = found) -> Tensor:
-                return torch.stack([tensors[name][place] for tensors, place in found]).to(self._device)
+                return torch.stack([tensors[name][place] for tensors, place in found]).to(
+                    self._device
+                )
 
             if isinstance(self._cache, TopkCache):
-                ids, share, entropy, logp = (stacked(name) for name in ("ids", "share", "entropy", "label_logp"))
+                ids, share, entropy, logp = (
+                    stacked(name) for name in ("ids", "share", "entropy", "label_logp")
+                )
                 last.append(SparseStates(ids, share, entropy, logp, len(self.heads[k].weight_Vd)))
                 inner.append([])
                 continue
             wanted = [self.depths[k], *(layers[k] if layers else [])]
-            by_layer = {layer: stacked(f"layer{layer}").to(self._dtype) for layer in dict.fromkeys(wanted)}
-            last.append(TeacherStates(by_layer[self.depths[k]], self.heads[k], self.temperatures[k]))
+            by_layer = {
+                layer: stacked(f"layer{layer}").to(self._dtype) for layer in dict.fromkeys(wanted)
+            }
+            last.append(
+                TeacherStates(by_layer[self.depths[k]], self.heads[k], self.temperatures[k])
+            )
             inner.append([by_layer[layer] for layer in layers[k]] if layers else [])
         return last, inner
 
@@ -119,13 +141,21 @@ class CachedTeachers:
             return {"scale": head.scale, "softcap": head.softcap, "layers": body.layers}
 
         make_once(path, kind="teacher-head", key=key, parents={"teacher": folder.digest}, make=make)
-        tensors = {n: t.to(self._device, self._dtype) for n, t in load_file(path / "head.safetensors").items()}
+        tensors = {
+            n: t.to(self._device, self._dtype)
+            for n, t in load_file(path / "head.safetensors").items()
+        }
         result = open_artifact(path, verify=False).result
-        return Head(tensors["weight"], tensors.get("bias"), result["scale"], result["softcap"]), result["layers"]
+        return Head(
+            tensors["weight"], tensors.get("bias"), result["scale"], result["softcap"]
+        ), result["layers"]
 
     def _shard(self, k: int, shard: Sequence[tuple[bytes, Row]]) -> Path:
         """Folder with what teacher ``k`` says of the shard's rows; made when missing."""
-        kept: dict[str, Any] = {"cache": self._cache.model_dump(), "rows": [key.hex() for key, _ in shard]}
+        kept: dict[str, Any] = {
+            "cache": self._cache.model_dump(),
+            "rows": [key.hex() for key, _ in shard],
+        }
         if isinstance(self._cache, TopkCache):
             kept |= {"labels": [_row_key(labels).hex() for _, (_, labels) in shard]}
         else:
@@ -138,20 +168,34 @@ class CachedTeachers:
             for first in range(0, len(shard), _BATCH_ROWS):
                 ids, labels = (
                     torch.stack(rows)
-                    for rows in zip(*(row for _, row in shard[first : first + _BATCH_ROWS]), strict=True)
+                    for rows in zip(
+                        *(row for _, row in shard[first : first + _BATCH_ROWS]), strict=True
+                    )
                 )
                 made.append(self._run(k, ids.to(self._device), labels.to(self._device)))
-            save_file({n: torch.cat([m[n] for m in made]).contiguous() for n in made[0]}, out / "rows.safetensors")
+            save_file(
+                {n: torch.cat([m[n] for m in made]).contiguous() for n in made[0]},
+                out / "rows.safetensors",
+            )
             return {name: list(tensor.shape) for name, tensor in made[0].items()}
 
-        make_once(path, kind="teacher-rows", key=key, parents={"teacher": self._folders[k].digest}, make=make)
+        make_once(
+            path,
+            kind="teacher-rows",
+            key=key,
+            parents={"teacher": self._folders[k].digest},
+            make=make,
+        )
         return path
 
     def _run(self, k: int, ids_RL: Tensor, labels_RL: Tensor) -> dict[str, Tensor]:
         layers = [self._layers[k] if j == k else [] for j in range(len(self))]
         states, inner = self._load().states(ids_RL, layers, only=k)
         if not isinstance(self._cache, TopkCache):
-            return {f"layer{layer}": s.to(torch.bfloat16).cpu() for layer, s in zip(layers[k], inner[0], strict=True)}
+            return {
+                f"layer{layer}": s.to(torch.bfloat16).cpu()
+                for layer, s in zip(layers[k], inner[0], strict=True)
+            }
         state = TeacherStates(states[0].hidden_RLd, self.heads[k])
         R, L = ids_RL.shape
         k_ = min(self._cache.k, state.vocabulary)

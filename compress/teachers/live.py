@@ -52,22 +52,42 @@ def teacher_folders(recipe: Recipe, products: Mapping[str, Path]) -> list[Teache
     return [_teacher_folder(teacher, recipe, products) for teacher in recipe.teachers]
 
 
-def _teacher_folder(teacher: Teacher, recipe: Recipe, products: Mapping[str, Path]) -> TeacherFolder:
-    digest = sources.model_digest(teacher.model, folder=recipe.folder, products=products, teacher=teacher.name)
-    common = {"name": teacher.name, "quantize": teacher.quantize, "dtype": teacher.dtype, "digest": digest}
+def _teacher_folder(
+    teacher: Teacher, recipe: Recipe, products: Mapping[str, Path]
+) -> TeacherFolder:
+    digest = sources.model_digest(
+        teacher.model, folder=recipe.folder, products=products, teacher=teacher.name
+    )
+    common = {
+        "name": teacher.name,
+        "quantize": teacher.quantize,
+        "dtype": teacher.dtype,
+        "digest": digest,
+    }
     if isinstance(teacher.model, RecipeModel):
         product = open_artifact(products[teacher.name], kind="student")
         whole, adapter = product.path / "model", product.path / "adapter"
         base = Path(product.result["base"]) if adapter.is_dir() else whole
         if adapter.is_dir() and teacher.adapter is None and base.is_dir():
-            return TeacherFolder(base=base, adapter=adapter, whole=whole, whole_adapter=None, tokenizer=whole, **common)
+            return TeacherFolder(
+                base=base,
+                adapter=adapter,
+                whole=whole,
+                whole_adapter=None,
+                tokenizer=whole,
+                **common,
+            )
         folder = whole
     else:
         folder = model_folder(teacher.model, folder=recipe.folder)
     own = (recipe.folder / teacher.adapter.expanduser()).resolve() if teacher.adapter else None
     if own is not None:
-        common["digest"] = fingerprint([digest, sources.adapter_digest(teacher, folder=recipe.folder)])
-    return TeacherFolder(base=folder, adapter=own, whole=folder, whole_adapter=own, tokenizer=folder, **common)
+        common["digest"] = fingerprint(
+            [digest, sources.adapter_digest(teacher, folder=recipe.folder)]
+        )
+    return TeacherFolder(
+        base=folder, adapter=own, whole=folder, whole_adapter=own, tokenizer=folder, **common
+    )
 
 
 @dataclass
@@ -91,7 +111,9 @@ class Body:
         """Hidden layers."""
         return int(causal_lm(self.model).config.get_text_config().num_hidden_layers)
 
-    def states(self, input_ids_RL: Tensor, layers: Sequence[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
+    def states(
+        self, input_ids_RL: Tensor, layers: Sequence[int] = ()
+    ) -> tuple[Tensor, dict[int, Tensor]]:
         """Last hidden states [R, L, d] and those after each of ``layers`` (counted from 1), in the caller's grad mode.
 
         Right padding needs no mask: attention is causal, so label positions never see it.
@@ -107,7 +129,9 @@ class Body:
 class Teachers:
     """All teachers of a recipe, ready to run."""
 
-    def __init__(self, folders: Sequence[TeacherFolder], *, device: torch.device, compute_dtype: torch.dtype) -> None:
+    def __init__(
+        self, folders: Sequence[TeacherFolder], *, device: torch.device, compute_dtype: torch.dtype
+    ) -> None:
         """Load them, to be run under autocast to ``compute_dtype``. Raises `ModelError` for an adapter that does not fit its base."""
         self.names = [f.name for f in folders]
         self.bodies: list[Body] = []
@@ -117,14 +141,20 @@ class Teachers:
         for folder in folders:
             place = (folder.base, folder.quantize, folder.dtype)
             if folder.adapter is None:
-                model = load_model(folder.base, dtype=folder.dtype, quantize=folder.quantize, device=device)
+                model = load_model(
+                    folder.base, dtype=folder.dtype, quantize=folder.quantize, device=device
+                )
             elif place not in shared:
-                base = load_model(folder.base, dtype=folder.dtype, quantize=folder.quantize, device=device)
+                base = load_model(
+                    folder.base, dtype=folder.dtype, quantize=folder.quantize, device=device
+                )
                 model = shared[place] = _with_adapter(base, folder)
             else:
                 model = shared[place]
                 with _adapter_errors(folder):
-                    model.load_adapter(str(folder.adapter), adapter_name=folder.name, is_trainable=False)
+                    model.load_adapter(
+                        str(folder.adapter), adapter_name=folder.name, is_trainable=False
+                    )
             model.requires_grad_(False)
             model.eval()
             cast_frozen(model, compute_dtype)
@@ -143,7 +173,11 @@ class Teachers:
 
     @torch.no_grad()
     def states(
-        self, input_ids_RL: Tensor, layers: Sequence[Sequence[int]] | None = None, *, only: int | None = None
+        self,
+        input_ids_RL: Tensor,
+        layers: Sequence[Sequence[int]] | None = None,
+        *,
+        only: int | None = None,
     ) -> tuple[list[TeacherStates], list[list[Tensor]]]:
         """Last states of each teacher (or ``only`` one), and the states [K][P] of [R, L, d_k] after the given layers of each."""
         last, inner = [], []
@@ -151,7 +185,9 @@ class Teachers:
             body, head = self.bodies[k], self.heads[k]
             wanted = list(layers[k]) if layers else []
             hidden_RLd, states = body.states(input_ids_RL, wanted)
-            last.append(TeacherStates(hidden_RLd.to(head.weight_Vd.dtype), head, self.temperatures[k]))
+            last.append(
+                TeacherStates(hidden_RLd.to(head.weight_Vd.dtype), head, self.temperatures[k])
+            )
             inner.append([states[i] for i in wanted])
         return last, inner
 
@@ -168,15 +204,24 @@ def head_of(model: Any) -> Head:
         raise ModelError(
             f"{type(model).__name__} has no output embeddings; only causal language models can be distilled."
         )
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    return Head(output.weight, getattr(output, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+        getattr(config, "logits_scaling", None) or 1.0
+    )
+    return Head(
+        output.weight,
+        getattr(output, "bias", None),
+        scale,
+        getattr(config, "final_logit_softcapping", None),
+    )
 
 
 def _with_adapter(base: Any, folder: TeacherFolder) -> Any:
     from peft import PeftModel
 
     with _adapter_errors(folder):
-        return PeftModel.from_pretrained(base, str(folder.adapter), adapter_name=folder.name, is_trainable=False)
+        return PeftModel.from_pretrained(
+            base, str(folder.adapter), adapter_name=folder.name, is_trainable=False
+        )
 
 
 @contextlib.contextmanager
@@ -184,4 +229,6 @@ def _adapter_errors(folder: TeacherFolder) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{folder.adapter}: this adapter does not fit {folder.base}: {error}") from error
+        raise ModelError(
+            f"{folder.adapter}: this adapter does not fit {folder.base}: {error}"
+        ) from error

@@ -29,7 +29,11 @@ _QUANTIZED = {
     "int8-trt": ("MatMul int8", "8-bit"),
     "int4-weight": ("MatMulNBits 4-bit", "4-bit"),
 }
-_PASS = ("Transpose", "Cast", "DequantizeLinear")  # between a constant and the operator that it is for
+_PASS = (
+    "Transpose",
+    "Cast",
+    "DequantizeLinear",
+)  # between a constant and the operator that it is for
 _PRODUCT = ("MatMul", "Gemm")  # operators that read a whole weight matrix
 _MULTIPLY = (*_PRODUCT, "Gather")  # or rows of one
 _NO_WEIGHTS = "both factors are activations, as in attention; there are no weights to round"
@@ -89,7 +93,10 @@ def take_census(graph: Path) -> dict[str, Any]:
         "operators": dict(sorted(operators.items())),
         "bytes": dict(sorted(sizes.items())),
         "float_matrices": list(floats.values()),
-        "float_products": [{"operator": name, "count": n, "why": _NO_WEIGHTS} for name, n in sorted(products.items())],
+        "float_products": [
+            {"operator": name, "count": n, "why": _NO_WEIGHTS}
+            for name, n in sorted(products.items())
+        ],
     }
 
 
@@ -113,7 +120,9 @@ def where_nodes_run(graph: Path, *, provider: Provider = "cpu") -> dict[str, dic
         for value in session.get_inputs():
             if value.name.startswith("past_key_values."):
                 number = np.float16 if value.type == "tensor(float16)" else np.float32
-                cache[value.name] = np.zeros((rows, value.shape[1], fixed - 1 if static else 0, value.shape[3]), number)
+                cache[value.name] = np.zeros(
+                    (rows, value.shape[1], fixed - 1 if static else 0, value.shape[3]), number
+                )
         if cache:
             runs = [(1, fixed)] if static else [(2, 2), (1, 3)]
         else:
@@ -124,11 +133,16 @@ def where_nodes_run(graph: Path, *, provider: Provider = "cpu") -> dict[str, dic
                 "attention_mask": np.ones((rows, whole), np.int64),
                 **cache,
             }
-            outputs = dict(zip([o.name for o in session.get_outputs()], session.run(None, feeds), strict=True))
+            outputs = dict(
+                zip([o.name for o in session.get_outputs()], session.run(None, feeds), strict=True)
+            )
             cache = {name: outputs[name.replace("past_key_values", "present")] for name in cache}
         events = json.loads(Path(session.end_profiling()).read_text())
     nodes = {
-        (event["name"], event["args"]["node_index"]): (event["args"]["provider"], event["args"]["op_name"])
+        (event["name"], event["args"]["node_index"]): (
+            event["args"]["provider"],
+            event["args"]["op_name"],
+        )
         for event in events
         if event["cat"] == "Node" and event["name"].endswith("_kernel_time")
     }
@@ -164,7 +178,11 @@ def _label(node: NodeProto, tensors: Mapping[str, TensorProto], origin: Mapping[
     if "bits" in attributes:
         return f"{node.op_type} {attributes['bits']}-bit block {attributes['block_size']}"
     product = node.op_type in ("MatMul", "Gemm", "MatMulIntegerToFloat")
-    weights = [tensors[n] for n in (origin.get(n, n) for n in node.input) if n in tensors] if product else []
+    weights = (
+        [tensors[n] for n in (origin.get(n, n) for n in node.input) if n in tensors]
+        if product
+        else []
+    )
     return f"{node.op_type} {_type(weights[0])}" if weights else str(node.op_type)
 
 

@@ -21,22 +21,32 @@ def heldout_losses(
     found: dict[str, list[float]] = {name: [] for name in heldout}
     with task(f"held-out text: {all_logits.stem}", sum(map(len, heldout.values()))) as progress:
         for name, blocks in heldout.items():
-            for ids, length, scored in zip(blocks.input_ids, blocks.lengths, blocks.scored, strict=True):
+            for ids, length, scored in zip(
+                blocks.input_ids, blocks.lengths, blocks.scored, strict=True
+            ):
                 columns = np.flatnonzero(scored[:length])
                 logits = decoder.score(ids[None, :length])[0, columns - 1]
                 most = logits.max(axis=1)
-                normaliser = most + np.log(np.exp(logits - most[:, None]).sum(axis=1, dtype=np.float64))
-                found[name].append(float((normaliser - logits[np.arange(len(columns)), ids[columns]]).sum()))
+                normaliser = most + np.log(
+                    np.exp(logits - most[:, None]).sum(axis=1, dtype=np.float64)
+                )
+                found[name].append(
+                    float((normaliser - logits[np.arange(len(columns)), ids[columns]]).sum())
+                )
                 progress.advance()
     return found
 
 
-def per_token(losses: Mapping[str, Sequence[float]], heldout: Mapping[str, Blocks]) -> dict[str, float]:
+def per_token(
+    losses: Mapping[str, Sequence[float]], heldout: Mapping[str, Blocks]
+) -> dict[str, float]:
     """Nats a scored token by domain, of what `heldout_losses` found on the same blocks."""
     return {name: sum(nats) / heldout[name].labels for name, nats in losses.items()}
 
 
-def heldout_nll(all_logits: Path, heldout: Mapping[str, Blocks], *, provider: Provider = "cpu") -> dict[str, float]:
+def heldout_nll(
+    all_logits: Path, heldout: Mapping[str, Blocks], *, provider: Provider = "cpu"
+) -> dict[str, float]:
     """Nats a scored token of every domain, from a graph that keeps all logits."""
     return per_token(heldout_losses(all_logits, heldout, provider=provider), heldout)
 

@@ -56,7 +56,9 @@ class Tolerance:
 
     relative: float  # largest logit difference over the largest reference logit (at least 1)
     kl: float  # mean KL(torch || form) in nats
-    top1: float  # share of positions with the same first choice where torch's lead is at least `lead`
+    top1: (
+        float  # share of positions with the same first choice where torch's lead is at least `lead`
+    )
     lead: float  # logit difference between torch's first and second choice that makes a position count
 
 
@@ -72,22 +74,31 @@ TOLERANCES = {
 }
 
 
-def make_cases(texts: Sequence[Ints], *, context: int, more: Sequence[Ints] = ()) -> dict[str, Case]:
+def make_cases(
+    texts: Sequence[Ints], *, context: int, more: Sequence[Ints] = ()
+) -> dict[str, Case]:
     """Cases without answers from token rows ``texts``, each within ``context`` tokens.
 
     The longest case joins ``texts``, then ``more``, up to the context's end or 512 tokens; what is shorter is read again. It is
     fed in two halves, so that the graph's logits of one take no more memory than those of the other cases.
     """
-    pool = np.concatenate([*texts, *texts])  # a short text is read twice rather than making a case shorter
+    pool = np.concatenate(
+        [*texts, *texts]
+    )  # a short text is read twice rather than making a case shorter
     room = min(context, 24)
     step = max(room // 4, 1)  # tokens decoded one at a time at the end of a case
 
     def take(length: int, at: int = 0) -> Ints:
         return np.resize(np.roll(pool, -at), length)
 
-    def case(tokens: Sequence[Ints], splits: Sequence[int], *, left: bool = True, tail: int = 0) -> Case:
+    def case(
+        tokens: Sequence[Ints], splits: Sequence[int], *, left: bool = True, tail: int = 0
+    ) -> Case:
         width = int(sum(splits))
-        ids, mask = np.zeros((len(tokens), width), np.int64), np.zeros((len(tokens), width), np.int64)
+        ids, mask = (
+            np.zeros((len(tokens), width), np.int64),
+            np.zeros((len(tokens), width), np.int64),
+        )
         for row, text in enumerate(tokens):
             head = len(text) - tail  # of the padded part; the tail is decoded without padding
             start = width - len(text) if left else 0
@@ -95,7 +106,9 @@ def make_cases(texts: Sequence[Ints], *, context: int, more: Sequence[Ints] = ()
             mask[row, width - tail :] = 1
             ids[row, mask[row] == 1] = text
         rows, columns = np.nonzero(mask)
-        return Case(ids, mask, np.asarray(splits, np.int64), rows, columns, np.zeros((0, 0), np.float32))
+        return Case(
+            ids, mask, np.asarray(splits, np.int64), rows, columns, np.zeros((0, 0), np.float32)
+        )
 
     head = room - step
     ragged = [take(length + step, 7 * n) for n, length in enumerate((head, max(head // 2, 1), 1))]
@@ -117,7 +130,9 @@ def make_cases(texts: Sequence[Ints], *, context: int, more: Sequence[Ints] = ()
     }
 
 
-def answer(cases: Mapping[str, Case], model: Path, *, adapter: Path | None = None) -> dict[str, Case]:
+def answer(
+    cases: Mapping[str, Case], model: Path, *, adapter: Path | None = None
+) -> dict[str, Case]:
     """Fill in the logits of the transformers folder ``model`` in eager fp32, at the positions of every case.
 
     ``adapter`` is a peft folder that sits on it.
@@ -141,7 +156,10 @@ def answer(cases: Mapping[str, Case], model: Path, *, adapter: Path | None = Non
             logits = []
             for row, (ids, mask) in enumerate(zip(case.ids, case.mask, strict=True)):
                 tokens, kept = ids[mask == 1], np.cumsum(mask)[case.columns[case.rows == row]] - 1
-                asked = {"input_ids": torch.from_numpy(tokens[None]), "logits_to_keep": torch.from_numpy(kept)}
+                asked = {
+                    "input_ids": torch.from_numpy(tokens[None]),
+                    "logits_to_keep": torch.from_numpy(kept),
+                }
                 logits.append(loaded(**asked, use_cache=False).logits[0].numpy())
             answered[name] = replace(case, logits=np.concatenate(logits))
             progress.advance()
@@ -156,11 +174,15 @@ def thin(cases: Mapping[str, Case]) -> dict[str, Case]:
     for name, case in cases.items():
         ends = np.flatnonzero(_after_prompt(case))
         order = np.unique(
-            np.concatenate([ends[-each // 2 :], np.linspace(0, len(case.rows) - 1, each).astype(np.int64)])
+            np.concatenate(
+                [ends[-each // 2 :], np.linspace(0, len(case.rows) - 1, each).astype(np.int64)]
+            )
         )
         if len(order) > each:
             order = order[np.linspace(0, len(order) - 1, each).astype(np.int64)]
-        kept[name] = replace(case, rows=case.rows[order], columns=case.columns[order], logits=case.logits[order])
+        kept[name] = replace(
+            case, rows=case.rows[order], columns=case.columns[order], logits=case.logits[order]
+        )
     return kept
 
 
@@ -176,7 +198,14 @@ def load_cases(path: Path) -> dict[str, Case]:
 
 def save_arrays(path: Path, cases: Mapping[str, Mapping[str, npt.NDArray[Any]]]) -> None:
     """Write the named arrays of each case to one safetensors file."""
-    save_file({f"{c}/{n}": np.ascontiguousarray(v) for c, arrays in cases.items() for n, v in arrays.items()}, path)
+    save_file(
+        {
+            f"{c}/{n}": np.ascontiguousarray(v)
+            for c, arrays in cases.items()
+            for n, v in arrays.items()
+        },
+        path,
+    )
 
 
 def load_arrays(path: Path) -> dict[str, dict[str, npt.NDArray[Any]]]:
@@ -211,11 +240,17 @@ def measure_parity(
         for path in (all_, last):
             decoder = Decoder.from_graph(path, provider=provider, adapter=adapter)
             for name, case in cases.items():
-                chosen = np.arange(len(case.rows)) if decoder.all_logits else np.flatnonzero(_after_prompt(case))
+                chosen = (
+                    np.arange(len(case.rows))
+                    if decoder.all_logits
+                    else np.flatnonzero(_after_prompt(case))
+                )
                 if len(chosen):
                     found = feed(decoder, case)
                     differences = _differences(case, chosen, found)
-                    by_case[name if decoder.all_logits else f"{name}/last"] = _summary(differences, tolerance.lead)
+                    by_case[name if decoder.all_logits else f"{name}/last"] = _summary(
+                        differences, tolerance.lead
+                    )
                     total.append(differences)
                     if name == "long" and len(chosen) == case.mask.sum():
                         nll = _nll(case, found)
@@ -223,7 +258,11 @@ def measure_parity(
                 progress.advance()
             del decoder  # its weights, before the next graph's are loaded
     summary = _summary(np.concatenate(total, axis=1), tolerance.lead)
-    limits = {"max_abs": tolerance.relative * scale, "kl": tolerance.kl, "top1_sure": tolerance.top1}
+    limits = {
+        "max_abs": tolerance.relative * scale,
+        "kl": tolerance.kl,
+        "top1_sure": tolerance.top1,
+    }
     failures = [
         f"{name}: {metric} is {values[metric]:.3g}, tolerance {limit:.3g}"
         for name, values in by_case.items()
@@ -240,7 +279,9 @@ def measure_parity(
     if not summary["kl"] <= limits["kl"]:
         failures.append(f"all cases: kl is {summary['kl']:.3g}, tolerance {limits['kl']:.3g}")
     if not summary["top1_sure"] >= limits["top1_sure"]:
-        failures.append(f"all cases: top1_sure is {summary['top1_sure']:.3g}, tolerance {limits['top1_sure']:.3g}")
+        failures.append(
+            f"all cases: top1_sure is {summary['top1_sure']:.3g}, tolerance {limits['top1_sure']:.3g}"
+        )
     return {
         **summary,
         **nll,
@@ -276,7 +317,11 @@ def feed(decoder: Decoder, case: Case) -> Floats:
         start = 0
         for count in case.splits.tolist():
             ids, mask = all_ids[:, start : start + count], all_mask[:, start : start + count]
-            found = decoder.extend(ids, mask) if start else decoder.prefill(ids, mask, room=width - count)
+            found = (
+                decoder.extend(ids, mask)
+                if start
+                else decoder.prefill(ids, mask, room=width - count)
+            )
             at = np.flatnonzero(mine & (case.columns >= start) & (case.columns < start + count))
             rows, columns = case.rows[at] - first, case.columns[at] - start
             if decoder.all_logits:
@@ -345,11 +390,15 @@ def _nll(case: Case, found_PV: Floats) -> dict[str, float]:
         rows, columns = case.rows[at], case.columns[at]
         labels = case.ids[rows, columns + 1]
         for name, logits in (("nll_torch", case.logits[at]), ("nll", found_PV[at])):
-            sums[name] -= float(_log_softmax(logits)[np.arange(len(at)), labels].sum(dtype=np.float64))
+            sums[name] -= float(
+                _log_softmax(logits)[np.arange(len(at)), labels].sum(dtype=np.float64)
+            )
     return {name: total / len(known) for name, total in sums.items()}
 
 
 def _log_softmax(logits: Floats) -> Floats:
     shifted: Floats = logits - logits.max(axis=1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64)).astype(
+        np.float32
+    )
     return shifted

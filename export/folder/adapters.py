@@ -63,9 +63,14 @@ def read_updates(base: Path, adapter: Path) -> list[Update]:
                 "set export.adapters: merged."
             )
         weight_NK = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
-        down, up = module.lora_A["default"].weight, module.lora_B["default"].weight * module.scaling["default"]
+        down, up = (
+            module.lora_A["default"].weight,
+            module.lora_B["default"].weight * module.scaling["default"],
+        )
         ends = weight_NK[:, [0, -1]].T
-        updates.append(Update(name, _array(ends), int(weight_NK.shape[1]), _array(down), _array(up)))
+        updates.append(
+            Update(name, _array(ends), int(weight_NK.shape[1]), _array(down), _array(up))
+        )
     return updates
 
 
@@ -74,7 +79,9 @@ def with_adapter(model: Any, adapter: Path) -> Any:
     from peft import PeftModel
 
     with warnings.catch_warnings():  # peft still asks transformers for the old name of an attribute
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        warnings.filterwarnings(
+            "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+        )
         return PeftModel.from_pretrained(model, str(adapter))
 
 
@@ -82,7 +89,9 @@ def _array(tensor: object) -> Floats:
     return np.array(tensor.detach().float().numpy(), np.float32)  # type: ignore[attr-defined]
 
 
-def add_adapter_inputs(graphs: Graphs, updates: Sequence[Update], *, base: int) -> dict[str, Floats]:
+def add_adapter_inputs(
+    graphs: Graphs, updates: Sequence[Update], *, base: int
+) -> dict[str, Floats]:
     """Give the products that ``updates`` touch an input for a low-rank update each, in both graph files of the base numbered ``base``.
 
     Returns what these inputs must hold for the updates to take effect, by name; left out they are empty and the graph
@@ -122,7 +131,9 @@ def write_adapter(path: Path, values: Mapping[str, Floats], *, base: int) -> Non
     adapter = ort.AdapterFormat()
     adapter.set_adapter_version(1)
     adapter.set_model_version(base)
-    adapter.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in values.items()})
+    adapter.set_parameters(
+        {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in values.items()}
+    )
     path.parent.mkdir(exist_ok=True)
     adapter.export_adapter(str(path))
 
@@ -130,7 +141,9 @@ def write_adapter(path: Path, values: Mapping[str, Floats], *, base: int) -> Non
 @dataclass(frozen=True)
 class _Found:
     shape: tuple[int, int]  # K, N of the graph's matrix
-    updates: list[tuple[Update, int]]  # with the column of the matrix where the layer's outputs begin
+    updates: list[
+        tuple[Update, int]
+    ]  # with the column of the matrix where the layer's outputs begin
 
 
 def _find(proto: ModelProto, folder: Path, updates: Sequence[Update]) -> dict[str, _Found]:
@@ -190,7 +203,10 @@ def _add_inputs(proto: ModelProto, shapes: Mapping[str, tuple[int, int]]) -> Non
         ]
     for matrix, (width, channels) in shapes.items():
         rank = f"{matrix}.rank"
-        for name, dims in ((f"{matrix}.lora_A", [width, rank]), (f"{matrix}.lora_B", [rank, channels])):
+        for name, dims in (
+            (f"{matrix}.lora_A", [width, rank]),
+            (f"{matrix}.lora_B", [rank, channels]),
+        ):
             graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, dims))
             empty = np.zeros([dim if isinstance(dim, int) else 0 for dim in dims], np.float32)
             graph.initializer.append(numpy_helper.from_array(empty, name))

@@ -30,9 +30,7 @@ DTYPES = {
     "model_q4": "q4",
 }
 _LICENCES = """Each licence is what it says of itself, `unknown` where it says nothing. The header's is that of base model and teachers: theirs where they agree, `other` where they differ, `unknown` where one is."""
-_BEFORE_LICENCES = (
-    "The student was distilled by a version that wrote no licences down; those of what went in hold all the same."
-)
+_BEFORE_LICENCES = "The student was distilled by a version that wrote no licences down; those of what went in hold all the same."
 _APART = """## The adapter
 
 The graphs hold the base; what the student learnt is in `{file}` ({bytes} bytes), which `limbeck generate` and onnxruntime-genai's `Adapters` load with them. A client that knows no adapters, transformers.js among them, runs the base alone. `limbeck generate . --adapter FILE` takes the adapter of any other student of the same base (number {base})."""
@@ -71,14 +69,20 @@ def write_client_files(
     config.pop("_name_or_path", None)
     config.pop("_model_name_or_path", None)
     # transformers.js looks for a second file, and for a cache in fp16, only where it is told so; the latter by dtype.
-    config["transformers.js_config"] = {"use_external_data_format": {g.last.name: 1 for g in graphs}}
+    config["transformers.js_config"] = {
+        "use_external_data_format": {g.last.name: 1 for g in graphs}
+    }
     if half := [g for g in graphs if _cache_is_half(g.last)]:
-        config["transformers.js_config"]["kv_cache_dtype"] = {DTYPES[g.last.stem]: "float16" for g in half}
+        config["transformers.js_config"]["kv_cache_dtype"] = {
+            DTYPES[g.last.stem]: "float16" for g in half
+        }
     _write(folder / "config.json", config)
     if genai is not None:
         genai = json.loads(json.dumps(genai))
         if provider == "cuda":
-            genai["model"]["decoder"]["session_options"]["provider_options"] = [{"cuda": {"enable_cuda_graph": "0"}}]
+            genai["model"]["decoder"]["session_options"]["provider_options"] = [
+                {"cuda": {"enable_cuda_graph": "0"}}
+            ]
         genai["model"]["decoder"]["filename"] = shipped.last.relative_to(folder).as_posix()
         _write(folder / "genai_config.json", genai)
 
@@ -94,7 +98,9 @@ def optimum_loads(folder: Path, graph: Path) -> bool:
     if config.model_type in _OPTIMUM_KEY_HEADS:
         heads = config.num_key_value_heads
     inputs = onnx.load(graph, load_external_data=False).graph.input
-    dims = next(v.type.tensor_type.shape.dim for v in inputs if v.name.startswith("past_key_values."))
+    dims = next(
+        v.type.tensor_type.shape.dim for v in inputs if v.name.startswith("past_key_values.")
+    )
     return (heads, 0, size) == (dims[1].dim_value, dims[2].dim_value, dims[3].dim_value)
 
 
@@ -149,7 +155,8 @@ def card_header(recipe: AnyRecipe, *, pipeline: str, shipped: str, student: Mapp
         header["base_model"] = base.id
     if teachers:
         header["teachers"] = [
-            {"name": t["name"], "model": _teacher(recipe, t), "license": t.get("license", UNKNOWN)} for t in teachers
+            {"name": t["name"], "model": _teacher(recipe, t), "license": t.get("license", UNKNOWN)}
+            for t in teachers
         ]
     if hub:
         header["datasets"] = sorted(set(hub.values()))
@@ -170,14 +177,17 @@ def card_header(recipe: AnyRecipe, *, pipeline: str, shipped: str, student: Mapp
     return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---"
 
 
-def what_went_in(recipe: AnyRecipe, *, student: Mapping[str, Any], teachers: Sequence[Mapping[str, Any]]) -> list[str]:
+def what_went_in(
+    recipe: AnyRecipe, *, student: Mapping[str, Any], teachers: Sequence[Mapping[str, Any]]
+) -> list[str]:
     """The part of a card on base model, teachers and texts, with the licences that were known when the student was distilled."""
     base, known = base_of(recipe), student.get("sources", {})
     said = _LICENCES if "sources" in student else _BEFORE_LICENCES
     rows = [["base model", _source(base), *_licence(known.get("base"))]] if base else []
     rows += [["teacher " + t["name"], _teacher(recipe, t), *_licence(t)] for t in teachers]
     rows += [
-        ["text " + name, _source(text), *_licence(known.get("texts", {}).get(name))] for name, text in texts_of(recipe)
+        ["text " + name, _source(text), *_licence(known.get("texts", {}).get(name))]
+        for name, text in texts_of(recipe)
     ]
     return ["## What went in", markdown_table(["what", "from", "licence", "said by"], rows), said]
 
@@ -218,7 +228,11 @@ def write_card(folder: Path, *, recipe: Recipe, student: Mapping[str, Any], stud
             student_digest=student_digest,
             teachers=teachers,
             measured={name: {"nll": (heldout or nll)[name]} for name in nll},
-            names={"nll": f"nats a token, of {shipped}" if heldout else f"nats a token, of {in_torch(shipped)}"},
+            names={
+                "nll": f"nats a token, of {shipped}"
+                if heldout
+                else f"nats a token, of {in_torch(shipped)}"
+            },
         ),
         f"# {recipe.name}",
     ]
@@ -248,7 +262,11 @@ def write_card(folder: Path, *, recipe: Recipe, student: Mapping[str, Any], stud
         f"On {forms[shipped]['parity']['positions']} positions of held-out text, fed as clients feed a graph. The change of NLL is over one "
         "short piece of a domain: enough to see a mistake, too little to say what rounding costs.",
     ]
-    greedy = [[f"`{n}`", *(_answer(a) for a in form["greedy"])] for n, form in forms.items() if n != "fp32"]
+    greedy = [
+        [f"`{n}`", *(_answer(a) for a in form["greedy"])]
+        for n, form in forms.items()
+        if n != "fp32"
+    ]
     if greedy:
         columns = ["form", *(answer["text"] for answer in next(iter(forms.values()))["greedy"])]
         card += [
@@ -274,9 +292,7 @@ def write_card(folder: Path, *, recipe: Recipe, student: Mapping[str, Any], stud
         f"transformers.js (`dtype: {dtype}`)" if dtype else "transformers.js",
         *(["optimum-onnx"] if optimum_loads(folder, folder / forms[shipped]["graph"]) else ()),
     ]
-    where = (
-        f"The same folder loads in {', '.join(clients)} and plain onnxruntime. Batches may be padded on either side."
-    )
+    where = f"The same folder loads in {', '.join(clients)} and plain onnxruntime. Batches may be padded on either side."
     if isinstance(recipe.export.shapes, StaticShapes):
         where = "Elsewhere it runs in plain onnxruntime, a token a run; clients that read a prompt at once do not fit its one shape."
     card += [
@@ -290,11 +306,17 @@ def write_card(folder: Path, *, recipe: Recipe, student: Mapping[str, Any], stud
 
 def in_torch(shipped: str) -> str:
     """Whose figures those of the student's artifact are, to a reader who holds the ``shipped`` form."""
-    return "the student in torch" + ("" if shipped == "fp32" else f", before it was rounded to {shipped}")
+    return "the student in torch" + (
+        "" if shipped == "fp32" else f", before it was rounded to {shipped}"
+    )
 
 
 def _loss(parity: Mapping[str, Any]) -> str:
-    return f"{100 * (parity['nll'] / parity['nll_torch'] - 1):+.2f} %" if parity.get("nll_torch") else ""
+    return (
+        f"{100 * (parity['nll'] / parity['nll_torch'] - 1):+.2f} %"
+        if parity.get("nll_torch")
+        else ""
+    )
 
 
 def _answer(answer: Mapping[str, Any]) -> str:
@@ -316,7 +338,9 @@ def _teacher(recipe: AnyRecipe, teacher: Mapping[str, Any]) -> str:
 
 def _source(source: Any) -> str:
     fields = source.model_dump(mode="json", exclude_none=True, exclude={"format"})
-    return f"{fields.pop('kind')}: " + ", ".join(f"{name} {value}" for name, value in fields.items())
+    return f"{fields.pop('kind')}: " + ", ".join(
+        f"{name} {value}" for name, value in fields.items()
+    )
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -32,11 +32,19 @@ def encoder_form_bytes(model: Any, form: EncoderForm, *, task: str) -> int:
     config = model.config
     matrices = list(_matrices(model, task))
     # A sentence encoder's graph ends at the token states: a pooler has no part in it.
-    used = [p for name, p in model.named_parameters() if task == "classification" or not name.startswith("pooler.")]
+    used = [
+        p
+        for name, p in model.named_parameters()
+        if task == "classification" or not name.startswith("pooler.")
+    ]
     rest: int = 4 * (sum(p.numel() for p in used) - sum(m.channels * m.width for m in matrices))
-    rest += sum(b.numel() * b.element_size() for b in model.buffers())  # tables of positions and kinds of tokens
+    rest += sum(
+        b.numel() * b.element_size() for b in model.buffers()
+    )  # tables of positions and kinds of tokens
     scheme = encoder_scheme(form, int(config.hidden_size))
-    whole, (fp32, blockwise, integer) = _GRAPHS.get((config.model_type, task), _GRAPHS["bert", task])
+    whole, (fp32, blockwise, integer) = _GRAPHS.get(
+        (config.model_type, task), _GRAPHS["bert", task]
+    )
     if scheme is None:
         layer, weights = fp32, 4 * sum(m.channels * m.width for m in matrices)
     else:
@@ -54,4 +62,8 @@ def _matrices(model: Any, task: str) -> Iterator[Matrix]:
         if unused or 4 * module.weight.numel() < _INLINE:
             continue
         channels, width = module.weight.shape
-        yield Matrix(channels, width, "head" if module is head or isinstance(module, nn.Embedding) else "body")
+        yield Matrix(
+            channels,
+            width,
+            "head" if module is head or isinstance(module, nn.Embedding) else "body",
+        )

@@ -22,7 +22,10 @@ _ATTENTION_OUT = re.compile(r"(o_proj|out_proj|c_proj|dense)$")
 # for the rounding of activations, in int8-dynamic and static forms. Measured on tiny models; torch's exporter keeps notes on
 # every node and writes norms as many.
 _GENAI = (6_000, (4_500, 5_600, 10_500))
-_DYNAMO = {"gpt2": (36_000, (72_000, 71_000, 74_000)), "gemma3_text": (36_000, (197_000, 182_000, 185_000))}
+_DYNAMO = {
+    "gpt2": (36_000, (72_000, 71_000, 74_000)),
+    "gemma3_text": (36_000, (197_000, 182_000, 185_000)),
+}
 _OTHER_DYNAMO = (36_000, (91_000, 84_000, 87_000))
 
 
@@ -42,7 +45,9 @@ def form_bytes(model: Any, form: Form, *, backend: str = "auto", provider: str =
     half = form.kind == "fp16" or (provider != "cpu" and form.kind != "fp32")
     number = 2 if half else 4  # torch's graphs keep what is no matrix in fp32
     matrices = list(_matrices(model))
-    rest: int = sum(p.numel() for p in model.parameters()) - sum(m.channels * m.width for m in matrices)
+    rest: int = sum(p.numel() for p in model.parameters()) - sum(
+        m.channels * m.width for m in matrices
+    )
     size = number * (rest + _rotary_numbers(model.config)) if backend == "genai" else 4 * rest
     layers = int(model.config.get_text_config().num_hidden_layers)
     scheme = scheme_for(form, int(model.get_output_embeddings().weight.shape[1]))
@@ -52,7 +57,9 @@ def form_bytes(model: Any, form: Form, *, backend: str = "auto", provider: str =
     if scheme is None:
         return whole + layers * fp32 + size + number * sum(m.channels * m.width for m in matrices)
     layer = rounded if isinstance(scheme.body, Blockwise) else dynamic
-    weights = sum(stored_bytes(m.channels, m.width, getattr(scheme, m.part), number) for m in matrices)
+    weights = sum(
+        stored_bytes(m.channels, m.width, getattr(scheme, m.part), number) for m in matrices
+    )
     return whole + layers * layer + size + weights
 
 
@@ -61,7 +68,10 @@ def _matrices(model: Any) -> Iterator[Matrix]:
     outputs, seen = model.get_output_embeddings(), set()
     for name, module in model.named_modules():
         conv1d = type(module).__name__ == "Conv1D"
-        if not (conv1d or isinstance(module, nn.Linear | nn.Embedding)) or id(module.weight) in seen:
+        if (
+            not (conv1d or isinstance(module, nn.Linear | nn.Embedding))
+            or id(module.weight) in seen
+        ):
             continue
         seen.add(id(module.weight))
         first, second = module.weight.shape

@@ -26,7 +26,14 @@ from limbeck.contract.artifact import available_cores
 from limbeck.contract.errors import ArtifactError
 from limbeck.contract.heldout import CALIBRATION, load_calibration
 from limbeck.contract.progress import say, task
-from limbeck.contract.recipe import Form, Int4WeightForm, Int8DynamicForm, Int8StaticForm, Int8TrtForm, Int8WeightForm
+from limbeck.contract.recipe import (
+    Form,
+    Int4WeightForm,
+    Int8DynamicForm,
+    Int8StaticForm,
+    Int8TrtForm,
+    Int8WeightForm,
+)
 from limbeck.contract.recipe.encoder import EncoderForm
 from limbeck.runtime.decoder import import_onnxruntime
 
@@ -75,7 +82,11 @@ def calibrate(
     unknown = [name for name in boundaries if name not in maxima]
     # Beside the weights, as the weights' location is relative to the graph.
     with tempfile.NamedTemporaryFile(dir=source.data.parent, suffix=".onnx") as probe:
-        run = _Run(proto, Path(probe.name), [*activations, *unknown]) if activations or unknown else None
+        run = (
+            _Run(proto, Path(probe.name), [*activations, *unknown])
+            if activations or unknown
+            else None
+        )
         if run and unknown:
             maxima.update(_channel_maxima(run, rows, unknown))
         factors, divided = Factors(), dict[str, Floats]()
@@ -115,12 +126,16 @@ def calibration_for(
                 return None
             rows = _rows(student, form, "set its algorithm: rtn")
             moments = _moments(source, rows, list(dict.fromkeys(reads.values())), known or Known())
-            return Calibration(moments={matrix: moments[activation] for matrix, activation in reads.items()})
+            return Calibration(
+                moments={matrix: moments[activation] for matrix, activation in reads.items()}
+            )
         case _:
             return None
     activations = list(dict.fromkeys(reads.values()))
     alpha = (0.0 if as_they_are else SMOOTH) if form.smooth is None else form.smooth
-    movable = bool(alpha) and bool(find_boundaries(onnx.load(source.last, load_external_data=False)))
+    movable = bool(alpha) and bool(
+        find_boundaries(onnx.load(source.last, load_external_data=False))
+    )
     if form.smooth and not movable:
         say(
             f"export: {form.kind}: smooth moves nothing, as nothing in this graph can be divided exactly before its products"
@@ -128,7 +143,9 @@ def calibration_for(
     if not movable and not activations:
         return None
     rows = _rows(student, form, "" if activations else "set its smooth: 0")
-    return calibrate(source, rows, activations, method=method, alpha=alpha if movable else 0.0, known=known)
+    return calibrate(
+        source, rows, activations, method=method, alpha=alpha if movable else 0.0, known=known
+    )
 
 
 def _rounds_to_nearest(form: Int4WeightForm, *, as_they_are: bool) -> bool:
@@ -171,7 +188,9 @@ class _Run:
         ort = import_onnxruntime()
         probe = ModelProto()
         probe.CopyFrom(proto)
-        probe.graph.output.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in activations)
+        probe.graph.output.extend(
+            helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in activations
+        )
         onnx.save(probe, path)
         options = ort.SessionOptions()
         options.intra_op_num_threads = available_cores()
@@ -180,14 +199,23 @@ class _Run:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         inputs = {v.name: v.shape for v in self._session.get_inputs()}
-        self._past = {name: shape for name, shape in inputs.items() if name.startswith("past_key_values.")}
-        self._fixed = inputs["attention_mask"] if isinstance(inputs["attention_mask"][0], int) else None
+        self._past = {
+            name: shape for name, shape in inputs.items() if name.startswith("past_key_values.")
+        }
+        self._fixed = (
+            inputs["attention_mask"] if isinstance(inputs["attention_mask"][0], int) else None
+        )
 
-    def __call__(self, ids_S: npt.NDArray[np.int64], activations: Sequence[str]) -> dict[str, Floats]:
+    def __call__(
+        self, ids_S: npt.NDArray[np.int64], activations: Sequence[str]
+    ) -> dict[str, Floats]:
         feeds: dict[str, Any] = {
             "input_ids": ids_S[None],
             "attention_mask": np.ones((1, len(ids_S)), np.int64),
-            **{name: np.zeros((1, shape[1], 0, shape[3]), np.float32) for name, shape in self._past.items()},
+            **{
+                name: np.zeros((1, shape[1], 0, shape[3]), np.float32)
+                for name, shape in self._past.items()
+            },
         }
         if self._fixed is None:
             return dict(zip(activations, self._session.run(list(activations), feeds), strict=True))
@@ -198,9 +226,14 @@ class _Run:
             values[:, : len(ids_S)] = feeds[name]
         found = self._session.run(list(activations), whole)
         # The first row without its padding; what is pooled has no tokens.
-        return {n: x[:1, : len(ids_S)] if x.ndim == 3 else x[:1] for n, x in zip(activations, found, strict=True)}
+        return {
+            n: x[:1, : len(ids_S)] if x.ndim == 3 else x[:1]
+            for n, x in zip(activations, found, strict=True)
+        }
 
-    def _step_by_step(self, ids_S: npt.NDArray[np.int64], activations: Sequence[str]) -> dict[str, Floats]:
+    def _step_by_step(
+        self, ids_S: npt.NDArray[np.int64], activations: Sequence[str]
+    ) -> dict[str, Floats]:
         """As a call, of a graph that reads one token a run and gives its cache back."""
         assert self._fixed is not None
         columns = self._fixed[1]
@@ -214,10 +247,15 @@ class _Run:
             found = self._session.run([*activations, *presents], feeds)
             parts.append([x[:1] for x in found[: len(activations)]])
             cache = dict(zip(cache, found[len(activations) :], strict=True))
-        return {name: np.concatenate(x, axis=1) for name, x in zip(activations, zip(*parts, strict=True), strict=True)}
+        return {
+            name: np.concatenate(x, axis=1)
+            for name, x in zip(activations, zip(*parts, strict=True), strict=True)
+        }
 
 
-def _channel_maxima(run: _Run, rows: Sequence[npt.NDArray[np.int64]], activations: Sequence[str]) -> dict[str, Floats]:
+def _channel_maxima(
+    run: _Run, rows: Sequence[npt.NDArray[np.int64]], activations: Sequence[str]
+) -> dict[str, Floats]:
     largest: dict[str, Floats] = {}
     with task("calibrate: channels", len(rows)) as progress:
         for row in rows:
@@ -249,7 +287,9 @@ def _ranges(
     with task("calibrate: ranges", len(rows)) as progress:
         for row in rows:
             found = run(row, activations)
-            values = {name: x / divided[name] if name in divided else x for name, x in found.items()}
+            values = {
+                name: x / divided[name] if name in divided else x for name, x in found.items()
+            }
             if method == "min-max":
                 for name, x in values.items():
                     low, high = ranges.get(name, (0.0, 0.0))

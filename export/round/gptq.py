@@ -20,7 +20,9 @@ _DAMPING = 0.01  # of the mean second moment, on the diagonal; the paper's
 _AT_ONCE = 128  # inputs after which the rest of the matrix takes over
 
 
-def round_blocks(weights_NK: Floats, how: Blockwise, shares_KK: Floats | None) -> tuple[Codes, Floats, Codes]:
+def round_blocks(
+    weights_NK: Floats, how: Blockwise, shares_KK: Floats | None
+) -> tuple[Codes, Floats, Codes]:
     """Codes, scales and zero points of ``weights[N, K]``, as `export.round.blocks.quantize_blocks` gives them, which does it where no
     ``shares_KK`` of activations, from `shares`, are known."""
     if shares_KK is None:
@@ -44,9 +46,15 @@ def round_blocks(weights_NK: Floats, how: Blockwise, shares_KK: Floats | None) -
             left_KN[k + 1 : end] -= np.outer(shares_KK[k, k + 1 : end], error)
             errors[k - start] = error
         left_KN[end:] -= shares_KK[start:end, end:].T @ errors
-    codes = np.repeat(zeros.T[:, :, None], how.block, axis=2).reshape(channels, -1)  # beyond the width: 0
+    codes = np.repeat(zeros.T[:, :, None], how.block, axis=2).reshape(
+        channels, -1
+    )  # beyond the width: 0
     codes[:, :width] = codes_KN.T
-    return codes.reshape(channels, blocks, how.block), np.ascontiguousarray(scales.T), np.ascontiguousarray(zeros.T)
+    return (
+        codes.reshape(channels, blocks, how.block),
+        np.ascontiguousarray(scales.T),
+        np.ascontiguousarray(zeros.T),
+    )
 
 
 def shares(moments_KK: Floats) -> Floats:

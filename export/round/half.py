@@ -35,16 +35,25 @@ def cast_to_half(source: Graphs, target: Graphs, *, metadata: Mapping[str, str])
     whole = any(node.op_type == "GroupQueryAttention" for node in first.graph.node)
     halved = _floats(first.graph) if whole else _matrices(first.graph)
     written: dict[str, TensorProto] = {}
-    names: dict[str, str] = {}  # offset in the source's file -> the name its bytes have in the target's
-    with target.data.open("wb") as out, task("cast weights to fp16", len(first.graph.initializer)) as progress:
+    names: dict[
+        str, str
+    ] = {}  # offset in the source's file -> the name its bytes have in the target's
+    with (
+        target.data.open("wb") as out,
+        task("cast weights to fp16", len(first.graph.initializer)) as progress,
+    ):
         file = WeightsFile(out, target.data.name, written)
         for tensor in first.graph.initializer:
-            offset = next((entry.value for entry in tensor.external_data if entry.key == "offset"), None)
+            offset = next(
+                (entry.value for entry in tensor.external_data if entry.key == "offset"), None
+            )
             if tensor.external_data and offset in names:
                 file.rename(written[names[offset]], tensor.name, list(tensor.dims))
             elif tensor.external_data:
                 values = external_array(tensor, source.data.parent)
-                file.append(tensor.name, half(tensor.name, values) if tensor.name in halved else values)
+                file.append(
+                    tensor.name, half(tensor.name, values) if tensor.name in halved else values
+                )
                 names[str(offset)] = tensor.name
             progress.advance()
     for old, new in ((source.last, target.last), (source.all, target.all)):
@@ -88,7 +97,11 @@ def _matrices(graph: GraphProto) -> set[str]:
     for node in graph.node:
         for name in node.input if node.op_type != "Transpose" else ():
             readers.setdefault(turned.get(name, name), set()).add(node.op_type)
-    large = {t.name for t in graph.initializer if t.external_data and t.data_type == _FLOAT and len(t.dims) > 1}
+    large = {
+        t.name
+        for t in graph.initializer
+        if t.external_data and t.data_type == _FLOAT and len(t.dims) > 1
+    }
     return {name for name in large if readers.get(name, {""}) <= set(_PRODUCTS)}
 
 
@@ -107,7 +120,9 @@ def _cast_all(graph: GraphProto) -> None:
             if name == "logits":
                 node.output[index] = "limbeck/half/logits"
     graph.node.append(
-        helper.make_node("Cast", ["limbeck/half/logits"], ["logits"], name="limbeck/half/Cast", to=_FLOAT)
+        helper.make_node(
+            "Cast", ["limbeck/half/logits"], ["logits"], name="limbeck/half/Cast", to=_FLOAT
+        )
     )
     del graph.value_info[:]
 
@@ -126,11 +141,18 @@ def _cast_products(graph: GraphProto, halved: set[str]) -> None:
             x = node.input[0]
             if x not in cast:
                 cast.add(x)
-                nodes.insert(-1, helper.make_node("Cast", [x], [f"{x}/half"], name=f"{x}/half/Cast", to=_HALF))
+                nodes.insert(
+                    -1,
+                    helper.make_node("Cast", [x], [f"{x}/half"], name=f"{x}/half/Cast", to=_HALF),
+                )
             node.input[0] = f"{x}/half"
         out = node.output[0]
         node.output[0] = f"{out}/half_product"
-        nodes.append(helper.make_node("Cast", [node.output[0]], [out], name=f"{out}/half_product/Cast", to=_FLOAT))
+        nodes.append(
+            helper.make_node(
+                "Cast", [node.output[0]], [out], name=f"{out}/half_product/Cast", to=_FLOAT
+            )
+        )
     del graph.node[:]
     graph.node.extend(nodes)
     del graph.value_info[:]

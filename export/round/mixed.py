@@ -79,13 +79,21 @@ def choose_bits(
             with tempfile.TemporaryDirectory(dir=graphs.data.parent) as temporary:
                 made = form_files(Path(temporary), "int4-weight")
                 made.data.parent.mkdir()
-                quantize_weights(graphs, made, scheme=with_more(scheme, names), metadata={}, calibration=calibration)
+                quantize_weights(
+                    graphs,
+                    made,
+                    scheme=with_more(scheme, names),
+                    metadata={},
+                    calibration=calibration,
+                )
                 return relative_rise(heldout_nll(made.all, heldout), exact)
 
         chosen, reached = within_loss(costs, rise, measure)
         found |= {"bound_rise": rise, "rise": reached}
         if reached > rise:
-            say(f"export: 8 bits everywhere still lose {reached:.2%}, above the {rise:.2%} asked for")
+            say(
+                f"export: 8 bits everywhere still lose {reached:.2%}, above the {rise:.2%} asked for"
+            )
     say(f"export: {len(chosen)} of {len(costs)} matrices get 8 bits")
     return with_more(scheme, chosen), found | {
         "sensitivity": [_entry(cost, cost.matrix in set(chosen)) for cost in costs]
@@ -94,7 +102,9 @@ def choose_bits(
 
 def same_bits(scheme: Scheme, found: dict[str, Any]) -> tuple[Scheme, dict[str, Any]]:
     """The choice of an earlier `choose_bits`, from what the manifest says of it: a recovered student learnt to live with that one."""
-    return with_more(scheme, [entry["matrix"] for entry in found["sensitivity"] if entry["bits"] == 8]), found
+    return with_more(
+        scheme, [entry["matrix"] for entry in found["sensitivity"] if entry["bits"] == 8]
+    ), found
 
 
 def more_bits_everywhere(found: Mapping[str, Any]) -> bool:

@@ -34,7 +34,9 @@ class Part:
 
 def matrix_values(matrix: Matrix, graphs: Graphs) -> npt.NDArray[np.float32]:
     """The fp32 values ``[N, K]`` of a matrix of the fp32 ``graphs``."""
-    tensors = {t.name: t for t in onnx.load(graphs.last, load_external_data=False).graph.initializer}
+    tensors = {
+        t.name: t for t in onnx.load(graphs.last, load_external_data=False).graph.initializer
+    }
     values = external_array(tensors[matrix.name], graphs.data.parent)
     return np.asarray(values if matrix.rows else values.T)
 
@@ -44,7 +46,9 @@ def origins(matrices: Mapping[str, Matrix], graphs: Graphs, model: Path) -> dict
 
     Raises `ModelError` for a matrix that is no row-wise joining of parameters, as one that the builder scaled.
     """
-    tensors = {t.name: t for t in onnx.load(graphs.last, load_external_data=False).graph.initializer}
+    tensors = {
+        t.name: t for t in onnx.load(graphs.last, load_external_data=False).graph.initializer
+    }
     parameters = _parameters(model)
     found = {}
     for name, matrix in matrices.items():
@@ -63,7 +67,9 @@ def origins(matrices: Mapping[str, Matrix], graphs: Graphs, model: Path) -> dict
     return found
 
 
-def rounding_of(matrices: Mapping[str, Matrix], parts: Mapping[str, Sequence[Part]]) -> dict[str, dict[str, Any]]:
+def rounding_of(
+    matrices: Mapping[str, Matrix], parts: Mapping[str, Sequence[Part]]
+) -> dict[str, dict[str, Any]]:
     """How each parameter is rounded, as data: ``bits``, ``block`` and ``zero_points``, or ``most``, the largest code, where it has
     a scale a channel; ``turned`` when it is stored [K, N].
     """
@@ -75,8 +81,12 @@ def rounding_of(matrices: Mapping[str, Matrix], parts: Mapping[str, Sequence[Par
     }
 
 
-def _part_at(weights_NK: Any, start: int, parameters: Mapping[bytes, list[tuple[str, bool, Any]]]) -> Part | None:
-    for name, turned, values in parameters.get(np.ascontiguousarray(weights_NK[start]).tobytes(), ()):
+def _part_at(
+    weights_NK: Any, start: int, parameters: Mapping[bytes, list[tuple[str, bool, Any]]]
+) -> Part | None:
+    for name, turned, values in parameters.get(
+        np.ascontiguousarray(weights_NK[start]).tobytes(), ()
+    ):
         rows = len(values)
         if np.array_equal(weights_NK[start : start + rows], values):
             return Part(name, turned, start, rows)
@@ -92,5 +102,7 @@ def _parameters(model: Path) -> dict[bytes, list[tuple[str, bool, Any]]]:
                 values = weights.get_tensor(name)
                 if values.ndim == 2:
                     for turned, matrix in ((False, values), (True, values.T)):
-                        found.setdefault(np.ascontiguousarray(matrix[0]).tobytes(), []).append((name, turned, matrix))
+                        found.setdefault(np.ascontiguousarray(matrix[0]).tobytes(), []).append(
+                            (name, turned, matrix)
+                        )
     return found

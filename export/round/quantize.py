@@ -51,7 +51,9 @@ class Static:
     with one scale, known beforehand."""
 
     most: int = 127  # of the weights' codes
-    symmetric: bool = False  # signed activations, which TensorRT asks for; else unsigned ones with a zero point
+    symmetric: bool = (
+        False  # signed activations, which TensorRT asks for; else unsigned ones with a zero point
+    )
     activations: bool = True  # else weights alone
 
 
@@ -89,7 +91,12 @@ def scheme_for(form: Form, width: int) -> Scheme | None:
             return Scheme(body=each, attention=each, narrow=head, head=head)
         case Int8TrtForm():
             signed = Static(symmetric=True)
-            return Scheme(body=signed, attention=signed, narrow=signed, head=Static(activations=False, symmetric=True))
+            return Scheme(
+                body=signed,
+                attention=signed,
+                narrow=signed,
+                head=Static(activations=False, symmetric=True),
+            )
         case Int4WeightForm():
             body = Blockwise(4, form.block_size, zero_points=True)
             return Scheme(body=body, attention=head, narrow=head, head=head)
@@ -112,7 +119,9 @@ def stored_bytes(channels: int, width: int, how: How, number: int = 4) -> int:
     if not isinstance(how, Blockwise):
         return channels * width + number * channels
     row = math.ceil(width / how.block)
-    zeros = channels * math.ceil(row * how.bits / 8) if how.zero_points else 0  # a row ends on a whole byte
+    zeros = (
+        channels * math.ceil(row * how.bits / 8) if how.zero_points else 0
+    )  # a row ends on a whole byte
     return channels * row * (how.block * how.bits // 8 + number) + zeros
 
 
@@ -123,12 +132,18 @@ def calibrated_reads(source: Graphs, scheme: Scheme) -> dict[str, str]:
     proto = onnx.load(source.last, load_external_data=False)
     tensors = {t.name: t for t in proto.graph.initializer}
     matrices, turned = _matrices(proto, tensors, scheme), _turned(proto.graph, tensors)
-    read = [(n.input[0], turned.get(n.input[1], n.input[1])) for n in proto.graph.node if n.op_type == "MatMul"]
+    read = [
+        (n.input[0], turned.get(n.input[1], n.input[1]))
+        for n in proto.graph.node
+        if n.op_type == "MatMul"
+    ]
     return {name: x for x, name in read if name in matrices and _is_calibrated(matrices[name].how)}
 
 
 def _is_calibrated(how: How) -> bool:
-    return how.bits < 8 if isinstance(how, Blockwise) else isinstance(how, Static) and how.activations
+    return (
+        how.bits < 8 if isinstance(how, Blockwise) else isinstance(how, Static) and how.activations
+    )
 
 
 def quantize_weights(
@@ -166,14 +181,20 @@ def quantize_weights(
                 values = factors.apply(tensor.name, values, rows=matrix is not None and matrix.rows)
                 if matrix:
                     few = _is_calibrated(matrix.how)
-                    _write_matrix(file, matrix, values, calibration.moments.get(matrix.name) if few else None)
+                    _write_matrix(
+                        file, matrix, values, calibration.moments.get(matrix.name) if few else None
+                    )
                 else:
                     file.append(tensor.name, values)
             progress.advance()
     for old, new in ((source.last, target.last), (source.all, target.all)):
         proto = onnx.load(old, load_external_data=False)
         _replace_nodes(proto, matrices, ranges)
-        own = {t.name: t for t in proto.graph.initializer if not t.external_data and t.name not in factors}
+        own = {
+            t.name: t
+            for t in proto.graph.initializer
+            if not t.external_data and t.name not in factors
+        }
         used = {name for node in proto.graph.node for name in node.input}
         kept = [own.get(name, written.get(name)) for name in sorted(used)]
         del proto.graph.initializer[:]
@@ -208,12 +229,17 @@ def matrices_of(source: Graphs, scheme: Scheme) -> dict[str, Matrix]:
     return _matrices(proto, {t.name: t for t in proto.graph.initializer}, scheme)
 
 
-def _matrices(proto: ModelProto, tensors: Mapping[str, TensorProto], scheme: Scheme) -> dict[str, Matrix]:
+def _matrices(
+    proto: ModelProto, tensors: Mapping[str, TensorProto], scheme: Scheme
+) -> dict[str, Matrix]:
     """Every matrix to round by name, with its layout and how it is rounded."""
     graph = proto.graph
     origin = _turned(graph, tensors)
     has_head = any(value.name == "logits" for value in graph.output)  # a sentence encoder has none
-    head, attention = head_of(proto).output[0] if has_head else "", _into_attention(graph, {*tensors, *origin})
+    head, attention = (
+        head_of(proto).output[0] if has_head else "",
+        _into_attention(graph, {*tensors, *origin}),
+    )
     embeddings = {node.input[0] for node in graph.node if node.op_type == "Gather"}
     found: dict[str, Matrix] = {}
     for node in graph.node:
@@ -221,7 +247,12 @@ def _matrices(proto: ModelProto, tensors: Mapping[str, TensorProto], scheme: Sch
             continue
         read = node.input[1] if node.op_type == "MatMul" else node.input[0]
         tensor = tensors.get(origin.get(read, read))
-        if tensor is None or tensor.data_type != TensorProto.FLOAT or len(tensor.dims) != 2 or not tensor.external_data:
+        if (
+            tensor is None
+            or tensor.data_type != TensorProto.FLOAT
+            or len(tensor.dims) != 2
+            or not tensor.external_data
+        ):
             continue
         rows = (node.op_type == "Gather") != (read in origin)
         first, second = (int(dim) for dim in tensor.dims)
@@ -235,13 +266,19 @@ def _matrices(proto: ModelProto, tensors: Mapping[str, TensorProto], scheme: Sch
             else:
                 how = scheme.narrow if width > channels else scheme.body
             how = scheme.exceptions.get(tensor.name, how)
-            found[tensor.name] = Matrix(tensor.name, width, channels, rows, how, tensor.name in embeddings)
+            found[tensor.name] = Matrix(
+                tensor.name, width, channels, rows, how, tensor.name in embeddings
+            )
     return found
 
 
 def _integer_bits(matrices: Mapping[str, Matrix]) -> dict[str, str]:
     """For clients on processors whose sums overflow: whether integer products have weights of 8 bits."""
-    most = {m.how.most for m in matrices.values() if not isinstance(m.how, Blockwise) and _unsigned(m.how)}
+    most = {
+        m.how.most
+        for m in matrices.values()
+        if not isinstance(m.how, Blockwise) and _unsigned(m.how)
+    }
     return {"limbeck.integer_weights": "8 bits" if 127 in most else "7 bits"} if most else {}
 
 
@@ -252,7 +289,11 @@ def _unsigned(how: How) -> bool:
 
 def _turned(graph: GraphProto, constants: Container[str]) -> dict[str, str]:
     """Names of transposed constants, and what they are made of."""
-    return {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Transpose" and n.input[0] in constants}
+    return {
+        n.output[0]: n.input[0]
+        for n in graph.node
+        if n.op_type == "Transpose" and n.input[0] in constants
+    }
 
 
 def _into_attention(graph: GraphProto, constants: Container[str]) -> set[str]:
@@ -262,7 +303,9 @@ def _into_attention(graph: GraphProto, constants: Container[str]) -> set[str]:
     seen: set[str] = set()
     todo: list[str] = []
     for node in graph.node:
-        if node.op_type == "GroupQueryAttention" or (node.op_type == "MatMul" and node.input[1] not in constants):
+        if node.op_type == "GroupQueryAttention" or (
+            node.op_type == "MatMul" and node.input[1] not in constants
+        ):
             todo += node.input
     while todo:
         name = todo.pop()
@@ -306,10 +349,14 @@ def _replace_nodes(
     graph = proto.graph
     origin = _turned(graph, matrices)
     nodes: list[NodeProto] = []
-    rounded: set[str] = set()  # activations that are quantised already: several MatMuls may read one
+    rounded: set[str] = (
+        set()
+    )  # activations that are quantised already: several MatMuls may read one
     for node in graph.node:
         read = {"MatMul": 1, "Gather": 0}.get(node.op_type)
-        matrix = None if read is None else matrices.get(origin.get(node.input[read], node.input[read]))
+        matrix = (
+            None if read is None else matrices.get(origin.get(node.input[read], node.input[read]))
+        )
         if matrix is None:
             if not (node.op_type == "Transpose" and node.output[0] in origin):
                 nodes.append(node)
@@ -345,7 +392,9 @@ def _blockwise_matmul(node: NodeProto, matrix: Matrix, how: Blockwise) -> NodePr
     )
 
 
-def _integer_matmul(graph: GraphProto, node: NodeProto, matrix: Matrix, rounded: set[str]) -> list[NodeProto]:
+def _integer_matmul(
+    graph: GraphProto, node: NodeProto, matrix: Matrix, rounded: set[str]
+) -> list[NodeProto]:
     """An integer product between operators that round each token's activations around 128 with a scale of its own.
 
     onnxruntime's MatMulIntegerToFloat scales the columns where it sums; it takes one scale for the activations, so a token's
@@ -354,7 +403,12 @@ def _integer_matmul(graph: GraphProto, node: NodeProto, matrix: Matrix, rounded:
     codes, scales = matrix.names("codes", "scales")
     x, out = node.input[0], node.output[0]
     stem, own = f"limbeck/dynamic/{x}", f"limbeck/dynamic/{out}"
-    shared = {"one": np.float32(1), "steps": np.float32(127), "least": np.float32(1e-9), "middle": np.uint8(128)}
+    shared = {
+        "one": np.float32(1),
+        "steps": np.float32(127),
+        "least": np.float32(1e-9),
+        "middle": np.uint8(128),
+    }
     one, steps, least, middle = (f"limbeck/const/dynamic/{name}" for name in shared)
     axis = "limbeck/const/dynamic/axis"
     nodes = []
@@ -369,13 +423,22 @@ def _integer_matmul(graph: GraphProto, node: NodeProto, matrix: Matrix, rounded:
         nodes += [
             helper.make_node("Abs", [x], [f"{stem}/abs"], name=f"{stem}/Abs"),
             helper.make_node(
-                "ReduceMax", [f"{stem}/abs", axis], [f"{stem}/most"], name=f"{stem}/ReduceMax", keepdims=1
+                "ReduceMax",
+                [f"{stem}/abs", axis],
+                [f"{stem}/most"],
+                name=f"{stem}/ReduceMax",
+                keepdims=1,
             ),
             helper.make_node("Max", [f"{stem}/most", least], [f"{stem}/range"], name=f"{stem}/Max"),
-            helper.make_node("Div", [f"{stem}/range", steps], [f"{stem}/scale"], name=f"{stem}/Scale"),
+            helper.make_node(
+                "Div", [f"{stem}/range", steps], [f"{stem}/scale"], name=f"{stem}/Scale"
+            ),
             helper.make_node("Div", [x, f"{stem}/scale"], [f"{stem}/steps"], name=f"{stem}/Div"),
             helper.make_node(
-                "QuantizeLinear", [f"{stem}/steps", one, middle], [f"{stem}/codes"], name=f"{stem}/Quantize"
+                "QuantizeLinear",
+                [f"{stem}/steps", one, middle],
+                [f"{stem}/codes"],
+                name=f"{stem}/Quantize",
             ),
         ]
     nodes += [
@@ -411,15 +474,28 @@ def _static_matmul(
         graph.initializer.append(numpy_helper.from_array(np.asarray(step, np.float32), scale))
         graph.initializer.append(numpy_helper.from_array(zero, middle))
         nodes += [
-            helper.make_node("QuantizeLinear", [x, scale, middle], [f"{stem}/codes"], name=f"{stem}/Quantize"),
             helper.make_node(
-                "DequantizeLinear", [f"{stem}/codes", scale, middle], [f"{stem}/rounded"], name=f"{stem}/Dequantize"
+                "QuantizeLinear", [x, scale, middle], [f"{stem}/codes"], name=f"{stem}/Quantize"
+            ),
+            helper.make_node(
+                "DequantizeLinear",
+                [f"{stem}/codes", scale, middle],
+                [f"{stem}/rounded"],
+                name=f"{stem}/Dequantize",
             ),
         ]
     axis, weights = (0, f"{own}/rows") if matrix.by_rows else (1, f"{own}/weights")
-    nodes.append(helper.make_node("DequantizeLinear", [codes, scales], [weights], name=f"{own}/Dequantize", axis=axis))
+    nodes.append(
+        helper.make_node(
+            "DequantizeLinear", [codes, scales], [weights], name=f"{own}/Dequantize", axis=axis
+        )
+    )
     if matrix.by_rows:
-        nodes.append(helper.make_node("Transpose", [weights], [f"{own}/weights"], name=f"{own}/Transpose", perm=[1, 0]))
+        nodes.append(
+            helper.make_node(
+                "Transpose", [weights], [f"{own}/weights"], name=f"{own}/Transpose", perm=[1, 0]
+            )
+        )
     given = f"{stem}/rounded" if how.activations else x
     return [*nodes, helper.make_node("MatMul", [given, f"{own}/weights"], [out], name=node.name)]
 
@@ -428,12 +504,16 @@ def _static_embedding(node: NodeProto, matrix: Matrix) -> list[NodeProto]:
     codes, scales = matrix.names("codes", "scales")
     rows = f"limbeck/static/{node.output[0]}/rows"
     return [
-        helper.make_node("DequantizeLinear", [codes, scales], [rows], name=f"{rows}/Dequantize", axis=0),
+        helper.make_node(
+            "DequantizeLinear", [codes, scales], [rows], name=f"{rows}/Dequantize", axis=0
+        ),
         helper.make_node("Gather", [rows, node.input[1]], list(node.output), name=node.name),
     ]
 
 
-def activation_scale(span: tuple[float, float], *, symmetric: bool) -> tuple[float, npt.NDArray[Any]]:
+def activation_scale(
+    span: tuple[float, float], *, symmetric: bool
+) -> tuple[float, npt.NDArray[Any]]:
     """Scale and zero point of 8-bit codes for values between ``span``, 0 among them."""
     low, high = min(span[0], 0.0), max(span[1], 0.0)
     if symmetric:
@@ -442,7 +522,9 @@ def activation_scale(span: tuple[float, float], *, symmetric: bool) -> tuple[flo
     return step, np.asarray(np.clip(np.rint(-low / step), 0, 255), np.uint8)
 
 
-def _embedding(graph: GraphProto, node: NodeProto, matrix: Matrix, how: Blockwise) -> list[NodeProto]:
+def _embedding(
+    graph: GraphProto, node: NodeProto, matrix: Matrix, how: Blockwise
+) -> list[NodeProto]:
     codes, scales = matrix.names("codes", "scales_3d")
     padded = math.ceil(matrix.width / how.block) * how.block
     stem = f"limbeck/embedding/{node.output[0]}"
@@ -473,5 +555,9 @@ def _embedding(graph: GraphProto, node: NodeProto, matrix: Matrix, how: Blockwis
     ]
     if padded > matrix.width:
         ends = [constant("start", [0]), constant("width", [matrix.width]), constant("axis", [-1])]
-        nodes.append(helper.make_node("Slice", [f"{stem}/whole", *ends], list(node.output), name=f"{stem}/Slice"))
+        nodes.append(
+            helper.make_node(
+                "Slice", [f"{stem}/whole", *ends], list(node.output), name=f"{stem}/Slice"
+            )
+        )
     return nodes

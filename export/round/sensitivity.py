@@ -60,26 +60,40 @@ def measure_costs(
     """
     from transformers import AutoModelForCausalLM
 
-    loaded = load_pretrained(AutoModelForCausalLM, model, dtype=torch.float32).eval().requires_grad_(False)
+    loaded = (
+        load_pretrained(AutoModelForCausalLM, model, dtype=torch.float32)
+        .eval()
+        .requires_grad_(False)
+    )
     parameters = dict(loaded.named_parameters())
     length = max(min(tokens // len(texts), *(len(text) for text in texts)), 1)
     ids_RL = torch.from_numpy(np.stack([text[:length] for text in texts]))
     costs = []
-    with torch.inference_mode(), _Replay(loaded) as replay, task("sensitivity of matrices", len(matrices)) as progress:
+    with (
+        torch.inference_mode(),
+        _Replay(loaded) as replay,
+        task("sensitivity of matrices", len(matrices)) as progress,
+    ):
         reference = loaded(input_ids=ids_RL, use_cache=False).logits.log_softmax(-1)
         for name, matrix in matrices.items():
             assert isinstance(matrix.how, Blockwise)
-            rounded_NK = torch.from_numpy(rounded(matrix_values(matrix, graphs), matrix.how, moments.get(name)))
+            rounded_NK = torch.from_numpy(
+                rounded(matrix_values(matrix, graphs), matrix.how, moments.get(name))
+            )
             kept = {part.parameter: parameters[part.parameter].clone() for part in parts[name]}
             for part in parts[name]:
                 rows = rounded_NK[part.start : part.start + part.rows]
                 parameters[part.parameter].copy_(rows.T if part.turned else rows)
             with replay.up_to(kept):
                 changed = loaded(input_ids=ids_RL, use_cache=False).logits.log_softmax(-1)
-            kl = float((reference.exp() * (reference - changed)).sum(-1, dtype=torch.float64).mean())
+            kl = float(
+                (reference.exp() * (reference - changed)).sum(-1, dtype=torch.float64).mean()
+            )
             for parameter, values in kept.items():
                 parameters[parameter].copy_(values)
-            few, many = (stored_bytes(matrix.channels, matrix.width, how) for how in (matrix.how, more))
+            few, many = (
+                stored_bytes(matrix.channels, matrix.width, how) for how in (matrix.how, more)
+            )
             costs.append(Cost(name, tuple(kept), max(kl, 0.0), few, many - few))
             progress.advance()
     return sorted(costs, key=lambda cost: -cost.worth)
@@ -101,13 +115,17 @@ def within_bytes(costs: Sequence[Cost], room: int) -> list[str]:
     return chosen
 
 
-def within_loss(costs: Sequence[Cost], bound: float, measure: Callable[[list[str]], float]) -> tuple[list[str], float]:
+def within_loss(
+    costs: Sequence[Cost], bound: float, measure: Callable[[list[str]], float]
+) -> tuple[list[str], float]:
     """The shortest head of ``costs`` that ``measure`` finds within ``bound`` when those get more bits, and its loss.
 
     Losses are taken to fall with the summed KL of what stays in few bits, which gives the first guess, then measured, in halves: of
     150 matrices up to ten forms are made. All of them when nothing shorter is within the bound.
     """
-    left = np.concatenate([np.cumsum([cost.kl for cost in costs][::-1])[::-1], [0.0]])  # KL left after each head
+    left = np.concatenate(
+        [np.cumsum([cost.kl for cost in costs][::-1])[::-1], [0.0]]
+    )  # KL left after each head
     low, high = 0, len(costs)  # the least head that may do; the least known to do, or all
     loss_at: dict[int, float] = {0: measure([])}
     if loss_at[0] <= bound:
@@ -132,7 +150,11 @@ class _Replay:
 
     def __init__(self, model: Any) -> None:
         count = model.config.get_text_config().num_hidden_layers
-        lists = ((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count)
+        lists = (
+            (n, m)
+            for n, m in model.named_modules()
+            if isinstance(m, torch.nn.ModuleList) and len(m) == count
+        )
         found: tuple[str, Any] = next(lists, ("", ()))
         self._prefix, self._layers = found
         self._answers: dict[int, Any] = {}
@@ -151,7 +173,9 @@ class _Replay:
     def up_to(self, changed: Mapping[str, Tensor]) -> Iterator[None]:
         """Within the block, layers before the first that owns one of the ``changed`` parameters are not run."""
         owners = [
-            next((i for i in range(len(self._layers)) if name.startswith(f"{self._prefix}.{i}.")), 0)
+            next(
+                (i for i in range(len(self._layers)) if name.startswith(f"{self._prefix}.{i}.")), 0
+            )
             for name in changed
         ]
         self._skipped = min(owners)

@@ -89,10 +89,14 @@ def find_boundaries(proto: ModelProto) -> dict[str, Boundary]:
         if parts is None and node.op_type == "GroupQueryAttention":
             parts, shared = graph.values(node)
         wide = graph.width(matrices[0])
-        widths = {math.prod(shared)} if shared else {graph.channels(part.name) for part in parts or ()}
+        widths = (
+            {math.prod(shared)} if shared else {graph.channels(part.name) for part in parts or ()}
+        )
         if parts and widths == {wide} and all(graph.only_reader(part.name) for part in parts):
             found[activation] = Boundary(tuple(parts), matrices, shared)
-    return dict(sorted(found.items(), key=lambda item: not graph.is_matrix(item[1].made_by[0].name)))
+    return dict(
+        sorted(found.items(), key=lambda item: not graph.is_matrix(item[1].made_by[0].name))
+    )
 
 
 def find_factors(
@@ -107,7 +111,12 @@ def find_factors(
 
     max|x|^alpha / max|w|^(1 - alpha) a channel, 1 where a channel is always 0; ``largest`` holds max|x| by activation, ``[K]``.
     """
-    graph, inputs, outputs, divided = _Graph(proto), dict[str, Floats](), dict[str, Floats](), dict[str, Floats]()
+    graph, inputs, outputs, divided = (
+        _Graph(proto),
+        dict[str, Floats](),
+        dict[str, Floats](),
+        dict[str, Floats](),
+    )
     for name, boundary in boundaries.items():
         x_K, w_K = largest[name], np.zeros_like(largest[name])
         for matrix in boundary.matrices:
@@ -138,9 +147,13 @@ class _Graph:
     def __init__(self, proto: ModelProto) -> None:
         # An adapter's inputs have defaults, but they are no constants.
         open_ = {value.name for value in proto.graph.input}
-        self.tensors: dict[str, TensorProto] = {t.name: t for t in proto.graph.initializer if t.name not in open_}
+        self.tensors: dict[str, TensorProto] = {
+            t.name: t for t in proto.graph.initializer if t.name not in open_
+        }
         self.turned = {
-            n.output[0]: n.input[0] for n in proto.graph.node if n.op_type == "Transpose" and n.input[0] in self.tensors
+            n.output[0]: n.input[0]
+            for n in proto.graph.node
+            if n.op_type == "Transpose" and n.input[0] in self.tensors
         }
         self.made_by = {name: node for node in proto.graph.node for name in node.output if name}
         self.readers: dict[str, list[NodeProto]] = {}
@@ -192,8 +205,14 @@ class _Graph:
 
     def norm(self, node: NodeProto) -> list[Part] | None:
         """The weights of a norm; one that is written out ends in a product of its weights with what they scale."""
-        places = [at for at in _NORMS.get(node.op_type, ()) if at < len(node.input) and node.input[at]]
-        vectors = [node.input[at] for at in places if len(getattr(self.tensors.get(node.input[at]), "dims", ())) == 1]
+        places = [
+            at for at in _NORMS.get(node.op_type, ()) if at < len(node.input) and node.input[at]
+        ]
+        vectors = [
+            node.input[at]
+            for at in places
+            if len(getattr(self.tensors.get(node.input[at]), "dims", ())) == 1
+        ]
         if not vectors or (node.op_type != "Mul" and len(vectors) < len(places)):
             return None
         return [Part(name) for name in vectors]
@@ -214,11 +233,18 @@ class _Graph:
 
     def values(self, node: NodeProto) -> tuple[list[Part] | None, tuple[int, int, int] | None]:
         """What makes the values of a fused attention, and how its heads share them."""
-        counts = {a.name: int(a.i) for a in node.attribute if a.name in ("num_heads", "kv_num_heads")}
+        counts = {
+            a.name: int(a.i) for a in node.attribute if a.name in ("num_heads", "kv_num_heads")
+        }
         heads, groups = counts["num_heads"], counts["kv_num_heads"]
-        packed, made = not node.input[2], node.input[2] or node.input[0]  # queries, keys and values side by side
+        packed, made = (
+            not node.input[2],
+            node.input[2] or node.input[0],
+        )  # queries, keys and values side by side
         split = self.made_by.get(made)
-        if split is not None and split.op_type == "Split":  # made together, taken apart for norms of queries and keys
+        if (
+            split is not None and split.op_type == "Split"
+        ):  # made together, taken apart for norms of queries and keys
             if list(split.output)[2:] != [made] or not self.only_reader(made):
                 return None, None
             packed, made = True, split.input[0]

@@ -18,7 +18,9 @@ def external_array(tensor: TensorProto, folder: Path) -> npt.NDArray[Any]:
         return np.asarray(numpy_helper.to_array(tensor))
     entry = {e.key: e.value for e in tensor.external_data}
     dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    return np.memmap(folder / entry["location"], dtype, "r", int(entry.get("offset", 0)), tuple(tensor.dims))
+    return np.memmap(
+        folder / entry["location"], dtype, "r", int(entry.get("offset", 0)), tuple(tensor.dims)
+    )
 
 
 class WeightsFile:
@@ -31,9 +33,15 @@ class WeightsFile:
         """Write ``values`` and the initialiser ``name`` of their shape."""
         out = self._out
         out.write(b"\0" * (-out.tell() % ALIGN))
-        tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(values.dtype), dims=values.shape)
+        tensor = TensorProto(
+            name=name, data_type=helper.np_dtype_to_tensor_dtype(values.dtype), dims=values.shape
+        )
         tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", self._location), ("offset", out.tell()), ("length", values.nbytes)):
+        for key, value in (
+            ("location", self._location),
+            ("offset", out.tell()),
+            ("length", values.nbytes),
+        ):
             tensor.external_data.add(key=key, value=str(value))
         out.write(np.ascontiguousarray(values).data)
         self._written[name] = tensor

@@ -85,7 +85,10 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def about(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     """Several teacher language models and one recipe in; one small, quantised, measured student out.
@@ -108,7 +111,12 @@ def about(
 
 
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe file, or a name from `limbeck recipes`.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe file, or a name from `limbeck recipes`.",
+        show_default=False,
+    ),
 ]
 OutOption = Annotated[
     Path | None,
@@ -139,7 +147,12 @@ ShrinkOption = Annotated[
 ]
 ThreadsOption = Annotated[
     int | None,
-    typer.Option("--threads", min=1, help="CPU threads. Without it: every core available.", show_default=False),
+    typer.Option(
+        "--threads",
+        min=1,
+        help="CPU threads. Without it: every core available.",
+        show_default=False,
+    ),
 ]
 
 
@@ -150,11 +163,19 @@ ThreadsOption = Annotated[
 def recipes(
     max_mb: Annotated[
         float | None,
-        typer.Option("--max-mb", min=0, help="Only students of at most this many MB, as shipped.", show_default=False),
+        typer.Option(
+            "--max-mb",
+            min=0,
+            help="Only students of at most this many MB, as shipped.",
+            show_default=False,
+        ),
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Only recipes that train on a CPU.")] = False,
     family: Annotated[
-        str | None, typer.Option("--family", help="Only one model family, such as smollm2.", show_default=False)
+        str | None,
+        typer.Option(
+            "--family", help="Only one model family, such as smollm2.", show_default=False
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -190,14 +211,22 @@ def recipes(
         return
     width = max((len(entry.name) for entry in entries), default=0)
     for entry in entries:
-        print(f"{entry.name:{width}}  {entry.megabytes:6g} MB  {entry.device:4}  {entry.recipe.description}")
-    print("\nlimbeck run NAME runs one; the comment at the top of its file says what it needs.", file=sys.stderr)
+        print(
+            f"{entry.name:{width}}  {entry.megabytes:6g} MB  {entry.device:4}  {entry.recipe.description}"
+        )
+    print(
+        "\nlimbeck run NAME runs one; the comment at the top of its file says what it needs.",
+        file=sys.stderr,
+    )
 
 
 @app.command("validate")
 def validate(
     recipes: Annotated[
-        list[str], typer.Argument(metavar="RECIPE...", help="Recipe files or shipped names.", show_default=False)
+        list[str],
+        typer.Argument(
+            metavar="RECIPE...", help="Recipe files or shipped names.", show_default=False
+        ),
     ],
     overrides: SetOption = None,
 ) -> None:
@@ -223,7 +252,10 @@ def validate(
             continue
         if found:
             count = "1 thing is" if len(found) == 1 else f"{len(found)} things are"
-            print("\n".join([f"{reference}: {count} missing here", *(f"  {line}" for line in found)]), file=sys.stderr)
+            print(
+                "\n".join([f"{reference}: {count} missing here", *(f"  {line}" for line in found)]),
+                file=sys.stderr,
+            )
             bad += 1
         else:
             print(f"{reference}: valid; {recipe.name}, digest {recipe.digest[:8]}")
@@ -235,19 +267,32 @@ def validate(
 def init(
     teacher: Annotated[
         list[str],
-        typer.Option("--teacher", help="A model folder, .gguf file, hub id or recipe. Repeatable.", show_default=False),
+        typer.Option(
+            "--teacher",
+            help="A model folder, .gguf file, hub id or recipe. Repeatable.",
+            show_default=False,
+        ),
     ],
     data: Annotated[
         list[str],
-        typer.Option("--data", help="A text file; quality is reported by file. Repeatable.", show_default=False),
+        typer.Option(
+            "--data",
+            help="A text file; quality is reported by file. Repeatable.",
+            show_default=False,
+        ),
     ],
     target_mb: Annotated[
-        float, typer.Option("--target-mb", min=0, help="Largest size of what is shipped, in MB.", show_default=False)
+        float,
+        typer.Option(
+            "--target-mb", min=0, help="Largest size of what is shipped, in MB.", show_default=False
+        ),
     ],
     student: Annotated[
         str | None,
         typer.Option(
-            "--student", help="Model the student starts from. Without it: the smallest teacher.", show_default=False
+            "--student",
+            help="Model the student starts from. Without it: the smallest teacher.",
+            show_default=False,
         ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="File to write.")] = Path("recipe.yaml"),
@@ -260,9 +305,13 @@ def init(
     """
     from limbeck.app.init import write_recipe
 
-    choice = write_recipe(teachers=teacher, texts=data, target_mb=target_mb, student=student, out=out)
+    choice = write_recipe(
+        teachers=teacher, texts=data, target_mb=target_mb, student=student, out=out
+    )
     caution = f"{choice.caution}\n" if choice.caution else ""
-    print(f"{out}: {choice.why}; about {choice.megabytes:.1f} MB as {choice.form}\n{caution}next: limbeck run {out}")
+    print(
+        f"{out}: {choice.why}; about {choice.megabytes:.1f} MB as {choice.form}\n{caution}next: limbeck run {out}"
+    )
 
 
 @app.command("plan")
@@ -271,7 +320,10 @@ def plan(
     overrides: SetOption = None,
     shrink: ShrinkOption = None,
     trial: Annotated[
-        bool, typer.Option("--trial", help="Time the student's layers here for ten seconds, and estimate the time.")
+        bool,
+        typer.Option(
+            "--trial", help="Time the student's layers here for ten seconds, and estimate the time."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -294,7 +346,10 @@ def plan(
 
 @app.command("run")
 def run(
-    recipe: RecipeArgument, out: OutOption = None, overrides: SetOption = None, shrink: ShrinkOption = None
+    recipe: RecipeArgument,
+    out: OutOption = None,
+    overrides: SetOption = None,
+    shrink: ShrinkOption = None,
 ) -> None:
     """Do the whole job: distil, export, measure, report. Goes on where an earlier run of the same recipe stopped.
 
@@ -312,7 +367,10 @@ def run(
 
 @app.command("compress")
 def compress(
-    recipe: RecipeArgument, out: OutOption = None, overrides: SetOption = None, shrink: ShrinkOption = None
+    recipe: RecipeArgument,
+    out: OutOption = None,
+    overrides: SetOption = None,
+    shrink: ShrinkOption = None,
 ) -> None:
     """Stage 1: distil the student from its teachers, which are made first where they are products of other recipes.
 
@@ -325,7 +383,10 @@ def compress(
 
 @app.command("export")
 def export(
-    recipe: RecipeArgument, out: OutOption = None, overrides: SetOption = None, shrink: ShrinkOption = None
+    recipe: RecipeArgument,
+    out: OutOption = None,
+    overrides: SetOption = None,
+    shrink: ShrinkOption = None,
 ) -> None:
     """Stage 2: turn the distilled student into ONNX graphs, quantise them, and check them against the student.
 
@@ -350,7 +411,10 @@ def bench(
     against: Annotated[
         list[str] | None,
         typer.Option(
-            "--against", metavar="TARGET", help="What to compare the first target with. Repeatable.", show_default=False
+            "--against",
+            metavar="TARGET",
+            help="What to compare the first target with. Repeatable.",
+            show_default=False,
         ),
     ] = None,
     out: OutOption = None,
@@ -372,7 +436,9 @@ def bench(
 
     if len(targets) > 1 or against or pipeline.is_target(targets[0]):
         if shrink is not None:
-            raise RecipeError("--shrink-to: only a recipe can be shrunk, and none is given here; leave it out.")
+            raise RecipeError(
+                "--shrink-to: only a recipe can be shrunk, and none is given here; leave it out."
+            )
         pipeline.bench_targets(targets, against=against or (), out=out, overrides=overrides or ())
         return
     _stage("bench", targets[0], out, overrides, shrink)
@@ -382,9 +448,16 @@ def bench(
 def ablate(
     recipe: RecipeArgument,
     arms: Annotated[
-        str, typer.Option("--arms", help="Arms to train, separated by commas. Without it: all.", show_default=False)
+        str,
+        typer.Option(
+            "--arms",
+            help="Arms to train, separated by commas. Without it: all.",
+            show_default=False,
+        ),
     ] = "",
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds each arm is trained with.")] = 3,
+    seeds: Annotated[
+        int, typer.Option("--seeds", min=1, help="Seeds each arm is trained with.")
+    ] = 3,
     out: OutOption = None,
     overrides: SetOption = None,
 ) -> None:
@@ -408,7 +481,11 @@ def search(
     recipe: RecipeArgument,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder of the search; default runs/search-NAME-DIGEST.", show_default=False),
+        typer.Option(
+            "--out",
+            help="Folder of the search; default runs/search-NAME-DIGEST.",
+            show_default=False,
+        ),
     ] = None,
     overrides: SetOption = None,
     shrink: ShrinkOption = None,
@@ -433,10 +510,14 @@ def search(
     raise typer.Exit(found.exit_code)
 
 
-def _stage(name: str, reference: str, out: Path | None, overrides: list[str] | None, shrink: str | None) -> None:
+def _stage(
+    name: str, reference: str, out: Path | None, overrides: list[str] | None, shrink: str | None
+) -> None:
     from limbeck.app import run as pipeline
 
-    report = pipeline.run_stage(name, _load_any(reference, overrides, shrink), out=out, reference=reference)
+    report = pipeline.run_stage(
+        name, _load_any(reference, overrides, shrink), out=out, reference=reference
+    )
     raise typer.Exit(report.exit_code if report else 0)
 
 
@@ -484,12 +565,20 @@ def report(
 @app.command("verify")
 def verify(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="An artifact or a whole run folder.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="PATH", help="An artifact or a whole run folder.", show_default=False
+        ),
     ],
     quality: Annotated[
-        bool, typer.Option("--quality/--no-quality", help="Score the shipped form on the held-out text again.")
+        bool,
+        typer.Option(
+            "--quality/--no-quality", help="Score the shipped form on the held-out text again."
+        ),
     ] = True,
-    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Time the shipped form again, shortly.")] = True,
+    speed: Annotated[
+        bool, typer.Option("--speed/--no-speed", help="Time the shipped form again, shortly.")
+    ] = True,
 ) -> None:
     """Check what a run made: every file's hash, that ONNX graphs still compute here what the student computed, and the certificate.
 
@@ -511,9 +600,15 @@ def verify(
 @app.command("compare")
 def compare(
     before: Annotated[
-        Path, typer.Argument(metavar="RUN_A", help="Run folder or bench to compare with.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="RUN_A", help="Run folder or bench to compare with.", show_default=False
+        ),
     ],
-    after: Annotated[Path, typer.Argument(metavar="RUN_B", help="Run folder or bench to judge.", show_default=False)],
+    after: Annotated[
+        Path,
+        typer.Argument(metavar="RUN_B", help="Run folder or bench to judge.", show_default=False),
+    ],
     tolerance: Annotated[
         list[str] | None,
         typer.Option(
@@ -524,9 +619,14 @@ def compare(
         ),
     ] = None,
     across_machines: Annotated[
-        bool, typer.Option("--across-machines", help="Compare runs of different machines, with a warning.")
+        bool,
+        typer.Option(
+            "--across-machines", help="Compare runs of different machines, with a warning."
+        ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of Markdown.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead of Markdown.")
+    ] = False,
 ) -> None:
     """Did the shipped form get slower, larger or worse from RUN_A to RUN_B? A Markdown table for a pull request.
 
@@ -545,7 +645,11 @@ def compare(
 
     raise typer.Exit(
         pipeline.compare(
-            before, after, tolerances=_tolerances(tolerance or ()), across_machines=across_machines, as_json=as_json
+            before,
+            after,
+            tolerances=_tolerances(tolerance or ()),
+            across_machines=across_machines,
+            as_json=as_json,
         )
     )
 
@@ -570,24 +674,45 @@ def _tolerances(given: Sequence[str]) -> dict[str, float]:
 @app.command("eval")
 def evaluate(
     artifact: Annotated[
-        Path, typer.Argument(metavar="ARTIFACT", help="An exported folder, or the run it is in.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="ARTIFACT", help="An exported folder, or the run it is in.", show_default=False
+        ),
     ],
-    tasks: Annotated[str, typer.Option("--tasks", help="Tasks of lm-eval, separated by commas.", show_default=False)],
+    tasks: Annotated[
+        str,
+        typer.Option("--tasks", help="Tasks of lm-eval, separated by commas.", show_default=False),
+    ],
     include_path: Annotated[
         Path | None,
-        typer.Option("--include-path", metavar="DIR", help="A folder with task files of your own.", show_default=False),
+        typer.Option(
+            "--include-path",
+            metavar="DIR",
+            help="A folder with task files of your own.",
+            show_default=False,
+        ),
     ] = None,
     form: Annotated[
         str | None,
-        typer.Option("--form", help="Form to run, such as fp32. Without it: the shipped one.", show_default=False),
+        typer.Option(
+            "--form",
+            help="Form to run, such as fp32. Without it: the shipped one.",
+            show_default=False,
+        ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Most samples a task. Without it: all.", show_default=False)
+        int | None,
+        typer.Option(
+            "--limit", min=1, help="Most samples a task. Without it: all.", show_default=False
+        ),
     ] = None,
     shots: Annotated[
         int | None,
         typer.Option(
-            "--shots", min=0, help="Examples before each question. Without it: the task's.", show_default=False
+            "--shots",
+            min=0,
+            help="Examples before each question. Without it: the task's.",
+            show_default=False,
         ),
     ] = None,
     threads: ThreadsOption = None,
@@ -623,16 +748,29 @@ def evaluate(
 @app.command("generate")
 def generate(
     artifact: Annotated[
-        Path, typer.Argument(metavar="ARTIFACT", help="An exported folder, or the run it is in.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="ARTIFACT", help="An exported folder, or the run it is in.", show_default=False
+        ),
     ],
     prompt: Annotated[
         str,
-        typer.Argument(metavar="PROMPT", help="The text to go on from; - reads standard input.", show_default=False),
+        typer.Argument(
+            metavar="PROMPT",
+            help="The text to go on from; - reads standard input.",
+            show_default=False,
+        ),
     ],
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens to generate.")] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Most tokens to generate.")
+    ] = 128,
     form: Annotated[
         str | None,
-        typer.Option("--form", help="Form to run, such as fp32. Without it: the shipped one.", show_default=False),
+        typer.Option(
+            "--form",
+            help="Form to run, such as fp32. Without it: the shipped one.",
+            show_default=False,
+        ),
     ] = None,
     adapter: Annotated[
         str | None,
@@ -644,7 +782,10 @@ def generate(
         ),
     ] = None,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0, help="0 takes the likeliest token; higher is more varied.")
+        float,
+        typer.Option(
+            "--temperature", min=0, help="0 takes the likeliest token; higher is more varied."
+        ),
     ] = 0.0,
     top_p: Annotated[
         float,
@@ -657,7 +798,9 @@ def generate(
     ] = 1.0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the draw.")] = 0,
     threads: ThreadsOption = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")
+    ] = False,
 ) -> None:
     """Generate text with an exported student, under onnxruntime alone, and print it as it comes.
 
@@ -683,7 +826,12 @@ def generate(
     text = load_text(folder)
     ids = text.chat([{"role": "user", "content": prompt}]) if chat else text.encode(prompt)
     tokens = decoder.generate(
-        ids, max_new_tokens, stop_ids=text.stop_ids, temperature=temperature, top_p=max(top_p, 1e-9), seed=seed
+        ids,
+        max_new_tokens,
+        stop_ids=text.stop_ids,
+        temperature=temperature,
+        top_p=max(top_p, 1e-9),
+        seed=seed,
     )
     for piece in text.stream(tokens):
         print(piece, end="", flush=True)
@@ -693,31 +841,60 @@ def generate(
 @app.command("serve")
 def serve(
     artifact: Annotated[
-        Path, typer.Argument(metavar="ARTIFACT", help="An exported folder, or the run it is in.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="ARTIFACT", help="An exported folder, or the run it is in.", show_default=False
+        ),
     ],
-    host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is every one.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")
+    ] = 8000,
     form: Annotated[
         str | None,
-        typer.Option("--form", help="Form to run, such as fp32. Without it: the shipped one.", show_default=False),
+        typer.Option(
+            "--form",
+            help="Form to run, such as fp32. Without it: the shipped one.",
+            show_default=False,
+        ),
     ] = None,
     threads: ThreadsOption = None,
-    max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Requests that run at once.")] = 64,
+    max_batch: Annotated[
+        int, typer.Option("--max-batch", min=1, help="Requests that run at once.")
+    ] = 64,
     max_queue: Annotated[
-        int, typer.Option("--max-queue", min=0, help="Requests that may wait; one more is answered with 429.")
+        int,
+        typer.Option(
+            "--max-queue", min=0, help="Requests that may wait; one more is answered with 429."
+        ),
     ] = 256,
-    cache_mb: Annotated[int, typer.Option("--cache-mb", min=1, help="Memory of all key-value caches, MB.")] = 1000,
+    cache_mb: Annotated[
+        int, typer.Option("--cache-mb", min=1, help="Memory of all key-value caches, MB.")
+    ] = 1000,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=1, help="Most tokens one request may generate.")
     ] = Limits.max_tokens,
     max_body_bytes: Annotated[
-        int, typer.Option("--max-body-bytes", min=1, help="Largest request; a larger one is answered with 413.")
+        int,
+        typer.Option(
+            "--max-body-bytes", min=1, help="Largest request; a larger one is answered with 413."
+        ),
     ] = Limits.max_body_bytes,
     request_timeout: Annotated[
-        float, typer.Option("--request-timeout", min=0.001, help="Seconds a request may take, waiting included.")
+        float,
+        typer.Option(
+            "--request-timeout", min=0.001, help="Seconds a request may take, waiting included."
+        ),
     ] = Limits.request_timeout,
     grace: Annotated[
-        float, typer.Option("--grace", min=0, help="Seconds that running requests have left after SIGTERM or Ctrl-C.")
+        float,
+        typer.Option(
+            "--grace",
+            min=0,
+            help="Seconds that running requests have left after SIGTERM or Ctrl-C.",
+        ),
     ] = 30.0,
     api_key: Annotated[
         str | None,
@@ -743,9 +920,16 @@ def serve(
     try:
         from serve_bench.serve.server import open_server
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("fastapi", "starlette", "uvicorn", "prometheus_client"):
+        if (error.name or "").partition(".")[0] not in (
+            "fastapi",
+            "starlette",
+            "uvicorn",
+            "prometheus_client",
+        ):
             raise
-        raise EnvironmentalError(f"{error.name} is not installed; run: pip install 'limbeck[serve]'.") from None
+        raise EnvironmentalError(
+            f"{error.name} is not installed; run: pip install 'limbeck[serve]'."
+        ) from None
     server = open_server(
         _exported(artifact),
         host=host,

@@ -54,7 +54,9 @@ class Findings:
         for title, items in (("missing", self.missing), ("advice", self.advice)):
             if items:
                 lines += [title, *(f"  - {item}" for item in items)]
-        lines.append("this machine can run Limbeck" if self.able else "this machine cannot run Limbeck yet")
+        lines.append(
+            "this machine can run Limbeck" if self.able else "this machine cannot run Limbeck yet"
+        )
         return "\n".join(lines)
 
 
@@ -82,7 +84,9 @@ def _libraries(findings: Findings) -> None:
         declared = importlib.metadata.requires("limbeck") or []
     except importlib.metadata.PackageNotFoundError:
         declared = []
-        findings.missing.append("limbeck itself is not installed; run in its folder: pip install -e '.[cpu]'")
+        findings.missing.append(
+            "limbeck itself is not installed; run in its folder: pip install -e '.[cpu]'"
+        )
     for wanted in map(Requirement, declared):
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
             continue
@@ -99,7 +103,12 @@ def _libraries(findings: Findings) -> None:
 def _runtime(findings: Findings) -> None:
     facts: dict[str, Any] = {
         name: _version(name)
-        for name in ("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda")
+        for name in (
+            "onnxruntime",
+            "onnxruntime-gpu",
+            "onnxruntime-genai",
+            "onnxruntime-genai-cuda",
+        )
     }
     try:
         facts["execution providers"] = import_onnxruntime().get_available_providers()
@@ -127,7 +136,9 @@ def _machine(findings: Findings) -> None:
             "weights of 7 bits here (reduce_range), since those of 8 would overflow"
         )
     if machine["memory_bytes"] < _MEMORY:
-        findings.advice.append(f"the demo needs about {_gigabytes(_MEMORY)} of memory; `limbeck run pico` needs 2 GB")
+        findings.advice.append(
+            f"the demo needs about {_gigabytes(_MEMORY)} of memory; `limbeck run pico` needs 2 GB"
+        )
     folders = {"cache": cache_folder(), "runs": Path("runs").resolve()}
     findings.facts["disk"] = {}
     for name, folder in folders.items():
@@ -135,7 +146,11 @@ def _machine(findings: Findings) -> None:
         room = shutil.disk_usage(existing).free
         findings.facts["disk"][name] = f"{folder} ({_gigabytes(room)} free)"
         if not os.access(existing, os.W_OK):
-            remedy = "set LIMBECK_CACHE to another folder" if name == "cache" else "go to another folder, or use --out"
+            remedy = (
+                "set LIMBECK_CACHE to another folder"
+                if name == "cache"
+                else "go to another folder, or use --out"
+            )
             findings.missing.append(f"{existing} cannot be written; {remedy}")
         if room < _ROOM:
             findings.advice.append(
@@ -154,7 +169,11 @@ def _gpu(findings: Findings) -> None:
         except (OSError, subprocess.TimeoutExpired):
             findings.advice.append("nvidia-smi does not answer; look at the driver")
         else:
-            cards = [line.strip() for line in answer.stdout.splitlines() if line.strip() and answer.returncode == 0]
+            cards = [
+                line.strip()
+                for line in answer.stdout.splitlines()
+                if line.strip() and answer.returncode == 0
+            ]
     torch = _version("torch") or ""
     findings.facts["gpu"] = {"cards": cards or "none found", "torch": torch or "not installed"}
     if cards and torch.endswith("+cpu"):

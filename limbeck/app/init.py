@@ -23,7 +23,11 @@ from limbeck.contract.sources import check_arrow
 _TARGET_SHARE = 0.97  # of the size asked for: the plan is right within 2 %
 _DEPTHS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)  # shares of the layers kept, most first
 _WIDTHS = (1.0, 0.75, 0.5)  # shares of the FFN's neurons
-_TOKENS, _BATCH, _PASSES = 204800, 1024, 10  # of training: tokens, tokens a step, passes over the text at most
+_TOKENS, _BATCH, _PASSES = (
+    204800,
+    1024,
+    10,
+)  # of training: tokens, tokens a step, passes over the text at most
 _DECODERS = (
     "ForCausalLM",
     "LMHeadModel",
@@ -55,7 +59,12 @@ class Choice:
 
 
 def write_recipe(
-    *, teachers: Sequence[str], texts: Sequence[str], target_mb: float, student: str | None, out: Path
+    *,
+    teachers: Sequence[str],
+    texts: Sequence[str],
+    target_mb: float,
+    student: str | None,
+    out: Path,
 ) -> Choice:
     """Write the recipe to ``out`` and return what was chosen.
 
@@ -65,28 +74,47 @@ def write_recipe(
     if out.exists():
         raise RecipeError(f"{out}: is already there; name another file with --out.")
     if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
-        raise RecipeError(f"{out}: {out.parent} is no folder that can be written to; name another file with --out.")
-    found = [{"name": name, **_teacher(given)} for name, given in zip(_names(teachers), teachers, strict=True)]
+        raise RecipeError(
+            f"{out}: {out.parent} is no folder that can be written to; name another file with --out."
+        )
+    found = [
+        {"name": name, **_teacher(given)}
+        for name, given in zip(_names(teachers), teachers, strict=True)
+    ]
     tree: dict[str, Any] = {
         "name": re.sub(r"[^a-z0-9._-]+", "-", out.stem.lower()).strip("-.") or "mine",
         "teachers": found,
         "data": {
-            "domains": [{"name": name, "text": _data(text)} for name, text in zip(_names(texts), texts, strict=True)],
+            "domains": [
+                {"name": name, "text": _data(text)}
+                for name, text in zip(_names(texts), texts, strict=True)
+            ],
             "block": 128,
             "heldout": {"piece_chars": 1024},
         },
-        "training": {"tokens": _tokens(texts), "batch_tokens": _BATCH, "learning_rate": 1e-3, "evaluate_every": 50},
+        "training": {
+            "tokens": _tokens(texts),
+            "batch_tokens": _BATCH,
+            "learning_rate": 1e-3,
+            "evaluate_every": 50,
+        },
         "gates": {"max_size_mb": target_mb, "max_loss_vs_best_teacher": 0.02},
     }
     if _are_short(texts, Data.model_validate(tree["data"])):
         tree["data"]["packing"] = "stream"
     bases = (
-        [_source(student, "--student")] if student else [t["model"] for t in found if t["model"]["kind"] != "recipe"]
+        [_source(student, "--student")]
+        if student
+        else [t["model"] for t in found if t["model"]["kind"] != "recipe"]
     )
     if not bases:
-        raise ModelError("--teacher: all teachers are recipes; name the model the student starts from with --student.")
+        raise ModelError(
+            "--teacher: all teachers are recipes; name the model the student starts from with --student."
+        )
     _check_tokenizers(found, bases if student else [])
-    for option, source in [("--student", bases[0])] if student else [("--teacher", base) for base in bases]:
+    for option, source in (
+        [("--student", bases[0])] if student else [("--teacher", base) for base in bases]
+    ):
         if source["kind"] == "hub":
             try:
                 _sizes(tree, {"kind": "lora", "base": source})
@@ -104,7 +132,9 @@ def write_recipe(
     return choice
 
 
-def choose_student(tree: dict[str, Any], bases: Sequence[dict[str, Any]], *, target_mb: float) -> Choice:
+def choose_student(
+    tree: dict[str, Any], bases: Sequence[dict[str, Any]], *, target_mb: float
+) -> Choice:
     """The best student of at most ``target_mb``: whole before cut, of cuts the one that keeps most, and of its forms 8 bits before 4.
 
     4 bits cost a few percent of loss, a cut far more (docs/experiments.md). Raises `ModelError` naming the smallest that was
@@ -127,7 +157,9 @@ def choose_student(tree: dict[str, Any], bases: Sequence[dict[str, Any]], *, tar
     for sizes, student, kept in sorted(cuts, key=lambda cut: -cut[0]["int8-weight"]):
         for form, megabytes in sizes.items():
             if megabytes <= most:
-                return Choice(student, form, megabytes, f"whole it does not fit, so {kept} are kept")
+                return Choice(
+                    student, form, megabytes, f"whole it does not fit, so {kept} are kept"
+                )
             tried.append((megabytes, f"{kept} kept, {form}"))
     least, why = min(tried)
     raise ModelError(
@@ -167,7 +199,13 @@ def _sizes(tree: dict[str, Any], student: dict[str, Any]) -> dict[str, float]:
 def _recipe(tree: dict[str, Any], student: dict[str, Any], *forms: str) -> Recipe:
     # Without teachers: the size is the student's alone. Gates are about what is made, not about what is planned.
     return parse_recipe(
-        {**tree, "teachers": [], "gates": {}, "student": student, "export": {"forms": ["fp32", *forms]}}
+        {
+            **tree,
+            "teachers": [],
+            "gates": {},
+            "student": student,
+            "export": {"forms": ["fp32", *forms]},
+        }
     )
 
 
@@ -182,7 +220,10 @@ def _teacher(given: str) -> dict[str, Any]:
         raise ModelError(
             f"--teacher {given}: its adapter_config.json names no base model ({error}); write its path there as base_model_name_or_path."
         ) from error
-    return {"model": _source(str(base), f"--teacher {given}, an adapter on"), "adapter": str(path.resolve())}
+    return {
+        "model": _source(str(base), f"--teacher {given}, an adapter on"),
+        "adapter": str(path.resolve()),
+    }
 
 
 def _data(given: str) -> dict[str, Any]:
@@ -239,7 +280,9 @@ def _json_fields(path: Path) -> dict[str, bool]:
     except ValueError:
         row = None
     if not isinstance(row, dict):
-        raise DataError(f"--data {path}: its first line is no JSON object; write one object a line.")
+        raise DataError(
+            f"--data {path}: its first line is no JSON object; write one object a line."
+        )
     return {name: isinstance(value, str) for name, value in row.items()}
 
 
@@ -254,7 +297,8 @@ def _parquet_fields(path: Path) -> dict[str, bool]:
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"--data {path}: not a Parquet file ({error}).") from None
     return {
-        field.name: pyarrow.types.is_string(field.type) or pyarrow.types.is_large_string(field.type) for field in schema
+        field.name: pyarrow.types.is_string(field.type) or pyarrow.types.is_large_string(field.type)
+        for field in schema
     }
 
 
@@ -271,7 +315,9 @@ def _check_tokenizers(teachers: Sequence[dict[str, Any]], bases: Sequence[dict[s
     """Raise `ModelError` where two folders on this machine have other token maps; of other sources `limbeck run` tells."""
     from compress.models.language import require_same_tokenizer
 
-    named = [(teacher["name"], teacher["model"]) for teacher in teachers] + [("the student", base) for base in bases]
+    named = [(teacher["name"], teacher["model"]) for teacher in teachers] + [
+        ("the student", base) for base in bases
+    ]
     folders = {name: Path(source["path"]) for name, source in named if source["kind"] == "local"}
     if len(folders) > 1:
         require_same_tokenizer(folders)
@@ -284,7 +330,9 @@ def _source(given: str, option: str) -> dict[str, Any]:
         try:
             kinds = json.loads((path / "config.json").read_text()).get("architectures") or []
         except (OSError, ValueError, AttributeError) as error:
-            raise ModelError(f"{option} {given}: no config.json of a model there ({error}).") from error
+            raise ModelError(
+                f"{option} {given}: no config.json of a model there ({error})."
+            ) from error
         if kinds and not any(kind.endswith(_DECODERS) for kind in kinds):
             raise ModelError(
                 f"{option} {given}: {kinds[0]} does not write text; for classifiers and sentence encoders write a recipe with "
@@ -300,7 +348,9 @@ def _source(given: str, option: str) -> dict[str, Any]:
             return {"kind": "recipe", "recipe": str(find_recipe(given))}
         except LimbeckError:
             return {"kind": "hub", "id": given}
-    raise ModelError(f"{option} {given}: no such folder, .gguf file, recipe, or hub id (owner/name); give one of them.")
+    raise ModelError(
+        f"{option} {given}: no such folder, .gguf file, recipe, or hub id (owner/name); give one of them."
+    )
 
 
 def _names(given: Sequence[str]) -> list[str]:
@@ -323,7 +373,9 @@ def _text(tree: dict[str, Any], choice: Choice, target_mb: float) -> str:
         "teachers:",
         *(f"  - {_flow(teacher)}" for teacher in tree["teachers"]),
     ]
-    lines += [f"{key}: {_flow(tree[key])}" for key in ("data", "student", "training", "export", "gates")]
+    lines += [
+        f"{key}: {_flow(tree[key])}" for key in ("data", "student", "training", "export", "gates")
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -331,5 +383,7 @@ def _flow(value: Any) -> str:
     """YAML on one line."""
     import yaml
 
-    text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True)
+    text: str = yaml.safe_dump(
+        value, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True
+    )
     return text.strip()

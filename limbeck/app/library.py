@@ -39,12 +39,19 @@ class Entry:
         return " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
 
 
-def library(*, max_mb: float | None = None, cpu: bool = False, family: str | None = None) -> list[Entry]:
+def library(
+    *, max_mb: float | None = None, cpu: bool = False, family: str | None = None
+) -> list[Entry]:
     """Shipped recipes, the smallest first. Raises `RecipeError` for a family there is none of."""
-    entries = sorted((_entry(name, path) for name, path in shipped_recipes()), key=lambda e: (e.megabytes, e.name))
+    entries = sorted(
+        (_entry(name, path) for name, path in shipped_recipes()),
+        key=lambda e: (e.megabytes, e.name),
+    )
     families = sorted({entry.family for entry in entries})
     if family is not None and family not in families:
-        raise RecipeError(f"--family {family}: no recipe of that family; there are: {', '.join(families)}.")
+        raise RecipeError(
+            f"--family {family}: no recipe of that family; there are: {', '.join(families)}."
+        )
     return [
         entry
         for entry in entries
@@ -58,5 +65,7 @@ def _entry(name: str, path: Path) -> Entry:
     recipe = load_any_recipe(path)
     found = _PLAN.search(recipe.text)
     if found is None:
-        raise RecipeError(f"{path}: the header has no line such as `# Plan: 145 MB int8-weight on cpu`; add it.")
+        raise RecipeError(
+            f"{path}: the header has no line such as `# Plan: 145 MB int8-weight on cpu`; add it."
+        )
     return Entry(name, path, recipe, float(found[1]), found[2], found[3])

@@ -94,8 +94,18 @@ _OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_inner": 128, "n_layer": 4, "n_head": 4, "n_positions": 128},
     "gpt_neox": _FULL_HEADS,
     "opt": {**_FULL_HEADS, "ffn_dim": 128},
-    "gemma3_text": {**_SIZES, "sliding_window": 32, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
-    "distilbert": {"dim": 64, "hidden_dim": 128, "n_layers": 4, "n_heads": 4, "max_position_embeddings": 514},
+    "gemma3_text": {
+        **_SIZES,
+        "sliding_window": 32,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+    },
+    "distilbert": {
+        "dim": 64,
+        "hidden_dim": 128,
+        "n_layers": 4,
+        "n_heads": 4,
+        "max_position_embeddings": 514,
+    },
 }
 _BLOCK, _STEPS = 64, 4
 _TEXTS = (["json/*.py"], ["email/*.py"], ["logging/*.py"], ["unittest/*.py"])
@@ -150,7 +160,9 @@ def _shrink_language_model(tree: dict[str, Any], recipe: Recipe) -> None:
     if recipe.export.recover is not None:
         tree["export"]["recover"]["tokens"] = 2 * _BLOCK * _STEPS
     if isinstance(recipe.export.shapes, StaticShapes):
-        tree["export"]["shapes"]["length"] = min(recipe.export.shapes.length, _SIZES["max_position_embeddings"])
+        tree["export"]["shapes"]["length"] = min(
+            recipe.export.shapes.length, _SIZES["max_position_embeddings"]
+        )
 
 
 def _shrink_encoder(tree: dict[str, Any], recipe: EncoderRecipe) -> None:
@@ -158,13 +170,22 @@ def _shrink_encoder(tree: dict[str, Any], recipe: EncoderRecipe) -> None:
     labelled = isinstance(recipe, ClassificationRecipe)
     groups = data["classes" if labelled else "domains"]
     for group, module in zip(groups, _modules(recipe), strict=True):
-        group["text"] = {"kind": "stdlib", "paths": [module], "format": {"kind": "python-strings", "min_chars": 40}}
+        group["text"] = {
+            "kind": "stdlib",
+            "paths": [module],
+            "format": {"kind": "python-strings", "min_chars": 40},
+        }
     for cut in groups if labelled else [data]:
         cut["most"] = _EXAMPLES
     data |= {"max_tokens": min(32, recipe.data.max_tokens), "heldout": {"every": 4, "most": 8}}
     if not labelled:
         data["piece_chars"] = 80
-    tree["training"] |= {"examples": _STEPS * batch, "batch": batch, "evaluate_every": 2, "checkpoint_every": 2}
+    tree["training"] |= {
+        "examples": _STEPS * batch,
+        "batch": batch,
+        "evaluate_every": 2,
+        "checkpoint_every": 2,
+    }
     sizes = {"batches": sorted({min(2, b) for b in recipe.bench.batches})}
     sizes["lengths"] = sorted({min(16, n) for n in recipe.bench.lengths})
     tree["bench"] |= {**sizes, "min_blocks": 3, "minutes": 0.05}
@@ -210,8 +231,13 @@ def architecture(source: ModelSource | OnnxModel, recipe: AnyRecipe, *, where: s
                 return str(made.student.config.get("model_type"))
             return architecture(made.student.base, made, where=f"{where} ({made.name})")
     # In the names of encoders a word counts from its beginning: albert is no bert.
-    known, start = (_BY_NAME, "") if isinstance(recipe, Recipe) else (_ENCODER_BY_NAME, "(?<![a-z])")
-    found = next((kind for part, kind in known.items() if re.search(start + re.escape(part), name.lower())), None)
+    known, start = (
+        (_BY_NAME, "") if isinstance(recipe, Recipe) else (_ENCODER_BY_NAME, "(?<![a-z])")
+    )
+    found = next(
+        (kind for part, kind in known.items() if re.search(start + re.escape(part), name.lower())),
+        None,
+    )
     if found is None:
         raise ModelError(
             f"{where}: the architecture of {name} cannot be told from its name; known are {', '.join(known)}. "
@@ -228,7 +254,9 @@ def _shrink_student(student: dict[str, Any], recipe: AnyRecipe) -> None:
     kind = architecture(recipe.student.base, recipe, where="student.base")
     student["base"] = {"kind": "random", "config": _config(kind, recipe), "seed": 0}
     if student["kind"] == "shrink":
-        heads = 1 if "head_dim" in student["base"]["config"] else 2  # else width and heads are cut together
+        heads = (
+            1 if "head_dim" in student["base"]["config"] else 2
+        )  # else width and heads are cut together
         small = {"layers": 3, "intermediate_size": 96, "kv_heads": heads, "hidden_size": 32}
         student |= {name: value for name, value in small.items() if student[name] is not None}
         student["round_to"] = min(32, student["round_to"])

@@ -14,8 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 from limbeck.contract.artifact import host
 from limbeck.contract.errors import LimbeckError, RecipeError, UserError
-from limbeck.contract.recipe import FreshStudent, LoraStudent, NoCache, Recipe, RecipeModel, find_recipe, load_recipe
-from limbeck.contract.recipe.encoder import AnyRecipe, EncoderRecipe, FreshEncoder, load_teacher_recipe, teachers_of
+from limbeck.contract.recipe import (
+    FreshStudent,
+    LoraStudent,
+    NoCache,
+    Recipe,
+    RecipeModel,
+    find_recipe,
+    load_recipe,
+)
+from limbeck.contract.recipe.encoder import (
+    AnyRecipe,
+    EncoderRecipe,
+    FreshEncoder,
+    load_teacher_recipe,
+    teachers_of,
+)
 from limbeck.contract.sources import text_files
 
 if TYPE_CHECKING:
@@ -64,7 +78,10 @@ class Plan:
             yield f"teacher {name}", f"{_count(parameters)} parameters"
         yield "student", f"{_count(self.student)} parameters, {_count(self.trained)} trained"
         for index, (form, size) in enumerate(self.forms.items()):
-            yield f"form {form}", f"{_mb(size)}{', shipped' if index == len(self.forms) - 1 else ''}"
+            yield (
+                f"form {form}",
+                f"{_mb(size)}{', shipped' if index == len(self.forms) - 1 else ''}",
+            )
         yield (
             "memory for training",
             f"{_mb(self.memory_total)} on the {self.device}, most of it when {self.worst_moment}",
@@ -100,7 +117,9 @@ class _Making:
     @property
     def memory(self) -> dict[str, int]:
         """Bytes by what they are for, the program included where it lies beside them."""
-        parts = {part: value for part, value in asdict(self.taken.memory).items() if part != "moment"}
+        parts = {
+            part: value for part, value in asdict(self.taken.memory).items() if part != "moment"
+        }
         return parts | ({"program": PROGRAM_BYTES} if self.device.type == "cpu" else {})
 
     @property
@@ -134,7 +153,9 @@ def plan_recipe(recipe: AnyRecipe, *, trial: bool = False) -> Plan:
     seconds = sum(making.seconds(speed) for making in (own, *first)) if speed else None
     return Plan(
         recipe=recipe.name,
-        teachers={t.name: count for t, count in zip(teachers_of(recipe), own.teachers, strict=True)},
+        teachers={
+            t.name: count for t, count in zip(teachers_of(recipe), own.teachers, strict=True)
+        },
         student=own.student.parameters,
         trained=own.taken.trained,
         forms=_forms(recipe, own.student),
@@ -168,7 +189,11 @@ def training_memory(recipe: AnyRecipe) -> tuple[int, int]:
     compress.quiet_libraries()
     making = _making(recipe)
     on_card = making.device.type == "cuda"
-    here = torch.cuda.get_device_properties(making.device).total_memory if on_card else host()["memory_bytes"]
+    here = (
+        torch.cuda.get_device_properties(making.device).total_memory
+        if on_card
+        else host()["memory_bytes"]
+    )
     return sum(making.memory.values()), int(here)
 
 
@@ -188,7 +213,11 @@ def _speed(making: _Making) -> float:
     from compress.footprint.encoders import EncoderShape, measure_encoder_speed
     from compress.footprint.language import measure_speed
 
-    recipe, student, options = making.recipe, making.student, {"precision": making.precision, "device": making.device}
+    recipe, student, options = (
+        making.recipe,
+        making.student,
+        {"precision": making.precision, "device": making.device},
+    )
     if isinstance(recipe, Recipe):
         return measure_speed(recipe, student.config, seconds=TRIAL_SECONDS, **options)
     assert isinstance(student, EncoderShape)
@@ -205,12 +234,16 @@ def _forms(recipe: AnyRecipe, student: Shape | EncoderShape) -> dict[str, int]:
 
     if not isinstance(recipe, Recipe):
         encoder = meta_encoder(student.config, recipe.task)
-        return {form.kind: encoder_form_bytes(encoder, form, task=recipe.task) for form in recipe.export.forms}
+        return {
+            form.kind: encoder_form_bytes(encoder, form, task=recipe.task)
+            for form in recipe.export.forms
+        }
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(student.config, dtype=torch.float32)
     export = recipe.export
     return {
-        form.kind: form_bytes(model, form, backend=export.backend, provider=export.provider) for form in export.forms
+        form.kind: form_bytes(model, form, backend=export.backend, provider=export.provider)
+        for form in export.forms
     }
 
 
@@ -223,7 +256,12 @@ def _footprint(recipe: Recipe, precision: str) -> tuple[Shape, list[int], Footpr
     teachers = _teachers(recipe, ())  # their mistakes are told first
     student, base = _student(recipe, vocabulary=teachers[0].shape.vocabulary if teachers else 0)
     taken = footprint(
-        recipe, student=student, base=base, teachers=teachers, precision=precision, blocks=_different_blocks(recipe)
+        recipe,
+        student=student,
+        base=base,
+        teachers=teachers,
+        precision=precision,
+        blocks=_different_blocks(recipe),
     )
     return student, [t.shape.parameters for t in teachers], taken
 
@@ -243,7 +281,9 @@ def _different_blocks(recipe: Recipe) -> int:
         except UserError:  # a plan needs no text
             blocks += share
         else:
-            blocks += min(share, measure_text(domain, recipe.data, folder=recipe.folder, enough=share).blocks)
+            blocks += min(
+                share, measure_text(domain, recipe.data, folder=recipe.folder, enough=share).blocks
+            )
     return blocks
 
 
@@ -260,7 +300,9 @@ def _student(recipe: Recipe, *, vocabulary: int) -> tuple[Shape, Shape | None]:
             raise type(error)(f"{recipe.name}: student.base: {error}") from error
     if isinstance(recipe.student, LoraStudent) and base is not None:
         return base, base
-    return describe(student_config(recipe, base=base.config if base else None, vocabulary=vocabulary)), base
+    return describe(
+        student_config(recipe, base=base.config if base else None, vocabulary=vocabulary)
+    ), base
 
 
 def _teachers(recipe: Recipe, chain: tuple[Path, ...]) -> list[TeacherShape]:
@@ -275,7 +317,11 @@ def _teachers(recipe: Recipe, chain: tuple[Path, ...]) -> list[TeacherShape]:
 
 def _vocabulary(recipe: Recipe, chain: tuple[Path, ...] = ()) -> int:
     """Of the first teacher, whose tokenizer a fresh student takes; 0 for any other student."""
-    return _teacher(0, recipe, chain).shape.vocabulary if isinstance(recipe.student, FreshStudent) else 0
+    return (
+        _teacher(0, recipe, chain).shape.vocabulary
+        if isinstance(recipe.student, FreshStudent)
+        else 0
+    )
 
 
 def _teacher(index: int, recipe: Recipe, chain: tuple[Path, ...]) -> TeacherShape:
@@ -297,22 +343,30 @@ def _teacher(index: int, recipe: Recipe, chain: tuple[Path, ...]) -> TeacherShap
     if not isinstance(made.student, LoraStudent) or teacher.adapter:
         return TeacherShape(shape, alone, teacher.dtype, teacher.quantize)
     place = f"{made.student.base.model_dump_json()} {how}"
-    return TeacherShape(shape, place, teacher.dtype, teacher.quantize, lora_parameters(shape.config, made.student))
+    return TeacherShape(
+        shape, place, teacher.dtype, teacher.quantize, lora_parameters(shape.config, made.student)
+    )
 
 
 # Encoders --------------------------------------------------------------------------------------------------------
 
 
-def _encoder_footprint(recipe: EncoderRecipe, precision: str) -> tuple[EncoderShape, list[int], Footprint]:
+def _encoder_footprint(
+    recipe: EncoderRecipe, precision: str
+) -> tuple[EncoderShape, list[int], Footprint]:
     from compress.footprint.encoders import encoder_footprint
 
     teachers = [_encoder_teacher(index, recipe, ()) for index in range(len(recipe.teachers))]
     student, base = _encoder_student(recipe, ())
-    taken = encoder_footprint(recipe, student=student, base=base, teachers=teachers, precision=precision)
+    taken = encoder_footprint(
+        recipe, student=student, base=base, teachers=teachers, precision=precision
+    )
     return student, [t.parameters for t in teachers], taken
 
 
-def _encoder_student(recipe: EncoderRecipe, chain: tuple[Path, ...]) -> tuple[EncoderShape, EncoderShape | None]:
+def _encoder_student(
+    recipe: EncoderRecipe, chain: tuple[Path, ...]
+) -> tuple[EncoderShape, EncoderShape | None]:
     """The student and its base; a fresh one takes the tokenizer, and so the vocabulary, of the first teacher."""
     from compress.footprint.encoders import describe_encoder, encoder_student_config
     from compress.models.encoders import encoder_config
@@ -327,7 +381,9 @@ def _encoder_student(recipe: EncoderRecipe, chain: tuple[Path, ...]) -> tuple[En
             base = describe_encoder(config, name="student.base", recipe=recipe)
         except LimbeckError as error:
             raise type(error)(f"{recipe.name}: student.base: {error}") from error
-    config = encoder_student_config(recipe, base=base.config if base else None, vocabulary=vocabulary)
+    config = encoder_student_config(
+        recipe, base=base.config if base else None, vocabulary=vocabulary
+    )
     return describe_encoder(config, name="the student", recipe=recipe), base
 
 
@@ -342,7 +398,9 @@ def _encoder_teacher(index: int, recipe: EncoderRecipe, chain: tuple[Path, ...])
             return describe_encoder(config, name=name, recipe=recipe)
         path = find_recipe(model.recipe, folder=recipe.folder)
         if path in chain:
-            raise RecipeError(f"{path.stem} is made from itself; name another model for one of them.")
+            raise RecipeError(
+                f"{path.stem} is made from itself; name another model for one of them."
+            )
         made = load_teacher_recipe(path, of=recipe)
         assert not isinstance(made, Recipe)
         shape = _encoder_student(made, (*chain, path))[0]

@@ -30,14 +30,26 @@ from limbeck.contract.errors import ArtifactError, LimbeckError, QualityError, R
 from limbeck.contract.lock import LOCK, locked
 from limbeck.contract.progress import leads, processes, say
 from limbeck.contract.recipe import Recipe, RecipeModel, find_recipe, load_bench
-from limbeck.contract.recipe.encoder import AnyRecipe, load_teacher_recipe, parse_any_recipe, teachers_of
+from limbeck.contract.recipe.encoder import (
+    AnyRecipe,
+    load_teacher_recipe,
+    parse_any_recipe,
+    teachers_of,
+)
 
 if TYPE_CHECKING:
     from serve_bench.tell.report import Report
 
 RUN, LOG = "run.json", "log.jsonl"
-ASIDE = ("onnx-unrecovered", "onnx-recovered")  # the export that does not ship, where both students were exported
-_FOLDERS = {"compress": "student", "export": "onnx", "bench": "bench"}  # stage -> what it writes, in order
+ASIDE = (
+    "onnx-unrecovered",
+    "onnx-recovered",
+)  # the export that does not ship, where both students were exported
+_FOLDERS = {
+    "compress": "student",
+    "export": "onnx",
+    "bench": "bench",
+}  # stage -> what it writes, in order
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,9 @@ class Product:
 
     recipe: AnyRecipe
     folder: Path  # its run folder
-    teachers: dict[str, Path]  # name of each teacher that is itself a product -> its student artifact
+    teachers: dict[
+        str, Path
+    ]  # name of each teacher that is itself a product -> its student artifact
 
 
 # What has to be made ---------------------------------------------------------------------------------------------
@@ -64,7 +78,11 @@ def plan(recipe: AnyRecipe) -> tuple[list[Product], dict[str, Path]]:
     """
     products, teachers, errors = _plan(recipe)
     if errors:
-        raise RecipeError("\n".join([f"{recipe.name}: its teachers cannot be made", *(f"  {line}" for line in errors)]))
+        raise RecipeError(
+            "\n".join(
+                [f"{recipe.name}: its teachers cannot be made", *(f"  {line}" for line in errors)]
+            )
+        )
     return products, teachers
 
 
@@ -76,7 +94,12 @@ def _plan(recipe: AnyRecipe) -> tuple[list[Product], dict[str, Path], list[str]]
 
 
 def _teachers_of(
-    recipe: AnyRecipe, products: dict[Path, Product], errors: list[str], *, chain: tuple[Path, ...], where: str
+    recipe: AnyRecipe,
+    products: dict[Path, Product],
+    errors: list[str],
+    *,
+    chain: tuple[Path, ...],
+    where: str,
 ) -> dict[str, Path]:
     """Student artifacts of the teachers that are products; adds those to ``products``, teachers before pupils."""
     from limbeck.contract.sources import cache_folder
@@ -90,12 +113,16 @@ def _teachers_of(
             path = find_recipe(teacher.model.recipe, folder=recipe.folder)
             if path in chain:
                 circle = " -> ".join(p.stem for p in (*chain[chain.index(path) :], path))
-                raise RecipeError(f"a recipe that is made from itself ({circle}); name another model for one of them.")
+                raise RecipeError(
+                    f"a recipe that is made from itself ({circle}); name another model for one of them."
+                )
             made = load_teacher_recipe(path, of=recipe)
         except RecipeError as error:
             errors.append(f"{here}: {error}")
             continue
-        inner = _teachers_of(made, products, errors, chain=(*chain, path), where=f"{here} ({made.name}): ")
+        inner = _teachers_of(
+            made, products, errors, chain=(*chain, path), where=f"{here} ({made.name}): "
+        )
         folder = cache_folder() / "products" / f"{made.name}-{made.digest[:8]}"
         products.setdefault(folder, Product(made, folder, inner))
         teachers[teacher.name] = folder / "student"
@@ -137,7 +164,9 @@ def run(recipe: AnyRecipe, *, out: Path | None = None) -> Report | None:
         return _tell(folder, recipe) if leads() else None
 
 
-def run_stage(stage: str, recipe: AnyRecipe, *, out: Path | None = None, reference: str = "RECIPE") -> Report | None:
+def run_stage(
+    stage: str, recipe: AnyRecipe, *, out: Path | None = None, reference: str = "RECIPE"
+) -> Report | None:
     """Run one stage, ``compress``, ``export`` or ``bench``, in the run folder; after ``bench``, report.
 
     Raises `ArtifactError` naming the command to run first (with ``reference`` as its recipe) when an earlier stage is not
@@ -168,7 +197,9 @@ def require_inputs(recipe: AnyRecipe) -> None:
     """Raise `RecipeError` listing every file or package that ``recipe`` lacks on this machine."""
     missing = mistakes(recipe)
     if missing:
-        raise RecipeError("\n".join([f"{recipe.name}: cannot run here", *(f"  {line}" for line in missing)]))
+        raise RecipeError(
+            "\n".join([f"{recipe.name}: cannot run here", *(f"  {line}" for line in missing)])
+        )
 
 
 def _require_one_to_recover(recipe: AnyRecipe) -> None:
@@ -192,7 +223,12 @@ def _stage(stage: str, recipe: AnyRecipe, folder: Path) -> None:
 
         onnx = folder / "onnx"
         student = student_of(open_artifact(onnx, kind="onnx", verify=False))
-        _timed(stage, folder, out, lambda: serve_bench.bench(onnx=onnx, student=student, out=out, recipe=recipe))
+        _timed(
+            stage,
+            folder,
+            out,
+            lambda: serve_bench.bench(onnx=onnx, student=student, out=out, recipe=recipe),
+        )
 
 
 def _export(recipe: AnyRecipe, folder: Path) -> None:
@@ -207,7 +243,12 @@ def _export(recipe: AnyRecipe, folder: Path) -> None:
     aside, second = folder / ASIDE[0], folder / ASIDE[1]
 
     def make(title: str, source: Path, out: Path) -> dict[str, Any]:
-        _timed(title, folder, out, lambda: export.export_student(student=source, out=out, recipe=recipe))
+        _timed(
+            title,
+            folder,
+            out,
+            lambda: export.export_student(student=source, out=out, recipe=recipe),
+        )
         return open_artifact(out, verify=False).result
 
     if not onnx.exists() and aside.exists():  # an earlier run was stopped between two renames
@@ -221,7 +262,9 @@ def _export(recipe: AnyRecipe, folder: Path) -> None:
             "recover",
             folder,
             recovered,
-            lambda: compress.recover(student=student, onnx=plain, out=recovered, recipe=recipe, products=teachers),
+            lambda: compress.recover(
+                student=student, onnx=plain, out=recovered, recipe=recipe, products=teachers
+            ),
         )
         again = make("export of the recovered student", recovered, onnx if shipped else second)
         ships = bool(again["recovery"]["ships"])
@@ -259,11 +302,15 @@ def make_products(recipe: AnyRecipe) -> dict[str, Path]:
     products, teachers = plan(recipe)
     for product in products:
         with open_run(product.recipe, product.folder, wait=True):
-            _distill(f"teacher {product.recipe.name}", product.recipe, product.folder, product.teachers)
+            _distill(
+                f"teacher {product.recipe.name}", product.recipe, product.folder, product.teachers
+            )
     return teachers
 
 
-def ablate(recipe: Recipe, *, arms: Sequence[str] | None, seeds: int, out: Path | None = None) -> None:
+def ablate(
+    recipe: Recipe, *, arms: Sequence[str] | None, seeds: int, out: Path | None = None
+) -> None:
     """Compare the recipe's fusion with its controls in ``<run folder>/ablation``; print the table and one sentence.
 
     Raises `RecipeError` for an unknown arm or fewer than two teachers, and whatever training raises.
@@ -274,7 +321,13 @@ def ablate(recipe: Recipe, *, arms: Sequence[str] | None, seeds: int, out: Path 
     with open_run(recipe, out or default_folder(recipe)) as folder:
         teachers = make_products(recipe)
         say("== ablation")
-        found = ablate(recipe=recipe, products=teachers, out=folder / "ablation", arms=arms or tuple(ARMS), seeds=seeds)
+        found = ablate(
+            recipe=recipe,
+            products=teachers,
+            out=folder / "ablation",
+            arms=arms or tuple(ARMS),
+            seeds=seeds,
+        )
         print(
             f"{markdown(found['arms'])}\n\n{found['verdict']}\npicture: {folder / 'ablation' / 'ablation.svg'}",
             flush=True,
@@ -334,7 +387,9 @@ def _tell(folder: Path, recipe: AnyRecipe) -> Report:
 def report(folder: Path) -> Report:
     """Draw the report of the run in ``folder`` again. Raises `ArtifactError` when its measurement is not complete."""
     if not folder.is_dir():
-        raise ArtifactError(f"{folder}: no such folder; expected a run folder, such as runs/pico-1a2b3c4d.")
+        raise ArtifactError(
+            f"{folder}: no such folder; expected a run folder, such as runs/pico-1a2b3c4d."
+        )
     bench = open_artifact(folder / "bench", kind="bench", verify=False)
     resolved = bench.manifest["recipe"]["resolved"]
     with locked(folder, wait=False):
@@ -342,7 +397,12 @@ def report(folder: Path) -> Report:
 
 
 def compare(
-    before: Path, after: Path, *, tolerances: Mapping[str, float], across_machines: bool, as_json: bool = False
+    before: Path,
+    after: Path,
+    *,
+    tolerances: Mapping[str, float],
+    across_machines: bool,
+    as_json: bool = False,
 ) -> int:
     """Print what two runs differ in, Markdown or JSON; the exit code: 0 no regression, 1 regression, 3 undecided."""
     from serve_bench import compare_runs
@@ -368,13 +428,19 @@ def open_run(recipe: AnyRecipe, folder: Path, *, wait: bool = False) -> Iterator
     if not leads():
         yield folder
         return
-    _require_ours(recipe, folder)  # before a lock file is put into what may be someone else's folder
+    _require_ours(
+        recipe, folder
+    )  # before a lock file is put into what may be someone else's folder
     with disk_full_is_a_user_error(folder), unwritable_is_a_user_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, wait=wait):
         _require_ours(recipe, folder)
         if not (folder / RUN).exists():
-            claim = {"recipe": recipe.name, "digest": recipe.digest, "resolved": recipe.distillation()}
+            claim = {
+                "recipe": recipe.name,
+                "digest": recipe.digest,
+                "resolved": recipe.distillation(),
+            }
             write_atomically(folder / RUN, json.dumps(claim, indent=1))
         yield folder
 
@@ -383,7 +449,9 @@ def _require_ours(recipe: AnyRecipe, folder: Path) -> None:
     if not folder.exists():
         for parent in folder.parents:
             if parent.exists() and not parent.is_dir():
-                raise ArtifactError(f"{folder}: {parent} is a file, not a folder; name another with --out.")
+                raise ArtifactError(
+                    f"{folder}: {parent} is a file, not a folder; name another with --out."
+                )
         return
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: is a file, not a folder; name another with --out.")
@@ -397,7 +465,9 @@ def _require_ours(recipe: AnyRecipe, folder: Path) -> None:
             ) from None
         return
     except (ValueError, KeyError, TypeError):
-        raise ArtifactError(f"{folder / RUN}: not what Limbeck writes; name another folder with --out.") from None
+        raise ArtifactError(
+            f"{folder / RUN}: not what Limbeck writes; name another folder with --out."
+        ) from None
     if digest != recipe.digest:
         raise ArtifactError(
             f"{folder}: belongs to another recipe: found {name} ({digest[:8]}), expected {recipe.name} ({recipe.digest[:8]}). "
@@ -421,7 +491,9 @@ def verify(path: Path, *, quality: bool = True, speed: bool = True) -> int:
         others = [path / name for name in (RECOVERED, *ASIDE) if (path / name / MANIFEST).exists()]
         folders[1:1] = others  # before what was made from them
     if not any((folder / MANIFEST).exists() for folder in folders):
-        raise ArtifactError(f"{path}: no complete artifact here; expected an artifact or a run folder.")
+        raise ArtifactError(
+            f"{path}: no complete artifact here; expected an artifact or a run folder."
+        )
     artifacts: list[Artifact] = []
     complaints: list[LimbeckError] = []
     rows = [["artifact", "kind", "files", "result"]]
@@ -437,7 +509,9 @@ def verify(path: Path, *, quality: bool = True, speed: bool = True) -> int:
             rows.append([folder.name, "", "", "BROKEN"])
         else:
             artifacts.append(artifact)
-            rows.append([folder.name, artifact.kind, str(len(artifact.manifest["files"])), "unchanged"])
+            rows.append(
+                [folder.name, artifact.kind, str(len(artifact.manifest["files"])), "unchanged"]
+            )
     _print_table(rows)
     for artifact in artifacts:
         if artifact.kind == "onnx":
@@ -477,7 +551,9 @@ def _verify_graphs(artifact: Artifact) -> list[LimbeckError]:
         rows = [["form", "examples", "largest difference", "alike"]]
     for form, parity in measured.items():
         if "task" in artifact.result:
-            rows.append([form, str(parity["rows"]), f"{parity['max_abs']:.3g}", f"{parity['alike']:.1%}"])
+            rows.append(
+                [form, str(parity["rows"]), f"{parity['max_abs']:.3g}", f"{parity['alike']:.1%}"]
+            )
             continue
         figures = f"{parity['max_abs']:.3g}", f"{parity['kl']:.3g}", f"{parity['top1']:.1%}"
         rows.append([form, str(parity["positions"]), *figures])
@@ -491,7 +567,11 @@ def _replay(run: Path, *, quality: bool, speed: bool) -> list[LimbeckError]:
     import serve_bench
 
     if not (run / "certificate.json").exists():
-        return [ArtifactError(f"{run}: certificate.json is missing; `limbeck report {run}` writes it again.")]
+        return [
+            ArtifactError(
+                f"{run}: certificate.json is missing; `limbeck report {run}` writes it again."
+            )
+        ]
     try:
         findings = serve_bench.replay(run=run, quality=quality, speed=speed)
     except LimbeckError as error:
@@ -500,10 +580,16 @@ def _replay(run: Path, *, quality: bool, speed: bool) -> list[LimbeckError]:
     rows += [[found.figure, found.promised, found.found, found.says] for found in findings]
     print()
     _print_table(rows)
-    return [QualityError(f"certificate: {found.figure} {found.says}.") for found in findings if not found.holds]
+    return [
+        QualityError(f"certificate: {found.figure} {found.says}.")
+        for found in findings
+        if not found.holds
+    ]
 
 
 def _print_table(rows: list[list[str]]) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
-        print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(
+            "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        )

@@ -56,7 +56,9 @@ class Artifact:
     @property
     def digest(self) -> str:
         """sha256 over kind, key, parents and the hash of every file: the same bytes, the same digest."""
-        return fingerprint({name: self.manifest[name] for name in ("kind", "key", "parents", "files")})
+        return fingerprint(
+            {name: self.manifest[name] for name in ("kind", "key", "parents", "files")}
+        )
 
 
 @dataclass
@@ -118,7 +120,9 @@ def open_artifact(path: Path, *, kind: str | None = None, verify: bool = True) -
             f"{path}: no complete artifact here ({MANIFEST} is missing); run the stage that makes it."
         ) from None
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
-        raise ArtifactError(f"{path / MANIFEST}: not a manifest; delete the folder and run the stage again.") from None
+        raise ArtifactError(
+            f"{path / MANIFEST}: not a manifest; delete the folder and run the stage again."
+        ) from None
     if found != expected:
         raise ArtifactError(
             f"{path}: found a {found[0]} artifact of format {found[1]}, expected {expected[0]} of format {expected[1]}."
@@ -127,9 +131,13 @@ def open_artifact(path: Path, *, kind: str | None = None, verify: bool = True) -
     present = set(_files(path)) - {MANIFEST}
     for name in sorted(files.keys() | present):
         if name not in present:
-            raise ArtifactError(f"{path}: {name} is missing; delete the folder and run the stage again.")
+            raise ArtifactError(
+                f"{path}: {name} is missing; delete the folder and run the stage again."
+            )
         if name not in files:
-            raise ArtifactError(f"{path}: {name} is not part of this artifact; move it out of the folder.")
+            raise ArtifactError(
+                f"{path}: {name} is not part of this artifact; move it out of the folder."
+            )
         if verify and _entry(path / name) != files[name]:
             raise ArtifactError(
                 f"{path}: {name} has changed since it was written; delete the folder and run the stage again."
@@ -152,7 +160,9 @@ def student_of(onnx: Artifact) -> Path:
     """The folder beside ``onnx`` of the student that its graphs were made from: the recovered one where that ships."""
     recovered = onnx.path.parent / RECOVERED
     made_from = onnx.manifest["parents"].get("student")
-    if (recovered / MANIFEST).exists() and open_artifact(recovered, verify=False).digest == made_from:
+    if (recovered / MANIFEST).exists() and open_artifact(
+        recovered, verify=False
+    ).digest == made_from:
         return recovered
     return onnx.path.parent / "student"
 
@@ -238,7 +248,10 @@ def disk_full_is_a_user_error(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        full = getattr(error, "errno", None) in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+        ) or "No space left" in str(error)
         if not full:
             raise
         raise EnvironmentalError(
@@ -247,18 +260,24 @@ def disk_full_is_a_user_error(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def unwritable_is_a_user_error(folder: Path, *, remedy: str = "name another with --out") -> Iterator[None]:
+def unwritable_is_a_user_error(
+    folder: Path, *, remedy: str = "name another with --out"
+) -> Iterator[None]:
     """Turn a lack of permission and a read-only file system into an error that names ``folder`` and what to do."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        raise EnvironmentalError(f"{folder}: cannot be written ({error.strerror}); {remedy}.") from None
+        raise EnvironmentalError(
+            f"{folder}: cannot be written ({error.strerror}); {remedy}."
+        ) from None
 
 
 def _files(folder: Path) -> list[str]:
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() or p.is_symlink())
+    return sorted(
+        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() or p.is_symlink()
+    )
 
 
 def _entry(path: Path) -> dict[str, Any]:

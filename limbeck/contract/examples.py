@@ -48,7 +48,10 @@ class Examples:
 
 def save_examples(path: Path, examples: Examples) -> None:
     """Write examples to ``path``."""
-    save_file({name: np.ascontiguousarray(getattr(examples, name)) for name in Examples.__annotations__}, path)
+    save_file(
+        {name: np.ascontiguousarray(getattr(examples, name)) for name in Examples.__annotations__},
+        path,
+    )
 
 
 def load_examples(path: Path) -> Examples:

@@ -10,7 +10,10 @@ _REPEATED = 4  # tokens of a repeated piece
 
 def common_prefix(ours: Tokens, theirs: Tokens) -> int:
     """Tokens before the first difference; after it the two no longer go on from the same text."""
-    return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
+        min(len(ours), len(theirs)),
+    )
 
 
 def distinct(rows: Sequence[Tokens], n: int) -> float:

@@ -57,12 +57,18 @@ def load_heldout(path: Path) -> dict[str, Blocks]:
     for name in names:  # students made before there was chat data have no mask
         ids, lengths = tensors[f"{name}/input_ids"], tensors[f"{name}/lengths"]
         tensors.setdefault(f"{name}/scored", all_but_first(lengths, ids.shape[1]))
-    return {name: Blocks(**{field: tensors[f"{name}/{field}"] for field in Blocks.__annotations__}) for name in names}
+    return {
+        name: Blocks(**{field: tensors[f"{name}/{field}"] for field in Blocks.__annotations__})
+        for name in names
+    }
 
 
 def save_calibration(path: Path, rows: Sequence[npt.NDArray[np.int32]]) -> None:
     """Write token rows of training text, ``[S]`` each, to ``path``."""
-    save_file({f"{index:04d}": np.ascontiguousarray(row, np.int32) for index, row in enumerate(rows)}, path)
+    save_file(
+        {f"{index:04d}": np.ascontiguousarray(row, np.int32) for index, row in enumerate(rows)},
+        path,
+    )
 
 
 def load_calibration(path: Path) -> list[npt.NDArray[np.int64]]:

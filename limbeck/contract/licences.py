@@ -69,7 +69,9 @@ def sources_of(recipe: AnyRecipe, *, base: Path, teachers: Sequence[Path]) -> di
             licence = of_all([licence, _of_readme(folder / adapter.expanduser())])
         found["teachers"][teacher.name] = asdict(licence)
     for name, text in texts_of(recipe):
-        found["texts"][name] = asdict(of_text(text, folder=folder)) | {"dataset": hub_dataset(text, folder=folder)}
+        found["texts"][name] = asdict(of_text(text, folder=folder)) | {
+            "dataset": hub_dataset(text, folder=folder)
+        }
     return found
 
 
@@ -78,14 +80,20 @@ def of_model(source: ModelSource | OnnxModel, *, folder: Path, made: Path) -> Li
     match source:
         case RecipeModel():
             product = open_artifact(made.parent, kind="student", verify=False)
-            return of_student(product.result, json.loads((product.path / "teachers.json").read_text()))
+            return of_student(
+                product.result, json.loads((product.path / "teachers.json").read_text())
+            )
         case HubModel():
             return _of_readme(made)
         case LocalModel() | GgufModel() | PackageModel():
             path = sources.model_path(source, folder=folder)
             assert path is not None
             own = _of_gguf(path) if path.is_file() else _of_readme(path)
-            return _of_package(source.package) if own == Licence() and isinstance(source, PackageModel) else own
+            return (
+                _of_package(source.package)
+                if own == Licence() and isinstance(source, PackageModel)
+                else own
+            )
         case OnnxModel(package=str(package)):
             return _of_package(package)
         case _:
@@ -98,14 +106,19 @@ def of_text(source: TextSource, *, folder: Path) -> Licence:
         case PackageText():
             return _of_package(source.package)
         case NpmText():
-            package = json.loads((sources.npm_root(source.package, source.version) / "package.json").read_text())
+            package = json.loads(
+                (sources.npm_root(source.package, source.version) / "package.json").read_text()
+            )
             return _said(package.get("license"), by=f"package.json of {source.package}")
         case StdlibText():
             return Licence("PSF-2.0", "Python, whose standard library it is")
         case DatasetText():
             own = _of_readme(folder / source.path.expanduser())
             infos = _dataset_infos(source, folder=folder) if own == Licence() else []
-            return next((_said(i["license"], by="dataset_info.json") for i in infos if i.get("license")), own)
+            return next(
+                (_said(i["license"], by="dataset_info.json") for i in infos if i.get("license")),
+                own,
+            )
         case _:
             return Licence()
 
@@ -129,15 +142,24 @@ def of_all(licences: Iterable[Licence]) -> Licence:
 
 def hub_dataset(source: TextSource, *, folder: Path) -> str | None:
     """The hub's name of a folder that `datasets` saved, by the addresses that it was downloaded from."""
-    addresses = [a for info in _dataset_infos(source, folder=folder) for a in info.get("download_checksums") or ()]
-    return next((found[1] for a in addresses if (found := re.match(r"hf://datasets/([^@]+)@", a))), None)
+    addresses = [
+        a
+        for info in _dataset_infos(source, folder=folder)
+        for a in info.get("download_checksums") or ()
+    ]
+    return next(
+        (found[1] for a in addresses if (found := re.match(r"hf://datasets/([^@]+)@", a))), None
+    )
 
 
 def hub_fields(licence: Licence) -> dict[str, str]:
     """``license``, and for one that the hub has no name for ``license_name``, of a card's header."""
     if licence.license in _HUB:
         return {"license": licence.license}
-    return {"license": "other", "license_name": re.sub(r"[^a-z0-9.+-]+", "-", licence.license.lower()).strip("-")}
+    return {
+        "license": "other",
+        "license_name": re.sub(r"[^a-z0-9.+-]+", "-", licence.license.lower()).strip("-"),
+    }
 
 
 # What says so ----------------------------------------------------------------------------------------------------
@@ -153,17 +175,22 @@ def _of_gguf(path: Path) -> Licence:
 
     fields = GGUFReader(path).fields
     name, other = (
-        fields[key].contents() if key in fields else None for key in ("general.license", "general.license.name")
+        fields[key].contents() if key in fields else None
+        for key in ("general.license", "general.license.name")
     )
     return _said(name, other, by="general.license of the GGUF file")
 
 
 def _of_package(package: str) -> Licence:
     metadata = importlib.metadata.metadata(package)
-    classifiers = [c for c in metadata.get_all("Classifier", []) if c.startswith("License :: OSI Approved :: ")]
+    classifiers = [
+        c for c in metadata.get_all("Classifier", []) if c.startswith("License :: OSI Approved :: ")
+    ]
     said = [
         *metadata.get_all("License-Expression", []),
-        *(text for text in metadata.get_all("License", []) if "\n" not in text),  # some hold the whole text
+        *(
+            text for text in metadata.get_all("License", []) if "\n" not in text
+        ),  # some hold the whole text
         *(c.rpartition(" :: ")[2] for c in classifiers),
     ]
     return _said(next(iter(said), None), by=f"metadata of the package {package}")
@@ -184,7 +211,9 @@ def _said(name: Any, other: Any = None, *, by: str) -> Licence:
 def _header(readme: Path) -> dict[str, Any]:
     """The YAML header of a card; empty where there is none that can be read."""
     try:
-        found = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", readme.read_text(encoding="utf-8"), re.DOTALL)
+        found = re.match(
+            r"---\s*\n(.*?)\n---\s*(?:\n|$)", readme.read_text(encoding="utf-8"), re.DOTALL
+        )
         header = yaml.safe_load(found[1]) if found else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         header = None

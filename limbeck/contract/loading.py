@@ -11,11 +11,18 @@ from typing import Any
 
 from limbeck.contract.errors import ModelError
 
-Fresh = Callable[[Any, str], bool]  # of the model and the name of a weight: whether the folder may lack it
+Fresh = Callable[
+    [Any, str], bool
+]  # of the model and the name of a weight: whether the folder may lack it
 
 
 def load_pretrained(
-    auto: Any, folder: Path | str, *, what: str = "a causal language model", fresh: Fresh | None = None, **options: Any
+    auto: Any,
+    folder: Path | str,
+    *,
+    what: str = "a causal language model",
+    fresh: Fresh | None = None,
+    **options: Any,
 ) -> Any:
     """``auto.from_pretrained(folder)`` from safetensors on this machine, without code of others. ``what`` names it in errors.
 
@@ -44,7 +51,8 @@ def load_pretrained(
     wrong = sorted(entry for entry in found["mismatched_keys"] if not is_fresh(entry[0]))
     if wrong:
         shown = "; ".join(
-            f"{name} is {_shape(stored)}, expected {_shape(wanted)}" for name, stored, wanted in wrong[:3]
+            f"{name} is {_shape(stored)}, expected {_shape(wanted)}"
+            for name, stored, wanted in wrong[:3]
         )
         raise ModelError(
             f"{where}: {len(wrong)} of its weights do not fit its configuration ({shown}); "

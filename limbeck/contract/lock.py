@@ -57,12 +57,16 @@ def make_once(
     """
     if find_artifact(path, kind=kind, key=key) is not None:
         return
-    with unwritable_is_a_user_error(path.parent, remedy="name another cache folder with LIMBECK_CACHE"):
+    with unwritable_is_a_user_error(
+        path.parent, remedy="name another cache folder with LIMBECK_CACHE"
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.with_name(f".{path.name}{LOCK}").open("a+")
     with file:
         if (holder := _take(file)) is not None:
-            _say_once(f"  waiting for another run ({holder}), which is making {path.parent.name} in the cache")
+            _say_once(
+                f"  waiting for another run ({holder}), which is making {path.parent.name} in the cache"
+            )
             fcntl.flock(file, fcntl.LOCK_EX)
         _sign(file)
         if find_artifact(path, kind=kind, key=key) is None:  # else who held the lock has made it

@@ -45,7 +45,9 @@ class Task:
         elif time.monotonic() - self._last >= _PLAIN_EVERY or self.done == self.total:
             self._last = time.monotonic()
             of = f"/{self.total}" if self.total else ""
-            say(f"  {self.label}: {self.done}{of}  {self._last - self._started:.0f} s  {shown}".rstrip())
+            say(
+                f"  {self.label}: {self.done}{of}  {self._last - self._started:.0f} s  {shown}".rstrip()
+            )
 
 
 @contextmanager
@@ -75,6 +77,8 @@ def task(label: str, total: int | None = None, *, done: int = 0) -> Iterator[Tas
         TextColumn("{task.fields[figures]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        handle = Task(label, total, bar, bar.add_task(label, total=total, completed=done, figures=""))
+        handle = Task(
+            label, total, bar, bar.add_task(label, total=total, completed=done, figures="")
+        )
         handle.done = done
         yield handle

@@ -81,7 +81,9 @@ def npm_root(package: str, version: str) -> Path:
     """Folder of an npm package below the cache folder. Raises `UserError` with the install command."""
     prefix = cache_folder() / "npm"
     root = prefix / "node_modules" / package
-    install = f"npm install --ignore-scripts --no-audit --no-fund --prefix {prefix} '{package}@{version}'"
+    install = (
+        f"npm install --ignore-scripts --no-audit --no-fund --prefix {prefix} '{package}@{version}'"
+    )
     try:
         found = json.loads((root / "package.json").read_text(encoding="utf-8"))["version"]
     except (OSError, ValueError, KeyError):
@@ -109,7 +111,11 @@ def text_files(source: TextSource, *, folder: Path) -> list[Path]:
     found: set[Path] = set()
     for path in paths:
         pattern = os.path.expanduser(path)
-        matches = [p for m in glob.glob(pattern, root_dir=root, recursive=True) if (p := root / m).is_file()]
+        matches = [
+            p
+            for m in glob.glob(pattern, root_dir=root, recursive=True)
+            if (p := root / m).is_file()
+        ]
         if not matches:
             raise DataError(
                 f"{root / pattern}: no such file; check the path in the recipe (relative paths start from {root})."
@@ -127,7 +133,9 @@ def _dataset_files(root: Path, split: str | None) -> list[Path]:
         if split is None and len(splits) == 1:
             split = splits[0]
         if split not in splits:
-            raise DataError(f"{root}: {_wrong_split(split)}; set split to one of: {', '.join(splits)}.")
+            raise DataError(
+                f"{root}: {_wrong_split(split)}; set split to one of: {', '.join(splits)}."
+            )
         return _saved_files(root / str(split))
     if (root / "state.json").is_file():
         own = _json(root / "state.json").get("_split")
@@ -136,15 +144,21 @@ def _dataset_files(root: Path, split: str | None) -> list[Path]:
                 f"{root}: {_wrong_split(split)}; the folder holds one ({own or 'unnamed'}): leave split out."
             )
         return _saved_files(root)
-    found = sorted(p for p in root.rglob("*") if p.suffix in (".parquet", ".jsonl", ".arrow") and p.is_file())
+    found = sorted(
+        p for p in root.rglob("*") if p.suffix in (".parquet", ".jsonl", ".arrow") and p.is_file()
+    )
     if not found:
-        raise DataError(f"{root}: no dataset; expected a `save_to_disk` folder, or *.parquet or *.jsonl files.")
+        raise DataError(
+            f"{root}: no dataset; expected a `save_to_disk` folder, or *.parquet or *.jsonl files."
+        )
     names = {path: path.relative_to(root).with_suffix("").as_posix() for path in found}
     if split is not None:
         chosen = [path for path in found if _in_split(names[path], split)]
         if not chosen:
             listed = ", ".join(names.values())
-            raise DataError(f"{root}: {_wrong_split(split)}; set split to a name that one of the files has: {listed}.")
+            raise DataError(
+                f"{root}: {_wrong_split(split)}; set split to a name that one of the files has: {listed}."
+            )
         return chosen
     splits = [word for word in ("train", "validation", "valid", "val", "dev", "test", "eval")
               if any(_in_split(name, word) for name in names.values())]  # fmt: skip
@@ -165,11 +179,15 @@ def _in_split(name: str, split: str) -> bool:
 def _saved_files(root: Path) -> list[Path]:
     state = _json(root / "state.json")
     if state.get("_indices_data_files"):
-        raise DataError(f"{root}: a selection that an old `datasets` wrote; load it and `save_to_disk` again.")
+        raise DataError(
+            f"{root}: a selection that an old `datasets` wrote; load it and `save_to_disk` again."
+        )
     files = [root / entry["filename"] for entry in _listed(root / "state.json", "_data_files")]
     for file in files:
         if not file.is_file():
-            raise DataError(f"{file}: missing, though {root / 'state.json'} names it; copy the whole folder.")
+            raise DataError(
+                f"{file}: missing, though {root / 'state.json'} names it; copy the whole folder."
+            )
     return files
 
 
@@ -230,13 +248,19 @@ def check_weights(path: Path) -> None:
     if path.is_file():
         if path.suffix == ".gguf":
             return
-        raise ModelError(f"{path}: not a model; expected a .gguf file or a folder with safetensors weights.")
+        raise ModelError(
+            f"{path}: not a model; expected a .gguf file or a folder with safetensors weights."
+        )
     if not path.is_dir():
         raise ModelError(f"{path}: no such file or folder; check the path in the recipe.")
     if not (path / "config.json").is_file():
-        raise ModelError(f"{path}: no config.json; expected a folder as `save_pretrained` writes it.")
+        raise ModelError(
+            f"{path}: no config.json; expected a folder as `save_pretrained` writes it."
+        )
     if not any(path.glob("*.safetensors")):
-        pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in path.glob(pattern)]
+        pickles = [
+            p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in path.glob(pattern)
+        ]
         if pickles:
             raise ModelError(
                 f"{path}: {pickles[0]} is a pickle, which can run code when it is opened; Limbeck reads safetensors and GGUF only. "
@@ -285,7 +309,9 @@ def hub_config(repository: str, revision: str) -> Path:
 
     cache = _hub_cache()
     try:
-        return Path(hf_hub_download(repository, "config.json", revision=revision, cache_dir=cache)).parent
+        return Path(
+            hf_hub_download(repository, "config.json", revision=revision, cache_dir=cache)
+        ).parent
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ModelError(
             f"{repository}@{revision}: its config.json is not on this machine and cannot be fetched "
@@ -307,16 +333,26 @@ def preflight(recipe: AnyRecipe) -> list[str]:
 
 def _mistakes(recipe: AnyRecipe) -> Iterator[str]:
     if isinstance(recipe, Recipe):
-        texts = [(f"data.domains.{i}.text", domain.text) for i, domain in enumerate(recipe.data.domains)]
+        texts = [
+            (f"data.domains.{i}.text", domain.text) for i, domain in enumerate(recipe.data.domains)
+        ]
     else:
         texts = [(where, text) for where, _, text in groups_of(recipe)]
     for where, text in texts:
         try:
             files = text_files(text, folder=recipe.folder)
-            if isinstance(text.format, ParquetRows) or any(p.suffix in (".parquet", ".arrow") for p in files):
+            if isinstance(text.format, ParquetRows) or any(
+                p.suffix in (".parquet", ".arrow") for p in files
+            ):
                 check_arrow()
-            rows = next((p for p in files if p.suffix in (".jsonl", ".ndjson", ".parquet", ".arrow")), None)
-            if rows and isinstance(text.format, PlainText) and "format" not in text.model_fields_set:
+            rows = next(
+                (p for p in files if p.suffix in (".jsonl", ".ndjson", ".parquet", ".arrow")), None
+            )
+            if (
+                rows
+                and isinstance(text.format, PlainText)
+                and "format" not in text.model_fields_set
+            ):
                 yield (
                     f"{where}: {rows.name} would be read as plain text, keys and braces included; "
                     "set format to jsonl, parquet or chat, or to text where that is meant."
@@ -353,19 +389,31 @@ def input_digests(recipe: AnyRecipe, *, products: Mapping[str, Path] | None) -> 
     there yet. Raises `ModelError` or `DataError` where something is missing.
     """
     found = {
-        f"teacher {t.name}": model_digest(t.model, folder=recipe.folder, products=products or {}, teacher=t.name)
+        f"teacher {t.name}": model_digest(
+            t.model, folder=recipe.folder, products=products or {}, teacher=t.name
+        )
         for t in teachers_of(recipe)
         if products is not None or not isinstance(t.model, RecipeModel)
     }
     if isinstance(recipe, Recipe):
-        found |= {f"adapter {t.name}": adapter_digest(t, folder=recipe.folder) for t in recipe.teachers if t.adapter}
+        found |= {
+            f"adapter {t.name}": adapter_digest(t, folder=recipe.folder)
+            for t in recipe.teachers
+            if t.adapter
+        }
     if (base := base_of(recipe)) is not None:
         found["base"] = model_digest(base, folder=recipe.folder, products={})
-    return found | {f"text {name}": text_digest(text, folder=recipe.folder) for name, text in texts_of(recipe)}
+    return found | {
+        f"text {name}": text_digest(text, folder=recipe.folder) for name, text in texts_of(recipe)
+    }
 
 
 def model_digest(
-    source: ModelSource | OnnxModel, *, folder: Path, products: Mapping[str, Path], teacher: str = ""
+    source: ModelSource | OnnxModel,
+    *,
+    folder: Path,
+    products: Mapping[str, Path],
+    teacher: str = "",
 ) -> str:
     """Fingerprint of a model's content, without loading it. ``products`` holds student artifacts by teacher name."""
     match source:
@@ -376,7 +424,9 @@ def model_digest(
         case OnnxModel():
             path = model_path(source, folder=folder)
             assert path is not None
-            return fingerprint([file_digest(path), model_digest(source.like, folder=folder, products={})])
+            return fingerprint(
+                [file_digest(path), model_digest(source.like, folder=folder, products={})]
+            )
         case _:
             path = model_path(source, folder=folder)
             assert path is not None

@@ -65,7 +65,9 @@ def providers() -> list[Provider]:
 
 def asked_for(provider: Provider) -> list[str]:
     """What a session for ``provider`` is opened with: on a card, what TensorRT does not take stays there."""
-    return [PROVIDERS[name] for name in (provider, "cuda") if name == provider or provider == "tensorrt"]
+    return [
+        PROVIDERS[name] for name in (provider, "cuda") if name == provider or provider == "tensorrt"
+    ]
 
 
 def _installed(name: str) -> bool:
@@ -138,7 +140,11 @@ class Decoder:
             )
         self.form: str | None = name
         self.made_for: Provider | None = made_for
-        self._open(Path(folder) / form_made["all_logits_graph" if all_logits else "graph"], threads, provider)
+        self._open(
+            Path(folder) / form_made["all_logits_graph" if all_logits else "graph"],
+            threads,
+            provider,
+        )
         own = result.get("adapter")
         if adapter == "own":
             adapter = Path(folder) / own["file"] if own else "none"
@@ -147,7 +153,12 @@ class Decoder:
 
     @classmethod
     def from_graph(
-        cls, graph: Path, *, threads: int | None = None, provider: Provider = "cpu", adapter: Path | None = None
+        cls,
+        graph: Path,
+        *,
+        threads: int | None = None,
+        provider: Provider = "cpu",
+        adapter: Path | None = None,
     ) -> Decoder:
         """Open a graph file by itself, for callers that are still making the artifact."""
         decoder = cls.__new__(cls)
@@ -174,15 +185,21 @@ class Decoder:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
-        options.enable_mem_pattern = False  # the mask grows at every step, so no plan would be used twice
+        options.enable_mem_pattern = (
+            False  # the mask grows at every step, so no plan would be used twice
+        )
         options.log_severity_level = 4
         # Threads may spin within a run, where the next operator is microseconds away, but never between runs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
             self.session = ort.InferenceSession(str(graph), options, providers=asked_for(provider))
         except Exception as error:  # onnxruntime's errors share no base class of their own
-            raise ArtifactError(f"{graph}: onnxruntime cannot open it ({error}); export the student again.") from error
-        if self.session.get_providers()[0] != PROVIDERS[provider]:  # onnxruntime only logs that it takes the CPU
+            raise ArtifactError(
+                f"{graph}: onnxruntime cannot open it ({error}); export the student again."
+            ) from error
+        if (
+            self.session.get_providers()[0] != PROVIDERS[provider]
+        ):  # onnxruntime only logs that it takes the CPU
             raise EnvironmentalError(
                 f"onnxruntime {ort.__version__} could not start {PROVIDERS[provider]} and took {self.session.get_providers()[0]} "
                 "instead; look at `nvidia-smi` and at the CUDA and cuDNN that pip install 'limbeck[gpu]' brings."
@@ -193,7 +210,9 @@ class Decoder:
         inputs = {value.name: value for value in self.session.get_inputs()}
         # Heads and their size by cache input, and the numbers of the cache.
         self.past: dict[str, tuple[int, int]] = {
-            n: (v.shape[1], v.shape[3]) for n, v in inputs.items() if n.startswith("past_key_values.")
+            n: (v.shape[1], v.shape[3])
+            for n, v in inputs.items()
+            if n.startswith("past_key_values.")
         }
         half = any(inputs[name].type == "tensor(float16)" for name in self.past)
         self.cache_type: type[np.floating[Any]] = np.float16 if half else np.float32
@@ -209,7 +228,9 @@ class Decoder:
             self.context = min(columns, self.context or columns)
         self._cache: list[Any] = []  # of a graph that returns its cache: what the last run returned
         self._binding: Any = None
-        self._adapter: dict[str, Any] = {}  # graph inputs that are empty unless an adapter fills them
+        self._adapter: dict[
+            str, Any
+        ] = {}  # graph inputs that are empty unless an adapter fills them
         self._rows = self._capacity = 0
         self._mask: Ids = np.zeros((0, 0), np.int64)
         self._length = 0
@@ -237,7 +258,9 @@ class Decoder:
             )
         self._adapter = values
 
-    def prefill(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None, *, room: int = 0) -> Logits:
+    def prefill(
+        self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None, *, room: int = 0
+    ) -> Logits:
         """Start anew with ``ids[B, S]`` and leave room for ``room`` more tokens a row.
 
         ``mask[B, S]`` is 1 for tokens and 0 for padding on either side. Returns the logits ``[B, V]`` that follow each
@@ -246,7 +269,9 @@ class Decoder:
         np = self._np
         tokens = np.ascontiguousarray(ids, np.int64)
         if tokens.ndim != 2 or not tokens.size:
-            raise DataError(f"found ids of shape {tokens.shape}; expected [rows, tokens] with at least one token.")
+            raise DataError(
+                f"found ids of shape {tokens.shape}; expected [rows, tokens] with at least one token."
+            )
         valid = np.ones_like(tokens) if mask is None else np.ascontiguousarray(mask, np.int64)
         if valid.shape != tokens.shape or not valid.any(axis=1).all():
             raise DataError(
@@ -256,7 +281,11 @@ class Decoder:
         self._mask[:, : tokens.shape[1]] = valid
         self._length = tokens.shape[1]
         columns = self.fixed[1] - 1 if self.fixed else 0
-        self._cache = [self._empty(heads, columns, size) for heads, size in self.past.values()] if self.grows else []
+        self._cache = (
+            [self._empty(heads, columns, size) for heads, size in self.past.values()]
+            if self.grows
+            else []
+        )
         return self._run(tokens)
 
     def extend(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> Logits:
@@ -273,9 +302,13 @@ class Decoder:
                 "padding can be appended to no row of this graph; give every row a token, or begin anew with the rows that go on."
             )
         if not self.grows and tokens.shape[1] > 1 and len(tokens) > 1:
-            raise DataError("several tokens can be appended to one row only; append them one at a time.")
+            raise DataError(
+                "several tokens can be appended to one row only; append them one at a time."
+            )
         if self._length + tokens.shape[1] > self._capacity:
-            raise DataError(f"the cache holds {self._capacity} tokens and is full; give prefill more room.")
+            raise DataError(
+                f"the cache holds {self._capacity} tokens and is full; give prefill more room."
+            )
         self._mask[:, self._length : self._length + tokens.shape[1]] = valid
         self._length += tokens.shape[1]
         return self._run(tokens)
@@ -291,13 +324,17 @@ class Decoder:
         Needs a decoder opened with ``all_logits=True``.
         """
         if not self.all_logits:
-            raise DataError("this graph keeps the last logits only; open the decoder with all_logits=True to score.")
+            raise DataError(
+                "this graph keeps the last logits only; open the decoder with all_logits=True to score."
+            )
         np, rows = self._np, self.fixed[0] if self.fixed else None
         if rows is None or len(tokens := np.asarray(ids)) <= rows:
             return self.prefill(ids, mask)
         valid = np.ones_like(tokens) if mask is None else np.asarray(mask)
         parts = range(0, len(tokens), rows)
-        scored: Logits = np.concatenate([self.prefill(tokens[at : at + rows], valid[at : at + rows]) for at in parts])
+        scored: Logits = np.concatenate(
+            [self.prefill(tokens[at : at + rows], valid[at : at + rows]) for at in parts]
+        )
         return scored
 
     def generate(
@@ -359,7 +396,9 @@ class Decoder:
         return self._ort.OrtValue.ortvalue_from_numpy(array)
 
     def _empty(self, heads: int, tokens: int, size: int) -> Any:
-        cache = self._np.zeros((self.fixed[0] if self.fixed else self._rows, heads, tokens, size), self.cache_type)
+        cache = self._np.zeros(
+            (self.fixed[0] if self.fixed else self._rows, heads, tokens, size), self.cache_type
+        )
         return self._ort.OrtValue.ortvalue_from_numpy(cache, self.cache_device, 0)
 
     def _run(self, tokens: Ids) -> Logits:
@@ -367,7 +406,9 @@ class Decoder:
         if self.fixed is None:
             return self._feed(tokens, self._np.ascontiguousarray(self._mask[:, : self._length]))
         np, (rows, columns) = self._np, self.fixed
-        out: Logits = np.zeros((len(tokens), tokens.shape[1] if self.all_logits else 1, self.vocabulary), np.float32)
+        out: Logits = np.zeros(
+            (len(tokens), tokens.shape[1] if self.all_logits else 1, self.vocabulary), np.float32
+        )
         fill = ((0, rows - len(tokens)), (0, 0))  # with copies of the last row
         for at in range(tokens.shape[1]):
             seen = self._mask[:, : self._length - tokens.shape[1] + at + 1]
@@ -389,7 +430,9 @@ class Decoder:
         self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
         for name, cache in zip(self.past, self._cache, strict=False):
             self._binding.bind_ortvalue_input(name, cache)
-            self._binding.bind_output(name.replace("past_key_values.", "present."), self.cache_device)
+            self._binding.bind_output(
+                name.replace("past_key_values.", "present."), self.cache_device
+            )
         self.session.run_with_iobinding(self._binding)
         if self.grows:
             self._cache = self._binding.get_outputs()[-len(self.past) :]
@@ -397,14 +440,20 @@ class Decoder:
 
 
 def choose(
-    row: Logits, *, temperature: float = 0.0, top_p: float = 1.0, draw: np.random.Generator | None = None
+    row: Logits,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    draw: np.random.Generator | None = None,
 ) -> int:
     """The next token from logits ``row[V]``: the greatest at temperature 0, else drawn from the top-p set."""
     import numpy as np
 
     if temperature <= 0:
         return int(row.argmax())
-    with np.errstate(over="ignore"):  # a temperature next to 0 sends all but the greatest to minus infinity
+    with np.errstate(
+        over="ignore"
+    ):  # a temperature next to 0 sends all but the greatest to minus infinity
         probabilities = np.exp((row.astype(np.float64) - row.max()) / temperature)
     probabilities /= probabilities.sum()
     draw = draw or np.random.default_rng()
@@ -412,7 +461,9 @@ def choose(
         return _pick(probabilities, draw)
     # Tokens below this share of an even split hold less than 1 - top_p together, so none of them is in the set: a sort of
     # the rest will do.
-    likely = np.flatnonzero(probabilities >= min((1 - top_p) / len(probabilities), probabilities.max()))
+    likely = np.flatnonzero(
+        probabilities >= min((1 - top_p) / len(probabilities), probabilities.max())
+    )
     order = likely[np.argsort(-probabilities[likely], kind="stable")]
     below = np.cumsum(probabilities[order]) - probabilities[order] < top_p
     below[0] = True  # the likeliest token stays, however small top_p is
@@ -423,7 +474,9 @@ def choose(
 def _pick(weights: npt.NDArray[np.float64], draw: np.random.Generator) -> int:
     """A place in ``weights``, each with the probability of its share of their sum."""
     cumulative = weights.cumsum()
-    return min(int(cumulative.searchsorted(draw.random() * cumulative[-1], side="right")), len(weights) - 1)
+    return min(
+        int(cumulative.searchsorted(draw.random() * cumulative[-1], side="right")), len(weights) - 1
+    )
 
 
 # Text ------------------------------------------------------------------------------------------------------------
@@ -448,7 +501,9 @@ class Text:
         Raises `DataError` when the folder has no chat template or the template refuses the messages.
         """
         if self.template is None:
-            raise DataError("this model has no chat template; leave --chat out and give it plain text.")
+            raise DataError(
+                "this model has no chat template; leave --chat out and give it plain text."
+            )
         text = render(self.template, messages, self.special)
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
@@ -468,7 +523,9 @@ class Decoding:
     def __init__(self, tokenizer: Any) -> None:
         self._decode = tokenizer.decode
         self._pending: list[int] = []
-        self._context: list[int] = []  # the last tokens told: a decoder may treat the first token of a text differently
+        self._context: list[
+            int
+        ] = []  # the last tokens told: a decoder may treat the first token of a text differently
 
     def add(self, token: int) -> str:
         """The text that ``token`` makes certain; empty while it ends within a character."""
@@ -497,7 +554,9 @@ def load_text(folder: Path) -> Text:
 
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise ArtifactError(f"{folder}: tokenizer.json is missing; expected the folder that `limbeck export` wrote.")
+        raise ArtifactError(
+            f"{folder}: tokenizer.json is missing; expected the folder that `limbeck export` wrote."
+        )
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises no class of its own

@@ -28,7 +28,9 @@ _ANSWERS = {"classification": "logits", "embedding": "sentence_embedding"}
 class Encoder:
     """One encoder graph. A row's answer does not depend on the rows and the padding that it is run with."""
 
-    def __init__(self, folder: Path, *, form: str | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, form: str | None = None, threads: int | None = None
+    ) -> None:
         """Open a form of the ``onnx`` artifact at ``folder`` (none: the shipped one).
 
         Raises `ArtifactError` for a folder that is no encoder's artifact or lacks the form, `EnvironmentalError` without runtime.
@@ -63,12 +65,18 @@ class Encoder:
         # Threads may spin within a run, where the next operator is microseconds away, but never between runs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
-            self._session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(
+                str(graph), options, providers=["CPUExecutionProvider"]
+            )
         except Exception as error:  # onnxruntime's errors share no base class of their own
-            raise ArtifactError(f"{graph}: onnxruntime cannot open it ({error}); export the student again.") from error
+            raise ArtifactError(
+                f"{graph}: onnxruntime cannot open it ({error}); export the student again."
+            ) from error
         self._np = np
         rows, tokens = self._session.get_inputs()[0].shape
-        self.fixed: tuple[int, int] | None = (rows, tokens) if isinstance(rows, int) else None  # of a static graph
+        self.fixed: tuple[int, int] | None = (
+            (rows, tokens) if isinstance(rows, int) else None
+        )  # of a static graph
         metadata = self._session.get_modelmeta().custom_metadata_map
         warn_of_overflow(metadata)
         self.task = str(metadata["limbeck.task"])
@@ -86,9 +94,13 @@ class Encoder:
         np = self._np
         tokens = np.ascontiguousarray(ids, np.int64)
         if tokens.ndim != 2 or not tokens.size:
-            raise DataError(f"found ids of shape {tokens.shape}; expected [rows, tokens] with at least one token.")
+            raise DataError(
+                f"found ids of shape {tokens.shape}; expected [rows, tokens] with at least one token."
+            )
         if self.context and tokens.shape[1] > self.context:
-            raise DataError(f"found {tokens.shape[1]} tokens; this model reads {self.context} at most. Cut the text.")
+            raise DataError(
+                f"found {tokens.shape[1]} tokens; this model reads {self.context} at most. Cut the text."
+            )
         valid = np.ones_like(tokens) if mask is None else np.ascontiguousarray(mask, np.int64)
         if self.fixed is None:
             return self._answer(tokens, valid)
@@ -97,22 +109,32 @@ class Encoder:
         missing = -count % rows, width - length
         # Rows are filled up with copies of the last one: a row of padding alone has nothing to attend to.
         tokens, valid = (
-            np.pad(np.pad(a, ((0, missing[0]), (0, 0)), "edge"), ((0, 0), (0, missing[1]))) for a in (tokens, valid)
+            np.pad(np.pad(a, ((0, missing[0]), (0, 0)), "edge"), ((0, 0), (0, missing[1])))
+            for a in (tokens, valid)
         )
-        parts = [self._answer(tokens[at : at + rows], valid[at : at + rows]) for at in range(0, len(tokens), rows)]
+        parts = [
+            self._answer(tokens[at : at + rows], valid[at : at + rows])
+            for at in range(0, len(tokens), rows)
+        ]
         answers: Answers = np.concatenate(parts)[:count]
         return answers
 
-    def _answer(self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        found: npt.NDArray[Any] = self._session.run([_ANSWERS[self.task]], {"input_ids": ids, "attention_mask": mask})[
-            0
-        ]
+    def _answer(
+        self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
+        found: npt.NDArray[Any] = self._session.run(
+            [_ANSWERS[self.task]], {"input_ids": ids, "attention_mask": mask}
+        )[0]
         return found
 
-    def encode(self, texts: Sequence[str], *, max_tokens: int | None = None) -> npt.NDArray[np.float32]:
+    def encode(
+        self, texts: Sequence[str], *, max_tokens: int | None = None
+    ) -> npt.NDArray[np.float32]:
         """As `run`, for texts; each is cut to ``max_tokens``, by default the model's context."""
         if self.folder is None or not texts:
-            raise DataError("found no texts, or a graph without its folder; open an exported folder and give texts.")
+            raise DataError(
+                "found no texts, or a graph without its folder; open an exported folder and give texts."
+            )
         if self._text is None:
             from limbeck.runtime.decoder import load_text
 

@@ -16,7 +16,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from limbeck.contract.artifact import Artifact, file_digest, host, open_artifact, student_of, versions
+from limbeck.contract.artifact import (
+    Artifact,
+    file_digest,
+    host,
+    open_artifact,
+    student_of,
+    versions,
+)
 from limbeck.contract.errors import ArtifactError
 from limbeck.contract.heldout import HELDOUT, Blocks, load_heldout, mean_nll
 from limbeck.contract.progress import task
@@ -32,11 +39,13 @@ from serve_bench.measure.clock import order, prompt
 CERTIFICATE = "certificate.json"
 FORMAT = 2
 _FP32 = "onnx:fp32"  # the arm
-_DIGITS = ("onnxruntime", "onnxruntime-gpu", "numpy")  # libraries that can change the last digits of a score
+_DIGITS = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "numpy",
+)  # libraries that can change the last digits of a score
 _BUSY = 0.5  # load average a core, above which a slower replay is put down to it
-_NEAR = (
-    1.1  # slower by less is what one machine's own processes and minutes differ by: up to 8 % was seen, past intervals
-)
+_NEAR = 1.1  # slower by less is what one machine's own processes and minutes differ by: up to 8 % was seen, past intervals
 _WARM = 2  # generations before the replay's clock counts
 _BLOCKS = FEWEST_BLOCKS
 
@@ -55,7 +64,9 @@ class Finding:
 # Writing ---------------------------------------------------------------------------------------------------------
 
 
-def certify(*, bench: Artifact, onnx: Artifact, student: Artifact, recipe: Recipe, verdict: Verdict) -> dict[str, Any]:
+def certify(
+    *, bench: Artifact, onnx: Artifact, student: Artifact, recipe: Recipe, verdict: Verdict
+) -> dict[str, Any]:
     """The content of certificate.json: digests, figures with intervals, and the machine they were measured on."""
     shipped = str(bench.result["shipped"])
     environment = json.loads((bench.path / ENVIRONMENT).read_text())
@@ -69,7 +80,9 @@ def certify(*, bench: Artifact, onnx: Artifact, student: Artifact, recipe: Recip
         "artifact": {
             "shipped": shipped,
             "digest": onnx.digest,
-            "files": {name: onnx.manifest["files"][name]["sha256"] for name in sorted(form["files"])},
+            "files": {
+                name: onnx.manifest["files"][name]["sha256"] for name in sorted(form["files"])
+            },
         },
         # A recovered student is made from a student, which must not stand in its place.
         "parents": {
@@ -112,7 +125,10 @@ def promises(bench: Artifact, recipe: Recipe) -> dict[str, Any]:
     reference = figures.reference_of(
         recipe,
         str(bench.result["shipped"]),
-        [Arm(name, arm["label"], arm["role"], arm["runtime"], arm["bytes"], {}) for name, arm in arms.items()],
+        [
+            Arm(name, arm["label"], arm["role"], arm["runtime"], arm["bytes"], {})
+            for name, arm in arms.items()
+        ],
     )
     shipped = reference.shipped_arm.id
     evidence = figures.evidence(samples, quality, reference)
@@ -121,14 +137,19 @@ def promises(bench: Artifact, recipe: Recipe) -> dict[str, Any]:
     return {
         "ttft_ms": figures.asdict(evidence.ttft_ms),
         "tpot_ms": figures.asdict(evidence.tpot_ms),
-        "speed_over": {name: figures.asdict(interval) for name, interval in evidence.speedup.items()},
+        "speed_over": {
+            name: figures.asdict(interval) for name, interval in evidence.speedup.items()
+        },
         # What a replay can time beside it: a machine's good and bad minutes are the same for both graphs.
         "speed_over_fp32": {
-            metric: figures.asdict(figures.speed(samples, reference, _FP32, metric)) for metric in ("ttft", "tpot")
+            metric: figures.asdict(figures.speed(samples, reference, _FP32, metric))
+            for metric in ("ttft", "tpot")
         }
         if _FP32 in arms and shipped != _FP32
         else None,
-        "loss_rise_over": {name: figures.asdict(rise) for name, (_, rise) in evidence.rise_over_teachers.items()}
+        "loss_rise_over": {
+            name: figures.asdict(rise) for name, (_, rise) in evidence.rise_over_teachers.items()
+        }
         | ({"fp32": figures.asdict(evidence.rise_over_fp32)} if evidence.rise_over_fp32 else {}),
         "bytes": evidence.size,
         "peak_rss_bytes": arms[shipped]["peak_rss_bytes"],
@@ -141,7 +162,9 @@ def heldout_file(bench: Artifact, student: Artifact | None) -> tuple[Path, str]:
     for artifact in (bench, student):
         if artifact is not None and HELDOUT in artifact.manifest["files"]:
             return artifact.path / HELDOUT, str(artifact.manifest["files"][HELDOUT]["sha256"])
-    raise ArtifactError(f"{bench.path}: {HELDOUT} is neither here nor in the student; run the bench stage again.")
+    raise ArtifactError(
+        f"{bench.path}: {HELDOUT} is neither here nor in the student; run the bench stage again."
+    )
 
 
 def read_certificate(run: Path) -> dict[str, Any]:
@@ -156,7 +179,9 @@ def read_certificate(run: Path) -> dict[str, Any]:
         for key in ("artifact", "bench", "data", "figures", "machine", "protocol", "versions"):
             found[key]
     except (ValueError, KeyError, TypeError):
-        raise ArtifactError(f"{path}: not a certificate; `limbeck report {run}` writes it again.") from None
+        raise ArtifactError(
+            f"{path}: not a certificate; `limbeck report {run}` writes it again."
+        ) from None
     return found
 
 
@@ -166,7 +191,10 @@ def read_certificate(run: Path) -> dict[str, Any]:
 def replay(*, run: Path, quality: bool = True, speed: bool = True) -> list[Finding]:
     """Measure on this machine what the certificate of ``run`` promises; see `serve_bench.replay`."""
     certificate = read_certificate(run)
-    onnx, bench = open_artifact(run / "onnx", kind="onnx", verify=False), open_artifact(run / "bench", kind="bench")
+    onnx, bench = (
+        open_artifact(run / "onnx", kind="onnx", verify=False),
+        open_artifact(run / "bench", kind="bench"),
+    )
     student = open_artifact(student_of(onnx), verify=False) if student_of(onnx).is_dir() else None
     recipe = parse_recipe(bench.manifest["recipe"]["resolved"], where=str(bench.path))
     blocks = _require_ours(certificate, run, onnx=onnx, bench=bench, student=student)
@@ -202,14 +230,24 @@ def differences(certificate: Mapping[str, Any], provider: str | None) -> dict[st
     }
     for name in sorted(certificate["versions"].keys() | versions().keys()):
         pairs[name] = (certificate["versions"].get(name), versions().get(name))
-    return {name: f"{a or 'none'} then, {b or 'none'} now" for name, (a, b) in pairs.items() if a != b}
+    return {
+        name: f"{a or 'none'} then, {b or 'none'} now" for name, (a, b) in pairs.items() if a != b
+    }
 
 
 def _require_ours(
-    certificate: Mapping[str, Any], run: Path, *, onnx: Artifact, bench: Artifact, student: Artifact | None
+    certificate: Mapping[str, Any],
+    run: Path,
+    *,
+    onnx: Artifact,
+    bench: Artifact,
+    student: Artifact | None,
 ) -> dict[str, Blocks]:
     """The certificate is of these artifacts; the held-out blocks it was scored on. Raises `ArtifactError`."""
-    digests = {"onnx": (certificate["artifact"]["digest"], onnx), "bench": (certificate["bench"], bench)}
+    digests = {
+        "onnx": (certificate["artifact"]["digest"], onnx),
+        "bench": (certificate["bench"], bench),
+    }
     if student is not None:
         digests["student"] = (certificate["parents"]["student"], student)
     for role, (promised, artifact) in digests.items():
@@ -220,23 +258,37 @@ def _require_ours(
             )
     path, _ = heldout_file(bench, student)
     if file_digest(path) != certificate["data"]["heldout"]:
-        raise ArtifactError(f"{path}: is not the text of the certificate; put back the file that the run made.")
+        raise ArtifactError(
+            f"{path}: is not the text of the certificate; put back the file that the run made."
+        )
     return load_heldout(path)
 
 
 def _arm(onnx: Artifact, shipped: str, role: Any = "form") -> Arm:
     size = int(onnx.result["forms"][shipped]["bytes"])
     name = f"onnx:{shipped}" + (":twin" if role == "twin" else "")
-    return Arm(name, shipped, role, "onnxruntime", size, {"artifact": str(onnx.path), "form": shipped})
+    return Arm(
+        name, shipped, role, "onnxruntime", size, {"artifact": str(onnx.path), "form": shipped}
+    )
 
 
 def _recomputed(certificate: Mapping[str, Any], found: Mapping[str, Any]) -> Finding:
     """Whether the figures follow from the samples that lie in the bench."""
-    wrong = [name for name, value in found.items() if json.loads(json.dumps(value)) != certificate["figures"].get(name)]
+    wrong = [
+        name
+        for name, value in found.items()
+        if json.loads(json.dumps(value)) != certificate["figures"].get(name)
+    ]
     if wrong:
         says = f"NOT what the raw samples say: {', '.join(wrong)}. The certificate was edited, or written by another version."
         return Finding("figures", "certificate.json", "raw samples", says, False)
-    return Finding("figures", "certificate.json", "raw samples", "computed again from the raw samples: the same", True)
+    return Finding(
+        "figures",
+        "certificate.json",
+        "raw samples",
+        "computed again from the raw samples: the same",
+        True,
+    )
 
 
 def _replay_quality(
@@ -249,25 +301,40 @@ def _replay_quality(
 ) -> list[Finding]:
     """Score the shipped form on the same blocks again: the same digits, or a difference that has a reason and stays small."""
     promised = certificate["figures"]["quality"]
-    tolerance = float(onnx.result["forms"][certificate["artifact"]["shipped"]]["parity"]["tolerance"]["kl"])
-    reasons = {n: differs[n] for n in ("execution provider", "processor flags", *_DIGITS) if n in differs}
+    tolerance = float(
+        onnx.result["forms"][certificate["artifact"]["shipped"]]["parity"]["tolerance"]["kl"]
+    )
+    reasons = {
+        n: differs[n] for n in ("execution provider", "processor flags", *_DIGITS) if n in differs
+    }
     nll = {}
-    with task("quality again, held-out blocks", sum(len(blocks) for blocks in heldout.values())) as progress:
+    with task(
+        "quality again, held-out blocks", sum(len(blocks) for blocks in heldout.values())
+    ) as progress:
         for name, blocks in heldout.items():
             total = 0.0
-            for row, length, scored in zip(blocks.input_ids, blocks.lengths, blocks.scored, strict=True):
+            for row, length, scored in zip(
+                blocks.input_ids, blocks.lengths, blocks.scored, strict=True
+            ):
                 total += workers[arm].ask(
                     "score", ids=row[:length].tolist(), scored=scored[1:length].tolist(),
                     vocabulary=promised["vocabulary"], mixture=None,
                 )["nll"]  # fmt: skip
                 progress.advance()
             nll[name] = total / blocks.labels
-    pairs = {f"loss, {name}": (promised["domains"][name]["nll"], value) for name, value in nll.items()}
+    pairs = {
+        f"loss, {name}": (promised["domains"][name]["nll"], value) for name, value in nll.items()
+    }
     pairs["loss, mean"] = (promised["mean_nll"], mean_nll(nll))
-    return [judge_loss(name, then, now, tolerance=tolerance, reasons=reasons) for name, (then, now) in pairs.items()]
+    return [
+        judge_loss(name, then, now, tolerance=tolerance, reasons=reasons)
+        for name, (then, now) in pairs.items()
+    ]
 
 
-def judge_loss(figure: str, then: float, now: float, *, tolerance: float, reasons: Mapping[str, str]) -> Finding:
+def judge_loss(
+    figure: str, then: float, now: float, *, tolerance: float, reasons: Mapping[str, str]
+) -> Finding:
     """Equal to the digit, or no further apart than the parity ``tolerance`` (nats a token) for one of ``reasons``."""
     gap = abs(now - then)
     if gap == 0:
@@ -313,7 +380,11 @@ def _replay_speed(
     shipped = str(certificate["artifact"]["shipped"])
     reference = Reference(recipe.name, shipped, tuple(arms), first_look(_BLOCKS))
     evidence = figures.timing_evidence(samples, reference)
-    busy = {"load average": f"{load:.2f} on {host()['cores']} cores"} if load > _BUSY * host()["cores"] else {}
+    busy = (
+        {"load average": f"{load:.2f} on {host()['cores']} cores"}
+        if load > _BUSY * host()["cores"]
+        else {}
+    )
     findings = []
     for what, metric, now in (
         ("to first token", "ttft", evidence.ttft_ms),
@@ -322,20 +393,36 @@ def _replay_speed(
         assert now is not None
         times = judge_speed(f"ms {what}", promised[f"{metric}_ms"], now, differs=differs, busy=busy)
         if promised["speed_over_fp32"]:
-            then, ratio_now = promised["speed_over_fp32"][metric], figures.speed(samples, reference, _FP32, metric)
-            ratio = judge_ratio(f"speed over fp32, {what}", then, ratio_now, differs=differs, busy=busy)
+            then, ratio_now = (
+                promised["speed_over_fp32"][metric],
+                figures.speed(samples, reference, _FP32, metric),
+            )
+            ratio = judge_ratio(
+                f"speed over fp32, {what}", then, ratio_now, differs=differs, busy=busy
+            )
             # One of the two may move with the machine: its clock moves the times, who else uses its memory the ratio.
             if ratio.holds and not times.holds:
-                times = replace(times, says=f"{times.says}; its speed over the fp32 graph is as certified", holds=True)
+                times = replace(
+                    times,
+                    says=f"{times.says}; its speed over the fp32 graph is as certified",
+                    holds=True,
+                )
             elif times.holds and not ratio.holds:
-                ratio = replace(ratio, says=f"{ratio.says}; its own times are as certified", holds=True)
+                ratio = replace(
+                    ratio, says=f"{ratio.says}; its own times are as certified", holds=True
+                )
             findings.append(ratio)
         findings.append(times)
     return findings
 
 
 def judge_speed(
-    figure: str, then: Mapping[str, Any], now: Interval, *, differs: Mapping[str, str], busy: Mapping[str, str]
+    figure: str,
+    then: Mapping[str, Any],
+    now: Interval,
+    *,
+    differs: Mapping[str, str],
+    busy: Mapping[str, str],
 ) -> Finding:
     """Of times in ms. Overlapping intervals hold, and so does a faster run: it keeps what was certified. A slower one holds where it is
     so by less than a tenth, or where this machine is not the one of the certificate.
@@ -344,7 +431,12 @@ def judge_speed(
 
 
 def judge_ratio(
-    figure: str, then: Mapping[str, Any], now: Interval, *, differs: Mapping[str, str], busy: Mapping[str, str]
+    figure: str,
+    then: Mapping[str, Any],
+    now: Interval,
+    *,
+    differs: Mapping[str, str],
+    busy: Mapping[str, str],
 ) -> Finding:
     """The same of how many times as fast as another graph."""
     return _judge(figure, then, now, slower=now.value < then["value"], differs=differs, busy=busy)
@@ -359,10 +451,17 @@ def _judge(
     differs: Mapping[str, str],
     busy: Mapping[str, str],
 ) -> Finding:
-    promised, found = _interval(then["value"], then["low"], then["high"]), _interval(now.value, now.low, now.high)
+    promised, found = (
+        _interval(then["value"], then["low"], then["high"]),
+        _interval(now.value, now.low, now.high),
+    )
     if then["low"] is None or not now.bounded:
         return Finding(
-            figure, promised, found, "too few blocks for intervals, so nothing to hold against each other", True
+            figure,
+            promised,
+            found,
+            "too few blocks for intervals, so nothing to hold against each other",
+            True,
         )
     if now.low <= then["high"] and then["low"] <= now.high:
         return Finding(figure, promised, found, "intervals overlap", True)
@@ -372,9 +471,17 @@ def _judge(
         why = "; ".join(f"{name}: {pair}" for name, pair in differs.items())
         return Finding(figure, promised, found, f"{apart}, on what is not the same: {why}", True)
     if slower and near:
-        return Finding(figure, promised, found, f"{apart}, less than the 10 % that counts on one machine", True)
+        return Finding(
+            figure, promised, found, f"{apart}, less than the 10 % that counts on one machine", True
+        )
     also = "".join(f"; {name} {value} before the replay" for name, value in busy.items())
-    return Finding(figure, promised, found, f"{apart}, on the same machine with the same versions{also}", not slower)
+    return Finding(
+        figure,
+        promised,
+        found,
+        f"{apart}, on the same machine with the same versions{also}",
+        not slower,
+    )
 
 
 def _interval(value: float, low: float | None, high: float | None) -> str:

@@ -39,7 +39,13 @@ from serve_bench.measure.arms import Arm
 from serve_bench.measure.scenarios import figures as scenarios
 
 Status = Literal[
-    "worse", "undecided", "better", "no difference shown", "within tolerance", "ratio only", "not compared"
+    "worse",
+    "undecided",
+    "better",
+    "no difference shown",
+    "within tolerance",
+    "ratio only",
+    "not compared",
 ]
 TOLERANCES: Mapping[str, float] = {"speed": 0.05, "quality": 0.01, "size": 0.01, "memory": 0.05}
 Timed = tuple[Sequence[Sample], Reference]
@@ -104,17 +110,24 @@ class _Run:
 
 
 def compare_runs(
-    before: Path, after: Path, *, tolerances: Mapping[str, float] | None = None, across_machines: bool = False
+    before: Path,
+    after: Path,
+    *,
+    tolerances: Mapping[str, float] | None = None,
+    across_machines: bool = False,
 ) -> Comparison:
     """See `serve_bench.compare_runs`."""
     allowed = {**TOLERANCES, **(tolerances or {})}
     old, new = _open(before), _open(after)
     _require_same_work(old, new)
     notes = list(_differences(old, new))
-    machines = [name for name in _MACHINE if old.environment["host"][name] != new.environment["host"][name]]
+    machines = [
+        name for name in _MACHINE if old.environment["host"][name] != new.environment["host"][name]
+    ]
     if machines:
         found = "; ".join(
-            f"{n}: {_shown(old.environment['host'][n])} and {_shown(new.environment['host'][n])}" for n in machines
+            f"{n}: {_shown(old.environment['host'][n])} and {_shown(new.environment['host'][n])}"
+            for n in machines
         )
         if not across_machines:
             raise UserError(
@@ -122,7 +135,8 @@ def compare_runs(
                 "models. Measure both on one machine (limbeck bench), or give --across-machines to see them beside each other."
             )
         notes.insert(
-            0, f"**Different machines**: {found}. Times and memory compare the machines as well as the models."
+            0,
+            f"**Different machines**: {found}. Times and memory compare the machines as well as the models.",
         )
     anchors = _anchors(old, new)
     if anchors:
@@ -143,7 +157,9 @@ def compare_runs(
         *_served(old, new, allowed["speed"], notes),
     ]
     if any(row.status == "ratio only" for row in rows):
-        notes.append("Ratio only: no samples, or too few, for an interval, so nothing is decided by it.")
+        notes.append(
+            "Ratio only: no samples, or too few, for an interval, so nothing is decided by it."
+        )
     return Comparison(str(before), str(after), tuple(rows), tuple(notes))
 
 
@@ -154,8 +170,12 @@ def time_change(old: Timed, new: Timed, *, metric: str, anchors: Sequence[str] =
     the machine did between the runs falls out. Without them it is part of the change.
     """
     sides = (new, old)
-    ours = [figures.by_block(samples, reference.shipped_arm.id, metric) for samples, reference in sides]
-    beside = [[figures.by_block(samples, anchor, metric) for samples, _ in sides] for anchor in anchors]
+    ours = [
+        figures.by_block(samples, reference.shipped_arm.id, metric) for samples, reference in sides
+    ]
+    beside = [
+        [figures.by_block(samples, anchor, metric) for samples, _ in sides] for anchor in anchors
+    ]
     return _widened(_ratio(ours, beside), old, new, metric)
 
 
@@ -192,7 +212,9 @@ def markdown(comparison: Comparison) -> str:
     lines = [f"**{headline(comparison)}**", "", f"`{comparison.before}` → `{comparison.after}`", ""]
     lines += ["| metric | before | after | change | tolerance | |", "|---|---:|---:|---:|---:|---|"]
     for row in comparison.rows:
-        status = f"**{row.status}**" if row.status in ("worse", "better", "undecided") else row.status
+        status = (
+            f"**{row.status}**" if row.status in ("worse", "better", "undecided") else row.status
+        )
         lines.append(
             f"| {row.metric} | {row.before} | {row.after} | {_change(row)} | {100 * row.tolerance:g} % | {status} |"
         )
@@ -226,7 +248,8 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "exit_code": comparison.exit_code,
         "headline": headline(comparison),
         "rows": [
-            {**vars(row), "change": figures.asdict(row.change) if row.change else None} for row in comparison.rows
+            {**vars(row), "change": figures.asdict(row.change) if row.change else None}
+            for row in comparison.rows
         ],
         "notes": list(comparison.notes),
     }
@@ -242,11 +265,18 @@ def _open(path: Path) -> _Run:
             f"{path}: no measured run here; expected a run folder with a complete bench, or a bench artifact."
         )
     bench = open_artifact(folder, kind="bench")
-    arms = [Arm(n, a["label"], a["role"], a["runtime"], a["bytes"], {}) for n, a in bench.result["arms"].items()]
+    arms = [
+        Arm(n, a["label"], a["role"], a["runtime"], a["bytes"], {})
+        for n, a in bench.result["arms"].items()
+    ]
     recipe, quality = bench.manifest["recipe"], folder / QUALITY
     rows = figures.read_rows(folder / SAMPLES)
     # Targets that were timed without a recipe have neither gates nor quality, and the first of them is judged.
-    least = parse_recipe(recipe["resolved"], where=str(folder)).bench.min_blocks if recipe else FEWEST_BLOCKS
+    least = (
+        parse_recipe(recipe["resolved"], where=str(folder)).bench.min_blocks
+        if recipe
+        else FEWEST_BLOCKS
+    )
     shipped, judged = str(bench.result["shipped"]), str(bench.result.get("judged", ""))
     return _Run(
         path,
@@ -261,7 +291,10 @@ def _open(path: Path) -> _Run:
 
 def _require_same_work(old: _Run, new: _Run) -> None:
     for what, then, now in (
-        *((f"bench.{name}", _asked(old)[name], _asked(new)[name]) for name in ("prompt_tokens", "new_tokens")),
+        *(
+            (f"bench.{name}", _asked(old)[name], _asked(new)[name])
+            for name in ("prompt_tokens", "new_tokens")
+        ),
         ("bench.threads", old.environment["threads"], new.environment["threads"]),
     ):
         if then != now:
@@ -298,7 +331,8 @@ def _differences(old: _Run, new: _Run) -> Iterator[str]:
 def _anchors(old: _Run, new: _Run) -> list[str]:
     """Teachers that both runs timed: the same weights in the same libraries."""
     versions = [
-        {name: run.environment["versions"].get(name) for name in ("torch", "transformers")} for run in (old, new)
+        {name: run.environment["versions"].get(name) for name in ("torch", "transformers")}
+        for run in (old, new)
     ]
     if versions[0] != versions[1]:
         return []
@@ -321,22 +355,39 @@ def _parents(run: _Run) -> dict[str, str]:
 
 
 def _times(old: _Run, new: _Run, tolerance: float, anchors: Sequence[str]) -> Iterator[Row]:
-    for metric, title in (("tpot", "ms per output token"), ("ttft", "ms to first token"), ("e2el", "ms in all")):
+    for metric, title in (
+        ("tpot", "ms per output token"),
+        ("ttft", "ms to first token"),
+        ("e2el", "ms in all"),
+    ):
         then, now = (figures.by_block(run.samples, run.shipped, metric) for run in (old, new))
         change = _relative(time_change(old.timed, new.timed, metric=metric, anchors=anchors))
         shown = tuple(f"{1e3 * np.median(values):.4g}" for values in (then, now))
-        yield Row(title, "speed", shown[0], shown[1], change, tolerance, judge_change(change, tolerance))
+        yield Row(
+            title, "speed", shown[0], shown[1], change, tolerance, judge_change(change, tolerance)
+        )
 
 
 def _sizes(old: _Run, new: _Run, allowed: Mapping[str, float]) -> Iterator[Row]:
-    for key, title, kind in (("bytes", "MB on disk", "size"), ("peak_rss_bytes", "MB of memory at most", "memory")):
+    for key, title, kind in (
+        ("bytes", "MB on disk", "size"),
+        ("peak_rss_bytes", "MB of memory at most", "memory"),
+    ):
         then, now = old.arm[key], new.arm[key]
         if not then or now is None:  # a server elsewhere
             continue
         change = now / then - 1
         exact = Interval(change, change, change, 1)
         shown = tuple(f"{value / 1e6:.4g}" for value in (then, now))
-        yield Row(title, kind, shown[0], shown[1], exact, allowed[kind], judge_change(exact, allowed[kind], exact=True))
+        yield Row(
+            title,
+            kind,
+            shown[0],
+            shown[1],
+            exact,
+            allowed[kind],
+            judge_change(exact, allowed[kind], exact=True),
+        )
 
 
 def _losses(old: _Run, new: _Run, tolerance: float, notes: list[str]) -> Iterator[Row]:
@@ -359,17 +410,29 @@ def _losses(old: _Run, new: _Run, tolerance: float, notes: list[str]) -> Iterato
             continue
         labels = [np.asarray(new.quality["domains"][n]["labels"], np.float64) for n in names]
         change = relative_rise(_nll(new, names), _nll(old, names), labels)
-        yield Row(title, "quality", shown[0], shown[1], change, tolerance, judge_change(change, tolerance, exact=True))
+        yield Row(
+            title,
+            "quality",
+            shown[0],
+            shown[1],
+            change,
+            tolerance,
+            judge_change(change, tolerance, exact=True),
+        )
 
 
 def _nll(run: _Run, domains: Sequence[str]) -> list[Array]:
     assert run.quality is not None
-    return [np.asarray(run.quality["arms"][run.shipped][name]["nll"], np.float64) for name in domains]
+    return [
+        np.asarray(run.quality["arms"][run.shipped][name]["nll"], np.float64) for name in domains
+    ]
 
 
 def _text(run: _Run) -> str:
     student = run.path / "student"
-    return heldout_file(run.bench, open_artifact(student, verify=False) if (student / MANIFEST).exists() else None)[1]
+    return heldout_file(
+        run.bench, open_artifact(student, verify=False) if (student / MANIFEST).exists() else None
+    )[1]
 
 
 # Scenarios -------------------------------------------------------------------------------------------------------
@@ -388,11 +451,19 @@ def _batches(old: _Run, new: _Run, tolerance: float, anchors: Sequence[str]) -> 
             ("generated", "tpot", scenarios.decoding, batch * (made - 1)),
             ("of prompts", "ttft", scenarios.ttft, batch * prompt),
         ):
-            ours = [scenarios.by_block(others[new.shipped], seconds), scenarios.by_block(arms[old.shipped], seconds)]
-            beside = [[scenarios.by_block(side[anchor], seconds) for side in (others, arms)] for anchor in there]
+            ours = [
+                scenarios.by_block(others[new.shipped], seconds),
+                scenarios.by_block(arms[old.shipped], seconds),
+            ]
+            beside = [
+                [scenarios.by_block(side[anchor], seconds) for side in (others, arms)]
+                for anchor in there
+            ]
             ratio = _widened(_ratio(ours, beside), old.timed, new.timed, metric)
             title = f"tokens/s {what}, batch {batch}, prompt {prompt}, new {made}"
-            yield _speed(title, tokens / np.median(ours[1]), tokens / np.median(ours[0]), ratio, tolerance)
+            yield _speed(
+                title, tokens / np.median(ours[1]), tokens / np.median(ours[0]), ratio, tolerance
+            )
 
 
 def _starts(old: _Run, new: _Run, tolerance: float, anchors: Sequence[str]) -> Iterator[Row]:
@@ -417,15 +488,23 @@ def _served(old: _Run, new: _Run, tolerance: float, notes: list[str]) -> Iterato
     if not then or not now:
         return
     if then["target"]["kind"] != now["target"]["kind"]:
-        notes.append("One run asked a server of its own and the other a URL, so they are not compared under load.")
+        notes.append(
+            "One run asked a server of its own and the other a URL, so they are not compared under load."
+        )
         return
     if then["slo"] == now["slo"]:
         yield from _highest(then["highest_rate"]["value"], now["highest_rate"]["value"], tolerance)
     else:
-        notes.append("The promises (slo) of the server differ, so the highest rates that keep them are not compared.")
+        notes.append(
+            "The promises (slo) of the server differ, so the highest rates that keep them are not compared."
+        )
     held = {rate["rate"] for rate in then["rates"] if rate["meets"]}
     before, after = scenarios.requests(old.rows), scenarios.requests(new.rows)
-    common = {rate for rate in before if rate in after and _arrivals(before[rate]) == _arrivals(after[rate])}
+    common = {
+        rate
+        for rate in before
+        if rate in after and _arrivals(before[rate]) == _arrivals(after[rate])
+    }
     if not common:
         notes.append(
             "No rate of the server was tried in both runs; give the scenario a first_rate to have its latencies compared."
@@ -450,7 +529,10 @@ def _highest(then: float | None, now: float | None, tolerance: float) -> Iterato
 
 
 def _answers(
-    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], where: str, tolerance: float
+    before: Sequence[Mapping[str, Any]],
+    after: Sequence[Mapping[str, Any]],
+    where: str,
+    tolerance: float,
 ) -> Iterator[Row]:
     """Latencies of the requests that both runs answered, and how many were not.
 
@@ -459,19 +541,40 @@ def _answers(
     """
     pairs = list(zip(before, after, strict=True))
     answered = [pair for pair in pairs if all(row["error"] is None for row in pair)]
-    for title, seconds in (("ms to first token", scenarios.ttft), ("ms per output token", scenarios.tpot)):
-        timed = [found for pair in answered if None not in (found := tuple(seconds(row) for row in pair))]
+    for title, seconds in (
+        ("ms to first token", scenarios.ttft),
+        ("ms per output token", scenarios.tpot),
+    ):
+        timed = [
+            found for pair in answered if None not in (found := tuple(seconds(row) for row in pair))
+        ]
         if timed:
             then, now = np.array(timed, np.float64).T
-            means = [part.mean() for part in np.array_split(np.log(now / then), min(_BATCHES, len(timed)))]
+            means = [
+                part.mean()
+                for part in np.array_split(np.log(now / then), min(_BATCHES, len(timed)))
+            ]
             ratio = median_interval(means, error=1 - CONFIDENCE).map_exp()
-            yield _speed(f"{title}, {where}", 1e3 * np.median(then), 1e3 * np.median(now), ratio, tolerance)
+            yield _speed(
+                f"{title}, {where}", 1e3 * np.median(then), 1e3 * np.median(now), ratio, tolerance
+            )
     failed = [sum(row["error"] is not None for row in rows) for rows in (before, after)]
     if any(failed):
         more = (failed[1] - failed[0]) / len(pairs)
         change = Interval(more, more, more, len(pairs))
-        title, (lost, lose) = f"requests that failed, {where}", (f"{count} of {len(pairs)}" for count in failed)
-        yield Row(title, "speed", lost, lose, change, tolerance, judge_change(change, tolerance, exact=True))
+        title, (lost, lose) = (
+            f"requests that failed, {where}",
+            (f"{count} of {len(pairs)}" for count in failed),
+        )
+        yield Row(
+            title,
+            "speed",
+            lost,
+            lose,
+            change,
+            tolerance,
+            judge_change(change, tolerance, exact=True),
+        )
 
 
 def _arrivals(rows: Sequence[Mapping[str, Any]]) -> list[float]:

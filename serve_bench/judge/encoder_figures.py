@@ -78,7 +78,11 @@ class Quality:
     """What every arm said of the held-out examples, told in figures."""
 
     def __init__(
-        self, recipe: EncoderRecipe, answers: Mapping[str, Answers], groups: npt.NDArray[np.int32], arms: Sequence[Arm]
+        self,
+        recipe: EncoderRecipe,
+        answers: Mapping[str, Answers],
+        groups: npt.NDArray[np.int32],
+        arms: Sequence[Arm],
     ) -> None:
         self._teachers = [arm.id for arm in arms if arm.role == "teacher"]
         self._groups = groups.astype(np.int64)
@@ -87,7 +91,9 @@ class Quality:
         self._score: Callable[[str, Picks], float]
         if isinstance(recipe, ClassificationRecipe):
             self.metric, self._classes = recipe.bench.metric, len(recipe.data.classes)
-            self._predicted = {arm: found.argmax(1).astype(np.int64) for arm, found in answers.items()}
+            self._predicted = {
+                arm: found.argmax(1).astype(np.int64) for arm, found in answers.items()
+            }
             self._score = self._of_classes
             self.all_metrics = {
                 arm: {
@@ -126,7 +132,11 @@ class Quality:
 
     def _of_classes(self, arm: str, picks: Picks) -> float:
         said, there = self._predicted[arm][picks], self._groups[picks]
-        return accuracy(said, there) if self.metric == "accuracy" else macro_f1(said, there, self._classes)
+        return (
+            accuracy(said, there)
+            if self.metric == "accuracy"
+            else macro_f1(said, there, self._classes)
+        )
 
     def _of_pairs(self, arm: str, picks: Picks) -> float:
         """Over the pairs of different examples: one that was drawn twice says nothing about itself."""
@@ -141,18 +151,28 @@ class Quality:
 
 def by_block(samples: Sequence[Sample], arm: str, cell: Cell | None = None) -> Array:
     """Seconds of a run by block: geometric mean of the arm's samples in it, of one cell or of all."""
-    return geometric_means((s.block, s.seconds) for s in samples if s.arm == arm and cell in (None, s.cell))
+    return geometric_means(
+        (s.block, s.seconds) for s in samples if s.arm == arm and cell in (None, s.cell)
+    )
 
 
-def speed(samples: Sequence[Sample], arms: Sequence[Arm], shipped: str, arm: str, *, first: int) -> Interval:
+def speed(
+    samples: Sequence[Sample], arms: Sequence[Arm], shipped: str, arm: str, *, first: int
+) -> Interval:
     """Throughput of the shipped form over ``arm``, over the grid; widened by what its copy differs in beyond chance."""
     ours = by_block(samples, f"onnx:{shipped}")
     twin = next(a.id for a in arms if a.role == "twin")
     noise = paired_ratio(by_block(samples, twin), ours, first=first)
-    return noise if arm == twin else widened(paired_ratio(by_block(samples, arm), ours, first=first), noise)
+    return (
+        noise
+        if arm == twin
+        else widened(paired_ratio(by_block(samples, arm), ours, first=first), noise)
+    )
 
 
-def latency(samples: Sequence[Sample], arms: Sequence[Arm], shipped: str, length: int, *, first: int) -> Interval:
+def latency(
+    samples: Sequence[Sample], arms: Sequence[Arm], shipped: str, length: int, *, first: int
+) -> Interval:
     """Median milliseconds of the shipped form for one sequence; widened by what its copy differs in beyond chance."""
     cell, twin = Cell(1, length), next(a.id for a in arms if a.role == "twin")
     ours = by_block(samples, f"onnx:{shipped}", cell)
@@ -161,7 +181,11 @@ def latency(samples: Sequence[Sample], arms: Sequence[Arm], shipped: str, length
 
 
 def timing_gates(
-    samples: Sequence[Sample], quality: Quality, shipped: str, arms: Sequence[Arm], recipe: EncoderRecipe
+    samples: Sequence[Sample],
+    quality: Quality,
+    shipped: str,
+    arms: Sequence[Arm],
+    recipe: EncoderRecipe,
 ) -> list[Gate]:
     """The gates that more blocks can decide."""
     gates, asked, first = [], recipe.gates, first_look(recipe.bench.min_blocks)
@@ -188,15 +212,35 @@ def timing_gates(
 
 
 def judge(
-    samples: Sequence[Sample], quality: Quality, shipped: str, arms: Sequence[Arm], recipe: EncoderRecipe
+    samples: Sequence[Sample],
+    quality: Quality,
+    shipped: str,
+    arms: Sequence[Arm],
+    recipe: EncoderRecipe,
 ) -> Verdict:
     """Every gate that the recipe names, and what they come to."""
-    gates, asked, ours = timing_gates(samples, quality, shipped, arms, recipe), recipe.gates, f"onnx:{shipped}"
+    gates, asked, ours = (
+        timing_gates(samples, quality, shipped, arms, recipe),
+        recipe.gates,
+        f"onnx:{shipped}",
+    )
     sizes = {arm.id: arm.bytes for arm in arms}
     best = quality.best_teacher
     for name, title, bound, other, whose in (
-        ("max_metric_loss", "Quality against the better teacher", asked.max_metric_loss, best, "the better teacher"),
-        ("max_quantization_loss", "Loss from quantising", asked.max_quantization_loss, "onnx:fp32", "the fp32 graph"),
+        (
+            "max_metric_loss",
+            "Quality against the better teacher",
+            asked.max_metric_loss,
+            best,
+            "the better teacher",
+        ),
+        (
+            "max_quantization_loss",
+            "Loss from quantising",
+            asked.max_quantization_loss,
+            "onnx:fp32",
+            "the fp32 graph",
+        ),
     ):
         if bound is not None and other is not None:
             gates.append(_loss_gate(name, title, quality, ours, other, bound, whose))
@@ -204,16 +248,32 @@ def judge(
         ratio = sizes[ours] / sizes["onnx:fp32"]
         found = "{} the size of the fp32 graph"
         gates.append(
-            exact("max_size_ratio", "Size over the fp32 graph", ratio, asked.max_size_ratio, unit="×", found=found)
+            exact(
+                "max_size_ratio",
+                "Size over the fp32 graph",
+                ratio,
+                asked.max_size_ratio,
+                unit="×",
+                found=found,
+            )
         )
     if asked.max_size_mb is not None:
         gates.append(
-            exact("max_size_mb", "Size on disk", sizes[ours] / 1e6, asked.max_size_mb, unit="MB", found="{} on disk")
+            exact(
+                "max_size_mb",
+                "Size on disk",
+                sizes[ours] / 1e6,
+                asked.max_size_mb,
+                unit="MB",
+                found="{} on disk",
+            )
         )
     return conclude(gates, name=recipe.name, shipped=shipped)
 
 
-def _loss_gate(name: str, title: str, quality: Quality, ours: str, other: str, bound: float, whose: str) -> Gate:
+def _loss_gate(
+    name: str, title: str, quality: Quality, ours: str, other: str, bound: float, whose: str
+) -> Gate:
     loss, metric = quality.loss(ours, other), quality.metric.replace("_", " ")
     sentence = (
         f"{metric.capitalize()} {quality.value(ours):.4f} against {quality.value(other):.4f} of {whose}: a loss of {show(loss.value, '%')} "
@@ -236,7 +296,10 @@ def summary(
     recipe: EncoderRecipe,
 ) -> dict[str, Any]:
     """The bench artifact's result: figures by arm, ratios, gates, verdict. A function of the raw samples and answers."""
-    verdict, first = judge(samples, quality, shipped, arms, recipe), first_look(recipe.bench.min_blocks)
+    verdict, first = (
+        judge(samples, quality, shipped, arms, recipe),
+        first_look(recipe.bench.min_blocks),
+    )
     cells = list(dict.fromkeys(sample.cell for sample in samples))
     ours = f"onnx:{shipped}"
     figures: dict[str, Any] = {}
@@ -245,7 +308,13 @@ def summary(
         grid = []
         for cell in cells:
             seconds = sequential_interval(by_block(samples, arm.id, cell), first=first)
-            grid.append({**vars(cell), "seconds": asdict(seconds), "sequences_s": asdict(rate(cell.batch, seconds))})
+            grid.append(
+                {
+                    **vars(cell),
+                    "seconds": asdict(seconds),
+                    "sequences_s": asdict(rate(cell.batch, seconds)),
+                }
+            )
         figures[arm.id] = {
             "label": arm.label,
             "role": arm.role,
@@ -267,10 +336,14 @@ def summary(
         "stopped": environment["stopped"],
         "arms": figures,
         "throughput_of_shipped_over": {
-            arm.id: asdict(speed(samples, arms, shipped, arm.id, first=first)) for arm in arms if arm.id != ours
+            arm.id: asdict(speed(samples, arms, shipped, arm.id, first=first))
+            for arm in arms
+            if arm.id != ours
         },
         "metric_loss_of_shipped_against": {
-            arm.id: asdict(quality.loss(ours, arm.id)) for arm in arms if arm.scored and arm.id != ours
+            arm.id: asdict(quality.loss(ours, arm.id))
+            for arm in arms
+            if arm.scored and arm.id != ours
         },
         "gates": [vars(gate) for gate in verdict.gates],
         "verdict": verdict.status,

@@ -124,25 +124,35 @@ def latency(samples: Sequence[Sample], arm: str, *, first: int) -> dict[str, Any
         "decode_tokens_s": asdict(rate(1e3, tpot)),
         "itl_ms": {
             "n": len(itl),
-            **{f"p{p}": None if (v := percentile(itl, p)) is None else 1e3 * v for p in (50, 90, 95, 99)},
+            **{
+                f"p{p}": None if (v := percentile(itl, p)) is None else 1e3 * v
+                for p in (50, 90, 95, 99)
+            },
         },
         "ttft_percentiles_ms": {
-            f"p{p}": None if (v := percentile([s.ttft for s in mine], p)) is None else 1e3 * v for p in (90, 95)
+            f"p{p}": None if (v := percentile([s.ttft for s in mine], p)) is None else 1e3 * v
+            for p in (90, 95)
         },
     }
 
 
 def noise_floor(samples: Sequence[Sample], reference: Reference, metric: str) -> Interval:
     """Speed of the shipped form over its own copy: what is measured where there is no difference."""
-    return _speed(samples, reference.shipped_arm.id, reference.twin.id, metric, reference.first_look)
+    return _speed(
+        samples, reference.shipped_arm.id, reference.twin.id, metric, reference.first_look
+    )
 
 
-def speed(samples: Sequence[Sample], reference: Reference, arm: str, metric: str = "tpot") -> Interval:
+def speed(
+    samples: Sequence[Sample], reference: Reference, arm: str, metric: str = "tpot"
+) -> Interval:
     """Speed of the shipped form over ``arm``: above 1 the shipped form is faster. Widened by the noise floor."""
     noise = noise_floor(samples, reference, metric)
     if arm == reference.twin.id:
         return noise
-    return widened(_speed(samples, reference.shipped_arm.id, arm, metric, reference.first_look), noise)
+    return widened(
+        _speed(samples, reference.shipped_arm.id, arm, metric, reference.first_look), noise
+    )
 
 
 def timing_evidence(samples: Sequence[Sample], reference: Reference) -> Evidence:
@@ -157,7 +167,9 @@ def timing_evidence(samples: Sequence[Sample], reference: Reference) -> Evidence
     return Evidence(
         name=reference.name,
         shipped=reference.shipped,
-        speedup={arm.label: speed(samples, reference, arm.id) for arm in reference.with_role("teacher")},
+        speedup={
+            arm.label: speed(samples, reference, arm.id) for arm in reference.with_role("teacher")
+        },
         tpot_ms=absolute("tpot"),
         ttft_ms=absolute("ttft"),
         size=shipped.bytes,
@@ -167,7 +179,9 @@ def timing_evidence(samples: Sequence[Sample], reference: Reference) -> Evidence
     )
 
 
-def evidence(samples: Sequence[Sample], quality: Mapping[str, Any], reference: Reference) -> Evidence:
+def evidence(
+    samples: Sequence[Sample], quality: Mapping[str, Any], reference: Reference
+) -> Evidence:
     """All the evidence."""
     timing, shipped = timing_evidence(samples, reference), reference.shipped_arm.id
     return Evidence(
@@ -176,7 +190,10 @@ def evidence(samples: Sequence[Sample], quality: Mapping[str, Any], reference: R
             "rise_over_fp32": _rise_over_fp32(quality, shipped),
             "recovered": "recovery" in quality,
             "rise_over_teachers": {
-                arm.label: (quality_figures.summarise(quality, arm.id)["mean_nll"], rise(quality, shipped, arm.id))
+                arm.label: (
+                    quality_figures.summarise(quality, arm.id)["mean_nll"],
+                    rise(quality, shipped, arm.id),
+                )
                 for arm in reference.with_role("teacher")
             },
         }
@@ -199,7 +216,9 @@ def summary(
     verdict = judge(recipe.gates, evidence(samples, quality, reference))
     result = speeds(samples, environment, reference, prompt_tokens=recipe.bench.prompt_tokens)
     for arm in reference.arms:
-        result["arms"][arm.id]["quality"] = quality_figures.summarise(quality, arm.id) if arm.scored else None
+        result["arms"][arm.id]["quality"] = (
+            quality_figures.summarise(quality, arm.id) if arm.scored else None
+        )
     return result | {
         "nll_rise_of_shipped_over": {
             arm.id: asdict(rise(quality, reference.shipped_arm.id, arm.id))
@@ -213,7 +232,11 @@ def summary(
 
 
 def speeds(
-    samples: Sequence[Sample], environment: Mapping[str, Any], reference: Reference, *, prompt_tokens: int
+    samples: Sequence[Sample],
+    environment: Mapping[str, Any],
+    reference: Reference,
+    *,
+    prompt_tokens: int,
 ) -> dict[str, Any]:
     """The part of the result that needs no recipe: figures by arm, and the speed of what is judged over every other."""
     judged, arms = reference.shipped_arm.id, {}
@@ -226,7 +249,10 @@ def speeds(
             "role": arm.role,
             "runtime": arm.runtime,
             "bytes": arm.bytes,
-            **{key: measured.get(key) for key in ("peak_rss_bytes", "device_bytes", "import_s", "load_s", "energy")},
+            **{
+                key: measured.get(key)
+                for key in ("peak_rss_bytes", "device_bytes", "import_s", "load_s", "energy")
+            },
             "steady": measured["steady"],
             **times,
             "prompt_tokens_s": {
@@ -244,7 +270,10 @@ def speeds(
         **{key: environment.get(key) for key in ("blocks", "void_blocks", "disturbed", "stopped")},
         "arms": arms,
         "speed_of_shipped_over": {
-            arm.id: {metric: asdict(speed(samples, reference, arm.id, metric)) for metric in ("tpot", "ttft")}
+            arm.id: {
+                metric: asdict(speed(samples, reference, arm.id, metric))
+                for metric in ("tpot", "ttft")
+            }
             for arm in reference.arms
             if arm.id != judged
         },
@@ -254,7 +283,10 @@ def speeds(
 def _rise_over_fp32(quality: Mapping[str, Any], shipped: str) -> Interval | None:
     """What rounding costs: over the fp32 graph of the student as it was distilled, which recovery leaves behind."""
     if told := quality.get("recovery"):
-        ours, theirs = ([np.asarray(told[who][d]) for d in quality["domains"]] for who in ("shipped", "distilled"))
+        ours, theirs = (
+            [np.asarray(told[who][d]) for d in quality["domains"]]
+            for who in ("shipped", "distilled")
+        )
         return _rise(quality, ours, theirs)
     return rise(quality, shipped, "onnx:fp32") if "onnx:fp32" in quality["arms"] else None
 
@@ -266,11 +298,15 @@ def rise(quality: Mapping[str, Any], ours: str, theirs: str) -> Interval:
 
 def _nll(quality: Mapping[str, Any], arm: str) -> list[Array]:
     """Nats of each held-out block, by domain."""
-    return [np.asarray(quality["arms"][arm][name]["nll"], np.float64) for name in quality["domains"]]
+    return [
+        np.asarray(quality["arms"][arm][name]["nll"], np.float64) for name in quality["domains"]
+    ]
 
 
 def _rise(quality: Mapping[str, Any], ours: Sequence[Array], theirs: Sequence[Array]) -> Interval:
-    return relative_rise(ours, theirs, [np.asarray(d["labels"], np.float64) for d in quality["domains"].values()])
+    return relative_rise(
+        ours, theirs, [np.asarray(d["labels"], np.float64) for d in quality["domains"].values()]
+    )
 
 
 def asdict(interval: Interval) -> dict[str, Any]:
@@ -280,7 +316,9 @@ def asdict(interval: Interval) -> dict[str, Any]:
 
 
 def _speed(samples: Sequence[Sample], ours: str, theirs: str, metric: str, first: int) -> Interval:
-    return paired_ratio(by_block(samples, theirs, metric), by_block(samples, ours, metric), first=first)
+    return paired_ratio(
+        by_block(samples, theirs, metric), by_block(samples, ours, metric), first=first
+    )
 
 
 def _milliseconds(seconds: Array, first: int) -> Interval:

@@ -23,14 +23,22 @@ class Evidence:
 
     name: str  # of the recipe
     shipped: str  # form
-    speedup: Mapping[str, Interval]  # decode speed of the shipped form over each teacher's, by teacher
+    speedup: Mapping[
+        str, Interval
+    ]  # decode speed of the shipped form over each teacher's, by teacher
     tpot_ms: Interval | None
     ttft_ms: Interval | None
     size: int
     fp32_size: int | None
-    rise_over_fp32: Interval | None  # relative rise of mean NLL over the student as it was distilled
-    rise_over_teachers: Mapping[str, tuple[float, Interval]]  # by teacher: its mean NLL, and our relative rise over it
-    recovered: bool = False  # whether `rise_over_fp32` is over another student, the one that recovery began with
+    rise_over_fp32: (
+        Interval | None
+    )  # relative rise of mean NLL over the student as it was distilled
+    rise_over_teachers: Mapping[
+        str, tuple[float, Interval]
+    ]  # by teacher: its mean NLL, and our relative rise over it
+    recovered: bool = (
+        False  # whether `rise_over_fp32` is over another student, the one that recovery began with
+    )
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,9 @@ def judge(gates: Gates, evidence: Evidence, *, timing_only: bool = False) -> Ver
 def conclude(judged: Sequence[Gate], *, name: str, shipped: str) -> Verdict:
     """What judged gates come to; ``name`` is the recipe's, ``shipped`` the form's."""
     statuses = {gate.status for gate in judged}
-    status: Status = "fail" if "fail" in statuses else "undecided" if "undecided" in statuses else "pass"
+    status: Status = (
+        "fail" if "fail" in statuses else "undecided" if "undecided" in statuses else "pass"
+    )
     return Verdict(status, _sentence(status, judged, f"{name}, as {shipped},"), tuple(judged))
 
 
@@ -85,7 +95,11 @@ def fastest_teacher(evidence: Evidence) -> str | None:
 
 def best_teacher(evidence: Evidence) -> str | None:
     """The teacher with the least NLL, averaged over the domains."""
-    return min(evidence.rise_over_teachers, key=lambda name: evidence.rise_over_teachers[name][0], default=None)
+    return min(
+        evidence.rise_over_teachers,
+        key=lambda name: evidence.rise_over_teachers[name][0],
+        default=None,
+    )
 
 
 def _timing(gates: Gates, evidence: Evidence) -> list[Gate]:
@@ -100,11 +114,27 @@ def _timing(gates: Gates, evidence: Evidence) -> list[Gate]:
             )
         )  # fmt: skip
     for name, title, interval, bound, what in (
-        ("max_tpot_ms", "Time per output token", evidence.tpot_ms, gates.max_tpot_ms, "per output token"),
-        ("max_ttft_ms", "Time to first token", evidence.ttft_ms, gates.max_ttft_ms, "to the first token"),
+        (
+            "max_tpot_ms",
+            "Time per output token",
+            evidence.tpot_ms,
+            gates.max_tpot_ms,
+            "per output token",
+        ),
+        (
+            "max_ttft_ms",
+            "Time to first token",
+            evidence.ttft_ms,
+            gates.max_ttft_ms,
+            "to the first token",
+        ),
     ):
         if bound is not None and interval is not None:
-            judged.append(estimated(name, title, interval, bound, unit="ms", least=False, found=f"{{}} {what}"))
+            judged.append(
+                estimated(
+                    name, title, interval, bound, unit="ms", least=False, found=f"{{}} {what}"
+                )
+            )
     return judged
 
 
@@ -134,12 +164,21 @@ def _others(gates: Gates, evidence: Evidence) -> list[Gate]:
         )  # fmt: skip
     if gates.max_size_mb is not None:
         judged.append(
-            exact("max_size_mb", "Size on disk", evidence.size / 1e6, gates.max_size_mb, unit="MB", found="{} on disk")
+            exact(
+                "max_size_mb",
+                "Size on disk",
+                evidence.size / 1e6,
+                gates.max_size_mb,
+                unit="MB",
+                found="{} on disk",
+            )
         )
     return judged
 
 
-def estimated(name: str, title: str, interval: Interval, bound: float, *, unit: str, least: bool, found: str) -> Gate:
+def estimated(
+    name: str, title: str, interval: Interval, bound: float, *, unit: str, least: bool, found: str
+) -> Gate:
     """Pass or fail when the whole interval lies on one side of the bound."""
     above, below = interval.low >= bound, interval.high < bound
     if not least:
@@ -155,7 +194,9 @@ def estimated(name: str, title: str, interval: Interval, bound: float, *, unit: 
     return Gate(name, title, status, interval.value, low, high, bound, unit, least, sentence)
 
 
-def exact(name: str, title: str, value: Interval | float, bound: float, *, unit: str, found: str) -> Gate:
+def exact(
+    name: str, title: str, value: Interval | float, bound: float, *, unit: str, found: str
+) -> Gate:
     """The number itself decides; the interval of a quality figure is shown for what it says about other text."""
     number = value.value if isinstance(value, Interval) else value
     status: Status = "pass" if number <= bound else "fail"
@@ -179,7 +220,13 @@ def _plain(value: float, unit: str) -> str:
         return f"{100 * value:+.2f}".replace("-", "−")
     if value == int(value) and abs(value) < 1e6:
         return f"{value:.0f}"
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+    return (
+        f"{value:.0f}"
+        if abs(value) >= 100
+        else f"{value:.1f}"
+        if abs(value) >= 10
+        else f"{value:.2f}"
+    )
 
 
 def _rise(value: float) -> str:
@@ -193,7 +240,11 @@ def _limit(bound: float, unit: str) -> str:
         return f"at most {show(bound, unit)}"
     if bound == 0:
         return "no rise"
-    return f"a rise of at most {100 * bound:g} %" if bound > 0 else f"a fall of at least {-100 * bound:g} %"
+    return (
+        f"a rise of at most {100 * bound:g} %"
+        if bound > 0
+        else f"a fall of at least {-100 * bound:g} %"
+    )
 
 
 def _capital(text: str) -> str:

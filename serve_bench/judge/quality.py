@@ -81,7 +81,9 @@ def calibration(arm_NV: LogProbabilities, labels_N: npt.NDArray[np.int64]) -> li
     confidence_N = np.exp(arm_NV[np.arange(len(choice_N)), choice_N].astype(np.float64))
     bin_N = np.clip((confidence_N * BINS).astype(np.int64), 0, BINS - 1)
     columns = (np.ones(len(bin_N)), confidence_N, (choice_N == labels_N).astype(np.float64))
-    bins: list[list[float]] = np.stack([np.bincount(bin_N, c, minlength=BINS) for c in columns], axis=1).tolist()
+    bins: list[list[float]] = np.stack(
+        [np.bincount(bin_N, c, minlength=BINS) for c in columns], axis=1
+    ).tolist()
     return bins
 
 
@@ -92,7 +94,12 @@ def calibration_error(blocks: Sequence[Sequence[Sequence[float]]]) -> float:
 
 
 def measure_quality(
-    workers: Workers, arms: Sequence[Arm], heldout: Mapping[str, Blocks], *, vocabulary: int, folder: Path
+    workers: Workers,
+    arms: Sequence[Arm],
+    heldout: Mapping[str, Blocks],
+    *,
+    vocabulary: int,
+    folder: Path,
 ) -> dict[str, Any]:
     """Score every arm on every held-out block, in the processes that were timed.
 
@@ -107,11 +114,16 @@ def measure_quality(
         # Whether the graph that was timed and its twin that scores choose the same token after one block a domain.
         "same_choice": {},
         "domains": {
-            name: {"labels": blocks.scored.sum(1).tolist(), "utf8_bytes": blocks.utf8_bytes.tolist()}
+            name: {
+                "labels": blocks.scored.sum(1).tolist(),
+                "utf8_bytes": blocks.utf8_bytes.tolist(),
+            }
             for name, blocks in heldout.items()
         },
         "arms": {
-            arm.id: {name: {f: [] for f in ("nll", "kl", "top1", "calibration")} for name in heldout}
+            arm.id: {
+                name: {f: [] for f in ("nll", "kl", "top1", "calibration")} for name in heldout
+            }
             for arm in arms
             if arm.scored
         },
@@ -122,7 +134,9 @@ def measure_quality(
     total = sum(len(blocks) for blocks in heldout.values())
     with task("quality: held-out blocks", total) as progress:
         for name, blocks in heldout.items():
-            for index, (ids, scored) in enumerate(zip(_rows(blocks), blocks.scored.tolist(), strict=True)):
+            for index, (ids, scored) in enumerate(
+                zip(_rows(blocks), blocks.scored.tolist(), strict=True)
+            ):
                 for arm, file in zip(teachers, files, strict=True):
                     workers[arm].ask("logp", ids=ids, vocabulary=vocabulary, file=str(file))
                 if teachers:
@@ -139,19 +153,28 @@ def measure_quality(
                         for figure, values in result["arms"][arm.id][name].items():
                             values.append(found[figure])
                         if index == 0 and arm.id in chosen:
-                            result["same_choice"].setdefault(arm.id, {})[name] = chosen[arm.id][name] == found["last"]
+                            result["same_choice"].setdefault(arm.id, {})[name] = (
+                                chosen[arm.id][name] == found["last"]
+                            )
                 progress.advance()
     return result
 
 
 def _rows(blocks: Blocks) -> list[list[int]]:
-    return [row[:length].tolist() for row, length in zip(blocks.input_ids, blocks.lengths, strict=True)]
+    return [
+        row[:length].tolist() for row, length in zip(blocks.input_ids, blocks.lengths, strict=True)
+    ]
 
 
-def _choices(workers: Workers, arms: Sequence[Arm], heldout: Mapping[str, Blocks]) -> dict[str, dict[str, int]]:
+def _choices(
+    workers: Workers, arms: Sequence[Arm], heldout: Mapping[str, Blocks]
+) -> dict[str, dict[str, int]]:
     """What each onnx arm's timed graph chooses after the first block of each domain, its last token left out."""
     return {
-        arm.id: {name: workers[arm].ask("last", ids=_rows(blocks)[0][:-1])["token"] for name, blocks in heldout.items()}
+        arm.id: {
+            name: workers[arm].ask("last", ids=_rows(blocks)[0][:-1])["token"]
+            for name, blocks in heldout.items()
+        }
         for arm in arms
         if arm.role == "form"
     }
@@ -173,7 +196,9 @@ def summarise(quality: Mapping[str, Any], arm: str) -> dict[str, Any]:
             "bits_per_byte": nll / math.log(2) / sum(sizes["utf8_bytes"]),
             "kl": sum(sums["kl"]) / labels if quality["mixture_of"] else None,
             "top1": sum(sums["top1"]) / labels if quality["mixture_of"] else None,
-            "calibration_error": calibration_error(sums["calibration"]) if "calibration" in sums else None,
+            "calibration_error": calibration_error(sums["calibration"])
+            if "calibration" in sums
+            else None,
         }
     mean = mean_nll({name: figures["nll"] for name, figures in by_domain.items()})
     return {

@@ -26,9 +26,16 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 
 CONFIDENCE = 0.95
-FEWEST_BLOCKS = 6  # [least, greatest] of five values holds the median in 93.75 % of cases, of six in 96.9 %
+FEWEST_BLOCKS = (
+    6  # [least, greatest] of five values holds the median in 93.75 % of cases, of six in 96.9 %
+)
 _FIRST_LOOK = 1 / 32  # the error of [least, greatest] of six
-_SAMPLES_NEEDED = {50: 1, 90: 46, 95: 93, 99: 473}  # for a bound on the percentile at 95 % confidence
+_SAMPLES_NEEDED = {
+    50: 1,
+    90: 46,
+    95: 93,
+    99: 473,
+}  # for a bound on the percentile at 95 % confidence
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,9 @@ def median_interval(values: Sequence[float] | Array, *, error: float) -> Interva
         rank += 1
     if rank == 0:
         return Interval(float(np.median(ordered)), -math.inf, math.inf, n)
-    return Interval(float(np.median(ordered)), float(ordered[rank - 1]), float(ordered[n - rank]), n)
+    return Interval(
+        float(np.median(ordered)), float(ordered[rank - 1]), float(ordered[n - rank]), n
+    )
 
 
 def sequential_interval(values: Sequence[float] | Array, *, first: int) -> Interval:
@@ -99,7 +108,10 @@ def sequential_interval(values: Sequence[float] | Array, *, first: int) -> Inter
     array = np.asarray(values, np.float64)
     ends = [n for n in range(1, len(array)) if is_look(n, first=first)] + [len(array)]
     left = 1 - CONFIDENCE - _FIRST_LOOK
-    looks = [median_interval(array[:end], error=_FIRST_LOOK if k == 0 else left / 2**k) for k, end in enumerate(ends)]
+    looks = [
+        median_interval(array[:end], error=_FIRST_LOOK if k == 0 else left / 2**k)
+        for k, end in enumerate(ends)
+    ]
     value, low, high = looks[-1].value, max(i.low for i in looks), min(i.high for i in looks)
     if low > high:
         low, high = min(i.low for i in looks), max(i.high for i in looks)
@@ -140,7 +152,9 @@ def unpaired_ratio(ours: Array, theirs: Array) -> Interval:
     fewest, value = min(len(ours), len(theirs)), float(np.median(differences))
     if rank == 0:
         return Interval(value, -math.inf, math.inf, fewest).map_exp()
-    return Interval(value, float(differences[rank - 1]), float(differences[-rank]), fewest).map_exp()
+    return Interval(
+        value, float(differences[rank - 1]), float(differences[-rank]), fewest
+    ).map_exp()
 
 
 def _rank_sum_counts(n: int, m: int) -> list[int]:
@@ -177,7 +191,12 @@ def mean_interval(values: Array, *, seed: int = 0, resamples: int = 2000) -> Int
 
 
 def relative_rise(
-    ours: Sequence[Array], theirs: Sequence[Array], labels: Sequence[Array], *, seed: int = 0, resamples: int = 4000
+    ours: Sequence[Array],
+    theirs: Sequence[Array],
+    labels: Sequence[Array],
+    *,
+    seed: int = 0,
+    resamples: int = 4000,
 ) -> Interval:
     """Rise of our domains' mean NLL over theirs, relative to theirs: -0.02 is 2 % better.
 
@@ -188,14 +207,18 @@ def relative_rise(
     draw = np.random.default_rng(seed)
 
     def mean(sums: Sequence[Array], picks: Sequence[npt.NDArray[np.int64]]) -> Array:
-        per_domain = [s[p].sum(-1) / n[p].sum(-1) for s, n, p in zip(sums, labels, picks, strict=True)]
+        per_domain = [
+            s[p].sum(-1) / n[p].sum(-1) for s, n, p in zip(sums, labels, picks, strict=True)
+        ]
         return np.asarray(np.mean(per_domain, axis=0), np.float64)
 
     whole = [np.arange(len(n))[None] for n in labels]
     picks = [draw.integers(len(n), size=(resamples, len(n))) for n in labels]
     value = float(mean(ours, whole)[0] / mean(theirs, whole)[0] - 1)
     low, high = np.quantile(mean(ours, picks) / mean(theirs, picks) - 1, [0.025, 0.975])
-    return Interval(value, min(float(low), value), max(float(high), value), sum(len(n) for n in labels))
+    return Interval(
+        value, min(float(low), value), max(float(high), value), sum(len(n) for n in labels)
+    )
 
 
 def _exp(value: float) -> float:

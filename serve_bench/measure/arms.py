@@ -62,11 +62,20 @@ def list_arms(*, onnx: Artifact, student: Artifact, bench: Bench | None = None) 
                     f"{folder}: the folder of teacher {teacher['name']} is gone, so the student cannot be measured "
                     "against it; run the recipe again, which makes it."
                 )
-        spec = {key: teacher.get(key) for key in ("model", "adapter", "quantize", "dtype")} | {"device": device}
+        spec = {key: teacher.get(key) for key in ("model", "adapter", "quantize", "dtype")} | {
+            "device": device
+        }
         if bench.torch_dtype is not None:
             spec["dtype"] = bench.torch_dtype
         arms.append(
-            Arm(f"teacher:{teacher['name']}", teacher["name"], "teacher", "torch", weights_on_disk(*folders), spec)
+            Arm(
+                f"teacher:{teacher['name']}",
+                teacher["name"],
+                "teacher",
+                "torch",
+                weights_on_disk(*folders),
+                spec,
+            )
         )
     model = student.path / "model"
     plain = {"model": str(model), "dtype": bench.torch_dtype or "fp32", "device": device}
@@ -80,12 +89,25 @@ def list_arms(*, onnx: Artifact, student: Artifact, bench: Bench | None = None) 
                     int(onnx.result["forms"][shipped]["bytes"]),
                     {"artifact": str(onnx.path), "device": provider_of(onnx, shipped)},
                 )
-                arms.append(Arm("genai", f"{shipped}, genai", "extra", "onnxruntime-genai", size, spec))
+                arms.append(
+                    Arm("genai", f"{shipped}, genai", "extra", "onnxruntime-genai", size, spec)
+                )
             case CompiledRuntime():
                 size = weights_on_disk(model)
-                arms.append(Arm("compiled", "student, compiled", "extra", "torch-compile", size, plain))
+                arms.append(
+                    Arm("compiled", "student, compiled", "extra", "torch-compile", size, plain)
+                )
             case OpenAiRuntime():
-                arms.append(Arm("openai", extra.url, "extra", "openai", 0, extra.model_dump(exclude={"kind"})))
+                arms.append(
+                    Arm(
+                        "openai",
+                        extra.url,
+                        "extra",
+                        "openai",
+                        0,
+                        extra.model_dump(exclude={"kind"}),
+                    )
+                )
     return arms
 
 
@@ -97,14 +119,20 @@ def provider_of(onnx: Artifact, form: str) -> str:
 def form_arm(onnx: Artifact, form: str, *, twin: bool = False) -> Arm:
     """A form of an ``onnx`` artifact under onnxruntime; ``twin`` makes it the copy that shows the noise."""
     spec = {"artifact": str(onnx.path), "form": form, "device": provider_of(onnx, form)}
-    name, label, role = (f"onnx:{form}:twin", f"{form} (copy)", "twin") if twin else (f"onnx:{form}", form, "form")
-    return Arm(name, label, cast(Role, role), "onnxruntime", int(onnx.result["forms"][form]["bytes"]), spec)
+    name, label, role = (
+        (f"onnx:{form}:twin", f"{form} (copy)", "twin") if twin else (f"onnx:{form}", form, "form")
+    )
+    return Arm(
+        name, label, cast(Role, role), "onnxruntime", int(onnx.result["forms"][form]["bytes"]), spec
+    )
 
 
 def context_of(model: Path) -> int | None:
     """Tokens that a model folder's configuration allows; none when it does not say."""
     config = json.loads((model / "config.json").read_text())
-    found = config.get("max_position_embeddings", config.get("text_config", {}).get("max_position_embeddings"))
+    found = config.get(
+        "max_position_embeddings", config.get("text_config", {}).get("max_position_embeddings")
+    )
     return int(found) if found else None
 
 
@@ -116,7 +144,9 @@ def weights_on_disk(*folders: Path) -> int:
 class Worker:
     """The process that runs one arm. It waits on its pipe and uses no processor between commands."""
 
-    def __init__(self, arm: Arm, *, threads: int, log: Path, module: str = "serve_bench.measure.worker") -> None:
+    def __init__(
+        self, arm: Arm, *, threads: int, log: Path, module: str = "serve_bench.measure.worker"
+    ) -> None:
         """Start it, running ``module``; ``log`` receives its stderr, and what libraries print."""
         self.arm, self._log = arm, log
         self.spawned = time.perf_counter()
@@ -141,7 +171,9 @@ class Worker:
 
     def open(self, *, threads: int) -> None:
         """Open the arm in it; raises as `ask`."""
-        self.opened = self.ask("open", runtime=self.arm.runtime, spec=dict(self.arm.spec), threads=threads)
+        self.opened = self.ask(
+            "open", runtime=self.arm.runtime, spec=dict(self.arm.spec), threads=threads
+        )
 
     def generate(self, prompt: Sequence[int], new_tokens: int) -> dict[str, Any]:
         """One greedy generation; times in seconds after its start. Raises `DataError` when it did other work than was asked."""
@@ -150,11 +182,21 @@ class Worker:
 
     def batch(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, Any]:
         """The same of several prompts of one length at once."""
-        answer = self.ask("batch", prompts=[list(prompt) for prompt in prompts], new_tokens=new_tokens)
+        answer = self.ask(
+            "batch", prompts=[list(prompt) for prompt in prompts], new_tokens=new_tokens
+        )
         return self._checked(answer | {"rows": answer["tokens"]}, prompts, new_tokens)
 
-    def _checked(self, answer: dict[str, Any], prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, Any]:
-        require_same_work(self.arm.id, answer, rows=len(prompts), prompt_tokens=len(prompts[0]), new_tokens=new_tokens)
+    def _checked(
+        self, answer: dict[str, Any], prompts: Sequence[Sequence[int]], new_tokens: int
+    ) -> dict[str, Any]:
+        require_same_work(
+            self.arm.id,
+            answer,
+            rows=len(prompts),
+            prompt_tokens=len(prompts[0]),
+            new_tokens=new_tokens,
+        )
         answer["at"] = [round(t - answer["started"], 7) for t in answer["at"]]
         return answer
 
@@ -188,22 +230,35 @@ class Worker:
     def _died(self, command: str) -> EnvironmentalError:
         code = self._process.wait()
         how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-        hint = " Signal 9 is how Linux takes memory back: is there enough for all arms at once?" if code == -9 else ""
+        hint = (
+            " Signal 9 is how Linux takes memory back: is there enough for all arms at once?"
+            if code == -9
+            else ""
+        )
         tail = self._log.read_text(errors="replace").strip()[-_TAIL:] or "(nothing)"
-        return EnvironmentalError(f"{self.arm.id}: its process {how} during {command!r}.{hint} Its last words:\n{tail}")
+        return EnvironmentalError(
+            f"{self.arm.id}: its process {how} during {command!r}.{hint} Its last words:\n{tail}"
+        )
 
 
 class Workers:
     """All arms' processes; leaving kills every one, whatever happened."""
 
-    def __init__(self, folder: Path, *, threads: int, module: str = "serve_bench.measure.worker") -> None:
+    def __init__(
+        self, folder: Path, *, threads: int, module: str = "serve_bench.measure.worker"
+    ) -> None:
         """``folder`` receives their logs; ``module`` is what the processes run."""
         self._folder, self._threads, self._module = folder, threads, module
         self._all: dict[str, Worker] = {}
 
     def start(self, arm: Arm) -> Worker:
         """Start the process of an arm and open the arm in it."""
-        worker = Worker(arm, threads=self._threads, log=self._folder / f"{len(self._all)}.log", module=self._module)
+        worker = Worker(
+            arm,
+            threads=self._threads,
+            log=self._folder / f"{len(self._all)}.log",
+            module=self._module,
+        )
         self._all[arm.id] = worker
         worker.open(threads=self._threads)
         return worker
@@ -225,7 +280,10 @@ class Workers:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for worker in self._all.values():
             worker.kill()

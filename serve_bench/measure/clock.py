@@ -14,7 +14,14 @@ from typing import IO, Any
 
 import numpy as np
 
-from limbeck.contract.artifact import Artifact, available_cores, find_artifact, host, open_artifact, write_artifact
+from limbeck.contract.artifact import (
+    Artifact,
+    available_cores,
+    find_artifact,
+    host,
+    open_artifact,
+    write_artifact,
+)
 from limbeck.contract.errors import ArtifactError, DataError
 from limbeck.contract.heldout import HELDOUT, Blocks, load_heldout
 from limbeck.contract.progress import say, task
@@ -52,7 +59,9 @@ class Timed:
     seconds: float
     stopped: str  # why: `decided` or `time spent`
     void: int  # blocks timed again
-    disturbed: bool  # whether blocks were kept that the sentinel complained of, because too many were
+    disturbed: (
+        bool  # whether blocks were kept that the sentinel complained of, because too many were
+    )
 
 
 def measure(*, onnx: Path, student: Path, out: Path, recipe: Recipe) -> Artifact:
@@ -62,13 +71,17 @@ def measure(*, onnx: Path, student: Path, out: Path, recipe: Recipe) -> Artifact
         raise ArtifactError(f"{onnx} was not made from {student}; run the export stage again.")
     parents = {"onnx": exported.digest, "student": trained.digest}
     asked = {part: getattr(recipe, part).model_dump(mode="json") for part in ("bench", "gates")}
-    key = fingerprint({"stage": "bench", "version": _VERSION, "asked": asked, "parents": parents, "host": host()})
+    key = fingerprint(
+        {"stage": "bench", "version": _VERSION, "asked": asked, "parents": parents, "host": host()}
+    )
     if found := find_artifact(out, kind="bench", key=key):
         return found
 
     recovery = exported.result.get("recovery")
     if recovery is not None and "blocks" not in recovery:
-        raise ArtifactError(f"{onnx}: was recovered by an older version; run the export stage again.")
+        raise ArtifactError(
+            f"{onnx}: was recovered by an older version; run the export stage again."
+        )
     bench = recipe.bench
     arms = list_arms(onnx=exported, student=trained, bench=bench)
     require_context(arms, recipe, student / "model")
@@ -89,19 +102,36 @@ def measure(*, onnx: Path, student: Path, out: Path, recipe: Recipe) -> Artifact
             environment = before(bench, arms, prompts, threads=threads, folder=work)
             with (draft.folder / SAMPLES).open("w") as raw:
                 with Workers(work, threads=threads) as workers:
-                    samples = single(workers, reference, prompts, bench, recipe.gates, raw, environment)
+                    samples = single(
+                        workers, reference, prompts, bench, recipe.gates, raw, environment
+                    )
                     compared = scenarios.compared(reference, samples)
                     if (grid := bench.scenario("offline")) is not None:
                         offline.measure_offline(workers, compared, prompts, grid, raw)
                     environment["after"] = machine.load()
                     workers.stop(arm for arm in workers.running if not arm.scored)
-                    vocabulary = min(int(workers[arm].opened["facts"]["vocabulary"]) for arm in workers.running)
-                    quality = measure_quality(workers, arms, heldout, vocabulary=vocabulary, folder=work)
-                elsewhere(bench, compared, exported, prompts, raw, environment, threads=threads, folder=work)
+                    vocabulary = min(
+                        int(workers[arm].opened["facts"]["vocabulary"]) for arm in workers.running
+                    )
+                    quality = measure_quality(
+                        workers, arms, heldout, vocabulary=vocabulary, folder=work
+                    )
+                elsewhere(
+                    bench,
+                    compared,
+                    exported,
+                    prompts,
+                    raw,
+                    environment,
+                    threads=threads,
+                    folder=work,
+                )
             for arm in arms:
                 if (graph := _graph(arm, exported)) is not None:
                     environment["arms"][arm.id]["weight_bytes"] = graph_weight_bytes(graph)
-            environment["prompt_source"] = "held-out text, another window of another domain in every block"
+            environment["prompt_source"] = (
+                "held-out text, another window of another domain in every block"
+            )
             if recovery is not None:
                 # The student as it was distilled has no graph here; its losses on the same blocks travel in the manifest,
                 # with those of what ships, both over the whole vocabulary.
@@ -109,14 +139,20 @@ def measure(*, onnx: Path, student: Path, out: Path, recipe: Recipe) -> Artifact
             quality["generation"] = generation.of_run(
                 figures.read_rows(draft.folder / SAMPLES),
                 reference,
-                continuation=lambda block: prompt(heldout, block, bench.prompt_tokens, then=bench.new_tokens),
+                continuation=lambda block: prompt(
+                    heldout, block, bench.prompt_tokens, then=bench.new_tokens
+                ),
                 folder=exported.path,
             )
-            shutil.copyfile(trained.path / HELDOUT, draft.folder / HELDOUT)  # so that a replay needs no student
+            shutil.copyfile(
+                trained.path / HELDOUT, draft.folder / HELDOUT
+            )  # so that a replay needs no student
             (draft.folder / QUALITY).write_text(json.dumps(quality))
             (draft.folder / ENVIRONMENT).write_text(json.dumps(environment, indent=1))
             draft.result = figures.summary(samples, quality, environment, reference, recipe)
-            draft.result |= scenarios.summary(figures.read_rows(draft.folder / SAMPLES), environment, bench, arms)
+            draft.result |= scenarios.summary(
+                figures.read_rows(draft.folder / SAMPLES), environment, bench, arms
+            )
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return open_artifact(out, kind="bench", verify=False)
@@ -150,7 +186,9 @@ def prompt(heldout: Mapping[str, Blocks], block: int, tokens: int, *, then: int 
     With ``then`` it is the so many tokens that follow the prompt.
     """
     blocks = heldout[sorted(heldout)[block % len(heldout)]]
-    text = np.concatenate([row[:length] for row, length in zip(blocks.input_ids, blocks.lengths, strict=True)])
+    text = np.concatenate(
+        [row[:length] for row, length in zip(blocks.input_ids, blocks.lengths, strict=True)]
+    )
     window = np.resize(np.roll(text, -tokens * (block // len(heldout))), tokens + then)
     return [int(token) for token in (window[tokens:] if then else window)]
 
@@ -161,18 +199,24 @@ def order(arms: Sequence[Arm], block: int) -> list[Arm]:
     return [*there, *reversed(there)]
 
 
-def before(bench: Bench, arms: Sequence[Arm], prompts: Prompts, *, threads: int, folder: Path) -> dict[str, Any]:
+def before(
+    bench: Bench, arms: Sequence[Arm], prompts: Prompts, *, threads: int, folder: Path
+) -> dict[str, Any]:
     """What is measured before any arm is timed: the machine, its bandwidth, and each arm's memory and energy."""
     device = str(arms[0].spec.get("device", "cpu"))
     environment = {**machine.fingerprint(threads=threads, device=device), "before": machine.load()}
     environment["roofline"] = measure_roofline(threads=threads, device=device)
     own = [arm for arm in arms if arm.runtime != "openai" and arm.role != "twin"]
-    watched = measure_memory(own, prompts(0, bench.prompt_tokens), bench.new_tokens, threads=threads, folder=folder)
+    watched = measure_memory(
+        own, prompts(0, bench.prompt_tokens), bench.new_tokens, threads=threads, folder=folder
+    )
     environment["arms"] = {arm.id: dict(watched.get(arm.id, {})) for arm in arms}
     for twin in (
         arm for arm in arms if arm.role == "twin" and arm.runtime != "openai"
     ):  # the same artifact, so the same memory
-        environment["arms"][twin.id] |= watched[next(arm.id for arm in own if arm.spec == twin.spec)]
+        environment["arms"][twin.id] |= watched[
+            next(arm.id for arm in own if arm.spec == twin.spec)
+        ]
     return environment
 
 
@@ -189,7 +233,11 @@ def single(
     steady = open_and_warm(workers, reference.arms, prompts, bench, raw)
     for arm in reference.arms:
         opened = workers[arm].opened
-        environment["arms"][arm.id] |= {**opened, **steady[arm.id], "weight_bytes": opened["facts"].get("weight_bytes")}
+        environment["arms"][arm.id] |= {
+            **opened,
+            **steady[arm.id],
+            "weight_bytes": opened["facts"].get("weight_bytes"),
+        }
     environment["fairness"] = fairness.manifest(
         {arm.id: workers[arm].opened["facts"] for arm in reference.arms},
         prompt_tokens=bench.prompt_tokens,
@@ -201,7 +249,11 @@ def single(
         timed = time_blocks(workers, reference, prompts, bench, gates, raw, sentinel)
     finally:
         sentinel.close()
-    environment["sentinel"] = {"threads": sentinel.threads, "median_s": sentinel.median, "limit": LIMIT}
+    environment["sentinel"] = {
+        "threads": sentinel.threads,
+        "median_s": sentinel.median,
+        "limit": LIMIT,
+    }
     environment["blocks"] = len({sample.block for sample in timed.samples})
     environment |= {"void_blocks": timed.void, "disturbed": timed.disturbed}
     environment |= {"timed_s": timed.seconds, "stopped": timed.stopped}
@@ -226,7 +278,13 @@ def elsewhere(
     if (server := bench.scenario("server")) is not None:
         sizes = load.Sizes(bench.prompt_tokens, bench.new_tokens)
         environment["server"] = load.measure_server(
-            server, exported.path if exported else None, prompts, sizes, raw, threads=threads, folder=folder
+            server,
+            exported.path if exported else None,
+            prompts,
+            sizes,
+            raw,
+            threads=threads,
+            folder=folder,
         )
 
 
@@ -237,7 +295,9 @@ def open_and_warm(
     steady = {}
     with task("opening and warming up", len(arms)) as progress:
         for arm in arms:
-            steady[arm.id] = warm(workers.start(arm), prompts(0, bench.prompt_tokens), bench.new_tokens, raw)
+            steady[arm.id] = warm(
+                workers.start(arm), prompts(0, bench.prompt_tokens), bench.new_tokens, raw
+            )
             if not steady[arm.id]["steady"]:
                 say(
                     f"  {arm.label}: not steady after {steady[arm.id]['warm_up_runs']} generations; its figures are marked"
@@ -263,7 +323,11 @@ def time_blocks(
     samples, void, disturbed = list[Sample](), 0, False
     started, last = time.monotonic(), sentinel.read()
     budget, first, done = 60 * bench.minutes, reference.first_look, 0
-    sizes = {"prompt_tokens": bench.prompt_tokens, "new_tokens": bench.new_tokens, "threads": sentinel.threads}
+    sizes = {
+        "prompt_tokens": bench.prompt_tokens,
+        "new_tokens": bench.new_tokens,
+        "threads": sentinel.threads,
+    }
     with live_table(reference, **sizes) as show:
         for block in range(1_000_000):
             tokens = prompts(block, bench.prompt_tokens)
@@ -276,7 +340,9 @@ def time_blocks(
             complaint = sentinel.complaint(previous, last)
             if complaint and void < bench.min_blocks:
                 void += 1
-                rows = [row | {"event": "void", "of": row["event"], "why": complaint} for row in rows]
+                rows = [
+                    row | {"event": "void", "of": row["event"], "why": complaint} for row in rows
+                ]
             else:
                 disturbed |= complaint is not None
                 samples += map(Sample.of, rows)
@@ -286,7 +352,9 @@ def time_blocks(
             seconds = time.monotonic() - started
             show(samples, f"{done} blocks, {void} void, {seconds:.0f} of {budget:.0f} s")
             if gates is not None and rows[0]["event"] == "sample" and is_look(done, first=first):
-                verdict = judge(gates, figures.timing_evidence(samples, reference), timing_only=True)
+                verdict = judge(
+                    gates, figures.timing_evidence(samples, reference), timing_only=True
+                )
                 if all(gate.status != "undecided" for gate in verdict.gates):
                     return Timed(samples, seconds, "decided", void, disturbed)
             if seconds >= budget and done >= bench.min_blocks:
@@ -294,9 +362,17 @@ def time_blocks(
     raise AssertionError("unreachable")
 
 
-def _generate(worker: Worker, tokens: list[int], new_tokens: int, block: int, position: int) -> dict[str, Any]:
+def _generate(
+    worker: Worker, tokens: list[int], new_tokens: int, block: int, position: int
+) -> dict[str, Any]:
     answer = worker.generate(tokens, new_tokens)
-    row = {"event": "sample", "arm": worker.arm.id, "block": block, "position": position, "prompt_tokens": len(tokens)}
+    row = {
+        "event": "sample",
+        "arm": worker.arm.id,
+        "block": block,
+        "position": position,
+        "prompt_tokens": len(tokens),
+    }
     row |= {"started": answer["started"], "at": answer["at"]}
     if answer["device_s"] is not None:
         row["device_s"] = answer["device_s"]
@@ -308,13 +384,19 @@ def warm(worker: Worker, tokens: list[int], new_tokens: int, raw: IO[str]) -> di
     speeds, started = list[float](), time.monotonic()
     for run in range(1_000_000):
         answer = worker.generate(tokens, new_tokens if run == 0 else min(new_tokens, _WARM_TOKENS))
-        raw.write(json.dumps({"event": "warm-up", "arm": worker.arm.id, "run": run, "at": answer["at"]}) + "\n")
+        raw.write(
+            json.dumps({"event": "warm-up", "arm": worker.arm.id, "run": run, "at": answer["at"]})
+            + "\n"
+        )
         seconds = time.monotonic() - started
         if run == 0:
             started = time.monotonic()  # the first one compiles, allocates and reads pages
             continue
         speeds.append(Sample(worker.arm.id, 0, 0, tuple(answer["at"])).tpot)
-        window, enough = speeds[-_WARM_WINDOW:], len(speeds) >= _WARM_LEAST and seconds >= _WARM_SECONDS
+        window, enough = (
+            speeds[-_WARM_WINDOW:],
+            len(speeds) >= _WARM_LEAST and seconds >= _WARM_SECONDS,
+        )
         steady = enough and max(window) <= _WARM_SPREAD * min(window)
         if steady or (len(speeds) >= _WARM_MOST and seconds >= _WARM_PATIENCE):
             return {"steady": steady, "warm_up_runs": run + 1, "warm_up_s": seconds}

@@ -43,7 +43,9 @@ class TorchEncoder:
 
         torch.set_num_threads(threads)
         kind = AutoModelForSequenceClassification if task == "classification" else AutoModel
-        what, fresh = ("a classifier", None) if task == "classification" else ("an encoder", unused_pooler)
+        what, fresh = (
+            ("a classifier", None) if task == "classification" else ("an encoder", unused_pooler)
+        )
         loaded = load_pretrained(kind, model, what=what, fresh=fresh, dtype=torch.float32)
         self._torch, self._model = torch, loaded.eval().requires_grad_(False)
         self._task, self._pooling = task, pooling
@@ -67,7 +69,9 @@ class TorchEncoder:
                 states = output.last_hidden_state
                 weight = kept[..., None].to(states.dtype)
                 mean = (states * weight).sum(1) / weight.sum(1)
-                found = torch.nn.functional.normalize(states[:, 0] if self._pooling == "cls" else mean, dim=-1)
+                found = torch.nn.functional.normalize(
+                    states[:, 0] if self._pooling == "cls" else mean, dim=-1
+                )
             answers: Answers = found.numpy()
         return answers
 
@@ -117,10 +121,16 @@ class Session:
         _prepare(runtime, spec)
         imported = time.perf_counter()
         self.runtime = (
-            TorchEncoder(threads=threads, **spec) if runtime == "torch" else OnnxEncoder(threads=threads, **spec)
+            TorchEncoder(threads=threads, **spec)
+            if runtime == "torch"
+            else OnnxEncoder(threads=threads, **spec)
         )
         loaded = time.perf_counter()
-        return {"import_s": imported - started, "load_s": loaded - imported, "facts": self.runtime.facts}
+        return {
+            "import_s": imported - started,
+            "load_s": loaded - imported,
+            "facts": self.runtime.facts,
+        }
 
     def time(self, runtime: Runtime, ids: list[list[int]], runs: int) -> dict[str, Any]:
         """Run one batch of rows without padding some times over."""
@@ -133,7 +143,9 @@ class Session:
 
     def answers(self, runtime: Runtime, examples: str, out: str) -> dict[str, Any]:
         """Write what this arm says of held-out examples, in their order."""
-        found = [runtime.run(ids, mask) for ids, mask in load_examples(Path(examples)).batches(_ROWS)]
+        found = [
+            runtime.run(ids, mask) for ids, mask in load_examples(Path(examples)).batches(_ROWS)
+        ]
         np.save(out, np.concatenate(found))
         return {"rows": sum(len(part) for part in found)}
 
@@ -144,7 +156,9 @@ def _prepare(runtime: str, spec: dict[str, Any]) -> None:
         import torch
         import transformers
 
-        for name in json.loads((Path(spec["model"]) / "config.json").read_text()).get("architectures") or ():
+        for name in (
+            json.loads((Path(spec["model"]) / "config.json").read_text()).get("architectures") or ()
+        ):
             getattr(transformers, name, None)  # transformers imports a class when it is first named
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()

@@ -43,7 +43,11 @@ from serve_bench.measure.clock import order
 _VERSION = 1  # of the stage: raise it when the same inputs would be measured otherwise
 
 _RUN = 0.05  # seconds a sample takes at least: a short batch is run several times
-_WARM_WINDOW, _WARM_SPREAD, _WARM_MOST = 3, 1.10, 10  # steady: the last three within 10 %; given up after ten
+_WARM_WINDOW, _WARM_SPREAD, _WARM_MOST = (
+    3,
+    1.10,
+    10,
+)  # steady: the last three within 10 %; given up after ten
 _PAUSE = 0.01  # seconds before a sample, for the last arm's threads to stop spinning
 
 
@@ -55,13 +59,21 @@ def measure_encoder(*, onnx: Path, student: Path, out: Path, recipe: EncoderReci
     parents = {"onnx": exported.digest, "student": trained.digest}
     asked = {part: getattr(recipe, part).model_dump(mode="json") for part in ("bench", "gates")}
     key = fingerprint(
-        {"stage": "encoder bench", "version": _VERSION, "asked": asked, "parents": parents, "host": host()}
+        {
+            "stage": "encoder bench",
+            "version": _VERSION,
+            "asked": asked,
+            "parents": parents,
+            "host": host(),
+        }
     )
     if found := find_artifact(out, kind="bench", key=key):
         return found
 
     arms = list_arms(onnx=exported, student=trained)
-    cells = [Cell(batch, length) for batch in recipe.bench.batches for length in recipe.bench.lengths]
+    cells = [
+        Cell(batch, length) for batch in recipe.bench.batches for length in recipe.bench.lengths
+    ]
     _require_context(arms, cells, trained.path / "model")
     heldout = load_examples(trained.path / EXAMPLES)
     threads = recipe.bench.threads or available_cores()
@@ -71,18 +83,26 @@ def measure_encoder(*, onnx: Path, student: Path, out: Path, recipe: EncoderReci
     work.mkdir(parents=True)
     try:
         with write_artifact(out, kind="bench", key=key, parents=parents, recipe=recipe) as draft:
-            environment: dict[str, Any] = {"host": host(), "threads": threads, "versions": versions()}
+            environment: dict[str, Any] = {
+                "host": host(),
+                "threads": threads,
+                "versions": versions(),
+            }
             workers_of = Workers(work, threads=threads, module="serve_bench.measure.encoder_worker")
             with workers_of as workers, (draft.folder / SAMPLES).open("w") as raw:
                 answers = _ask(workers, arms, trained.path / EXAMPLES, work)
                 save_file(answers, draft.folder / ANSWERS)
                 quality = figures.Quality(recipe, answers, heldout.groups, arms)
                 runs, steady = _warm(workers, arms, cells, heldout, raw)
-                samples, seconds, stopped = _time(workers, arms, cells, heldout, runs, quality, shipped, recipe, raw)
+                samples, seconds, stopped = _time(
+                    workers, arms, cells, heldout, runs, quality, shipped, recipe, raw
+                )
                 environment["arms"] = {
                     arm.id: {
                         **workers[arm].opened,
-                        "peak_rss_bytes": workers[arm].ask("time", ids=[[1]], runs=1)["peak_rss_bytes"],
+                        "peak_rss_bytes": workers[arm].ask("time", ids=[[1]], runs=1)[
+                            "peak_rss_bytes"
+                        ],
                         "steady": steady[arm.id],
                     }
                     for arm in arms
@@ -110,7 +130,14 @@ def list_arms(*, onnx: Artifact, student: Artifact) -> list[Arm]:
             )
         spec = {"model": str(folder), "task": task_name, "pooling": teacher["pooling"]}
         arms.append(
-            Arm(f"teacher:{teacher['name']}", teacher["name"], "teacher", "torch", weights_on_disk(folder), spec)
+            Arm(
+                f"teacher:{teacher['name']}",
+                teacher["name"],
+                "teacher",
+                "torch",
+                weights_on_disk(folder),
+                spec,
+            )
         )
     model = student.path / "model"
     spec = {"model": str(model), "task": task_name, "pooling": "mean"}
@@ -119,7 +146,10 @@ def list_arms(*, onnx: Artifact, student: Artifact) -> list[Arm]:
     for name, form in onnx.result["forms"].items():
         spec = {"artifact": str(onnx.path), "form": name}
         arms.append(Arm(f"onnx:{name}", name, "form", "onnxruntime", int(form["bytes"]), spec))
-    size, spec = int(onnx.result["forms"][shipped]["bytes"]), {"artifact": str(onnx.path), "form": shipped}
+    size, spec = (
+        int(onnx.result["forms"][shipped]["bytes"]),
+        {"artifact": str(onnx.path), "form": shipped},
+    )
     arms.append(Arm(f"onnx:{shipped}:twin", f"{shipped} (copy)", "twin", "onnxruntime", size, spec))
     return arms
 
@@ -138,7 +168,9 @@ def _require_context(arms: Sequence[Arm], cells: Sequence[Cell], student: Path) 
             )
 
 
-def _ask(workers: Workers, arms: Sequence[Arm], examples: Path, work: Path) -> dict[str, npt.NDArray[np.float32]]:
+def _ask(
+    workers: Workers, arms: Sequence[Arm], examples: Path, work: Path
+) -> dict[str, npt.NDArray[np.float32]]:
     """Open every arm, and keep what it says of the held-out examples; the twin is the shipped form itself."""
     answers = {}
     with task("opening, and held-out examples", len(arms)) as progress:
@@ -153,9 +185,13 @@ def _ask(workers: Workers, arms: Sequence[Arm], examples: Path, work: Path) -> d
 
 def _batch(heldout: Examples, cell: Cell, block: int) -> list[list[int]]:
     """Rows of a block: windows of held-out text, examples joined, read from its start again where it ends."""
-    text = np.concatenate([row[:length] for row, length in zip(heldout.input_ids, heldout.lengths, strict=True)])
+    text = np.concatenate(
+        [row[:length] for row, length in zip(heldout.input_ids, heldout.lengths, strict=True)]
+    )
     wanted = cell.batch * cell.length
-    found: list[list[int]] = np.resize(np.roll(text, -wanted * block), (cell.batch, cell.length)).tolist()
+    found: list[list[int]] = np.resize(
+        np.roll(text, -wanted * block), (cell.batch, cell.length)
+    ).tolist()
     return found
 
 
@@ -176,10 +212,15 @@ def _warm(
                 else:
                     steady[arm.id] = False
                 runs[arm.id, cell] = max(1, math.ceil(_RUN / min(times)))
-                raw.write(json.dumps({"event": "warm-up", "arm": arm.id, **vars(cell), "seconds": times}) + "\n")
+                raw.write(
+                    json.dumps({"event": "warm-up", "arm": arm.id, **vars(cell), "seconds": times})
+                    + "\n"
+                )
                 progress.advance()
             if not steady[arm.id]:
-                say(f"  {arm.label}: still not steady after {_WARM_MOST} runs of a batch; its figures are marked")
+                say(
+                    f"  {arm.label}: still not steady after {_WARM_MOST} runs of a batch; its figures are marked"
+                )
     return runs, steady
 
 
@@ -196,7 +237,11 @@ def _time(
 ) -> tuple[list[Sample], float, str]:
     """Time mirrored blocks until the gate on speed is decided or the time is spent; samples, seconds, and why it ended."""
     samples: list[Sample] = []
-    started, budget, first = time.monotonic(), 60 * recipe.bench.minutes, first_look(recipe.bench.min_blocks)
+    started, budget, first = (
+        time.monotonic(),
+        60 * recipe.bench.minutes,
+        first_look(recipe.bench.min_blocks),
+    )
     with task(f"timing {len(arms)} arms x {len(cells)} sizes, samples") as progress:
         for block in range(1_000_000):
             samples += _block(workers, arms, cells, heldout, runs, block, raw, progress)
@@ -229,7 +274,13 @@ def _block(
             count = runs[arm.id, cell]
             seconds = workers[arm].ask("time", ids=ids, runs=count)["seconds"] / count
             samples.append(Sample(arm.id, block, position, cell, seconds))
-            row = {"event": "sample", "arm": arm.id, "block": block, "position": position, **vars(cell)}
+            row = {
+                "event": "sample",
+                "arm": arm.id,
+                "block": block,
+                "position": position,
+                **vars(cell),
+            }
             raw.write(json.dumps(row | {"runs": count, "seconds": seconds}) + "\n")
             progress.advance()
     raw.flush()
@@ -239,13 +290,20 @@ def _block(
 # Exports by themselves -------------------------------------------------------------------------------------------
 
 
-def time_encoders(exports: Sequence[tuple[Path, str]], *, out: Path, bench: EncoderBench) -> list[float]:
+def time_encoders(
+    exports: Sequence[tuple[Path, str]], *, out: Path, bench: EncoderBench
+) -> list[float]:
     """See `serve_bench.time_encoders`."""
     cell, arms = Cell(1, max(bench.lengths)), []
     for run, form in exports:
         onnx = open_artifact(run / "onnx", kind="onnx")
-        size, spec = int(onnx.result["forms"][form]["bytes"]), {"artifact": str(onnx.path), "form": form}
-        arms.append(Arm(f"{run.name}:{form}", f"{run.name} {form}", "form", "onnxruntime", size, spec))
+        size, spec = (
+            int(onnx.result["forms"][form]["bytes"]),
+            {"artifact": str(onnx.path), "form": form},
+        )
+        arms.append(
+            Arm(f"{run.name}:{form}", f"{run.name} {form}", "form", "onnxruntime", size, spec)
+        )
     student = exports[0][0] / "student"
     _require_context(arms, [cell], student / "model")
     heldout, threads = load_examples(student / EXAMPLES), bench.threads or available_cores()

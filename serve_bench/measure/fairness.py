@@ -13,7 +13,9 @@ from typing import Any
 from limbeck.contract.errors import DataError
 
 
-def require_same_work(arm: str, answer: Mapping[str, Any], *, rows: int, prompt_tokens: int, new_tokens: int) -> None:
+def require_same_work(
+    arm: str, answer: Mapping[str, Any], *, rows: int, prompt_tokens: int, new_tokens: int
+) -> None:
     """Raise `DataError` unless a generation read and wrote exactly the tokens that were asked."""
     lengths = sorted({len(row) for row in answer["rows"]} | {len(answer["at"])})
     if answer["prompt_tokens"] != prompt_tokens:
@@ -29,7 +31,11 @@ def require_same_work(arm: str, answer: Mapping[str, Any], *, rows: int, prompt_
 
 
 def manifest(
-    facts: Mapping[str, Mapping[str, Any]], *, prompt_tokens: int, new_tokens: int, prompts: Sequence[Sequence[int]]
+    facts: Mapping[str, Mapping[str, Any]],
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    prompts: Sequence[Sequence[int]],
 ) -> dict[str, Any]:
     """What all arms have in common, by what each says of itself (``facts`` by arm).
 
@@ -45,10 +51,14 @@ def manifest(
         values = sorted(set(told.values()))
         if len(values) > 1:
             apart = ", ".join(f"{arm} {value}" for arm, value in told.items())
-            raise DataError(f"these arms cannot be compared: they differ in {what} ({apart}); {hint}.")
+            raise DataError(
+                f"these arms cannot be compared: they differ in {what} ({apart}); {hint}."
+            )
         common[what] = values[0] if values else None
     if common["kv_cache"] is False:
-        raise DataError("these arms keep no KV cache, so every token costs the whole prompt again; measure with one.")
+        raise DataError(
+            "these arms keep no KV cache, so every token costs the whole prompt again; measure with one."
+        )
     largest = max(token for prompt in prompts for token in prompt)
     for arm, fact in facts.items():
         if fact.get("vocabulary") is not None and largest >= fact["vocabulary"]:

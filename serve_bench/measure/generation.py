@@ -71,7 +71,12 @@ def describe(
     for arm, rows in generated.items():
         result["arms"][arm] = {
             "greedy_match": {
-                other: _interval([common_prefix(a, b) / len(b) for a, b in zip(rows, generated[other], strict=True)])
+                other: _interval(
+                    [
+                        common_prefix(a, b) / len(b)
+                        for a, b in zip(rows, generated[other], strict=True)
+                    ]
+                )
                 for other in against
                 if other != arm and other in generated
             },
@@ -86,7 +91,11 @@ def describe(
     }
     if not all(importlib.util.find_spec(name) for name in ("sacrebleu", "rouge_score")):
         return result | {"overlap": None, "why": _WITHOUT}
-    return result | {"overlap": {arm: overlap([decode(row) for row in rows], texts) for arm, rows in generated.items()}}
+    return result | {
+        "overlap": {
+            arm: overlap([decode(row) for row in rows], texts) for arm, rows in generated.items()
+        }
+    }
 
 
 def overlap(ours: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
@@ -99,8 +108,12 @@ def overlap(ours: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
     pairs = list(zip(ours, references, strict=True))
     return {
         "bleu": float(bleu.corpus_score(list(ours), [list(references)]).score),
-        "chrf": _interval([chrf.sentence_score(text, [reference]).score for text, reference in pairs]),
-        "rouge_l": _interval([100 * rouge.score(reference, text)["rougeL"].fmeasure for text, reference in pairs]),
+        "chrf": _interval(
+            [chrf.sentence_score(text, [reference]).score for text, reference in pairs]
+        ),
+        "rouge_l": _interval(
+            [100 * rouge.score(reference, text)["rougeL"].fmeasure for text, reference in pairs]
+        ),
         "signatures": {"bleu": str(bleu.get_signature()), "chrf": str(chrf.get_signature())},
     }
 

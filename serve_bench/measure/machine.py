@@ -38,7 +38,9 @@ def load() -> dict[str, Any]:
     return {"load_average": [round(value, 2) for value in os.getloadavg()], "at": time.time()}
 
 
-def limits(root: Path = Path("/sys/fs/cgroup"), member: Path = Path("/proc/self/cgroup")) -> dict[str, Any]:
+def limits(
+    root: Path = Path("/sys/fs/cgroup"), member: Path = Path("/proc/self/cgroup")
+) -> dict[str, Any]:
     """Processors and bytes of memory that a container allows, the tightest of this group and its parents; none without a limit.
 
     Reads version 2 of cgroups (one tree), else version 1 (a tree a controller).
@@ -58,8 +60,13 @@ def limits(root: Path = Path("/sys/fs/cgroup"), member: Path = Path("/proc/self/
             quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
             if quota and period and int(quota) > 0:
                 cpus.append(int(quota) / int(period))
-        found = (_read(f / "memory.limit_in_bytes") for f in _upwards(root / "memory", groups.get("memory", "")))
-        memory = [int(m) for m in found if m and int(m) < 1 << 60]  # version 1 writes a huge number for none
+        found = (
+            _read(f / "memory.limit_in_bytes")
+            for f in _upwards(root / "memory", groups.get("memory", ""))
+        )
+        memory = [
+            int(m) for m in found if m and int(m) < 1 << 60
+        ]  # version 1 writes a huge number for none
     return {"cpus": min(cpus, default=None), "memory_bytes": min(memory, default=None)}
 
 
@@ -73,7 +80,10 @@ def cache_bytes() -> int | None:
     """Size of the last-level cache that the first core uses; none where the system does not say."""
     sizes = [_read(path) for path in sorted(_CPU.glob("cache/index*/size"))]
     units = {"K": 1024, "M": 1024**2}
-    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size and size[-1] in units), default=None)
+    return max(
+        (int(size[:-1]) * units[size[-1]] for size in sizes if size and size[-1] in units),
+        default=None,
+    )
 
 
 def gpus() -> list[dict[str, Any]]:
@@ -99,11 +109,15 @@ class Nvml:
             pynvml.nvmlInit()
         except ImportError:
             self.why = "nvidia-ml-py is not installed"
-        except Exception as error:  # no driver, no card, no permission: NVML has an error class for each
+        except (
+            Exception
+        ) as error:  # no driver, no card, no permission: NVML has an error class for each
             self.why = f"NVML does not answer ({error})"
         else:
             self.lib = pynvml
-            self.cards = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+            self.cards = [
+                pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())
+            ]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -121,7 +135,10 @@ class Nvml:
 
     def joules(self) -> float:
         """Energy that all cards took since their driver was loaded. Raises NVML's error where a card does not count it."""
-        return sum(int(self.lib.nvmlDeviceGetTotalEnergyConsumption(card)) for card in self.cards) / 1e3
+        return (
+            sum(int(self.lib.nvmlDeviceGetTotalEnergyConsumption(card)) for card in self.cards)
+            / 1e3
+        )
 
 
 def _mhz() -> float | None:

@@ -39,12 +39,16 @@ def measure_memory(
                 peak = max(
                     watch.peak_rss, answer["peak_rss_bytes"]
                 )  # the kernel's own mark misses no moment of the process
-                joules = energy.over(lambda w=worker: [w.generate(prompt, new_tokens) for _ in range(_ENERGY_RUNS)])  # type: ignore[misc]
+                joules = energy.over(
+                    lambda w=worker: [w.generate(prompt, new_tokens) for _ in range(_ENERGY_RUNS)]
+                )  # type: ignore[misc]
             finally:
                 worker.kill()
             found[arm.id] = {
                 "peak_rss_bytes": peak,
-                "device_bytes": watch.peak_device - before if nvml.cards and arm.spec.get("device") == "cuda" else None,
+                "device_bytes": watch.peak_device - before
+                if nvml.cards and arm.spec.get("device") == "cuda"
+                else None,
                 "energy": energy.per_token(joules, _ENERGY_RUNS * new_tokens),
             }
             progress.advance()
@@ -65,7 +69,10 @@ class Watch:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._left.set()
         self._thread.join()
@@ -102,7 +109,11 @@ class Energy:
         """Find out what can be read."""
         self._sources: dict[str, Callable[[], float]] = {}
         self._why: list[str] = []
-        self._packages = [Package(path) for path in sorted(powercap.glob("intel-rapl:*")) if path.name.count(":") == 1]
+        self._packages = [
+            Package(path)
+            for path in sorted(powercap.glob("intel-rapl:*"))
+            if path.name.count(":") == 1
+        ]
         if not self._packages:
             self._why.append(f"no RAPL package in {powercap}")
         else:
@@ -116,7 +127,10 @@ class Energy:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._sources.clear()
 
@@ -137,7 +151,9 @@ class Energy:
     def _offer(self, name: str, read: Callable[[], float]) -> None:
         try:
             read()
-        except Exception as error:  # RAPL is root's alone on many systems; old cards count no energy
+        except (
+            Exception
+        ) as error:  # RAPL is root's alone on many systems; old cards count no energy
             self._why.append(f"{name} cannot be read ({error})")
         else:
             self._sources[name] = read

@@ -55,7 +55,9 @@ def run_kernels(
     a = torch.empty_like(b)
     square = torch.rand(_SIDE, _SIDE, device=device)
     product = torch.empty_like(square)
-    wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else int  # int(): nothing to wait for
+    wait: Callable[[], object] = (
+        torch.cuda.synchronize if device == "cuda" else int
+    )  # int(): nothing to wait for
 
     def best(work: Callable[[], object], amount: float) -> float:
         fastest, until = float("inf"), 0.0
@@ -94,7 +96,12 @@ def graph_weight_bytes(graph: Path) -> int:
     import onnx
 
     proto = onnx.load(graph, load_external_data=False).graph
-    gathered = {"Gather", "GatherBlockQuantized", "GroupQueryAttention", "RotaryEmbedding"}  # the last two: angles
+    gathered = {
+        "Gather",
+        "GatherBlockQuantized",
+        "GroupQueryAttention",
+        "RotaryEmbedding",
+    }  # the last two: angles
     read = {name for node in proto.node if node.op_type not in gathered for name in node.input}
     return sum(_bytes(tensor) for tensor in proto.initializer if tensor.name in read)
 
@@ -110,12 +117,18 @@ def _bytes(tensor: Any) -> int:
     return count * int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
-def against(roofline: Mapping[str, Any] | None, weight_bytes: int | None, tpot_ms: float) -> dict[str, Any] | None:
+def against(
+    roofline: Mapping[str, Any] | None, weight_bytes: int | None, tpot_ms: float
+) -> dict[str, Any] | None:
     """Where decoding stands: the share of the bandwidth it reaches, and the tokens/s that all of it would allow."""
     if roofline is None or not weight_bytes:
         return None
     limit = roofline["bandwidth_bytes_s"] / weight_bytes
-    return {"weight_bytes": weight_bytes, "bandwidth_fraction": 1e3 / tpot_ms / limit, "limit_tokens_s": limit}
+    return {
+        "weight_bytes": weight_bytes,
+        "bandwidth_fraction": 1e3 / tpot_ms / limit,
+        "limit_tokens_s": limit,
+    }
 
 
 if __name__ == "__main__":

@@ -54,8 +54,13 @@ def prepare(runtime: str, spec: Mapping[str, Any]) -> None:
             import torch
             import transformers
 
-            for name in json.loads((Path(spec["model"]) / "config.json").read_text()).get("architectures") or ():
-                getattr(transformers, name, None)  # transformers imports a class when it is first named
+            for name in (
+                json.loads((Path(spec["model"]) / "config.json").read_text()).get("architectures")
+                or ()
+            ):
+                getattr(
+                    transformers, name, None
+                )  # transformers imports a class when it is first named
             transformers.utils.logging.set_verbosity_error()
             transformers.utils.logging.disable_progress_bar()
             torch.set_num_interop_threads(1)
@@ -125,7 +130,9 @@ class TorchEager:
                 f"torch {torch.__version__} sees no NVIDIA card here; set bench.device: cpu, or install a CUDA build of torch."
             )
         torch.set_num_threads(threads)
-        number = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype or "fp32"]
+        number = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
+            dtype or "fp32"
+        ]
         options: dict[str, Any] = {}
         if quantize not in (None, "none"):
             from transformers import BitsAndBytesConfig
@@ -180,7 +187,9 @@ class TorchEager:
         """See `Runtime.score`."""
         self._cache = None
         with self._torch.inference_mode():
-            output = self._model(input_ids=self._torch.from_numpy(ids)[None].to(self._device), use_cache=False)
+            output = self._model(
+                input_ids=self._torch.from_numpy(ids)[None].to(self._device), use_cache=False
+            )
             logits: Logits = output.logits[0].float().cpu().numpy()
         return logits
 
@@ -286,8 +295,18 @@ class OnnxRuntime:
         from limbeck.runtime.decoder import Decoder, import_onnxruntime
 
         if device is None:  # as it was made for
-            device = open_artifact(Path(artifact), verify=False).result["forms"].get(form, {}).get("provider", "cpu")
-        self._open: dict[str, Any] = {"folder": Path(artifact), "form": form, "threads": threads, "provider": device}
+            device = (
+                open_artifact(Path(artifact), verify=False)
+                .result["forms"]
+                .get(form, {})
+                .get("provider", "cpu")
+            )
+        self._open: dict[str, Any] = {
+            "folder": Path(artifact),
+            "form": form,
+            "threads": threads,
+            "provider": device,
+        }
         self._decoder: Decoder | None = Decoder(**self._open)
         self._scorer: Decoder | None = None
         self._prompt_tokens = 0
@@ -334,7 +353,9 @@ class OnnxRuntime:
 
     def _generating(self) -> Any:
         if self._decoder is None:
-            raise DataError("this arm was scored already, which ends its use for generation; open it anew.")
+            raise DataError(
+                "this arm was scored already, which ends its use for generation; open it anew."
+            )
         return self._decoder
 
 
@@ -365,7 +386,9 @@ class OnnxRuntimeGenai:
         try:
             self._model = og.Model(config)
         except Exception as error:  # its errors share no base class of their own
-            raise ArtifactError(f"{folder}: ONNX Runtime GenAI cannot open it ({error}).") from error
+            raise ArtifactError(
+                f"{folder}: ONNX Runtime GenAI cannot open it ({error})."
+            ) from error
         adapter = open_artifact(folder, verify=False).result.get("adapter")
         self._adapters: Any = None
         if adapter:
@@ -404,7 +427,9 @@ class OnnxRuntimeGenai:
 
     def score(self, ids: Ids) -> Logits:
         """Not offered: the form is scored through onnxruntime."""
-        raise DataError("ONNX Runtime GenAI keeps the last logits only; score the form under onnxruntime.")
+        raise DataError(
+            "ONNX Runtime GenAI keeps the last logits only; score the form under onnxruntime."
+        )
 
     def device_seconds(self) -> list[float] | None:
         """See `Runtime.device_seconds`."""

@@ -40,7 +40,9 @@ from serve_bench.measure.scenarios import load, offline
 _FEW = 1000  # tokens that any vocabulary holds, where none is known
 
 
-def measure_targets(targets: Sequence[str], *, against: Sequence[str], out: Path, bench: Bench) -> Artifact:
+def measure_targets(
+    targets: Sequence[str], *, against: Sequence[str], out: Path, bench: Bench
+) -> Artifact:
     """See `serve_bench.measure_targets`."""
     _require_free(out)
     bench = _at(bench, targets[0])
@@ -51,18 +53,29 @@ def measure_targets(targets: Sequence[str], *, against: Sequence[str], out: Path
     _require_context(arms, bench)
     vocabulary = min((v for arm in arms if (v := _vocabulary(arm)) is not None), default=_FEW)
     artifacts = {
-        arm.id: open_artifact(Path(arm.spec["artifact"]), kind="onnx") for arm in arms if "artifact" in arm.spec
+        arm.id: open_artifact(Path(arm.spec["artifact"]), kind="onnx")
+        for arm in arms
+        if "artifact" in arm.spec
     }
     parents = {name: artifact.digest for name, artifact in artifacts.items() if name != twin.id}
-    asked = {"targets": list(targets), "against": list(against), "bench": bench.model_dump(mode="json")}
+    asked = {
+        "targets": list(targets),
+        "against": list(against),
+        "bench": bench.model_dump(mode="json"),
+    }
     key = fingerprint({"stage": "bench", "asked": asked, "parents": parents, "host": host()})
     if (server := bench.scenario("server")) is not None:
         load.require_server(server, artifacts[arms[0].id].path if arms[0].id in artifacts else None)
     threads = bench.threads or available_cores()
-    reference = Reference(arms[0].label, arms[0].label, tuple(arms), first_look(bench.min_blocks), arms[0].id)
+    reference = Reference(
+        arms[0].label, arms[0].label, tuple(arms), first_look(bench.min_blocks), arms[0].id
+    )
 
     def prompts(block: int, tokens: int) -> list[int]:
-        return [int(token) for token in np.random.default_rng((3, block)).integers(0, vocabulary, tokens)]
+        return [
+            int(token)
+            for token in np.random.default_rng((3, block)).integers(0, vocabulary, tokens)
+        ]
 
     work = out.parent / f".{out.name}.work"
     with unwritable_is_a_user_error(out):
@@ -74,7 +87,9 @@ def measure_targets(targets: Sequence[str], *, against: Sequence[str], out: Path
             with (draft.folder / SAMPLES).open("w") as raw:
                 local = [arm for arm in arms if arm.runtime != "openai" and arm.role != "twin"]
                 with Workers(work, threads=threads) as workers:
-                    samples = timing.single(workers, reference, prompts, bench, None, raw, environment)
+                    samples = timing.single(
+                        workers, reference, prompts, bench, None, raw, environment
+                    )
                     if (grid := bench.scenario("offline")) is not None:
                         offline.measure_offline(workers, local, prompts, grid, raw)
                     environment["after"] = machine.load()
@@ -85,10 +100,19 @@ def measure_targets(targets: Sequence[str], *, against: Sequence[str], out: Path
                 form = next(arm for arm in arms if arm.id == name).spec["form"]
                 graph = artifact.path / artifact.result["forms"][form]["graph"]
                 environment["arms"][name]["weight_bytes"] = graph_weight_bytes(graph)
-            environment["prompt_source"] = f"random tokens below {vocabulary}, others in every block"
+            environment["prompt_source"] = (
+                f"random tokens below {vocabulary}, others in every block"
+            )
             (draft.folder / ENVIRONMENT).write_text(json.dumps(environment, indent=1))
-            result = figures.speeds(samples, environment, reference, prompt_tokens=bench.prompt_tokens)
-            result |= {"gates": [], "verdict": None, "targets": list(targets), "against": list(against)}
+            result = figures.speeds(
+                samples, environment, reference, prompt_tokens=bench.prompt_tokens
+            )
+            result |= {
+                "gates": [],
+                "verdict": None,
+                "targets": list(targets),
+                "against": list(against),
+            }
             draft.result = result | scenarios.summary(
                 figures.read_rows(draft.folder / SAMPLES), environment, bench, arms
             )
@@ -119,7 +143,9 @@ def find_arm(target: str, bench: Bench) -> Arm:
             if artifact.kind == "onnx":
                 form = form or str(artifact.result["shipped"])
                 if form not in artifact.result["forms"]:
-                    raise ArtifactError(f"{folder}: no form {form!r}; it has {', '.join(artifact.result['forms'])}.")
+                    raise ArtifactError(
+                        f"{folder}: no form {form!r}; it has {', '.join(artifact.result['forms'])}."
+                    )
                 return replace(form_arm(artifact, form), label=f"{name} {form}")
             if artifact.kind == "student":
                 folder = folder / "model"
@@ -174,7 +200,10 @@ def _at(bench: Bench, target: str) -> Bench:
     if not target.startswith(("http://", "https://")):
         return bench
     url = UrlTarget(kind="url", url=target)
-    asked = tuple(s.model_copy(update={"target": url}) if isinstance(s, ServerScenario) else s for s in bench.scenarios)
+    asked = tuple(
+        s.model_copy(update={"target": url}) if isinstance(s, ServerScenario) else s
+        for s in bench.scenarios
+    )
     return bench.model_copy(update={"scenarios": asked})
 
 

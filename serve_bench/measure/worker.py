@@ -35,7 +35,9 @@ class Session:
 
     def __init__(self) -> None:
         self.runtime: Runtime | None = None
-        self._scored: tuple[tuple[int, ...], Any] | None = None  # ids and log-probabilities of the last block
+        self._scored: tuple[tuple[int, ...], Any] | None = (
+            None  # ids and log-probabilities of the last block
+        )
 
     def answer(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """Do one command."""
@@ -51,7 +53,9 @@ class Session:
             case "batch":
                 return generate(self.runtime, **arguments)
             case "last":
-                return {"token": int(self.runtime.begin(np.asarray([arguments["ids"]], np.int64), 1)[0])}
+                return {
+                    "token": int(self.runtime.begin(np.asarray([arguments["ids"]], np.int64), 1)[0])
+                }
             case "logp":
                 return self.logp(**arguments)
             case "score":
@@ -76,7 +80,9 @@ class Session:
         np.save(file, log_probabilities)
         return {"labels": len(log_probabilities)}
 
-    def score(self, ids: list[int], scored: list[int], vocabulary: int, mixture: str | None) -> dict[str, Any]:
+    def score(
+        self, ids: list[int], scored: list[int], vocabulary: int, mixture: str | None
+    ) -> dict[str, Any]:
         """Sums over the labels of one block, of which ``scored`` says 1; ``mixture`` is the file of the teachers' log-probabilities, or none."""
         mine = self._log_probabilities(ids, vocabulary)
         teachers = np.load(mixture, mmap_mode="r") if mixture else None
@@ -124,7 +130,9 @@ def peak_rss() -> int:
         pass
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 class Answering(Protocol):

@@ -65,7 +65,10 @@ def open_batch(decoder: Decoder, *, rows: int, tokens: int) -> Batch:
 
 def bytes_per_token(decoder: Decoder) -> int:
     """Bytes that the cache takes for one token of one row."""
-    return sum(heads * size for heads, size in decoder.past.values()) * np.dtype(decoder.cache_type).itemsize
+    return (
+        sum(heads * size for heads, size in decoder.past.values())
+        * np.dtype(decoder.cache_type).itemsize
+    )
 
 
 class InPlaceBatch:
@@ -161,8 +164,12 @@ class Pages:
 
     def __init__(self, shape: tuple[int, ...], kind: type[np.floating[Any]]) -> None:
         self._row = int(np.prod(shape[1:])) * np.dtype(kind).itemsize  # bytes
-        self._memory = mmap.mmap(-1, shape[0] * self._row, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux: a huge page would hold thousands of tokens for the first one
+        self._memory = mmap.mmap(
+            -1, shape[0] * self._row, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )
+        if hasattr(
+            mmap, "MADV_NOHUGEPAGE"
+        ):  # Linux: a huge page would hold thousands of tokens for the first one
             self._memory.madvise(mmap.MADV_NOHUGEPAGE)
         self.array = np.frombuffer(self._memory, kind).reshape(shape)
 
@@ -176,7 +183,10 @@ class GrowingBatch:
 
     def __init__(self, decoder: Decoder, tokens: int) -> None:
         self.rows = 0
-        self._decoder, self._tokens = decoder, tokens // 2  # a step holds the old cache and the new one
+        self._decoder, self._tokens = (
+            decoder,
+            tokens // 2,
+        )  # a step holds the old cache and the new one
         self.longest = min(self._tokens, decoder.context or self._tokens)
         self._binding = decoder.new_binding()
         self._cache: list[Any] = []
@@ -189,13 +199,19 @@ class GrowingBatch:
         return self._mask.size + self._filled
 
     def fits(self, needs: Sequence[int]) -> bool:
-        return len(needs) * max(needs, default=0) <= self._tokens  # every row is as long as the longest
+        return (
+            len(needs) * max(needs, default=0) <= self._tokens
+        )  # every row is as long as the longest
 
     def fill(self, ids: Sequence[int]) -> Floats:
         self._filled += len(ids)
         kind = self._decoder.cache_type
-        past = self._new or [self._share(np.zeros((1, h, 0, d), kind)) for h, d in self._decoder.past.values()]
-        logits, self._new = self._run(np.array([ids], np.int64), np.ones((1, self._filled), np.int64), past)
+        past = self._new or [
+            self._share(np.zeros((1, h, 0, d), kind)) for h, d in self._decoder.past.values()
+        ]
+        logits, self._new = self._run(
+            np.array([ids], np.int64), np.ones((1, self._filled), np.int64), past
+        )
         last: Floats = logits[0]
         return last
 
@@ -204,7 +220,10 @@ class GrowingBatch:
         mine, theirs = self._arrays(self._new), self._arrays(self._cache)
         joined = [self._padded(new, length) for new in mine]
         if self.rows:
-            joined = [np.concatenate([self._padded(old, length), new]) for old, new in zip(theirs, joined, strict=True)]
+            joined = [
+                np.concatenate([self._padded(old, length), new])
+                for old, new in zip(theirs, joined, strict=True)
+            ]
         mask = np.zeros((self.rows + 1, length), np.int64)
         mask[: self.rows, length - self._mask.shape[1] :] = self._mask
         mask[self.rows, length - self._filled :] = 1
@@ -224,12 +243,18 @@ class GrowingBatch:
         if row < self.rows - 1:
             order[row] = self.rows - 1
         mask = self._mask[order]
-        first = int(mask.any(axis=0).argmax()) if order else 0  # columns that were padding to all who stay
-        self._keep([cache[order, :, first:] for cache in self._arrays(self._cache)], mask[:, first:])
+        first = (
+            int(mask.any(axis=0).argmax()) if order else 0
+        )  # columns that were padding to all who stay
+        self._keep(
+            [cache[order, :, first:] for cache in self._arrays(self._cache)], mask[:, first:]
+        )
 
     def _keep(self, arrays: Iterable[Floats], mask: Ids) -> None:
         self.rows, self._mask = len(mask), mask
-        self._cache = [self._share(np.ascontiguousarray(array)) for array in arrays] if self.rows else []
+        self._cache = (
+            [self._share(np.ascontiguousarray(array)) for array in arrays] if self.rows else []
+        )
 
     def _run(self, tokens: Ids, mask: Ids, past: list[Any]) -> tuple[Floats, list[Any]]:
         logits = np.empty((len(tokens), 1, self._decoder.vocabulary), np.float32)

@@ -166,10 +166,16 @@ class Engine:
         count = len(request.ids)
         if not count:
             raise DataError("found an empty prompt, expected at least one token.")
-        if foreign := next((token for token in request.ids if not 0 <= token < self.vocabulary), None):
-            raise DataError(f"found token {foreign} in the prompt, expected 0 to {self.vocabulary - 1}.")
+        if foreign := next(
+            (token for token in request.ids if not 0 <= token < self.vocabulary), None
+        ):
+            raise DataError(
+                f"found token {foreign} in the prompt, expected 0 to {self.vocabulary - 1}."
+            )
         if request.max_new_tokens < 1:
-            raise DataError(f"found {request.max_new_tokens} tokens to generate, expected at least 1.")
+            raise DataError(
+                f"found {request.max_new_tokens} tokens to generate, expected at least 1."
+            )
         if count + request.max_new_tokens > self.longest:
             raise ContextError(
                 f"found a prompt of {count} tokens and {request.max_new_tokens} to generate, {count + request.max_new_tokens} "
@@ -185,7 +191,9 @@ class Engine:
         stream = Stream(request, put, Decoding(self.text.tokenizer))
         with self._change:
             if self.failure is not None:
-                raise ClosedError(f"the engine has failed ({self.failure!r}) and takes no more requests.")
+                raise ClosedError(
+                    f"the engine has failed ({self.failure!r}) and takes no more requests."
+                )
             if self._closing is not None:
                 raise ClosedError("the engine is shutting down and takes no more requests.")
             held_up = self._held_up([*self._waiting, stream])
@@ -275,7 +283,9 @@ class Engine:
             self._batch.drop()
             self._end(self._new, finish)
             self._new = None
-        self._leave({row: finish for row, stream in enumerate(self._running) if (finish := over(stream))})
+        self._leave(
+            {row: finish for row, stream in enumerate(self._running) if (finish := over(stream))}
+        )
 
     def _read_prompts(self) -> None:
         """Read up to a chunk of prompts; those read to their end get their first token and join."""
@@ -311,13 +321,17 @@ class Engine:
         if not self._running:
             return
         logits = self._batch.step(np.array([stream.last for stream in self._running], np.int64))
-        found = ((row, self._advance(stream, logits[row])) for row, stream in enumerate(self._running))
+        found = (
+            (row, self._advance(stream, logits[row])) for row, stream in enumerate(self._running)
+        )
         self._leave({row: finish for row, finish in found if finish})
 
     def _advance(self, stream: Stream, logits: Floats) -> Finish | None:
         """Choose the token after ``logits[V]`` and tell it; returns why the stream ends with it, if it does."""
         request = stream.request
-        token = choose(logits, temperature=request.temperature, top_p=request.top_p, draw=stream.draw)
+        token = choose(
+            logits, temperature=request.temperature, top_p=request.top_p, draw=stream.draw
+        )
         if token in request.stop_ids:
             return "stop"
         stream.last = token
@@ -370,4 +384,6 @@ class StopStrings:
 
 def _overlap(text: str, stop: str) -> int:
     """Characters at the end of ``text`` that begin ``stop``."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+    return next(
+        (n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0
+    )

@@ -37,7 +37,13 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from limbeck.contract.artifact import open_artifact
-from limbeck.contract.errors import ClosedError, ContextError, DataError, EnvironmentalError, QueueFullError
+from limbeck.contract.errors import (
+    ClosedError,
+    ContextError,
+    DataError,
+    EnvironmentalError,
+    QueueFullError,
+)
 from limbeck.contract.progress import say
 from serve_bench.serve.engine import Engine, Finish, Piece, Request, Stream
 from serve_bench.serve.limits import Limits
@@ -54,11 +60,30 @@ from serve_bench.serve.wire import (
 )
 
 _COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens in /v1/completions
-_KINDS = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_limit_error", 504: "timeout_error"}
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-_KEEP_ALIVE = (
-    30  # seconds; longer than clients keep an idle connection, or they would now and then use one being closed
+_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    429: "rate_limit_error",
+    504: "timeout_error",
+}
+_SECONDS = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
 )
+_KEEP_ALIVE = 30  # seconds; longer than clients keep an idle connection, or they would now and then use one being closed
 _READERS = 2  # threads that turn text into tokens: tokenizers keeps up to 10,000 words for each thread that asks it
 _LAST_WORDS = 5  # seconds that answers already made may take to reach their clients at the end
 
@@ -87,10 +112,18 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
-        self.requests = Counter("limbeck_requests", "Answers by status.", ["endpoint", "status"], registry=registry)
-        self.errors = Counter("limbeck_errors", "Errors told to clients, by code.", ["code"], registry=registry)
-        self.finished = Counter("limbeck_finished", "Ends of generations, by reason.", ["reason"], registry=registry)
-        self.prompt = Counter("limbeck_prompt_tokens", "Prompt tokens of accepted requests.", registry=registry)
+        self.requests = Counter(
+            "limbeck_requests", "Answers by status.", ["endpoint", "status"], registry=registry
+        )
+        self.errors = Counter(
+            "limbeck_errors", "Errors told to clients, by code.", ["code"], registry=registry
+        )
+        self.finished = Counter(
+            "limbeck_finished", "Ends of generations, by reason.", ["reason"], registry=registry
+        )
+        self.prompt = Counter(
+            "limbeck_prompt_tokens", "Prompt tokens of accepted requests.", registry=registry
+        )
         self.generated = Counter("limbeck_generated_tokens", "Tokens sent.", registry=registry)
         self.ttft = Histogram(
             "limbeck_time_to_first_token_seconds",
@@ -107,7 +140,10 @@ class Metrics:
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
             "limbeck_queue_length": ("Requests that wait for a slot.", lambda: engine.waiting),
             "limbeck_running": ("Requests that hold a slot.", lambda: engine.running),
-            "limbeck_cache_bytes": ("Memory of the tokens that the caches hold.", lambda: engine.cache_bytes),
+            "limbeck_cache_bytes": (
+                "Memory of the tokens that the caches hold.",
+                lambda: engine.cache_bytes,
+            ),
             "limbeck_slots": ("Requests that may run at once.", lambda: engine.max_batch),
         }
         for name, (text, read) in gauges.items():
@@ -196,7 +232,9 @@ class EventStream(StreamingResponse):
 
     def __init__(self, events: AsyncIterator[str], answer: Answer) -> None:
         super().__init__(
-            events, media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            events,
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
         self._answer = answer
 
@@ -235,9 +273,13 @@ class Service:
         except DataError as error:
             raise ApiError(400, str(error)) from None
         except QueueFullError as error:
-            raise ApiError(429, str(error), code="queue_full", headers={"Retry-After": "1"}) from None
+            raise ApiError(
+                429, str(error), code="queue_full", headers={"Retry-After": "1"}
+            ) from None
         except ClosedError as error:
-            raise ApiError(503, str(error), code="shutting_down", headers={"Retry-After": "5"}) from None
+            raise ApiError(
+                503, str(error), code="shutting_down", headers={"Retry-After": "5"}
+            ) from None
         self.metrics.prompt.inc(len(request.ids))
         return stream
 
@@ -246,11 +288,15 @@ class Service:
         match finish:
             case "timeout":
                 limit = f"{self.limits.request_timeout:g} s"
-                raise ApiError(504, f"the request took longer than {limit}, the limit here.", code="timeout")
+                raise ApiError(
+                    504, f"the request took longer than {limit}, the limit here.", code="timeout"
+                )
             case "closed":
                 raise ApiError(503, "the server is shutting down.", code="shutting_down")
             case "failed":
-                raise ApiError(500, "the engine has failed; the server's log says why.", code="failed")
+                raise ApiError(
+                    500, "the engine has failed; the server's log says why.", code="failed"
+                )
 
     async def _read(self, turn: Callable[[Given], list[int]], given: Given) -> list[int]:
         return await asyncio.get_running_loop().run_in_executor(self._readers, turn, given)
@@ -258,27 +304,39 @@ class Service:
     async def complete(self, http: HttpRequest, body: CompletionBody) -> Response:
         """`/v1/completions`."""
         prompt = body.one_prompt
-        ids = await self._read(self.engine.text.encode, prompt) if isinstance(prompt, str) else prompt
+        ids = (
+            await self._read(self.engine.text.encode, prompt) if isinstance(prompt, str) else prompt
+        )
         most = body.max_tokens or self._room(ids, _COMPLETION_TOKENS)
         return await self._answer(http, body, ids, most, Completion(self.model, self.fingerprint))
 
     async def chat(self, http: HttpRequest, body: ChatBody) -> Response:
         """`/v1/chat/completions`."""
         if self.engine.text.template is None:
-            raise ApiError(400, "this model has no chat template; use /v1/completions.", param="messages")
+            raise ApiError(
+                400, "this model has no chat template; use /v1/completions.", param="messages"
+            )
         try:
-            ids = await self._read(self.engine.text.chat, [message.plain() for message in body.messages])
+            ids = await self._read(
+                self.engine.text.chat, [message.plain() for message in body.messages]
+            )
         except DataError as error:
             raise ApiError(400, str(error), param="messages") from None
-        most = body.max_completion_tokens or body.max_tokens or self._room(ids, self.limits.max_tokens)
-        return await self._answer(http, body, ids, most, ChatCompletion(self.model, self.fingerprint))
+        most = (
+            body.max_completion_tokens or body.max_tokens or self._room(ids, self.limits.max_tokens)
+        )
+        return await self._answer(
+            http, body, ids, most, ChatCompletion(self.model, self.fingerprint)
+        )
 
     def _room(self, ids: list[int], most: int) -> int:
         """Tokens to generate where the request does not say: ``most``, or what the limit and the context leave."""
         room = min(most, self.limits.max_tokens, self.engine.longest - len(ids))
         return max(room, 1)  # the engine says what is too long
 
-    async def _answer(self, http: HttpRequest, body: Sampling, ids: list[int], most: int, shape: Shape) -> Response:
+    async def _answer(
+        self, http: HttpRequest, body: Sampling, ids: list[int], most: int, shape: Shape
+    ) -> Response:
         arrived: float = http.scope["limbeck.arrived"]
         if body.model != self.model:
             raise ApiError(
@@ -288,7 +346,11 @@ class Service:
                 param="model",
             )
         if body.stream_options and not body.stream:
-            raise ApiError(400, "stream_options: only a stream has any; set stream to true.", param="stream_options")
+            raise ApiError(
+                400,
+                "stream_options: only a stream has any; set stream to true.",
+                param="stream_options",
+            )
         if most > self.limits.max_tokens:
             raise ApiError(
                 400,
@@ -308,7 +370,9 @@ class Service:
         answer = Answer(self, request, arrived)
         try:
             if body.stream:
-                first = await unless_gone(http, answer.next())  # an error until then still has a status of its own
+                first = await unless_gone(
+                    http, answer.next()
+                )  # an error until then still has a status of its own
                 return EventStream(self._events(answer, first, shape, body.wants_usage), answer)
             return await unless_gone(http, self._whole(answer, shape))
         except BaseException:
@@ -321,7 +385,9 @@ class Service:
             text, finish = text + piece.text, piece.finish
         return JSONResponse(shape.whole(text, str(finish), answer.usage))
 
-    async def _events(self, answer: Answer, first: Piece, shape: Shape, wants_usage: bool) -> AsyncIterator[str]:
+    async def _events(
+        self, answer: Answer, first: Piece, shape: Shape, wants_usage: bool
+    ) -> AsyncIterator[str]:
         """One event a token, so that a client that times events times tokens; then the end, and the counts if wanted."""
         extra = {"usage": None} if wants_usage else {}
         events = []
@@ -392,7 +458,9 @@ class Gate:
             try:
                 message = await asyncio.wait_for(receive(), max(left, 0))
             except TimeoutError:
-                raise ApiError(408, f"the body did not arrive within {limits.request_timeout:g} s.") from None
+                raise ApiError(
+                    408, f"the body did not arrive within {limits.request_timeout:g} s."
+                ) from None
             size += len(message.get("body", b""))
             if size > limits.max_body_bytes:
                 raise _too_large(limits)
@@ -425,7 +493,12 @@ class Gate:
                 headers={"WWW-Authenticate": "Bearer"},
             )
         if self._service.engine.closing:
-            raise ApiError(503, "the server is shutting down.", code="shutting_down", headers={"Retry-After": "5"})
+            raise ApiError(
+                503,
+                "the server is shutting down.",
+                code="shutting_down",
+                headers={"Retry-After": "5"},
+            )
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > limits.max_body_bytes:
             raise _too_large(limits)
@@ -433,7 +506,9 @@ class Gate:
 
 def _too_large(limits: Limits) -> ApiError:
     return ApiError(
-        413, f"the body is larger than {limits.max_body_bytes} bytes, the limit here.", code="body_too_large"
+        413,
+        f"the body is larger than {limits.max_body_bytes} bytes, the limit here.",
+        code="body_too_large",
     )
 
 
@@ -465,7 +540,9 @@ def make_app(engine: Engine, *, model: str, fingerprint: str, limits: Limits) ->
     @app.exception_handler(HTTPException)
     async def not_served(_: HttpRequest, error: HTTPException) -> Response:
         served = ", ".join(_ENDPOINTS)
-        return _refusal(service, ApiError(error.status_code, f"{error.detail}; this server has {served}."))
+        return _refusal(
+            service, ApiError(error.status_code, f"{error.detail}; this server has {served}.")
+        )
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: HttpRequest, error: RequestValidationError) -> Response:
@@ -479,7 +556,9 @@ def make_app(engine: Engine, *, model: str, fingerprint: str, limits: Limits) ->
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
         if name != model:
-            raise ApiError(404, f"found model {name!r}; this server has {model!r}.", code="model_not_found")
+            raise ApiError(
+                404, f"found model {name!r}; this server has {model!r}.", code="model_not_found"
+            )
         return card
 
     @app.post("/v1/completions")
@@ -506,7 +585,13 @@ class Listener(uvicorn.Server):
     """uvicorn that drains: once stopped it still answers, with 503 for what is new, until the engine has finished."""
 
     def __init__(
-        self, config: uvicorn.Config, engine: Engine, *, bound: socket.socket, title: str, grace: float
+        self,
+        config: uvicorn.Config,
+        engine: Engine,
+        *,
+        bound: socket.socket,
+        title: str,
+        grace: float,
     ) -> None:
         super().__init__(config)
         self.engine, self.title = engine, title
@@ -544,7 +629,9 @@ class Listener(uvicorn.Server):
         """Ten times a second: whether it is time to go."""
         if self._stopped:
             if not self.engine.closing:
-                say(f"shutting down; {self.engine.running + self.engine.waiting} requests have {self._grace:g} s left")
+                say(
+                    f"shutting down; {self.engine.running + self.engine.waiting} requests have {self._grace:g} s left"
+                )
             self.engine.close(self._grace, wait=False)
         return await super().on_tick(counter) or self.engine.ended
 
@@ -569,7 +656,12 @@ def open_server(
     bound = _bind(host, port)
     try:
         engine = Engine(
-            folder, form=form, threads=threads, max_batch=max_batch, max_queue=max_queue, cache_bytes=cache_bytes
+            folder,
+            form=form,
+            threads=threads,
+            max_batch=max_batch,
+            max_queue=max_queue,
+            cache_bytes=cache_bytes,
         )
         artifact = open_artifact(folder, kind="onnx", verify=False)
         recipe = artifact.manifest["recipe"]
@@ -585,7 +677,9 @@ def open_server(
             timeout_keep_alive=_KEEP_ALIVE,
             timeout_graceful_shutdown=_LAST_WORDS,
         )
-        title = f"{model} ({engine.form}, context {engine.longest} tokens, {engine.threads} threads)"
+        title = (
+            f"{model} ({engine.form}, context {engine.longest} tokens, {engine.threads} threads)"
+        )
         return Listener(config, engine, bound=bound, title=title, grace=grace)
     except BaseException:
         bound.close()

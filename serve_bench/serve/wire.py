@@ -60,7 +60,9 @@ class Sampling(_Body):
     stop: StopString | Annotated[list[StopString], Field(max_length=STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    ignore_eos: bool | None = Field(default=None, description="Go on past the model's own end; as vLLM has it.")
+    ignore_eos: bool | None = Field(
+        default=None, description="Go on past the model's own end; as vLLM has it."
+    )
     user: str | None = Field(default=None, description="Taken and not used.")
     n: Any = _only(1)
     frequency_penalty: Any = _only(0, 0.0)
@@ -82,7 +84,10 @@ class CompletionBody(Sampling):
     """`POST /v1/completions`."""
 
     prompt: (
-        str | list[int] | Annotated[list[str], Field(max_length=1)] | Annotated[list[list[int]], Field(max_length=1)]
+        str
+        | list[int]
+        | Annotated[list[str], Field(max_length=1)]
+        | Annotated[list[list[int]], Field(max_length=1)]
     )
     best_of: Any = _only(1)
     echo: Any = _only(False)
@@ -117,7 +122,11 @@ class Message(_Body):
 
     def plain(self) -> dict[str, str]:
         """As chat templates take it: `developer` is the newer name of `system`."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        text = (
+            self.content
+            if isinstance(self.content, str)
+            else "".join(part.text for part in self.content)
+        )
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
@@ -158,7 +167,9 @@ class Usage:
 class Shape(Protocol):
     """How one endpoint writes its answers."""
 
-    def chunk(self, text: str | None, finish: str | None = None, *, first: bool = False) -> dict[str, Any]:
+    def chunk(
+        self, text: str | None, finish: str | None = None, *, first: bool = False
+    ) -> dict[str, Any]:
         """One event of a stream: a token's text, or the end."""
 
     def whole(self, text: str, finish: str, usage: Usage) -> dict[str, Any]:
@@ -172,7 +183,11 @@ class _Answer:
     """What every body of one answer repeats."""
 
     def __init__(self, kind: str, model: str, fingerprint: str) -> None:
-        self._head = {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._head = {
+            "id": f"{kind}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
         self._tail = {"system_fingerprint": fingerprint}
 
     def _body(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
@@ -185,7 +200,9 @@ class Completion(_Answer):
     def __init__(self, model: str, fingerprint: str) -> None:
         super().__init__("cmpl", model, fingerprint)
 
-    def chunk(self, text: str | None, finish: str | None = None, *, first: bool = False) -> dict[str, Any]:
+    def chunk(
+        self, text: str | None, finish: str | None = None, *, first: bool = False
+    ) -> dict[str, Any]:
         return self._body("text_completion", [self._choice(text or "", finish)])
 
     def whole(self, text: str, finish: str, usage: Usage) -> dict[str, Any]:
@@ -205,8 +222,12 @@ class ChatCompletion(_Answer):
     def __init__(self, model: str, fingerprint: str) -> None:
         super().__init__("chatcmpl", model, fingerprint)
 
-    def chunk(self, text: str | None, finish: str | None = None, *, first: bool = False) -> dict[str, Any]:
-        delta = ({"role": "assistant"} if first else {}) | ({} if text is None else {"content": text})
+    def chunk(
+        self, text: str | None, finish: str | None = None, *, first: bool = False
+    ) -> dict[str, Any]:
+        delta = ({"role": "assistant"} if first else {}) | (
+            {} if text is None else {"content": text}
+        )
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
         return self._body("chat.completion.chunk", [choice])
 
@@ -219,7 +240,9 @@ class ChatCompletion(_Answer):
         return self._body("chat.completion.chunk", [], usage=usage.body())
 
 
-def error_body(message: str, *, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+def error_body(
+    message: str, *, kind: str, code: str | None = None, param: str | None = None
+) -> dict[str, Any]:
     """An error as OpenAI writes it."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -228,10 +251,16 @@ def first_mistake(errors: Sequence[Any]) -> tuple[str, str | None]:
     """Message and field of the first of pydantic's ``errors`` on a body."""
     error = errors[0]
     if error["type"] == "json_invalid":
-        return f"the body is not JSON: {error['ctx']['error']} at character {error['loc'][-1]}.", None
+        return (
+            f"the body is not JSON: {error['ctx']['error']} at character {error['loc'][-1]}.",
+            None,
+        )
     place = [str(part) for part in error["loc"] if part != "body"]
     if not place:
-        return "found no JSON object in the body; send one with Content-Type: application/json.", None
+        return (
+            "found no JSON object in the body; send one with Content-Type: application/json.",
+            None,
+        )
     field = place[0]
     if error["type"] == "extra_forbidden":
         return f"{'.'.join(place)}: this server does not know this field; leave it out.", field
@@ -239,6 +268,10 @@ def first_mistake(errors: Sequence[Any]) -> tuple[str, str | None]:
         return f"{'.'.join(place)}: this field is required.", field
     found = repr(error.get("input"))
     found = found if len(found) <= 80 else f"{found[:77]}..."
-    same = [other for other in errors if other["loc"][:2] == error["loc"][:2]]  # the branches of a union
-    expected = " or ".join(dict.fromkeys(str(other["msg"]).removeprefix("Value error, ") for other in same))
+    same = [
+        other for other in errors if other["loc"][:2] == error["loc"][:2]
+    ]  # the branches of a union
+    expected = " or ".join(
+        dict.fromkeys(str(other["msg"]).removeprefix("Value error, ") for other in same)
+    )
     return f"{place[0] if len(same) > 1 else '.'.join(place)}: found {found}; {expected}.", field

@@ -25,8 +25,16 @@ _VARIABLES = {"#010203": "ink", "#010204": "muted", "#010205": "line", "#010206"
 _VARIABLES |= {f"#0102a{index}": f"s{index}" for index in range(1, 7)}
 INK, MUTED, LINE, PAPER = "#010203", "#010204", "#010205", "#010206"
 SERIES = tuple(f"#0102a{index}" for index in range(1, 7))
-ROLE = {"teacher": SERIES[1], "student": SERIES[3], "form": SERIES[0], "twin": MUTED, "extra": SERIES[2]}
-_SCALE = 1.3  # of a drawing at its widest; drawings are small so that a phone need not shrink them much
+ROLE = {
+    "teacher": SERIES[1],
+    "student": SERIES[3],
+    "form": SERIES[0],
+    "twin": MUTED,
+    "extra": SERIES[2],
+}
+_SCALE = (
+    1.3  # of a drawing at its widest; drawings are small so that a phone need not shrink them much
+)
 _MARKS = ("o", "s", "^", "D", "v", "P")
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -91,7 +99,9 @@ def lines(
         axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
         _finish_axes(axes, x, y)
         bottom, top = axes.get_ylim()
-        places = _spread([value for value, _, _ in ends], gap=0.062 * (top - bottom), low=bottom, high=top)
+        places = _spread(
+            [value for value, _, _ in ends], gap=0.062 * (top - bottom), low=bottom, high=top
+        )
         for (_, name, colour), place in zip(ends, places, strict=True):
             axes.annotate(
                 name, (1, place), xycoords=("axes fraction", "data"), xytext=(7, 0), textcoords="offset points",
@@ -110,9 +120,18 @@ def quality_against_speed(bubbles: Sequence[Bubble], *, title: str, x: str, y: s
         axes.set_xscale("log")
         axes.set_xlim(min(speeds) / 1.9, max(speeds) * 2.1)
         axes.set_ylim(max(losses) + 0.35 * span, min(losses) - 0.35 * span)  # less loss is up
-        corners = [(bubbles[i].speed, bubbles[i].loss) for i in pareto([(b.speed, b.loss) for b in bubbles])]
+        corners = [
+            (bubbles[i].speed, bubbles[i].loss)
+            for i in pareto([(b.speed, b.loss) for b in bubbles])
+        ]
         if len(corners) > 1:
-            axes.plot(*zip(*corners, strict=True), color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=0)
+            axes.plot(
+                *zip(*corners, strict=True),
+                color=MUTED,
+                linewidth=1.2,
+                linestyle=(0, (4, 3)),
+                zorder=0,
+            )
         for bubble in sorted(bubbles, key=lambda b: -b.megabytes):
             colour = ROLE[bubble.role]
             axes.scatter(
@@ -128,7 +147,16 @@ def quality_against_speed(bubbles: Sequence[Bubble], *, title: str, x: str, y: s
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         _finish_axes(axes, f"{x} (logarithmic)", f"{y} (less is better)")
-        axes.text(0.995, 0.985, "better ↗", transform=axes.transAxes, ha="right", va="top", color=MUTED, fontsize=9.5)
+        axes.text(
+            0.995,
+            0.985,
+            "better ↗",
+            transform=axes.transAxes,
+            ha="right",
+            va="top",
+            color=MUTED,
+            fontsize=9.5,
+        )
         _label_bubbles(figure, axes, bubbles, largest, corners)
         return _svg(figure, title, scale=1.2 * _SCALE)
 
@@ -170,7 +198,9 @@ def ridges(rows: Sequence[tuple[str, str, Sequence[float]]], *, title: str, x: s
         return _svg(figure, title)
 
 
-def stacks(rows: Sequence[tuple[str, Sequence[float]]], parts: Sequence[str], *, title: str, x: str) -> str:
+def stacks(
+    rows: Sequence[tuple[str, Sequence[float]]], parts: Sequence[str], *, title: str, x: str
+) -> str:
     """One bar a (label, spans), its spans one after the other; the spans are named above the first bar."""
     with mpl.rc_context(_STYLE):
         figure, axes = _figure(250, 26 * len(rows) + 16)
@@ -178,7 +208,14 @@ def stacks(rows: Sequence[tuple[str, Sequence[float]]], parts: Sequence[str], *,
         for index, (label, spans) in enumerate(rows):
             place, left = len(rows) - 1 - index, 0.0
             for part, span in enumerate(spans):
-                axes.barh(place, span, left=left, height=0.56, color=SERIES[part % len(SERIES)], linewidth=0)
+                axes.barh(
+                    place,
+                    span,
+                    left=left,
+                    height=0.56,
+                    color=SERIES[part % len(SERIES)],
+                    linewidth=0,
+                )
                 left += span
             _row_label(axes, label, place)
             axes.annotate(
@@ -187,7 +224,9 @@ def stacks(rows: Sequence[tuple[str, Sequence[float]]], parts: Sequence[str], *,
         axes.set_xlim(0, 1.12 * whole)
         axes.set_ylim(-0.6, len(rows) - 0.4)
         _finish_rows(axes, x, logarithmic=False)
-        handles = [Patch(color=SERIES[part % len(SERIES)], label=name) for part, name in enumerate(parts)]
+        handles = [
+            Patch(color=SERIES[part % len(SERIES)], label=name) for part, name in enumerate(parts)
+        ]
         axes.legend(
             handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=9.5,
             handlelength=0.9, handletextpad=0.4, columnspacing=0.9, borderaxespad=0.2, borderpad=0, labelcolor=INK,
@@ -210,8 +249,17 @@ def ranges(
         xs_all = sorted({point[0] for points in series.values() for point in points})
         for index, (name, points) in enumerate(series.items()):
             colour = SERIES[index % len(SERIES)]
-            xs, ys, lows, highs = (np.array(column, np.float64) for column in zip(*points, strict=True))
-            axes.plot(xs, ys, color=colour, linewidth=1.8, marker=_MARKS[index % len(_MARKS)], markersize=4)
+            xs, ys, lows, highs = (
+                np.array(column, np.float64) for column in zip(*points, strict=True)
+            )
+            axes.plot(
+                xs,
+                ys,
+                color=colour,
+                linewidth=1.8,
+                marker=_MARKS[index % len(_MARKS)],
+                markersize=4,
+            )
             axes.vlines(xs, lows, highs, color=colour, linewidth=1.2, alpha=0.7)
             ends.append((float(ys[-1]), name, colour))
         axes.set_ylim(0, 1.08 * max(point[3] for points in series.values() for point in points))
@@ -221,13 +269,17 @@ def ranges(
             grid = np.geomspace(xs_all[0], xs_all[-1], 50)
             axes.plot(grid, grid, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=0)
             ends.append((float(min(xs_all[-1], axes.get_ylim()[1])), diagonal, MUTED))
-        axes.xaxis.set_major_locator(FixedLocator(xs_all if len(xs_all) <= 7 else _ticks(*axes.get_xlim())))
+        axes.xaxis.set_major_locator(
+            FixedLocator(xs_all if len(xs_all) <= 7 else _ticks(*axes.get_xlim()))
+        )
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         _finish_axes(axes, x, y)
         bottom, top = axes.get_ylim()
-        places = _spread([value for value, _, _ in ends], gap=0.062 * (top - bottom), low=bottom, high=top)
+        places = _spread(
+            [value for value, _, _ in ends], gap=0.062 * (top - bottom), low=bottom, high=top
+        )
         for (_, name, colour), place in zip(ends, places, strict=True):
             axes.annotate(
                 name, (1, place), xycoords=("axes fraction", "data"), xytext=(7, 0), textcoords="offset points",
@@ -245,9 +297,16 @@ def strip(rows: Sequence[tuple[str, str, Sequence[float]]], *, title: str, x: st
             place = len(rows) - 1 - index
             colour = ROLE[role]
             axes.scatter(
-                values, place + draw.uniform(-0.17, 0.17, len(values)), s=14, color=colour, alpha=0.55, linewidths=0
+                values,
+                place + draw.uniform(-0.17, 0.17, len(values)),
+                s=14,
+                color=colour,
+                alpha=0.55,
+                linewidths=0,
             )
-            axes.plot([np.median(values)] * 2, [place - 0.34, place + 0.34], color=colour, linewidth=2)
+            axes.plot(
+                [np.median(values)] * 2, [place - 0.34, place + 0.34], color=colour, linewidth=2
+            )
             _row_label(axes, label, place)
         axes.set_xscale("log")
         every = [value for _, _, values in rows for value in values]
@@ -260,7 +319,9 @@ def strip(rows: Sequence[tuple[str, str, Sequence[float]]], *, title: str, x: st
 def _figure(width: int, height: int) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width / 72, height / 72), dpi=72)
     FigureCanvasAgg(figure)  # measures text; the picture is written as SVG
-    return figure, figure.add_axes((0, 0, 1, 1))  # labels lie outside and are taken in when it is saved
+    return figure, figure.add_axes(
+        (0, 0, 1, 1)
+    )  # labels lie outside and are taken in when it is saved
 
 
 def _finish_axes(axes: Any, x: str, y: str) -> None:
@@ -303,7 +364,13 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _thousands(value: float, _: object) -> str:
-    return f"{value / 1e6:g}M" if abs(value) >= 1e6 else f"{value / 1e3:g}k" if abs(value) >= 1e3 else f"{value:g}"
+    return (
+        f"{value / 1e6:g}M"
+        if abs(value) >= 1e6
+        else f"{value / 1e3:g}k"
+        if abs(value) >= 1e3
+        else f"{value:g}"
+    )
 
 
 def _spread(values: Sequence[float], *, gap: float, low: float, high: float) -> list[float]:
@@ -318,7 +385,11 @@ def _spread(values: Sequence[float], *, gap: float, low: float, high: float) -> 
                 places[below] -= lack / 2
                 places[below + 1] += lack / 2
                 moved = True
-        if places and (shift := max(low - places[0], 0) - max(places[-1] - high, 0)) and len(places) * gap < high - low:
+        if (
+            places
+            and (shift := max(low - places[0], 0) - max(places[-1] - high, 0))
+            and len(places) * gap < high - low
+        ):
             places = [p + shift for p in places]
             moved = True
         if not moved:
@@ -330,7 +401,11 @@ def _spread(values: Sequence[float], *, gap: float, low: float, high: float) -> 
 
 
 def _label_bubbles(
-    figure: Figure, axes: Any, bubbles: Sequence[Bubble], largest: float, line: Sequence[tuple[float, float]]
+    figure: Figure,
+    axes: Any,
+    bubbles: Sequence[Bubble],
+    largest: float,
+    line: Sequence[tuple[float, float]],
 ) -> None:
     """Put each label at the first place around its bubble that touches no label, no bubble, no edge and not the ``line``."""
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
@@ -345,7 +420,8 @@ def _label_bubbles(
     for (x0, y0), (x1, y1) in itertools.pairwise(corners):
         steps = np.linspace(0, 1, 40)
         taken += [
-            (x - 2, y - 2, x + 2, y + 2) for x, y in zip(x0 + steps * (x1 - x0), y0 + steps * (y1 - y0), strict=True)
+            (x - 2, y - 2, x + 2, y + 2)
+            for x, y in zip(x0 + steps * (x1 - x0), y0 + steps * (y1 - y0), strict=True)
         ]
     for index, bubble in enumerate(bubbles):
         text = axes.annotate(
@@ -359,19 +435,38 @@ def _label_bubbles(
         best: tuple[float, tuple[float, float]] | None = None
         for distance in (4, 14, 26, 40, 56, 74, 94):
             reach = radius + distance
-            for across, up in ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (0.8, -0.8), (-0.8, 0.8), (-0.8, -0.8)):
+            for across, up in (
+                (1, 0),
+                (-1, 0),
+                (0, 1),
+                (0, -1),
+                (0.8, 0.8),
+                (0.8, -0.8),
+                (-0.8, 0.8),
+                (-0.8, -0.8),
+            ):
                 cx, cy = x + across * (reach + width / 2), y + up * (reach + height / 2)
                 box = (cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2)
                 others = [t for i, t in enumerate(taken) if i != index]
-                cost = sum(_overlap(box, other) for other in others) + 3 * _outside(box, frame.extents) + 0.5 * distance
+                cost = (
+                    sum(_overlap(box, other) for other in others)
+                    + 3 * _outside(box, frame.extents)
+                    + 0.5 * distance
+                )
                 if best is None or cost < best[0] - 1e-9:
                     best = (cost, (cx, cy))
         assert best is not None
         cx, cy = best[1]
         taken.append((cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2))
         text.set_position((cx - x, cy - y))
-        if np.hypot(max(abs(cx - x) - width / 2, 0), max(abs(cy - y) - height / 2, 0)) > radius + 10:
-            edge = (np.clip(x, cx - width / 2, cx + width / 2), np.clip(y, cy - height / 2, cy + height / 2))
+        if (
+            np.hypot(max(abs(cx - x) - width / 2, 0), max(abs(cy - y) - height / 2, 0))
+            > radius + 10
+        ):
+            edge = (
+                np.clip(x, cx - width / 2, cx + width / 2),
+                np.clip(y, cy - height / 2, cy + height / 2),
+            )
             (x0, y0), (x1, y1) = axes.transData.inverted().transform([(x, y), edge])
             axes.plot([x0, x1], [y0, y1], color=MUTED, linewidth=0.8, zorder=1)
 
@@ -404,16 +499,16 @@ def _svg(figure: Figure, title: str, *, scale: float = _SCALE) -> str:
     text = re.sub(r"url\(#", f"url(#{prefix}", text)
     text = re.sub(r'(?:xlink:)?href="#', f'href="#{prefix}', text)
     text = re.sub(
-        r"font: (\w+ )?([\d.]+px) [^;\"]*|font-family: [^;\"]*; ?| transform=\"rotate\(-0 [^\"]*\"", _font, text
+        r"font: (\w+ )?([\d.]+px) [^;\"]*|font-family: [^;\"]*; ?| transform=\"rotate\(-0 [^\"]*\"",
+        _font,
+        text,
     )
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.S)
     view = re.search(r'viewBox="([^"]+)"', text)
     assert view is not None
     width = float(view.group(1).split()[2]) * scale
     name = escape(title, quote=True)
-    head = (
-        f'<svg class="chart" viewBox="{view.group(1)}" style="max-width: {width:.0f}px" role="img" aria-label="{name}">'
-    )
+    head = f'<svg class="chart" viewBox="{view.group(1)}" style="max-width: {width:.0f}px" role="img" aria-label="{name}">'
     return head + text[text.index(">") + 1 :].strip()
 
 
@@ -421,4 +516,6 @@ def _font(match: re.Match[str]) -> str:
     """Size and weight stay, the family is the page's."""
     if not match.group(2):
         return ""
-    return f"{f'font-weight: {match.group(1)}; ' if match.group(1) else ''}font-size: {match.group(2)}"
+    return (
+        f"{f'font-weight: {match.group(1)}; ' if match.group(1) else ''}font-size: {match.group(2)}"
+    )

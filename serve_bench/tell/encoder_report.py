@@ -22,7 +22,15 @@ from serve_bench.judge.figures import ENVIRONMENT, SAMPLES
 from serve_bench.judge.gates import EXIT_CODES, Verdict
 from serve_bench.measure.arms import Arm
 from serve_bench.tell import charts
-from serve_bench.tell.report import HTML, JSON, Report, interval, significant, templates, verdict_and_table
+from serve_bench.tell.report import (
+    HTML,
+    JSON,
+    Report,
+    interval,
+    significant,
+    templates,
+    verdict_and_table,
+)
 
 
 def write_encoder_report(*, run: Path, recipe: EncoderRecipe) -> Report:
@@ -32,10 +40,15 @@ def write_encoder_report(*, run: Path, recipe: EncoderRecipe) -> Report:
     onnx = open_artifact(run / "onnx", kind="onnx", verify=False)
     for role, artifact in (("student", student), ("onnx", onnx)):
         if bench.manifest["parents"][role] != artifact.digest:
-            raise ArtifactError(f"{bench.path} did not measure {artifact.path}; run the bench stage again.")
+            raise ArtifactError(
+                f"{bench.path} did not measure {artifact.path}; run the bench stage again."
+            )
     samples = figures.read_samples(bench.path / SAMPLES)
     heldout = load_examples(student.path / EXAMPLES)
-    arms = [Arm(name, a["label"], a["role"], a["runtime"], a["bytes"], {}) for name, a in bench.result["arms"].items()]
+    arms = [
+        Arm(name, a["label"], a["role"], a["runtime"], a["bytes"], {})
+        for name, a in bench.result["arms"].items()
+    ]
     quality = figures.Quality(recipe, load_file(bench.path / figures.ANSWERS), heldout.groups, arms)
     environment = json.loads((bench.path / ENVIRONMENT).read_text())
     shipped = str(bench.result["shipped"])
@@ -48,11 +61,18 @@ def write_encoder_report(*, run: Path, recipe: EncoderRecipe) -> Report:
         **figures.summary(samples, quality, environment, shipped, arms, recipe),
         "student": student.result,
         "onnx": onnx.result,
-        "heldout": {name: int((heldout.groups == g).sum()) for g, (_, name, _) in enumerate(groups_of(recipe))},
+        "heldout": {
+            name: int((heldout.groups == g).sum())
+            for g, (_, name, _) in enumerate(groups_of(recipe))
+        },
         "environment": environment,
         "digests": {"student": student.digest, "onnx": onnx.digest, "bench": bench.digest},
     }
-    text = recipe.text or (student.manifest["recipe"] or {}).get("text") or json.dumps(recipe.resolved(), indent=2)
+    text = (
+        recipe.text
+        or (student.manifest["recipe"] or {}).get("text")
+        or json.dumps(recipe.resolved(), indent=2)
+    )
     page = _render(data, verdict, text, datetime.fromisoformat(bench.manifest["created"]))
     write_atomically(run / JSON, json.dumps(data, indent=1))
     write_atomically(run / HTML, page)
@@ -61,10 +81,15 @@ def write_encoder_report(*, run: Path, recipe: EncoderRecipe) -> Report:
 
 def markdown(data: Mapping[str, Any], verdict: Verdict) -> str:
     """Verdict, gates and the main table, as Markdown that also reads well in a terminal."""
-    columns = [(cell["batch"], cell["length"]) for cell in next(iter(data["arms"].values()))["grid"]]
+    columns = [
+        (cell["batch"], cell["length"]) for cell in next(iter(data["arms"].values()))["grid"]
+    ]
     names = list(data["arms"][f"onnx:{data['shipped']}"]["metrics"])
     rows = [["arm", "runtime", "MB", "memory MB", *(n.replace("_", " ") for n in names)]]
-    rows[0] += [*(f"{batch} × {length} seq/s" for batch, length in columns), "throughput of the shipped"]
+    rows[0] += [
+        *(f"{batch} × {length} seq/s" for batch, length in columns),
+        "throughput of the shipped",
+    ]
     for name, arm in data["arms"].items():
         over = data["throughput_of_shipped_over"].get(name)
         shipped = " (shipped)" if name == f"onnx:{data['shipped']}" else ""
@@ -97,7 +122,9 @@ def _render(data: Mapping[str, Any], verdict: Verdict, recipe_text: str, measure
         verdict=verdict,
         shipped=f"onnx:{data['shipped']}",
         metrics=list(data["arms"][f"onnx:{data['shipped']}"]["metrics"]),
-        cells=[(cell["batch"], cell["length"]) for cell in next(iter(data["arms"].values()))["grid"]],
+        cells=[
+            (cell["batch"], cell["length"]) for cell in next(iter(data["arms"].values()))["grid"]
+        ],
         trade=Markup(_trade(data)),
         recipe_text=recipe_text.strip(),
         created=measured.strftime("%-d %B %Y, %H:%M UTC"),

@@ -56,7 +56,9 @@ def write_report(*, run: Path, recipe: Recipe) -> Report:
     student = open_artifact(student_of(onnx), kind="student", verify=False)
     for role, artifact in (("student", student), ("onnx", onnx)):
         if bench.manifest["parents"][role] != artifact.digest:
-            raise ArtifactError(f"{bench.path} did not measure {artifact.path}; run the bench stage again.")
+            raise ArtifactError(
+                f"{bench.path} did not measure {artifact.path}; run the bench stage again."
+            )
     samples = figures.read_samples(bench.path / SAMPLES)
     quality = json.loads((bench.path / QUALITY).read_text())
     environment = json.loads((bench.path / ENVIRONMENT).read_text())
@@ -81,7 +83,10 @@ def write_report(*, run: Path, recipe: Recipe) -> Report:
         "heldout": quality["domains"],
         "environment": environment,
         "digests": {"student": student.digest, "onnx": onnx.digest, "bench": bench.digest}
-        | {f"{role} (of the student)": digest for role, digest in student.manifest["parents"].items()},
+        | {
+            f"{role} (of the student)": digest
+            for role, digest in student.manifest["parents"].items()
+        },
     }
     certificate = certify(bench=bench, onnx=onnx, student=student, recipe=recipe, verdict=verdict)
     page = _render(data, verdict, recipe, samples, quality, log, student, bench, certificate)
@@ -93,7 +98,17 @@ def write_report(*, run: Path, recipe: Recipe) -> Report:
 
 def markdown(data: Mapping[str, Any], verdict: Verdict) -> str:
     """Verdict, gates and the main table, as Markdown that also reads well in a terminal."""
-    head = ["arm", "runtime", "MB", "memory MB", "TTFT ms", "TPOT ms", "tokens/s", "NLL", "speed of the shipped"]
+    head = [
+        "arm",
+        "runtime",
+        "MB",
+        "memory MB",
+        "TTFT ms",
+        "TPOT ms",
+        "tokens/s",
+        "NLL",
+        "speed of the shipped",
+    ]
     rows = []
     for name, arm in data["arms"].items():
         over = data["speed_of_shipped_over"].get(name)
@@ -119,7 +134,10 @@ def verdict_and_table(verdict: Verdict, rows: Sequence[Sequence[str]]) -> str:
     lines += [f"- {gate.status}: {gate.sentence}" for gate in verdict.gates]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     text = [
-        " | ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        " | ".join(
+            c.ljust(w) if i < 2 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     ]
     rule = " | ".join("-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths))
@@ -134,7 +152,11 @@ def significant(value: float | None, digits: int = 3) -> str:
         return f"{value:g}"
     places = digits - 1 - math.floor(math.log10(abs(value)))
     text = (
-        f"{value:.{places}f}" if 0 <= places <= 6 else f"{round(value, places):.0f}" if places < 0 else f"{value:.1e}"
+        f"{value:.{places}f}"
+        if 0 <= places <= 6
+        else f"{round(value, places):.0f}"
+        if places < 0
+        else f"{value:.1e}"
     )
     return text.replace("-", "−")
 
@@ -164,7 +186,10 @@ def templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"sig": significant, "mb": lambda value: significant(None if value is None else value / 1e6)}
+    environment.filters |= {
+        "sig": significant,
+        "mb": lambda value: significant(None if value is None else value / 1e6),
+    }
     environment.filters |= {"span": interval}
     environment.globals |= {"show": show}
     return environment
@@ -233,7 +258,12 @@ def _headline(data: Mapping[str, Any], recipe: Recipe) -> list[dict[str, str]]:
             "label": f"decode speed on {_threads(data['environment'])}",
             "note": "",
         },
-        {"value": significant(shipped["bytes"] / 1e6), "unit": "MB", "label": "on disk, graph and weights", "note": ""},
+        {
+            "value": significant(shipped["bytes"] / 1e6),
+            "unit": "MB",
+            "label": "on disk, graph and weights",
+            "note": "",
+        },
         {
             "value": f"{shipped['quality']['mean_nll']:.3f}",
             "unit": "nats",
@@ -242,11 +272,18 @@ def _headline(data: Mapping[str, Any], recipe: Recipe) -> list[dict[str, str]]:
         },
     ]
     if teachers:
-        fastest = min(teachers, key=lambda name: data["speed_of_shipped_over"][name]["tpot"]["value"])
+        fastest = min(
+            teachers, key=lambda name: data["speed_of_shipped_over"][name]["tpot"]["value"]
+        )
         best = min(teachers, key=lambda name: teachers[name]["quality"]["mean_nll"])
-        over, rise = data["speed_of_shipped_over"][fastest]["tpot"], data["nll_rise_of_shipped_over"][best]
+        over, rise = (
+            data["speed_of_shipped_over"][fastest]["tpot"],
+            data["nll_rise_of_shipped_over"][best],
+        )
         items[0]["note"] = f"{interval(over)}× the fastest teacher, {teachers[fastest]['label']}"
-        items[1]["note"] = f"{significant(teachers[fastest]['bytes'] / shipped['bytes'])}× smaller than that teacher"
+        items[1]["note"] = (
+            f"{significant(teachers[fastest]['bytes'] / shipped['bytes'])}× smaller than that teacher"
+        )
         percent = show(rise["value"], "%")
         items[2]["note"] = f"{percent} against the best teacher, {teachers[best]['label']}"
     memory = {
@@ -269,7 +306,9 @@ def _teachers(recipe: Recipe, student: Artifact) -> list[dict[str, Any]]:
             "source": _source(sources[entry["name"]].model_dump(mode="json"))
             if entry["name"] in sources
             else entry["model"],
-            "form": entry.get("dtype") or "fp32" if entry.get("quantize") in (None, "none") else entry["quantize"],
+            "form": entry.get("dtype") or "fp32"
+            if entry.get("quantize") in (None, "none")
+            else entry["quantize"],
         }
         for entry in entries
     ]
@@ -317,8 +356,12 @@ def _best(data: Mapping[str, Any]) -> dict[str, str]:
     arms = {name: arm["quality"] for name, arm in data["arms"].items() if arm["quality"]}
     columns = {"mean": {name: quality["mean_nll"] for name, quality in arms.items()}}
     for domain in data["heldout"]:
-        columns[domain] = {name: quality["domains"][domain]["nll"] for name, quality in arms.items()}
-    return {column: min(values, key=lambda name: values[name]) for column, values in columns.items()}
+        columns[domain] = {
+            name: quality["domains"][domain]["nll"] for name, quality in arms.items()
+        }
+    return {
+        column: min(values, key=lambda name: values[name]) for column, values in columns.items()
+    }
 
 
 def _noise(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -337,7 +380,9 @@ def _parameters(found: Any) -> int | None:
     return int(found) if found else None
 
 
-def _pictures(data: Mapping[str, Any], samples: Sequence[Sample], log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _pictures(
+    data: Mapping[str, Any], samples: Sequence[Sample], log: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     arms = data["arms"]
     bubbles = [
         charts.Bubble(
@@ -346,10 +391,14 @@ def _pictures(data: Mapping[str, Any], samples: Sequence[Sample], log: Sequence[
         )
         for name, arm in arms.items() if arm["quality"]
     ]  # fmt: skip
-    gaps = [(arm["label"], arm["role"], [1e3 * s.tpot for s in samples if s.arm == name]) for name, arm in arms.items()]
+    gaps = [
+        (arm["label"], arm["role"], [1e3 * s.tpot for s in samples if s.arm == name])
+        for name, arm in arms.items()
+    ]
     hills = [(arm["label"], arm["role"], _gaps(samples, name)) for name, arm in arms.items()]
     firsts = [
-        (arm["label"], arm["role"], [1e3 * s.ttft for s in samples if s.arm == name]) for name, arm in arms.items()
+        (arm["label"], arm["role"], [1e3 * s.ttft for s in samples if s.arm == name])
+        for name, arm in arms.items()
     ]
     pictures: dict[str, Any] = {
         "gaps": charts.ridges(hills, title="Distribution of the gaps between tokens, by arm", x="ms between tokens (logarithmic)"),
@@ -380,23 +429,35 @@ def _gaps(samples: Sequence[Sample], arm: str) -> list[float]:
 
 
 def _terms(steps: Sequence[Mapping[str, Any]]) -> str:
-    names = {"loss": "total", "cross_entropy": "cross-entropy", "fusion": "fusion", "features": "features"}
+    names = {
+        "loss": "total",
+        "cross_entropy": "cross-entropy",
+        "fusion": "fusion",
+        "features": "features",
+    }
     series = {}
     for key, name in names.items():
         points = [(row["tokens"], row[key]) for row in steps if row.get(key) is not None]
         if points:
             series[name] = ([x for x, _ in points], [y for _, y in points])
     return charts.lines(
-        series, title="Training loss and its terms over training tokens", x="training tokens", y="nats a token"
+        series,
+        title="Training loss and its terms over training tokens",
+        x="training tokens",
+        y="nats a token",
     )
 
 
 def _heldout(evaluations: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> str:
     tokens = [row["tokens"] for row in evaluations]
-    series = {name: (tokens, [row["nll"][name] for row in evaluations]) for name in evaluations[0]["nll"]}
+    series = {
+        name: (tokens, [row["nll"][name] for row in evaluations]) for name in evaluations[0]["nll"]
+    }
     if len(series) > 1:
         series["mean"] = (tokens, [row["mean_nll"] for row in evaluations])
-    teachers = [arm["quality"]["mean_nll"] for arm in data["arms"].values() if arm["role"] == "teacher"]
+    teachers = [
+        arm["quality"]["mean_nll"] for arm in data["arms"].values() if arm["role"] == "teacher"
+    ]
     dashed = {"best teacher": min(teachers)} if teachers else {}
     return charts.lines(
         series, dashed=dashed, marks=True, title="Held-out loss of the student by domain over training tokens",
@@ -407,7 +468,10 @@ def _heldout(evaluations: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) 
 def _weights(steps: Sequence[Mapping[str, Any]], domain: str) -> str:
     rows = [row for row in steps if domain in (row.get("weights") or {})]
     series = {
-        teacher: ([row["tokens"] for row in rows], [row["weights"][domain][teacher] for row in rows])
+        teacher: (
+            [row["tokens"] for row in rows],
+            [row["weights"][domain][teacher] for row in rows],
+        )
         for teacher in rows[0]["weights"][domain]
     }
     return charts.lines(

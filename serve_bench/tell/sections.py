@@ -11,7 +11,12 @@ from typing import Any
 from limbeck.contract.heldout import mean_nll
 from serve_bench.tell import charts
 
-COLD_PARTS = {"start_s": "start", "import_s": "import", "load_s": "load", "first_token_s": "first token"}
+COLD_PARTS = {
+    "start_s": "start",
+    "import_s": "import",
+    "load_s": "load",
+    "first_token_s": "first token",
+}
 
 
 def offline(data: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -20,7 +25,9 @@ def offline(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     for cell in data.get("offline") or ():
         estimate, label = cell["generated_tokens_s"], data["arms"][cell["arm"]]["label"]
         point = (cell["batch"], estimate["value"], *_bounds(estimate))
-        cells.setdefault((cell["prompt_tokens"], cell["new_tokens"]), {}).setdefault(label, []).append(point)
+        cells.setdefault((cell["prompt_tokens"], cell["new_tokens"]), {}).setdefault(
+            label, []
+        ).append(point)
     return [
         {
             "title": f"prompts of {prompt} tokens, {new} new",
@@ -54,7 +61,9 @@ def cold(data: Mapping[str, Any]) -> str | None:
     arms = data.get("cold") or {}
     if not arms:
         return None
-    rows = [(found["label"], [found[part]["value"] for part in COLD_PARTS]) for found in arms.values()]
+    rows = [
+        (found["label"], [found[part]["value"] for part in COLD_PARTS]) for found in arms.values()
+    ]
     return charts.stacks(
         rows, list(COLD_PARTS.values()), title="Seconds from the start of a process to its first token, by arm",
         x="seconds from nothing to the first token",
@@ -74,8 +83,12 @@ def loss_steps(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     shipped = data["arms"][f"onnx:{data['shipped']}"]
     places = [] if best is None else [("", f"{best['label']}, the best teacher", _nll(best))]
     if recovery := data["onnx"].get("recovery"):
-        places.append(("distilling", "student, fp32 graph, before recovery", recovery["before"]["fp32"]))
-        places.append(("rounding", f"{data['shipped']}, before recovery", recovery["before"]["form"]))
+        places.append(
+            ("distilling", "student, fp32 graph, before recovery", recovery["before"]["fp32"])
+        )
+        places.append(
+            ("rounding", f"{data['shipped']}, before recovery", recovery["before"]["form"])
+        )
         places.append(("recovery", f"{data['shipped']}, shipped", recovery["after"]["form"]))
     elif data["shipped"] != "fp32" and "onnx:fp32" in data["arms"]:
         places.append(("distilling", "student, fp32 graph", _nll(data["arms"]["onnx:fp32"])))
@@ -104,7 +117,10 @@ def energy(data: Mapping[str, Any]) -> dict[str, Any]:
     """Joules a token by label where they could be read; else why not."""
     found = {arm["label"]: arm["energy"] for arm in data["arms"].values() if arm.get("energy")}
     measured = {label: e for label, e in found.items() if e["joules_per_token"] is not None}
-    return {"measured": measured, "why": next((e["why"] for e in found.values() if e.get("why")), None)}
+    return {
+        "measured": measured,
+        "why": next((e["why"] for e in found.values() if e.get("why")), None),
+    }
 
 
 def rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -127,7 +143,10 @@ def _rows(data: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
         ):  # fmt: skip
             if arm.get(key):
                 yield label, what, unit, *_estimate(arm[key])
-        for key, what in (("itl_ms", "gap between tokens"), ("ttft_percentiles_ms", "time to first token")):
+        for key, what in (
+            ("itl_ms", "gap between tokens"),
+            ("ttft_percentiles_ms", "time to first token"),
+        ):
             found = arm.get(key) or {}
             for percentile in (p for p in found if p.startswith("p")):
                 n = found.get("n", arm["n"])
@@ -141,24 +160,51 @@ def _rows(data: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
             if over := data["speed_of_shipped_over"].get(name, {}).get(metric):
                 yield label, f"{what} of {shipped} over it", "×", *_estimate(over)
         if rise := data["nll_rise_of_shipped_over"].get(name):
-            yield label, f"rise of loss of {shipped} over it", "%", *_estimate({**rise, **_percent(rise)})
+            yield (
+                label,
+                f"rise of loss of {shipped} over it",
+                "%",
+                *_estimate({**rise, **_percent(rise)}),
+            )
     for cell in data.get("offline") or ():
         where = f"batch {cell['batch']}, prompt {cell['prompt_tokens']}, new {cell['new_tokens']}"
         for key, what, unit in (
             ("prompt_tokens_s", "prompt", "tokens/s"), ("generated_tokens_s", "generated", "tokens/s"),
             ("requests_s", "requests", "requests/s"),
         ):  # fmt: skip
-            yield data["arms"][cell["arm"]]["label"], f"offline, {where}: {what}", unit, *_estimate(cell[key])
+            yield (
+                data["arms"][cell["arm"]]["label"],
+                f"offline, {where}: {what}",
+                unit,
+                *_estimate(cell[key]),
+            )
     for found in (data.get("cold") or {}).values():
         for key in (*COLD_PARTS, "second_token_s", "total_s"):
-            yield found["label"], f"cold: {key.removesuffix('_s').replace('_', ' ')}", "s", *_estimate(found[key])
+            yield (
+                found["label"],
+                f"cold: {key.removesuffix('_s').replace('_', ' ')}",
+                "s",
+                *_estimate(found[key]),
+            )
     server_data = data.get("server") or {}
     for rate in server_data.get("rates") or ():
         label, at = server_data["target"]["label"], f"server at {rate['rate']:g}/s"
         yield label, f"{at}: goodput", "requests/s", rate["goodput"], None, None, rate["requests"]
-        for key, what in (("ttft_ms", "first token"), ("tpot_ms", "per token"), ("e2el_ms", "whole answer")):
+        for key, what in (
+            ("ttft_ms", "first token"),
+            ("tpot_ms", "per token"),
+            ("e2el_ms", "whole answer"),
+        ):
             for percentile in ("p50", "p90", "p95", "p99"):
-                yield label, f"{at}: {what}, {percentile}", "ms", rate[key][percentile], None, None, rate[key]["n"]
+                yield (
+                    label,
+                    f"{at}: {what}, {percentile}",
+                    "ms",
+                    rate[key][percentile],
+                    None,
+                    None,
+                    rate[key]["n"],
+                )
 
 
 def _quality_rows(
@@ -170,7 +216,15 @@ def _quality_rows(
             ("kl", "KL to the mixture", "nats"), ("top1", "agreement with the mixture", ""),
             ("calibration_error", "calibration error", ""),
         ):  # fmt: skip
-            yield label, f"{what}, {domain}", unit, found.get(key), None, None, sum(heldout[domain]["labels"])
+            yield (
+                label,
+                f"{what}, {domain}",
+                unit,
+                found.get(key),
+                None,
+                None,
+                sum(heldout[domain]["labels"]),
+            )
 
 
 def _estimate(found: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:

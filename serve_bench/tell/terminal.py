@@ -21,18 +21,29 @@ _PLAIN_EVERY = 10.0  # seconds between lines where no terminal watches
 
 
 def rows(
-    reference: Reference, samples: Sequence[Sample], *, prompt_tokens: int, new_tokens: int, threads: int
+    reference: Reference,
+    samples: Sequence[Sample],
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    threads: int,
 ) -> list[list[str]]:
     """Two rows an arm: prompt tokens a second, generated tokens a second, with their intervals."""
     result = []
     for arm in reference.arms:
         size = f"{arm.bytes / 1e6:.1f} MB" if arm.bytes else ""
-        for test, metric, tokens in ((f"pp{prompt_tokens}", "ttft", prompt_tokens), (f"tg{new_tokens}", "tpot", 1)):
+        for test, metric, tokens in (
+            (f"pp{prompt_tokens}", "ttft", prompt_tokens),
+            (f"tg{new_tokens}", "tpot", 1),
+        ):
             seconds = by_block(samples, arm.id, metric)
             speed, span = "", ""
             if len(seconds):
                 found = _speed(sequential_interval(seconds, first=reference.first_look), tokens)
-                speed, span = f"{found.value:.1f}", f"{found.low:.1f}–{found.high:.1f}" if found.bounded else ""
+                speed, span = (
+                    f"{found.value:.1f}",
+                    f"{found.low:.1f}–{found.high:.1f}" if found.bounded else "",
+                )
             result.append([arm.label, size, arm.runtime, str(threads), test, speed, span])
     return result
 
@@ -70,7 +81,17 @@ def of_artifact(bench: Artifact) -> str:
             )
             mark = "" if arm["steady"] else " (not steady)"
             threads = "" if arm["runtime"] == "openai" else str(environment["threads"])
-            found.append([arm["label"] + mark, size, arm["runtime"], threads, test, f"{speed['value']:.1f}", span])
+            found.append(
+                [
+                    arm["label"] + mark,
+                    size,
+                    arm["runtime"],
+                    threads,
+                    test,
+                    f"{speed['value']:.1f}",
+                    span,
+                ]
+            )
     lines = [plain(found), ""]
     for name, ratio in result["speed_of_shipped_over"].items():
         value, low, high = (ratio["tpot"][key] for key in ("value", "low", "high"))
@@ -88,7 +109,9 @@ def live_table(
     """A function that shows the samples so far and a line of news: redrawn in place on a terminal, a line now and then elsewhere."""
 
     def now(samples: Sequence[Sample]) -> list[list[str]]:
-        return rows(reference, samples, prompt_tokens=prompt_tokens, new_tokens=new_tokens, threads=threads)
+        return rows(
+            reference, samples, prompt_tokens=prompt_tokens, new_tokens=new_tokens, threads=threads
+        )
 
     if not sys.stderr.isatty():
         last, shown = time.monotonic(), list[Sample]()

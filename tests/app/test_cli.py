@@ -24,7 +24,16 @@ from limbeck.contract.errors import EnvironmentalError
 from limbeck.contract.recipe import Recipe, load_recipe, shipped_recipes
 from tests.pico import make_model, make_student, pico_recipe
 
-HEAVY = ("torch", "numpy", "transformers", "onnx", "onnxruntime", "onnxruntime_genai", "matplotlib", "scipy")
+HEAVY = (
+    "torch",
+    "numpy",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime_genai",
+    "matplotlib",
+    "scipy",
+)
 COMMANDS = (
     "recipes",
     "validate",
@@ -62,7 +71,9 @@ def imported_by(*arguments: str) -> set[str]:
         "import sys\nfrom limbeck import cli\nsys.argv = ['limbeck', *sys.argv[1:]]\n"
         "try:\n    cli.main()\nfinally:\n    print('\\n', *sys.modules, file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
     return set(done.stderr.splitlines()[-1].split()) & set(HEAVY)
 
 
@@ -75,9 +86,12 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["run", "--help"], ["recipes"], ["validate", "pico", "smollm2/135m-two-experts"]]
+    "arguments",
+    [["--help"], ["run", "--help"], ["recipes"], ["validate", "pico", "smollm2/135m-two-experts"]],
 )
-def test_what_must_answer_at_once_imports_nothing_heavy(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_must_answer_at_once_imports_nothing_heavy(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert imported_by(*arguments) == set()
 
 
@@ -95,10 +109,14 @@ def test_every_command_has_an_example_and_describes_what_it_takes(command: str) 
     out = call(command, "-h").output
     assert f"  limbeck {command}" in out
     for line in out.split("Options:")[1].splitlines():
-        assert not re.fullmatch(r"  --\S+( \S+)?", line), line  # an option without a word of explanation
+        assert not re.fullmatch(r"  --\S+( \S+)?", line), (
+            line
+        )  # an option without a word of explanation
 
 
-@pytest.mark.parametrize("arguments", [["nope"], ["run"], ["run", "--nope"], ["generate", "x"], ["validate"]])
+@pytest.mark.parametrize(
+    "arguments", [["nope"], ["run"], ["run", "--nope"], ["generate", "x"], ["validate"]]
+)
 def test_usage_mistakes_exit_2(arguments: list[str]) -> None:
     result = call(*arguments)
     assert result.exit_code == 2
@@ -114,8 +132,12 @@ def test_recipes_lists_what_is_shipped() -> None:
     assert sorted(listed) == names
     rows = json.loads(call("recipes", "--json").stdout)
     assert [row["name"] for row in rows] == listed
-    small = json.loads(call("recipes", "--json", "--max-mb", "150", "--cpu", "--family", "smollm2").stdout)
-    assert [row["name"] for row in small] == [n for n in listed if "smollm2/expert" in n or "two-experts" in n]
+    small = json.loads(
+        call("recipes", "--json", "--max-mb", "150", "--cpu", "--family", "smollm2").stdout
+    )
+    assert [row["name"] for row in small] == [
+        n for n in listed if "smollm2/expert" in n or "two-experts" in n
+    ]
     assert "no recipe of that family" in call("recipes", "--family", "zzz").stderr
     demo = next(row for row in rows if row["name"] == "smollm2/135m-two-experts")
     assert demo["teachers"] == ["speeches", "scripture"]
@@ -127,7 +149,8 @@ def test_validate_reports_every_mistake_of_every_file(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text(GOOD + "gate: {}\nsed: 1\n")
     (tmp_path / "hungry.yaml").write_text(
         GOOD.replace("{kind: stdlib, paths: [abc.py]}", "{kind: files, paths: [gone.txt]}").replace(
-            "{kind: random, config: {model_type: llama}}", "{kind: package, package: no-such-package-here, path: x}"
+            "{kind: random, config: {model_type: llama}}",
+            "{kind: package, package: no-such-package-here, path: x}",
         )
     )
     result = call("validate", "good.yaml", "bad.yaml", "hungry.yaml", "gone.yaml")
@@ -149,8 +172,12 @@ def test_validate_reports_every_mistake_of_every_file(tmp_path: Path) -> None:
 
 
 def test_validate_looks_at_the_recipes_of_teachers(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text(GOOD + "teachers: [{name: t, model: {kind: recipe, recipe: b.yaml}}]\n")
-    (tmp_path / "b.yaml").write_text(GOOD + "teachers: [{name: t, model: {kind: recipe, recipe: a.yaml}}]\n")
+    (tmp_path / "a.yaml").write_text(
+        GOOD + "teachers: [{name: t, model: {kind: recipe, recipe: b.yaml}}]\n"
+    )
+    (tmp_path / "b.yaml").write_text(
+        GOOD + "teachers: [{name: t, model: {kind: recipe, recipe: a.yaml}}]\n"
+    )
     result = call("validate", "a.yaml")
     assert result.exit_code == 2
     assert "made from itself" in result.stderr
@@ -174,7 +201,9 @@ def test_only_a_recipe_can_be_shrunk(tmp_path: Path) -> None:
         (GOOD + "seed: -1\n", "seed: found -1; it should be greater than or equal to 0"),
     ],
 )
-def test_a_wrong_recipe_is_one_message_and_exit_2(tmp_path: Path, command: str, text: str, expected: str) -> None:
+def test_a_wrong_recipe_is_one_message_and_exit_2(
+    tmp_path: Path, command: str, text: str, expected: str
+) -> None:
     (tmp_path / "mine.yaml").write_text(text)
     result = call(command, "mine.yaml")
     assert result.exit_code == 2
@@ -196,21 +225,28 @@ def test_missing_files_and_empty_text_are_told_before_anything_runs(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("file", "expected"), [(None, "no weights"), ("pytorch_model.bin", "is a pickle, which can run code")]
+    ("file", "expected"),
+    [(None, "no weights"), ("pytorch_model.bin", "is a pickle, which can run code")],
 )
-def test_a_teacher_without_safetensors_is_refused(tmp_path: Path, file: str | None, expected: str) -> None:
+def test_a_teacher_without_safetensors_is_refused(
+    tmp_path: Path, file: str | None, expected: str
+) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     if file:
         (tmp_path / "model" / file).write_text("")
-    (tmp_path / "mine.yaml").write_text(GOOD + "teachers: [{name: t, model: {kind: local, path: model}}]\n")
+    (tmp_path / "mine.yaml").write_text(
+        GOOD + "teachers: [{name: t, model: {kind: local, path: model}}]\n"
+    )
     result = call("run", "mine.yaml")
     assert result.exit_code == 2
     assert f"teachers.0: {tmp_path}/model: " in result.stderr
     assert expected in result.stderr
 
 
-def test_set_is_applied_and_its_mistakes_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_set_is_applied_and_its_mistakes_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "mine.yaml").write_text(GOOD)
     asked: list[Recipe] = []
 
@@ -269,7 +305,9 @@ def _hears_ctrl_c() -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_run_that_is_stopped_says_how_to_go_on(tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_a_run_that_is_stopped_says_how_to_go_on(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     (tmp_path / "mine.yaml").write_text(GOOD)
     with subprocess.Popen(
         [sys.executable, "-c", ENDLESS],
@@ -315,21 +353,42 @@ def test_generate_streams_the_same_text_from_folder_and_run(exported: Path, tmp_
     (tmp_path / "run" / "run.json").write_text("{}")
     (tmp_path / "run" / "onnx").symlink_to(exported)
     assert call("generate", tmp_path / "run", "abc", "--max-new-tokens", "8").stdout == first.stdout
-    assert call("generate", exported, "-", "--max-new-tokens", "8", stdin="abc").stdout == first.stdout
-    assert call("generate", exported, "abc", "--max-new-tokens", "8", "--form", "fp32").exit_code == 0
+    assert (
+        call("generate", exported, "-", "--max-new-tokens", "8", stdin="abc").stdout == first.stdout
+    )
+    assert (
+        call("generate", exported, "abc", "--max-new-tokens", "8", "--form", "fp32").exit_code == 0
+    )
     drawn = [
-        call("generate", exported, "abc", "--max-new-tokens", "8", "--temperature", "5", "--seed", seed).stdout
+        call(
+            "generate",
+            exported,
+            "abc",
+            "--max-new-tokens",
+            "8",
+            "--temperature",
+            "5",
+            "--seed",
+            seed,
+        ).stdout
         for seed in ("1", "1", "2")
     ]
     assert drawn[0] == drawn[1]
     assert drawn[0] != drawn[2]
-    assert call("generate", exported, "abc", "--max-new-tokens", "8", "--chat").stdout != first.stdout
-    greedy = call("generate", exported, "abc", "--max-new-tokens", "8", "--temperature", "5", "--top-p", "0").stdout
+    assert (
+        call("generate", exported, "abc", "--max-new-tokens", "8", "--chat").stdout != first.stdout
+    )
+    greedy = call(
+        "generate", exported, "abc", "--max-new-tokens", "8", "--temperature", "5", "--top-p", "0"
+    ).stdout
     assert greedy == first.stdout
 
 
 def test_generate_imports_no_torch(exported: Path) -> None:
-    assert imported_by("generate", str(exported), "abc", "--max-new-tokens", "2") == {"numpy", "onnxruntime"}
+    assert imported_by("generate", str(exported), "abc", "--max-new-tokens", "2") == {
+        "numpy",
+        "onnxruntime",
+    }
 
 
 @pytest.mark.parametrize(
@@ -416,7 +475,9 @@ def _refuse(message: str) -> Any:
     raise EnvironmentalError(message)
 
 
-def test_doctor_advises_about_a_gpu_that_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_advises_about_a_gpu_that_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 'NVIDIA Test, 80000 MiB, 600.1'\n")
     tool.chmod(0o755)
@@ -432,9 +493,21 @@ def test_doctor_advises_about_a_gpu_that_is_not_used(tmp_path: Path, monkeypatch
 
 def test_pico_stopped_in_training_goes_on_to_a_verdict(tmp_path: Path) -> None:
     """The installed command, as a user meets it: stopped by Ctrl-C, started again, and once more when all is done."""
-    command = [sys.executable, "-c", "from limbeck.cli import main; main()", "run", "pico", "--out", "out"]
+    command = [
+        sys.executable,
+        "-c",
+        "from limbeck.cli import main; main()",
+        "run",
+        "pico",
+        "--out",
+        "out",
+    ]
     with subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=_hears_ctrl_c
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=_hears_ctrl_c,
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:
@@ -450,14 +523,26 @@ def test_pico_stopped_in_training_goes_on_to_a_verdict(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "verdict: pass" in done.stdout
     assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
-    digests = [open_artifact(tmp_path / "out" / name).digest for name in ("student", "onnx", "bench")]
+    digests = [
+        open_artifact(tmp_path / "out" / name).digest for name in ("student", "onnx", "bench")
+    ]
 
-    assert imported_by("run", "pico", "--out", "out") <= {"numpy", "onnxruntime", "matplotlib", "scipy"}
+    assert imported_by("run", "pico", "--out", "out") <= {
+        "numpy",
+        "onnxruntime",
+        "matplotlib",
+        "scipy",
+    }
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 0
     assert again.stderr.count("already complete") == 3
-    assert [open_artifact(tmp_path / "out" / name).digest for name in ("student", "onnx", "bench")] == digests
-    assert load_recipe("pico").digest == json.loads((tmp_path / "out" / "run.json").read_text())["digest"]
+    assert [
+        open_artifact(tmp_path / "out" / name).digest for name in ("student", "onnx", "bench")
+    ] == digests
+    assert (
+        load_recipe("pico").digest
+        == json.loads((tmp_path / "out" / "run.json").read_text())["digest"]
+    )
 
 
 @pytest.mark.slow
@@ -465,9 +550,19 @@ def test_two_processes_share_the_training_and_the_first_does_the_rest(tmp_path: 
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "limbeck", "run", "pico", "--out", "out",
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parent.parent.parent),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert [done.stderr.count(f"== {stage}") for stage in ("compress", "export", "bench")] == [1, 1, 1]
+    assert [done.stderr.count(f"== {stage}") for stage in ("compress", "export", "bench")] == [
+        1,
+        1,
+        1,
+    ]
     assert done.stdout.count("verdict: pass") == 1
     assert open_artifact(tmp_path / "out" / "student").result["steps"] > 0

@@ -20,14 +20,23 @@ from limbeck.contract.recipe import load_recipe
 from limbeck.contract.sources import preflight
 from tests.pico import make_model
 
-SIZES: dict[str, Any] = {"max_position_embeddings": 256, "num_hidden_layers": 6, "vocab_size": 258, "scale": 0.05}
+SIZES: dict[str, Any] = {
+    "max_position_embeddings": 256,
+    "num_hidden_layers": 6,
+    "vocab_size": 258,
+    "scale": 0.05,
+}
 
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    make_model(tmp_path / "models" / "Legal", seed=1, hidden_size=256, intermediate_size=512, **SIZES)
-    make_model(tmp_path / "models" / "medical", seed=2, hidden_size=192, intermediate_size=512, **SIZES)
+    make_model(
+        tmp_path / "models" / "Legal", seed=1, hidden_size=256, intermediate_size=512, **SIZES
+    )
+    make_model(
+        tmp_path / "models" / "medical", seed=2, hidden_size=192, intermediate_size=512, **SIZES
+    )
     words = " ".join(f"word{i % 97} of line {i}" for i in range(4000))
     (tmp_path / "text.txt").write_text(words)
 
@@ -65,7 +74,10 @@ def test_the_student_is_the_best_that_fits(tmp_path: Path) -> None:
 def test_a_cut_keeps_the_most_that_fits_in_either_form(tmp_path: Path) -> None:
     assert init(1.2, "--out", "cut.yaml").exit_code == 0
     recipe = load_recipe(tmp_path / "cut.yaml").resolved()
-    tree, base = {name: recipe[name] for name in ("name", "data", "training")}, recipe["student"]["base"]
+    tree, base = (
+        {name: recipe[name] for name in ("name", "data", "training")},
+        recipe["student"]["base"],
+    )
     sizes = {str(student): (_sizes(tree, student), student) for student, _ in _cuts(tree, base)}
     most = 0.97 * 1.2
     fitting = [found for found in sizes.values() if min(found[0].values()) <= most]
@@ -81,10 +93,18 @@ def test_what_cannot_be_is_told_and_nothing_is_written(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "no student of that size from these models; the smallest is " in result.stderr
     assert init(10, "--data", "gone.txt").exit_code == 2
-    assert "no such folder, .gguf file, recipe, or hub id" in init(10, "--student", "models/gone/x").stderr
+    assert (
+        "no such folder, .gguf file, recipe, or hub id"
+        in init(10, "--student", "models/gone/x").stderr
+    )
     typo = init(10, "--student", "models/leagl")
-    assert "--student models/leagl: no folder of that name here, and as a model of the hub: " in typo.stderr
-    assert "gone is no folder that can be written to" in init(10, "--out", "gone/recipe.yaml").stderr
+    assert (
+        "--student models/leagl: no folder of that name here, and as a model of the hub: "
+        in typo.stderr
+    )
+    assert (
+        "gone is no folder that can be written to" in init(10, "--out", "gone/recipe.yaml").stderr
+    )
     (tmp_path / "latin.txt").write_bytes("Grüße".encode("latin-1"))
     assert "latin.txt: not UTF-8 text" in init(10, "--data", "latin.txt").stderr
     assert not (tmp_path / "recipe.yaml").exists()
@@ -96,14 +116,21 @@ def test_what_cannot_be_is_told_and_nothing_is_written(tmp_path: Path) -> None:
 def test_models_of_other_kinds_are_told_apart(tmp_path: Path) -> None:
     other = make_model(tmp_path / "models" / "v1.5-other", hidden_size=64, **SIZES)
     tokenizer = json.loads((other / "tokenizer.json").read_text())
-    tokenizer["model"]["vocab"]["a"], tokenizer["model"]["vocab"]["b"] = (tokenizer["model"]["vocab"][x] for x in "ba")
+    tokenizer["model"]["vocab"]["a"], tokenizer["model"]["vocab"]["b"] = (
+        tokenizer["model"]["vocab"][x] for x in "ba"
+    )
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     result = init(10, "--teacher", "models/v1.5-other")
     assert result.exit_code == 2
     assert "legal and v1.5-other have different tokenizers: 2 of 258 tokens" in result.stderr
-    config = json.loads((other / "config.json").read_text()) | {"architectures": ["BertForSequenceClassification"]}
+    config = json.loads((other / "config.json").read_text()) | {
+        "architectures": ["BertForSequenceClassification"]
+    }
     (other / "config.json").write_text(json.dumps(config))
-    assert "BertForSequenceClassification does not write text" in init(10, "--teacher", "models/v1.5-other").stderr
+    assert (
+        "BertForSequenceClassification does not write text"
+        in init(10, "--teacher", "models/v1.5-other").stderr
+    )
     # An adapter is a teacher on the base that it names.
     adapter = tmp_path / "adapters" / "v2.1"
     adapter.mkdir(parents=True)
@@ -124,7 +151,9 @@ def test_models_of_other_kinds_are_told_apart(tmp_path: Path) -> None:
         (["a"], None),
     ],
 )
-def test_rows_are_told_by_the_first_of_them(row: Any, form: dict[str, str] | None, tmp_path: Path) -> None:
+def test_rows_are_told_by_the_first_of_them(
+    row: Any, form: dict[str, str] | None, tmp_path: Path
+) -> None:
     (tmp_path / "rows.jsonl").write_text(f"\n{json.dumps(row)}\n" * 500)
     result = init(10, "--data", "rows.jsonl")
     if form is None:
@@ -155,11 +184,17 @@ def test_too_little_text_is_refused_and_just_enough_becomes_blocks(tmp_path: Pat
     (tmp_path / "text.txt").write_text(few)
     refused = init(10)
     assert refused.exit_code == 2
-    assert "--data text.txt: too little text: found 1 of at least 10 rows, or pieces of up to 1024" in refused.stderr
+    assert (
+        "--data text.txt: too little text: found 1 of at least 10 rows, or pieces of up to 1024"
+        in refused.stderr
+    )
     assert "a single document needs about 10240 characters" in refused.stderr
     assert not (tmp_path / "recipe.yaml").exists()
     # Rows that are shorter than a block are joined, or not one block would be full.
-    for name, text in (("text.txt", few * 40), ("rows.jsonl", '{"text": "a few words of a row"}\n' * 60)):
+    for name, text in (
+        ("text.txt", few * 40),
+        ("rows.jsonl", '{"text": "a few words of a row"}\n' * 60),
+    ):
         out = f"{name}.yaml"
         data = ["--data", name] if name == "rows.jsonl" else []
         (tmp_path / name).write_text(text)
@@ -172,8 +207,15 @@ def test_too_little_text_is_refused_and_just_enough_becomes_blocks(tmp_path: Pat
 
 def test_what_is_written_runs_to_a_verdict(tmp_path: Path) -> None:
     assert init(10).exit_code == 0
-    few = ["training.tokens=2048", "bench.minutes=0.05", "bench.min_blocks=3", "data.heldout.blocks=2"]
-    report = pipeline.run(load_recipe(tmp_path / "recipe.yaml", overrides=few), out=tmp_path / "run")
+    few = [
+        "training.tokens=2048",
+        "bench.minutes=0.05",
+        "bench.min_blocks=3",
+        "data.heldout.blocks=2",
+    ]
+    report = pipeline.run(
+        load_recipe(tmp_path / "recipe.yaml", overrides=few), out=tmp_path / "run"
+    )
     (size,) = (gate for gate in report.verdict.gates if gate.name == "max_size_mb")
     assert size.status == "pass"
     asked = {"max_size_mb", "max_loss_vs_best_teacher", "max_quantization_loss"}

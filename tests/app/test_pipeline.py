@@ -72,7 +72,12 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
 
     def write_report(*, run: Path, recipe: Recipe) -> Report:
         stages.called.append(("report", recipe.name))
-        return Report(run / "report.html", run / "report.json", Verdict(stages.status, "so it is.", ()), "| table |")
+        return Report(
+            run / "report.html",
+            run / "report.json",
+            Verdict(stages.status, "so it is.", ()),
+            "| table |",
+        )
 
     monkeypatch.setattr(compress, "distill", distill)
     monkeypatch.setattr(export, "export_student", export_student)
@@ -90,7 +95,9 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def recipe(name: str, *teachers: str, more: str = "") -> Path:
     """Write a recipe whose teachers are the students of other recipes."""
-    listed = ", ".join(f"{{name: {t}, model: {{kind: recipe, recipe: {t}.yaml}}}}" for t in teachers)
+    listed = ", ".join(
+        f"{{name: {t}, model: {{kind: recipe, recipe: {t}.yaml}}}}" for t in teachers
+    )
     path = Path(f"{name}.yaml")
     path.write_text(f"name: {name}\n{BASE}\nteachers: [{listed}]\n{more}")
     return path.resolve()
@@ -99,16 +106,26 @@ def recipe(name: str, *teachers: str, more: str = "") -> Path:
 # Order -----------------------------------------------------------------------------------------------------------
 
 
-def test_stages_run_in_order_and_the_verdict_is_told(stages: Stages, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stages_run_in_order_and_the_verdict_is_told(
+    stages: Stages, capsys: pytest.CaptureFixture[str]
+) -> None:
     loaded = load_recipe(recipe("alone"))
     report = pipeline.run(loaded)
     folder = Path(f"runs/alone-{loaded.digest[:8]}")
     assert report.exit_code == 0
     assert [stage for stage, _ in stages.called] == ["compress", "export", "bench", "report"]
-    assert [open_artifact(folder / name).kind for name in ("student", "onnx", "bench")] == ["student", "onnx", "bench"]
+    assert [open_artifact(folder / name).kind for name in ("student", "onnx", "bench")] == [
+        "student",
+        "onnx",
+        "bench",
+    ]
     out, err = capsys.readouterr()
     assert out == f"| table |\n\nverdict: pass\nreport:  {folder}/report.html\n"
-    assert [line for line in err.splitlines() if line.startswith("==")] == ["== compress", "== export", "== bench"]
+    assert [line for line in err.splitlines() if line.startswith("==")] == [
+        "== compress",
+        "== export",
+        "== bench",
+    ]
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [(entry["stage"], entry["skipped"]) for entry in log] == [
         ("compress", False),
@@ -118,7 +135,9 @@ def test_stages_run_in_order_and_the_verdict_is_told(stages: Stages, capsys: pyt
     assert all(entry["seconds"] >= 0 and entry["started"] for entry in log)
 
 
-def test_a_second_run_makes_nothing_and_says_so(stages: Stages, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_makes_nothing_and_says_so(
+    stages: Stages, capsys: pytest.CaptureFixture[str]
+) -> None:
     loaded = load_recipe(recipe("alone"))
     pipeline.run(loaded)
     capsys.readouterr()
@@ -129,7 +148,9 @@ def test_a_second_run_makes_nothing_and_says_so(stages: Stages, capsys: pytest.C
     assert "verdict: pass" in out
     assert err.count("already complete") == 3
     log = pipeline.default_folder(loaded) / "log.jsonl"
-    assert [json.loads(line)["skipped"] for line in log.read_text().splitlines()] == [False] * 3 + [True] * 3
+    assert [json.loads(line)["skipped"] for line in log.read_text().splitlines()] == [False] * 3 + [
+        True
+    ] * 3
 
 
 def test_other_gates_measure_again_and_train_nothing(stages: Stages) -> None:
@@ -174,12 +195,17 @@ def test_teachers_are_made_first_once_each_and_handed_on(stages: Stages) -> None
     assert set(stages.products["child"]) == {"left", "right"}
     assert set(stages.products["left"]) == {"grand"}
     left = load_recipe("left.yaml")
-    assert stages.products["child"]["left"] == cache_folder() / "products" / f"left-{left.digest[:8]}" / "student"
+    assert (
+        stages.products["child"]["left"]
+        == cache_folder() / "products" / f"left-{left.digest[:8]}" / "student"
+    )
     assert open_artifact(stages.products["child"]["left"]).kind == "student"
     assert [stage for stage, name in stages.made if name != "child"] == ["compress"] * 3
 
 
-def test_a_teacher_recipe_is_found_beside_the_recipe_that_names_it(stages: Stages, tmp_path: Path) -> None:
+def test_a_teacher_recipe_is_found_beside_the_recipe_that_names_it(
+    stages: Stages, tmp_path: Path
+) -> None:
     (tmp_path / "inner").mkdir()
     recipe("teacher")
     child = recipe("child", "teacher")
@@ -193,10 +219,14 @@ def test_recipes_made_from_each_other_are_refused(stages: Stages) -> None:
     recipe("a", "b")
     recipe("b", "c")
     recipe("c", "b")
-    with pytest.raises(RecipeError, match=r"made from itself \(b -> c -> b\); name another model for one of them"):
+    with pytest.raises(
+        RecipeError, match=r"made from itself \(b -> c -> b\); name another model for one of them"
+    ):
         pipeline.run(load_recipe("a.yaml"))
     recipe("self", "self")
-    with pytest.raises(RecipeError, match=r"teachers\.0 \(self\): teachers\.0: .* \(self -> self\)"):
+    with pytest.raises(
+        RecipeError, match=r"teachers\.0 \(self\): teachers\.0: .* \(self -> self\)"
+    ):
         pipeline.plan(load_recipe("self.yaml"))
     assert stages.called == []
 
@@ -230,9 +260,13 @@ def test_single_stages_make_up_a_run(stages: Stages) -> None:
 
 
 @pytest.mark.parametrize(("stage", "needs"), [("export", "compress"), ("bench", "compress")])
-def test_a_stage_names_the_command_that_comes_first(stages: Stages, tmp_path: Path, stage: str, needs: str) -> None:
+def test_a_stage_names_the_command_that_comes_first(
+    stages: Stages, tmp_path: Path, stage: str, needs: str
+) -> None:
     loaded = load_recipe(recipe("alone"))
-    with pytest.raises(ArtifactError, match=f"run: limbeck {needs} alone.yaml --out {tmp_path}/here"):
+    with pytest.raises(
+        ArtifactError, match=f"run: limbeck {needs} alone.yaml --out {tmp_path}/here"
+    ):
         pipeline.run_stage(stage, loaded, out=tmp_path / "here", reference="alone.yaml")
     assert not (tmp_path / "here").exists()
     assert stages.called == []
@@ -241,14 +275,18 @@ def test_a_stage_names_the_command_that_comes_first(stages: Stages, tmp_path: Pa
 def test_a_recovery_by_several_processes_is_refused_before_they_wait_for_each_other(
     stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded = load_recipe(recipe("alone"), overrides=["export.recover={tokens: 64}", "gates.max_quantization_loss=0.01"])
+    loaded = load_recipe(
+        recipe("alone"),
+        overrides=["export.recover={tokens: 64}", "gates.max_quantization_loss=0.01"],
+    )
     pipeline.run_stage("compress", loaded)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         for start in (pipeline.run, lambda loaded: pipeline.run_stage("export", loaded)):
             with pytest.raises(
-                RecipeError, match=r"export.recover: found 2 processes; .* `limbeck export` .* without torchrun"
+                RecipeError,
+                match=r"export.recover: found 2 processes; .* `limbeck export` .* without torchrun",
             ):
                 start(loaded)
     pipeline.run_stage("compress", loaded)
@@ -276,7 +314,11 @@ def test_a_folder_of_another_recipe_is_refused(stages: Stages) -> None:
     pipeline.run(first, out=Path("out"))
     with pytest.raises(ArtifactError) as caught:
         pipeline.run(second, out=Path("out"))
-    for expected in (f"found first ({first.digest[:8]})", f"expected second ({second.digest[:8]})", "another folder"):
+    for expected in (
+        f"found first ({first.digest[:8]})",
+        f"expected second ({second.digest[:8]})",
+        "another folder",
+    ):
         assert expected in str(caught.value)
     assert open_artifact(Path("out/student")).manifest["recipe"]["resolved"]["name"] == "first"
 
@@ -286,7 +328,11 @@ def test_a_folder_that_holds_something_else_is_refused_and_left_alone(stages: St
     Path("photos").mkdir()
     Path("photos/cat.jpg").write_text("meow")
     Path("file").write_text("")
-    for out, expected in (("photos", "holds files but no run"), ("file", "is a file"), ("file/in", "file is a file")):
+    for out, expected in (
+        ("photos", "holds files but no run"),
+        ("file", "is a file"),
+        ("file/in", "file is a file"),
+    ):
         with pytest.raises(ArtifactError, match=expected):
             pipeline.run(loaded, out=Path(out))
     assert [p.name for p in Path("photos").iterdir()] == ["cat.jpg"]
@@ -311,21 +357,30 @@ def test_two_runs_cannot_share_a_folder(stages: Stages) -> None:
     pipeline.run(loaded, out=Path("out"))
     with Path("out/.lock").open("r+") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        for again in (lambda: pipeline.run(loaded, out=Path("out")), lambda: pipeline.report(Path("out"))):
-            with pytest.raises(ArtifactError, match=r"another run \(process \d+\) is using this folder"):
+        for again in (
+            lambda: pipeline.run(loaded, out=Path("out")),
+            lambda: pipeline.report(Path("out")),
+        ):
+            with pytest.raises(
+                ArtifactError, match=r"another run \(process \d+\) is using this folder"
+            ):
                 again()
     pipeline.run(loaded, out=Path("out"))
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
-def test_a_folder_that_cannot_be_made_is_told(stages: Stages, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_a_folder_that_cannot_be_made_is_told(
+    stages: Stages, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
     def refused(*_: Any, **__: Any) -> None:
         raise OSError(code, os.strerror(code))
 
     loaded = load_recipe(recipe("alone"))
     with monkeypatch.context() as patch:
         patch.setattr(Path, "mkdir", refused)
-        with pytest.raises(EnvironmentalError, match=rf"out: cannot be written \({os.strerror(code)}\)"):
+        with pytest.raises(
+            EnvironmentalError, match=rf"out: cannot be written \({os.strerror(code)}\)"
+        ):
             pipeline.run(loaded, out=Path("out"))
 
 
@@ -341,14 +396,29 @@ def test_a_full_disk_is_told(stages: Stages, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("before", "after", "kept"),
     [
-        ({"ships": False}, {"ships": True}, {"onnx": "student-recovered", "onnx-unrecovered": "student"}),
-        ({"ships": True}, {"ships": False}, {"onnx": "student", "onnx-recovered": "student-recovered"}),
-        ({"ships": True}, {"needed": False}, {"onnx": "student", "onnx-recovered": "student-recovered"}),
+        (
+            {"ships": False},
+            {"ships": True},
+            {"onnx": "student-recovered", "onnx-unrecovered": "student"},
+        ),
+        (
+            {"ships": True},
+            {"ships": False},
+            {"onnx": "student", "onnx-recovered": "student-recovered"},
+        ),
+        (
+            {"ships": True},
+            {"needed": False},
+            {"onnx": "student", "onnx-recovered": "student-recovered"},
+        ),
     ],
     ids=["recovered one ships", "first one ships again", "none is needed any more"],
 )
 def test_an_exchange_of_exports_that_was_stopped_is_finished(
-    monkeypatch: pytest.MonkeyPatch, before: dict[str, bool], after: dict[str, bool], kept: dict[str, str]
+    monkeypatch: pytest.MonkeyPatch,
+    before: dict[str, bool],
+    after: dict[str, bool],
+    kept: dict[str, str],
 ) -> None:
     says: dict[str, bool] = {}
 
@@ -358,7 +428,10 @@ def test_an_exchange_of_exports_that_was_stopped_is_finished(
             with write_artifact(out, kind="onnx", key=key, parents={}) as draft:
                 (draft.folder / "graph").write_text(student.name)
                 ships = says.get("ships", False)
-                draft.result = {"needs_recovery": says.get("needed", True), "recovery": {"ships": ships}}
+                draft.result = {
+                    "needs_recovery": says.get("needed", True),
+                    "recovery": {"ships": ships},
+                }
 
     monkeypatch.setattr(export, "export_student", export_student)
     monkeypatch.setattr(compress, "recover", lambda **_: None)
@@ -400,7 +473,9 @@ def finished(stages: Stages, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path("out")
 
 
-def test_verify_passes_what_is_unchanged(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_passes_what_is_unchanged(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     capsys.readouterr()
     assert pipeline.verify(finished) == 0
     out = capsys.readouterr().out
@@ -419,7 +494,9 @@ def test_verify_names_a_changed_file(finished: Path, capsys: pytest.CaptureFixtu
     assert out.endswith("NOT verified\n")
 
 
-def test_verify_sees_an_artifact_made_from_another(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_sees_an_artifact_made_from_another(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pipeline.run(load_recipe(recipe("other")), out=Path("elsewhere"))
     shutil.rmtree(finished / "student")
     shutil.copytree(Path("elsewhere/student"), finished / "student")
@@ -456,7 +533,9 @@ def test_verify_replays_what_it_is_asked_to_and_tells_a_broken_promise(
     assert "`limbeck report out` writes it again" in capsys.readouterr().out
 
 
-def test_verify_of_an_unfinished_run_says_what_is_not_there(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_of_an_unfinished_run_says_what_is_not_there(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.rmtree(finished / "bench")
     assert pipeline.verify(finished) == 0
     assert "bench" in capsys.readouterr().out.split("not made yet")[0]

@@ -61,7 +61,10 @@ def test_a_shape_counts_what_the_real_model_has() -> None:
         # Of a layer: q and o 32 x 32, k and v 16 x 32, three of 48 x 32; never the head.
         assert shape.linear == 3 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)
     assert shape.weights() == 4 * shape.parameters
-    assert shape.weights(dtype="bf16", quantize="nf4") == 2 * (shape.parameters - shape.linear) + shape.linear * 9 // 16
+    assert (
+        shape.weights(dtype="bf16", quantize="nf4")
+        == 2 * (shape.parameters - shape.linear) + shape.linear * 9 // 16
+    )
 
 
 @pytest.mark.parametrize("student", ["lora", "fresh"])
@@ -79,7 +82,9 @@ def test_the_traced_step_keeps_what_a_real_one_keeps(student: str) -> None:
         # Fake tensors get an explicit attention mask in every layer, which real ones go without.
         masks = 3 * 2 * recipe.data.block**2 * 4
         assert traced.kept - masks <= live.now <= traced.kept
-        assert traced.forward_peak - 1.2 * masks <= live.peak <= traced.forward_peak  # made from one of yes and no
+        assert (
+            traced.forward_peak - 1.2 * masks <= live.peak <= traced.forward_peak
+        )  # made from one of yes and no
     assert hidden.shape[-1] == 32
     assert traced.backward_peak >= traced.kept > 0
     assert traced.backward > traced.forward > 0
@@ -96,26 +101,40 @@ def test_layers_lie_on_a_line() -> None:
     [
         ("llama", {"tie_word_embeddings": True, "num_hidden_layers": 3}),
         ("llama", {"tie_word_embeddings": False, "hidden_size": 72, "vocab_size": 1000}),
-        pytest.param("gpt2", {"n_embd": 96, "n_head": 4, "n_layer": 3, "n_positions": 64}, marks=pytest.mark.slow),
-        pytest.param("gpt_neox", {"intermediate_size": 256, "hidden_size": 128}, marks=pytest.mark.slow),
+        pytest.param(
+            "gpt2",
+            {"n_embd": 96, "n_head": 4, "n_layer": 3, "n_positions": 64},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "gpt_neox", {"intermediate_size": 256, "hidden_size": 128}, marks=pytest.mark.slow
+        ),
     ],
 )
-def test_sizes_of_forms_are_what_the_exporter_writes(tmp_path: Path, kind: str, sizes: dict[str, Any]) -> None:
-    make_student(tmp_path / "student", make_model(tmp_path / "model", model_type=kind, scale=0.05, **sizes))
+def test_sizes_of_forms_are_what_the_exporter_writes(
+    tmp_path: Path, kind: str, sizes: dict[str, Any]
+) -> None:
+    make_student(
+        tmp_path / "student", make_model(tmp_path / "model", model_type=kind, scale=0.05, **sizes)
+    )
     forms, provider = FORMS, "cpu"
     if kind == "llama" and sizes["tie_word_embeddings"]:
         forms, provider = ["fp32", "fp16", "int4-weight"], "cuda"
     recipe = pico_recipe(export={"forms": forms, "provider": provider})
     made = export_student(student=tmp_path / "student", out=tmp_path / "onnx", recipe=recipe)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "student" / "model"))
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(tmp_path / "student" / "model")
+        )
     for form in recipe.export.forms:
-        weights = (tmp_path / "onnx" / made.result["forms"][form.kind]["graph"]).with_suffix(".onnx_data")
+        weights = (tmp_path / "onnx" / made.result["forms"][form.kind]["graph"]).with_suffix(
+            ".onnx_data"
+        )
         graph = made.result["forms"][form.kind]["bytes"] - weights.stat().st_size
         # The weights follow from the shapes; of the graph the plan knows only its growth.
-        assert form_bytes(model, form, provider=provider) - weights.stat().st_size == pytest.approx(graph, rel=0.35), (
-            form.kind
-        )
+        assert form_bytes(model, form, provider=provider) - weights.stat().st_size == pytest.approx(
+            graph, rel=0.35
+        ), form.kind
 
 
 # Planning --------------------------------------------------------------------------------------------------------
@@ -123,12 +142,17 @@ def test_sizes_of_forms_are_what_the_exporter_writes(tmp_path: Path, kind: str, 
 
 def test_plan_of_a_recipe_from_teachers_that_are_made_first(tmp_path: Path) -> None:
     base = {"kind": "random", "config": {"model_type": "llama", **TINY}}
-    tree = pico_recipe().resolved() | {"student": {"kind": "lora", "base": base}, "features": {"weight": 0}}
+    tree = pico_recipe().resolved() | {
+        "student": {"kind": "lora", "base": base},
+        "features": {"weight": 0},
+    }
     for name in ("a", "b"):
         (tmp_path / f"{name}.yaml").write_text(json.dumps(tree | {"name": name}))
     teachers = [{"name": n, "model": {"kind": "recipe", "recipe": f"{n}.yaml"}} for n in ("a", "b")]
     (tmp_path / "child.yaml").write_text(json.dumps(tree | {"name": "child", "teachers": teachers}))
-    found = plan.plan_recipe(load_recipe(tmp_path / "child.yaml", overrides=["training.precision=fp32"]))
+    found = plan.plan_recipe(
+        load_recipe(tmp_path / "child.yaml", overrides=["training.precision=fp32"])
+    )
     one = describe(config())
     adapters = footprint.lora_parameters(one.config, load_recipe(tmp_path / "a.yaml").student)  # type: ignore[arg-type]
     assert found.first == ("a", "b")
@@ -143,7 +167,9 @@ def test_plan_of_a_recipe_from_teachers_that_are_made_first(tmp_path: Path) -> N
     assert "teacher cache on disk none" in found.as_text()
 
 
-def test_what_is_made_first_counts_in_time_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_made_first_counts_in_time_and_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def cut(**sizes: Any) -> dict[str, Any]:
         config = {"model_type": "llama", **TINY, **sizes}
         return {"kind": "shrink", "base": {"kind": "random", "config": config}, "layers": 1}
@@ -164,10 +190,14 @@ def test_what_is_made_first_counts_in_time_and_memory(tmp_path: Path, monkeypatc
     assert found.memory_total == alone.memory_total
 
 
-def test_a_recipe_that_is_made_from_itself_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_that_is_made_from_itself_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     teachers = [{"name": "me", "model": {"kind": "recipe", "recipe": "me.yaml"}}]
-    (tmp_path / "me.yaml").write_text(json.dumps(pico_recipe().resolved() | {"name": "me", "teachers": teachers}))
+    (tmp_path / "me.yaml").write_text(
+        json.dumps(pico_recipe().resolved() | {"name": "me", "teachers": teachers})
+    )
     result = CliRunner().invoke(app, ["plan", "me.yaml"])
     assert result.exit_code == 2
     assert "made from itself" in result.stderr
@@ -196,11 +226,17 @@ def test_the_teacher_cache_is_planned_at_the_bytes_it_takes(
 ) -> None:
     """Of a text that is read often, or in part, each block is kept once."""
     monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "text.txt").write_text("".join(f"line {n} of a text with {n * n} words\n" for n in range(200)))
-    recipe = _cached(tmp_path, cache, tokens=64 * round(passes * (tmp_path / "text.txt").stat().st_size / 64))
+    (tmp_path / "text.txt").write_text(
+        "".join(f"line {n} of a text with {n * n} words\n" for n in range(200))
+    )
+    recipe = _cached(
+        tmp_path, cache, tokens=64 * round(passes * (tmp_path / "text.txt").stat().st_size / 64)
+    )
     found = plan.plan_recipe(recipe)
     setup(recipe=recipe, products={}, work=tmp_path / "work", key="")
-    taken = sum(path.stat().st_size for path in (tmp_path / "cache" / "teachers").rglob("*.safetensors"))
+    taken = sum(
+        path.stat().st_size for path in (tmp_path / "cache" / "teachers").rglob("*.safetensors")
+    )
     assert taken * 0.99 <= found.cache <= taken * 1.03
     assert "teacher cache on disk at most" in found.as_text()
     assert found.memory["teachers"] < found.cache / 4  # pages that are mapped are not taken
@@ -211,11 +247,18 @@ def test_the_teacher_cache_is_planned_at_the_bytes_it_takes(
 def test_a_cached_teacher_reads_each_block_once(cache: str, tmp_path: Path) -> None:
     """Of two passes: its body runs in one, and for `topk` its head too."""
     recipe, shape = _cached(tmp_path, cache, tokens=2048), describe(config(num_hidden_layers=1))
-    nothing, body = tracing.Trace(0, 0, 0, 0, 0), tracing.Trace(64e6 * recipe.training.micro_batch, 0, 0, 0, 0)
+    nothing, body = (
+        tracing.Trace(0, 0, 0, 0, 0),
+        tracing.Trace(64e6 * recipe.training.micro_batch, 0, 0, 0, 0),
+    )
     head = 2 * shape.width * shape.vocabulary
     alone = footprint._operations(recipe, shape, nothing, [], [], 1024 + 256)
-    found = footprint._operations(recipe, shape, nothing, [footprint.TeacherShape(shape, "t")], [body], 1024 + 256)
-    passes = {"none": (2304, 2304), "hidden": (1280, 2304), "topk": (1280, 1280)}[cache]  # with 4 held-out blocks
+    found = footprint._operations(
+        recipe, shape, nothing, [footprint.TeacherShape(shape, "t")], [body], 1024 + 256
+    )
+    passes = {"none": (2304, 2304), "hidden": (1280, 2304), "topk": (1280, 1280)}[
+        cache
+    ]  # with 4 held-out blocks
     assert found - alone == pytest.approx(passes[0] * 1e6 + passes[1] * head)
 
 
@@ -223,7 +266,9 @@ def test_a_cached_teacher_reads_each_block_once(cache: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", LIBRARY)
-def test_the_header_says_what_the_plan_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_header_says_what_the_plan_says(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub.serve(tmp_path, monkeypatch)
     entry = next(entry for entry in library() if entry.name == name)
     sizes = plan.form_sizes(entry.recipe)
@@ -231,7 +276,11 @@ def test_the_header_says_what_the_plan_says(name: str, tmp_path: Path, monkeypat
     assert sizes[entry.form] / 1e6 == pytest.approx(entry.megabytes, rel=0.01)
     # Six operations a parameter and token; a core or two do 1e15 in about an hour.
     recipe = entry.recipe
-    tokens = recipe.training.tokens if isinstance(recipe, Recipe) else recipe.training.examples * recipe.data.max_tokens
+    tokens = (
+        recipe.training.tokens
+        if isinstance(recipe, Recipe)
+        else recipe.training.examples * recipe.data.max_tokens
+    )
     assert entry.device == ("cpu" if 6 * sizes["fp32"] / 4 * (tokens or 0) < 1e15 else "card")
     assert ("No GPU" in entry.about) == (entry.device == "cpu")
     for word in ("Needs:", "Licences:", "Plan:"):
@@ -240,7 +289,9 @@ def test_the_header_says_what_the_plan_says(name: str, tmp_path: Path, monkeypat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LIBRARY)
-def test_every_recipe_can_be_planned(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_recipe_can_be_planned(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub.serve(tmp_path, monkeypatch)
     found = plan.plan_recipe(load_any_recipe(name))
     assert found.memory_total > 0
@@ -266,10 +317,14 @@ def test_a_header_says_what_the_recipe_takes_and_gives(entry: Entry) -> None:
 def test_the_library_is_filtered_and_sorted() -> None:
     sizes = [entry.megabytes for entry in library()]
     assert sizes == sorted(sizes)
-    assert {entry.name for entry in library(max_mb=100)} == {e.name for e in library() if e.megabytes <= 100}
+    assert {entry.name for entry in library(max_mb=100)} == {
+        e.name for e in library() if e.megabytes <= 100
+    }
     assert {entry.device for entry in library(cpu=True)} == {"cpu"}
     assert {entry.family for entry in library(family="qwen3")} == {"qwen3"}
-    with pytest.raises(RecipeError, match="--family qwen: no recipe of that family; there are: cpu-quick, gemma3, "):
+    with pytest.raises(
+        RecipeError, match="--family qwen: no recipe of that family; there are: cpu-quick, gemma3, "
+    ):
         library(family="qwen")
 
 
@@ -304,14 +359,21 @@ def test_shrinking_keeps_every_choice(name: str) -> None:
         assert [d.name for d in small.data.domains] == [d.name for d in recipe.data.domains]
     else:
         assert isinstance(recipe, EncoderRecipe)
-        assert [name for _, name, _ in groups_of(small)] == [name for _, name, _ in groups_of(recipe)]
+        assert [name for _, name, _ in groups_of(small)] == [
+            name for _, name, _ in groups_of(recipe)
+        ]
         assert {text.kind for _, _, text in groups_of(small)} == {"stdlib"}
 
 
 @pytest.mark.parametrize("kind", sorted({*pico._BY_NAME.values(), "opt"} & FAMILIES.keys()))
 def test_a_cut_in_heads_and_width_can_be_made_of_every_shrunk_architecture(kind: str) -> None:
     config = {"model_type": kind, "num_hidden_layers": 2}
-    student = {"kind": "shrink", "base": {"kind": "random", "config": config}, "kv_heads": 3, "hidden_size": 96}
+    student = {
+        "kind": "shrink",
+        "base": {"kind": "random", "config": config},
+        "kv_heads": 3,
+        "hidden_size": 96,
+    }
     small = pico.shrink_to_pico(pico_recipe(student=student)).student
     assert isinstance(small, ShrinkStudent)
     assert shrunk_sizes(model_config(small.base, folder=Path()), small)["hidden_size"] == 32
@@ -331,15 +393,16 @@ def test_shrinking_tells_the_architecture_by_configuration_or_name(tmp_path: Pat
     teacher = pico.shrink_to_pico(parse_recipe(tree | {"teachers": [local]})).teachers[0]
     assert teacher.model.model_dump()["config"]["model_type"] == "gpt2"
     odd = {"name": "t", "model": {"kind": "hub", "id": "someone/something"}}
-    with pytest.raises(ModelError, match=r"teachers\.0: the architecture of someone/something cannot be told"):
+    with pytest.raises(
+        ModelError, match=r"teachers\.0: the architecture of someone/something cannot be told"
+    ):
         pico.shrink_to_pico(parse_recipe(tree | {"teachers": [odd]}))
     result = CliRunner().invoke(app, ["run", "pico", "--shrink-to", "nano"])
     assert (result.exit_code, "expected pico" in result.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(
-    "name",
-    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in LIBRARY],
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in LIBRARY]
 )
 def test_every_recipe_runs_to_its_verdict_shrunk(name: str, tmp_path: Path) -> None:
     report = pipeline.run(pico.shrink_to_pico(load_any_recipe(name)), out=tmp_path / "run")
@@ -353,12 +416,21 @@ def _cached(folder: Path, cache: str, *, tokens: int) -> Recipe:
     base = {"kind": "random", "config": {"model_type": "llama", **TINY, "num_hidden_layers": 2}}
     text = {"kind": "files", "paths": [str(folder / "text.txt")]}
     return pico_recipe(
-        data={"domains": [{"name": "mine", "text": text}], "block": 64, "heldout": {"blocks": 4, "piece_chars": 512}},
+        data={
+            "domains": [{"name": "mine", "text": text}],
+            "block": 64,
+            "heldout": {"blocks": 4, "piece_chars": 512},
+        },
         student={"kind": "lora", "base": base},
         teachers=[{"name": "t", "model": base}],
         features={"weight": 0},
         fusion={"weights": {"kind": "uniform"}, "calibration": {"kind": "none"}},
-        training={"tokens": tokens, "batch_tokens": 64, "teacher_cache": cache, "precision": "fp32"},
+        training={
+            "tokens": tokens,
+            "batch_tokens": 64,
+            "teacher_cache": cache,
+            "precision": "fp32",
+        },
     )
 
 

@@ -19,14 +19,27 @@ from compress.footprint.encoders import (
     trace_encoder,
 )
 from compress.footprint.tracing import Live
-from compress.models.encoders import build_student, encoder_config, encoder_folder, load_classifier, pooled
+from compress.models.encoders import (
+    build_student,
+    encoder_config,
+    encoder_folder,
+    load_classifier,
+    pooled,
+)
 from export import export_student
 from export.plan.encoders import encoder_form_bytes
 from limbeck.app import pico, plan
 from limbeck.app.cli import app
 from limbeck.contract.errors import ModelError, RecipeError
 from limbeck.contract.recipe.encoder import EncoderRecipe, load_any_recipe
-from tests.encoders import CLASSES, CONFIGS, classifier_recipe, embedding_recipe, make_encoder_student, source
+from tests.encoders import (
+    CLASSES,
+    CONFIGS,
+    classifier_recipe,
+    embedding_recipe,
+    make_encoder_student,
+    source,
+)
 
 TASKS = ("classification", "embedding")
 
@@ -61,10 +74,14 @@ def test_a_shape_counts_what_the_real_student_has(model_type: str, kind: str, ta
     folder = encoder_folder(recipe.teachers[0].model, folder=Path())
     classes = ["code", "prose"] if task == "classification" else None
     ids = torch.randint(1, 250, (1, 12))
-    real, _, _ = build_student(recipe.student, folder=folder, classes=classes, calibration=[ids], seed=0)
+    real, _, _ = build_student(
+        recipe.student, folder=folder, classes=classes, calibration=[ids], seed=0
+    )
     config = encoder_config(recipe.teachers[0].model, folder=Path())  # type: ignore[arg-type]
     shape = describe_encoder(
-        encoder_student_config(recipe, base=config, vocabulary=257), name="the student", recipe=recipe
+        encoder_student_config(recipe, base=config, vocabulary=257),
+        name="the student",
+        recipe=recipe,
     )
     assert shape.parameters == real.num_parameters()
     assert shape.weights == 4 * shape.parameters
@@ -103,7 +120,9 @@ def test_layers_lie_on_a_line() -> None:
         config = encoder_config(recipe.student.base, folder=Path())  # type: ignore[union-attr]
         config.num_hidden_layers = layers
         shapes[layers] = describe_encoder(config, name="the student", recipe=recipe)
-    four, seven = (trace_encoder(s, rows=2, length=8, precision="fp32", trains=True) for s in shapes.values())
+    four, seven = (
+        trace_encoder(s, rows=2, length=8, precision="fp32", trains=True) for s in shapes.values()
+    )
     two = trace_encoder(
         describe_encoder(_with_layers(shapes[4].config, 2), name="", recipe=recipe), rows=2, length=8, precision="fp32", trains=True
     )  # fmt: skip
@@ -121,14 +140,21 @@ def test_examples_are_counted_as_the_text_would_give_them() -> None:
     data = {"classes": classes, "heldout": {"every": 5, "most": 12}}
     recipe = classifier_recipe(data=data, training={"examples": 1000, "batch": 8})
     assert example_counts(recipe) == (80 + 40, 12 + 10)
-    assert example_counts(classifier_recipe(data=data, training={"examples": 100, "batch": 8}))[0] == 96
+    assert (
+        example_counts(classifier_recipe(data=data, training={"examples": 100, "batch": 8}))[0]
+        == 96
+    )
     classes[1]["most"] = None
-    assert example_counts(classifier_recipe(data=data, training={"examples": 1000, "batch": 8})) == (1000, 24)
+    assert example_counts(
+        classifier_recipe(data=data, training={"examples": 1000, "batch": 8})
+    ) == (1000, 24)
 
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("model_type", sorted(CONFIGS))
-def test_sizes_of_forms_are_what_the_exporter_writes(model_type: str, task: str, tmp_path: Path) -> None:
+def test_sizes_of_forms_are_what_the_exporter_writes(
+    model_type: str, task: str, tmp_path: Path
+) -> None:
     student = make_encoder_student(tmp_path / "student", model_type, task=task, scale=0.1)
     forms = ["fp32", {"kind": "int8-weight", "block_size": 16}, "int8-static", "int8-dynamic"]
     recipe = recipe_of(task, export={"forms": forms})
@@ -157,7 +183,10 @@ def write(path: Path, recipe: EncoderRecipe, **over: Any) -> Path:
 
 
 def test_plan_of_a_classifier_from_teachers_that_are_made_first(tmp_path: Path) -> None:
-    write(tmp_path / "a.yaml", classifier_recipe(student={"kind": "full", "base": source(num_hidden_layers=4)}))
+    write(
+        tmp_path / "a.yaml",
+        classifier_recipe(student={"kind": "full", "base": source(num_hidden_layers=4)}),
+    )
     teachers = [
         {"name": "a", "model": {"kind": "recipe", "recipe": "a.yaml"}},
         {"name": "b", "model": source("distilbert")},
@@ -187,16 +216,24 @@ def test_a_sentence_encoder_trains_its_projections_too() -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_a_trial_gives_a_time(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "TRIAL_SECONDS", 0.1)
-    found = plan.plan_recipe(recipe_of(task, student={"kind": "full", "base": source("roberta")}), trial=True)
+    found = plan.plan_recipe(
+        recipe_of(task, student={"kind": "full", "base": source("roberta")}), trial=True
+    )
     assert found.seconds is not None
     assert 0 < found.seconds < 600
 
 
 def test_an_onnx_file_is_counted_by_the_names_in_it(tmp_path: Path) -> None:
     like = encoder_folder(classifier_recipe().student.base, folder=Path())  # type: ignore[union-attr]
-    entry = {"kind": "onnx", "path": str(tmp_path / "old.onnx"), "like": {"kind": "local", "path": str(like)}}
+    entry = {
+        "kind": "onnx",
+        "path": str(tmp_path / "old.onnx"),
+        "like": {"kind": "local", "path": str(like)},
+    }
     base = embedding_recipe(student={"kind": "full", "base": entry}).student.base  # type: ignore[union-attr]
-    names = b"".join(b"\x0a\x22encoder.layer.%d.attention.self.query.bias\x00" % layer for layer in (0, 2, 1))
+    names = b"".join(
+        b"\x0a\x22encoder.layer.%d.attention.self.query.bias\x00" % layer for layer in (0, 2, 1)
+    )
     (tmp_path / "old.onnx").write_bytes(b"\x08\x07" + names)
     assert encoder_config(base, folder=Path()).num_hidden_layers == 3
     for content in (b"", b"no names"):
@@ -261,8 +298,12 @@ def test_the_architecture_of_an_encoder_is_told_by_its_name(name: str, expected:
 
 
 def test_what_cannot_be_told_or_given_text_is_named() -> None:
-    odd = embedding_recipe(student={"kind": "full", "base": {"kind": "hub", "id": "someone/mobilebert"}})
-    with pytest.raises(ModelError, match=r"student\.base: the architecture of someone/mobilebert cannot be told"):
+    odd = embedding_recipe(
+        student={"kind": "full", "base": {"kind": "hub", "id": "someone/mobilebert"}}
+    )
+    with pytest.raises(
+        ModelError, match=r"student\.base: the architecture of someone/mobilebert cannot be told"
+    ):
         pico.shrink_to_pico(odd)
     many = [{**CLASSES[0], "name": f"c{index}"} for index in range(2000)]
     with pytest.raises(RecipeError, match="has built-in text for"):
@@ -274,4 +315,6 @@ def test_a_shrunk_teacher_knows_the_classes() -> None:
     folder = encoder_folder(recipe.teachers[0].model, folder=Path())  # type: ignore[arg-type]
     model, again = load_classifier(folder), load_classifier(folder)
     assert model.config.id2label == {0: "code", 1: "prose"}
-    torch.testing.assert_close(model.classifier.weight, again.classifier.weight)  # saved, not drawn anew
+    torch.testing.assert_close(
+        model.classifier.weight, again.classifier.weight
+    )  # saved, not drawn anew

@@ -25,9 +25,23 @@ from limbeck.app.cli import app
 from limbeck.app.search import finals, language, probes, rounds, search, state, variants
 from limbeck.app.search.candidates import Candidate, fit_speed
 from limbeck.app.search.language import final_recipe
-from limbeck.app.search.outcome import Found, draw, excess, missed_bound, nearest, out_of_time, pareto_front
+from limbeck.app.search.outcome import (
+    Found,
+    draw,
+    excess,
+    missed_bound,
+    nearest,
+    out_of_time,
+    pareto_front,
+)
 from limbeck.app.search.state import Clock
-from limbeck.contract.errors import ArtifactError, DivergenceError, EnvironmentalError, ModelError, ParityError
+from limbeck.contract.errors import (
+    ArtifactError,
+    DivergenceError,
+    EnvironmentalError,
+    ModelError,
+    ParityError,
+)
 from limbeck.contract.recipe import Budget, QualityBudget, Recipe, load_recipe, parse_recipe
 
 BUDGET = {"size_mb": 0.6, "tpot_ms": 5.0}
@@ -35,10 +49,14 @@ BUDGET = {"size_mb": 0.6, "tpot_ms": 5.0}
 
 def pico(**over: Any) -> Recipe:
     settings = {"budget": BUDGET, "search.rungs": [512, 1024], **over}
-    return load_recipe("pico", overrides=[f"{key}={json.dumps(value)}" for key, value in settings.items()])
+    return load_recipe(
+        "pico", overrides=[f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    )
 
 
-def candidate(student: str, form: str = "int8-weight", *, size: int = 100, layers: int = 4) -> Candidate:
+def candidate(
+    student: str, form: str = "int8-weight", *, size: int = 100, layers: int = 4
+) -> Candidate:
     return Candidate(student, form, student, size, layers)
 
 
@@ -109,14 +127,18 @@ def test_what_is_planned_too_large_is_ruled_out_before_anything_is_made() -> Non
 def test_what_this_machine_has_no_memory_to_train_is_ruled_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = pico(**{"search.depths": [1.0, 0.5, 0.25], "search.widths": [0.5], "search.ranks": [8]})
+    recipe = pico(
+        **{"search.depths": [1.0, 0.5, 0.25], "search.widths": [0.5], "search.ranks": [8]}
+    )
     students, budget = dict(language.students(recipe)), recipe.budget
     assert budget is not None
     planned: list[str] = []
 
     def memory(made: Recipe, *, here: int) -> tuple[int, int]:
         planned.append(made.name)
-        return (made.student.layers or 0) * 10_000_000 if made.student.kind == "shrink" else 5_000_000, here
+        return (
+            made.student.layers or 0
+        ) * 10_000_000 if made.student.kind == "shrink" else 5_000_000, here
 
     def left(here: int) -> tuple[set[str], list[Candidate]]:
         planned.clear()
@@ -129,7 +151,10 @@ def test_what_this_machine_has_no_memory_to_train_is_ruled_out(
     assert left(50_000_000)[0] == students.keys()
     assert len(planned) == 2  # the largest of each kind
     assert left(20_000_000)[0] == students.keys() - {"cut-4x128"}
-    assert "planned to take more memory than there is here, and left out: cut-4x128" in capsys.readouterr().err
+    assert (
+        "planned to take more memory than there is here, and left out: cut-4x128"
+        in capsys.readouterr().err
+    )
     assert left(9_000_000)[0] == students.keys() - cuts
     none, field = left(1_000_000)
     assert none == set()
@@ -141,10 +166,16 @@ def test_what_this_machine_has_no_memory_to_train_is_ruled_out(
 
 
 def test_what_is_looked_among_is_named_by_what_it_keeps() -> None:
-    recipe = pico(**{"search.depths": [1.0, 0.5], "search.widths": [1.0, 0.5], "search.hidden": [1.0, 0.5]})
+    recipe = pico(
+        **{"search.depths": [1.0, 0.5], "search.widths": [1.0, 0.5], "search.hidden": [1.0, 0.5]}
+    )
     students = dict(language.students(recipe))
-    base = variants.dimensions(recipe, {"kind": "shrink", "base": recipe.resolved()["student"]["base"]})
-    layers, neurons, hidden = (base[name] for name in ("layers", "intermediate_size", "hidden_size"))
+    base = variants.dimensions(
+        recipe, {"kind": "shrink", "base": recipe.resolved()["student"]["base"]}
+    )
+    layers, neurons, hidden = (
+        base[name] for name in ("layers", "intermediate_size", "hidden_size")
+    )
     cuts = {name.removeprefix("cut-") for name in students if name.startswith("cut-")}
     assert len(cuts) == 2 * 2 * 2 - 1  # all but the whole base
     assert f"{layers // 2}x{neurons}" in cuts
@@ -157,8 +188,17 @@ def test_what_is_looked_among_is_named_by_what_it_keeps() -> None:
 
 def test_a_cut_that_was_asked_for_and_lies_on_the_grid_is_tried_once() -> None:
     base = pico().resolved()["student"]["base"]
-    for layers, names in ((2, ["cut-4x256", "cut-2x256"]), (3, ["cut-4x256", "cut-2x256", "asked"])):
-        asked = {"kind": "shrink", "base": base, "layers": layers, "hidden_size": 64, "calibration_blocks": 2}
+    for layers, names in (
+        (2, ["cut-4x256", "cut-2x256"]),
+        (3, ["cut-4x256", "cut-2x256", "asked"]),
+    ):
+        asked = {
+            "kind": "shrink",
+            "base": base,
+            "layers": layers,
+            "hidden_size": 64,
+            "calibration_blocks": 2,
+        }
         space = {"ranks": [], "depths": [1.0, 0.5], "widths": [1.0]}
         assert list(dict(language.students(pico(student=asked, search=space)))) == names
 
@@ -177,7 +217,9 @@ def stood_in(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Which rounds were trained; the loss of a student is made up."""
     trained: list[tuple[str, int]] = []
 
-    def heal(*, recipe: Recipe, rounds: Sequence[int], goes_on: Callable[[int, float], bool], **_: Any) -> None:
+    def heal(
+        *, recipe: Recipe, rounds: Sequence[int], goes_on: Callable[[int, float], bool], **_: Any
+    ) -> None:
         name = recipe.name.removeprefix("pico-")
         for index, tokens in enumerate(rounds):
             if (name, tokens) not in trained:  # a later round goes on from the earlier one
@@ -205,7 +247,10 @@ def test_the_worse_half_gets_no_second_round_and_nothing_is_trained_twice(
 ) -> None:
     candidates = halve(tmp_path)
     assert [name for name, tokens in stood_in if tokens == 512] == list(LOSSES)
-    assert [name for name, tokens in stood_in if tokens == 1024] == ["a", "c"]  # the better half, the best first
+    assert [name for name, tokens in stood_in if tokens == 1024] == [
+        "a",
+        "c",
+    ]  # the better half, the best first
     assert stood_in.count(("teachers", 0)) == 1
     left = {c.student: c.nll for c in candidates if c.out is None}
     assert left == {"a": pytest.approx(3.0 - 0.1024), "c": pytest.approx(3.5 - 0.1024)}
@@ -226,10 +271,14 @@ def test_a_half_that_the_finals_have_room_for_gets_no_further_round(
     assert next(c.student for c in finals.finalists(candidates, Budget(size_mb=1))) == "a"
 
 
-def test_what_is_beaten_does_not_lie_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_beaten_does_not_lie_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     left: list[set[str]] = []
 
-    def heal(*, recipe: Recipe, work: Path, goes_on: Callable[[int, float], bool], **_: Any) -> None:
+    def heal(
+        *, recipe: Recipe, work: Path, goes_on: Callable[[int, float], bool], **_: Any
+    ) -> None:
         work.mkdir(parents=True)
         left.append({path.name for path in work.parent.iterdir()})
         goes_on(0, LOSSES[recipe.name.removeprefix("pico-")])
@@ -237,7 +286,12 @@ def test_what_is_beaten_does_not_lie_on_the_disk(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(compress, "heal", heal)
     monkeypatch.setattr(compress, "cache_teachers", lambda **_: None)
     halve(tmp_path, **{"search.rungs": [512]})
-    assert left == [{"a"}, {"a", "b"}, {"a", "b", "c"}, {"a", "c", "d"}]  # b cannot be among two of four any more
+    assert left == [
+        {"a"},
+        {"a", "b"},
+        {"a", "b", "c"},
+        {"a", "c", "d"},
+    ]  # b cannot be among two of four any more
 
 
 def test_a_student_whose_process_was_killed_is_taken_up_again(
@@ -254,7 +308,9 @@ def test_a_student_whose_process_was_killed_is_taken_up_again(
     assert all(c.nll is not None for c in candidates)
 
 
-def test_what_a_killed_worker_leaves_behind_is_taken_up(tmp_path: Path, stood_in: list[tuple[str, int]]) -> None:
+def test_what_a_killed_worker_leaves_behind_is_taken_up(
+    tmp_path: Path, stood_in: list[tuple[str, int]]
+) -> None:
     with rounds._study(tmp_path, 0) as study:
         rounds._enqueue(study, list(LOSSES), 0, float("inf"))
         study.ask()
@@ -297,7 +353,9 @@ def work_in(folder: Path) -> None:
     """One worker in a process of its own, with made-up losses; says which rounds it trained, and what all came to."""
     mine: list[str] = []
 
-    def heal(*, recipe: Recipe, rounds: Sequence[int], goes_on: Callable[[int, float], bool], **_: Any) -> None:
+    def heal(
+        *, recipe: Recipe, rounds: Sequence[int], goes_on: Callable[[int, float], bool], **_: Any
+    ) -> None:
         name = recipe.name.removeprefix("pico-")
         time.sleep(0.3)
         for index, tokens in enumerate(rounds):
@@ -321,7 +379,9 @@ def test_two_processes_share_the_students(tmp_path: Path) -> None:
     assert sorted(trained) == sorted([*(f"{name} 512" for name in LOSSES), "a 1024", "c 1024"])
 
 
-def test_no_student_is_begun_when_the_time_is_up(tmp_path: Path, stood_in: list[tuple[str, int]]) -> None:
+def test_no_student_is_begun_when_the_time_is_up(
+    tmp_path: Path, stood_in: list[tuple[str, int]]
+) -> None:
     candidates = halve(tmp_path, until=0.0)
     assert [c.out for c in candidates] == ["no time left for it"] * len(LOSSES)
     assert stood_in == [("teachers", 0)]
@@ -335,7 +395,9 @@ def test_what_there_was_no_time_for_goes_on_when_there_is_more(
         (tmp_path / folder).mkdir()
     at_once = halve(tmp_path / "at-once")
     stood_in.clear()
-    monkeypatch.setattr(Clock, "spent", lambda _: 60.0 * len(stood_in))  # a minute a round, and one for the teachers
+    monkeypatch.setattr(
+        Clock, "spent", lambda _: 60.0 * len(stood_in)
+    )  # a minute a round, and one for the teachers
     halve(tmp_path / "cut", until=200.0)
     assert [name for name, tokens in stood_in if tokens] == ["a", "b", "c"]
     cut = halve(tmp_path / "cut", until=200.0)  # no more time than before
@@ -345,7 +407,9 @@ def test_what_there_was_no_time_for_goes_on_when_there_is_more(
     assert stood_in[4:] == [("d", 512), ("a", 1024), ("c", 1024)]
 
 
-def test_the_clock_counts_work_and_not_the_night_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clock_counts_work_and_not_the_night_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = [1000.0]
     monkeypatch.setattr(state.time, "monotonic", lambda: now[0])
     clock = Clock(tmp_path / "spent.json")
@@ -375,7 +439,13 @@ def test_a_student_that_diverges_is_out_and_the_others_go_on(
 
 def test_healing_in_rounds_is_one_training_that_can_be_interrupted(tmp_path: Path) -> None:
     """A stop after the first round leaves the rest untrained; going on tells the first round again, and ends in the same loss."""
-    recipe = pico(**{"training.batch_tokens": 256, "training.checkpoint_every": 1, "data.heldout": {"blocks": 2}})
+    recipe = pico(
+        **{
+            "training.batch_tokens": 256,
+            "training.checkpoint_every": 1,
+            "data.heldout": {"blocks": 2},
+        }
+    )
     options: dict[str, Any] = {"recipe": recipe, "products": {}, "rounds": (256, 512, 1024)}
 
     def heal(work: str, says: Callable[[int], bool]) -> list[tuple[int, float]]:
@@ -404,7 +474,9 @@ def test_healing_in_rounds_is_one_training_that_can_be_interrupted(tmp_path: Pat
     assert heal("stopped", lambda _: True) == whole  # as if it had not stopped
 
 
-def test_teachers_run_once_for_every_student_and_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_teachers_run_once_for_every_student_and_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
     recipe = pico(**{"data.heldout": {"blocks": 2}})
     options: dict[str, Any] = {"products": {}, "rounds": (512, 1024)}
@@ -420,7 +492,12 @@ def test_teachers_run_once_for_every_student_and_round(tmp_path: Path, monkeypat
 
 def test_each_form_has_its_best_student_measured_first() -> None:
     """4 bits cost what is not known yet: the best int8 student is measured though two int4 ones are ahead of it."""
-    field = [candidate("a", "int4-weight"), candidate("b", "int4-weight"), candidate("c"), candidate("d")]
+    field = [
+        candidate("a", "int4-weight"),
+        candidate("b", "int4-weight"),
+        candidate("c"),
+        candidate("d"),
+    ]
     for place, c in enumerate(field[:3]):
         c.nll, c.tokens = 3.0 + place, 1024
     field[2].tokens = 512
@@ -428,10 +505,21 @@ def test_each_form_has_its_best_student_measured_first() -> None:
 
 
 def test_what_is_inside_every_bound_is_measured_before_what_may_be() -> None:
-    field = [candidate(name, size=size) for name, size in (("a", 1_010_000), ("b", 900_000), ("c", 800_000))]
+    field = [
+        candidate(name, size=size)
+        for name, size in (("a", 1_010_000), ("b", 900_000), ("c", 800_000))
+    ]
     for place, c in enumerate(field):
-        c.nll, c.tokens, c.predicted = 3.0 + place, 1024, {"tpot_ms": 8.5 if c.student == "b" else 7.0}
-    assert [c.student for c in finals.finalists(field, Budget(size_mb=1, tpot_ms=8))] == ["c", "a", "b"]
+        c.nll, c.tokens, c.predicted = (
+            3.0 + place,
+            1024,
+            {"tpot_ms": 8.5 if c.student == "b" else 7.0},
+        )
+    assert [c.student for c in finals.finalists(field, Budget(size_mb=1, tpot_ms=8))] == [
+        "c",
+        "a",
+        "b",
+    ]
     assert [c.student for c in finals.finalists(field, Budget(tpot_ms=8))] == ["a", "c", "b"]
 
 
@@ -460,10 +548,14 @@ def test_the_next_ones_are_measured_while_none_keeps_the_budget_and_time_is_left
         c.nll, c.tokens = LOSSES[c.student], 512
     measured: list[str] = []
 
-    monkeypatch.setattr(finals, "_measure", lambda _, __, c, *___: _measured(measured, c, c.student == "b"))
+    monkeypatch.setattr(
+        finals, "_measure", lambda _, __, c, *___: _measured(measured, c, c.student == "b")
+    )
     recipe = pico(**{"search.finalists": 1})
     assert recipe.budget is not None
-    finals.measure_finalists(recipe, {}, field, recipe.budget, tmp_path, Clock(tmp_path / state.SPENT))
+    finals.measure_finalists(
+        recipe, {}, field, recipe.budget, tmp_path, Clock(tmp_path / state.SPENT)
+    )
     assert measured == ["a", "c", "b"]
     assert field[-1].out == "not among the finalists"
     measured.clear()
@@ -492,7 +584,9 @@ def _measured(told: list[str], finalist: Candidate, passes: bool) -> None:
     finalist.verdict = "pass" if passes else "fail"
 
 
-def test_a_finalist_is_verified_but_for_its_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finalist_is_verified_but_for_its_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a machine that is faster a minute later, a replay of the speed would find another figure."""
     arms = {
         "mine": {
@@ -509,12 +603,22 @@ def test_a_finalist_is_verified_but_for_its_speed(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(finals, "open_artifact", lambda *_, **__: bench)
     passed = SimpleNamespace(verdict=SimpleNamespace(status="pass"))
     monkeypatch.setattr(finals.pipeline, "run", lambda *_, **__: passed)
-    monkeypatch.setattr(finals.pipeline, "verify", lambda _, *, quality=True, speed=True: int(speed or not quality))
+    monkeypatch.setattr(
+        finals.pipeline, "verify", lambda _, *, quality=True, speed=True: int(speed or not quality)
+    )
     recipe, finalist = pico(), candidate("asked")
     assert recipe.budget is not None
-    finals._measure(recipe, {"asked": recipe.resolved()["student"]}, finalist, recipe.budget, tmp_path)
+    finals._measure(
+        recipe, {"asked": recipe.resolved()["student"]}, finalist, recipe.budget, tmp_path
+    )
     assert (finalist.verdict, finalist.out) == ("pass", None)
-    assert finalist.measured == {"size": 5e5, "tpot_ms": 2.0, "ttft_ms": 9.0, "nll": 3.3, "best_teacher": 3.0}
+    assert finalist.measured == {
+        "size": 5e5,
+        "tpot_ms": 2.0,
+        "ttft_ms": 9.0,
+        "nll": 3.3,
+        "best_teacher": 3.0,
+    }
 
 
 def test_a_finalist_whose_training_diverged_is_not_called_an_export_that_failed(
@@ -523,12 +627,22 @@ def test_a_finalist_whose_training_diverged_is_not_called_an_export_that_failed(
     recipe = pico()
     assert recipe.budget is not None
     for error, said in (
-        (DivergenceError("training of a diverged at step 3: loss nan"), "training of a diverged at step 3: loss nan"),
-        (ParityError("the int8-weight graph is wrong:\n  far off"), "not exported: the int8-weight graph is wrong"),
+        (
+            DivergenceError("training of a diverged at step 3: loss nan"),
+            "training of a diverged at step 3: loss nan",
+        ),
+        (
+            ParityError("the int8-weight graph is wrong:\n  far off"),
+            "not exported: the int8-weight graph is wrong",
+        ),
     ):
-        monkeypatch.setattr(finals.pipeline, "run", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(
+            finals.pipeline, "run", lambda *_, error=error, **__: (_ for _ in ()).throw(error)
+        )
         finalist = candidate("asked")
-        finals._measure(recipe, {"asked": recipe.resolved()["student"]}, finalist, recipe.budget, tmp_path)
+        finals._measure(
+            recipe, {"asked": recipe.resolved()["student"]}, finalist, recipe.budget, tmp_path
+        )
         assert (finalist.out, finalist.verdict) == (said, None)
 
 
@@ -536,7 +650,9 @@ def test_a_finalist_whose_training_diverged_is_not_called_an_export_that_failed(
 
 
 def test_the_recipe_that_is_written_stands_alone(tmp_path: Path) -> None:
-    recipe = load_recipe("smollm2/135m-two-experts", overrides=["budget={size_mb: 120, quality: {max_loss: 0.01}}"])
+    recipe = load_recipe(
+        "smollm2/135m-two-experts", overrides=["budget={size_mb: 120, quality: {max_loss: 0.01}}"]
+    )
     assert recipe.budget is not None
     base = recipe.resolved()["student"]["base"]
     student = {"kind": "shrink", "base": base, "layers": 20}
@@ -550,13 +666,18 @@ def test_the_recipe_that_is_written_stands_alone(tmp_path: Path) -> None:
     assert read.gates.min_decode_speedup == recipe.gates.min_decode_speedup
     assert read.budget is None
     # By name: on another machine a shipped recipe lies elsewhere.
-    assert [t["model"]["recipe"] for t in tree["teachers"]] == ["smollm2/expert-speeches", "smollm2/expert-scripture"]
+    assert [t["model"]["recipe"] for t in tree["teachers"]] == [
+        "smollm2/expert-speeches",
+        "smollm2/expert-scripture",
+    ]
 
 
 def test_a_teacher_recipe_of_ones_own_keeps_its_place(tmp_path: Path) -> None:
     (tmp_path / "expert.yaml").write_text("extends: pico\nname: expert\n")
     teachers = "teachers: [{name: a, model: {kind: recipe, recipe: expert.yaml}}]\n"
-    (tmp_path / "mine.yaml").write_text(f"extends: pico\nname: mine\n{teachers}budget: {{size_mb: 1}}\n")
+    (tmp_path / "mine.yaml").write_text(
+        f"extends: pico\nname: mine\n{teachers}budget: {{size_mb: 1}}\n"
+    )
     recipe = load_recipe(tmp_path / "mine.yaml")
     assert recipe.budget is not None
     tree = final_recipe(recipe, recipe.resolved()["student"], candidate("asked"), recipe.budget)
@@ -564,7 +685,9 @@ def test_a_teacher_recipe_of_ones_own_keeps_its_place(tmp_path: Path) -> None:
 
 
 def test_every_bound_of_the_budget_is_a_gate_of_the_recipe_that_is_written() -> None:
-    recipe = pico(budget={"size_mb": 0.6, "tpot_ms": 5.0, "ttft_ms": 20.0}, gates={"max_tpot_ms": 1.0})
+    recipe = pico(
+        budget={"size_mb": 0.6, "tpot_ms": 5.0, "ttft_ms": 20.0}, gates={"max_tpot_ms": 1.0}
+    )
     assert recipe.budget is not None
     tree = final_recipe(recipe, recipe.resolved()["student"], candidate("asked"), recipe.budget)
     gates = parse_recipe(tree).gates
@@ -574,18 +697,26 @@ def test_every_bound_of_the_budget_is_a_gate_of_the_recipe_that_is_written() -> 
 
 def test_what_a_recipe_asks_of_its_export_spoils_no_finalist() -> None:
     """`recover`, `mixed` and separate adapters ask for gates, forms and students that a finalist need not have."""
-    for override in ("export.recover={tokens: 1024}", "export.adapters=separate", "export.mixed={kind: loss}"):
+    for override in (
+        "export.recover={tokens: 1024}",
+        "export.adapters=separate",
+        "export.mixed={kind: loss}",
+    ):
         given = ["budget.size_mb=1", "export.forms=[fp32, int4-weight]", override]
         recipe = load_recipe("pico", overrides=given)
         assert recipe.budget is not None
         for name, student in language.students(recipe):
             for form in ("int8-weight", "int4-weight"):
-                made = parse_recipe(final_recipe(recipe, student, candidate(name, form), recipe.budget)).export
+                made = parse_recipe(
+                    final_recipe(recipe, student, candidate(name, form), recipe.budget)
+                ).export
                 assert [form.kind for form in made.forms] == ["fp32", form]
                 assert (made.recover, made.adapters) == (None, "merged")
 
 
-def test_a_round_is_no_longer_than_the_training(tmp_path: Path, stood_in: list[tuple[str, int]]) -> None:
+def test_a_round_is_no_longer_than_the_training(
+    tmp_path: Path, stood_in: list[tuple[str, int]]
+) -> None:
     halve(tmp_path, **{"training.tokens": 1536, "search.rungs": [512, 100_000]})
     assert {tokens for _, tokens in stood_in} == {0, 512, 1536}
 
@@ -627,7 +758,9 @@ def test_the_nearest_is_chosen_by_the_loss_that_was_measured() -> None:
 def test_a_time_that_nobody_measured_is_called_predicted() -> None:
     slow, slower = candidate("slow"), candidate("slower")
     slow.predicted, slower.predicted = {"tpot_ms": 8.0}, {"tpot_ms": 9.0}
-    assert missed_bound([slow, slower], Budget(tpot_ms=5)).endswith("the fastest is predicted to take 8.00.")
+    assert missed_bound([slow, slower], Budget(tpot_ms=5)).endswith(
+        "the fastest is predicted to take 8.00."
+    )
     slow.timed = True
     assert missed_bound([slow, slower], Budget(tpot_ms=5)).endswith("the fastest takes 8.00.")
 
@@ -636,7 +769,10 @@ def test_hours_that_ran_out_are_no_answer() -> None:
     begun, late = candidate("begun"), candidate("late")
     begun.out, late.late = "gates missed", True
     said = missed_bound([begun, late], Budget(tpot_ms=5, hours=2))
-    assert said == "Not decided: the 2 hours ran out before 1 of the students was measured; give budget.hours more."
+    assert (
+        said
+        == "Not decided: the 2 hours ran out before 1 of the students was measured; give budget.hours more."
+    )
     assert out_of_time([begun, late]) == [late]
 
 
@@ -666,7 +802,9 @@ def test_a_form_that_parity_refuses_untrained_is_out_and_the_others_are_timed(
 
     def export(_: Any, student: dict[str, str], forms: Sequence[str], __: Any) -> None:
         if "int4-weight" in forms or student["name"] == "b":
-            raise ParityError(f"the {forms[-1]} graph does not compute what the student computes:\n  far off")
+            raise ParityError(
+                f"the {forms[-1]} graph does not compute what the student computes:\n  far off"
+            )
 
     def measure(targets: Sequence[str], **_: Any) -> SimpleNamespace:
         arm = {"role": "target", "tpot_ms": {"value": 2.0}, "ttft_ms": {"value": 4.0}}
@@ -678,7 +816,9 @@ def test_a_form_that_parity_refuses_untrained_is_out_and_the_others_are_timed(
     recipe = pico()
     assert recipe.budget is not None
     probes.predict_speeds(recipe, students, field, recipe.budget, tmp_path)
-    refused = "untrained, not exported: the int4-weight graph does not compute what the student computes"
+    refused = (
+        "untrained, not exported: the int4-weight graph does not compute what the student computes"
+    )
     assert {(c.form, c.out) for c in field} == {("int8-weight", None), ("int4-weight", refused)}
     found = {c.student: (c.timed, c.predicted["tpot_ms"]) for c in field if c.out is None}
     assert found == {"a": (True, 2.0), "b": (False, pytest.approx(2.0)), "c": (True, 2.0)}
@@ -719,14 +859,23 @@ def test_a_search_whose_time_was_up_says_so_and_goes_on_with_more(
 
     def measure(_: Any, __: Any, finalist: Candidate, *___: Any) -> None:
         finalist.late, finalist.verdict = False, "pass"
-        finalist.measured = {"size": 5e5, "tpot_ms": 2.0, "ttft_ms": 9.0, "nll": 3.0, "best_teacher": 3.0}
+        finalist.measured = {
+            "size": 5e5,
+            "tpot_ms": 2.0,
+            "ttft_ms": 9.0,
+            "nll": 3.0,
+            "best_teacher": 3.0,
+        }
 
     monkeypatch.setattr(compress, "heal", heal)
     monkeypatch.setattr(compress, "cache_teachers", lambda **_: None)
     monkeypatch.setattr(finals, "_measure", measure)
 
     def find(hours: float) -> Found:
-        recipe = pico(budget={"size_mb": 0.6, "hours": hours}, **{"search.rungs": [512], "search.finalists": 1})
+        recipe = pico(
+            budget={"size_mb": 0.6, "hours": hours},
+            **{"search.rungs": [512], "search.finalists": 1},
+        )
         return search(recipe, out=tmp_path / "out")
 
     cut = find(1e-9)
@@ -757,18 +906,32 @@ def test_an_undecided_search_measures_its_finalists_again_when_the_bench_has_lon
         measured.append(recipe.bench.minutes)
         finalist.verdict = "pass" if recipe.bench.minutes > 1 else "undecided"
         finalist.out = None if recipe.bench.minutes > 1 else "measured: 2.0 ms per output token"
-        finalist.measured = {"size": 5e5, "tpot_ms": 2.0, "ttft_ms": 9.0, "nll": 3.0, "best_teacher": 3.0}
+        finalist.measured = {
+            "size": 5e5,
+            "tpot_ms": 2.0,
+            "ttft_ms": 9.0,
+            "nll": 3.0,
+            "best_teacher": 3.0,
+        }
 
     monkeypatch.setattr(compress, "heal", heal)
     monkeypatch.setattr(compress, "cache_teachers", lambda **_: None)
     monkeypatch.setattr(finals, "_measure", measure)
     in_memory: list[Any] = []
     monkeypatch.setattr(module, "_rule_out_memory", lambda *given: in_memory.append(given))
-    few = {"search.rungs": [512], "search.finalists": 1, "search.ranks": [8], "search.depths": [1.0]}
+    few = {
+        "search.rungs": [512],
+        "search.finalists": 1,
+        "search.ranks": [8],
+        "search.depths": [1.0],
+    }
     few |= {"search.widths": [1.0], "search.forms": ["int8-weight"], "budget": {"size_mb": 1.0}}
 
     def find(**bench: float) -> Found:
-        return search(pico(**few, **{f"bench.{name}": value for name, value in bench.items()}), out=tmp_path / "out")
+        return search(
+            pico(**few, **{f"bench.{name}": value for name, value in bench.items()}),
+            out=tmp_path / "out",
+        )
 
     first = find(minutes=1.0)
     assert first.exit_code == 3
@@ -801,7 +964,11 @@ def test_a_search_knows_what_the_teachers_of_its_teachers_read(tmp_path: Path) -
     made = load_recipe("pico").resolved() | {"name": "made"}
     made["data"]["domains"] = [{"name": "mine", "text": {"kind": "files", "paths": [str(text)]}}]
     (tmp_path / "made.yaml").write_text(yaml.safe_dump(made))
-    recipe = pico(teachers=[{"name": "made", "model": {"kind": "recipe", "recipe": str(tmp_path / "made.yaml")}}])
+    recipe = pico(
+        teachers=[
+            {"name": "made", "model": {"kind": "recipe", "recipe": str(tmp_path / "made.yaml")}}
+        ]
+    )
     digests = []
     for written in ("old", "old", "new"):
         text.write_text(written)
@@ -852,7 +1019,12 @@ def test_without_optuna_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_
 @pytest.mark.slow
 def test_a_search_ends_with_a_student_that_measures_inside_its_budget(tmp_path: Path) -> None:
     budget = {"size_mb": 0.6, "tpot_ms": 50.0}  # a time that no machine misses
-    few = {"training.tokens": 2048, "bench.minutes": 0.05, "search.depths": [1.0, 0.5], "search.widths": [0.5]}
+    few = {
+        "training.tokens": 2048,
+        "bench.minutes": 0.05,
+        "search.depths": [1.0, 0.5],
+        "search.widths": [0.5],
+    }
     found = search(pico(budget=budget, **few), out=tmp_path / "out")
     assert found.exit_code == 0, found.sentence
     result = json.loads((tmp_path / "out" / module.RESULT).read_text())
@@ -861,4 +1033,6 @@ def test_a_search_ends_with_a_student_that_measures_inside_its_budget(tmp_path: 
     assert best["measured"]["tpot_ms"] <= 50
     chosen = load_recipe(tmp_path / "out" / module.CHOSEN)
     run = json.loads((Path(best["run"]) / "run.json").read_text())
-    assert chosen.digest == run["digest"]  # so that `limbeck run chosen.yaml` makes the same student
+    assert (
+        chosen.digest == run["digest"]
+    )  # so that `limbeck run chosen.yaml` makes the same student

@@ -41,13 +41,17 @@ def sentences(**over: Any) -> EncoderRecipe:
     return embedding_recipe(**{"student": {"kind": "full", "base": BASE}, "budget": BUDGET} | over)
 
 
-def candidate(student: str, form: str = "int8-dynamic", *, size: int = 100, layers: int = 4) -> Candidate:
+def candidate(
+    student: str, form: str = "int8-dynamic", *, size: int = 100, layers: int = 4
+) -> Candidate:
     return Candidate(student, form, student, size, layers)
 
 
 def test_of_equally_good_students_the_fastest_is_chosen_then_the_smallest() -> None:
     budget = ClassificationBudget(size_mb=1.0)
-    slow, fast, smaller, better = (candidate(name) for name in ("slow", "fast", "smaller", "better"))
+    slow, fast, smaller, better = (
+        candidate(name) for name in ("slow", "fast", "smaller", "better")
+    )
     for c, accuracy, latency, size in (
         (slow, 0.95, 3.0, 50),
         (fast, 0.95, 2.0, 100),
@@ -70,15 +74,30 @@ def test_the_base_is_looked_at_whole_and_cut() -> None:
     assert students["whole"] == {"kind": "full", "base": recipe.resolved()["student"]["base"]}
     assert (students["cut-2x64"]["layers"], students["cut-2x64"]["intermediate_size"]) == (2, 64)
     for name, student in students.items():
-        assert variants.variant(recipe, student=student).student.kind == ("full" if name == "whole" else "shrink")
+        assert variants.variant(recipe, student=student).student.kind == (
+            "full" if name == "whole" else "shrink"
+        )
 
 
 def test_a_student_that_is_cut_is_tried_as_the_recipe_has_it() -> None:
-    asked = {"kind": "shrink", "base": BASE, "layers": 3, "kv_heads": 2, "hidden_size": 32, "calibration_examples": 4}
-    students = dict(encoders.students(classifiers(student=asked, search={"depths": [1.0, 0.5], "widths": [1.0]})))
+    asked = {
+        "kind": "shrink",
+        "base": BASE,
+        "layers": 3,
+        "kv_heads": 2,
+        "hidden_size": 32,
+        "calibration_examples": 4,
+    }
+    students = dict(
+        encoders.students(
+            classifiers(student=asked, search={"depths": [1.0, 0.5], "widths": [1.0]})
+        )
+    )
     assert list(students) == ["cut-4x128", "cut-2x128", "asked"]
     assert {s["hidden_size"] for s in students.values()} == {32}  # of all
-    again = dict(encoders.students(classifiers(student=asked, search={"depths": [0.75], "widths": [1.0]})))
+    again = dict(
+        encoders.students(classifiers(student=asked, search={"depths": [0.75], "widths": [1.0]}))
+    )
     assert list(again) == ["cut-3x128"]  # which is the one that was asked for
 
 
@@ -94,10 +113,14 @@ def test_a_base_that_cannot_be_cut_is_tried_whole(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("make", [classifiers, sentences])
 def test_what_is_planned_too_large_is_ruled_out(make: Any) -> None:
-    recipe = make(search={"depths": [1.0, 0.25], "widths": [1.0], "forms": ["int8-weight", "int8-static"]})
+    recipe = make(
+        search={"depths": [1.0, 0.25], "widths": [1.0], "forms": ["int8-weight", "int8-static"]}
+    )
     field = encoders.sized(recipe, dict(encoders.students(recipe)))
     assert {c.name for c in field} == {
-        f"{student}-{form}" for student in ("whole", "cut-1x128") for form in ("int8-weight", "int8-static")
+        f"{student}-{form}"
+        for student in ("whole", "cut-1x128")
+        for form in ("int8-weight", "int8-static")
     }
     sizes = {c.name: c.size for c in field}
     assert sizes["cut-1x128-int8-static"] < sizes["whole-int8-static"]
@@ -105,7 +128,9 @@ def test_what_is_planned_too_large_is_ruled_out(make: Any) -> None:
     assert work["whole"] == pytest.approx(4 * work["cut-1x128"], rel=0.05)  # but for the head
     bound = (sizes["cut-1x128-int8-static"] + sizes["whole-int8-static"]) / 2e6
     module._rule_out_sizes(field, recipe.budget.model_copy(update={"size_mb": bound}))
-    assert {c.name: c.out is None for c in field} == {c.name: c.size <= bound * 1e6 * 1.02 for c in field}
+    assert {c.name: c.out is None for c in field} == {
+        c.name: c.size <= bound * 1e6 * 1.02 for c in field
+    }
 
 
 def test_times_grow_with_operations_and_not_with_the_embeddings() -> None:
@@ -127,7 +152,10 @@ def test_times_grow_with_operations_and_not_with_the_embeddings() -> None:
 
 
 def test_what_is_too_slow_is_ruled_out_and_the_rest_predicted(tmp_path: Path) -> None:
-    field = [Candidate(f"s{n}", "int8-dynamic", f"s{n}", 1000, n, work=float(n)) for n in (2, 4, 6, 8, 10)]
+    field = [
+        Candidate(f"s{n}", "int8-dynamic", f"s{n}", 1000, n, work=float(n))
+        for n in (2, 4, 6, 8, 10)
+    ]
     times = {f"s{n}-int8-dynamic": {"latency_ms": float(n)} for n in (2, 6, 10)}
     (tmp_path / state.TIMING).write_text(json.dumps(times))
     recipe = classifiers(budget={"latency_ms": 7.1}, search={"probes": 3})
@@ -153,10 +181,17 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, 
     def distill(*, recipe: EncoderRecipe, out: Path, **_: Any) -> SimpleNamespace:
         out.mkdir(parents=True)
         name = recipe.name.rpartition("-")[2]
-        assert [path.name for path in (tmp_path / "healing").iterdir()] == [name]  # nothing is kept of the others
+        assert [path.name for path in (tmp_path / "healing").iterdir()] == [
+            name
+        ]  # nothing is kept of the others
         found.append((name, recipe.training.examples))
         loss = LOSSES[name] - recipe.training.examples / 1e3
-        metrics = {"accuracy": 0.9, "macro_f1": 1 - LOSSES[name] / 2, "nll": loss, "spearman": 1 - loss}
+        metrics = {
+            "accuracy": 0.9,
+            "macro_f1": 1 - LOSSES[name] / 2,
+            "nll": loss,
+            "spearman": 1 - loss,
+        }
         return SimpleNamespace(result={"metrics": metrics})
 
     monkeypatch.setattr(compress, "distill", distill)
@@ -171,13 +206,22 @@ def halve(recipe: EncoderRecipe, folder: Path) -> dict[str, Candidate]:
     return {c.student: c for c in field}
 
 
-def test_each_round_is_a_training_of_its_own(tmp_path: Path, trained: list[tuple[str, int]]) -> None:
+def test_each_round_is_a_training_of_its_own(
+    tmp_path: Path, trained: list[tuple[str, int]]
+) -> None:
     recipe = classifiers(
         search={"rungs": [20, 1000], "finalists": 1},
         bench={"batches": [1], "lengths": [8], "metric": "macro_f1"},
     )
     field = halve(recipe, tmp_path)
-    assert trained == [("a", 16), ("b", 16), ("c", 16), ("d", 16), ("a", 64), ("c", 64)]  # whole steps, and at most all
+    assert trained == [
+        ("a", 16),
+        ("b", 16),
+        ("c", 16),
+        ("d", 16),
+        ("a", 64),
+        ("c", 64),
+    ]  # whole steps, and at most all
     assert field["d"].out == "behind after 16 examples"
     assert (field["a"].nll, field["a"].tokens) == (pytest.approx(0.3 - 0.064), 64)
     assert field["a"].metric == {"macro_f1": pytest.approx(0.85)}
@@ -188,7 +232,9 @@ def test_each_round_is_a_training_of_its_own(tmp_path: Path, trained: list[tuple
     assert trained == []
 
 
-def test_sentence_encoders_are_halved_by_their_rank_correlation(tmp_path: Path, trained: list[tuple[str, int]]) -> None:
+def test_sentence_encoders_are_halved_by_their_rank_correlation(
+    tmp_path: Path, trained: list[tuple[str, int]]
+) -> None:
     field = halve(sentences(search={"rungs": [32], "finalists": 4}), tmp_path)
     assert field["a"].nll == pytest.approx(0.3 - 0.032)
     assert field["a"].metric == {"spearman": pytest.approx(0.7 + 0.032)}
@@ -248,12 +294,22 @@ def test_the_recipe_that_is_written_stands_alone(tmp_path: Path) -> None:
     (tmp_path / "chosen.yaml").write_text(yaml.safe_dump(tree))
     read: Any = load_any_recipe(tmp_path / "chosen.yaml")
     assert read.task == "classification"
-    assert [(form.kind, getattr(form, "block_size", None)) for form in read.export.forms][1] == ("int8-weight", 16)
-    assert (read.gates.max_size_mb, read.gates.max_latency_ms, read.gates.max_metric_loss) == (16, 3, 0.01)
+    assert [(form.kind, getattr(form, "block_size", None)) for form in read.export.forms][1] == (
+        "int8-weight",
+        16,
+    )
+    assert (read.gates.max_size_mb, read.gates.max_latency_ms, read.gates.max_metric_loss) == (
+        16,
+        3,
+        0.01,
+    )
     assert read.gates.max_quantization_loss is None
     assert read.gates.min_throughput_ratio == recipe.gates.min_throughput_ratio
     assert read.budget is None
-    assert [teacher["model"]["recipe"] for teacher in tree["teachers"]] == ["minilm/spam-l6", "minilm/spam-l3"]
+    assert [teacher["model"]["recipe"] for teacher in tree["teachers"]] == [
+        "minilm/spam-l6",
+        "minilm/spam-l3",
+    ]
 
 
 def test_paths_of_onnx_files_become_absolute_but_for_those_in_packages() -> None:
@@ -275,7 +331,9 @@ def test_a_metric_is_missed_as_the_gate_says() -> None:
     budget = ClassificationBudget.model_validate({"latency_ms": 2.1, "quality": {"max_loss": 0.02}})
     assert excess(a, budget) == pytest.approx(0.95 * 0.98 / 0.90)
     assert excess(b, budget) == pytest.approx(2.2 / 2.1)
-    assert nearest([a, b], ClassificationBudget(latency_ms=3)) is b  # inside every bound: the better one
+    assert (
+        nearest([a, b], ClassificationBudget(latency_ms=3)) is b
+    )  # inside every bound: the better one
     assert nearest([a, b], ClassificationBudget(latency_ms=2)) is a
     a.measured["accuracy"] = 0.95 * 0.981
     assert excess(a, budget) == 1
@@ -297,7 +355,9 @@ def test_the_table_speaks_of_sequences_and_of_the_metric() -> None:
 
 
 @pytest.mark.parametrize("make", [classifiers, sentences])
-def test_a_budget_that_nothing_fits_is_said_before_anything_is_trained(make: Any, tmp_path: Path) -> None:
+def test_a_budget_that_nothing_fits_is_said_before_anything_is_trained(
+    make: Any, tmp_path: Path
+) -> None:
     found = search(make(budget={"size_mb": 0.01}), out=tmp_path / "out")
     assert found.exit_code == 1
     assert found.sentence.startswith(
@@ -317,10 +377,24 @@ def test_the_figures_of_a_finalist_are_those_of_the_shipped_form() -> None:
     grid = [{"batch": b, "length": n, "seconds": {"value": s}} for b, n, s in cells]
     arms = {
         "teacher:a": {"metrics": {"accuracy": 0.95, "macro_f1": 0.7}},
-        "onnx:int8-static": {"bytes": 5e5, "grid": grid, "metrics": {"accuracy": 0.9, "macro_f1": 0.8}},
+        "onnx:int8-static": {
+            "bytes": 5e5,
+            "grid": grid,
+            "metrics": {"accuracy": 0.9, "macro_f1": 0.8},
+        },
     }
-    bench = {"metric": "macro_f1", "shipped": "int8-static", "best_teacher": "teacher:a", "arms": arms}
-    assert encoders.measured(bench) == {"size": 5e5, "latency_ms": 2.0, "macro_f1": 0.8, "best_teacher": 0.7}
+    bench = {
+        "metric": "macro_f1",
+        "shipped": "int8-static",
+        "best_teacher": "teacher:a",
+        "arms": arms,
+    }
+    assert encoders.measured(bench) == {
+        "size": 5e5,
+        "latency_ms": 2.0,
+        "macro_f1": 0.8,
+        "best_teacher": 0.7,
+    }
 
 
 def test_each_form_of_a_student_is_measured_with_the_same_weights(
@@ -331,7 +405,9 @@ def test_each_form_of_a_student_is_measured_with_the_same_weights(
     assert recipe.budget is not None
     student = {"kind": "shrink", "base": recipe.resolved()["student"]["base"], "layers": 2}
     made = [
-        finals.parse_any_recipe(encoders.final_recipe(recipe, student, candidate("cut-2", form), recipe.budget))
+        finals.parse_any_recipe(
+            encoders.final_recipe(recipe, student, candidate("cut-2", form), recipe.budget)
+        )
         for form in ("int8-weight", "int8-dynamic")
     ]
     assert made[0].digest == made[1].digest
@@ -363,7 +439,9 @@ def test_wrong_input_is_told(over: dict[str, Any], said: str, tmp_path: Path) ->
 
 def run_cli(recipe: EncoderRecipe, folder: Path, *arguments: str) -> Any:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.resolved()))
-    return CliRunner().invoke(app, ["search", str(folder / "recipe.yaml"), "--out", str(folder / "out"), *arguments])
+    return CliRunner().invoke(
+        app, ["search", str(folder / "recipe.yaml"), "--out", str(folder / "out"), *arguments]
+    )
 
 
 def test_the_command_takes_encoders(tmp_path: Path) -> None:
@@ -374,8 +452,16 @@ def test_the_command_takes_encoders(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [classifiers, sentences])
-def test_a_search_ends_with_an_encoder_that_measures_inside_its_budget(make: Any, tmp_path: Path) -> None:
-    space = {"depths": [1.0, 0.5, 0.25], "widths": [1.0], "rungs": [32], "finalists": 1, "probes": 2}
+def test_a_search_ends_with_an_encoder_that_measures_inside_its_budget(
+    make: Any, tmp_path: Path
+) -> None:
+    space = {
+        "depths": [1.0, 0.5, 0.25],
+        "widths": [1.0],
+        "rungs": [32],
+        "finalists": 1,
+        "probes": 2,
+    }
     recipe = make(search=space)
     sizes = {c.name: c.size for c in encoders.sized(recipe, dict(encoders.students(recipe)))}
     bound = (sizes["cut-2x128-int8-dynamic"] + sizes["whole-int8-dynamic"]) / 2e6
@@ -387,10 +473,16 @@ def test_a_search_ends_with_an_encoder_that_measures_inside_its_budget(make: Any
     best = next(c for c in result["candidates"] if f"{c['student']}-{c['form']}" == result["best"])
     assert best["measured"]["size"] <= 1e6 * bound
     assert best["measured"]["latency_ms"] <= 50
-    assert {c["student"] for c in result["candidates"] if c["out"] and c["out"].startswith("planned")} >= {"whole"}
-    assert all(c["timed"] for c in result["candidates"] if c["student"] == "cut-1x128" and not c["out"])
+    assert {
+        c["student"] for c in result["candidates"] if c["out"] and c["out"].startswith("planned")
+    } >= {"whole"}
+    assert all(
+        c["timed"] for c in result["candidates"] if c["student"] == "cut-1x128" and not c["out"]
+    )
     chosen: Any = load_any_recipe(tmp_path / "out" / module.CHOSEN)
     run = json.loads((Path(best["run"]) / "run.json").read_text())
-    assert chosen.digest == run["digest"]  # so that `limbeck run chosen.yaml` makes the same student
+    assert (
+        chosen.digest == run["digest"]
+    )  # so that `limbeck run chosen.yaml` makes the same student
     assert (chosen.gates.max_size_mb, chosen.gates.max_latency_ms) == (bound, 50)
     assert search(recipe, out=tmp_path / "out") == found

@@ -86,7 +86,10 @@ class Genai:
         for _ in range(new_tokens):
             generator.generate_next_token()
             at.append(time.perf_counter() - started)
-        return {"at": at, "tokens": [int(token) for token in generator.get_sequence(0)[len(prompt) :]]}
+        return {
+            "at": at,
+            "tokens": [int(token) for token in generator.get_sequence(0)[len(prompt) :]],
+        }
 
 
 def serve(arm: Ours | Genai) -> None:
@@ -102,7 +105,9 @@ class Process:
     """An arm in a process of its own, seen from here."""
 
     def __init__(self, *command: str) -> None:
-        self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self.library = self._answer()["library"]
 
     def ask(self, do: str, **job: Any) -> dict[str, Any]:
@@ -127,11 +132,16 @@ class Process:
 # The comparison --------------------------------------------------------------------------------------------------
 
 
-def time_blocks(arms: dict[str, Process], texts: list[np.ndarray], rounds: int) -> dict[str, dict[str, np.ndarray]]:
+def time_blocks(
+    arms: dict[str, Process], texts: list[np.ndarray], rounds: int
+) -> dict[str, dict[str, np.ndarray]]:
     """Seconds to the first token and a token after it, ``[rounds]`` by arm: geometric means of the two of a block."""
     found: dict[str, dict[str, list[float]]] = {name: {"ttft": [], "tpot": []} for name in arms}
     for block in range(-_WARM, rounds):
-        prompt = [int(token) for token in np.resize(np.roll(texts[block % len(texts)], -PROMPT * block), PROMPT)]
+        prompt = [
+            int(token)
+            for token in np.resize(np.roll(texts[block % len(texts)], -PROMPT * block), PROMPT)
+        ]
         order = list(np.random.default_rng((0, block + _WARM)).permutation(list(arms)))
         pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
         for name in [*order, *reversed(order)]:
@@ -144,29 +154,43 @@ def time_blocks(arms: dict[str, Process], texts: list[np.ndarray], rounds: int) 
             for name, values in pairs.items():
                 for key, pair in zip(("ttft", "tpot"), zip(*values, strict=True), strict=True):
                     found[name][key].append(math.exp(sum(map(math.log, pair)) / 2))
-    return {name: {key: np.asarray(values) for key, values in times.items()} for name, times in found.items()}
+    return {
+        name: {key: np.asarray(values) for key, values in times.items()}
+        for name, times in found.items()
+    }
 
 
 def score(arm: Process, texts: list[list[int]]) -> float:
     """Nats a token over all ``texts``."""
-    return sum(arm.ask("score", ids=ids)["nll"] for ids in texts) / sum(len(ids) - 1 for ids in texts)
+    return sum(arm.ask("score", ids=ids)["nll"] for ids in texts) / sum(
+        len(ids) - 1 for ids in texts
+    )
 
 
 def profile(folder: Path) -> dict[str, float]:
     """Share of the time of decoding by operator, from onnxruntime's profile of our loop."""
     import onnxruntime
 
-    graph = folder / json.loads((folder / "manifest.json").read_text())["result"]["forms"][FORM]["graph"]
+    graph = (
+        folder
+        / json.loads((folder / "manifest.json").read_text())["result"]["forms"][FORM]["graph"]
+    )
     with tempfile.TemporaryDirectory() as temporary:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.enable_profiling = 2, True
         options.profile_file_prefix = f"{temporary}/profile"
-        session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-        shapes = {v.name: v.shape for v in session.get_inputs() if v.name.startswith("past_key_values.")}
+        session = onnxruntime.InferenceSession(
+            str(graph), options, providers=["CPUExecutionProvider"]
+        )
+        shapes = {
+            v.name: v.shape for v in session.get_inputs() if v.name.startswith("past_key_values.")
+        }
         cache = {n: np.zeros((1, s[1], PROMPT, s[3]), np.float32) for n, s in shapes.items()}
         mask = np.ones((1, PROMPT + 1), np.int64)
         for _ in range(NEW):
-            session.run(None, {"input_ids": np.zeros((1, 1), np.int64), "attention_mask": mask, **cache})
+            session.run(
+                None, {"input_ids": np.zeros((1, 1), np.int64), "attention_mask": mask, **cache}
+            )
         events = json.loads(Path(session.end_profiling()).read_text())
     spent: Counter[str] = Counter()
     for event in events:
@@ -185,8 +209,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--texts", type=int, default=8, help="held-out blocks scored a domain")
-    parser.add_argument("--onnx", type=Path, help="an exported folder with int8-weight, instead of exporting now")
-    parser.add_argument("--flash-attention", choices=("on", "off"), default="off", help="of llama.cpp")
+    parser.add_argument(
+        "--onnx", type=Path, help="an exported folder with int8-weight, instead of exporting now"
+    )
+    parser.add_argument(
+        "--flash-attention", choices=("on", "off"), default="off", help="of llama.cpp"
+    )
     parser.add_argument("--profile", action="store_true")
     asked = parser.parse_args()
     if not PEER.exists():
@@ -204,7 +232,9 @@ def main() -> None:
             export_student(student=work / "student", out=folder, recipe=recipe)
         peer_script = str(ROOT / "tests/benchmarks/peer_llama.py")
         gguf = work / "q8_0.gguf"
-        subprocess.run([PEER, peer_script, "quantize", gguf_file(), gguf], check=True, capture_output=True)
+        subprocess.run(
+            [PEER, peer_script, "quantize", gguf_file(), gguf], check=True, capture_output=True
+        )
         heldout = load_heldout(work / "student" / HELDOUT)
         rows = {
             name: [b.input_ids[i, : b.lengths[i]] for i in range(min(asked.texts, len(b)))]
@@ -215,14 +245,18 @@ def main() -> None:
         arms = {
             "ours": Process(*module, "ours", str(folder), threads),
             "genai": Process(*module, "genai", str(folder), threads),
-            "llama.cpp": Process(str(PEER), peer_script, "serve", str(gguf), threads, asked.flash_attention),
+            "llama.cpp": Process(
+                str(PEER), peer_script, "serve", str(gguf), threads, asked.flash_attention
+            ),
         }
         times = time_blocks(arms, [np.concatenate(texts) for texts in rows.values()], asked.rounds)
         arms["genai"].stop()
         texts = [row.tolist() for domain in rows.values() for row in domain]
         nll = {name: score(arms[name], texts) for name in ("ours", "llama.cpp")}
         sizes = {
-            "ours": json.loads((folder / "manifest.json").read_text())["result"]["forms"][FORM]["bytes"],
+            "ours": json.loads((folder / "manifest.json").read_text())["result"]["forms"][FORM][
+                "bytes"
+            ],
             "llama.cpp": gguf.stat().st_size,
         }
         made_of = profile(folder) if asked.profile else None
@@ -244,9 +278,15 @@ def main() -> None:
                 "size_ratio": round(sizes["ours"] / sizes["llama.cpp"], 3),
                 "nll_ours": round(nll["ours"], 4),
                 "nll_peer": round(nll["llama.cpp"], 4),
-                "intervals": {n: [round(i.low, 3), round(i.high, 3)] if i.bounded else None for n, i in found.items()},
+                "intervals": {
+                    n: [round(i.low, 3), round(i.high, 3)] if i.bounded else None
+                    for n, i in found.items()
+                },
                 "ms": {
-                    name: {key: round(1e3 * float(np.median(values)), 2) for key, values in by_key.items()}
+                    name: {
+                        key: round(1e3 * float(np.median(values)), 2)
+                        for key, values in by_key.items()
+                    }
                     for name, by_key in times.items()
                 },
                 "megabytes": {name: round(size / 1e6, 1) for name, size in sizes.items()},

@@ -43,7 +43,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         untrained_student(work / "student")
-        command = [sys.executable, "-m", "tests.benchmarks.bench_export", str(work / "student"), str(work / "onnx")]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.benchmarks.bench_export",
+            str(work / "student"),
+            str(work / "onnx"),
+        ]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         weights = (work / "student/model/model.safetensors").stat().st_size
     found = json.loads(done.stdout.strip().splitlines()[-1])

@@ -39,7 +39,10 @@ def main() -> None:
     """Export every form, and read the same text with each."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "run", type=Path, nargs="?", help="a run folder whose student is exported; the base model without"
+        "run",
+        type=Path,
+        nargs="?",
+        help="a run folder whose student is exported; the base model without",
     )
     parser.add_argument("--blocks", type=int, default=24, help="held-out blocks a domain")
     asked = parser.parse_args()
@@ -49,14 +52,23 @@ def main() -> None:
     from tests.benchmarks.smollm2 import demo_recipe, untrained_student
 
     with tempfile.TemporaryDirectory() as temporary:
-        student = asked.run / "student" if asked.run else untrained_student(Path(temporary) / "student").path
+        student = (
+            asked.run / "student"
+            if asked.run
+            else untrained_student(Path(temporary) / "student").path
+        )
         exported = export_student(
-            student=student, out=Path(temporary) / "onnx", recipe=demo_recipe(f"export.forms=[{', '.join(FORMS)}]")
+            student=student,
+            out=Path(temporary) / "onnx",
+            recipe=demo_recipe(f"export.forms=[{', '.join(FORMS)}]"),
         )
         text = heldout_text(student / "model", asked.blocks)
         losses = {form: heldout_nll(form_files(exported.path, form).all, text) for form in FORMS}
     made: dict[str, Any] = exported.result["forms"]
-    rise = {form: {name: losses[form][name] / losses["fp32"][name] - 1 for name in text} for form in FORMS[1:]}
+    rise = {
+        form: {name: losses[form][name] / losses["fp32"][name] - 1 for name in text}
+        for form in FORMS[1:]
+    }
     print(
         json.dumps(
             {
@@ -64,7 +76,8 @@ def main() -> None:
                 "int4_rise": round(max(rise["int4-weight"].values()), 5),
                 "int8_size": round(made["int8-weight"]["bytes"] / made["fp32"]["bytes"], 4),
                 "rise": {
-                    form: {name: round(value, 5) for name, value in by_name.items()} for form, by_name in rise.items()
+                    form: {name: round(value, 5) for name, value in by_name.items()}
+                    for form, by_name in rise.items()
                 },
                 "fp32_nll": {name: round(value, 4) for name, value in losses["fp32"].items()},
                 "megabytes": {form: round(made[form]["bytes"] / 1e6, 1) for form in FORMS},

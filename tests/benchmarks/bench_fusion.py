@@ -34,7 +34,10 @@ def main() -> None:
     student_head = Head(torch.randn(V, D) * 0.05)
     parts = {
         "head": student_head,
-        "teachers": [TeacherStates(torch.randn(8, T // 8, D), Head(torch.randn(V, D) * 0.05)) for _ in range(K)],
+        "teachers": [
+            TeacherStates(torch.randn(8, T // 8, D), Head(torch.randn(V, D) * 0.05))
+            for _ in range(K)
+        ],
         "labels_RL": torch.randint(0, V, (8, T // 8)),
         "denominator": T,
     }
@@ -47,7 +50,10 @@ def main() -> None:
         assert leaf.grad is not None
         return leaf.grad
 
-    arms: dict[str, Callable[..., Tensor]] = {"chunked": lambda *a, **k: fused_loss(*a, **k).loss, "dense": dense_loss}
+    arms: dict[str, Callable[..., Tensor]] = {
+        "chunked": lambda *a, **k: fused_loss(*a, **k).loss,
+        "dense": dense_loss,
+    }
     grads = {name: run(loss) for name, loss in arms.items()}
     difference = float((grads["chunked"] - grads["dense"]).norm() / grads["dense"].norm())
     seconds: dict[str, list[float]] = {name: [] for name in arms}
@@ -61,10 +67,14 @@ def main() -> None:
         json.dumps(
             {
                 "memory_ratio": round(memory["chunked"] / memory["dense"], 4),
-                "time_ratio": round(statistics.median(a / b for a, b in zip(*seconds.values(), strict=True)), 3),
+                "time_ratio": round(
+                    statistics.median(a / b for a, b in zip(*seconds.values(), strict=True)), 3
+                ),
                 "max_relative_gradient_difference": difference,
                 "megabytes": {name: round(value / 1e6) for name, value in memory.items()},
-                "seconds": {name: round(statistics.median(value), 2) for name, value in seconds.items()},
+                "seconds": {
+                    name: round(statistics.median(value), 2) for name, value in seconds.items()
+                },
                 "threads": torch.get_num_threads(),
             }
         )

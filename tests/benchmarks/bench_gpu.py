@@ -43,11 +43,15 @@ def main() -> None:
         student = untrained_student(root / "student")
         recipe = demo_recipe("export.provider=cuda", f"export.forms=[fp32, {', '.join(FORMS)}]")
         exported = export_student(student=student.path, out=root / "onnx", recipe=recipe)
-        arms: dict[str, Callable[[list[int]], Iterator[int]]] = {"torch": torch_arm(student.path / "model")}
+        arms: dict[str, Callable[[list[int]], Iterator[int]]] = {
+            "torch": torch_arm(student.path / "model")
+        }
         for form in FORMS:
             decoder = Decoder(exported.path, form=form)
             arms[f"{form} ort"] = lambda ids, decoder=decoder: decoder.generate(ids, NEW)  # type: ignore[misc]
-            arms[f"{form} genai"] = genai_arm(exported.path, exported.result["forms"][form]["graph"])
+            arms[f"{form} genai"] = genai_arm(
+                exported.path, exported.result["forms"][form]["graph"]
+            )
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
         for index in range(ROUNDS + 2):
             ids = [(7919 * (index + 1) * at) % 49_000 + 100 for at in range(1, PROMPT + 1)]
@@ -83,7 +87,9 @@ def torch_arm(model: Path) -> Callable[[list[int]], Iterator[int]]:
                 token = out.logits[:, -1].argmax(-1, keepdim=True)
                 yield int(token)
                 if count < NEW - 1:
-                    out = loaded(token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+                    out = loaded(
+                        token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1
+                    )
 
     return generate
 
@@ -100,7 +106,9 @@ def genai_arm(folder: Path, graph: str) -> Callable[[list[int]], Iterator[int]]:
     def generate(ids: list[int]) -> Iterator[int]:
         parameters = genai.GeneratorParams(model)
         # A stop token would end the run early; every arm gives the same number of tokens.
-        parameters.set_search_options(max_length=PROMPT + NEW, min_length=PROMPT + NEW, do_sample=False)
+        parameters.set_search_options(
+            max_length=PROMPT + NEW, min_length=PROMPT + NEW, do_sample=False
+        )
         generator = genai.Generator(model, parameters)
         generator.append_tokens(np.array(ids, np.int32))
         for _ in range(NEW):
@@ -118,7 +126,10 @@ def summary(times: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
         result["ms"][name] = {"ttft": round(1e3 * ttft, 2), "tpot": round(1e3 * tpot, 3)}
         if name != "torch":
             for at, key in enumerate(("ttft_ratio", "tpot_ratio")):
-                ratios = [mine[at] / theirs[at] for mine, theirs in zip(pairs, times["torch"], strict=True)]
+                ratios = [
+                    mine[at] / theirs[at]
+                    for mine, theirs in zip(pairs, times["torch"], strict=True)
+                ]
                 result[key][name] = round(statistics.median(ratios), 3)
     return result
 

@@ -72,7 +72,9 @@ class Machine:
         at = 0.0
         while at < 3600:
             at += float(self.draw.exponential(self.burst_every))
-            self._bursts.append((at, at + self.draw.exponential(self.burst_lasts), self.draw.uniform(0.1, 0.5)))
+            self._bursts.append(
+                (at, at + self.draw.exponential(self.burst_lasts), self.draw.uniform(0.1, 0.5))
+            )
 
     def pass_(self, seconds: float) -> None:
         """Let time pass, and the drift go on."""
@@ -131,7 +133,9 @@ class SimulatedSentinel(Sentinel):
         self.readings = [self._reading()]
 
     def _reading(self) -> float:
-        seconds = 0.01 * math.exp(self._machine.slowness() + 0.01 * float(self._machine.draw.standard_t(3)))
+        seconds = 0.01 * math.exp(
+            self._machine.slowness() + 0.01 * float(self._machine.draw.standard_t(3))
+        )
         self._machine.pass_(3 * seconds)
         return seconds
 
@@ -151,7 +155,12 @@ class Outcome:
 
 
 def bench(
-    draw: np.random.Generator, *, slower: float, bound: float, process: float = 0.0, machine: Machine | None = None
+    draw: np.random.Generator,
+    *,
+    slower: float,
+    bound: float,
+    process: float = 0.0,
+    machine: Machine | None = None,
 ) -> Outcome:
     """Time a shipped form ``slower`` times as slow as the other arm, gate ``bound`` on its speed over it.
 
@@ -159,7 +168,9 @@ def bench(
     """
     machine = machine or Machine(draw)
     recipe: Recipe = pico_recipe(
-        teachers=[{"name": "other", "model": {"kind": "random", "config": {"model_type": "llama"}}}],
+        teachers=[
+            {"name": "other", "model": {"kind": "random", "config": {"model_type": "llama"}}}
+        ],
         bench={"new_tokens": TOKENS, "prompt_tokens": 1},
         gates={"min_decode_speedup": bound},
     )
@@ -171,7 +182,10 @@ def bench(
     reference = Reference("simulated", "fp32", arms, first_look(recipe.bench.min_blocks))
     factors = {"teacher:other": 1.0, "onnx:fp32": slower, "onnx:fp32:twin": slower}
     workers: Any = SimulatedWorkers(
-        {arm.id: SimulatedWorker(arm, machine, factors[arm.id], process * float(draw.normal())) for arm in arms}
+        {
+            arm.id: SimulatedWorker(arm, machine, factors[arm.id], process * float(draw.normal()))
+            for arm in arms
+        }
     )
     clock = SimpleNamespace(sleep=machine.sleep, monotonic=machine.monotonic)
     with mock.patch.object(timing, "time", clock), mock.patch.object(timing, "live_table", Silent):
@@ -184,7 +198,9 @@ def bench(
             Drawn(),
             SimulatedSentinel(machine),
         )
-    verdict = judge(recipe.gates, figures.timing_evidence(timed.samples, reference), timing_only=True)
+    verdict = judge(
+        recipe.gates, figures.timing_evidence(timed.samples, reference), timing_only=True
+    )
     return Outcome(timed.samples, reference, timed.samples[-1].block + 1, verdict.gates[0].status)
 
 
@@ -234,7 +250,9 @@ def power(trials: int, *, regression: float = 1.05, seed: int = 2) -> dict[str, 
     }
 
 
-def between_runs(trials: int, *, slower: float, anchors: list[str], seed: int = 3) -> dict[str, float]:
+def between_runs(
+    trials: int, *, slower: float, anchors: list[str], seed: int = 3
+) -> dict[str, float]:
     """Two benches one after the other on a machine that drifts meanwhile, as `limbeck compare` sees them."""
     draw, covered, worse = np.random.default_rng(seed), 0, 0
     for _ in range(trials):
@@ -249,9 +267,13 @@ def between_runs(trials: int, *, slower: float, anchors: list[str], seed: int = 
 
 def main() -> None:
     """Run every simulation, then the overhead."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trials", type=int, default=TRIALS)
-    parser.add_argument("--no-overhead", action="store_true", help="simulations only; they need no quiet machine")
+    parser.add_argument(
+        "--no-overhead", action="store_true", help="simulations only; they need no quiet machine"
+    )
     asked = parser.parse_args()
     costs = {"overhead": None} if asked.no_overhead else overhead()
     tell = power(asked.trials)
@@ -263,10 +285,18 @@ def main() -> None:
         "power": tell["power"],
         "coverage_ttft": covers["ttft"],
         "blocks_to_decide": tell["blocks"],
-        "false_alarm_rate_processes_differ_1_percent": false_alarms(asked.trials, process=0.01, seed=5),
-        "compare_equal": between_runs(max(asked.trials // 4, 1), slower=1.0, anchors=["teacher:other"]),
-        "compare_5_percent_slower": between_runs(max(asked.trials // 4, 1), slower=1.05, anchors=["teacher:other"]),
-        "compare_equal_without_a_common_arm": between_runs(max(asked.trials // 4, 1), slower=1.0, anchors=[]),
+        "false_alarm_rate_processes_differ_1_percent": false_alarms(
+            asked.trials, process=0.01, seed=5
+        ),
+        "compare_equal": between_runs(
+            max(asked.trials // 4, 1), slower=1.0, anchors=["teacher:other"]
+        ),
+        "compare_5_percent_slower": between_runs(
+            max(asked.trials // 4, 1), slower=1.05, anchors=["teacher:other"]
+        ),
+        "compare_equal_without_a_common_arm": between_runs(
+            max(asked.trials // 4, 1), slower=1.0, anchors=[]
+        ),
         "trials": asked.trials,
         **{key: value for key, value in costs.items() if key != "overhead"},
     }

@@ -39,11 +39,16 @@ from tests.pico import make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 AIPERF = ROOT / ".venvs" / "aiperf" / "bin" / "aiperf"
-FIRST, PACE = 0.1, 0.01  # seconds to the first token and between tokens, about those of the demo's student
+FIRST, PACE = (
+    0.1,
+    0.01,
+)  # seconds to the first token and between tokens, about those of the demo's student
 PROMPT, NEW = 128, 32  # tokens
 LIMIT = 0.05  # of a ratio from 1
 _START = 5.0  # seconds that aiperf takes before its first request, about
-Figures = dict[str, list[float]]  # milliseconds of every request; and `errors`, one 1.0 for each failed request
+Figures = dict[
+    str, list[float]
+]  # milliseconds of every request; and `errors`, one 1.0 for each failed request
 
 
 def prompts(index: int, tokens: int) -> list[int]:
@@ -59,18 +64,22 @@ def ours(endpoint: Endpoint, asked: ServerScenario, rate: float) -> Figures:
         "ttft": [1e3 * scenarios.ttft(row) for row in done],
         "tpot": [1e3 * found for row in done if (found := scenarios.tpot(row)) is not None],
         "late": [1e3 * (row["sent"] - row["scheduled"]) for row in done],
-        "errors": [1.0] * (len(rows) - len(done) + sum(row["output_tokens"] != NEW for row in done)),
+        "errors": [1.0]
+        * (len(rows) - len(done) + sum(row["output_tokens"] != NEW for row in done)),
     }
 
 
 def theirs(endpoint: Endpoint, due: Sequence[float], folder: Path) -> Figures:
     """One run of aiperf: the bodies our client sends, at the same times."""
     trace, tokenizer = folder / "trace.jsonl", folder / "tokenizer"
-    make_tokenizer().save_pretrained(tokenizer)  # it wants one, and asks it nothing: counts are the server's
+    make_tokenizer().save_pretrained(
+        tokenizer
+    )  # it wants one, and asks it nothing: counts are the server's
     bodies = [endpoint.body(prompts(index, PROMPT), NEW) for index in range(len(due))]
     trace.write_text(
         "".join(
-            json.dumps({"timestamp": 1e3 * at, "payload": body}) + "\n" for at, body in zip(due, bodies, strict=True)
+            json.dumps({"timestamp": 1e3 * at, "payload": body}) + "\n"
+            for at, body in zip(due, bodies, strict=True)
         )
     )
     command = [
@@ -82,9 +91,13 @@ def theirs(endpoint: Endpoint, due: Sequence[float], folder: Path) -> Figures:
     environment = {
         name: value for name, value in os.environ.items() if name != "PYTHONPATH"
     }  # our code is not for its environment
-    ended = subprocess.run([str(part) for part in command], cwd=folder, env=environment, capture_output=True, text=True)
+    ended = subprocess.run(
+        [str(part) for part in command], cwd=folder, env=environment, capture_output=True, text=True
+    )
     if ended.returncode:
-        sys.exit(f"aiperf ended with status {ended.returncode}:\n{(ended.stdout + ended.stderr)[-3000:]}")
+        sys.exit(
+            f"aiperf ended with status {ended.returncode}:\n{(ended.stdout + ended.stderr)[-3000:]}"
+        )
     (export,) = folder.rglob("profile_export.jsonl")
     records = [json.loads(line) for line in export.read_text().splitlines()]
     done = [record["metrics"] for record in records if record.get("error") is None]
@@ -150,38 +163,61 @@ def printable_model(folder: Path) -> Path:
     from export import export_student
     from tests.pico import make_model, make_student, pico_recipe
 
-    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
+    sizes = {
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+    }
     model = make_model(
         folder / "model", scale=0.05, max_position_embeddings=512, num_key_value_heads=4, head_dim=64,
         tie_word_embeddings=False, **sizes,
     )  # fmt: skip
     weights = load_file(model / "model.safetensors")
     symbols = make_tokenizer().convert_ids_to_tokens(range(258))
-    silent = [index for index, symbol in enumerate(symbols) if len(symbol) > 1 or not "!" <= symbol <= "~"]
+    silent = [
+        index for index, symbol in enumerate(symbols) if len(symbol) > 1 or not "!" <= symbol <= "~"
+    ]
     weights["lm_head.weight"][silent] = 0  # never above the best of what is left
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     make_student(folder / "student", model)
-    return export_student(student=folder / "student", out=folder / "onnx", recipe=pico_recipe()).path
+    return export_student(
+        student=folder / "student", out=folder / "onnx", recipe=pico_recipe()
+    ).path
 
 
 def main() -> None:
     """Ask both servers by both clients."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("artifact", nargs="?", type=Path, help="exported folder whose tokens all carry text")
+    parser.add_argument(
+        "artifact", nargs="?", type=Path, help="exported folder whose tokens all carry text"
+    )
     parser.add_argument("--requests", type=int, default=40, help="of one client in one round")
-    parser.add_argument("--rate", type=float, default=4.0, help="requests/s of the server of constant pace")
-    parser.add_argument("--served-rate", type=float, default=1.0, help="requests/s of `limbeck serve`")
+    parser.add_argument(
+        "--rate", type=float, default=4.0, help="requests/s of the server of constant pace"
+    )
+    parser.add_argument(
+        "--served-rate", type=float, default=1.0, help="requests/s of `limbeck serve`"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="that count")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         with constant() as url:
-            found = {"constant": compare(url, asked.requests, asked.rate, asked.rounds, folder / "constant")}
+            found = {
+                "constant": compare(
+                    url, asked.requests, asked.rate, asked.rounds, folder / "constant"
+                )
+            }
         artifact = asked.artifact or printable_model(folder)
         with load.serve(artifact, threads=1, log=folder / "server.log") as url:
-            found["served"] = compare(url, asked.requests, asked.served_rate, asked.rounds, folder / "served")
+            found["served"] = compare(
+                url, asked.requests, asked.served_rate, asked.rounds, folder / "served"
+            )
     worst = {
-        name: max((figures[name] for figures in found.values()), key=lambda ratio: abs(np.log(ratio)))
+        name: max(
+            (figures[name] for figures in found.values()), key=lambda ratio: abs(np.log(ratio))
+        )
         for name in ("ttft_ratio", "tpot_ratio")
     }
     errors = sum(figures["errors"] for figures in found.values())

@@ -87,8 +87,22 @@ def main() -> None:
         "\n".join(json.dumps({"text": tokenizer.decode(row)}) for row in np.repeat(ids, 3, axis=0))
     )
     commands = {
-        "ours": [sys.executable, "-m", "tests.benchmarks.bench_peers", "live", str(folder), str(work / "ids.npy")],
-        "cached": [sys.executable, "-m", "tests.benchmarks.bench_peers", "cached", str(folder), str(work / "ids.npy")],
+        "ours": [
+            sys.executable,
+            "-m",
+            "tests.benchmarks.bench_peers",
+            "live",
+            str(folder),
+            str(work / "ids.npy"),
+        ],
+        "cached": [
+            sys.executable,
+            "-m",
+            "tests.benchmarks.bench_peers",
+            "cached",
+            str(folder),
+            str(work / "ids.npy"),
+        ],
         "trl": [
             str(ROOT / ".venvs/peers/bin/python"),
             str(ROOT / "tests/benchmarks/peer_trl.py"),
@@ -104,16 +118,25 @@ def main() -> None:
             raise SystemExit(f"{name}: exit code {done.returncode}\n{done.stderr[-3000:]}")
         found[name].append(json.loads(done.stdout.strip().splitlines()[-1]))
         print(name, found[name][-1], file=sys.stderr)
-    seconds, growth = ({n: [run[key] for run in runs] for n, runs in found.items()} for key in ("seconds", "growth"))
+    seconds, growth = (
+        {n: [run[key] for run in runs] for n, runs in found.items()}
+        for key in ("seconds", "growth")
+    )
     print(
         json.dumps(
             {
                 "time_ratio": round(
-                    statistics.mean(a / b for a, b in zip(seconds["ours"], seconds["trl"], strict=True)), 3
+                    statistics.mean(
+                        a / b for a, b in zip(seconds["ours"], seconds["trl"], strict=True)
+                    ),
+                    3,
                 ),
                 "memory_ratio": round(max(growth["ours"]) / max(growth["trl"]), 3),
                 "cached_time_ratio": round(
-                    statistics.mean(a / b for a, b in zip(seconds["cached"], seconds["trl"], strict=True)), 3
+                    statistics.mean(
+                        a / b for a, b in zip(seconds["cached"], seconds["trl"], strict=True)
+                    ),
+                    3,
                 ),
                 "seconds": {n: round(statistics.mean(v), 2) for n, v in seconds.items()},
                 "megabytes": {n: round(max(v) / 1e6) for n, v in growth.items()},

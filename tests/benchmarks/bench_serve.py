@@ -56,7 +56,9 @@ class Load:
 async def client(load: Load, seed: int, until: float) -> None:
     """Ask until the time is over."""
     draw = random.Random(seed)
-    async with openai.AsyncOpenAI(base_url=load.address, api_key="none", max_retries=0, timeout=120) as api:
+    async with openai.AsyncOpenAI(
+        base_url=load.address, api_key="none", max_retries=0, timeout=120
+    ) as api:
         while time.monotonic() < until:
             prompt = " ".join(draw.choices(WORDS, k=load.most))[: draw.randint(1, load.most // 2)]
             count, kind = draw.randint(4, load.most // 2), draw.random()
@@ -124,7 +126,14 @@ def main() -> None:
         folder = asked.artifact or pico(Path(temporary))
         options = ["--port", "0", "--max-batch", str(asked.streams), "--cache-mb", str(CACHE_MB)]
         server = subprocess.Popen(
-            [sys.executable, "-c", "from limbeck.cli import main; main()", "serve", str(folder), *options],
+            [
+                sys.executable,
+                "-c",
+                "from limbeck.cli import main; main()",
+                "serve",
+                str(folder),
+                *options,
+            ],
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -143,7 +152,10 @@ def growth(at: Sequence[float], megabytes: Sequence[float]) -> float:
     """Median slope between the least values of each window, MB a minute (the estimator of Theil and Sen)."""
     parts = np.array_split(np.arange(len(at)), WINDOWS)
     lows = [part[np.argmin(np.asarray(megabytes)[part])] for part in parts]
-    slopes = [60 * (megabytes[b] - megabytes[a]) / (at[b] - at[a]) for a, b in itertools.combinations(lows, 2)]
+    slopes = [
+        60 * (megabytes[b] - megabytes[a]) / (at[b] - at[a])
+        for a, b in itertools.combinations(lows, 2)
+    ]
     return float(np.median(slopes))
 
 
@@ -159,7 +171,9 @@ def measure(
     model, address = found[1], found[2]
     card = json.loads(urllib.request.urlopen(f"{address}/models").read())["data"][0]
     load = Load(address, model, min(256, card["max_model_len"]))
-    asyncio.run(drive(load, 1, 1))  # one client first: what an idle server holds once it has answered
+    asyncio.run(
+        drive(load, 1, 1)
+    )  # one client first: what an idle server holds once it has answered
     process, idle = psutil.Process(server.pid), psutil.Process(server.pid).memory_info().rss / 1e6
 
     samples: list[tuple[float, float, float]] = []
@@ -193,13 +207,17 @@ def measure(
         "peak_rss_mb": round(float(megabytes.max()), 1),
         "peak_cache_mb": round(float(cached.max()), 1),
         "slots_left": int(metric(address, "limbeck_slots") - metric(address, "limbeck_running")),
-        "tokens_per_s": round((metric(address, "limbeck_generated_tokens_total") - generated) / took, 1),
+        "tokens_per_s": round(
+            (metric(address, "limbeck_generated_tokens_total") - generated) / took, 1
+        ),
     }
     failures = list(dict.fromkeys(load.errors))[:5]
     if slope > SLOPE_MB:
         failures.append(f"memory grows by {slope:.1f} MB a minute, at most {SLOPE_MB:g} expected")
     if figures["peak_rss_mb"] > idle + CACHE_MB + SLACK_MB:
-        failures.append(f"{figures['peak_rss_mb']} MB resident, at most {idle + CACHE_MB + SLACK_MB:.0f} expected")
+        failures.append(
+            f"{figures['peak_rss_mb']} MB resident, at most {idle + CACHE_MB + SLACK_MB:.0f} expected"
+        )
     if figures["slots_left"] != streams:
         failures.append(f"{figures['slots_left']} of {streams} slots are free at the end")
     if not load.cancelled:

@@ -72,7 +72,9 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = asked.folder or export_tiny(Path(temporary))
-        found = [start(folder) for _ in range(asked.runs + 1)][1:]  # the first reads files from the disk
+        found = [start(folder) for _ in range(asked.runs + 1)][
+            1:
+        ]  # the first reads files from the disk
     print(
         json.dumps(
             {

@@ -33,19 +33,32 @@ def main() -> None:
     def run_of(name: str, **training: Any) -> Run:
         tree = base.resolved()
         model = tree["student"]["base"]
-        tree["teachers"] = [] if name == "plain" else [{"name": n, "model": model} for n in ("a", "b")]
-        tree["training"] |= {"tokens": 1024 * (ROUNDS + 1), "batch_tokens": 1024, "micro_batch": 4, **training}
+        tree["teachers"] = (
+            [] if name == "plain" else [{"name": n, "model": model} for n in ("a", "b")]
+        )
+        tree["training"] |= {
+            "tokens": 1024 * (ROUNDS + 1),
+            "batch_tokens": 1024,
+            "micro_batch": 4,
+            **training,
+        }
         tree["features"] |= {"weight": FEATURES}
         tree["gates"] = {}
         recipe = parse_recipe(tree)
         recipe._folder = base.folder
         return setup(recipe=recipe, products={}, work=work / name, key=name)
 
-    runs = {"live": run_of("live"), "plain": run_of("plain"), "cached": run_of("cached", teacher_cache="hidden")}
+    runs = {
+        "live": run_of("live"),
+        "plain": run_of("plain"),
+        "cached": run_of("cached", teacher_cache="hidden"),
+    }
     prepared: dict[str, Any] = {}
     for name, run in runs.items():
         trained = [p for p in run.student.parameters() if p.requires_grad]
-        student, optimizer = run.accelerator.prepare(run.student, torch.optim.AdamW(trained, lr=1e-3))
+        student, optimizer = run.accelerator.prepare(
+            run.student, torch.optim.AdamW(trained, lr=1e-3)
+        )
         prepared[name] = (run, student, optimizer, trained)
 
     def step(name: str, index: int) -> None:
@@ -68,15 +81,24 @@ def main() -> None:
             teacher_forwards(index) if name == "teachers" else step(name, index)
             if index:  # the first round warms up
                 seconds[name].append(time.perf_counter() - started)
-    rounds = list(zip(seconds["live"], seconds["plain"], seconds["teachers"], seconds["cached"], strict=True))
+    rounds = list(
+        zip(seconds["live"], seconds["plain"], seconds["teachers"], seconds["cached"], strict=True)
+    )
     print(
         json.dumps(
             {
                 "step_overhead": round(
-                    statistics.median(live / (plain + teachers) for live, plain, teachers, _ in rounds), 3
+                    statistics.median(
+                        live / (plain + teachers) for live, plain, teachers, _ in rounds
+                    ),
+                    3,
                 ),
-                "cached_overhead": round(statistics.median(cached / plain for _, plain, _, cached in rounds), 3),
-                "seconds": {name: round(statistics.median(values), 2) for name, values in seconds.items()},
+                "cached_overhead": round(
+                    statistics.median(cached / plain for _, plain, _, cached in rounds), 3
+                ),
+                "seconds": {
+                    name: round(statistics.median(values), 2) for name, values in seconds.items()
+                },
                 "threads": torch.get_num_threads(),
                 "precision": runs["live"].precision,
             }

@@ -27,7 +27,9 @@ from tests.pico import make_model, make_student, pico_recipe
 PROMPT, NEW = 32, 64  # tokens
 
 
-def overhead(onnx: Path | None = None, *, blocks: int = 60, threads: int = 1, new_tokens: int = NEW) -> dict[str, Any]:
+def overhead(
+    onnx: Path | None = None, *, blocks: int = 60, threads: int = 1, new_tokens: int = NEW
+) -> dict[str, Any]:
     """Relative overhead of the harness over a bare loop, by the time it reports and by the clock on the wall.
 
     ``onnx`` is an exported folder; none makes a model of a few million weights, whose tokens take well under a millisecond,
@@ -58,7 +60,9 @@ def overhead(onnx: Path | None = None, *, blocks: int = 60, threads: int = 1, ne
     }
 
 
-def _block(decoder: Decoder, session: worker.Session, prompt: list[int], new_tokens: int) -> tuple[float, float, float]:
+def _block(
+    decoder: Decoder, session: worker.Session, prompt: list[int], new_tokens: int
+) -> tuple[float, float, float]:
     """Geometric means of two runs each: the bare loop, the harness as it reports, the harness on the wall."""
     first = _bare(decoder, prompt, new_tokens)
     (one, one_wall), (two, two_wall) = (_harness(session, prompt, new_tokens) for _ in range(2))
@@ -97,7 +101,11 @@ def _make(folder: Path) -> Path:
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "head_dim": 64}
     model = make_model(folder / "model", scale=0.02, max_position_embeddings=256, **sizes)
     make_student(folder / "student", model)
-    export_student(student=folder / "student", out=folder / "onnx", recipe=pico_recipe(export={"forms": ["fp32"]}))
+    export_student(
+        student=folder / "student",
+        out=folder / "onnx",
+        recipe=pico_recipe(export={"forms": ["fp32"]}),
+    )
     return folder / "onnx"
 
 

@@ -17,7 +17,9 @@ class Growth:
 
 def resident(field: str) -> int:
     """A line of /proc/self/status, in bytes."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    line = next(
+        x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field)
+    )
     return int(line.split()[1]) * 1024
 
 

@@ -19,7 +19,9 @@ import llama_cpp
 import numpy as np
 from llama_cpp import llama_cpp as low
 
-_ANSWERS = os.fdopen(os.dup(1), "w")  # llama.cpp may print to standard output; that goes to standard error from here on
+_ANSWERS = os.fdopen(
+    os.dup(1), "w"
+)  # llama.cpp may print to standard output; that goes to standard error from here on
 os.dup2(2, 1)
 
 
@@ -80,7 +82,11 @@ def main() -> None:
         quantize(*sys.argv[2:])
         return
     peer = Peer(sys.argv[2], int(sys.argv[3]), flash_attention=sys.argv[4] == "on")
-    print(json.dumps({"library": f"llama-cpp-python {llama_cpp.__version__}"}), file=_ANSWERS, flush=True)
+    print(
+        json.dumps({"library": f"llama-cpp-python {llama_cpp.__version__}"}),
+        file=_ANSWERS,
+        flush=True,
+    )
     for line in sys.stdin:
         job = json.loads(line)
         answer = getattr(peer, job.pop("do"))(**job)

@@ -21,7 +21,9 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 def resident(field: str) -> int:
     """A line of /proc/self/status in bytes."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    line = next(
+        x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field)
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -46,7 +48,9 @@ class Clock(TrainerCallback):
 def main() -> None:
     """Train a few steps."""
     folder, ids, steps = sys.argv[1], np.load(sys.argv[2]), int(sys.argv[3])
-    student, teacher = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2)
+    )
     rows = Dataset.from_dict({"input_ids": ids.tolist()})
 
     def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -75,7 +79,9 @@ def main() -> None:
     )  # fmt: skip
     trainer.train()
     gaps = np.diff(clock.stamps)[1:]
-    print(json.dumps({"seconds": float(np.median(gaps)), "growth": resident("VmHWM") - clock.before}))
+    print(
+        json.dumps({"seconds": float(np.median(gaps)), "growth": resident("VmHWM") - clock.before})
+    )
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ def untrained_student(path: Path) -> Artifact:
     base = model_folder(recipe.student.base, folder=recipe.folder)
     blocks = load_blocks(recipe, load_tokenizer(base))
     with write_artifact(path, kind="student", key="untrained", parents={}, recipe=recipe) as draft:
-        shutil.copytree(base, draft.folder / "model", ignore=shutil.ignore_patterns("manifest.json"))
+        shutil.copytree(
+            base, draft.folder / "model", ignore=shutil.ignore_patterns("manifest.json")
+        )
         save_heldout(draft.folder / HELDOUT, {b.name: b.heldout for b in blocks})
         rows = [b.train_ids[row, : b.train_lengths[row]] for b in blocks for row in range(12)]
         save_calibration(draft.folder / CALIBRATION, rows)

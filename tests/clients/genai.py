@@ -14,12 +14,16 @@ def answer(model, rows):
     """New tokens of every row; shorter rows are filled on the right with the pad token, as GenAI's `encode_batch` does."""
     parameters = genai.GeneratorParams(model)
     width = len(rows[0])
-    parameters.set_search_options(batch_size=len(rows), max_length=width + job["count"], do_sample=False)
+    parameters.set_search_options(
+        batch_size=len(rows), max_length=width + job["count"], do_sample=False
+    )
     generator = genai.Generator(model, parameters)
     generator.append_tokens(np.array(rows, np.int32))
     while not generator.is_done():
         generator.generate_next_token()
-    return [[int(token) for token in generator.get_sequence(row)[width:]] for row in range(len(rows))]
+    return [
+        [int(token) for token in generator.get_sequence(row)[width:]] for row in range(len(rows))
+    ]
 
 
 tokens, alone, written = {}, {}, {}
@@ -28,11 +32,17 @@ for form in job["forms"]:
     config.overlay(json.dumps({"model": {"decoder": {"filename": f"onnx/{job['files'][form]}"}}}))
     model = genai.Model(config)
     tokenizer = genai.Tokenizer(model)
-    chat = tokenizer.encode(tokenizer.apply_chat_template(json.dumps(job["messages"]), add_generation_prompt=True))
+    chat = tokenizer.encode(
+        tokenizer.apply_chat_template(json.dumps(job["messages"]), add_generation_prompt=True)
+    )
     width = max(map(len, job["prompts"]))
-    tokens[form] = answer(model, [prompt + [job["pad"]] * (width - len(prompt)) for prompt in job["prompts"]])
+    tokens[form] = answer(
+        model, [prompt + [job["pad"]] * (width - len(prompt)) for prompt in job["prompts"]]
+    )
     alone[form] = answer(model, [job["alone"]])[0]
     prompts = [*(tokenizer.encode(text) for text in job["texts"]), chat]
-    written[form] = [tokenizer.decode(np.array(answer(model, [prompt])[0], np.int32)) for prompt in prompts]
+    written[form] = [
+        tokenizer.decode(np.array(answer(model, [prompt])[0], np.int32)) for prompt in prompts
+    ]
 ids = [[int(token) for token in prompt] for prompt in prompts]
 print(json.dumps({"tokens": tokens, "alone": alone, "written": written, "ids": ids}))

@@ -15,13 +15,17 @@ prompts = [*(tokenizer.encode(text) for text in job["texts"]), list(chat)]
 
 
 def answer(model, ids, mask=None):
-    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=job["count"], do_sample=False)
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=job["count"], do_sample=False
+    )
     return out[:, ids.shape[1] :].tolist()
 
 
 tokens, alone, written = {}, {}, {}
 for form in job["forms"]:
-    model = ORTModelForCausalLM.from_pretrained(job["folder"], subfolder="onnx", file_name=job["files"][form])
+    model = ORTModelForCausalLM.from_pretrained(
+        job["folder"], subfolder="onnx", file_name=job["files"][form]
+    )
     tokens[form] = answer(model, ids, mask)
     alone[form] = answer(model, torch.tensor([job["alone"]]))[0]
     answers = [answer(model, torch.tensor([prompt]))[0] for prompt in prompts]

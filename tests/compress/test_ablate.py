@@ -36,7 +36,9 @@ def table(**gains: float) -> dict[str, dict[str, object]]:
 
 def test_paired_difference_and_interval_by_hand() -> None:
     row = table(recipe=0.02)["recipe"]
-    assert row["against_ce"] == pytest.approx((-0.02, -0.02, -0.02))  # the shared noise cancels in every draw
+    assert row["against_ce"] == pytest.approx(
+        (-0.02, -0.02, -0.02)
+    )  # the shared noise cancels in every draw
     assert row["mean_nll"] == pytest.approx(table()["ce-only"]["mean_nll"] - 0.02)
 
 
@@ -46,10 +48,15 @@ def test_the_verdict_says_what_was_not_beaten() -> None:
         == "The recipe's arm beats ce-only, uniform (95 % interval below zero)."
     )
     assert "does NOT clearly beat uniform" in ablate.verdict(table(recipe=0.02, uniform=0.03))
-    assert ablate.verdict(table(recipe=-0.01)) == "The recipe's arm beats no control; it does NOT clearly beat ce-only."
+    assert (
+        ablate.verdict(table(recipe=-0.01))
+        == "The recipe's arm beats no control; it does NOT clearly beat ce-only."
+    )
 
 
-def test_arms_run_to_a_table_a_picture_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arms_run_to_a_table_a_picture_and_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe, out = tiny(tmp_path, training={"tokens": 128}), tmp_path / "ablation"
     arms = ["best-single", "static", "entropy-token", "recipe"]
     found = ablate.ablate(recipe=recipe, products={}, out=out, arms=arms, seeds=1)
@@ -68,7 +75,9 @@ def test_arms_run_to_a_table_a_picture_and_go_on(tmp_path: Path, monkeypatch: py
     assert ablate.ablate(recipe=recipe, products={}, out=out, arms=arms, seeds=1) == found
 
 
-def test_killed_while_the_teachers_figures_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_while_the_teachers_figures_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = tiny(tmp_path)
     monkeypatch.setattr(ablate, "setup", lambda **_: None)
     monkeypatch.setattr(ablate, "measure_teachers", lambda _: {"a": {"mean_nll": 1.5}})
@@ -77,14 +86,18 @@ def test_killed_while_the_teachers_figures_are_written(tmp_path: Path, monkeypat
     assert ablate._teacher_nll(recipe, {}, tmp_path, "key") == {"a": 1.5}
 
 
-def test_nothing_is_compared_across_other_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_compared_across_other_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = tmp_path / "text.txt"
     domain = {"name": "x", "text": {"kind": "files", "paths": [str(text)]}}
     recipe, out = tiny(tmp_path, data={"domains": [domain]}), tmp_path / "ablation"
     trained: list[str] = []
     measured: list[str] = []
 
-    def train_arm(recipe: Recipe, products: Any, out: Path, arm: str, seed: int, key: str) -> dict[str, object]:
+    def train_arm(
+        recipe: Recipe, products: Any, out: Path, arm: str, seed: int, key: str
+    ) -> dict[str, object]:
         trained.append(arm)
         assert ablate._teacher_nll(recipe, products, out, key) == {"a": len(measured), "b": 1.0}
         return fake(arm, seed, 0.0)
@@ -102,7 +115,9 @@ def test_nothing_is_compared_across_other_text(tmp_path: Path, monkeypatch: pyte
         text.write_text(words)
         ablate.ablate(recipe=recipe, products={}, out=out, arms=arms, seeds=1)
     assert trained == ["ce-only", "recipe", "uniform", "ce-only", "recipe"]
-    assert len(set(measured)) == len(measured) == 2  # a checkpoint of the other text is of another key, too
+    assert (
+        len(set(measured)) == len(measured) == 2
+    )  # a checkpoint of the other text is of another key, too
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
@@ -111,4 +126,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="needs at least two teachers, found 0"):
         ablate.ablate(recipe=tiny(tmp_path, teachers=[]), products={}, out=tmp_path / "a")
     with pytest.raises(RecipeError, match="equal tokens"):
-        ablate.ablate(recipe=tiny(tmp_path, training={"tokens": None, "minutes": 1}), products={}, out=tmp_path / "a")
+        ablate.ablate(
+            recipe=tiny(tmp_path, training={"tokens": None, "minutes": 1}),
+            products={},
+            out=tmp_path / "a",
+        )

@@ -31,20 +31,32 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return calls
 
 
-def gradient(model: Any, ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def gradient(
+    model: Any, ids: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits, and the gradient of a loss at the first layer's key projection (or at the embedding)."""
     model.zero_grad()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         logits = model(ids).logits.float()
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
-    keys = [p for n, p in model.named_parameters() if "k_proj" in n or "c_attn" in n or "query_key_value" in n]
+    keys = [
+        p
+        for n, p in model.named_parameters()
+        if "k_proj" in n or "c_attn" in n or "query_key_value" in n
+    ]
     return logits.detach(), keys[0].grad.clone()
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "granite", "gpt2", "gpt_neox", "smollm3", "opt"])
-def test_it_is_attention_of_every_architecture(model_type: str, tmp_path: Path, fused: list[Any]) -> None:
+@pytest.mark.parametrize(
+    "model_type", ["llama", "qwen3", "granite", "gpt2", "gpt_neox", "smollm3", "opt"]
+)
+def test_it_is_attention_of_every_architecture(
+    model_type: str, tmp_path: Path, fused: list[Any]
+) -> None:
     """Its bf16 is as near to fp32 as torch's bf16 is, in value and gradient."""
-    model = load_model(make_model(tmp_path, model_type=model_type, **SIZES[model_type])).requires_grad_(True)
+    model = load_model(
+        make_model(tmp_path, model_type=model_type, **SIZES[model_type])
+    ).requires_grad_(True)
     ids = torch.randint(0, 256, (2, 48), generator=torch.Generator().manual_seed(0))
     exact, theirs = gradient(model, ids, torch.float32), gradient(model, ids, torch.bfloat16)
     use_short_attention(model)
@@ -52,7 +64,10 @@ def test_it_is_attention_of_every_architecture(model_type: str, tmp_path: Path, 
     assert not fused, "it did not run"
     for mine, other, reference in zip(ours, theirs, exact, strict=True):
         scale = reference.norm()
-        assert float((mine - reference).norm() / scale) < 1.5 * float((other - reference).norm() / scale) + 1e-3
+        assert (
+            float((mine - reference).norm() / scale)
+            < 1.5 * float((other - reference).norm() / scale) + 1e-3
+        )
 
 
 def test_fp32_long_blocks_and_masks_are_torchs(tmp_path: Path, fused: list[Any]) -> None:
@@ -71,7 +86,9 @@ def test_fp32_long_blocks_and_masks_are_torchs(tmp_path: Path, fused: list[Any])
     for inputs, bf16 in cases:
         fused.clear()
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits, rtol=0, atol=0)
+            torch.testing.assert_close(
+                model(**inputs).logits, plain(**inputs).logits, rtol=0, atol=0
+            )
         assert len(fused) == model.config.num_hidden_layers
 
 
@@ -93,7 +110,10 @@ def test_it_is_not_written_into_a_saved_model(tmp_path: Path) -> None:
     assert model.config._attn_implementation == NAME
     model.save_pretrained(tmp_path / "saved")
     assert NAME not in (tmp_path / "saved" / "config.json").read_text()
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").config._attn_implementation == "sdpa"
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved").config._attn_implementation
+        == "sdpa"
+    )
     assert AutoConfig.from_pretrained(tmp_path / "saved")._attn_implementation != NAME
 
 
@@ -104,7 +124,9 @@ def test_eager_models_stay_eager(tmp_path: Path) -> None:
     assert model.config._attn_implementation == "eager"
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for the old name
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning"
+)  # peft asks for the old name
 def test_lora_without_casts_gives_the_same_bits(tmp_path: Path) -> None:
     """peft casts what enters an adapter to fp32, and autocast casts it back: leaving both out changes nothing."""
     folder = make_model(tmp_path)
@@ -115,7 +137,9 @@ def test_lora_without_casts_gives_the_same_bits(tmp_path: Path) -> None:
         model = with_lora(load_model(folder), config, 0)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+                torch.nn.init.normal_(
+                    parameter, std=0.1, generator=torch.Generator().manual_seed(1)
+                )
         for module in model.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
                 assert not module.cast_input_dtype_enabled

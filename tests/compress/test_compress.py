@@ -75,7 +75,11 @@ def tiny(folder: Path, **over: Any) -> Recipe:
         },
     }  # fmt: skip
     for key, value in over.items():
-        tree[key] = {**tree[key], **value} if isinstance(tree.get(key), dict) and isinstance(value, dict) else value
+        tree[key] = (
+            {**tree[key], **value}
+            if isinstance(tree.get(key), dict) and isinstance(value, dict)
+            else value
+        )
     recipe = parse_recipe(tree)
     recipe._folder = folder
     return recipe
@@ -83,7 +87,9 @@ def tiny(folder: Path, **over: Any) -> Recipe:
 
 def events(path: Path, event: str) -> list[dict[str, Any]]:
     return [
-        row for line in (path / "log.jsonl").read_text().splitlines() if (row := json.loads(line))["event"] == event
+        row
+        for line in (path / "log.jsonl").read_text().splitlines()
+        if (row := json.loads(line))["event"] == event
     ]
 
 
@@ -112,21 +118,28 @@ def test_a_student_is_trained_and_complete(tmp_path: Path, student: dict[str, An
     assert sum(steps[0]["weights"]["code"].values()) == pytest.approx(1, abs=1e-3)
     assert steps[0]["features"] > steps[-1]["features"]
     assert set(load_heldout(artifact.path / "heldout.safetensors")) == {"code", "prose"}
-    assert [t["name"] for t in json.loads((artifact.path / "teachers.json").read_text())] == ["a", "b"]
+    assert [t["name"] for t in json.loads((artifact.path / "teachers.json").read_text())] == [
+        "a",
+        "b",
+    ]
     saved = load_file(artifact.path / "model" / "model.safetensors")
     assert not any("lora" in name or "projection" in name for name in saved)
     assert (artifact.path / "adapter").is_dir() == (student["kind"] == "lora")
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_complete_student_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_complete_student_is_not_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = compress.distill(recipe=tiny(tmp_path), out=tmp_path / "student")
     monkeypatch.setattr(train, "train", None)
     assert compress.distill(recipe=tiny(tmp_path), out=tmp_path / "student").digest == first.digest
 
 
 @pytest.mark.parametrize("after", [1, 3, 4])
-def test_an_interrupted_run_ends_in_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+def test_an_interrupted_run_ends_in_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
     whole = compress.distill(recipe=tiny(tmp_path), out=tmp_path / "whole" / "student")
     real, done = train._step, 0
 
@@ -147,7 +160,10 @@ def test_an_interrupted_run_ends_in_the_same_bits(tmp_path: Path, monkeypatch: p
     for name in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
         assert (cut.path / name).read_bytes() == (whole.path / name).read_bytes()
     drop = ("seconds", "tokens_per_second")
-    logs = [[{k: v for k, v in row.items() if k not in drop} for row in events(a.path, "step")] for a in (whole, cut)]
+    logs = [
+        [{k: v for k, v in row.items() if k not in drop} for row in events(a.path, "step")]
+        for a in (whole, cut)
+    ]
     assert logs[0] == logs[1]
 
 
@@ -211,14 +227,29 @@ STUDENTS = {
 }
 
 
-def _in_processes(count: int, out: Path, student: str, mode: str = "ddp", *, stop: bool = False) -> None:
+def _in_processes(
+    count: int, out: Path, student: str, mode: str = "ddp", *, stop: bool = False
+) -> None:
     """The tiny recipe with ``count`` processes; ``stop`` leaves without a word after step 5 of 6."""
     script = out.with_suffix(".py")
     script.write_text(PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={count}",
+        str(script),
+    ]
     command += [str(out), student, mode, "stop" if stop else "end"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parent.parent.parent),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -236,7 +267,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.mark.parametrize(
-    ("student", "mode", "stopped"), [("lora", "ddp", False), ("lora", "fsdp", False), ("fresh", "fsdp", True)]
+    ("student", "mode", "stopped"),
+    [("lora", "ddp", False), ("lora", "fsdp", False), ("fresh", "fsdp", True)],
 )
 def test_two_processes_change_nothing(
     tmp_path: Path, alone: Callable[[str], Path], student: str, mode: str, stopped: bool
@@ -268,24 +300,35 @@ def test_cached_teachers_teach_the_same(tmp_path: Path, monkeypatch: pytest.Monk
         raise AssertionError("a teacher body was loaded")
 
     monkeypatch.setattr("compress.teachers.cache.Teachers", no_body)
-    options = {"training": {"teacher_cache": "hidden", "micro_batch": 2}, "student": {"dropout": 0.0}}
+    options = {
+        "training": {"teacher_cache": "hidden", "micro_batch": 2},
+        "student": {"dropout": 0.0},
+    }
     other = tiny(tmp_path, fusion={"weights": {"kind": "uniform"}}, **options)
     compress.distill(recipe=other, out=tmp_path / "other")
     fewer = tiny(tmp_path, teachers=[tiny(tmp_path).resolved()["teachers"][1]], **options)
     compress.distill(recipe=fewer, out=tmp_path / "fewer")
 
 
-TOPK = {"features": {"weight": 0}, "fusion": {"calibration": {"kind": "none"}}, "student": {"dropout": 0.0}}
+TOPK = {
+    "features": {"weight": 0},
+    "fusion": {"calibration": {"kind": "none"}},
+    "student": {"dropout": 0.0},
+}
 
 
 def test_topk_of_everything_is_the_live_loss(tmp_path: Path) -> None:
     live = compress.distill(recipe=tiny(tmp_path, **TOPK), out=tmp_path / "live")
     cache = {"kind": "topk", "k": 257}
-    kept = compress.distill(recipe=tiny(tmp_path, **TOPK, training={"teacher_cache": cache}), out=tmp_path / "kept")
+    kept = compress.distill(
+        recipe=tiny(tmp_path, **TOPK, training={"teacher_cache": cache}), out=tmp_path / "kept"
+    )
     losses = [[s["loss"] for s in events(a.path, "step")] for a in (live, kept)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     for name in ("a", "b"):
-        assert live.result["teachers"][name]["nll"] == pytest.approx(kept.result["teachers"][name]["nll"], rel=1e-4)
+        assert live.result["teachers"][name]["nll"] == pytest.approx(
+            kept.result["teachers"][name]["nll"], rel=1e-4
+        )
 
 
 @pytest.mark.parametrize("sampling", ["top", "unbiased"])
@@ -299,17 +342,34 @@ def test_topk_cache_trains(tmp_path: Path, sampling: str) -> None:
 
 
 def test_a_4_bit_base_is_not_trained_on_a_cpu(tmp_path: Path) -> None:
-    student = {"kind": "lora", "base": {"kind": "random", "config": TINY}, "rank": 4, "quantize": "nf4"}
-    with pytest.raises(EnvironmentalError, match=r"student\.quantize: nf4 cannot be trained on a CPU.*int8"):
-        compress.distill(recipe=tiny(tmp_path, student=student, training={"device": "cpu"}), out=tmp_path / "student")
+    student = {
+        "kind": "lora",
+        "base": {"kind": "random", "config": TINY},
+        "rank": 4,
+        "quantize": "nf4",
+    }
+    with pytest.raises(
+        EnvironmentalError, match=r"student\.quantize: nf4 cannot be trained on a CPU.*int8"
+    ):
+        compress.distill(
+            recipe=tiny(tmp_path, student=student, training={"device": "cpu"}),
+            out=tmp_path / "student",
+        )
 
 
 @pytest.mark.parametrize("form", ["int8", "nf4"])
 def test_quantised_base_and_teachers(tmp_path: Path, form: str) -> None:
     """bitsandbytes on the CPU: quantised teachers beside a QLoRA student, merged into the fp32 base."""
     wide = {**TINY, "hidden_size": 64, "intermediate_size": 64}
-    teachers = [{"name": "a", "model": {"kind": "random", "config": wide, "seed": 1}, "quantize": form}]
-    student = {"kind": "lora", "base": {"kind": "random", "config": wide, "seed": 0}, "rank": 4, "quantize": "int8"}
+    teachers = [
+        {"name": "a", "model": {"kind": "random", "config": wide, "seed": 1}, "quantize": form}
+    ]
+    student = {
+        "kind": "lora",
+        "base": {"kind": "random", "config": wide, "seed": 0},
+        "rank": 4,
+        "quantize": "int8",
+    }
     recipe = tiny(tmp_path, teachers=teachers, student=student, training={"tokens": 64 * 12})
     artifact = compress.distill(recipe=recipe, out=tmp_path / "student")
     first, *_, last = events(artifact.path, "evaluate")
@@ -319,7 +379,9 @@ def test_quantised_base_and_teachers(tmp_path: Path, form: str) -> None:
     assert json.loads((artifact.path / "teachers.json").read_text())[0]["quantize"] == form
 
 
-@pytest.mark.parametrize("options", [{"dora": True}, {"rslora": True}, {"targets": ["q_proj", "down_proj"]}])
+@pytest.mark.parametrize(
+    "options", [{"dora": True}, {"rslora": True}, {"targets": ["q_proj", "down_proj"]}]
+)
 def test_kinds_of_adapters(tmp_path: Path, options: dict[str, Any]) -> None:
     artifact = compress.distill(recipe=tiny(tmp_path, student=options), out=tmp_path / "student")
     merged, adapted = (
@@ -334,21 +396,39 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     runs = []
     for on in (False, True):
         recipe = tiny(tmp_path, student={"dropout": 0.0}, training={"gradient_checkpointing": on})
-        runs.append([s["loss"] for s in events(compress.distill(recipe=recipe, out=tmp_path / str(on)).path, "step")])
+        runs.append(
+            [
+                s["loss"]
+                for s in events(
+                    compress.distill(recipe=recipe, out=tmp_path / str(on)).path, "step"
+                )
+            ]
+        )
     assert runs[0] == pytest.approx(runs[1], rel=1e-5)
 
 
 def test_calibration_can_be_fixed(tmp_path: Path) -> None:
     fusion = {"calibration": {"kind": "fixed", "values": {"a": 1.5, "b": 0.8}}}
     result = compress.distill(recipe=tiny(tmp_path, fusion=fusion), out=tmp_path / "student").result
-    assert {name: r["temperature"] for name, r in result["teachers"].items()} == {"a": 1.5, "b": 0.8}
+    assert {name: r["temperature"] for name, r in result["teachers"].items()} == {
+        "a": 1.5,
+        "b": 0.8,
+    }
 
 
 def test_a_budget_in_minutes_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = itertools.count(step=0.1)  # a clock of its own: on a busy machine three seconds hold any number of steps
+    ticks = itertools.count(
+        step=0.1
+    )  # a clock of its own: on a busy machine three seconds hold any number of steps
     monkeypatch.setattr("compress.loop.time", SimpleNamespace(monotonic=lambda: next(ticks)))
     recipe = tiny(
-        tmp_path, training={"tokens": None, "minutes": 0.05, "evaluate_every": 1000, "checkpoint_every": 1000}
+        tmp_path,
+        training={
+            "tokens": None,
+            "minutes": 0.05,
+            "evaluate_every": 1000,
+            "checkpoint_every": 1000,
+        },
     )
     result = compress.distill(recipe=recipe, out=tmp_path / "student").result
     steps = events(tmp_path / "student", "step")
@@ -363,7 +443,9 @@ def test_a_budget_in_minutes_goes_by_the_clock_of_the_first_process(
     """What another process is told counts, and not its own clock."""
     told = iter([10.0, 45.0, 61.0])
     monkeypatch.setattr(train, "broadcast", lambda mine: torch.full_like(mine, next(told)))
-    recipe = tiny(tmp_path, training={"tokens": None, "minutes": 1, "warmup": 0, "schedule": "linear"})
+    recipe = tiny(
+        tmp_path, training={"tokens": None, "minutes": 1, "warmup": 0, "schedule": "linear"}
+    )
     compress.distill(recipe=recipe, out=tmp_path / "student")
     steps = events(tmp_path / "student", "step")
     assert [s["seconds"] for s in steps] == [10, 45, 61]
@@ -391,14 +473,18 @@ def test_every_process_needs_blocks_of_every_step(
     problem: str | None,
 ) -> None:
     tokens = 32 * blocks
-    recipe = tiny(tmp_path, training={"batch_tokens": tokens, "tokens": tokens, "micro_batch": micro})
+    recipe = tiny(
+        tmp_path, training={"batch_tokens": tokens, "tokens": tokens, "micro_batch": micro}
+    )
     if problem is None:
         train.require_share_for_all(recipe, processes=processes, sharded=sharded)
         return
     kind = DistributedType.FSDP if sharded else DistributedType.MULTI_CPU
     for name, value in (("num_processes", processes), ("distributed_type", kind)):
         monkeypatch.setattr(train.Accelerator, name, value)
-    with pytest.raises(RecipeError, match=rf"training.batch_tokens: found {tokens} with data.block 32: {problem}"):
+    with pytest.raises(
+        RecipeError, match=rf"training.batch_tokens: found {tokens} with data.block 32: {problem}"
+    ):
         compress.distill(recipe=recipe, out=tmp_path / "student")
     assert not list(tmp_path.iterdir())
 
@@ -410,8 +496,14 @@ def test_killed_without_warning(tmp_path: Path) -> None:
         "import sys\nfrom pathlib import Path\nimport compress\nfrom tests.compress.test_compress import tiny\n"
         "compress.distill(recipe=tiny(Path(sys.argv[1])), out=Path(sys.argv[1]) / 'student')\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent.parent), "OMP_NUM_THREADS": "1"}
-    job = subprocess.Popen([sys.executable, str(script), str(tmp_path)], env=environment, stderr=subprocess.DEVNULL)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parent.parent.parent),
+        "OMP_NUM_THREADS": "1",
+    }
+    job = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)], env=environment, stderr=subprocess.DEVNULL
+    )
     checkpoint = tmp_path / ".student.training" / "checkpoint.pt"
     while not checkpoint.exists() and job.poll() is None:
         time.sleep(0.01)
@@ -420,7 +512,9 @@ def test_killed_without_warning(tmp_path: Path) -> None:
     assert not (tmp_path / "student").exists()
     cut = compress.distill(recipe=tiny(tmp_path), out=tmp_path / "student")
     whole = compress.distill(recipe=tiny(tmp_path), out=tmp_path / "whole" / "student")
-    assert (cut.path / "model/model.safetensors").read_bytes() == (whole.path / "model/model.safetensors").read_bytes()
+    assert (cut.path / "model/model.safetensors").read_bytes() == (
+        whole.path / "model/model.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("length", [0, 1, 4000, -1])
@@ -428,12 +522,15 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, length: int) -> None:
     path = tmp_path / "checkpoint.pt"
     train.write_checkpoint(path, {"key": "mine", "model": {"weight": torch.rand(2000)}})
     assert not path.with_name("checkpoint.pt.writing").exists()
-    assert (train.read_checkpoint(path, key="mine", device="cpu") or {})["model"]["weight"].shape == (2000,)
+    assert (train.read_checkpoint(path, key="mine", device="cpu") or {})["model"][
+        "weight"
+    ].shape == (2000,)
     assert train.read_checkpoint(path, key="another's", device="cpu") is None
     assert train.read_checkpoint(tmp_path / "none.pt", key="mine", device="cpu") is None
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(
-        ArtifactError, match=r"checkpoint.pt: the checkpoint cannot be read .*; delete it, and the same command"
+        ArtifactError,
+        match=r"checkpoint.pt: the checkpoint cannot be read .*; delete it, and the same command",
     ):
         train.read_checkpoint(path, key="mine", device="cpu")
 
@@ -456,7 +553,9 @@ def killed_while_writing() -> Iterator[None]:
         yield
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for the old name
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning"
+)  # peft asks for the old name
 def test_killed_while_the_teachers_figures_are_written(tmp_path: Path) -> None:
     run = train.setup(recipe=tiny(tmp_path), products={}, work=tmp_path / "work", key="k")
     with killed_while_writing(), pytest.raises(KeyboardInterrupt):
@@ -473,7 +572,9 @@ def test_golden_losses(tmp_path: Path) -> None:
         "domains": [{"name": "beer", "text": {"kind": "files", "paths": ["text.txt"]}}],
         "heldout": {"every": 5, "piece_chars": 256, "blocks": 2},
     }
-    recipe = tiny(tmp_path, data=data, student={"dropout": 0.0}, fusion={"weights": {"kind": "entropy"}})
+    recipe = tiny(
+        tmp_path, data=data, student={"dropout": 0.0}, fusion={"weights": {"kind": "entropy"}}
+    )
     artifact = compress.distill(recipe=recipe, out=tmp_path / "student")
     assert [s["loss"] for s in events(artifact.path, "step")] == pytest.approx(GOLDEN, rel=1e-3)
 
@@ -486,12 +587,18 @@ def test_a_recipe_can_teach_another(tmp_path: Path) -> None:
     products = {}
     for seed in (1, 2):
         expert = tiny(tmp_path, seed=seed, teachers=[])
-        products[f"expert{seed}"] = compress.distill(recipe=expert, out=tmp_path / f"expert{seed}").path
-    teachers = [{"name": name, "model": {"kind": "recipe", "recipe": f"{name}.yaml"}} for name in products]
+        products[f"expert{seed}"] = compress.distill(
+            recipe=expert, out=tmp_path / f"expert{seed}"
+        ).path
+    teachers = [
+        {"name": name, "model": {"kind": "recipe", "recipe": f"{name}.yaml"}} for name in products
+    ]
     recipe = tiny(tmp_path, teachers=teachers)
     from compress.teachers.live import Teachers, teacher_folders
 
-    loaded = Teachers(teacher_folders(recipe, products), device=torch.device("cpu"), compute_dtype=torch.float32)
+    loaded = Teachers(
+        teacher_folders(recipe, products), device=torch.device("cpu"), compute_dtype=torch.float32
+    )
     assert loaded.bodies[0].model is loaded.bodies[1].model
     ids = torch.arange(12)[None]
     states, _ = loaded.states(ids)
@@ -502,19 +609,29 @@ def test_a_recipe_can_teach_another(tmp_path: Path) -> None:
     assert [t["model"] for t in json.loads((artifact.path / "teachers.json").read_text())] == [
         str(p / "model") for p in products.values()
     ]
-    assert artifact.manifest["parents"]["teacher expert1"] == open_artifact(products["expert1"]).digest
+    assert (
+        artifact.manifest["parents"]["teacher expert1"] == open_artifact(products["expert1"]).digest
+    )
 
 
 def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
     recipe = tiny(
         tmp_path,
-        training={"learning_rate": 3.0, "tokens": 64 * 30, "evaluate_every": 1, "patience": 2, "schedule": "constant"},
+        training={
+            "learning_rate": 3.0,
+            "tokens": 64 * 30,
+            "evaluate_every": 1,
+            "patience": 2,
+            "schedule": "constant",
+        },
     )
     result = compress.distill(recipe=recipe, out=tmp_path / "student").result
     assert result["steps"] <= result["best_step"] + 2 < 30
 
 
-def test_nan_stops_with_step_batch_and_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_stops_with_step_batch_and_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = train.fused_loss
 
     def poisoned(*args: Any, **kwargs: Any) -> Any:
@@ -523,7 +640,8 @@ def test_nan_stops_with_step_batch_and_remedy(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(train, "fused_loss", poisoned)
     with pytest.raises(
-        DivergenceError, match=r"diverged at step 1: loss nan.*batch [0-9a-f]{16}.*Lower training.learning_rate"
+        DivergenceError,
+        match=r"diverged at step 1: loss nan.*batch [0-9a-f]{16}.*Lower training.learning_rate",
     ):
         compress.distill(recipe=tiny(tmp_path), out=tmp_path / "student")
     assert not (tmp_path / "student").exists()
@@ -536,8 +654,15 @@ def test_learning_rate_warms_up_and_decays() -> None:
     assert rates[2:] == sorted(rates[2:], reverse=True)
     assert 0 < rates[-1] < 0.1
     linear = config.model_copy(update={"schedule": "linear"})
-    assert [train.learning_rate(linear, done, 0.1) for done in (0.2, 0.6, 1.0)] == pytest.approx([1, 0.5, 0])
-    assert train.learning_rate(config.model_copy(update={"schedule": "constant", "warmup": 0.0}), 0.9, 0.1) == 1
+    assert [train.learning_rate(linear, done, 0.1) for done in (0.2, 0.6, 1.0)] == pytest.approx(
+        [1, 0.5, 0]
+    )
+    assert (
+        train.learning_rate(
+            config.model_copy(update={"schedule": "constant", "warmup": 0.0}), 0.9, 0.1
+        )
+        == 1
+    )
 
 
 # Features --------------------------------------------------------------------------------------------------------
@@ -568,12 +693,22 @@ def test_identical_states_have_no_feature_loss(distance: str) -> None:
 
 
 def test_feature_loss_by_hand() -> None:
-    mine, theirs = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]), torch.tensor([[[0.0, 2.0], [3.0, 0.0]]])
-    weights, valid = torch.tensor([[[0.25, 0.75]]]), torch.tensor([[True, True]])
-    assert float(feature_loss([[mine]], [[theirs]], weights, valid, distance="cosine", denominator=2)) == pytest.approx(
-        0.125
+    mine, theirs = (
+        torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]),
+        torch.tensor([[[0.0, 2.0], [3.0, 0.0]]]),
     )
-    assert float(feature_loss([[mine]], [[theirs]], weights, valid & False, distance="cosine", denominator=2)) == 0
+    weights, valid = torch.tensor([[[0.25, 0.75]]]), torch.tensor([[True, True]])
+    assert float(
+        feature_loss([[mine]], [[theirs]], weights, valid, distance="cosine", denominator=2)
+    ) == pytest.approx(0.125)
+    assert (
+        float(
+            feature_loss(
+                [[mine]], [[theirs]], weights, valid & False, distance="cosine", denominator=2
+            )
+        )
+        == 0
+    )
 
 
 # Inputs ----------------------------------------------------------------------------------------------------------
@@ -585,14 +720,19 @@ def test_different_tokenizers_are_refused_with_count_and_examples(tmp_path: Path
 
     byte_tokenizer().save_pretrained(tmp_path / "a")
     words = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "hello": 1}, unk_token="<|endoftext|>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>").save_pretrained(tmp_path / "b")
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>").save_pretrained(
+        tmp_path / "b"
+    )
     for folder in ("a", "b"):
         random_model(TINY, vocab_size=257, seed=0, where="t").save_pretrained(tmp_path / folder)
     with pytest.raises(
-        ModelError, match=r"257 of 258 tokens have another id or are missing \('.*' is .* in x and .* in y; .*; .*\)"
+        ModelError,
+        match=r"257 of 258 tokens have another id or are missing \('.*' is .* in x and .* in y; .*; .*\)",
     ):
         require_same_tokenizer({"x": tmp_path / "a", "y": tmp_path / "b"})
-    teachers = [{"name": n, "model": {"kind": "local", "path": str(tmp_path / n)}} for n in ("a", "b")]
+    teachers = [
+        {"name": n, "model": {"kind": "local", "path": str(tmp_path / n)}} for n in ("a", "b")
+    ]
     with pytest.raises(ModelError, match="have different tokenizers"):
         compress.distill(recipe=tiny(tmp_path, teachers=teachers), out=tmp_path / "student")
     assert not (tmp_path / "student").exists()
@@ -610,12 +750,22 @@ def folder_without(path: Path, *files: str) -> Path:
     ("remove", "add", "message"),
     [
         ("model.safetensors", None, r"no weights; expected \*.safetensors"),
-        ("model.safetensors", "pytorch_model.bin", r"pytorch_model.bin is a pickle.*safetensors and GGUF only"),
+        (
+            "model.safetensors",
+            "pytorch_model.bin",
+            r"pytorch_model.bin is a pickle.*safetensors and GGUF only",
+        ),
         ("config.json", None, "no config.json"),
-        ("tokenizer.json", None, "no tokenizer that transformers can load|only a slow tokenizer|different tokenizers"),
+        (
+            "tokenizer.json",
+            None,
+            "no tokenizer that transformers can load|only a slow tokenizer|different tokenizers",
+        ),
     ],
 )
-def test_unusable_teacher_folders_are_refused(tmp_path: Path, remove: str, add: str | None, message: str) -> None:
+def test_unusable_teacher_folders_are_refused(
+    tmp_path: Path, remove: str, add: str | None, message: str
+) -> None:
     folder = folder_without(tmp_path / "model", remove)
     if add:
         (folder / add).write_bytes(b"\x80\x04.")
@@ -636,7 +786,8 @@ def test_incomplete_weights_are_never_made_up(tmp_path: Path) -> None:
         return folder
 
     with pytest.raises(
-        ModelError, match=r"model: .*lacks 1 of its weights \(for example lm_head.weight\)\. Save the whole"
+        ModelError,
+        match=r"model: .*lacks 1 of its weights \(for example lm_head.weight\)\. Save the whole",
     ):
         load_model(written(config, body=True))
     load_model(written(TINY, body=True))  # its head is the embedding
@@ -644,27 +795,34 @@ def test_incomplete_weights_are_never_made_up(tmp_path: Path) -> None:
     saved = json.loads(path.read_text())
     path.write_text(json.dumps(saved | {"num_hidden_layers": 3}))
     with pytest.raises(
-        ModelError, match=r"lacks 9 of its weights \(for example model.layers.2.input_layernorm.weight, "
+        ModelError,
+        match=r"lacks 9 of its weights \(for example model.layers.2.input_layernorm.weight, ",
     ):
         load_model(folder)
     path.write_text(json.dumps(saved | {"intermediate_size": 40}))
     with pytest.raises(
-        ModelError, match=r"6 of its weights do not fit .*down_proj.weight is 32x48, expected 32x40; .*config"
+        ModelError,
+        match=r"6 of its weights do not fit .*down_proj.weight is 32x48, expected 32x40; .*config",
     ):
         load_model(folder)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(
-        ModelError, match=r"model: its weights cannot be read \(.*\); copy or download the folder again"
+        ModelError,
+        match=r"model: its weights cannot be read \(.*\); copy or download the folder again",
     ):
         load_model(folder)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for the old name
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning"
+)  # peft asks for the old name
 def test_an_adapter_that_was_cut_short_is_named(tmp_path: Path) -> None:
     base = RandomModel(kind="random", config=TINY, seed=1)
     model = load_model(model_folder(base, folder=tmp_path))
-    with_lora(model, LoraStudent(kind="lora", base=base, rank=4), 0).save_pretrained(tmp_path / "adapter")
+    with_lora(model, LoraStudent(kind="lora", base=base, rank=4), 0).save_pretrained(
+        tmp_path / "adapter"
+    )
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     teacher = {"name": "a", "model": base.model_dump(mode="json"), "adapter": "adapter"}
@@ -672,7 +830,9 @@ def test_an_adapter_that_was_cut_short_is_named(tmp_path: Path) -> None:
         compress.distill(recipe=tiny(tmp_path, teachers=[teacher]), out=tmp_path / "student")
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for the old name
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning"
+)  # peft asks for the old name
 def test_adapters_know_that_gpt2_stores_its_weights_turned(tmp_path: Path) -> None:
     """Left to find out by itself PEFT warns, which is an error here."""
     folder = make_model(tmp_path / "gpt2", model_type="gpt2", n_embd=32, n_head=2)
@@ -680,48 +840,67 @@ def test_adapters_know_that_gpt2_stores_its_weights_turned(tmp_path: Path) -> No
     adapted = with_lora(load_model(folder), config, 0)
     shapes = {n: p.shape for n, p in adapted.named_parameters() if "lora_A" in n and "c_fc" in n}
     assert {tuple(shape) for shape in shapes.values()} == {(4, 32)}
-    with pytest.raises(ModelError, match=r"student.targets: .* Linear layers of this model: .*c_attn"):
+    with pytest.raises(
+        ModelError, match=r"student.targets: .* Linear layers of this model: .*c_attn"
+    ):
         with_lora(load_model(folder), config.model_copy(update={"targets": ("q_proj",)}), 0)
 
 
 def test_other_bad_inputs(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(EnvironmentalError, match="torch sees no GPU here"):
-            compress.distill(recipe=tiny(tmp_path, training={"device": "cuda"}), out=tmp_path / "student")
+            compress.distill(
+                recipe=tiny(tmp_path, training={"device": "cuda"}), out=tmp_path / "student"
+            )
     with pytest.raises(ModelError, match="no such file or folder"):
         compress.distill(
-            recipe=tiny(tmp_path, teachers=[{"name": "a", "model": {"kind": "gguf", "path": "x.gguf"}}]),
+            recipe=tiny(
+                tmp_path, teachers=[{"name": "a", "model": {"kind": "gguf", "path": "x.gguf"}}]
+            ),
             out=tmp_path / "s",
         )
     (tmp_path / "empty").mkdir()
     adapter = [{"name": "a", "model": {"kind": "random", "config": TINY}, "adapter": "empty"}]
     with pytest.raises(ModelError, match=r"no adapter_config\.json"):
         compress.distill(recipe=tiny(tmp_path, teachers=adapter), out=tmp_path / "s")
-    with pytest.raises(ModelError, match=r"student.targets: .* Linear layers of this model: .*q_proj"):
-        compress.distill(recipe=tiny(tmp_path, student={"targets": ["nowhere"]}), out=tmp_path / "s")
+    with pytest.raises(
+        ModelError, match=r"student.targets: .* Linear layers of this model: .*q_proj"
+    ):
+        compress.distill(
+            recipe=tiny(tmp_path, student={"targets": ["nowhere"]}), out=tmp_path / "s"
+        )
     domains = [{"name": "x", "text": {"kind": "files", "paths": ["missing.txt"]}}]
     with pytest.raises(DataError, match="no such file"):
         compress.distill(recipe=tiny(tmp_path, data={"domains": domains}), out=tmp_path / "s")
     with pytest.raises(ModelError, match="no model_type"):
         compress.distill(
-            recipe=tiny(tmp_path, teachers=[], student={"base": {"kind": "random", "config": {}}}), out=tmp_path / "s"
+            recipe=tiny(tmp_path, teachers=[], student={"base": {"kind": "random", "config": {}}}),
+            out=tmp_path / "s",
         )
 
 
 def test_heads_respect_logit_scale_and_soft_cap() -> None:
     for config, scale, cap in (
         ({**TINY, "model_type": "granite", "logits_scaling": 4.0}, 0.25, None),
-        ({**TINY, "model_type": "gemma2", "final_logit_softcapping": 3.0, "head_dim": 16}, 1.0, 3.0),
+        (
+            {**TINY, "model_type": "gemma2", "final_logit_softcapping": 3.0, "head_dim": 16},
+            1.0,
+            3.0,
+        ),
     ):
         model = random_model(config, vocab_size=257, seed=0, where="t").eval()
         head = head_of(model)
         assert (head.scale, head.softcap) == (scale, cap)
         ids = torch.arange(9)[None]
         hidden, _ = Body(model).states(ids)
-        torch.testing.assert_close(head.logits(hidden), model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            head.logits(hidden), model(input_ids=ids).logits, rtol=1e-4, atol=1e-5
+        )
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft 0.21.2 with transformers 5.23
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning"
+)  # peft 0.21.2 with transformers 5.23
 def test_frozen_matrices_cast_once_give_the_same_bits(tmp_path: Path) -> None:
     """A LoRA student under bf16 autocast: states and gradients do not change when its frozen matrices are cast before."""
     from compress.models.students import build_model

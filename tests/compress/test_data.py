@@ -55,7 +55,9 @@ def recipe_of(folder: Path, *paths: str, text: dict[str, Any] | None = None, **d
         {
             "name": "t",
             "data": {
-                "domains": [{"name": "d", "text": {"kind": "files", "paths": list(paths), **(text or {})}}],
+                "domains": [
+                    {"name": "d", "text": {"kind": "files", "paths": list(paths), **(text or {})}}
+                ],
                 **{"block": 16, **data},
             },
             "student": {"kind": "lora", "base": {"kind": "random", "config": {}}},
@@ -70,7 +72,12 @@ def fake(rows: int, weight: float = 1.0) -> DomainBlocks:
     ids, lengths = np.zeros((rows, 4), dtype=np.int32), np.full(rows, 4, dtype=np.int32)
     scored = all_but_first(lengths, 4)
     return DomainBlocks(
-        "d", weight, ids, scored, lengths, Blocks(ids[:1], lengths[:1], np.array([3], dtype=np.int32), scored[:1])
+        "d",
+        weight,
+        ids,
+        scored,
+        lengths,
+        Blocks(ids[:1], lengths[:1], np.array([3], dtype=np.int32), scored[:1]),
     )
 
 
@@ -84,22 +91,37 @@ def test_pieces_lose_nothing(document: str, length: int) -> None:
 def test_heldout_is_interleaved_and_apart_from_training(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("".join(f"sentence number {i:05d}.\n" for i in range(400)))
     blocks = load_blocks(
-        recipe_of(tmp_path, "a.txt", block=80, heldout={"every": 5, "piece_chars": 88, "blocks": 6}), byte_tokenizer()
+        recipe_of(
+            tmp_path, "a.txt", block=80, heldout={"every": 5, "piece_chars": 88, "blocks": 6}
+        ),
+        byte_tokenizer(),
     )[0]
     decode = byte_tokenizer().decode
-    train = " ".join(decode(row[:n]) for row, n in zip(blocks.train_ids, blocks.train_lengths, strict=True))
-    heldout = [decode(row[:n]) for row, n in zip(blocks.heldout.input_ids, blocks.heldout.lengths, strict=True)]
+    train = " ".join(
+        decode(row[:n]) for row, n in zip(blocks.train_ids, blocks.train_lengths, strict=True)
+    )
+    heldout = [
+        decode(row[:n])
+        for row, n in zip(blocks.heldout.input_ids, blocks.heldout.lengths, strict=True)
+    ]
     numbers = sorted(
-        int(text[i + 7 : i + 12]) for text in heldout if (i := text.find("number ")) >= 0 and len(text) >= i + 12
+        int(text[i + 7 : i + 12])
+        for text in heldout
+        if (i := text.find("number ")) >= 0 and len(text) >= i + 12
     )
     assert len(blocks.heldout) == 6
     assert numbers[0] < 100 < 300 < numbers[-1]
     assert not any(f"{n:05d}" in train for n in numbers)
 
 
-def test_blocks_come_from_the_cache_the_second_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_come_from_the_cache_the_second_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a.txt").write_text("some words to learn, again and again.\n" * 50)
-    recipe, tokenizer = recipe_of(tmp_path, "a.txt", heldout={"every": 3, "piece_chars": 64}), byte_tokenizer()
+    recipe, tokenizer = (
+        recipe_of(tmp_path, "a.txt", heldout={"every": 3, "piece_chars": 64}),
+        byte_tokenizer(),
+    )
     first = load_blocks(recipe, tokenizer)[0]
     monkeypatch.setattr("compress.data.blocks._write_blocks", None)
     second = load_blocks(recipe, tokenizer)[0]
@@ -129,9 +151,14 @@ def test_labels_are_shifted_once_and_padding_is_ignored() -> None:
 
 def test_formats(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "one"}\n\n{"body": "two"}\n{"body": " "}\n')
-    assert list(documents(tmp_path / "a.jsonl", JsonLines(kind="jsonl", field="body"))) == ["one", "two"]
+    assert list(documents(tmp_path / "a.jsonl", JsonLines(kind="jsonl", field="body"))) == [
+        "one",
+        "two",
+    ]
     (tmp_path / "a.py").write_text(f"x = {'long ' * 10!r}\ny = 'short'\n")
-    assert list(documents(tmp_path / "a.py", PythonStrings(kind="python-strings", min_chars=20))) == ["long " * 10]
+    assert list(
+        documents(tmp_path / "a.py", PythonStrings(kind="python-strings", min_chars=20))
+    ) == ["long " * 10]
     (tmp_path / "a.txt").write_text("\ufeffunicode ✓", encoding="utf-8")
     assert list(documents(tmp_path / "a.txt", PlainText(kind="text"))) == ["unicode ✓"]
 
@@ -145,7 +172,9 @@ def test_formats(tmp_path: Path) -> None:
         ("a.txt", b"\xff\xfe\xfa", PlainText(kind="text"), "not UTF-8 text"),
     ],
 )
-def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, form: Any, message: str) -> None:
+def test_bad_files_are_named(
+    tmp_path: Path, name: str, content: bytes, form: Any, message: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         list(documents(tmp_path / name, form))
@@ -189,26 +218,41 @@ def test_each_row_is_a_document_and_some_documents_are_held_out(tmp_path: Path) 
     text = {"format": {"kind": "jsonl"}}
     for name, kind in (("a.jsonl", "jsonl"), ("a.parquet", "parquet")):
         write_rows(tmp_path / name, rows)
-        recipe = recipe_of(tmp_path, name, text={"format": {"kind": kind}}, block=25, heldout={"every": 4})
+        recipe = recipe_of(
+            tmp_path, name, text={"format": {"kind": kind}}, block=25, heldout={"every": 4}
+        )
         blocks = load_blocks(recipe, byte_tokenizer())[0]
         train = [
-            byte_tokenizer().decode(row[:n]) for row, n in zip(blocks.train_ids, blocks.train_lengths, strict=True)
+            byte_tokenizer().decode(row[:n])
+            for row, n in zip(blocks.train_ids, blocks.train_lengths, strict=True)
         ]
         heldout = [byte_tokenizer().decode(row) for row in blocks.heldout.input_ids]
         assert train == [row["text"] for i, row in enumerate(rows) if i % 4 != 3]
         assert set(heldout) <= {row["text"] for row in rows[3::4]}
         assert len(heldout) == 12
         assert isinstance(blocks.train_ids, np.memmap)
-    stream = load_blocks(recipe_of(tmp_path, "a.jsonl", text=text, packing="stream", block=64), byte_tokenizer())[0]
+    stream = load_blocks(
+        recipe_of(tmp_path, "a.jsonl", text=text, packing="stream", block=64), byte_tokenizer()
+    )[0]
     assert (stream.train_lengths[:-1] == 64).all()
-    assert byte_tokenizer().decode(stream.train_ids[0]).startswith("row 000 of a small corpus<|endoftext|>row 001")
-    with pytest.raises(DataError, match=r"0 full training blocks of 64 tokens .* data\.packing: stream"):
+    assert (
+        byte_tokenizer()
+        .decode(stream.train_ids[0])
+        .startswith("row 000 of a small corpus<|endoftext|>row 001")
+    )
+    with pytest.raises(
+        DataError, match=r"0 full training blocks of 64 tokens .* data\.packing: stream"
+    ):
         load_blocks(recipe_of(tmp_path, "a.jsonl", text=text, block=64), byte_tokenizer())
 
 
-def test_students_from_before_the_mask_are_scored_on_every_token_but_the_first(tmp_path: Path) -> None:
+def test_students_from_before_the_mask_are_scored_on_every_token_but_the_first(
+    tmp_path: Path,
+) -> None:
     ids, lengths = np.zeros((2, 4), dtype=np.int32), np.array([4, 3], dtype=np.int32)
-    save_file({"d/input_ids": ids, "d/lengths": lengths, "d/utf8_bytes": lengths}, tmp_path / HELDOUT)
+    save_file(
+        {"d/input_ids": ids, "d/lengths": lengths, "d/utf8_bytes": lengths}, tmp_path / HELDOUT
+    )
     blocks = load_heldout(tmp_path / HELDOUT)["d"]
     assert blocks.scored.tolist() == [[0, 1, 1, 1], [0, 1, 1, 0]]
     assert blocks.labels == 5
@@ -232,12 +276,18 @@ def token_texts(draw: st.DrawFn) -> list[Tokens]:
 
 
 @given(token_texts(), st.integers(4, 12), st.sampled_from([[], [1], [1, 2]]))
-def test_document_blocks_lose_nothing_and_cross_nothing(texts: list[Tokens], block: int, prefix: list[int]) -> None:
+def test_document_blocks_lose_nothing_and_cross_nothing(
+    texts: list[Tokens], block: int, prefix: list[int]
+) -> None:
     rows = list(pack_documents(texts, block, prefix))
     room, where = block - len(prefix), {}
     for index, text in enumerate(texts):
         where |= dict.fromkeys(text.ids.tolist(), index)
-    expected = [t for text in texts for t in text.ids[: len(text.ids) - (len(text.ids) % room == 1)].tolist()]
+    expected = [
+        t
+        for text in texts
+        for t in text.ids[: len(text.ids) - (len(text.ids) % room == 1)].tolist()
+    ]
     assert [t for ids, _ in rows for t in ids[len(prefix) :].tolist()] == expected
     for ids, scored in rows:
         assert len(ids) == len(scored) <= block
@@ -251,16 +301,26 @@ def test_document_blocks_lose_nothing_and_cross_nothing(texts: list[Tokens], blo
 
 
 @given(token_texts(), st.integers(4, 12), st.sampled_from([[], [1]]))
-def test_stream_blocks_are_full_and_lose_nothing(texts: list[Tokens], block: int, prefix: list[int]) -> None:
+def test_stream_blocks_are_full_and_lose_nothing(
+    texts: list[Tokens], block: int, prefix: list[int]
+) -> None:
     rows = list(pack_stream(texts, block, prefix, end=7))
     whole = [(t, s) for text in texts
              for t, s in [*zip(text.ids.tolist(), text.scored.tolist(), strict=True), (7, int(text.says_end))]]  # fmt: skip
-    found = [(t, s) for ids, scored in rows for t, s in zip(ids[len(prefix) :], scored[len(prefix) :], strict=True)]
+    found = [
+        (t, s)
+        for ids, scored in rows
+        for t, s in zip(ids[len(prefix) :], scored[len(prefix) :], strict=True)
+    ]
     if len(whole) % (block - len(prefix)) == 1:
         whole.pop()  # a tail of one token has nothing to predict
     assert [t for t, _ in found] == [t for t, _ in whole]
     firsts = {0 if prefix else i * block for i in range(len(rows))} if not prefix else set()
-    assert all(int(f) == w for i, ((_, f), (_, w)) in enumerate(zip(found, whole, strict=True)) if i not in firsts)
+    assert all(
+        int(f) == w
+        for i, ((_, f), (_, w)) in enumerate(zip(found, whole, strict=True))
+        if i not in firsts
+    )
     assert all(len(ids) == block for ids, _ in rows[:-1])
 
 
@@ -275,7 +335,9 @@ WITHOUT_THOUGHT = CHAT.replace("message['content']", "message['content'].split('
 
 
 def chat(*turns: str) -> list[dict[str, str]]:
-    return [{"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)]
+    return [
+        {"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)
+    ]
 
 
 def answers_of(piece: Piece, tokenizer: Any) -> list[str]:
@@ -301,12 +363,22 @@ def test_exactly_the_answers_are_scored(template: str, turns: list[str]) -> None
     [
         (TRIMMED, ("assistant", " assistant ", "a", "user"), ["assistant <|end|>", "user <|end|>"]),
         (CHAT, ("✓ 👩‍🚀", "é\n\n👩‍🚀"), ["é\n\n👩‍🚀<|end|>"]),
-        (WITHOUT_THOUGHT, ("why", "<think>hm</think>because", "so", "yes"), ["because<|end|>", "yes<|end|>"]),
-        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", ("a", "b", "a", "b"), ["b", "b"]),
+        (
+            WITHOUT_THOUGHT,
+            ("why", "<think>hm</think>because", "so", "yes"),
+            ["because<|end|>", "yes<|end|>"],
+        ),
+        (
+            "{% for m in messages %}{{ m['content'] }}\n{% endfor %}",
+            ("a", "b", "a", "b"),
+            ["b", "b"],
+        ),
     ],
     ids=["trimmed", "unicode", "thought left out", "no special tokens"],
 )
-def test_answers_are_what_the_template_made_of_them(template: str, turns: tuple[str], expected: list[str]) -> None:
+def test_answers_are_what_the_template_made_of_them(
+    template: str, turns: tuple[str], expected: list[str]
+) -> None:
     tokenizer = make_tokenizer()
     text, spans = render(chat(*turns), tokenizer, template, "here")
     assert answers_of(Piece(text, tuple(spans)), tokenizer) == expected
@@ -319,12 +391,18 @@ def test_answers_are_what_the_template_made_of_them(template: str, turns: tuple[
             "{{ raise_exception('no system role') }}",
             "here: the chat template refuses this conversation: no system role",
         ),
-        ("{{ messages[0]['content'] + 1 }}", "here: the chat template fails on this conversation: TypeError: "),
+        (
+            "{{ messages[0]['content'] + 1 }}",
+            "here: the chat template fails on this conversation: TypeError: ",
+        ),
         (
             "{% for m in messages %}{{ m['content'] | upper }}{{ m['content'] }}{% endfor %}",
             "here: .*cannot be told from",
         ),
-        ("{{ messages[0]['content'] }}", "here: .* cannot be told from the rest. Put {% generation %}"),
+        (
+            "{{ messages[0]['content'] }}",
+            "here: .* cannot be told from the rest. Put {% generation %}",
+        ),
     ],
 )
 def test_templates_that_hide_the_answers_are_refused(template: str, message: str) -> None:
@@ -339,13 +417,21 @@ def test_chat_blocks_hold_one_conversation_and_say_what_was_cut(
     said: list[str] = []
     monkeypatch.setattr("compress.data.blocks.say", said.append)
     short = [{"messages": chat(f"question {i}", f"answer {i}")} for i in range(7)]
-    long = [{"messages": chat("x" * 100, "never seen")}, {"messages": chat("q", "a" * 100, "more", "never seen")}]
-    write_rows(tmp_path / f"a{suffix}", [*short, *long, {"messages": chat("a question without an answer")}])
-    recipe = recipe_of(tmp_path, f"a{suffix}", text={"format": {"kind": "chat"}}, block=64, heldout={"every": 4})
+    long = [
+        {"messages": chat("x" * 100, "never seen")},
+        {"messages": chat("q", "a" * 100, "more", "never seen")},
+    ]
+    write_rows(
+        tmp_path / f"a{suffix}", [*short, *long, {"messages": chat("a question without an answer")}]
+    )
+    recipe = recipe_of(
+        tmp_path, f"a{suffix}", text={"format": {"kind": "chat"}}, block=64, heldout={"every": 4}
+    )
     blocks = load_blocks(recipe, make_tokenizer())[0]
     decode = make_tokenizer().decode
     learnt = [
-        decode(ids[scored == 1].tolist()) for ids, scored in zip(blocks.train_ids, blocks.train_scored, strict=True)
+        decode(ids[scored == 1].tolist())
+        for ids, scored in zip(blocks.train_ids, blocks.train_scored, strict=True)
     ]
     assert learnt[:-1] == [f"answer {i}<|end|>" for i in (0, 1, 2, 4, 5, 6)]
     assert set(learnt[-1]) == {"a"}
@@ -360,7 +446,12 @@ def test_chat_blocks_hold_one_conversation_and_say_what_was_cut(
     assert decode(labels[0][labels[0] >= 0].tolist()) == "answer 0<|end|>"
     stream = load_blocks(
         recipe_of(
-            tmp_path, f"a{suffix}", text={"format": {"kind": "chat"}}, block=64, heldout={"every": 4}, packing="stream"
+            tmp_path,
+            f"a{suffix}",
+            text={"format": {"kind": "chat"}},
+            block=64,
+            heldout={"every": 4},
+            packing="stream",
         ),
         make_tokenizer(),
     )
@@ -371,7 +462,8 @@ def test_chat_without_a_usable_answer_is_refused(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl", [{"messages": chat("x" * 40, "y")}] * 8)
     recipe = recipe_of(tmp_path, "a.jsonl", text={"format": {"kind": "chat"}}, heldout={"every": 2})
     with pytest.raises(
-        DataError, match=r"0 training and 0 held-out blocks with an answer from 8 conversations, 8 answers"
+        DataError,
+        match=r"0 training and 0 held-out blocks with an answer from 8 conversations, 8 answers",
     ):
         load_blocks(recipe, make_tokenizer())
     with pytest.raises(DataError, match=r"no chat template.*chat_template\.jinja"):
@@ -396,19 +488,29 @@ GOOD = {"messages": chat("q", "a")}
          "a.parquet, row 2: message 1 has no text under 'content'"),
     ],
 )  # fmt: skip
-def test_bad_rows_are_named(tmp_path: Path, name: str, rows: list[Any], form: Any, message: str) -> None:
+def test_bad_rows_are_named(
+    tmp_path: Path, name: str, rows: list[Any], form: Any, message: str
+) -> None:
     path = write_rows(tmp_path / name, rows)
     with pytest.raises(DataError, match=message):
-        list(conversations(path, form, make_tokenizer()) if isinstance(form, ChatRows) else documents(path, form))
+        list(
+            conversations(path, form, make_tokenizer())
+            if isinstance(form, ChatRows)
+            else documents(path, form)
+        )
 
 
-def test_a_damaged_arrow_file_and_a_missing_package_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_arrow_file_and_a_missing_package_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_rows(tmp_path / "a.arrow", [{"text": "words " * 100}])
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(DataError, match=r"a\.arrow: not an Arrow stream"):
         list(documents(path, Rows(kind="rows")))
     real = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "pyarrow" else real(name, *a))
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *a: None if name == "pyarrow" else real(name, *a)
+    )
     with pytest.raises(EnvironmentalError, match=r"pip install 'limbeck\[data\]'"):
         list(documents(path, ParquetRows(kind="parquet")))
     recipe = recipe_of(tmp_path, "a.arrow", text={"format": {"kind": "parquet"}})
@@ -423,12 +525,18 @@ def save_to_disk(root: Path, shards: Sequence[Sequence[str]]) -> None:
     names = [f"data-{i:05d}-of-{len(shards):05d}.arrow" for i in range(len(shards))]
     for name, texts in zip(names, shards, strict=True):
         write_rows(root / name, [{"text": text} for text in texts])
-    (root / "state.json").write_text(json.dumps({"_data_files": [{"filename": n} for n in names], "_split": None}))
+    (root / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": n} for n in names], "_split": None})
+    )
 
 
 def read(root: Path, split: str | None = None) -> list[str]:
     source = DatasetText(kind="datasets", path=Path(root.name), split=split)
-    return [text for file in text_files(source, folder=root.parent) for text in documents(file, Rows(kind="rows"))]
+    return [
+        text
+        for file in text_files(source, folder=root.parent)
+        for text in documents(file, Rows(kind="rows"))
+    ]
 
 
 def test_saved_datasets_are_read_by_split(tmp_path: Path) -> None:
@@ -446,7 +554,11 @@ def test_saved_datasets_are_read_by_split(tmp_path: Path) -> None:
     (tmp_path / "one" / "data-00001-of-00002.arrow").unlink()
     with pytest.raises(DataError, match=r"data-00001-of-00002.arrow: missing"):
         read(tmp_path / "one")
-    for content, message in (("{}", "no list under '_data_files'"), ("{", "cannot be read"), ("[]", "cannot be read")):
+    for content, message in (
+        ("{}", "no list under '_data_files'"),
+        ("{", "cannot be read"),
+        ("[]", "cannot be read"),
+    ):
         (tmp_path / "one" / "state.json").write_text(content)
         with pytest.raises(DataError, match=f"state.json: {message}"):
             read(tmp_path / "one")
@@ -461,12 +573,19 @@ def test_folders_of_parquet_and_jsonl_are_read_by_split(tmp_path: Path) -> None:
         "test.jsonl",
     ):
         write_rows(root / name, [{"text": name}])
-    assert read(root, "train") == ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"]
+    assert read(root, "train") == [
+        "data/train-00000-of-00002.parquet",
+        "data/train-00001-of-00002.parquet",
+    ]
     assert read(root, "train_sft") == ["train_sft.parquet"]
     assert read(root, "test") == ["test.jsonl"]
-    with pytest.raises(DataError, match="hub: several splits and none chosen; set split to one of: train, test"):
+    with pytest.raises(
+        DataError, match="hub: several splits and none chosen; set split to one of: train, test"
+    ):
         read(root)
-    with pytest.raises(DataError, match="hub: no split 'validation'; set split to a name that one of the files has"):
+    with pytest.raises(
+        DataError, match="hub: no split 'validation'; set split to a name that one of the files has"
+    ):
         read(root, "validation")
     write_rows(tmp_path / "flat" / "a.parquet", [{"text": "a"}])
     assert read(tmp_path / "flat") == ["a"]
@@ -486,7 +605,10 @@ def test_a_student_learns_the_answers_of_a_chat_and_nothing_else(tmp_path: Path)
 
     teacher = make_model(tmp_path / "teacher", scale=0.05)
     draw = np.random.default_rng(0)
-    rows = [{"messages": chat("".join(map(chr, draw.integers(97, 123, 12))), "yes, of course")} for _ in range(48)]
+    rows = [
+        {"messages": chat("".join(map(chr, draw.integers(97, 123, 12))), "yes, of course")}
+        for _ in range(48)
+    ]
     write_rows(tmp_path / "set" / "train.parquet", rows)
     tree = {
         "name": "chat",

@@ -42,8 +42,15 @@ def test_the_relational_loss_is_the_kl_to_the_mixture_of_similarity_distribution
     weights = weights / weights.sum(0)
     expected = 0.0
     for i in range(R):
-        mixture = weights[0, i] * distribution(teachers[0], i) + weights[1, i] * distribution(teachers[1], i)
-        expected += torch.nn.functional.kl_div(distribution(student, i).log(), mixture, reduction="sum").item() / R
+        mixture = weights[0, i] * distribution(teachers[0], i) + weights[1, i] * distribution(
+            teachers[1], i
+        )
+        expected += (
+            torch.nn.functional.kl_div(
+                distribution(student, i).log(), mixture, reduction="sum"
+            ).item()
+            / R
+        )
     found = relational_loss(student, teachers, weights, temperature=TAU, relation="kl")
     assert found.item() == pytest.approx(expected, rel=1e-5)
 
@@ -52,7 +59,9 @@ def test_the_squared_relational_loss_is_over_pairs_of_different_examples() -> No
     student, teachers, weights = vectors(0), [vectors(1), vectors(2)], torch.full((2, R), 0.5)
     pairs = [(i, j) for i in range(R) for j in range(R) if i != j]
     gaps = [
-        0.5 * teachers[0][i] @ teachers[0][j] + 0.5 * teachers[1][i] @ teachers[1][j] - student[i] @ student[j]
+        0.5 * teachers[0][i] @ teachers[0][j]
+        + 0.5 * teachers[1][i] @ teachers[1][j]
+        - student[i] @ student[j]
         for i, j in pairs
     ]
     found = relational_loss(student, teachers, weights, temperature=TAU, relation="mse")
@@ -60,10 +69,14 @@ def test_the_squared_relational_loss_is_over_pairs_of_different_examples() -> No
 
 
 @pytest.mark.parametrize("relation", ["kl", "mse"])
-def test_a_student_that_is_its_teacher_has_no_relational_loss_and_no_gradient(relation: str) -> None:
+def test_a_student_that_is_its_teacher_has_no_relational_loss_and_no_gradient(
+    relation: str,
+) -> None:
     student = vectors(3).requires_grad_(True)
     copies = [student.detach(), student.detach()]
-    loss = relational_loss(student, copies, torch.full((2, R), 0.5), temperature=TAU, relation=relation)
+    loss = relational_loss(
+        student, copies, torch.full((2, R), 0.5), temperature=TAU, relation=relation
+    )
     loss.backward()
     assert student.grad is not None
     assert abs(loss.item()) < 1e-6
@@ -73,7 +86,10 @@ def test_a_student_that_is_its_teacher_has_no_relational_loss_and_no_gradient(re
 def test_turning_the_space_around_changes_no_relation() -> None:
     student, teacher, weights = vectors(0), vectors(1), torch.ones(1, R)
     turned = teacher @ torch.linalg.qr(torch.randn(5, 5))[0]
-    both = [relational_loss(student, [t], weights, temperature=TAU, relation="kl").item() for t in (teacher, turned)]
+    both = [
+        relational_loss(student, [t], weights, temperature=TAU, relation="kl").item()
+        for t in (teacher, turned)
+    ]
     assert both[0] == pytest.approx(both[1], rel=1e-4)
 
 
@@ -81,7 +97,9 @@ def test_the_weights_are_those_of_the_similarity_entropy() -> None:
     teachers = [vectors(1), vectors(2, width=3)]
     config = EntropyWeights(kind="entropy", sharpness=0.3, floor=0.1)
     weights, entropy = similarity_weights(config, teachers, temperature=TAU, names=["a", "b"])
-    expected = np.array([[stats.entropy(distribution(t, i).numpy()) for i in range(R)] for t in teachers])
+    expected = np.array(
+        [[stats.entropy(distribution(t, i).numpy()) for i in range(R)] for t in teachers]
+    )
     np.testing.assert_allclose(entropy.numpy(), expected, rtol=1e-4)
     shares = np.exp(-expected / 0.3) / np.exp(-expected / 0.3).sum(0)
     np.testing.assert_allclose(weights.numpy(), 0.9 * shares + 0.05, rtol=1e-4)
@@ -93,7 +111,9 @@ def test_two_examples_that_are_alike_by_hand() -> None:
     p = torch.softmax(similarity_logits(unit, TAU), dim=-1)
     assert p[0, 1].item() == pytest.approx(0.9933071, abs=1e-6)
     assert p[2].tolist() == pytest.approx([0.5, 0.5, 0.0])
-    _, entropy = similarity_weights(UniformWeights(kind="uniform"), [unit], temperature=TAU, names=["a"])
+    _, entropy = similarity_weights(
+        UniformWeights(kind="uniform"), [unit], temperature=TAU, names=["a"]
+    )
     assert entropy[0, 2].item() == pytest.approx(np.log(2))
 
 
@@ -118,7 +138,9 @@ def test_classification_is_label_loss_plus_kl_to_the_entropy_weighted_mixture() 
     torch.manual_seed(0)
     z, logits = torch.randn(R, 3, requires_grad=True), [3 * torch.randn(R, 3), torch.randn(R, 3)]
     weights = EntropyWeights(kind="entropy", sharpness=0.3, floor=0.05)
-    fusion = ClassFusion.model_validate({"weights": weights.model_dump(), "calibration": {"kind": "none"}})
+    fusion = ClassFusion.model_validate(
+        {"weights": weights.model_dump(), "calibration": {"kind": "none"}}
+    )
     objective = classification(fusion, logits)
     loss, figures = objective.loss(z, torch.arange(R), 1.0)
 
@@ -141,7 +163,9 @@ def test_without_teachers_the_loss_is_the_labels() -> None:
     objective = classification(ClassFusion(), [z.detach()])
     objective.teachers, objective.temperatures, objective.names = [], [], []
     loss, figures = objective.loss(z, torch.arange(R), 1.0)
-    assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(z, torch.arange(R) % 2).item(), rel=1e-5)
+    assert loss.item() == pytest.approx(
+        torch.nn.functional.cross_entropy(z, torch.arange(R) % 2).item(), rel=1e-5
+    )
     assert figures["fusion"] is None
 
 
@@ -150,4 +174,6 @@ def test_an_overconfident_teacher_is_calibrated() -> None:
     right = torch.nn.functional.one_hot(torch.arange(R) % 2, 2).float()
     wrong = torch.cat([1 - right[:2], right[2:]])  # two of six are wrong, and it is as sure of them
     objective = classification(ClassFusion(), [20 * wrong])
-    assert objective.temperatures == [pytest.approx(2.0)]  # the greatest that the recipe's bounds allow
+    assert objective.temperatures == [
+        pytest.approx(2.0)
+    ]  # the greatest that the recipe's bounds allow

@@ -19,7 +19,14 @@ import serve_bench
 from compress.data.examples import load_examples as examples_of
 from compress.data.examples import training_order
 from compress.data.mail import subject_and_body
-from compress.models.encoders import build_student, class_names, encoder_folder, load_body, load_classifier, pooled
+from compress.models.encoders import (
+    build_student,
+    class_names,
+    encoder_folder,
+    load_body,
+    load_classifier,
+    pooled,
+)
 from compress.models.language import byte_tokenizer
 from export.check.parity import PARITY, load_arrays, require_parity
 from export.encoders import load_student, measure_encoder_parity
@@ -28,11 +35,23 @@ from limbeck.contract.artifact import Artifact, open_artifact
 from limbeck.contract.errors import DataError, ModelError, ParityError, RecipeError, UserError
 from limbeck.contract.examples import EXAMPLES, accuracy, load_examples, macro_f1
 from limbeck.contract.recipe import load_recipe, shipped_recipes
-from limbeck.contract.recipe.encoder import EncoderShrinkStudent, OnnxModel, load_any_recipe, parse_any_recipe
+from limbeck.contract.recipe.encoder import (
+    EncoderShrinkStudent,
+    OnnxModel,
+    load_any_recipe,
+    parse_any_recipe,
+)
 from limbeck.contract.sources import npm_root, text_files
 from limbeck.runtime.encoder import Encoder
 from serve_bench.measure.encoder_worker import TorchEncoder
-from tests.encoders import CLASSES, classifier_recipe, embedding_recipe, make_encoder_student, make_examples, source
+from tests.encoders import (
+    CLASSES,
+    classifier_recipe,
+    embedding_recipe,
+    make_encoder_student,
+    make_examples,
+    source,
+)
 
 FORMS = ("fp32", "int8-weight", "int8-static", "int8-dynamic")
 SMALL = ["fp32", {"kind": "int8-weight", "block_size": 16}, "int8-static", "int8-dynamic"]
@@ -118,23 +137,36 @@ def test_mail_is_its_subject_and_body() -> None:
 
 def test_examples_are_interleaved_once_and_spread(tmp_path: Path) -> None:
     for name, letter in (("a", "x"), ("b", "y")):
-        rows = [json.dumps({"text": f"{letter} {i // 2}"}) for i in range(24)]  # each text stands there twice
+        rows = [
+            json.dumps({"text": f"{letter} {i // 2}"}) for i in range(24)
+        ]  # each text stands there twice
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
     text = {"kind": "files", "format": {"kind": "jsonl"}}
-    classes = [{"name": n, "text": {**text, "paths": [str(tmp_path / f"{n}.jsonl")]}} for n in ("a", "b")]
-    recipe = classifier_recipe(data={"classes": classes, "max_tokens": 8, "heldout": {"every": 3, "most": 2}})
+    classes = [
+        {"name": n, "text": {**text, "paths": [str(tmp_path / f"{n}.jsonl")]}} for n in ("a", "b")
+    ]
+    recipe = classifier_recipe(
+        data={"classes": classes, "max_tokens": 8, "heldout": {"every": 3, "most": 2}}
+    )
     train, heldout = examples_of(recipe, byte_tokenizer())
     assert (len(train), len(heldout)) == (16, 4)
     assert heldout.groups.tolist() == [0, 0, 1, 1]
     tokenizer = byte_tokenizer()
-    texts = [tokenizer.decode(row[:n]) for row, n in zip(heldout.input_ids, heldout.lengths, strict=True)]
+    texts = [
+        tokenizer.decode(row[:n]) for row, n in zip(heldout.input_ids, heldout.lengths, strict=True)
+    ]
     assert texts == ["x 2", "x 11", "y 2", "y 11"]
-    assert not {tuple(r) for r in train.input_ids.tolist()} & {tuple(r) for r in heldout.input_ids.tolist()}
+    assert not {tuple(r) for r in train.input_ids.tolist()} & {
+        tuple(r) for r in heldout.input_ids.tolist()
+    }
 
 
 def test_too_few_examples_are_named(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("only one")
-    classes = [CLASSES[0], {"name": "few", "text": {"kind": "files", "paths": [str(tmp_path / "one.txt")]}}]
+    classes = [
+        CLASSES[0],
+        {"name": "few", "text": {"kind": "files", "paths": [str(tmp_path / "one.txt")]}},
+    ]
     with pytest.raises(DataError, match=r"data.classes.1: too little text for few: 1 examples"):
         examples_of(classifier_recipe(data={"classes": classes, "max_tokens": 8}), byte_tokenizer())
 
@@ -167,8 +199,12 @@ def test_cutting_nothing_changes_nothing_and_cutting_keeps_what_is_kept(model_ty
     mask = torch.ones_like(ids)
     torch.testing.assert_close(pooled(same.eval(), ids, mask), pooled(body, ids, mask))
     sizes = {"layers": 1, "intermediate_size": 64, "kv_heads": 2, "hidden_size": 32}
-    cut = EncoderShrinkStudent.model_validate({"kind": "shrink", "base": source(model_type), **sizes})
-    small, importance, kept = build_student(cut, folder=folder, classes=["no", "yes"], calibration=[ids], seed=0)
+    cut = EncoderShrinkStudent.model_validate(
+        {"kind": "shrink", "base": source(model_type), **sizes}
+    )
+    small, importance, kept = build_student(
+        cut, folder=folder, classes=["no", "yes"], calibration=[ids], seed=0
+    )
     assert importance is not None
     assert small.config.hidden_size == 32
     assert small(input_ids=ids).logits.shape == (1, 2)
@@ -202,7 +238,9 @@ def test_an_onnx_file_is_read_back(tmp_path: Path) -> None:
     ids = torch.ones(2, 7, dtype=torch.long)
     free = {0: "batch", 1: "length"}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the old exporter, which files in the wild come from, is deprecated
+        warnings.simplefilter(
+            "ignore"
+        )  # the old exporter, which files in the wild come from, is deprecated
         torch.onnx.export(
             States().eval(), (ids, ids), str(file), dynamo=False, input_names=["input_ids", "attention_mask"], output_names=["out"],
             dynamic_axes={"input_ids": free, "attention_mask": free, "out": free},
@@ -213,7 +251,10 @@ def test_an_onnx_file_is_read_back(tmp_path: Path) -> None:
     ids = torch.randint(1, 250, (3, 9))
     with torch.no_grad():
         torch.testing.assert_close(
-            found(input_ids=ids).last_hidden_state, model(input_ids=ids).last_hidden_state, rtol=1e-4, atol=1e-5
+            found(input_ids=ids).last_hidden_state,
+            model(input_ids=ids).last_hidden_state,
+            rtol=1e-4,
+            atol=1e-5,
         )
     entry["path"] = str(tmp_path / "none.onnx")
     with pytest.raises(ModelError, match="no such file"):
@@ -222,7 +263,9 @@ def test_an_onnx_file_is_read_back(tmp_path: Path) -> None:
 
 def test_only_the_head_of_a_base_and_an_unused_pooler_may_be_missing(tmp_path: Path) -> None:
     folder = make_encoder_student(tmp_path / "student", "bert", task="embedding").path / "model"
-    with pytest.raises(ModelError, match=r"as a classifier it lacks 2 of its weights \(for example classifier.bias"):
+    with pytest.raises(
+        ModelError, match=r"as a classifier it lacks 2 of its weights \(for example classifier.bias"
+    ):
         load_classifier(folder)
     with pytest.raises(ModelError, match="as a classifier it lacks 2"):
         load_student(folder, task="classification")
@@ -240,7 +283,9 @@ def test_only_the_head_of_a_base_and_an_unused_pooler_may_be_missing(tmp_path: P
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     for load in (load_body, load_classifier, lambda folder: load_classifier(folder, ["a", "b"])):
-        with pytest.raises(ModelError, match=r"lacks 16 of its weights \(for example .*encoder.layer.2.attention"):
+        with pytest.raises(
+            ModelError, match=r"lacks 16 of its weights \(for example .*encoder.layer.2.attention"
+        ):
             load(folder)
 
 
@@ -251,7 +296,13 @@ def test_only_the_head_of_a_base_and_an_unused_pooler_may_be_missing(tmp_path: P
 def expert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fine-tuned tiny classifier."""
     out = tmp_path_factory.mktemp("expert") / "student"
-    training = {"examples": 320, "batch": 16, "learning_rate": 2e-3, "precision": "fp32", "threads": 1}
+    training = {
+        "examples": 320,
+        "batch": 16,
+        "learning_rate": 2e-3,
+        "precision": "fp32",
+        "threads": 1,
+    }
     compress.distill(recipe=classifier_recipe(training=training), out=out)
     return out
 
@@ -262,7 +313,9 @@ def two_teachers(expert: Path, **over: Any) -> Any:
     student = {"kind": "shrink", "base": source(seed=3), "layers": 1, "calibration_examples": 4}
     export_ = {"forms": SMALL}
     gates = {"min_throughput_ratio": 0.01, "max_metric_loss": 1.0, "max_size_mb": 10}
-    return classifier_recipe(teachers=teachers, student=student, export=export_, gates=gates, **over)
+    return classifier_recipe(
+        teachers=teachers, student=student, export=export_, gates=gates, **over
+    )
 
 
 def test_fine_tuning_learns_the_classes(expert: Path) -> None:
@@ -273,7 +326,9 @@ def test_fine_tuning_learns_the_classes(expert: Path) -> None:
     model = load_classifier(expert / "model")
     ids, mask = (torch.from_numpy(a) for a in heldout.batch(slice(None)))
     said = model(input_ids=ids, attention_mask=mask).logits.argmax(1).numpy()
-    assert accuracy(said, heldout.groups.astype(np.int64)) == pytest.approx(artifact.result["metrics"]["accuracy"])
+    assert accuracy(said, heldout.groups.astype(np.int64)) == pytest.approx(
+        artifact.result["metrics"]["accuracy"]
+    )
 
 
 def test_a_run_that_was_stopped_ends_in_the_same_weights(
@@ -312,14 +367,26 @@ def test_a_run_that_was_stopped_ends_in_the_same_weights(
 def test_teachers_of_other_classes_are_refused(expert: Path, tmp_path: Path) -> None:
     other = [CLASSES[1], CLASSES[0]]
     data = {"classes": other, "max_tokens": 40, "heldout": {"every": 3}}
-    with pytest.raises(ModelError, match="tells apart code, prose; the recipe's classes are prose, code"):
+    with pytest.raises(
+        ModelError, match="tells apart code, prose; the recipe's classes are prose, code"
+    ):
         compress.distill(recipe=two_teachers(expert, data=data), out=tmp_path / "student")
 
 
 def test_sentence_encoders_become_alike(tmp_path: Path) -> None:
-    training = {"examples": 400, "batch": 16, "learning_rate": 2e-3, "precision": "fp32", "threads": 1}
-    result = compress.distill(recipe=embedding_recipe(training=training), out=tmp_path / "student").result
-    rows = [json.loads(line) for line in (tmp_path / "student" / "log.jsonl").read_text().splitlines()]
+    training = {
+        "examples": 400,
+        "batch": 16,
+        "learning_rate": 2e-3,
+        "precision": "fp32",
+        "threads": 1,
+    }
+    result = compress.distill(
+        recipe=embedding_recipe(training=training), out=tmp_path / "student"
+    ).result
+    rows = [
+        json.loads(line) for line in (tmp_path / "student" / "log.jsonl").read_text().splitlines()
+    ]
     steps = [row for row in rows if row["event"] == "step"]
     for term in ("cosine", "relational"):
         early, late = (np.mean([row[term] for row in part]) for part in (steps[:4], steps[-4:]))
@@ -349,7 +416,11 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     student = make_encoder_student(folder / "student", "bert", task=task)
     make = classifier_recipe if task == "classification" else embedding_recipe
     recipe = make(export={"forms": SMALL})
-    return Exported(task, student.path, export.export_student(student=student.path, out=folder / "onnx", recipe=recipe))
+    return Exported(
+        task,
+        student.path,
+        export.export_student(student=student.path, out=folder / "onnx", recipe=recipe),
+    )
 
 
 def test_every_form_of_a_tiny_bert(exported: Exported) -> None:
@@ -357,12 +428,21 @@ def test_every_form_of_a_tiny_bert(exported: Exported) -> None:
     assert tuple(forms) == FORMS
     assert forms["int8-dynamic"]["bytes"] < 0.6 * forms["fp32"]["bytes"]
     assert export.verify_parity(exported.onnx.path).keys() == forms.keys()
-    for name, products in (("int8-dynamic", "MatMulIntegerToFloat int8"), ("int8-static", "MatMul int8")):
+    for name, products in (
+        ("int8-dynamic", "MatMulIntegerToFloat int8"),
+        ("int8-static", "MatMul int8"),
+    ):
         operators = forms[name]["census"]["operators"]
-        assert operators[products] == 12 + (exported.task == "classification")  # six a layer, and the pooler
-        assert operators["QuantizeLinear"] == 8 + (exported.task == "classification")  # q, k and v share one
+        assert operators[products] == 12 + (
+            exported.task == "classification"
+        )  # six a layer, and the pooler
+        assert operators["QuantizeLinear"] == 8 + (
+            exported.task == "classification"
+        )  # q, k and v share one
     for form in forms.values():
-        assert [(p["operator"], p["count"]) for p in form["census"]["float_products"]] == [("MatMul", 4)]  # two a layer
+        assert [(p["operator"], p["count"]) for p in form["census"]["float_products"]] == [
+            ("MatMul", 4)
+        ]  # two a layer
         assert form["census"]["runs_on"].keys() == {"CPUExecutionProvider"}
         assert form["census"]["runs_on"]["CPUExecutionProvider"]["Softmax"] == 2
     encoder = Encoder(exported.onnx.path, form="fp32")
@@ -376,11 +456,18 @@ def test_every_form_of_a_tiny_bert(exported: Exported) -> None:
 
 
 def test_texts_go_in(exported: Exported) -> None:
-    encoder, texts = Encoder(exported.onnx.path, form="fp32"), ["a longer text than the other", "short"]
-    np.testing.assert_allclose(encoder.encode(texts)[1:], encoder.encode(texts[1:]), rtol=1e-3, atol=1e-5)
+    encoder, texts = (
+        Encoder(exported.onnx.path, form="fp32"),
+        ["a longer text than the other", "short"],
+    )
+    np.testing.assert_allclose(
+        encoder.encode(texts)[1:], encoder.encode(texts[1:]), rtol=1e-3, atol=1e-5
+    )
     card = (exported.onnx.path / "README.md").read_text()
     whose = "of the student in torch, before it was rounded to int8-dynamic"
-    names = {result.metric_type: result.metric_name for result in ModelCard(card).data.eval_results or ()}
+    names = {
+        result.metric_type: result.metric_name for result in ModelCard(card).data.eval_results or ()
+    }
     if exported.task == "classification":
         assert set(encoder.classify(texts)) <= {"no", "yes", "maybe"}
         assert "text-classification" in card
@@ -389,7 +476,9 @@ def test_texts_go_in(exported: Exported) -> None:
         }  # fmt: skip
     else:
         assert np.linalg.norm(encoder.encode(texts), axis=1) == pytest.approx(1.0, abs=1e-5)
-        assert json.loads((exported.onnx.path / "1_Pooling" / "config.json").read_text())["pooling_mode_mean_tokens"]
+        assert json.loads((exported.onnx.path / "1_Pooling" / "config.json").read_text())[
+            "pooling_mode_mean_tokens"
+        ]
         assert "feature-extraction" in card
         assert names == {"spearman": f"spearman, {whose}"}
         with pytest.raises(DataError, match="sentence encoder"):
@@ -419,7 +508,9 @@ def test_exports_are_timed_by_themselves(exported: Exported, tmp_path: Path) -> 
     """One sequence of the largest length, every form twice in a block; the figure is the median of what lies in the samples."""
     bench = classifier_recipe().bench
     run = exported.student.parent
-    found = serve_bench.time_encoders([(run, "fp32"), (run, "int8-static")], out=tmp_path / "timing", bench=bench)
+    found = serve_bench.time_encoders(
+        [(run, "fp32"), (run, "int8-static")], out=tmp_path / "timing", bench=bench
+    )
     lines = (tmp_path / "timing" / "samples.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if row["event"] == "sample"]
     assert {(row["batch"], row["length"]) for row in rows} == {(1, 16)}
@@ -427,7 +518,10 @@ def test_exports_are_timed_by_themselves(exported: Exported, tmp_path: Path) -> 
     assert len(blocks) >= bench.min_blocks
     assert len(rows) == 4 * len(blocks)
     for form, told in zip(("fp32", "int8-static"), found, strict=True):
-        pairs = [[r["seconds"] for r in rows if r["arm"].endswith(form) and r["block"] == block] for block in blocks]
+        pairs = [
+            [r["seconds"] for r in rows if r["arm"].endswith(form) and r["block"] == block]
+            for block in blocks
+        ]
         assert told == pytest.approx(1e3 * np.median([np.sqrt(a * b) for a, b in pairs]))
     long = bench.model_copy(update={"lengths": (8, 65)})
     with pytest.raises(DataError, match=r"bench\.lengths: found 65; .* reads 64 tokens at most"):
@@ -442,19 +536,40 @@ def test_the_whole_chain_to_a_verdict(expert: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     compress.distill(recipe=recipe, out=run / "student")
     export.export_student(student=run / "student", out=run / "onnx", recipe=recipe)
-    bench = serve_bench.bench(onnx=run / "onnx", student=run / "student", out=run / "bench", recipe=recipe)
-    assert serve_bench.bench(onnx=run / "onnx", student=run / "student", out=run / "bench", recipe=recipe) == bench
+    bench = serve_bench.bench(
+        onnx=run / "onnx", student=run / "student", out=run / "bench", recipe=recipe
+    )
+    assert (
+        serve_bench.bench(
+            onnx=run / "onnx", student=run / "student", out=run / "bench", recipe=recipe
+        )
+        == bench
+    )
     report = serve_bench.write_report(run=run, recipe=recipe)
-    assert report.verdict.status in ("pass", "undecided")  # few blocks, whose interval may reach anywhere
+    assert report.verdict.status in (
+        "pass",
+        "undecided",
+    )  # few blocks, whose interval may reach anywhere
     gates = {gate["name"]: gate for gate in bench.result["gates"]}
     assert gates["max_metric_loss"]["status"] == gates["max_size_mb"]["status"] == "pass"
     data = json.loads(report.json.read_text())
     assert data["best_teacher"] in ("teacher:a", "teacher:b")
     teacher = data["arms"]["teacher:a"]
-    assert teacher["metrics"]["accuracy"] == pytest.approx(open_artifact(expert).result["metrics"]["accuracy"])
+    assert teacher["metrics"]["accuracy"] == pytest.approx(
+        open_artifact(expert).result["metrics"]["accuracy"]
+    )
     student = open_artifact(run / "student").result["metrics"]["accuracy"]
-    assert data["arms"]["student"]["metrics"]["accuracy"] == data["arms"]["onnx:fp32"]["metrics"]["accuracy"] == student
-    assert [(c["batch"], c["length"]) for c in teacher["grid"]] == [(1, 8), (1, 16), (2, 8), (2, 16)]
+    assert (
+        data["arms"]["student"]["metrics"]["accuracy"]
+        == data["arms"]["onnx:fp32"]["metrics"]["accuracy"]
+        == student
+    )
+    assert [(c["batch"], c["length"]) for c in teacher["grid"]] == [
+        (1, 8),
+        (1, 16),
+        (2, 8),
+        (2, 16),
+    ]
     assert "accuracy" in report.table
     page = report.html.read_text()
     assert "<style>" in page
@@ -464,8 +579,12 @@ def test_the_whole_chain_to_a_verdict(expert: Path, tmp_path: Path) -> None:
     assert "Still in float: 2 MatMul (both factors are activations" in page
     header = ModelCard.load(run / "onnx/README.md").data.to_dict()
     assert header["teachers"] == [
-        {"name": name, "model": f"local: path {expert / 'model'}", "license": "unknown"} for name in ("a", "b")
+        {"name": name, "model": f"local: path {expert / 'model'}", "license": "unknown"}
+        for name in ("a", "b")
     ]
-    assert header["digests"] == {"recipe": recipe.digest, "student": open_artifact(run / "student").digest}
+    assert header["digests"] == {
+        "recipe": recipe.digest,
+        "student": open_artifact(run / "student").digest,
+    }
     assert header["license"] == "unknown"
     assert pipeline.verify(run) == 0

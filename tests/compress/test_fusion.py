@@ -109,11 +109,14 @@ def test_divergences_by_hand() -> None:
         ForwardKl(kind="forward_kl"): 0.5 * math.log(2) + 0.5 * math.log(2 / 3),  # 0.143841
         ReverseKl(kind="reverse_kl"): 0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2),  # 0.130812
         Jsd(kind="jsd", beta=0.5): 0.03382264,  # m = (0.375, 0.625)
-        SkewKl(kind="skew_kl", skew=0.5): 0.5 * math.log(0.5 / 0.375) + 0.5 * math.log(0.5 / 0.625),  # 0.032269
+        SkewKl(kind="skew_kl", skew=0.5): 0.5 * math.log(0.5 / 0.375)
+        + 0.5 * math.log(0.5 / 0.625),  # 0.032269
     }
     for config, value in expected.items():
         assert float(divergence(config, p, q.log())[0]) == pytest.approx(value, abs=1e-6)
-    assert float(divergence(ForwardKl(kind="forward_kl"), p, q.log())[0]) == pytest.approx(0.1438410, abs=1e-6)
+    assert float(divergence(ForwardKl(kind="forward_kl"), p, q.log())[0]) == pytest.approx(
+        0.1438410, abs=1e-6
+    )
 
 
 def test_divergences_against_scipy() -> None:
@@ -127,7 +130,9 @@ def test_divergences_against_scipy() -> None:
         scipy.special.rel_entr(q, p).sum(), rel=1e-5
     )
     distance = scipy.spatial.distance.jensenshannon(p, q)
-    assert float(divergence(Jsd(kind="jsd", beta=0.5), tp, tq.log())[0]) == pytest.approx(distance**2, rel=1e-5)
+    assert float(divergence(Jsd(kind="jsd", beta=0.5), tp, tq.log())[0]) == pytest.approx(
+        distance**2, rel=1e-5
+    )
 
 
 # 2. Identities ---------------------------------------------------------------------------------------------------
@@ -162,12 +167,17 @@ def test_all_masked_is_zero_without_nan(weights: Any) -> None:
 # 3. Chunked equals dense ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("weights", "space"), list(itertools.product(WEIGHTS, ("arithmetic", "geometric"))), ids=repr)
+@pytest.mark.parametrize(
+    ("weights", "space"), list(itertools.product(WEIGHTS, ("arithmetic", "geometric"))), ids=repr
+)
 @pytest.mark.parametrize("config", DIVERGENCES, ids=lambda c: c.kind)
 def test_chunked_equals_dense(config: Any, weights: Any, space: Any) -> None:
     parts = problem(softcap=4.0, scale=0.7)
     fusion = Fusion(weights=weights, divergence=config, space=space, temperature=1.7, chunk=5)
-    chunked, dense = fused_loss(fusion, progress=0.4, **parts).loss, dense_loss(fusion, progress=0.4, **parts)
+    chunked, dense = (
+        fused_loss(fusion, progress=0.4, **parts).loss,
+        dense_loss(fusion, progress=0.4, **parts),
+    )
     torch.testing.assert_close(chunked, dense, rtol=1e-5, atol=1e-6)
     for mine, reference in zip(gradients(chunked, parts), gradients(dense, parts), strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
@@ -222,19 +232,27 @@ def test_padded_vocabulary_rows_are_left_out() -> None:
     reference = fused_loss(Fusion(), **parts).loss
     wide = parts["teachers"][0]
     padded = Head(
-        torch.cat([wide.head.weight_Vd, torch.full((4, 8), 9.0)]), torch.cat([wide.head.bias_V, torch.full((4,), 9.0)])
+        torch.cat([wide.head.weight_Vd, torch.full((4, 8), 9.0)]),
+        torch.cat([wide.head.bias_V, torch.full((4,), 9.0)]),
     )
-    parts["teachers"] = [TeacherStates(wide.hidden_RLd, padded, wide.temperature), parts["teachers"][1]]
+    parts["teachers"] = [
+        TeacherStates(wide.hidden_RLd, padded, wide.temperature),
+        parts["teachers"][1],
+    ]
     torch.testing.assert_close(fused_loss(Fusion(), **parts).loss, reference)
 
 
-def sparse(teacher: TeacherStates, labels: Tensor, k: int, generator: torch.Generator | None = None) -> SparseStates:
+def sparse(
+    teacher: TeacherStates, labels: Tensor, k: int, generator: torch.Generator | None = None
+) -> SparseStates:
     """What a top-k (or, with a generator, a sampled) cache keeps of a teacher."""
     R, L = labels.shape
     ids, share = torch.zeros(R, L, k, dtype=torch.long), torch.zeros(R, L, k)
     entropy, logp = teacher_statistics([teacher], labels)
     row, position = (labels != IGNORED).nonzero(as_tuple=True)
-    p, _, _ = teacher.read((row, position), teacher.vocabulary).distribution(slice(None), labels[row, position])
+    p, _, _ = teacher.read((row, position), teacher.vocabulary).distribution(
+        slice(None), labels[row, position]
+    )
     if generator is None:
         share[row, position], ids[row, position] = p.topk(k)
     else:
@@ -251,7 +269,9 @@ def test_the_tail_is_one_bucket() -> None:
     loss = fused_loss(config, **{**parts, "teachers": [kept]}).loss
     q = torch.softmax(parts["head"].logits(parts["hidden_RLd"]), -1).gather(2, kept.ids_RLk)
     p, tail_p, tail_q = kept.share_RLk, 1 - kept.share_RLk.sum(-1), 1 - q.sum(-1)
-    expected = ((p * (p / q).log()).sum(-1) + tail_p * (tail_p / tail_q).log()).sum() / parts["denominator"]
+    expected = ((p * (p / q).log()).sum(-1) + tail_p * (tail_p / tail_q).log()).sum() / parts[
+        "denominator"
+    ]
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
     for mine, reference in zip(gradients(loss, parts), gradients(expected, parts), strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-3, atol=1e-5)
@@ -266,16 +286,22 @@ def test_sampling_is_unbiased_where_topk_is_not() -> None:
         return gradients(fused_loss(config, **{**parts, "teachers": [teacher]}).loss, parts)[0]
 
     exact, generator = gradient(parts["teachers"][0]), torch.Generator().manual_seed(0)
-    drawn = [gradient(sparse(parts["teachers"][0], parts["labels_RL"], 4, generator)) for _ in range(600)]
+    drawn = [
+        gradient(sparse(parts["teachers"][0], parts["labels_RL"], 4, generator)) for _ in range(600)
+    ]
     spread = torch.stack(drawn).std(0) / math.sqrt(len(drawn))
     assert ((torch.stack(drawn).mean(0) - exact).abs() < 4.5 * spread + 1e-6).all()
-    assert (gradient(sparse(parts["teachers"][0], parts["labels_RL"], 1)) - exact).abs().max() > 10 * spread.max()
+    assert (
+        gradient(sparse(parts["teachers"][0], parts["labels_RL"], 1)) - exact
+    ).abs().max() > 10 * spread.max()
 
 
 # 4. K copies of one teacher --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weights", [w for w in WEIGHTS if not isinstance(w, StaticWeights)], ids=repr)
+@pytest.mark.parametrize(
+    "weights", [w for w in WEIGHTS if not isinstance(w, StaticWeights)], ids=repr
+)
 @pytest.mark.parametrize("space", ["arithmetic", "geometric"])
 def test_copies_of_one_teacher_are_that_teacher(weights: Any, space: Any) -> None:
     parts = problem(K=1)
@@ -288,12 +314,21 @@ def test_copies_of_one_teacher_are_that_teacher(weights: Any, space: Any) -> Non
 
 def test_one_weight_of_one_is_plain_distillation() -> None:
     parts = problem()
-    config = Fusion(weights=StaticWeights(kind="static", values={"a": 0, "b": 1, "c": 0}), weight=1, cross_entropy=0)
+    config = Fusion(
+        weights=StaticWeights(kind="static", values={"a": 0, "b": 1, "c": 0}),
+        weight=1,
+        cross_entropy=0,
+    )
     teacher = parts["teachers"][1]
     valid = parts["labels_RL"] != IGNORED
-    logp = torch.log_softmax(teacher.head.logits(teacher.hidden_RLd[valid]) / teacher.temperature, -1)
+    logp = torch.log_softmax(
+        teacher.head.logits(teacher.hidden_RLd[valid]) / teacher.temperature, -1
+    )
     logq = torch.log_softmax(parts["head"].logits(parts["hidden_RLd"][valid]), -1)
-    expected = torch.nn.functional.kl_div(logq, logp, reduction="sum", log_target=True) / parts["denominator"]
+    expected = (
+        torch.nn.functional.kl_div(logq, logp, reduction="sum", log_target=True)
+        / parts["denominator"]
+    )
     torch.testing.assert_close(fused_loss(config, **parts).loss, expected)
 
 
@@ -301,7 +336,9 @@ def test_one_weight_of_one_is_plain_distillation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "space"), [(DIVERGENCES[0], "arithmetic"), (DIVERGENCES[1], "geometric")], ids=["forward", "reverse"]
+    ("config", "space"),
+    [(DIVERGENCES[0], "arithmetic"), (DIVERGENCES[1], "geometric")],
+    ids=["forward", "reverse"],
 )
 def test_weighted_sum_has_the_gradient_of_the_mixture(config: Any, space: Any) -> None:
     parts = problem()
@@ -336,9 +373,13 @@ def test_any_split_gives_the_same_loss_and_gradient(weights: Any) -> None:
         part = {
             **parts,
             "labels_RL": parts["labels_RL"][rows],
-            "teachers": [TeacherStates(t.hidden_RLd[rows], t.head, t.temperature) for t in parts["teachers"]],
+            "teachers": [
+                TeacherStates(t.hidden_RLd[rows], t.head, t.temperature) for t in parts["teachers"]
+            ],
         }
-        loss = fused_loss(fusion, **{**part, "hidden_RLd": parts["hidden_RLd"][rows]}, global_means_2K=means).loss
+        loss = fused_loss(
+            fusion, **{**part, "hidden_RLd": parts["hidden_RLd"][rows]}, global_means_2K=means
+        ).loss
         total = total + loss.detach()
         summed = [a + b for a, b in zip(summed, gradients(loss, parts), strict=True)]
     torch.testing.assert_close(total, whole.detach(), rtol=1e-5, atol=1e-6)
@@ -359,14 +400,21 @@ def test_permuting_teachers_or_vocabulary_changes_nothing(weights: Any) -> None:
         return  # its random order is seeded by the label ids
     order = torch.randperm(23, generator=torch.Generator().manual_seed(2))
     where = torch.argsort(order)
-    labels = torch.where(parts["labels_RL"] == IGNORED, IGNORED, where[parts["labels_RL"].clamp(min=0)])
+    labels = torch.where(
+        parts["labels_RL"] == IGNORED, IGNORED, where[parts["labels_RL"].clamp(min=0)]
+    )
 
     def permuted(head: Head) -> Head:
         return Head(
-            head.weight_Vd[order], head.bias_V[order] if head.bias_V is not None else None, head.scale, head.softcap
+            head.weight_Vd[order],
+            head.bias_V[order] if head.bias_V is not None else None,
+            head.scale,
+            head.softcap,
         )
 
-    teachers = [TeacherStates(t.hidden_RLd, permuted(t.head), t.temperature) for t in parts["teachers"]]
+    teachers = [
+        TeacherStates(t.hidden_RLd, permuted(t.head), t.temperature) for t in parts["teachers"]
+    ]
     moved = {**parts, "labels_RL": labels, "head": permuted(parts["head"]), "teachers": teachers}
     torch.testing.assert_close(fused_loss(fusion, **moved).loss, expected, rtol=1e-5, atol=1e-6)
 
@@ -394,21 +442,33 @@ def test_weights_by_hand() -> None:
 
     sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
     assert first(EntropyWeights(kind="entropy", sharpness=2, floor=0)) == pytest.approx(sigmoid(1))
-    assert first(EntropyWeights(kind="entropy", sharpness=2, floor=0.1)) == pytest.approx(0.9 * sigmoid(1) + 0.05)
-    assert first(EntropyWeights(kind="entropy", sharpness=2, floor=0, control="inverted")) == pytest.approx(sigmoid(-1))
+    assert first(EntropyWeights(kind="entropy", sharpness=2, floor=0.1)) == pytest.approx(
+        0.9 * sigmoid(1) + 0.05
+    )
+    assert first(
+        EntropyWeights(kind="entropy", sharpness=2, floor=0, control="inverted")
+    ) == pytest.approx(sigmoid(-1))
     assert first(InverseEntropyWeights(kind="inverse_entropy")) == pytest.approx(0.75)
     assert first(EbkdWeights(kind="ebkd")) == pytest.approx(0.75)
     assert first(LabelWeights(kind="label", sharpness=0.5)) == pytest.approx(sigmoid(-2))
-    assert first(CaMkdWeights(kind="ca_mkd")) == pytest.approx(1 - sigmoid(1))  # CE 2 and 1: the better one gets more
+    assert first(CaMkdWeights(kind="ca_mkd")) == pytest.approx(
+        1 - sigmoid(1)
+    )  # CE 2 and 1: the better one gets more
     # One position: entropy + (surprise - entropy) is the surprise itself.
-    assert first(CorrectedEntropyWeights(kind="corrected_entropy", sharpness=1, floor=0)) == pytest.approx(sigmoid(-1))
+    assert first(
+        CorrectedEntropyWeights(kind="corrected_entropy", sharpness=1, floor=0)
+    ) == pytest.approx(sigmoid(-1))
 
 
 def test_the_posterior_is_causal_and_bayes_rule() -> None:
     logp = torch.tensor([[[-1.0, -2.0, -3.0]], [[-2.0, -1.0, -1.0]]])
     labels = torch.zeros(1, 3, dtype=torch.long)
     w = weigh(PosteriorWeights(kind="posterior"), torch.zeros(2, 1, 3), logp, labels)[0, 0]
-    expected = [0.5, 1 / (1 + math.exp(-1)), 0.5]  # evidence before each position: (0,0), (-1,-2), (-3,-3)
+    expected = [
+        0.5,
+        1 / (1 + math.exp(-1)),
+        0.5,
+    ]  # evidence before each position: (0,0), (-1,-2), (-3,-3)
     torch.testing.assert_close(w, torch.tensor(expected))
 
 
@@ -416,7 +476,11 @@ def test_batch_granularity_needs_no_neighbour_when_given_global_means() -> None:
     means = torch.tensor([[1.0, 2.0], [0.0, 0.0]])
     config = EntropyWeights(kind="entropy", granularity="batch", sharpness=1, floor=0)
     w = weigh(
-        config, torch.rand(2, 1, 4), torch.zeros(2, 1, 4), torch.zeros(1, 4, dtype=torch.long), global_means_2K=means
+        config,
+        torch.rand(2, 1, 4),
+        torch.zeros(2, 1, 4),
+        torch.zeros(1, 4, dtype=torch.long),
+        global_means_2K=means,
     )
     torch.testing.assert_close(w[0], torch.full((1, 4), 1 / (1 + math.exp(-1))))
 
@@ -430,10 +494,12 @@ def test_calibration_finds_the_temperature_that_was_put_in() -> None:
     truth = torch.distributions.Categorical(logits=hidden[0] @ weight.T / 1.6)
     torch.manual_seed(0)
     labels = truth.sample()[None]
-    assert fit_temperature(hidden, Head(weight), labels, bounds=(0.5, 3), positions=4000) == pytest.approx(
-        1.6, rel=0.05
-    )
-    assert fit_temperature(hidden, Head(weight), labels, bounds=(0.5, 1.2), positions=4000) == pytest.approx(1.2)
+    assert fit_temperature(
+        hidden, Head(weight), labels, bounds=(0.5, 3), positions=4000
+    ) == pytest.approx(1.6, rel=0.05)
+    assert fit_temperature(
+        hidden, Head(weight), labels, bounds=(0.5, 1.2), positions=4000
+    ) == pytest.approx(1.2)
 
 
 def test_label_nll_sums_by_row() -> None:
@@ -441,8 +507,12 @@ def test_label_nll_sums_by_row() -> None:
     hidden, head, labels = parts["hidden_RLd"].detach(), parts["head"], parts["labels_RL"]
     logp = torch.log_softmax(head.logits(hidden), -1).detach()
     expected = [
-        -sum(float(logp[r, t, y]) for t, y in enumerate(row.tolist()) if y != IGNORED) for r, row in enumerate(labels)
+        -sum(float(logp[r, t, y]) for t, y in enumerate(row.tolist()) if y != IGNORED)
+        for r, row in enumerate(labels)
     ]
     torch.testing.assert_close(
-        label_nll(hidden, head, labels, chunk=3), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-5
+        label_nll(hidden, head, labels, chunk=3),
+        torch.tensor(expected, dtype=torch.float64),
+        rtol=1e-5,
+        atol=1e-5,
     )

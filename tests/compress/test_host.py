@@ -32,16 +32,22 @@ print(faults * resource.getpagesize(), held - resident(), torch.get_num_threads(
 
 def measured(how: str) -> tuple[int, int, int]:
     """Bytes of pages taken anew in eight steps of 150 MiB, bytes given back at the end, threads."""
-    done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True
+    )
     faulted, returned, threads = map(int, done.stdout.split())
     return faulted, returned, threads
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps its own rules")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="another C library keeps its own rules"
+)
 def test_freed_memory_is_used_again_and_given_back_at_the_end() -> None:
     step = 150 << 20
     faulted, returned, threads = measured("prepared")
     assert faulted < 2 * step
     assert returned > step / 2
     assert threads == 1
-    assert measured("plain")[0] > 6 * step  # what happens without: every tensor's pages are taken anew
+    assert (
+        measured("plain")[0] > 6 * step
+    )  # what happens without: every tensor's pages are taken anew

@@ -33,19 +33,28 @@ from tests.pico import make_model, make_student
 
 def matrices() -> list[np.ndarray]:
     draw = np.random.default_rng(0)
-    found = [draw.normal(size=(7, 48)).astype(np.float32), draw.normal(size=(5, 40)).astype(np.float32) * 1e-4]
-    found += [draw.standard_cauchy((64, 96)).astype(np.float32), np.abs(draw.normal(size=(4, 32))).astype(np.float32)]
+    found = [
+        draw.normal(size=(7, 48)).astype(np.float32),
+        draw.normal(size=(5, 40)).astype(np.float32) * 1e-4,
+    ]
+    found += [
+        draw.standard_cauchy((64, 96)).astype(np.float32),
+        np.abs(draw.normal(size=(4, 32))).astype(np.float32),
+    ]
     found[0][2, :16] = 0
     return found
 
 
 @pytest.mark.parametrize(
-    "how", [Blockwise(8, 16), Blockwise(8, 32), Blockwise(4, 32), Blockwise(4, 16, zero_points=True)]
+    "how",
+    [Blockwise(8, 16), Blockwise(8, 32), Blockwise(4, 32), Blockwise(4, 16, zero_points=True)],
 )
 def test_rounding_equals_the_exporters_bit_for_bit(how: Blockwise) -> None:
     for weights in matrices():
         codes, scales, zeros = quantize_blocks(weights, how)
-        mine = torch_blocks(torch.from_numpy(weights), bits=how.bits, block=how.block, zero_points=how.zero_points)
+        mine = torch_blocks(
+            torch.from_numpy(weights), bits=how.bits, block=how.block, zero_points=how.zero_points
+        )
         for found, expected in zip(mine, (codes, scales, zeros), strict=True):
             np.testing.assert_array_equal(found.numpy(), expected.astype(np.float32))
         rounding = {"bits": how.bits, "block": how.block, "zero_points": how.zero_points}
@@ -65,7 +74,9 @@ def test_rounding_of_columns_equals_the_exporters_bit_for_bit() -> None:
 
 def test_the_gradient_passes_straight_through() -> None:
     weights = torch.randn(4, 32, requires_grad=True)
-    rounded_weights = FakeQuantize({"bits": 4, "block": 16, "zero_points": True}, turned=False)(weights)
+    rounded_weights = FakeQuantize({"bits": 4, "block": 16, "zero_points": True}, turned=False)(
+        weights
+    )
     assert not torch.equal(rounded_weights, weights)
     factor = torch.randn(4, 32)
     (rounded_weights * factor).sum().backward()
@@ -80,7 +91,9 @@ def test_preparing_changes_nothing_but_the_forward_pass(tmp_path: Path) -> None:
     model: Any = load_model(folder)
     before = {name: values.clone() for name, values in model.state_dict().items()}
     four = {"turned": False, "bits": 4, "block": 16, "zero_points": True}
-    rounding = {name: four for name, values in before.items() if values.ndim == 2 and "lm_head" not in name}
+    rounding = {
+        name: four for name, values in before.items() if values.ndim == 2 and "lm_head" not in name
+    }
     ids = torch.arange(12)[None]
     exact = model(ids).logits
     student = Student(model, None)
@@ -89,7 +102,9 @@ def test_preparing_changes_nothing_but_the_forward_pass(tmp_path: Path) -> None:
     with torch.no_grad():
         for name in rounding:
             weights = by_hand.get_parameter(name)
-            weights.copy_(torch.from_numpy(rounded(weights.numpy(), Blockwise(4, 16, zero_points=True))))
+            weights.copy_(
+                torch.from_numpy(rounded(weights.numpy(), Blockwise(4, 16, zero_points=True)))
+            )
     assert torch.equal(model(ids).logits, by_hand(ids).logits)
     assert not torch.allclose(model(ids).logits, exact)
     back = plain_weights(trainable_state(student))
@@ -97,7 +112,9 @@ def test_preparing_changes_nothing_but_the_forward_pass(tmp_path: Path) -> None:
     assert all(torch.equal(values, before[name]) for name, values in back.items())
 
 
-@pytest.mark.parametrize("form", ["int8-weight", "{kind: int4-weight, algorithm: rtn}", "int8-dynamic"])
+@pytest.mark.parametrize(
+    "form", ["int8-weight", "{kind: int4-weight, algorithm: rtn}", "int8-dynamic"]
+)
 def test_the_forward_pass_is_that_of_the_exported_graph(tmp_path: Path, form: str) -> None:
     """Weights and activations: with both rounded torch gives the graph's logits, with weights alone it is far from them."""
     from compress.models.language import load_model
@@ -106,7 +123,9 @@ def test_the_forward_pass_is_that_of_the_exported_graph(tmp_path: Path, form: st
     student = make_student(tmp_path / "student", model)
     recipe = load_recipe("pico", overrides=[f"export.forms=[fp32, {form}]"])
     if form.startswith("int8"):
-        recipe = load_recipe("pico", overrides=[f"export.forms=[fp32, {{kind: {form}, smooth: 0}}]"])
+        recipe = load_recipe(
+            "pico", overrides=[f"export.forms=[fp32, {{kind: {form}, smooth: 0}}]"]
+        )
     exported = export_student(student=student.path, out=tmp_path / "onnx", recipe=recipe)
     shipped = recipe.export.forms[-1]
     fp32 = form_files(exported.path, "fp32")
@@ -121,14 +140,20 @@ def test_the_forward_pass_is_that_of_the_exported_graph(tmp_path: Path, form: st
         prepared: Any = load_model(student.path / "model")
         prepare(Student(prepared, None), rounding, activations=activations)
         if activations:  # the head's, which training leaves alone
-            prepared.lm_head.register_forward_pre_hook(RoundInput(rounding["lm_head.weight"]["block"]))
+            prepared.lm_head.register_forward_pre_hook(
+                RoundInput(rounding["lm_head.weight"]["block"])
+            )
         with torch.no_grad():
             difference = np.abs(prepared(torch.from_numpy(ids)).logits.numpy() - graph).max(-1)
-        away[activations] = float(np.median(difference))  # a tie that falls the other way moves what comes after it
+        away[activations] = float(
+            np.median(difference)
+        )  # a tie that falls the other way moves what comes after it
     assert away[True] < 1e-3 * away[False], away
 
 
-def test_a_form_that_fails_its_gate_is_won_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_form_that_fails_its_gate_is_won_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Distil, export, miss the gate, distil through the rounding, export again; then what ships is what is measured."""
     monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
     sets = [
@@ -147,11 +172,14 @@ def test_a_form_that_fails_its_gate_is_won_back(tmp_path: Path, monkeypatch: pyt
     assert again.manifest["parents"] == {"student": recovered.digest}
     assert first.result["needs_recovery"]
     assert first.result["rise"] == pytest.approx(
-        mean_nll(first.result["heldout"]["int4-weight"]) / mean_nll(first.result["heldout"]["fp32"]) - 1
+        mean_nll(first.result["heldout"]["int4-weight"]) / mean_nll(first.result["heldout"]["fp32"])
+        - 1
     )
     # Training saw the exporter's rounding: the torch student rounded this way loses what the graph loses.
     told = recovered.result["recovery"]
-    assert mean_nll(told["rounded"]["before"]) == pytest.approx(mean_nll(told["before"]["form"]), rel=5e-3)
+    assert mean_nll(told["rounded"]["before"]) == pytest.approx(
+        mean_nll(told["before"]["form"]), rel=5e-3
+    )
     assert told["best_step"] > 0
     assert mean_nll(told["rounded"]["after"]) < mean_nll(told["rounded"]["before"])
     assert recovered.result["nll"] != student.result["nll"]
@@ -165,11 +193,16 @@ def test_a_form_that_fails_its_gate_is_won_back(tmp_path: Path, monkeypatch: pyt
     assert distilled == heldout_losses(run / "onnx-unrecovered" / graph, heldout)
     assert again.result["recovery"]["blocks"] == {
         "distilled": distilled,
-        "shipped": heldout_losses(run / "onnx" / again.result["forms"]["int4-weight"]["all_logits_graph"], heldout),
+        "shipped": heldout_losses(
+            run / "onnx" / again.result["forms"]["int4-weight"]["all_logits_graph"], heldout
+        ),
     }
-    assert per_token(distilled, heldout) == first.result["heldout"]["fp32"] == told["before"]["fp32"]
     assert (
-        again.result["rise"] == mean_nll(again.result["heldout"]["int4-weight"]) / mean_nll(told["before"]["fp32"]) - 1
+        per_token(distilled, heldout) == first.result["heldout"]["fp32"] == told["before"]["fp32"]
+    )
+    assert (
+        again.result["rise"]
+        == mean_nll(again.result["heldout"]["int4-weight"]) / mean_nll(told["before"]["fp32"]) - 1
     )
     after = again.result["recovery"]["after"]
     assert mean_nll(after["form"]) == pytest.approx(mean_nll(told["rounded"]["after"]), rel=5e-3)
@@ -178,8 +211,13 @@ def test_a_form_that_fails_its_gate_is_won_back(tmp_path: Path, monkeypatch: pyt
     assert student_of(first) == run / "student"
     # The card's loss is that of what ships, since it was measured.
     (found, *_) = ModelCard.load(run / "onnx/README.md").data.eval_results or ()
-    assert (found.dataset_name, found.metric_name) == ("prose, held out", "nats a token, of int4-weight")
-    assert found.metric_value == pytest.approx(again.result["heldout"]["int4-weight"]["prose"], abs=1e-6)
+    assert (found.dataset_name, found.metric_name) == (
+        "prose, held out",
+        "nats a token, of int4-weight",
+    )
+    assert found.metric_value == pytest.approx(
+        again.result["heldout"]["int4-weight"]["prose"], abs=1e-6
+    )
     # The bench judges by that, and the report tells both losses apart.
     pipeline.run_stage("bench", recipe, out=run)
     scored = json.loads((run / "bench/quality.json").read_text())["recovery"]

@@ -22,14 +22,18 @@ IDS = [torch.randint(0, 90, (2, 20), generator=torch.Generator().manual_seed(i))
 
 
 def base(kind: str) -> Any:
-    return random_model({"model_type": kind, **BASES[kind]}, vocab_size=90, seed=0, where="t").eval()
+    return random_model(
+        {"model_type": kind, **BASES[kind]}, vocab_size=90, seed=0, where="t"
+    ).eval()
 
 
 @pytest.mark.parametrize("kind", BASES)
 def test_every_family_is_cut_to_size_and_loads(tmp_path: Path, kind: str) -> None:
     smaller, _, kept = shrink(
         base(kind),
-        ShrinkStudent.model_validate({"kind": "shrink", "base": {"kind": "random", "config": {}}, **cut(kind)}),
+        ShrinkStudent.model_validate(
+            {"kind": "shrink", "base": {"kind": "random", "config": {}}, **cut(kind)}
+        ),
         IDS,
     )
     smaller.save_pretrained(tmp_path)
@@ -44,7 +48,9 @@ def test_every_family_is_cut_to_size_and_loads(tmp_path: Path, kind: str) -> Non
 def test_cutting_nothing_changes_nothing(kind: str) -> None:
     model = base(kind)
     same, _, _ = shrink(
-        model, ShrinkStudent.model_validate({"kind": "shrink", "base": {"kind": "random", "config": {}}}), IDS
+        model,
+        ShrinkStudent.model_validate({"kind": "shrink", "base": {"kind": "random", "config": {}}}),
+        IDS,
     )
     torch.testing.assert_close(same.eval()(IDS[0]).logits, model(IDS[0]).logits)
 
@@ -57,7 +63,9 @@ def test_dead_parts_are_cut_first_and_cost_nothing(kind: str) -> None:
     with torch.no_grad():
         for layer in layers:
             out = layer.get_submodule(family.ffn_out)
-            (out.weight[::3] if type(out).__name__ == "Conv1D" else out.weight[:, ::3]).zero_()  # 32 of 96 neurons
+            (
+                out.weight[::3] if type(out).__name__ == "Conv1D" else out.weight[:, ::3]
+            ).zero_()  # 32 of 96 neurons
         for name in (family.ffn_out, family.attention_out):
             dead = layers[1].get_submodule(name)
             dead.weight.zero_()
@@ -66,7 +74,11 @@ def test_dead_parts_are_cut_first_and_cost_nothing(kind: str) -> None:
     expected = model(IDS[0]).logits
     sizes = {"layers": 2, "intermediate_size": 64}
     smaller, importance, kept = shrink(
-        model, ShrinkStudent.model_validate({"kind": "shrink", "base": {"kind": "random", "config": {}}, **sizes}), IDS
+        model,
+        ShrinkStudent.model_validate(
+            {"kind": "shrink", "base": {"kind": "random", "config": {}}, **sizes}
+        ),
+        IDS,
     )
     assert kept["kept_layers"] == [0, 2]
     assert importance.layers_l[1] == pytest.approx(0, abs=1e-5)
@@ -85,12 +97,24 @@ def test_importance_shapes_and_determinism() -> None:
     ("kind", "sizes", "message"),
     [
         ("llama", {"layers": 9}, r"student\.layers: found 9, but the base has only 3"),
-        ("gpt2", {"hidden_size": 32}, r"hidden width is heads x 16.*for example kv_heads: 4, hidden_size: 64"),
-        ("llama", {"hidden_size": 33, "round_to": 1}, "llama cannot have these sizes: .*multiple.* Change kv_heads"),
+        (
+            "gpt2",
+            {"hidden_size": 32},
+            r"hidden width is heads x 16.*for example kv_heads: 4, hidden_size: 64",
+        ),
+        (
+            "llama",
+            {"hidden_size": 33, "round_to": 1},
+            "llama cannot have these sizes: .*multiple.* Change kv_heads",
+        ),
     ],
 )
-def test_sizes_that_cannot_be_cut_are_refused(kind: str, sizes: dict[str, int], message: str) -> None:
-    config = ShrinkStudent.model_validate({"kind": "shrink", "base": {"kind": "random", "config": {}}, **sizes})
+def test_sizes_that_cannot_be_cut_are_refused(
+    kind: str, sizes: dict[str, int], message: str
+) -> None:
+    config = ShrinkStudent.model_validate(
+        {"kind": "shrink", "base": {"kind": "random", "config": {}}, **sizes}
+    )
     with pytest.raises(ModelError, match=message):
         shrink(base(kind), config, IDS)
 
@@ -106,7 +130,13 @@ def test_sizes_that_cannot_be_cut_are_refused(kind: str, sizes: dict[str, int], 
 def test_architectures_that_cannot_be_cut_are_refused(config: dict[str, Any], message: str) -> None:
     model = random_model(config, vocab_size=90, seed=0, where="t")
     with pytest.raises(ModelError, match=message):
-        shrink(model, ShrinkStudent.model_validate({"kind": "shrink", "base": {"kind": "random", "config": {}}}), IDS)
+        shrink(
+            model,
+            ShrinkStudent.model_validate(
+                {"kind": "shrink", "base": {"kind": "random", "config": {}}}
+            ),
+            IDS,
+        )
 
 
 def test_a_shrunk_student_is_trained_from_its_teachers(tmp_path: Path) -> None:

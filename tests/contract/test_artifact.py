@@ -28,8 +28,12 @@ from limbeck.contract.heldout import save_calibration
 from tests.pico import pico_recipe
 
 
-def make(path: Path, *, key: str = "k", text: str = "one", result: dict[str, Any] | None = None) -> Artifact:
-    with write_artifact(path, kind="student", key=key, parents={"base": "b"}, recipe=pico_recipe()) as draft:
+def make(
+    path: Path, *, key: str = "k", text: str = "one", result: dict[str, Any] | None = None
+) -> Artifact:
+    with write_artifact(
+        path, kind="student", key=key, parents={"base": "b"}, recipe=pico_recipe()
+    ) as draft:
         (draft.folder / "inner").mkdir()
         (draft.folder / "inner" / "a.txt").write_text(text)
         (draft.folder / "b.txt").write_text("two")
@@ -41,7 +45,10 @@ def test_what_is_written_is_what_is_opened(tmp_path: Path) -> None:
     made = make(tmp_path / "deep" / "student")
     assert (made.kind, made.key, made.result) == ("student", "k", {"nll": 1.5})
     assert set(made.manifest["files"]) == {"inner/a.txt", "b.txt"}
-    assert made.manifest["files"]["b.txt"] == {"sha256": file_digest(made.path / "b.txt"), "bytes": 3}
+    assert made.manifest["files"]["b.txt"] == {
+        "sha256": file_digest(made.path / "b.txt"),
+        "bytes": 3,
+    }
     assert made.manifest["recipe"]["resolved"]["name"] == "pico"
     assert made.manifest["parents"] == {"base": "b"}
     assert {"python", "numpy"} <= set(made.manifest["versions"])
@@ -152,7 +159,9 @@ def test_everyone_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
             draft.result = {}
     finally:
         os.umask(before)
-    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "student").iterdir()}
+    modes = {
+        path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "student").iterdir()
+    }
     assert modes == dict.fromkeys(("calibration.safetensors", "link", MANIFEST), 0o640)
 
 
@@ -164,7 +173,9 @@ def test_a_result_is_required(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_a_full_disk_is_told_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
     def full(_: int) -> None:
         raise OSError(code, os.strerror(code))
 
@@ -205,7 +216,9 @@ def test_the_digest_is_of_the_content_not_of_time_place_or_machine(
     monkeypatch.setattr(artifact, "host", lambda: {"processor": "another"})
     monkeypatch.setattr(artifact, "versions", lambda: {"python": "4"})
     second = make(tmp_path / "b")
-    manifest = json.loads((second.path / MANIFEST).read_text()) | {"created": "1999-01-01T00:00:00+00:00"}
+    manifest = json.loads((second.path / MANIFEST).read_text()) | {
+        "created": "1999-01-01T00:00:00+00:00"
+    }
     (second.path / MANIFEST).write_text(json.dumps(manifest))
     assert first.digest == open_artifact(second.path).digest
     assert first.digest == "ce626846cbfbaef38078686d1917b8b3c82afc218ea18b9dbcf2bb6816c119db"

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from limbeck.contract.artifact import write_artifact
-from limbeck.contract.licences import Licence, hub_dataset, hub_fields, of_all, of_model, of_student, of_text
+from limbeck.contract.licences import (
+    Licence,
+    hub_dataset,
+    hub_fields,
+    of_all,
+    of_model,
+    of_student,
+    of_text,
+)
 from limbeck.contract.recipe import (
     DatasetText,
     FileText,
@@ -53,7 +61,9 @@ def test_a_gguf_file_says_it_in_its_metadata(tmp_path: Path) -> None:
     }.items():
         gguf(tmp_path / f"{name}.gguf", fields)
     found = {
-        name: of_model(GgufModel(kind="gguf", path=Path(f"{name}.gguf")), folder=tmp_path, made=tmp_path).license
+        name: of_model(
+            GgufModel(kind="gguf", path=Path(f"{name}.gguf")), folder=tmp_path, made=tmp_path
+        ).license
         for name in ("said", "other", "not")
     }
     assert found == {"said": "mit", "other": "x", "not": "unknown"}
@@ -64,7 +74,10 @@ def test_a_gguf_file_says_it_in_its_metadata(tmp_path: Path) -> None:
     [
         ("License-Expression: Apache-2.0\nLicense: ignored", "apache-2.0"),
         ("License: MIT\nClassifier: License :: OSI Approved :: Apache Software License", "mit"),
-        ("License: a whole\n        text\nClassifier: License :: OSI Approved :: ISC License", "ISC License"),
+        (
+            "License: a whole\n        text\nClassifier: License :: OSI Approved :: ISC License",
+            "ISC License",
+        ),
         ("License: UNKNOWN", "unknown"),
         ("Summary: says nothing", "unknown"),
     ],
@@ -81,7 +94,12 @@ def test_a_package_says_it_in_its_metadata(
     gguf(tmp_path / "said.gguf", {"license": "gemma"})
     source = PackageModel(kind="package", package="weights", path="silent.gguf")
     assert of_model(source, folder=tmp_path, made=tmp_path).license == licence
-    assert of_model(source.model_copy(update={"path": "said.gguf"}), folder=tmp_path, made=tmp_path).license == "gemma"
+    assert (
+        of_model(
+            source.model_copy(update={"path": "said.gguf"}), folder=tmp_path, made=tmp_path
+        ).license
+        == "gemma"
+    )
     text = PackageText(kind="package", package="weights", paths=("*.txt",))
     assert of_text(text, folder=tmp_path).license == licence
 
@@ -93,14 +111,18 @@ def test_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package.write_text(json.dumps({"version": "1.2.3", "license": "Apache-2.0"}))
     npm = NpmText(kind="npm", package="@a/b", version="1.2.3", paths=("*",))
     assert of_text(npm, folder=tmp_path) == Licence("apache-2.0", "package.json of @a/b")
-    assert of_text(StdlibText(kind="stdlib", paths=("this.py",)), folder=tmp_path).license == "PSF-2.0"
+    assert (
+        of_text(StdlibText(kind="stdlib", paths=("this.py",)), folder=tmp_path).license == "PSF-2.0"
+    )
     assert of_text(FileText(kind="files", paths=("*.txt",)), folder=tmp_path) == UNKNOWN
 
     saved = DatasetText(kind="datasets", path=Path("saved"))
     info = tmp_path / "saved/train/dataset_info.json"
     info.parent.mkdir(parents=True)
     assert (of_text(saved, folder=tmp_path), hub_dataset(saved, folder=tmp_path)) == (UNKNOWN, None)
-    addresses = {"hf://datasets/someone/texts@0a1b2c/data/train-00000-of-00001.parquet": {"num_bytes": 1}}
+    addresses = {
+        "hf://datasets/someone/texts@0a1b2c/data/train-00000-of-00001.parquet": {"num_bytes": 1}
+    }
     info.write_text(json.dumps({"license": "cc-by-4.0", "download_checksums": addresses}))
     assert of_text(saved, folder=tmp_path) == Licence("cc-by-4.0", "dataset_info.json")
     assert hub_dataset(saved, folder=tmp_path) == "someone/texts"
@@ -114,7 +136,10 @@ def test_what_is_made_of_several_has_theirs_all_of_them_or_an_unknown_one() -> N
     assert of_all([mit, apache]).license == "apache-2.0 and mit"
     assert of_all([mit, UNKNOWN]) == of_all([]) == UNKNOWN
     assert hub_fields(mit) == {"license": "mit"}
-    assert hub_fields(of_all([mit, apache])) == {"license": "other", "license_name": "apache-2.0-and-mit"}
+    assert hub_fields(of_all([mit, apache])) == {
+        "license": "other",
+        "license_name": "apache-2.0-and-mit",
+    }
     assert hub_fields(UNKNOWN) == {"license": "unknown"}
 
 
@@ -128,7 +153,9 @@ def test_the_student_of_a_recipe_has_that_of_its_base_and_its_teachers(tmp_path:
         assert of_model(source, folder=tmp_path, made=tmp_path / name / "model").license == name
     assert of_student({"sources": {"base": None}}, [mit]).license == "mit"
     assert of_student({}, [mit]) == UNKNOWN
-    assert of_model(RandomModel(kind="random", config={}), folder=tmp_path, made=tmp_path) == UNKNOWN
+    assert (
+        of_model(RandomModel(kind="random", config={}), folder=tmp_path, made=tmp_path) == UNKNOWN
+    )
 
 
 def model(folder: Path, card: str | None) -> None:

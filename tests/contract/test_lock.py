@@ -44,9 +44,13 @@ def test_what_several_want_at_once_is_made_once(tmp_path: Path) -> None:
     assert len(set(digests)) == 1
 
 
-def test_who_waits_is_told_once_for_whom(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_who_waits_is_told_once_for_whom(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def rows(name: str) -> None:
-        make_once(tmp_path / "teachers" / name, kind="rows", key=name, parents={}, make=lambda _: {})
+        make_once(
+            tmp_path / "teachers" / name, kind="rows", key=name, parents={}, make=lambda _: {}
+        )
 
     (tmp_path / "teachers").mkdir()
     with ThreadPoolExecutor(2) as pool:
@@ -60,7 +64,10 @@ def test_who_waits_is_told_once_for_whom(tmp_path: Path, capsys: pytest.CaptureF
                 assert not waits.done()
             waits.result(timeout=5)
             assert open_artifact(tmp_path / "teachers" / name).key == name
-    assert capsys.readouterr().err == "  waiting for another run (process 123), which is making teachers in the cache\n"
+    assert (
+        capsys.readouterr().err
+        == "  waiting for another run (process 123), which is making teachers in the cache\n"
+    )
 
 
 def test_who_is_stopped_lets_the_next_one_make_it(tmp_path: Path) -> None:
@@ -77,15 +84,22 @@ def test_who_is_stopped_lets_the_next_one_make_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
-def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_a_folder_that_cannot_be_written_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
     def refused(*_: Any, **__: Any) -> None:
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(Path, "open", refused)
-    with pytest.raises(EnvironmentalError, match=rf"run: cannot be written \({os.strerror(code)}\); .* --out"):
+    with pytest.raises(
+        EnvironmentalError, match=rf"run: cannot be written \({os.strerror(code)}\); .* --out"
+    ):
         with locked(tmp_path / "run", wait=False):
             pass
     with pytest.raises(
-        EnvironmentalError, match=r"models: cannot be written .* name another cache folder with LIMBECK_CACHE"
+        EnvironmentalError,
+        match=r"models: cannot be written .* name another cache folder with LIMBECK_CACHE",
     ):
-        make_once(tmp_path / "models" / "abc", kind="model", key="abc", parents={}, make=lambda _: {})
+        make_once(
+            tmp_path / "models" / "abc", kind="model", key="abc", parents={}, make=lambda _: {}
+        )

@@ -12,7 +12,14 @@ from pydantic import BaseModel, ValidationError
 
 from limbeck.contract import recipe as module
 from limbeck.contract.errors import RecipeError
-from limbeck.contract.recipe import BaseRecipe, Frozen, find_recipe, load_recipe, parse_recipe, shipped_recipes
+from limbeck.contract.recipe import (
+    BaseRecipe,
+    Frozen,
+    find_recipe,
+    load_recipe,
+    parse_recipe,
+    shipped_recipes,
+)
 from limbeck.contract.recipe.encoder import load_any_recipe
 from limbeck.contract.recipe.reading import RECIPES
 from tests.pico import pico_recipe
@@ -57,8 +64,14 @@ def test_all_mistakes_are_reported_at_once_with_path_and_remedy() -> None:
     found = mistakes(
         {
             "name": "Not A Name",
-            "teachers": [teacher(quantise="int8"), {"name": "b", "model": {"kind": "hubb", "id": "x"}}],
-            "data": {"domains": [{"name": "code", "text": {"kind": "stdlib"}}], "heldout": {"every": "often"}},
+            "teachers": [
+                teacher(quantise="int8"),
+                {"name": "b", "model": {"kind": "hubb", "id": "x"}},
+            ],
+            "data": {
+                "domains": [{"name": "code", "text": {"kind": "stdlib"}}],
+                "heldout": {"every": "often"},
+            },
             "student": {"base": {"kind": "random", "config": {}}},
             "fusion": {"weights": {"kind": "entropy", "sharpness": -1}},
             "traning": {},
@@ -76,21 +89,33 @@ def test_all_mistakes_are_reported_at_once_with_path_and_remedy() -> None:
         "training",
         "traning",
     }
-    assert by_path["teachers.0.quantise"] == "teachers.0.quantise: unknown key; did you mean `quantize`?"
-    assert by_path["teachers.1.model.kind"].startswith("teachers.1.model.kind: found 'hubb', expected one of ")
+    assert (
+        by_path["teachers.0.quantise"]
+        == "teachers.0.quantise: unknown key; did you mean `quantize`?"
+    )
+    assert by_path["teachers.1.model.kind"].startswith(
+        "teachers.1.model.kind: found 'hubb', expected one of "
+    )
     assert by_path["teachers.1.model.kind"].endswith("did you mean `hub`?")
-    assert by_path["data.domains.0.text.paths"].startswith("data.domains.0.text.paths: missing; add it (Paths or globs")
+    assert by_path["data.domains.0.text.paths"].startswith(
+        "data.domains.0.text.paths: missing; add it (Paths or globs"
+    )
     assert "found 'often'" in by_path["data.heldout.every"]
     assert "it should be a valid integer" in by_path["data.heldout.every"]
     assert by_path["student"] == "student: needs a `kind:` that says which choice this is"
-    assert "found -1; it should be greater than 0 (Softmax temperature" in by_path["fusion.weights.sharpness"]
+    assert (
+        "found -1; it should be greater than 0 (Softmax temperature"
+        in by_path["fusion.weights.sharpness"]
+    )
     assert by_path["training"] == "training: missing; add it (The loop.)"
     assert by_path["traning"] == "traning: unknown key; did you mean `training`?"
 
 
 def test_an_unknown_key_without_a_near_one_names_the_known_ones() -> None:
     [line] = mistakes(plain(bench={"zzz": 1}))
-    assert line.startswith("bench.zzz: unknown key; remove it; known here: device, min_blocks, minutes, new_tokens")
+    assert line.startswith(
+        "bench.zzz: unknown key; remove it; known here: device, min_blocks, minutes, new_tokens"
+    )
 
 
 def test_a_field_of_another_choice_is_unknown() -> None:
@@ -103,21 +128,30 @@ def test_a_field_of_another_choice_is_unknown() -> None:
     [
         ({"seed": -1}, "seed: found -1; it should be greater than or equal to 0"),
         ({"seed": True}, "seed: found True; it should be a number"),
-        ({"training": {"learning_rate": True}}, "training.learning_rate: found True; it should be a number"),
+        (
+            {"training": {"learning_rate": True}},
+            "training.learning_rate: found True; it should be a number",
+        ),
         ({"seed": 1.5}, "seed: found 1.5; it should be a valid integer"),
         ({"name": 5}, "name: found 5; it should be a valid string"),
         ({"data": {"domains": [], "block": 32}}, "data.domains: found []"),
         ({"gates": {"max_size_mb": float("nan")}}, "gates.max_size_mb: found nan"),
         ({"gates": {"max_size_mb": float("inf")}}, "gates.max_size_mb: found inf"),
         ({"gates": None}, "gates: found None"),
-        ({"export": {"forms": ["fp32", "int3"]}}, "export.forms.1.kind: found 'int3', expected one of `fp32`, "),
+        (
+            {"export": {"forms": ["fp32", "int3"]}},
+            "export.forms.1.kind: found 'int3', expected one of `fp32`, ",
+        ),
         ({"export": {"forms": []}}, "export.forms: found []"),
         (
             {"training": {"precision": "fp16"}},
             "training.precision: found 'fp16'; it should be 'auto', 'fp32' or 'bf16' (Number type",
         ),
         ({"features": {"layers": [[0, 1]]}}, "features.layers.0.0: found 0"),
-        ({"fusion": {"calibration": {"kind": "fit", "bounds": [1]}}}, "fusion.calibration.bounds.1: missing"),
+        (
+            {"fusion": {"calibration": {"kind": "fit", "bounds": [1]}}},
+            "fusion.calibration.bounds.1: missing",
+        ),
     ],
 )
 def test_wrong_types_and_ranges(over: dict[str, Any], expected: str) -> None:
@@ -134,20 +168,41 @@ def test_wrong_types_and_ranges(over: dict[str, Any], expected: str) -> None:
             {"training": {"tokens": 100, "batch_tokens": 50}},
             "training.batch_tokens: found 50; it should be a multiple of data.block (32), for example 32",
         ),
-        ({"training": {"tokens": 16, "batch_tokens": 32}}, "training.tokens: found 16; it should be at least one step"),
-        ({"export": {"forms": ["int8-weight", "fp32"]}}, "export.forms.0: found 'int8-weight'; put fp32 first"),
-        ({"export": {"forms": ["fp32", "fp32"]}}, "export.forms: 'fp32' stands there 2 times"),
-        ({"student": {"kind": "fresh", "config": {}}}, "student.kind: a fresh student takes its tokenizer"),
-        ({"fusion": {"calibration": {"kind": "fit", "bounds": [2, 1]}}}, "fusion.calibration.bounds: found [2.0, 1.0]"),
         (
-            {"teachers": [teacher("a")], "fusion": {"weights": {"kind": "static", "values": {"b": 1}}}},
+            {"training": {"tokens": 16, "batch_tokens": 32}},
+            "training.tokens: found 16; it should be at least one step",
+        ),
+        (
+            {"export": {"forms": ["int8-weight", "fp32"]}},
+            "export.forms.0: found 'int8-weight'; put fp32 first",
+        ),
+        ({"export": {"forms": ["fp32", "fp32"]}}, "export.forms: 'fp32' stands there 2 times"),
+        (
+            {"student": {"kind": "fresh", "config": {}}},
+            "student.kind: a fresh student takes its tokenizer",
+        ),
+        (
+            {"fusion": {"calibration": {"kind": "fit", "bounds": [2, 1]}}},
+            "fusion.calibration.bounds: found [2.0, 1.0]",
+        ),
+        (
+            {
+                "teachers": [teacher("a")],
+                "fusion": {"weights": {"kind": "static", "values": {"b": 1}}},
+            },
             "fusion.weights.values: found ['b']; name each teacher once: ['a']",
         ),
         (
-            {"teachers": [teacher("a")], "fusion": {"weights": {"kind": "static", "values": {"a": 0}}}},
+            {
+                "teachers": [teacher("a")],
+                "fusion": {"weights": {"kind": "static", "values": {"a": 0}}},
+            },
             "fusion.weights.values: all are 0",
         ),
-        ({"gates": {"max_loss_vs_best_teacher": 0}}, "gates.max_loss_vs_best_teacher: there are no teachers"),
+        (
+            {"gates": {"max_loss_vs_best_teacher": 0}},
+            "gates.max_loss_vs_best_teacher: there are no teachers",
+        ),
         ({"gates": {"min_decode_speedup": 3}}, "gates.min_decode_speedup: there are no teachers"),
     ],
 )
@@ -170,7 +225,9 @@ def test_a_file_is_read_with_its_folder_and_its_text(tmp_path: Path) -> None:
 def test_the_digest_is_of_what_is_trained_not_of_what_is_asked_afterwards(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL)
     one = load_recipe(path)
-    assert one.digest == load_recipe(path, overrides=["gates.max_size_mb=1", "bench.minutes=9"]).digest
+    assert (
+        one.digest == load_recipe(path, overrides=["gates.max_size_mb=1", "bench.minutes=9"]).digest
+    )
     assert one.digest != load_recipe(path, overrides=["seed=1"]).digest
 
 
@@ -183,8 +240,14 @@ def test_the_digest_is_of_what_is_trained_not_of_what_is_asked_afterwards(tmp_pa
         ("- a\n", "expected a mapping of recipe fields at the top, found a list"),
         ("", "expected a mapping of recipe fields at the top, found nothing"),
         ("x: !!python/object:os.system {}\n", "not valid YAML: could not determine a constructor"),
-        ("name: {{ foo }}\n", "line 1, column 8: not valid YAML: a key cannot be a mapping; put it in quotes"),
-        ("name: a\n? [a, b]\n", "line 2, column 3: not valid YAML: a key cannot be a list; put it in quotes"),
+        (
+            "name: {{ foo }}\n",
+            "line 1, column 8: not valid YAML: a key cannot be a mapping; put it in quotes",
+        ),
+        (
+            "name: a\n? [a, b]\n",
+            "line 2, column 3: not valid YAML: a key cannot be a list; put it in quotes",
+        ),
         (
             "name: 2024-13-45\n",
             "line 1, column 7: not valid YAML: '2024-13-45' is no timestamp (month must be in 1..12); put",
@@ -230,7 +293,11 @@ def test_a_file_beside_comes_before_a_shipped_name(tmp_path: Path) -> None:
 def test_extends_merges_key_by_key_and_relative_to_the_file(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     write(tmp_path / "base", MINIMAL)
-    path = write(tmp_path, "extends: base/mine.yaml\nname: child\ntraining: {learning_rate: 0.5}\n", "child.yaml")
+    path = write(
+        tmp_path,
+        "extends: base/mine.yaml\nname: child\ntraining: {learning_rate: 0.5}\n",
+        "child.yaml",
+    )
     child = load_recipe(path)
     assert (child.name, child.training.learning_rate, child.training.tokens) == ("child", 0.5, 64)
     assert child.folder == tmp_path
@@ -244,10 +311,11 @@ def test_extends_replaces_lists_and_choices_of_another_kind_whole(tmp_path: Path
     )
     same = "extends: mine.yaml\nfusion: {weights: {floor: 0.5}}\n"
     weights = load_recipe(write(tmp_path, same, "same.yaml")).fusion.weights
-    assert weights.model_dump() | {"sharpness": 2.0, "floor": 0.5, "kind": "entropy"} == weights.model_dump()
-    other = (
-        "extends: mine.yaml\nfusion: {weights: {kind: uniform}}\nteachers: [{name: b, model: {kind: local, path: y}}]\n"
+    assert (
+        weights.model_dump() | {"sharpness": 2.0, "floor": 0.5, "kind": "entropy"}
+        == weights.model_dump()
     )
+    other = "extends: mine.yaml\nfusion: {weights: {kind: uniform}}\nteachers: [{name: b, model: {kind: local, path: y}}]\n"
     child = load_recipe(write(tmp_path, other, "other.yaml"))
     assert child.fusion.weights.model_dump() == {"kind": "uniform"}
     assert [t.name for t in child.teachers] == ["b"]
@@ -256,13 +324,19 @@ def test_extends_replaces_lists_and_choices_of_another_kind_whole(tmp_path: Path
 def test_extends_in_a_circle_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "extends: b.yaml\n", "a.yaml")
     write(tmp_path, "extends: a.yaml\n", "b.yaml")
-    with pytest.raises(RecipeError, match=r"extends itself \(.*a\.yaml -> .*b\.yaml -> .*a\.yaml\); remove one"):
+    with pytest.raises(
+        RecipeError, match=r"extends itself \(.*a\.yaml -> .*b\.yaml -> .*a\.yaml\); remove one"
+    ):
         load_recipe(tmp_path / "a.yaml")
 
 
-@pytest.mark.parametrize(("value", "found"), [("[a]", "a list"), ("no", "a yes/no"), ("3", "a number")])
+@pytest.mark.parametrize(
+    ("value", "found"), [("[a]", "a list"), ("no", "a yes/no"), ("3", "a number")]
+)
 def test_extends_that_is_no_path(tmp_path: Path, value: str, found: str) -> None:
-    with pytest.raises(RecipeError, match=f"extends: expected the path of a recipe file, found {found}"):
+    with pytest.raises(
+        RecipeError, match=f"extends: expected the path of a recipe file, found {found}"
+    ):
         load_recipe(write(tmp_path, f"extends: {value}\n{MINIMAL}"))
 
 
@@ -303,7 +377,10 @@ def test_set_changes_fields_of_mappings_and_lists(tmp_path: Path) -> None:
         ("training.tokens", "expected key=value"),
         ("=3", "expected key=value"),
         ("training.tokens=[", "the value is not valid YAML"),
-        ("name={{ foo }}", "the value is not valid YAML: a key cannot be a mapping; put it in quotes"),
+        (
+            "name={{ foo }}",
+            "the value is not valid YAML: a key cannot be a mapping; put it in quotes",
+        ),
         ("name=2024-13-45", "the value is not valid YAML: '2024-13-45' is no timestamp"),
         ("data.domains.1.name=x", "'1' is no index of a list of 1"),
         ("data.domains.first.name=x", "'first' is no index"),
@@ -331,7 +408,11 @@ def models() -> Iterator[type[BaseModel]]:
 
 def test_a_recipe_is_frozen_all_the_way_down() -> None:
     recipe = pico_recipe()
-    for node, field in ((recipe, "name"), (recipe.training, "tokens"), (recipe.data.domains[0], "name")):
+    for node, field in (
+        (recipe, "name"),
+        (recipe.training, "tokens"),
+        (recipe.data.domains[0], "name"),
+    ):
         with pytest.raises(ValidationError, match="frozen"):
             setattr(node, field, "x")
     assert all(m.model_config["frozen"] and m.model_config["extra"] == "forbid" for m in models())

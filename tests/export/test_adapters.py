@@ -30,7 +30,8 @@ def make_lora_student(path: Path, base: Path, *, seed: int, **config: Any) -> Ar
 
     torch.manual_seed(seed)
     options = LoraConfig(
-        **{"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "init_lora_weights": False} | config
+        **{"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "init_lora_weights": False}
+        | config
     )
     with warnings.catch_warnings():  # see export.adapters
         warnings.simplefilter("ignore", FutureWarning)
@@ -40,7 +41,9 @@ def make_lora_student(path: Path, base: Path, *, seed: int, **config: Any) -> Ar
         model.merge_and_unload().save_pretrained(draft.folder / "model")
         AutoTokenizer.from_pretrained(base).save_pretrained(draft.folder / "model")
         save_heldout(draft.folder / HELDOUT, make_blocks())
-        save_calibration(draft.folder / CALIBRATION, [b.input_ids[0] for b in make_blocks(seed=1).values()])
+        save_calibration(
+            draft.folder / CALIBRATION, [b.input_ids[0] for b in make_blocks(seed=1).values()]
+        )
         draft.result = {"nll": {}, "base": str(base)}
     return open_artifact(path)
 
@@ -53,11 +56,19 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[Artifact]:
     students = [
         make_lora_student(root / "a", base, seed=1),
         make_lora_student(
-            root / "b", base, seed=2, r=2, target_modules=["q_proj", "v_proj", "down_proj"], use_rslora=True
+            root / "b",
+            base,
+            seed=2,
+            r=2,
+            target_modules=["q_proj", "v_proj", "down_proj"],
+            use_rslora=True,
         ),
     ]
     recipe = pico_recipe(export={"forms": FORMS, "adapters": "separate"})
-    return [export_student(student=s.path, out=root / f"onnx-{s.path.name}", recipe=recipe) for s in students]
+    return [
+        export_student(student=s.path, out=root / f"onnx-{s.path.name}", recipe=recipe)
+        for s in students
+    ]
 
 
 def torch_logits(model: Path, prompt: list[int]) -> Any:
@@ -76,7 +87,9 @@ def test_with_its_adapter_it_is_the_student_and_without_it_the_base(two: list[Ar
             assert exported.result["adapter"]["file"] in form["files"]
         root, name = exported.path.parent, exported.path.name.removeprefix("onnx-")
         own = Decoder(exported.path, form="fp32").prefill([PROMPT])[0]
-        np.testing.assert_allclose(own, torch_logits(root / name / "model", PROMPT), atol=1e-4)  # merged by peft
+        np.testing.assert_allclose(
+            own, torch_logits(root / name / "model", PROMPT), atol=1e-4
+        )  # merged by peft
         alone = Decoder(exported.path, form="fp32", adapter="none").prefill([PROMPT])[0]
         np.testing.assert_allclose(alone, torch_logits(root / "base", PROMPT), atol=1e-4)
         assert np.abs(own - alone).max() > 1
@@ -93,7 +106,9 @@ def test_one_base_serves_both(two: list[Artifact]) -> None:
         np.testing.assert_allclose(
             borrowed.prefill([PROMPT]), Decoder(two[1].path, form=form).prefill([PROMPT]), atol=1e-4
         )
-        assert list(borrowed.generate(PROMPT, 5)) == list(Decoder(two[1].path, form=form).generate(PROMPT, 5))
+        assert list(borrowed.generate(PROMPT, 5)) == list(
+            Decoder(two[1].path, form=form).generate(PROMPT, 5)
+        )
     with pytest.raises(ArtifactError, match=r"takes other inputs"):
         Decoder(two[1].path, form="fp32", adapter=files[0])
 
@@ -104,7 +119,9 @@ def test_the_command_line_takes_an_adapter(two: list[Artifact]) -> None:
     from limbeck.app.cli import app
 
     def run(*options: str) -> str:
-        found = CliRunner().invoke(app, ["generate", str(two[0].path), "abcdefgh", "--max-new-tokens", "12", *options])
+        found = CliRunner().invoke(
+            app, ["generate", str(two[0].path), "abcdefgh", "--max-new-tokens", "12", *options]
+        )
         assert found.exit_code == 0, found.output
         return found.output
 
@@ -112,15 +129,22 @@ def test_the_command_line_takes_an_adapter(two: list[Artifact]) -> None:
     assert len({run(), run("--adapter", "none"), run("--adapter", theirs)}) == 3
 
 
-def test_packed_products_share_an_input_and_outliers_stay_where_an_adapter_reads(two: list[Artifact]) -> None:
+def test_packed_products_share_an_input_and_outliers_stay_where_an_adapter_reads(
+    two: list[Artifact],
+) -> None:
     proto = onnx.load(two[1].path / "onnx/model.onnx", load_external_data=False)
-    inputs = {v.name: [d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim] for v in proto.graph.input}
+    inputs = {
+        v.name: [d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim]
+        for v in proto.graph.input
+    }
     adapted = sorted(name for name in inputs if name.endswith("lora_B"))
     assert len(adapted) == 4  # two layers of q/k/v as one and down
-    assert [inputs[name][1] for name in adapted] == [128, 32, 128, 32] or [inputs[n][1] for n in adapted].count(
-        128
-    ) == 2
-    assert len(find_boundaries(proto)) == 2  # the norms before gate and up, which this adapter leaves alone
+    assert [inputs[name][1] for name in adapted] == [128, 32, 128, 32] or [
+        inputs[n][1] for n in adapted
+    ].count(128) == 2
+    assert (
+        len(find_boundaries(proto)) == 2
+    )  # the norms before gate and up, which this adapter leaves alone
 
 
 def test_genai_takes_the_adapter(two: list[Artifact]) -> None:
@@ -167,16 +191,21 @@ def test_what_is_refused(two: list[Artifact], tmp_path: Path) -> None:
     recipe = pico_recipe(export={"forms": ["fp32"], "adapters": "separate"})
     exported = export_student(student=student.path, out=tmp_path / "onnx", recipe=recipe)
     with pytest.raises(ArtifactError, match=r"made for base \d+, this graph is of base \d+"):
-        Decoder(two[0].path, form="fp32", adapter=exported.path / exported.result["adapter"]["file"])
+        Decoder(
+            two[0].path, form="fp32", adapter=exported.path / exported.result["adapter"]["file"]
+        )
     merged = export_student(
-        student=student.path, out=tmp_path / "merged", recipe=pico_recipe(export={"forms": ["fp32"]})
+        student=student.path,
+        out=tmp_path / "merged",
+        recipe=pico_recipe(export={"forms": ["fp32"]}),
     )
     with pytest.raises(ArtifactError, match=r"this graph takes no adapter"):
         Decoder(merged.path, adapter=exported.path / exported.result["adapter"]["file"])
     with pytest.raises(RecipeError, match=r"export.adapters: adapters are fp32"):
         pico_recipe(export={"adapters": "separate", "provider": "cuda", "forms": ["fp32", "fp16"]})
     with pytest.raises(
-        RecipeError, match=r"export.adapters: the ranges of int8-static .*; use int8-dynamic, .* or merged"
+        RecipeError,
+        match=r"export.adapters: the ranges of int8-static .*; use int8-dynamic, .* or merged",
     ):
         pico_recipe(export={"adapters": "separate", "forms": ["fp32", "int8-static"]})
     with pytest.raises(RecipeError, match=r"export.adapters: a fresh student has no adapter"):

@@ -47,13 +47,20 @@ def test_the_folder_is_the_same_and_says_why(exported: Artifact) -> None:
     assert "transformers.js (`dtype: q8`), optimum-onnx and plain onnxruntime" in card
     for form, facts in exported.result["forms"].items():
         assert facts["parity"]["failures"] == []
-        assert {"left_padded", "right_padded/last", "decode_from_one", "chunks"} <= facts["parity"]["cases"].keys()
+        assert {"left_padded", "right_padded/last", "decode_from_one", "chunks"} <= facts["parity"][
+            "cases"
+        ].keys()
         graph = onnx.load(exported.path / facts["graph"], load_external_data=False)
         metadata = {entry.key: entry.value for entry in graph.metadata_props}
         assert metadata["limbeck.form"] == form
         assert (metadata["limbeck.logits"], metadata["limbeck.context"]) == ("last", "64")
         names = [value.name for value in graph.graph.input]
-        assert names[:4] == ["input_ids", "attention_mask", "past_key_values.0.key", "past_key_values.0.value"]
+        assert names[:4] == [
+            "input_ids",
+            "attention_mask",
+            "past_key_values.0.key",
+            "past_key_values.0.value",
+        ]
         past = graph.graph.input[2].type.tensor_type.shape.dim
         assert (past[1].dim_value, past[3].dim_value) == (4, 8)
     assert exported.result["forms"]["fp32"]["parity"]["max_abs"] < 5e-5
@@ -68,11 +75,17 @@ def test_any_mask_gives_torchs_answers(exported: Artifact) -> None:
     mask = (draw.random((4, 14)) < 0.6).astype(np.int64)
     mask[np.arange(4), draw.integers(0, 9, 4)] = 1  # at least one token in every prompt
     ids = draw.integers(0, 256, mask.shape)
-    model = AutoModelForCausalLM.from_pretrained(exported.path.parent / "student/model", attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        exported.path.parent / "student/model", attn_implementation="eager"
+    )
     decoder = Decoder(exported.path, form="fp32", all_logits=True)
     for _ in range(2):  # the second prompt starts with an empty cache
         found = np.concatenate(
-            [decoder.prefill(ids[:, :9], mask[:, :9], room=5), decoder.extend(ids[:, 9:], mask[:, 9:])], axis=1
+            [
+                decoder.prefill(ids[:, :9], mask[:, :9], room=5),
+                decoder.extend(ids[:, 9:], mask[:, 9:]),
+            ],
+            axis=1,
         )
     for row in range(4):
         with torch.inference_mode():
@@ -82,7 +95,13 @@ def test_any_mask_gives_torchs_answers(exported: Artifact) -> None:
 
 def test_the_operator_set_is_a_choice(exported: Artifact, tmp_path: Path) -> None:
     def opset(graph: Path) -> int:
-        return int(next(o.version for o in onnx.load(graph, load_external_data=False).opset_import if o.domain == ""))
+        return int(
+            next(
+                o.version
+                for o in onnx.load(graph, load_external_data=False).opset_import
+                if o.domain == ""
+            )
+        )
 
     own = opset(exported.path / "onnx/model.onnx")
     model = make_model(tmp_path / "model", model_type="gpt2", **SIZES["gpt2"] | {"n_layer": 1})
@@ -96,11 +115,15 @@ def test_the_operator_set_is_a_choice(exported: Artifact, tmp_path: Path) -> Non
 def test_tied_head_and_gemms_are_quantised(exported: Artifact) -> None:
     facts = exported.result["forms"]["int8-weight"]
     proto = onnx.load(exported.path / facts["graph"], load_external_data=False)
-    embeddings = [node.input[0] for node in proto.graph.node if node.op_type == "GatherBlockQuantized"]
+    embeddings = [
+        node.input[0] for node in proto.graph.node if node.op_type == "GatherBlockQuantized"
+    ]
     head = next(node for node in proto.graph.node if "logits" in node.output)
     assert head.op_type == "MatMulNBits"
     assert head.input[1] in embeddings
-    assert facts["census"]["operators"]["MatMulNBits 8-bit block 32"] == 9  # 4 products a layer, and the head
+    assert (
+        facts["census"]["operators"]["MatMulNBits 8-bit block 32"] == 9
+    )  # 4 products a layer, and the head
     assert "Gemm" not in facts["census"]["operators"]
     assert facts["census"]["float_matrices"] == []
     (attention,) = facts["census"]["float_products"]
@@ -114,22 +137,31 @@ def test_a_gemm_that_stays_is_caught_and_one_that_is_split_is_the_same(tmp_path:
     import onnxruntime
 
     draw = np.random.default_rng(0)
-    weights, bias = draw.normal(size=(5, 4)).astype(np.float32), draw.normal(size=5).astype(np.float32)
+    weights, bias = (
+        draw.normal(size=(5, 4)).astype(np.float32),
+        draw.normal(size=5).astype(np.float32),
+    )
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 4])
     y = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [None, 5])
     gemm = helper.make_node("Gemm", ["x", "w", "b"], ["logits"], name="gemm", transB=1)
     constants = [numpy_helper.from_array(weights, "w"), numpy_helper.from_array(bias, "b")]
     proto = helper.make_model(
-        helper.make_graph([gemm], "g", [x], [y], constants), opset_imports=[helper.make_opsetid("", 20)], ir_version=10
+        helper.make_graph([gemm], "g", [x], [y], constants),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=10,
     )
     onnx.save(proto, tmp_path / "gemm.onnx")
     with pytest.raises(QualityError, match=r"1 x Gemm \[5, 4\].*Gemm has no 8-bit weight kernel"):
         require_quantized("int8-weight", take_census(tmp_path / "gemm.onnx"))
     split_gemm(proto)
     assert [node.op_type for node in proto.graph.node] == ["Transpose", "MatMul", "Add"]
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     given = draw.normal(size=(3, 4)).astype(np.float32)
-    np.testing.assert_allclose(session.run(None, {"x": given})[0], given @ weights.T + bias, atol=1e-6)
+    np.testing.assert_allclose(
+        session.run(None, {"x": given})[0], given @ weights.T + bias, atol=1e-6
+    )
 
 
 def test_what_torch_cannot_place_is_refused(tmp_path: Path) -> None:
@@ -137,14 +169,24 @@ def test_what_torch_cannot_place_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"BloomForCausalLM takes no position_ids"):
         build_dynamo(bloom, tmp_path, {})
     mamba = make_model(tmp_path / "mamba", model_type="mamba", state_size=4)
-    with pytest.raises(ModelError, match=r"MambaForCausalLM takes no position_ids|keeps something else"):
+    with pytest.raises(
+        ModelError, match=r"MambaForCausalLM takes no position_ids|keeps something else"
+    ):
         build_dynamo(mamba, tmp_path, {})
     with pytest.raises(ModelError, match=r"cannot build GPT2LMHeadModel .*export.backend: dynamo"):
-        build_graphs(make_model(tmp_path / "gpt2", model_type="gpt2", **SIZES["gpt2"]), tmp_path, {}, backend="genai")
+        build_graphs(
+            make_model(tmp_path / "gpt2", model_type="gpt2", **SIZES["gpt2"]),
+            tmp_path,
+            {},
+            backend="genai",
+        )
 
 
 def test_auto_says_why_the_builder_gave_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.build.dynamo.build_dynamo", lambda model, folder, metadata, opset, static: (None, None))
+    monkeypatch.setattr(
+        "export.build.dynamo.build_dynamo",
+        lambda model, folder, metadata, opset, static: (None, None),
+    )
     monkeypatch.setattr("export.build.backend._width", lambda graphs: 32)
     model = make_model(tmp_path / "model", head_dim=8)
     built = build_graphs(model, tmp_path, {}, backend="auto")
@@ -156,14 +198,17 @@ def test_the_table_names_every_architecture_and_all_of_its_students_pass() -> No
     assert text.startswith(HEAD)
     decoders, _, encoders = text[len(HEAD) :].partition(ENCODER_HEAD)
     every, every_of_encoders = (
-        ", ".join(form if isinstance(form, str) else form["kind"] for form in forms) for forms in (FORMS, ENCODER_FORMS)
+        ", ".join(form if isinstance(form, str) else form["kind"] for form in forms)
+        for forms in (FORMS, ENCODER_FORMS)
     )
     rows = [line.strip("| ").split(" | ") for line in decoders.splitlines()]
     assert [row[0] for row in rows] == list(SIZES)
     assert {row[0] for row in rows if row[2] == "genai"} == set(KNOWN)
     assert all(row[3:6] == [every] * 3 for row in rows)
     found = [line.strip("| ").split(" | ") for line in encoders.splitlines()]
-    assert [row[:2] for row in found] == [[kind, task] for kind in ENCODERS for task in ("classification", "embedding")]
+    assert [row[:2] for row in found] == [
+        [kind, task] for kind in ENCODERS for task in ("classification", "embedding")
+    ]
     assert all(row[3:] == [every_of_encoders] * 2 for row in found)
 
 

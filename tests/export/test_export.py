@@ -20,17 +20,32 @@ from export.build.genai import build_genai
 from export.build.surgery import Graphs, form_files
 from export.check.census import require_quantized, take_census
 from export.check.greedy import answer_greedily, first_differences
-from export.check.parity import answer, load_cases, make_cases, margins, measure_parity, require_parity
+from export.check.parity import (
+    answer,
+    load_cases,
+    make_cases,
+    margins,
+    measure_parity,
+    require_parity,
+)
 from export.folder.card import write_client_files
 from export.round.blocks import Blockwise, block_size_for, pack_nibbles, quantize_blocks
-from export.round.quantize import (
-    quantize_columns,
-    quantize_weights,
-    scheme_for,
-)
+from export.round.quantize import quantize_columns, quantize_weights, scheme_for
 from limbeck.contract.artifact import Artifact, open_artifact
-from limbeck.contract.errors import ArtifactError, EnvironmentalError, ModelError, ParityError, QualityError
-from limbeck.contract.recipe import Int4WeightForm, Int8DynamicForm, Int8WeightForm, fingerprint, parse_recipe
+from limbeck.contract.errors import (
+    ArtifactError,
+    EnvironmentalError,
+    ModelError,
+    ParityError,
+    QualityError,
+)
+from limbeck.contract.recipe import (
+    Int4WeightForm,
+    Int8DynamicForm,
+    Int8WeightForm,
+    fingerprint,
+    parse_recipe,
+)
 from limbeck.runtime.decoder import Decoder
 from tests.architectures import BASES, WEIGHT8, distillation
 from tests.pico import make_model, make_student, pico_recipe
@@ -38,10 +53,15 @@ from tests.pico import make_model, make_student, pico_recipe
 SHAPES = [
     pytest.param({"tie_word_embeddings": True}, id="tied"),
     pytest.param({"tie_word_embeddings": False, "hidden_size": 24}, id="untied, padded blocks"),
-    pytest.param({"tie_word_embeddings": True, "hidden_size": 40, "num_key_value_heads": 1}, id="tied, padded blocks"),
+    pytest.param(
+        {"tie_word_embeddings": True, "hidden_size": 40, "num_key_value_heads": 1},
+        id="tied, padded blocks",
+    ),
     pytest.param({"model_type": "qwen2", "hidden_size": 64, "num_key_value_heads": 4}, id="qwen2"),
     pytest.param({"model_type": "qwen3", "tie_word_embeddings": True}, id="qwen3"),
-    pytest.param({"model_type": "mistral", "sliding_window": 8}, id="mistral, window shorter than the text"),
+    pytest.param(
+        {"model_type": "mistral", "sliding_window": 8}, id="mistral, window shorter than the text"
+    ),
 ]
 
 # Most KL in nats; random weights stand rounding worse than trained ones.
@@ -77,9 +97,15 @@ def test_every_way_of_feeding_agrees_with_torch(tmp_path: Path, sizes: dict[str,
     exact = measure_parity("fp32", fp32.last, fp32.all, cases)
     assert exact["failures"] == []
     assert exact["max_abs"] < 5e-5
-    assert {"left_padded", "left_padded/last", "right_padded", "one_token", "chunks", "long", "longest"} <= exact[
-        "cases"
-    ].keys()
+    assert {
+        "left_padded",
+        "left_padded/last",
+        "right_padded",
+        "one_token",
+        "chunks",
+        "long",
+        "longest",
+    } <= exact["cases"].keys()
 
     for form, worst in QUANTIZED:
         graphs = form_files(tmp_path, form.kind)
@@ -92,14 +118,19 @@ def test_every_way_of_feeding_agrees_with_torch(tmp_path: Path, sizes: dict[str,
 
 
 @pytest.mark.parametrize(("context", "length", "compared"), [(64, 64, 64), (8192, 512, 128)])
-def test_the_longest_case_ends_where_the_context_does(context: int, length: int, compared: int) -> None:
+def test_the_longest_case_ends_where_the_context_does(
+    context: int, length: int, compared: int
+) -> None:
     """Held-out rows are joined up to there, however short each is; of a long context, to 512 tokens."""
     texts, more = texts_of(24, 20), texts_of(*[24] * 30)
     case = make_cases(texts, context=context, more=more)["longest"]
     assert case.ids.shape == (1, length)
     np.testing.assert_array_equal(case.ids[0], np.concatenate([*texts, *more])[:length])
     assert (len(case.columns), case.columns[0], case.columns[-1]) == (compared, 0, length - 1)
-    assert make_cases(texts, context=64)["longest"].ids.shape == (1, 64)  # what is shorter is read again
+    assert make_cases(texts, context=64)["longest"].ids.shape == (
+        1,
+        64,
+    )  # what is shorter is read again
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -117,12 +148,16 @@ def test_any_mask_gives_torchs_answers(tmp_path: Path, seed: int) -> None:
     ids = draw.integers(0, 256, mask.shape)
     torch_model = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager")
     decoder = Decoder.from_graph(fp32.all)
-    found = [decoder.prefill(ids[:, :9], mask[:, :9], room=5)] + [decoder.extend(ids[:, [at]]) for at in range(9, 14)]
+    found = [decoder.prefill(ids[:, :9], mask[:, :9], room=5)] + [
+        decoder.extend(ids[:, [at]]) for at in range(9, 14)
+    ]
     for row in range(4):
         tokens = ids[row][mask[row] == 1]
         with torch.inference_mode():
             expected = torch_model(torch.from_numpy(tokens[None])).logits[0].numpy()
-        np.testing.assert_allclose(np.concatenate(found, 1)[row][mask[row] == 1], expected, atol=5e-5)
+        np.testing.assert_allclose(
+            np.concatenate(found, 1)[row][mask[row] == 1], expected, atol=5e-5
+        )
 
 
 def test_a_client_that_grows_its_cache_gets_the_same_answers(exported: Artifact) -> None:
@@ -135,12 +170,16 @@ def test_a_client_that_grows_its_cache_gets_the_same_answers(exported: Artifact)
     ids = np.random.default_rng(0).integers(0, 256, (2, 10))
     mask = np.array([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
     ours = Decoder(exported.path, form="fp32")
-    expected = [ours.prefill(ids[:, :6], mask, room=4)] + [ours.step(ids[:, at]) for at in range(6, 10)]
+    expected = [ours.prefill(ids[:, :6], mask, room=4)] + [
+        ours.step(ids[:, at]) for at in range(6, 10)
+    ]
     cache = {name: np.zeros((2, 2, 0, 16), np.float32) for name in names}
     for at, width in ((0, 6), (6, 1), (7, 1), (8, 1), (9, 1)):
         seen = np.concatenate([mask, np.ones((2, at + width - 6), np.int64)], axis=1)
         feeds = {"input_ids": ids[:, at : at + width], "attention_mask": seen, **cache}
-        logits, *present = session.run(["logits", *(n.replace("past_key_values", "present") for n in names)], feeds)
+        logits, *present = session.run(
+            ["logits", *(n.replace("past_key_values", "present") for n in names)], feeds
+        )
         cache = dict(zip(names, present, strict=True))
         np.testing.assert_allclose(logits[:, 0], expected.pop(0), atol=1e-5)
 
@@ -148,7 +187,8 @@ def test_a_client_that_grows_its_cache_gets_the_same_answers(exported: Artifact)
 def test_tied_weights_are_stored_once(exported: Artifact) -> None:
     forms = exported.result["forms"]
     fp32, int8 = (
-        onnx.load(exported.path / forms[f]["graph"], load_external_data=False) for f in ("fp32", "int8-weight")
+        onnx.load(exported.path / forms[f]["graph"], load_external_data=False)
+        for f in ("fp32", "int8-weight")
     )
     head = next(node for node in int8.graph.node if "logits" in node.output)
     embedding = next(node for node in int8.graph.node if node.op_type == "GatherBlockQuantized")
@@ -165,8 +205,13 @@ def test_tied_weights_are_stored_once(exported: Artifact) -> None:
 def test_both_graphs_share_one_weights_file_and_agree(exported: Artifact) -> None:
     ids = np.random.default_rng(1).integers(0, 256, (2, 9))
     for form in exported.result["forms"]:
-        last, every = Decoder(exported.path, form=form), Decoder(exported.path, form=form, all_logits=True)
-        np.testing.assert_allclose(last.prefill(ids), every.score(ids)[:, -1], atol=1e-5 if form == "fp32" else 2e-2)
+        last, every = (
+            Decoder(exported.path, form=form),
+            Decoder(exported.path, form=form, all_logits=True),
+        )
+        np.testing.assert_allclose(
+            last.prefill(ids), every.score(ids)[:, -1], atol=1e-5 if form == "fp32" else 2e-2
+        )
     located = {
         entry.value
         for graph in (exported.path / "onnx").glob("model_quantized*.onnx")
@@ -200,16 +245,20 @@ def test_the_folder_is_what_clients_expect(exported: Artifact) -> None:
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert config["model_input_names"] == ["input_ids", "attention_mask"]
     assert "chat_template" in config
-    assert json.loads((exported.path / "genai_config.json").read_text())["model"]["decoder"]["filename"] == (
-        "onnx/model_quantized.onnx"
-    )
+    assert json.loads((exported.path / "genai_config.json").read_text())["model"]["decoder"][
+        "filename"
+    ] == ("onnx/model_quantized.onnx")
     card = (exported.path / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: onnx\n")
     assert "| letters | 5.000 | 4.500 |" in card
     assert "| teacher one | /models/one |" in card
     assert "| form | letters | numbers |" in card
-    assert f"| `int8-weight` | {exported.result['forms']['int8-weight']['bytes'] / 1e6:.1f} |" in card
-    assert exported.manifest["parents"] == {"student": open_artifact(exported.path.parent / "student").digest}
+    assert (
+        f"| `int8-weight` | {exported.result['forms']['int8-weight']['bytes'] / 1e6:.1f} |" in card
+    )
+    assert exported.manifest["parents"] == {
+        "student": open_artifact(exported.path.parent / "student").digest
+    }
     assert exported.result["shipped"] == "int8-weight"
     assert exported.result["backend"]["why"].startswith("auto: ")
 
@@ -234,21 +283,27 @@ def test_the_card_says_what_the_student_was_made_of(
         make_model(tmp_path / name, seed=seed, scale=0.2, **BASES["llama"])
         if known or name != "two":
             (tmp_path / name / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **_: str(tmp_path / repo.split("/")[1]))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda repo, **_: str(tmp_path / repo.split("/")[1])
+    )
     texts = tmp_path / "texts"
     texts.mkdir()
     (texts / "train.jsonl").write_text(
         "".join(json.dumps({"text": f"{n} is a number. " * 20}) + "\n" for n in range(40))
     )
     address = "hf://datasets/someone/texts@0a1b/train.jsonl"
-    (texts / "dataset_info.json").write_text(json.dumps({"license": "cc-by-4.0", "download_checksums": {address: {}}}))
+    (texts / "dataset_info.json").write_text(
+        json.dumps({"license": "cc-by-4.0", "download_checksums": {address: {}}})
+    )
     plan = distillation("llama", kind, ["fp32", WEIGHT8]).resolved()
     plan["student"]["base"] = {"kind": "hub", "id": "someone/base"}
     plan["teachers"] = [
         {"name": "one", "model": {"kind": "hub", "id": "someone/one"}},
         {"name": "two", "model": {"kind": "local", "path": str(tmp_path / "two")}},
     ]
-    plan["data"]["domains"].append({"name": "rows", "text": {"kind": "datasets", "path": str(texts)}})
+    plan["data"]["domains"].append(
+        {"name": "rows", "text": {"kind": "datasets", "path": str(texts)}}
+    )
     recipe = parse_recipe(plan)
     student = compress.distill(recipe=recipe, out=tmp_path / "student")
     for name in (*names, "texts"):
@@ -270,7 +325,10 @@ def test_the_card_says_what_the_student_was_made_of(
     assert header["digests"] == {"recipe": recipe.digest, "student": student.digest}
     card = ModelCard(text).data
     assert card.model_name == recipe.name
-    assert [(r.task_type, r.dataset_name, r.dataset_type, r.metric_type) for r in card.eval_results or ()] == [
+    assert [
+        (r.task_type, r.dataset_name, r.dataset_type, r.metric_type)
+        for r in card.eval_results or ()
+    ] == [
         ("text-generation", "code, held out", "code", "nll"),
         ("text-generation", "rows, held out", "someone/texts", "nll"),
     ]
@@ -321,11 +379,15 @@ def test_genai_generates_the_same_tokens(exported: Artifact) -> None:
 
 def test_a_second_export_is_skipped(exported: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("export.build.backend.build_graphs", None)
-    again = export_student(student=exported.path.parent / "student", out=exported.path, recipe=pico_recipe())
+    again = export_student(
+        student=exported.path.parent / "student", out=exported.path, recipe=pico_recipe()
+    )
     assert again.digest == exported.digest
 
 
-def test_parity_is_measured_again_without_torch(exported: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parity_is_measured_again_without_torch(
+    exported: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     measured = verify_parity(exported.path)
     assert measured.keys() == {"fp32", "int8-weight"}
@@ -343,7 +405,9 @@ def test_a_tampered_graph_fails_parity(copy: Path) -> None:
     with pytest.raises(ArtifactError, match=r"onnx/model.onnx has changed"):
         verify_parity(copy)
     cases = load_cases(copy / "parity.safetensors")
-    assert any("left_padded" in failure for failure in measure_parity("fp32", *graphs, cases)["failures"])
+    assert any(
+        "left_padded" in failure for failure in measure_parity("fp32", *graphs, cases)["failures"]
+    )
 
 
 def test_one_wrong_matrix_of_a_quantised_form_fails_parity(copy: Path) -> None:
@@ -352,15 +416,21 @@ def test_one_wrong_matrix_of_a_quantised_form_fails_parity(copy: Path) -> None:
     cases = load_cases(copy / "parity.safetensors")
     require_parity("int8-weight", measure_parity("int8-weight", *graphs, cases))
     tensors = onnx.load(graphs[0], load_external_data=False).graph.initializer
-    codes = next(t for t in tensors if "layers.1.mlp.down_proj" in t.name and t.name.endswith("_codes"))
+    codes = next(
+        t for t in tensors if "layers.1.mlp.down_proj" in t.name and t.name.endswith("_codes")
+    )
     place = {entry.key: entry.value for entry in codes.external_data}
     at, length = int(place["offset"]), int(place["length"])
-    with (copy / "onnx" / place["location"]).open("r+b") as file:  # its outputs, the other way round
+    with (copy / "onnx" / place["location"]).open(
+        "r+b"
+    ) as file:  # its outputs, the other way round
         file.seek(at)
         turned = np.frombuffer(file.read(length), np.uint8).reshape(codes.dims)[::-1].tobytes()
         file.seek(at)
         file.write(turned)
-    with pytest.raises(ParityError, match=r"the int8-weight graph does not compute what the student computes"):
+    with pytest.raises(
+        ParityError, match=r"the int8-weight graph does not compute what the student computes"
+    ):
         require_parity("int8-weight", measure_parity("int8-weight", *graphs, cases))
 
 
@@ -412,7 +482,8 @@ def test_census_refuses_a_form_that_stayed_float(tmp_path: Path) -> None:
     assert census["operators"]["GroupQueryAttention"] == 2
     assert sum(census["bytes"].values()) == pytest.approx(fp32.data.stat().st_size, rel=0.01)
     with pytest.raises(
-        QualityError, match=r"not quantised; expected 8-bit matrices, found \n(.*\n)*.*MatMul \[32, 258\]"
+        QualityError,
+        match=r"not quantised; expected 8-bit matrices, found \n(.*\n)*.*MatMul \[32, 258\]",
     ):
         require_quantized("int8-weight", census)
     require_quantized("fp32", census)
@@ -422,7 +493,9 @@ def test_census_says_where_each_node_runs(exported: Artifact) -> None:
     for form in exported.result["forms"].values():
         assert form["census"]["runs_on"].keys() == {"CPUExecutionProvider"}
         runs = form["census"]["runs_on"]["CPUExecutionProvider"]
-        assert runs["GroupQueryAttention"] == form["census"]["operators"]["GroupQueryAttention"] == 2
+        assert (
+            runs["GroupQueryAttention"] == form["census"]["operators"]["GroupQueryAttention"] == 2
+        )
     assert runs["MatMulNBits"] == 11
 
 
@@ -431,13 +504,17 @@ def test_greedy_answers_part_where_the_forms_own_answer_does(exported: Artifact)
     fp32, rounded = Decoder(exported.path, form="fp32"), Decoder(exported.path, form="int8-weight")
     answers = answer_greedily(fp32, texts)
     assert [len(answer.tokens) for answer in answers.values()] == [32, 32]  # the context is 64
-    for difference, exact in zip(first_differences(rounded, answers), answers.values(), strict=True):
+    for difference, exact in zip(
+        first_differences(rounded, answers), answers.values(), strict=True
+    ):
         own = list(rounded.generate(exact.prompt, 32))
         assert list(fp32.generate(exact.prompt, 32)) == exact.tokens
         same = next((at for at in range(32) if own[at] != exact.tokens[at]), 32)
         assert difference["same"] == same
         assert difference["lead"] == (exact.leads[same] if same < 32 else None)
-    flipped = {"a": replace(answers["a"], tokens=[*answers["a"].tokens[:5], 300, *answers["a"].tokens[6:]])}
+    flipped = {
+        "a": replace(answers["a"], tokens=[*answers["a"].tokens[:5], 300, *answers["a"].tokens[6:]])
+    }
     assert first_differences(fp32, flipped) == [
         {"text": "a", "tokens": 32, "same": 5, "lead": pytest.approx(answers["a"].leads[5])}
     ]
@@ -457,7 +534,10 @@ def test_rounding_to_blocks() -> None:
         back = (codes.astype(np.float32) - zeros[:, :, None]) * scales[:, :, None]
         # A zero point is itself rounded, which costs the ends of a block up to half a step more.
         worst = scales * (1 if how.zero_points else 0.5)
-        assert (np.abs(back.reshape(5, 48)[:, :40] - weights) <= np.repeat(worst, 16, axis=1)[:, :40] * 1.001).all()
+        assert (
+            np.abs(back.reshape(5, 48)[:, :40] - weights)
+            <= np.repeat(worst, 16, axis=1)[:, :40] * 1.001
+        ).all()
         assert (back.reshape(5, 48)[:, 40:] == 0).all()
         assert (back[2, 0] == 0).all()
     columns, scale = quantize_columns(weights)
@@ -472,28 +552,41 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"no complete artifact here"):
         export_student(student=model, out=tmp_path / "out", recipe=pico_recipe())
     gpt2 = make_model(tmp_path / "gpt2", model_type="gpt2", n_embd=32, n_head=4, n_layer=1)
-    with pytest.raises(ModelError, match=r"cannot build GPT2LMHeadModel .* use a student of .* llama"):
+    with pytest.raises(
+        ModelError, match=r"cannot build GPT2LMHeadModel .* use a student of .* llama"
+    ):
         build_genai(gpt2, tmp_path, {})
 
 
 def test_every_form_ships_from_one_folder(tmp_path: Path) -> None:
     """int8-dynamic and int4-weight, head in 8 bits and tied, and what a provider without kernels says."""
-    make_student(tmp_path / "student", make_model(tmp_path / "model", tie_word_embeddings=True, scale=0.02))
+    make_student(
+        tmp_path / "student", make_model(tmp_path / "model", tie_word_embeddings=True, scale=0.02)
+    )
     forms = ["fp32", "int8-dynamic", {"kind": "int4-weight", "block_size": 16}]
     exported = export_student(
-        student=tmp_path / "student", out=tmp_path / "onnx", recipe=pico_recipe(export={"forms": forms})
+        student=tmp_path / "student",
+        out=tmp_path / "onnx",
+        recipe=pico_recipe(export={"forms": forms}),
     )
     assert exported.result["shipped"] == "int4-weight"
-    operators = {name: form["census"]["operators"] for name, form in exported.result["forms"].items()}
+    operators = {
+        name: form["census"]["operators"] for name, form in exported.result["forms"].items()
+    }
     assert operators["int4-weight"]["MatMulNBits 4-bit block 16"] == 4  # two layers of gate and up
-    assert operators["int4-weight"]["MatMulNBits 8-bit block 32"] == 7  # two of q/k/v, out and down, and the head
+    assert (
+        operators["int4-weight"]["MatMulNBits 8-bit block 32"] == 7
+    )  # two of q/k/v, out and down, and the head
     assert operators["int8-dynamic"]["MatMulIntegerToFloat int8"] == 6
     assert operators["int8-dynamic"]["QuantizeLinear"] == 4  # gate and up share their input's
     for name in ("int8-dynamic", "int4-weight"):
         facts = exported.result["forms"][name]
         graph = onnx.load(exported.path / facts["graph"], load_external_data=False).graph
         head = next(node for node in graph.node if "logits" in node.output)
-        assert head.input[1] == next(n for n in graph.node if n.op_type == "GatherBlockQuantized").input[0]
+        assert (
+            head.input[1]
+            == next(n for n in graph.node if n.op_type == "GatherBlockQuantized").input[0]
+        )
         assert facts["rounding"]["head"] == {"bits": 8, "block": 32, "zero_points": False}
         assert facts["parity"]["failures"] == []
     # A scale a token: what else is in the batch changes nothing.
@@ -501,12 +594,20 @@ def test_every_form_ships_from_one_folder(tmp_path: Path) -> None:
     decoder = Decoder(exported.path, form="int8-dynamic")
     np.testing.assert_allclose(decoder.prefill(ids)[:1], decoder.prefill(ids[:1]), atol=1e-6)
     assert verify_parity(exported.path).keys() == {"fp32", "int8-dynamic", "int4-weight"}
-    with pytest.raises(EnvironmentalError, match=r"no kernel for the products of int8-dynamic.*form int8-weight there"):
+    with pytest.raises(
+        EnvironmentalError,
+        match=r"no kernel for the products of int8-dynamic.*form int8-weight there",
+    ):
         Decoder(exported.path, form="int8-dynamic", provider="cuda")
 
 
 @pytest.mark.parametrize(
-    ("form", "stem"), [("int8-weight", "model_quantized"), ("int8-dynamic", "model_int8"), ("int4-weight", "model_q4")]
+    ("form", "stem"),
+    [
+        ("int8-weight", "model_quantized"),
+        ("int8-dynamic", "model_int8"),
+        ("int4-weight", "model_q4"),
+    ],
 )
 def test_names_are_those_of_transformers_js(tmp_path: Path, form: str, stem: str) -> None:
     assert form_files(tmp_path, form) == Graphs(

@@ -35,14 +35,19 @@ def weights(channels: int, width: int) -> npt.NDArray[np.float32]:
     return np.random.default_rng(1).normal(size=(channels, width)).astype(np.float32)
 
 
-@pytest.mark.parametrize("width", [256, 200])  # 200: the last block is half full, and so is the last step
+@pytest.mark.parametrize(
+    "width", [256, 200]
+)  # 200: the last block is half full, and so is the last step
 def test_the_product_loses_less_than_by_rounding_to_nearest(width: int) -> None:
     x, w = correlated(width), weights(24, width)
     solved, nearest = round_blocks(w, HOW, shares(x.T @ x)), quantize_blocks(w, HOW)
     for mine, theirs in zip(solved, nearest, strict=True):
         assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
         assert mine.flags.c_contiguous
-    lost = [np.linalg.norm(x @ (dequantize_blocks(*found)[:, :width] - w).T) for found in (solved, nearest)]
+    lost = [
+        np.linalg.norm(x @ (dequantize_blocks(*found)[:, :width] - w).T)
+        for found in (solved, nearest)
+    ]
     assert lost[0] < 0.9 * lost[1]
     assert not dequantize_blocks(*solved)[:, width:].any()
 
@@ -74,7 +79,9 @@ def test_each_error_is_made_up_for_by_least_squares() -> None:
         fixed = (codes[:, k // 32, k % 32].astype(float) - zeros[:, k // 32]) * scales[:, k // 32]
         np.testing.assert_array_less(  # nothing nearer is on the grid
             np.where(
-                (codes[:, k // 32, k % 32] == 0) | (codes[:, k // 32, k % 32] == 15), 0, np.abs(left[:, k] - fixed)
+                (codes[:, k // 32, k % 32] == 0) | (codes[:, k // 32, k % 32] == 15),
+                0,
+                np.abs(left[:, k] - fixed),
             ),
             0.501 * scales[:, k // 32] + 1e-4,
         )
@@ -112,11 +119,15 @@ def int4(**fields: Any) -> list[Any]:
 def test_an_export_says_how_it_rounded(tmp_path: Path) -> None:
     student = make_student(tmp_path / "student", make_model(tmp_path / "model")).path
     said, weights_of = {}, {}
-    for name, fields in (("default", {}), ("gptq", {"algorithm": "gptq"}), ("rtn", {"algorithm": "rtn"})):
+    for name, fields in (
+        ("default", {}),
+        ("gptq", {"algorithm": "gptq"}),
+        ("rtn", {"algorithm": "rtn"}),
+    ):
         out = tmp_path / name
-        form = export_student(student=student, out=out, recipe=pico_recipe(export={"forms": int4(**fields)})).result[
-            "forms"
-        ]["int4-weight"]
+        form = export_student(
+            student=student, out=out, recipe=pico_recipe(export={"forms": int4(**fields)})
+        ).result["forms"]["int4-weight"]
         said[name] = form["algorithm"]
         weights_of[name] = (out / "onnx" / "model_q4.onnx_data").read_bytes()
     assert said == {"default": "gptq", "gptq": "gptq", "rtn": "rtn"}
@@ -126,14 +137,19 @@ def test_an_export_says_how_it_rounded(tmp_path: Path) -> None:
 def test_without_training_text_it_says_what_to_do(tmp_path: Path) -> None:
     form, graphs = Int4WeightForm(kind="int4-weight"), form_files(tmp_path, "fp32")
     with pytest.raises(
-        ArtifactError, match=r"calibration.safetensors is missing; int4-weight .* or set its algorithm: rtn"
+        ArtifactError,
+        match=r"calibration.safetensors is missing; int4-weight .* or set its algorithm: rtn",
     ):
         calibration_for(form, graphs, tmp_path, {"matrix": "activation"})
-    assert calibration_for(form, graphs, tmp_path, {"matrix": "activation"}, as_they_are=True) is None
+    assert (
+        calibration_for(form, graphs, tmp_path, {"matrix": "activation"}, as_they_are=True) is None
+    )
 
 
 def test_recovery_trains_through_rounding_to_nearest() -> None:
     export = {"recover": {"tokens": 1024}}
     with pytest.raises(RecipeError, match=r"export.recover: .* leave algorithm out of int4-weight"):
-        pico_recipe(export=export | {"forms": int4(algorithm="gptq")}, gates={"max_quantization_loss": 0.01})
+        pico_recipe(
+            export=export | {"forms": int4(algorithm="gptq")}, gates={"max_quantization_loss": 0.01}
+        )
     pico_recipe(export=export | {"forms": int4()}, gates={"max_quantization_loss": 0.01})

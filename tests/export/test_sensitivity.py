@@ -34,9 +34,13 @@ def all_few(graphs: Graphs, width: int) -> Scheme:
 @pytest.mark.parametrize(
     "sizes",
     [
-        pytest.param({"tie_word_embeddings": True, "model_type": "qwen3"}, id="qwen3, tied, q, k and v joined"),
         pytest.param(
-            {"model_type": "gpt2", "n_embd": 32, "n_head": 2, "num_hidden_layers": 1}, id="gpt2, stored turned"
+            {"tie_word_embeddings": True, "model_type": "qwen3"},
+            id="qwen3, tied, q, k and v joined",
+        ),
+        pytest.param(
+            {"model_type": "gpt2", "n_embd": 32, "n_head": 2, "num_hidden_layers": 1},
+            id="gpt2, stored turned",
         ),
     ],
 )
@@ -59,7 +63,9 @@ def test_a_matrix_that_was_changed_on_the_way_is_refused(tmp_path: Path) -> None
     weights = load_file(model / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"] *= 2
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"row 0 of the graph's matrix .*up_proj.* is in no weight of the model"):
+    with pytest.raises(
+        ModelError, match=r"row 0 of the graph's matrix .*up_proj.* is in no weight of the model"
+    ):
         origins(matrices_of(graphs, all_few(graphs, 32)), graphs, model)
 
 
@@ -72,7 +78,14 @@ def test_costs_are_those_of_the_whole_model_with_one_matrix_rounded(tmp_path: Pa
     matrices = {n: m for n, m in matrices_of(graphs, all_few(graphs, 32)).items() if m.how == FEW}
     texts = [np.random.default_rng(n).integers(0, 256, 24) for n in range(2)]
     costs = measure_costs(
-        model, graphs, matrices, origins(matrices, graphs, model), texts, more=MORE, tokens=40, moments={}
+        model,
+        graphs,
+        matrices,
+        origins(matrices, graphs, model),
+        texts,
+        more=MORE,
+        tokens=40,
+        moments={},
     )
     assert len(costs) == 3 * 5
     assert [cost.worth for cost in costs] == sorted((cost.worth for cost in costs), reverse=True)
@@ -81,18 +94,24 @@ def test_costs_are_those_of_the_whole_model_with_one_matrix_rounded(tmp_path: Pa
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         with torch.inference_mode():
             exact = loaded(ids).logits.log_softmax(-1)
-            for name in cost.parameters:  # rows are rounded by themselves, so a joined matrix may be rounded in parts
+            for name in (
+                cost.parameters
+            ):  # rows are rounded by themselves, so a joined matrix may be rounded in parts
                 weights = loaded.get_parameter(name)
                 weights.copy_(torch.from_numpy(rounded(weights.numpy(), FEW)))
             changed = loaded(ids).logits.log_softmax(-1)
-        assert cost.kl == pytest.approx(float((exact.exp() * (exact - changed)).sum(-1).mean()), rel=1e-3)
+        assert cost.kl == pytest.approx(
+            float((exact.exp() * (exact - changed)).sum(-1).mean()), rel=1e-3
+        )
         assert cost.kl > 0
         matrix = matrices[cost.matrix]
         sizes = [stored_bytes(matrix.channels, matrix.width, how) for how in (FEW, MORE)]
         assert [cost.bytes, cost.bytes + cost.extra_bytes] == sizes
 
 
-@pytest.mark.parametrize("how", [Blockwise(4, 64, zero_points=True), Blockwise(4, 32), Blockwise(8, 16)])
+@pytest.mark.parametrize(
+    "how", [Blockwise(4, 64, zero_points=True), Blockwise(4, 32), Blockwise(8, 16)]
+)
 def test_counted_bytes_are_those_of_the_arrays(how: Blockwise) -> None:
     weights = (
         np.random.default_rng(0).normal(size=(7, 576)).astype(np.float32)
@@ -103,7 +122,10 @@ def test_counted_bytes_are_those_of_the_arrays(how: Blockwise) -> None:
     assert stored_bytes(7, 576, how) == sum(array.nbytes for array in arrays)
 
 
-COSTS = [Cost(name, (name,), kl, 10, extra) for name, kl, extra in (("a", 8, 2), ("b", 9, 3), ("c", 4, 2), ("d", 1, 1))]
+COSTS = [
+    Cost(name, (name,), kl, 10, extra)
+    for name, kl, extra in (("a", 8, 2), ("b", 9, 3), ("c", 4, 2), ("d", 1, 1))
+]
 
 
 def test_bytes_go_to_the_greatest_worth_first() -> None:
@@ -115,7 +137,9 @@ def test_bytes_go_to_the_greatest_worth_first() -> None:
 
 @pytest.mark.parametrize("bound", [22, 14, 13.9, 5, 4, 1.5, 0.5])
 @pytest.mark.parametrize("power", [0.5, 1, 2])
-def test_the_shortest_head_within_the_loss_is_found_whatever_the_curve(bound: float, power: float) -> None:
+def test_the_shortest_head_within_the_loss_is_found_whatever_the_curve(
+    bound: float, power: float
+) -> None:
     asked: list[int] = []
 
     def loss(names: list[str]) -> float:
@@ -125,12 +149,17 @@ def test_the_shortest_head_within_the_loss_is_found_whatever_the_curve(bound: fl
     chosen, reached = within_loss(COSTS, bound, loss)
     assert loss(chosen) == reached <= bound
     assert not chosen or loss(chosen[:-1]) > bound
-    assert within_loss(COSTS, -1.0, loss) == (["a", "b", "c", "d"], 0.0)  # nothing does: as good as it gets
+    assert within_loss(COSTS, -1.0, loss) == (
+        ["a", "b", "c", "d"],
+        0.0,
+    )  # nothing does: as good as it gets
 
 
 @pytest.mark.parametrize("bound", [0.9, 0.5, 0.1, 0.001])
 @pytest.mark.parametrize("power", [0.2, 1, 5])
-def test_the_head_is_the_shortest_of_a_whole_models_matrices_too(bound: float, power: float) -> None:
+def test_the_head_is_the_shortest_of_a_whole_models_matrices_too(
+    bound: float, power: float
+) -> None:
     costs = [Cost(str(at), (str(at),), 150 - at, 10, 1) for at in range(150)]
     whole = sum(cost.kl for cost in costs)
     asked: list[int] = []
@@ -152,7 +181,9 @@ def test_a_size_and_a_loss_are_kept_to(tmp_path: Path) -> None:
     def export(name: str, mixed: Any, **gates: float) -> dict[str, Any]:
         forms = ["fp32", {"kind": "int4-weight", "block_size": 16}]
         recipe = pico_recipe(export={"forms": forms, "mixed": mixed}, gates=gates)
-        return export_student(student=student, out=tmp_path / name, recipe=recipe).result["forms"]["int4-weight"]
+        return export_student(student=student, out=tmp_path / name, recipe=recipe).result["forms"][
+            "int4-weight"
+        ]
 
     rule, least = export("rule", "rule"), export("least", {"kind": "size", "mb": 0.001})
     assert rule["mixed"] is None
@@ -171,7 +202,10 @@ def test_a_size_and_a_loss_are_kept_to(tmp_path: Path) -> None:
 
     def rise(name: str) -> float:
         forms = open_artifact(tmp_path / name).result["forms"]
-        nll = [heldout_nll(tmp_path / name / forms[f]["all_logits_graph"], heldout) for f in ("int4-weight", "fp32")]
+        nll = [
+            heldout_nll(tmp_path / name / forms[f]["all_logits_graph"], heldout)
+            for f in ("int4-weight", "fp32")
+        ]
         return relative_rise(*nll)
 
     worst = rise("least")
@@ -193,7 +227,12 @@ def test_rounding_is_told_as_data(tmp_path: Path) -> None:
         matrices = matrices_of(graphs, scheme)
         found[form.kind] = rounding_of(matrices, origins(matrices, graphs, model))
     up = "model.layers.0.mlp.up_proj.weight"
-    assert found["int4-weight"][up] == {"turned": False, "bits": 4, "block": 16, "zero_points": True}
+    assert found["int4-weight"][up] == {
+        "turned": False,
+        "bits": 4,
+        "block": 16,
+        "zero_points": True,
+    }
     assert found["int8-dynamic"][up] == {"turned": False, "most": 127}
     assert found["int4-weight"].keys() == found["int8-dynamic"].keys() == {
         name for name, values in load_file(model / "model.safetensors").items() if values.ndim == 2
@@ -204,22 +243,42 @@ def test_rounding_is_told_as_data(tmp_path: Path) -> None:
     ("over", "says"),
     [
         ({"export": {"mixed": "size"}}, r"export.mixed: found 'size'.*add int4-weight"),
-        ({"export": {"forms": ["fp32", "int4-weight"], "mixed": "size"}}, r"give `mb` there, or gates.max_size_mb"),
-        ({"export": {"forms": ["fp32", "int4-weight"], "mixed": "loss"}}, r"give `rise` there, or gates.max_quant"),
-        ({"export": {"recover": {"tokens": 64}}}, r"export.recover: nothing says when .* gates.max_quantization_loss"),
+        (
+            {"export": {"forms": ["fp32", "int4-weight"], "mixed": "size"}},
+            r"give `mb` there, or gates.max_size_mb",
+        ),
+        (
+            {"export": {"forms": ["fp32", "int4-weight"], "mixed": "loss"}},
+            r"give `rise` there, or gates.max_quant",
+        ),
+        (
+            {"export": {"recover": {"tokens": 64}}},
+            r"export.recover: nothing says when .* gates.max_quantization_loss",
+        ),
         (
             {
-                "export": {"forms": ["fp32", {"kind": "int8-weight", "smooth": 0.5}], "recover": {"tokens": 64}},
+                "export": {
+                    "forms": ["fp32", {"kind": "int8-weight", "smooth": 0.5}],
+                    "recover": {"tokens": 64},
+                },
                 "gates": {"max_quantization_loss": 0.1},
             },
             r"export.recover: training rounds the weights as they are, not smoothed; leave smooth out of int8-weight",
         ),
         (
-            {"export": {"forms": ["fp32", {"kind": "int8-dynamic", "smooth": 0.5}], "adapters": "separate"}},
+            {
+                "export": {
+                    "forms": ["fp32", {"kind": "int8-dynamic", "smooth": 0.5}],
+                    "adapters": "separate",
+                }
+            },
             r"export.adapters: a base whose outliers are moved serves one student only; leave smooth out of int8-dynamic",
         ),
         (
-            {"export": {"forms": ["fp32"], "recover": {"tokens": 64}}, "gates": {"max_quantization_loss": 0.1}},
+            {
+                "export": {"forms": ["fp32"], "recover": {"tokens": 64}},
+                "gates": {"max_quantization_loss": 0.1},
+            },
             r"export.recover: found 'fp32' as the form to ship",
         ),
     ],

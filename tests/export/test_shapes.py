@@ -32,14 +32,18 @@ def dims(graph: Path) -> dict[str, list[Any]]:
     proto = onnx.load(graph, load_external_data=False)
     return {
         value.name: [
-            dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in value.type.tensor_type.shape.dim
+            dim.dim_value if dim.HasField("dim_value") else dim.dim_param
+            for dim in value.type.tensor_type.shape.dim
         ]
         for value in (*proto.graph.input, *proto.graph.output)
     }
 
 
 def operators(graph: Path) -> set[tuple[str, str]]:
-    return {(node.domain, node.op_type) for node in onnx.load(graph, load_external_data=False).graph.node}
+    return {
+        (node.domain, node.op_type)
+        for node in onnx.load(graph, load_external_data=False).graph.node
+    }
 
 
 # Encoders --------------------------------------------------------------------------------------------------------
@@ -52,18 +56,28 @@ def test_an_encoder_of_fixed_shape_answers_as_the_free_one(task: str, tmp_path: 
     encoders = {}
     for kind in ("dynamic", "static"):
         shapes = {"kind": "static", "batch": 5, "length": 40} if kind == "static" else kind
-        recipe = make(export={"forms": ["fp32", "int8-dynamic", "int8-static"], "shapes": shapes, "opset": 21})
+        recipe = make(
+            export={"forms": ["fp32", "int8-dynamic", "int8-static"], "shapes": shapes, "opset": 21}
+        )
         exported = export_student(student=student.path, out=tmp_path / kind, recipe=recipe)
         encoders[kind] = Encoder(exported.path, form="fp32")
         assert verify_parity(exported.path).keys() == exported.result["forms"].keys()
         graph = exported.path / "onnx/model.onnx"
-        assert {o.version for o in onnx.load(graph, load_external_data=False).opset_import if not o.domain} == {21}
+        assert {
+            o.version
+            for o in onnx.load(graph, load_external_data=False).opset_import
+            if not o.domain
+        } == {21}
     assert dims(graph)["input_ids"] == dims(graph)["attention_mask"] == [5, 40]
     assert all(isinstance(dim, int) and dim for shape in dims(graph).values() for dim in shape)
     assert not {domain for domain, _ in operators(graph)} - {""}
     assert ("", "Shape") not in operators(graph)
-    ids, mask = make_examples(rows=12, seed=3).batch(slice(None))  # two batches of five, and two rows
-    np.testing.assert_allclose(encoders["static"].run(ids, mask), encoders["dynamic"].run(ids, mask), atol=1e-5)
+    ids, mask = make_examples(rows=12, seed=3).batch(
+        slice(None)
+    )  # two batches of five, and two rows
+    np.testing.assert_allclose(
+        encoders["static"].run(ids, mask), encoders["dynamic"].run(ids, mask), atol=1e-5
+    )
     with pytest.raises(DataError, match="reads 40 at most"):
         encoders["static"].run(np.ones((1, 41)))
 
@@ -83,19 +97,26 @@ def fixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Artifact]:
     make_student(root / "student", make_model(root / "model", tie_word_embeddings=True))
     shapes = {"kind": "static", "batch": 2, "length": 32}
     recipe = pico_recipe(
-        export={"forms": ["fp32", SMALL, "int8-static"], "backend": "dynamo", "shapes": shapes}, bench=BENCH
+        export={"forms": ["fp32", SMALL, "int8-static"], "backend": "dynamo", "shapes": shapes},
+        bench=BENCH,
     )
-    return root / "student", export_student(student=root / "student", out=root / "onnx", recipe=recipe)
+    return root / "student", export_student(
+        student=root / "student", out=root / "onnx", recipe=recipe
+    )
 
 
 def test_a_decoder_of_fixed_shape_has_numbers_alone(fixed: tuple[Path, Artifact]) -> None:
     _, exported = fixed
-    assert "transformers.js" not in (exported.path / "README.md").read_text()  # which reads a prompt at once
+    assert (
+        "transformers.js" not in (exported.path / "README.md").read_text()
+    )  # which reads a prompt at once
     graph = exported.path / exported.result["forms"]["fp32"]["graph"]
     found = dims(graph)
     assert (found["input_ids"], found["attention_mask"]) == ([2, 1], [2, 32])
     caches = {name: shape for name, shape in found.items() if "key" in name or "value" in name}
-    assert {tuple(shape) for shape in caches.values()} == {(2, 2, 31, 16)}  # what comes out goes in again
+    assert {tuple(shape) for shape in caches.values()} == {
+        (2, 2, 31, 16)
+    }  # what comes out goes in again
     assert all(isinstance(dim, int) and dim for shape in found.values() for dim in shape)
     assert not {domain for domain, _ in operators(graph)} - {""}
     assert ("", "Shape") not in operators(graph)
@@ -135,7 +156,9 @@ def test_a_run_of_fixed_shape_ends_in_a_verdict_and_generates(tmp_path: Path) ->
     assert report is not None
     assert report.verdict.status in ("pass", "undecided")
     assert pipeline.verify(run, speed=False) == 0
-    made = CliRunner().invoke(app, ["generate", str(run), "abcdef", "--max-new-tokens", "12", "--form", "fp32"])
+    made = CliRunner().invoke(
+        app, ["generate", str(run), "abcdef", "--max-new-tokens", "12", "--form", "fp32"]
+    )
     assert made.exit_code == 0, made.output
     text = load_text(run / "onnx")
     ids, _ = greedy(run / "student/model", text.encode("abcdef"), 12)
@@ -148,7 +171,10 @@ def test_a_run_of_fixed_shape_ends_in_a_verdict_and_generates(tmp_path: Path) ->
     [
         ({"backend": "genai"}, r"export.shapes: genai leaves no choice.*use backend: dynamo"),
         ({"backend": "auto"}, r"export.shapes: auto leaves no choice.*use backend: dynamo"),
-        ({"backend": "dynamo", "adapters": "separate"}, r"export.shapes: adapters, mixed and recover"),
+        (
+            {"backend": "dynamo", "adapters": "separate"},
+            r"export.shapes: adapters, mixed and recover",
+        ),
         (
             {"backend": "dynamo", "shapes": {"kind": "static", "length": 31}},
             r"export.shapes.length: found 31; make it 32",
@@ -162,12 +188,16 @@ def test_what_a_static_graph_cannot_be_is_a_mistake(over: dict[str, Any], messag
 
 def test_scenarios_of_changing_batches_are_a_mistake() -> None:
     export = {"backend": "dynamo", "shapes": {"kind": "static", "length": 64}}
-    with pytest.raises(RecipeError, match=r"bench.scenarios: offline runs batches that change in size"):
+    with pytest.raises(
+        RecipeError, match=r"bench.scenarios: offline runs batches that change in size"
+    ):
         pico_recipe(export=export, bench=BENCH | {"scenarios": ["single", "offline"]})
 
 
 def test_shapes_do_not_decide_the_student() -> None:
     one = pico_recipe()
-    other = pico_recipe(export={"backend": "dynamo", "shapes": {"kind": "static", "length": 64}}, bench=BENCH)
+    other = pico_recipe(
+        export={"backend": "dynamo", "shapes": {"kind": "static", "length": 64}}, bench=BENCH
+    )
     assert one.distillation() == other.distillation()
     assert json.dumps(one.resolved()) != json.dumps(other.resolved())

@@ -47,12 +47,17 @@ def static_names(graphs: Graphs) -> list[str]:
 
 
 def logits(proto: onnx.ModelProto, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     past = {
-        v.name: np.zeros((1, v.shape[1], 0, v.shape[3]), np.float32) for v in session.get_inputs() if "past" in v.name
+        v.name: np.zeros((1, v.shape[1], 0, v.shape[3]), np.float32)
+        for v in session.get_inputs()
+        if "past" in v.name
     }
     found = session.run(
-        ["logits"], {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64), **past}
+        ["logits"],
+        {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64), **past},
     )
     return np.asarray(found[0])
 
@@ -63,12 +68,18 @@ def test_moving_outliers_changes_nothing_in_fp32(fp32: Graphs) -> None:
     # Of each layer: the values into what attention ends in, `up` into `down`, and the norms into queries, keys and values (one
     # product) and into gate and up. Not the tied head.
     assert [len(boundary.matrices) for boundary in boundaries.values()] == [1, 1, 1, 1, 1, 2, 1, 2]
-    assert [boundary.shared is not None for boundary in boundaries.values()] == [True, False] * 2 + [False] * 4
+    assert [boundary.shared is not None for boundary in boundaries.values()] == [
+        True,
+        False,
+    ] * 2 + [False] * 4
     names = static_names(fp32)
     found = calibrate(fp32, ROWS, names, method="min-max", alpha=0.5)
     assert len(found.factors.inputs) == 5 * 2
     assert len(found.factors.outputs) == 4 * 2  # values and `up` are multiplied on both sides
-    assert all(np.ptp(factor) > 0.1 for factor in (*found.factors.inputs.values(), *found.factors.outputs.values()))
+    assert all(
+        np.ptp(factor) > 0.1
+        for factor in (*found.factors.inputs.values(), *found.factors.outputs.values())
+    )
     before = logits(proto, ROWS[0])
     for tensor in proto.graph.initializer:
         if tensor.name in found.factors:
@@ -79,10 +90,19 @@ def test_moving_outliers_changes_nothing_in_fp32(fp32: Graphs) -> None:
     proto.graph.output.extend(onnx.helper.make_tensor_value_info(name, 1, None) for name in names)
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    past = {v.name: np.zeros((1, 2, 0, 16), np.float32) for v in session.get_inputs() if "past" in v.name}
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    past = {
+        v.name: np.zeros((1, 2, 0, 16), np.float32)
+        for v in session.get_inputs()
+        if "past" in v.name
+    }
     seen = [
-        session.run(names, {"input_ids": r[None], "attention_mask": np.ones((1, 20), np.int64), **past}) for r in ROWS
+        session.run(
+            names, {"input_ids": r[None], "attention_mask": np.ones((1, 20), np.int64), **past}
+        )
+        for r in ROWS
     ]
     for at, name in enumerate(names):
         low, high = min(s[at].min() for s in seen), max(s[at].max() for s in seen)
@@ -117,19 +137,28 @@ def test_moving_is_exact_in_every_layout(kind: str, moved: int, tmp_path: Path) 
     turned = {node.input[0] for node in proto.graph.node if node.op_type == "Transpose"}
     for tensor in proto.graph.initializer:
         if tensor.name in factors:
-            values = factors.apply(tensor.name, numpy_helper.to_array(tensor), rows=tensor.name in turned)
+            values = factors.apply(
+                tensor.name, numpy_helper.to_array(tensor), rows=tensor.name in turned
+            )
             assert np.abs(values / numpy_helper.to_array(tensor) - 1).max() > 0.1
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     np.testing.assert_allclose(logits(proto, ROWS[0]), before, atol=2e-4)
 
 
 @pytest.mark.parametrize("name", ["int8-weight", "int8-dynamic"])
-def test_outliers_cost_less_once_they_have_moved(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outliers_cost_less_once_they_have_moved(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One neuron, one value and one channel of a norm a hundred times the others, and their readers' weights a hundredth."""
-    folder = make_model(tmp_path / "model", tie_word_embeddings=True, hidden_size=64, intermediate_size=128)
+    folder = make_model(
+        tmp_path / "model", tie_word_embeddings=True, hidden_size=64, intermediate_size=128
+    )
     weights = load_file(folder / "model.safetensors")
     for layer in ("model.layers.0", "model.layers.1"):
-        for maker, reader in (("mlp.up_proj", "mlp.down_proj"), ("self_attn.v_proj", "self_attn.o_proj")):
+        for maker, reader in (
+            ("mlp.up_proj", "mlp.down_proj"),
+            ("self_attn.v_proj", "self_attn.o_proj"),
+        ):
             weights[f"{layer}.{maker}.weight"][0] *= 100
             reads = weights[f"{layer}.{reader}.weight"]
             for head in range(2 if "o_proj" in reader else 1):  # two heads share a value
@@ -139,12 +168,16 @@ def test_outliers_cost_less_once_they_have_moved(name: str, tmp_path: Path, monk
             weights[f"{layer}.self_attn.{reader}.weight"][:, 3] /= 100
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     student = make_student(tmp_path / "student", folder).path
-    monkeypatch.setattr("export.check.parity.require_parity", lambda *_: None)  # it refuses what is left where they are
+    monkeypatch.setattr(
+        "export.check.parity.require_parity", lambda *_: None
+    )  # it refuses what is left where they are
     kls, smooth = {}, {}
     for alpha in (0.0, None):
         codes = {"reduce_range": True} if name == "int8-dynamic" else {}  # alike on every machine
         recipe = pico_recipe(export={"forms": ["fp32", {"kind": name, "smooth": alpha, **codes}]})
-        form = export_student(student=student, out=tmp_path / str(alpha), recipe=recipe).result["forms"][name]
+        form = export_student(student=student, out=tmp_path / str(alpha), recipe=recipe).result[
+            "forms"
+        ][name]
         kls[alpha], smooth[alpha] = form["parity"]["kl"], form["smooth"]
     assert smooth == {0.0: 0.0, None: 0.5}
     assert kls[None] < kls[0.0] / 2
@@ -175,9 +208,15 @@ def test_what_is_rare_is_cut_off_by_all_methods_but_min_max() -> None:
     assert found["entropy"] == pytest.approx((-4.84, 4.86), abs=0.01)
 
 
-@pytest.mark.parametrize("flags", [["avx2"], ["avx2", "avx512f"], ["avx2", "avx_vnni"], ["avx512_vnni", "avx2"], []])
+@pytest.mark.parametrize(
+    "flags", [["avx2"], ["avx2", "avx512f"], ["avx2", "avx_vnni"], ["avx512_vnni", "avx2"], []]
+)
 def test_weights_have_7_bits_where_sums_would_overflow_and_a_graph_of_8_warns(
-    flags: list[str], fp32: Graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flags: list[str],
+    fp32: Graphs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("limbeck.contract.artifact.host", lambda: {"flags": flags})
     overflows = bool(flags) and not {"avx512_vnni", "avx_vnni"} & set(flags)
@@ -189,12 +228,22 @@ def test_weights_have_7_bits_where_sums_would_overflow_and_a_graph_of_8_warns(
         graphs = form_files(tmp_path / str(reduce_range), form.kind)
         graphs.data.parent.mkdir(parents=True)
         quantize_weights(fp32, graphs, scheme=scheme, metadata={"limbeck.form": form.kind})
-        names = {n.input[1] for n in onnx.load(graphs.last).graph.node if n.op_type == "MatMulIntegerToFloat"}
-        codes = [numpy_helper.to_array(t) for t in onnx.load(graphs.last).graph.initializer if t.name in names]
+        names = {
+            n.input[1]
+            for n in onnx.load(graphs.last).graph.node
+            if n.op_type == "MatMulIntegerToFloat"
+        }
+        codes = [
+            numpy_helper.to_array(t)
+            for t in onnx.load(graphs.last).graph.initializer
+            if t.name in names
+        ]
         most[reduce_range] = max(int(np.abs(c.astype(int)).max()) for c in codes)
         capsys.readouterr()
         Decoder.from_graph(graphs.last)
-        assert ("overflow on this processor" in capsys.readouterr().err) == (overflows and most[reduce_range] == 127)
+        assert ("overflow on this processor" in capsys.readouterr().err) == (
+            overflows and most[reduce_range] == 127
+        )
     assert most == {None: 63 if overflows else 127, False: 127, True: 63}
 
 
@@ -203,27 +252,47 @@ def test_scales_of_activations() -> None:
     assert (step, zero.dtype, int(zero)) == (pytest.approx(0.02), np.uint8, 50)
     step, zero = activation_scale((-1.0, 6.35), symmetric=True)
     assert (step, zero.dtype, int(zero)) == (pytest.approx(0.05), np.int8, 0)
-    assert int(activation_scale((0.5, 2.0), symmetric=False)[1]) == 0  # 0 is always among the values
+    assert (
+        int(activation_scale((0.5, 2.0), symmetric=False)[1]) == 0
+    )  # 0 is always among the values
 
 
-def require_scales_of(exported: Artifact, form: str, method: Literal["percentile", "entropy"]) -> None:
+def require_scales_of(
+    exported: Artifact, form: str, method: Literal["percentile", "entropy"]
+) -> None:
     """Assert that the activations of ``form`` have the scales that ``method``, and not min-max, finds on the training rows."""
-    facts, rows = exported.result["forms"][form], load_calibration(exported.path.parent / "student" / CALIBRATION)
-    tensors = {t.name: t for t in onnx.load(exported.path / facts["graph"], load_external_data=False).graph.initializer}
+    facts, rows = (
+        exported.result["forms"][form],
+        load_calibration(exported.path.parent / "student" / CALIBRATION),
+    )
+    tensors = {
+        t.name: t
+        for t in onnx.load(
+            exported.path / facts["graph"], load_external_data=False
+        ).graph.initializer
+    }
     stem = "limbeck/static/"
-    names = [n[len(stem) : -len("/scale")] for n in tensors if n.startswith(stem) and n.endswith("/scale")]
+    names = [
+        n[len(stem) : -len("/scale")]
+        for n in tensors
+        if n.startswith(stem) and n.endswith("/scale")
+    ]
     written = [float(numpy_helper.to_array(tensors[f"{stem}{name}/scale"])) for name in names]
     fp32, scales = form_files(exported.path, "fp32"), {}
     for used in (method, "min-max"):
         ranges = calibrate(fp32, rows, names, method=used, alpha=facts["smooth"]).ranges
-        scales[used] = [activation_scale(ranges[name], symmetric=form == "int8-trt")[0] for name in names]
+        scales[used] = [
+            activation_scale(ranges[name], symmetric=form == "int8-trt")[0] for name in names
+        ]
     assert written == pytest.approx(scales[method], rel=1e-5)
     assert written != pytest.approx(scales["min-max"], rel=1e-5)
 
 
 def test_the_runtime_multiplies_in_8_bits(tmp_path: Path) -> None:
     make_student(tmp_path / "student", make_model(tmp_path / "model", tie_word_embeddings=True))
-    recipe = pico_recipe(export={"forms": ["fp32", {"kind": "int8-static", "calibration": "entropy"}]})
+    recipe = pico_recipe(
+        export={"forms": ["fp32", {"kind": "int8-static", "calibration": "entropy"}]}
+    )
     exported = export_student(student=tmp_path / "student", out=tmp_path / "onnx", recipe=recipe)
     facts = exported.result["forms"]["int8-static"]
     require_scales_of(exported, "int8-static", "entropy")
@@ -237,9 +306,13 @@ def test_the_runtime_multiplies_in_8_bits(tmp_path: Path) -> None:
     assert operators["QuantizeLinear"] == 4  # gate and up share their input's
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
-    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimised.data")
+    options.add_session_config_entry(
+        "session.optimized_model_external_initializers_file_name", "optimised.data"
+    )
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    onnxruntime.InferenceSession(exported.path / facts["graph"], options, providers=["CPUExecutionProvider"])
+    onnxruntime.InferenceSession(
+        exported.path / facts["graph"], options, providers=["CPUExecutionProvider"]
+    )
     run = onnx.load(tmp_path / "optimised.onnx", load_external_data=False)
     ran = Counter(node.op_type for node in run.graph.node)
     assert ran["MatMulIntegerToFloat"] == 6
@@ -260,7 +333,11 @@ def test_tensorrt_gets_signed_codes_and_standard_operators(tmp_path: Path) -> No
     require_scales_of(exported, "int8-trt", "percentile")
     assert exported.result["backend"]["why"].startswith("auto: TensorRT has no kernel")
     facts = exported.result["forms"]["int8-trt"]
-    assert (facts["provider"], facts["number_type"], facts["parity"]["provider"]) == ("tensorrt", "fp32", "cpu")
+    assert (facts["provider"], facts["number_type"], facts["parity"]["provider"]) == (
+        "tensorrt",
+        "fp32",
+        "cpu",
+    )
     assert facts["parity"]["failures"] == []
     assert facts["census"]["float_matrices"] == []
     assert facts["census"]["operators"]["MatMul int8"] == 15  # seven a layer, and the head
@@ -281,7 +358,10 @@ def test_tensorrt_gets_signed_codes_and_standard_operators(tmp_path: Path) -> No
     assert (
         made_by[made_by[head.input[1]].input[0]].input[0] == made_by[gather.input[0]].input[0]
     )  # one copy of the codes
-    with pytest.raises(EnvironmentalError, match=r"CPUExecutionProvider has no kernel .* int8-trt: .*form int8-static"):
+    with pytest.raises(
+        EnvironmentalError,
+        match=r"CPUExecutionProvider has no kernel .* int8-trt: .*form int8-static",
+    ):
         Decoder(exported.path, form="int8-trt", provider="cpu")
     with pytest.raises(EnvironmentalError, match=r"no TensorrtExecutionProvider here"):
         Decoder(exported.path)

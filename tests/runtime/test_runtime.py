@@ -79,7 +79,10 @@ def test_generation_stops(exported: Artifact) -> None:
     decoder = Decoder(exported.path)
     tokens = list(decoder.generate([1, 2, 3], 12))
     assert len(tokens) == 12
-    assert list(decoder.generate([1, 2, 3], 12, stop_ids={tokens[5]})) == tokens[: tokens.index(tokens[5])]
+    assert (
+        list(decoder.generate([1, 2, 3], 12, stop_ids={tokens[5]}))
+        == tokens[: tokens.index(tokens[5])]
+    )
     assert list(decoder.generate([1, 2, 3], 0)) == []
     assert len(list(decoder.generate(list(range(40)), 24))) == 24  # up to the context of 64
 
@@ -91,13 +94,17 @@ def test_sampling_is_repeatable_and_top_p_narrows(exported: Artifact) -> None:
     greedy = list(decoder.generate([1, 2], 20))
     assert list(decoder.generate([1, 2], 20, temperature=5.0, top_p=1e-9)) == greedy
     row = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
-    found = {choose(row, temperature=1.0, top_p=0.79, draw=np.random.default_rng(n)) for n in range(60)}
+    found = {
+        choose(row, temperature=1.0, top_p=0.79, draw=np.random.default_rng(n)) for n in range(60)
+    }
     assert found == {0, 1}
 
 
 def test_scores_need_the_all_logits_graph(exported: Artifact) -> None:
     ids = np.arange(12).reshape(2, 6)
-    scores = Decoder(exported.path, all_logits=True).score(ids, np.array([[0, 0, 1, 1, 1, 1], [1] * 6]))
+    scores = Decoder(exported.path, all_logits=True).score(
+        ids, np.array([[0, 0, 1, 1, 1, 1], [1] * 6])
+    )
     assert scores.shape == (2, 6, 258)
     assert Decoder(exported.path).vocabulary == 258
     with pytest.raises(DataError, match="all_logits=True"):
@@ -115,8 +122,14 @@ def test_scores_need_the_all_logits_graph(exported: Artifact) -> None:
             lambda d: (d.prefill([[1], [2]], room=4), d.extend([[1, 2], [3, 4]])),
             "one row only; append them one at a time",
         ),
-        (lambda d: (d.prefill([[1], [2]], room=4), d.extend([[1], [3]], [[1], [0]])), "give every row a token"),
-        (lambda d: (d.prefill([[1]], room=4), d.extend([[1, 2]], [[1, 0]])), "padding can be appended to no row"),
+        (
+            lambda d: (d.prefill([[1], [2]], room=4), d.extend([[1], [3]], [[1], [0]])),
+            "give every row a token",
+        ),
+        (
+            lambda d: (d.prefill([[1]], room=4), d.extend([[1, 2]], [[1, 0]])),
+            "padding can be appended to no row",
+        ),
     ],
 )
 def test_bad_input_is_refused(exported: Artifact, act: Any, message: str) -> None:
@@ -151,7 +164,9 @@ def test_a_missing_runtime_names_the_command(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_two_runtimes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", _only("onnxruntime", "onnxruntime-gpu"))
-    with pytest.raises(EnvironmentalError, match=r"both installed.*pip uninstall -y onnxruntime onnxruntime-gpu"):
+    with pytest.raises(
+        EnvironmentalError, match=r"both installed.*pip uninstall -y onnxruntime onnxruntime-gpu"
+    ):
         import_onnxruntime()
 
 
@@ -184,7 +199,8 @@ def _only(*names: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "text", ["plain", "Grüße, Jürgen", "日本語のテキスト", "family 👩‍👩‍👧 flag 🇩🇪!", "  two  spaces\n", ""]
+    "text",
+    ["plain", "Grüße, Jürgen", "日本語のテキスト", "family 👩‍👩‍👧 flag 🇩🇪!", "  two  spaces\n", ""],
 )
 def test_streamed_text_is_whole_characters(exported: Artifact, text: str) -> None:
     folder = load_text(exported.path)
@@ -202,8 +218,13 @@ def test_a_broken_character_at_the_end_is_shown_as_such(exported: Artifact) -> N
 
 
 def test_chat_is_rendered_as_transformers_does(exported: Artifact) -> None:
-    messages = [{"role": "user", "content": "{{ 7 * 7 }} \n é"}, {"role": "assistant", "content": "b"}]
-    expected = make_tokenizer().apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    messages = [
+        {"role": "user", "content": "{{ 7 * 7 }} \n é"},
+        {"role": "assistant", "content": "b"},
+    ]
+    expected = make_tokenizer().apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
     folder = load_text(exported.path)
     assert folder.chat(messages) == expected
     assert folder.stop_ids == {256}
@@ -218,7 +239,9 @@ def test_chat_is_rendered_as_transformers_does(exported: Artifact) -> None:
     ],
     ids=["generation", "globals", "tojson"],
 )
-def test_templates_find_what_transformers_gives_them(exported: Artifact, tmp_path: Path, template: str) -> None:
+def test_templates_find_what_transformers_gives_them(
+    exported: Artifact, tmp_path: Path, template: str
+) -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     expected = make_tokenizer().apply_chat_template(
         messages, chat_template=template, add_generation_prompt=True, tokenize=False
@@ -237,7 +260,9 @@ def test_templates_find_what_transformers_gives_them(exported: Artifact, tmp_pat
         ("{{ messages[0]['content'] + 1 }}", "cannot render these messages: TypeError: "),
     ],
 )
-def test_a_template_cannot_do_harm(exported: Artifact, tmp_path: Path, template: str, message: str) -> None:
+def test_a_template_cannot_do_harm(
+    exported: Artifact, tmp_path: Path, template: str, message: str
+) -> None:
     for name in ("tokenizer.json", "config.json"):
         (tmp_path / name).write_bytes((exported.path / name).read_bytes())
     assert load_text(tmp_path).stop_ids == {256}

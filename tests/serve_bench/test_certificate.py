@@ -11,7 +11,14 @@ import pytest
 from limbeck.contract.artifact import file_digest, host, open_artifact, versions
 from limbeck.contract.heldout import HELDOUT, load_heldout
 from serve_bench import write_report
-from serve_bench.judge.certificate import CERTIFICATE, _arm, _replay_speed, differences, judge_loss, judge_speed
+from serve_bench.judge.certificate import (
+    CERTIFICATE,
+    _arm,
+    _replay_speed,
+    differences,
+    judge_loss,
+    judge_speed,
+)
 from serve_bench.judge.stats import Interval
 from serve_bench.measure.arms import Arm
 from tests.serve_bench.test_report import PARENTS, make_run, recipe
@@ -23,7 +30,10 @@ OTHER = {"processor": "A then, B now"}
 def test_a_certificate_holds_digests_figures_and_the_machine(tmp_path: Path) -> None:
     chosen = recipe()
     report = write_report(run=make_run(tmp_path, chosen), recipe=chosen)
-    found, data = json.loads((tmp_path / CERTIFICATE).read_text()), json.loads(report.json.read_text())
+    found, data = (
+        json.loads((tmp_path / CERTIFICATE).read_text()),
+        json.loads(report.json.read_text()),
+    )
     onnx, bench, student = (open_artifact(tmp_path / name) for name in ("onnx", "bench", "student"))
     assert found["artifact"]["digest"] == onnx.digest
     assert found["artifact"]["files"] == {"model.onnx": file_digest(tmp_path / "onnx/model.onnx")}
@@ -32,12 +42,22 @@ def test_a_certificate_holds_digests_figures_and_the_machine(tmp_path: Path) -> 
     assert found["data"]["heldout"] == file_digest(tmp_path / "bench" / HELDOUT)
     assert found["data"]["domains"]["speeches"] == {"blocks": 12, "labels": 12 * 255}
     shipped = data["arms"]["onnx:int8-weight"]
-    assert found["figures"]["tpot_ms"] == shipped["tpot_ms"]  # two copies agreed, so nothing was widened
+    assert (
+        found["figures"]["tpot_ms"] == shipped["tpot_ms"]
+    )  # two copies agreed, so nothing was widened
     assert found["figures"]["bytes"] == shipped["bytes"]
     assert found["figures"]["quality"] == {"vocabulary": 49152} | shipped["quality"]
-    assert found["figures"]["speed_over"]["speeches"] == data["speed_of_shipped_over"]["teacher:speeches"]["tpot"]
-    assert found["figures"]["speed_over_fp32"]["tpot"] == data["speed_of_shipped_over"]["onnx:fp32"]["tpot"]
-    assert found["figures"]["loss_rise_over"]["fp32"] == data["nll_rise_of_shipped_over"]["onnx:fp32"]
+    assert (
+        found["figures"]["speed_over"]["speeches"]
+        == data["speed_of_shipped_over"]["teacher:speeches"]["tpot"]
+    )
+    assert (
+        found["figures"]["speed_over_fp32"]["tpot"]
+        == data["speed_of_shipped_over"]["onnx:fp32"]["tpot"]
+    )
+    assert (
+        found["figures"]["loss_rise_over"]["fp32"] == data["nll_rise_of_shipped_over"]["onnx:fp32"]
+    )
     assert (found["verdict"], found["machine"]["host"]["cores"]) == ("pass", 2)
 
 
@@ -45,8 +65,18 @@ def test_a_certificate_holds_digests_figures_and_the_machine(tmp_path: Path) -> 
     ("now", "differs", "holds", "says"),
     [
         (Interval(8.6, 8.4, 8.8, 6), {}, True, "intervals overlap"),
-        (Interval(8.7, 8.55, 8.85, 6), {}, True, "slower than certified, 1.09×, less than the 10 % that counts"),
-        (Interval(9.0, 8.6, 9.4, 6), {}, False, "slower than certified, 1.12×, on the same machine"),
+        (
+            Interval(8.7, 8.55, 8.85, 6),
+            {},
+            True,
+            "slower than certified, 1.09×, less than the 10 % that counts",
+        ),
+        (
+            Interval(9.0, 8.6, 9.4, 6),
+            {},
+            False,
+            "slower than certified, 1.12×, on the same machine",
+        ),
         (Interval(6.0, 5.8, 6.2, 6), {}, True, "faster than certified, 0.75×, on the same machine"),
         (
             Interval(16.0, 15.0, 17.0, 6),
@@ -57,7 +87,9 @@ def test_a_certificate_holds_digests_figures_and_the_machine(tmp_path: Path) -> 
         (Interval(9.0, 0.0, float("inf"), 3), {}, True, "too few blocks"),
     ],
 )
-def test_speed_counts_on_the_same_machine_only(now: Interval, differs: dict[str, str], holds: bool, says: str) -> None:
+def test_speed_counts_on_the_same_machine_only(
+    now: Interval, differs: dict[str, str], holds: bool, says: str
+) -> None:
     finding = judge_speed("ms per output token", THEN, now, differs=differs, busy={})
     assert finding.holds is holds
     assert says in finding.says
@@ -75,7 +107,12 @@ def test_a_busy_machine_is_named_and_still_counts() -> None:
     [
         (2.5, {}, True, "equal to the digit"),
         (2.5 + 5e-16, {}, False, "although provider, processor flags and libraries are the same"),
-        (2.51, {"numpy": "1 then, 2 now"}, True, "within the parity tolerance of 0.03; numpy: 1 then, 2 now"),
+        (
+            2.51,
+            {"numpy": "1 then, 2 now"},
+            True,
+            "within the parity tolerance of 0.03; numpy: 1 then, 2 now",
+        ),
         (2.54, {"numpy": "1 then, 2 now"}, False, "past the parity tolerance"),
     ],
 )
@@ -113,7 +150,12 @@ class FakeWorkers:
     ("int8", "fp32", "holds", "says"),
     [
         (8.0, 20.0, True, "intervals overlap"),
-        (10.0, 25.0, True, "its speed over the fp32 graph is as certified"),  # the machine is slower
+        (
+            10.0,
+            25.0,
+            True,
+            "its speed over the fp32 graph is as certified",
+        ),  # the machine is slower
         (10.0, 20.0, False, "slower than certified, 1.25×"),  # the graph is
         (8.4, 20.0, True, "less than the 10 % that counts"),
         (8.0, 16.0, True, "its own times are as certified"),
@@ -121,7 +163,12 @@ class FakeWorkers:
     ],
 )
 def test_a_slower_machine_is_not_a_slower_graph(
-    tmp_path: Path, int8: float, fp32: float, holds: bool, says: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    int8: float,
+    fp32: float,
+    holds: bool,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda _: None)
     chosen = recipe()
@@ -129,7 +176,8 @@ def test_a_slower_machine_is_not_a_slower_graph(
     certificate = json.loads((tmp_path / CERTIFICATE).read_text())
     around = {"low": 0.98, "value": 1.0, "high": 1.02}
     certificate["figures"] |= {
-        f"{metric}_ms": {k: v * ms for k, v in around.items()} for metric, ms in (("tpot", 8.0), ("ttft", 80.0))
+        f"{metric}_ms": {k: v * ms for k, v in around.items()}
+        for metric, ms in (("tpot", 8.0), ("ttft", 80.0))
     }
     certificate["figures"]["speed_over_fp32"] = {
         key: {k: v * 2.5 for k, v in around.items()} for key in ("tpot", "ttft")
@@ -137,7 +185,9 @@ def test_a_slower_machine_is_not_a_slower_graph(
     onnx = open_artifact(tmp_path / "onnx", verify=False)
     blocks = load_heldout(tmp_path / "bench" / HELDOUT)
     workers: Any = FakeWorkers({"onnx:int8-weight": int8 / 1e3, "onnx:fp32": fp32 / 1e3})
-    findings = _replay_speed(workers, _arm(onnx, "int8-weight"), certificate, chosen, onnx, blocks, {})
+    findings = _replay_speed(
+        workers, _arm(onnx, "int8-weight"), certificate, chosen, onnx, blocks, {}
+    )
     assert len(findings) == 4
     assert all(finding.holds for finding in findings) is holds
     assert any(says in finding.says for finding in findings)

@@ -67,7 +67,10 @@ def rewrite(
         sums["nll"] = [loss * value for value in sums["nll"]]
     result["arms"][shipped]["bytes"] = int(larger * result["arms"][shipped]["bytes"])
     files[figures.SAMPLES] = "\n".join(json.dumps(row) for row in rows).encode()
-    files[figures.QUALITY], files[figures.ENVIRONMENT] = json.dumps(quality).encode(), json.dumps(machine).encode()
+    files[figures.QUALITY], files[figures.ENVIRONMENT] = (
+        json.dumps(quality).encode(),
+        json.dumps(machine).encode(),
+    )
     if text:
         files["heldout.safetensors"] = text.encode()
     with write_artifact(
@@ -109,7 +112,10 @@ def test_each_metric_is_found_worse(runs: tuple[Path, Path]) -> None:
     loss = next(row for row in found.rows if row.metric == "loss, mean of domains")
     assert loss.change is not None
     assert loss.change.value == pytest.approx(0.02)
-    assert statuses(*runs, tolerances={"speed": 0.5, "size": 0.1, "quality": 0.05})["MB on disk"] == "within tolerance"
+    assert (
+        statuses(*runs, tolerances={"speed": 0.5, "size": 0.1, "quality": 0.05})["MB on disk"]
+        == "within tolerance"
+    )
     assert set(statuses(runs[1], runs[0]).values()) == {"better", "no difference shown"}
 
 
@@ -137,19 +143,30 @@ def test_markdown_and_json_say_the_same(runs: tuple[Path, Path]) -> None:
 
 def test_a_tolerance_inside_the_interval_is_undecided(runs: tuple[Path, Path]) -> None:
     rewrite(runs[1], slower=1.05)
-    change = next(row.change for row in compare_runs(*runs).rows if row.metric == "ms to first token")
+    change = next(
+        row.change for row in compare_runs(*runs).rows if row.metric == "ms to first token"
+    )
     assert change is not None
     found = compare_runs(*runs, tolerances={"speed": change.value})
-    assert next(row.status for row in found.rows if row.metric == "ms to first token") == "undecided"
+    assert (
+        next(row.status for row in found.rows if row.metric == "ms to first token") == "undecided"
+    )
     assert found.exit_code == 3
     assert "reaches past the tolerance" in headline(found)
 
 
 def test_other_machines_are_refused_unless_asked_for(runs: tuple[Path, Path]) -> None:
     host = json.loads((runs[0] / "bench" / figures.ENVIRONMENT).read_text())["host"]
-    rewrite(runs[1], environment={"host": host | {"processor": "another", "flags": []}, "versions": {"torch": "9"}})
+    rewrite(
+        runs[1],
+        environment={
+            "host": host | {"processor": "another", "flags": []},
+            "versions": {"torch": "9"},
+        },
+    )
     with pytest.raises(
-        UserError, match=r"processor: AMD EPYC 9B14 and another; flags: avx2 avx512_vnni and none.*--across-machines"
+        UserError,
+        match=r"processor: AMD EPYC 9B14 and another; flags: avx2 avx512_vnni and none.*--across-machines",
     ):
         compare_runs(*runs)
     text = markdown(compare_runs(*runs, across_machines=True))
@@ -159,7 +176,9 @@ def test_other_machines_are_refused_unless_asked_for(runs: tuple[Path, Path]) ->
 
 def test_other_work_is_refused(runs: tuple[Path, Path]) -> None:
     rewrite(runs[1], environment={"threads": 8})
-    with pytest.raises(UserError, match=r"bench.threads: found 2 in .*a and 8 in .*b.*--set bench.threads=2"):
+    with pytest.raises(
+        UserError, match=r"bench.threads: found 2 in .*a and 8 in .*b.*--set bench.threads=2"
+    ):
         compare_runs(*runs)
 
 
@@ -171,7 +190,9 @@ def test_what_was_timed_without_a_recipe_is_compared_by_its_first_target(
         bench = open_artifact(run / "bench")
         result = bench.result | {"judged": "onnx:fp32"}
         result["arms"]["onnx:fp32"]["bytes"] = None if name == "a" else 1
-        with write_artifact(tmp_path / f"bare-{name}", kind="bench", key="bare", parents={}) as draft:
+        with write_artifact(
+            tmp_path / f"bare-{name}", kind="bench", key="bare", parents={}
+        ) as draft:
             for file in set(bench.manifest["files"]) - {figures.QUALITY}:
                 (draft.folder / file).write_bytes((bench.path / file).read_bytes())
             machine = json.loads((draft.folder / figures.ENVIRONMENT).read_text())
@@ -226,10 +247,15 @@ def add_scenarios(
             row = {"arm": arm, "block": block}
             sizes = {"batch": 8, "prompt_tokens": 128, "new_tokens": 33}
             for position in range(2):
-                at = np.cumsum([seconds(0.5 * drift, arm), *[seconds(0.02 * drift, arm)] * 32]).tolist()
+                at = np.cumsum(
+                    [seconds(0.5 * drift, arm), *[seconds(0.02 * drift, arm)] * 32]
+                ).tolist()
                 rows.append({"event": "offline", **row, **sizes, "position": position, "at": at})
             spans = ("start_s", "import_s", "load_s", "first_token_s", "second_token_s")
-            rows.append({"event": "cold", **row, "position": 0} | {span: seconds(0.2 * drift, arm) for span in spans})
+            rows.append(
+                {"event": "cold", **row, "position": 0}
+                | {span: seconds(0.2 * drift, arm) for span in spans}
+            )
     for index in range(48):
         at = [seconds(0.1, "onnx:int8-weight"), *[0.0] * 4]
         at[1:] = (at[0] + np.arange(1, 5) * seconds(0.01, "onnx:int8-weight")).tolist()
@@ -240,10 +266,20 @@ def add_scenarios(
         )  # fmt: skip
     files = {name: (bench.path / name).read_bytes() for name in bench.manifest["files"]}
     files[figures.SAMPLES] += "".join("\n" + json.dumps(row) for row in rows).encode()
-    told = {"target": {"label": "limbeck serve onnx", "kind": "artifact", "model": "pico"}, "slo": SLO}
-    told |= {"highest_rate": {"value": highest, "fails_at": None}, "rates": [{"rate": rate, "meets": True}]}
+    told = {
+        "target": {"label": "limbeck serve onnx", "kind": "artifact", "model": "pico"},
+        "slo": SLO,
+    }
+    told |= {
+        "highest_rate": {"value": highest, "fails_at": None},
+        "rates": [{"rate": rate, "meets": True}],
+    }
     with write_artifact(
-        run / "bench", kind="bench", key=f"scenarios {seed}", parents=bench.manifest["parents"], recipe=recipe()
+        run / "bench",
+        kind="bench",
+        key=f"scenarios {seed}",
+        parents=bench.manifest["parents"],
+        recipe=recipe(),
     ) as draft:
         for name, content in files.items():
             (draft.folder / name).write_bytes(content)
@@ -274,7 +310,9 @@ def test_scenarios_of_equal_runs_show_no_difference(runs: tuple[Path, Path]) -> 
     comparison = compare_runs(*runs)
     assert comparison.exit_code == 0
     assert any("the same arrivals at 2 requests/s" in note for note in comparison.notes)
-    assert f"| {HIGHEST} | 4 | 4 | +0.00 % (no interval) | 5 % | ratio only |" in markdown(comparison)
+    assert f"| {HIGHEST} | 4 | 4 | +0.00 % (no interval) | 5 % | ratio only |" in markdown(
+        comparison
+    )
     json.dumps(as_json(comparison), allow_nan=False)
 
 
@@ -292,16 +330,23 @@ def test_each_scenario_is_found_worse(runs: tuple[Path, Path]) -> None:
         assert row.change is not None
         assert row.change.value == pytest.approx(1 / 3 if row.metric == HIGHEST else 0.3, abs=0.03)
     assert float(found[GENERATED].before) > 1.2 * float(found[GENERATED].after)
-    assert {row.status for name, row in scenario_rows(*reversed(runs)).items() if name != HIGHEST} == {"better"}
+    assert {
+        row.status for name, row in scenario_rows(*reversed(runs)).items() if name != HIGHEST
+    } == {"better"}
 
 
-def test_a_slower_machine_is_in_the_server_and_not_in_batches_and_starts(runs: tuple[Path, Path]) -> None:
+def test_a_slower_machine_is_in_the_server_and_not_in_batches_and_starts(
+    runs: tuple[Path, Path],
+) -> None:
     add_scenarios(runs[0])
     add_scenarios(runs[1], seed=1, machine_slower=1.3)
     found = scenario_rows(*runs)
     assert {found[name].status for name in (GENERATED, PROMPTS, COLD)} == {"no difference shown"}
     assert {found[name].status for name in (TTFT, TPOT)} == {"worse"}
-    assert any("what the machine did between the runs is in them" in note for note in compare_runs(*runs).notes)
+    assert any(
+        "what the machine did between the runs is in them" in note
+        for note in compare_runs(*runs).notes
+    )
 
 
 def test_too_few_samples_give_a_ratio_that_decides_nothing(runs: tuple[Path, Path]) -> None:
@@ -328,7 +373,15 @@ def test_failed_requests_and_a_rate_that_no_longer_holds_are_worse(runs: tuple[P
     add_scenarios(runs[0])
     add_scenarios(runs[1], failed=6, highest=None)
     found = scenario_rows(*runs)
-    assert (found[FAILED].before, found[FAILED].after, found[FAILED].status) == ("0 of 48", "6 of 48", "worse")
-    assert (found[HIGHEST].before, found[HIGHEST].after, found[HIGHEST].status) == ("4", "none", "worse")
+    assert (found[FAILED].before, found[FAILED].after, found[FAILED].status) == (
+        "0 of 48",
+        "6 of 48",
+        "worse",
+    )
+    assert (found[HIGHEST].before, found[HIGHEST].after, found[HIGHEST].status) == (
+        "4",
+        "none",
+        "worse",
+    )
     assert found[TTFT].status == "no difference shown"  # of the requests that both answered
     assert scenario_rows(*reversed(runs))[FAILED].status == "better"

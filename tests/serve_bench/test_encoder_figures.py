@@ -50,7 +50,9 @@ def quality(**right: int) -> Quality:
     counts = {"teacher:a": 96, "teacher:b": 90, "onnx:fp32": 95, "onnx:int8-dynamic": 95} | right
     groups = (np.arange(100) % 2).astype(np.int32)
     recipe = classifier_recipe(teachers=TEACHERS)
-    return Quality(recipe, {name: predictions(count) for name, count in counts.items()}, groups, ARMS)
+    return Quality(
+        recipe, {name: predictions(count) for name, count in counts.items()}, groups, ARMS
+    )
 
 
 def test_a_block_is_the_geometric_mean_of_its_cells_and_samples() -> None:
@@ -64,13 +66,17 @@ def test_the_ratio_is_paired_within_blocks() -> None:
 
 
 def test_the_better_teacher_is_the_one_with_the_better_metric_not_the_slower() -> None:
-    recipe = classifier_recipe(teachers=TEACHERS, gates={"min_throughput_ratio": 7, "max_metric_loss": 0.02})
+    recipe = classifier_recipe(
+        teachers=TEACHERS, gates={"min_throughput_ratio": 7, "max_metric_loss": 0.02}
+    )
     verdict = judge(samples(), quality(), "int8-dynamic", ARMS, recipe)
     assert verdict.status == "pass"
     assert verdict.gates[0].value == pytest.approx(8.0)
     assert verdict.gates[1].value == pytest.approx(1 - 0.95 / 0.96)
     swapped = quality(**{"teacher:b": 99})
-    gates = {gate.name: gate for gate in judge(samples(), swapped, "int8-dynamic", ARMS, recipe).gates}
+    gates = {
+        gate.name: gate for gate in judge(samples(), swapped, "int8-dynamic", ARMS, recipe).gates
+    }
     assert gates["min_throughput_ratio"].value == pytest.approx(2.0)
     assert gates["min_throughput_ratio"].status == "fail"
     assert gates["max_metric_loss"].status == "fail"
@@ -105,7 +111,8 @@ def test_the_time_of_one_sequence_is_judged_by_its_whole_interval() -> None:
 
     def judged(asked: float, timed: list[Sample]) -> tuple[str, float]:
         recipe = classifier_recipe(
-            gates={"max_latency_ms": asked}, bench={"batches": [1, 4], "lengths": [8], "min_blocks": 6}
+            gates={"max_latency_ms": asked},
+            bench={"batches": [1, 4], "lengths": [8], "min_blocks": 6},
         )
         (gate,) = judge(timed, quality(), "int8-dynamic", ARMS, recipe).gates
         assert (gate.name, gate.unit, gate.least) == ("max_latency_ms", "ms", False)
@@ -126,7 +133,13 @@ def test_the_time_of_one_sequence_needs_batches_of_one() -> None:
 
 def test_sizes_and_quantising_are_judged() -> None:
     gates = {"max_size_ratio": 0.3, "max_size_mb": 0.4, "max_quantization_loss": 0.0}
-    judged = judge(samples(), quality(), "int8-dynamic", ARMS, classifier_recipe(teachers=TEACHERS, gates=gates)).gates
+    judged = judge(
+        samples(),
+        quality(),
+        "int8-dynamic",
+        ARMS,
+        classifier_recipe(teachers=TEACHERS, gates=gates),
+    ).gates
     assert {gate.name: gate.status for gate in judged} == {
         "max_quantization_loss": "pass", "max_size_ratio": "pass", "max_size_mb": "fail",
     }  # fmt: skip

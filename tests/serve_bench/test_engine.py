@@ -16,7 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from limbeck.contract.artifact import Artifact
-from limbeck.contract.errors import ClosedError, ContextError, DataError, EnvironmentalError, QueueFullError
+from limbeck.contract.errors import (
+    ClosedError,
+    ContextError,
+    DataError,
+    EnvironmentalError,
+    QueueFullError,
+)
 from limbeck.runtime.decoder import Decoder
 from serve_bench.serve.batch import GrowingBatch, InPlaceBatch, Pages, bytes_per_token, open_batch
 from serve_bench.serve.engine import Engine, Piece, Request, StopStrings
@@ -62,7 +68,9 @@ def collect(pieces: queue.SimpleQueue[Piece]) -> tuple[list[int], str, str]:
         tokens.append(piece.token)
 
 
-def start(engine: Engine, ids: list[int], count: int, **options: Any) -> tuple[Any, queue.SimpleQueue[Piece]]:
+def start(
+    engine: Engine, ids: list[int], count: int, **options: Any
+) -> tuple[Any, queue.SimpleQueue[Piece]]:
     pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
     return engine.submit(Request(tuple(ids), count, **options), pieces.put), pieces
 
@@ -129,7 +137,16 @@ def test_draws_repeat_with_the_seed_and_are_those_of_the_decoder(served: Artifac
             drawn.append([collect(one)[0] for one in pieces])
     assert drawn[0] == drawn[1] == [list(alone.generate([5, 6], 12, temperature=2.0, seed=1))] * 2
     assert drawn[3] == [list(alone.generate([5, 6], 12, temperature=2.0, seed=1, top_p=0.4))] * 2
-    assert len({tuple(tokens) for pair in (drawn[0], drawn[2], drawn[3], drawn[4], drawn[5]) for tokens in pair}) == 7
+    assert (
+        len(
+            {
+                tuple(tokens)
+                for pair in (drawn[0], drawn[2], drawn[3], drawn[4], drawn[5])
+                for tokens in pair
+            }
+        )
+        == 7
+    )
 
 
 # Ends ------------------------------------------------------------------------------------------------------------
@@ -148,13 +165,20 @@ def test_a_stop_token_or_string_ends_it_and_is_not_told(served: Artifact) -> Non
         assert (found[1], found[2]) == (before, "stop")
         assert tokens[: len(found[0])] == found[0]
         assert len(found[0]) < 20
-        assert collect(start(engine, [1, 2, 3], 20, stop=("never here",))[1])[1:] == (text, "length")
+        assert collect(start(engine, [1, 2, 3], 20, stop=("never here",))[1])[1:] == (
+            text,
+            "length",
+        )
 
 
 @given(
-    text=st.text("abc", max_size=30), stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), data=st.data()
+    text=st.text("abc", max_size=30),
+    stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+    data=st.data(),
 )
-def test_stop_strings_are_found_wherever_the_text_is_cut(text: str, stops: list[str], data: st.DataObject) -> None:
+def test_stop_strings_are_found_wherever_the_text_is_cut(
+    text: str, stops: list[str], data: st.DataObject
+) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
     search = StopStrings(tuple(stops))
     told = [search.add(text[a:b]) for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
@@ -276,7 +300,9 @@ def test_requests_wait_for_room_in_the_cache(served: Artifact) -> None:
         assert max(held.rows) == 2
         with pytest.raises(ContextError, match="context here is 100"):
             start(engine, [1] * 90, 11)
-    with pytest.raises(EnvironmentalError, match=r"at least 8192 bytes|expected at least \d+ .*--cache-mb"):
+    with pytest.raises(
+        EnvironmentalError, match=r"at least 8192 bytes|expected at least \d+ .*--cache-mb"
+    ):
         Engine(served.path, form="fp32", threads=1, cache_bytes=1000, max_batch=8)
 
 
@@ -300,7 +326,8 @@ def test_a_row_that_leaves_gives_its_memory_back(served: Artifact) -> None:
     batch.step(np.array([7, 8, 9]))
     assert batch.held == 9
     written = [
-        [int((pages.array[row] != 0).any(axis=(0, 2)).sum()) for row in range(4)] for pages in batch._buffers.values()
+        [int((pages.array[row] != 0).any(axis=(0, 2)).sum()) for row in range(4)]
+        for pages in batch._buffers.values()
     ]
     assert written == [[4, 2, 3, 0]] * 4
     batch.leave(0)
@@ -308,7 +335,8 @@ def test_a_row_that_leaves_gives_its_memory_back(served: Artifact) -> None:
     batch.drop()
     assert batch.held == 5
     written = [
-        [int((pages.array[row] != 0).any(axis=(0, 2)).sum()) for row in range(4)] for pages in batch._buffers.values()
+        [int((pages.array[row] != 0).any(axis=(0, 2)).sum()) for row in range(4)]
+        for pages in batch._buffers.values()
     ]
     assert written == [[3, 2, 0, 0]] * 4
 

@@ -61,7 +61,11 @@ def test_one_gate(gate: dict[str, float], over: dict[str, Any], status: str) -> 
     assert [g.status for g in verdict.gates] == [status]
     assert verdict.status == status
     assert [g.name for g in verdict.gates] == list(gate)
-    assert verdict.exit_code == {"pass": 0, "fail": 1, "undecided": 3}[status] == EXIT_CODES[verdict.status]
+    assert (
+        verdict.exit_code
+        == {"pass": 0, "fail": 1, "undecided": 3}[status]
+        == EXIT_CODES[verdict.status]
+    )
 
 
 def test_a_failure_outweighs_what_is_undecided() -> None:
@@ -93,7 +97,12 @@ def test_which_teacher() -> None:
 
 
 def test_sentences_say_value_interval_and_bound() -> None:
-    gates = Gates(min_decode_speedup=3, max_quantization_loss=0.01, max_loss_vs_best_teacher=0, max_size_ratio=0.5)
+    gates = Gates(
+        min_decode_speedup=3,
+        max_quantization_loss=0.01,
+        max_loss_vs_best_teacher=0,
+        max_size_ratio=0.5,
+    )
     sentences = [gate.sentence for gate in judge(gates, evidence()).gates]
     assert sentences == [
         "4× the decode speed of fast, the fastest teacher, in torch (95 % interval 3.50 to 4.50×); "
@@ -105,7 +114,9 @@ def test_sentences_say_value_interval_and_bound() -> None:
         "0.26× the size of the fp32 graph; at most 0.50× was asked.",
     ]
     recovered = judge(Gates(max_quantization_loss=0.01), evidence(recovered=True)).gates[0].sentence
-    assert recovered.startswith("Held-out loss 0.20 % above that of the fp32 graph of the student before recovery (")
+    assert recovered.startswith(
+        "Held-out loss 0.20 % above that of the fp32 graph of the student before recovery ("
+    )
     unknown = judge(Gates(min_decode_speedup=3), evidence(speedup={"fast": UNKNOWN}))
     assert "4 blocks are too few for an interval" in unknown.gates[0].sentence
     assert unknown.gates[0].low is None

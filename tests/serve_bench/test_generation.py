@@ -13,11 +13,16 @@ TEXT = [[1, 2, 3, 4], [6, 7, 8, 9]]
 
 
 def decode(row: list[int]) -> str:
-    return " ".join(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"][i] for i in row)
+    return " ".join(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"][i]
+        for i in row
+    )
 
 
 def test_greedy_match_counts_up_to_the_first_difference() -> None:
-    assert generation.common_prefix([1, 2, 9, 4], [1, 2, 3, 4]) == 2  # what agrees later goes on from another text
+    assert (
+        generation.common_prefix([1, 2, 9, 4], [1, 2, 3, 4]) == 2
+    )  # what agrees later goes on from another text
     assert generation.common_prefix([1, 2], [1, 2]) == 2
     found = generation.describe(ROWS, TEXT, decode=decode, against=["onnx:fp32", "gone"])
     assert found["arms"]["onnx:fp32"]["greedy_match"] == {}
@@ -34,7 +39,9 @@ def test_distinct_and_repetition_by_hand() -> None:
     assert generation.repetition([1, 2]) == 0
 
 
-def test_without_the_libraries_the_overlap_is_absent_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_libraries_the_overlap_is_absent_and_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     found = generation.describe(ROWS, TEXT, decode=decode, against=[])
     assert found["overlap"] is None

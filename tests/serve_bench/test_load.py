@@ -26,17 +26,31 @@ def prompts(block: int, tokens: int) -> list[int]:
 
 
 def scenario(url: str, **over: Any) -> ServerScenario:
-    return ServerScenario.model_validate({"kind": "server", "target": {"kind": "url", "url": url}} | over)
+    return ServerScenario.model_validate(
+        {"kind": "server", "target": {"kind": "url", "url": url}} | over
+    )
 
 
-def run_loop(server: FakeServer, *, rate: float, new_tokens: int = 2, **over: Any) -> list[dict[str, Any]]:
-    loop = Loop(find_endpoint(server.url), prompts, Sizes(4, new_tokens), scenario(server.url, **over))
+def run_loop(
+    server: FakeServer, *, rate: float, new_tokens: int = 2, **over: Any
+) -> list[dict[str, Any]]:
+    loop = Loop(
+        find_endpoint(server.url), prompts, Sizes(4, new_tokens), scenario(server.url, **over)
+    )
     return [row | {"phase": "double"} for row in loop.at(rate)]
 
 
-def row(*at: float, error: str | None = None, scheduled: float = 0.0, output: int | None = None) -> dict[str, Any]:
+def row(
+    *at: float, error: str | None = None, scheduled: float = 0.0, output: int | None = None
+) -> dict[str, Any]:
     written = len(at) if output is None else output
-    whole = {"event": "request", "rate": 2.0, "phase": "double", "scheduled": scheduled, "sent": scheduled}
+    whole = {
+        "event": "request",
+        "rate": 2.0,
+        "phase": "double",
+        "scheduled": scheduled,
+        "sent": scheduled,
+    }
     return whole | {"at": list(at), "prompt_tokens": 3, "output_tokens": written, "error": error}
 
 
@@ -70,7 +84,9 @@ def test_a_stream_counts_tokens_with_and_without_text_and_takes_the_servers_usag
     stream = Stream()
     assert not stream.read(": comment", 0.5)
     assert stream.read('data: {"choices": [{"text": "a"}]}', 1.0)
-    assert stream.read('data: {"choices": [{"text": "", "finish_reason": null}]}', 2.0)  # half a character
+    assert stream.read(
+        'data: {"choices": [{"text": "", "finish_reason": null}]}', 2.0
+    )  # half a character
     assert (stream.at, stream.output_tokens) == ([1.0, 2.0], 2)
     stream.read('data: {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 2}}', 3.0)
     stream.read("data: [DONE]", 3.0)
@@ -115,8 +131,12 @@ def test_the_search_ends_when_its_time_is_spent_or_nothing_fails() -> None:
 # Against a server ------------------------------------------------------------------------------------------------
 
 
-def test_a_stall_is_seen_in_full_by_every_request_that_was_due_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "_PATIENCE", 600.0)  # however slow the machine that tests, no request is given up
+def test_a_stall_is_seen_in_full_by_every_request_that_was_due_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        load, "_PATIENCE", 600.0
+    )  # however slow the machine that tests, no request is given up
     with FakeServer(stall=(0.3, 0.5)) as server:
         rows = run_loop(server, rate=250, requests=500, new_tokens=1)
     figures = scenarios.rate_figures(250, rows, Slo())
@@ -127,7 +147,9 @@ def test_a_stall_is_seen_in_full_by_every_request_that_was_due_in_it(monkeypatch
     due = np.array([row["scheduled"] for row in rows])
     waited = np.array([row["at"][0] for row in rows])
     stalled = (waited > 0.1).sum()
-    assert stalled >= 0.5 * ((due > 0.3) & (due < 0.7)).sum()  # not one request, all that were due meanwhile
+    assert (
+        stalled >= 0.5 * ((due > 0.3) & (due < 0.7)).sum()
+    )  # not one request, all that were due meanwhile
 
 
 def test_a_late_client_is_no_excuse(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,8 +195,12 @@ def test_the_whole_scenario_on_a_url(tmp_path: Path) -> None:
     raw = io.StringIO()
     with FakeServer(pace=0.001) as server:
         slo = {"ttft_ms": 6e5, "tpot_ms": 6e5}  # held on the slowest machine
-        asked = scenario(server.url, requests=6, first_rate=50, bisections=0, minutes=0.001, slo=slo)
-        target = measure_server(asked, tmp_path, prompts, Sizes(5, 3), raw, threads=1, folder=tmp_path)
+        asked = scenario(
+            server.url, requests=6, first_rate=50, bisections=0, minutes=0.001, slo=slo
+        )
+        target = measure_server(
+            asked, tmp_path, prompts, Sizes(5, 3), raw, threads=1, folder=tmp_path
+        )
         assert {tuple(body["prompt"]) for body in server.bodies} >= {(0,) * 5, (5,) * 5}
         assert all(body["ignore_eos"] and body["max_tokens"] == 3 for body in server.bodies)
     assert target == {"label": server.url, "kind": "url", "model": "fake"}
@@ -189,18 +215,30 @@ def test_the_whole_scenario_on_a_url(tmp_path: Path) -> None:
 
 
 def test_where_nothing_answers_is_named() -> None:
-    with pytest.raises(EnvironmentalError, match=r"127.0.0.1:9/v1/models: no OpenAI-compatible server answers there"):
+    with pytest.raises(
+        EnvironmentalError,
+        match=r"127.0.0.1:9/v1/models: no OpenAI-compatible server answers there",
+    ):
         find_endpoint("http://127.0.0.1:9/v1/")
-    with FakeServer() as server, pytest.raises(EnvironmentalError, match="no model 'other'; it has fake"):
+    with (
+        FakeServer() as server,
+        pytest.raises(EnvironmentalError, match="no model 'other'; it has fake"),
+    ):
         find_endpoint(server.url, "other")
 
 
-def test_what_cannot_be_served_is_said_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_served_is_said_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     ours = ServerScenario(kind="server")
     with pytest.raises(EnvironmentalError, match="a model in torch is not served"):
         load.require_server(ours, None)
     for missing in (["prometheus_client"], ["fastapi", "uvicorn", "prometheus_client"]):
-        monkeypatch.setattr(load.importlib.util, "find_spec", lambda name, gone=missing: None if name in gone else name)
+        monkeypatch.setattr(
+            load.importlib.util,
+            "find_spec",
+            lambda name, gone=missing: None if name in gone else name,
+        )
         with pytest.raises(
             EnvironmentalError,
             match=rf"needs {', '.join(missing)}, which `limbeck serve` runs on(?s:.*)limbeck\[serve\]",
@@ -211,7 +249,9 @@ def test_what_cannot_be_served_is_said_before_anything_is_measured(monkeypatch: 
 
 
 def test_a_served_artifact_that_does_not_start_shows_its_last_words(tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentalError, match=r"limbeck serve ended with status \d+. Its last words:(?s:.*)\S"):
+    with pytest.raises(
+        EnvironmentalError, match=r"limbeck serve ended with status \d+. Its last words:(?s:.*)\S"
+    ):
         with load.serve(tmp_path / "nothing", threads=1, log=tmp_path / "log"):
             raise AssertionError("unreachable")
 
@@ -236,9 +276,14 @@ def test_the_end_of_a_stream_is_a_token_only_where_it_brings_text() -> None:
     alone, with_text = Stream(), Stream()
     for stream, text in ((alone, ""), (with_text, "b")):
         stream.read('data: {"choices": [{"text": "a", "finish_reason": null}]}', 1.0)
-        carried = stream.read(f'data: {{"choices": [{{"text": "{text}", "finish_reason": "length"}}]}}', 2.0)
+        carried = stream.read(
+            f'data: {{"choices": [{{"text": "{text}", "finish_reason": "length"}}]}}', 2.0
+        )
         assert carried == bool(text)
-    assert (alone.at, with_text.at) == ([1.0], [1.0, 2.0])  # limbeck serve ends as the first does, vLLM as the second
+    assert (alone.at, with_text.at) == (
+        [1.0],
+        [1.0, 2.0],
+    )  # limbeck serve ends as the first does, vLLM as the second
 
 
 def test_tokens_without_text_are_timed_by_both_clients() -> None:

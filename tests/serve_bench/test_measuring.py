@@ -66,7 +66,13 @@ def blocks(sentinel: Sentinel, min_blocks: int = 3) -> tuple[timing.Timed, list[
     reference, raw = Reference("x", "int8", arms, 6), io.StringIO()
     workers: Any = _ByArm(arms)
     timed = time_blocks(
-        workers, reference, lambda block, tokens: [block] * tokens, recipe.bench, recipe.gates, raw, sentinel
+        workers,
+        reference,
+        lambda block, tokens: [block] * tokens,
+        recipe.bench,
+        recipe.gates,
+        raw,
+        sentinel,
     )
     return timed, [json.loads(line) for line in raw.getvalue().splitlines()]
 
@@ -80,7 +86,9 @@ class _ByArm:
 
 
 def test_a_disturbed_block_is_void_kept_raw_and_timed_again() -> None:
-    timed, rows = blocks(Readings(1.0, 1.0, 1.5, 1.0, 1.0, 1.0))  # slow between the second block and the third
+    timed, rows = blocks(
+        Readings(1.0, 1.0, 1.5, 1.0, 1.0, 1.0)
+    )  # slow between the second block and the third
     assert (timed.void, timed.disturbed) == (2, False)
     assert sorted({s.block for s in timed.samples}) == [0, 3, 4]
     void = [row for row in rows if row["event"] == "void"]
@@ -148,7 +156,11 @@ def facts(**over: Any) -> dict[str, Any]:
 
 
 def test_the_manifest_says_what_all_have_in_common() -> None:
-    told = {"a": facts(), "b": facts(vocabulary=120), "url": facts(threads=None, kv_cache=None, vocabulary=None)}
+    told = {
+        "a": facts(),
+        "b": facts(vocabulary=120),
+        "url": facts(threads=None, kv_cache=None, vocabulary=None),
+    }
     found = fairness.manifest(told, prompt_tokens=2, new_tokens=3, prompts=[[1, 2], [3, 4]])
     digest = found.pop("prompts_sha256")
     assert found == {"prompt_tokens": 2, "new_tokens": 3, "threads": 2, "kv_cache": True}
@@ -166,7 +178,9 @@ def test_the_manifest_says_what_all_have_in_common() -> None:
 )
 def test_other_conditions_are_refused(other: dict[str, Any], match: str) -> None:
     with pytest.raises(DataError, match=match):
-        fairness.manifest({"a": facts(), "b": facts(**other)}, prompt_tokens=1, new_tokens=2, prompts=[[4]])
+        fairness.manifest(
+            {"a": facts(), "b": facts(**other)}, prompt_tokens=1, new_tokens=2, prompts=[[4]]
+        )
 
 
 def test_other_work_is_refused() -> None:
@@ -174,7 +188,9 @@ def test_other_work_is_refused() -> None:
     fairness.require_same_work("a", answer, rows=1, prompt_tokens=3, new_tokens=2)
     with pytest.raises(DataError, match="a: counted 3 prompt tokens where 4 were given"):
         fairness.require_same_work("a", answer, rows=1, prompt_tokens=4, new_tokens=2)
-    with pytest.raises(DataError, match=r"a: generated 1 rows of \[2\] tokens where 1 of 5 were asked"):
+    with pytest.raises(
+        DataError, match=r"a: generated 1 rows of \[2\] tokens where 1 of 5 were asked"
+    ):
         fairness.require_same_work("a", answer, rows=1, prompt_tokens=3, new_tokens=5)
 
 
@@ -197,7 +213,10 @@ def test_limits_of_a_container_in_both_versions_of_cgroups(tmp_path: Path) -> No
     (one / "memory/box/memory.limit_in_bytes").write_text(str(2**63 - 4096))
     (one / "member").write_text("5:cpu,cpuacct:/box\n3:memory:/box\n")
     assert machine.limits(one, one / "member") == {"cpus": 2.0, "memory_bytes": None}
-    assert machine.limits(tmp_path / "none", tmp_path / "member") == {"cpus": None, "memory_bytes": None}
+    assert machine.limits(tmp_path / "none", tmp_path / "member") == {
+        "cpus": None,
+        "memory_bytes": None,
+    }
 
 
 def test_the_fingerprint_says_what_bears_on_speed() -> None:
@@ -213,7 +232,9 @@ def test_the_fingerprint_says_what_bears_on_speed() -> None:
 def test_memory_is_that_of_the_whole_process_tree() -> None:
     child = "x = bytearray(80_000_000); print('up', flush=True); input()"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    process = subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     assert process.stdin is not None
     with machine.Nvml() as nvml, Watch(process.pid, nvml) as watch:
@@ -253,7 +274,11 @@ def test_kernels_and_where_decoding_stands() -> None:
     assert found["bandwidth_bytes_s"] == max(found["triad_bytes_s"], found["read_bytes_s"]) > 0
     assert found["flops_s"] > 0
     stands = against({"bandwidth_bytes_s": 1e10}, 10**8, 20.0)
-    assert stands == {"weight_bytes": 10**8, "bandwidth_fraction": pytest.approx(0.5), "limit_tokens_s": 100.0}
+    assert stands == {
+        "weight_bytes": 10**8,
+        "bandwidth_fraction": pytest.approx(0.5),
+        "limit_tokens_s": 100.0,
+    }
     assert against({"bandwidth_bytes_s": 1e10}, None, 20.0) is None
 
 
@@ -262,7 +287,11 @@ def test_weights_that_a_token_reads(tmp_path: Path) -> None:
     from onnx import TensorProto, helper
 
     def matrix(name: str, *dims: int, kind: int = TensorProto.FLOAT) -> Any:
-        size = int(np.prod(dims)) // (2 if kind == TensorProto.UINT4 else 1) * (4 if kind == TensorProto.FLOAT else 1)
+        size = (
+            int(np.prod(dims))
+            // (2 if kind == TensorProto.UINT4 else 1)
+            * (4 if kind == TensorProto.FLOAT else 1)
+        )
         return helper.make_tensor(name, kind, dims, bytes(size), raw=True)
 
     nodes = [
@@ -277,7 +306,9 @@ def test_weights_that_a_token_reads(tmp_path: Path) -> None:
         matrix("packed", 6, 4, kind=TensorProto.UINT4),
         matrix("unused", 9),
     ]
-    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [], [], tensors)), tmp_path / "g.onnx")
+    onnx.save(
+        helper.make_model(helper.make_graph(nodes, "g", [], [], tensors)), tmp_path / "g.onnx"
+    )
     assert graph_weight_bytes(tmp_path / "g.onnx") == 8 * 8 * 4 + 6 * 4 // 2
 
 
@@ -291,7 +322,9 @@ def test_throughput_never_mixes_prompt_and_generated_tokens() -> None:
     ]  # fmt: skip
     (cell,) = scenarios.offline([*rows, {"event": "sample"}])
     assert cell["n"] == 12
-    assert cell["prompt_tokens_s"]["value"] == pytest.approx(4 * 10 / 2)  # geometric mean of 1 and 4 seconds
+    assert cell["prompt_tokens_s"]["value"] == pytest.approx(
+        4 * 10 / 2
+    )  # geometric mean of 1 and 4 seconds
     assert cell["generated_tokens_s"]["value"] == pytest.approx(4 * 5 / 1)
     assert cell["requests_s"]["value"] == pytest.approx(4 / np.sqrt(2 * 5))
     assert cell["prompt_tokens_s"]["low"] is not None
@@ -326,7 +359,13 @@ def test_the_grid_is_gone_round_and_every_arm_does_the_same(tmp_path: Path) -> N
 
 
 def test_cold_starts_are_summed_to_the_first_token() -> None:
-    row = {"start_s": 1.0, "import_s": 2.0, "load_s": 3.0, "first_token_s": 4.0, "second_token_s": 5.0}
+    row = {
+        "start_s": 1.0,
+        "import_s": 2.0,
+        "load_s": 3.0,
+        "first_token_s": 4.0,
+        "second_token_s": 5.0,
+    }
     found = scenarios.cold([{"event": "cold", "arm": "a", **row}] * 3, {"a": "A"})
     assert found["a"]["total_s"]["value"] == 10
     assert found["a"]["second_token_s"]["value"] == 5
@@ -334,11 +373,22 @@ def test_cold_starts_are_summed_to_the_first_token() -> None:
 
 
 def test_the_fastest_teacher_is_compared() -> None:
-    arms = (arm("teacher:slow", "teacher"), arm("teacher:fast", "teacher"), arm("student", "student"))
+    arms = (
+        arm("teacher:slow", "teacher"),
+        arm("teacher:fast", "teacher"),
+        arm("student", "student"),
+    )
     arms += (arm("onnx:fp32"), arm("onnx:int8"))
-    samples = [Sample(a.id, 0, 0, (1.0, 1.0 + seconds)) for a, seconds in zip(arms, (3, 2, 1, 1, 1), strict=True)]
+    samples = [
+        Sample(a.id, 0, 0, (1.0, 1.0 + seconds))
+        for a, seconds in zip(arms, (3, 2, 1, 1, 1), strict=True)
+    ]
     reference = Reference("x", "int8", arms, 6)
-    assert [a.id for a in scenarios.compared(reference, samples)] == ["onnx:int8", "onnx:fp32", "teacher:fast"]
+    assert [a.id for a in scenarios.compared(reference, samples)] == [
+        "onnx:int8",
+        "onnx:fp32",
+        "teacher:fast",
+    ]
     alone = Reference("x", "fp32", arms[2:4], 6)
     assert [a.id for a in scenarios.compared(alone, samples)] == ["onnx:fp32", "student"]
 

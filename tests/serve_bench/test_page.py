@@ -16,10 +16,14 @@ from tests.serve_bench.test_report import make_run, recipe
 
 HERE = Path(__file__).parent.parent
 ENVIRONMENT = HERE.parent / ".venvs" / "browser"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 
 pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine; run: apt-get install chromium"),
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="no Chromium on this machine; run: apt-get install chromium"
+    ),
     pytest.mark.skipif(
         not (ENVIRONMENT / "node_modules" / "axe-core").is_dir(),
         reason="puppeteer and axe are not here; run: make test-browser",
@@ -28,7 +32,13 @@ pytestmark = [
 
 
 def look(page: Path, **more: Any) -> list[dict[str, Any]]:
-    job = {"chromium": CHROMIUM, "page": str(page.resolve()), "widths": [1280, 390], "shots": None, **more}
+    job = {
+        "chromium": CHROMIUM,
+        "page": str(page.resolve()),
+        "widths": [1280, 390],
+        "shots": None,
+        **more,
+    }
     done = subprocess.run(
         ["node", str(HERE / "clients/page.mjs")], input=json.dumps(job), capture_output=True, text=True, cwd=ENVIRONMENT, timeout=300
     )  # fmt: skip
@@ -40,7 +50,11 @@ def look(page: Path, **more: Any) -> list[dict[str, Any]]:
 def test_the_report_is_sound_at_both_widths_and_in_both_schemes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured = {"offline": scenarios.offline(), "cold": scenarios.cold(), "server": scenarios.server()}
+    measured = {
+        "offline": scenarios.offline(),
+        "cold": scenarios.cold(),
+        "server": scenarios.server(),
+    }
     monkeypatch.setattr("serve_bench.tell.report.scenarios.summary", lambda *_: measured)
     chosen = recipe()
     report = write_report(run=make_run(tmp_path, chosen), recipe=chosen)

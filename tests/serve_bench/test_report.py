@@ -32,14 +32,21 @@ DOMAINS = {"speeches": (3.02, 3.41, 2.95), "scripture": (2.74, 2.41, 2.44)}
 def recipe(**over: Any) -> Recipe:
     """The demo's shape, without its packages."""
     domains = [{"name": n, "text": {"kind": "stdlib", "paths": ["abc.py"]}} for n in DOMAINS]
-    teachers = [{"name": n, "model": {"kind": "hub", "id": f"someone/{n}-135m", "revision": "4f1e"}} for n in DOMAINS]
+    teachers = [
+        {"name": n, "model": {"kind": "hub", "id": f"someone/{n}-135m", "revision": "4f1e"}}
+        for n in DOMAINS
+    ]
     return parse_recipe(
         {
             "name": "two-experts",
             "description": "Two domain experts into one INT8 student.",
             "teachers": teachers,
             "data": {"domains": domains, "block": 256},
-            "student": {"kind": "lora", "base": {"kind": "random", "config": {"model_type": "llama"}}, "rank": 16},
+            "student": {
+                "kind": "lora",
+                "base": {"kind": "random", "config": {"model_type": "llama"}},
+                "rank": 16,
+            },
             "training": {"tokens": 40960, "batch_tokens": 512},
             "gates": {"min_decode_speedup": 3, "max_quantization_loss": 0.01, "max_size_ratio": 0.5}
             | {"max_loss_vs_best_teacher": 0},
@@ -48,21 +55,33 @@ def recipe(**over: Any) -> Recipe:
     )
 
 
-def make_run(run: Path, chosen: Recipe, *, blocks: int = 6, teachers: bool = True, noise: float = 0.02) -> Path:
+def make_run(
+    run: Path, chosen: Recipe, *, blocks: int = 6, teachers: bool = True, noise: float = 0.02
+) -> Path:
     """Artifacts of a run with made-up but plausible figures: 135M parameters, two experts."""
     draw = np.random.default_rng(7)
     names = list(DOMAINS) if teachers else []
-    with write_artifact(run / "student", kind="student", key="s", parents=PARENTS, recipe=chosen) as draft:
+    with write_artifact(
+        run / "student", kind="student", key="s", parents=PARENTS, recipe=chosen
+    ) as draft:
         (draft.folder / "teachers.json").write_text(
             json.dumps(
                 [
-                    {"name": n, "model": f"/gone/{n}", "adapter": None, "quantize": "none", "dtype": "fp32"}
+                    {
+                        "name": n,
+                        "model": f"/gone/{n}",
+                        "adapter": None,
+                        "quantize": "none",
+                        "dtype": "fp32",
+                    }
                     | {"temperature": 1.04, "digest": "c0ffee" * 10}
                     for n in names
                 ]
             )
         )
-        (draft.folder / "log.jsonl").write_text("\n".join(json.dumps(row) for row in training_log(names, draw)))
+        (draft.folder / "log.jsonl").write_text(
+            "\n".join(json.dumps(row) for row in training_log(names, draw))
+        )
         draft.result = {
             "nll": {"speeches": 2.95, "scripture": 2.44}, "mean_nll": 2.695, "teachers": {}, "tokens": 40960,
             "steps": 80, "best_step": 80, "seconds": 412.0, "parameters": {"trained": 4_884_480, "total": 134_515_008},
@@ -70,17 +89,41 @@ def make_run(run: Path, chosen: Recipe, *, blocks: int = 6, teachers: bool = Tru
     with write_artifact(run / "onnx", kind="onnx", key="o", parents={}) as draft:
         (draft.folder / "model.onnx").write_text("a graph")
         parity = {"positions": 1204, "max_abs": 6.1e-5, "kl": 2.1e-9, "top1": 1.0}
-        census = {"operators": {"MatMul float": 211, "GroupQueryAttention": 30}, "bytes": {"float": 538_000_000}}
+        census = {
+            "operators": {"MatMul float": 211, "GroupQueryAttention": 30},
+            "bytes": {"float": 538_000_000},
+        }
         census |= {"float_matrices": []}
-        small = {"operators": {"MatMulNBits 8-bit block 64": 211}, "bytes": {"uint8": 134_000_000, "float": 8_500_000}}
+        small = {
+            "operators": {"MatMulNBits 8-bit block 64": 211},
+            "bytes": {"uint8": 134_000_000, "float": 8_500_000},
+        }
         small |= {
-            "float_matrices": [{"operator": "Gemm", "shape": [9, 9], "count": 2, "share": 0.004, "why": "no kernel"}]
+            "float_matrices": [
+                {
+                    "operator": "Gemm",
+                    "shape": [9, 9],
+                    "count": 2,
+                    "share": 0.004,
+                    "why": "no kernel",
+                }
+            ]
         }
         small |= {"float_products": [{"operator": "MatMul", "count": 60, "why": "no weights"}]}
-        small |= {"runs_on": {"CUDAExecutionProvider": {"MatMulNBits": 211}, "CPUExecutionProvider": {"Shape": 3}}}
+        small |= {
+            "runs_on": {
+                "CUDAExecutionProvider": {"MatMulNBits": 211},
+                "CPUExecutionProvider": {"Shape": 3},
+            }
+        }
         same = [{"text": "speeches", "tokens": 64, "same": 64, "lead": None}]
         part = [{"text": "speeches", "tokens": 64, "same": 21, "lead": 0.0432}]
-        cost = {"parameters": ["layers.0.q", "layers.0.k"], "kl": 0.0125, "extra_bytes": 4096, "bits": 8}
+        cost = {
+            "parameters": ["layers.0.q", "layers.0.k"],
+            "kl": 0.0125,
+            "extra_bytes": 4096,
+            "bits": 8,
+        }
         draft.result = {
             "shipped": "int8-weight", "backend": {"name": "genai", "why": "auto: the builder knows LlamaForCausalLM"},
             "forms": {
@@ -92,7 +135,9 @@ def make_run(run: Path, chosen: Recipe, *, blocks: int = 6, teachers: bool = Tru
     from limbeck.contract.artifact import open_artifact
 
     parents = {role: open_artifact(run / role).digest for role in ("student", "onnx")}
-    with write_artifact(run / "bench", kind="bench", key="b", parents=parents, recipe=chosen) as draft:
+    with write_artifact(
+        run / "bench", kind="bench", key="b", parents=parents, recipe=chosen
+    ) as draft:
         write_bench(draft, chosen, names, draw, blocks, noise)
     return run
 
@@ -127,15 +172,33 @@ def evaluation(tokens: int, speeches: float, scripture: float) -> dict[str, Any]
 
 
 def write_bench(
-    draft: Any, chosen: Recipe, names: list[str], draw: np.random.Generator, blocks: int, noise: float
+    draft: Any,
+    chosen: Recipe,
+    names: list[str],
+    draw: np.random.Generator,
+    blocks: int,
+    noise: float,
 ) -> None:
     seconds = {f"teacher:{n}": (0.31, 0.0442 + 0.0009 * i) for i, n in enumerate(names)} | {
         "student": (0.305, 0.0445), "onnx:fp32": (0.182, 0.0281), "onnx:int8-weight": (0.098, 0.0086),
         "onnx:int8-weight:twin": (0.098, 0.0086),
     }  # fmt: skip
-    sizes = {"onnx:int8-weight": 143_400_000, "onnx:int8-weight:twin": 143_400_000, "onnx:fp32": 538_200_000}
-    roles = {"student": "student", "onnx:fp32": "form", "onnx:int8-weight": "form", "onnx:int8-weight:twin": "twin"}
-    labels = {"onnx:fp32": "fp32", "onnx:int8-weight": "int8-weight", "onnx:int8-weight:twin": "int8-weight (copy)"}
+    sizes = {
+        "onnx:int8-weight": 143_400_000,
+        "onnx:int8-weight:twin": 143_400_000,
+        "onnx:fp32": 538_200_000,
+    }
+    roles = {
+        "student": "student",
+        "onnx:fp32": "form",
+        "onnx:int8-weight": "form",
+        "onnx:int8-weight:twin": "twin",
+    }
+    labels = {
+        "onnx:fp32": "fp32",
+        "onnx:int8-weight": "int8-weight",
+        "onnx:int8-weight:twin": "int8-weight (copy)",
+    }
     arms = [
         Arm(
             name, labels.get(name, name.removeprefix("teacher:")), roles.get(name, "teacher"),  # type: ignore[arg-type]
@@ -150,7 +213,15 @@ def write_bench(
             ttft, tpot = seconds[name]
             gaps = tpot * np.exp(draw.normal(0, noise, chosen.bench.new_tokens - 1))
             at = ttft * math.exp(draw.normal(0, noise)) + np.concatenate([[0], np.cumsum(gaps)])
-            rows.append({"event": "sample", "arm": name, "block": block, "position": position, "at": at.tolist()})
+            rows.append(
+                {
+                    "event": "sample",
+                    "arm": name,
+                    "block": block,
+                    "position": position,
+                    "at": at.tolist(),
+                }
+            )
     (draft.folder / figures.SAMPLES).write_text("\n".join(json.dumps(row) for row in rows))
     quality: dict[str, Any] = {
         "vocabulary": 49152, "mixture_of": [f"teacher:{n}" for n in names], "same_choice": {},
@@ -205,7 +276,9 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         found = dict(attrs)
-        self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href", "action", "srcset") and v]
+        self.links += [
+            v for k, v in attrs if k in ("src", "href", "xlink:href", "action", "srcset") and v
+        ]
         if found.get("id"):
             self.ids.append(found["id"] or "")
         if tag == "svg":
@@ -240,7 +313,10 @@ def test_after_a_recovery_rounding_is_held_against_the_student_before_it(tmp_pat
     samples = figures.read_samples(bench / figures.SAMPLES)
     quality = json.loads((bench / figures.QUALITY).read_text())
     arms = json.loads((bench / "manifest.json").read_text())["result"]["arms"]
-    listed = [Arm(n, arm["label"], arm["role"], arm["runtime"], arm["bytes"], {}) for n, arm in arms.items()]
+    listed = [
+        Arm(n, arm["label"], arm["role"], arm["runtime"], arm["bytes"], {})
+        for n, arm in arms.items()
+    ]
     reference = figures.reference_of(chosen, "int8-weight", listed)
     plain = figures.evidence(samples, quality, reference)
     assert plain.rise_over_fp32 is not None
@@ -253,7 +329,10 @@ def test_after_a_recovery_rounding_is_held_against_the_student_before_it(tmp_pat
     }
     recovered = figures.evidence(samples, quality, reference)
     assert recovered.rise_over_fp32 is not None
-    assert (recovered.rise_over_fp32.value, recovered.recovered) == (pytest.approx(1.0006 / 0.99 - 1), True)
+    assert (recovered.rise_over_fp32.value, recovered.recovered) == (
+        pytest.approx(1.0006 / 0.99 - 1),
+        True,
+    )
 
 
 def test_report_is_one_file_that_needs_nothing_else(tmp_path: Path) -> None:
@@ -274,7 +353,12 @@ def test_report_says_what_the_samples_say(tmp_path: Path) -> None:
     chosen = recipe()
     report = write_report(run=make_run(tmp_path, chosen), recipe=chosen)
     data = json.loads(report.json.read_text())
-    assert (report.verdict.status, report.exit_code, data["verdict"], data["exit_code"]) == ("pass", 0, "pass", 0)
+    assert (report.verdict.status, report.exit_code, data["verdict"], data["exit_code"]) == (
+        "pass",
+        0,
+        "pass",
+        0,
+    )
     assert "fit to ship: it meets all 4 gates" in read(report.html).text
     shipped = data["arms"]["onnx:int8-weight"]
     assert shipped["tpot_ms"]["value"] == pytest.approx(8.6, rel=0.01)
@@ -283,7 +367,9 @@ def test_report_says_what_the_samples_say(tmp_path: Path) -> None:
     assert 3 < over["low"] <= over["value"] <= over["high"]
     assert data["nll_rise_of_shipped_over"]["onnx:fp32"]["value"] == pytest.approx(0.0006)
     # Mean of the domains: experts 2.88 and 2.91, student 2.695 · 1.0006.
-    assert data["nll_rise_of_shipped_over"]["teacher:speeches"]["value"] == pytest.approx(2.695 * 1.0006 / 2.88 - 1)
+    assert data["nll_rise_of_shipped_over"]["teacher:speeches"]["value"] == pytest.approx(
+        2.695 * 1.0006 / 2.88 - 1
+    )
     assert data["digests"]["bench"]
     table = report.table.splitlines()
     assert table[0].startswith("**pass**: two-experts, as int8-weight, is fit to ship")
@@ -370,9 +456,7 @@ def test_labels_of_a_picture_do_not_overlap() -> None:
         )
     ]  # fmt: skip
     svg = charts.quality_against_speed(bubbles, title="trade", x="speed", y="loss")
-    pattern = (
-        r'<text style="[^"]*font-size: 9.5px; text-anchor: (\w+)[^>]*x="([-\d.]+)" y="([-\d.]+)"[^>]*>([^<]*MB)</text>'
-    )
+    pattern = r'<text style="[^"]*font-size: 9.5px; text-anchor: (\w+)[^>]*x="([-\d.]+)" y="([-\d.]+)"[^>]*>([^<]*MB)</text>'
     found = re.findall(pattern, svg)
     assert len(found) == 5
     boxes = []

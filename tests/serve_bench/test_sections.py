@@ -20,13 +20,23 @@ def data(tmp_path: Path) -> dict[str, Any]:
     chosen = recipe()
     report = write_report(run=make_run(tmp_path, chosen), recipe=chosen)
     found: dict[str, Any] = json.loads(report.json.read_text())
-    return found | {"offline": scenarios.offline(), "cold": scenarios.cold(), "server": scenarios.server()}
+    return found | {
+        "offline": scenarios.offline(),
+        "cold": scenarios.cold(),
+        "server": scenarios.server(),
+    }
 
 
 def test_nothing_is_drawn_of_what_was_not_measured(data: dict[str, Any]) -> None:
     alone = {key: value for key, value in data.items() if key not in ("offline", "cold", "server")}
-    assert (sections.offline(alone), sections.server(alone), sections.cold(alone)) == ([], None, None)
-    assert not any("offline" in row["what"] or "cold" in row["what"] for row in sections.rows(alone))
+    assert (sections.offline(alone), sections.server(alone), sections.cold(alone)) == (
+        [],
+        None,
+        None,
+    )
+    assert not any(
+        "offline" in row["what"] or "cold" in row["what"] for row in sections.rows(alone)
+    )
 
 
 def test_pictures_name_their_arms(data: dict[str, Any]) -> None:
@@ -37,7 +47,9 @@ def test_pictures_name_their_arms(data: dict[str, Any]) -> None:
     assert server is not None
     assert cold is not None
     assert all(f">{label}<" in server for label in ("within the SLO", "completed", "asked"))
-    assert all(f">{label}<" in cold for label in ("start", "import", "load", "first token", "6.33", "0.64"))
+    assert all(
+        f">{label}<" in cold for label in ("start", "import", "load", "first token", "6.33", "0.64")
+    )
     for picture in (cell["picture"], server, cold):
         assert re.match(r'<svg class="chart"[^>]* role="img" aria-label="[^"]+">', picture)
         assert "#010" not in picture
@@ -64,12 +76,17 @@ def test_the_loss_is_followed_from_the_best_teacher_to_what_ships(data: dict[str
     steps = sections.loss_steps(data)
     assert [step["step"] for step in steps] == ["", "distilling", "rounding"]
     arms = {arm["label"]: arm["quality"] for arm in data["arms"].values() if arm["quality"]}
-    best = min((a for a in data["arms"].values() if a["role"] == "teacher"), key=lambda a: a["quality"]["mean_nll"])
+    best = min(
+        (a for a in data["arms"].values() if a["role"] == "teacher"),
+        key=lambda a: a["quality"]["mean_nll"],
+    )
     assert [step["nll"]["mean"] for step in steps] == pytest.approx(
         [best["quality"]["mean_nll"], arms["fp32"]["mean_nll"], arms["int8-weight"]["mean_nll"]]
     )
     assert steps[0]["change"]["mean"] is None
-    assert steps[2]["change"]["mean"] == pytest.approx(data["nll_rise_of_shipped_over"]["onnx:fp32"]["value"])
+    assert steps[2]["change"]["mean"] == pytest.approx(
+        data["nll_rise_of_shipped_over"]["onnx:fp32"]["value"]
+    )
     # After a recovery the fp32 graph is of another student; the steps tell of the one that was distilled.
     domains = steps[1]["nll"].keys() - {"mean"}
     told = {"fp32": dict.fromkeys(domains, 2.0), "form": dict.fromkeys(domains, 2.5)}
@@ -94,9 +111,9 @@ def test_every_figure_is_a_row(data: dict[str, Any]) -> None:
     loss = rows["fp32", "rise of loss of int8-weight over it"]
     assert (loss["unit"], loss["value"]) == ("%", pytest.approx(0.06))
     assert loss["low"] < loss["value"] < loss["high"] or loss["low"] == pytest.approx(loss["high"])
-    assert rows["int8-weight", "offline, batch 4, prompt 128, new 64: generated"]["value"] == pytest.approx(
-        116 * 4**0.7
-    )
+    assert rows["int8-weight", "offline, batch 4, prompt 128, new 64: generated"][
+        "value"
+    ] == pytest.approx(116 * 4**0.7)
     assert rows["speeches", "cold: total"]["value"] == pytest.approx(6.33)
     assert rows["int8-weight", "server at 4/s: goodput"]["n"] == 240
     assert ("int8-weight", "server at 4/s: first token, p99") not in rows  # n too small
@@ -104,7 +121,9 @@ def test_every_figure_is_a_row(data: dict[str, Any]) -> None:
 
 
 def test_hills_hold_every_value() -> None:
-    svg = charts.ridges([("a", "form", [1.0] * 50 + [40.0]), ("b", "teacher", [2.0] * 9)], title="hills", x="ms")
+    svg = charts.ridges(
+        [("a", "form", [1.0] * 50 + [40.0]), ("b", "teacher", [2.0] * 9)], title="hills", x="ms"
+    )
     assert ">a<" in svg
     assert ">b<" in svg
     assert 'aria-label="hills"' in svg

@@ -20,8 +20,21 @@ import pytest
 from compress.models.language import model_folder
 from limbeck.app.run import bench_targets
 from limbeck.contract.artifact import Artifact, open_artifact, write_artifact
-from limbeck.contract.errors import ArtifactError, DataError, EnvironmentalError, LimbeckError, ModelError, RecipeError
-from limbeck.contract.heldout import CALIBRATION, HELDOUT, load_heldout, save_calibration, save_heldout
+from limbeck.contract.errors import (
+    ArtifactError,
+    DataError,
+    EnvironmentalError,
+    LimbeckError,
+    ModelError,
+    RecipeError,
+)
+from limbeck.contract.heldout import (
+    CALIBRATION,
+    HELDOUT,
+    load_heldout,
+    save_calibration,
+    save_heldout,
+)
 from limbeck.contract.recipe import Bench, HubModel, Recipe, ServerScenario
 from limbeck.contract.sources import cache_folder
 from serve_bench import bench as measure
@@ -54,7 +67,11 @@ def test_tpot_leaves_prompt_and_first_token_out() -> None:
 
 
 def test_blocks_take_the_geometric_mean_of_both_directions() -> None:
-    samples = [Sample("a", 0, 0, (1.0, 2.0)), Sample("a", 0, 3, (4.0, 8.0)), Sample("b", 0, 1, (9.0, 9.5))]
+    samples = [
+        Sample("a", 0, 0, (1.0, 2.0)),
+        Sample("a", 0, 3, (4.0, 8.0)),
+        Sample("b", 0, 1, (9.0, 9.5)),
+    ]
     assert figures.by_block(samples, "a", "ttft") == pytest.approx([2.0])
     assert figures.by_block(samples, "a", "tpot") == pytest.approx([2.0])
 
@@ -75,7 +92,10 @@ def test_prompts_are_heldout_text_of_the_length_asked() -> None:
     heldout = make_blocks()
     letters, numbers = prompt(heldout, 0, 40), prompt(heldout, 1, 40)
     text = np.concatenate(
-        [r[:n] for r, n in zip(heldout["letters"].input_ids, heldout["letters"].lengths, strict=True)]
+        [
+            r[:n]
+            for r, n in zip(heldout["letters"].input_ids, heldout["letters"].lengths, strict=True)
+        ]
     )
     assert letters == text[:40].tolist()
     assert len(letters) == len(numbers) == 40
@@ -89,7 +109,10 @@ def test_prompts_are_heldout_text_of_the_length_asked() -> None:
 
 
 def test_sums_by_hand(tmp_path: Path) -> None:
-    one, two = np.log(np.array([[0.5, 0.5]], np.float32)), np.log(np.array([[0.9, 0.1]], np.float32))
+    one, two = (
+        np.log(np.array([[0.5, 0.5]], np.float32)),
+        np.log(np.array([[0.9, 0.1]], np.float32)),
+    )
     np.save(tmp_path / "1.npy", one)
     np.save(tmp_path / "2.npy", two)
     quality.mix([tmp_path / "1.npy", tmp_path / "2.npy"], tmp_path / "m.npy")
@@ -100,18 +123,27 @@ def test_sums_by_hand(tmp_path: Path) -> None:
     assert found["nll"] == pytest.approx(np.log(2))
     assert found["kl"] == pytest.approx(0.7 * np.log(0.7 / 0.5) + 0.3 * np.log(0.3 / 0.5))
     assert quality.sums(two, np.array([0]), mixture, every)["top1"] == 1
-    assert quality.sums(np.log(np.array([[0.1, 0.9]], np.float32)), np.array([0]), mixture, every)["top1"] == 0
+    assert (
+        quality.sums(np.log(np.array([[0.1, 0.9]], np.float32)), np.array([0]), mixture, every)[
+            "top1"
+        ]
+        == 0
+    )
     assert quality.sums(one, np.array([1]), None, every)["kl"] is None
 
 
 def test_sums_leave_out_what_is_not_scored() -> None:
     draw = np.random.default_rng(0)
-    arm, mixture = (quality.log_softmax(draw.normal(size=(40, 5)).astype(np.float32)) for _ in range(2))
+    arm, mixture = (
+        quality.log_softmax(draw.normal(size=(40, 5)).astype(np.float32)) for _ in range(2)
+    )
     labels, scored = draw.integers(0, 5, 40), np.arange(40) % 3 == 0
     found = quality.sums(arm, labels, mixture, scored)
     alone = quality.sums(arm[scored], labels[scored], mixture[scored], scored[scored])
     assert found["labels"] == scored.sum()
-    assert {k: found[k] for k in ("nll", "kl", "top1")} == pytest.approx({k: alone[k] for k in ("nll", "kl", "top1")})
+    assert {k: found[k] for k in ("nll", "kl", "top1")} == pytest.approx(
+        {k: alone[k] for k in ("nll", "kl", "top1")}
+    )
     assert found["last"] == arm[-1].argmax()
 
 
@@ -181,7 +213,9 @@ def test_worker_scores_what_torch_says(worker: Worker, model: Path) -> None:
     with torch.inference_mode():
         logp = torch.log_softmax(reference(input_ids=torch.tensor([ids])).logits[0].double(), -1)
     assert found["labels"] == 5
-    assert found["nll"] == pytest.approx(-float(logp[torch.arange(5), torch.tensor(ids[1:])].sum()), rel=1e-6)
+    assert found["nll"] == pytest.approx(
+        -float(logp[torch.arange(5), torch.tensor(ids[1:])].sum()), rel=1e-6
+    )
 
 
 def test_idle_worker_uses_no_processor(worker: Worker) -> None:
@@ -212,13 +246,18 @@ def test_weights_that_are_missing_are_not_timed_as_random_ones(tmp_path: Path) -
 
     folder = make_model(tmp_path / "model", tie_word_embeddings=False)
     AutoModel.from_pretrained(folder, dtype=torch.float32).save_pretrained(folder)
-    with pytest.raises(ModelError, match=r"model: .*lacks 1 of its weights \(for example lm_head.weight\)"):
+    with pytest.raises(
+        ModelError, match=r"model: .*lacks 1 of its weights \(for example lm_head.weight\)"
+    ):
         TorchEager(model=str(folder), threads=1)
 
 
 def test_a_crash_shows_the_workers_last_words(tmp_path: Path) -> None:
     worker = Worker(torch_arm(tmp_path), threads=1, log=tmp_path / "log")
-    with pytest.raises(EnvironmentalError, match=r"ended with status 1 during 'nonsense'(?s:.*)nonsense before open"):
+    with pytest.raises(
+        EnvironmentalError,
+        match=r"ended with status 1 during 'nonsense'(?s:.*)nonsense before open",
+    ):
         worker.ask("nonsense")
     worker.kill()
     killed = Worker(torch_arm(tmp_path), threads=1, log=tmp_path / "log")
@@ -250,20 +289,28 @@ w.Session.open = lambda s, **k: (print("noise"), os.write(1, b"n"), {"facts": 1}
 w.main(w.Session())
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], input='{"command": "open"}\n', capture_output=True, text=True, check=True
+        [sys.executable, "-c", program],
+        input='{"command": "open"}\n',
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout == '{"facts": 1}\n'
     assert "noise" in done.stderr
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for the old name
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning"
+)  # peft asks for the old name
 def test_an_adapter_is_merged_before_it_is_timed(model: Path, tmp_path: Path) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(model)
-    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
+    adapted = get_peft_model(
+        base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    ).eval()
     adapted.save_pretrained(tmp_path)
     ids = np.array([4, 8, 15, 16, 23, 42])
     with torch.inference_mode():
@@ -279,7 +326,9 @@ def test_an_adapter_is_merged_before_it_is_timed(model: Path, tmp_path: Path) ->
 def bench_recipe(**over: Any) -> Recipe:
     teacher = {"name": "wise", "model": {"kind": "random", "config": {"model_type": "llama"}}}
     bench = {"prompt_tokens": 24, "new_tokens": 8, "minutes": 0.02, "min_blocks": 3, "threads": 1}
-    return pico_recipe(**({"teachers": [teacher], "bench": bench, "gates": {"max_quantization_loss": 0.2}} | over))
+    return pico_recipe(
+        **({"teachers": [teacher], "bench": bench, "gates": {"max_quantization_loss": 0.2}} | over)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -292,8 +341,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with write_artifact(folder / "student", kind="student", key="s", parents={}) as draft:
         make_model(draft.folder / "model", seed=2)
         save_heldout(draft.folder / HELDOUT, make_blocks())
-        save_calibration(draft.folder / CALIBRATION, [b.input_ids[0] for b in make_blocks(seed=1).values()])
-        entry = {"name": "wise", "model": str(folder / "teacher"), "adapter": None, "quantize": "none"}
+        save_calibration(
+            draft.folder / CALIBRATION, [b.input_ids[0] for b in make_blocks(seed=1).values()]
+        )
+        entry = {
+            "name": "wise",
+            "model": str(folder / "teacher"),
+            "adapter": None,
+            "quantize": "none",
+        }
         entry |= {"dtype": "fp32", "temperature": 1.0, "digest": "0" * 64}
         (draft.folder / "teachers.json").write_text(json.dumps([entry]))
         (draft.folder / "log.jsonl").write_text("")
@@ -304,14 +360,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bench(run: Path) -> Artifact:
-    return measure(onnx=run / "onnx", student=run / "student", out=run / "bench", recipe=whole_recipe())
+    return measure(
+        onnx=run / "onnx", student=run / "student", out=run / "bench", recipe=whole_recipe()
+    )
 
 
 def whole_recipe() -> Recipe:
     """Every scenario that needs no server, and GenAI beside ours."""
     grid = {"kind": "offline", "batches": [3], "prompts": [16], "outputs": [8], "blocks": 1}
     scenarios = ["single", grid, {"kind": "cold", "repeats": 1}]
-    bench = bench_recipe().bench.model_dump(mode="json") | {"scenarios": scenarios, "runtimes": ["onnxruntime-genai"]}
+    bench = bench_recipe().bench.model_dump(mode="json") | {
+        "scenarios": scenarios,
+        "runtimes": ["onnxruntime-genai"],
+    }
     return bench_recipe(bench=bench)
 
 
@@ -331,13 +392,18 @@ def test_everything_is_measured(bench: Artifact, run: Path) -> None:
     assert result["blocks"] >= 3
     assert result["verdict"] in ("pass", "fail")
     # No process held both runtimes: torch alone is 150 MB.
-    assert result["arms"]["onnx:int8-weight"]["peak_rss_bytes"] < result["arms"]["student"]["peak_rss_bytes"] / 1.5
+    assert (
+        result["arms"]["onnx:int8-weight"]["peak_rss_bytes"]
+        < result["arms"]["student"]["peak_rss_bytes"] / 1.5
+    )
     assert not list(run.glob(".bench*"))
 
 
 def test_quality_is_that_of_the_artifact(bench: Artifact, run: Path) -> None:
     scores = json.loads((bench.path / figures.QUALITY).read_text())
-    torch_nll, graph_nll = (quality.summarise(scores, arm)["mean_nll"] for arm in ("student", "onnx:fp32"))
+    torch_nll, graph_nll = (
+        quality.summarise(scores, arm)["mean_nll"] for arm in ("student", "onnx:fp32")
+    )
     assert graph_nll == pytest.approx(torch_nll, rel=1e-5)
     teacher = quality.summarise(scores, "teacher:wise")
     assert teacher["mean_kl"] == pytest.approx(0, abs=1e-6)  # of a mixture of one
@@ -353,7 +419,9 @@ def test_what_the_timed_generations_say(bench: Artifact) -> None:
     assert said["against"] == ["teacher:wise", "onnx:fp32"]
     assert (said["prompts"], said["tokens"]) == (bench.result["blocks"], 8)
     assert "onnx:int8-weight:twin" not in said["arms"]
-    assert said["arms"]["student"]["greedy_match"]["onnx:fp32"]["value"] == 1  # one model in two runtimes
+    assert (
+        said["arms"]["student"]["greedy_match"]["onnx:fp32"]["value"] == 1
+    )  # one model in two runtimes
     assert said["arms"]["student"]["greedy_match"]["teacher:wise"]["value"] < 1
     assert 0 < said["arms"]["student"]["distinct_2"] <= 1
 
@@ -373,7 +441,9 @@ def test_samples_are_raw_and_the_same_work(bench: Artifact) -> None:
 
 def test_a_second_run_measures_nothing(bench: Artifact, run: Path) -> None:
     started = time.monotonic()
-    again = measure(onnx=run / "onnx", student=run / "student", out=run / "bench", recipe=whole_recipe())
+    again = measure(
+        onnx=run / "onnx", student=run / "student", out=run / "bench", recipe=whole_recipe()
+    )
     assert again.digest == bench.digest
     assert time.monotonic() - started < 1
 
@@ -385,7 +455,9 @@ def test_report_of_a_real_run(bench: Artifact, run: Path) -> None:
     assert json.loads(report.json.read_text())["arms"] == bench.result["arms"]
 
 
-def test_the_certificate_is_replayed_without_student_and_text(bench: Artifact, run: Path, tmp_path: Path) -> None:
+def test_the_certificate_is_replayed_without_student_and_text(
+    bench: Artifact, run: Path, tmp_path: Path
+) -> None:
     write_report(run=run, recipe=whole_recipe())
     for name in ("onnx", "bench"):
         shutil.copytree(run / name, tmp_path / name)
@@ -407,7 +479,9 @@ def test_the_certificate_is_replayed_without_student_and_text(bench: Artifact, r
     assert [f.figure for f in replay(run=tmp_path, quality=False, speed=False)] == ["figures"]
 
 
-def test_a_certificate_that_was_edited_or_belongs_elsewhere(bench: Artifact, run: Path, tmp_path: Path) -> None:
+def test_a_certificate_that_was_edited_or_belongs_elsewhere(
+    bench: Artifact, run: Path, tmp_path: Path
+) -> None:
     write_report(run=run, recipe=whole_recipe())
     for name in ("onnx", "bench"):
         shutil.copytree(run / name, tmp_path / name)
@@ -431,7 +505,12 @@ def test_batches_and_cold_starts_are_those_of_the_compared(bench: Artifact) -> N
     compared = {"onnx:int8-weight", "onnx:fp32", "teacher:wise"}
     assert {cell["arm"] for cell in bench.result["offline"]} == compared
     for cell in bench.result["offline"]:
-        assert (cell["batch"], cell["prompt_tokens"], cell["new_tokens"], cell["n"]) == (3, 16, 8, 2)
+        assert (cell["batch"], cell["prompt_tokens"], cell["new_tokens"], cell["n"]) == (
+            3,
+            16,
+            8,
+            2,
+        )
         assert cell["generated_tokens_s"]["value"] > 0
     assert set(bench.result["cold"]) == compared
     for starts in bench.result["cold"].values():
@@ -461,7 +540,9 @@ def test_a_batch_generates_what_its_rows_do_alone(worker: Worker) -> None:
     assert len(together["at"]) == 6
 
 
-def test_arms_without_a_recipe(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_arms_without_a_recipe(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     changes = [
         "bench.prompt_tokens=8",
         "bench.new_tokens=4",
@@ -475,14 +556,27 @@ def test_arms_without_a_recipe(run: Path, tmp_path: Path, capsys: pytest.Capture
     result = open_artifact(out, kind="bench").result
     shipped, fp32, teacher, url, twin = result["arms"].values()
     assert (shipped["label"], shipped["runtime"]) == ("onnx int8-weight", "onnxruntime")
-    assert (fp32["label"], teacher["label"], teacher["runtime"]) == ("onnx fp32", "teacher", "torch")
+    assert (fp32["label"], teacher["label"], teacher["runtime"]) == (
+        "onnx fp32",
+        "teacher",
+        "torch",
+    )
     assert (url["runtime"], url["peak_rss_bytes"], url["roofline"]) == ("openai", None, None)
     assert twin["role"] == "twin"
     assert result["judged"] == next(iter(result["arms"]))
     assert set(result["speed_of_shipped_over"]) == set(result["arms"]) - {result["judged"]}
     assert result["verdict"] is None
     printed = capsys.readouterr().out
-    assert printed.splitlines()[0].split() == ["model", "size", "runtime", "threads", "test", "tokens/s", "95", "%"]
+    assert printed.splitlines()[0].split() == [
+        "model",
+        "size",
+        "runtime",
+        "threads",
+        "test",
+        "tokens/s",
+        "95",
+        "%",
+    ]
     assert "pp8" in printed
     assert "as fast as teacher" in printed
     with pytest.raises(ArtifactError, match="holds something else"):
@@ -500,18 +594,26 @@ def test_what_is_no_target_is_named(run: Path, tmp_path: Path) -> None:
             measure_targets([target], out=tmp_path / "out", bench=Bench())
     assert not (tmp_path / "out").exists()
     with pytest.raises(RecipeError, match="there is only bench to set"):
-        bench_targets([str(run / "onnx")], against=[], out=tmp_path / "out", overrides=["training.tokens=3"])
+        bench_targets(
+            [str(run / "onnx")], against=[], out=tmp_path / "out", overrides=["training.tokens=3"]
+        )
     with pytest.raises(RecipeError, match=r"bench\.new_tokens: found 1"):
-        bench_targets([str(run / "onnx")], against=[], out=tmp_path / "out", overrides=["bench.new_tokens=1"])
+        bench_targets(
+            [str(run / "onnx")], against=[], out=tmp_path / "out", overrides=["bench.new_tokens=1"]
+        )
 
 
-def test_a_static_cache_generates_what_a_growing_one_does(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_static_cache_generates_what_a_growing_one_does(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("torch.compile", lambda forward, **options: forward)
     generate_with_both(model)
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # of inductor itself
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+)  # of inductor itself
 def test_a_compiled_model_generates_what_the_plain_one_does(model: Path) -> None:
     generate_with_both(model)
 
@@ -522,7 +624,11 @@ def generate_with_both(model: Path) -> None:
     for kind in (TorchEager, TorchCompiled):
         runtime, told = kind(model=str(model), threads=1), []
         for length, new_tokens in ((6, 5), (4, 3)):
-            columns = [runtime.begin(np.random.default_rng(length).integers(0, 256, (2, length)), new_tokens)]
+            columns = [
+                runtime.begin(
+                    np.random.default_rng(length).integers(0, 256, (2, length)), new_tokens
+                )
+            ]
             for _ in range(new_tokens - 1):
                 columns.append(runtime.step(columns[-1]))
             told.append(np.stack(columns).tolist())
@@ -535,15 +641,30 @@ def test_our_own_server_is_started_asked_and_ended(run: Path, tmp_path: Path) ->
     pytest.importorskip("serve_bench.serve.server")
     slo, raw = {"ttft_ms": 6e5, "tpot_ms": 6e5}, io.StringIO()
     asked = ServerScenario.model_validate(
-        {"kind": "server", "slo": slo, "requests": 4, "first_rate": 5, "bisections": 0, "minutes": 0.001}
+        {
+            "kind": "server",
+            "slo": slo,
+            "requests": 4,
+            "first_rate": 5,
+            "bisections": 0,
+            "minutes": 0.001,
+        }
     )
     sizes = load.Sizes(prompt_tokens=8, new_tokens=6)
     target = load.measure_server(
-        asked, run / "onnx", lambda block, tokens: [block + 1] * tokens, sizes, raw, threads=1, folder=tmp_path
+        asked,
+        run / "onnx",
+        lambda block, tokens: [block + 1] * tokens,
+        sizes,
+        raw,
+        threads=1,
+        folder=tmp_path,
     )
     assert target["kind"] == "artifact"
     rows = [json.loads(line) for line in raw.getvalue().splitlines()]
-    assert [(row["error"], row["prompt_tokens"], row["output_tokens"]) for row in rows] == [(None, 8, 6)] * 4
+    assert [(row["error"], row["prompt_tokens"], row["output_tokens"]) for row in rows] == [
+        (None, 8, 6)
+    ] * 4
     assert all(row["at"] == sorted(row["at"]) for row in rows)
 
 
@@ -561,7 +682,9 @@ def test_prompt_and_answer_must_fit_the_context(run: Path) -> None:
     long = bench_recipe(bench={"prompt_tokens": 60, "new_tokens": 8})
     with pytest.raises(DataError, match=r"come to 68 tokens; the context of wise is 64"):
         require_context(arms, long, run / "student/model")
-    require_context(arms, bench_recipe(bench={"prompt_tokens": 56, "new_tokens": 8}), run / "student/model")
+    require_context(
+        arms, bench_recipe(bench={"prompt_tokens": 56, "new_tokens": 8}), run / "student/model"
+    )
 
 
 def test_targets_must_have_the_context_and_a_folder_that_can_be_written(
@@ -569,7 +692,8 @@ def test_targets_must_have_the_context_and_a_folder_that_can_be_written(
 ) -> None:
     long = ["bench.prompt_tokens=60", "bench.new_tokens=8"]
     with pytest.raises(
-        DataError, match=r"come to 68 tokens; .* is 64\. Make either smaller, with --set bench\.prompt_tokens="
+        DataError,
+        match=r"come to 68 tokens; .* is 64\. Make either smaller, with --set bench\.prompt_tokens=",
     ):
         bench_targets([str(run / "onnx")], against=[], out=tmp_path / "out", overrides=long)
 
@@ -579,12 +703,15 @@ def test_targets_must_have_the_context_and_a_folder_that_can_be_written(
     monkeypatch.setattr(Path, "mkdir", refused)
     short = ["bench.prompt_tokens=8", "bench.new_tokens=4"]
     with pytest.raises(
-        EnvironmentalError, match=r"out: cannot be written \(Read-only file system\); name another with --out"
+        EnvironmentalError,
+        match=r"out: cannot be written \(Read-only file system\); name another with --out",
     ):
         bench_targets([str(run / "onnx")], against=[], out=tmp_path / "out", overrides=short)
 
 
-def test_a_model_of_the_hub_is_kept_in_the_cache_whoever_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_the_hub_is_kept_in_the_cache_whoever_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[tuple[str, dict[str, Any]]] = []
 
     def download(repository: str, **options: Any) -> str:
@@ -593,12 +720,17 @@ def test_a_model_of_the_hub_is_kept_in_the_cache_whoever_asks(tmp_path: Path, mo
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert find_arm("hub:someone/wise@4f1e", Bench()).label == "hub:someone/wise@4f1e"
-    assert model_folder(HubModel(kind="hub", id="someone/wise", revision="4f1e"), folder=tmp_path) == tmp_path / "model"
+    assert (
+        model_folder(HubModel(kind="hub", id="someone/wise", revision="4f1e"), folder=tmp_path)
+        == tmp_path / "model"
+    )
     assert asked[0] == asked[1]
     assert asked[0][1]["cache_dir"] == cache_folder() / "hub"
     monkeypatch.undo()
     for arm in ("hub:someone/wise@4f1e", "hub:not/a/name"):
-        with pytest.raises(ModelError, match=rf"{arm[4:]}: is not in .*hub and cannot be had from the model hub"):
+        with pytest.raises(
+            ModelError, match=rf"{arm[4:]}: is not in .*hub and cannot be had from the model hub"
+        ):
             find_arm(arm, Bench())
 
 
@@ -606,11 +738,22 @@ def test_inputs_that_do_not_belong_together(run: Path, tmp_path: Path) -> None:
     with write_artifact(tmp_path / "student", kind="student", key="other", parents={}) as draft:
         draft.result = {}
     with pytest.raises(ArtifactError, match="was not made from"):
-        measure(onnx=run / "onnx", student=tmp_path / "student", out=tmp_path / "bench", recipe=bench_recipe())
+        measure(
+            onnx=run / "onnx",
+            student=tmp_path / "student",
+            out=tmp_path / "bench",
+            recipe=bench_recipe(),
+        )
 
 
 def test_a_teacher_that_is_gone_is_named(run: Path, tmp_path: Path) -> None:
-    entry = {"name": "wise", "model": str(tmp_path / "gone"), "adapter": None, "quantize": "none", "dtype": "fp32"}
+    entry = {
+        "name": "wise",
+        "model": str(tmp_path / "gone"),
+        "adapter": None,
+        "quantize": "none",
+        "dtype": "fp32",
+    }
     with write_artifact(tmp_path / "student", kind="student", key="other", parents={}) as draft:
         (draft.folder / "teachers.json").write_text(json.dumps([entry]))
         draft.result = {}

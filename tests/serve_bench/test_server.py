@@ -33,13 +33,23 @@ from limbeck.runtime.decoder import Decoder, Text, load_text
 from serve_bench.serve.limits import Limits
 from serve_bench.serve.server import Listener, open_server
 
-PROMPTS = ["a", "My fellow Americans,", "x" * 140, "Grüße", "one two three four five", "{}", "And it came to pass " * 5]
+PROMPTS = [
+    "a",
+    "My fellow Americans,",
+    "x" * 140,
+    "Grüße",
+    "one two three four five",
+    "{}",
+    "And it came to pass " * 5,
+]
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"}]
 
 
 @contextmanager
 def serving(folder: Path, **options: Any) -> Iterator[Listener]:
-    server = open_server(folder, **{"port": 0, "form": "fp32", "threads": 1, "grace": 10.0, **options})
+    server = open_server(
+        folder, **{"port": 0, "form": "fp32", "threads": 1, "grace": 10.0, **options}
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     until(lambda: server.started)
@@ -86,7 +96,9 @@ def slow(server: Listener, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0
     monkeypatch.setattr(server.engine._batch, "step", slowed)
 
 
-def bare(server: Listener, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any, Any]:
+def bare(
+    server: Listener, method: str, path: str, body: Any = None, **headers: str
+) -> tuple[int, Any, Any]:
     """Status, headers and body of one request."""
     host, port = server.address.removeprefix("http://").split(":")
     connection = http.client.HTTPConnection(host, int(port), timeout=30)
@@ -101,7 +113,12 @@ def bare(server: Listener, method: str, path: str, body: Any = None, **headers: 
 
 def metric(server: Listener, name: str, **labels: str) -> float:
     families = text_string_to_metric_families(bare(server, "GET", "/metrics")[2])
-    found = [s.value for f in families for s in f.samples if s.name == name and labels.items() <= s.labels.items()]
+    found = [
+        s.value
+        for f in families
+        for s in f.samples
+        if s.name == name and labels.items() <= s.labels.items()
+    ]
     return sum(found)
 
 
@@ -130,15 +147,27 @@ def test_models(server: Listener, client: openai.OpenAI) -> None:
 def test_a_completion_is_the_decoders(served: Artifact, client: openai.OpenAI) -> None:
     ids = load_text(served.path).encode(PROMPTS[1])
     for prompt in (PROMPTS[1], ids, [PROMPTS[1]], [ids]):
-        answer = client.completions.create(model="pico", prompt=prompt, max_tokens=24, temperature=0)
+        answer = client.completions.create(
+            model="pico", prompt=prompt, max_tokens=24, temperature=0
+        )
         (choice,) = answer.choices
-        assert (choice.text, choice.finish_reason, choice.index) == (greedy(served.path, ids, 24), "length", 0)
+        assert (choice.text, choice.finish_reason, choice.index) == (
+            greedy(served.path, ids, 24),
+            "length",
+            0,
+        )
         assert answer.usage is not None
-        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (20, 24, 44)
+        assert (
+            answer.usage.prompt_tokens,
+            answer.usage.completion_tokens,
+            answer.usage.total_tokens,
+        ) == (20, 24, 44)
     assert answer.object == "text_completion"
     assert answer.id.startswith("cmpl-")
     assert answer.system_fingerprint == f"limbeck-{served.digest[:12]}-fp32"
-    unasked = client.completions.create(model="pico", prompt="a", extra_body={"ignore_eos": True})  # drawn, as OpenAI's
+    unasked = client.completions.create(
+        model="pico", prompt="a", extra_body={"ignore_eos": True}
+    )  # drawn, as OpenAI's
     assert unasked.usage.completion_tokens == 16  # type: ignore[union-attr]
 
 
@@ -153,19 +182,32 @@ def test_what_is_not_asked_for_fits_the_limits(served: Artifact) -> None:
 def test_a_chat_is_the_decoders(served: Artifact, client: openai.OpenAI) -> None:
     ids = load_text(served.path).chat(CHAT)
     expected = greedy(served.path, ids, 24)
-    answer = client.chat.completions.create(model="pico", messages=CHAT, max_completion_tokens=24, temperature=0)  # type: ignore[call-overload]
+    answer = client.chat.completions.create(
+        model="pico", messages=CHAT, max_completion_tokens=24, temperature=0
+    )  # type: ignore[call-overload]
     (choice,) = answer.choices
-    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", expected, "length")
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == (
+        "assistant",
+        expected,
+        "length",
+    )
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), 24)
     assert (answer.object, answer.model) == ("chat.completion", "pico")
     parts = [
-        {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]},
+        {
+            "role": "developer",
+            "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}],
+        },
         CHAT[1],
     ]
-    again = client.chat.completions.create(model="pico", messages=parts, max_tokens=24, temperature=0)  # type: ignore[call-overload]
+    again = client.chat.completions.create(
+        model="pico", messages=parts, max_tokens=24, temperature=0
+    )  # type: ignore[call-overload]
     assert again.choices[0].message.content == expected
     follow = [*CHAT, again.choices[0].message.model_dump(), CHAT[1]]  # what clients send back
-    assert client.chat.completions.create(model="pico", messages=follow, temperature=0).usage.prompt_tokens > len(ids)  # type: ignore[call-overload]
+    assert client.chat.completions.create(
+        model="pico", messages=follow, temperature=0
+    ).usage.prompt_tokens > len(ids)  # type: ignore[call-overload]
 
 
 def test_streams_tell_a_token_an_event(served: Artifact, client: openai.OpenAI) -> None:
@@ -174,7 +216,12 @@ def test_streams_tell_a_token_an_event(served: Artifact, client: openai.OpenAI) 
     options: dict[str, Any] = {"include_usage": True}
     events = list(
         client.completions.create(
-            model="pico", prompt="stream", max_tokens=24, temperature=0, stream=True, stream_options=options
+            model="pico",
+            prompt="stream",
+            max_tokens=24,
+            temperature=0,
+            stream=True,
+            stream_options=options,
         )
     )
     assert "".join(e.choices[0].text for e in events[:-1]) == expected
@@ -186,7 +233,9 @@ def test_streams_tell_a_token_an_event(served: Artifact, client: openai.OpenAI) 
 
     expected = greedy(served.path, load_text(served.path).chat(CHAT), 24)
     chunks = list(
-        client.chat.completions.create(model="pico", messages=CHAT, max_tokens=24, temperature=0, stream=True)  # type: ignore[call-overload]
+        client.chat.completions.create(
+            model="pico", messages=CHAT, max_tokens=24, temperature=0, stream=True
+        )  # type: ignore[call-overload]
     )
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == expected
     assert [c.choices[0].delta.role for c in chunks] == ["assistant"] + [None] * 24
@@ -201,14 +250,18 @@ def test_the_stream_on_the_wire(server: Listener) -> None:
     assert re.fullmatch(r"(data: \{[^\n]*\}\n\n){3}data: \[DONE\]\n\n", text)
 
 
-def test_ragged_prompts_at_once_get_what_each_gets_alone(served: Artifact, server: Listener) -> None:
+def test_ragged_prompts_at_once_get_what_each_gets_alone(
+    served: Artifact, server: Listener
+) -> None:
     text = load_text(served.path)
     prompts = [prompt * times for times in (1, 2) for prompt in PROMPTS]
     expected = [greedy(served.path, text.encode(prompt), 40) for prompt in prompts]
 
     def ask(prompt: str) -> str:
         with connect(server) as client:
-            answer = client.completions.create(model="pico", prompt=prompt, max_tokens=40, temperature=0)
+            answer = client.completions.create(
+                model="pico", prompt=prompt, max_tokens=40, temperature=0
+            )
             return answer.choices[0].text
 
     with ThreadPoolExecutor(len(prompts)) as pool:
@@ -230,7 +283,11 @@ def test_stop_strings_across_tokens(served: Artifact, client: openai.OpenAI) -> 
 
 def test_a_seed_repeats(served: Artifact, client: openai.OpenAI) -> None:
     def draw(**options: Any) -> str:
-        return client.completions.create(model="pico", prompt="seed", max_tokens=24, **options).choices[0].text
+        return (
+            client.completions.create(model="pico", prompt="seed", max_tokens=24, **options)
+            .choices[0]
+            .text
+        )
 
     assert draw(seed=7) == draw(seed=7, temperature=1.0, top_p=1.0)
     assert len({draw(seed=7), draw(seed=8), draw(seed=7, temperature=2), draw(), draw()}) == 5
@@ -272,7 +329,11 @@ def test_the_models_own_end(served: Artifact, server: Listener, client: openai.O
         ({"stop": ""}, "stop", "at least 1 character"),
         ({"stop": ["a"] * 17}, "stop", "at most 16 items"),
         ({"misspelt": 1}, "misspelt", "this server does not know this field"),
-        ({"prompt": 3}, "prompt", "found 3; Input should be a valid string or Input should be a valid list"),
+        (
+            {"prompt": 3},
+            "prompt",
+            "found 3; Input should be a valid string or Input should be a valid list",
+        ),
         ({"prompt": ["a", "b"]}, "prompt", "at most 1 item"),
         ({"prompt": None}, "prompt", "found None"),
         ({"prompt": ""}, None, "empty prompt"),
@@ -288,7 +349,9 @@ def test_the_models_own_end(served: Artifact, server: Listener, client: openai.O
 def test_what_is_not_supported_is_refused_by_name(
     limited: Listener, change: dict[str, Any], field: str | None, message: str
 ) -> None:
-    status, _, body = bare(limited, "POST", "/v1/completions", {"model": "pico", "prompt": "a"} | change)
+    status, _, body = bare(
+        limited, "POST", "/v1/completions", {"model": "pico", "prompt": "a"} | change
+    )
     assert status == 400
     assert body["error"].keys() == {"message", "type", "param", "code"}
     assert (body["error"]["type"], body["error"]["param"]) == ("invalid_request_error", field)
@@ -299,17 +362,41 @@ def test_what_is_not_supported_is_refused_by_name(
     ("change", "field", "message"),
     [
         ({"messages": []}, "messages", "at least 1 item"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "messages", "'system', 'developer', 'user' or 'assistant'"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages", "'text'"),
-        ({"tools": [{"type": "function"}]}, "tools", "does not support it; leave it out or give \\[\\]"),
+        (
+            {"messages": [{"role": "tool", "content": "a"}]},
+            "messages",
+            "'system', 'developer', 'user' or 'assistant'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages",
+            "'text'",
+        ),
+        (
+            {"tools": [{"type": "function"}]},
+            "tools",
+            "does not support it; leave it out or give \\[\\]",
+        ),
         ({"response_format": {"type": "json_object"}}, "response_format", "does not support it"),
         ({"logprobs": True}, "logprobs", "does not support it; leave it out or give False"),
-        ({"messages": [{"role": "user", "content": "x" * 600}]}, None, r"prompt of \d+ tokens and 1 to generate"),
+        (
+            {"messages": [{"role": "user", "content": "x" * 600}]},
+            None,
+            r"prompt of \d+ tokens and 1 to generate",
+        ),
     ],
 )
-def test_so_it_is_in_chat(limited: Listener, change: dict[str, Any], field: str | None, message: str) -> None:
-    status, _, body = bare(limited, "POST", "/v1/chat/completions", {"model": "pico", "messages": CHAT} | change)
-    assert (status, body["error"]["type"], body["error"]["param"]) == (400, "invalid_request_error", field)
+def test_so_it_is_in_chat(
+    limited: Listener, change: dict[str, Any], field: str | None, message: str
+) -> None:
+    status, _, body = bare(
+        limited, "POST", "/v1/chat/completions", {"model": "pico", "messages": CHAT} | change
+    )
+    assert (status, body["error"]["type"], body["error"]["param"]) == (
+        400,
+        "invalid_request_error",
+        field,
+    )
     assert re.search(message, body["error"]["message"])
 
 
@@ -318,7 +405,9 @@ def test_values_that_change_nothing_are_taken(client: openai.OpenAI) -> None:
         model="pico", messages=CHAT, max_tokens=1, n=1, frequency_penalty=0, presence_penalty=0.0, logit_bias={},  # type: ignore[arg-type]
         logprobs=False, response_format={"type": "text"}, tools=[], tool_choice="auto", user="me", seed=None, stop=None,
     )  # fmt: skip
-    client.completions.create(model="pico", prompt="a", max_tokens=1, best_of=1, echo=False, logprobs=None, suffix="")
+    client.completions.create(
+        model="pico", prompt="a", max_tokens=1, best_of=1, echo=False, logprobs=None, suffix=""
+    )
 
 
 @pytest.fixture(scope="module")
@@ -337,16 +426,17 @@ def test_a_large_body_is_refused(limited: Listener) -> None:
         connection.request("POST", "/v1/completions", sent, {"Content-Type": "application/json"})
         response = connection.getresponse()
         assert response.status == 413
-        assert json.loads(response.read())["error"]["message"] == "the body is larger than 4000 bytes, the limit here."
+        assert (
+            json.loads(response.read())["error"]["message"]
+            == "the body is larger than 4000 bytes, the limit here."
+        )
         connection.close()
 
 
 def test_a_body_that_never_comes_is_not_waited_for(limited: Listener) -> None:
     host, port = limited.address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
-        head = (
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
-        )
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
         connection.sendall(head)
         assert connection.recv(100).startswith(b"HTTP/1.1 408")
 
@@ -354,15 +444,22 @@ def test_a_body_that_never_comes_is_not_waited_for(limited: Listener) -> None:
 def test_what_is_no_json_or_no_endpoint(server: Listener) -> None:
     status, _, body = bare(server, "POST", "/v1/completions", b"{no")
     assert (status, body["error"]["message"][:25]) == (400, "the body is not JSON: Exp")
-    status, _, body = bare(server, "POST", "/v1/completions", b"{}", **{"Content-Type": "text/plain"})
-    assert (status, "send one with Content-Type: application/json" in body["error"]["message"]) == (400, True)
+    status, _, body = bare(
+        server, "POST", "/v1/completions", b"{}", **{"Content-Type": "text/plain"}
+    )
+    assert (status, "send one with Content-Type: application/json" in body["error"]["message"]) == (
+        400,
+        True,
+    )
     status, _, body = bare(server, "GET", "/v1/embeddings")
     assert (status, "this server has /v1/models" in body["error"]["message"]) == (404, True)
     assert bare(server, "GET", "/v1/completions")[0] == 405
 
 
 def test_another_model_is_not_found(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError, match="found model 'gpt'; this server has 'pico'") as refused:
+    with pytest.raises(
+        openai.NotFoundError, match="found model 'gpt'; this server has 'pico'"
+    ) as refused:
         client.completions.create(model="gpt", prompt="a")
     assert refused.value.code == "model_not_found"
 
@@ -372,7 +469,11 @@ def test_the_key(served: Artifact) -> None:
         for key in ("wrong", "secret2", "sécret"):
             assert bare(server, "GET", "/v1/models", Authorization=f"Bearer {key}")[0] == 401
         status, headers, body = bare(server, "POST", "/v1/completions", b"x" * 5)
-        assert (status, headers["WWW-Authenticate"], body["error"]["code"]) == (401, "Bearer", "invalid_api_key")
+        assert (status, headers["WWW-Authenticate"], body["error"]["code"]) == (
+            401,
+            "Bearer",
+            "invalid_api_key",
+        )
         with connect(server, "wrong") as client, pytest.raises(openai.AuthenticationError):
             client.models.list()
         with connect(server, "secret") as client:
@@ -387,13 +488,20 @@ def test_a_client_that_leaves_frees_its_slot(
     served: Artifact, server: Listener, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow(server, monkeypatch)
-    asked: dict[str, Any] = {"model": "pico", "prompt": "a", "max_tokens": 400, "extra_body": {"ignore_eos": True}}
+    asked: dict[str, Any] = {
+        "model": "pico",
+        "prompt": "a",
+        "max_tokens": 400,
+        "extra_body": {"ignore_eos": True},
+    }
     gone = metric(server, "limbeck_finished_total", reason="cancelled")
     with client.completions.create(**asked, stream=True) as stream:
         next(iter(stream))
         assert metric(server, "limbeck_running") == 1
     until(lambda: server.engine.running == 0)
-    with pytest.raises(openai.APITimeoutError):  # not a stream: the connection is closed while it waits
+    with pytest.raises(
+        openai.APITimeoutError
+    ):  # not a stream: the connection is closed while it waits
         client.with_options(timeout=0.2).completions.create(**asked)
     until(lambda: server.engine.running == server.engine.waiting == 0)
     assert metric(server, "limbeck_finished_total", reason="cancelled") == gone + 2
@@ -424,7 +532,9 @@ def test_time_runs_out(limited: Listener, monkeypatch: pytest.MonkeyPatch) -> No
     slow(limited, monkeypatch)
     body = {"model": "pico", "prompt": "a", "max_tokens": 300, "ignore_eos": True}
     with ThreadPoolExecutor(2) as pool:  # one that runs and one that waits
-        for status, _, answer in pool.map(lambda _: bare(limited, "POST", "/v1/completions", body), range(2)):
+        for status, _, answer in pool.map(
+            lambda _: bare(limited, "POST", "/v1/completions", body), range(2)
+        ):
             assert (status, answer["error"]["code"]) == (504, "timeout")
             assert answer["error"]["message"] == "the request took longer than 1 s, the limit here."
     until(lambda: limited.engine.running == limited.engine.waiting == 0)
@@ -442,7 +552,9 @@ def test_time_runs_out_within_a_stream(limited: Listener, monkeypatch: pytest.Mo
     assert metric(limited, "limbeck_errors_total", code="timeout") >= 1
 
 
-def test_text_is_read_by_two_threads_however_many_ask(server: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_is_read_by_two_threads_however_many_ask(
+    server: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encode, threads, several = Text.encode, list[str](), threading.Barrier(2)
 
     def watched(text: Text, given: str) -> list[int]:
@@ -453,7 +565,9 @@ def test_text_is_read_by_two_threads_however_many_ask(server: Listener, monkeypa
     monkeypatch.setattr(Text, "encode", watched)
     body = {"model": "pico", "prompt": "abc", "max_tokens": 1, "ignore_eos": True}
     with ThreadPoolExecutor(12) as pool:
-        answers = list(pool.map(lambda _: bare(server, "POST", "/v1/completions", body)[0], range(12)))
+        answers = list(
+            pool.map(lambda _: bare(server, "POST", "/v1/completions", body)[0], range(12))
+        )
     assert answers == [200] * 12
     assert set(threads) == {"limbeck-text_0", "limbeck-text_1"}
 
@@ -469,7 +583,9 @@ def test_metrics_count(server: Listener, client: openai.OpenAI) -> None:
         "limbeck_errors_total": {"code": "model_not_found"},
     }
     before = {name: metric(server, name, **labels) for name, labels in names.items()}
-    client.completions.create(model="pico", prompt="abc", max_tokens=8, extra_body={"ignore_eos": True})
+    client.completions.create(
+        model="pico", prompt="abc", max_tokens=8, extra_body={"ignore_eos": True}
+    )
     bare(server, "POST", "/v1/completions", {"model": "none", "prompt": "a"})
     after = {name: metric(server, name, **labels) - before[name] for name, labels in names.items()}
     assert list(after.values()) == [1, 3, 8, 1, 7, 1, 1]
@@ -480,7 +596,9 @@ def test_metrics_count(server: Listener, client: openai.OpenAI) -> None:
 # The end ---------------------------------------------------------------------------------------------------------
 
 
-def test_stopping_lets_streams_finish_and_takes_no_more(served: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopping_lets_streams_finish_and_takes_no_more(
+    served: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = open_server(served.path, port=0, form="fp32", threads=1, grace=20.0)
     slow(server, monkeypatch)
     thread = threading.Thread(target=server.run)
@@ -492,15 +610,23 @@ def test_stopping_lets_streams_finish_and_takes_no_more(served: Artifact, monkey
         next(events)
         server.stop()
         until(lambda: server.engine.closing)
-        status, headers, body = bare(server, "POST", "/v1/completions", {"model": "pico", "prompt": "a"})
-        assert (status, headers["Retry-After"], body["error"]["code"]) == (503, "5", "shutting_down")
+        status, headers, body = bare(
+            server, "POST", "/v1/completions", {"model": "pico", "prompt": "a"}
+        )
+        assert (status, headers["Retry-After"], body["error"]["code"]) == (
+            503,
+            "5",
+            "shutting_down",
+        )
         assert bare(server, "GET", "/health")[::2] == (503, {"status": "shutting down"})
         assert [e.choices[0].finish_reason for e in events] == [None] * 99 + ["length"]
     thread.join(timeout=30)
     assert not thread.is_alive()
 
 
-def test_a_stream_that_outlives_the_grace_is_told(served: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_that_outlives_the_grace_is_told(
+    served: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with serving(served.path, grace=0.05) as server, connect(server) as client:
         slow(server, monkeypatch)
         options: dict[str, Any] = {"max_tokens": 400, "extra_body": {"ignore_eos": True}}
@@ -511,7 +637,9 @@ def test_a_stream_that_outlives_the_grace_is_told(served: Artifact, monkeypatch:
             list(events)
 
 
-def test_a_defect_of_the_engine_is_an_error_and_the_end(served: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_of_the_engine_is_an_error_and_the_end(
+    served: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = open_server(served.path, port=0, form="fp32", threads=1)
 
     def broken(ids: Any) -> Any:
@@ -547,7 +675,8 @@ def test_the_command(served: Artifact) -> None:
         assert process.stderr
         line = process.stderr.readline()
         found = re.fullmatch(
-            r"serving pico \(int8-weight, context 512 tokens, 1 threads\) at (http://127.0.0.1:\d+/v1)\n", line
+            r"serving pico \(int8-weight, context 512 tokens, 1 threads\) at (http://127.0.0.1:\d+/v1)\n",
+            line,
         )
         assert found, line
         with openai.OpenAI(base_url=found[1], api_key="secret", max_retries=0) as client:
@@ -590,9 +719,13 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
     assert "no complete artifact" in result.stderr
 
 
-def test_without_the_extra_the_command_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_the_command_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delitem(sys.modules, "serve_bench.serve.server", raising=False)
     monkeypatch.setitem(sys.modules, "fastapi", None)
     result = CliRunner().invoke(app, ["serve", str(tmp_path)])
     assert result.exit_code == 2
-    assert result.stderr == "limbeck: fastapi is not installed; run: pip install 'limbeck[serve]'.\n"
+    assert (
+        result.stderr == "limbeck: fastapi is not installed; run: pip install 'limbeck[serve]'.\n"
+    )

@@ -39,8 +39,14 @@ def test_six_values_hold_the_median_between_least_and_greatest() -> None:
 def test_twelve_values_by_hand() -> None:
     # 2 (1 + 12) / 2^12 = 0.63 % for the second from either end; 2 (1 + 12 + 66) / 2^12 = 3.9 % for the third.
     values = np.arange(1.0, 13.0)
-    assert (median_interval(values, error=0.009).low, median_interval(values, error=0.009).high) == (2.0, 11.0)
-    assert (median_interval(values, error=0.04).low, median_interval(values, error=0.04).high) == (3.0, 10.0)
+    assert (
+        median_interval(values, error=0.009).low,
+        median_interval(values, error=0.009).high,
+    ) == (2.0, 11.0)
+    assert (median_interval(values, error=0.04).low, median_interval(values, error=0.04).high) == (
+        3.0,
+        10.0,
+    )
 
 
 @given(st.integers(6, 60), st.floats(0.002, 0.2))
@@ -62,7 +68,11 @@ def test_a_block_more_never_loses_the_interval() -> None:
     values = [1.0, 1.1, 0.9, 1.05, 0.95, 1.02]
     six, seven = sequential_interval(values, first=6), sequential_interval([*values, 1.0], first=6)
     assert (six.low, six.high) == (0.9, 1.1)
-    assert (seven.low, seven.high, seven.n) == (0.9, 1.1, 7)  # seven alone cannot carry the second look's 99 %
+    assert (seven.low, seven.high, seven.n) == (
+        0.9,
+        1.1,
+        7,
+    )  # seven alone cannot carry the second look's 99 %
 
 
 def test_looks_that_contradict_each_other_decide_nothing() -> None:
@@ -100,7 +110,9 @@ def test_unpaired_intervals_cover_the_true_ratio() -> None:
     draw, covered = np.random.default_rng(4), 0
     for _ in range(1000):
         n, m = draw.integers(6, 25, 2)
-        found = unpaired_ratio(1.05 * np.exp(0.03 * draw.standard_t(3, n)), np.exp(0.03 * draw.standard_t(3, m)))
+        found = unpaired_ratio(
+            1.05 * np.exp(0.03 * draw.standard_t(3, n)), np.exp(0.03 * draw.standard_t(3, m))
+        )
         covered += found.low <= 1.05 <= found.high
     assert covered / 1000 >= 0.94
 
@@ -116,7 +128,11 @@ def test_widening_only_when_two_copies_differ() -> None:
 def test_percentiles_need_samples() -> None:
     assert [samples_needed(p) for p in (50, 90, 95, 99)] == [1, 46, 93, 473]
     values = np.arange(1.0, 101.0)
-    assert (percentile(values, 50), percentile(values, 90), percentile(values, 95)) == (50.5, 90.0, 95.0)
+    assert (percentile(values, 50), percentile(values, 90), percentile(values, 95)) == (
+        50.5,
+        90.0,
+        95.0,
+    )
     assert percentile(values, 99) is None
     assert percentile(values[:45], 90) is None
 
@@ -124,7 +140,10 @@ def test_percentiles_need_samples() -> None:
 def test_relative_rise_by_hand() -> None:
     # Means of domains: ours (10/10 + 30/10) / 2 = 2, theirs (10/10 + 28/10) / 2 = 1.9.
     labels = [np.array([5.0, 5.0]), np.array([10.0])]
-    ours, theirs = [np.array([4.0, 6.0]), np.array([30.0])], [np.array([4.0, 6.0]), np.array([28.0])]
+    ours, theirs = (
+        [np.array([4.0, 6.0]), np.array([30.0])],
+        [np.array([4.0, 6.0]), np.array([28.0])],
+    )
     rise = relative_rise(ours, theirs, labels)
     assert rise.value == pytest.approx(2 / 1.9 - 1)
     assert rise.low <= rise.value <= rise.high
@@ -135,7 +154,9 @@ def test_relative_rise_by_hand() -> None:
 # Simulated machines ----------------------------------------------------------------------------------------------
 
 
-def machine(draw: np.random.Generator, blocks: int, *, ratio: float, noise: float = 0.02) -> np.ndarray:
+def machine(
+    draw: np.random.Generator, blocks: int, *, ratio: float, noise: float = 0.02
+) -> np.ndarray:
     """Log-ratios of two arms over mirrored blocks, on a machine that drifts and is sometimes disturbed for a while."""
     slots = np.arange(4 * blocks)  # A B B A of each block
     speed = np.cumsum(draw.normal(0, 0.006, len(slots))) + 0.1 * np.sin(slots / 9)

@@ -40,7 +40,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     root = tmp_path_factory.mktemp("eval")
     make_student(root / "student", make_model(root / "model", seed=5))
     return export_student(
-        student=root / "student", out=root / "onnx", recipe=pico_recipe(export={"forms": [{"kind": "fp32"}]})
+        student=root / "student",
+        out=root / "onnx",
+        recipe=pico_recipe(export={"forms": [{"kind": "fp32"}]}),
     )
 
 
@@ -55,12 +57,23 @@ def test_score_sums_the_log_probabilities_of_what_is_wanted(exported: Artifact) 
     likeliest = int(logits[2].argmax())
     assert score(decoder, before, [likeliest], context=64)[1]
     # Past the context the left is cut off: the model sees its last four tokens only.
-    assert score(decoder, [9] * 50 + before, wanted, context=4) == score(decoder, before, wanted, context=4)
+    assert score(decoder, [9] * 50 + before, wanted, context=4) == score(
+        decoder, before, wanted, context=4
+    )
 
 
 def test_figures_are_paired_with_their_errors() -> None:
-    found = {"alias": "x", "acc,none": 0.5, "acc_stderr,none": 0.1, "bleu,strict": 3.0, "bleu_stderr,strict": "N/A"}
-    assert _figures(found) == {"acc": {"value": 0.5, "stderr": 0.1}, "bleu (strict)": {"value": 3.0, "stderr": None}}
+    found = {
+        "alias": "x",
+        "acc,none": 0.5,
+        "acc_stderr,none": 0.1,
+        "bleu,strict": 3.0,
+        "bleu_stderr,strict": "N/A",
+    }
+    assert _figures(found) == {
+        "acc": {"value": 0.5, "stderr": 0.1},
+        "bleu (strict)": {"value": 3.0, "stderr": None},
+    }
     table = markdown({"results": {"x": _figures(found)}, "samples": {"x": 4}})
     assert "| x | acc | 0.5000 | 0.1000 | 4 |" in table
 
@@ -81,9 +94,27 @@ def test_tasks_of_ones_own_over_the_deployed_graph(exported: Artifact, tmp_path:
     for name, text in TASKS.items():
         (tmp_path / f"{name}.yaml").write_text(f"task: {name}\n{COMMON % data}{text}")
     # In a process of its own: lm-eval and datasets warn as they are imported, and warnings are errors here.
-    command = [sys.executable, "-m", "limbeck.app.cli", "eval", str(exported.path), "--tasks", ",".join(TASKS)]
+    command = [
+        sys.executable,
+        "-m",
+        "limbeck.app.cli",
+        "eval",
+        str(exported.path),
+        "--tasks",
+        ",".join(TASKS),
+    ]
     code = "from limbeck.cli import main; main()"
-    command = [sys.executable, "-c", code, *command[3:], "--include-path", str(tmp_path), "--threads", "1", "--json"]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        *command[3:],
+        "--include-path",
+        str(tmp_path),
+        "--threads",
+        "1",
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
@@ -91,14 +122,21 @@ def test_tasks_of_ones_own_over_the_deployed_graph(exported: Artifact, tmp_path:
     right = 0
     for question in QUESTIONS:
         before = text.encode(str(question["question"]))
-        sums = [score(decoder, before, text.encode(f" {choice}"), 64)[0] for choice in question["choices"]]  # type: ignore[attr-defined]
+        sums = [
+            score(decoder, before, text.encode(f" {choice}"), 64)[0]
+            for choice in question["choices"]
+        ]  # type: ignore[attr-defined]
         right += int(np.argmax(sums) == question["answer"])
     assert found["results"]["choose"]["acc"]["value"] == pytest.approx(right / 3)
     assert found["samples"] == {"choose": 3, "whole": 3, "answer": 3}
     ends = [score(decoder, [256], text.encode(str(q["question"])), 64)[0] for q in QUESTIONS]
     size = sum(len(str(q["question"]).encode()) for q in QUESTIONS)
-    assert found["results"]["whole"]["byte_perplexity"]["value"] == pytest.approx(math.exp(-sum(ends) / size), rel=1e-4)
+    assert found["results"]["whole"]["byte_perplexity"]["value"] == pytest.approx(
+        math.exp(-sum(ends) / size), rel=1e-4
+    )
     assert found["form"] == "fp32"
-    unknown = subprocess.run([*command[:6], "nothing", *command[7:]], capture_output=True, text=True, check=False)
+    unknown = subprocess.run(
+        [*command[:6], "nothing", *command[7:]], capture_output=True, text=True, check=False
+    )
     assert unknown.returncode == 2
     assert "found nothing, which is neither in" in unknown.stderr

@@ -67,7 +67,9 @@ def search(recipe: AnyRecipe, *, out: Path | None = None) -> Found:
     require_ours(folder, digest)
     task = task_of(recipe)
     students = dict(task.students(recipe))
-    candidates = task.sized(recipe, students)  # what is wrong with a model or a form is told before anything is written
+    candidates = task.sized(
+        recipe, students
+    )  # what is wrong with a model or a form is told before anything is written
     claim(folder, digest)
     clock = Clock(folder / SPENT)
     with locked(folder, wait=True):
@@ -94,9 +96,13 @@ def _required(recipe: AnyRecipe) -> AnyBudget:
         )
     if isinstance(recipe.student, FreshStudent | FreshEncoder):
         kinds = "lora or shrink" if isinstance(recipe, Recipe) else "full or shrink"
-        raise RecipeError(f"{recipe.name}: student.kind: a search cuts a base down; use {kinds}, with a base.")
+        raise RecipeError(
+            f"{recipe.name}: student.kind: a search cuts a base down; use {kinds}, with a base."
+        )
     if not recipe.teachers:
-        raise RecipeError(f"{recipe.name}: teachers: a search compares distilled students; name a teacher.")
+        raise RecipeError(
+            f"{recipe.name}: teachers: a search compares distilled students; name a teacher."
+        )
     if isinstance(recipe, Recipe) and recipe.training.tokens is None:
         raise RecipeError(
             f"{recipe.name}: training.minutes: rounds are counted in tokens; give the budget as `tokens`."
@@ -112,7 +118,9 @@ def _require_optuna() -> None:
     try:
         import optuna
     except ImportError:
-        raise EnvironmentalError("limbeck search needs Optuna; install it: pip install 'limbeck[search]'.") from None
+        raise EnvironmentalError(
+            "limbeck search needs Optuna; install it: pip install 'limbeck[search]'."
+        ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -138,7 +146,10 @@ def _rule_out_sizes(candidates: Sequence[Candidate], budget: AnyBudget) -> None:
 
 
 def _rule_out_memory(
-    recipe: AnyRecipe, students: Mapping[str, dict[str, Any]], candidates: Sequence[Candidate], budget: AnyBudget
+    recipe: AnyRecipe,
+    students: Mapping[str, dict[str, Any]],
+    candidates: Sequence[Candidate],
+    budget: AnyBudget,
 ) -> None:
     """Leave out what cannot be trained here: of each kind of student the largest are planned first, until one fits."""
     fits: set[str] = set()  # kinds
@@ -153,8 +164,12 @@ def _rule_out_memory(
             continue
         for other in still_in(candidates):  # the other forms of the student
             if other.student == candidate.student:
-                other.out = f"{UNTRAINED}{megabytes(taken)} of memory, and {megabytes(here)} are here"
-    if out := list(dict.fromkeys(c.student for c in candidates if (c.out or "").startswith(UNTRAINED))):
+                other.out = (
+                    f"{UNTRAINED}{megabytes(taken)} of memory, and {megabytes(here)} are here"
+                )
+    if out := list(
+        dict.fromkeys(c.student for c in candidates if (c.out or "").startswith(UNTRAINED))
+    ):
         say(f"   planned to take more memory than there is here, and left out: {', '.join(out)}")
 
 
@@ -163,7 +178,11 @@ def chosen(passed: Sequence[Candidate], budget: AnyBudget) -> Candidate:
 
     def order(c: Candidate) -> tuple[float, ...]:
         assert c.loss is not None
-        return (c.loss, *(c.measured[metric] for metric in budget.times if metric in c.measured), c.measured["size"])
+        return (
+            c.loss,
+            *(c.measured[metric] for metric in budget.times if metric in c.measured),
+            c.measured["size"],
+        )
 
     return min(passed, key=order)
 
@@ -183,21 +202,31 @@ def _conclude(
     (folder / NEAREST).unlink(missing_ok=True)
     if passed:
         best, code, name, note = chosen(passed, budget), 0, CHOSEN, ""
-        sentence = f"{best.name} keeps the budget: {figures_of(best)}; limbeck run {folder / CHOSEN}"
+        sentence = (
+            f"{best.name} keeps the budget: {figures_of(best)}; limbeck run {folder / CHOSEN}"
+        )
     else:
         best, name = nearest(undecided or candidates, budget), NEAREST
         code = 3 if undecided or out_of_time(candidates) else 1
-        kept = "were not shown to be kept" if code == 3 else "are not kept: it fails unless they are raised"
+        kept = (
+            "were not shown to be kept"
+            if code == 3
+            else "are not kept: it fails unless they are raised"
+        )
         note = f"# Its gates are the budget's, which {kept}.\n"
         sentence = (
             f"{missed_bound(candidates, budget)} The nearest is {best.name}: {figures_of(best)}; limbeck run {folder / NEAREST} "
             f"(its gates are the budget's, which {kept})"
         )
-    if said := ", ".join(f"{metric} within {m.error:.0%}" for metric, m in models.items() if m.error is not None):
+    if said := ", ".join(
+        f"{metric} within {m.error:.0%}" for metric, m in models.items() if m.error is not None
+    ):
         sentence += f"\nPredicted times: {said}, by the worst of the timed exports that the prediction had not seen."
     tree = task_of(recipe).final_recipe(recipe, students[best.student], best, budget)
     head = f"# Found by `limbeck search {recipe.name}` for {asked_for(budget)}: {figures_of(best)}.\n{note}"
-    write_atomically(folder / name, head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120))
+    write_atomically(
+        folder / name, head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)
+    )
     table = markdown(rows(candidates, best, budget))
     write_atomically(folder / TABLE, f"{table}\n\n{sentence}\n")
     draw(candidates, budget, best, folder / PICTURE)

@@ -28,8 +28,12 @@ class Candidate:
     timed: bool = False  # whether `predicted` was measured on an untrained export
     nll: float | None = None  # of the student in torch, after the longest round it reached
     tokens: int = 0  # of that round; of an encoder, examples
-    metric: dict[str, float] = field(default_factory=dict)  # of an encoder: its task's metric by name, after that round
-    work: float | None = None  # billions of operations, where time grows with those rather than with size
+    metric: dict[str, float] = field(
+        default_factory=dict
+    )  # of an encoder: its task's metric by name, after that round
+    work: float | None = (
+        None  # billions of operations, where time grows with those rather than with size
+    )
     out: str | None = None  # why it is out; none where it reached the finals
     late: bool = False  # whether more hours would take it further
     # Of finalists: size, the times of the budget, nll or the metric and, of the best teacher in the same bench, best_teacher.
@@ -45,7 +49,9 @@ class Candidate:
     @property
     def known_metric(self) -> tuple[str, float] | None:
         """Name and value of an encoder's metric: as it was measured, else after the longest round."""
-        return next(((n, v) for n, v in (self.metric | self.measured).items() if n in METRICS), None)
+        return next(
+            ((n, v) for n, v in (self.metric | self.measured).items() if n in METRICS), None
+        )
 
     @property
     def loss(self) -> float | None:
@@ -90,7 +96,9 @@ def fit_speed(candidates: Sequence[Candidate], times_ms: Sequence[float]) -> Spe
         if candidates[left_out].form in seen and rest.sum() > len(forms):
             guess = rows[left_out] @ _solve(rows[rest], times[rest])
             errors.append(abs(guess / times[left_out] - 1))
-    return SpeedModel(forms, tuple(map(float, _solve(rows, times))), float(max(errors)) if errors else None)
+    return SpeedModel(
+        forms, tuple(map(float, _solve(rows, times))), float(max(errors)) if errors else None
+    )
 
 
 def _solve(rows: np.ndarray[Any, Any], times: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -103,4 +111,8 @@ def _solve(rows: np.ndarray[Any, Any], times: np.ndarray[Any, Any]) -> np.ndarra
 
 def _features(candidate: Candidate, forms: Sequence[str]) -> list[float]:
     work = candidate.size / 1e6 if candidate.work is None else candidate.work
-    return [1.0, float(candidate.layers), *(work if candidate.form == form else 0.0 for form in forms)]
+    return [
+        1.0,
+        float(candidate.layers),
+        *(work if candidate.form == form else 0.0 for form in forms),
+    ]

@@ -76,8 +76,14 @@ def sized(recipe: EncoderRecipe, students: Mapping[str, dict[str, Any]]) -> list
     for name, student in students.items():
         made = variant(recipe, student=student, export=exported(recipe, recipe.search.forms))
         sizes, shape = form_sizes(made), _shape(made)
-        work = trace_encoder(shape, rows=1, length=length, precision="fp32", trains=False).forward / 1e9
-        found += [Candidate(name, form, name, sizes[form], shape.layers, work=work) for form in recipe.search.forms]
+        work = (
+            trace_encoder(shape, rows=1, length=length, precision="fp32", trains=False).forward
+            / 1e9
+        )
+        found += [
+            Candidate(name, form, name, sizes[form], shape.layers, work=work)
+            for form in recipe.search.forms
+        ]
     return found
 
 
@@ -86,21 +92,28 @@ def _shape(recipe: EncoderRecipe) -> EncoderShape:
     from compress.footprint.encoders import describe_encoder, encoder_student_config
 
     assert not isinstance(recipe.student, FreshEncoder)
-    config = encoder_student_config(recipe, base=base_config(recipe, recipe.student.base), vocabulary=0)
+    config = encoder_student_config(
+        recipe, base=base_config(recipe, recipe.student.base), vocabulary=0
+    )
     return describe_encoder(config, name="the student", recipe=recipe)
 
 
 # Probes ----------------------------------------------------------------------------------------------------------
 
 
-def export_untrained(recipe: EncoderRecipe, student: dict[str, Any], forms: Sequence[str], folder: Path) -> None:
+def export_untrained(
+    recipe: EncoderRecipe, student: dict[str, Any], forms: Sequence[str], folder: Path
+) -> None:
     """Export a random model of a student's shape: speed does not depend on what weights say."""
     tree = recipe.resolved()
     probe = variant(
         recipe,
         name=f"{recipe.name[:60]}-probe",
         teachers=tree["teachers"][:1],  # its tokenizer
-        student={"kind": "fresh", "config": fields(_shape(variant(recipe, student=student)).config)},
+        student={
+            "kind": "fresh",
+            "config": fields(_shape(variant(recipe, student=student)).config),
+        },
         data=tree["data"] | {"heldout": tree["data"]["heldout"] | {"most": 8}},
         fusion={"weights": {"kind": "uniform"}},
         training=tree["training"] | _PROBE,
@@ -110,12 +123,16 @@ def export_untrained(recipe: EncoderRecipe, student: dict[str, Any], forms: Sequ
         pipeline.run_stage(stage, probe, out=folder)
 
 
-def time_exports(recipe: EncoderRecipe, exports: Sequence[tuple[Path, str]], out: Path) -> list[dict[str, float]]:
+def time_exports(
+    recipe: EncoderRecipe, exports: Sequence[tuple[Path, str]], out: Path
+) -> list[dict[str, float]]:
     """Median times of one sequence, of run folders and forms, all in one interleaved run."""
     import serve_bench
 
     bench = recipe.bench.model_copy(update={"minutes": min(1.0, recipe.bench.minutes)})
-    return [{"latency_ms": found} for found in serve_bench.time_encoders(exports, out=out, bench=bench)]
+    return [
+        {"latency_ms": found} for found in serve_bench.time_encoders(exports, out=out, bench=bench)
+    ]
 
 
 # Rounds ----------------------------------------------------------------------------------------------------------
@@ -123,11 +140,18 @@ def time_exports(recipe: EncoderRecipe, exports: Sequence[tuple[Path, str]], out
 
 def rounds_of(recipe: EncoderRecipe) -> list[int]:
     """Examples of each round, in whole steps."""
-    return whole_steps(recipe.search.rungs, step=recipe.training.batch, most=recipe.training.examples)
+    return whole_steps(
+        recipe.search.rungs, step=recipe.training.batch, most=recipe.training.examples
+    )
 
 
 def make_teachers(
-    recipe: EncoderRecipe, student: dict[str, Any], folder: Path, rounds: Sequence[int], *, cached: bool
+    recipe: EncoderRecipe,
+    student: dict[str, Any],
+    folder: Path,
+    rounds: Sequence[int],
+    *,
+    cached: bool,
 ) -> dict[str, Path]:
     """Make the teachers that are students of other recipes; what they say of examples is not kept."""
     return pipeline.make_products(recipe)
@@ -155,11 +179,15 @@ def heal(
         student=student,
         training=recipe.resolved()["training"] | {"examples": rounds[rung]},
     )
-    metrics = compress.distill(recipe=short, out=work / f"round-{rung}", products=products).result["metrics"]
+    metrics = compress.distill(recipe=short, out=work / f"round-{rung}", products=products).result[
+        "metrics"
+    ]
     shutil.rmtree(work)  # the next round begins from the base
     metric = recipe.bench.metric if recipe.task == "classification" else "spearman"
     loss = float(metrics["nll"] if recipe.task == "classification" else 1 - metrics["spearman"])
-    say(f"   {name}: {metric.replace('_', ' ')} {metrics[metric]:.4f}, loss {loss:.4f} after {rounds[rung]} examples")
+    say(
+        f"   {name}: {metric.replace('_', ' ')} {metrics[metric]:.4f}, loss {loss:.4f} after {rounds[rung]} examples"
+    )
     return loss, {metric: float(metrics[metric])}
 
 
@@ -195,6 +223,8 @@ def measured(bench: Mapping[str, Any]) -> dict[str, float]:
     found = {"size": float(arm["bytes"])}
     single = [cell for cell in arm["grid"] if cell["batch"] == 1]
     if single:
-        found["latency_ms"] = 1e3 * float(max(single, key=lambda cell: int(cell["length"]))["seconds"]["value"])
+        found["latency_ms"] = 1e3 * float(
+            max(single, key=lambda cell: int(cell["length"]))["seconds"]["value"]
+        )
     found[metric] = float(arm["metrics"][metric])
     return found | {"best_teacher": float(bench["arms"][bench["best_teacher"]]["metrics"][metric])}

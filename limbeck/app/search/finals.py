@@ -31,14 +31,25 @@ def measure_finalists(
     """Run the whole job of the finalists, in the time there is: of the first one always; where none keeps the budget, of more."""
     order, wanted = finalists(candidates, budget), recipe.search.finalists
     for place, finalist in enumerate(order):
-        enough = any(c.verdict == "pass" for c in order) and sum(bool(c.measured) for c in order) >= wanted
+        enough = (
+            any(c.verdict == "pass" for c in order)
+            and sum(bool(c.measured) for c in order) >= wanted
+        )
         began, run = clock.spent(), folder / "finalists" / finalist.name
-        late = place > 0 and not (run / "report.json").exists() and began + clock.longest > 3600 * budget.hours
+        late = (
+            place > 0
+            and not (run / "report.json").exists()
+            and began + clock.longest > 3600 * budget.hours
+        )
         if enough or late:
             finalist.late = finalist.late or not enough
-            finalist.out = finalist.out or ("not among the finalists" if enough else "no time left to measure it")
+            finalist.out = finalist.out or (
+                "not among the finalists" if enough else "no time left to measure it"
+            )
             continue
-        earlier = next((Path(c.run) for c in order[:place] if c.run and c.student == finalist.student), None)
+        earlier = next(
+            (Path(c.run) for c in order[:place] if c.run and c.student == finalist.student), None
+        )
         if earlier is not None and (earlier / "student").exists() and not run.exists():
             _share_student(earlier, run)
         _measure(recipe, students, finalist, budget, run)
@@ -68,7 +79,11 @@ def _share_student(earlier: Path, run: Path) -> None:
 
 
 def _measure(
-    recipe: AnyRecipe, students: Mapping[str, dict[str, Any]], finalist: Candidate, budget: AnyBudget, run: Path
+    recipe: AnyRecipe,
+    students: Mapping[str, dict[str, Any]],
+    finalist: Candidate,
+    budget: AnyBudget,
+    run: Path,
 ) -> None:
     """Run a finalist's whole job in the folder ``run``, and keep what was measured.
 
@@ -87,9 +102,14 @@ def _measure(
         return
     assert report is not None
     finalist.verdict = report.verdict.status
-    finalist.measured = task.measured(open_artifact(run / "bench", kind="bench", verify=False).result)
+    finalist.measured = task.measured(
+        open_artifact(run / "bench", kind="bench", verify=False).result
+    )
     if report.verdict.status != "pass":
         missed = [gate.sentence for gate in report.verdict.gates if gate.status != "pass"]
         finalist.out = f"measured: {'; '.join(missed)}"
     elif pipeline.verify(run, speed=False):
-        finalist.verdict, finalist.out = "fail", "measured, but `limbeck verify` does not find it again"
+        finalist.verdict, finalist.out = (
+            "fail",
+            "measured, but `limbeck verify` does not find it again",
+        )

@@ -36,8 +36,15 @@ def students(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
     space, asked = recipe.search, recipe.resolved()["student"]
     base = asked["base"]
     for rank in space.ranks:
-        kept = {k: v for k, v in asked.items() if k not in ("rank", "alpha")} if asked["kind"] == "lora" else {}
-        yield f"lora-r{rank}", {"kind": "lora", "base": base, **kept, "rank": rank, "alpha": 2 * rank}
+        kept = (
+            {k: v for k, v in asked.items() if k not in ("rank", "alpha")}
+            if asked["kind"] == "lora"
+            else {}
+        )
+        yield (
+            f"lora-r{rank}",
+            {"kind": "lora", "base": base, **kept, "rank": rank, "alpha": 2 * rank},
+        )
     if asked["kind"] == "lora" and (
         asked["rank"] not in space.ranks or asked["alpha"] not in (None, 2 * asked["rank"])
     ):
@@ -58,12 +65,17 @@ def students(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
         if kept not in seen:
             seen.append(kept)
             sizes = ["layers", "intermediate_size"] + (["hidden_size"] if hidden < 1 else [])
-            yield f"cut-{'x'.join(str(kept[name]) for name in sizes)}", student | {name: kept[name] for name in sizes}
+            yield (
+                f"cut-{'x'.join(str(kept[name]) for name in sizes)}",
+                student | {name: kept[name] for name in sizes},
+            )
     if asked["kind"] == "shrink" and dimensions(recipe, asked) not in seen[1:]:
         yield "asked", asked
 
 
-def _narrowed(recipe: Recipe, base: dict[str, Any], most: Mapping[str, int], share: float) -> dict[str, int]:
+def _narrowed(
+    recipe: Recipe, base: dict[str, Any], most: Mapping[str, int], share: float
+) -> dict[str, int]:
     """A share of the hidden width, and of the heads with it where an architecture's heads fill the width."""
     from compress.models.shrink import family_of
 
@@ -79,7 +91,9 @@ def sized(recipe: Recipe, students: Mapping[str, dict[str, Any]]) -> list[Candid
     """Every student in every form, with the size it is planned at."""
     found = []
     base = {"kind": "shrink", "base": recipe.resolved()["student"]["base"]}
-    whole = 1 if why_uncut(recipe) else dimensions(recipe, base)["layers"]  # whole ones alone are all as deep
+    whole = (
+        1 if why_uncut(recipe) else dimensions(recipe, base)["layers"]
+    )  # whole ones alone are all as deep
     for name, student in students.items():
         made = variant(recipe, student=student, export=_export(recipe, recipe.search.forms))
         sizes = form_sizes(made)
@@ -96,7 +110,9 @@ def _export(recipe: Recipe, forms: Sequence[str]) -> dict[str, Any]:
 # Probes ----------------------------------------------------------------------------------------------------------
 
 
-def export_untrained(recipe: Recipe, student: dict[str, Any], forms: Sequence[str], folder: Path) -> None:
+def export_untrained(
+    recipe: Recipe, student: dict[str, Any], forms: Sequence[str], folder: Path
+) -> None:
     """Export a random model of a student's shape: speed does not depend on what weights say, and a cut that has not
     healed yet may lose more to rounding than any exporter passes."""
     tree = recipe.resolved()
@@ -109,7 +125,8 @@ def export_untrained(recipe: Recipe, student: dict[str, Any], forms: Sequence[st
         data=tree["data"] | {"heldout": tree["data"]["heldout"] | {"blocks": 2}},
         fusion={"weights": {"kind": "uniform"}},
         features={"weight": 0},
-        training=tree["training"] | {"tokens": block, "batch_tokens": block, "micro_batch": 1, "teacher_cache": "none"},
+        training=tree["training"]
+        | {"tokens": block, "batch_tokens": block, "micro_batch": 1, "teacher_cache": "none"},
         export=_export(recipe, forms),
     )
     for stage in ("compress", "export"):
@@ -126,16 +143,27 @@ def _shape(recipe: Recipe, student: dict[str, Any]) -> dict[str, Any]:
     return fields(config)
 
 
-def time_exports(recipe: Recipe, exports: Sequence[tuple[Path, str]], out: Path) -> list[dict[str, float]]:
+def time_exports(
+    recipe: Recipe, exports: Sequence[tuple[Path, str]], out: Path
+) -> list[dict[str, float]]:
     """Median times of run folders and forms, all in one interleaved run."""
     import serve_bench
 
     bench = recipe.bench.model_copy(
-        update={"minutes": 1.0, "min_blocks": 3, "scenarios": (recipe.bench.scenario("single"),), "runtimes": ()}
+        update={
+            "minutes": 1.0,
+            "min_blocks": 3,
+            "scenarios": (recipe.bench.scenario("single"),),
+            "runtimes": (),
+        }
     )
-    result = serve_bench.measure_targets([f"{run}#{form}" for run, form in exports], out=out, bench=bench).result
+    result = serve_bench.measure_targets(
+        [f"{run}#{form}" for run, form in exports], out=out, bench=bench
+    ).result
     arms = [arm for arm in result["arms"].values() if arm["role"] != "twin"]
-    return [{metric: float(arm[metric]["value"]) for metric in ("tpot_ms", "ttft_ms")} for arm in arms]
+    return [
+        {metric: float(arm[metric]["value"]) for metric in ("tpot_ms", "ttft_ms")} for arm in arms
+    ]
 
 
 # Rounds ----------------------------------------------------------------------------------------------------------
@@ -144,7 +172,9 @@ def time_exports(recipe: Recipe, exports: Sequence[tuple[Path, str]], out: Path)
 def rounds_of(recipe: Recipe) -> list[int]:
     """Tokens of each round, in whole steps."""
     assert recipe.training.tokens is not None  # as the search made sure
-    return whole_steps(recipe.search.rungs, step=recipe.training.batch_tokens, most=recipe.training.tokens)
+    return whole_steps(
+        recipe.search.rungs, step=recipe.training.batch_tokens, most=recipe.training.tokens
+    )
 
 
 def make_teachers(
@@ -188,7 +218,9 @@ def heal(
         return False
 
     training = recipe.resolved()["training"] | {"learning_rate": _rate(recipe, student)}
-    short = variant(recipe, name=f"{recipe.name[:50]}-{name}"[:80], student=student, training=training)
+    short = variant(
+        recipe, name=f"{recipe.name[:50]}-{name}"[:80], student=student, training=training
+    )
     compress.heal(recipe=short, products=products, work=work, rounds=rounds, goes_on=goes_on)
     return (found[-1], {}) if found else None
 
@@ -204,16 +236,22 @@ def _rate(recipe: Recipe, student: Mapping[str, Any]) -> float:
 # Finalists -------------------------------------------------------------------------------------------------------
 
 
-def final_recipe(recipe: Recipe, student: dict[str, Any], candidate: Candidate, budget: Budget) -> dict[str, Any]:
+def final_recipe(
+    recipe: Recipe, student: dict[str, Any], candidate: Candidate, budget: Budget
+) -> dict[str, Any]:
     """See `limbeck.app.search.tasks`."""
     gates, mixed = recipe.gates, recipe.export.mixed
     export = _export(recipe, [candidate.form])
     if candidate.form != "int4-weight":
         export["mixed"] = "rule"  # the other choices are between 4 and 8 bits
-    elif isinstance(mixed, MixedBySize):  # whose bound may be a gate of the recipe that is not in the budget
+    elif isinstance(
+        mixed, MixedBySize
+    ):  # whose bound may be a gate of the recipe that is not in the budget
         export["mixed"]["mb"] = mixed.mb or budget.size_mb or gates.max_size_mb
     elif isinstance(mixed, MixedByLoss):
-        export["mixed"]["rise"] = mixed.rise if mixed.rise is not None else gates.max_quantization_loss
+        export["mixed"]["rise"] = (
+            mixed.rise if mixed.rise is not None else gates.max_quantization_loss
+        )
     return alone(
         recipe,
         student=student,
@@ -238,5 +276,9 @@ def measured(bench: Mapping[str, Any]) -> dict[str, float]:
         "size": float(arm["bytes"]),
         **{metric: float(arm[metric]["value"]) for metric in ("tpot_ms", "ttft_ms")},
         "nll": float(arm["quality"]["mean_nll"]),
-        "best_teacher": min(float(a["quality"]["mean_nll"]) for a in bench["arms"].values() if a["role"] == "teacher"),
+        "best_teacher": min(
+            float(a["quality"]["mean_nll"])
+            for a in bench["arms"].values()
+            if a["role"] == "teacher"
+        ),
     }

@@ -16,7 +16,9 @@ from limbeck.contract.recipe import AnyBudget, Budget
 
 PICTURE = "search.svg"
 _HEADS = {"tpot_ms": "ms a token", "ttft_ms": "ms to the first", "latency_ms": "ms a sequence"}
-UNTRAINED = "planned to train in "  # how it begins why a student is out that this machine has no memory for
+UNTRAINED = (
+    "planned to train in "  # how it begins why a student is out that this machine has no memory for
+)
 UNEXPORTED = "untrained, "  # how it begins why a form is out that no probe could be exported in
 
 
@@ -38,7 +40,12 @@ def nearest(candidates: Sequence[Candidate], budget: AnyBudget) -> Candidate:
 
     def order(c: Candidate) -> tuple[bool, float, bool, float]:
         unknown = budget.quality is not None and not c.measured
-        return unknown, excess(c, budget), not c.measured, float("inf") if c.loss is None else c.loss
+        return (
+            unknown,
+            excess(c, budget),
+            not c.measured,
+            float("inf") if c.loss is None else c.loss,
+        )
 
     return min(candidates, key=order)
 
@@ -77,23 +84,35 @@ def missed_bound(candidates: Sequence[Candidate], budget: AnyBudget) -> str:
         return f"Not decided: give bench.minutes more, and only the finalists are measured again ({' | '.join(undecided)})."
     if left := out_of_time(candidates):
         return f"Not decided: the {budget.hours:g} hours ran out before {len(left)} of the students {'was' if len(left) == 1 else 'were'} measured; give budget.hours more."
-    if budget.size_mb is not None and (least := min(c.size for c in candidates)) > 1e6 * budget.size_mb:
+    if (
+        budget.size_mb is not None
+        and (least := min(c.size for c in candidates)) > 1e6 * budget.size_mb
+    ):
         return f"No student is small enough: size_mb {budget.size_mb:g} is asked for, the smallest is planned at {megabytes(least)}."
     fitting = [c for c in candidates if not (c.out or "").startswith(("planned", UNEXPORTED))]
     if not fitting:
         if refused := next((c for c in candidates if (c.out or "").startswith(UNEXPORTED)), None):
-            return f"No student that is small enough can be exported in {refused.form}: {refused.out}."
-        smallest = min((c for c in candidates if (c.out or "").startswith(UNTRAINED)), key=lambda c: c.size)
+            return (
+                f"No student that is small enough can be exported in {refused.form}: {refused.out}."
+            )
+        smallest = min(
+            (c for c in candidates if (c.out or "").startswith(UNTRAINED)), key=lambda c: c.size
+        )
         return f"No student that is small enough can be trained here: {smallest.student} is {smallest.out}."
     for metric, bound in budget.times.items():
-        times = [(c.measured.get(metric, c.predicted.get(metric, 0.0)), c.timed or bool(c.measured)) for c in fitting]
+        times = [
+            (c.measured.get(metric, c.predicted.get(metric, 0.0)), c.timed or bool(c.measured))
+            for c in fitting
+        ]
         fastest, timed = min(times, default=(0.0, False))
         if bound is not None and fastest > bound:
             takes = "takes" if timed else "is predicted to take"
             return f"No student is fast enough: {metric} {bound:g} is asked for, the fastest {takes} {fastest:.2f}."
     missed = [f"{c.name}: {c.out}" for c in candidates if c.run]
     return (
-        f"No finalist keeps every bound ({' | '.join(missed)})." if missed else "No student keeps every bound at once."
+        f"No finalist keeps every bound ({' | '.join(missed)})."
+        if missed
+        else "No student keeps every bound at once."
     )
 
 
@@ -102,7 +121,11 @@ def asked_for(budget: AnyBudget) -> str:
     bounds = {"size_mb": budget.size_mb, **budget.times}
     said = [f"{key} {bound:g}" for key, bound in bounds.items() if bound is not None]
     if budget.quality:
-        whose = "loss against the best" if isinstance(budget, Budget) else "loss of the metric against the better"
+        whose = (
+            "loss against the best"
+            if isinstance(budget, Budget)
+            else "loss of the metric against the better"
+        )
         said.append(f"at most {budget.quality.max_loss:+.1%} {whose} teacher")
     return ", ".join(said)
 
@@ -131,17 +154,25 @@ def rows(candidates: Sequence[Candidate], best: Candidate, budget: AnyBudget) ->
     """The table with its head: every candidate, the ones that went furthest first. What was measured in full is in ** **."""
     heads = [_HEADS[key] for key in budget.times]
     found = [["student", "form", "size", *heads, _quality(candidates, budget), "what became of it"]]
-    for c in sorted(candidates, key=lambda c: (c is not best, not c.measured, -c.tokens, c.nll or 0.0, c.size)):
+    for c in sorted(
+        candidates, key=lambda c: (c is not best, not c.measured, -c.tokens, c.nll or 0.0, c.size)
+    ):
         m = c.measured
         size = f"**{megabytes(m['size'])}**" if m else megabytes(c.size)
         times = [
             f"**{m[k]:.2f}**"
             if k in m
-            else (f"{c.predicted[k]:.2f}{'' if c.timed else ' (predicted)'}" if k in c.predicted else "")
+            else (
+                f"{c.predicted[k]:.2f}{'' if c.timed else ' (predicted)'}"
+                if k in c.predicted
+                else ""
+            )
             for k in budget.times
         ]
         value = c.measured.get("nll", c.nll) if c.known_metric is None else c.known_metric[1]
-        quality = "" if value is None else f"**{value:.4f}**" if m else f"{value:.4f} after {c.tokens}"
+        quality = (
+            "" if value is None else f"**{value:.4f}**" if m else f"{value:.4f} after {c.tokens}"
+        )
         fate = "chosen" if c is best and c.verdict == "pass" else c.out or c.verdict or ""
         found.append([c.student, c.form, size, *times, quality, fate])
     return found
@@ -151,7 +182,9 @@ def _quality(candidates: Sequence[Candidate], budget: AnyBudget) -> str:
     """What quality is told in."""
     if isinstance(budget, Budget):
         return "nats a token"
-    return next((_word(c.known_metric[0]) for c in candidates if c.known_metric is not None), "metric")
+    return next(
+        (_word(c.known_metric[0]) for c in candidates if c.known_metric is not None), "metric"
+    )
 
 
 def _word(metric: str) -> str:
@@ -170,10 +203,18 @@ def show(found: Found) -> None:
         from rich.console import Console
         from rich.table import Table
 
-        lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in found.table.splitlines()]
+        lines = [
+            [cell.strip() for cell in line.strip("|").split("|")]
+            for line in found.table.splitlines()
+        ]
         table = Table(*lines[0])
         for line in lines[2:]:
-            table.add_row(*(f"[bold]{cell.strip('*')}[/bold]" if cell.startswith("**") else cell for cell in line))
+            table.add_row(
+                *(
+                    f"[bold]{cell.strip('*')}[/bold]" if cell.startswith("**") else cell
+                    for cell in line
+                )
+            )
         Console().print(table)
     else:
         print(found.table)
@@ -226,12 +267,21 @@ def draw(candidates: Sequence[Candidate], budget: AnyBudget, best: Candidate, pa
                     textcoords="offset points", fontsize=7,
                 )  # fmt: skip
         front = pareto_front(list(points))
-        axes.step([x for x, _ in front], [y for _, y in front], where="post", color="0.7", linewidth=1, zorder=0)
+        axes.step(
+            [x for x, _ in front],
+            [y for _, y in front],
+            where="post",
+            color="0.7",
+            linewidth=1,
+            zorder=0,
+        )
         if bound is not None:
             axes.axvline(bound, color="0.5", linestyle=":")
         axes.set_xlabel(label)
     quality = _quality(candidates, budget)
-    left.set_ylabel(f"held-out loss, {quality}" if isinstance(budget, Budget) else f"1 − {quality}, held out")
+    left.set_ylabel(
+        f"held-out loss, {quality}" if isinstance(budget, Budget) else f"1 − {quality}, held out"
+    )
     for form, colour in colours.items():
         left.plot([], [], marker="o", linestyle="none", color=colour, label=form)
     left.legend(fontsize=8)

@@ -37,7 +37,9 @@ def predict_speeds(
     by_shape: dict[str, list[Candidate]] = {}
     for candidate in left:
         by_shape.setdefault(candidate.shape, []).append(candidate)
-    shapes = sorted(by_shape, key=lambda shape: (by_shape[shape][0].layers, by_shape[shape][0].size))
+    shapes = sorted(
+        by_shape, key=lambda shape: (by_shape[shape][0].layers, by_shape[shape][0].size)
+    )
     probes = _spread(shapes, recipe.search.probes)
     groups = {shape: list({c.form: c for c in by_shape[shape]}.values()) for shape in probes}
     if not (folder / TIMING).exists():
@@ -46,7 +48,9 @@ def predict_speeds(
     probed = [c for group in groups.values() for c in group]
     timed = [c for c in probed if "refused" not in measured[c.name]]
     # Another shape says how fast a form is that was refused in one; a form that was refused in all is out.
-    refused = {c.form: measured[c.name]["refused"] for c in probed if c.form not in {t.form for t in timed}}
+    refused = {
+        c.form: measured[c.name]["refused"] for c in probed if c.form not in {t.form for t in timed}
+    }
     for candidate in left:
         if candidate.form in refused:
             candidate.out = f"{UNEXPORTED}{refused[candidate.form]}"
@@ -57,7 +61,11 @@ def predict_speeds(
         models[metric] = fit_speed(timed, [measured[c.name][metric] for c in timed])
         error = models[metric].error
         if len(probes) < len(shapes):
-            said = f"predicted within {error:.0%}" if error is not None else "predicted from too few to say how well"
+            said = (
+                f"predicted within {error:.0%}"
+                if error is not None
+                else "predicted from too few to say how well"
+            )
             say(f"   {metric}: {said}")
     known = {(c.shape, c.form): measured[c.name] for c in timed}
     for candidate in candidates:

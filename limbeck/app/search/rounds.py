@@ -41,7 +41,9 @@ def halve(
     to do; after ``until`` seconds none is begun.
     """
     task = task_of(recipe)
-    names = list(dict.fromkeys(c.student for c in sorted(still_in(candidates), key=lambda c: -c.size)))
+    names = list(
+        dict.fromkeys(c.student for c in sorted(still_in(candidates), key=lambda c: -c.size))
+    )
     if not names:
         return
     rounds = task.rounds_of(recipe)
@@ -52,7 +54,14 @@ def halve(
         _enqueue(study, names, 0, until)
     with _worker(folder) as me, _study(folder, recipe.seed) as study:
         while (
-            trial := _next(study, folder, me, rounds=len(rounds), finalists=recipe.search.finalists, until=until)
+            trial := _next(
+                study,
+                folder,
+                me,
+                rounds=len(rounds),
+                finalists=recipe.search.finalists,
+                until=until,
+            )
         ) is not None:
             name = trial.user_attrs["student"]
             if clock.spent() > until:
@@ -100,10 +109,14 @@ def _losses(study: optuna.Study, rung: int) -> dict[str, float]:
     import optuna
 
     done = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
-    return {t.user_attrs["student"]: float(t.values[0]) for t in done if t.user_attrs["rung"] == rung}
+    return {
+        t.user_attrs["student"]: float(t.values[0]) for t in done if t.user_attrs["rung"] == rung
+    }
 
 
-def _reached(study: optuna.Study) -> tuple[dict[str, tuple[int, float, dict[str, float]]], dict[str, str]]:
+def _reached(
+    study: optuna.Study,
+) -> tuple[dict[str, tuple[int, float, dict[str, float]]], dict[str, str]]:
     """Of every student that was distilled, the last round, the loss and metric after it; of those whose last trial came to nothing, why."""
     import optuna
 
@@ -232,7 +245,14 @@ def _heal(
     found, why = None, _LATE
     try:
         found = task_of(recipe).heal(
-            recipe, name, student, products, folder / "healing" / name, rounds, rung, lambda: clock.spent() <= until
+            recipe,
+            name,
+            student,
+            products,
+            folder / "healing" / name,
+            rounds,
+            rung,
+            lambda: clock.spent() <= until,
         )
     except DivergenceError as error:
         say(f"   {name}: {error}")
@@ -241,13 +261,19 @@ def _heal(
         trial.set_user_attr("metric", found[1])
     _tell(study, trial, None if found is None else found[0], why=why, until=until)
     # What cannot be among the better half any more need not be kept to go on from; a checkpoint is three times the weights.
-    asked = {t.user_attrs["student"] for t in study.get_trials(deepcopy=False) if t.user_attrs.get("rung") == rung}
+    asked = {
+        t.user_attrs["student"]
+        for t in study.get_trials(deepcopy=False)
+        if t.user_attrs.get("rung") == rung
+    }
     losses = _losses(study, rung)
     for beaten in losses.keys() - set(_better_half(losses, of=len(asked))):
         shutil.rmtree(folder / "healing" / beaten, ignore_errors=True)
 
 
-def _tell(study: optuna.Study, trial: optuna.Trial, nll: float | None, *, why: str, until: float) -> None:
+def _tell(
+    study: optuna.Study, trial: optuna.Trial, nll: float | None, *, why: str, until: float
+) -> None:
     """The loss after the round, or why there is none; for want of time until when, in seconds."""
     import optuna
 

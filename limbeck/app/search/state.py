@@ -8,7 +8,11 @@ from pathlib import Path
 
 from limbeck.app import run as pipeline
 from limbeck.contract import sources
-from limbeck.contract.artifact import disk_full_is_a_user_error, unwritable_is_a_user_error, write_atomically
+from limbeck.contract.artifact import (
+    disk_full_is_a_user_error,
+    unwritable_is_a_user_error,
+    write_atomically,
+)
 from limbeck.contract.errors import ArtifactError
 from limbeck.contract.lock import LOCK
 from limbeck.contract.recipe import fingerprint
@@ -48,7 +52,9 @@ def require_ours(folder: Path, digest: str) -> None:
             ) from None
         return
     except (ValueError, KeyError, TypeError):
-        raise ArtifactError(f"{folder / ASKED}: not what Limbeck writes; name another folder with --out.") from None
+        raise ArtifactError(
+            f"{folder / ASKED}: not what Limbeck writes; name another folder with --out."
+        ) from None
     if found != digest:
         raise ArtifactError(
             f"{folder}: holds a search of another recipe or budget, or of files that have changed since; leave --out away or "
@@ -73,7 +79,11 @@ class Clock:
     def __init__(self, path: Path) -> None:
         self._path = path
         kept = self._kept()
-        self._before, self.longest, self._started = kept["seconds"], kept["longest"], time.monotonic()
+        self._before, self.longest, self._started = (
+            kept["seconds"],
+            kept["longest"],
+            time.monotonic(),
+        )
 
     def spent(self) -> float:
         """Seconds until now."""
@@ -83,7 +93,9 @@ class Clock:
         """Keep it for whoever goes on."""
         kept = self._kept()
         now = {"seconds": self.spent(), "longest": self.longest}
-        write_atomically(self._path, json.dumps({name: round(max(now[name], kept[name]), 1) for name in now}))
+        write_atomically(
+            self._path, json.dumps({name: round(max(now[name], kept[name]), 1) for name in now})
+        )
 
     def _kept(self) -> dict[str, float]:
         found: dict[str, float] = {"seconds": 0.0, "longest": 0.0}

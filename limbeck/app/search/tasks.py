@@ -26,17 +26,27 @@ class Task(Protocol[R, B]):
     def sized(self, recipe: R, students: Mapping[str, dict[str, Any]]) -> list[Candidate]:
         """Every student in every form, with the size it is planned at."""
 
-    def export_untrained(self, recipe: R, student: dict[str, Any], forms: Sequence[str], folder: Path) -> None:
+    def export_untrained(
+        self, recipe: R, student: dict[str, Any], forms: Sequence[str], folder: Path
+    ) -> None:
         """Export a random model of a student's shape in a run folder."""
 
-    def time_exports(self, recipe: R, exports: Sequence[tuple[Path, str]], out: Path) -> list[dict[str, float]]:
+    def time_exports(
+        self, recipe: R, exports: Sequence[tuple[Path, str]], out: Path
+    ) -> list[dict[str, float]]:
         """Median times of run folders and forms, all in one interleaved run."""
 
     def rounds_of(self, recipe: R) -> list[int]:
         """Training of each round, rising."""
 
     def make_teachers(
-        self, recipe: R, student: dict[str, Any], folder: Path, rounds: Sequence[int], *, cached: bool
+        self,
+        recipe: R,
+        student: dict[str, Any],
+        folder: Path,
+        rounds: Sequence[int],
+        *,
+        cached: bool,
     ) -> dict[str, Path]:
         """What students learn from: artifacts of teachers by name. ``cached`` says whether that was done before, in this folder."""
 
@@ -53,7 +63,9 @@ class Task(Protocol[R, B]):
     ) -> tuple[float, dict[str, float]] | None:
         """Distil a student to the end of a round: its loss and metric then; none where time was up. Raises `DivergenceError`."""
 
-    def final_recipe(self, recipe: R, student: dict[str, Any], candidate: Candidate, budget: B) -> dict[str, Any]:
+    def final_recipe(
+        self, recipe: R, student: dict[str, Any], candidate: Candidate, budget: B
+    ) -> dict[str, Any]:
         """The recipe of one candidate as plain data that stands alone: no `extends`, every path absolute but for shipped recipes, the budget as gates."""
 
     def measured(self, bench: Mapping[str, Any]) -> dict[str, float]:

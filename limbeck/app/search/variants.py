@@ -12,9 +12,20 @@ from limbeck.contract.recipe import Recipe, find_recipe, portable_reference
 from limbeck.contract.recipe.encoder import AnyRecipe, parse_any_recipe
 
 R = TypeVar("R", bound=AnyRecipe)
-PLAIN = {"recover": None, "adapters": "merged"}  # of a language model's `export:`, for every student and form
+PLAIN = {
+    "recover": None,
+    "adapters": "merged",
+}  # of a language model's `export:`, for every student and form
 
-_NOT_SHAPE = ("architectures", "dtype", "transformers_version", "_name_or_path", "id2label", "label2id", "num_labels")
+_NOT_SHAPE = (
+    "architectures",
+    "dtype",
+    "transformers_version",
+    "_name_or_path",
+    "id2label",
+    "label2id",
+    "num_labels",
+)
 
 
 def variant(recipe: R, **changes: Any) -> R:
@@ -33,7 +44,9 @@ def base_config(recipe: AnyRecipe, base: Any) -> Any:
     from compress.models.encoders import encoder_config
     from compress.models.language import model_config
 
-    return (model_config if isinstance(recipe, Recipe) else encoder_config)(base, folder=recipe.folder)
+    return (model_config if isinstance(recipe, Recipe) else encoder_config)(
+        base, folder=recipe.folder
+    )
 
 
 def dimensions(recipe: AnyRecipe, student: dict[str, Any]) -> dict[str, int]:
@@ -49,7 +62,9 @@ def cut_of(asked: Mapping[str, Any]) -> dict[str, Any]:
     """A cut student of the base of ``asked``; what a cut one says of heads and hidden width stays."""
     own = asked if asked["kind"] == "shrink" else {}
     cut = {"kind": "shrink", "base": asked["base"]}
-    return cut | {name: value for name, value in own.items() if name not in ("layers", "intermediate_size")}
+    return cut | {
+        name: value for name, value in own.items() if name not in ("layers", "intermediate_size")
+    }
 
 
 def why_uncut(recipe: AnyRecipe) -> str | None:

@@ -12,7 +12,17 @@ from typing import Any, Literal
 from pydantic import Field
 
 from limbeck.contract.errors import RecipeError
-from limbeck.contract.recipe.base import BaseRecipe, Count, Float, Fraction, Frozen, Int, Name, Positive, fingerprint
+from limbeck.contract.recipe.base import (
+    BaseRecipe,
+    Count,
+    Float,
+    Fraction,
+    Frozen,
+    Int,
+    Name,
+    Positive,
+    fingerprint,
+)
 from limbeck.contract.recipe.bench import (
     ArtifactTarget,
     Bench,
@@ -264,24 +274,44 @@ class Recipe(BaseRecipe):
     teachers: tuple[Teacher, ...] = Field((), description="Teachers; none is plain fine-tuning.")
     data: Data = Field(description="Training and held-out text.")
     student: Student = Field(description="What is trained.")
-    fusion: Fusion = Field(Fusion(), description="How the teachers are mixed; of no effect without teachers.")
-    features: Features = Field(Features(), description="Feature alignment; of no effect without teachers.")
+    fusion: Fusion = Field(
+        Fusion(), description="How the teachers are mixed; of no effect without teachers."
+    )
+    features: Features = Field(
+        Features(), description="Feature alignment; of no effect without teachers."
+    )
     training: Training = Field(description="The loop.")
     export: Export = Field(Export(), description="Graphs made from the student.")
     bench: Bench = Field(Bench(), description="What is measured.")
     gates: Gates = Field(Gates(), description="What the shipped form must meet.")
-    budget: Budget | None = Field(None, description="What `limbeck search` must keep to; of no effect elsewhere.")
-    search: Space = Field(Space(), description="What `limbeck search` looks among; of no effect elsewhere.")
+    budget: Budget | None = Field(
+        None, description="What `limbeck search` must keep to; of no effect elsewhere."
+    )
+    search: Space = Field(
+        Space(), description="What `limbeck search` looks among; of no effect elsewhere."
+    )
 
     def distillation(self) -> dict[str, Any]:
         """The part of `resolved` that decides the student's weights."""
         whole = self.resolved()
         return {
-            key: whole[key] for key in ("name", "seed", "teachers", "data", "student", "fusion", "features", "training")
+            key: whole[key]
+            for key in (
+                "name",
+                "seed",
+                "teachers",
+                "data",
+                "student",
+                "fusion",
+                "features",
+                "training",
+            )
         }
 
 
-def load_recipe(reference: str | Path, *, overrides: Sequence[str] = (), folder: Path | None = None) -> Recipe:
+def load_recipe(
+    reference: str | Path, *, overrides: Sequence[str] = (), folder: Path | None = None
+) -> Recipe:
     """Read a language model's recipe: a file, or a shipped recipe by name, with ``key=value`` overrides applied last.
 
     Relative references start from ``folder`` (default: the working directory).

@@ -41,7 +41,9 @@ class BaseRecipe(Frozen):
 
     name: Name = Field(description="Name of the run folder and of the student.")
     description: str = Field("", description="One line for `limbeck recipes`.")
-    seed: Int = Field(0, ge=0, lt=2**32, description="Seed of initialisation, data order and sampling.")
+    seed: Int = Field(
+        0, ge=0, lt=2**32, description="Seed of initialisation, data order and sampling."
+    )
 
     _folder: Path = PrivateAttr(default_factory=Path.cwd)
     _text: str = PrivateAttr("")
@@ -72,4 +74,6 @@ class BaseRecipe(Frozen):
 
 def fingerprint(value: Any) -> str:
     """sha256 of the canonical JSON of ``value``."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()

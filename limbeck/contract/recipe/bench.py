@@ -21,12 +21,18 @@ class OfflineScenario(Frozen):
 
     kind: Literal["offline"]
     batches: tuple[Count, ...] = Field((1, 8), min_length=1, description="Rows generated at once.")
-    prompts: tuple[Count, ...] = Field((128,), min_length=1, description="Tokens of every row's prompt.")
+    prompts: tuple[Count, ...] = Field(
+        (128,), min_length=1, description="Tokens of every row's prompt."
+    )
     outputs: tuple[Annotated[Int, Field(ge=2)], ...] = Field(
         (32,), min_length=1, description="Tokens generated after every row's prompt."
     )
-    blocks: Count = Field(6, description="Most mirrored blocks a cell of the grid; fewer than 6 give no interval.")
-    minutes: Positive = Field(3.0, description="Budget; every cell gets one block, however long it takes.")
+    blocks: Count = Field(
+        6, description="Most mirrored blocks a cell of the grid; fewer than 6 give no interval."
+    )
+    minutes: Positive = Field(
+        3.0, description="Budget; every cell gets one block, however long it takes."
+    )
 
 
 class ArtifactTarget(Frozen):
@@ -40,13 +46,17 @@ class UrlTarget(Frozen):
 
     kind: Literal["url"]
     url: str = Field(pattern=r"^https?://", description="Address up to and without /v1.")
-    model: str | None = Field(None, description="Name of the model there; none takes the first that it lists.")
+    model: str | None = Field(
+        None, description="Name of the model there; none takes the first that it lists."
+    )
     key_variable: str = Field(
         "OPENAI_API_KEY", description="Environment variable that holds the API key, if it is set."
     )
 
 
-ServerTarget = Annotated[Annotated[ArtifactTarget | UrlTarget, Field(discriminator="kind")], BeforeValidator(shorthand)]
+ServerTarget = Annotated[
+    Annotated[ArtifactTarget | UrlTarget, Field(discriminator="kind")], BeforeValidator(shorthand)
+]
 
 
 class Slo(Frozen):
@@ -54,7 +64,12 @@ class Slo(Frozen):
 
     ttft_ms: Positive = Field(1000.0, description="Longest time to the first token, in ms.")
     tpot_ms: Positive = Field(50.0, description="Longest time per output token after it, in ms.")
-    share: Float = Field(0.95, gt=0, le=1, description="Share of the requests that must meet both for a rate to count.")
+    share: Float = Field(
+        0.95,
+        gt=0,
+        le=1,
+        description="Share of the requests that must meet both for a rate to count.",
+    )
 
 
 class ServerScenario(Frozen):
@@ -65,9 +80,12 @@ class ServerScenario(Frozen):
     slo: Slo = Field(Slo(), description="What each request is promised.")
     requests: Count = Field(48, description="Arrivals at each rate; p99 needs 473, p95 93, p90 46.")
     first_rate: Positive | None = Field(
-        None, description="Requests/s tried first; none takes half of what one request after another reaches."
+        None,
+        description="Requests/s tried first; none takes half of what one request after another reaches.",
     )
-    bisections: Int = Field(3, ge=0, description="Rates tried between the last that holds and the first that does not.")
+    bisections: Int = Field(
+        3, ge=0, description="Rates tried between the last that holds and the first that does not."
+    )
     minutes: Positive = Field(5.0, description="Budget; a rate that was begun is finished.")
 
 
@@ -75,12 +93,19 @@ class ColdScenario(Frozen):
     """A fresh process each time: interpreter, imports, loading, first and second token; files in the page cache."""
 
     kind: Literal["cold"]
-    repeats: Count = Field(6, description="Fresh processes an arm, interleaved; fewer than 6 give no interval.")
-    minutes: Positive = Field(3.0, description="Budget; every arm starts once, however long it takes.")
+    repeats: Count = Field(
+        6, description="Fresh processes an arm, interleaved; fewer than 6 give no interval."
+    )
+    minutes: Positive = Field(
+        3.0, description="Budget; every arm starts once, however long it takes."
+    )
 
 
 Scenario = Annotated[
-    Annotated[SingleScenario | OfflineScenario | ServerScenario | ColdScenario, Field(discriminator="kind")],
+    Annotated[
+        SingleScenario | OfflineScenario | ServerScenario | ColdScenario,
+        Field(discriminator="kind"),
+    ],
     BeforeValidator(shorthand),
 ]
 
@@ -102,14 +127,17 @@ class OpenAiRuntime(Frozen):
 
     kind: Literal["openai"]
     url: str = Field(pattern=r"^https?://", description="Address up to and without /v1.")
-    model: str | None = Field(None, description="Name of the model there; none takes the first that it lists.")
+    model: str | None = Field(
+        None, description="Name of the model there; none takes the first that it lists."
+    )
     key_variable: str = Field(
         "OPENAI_API_KEY", description="Environment variable that holds the API key, if it is set."
     )
 
 
 ExtraRuntime = Annotated[
-    Annotated[GenaiRuntime | CompiledRuntime | OpenAiRuntime, Field(discriminator="kind")], BeforeValidator(shorthand)
+    Annotated[GenaiRuntime | CompiledRuntime | OpenAiRuntime, Field(discriminator="kind")],
+    BeforeValidator(shorthand),
 ]
 
 
@@ -121,18 +149,25 @@ class Bench(Frozen):
         description="`single`, always, and any of `offline`, `server`, `cold`; each by name or with its own fields.",
     )
     runtimes: tuple[ExtraRuntime, ...] = Field(
-        (), description="Further runtimes that stand beside the shipped form in `single`: not scored, not judged."
+        (),
+        description="Further runtimes that stand beside the shipped form in `single`: not scored, not judged.",
     )
     device: Provider | None = Field(
-        None, description="Where models run in torch; none is where the shipped form runs, which export.provider says."
+        None,
+        description="Where models run in torch; none is where the shipped form runs, which export.provider says.",
     )
     torch_dtype: Literal["fp32", "bf16"] | None = Field(
-        None, description="Number type of student and teachers in torch; none is fp32, and each teacher's own."
+        None,
+        description="Number type of student and teachers in torch; none is fp32, and each teacher's own.",
     )
     prompt_tokens: Count = Field(128, description="Tokens of the prompt.")
     new_tokens: Int = Field(64, ge=2, description="Tokens generated after it.")
-    threads: Count | None = Field(None, description="CPU threads of every arm; none takes every core available.")
-    min_blocks: Int = Field(6, ge=3, description="Fewest mirrored blocks (A B C C B A) before a verdict.")
+    threads: Count | None = Field(
+        None, description="CPU threads of every arm; none takes every core available."
+    )
+    min_blocks: Int = Field(
+        6, ge=3, description="Fewest mirrored blocks (A B C C B A) before a verdict."
+    )
     minutes: Positive = Field(
         4.0, description="Budget for timing; blocks go on until gates are decided or it is spent."
     )
@@ -146,18 +181,26 @@ class Gates(Frozen):
     """What the shipped form must meet. A gate that is not named is not checked."""
 
     min_decode_speedup: Positive | None = Field(
-        None, description="Decode tokens/s over the fastest teacher in torch eager: least ratio, whole interval."
+        None,
+        description="Decode tokens/s over the fastest teacher in torch eager: least ratio, whole interval.",
     )
     max_quantization_loss: Annotated[Float, Field(ge=0)] | None = Field(
         None,
         description="Largest relative rise of held-out NLL over the fp32 graph of the student as it was distilled.",
     )
-    max_size_ratio: Positive | None = Field(None, description="Largest size on disk over the fp32 graph's.")
+    max_size_ratio: Positive | None = Field(
+        None, description="Largest size on disk over the fp32 graph's."
+    )
     max_loss_vs_best_teacher: Float | None = Field(
-        None, description="Largest relative rise of the domains' mean NLL over the best single teacher's; 0: none."
+        None,
+        description="Largest relative rise of the domains' mean NLL over the best single teacher's; 0: none.",
     )
     max_size_mb: Positive | None = Field(
         None, description="Largest size on disk of graph and weights, in MB (1e6 bytes)."
     )
-    max_tpot_ms: Positive | None = Field(None, description="Largest median time per output token, in ms.")
-    max_ttft_ms: Positive | None = Field(None, description="Largest median time to first token, in ms.")
+    max_tpot_ms: Positive | None = Field(
+        None, description="Largest median time per output token, in ms."
+    )
+    max_ttft_ms: Positive | None = Field(
+        None, description="Largest median time to first token, in ms."
+    )

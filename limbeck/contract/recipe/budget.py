@@ -14,14 +14,20 @@ from limbeck.contract.recipe.base import Count, Float, Fraction, Frozen, Positiv
 class QualityBudget(Frozen):
     """How much worse than the teachers the shipped form may be."""
 
-    metric: Literal["nll"] = Field("nll", description="Held-out loss, nats a token, mean over the domains.")
-    max_loss: Float = Field(description="Largest relative rise over the best single teacher; 0: none.")
+    metric: Literal["nll"] = Field(
+        "nll", description="Held-out loss, nats a token, mean over the domains."
+    )
+    max_loss: Float = Field(
+        description="Largest relative rise over the best single teacher; 0: none."
+    )
 
 
 class MetricBudget(Frozen):
     """How much worse than the better teacher an encoder may be in its task's metric."""
 
-    max_loss: Float = Field(description="Largest relative loss of the metric against the better teacher; 0: none.")
+    max_loss: Float = Field(
+        description="Largest relative loss of the metric against the better teacher; 0: none."
+    )
 
 
 class ClassificationQuality(MetricBudget):
@@ -36,14 +42,17 @@ class EmbeddingQuality(MetricBudget):
     """As of every encoder."""
 
     metric: Literal["spearman"] = Field(
-        "spearman", description="Rank correlation of all pairs' similarities with their mean over the teachers."
+        "spearman",
+        description="Rank correlation of all pairs' similarities with their mean over the teachers.",
     )
 
 
 class Bounds(Frozen):
     """What every budget has."""
 
-    size_mb: Positive | None = Field(None, description="Largest size of graph and weights, in MB (1e6 bytes).")
+    size_mb: Positive | None = Field(
+        None, description="Largest size of graph and weights, in MB (1e6 bytes)."
+    )
     hours: Positive = Field(
         1.0,
         description="Time for the search, interruptions not counted; half is kept for the finalists, and students are begun in the other half.",
@@ -58,9 +67,13 @@ class Bounds(Frozen):
 class Budget(Bounds):
     """What the shipped form must keep to, measured here. A bound that is not named is not kept to."""
 
-    tpot_ms: Positive | None = Field(None, description="Largest median time per output token, in ms.")
+    tpot_ms: Positive | None = Field(
+        None, description="Largest median time per output token, in ms."
+    )
     ttft_ms: Positive | None = Field(None, description="Largest median time to first token, in ms.")
-    quality: QualityBudget | None = Field(None, description="Least quality; none takes the best that is found.")
+    quality: QualityBudget | None = Field(
+        None, description="Least quality; none takes the best that is found."
+    )
 
     @property
     def times(self) -> dict[str, float | None]:
@@ -72,7 +85,8 @@ class EncoderBudget(Bounds):
     """As of a language model, but for the time, which is that of one sequence."""
 
     latency_ms: Positive | None = Field(
-        None, description="Largest median time of one sequence at the largest of bench.lengths, in ms."
+        None,
+        description="Largest median time of one sequence at the largest of bench.lengths, in ms.",
     )
 
     @property
@@ -84,13 +98,17 @@ class EncoderBudget(Bounds):
 class ClassificationBudget(EncoderBudget):
     """What a classifier must keep to, measured here. A bound that is not named is not kept to."""
 
-    quality: ClassificationQuality | None = Field(None, description="Least quality; none takes the best that is found.")
+    quality: ClassificationQuality | None = Field(
+        None, description="Least quality; none takes the best that is found."
+    )
 
 
 class EmbeddingBudget(EncoderBudget):
     """What a sentence encoder must keep to, measured here. A bound that is not named is not kept to."""
 
-    quality: EmbeddingQuality | None = Field(None, description="Least quality; none takes the best that is found.")
+    quality: EmbeddingQuality | None = Field(
+        None, description="Least quality; none takes the best that is found."
+    )
 
 
 AnyBudget = Budget | ClassificationBudget | EmbeddingBudget
@@ -110,9 +128,13 @@ class Cuts(Frozen):
         (1.0, 0.8, 0.65, 0.5), min_length=1, description="Shares of the base's layers kept."
     )
     widths: tuple[Share, ...] = Field(
-        (1.0, 0.75), min_length=1, description="Shares of the base's FFN neurons kept in each layer."
+        (1.0, 0.75),
+        min_length=1,
+        description="Shares of the base's FFN neurons kept in each layer.",
     )
-    probes: Count = Field(4, description="Shapes that are exported and timed before the rest is predicted.")
+    probes: Count = Field(
+        4, description="Shapes that are exported and timed before the rest is predicted."
+    )
     finalists: Count = Field(
         2,
         description="Students that are trained, exported and measured in full: fewer where time is up and one keeps the budget, "
@@ -123,9 +145,13 @@ class Cuts(Frozen):
 class Space(Cuts):
     """The students that `limbeck search` compares: the whole base with adapters, and the base cut in depth, in FFN width and in hidden width."""
 
-    ranks: tuple[Count, ...] = Field((16,), description="LoRA ranks tried on the whole base; none tries no LoRA.")
+    ranks: tuple[Count, ...] = Field(
+        (16,), description="LoRA ranks tried on the whole base; none tries no LoRA."
+    )
     hidden: tuple[Share, ...] = Field(
-        (1.0,), min_length=1, description="Shares of the base's hidden width kept; what is cut there heals slowest."
+        (1.0,),
+        min_length=1,
+        description="Shares of the base's hidden width kept; what is cut there heals slowest.",
     )
     forms: tuple[SearchForm, ...] = Field(
         ("int8-weight", "int4-weight"), min_length=1, description="Forms that may ship."

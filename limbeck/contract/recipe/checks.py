@@ -12,7 +12,13 @@ from limbeck.contract.recipe.distillation import (
     LoraStudent,
     StaticWeights,
 )
-from limbeck.contract.recipe.export import NO_KERNEL, MixedByLoss, MixedByRule, MixedBySize, StaticShapes
+from limbeck.contract.recipe.export import (
+    NO_KERNEL,
+    MixedByLoss,
+    MixedByRule,
+    MixedBySize,
+    StaticShapes,
+)
 
 if TYPE_CHECKING:
     from limbeck.contract.recipe import Recipe
@@ -93,7 +99,9 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
     provider = recipe.export.provider
     for index, form in enumerate(recipe.export.forms):
         refused = NO_KERNEL.get((provider, form.kind))
-        reference = form.kind == "fp32" and (len(recipe.export.forms) > 1 or recipe.export.backend == "dynamo")
+        reference = form.kind == "fp32" and (
+            len(recipe.export.forms) > 1 or recipe.export.backend == "dynamo"
+        )
         if refused and not reference:
             why, instead = refused
             yield f"export.forms.{index}: {provider} has no kernel for {form.kind} ({why}); use {instead}, or change export.provider"
@@ -102,7 +110,11 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
         yield f"export.mixed: found {mixed.kind!r}, which chooses between 4 and 8 bits; add int4-weight to export.forms"
     if isinstance(mixed, MixedBySize) and mixed.mb is None and recipe.gates.max_size_mb is None:
         yield "export.mixed: no size to keep to; give `mb` there, or gates.max_size_mb"
-    if isinstance(mixed, MixedByLoss) and mixed.rise is None and recipe.gates.max_quantization_loss is None:
+    if (
+        isinstance(mixed, MixedByLoss)
+        and mixed.rise is None
+        and recipe.gates.max_quantization_loss is None
+    ):
         yield "export.mixed: no loss to keep to; give `rise` there, or gates.max_quantization_loss"
     moved = [f.kind for f in recipe.export.forms if getattr(f, "smooth", None)]
     if moved and recipe.export.adapters == "separate":
@@ -121,7 +133,9 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
     calibration = recipe.fusion.calibration
     if isinstance(calibration, FittedCalibration) and calibration.bounds[0] > calibration.bounds[1]:
         yield f"fusion.calibration.bounds: found {list(calibration.bounds)}; the least comes first"
-    if isinstance(calibration, FixedCalibration) and set(calibration.values) != {t.name for t in recipe.teachers}:
+    if isinstance(calibration, FixedCalibration) and set(calibration.values) != {
+        t.name for t in recipe.teachers
+    }:
         yield f"fusion.calibration.values: found {sorted(calibration.values)}; name each teacher once: {sorted(t.name for t in recipe.teachers)}"
     yield from static_weights(recipe.fusion.weights, {t.name for t in recipe.teachers})
     if recipe.bench.scenario("single") is None:

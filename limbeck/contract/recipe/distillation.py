@@ -20,9 +20,12 @@ class LoraStudent(Frozen):
     rank: Count = Field(16, description="Rank of the adapters.")
     alpha: Positive = Field(32, description="LoRA alpha; the update is scaled by alpha / rank.")
     dropout: Fraction = Field(0.0, description="Dropout on the adapters' input.")
-    targets: tuple[str, ...] | Literal["all-linear"] = Field("all-linear", description="Module names adapted.")
+    targets: tuple[str, ...] | Literal["all-linear"] = Field(
+        "all-linear", description="Module names adapted."
+    )
     quantize: Literal["none", "int8", "nf4"] = Field(
-        "none", description="bitsandbytes form of the frozen base while training (QLoRA); merged into the fp32 base."
+        "none",
+        description="bitsandbytes form of the frozen base while training (QLoRA); merged into the fp32 base.",
     )
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead.")
     dora: bool = Field(False, description="Weight-decomposed LoRA.")
@@ -32,17 +35,25 @@ class FreshStudent(Frozen):
     """A new model of any configuration, with the tokenizer of the first teacher."""
 
     kind: Literal["fresh"]
-    config: dict[str, Any] = Field(description="transformers configuration: model_type and its sizes.")
+    config: dict[str, Any] = Field(
+        description="transformers configuration: model_type and its sizes."
+    )
 
 
 class Sizes(Frozen):
     """What is kept of a base that a student is cut out of."""
 
     layers: Count | None = Field(None, description="Hidden layers kept; none keeps all.")
-    intermediate_size: Count | None = Field(None, description="FFN neurons kept in a layer; none keeps all.")
-    kv_heads: Count | None = Field(None, description="Key/value head groups kept in a layer; none keeps all.")
+    intermediate_size: Count | None = Field(
+        None, description="FFN neurons kept in a layer; none keeps all."
+    )
+    kv_heads: Count | None = Field(
+        None, description="Key/value head groups kept in a layer; none keeps all."
+    )
     hidden_size: Count | None = Field(None, description="Hidden channels kept; none keeps all.")
-    round_to: Count = Field(32, description="FFN and hidden sizes are rounded down to a multiple of this.")
+    round_to: Count = Field(
+        32, description="FFN and hidden sizes are rounded down to a multiple of this."
+    )
 
 
 class ShrinkStudent(Sizes):
@@ -50,7 +61,9 @@ class ShrinkStudent(Sizes):
 
     kind: Literal["shrink"]
     base: BaseSource = Field(description="Model it is cut out of.")
-    calibration_blocks: Count = Field(32, description="Training blocks that importance is measured on.")
+    calibration_blocks: Count = Field(
+        32, description="Training blocks that importance is measured on."
+    )
 
 
 Student = Annotated[LoraStudent | ShrinkStudent | FreshStudent, Field(discriminator="kind")]
@@ -71,19 +84,28 @@ class StaticWeights(Frozen):
     """Fixed weights by teacher name."""
 
     kind: Literal["static"]
-    values: dict[str, Annotated[Float, Field(ge=0)]] = Field(description="Weight by teacher name; scaled to sum to 1.")
+    values: dict[str, Annotated[Float, Field(ge=0)]] = Field(
+        description="Weight by teacher name; scaled to sum to 1."
+    )
 
 
 class EntropyWeights(Frozen):
     """The paper's form: (1 - floor) softmax(-H / sharpness) + floor / K."""
 
     kind: Literal["entropy"]
-    granularity: Granularity = Field("token", description="Span over which the entropy is averaged.")
-    sharpness: Positive = Field(0.3, description="Softmax temperature, in nats; smaller is sharper.")
+    granularity: Granularity = Field(
+        "token", description="Span over which the entropy is averaged."
+    )
+    sharpness: Positive = Field(
+        0.3, description="Softmax temperature, in nats; smaller is sharper."
+    )
     floor: Fraction = Field(0.05, description="Share spread evenly over all teachers.")
-    warmup: Fraction = Field(0.0, description="Share of the training over which weights move from uniform.")
+    warmup: Fraction = Field(
+        0.0, description="Share of the training over which weights move from uniform."
+    )
     control: Literal["none", "inverted", "shuffled"] = Field(
-        "none", description="Controls of the honesty ablation: the sign flipped, or weights shuffled over positions."
+        "none",
+        description="Controls of the honesty ablation: the sign flipped, or weights shuffled over positions.",
     )
 
 
@@ -91,7 +113,9 @@ class InverseEntropyWeights(Frozen):
     """Proportional to 1 / H."""
 
     kind: Literal["inverse_entropy"]
-    granularity: Granularity = Field("token", description="Span over which the entropy is averaged.")
+    granularity: Granularity = Field(
+        "token", description="Span over which the entropy is averaged."
+    )
     floor: Fraction = Field(0.0, description="Share spread evenly over all teachers.")
 
 
@@ -99,22 +123,30 @@ class EbkdWeights(Frozen):
     """(1 - H_k / sum H) / (K - 1)."""
 
     kind: Literal["ebkd"]
-    granularity: Granularity = Field("token", description="Span over which the entropy is averaged.")
+    granularity: Granularity = Field(
+        "token", description="Span over which the entropy is averaged."
+    )
 
 
 class CaMkdWeights(Frozen):
     """Confidence by label: (1 - softmax(CE)_k) / (K - 1), after CA-MKD (arXiv 2201.00007)."""
 
     kind: Literal["ca_mkd"]
-    granularity: Granularity = Field("token", description="Span over which the label's surprise is averaged.")
+    granularity: Granularity = Field(
+        "token", description="Span over which the label's surprise is averaged."
+    )
 
 
 class LabelWeights(Frozen):
     """Softmax of the teachers' label log-likelihood. Looks at the label it teaches, so it is not causal."""
 
     kind: Literal["label"]
-    granularity: Granularity = Field("sequence", description="Span over which the label's surprise is averaged.")
-    sharpness: Positive = Field(0.1, description="Softmax temperature, in nats; smaller is sharper.")
+    granularity: Granularity = Field(
+        "sequence", description="Span over which the label's surprise is averaged."
+    )
+    sharpness: Positive = Field(
+        0.1, description="Softmax temperature, in nats; smaller is sharper."
+    )
     floor: Fraction = Field(0.0, description="Share spread evenly over all teachers.")
 
 
@@ -122,7 +154,9 @@ class CorrectedEntropyWeights(Frozen):
     """Entropy plus the teacher's overconfidence on the same text (mean label surprise - mean entropy)."""
 
     kind: Literal["corrected_entropy"]
-    sharpness: Positive = Field(0.3, description="Softmax temperature, in nats; smaller is sharper.")
+    sharpness: Positive = Field(
+        0.3, description="Softmax temperature, in nats; smaller is sharper."
+    )
     floor: Fraction = Field(0.05, description="Share spread evenly over all teachers.")
 
 
@@ -131,7 +165,9 @@ class PosteriorWeights(Frozen):
 
     kind: Literal["posterior"]
     evidence: Positive = Field(1.0, description="Power of the likelihood; 1 is Bayes' rule.")
-    entropy: Annotated[Float, Field(ge=0)] = Field(0.0, description="Weight of -H in the log prior, a nat.")
+    entropy: Annotated[Float, Field(ge=0)] = Field(
+        0.0, description="Weight of -H in the log prior, a nat."
+    )
     floor: Fraction = Field(0.0, description="Share spread evenly over all teachers.")
 
 
@@ -172,7 +208,9 @@ class SkewKl(Frozen):
     """KL(p || skew p + (1 - skew) q)."""
 
     kind: Literal["skew_kl"]
-    skew: Float = Field(0.1, ge=0, lt=1, description="Share of the teachers mixed into the student.")
+    skew: Float = Field(
+        0.1, ge=0, lt=1, description="Share of the teachers mixed into the student."
+    )
 
 
 Divergence = Annotated[ForwardKl | ReverseKl | Jsd | SkewKl, Field(discriminator="kind")]
@@ -182,7 +220,9 @@ class FittedCalibration(Frozen):
     """One temperature a teacher, by least held-out NLL."""
 
     kind: Literal["fit"]
-    bounds: tuple[Positive, Positive] = Field((0.5, 2.0), description="Least and greatest temperature.")
+    bounds: tuple[Positive, Positive] = Field(
+        (0.5, 2.0), description="Least and greatest temperature."
+    )
 
 
 class FixedCalibration(Frozen):
@@ -198,7 +238,9 @@ class NoCalibration(Frozen):
     kind: Literal["none"]
 
 
-Calibration = Annotated[FittedCalibration | FixedCalibration | NoCalibration, Field(discriminator="kind")]
+Calibration = Annotated[
+    FittedCalibration | FixedCalibration | NoCalibration, Field(discriminator="kind")
+]
 
 
 class Fusion(Frozen):
@@ -207,27 +249,46 @@ class Fusion(Frozen):
     space: Literal["arithmetic", "geometric"] = Field(
         "arithmetic", description="Mix probabilities, or logarithms of probabilities."
     )
-    weights: Weights = Field(PosteriorWeights(kind="posterior"), description="How much each teacher counts, and where.")
-    divergence: Divergence = Field(ForwardKl(kind="forward_kl"), description="Distance from target to student.")
+    weights: Weights = Field(
+        PosteriorWeights(kind="posterior"), description="How much each teacher counts, and where."
+    )
+    divergence: Divergence = Field(
+        ForwardKl(kind="forward_kl"), description="Distance from target to student."
+    )
     temperature: Positive = Field(
         1.0, description="Softening tau of teachers and student; the loss is scaled by its square."
     )
-    calibration: Calibration = Field(FittedCalibration(kind="fit"), description="Scalar calibration of each teacher.")
+    calibration: Calibration = Field(
+        FittedCalibration(kind="fit"), description="Scalar calibration of each teacher."
+    )
     weight: Annotated[Float, Field(ge=0)] = Field(0.7, description="Factor of the fusion loss.")
-    cross_entropy: Annotated[Float, Field(ge=0)] = Field(0.3, description="Factor of the label's cross-entropy.")
-    chunk: Count = Field(256, description="Token positions worked on at a time; memory grows with it.")
+    cross_entropy: Annotated[Float, Field(ge=0)] = Field(
+        0.3, description="Factor of the label's cross-entropy."
+    )
+    chunk: Count = Field(
+        256, description="Token positions worked on at a time; memory grows with it."
+    )
 
 
 class Features(Frozen):
     """Feature alignment: projected student states against each teacher's, in the fusion's weights."""
 
-    weight: Annotated[Float, Field(ge=0)] = Field(0.1, description="Factor of the feature loss; 0 turns it off.")
-    pairs: Count = Field(4, description="Layer pairs aligned, spread evenly over depth, the last included.")
-    layers: tuple[tuple[Count, Count], ...] | None = Field(
-        None, description="Explicit (student layer, teacher layer) pairs, counted from 1; replaces `pairs`."
+    weight: Annotated[Float, Field(ge=0)] = Field(
+        0.1, description="Factor of the feature loss; 0 turns it off."
     )
-    distance: Literal["cosine", "mse"] = Field("cosine", description="1 - cosine, or MSE of layer-normed states.")
-    warmup: Fraction = Field(0.0, description="Share of the training over which the weight rises from 0.")
+    pairs: Count = Field(
+        4, description="Layer pairs aligned, spread evenly over depth, the last included."
+    )
+    layers: tuple[tuple[Count, Count], ...] | None = Field(
+        None,
+        description="Explicit (student layer, teacher layer) pairs, counted from 1; replaces `pairs`.",
+    )
+    distance: Literal["cosine", "mse"] = Field(
+        "cosine", description="1 - cosine, or MSE of layer-normed states."
+    )
+    warmup: Fraction = Field(
+        0.0, description="Share of the training over which the weight rises from 0."
+    )
 
 
 # Training --------------------------------------------------------------------------------------------------------
@@ -257,22 +318,34 @@ class TopkCache(Frozen):
 
 
 TeacherCache = Annotated[
-    Annotated[NoCache | HiddenCache | TopkCache, Field(discriminator="kind")], BeforeValidator(shorthand)
+    Annotated[NoCache | HiddenCache | TopkCache, Field(discriminator="kind")],
+    BeforeValidator(shorthand),
 ]
 
 
 class Training(Frozen):
     """The one loop."""
 
-    tokens: Count | None = Field(None, description="Training budget, in tokens of full blocks; or give `minutes`.")
-    minutes: Positive | None = Field(
-        None, description="Training budget, in minutes; such a run is not repeatable to the bit. Or give `tokens`."
+    tokens: Count | None = Field(
+        None, description="Training budget, in tokens of full blocks; or give `minutes`."
     )
-    batch_tokens: Count = Field(1024, description="Tokens in one optimiser step; a multiple of data.block.")
-    micro_batch: Count = Field(4, description="Blocks in one forward pass; changes memory, not the result.")
+    minutes: Positive | None = Field(
+        None,
+        description="Training budget, in minutes; such a run is not repeatable to the bit. Or give `tokens`.",
+    )
+    batch_tokens: Count = Field(
+        1024, description="Tokens in one optimiser step; a multiple of data.block."
+    )
+    micro_batch: Count = Field(
+        4, description="Blocks in one forward pass; changes memory, not the result."
+    )
     learning_rate: Positive = Field(1e-3, description="Peak learning rate of AdamW.")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Decay after the warm-up.")
-    warmup: Fraction = Field(0.1, description="Share of the steps over which the learning rate rises from 0.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Decay after the warm-up."
+    )
+    warmup: Fraction = Field(
+        0.1, description="Share of the steps over which the learning rate rises from 0."
+    )
     weight_decay: Annotated[Float, Field(ge=0)] = Field(0.0, description="AdamW weight decay.")
     clip: Positive = Field(1.0, description="Largest gradient norm.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
@@ -280,12 +353,21 @@ class Training(Frozen):
         description="Number type of the forward pass; auto is bf16 where the processor or GPU computes it, else fp32; "
         "fp16 is too narrow for gradients.",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train; auto takes a GPU if present.")
-    threads: Count | None = Field(None, description="CPU threads; none takes every core this process may use.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where to train; auto takes a GPU if present."
+    )
+    threads: Count | None = Field(
+        None, description="CPU threads; none takes every core this process may use."
+    )
     teacher_cache: TeacherCache = Field(
-        NoCache(kind="none"), description="Run each teacher once over the text and keep what it said for later runs."
+        NoCache(kind="none"),
+        description="Run each teacher once over the text and keep what it said for later runs.",
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations to save memory.")
     evaluate_every: Count = Field(20, description="Steps between measurements on held-out text.")
-    checkpoint_every: Count = Field(20, description="Steps between checkpoints of a run that may be interrupted.")
-    patience: Count | None = Field(None, description="Measurements without a better held-out NLL before stopping.")
+    checkpoint_every: Count = Field(
+        20, description="Steps between checkpoints of a run that may be interrupted."
+    )
+    patience: Count | None = Field(
+        None, description="Measurements without a better held-out NLL before stopping."
+    )

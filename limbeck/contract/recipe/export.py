@@ -30,7 +30,8 @@ class Int8WeightForm(Frozen):
 
     kind: Literal["int8-weight"]
     block_size: Literal[16, 32, 64, 128, 256] | None = Field(
-        None, description="Weights that share a scale; none takes the largest that divides the width."
+        None,
+        description="Weights that share a scale; none takes the largest that divides the width.",
     )
     smooth: Fraction | None = Field(None, description=_SMOOTH)
 
@@ -70,7 +71,9 @@ class Int4WeightForm(Frozen):
     """4-bit blocks with zero points (MatMulNBits); 8 bits in the tied head, attention inputs, FFN output."""
 
     kind: Literal["int4-weight"]
-    block_size: Literal[16, 32, 64, 128, 256] = Field(32, description="Weights that share a scale and a zero point.")
+    block_size: Literal[16, 32, 64, 128, 256] = Field(
+        32, description="Weights that share a scale and a zero point."
+    )
     algorithm: Literal["gptq", "rtn"] | None = Field(
         None,
         description="gptq: the inputs of a matrix make up for each other's rounding, judged on training text. rtn: each is rounded to "
@@ -80,7 +83,13 @@ class Int4WeightForm(Frozen):
 
 Form = Annotated[
     Annotated[
-        Fp32Form | Fp16Form | Int8WeightForm | Int8DynamicForm | Int8StaticForm | Int8TrtForm | Int4WeightForm,
+        Fp32Form
+        | Fp16Form
+        | Int8WeightForm
+        | Int8DynamicForm
+        | Int8StaticForm
+        | Int8TrtForm
+        | Int4WeightForm,
         Field(discriminator="kind"),
     ],
     BeforeValidator(shorthand),
@@ -91,14 +100,23 @@ Provider = Literal["cpu", "cuda", "tensorrt"]
 NO_KERNEL: Mapping[tuple[str, str], tuple[str, str]] = {
     ("cpu", "fp16"): ("its products would be cast to fp32 when the file is opened", "int8-weight"),
     ("cpu", "int8-trt"): ("its signed products are slower there than fp32", "int8-static"),
-    ("cuda", "fp32"): ("fused attention in fp32 would run on the CPU, with copies both ways", "fp16"),
+    ("cuda", "fp32"): (
+        "fused attention in fp32 would run on the CPU, with copies both ways",
+        "fp16",
+    ),
     ("cuda", "int8-static"): ("its products would run in fp32 between casts", "int8-weight"),
     ("cuda", "int8-trt"): ("its products would run in fp32 between casts", "int8-weight"),
     **{
-        ("tensorrt", form): ("its operators are ONNX Runtime's own or have no signed codes", "int8-trt")
+        ("tensorrt", form): (
+            "its operators are ONNX Runtime's own or have no signed codes",
+            "int8-trt",
+        )
         for form in ("int8-weight", "int8-dynamic", "int8-static", "int4-weight")
     },
-    ("cuda", "int8-dynamic"): ("its products would run on the CPU, with copies both ways", "int8-weight"),
+    ("cuda", "int8-dynamic"): (
+        "its products would run on the CPU, with copies both ways",
+        "int8-weight",
+    ),
 }
 
 
@@ -113,9 +131,12 @@ class MixedBySize(Frozen):
 
     kind: Literal["size"]
     mb: Positive | None = Field(
-        None, description="Largest size of graph and weights, in MB (1e6 bytes); none takes gates.max_size_mb."
+        None,
+        description="Largest size of graph and weights, in MB (1e6 bytes); none takes gates.max_size_mb.",
     )
-    tokens: Count = Field(256, description="Held-out tokens that each matrix's loss is measured on.")
+    tokens: Count = Field(
+        256, description="Held-out tokens that each matrix's loss is measured on."
+    )
 
 
 class MixedByLoss(Frozen):
@@ -127,11 +148,14 @@ class MixedByLoss(Frozen):
         description="Largest relative rise of held-out NLL over fp32; none takes gates.max_quantization_loss. It is kept to on the blocks that "
         "the gate is judged on: leave a margin for other text.",
     )
-    tokens: Count = Field(256, description="Held-out tokens that each matrix's loss is measured on.")
+    tokens: Count = Field(
+        256, description="Held-out tokens that each matrix's loss is measured on."
+    )
 
 
 Mixed = Annotated[
-    Annotated[MixedByRule | MixedBySize | MixedByLoss, Field(discriminator="kind")], BeforeValidator(shorthand)
+    Annotated[MixedByRule | MixedBySize | MixedByLoss, Field(discriminator="kind")],
+    BeforeValidator(shorthand),
 ]
 
 
@@ -139,7 +163,9 @@ class Recover(Frozen):
     """A short distillation through the shipped form's rounding when that form misses gates.max_quantization_loss."""
 
     tokens: Count = Field(description="Training budget, in tokens of full blocks.")
-    learning_rate: Positive = Field(1e-4, description="Peak learning rate of AdamW; every rounded weight is trained.")
+    learning_rate: Positive = Field(
+        1e-4, description="Peak learning rate of AdamW; every rounded weight is trained."
+    )
 
 
 Opset = Annotated[Int, Field(ge=18, le=23)]
@@ -162,7 +188,9 @@ class StaticShapes(Frozen):
     )
 
 
-Shapes = Annotated[Annotated[DynamicShapes | StaticShapes, Field(discriminator="kind")], BeforeValidator(shorthand)]
+Shapes = Annotated[
+    Annotated[DynamicShapes | StaticShapes, Field(discriminator="kind")], BeforeValidator(shorthand)
+]
 
 
 class Export(Frozen):
@@ -194,5 +222,9 @@ class Export(Frozen):
         min_length=1,
         description="Forms by name, fp32 first; the last one is shipped.",
     )
-    mixed: Mixed = Field(MixedByRule(kind="rule"), description="Which matrices of int4-weight keep 8 bits.")
-    recover: Recover | None = Field(None, description="What to try when rounding costs too much; none tries nothing.")
+    mixed: Mixed = Field(
+        MixedByRule(kind="rule"), description="Which matrices of int4-weight keep 8 bits."
+    )
+    recover: Recover | None = Field(
+        None, description="What to try when rounding costs too much; none tries nothing."
+    )

@@ -17,7 +17,9 @@ class HubModel(Frozen):
 
     kind: Literal["hub"]
     id: str = Field(description="Repository id, owner/name.")
-    revision: str = Field("main", description="Branch, tag or commit; pin a commit for a repeatable run.")
+    revision: str = Field(
+        "main", description="Branch, tag or commit; pin a commit for a repeatable run."
+    )
 
 
 class LocalModel(Frozen):
@@ -47,7 +49,9 @@ class RandomModel(Frozen):
     """A freshly initialised model with a byte-level tokenizer, for smoke tests."""
 
     kind: Literal["random"]
-    config: dict[str, Any] = Field(description="transformers configuration: model_type and its sizes.")
+    config: dict[str, Any] = Field(
+        description="transformers configuration: model_type and its sizes."
+    )
     seed: Int = Field(0, ge=0, description="Seed of the initialisation.")
 
 
@@ -55,12 +59,17 @@ class RecipeModel(Frozen):
     """The student of another recipe; made first when it is missing."""
 
     kind: Literal["recipe"]
-    recipe: str = Field(description="Recipe file relative to this one, or the name of a shipped recipe.")
+    recipe: str = Field(
+        description="Recipe file relative to this one, or the name of a shipped recipe."
+    )
 
 
-BaseSource = Annotated[HubModel | LocalModel | GgufModel | PackageModel | RandomModel, Field(discriminator="kind")]
+BaseSource = Annotated[
+    HubModel | LocalModel | GgufModel | PackageModel | RandomModel, Field(discriminator="kind")
+]
 ModelSource = Annotated[
-    HubModel | LocalModel | GgufModel | PackageModel | RandomModel | RecipeModel, Field(discriminator="kind")
+    HubModel | LocalModel | GgufModel | PackageModel | RandomModel | RecipeModel,
+    Field(discriminator="kind"),
 ]
 
 
@@ -69,9 +78,15 @@ class Teacher(Frozen):
 
     name: Name = Field(description="Name in reports and in `static` weights.")
     model: ModelSource = Field(description="Where the weights come from.")
-    adapter: Path | None = Field(None, description="PEFT adapter folder on that model; teachers share their base.")
-    quantize: Literal["none", "int8", "nf4"] = Field("none", description="bitsandbytes form of the weights in memory.")
-    dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Number type of the weights in memory.")
+    adapter: Path | None = Field(
+        None, description="PEFT adapter folder on that model; teachers share their base."
+    )
+    quantize: Literal["none", "int8", "nf4"] = Field(
+        "none", description="bitsandbytes form of the weights in memory."
+    )
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="Number type of the weights in memory."
+    )
 
 
 # Text ------------------------------------------------------------------------------------------------------------
@@ -104,7 +119,9 @@ class ChatRows(Frozen):
     """
 
     kind: Literal["chat"]
-    field: str = Field("messages", description="Key or column that holds the list of {role, content}.")
+    field: str = Field(
+        "messages", description="Key or column that holds the list of {role, content}."
+    )
 
 
 class PythonStrings(Frozen):
@@ -125,7 +142,8 @@ class MailText(Frozen):
 
 
 TextFormat = Annotated[
-    PlainText | JsonLines | ParquetRows | ChatRows | PythonStrings | MailText, Field(discriminator="kind")
+    PlainText | JsonLines | ParquetRows | ChatRows | PythonStrings | MailText,
+    Field(discriminator="kind"),
 ]
 
 
@@ -143,8 +161,12 @@ class FileText(Frozen):
     """Files on this machine."""
 
     kind: Literal["files"]
-    paths: tuple[str, ...] = Field(min_length=1, description="Paths or globs, absolute or relative to the recipe file.")
-    format: TextFormat = Field(PlainText(kind="text"), description="How a file is cut into documents.")
+    paths: tuple[str, ...] = Field(
+        min_length=1, description="Paths or globs, absolute or relative to the recipe file."
+    )
+    format: TextFormat = Field(
+        PlainText(kind="text"), description="How a file is cut into documents."
+    )
 
 
 class PackageText(Frozen):
@@ -154,7 +176,9 @@ class PackageText(Frozen):
     package: str = Field(description="Distribution name on PyPI.")
     version: str | None = Field(None, description="Exact version wanted; none accepts any.")
     paths: tuple[str, ...] = Field(min_length=1, description="Paths or globs inside site-packages.")
-    format: TextFormat = Field(PlainText(kind="text"), description="How a file is cut into documents.")
+    format: TextFormat = Field(
+        PlainText(kind="text"), description="How a file is cut into documents."
+    )
 
 
 class NpmText(Frozen):
@@ -164,15 +188,21 @@ class NpmText(Frozen):
     package: str = Field(description="Name in the npm registry, scope included.")
     version: str = Field(description="Exact version.")
     paths: tuple[str, ...] = Field(min_length=1, description="Paths or globs inside the package.")
-    format: TextFormat = Field(PlainText(kind="text"), description="How a file is cut into documents.")
+    format: TextFormat = Field(
+        PlainText(kind="text"), description="How a file is cut into documents."
+    )
 
 
 class StdlibText(Frozen):
     """Source files of the running Python's standard library (PSF licence)."""
 
     kind: Literal["stdlib"]
-    paths: tuple[str, ...] = Field(min_length=1, description="Paths or globs inside the standard library's folder.")
-    format: TextFormat = Field(PlainText(kind="text"), description="How a file is cut into documents.")
+    paths: tuple[str, ...] = Field(
+        min_length=1, description="Paths or globs inside the standard library's folder."
+    )
+    format: TextFormat = Field(
+        PlainText(kind="text"), description="How a file is cut into documents."
+    )
 
 
 class DatasetText(Frozen):
@@ -180,11 +210,15 @@ class DatasetText(Frozen):
 
     kind: Literal["datasets"]
     path: Path = Field(description="Folder, absolute or relative to the recipe file.")
-    split: str | None = Field(None, description="Split taken; none where the folder holds only one.")
+    split: str | None = Field(
+        None, description="Split taken; none where the folder holds only one."
+    )
     format: RowFormat = Field(Rows(kind="rows"), description="What a row is.")
 
 
-TextSource = Annotated[FileText | PackageText | NpmText | StdlibText | DatasetText, Field(discriminator="kind")]
+TextSource = Annotated[
+    FileText | PackageText | NpmText | StdlibText | DatasetText, Field(discriminator="kind")
+]
 
 
 class Domain(Frozen):
@@ -192,7 +226,9 @@ class Domain(Frozen):
 
     name: Name = Field(description="Name in reports.")
     text: TextSource = Field(description="Where the text comes from.")
-    weight: Positive = Field(1.0, description="Share of the training blocks, relative to the other domains.")
+    weight: Positive = Field(
+        1.0, description="Share of the training blocks, relative to the other domains."
+    )
 
 
 class Heldout(Frozen):
@@ -200,7 +236,9 @@ class Heldout(Frozen):
 
     every: Int = Field(10, ge=2, description="Every n-th piece is held out.")
     piece_chars: Int = Field(4096, ge=64, description="Length of a piece, in characters.")
-    blocks: Count = Field(12, description="Most held-out blocks kept a domain, spread over the corpus.")
+    blocks: Count = Field(
+        12, description="Most held-out blocks kept a domain, spread over the corpus."
+    )
 
 
 class Data(Frozen):

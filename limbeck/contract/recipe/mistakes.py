@@ -20,7 +20,11 @@ def explain(error: dict[str, Any], tree: Any, root: type[BaseModel]) -> str:
         case "extra_forbidden":
             known = sorted(model.model_fields) if model else []
             close = difflib.get_close_matches(str(path[-1]), known, n=1)
-            remedy = f"did you mean `{close[0]}`?" if close else f"remove it; known here: {', '.join(known)}."
+            remedy = (
+                f"did you mean `{close[0]}`?"
+                if close
+                else f"remove it; known here: {', '.join(known)}."
+            )
             return f"{where}: unknown key; {remedy}"
         case "missing":
             field = model.model_fields.get(str(path[-1])) if model else None
@@ -40,7 +44,9 @@ def explain(error: dict[str, Any], tree: Any, root: type[BaseModel]) -> str:
     return f"{where}: found {_shown(error['input'])}; {message.replace('input should', 'it should').replace('tuple', 'list')}{about}"
 
 
-def _locate(loc: tuple[Any, ...], tree: Any, root: type[BaseModel]) -> tuple[list[Any], type[BaseModel] | None]:
+def _locate(
+    loc: tuple[Any, ...], tree: Any, root: type[BaseModel]
+) -> tuple[list[Any], type[BaseModel] | None]:
     """Turn pydantic's location into the YAML path (union tags dropped) and the model the last key belongs to."""
     path: list[Any] = []
     annotation: Any = root

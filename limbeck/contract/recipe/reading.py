@@ -32,12 +32,22 @@ def read_tree(
     return path, text, tree
 
 
-def parse_as(model: type[R], tree: Mapping[str, Any], *, where: str, contradictions: Callable[[R], Iterable[str]]) -> R:
+def parse_as(
+    model: type[R],
+    tree: Mapping[str, Any],
+    *,
+    where: str,
+    contradictions: Callable[[R], Iterable[str]],
+) -> R:
     """Build a recipe of class ``model``; ``contradictions`` finds what no single field shows. Raises `RecipeError`."""
     try:
         recipe = model.model_validate(tree)
     except ValidationError as error:
-        items = [dict(item) for item in error.errors() if item["type"] != "too_short" or item["input"] in ([], ())]
+        items = [
+            dict(item)
+            for item in error.errors()
+            if item["type"] != "too_short" or item["input"] in ([], ())
+        ]
         mistakes = list(dict.fromkeys(explain(item, tree, model) for item in items))
     else:
         mistakes = list(contradictions(recipe))
@@ -58,17 +68,24 @@ def find_recipe(reference: str | Path, *, folder: Path | None = None) -> Path:
     names = [name for name, _ in shipped_recipes()]
     close = difflib.get_close_matches(str(reference), names, n=1)
     hint = f"did you mean {close[0]}?" if close else "`limbeck recipes` lists the shipped ones."
-    raise RecipeError(f"{reference}: no such recipe file, and no shipped recipe of that name; {hint}")
+    raise RecipeError(
+        f"{reference}: no such recipe file, and no shipped recipe of that name; {hint}"
+    )
 
 
 def portable_reference(path: Path) -> str:
     """How a recipe's file is named in another recipe: a shipped one by its name, which every machine with Limbeck knows."""
-    return next((name for name, shipped in shipped_recipes() if shipped.resolve() == path.resolve()), str(path))
+    return next(
+        (name for name, shipped in shipped_recipes() if shipped.resolve() == path.resolve()),
+        str(path),
+    )
 
 
 def shipped_recipes() -> list[tuple[str, Path]]:
     """Name and path of every recipe in the wheel, sorted."""
-    return [(str(p.relative_to(RECIPES).with_suffix("")), p) for p in sorted(RECIPES.rglob("*.yaml"))]
+    return [
+        (str(p.relative_to(RECIPES).with_suffix("")), p) for p in sorted(RECIPES.rglob("*.yaml"))
+    ]
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -77,12 +94,19 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, KeyError, AttributeError) as error:  # PyYAML's own, of a date in month 13 or `!!int x`
+        except (
+            ValueError,
+            KeyError,
+            AttributeError,
+        ) as error:  # PyYAML's own, of a date in month 13 or `!!int x`
             if not isinstance(node, yaml.ScalarNode):
                 raise
             kind = node.tag.rpartition(":")[2]
             raise yaml.constructor.ConstructorError(
-                None, None, f"{node.value!r} is no {kind} ({error}); put it in quotes if it is text", node.start_mark
+                None,
+                None,
+                f"{node.value!r} is no {kind} ({error}); put it in quotes if it is text",
+                node.start_mark,
             ) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -91,7 +115,10 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"a key cannot be {kind_of(key)}; put it in quotes if it is text", key_node.start_mark
+                    None,
+                    None,
+                    f"a key cannot be {kind_of(key)}; put it in quotes if it is text",
+                    key_node.start_mark,
                 )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
@@ -111,15 +138,21 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[str, dict[str, Any]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
-        raise RecipeError(f"{path}:{line} not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        raise RecipeError(
+            f"{path}:{line} not valid YAML: {getattr(error, 'problem', None) or error}"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from None
     if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: expected a mapping of recipe fields at the top, found {kind_of(tree)}.")
+        raise RecipeError(
+            f"{path}: expected a mapping of recipe fields at the top, found {kind_of(tree)}."
+        )
     base = tree.pop("extends", None)
     if base is not None:
         if not isinstance(base, str):
-            raise RecipeError(f"{path}: extends: expected the path of a recipe file, found {kind_of(base)}.")
+            raise RecipeError(
+                f"{path}: extends: expected the path of a recipe file, found {kind_of(base)}."
+            )
         _, inherited = _read(find_recipe(base, folder=path.parent), (*seen, path))
         tree = _merge(inherited, tree)
     return text, tree
@@ -127,9 +160,15 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[str, dict[str, Any]]:
 
 def _merge(base: Any, over: Any) -> Any:
     """Mappings merge key by key unless their ``kind`` differs; everything else is replaced."""
-    if isinstance(base, dict) and isinstance(over, dict) and over.get("kind", base.get("kind")) == base.get("kind"):
+    if (
+        isinstance(base, dict)
+        and isinstance(over, dict)
+        and over.get("kind", base.get("kind")) == base.get("kind")
+    ):
         return {
-            key: _merge(base[key], over[key]) if key in base and key in over else over.get(key, base.get(key))
+            key: _merge(base[key], over[key])
+            if key in base and key in over
+            else over.get(key, base.get(key))
             for key in {**base, **over}
         }
     return over
@@ -139,7 +178,9 @@ def apply_override(tree: dict[str, Any], override: str, path: Path) -> None:
     """Set one ``key=value`` in plain data; ``path`` names the recipe in errors. Raises `RecipeError`."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise RecipeError(f"--set {override}: expected key=value, for example training.tokens=20000.")
+        raise RecipeError(
+            f"--set {override}: expected key=value, for example training.tokens=20000."
+        )
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -154,16 +195,22 @@ def apply_override(tree: dict[str, Any], override: str, path: Path) -> None:
         elif isinstance(node, dict):
             node = node.setdefault(part, {})
         else:
-            raise RecipeError(f"--set {override}: {part} lies inside {kind_of(node)}, which has no fields ({path}).")
+            raise RecipeError(
+                f"--set {override}: {part} lies inside {kind_of(node)}, which has no fields ({path})."
+            )
     if isinstance(node, list):
         node[_index(last, node, override)] = value
     elif isinstance(node, dict):
         node[last] = value
     else:
-        raise RecipeError(f"--set {override}: {last} lies inside {kind_of(node)}, which has no fields ({path}).")
+        raise RecipeError(
+            f"--set {override}: {last} lies inside {kind_of(node)}, which has no fields ({path})."
+        )
 
 
 def _index(part: str, node: list[Any], override: str) -> int:
     if part.isdigit() and int(part) < len(node):
         return int(part)
-    raise RecipeError(f"--set {override}: {part!r} is no index of a list of {len(node)}; the first is 0.")
+    raise RecipeError(
+        f"--set {override}: {part!r} is no index of a list of {len(node)}; the first is 0."
+    )

@@ -54,8 +54,14 @@ class Stream:
         if "error" in event:
             raise ValueError(f"the server said: {event['error']}")
         if usage := event.get("usage"):
-            self.prompt_tokens, self.counted = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
-        carried = any(choice.get("text") or not choice.get("finish_reason") for choice in event.get("choices") or ())
+            self.prompt_tokens, self.counted = (
+                int(usage["prompt_tokens"]),
+                int(usage["completion_tokens"]),
+            )
+        carried = any(
+            choice.get("text") or not choice.get("finish_reason")
+            for choice in event.get("choices") or ()
+        )
         if carried:
             self.at.append(now)
         return carried
@@ -82,7 +88,9 @@ class Endpoint:
         }
 
 
-def find_endpoint(url: str, model: str | None = None, key_variable: str = "OPENAI_API_KEY") -> Endpoint:
+def find_endpoint(
+    url: str, model: str | None = None, key_variable: str = "OPENAI_API_KEY"
+) -> Endpoint:
     """Ask a server for its models. Raises `EnvironmentalError` when nothing usable answers or it lacks ``model``."""
     base = url.rstrip("/").removesuffix("/v1") + "/v1"
     key = os.environ.get(key_variable)
@@ -92,14 +100,22 @@ def find_endpoint(url: str, model: str | None = None, key_variable: str = "OPENA
         answer.raise_for_status()
         names = [str(entry["id"]) for entry in answer.json()["data"]]
     except httpx2.HTTPStatusError as error:
-        hint = f"; is the key in ${key_variable} right?" if error.response.status_code in (401, 403) else "."
-        raise EnvironmentalError(f"{base}/models: answered {error.response.status_code}{hint}") from None
+        hint = (
+            f"; is the key in ${key_variable} right?"
+            if error.response.status_code in (401, 403)
+            else "."
+        )
+        raise EnvironmentalError(
+            f"{base}/models: answered {error.response.status_code}{hint}"
+        ) from None
     except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
         raise EnvironmentalError(
             f"{base}/models: no OpenAI-compatible server answers there ({type(error).__name__}: {error}); is it running?"
         ) from None
     if model is not None and model not in names:
-        raise EnvironmentalError(f"{base}: no model {model!r}; it has {', '.join(names) or 'none'}.")
+        raise EnvironmentalError(
+            f"{base}: no model {model!r}; it has {', '.join(names) or 'none'}."
+        )
     if not names:
         raise EnvironmentalError(f"{base}: the server lists no model; name one in the recipe.")
     return Endpoint(base, model or names[0], headers)
@@ -108,14 +124,19 @@ def find_endpoint(url: str, model: str | None = None, key_variable: str = "OPENA
 def open_session() -> aiohttp.ClientSession:
     """What `request` sends through: any number of connections, kept open, and no limit of time of its own. Needs a running loop."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(), read_bufsize=_LONGEST_EVENT
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(),
+        read_bufsize=_LONGEST_EVENT,
     )
 
 
 async def request(session: aiohttp.ClientSession, endpoint: Endpoint, body: bytes) -> Stream:
     """One streamed request, its ``body`` written out before, to its end. Raises `ValueError` with the reason when it fails."""
     stream, clock = Stream(), time.perf_counter
-    url, headers = f"{endpoint.url}/completions", {**endpoint.headers, "Content-Type": "application/json"}
+    url, headers = (
+        f"{endpoint.url}/completions",
+        {**endpoint.headers, "Content-Type": "application/json"},
+    )
     try:
         async with session.post(url, data=body, headers=headers, allow_redirects=False) as response:
             if response.status != 200:
@@ -147,7 +168,9 @@ class OpenAi:
     The server chooses and appends tokens by itself, so `step` takes none, and what they were is not known here: -1.
     """
 
-    def __init__(self, *, url: str, model: str | None = None, key_variable: str = "OPENAI_API_KEY") -> None:
+    def __init__(
+        self, *, url: str, model: str | None = None, key_variable: str = "OPENAI_API_KEY"
+    ) -> None:
         self._endpoint = find_endpoint(url, model, key_variable)
         self._client = httpx2.Client(timeout=httpx2.Timeout(None, connect=_CONNECT))
         self._stream = Stream()
@@ -160,7 +183,9 @@ class OpenAi:
     def begin(self, prompts: Ids, room: int) -> Ids:
         """See `Runtime.begin`. Raises `DataError` for several rows, `EnvironmentalError` when the server refuses."""
         if len(prompts) != 1:
-            raise DataError("a server takes one prompt a request; measure it in the `server` scenario.")
+            raise DataError(
+                "a server takes one prompt a request; measure it in the `server` scenario."
+            )
         for _ in self._tokens:
             pass  # the last answer's end, so that its connection can be used again
         self._tokens = self._answer([int(token) for token in prompts[0]], room)
@@ -194,14 +219,18 @@ class OpenAi:
         for _ in self._tokens:
             pass
         if self._stream.prompt_tokens is None:
-            raise DataError(f"{self._endpoint.url}: the server gives no usage, so what it read cannot be checked.")
+            raise DataError(
+                f"{self._endpoint.url}: the server gives no usage, so what it read cannot be checked."
+            )
         return self._stream.prompt_tokens
 
     def _answer(self, prompt: list[int], new_tokens: int) -> Iterator[None]:
         self._stream = stream = Stream()
         url, body = f"{self._endpoint.url}/completions", self._endpoint.body(prompt, new_tokens)
         try:
-            with self._client.stream("POST", url, json=body, headers=self._endpoint.headers) as response:
+            with self._client.stream(
+                "POST", url, json=body, headers=self._endpoint.headers
+            ) as response:
                 if response.status_code != 200:
                     raise ValueError(_refusal(response.status_code, response.read()))
                 for line in response.iter_lines():

@@ -16,7 +16,13 @@ from serve_bench.measure.arms import Arm, Worker
 
 
 def measure_cold(
-    arms: Sequence[Arm], prompt: list[int], starts: ColdScenario, raw: IO[str], *, threads: int, folder: Path
+    arms: Sequence[Arm],
+    prompt: list[int],
+    starts: ColdScenario,
+    raw: IO[str],
+    *,
+    threads: int,
+    folder: Path,
 ) -> None:
     """Start every arm anew, in an order drawn for each block, until repeats or minutes are spent.
 
@@ -27,10 +33,18 @@ def measure_cold(
         for block in range(-1, starts.repeats):  # the first is not counted
             if block > 0 and time.monotonic() - started >= budget:
                 return
-            for position, index in enumerate(np.random.default_rng((1, block + 1)).permutation(len(arms))):
+            for position, index in enumerate(
+                np.random.default_rng((1, block + 1)).permutation(len(arms))
+            ):
                 spans = start(arms[int(index)], prompt, threads=threads, log=folder / "cold.log")
                 if block >= 0:
-                    row = {"event": "cold", "arm": arms[int(index)].id, "block": block, "position": position, **spans}
+                    row = {
+                        "event": "cold",
+                        "arm": arms[int(index)].id,
+                        "block": block,
+                        "position": position,
+                        **spans,
+                    }
                     raw.write(json.dumps(row) + "\n")
                 progress.advance(1)
             raw.flush()

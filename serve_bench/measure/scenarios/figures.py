@@ -26,11 +26,15 @@ def compared(reference: Reference, samples: Sequence[Sample]) -> list[Arm]:
     arms = [judged, *(arm for arm in reference.arms if arm.id == "onnx:fp32" and arm != judged)]
     rivals = reference.with_role("teacher") or reference.with_role("student")
     if rivals:
-        arms.append(min(rivals, key=lambda arm: float(np.median(figures.by_block(samples, arm.id, "tpot")))))
+        arms.append(
+            min(rivals, key=lambda arm: float(np.median(figures.by_block(samples, arm.id, "tpot"))))
+        )
     return arms
 
 
-def summary(rows: Sequence[Row], environment: Row, bench: Bench, arms: Sequence[Arm]) -> dict[str, Any]:
+def summary(
+    rows: Sequence[Row], environment: Row, bench: Bench, arms: Sequence[Arm]
+) -> dict[str, Any]:
     """The keys of the bench artifact's result that belong to scenarios: which there were, and one key for each."""
     labels = {arm.id: arm.label for arm in arms}
     result: dict[str, Any] = {"scenarios": [scenario.kind for scenario in bench.scenarios]}
@@ -52,7 +56,9 @@ def offline(rows: Iterable[Row]) -> list[dict[str, Any]]:
     for (batch, prompt_tokens, new_tokens), arm, blocks in (
         (cell, arm, blocks) for cell, arms in batches(rows).items() for arm, blocks in arms.items()
     ):
-        first, rest, whole = (by_block(blocks, seconds) for seconds in (ttft, decoding, lambda row: row["at"][-1]))
+        first, rest, whole = (
+            by_block(blocks, seconds) for seconds in (ttft, decoding, lambda row: row["at"][-1])
+        )
         result.append(
             {
                 "arm": arm, "batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens,
@@ -121,7 +127,9 @@ def until_first_token(row: Row) -> float:
 
 def server(rows: Iterable[Row], asked: ServerScenario, target: Row, bench: Bench) -> dict[str, Any]:
     """Latency, throughput and goodput at every rate tried, and the highest that meets the SLO."""
-    measured = [rate_figures(rate, mine, asked.slo) for rate, mine in sorted(requests(rows).items())]
+    measured = [
+        rate_figures(rate, mine, asked.slo) for rate, mine in sorted(requests(rows).items())
+    ]
     fails_at = min((rate["rate"] for rate in measured if not rate["meets"]), default=None)
     holds = [rate["rate"] for rate in measured if rate["meets"]]
     return {

@@ -34,11 +34,13 @@ from serve_bench.measure.scenarios.figures import meets
 _DOUBLINGS = 12  # and halvings, at most
 _READY = 120.0  # seconds that our own server may take to load
 _LEAD = 0.05  # seconds from building the tasks to the first arrival
-_AWAKE = (
-    0.002  # seconds before its arrival that a request is waited for without sleeping: timers come up to 1.5 ms late
-)
+_AWAKE = 0.002  # seconds before its arrival that a request is waited for without sleeping: timers come up to 1.5 ms late
 _PATIENCE = 30.0  # seconds after its arrival, or five times the SLO, when a request has failed
-_SERVED_BY = ("fastapi", "uvicorn", "prometheus_client")  # the extra limbeck[serve], as it is imported
+_SERVED_BY = (
+    "fastapi",
+    "uvicorn",
+    "prometheus_client",
+)  # the extra limbeck[serve], as it is imported
 _WARM = 3  # requests one after another before the first rate
 
 Row = dict[str, Any]
@@ -92,11 +94,18 @@ def measure_server(
             say(f"  server, {rate:.3g} requests/s: {'meets' if good else 'misses'} the SLO")
             return good
 
-        search(try_rate, first, bisections=asked.bisections, until=time.monotonic() + 60 * asked.minutes)
+        search(
+            try_rate,
+            first,
+            bisections=asked.bisections,
+            until=time.monotonic() + 60 * asked.minutes,
+        )
     return target
 
 
-def search(try_rate: Callable[[float, str], bool], first: float, *, bisections: int, until: float) -> None:
+def search(
+    try_rate: Callable[[float, str], bool], first: float, *, bisections: int, until: float
+) -> None:
     """Double from ``first`` while rates hold (halve while none does), then bisect between the last that holds and the first that does not."""
     holds, fails, rate = 0.0, math.inf, first
     for _ in range(_DOUBLINGS):
@@ -128,7 +137,11 @@ class Loop:
     """Sends requests to one endpoint: one after another, or at a rate."""
 
     def __init__(
-        self, endpoint: Endpoint, prompts: Callable[[int, int], list[int]], sizes: Sizes, asked: ServerScenario
+        self,
+        endpoint: Endpoint,
+        prompts: Callable[[int, int], list[int]],
+        sizes: Sizes,
+        asked: ServerScenario,
     ) -> None:
         self._endpoint, self._prompts, self._sizes, self._asked = endpoint, prompts, sizes, asked
         slo = (asked.slo.ttft_ms + sizes.new_tokens * asked.slo.tpot_ms) / 1e3
@@ -140,11 +153,16 @@ class Loop:
 
         async def run() -> list[Row]:
             async with open_session() as session:
-                return [await self._one(session, i, time.perf_counter(), 0.0, bodies[i]) for i in range(_WARM)]
+                return [
+                    await self._one(session, i, time.perf_counter(), 0.0, bodies[i])
+                    for i in range(_WARM)
+                ]
 
         rows = asyncio.run(run())
         if errors := [row["error"] for row in rows if row["error"]]:
-            raise EnvironmentalError(f"{self._endpoint.url}: the server cannot be measured ({errors[0]}).")
+            raise EnvironmentalError(
+                f"{self._endpoint.url}: the server cannot be measured ({errors[0]})."
+            )
         return float(np.median([row["at"][-1] for row in rows]))
 
     def at(self, rate: float) -> list[Row]:
@@ -163,9 +181,14 @@ class Loop:
     def _bodies(self, count: int) -> list[bytes]:
         """Written out before anything is due."""
         prompts = (self._prompts(index, self._sizes.prompt_tokens) for index in range(count))
-        return [json.dumps(self._endpoint.body(prompt, self._sizes.new_tokens)).encode() for prompt in prompts]
+        return [
+            json.dumps(self._endpoint.body(prompt, self._sizes.new_tokens)).encode()
+            for prompt in prompts
+        ]
 
-    async def _one(self, session: aiohttp.ClientSession, index: int, start: float, after: float, body: bytes) -> Row:
+    async def _one(
+        self, session: aiohttp.ClientSession, index: int, start: float, after: float, body: bytes
+    ) -> Row:
         """One request, due ``after`` seconds from ``start``; times in its row count from then."""
         due = start + after
         await asyncio.sleep(due - _AWAKE - time.perf_counter())
@@ -181,7 +204,11 @@ class Loop:
         except TimeoutError:
             error = f"no answer within {self._patience:.0f} s of its arrival"
         row: Row = {"index": index, "scheduled": round(after, 6), "sent": round(sent - start, 6)}
-        row |= {"at": [round(t - due, 6) for t in at], "prompt_tokens": read, "output_tokens": written}
+        row |= {
+            "at": [round(t - due, 6) for t in at],
+            "prompt_tokens": read,
+            "output_tokens": written,
+        }
         return row | {"error": error}
 
 
@@ -197,7 +224,14 @@ def _target(
     assert artifact is not None, "require_server was not asked"
     with serve(artifact, threads=threads, log=log) as url:
         endpoint = find_endpoint(url)
-        yield endpoint, {"label": f"limbeck serve {artifact.name}", "kind": "artifact", "model": endpoint.model}
+        yield (
+            endpoint,
+            {
+                "label": f"limbeck serve {artifact.name}",
+                "kind": "artifact",
+                "model": endpoint.model,
+            },
+        )
 
 
 @contextlib.contextmanager

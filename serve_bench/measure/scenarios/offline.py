@@ -17,11 +17,18 @@ Cell = tuple[int, int, int]  # rows of a batch, prompt tokens, generated tokens 
 
 def cells(grid: OfflineScenario) -> list[Cell]:
     """The grid, smallest work first."""
-    return sorted(itertools.product(grid.batches, grid.prompts, grid.outputs), key=lambda cell: cell[0] * sum(cell[1:]))
+    return sorted(
+        itertools.product(grid.batches, grid.prompts, grid.outputs),
+        key=lambda cell: cell[0] * sum(cell[1:]),
+    )
 
 
 def measure_offline(
-    workers: Workers, arms: Sequence[Arm], prompts: Callable[[int, int], list[int]], grid: OfflineScenario, raw: IO[str]
+    workers: Workers,
+    arms: Sequence[Arm],
+    prompts: Callable[[int, int], list[int]],
+    grid: OfflineScenario,
+    raw: IO[str],
 ) -> None:
     """Time mirrored blocks of ``arms`` in every cell, going round the grid until blocks or minutes are spent.
 
@@ -41,8 +48,18 @@ def measure_offline(
             there = arms if (block + index) % 2 == 0 else arms[::-1]
             for position, arm in enumerate([*there, *reversed(there)]):
                 answer = workers[arm].batch(rows, new_tokens)
-                told = {"event": "offline", "arm": arm.id, "batch": batch, "prompt_tokens": prompt_tokens}
-                told |= {"new_tokens": new_tokens, "block": block, "position": position, "at": answer["at"]}
+                told = {
+                    "event": "offline",
+                    "arm": arm.id,
+                    "batch": batch,
+                    "prompt_tokens": prompt_tokens,
+                }
+                told |= {
+                    "new_tokens": new_tokens,
+                    "block": block,
+                    "position": position,
+                    "at": answer["at"],
+                }
                 raw.write(json.dumps(told) + "\n")
                 progress.advance(1, **{"tokens/s": batch * new_tokens / answer["at"][-1]})
             raw.flush()
