@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import compress
-from compress.footprint.language import describe, trace_line, tracing
-from compress.footprint.language import language as footprint
+from compress.footprint import language as footprint
+from compress.footprint import tracing
+from compress.footprint.language import describe, trace_line
 from compress.loop import setup
 from compress.models.language import model_config, random_config, random_model
 from compress.models.shrink import FAMILIES, shrunk_sizes

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from compress.models import attention
 from compress.models.attention import LONGEST, NAME, use_short_attention
-from compress.models.language import attention, load_model
+from compress.models.language import load_model
 from compress.models.students import with_lora
 from limbeck.contract.recipe import LoraStudent, RandomModel
 from tests.architectures import SIZES
