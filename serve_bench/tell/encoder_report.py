@@ -111,7 +111,7 @@ def _render(data: Mapping[str, Any], verdict: Verdict, recipe_text: str, measure
     template = templates().get_template("encoder.html.j2")
     # One look for both reports: the style is written in the other one.
     style = (
-        (files("serve_bench") / "templates" / "report.html.j2")
+        (files("serve_bench.tell") / "templates" / "report.html.j2")
         .read_text()
         .partition("<style>")[2]
         .partition("</style>")[0]

@@ -180,7 +180,7 @@ def templates() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("serve_bench"),
+        loader=PackageLoader("serve_bench.tell"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
