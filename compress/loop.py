@@ -45,6 +45,7 @@ from compress.loss import (
     teacher_statistics,
 )
 from compress.models.attention import use_short_attention
+from compress.models.body import Body, causal_lm
 from compress.models.language import (
     DTYPES,
     cast_frozen,
@@ -64,7 +65,7 @@ from compress.models.students import (
     trainable_state,
 )
 from compress.teachers.cache import CachedTeachers
-from compress.teachers.live import Body, TeacherFolder, Teachers, causal_lm, teacher_folders
+from compress.teachers.live import TeacherFolder, Teachers, teacher_folders
 from limbeck.contract.artifact import (
     Artifact,
     disk_full_is_a_user_error,
@@ -195,7 +196,7 @@ def setup(
     )
     with accelerator.main_process_first():  # the first one fills the cache, the others read it
         folders = teacher_folders(recipe, products)
-        folder = student_folder(recipe, folders)
+        folder = student_folder(recipe, [f.tokenizer for f in folders])
         if folders:
             require_same_tokenizer(
                 {"the student": folder, **{f.name: f.tokenizer for f in folders}}

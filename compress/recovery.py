@@ -22,9 +22,9 @@ from torch.nn.utils import parametrize
 
 from compress.loop import LOG, Run, State, evaluate, fit, per_token, setup
 from compress.loss import label_nll
+from compress.models.body import Body
 from compress.models.language import load_model, load_tokenizer
 from compress.models.students import Student
-from compress.teachers.live import Body
 from limbeck.contract.artifact import Artifact, open_artifact, write_artifact
 from limbeck.contract.heldout import HELDOUT, mean_nll
 from limbeck.contract.progress import say

@@ -20,10 +20,10 @@ from compress.footprint.tracing import Trace, on_a_line, operations_a_second, re
 from compress.host import prepare_host
 from compress.loss import CACHED
 from compress.models.attention import use_short_attention
+from compress.models.body import Body, causal_lm
 from compress.models.language import BAD_CONFIG, DTYPES, cast_frozen, random_config
 from compress.models.shrink import shrunk_config
 from compress.models.students import with_lora
-from compress.teachers.live import Body, causal_lm
 from limbeck.contract.errors import ModelError
 from limbeck.contract.recipe import (
     FreshStudent,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from compress.features import Projections
+from compress.models.body import Body, causal_lm
 from compress.models.language import load_model, load_tokenizer, model_folder, random_model
 from compress.models.sharded import like, whole
 from compress.models.shrink import Importance, shrink
-from compress.teachers.live import Body, TeacherFolder, causal_lm
 from limbeck.contract.errors import EnvironmentalError, ModelError
 from limbeck.contract.recipe import FreshStudent, LoraStudent, Recipe, ShrinkStudent
 
@@ -49,10 +49,10 @@ class Student(nn.Module):
         )
 
 
-def student_folder(recipe: Recipe, teachers: Sequence[TeacherFolder]) -> Path:
-    """Folder of the base model, or for a fresh student of the first teacher's tokenizer. Raises `ModelError`."""
+def student_folder(recipe: Recipe, tokenizers: Sequence[Path]) -> Path:
+    """Folder of the base model; for a fresh student the first of the teachers' ``tokenizers``. Raises `ModelError`."""
     if isinstance(recipe.student, FreshStudent):
-        return teachers[0].tokenizer
+        return tokenizers[0]
     return model_folder(recipe.student.base, folder=recipe.folder)
 
 

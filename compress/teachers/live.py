@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compress.loss import Head, TeacherStates
 from compress.models.attention import use_short_attention
+from compress.models.body import Body, causal_lm
 from compress.models.language import cast_frozen, load_model, model_folder
 from limbeck.contract import sources
 from limbeck.contract.artifact import open_artifact
@@ -90,42 +91,6 @@ def _teacher_folder(
     )
 
 
-@dataclass
-class Body:
-    """A causal LM seen as hidden states and a head."""
-
-    model: Any  # transformers PreTrainedModel, or PeftModel around one
-    adapter: str | None = None
-    head: Head = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.head = head_of(causal_lm(self.model))
-
-    @property
-    def width(self) -> int:
-        """d, of the states that enter the head."""
-        return int(self.head.weight_Vd.shape[1])
-
-    @property
-    def layers(self) -> int:
-        """Hidden layers."""
-        return int(causal_lm(self.model).config.get_text_config().num_hidden_layers)
-
-    def states(
-        self, input_ids_RL: Tensor, layers: Sequence[int] = ()
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Last hidden states [R, L, d] and those after each of ``layers`` (counted from 1), in the caller's grad mode.
-
-        Right padding needs no mask: attention is causal, so label positions never see it.
-        """
-        lm = causal_lm(self.model)
-        if self.adapter is not None:
-            self.model.set_adapter(self.adapter)
-        body = getattr(lm, lm.base_model_prefix)
-        output = body(input_ids=input_ids_RL, use_cache=False, output_hidden_states=bool(layers))
-        return output.last_hidden_state, {i: output.hidden_states[i] for i in layers}
-
-
 class Teachers:
     """All teachers of a recipe, ready to run."""
 
@@ -190,29 +155,6 @@ class Teachers:
             )
             inner.append([states[i] for i in wanted])
         return last, inner
-
-
-def causal_lm(model: Any) -> Any:
-    """The transformers model inside a PeftModel, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def head_of(model: Any) -> Head:
-    """The head of a causal LM, with the logit scale and soft-capping of the architectures that have them."""
-    config, output = model.config.get_text_config(), model.get_output_embeddings()
-    if output is None:
-        raise ModelError(
-            f"{type(model).__name__} has no output embeddings; only causal language models can be distilled."
-        )
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-        getattr(config, "logits_scaling", None) or 1.0
-    )
-    return Head(
-        output.weight,
-        getattr(output, "bias", None),
-        scale,
-        getattr(config, "final_logit_softcapping", None),
-    )
 
 
 def _with_adapter(base: Any, folder: TeacherFolder) -> Any:

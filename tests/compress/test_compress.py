@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 import compress
 from compress import loop as train
 from compress.features import Projections, feature_loss, layer_pairs
+from compress.models.body import Body, head_of
 from compress.models.language import (
     byte_tokenizer,
     cast_frozen,
@@ -32,7 +33,6 @@ from compress.models.language import (
     require_same_tokenizer,
 )
 from compress.models.students import with_lora
-from compress.teachers.live import Body, head_of
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import (
     ArtifactError,
