@@ -7,8 +7,7 @@ from pathlib import Path
 
 from limbeck.contract import sources
 from limbeck.contract.artifact import Artifact, find_artifact, open_artifact
-from limbeck.contract.recipe import Recipe, fingerprint
-from limbeck.contract.recipe.encoder import AnyRecipe
+from limbeck.contract.recipe import AnyRecipe, Recipe, fingerprint
 
 _VERSION = 1  # of the stage: raise it when the same input would give another student
 _RECOVERY = 2  # the same for `recover`

@@ -70,12 +70,14 @@ from limbeck.contract.examples import EXAMPLES, Examples, accuracy, macro_f1, sa
 from limbeck.contract.heldout import CALIBRATION, save_calibration
 from limbeck.contract.licences import sources_of
 from limbeck.contract.progress import processes, say, task
-from limbeck.contract.recipe import FittedCalibration, FixedCalibration, Weights
-from limbeck.contract.recipe.encoder import (
+from limbeck.contract.recipe import (
     ClassificationRecipe,
     EmbeddingRecipe,
     EncoderRecipe,
     EncoderShrinkStudent,
+    FittedCalibration,
+    FixedCalibration,
+    Weights,
 )
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"

@@ -86,6 +86,7 @@ from limbeck.contract.heldout import (
 from limbeck.contract.licences import sources_of
 from limbeck.contract.progress import say, task
 from limbeck.contract.recipe import (
+    EncoderTraining,
     FittedCalibration,
     FixedCalibration,
     LoraStudent,
@@ -95,7 +96,6 @@ from limbeck.contract.recipe import (
     Training,
     fingerprint,
 )
-from limbeck.contract.recipe.encoder import EncoderTraining
 
 CHECKPOINT, LOG, BOARD = "checkpoint.pt", "log.jsonl", "tensorboard"
 _CALIBRATION_ROWS = 24  # training blocks that travel with a student, for the export's calibration

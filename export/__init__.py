@@ -24,8 +24,15 @@ from limbeck.contract.artifact import (
 )
 from limbeck.contract.errors import ArtifactError
 from limbeck.contract.progress import say
-from limbeck.contract.recipe import Form, MixedByRule, Provider, Recipe, StaticShapes, fingerprint
-from limbeck.contract.recipe.encoder import AnyRecipe
+from limbeck.contract.recipe import (
+    AnyRecipe,
+    Form,
+    MixedByRule,
+    Provider,
+    Recipe,
+    StaticShapes,
+    fingerprint,
+)
 
 if TYPE_CHECKING:
     from export.build.backend import Built

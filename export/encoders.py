@@ -50,8 +50,13 @@ from limbeck.contract.errors import ArtifactError, ModelError
 from limbeck.contract.examples import EXAMPLES, Examples, load_examples
 from limbeck.contract.loading import load_pretrained, unused_pooler
 from limbeck.contract.progress import say
-from limbeck.contract.recipe import Int8DynamicForm, Int8StaticForm, StaticShapes
-from limbeck.contract.recipe.encoder import EncoderForm, EncoderRecipe
+from limbeck.contract.recipe import (
+    EncoderForm,
+    EncoderRecipe,
+    Int8DynamicForm,
+    Int8StaticForm,
+    StaticShapes,
+)
 from limbeck.runtime.encoder import COUNTS_FROM_PADDING, Encoder
 
 Cases = Mapping[

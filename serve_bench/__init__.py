@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.contract.artifact import Artifact
-from limbeck.contract.recipe import Bench, Recipe
-from limbeck.contract.recipe.encoder import AnyRecipe, EncoderBench
+from limbeck.contract.recipe import AnyRecipe, Bench, EncoderBench, Recipe
 
 if TYPE_CHECKING:
     from serve_bench.judge.certificate import Finding

@@ -18,7 +18,7 @@ import typer
 import yaml
 
 from limbeck.app.cli import app
-from limbeck.contract.recipe.encoder import parse_any_recipe
+from limbeck.contract.recipe import parse_any_recipe
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")])

@@ -18,8 +18,7 @@ from limbeck.contract import sources
 from limbeck.contract.errors import DataError
 from limbeck.contract.examples import Examples
 from limbeck.contract.progress import say
-from limbeck.contract.recipe import ChatRows, TextSource
-from limbeck.contract.recipe.encoder import ClassificationRecipe, EncoderRecipe
+from limbeck.contract.recipe import ChatRows, ClassificationRecipe, EncoderRecipe, TextSource
 
 _CHARS = (
     32  # of a document read for each token wanted: what comes after is cut off whatever it says

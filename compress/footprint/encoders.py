@@ -23,11 +23,11 @@ from compress.models.encoders import labelled, pooled, require_context
 from compress.models.language import BAD_CONFIG, DTYPES, random_config
 from compress.models.shrink import shrunk_config
 from limbeck.contract.errors import ModelError
-from limbeck.contract.recipe.encoder import (
+from limbeck.contract.recipe import (
     ClassificationRecipe,
     EncoderRecipe,
     EncoderShrinkStudent,
-    FreshEncoder,
+    FreshStudent,
     FullStudent,
 )
 
@@ -83,7 +83,7 @@ def encoder_student_config(recipe: EncoderRecipe, *, base: Any, vocabulary: int)
             config = base
         case EncoderShrinkStudent() as student:
             config = shrunk_config(base, student)
-        case FreshEncoder(config=fields):
+        case FreshStudent(config=fields):
             config = random_config(fields, vocab_size=vocabulary, where="student.config")
     return (
         labelled(config, [c.name for c in recipe.data.classes])

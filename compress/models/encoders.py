@@ -36,15 +36,17 @@ from limbeck.contract.artifact import file_digest
 from limbeck.contract.errors import ModelError
 from limbeck.contract.loading import load_pretrained, unused_pooler
 from limbeck.contract.progress import say
-from limbeck.contract.recipe import RandomModel, RecipeModel, fingerprint
-from limbeck.contract.recipe.encoder import (
+from limbeck.contract.recipe import (
     AnyEncoderSource,
     EncoderShrinkStudent,
     EncoderSource,
     EncoderStudent,
-    FreshEncoder,
+    FreshStudent,
     FullStudent,
     OnnxModel,
+    RandomModel,
+    RecipeModel,
+    fingerprint,
 )
 from limbeck.runtime.encoder import COUNTS_FROM_PADDING
 
@@ -158,7 +160,7 @@ def build_student(
             case EncoderShrinkStudent():
                 body, importance, kept = shrink(load_body(folder), student, calibration)
                 model = body if classes is None else _with_head(body, classes)
-            case FreshEncoder(config=config):
+            case FreshStudent(config=config):
                 tokenizer = load_tokenizer(folder)
                 body = random_model(
                     config,
@@ -343,7 +345,7 @@ def _save(model: Any, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
 
 def base_folder(student: EncoderStudent, *, folder: Path, teachers: Sequence[Path]) -> Path:
     """Folder of the student's base, or for a fresh one of the first teacher's tokenizer."""
-    if isinstance(student, FreshEncoder):
+    if isinstance(student, FreshStudent):
         return teachers[0]
     base: EncoderSource = student.base
     return encoder_folder(base, folder=folder)

@@ -16,8 +16,7 @@ from limbeck import __version__
 from limbeck.contract.artifact import versions
 from limbeck.contract.errors import ModelError
 from limbeck.contract.licences import UNKNOWN, hub_fields, of_student
-from limbeck.contract.recipe import HubModel, Provider, Recipe, StaticShapes, fingerprint
-from limbeck.contract.recipe.encoder import AnyRecipe, base_of, teachers_of, texts_of
+from limbeck.contract.recipe import AnyRecipe, HubModel, Provider, Recipe, StaticShapes, fingerprint
 from limbeck.runtime.chat import without_marks
 
 # transformers.js's names of the graphs' number types.
@@ -143,7 +142,7 @@ def card_header(recipe: AnyRecipe, *, pipeline: str, shipped: str, student: Mapp
 
     `base_model` and `datasets` name what lies on the hub and nothing else; `teachers` and `digests` are not the hub's but ours.
     """
-    base, texts = base_of(recipe), student.get("sources", {}).get("texts", {})
+    base, texts = recipe.base, student.get("sources", {}).get("texts", {})
     hub = {name: text["dataset"] for name, text in texts.items() if text["dataset"]}
     header: dict[str, Any] = {
         "library_name": "onnx",
@@ -181,13 +180,13 @@ def what_went_in(
     recipe: AnyRecipe, *, student: Mapping[str, Any], teachers: Sequence[Mapping[str, Any]]
 ) -> list[str]:
     """The part of a card on base model, teachers and texts, with the licences that were known when the student was distilled."""
-    base, known = base_of(recipe), student.get("sources", {})
+    base, known = recipe.base, student.get("sources", {})
     said = _LICENCES if "sources" in student else _BEFORE_LICENCES
     rows = [["base model", _source(base), *_licence(known.get("base"))]] if base else []
     rows += [["teacher " + t["name"], _teacher(recipe, t), *_licence(t)] for t in teachers]
     rows += [
         ["text " + name, _source(text), *_licence(known.get("texts", {}).get(name))]
-        for name, text in texts_of(recipe)
+        for name, text in recipe.texts()
     ]
     return ["## What went in", markdown_table(["what", "from", "licence", "said by"], rows), said]
 
@@ -331,7 +330,7 @@ def _licence(said: Mapping[str, Any] | None) -> list[str]:
 
 def _teacher(recipe: AnyRecipe, teacher: Mapping[str, Any]) -> str:
     """Where a teacher came from: as the recipe says, else the folder that it was loaded from."""
-    named = {t.name: _source(t.model) for t in teachers_of(recipe)}
+    named = {t.name: _source(t.model) for t in recipe.teachers}
     adapter = f" with adapter {teacher['adapter']}" if teacher.get("adapter") else ""
     return named.get(teacher["name"], str(teacher["model"])) + adapter
 

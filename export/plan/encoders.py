@@ -11,7 +11,7 @@ from export.encoders import encoder_scheme
 from export.plan.language import Matrix
 from export.round.blocks import Blockwise
 from export.round.quantize import stored_bytes
-from limbeck.contract.recipe.encoder import EncoderForm
+from limbeck.contract.recipe import EncoderForm
 
 # Bytes of the graph file without weights: of a model, and of one of its layers in fp32, in blockwise forms and in those that have nodes
 # for the rounding of activations. Measured on tiny models: torch's exporter keeps notes on every node, with the names of modules and

@@ -27,6 +27,7 @@ from limbeck.contract.errors import ArtifactError
 from limbeck.contract.heldout import CALIBRATION, load_calibration
 from limbeck.contract.progress import say, task
 from limbeck.contract.recipe import (
+    EncoderForm,
     Form,
     Int4WeightForm,
     Int8DynamicForm,
@@ -34,7 +35,6 @@ from limbeck.contract.recipe import (
     Int8TrtForm,
     Int8WeightForm,
 )
-from limbeck.contract.recipe.encoder import EncoderForm
 from limbeck.runtime.decoder import import_onnxruntime
 
 Floats = npt.NDArray[np.float32]

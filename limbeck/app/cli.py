@@ -21,8 +21,7 @@ from limbeck.contract.errors import LimbeckError, RecipeError
 from serve_bench.serve.limits import Limits
 
 if TYPE_CHECKING:
-    from limbeck.contract.recipe import Recipe
-    from limbeck.contract.recipe.encoder import AnyRecipe
+    from limbeck.contract.recipe import AnyRecipe, Recipe
 
 _STOPPED = "stopped; run the same command again to go on"
 
@@ -187,7 +186,6 @@ def recipes(
       limbeck recipes --max-mb 150 --cpu
     """
     from limbeck.app.library import library
-    from limbeck.contract.recipe.encoder import teachers_of
 
     entries = library(max_mb=max_mb, cpu=cpu, family=family)
     if as_json:
@@ -199,7 +197,7 @@ def recipes(
                 "device": entry.device,
                 "description": entry.recipe.description,
                 "task": entry.recipe.task,
-                "teachers": [t.name for t in teachers_of(entry.recipe)],
+                "teachers": [t.name for t in entry.recipe.teachers],
                 "student": entry.recipe.student.kind,
                 "forms": [form.kind for form in entry.recipe.export.forms],
                 "about": entry.about,
@@ -239,7 +237,7 @@ def validate(
       limbeck validate my-recipe.yaml smollm2/135m-two-experts
     """
     from limbeck.app.run import mistakes
-    from limbeck.contract.recipe.encoder import load_any_recipe
+    from limbeck.contract.recipe import load_any_recipe
 
     bad = 0
     for reference in recipes:
@@ -523,7 +521,7 @@ def _stage(
 
 def _load_any(reference: str, overrides: list[str] | None, shrink: str | None) -> AnyRecipe:
     from limbeck.app.pico import shrink_to_pico
-    from limbeck.contract.recipe.encoder import load_any_recipe
+    from limbeck.contract.recipe import load_any_recipe
 
     recipe = load_any_recipe(reference, overrides=overrides or ())
     return shrink_to_pico(recipe) if _wants_pico(shrink) else recipe

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from limbeck.contract.errors import RecipeError
-from limbeck.contract.recipe import shipped_recipes
-from limbeck.contract.recipe.encoder import AnyRecipe, load_any_recipe
+from limbeck.contract.recipe import AnyRecipe, load_any_recipe, shipped_recipes
 
 _PLAN = re.compile(r"^# Plan: ([\d.]+) MB (\S+) on (cpu|card)$", re.MULTILINE)
 

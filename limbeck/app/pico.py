@@ -16,27 +16,22 @@ from typing import Any, overload
 from limbeck.contract import sources
 from limbeck.contract.errors import ModelError, RecipeError
 from limbeck.contract.recipe import (
+    AnyRecipe,
+    ClassificationRecipe,
+    EncoderRecipe,
     FreshStudent,
     GgufModel,
     HubModel,
     LocalModel,
     ModelSource,
+    OnnxModel,
     PackageModel,
     RandomModel,
     Recipe,
     StaticShapes,
     find_recipe,
-)
-from limbeck.contract.recipe.encoder import (
-    AnyRecipe,
-    ClassificationRecipe,
-    EncoderRecipe,
-    FreshEncoder,
-    OnnxModel,
-    groups_of,
     load_teacher_recipe,
     parse_any_recipe,
-    teachers_of,
 )
 
 # By what the name of a model holds, the more special name first: nothing is opened or fetched to find it out.
@@ -126,8 +121,8 @@ def shrink_to_pico(recipe: AnyRecipe) -> AnyRecipe:
     """The recipe on tiny random models. Raises `ModelError` for a model whose architecture cannot be told."""
     tree = recipe.resolved()
     tree["name"] = f"{recipe.name[:75]}-pico"
-    for index, teacher in enumerate(teachers_of(recipe)):
-        kind = architecture(teacher.model, recipe, where=f"teachers.{index}")
+    for index, model in enumerate(recipe.teacher_models.values()):
+        kind = architecture(model, recipe, where=f"teachers.{index}")
         tree["teachers"][index]["model"] = _random(kind, recipe, seed=index + 1)
     _shrink_student(tree["student"], recipe)
     if isinstance(recipe, Recipe):
@@ -193,7 +188,7 @@ def _shrink_encoder(tree: dict[str, Any], recipe: EncoderRecipe) -> None:
 
 def _modules(recipe: EncoderRecipe) -> list[str]:
     """A module of the standard library for each class or domain: the largest, whose long strings are the examples."""
-    count, root = len(groups_of(recipe)), Path(sysconfig.get_paths()["stdlib"])
+    count, root = len(recipe.groups()), Path(sysconfig.get_paths()["stdlib"])
     found = sorted(root.glob("*.py"), key=lambda path: (-path.stat().st_size, path.name))[:count]
     if len(found) < count:
         raise RecipeError(
@@ -227,7 +222,7 @@ def architecture(source: ModelSource | OnnxModel, recipe: AnyRecipe, *, where: s
             name = source.path.name  # the folders above it are the user's
         case _:
             made = load_teacher_recipe(find_recipe(source.recipe, folder=recipe.folder), of=recipe)
-            if isinstance(made.student, FreshStudent | FreshEncoder):
+            if isinstance(made.student, FreshStudent):
                 return str(made.student.config.get("model_type"))
             return architecture(made.student.base, made, where=f"{where} ({made.name})")
     # In the names of encoders a word counts from its beginning: albert is no bert.
@@ -247,7 +242,7 @@ def architecture(source: ModelSource | OnnxModel, recipe: AnyRecipe, *, where: s
 
 
 def _shrink_student(student: dict[str, Any], recipe: AnyRecipe) -> None:
-    if isinstance(recipe.student, FreshStudent | FreshEncoder):
+    if isinstance(recipe.student, FreshStudent):
         student["config"] = _config(str(recipe.student.config.get("model_type")), recipe)
         return
     language = isinstance(recipe, Recipe)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from limbeck.contract.artifact import host
 from limbeck.contract.errors import LimbeckError, RecipeError, UserError
 from limbeck.contract.recipe import (
+    AnyRecipe,
+    EncoderRecipe,
     FreshStudent,
     LoraStudent,
     NoCache,
@@ -22,13 +24,7 @@ from limbeck.contract.recipe import (
     RecipeModel,
     find_recipe,
     load_recipe,
-)
-from limbeck.contract.recipe.encoder import (
-    AnyRecipe,
-    EncoderRecipe,
-    FreshEncoder,
     load_teacher_recipe,
-    teachers_of,
 )
 from limbeck.contract.sources import text_files
 
@@ -153,9 +149,7 @@ def plan_recipe(recipe: AnyRecipe, *, trial: bool = False) -> Plan:
     seconds = sum(making.seconds(speed) for making in (own, *first)) if speed else None
     return Plan(
         recipe=recipe.name,
-        teachers={
-            t.name: count for t, count in zip(teachers_of(recipe), own.teachers, strict=True)
-        },
+        teachers=dict(zip(recipe.teacher_models, own.teachers, strict=True)),
         student=own.student.parameters,
         trained=own.taken.trained,
         forms=_forms(recipe, own.student),
@@ -373,7 +367,7 @@ def _encoder_student(
 
     base: EncoderShape | None = None
     vocabulary = 0
-    if isinstance(recipe.student, FreshEncoder):
+    if isinstance(recipe.student, FreshStudent):
         vocabulary = int(_encoder_teacher(0, recipe, chain).config.vocab_size)
     else:
         try:

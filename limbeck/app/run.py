@@ -29,12 +29,14 @@ from limbeck.contract.artifact import (
 from limbeck.contract.errors import ArtifactError, LimbeckError, QualityError, RecipeError
 from limbeck.contract.lock import LOCK, locked
 from limbeck.contract.progress import leads, processes, say
-from limbeck.contract.recipe import Recipe, RecipeModel, find_recipe, load_bench
-from limbeck.contract.recipe.encoder import (
+from limbeck.contract.recipe import (
     AnyRecipe,
+    Recipe,
+    RecipeModel,
+    find_recipe,
+    load_bench,
     load_teacher_recipe,
     parse_any_recipe,
-    teachers_of,
 )
 
 if TYPE_CHECKING:
@@ -105,12 +107,12 @@ def _teachers_of(
     from limbeck.contract.sources import cache_folder
 
     teachers = {}
-    for index, teacher in enumerate(teachers_of(recipe)):
-        if not isinstance(teacher.model, RecipeModel):
+    for index, (name, model) in enumerate(recipe.teacher_models.items()):
+        if not isinstance(model, RecipeModel):
             continue
         here = f"{where}teachers.{index}"
         try:
-            path = find_recipe(teacher.model.recipe, folder=recipe.folder)
+            path = find_recipe(model.recipe, folder=recipe.folder)
             if path in chain:
                 circle = " -> ".join(p.stem for p in (*chain[chain.index(path) :], path))
                 raise RecipeError(
@@ -125,7 +127,7 @@ def _teachers_of(
         )
         folder = cache_folder() / "products" / f"{made.name}-{made.digest[:8]}"
         products.setdefault(folder, Product(made, folder, inner))
-        teachers[teacher.name] = folder / "student"
+        teachers[name] = folder / "student"
     return teachers
 
 

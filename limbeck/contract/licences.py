@@ -18,19 +18,20 @@ import yaml
 from limbeck.contract import sources
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.recipe import (
+    AnyRecipe,
+    AnySource,
     DatasetText,
     GgufModel,
     HubModel,
     LocalModel,
-    ModelSource,
     NpmText,
+    OnnxModel,
     PackageModel,
     PackageText,
     RecipeModel,
     StdlibText,
     TextSource,
 )
-from limbeck.contract.recipe.encoder import AnyRecipe, OnnxModel, base_of, teachers_of, texts_of
 
 UNKNOWN = "unknown"
 # What the hub takes as `license:`; its list is https://huggingface.co/docs/hub/repositories-licenses.
@@ -59,23 +60,23 @@ def sources_of(recipe: AnyRecipe, *, base: Path, teachers: Sequence[Path]) -> di
 
     ``base`` and ``teachers`` are the model folders that the recipe's sources became. A text also names its ``dataset`` on the hub, or none.
     """
-    folder, chosen = recipe.folder, base_of(recipe)
+    folder, chosen = recipe.folder, recipe.base
     found: dict[str, Any] = {"base": None, "teachers": {}, "texts": {}}
     if chosen is not None:
         found["base"] = asdict(of_model(chosen, folder=folder, made=base))
-    for teacher, made in zip(teachers_of(recipe), teachers, strict=True):
-        licence = of_model(teacher.model, folder=folder, made=made)
-        if adapter := getattr(teacher, "adapter", None):
+    for (name, model), made in zip(recipe.teacher_models.items(), teachers, strict=True):
+        licence = of_model(model, folder=folder, made=made)
+        if adapter := recipe.adapters.get(name):
             licence = of_all([licence, _of_readme(folder / adapter.expanduser())])
-        found["teachers"][teacher.name] = asdict(licence)
-    for name, text in texts_of(recipe):
+        found["teachers"][name] = asdict(licence)
+    for name, text in recipe.texts():
         found["texts"][name] = asdict(of_text(text, folder=folder)) | {
             "dataset": hub_dataset(text, folder=folder)
         }
     return found
 
 
-def of_model(source: ModelSource | OnnxModel, *, folder: Path, made: Path) -> Licence:
+def of_model(source: AnySource, *, folder: Path, made: Path) -> Licence:
     """The licence of a model; ``made`` is the folder that it became, of a recipe's student the one inside its artifact."""
     match source:
         case RecipeModel():

@@ -19,15 +19,16 @@ from typing import Any
 from limbeck.contract.artifact import file_digest, folder_digest, open_artifact
 from limbeck.contract.errors import DataError, EnvironmentalError, ModelError, UserError
 from limbeck.contract.recipe import (
+    AnyRecipe,
     BaseSource,
     DatasetText,
     FileText,
-    FreshStudent,
     GgufModel,
     HubModel,
     LocalModel,
     ModelSource,
     NpmText,
+    OnnxModel,
     PackageModel,
     PackageText,
     ParquetRows,
@@ -40,15 +41,6 @@ from limbeck.contract.recipe import (
     TextSource,
     find_recipe,
     fingerprint,
-)
-from limbeck.contract.recipe.encoder import (
-    AnyRecipe,
-    FreshEncoder,
-    OnnxModel,
-    base_of,
-    groups_of,
-    teachers_of,
-    texts_of,
 )
 
 
@@ -332,13 +324,7 @@ def preflight(recipe: AnyRecipe) -> list[str]:
 
 
 def _mistakes(recipe: AnyRecipe) -> Iterator[str]:
-    if isinstance(recipe, Recipe):
-        texts = [
-            (f"data.domains.{i}.text", domain.text) for i, domain in enumerate(recipe.data.domains)
-        ]
-    else:
-        texts = [(where, text) for where, _, text in groups_of(recipe)]
-    for where, text in texts:
+    for where, _, text in recipe.groups():
         try:
             files = text_files(text, folder=recipe.folder)
             if isinstance(text.format, ParquetRows) or any(
@@ -362,10 +348,10 @@ def _mistakes(recipe: AnyRecipe) -> Iterator[str]:
         except UserError as error:
             yield f"{where}: {error}"
     models: list[tuple[str, ModelSource | OnnxModel]] = [
-        (f"teachers.{i}", t.model) for i, t in enumerate(teachers_of(recipe))
+        (f"teachers.{i}", model) for i, model in enumerate(recipe.teacher_models.values())
     ]
-    if not isinstance(recipe.student, FreshStudent | FreshEncoder):
-        models.append(("student.base", recipe.student.base))
+    if recipe.base is not None:
+        models.append(("student.base", recipe.base))
     for where, source in models:
         try:
             if isinstance(source, RecipeModel):
@@ -392,7 +378,7 @@ def input_digests(recipe: AnyRecipe, *, products: Mapping[str, Path] | None) -> 
         f"teacher {t.name}": model_digest(
             t.model, folder=recipe.folder, products=products or {}, teacher=t.name
         )
-        for t in teachers_of(recipe)
+        for t in recipe.teachers
         if products is not None or not isinstance(t.model, RecipeModel)
     }
     if isinstance(recipe, Recipe):
@@ -401,10 +387,10 @@ def input_digests(recipe: AnyRecipe, *, products: Mapping[str, Path] | None) -> 
             for t in recipe.teachers
             if t.adapter
         }
-    if (base := base_of(recipe)) is not None:
+    if (base := recipe.base) is not None:
         found["base"] = model_digest(base, folder=recipe.folder, products={})
     return found | {
-        f"text {name}": text_digest(text, folder=recipe.folder) for name, text in texts_of(recipe)
+        f"text {name}": text_digest(text, folder=recipe.folder) for name, text in recipe.texts()
     }
 
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from scipy import stats as scipy_stats
 
 from limbeck.contract.examples import accuracy, macro_f1, similarities
-from limbeck.contract.recipe.encoder import ClassificationRecipe, EncoderRecipe
+from limbeck.contract.recipe import ClassificationRecipe, EncoderRecipe
 from serve_bench.judge.figures import asdict
 from serve_bench.judge.gates import Gate, Verdict, conclude, estimated, exact, show
 from serve_bench.judge.stats import (

@@ -30,8 +30,7 @@ from limbeck.contract.artifact import (
 from limbeck.contract.errors import ArtifactError, DataError
 from limbeck.contract.examples import EXAMPLES, Examples, load_examples
 from limbeck.contract.progress import Task, say, task
-from limbeck.contract.recipe import fingerprint
-from limbeck.contract.recipe.encoder import EncoderBench, EncoderRecipe
+from limbeck.contract.recipe import EncoderBench, EncoderRecipe, fingerprint
 from limbeck.runtime.encoder import COUNTS_FROM_PADDING
 from serve_bench.judge import encoder_figures as figures
 from serve_bench.judge.encoder_figures import ANSWERS, Cell, Sample

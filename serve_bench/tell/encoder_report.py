@@ -16,7 +16,7 @@ from limbeck import __version__
 from limbeck.contract.artifact import open_artifact, write_atomically
 from limbeck.contract.errors import ArtifactError
 from limbeck.contract.examples import EXAMPLES, load_examples
-from limbeck.contract.recipe.encoder import EncoderRecipe, groups_of
+from limbeck.contract.recipe import EncoderRecipe
 from serve_bench.judge import encoder_figures as figures
 from serve_bench.judge.figures import ENVIRONMENT, SAMPLES
 from serve_bench.judge.gates import EXIT_CODES, Verdict
@@ -62,8 +62,7 @@ def write_encoder_report(*, run: Path, recipe: EncoderRecipe) -> Report:
         "student": student.result,
         "onnx": onnx.result,
         "heldout": {
-            name: int((heldout.groups == g).sum())
-            for g, (_, name, _) in enumerate(groups_of(recipe))
+            name: int((heldout.groups == g).sum()) for g, (_, name, _) in enumerate(recipe.groups())
         },
         "environment": environment,
         "digests": {"student": student.digest, "onnx": onnx.digest, "bench": bench.digest},

@@ -27,8 +27,14 @@ from limbeck.app.cli import app
 from limbeck.app.library import Entry, library
 from limbeck.contract.artifact import host
 from limbeck.contract.errors import ModelError, RecipeError
-from limbeck.contract.recipe import Recipe, ShrinkStudent, load_recipe, parse_recipe
-from limbeck.contract.recipe.encoder import EncoderRecipe, groups_of, load_any_recipe
+from limbeck.contract.recipe import (
+    EncoderRecipe,
+    Recipe,
+    ShrinkStudent,
+    load_any_recipe,
+    load_recipe,
+    parse_recipe,
+)
 from tests import hub
 from tests.pico import make_model, make_student, pico_recipe
 
@@ -360,10 +366,8 @@ def test_shrinking_keeps_every_choice(name: str) -> None:
         assert [d.name for d in small.data.domains] == [d.name for d in recipe.data.domains]
     else:
         assert isinstance(recipe, EncoderRecipe)
-        assert [name for _, name, _ in groups_of(small)] == [
-            name for _, name, _ in groups_of(recipe)
-        ]
-        assert {text.kind for _, _, text in groups_of(small)} == {"stdlib"}
+        assert [name for _, name, _ in small.groups()] == [name for _, name, _ in recipe.groups()]
+        assert {text.kind for _, _, text in small.groups()} == {"stdlib"}
 
 
 @pytest.mark.parametrize("kind", sorted({*pico._BY_NAME.values(), "opt"} & FAMILIES.keys()))

@@ -31,7 +31,7 @@ from export.plan.encoders import encoder_form_bytes
 from limbeck.app import pico, plan
 from limbeck.app.cli import app
 from limbeck.contract.errors import ModelError, RecipeError
-from limbeck.contract.recipe.encoder import EncoderRecipe, load_any_recipe
+from limbeck.contract.recipe import EncoderRecipe, load_any_recipe
 from tests.encoders import (
     CLASSES,
     CONFIGS,

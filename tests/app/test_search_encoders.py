@@ -19,8 +19,12 @@ from limbeck.app.search.candidates import Candidate, fit_speed
 from limbeck.app.search.outcome import excess, figures_of, markdown, nearest, rows
 from limbeck.app.search.state import Clock
 from limbeck.contract.errors import ArtifactError, DivergenceError, ModelError, RecipeError
-from limbeck.contract.recipe import ClassificationBudget, EmbeddingBudget
-from limbeck.contract.recipe.encoder import EncoderRecipe, load_any_recipe
+from limbeck.contract.recipe import (
+    ClassificationBudget,
+    EmbeddingBudget,
+    EncoderRecipe,
+    load_any_recipe,
+)
 from tests.encoders import classifier_recipe, embedding_recipe, source
 
 BASE = source(seed=3, num_hidden_layers=4)

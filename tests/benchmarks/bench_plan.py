@@ -52,7 +52,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
 def train(reference: str, overrides: list[str], out: Path) -> dict[str, Any]:
     """Distil in this process; the highest resident memory of the process."""
     import compress
-    from limbeck.contract.recipe.encoder import load_any_recipe
+    from limbeck.contract.recipe import load_any_recipe
     from tests.benchmarks.memory import resident
 
     compress.distill(recipe=load_any_recipe(reference, overrides=overrides), out=out / "student")
@@ -62,7 +62,7 @@ def train(reference: str, overrides: list[str], out: Path) -> dict[str, Any]:
 def export(reference: str, overrides: list[str], out: Path) -> dict[str, Any]:
     """Export in this process; bytes of every form."""
     from export import export_student
-    from limbeck.contract.recipe.encoder import load_any_recipe
+    from limbeck.contract.recipe import load_any_recipe
 
     recipe = load_any_recipe(reference, overrides=overrides)
     made = export_student(student=out / "student", out=out / "onnx", recipe=recipe)
@@ -72,7 +72,7 @@ def export(reference: str, overrides: list[str], out: Path) -> dict[str, Any]:
 def predict(reference: str, overrides: list[str], out: Path) -> dict[str, Any]:
     """What the plan says."""
     from limbeck.app.plan import plan_recipe
-    from limbeck.contract.recipe.encoder import load_any_recipe
+    from limbeck.contract.recipe import load_any_recipe
 
     plan = plan_recipe(load_any_recipe(reference, overrides=overrides))
     return {"memory": plan.memory_total, "forms": plan.forms, "moment": plan.worst_moment}

@@ -19,8 +19,7 @@ from compress.encoders import (
     similarity_weights,
     spearman,
 )
-from limbeck.contract.recipe import EntropyWeights, UniformWeights
-from limbeck.contract.recipe.encoder import ClassFusion
+from limbeck.contract.recipe import ClassFusion, EntropyWeights, UniformWeights
 from tests.encoders import make_examples
 
 R, TAU = 6, 0.2

@@ -34,12 +34,13 @@ from limbeck.app import run as pipeline
 from limbeck.contract.artifact import Artifact, open_artifact
 from limbeck.contract.errors import DataError, ModelError, ParityError, RecipeError, UserError
 from limbeck.contract.examples import EXAMPLES, accuracy, load_examples, macro_f1
-from limbeck.contract.recipe import load_recipe, shipped_recipes
-from limbeck.contract.recipe.encoder import (
+from limbeck.contract.recipe import (
     EncoderShrinkStudent,
     OnnxModel,
     load_any_recipe,
+    load_recipe,
     parse_any_recipe,
+    shipped_recipes,
 )
 from limbeck.contract.sources import npm_root, text_files
 from limbeck.runtime.encoder import Encoder
@@ -78,7 +79,7 @@ def test_what_works_on_language_models_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("over", "message"),
     [
-        ({"data": {"classes": [CLASSES[0], CLASSES[0]]}}, "'code' stands there 2 times"),
+        ({"data": {"classes": [CLASSES[0], CLASSES[0]]}}, "'code' is there 2 times"),
         ({"gates": {"max_metric_loss": 0.1}}, "gates.max_metric_loss: there are no teachers"),
         ({"training": {"examples": 4, "batch": 8}}, "at least one step"),
         ({"student": {"kind": "fresh", "config": {}}}, "tokenizer from the first teacher"),

@@ -16,11 +16,11 @@ from limbeck.contract.recipe import (
     BaseRecipe,
     Frozen,
     find_recipe,
+    load_any_recipe,
     load_recipe,
     parse_recipe,
     shipped_recipes,
 )
-from limbeck.contract.recipe.encoder import load_any_recipe
 from limbeck.contract.recipe.reading import RECIPES
 from tests.pico import pico_recipe
 
@@ -163,7 +163,7 @@ def test_wrong_types_and_ranges(over: dict[str, Any], expected: str) -> None:
 @pytest.mark.parametrize(
     ("over", "expected"),
     [
-        ({"teachers": [teacher("a"), teacher("a")]}, "teachers: 'a' stands there 2 times"),
+        ({"teachers": [teacher("a"), teacher("a")]}, "teachers: 'a' is there 2 times"),
         (
             {"training": {"tokens": 100, "batch_tokens": 50}},
             "training.batch_tokens: found 50; it should be a multiple of data.block (32), for example 32",
@@ -176,7 +176,7 @@ def test_wrong_types_and_ranges(over: dict[str, Any], expected: str) -> None:
             {"export": {"forms": ["int8-weight", "fp32"]}},
             "export.forms.0: found 'int8-weight'; put fp32 first",
         ),
-        ({"export": {"forms": ["fp32", "fp32"]}}, "export.forms: 'fp32' stands there 2 times"),
+        ({"export": {"forms": ["fp32", "fp32"]}}, "export.forms: 'fp32' is there 2 times"),
         (
             {"student": {"kind": "fresh", "config": {}}},
             "student.kind: a fresh student takes its tokenizer",
@@ -474,7 +474,7 @@ def test_scenarios_and_runtimes_by_name_or_with_fields() -> None:
     ("bench", "message"),
     [
         ({"scenarios": ["cold"]}, "bench.scenarios: single is missing"),
-        ({"scenarios": ["single", "cold", "cold"]}, "bench.scenarios: 'cold' stands there 2 times"),
+        ({"scenarios": ["single", "cold", "cold"]}, "bench.scenarios: 'cold' is there 2 times"),
         ({"scenarios": ["single", "clod"]}, "bench.scenarios.1"),
         ({"scenarios": ["single", {"kind": "cold", "batches": [1]}]}, "bench.scenarios.1"),
         ({"runtimes": [{"kind": "openai", "url": "localhost"}]}, "bench.runtimes.0"),

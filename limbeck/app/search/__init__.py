@@ -42,8 +42,7 @@ from limbeck.contract.artifact import write_atomically
 from limbeck.contract.errors import EnvironmentalError, RecipeError
 from limbeck.contract.lock import locked
 from limbeck.contract.progress import say
-from limbeck.contract.recipe import AnyBudget, FreshStudent, Recipe
-from limbeck.contract.recipe.encoder import AnyRecipe, FreshEncoder, parse_any_recipe
+from limbeck.contract.recipe import AnyBudget, AnyRecipe, FreshStudent, Recipe, parse_any_recipe
 from limbeck.runtime.decoder import import_onnxruntime
 
 CHOSEN, NEAREST, RESULT, TABLE = "chosen.yaml", "nearest.yaml", "search.json", "search.md"
@@ -94,7 +93,7 @@ def _required(recipe: AnyRecipe) -> AnyBudget:
         raise RecipeError(
             f"{recipe.name}: budget: a search needs a bound to keep to; add budget: {{size_mb: 120}}, or --set budget.size_mb=120."
         )
-    if isinstance(recipe.student, FreshStudent | FreshEncoder):
+    if isinstance(recipe.student, FreshStudent):
         kinds = "lora or shrink" if isinstance(recipe, Recipe) else "full or shrink"
         raise RecipeError(
             f"{recipe.name}: student.kind: a search cuts a base down; use {kinds}, with a base."

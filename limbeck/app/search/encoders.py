@@ -27,8 +27,12 @@ from limbeck.app.search.variants import (
     why_uncut,
 )
 from limbeck.contract.progress import say
-from limbeck.contract.recipe import ClassificationBudget, EmbeddingBudget
-from limbeck.contract.recipe.encoder import EncoderRecipe, FreshEncoder
+from limbeck.contract.recipe import (
+    ClassificationBudget,
+    EmbeddingBudget,
+    EncoderRecipe,
+    FreshStudent,
+)
 
 if TYPE_CHECKING:
     from compress.footprint.encoders import EncoderShape
@@ -91,7 +95,7 @@ def _shape(recipe: EncoderRecipe) -> EncoderShape:
     """The recipe's student as its configuration describes it."""
     from compress.footprint.encoders import describe_encoder, encoder_student_config
 
-    assert not isinstance(recipe.student, FreshEncoder)
+    assert not isinstance(recipe.student, FreshStudent)
     config = encoder_student_config(
         recipe, base=base_config(recipe, recipe.student.base), vocabulary=0
     )

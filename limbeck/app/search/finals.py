@@ -16,8 +16,7 @@ from limbeck.app.search.tasks import task_of
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import QualityError
 from limbeck.contract.progress import say
-from limbeck.contract.recipe import AnyBudget
-from limbeck.contract.recipe.encoder import AnyRecipe, parse_any_recipe
+from limbeck.contract.recipe import AnyBudget, AnyRecipe, parse_any_recipe
 
 
 def measure_finalists(

@@ -15,8 +15,7 @@ from limbeck.app.search.tasks import task_of
 from limbeck.contract.artifact import write_atomically
 from limbeck.contract.errors import QualityError
 from limbeck.contract.progress import say
-from limbeck.contract.recipe import AnyBudget
-from limbeck.contract.recipe.encoder import AnyRecipe
+from limbeck.contract.recipe import AnyBudget, AnyRecipe
 
 _NOISE = 0.1  # least error of a time, relative
 

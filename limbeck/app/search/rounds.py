@@ -17,7 +17,7 @@ from limbeck.app.search.tasks import task_of
 from limbeck.contract.errors import DivergenceError
 from limbeck.contract.lock import locked
 from limbeck.contract.progress import say
-from limbeck.contract.recipe.encoder import AnyRecipe
+from limbeck.contract.recipe import AnyRecipe
 
 if TYPE_CHECKING:
     import optuna

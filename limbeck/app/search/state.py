@@ -15,8 +15,7 @@ from limbeck.contract.artifact import (
 )
 from limbeck.contract.errors import ArtifactError
 from limbeck.contract.lock import LOCK
-from limbeck.contract.recipe import fingerprint
-from limbeck.contract.recipe.encoder import AnyRecipe
+from limbeck.contract.recipe import AnyRecipe, fingerprint
 
 ASKED, SPENT, TIMING, STATE = "asked.json", "spent.json", "timing.json", "search.db"
 PATIENCE = ("minutes", "min_blocks")  # of the bench: how long it measures before it says undecided

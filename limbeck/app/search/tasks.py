@@ -8,8 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 from limbeck.app.search import encoders, language
 from limbeck.app.search.candidates import Candidate
-from limbeck.contract.recipe import Recipe
-from limbeck.contract.recipe.encoder import AnyRecipe
+from limbeck.contract.recipe import AnyRecipe, Recipe
 
 R = TypeVar("R", contravariant=True)  # a recipe
 B = TypeVar("B", contravariant=True)  # its budget

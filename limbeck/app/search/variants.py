@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from limbeck.contract.errors import ModelError
-from limbeck.contract.recipe import Recipe, find_recipe, portable_reference
-from limbeck.contract.recipe.encoder import AnyRecipe, parse_any_recipe
+from limbeck.contract.recipe import (
+    AnyRecipe,
+    Recipe,
+    find_recipe,
+    parse_any_recipe,
+    portable_reference,
+)
 
 R = TypeVar("R", bound=AnyRecipe)
 PLAIN = {

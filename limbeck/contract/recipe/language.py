@@ -1,0 +1,81 @@
+"""The recipe of a language model: several teachers, one student, and what must hold before it ships."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from limbeck.contract.recipe.base import BaseRecipe
+from limbeck.contract.recipe.bench import Bench, Gates
+from limbeck.contract.recipe.budget import Budget, Space
+from limbeck.contract.recipe.checks import language_contradictions
+from limbeck.contract.recipe.distillation import Features, FreshStudent, Fusion, Student, Training
+from limbeck.contract.recipe.export import Export, Recover
+from limbeck.contract.recipe.inputs import BaseSource, Data, Teacher, TextSource
+
+
+class Recipe(BaseRecipe):
+    """Several teacher language models, one student, and what must hold before it ships."""
+
+    task: Literal["causal-lm"] = Field("causal-lm", description="What the student does.")
+    teachers: tuple[Teacher, ...] = Field((), description="Teachers; none is plain fine-tuning.")
+    data: Data = Field(description="Training and held-out text.")
+    student: Student = Field(description="What is trained.")
+    fusion: Fusion = Field(
+        Fusion(), description="How the teachers are mixed; of no effect without teachers."
+    )
+    features: Features = Field(
+        Features(), description="Feature alignment; of no effect without teachers."
+    )
+    training: Training = Field(description="The loop.")
+    export: Export = Field(Export(), description="Graphs made from the student.")
+    bench: Bench = Field(Bench(), description="What is measured.")
+    gates: Gates = Field(Gates(), description="What the shipped form must meet.")
+    budget: Budget | None = Field(
+        None, description="What `limbeck search` must keep to; of no effect elsewhere."
+    )
+    search: Space = Field(
+        Space(), description="What `limbeck search` looks among; of no effect elsewhere."
+    )
+
+    _decides_weights: ClassVar[tuple[str, ...]] = (
+        "name",
+        "seed",
+        "teachers",
+        "data",
+        "student",
+        "fusion",
+        "features",
+        "training",
+    )
+
+    def contradictions(self) -> Iterator[str]:
+        """Yield mistakes that no single field shows."""
+        return language_contradictions(self)
+
+    @property
+    def base(self) -> BaseSource | None:
+        """The model that the student starts from, or None for a fresh student."""
+        return None if isinstance(self.student, FreshStudent) else self.student.base
+
+    def groups(self) -> list[tuple[str, str, TextSource]]:
+        """Place in the recipe, name and text of every domain, in order."""
+        return [(f"data.domains.{i}.text", d.name, d.text) for i, d in enumerate(self.data.domains)]
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """PEFT adapter folders of the teachers that have one, by teacher name."""
+        return {t.name: t.adapter for t in self.teachers if t.adapter is not None}
+
+    @property
+    def minutes(self) -> float | None:
+        """Training budget in minutes, where it is given as time."""
+        return self.training.minutes
+
+    @property
+    def recover(self) -> Recover | None:
+        """What to try when rounding costs too much."""
+        return self.export.recover
