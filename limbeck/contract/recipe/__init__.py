@@ -13,4 +13,5 @@ from limbeck.contract.recipe.export import *
 from limbeck.contract.recipe.inputs import *
 from limbeck.contract.recipe.language import *
 from limbeck.contract.recipe.reading import *
+from limbeck.contract.recipe.root import *
 from limbeck.contract.recipe.tasks import *

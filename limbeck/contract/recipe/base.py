@@ -1,19 +1,13 @@
-"""What every node of a recipe is made of: frozen models, numbers with bounds, and what recipes of every task share."""
+"""What every node of a recipe is made of: frozen models and numbers with bounds."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
-
-if TYPE_CHECKING:
-    from limbeck.contract.recipe.export import Recover
-    from limbeck.contract.recipe.inputs import AnySource, TextSource
 
 
 class Frozen(BaseModel):
@@ -39,88 +33,6 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=80)]
 def shorthand(value: Any) -> Any:
     """A choice written as its bare name: `int8-weight` for `{kind: int8-weight}`."""
     return {"kind": value} if isinstance(value, str) else value
-
-
-class BaseRecipe(Frozen):
-    """What recipes of every task have in common."""
-
-    name: Name = Field(description="Name of the run folder and of the student.")
-    description: str = Field("", description="One line for `limbeck recipes`.")
-    seed: Int = Field(
-        0, ge=0, lt=2**32, description="Seed of initialisation, data order and sampling."
-    )
-
-    _folder: Path = PrivateAttr(default_factory=Path.cwd)
-    _text: str = PrivateAttr("")
-    _decides_weights: ClassVar[tuple[str, ...]]  # top-level keys
-
-    @property
-    def folder(self) -> Path:
-        """Folder that relative paths in this recipe start from."""
-        return self._folder
-
-    @property
-    def text(self) -> str:
-        """The file as it was read, comments included."""
-        return self._text
-
-    def contradictions(self) -> Iterator[str]:
-        """Yield mistakes that no single field shows."""
-        raise NotImplementedError
-
-    def groups(self) -> list[tuple[str, str, TextSource]]:
-        """Place in the recipe, name and text of every domain or class, in order."""
-        raise NotImplementedError
-
-    def texts(self) -> list[tuple[str, TextSource]]:
-        """Name and text of every domain or class, in order."""
-        return [(name, text) for _, name, text in self.groups()]
-
-    @property
-    def adapters(self) -> dict[str, Path]:
-        """PEFT adapter folders of the teachers that have one, by teacher name."""
-        return {}
-
-    @property
-    def minutes(self) -> float | None:
-        """Training budget in minutes, where it is given as time."""
-        return None
-
-    @property
-    def recover(self) -> Recover | None:
-        """What to try when rounding costs too much."""
-        return None
-
-    @property
-    def base(self) -> Any:
-        """The model that the student starts from, or None for a fresh student."""
-        raise NotImplementedError
-
-    @property
-    def teacher_models(self) -> dict[str, AnySource]:
-        """Where each teacher's weights come from, by its name, in order."""
-        teachers: Any = self.teachers  # type: ignore[attr-defined]
-        return {teacher.name: teacher.model for teacher in teachers}
-
-    @property
-    def stand_in(self) -> bool:
-        """Whether models are random stand-ins, so that nothing measured says anything of quality."""
-        sources = [*self.teacher_models.values(), self.base]
-        return any(source is not None and source.kind == "random" for source in sources)
-
-    def resolved(self) -> dict[str, Any]:
-        """Every choice with its default filled in, as plain JSON types."""
-        return self.model_dump(mode="json")
-
-    def distillation(self) -> dict[str, Any]:
-        """The part of `resolved` that decides the student's weights."""
-        whole = self.resolved()
-        return {key: whole[key] for key in self._decides_weights}
-
-    @property
-    def digest(self) -> str:
-        """sha256 of `distillation`: names the run folder, so that other gates do not train again."""
-        return fingerprint(self.distillation())
 
 
 def fingerprint(value: Any) -> str:

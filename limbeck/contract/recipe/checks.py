@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
+from limbeck.contract.recipe.bench import Bench
 from limbeck.contract.recipe.distillation import (
     EntropyWeights,
     FittedCalibration,
@@ -13,6 +13,7 @@ from limbeck.contract.recipe.distillation import (
     LoraStudent,
     StaticWeights,
 )
+from limbeck.contract.recipe.encoder import ClassificationRecipe, EmbeddingRecipe, EncoderRecipe
 from limbeck.contract.recipe.export import (
     NO_KERNEL,
     MixedByLoss,
@@ -20,11 +21,7 @@ from limbeck.contract.recipe.export import (
     MixedBySize,
     StaticShapes,
 )
-
-if TYPE_CHECKING:
-    from limbeck.contract.recipe.bench import Bench
-    from limbeck.contract.recipe.encoder import ClassificationRecipe, EmbeddingRecipe, EncoderRecipe
-    from limbeck.contract.recipe.language import Recipe
+from limbeck.contract.recipe.language import Recipe
 
 
 def bench_contradictions(bench: Bench) -> Iterator[str]:

@@ -5,13 +5,11 @@ The sibling of `limbeck.contract.recipe.language`. `limbeck.contract.recipe.task
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
 from limbeck.contract.recipe.base import (
-    BaseRecipe,
     Count,
     Float,
     Fraction,
@@ -22,7 +20,6 @@ from limbeck.contract.recipe.base import (
     shorthand,
 )
 from limbeck.contract.recipe.budget import ClassificationBudget, EmbeddingBudget, EncoderSpace
-from limbeck.contract.recipe.checks import classification_contradictions, embedding_contradictions
 from limbeck.contract.recipe.distillation import (
     CaMkdWeights,
     EbkdWeights,
@@ -54,6 +51,7 @@ from limbeck.contract.recipe.inputs import (
     RecipeModel,
     TextSource,
 )
+from limbeck.contract.recipe.root import BaseRecipe
 
 # Where encoders come from ----------------------------------------------------------------------------------------
 
@@ -362,10 +360,6 @@ class ClassificationRecipe(BaseRecipe):
         "training",
     )
 
-    def contradictions(self) -> Iterator[str]:
-        """Yield mistakes that no single field shows."""
-        return classification_contradictions(self)
-
     @property
     def base(self) -> EncoderSource | None:
         """The model that the student starts from, or None for a fresh student."""
@@ -405,10 +399,6 @@ class EmbeddingRecipe(BaseRecipe):
         "fusion",
         "training",
     )
-
-    def contradictions(self) -> Iterator[str]:
-        """Yield mistakes that no single field shows."""
-        return embedding_contradictions(self)
 
     @property
     def base(self) -> EncoderSource | None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from limbeck.contract.recipe.base import BaseRecipe
 from limbeck.contract.recipe.bench import Bench, Gates
 from limbeck.contract.recipe.budget import Budget, Space
-from limbeck.contract.recipe.checks import language_contradictions
 from limbeck.contract.recipe.distillation import Features, FreshStudent, Fusion, Student, Training
 from limbeck.contract.recipe.export import Export, Recover
 from limbeck.contract.recipe.inputs import BaseSource, Data, Teacher, TextSource
+from limbeck.contract.recipe.root import BaseRecipe
 
 
 class Recipe(BaseRecipe):
@@ -51,10 +49,6 @@ class Recipe(BaseRecipe):
         "features",
         "training",
     )
-
-    def contradictions(self) -> Iterator[str]:
-        """Yield mistakes that no single field shows."""
-        return language_contradictions(self)
 
     @property
     def base(self) -> BaseSource | None:

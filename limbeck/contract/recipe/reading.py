@@ -6,7 +6,7 @@ Knows no particular recipe.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,6 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from limbeck.contract.errors import RecipeError
-from limbeck.contract.recipe.base import BaseRecipe
 from limbeck.contract.recipe.mistakes import explain, kind_of
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
@@ -32,8 +31,17 @@ def read_tree(
     return path, text, tree
 
 
-def parse_as(model: type[M], tree: Mapping[str, Any], *, where: str) -> M:
-    """Build a recipe, or a part of one, from plain data; ``where`` names it in errors. Raises `RecipeError`."""
+def parse_as(
+    model: type[M],
+    tree: Mapping[str, Any],
+    *,
+    where: str,
+    contradictions: Callable[[M], Iterable[str]],
+) -> M:
+    """Build a recipe, or a part of one, from plain data; ``where`` names it in errors.
+
+    ``contradictions`` yields mistakes that no single field shows. Raises `RecipeError` that lists every mistake.
+    """
     try:
         made = model.model_validate(tree)
     except ValidationError as error:
@@ -42,13 +50,13 @@ def parse_as(model: type[M], tree: Mapping[str, Any], *, where: str) -> M:
             for item in error.errors()
             if item["type"] != "too_short" or item["input"] in ([], ())
         ]
-        refuse(where, [explain(item, tree, model) for item in items])
+        _refuse(where, [explain(item, tree, model) for item in items])
         raise
-    refuse(where, list(made.contradictions()) if isinstance(made, BaseRecipe) else [])
+    _refuse(where, list(contradictions(made)))
     return made
 
 
-def refuse(where: str, mistakes: Sequence[str]) -> None:
+def _refuse(where: str, mistakes: Sequence[str]) -> None:
     """Raise `RecipeError` that lists the mistakes, if there are any."""
     lines = list(dict.fromkeys(mistakes))
     if lines:

@@ -9,17 +9,17 @@ from typing import Any
 from limbeck.contract.errors import RecipeError
 from limbeck.contract.recipe.base import Frozen
 from limbeck.contract.recipe.bench import Bench
-from limbeck.contract.recipe.checks import bench_contradictions
+from limbeck.contract.recipe.checks import (
+    bench_contradictions,
+    classification_contradictions,
+    embedding_contradictions,
+    language_contradictions,
+)
 from limbeck.contract.recipe.encoder import ClassificationRecipe, EmbeddingRecipe
 from limbeck.contract.recipe.language import Recipe
-from limbeck.contract.recipe.reading import apply_override, parse_as, read_tree, refuse
+from limbeck.contract.recipe.reading import apply_override, parse_as, read_tree
 
 AnyRecipe = Recipe | ClassificationRecipe | EmbeddingRecipe
-
-_ENCODERS: Mapping[Any, type[ClassificationRecipe | EmbeddingRecipe]] = {
-    "classification": ClassificationRecipe,
-    "embedding": EmbeddingRecipe,
-}
 
 
 def load_any_recipe(
@@ -38,10 +38,20 @@ def load_any_recipe(
 
 def parse_any_recipe(tree: Mapping[str, Any], *, where: str = "recipe") -> AnyRecipe:
     """Build a recipe of the task that the plain data names; ``where`` names it in errors. Raises `RecipeError`."""
-    task = tree.get("task")
-    if isinstance(task, str) and task in _ENCODERS:
-        return parse_as(_ENCODERS[task], tree, where=where)
-    return parse_as(Recipe, tree, where=where)
+    match tree.get("task"):
+        case "classification":
+            return parse_as(
+                ClassificationRecipe,
+                tree,
+                where=where,
+                contradictions=classification_contradictions,
+            )
+        case "embedding":
+            return parse_as(
+                EmbeddingRecipe, tree, where=where, contradictions=embedding_contradictions
+            )
+        case _:
+            return parse_as(Recipe, tree, where=where, contradictions=language_contradictions)
 
 
 def load_recipe(
@@ -88,6 +98,10 @@ def load_bench(overrides: Sequence[str] = ()) -> Bench:
                 f"--set {override}: without a recipe only fields of bench can be set, for example bench.minutes=5."
             )
         apply_override(part, override, Path("bench"))
-    bench = parse_as(_BenchPart, part, where="--set").bench
-    refuse("--set", list(bench_contradictions(bench)))
-    return bench
+    read = parse_as(
+        _BenchPart,
+        part,
+        where="--set",
+        contradictions=lambda part: bench_contradictions(part.bench),
+    )
+    return read.bench
