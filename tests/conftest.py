@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from limbeck.contract.artifact import Artifact
+from tests.factory import Factory
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which test modules do
 
@@ -23,23 +24,19 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """An exported tiny student with room for long answers, for the engine and the server."""
-    from export import export_student
-    from tests.pico import make_model, make_student, pico_recipe
-
-    root = tmp_path_factory.mktemp("served")
-    make_student(root / "student", make_model(root / "model", seed=3, max_position_embeddings=512))
-    return export_student(student=root / "student", out=root / "onnx", recipe=pico_recipe())
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Factory:
+    """Tiny students and exports, each made once a session."""
+    return Factory(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """An exported tiny student of torch's exporter: its cache grows at every step."""
-    from export import export_student
-    from tests.architectures import SIZES
-    from tests.pico import make_model, make_student, pico_recipe
+def served(tiny: Factory) -> Artifact:
+    """An exported tiny student with room for long answers, for the engine and the server."""
+    sizes = {"max_position_embeddings": 512, "tie_word_embeddings": False}
+    return tiny.exported(seed=3, sizes=sizes)
 
-    root = tmp_path_factory.mktemp("gpt2")
-    make_student(root / "student", make_model(root / "model", model_type="gpt2", **SIZES["gpt2"]))
-    return export_student(student=root / "student", out=root / "onnx", recipe=pico_recipe())
+
+@pytest.fixture(scope="session")
+def gpt2(tiny: Factory) -> Artifact:
+    """An exported tiny student of torch's exporter: its cache grows at every step."""
+    return tiny.exported("gpt2")

@@ -7,15 +7,15 @@ whether there is anything to do.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from limbeck.app.exports import PLAIN, SECOND, SHIPPED, export_run
 from limbeck.contract.artifact import (
     MANIFEST,
     RECOVERED,
@@ -43,10 +43,6 @@ if TYPE_CHECKING:
     from serve_bench.tell.report import Report
 
 RUN, LOG = "run.json", "log.jsonl"
-ASIDE = (
-    "onnx-unrecovered",
-    "onnx-recovered",
-)  # the export that does not ship, where both students were exported
 _FOLDERS = {
     "compress": "student",
     "export": "onnx",
@@ -219,7 +215,12 @@ def _stage(stage: str, recipe: AnyRecipe, folder: Path) -> None:
     if stage == "compress":
         _distill("compress", recipe, folder, make_products(recipe))
     elif stage == "export":
-        _export(recipe, folder)
+        export_run(
+            recipe,
+            folder,
+            timed=lambda title, made, work: _timed(title, folder, made, work),
+            products=lambda: make_products(recipe),
+        )
     else:
         import serve_bench
 
@@ -231,54 +232,6 @@ def _stage(stage: str, recipe: AnyRecipe, folder: Path) -> None:
             out,
             lambda: serve_bench.bench(onnx=onnx, student=student, out=out, recipe=recipe),
         )
-
-
-def _export(recipe: AnyRecipe, folder: Path) -> None:
-    """Export the student; when the shipped form misses its gate, distil it again through the rounding, and export that.
-
-    The better one is ``onnx``, the other stays beside it.
-    """
-    import compress
-    import export
-
-    student, recovered, onnx = folder / "student", folder / RECOVERED, folder / "onnx"
-    aside, second = folder / ASIDE[0], folder / ASIDE[1]
-
-    def make(title: str, source: Path, out: Path) -> dict[str, Any]:
-        _timed(
-            title,
-            folder,
-            out,
-            lambda: export.export_student(student=source, out=out, recipe=recipe),
-        )
-        return open_artifact(out, verify=False).result
-
-    if not onnx.exists() and aside.exists():  # an earlier run was stopped between two renames
-        (second if second.exists() else aside).rename(onnx)
-    shipped = aside.exists()  # whether a recovered one is `onnx` now
-    ships = False
-    first = make("export", student, aside if shipped else onnx)
-    if first.get("needs_recovery") and isinstance(recipe, Recipe):
-        plain, teachers = aside if shipped else onnx, make_products(recipe)
-        _timed(
-            "recover",
-            folder,
-            recovered,
-            lambda: compress.recover(
-                student=student, onnx=plain, out=recovered, recipe=recipe, products=teachers
-            ),
-        )
-        again = make("export of the recovered student", recovered, onnx if shipped else second)
-        ships = bool(again["recovery"]["ships"])
-        say(f"   the {'recovered' if ships else 'first'} student ships")
-    if ships and not shipped:
-        onnx.rename(aside)
-        second.rename(onnx)
-    elif shipped and not ships:
-        if second.exists():
-            shutil.rmtree(second)
-        onnx.rename(second)
-        aside.rename(onnx)
 
 
 def is_target(name: str) -> bool:
@@ -490,7 +443,9 @@ def verify(path: Path, *, quality: bool = True, speed: bool = True) -> int:
     """
     folders = [path] if (path / MANIFEST).exists() else [path / name for name in _FOLDERS.values()]
     if folders != [path]:
-        others = [path / name for name in (RECOVERED, *ASIDE) if (path / name / MANIFEST).exists()]
+        shipped = (path / SHIPPED).resolve()
+        beside = (path / name for name in (RECOVERED, PLAIN, SECOND))
+        others = [f for f in beside if (f / MANIFEST).exists() and f.resolve() != shipped]
         folders[1:1] = others  # before what was made from them
     if not any((folder / MANIFEST).exists() for folder in folders):
         raise ArtifactError(

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import compress
 import export
 import serve_bench
 from limbeck.app import run as pipeline
+from limbeck.app.exports import adopt
 from limbeck.contract.artifact import Artifact, find_artifact, open_artifact, write_artifact
 from limbeck.contract.errors import ArtifactError, EnvironmentalError, ParityError, RecipeError
 from limbeck.contract.recipe import Recipe, load_recipe
@@ -81,7 +83,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
 
     monkeypatch.setattr(compress, "distill", distill)
     monkeypatch.setattr(export, "export_student", export_student)
-    monkeypatch.setattr(serve_bench, "measure", measure)
+    monkeypatch.setattr(serve_bench, "bench", measure)
     monkeypatch.setattr(serve_bench, "write_report", write_report)
     monkeypatch.setattr(runtime, "import_onnxruntime", lambda: None)
     return stages
@@ -394,68 +396,101 @@ def test_a_full_disk_is_told(stages: Stages, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "kept"),
+    ("before", "after", "ships"),
     [
-        (
-            {"ships": False},
-            {"ships": True},
-            {"onnx": "student-recovered", "onnx-unrecovered": "student"},
-        ),
-        (
-            {"ships": True},
-            {"ships": False},
-            {"onnx": "student", "onnx-recovered": "student-recovered"},
-        ),
-        (
-            {"ships": True},
-            {"needed": False},
-            {"onnx": "student", "onnx-recovered": "student-recovered"},
-        ),
+        ({"ships": False}, {"ships": True}, "student-recovered"),
+        ({"ships": True}, {"ships": False}, "student"),
+        ({"ships": True}, {"needed": False}, "student"),
     ],
     ids=["recovered one ships", "first one ships again", "none is needed any more"],
 )
-def test_an_exchange_of_exports_that_was_stopped_is_finished(
-    monkeypatch: pytest.MonkeyPatch,
-    before: dict[str, bool],
-    after: dict[str, bool],
-    kept: dict[str, str],
+def test_a_kill_at_any_step_of_an_export_leaves_the_old_or_the_new_one(
+    monkeypatch: pytest.MonkeyPatch, before: dict[str, Any], after: dict[str, Any], ships: str
 ) -> None:
-    says: dict[str, bool] = {}
+    """Every change of a name on disk is a step; the run is stopped before each of them in turn.
+
+    The steps inside an artifact's own writing are tested with the artifact.
+    """
+    says: dict[str, Any] = {}
+    steps, inside = 0, False
 
     def export_student(*, student: Path, out: Path, recipe: Recipe) -> None:
-        key = json.dumps([student.name, says])
+        nonlocal inside
+        key, inside = json.dumps([student.name, says]), True
         if find_artifact(out, kind="onnx", key=key) is None:
             with write_artifact(out, kind="onnx", key=key, parents={}) as draft:
                 (draft.folder / "graph").write_text(student.name)
-                ships = says.get("ships", False)
                 draft.result = {
                     "needs_recovery": says.get("needed", True),
-                    "recovery": {"ships": ships},
+                    "recovery": {"ships": says.get("ships", False)},
                 }
+        inside = False
 
     monkeypatch.setattr(export, "export_student", export_student)
     monkeypatch.setattr(compress, "recover", lambda **_: None)
-    loaded, run = load_recipe(recipe("alone")), Path("run")
-    run.mkdir()
-    says |= before
-    pipeline._export(loaded, run)
-    says.clear()
-    says |= after
-    rename = Path.rename
+    loaded = load_recipe(recipe("alone"))
 
-    def stopped(path: Path, target: Path) -> Path:
-        if path.name.startswith("onnx") and target.name == "onnx":
-            raise KeyboardInterrupt
-        return rename(path, target)
+    def shipped(run: Path) -> tuple[str, str]:
+        artifact = open_artifact(run / "onnx")
+        return (run / "onnx" / "graph").read_text(), artifact.key
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            pipeline._export(loaded, run)
-    assert not (run / "onnx").exists()
-    for _ in range(2):
-        pipeline._export(loaded, run)
-        assert {path.name: (path / "graph").read_text() for path in run.glob("onnx*")} == kept
+    def attempt(run: Path, last: int) -> bool:
+        """Export, stopped before the step after ``last``; whether it came to its end."""
+        nonlocal steps
+        steps = 0
+
+        def stop_at(step: Callable[..., Any]) -> Callable[..., Any]:
+            def counted(*args: Any, **options: Any) -> Any:
+                nonlocal steps
+                steps += not inside
+                if not inside and steps > last:
+                    raise KeyboardInterrupt
+                return step(*args, **options)
+
+            return counted
+
+        with monkeypatch.context() as patch:
+            for name in ("symlink_to", "replace", "rename", "unlink"):
+                patch.setattr(Path, name, stop_at(getattr(Path, name)))
+            try:
+                pipeline._stage("export", loaded, run)
+            except KeyboardInterrupt:
+                return False
+        return True
+
+    last, finished = 0, False
+    while not finished:
+        run = Path(f"run-{last}")
+        run.mkdir()
+        says.clear()
+        says |= before
+        pipeline._stage("export", loaded, run)
+        old = shipped(run)
+        says.clear()
+        says |= after
+        finished = attempt(run, last)
+        new = (ships, json.dumps([ships, says]))
+        assert shipped(run) in (old, new, (old[0], json.dumps([old[0], says])))
+        for _ in range(2):
+            pipeline._stage("export", loaded, run)
+            assert shipped(run) == new
+            assert not [p.name for p in run.iterdir() if p.name.startswith(".")]
+        last += 1
+    assert last > 2
+
+
+def test_exports_of_the_former_layout_are_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in (("onnx", "recovered"), ("onnx-unrecovered", "plain")):
+        (Path("run") / name).mkdir(parents=True)
+        (Path("run") / name / "graph").write_text(text)
+    adopt(Path("run"))
+    assert {p.name for p in Path("run").iterdir()} == {"onnx", "onnx-plain", "onnx-recovered"}
+    assert os.readlink("run/onnx") == "onnx-plain"
+    assert Path("run/onnx-recovered/graph").read_text() == "recovered"
+    Path("run/onnx").unlink()
+    Path("run/onnx").mkdir()
+    with pytest.raises(ArtifactError, match=r"found a folder, expected a link"):
+        adopt(Path("run"))
 
 
 # Verify ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,95 @@
+"""The exports of a run: one of the student, one of the recovered student, and which of them ships.
+
+``onnx`` in a run folder is a relative link to the export that ships, and nothing else says which one that is. The link is
+replaced atomically, so a run that is killed shows either the export that shipped before or the one that ships now.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from limbeck.contract.artifact import RECOVERED, Artifact, open_artifact
+from limbeck.contract.errors import ArtifactError
+from limbeck.contract.progress import say
+from limbeck.contract.recipe.encoder import AnyRecipe
+
+SHIPPED = "onnx"
+PLAIN, SECOND = "onnx-plain", "onnx-recovered"  # of `student` and of `student-recovered`
+
+Timed = Callable[[str, Path, Callable[[], Artifact]], None]  # title, what is made, how
+
+
+def export_run(
+    recipe: AnyRecipe, folder: Path, *, timed: Timed, products: Callable[[], dict[str, Path]]
+) -> None:
+    """Export the student of the run in ``folder``, and point ``onnx`` at the export that ships.
+
+    When the shipped form misses its gate and the recipe asks for it, the student is distilled again through the rounding
+    (`compress.recover`, with ``products`` as its teachers), exported too, and the better of the two ships.
+    """
+    import compress
+    import export
+
+    adopt(folder)
+    student, recovered = folder / "student", folder / RECOVERED
+    plain, second = folder / PLAIN, folder / SECOND
+    timed("export", plain, lambda: export.export_student(student=student, out=plain, recipe=recipe))
+    if not open_artifact(plain, verify=False).result.get("needs_recovery"):
+        point(folder / SHIPPED, PLAIN)
+        return
+    if not (folder / SHIPPED).exists():
+        point(folder / SHIPPED, PLAIN)  # usable while the recovery trains
+    teachers = products()
+    timed(
+        "recover",
+        recovered,
+        lambda: compress.recover(
+            student=student, onnx=plain, out=recovered, recipe=recipe, products=teachers
+        ),
+    )
+    timed(
+        "export of the recovered student",
+        second,
+        lambda: export.export_student(student=recovered, out=second, recipe=recipe),
+    )
+    ships = bool(open_artifact(second, verify=False).result["recovery"]["ships"])
+    say(f"   the {'recovered' if ships else 'first'} student ships")
+    point(folder / SHIPPED, SECOND if ships else PLAIN)
+
+
+def point(link: Path, target: str) -> None:
+    """Let ``link`` name its neighbour ``target``, whatever it named before; at no moment does it name nothing."""
+    if link.is_symlink() and os.readlink(link) == target:
+        return
+    temporary = link.with_name(f".{link.name}.pointer")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target, target_is_directory=True)
+    temporary.replace(link)
+    handle = os.open(link.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)  # the new name, not only the new link
+    finally:
+        os.close(handle)
+
+
+def adopt(folder: Path) -> None:
+    """Give the exports that an older version wrote their places under the link.
+
+    Raises `ArtifactError` when ``onnx`` is a folder that no run wrote.
+    """
+    shipped, plain, second = folder / SHIPPED, folder / PLAIN, folder / SECOND
+    former = folder / "onnx-unrecovered"  # beside a recovered export named `onnx`
+    if shipped.is_dir() and not shipped.is_symlink():
+        target = second if former.exists() else plain
+        if target.exists():
+            raise ArtifactError(
+                f"{shipped}: found a folder, expected a link to {PLAIN} or {SECOND}; "
+                "move it out of the run folder."
+            )
+        shipped.rename(target)
+    if former.exists() and not plain.exists():
+        former.rename(plain)
+    if plain.exists() and not shipped.exists():  # also after a stop between two of these steps
+        point(shipped, PLAIN)
