@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 from limbeck.contract.artifact import RECOVERED, Artifact, open_artifact
 from limbeck.contract.errors import ArtifactError
 from limbeck.contract.progress import say
+from limbeck.contract.recipe import Recipe
 from limbeck.contract.recipe.encoder import AnyRecipe
 
 SHIPPED = "onnx"
@@ -46,7 +48,11 @@ def export_run(
         "recover",
         recovered,
         lambda: compress.recover(
-            student=student, onnx=plain, out=recovered, recipe=recipe, products=teachers
+            student=student,
+            onnx=plain,
+            out=recovered,
+            recipe=cast("Recipe", recipe),  # of other tasks no export asks for a recovery
+            products=teachers,
         ),
     )
     timed(

@@ -391,7 +391,7 @@ def test_a_full_disk_is_told(stages: Stages, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(export, "export_student", full)
-    with pytest.raises(EnvironmentalError, match="out/onnx: no space left on the disk"):
+    with pytest.raises(EnvironmentalError, match="out/onnx-plain: no space left on the disk"):
         pipeline.run(load_recipe(recipe("alone")), out=Path("out"))
 
 
