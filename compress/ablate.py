@@ -21,6 +21,7 @@ import torch
 
 from compress import quiet_libraries
 from compress.data.blocks import IGNORED, labels_of
+from compress.head import chunks_of_labels
 from compress.loop import (
     Run,
     fit,
@@ -30,7 +31,7 @@ from compress.loop import (
     student_head,
     student_nll,
 )
-from compress.loss import TeacherStates, chunks_of_labels
+from compress.states import TeacherStates
 from limbeck.contract import sources
 from limbeck.contract.artifact import write_atomically
 from limbeck.contract.errors import RecipeError

@@ -38,9 +38,10 @@ from torch import Tensor, nn
 
 from compress.data.examples import load_examples, training_order
 from compress.features import Projections, feature_loss
+from compress.head import Head, fit_temperature
 from compress.host import give_memory_back, prepare_host
 from compress.loop import learning_rate, read_checkpoint, resolve_precision, write_checkpoint
-from compress.loss import Head, TeacherStates, fit_temperature, fused_loss, weigh
+from compress.loss import fused_loss
 from compress.models.encoders import (
     base_folder,
     build_student,
@@ -58,6 +59,8 @@ from compress.models.language import (
     resolve_device,
 )
 from compress.models.students import load_trainable_state, trainable_state
+from compress.states import TeacherStates
+from compress.weights import weigh
 from limbeck.contract import sources
 from limbeck.contract.artifact import (
     Artifact,

@@ -32,18 +32,9 @@ from torch import Tensor
 
 from compress.data.blocks import IGNORED, DomainBlocks, labels_of, load_blocks, training_order
 from compress.features import Projections, feature_loss, layer_pairs
+from compress.head import Head, fit_temperature, label_nll
 from compress.host import give_memory_back, prepare_host
-from compress.loss import (
-    FusionTerms,
-    Head,
-    SparseStates,
-    TeacherStates,
-    fit_temperature,
-    fused_loss,
-    label_nll,
-    span_of,
-    teacher_statistics,
-)
+from compress.loss import FusionTerms, fused_loss
 from compress.models.attention import use_short_attention
 from compress.models.body import Body, causal_lm
 from compress.models.language import (
@@ -64,8 +55,10 @@ from compress.models.students import (
     student_folder,
     trainable_state,
 )
+from compress.states import SparseStates, TeacherStates, teacher_statistics
 from compress.teachers.cache import CachedTeachers
 from compress.teachers.live import TeacherFolder, Teachers, teacher_folders
+from compress.weights import span_of
 from limbeck.contract.artifact import (
     Artifact,
     disk_full_is_a_user_error,

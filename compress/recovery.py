@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from compress.head import label_nll
 from compress.loop import LOG, Run, State, evaluate, fit, per_token, setup
-from compress.loss import label_nll
 from compress.models.body import Body
 from compress.models.language import load_model, load_tokenizer
 from compress.models.students import Student

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from compress.features import layer_pairs
 from compress.footprint.tracing import Trace, on_a_line, operations_a_second, resized, trace_model
+from compress.head import CACHED
 from compress.host import prepare_host
-from compress.loss import CACHED
 from compress.models.attention import use_short_attention
 from compress.models.body import Body, causal_lm
 from compress.models.language import BAD_CONFIG, DTYPES, cast_frozen, random_config

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compress.loss import Head
+from compress.head import Head
 from limbeck.contract.errors import ModelError
 
 

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compress.loss import Head, SparseStates, TeacherStates, chunks_of_labels
+from compress.head import Head, chunks_of_labels
+from compress.states import SparseStates, TeacherStates
 from compress.teachers.live import TeacherFolder, Teachers
 from limbeck.contract import sources
 from limbeck.contract.artifact import open_artifact

@@ -15,10 +15,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from compress.loss import Head, TeacherStates
+from compress.head import Head
 from compress.models.attention import use_short_attention
 from compress.models.body import Body, causal_lm
 from compress.models.language import cast_frozen, load_model, model_folder
+from compress.states import TeacherStates
 from limbeck.contract import sources
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import ModelError

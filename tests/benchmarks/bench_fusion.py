@@ -1,4 +1,4 @@
-"""Chunked fusion loss against the dense reference: peak extra memory, time and gradients in one run.
+"""Chunked fusion loss against the plain one: peak extra memory, time and gradients in one run.
 
 K = 2 teachers, V = 49,152, 2,048 tokens, d = 576, fp32 on the CPU, LoRA case (head frozen). Prints one JSON object.
 """
@@ -13,10 +13,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from compress.loss import Head, TeacherStates, fused_loss
+from compress.head import Head
+from compress.loss import fused_loss, plain_loss
+from compress.states import TeacherStates
 from limbeck.contract.recipe import EntropyWeights, Fusion
 from tests.benchmarks.memory import peak_growth
-from tests.dense import dense_loss
 
 K, V, T, D, ROUNDS = 2, 49_152, 2_048, 576, 5
 
@@ -52,7 +53,7 @@ def main() -> None:
 
     arms: dict[str, Callable[..., Tensor]] = {
         "chunked": lambda *a, **k: fused_loss(*a, **k).loss,
-        "dense": dense_loss,
+        "dense": plain_loss,
     }
     grads = {name: run(loss) for name, loss in arms.items()}
     difference = float((grads["chunked"] - grads["dense"]).norm() / grads["dense"].norm())

@@ -24,8 +24,8 @@ ROUNDS, FEATURES = 5, 0.0
 def main() -> None:
     """Build the four arms and time them in turn."""
     compress.quiet_libraries()
+    from compress.head import chunks_of_labels
     from compress.loop import Run, State, _batch, _step, setup
-    from compress.loss import chunks_of_labels
 
     base = load_recipe("smollm2/135m-two-experts")
     work = Path(tempfile.mkdtemp())

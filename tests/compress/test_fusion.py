@@ -15,18 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress.loss import (
-    IGNORED,
-    Head,
-    SparseStates,
-    TeacherStates,
-    divergence,
-    fit_temperature,
-    fused_loss,
-    label_nll,
-    teacher_statistics,
-    weigh,
-)
+from compress.divergence import divergence
+from compress.head import IGNORED, Head, fit_temperature, label_nll
+from compress.loss import fused_loss, plain_loss
+from compress.states import SparseStates, TeacherStates, teacher_statistics
+from compress.weights import weigh
 from limbeck.contract.recipe import (
     CaMkdWeights,
     CorrectedEntropyWeights,
@@ -43,7 +36,6 @@ from limbeck.contract.recipe import (
     StaticWeights,
     UniformWeights,
 )
-from tests.dense import dense_loss
 
 NAMES = ("a", "b", "c")
 DIVERGENCES = [
@@ -164,22 +156,22 @@ def test_all_masked_is_zero_without_nan(weights: Any) -> None:
         assert gradient.abs().sum() == 0
 
 
-# 3. Chunked equals dense ----------------------------------------------------------------------------------------
+# 3. Chunked equals plain ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("weights", "space"), list(itertools.product(WEIGHTS, ("arithmetic", "geometric"))), ids=repr
 )
 @pytest.mark.parametrize("config", DIVERGENCES, ids=lambda c: c.kind)
-def test_chunked_equals_dense(config: Any, weights: Any, space: Any) -> None:
+def test_chunked_equals_plain(config: Any, weights: Any, space: Any) -> None:
     parts = problem(softcap=4.0, scale=0.7)
     fusion = Fusion(weights=weights, divergence=config, space=space, temperature=1.7, chunk=5)
-    chunked, dense = (
+    chunked, plain = (
         fused_loss(fusion, progress=0.4, **parts).loss,
-        dense_loss(fusion, progress=0.4, **parts),
+        plain_loss(fusion, progress=0.4, **parts),
     )
-    torch.testing.assert_close(chunked, dense, rtol=1e-5, atol=1e-6)
-    for mine, reference in zip(gradients(chunked, parts), gradients(dense, parts), strict=True):
+    torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=1e-6)
+    for mine, reference in zip(gradients(chunked, parts), gradients(plain, parts), strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
 
 
@@ -188,23 +180,23 @@ def test_chunked_equals_dense(config: Any, weights: Any, space: Any) -> None:
     seed=st.integers(0, 10_000), K=st.integers(1, 3), R=st.integers(1, 5), L=st.integers(1, 9), V=st.integers(2, 40),
     masked=st.floats(0, 1), chunk=st.integers(1, 50), weights=st.sampled_from(WEIGHTS), config=st.sampled_from(DIVERGENCES),
 )  # fmt: skip
-def test_chunked_equals_dense_on_any_shape(
+def test_chunked_equals_plain_on_any_shape(
     seed: int, K: int, R: int, L: int, V: int, masked: float, chunk: int, weights: Any, config: Any
 ) -> None:
     if isinstance(weights, StaticWeights):
         weights = StaticWeights(kind="static", values=dict.fromkeys(NAMES[:K], 1.0))
     parts = problem(seed=seed, K=K, R=R, L=L, V=V, masked=masked)
     fusion = Fusion(weights=weights, divergence=config, chunk=chunk)
-    chunked, dense = fused_loss(fusion, **parts).loss, dense_loss(fusion, **parts)
-    torch.testing.assert_close(chunked, dense, rtol=1e-4, atol=1e-5)
-    for mine, reference in zip(gradients(chunked, parts), gradients(dense, parts), strict=True):
+    chunked, plain = fused_loss(fusion, **parts).loss, plain_loss(fusion, **parts)
+    torch.testing.assert_close(chunked, plain, rtol=1e-4, atol=1e-5)
+    for mine, reference in zip(gradients(chunked, parts), gradients(plain, parts), strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-3, atol=1e-5)
 
 
 def test_without_teachers_it_is_cross_entropy() -> None:
     parts = problem(K=0)
     terms = fused_loss(Fusion(), **parts)
-    torch.testing.assert_close(terms.loss, dense_loss(Fusion(), **parts))
+    torch.testing.assert_close(terms.loss, plain_loss(Fusion(), **parts))
     assert terms.divergence == 0
 
 
@@ -221,7 +213,7 @@ def test_tied_head_gets_the_gradient_of_both_uses() -> None:
     embedding = parts["head"].weight_Vd.detach().clone().requires_grad_()
     ids = torch.randint(0, 23, (4, 7), generator=torch.Generator().manual_seed(3))
     both = []
-    for loss in (lambda **p: fused_loss(Fusion(), **p).loss, lambda **p: dense_loss(Fusion(), **p)):
+    for loss in (lambda **p: fused_loss(Fusion(), **p).loss, lambda **p: plain_loss(Fusion(), **p)):
         tied = {**parts, "hidden_RLd": embedding[ids], "head": Head(embedding)}
         both.append(torch.autograd.grad(loss(**tied), embedding)[0])
     torch.testing.assert_close(*both, rtol=1e-4, atol=1e-6)
