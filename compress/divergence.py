@@ -1,4 +1,4 @@
-"""Divergences between the fused teachers and the student, plain and with the gradient at the logits.
+"""Divergences between the fused teachers and the student, plain and with a gradient.
 
 Shapes: C (or T) positions, V vocabulary. All values in nats, all tensors in fp32.
 """
@@ -43,7 +43,7 @@ def _log_mixture(share: float, logp_TV: Tensor, logq_TV: Tensor) -> Tensor:
 def divergence(
     config: Divergence, target_CV: Tensor, logq_CV: Tensor, q_CV: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Compute D(target, q) per position ``[C]`` and its gradient ``[C, V]`` at the student's logits.
+    """Compute D(target, q) per position ``[C]`` and its gradient ``[C, V]`` at the logits.
 
     ``logq_CV`` is log q = log_softmax(logits); ``q_CV`` is its exp, for a caller that has it.
     For every divergence but the forward KL, ``slope`` is dD/dq up to a constant per position, which
@@ -95,7 +95,7 @@ def row_dot(a_CV: Tensor, b_CV: Tensor) -> Tensor:
 
 
 def _through_softmax(q_CV: Tensor, slope_CV: Tensor) -> Tensor:
-    """Gradient at the logits of a function of q = softmax(logits) whose gradient at q is ``slope_CV``.
+    """Carry ``slope_CV``, a gradient at q = softmax(logits), back to the logits.
 
     The Jacobian of the softmax is diag(q) - q q^T.
     """

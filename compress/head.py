@@ -16,7 +16,7 @@ from torch import Tensor
 from compress.divergence import row_dot
 
 IGNORED = -100  # label of a position that no term counts
-# Logits that are worked on at once: 4 MB, so that about five such tensors fit in a processor's cache.
+# Logits that are worked on at once: 4 MB, so that about five such tensors fit in a CPU's cache.
 CACHED = 1 << 20
 
 Place = tuple[Tensor, Tensor]  # row and position of each label position of a chunk
@@ -78,7 +78,7 @@ def chunks_of_labels(
 
 
 def blocks_of(labels_C: Tensor, vocabulary: int) -> Iterator[slice]:
-    """Split a chunk into blocks of positions: on a CPU as many as fit in its cache, on a GPU all."""
+    """Split a chunk into blocks of positions: as many as fit in a CPU's cache, all on a GPU."""
     size = len(labels_C) if labels_C.is_cuda else max(1, CACHED // vocabulary)
     return (slice(first, first + size) for first in range(0, len(labels_C), size))
 

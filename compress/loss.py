@@ -121,9 +121,9 @@ def fused_loss(
     """Compute `plain_loss` in chunks, with the gradient at the hidden states and the head.
 
     ``denominator`` is the number of label positions of the *global* batch, so that the losses of
-    micro-batches and processes add up. Without teachers the loss is the cross-entropy. ``names`` are
-    those of the teachers, ``progress`` the share of the training that is done; ``global_means_2K``:
-    see `compress.weights.weigh`.
+    micro-batches and processes add up. Without teachers the loss is the cross-entropy. ``names``
+    are those of the teachers, ``progress`` is the share of the training that is done, and
+    ``global_means_2K`` is explained at `compress.weights.weigh`.
 
     Extra memory: K + 2 products ``[C, V]`` in the heads' number type (one belongs to the chunk
     before) and a few fp32 blocks of them; on a GPU a block is the chunk. The vocabulary is the rows
@@ -264,8 +264,8 @@ class _Batch:
     ) -> tuple[float, Tensor]:
         """As `chunk`, for one block of it.
 
-        With y the one-hot label the gradient at the logits z is alpha (softmax(z) - y) + beta tau G:
-        G is the gradient of D at z / tau, and tau^2 / tau leaves one tau.
+        The gradient at the logits z is alpha (softmax(z) - y) + beta tau G: y is the one-hot label
+        and G is the gradient of D at z / tau, so that tau^2 / tau leaves one tau.
         """
         config, labels_B1 = self.config, self.labels_RL[place][block, None]
         z_BV = head.finish(product_CV[block])

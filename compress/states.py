@@ -1,4 +1,4 @@
-"""What teachers say about a batch: all of it (states and head), or a few tokens of each distribution.
+"""Predictions of teachers for a batch: states and a head, or a few tokens of each distribution.
 
 Shapes: K teachers, R rows, L positions, C label positions of a chunk, B of a block of it,
 k kept tokens, V vocabulary, d_k width of a teacher.
@@ -67,8 +67,8 @@ class Reading(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return softmax(z / (c tau)) ``[B, V]``, entropy ``[B]`` and label log-likelihood ``[B]``.
 
-        The last two are in nats at tau = 1. ``block`` picks B positions of the chunk. ``logq_BV`` is
-        the student's log-probabilities, over which a tail is spread.
+        The last two are in nats at tau = 1. ``block`` picks B positions of the chunk. ``logq_BV``
+        holds the student's log-probabilities, over which a tail is spread.
         """
 
 

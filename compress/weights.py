@@ -40,8 +40,8 @@ def weigh(
     """Return teacher weights ``[K, R, L]``, non-negative, summing to 1 over K.
 
     ``entropy_KRL`` and ``label_logp_KRL`` are in nats. ``progress`` in [0, 1] drives the warm-up.
-    ``global_means_2K`` holds the mean entropy and mean label log-likelihood of each teacher over the
-    global batch: with it, `batch` granularity does not depend on the split into micro-batches.
+    ``global_means_2K`` holds the mean entropy and mean label log-likelihood of each teacher over
+    the global batch: with it, `batch` granularity does not depend on the split into micro-batches.
     """
     K = len(entropy_KRL)
     weights = _raw_weights(config, entropy_KRL, label_logp_KRL, labels_RL, names, global_means_2K)
@@ -133,7 +133,10 @@ def _complement(share_KRL: Tensor) -> Tensor:
 
 
 def _shuffled(weights_KRL: Tensor, labels_RL: Tensor) -> Tensor:
-    """Permute the weights of each row over its label positions, seeded by the labels: the split changes nothing."""
+    """Permute the weights of each row over its label positions.
+
+    The labels are the seed, so that the split into micro-batches changes nothing.
+    """
     shuffled = weights_KRL.clone()
     for row, labels in enumerate(labels_RL):
         places = (labels != IGNORED).nonzero().flatten()
