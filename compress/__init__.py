@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from limbeck.contract import sources
-from limbeck.contract.artifact import Artifact, find_artifact, open_artifact
+from limbeck.contract.artifact import Artifact, find_artifact, open_artifact, work_folder
 from limbeck.contract.recipe import AnyRecipe, Recipe, fingerprint
 
 _VERSION = 1  # of the stage: raise it when the same input would give another student
@@ -36,6 +37,7 @@ def distill(
     )
     found = find_artifact(out, kind="student", key=key)
     if found is not None:
+        shutil.rmtree(work_folder(out), ignore_errors=True)  # a kill can leave it
         return found
     quiet_libraries()
     from compress.host import give_memory_back
@@ -78,6 +80,7 @@ def recover(
         {"stage": "recover", "version": _RECOVERY, "student": trained.digest, **given}
     )
     if found := find_artifact(out, kind="student", key=key):
+        shutil.rmtree(work_folder(out), ignore_errors=True)
         return found
     quiet_libraries()
     from compress.host import give_memory_back

@@ -33,8 +33,8 @@ from compress.loop import (
 )
 from compress.states import TeacherStates
 from limbeck.contract import sources
-from limbeck.contract.artifact import write_atomically
 from limbeck.contract.errors import RecipeError
+from limbeck.contract.files import write_atomically
 from limbeck.contract.generated import distinct, repetition
 from limbeck.contract.heldout import mean_nll
 from limbeck.contract.progress import say

@@ -62,14 +62,10 @@ from compress.models.students import load_trainable_state, trainable_state
 from compress.states import TeacherStates
 from compress.weights import weigh
 from limbeck.contract import sources
-from limbeck.contract.artifact import (
-    Artifact,
-    disk_full_is_a_user_error,
-    open_artifact,
-    write_artifact,
-)
+from limbeck.contract.artifact import Artifact, open_artifact, work_folder, write_artifact
 from limbeck.contract.errors import DivergenceError, EnvironmentalError, ModelError
 from limbeck.contract.examples import EXAMPLES, Examples, accuracy, macro_f1, save_examples
+from limbeck.contract.files import disk_full_is_a_user_error
 from limbeck.contract.heldout import CALIBRATION, save_calibration
 from limbeck.contract.licences import sources_of
 from limbeck.contract.progress import processes, say, task
@@ -201,7 +197,7 @@ def train_encoder(
     for name, report in reports.items():
         say(f"  teacher {name}: {_shown(report['metrics'])}")
 
-    work = out.parent / f".{out.name}.training"
+    work = work_folder(out)
     work.mkdir(parents=True, exist_ok=True)
     trained = nn.ModuleDict({"model": model})
     if isinstance(objective, Embedding):

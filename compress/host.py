@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from limbeck.contract.artifact import available_cores
+from limbeck.contract.machine import available_cores
 
 # Names and values of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _NEVER = -1, -3, 2**31 - 1

@@ -59,15 +59,9 @@ from compress.states import SparseStates, TeacherStates, teacher_statistics
 from compress.teachers.cache import CachedTeachers
 from compress.teachers.live import TeacherFolder, Teachers, teacher_folders
 from compress.weights import span_of
-from limbeck.contract.artifact import (
-    Artifact,
-    disk_full_is_a_user_error,
-    host,
-    open_artifact,
-    write_artifact,
-    write_atomically,
-)
+from limbeck.contract.artifact import Artifact, open_artifact, work_folder, write_artifact
 from limbeck.contract.errors import ArtifactError, DivergenceError, RecipeError
+from limbeck.contract.files import disk_full_is_a_user_error, write_atomically
 from limbeck.contract.heldout import (
     CALIBRATION,
     HELDOUT,
@@ -77,6 +71,7 @@ from limbeck.contract.heldout import (
     save_heldout,
 )
 from limbeck.contract.licences import sources_of
+from limbeck.contract.machine import host
 from limbeck.contract.progress import say, task
 from limbeck.contract.recipe import (
     EncoderTraining,
@@ -99,7 +94,7 @@ def train(
 ) -> Artifact:
     """Train the recipe's student and write its artifact to ``out``. See `compress.distill`."""
     started = time.monotonic()
-    work = out.parent / f".{out.name}.training"
+    work = work_folder(out)
     run = setup(recipe=recipe, products=products, work=work, key=key)
     # Now, and not when it is over: folders may be gone by then.
     known = sources_of(recipe, base=run.tokenizer_folder, teachers=[f.whole for f in run.folders])

@@ -25,7 +25,7 @@ from compress.loop import LOG, Run, State, evaluate, fit, per_token, setup
 from compress.models.body import Body
 from compress.models.language import load_model, load_tokenizer
 from compress.models.students import Student
-from limbeck.contract.artifact import Artifact, open_artifact, write_artifact
+from limbeck.contract.artifact import Artifact, open_artifact, work_folder, write_artifact
 from limbeck.contract.heldout import HELDOUT, mean_nll
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import Features, Recipe, Recover
@@ -145,7 +145,7 @@ def train_through(
     asked = recipe.export.recover
     assert asked is not None
     rounding: Mapping[str, Mapping[str, Any]] = onnx.result["parameters"]
-    work = out.parent / f".{out.name}.training"
+    work = work_folder(out)
     model = load_model(student.path / "model")
     run = setup(recipe=_short(recipe, asked), products=products, work=work, key=key, model=model)
     run.teachers.temperatures = [

@@ -15,14 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck.contract.artifact import (
-    Artifact,
-    find_artifact,
-    open_artifact,
-    sums_overflow,
-    write_artifact,
-)
+from limbeck.contract.artifact import Artifact, find_artifact, open_artifact, write_artifact
 from limbeck.contract.errors import ArtifactError
+from limbeck.contract.machine import sums_overflow
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import (
     AnyRecipe,

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.contract.artifact import open_artifact, versions
+from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import DataError, EnvironmentalError, UserError
+from limbeck.contract.machine import versions
 from limbeck.contract.progress import task as progress_of
 from limbeck.runtime.decoder import Decoder, load_text
 

@@ -32,8 +32,8 @@ from compress.models.language import (
 )
 from compress.models.shrink import Importance, shrink
 from limbeck.contract import sources
-from limbeck.contract.artifact import file_digest
 from limbeck.contract.errors import ModelError
+from limbeck.contract.files import file_digest
 from limbeck.contract.loading import load_pretrained, unused_pooler
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import (

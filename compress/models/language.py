@@ -26,8 +26,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from limbeck.contract import sources
-from limbeck.contract.artifact import file_digest
 from limbeck.contract.errors import EnvironmentalError, ModelError
+from limbeck.contract.files import file_digest
 from limbeck.contract.loading import load_pretrained
 from limbeck.contract.lock import make_once
 from limbeck.contract.progress import say

@@ -13,9 +13,9 @@ import yaml
 
 from export.build.surgery import Graphs
 from limbeck import __version__
-from limbeck.contract.artifact import versions
 from limbeck.contract.errors import ModelError
 from limbeck.contract.licences import UNKNOWN, hub_fields, of_student
+from limbeck.contract.machine import versions
 from limbeck.contract.recipe import AnyRecipe, HubModel, Provider, Recipe, StaticShapes, fingerprint
 from limbeck.runtime.chat import without_marks
 

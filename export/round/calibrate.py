@@ -22,9 +22,9 @@ from onnx import ModelProto, TensorProto, helper
 
 from export.build.surgery import Graphs
 from export.round.smooth import Boundary, Factors, find_boundaries, find_factors
-from limbeck.contract.artifact import available_cores
 from limbeck.contract.errors import ArtifactError
 from limbeck.contract.heldout import CALIBRATION, load_calibration
+from limbeck.contract.machine import available_cores
 from limbeck.contract.progress import say, task
 from limbeck.contract.recipe import (
     EncoderForm,

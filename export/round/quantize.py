@@ -20,7 +20,7 @@ from export.round.blocks import Blockwise, Floats, block_size_for, inverse, pack
 from export.round.calibrate import Calibration
 from export.round.gptq import round_blocks, shares
 from export.round.weights import WeightsFile, external_array
-from limbeck.contract.artifact import sums_overflow
+from limbeck.contract.machine import sums_overflow
 from limbeck.contract.progress import task
 from limbeck.contract.recipe import (
     Form,

@@ -16,8 +16,8 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from limbeck.contract.artifact import host, sums_overflow, versions
 from limbeck.contract.errors import LimbeckError
+from limbeck.contract.machine import host, sums_overflow, versions
 from limbeck.contract.recipe import LoraStudent, PackageModel, PackageText, load_recipe
 from limbeck.contract.sources import cache_folder, package_root
 from limbeck.runtime.decoder import import_onnxruntime

@@ -14,8 +14,7 @@ from typing import cast
 from limbeck.contract.artifact import RECOVERED, Artifact, open_artifact
 from limbeck.contract.errors import ArtifactError
 from limbeck.contract.progress import say
-from limbeck.contract.recipe import Recipe
-from limbeck.contract.recipe.encoder import AnyRecipe
+from limbeck.contract.recipe import AnyRecipe, Recipe
 
 SHIPPED = "onnx"
 PLAIN, SECOND = "onnx-plain", "onnx-recovered"  # of `student` and of `student-recovered`

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.app.plan import form_sizes
-from limbeck.contract.artifact import write_atomically
 from limbeck.contract.errors import DataError, LimbeckError, ModelError, RecipeError
+from limbeck.contract.files import write_atomically
 from limbeck.contract.recipe import ChatRows, Data, Recipe, find_recipe, parse_recipe
 from limbeck.contract.sources import check_arrow
 

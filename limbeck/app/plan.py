@@ -12,8 +12,8 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck.contract.artifact import host
 from limbeck.contract.errors import LimbeckError, RecipeError, UserError
+from limbeck.contract.machine import host
 from limbeck.contract.recipe import (
     AnyRecipe,
     EncoderRecipe,

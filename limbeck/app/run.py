@@ -16,17 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from limbeck.app.exports import PLAIN, SECOND, SHIPPED, export_run
-from limbeck.contract.artifact import (
-    MANIFEST,
-    RECOVERED,
-    Artifact,
+from limbeck.contract.artifact import MANIFEST, RECOVERED, Artifact, open_artifact, student_of
+from limbeck.contract.errors import ArtifactError, LimbeckError, QualityError, RecipeError
+from limbeck.contract.files import (
     disk_full_is_a_user_error,
-    open_artifact,
-    student_of,
+    is_temporary,
+    read_json,
     unwritable_is_a_user_error,
     write_atomically,
 )
-from limbeck.contract.errors import ArtifactError, LimbeckError, QualityError, RecipeError
 from limbeck.contract.lock import LOCK, locked
 from limbeck.contract.progress import leads, processes, say
 from limbeck.contract.recipe import (
@@ -411,15 +409,16 @@ def _require_ours(recipe: AnyRecipe, folder: Path) -> None:
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: is a file, not a folder; name another with --out.")
     try:
-        claim = json.loads((folder / RUN).read_text())
+        claim = read_json(folder / RUN)
         name, digest = str(claim["recipe"]), str(claim["digest"])
     except FileNotFoundError:
-        if any(entry.name != LOCK for entry in folder.iterdir()):
+        # Another start, or one that was killed, may be about to write RUN.
+        if any(entry.name != LOCK and not is_temporary(entry.name) for entry in folder.iterdir()):
             raise ArtifactError(
                 f"{folder}: holds files but no run of Limbeck ({RUN} is missing); name an empty or new folder with --out."
             ) from None
         return
-    except (ValueError, KeyError, TypeError):
+    except (ArtifactError, KeyError, TypeError):
         raise ArtifactError(
             f"{folder / RUN}: not what Limbeck writes; name another folder with --out."
         ) from None

@@ -1,39 +1,79 @@
-"""What one stage hands the next: a folder whose manifest is written last, atomically, with a hash of every file.
+"""Artifacts: what one stage hands the next. A folder whose manifest is written last, with a hash of every file.
 
-Knows folders, hashes and manifests; knows nothing of what the files mean.
+Knows folders, hashes and manifests. Knows nothing about what the files mean.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import importlib.metadata
 import json
 import os
-import platform
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from limbeck.contract.errors import ArtifactError, EnvironmentalError
+from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt, StringConstraints
+from pydantic import ValidationError as PydanticError
+
+from limbeck.contract.errors import ArtifactError
+from limbeck.contract.files import (
+    disk_full_is_a_user_error,
+    file_digest,
+    files_below,
+    new_folder,
+    put_in_place,
+    read_json,
+    write_atomically,
+)
+from limbeck.contract.machine import host, versions
+from limbeck.contract.progress import say
 from limbeck.contract.recipe import BaseRecipe, fingerprint
 
-FORMAT = 1
+FORMAT = 2  # of the manifest and of the results in it; 1 had results without `task`
 MANIFEST = "manifest.json"
-RECOVERED = "student-recovered"  # in a run folder, beside `student`: distilled again through the rounding of a form
-_VERSIONED = (
-    "limbeck", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "optimum", "onnx",
-    "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda", "numpy",
-)  # fmt: skip
+# At the top of an artifact: files and folders with times and places of the work. A change of them is found, but they do not
+# enter the digest, so that equal input on equal machines gives equal digests.
+NOTES = frozenset({"log.jsonl", "teachers.json", "tensorboard", "trackers"})
+RECOVERED = "student-recovered"  # in a run folder: distilled again through the rounding of a form
+
+
+def _is_time(text: str) -> str:
+    datetime.fromisoformat(text)
+    return text
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class _File(_Strict):
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    bytes: NonNegativeInt
+
+
+class _Recipe(_Strict):
+    text: str
+    resolved: dict[str, Any]
+
+
+class _Manifest(_Strict):
+    format: int
+    kind: str
+    key: str
+    parents: dict[str, str]
+    result: dict[str, Any]
+    recipe: _Recipe | None
+    versions: dict[str, str]
+    host: dict[str, Any]
+    created: Annotated[str, AfterValidator(_is_time)]
+    files: dict[str, _File]
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A complete artifact on disk."""
+    """A complete artifact on disk. ``manifest`` has the fields of `_Manifest`, each of its type."""
 
     path: Path
     manifest: dict[str, Any]
@@ -45,7 +85,7 @@ class Artifact:
 
     @property
     def key(self) -> str:
-        """Fingerprint of everything the stage was given; equal keys need no second run."""
+        """Fingerprint of the stage's whole input. An artifact of the same key need not be made again."""
         return str(self.manifest["key"])
 
     @property
@@ -55,9 +95,14 @@ class Artifact:
 
     @property
     def digest(self) -> str:
-        """sha256 over kind, key, parents and the hash of every file: the same bytes, the same digest."""
+        """sha256 over kind, key, parents and the hash of every file but notes: no times, places or machines."""
+        counted = {
+            name: entry
+            for name, entry in self.manifest["files"].items()
+            if name.partition("/")[0] not in NOTES
+        }
         return fingerprint(
-            {name: self.manifest[name] for name in ("kind", "key", "parents", "files")}
+            {name: self.manifest[name] for name in ("kind", "key", "parents")} | {"files": counted}
         )
 
 
@@ -73,62 +118,49 @@ class Draft:
 def write_artifact(
     path: Path, *, kind: str, key: str, parents: Mapping[str, str], recipe: BaseRecipe | None = None
 ) -> Iterator[Draft]:
-    """Write an artifact to ``path`` through a temporary folder beside it; nothing half-written ever has that name.
+    """Write an artifact to ``path`` through a temporary folder beside it. ``path`` never holds half of one.
 
-    ``parents`` maps a role (`base`, `student` …) to the digest of the artifact or file it was made from.
-    Raises `EnvironmentalError` when the disk is full. Leaving without a ``result`` is a defect.
+    ``parents`` maps a role (`base`, `student` …) to the digest of the artifact or file it was made from. Raises
+    `EnvironmentalError` when the disk is full. Leaving without a ``result`` is a defect.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = path.parent / f".{path.name}.writing"
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir()
-    draft = Draft(folder)
-    try:
-        with disk_full_is_a_user_error(path):
-            yield draft
-            assert draft.result is not None, f"a {kind} artifact without a measured result"
-            manifest = {
-                "format": FORMAT,
-                "kind": kind,
-                "key": key,
-                "parents": dict(parents),
-                "result": draft.result,
-                "recipe": {"text": recipe.text, "resolved": recipe.resolved()} if recipe else None,
-                "versions": versions(),
-                "host": host(),
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "files": {name: _entry(folder / name) for name in _files(folder)},
-            }
-            write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
-            _share(folder)
-            _replace(folder, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with disk_full_is_a_user_error(path), new_folder(path) as folder:
+        draft = Draft(folder)
+        yield draft
+        assert draft.result is not None, f"a {kind} artifact without a measured result"
+        manifest = {
+            "format": FORMAT,
+            "kind": kind,
+            "key": key,
+            "parents": dict(parents),
+            "result": draft.result,
+            "recipe": {"text": recipe.text, "resolved": recipe.resolved()} if recipe else None,
+            "versions": versions(),
+            "host": host(),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "files": {name: _entry(folder / name) for name in files_below(folder)},
+        }
+        write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
+        _share(folder)
+        put_in_place(folder, path)
 
 
 def open_artifact(path: Path, *, kind: str | None = None, verify: bool = True) -> Artifact:
-    """Open the artifact at ``path``. Raises `ArtifactError` naming the first file changed, missing or extra.
+    """Open the artifact at ``path``. Raises `ArtifactError` naming the first file that is changed, missing or extra.
 
     ``verify=False`` skips the hashes, for a caller that has just written or checked them.
     """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        found, expected = (manifest["kind"], manifest["format"]), (kind or manifest["kind"], FORMAT)
-    except FileNotFoundError:
+    manifest = _read_manifest(path)
+    if manifest["format"] != FORMAT:
+        age = "a former" if manifest["format"] < FORMAT else "a newer"
         raise ArtifactError(
-            f"{path}: no complete artifact here ({MANIFEST} is missing); run the stage that makes it."
-        ) from None
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
-        raise ArtifactError(
-            f"{path / MANIFEST}: not a manifest; delete the folder and run the stage again."
-        ) from None
-    if found != expected:
-        raise ArtifactError(
-            f"{path}: found a {found[0]} artifact of format {found[1]}, expected {expected[0]} of format {expected[1]}."
+            f"{path}: written by {age} version of Limbeck (format {manifest['format']}, expected {FORMAT}); "
+            f"`limbeck run RECIPE --out {path.parent}` makes it anew."
         )
+    if kind is not None and manifest["kind"] != kind:
+        raise ArtifactError(f"{path}: found a {manifest['kind']} artifact, expected {kind}.")
     files: dict[str, dict[str, Any]] = manifest["files"]
-    present = set(_files(path)) - {MANIFEST}
+    present = set(files_below(path)) - {MANIFEST}
     for name in sorted(files.keys() | present):
         if name not in present:
             raise ArtifactError(
@@ -146,18 +178,27 @@ def open_artifact(path: Path, *, kind: str | None = None, verify: bool = True) -
 
 
 def find_artifact(path: Path, *, kind: str, key: str) -> Artifact | None:
-    """The artifact at ``path`` when it is complete, unchanged and was made from ``key``; none when it must be made.
+    """The artifact at ``path`` if it is complete, unchanged and was made from ``key``; None if it has to be made.
 
-    Raises `ArtifactError` when an artifact is there but damaged: that is never repaired in silence.
+    One of a former format has to be made. Raises `ArtifactError` for a damaged artifact: damage is never repaired in
+    silence.
     """
-    if not (path / MANIFEST).exists():
+    if not os.path.lexists(path / MANIFEST):
+        return None
+    if (found := _read_manifest(path)["format"]) < FORMAT:
+        say(f"{path}: made by a former version of Limbeck (format {found}); it is made anew.")
         return None
     artifact = open_artifact(path, kind=kind)
     return artifact if artifact.key == key else None
 
 
+def work_folder(path: Path) -> Path:
+    """Where a stage keeps its checkpoint and log until the artifact ``path`` is complete."""
+    return path.with_name(f".{path.name}.training")
+
+
 def student_of(onnx: Artifact) -> Path:
-    """The folder beside ``onnx`` of the student that its graphs were made from: the recovered one where that ships."""
+    """Folder of the student that the graphs of ``onnx`` were made from: the recovered one where that one ships."""
     recovered = onnx.path.parent / RECOVERED
     made_from = onnx.manifest["parents"].get("student")
     if (recovered / MANIFEST).exists() and open_artifact(
@@ -167,117 +208,29 @@ def student_of(onnx: Artifact) -> Path:
     return onnx.path.parent / "student"
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of one file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def folder_digest(path: Path) -> str:
-    """sha256 over the name and content of every file below ``path``."""
-    return fingerprint({name: file_digest(path / name) for name in _files(path)})
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` so that ``path`` holds either the old content or all of the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    with disk_full_is_a_user_error(path):
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def versions() -> dict[str, str]:
-    """Version of Python and of every installed library that can change a result."""
-    found = {"python": platform.python_version()}
-    for name in _VERSIONED:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def host() -> dict[str, Any]:
-    """What this machine is: processor, its vector flags, cores this process may use, memory in bytes."""
-    processor, flags = platform.processor() or platform.machine(), set[str]()
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of ``path``, every field of its type unless the format is another one. Raises `ArtifactError`."""
+    file = path / MANIFEST
+    remedy = "delete the folder and run the stage again."
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                processor = value.strip()
-            elif name.strip() == "flags":
-                flags = set(value.split())
-                break
-    except OSError:
-        pass  # not Linux: the processor's name is all there is
-    wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
-    return {
-        "system": f"{platform.system()} {platform.release()}",
-        "processor": processor,
-        "flags": [flag for flag in wanted if flag in flags],
-        "cores": available_cores(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    }
-
-
-def sums_overflow() -> bool:
-    """Whether this processor adds pairs of 8-bit products in 16 bits, where signed weights of 8 bits overflow: x86 without VNNI.
-
-    True of an x86 whose flags are not known, as on macOS.
-    """
-    flags = set(host()["flags"])
-    if not flags and platform.machine().lower() in ("x86_64", "amd64"):
-        return platform.system() != "Linux"
-    return "avx2" in flags and not flags & {"avx512_vnni", "avx_vnni", "amx_int8"}
-
-
-def available_cores() -> int:
-    """Processor cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def disk_full_is_a_user_error(path: Path) -> Iterator[None]:
-    """Turn "no space left" into an error that names ``path``; libraries that wrap it are seen through."""
-    try:
-        yield
-    except Exception as error:
-        full = getattr(error, "errno", None) in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-        ) or "No space left" in str(error)
-        if not full:
-            raise
-        raise EnvironmentalError(
-            f"{path}: no space left on the disk; free some room and run again. Nothing half-written was kept."
-        ) from error
-
-
-@contextmanager
-def unwritable_is_a_user_error(
-    folder: Path, *, remedy: str = "name another with --out"
-) -> Iterator[None]:
-    """Turn a lack of permission and a read-only file system into an error that names ``folder`` and what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        raise EnvironmentalError(
-            f"{folder}: cannot be written ({error.strerror}); {remedy}."
+        manifest = read_json(file)
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"{path}: no complete artifact here ({MANIFEST} is missing); run the stage that makes it."
         ) from None
-
-
-def _files(folder: Path) -> list[str]:
-    return sorted(
-        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() or p.is_symlink()
-    )
+    except ArtifactError as error:
+        raise ArtifactError(f"{str(error).rstrip('.')}, so not a manifest; {remedy}") from None
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if type(found) is not int or "kind" not in manifest:
+        raise ArtifactError(f"{file}: not a manifest; {remedy}")
+    if found == FORMAT:
+        try:
+            _Manifest.model_validate(manifest)
+        except PydanticError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ArtifactError(f"{file}: {where}: {first['msg']}; {remedy}") from None
+    return dict(manifest)
 
 
 def _entry(path: Path) -> dict[str, Any]:
@@ -285,27 +238,8 @@ def _entry(path: Path) -> dict[str, Any]:
 
 
 def _share(folder: Path) -> None:
-    """Let everyone read what the umask lets them: safetensors writes files for their owner alone."""
+    """Let everyone read what the umask allows: safetensors writes files for their owner alone."""
     mode = (folder / MANIFEST).stat().st_mode & 0o666  # of a file that was opened as usual
-    for name in _files(folder):
+    for name in files_below(folder):
         if not (folder / name).is_symlink():
             (folder / name).chmod(mode)
-
-
-def _replace(folder: Path, path: Path) -> None:
-    for name in _files(folder):
-        with (folder / name).open("rb") as file:
-            os.fsync(file.fileno())
-    if path.exists():
-        old = path.parent / f".{path.name}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-        folder.rename(path)
-        shutil.rmtree(old)
-    else:
-        folder.rename(path)
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

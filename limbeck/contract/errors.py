@@ -20,11 +20,17 @@ Everything else that is raised is a defect of Limbeck and keeps its traceback.
 
 from __future__ import annotations
 
+from limbeck.contract.printable import printable
+
 
 class LimbeckError(Exception):
-    """Base of every error with a message meant for the user; ``exit_code`` is what the command line returns."""
+    """Base of every error whose message is meant for the user; the command line returns ``exit_code``."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        """The message. Control characters in names from the user's files are written out."""
+        return printable(super().__str__())
 
 
 class UserError(LimbeckError):

@@ -1,36 +1,41 @@
-"""One process at a time: in a run folder, and in making what the cache holds. The system lets go when a process ends, however it ends.
+"""One process at a time: in a run folder, and for each artifact in the cache.
 
-Knows folders and artifacts; knows nothing of what is made.
+The system releases a lock when its process ends, however it ends. Not `filelock`: it empties the lock file whenever it
+tries, so that nobody can say which process holds it, and importing it takes longer than `limbeck --help` may.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from limbeck.contract.artifact import find_artifact, unwritable_is_a_user_error, write_artifact
+from limbeck.contract.artifact import find_artifact, write_artifact
 from limbeck.contract.errors import ArtifactError
+from limbeck.contract.files import disk_full_is_a_user_error, sweep, unwritable_is_a_user_error
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import BaseRecipe
 
 LOCK = ".lock"
+_SIGNED_WITHIN = 0.5  # seconds a holder may take to write its number into the file it has locked
 
 
 @contextmanager
 def locked(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Keep every other process out of ``folder``.
+    """Keep every other process out of ``folder``, and remove what killed ones left there.
 
-    ``wait`` waits for one that holds it, which otherwise is an `ArtifactError`. Raises `EnvironmentalError` where the folder
-    cannot be written.
+    ``wait`` waits for a process that holds it; without it that is an `ArtifactError`. Raises `EnvironmentalError` where the
+    folder cannot be written.
     """
     with unwritable_is_a_user_error(folder):
         file = (folder / LOCK).open("a+")
-    with file:
+    with file, disk_full_is_a_user_error(folder):
         if (holder := _take(file)) is not None:
             if not wait:
                 raise ArtifactError(
@@ -38,8 +43,9 @@ def locked(folder: Path, *, wait: bool) -> Iterator[None]:
                 )
             say(f"waiting for another run ({holder}), which is making {folder.name}")
             fcntl.flock(file, fcntl.LOCK_EX)
-        _sign(file)
-        yield
+        sweep(folder)
+        with _signed(file):
+            yield
 
 
 def make_once(
@@ -51,9 +57,9 @@ def make_once(
     make: Callable[[Path], dict[str, Any]],
     recipe: BaseRecipe | None = None,
 ) -> None:
-    """Have the artifact of ``key`` at ``path``, in the cache: where it is not there, ``make`` fills a folder and says what it measured.
+    """Make the artifact of ``key`` at ``path``, in the cache, unless it is there. ``make`` fills a folder and returns the result.
 
-    Of several processes that want it at once one makes it, and the others wait for it.
+    Of several processes that need it at once one makes it, and the others wait.
     """
     if find_artifact(path, kind=kind, key=key) is not None:
         return
@@ -62,26 +68,49 @@ def make_once(
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.with_name(f".{path.name}{LOCK}").open("a+")
-    with file:
+    with file, disk_full_is_a_user_error(path):
         if (holder := _take(file)) is not None:
             _say_once(
                 f"  waiting for another run ({holder}), which is making {path.parent.name} in the cache"
             )
             fcntl.flock(file, fcntl.LOCK_EX)
-        _sign(file)
-        if find_artifact(path, kind=kind, key=key) is None:  # else who held the lock has made it
-            with write_artifact(path, kind=kind, key=key, parents=parents, recipe=recipe) as draft:
-                draft.result = make(draft.folder)
+        sweep(path.parent)
+        with _signed(file):
+            if (
+                find_artifact(path, kind=kind, key=key) is None
+            ):  # else the other process has made it
+                with write_artifact(
+                    path, kind=kind, key=key, parents=parents, recipe=recipe
+                ) as draft:
+                    draft.result = make(draft.folder)
 
 
 def _take(file: IO[str]) -> str | None:
-    """Lock ``file``; where another process has, say which."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    """Lock ``file``. Returns the process that has locked it, or None if this one has now."""
+    until = time.monotonic() + _SIGNED_WITHIN
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass
+        else:
+            return None
         file.seek(0)
-        return f"process {file.read().strip() or 'unknown'}"
-    return None
+        number = file.read().strip()
+        if _is_alive(number) or time.monotonic() > until:
+            return f"process {number or 'unknown'}"
+        time.sleep(0.01)
+
+
+def _is_alive(number: str) -> bool:
+    """Whether ``number`` is a process of this machine; one that was killed has left its number behind."""
+    try:
+        os.kill(int(number), 0)
+    except PermissionError:
+        return True
+    except (ValueError, OverflowError, OSError):
+        return False
+    return True
 
 
 @functools.cache
@@ -89,8 +118,15 @@ def _say_once(message: str) -> None:
     say(message)
 
 
-def _sign(file: IO[str]) -> None:
+@contextmanager
+def _signed(file: IO[str]) -> Iterator[None]:
+    """Write this process's number into the lock file, and take it out again at the end."""
     file.seek(0)
     file.truncate()
     file.write(f"{os.getpid()}\n")
     file.flush()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            file.truncate(0)

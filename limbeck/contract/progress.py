@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from limbeck.contract.printable import printable
+
 _PLAIN_EVERY = 10.0  # seconds between plain lines of one task
 
 
 def leads() -> bool:
-    """Whether this is the only process of the job, or the first of those that torchrun or accelerate started."""
+    """Whether this process is the only one of the job, or the first that torchrun or accelerate started."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -23,13 +25,13 @@ def processes() -> int:
 
 
 def say(message: str) -> None:
-    """One line for the person who waits, on standard error; of several processes only the first speaks."""
+    """One line for the person who waits, on standard error. Of several processes only the first writes it."""
     if leads():
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
 
 
 class Task:
-    """Handle of one piece of long work."""
+    """One piece of long work, and how far it is."""
 
     def __init__(self, label: str, total: int | None, bar: Any = None, bar_id: Any = None) -> None:
         self.label, self.total, self.done = label, total, 0
@@ -52,7 +54,7 @@ class Task:
 
 @contextmanager
 def task(label: str, total: int | None = None, *, done: int = 0) -> Iterator[Task]:
-    """Show work on ``label`` of ``total`` steps (unknown when none), ``done`` of which an earlier run finished."""
+    """Show progress of ``label``: ``done`` of ``total`` steps were finished earlier; a ``total`` of None is unknown."""
     if not (leads() and sys.stderr.isatty()):
         handle = Task(label, total)
         handle.done = done
@@ -78,7 +80,10 @@ def task(label: str, total: int | None = None, *, done: int = 0) -> Iterator[Tas
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         handle = Task(
-            label, total, bar, bar.add_task(label, total=total, completed=done, figures="")
+            label,
+            total,
+            bar,
+            bar.add_task(printable(label), total=total, completed=done, figures=""),
         )
         handle.done = done
         yield handle

@@ -16,8 +16,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from limbeck.contract.artifact import file_digest, folder_digest, open_artifact
+from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import DataError, EnvironmentalError, ModelError, UserError
+from limbeck.contract.files import file_digest, folder_digest
 from limbeck.contract.recipe import (
     AnyRecipe,
     BaseSource,

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from limbeck.contract.artifact import available_cores, open_artifact, sums_overflow
+from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import ArtifactError, DataError, EnvironmentalError
+from limbeck.contract.machine import available_cores, sums_overflow
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import NO_KERNEL, Provider
 from limbeck.runtime.chat import render

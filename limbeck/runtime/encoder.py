@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck.contract.artifact import available_cores, open_artifact
+from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import ArtifactError, DataError
+from limbeck.contract.machine import available_cores
 from limbeck.runtime.decoder import import_onnxruntime, warn_of_overflow
 
 if TYPE_CHECKING:

@@ -16,16 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from limbeck.contract.artifact import (
-    Artifact,
-    file_digest,
-    host,
-    open_artifact,
-    student_of,
-    versions,
-)
+from limbeck.contract.artifact import Artifact, open_artifact, student_of
 from limbeck.contract.errors import ArtifactError
+from limbeck.contract.files import file_digest
 from limbeck.contract.heldout import HELDOUT, Blocks, load_heldout, mean_nll
+from limbeck.contract.machine import host, versions
 from limbeck.contract.progress import task
 from limbeck.contract.recipe import Recipe, parse_recipe
 from serve_bench.judge import figures

@@ -14,16 +14,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from limbeck.contract.artifact import (
-    Artifact,
-    available_cores,
-    find_artifact,
-    host,
-    open_artifact,
-    write_artifact,
-)
+from limbeck.contract.artifact import Artifact, find_artifact, open_artifact, write_artifact
 from limbeck.contract.errors import ArtifactError, DataError
 from limbeck.contract.heldout import HELDOUT, Blocks, load_heldout
+from limbeck.contract.machine import available_cores, host
 from limbeck.contract.progress import say, task
 from limbeck.contract.recipe import Bench, Gates, Recipe, fingerprint
 from serve_bench.judge import figures

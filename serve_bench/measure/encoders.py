@@ -18,17 +18,10 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
-from limbeck.contract.artifact import (
-    Artifact,
-    available_cores,
-    find_artifact,
-    host,
-    open_artifact,
-    versions,
-    write_artifact,
-)
+from limbeck.contract.artifact import Artifact, find_artifact, open_artifact, write_artifact
 from limbeck.contract.errors import ArtifactError, DataError
 from limbeck.contract.examples import EXAMPLES, Examples, load_examples
+from limbeck.contract.machine import available_cores, host, versions
 from limbeck.contract.progress import Task, say, task
 from limbeck.contract.recipe import EncoderBench, EncoderRecipe, fingerprint
 from limbeck.runtime.encoder import COUNTS_FROM_PADDING

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from limbeck.contract.artifact import host, versions
+from limbeck.contract.machine import host, versions
 
 _CPU = Path("/sys/devices/system/cpu/cpu0")
 _ROOT = Path(__file__).resolve().parents[2]

@@ -15,16 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.contract.artifact import (
-    MANIFEST,
-    Artifact,
-    available_cores,
-    host,
-    open_artifact,
-    unwritable_is_a_user_error,
-    write_artifact,
-)
+from limbeck.contract.artifact import MANIFEST, Artifact, open_artifact, write_artifact
 from limbeck.contract.errors import ArtifactError, DataError, ModelError
+from limbeck.contract.files import unwritable_is_a_user_error
+from limbeck.contract.machine import available_cores, host
 from limbeck.contract.recipe import Bench, ServerScenario, UrlTarget, fingerprint
 from limbeck.contract.sources import check_weights, hub_snapshot
 from serve_bench.judge import figures

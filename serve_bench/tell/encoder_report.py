@@ -13,9 +13,10 @@ from typing import Any
 from safetensors.numpy import load_file
 
 from limbeck import __version__
-from limbeck.contract.artifact import open_artifact, write_atomically
+from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import ArtifactError
 from limbeck.contract.examples import EXAMPLES, load_examples
+from limbeck.contract.files import write_atomically
 from limbeck.contract.recipe import EncoderRecipe
 from serve_bench.judge import encoder_figures as figures
 from serve_bench.judge.figures import ENVIRONMENT, SAMPLES

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck import __version__
-from limbeck.contract.artifact import Artifact, open_artifact, student_of, write_atomically
+from limbeck.contract.artifact import Artifact, open_artifact, student_of
 from limbeck.contract.errors import ArtifactError
+from limbeck.contract.files import write_atomically
 from limbeck.contract.recipe import Recipe
 from serve_bench.judge import figures
 from serve_bench.judge.certificate import CERTIFICATE, certify

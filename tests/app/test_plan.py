@@ -25,8 +25,8 @@ from limbeck.app import pico, plan
 from limbeck.app import run as pipeline
 from limbeck.app.cli import app
 from limbeck.app.library import Entry, library
-from limbeck.contract.artifact import host
 from limbeck.contract.errors import ModelError, RecipeError
+from limbeck.contract.machine import host
 from limbeck.contract.recipe import (
     EncoderRecipe,
     Recipe,

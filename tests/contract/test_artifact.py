@@ -16,14 +16,12 @@ from limbeck.contract import artifact
 from limbeck.contract.artifact import (
     MANIFEST,
     Artifact,
-    file_digest,
     find_artifact,
-    folder_digest,
     open_artifact,
     write_artifact,
-    write_atomically,
 )
 from limbeck.contract.errors import ArtifactError, EnvironmentalError
+from limbeck.contract.files import file_digest, folder_digest, write_atomically
 from limbeck.contract.heldout import save_calibration
 from tests.pico import pico_recipe
 
@@ -90,7 +88,7 @@ def test_a_broken_manifest_is_refused(tmp_path: Path, manifest: str) -> None:
 
 def test_another_kind_and_another_format_are_refused(tmp_path: Path) -> None:
     made = make(tmp_path / "student")
-    with pytest.raises(ArtifactError, match="found a student artifact of format 1, expected onnx"):
+    with pytest.raises(ArtifactError, match="found a student artifact, expected onnx"):
         open_artifact(made.path, kind="onnx")
     manifest = json.loads((made.path / MANIFEST).read_text()) | {"format": 99}
     (made.path / MANIFEST).write_text(json.dumps(manifest))
@@ -179,7 +177,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(
     def full(_: int) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(artifact.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(EnvironmentalError, match="no space left on the disk; free some room"):
         make(tmp_path / "student")
     assert list(tmp_path.iterdir()) == []
@@ -202,7 +200,7 @@ def test_a_full_disk_keeps_the_old_text(tmp_path: Path, monkeypatch: pytest.Monk
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(artifact.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(EnvironmentalError):
         write_atomically(path, "new")
     assert path.read_text() == "old"
@@ -224,6 +222,97 @@ def test_the_digest_is_of_the_content_not_of_time_place_or_machine(
     assert first.digest == "ce626846cbfbaef38078686d1917b8b3c82afc218ea18b9dbcf2bb6816c119db"
     assert make(tmp_path / "c", text="other").digest != first.digest
     assert make(tmp_path / "d", key="other").digest != first.digest
+
+
+def test_notes_are_checked_but_do_not_enter_the_digest(tmp_path: Path) -> None:
+    def make_at(path: Path, seconds: int) -> Artifact:
+        with write_artifact(path, kind="student", key="k", parents={}) as draft:
+            (draft.folder / "weights").write_text("1")
+            (draft.folder / "log.jsonl").write_text(f'{{"seconds": {seconds}}}')
+            (draft.folder / "tensorboard").mkdir()
+            (draft.folder / "tensorboard" / "events").write_text(str(seconds))
+            draft.result = {"seconds": seconds}
+        return open_artifact(path)
+
+    first, second = make_at(tmp_path / "a", 1), make_at(tmp_path / "b", 2)
+    assert first.digest == second.digest
+    (second.path / "tensorboard" / "events").write_text("3")
+    with pytest.raises(ArtifactError, match="tensorboard/events has changed"):
+        open_artifact(second.path)
+
+
+def test_a_former_format_is_made_anew_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = make(tmp_path / "student")
+    manifest = json.loads((made.path / MANIFEST).read_text()) | {"format": 1}
+    del manifest["files"]
+    (made.path / MANIFEST).write_text(json.dumps(manifest))
+    assert find_artifact(made.path, kind="student", key="k") is None
+    assert capsys.readouterr().err == (
+        f"{made.path}: made by a former version of Limbeck (format 1); it is made anew.\n"
+    )
+    with pytest.raises(ArtifactError, match=rf"limbeck run RECIPE --out {tmp_path}` makes it anew"):
+        open_artifact(made.path)
+    manifest["format"] = 3
+    (made.path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="a newer version of Limbeck"):
+        find_artifact(made.path, kind="student", key="k")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("key", 3),
+        ("parents", ["a"]),
+        ("parents", {"base": None}),
+        ("result", []),
+        ("recipe", {"text": "x"}),
+        ("versions", {"python": 3}),
+        ("host", None),
+        ("created", "yesterday"),
+        ("files", {"b.txt": "abc"}),
+        ("files", {"b.txt": {"sha256": "abc", "bytes": 3}}),
+        ("files", {"b.txt": {"sha256": "0" * 64, "bytes": -1}}),
+        ("files", {"b.txt": {"sha256": "0" * 64, "bytes": True}}),
+        ("more", 1),
+    ],
+)
+def test_a_field_of_another_kind_is_named(tmp_path: Path, field: str, value: Any) -> None:
+    made = make(tmp_path / "student")
+    manifest = json.loads((made.path / MANIFEST).read_text())
+    (made.path / MANIFEST).write_text(json.dumps(manifest | {field: value}))
+    with pytest.raises(ArtifactError, match=rf"manifest\.json: {field}[.:].*delete the folder"):
+        open_artifact(made.path)
+    if field in manifest:
+        del manifest[field]
+        (made.path / MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(ArtifactError, match=rf"manifest\.json: {field}: Field required"):
+            find_artifact(made.path, kind="student", key="k")
+
+
+def test_what_would_block_or_is_no_file_is_refused(tmp_path: Path) -> None:
+    made = make(tmp_path / "student")
+    (made.path / "b.txt").unlink()
+    os.mkfifo(made.path / "b.txt")
+    with pytest.raises(ArtifactError, match=r"b\.txt: a folder, pipe or device"):
+        open_artifact(made.path)
+    (made.path / "b.txt").unlink()
+    (made.path / "b.txt").symlink_to("/dev/zero")
+    with pytest.raises(ArtifactError, match=r"b\.txt: a folder, pipe or device"):
+        open_artifact(made.path)
+    (made.path / MANIFEST).unlink()
+    os.mkfifo(made.path / MANIFEST)
+    with pytest.raises(ArtifactError, match=r"manifest\.json: a folder, pipe or device"):
+        find_artifact(made.path, kind="student", key="k")
+    (made.path / MANIFEST).unlink()
+    (made.path / MANIFEST).mkdir()
+    with pytest.raises(ArtifactError, match=r"manifest\.json: a folder, pipe or device"):
+        open_artifact(made.path)
+    (made.path / MANIFEST).rmdir()
+    (made.path / MANIFEST).symlink_to(made.path / MANIFEST)
+    with pytest.raises(ArtifactError, match="Too many levels of symbolic links"):
+        find_artifact(made.path, kind="student", key="k")
 
 
 def test_a_copy_is_the_same_artifact(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_who_waits_is_told_once_for_whom(
         for name in ("a", "b"):
             with (tmp_path / "teachers" / f".{name}.lock").open("w") as held:
                 fcntl.flock(held, fcntl.LOCK_EX)
-                held.write("123\n")
+                held.write(f"{os.getppid()}\n")
                 held.flush()
                 waits = pool.submit(rows, name)
                 time.sleep(0.05)
@@ -66,7 +66,7 @@ def test_who_waits_is_told_once_for_whom(
             assert open_artifact(tmp_path / "teachers" / name).key == name
     assert (
         capsys.readouterr().err
-        == "  waiting for another run (process 123), which is making teachers in the cache\n"
+        == f"  waiting for another run (process {os.getppid()}), which is making teachers in the cache\n"
     )
 
 

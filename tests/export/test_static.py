@@ -218,7 +218,7 @@ def test_weights_have_7_bits_where_sums_would_overflow_and_a_graph_of_8_warns(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("limbeck.contract.artifact.host", lambda: {"flags": flags})
+    monkeypatch.setattr("limbeck.contract.machine.host", lambda: {"flags": flags})
     overflows = bool(flags) and not {"avx512_vnni", "avx_vnni"} & set(flags)
     most = {}
     for reduce_range in (None, False, True):

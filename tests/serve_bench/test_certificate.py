@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from limbeck.contract.artifact import file_digest, host, open_artifact, versions
+from limbeck.contract.artifact import open_artifact
+from limbeck.contract.files import file_digest
 from limbeck.contract.heldout import HELDOUT, load_heldout
+from limbeck.contract.machine import host, versions
 from serve_bench import write_report
 from serve_bench.judge.certificate import (
     CERTIFICATE,

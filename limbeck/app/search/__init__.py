@@ -38,8 +38,8 @@ from limbeck.app.search.probes import predict_speeds
 from limbeck.app.search.rounds import halve
 from limbeck.app.search.state import PATIENCE, SPENT, Clock, claim, digest_of, require_ours
 from limbeck.app.search.tasks import task_of
-from limbeck.contract.artifact import write_atomically
 from limbeck.contract.errors import EnvironmentalError, RecipeError
+from limbeck.contract.files import write_atomically
 from limbeck.contract.lock import locked
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import AnyBudget, AnyRecipe, FreshStudent, Recipe, parse_any_recipe

@@ -12,8 +12,8 @@ from limbeck.app.search.candidates import Candidate, SpeedModel, fit_speed, stil
 from limbeck.app.search.outcome import UNEXPORTED, why_refused
 from limbeck.app.search.state import TIMING
 from limbeck.app.search.tasks import task_of
-from limbeck.contract.artifact import write_atomically
 from limbeck.contract.errors import QualityError
+from limbeck.contract.files import write_atomically
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import AnyBudget, AnyRecipe
 

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from limbeck.app import run as pipeline
 from limbeck.contract import sources
-from limbeck.contract.artifact import (
+from limbeck.contract.errors import ArtifactError
+from limbeck.contract.files import (
     disk_full_is_a_user_error,
+    is_temporary,
+    read_json,
     unwritable_is_a_user_error,
     write_atomically,
 )
-from limbeck.contract.errors import ArtifactError
 from limbeck.contract.lock import LOCK
 from limbeck.contract.recipe import AnyRecipe, fingerprint
 
@@ -43,14 +45,17 @@ def require_ours(folder: Path, digest: str) -> None:
         if place.exists() and not place.is_dir():
             raise ArtifactError(f"{place}: is a file, not a folder; name another with --out.")
     try:
-        found = str(json.loads((folder / ASKED).read_text())["digest"])
+        found = str(read_json(folder / ASKED)["digest"])
     except FileNotFoundError:
-        if folder.exists() and any(entry.name != LOCK for entry in folder.iterdir()):
+        # Another start, or one that was killed, may be about to write ASKED.
+        if folder.exists() and any(
+            entry.name != LOCK and not is_temporary(entry.name) for entry in folder.iterdir()
+        ):
             raise ArtifactError(
                 f"{folder}: holds files but no search ({ASKED} is missing); name an empty or new folder with --out."
             ) from None
         return
-    except (ValueError, KeyError, TypeError):
+    except (ArtifactError, KeyError, TypeError):
         raise ArtifactError(
             f"{folder / ASKED}: not what Limbeck writes; name another folder with --out."
         ) from None
