@@ -17,8 +17,9 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from limbeck.contract.errors import ArtifactError, EnvironmentalError
 from limbeck.contract.recipe import fingerprint
@@ -200,7 +201,7 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def open_regular(path: Path) -> Iterator[BinaryIO]:
+def open_regular(path: Path) -> Iterator[BufferedReader]:
     """Open a file for reading. Raises `FileNotFoundError`, and `ArtifactError` for what is no file or cannot be read.
 
     A pipe or a device would block for ever.
