@@ -359,6 +359,8 @@ def test_two_runs_cannot_share_a_folder(stages: Stages) -> None:
     pipeline.run(loaded, out=Path("out"))
     with Path("out/.lock").open("r+") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
+        held.write(f"{os.getpid()}\n")
+        held.flush()
         for again in (
             lambda: pipeline.run(loaded, out=Path("out")),
             lambda: pipeline.report(Path("out")),
