@@ -7,7 +7,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo demo-encoders test test-slow test-gpu test-clients test-browser test-eval check architectures help
+.PHONY: setup demo demo-encoders test test-slow test-gpu test-clients test-browser test-eval check docs architectures help
 
 help:
 	@echo "make setup       the environment in .venv"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-eval   limbeck eval and text metrics with lm-eval, sacrebleu and rouge-score"
 	@echo "make test-browser  the report in headless Chromium, with axe (needs chromium, node and npm)"
 	@echo "make check       ruff, mypy, and the rules of who imports whom"
+	@echo "make docs        the documentation site in site/"
 	@echo "make architectures  writes docs/architectures.md from what passes"
 	@echo "make bench-NAME  a benchmark of tests/benchmarks; its last line is one JSON object; ARGS=… goes to it"
 
@@ -89,6 +90,11 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/test_architecture.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# The site opens from disk (site/index.html); its search needs a server: .venv/bin/mkdocs serve.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # TRL needs its own versions of what we use; it never shares our environment.
 bench-peers: $(READY) .venvs/peers/.ready

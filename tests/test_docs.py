@@ -1,21 +1,26 @@
-"""The documents are true: their commands exist, their recipes are valid, their Python calls fit, their links lead somewhere."""
+"""The documents are true: commands exist, recipes are valid, Python calls fit, links and named files lead somewhere."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import itertools
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import typer
 import yaml
+from pydantic import BaseModel
 
 from limbeck.app.cli import app
 from limbeck.contract.recipe import parse_any_recipe
@@ -23,6 +28,14 @@ from limbeck.contract.recipe import parse_any_recipe
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")])
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+GENERATED = {ROOT / "docs" / "reference.md", ROOT / "docs" / "commands.md"}  # by docs/reference.py
+PYTHON_NAMES = {"export.export_student"}  # not fields of a recipe
+BASE = """
+name: part
+data: {domains: [{name: a, text: {kind: files, paths: [a]}}]}
+student: {kind: fresh, config: {}}
+training: {tokens: 2048}
+"""
 
 
 def blocks(language: str) -> Iterator[tuple[Path, str]]:
@@ -41,6 +54,23 @@ def shell_commands(program: str) -> list[list[str]]:
     return [line for line in words if line and line[0] == program]
 
 
+def names_in_code(path: Path) -> Iterator[str]:
+    """Everything between single backticks outside fenced code."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    yield from re.findall(r"`([^`\n]+)`", text)
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    """docs/reference.py, which makes pages when the site is built."""
+    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "reference.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize("words", shell_commands("limbeck"), ids=" ".join)
 def test_every_command_exists_with_its_options(words: list[str]) -> None:
     assert words[1] in COMMANDS
@@ -49,9 +79,15 @@ def test_every_command_exists_with_its_options(words: list[str]) -> None:
     assert context.params
 
 
-def test_the_readme_shows_every_command() -> None:
+def test_the_documents_show_every_command() -> None:
     shown = {words[1] for words in shell_commands("limbeck")}
     assert shown == set(COMMANDS)
+
+
+def test_the_readme_stays_short() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 120
+    assert len(readme.encode()) <= 7000
 
 
 def test_every_make_target_exists() -> None:
@@ -70,18 +106,12 @@ def test_every_make_target_exists() -> None:
 
 
 def test_every_recipe_is_valid() -> None:
-    base = """
-name: part
-data: {domains: [{name: a, text: {kind: files, paths: [a]}}]}
-student: {kind: fresh, config: {}}
-training: {tokens: 2048}
-"""
     found = list(blocks("yaml"))
     assert found
     for path, text in found:
         tree = yaml.safe_load(text)
         if text.startswith("# part of a recipe"):
-            tree = yaml.safe_load(base) | tree
+            tree = yaml.safe_load(BASE) | tree
         parse_any_recipe(tree, where=path.name)
 
 
@@ -118,11 +148,115 @@ def test_every_python_call_of_ours_fits() -> None:
         assert ours
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_every_internal_link_exists(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
         if not re.match(r"[a-z]+:", target):
-            assert (path.parent / target).exists(), target
+            file = (path.parent / target).resolve()
+            assert file in GENERATED or file.exists(), target
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_named_file_and_module_exists(path: Path) -> None:
+    """Files and modules that a page names in backticks. The changelog is about the past."""
+    if path.name == "CHANGELOG.md":
+        return
+    for name in names_in_code(path):
+        if re.fullmatch(r"(limbeck|compress|export|serve_bench|tests|recipes|docs)/[\w./-]+", name):
+            assert (ROOT / name).exists(), name
+        if re.fullmatch(r"(limbeck\.(app|runtime|contract)|serve_bench)(\.\w+)+", name):
+            folders = [ROOT.joinpath(*name.split(".")[:depth]) for depth in range(2, 7)]
+            assert any(f.is_dir() or f.with_suffix(".py").is_file() for f in folders), name
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_named_recipe_field_exists(path: Path, generator: ModuleType) -> None:
+    """`training.tokens`, `export.mixed` … name fields of a recipe, at every depth that a page writes."""
+    schemas = [cls.model_json_schema() for cls in generator.recipe_classes()]
+    parts = set().union(*(schema["properties"] for schema in schemas)) - {"name", "task"}
+
+    def below(schema: Any, root: Any) -> Iterator[Any]:
+        """The objects that a field may hold, references and choices resolved."""
+        if "$ref" in schema:
+            yield from below(root["$defs"][schema["$ref"].rsplit("/", 1)[1]], root)
+        for key in ("anyOf", "oneOf"):
+            for part in schema.get(key, ()):
+                yield from below(part, root)
+        if "items" in schema:
+            yield from below(schema["items"], root)
+        if "properties" in schema:
+            yield schema
+
+    def exists(keys: list[str], schema: Any, root: Any) -> bool:
+        if not keys or keys[0].isdigit():
+            return not keys or exists(keys[1:], schema, root)
+        return any(
+            exists(keys[1:], choice["properties"][keys[0]], root)
+            for choice in below(schema, root)
+            if keys[0] in choice["properties"]
+        )
+
+    for name in names_in_code(path):
+        field = re.match(r"([a-z_]+(?:\.\w+)+)(?=$|[:= ])", name)
+        if name in PYTHON_NAMES or re.search(r"\.(md|yaml|json|jsonl|svg|db|py|html)$", name):
+            continue
+        if field and (keys := field[1].split("."))[0] in parts:
+            assert any(exists(keys, schema, schema) for schema in schemas), name
+
+
+def test_the_reference_has_every_field_with_its_default(generator: ModuleType) -> None:
+    page = generator.recipes_page()
+    teacher = {"name": "a", "model": {"kind": "local", "path": "a"}}
+    recipe = parse_any_recipe(yaml.safe_load(BASE) | {"teachers": [teacher]})
+
+    def check(node: Any) -> None:
+        """A row for each field of a recipe as pydantic read it, with the default's value."""
+        for name, field in type(node).model_fields.items():
+            value = getattr(node, name)
+            if name == "kind":
+                continue
+            assert f"| `{name}` |" in page
+            if isinstance(value, bool | int | float | str) and field.default == value and value:
+                shown = str(value).lower() if isinstance(value, bool) else str(value)
+                row = rf"\| `{name}` \|.*\| `{re.escape(shown)}` \|"
+                assert re.search(row, page), f"{type(node).__name__}.{name} = {shown}"
+            if isinstance(value, BaseModel):
+                check(value)
+
+    check(recipe)
+    for task in ("causal-lm", "classification", "embedding"):
+        assert f"## `task: {task}`" in page
+
+
+def test_the_command_reference_has_every_option(generator: ModuleType) -> None:
+    page = generator.commands_page()
+    for name, command in COMMANDS.items():
+        section = page.partition(f"## limbeck {name}\n")[2].partition("\n## limbeck ")[0]
+        usage = command.make_context(name, [], resilient_parsing=True).get_help()
+        options = set(re.findall(r"--[a-z][a-z-]+", re.sub(r"\x1b\[[\d;]*m", "", usage)))
+        assert options - {"--help"} <= set(re.findall(r"--[a-z][a-z-]+", section)), name
+
+
+def test_the_site_is_whole_and_loads_nothing_from_the_network(tmp_path: Path) -> None:
+    """mkdocs in strict mode: every page is in the navigation, every link and anchor exists."""
+    result = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "reference.html").is_file()
+    for page in tmp_path.rglob("*.html"):
+        loaded = re.findall(
+            r"<(?:script|img|iframe|source)\b[^>]*\bsrc=[\"']?([^\"'\s>]+)"
+            r"|<link\b[^>]*rel=[\"']?(?:stylesheet|preconnect|icon)[^>]*href=[\"']?([^\"'\s>]+)",
+            page.read_text(),
+        )
+        assert loaded
+        for address in itertools.chain(*loaded):
+            assert not re.match(r"(https?:)?//", address), f"{page.name} loads {address}"
 
 
 def test_data_packages_of_the_readme_and_the_recipes_agree() -> None:
