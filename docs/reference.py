@@ -6,9 +6,7 @@ recipe classes, the command reference from the command line itself.
 
 from __future__ import annotations
 
-import importlib
 import json
-import pkgutil
 import re
 from collections.abc import Iterator
 from typing import Any, get_args
@@ -17,9 +15,8 @@ import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-import limbeck.contract.recipe
 from limbeck.app.cli import app
-from limbeck.contract.recipe.base import BaseRecipe
+from limbeck.contract.recipe import AnyRecipe, BaseRecipe
 
 Schema = dict[str, Any]
 
@@ -37,21 +34,9 @@ This page is generated from the command line when the site is built. `limbeck CO
 """
 
 
-def recipe_classes() -> list[type[BaseRecipe]]:
-    """Every recipe class, one a task, ordered by name of the task; language models first."""
-    package = limbeck.contract.recipe
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-
-    def leaves(cls: type[BaseRecipe]) -> Iterator[type[BaseRecipe]]:
-        below = cls.__subclasses__()
-        if not below:
-            yield cls
-        for child in below:
-            yield from leaves(child)
-
-    found = {task_of(cls): cls for cls in leaves(BaseRecipe)}
-    return [found[task] for task in sorted(found, key=lambda task: (task != "causal-lm", task))]
+def recipe_classes() -> tuple[type[BaseRecipe], ...]:
+    """Every recipe class, one a task."""
+    return get_args(AnyRecipe)
 
 
 def task_of(cls: type[BaseRecipe]) -> str:
