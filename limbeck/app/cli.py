@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from limbeck import __version__
 from limbeck.contract.errors import LimbeckError, RecipeError
+from limbeck.contract.process import end_with_parent
 from serve_bench.serve.limits import Limits
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the `limbeck` command."""
+    end_with_parent()
     try:
         signal.signal(signal.SIGTERM, _terminate)
         app(prog_name="limbeck")

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.contract.machine import host, versions
+from limbeck.contract.process import PARENT
 
 _CPU = Path("/sys/devices/system/cpu/cpu0")
 _ROOT = Path(__file__).resolve().parents[2]
 
 
 def child_environment(**variables: str) -> dict[str, str]:
-    """The environment of a process of ours: it imports what we import, wherever it runs. ``variables`` are set in it."""
+    """Environment of a child process: it imports the same packages, and ends with this process. ``variables`` are added."""
     path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path, **variables}
+    return {**os.environ, "PYTHONPATH": path, PARENT: str(os.getpid()), **variables}
 
 
 def fingerprint(*, threads: int, device: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from limbeck.contract.errors import LimbeckError
+from limbeck.contract.process import end_with_parent
 from serve_bench.judge import quality
 from serve_bench.measure.runtimes import Runtime, open_runtime, prepare
 
@@ -161,6 +162,7 @@ def serve(commands: IO[str], answers: IO[str], session: Answering) -> None:
 
 def main(session: Answering) -> None:
     """Keep the real stdout for answers and point file descriptor 1 at stderr, where C libraries print too."""
+    end_with_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     try:

@@ -326,7 +326,7 @@ def test_a_run_that_is_stopped_says_how_to_go_on(
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
-    command = f"{sys.executable} -c 'from limbeck.cli import main; main()' recipes --json | head -c 1; exit ${{PIPESTATUS[0]}}"
+    command = f"{sys.executable} -c 'from limbeck.app.cli import main; main()' recipes --json | head -c 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("[", "")
 
@@ -496,7 +496,7 @@ def test_pico_stopped_in_training_goes_on_to_a_verdict(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-c",
-        "from limbeck.cli import main; main()",
+        "from limbeck.app.cli import main; main()",
         "run",
         "pico",
         "--out",

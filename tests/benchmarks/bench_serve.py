@@ -129,7 +129,7 @@ def main() -> None:
             [
                 sys.executable,
                 "-c",
-                "from limbeck.cli import main; main()",
+                "from limbeck.app.cli import main; main()",
                 "serve",
                 str(folder),
                 *options,

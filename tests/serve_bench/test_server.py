@@ -666,7 +666,7 @@ def test_the_command(served: Artifact) -> None:
     """A process of its own, from the start to SIGTERM while a client reads."""
     command = ["serve", str(served.path), "--port", "0", "--threads", "1"]
     process = subprocess.Popen(
-        [sys.executable, "-c", "from limbeck.cli import main; main()", *command],
+        [sys.executable, "-c", "from limbeck.app.cli import main; main()", *command],
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"LIMBECK_API_KEY": "secret"},

@@ -103,7 +103,7 @@ def test_tasks_of_ones_own_over_the_deployed_graph(exported: Artifact, tmp_path:
         "--tasks",
         ",".join(TASKS),
     ]
-    code = "from limbeck.cli import main; main()"
+    code = "from limbeck.app.cli import main; main()"
     command = [
         sys.executable,
         "-c",

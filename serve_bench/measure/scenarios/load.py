@@ -245,7 +245,7 @@ def serve(artifact: Path, *, threads: int, log: Path) -> Iterator[str]:
     command = ["serve", str(artifact), "--port", str(port), "--threads", str(threads)]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-c", "from limbeck.cli import main; main()", *command],
+            [sys.executable, "-P", "-c", "from limbeck.app.cli import main; main()", *command],
             stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
         )  # fmt: skip
     try:
