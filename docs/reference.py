@@ -121,11 +121,19 @@ class Page:
         if isinstance(value, dict):
             return code(value["kind"]) if value.get("kind") else "its own defaults"
         if isinstance(value, list):
+            if not value:
+                return "empty list"
             value = [
                 item["kind"] if isinstance(item, dict) and "kind" in item else item
                 for item in value
             ]
         return code(value)
+
+    def meaning(self, schema: Schema) -> str:
+        """The field's description; pydantic leaves it to the type where both are the same."""
+        if "description" not in schema and "$ref" in schema:
+            schema = self.types[name_of(schema)]
+        return str(schema.get("description", ""))
 
     def rows(self, owner: Schema) -> Iterator[str]:
         fields = {k: v for k, v in owner.get("properties", {}).items() if k != "kind"}
@@ -138,7 +146,7 @@ class Page:
                 code(name),
                 self.kind(schema),
                 self.default(name, schema, owner),
-                words(schema.get("description", "")),
+                words(self.meaning(schema)),
             )
             yield f"| {' | '.join(cells)} |"
         yield ""
