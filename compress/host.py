@@ -17,7 +17,7 @@ def prepare_host(threads: int | None) -> None:
     """Compute with ``threads`` threads (none: every core of this process) and keep freed memory from step to step.
 
     Left to itself glibc hands every large tensor back to the kernel when it is freed, and the next step pays for the
-    same pages again, zeroed one by one: a fifth of a step on a CPU (docs/experiments.md). Other C libraries are left alone.
+    same pages again, zeroed one by one: a fifth of a step on a CPU (docs/experiments/distillation.md). Other C libraries are left alone.
     """
     torch.set_num_threads(threads or available_cores())
     if platform.libc_ver()[0] == "glibc":

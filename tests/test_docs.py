@@ -170,6 +170,18 @@ def test_every_named_file_and_module_exists(path: Path) -> None:
             assert any(f.is_dir() or f.with_suffix(".py").is_file() for f in folders), name
 
 
+def test_every_page_that_the_code_names_exists() -> None:
+    """Docstrings, messages and recipes that send a reader to a page."""
+    named = set()
+    for folder in ("limbeck", "compress", "export", "serve_bench", "recipes", "tests"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".yaml", ".html", ".jinja"):
+                found = re.findall(r"\bdocs/[\w/-]+\.md\b", path.read_text())
+                named |= {(name, path.relative_to(ROOT).as_posix()) for name in found}
+    assert named
+    assert not [(name, where) for name, where in sorted(named) if not (ROOT / name).exists()]
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_every_named_recipe_field_exists(path: Path, generator: ModuleType) -> None:
     """`training.tokens`, `export.mixed` … name fields of a recipe, at every depth that a page writes."""

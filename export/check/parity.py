@@ -52,7 +52,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a form may be from torch. Measured values and the reasons are in docs/experiments.md."""
+    """How far a form may be from torch. Measured values and the reasons are in docs/experiments/decoder.md."""
 
     relative: float  # largest logit difference over the largest reference logit (at least 1)
     kl: float  # mean KL(torch || form) in nats

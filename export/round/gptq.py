@@ -1,7 +1,7 @@
 """Weights of few bits that make up for each other's rounding: GPTQ (Frantar et al. 2022, arXiv 2210.17323).
 
 A matrix is rounded one input at a time, and the inputs that are left take over what the product would lose, judged by the second
-moments of the activations that it reads. The solver of that name in onnxruntime passes nothing on (docs/experiments.md), so this one
+moments of the activations that it reads. The solver of that name in onnxruntime passes nothing on (docs/experiments/forms.md), so this one
 is ours.
 
 Shape letters: K inputs of a product, N outputs.

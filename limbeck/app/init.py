@@ -49,7 +49,7 @@ class Choice:
 
     @property
     def caution(self) -> str | None:
-        """What to expect of a cut student, as it was measured (docs/experiments.md); none for a whole one."""
+        """What to expect of a cut student, as it was measured (docs/experiments/size.md); none for a whole one."""
         if self.student["kind"] != "shrink":
             return None
         return (
@@ -137,7 +137,7 @@ def choose_student(
 ) -> Choice:
     """The best student of at most ``target_mb``: whole before cut, of cuts the one that keeps most, and of its forms 8 bits before 4.
 
-    4 bits cost a few percent of loss, a cut far more (docs/experiments.md). Raises `ModelError` naming the smallest that was
+    4 bits cost a few percent of loss, a cut far more (docs/experiments/size.md). Raises `ModelError` naming the smallest that was
     found when none fits.
     """
     most = target_mb * _TARGET_SHARE
