@@ -93,7 +93,7 @@ def sweep(folder: Path, name: str | None = None) -> None:
 
     Only those of the file or folder ``name``, when it is given.
     """
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+    with contextlib.suppress(OSError, ValueError):  # whoever writes there will say what is wrong
         for left in os.scandir(folder):
             found = _LEFT.fullmatch(left.name)
             if found is None or (name is not None and found["name"] != name):

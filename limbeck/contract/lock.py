@@ -23,6 +23,7 @@ from limbeck.contract.progress import say
 from limbeck.contract.recipe import BaseRecipe
 
 LOCK = ".lock"
+_OTHER_CACHE = "name another cache folder with LIMBECK_CACHE"
 _SIGNED_WITHIN = 0.5  # seconds a holder may take to write its number into the file it has locked
 
 
@@ -33,10 +34,8 @@ def locked(folder: Path, *, wait: bool) -> Iterator[None]:
     ``wait`` waits for a process that holds it; without it that is an `ArtifactError`. Raises `EnvironmentalError` where the
     folder cannot be written.
     """
-    with unwritable_is_a_user_error(folder):
-        file = (folder / LOCK).open("a+")
-    with file, disk_full_is_a_user_error(folder):
-        if (holder := _take(file)) is not None:
+    with _opened(folder / LOCK) as (file, holder), disk_full_is_a_user_error(folder):
+        if holder is not None:
             if not wait:
                 raise ArtifactError(
                     f"{folder}: another run ({holder}) is using this folder; wait for it or name another with --out."
@@ -61,28 +60,36 @@ def make_once(
 
     Of several processes that need it at once one makes it, and the others wait.
     """
+    sweep(path.parent)
     if find_artifact(path, kind=kind, key=key) is not None:
         return
-    with unwritable_is_a_user_error(
-        path.parent, remedy="name another cache folder with LIMBECK_CACHE"
-    ):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.with_name(f".{path.name}{LOCK}").open("a+")
-    with file, disk_full_is_a_user_error(path):
-        if (holder := _take(file)) is not None:
+    lock = path.with_name(f".{path.name}{LOCK}")
+    with _opened(lock, remedy=_OTHER_CACHE) as (file, holder), disk_full_is_a_user_error(path):
+        if holder is not None:
             _say_once(
                 f"  waiting for another run ({holder}), which is making {path.parent.name} in the cache"
             )
             fcntl.flock(file, fcntl.LOCK_EX)
-        sweep(path.parent)
         with _signed(file):
-            if (
-                find_artifact(path, kind=kind, key=key) is None
-            ):  # else the other process has made it
+            if find_artifact(path, kind=kind, key=key) is None:  # not made by the other one
                 with write_artifact(
                     path, kind=kind, key=key, parents=parents, recipe=recipe
                 ) as draft:
                     draft.result = make(draft.folder)
+
+
+@contextmanager
+def _opened(
+    lock: Path, *, remedy: str = "name another with --out"
+) -> Iterator[tuple[IO[str], str | None]]:
+    """The lock file ``lock``, locked unless another process has done so, and the name of that process."""
+    with unwritable_is_a_user_error(lock.parent, remedy=remedy):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a+")
+    with file:
+        with unwritable_is_a_user_error(lock.parent, remedy=remedy):
+            holder = _take(file)
+        yield file, holder
 
 
 def _take(file: IO[str]) -> str | None:

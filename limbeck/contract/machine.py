@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -15,6 +16,7 @@ _VERSIONED = (
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Version of Python and of every installed library that can change a result."""
     found = {"python": platform.python_version()}

@@ -16,6 +16,7 @@ import pytest
 from limbeck.contract import lock
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import EnvironmentalError
+from limbeck.contract.files import new_folder
 from limbeck.contract.lock import locked, make_once
 
 
@@ -103,3 +104,42 @@ def test_a_folder_that_cannot_be_written_is_told(
         make_once(
             tmp_path / "models" / "abc", kind="model", key="abc", parents={}, make=lambda _: {}
         )
+
+
+def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not(
+    tmp_path: Path,
+) -> None:
+    for name in (".report.json.4711.writing", ".report.json.0a1b2c3d.writing", ".x.writing"):
+        (tmp_path / name).write_text("{")
+    for name in (".student.writing", ".bench.0a1b2c3d.writing", ".student.old"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+    (tmp_path / "student").mkdir()
+    (tmp_path / ".onnx.old" / "kept").mkdir(parents=True)  # its new folder never came
+    (tmp_path / ".mine.yaml.old").write_text("a file of the user's")
+    with new_folder(tmp_path / "living") as living:
+        with locked(tmp_path, wait=False):
+            pass
+        assert {path.name for path in tmp_path.iterdir()} == {
+            ".lock", ".mine.yaml.old", "student", "onnx", living.name,
+        }  # fmt: skip
+    assert (tmp_path / "onnx" / "kept").is_dir()
+    assert not living.exists()
+
+
+def test_a_file_system_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with pytest.raises(EnvironmentalError, match="No locks available"):
+        with locked(tmp_path, wait=False):
+            pass
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_a_name_that_no_file_can_have_is_told(tmp_path: Path, name: str) -> None:
+    with pytest.raises(EnvironmentalError, match="cannot be written"):
+        with locked(tmp_path / name, wait=False):
+            pass

@@ -1,0 +1,52 @@
+"""A kill at any file event loses nothing and leaves nothing over."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.faults.cases import CASES
+from tests.faults.kills import Case, Killed, kill_everywhere
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_kill_at_any_file_event_is_survived(tmp_path: Path, case: Case) -> None:
+    row = kill_everywhere(case, tmp_path)
+    assert row.kills >= 4
+    assert row.states >= 2
+
+
+def _careless(folder: Path) -> None:
+    (folder / "report.json").write_text("first")
+    (folder / "report.json").open("w").close()
+    (folder / "report.json").write_text("second")
+
+
+def test_the_harness_finds_work_that_loses_its_file(tmp_path: Path) -> None:
+    def look(folder: Path) -> None:
+        assert (folder / "report.json").read_text() in ("first", "second")
+
+    case = Case(
+        "careless",
+        _careless,
+        lambda folder: (folder / "report.json").read_text(),
+        prepare=lambda folder: _careless(folder),
+        look=look,
+    )
+    with pytest.raises(Killed, match=r"event 2 of 3, open"):
+        kill_everywhere(case, tmp_path)
+
+
+def test_the_harness_finds_what_is_left_over(tmp_path: Path) -> None:
+    def untidy(folder: Path) -> None:
+        (folder / f"tmp{len(list(folder.iterdir()))}").write_text("x")
+        (folder / "made").write_text("x")
+
+    with pytest.raises(Killed, match="left over"):
+        kill_everywhere(
+            Case("untidy", untidy, lambda folder: (folder / "made").exists()),
+            tmp_path,
+            signals=(signal.SIGKILL,),
+        )
