@@ -64,7 +64,7 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
     if found := find_artifact(out, kind="onnx", key=key):
         return found
 
-    from limbeck.runtime.decoder import import_onnxruntime
+    from limbeck.runtime.session import import_onnxruntime
 
     import_onnxruntime()  # before any work: a machine without it, or with two builds of it, is told so
     if not isinstance(recipe, Recipe):
@@ -77,7 +77,7 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
     from export.check.parity import PARITY, PARITY_BASE, answer, make_cases, save_cases, thin
     from export.folder.card import graph_metadata, write_card, write_client_files
     from export.round.calibrate import Known
-    from limbeck.runtime.decoder import Decoder
+    from limbeck.runtime.decoder import GraphDecoder
 
     model, provider = student / "model", recipe.export.provider
     # What the graph is made of: the merged student, or the base that its adapter sits on.
@@ -124,7 +124,7 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
         for form in recipe.export.forms:
             forms[form.kind], schemes[form.kind] = _make_form(form, job)
             here = parity_provider(forms[form.kind]["provider"])
-            decoder = Decoder.from_graph(
+            decoder = GraphDecoder(
                 form_files(folder, form.kind).last, provider=here, adapter=adapter
             )
             if form.kind == "fp32":
@@ -385,7 +385,7 @@ def parity_provider(provider: Provider) -> Provider:
 
     The CPU computes every form: what it has no kernel for, it casts. The arithmetic then differs from the target's.
     """
-    from limbeck.runtime.decoder import providers
+    from limbeck.runtime.session import providers
 
     return provider if provider in providers() else "cpu"
 

@@ -57,7 +57,7 @@ from limbeck.contract.recipe import (
     Int8StaticForm,
     StaticShapes,
 )
-from limbeck.runtime.encoder import COUNTS_FROM_PADDING, Encoder
+from limbeck.runtime.encoder import COUNTS_FROM_PADDING, GraphEncoder
 
 Cases = Mapping[
     str, Mapping[str, npt.NDArray[Any]]
@@ -306,7 +306,7 @@ def measure_encoder_parity(form: str, graph: Path, cases: Cases) -> dict[str, An
     `alike` is the share of rows with the same class where torch is sure (classification), or the mean cosine (embedding). The
     result names the tolerance and the ``failures``, empty when the form is good enough.
     """
-    encoder = Encoder.from_graph(graph)
+    encoder = GraphEncoder(graph)
     relative, least = _TOLERANCES[form]
     scale = max(1.0, *(float(np.abs(case["answers"]).max()) for case in cases.values()))
     by_case, alike = {}, list[float]()

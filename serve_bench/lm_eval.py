@@ -17,7 +17,9 @@ from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import DataError, EnvironmentalError, UserError
 from limbeck.contract.machine import versions
 from limbeck.contract.progress import task as progress_of
-from limbeck.runtime.decoder import Decoder, load_text
+from limbeck.runtime.decoder import Decoder
+from limbeck.runtime.sampling import Sampling
+from limbeck.runtime.text import load_text
 
 _MOST_NEW = 256  # tokens of an answer when the task names no limit; lm-eval's own default
 
@@ -184,7 +186,9 @@ def _adapter(artifact: Path, *, form: str | None, threads: int | None) -> Any:
             temperature = (
                 float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
             )
-            tokens = decoder.generate(ids, most, stop_ids=text.stop_ids, temperature=temperature)
+            tokens = decoder.generate(
+                ids, most, stop_ids=text.stop_ids, sampling=Sampling(temperature=temperature)
+            )
             answer = ""
             for piece in text.stream(tokens):
                 answer += piece

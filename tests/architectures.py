@@ -21,7 +21,7 @@ from export import export_student
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import LimbeckError
 from limbeck.contract.recipe import Recipe
-from limbeck.runtime.decoder import Decoder
+from limbeck.runtime.decoder import Decoder, GraphDecoder
 from tests.encoders import CONFIGS, classifier_recipe, embedding_recipe, source
 from tests.pico import make_model, make_student, pico_recipe
 
@@ -212,7 +212,7 @@ def require_generation(exported: Artifact, form: str, prompt: list[int], count: 
     """
     facts = exported.result["forms"][form]
     last, every = (
-        Decoder.from_graph(exported.path / facts[graph]) for graph in ("graph", "all_logits_graph")
+        GraphDecoder(exported.path / facts[graph]) for graph in ("graph", "all_logits_graph")
     )
     found = list(last.generate(prompt, count))
     scores = every.score([[*prompt, *found]])[0, len(prompt) - 1 : -1]

@@ -13,7 +13,8 @@ import pytest
 
 from export import export_student
 from limbeck.contract.artifact import Artifact
-from limbeck.runtime.decoder import Decoder, load_text
+from limbeck.runtime.decoder import Decoder
+from limbeck.runtime.text import load_text
 from tests.architectures import SIZES, WEIGHT4, WEIGHT8, greedy
 from tests.pico import make_model, make_student, pico_recipe
 

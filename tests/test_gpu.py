@@ -7,7 +7,8 @@ import pytest
 
 from export import export_student, verify_parity
 from limbeck.contract.artifact import Artifact
-from limbeck.runtime.decoder import Decoder, providers
+from limbeck.runtime.decoder import Decoder
+from limbeck.runtime.session import providers
 from tests.architectures import SIZES
 from tests.pico import make_model, make_student, pico_recipe
 

@@ -316,7 +316,7 @@ def _local(name: str) -> str:
 @torch.no_grad()
 def _difference(model: Any, file: Path) -> float:
     """Largest difference between any output of ``file`` and the model's states, or their mean, whichever it is of."""
-    from limbeck.runtime.decoder import import_onnxruntime
+    from limbeck.runtime.session import import_onnxruntime
 
     session = import_onnxruntime().InferenceSession(str(file), providers=["CPUExecutionProvider"])
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 7))

@@ -17,7 +17,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from limbeck.contract.errors import QualityError
 from limbeck.contract.recipe import Provider
-from limbeck.runtime.decoder import asked_for, import_onnxruntime
+from limbeck.runtime.session import asked_for, import_onnxruntime
 
 _LARGE = 0.01  # of the weights' bytes: a float matrix above it defeats the purpose of quantising
 _FLOAT = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from export.check.parity import margins
 from limbeck.contract.progress import task
-from limbeck.runtime.decoder import Decoder
+from limbeck.runtime.decoder import GraphDecoder
 
 _PROMPT, _ANSWER = 32, 64  # tokens
 _PROMPTS = 3  # one a domain
@@ -31,7 +31,10 @@ class Answer:
 
 
 def answer_greedily(
-    decoder: Decoder, texts: Mapping[str, npt.NDArray[np.int64]], *, stop_ids: Collection[int] = ()
+    decoder: GraphDecoder,
+    texts: Mapping[str, npt.NDArray[np.int64]],
+    *,
+    stop_ids: Collection[int] = (),
 ) -> dict[str, Answer]:
     """Continue the start of each held-out text, by domain, up to 64 tokens or a stop token, which is kept."""
     answers = {}
@@ -54,7 +57,7 @@ def answer_greedily(
     return answers
 
 
-def first_differences(decoder: Decoder, answers: Mapping[str, Answer]) -> list[dict[str, Any]]:
+def first_differences(decoder: GraphDecoder, answers: Mapping[str, Answer]) -> list[dict[str, Any]]:
     """For each answer of fp32, by domain: its ``tokens``, how many of them the form gives too before it first differs
     (``same``), and fp32's ``lead`` at the token where it differs, none where it never does.
     """

@@ -10,14 +10,14 @@ import numpy as np
 from limbeck.contract.heldout import Blocks, mean_nll
 from limbeck.contract.progress import task
 from limbeck.contract.recipe import Provider
-from limbeck.runtime.decoder import Decoder
+from limbeck.runtime.decoder import GraphDecoder
 
 
 def heldout_losses(
     all_logits: Path, heldout: Mapping[str, Blocks], *, provider: Provider = "cpu"
 ) -> dict[str, list[float]]:
     """Nats of each held-out block, summed over its scored tokens, by domain, from a graph that keeps all logits."""
-    decoder = Decoder.from_graph(all_logits, provider=provider)
+    decoder = GraphDecoder(all_logits, provider=provider)
     found: dict[str, list[float]] = {name: [] for name in heldout}
     with task(f"held-out text: {all_logits.stem}", sum(map(len, heldout.values()))) as progress:
         for name, blocks in heldout.items():

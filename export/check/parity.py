@@ -22,7 +22,7 @@ from limbeck.contract.errors import ParityError
 from limbeck.contract.loading import load_pretrained
 from limbeck.contract.progress import task
 from limbeck.contract.recipe import Provider
-from limbeck.runtime.decoder import Decoder
+from limbeck.runtime.decoder import GraphDecoder
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -238,7 +238,7 @@ def measure_parity(
     scale = max(1.0, *(float(np.abs(case.logits).max()) for case in cases.values()))
     with task(f"parity of {form}", 2 * len(cases)) as progress:
         for path in (all_, last):
-            decoder = Decoder.from_graph(path, provider=provider, adapter=adapter)
+            decoder = GraphDecoder(path, provider=provider, adapter=adapter)
             for name, case in cases.items():
                 chosen = (
                     np.arange(len(case.rows))
@@ -303,7 +303,7 @@ def require_parity(form: str, parity: Mapping[str, Any]) -> None:
         )
 
 
-def feed(decoder: Decoder, case: Case) -> Floats:
+def feed(decoder: GraphDecoder, case: Case) -> Floats:
     """Logits ``[P, V]`` at the positions of a case that is fed in its splits; NaN where a last-logits graph does not answer.
 
     A graph of fixed shape gets the rows as many at a time as it takes.

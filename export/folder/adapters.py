@@ -24,7 +24,7 @@ from export.build.surgery import Graphs, stamp
 from export.round.weights import external_array
 from limbeck.contract.errors import ModelError
 from limbeck.contract.loading import load_pretrained
-from limbeck.runtime.decoder import import_onnxruntime
+from limbeck.runtime.session import import_onnxruntime
 
 ADAPTER = "adapters/student.onnx_adapter"
 

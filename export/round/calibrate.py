@@ -35,7 +35,7 @@ from limbeck.contract.recipe import (
     Int8TrtForm,
     Int8WeightForm,
 )
-from limbeck.runtime.decoder import import_onnxruntime
+from limbeck.runtime.session import import_onnxruntime
 
 Floats = npt.NDArray[np.float32]
 Method = Literal["min-max", "percentile", "entropy"]

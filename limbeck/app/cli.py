@@ -810,7 +810,9 @@ def generate(
       limbeck generate runs/pico-1a2b3c4d "Who are you?" --chat --temperature 0.7 --top-p 0.9
     """
     from limbeck.contract.errors import DataError
-    from limbeck.runtime.decoder import Decoder, load_text
+    from limbeck.runtime.decoder import Decoder
+    from limbeck.runtime.sampling import Sampling
+    from limbeck.runtime.text import load_text
 
     folder = _exported(artifact)
     if prompt == "-":
@@ -829,8 +831,7 @@ def generate(
         ids,
         max_new_tokens,
         stop_ids=text.stop_ids,
-        temperature=temperature,
-        top_p=max(top_p, 1e-9),
+        sampling=Sampling(temperature=temperature, top_p=max(top_p, 1e-9)),
         seed=seed,
     )
     for piece in text.stream(tokens):

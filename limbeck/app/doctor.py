@@ -20,7 +20,7 @@ from limbeck.contract.errors import LimbeckError
 from limbeck.contract.machine import host, sums_overflow, versions
 from limbeck.contract.recipe import LoraStudent, PackageModel, PackageText, load_recipe
 from limbeck.contract.sources import cache_folder, package_root
-from limbeck.runtime.decoder import import_onnxruntime
+from limbeck.runtime.session import import_onnxruntime
 
 _ROOM = 4_000_000_000  # bytes: what the demo writes, cache and run folder together
 _MEMORY = 8_000_000_000  # bytes: what the demo needs

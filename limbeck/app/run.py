@@ -148,7 +148,7 @@ def run(recipe: AnyRecipe, *, out: Path | None = None) -> Report | None:
     Several processes (torchrun) share the training; the first one alone does the rest, and has the report. ``out`` defaults to `default_folder`. Raises `ArtifactError` when the folder belongs to another recipe or to no run,
     `RecipeError` listing every missing file or package or for a recovery by several processes, and whatever a stage raises.
     """
-    from limbeck.runtime.decoder import import_onnxruntime
+    from limbeck.runtime.session import import_onnxruntime
 
     _require_one_to_recover(recipe)
     require_inputs(recipe)

@@ -1,6 +1,7 @@
-"""Chat templates as clients render them: what transformers gives to a template, and the tags that only training reads.
+"""Chat templates as clients render them, with the names and filters that transformers gives them.
 
-Knows jinja2, and imports it when it is first needed; knows nothing of tokens. For training `compress.data.chat` renders.
+Knows jinja2, and imports it when it is first needed; knows nothing of tokens. Training renders with
+`compress.data.chat`.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ _MARK = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 
 
 def without_marks(template: str) -> str:
-    """``template`` without ``{% generation %}`` and its end, which mark answers for training and which many clients cannot read.
+    """``template`` without the tags ``{% generation %}`` and ``{% endgeneration %}``.
 
-    An ``if`` that always holds takes their place, since it trims the white space around it as they do.
+    They mark answers for training, and many clients cannot read them. An ``if`` that always holds
+    takes their place: it trims the white space around it in the same way.
     """
     return _MARK.sub(lambda tag: tag[1] + ("endif" if tag[2] else "if true") + tag[3], template)
 
 
-def render(template: str, messages: Sequence[Mapping[str, str]], special: Mapping[str, str]) -> str:
-    """The conversation as text, up to where the model answers. ``special`` is bos_token and its like.
+def render(template: str, messages: Sequence[Mapping[str, Any]], special: Mapping[str, str]) -> str:
+    """The conversation as text, up to where the model answers. ``special``: bos_token and its like.
 
     Raises `DataError` when the template refuses the messages or fails on them.
     """
@@ -62,7 +64,7 @@ def _tojson(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    """As transformers has it; jinja2's own escapes what HTML would take for its own."""
+    """The filter as transformers has it; jinja2's own escapes characters for HTML."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -80,8 +80,8 @@ class OnnxEncoder:
     """A form of an ``onnx`` artifact through `limbeck.runtime.encoder`."""
 
     def __init__(self, *, artifact: str, form: str, threads: int) -> None:
-        from limbeck.runtime.decoder import import_onnxruntime
         from limbeck.runtime.encoder import Encoder
+        from limbeck.runtime.session import import_onnxruntime
 
         self._encoder = Encoder(Path(artifact), form=form, threads=threads)
         self.facts = {
@@ -164,7 +164,7 @@ def _prepare(runtime: str, spec: dict[str, Any]) -> None:
         transformers.utils.logging.disable_progress_bar()
         torch.set_num_interop_threads(1)
     else:
-        from limbeck.runtime.decoder import import_onnxruntime
+        from limbeck.runtime.session import import_onnxruntime
 
         import_onnxruntime()
 

@@ -65,7 +65,7 @@ def prepare(runtime: str, spec: Mapping[str, Any]) -> None:
             transformers.utils.logging.disable_progress_bar()
             torch.set_num_interop_threads(1)
         case "onnxruntime":
-            from limbeck.runtime.decoder import import_onnxruntime
+            from limbeck.runtime.session import import_onnxruntime
 
             import_onnxruntime()
         case "onnxruntime-genai":
@@ -292,7 +292,8 @@ class OnnxRuntime:
 
     def __init__(self, *, artifact: str, form: str, threads: int, device: Any = None) -> None:
         from limbeck.contract.artifact import open_artifact
-        from limbeck.runtime.decoder import Decoder, import_onnxruntime
+        from limbeck.runtime.decoder import Decoder
+        from limbeck.runtime.session import import_onnxruntime
 
         if device is None:  # as it was made for
             device = (

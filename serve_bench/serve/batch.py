@@ -1,8 +1,8 @@
-"""The KV caches of several streams in one decoder graph: rows that join and leave between steps.
+"""The key-value caches of several streams in one decoder graph; rows join and leave between steps.
 
-Knows numpy, onnxruntime and the graphs that `limbeck.runtime.decoder.Decoder` opens; knows nothing of requests, sampling or text.
-Every row is decoded from its own tokens alone, whatever the others are. Shape letters: N rows, S new tokens, L the longest row,
-V vocabulary.
+Knows numpy, onnxruntime and the graphs that `limbeck.runtime.decoder` opens; knows nothing of
+requests, sampling or text. Every row is decoded from its own tokens alone, whatever the others are.
+Shape letters: N rows, S new tokens, L the longest row, V vocabulary, H heads, D width of a head.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from limbeck.contract.errors import ArtifactError
-from limbeck.runtime.decoder import Decoder
+from limbeck.runtime.decoder import GraphDecoder
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 
 class Batch(Protocol):
-    """What the two kinds of cache have in common. One new row is filled at a time, apart from the rows that run."""
+    """What the two kinds of cache have in common.
+
+    One new row is filled at a time, apart from the running rows.
+    """
 
     rows: int
     longest: int  # tokens that one row may grow to
@@ -38,32 +41,47 @@ class Batch(Protocol):
         """Append ``ids`` to the new row; returns the logits ``[V]`` after its last token."""
 
     def join(self) -> None:
-        """Make the new row the last of the rows that run."""
+        """Make the new row the last of the running rows."""
 
     def drop(self) -> None:
         """Forget the new row."""
 
     def step(self, ids: Ids) -> Floats:
-        """Append one token to every row, ``ids[N]``; returns the logits ``[N, V]`` after it, valid until the next call."""
+        """Append one token to every row, ``ids[N]``; returns the logits ``[N, V]`` after it.
+
+        They are valid until the next call.
+        """
 
     def leave(self, row: int) -> None:
         """Free a row. The last one takes its number."""
 
+    def length(self, row: int | None) -> int:
+        """Tokens in a row's cache; None is the new row."""
 
-def open_batch(decoder: Decoder, *, rows: int, tokens: int) -> Batch:
-    """Caches for up to ``rows`` rows and ``tokens`` tokens of all rows together, in the graph of ``decoder``.
+    def view(self, row: int | None, length: int) -> list[Floats]:
+        """The first ``length`` tokens of a row's caches, ``[H, length, D]`` for each graph input.
+
+        Copy them to keep them: they change with the next call.
+        """
+
+    def take(self, arrays: Sequence[Floats]) -> None:
+        """Begin the new row with caches that `view` gave of another one."""
+
+
+def open_batch(decoder: GraphDecoder, *, rows: int, tokens: int) -> Batch:
+    """Caches in the graph of ``decoder``, for ``rows`` rows and ``tokens`` tokens of all together.
 
     Raises `ArtifactError` for a graph of fixed shape, whose rows cannot come and go.
     """
     if decoder.fixed:
         raise ArtifactError(
-            "this graph is of fixed shape (export.shapes: static), so its rows cannot come and go; serve one that was exported "
-            "with export.shapes: dynamic."
+            "this graph is of fixed shape (export.shapes: static), so its rows cannot come and go; "
+            "serve one that was exported with export.shapes: dynamic."
         )
     return GrowingBatch(decoder, tokens) if decoder.grows else InPlaceBatch(decoder, rows, tokens)
 
 
-def bytes_per_token(decoder: Decoder) -> int:
+def bytes_per_token(decoder: GraphDecoder) -> int:
     """Bytes that the cache takes for one token of one row."""
     return (
         sum(heads * size for heads, size in decoder.past.values())
@@ -74,17 +92,18 @@ def bytes_per_token(decoder: Decoder) -> int:
 class InPlaceBatch:
     """Rows of a fused graph, which reads and writes one buffer a layer.
 
-    Each buffer has address space for every row at full length, and one row more for the row that is being filled. The
-    system gives it memory page by page where tokens are written, and takes it back when a row leaves: memory follows the tokens
-    that are held, without a table of blocks that the graph would have to know. The fused kernel takes a row's length from
-    the sum of its mask, so rows of any lengths can be stepped together.
+    Each buffer has address space for every row at full length, and for one more that is being
+    filled. The system gives it memory page by page where tokens are written, and takes it back when
+    a row leaves: memory follows the tokens held, without a table of blocks that the graph would
+    have to know. The fused kernel takes a row's length from the sum of its mask, so rows of any
+    lengths can be stepped together.
     """
 
-    def __init__(self, decoder: Decoder, rows: int, tokens: int) -> None:
+    def __init__(self, decoder: GraphDecoder, rows: int, tokens: int) -> None:
         self.rows = 0
         self._decoder, self._tokens, self._spare = decoder, tokens, rows
         self.longest = min(tokens, decoder.context or tokens)
-        unit = mmap.PAGESIZE  # so that every row begins on a page, however small its heads
+        unit = mmap.PAGESIZE  # then every row begins on a page, however small its heads
         capacity = -(-self.longest // unit) * unit
         self._buffers = {
             name: Pages((rows + 1, heads, capacity, size), decoder.cache_type)
@@ -134,6 +153,18 @@ class InPlaceBatch:
             self._move(last, row)
         self._resize(last)
 
+    def length(self, row: int | None) -> int:
+        return int(self._lengths[self._spare if row is None else row])
+
+    def view(self, row: int | None, length: int) -> list[Floats]:
+        index = self._spare if row is None else row
+        return [pages.array[index, :, :length] for pages in self._buffers.values()]
+
+    def take(self, arrays: Sequence[Floats]) -> None:
+        self._lengths[self._spare] = length = arrays[0].shape[1]
+        for pages, array in zip(self._buffers.values(), arrays, strict=True):
+            pages.array[self._spare, :, :length] = array
+
     def _move(self, source: int, target: int) -> None:
         length = self._lengths[source]
         for pages in self._buffers.values():
@@ -160,16 +191,14 @@ class InPlaceBatch:
 
 
 class Pages:
-    """An array in memory that the system provides when it is first written and that rows can give back."""
+    """An array in memory that the system provides at the first write and that rows give back."""
 
     def __init__(self, shape: tuple[int, ...], kind: type[np.floating[Any]]) -> None:
         self._row = int(np.prod(shape[1:])) * np.dtype(kind).itemsize  # bytes
         self._memory = mmap.mmap(
             -1, shape[0] * self._row, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         )
-        if hasattr(
-            mmap, "MADV_NOHUGEPAGE"
-        ):  # Linux: a huge page would hold thousands of tokens for the first one
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):  # a huge page has room for thousands of tokens
             self._memory.madvise(mmap.MADV_NOHUGEPAGE)
         self.array = np.frombuffer(self._memory, kind).reshape(shape)
 
@@ -179,14 +208,15 @@ class Pages:
 
 
 class GrowingBatch:
-    """Rows of a graph that returns a longer cache at every step (see `export.build.dynamo`): padded on the left to one length."""
+    """Rows of a graph that returns a longer cache at every step (see `export.build.dynamo`).
 
-    def __init__(self, decoder: Decoder, tokens: int) -> None:
+    They are padded on the left to one length.
+    """
+
+    def __init__(self, decoder: GraphDecoder, tokens: int) -> None:
         self.rows = 0
-        self._decoder, self._tokens = (
-            decoder,
-            tokens // 2,
-        )  # a step holds the old cache and the new one
+        self._decoder = decoder
+        self._tokens = tokens // 2  # a step holds the old cache and the new one
         self.longest = min(self._tokens, decoder.context or self._tokens)
         self._binding = decoder.new_binding()
         self._cache: list[Any] = []
@@ -199,9 +229,8 @@ class GrowingBatch:
         return self._mask.size + self._filled
 
     def fits(self, needs: Sequence[int]) -> bool:
-        return (
-            len(needs) * max(needs, default=0) <= self._tokens
-        )  # every row is as long as the longest
+        # Every row is as long as the longest.
+        return len(needs) * max(needs, default=0) <= self._tokens
 
     def fill(self, ids: Sequence[int]) -> Floats:
         self._filled += len(ids)
@@ -243,12 +272,24 @@ class GrowingBatch:
         if row < self.rows - 1:
             order[row] = self.rows - 1
         mask = self._mask[order]
-        first = (
-            int(mask.any(axis=0).argmax()) if order else 0
-        )  # columns that were padding to all who stay
+        # Columns before this one are padding in every row that stays.
+        first = int(mask.any(axis=0).argmax()) if order else 0
         self._keep(
             [cache[order, :, first:] for cache in self._arrays(self._cache)], mask[:, first:]
         )
+
+    def length(self, row: int | None) -> int:
+        return self._filled if row is None else int(self._mask[row].sum())
+
+    def view(self, row: int | None, length: int) -> list[Floats]:
+        if row is None:
+            return [array[0, :, :length] for array in self._arrays(self._new)]
+        first = self._mask.shape[1] - self.length(row)  # padding is on the left
+        return [array[row, :, first : first + length] for array in self._arrays(self._cache)]
+
+    def take(self, arrays: Sequence[Floats]) -> None:
+        self._new = [self._share(np.ascontiguousarray(array[None])) for array in arrays]
+        self._filled = arrays[0].shape[1]
 
     def _keep(self, arrays: Iterable[Floats], mask: Ids) -> None:
         self.rows, self._mask = len(mask), mask
@@ -276,8 +317,8 @@ class GrowingBatch:
         return np.pad(array, ((0, 0), (0, 0), (length - array.shape[2], 0), (0, 0)))
 
 
-def run(decoder: Decoder, binding: Any, tokens: Ids, mask: Ids, logits: Floats) -> None:
-    """Run the graph of ``decoder`` on ``tokens[N, S]`` and ``mask[N, L]`` into ``logits``; the caches are bound already."""
+def run(decoder: GraphDecoder, binding: Any, tokens: Ids, mask: Ids, logits: Floats) -> None:
+    """Run the graph on ``tokens[N, S]`` and ``mask[N, L]`` into ``logits``; caches are bound."""
     binding.bind_ortvalue_input("input_ids", decoder.share(tokens))
     binding.bind_ortvalue_input("attention_mask", decoder.share(mask))
     binding.bind_ortvalue_output("logits", decoder.share(logits))

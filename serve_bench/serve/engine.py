@@ -1,11 +1,13 @@
-"""Continuous batching over an exported folder: requests in, pieces of text out, one thread that owns the model.
+"""Continuous batching: requests in, pieces of text out, and one thread that owns the model.
 
-Knows requests, sampling, stop strings, limits and time; knows nothing of HTTP, so any server can stand in front of it. The
-caches and the graph are `serve_bench.serve.batch`'s.
+Knows requests, sampling, stop strings, limits and time. Knows nothing of HTTP, so any server can
+use it. The key-value caches and the graph belong to `serve_bench.serve.batch`.
 
-Between two steps of the rows that run, requests that ended leave and waiting ones join. A prompt is read in chunks, one
-chunk a step, so that a long one holds the others up by a chunk only. A request joins when there is room for all it may
-ask for, first come first served: nothing that runs is ever pushed out again.
+Between two steps of the running rows, requests that ended leave and waiting ones join. A prompt is
+read in chunks, one chunk a step, so that a long one delays the others by a chunk only. A request
+joins when there is room for all it may ask for, first come first served: nothing that runs is ever
+pushed out again. The beginning that a prompt shares with a running or finished sequence is copied
+instead of read.
 """
 
 from __future__ import annotations
@@ -29,59 +31,80 @@ from limbeck.contract.errors import (
     EnvironmentalError,
     QueueFullError,
 )
-from limbeck.runtime.decoder import Decoder, Decoding, choose, load_text
+from limbeck.runtime.decoder import Decoder, common_prefix
+from limbeck.runtime.sampling import GREEDY, Sampler, Sampling, TokenLogprobs, logprobs
+from limbeck.runtime.text import Decoding, load_text
 from serve_bench.serve.batch import Floats, bytes_per_token, open_batch
+from serve_bench.serve.prefix import PrefixCache
+from serve_bench.serve.stops import StopStrings
 
 Finish = Literal["stop", "length", "cancelled", "timeout", "closed", "failed"]
 
-_CHUNK = 128  # prompt tokens between two steps of the rows that run
+PREFIX_BYTES = 256_000_000  # default memory of finished sequences
+_CHUNK = 128  # prompt tokens between two steps of the running rows
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for. ``temperature`` 0 is greedy; without a ``seed`` every draw is another one."""
+    """One prompt and how to go on from it. Without a ``seed`` every draw is another one."""
 
     ids: tuple[int, ...]
     max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
+    sampling: Sampling = GREEDY
     seed: int | None = None
     stop_ids: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
     timeout: float | None = None  # seconds from submission to the last token
+    logprobs: int | None = None  # how many of the likeliest tokens to report beside each token
+    owner: str = ""  # prefixes are shared between requests of one owner only
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One token and the text it made certain, or, with ``finish``, the end and the text held back until then.
+    """One token and the text it made certain, or, with ``finish``, the end and the last text.
 
-    The text may be empty: half a character, or what might become a stop string, waits for the tokens after it.
+    The text may be empty: half a character, or what might become a stop string, waits for the
+    tokens after it.
     """
 
     text: str
     at: float  # time.monotonic() when it was made
     token: int | None = None
     finish: Finish | None = None
+    logprobs: TokenLogprobs | None = None
 
 
 class Stream:
-    """A request in the engine. Its pieces go to ``put``, in the engine's thread; the last one has ``finish``."""
+    """A request in the engine. Its pieces go to ``put``, in the engine's thread.
+
+    The last piece has ``finish``.
+    """
 
     def __init__(self, request: Request, put: Callable[[Piece], None], decoding: Decoding) -> None:
         self.request = request
         self.put = put
         self.decoding = decoding
         self.stops = StopStrings(request.stop)
-        self.draw = np.random.default_rng(request.seed)
+        self.sampler = Sampler(
+            request.sampling, prompt=request.ids, stop_ids=request.stop_ids, seed=request.seed
+        )
         self.deadline = time.monotonic() + request.timeout if request.timeout else None
         self.need = len(request.ids) + request.max_new_tokens
-        self.read = 0  # tokens of the prompt
-        self.made = 0
-        self.last = -1
+        self.read = 0  # tokens of the prompt in the cache
+        self.reused = 0  # of these, tokens that were copied instead of read
+        self.answer: list[int] = []
         self.cancelled = False
 
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Prompt and answer so far."""
+        return (*self.request.ids, *self.answer)
+
     def cancel(self) -> None:
-        """Give it up; its place is free before the next step. Does nothing once it has ended. Any thread may call it."""
+        """Give it up; its place is free before the next step. Any thread may call it.
+
+        Does nothing once the request has ended.
+        """
         self.cancelled = True
 
 
@@ -97,32 +120,38 @@ class Engine:
         max_batch: int = 64,
         max_queue: int = 256,
         cache_bytes: int = 1_000_000_000,
+        prefix_bytes: int = PREFIX_BYTES,
         verify: bool = True,
     ) -> None:
-        """Open a form of the ``onnx`` artifact at ``folder`` (none: the shipped one) and start the thread.
+        """Open a form of the ``onnx`` artifact at ``folder`` and start the thread.
 
-        Up to ``max_batch`` requests run at once and ``max_queue`` more wait; their caches take ``cache_bytes`` at most.
-        Raises as `Decoder` does, `ArtifactError` for a form made for a card, and `EnvironmentalError` when the caches cannot hold
-        one token of each.
+        By default the shipped form. Up to ``max_batch`` requests run at once and ``max_queue`` more
+        wait; their caches take ``cache_bytes`` at most. Finished sequences keep their caches under
+        ``prefix_bytes``; 0 keeps none.
+        Raises as `Decoder` does, `ArtifactError` for a form made for a card, and
+        `EnvironmentalError` when the caches cannot hold one token of each request.
         """
         decoder = Decoder(folder, form=form, threads=threads, provider="cpu", verify=verify)
         if decoder.made_for != "cpu":
             raise ArtifactError(
-                f"{folder}: its {decoder.form} is made for {decoder.made_for} and this serves on the CPU, which would cast what it has no "
-                "kernel for; export the student with export.provider: cpu, or serve the form fp32."
+                f"{folder}: its {decoder.form} is made for {decoder.made_for} and this serves on "
+                "the CPU, which would cast what it has no kernel for; "
+                "export the student with export.provider: cpu, or serve the form fp32."
             )
         self._token_bytes = bytes_per_token(decoder)
         tokens = cache_bytes // self._token_bytes
         if tokens < 2 * max_batch:
             raise EnvironmentalError(
-                f"found {cache_bytes} bytes for the caches, expected at least {2 * max_batch * self._token_bytes} "
-                f"for {max_batch} rows of this model; allow more (--cache-mb) or fewer rows (--max-batch)."
+                f"found {cache_bytes} bytes for the caches, expected at least "
+                f"{2 * max_batch * self._token_bytes} for {max_batch} rows of this model; "
+                "allow more (--cache-mb) or fewer rows (--max-batch)."
             )
         self.form, self.threads, self.vocabulary = decoder.form, decoder.threads, decoder.vocabulary
         self.max_batch, self.max_queue = max_batch, max_queue
         self.text = load_text(folder)
         self.failure: BaseException | None = None  # what ended the thread, when that was a defect
         self._batch = open_batch(decoder, rows=max_batch, tokens=tokens)
+        self._prefixes = PrefixCache(prefix_bytes)
         self._change = threading.Condition()
         self._waiting: deque[Stream] = deque()
         self._new: Stream | None = None  # its prompt is being read
@@ -133,7 +162,7 @@ class Engine:
 
     @property
     def longest(self) -> int:
-        """Most tokens of prompt and answer together: the model's context, or less when the caches hold less."""
+        """Most tokens of prompt and answer together: the context, or what the caches hold."""
         return self._batch.longest
 
     @property
@@ -152,6 +181,11 @@ class Engine:
         return self._batch.held * self._token_bytes
 
     @property
+    def prefix_bytes(self) -> int:
+        """Memory that finished sequences take."""
+        return self._prefixes.bytes
+
+    @property
     def closing(self) -> bool:
         """Whether new requests are refused."""
         return self._closing is not None or self.failure is not None
@@ -162,7 +196,7 @@ class Engine:
         return not self._thread.is_alive()
 
     def check(self, request: Request) -> None:
-        """Raise `DataError` for a request that could never be answered: empty, foreign tokens, or too long."""
+        """Raise `DataError` for a request that can never be answered."""
         count = len(request.ids)
         if not count:
             raise DataError("found an empty prompt, expected at least one token.")
@@ -178,14 +212,16 @@ class Engine:
             )
         if count + request.max_new_tokens > self.longest:
             raise ContextError(
-                f"found a prompt of {count} tokens and {request.max_new_tokens} to generate, {count + request.max_new_tokens} "
-                f"together; the context here is {self.longest} tokens. Shorten the prompt or ask for fewer tokens."
+                f"found a prompt of {count} tokens and {request.max_new_tokens} to generate, "
+                f"{count + request.max_new_tokens} together; the context here is {self.longest} "
+                "tokens. Shorten the prompt or ask for fewer tokens."
             )
 
     def submit(self, request: Request, put: Callable[[Piece], None]) -> Stream:
         """Queue a request. ``put`` gets its pieces in the engine's thread and must return at once.
 
-        Raises `DataError` as `check` does, `QueueFullError` when too many wait already, `ClosedError` once `close` was called.
+        Raises `DataError` as `check` does, `QueueFullError` when too many wait already,
+        `ClosedError` once `close` was called.
         """
         self.check(request)
         stream = Stream(request, put, Decoding(self.text.tokenizer))
@@ -199,14 +235,15 @@ class Engine:
             held_up = self._held_up([*self._waiting, stream])
             if held_up > self.max_queue:
                 raise QueueFullError(
-                    f"found {held_up - 1} requests waiting, at most {self.max_queue} may; try again later."
+                    f"found {held_up - 1} requests waiting, at most {self.max_queue} may; "
+                    "try again later."
                 )
             self._waiting.append(stream)
             self._change.notify()
         return stream
 
     def _held_up(self, streams: Sequence[Stream]) -> int:
-        """How many of ``streams``, first come first served, have no row or no room in the caches now."""
+        """How many of ``streams``, in this order, have no row or no room in the caches now."""
         needs = [stream.need for stream in (*self._running, *([self._new] if self._new else []))]
         for place, stream in enumerate(streams):
             needs.append(stream.need)
@@ -215,7 +252,10 @@ class Engine:
         return 0
 
     def generate(self, request: Request) -> Iterator[Piece]:
-        """The pieces of one request, as they come; leaving the loop early cancels it. Raises as `submit` does."""
+        """The pieces of one request, as they come. Leaving the loop early cancels it.
+
+        Raises as `submit` does.
+        """
         pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
         stream = self.submit(request, pieces.put)
         try:
@@ -228,9 +268,9 @@ class Engine:
             stream.cancel()
 
     def close(self, grace: float = 0.0, *, wait: bool = True) -> None:
-        """Take no more requests; what is there may go on for ``grace`` seconds, then ends as ``closed``.
+        """Take no more requests; those here may go on for ``grace`` seconds, then end.
 
-        ``wait`` returns only when the thread has ended. May be called again with less grace.
+        With ``wait`` it returns when the thread has ended. May be called again with less grace.
         """
         with self._change:
             end = time.monotonic() + grace
@@ -239,7 +279,7 @@ class Engine:
         if wait:
             self._thread.join()
 
-    # The thread --------------------------------------------------------------------------------------------------
+    # The thread ------------------------------------------------------------------------
 
     def _work(self) -> None:
         try:
@@ -298,6 +338,7 @@ class Engine:
             if new.read < len(new.request.ids):
                 return
             if finish := self._advance(new, logits):
+                self._keep(new, None)
                 self._batch.drop()
                 self._new = None
                 self._end(new, finish)
@@ -314,36 +355,61 @@ class Engine:
                 return None
             if not self._batch.fits([stream.need for stream in (*self._running, self._waiting[0])]):
                 return None
-            self._new = self._waiting.popleft()
-            return self._new
+            self._new = new = self._waiting.popleft()
+        self._reuse(new)
+        return new
+
+    def _reuse(self, new: Stream) -> None:
+        """Copy the longest beginning of the prompt that a running or a finished sequence holds."""
+        ids, owner = new.request.ids[:-1], new.request.owner  # the last token's logits are needed
+        length, arrays = self._prefixes.find(ids, owner)
+        for row, stream in enumerate(self._running if self._prefixes.budget else ()):
+            if stream.request.owner == owner:
+                shared = min(common_prefix(stream.ids, ids), self._batch.length(row))
+                if shared > length:
+                    length, arrays = shared, tuple(self._batch.view(row, shared))
+        if length:
+            self._batch.take(arrays)
+            new.read = new.reused = length
+
+    def _keep(self, stream: Stream, row: int | None) -> None:
+        """Keep the caches of a sequence that ends, for prompts that begin like it."""
+        length = self._batch.length(row)
+        self._prefixes.put(
+            stream.ids[:length],
+            stream.request.owner,
+            self._token_bytes,
+            lambda: [array.copy() for array in self._batch.view(row, length)],
+        )
 
     def _step(self) -> None:
         if not self._running:
             return
-        logits = self._batch.step(np.array([stream.last for stream in self._running], np.int64))
+        logits = self._batch.step(
+            np.array([stream.answer[-1] for stream in self._running], np.int64)
+        )
         found = (
             (row, self._advance(stream, logits[row])) for row, stream in enumerate(self._running)
         )
         self._leave({row: finish for row, finish in found if finish})
 
     def _advance(self, stream: Stream, logits: Floats) -> Finish | None:
-        """Choose the token after ``logits[V]`` and tell it; returns why the stream ends with it, if it does."""
+        """Choose the token after ``logits[V]`` and send it; returns why the stream ends, if so."""
         request = stream.request
-        token = choose(
-            logits, temperature=request.temperature, top_p=request.top_p, draw=stream.draw
-        )
+        token = stream.sampler.next(logits)
         if token in request.stop_ids:
             return "stop"
-        stream.last = token
-        stream.made += 1
+        stream.answer.append(token)
         text = stream.stops.add(stream.decoding.add(token))
-        stream.put(Piece(text, time.monotonic(), token))
+        beside = None if request.logprobs is None else logprobs(logits, token, request.logprobs)
+        stream.put(Piece(text, time.monotonic(), token, logprobs=beside))
         if stream.stops.met:
             return "stop"
-        return "length" if stream.made == request.max_new_tokens else None
+        return "length" if len(stream.answer) == request.max_new_tokens else None
 
     def _leave(self, ended: dict[int, Finish]) -> None:
         for row in sorted(ended, reverse=True):  # the last row takes the number of one that leaves
+            self._keep(self._running[row], row)
             self._batch.leave(row)
             with self._change:
                 stream, self._running[row] = self._running[row], self._running[-1]
@@ -353,37 +419,3 @@ class Engine:
     def _end(self, stream: Stream, finish: Finish) -> None:
         rest = stream.stops.add(stream.decoding.rest()) + stream.stops.rest()
         stream.put(Piece(rest, time.monotonic(), finish=finish))
-
-
-class StopStrings:
-    """Finds the first stop string in a text that comes in pieces, wherever the pieces are cut."""
-
-    def __init__(self, stops: tuple[str, ...]) -> None:
-        self.met = False
-        self._stops = stops
-        self._held = ""  # the end of the text, as long as it may be the beginning of a stop string
-
-    def add(self, text: str) -> str:
-        """What may be told now: never any part of a stop string, and nothing after one."""
-        if self.met:
-            return ""
-        text = self._held + text
-        starts = [start for stop in self._stops if (start := text.find(stop)) >= 0]
-        if starts:
-            self.met, self._held = True, ""
-            return text[: min(starts)]
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def rest(self) -> str:
-        """What was held back, now that nothing follows."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of ``text`` that begin ``stop``."""
-    return next(
-        (n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0
-    )

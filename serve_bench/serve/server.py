@@ -45,14 +45,15 @@ from limbeck.contract.errors import (
     QueueFullError,
 )
 from limbeck.contract.progress import say
+from limbeck.runtime.sampling import Sampling
 from serve_bench.serve.engine import Engine, Finish, Piece, Request, Stream
 from serve_bench.serve.limits import Limits
 from serve_bench.serve.wire import (
     ChatBody,
     ChatCompletion,
+    Common,
     Completion,
     CompletionBody,
-    Sampling,
     Shape,
     Usage,
     error_body,
@@ -335,7 +336,7 @@ class Service:
         return max(room, 1)  # the engine says what is too long
 
     async def _answer(
-        self, http: HttpRequest, body: Sampling, ids: list[int], most: int, shape: Shape
+        self, http: HttpRequest, body: Common, ids: list[int], most: int, shape: Shape
     ) -> Response:
         arrived: float = http.scope["limbeck.arrived"]
         if body.model != self.model:
@@ -360,8 +361,10 @@ class Service:
         request = Request(
             ids=tuple(ids),
             max_new_tokens=most,
-            temperature=1.0 if body.temperature is None else body.temperature,
-            top_p=1.0 if body.top_p is None else body.top_p,
+            sampling=Sampling(
+                temperature=1.0 if body.temperature is None else body.temperature,
+                top_p=1.0 if body.top_p is None else body.top_p,
+            ),
             seed=None if body.seed is None else body.seed % 2**64,
             stop_ids=frozenset() if body.ignore_eos else self.engine.text.stop_ids,
             stop=body.stops,

@@ -49,7 +49,7 @@ class StreamOptions(_Body):
     include_obfuscation: Any = _only(False)
 
 
-class Sampling(_Body):
+class Common(_Body):
     """What both endpoints take."""
 
     model: str
@@ -80,7 +80,7 @@ class Sampling(_Body):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class CompletionBody(Sampling):
+class CompletionBody(Common):
     """`POST /v1/completions`."""
 
     prompt: (
@@ -130,7 +130,7 @@ class Message(_Body):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class ChatBody(Sampling):
+class ChatBody(Common):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]

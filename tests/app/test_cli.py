@@ -288,7 +288,7 @@ ENDLESS = """
 import sys, time
 import compress
 from limbeck.app import cli
-from limbeck.runtime.decoder import decoder as runtime
+from limbeck.runtime import session as runtime
 def distill(**_):
     print("working", flush=True)
     time.sleep(60)

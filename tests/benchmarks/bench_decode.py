@@ -38,7 +38,8 @@ class Ours:
     """`limbeck.runtime.decoder.Decoder`, as `limbeck generate` uses it."""
 
     def __init__(self, folder: Path, threads: int) -> None:
-        from limbeck.runtime.decoder import Decoder, import_onnxruntime
+        from limbeck.runtime.decoder import Decoder
+        from limbeck.runtime.session import import_onnxruntime
 
         self._open = {"form": FORM, "threads": threads}
         self._folder, self._decoder = folder, Decoder(folder, form=FORM, threads=threads)

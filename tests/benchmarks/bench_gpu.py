@@ -25,7 +25,7 @@ def main() -> None:
     """Export SmolLM2-135M for CUDA, open the arms, and time them in turn."""
     import torch
 
-    from limbeck.runtime.decoder import providers
+    from limbeck.runtime.session import providers
 
     if not torch.cuda.is_available() or "cuda" not in providers():
         print(

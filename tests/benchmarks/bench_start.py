@@ -24,7 +24,7 @@ _CHILD = """
 import sys, time
 import onnxruntime, tokenizers
 from limbeck.app import cli
-from limbeck.runtime.decoder import decoder as runtime
+from limbeck.runtime import text as runtime
 
 spent = 0.0
 

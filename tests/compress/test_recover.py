@@ -26,7 +26,7 @@ from limbeck.app import run as pipeline
 from limbeck.contract.artifact import open_artifact, student_of
 from limbeck.contract.heldout import HELDOUT, load_heldout, mean_nll
 from limbeck.contract.recipe import load_recipe
-from limbeck.runtime.decoder import Decoder
+from limbeck.runtime.decoder import GraphDecoder
 from serve_bench import write_report
 from tests.pico import make_model, make_student
 
@@ -134,7 +134,7 @@ def test_the_forward_pass_is_that_of_the_exported_graph(tmp_path: Path, form: st
     matrices = matrices_of(fp32, scheme)
     rounding = rounding_of(matrices, origins(matrices, fp32, student.path / "model"))
     ids = np.random.default_rng(0).integers(0, 64, (1, 8))
-    graph = Decoder.from_graph(form_files(exported.path, shipped.kind).all).score(ids)
+    graph = GraphDecoder(form_files(exported.path, shipped.kind).all).score(ids)
     away = {}
     for activations in (True, False):
         prepared: Any = load_model(student.path / "model")

@@ -16,7 +16,7 @@ from export.build.genai import KNOWN
 from export.check.census import require_quantized, take_census
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import ModelError, QualityError, RecipeError
-from limbeck.runtime.decoder import Decoder
+from limbeck.runtime.decoder import Decoder, GraphDecoder
 from tests.architectures import (
     DOCUMENT,
     ENCODER_FORMS,
@@ -107,7 +107,7 @@ def test_the_operator_set_is_a_choice(exported: Artifact, tmp_path: Path) -> Non
     model = make_model(tmp_path / "model", model_type="gpt2", **SIZES["gpt2"] | {"n_layer": 1})
     graphs, _ = build_dynamo(model, tmp_path, {}, opset=own + 1)
     assert opset(graphs.last) == opset(graphs.all) == own + 1
-    assert Decoder.from_graph(graphs.last).prefill([[1, 2, 3]]).shape == (1, 258)
+    assert GraphDecoder(graphs.last).prefill([[1, 2, 3]]).shape == (1, 258)
     with pytest.raises(RecipeError, match=r"export.opset: auto leaves no choice"):
         pico_recipe(export={"opset": 20})
 

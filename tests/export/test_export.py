@@ -46,7 +46,7 @@ from limbeck.contract.recipe import (
     fingerprint,
     parse_recipe,
 )
-from limbeck.runtime.decoder import Decoder
+from limbeck.runtime.decoder import Decoder, GraphDecoder
 from tests.architectures import BASES, WEIGHT8, distillation
 from tests.pico import make_model, make_student, pico_recipe
 
@@ -147,7 +147,7 @@ def test_any_mask_gives_torchs_answers(tmp_path: Path, seed: int) -> None:
     mask[:, 9:] = 1
     ids = draw.integers(0, 256, mask.shape)
     torch_model = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager")
-    decoder = Decoder.from_graph(fp32.all)
+    decoder = GraphDecoder(fp32.all)
     found = [decoder.prefill(ids[:, :9], mask[:, :9], room=5)] + [
         decoder.extend(ids[:, [at]]) for at in range(9, 14)
     ]

@@ -13,7 +13,7 @@ from export import export_student, verify_parity
 from export.round.half import half
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import ArtifactError, EnvironmentalError, QualityError, RecipeError
-from limbeck.runtime.decoder import Decoder
+from limbeck.runtime.decoder import Decoder, GraphDecoder
 from serve_bench.serve.batch import open_batch
 from serve_bench.serve.engine import Engine
 from tests.architectures import SIZES
@@ -72,7 +72,7 @@ def test_all_but_the_reference_is_in_fp16(exported: Artifact) -> None:
 
 def test_the_cpu_computes_it_to_check_it_and_does_not_serve_it(exported: Artifact) -> None:
     prompt = list(range(40, 52))
-    ours = Decoder.from_graph(exported.path / exported.result["forms"]["fp16"]["graph"])
+    ours = GraphDecoder(exported.path / exported.result["forms"]["fp16"]["graph"])
     exact = Decoder(exported.path, form="fp32")
     np.testing.assert_allclose(
         ours.prefill([prompt], room=4), exact.prefill([prompt], room=4), atol=0.05
@@ -107,8 +107,8 @@ def test_the_engine_refuses_what_is_made_for_a_card_and_serves_its_reference(
 def test_rows_that_share_a_batch_have_caches_of_the_graphs_own_type(exported: Artifact) -> None:
     graph = exported.path / exported.result["forms"]["int8-weight"]["graph"]
     alone, batch = (
-        Decoder.from_graph(graph, threads=1),
-        open_batch(Decoder.from_graph(graph, threads=1), rows=2, tokens=256),
+        GraphDecoder(graph, threads=1),
+        open_batch(GraphDecoder(graph, threads=1), rows=2, tokens=256),
     )
     assert (alone.cache_type is np.float16) == (exported.result["backend"]["name"] == "genai")
     for prompt in ([40, 41, 42], [50]):

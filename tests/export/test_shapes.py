@@ -17,8 +17,9 @@ from limbeck.app.cli import app
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import ArtifactError, DataError, RecipeError
 from limbeck.contract.recipe import load_recipe
-from limbeck.runtime.decoder import Decoder, load_text
+from limbeck.runtime.decoder import Decoder
 from limbeck.runtime.encoder import Encoder
+from limbeck.runtime.text import load_text
 from serve_bench.serve.batch import open_batch
 from tests.architectures import greedy
 from tests.encoders import classifier_recipe, embedding_recipe, make_encoder_student, make_examples

@@ -26,7 +26,7 @@ from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import ArtifactError, EnvironmentalError, RecipeError
 from limbeck.contract.heldout import CALIBRATION, load_calibration
 from limbeck.contract.recipe import Int8DynamicForm, Int8StaticForm
-from limbeck.runtime.decoder import Decoder
+from limbeck.runtime.decoder import Decoder, GraphDecoder
 from tests.architectures import SIZES
 from tests.pico import make_model, make_student, pico_recipe
 
@@ -240,7 +240,7 @@ def test_weights_have_7_bits_where_sums_would_overflow_and_a_graph_of_8_warns(
         ]
         most[reduce_range] = max(int(np.abs(c.astype(int)).max()) for c in codes)
         capsys.readouterr()
-        Decoder.from_graph(graphs.last)
+        GraphDecoder(graphs.last)
         assert ("overflow on this processor" in capsys.readouterr().err) == (
             overflows and most[reduce_range] == 127
         )

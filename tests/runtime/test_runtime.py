@@ -15,7 +15,10 @@ import pytest
 from export import export_student
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import ArtifactError, DataError, EnvironmentalError
-from limbeck.runtime.decoder import Decoder, choose, import_onnxruntime, load_text
+from limbeck.runtime.decoder import Decoder
+from limbeck.runtime.sampling import Sampling, choose
+from limbeck.runtime.session import import_onnxruntime
+from limbeck.runtime.text import load_text
 from tests.pico import make_model, make_student, make_tokenizer, pico_recipe
 
 
@@ -89,13 +92,19 @@ def test_generation_stops(exported: Artifact) -> None:
 
 def test_sampling_is_repeatable_and_top_p_narrows(exported: Artifact) -> None:
     decoder = Decoder(exported.path)
-    drawn = [list(decoder.generate([1, 2], 20, temperature=5.0, seed=seed)) for seed in (1, 1, 2)]
+    drawn = [
+        list(decoder.generate([1, 2], 20, sampling=Sampling(temperature=5.0), seed=seed))
+        for seed in (1, 1, 2)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
     greedy = list(decoder.generate([1, 2], 20))
-    assert list(decoder.generate([1, 2], 20, temperature=5.0, top_p=1e-9)) == greedy
+    assert (
+        list(decoder.generate([1, 2], 20, sampling=Sampling(temperature=5.0, top_p=1e-9))) == greedy
+    )
     row = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
     found = {
-        choose(row, temperature=1.0, top_p=0.79, draw=np.random.default_rng(n)) for n in range(60)
+        choose(row, Sampling(temperature=1.0, top_p=0.79), np.random.default_rng(n))
+        for n in range(60)
     }
     assert found == {0, 1}
 
@@ -177,8 +186,8 @@ def test_no_gpu_build_is_said(exported: Artifact) -> None:
 
 def test_generating_imports_neither_torch_nor_onnx(exported: Artifact) -> None:
     code = (
-        "import sys; from pathlib import Path; from limbeck.runtime import Decoder, load_text\n"
-        f"folder = Path({str(exported.path)!r}); text = load_text(folder)\n"
+        "import sys; from pathlib import Path; from limbeck.runtime.decoder import Decoder\n"
+        f"from limbeck.runtime.text import load_text; folder = Path({str(exported.path)!r}); text = load_text(folder)\n"
         "print(''.join(text.stream(Decoder(folder).generate(text.encode('abc'), 4))))\n"
         "heavy = {'torch', 'transformers', 'onnx', 'scipy'} & set(sys.modules); assert not heavy, heavy"
     )

@@ -7,12 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from limbeck.contract.artifact import Artifact
@@ -24,8 +25,12 @@ from limbeck.contract.errors import (
     QueueFullError,
 )
 from limbeck.runtime.decoder import Decoder
+from limbeck.runtime.sampling import Sampling
 from serve_bench.serve.batch import GrowingBatch, InPlaceBatch, Pages, bytes_per_token, open_batch
-from serve_bench.serve.engine import Engine, Piece, Request, StopStrings
+from serve_bench.serve.engine import Engine, Piece, Request
+from serve_bench.serve.stops import StopStrings
+
+OF_SAMPLING = {field.name for field in fields(Sampling)}
 
 
 @contextmanager
@@ -72,7 +77,9 @@ def start(
     engine: Engine, ids: list[int], count: int, **options: Any
 ) -> tuple[Any, queue.SimpleQueue[Piece]]:
     pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
-    return engine.submit(Request(tuple(ids), count, **options), pieces.put), pieces
+    given = {name: options.pop(name) for name in list(options) if name in OF_SAMPLING}
+    request = Request(tuple(ids), count, sampling=Sampling(**given), **options)
+    return engine.submit(request, pieces.put), pieces
 
 
 def until(true: Callable[[], bool]) -> None:
@@ -135,8 +142,16 @@ def test_draws_repeat_with_the_seed_and_are_those_of_the_decoder(served: Artifac
         for options in ({"seed": 1}, {"seed": 1}, {"seed": 2}, {"seed": 1, "top_p": 0.4}, {}, {}):
             pieces = [start(engine, [5, 6], 12, temperature=2.0, **options)[1] for _ in range(2)]
             drawn.append([collect(one)[0] for one in pieces])
-    assert drawn[0] == drawn[1] == [list(alone.generate([5, 6], 12, temperature=2.0, seed=1))] * 2
-    assert drawn[3] == [list(alone.generate([5, 6], 12, temperature=2.0, seed=1, top_p=0.4))] * 2
+    assert (
+        drawn[0]
+        == drawn[1]
+        == [list(alone.generate([5, 6], 12, sampling=Sampling(temperature=2.0), seed=1))] * 2
+    )
+    assert (
+        drawn[3]
+        == [list(alone.generate([5, 6], 12, sampling=Sampling(temperature=2.0, top_p=0.4), seed=1))]
+        * 2
+    )
     assert (
         len(
             {
@@ -171,6 +186,7 @@ def test_a_stop_token_or_string_ends_it_and_is_not_told(served: Artifact) -> Non
         )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(
     text=st.text("abc", max_size=30),
     stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),

@@ -29,7 +29,9 @@ from typer.testing import CliRunner
 
 from limbeck.app.cli import app, serve
 from limbeck.contract.artifact import Artifact
-from limbeck.runtime.decoder import Decoder, Text, load_text
+from limbeck.runtime.decoder import Decoder
+from limbeck.runtime.sampling import Sampling
+from limbeck.runtime.text import Text, load_text
 from serve_bench.serve.limits import Limits
 from serve_bench.serve.server import Listener, open_server
 
@@ -293,7 +295,11 @@ def test_a_seed_repeats(served: Artifact, client: openai.OpenAI) -> None:
     assert len({draw(seed=7), draw(seed=8), draw(seed=7, temperature=2), draw(), draw()}) == 5
     text = load_text(served.path)
     drawn = alone(served.path).generate(
-        text.encode("seed"), 24, stop_ids=text.stop_ids, temperature=1.5, top_p=0.5, seed=7
+        text.encode("seed"),
+        24,
+        stop_ids=text.stop_ids,
+        sampling=Sampling(temperature=1.5, top_p=0.5),
+        seed=7,
     )
     assert draw(seed=7, temperature=1.5, top_p=0.5) == "".join(text.stream(drawn))
 

@@ -15,7 +15,8 @@ import pytest
 from export import export_student
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import DataError, EnvironmentalError
-from limbeck.runtime.decoder import Decoder, load_text
+from limbeck.runtime.decoder import Decoder
+from limbeck.runtime.text import load_text
 from serve_bench import evaluate
 from serve_bench.lm_eval import _figures, markdown, score
 from tests.pico import make_model, make_student, pico_recipe

@@ -43,7 +43,7 @@ from limbeck.contract.files import write_atomically
 from limbeck.contract.lock import locked
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import AnyBudget, AnyRecipe, FreshStudent, Recipe, parse_any_recipe
-from limbeck.runtime.decoder import import_onnxruntime
+from limbeck.runtime.session import import_onnxruntime
 
 CHOSEN, NEAREST, RESULT, TABLE = "chosen.yaml", "nearest.yaml", "search.json", "search.md"
 _SIZE_ERROR = 0.02  # of the plan, relative

@@ -1,0 +1,37 @@
+"""Environment variables that must be set before a heavy library is loaded, in every process.
+
+`limbeck/__init__.py` calls `prepare`, so it runs before all other imports of Limbeck: in the
+command line, in workers, under torchrun and in programs that import a part of Limbeck.
+"""
+
+from __future__ import annotations
+
+import os
+
+# No library may report its use by itself. onnxruntime 1.32 otherwise looks up a host for events
+# and keeps a database under ~/.cache.
+_NO_TELEMETRY = {
+    "ORT_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "WANDB_MODE": "offline",
+    "WANDB_ERROR_REPORTING": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "GRADIO_ANALYTICS_ENABLED": "False",
+}
+# Each of these says how OpenMP threads wait. A user who set one keeps the choice.
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+def prepare() -> None:
+    """Set what is missing; a variable that the user has set stays as it is.
+
+    OpenMP threads of torch wait for each other by spinning. On a core that another process uses,
+    they spin instead of working, and a step takes 6 to 8 times as long; asleep, they do not.
+    """
+    for name, value in _NO_TELEMETRY.items():
+        os.environ.setdefault(name, value)
+    if not any(name in os.environ for name in _WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "passive"

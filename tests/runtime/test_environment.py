@@ -1,0 +1,103 @@
+"""No telemetry, no name look-up, no file outside run and cache folder, in any process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from limbeck.contract.artifact import Artifact
+
+SWITCHES = ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "OMP_WAIT_POLICY")
+# A name server on loopback that writes down every name it is asked for.
+NAMESERVER = """
+import socket, subprocess, sys, threading
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind(("127.0.0.1", 53))
+def answer():
+    while True:
+        query, client = server.recvfrom(2048)
+        print("asked", query[12:].split(bytes(1))[0], file=open(sys.argv[1], "a"))
+        server.sendto(query[:2] + b"\\x81\\x83" + query[4:6] + bytes(6) + query[12:], client)
+threading.Thread(target=answer, daemon=True).start()
+sys.exit(subprocess.run(sys.argv[2:]).returncode)
+"""
+
+
+def clean(**more: str) -> dict[str, str]:
+    """The environment of a user who has set none of the switches."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in ("PATH", "PYTHONPATH", "LIMBECK_CACHE")
+    }
+    return kept | more
+
+
+@pytest.mark.parametrize(
+    "module", ["limbeck.__main__", "limbeck.runtime.decoder", "compress", "export", "serve_bench"]
+)
+def test_switches_are_set_before_a_heavy_library_is_loaded(module: str) -> None:
+    code = f"""
+import importlib.abc, os, sys
+class Watch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "onnxruntime", "huggingface_hub", "numpy", "transformers"):
+            assert all(os.environ.get(switch) for switch in {SWITCHES}), name
+sys.meta_path.insert(0, Watch())
+import {module}
+assert all(os.environ.get(switch) for switch in {SWITCHES})
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=clean(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_the_user_has_set_stays() -> None:
+    code = (
+        "import os, limbeck; print(os.environ['DO_NOT_TRACK'], os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=clean(DO_NOT_TRACK="0", GOMP_SPINCOUNT="5"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["0", "None"], done.stderr
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> list[str]:
+    """A command prefix: a namespace with loopback and our name server as the only network."""
+    (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\n")
+    (tmp_path / "nameserver.py").write_text(NAMESERVER)
+    setup = (
+        f"mount --bind {tmp_path}/resolv.conf /etc/resolv.conf && ip link set lo up && exec $0 $@"
+    )
+    prefix = ["unshare", "--map-root-user", "--net", "--mount", "sh", "-c", setup]
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*prefix, "true"], capture_output=True).returncode
+    ):
+        pytest.skip("needs network namespaces (unshare and ip)")
+    return [*prefix, sys.executable, str(tmp_path / "nameserver.py"), str(tmp_path / "asked")]
+
+
+def test_generate_asks_for_no_name_and_writes_no_file(
+    served: Artifact, tmp_path: Path, alone: list[str]
+) -> None:
+    home, temporary = tmp_path / "home", tmp_path / "tmp"
+    home.mkdir()
+    temporary.mkdir()
+    environment = clean(HOME=str(home), TMPDIR=str(temporary), PYTHONDONTWRITEBYTECODE="1")
+    subprocess.run([*alone, "getent", "hosts", "seen.invalid"], env=environment)
+    assert "seen" in (tmp_path / "asked").read_text()  # the name server hears a look-up
+    (tmp_path / "asked").unlink()
+    command = [sys.executable, "-m", "limbeck", "generate", str(served.path), "abc"]
+    done = subprocess.run([*alone, *command], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "asked").exists(), (tmp_path / "asked").read_text()
+    assert not [*home.rglob("*"), *temporary.rglob("*")]
