@@ -24,6 +24,7 @@ from limbeck.runtime.session import import_onnxruntime
 
 _ROOM = 4_000_000_000  # bytes: what the demo writes, cache and run folder together
 _MEMORY = 8_000_000_000  # bytes: what the demo needs
+_FOLDED = ("python", "libraries", "onnx runtime", "server", "demo")  # shown by --all only
 _DEMO = "smollm2/135m-two-experts"
 
 
@@ -44,19 +45,23 @@ class Findings:
         """Plain JSON types."""
         return {"able": self.able, "missing": self.missing, "advice": self.advice, **self.facts}
 
-    def as_text(self) -> str:
-        """Lines for a terminal."""
-        lines = []
-        for title, facts in self.facts.items():
-            lines.append(title)
-            width = max(map(len, facts), default=0)
-            lines += [f"  {name:{width}}  {_shown(value)}" for name, value in facts.items()]
+    def as_text(self, everything: bool = False) -> str:
+        """Lines for a terminal: what is wrong first; ``everything`` adds the versions of all libraries."""
+        able = (
+            "this machine can run Limbeck" if self.able else "this machine cannot run Limbeck yet"
+        )
+        lines = [able]
         for title, items in (("missing", self.missing), ("advice", self.advice)):
             if items:
                 lines += [title, *(f"  - {item}" for item in items)]
-        lines.append(
-            "this machine can run Limbeck" if self.able else "this machine cannot run Limbeck yet"
-        )
+        for title, facts in self.facts.items():
+            if title in _FOLDED and not everything:
+                continue
+            lines.append(title)
+            width = max(map(len, facts), default=0)
+            lines += [f"  {name:{width}}  {_shown(value)}" for name, value in facts.items()]
+        if not everything:
+            lines.append("limbeck doctor --all shows the versions of all libraries")
         return "\n".join(lines)
 
 

@@ -64,6 +64,7 @@ def write_recipe(
     texts: Sequence[str],
     target_mb: float,
     student: str | None,
+    base_paths: Sequence[str] = (),
     out: Path,
 ) -> Choice:
     """Write the recipe to ``out`` and return what was chosen.

@@ -8,10 +8,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from limbeck.contract.errors import RecipeError
 from limbeck.contract.recipe import AnyRecipe, load_any_recipe, shipped_recipes
 
+_EDITOR = "yaml-language-server:"  # the line that tells an editor the schema
 _PLAN = re.compile(r"^# Plan: ([\d.]+) MB (\S+) on (cpu|card)$", re.MULTILINE)
 
 
@@ -34,8 +36,25 @@ class Entry:
     @property
     def about(self) -> str:
         """The comment at the top of the file."""
-        lines = self.recipe.text.splitlines()
-        return " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+        lines = [line for line in self.recipe.text.splitlines() if line.startswith("#")]
+        words = [line.removeprefix("#").strip() for line in lines if _EDITOR not in line]
+        return " ".join(words)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "name": self.name,
+            "family": self.family,
+            "megabytes": self.megabytes,
+            "device": self.device,
+            "description": self.recipe.description,
+            "task": self.recipe.task,
+            "teachers": list(self.recipe.teacher_models),
+            "student": self.recipe.student.kind,
+            "forms": [form.kind for form in self.recipe.export.forms],
+            "about": self.about,
+            "path": str(self.path),
+        }
 
 
 def library(

@@ -12,6 +12,7 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from limbeck.app.products import plan_products
 from limbeck.contract.errors import LimbeckError, RecipeError, UserError
 from limbeck.contract.machine import host
 from limbeck.contract.recipe import (
@@ -138,11 +139,10 @@ def plan_recipe(recipe: AnyRecipe, *, trial: bool = False) -> Plan:
     Raises `ModelError` for a model whose configuration cannot be had, `RecipeError` for a teacher recipe that is wrong.
     """
     import compress
-    from limbeck.app import run as pipeline
 
     compress.quiet_libraries()
     own = _making(recipe)
-    first = [_making(product.recipe) for product in pipeline.plan(recipe)[0]]
+    first = [_making(product.recipe) for product in plan_products(recipe).order]
     worst = max([own, *first], key=lambda making: sum(making.memory.values()))
     moment = worst.taken.memory.moment
     speed = _speed(own) if trial else None

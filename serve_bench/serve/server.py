@@ -44,10 +44,10 @@ from limbeck.contract.errors import (
     EnvironmentalError,
     QueueFullError,
 )
+from limbeck.contract.limits import Limits
 from limbeck.contract.progress import say
 from limbeck.runtime.sampling import Sampling
 from serve_bench.serve.engine import Engine, Finish, Piece, Request, Stream
-from serve_bench.serve.limits import Limits
 from serve_bench.serve.wire import (
     ChatBody,
     ChatCompletion,

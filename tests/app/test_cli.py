@@ -37,6 +37,7 @@ HEAVY = (
 COMMANDS = (
     "recipes",
     "validate",
+    "schema",
     "init",
     "plan",
     "run",
@@ -49,6 +50,8 @@ COMMANDS = (
     "verify",
     "compare",
     "eval",
+    "pack",
+    "push",
     "generate",
     "serve",
     "doctor",
@@ -68,7 +71,7 @@ def call(*arguments: str | Path, stdin: str | None = None) -> Result:
 def imported_by(*arguments: str) -> set[str]:
     """Heavy packages that a command imports, in a process of its own."""
     code = (
-        "import sys\nfrom limbeck import cli\nsys.argv = ['limbeck', *sys.argv[1:]]\n"
+        "import sys\nfrom limbeck.app import cli\nsys.argv = ['limbeck', *sys.argv[1:]]\n"
         "try:\n    cli.main()\nfinally:\n    print('\\n', *sys.modules, file=sys.stderr)"
     )
     done = subprocess.run(
@@ -100,7 +103,9 @@ def test_help_lists_every_command() -> None:
     listed = re.findall(r"^  (\w+) ", out.split("Commands:")[1], re.MULTILINE)
     assert tuple(listed) == COMMANDS
     assert call().exit_code == 2
-    assert call("--version").output == f"limbeck {__version__}\n"
+    versions = call("--version").output.splitlines()
+    assert versions[0] == f"limbeck {__version__}"
+    assert f"onnxruntime {metadata.version('onnxruntime')}" in versions
     assert __version__ == metadata.version("limbeck")
 
 
@@ -160,7 +165,7 @@ def test_validate_reports_every_mistake_of_every_file(tmp_path: Path) -> None:
         "bad.yaml: 2 mistakes",
         "gate: unknown key; did you mean `gates`?",
         "sed: unknown key; did you mean `seed`?",
-        "hungry.yaml: 2 things are missing here",
+        "hungry.yaml: 2 things are missing or wrong here",
         "gone.txt: no such file",
         "student.base: the Python package no-such-package-here is not installed; run: pip install",
         "gone.yaml: no such recipe file",
@@ -441,7 +446,10 @@ def test_doctor_finds_this_machine_able() -> None:
     assert "CPUExecutionProvider" in found["onnx runtime"]["execution providers"]
     assert found["machine"]["cores"] >= 1
     assert found["libraries"]["torch"] == metadata.version("torch")
-    assert call("doctor").stdout.endswith("this machine can run Limbeck\n")
+    shown = call("doctor").stdout
+    assert shown.startswith("this machine can run Limbeck\n")
+    assert "transformers" not in shown
+    assert f"transformers {' ' * 16}".strip() in call("doctor", "--all").stdout
 
 
 def test_doctor_imports_no_torch() -> None:

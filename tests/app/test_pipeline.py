@@ -20,6 +20,8 @@ import export
 import serve_bench
 from limbeck.app import run as pipeline
 from limbeck.app.exports import adopt
+from limbeck.app.products import plan_products
+from limbeck.app.verify import verify
 from limbeck.contract.artifact import Artifact, find_artifact, open_artifact, write_artifact
 from limbeck.contract.errors import ArtifactError, EnvironmentalError, ParityError, RecipeError
 from limbeck.contract.recipe import Recipe, load_recipe
@@ -229,7 +231,7 @@ def test_recipes_made_from_each_other_are_refused(stages: Stages) -> None:
     with pytest.raises(
         RecipeError, match=r"teachers\.0 \(self\): teachers\.0: .* \(self -> self\)"
     ):
-        pipeline.plan(load_recipe("self.yaml"))
+        plan_products(load_recipe("self.yaml"))
     assert stages.called == []
 
 
@@ -514,18 +516,18 @@ def test_verify_passes_what_is_unchanged(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    assert pipeline.verify(finished) == 0
+    assert verify(finished) == 0
     out = capsys.readouterr().out
     assert out.count("unchanged") == 3
     assert "fp32  9          1e-05" in out
     assert re.search(r"^loss, mean +2.5 +2.5 +equal to the digit$", out, re.MULTILINE)
     assert out.endswith("\nverified\n")
-    assert pipeline.verify(finished / "onnx") == 0
+    assert verify(finished / "onnx") == 0
 
 
 def test_verify_names_a_changed_file(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (finished / "student" / "file").write_text("x")
-    assert pipeline.verify(finished) == 2
+    assert verify(finished) == 2
     out = capsys.readouterr().out
     assert "file has changed since it was written" in out
     assert out.endswith("NOT verified\n")
@@ -537,7 +539,7 @@ def test_verify_sees_an_artifact_made_from_another(
     pipeline.run(load_recipe(recipe("other")), out=Path("elsewhere"))
     shutil.rmtree(finished / "student")
     shutil.copytree(Path("elsewhere/student"), finished / "student")
-    assert pipeline.verify(finished) == 2
+    assert verify(finished) == 2
     assert "was made from another student than the one in out/student" in capsys.readouterr().out
 
 
@@ -548,7 +550,7 @@ def test_verify_tells_a_graph_that_computes_something_else(
         raise ParityError("the fp32 graph does not compute what the student computes")
 
     monkeypatch.setattr(export, "verify_parity", differs)
-    assert pipeline.verify(finished) == 1
+    assert verify(finished) == 1
     assert "does not compute" in capsys.readouterr().out
 
 
@@ -562,11 +564,11 @@ def test_verify_replays_what_it_is_asked_to_and_tells_a_broken_promise(
         return [KEPT, Finding("ms per output token", "7", "9", "slower than certified", False)]
 
     monkeypatch.setattr(serve_bench, "replay", replay)
-    assert pipeline.verify(finished, speed=False) == 1
+    assert verify(finished, speed=False) == 1
     assert asked == [{"run": finished, "quality": True, "speed": False}]
     assert "certificate: ms per output token slower than certified." in capsys.readouterr().out
     (finished / "certificate.json").unlink()
-    assert pipeline.verify(finished) == 2
+    assert verify(finished) == 2
     assert "`limbeck report out` writes it again" in capsys.readouterr().out
 
 
@@ -574,7 +576,7 @@ def test_verify_of_an_unfinished_run_says_what_is_not_there(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.rmtree(finished / "bench")
-    assert pipeline.verify(finished) == 0
+    assert verify(finished) == 0
     assert "bench" in capsys.readouterr().out.split("not made yet")[0]
     with pytest.raises(ArtifactError, match="no complete artifact"):
-        pipeline.verify(Path("cache"))
+        verify(Path("cache"))

@@ -25,6 +25,7 @@ from limbeck.app import pico, plan
 from limbeck.app import run as pipeline
 from limbeck.app.cli import app
 from limbeck.app.library import Entry, library
+from limbeck.app.products import plan_products
 from limbeck.contract.errors import ModelError, RecipeError
 from limbeck.contract.machine import host
 from limbeck.contract.recipe import (
@@ -342,7 +343,7 @@ def test_an_expert_of_your_own_text_is_the_one_beside_your_recipe(tmp_path: Path
         ("qwen3/0.6b-from-8b-4b", "qwen3-1.7b-expert-domain"),
         (str(tmp_path / "mine.yaml"), "my-expert"),
     ):
-        products, _ = pipeline.plan(load_recipe(reference))
+        products = plan_products(load_recipe(reference)).order
         assert [product.recipe.name for product in products] == [expert]
 
 

@@ -30,7 +30,8 @@ from compress.models.encoders import (
 from compress.models.language import byte_tokenizer
 from export.check.parity import PARITY, load_arrays, require_parity
 from export.encoders import load_student, measure_encoder_parity
-from limbeck.app import run as pipeline
+from limbeck.app.products import plan_products
+from limbeck.app.verify import verify
 from limbeck.contract.artifact import Artifact, open_artifact
 from limbeck.contract.errors import DataError, ModelError, ParityError, RecipeError, UserError
 from limbeck.contract.examples import EXAMPLES, accuracy, load_examples, macro_f1
@@ -101,7 +102,7 @@ def test_a_teacher_recipe_of_another_task_is_refused(tmp_path: Path) -> None:
     teachers = [{"name": "a", "model": {"kind": "recipe", "recipe": "pico"}}]
     path.write_text(json.dumps(classifier_recipe(teachers=teachers).resolved()))
     with pytest.raises(RecipeError, match="its task is causal-lm, expected classification"):
-        pipeline.plan(load_any_recipe(path))
+        plan_products(load_any_recipe(path))
 
 
 # Text ------------------------------------------------------------------------------------------------------------
@@ -588,4 +589,4 @@ def test_the_whole_chain_to_a_verdict(expert: Path, tmp_path: Path) -> None:
         "student": open_artifact(run / "student").digest,
     }
     assert header["license"] == "unknown"
-    assert pipeline.verify(run) == 0
+    assert verify(run) == 0

@@ -23,6 +23,7 @@ from export.round.origin import origins, rounding_of
 from export.round.quantize import matrices_of, quantize_columns, scheme_for
 from export.round.sensitivity import rounded
 from limbeck.app import run as pipeline
+from limbeck.app.verify import verify
 from limbeck.contract.artifact import open_artifact, student_of
 from limbeck.contract.heldout import HELDOUT, load_heldout, mean_nll
 from limbeck.contract.recipe import load_recipe
@@ -229,7 +230,7 @@ def test_a_form_that_fails_its_gate_is_won_back(
     page = report.html.read_text()
     assert f"distilled again through the rounding for {told['tokens']} tokens" in page
     assert all(step in page for step in ("distilling", "rounding", "recovery"))
-    assert pipeline.verify(run, speed=False) == 0
+    assert verify(run, speed=False) == 0
     # A second time there is nothing to do.
     pipeline.run_stage("export", recipe, out=run)
     skipped = [json.loads(line)["skipped"] for line in (run / "log.jsonl").read_text().splitlines()]

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from export import export_student, verify_parity
 from limbeck.app import run as pipeline
 from limbeck.app.cli import app
+from limbeck.app.verify import verify
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import ArtifactError, DataError, RecipeError
 from limbeck.contract.recipe import load_recipe
@@ -156,7 +157,7 @@ def test_a_run_of_fixed_shape_ends_in_a_verdict_and_generates(tmp_path: Path) ->
     report = pipeline.run(load_recipe("pico", overrides=few), out=run)
     assert report is not None
     assert report.verdict.status in ("pass", "undecided")
-    assert pipeline.verify(run, speed=False) == 0
+    assert verify(run, speed=False) == 0
     made = CliRunner().invoke(
         app, ["generate", str(run), "abcdef", "--max-new-tokens", "12", "--form", "fp32"]
     )

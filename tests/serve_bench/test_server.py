@@ -27,12 +27,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
-from limbeck.app.cli import app, serve
+from limbeck.app.cli import app
+from limbeck.app.cli.use import serve
 from limbeck.contract.artifact import Artifact
+from limbeck.contract.limits import Limits
 from limbeck.runtime.decoder import Decoder
 from limbeck.runtime.sampling import Sampling
 from limbeck.runtime.text import Text, load_text
-from serve_bench.serve.limits import Limits
 from serve_bench.serve.server import Listener, open_server
 
 PROMPTS = [

@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from limbeck.app import run as pipeline
 from limbeck.app.plan import training_memory
+from limbeck.app.products import require_inputs
 from limbeck.app.search.candidates import Candidate, SpeedModel, still_in
 from limbeck.app.search.finals import measure_finalists
 from limbeck.app.search.outcome import (
@@ -59,7 +59,7 @@ def search(recipe: AnyRecipe, *, out: Path | None = None) -> Found:
     """
     budget = _required(recipe)
     _require_optuna()
-    pipeline.require_inputs(recipe)
+    require_inputs(recipe)
     import_onnxruntime()  # the first exports need it
     digest = digest_of(recipe)
     folder = out or Path("runs") / f"search-{recipe.name}-{digest[:8]}"

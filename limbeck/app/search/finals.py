@@ -13,6 +13,7 @@ from limbeck.app.search.candidates import Candidate
 from limbeck.app.search.outcome import excess, why_refused
 from limbeck.app.search.state import Clock
 from limbeck.app.search.tasks import task_of
+from limbeck.app.verify import verify
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import QualityError
 from limbeck.contract.progress import say
@@ -107,7 +108,7 @@ def _measure(
     if report.verdict.status != "pass":
         missed = [gate.sentence for gate in report.verdict.gates if gate.status != "pass"]
         finalist.out = f"measured: {'; '.join(missed)}"
-    elif pipeline.verify(run, speed=False):
+    elif verify(run, speed=False):
         finalist.verdict, finalist.out = (
             "fail",
             "measured, but `limbeck verify` does not find it again",

@@ -6,7 +6,7 @@ import json
 import time
 from pathlib import Path
 
-from limbeck.app import run as pipeline
+from limbeck.app.products import plan_products
 from limbeck.contract import sources
 from limbeck.contract.errors import ArtifactError
 from limbeck.contract.files import (
@@ -28,10 +28,10 @@ def digest_of(recipe: AnyRecipe) -> str:
 
     Not of the hours, nor of how long the bench measures: with more of them a search goes on from what is there.
     """
-    products, _ = pipeline.plan(recipe)
+    products = plan_products(recipe)
     made = [
         [each.distillation(), sources.input_digests(each, products=None)]
-        for each in (recipe, *(product.recipe for product in products))
+        for each in (recipe, *(product.recipe for product in products.order))
     ]
     asked = recipe.resolved()
     bounds = {name: bound for name, bound in asked["budget"].items() if name != "hours"}

@@ -6,8 +6,15 @@ import hashlib
 import json
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+)
+from pydantic_core import PydanticCustomError, core_schema
 
 
 class Frozen(BaseModel):
@@ -30,9 +37,31 @@ Count = Annotated[Int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=80)]
 
 
-def shorthand(value: Any) -> Any:
+class _Shorthand:
     """A choice written as its bare name: `int8-weight` for `{kind: int8-weight}`."""
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        return core_schema.no_info_before_validator_function(_named, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        found = handler(schema)
+        kinds = {
+            kind: handler.resolve_ref_schema({"$ref": ref})
+            for kind, ref in found["discriminator"]["mapping"].items()
+        }
+        names = [kind for kind, choice in kinds.items() if choice.get("required") == ["kind"]]
+        return {"anyOf": [{"enum": names}, found]} if names else found
+
+
+def _named(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
+
+
+SHORTHAND = _Shorthand()
 
 
 def fingerprint(value: Any) -> str:

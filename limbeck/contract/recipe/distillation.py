@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from limbeck.contract.recipe.base import Count, Float, Fraction, Frozen, Positive, shorthand
+from limbeck.contract.recipe.base import SHORTHAND, Count, Float, Fraction, Frozen, Positive
 from limbeck.contract.recipe.inputs import BaseSource
 
 # Students --------------------------------------------------------------------------------------------------------
@@ -318,8 +318,7 @@ class TopkCache(Frozen):
 
 
 TeacherCache = Annotated[
-    Annotated[NoCache | HiddenCache | TopkCache, Field(discriminator="kind")],
-    BeforeValidator(shorthand),
+    Annotated[NoCache | HiddenCache | TopkCache, Field(discriminator="kind")], SHORTHAND
 ]
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from limbeck.contract.recipe.base import (
+    SHORTHAND,
     Count,
     Float,
     Fraction,
@@ -17,7 +18,6 @@ from limbeck.contract.recipe.base import (
     Int,
     Name,
     Positive,
-    shorthand,
 )
 from limbeck.contract.recipe.budget import ClassificationBudget, EmbeddingBudget, EncoderSpace
 from limbeck.contract.recipe.distillation import (
@@ -247,7 +247,7 @@ EncoderForm = Annotated[
     Annotated[
         Fp32Form | Int8WeightForm | Int8DynamicForm | Int8StaticForm, Field(discriminator="kind")
     ],
-    BeforeValidator(shorthand),
+    SHORTHAND,
 ]
 
 

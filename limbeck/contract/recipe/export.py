@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from limbeck.contract.recipe.base import Count, Fraction, Frozen, Int, Positive, shorthand
+from limbeck.contract.recipe.base import SHORTHAND, Count, Fraction, Frozen, Int, Positive
 
 _REDUCE = "Weights of 7 bits instead of 8, which no processor's sums overflow; none takes 7 on x86 without VNNI, where this is made, else 8."
 _SMOOTH = "Share of the difficulty of activations' outliers that moves into the weights that read them (SmoothQuant), on training text; 0: none. Not said: 0.5, and 0 with export.recover or adapters: separate."
@@ -92,7 +92,7 @@ Form = Annotated[
         | Int4WeightForm,
         Field(discriminator="kind"),
     ],
-    BeforeValidator(shorthand),
+    SHORTHAND,
 ]
 Provider = Literal["cpu", "cuda", "tensorrt"]
 
@@ -154,8 +154,7 @@ class MixedByLoss(Frozen):
 
 
 Mixed = Annotated[
-    Annotated[MixedByRule | MixedBySize | MixedByLoss, Field(discriminator="kind")],
-    BeforeValidator(shorthand),
+    Annotated[MixedByRule | MixedBySize | MixedByLoss, Field(discriminator="kind")], SHORTHAND
 ]
 
 
@@ -188,9 +187,7 @@ class StaticShapes(Frozen):
     )
 
 
-Shapes = Annotated[
-    Annotated[DynamicShapes | StaticShapes, Field(discriminator="kind")], BeforeValidator(shorthand)
-]
+Shapes = Annotated[Annotated[DynamicShapes | StaticShapes, Field(discriminator="kind")], SHORTHAND]
 
 
 class Export(Frozen):

@@ -1,0 +1,253 @@
+"""What every command shares: the program, its options, its colours, and errors as messages with exit codes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from limbeck import __version__
+from limbeck.contract.errors import LimbeckError, RecipeError
+from limbeck.contract.printable import printable
+from limbeck.contract.process import end_with_parent
+
+if TYPE_CHECKING:
+    from limbeck.contract.recipe import AnyRecipe
+
+MOST_THREADS = 1024
+_STOPPED = "stopped; run the same command again to go on"
+_RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda")
+_BOLD, _CYAN, _PLAIN = "\x1b[1m", "\x1b[36m", "\x1b[0m"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised where the work is, so that everything is put away as on Ctrl-C."""
+
+
+class Command(TyperCommand):
+    """A command whose help has colours on a terminal."""
+
+    def get_help(self, ctx: Any) -> str:
+        """The help text."""
+        return _coloured(super().get_help(ctx))
+
+
+class Commands(TyperGroup):
+    """The program: every error that a user can meet becomes one message and an exit code."""
+
+    def get_help(self, ctx: Any) -> str:
+        """The help text."""
+        return _coloured(super().get_help(ctx))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except LimbeckError as error:
+            print(f"limbeck: {printable(str(error))}", file=sys.stderr)
+            raise SystemExit(error.exit_code) from None
+        except KeyboardInterrupt as stop:
+            raise SystemExit(_stopped(stop)) from None
+        except BrokenPipeError:
+            # Our reader has left. Keep the interpreter from complaining on its way out.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+command = partial(app.command, cls=Command)
+
+
+def main() -> None:
+    """Entry point of the `limbeck` command."""
+    end_with_parent()
+    try:
+        signal.signal(signal.SIGTERM, _terminate)
+        app(prog_name="limbeck")
+    except KeyboardInterrupt as stop:  # before a command was reached
+        raise SystemExit(_stopped(stop)) from None
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated
+
+
+def _stopped(stop: KeyboardInterrupt) -> int:
+    print(f"\n{_STOPPED}", file=sys.stderr)
+    return 143 if isinstance(stop, Terminated) else 130
+
+
+def _coloured(text: str) -> str:
+    """Help with bold headings and cyan names; typer takes the colours out where no terminal is watching."""
+    if "NO_COLOR" in os.environ:
+        return text
+    text = re.sub(r"^( *[A-Z][\w ]*:)(?= |$)", rf"{_BOLD}\1{_PLAIN}", text, flags=re.MULTILINE)
+    return re.sub(
+        r"^  (-[\w, /-]+|[a-z]+)(?=  )", rf"  {_CYAN}\1{_PLAIN}", text, flags=re.MULTILINE
+    )
+
+
+def _version(wanted: bool) -> None:
+    if not wanted:
+        return
+    import importlib.metadata  # slow to import
+
+    print(f"limbeck {__version__}")
+    for name in _RUNTIMES:
+        try:
+            print(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_version,
+            is_eager=True,
+            help="Print the versions of Limbeck and its runtime and exit.",
+        ),
+    ] = False,
+) -> None:
+    """Several teacher language models and one recipe in; one small, quantised, measured student out.
+
+    A recipe is a YAML file that names the teachers, the text, the student and what must hold before it ships.
+    `limbeck run` does the whole job and ends with a verdict and a report; a second run goes on where the first
+    one stopped.
+
+    \b
+    Start here:
+      limbeck doctor                            can this machine do it?
+      limbeck recipes                           what is there to run?
+      limbeck run pico                          a smoke test on tiny random models
+      limbeck run smollm2/135m-two-experts      the demo, on real models and real text
+
+    \b
+    Exit codes: 0 done and every gate passed, 1 done but not good enough, 2 a mistake in what was given,
+    3 undecided (more measuring time is needed), 130 stopped by Ctrl-C.
+    """
+
+
+# Options that several commands take ------------------------------------------------------------------------------
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe file, or a name from `limbeck recipes`.",
+        show_default=False,
+    ),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="DIR",
+        help="Run folder. Default: runs/NAME-DIGEST in the working directory.",
+        show_default=False,
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one field of the recipe, such as training.tokens=20480 or "
+        "teachers.0.quantize=int8. Repeatable.",
+        show_default=False,
+    ),
+]
+ShrinkOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shrink-to",
+        metavar="pico",
+        help="Try the recipe out: tiny random models of the same architectures, built-in text, "
+        "a few steps.",
+        show_default=False,
+    ),
+]
+KeyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-key",
+        metavar="VARIABLE",
+        help="Environment variable that the recipe may send as an API key, besides LIMBECK_* and "
+        "OPENAI_API_KEY. Repeatable.",
+        show_default=False,
+    ),
+]
+BaseOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--base",
+        metavar="[ID=]PATH",
+        help="Local folder of an adapter's base model, where the adapter names it by its hub id. "
+        "Repeatable.",
+        show_default=False,
+    ),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        max=MOST_THREADS,
+        help="CPU threads. Default: every core available.",
+        show_default=False,
+    ),
+]
+FormOption = Annotated[
+    str | None,
+    typer.Option(
+        "--form", help="Form to run, such as fp32. Default: the shipped one.", show_default=False
+    ),
+]
+ExportedArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="ARTIFACT", help="An exported folder, or the run it is in.", show_default=False
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def load(
+    reference: str,
+    overrides: list[str] | None,
+    shrink: str | None = None,
+    keys: list[str] | None = None,
+) -> AnyRecipe:
+    """The recipe that was named, with what was changed on the command line."""
+    from limbeck.app.pico import shrink_to_pico
+    from limbeck.contract.recipe import allow_keys, load_any_recipe
+
+    if shrink not in (None, "pico"):
+        raise RecipeError(f"--shrink-to {shrink}: expected pico, the one size there is.")
+    allow_keys(keys or ())
+    recipe = load_any_recipe(reference, overrides=overrides or ())
+    return shrink_to_pico(recipe) if shrink else recipe
+
+
+def names_in(given: str) -> list[str]:
+    """Names that were given separated by commas."""
+    return [name.strip() for name in given.split(",") if name.strip()]

@@ -1,0 +1,204 @@
+"""Commands that use the exported student: generate and serve."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from limbeck.app.cli.base import ExportedArgument, FormOption, ThreadsOption, command
+from limbeck.contract.errors import DataError, EnvironmentalError
+from limbeck.contract.limits import Limits
+
+
+@command("generate")
+def generate(
+    artifact: ExportedArgument,
+    prompt: Annotated[
+        str,
+        typer.Argument(
+            metavar="PROMPT",
+            help="The text to go on from; - reads standard input.",
+            show_default=False,
+        ),
+    ],
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, max=2**31 - 1, help="Most tokens to generate.")
+    ] = 128,
+    form: FormOption = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            "--adapter",
+            metavar="FILE|none",
+            help="Adapter of another student of the same base; none is the base alone.",
+            show_default=False,
+        ),
+    ] = None,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            "--temperature",
+            min=0,
+            max=1000,
+            help="0 takes the likeliest token; higher is more varied.",
+        ),
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            "--top-p",
+            min=0,
+            max=1,
+            help="Draw from the likeliest tokens that hold this share; 0 is the likeliest alone.",
+        ),
+    ] = 1.0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the draw.")
+    ] = 0,
+    threads: ThreadsOption = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")
+    ] = False,
+) -> None:
+    """Generate text with an exported student, under onnxruntime alone, and print it as it comes.
+
+    \b
+    Examples:
+      limbeck generate runs/pico-1a2b3c4d/onnx "My fellow Americans,"
+      limbeck generate runs/pico-1a2b3c4d "Who are you?" --chat --temperature 0.7 --top-p 0.9
+    """
+    from limbeck.app.given import exported_folder
+
+    for option, value in (("--temperature", temperature), ("--top-p", top_p)):
+        if value != value:  # a bound lets NaN through
+            raise DataError(f"{option} {value}: expected a number.")
+    folder = exported_folder(artifact, command="generate")
+    if prompt == "-":
+        prompt = sys.stdin.buffer.read().decode("utf-8", errors="replace")
+    if not prompt:
+        raise DataError("the prompt is empty; give the text to go on from.")
+    # Bytes of an argument that are not UTF-8 arrive as lone surrogates.
+    prompt = prompt.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")
+
+    from limbeck.runtime.decoder import Decoder
+    from limbeck.runtime.sampling import Sampling
+    from limbeck.runtime.text import load_text
+
+    decoder = Decoder(
+        folder,
+        form=form,
+        threads=threads,
+        adapter="own" if adapter is None else "none" if adapter == "none" else Path(adapter),
+    )
+    text = load_text(folder)
+    ids = text.chat([{"role": "user", "content": prompt}]) if chat else text.encode(prompt)
+    tokens = decoder.generate(
+        ids,
+        max_new_tokens,
+        stop_ids=text.stop_ids,
+        sampling=Sampling(temperature=temperature, top_p=max(top_p, 1e-9)),
+        seed=seed,
+    )
+    for piece in text.stream(tokens):
+        print(piece, end="", flush=True)
+    print()
+
+
+@command("serve")
+def serve(
+    artifact: ExportedArgument,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is every one.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")
+    ] = 8000,
+    form: FormOption = None,
+    threads: ThreadsOption = None,
+    max_batch: Annotated[
+        int, typer.Option("--max-batch", min=1, help="Requests that run at once.")
+    ] = 64,
+    max_queue: Annotated[
+        int,
+        typer.Option(
+            "--max-queue", min=0, help="Requests that may wait; one more is answered with 429."
+        ),
+    ] = 256,
+    cache_mb: Annotated[
+        int, typer.Option("--cache-mb", min=1, help="Memory of all key-value caches, MB.")
+    ] = 1000,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, help="Most tokens one request may generate.")
+    ] = Limits.max_tokens,
+    max_body_bytes: Annotated[
+        int,
+        typer.Option(
+            "--max-body-bytes", min=1, help="Largest request; a larger one is answered with 413."
+        ),
+    ] = Limits.max_body_bytes,
+    request_timeout: Annotated[
+        float,
+        typer.Option(
+            "--request-timeout", min=0.001, help="Seconds a request may take, waiting included."
+        ),
+    ] = Limits.request_timeout,
+    grace: Annotated[
+        float,
+        typer.Option(
+            "--grace",
+            min=0,
+            help="Seconds that running requests have left after SIGTERM or Ctrl-C.",
+        ),
+    ] = 30.0,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key",
+            envvar="LIMBECK_API_KEY",
+            help="Key that clients must send; safer in the environment, which no process list shows.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Serve an exported student to many clients at once, as an OpenAI-compatible endpoint.
+
+    /v1/models, /v1/completions, /v1/chat/completions, /health, and Prometheus /metrics. Needs the extra:
+    pip install 'limbeck[serve]'.
+
+    \b
+    Examples:
+      limbeck serve runs/pico-1a2b3c4d
+      limbeck serve runs/pico-1a2b3c4d/onnx --host 0.0.0.0 --port 8080 --max-batch 16 --threads 4
+    """
+    from limbeck.app.given import exported_folder
+
+    try:
+        from serve_bench.serve.server import open_server
+    except ModuleNotFoundError as error:
+        extra = ("fastapi", "starlette", "uvicorn", "prometheus_client")
+        if (error.name or "").partition(".")[0] not in extra:
+            raise
+        raise EnvironmentalError(
+            f"{error.name} is not installed; run: pip install 'limbeck[serve]'."
+        ) from None
+    server = open_server(
+        exported_folder(artifact, command="serve"),
+        host=host,
+        port=port,
+        form=form,
+        threads=threads,
+        max_batch=max_batch,
+        max_queue=max_queue,
+        cache_bytes=cache_mb * 1_000_000,
+        grace=grace,
+        limits=Limits(
+            max_tokens=max_tokens,
+            max_body_bytes=max_body_bytes,
+            request_timeout=request_timeout,
+            api_key=api_key or None,
+        ),
+    )
+    server.run()

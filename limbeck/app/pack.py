@@ -1,0 +1,181 @@
+"""`limbeck pack` and `limbeck push`: only what ships, in a folder that clients load and a hub shows.
+
+The packed folder is an artifact of kind `onnx` with one form. The exported folder also holds the other forms, the
+twins of graphs that keep all logits, and the cases that parity was measured on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from limbeck.app.given import exported_folder
+from limbeck.contract.artifact import MANIFEST, Artifact, open_artifact, student_of, write_artifact
+from limbeck.contract.errors import ArtifactError, EnvironmentalError, UserError
+from limbeck.contract.files import unwritable_is_a_user_error
+from limbeck.contract.printable import as_markdown
+from limbeck.contract.recipe import fingerprint
+
+CERTIFICATE, LICENCES = "certificate.json", "LICENCES.md"
+_PARITY = "parity.safetensors"
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What was put together."""
+
+    folder: Path
+    form: str
+    files: int
+    megabytes: float
+    archive: Path | None
+
+
+def pack(run: Path, *, out: Path, form: str | None = None, as_zip: bool = False) -> Packed:
+    """Write one form of the exported student of ``run``, a run or its exported folder, to ``out``.
+
+    Every file of the export is checked against its hash first. Raises `ArtifactError` for something else or an
+    unknown form, `UserError` when ``out`` is there, `EnvironmentalError` when it cannot be written.
+    """
+    archive = out.with_name(f"{out.name}.zip") if as_zip else None
+    for path in (out, archive):
+        if path is not None and path.exists():
+            raise UserError(f"{path}: is already there; name another with --out.")
+    onnx = open_artifact(exported_folder(run, command="pack"), kind="onnx")
+    form = form or str(onnx.result["shipped"])
+    if form not in onnx.result["forms"]:
+        forms = ", ".join(onnx.result["forms"])
+        raise ArtifactError(f"{onnx.path}: no form {form!r}; it has {forms}.")
+    keep = _files(onnx, form)
+    with unwritable_is_a_user_error(out.parent):
+        with write_artifact(
+            out,
+            kind="onnx",
+            key=fingerprint([onnx.digest, form]),
+            parents={**onnx.manifest["parents"], "onnx": onnx.digest},
+        ) as draft:
+            for name in keep:
+                (draft.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(onnx.path / name, draft.folder / name)
+            _point_at_form(draft.folder, onnx, form)
+            certificate = onnx.path.parent / CERTIFICATE
+            if certificate.is_file() and form == onnx.result["shipped"]:
+                shutil.copyfile(certificate, draft.folder / CERTIFICATE)
+            (draft.folder / LICENCES).write_text(_licences(onnx), encoding="utf-8")
+            draft.result = _result(onnx, form)
+        size = sum(f["bytes"] for f in open_artifact(out, verify=False).manifest["files"].values())
+        if archive is not None:
+            shutil.make_archive(str(out), "zip", root_dir=out.parent, base_dir=out.name)
+    files = 1 + len(open_artifact(out, verify=False).manifest["files"])
+    return Packed(out, form, files, (size + (out / MANIFEST).stat().st_size) / 1e6, archive)
+
+
+def push(run: Path, repository: str, *, form: str | None = None, private: bool = False) -> str:
+    """Upload what `pack` makes of ``run`` to the hub in one commit; the address of the commit.
+
+    Raises `UserError` for a name that the hub cannot have, `EnvironmentalError` when the hub cannot be reached or
+    refuses, and what `pack` raises.
+    """
+    if not _REPOSITORY.fullmatch(repository):
+        raise UserError(f"{repository}: expected NAMESPACE/NAME, such as my-name/pico.")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    with tempfile.TemporaryDirectory(prefix="limbeck-push-") as work:
+        packed = pack(run, out=Path(work) / "packed", form=form)
+        api = HfApi(library_name="limbeck")
+        try:
+            api.create_repo(repository, private=private, exist_ok=True)
+            done = api.upload_folder(
+                repo_id=repository,
+                folder_path=packed.folder,
+                commit_message=f"Upload the student as {packed.form}",
+            )
+        except HfHubHTTPError as error:
+            status = error.response.status_code if error.response is not None else None
+            remedy = (
+                "log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
+                if status in (401, 403)
+                else "try again later"
+            )
+            raise EnvironmentalError(
+                f"{repository}: the hub refused ({error}); {remedy}."
+            ) from None
+        except OSError as error:
+            raise EnvironmentalError(
+                f"{repository}: the hub cannot be reached ({error}); check the network or HF_ENDPOINT."
+            ) from None
+    return str(done.commit_url)
+
+
+def _files(onnx: Artifact, form: str) -> list[str]:
+    """Names of the files that ship with ``form``."""
+    forms: Mapping[str, Any] = onnx.result["forms"]
+    own = set(forms[form]["files"]) - {forms[form].get("all_logits_graph")}
+    of_forms = {name for each in forms.values() for name in each["files"]}
+    others = {name for name in onnx.manifest["files"] if name not in of_forms}
+    return sorted(own | (others - {_PARITY}))
+
+
+def _result(onnx: Artifact, form: str) -> dict[str, Any]:
+    """The export's result, of one form; its graph that keeps all logits is not packed."""
+    kept = dict(onnx.result["forms"][form])
+    kept["files"] = [name for name in kept["files"] if name != kept.get("all_logits_graph")]
+    if "all_logits_graph" in kept:
+        kept["all_logits_graph"] = None
+    return {**onnx.result, "shipped": form, "forms": {form: kept}, "packed": True}
+
+
+def _point_at_form(folder: Path, onnx: Artifact, form: str) -> None:
+    """Let GenAI's configuration name the packed graph: the exported folder's names the shipped one."""
+    path = folder / "genai_config.json"
+    if not path.is_file():
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    decoder = config["model"]["decoder"]
+    decoder["filename"] = onnx.result["forms"][form]["graph"]
+    path.write_text(json.dumps(config, indent=4), encoding="utf-8")
+
+
+def _licences(onnx: Artifact) -> str:
+    """What went into the student and under which licence, as far as each source says."""
+    rows: list[tuple[str, Mapping[str, Any]]] = []
+    student = student_of(onnx)
+    if (student / MANIFEST).exists():
+        made = open_artifact(student, kind="student", verify=False)
+        rows = list(_ingredients(made))
+    lines = [
+        "# Licences",
+        "",
+        "What went into this model, and under which licence, as far as each source says so. The terms of all of them",
+        "apply; look up what is unknown before you pass the model on.",
+        "",
+        "| what | licence | where it says so |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| {as_markdown(what)} | {as_markdown(str(found.get('license', 'unknown')))} "
+        f"| {as_markdown(str(found.get('said_by', '')))} |"
+        for what, found in rows
+    ]
+    if not rows:
+        lines.append("| the student's sources | unknown | the student is not beside the export |")
+    return "\n".join(lines) + "\n"
+
+
+def _ingredients(student: Artifact) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    found = student.result.get("sources") or {}
+    if base := found.get("base"):
+        yield "base model", base
+    teachers = student.path / "teachers.json"
+    for teacher in json.loads(teachers.read_text()) if teachers.is_file() else ():
+        yield f"teacher {teacher['name']}", teacher
+    for name, text in (found.get("texts") or {}).items():
+        yield f"text {name}", text

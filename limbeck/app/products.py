@@ -1,0 +1,118 @@
+"""Teachers that are students of other recipes: which there are, in which order they are made, where they are kept.
+
+Knows recipes and folders; makes nothing (see `limbeck.app.run`). A run plans them once and passes the plan on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from limbeck.contract.errors import RecipeError
+from limbeck.contract.recipe import AnyRecipe, RecipeModel, find_recipe, load_teacher_recipe
+from limbeck.contract.sources import cache_folder, preflight
+
+
+@dataclass(frozen=True)
+class Product:
+    """The student of another recipe, made before the recipe that learns from it."""
+
+    recipe: AnyRecipe
+    folder: Path  # its run folder
+    teachers: dict[str, Product]  # its own teachers that are products, by name
+
+    @property
+    def student(self) -> Path:
+        """The student artifact."""
+        return self.folder / "student"
+
+    @property
+    def artifacts(self) -> dict[str, Path]:
+        """Student artifacts of its teachers that are products, by name."""
+        return {name: teacher.student for name, teacher in self.teachers.items()}
+
+
+@dataclass(frozen=True)
+class Products:
+    """All products that one recipe needs."""
+
+    order: tuple[Product, ...]  # teachers before their pupils
+    teachers: dict[str, Product]  # the recipe's own teachers that are products, by name
+    errors: tuple[str, ...] = ()  # teacher recipes that are missing, wrong, or made from themselves
+
+    @property
+    def artifacts(self) -> dict[str, Path]:
+        """Student artifacts of the recipe's own teachers that are products, by name."""
+        return {name: teacher.student for name, teacher in self.teachers.items()}
+
+
+@dataclass
+class _Planner:
+    products: dict[Path, Product] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+
+    def teachers_of(
+        self, recipe: AnyRecipe, *, chain: tuple[Path, ...] = (), where: str = ""
+    ) -> dict[str, Product]:
+        """Plan the teachers of ``recipe``; ``chain`` holds the recipes that lead to it."""
+        teachers = {}
+        for index, (name, model) in enumerate(recipe.teacher_models.items()):
+            if not isinstance(model, RecipeModel):
+                continue
+            here = f"{where}teachers.{index}"
+            try:
+                path = find_recipe(model.recipe, folder=recipe.folder)
+                if path in chain:
+                    circle = " -> ".join(p.stem for p in (*chain[chain.index(path) :], path))
+                    raise RecipeError(
+                        f"a recipe that is made from itself ({circle}); "
+                        "name another model for one of them."
+                    )
+                made = load_teacher_recipe(path, of=recipe)
+            except RecipeError as error:
+                self.errors.append(f"{here}: {error}")
+                continue
+            inner = self.teachers_of(made, chain=(*chain, path), where=f"{here} ({made.name}): ")
+            folder = cache_folder() / "products" / f"{made.name}-{made.digest[:8]}"
+            teachers[name] = self.products.setdefault(folder, Product(made, folder, inner))
+        return teachers
+
+
+def find_products(recipe: AnyRecipe) -> Products:
+    """Products that ``recipe`` needs; what is wrong with a teacher's recipe is in ``errors``."""
+    planner = _Planner()
+    teachers = planner.teachers_of(recipe)
+    return Products(tuple(planner.products.values()), teachers, tuple(planner.errors))
+
+
+def plan_products(recipe: AnyRecipe) -> Products:
+    """As `find_products`; raises `RecipeError` listing every teacher recipe that cannot be made."""
+    products = find_products(recipe)
+    if products.errors:
+        lines = [
+            f"{recipe.name}: its teachers cannot be made",
+            *(f"  {e}" for e in products.errors),
+        ]
+        raise RecipeError("\n".join(lines))
+    return products
+
+
+def mistakes(recipe: AnyRecipe, products: Products | None = None) -> list[str]:
+    """What is wrong with ``recipe`` and its products on this machine: each line one mistake.
+
+    Missing files and packages; teacher recipes that are missing, wrong, or made from themselves.
+    """
+    products = products or find_products(recipe)
+    found = [*preflight(recipe), *products.errors]
+    for product in products.order:
+        found += [f"{product.recipe.name}: {line}" for line in preflight(product.recipe)]
+    return list(dict.fromkeys(found))
+
+
+def require_inputs(recipe: AnyRecipe) -> Products:
+    """Plan the products of ``recipe``; raises `RecipeError` listing all that is missing on this machine."""
+    products = find_products(recipe)
+    if missing := mistakes(recipe, products):
+        lines = [f"{recipe.name}: cannot run here", *(f"  {line}" for line in missing)]
+        raise RecipeError("\n".join(lines))
+    return products

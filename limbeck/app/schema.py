@@ -1,0 +1,86 @@
+"""The JSON Schema of recipes, for editors: made from the same fields that `limbeck run` checks.
+
+Knows the recipes' classes. An editor reads it by the line `# yaml-language-server: $schema=…` of a recipe.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from limbeck.contract.recipe import AnyRecipe
+
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+_EXTENDS = {
+    "type": "string",
+    "description": "Another recipe, a path relative to this one or a shipped name. Mappings are merged with its "
+    "own key by key, unless their kind differs; everything else replaces what is there.",
+}
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a recipe of any task.
+
+    `task` chooses among the recipes. A recipe that extends another may leave out what is required.
+    """
+    made = TypeAdapter(AnyRecipe).json_schema(mode="validation")
+    definitions: dict[str, Any] = made["$defs"]
+    names = {
+        task: name
+        for name, definition in definitions.items()
+        if (task := _task(definition)) is not None
+    }
+    for name in names.values():
+        definitions[name]["properties"] |= {"extends": _EXTENDS}
+    parts = {f"{name}Part": _partial(definition) for name, definition in definitions.items()}
+    return {
+        "$schema": _DIALECT,
+        "title": "Limbeck recipe",
+        "type": "object",
+        "if": {"required": ["extends"]},
+        # Without a task of its own it has that of the other recipe, which a schema cannot read.
+        "then": {
+            "if": {"required": ["task"]},
+            "then": _by_task(names, "Part"),
+            "else": {"anyOf": [{"$ref": f"#/$defs/{name}Part"} for name in names.values()]},
+        },
+        "else": _by_task(names, ""),
+        "$defs": definitions | parts,
+    }
+
+
+def _task(definition: dict[str, Any]) -> str | None:
+    task = definition.get("properties", {}).get("task", {})
+    return task.get("const") if "const" in task else None
+
+
+def _by_task(names: dict[str, str], suffix: str) -> dict[str, Any]:
+    """The definition that `task` names; without a task that of a language model."""
+    chosen: dict[str, Any] = {"$ref": f"#/$defs/{names['causal-lm']}{suffix}"}
+    for task, name in names.items():
+        if task != "causal-lm":
+            chosen = {
+                "if": {"properties": {"task": {"const": task}}, "required": ["task"]},
+                "then": {"$ref": f"#/$defs/{name}{suffix}"},
+                "else": chosen,
+            }
+    return chosen
+
+
+def _partial(node: Any) -> Any:
+    """A schema in which nothing is required: of several choices any that fits will do."""
+    if isinstance(node, list):
+        return [_partial(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    found = {
+        key: _partial(value)
+        for key, value in node.items()
+        if key not in ("required", "discriminator")
+    }
+    if isinstance(found.get("oneOf"), list):
+        found["anyOf"] = found.pop("oneOf")
+    if isinstance(found.get("$ref"), str):
+        found["$ref"] = f"{found['$ref']}Part"
+    return found
