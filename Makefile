@@ -7,7 +7,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo demo-encoders test test-slow test-gpu test-clients test-browser test-eval check docs architectures help
+.PHONY: setup demo demo-encoders test test-slow test-gpu test-faults test-clients test-browser test-eval check docs architectures help
 
 help:
 	@echo "make setup       the environment in .venv"
@@ -15,6 +15,7 @@ help:
 	@echo "make demo-encoders  two spam classifiers into one of two layers (needs npm)"
 	@echo "make test        the tests that take seconds"
 	@echo "make test-slow   the tests that take minutes"
+	@echo "make test-faults  a kill at every file event loses nothing and leaves nothing over; ARGS=… chooses cases"
 	@echo "make test-gpu    the tests that need an NVIDIA card"
 	@echo "make test-clients  the exported folder in onnxruntime-genai, transformers.js and optimum-onnx (needs node and npm)"
 	@echo "make test-eval   limbeck eval and text metrics with lm-eval, sacrebleu and rouge-score"
@@ -47,6 +48,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# kill -9 and a full disk at every file event of the contract and of a tiny job; prints a table. Takes 15 minutes or so.
+test-faults: $(READY)
+	$(BIN)/python -m tests.faults $(ARGS)
 
 # Skips where there is no NVIDIA card; see docs/gpu.md.
 test-gpu: $(READY)

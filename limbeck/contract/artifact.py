@@ -33,9 +33,9 @@ from limbeck.contract.recipe import BaseRecipe, fingerprint
 
 FORMAT = 2  # of the manifest and of the results in it; 1 had results without `task`
 MANIFEST = "manifest.json"
-# At the top of an artifact: files and folders with times and places of the work. A change of them is found, but they do not
-# enter the digest, so that equal input on equal machines gives equal digests.
-NOTES = frozenset({"log.jsonl", "teachers.json", "tensorboard", "trackers"})
+# Files, and folders of files, with times and places of the work, such as the folder of an adapter's base. A change of
+# them is found, but they do not enter the digest: equal input gives equal digests, in any folder and at any time.
+NOTES = ("log.jsonl", "teachers.json", "adapter/adapter_config.json", "tensorboard/", "trackers/")
 RECOVERED = "student-recovered"  # in a run folder: distilled again through the rounding of a form
 
 
@@ -99,7 +99,7 @@ class Artifact:
         counted = {
             name: entry
             for name, entry in self.manifest["files"].items()
-            if name.partition("/")[0] not in NOTES
+            if not name.startswith(NOTES)
         }
         return fingerprint(
             {name: self.manifest[name] for name in ("kind", "key", "parents")} | {"files": counted}

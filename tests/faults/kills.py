@@ -7,7 +7,9 @@ rename, a removal, a new folder or link, a change of mode, or an fsync; the kill
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -18,11 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.faults.disks import resize, small_disk, used
+
 _EVENTS = {
     "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "os.link", "os.symlink",
 }  # fmt: skip
+_RANDOM = re.compile(r"\.[0-9a-f]{8}\.writing")
 _WRITING = os.O_WRONLY | os.O_RDWR
 _FAILED = 3  # exit status of a child whose work raised an exception
+
+_ROOM = 256 << 10  # kilobytes; more than any case needs
 
 Work = Callable[[Path], None]
 
@@ -47,7 +54,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """What the kills of one case came to. ``states`` are different contents of the folder after a kill."""
+    """What the kills of one case came to.
+
+    ``states`` are different contents of the folder after a kill; of full disks, the sizes at which the work failed.
+    """
 
     name: str
     kills: int
@@ -119,7 +129,11 @@ def stop_at(work: Work, folder: Path, at: int, *, number: int = signal.SIGKILL) 
     assert os.WIFSIGNALED(status) or number != signal.SIGKILL, f"event {at} did not come: {status}"
 
 
-def _run(work: Work, folder: Path, on_event: Callable[[str], None]) -> int:
+def _run(
+    work: Work, folder: Path, on_event: Callable[[str], None], *, report: Path | None = None
+) -> int:
+    """Status of a child that did ``work``; what it raised goes to ``report``."""
+    report = report or folder.with_name(f"{folder.name}.error")
     child = os.fork()
     if child == 0:
         try:
@@ -130,7 +144,7 @@ def _run(work: Work, folder: Path, on_event: Callable[[str], None]) -> int:
             work(folder)
             os._exit(0)
         except BaseException:
-            folder.with_name(f"{folder.name}.error").write_text(traceback.format_exc())
+            report.write_text(traceback.format_exc())
             os._exit(_FAILED)
     return os.waitpid(child, 0)[1]
 
@@ -173,10 +187,70 @@ def listing(folder: Path) -> list[str]:
 
 
 def digest(folder: Path) -> str:
-    """Of the names and contents of everything below a folder, whatever random parts temporary names have."""
+    """Of the names and contents of everything below a folder, without the random part of temporary names, and times."""
     found = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        content = path.read_bytes() if path.is_file() else b""
-        found.update(repr((name, content)).encode())
+        name = _RANDOM.sub(".writing", path.relative_to(folder).as_posix())
+        found.update(repr((name, _content(path))).encode())
     return found.hexdigest()
+
+
+def _content(path: Path) -> Any:
+    if path.is_symlink() or not path.is_file():
+        return os.readlink(path) if path.is_symlink() else "folder"
+    content = path.read_bytes()
+    if path.name == "log.jsonl":  # each line has a time
+        return content.count(b"\n"), content[-1:]
+    if path.name == "manifest.json" and content.endswith(b"}"):
+        manifest = json.loads(content)
+        return manifest["key"], manifest["files"].keys()
+    return content
+
+
+def fill_disks(case: Case, root: Path, *, step: int, wanted: type[Exception]) -> Row:
+    """Run ``case`` on disks of every size up to what it needs, ``step`` kilobytes apart, and then with room.
+
+    A full disk must raise ``wanted``, leave nothing half-written, and the next start must go on. Raises `Killed`, and
+    `NoMount` where nothing can be mounted.
+    """
+    started, disk = time.monotonic(), root / "disk"
+    with small_disk(disk, kilobytes=_ROOM):
+        expected, listed, needed = _on_disk(case, disk)
+    tries = full = 0
+    for kilobytes in range(step, needed + step, step):
+        where = f"{case.name}: a disk of {kilobytes} kB of {needed}"
+        with small_disk(disk, kilobytes=kilobytes):
+            folder = disk / "folder"
+            try:
+                folder.mkdir()
+                case.prepare(folder)
+            except (OSError, wanted):
+                continue  # not even room for what was there before
+            error = root / "folder.error"
+            error.unlink(missing_ok=True)
+            status = _run(case.work, folder, _ignore, report=error)
+            tries += 1
+            if status:
+                full += 1
+                said = error.read_text() if error.exists() else f"status {status}"
+                if f"{wanted.__name__}: " not in said.splitlines()[-1]:
+                    raise Killed(f"{where}: {said}")
+            case.look(folder)
+            resize(disk, kilobytes=_ROOM)
+            if _run(case.work, folder, _ignore, report=error):
+                raise Killed(f"{where}: the next start failed:\n{error.read_text()}")
+            if (found := case.outcome(folder)) != expected:
+                raise Killed(f"{where}: the next start gave {found}, expected {expected}")
+            if (left := listing(folder)) != listed:
+                raise Killed(f"{where}: left over {sorted(set(left) ^ set(listed))}")
+    return Row(f"{case.name}, disk full", tries, full, time.monotonic() - started)
+
+
+def _on_disk(case: Case, disk: Path) -> tuple[Any, list[str], int]:
+    folder = _fresh(case, disk / "folder")
+    record(case.work, folder)
+    return case.outcome(folder), listing(folder), used(disk)
+
+
+def _ignore(_: str) -> None:
+    pass

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from limbeck.contract.errors import EnvironmentalError
 from tests.faults.cases import CASES
-from tests.faults.kills import Case, Killed, kill_everywhere
+from tests.faults.disks import NoMount
+from tests.faults.kills import Case, Killed, fill_disks, kill_everywhere
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -50,3 +54,19 @@ def test_the_harness_finds_what_is_left_over(tmp_path: Path) -> None:
             tmp_path,
             signals=(signal.SIGKILL,),
         )
+
+
+# Not the last one: sweeping the litter of a killed process frees the room that the work needs.
+@pytest.mark.parametrize("case", CASES[:-1], ids=lambda case: case.name)
+def test_a_disk_that_is_full_at_any_page_is_told_and_survived(tmp_path: Path, case: Case) -> None:
+    try:
+        row = fill_disks(case, tmp_path, step=4, wanted=EnvironmentalError)
+    except NoMount as error:
+        pytest.skip(f"cannot mount a small disk: {error}")
+    assert row.states >= 1
+
+
+@pytest.mark.slow
+def test_the_tiny_job_survives_a_kill_at_any_file_event() -> None:
+    done = subprocess.run([sys.executable, "-m", "tests.faults", "job"], check=False)
+    assert done.returncode == 0

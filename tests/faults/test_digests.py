@@ -1,0 +1,32 @@
+"""The same recipe gives the same digests in any folder, at any time, with any cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from limbeck.contract.artifact import MANIFEST
+from tests.faults import job
+
+
+def test_two_runs_in_two_folders_give_equal_digests_and_graphs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("here", "there"):
+        monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / name / "cache"))
+        for stage in ("compress", "export"):
+            job.run_stage(stage, tmp_path / name)
+    here, there = (job.digests(tmp_path / name) for name in ("here", "there"))
+    assert here == there
+    assert set(here) == {"student", "onnx"}
+    for graph in here["onnx"][1]:
+        files = [tmp_path / name / "run" / "onnx" / graph for name in ("here", "there")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    manifests = [
+        json.loads((tmp_path / name / "run" / "student" / MANIFEST).read_text())
+        for name in ("here", "there")
+    ]
+    # The logs have times, so this test would fail if they counted.
+    assert manifests[0]["files"]["log.jsonl"] != manifests[1]["files"]["log.jsonl"]
