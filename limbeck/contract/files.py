@@ -271,6 +271,28 @@ def _is_full(error: BaseException | None) -> bool:
     return False
 
 
+def explained(error: OSError) -> EnvironmentalError | None:
+    """What a user can do about an error of the system that nothing nearer to it has explained. None for a defect."""
+    where = os.fsdecode(error.filename) if error.filename else "standard output"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return EnvironmentalError(f"{where}: no space left; free some room and run again.")
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return EnvironmentalError(
+            f"{where}: too many open files; raise the limit with `ulimit -n`."
+        )
+    if error.errno in _REFUSALS:
+        return EnvironmentalError(
+            f"{where}: the system refuses it ({error.strerror}); name another."
+        )
+    if "No usable temporary directory" in str(error):
+        return EnvironmentalError(f"{error.strerror}; set TMPDIR to a folder that can be written.")
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return EnvironmentalError("the working directory was deleted; change to one that exists.")
+    return None
+
+
 @contextmanager
 def unwritable_is_a_user_error(
     folder: Path, *, remedy: str = "name another with --out"

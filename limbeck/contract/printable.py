@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 
 # Control characters, surrogates, and the characters that change the direction of text.
 _UNSAFE = {"Cc", "Cs"}
 _DIRECTION = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _SEPARATORS = frozenset("\u2028\u2029")
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~!&])")
-_BLOCK = re.compile(r"\A(\s*)([-+=]|\d+(?=[.)]))")
 
 
 def printable(text: str) -> str:
@@ -19,12 +16,6 @@ def printable(text: str) -> str:
     Line breaks and tabs stay.
     """
     return "".join(c if c in "\n\t" or not _is_unsafe(c) else _escape(c) for c in text)
-
-
-def as_markdown(text: str) -> str:
-    """``text`` on one line of Markdown, where it means itself: no heading, table cell, link or HTML of its own."""
-    line = " ".join(printable(text).split())
-    return _BLOCK.sub(r"\1\\\2", _MARKDOWN.sub(r"\\\1", line))
 
 
 def _is_unsafe(character: str) -> bool:

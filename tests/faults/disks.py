@@ -23,6 +23,17 @@ def small_disk(folder: Path, *, kilobytes: int) -> Iterator[None]:
         _call("umount", str(folder))
 
 
+@contextlib.contextmanager
+def read_only_disk(folder: Path) -> Iterator[None]:
+    """Mount an empty file system that cannot be written at ``folder``. Raises `NoMount`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _call("mount", "-t", "tmpfs", "-o", "ro,size=64k", "tmpfs", str(folder))
+    try:
+        yield
+    finally:
+        _call("umount", str(folder))
+
+
 def resize(folder: Path, *, kilobytes: int) -> None:
     """Give the disk at ``folder`` another size, as who frees some room does."""
     _call("mount", "-o", f"remount,size={kilobytes}k", str(folder))

@@ -15,6 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from limbeck import __version__
 from limbeck.contract.errors import LimbeckError, RecipeError
+from limbeck.contract.files import explained
 from limbeck.contract.printable import printable
 from limbeck.contract.process import end_with_parent
 
@@ -61,6 +62,13 @@ class Commands(TyperGroup):
             # Our reader has left. Keep the interpreter from complaining on its way out.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(141) from None
+        except OSError as error:
+            if (told := explained(error)) is None:
+                raise
+            if error.filename is None:  # standard output, which the interpreter would try once more
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print(f"limbeck: {told}", file=sys.stderr)
+            raise SystemExit(told.exit_code) from None
 
 
 app = typer.Typer(
