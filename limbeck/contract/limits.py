@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from limbeck.contract.errors import EnvironmentalError
+
 
 @dataclass(frozen=True)
 class Limits:
-    """What one client may ask of the server."""
+    """What clients may ask of the server."""
 
-    max_tokens: int = 1000  # a request; also the default of chat, where the context has room for it
+    max_tokens: int = 1000  # a request; also the default of chat, where the context has room
     max_body_bytes: int = 1 << 20
-    request_timeout: float = 300.0  # seconds from the first byte of the request to the last token
+    request_timeout: float = 300.0  # seconds from the request's first byte to the last token
     api_key: str | None = None
+    max_logprobs: int = 64  # tokens beside each one
+    max_connections: int = 1000
+    header_timeout: float = 10.0  # seconds until a connection has sent the headers of a request
+    # Names in the Host header beside addresses and localhost; "*" is every name.
+    allowed_hosts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.api_key is not None and not self.api_key.strip():
+            raise EnvironmentalError(
+                "found an empty API key, which would let everyone in; "
+                "give a key (--api-key or LIMBECK_API_KEY), or unset LIMBECK_API_KEY."
+            )

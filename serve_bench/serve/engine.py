@@ -36,6 +36,7 @@ from limbeck.runtime.sampling import GREEDY, Sampler, Sampling, TokenLogprobs, l
 from limbeck.runtime.text import Decoding, load_text
 from serve_bench.serve.batch import Floats, bytes_per_token, open_batch
 from serve_bench.serve.prefix import PrefixCache
+from serve_bench.serve.scoring import Scorer
 from serve_bench.serve.stops import StopStrings
 
 Finish = Literal["stop", "length", "cancelled", "timeout", "closed", "failed"]
@@ -149,6 +150,7 @@ class Engine:
         self.form, self.threads, self.vocabulary = decoder.form, decoder.threads, decoder.vocabulary
         self.max_batch, self.max_queue = max_batch, max_queue
         self.text = load_text(folder)
+        self.scorer = Scorer(folder, form=self.form, threads=self.threads)
         self.failure: BaseException | None = None  # what ended the thread, when that was a defect
         self._batch = open_batch(decoder, rows=max_batch, tokens=tokens)
         self._prefixes = PrefixCache(prefix_bytes)

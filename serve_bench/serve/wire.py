@@ -1,21 +1,32 @@
-"""The bodies of the OpenAI endpoints: what a request may hold and what an answer looks like.
+"""The bodies of OpenAI's requests: which fields a request may hold, and what they mean.
 
-Knows the wire format alone: no HTTP, no engine. A field that would change the answer in a way that is not supported is refused by name;
-the same field at a value that changes nothing is taken, because many clients always send it.
+Knows the wire format alone: no HTTP, no engine. A field that would change the answer in a way that
+is not supported is refused by name. The same field at a value that changes nothing is taken,
+because many clients always send it; so is null, whatever the field.
 """
 
 from __future__ import annotations
 
-import time
-import uuid
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from limbeck.runtime.sampling import Sampling
+from limbeck.runtime.text import well_formed
 
 STOPS = 16  # stop strings of one request
 _STOP_LENGTH = 256  # characters
+_CHOICES = 64  # of one request
 
 
 def _only(*values: Any) -> Any:
@@ -23,11 +34,29 @@ def _only(*values: Any) -> Any:
     return Field(default=None, json_schema_extra={"enum": [None, *values]})
 
 
-StopString = Annotated[str, Field(min_length=1, max_length=_STOP_LENGTH)]
+def _unused(description: str = "Taken and not used.") -> Any:
+    return Field(default=None, description=description)
+
+
+def _mend(value: Any) -> Any:
+    return well_formed(value) if isinstance(value, str) else value
+
+
+# Text in which U+FFFD stands for lone surrogates, which JSON can write and UTF-8 cannot.
+Str = Annotated[str, BeforeValidator(_mend)]
+StopString = Annotated[Str, Field(min_length=1, max_length=_STOP_LENGTH)]
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, given: Any) -> Any:
+        """Unknown fields that are null change nothing."""
+        if not isinstance(given, dict):
+            return given
+        return {k: v for k, v in given.items() if v is not None or k in cls.model_fields}
 
     @field_validator("*")
     @classmethod
@@ -43,31 +72,55 @@ class _Body(BaseModel):
 
 
 class StreamOptions(_Body):
-    """What a stream tells beside the text."""
+    """What a stream sends beside the text."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: Any = _only(False)
 
 
 class Common(_Body):
-    """What both endpoints take."""
+    """Fields of both endpoints. Those that OpenAI does not have are vLLM's."""
 
-    model: str
+    model: Str
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=_CHOICES)] | None = None
     seed: int | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=STOPS)] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = Field(default=None, description="Go on past the model's own end.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    ignore_eos: bool | None = Field(
-        default=None, description="Go on past the model's own end; as vLLM has it."
-    )
-    user: str | None = Field(default=None, description="Taken and not used.")
-    n: Any = _only(1)
-    frequency_penalty: Any = _only(0, 0.0)
-    presence_penalty: Any = _only(0, 0.0)
+
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = Field(default=None, description="0 and -1: all.")
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+
+    prompt_logprobs: Annotated[int, Field(ge=0)] | None = None
+    return_tokens_as_token_ids: bool | None = None
+    cache_salt: Str | None = Field(default=None, description="Only equal salts share prefixes.")
+
+    user: Str | None = _unused()
+    request_id: Str | None = _unused()
+    safety_identifier: Str | None = _unused()
+    prompt_cache_key: Str | None = _unused()
+    metadata: dict[Str, Str] | None = _unused()
+    priority: Any = _only(0)
+    service_tier: Any = _only("auto", "default")
     logit_bias: Any = _only({})
+    use_beam_search: Any = _only(False)
+    length_penalty: Any = _only(1, 1.0)
+    allowed_token_ids: Any = _only([])
+    bad_words: Any = _only([])
+    include_stop_str_in_output: Any = _only(False)
+    skip_special_tokens: Any = _only(True)
+    spaces_between_special_tokens: Any = _only(True)
+    return_token_ids: Any = _only(False)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -75,24 +128,51 @@ class Common(_Body):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
-    def wants_usage(self) -> bool:
-        """Whether a stream ends with the token counts."""
-        return bool(self.stream_options and self.stream_options.include_usage)
+    def choices(self) -> int:
+        """Answers that are wanted."""
+        return self.n or 1
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are chosen; OpenAI's temperature is 1 unless the request says otherwise."""
+        return Sampling(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=max(self.top_k or 0, 0),
+            min_p=self.min_p or 0.0,
+            repetition_penalty=self.repetition_penalty or 1.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            min_tokens=self.min_tokens or 0,
+        )
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to report at each place; None reports nothing."""
+        raise NotImplementedError
 
 
 class CompletionBody(Common):
     """`POST /v1/completions`."""
 
     prompt: (
-        str
+        Str
         | list[int]
-        | Annotated[list[str], Field(max_length=1)]
+        | Annotated[list[Str], Field(max_length=1)]
         | Annotated[list[list[int]], Field(max_length=1)]
     )
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0)] | None = None
     best_of: Any = _only(1)
-    echo: Any = _only(False)
-    logprobs: Any = _only(False)
     suffix: Any = _only("")
+    add_special_tokens: Any = _only(True)
+    response_format: Any = _only({"type": "text"})
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _false_is_absent(cls, given: Any) -> Any:
+        return None if given is False else given
 
     @property
     def one_prompt(self) -> str | list[int]:
@@ -101,33 +181,81 @@ class CompletionBody(Common):
             return self.prompt[0]
         return self.prompt  # type: ignore[return-value]  # the list of one is unpacked above
 
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return self.logprobs
+
 
 class TextPart(_Body):
     """A part of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Str
+    cache_control: dict[str, Any] | None = _unused()
+
+
+class CalledFunction(_Body):
+    """The function of a tool call, its arguments as JSON text."""
+
+    name: Str
+    arguments: Str
+
+
+class ToolCall(_Body):
+    """A call that the assistant has made in an earlier turn."""
+
+    id: Str | None = None
+    type: Literal["function"] = "function"
+    index: int | None = None
+    function: CalledFunction
+
+    def plain(self) -> dict[str, Any]:
+        """As chat templates take it: the arguments as an object, where they are one."""
+        call = self.model_dump(exclude_none=True)
+        try:
+            arguments = json.loads(self.function.arguments)
+        except (ValueError, RecursionError):
+            return call
+        if isinstance(arguments, dict):
+            call["function"]["arguments"] = arguments
+        return call
 
 
 class Message(_Body):
     """One turn of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    refusal: Any = _only()
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Str | list[TextPart] | None = None
+    name: Str | None = Field(default=None, description="Given to the chat template.")
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: Str | None = None
+    reasoning_content: Str | None = _unused("Of an earlier answer; templates leave it out.")
+    refusal: Any = _only("")
     annotations: Any = _only([])
     audio: Any = _only()
     function_call: Any = _only()
-    tool_calls: Any = _only([])
 
-    def plain(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def _has_content(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of role {self.role} needs content")
+        return self
+
+    def plain(self) -> dict[str, Any]:
         """As chat templates take it: `developer` is the newer name of `system`."""
-        text = (
-            self.content
-            if isinstance(self.content, str)
-            else "".join(part.text for part in self.content)
-        )
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        content = self.content or ""
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        message: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": text,
+        }
+        if self.name is not None:
+            message["name"] = self.name
+        if self.tool_calls:
+            message["tool_calls"] = [call.plain() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        return message
 
 
 class ChatBody(Common):
@@ -135,8 +263,8 @@ class ChatBody(Common):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: Any = _only(False)
-    top_logprobs: Any = _only(0)
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0)] | None = None
     response_format: Any = _only({"type": "text"})
     tools: Any = _only([])
     tool_choice: Any = _only("none", "auto")
@@ -144,117 +272,27 @@ class ChatBody(Common):
     function_call: Any = _only("none", "auto")
     parallel_tool_calls: Any = _only(True, False)
     modalities: Any = _only(["text"])
+    reasoning_effort: Any = _only("none")
+    verbosity: Any = _only("medium")
     store: Any = _only(False)
-    metadata: dict[str, str] | None = Field(default=None, description="Taken and not used.")
+    echo: Any = _only(False)
+    documents: Any = _only([])
+    chat_template_kwargs: Any = _only({})
+    add_generation_prompt: Any = _only(True)
+    continue_final_message: Any = _only(False)
+    add_special_tokens: Any = _only(False)
 
-
-@dataclass(frozen=True)
-class Usage:
-    """Token counts of one answer; a stop token is not counted, because none is sent."""
-
-    prompt: int
-    completion: int
-
-    def body(self) -> dict[str, int]:
-        """As the wire has it."""
-        return {
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.completion,
-            "total_tokens": self.prompt + self.completion,
-        }
-
-
-class Shape(Protocol):
-    """How one endpoint writes its answers."""
-
-    def chunk(
-        self, text: str | None, finish: str | None = None, *, first: bool = False
-    ) -> dict[str, Any]:
-        """One event of a stream: a token's text, or the end."""
-
-    def whole(self, text: str, finish: str, usage: Usage) -> dict[str, Any]:
-        """The answer at once."""
-
-    def usage(self, usage: Usage) -> dict[str, Any]:
-        """The event of a stream that tells the counts."""
-
-
-class _Answer:
-    """What every body of one answer repeats."""
-
-    def __init__(self, kind: str, model: str, fingerprint: str) -> None:
-        self._head = {
-            "id": f"{kind}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": model,
-        }
-        self._tail = {"system_fingerprint": fingerprint}
-
-    def _body(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        return {**self._head, "object": kind, "choices": choices, **self._tail, **more}
-
-
-class Completion(_Answer):
-    """Answers of `/v1/completions`."""
-
-    def __init__(self, model: str, fingerprint: str) -> None:
-        super().__init__("cmpl", model, fingerprint)
-
-    def chunk(
-        self, text: str | None, finish: str | None = None, *, first: bool = False
-    ) -> dict[str, Any]:
-        return self._body("text_completion", [self._choice(text or "", finish)])
-
-    def whole(self, text: str, finish: str, usage: Usage) -> dict[str, Any]:
-        return self._body("text_completion", [self._choice(text, finish)], usage=usage.body())
-
-    def usage(self, usage: Usage) -> dict[str, Any]:
-        return self._body("text_completion", [], usage=usage.body())
-
-    @staticmethod
-    def _choice(text: str, finish: str | None) -> dict[str, Any]:
-        return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
-
-
-class ChatCompletion(_Answer):
-    """Answers of `/v1/chat/completions`."""
-
-    def __init__(self, model: str, fingerprint: str) -> None:
-        super().__init__("chatcmpl", model, fingerprint)
-
-    def chunk(
-        self, text: str | None, finish: str | None = None, *, first: bool = False
-    ) -> dict[str, Any]:
-        delta = ({"role": "assistant"} if first else {}) | (
-            {} if text is None else {"content": text}
-        )
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-        return self._body("chat.completion.chunk", [choice])
-
-    def whole(self, text: str, finish: str, usage: Usage) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
-        return self._body("chat.completion", [choice], usage=usage.body())
-
-    def usage(self, usage: Usage) -> dict[str, Any]:
-        return self._body("chat.completion.chunk", [], usage=usage.body())
-
-
-def error_body(
-    message: str, *, kind: str, code: str | None = None, param: str | None = None
-) -> dict[str, Any]:
-    """An error as OpenAI writes it."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 def first_mistake(errors: Sequence[Any]) -> tuple[str, str | None]:
     """Message and field of the first of pydantic's ``errors`` on a body."""
     error = errors[0]
     if error["type"] == "json_invalid":
-        return (
-            f"the body is not JSON: {error['ctx']['error']} at character {error['loc'][-1]}.",
-            None,
-        )
+        why, at = error["ctx"]["error"], error["loc"][-1]
+        return f"the body is not JSON: {why} at character {at}.", None
     place = [str(part) for part in error["loc"] if part != "body"]
     if not place:
         return (
@@ -268,9 +306,8 @@ def first_mistake(errors: Sequence[Any]) -> tuple[str, str | None]:
         return f"{'.'.join(place)}: this field is required.", field
     found = repr(error.get("input"))
     found = found if len(found) <= 80 else f"{found[:77]}..."
-    same = [
-        other for other in errors if other["loc"][:2] == error["loc"][:2]
-    ]  # the branches of a union
+    # The branches of a union fail at the same place.
+    same = [other for other in errors if other["loc"][:2] == error["loc"][:2]]
     expected = " or ".join(
         dict.fromkeys(str(other["msg"]).removeprefix("Value error, ") for other in same)
     )

@@ -1,4 +1,4 @@
-"""The OpenAI-compatible server, asked by the official client and, where that would not do it, by bare HTTP."""
+"""The OpenAI-compatible server, asked by the official client and by bare HTTP."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ PROMPTS = [
     "{}",
     "And it came to pass " * 5,
 ]
+CALLS = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"}]
 
 
@@ -325,9 +326,25 @@ def test_the_models_own_end(served: Artifact, server: Listener, client: openai.O
 @pytest.mark.parametrize(
     ("change", "field", "message"),
     [
-        ({"n": 2}, "n", "found 2; this server does not support it; leave it out or give 1"),
-        ({"logprobs": 0}, "logprobs", "found 0; this server does not support it"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "leave it out or give 0 or 0.0"),
+        ({"n": 65}, "n", "found 65; Input should be less than or equal to 64"),
+        (
+            {"best_of": 2},
+            "best_of",
+            "found 2; this server does not support it; leave it out or give 1",
+        ),
+        ({"logprobs": 65}, "logprobs", "found 65; at most 64 are allowed here"),
+        ({"prompt_logprobs": 65}, "prompt_logprobs", "found 65; at most 64 are allowed here"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "a stream has no prompt"),
+        ({"echo": True, "stream": True}, "echo", "a stream has no prompt"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "does not support it; leave it out or give {}"),
+        ({"length_penalty": 0.9}, "length_penalty", "does not support it; leave it out or give 1"),
+        ({"use_beam_search": True}, "use_beam_search", "does not support it"),
+        ({"suffix": "x"}, "suffix", "does not support it"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty", "less than or equal to 2"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+        ({"top_k": -2}, "top_k", "greater than or equal to -1"),
+        ({"min_p": 1.5}, "min_p", "less than or equal to 1"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", "found 9; at most max_tokens, 8"),
         ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
         ({"temperature": "1"}, "temperature", "found '1'; Input should be a valid number"),
         ({"top_p": -0.1}, "top_p", "greater than or equal to 0"),
@@ -370,9 +387,24 @@ def test_what_is_not_supported_is_refused_by_name(
     [
         ({"messages": []}, "messages", "at least 1 item"),
         (
-            {"messages": [{"role": "tool", "content": "a"}]},
+            {"messages": [{"role": "robot", "content": "a"}]},
             "messages",
-            "'system', 'developer', 'user' or 'assistant'",
+            "'system', 'developer', 'user', 'assistant' or 'tool'",
+        ),
+        (
+            {"messages": [{"role": "tool", "content": "a", "tool_call_id": "1"}]},
+            "messages",
+            r"messages\.0\.role: this model's chat template has no place for messages of role 'tool'",
+        ),
+        (
+            {"messages": [*CHAT, {"role": "assistant", "content": None, "tool_calls": CALLS}]},
+            "messages",
+            r"messages\.2\.tool_calls: .* has no place for tool calls",
+        ),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            "messages",
+            "a message of role user needs content",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
@@ -385,7 +417,10 @@ def test_what_is_not_supported_is_refused_by_name(
             "does not support it; leave it out or give \\[\\]",
         ),
         ({"response_format": {"type": "json_object"}}, "response_format", "does not support it"),
-        ({"logprobs": True}, "logprobs", "does not support it; leave it out or give False"),
+        ({"top_logprobs": 2}, "top_logprobs", "only with logprobs; set logprobs to true"),
+        ({"logprobs": True, "top_logprobs": 65}, "top_logprobs", "found 65; at most 64"),
+        ({"reasoning_effort": "high"}, "reasoning_effort", "does not support it"),
+        ({"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs", "does not support it"),
         (
             {"messages": [{"role": "user", "content": "x" * 600}]},
             None,
@@ -417,6 +452,136 @@ def test_values_that_change_nothing_are_taken(client: openai.OpenAI) -> None:
     )
 
 
+# What clients send by default, read from their sources: vLLM 0.32 (`vllm bench serve`), guidellm 0.8.1,
+# aiperf 0.13, langchain-openai 1.7, litellm 1.110; and the neutral values of vLLM's other fields.
+COMPLETIONS: dict[str, dict[str, Any]] = {
+    "vllm": {
+        "repetition_penalty": 1.0, "logprobs": None, "stream": True,
+        "stream_options": {"include_usage": True}, "ignore_eos": True,
+        "top_k": -1, "top_p": 1.0, "min_p": 0.0, "temperature": 0.0,
+    },
+    "guidellm": {
+        "stream": True, "stop": None, "ignore_eos": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    },
+    "aiperf": {
+        "prompt": ["abc"], "stream": True, "min_tokens": 4, "ignore_eos": True,
+        "stream_options": {"include_usage": True},
+    },
+    "neutral": {
+        "min_p": 0, "top_k": 0, "use_beam_search": False, "length_penalty": 1.0, "best_of": None,
+        "skip_special_tokens": True, "spaces_between_special_tokens": True, "priority": 0,
+        "include_stop_str_in_output": False, "add_special_tokens": True, "bad_words": [],
+        "guided_json": None, "truncate_prompt_tokens": None, "allowed_token_ids": None,
+        "cache_salt": "a", "request_id": "1", "service_tier": "auto", "stop_token_ids": [],
+    },
+}  # fmt: skip
+CHATS: dict[str, dict[str, Any]] = {
+    "vllm": {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "abc"}]}],
+        "max_completion_tokens": 4, "stream": True, "stream_options": {"include_usage": True},
+    },
+    "aiperf": {
+        "messages": [{"role": "user", "name": "", "content": "abc"}], "stream": True,
+        "max_completion_tokens": 4, "stream_options": {"include_usage": True},
+    },
+    "langchain": {
+        "messages": [
+            {"content": "Be brief.", "role": "system"},
+            {"content": "abc", "role": "user", "name": "me"},
+            {"content": "def", "role": "assistant"},
+            {"content": None, "role": "assistant", "tool_calls": []},
+        ],
+        "stream": False, "n": 1, "temperature": 0.7, "max_completion_tokens": 4,
+        "reasoning_effort": None, "verbosity": None, "truncation": None, "reasoning": None,
+        "parallel_tool_calls": False, "service_tier": None, "presence_penalty": 0,
+    },
+    "litellm": {
+        "messages": [
+            {"role": "user", "content": "abc"},
+            {"role": "assistant", "content": None, "tool_calls": None, "function_call": None},
+        ],
+        "user": "", "metadata": None, "max_tokens": 4, "modalities": None, "audio": None,
+        "prediction": None, "web_search_options": None, "safety_identifier": None,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("completions", {"prompt": "abc", "max_tokens": 4} | body) for body in COMPLETIONS.values()]
+    + [("chat/completions", body) for body in CHATS.values()],
+    ids=[*COMPLETIONS, *(f"chat-{name}" for name in CHATS)],
+)
+def test_bodies_of_clients_are_taken(server: Listener, path: str, body: dict[str, Any]) -> None:
+    status, _, answer = bare(server, "POST", f"/v1/{path}", {"model": "pico"} | body)
+    assert status == 200, answer
+    if body.get("stream"):
+        events = [
+            json.loads(line[6:]) for line in answer.splitlines() if line.startswith("data: {")
+        ]
+        assert events[-1]["usage"]["completion_tokens"] <= 4
+        if body["stream_options"].get("continuous_usage_stats"):
+            counts = [event["usage"]["completion_tokens"] for event in events]
+            assert counts == [1, 2, 3, 4, 4, 4]
+
+
+def test_tools_are_rendered_by_a_template_that_has_a_place_for_them(
+    server: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name }}({{ c.function.arguments | tojson }}){% endfor %};{% endfor %}"
+    )
+    text = replace(server.engine.text, template=template)
+    monkeypatch.setattr(server.engine, "text", text)
+    call = {"name": "f", "arguments": '{"x": 1}'}
+    messages = [
+        CHAT[1],
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "1", "type": "function", "function": call}],
+        },
+        {"role": "tool", "content": "42", "tool_call_id": "1"},
+    ]
+    body = {"model": "pico", "messages": messages, "max_tokens": 1}
+    status, _, answer = bare(server, "POST", "/v1/chat/completions", body)
+    rendered = 'user:Who are you?;assistant:f({"x": 1});tool:42;'
+    assert (status, answer["usage"]["prompt_tokens"]) == (200, len(rendered)), answer
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model": "pico", "prompt": "a\\ud800b", "max_tokens": 1}',
+        b'{"model": "pico", "prompt": "a", "stop": "\\udfff", "max_tokens": 1}',
+        b'{"model": "\\ud800", "prompt": "a"}',
+        b'{"model": "pico", "prompt": "a", "\\ud800": 1}',
+        b'{"model": "pico", "prompt": "a", "suffix": "\\ud800"}',
+        b'{"model": "pico", "prompt": "\xff"}',
+        b'{"model": "pico", "prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"model": "pico", "prompt": "a", "seed": ' + b"9" * 5000 + b"}",
+        b'{"model": "pico", "prompt": [' + b"9" * 400 + b"]}",
+        b'{"model": "pico", "prompt": "a", "temperature": NaN}',
+        b'{"model": "pico", "prompt": "a", "metadata": {"\\ud800": "\\ud801"}, "max_tokens": 1}',
+    ],
+)
+def test_hostile_text_is_no_defect_of_the_server(server: Listener, body: bytes) -> None:
+    status, _, answer = bare(server, "POST", "/v1/completions", body)
+    assert status in (200, 400, 404), answer
+    if status != 200:
+        assert answer["error"]["message"]
+
+
+def test_a_lone_surrogate_is_read_as_a_replacement_character(server: Listener) -> None:
+    def made(prompt: bytes) -> str:
+        body = b'{"model": "pico", "prompt": "%s", "max_tokens": 8, "temperature": 0}' % prompt
+        return str(bare(server, "POST", "/v1/completions", body)[2]["choices"][0]["text"])
+
+    assert made(b"a\\ud800b") == made("a\ufffdb".encode())
+
+
 @pytest.fixture(scope="module")
 def limited(served: Artifact) -> Iterator[Listener]:
     limits = Limits(max_tokens=400, max_body_bytes=4000, request_timeout=1.0)
@@ -443,7 +608,7 @@ def test_a_large_body_is_refused(limited: Listener) -> None:
 def test_a_body_that_never_comes_is_not_waited_for(limited: Listener) -> None:
     host, port = limited.address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
         connection.sendall(head)
         assert connection.recv(100).startswith(b"HTTP/1.1 408")
 
@@ -485,7 +650,11 @@ def test_the_key(served: Artifact) -> None:
             client.models.list()
         with connect(server, "secret") as client:
             assert client.models.list().data[0].id == "pico"
-        assert bare(server, "GET", "/health")[0] == bare(server, "GET", "/metrics")[0] == 200
+        assert bare(server, "GET", "/health")[0] == 200
+        for path in ("/metrics", "/openapi.json", "/nothing"):
+            assert bare(server, "GET", path)[0] == 401
+            sent = {"Authorization": "bearer secret"}  # the scheme's case does not matter
+            assert bare(server, "GET", path, **sent)[0] == (404 if path == "/nothing" else 200)
 
 
 # Load and time ---------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -162,6 +163,24 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-host",
+            help="Name that clients may call this server by, beside addresses and localhost; "
+            "'*' is every name. Without it: every name, unless --host is a loopback address.",
+            show_default=False,
+        ),
+    ] = None,
+    prefix_cache_mb: Annotated[
+        int,
+        typer.Option(
+            "--prefix-cache-mb",
+            min=0,
+            help="Memory in which finished requests stay, MB; prompts that begin alike are not "
+            "read again. 0 switches it off.",
+        ),
+    ] = 256,
 ) -> None:
     """Serve an exported student to many clients at once, as an OpenAI-compatible endpoint.
 
@@ -193,12 +212,15 @@ def serve(
         max_batch=max_batch,
         max_queue=max_queue,
         cache_bytes=cache_mb * 1_000_000,
+        prefix_bytes=prefix_cache_mb * 1_000_000,
         grace=grace,
         limits=Limits(
             max_tokens=max_tokens,
             max_body_bytes=max_body_bytes,
             request_timeout=request_timeout,
-            api_key=api_key or None,
+            # Typer takes an empty variable for a missing one, which would open the server.
+            api_key=os.environ.get("LIMBECK_API_KEY") if api_key is None else api_key,
+            allowed_hosts=tuple(allow_host or ()),
         ),
     )
     server.run()

@@ -243,6 +243,7 @@ def serve(artifact: Path, *, threads: int, log: Path) -> Iterator[str]:
     environment = child_environment()
     environment.pop("LIMBECK_API_KEY", None)  # it listens to this machine alone, and to us
     command = ["serve", str(artifact), "--port", str(port), "--threads", str(threads)]
+    command += ["--prefix-cache-mb", "0"]  # prompts repeat here, and each one is to be read
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", "from limbeck.app.cli import main; main()", *command],
