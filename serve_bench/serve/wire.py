@@ -44,7 +44,7 @@ def _mend(value: Any) -> Any:
 
 # Text in which U+FFFD stands for lone surrogates, which JSON can write and UTF-8 cannot.
 Str = Annotated[str, BeforeValidator(_mend)]
-StopString = Annotated[Str, Field(min_length=1, max_length=_STOP_LENGTH)]
+StopString = Annotated[str, Field(min_length=1, max_length=_STOP_LENGTH), BeforeValidator(_mend)]
 
 
 class _Body(BaseModel):

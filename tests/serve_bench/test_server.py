@@ -34,6 +34,7 @@ from limbeck.contract.limits import Limits
 from limbeck.runtime.decoder import Decoder
 from limbeck.runtime.sampling import Sampling
 from limbeck.runtime.text import Text, load_text
+from serve_bench.serve.engine import PREFIX_BYTES
 from serve_bench.serve.server import Listener, open_server
 
 PROMPTS = [
@@ -872,7 +873,10 @@ def test_the_command(served: Artifact) -> None:
 
 def test_the_command_has_the_limits_of_the_server() -> None:
     of_command = inspect.signature(serve).parameters
-    assert Limits(**{f.name: of_command[f.name].default for f in fields(Limits)}) == Limits()
+    names = {field.name for field in fields(Limits)} & set(of_command)
+    assert names >= {"max_tokens", "max_body_bytes", "request_timeout", "api_key"}
+    assert Limits(**{name: of_command[name].default for name in names}) == Limits()
+    assert of_command["prefix_cache_mb"].default * 1_000_000 == PREFIX_BYTES
 
 
 def test_a_port_in_use_and_a_host_that_is_none(served: Artifact) -> None:
