@@ -221,9 +221,10 @@ def _json_lines(path: Path, field: str) -> Iterator[tuple[str, Any]]:
                 raise DataError(
                     f"{where}: not UTF-8 text (byte {error.start} of the line); convert the file."
                 ) from None
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # no JSON, a number too long, too deep
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
                 raise DataError(
-                    f"{where}: not JSON: {error.msg}; each line is one JSON object."
+                    f"{where}: not JSON: {reason}; each line is one JSON object."
                 ) from None
             if not isinstance(row, dict) or field not in row:
                 keys = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
@@ -242,6 +243,8 @@ def _parquet_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             _check_column(path, field, file.schema_arrow.names)
             yield from _numbered(path, file.iter_batches(columns=[field]), field)
+    except UnicodeDecodeError as error:
+        raise DataError(_not_utf8(path, field, error)) from None
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
             f"{path}: not a Parquet file ({error}); check format.kind, or write the file again."
@@ -257,8 +260,16 @@ def _arrow_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
         with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
             _check_column(path, field, stream.schema.names)
             yield from _numbered(path, stream, field)
+    except UnicodeDecodeError as error:
+        raise DataError(_not_utf8(path, field, error)) from None
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not an Arrow stream ({error}); save the dataset again.") from None
+
+
+def _not_utf8(path: Path, field: str, error: UnicodeDecodeError) -> str:
+    return (
+        f"{path}: column {field!r} is not UTF-8 text (byte {error.start} of a value); convert it."
+    )
 
 
 def _check_column(path: Path, field: str, found: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Held-out examples of an encoder as the stages share them, and the figures that its quality is told in.
+"""Held-out examples of an encoder, which the stages share, and the figures of its quality.
 
 Shape letters: N examples, L tokens, C classes, d width.
 """
@@ -11,7 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
+
+from limbeck.contract.errors import ArtifactError
+from limbeck.contract.tensors import load_tensors, require_rows, take
 
 EXAMPLES = "examples.safetensors"
 
@@ -21,7 +24,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Examples:
-    """Token rows and the class, or the domain, of each."""
+    """Token rows, each with its class or its domain."""
 
     input_ids: npt.NDArray[np.int32]  # [N, L], right-padded
     lengths: npt.NDArray[np.int32]  # [N]
@@ -31,18 +34,18 @@ class Examples:
         return len(self.lengths)
 
     def take(self, rows: Ints) -> Examples:
-        """Some of them, in the order of ``rows``."""
+        """The examples of ``rows``, in that order."""
         return Examples(self.input_ids[rows], self.lengths[rows], self.groups[rows])
 
     def batch(self, rows: Ints | slice) -> tuple[Ints, Ints]:
-        """Ids and mask ``[rows, L]``, as long as the longest of them."""
+        """Token ids and mask ``[rows, L]``; L is the longest of these rows."""
         lengths = self.lengths[rows]
         width = int(lengths.max())
         mask = (np.arange(width) < lengths[:, None]).astype(np.int64)
         return self.input_ids[rows, :width].astype(np.int64), mask
 
     def batches(self, size: int) -> Iterator[tuple[Ints, Ints]]:
-        """All of them in order, ``size`` at a time."""
+        """All examples in order, ``size`` at a time."""
         return (self.batch(slice(at, at + size)) for at in range(0, len(self), size))
 
 
@@ -55,8 +58,17 @@ def save_examples(path: Path, examples: Examples) -> None:
 
 
 def load_examples(path: Path) -> Examples:
-    """Read what `save_examples` wrote."""
-    return Examples(**load_file(path))
+    """Read what `save_examples` wrote. Raises `ArtifactError` naming file and tensor for anything else."""
+    tensors = load_tensors(path)
+    examples = Examples(
+        input_ids=take(path, tensors, "input_ids", np.int32, 2),
+        lengths=take(path, tensors, "lengths", np.int32, 1),
+        groups=take(path, tensors, "groups", np.int32, 1),
+    )
+    require_rows(path, examples.input_ids, examples.lengths, {"groups": examples.groups})
+    if examples.groups.min() < 0:
+        raise ArtifactError(f"{path}: groups: found the negative number {examples.groups.min()}.")
+    return examples
 
 
 def accuracy(predicted_N: Ints, labels_N: Ints) -> float:
@@ -65,11 +77,11 @@ def accuracy(predicted_N: Ints, labels_N: Ints) -> float:
 
 
 def macro_f1(predicted_N: Ints, labels_N: Ints, classes: int) -> float:
-    """Mean over the classes of F1 = 2 TP / (2 TP + FP + FN); a class that is neither there nor said counts 1."""
+    """Mean over the classes of F1 = 2 TP / (2 TP + FP + FN). A class with no label and no prediction counts 1."""
     scores = []
     for c in range(classes):
-        said, there = predicted_N == c, labels_N == c
-        both, either = int((said & there).sum()), int(said.sum() + there.sum())
+        predicted, true = predicted_N == c, labels_N == c
+        both, either = int((predicted & true).sum()), int(predicted.sum() + true.sum())
         scores.append(2 * both / either if either else 1.0)
     return float(np.mean(scores))
 

@@ -1,4 +1,4 @@
-"""What rows of generated tokens say by themselves: how varied they are, how they repeat, how long two agree."""
+"""Figures of generated tokens: how varied they are, how often they repeat, how long two rows agree."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _REPEATED = 4  # tokens of a repeated piece
 
 
 def common_prefix(ours: Tokens, theirs: Tokens) -> int:
-    """Tokens before the first difference; after it the two no longer go on from the same text."""
+    """Number of tokens before the first difference. After it the two rows continue different texts."""
     return next(
         (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
         min(len(ours), len(theirs)),
@@ -17,12 +17,12 @@ def common_prefix(ours: Tokens, theirs: Tokens) -> int:
 
 
 def distinct(rows: Sequence[Tokens], n: int) -> float:
-    """Share of different n-grams among all of them (Li et al., arXiv 1510.03055)."""
+    """Number of different n-grams divided by the number of n-grams (Li et al., arXiv 1510.03055)."""
     grams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
     return len(set(grams)) / max(len(grams), 1)
 
 
 def repetition(row: Tokens) -> float:
-    """Share of a row's pieces of four tokens that stood in it before."""
+    """Share of a row's 4-grams that occurred in it before."""
     grams = [tuple(row[i : i + _REPEATED]) for i in range(len(row) - _REPEATED + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0

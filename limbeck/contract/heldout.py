@@ -1,4 +1,7 @@
-"""Text as the stages share it: held-out blocks by domain, a few training rows for calibration, and the one way NLL is averaged."""
+"""Text that the stages share: held-out blocks by domain, training rows for calibration, and the mean NLL over domains.
+
+Shape letters: N rows, L tokens, S tokens of one row.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
+
+from limbeck.contract.errors import ArtifactError
+from limbeck.contract.tensors import Array, load_tensors, require_rows, take
 
 HELDOUT = "heldout.safetensors"
 CALIBRATION = "calibration.safetensors"
@@ -16,7 +22,7 @@ CALIBRATION = "calibration.safetensors"
 
 @dataclass(frozen=True)
 class Blocks:
-    """Held-out blocks of one domain. Each scored token counts, given all the tokens before it."""
+    """Held-out blocks of one domain. Every scored token is predicted from all tokens before it."""
 
     input_ids: npt.NDArray[np.int32]  # [N, L], right-padded with 0
     lengths: npt.NDArray[np.int32]  # [N], tokens of each row
@@ -33,7 +39,7 @@ class Blocks:
 
 
 def all_but_first(lengths: npt.NDArray[np.int32], width: int) -> npt.NDArray[np.uint8]:
-    """[N, width] mask of plain text: every token of a row is scored but the first, and no padding."""
+    """Mask [N, width] of plain text: every token of a row but the first is scored, and no padding."""
     positions = np.arange(width)
     return ((positions > 0) & (positions < lengths[:, None])).astype(np.uint8)
 
@@ -51,16 +57,32 @@ def save_heldout(path: Path, domains: Mapping[str, Blocks]) -> None:
 
 
 def load_heldout(path: Path) -> dict[str, Blocks]:
-    """Read what `save_heldout` wrote, domains in the order of their names."""
-    tensors = load_file(path)
+    """Read what `save_heldout` wrote, domains in the order of their names.
+
+    Raises `ArtifactError` naming file and tensor for anything else.
+    """
+    tensors = load_tensors(path)
     names = sorted({name.rpartition("/")[0] for name in tensors})
-    for name in names:  # students made before there was chat data have no mask
-        ids, lengths = tensors[f"{name}/input_ids"], tensors[f"{name}/lengths"]
-        tensors.setdefault(f"{name}/scored", all_but_first(lengths, ids.shape[1]))
-    return {
-        name: Blocks(**{field: tensors[f"{name}/{field}"] for field in Blocks.__annotations__})
-        for name in names
-    }
+    if not names:
+        raise ArtifactError(f"{path}: found no tensor, expected at least one domain.")
+    return {name: _blocks(path, tensors, name) for name in names}
+
+
+def _blocks(path: Path, tensors: Mapping[str, Array], domain: str) -> Blocks:
+    blocks = Blocks(
+        input_ids=take(path, tensors, f"{domain}/input_ids", np.int32, 2),
+        lengths=take(path, tensors, f"{domain}/lengths", np.int32, 1),
+        utf8_bytes=take(path, tensors, f"{domain}/utf8_bytes", np.int32, 1),
+        scored=take(path, tensors, f"{domain}/scored", np.uint8, 2),
+    )
+    more = {"utf8_bytes": blocks.utf8_bytes, "scored": blocks.scored}
+    require_rows(path, blocks.input_ids, blocks.lengths, more)
+    allowed = all_but_first(blocks.lengths, blocks.input_ids.shape[1])
+    if blocks.scored.shape != allowed.shape or (blocks.scored > allowed).any():
+        raise ArtifactError(
+            f"{path}: {domain}/scored: marks a first token, padding, or something else than 0 and 1."
+        )
+    return blocks
 
 
 def save_calibration(path: Path, rows: Sequence[npt.NDArray[np.int32]]) -> None:
@@ -72,10 +94,14 @@ def save_calibration(path: Path, rows: Sequence[npt.NDArray[np.int32]]) -> None:
 
 
 def load_calibration(path: Path) -> list[npt.NDArray[np.int64]]:
-    """Read what `save_calibration` wrote, in the same order."""
-    return [row.astype(np.int64) for _, row in sorted(load_file(path).items())]
+    """Read what `save_calibration` wrote, in the same order. Raises `ArtifactError` for anything else."""
+    tensors = load_tensors(path)
+    rows = [take(path, tensors, name, np.int32, 1).astype(np.int64) for name in sorted(tensors)]
+    if any(len(row) == 0 or row.min() < 0 for row in rows):
+        raise ArtifactError(f"{path}: found an empty row or a negative token id.")
+    return rows
 
 
 def mean_nll(nll_by_domain: Mapping[str, float]) -> float:
-    """Unweighted mean over domains of their nats a token: a large domain does not hide a small one."""
+    """Unweighted mean of the domains' nats a token, so that a large domain does not hide a small one."""
     return float(np.mean(list(nll_by_domain.values())))

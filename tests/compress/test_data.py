@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
 
 import compress
 from compress.data.blocks import (
@@ -246,16 +245,24 @@ def test_each_row_is_a_document_and_some_documents_are_held_out(tmp_path: Path) 
         load_blocks(recipe_of(tmp_path, "a.jsonl", text=text, block=64), byte_tokenizer())
 
 
-def test_students_from_before_the_mask_are_scored_on_every_token_but_the_first(
-    tmp_path: Path,
-) -> None:
-    ids, lengths = np.zeros((2, 4), dtype=np.int32), np.array([4, 3], dtype=np.int32)
-    save_file(
-        {"d/input_ids": ids, "d/lengths": lengths, "d/utf8_bytes": lengths}, tmp_path / HELDOUT
-    )
-    blocks = load_heldout(tmp_path / HELDOUT)["d"]
-    assert blocks.scored.tolist() == [[0, 1, 1, 1], [0, 1, 1, 0]]
-    assert blocks.labels == 5
+def test_json_that_python_cannot_take_is_named(tmp_path: Path) -> None:
+    for number, (line, reason) in enumerate(
+        (('{"text": ' + "[" * 100_000, "recursion"), ('{"text": ' + "9" * 5000 + "}", "4300"))
+    ):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text('{"text": "good"}\n' + line + "\n")
+        with pytest.raises(DataError, match=rf"line 2: not JSON: .*{reason}"):
+            list(documents(path, JsonLines(kind="jsonl")))
+
+
+def test_a_parquet_column_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    values = pyarrow.array([b"good", b"\xff\xfe"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": values}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match="column 'text' is not UTF-8 text"):
+        list(documents(tmp_path / "x.parquet", ParquetRows(kind="parquet")))
 
 
 # Packing ---------------------------------------------------------------------------------------------------------
