@@ -1,7 +1,7 @@
 """Pages of the site that are generated at build time, so that they are never out of date.
 
-`mkdocs` calls `on_files` (mkdocs.yml names this file as a hook). The recipe reference comes from the JSON Schema of the
-recipe classes, the command reference from the command line itself.
+`mkdocs` calls `on_files` (mkdocs.yml names this file as a hook). The recipe reference comes from
+the JSON Schema of the recipe classes, the command reference from the command line itself.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ Schema = dict[str, Any]
 
 RECIPES_INTRO = """# Recipe reference
 
-This page is generated from the recipe classes when the site is built. `limbeck validate` checks a recipe
-against the same classes. A *choice* is an object whose `kind` selects one of the listed types; `a | b` separates
-alternatives. Paths are absolute or relative to the recipe file. See [Recipes](recipes.md) for a guided tour.
+This page is generated from the recipe classes when the site is built. `limbeck validate` checks a
+recipe against the same classes. A *choice* is an object whose `kind` selects one of the listed
+types; `a | b` separates alternatives. Paths are absolute or relative to the recipe file. See
+[Recipes](recipes.md) for a guided tour.
 """
 
 COMMANDS_INTRO = """# Command reference
 
-This page is generated from the command line when the site is built. `limbeck COMMAND --help` prints the same text.
+This page is generated from the command line when the site is built. `limbeck COMMAND --help` prints
+the same text.
 [Exit codes](measuring.md#exit-codes) are the same for every command.
 """
 
@@ -72,7 +74,7 @@ class Page:
         self.queue: list[str] = []
 
     def link(self, name: str) -> str:
-        """Link to a type of this page, which is described once, after the types that were linked before."""
+        """Link to a type of this page. Each type is described once, in the order of first links."""
         if name not in self.queue:
             self.queue.append(name)
         kind = self.types[name].get("properties", {}).get("kind", {}).get("const")

@@ -1,9 +1,10 @@
-"""A tiny OpenAI-compatible completions server in a thread: tokens at a fixed pace, stalls when told to."""
+"""A tiny OpenAI-compatible completions server in a thread: fixed pace, stalls on request."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 import time
 from types import TracebackType
@@ -11,11 +12,12 @@ from typing import Any
 
 
 class FakeServer:
-    """Answers every request with ``max_tokens`` tokens, ``pace`` seconds apart, all requests at once; the first takes ``first``.
+    """Answers every request with ``max_tokens`` tokens, ``pace`` seconds apart.
 
-    ``stall`` = (after, seconds) stops everything once, ``after`` seconds after the first completion came in. ``status``
-    refuses; ``cut`` ends streams early; ``usage=False`` leaves the counts out; ``extra`` prompt tokens are counted on top;
-    ``text`` is what each token says (none: its number).
+    All requests run at once; the first token takes ``first`` seconds. ``stall`` = (after, seconds)
+    stops everything once, ``after`` seconds after the first completion came in. ``status`` refuses;
+    ``cut`` ends streams early; ``usage=False`` leaves the counts out; ``extra`` prompt tokens are
+    added to the count; ``text`` is the text of each token (default: its number).
     """
 
     def __init__(
@@ -67,7 +69,8 @@ class FakeServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
-                length = next((int(l.split(b":")[1]) for l in head.split(b"\r\n") if l.lower().startswith(b"content-length")), 0)  # fmt: skip  # noqa: E741
+                found = re.search(rb"(?i)\r\ncontent-length:\s*(\d+)", head)
+                length = int(found[1]) if found else 0
                 body = await reader.readexactly(length)
                 await self._answer(head.split(b" ")[1], body, writer)
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
@@ -85,7 +88,8 @@ class FakeServer:
         if self._stall and len(self.bodies) == 1:
             self._loop.call_later(self._stall[0], time.sleep, self._stall[1])
         writer.write(
-            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
+            b"transfer-encoding: chunked\r\n\r\n"
         )
         wanted = asked["max_tokens"]
         for index in range(min(wanted, self._cut or wanted)):
@@ -118,6 +122,7 @@ class FakeServer:
     def _whole(writer: asyncio.StreamWriter, status: int, body: dict[str, Any]) -> None:
         data = json.dumps(body).encode()
         writer.write(
-            f"HTTP/1.1 {status} X\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n".encode()
+            f"HTTP/1.1 {status} X\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(data)}\r\n\r\n".encode()
             + data
         )

@@ -17,8 +17,12 @@ SMOLLM2 = {
     "max_position_embeddings": 8192,
 }
 QWEN3 = {
-    "model_type": "qwen3", "vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "max_position_embeddings": 40960,
-}  # fmt: skip
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 40960,
+}
 LLAMA3 = {
     "model_type": "llama",
     "vocab_size": 128256,
@@ -26,9 +30,15 @@ LLAMA3 = {
     "max_position_embeddings": 131072,
 }
 GEMMA3 = {
-    "model_type": "gemma3_text", "vocab_size": 262144, "head_dim": 256, "num_attention_heads": 4, "num_key_value_heads": 1,
-    "tie_word_embeddings": True, "max_position_embeddings": 32768, "sliding_window": 512,
-}  # fmt: skip
+    "model_type": "gemma3_text",
+    "vocab_size": 262144,
+    "head_dim": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 32768,
+    "sliding_window": 512,
+}
 PYTHIA = {
     "model_type": "gpt_neox",
     "vocab_size": 50304,
@@ -41,8 +51,11 @@ def _sizes(
     width: int, inner: int, layers: int, heads: int, kv: int | None = None, tied: bool | None = None
 ) -> Any:
     found: dict[str, Any] = {
-        "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
-    }  # fmt: skip
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
     return (
         found
         | ({"num_key_value_heads": kv} if kv else {})

@@ -1,4 +1,4 @@
-"""The documents are true: commands exist, recipes are valid, Python calls fit, links and named files lead somewhere."""
+"""The documents are true: commands, recipes, Python calls, links and named files exist and fit."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_every_page_that_the_code_names_exists() -> None:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_every_named_recipe_field_exists(path: Path, generator: ModuleType) -> None:
-    """`training.tokens`, `export.mixed` … name fields of a recipe, at every depth that a page writes."""
+    """`training.tokens`, `export.mixed` … are fields of a recipe, at every depth."""
     schemas = [cls.model_json_schema() for cls in generator.recipe_classes()]
     parts = set().union(*(schema["properties"] for schema in schemas)) - {"name", "task"}
 

@@ -1,4 +1,4 @@
-"""What only a card can show: forms for CUDA compute there what torch computes, with the cache on the device. See docs/gpu.md."""
+"""On a card only: forms for CUDA compute what torch computes. See docs/gpu.md."""
 
 from __future__ import annotations
 

@@ -1,11 +1,16 @@
-"""SmolLM2-135M, prompt 128, 64 new tokens, 2 threads: int8-weight in our loop, in GenAI's, and llama.cpp's Q8_0, in one run.
+"""Decode speed of SmolLM2-135M against llama.cpp, in one run.
 
-Both sides start from the weights of one GGUF file. Each arm is a process of its own, timed in mirrored blocks (A B C C B A);
-ratios are medians over blocks with the interval of `serve_bench.judge.stats`. Prints one JSON object: `tpot_ratio`, `ttft_ratio` and
-`size_ratio` are ours over llama.cpp's, `loop_ratio` our loop over GenAI's on the same graph, `nll_ours` and `nll_peer` nats a token on
-the same held-out text. `--onnx FOLDER` takes an exported folder instead of exporting, `--profile` adds what a token is made of.
+Arms: int8-weight in our loop, the same graph in GenAI's loop, and llama.cpp's Q8_0. Prompt of 128
+tokens, 64 new tokens, 2 threads. Both sides start from the weights of one GGUF file. Each arm is a
+process of its own, timed in mirrored blocks (A B C C B A). Ratios are medians over blocks with the
+interval of `serve_bench.judge.stats`.
 
-    make bench-decode           .venvs/llama-cpp is made first, from source
+Prints one JSON object: `tpot_ratio`, `ttft_ratio` and `size_ratio` are ours over llama.cpp's,
+`loop_ratio` is our loop over GenAI's, `nll_ours` and `nll_peer` are nats per token on the same
+held-out text. `--onnx FOLDER` takes an exported folder instead of exporting. `--profile` adds the
+share of each operator in a token.
+
+    make bench-decode           builds .venvs/llama-cpp from source first
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ PEER = ROOT / ".venvs/llama-cpp/bin/python"
 _PAUSE, _WARM = 0.02, 4  # seconds before a generation; generations before any is timed
 
 
-# The arms, each in its process -----------------------------------------------------------------------------------
+# The arms, each in its process ------------------------------------------------------------------
 
 
 class Ours:
@@ -130,13 +135,13 @@ class Process:
         return dict(json.loads(line))
 
 
-# The comparison --------------------------------------------------------------------------------------------------
+# The comparison ---------------------------------------------------------------------------------
 
 
 def time_blocks(
     arms: dict[str, Process], texts: list[np.ndarray], rounds: int
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Seconds to the first token and a token after it, ``[rounds]`` by arm: geometric means of the two of a block."""
+    """TTFT and TPOT in seconds, ``[rounds]`` by arm: geometric means of the two runs of a block."""
     found: dict[str, dict[str, list[float]]] = {name: {"ttft": [], "tpot": []} for name in arms}
     for block in range(-_WARM, rounds):
         prompt = [
@@ -209,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--texts", type=int, default=8, help="held-out blocks scored a domain")
+    parser.add_argument("--texts", type=int, default=8, help="held-out blocks scored per domain")
     parser.add_argument(
         "--onnx", type=Path, help="an exported folder with int8-weight, instead of exporting now"
     )

@@ -1,6 +1,7 @@
-"""SmolLM2-135M to fp32, int8-weight and int4-weight with parity of each, in a process of its own. Prints one JSON object.
+"""Cost of an export: SmolLM2-135M to fp32, int8-weight and int4-weight, with parity of each.
 
-`seconds`: `export_student`, imports included; `peak_over_model`: highest resident memory of that process over the size of the fp32
+Runs in a process of its own and prints one JSON object. `seconds`: `export_student`, imports
+included. `peak_over_model`: highest resident memory of that process over the size of the fp32
 weights. The base model is made a student artifact first, outside the measurement.
 """
 
@@ -29,8 +30,16 @@ def export(student: Path, out: Path) -> None:
     found = export_student(student=student, out=out, recipe=recipe)
     seconds, peak = time.perf_counter() - started, resident("VmHWM")
     forms = found.result["forms"]
-    print(json.dumps({"seconds": seconds, "peak": peak, "bytes": {name: form["bytes"] for name, form in forms.items()},
-                      "kl": {name: form["parity"]["kl"] for name, form in forms.items()}}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "peak": peak,
+                "bytes": {name: form["bytes"] for name, form in forms.items()},
+                "kl": {name: form["parity"]["kl"] for name, form in forms.items()},
+            }
+        )
+    )
 
 
 def main() -> None:

@@ -1,8 +1,10 @@
-"""What rounding costs: held-out loss of every CPU form over fp32, by domain, and its size. Prints one JSON object.
+"""What rounding costs: held-out loss of every CPU form over fp32, by domain, and its size.
 
-On SmolLM2-135M as it is, or on a trained student (`ARGS=runs/smollm2-135m-two-experts-1a2b3c4d`). The domains are the demo's two and Python
-source, which neither training nor calibration has seen. `int8_rise` and `int4_rise` are the worst rise of loss on a domain, of
-int8-weight and of int4-weight: 0.005 is 0.5 % worse. `int8_size` is the size of int8-weight over that of fp32.
+Measures SmolLM2-135M as it is, or a trained student
+(`ARGS=runs/smollm2-135m-two-experts-1a2b3c4d`). The domains are the demo's two and Python source,
+which neither training nor calibration has seen. Prints one JSON object: `int8_rise` and `int4_rise`
+are the worst rise of loss on a domain, of int8-weight and int4-weight (0.005 is 0.5 % worse);
+`int8_size` is the size of int8-weight over that of fp32.
 
     make bench-forms
 """
@@ -42,9 +44,9 @@ def main() -> None:
         "run",
         type=Path,
         nargs="?",
-        help="a run folder whose student is exported; the base model without",
+        help="a run folder whose student is exported (default: the base model)",
     )
-    parser.add_argument("--blocks", type=int, default=24, help="held-out blocks a domain")
+    parser.add_argument("--blocks", type=int, default=24, help="held-out blocks per domain")
     asked = parser.parse_args()
     from export import export_student
     from export.build.surgery import form_files

@@ -1,6 +1,7 @@
 """Chunked fusion loss against the plain one: peak extra memory, time and gradients in one run.
 
-K = 2 teachers, V = 49,152, 2,048 tokens, d = 576, fp32 on the CPU, LoRA case (head frozen). Prints one JSON object.
+K = 2 teachers, V = 49,152, 2,048 tokens, d = 576, fp32 on the CPU, LoRA case (head frozen).
+Prints one JSON object.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Decode and prefill on an NVIDIA card: fp16 and int8-weight (fp16 body) against torch in bf16, interleaved in one run.
+"""Decode and prefill on an NVIDIA card against torch in bf16, interleaved in one run.
 
-Arms: torch eager, our loop on ONNX Runtime with the cache on the card, ONNX Runtime GenAI's loop on the same files.
-Keys of the JSON object: `tpot_ratio` and `ttft_ratio`, by arm, over torch's (medians of paired ratios); `ms`, medians; `card` and
-versions. Without a card it says so and exits with 2.
+Forms: fp16, and int8-weight with an fp16 body. Arms: torch eager, our loop on ONNX Runtime with the
+cache on the card, ONNX Runtime GenAI's loop on the same files. Keys of the JSON object:
+`tpot_ratio` and `ttft_ratio`, by arm, over torch's (medians of paired ratios); `ms`, medians;
+`card` and versions. Without a card it says so and exits with 2.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ def main() -> None:
 
     if not torch.cuda.is_available() or "cuda" not in providers():
         print(
-            f"bench-gpu: no NVIDIA card for torch {torch.__version__} (cuda available: {torch.cuda.is_available()}) and onnxruntime "
-            f"(providers: {', '.join(providers())}); run: pip install 'limbeck[gpu]' on a machine with a card.",
+            f"bench-gpu: no NVIDIA card for torch {torch.__version__} "
+            f"(cuda available: {torch.cuda.is_available()}) and onnxruntime "
+            f"(providers: {', '.join(providers())}); "
+            "run: pip install 'limbeck[gpu]' on a machine with a card.",
             file=sys.stderr,
         )
         raise SystemExit(2)
@@ -74,7 +77,7 @@ def timed(arm: Callable[[list[int]], Iterator[int]], ids: list[int]) -> tuple[fl
 
 
 def torch_arm(model: Path) -> Callable[[list[int]], Iterator[int]]:
-    """The transformers model in bf16 on the card, greedy; every token is read back, as a client would."""
+    """The transformers model in bf16 on the card, greedy; every token is read back."""
     import torch
     from transformers import AutoModelForCausalLM
 

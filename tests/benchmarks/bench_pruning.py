@@ -1,8 +1,9 @@
-"""Held-out loss over size: SmolLM2-135M cut down and healed by the demo's two experts, against a fresh model of the same shape.
+"""Held-out loss over size: SmolLM2-135M cut down and healed, against fresh models.
 
-Every arm sees the same tokens from one `hidden` teacher cache. `steps` cuts to the size at once (`shrunk`), or by way of the larger
-sizes with a share of the tokens at each (`iterative`). Runs stay below `--runs`, so that an interrupted series goes on. The last line
-is one JSON object; `--picture FILE` draws it.
+The demo's two experts teach; a fresh model has the same shape as the cut one. Every arm sees the
+same tokens from one `hidden` teacher cache. `shrunk` cuts to the size at once; `iterative` goes by
+way of the larger sizes, with a share of the tokens at each. Runs stay below `--runs`, so that an
+interrupted series continues. The last line is one JSON object; `--picture FILE` draws it.
 
     make bench-pruning ARGS="--tokens 24576 --threads 2"
 """
@@ -56,10 +57,16 @@ def fresh_config(shape: dict[str, int], *, vocabulary: int) -> dict[str, Any]:
     """A llama of the shape that a cut of the base has."""
     heads = shape.get("kv_heads", 3)
     return {
-        "model_type": "llama", "vocab_size": vocabulary, "tie_word_embeddings": True, "head_dim": 64,
-        "num_hidden_layers": shape.get("layers", LAYERS), "hidden_size": shape.get("hidden_size", 576),
-        "intermediate_size": shape.get("intermediate_size", 1536), "num_attention_heads": GROUP * heads, "num_key_value_heads": heads,
-    }  # fmt: skip
+        "model_type": "llama",
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": True,
+        "head_dim": 64,
+        "num_hidden_layers": shape.get("layers", LAYERS),
+        "hidden_size": shape.get("hidden_size", 576),
+        "intermediate_size": shape.get("intermediate_size", 1536),
+        "num_attention_heads": GROUP * heads,
+        "num_key_value_heads": heads,
+    }
 
 
 def main() -> None:

@@ -1,14 +1,16 @@
-"""Many streams at once against `limbeck serve` in a process of its own: no error, no leak, no slot lost.
+"""Many streams at once against `limbeck serve` in a process of its own: no error, no leak.
 
-Without a path it exports a tiny random model; with one (a run folder or an exported folder) it serves that. Every client asks one
-request after the other by the official client: streams read to the end, streams left early, answers at once. Memory is the
-server's resident set beside the caches, whose memory follows the tokens held and comes and goes by design, twice a second.
+Without a path it exports a tiny random model; with one (a run folder or an exported folder) it
+serves that. Every client sends one request after another with the official client: streams read to
+the end, streams left early, whole answers. Memory is the server's resident set without the caches,
+read twice a second; the caches follow the tokens held and come and go by design.
 
-The rule for a leak: the same load runs first for a warm-up, in which allocators, thread pools and caches of a fixed size fill
-(prompts are of a thousand words, so that the tokenizer's cache of words, 10,000 a thread, is one that fills in it).
-Then the time is cut into six windows, the least that was resident is taken of each, and the median slope between all pairs of
-them is the growth: what is leaked lifts the floor for good, what is only in use, or garbage that waits to be collected, does not.
-Prints one JSON object, and exits with 1 when a bound does not hold.
+The rule for a leak: the same load runs first as a warm-up, in which allocators, thread pools and
+caches of a fixed size fill. (Prompts use a thousand words, so that the tokenizer's cache of 10,000
+words per thread fills too.) Then the time is cut into six windows. The smallest resident set of
+each window is taken, and the median slope between all pairs is the growth. A leak raises this floor
+for good; memory in use, or garbage that waits to be collected, does not. Prints one JSON object,
+and exits with 1 if a bound does not hold.
 """
 
 from __future__ import annotations
@@ -149,7 +151,7 @@ def main() -> None:
 
 
 def growth(at: Sequence[float], megabytes: Sequence[float]) -> float:
-    """Median slope between the least values of each window, MB a minute (the estimator of Theil and Sen)."""
+    """Median slope between the smallest values of the windows, MB per minute (Theil-Sen)."""
     parts = np.array_split(np.arange(len(at)), WINDOWS)
     lows = [part[np.argmin(np.asarray(megabytes)[part])] for part in parts]
     slopes = [
@@ -213,10 +215,11 @@ def measure(
     }
     failures = list(dict.fromkeys(load.errors))[:5]
     if slope > SLOPE_MB:
-        failures.append(f"memory grows by {slope:.1f} MB a minute, at most {SLOPE_MB:g} expected")
+        failures.append(f"memory grows by {slope:.1f} MB per minute, at most {SLOPE_MB:g} expected")
     if figures["peak_rss_mb"] > idle + CACHE_MB + SLACK_MB:
         failures.append(
-            f"{figures['peak_rss_mb']} MB resident, at most {idle + CACHE_MB + SLACK_MB:.0f} expected"
+            f"{figures['peak_rss_mb']} MB resident, "
+            f"at most {idle + CACHE_MB + SLACK_MB:.0f} expected"
         )
     if figures["slots_left"] != streams:
         failures.append(f"{figures['slots_left']} of {streams} slots are free at the end")

@@ -1,8 +1,9 @@
-"""From nothing to the first token of `limbeck generate`, loading apart. Prints one JSON object.
+"""From nothing to the first token of `limbeck generate`, without loading. Prints one JSON object.
 
-`start_seconds`: median wall time of `limbeck generate FOLDER x --max-new-tokens 1`, a new process each time, less what that process spent
-on opening the session and on reading the tokenizer: interpreter, imports, hashes and one token are left. Files are in the page cache.
-`ARGS=runs/pico-1a2b3c4d` takes a run or an exported folder instead of the tiny model that is exported first.
+`start_seconds`: median wall time of `limbeck generate FOLDER x --max-new-tokens 1`, a new process
+each time, minus the time that the process spent on opening the session and reading the tokenizer.
+Interpreter, imports, hashes and one token remain. Files are in the page cache.
+`ARGS=runs/pico-1a2b3c4d` takes a run or an exported folder instead of exporting a tiny model first.
 
     make bench-start
 """
@@ -19,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-# The command with a clock around what is loading. Both libraries are imported anyway; here they are imported before the clock is set.
+# The command with a clock around the loading. Both libraries are imported before the clock is set.
 _CHILD = """
 import sys, time
 import onnxruntime, tokenizers

@@ -1,7 +1,8 @@
-"""A distillation step against its unavoidable parts, on SmolLM2-135M with LoRA, in one run, interleaved.
+"""A distillation step against its unavoidable parts, on SmolLM2-135M with LoRA, interleaved.
 
-`step_overhead`: two-teacher step over (two teacher forwards with logits + student step with plain cross-entropy).
-`cached_overhead`: the step from the `hidden` teacher cache over the plain cross-entropy step. Prints one JSON object.
+`step_overhead`: two-teacher step over (two teacher forwards with logits + student step with plain
+cross-entropy). `cached_overhead`: the step from the `hidden` teacher cache over the plain
+cross-entropy step. Prints one JSON object.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What the harness adds to what it measures: a worker's generation beside a bare loop over the same open graph.
+"""What the harness adds to what it measures: a worker's generation beside a bare loop.
 
-Both run in this process on one `Decoder`, in mirrored pairs (bare, harness, harness, bare), so that nothing but the harness's
-own code differs. ``python -m tests.benchmarks.harness_overhead [ONNX_FOLDER]`` prints one JSON object.
+Both run in this process on one `Decoder`, in mirrored pairs (bare, harness, harness, bare), so that
+only the harness's own code differs. ``python -m tests.benchmarks.harness_overhead [ONNX_FOLDER]``
+prints one JSON object.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ PROMPT, NEW = 32, 64  # tokens
 def overhead(
     onnx: Path | None = None, *, blocks: int = 60, threads: int = 1, new_tokens: int = NEW
 ) -> dict[str, Any]:
-    """Relative overhead of the harness over a bare loop, by the time it reports and by the clock on the wall.
+    """Relative overhead of the harness over a bare loop: reported time, and wall clock.
 
-    ``onnx`` is an exported folder; none makes a model of a few million weights, whose tokens take well under a millisecond,
-    where any overhead shows most. Keys: `overhead` (of the reported time; 0.01 is 1 %) with `overhead_low` and
-    `overhead_high`, `wall_overhead` (with parsing the command and writing the answer), `blocks`, `token_ms`.
+    ``onnx`` is an exported folder. Without one, a model of a few million weights is made, whose
+    tokens take well under a millisecond, where an overhead shows most. Keys: `overhead` (of the
+    reported time; 0.01 is 1 %) with `overhead_low` and `overhead_high`, `wall_overhead` (with
+    parsing the command and writing the answer), `blocks`, `token_ms`.
     """
     with tempfile.TemporaryDirectory() as folder:
         artifact = onnx or _make(Path(folder))
@@ -63,7 +65,7 @@ def overhead(
 def _block(
     decoder: Decoder, session: worker.Session, prompt: list[int], new_tokens: int
 ) -> tuple[float, float, float]:
-    """Geometric means of two runs each: the bare loop, the harness as it reports, the harness on the wall."""
+    """Geometric means of two runs each: bare loop, harness as reported, harness by the wall clock."""
     first = _bare(decoder, prompt, new_tokens)
     (one, one_wall), (two, two_wall) = (_harness(session, prompt, new_tokens) for _ in range(2))
     last = _bare(decoder, prompt, new_tokens)
@@ -80,7 +82,7 @@ def _bare(decoder: Decoder, prompt: Sequence[int], new_tokens: int) -> float:
 
 
 def _harness(session: worker.Session, prompt: list[int], new_tokens: int) -> tuple[float, float]:
-    """Seconds that a worker reports for the same, and those of the whole command: parsed, done, answered."""
+    """Seconds that a worker reports, and seconds of the whole command with parsing and answer."""
     line = json.dumps({"command": "generate", "prompt": prompt, "new_tokens": new_tokens}) + "\n"
     answers = io.StringIO()
     started = time.perf_counter()

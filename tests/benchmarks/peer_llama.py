@@ -1,7 +1,9 @@
-"""The peer's side of bench_decode: llama.cpp through llama-cpp-python, run in an environment of its own.
+"""The peer's side of bench_decode: llama.cpp through llama-cpp-python, in its own environment.
 
-    python peer_llama.py quantize SOURCE.gguf TARGET.gguf     llama.cpp's own quantiser, to Q8_0
-    python peer_llama.py serve MODEL.gguf THREADS on|off      one JSON job a line on stdin, one JSON answer on stdout; flash attention
+    python peer_llama.py quantize SOURCE.gguf TARGET.gguf
+        llama.cpp's own quantiser, to Q8_0
+    python peer_llama.py serve MODEL.gguf THREADS on|off
+        one JSON job per line on stdin, one JSON answer on stdout; the last word is flash attention
 
 Jobs and answers are those of `tests.benchmarks.bench_decode`.
 """
@@ -37,20 +39,27 @@ def quantize(source: str, target: str) -> None:
 class Peer:
     """One open model and its cache.
 
-    ``logits_all`` is for `score` alone: llama-cpp-python 0.3.36 keeps it to itself and marks the rows of `Llama.eval`'s batches by it.
-    `generate` decodes batches of `llama_batch_get_one`, which mark none, and llama.cpp then computes the head for the last token only.
+    ``logits_all`` is for `score` alone: llama-cpp-python 0.3.36 marks the rows of `Llama.eval`'s
+    batches by it. `generate` decodes batches of `llama_batch_get_one`, which mark no row; llama.cpp
+    then computes the head for the last token only.
     """
 
     def __init__(self, file: str, threads: int, *, flash_attention: bool) -> None:
         self._model = llama_cpp.Llama(
-            file, n_ctx=512, n_batch=512, n_threads=threads, n_threads_batch=threads, logits_all=True,
-            flash_attn=flash_attention, verbose=False,
-        )  # fmt: skip
+            file,
+            n_ctx=512,
+            n_batch=512,
+            n_threads=threads,
+            n_threads_batch=threads,
+            logits_all=True,
+            flash_attn=flash_attention,
+            verbose=False,
+        )
         self._context = self._model._ctx.ctx
         self._vocabulary = self._model.n_vocab()
 
     def generate(self, prompt: list[int], new_tokens: int) -> dict[str, Any]:
-        """Greedy; the low-level loop of llama.cpp's own examples: decode, read the last logits, take the greatest."""
+        """Greedy, by the low-level loop of llama.cpp's examples: decode, read logits, top token."""
         low.llama_memory_clear(low.llama_get_memory(self._context), True)
         tokens: list[int] = []
         at: list[float] = []

@@ -1,4 +1,4 @@
-"""The peer's side of bench_peers: TRL's GKDTrainer (lmbda = 0, forward KL), run in an environment of its own.
+"""The peer's side of bench_peers: TRL's GKDTrainer (lmbda = 0, forward KL), in its own environment.
 
 Arguments: model folder, file of token ids [N, L] (npy), steps. Prints one JSON object.
 """
@@ -67,16 +67,30 @@ def main() -> None:
         model=student,
         teacher_model=teacher,
         args=GKDConfig(
-            output_dir="/tmp/limbeck-peer", max_steps=steps, per_device_train_batch_size=len(ids) // steps, lmbda=0.0, beta=0.0,
-            temperature=1.0, bf16=True, use_cpu=True, gradient_checkpointing=False, report_to="none", save_strategy="no",
-            logging_strategy="no", remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True}, learning_rate=1e-3,
+            output_dir="/tmp/limbeck-peer",
+            max_steps=steps,
+            per_device_train_batch_size=len(ids) // steps,
+            lmbda=0.0,
+            beta=0.0,
+            temperature=1.0,
+            bf16=True,
+            use_cpu=True,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            remove_unused_columns=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            learning_rate=1e-3,
         ),
         data_collator=collate,
         train_dataset=rows,
         processing_class=AutoTokenizer.from_pretrained(folder),
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(
+            r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
         callbacks=[clock],
-    )  # fmt: skip
+    )
     trainer.train()
     gaps = np.diff(clock.stamps)[1:]
     print(

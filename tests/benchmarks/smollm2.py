@@ -1,4 +1,4 @@
-"""SmolLM2-135M as a student artifact that was never trained, with the demo's held-out text: what export benchmarks start from."""
+"""SmolLM2-135M as a student artifact that was never trained: where export benchmarks start."""
 
 from __future__ import annotations
 
