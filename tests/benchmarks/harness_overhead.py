@@ -65,7 +65,7 @@ def overhead(
 def _block(
     decoder: Decoder, session: worker.Session, prompt: list[int], new_tokens: int
 ) -> tuple[float, float, float]:
-    """Geometric means of two runs each: bare loop, harness as reported, harness by the wall clock."""
+    """Geometric means of two runs each: bare loop, harness as reported, harness by wall clock."""
     first = _bare(decoder, prompt, new_tokens)
     (one, one_wall), (two, two_wall) = (_harness(session, prompt, new_tokens) for _ in range(2))
     last = _bare(decoder, prompt, new_tokens)
