@@ -98,6 +98,43 @@ def test_what_must_answer_at_once_imports_nothing_heavy(
     assert imported_by(*arguments) == set()
 
 
+def test_help_does_not_load_recipes() -> None:
+    """Half a second of pydantic stands between a user and the help."""
+    code = (
+        "import sys\nfrom limbeck.app import cli\nsys.argv = ['limbeck', '--help']\n"
+        "try:\n    cli.main()\nfinally:\n    print(*sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"pydantic", "yaml", "rich", "importlib.metadata"} & set(done.stderr.split())
+
+
+def test_help_has_colours_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    painted = CliRunner().invoke(app, ["run", "--help"], color=True).output
+    assert "\x1b[1mOptions:\x1b[0m" in painted
+    assert "\x1b" not in call("run", "--help").output
+    assert re.sub(r"\x1b\[\d*m", "", painted) == call("run", "--help").output
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in CliRunner().invoke(app, ["run", "--help"], color=True).output
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_commands(shell: str) -> None:
+    environment = {
+        **os.environ,
+        "_LIMBECK_COMPLETE": f"complete_{shell}",
+        "COMP_WORDS": "limbeck ver",
+        "COMP_CWORD": "1",
+        "_TYPER_COMPLETE_ARGS": "limbeck ver",
+        "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+    }
+    code = "from limbeck.app.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert "verify" in done.stdout
+    assert "compress" not in done.stdout
+
+
 def test_help_lists_every_command() -> None:
     out = call("--help").output
     listed = re.findall(r"^  (\w+) ", out.split("Commands:")[1], re.MULTILINE)
@@ -404,6 +441,11 @@ def test_generate_imports_no_torch(exported: Path) -> None:
         (["abc", "--max-new-tokens", "1000"], "this model's context is 64"),
         (["abc", "--top-p", "2"], "Invalid value for '--top-p'"),
         (["abc", "--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
+        (["abc", "--threads", "100000"], "Invalid value for '--threads'"),
+        (["abc", "--temperature", "nan"], "Invalid value for '--temperature'"),
+        (["abc", "--top-p", "nan"], "Invalid value for '--top-p'"),
+        (["abc", "--temperature", "inf"], "Invalid value for '--temperature'"),
+        (["abc", "--seed", str(2**70)], "Invalid value for '--seed'"),
     ],
 )
 def test_generate_mistakes(exported: Path, arguments: list[str], expected: str) -> None:
@@ -416,6 +458,96 @@ def test_generate_of_something_else(tmp_path: Path) -> None:
     result = call("generate", tmp_path, "abc")
     assert result.exit_code == 2
     assert "no complete artifact here" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["generate", "serve", "eval", "pack", "verify"])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mine.yaml", "mine.yaml: is a recipe, and `limbeck {command}` takes what a run made"),
+        ("pico", "pico: is a recipe"),
+        ("model", "model: is a model folder, not an exported student"),
+        ("adapter", "adapter: is a PEFT adapter"),
+        ("model.onnx", "model.onnx: is an ONNX graph"),
+        ("notes.txt", "notes.txt: is a file"),
+        ("gone", "gone: no such folder"),
+    ],
+)
+def test_something_else_is_named_with_the_command_it_wants(
+    tmp_path: Path, command: str, name: str, expected: str
+) -> None:
+    (tmp_path / "mine.yaml").write_text(GOOD)
+    for folder, file in (("model", "config.json"), ("adapter", "adapter_config.json")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text("{}")
+    for file in ("model.onnx", "notes.txt"):
+        (tmp_path / file).write_text("x")
+    more = {"generate": ["hello"], "eval": ["--tasks", "x"], "pack": ["--out", "packed"]}
+    result = call(command, name, *more.get(command, []))
+    assert result.exit_code == 2
+    assert expected.format(command=command) in result.stderr
+    if name == "mine.yaml" and command == "verify":
+        assert "`limbeck validate mine.yaml`" in result.stderr
+
+
+# Strangers -------------------------------------------------------------------------------------------------------
+
+URL = "bench: {scenarios: [single, {kind: server, target: {kind: url, url: 'http://a', key_variable: VAR}}]}\n"
+
+
+@pytest.mark.parametrize(
+    ("variable", "flags", "fine"),
+    [
+        ("OPENAI_API_KEY", [], True),
+        ("LIMBECK_TEST", [], True),
+        ("AWS_SECRET_ACCESS_KEY", [], False),
+        ("XLIMBECK_TEST", [], False),
+        ("OPENAI_API_KEY2", [], False),
+        ("AWS_SECRET_ACCESS_KEY", ["--allow-key", "OTHER"], False),
+        ("AWS_SECRET_ACCESS_KEY", ["--allow-key", "AWS_SECRET_ACCESS_KEY"], True),
+    ],
+)
+def test_a_recipe_may_not_send_just_any_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, flags: list[str], fine: bool
+) -> None:
+    monkeypatch.setenv("LIMBECK_KEY_VARIABLES", "")
+    (tmp_path / "mine.yaml").write_text(GOOD + URL.replace("VAR", variable))
+    result = call("validate", "mine.yaml", *flags)
+    assert result.exit_code == (0 if fine else 2), result.stderr
+    if not fine:
+        assert f"--allow-key {variable}" in result.stderr
+
+
+def test_control_characters_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(GOOD + '"\\e[2Jkey": 1\n')
+    (tmp_path / "base.yaml").write_text('extends: "\\e]0;title\\a.yaml"\n')
+    for name in ("mine.yaml", "base.yaml"):
+        for command in ("validate", "run"):
+            result = call(command, name)
+            assert result.exit_code == 2
+            assert "\x1b" not in result.output + result.stderr
+            assert "\x07" not in result.output + result.stderr
+            assert "\\x1b" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a" * 5000, "~nosuchuser/x.yaml"])
+def test_paths_that_cannot_be_are_one_message(name: str) -> None:
+    for arguments in (["run", name], ["validate", name], ["plan", name]):
+        result = call(*arguments)
+        assert result.exit_code == 2
+        assert isinstance(result.exception, SystemExit)
+
+
+@pytest.mark.parametrize(
+    "override", ["teachers.².name=x", ".".join("a" * 500) + "=1", "seed=[" * 90]
+)
+def test_sets_that_cannot_be_are_one_message(tmp_path: Path, override: str) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        GOOD + "teachers: [{name: t, model: {kind: random, config: {model_type: llama}}}]\n"
+    )
+    result = call("validate", "mine.yaml", "--set", override)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("--set ")
 
 
 def test_verify_measures_a_real_artifact_again(exported: Path) -> None:

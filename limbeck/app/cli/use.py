@@ -73,9 +73,6 @@ def generate(
     """
     from limbeck.app.given import exported_folder
 
-    for option, value in (("--temperature", temperature), ("--top-p", top_p)):
-        if value != value:  # a bound lets NaN through
-            raise DataError(f"{option} {value}: expected a number.")
     folder = exported_folder(artifact, command="generate")
     if prompt == "-":
         prompt = sys.stdin.buffer.read().decode("utf-8", errors="replace")

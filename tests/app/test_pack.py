@@ -1,0 +1,146 @@
+"""`limbeck pack` and `limbeck push`: the folder that leaves this machine."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from limbeck.app.cli import app
+from limbeck.contract.artifact import open_artifact
+from limbeck.runtime.decoder import Decoder
+from limbeck.runtime.text import load_text
+from tests.fake_hub import FakeHub
+from tests.pico import make_model, make_student, pico_recipe
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a student, its export and a certificate."""
+    import export
+
+    folder = tmp_path_factory.mktemp("run")
+    make_student(folder / "student", make_model(folder / "model"))
+    export.export_student(student=folder / "student", out=folder / "onnx", recipe=pico_recipe())
+    (folder / "run.json").write_text("{}")
+    (folder / "certificate.json").write_text("{}")
+    return folder
+
+
+def test_the_packed_folder_holds_one_form_and_runs_as_before(run: Path, tmp_path: Path) -> None:
+    done = call("pack", run, "--out", tmp_path / "packed", "--zip")
+    assert done.exit_code == 0, done.stderr
+    packed = open_artifact(tmp_path / "packed", kind="onnx")  # every hash is checked
+    names = {p.relative_to(packed.path).as_posix() for p in packed.path.rglob("*") if p.is_file()}
+    assert (
+        names
+        == {
+            "LICENCES.md",
+            "README.md",
+            "certificate.json",
+            "config.json",
+            "genai_config.json",
+            "generation_config.json",
+            "manifest.json",
+            "onnx/model_quantized.onnx",  # what transformers.js loads as q8, and optimum as the only graph
+            "onnx/model_quantized.onnx_data",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        }
+    )
+    with zipfile.ZipFile(tmp_path / "packed.zip") as archive:
+        files = {n.removeprefix("packed/") for n in archive.namelist() if not n.endswith("/")}
+    assert files == names
+    prompt = load_text(run / "onnx").encode("abc")
+    assert load_text(packed.path).encode("abc") == prompt
+    before = list(Decoder(run / "onnx", threads=1).generate(prompt, 8))
+    assert list(Decoder(packed.path, threads=1).generate(prompt, 8)) == before
+    verified = call("verify", packed.path)
+    assert verified.exit_code == 0, verified.output
+    assert "licence" in (packed.path / "LICENCES.md").read_text()
+
+
+def test_genai_loads_the_packed_folder(run: Path, tmp_path: Path) -> None:
+    import onnxruntime_genai
+
+    assert call("pack", run, "--out", tmp_path / "fp32", "--form", "fp32").exit_code == 0
+    config = json.loads((tmp_path / "fp32" / "genai_config.json").read_text())
+    assert config["model"]["decoder"]["filename"] == "onnx/model.onnx"
+    assert not (tmp_path / "fp32" / "certificate.json").exists()  # it is about the shipped form
+    onnxruntime_genai.Model(str(tmp_path / "fp32"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--form", "int2"], "no form 'int2'; it has fp32, int8-weight"),
+        (["--out", "there"], "there: is already there"),
+        (["--out", "z", "--zip"], "z.zip: is already there"),
+    ],
+)
+def test_pack_mistakes(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "z.zip").write_text("")
+    out = [] if "--out" in arguments else ["--out", "new"]
+    done = call("pack", run, *out, *arguments)
+    assert done.exit_code == 2
+    assert expected in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+# The hub ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    with FakeHub() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", "secret")
+        yield hub
+
+
+def test_push_uploads_what_pack_makes(run: Path, tmp_path: Path, hub: FakeHub) -> None:
+    done = call("push", run, "me/pico", "--private")
+    assert done.exit_code == 0, done.stderr + str(done.exception)
+    assert call("pack", run, "--out", tmp_path / "packed").exit_code == 0
+    packed = tmp_path / "packed"
+    expected = {
+        p.relative_to(packed).as_posix(): p.read_bytes() for p in packed.rglob("*") if p.is_file()
+    }
+    found = hub.repositories["me/pico"]
+    assert hub.private == {"me/pico": True}
+    assert found.keys() == expected.keys()
+    different = {name for name in found if found[name] != expected[name]}
+    assert different <= {"manifest.json"}  # which has the time in it
+    assert hub.tokens == {"Bearer secret"}
+    assert "me/pico" in done.stdout
+
+
+def test_push_that_is_refused(run: Path, hub: FakeHub) -> None:
+    hub.refuses = True
+    done = call("push", run, "me/pico")
+    assert done.exit_code == 2
+    assert "the hub refused" in done.stderr
+    assert "hf auth login" in done.stderr
+    done = call("push", run, "nobody")
+    assert done.exit_code == 2
+    assert "expected NAMESPACE/NAME" in done.stderr
+
+
+def test_push_without_a_hub(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    done = call("push", run, "me/pico")
+    assert done.exit_code == 2
+    assert "cannot be reached" in done.stderr

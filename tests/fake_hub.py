@@ -1,0 +1,118 @@
+"""A hub on this machine that takes uploads: the few calls of the Hugging Face hub's API that `push` makes.
+
+The client is the real `huggingface_hub`, which checks our answers.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+class FakeHub:
+    """Repositories in memory; small files arrive in the commit itself, large ones by the LFS protocol."""
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.private: dict[str, bool] = {}
+        self.tokens: set[str] = set()
+        self.refuses = False
+        self.objects: dict[str, bytes] = {}
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> FakeHub:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def answer(self, path: str, body: bytes) -> Any:
+        """The JSON answer to a POST."""
+        path = path.partition("?")[0]
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = (
+                f"{asked['organization']}/{asked['name']}"
+                if asked.get("organization")
+                else asked["name"]
+            )
+            self.repositories.setdefault(name, {})
+            self.private[name] = asked.get("visibility") == "private" or bool(asked.get("private"))
+            return {"url": f"{self.url}/{name}", "id": name}
+        if path.endswith("/preupload/main"):
+            files = json.loads(body)["files"]
+            return {
+                "files": [
+                    {
+                        "path": f["path"],
+                        "uploadMode": "lfs" if f["size"] > 100_000 else "regular",
+                        "shouldIgnore": False,
+                    }
+                    for f in files
+                ]
+            }
+        if path.endswith("/info/lfs/objects/batch"):
+            return {
+                "transfer": "basic",
+                "objects": [
+                    {
+                        **o,
+                        "actions": {"upload": {"href": f"{self.url}/put/{o['oid']}", "header": {}}},
+                    }
+                    for o in json.loads(body)["objects"]
+                ],
+            }
+        if path.endswith("/commit/main"):
+            name = "/".join(path.split("/")[3:5])
+            for line in body.decode().splitlines():
+                entry = json.loads(line)
+                value = entry["value"]
+                if entry["key"] == "file":
+                    self.repositories[name][value["path"]] = base64.b64decode(value["content"])
+                elif entry["key"] == "lfsFile":
+                    self.repositories[name][value["path"]] = self.objects[value["oid"]]
+            return {"commitUrl": f"{self.url}/{name}/commit/1", "commitOid": "1", "success": True}
+        if path == "/api/validate-yaml":
+            return {"errors": [], "warnings": []}
+        return None
+
+
+def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("content-length") or 0))
+            if token := self.headers.get("authorization"):
+                hub.tokens.add(token)
+            found = hub.answer(self.path, body)
+            status = 403 if hub.refuses else 200 if found is not None else 404
+            self._send(status, json.dumps({"error": "no"} if status != 200 else found).encode())
+
+        def do_GET(self) -> None:
+            name = "/".join(self.path.split("/")[3:5])
+            if name in hub.repositories:
+                self._send(200, json.dumps({"id": name, "sha": "0", "siblings": []}).encode())
+            else:
+                self._send(404, b"{}")
+
+        def do_PUT(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            hub.objects[self.path.rpartition("/")[2]] = body
+            self._send(200, b"")
+
+        def _send(self, status: int, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("content-length", str(len(body)))
+            self.send_header("content-type", "application/json")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            """Say nothing."""
+
+    return Handler
