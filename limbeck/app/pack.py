@@ -19,7 +19,7 @@ from limbeck.app.given import exported_folder
 from limbeck.contract.artifact import MANIFEST, Artifact, open_artifact, student_of, write_artifact
 from limbeck.contract.errors import ArtifactError, EnvironmentalError, UserError
 from limbeck.contract.files import unwritable_is_a_user_error
-from limbeck.contract.printable import as_markdown
+from limbeck.contract.printable import printable
 from limbeck.contract.recipe import fingerprint
 
 CERTIFICATE, LICENCES = "certificate.json", "LICENCES.md"
@@ -161,8 +161,8 @@ def _licences(onnx: Artifact) -> str:
         "|---|---|---|",
     ]
     lines += [
-        f"| {as_markdown(what)} | {as_markdown(str(found.get('license', 'unknown')))} "
-        f"| {as_markdown(str(found.get('said_by', '')))} |"
+        f"| {_cell(what)} | {_cell(str(found.get('license', 'unknown')))} "
+        f"| {_cell(str(found.get('said_by', '')))} |"
         for what, found in rows
     ]
     if not rows:
@@ -179,3 +179,9 @@ def _ingredients(student: Artifact) -> Iterable[tuple[str, Mapping[str, Any]]]:
         yield f"teacher {teacher['name']}", teacher
     for name, text in (found.get("texts") or {}).items():
         yield f"text {name}", text
+
+
+def _cell(text: str) -> str:
+    """A cell of a Markdown table that means itself: licences and names are words of strangers."""
+    line = " ".join(printable(text).split())
+    return re.sub(r"([\\`*_{}\[\]<>#|~!&])", r"\\\1", line)
