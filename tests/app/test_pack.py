@@ -46,6 +46,7 @@ def test_the_packed_folder_holds_one_form_and_runs_as_before(run: Path, tmp_path
             "LICENCES.md",
             "README.md",
             "certificate.json",
+            "chat_template.jinja",
             "config.json",
             "genai_config.json",
             "generation_config.json",

@@ -15,7 +15,6 @@ from typer.core import TyperCommand, TyperGroup
 
 from limbeck import __version__
 from limbeck.contract.errors import LimbeckError, RecipeError
-from limbeck.contract.files import explained
 from limbeck.contract.printable import printable
 from limbeck.contract.process import end_with_parent
 
@@ -63,6 +62,8 @@ class Commands(TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(141) from None
         except OSError as error:
+            from limbeck.contract.files import explained  # slow to import
+
             if (told := explained(error)) is None:
                 raise
             if error.filename is None:  # standard output, which the interpreter would try once more

@@ -250,7 +250,7 @@ def _bound(text: str) -> None:
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in open_anchors:
                 _refuse(f"*{event.anchor} refers to itself", mark)
-            counts[-1] += sizes.get(event.anchor, 1)
+            counts[-1] += sizes.get(event.anchor or "", 1)
         elif isinstance(event, yaml.ScalarEvent):
             counts[-1] += 1
             if event.anchor:
