@@ -11,19 +11,19 @@ READY := .venv/.ready
 
 help:
 	@echo "make setup       the environment in .venv"
-	@echo "make demo        the main job on real models and real text; ends with a verdict and a report"
+	@echo "make demo        two experts into one student, on real models and text; ends with a verdict"
 	@echo "make demo-encoders  two spam classifiers into one of two layers (needs npm)"
 	@echo "make test        the tests that take seconds"
 	@echo "make test-slow   the tests that take minutes"
 	@echo "make test-faults  a kill at every file event loses nothing and leaves nothing over; ARGS=… chooses cases"
 	@echo "make test-gpu    the tests that need an NVIDIA card"
-	@echo "make test-clients  the exported folder in onnxruntime-genai, transformers.js and optimum-onnx (needs node and npm)"
+	@echo "make test-clients  the exported folder in other programs (needs node and npm)"
 	@echo "make test-eval   limbeck eval and text metrics with lm-eval, sacrebleu and rouge-score"
 	@echo "make test-browser  the report in headless Chromium, with axe (needs chromium, node and npm)"
-	@echo "make check       ruff, mypy, and the rules of who imports whom"
+	@echo "make check       ruff, mypy, the layers of imports, and a strict build of the site"
 	@echo "make docs        the documentation site in site/"
-	@echo "make architectures  writes docs/architectures.md from what passes"
-	@echo "make bench-NAME  a benchmark of tests/benchmarks; its last line is one JSON object; ARGS=… goes to it"
+	@echo "make architectures  write docs/architectures.md from the tests that pass"
+	@echo "make bench-NAME  a benchmark of tests/benchmarks, with ARGS=…; its last line is one JSON object"
 
 setup: $(READY)
 
