@@ -5,26 +5,33 @@ Shapes: R rows, L positions, d width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor
 
 from compress.head import Head
 from limbeck.contract.errors import ModelError
+from limbeck.contract.probe import probe_ids, require_equal
 
 
-@dataclass
 class Body:
     """A causal LM seen as hidden states and a head."""
 
-    model: Any  # transformers PreTrainedModel, or PeftModel around one
-    adapter: str | None = None
-    head: Head = field(init=False)
+    def __init__(self, model: Any, adapter: str | None = None) -> None:
+        """``model`` is a transformers model or a `PeftModel` around one, ``adapter`` the one of its adapters that is meant."""
+        self.model, self.adapter = model, adapter
 
-    def __post_init__(self) -> None:
-        self.head = head_of(causal_lm(self.model))
+    @functools.cached_property
+    def head(self) -> Head:
+        """The last layer, as the adapter has it."""
+        self._activate()
+        return head_of(causal_lm(self.model))
 
     @property
     def width(self) -> int:
@@ -43,12 +50,65 @@ class Body:
 
         Right padding needs no mask: attention is causal, so label positions never see it.
         """
+        self._activate()
         lm = causal_lm(self.model)
-        if self.adapter is not None:
-            self.model.set_adapter(self.adapter)
         body = getattr(lm, lm.base_model_prefix)
         output = body(input_ids=input_ids_RL, use_cache=False, output_hidden_states=bool(layers))
         return output.last_hidden_state, {i: output.hidden_states[i] for i in layers}
+
+    def _activate(self) -> None:
+        if self.adapter is not None:
+            self.model.set_adapter(self.adapter, inference_mode=True)
+
+
+@torch.no_grad()
+def require_faithful(body: Body, where: str) -> None:
+    """Raise `ModelError` unless ``body`` gives the logits of the model's own forward pass, and looks at no later token.
+
+    The loss reads hidden states and head, and pads rows on the right without a mask.
+    """
+    lm = causal_lm(body.model)
+    config = lm.config.get_text_config()
+    if not hasattr(lm, lm.base_model_prefix):
+        raise ModelError(
+            f"{where}: {type(lm).__name__} keeps its layers in no part of their own ({lm.base_model_prefix}); Limbeck "
+            "cannot read its hidden states."
+        )
+    rows = min(int(config.vocab_size), len(lm.get_input_embeddings().weight))
+    context = getattr(config, "max_position_embeddings", None)
+    ids = torch.tensor(probe_ids(rows, context=context), device=lm.device)
+    with _evaluating(body.model):
+        hidden, _ = body.states(ids)
+        theirs = body.model(input_ids=ids).logits
+    dtype = lm.get_output_embeddings().weight.dtype
+    ours = body.head.logits(hidden.to(body.head.weight_Vd.dtype))
+    require_equal(
+        ours,
+        theirs,
+        where=where,
+        what="the product of its last hidden states and its head",
+        dtype=dtype,
+    )
+    half = ids.shape[1] // 2  # the rows are equal up to here
+    require_equal(
+        theirs[0, :half],
+        theirs[1, :half],
+        where=where,
+        what="a row with other tokens behind",
+        dtype=dtype,
+    )
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Without dropout; afterwards every module is in its former mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def causal_lm(model: Any) -> Any:
@@ -57,18 +117,57 @@ def causal_lm(model: Any) -> Any:
 
 
 def head_of(model: Any) -> Head:
-    """The head of a causal LM, with the logit scale and soft-capping of the architectures that have them."""
+    """The head of a causal LM, with whatever its active adapters add, logit scale and soft-capping included.
+
+    Raises `ModelError` for a model without one.
+    """
     config, output = model.config.get_text_config(), model.get_output_embeddings()
     if output is None:
         raise ModelError(
             f"{type(model).__name__} has no output embeddings; only causal language models can be distilled."
         )
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-        getattr(config, "logits_scaling", None) or 1.0
-    )
-    return Head(
-        output.weight,
-        getattr(output, "bias", None),
-        scale,
-        getattr(config, "final_logit_softcapping", None),
-    )
+    weight, bias = _matrix(output)
+    return Head(weight, bias, _scale(config), _softcap(config))
+
+
+# How the architectures of transformers call the factor of their logits, and whether it multiplies or divides them.
+_FACTORS = (
+    ("logit_scale", False),  # cohere
+    ("logits_scaling", True),  # granite
+    ("lm_head_multiplier", False),  # falcon_h1
+    ("output_multiplier", False),
+)
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")  # gemma, recurrent_gemma
+
+
+def _scale(config: Any) -> float:
+    scale = 1.0
+    for name, divides in _FACTORS:
+        value = getattr(config, name, None)
+        if isinstance(value, int | float) and value:
+            # HyperCLOVA X multiplies by what granite divides by.
+            scale = (
+                scale / value if divides and config.model_type != "hyperclovax" else scale * value
+            )
+    return scale
+
+
+def _softcap(config: Any) -> float | None:
+    found = (getattr(config, name, None) for name in _SOFTCAPS)
+    return next((float(value) for value in found if value), None)
+
+
+def _matrix(output: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight [V, d] and bias [V] of an output layer with its active adapter."""
+    if isinstance(output, ModulesToSaveWrapper):
+        saved = [name for name in output.active_adapters if name in output.modules_to_save]
+        output = output.modules_to_save[saved[0]] if saved else output.original_module
+    if not isinstance(output, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        return output.weight, getattr(output, "bias", None)
+    # Every kind of adapter that we take is affine: its answers to the unit vectors are the columns of one matrix.
+    weight = output.weight
+    unit_dd = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+    with torch.no_grad():
+        bias_V = output(torch.zeros_like(unit_dd[:1]))[0]
+        weight_Vd = (output(unit_dd) - bias_V).T.contiguous()
+    return weight_Vd, bias_V if bool(bias_V.any()) else None

@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from compress.models.body import Body, require_faithful
 from limbeck.contract import sources
 from limbeck.contract.errors import EnvironmentalError, ModelError
 from limbeck.contract.files import file_digest
@@ -128,8 +129,9 @@ def load_model(
     )
     if quantize == "none":
         model = model.to(device)
-    model.requires_grad_(False)
-    return model.eval()
+    model.requires_grad_(False).eval()
+    require_faithful(Body(model), str(folder))
+    return model
 
 
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from compress.features import Projections
-from compress.models.body import Body, causal_lm
+from compress.models.body import Body, causal_lm, require_faithful
 from compress.models.language import load_model, load_tokenizer, model_folder, random_model
 from compress.models.sharded import like, whole
 from compress.models.shrink import Importance, shrink
+from limbeck.contract.adapters import attach, merged
 from limbeck.contract.errors import EnvironmentalError, ModelError
 from limbeck.contract.recipe import FreshStudent, LoraStudent, Recipe, ShrinkStudent
 
@@ -71,11 +75,16 @@ def build_model(
                     "student.quantize: nf4 cannot be trained on a CPU; use int8 or none, or train on a GPU."
                 )
             base = load_model(folder, quantize=config.quantize, device=device)
-            return with_lora(base, config, recipe.seed), None, {}
+            model = with_lora(base, config, recipe.seed)
+            with _stirred(model):
+                require_faithful(Body(model), "student")
+            return model, None, {}
         case ShrinkStudent() as config:
             base = load_model(folder, device=device)
             model, importance, kept = shrink(base, config, [ids.to(device) for ids in calibration])
-            return model.to(device), importance, kept
+            model = model.to(device)
+            require_faithful(Body(model), "student")
+            return model, importance, kept
         case FreshStudent() as config:
             tokenizer = load_tokenizer(folder)
             model = random_model(
@@ -84,7 +93,24 @@ def build_model(
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 setattr(model.config, name, getattr(tokenizer, name))
                 setattr(model.generation_config, name, getattr(tokenizer, name))
-            return model.to(device), None, {}
+            model = model.to(device)
+            require_faithful(Body(model), "student")
+            return model, None, {}
+
+
+@contextlib.contextmanager
+def _stirred(model: Any) -> Iterator[None]:
+    """Trained matrices that start as zero have other values meanwhile: an adapter that does nothing shows nothing."""
+    zero = [p for p in model.parameters() if p.requires_grad and not p.any()]
+    try:
+        with torch.no_grad():
+            for parameter in zero:
+                parameter.fill_(0.01)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter in zero:
+                parameter.zero_()
 
 
 def save_student(
@@ -99,14 +125,10 @@ def save_student(
         name.removeprefix("model."): w for name, w in trained.items() if name.startswith("model.")
     }
     if hasattr(model, "merge_and_unload"):
-        from peft import PeftModel
-
         model.save_pretrained(out / "adapter", state_dict=weights)
         (out / "adapter" / "README.md").unlink(missing_ok=True)  # peft's empty model card
-        merged = PeftModel.from_pretrained(
-            load_model(tokenizer_folder), str(out / "adapter")
-        ).merge_and_unload()
-        merged.save_pretrained(out / "model")
+        adapted = attach(load_model(tokenizer_folder), out / "adapter")
+        merged(adapted, where=str(out / "adapter")).save_pretrained(out / "model")
     else:
         model.save_pretrained(out / "model", state_dict=weights)
     load_tokenizer(tokenizer_folder).save_pretrained(out / "model")
@@ -130,7 +152,6 @@ def load_trainable_state(module: nn.Module, state: Mapping[str, Tensor]) -> None
 def with_lora(base: Any, config: LoraStudent, seed: int) -> Any:
     """``base`` with trainable adapters on it. Raises `ModelError` for targets it does not have."""
     from peft import LoraConfig, get_peft_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers.pytorch_utils import Conv1D  # GPT-2's, whose weights are stored turned
 
     options = LoraConfig(
@@ -146,7 +167,11 @@ def with_lora(base: Any, config: LoraStudent, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model = get_peft_model(base, options)
+            with (
+                warnings.catch_warnings()
+            ):  # of an adapter on a tied matrix, which is refused below
+                warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+                model = get_peft_model(base, options)
         except ValueError as error:
             modules = causal_lm(base).named_modules()
             names = sorted(
@@ -155,6 +180,13 @@ def with_lora(base: Any, config: LoraStudent, seed: int) -> Any:
             raise ModelError(
                 f"student.targets: {error} Linear layers of this model: {', '.join(names)}."
             ) from error
+    lm = causal_lm(model)
+    for part in (lm.get_input_embeddings(), lm.get_output_embeddings()):
+        if isinstance(part, BaseTunerLayer):
+            raise ModelError(
+                "student.targets: the embedding and the head take no adapter: the loss reads them as they are, and many models "
+                "share one matrix for both. Name other layers, or all-linear."
+            )
     if not config.dora and config.quantize == "none":
         for module in model.modules():
             if isinstance(module, BaseTunerLayer):

@@ -5,24 +5,21 @@ Shapes: R rows, L positions, d_k width. Teachers give last hidden states and hea
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from compress.head import Head
 from compress.models.attention import use_short_attention
-from compress.models.body import Body, causal_lm
+from compress.models.body import Body, causal_lm, require_faithful
 from compress.models.language import cast_frozen, load_model, model_folder
 from compress.states import TeacherStates
 from limbeck.contract import sources
+from limbeck.contract.adapters import adapter_facts, attach, can_join
 from limbeck.contract.artifact import open_artifact
-from limbeck.contract.errors import ModelError
 from limbeck.contract.recipe import Recipe, RecipeModel, Teacher, fingerprint
 
 
@@ -100,39 +97,45 @@ class Teachers:
     ) -> None:
         """Load them, to be run under autocast to ``compute_dtype``. Raises `ModelError` for an adapter that does not fit its base."""
         self.names = [f.name for f in folders]
-        self.bodies: list[Body] = []
-        self.heads: list[Head] = []
         self.temperatures = [1.0] * len(folders)
         shared: dict[tuple[Path, str, str], Any] = {}
-        for folder in folders:
-            place = (folder.base, folder.quantize, folder.dtype)
-            if folder.adapter is None:
-                model = load_model(
-                    folder.base, dtype=folder.dtype, quantize=folder.quantize, device=device
-                )
-            elif place not in shared:
-                base = load_model(
-                    folder.base, dtype=folder.dtype, quantize=folder.quantize, device=device
-                )
-                model = shared[place] = _with_adapter(base, folder)
-            else:
-                model = shared[place]
-                with _adapter_errors(folder):
-                    model.load_adapter(
-                        str(folder.adapter), adapter_name=folder.name, is_trainable=False
-                    )
-            model.requires_grad_(False)
-            model.eval()
+        self.bodies = [
+            self._load(folder, f"teacher_{k}", shared, device) for k, folder in enumerate(folders)
+        ]
+        for body, folder in zip(
+            self.bodies, folders, strict=True
+        ):  # now that all of them are loaded
+            if folder.adapter is not None:
+                require_faithful(body, f"{folder.adapter} on {folder.base}")
+        heads = [body.head for body in self.bodies]  # before frozen matrices are cast
+        for model in {id(body.model): body.model for body in self.bodies}.values():
             cast_frozen(model, compute_dtype)
             use_short_attention(causal_lm(model))
-            self.bodies.append(Body(model, adapter=folder.name if folder.adapter else None))
-        cast: dict[int, Head] = {}
-        for body in self.bodies:
-            weight = body.head.weight_Vd
-            if id(weight) not in cast:
-                cast[id(weight)] = replace(body.head, weight_Vd=weight.to(compute_dtype))
-            self.heads.append(cast[id(weight)])
+        cast: dict[int, Tensor] = {}
+        self.heads = []
+        for head in heads:
+            weight = cast.setdefault(id(head.weight_Vd), head.weight_Vd.to(compute_dtype))
+            self.heads.append(replace(head, weight_Vd=weight))
         self.widths, self.depths = [b.width for b in self.bodies], [b.layers for b in self.bodies]
+
+    @staticmethod
+    def _load(
+        folder: TeacherFolder,
+        name: str,
+        shared: dict[tuple[Path, str, str], Any],
+        device: torch.device,
+    ) -> Body:
+        """One teacher; an adapter goes on the base of an earlier one where each then computes what it does alone."""
+        place = (folder.base, folder.quantize, folder.dtype)
+        if folder.adapter is None:
+            return Body(_base(folder, device))
+        facts = adapter_facts(folder.adapter)
+        if place in shared and can_join(shared[place], facts):
+            return Body(attach(shared[place], folder.adapter, name=name), adapter=name)
+        model = attach(_base(folder, device), folder.adapter, name=name)
+        if can_join(model, facts):
+            shared[place] = model
+        return Body(model, adapter=name)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -158,20 +161,5 @@ class Teachers:
         return last, inner
 
 
-def _with_adapter(base: Any, folder: TeacherFolder) -> Any:
-    from peft import PeftModel
-
-    with _adapter_errors(folder):
-        return PeftModel.from_pretrained(
-            base, str(folder.adapter), adapter_name=folder.name, is_trainable=False
-        )
-
-
-@contextlib.contextmanager
-def _adapter_errors(folder: TeacherFolder) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(
-            f"{folder.adapter}: this adapter does not fit {folder.base}: {error}"
-        ) from error
+def _base(folder: TeacherFolder, device: torch.device) -> Any:
+    return load_model(folder.base, dtype=folder.dtype, quantize=folder.quantize, device=device)

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from limbeck.contract.adapters import adapter_facts
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import DataError, EnvironmentalError, ModelError, UserError
 from limbeck.contract.files import file_digest, folder_digest
@@ -262,16 +263,6 @@ def check_weights(path: Path) -> None:
         raise ModelError(f"{path}: no weights; expected *.safetensors beside config.json.")
 
 
-def check_adapter(path: Path) -> None:
-    """Raise `ModelError` unless ``path`` is a PEFT adapter folder with safetensors weights."""
-    if not (path / "adapter_config.json").is_file():
-        raise ModelError(f"{path}: no adapter_config.json; expected a PEFT adapter folder.")
-    if not (path / "adapter_model.safetensors").is_file():
-        raise ModelError(
-            f"{path}: no adapter_model.safetensors; expected a PEFT adapter folder with safetensors weights."
-        )
-
-
 def hub_snapshot(repository: str, revision: str | None = None) -> Path:
     """The folder of a model of the hub, fetched into the cache folder where it is not there. Raises `ModelError`."""
     from huggingface_hub import snapshot_download
@@ -364,7 +355,7 @@ def _mistakes(recipe: AnyRecipe) -> Iterator[str]:
     for index, teacher in enumerate(recipe.teachers if isinstance(recipe, Recipe) else ()):
         if teacher.adapter is not None:
             try:
-                check_adapter((recipe.folder / teacher.adapter.expanduser()).resolve())
+                adapter_facts((recipe.folder / teacher.adapter.expanduser()).resolve())
             except UserError as error:
                 yield f"teachers.{index}.adapter: {error}"
 
@@ -429,5 +420,5 @@ def adapter_digest(teacher: Teacher, *, folder: Path) -> str:
     """Fingerprint of a teacher's own adapter folder. Raises `ModelError` where it is not one."""
     assert teacher.adapter is not None
     path = (folder / teacher.adapter.expanduser()).resolve()
-    check_adapter(path)
+    adapter_facts(path)
     return folder_digest(path)

@@ -19,7 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from limbeck.contract.errors import ArtifactError, DataError, EnvironmentalError
+from limbeck.contract.adapters import attach, merged
+from limbeck.contract.errors import ArtifactError, DataError, EnvironmentalError, ModelError
 from limbeck.contract.loading import load_pretrained
 
 Ids = npt.NDArray[np.int64]
@@ -108,8 +109,8 @@ class TorchEager:
     """A transformers folder in torch, not compiled: the plain loop over the model's forward pass and its cache.
 
     It is the loop of `generate` without its bookkeeping, so it is no slower than what a user would call. An adapter is
-    merged first, which is how it would be deployed; onto quantised weights it stays beside them, because merging would
-    round it away. On CUDA the chosen token is copied to the host before its time is taken, which waits for the device.
+    merged first, which is how it would be deployed. It stays beside quantised weights, because merging would round it
+    away, and beside weights that it cannot be merged into. On CUDA the chosen token is copied to the host before its time is taken, which waits for the device.
     """
 
     def __init__(
@@ -144,17 +145,22 @@ class TorchEager:
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_compute_dtype=number,
             )
-        loaded = load_pretrained(AutoModelForCausalLM, model, dtype=number, **options)
-        if adapter is not None:
-            from peft import PeftModel
 
-            loaded = PeftModel.from_pretrained(loaded, adapter)
+        def load() -> Any:
+            return load_pretrained(AutoModelForCausalLM, model, dtype=number, **options)
+
+        loaded = load()
+        if adapter is not None:
+            loaded = attach(loaded, Path(adapter))
             if not options:
-                loaded = loaded.merge_and_unload()
+                try:
+                    loaded = merged(loaded, where=adapter)
+                except ModelError:  # merging has changed the weights by then
+                    loaded = attach(load(), Path(adapter))
         if not options:
             loaded = loaded.to(device)
         self._torch, self._model, self._device = torch, loaded.eval().requires_grad_(False), device
-        base = loaded.get_base_model() if hasattr(loaded, "peft_config") and options else loaded
+        base = loaded.get_base_model() if hasattr(loaded, "get_base_model") else loaded
         keeps = "logits_to_keep" in inspect.signature(base.forward).parameters
         self._last: dict[str, int] = {"logits_to_keep": 1} if keeps else {}
         self._cache: Any = None

@@ -1,0 +1,337 @@
+"""PEFT adapters: what a folder holds, putting it on a base, merging it for deployment.
+
+All stages load adapters here. Refuses by name what is not computed by the layers of the model: peft's own forward pass
+does it, and no stage calls that. peft and torch are imported where they are needed.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from limbeck.contract.errors import ModelError
+from limbeck.contract.probe import probe_ids, require_equal
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Kinds of peft that replace layers of the model, each held to peft by tests/wild.
+_KINDS = frozenset({
+    "ADALORA", "BOFT", "C3A", "DELORA", "FOURIERFT", "GRALORA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR",
+    "LORA", "MISS", "OFT", "RANDLORA", "ROAD", "SHIRA", "TRAINABLE_TOKENS", "VBLORA", "VERA", "WAVEFT",
+})  # fmt: skip
+# Options of LoRA that change more than the layers.
+_REFUSED = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "megatron_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
+# Options of LoRA by which an adapter changes the base, or peft allows no second adapter beside it.
+_ALONE = (
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "loftq_config",
+    "lora_ga_config",
+    "target_parameters",
+    "trainable_token_indices",
+)
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal")  # of LoRA: the base stays as it is
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What the files of an adapter say."""
+
+    path: Path
+    kind: str  # peft's name of the method, upper case
+    base: str | None  # folder or hub id of the model it was trained on
+    config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]  # of its tensors
+
+    @property
+    def shares_base(self) -> bool:
+        """Whether several such adapters can sit on one base in memory and each still computes what it does alone."""
+        config = self.config
+        saved = tuple(config.get("modules_to_save") or ())
+        return (
+            self.kind == "LORA"
+            and config.get("bias", "none") == "none"
+            and config.get("init_lora_weights") in _PLAIN_STARTS
+            and not any(config.get(name) for name in _ALONE)
+            and all(
+                ".lora_" in name or any(f".{module}." in name for module in saved)
+                for name in self.shapes  # else it overwrites weights of the base
+            )
+        )
+
+
+def adapter_facts(folder: Path) -> AdapterFacts:
+    """Read an adapter folder, without its weights. Raises `ModelError` for one that cannot be used."""
+    from safetensors import SafetensorError, safe_open
+
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such folder; check the path in the recipe.")
+    if not (folder / CONFIG).is_file():
+        raise ModelError(f"{folder}: no {CONFIG}; expected a PEFT adapter folder.")
+    if not (folder / WEIGHTS).is_file():
+        pickle = next(folder.glob("adapter_model.bin"), None)
+        raise ModelError(
+            f"{folder}: no {WEIGHTS}; "
+            + (
+                f"{pickle.name} is a pickle, which can run code when it is opened. Load the adapter where you trust it "
+                "and save it again: `save_pretrained` writes safetensors."
+                if pickle
+                else "expected a PEFT adapter folder with safetensors weights."
+            )
+        )
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        kind = str(config["peft_type"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{folder / CONFIG}: cannot be read ({type(error).__name__}: {error}); save the adapter again with "
+            "`save_pretrained`."
+        ) from None
+    if kind not in _KINDS:
+        raise ModelError(
+            f"{folder}: adapters of the kind {kind} are not supported: they change more than the layers of a model. "
+            "Merge it into its base with peft and name the merged folder as the model."
+        )
+    for option in _REFUSED:
+        if config.get(option):
+            raise ModelError(
+                f"{folder}: adapters with {option} are not supported: they change more than the layers of a model."
+            )
+    try:
+        with safe_open(folder / WEIGHTS, "np") as file:
+            names = list(file.keys())
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{folder / WEIGHTS}: this adapter's weights cannot be read ({error}); copy or download the folder again."
+        ) from None
+    base = config.get("base_model_name_or_path")
+    return AdapterFacts(folder, kind, str(base) if base else None, config, shapes)
+
+
+def tokenizer_size(folder: Path) -> int | None:
+    """Ids that the tokenizer of a folder can give: the largest and one. None where there is no tokenizer.json."""
+    try:
+        tree = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        vocabulary = tree["model"]["vocab"]
+        ids = (
+            vocabulary.values()
+            if isinstance(vocabulary, dict)
+            else range(len(vocabulary))  # Unigram: a list, numbered by its order
+        )
+        added = (token["id"] for token in tree.get("added_tokens") or ())
+        return 1 + max(max(ids, default=-1), max(added, default=-1))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{folder / 'tokenizer.json'}: cannot be read ({type(error).__name__}: {error}); save the tokenizer again."
+        ) from None
+
+
+def can_join(model: Any, facts: AdapterFacts) -> bool:
+    """Whether an adapter may sit beside others on the base of ``model``, a `PeftModel`."""
+    lm = model.get_base_model()
+    return facts.shares_base and _wanted_rows(lm, facts) == lm.config.get_text_config().vocab_size
+
+
+def attach(model: Any, folder: Path, *, name: str = "default") -> Any:
+    """The adapter of ``folder`` on ``model``: a causal LM of transformers, or a `PeftModel` that has others already.
+
+    Every tensor of the folder has found its place, and none of the adapter's is made up. Embeddings are resized for an
+    adapter with added tokens. Raises `ModelError`.
+    """
+    from peft import PeftConfig, PeftModel, PeftModelForCausalLM
+    from safetensors import SafetensorError
+
+    facts = adapter_facts(folder)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    _resize(base, facts)
+    try:
+        with warnings.catch_warnings():  # of peft, on what is checked below
+            warnings.simplefilter("ignore")
+            config = PeftConfig.from_pretrained(str(folder))
+            _require_known(facts, config)
+            config.inference_mode = True
+            if not isinstance(model, PeftModel):
+                model = PeftModelForCausalLM(model, config, name)
+            found = model.load_adapter(str(folder), name)
+            model.set_adapter(name)
+    except (
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        SafetensorError,
+    ) as error:
+        raise ModelError(
+            f"{folder}: this adapter does not fit {base.config._name_or_path or 'its base'}: {error}"
+        ) from error
+    missing = [key for key in found.missing_keys if "vblora_vector_bank" not in key]
+    for keys, problem in (
+        (found.unexpected_keys, "tensors in it have no place in the model"),
+        (missing, "of its tensors are not in it"),
+    ):
+        if keys:
+            raise ModelError(
+                f"{folder}: this adapter does not fit {base.config._name_or_path or 'its base'}: {len(keys)} {problem} "
+                f"(for example {keys[0]}). Name the base that it was trained on ({facts.base})."
+            )
+    return model.eval().requires_grad_(False)
+
+
+def merged(model: Any, *, where: str) -> Any:
+    """``model``, a `PeftModel`, with its active adapter in its weights. ``model`` is of no use afterwards.
+
+    A head that is tied to the embedding becomes a matrix of its own where the adapter changes only one of them. Raises
+    `ModelError` if peft cannot merge the adapter, or the merged model answers a test batch differently.
+    """
+    import torch
+
+    config = model.active_peft_config
+    lm = model.get_base_model()
+    ids = torch.tensor(_probe_ids(lm, config), device=lm.device)
+    with torch.inference_mode():
+        theirs = model(input_ids=ids).logits
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            was_tied = _untie(lm)
+            found = model.merge_and_unload()
+    except (RuntimeError, ValueError, KeyError, NotImplementedError) as error:
+        raise ModelError(f"{where}: peft cannot merge this adapter: {error}") from error
+    if was_tied:
+        embedding, head = found.get_input_embeddings(), found.get_output_embeddings()
+        tied = torch.equal(embedding.weight, head.weight)
+        if tied:  # both have changed alike
+            head.weight = embedding.weight
+        for config in {id(c): c for c in (found.config, found.config.get_text_config())}.values():
+            config.tie_word_embeddings = tied
+    with torch.inference_mode():
+        ours = found(input_ids=ids).logits
+    dtype = next(found.parameters()).dtype
+    require_equal(ours, theirs, where=where, what="the base with the adapter merged", dtype=dtype)
+    return found
+
+
+def _probe_ids(lm: Any, config: Any) -> list[list[int]]:
+    """A test batch with the tokens that an adapter trained one by one."""
+    text = lm.config.get_text_config()
+    own = (
+        getattr(config, "trainable_token_indices", None)
+        or getattr(config, "token_indices", None)
+        or ()
+    )
+    if isinstance(own, Mapping):
+        own = [token for tokens in own.values() for token in tokens]
+    context = getattr(text, "max_position_embeddings", None)
+    return probe_ids(int(text.vocab_size), context=context, extra=list(own)[:4])
+
+
+def _untie(lm: Any) -> bool:
+    """Whether embedding and head share a matrix that the adapter changes; the head then has a copy of its own."""
+    import torch
+
+    parts = lm.get_input_embeddings(), lm.get_output_embeddings()
+    embedding, head = (_inside(part) for part in parts)
+    if parts == (embedding, head) or head is None or head.weight is not embedding.weight:
+        return False
+    head.weight = torch.nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+    return True
+
+
+def _inside(module: Any) -> Any:
+    """The module of the base that peft wrapped, or the module itself."""
+    while wrapped := getattr(module, "base_layer", None) or getattr(
+        module, "original_module", None
+    ):
+        module = wrapped
+    return module
+
+
+def _require_known(facts: AdapterFacts, config: Any) -> None:
+    """Refuse options that this version of peft would drop with a warning."""
+    import peft
+
+    known = {field.name for field in fields(config)} | {"auto_mapping", "peft_version"}
+    unknown = sorted(name for name, value in facts.config.items() if value and name not in known)
+    if unknown:
+        raise ModelError(
+            f"{facts.path / CONFIG}: peft {peft.__version__} does not know {', '.join(unknown)}; install a newer peft, or "
+            "merge the adapter where it was trained."
+        )
+
+
+def _resize(lm: Any, facts: AdapterFacts) -> None:
+    """Give ``lm`` as many embedding rows as the adapter has. Raises `ModelError` where some would be made up."""
+    places = _places(lm)
+    wanted, here = _wanted_rows(lm, facts), int(lm.config.get_text_config().vocab_size)
+    if wanted == here:
+        return
+    path, size = facts.path, tokenizer_size(facts.path)
+    found = f"{path}: its embeddings have {wanted} rows, those of its base {here}"
+    if size is None:
+        raise ModelError(
+            f"{found}: it was trained with other tokens, and there is no tokenizer.json beside it that has them. Save its "
+            f"tokenizer there: tokenizer.save_pretrained('{path}')."
+        )
+    if size > wanted or (wanted > here and size <= here):
+        raise ModelError(
+            f"{found}, and the tokenizer beside it has {size} tokens; save the tokenizer that it was trained with there."
+        )
+    tied = _tied(lm)
+    whole = [place for place in places if f"base_model.model.{place}.weight" in facts.shapes
+             or f"base_model.model.{place}.base_layer.weight" in facts.shapes]  # fmt: skip
+    if wanted > here and not (len(whole) == len(places) or (tied and whole)):
+        missing = [place for place in places if place not in whole]
+        raise ModelError(
+            f"{found}: the new rows of {' and '.join(missing)} are not in it. Save it again with "
+            "model.save_pretrained(…, save_embedding_layers=True)."
+        )
+    lm.resize_token_embeddings(wanted, mean_resizing=False)
+
+
+def _places(lm: Any) -> list[str]:
+    """Names of embedding and head inside ``lm``."""
+    names = {id(module): name for name, module in lm.named_modules()}
+    parts = (lm.get_input_embeddings(), lm.get_output_embeddings())
+    return [names[id(part)] for part in parts if part is not None and id(part) in names]
+
+
+def _wanted_rows(lm: Any, facts: AdapterFacts) -> int:
+    """Rows of the embedding that the adapter was trained on."""
+    rows = max(_rows(facts.shapes, place) for place in _places(lm))
+    return rows or int(lm.config.get_text_config().vocab_size)
+
+
+def _rows(shapes: Mapping[str, tuple[int, ...]], place: str) -> int:
+    """Vocabulary rows that an adapter has for the embedding or head named ``place``; 0 where it leaves it alone."""
+    prefix = f"base_model.model.{place}."
+    found = 0
+    for name, shape in shapes.items():
+        match name.removeprefix(prefix) if name.startswith(prefix) else "":
+            case "weight" | "base_layer.weight" | "lora_B.weight":
+                found = max(found, shape[0])
+            case "lora_embedding_A":
+                found = max(found, shape[1])
+    return found
+
+
+def _tied(lm: Any) -> bool:
+    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    return head is not None and head.weight is embedding.weight

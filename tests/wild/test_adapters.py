@@ -1,0 +1,319 @@
+"""Adapters compute in training and in the bench what peft computes with them, or are refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import (
+    AdaLoraConfig,
+    BOFTConfig,
+    C3AConfig,
+    DeloraConfig,
+    FourierFTConfig,
+    GraloraConfig,
+    HRAConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    OFTConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    RandLoraConfig,
+    RoadConfig,
+    ShiraConfig,
+    TrainableTokensConfig,
+    VBLoRAConfig,
+    VeraConfig,
+    WaveFTConfig,
+)
+from safetensors.torch import load_file, save_file
+
+from compress.models.students import with_lora
+from limbeck.contract.adapters import attach, merged
+from limbeck.contract.errors import ModelError
+from limbeck.contract.recipe import LoraStudent, RandomModel
+from serve_bench.measure.runtimes import TorchEager
+from tests.wild.adapters import (
+    IDS,
+    LAYERS,
+    load,
+    make_adapter,
+    make_base,
+    our_logits,
+    peft_logits,
+    teacher,
+)
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning"  # peft 0.21.2 with transformers 5.23
+)
+
+_Q = ["q_proj", "v_proj"]
+LORA: dict[str, Any] = {
+    "plain": LoraConfig(target_modules=LAYERS),
+    "head": LoraConfig(target_modules=[*_Q, "lm_head"]),
+    "head, rslora": LoraConfig(target_modules=[*_Q, "lm_head"], use_rslora=True),
+    "head, dora": LoraConfig(target_modules=[*_Q, "lm_head"], use_dora=True),
+    "head, lora_bias": LoraConfig(target_modules=[*_Q, "lm_head"], lora_bias=True),
+    "embedding": LoraConfig(target_modules=[*_Q, "embed_tokens"]),
+    "embedding and head, tied": LoraConfig(target_modules=[*_Q, "embed_tokens"], ensure_weight_tying=True),
+    "dora": LoraConfig(target_modules=LAYERS, use_dora=True),
+    "bias": LoraConfig(target_modules=LAYERS, bias="all"),
+    "one layer": LoraConfig(target_modules=LAYERS, layers_to_transform=[1]),
+    "patterns": LoraConfig(target_modules=LAYERS, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3}),
+    "saved head": LoraConfig(target_modules=_Q, modules_to_save=["lm_head"]),
+    "saved head and embedding": LoraConfig(target_modules=_Q, modules_to_save=["lm_head", "embed_tokens"]),
+    "saved norm": LoraConfig(target_modules=_Q, modules_to_save=["norm"]),
+    "tokens": LoraConfig(target_modules=_Q, trainable_token_indices=[3, 5, 250]),
+    "parameters": LoraConfig(target_modules=_Q, target_parameters=["lm_head.weight"]),
+}  # fmt: skip
+OTHERS: dict[str, Any] = {
+    "adalora": AdaLoraConfig(target_modules=_Q, total_step=10),
+    "boft": BOFTConfig(target_modules=_Q, boft_block_size=4),
+    "c3a": C3AConfig(target_modules=_Q, block_size=8),
+    "delora": DeloraConfig(target_modules=_Q),
+    "fourierft": FourierFTConfig(target_modules=_Q, n_frequency=20),
+    "gralora": GraloraConfig(target_modules=_Q),
+    "hra": HRAConfig(target_modules=_Q),
+    "ia3": IA3Config(target_modules=LAYERS, feedforward_modules=["down_proj"]),
+    "ln_tuning": LNTuningConfig(target_modules=["input_layernorm", "norm"]),
+    "loha": LoHaConfig(target_modules=_Q),
+    "lokr": LoKrConfig(target_modules=_Q),
+    "miss": MissConfig(target_modules=_Q, r=8),
+    "oft": OFTConfig(target_modules=_Q, oft_block_size=8, r=0),
+    "randlora": RandLoraConfig(target_modules=_Q),
+    "road": RoadConfig(target_modules=_Q, group_size=16),
+    "shira": ShiraConfig(target_modules=_Q, r=2),
+    "trainable tokens": TrainableTokensConfig(token_indices=IDS[0, :3].tolist()),
+    "vblora": VBLoRAConfig(target_modules=_Q, vector_length=16, num_vectors=8, topk=2),
+    "vera": VeraConfig(target_modules=["q_proj", "o_proj"]),
+    "waveft": WaveFTConfig(target_modules=_Q, n_frequency=20),
+}
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """One base whose head is its embedding, and one whose is not."""
+    root = tmp_path_factory.mktemp("bases")
+    return {tied: make_base(root / f"tied-{tied}", tied=tied) for tied in (True, False)}
+
+
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", [*LORA, *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS)]
+)
+def test_training_and_bench_compute_what_peft_computes(
+    bases: dict[bool, Path], tmp_path: Path, kind: str, tied: bool
+) -> None:
+    base = bases[tied]
+    adapter = make_adapter(base, tmp_path / "adapter", (LORA | OTHERS)[kind])
+    right = peft_logits(base, adapter)
+    assert not torch.allclose(right, load(base)(input_ids=IDS).logits, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(our_logits([teacher("one", base, adapter)])[0], right, **CLOSE)
+    arm = TorchEager(model=str(base), adapter=str(adapter), threads=1)
+    torch.testing.assert_close(torch.from_numpy(arm.score(IDS[0].numpy())), right[0], **CLOSE)
+    prompt = IDS[:, :6].numpy()
+    assert arm.begin(prompt, 1).tolist() == right[:, 5].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ("saved head", "saved head"),
+        ("saved head", "plain"),
+        ("head", "plain"),
+        ("head, dora", "head"),
+        ("tokens", "plain"),
+        ("tokens", "tokens"),
+        ("saved head and embedding", "tokens"),
+        ("embedding", "saved head"),
+        ("bias", "patterns"),
+        ("parameters", "head"),
+    ],
+)
+def test_adapters_of_one_base_do_not_change_each_other(
+    bases: dict[bool, Path], tmp_path: Path, pair: tuple[str, str], tied: bool
+) -> None:
+    base = bases[tied]
+    adapters = [
+        make_adapter(base, tmp_path / f"{i}", LORA[kind], seed=i) for i, kind in enumerate(pair)
+    ]
+    right = [peft_logits(base, adapter) for adapter in adapters]
+    for order in ((0, 1), (1, 0)):
+        folders = [teacher(f"t.{i}", base, adapters[i]) for i in order]
+        folders.insert(1, teacher("base", base, None))
+        ours = our_logits(folders)
+        torch.testing.assert_close(ours[0], right[order[0]], **CLOSE)
+        torch.testing.assert_close(ours[1], load(base)(input_ids=IDS).logits, **CLOSE)
+        torch.testing.assert_close(ours[2], right[order[1]], **CLOSE)
+
+
+def test_a_saved_embedding_stays_with_its_adapter(bases: dict[bool, Path], tmp_path: Path) -> None:
+    """peft writes the base's embedding into some adapters, and overwrites the base with it when it loads one."""
+    from peft import get_peft_model
+
+    base = bases[True]
+    model = load(base)
+    adapted = get_peft_model(model, LoraConfig(target_modules=_Q, task_type="CAUSAL_LM"))
+    model.get_input_embeddings().weight.data *= 1.5
+    adapted.save_pretrained(tmp_path / "saved", save_embedding_layers=True)
+    plain = make_adapter(base, tmp_path / "plain", LORA["tokens"])
+    saved = tmp_path / "saved"
+    ours = our_logits([teacher("saved", base, saved), teacher("plain", base, plain)])
+    torch.testing.assert_close(ours[0], peft_logits(base, saved), **CLOSE)
+    torch.testing.assert_close(ours[1], peft_logits(base, plain), **CLOSE)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_resized_embeddings_work_with_the_tokenizer_beside_them(
+    bases: dict[bool, Path], tmp_path: Path, tied: bool
+) -> None:
+    from transformers import AutoTokenizer
+
+    base, adapter = bases[tied], tmp_path / "adapter"
+    config = LoraConfig(target_modules=_Q, base_model_name_or_path=str(base))
+    make_adapter(base, adapter, config, rows=260)
+    assert any("embed_tokens" in name for name in load_file(adapter / "adapter_model.safetensors"))
+    right = peft_logits(base, adapter, rows=260)
+    with pytest.raises(
+        ModelError, match=r"260 rows, those of its base 258.*no tokenizer.json beside"
+    ):
+        our_logits([teacher("one", base, adapter)])
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.save_pretrained(adapter)
+    with pytest.raises(ModelError, match=r"260 rows.*the tokenizer beside it has 258 tokens"):
+        our_logits([teacher("one", base, adapter)])
+    tokenizer.add_tokens(["<one>", "<two>"])
+    tokenizer.save_pretrained(adapter)
+    plain = make_adapter(base, tmp_path / "plain", LORA["plain"])
+    ours = our_logits([teacher("plain", base, plain), teacher("one", base, adapter)])
+    torch.testing.assert_close(ours[0], peft_logits(base, plain), **CLOSE)
+    torch.testing.assert_close(ours[1], right, **CLOSE)
+    arm = TorchEager(model=str(base), adapter=str(adapter), threads=1)
+    torch.testing.assert_close(torch.from_numpy(arm.score(IDS[0].numpy())), right[0], **CLOSE)
+
+
+def test_new_rows_are_never_made_up(bases: dict[bool, Path], tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    adapter = make_adapter(
+        bases[False],
+        tmp_path / "adapter",
+        LoraConfig(target_modules=_Q, base_model_name_or_path=str(bases[False])),
+        rows=260,
+    )
+    weights = load_file(adapter / "adapter_model.safetensors")
+    del weights["base_model.model.lm_head.weight"]
+    save_file(weights, adapter / "adapter_model.safetensors")
+    tokenizer = AutoTokenizer.from_pretrained(bases[False])
+    tokenizer.add_tokens(["<one>", "<two>"])
+    tokenizer.save_pretrained(adapter)
+    with pytest.raises(ModelError, match="new rows of lm_head are not in it"):
+        attach(load(bases[False]), adapter)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("PROMPT_TUNING", PromptTuningConfig(num_virtual_tokens=4)),
+        ("PREFIX_TUNING", PrefixTuningConfig(num_virtual_tokens=4)),
+    ],
+)
+def test_adapters_that_are_no_layers_are_refused_by_name(
+    bases: dict[bool, Path], tmp_path: Path, kind: str, config: Any
+) -> None:
+    adapter = make_adapter(bases[True], tmp_path / "adapter", config)
+    with pytest.raises(ModelError, match=f"adapters of the kind {kind} are not supported"):
+        our_logits([teacher("one", bases[True], adapter)])
+
+
+def changed(adapter: Path, **fields: Any) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_options_that_would_be_dropped_are_refused_by_name(
+    bases: dict[bool, Path], tmp_path: Path
+) -> None:
+    adapter = make_adapter(bases[True], tmp_path / "adapter", LORA["plain"])
+    changed(adapter, use_future=True)
+    with pytest.raises(ModelError, match="does not know use_future; install a newer peft"):
+        attach(load(bases[True]), adapter)
+    changed(adapter, use_future=False, alora_invocation_tokens=[1, 2])
+    with pytest.raises(ModelError, match="adapters with alora_invocation_tokens are not supported"):
+        attach(load(bases[True]), adapter)
+
+
+def renamed(adapter: Path, old: str, new: str) -> None:
+    weights = adapter / "adapter_model.safetensors"
+    save_file(
+        {name.replace(old, new): tensor for name, tensor in load_file(weights).items()}, weights
+    )
+
+
+def test_every_tensor_of_an_adapter_finds_its_place(
+    bases: dict[bool, Path], tmp_path: Path
+) -> None:
+    """peft only warns, or says nothing, and the base answers without its adapter."""
+    for old, new, problem in (
+        (
+            "base_model.model.model.",
+            "base_model.model.language_model.",
+            "have no place in the model",
+        ),
+        ("layers.1.", "layers.7.", "have no place in the model"),
+    ):
+        adapter = make_adapter(bases[True], tmp_path / new.replace(".", ""), LORA["plain"])
+        renamed(adapter, old, new)
+        with pytest.raises(ModelError, match=f"does not fit .*{problem}.*Name the base"):
+            our_logits([teacher("one", bases[True], adapter)])
+    adapter = make_adapter(bases[True], tmp_path / "less", LORA["plain"])
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file(dict(list(weights.items())[1:]), adapter / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="1 of its tensors are not in it"):
+        our_logits([teacher("one", bases[True], adapter)])
+
+
+def test_pickled_and_missing_adapters_are_named(bases: dict[bool, Path], tmp_path: Path) -> None:
+    adapter = make_adapter(bases[True], tmp_path / "adapter", LORA["plain"])
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(ModelError, match=r"adapter_model.bin is a pickle.*writes safetensors"):
+        attach(load(bases[True]), adapter)
+    shutil.rmtree(adapter)
+    with pytest.raises(ModelError, match="no such folder"):
+        attach(load(bases[True]), adapter)
+
+
+def test_merging_is_checked(
+    bases: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a head that stays tied, the adapter of the head changes the embedding as well."""
+    adapter = make_adapter(bases[True], tmp_path / "adapter", LORA["head"])
+    model = attach(load(bases[True]), adapter)
+    monkeypatch.setattr("limbeck.contract.adapters._untie", lambda _: False)
+    with pytest.raises(ModelError, match="gives other logits than the model's own forward pass"):
+        merged(model, where="it")
+
+
+def test_a_student_takes_no_adapter_on_its_head(bases: dict[bool, Path]) -> None:
+    for target in ("lm_head", "embed_tokens"):
+        config = LoraStudent(
+            kind="lora",
+            base=RandomModel(kind="random", config={}),
+            rank=4,
+            targets=("q_proj", target),
+        )
+        with pytest.raises(
+            ModelError, match=r"student\.targets: the embedding and the head take no"
+        ):
+            with_lora(load(bases[True]), config, 0)
