@@ -1,4 +1,7 @@
-"""Stage 1: teachers and text to a student. The loss is in `fusion`, the loop in `train`; encoders have theirs in `encoders`."""
+"""Stage 1: teachers and text to a student.
+
+The loss is in `compress.loss`, the loop in `compress.loop`, what differs by task in `compress.tasks`.
+"""
 
 from __future__ import annotations
 
@@ -43,12 +46,6 @@ def distill(
     from compress.host import give_memory_back
 
     try:
-        if not isinstance(recipe, Recipe):
-            from compress.encoders import train_encoder
-
-            return train_encoder(
-                recipe=recipe, out=out, products=products, key=key, parents=parents
-            )
         from compress.loop import train
 
         return train(recipe=recipe, out=out, products=products, key=key, parents=parents)

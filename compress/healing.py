@@ -5,12 +5,11 @@ Knows the loop and its log; who goes on is for the caller to say.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from compress.loop import LOG, Run, fit, measure_teachers, setup
+from compress.loop import Run, fit, measure_teachers, setup
 from limbeck.contract.recipe import HiddenCache, Recipe, fingerprint
 
 
@@ -30,8 +29,8 @@ def heal(
 
     def ends() -> bool:
         nonlocal told
-        log = [json.loads(line) for line in (work / LOG).read_text().splitlines()]
-        nll = {entry["step"]: entry["mean_nll"] for entry in log if entry["event"] == "evaluate"}
+        assert run.log is not None
+        nll = {entry["step"]: entry["mean_nll"] for entry in run.log.read("evaluate")}
         while told < len(steps) and steps[told] in nll:  # more than one after an interruption
             told += 1
             if not goes_on(told - 1, nll[steps[told - 1]]):
@@ -39,8 +38,8 @@ def heal(
         return False
 
     fit(run, ends=ends)
-    if run.board is not None:
-        run.board.close()
+    if run.log is not None:
+        run.log.close()
 
 
 def cache_teachers(

@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from limbeck.contract.machine import available_cores
+from limbeck.contract.machine import available_cores, host
 
 # Names and values of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _NEVER = -1, -3, 2**31 - 1
@@ -17,7 +17,7 @@ def prepare_host(threads: int | None) -> None:
     """Compute with ``threads`` threads (none: every core of this process) and keep freed memory from step to step.
 
     Left to itself glibc hands every large tensor back to the kernel when it is freed, and the next step pays for the
-    same pages again, zeroed one by one: a fifth of a step on a CPU (docs/experiments/distillation.md). Other C libraries are left alone.
+    same pages again, zeroed one by one: a fifth of a step on a CPU (docs/experiments.md). Other C libraries are left alone.
     """
     torch.set_num_threads(threads or available_cores())
     if platform.libc_ver()[0] == "glibc":
@@ -32,3 +32,12 @@ def give_memory_back() -> None:
     """Hand freed memory back to the kernel, for whoever comes after the last step."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """Return `fp32` or `bf16`; `auto` becomes bf16 where the hardware computes it, else fp32."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if {"avx512_bf16", "amx_bf16"} & set(host()["flags"]) else "fp32"

@@ -7,12 +7,12 @@ estimator), with the same teachers, teacher cache and text as before. The head's
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from compress.head import label_nll
-from compress.loop import LOG, Run, State, evaluate, fit, per_token, setup
+from compress.loop import Run, State, fit, setup
 from compress.models.body import Body
 from compress.models.language import load_model, load_tokenizer
 from compress.models.students import Student
+from compress.tasks.language import LanguageTask, evaluate, per_token
 from limbeck.contract.artifact import Artifact, open_artifact, work_folder, write_artifact
 from limbeck.contract.heldout import HELDOUT, mean_nll
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import Features, Recipe, Recover
+from limbeck.contract.results.student import StudentResult
 
 _PARAMETRIZED = re.compile(r"parametrizations\.(?=[^.]+\.original$)|\.original$")
 _COPIED = (HELDOUT, "calibration.safetensors", "teachers.json")
@@ -145,25 +147,36 @@ def train_through(
     asked = recipe.export.recover
     assert asked is not None
     rounding: Mapping[str, Mapping[str, Any]] = onnx.result["parameters"]
-    work = work_folder(out)
     model = load_model(student.path / "model")
-    run = setup(recipe=_short(recipe, asked), products=products, work=work, key=key, model=model)
-    run.teachers.temperatures = [
-        student.result["teachers"][name]["temperature"] for name in run.teachers.names
-    ]
-    prepare(run.student, rounding, activations=recipe.export.provider == "cpu")
+    run = setup(
+        recipe=_short(recipe, asked), products=products, work=work_folder(out), key=key, model=model
+    )
+    loaded = run.task
+    assert isinstance(loaded, LanguageTask)
+    before = StudentResult.of(student)
+    loaded.temperatures[:] = [before.teachers[name].temperature for name in loaded.names]
+    prepare(loaded.student, rounding, activations=recipe.export.provider == "cpu")
     state = fit(run)
     if run.accelerator.is_main_process:
         _save(
-            run, state, student=student, onnx=onnx, recipe=recipe, out=out, key=key, started=started
+            run,
+            loaded,
+            state,
+            student=student,
+            onnx=onnx,
+            recipe=recipe,
+            out=out,
+            key=key,
+            started=started,
         )
-        shutil.rmtree(work)
+        shutil.rmtree(run.work)
     run.accelerator.wait_for_everyone()
     return open_artifact(out, kind="student", verify=False)
 
 
 def _save(
     run: Run,
+    task: LanguageTask,
     state: State,
     *,
     student: Artifact,
@@ -174,8 +187,8 @@ def _save(
     started: float,
 ) -> None:
     """Write the artifact with the best weights, in fp32 and not rounded: the exporter does that."""
-    log = [json.loads(line) for line in (run.work / LOG).read_text().splitlines()]
-    measured = {row["step"]: row["nll"] for row in log if row["event"] == "evaluate"}
+    assert run.log is not None
+    measured = {row["step"]: row["nll"] for row in run.log.read("evaluate")}
     if state.best_step == 0:
         say(
             f"  recovery: no step was better than none (held-out loss {mean_nll(measured[0]):.4f} when rounded)"
@@ -191,30 +204,30 @@ def _save(
         for name in _COPIED:
             if (student.path / name).is_file():
                 shutil.copy(student.path / name, draft.folder / name)
-        shutil.copy(run.work / LOG, draft.folder / LOG)
-        body = Body(load_model(draft.folder / "model", device=run.accelerator.device))
+        run.log.copy(draft.folder)
+        body = Body(load_model(draft.folder / "model", device=task.device))
         sums = evaluate(
             lambda ids, labels: label_nll(body.states(ids)[0], body.head, labels),
-            run.blocks, device=run.accelerator.device, label="recovered student, fp32",
+            task.blocks, device=task.device, label="recovered student, fp32",
         )  # fmt: skip
-        nll = per_token(sums, run.blocks)
+        nll = per_token(sums, task.blocks)
         before, form = onnx.result["heldout"], str(onnx.result["shipped"])
-        draft.result = student.result | {
-            "nll": nll,
-            "mean_nll": mean_nll(nll),
-            "seconds": round(time.monotonic() - started, 1),
-            "base": None,
-            "recovery": {
-                "form": form,
-                "mixed": onnx.result["forms"][form]["mixed"],
-                "tokens": state.tokens,
-                "steps": state.step,
-                "best_step": state.best_step,
-                "rounded": {"before": measured[0], "after": measured[state.best_step]},
-                "before": {"fp32": before["fp32"], "form": before[form]},
-                "distilled": onnx.result["blocks"]["fp32"],
-            },
+        was = StudentResult.of(student)
+        recovery = {
+            "form": form,
+            "mixed": onnx.result["forms"][form]["mixed"],
+            "tokens": state.seen,
+            "steps": state.step,
+            "best_step": state.best_step,
+            "rounded": {"before": measured[0], "after": measured[state.best_step]},
+            "before": {"fp32": before["fp32"], "form": before[form]},
+            "distilled": onnx.result["blocks"]["fp32"],
         }
+        figures = replace(
+            was.figures_of_language, nll=nll, mean_nll=mean_nll(nll), base=None, recovery=recovery
+        )
+        seconds = round(time.monotonic() - started, 1)
+        draft.result = replace(was, seconds=seconds, language=figures).to_json()
 
 
 def prepare(

@@ -1,6 +1,6 @@
 """What training an encoder will take, without its weights: parameters, memory and operations; see `compress.footprint.language`.
 
-Teachers answer once, one after the other, before the loop of `compress.encoders`. Texts are not read: every example counts as long
+Teachers answer once, one after the other, before the loop of `compress.loop`. Texts are not read: every example counts as long
 as `data.max_tokens`, and there are as many as the recipe would take at most.
 """
 
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from compress.encoders import ROWS
 from compress.footprint.language import TRIAL_VOCABULARY, Footprint, Memory
 from compress.footprint.tracing import Trace, on_a_line, operations_a_second, resized, trace_model
 from compress.host import prepare_host
 from compress.models.encoders import labelled, pooled, require_context
 from compress.models.language import BAD_CONFIG, DTYPES, random_config
 from compress.models.shrink import shrunk_config
+from compress.tasks.encoder import ROWS
 from limbeck.contract.errors import ModelError
 from limbeck.contract.recipe import (
     ClassificationRecipe,

@@ -21,6 +21,7 @@ from limbeck.contract import sources
 from limbeck.contract.adapters import adapter_facts, attach, can_join
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.recipe import Recipe, RecipeModel, Teacher, fingerprint
+from limbeck.contract.results.student import StudentResult
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def _teacher_folder(
     if isinstance(teacher.model, RecipeModel):
         product = open_artifact(products[teacher.name], kind="student")
         whole, adapter = product.path / "model", product.path / "adapter"
-        base = Path(product.result["base"]) if adapter.is_dir() else whole
+        made = StudentResult.of(product).figures_of_language
+        base = Path(made.base) if adapter.is_dir() and made.base else whole
         if adapter.is_dir() and teacher.adapter is None and base.is_dir():
             return TeacherFolder(
                 base=base,

@@ -192,7 +192,7 @@ def training_memory(recipe: AnyRecipe) -> tuple[int, int]:
 
 
 def _making(recipe: AnyRecipe) -> _Making:
-    from compress.loop import resolve_precision
+    from compress.host import resolve_precision
     from compress.models.language import resolve_device
 
     device = resolve_device(recipe.training.device)

@@ -27,7 +27,7 @@ from limbeck.contract.files import (
 )
 from limbeck.contract.lock import LOCK, locked
 from limbeck.contract.progress import leads, processes, say
-from limbeck.contract.recipe import AnyRecipe, Recipe, load_bench, parse_any_recipe
+from limbeck.contract.recipe import AnyRecipe, load_bench, parse_any_recipe
 
 if TYPE_CHECKING:
     from serve_bench.tell.report import Report
@@ -159,27 +159,24 @@ def make_products(recipe: AnyRecipe, products: Products | None = None) -> dict[s
 
 
 def ablate(
-    recipe: Recipe, *, arms: Sequence[str] | None, seeds: int, out: Path | None = None
+    recipe: AnyRecipe, *, arms: Sequence[str] | None, seeds: int, out: Path | None = None
 ) -> None:
     """Compare the recipe's fusion with its controls in ``<run folder>/ablation``; print the table and one sentence.
 
     Raises `RecipeError` for an unknown arm or fewer than two teachers, and whatever training raises.
     """
-    from compress.ablate import ARMS, ablate, markdown
+    from compress.ablate import ablate
 
     products = require_inputs(recipe)
     with open_run(recipe, out or default_folder(recipe)) as folder:
         teachers = make_products(recipe, products)
         say("== ablation")
         found = ablate(
-            recipe=recipe,
-            products=teachers,
-            out=folder / "ablation",
-            arms=arms or tuple(ARMS),
-            seeds=seeds,
+            recipe=recipe, products=teachers, out=folder / "ablation", arms=arms, seeds=seeds
         )
         print(
-            f"{markdown(found['arms'])}\n\n{found['verdict']}\npicture: {folder / 'ablation' / 'ablation.svg'}",
+            f"{found['markdown']}\n\n{found['verdict']}\n"
+            f"picture: {folder / 'ablation' / 'ablation.svg'}",
             flush=True,
         )
 

@@ -7,9 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from scipy import stats
-from torch import Tensor
-
 from compress.encoders import (
     Classification,
     Teacher,
@@ -19,6 +16,9 @@ from compress.encoders import (
     similarity_weights,
     spearman,
 )
+from scipy import stats
+from torch import Tensor
+
 from limbeck.contract.recipe import ClassFusion, EntropyWeights, UniformWeights
 from tests.encoders import make_examples
 

@@ -164,10 +164,10 @@ def ablate(
       limbeck ablate smollm2/135m-two-experts --arms uniform,entropy-token,label-sequence --seeds 3
     """
     from limbeck.app import run as pipeline
-    from limbeck.contract.recipe import load_recipe
+    from limbeck.contract.recipe import load_any_recipe
 
     pipeline.ablate(
-        load_recipe(recipe, overrides=overrides or ()),
+        load_any_recipe(recipe, overrides=overrides or ()),
         arms=names_in(arms) or None,
         seeds=seeds,
         out=out,
