@@ -69,13 +69,16 @@ def ours(folder: str, ids_file: str, cached: bool) -> dict[str, float]:
         }
     )
     run = setup(recipe=recipe, products={}, work=Path(tempfile.mkdtemp()), key="peer")
-    trained = [p for p in run.student.parameters() if p.requires_grad]
-    student, optimizer = run.accelerator.prepare(run.student, torch.optim.AdamW(trained, lr=1e-3))
+    trained = [p for p in run.task.student.parameters() if p.requires_grad]
+    student, optimizer = run.accelerator.prepare(
+        run.task.student, torch.optim.AdamW(trained, lr=1e-3)
+    )
     seconds = []
     with peak_growth() as growth:
         for index in range(STEPS):
             started = time.perf_counter()
-            _step(run, student, optimizer, trained, run.rows_of(index), state=State(), progress=0.5)
+            step = run.task.step(index, progress=0.5)
+            _step(run, step, student, optimizer, trained, state=State())
             seconds.append(time.perf_counter() - started)
     return {"seconds": statistics.median(seconds[1:]), "growth": growth.bytes}
 

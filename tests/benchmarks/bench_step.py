@@ -26,7 +26,7 @@ def main() -> None:
     """Build the four arms and time them in turn."""
     compress.quiet_libraries()
     from compress.head import chunks_of_labels
-    from compress.loop import Run, State, _batch, _step, setup
+    from compress.loop import Run, State, _step, setup
 
     base = load_recipe("smollm2/135m-two-experts")
     work = Path(tempfile.mkdtemp())
@@ -56,21 +56,22 @@ def main() -> None:
     }
     prepared: dict[str, Any] = {}
     for name, run in runs.items():
-        trained = [p for p in run.student.parameters() if p.requires_grad]
+        trained = [p for p in run.task.student.parameters() if p.requires_grad]
         student, optimizer = run.accelerator.prepare(
-            run.student, torch.optim.AdamW(trained, lr=1e-3)
+            run.task.student, torch.optim.AdamW(trained, lr=1e-3)
         )
         prepared[name] = (run, student, optimizer, trained)
 
     def step(name: str, index: int) -> None:
         run, student, optimizer, trained = prepared[name]
-        _step(run, student, optimizer, trained, run.rows_of(index), state=State(), progress=0.5)
+        taken = run.task.step(index, progress=0.5)
+        _step(run, taken, student, optimizer, trained, state=State())
 
     def teacher_forwards(index: int) -> None:
         run = runs["live"]
-        ids, labels = _batch(run, run.rows_of(index))
+        _, ids, labels = run.task.batch(index)
         with torch.no_grad(), run.accelerator.autocast():
-            states, _ = run.teachers.states(ids)
+            states, _ = run.task.teachers.states(ids)
             for state in states:
                 for place in chunks_of_labels(labels, 256, whole_rows=False):
                     state.head.logits(state.hidden_RLd[place])

@@ -19,7 +19,7 @@ def fake(arm: str, seed: int, gain: float) -> dict[str, object]:
     """A run that is ``gain`` nats a token better than cross-entropy on every block, with noise that both arms share."""
     shared = [100 + 7 * ((seed * 5 + b * 3) % 4) for b in range(12)]
     return {
-        "nll": {d: [s - gain * 50 for s in shared] for d in ("x", "y")},
+        "loss": {d: [s - gain * 50 for s in shared] for d in ("x", "y")},
         "labels": {d: [50] * 12 for d in ("x", "y")},
         "weights": {},
     }
@@ -36,10 +36,10 @@ def table(**gains: float) -> dict[str, dict[str, object]]:
 
 def test_paired_difference_and_interval_by_hand() -> None:
     row = table(recipe=0.02)["recipe"]
-    assert row["against_ce"] == pytest.approx(
+    assert row["against_reference"] == pytest.approx(
         (-0.02, -0.02, -0.02)
     )  # the shared noise cancels in every draw
-    assert row["mean_nll"] == pytest.approx(table()["ce-only"]["mean_nll"] - 0.02)
+    assert row["mean_loss"] == pytest.approx(table()["ce-only"]["mean_loss"] - 0.02)
 
 
 def test_the_verdict_says_what_was_not_beaten() -> None:
@@ -66,7 +66,7 @@ def test_arms_run_to_a_table_a_picture_and_go_on(
     assert 0 <= recipe_row["text_match"] <= 1
     assert 0 < recipe_row["distinct_2"] <= 1
     assert 0 <= recipe_row["repetition"] < 1
-    assert recipe_row["perplexity"]["code"] == pytest.approx(math.exp(recipe_row["nll"]["code"]))
+    assert recipe_row["perplexity"]["code"] == pytest.approx(math.exp(recipe_row["loss"]["code"]))
     assert found["arms"]["static"]["weights"]["code"].keys() == {"a", "b"}
     assert (out / "ablation.svg").read_text().startswith("<?xml")
     assert json.loads((out / "ablation.json").read_text())["seeds"] == 1

@@ -21,6 +21,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 import compress
+from compress import checkpoint
 from compress import loop as train
 from compress.features import Projections, feature_loss, layer_pairs
 from compress.models.body import Body, head_of
@@ -33,6 +34,7 @@ from compress.models.language import (
     require_same_tokenizer,
 )
 from compress.models.students import with_lora
+from compress.tasks import language_step
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import (
     ArtifactError,
@@ -197,6 +199,7 @@ from pathlib import Path
 import accelerate
 import compress
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from compress import checkpoint
 from compress import loop as train
 from limbeck.contract.recipe import parse_recipe
 from tests.compress.test_compress import STUDENTS, tiny
@@ -207,7 +210,7 @@ class Sharding(accelerate.Accelerator):
         self.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
         return super().prepare(*objects)
 
-def leave_after_step_5(run, event, figures, record=train._record):
+def leave_after_step_5(run, event, figures, record=train.Run.record):
     record(run, event, figures)
     if event == "step" and figures["step"] == 5:
         run.accelerator.wait_for_everyone()
@@ -217,7 +220,7 @@ out, student, mode, stop = Path(sys.argv[1]), *sys.argv[2:]
 if mode == "fsdp":
     train.Accelerator = Sharding
 if stop == "stop":
-    train._record = leave_after_step_5
+    train.Run.record = leave_after_step_5
 recipe = parse_recipe(tiny(out).resolved() | {"student": STUDENTS[student]})
 compress.distill(recipe=recipe, out=out / "student")
 """
@@ -520,19 +523,19 @@ def test_killed_without_warning(tmp_path: Path) -> None:
 @pytest.mark.parametrize("length", [0, 1, 4000, -1])
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, length: int) -> None:
     path = tmp_path / "checkpoint.pt"
-    train.write_checkpoint(path, {"key": "mine", "model": {"weight": torch.rand(2000)}})
+    checkpoint.write_checkpoint(path, {"key": "mine", "model": {"weight": torch.rand(2000)}})
     assert not path.with_name("checkpoint.pt.writing").exists()
-    assert (train.read_checkpoint(path, key="mine", device="cpu") or {})["model"][
+    assert (checkpoint.read_checkpoint(path, key="mine", device="cpu") or {})["model"][
         "weight"
     ].shape == (2000,)
-    assert train.read_checkpoint(path, key="another's", device="cpu") is None
-    assert train.read_checkpoint(tmp_path / "none.pt", key="mine", device="cpu") is None
+    assert checkpoint.read_checkpoint(path, key="another's", device="cpu") is None
+    assert checkpoint.read_checkpoint(tmp_path / "none.pt", key="mine", device="cpu") is None
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(
         ArtifactError,
         match=r"checkpoint.pt: the checkpoint cannot be read .*; delete it, and the same command",
     ):
-        train.read_checkpoint(path, key="mine", device="cpu")
+        checkpoint.read_checkpoint(path, key="mine", device="cpu")
 
 
 @contextlib.contextmanager
@@ -632,13 +635,13 @@ def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
 def test_nan_stops_with_step_batch_and_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = train.fused_loss
+    real = language_step.fused_loss
 
     def poisoned(*args: Any, **kwargs: Any) -> Any:
         terms = real(*args, **kwargs)
         return type(terms)(**{**vars(terms), "loss": terms.loss * float("nan")})
 
-    monkeypatch.setattr(train, "fused_loss", poisoned)
+    monkeypatch.setattr(language_step, "fused_loss", poisoned)
     with pytest.raises(
         DivergenceError,
         match=r"diverged at step 1: loss nan.*batch [0-9a-f]{16}.*Lower training.learning_rate",

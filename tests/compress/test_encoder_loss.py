@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
-from compress.encoders import (
-    Classification,
-    Teacher,
+from scipy import stats
+from torch import Tensor
+
+from compress.tasks.classification import class_temperature, class_terms
+from compress.tasks.embedding import (
     mixed_similarities,
     relational_loss,
     similarity_logits,
     similarity_weights,
     spearman,
 )
-from scipy import stats
-from torch import Tensor
-
+from compress.tasks.encoder import Terms
 from limbeck.contract.recipe import ClassFusion, EntropyWeights, UniformWeights
-from tests.encoders import make_examples
 
 R, TAU = 6, 0.2
 
@@ -126,11 +123,14 @@ def test_spearman_ranks_the_pairs() -> None:
     assert spearman(mixed, mixed) == pytest.approx(1.0)
 
 
-def classification(fusion: ClassFusion, logits: list[Tensor]) -> Classification:
-    examples = make_examples(rows=R)
-    recipe = SimpleNamespace(fusion=fusion, data=SimpleNamespace(classes=range(logits[0].shape[1])))
-    teachers = [Teacher(f"t{k}", None, "", "", z, z) for k, z in enumerate(logits)]  # type: ignore[arg-type]
-    return Classification(recipe, teachers, examples, examples, torch.device("cpu"))  # type: ignore[arg-type]
+LABELS = torch.arange(R) % 2
+
+
+def classification(fusion: ClassFusion, z: Tensor, logits: list[Tensor]) -> Terms:
+    names = [f"t{k}" for k in range(len(logits))]
+    return class_terms(
+        fusion, z, logits, LABELS, temperatures=[1.0] * len(logits), names=names, count=R, progress=1.0
+    )  # fmt: skip
 
 
 def test_classification_is_label_loss_plus_kl_to_the_entropy_weighted_mixture() -> None:
@@ -140,39 +140,33 @@ def test_classification_is_label_loss_plus_kl_to_the_entropy_weighted_mixture() 
     fusion = ClassFusion.model_validate(
         {"weights": weights.model_dump(), "calibration": {"kind": "none"}}
     )
-    objective = classification(fusion, logits)
-    loss, figures = objective.loss(z, torch.arange(R), 1.0)
+    terms = classification(fusion, z, logits)
 
     p = torch.stack([torch.softmax(t, -1) for t in logits])
     entropy = -(p * p.log()).sum(-1)
     w = 0.95 * torch.softmax(-entropy / 0.3, dim=0) + 0.025
     logq = torch.log_softmax(z, -1)
     kl = torch.nn.functional.kl_div(logq, (w[..., None] * p).sum(0), reduction="batchmean")
-    cross_entropy = torch.nn.functional.cross_entropy(z, torch.arange(R) % 2)
-    expected = 0.3 * cross_entropy + 0.7 * kl
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert figures["weights"]["t0"] == pytest.approx(float(w[0].mean()), abs=1e-4)
-    (mine,) = torch.autograd.grad(loss, z)
+    expected = 0.3 * torch.nn.functional.cross_entropy(z, LABELS) + 0.7 * kl
+    assert terms.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(terms.weights_KR, w)
+    (mine,) = torch.autograd.grad(terms.loss, z)
     (theirs,) = torch.autograd.grad(expected, z)
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_without_teachers_the_loss_is_the_labels() -> None:
     z = torch.randn(R, 2, requires_grad=True)
-    objective = classification(ClassFusion(), [z.detach()])
-    objective.teachers, objective.temperatures, objective.names = [], [], []
-    loss, figures = objective.loss(z, torch.arange(R), 1.0)
-    assert loss.item() == pytest.approx(
-        torch.nn.functional.cross_entropy(z, torch.arange(R) % 2).item(), rel=1e-5
-    )
-    assert figures["fusion"] is None
+    terms = classification(ClassFusion(), z, [])
+    expected = torch.nn.functional.cross_entropy(z, LABELS).item()
+    assert terms.loss.item() == pytest.approx(expected, rel=1e-5)
+    assert "fusion" not in terms.figures
 
 
 def test_an_overconfident_teacher_is_calibrated() -> None:
     torch.manual_seed(1)
-    right = torch.nn.functional.one_hot(torch.arange(R) % 2, 2).float()
+    right = torch.nn.functional.one_hot(LABELS, 2).float()
     wrong = torch.cat([1 - right[:2], right[2:]])  # two of six are wrong, and it is as sure of them
-    objective = classification(ClassFusion(), [20 * wrong])
-    assert objective.temperatures == [
-        pytest.approx(2.0)
-    ]  # the greatest that the recipe's bounds allow
+    # The greatest temperature that the recipe's bounds allow.
+    found = class_temperature(ClassFusion().calibration, "t0", 20 * wrong, LABELS)
+    assert found == pytest.approx(2.0)

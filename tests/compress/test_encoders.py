@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
 import compress
 import export
 import serve_bench
+from compress import loop
 from compress.data.examples import load_examples as examples_of
 from compress.data.examples import training_order
 from compress.data.mail import subject_and_body
@@ -346,24 +351,75 @@ def test_a_run_that_was_stopped_ends_in_the_same_weights(
     }
     recipe = two_teachers(expert, training=training)
     whole = compress.distill(recipe=recipe, out=tmp_path / "whole")
-    from compress import encoders
-
-    evaluate = encoders._evaluate
+    measure = loop._measure
 
     def stop(run: Any, state: Any) -> None:
-        evaluate(run, state)
+        measure(run, state)
         if state.step == 6:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(encoders, "_evaluate", stop)
+    monkeypatch.setattr(loop, "_measure", stop)
     with pytest.raises(KeyboardInterrupt):
         compress.distill(recipe=recipe, out=tmp_path / "stopped")
-    monkeypatch.setattr(encoders, "_evaluate", evaluate)
+    monkeypatch.setattr(loop, "_measure", measure)
     again = compress.distill(recipe=recipe, out=tmp_path / "stopped")
     name = "model/model.safetensors"
     assert whole.manifest["files"][name] == again.manifest["files"][name]
     lines = [json.loads(line) for line in (again.path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["event"] == "step"] == list(range(1, 9))
+
+
+PROCESSES = """
+import json, sys
+from pathlib import Path
+import compress
+from limbeck.contract.recipe import parse_any_recipe
+
+compress.distill(recipe=parse_any_recipe(json.loads(sys.argv[1])), out=Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("make", [classifier_recipe, embedding_recipe], ids=["classes", "vectors"])
+def test_two_processes_train_as_one(tmp_path: Path, make: Any) -> None:
+    """DDP over gloo gives the losses and the weights of one process."""
+    calm = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    base = source()
+    base = {**base, "config": base["config"] | calm}
+    training = {"examples": 24, "batch": 8, "precision": "fp32", "threads": 1}
+    tree = make(student={"kind": "full", "base": base}, training=training).resolved()
+    if make is classifier_recipe:
+        head = {"id2label": {"0": "code", "1": "prose"}}
+        taught = [{**base, "seed": n, "config": base["config"] | head} for n in (5, 6)]
+        tree["teachers"] = [{"name": f"t{n}", "model": m} for n, m in enumerate(taught)]
+    script = tmp_path / "job.py"
+    script.write_text(PROCESSES)
+    found = []
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+        done = subprocess.run(
+            [sys.executable, "-m", *torchrun, str(script), json.dumps(tree, default=str), str(out)],
+            env={
+                **os.environ,
+                "PYTHONPATH": str(Path(__file__).parents[2]),
+                "OMP_NUM_THREADS": "1",
+            },
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        steps = [row for row in log if row["event"] == "step"]
+        found.append((steps, load_file(out / "model" / "model.safetensors")))
+    (one, weights), (two, shared) = found
+    assert len(one) == 3
+    for mine, theirs in zip(one, two, strict=True):
+        assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-4)
+        assert theirs["weights"] == pytest.approx(mine["weights"], abs=2e-4)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(shared[name], tensor, rtol=1e-3, atol=2e-5)
 
 
 def test_teachers_of_other_classes_are_refused(expert: Path, tmp_path: Path) -> None:
