@@ -1,6 +1,6 @@
 """Stage 1: teachers and text to a student.
 
-The loss is in `compress.loss`, the loop in `compress.loop`, what differs by task in `compress.tasks`.
+The loss is in `compress.loss`, the loop in `compress.loop`; tasks differ in `compress.tasks`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ def distill(
 ) -> Artifact:
     """Train the recipe's student from all its teachers and write the student artifact to ``out``.
 
-    ``products`` maps the name of each teacher of kind `recipe` to the student artifact of that recipe. Returns the
-    artifact that is already there when it was made from the same input; goes on where an interrupted run stopped.
+    ``products`` maps the name of each teacher of kind `recipe` to the student artifact of that
+    recipe. Returns the artifact that is already there when it was made from the same input. Goes on
+    where an interrupted run stopped.
     Raises `ModelError`, `DataError`, `EnvironmentalError` or `DivergenceError`.
     """
     products = products or {}
@@ -61,10 +62,11 @@ def recover(
     recipe: Recipe,
     products: Mapping[str, Path] | None = None,
 ) -> Artifact:
-    """Distil the ``student`` artifact again through the rounding of the form that the ``onnx`` artifact ships (`export.recover`).
+    """Distil a student again through the rounding of the form that was exported from it.
 
-    ``onnx`` was made from it, with held-out losses and the rounding of every parameter in its manifest. Returns the student
-    artifact at ``out`` when it was made from the same input. Raises as `distill`.
+    ``onnx`` was made from ``student`` and holds held-out losses and the rounding of every
+    parameter; the recipe asks for this with `export.recover`. Returns the student artifact at
+    ``out`` when it was made from the same input. Raises as `distill`.
     """
     trained, exported = (
         open_artifact(student, kind="student"),
@@ -99,12 +101,13 @@ def heal(
     rounds: Sequence[int],
     goes_on: Callable[[int, float], bool],
 ) -> None:
-    """Distil the recipe's student to ``rounds[-1]`` tokens, and ask after each of the rounds whether it goes on.
+    """Distil the student to ``rounds[-1]`` tokens, and ask after each round whether to go on.
 
-    ``rounds`` are rising multiples of `training.batch_tokens`; ``goes_on`` is given the index of a round and the mean held-out NLL
-    after it, in nats a token. Inner layers are not aligned, and teachers answer from the `hidden` cache, which then is the same for
-    every student. ``work`` holds checkpoint and log, from which an interrupted distillation goes on (and tells the rounds again).
-    Raises as `distill`.
+    ``rounds`` are rising multiples of `training.batch_tokens`. ``goes_on`` gets the index of a
+    round and the mean held-out NLL after it, in nats a token. Inner layers are not aligned, and
+    teachers answer from the `hidden` cache, which then is the same for every student. ``work``
+    holds checkpoint and log: an interrupted distillation goes on from them and reports the rounds
+    again. Raises as `distill`.
     """
     quiet_libraries()
     from compress.healing import heal as run
@@ -131,7 +134,7 @@ def cache_teachers(
 
 
 def quiet_libraries() -> None:
-    """Keep other libraries' progress bars and advice out of ours; their errors still come through."""
+    """Hide progress bars and advice of other libraries; their errors still come through."""
     import logging
     import warnings
 

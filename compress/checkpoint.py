@@ -5,21 +5,21 @@ Both lie in a work folder beside the student's. The log goes into the student's 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.tracking import get_available_trackers
 
-from limbeck.contract.errors import ArtifactError
+from limbeck.contract.errors import ArtifactError, EnvironmentalError
 from limbeck.contract.files import disk_full_is_a_user_error
 
-CHECKPOINT, LOG, BOARD = "checkpoint.pt", "log.jsonl", "tensorboard"
+CHECKPOINT, LOG, TRACKERS = "checkpoint.pt", "log.jsonl", "trackers"
 
 
 def write_checkpoint(path: Path, saved: Mapping[str, Any]) -> None:
@@ -53,25 +53,25 @@ def read_checkpoint(path: Path, *, key: str, device: torch.device | str) -> dict
     return saved if saved["key"] == key else None
 
 
+_chosen: dict[str, str] = {}  # environment variables that this process has set for trackers
+
+
 class Log:
-    """One JSON line for each event, and the same numbers in TensorBoard where it is installed."""
+    """One JSON line for each event, and the same numbers in the recipe's experiment trackers."""
 
-    def __init__(self, work: Path) -> None:
-        """Write into the folder ``work``."""
-        self.path, self._board = work / LOG, work / BOARD
-        self._writer = None
-        if importlib.util.find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self._board))
+    def __init__(self, work: Path, accelerator: Any, *, name: str) -> None:
+        """Write into the folder ``work``; ``name`` is that of the run in the trackers."""
+        self.path, self._accelerator = work / LOG, accelerator
+        self._folder = work / TRACKERS
+        if accelerator.log_with:
+            accelerator.init_trackers(name)
 
     def write(self, event: str, figures: Mapping[str, Any]) -> None:
-        """Add one line; ``figures`` hold the step. Raises `EnvironmentalError` when the disk is full."""
+        """Add one line; ``figures`` hold the step. Raises `EnvironmentalError` on a full disk."""
         with disk_full_is_a_user_error(self.path), self.path.open("a") as file:
             file.write(json.dumps({"event": event, **figures}) + "\n")
-        if self._writer is not None:
-            for name, value in _flat(figures):
-                self._writer.add_scalar(f"{event}/{name}", value, figures["step"])
+        values = {f"{event}/{name}": value for name, value in _flat(figures)}
+        self._accelerator.log(values, step=figures["step"])
 
     def read(self, event: str) -> list[dict[str, Any]]:
         """Lines of one event, in order."""
@@ -92,16 +92,43 @@ class Log:
             file.truncate(size)
 
     def close(self) -> None:
-        """Finish TensorBoard's files."""
-        if self._writer is not None:
-            self._writer.close()
+        """Finish what the trackers write."""
+        for tracker in self._accelerator.trackers:  # `end_training` would part the processes too
+            tracker.finish()
 
     def copy(self, folder: Path) -> None:
-        """Copy log and TensorBoard's files into ``folder``."""
+        """Copy the log and the trackers' files into ``folder``."""
         self.close()
         shutil.copy(self.path, folder / LOG)
-        if self._board.is_dir():
-            shutil.copytree(self._board, folder / BOARD)
+        if self._folder.is_dir():
+            shutil.copytree(self._folder, folder / TRACKERS)
+
+
+def require_trackers(wanted: Sequence[str], work: Path) -> None:
+    """Let the trackers write to ``work`` and to no other machine, unless the user chose otherwise.
+
+    Raises `EnvironmentalError` for one whose package is not installed.
+    """
+    missing = sorted(set(wanted) - {str(name) for name in get_available_trackers()})
+    if missing:
+        raise EnvironmentalError(
+            f"training.trackers: {', '.join(missing)} cannot be imported here; run: pip install "
+            f"{' '.join(missing)}, or leave it out of the recipe."
+        )
+    if not wanted:
+        return
+    folder = (work / TRACKERS).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = {
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": str(folder),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
+        "TRACKIO_DIR": str(folder / "trackio"),
+    }
+    for name, value in chosen.items():
+        # Keep what the user has set, but not the folder of an earlier training in this process.
+        if os.environ.get(name) == _chosen.get(name):
+            os.environ[name] = _chosen[name] = value
 
 
 def _flat(figures: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, float]]:

@@ -1,7 +1,9 @@
-"""Feature alignment: the student's hidden states, projected, against each teacher's, in the fusion's weights.
+"""Feature alignment: projected hidden states of the student against those of each teacher.
 
-Shapes: K teachers, P layer pairs, R rows, L positions, d widths. Projections live outside the student: they are
-trained beside it and never saved, exported or counted with it.
+Teachers count with the weights of the fusion. Projections lie outside the student: they are trained
+beside it and never saved, exported or counted with it.
+
+Shapes: K teachers, P layer pairs, R rows, L positions, d widths.
 """
 
 from __future__ import annotations
@@ -18,17 +20,18 @@ from limbeck.contract.recipe import Features
 def layer_pairs(
     config: Features, *, student_layers: int, teacher_layers: int
 ) -> list[tuple[int, int]]:
-    """(student layer, teacher layer) pairs, counted from 1; layer L is the state after the final norm.
+    """Return (student layer, teacher layer) pairs, counted from 1.
 
-    Depth map j = round(i L_k / L_S) at ``config.pairs`` student layers spread evenly, the last included.
+    Layer L is the state after the final norm. Depth map: j = round(i L_k / L_S) at ``config.pairs``
+    student layers, spread evenly, the last included.
     Raises `RecipeError` when an explicit pair names a layer that does not exist.
     """
     if config.layers is not None:
         for student, teacher in config.layers:
             if student > student_layers or teacher > teacher_layers:
                 raise RecipeError(
-                    f"features.layers: ({student}, {teacher}) is past the last layer; the student has {student_layers} "
-                    f"layers and the teacher {teacher_layers}"
+                    f"features.layers: ({student}, {teacher}) is past the last layer; the student "
+                    f"has {student_layers} layers and the teacher {teacher_layers}"
                 )
         return list(config.layers)
     count = min(config.pairs, student_layers)
@@ -37,7 +40,10 @@ def layer_pairs(
 
 
 class Projections(nn.Module):
-    """One Linear(d_S -> d_k, no bias) a teacher and layer pair; the identity to begin with where widths agree."""
+    """One Linear(d_S -> d_k, no bias) for each teacher and layer pair.
+
+    It starts as the identity where widths agree.
+    """
 
     def __init__(
         self,
@@ -57,7 +63,7 @@ class Projections(nn.Module):
             self.linears.append(nn.ModuleList(linears))
 
     def forward(self, student_states: dict[int, Tensor]) -> list[list[Tensor]]:
-        """Projected student states [K][P] of [R, L, d_k], from the states by layer number."""
+        """Return projected student states [K][P] of [R, L, d_k] from the states by layer number."""
         projected = []
         for linears, pairs in zip(self.linears, self.pairs, strict=True):
             assert isinstance(linears, nn.ModuleList)
@@ -76,9 +82,10 @@ def feature_loss(
     distance: str,
     denominator: int,
 ) -> Tensor:
-    """sum over label positions of sum_k w_k mean_pairs dist(projected, teacher), over ``denominator``; a scalar.
+    """Return sum_t sum_k w_k mean_pairs dist(projected, teacher) / denominator, a scalar.
 
-    ``distance`` is `cosine` (1 - cos) or `mse` (mean square of the difference of layer-normed states).
+    The first sum goes over label positions t. ``distance`` is `cosine` (1 - cos) or `mse` (mean
+    squared difference of layer-normed states).
     """
     total = torch.zeros((), device=weights_KRL.device)
     for k, (mine, theirs) in enumerate(zip(projected, teacher_states, strict=True)):

@@ -1,6 +1,6 @@
-"""Short distillations that are compared while they run: one teacher cache for all of them, no student kept.
+"""Short distillations that are compared while they run; they share one teacher cache.
 
-Knows the loop and its log; who goes on is for the caller to say.
+No student is kept. The caller decides which distillation goes on.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _setup(recipe: Recipe, products: Mapping[str, Path], work: Path, rounds: Seq
         "teacher_cache": HiddenCache(kind="hidden"),
         "evaluate_every": every,
     }
-    # Which layers are aligned depends on the student's depth; without them every student reads the same cache.
+    # The aligned layers depend on the student's depth; without them all students share a cache.
     features = recipe.features.model_copy(update={"weight": 0.0})
     recipe = recipe.model_copy(
         update={"training": config.model_copy(update=short), "features": features}

@@ -1,4 +1,4 @@
-"""How this process uses the processor it computes on: threads, and memory that is kept for the next step."""
+"""How this process uses its processor: threads, number types, and memory kept between steps."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _NEVER = -1, -3, 2**31 - 1
 
 
 def prepare_host(threads: int | None) -> None:
-    """Compute with ``threads`` threads (none: every core of this process) and keep freed memory from step to step.
+    """Compute with ``threads`` threads and keep freed memory from step to step.
 
-    Left to itself glibc hands every large tensor back to the kernel when it is freed, and the next step pays for the
-    same pages again, zeroed one by one: a fifth of a step on a CPU (docs/experiments.md). Other C libraries are left alone.
+    None for ``threads`` means every core of this process. By default glibc hands every large
+    tensor back to the kernel when it is freed, and the next step pays for the same pages again,
+    zeroed one by one: a fifth of a step on a CPU (docs/experiments). Other C libraries are left
+    alone.
     """
     torch.set_num_threads(threads or available_cores())
     if platform.libc_ver()[0] == "glibc":
@@ -29,7 +31,7 @@ def prepare_host(threads: int | None) -> None:
 
 
 def give_memory_back() -> None:
-    """Hand freed memory back to the kernel, for whoever comes after the last step."""
+    """Hand freed memory back to the kernel."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -1,8 +1,8 @@
 """The one training loop, for every task, read from top to bottom: set up, fit, measure, save.
 
-It knows budgets, steps, checkpoints and logs. What a batch is, its loss and its figures belong to the
-task (`compress.tasks`). The number of micro-batches and processes changes nothing, because every term
-is divided by the count of the global batch.
+It knows budgets, steps, checkpoints and logs. What a batch is, its loss and its figures belong to
+the task (`compress.tasks`). The number of micro-batches and processes changes nothing, because
+every term is divided by the count of the global batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from compress.checkpoint import CHECKPOINT, Log, read_checkpoint, write_checkpoint
+from compress.checkpoint import (
+    CHECKPOINT,
+    TRACKERS,
+    Log,
+    read_checkpoint,
+    require_trackers,
+    write_checkpoint,
+)
 from compress.host import give_memory_back, prepare_host, resolve_precision
 from compress.models.language import resolve_device
 from compress.models.sharded import like, whole
@@ -92,7 +99,7 @@ class Run:
 
 @dataclass
 class State:
-    """Everything that changes: what a checkpoint holds beside weights, optimiser and random state."""
+    """Everything that changes: a checkpoint holds it beside weights, optimiser and random state."""
 
     step: int = 0
     seen: int = 0  # label positions, or examples
@@ -118,14 +125,18 @@ def setup(
     torch.manual_seed(recipe.seed)
     # A teacher's own recipe may have run in this process with another precision.
     AcceleratorState._reset_state()
+    require_trackers(config.trackers, work)
     accelerator = Accelerator(
-        cpu=device.type == "cpu", mixed_precision="no" if precision == "fp32" else precision
+        cpu=device.type == "cpu",
+        mixed_precision="no" if precision == "fp32" else precision,
+        log_with=list(config.trackers) or None,
+        project_dir=work / TRACKERS,
     )
     loaded = task_of(
         recipe, products=products, accelerator=accelerator, precision=precision, model=model
     )
     work.mkdir(parents=True, exist_ok=True)
-    log = Log(work) if accelerator.is_main_process else None
+    log = Log(work, accelerator, name=recipe.name) if accelerator.is_main_process else None
     give_memory_back()  # texts, and teachers that have answered
     return Run(recipe, accelerator, loaded, precision, work, key, log)
 

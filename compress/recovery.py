@@ -1,8 +1,9 @@
-"""Win back what rounding cost: a short distillation of a finished student through its quantised forward pass.
+"""Win back what rounding cost: distil a finished student through its quantised forward pass.
 
-Knows the rounding of a form as data, from the manifest of an ``onnx`` artifact; imports nothing of the stage that wrote it. Weights
-and the activations that meet them are rounded in the forward pass, and gradients pass straight through both (straight-through
-estimator), with the same teachers, teacher cache and text as before. The head's own activations are not rounded.
+The rounding of a form is data here, from the manifest of an ``onnx`` artifact. Weights and the
+activations that meet them are rounded in the forward pass, and gradients pass straight through
+both (straight-through estimator). Teachers, teacher cache and text are the same as before. The
+activations that enter the head are not rounded.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ _COPIED = (HELDOUT, "calibration.safetensors", "teachers.json")
 
 
 class FakeQuantize(nn.Module):
-    """A matrix as a form rounds it: the numbers of `export.round.quantize`, bit for bit, and a gradient that ignores the rounding."""
+    """Round a matrix as a form does, bit for bit, with a gradient that ignores the rounding."""
 
     def __init__(self, rounding: Mapping[str, Any], *, turned: bool) -> None:
-        """``rounding`` is what the manifest says of the parameter; ``turned`` matrices are stored [K, N], not [N, K]."""
+        """``rounding`` is the manifest's; ``turned`` matrices are stored [K, N], not [N, K]."""
         super().__init__()
         self.rounding, self.turned = dict(rounding), turned
 
@@ -64,9 +65,10 @@ class FakeQuantize(nn.Module):
 
 
 class RoundInput:
-    """Forward pre-hook of a layer whose weights are rounded: its input in 8 bits, as the kernels of the forms round it on the fly.
+    """Forward pre-hook that rounds a layer's input to 8 bits, as the kernels of the forms do.
 
-    A scale for each block of ``block`` inputs where weights have blocks (MatMulNBits at accuracy level 4), else one a token.
+    There is a scale for each block of ``block`` inputs where weights have blocks (MatMulNBits at
+    accuracy level 4), else one for each token.
     """
 
     def __init__(self, block: int | None) -> None:
@@ -80,7 +82,10 @@ class RoundInput:
 
 
 def round_activations(values: Tensor, block: int | None) -> Tensor:
-    """``values[..., K]`` rounded to 127 steps either way of the largest of each ``block`` inputs, or of all K."""
+    """Round ``values[..., K]`` to 127 steps either side of 0, scaled by the largest of each block.
+
+    None for ``block`` means all K inputs.
+    """
     width = values.shape[-1]
     block = block or width
     grouped = nn.functional.pad(values.float(), (0, -width % block)).unflatten(-1, (-1, block))
@@ -104,7 +109,10 @@ class _StraightThrough(torch.autograd.Function):
 def quantize_blocks(
     weights_NK: Tensor, *, bits: int, block: int, zero_points: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes [N, ceil(K / block), block], scales and zero points [N, ceil(K / block)] of ``weights[N, K]``, all as floats."""
+    """Return codes [N, ceil(K / block), block], scales and zero points [N, ceil(K / block)].
+
+    All of them as floats, of ``weights[N, K]``.
+    """
     rows, width = weights_NK.shape
     grouped = nn.functional.pad(weights_NK, (0, -width % block)).reshape(rows, -1, block)
     steps, middle = 2**bits - 1, 2 ** (bits - 1)
@@ -123,7 +131,7 @@ def quantize_blocks(
 
 
 def rounded_columns(weights_NK: Tensor, *, most: int) -> Tensor:
-    """``weights[N, K]`` rounded to signed codes of at most ``most``, a scale an output channel."""
+    """Round ``weights[N, K]`` to signed codes up to ``most``, a scale for each output channel."""
     largest = weights_NK.abs().amax(1)
     scales = largest / torch.full_like(largest, most)
     return (weights_NK * _inverse(scales)[:, None]).round() * scales[:, None]
@@ -142,7 +150,10 @@ def train_through(
     products: Mapping[str, Path],
     key: str,
 ) -> Artifact:
-    """Distil ``student`` again through the rounding of the form that ``onnx`` ships, and write it to ``out``. See `compress.recover`."""
+    """Distil ``student`` again through the rounding of the form that ``onnx`` ships.
+
+    Writes it to ``out``. See `compress.recover`.
+    """
     started = time.monotonic()
     asked = recipe.export.recover
     assert asked is not None
@@ -191,7 +202,8 @@ def _save(
     measured = {row["step"]: row["nll"] for row in run.log.read("evaluate")}
     if state.best_step == 0:
         say(
-            f"  recovery: no step was better than none (held-out loss {mean_nll(measured[0]):.4f} when rounded)"
+            f"  recovery: no step lowered the held-out loss of the rounded student, "
+            f"{mean_nll(measured[0]):.4f} nats a token"
         )
     with write_artifact(
         out, kind="student", key=key, parents={"student": student.digest}, recipe=recipe
@@ -233,10 +245,11 @@ def _save(
 def prepare(
     student: Student, rounding: Mapping[str, Mapping[str, Any]], *, activations: bool
 ) -> None:
-    """Round every parameter that ``rounding`` names in the forward pass, and train them and the vectors beside them; round what
-    their layers read too where ``activations`` are in 8 bits (CUDA multiplies blocks of weights with activations as they are).
+    """Round every parameter that ``rounding`` names in the forward pass, and train it.
 
-    Embedding and head are rounded once and stay as they are, since 8 bits cost them next to nothing.
+    The vectors of the model are trained too. Layer inputs are rounded where ``activations`` are in
+    8 bits; CUDA multiplies blocks of weights with activations as they are. Embedding and head are
+    rounded once and not trained, since 8 bits cost them next to nothing.
     """
     model = student.model
     fixed = {
@@ -275,12 +288,15 @@ def _quantizer(rounding: Mapping[str, Any] | None) -> FakeQuantize | None:
 
 
 def _short(recipe: Recipe, asked: Recover) -> Recipe:
-    """The recipe of the recovery: the same text, teachers and fusion, a budget and rate of its own, no feature alignment."""
+    """The recipe of the recovery: a budget and rate of its own, and no feature alignment."""
     steps = max(asked.tokens // recipe.training.batch_tokens, 1)
     training = recipe.training.model_copy(
         update={
-            "tokens": steps * recipe.training.batch_tokens, "minutes": None, "learning_rate": asked.learning_rate,
-            "evaluate_every": max(math.ceil(steps / 4), 1), "patience": None,
+            "tokens": steps * recipe.training.batch_tokens,
+            "minutes": None,
+            "learning_rate": asked.learning_rate,
+            "evaluate_every": max(math.ceil(steps / 4), 1),
+            "patience": None,
         }
-    )  # fmt: skip
+    )
     return recipe.model_copy(update={"training": training, "features": Features(weight=0)})

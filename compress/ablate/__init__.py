@@ -1,9 +1,9 @@
-"""The honesty ablation: the recipe's fusion beside its controls, at an equal budget and equal seeds.
+"""The honesty ablation: the recipe's fusion beside its controls, at equal budgets and seeds.
 
 A claim about several teachers counts only beside these: the label alone, the best single teacher,
-uniform, static, entropy in its forms, inverted, shuffled, and an oracle that sees the label. Intervals
-are paired bootstraps over seeds and held-out blocks (or examples). Beside the loss stand figures that no
-arm is trained on.
+uniform, static, entropy in its forms, inverted, shuffled, and an oracle that sees the label.
+Intervals are paired bootstraps over seeds and held-out blocks (or examples). The table has figures
+beside the loss that no arm is trained on.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def ablate(
 ) -> dict[str, Any]:
     """Train every arm with every seed and compare; write ``ablation.json`` and ``.svg`` to ``out``.
 
-    ``arms`` are all of the task when None. Goes on where it was interrupted, while models and texts are
-    the same. Raises `RecipeError` for a recipe without two teachers or an unknown arm.
+    None for ``arms`` means all of the task. Goes on where it was interrupted, while models and
+    texts are the same. Raises `RecipeError` for a recipe without two teachers or an unknown arm.
     """
     design = DESIGNS[recipe.task]
     _require_comparable(recipe, arms or ())

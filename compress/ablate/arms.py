@@ -1,4 +1,4 @@
-"""Arms of the ablation for each task: what each changes in the recipe, and what it is compared with."""
+"""Arms of the ablation of each task: their changes to the recipe, and the reference arm."""
 
 from __future__ import annotations
 
@@ -112,7 +112,8 @@ def variant(recipe: AnyRecipe, arm: str, seed: int, losses: Mapping[str, float])
         tree["fusion"]["weights"] = {"kind": "static", "values": values}
     tree["seed"] = seed
     tree["training"] |= design.training
-    tree["training"] |= {"evaluate_every": _NEVER, "checkpoint_every": _NEVER}
+    quiet = {"evaluate_every": _NEVER, "checkpoint_every": _NEVER, "trackers": []}
+    tree["training"] |= quiet
     made = parse_any_recipe(tree)
     made._folder = recipe.folder
     return made

@@ -36,7 +36,7 @@ class _Bootstrap:
         seeds: int,
         draws: int,
     ) -> None:
-        """``sums`` are losses ``[seeds, blocks]`` by arm and domain, ``labels`` counts ``[blocks]``."""
+        """``sums``: losses ``[seeds, blocks]`` by arm, domain; ``labels``: counts ``[blocks]``."""
         self.sums, self.labels = sums, labels
         rng = np.random.default_rng(0)
         self.picks = [
@@ -69,7 +69,7 @@ def summarise(
 ) -> dict[str, dict[str, Any]]:
     """Return by arm the mean loss, the loss by domain, and the difference to the reference arm.
 
-    ``runs`` are named ``arm/seed`` and hold losses summed over each held-out block and label counts.
+    ``runs`` are named ``arm/seed``; they hold losses summed over each held-out block, and counts.
     """
     arms = list(dict.fromkeys(name.split("/")[0] for name in runs))
     reference = design.reference

@@ -1,6 +1,6 @@
-"""Text to examples for encoders: one row of tokens a document or piece, held-out ones apart, and the order of training.
+"""Text to examples for encoders: a row of tokens for each document or piece, and their order.
 
-Every choice is a pure function of recipe and content, so nothing about the position in the data needs saving.
+Every choice is a pure function of recipe and content, so no position in the data needs saving.
 """
 
 from __future__ import annotations
@@ -20,12 +20,8 @@ from limbeck.contract.examples import Examples
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import ChatRows, ClassificationRecipe, EncoderRecipe, TextSource
 
-_CHARS = (
-    32  # of a document read for each token wanted: what comes after is cut off whatever it says
-)
-_TOKENISED = (
-    512  # texts at a time: what the tokenizer makes of one beside its ids is many times as large
-)
+_CHARS = 32  # of a document read for each token wanted; a token is never that long on average
+_TOKENISED = 512  # texts at a time: the tokenizer's output is many times as large as its ids
 
 Indices = npt.NDArray[np.int64]
 Row = tuple[int, ...]  # token ids
@@ -44,15 +40,17 @@ def load_examples(
         fresh = [row for row in dict.fromkeys(tokens) if row not in seen]
         if len(fresh) < len(tokens):
             say(
-                f"  {name}: {len(tokens) - len(fresh)} of {len(tokens)} texts repeat another and are left out"
+                f"  {name}: {len(tokens) - len(fresh)} of {len(tokens)} texts repeat another and "
+                "are left out"
             )
         seen.update(fresh)
         chosen = [fresh[i] for i in _spread(len(fresh), most)]
         kept = chosen[every - 1 :: every]
         if not kept or len(chosen) == len(kept):
             raise DataError(
-                f"{where}: too little text for {name}: {len(chosen)} examples, of which every {every}th is held out; expected at "
-                "least one of each. Add text, or make data.heldout.every smaller."
+                f"{where}: too little text for {name}: {len(chosen)} examples, of which every "
+                f"{every}th is held out; expected at least one of each. Add text, or make "
+                "data.heldout.every smaller."
             )
         train += [(row, group) for place, row in enumerate(chosen, start=1) if place % every]
         heldout += [(kept[i], group) for i in _spread(len(kept), most_heldout)]

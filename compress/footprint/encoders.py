@@ -1,7 +1,7 @@
-"""What training an encoder will take, without its weights: parameters, memory and operations; see `compress.footprint.language`.
+"""What training an encoder takes, without its weights: parameters, memory and operations.
 
-Teachers answer once, one after the other, before the loop of `compress.loop`. Texts are not read: every example counts as long
-as `data.max_tokens`, and there are as many as the recipe would take at most.
+Teachers answer one after the other, before the loop. Texts are not read: every example counts as
+long as `data.max_tokens`, and there are as many as the recipe takes at most.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class EncoderShape:
 
 
 def meta_encoder(config: Any, task: str) -> Any:
-    """The modules of an encoder on the meta device. Raises `ModelError` when transformers cannot build it."""
+    """Build an encoder on the meta device. Raises `ModelError` when transformers cannot."""
     auto = AutoModelForSequenceClassification if task == "classification" else AutoModel
     try:
         with torch.device("meta"):
@@ -67,7 +67,8 @@ def meta_encoder(config: Any, task: str) -> Any:
 def describe_encoder(config: Any, *, name: str, recipe: EncoderRecipe) -> EncoderShape:
     """Count a configuration's parameters with the head of the recipe's task.
 
-    Raises `ModelError` when transformers cannot build it, or when it cannot read the examples; ``name`` is for the message.
+    ``name`` is for the message. Raises `ModelError` when transformers cannot build it, or when it
+    cannot read the examples.
     """
     require_context(name, config, recipe.data.max_tokens)
     model = meta_encoder(config, recipe.task)
@@ -77,7 +78,10 @@ def describe_encoder(config: Any, *, name: str, recipe: EncoderRecipe) -> Encode
 
 
 def encoder_student_config(recipe: EncoderRecipe, *, base: Any, vocabulary: int) -> Any:
-    """The student's configuration; ``base`` is its base's, ``vocabulary`` the tokenizer's size for a fresh one."""
+    """Return the student's configuration from that of its ``base``.
+
+    A fresh student has no base; ``vocabulary`` is the size of its tokenizer.
+    """
     match recipe.student:
         case FullStudent():
             config = base
@@ -100,7 +104,7 @@ def encoder_footprint(
     teachers: Sequence[EncoderShape],
     precision: str,
 ) -> Footprint:
-    """What training takes, from the sizes of student and teachers, computing in ``precision`` (fp32, bf16)."""
+    """Sum up a training from the sizes of student and teachers; ``precision`` is fp32 or bf16."""
     config, length = recipe.training, recipe.data.max_tokens
     trained = student.parameters
     if recipe.task == "embedding":
@@ -138,7 +142,7 @@ def encoder_footprint(
     ]
     if base is not None and isinstance(recipe.student, EncoderShrinkStudent):
         moments.append(Memory(0, base.weights + student.weights, 0, 0, 0, "shrinking"))
-    # The student as it is saved is loaded and measured once more, beside what was trained and its last gradients.
+    # The saved student is loaded and measured beside the trained one and its last gradients.
     moments.append(
         Memory(said, weights + student.weights, 4 * trained, measured.forward_peak, 0, "saving")
     )
@@ -188,7 +192,7 @@ def measure_encoder_speed(
     precision: str,
     device: torch.device,
 ) -> float:
-    """Operations a second of the student's layers here, forward and backward, in a trial of about ``seconds``."""
+    """Time the student's layers forward and backward for about ``seconds``: operations a second."""
     prepare_host(recipe.training.threads)
     small = resized(shape.config, layers=min(2, shape.layers))
     small.vocab_size = TRIAL_VOCABULARY

@@ -1,7 +1,8 @@
-"""What training a language model will take, without its weights: parameters, memory and operations.
+"""What training a language model takes, without its weights: parameters, memory and operations.
 
-Every architecture counts itself (`compress.footprint.tracing`); what the loop adds around it (optimiser, copies, logits of a chunk) is
-summed here. Knows nothing of files or of text: how many blocks there are it is told.
+The modules of each architecture are traced (`compress.footprint.tracing`); the loop's own share
+(optimiser, copies, logits of a chunk) is added here. Texts are not read: the caller gives their
+number.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class TeacherShape:
-    """A teacher in memory; teachers of one ``place`` share its weights and bring ``adapter`` parameters each."""
+    """A teacher in memory. Those of one ``place`` share weights; ``adapter`` is each one's own."""
 
     shape: Shape
     place: str
@@ -70,7 +71,7 @@ class TeacherShape:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the worst moment of training, by what they are for; the program itself is not counted."""
+    """Bytes at the worst moment of training, by purpose, without the program itself."""
 
     teachers: int  # weights and heads, or what they said
     student: int  # weights, head and feature projections
@@ -96,7 +97,7 @@ class Footprint:
 
 
 def describe(config: Any) -> Shape:
-    """Count a configuration's parameters on the meta device. Raises `ModelError` when transformers cannot build it."""
+    """Count a configuration's parameters. Raises `ModelError` when transformers cannot build it."""
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -109,7 +110,10 @@ def describe(config: Any) -> Shape:
 
 
 def student_config(recipe: Recipe, *, base: Any, vocabulary: int) -> Any:
-    """The student's configuration; ``base`` is its base's, ``vocabulary`` the tokenizer's size for a fresh one."""
+    """Return the student's configuration from that of its ``base``.
+
+    A fresh student has no base; ``vocabulary`` is the size of its tokenizer.
+    """
     match recipe.student:
         case LoraStudent():
             return base
@@ -137,9 +141,9 @@ def footprint(
     precision: str,
     blocks: int,
 ) -> Footprint:
-    """What training takes, from the sizes of student and teachers, computing in ``precision`` (fp32, bf16).
+    """Sum up a training from the sizes of student and teachers; ``precision`` is fp32 or bf16.
 
-    ``blocks`` are the different ones that training reads, however often: a teacher cache holds each once.
+    ``blocks`` counts the different blocks that are read: a teacher cache holds each of them once.
     """
     config, lora = recipe.training, isinstance(recipe.student, LoraStudent)
     tokens = config.micro_batch * recipe.data.block
@@ -193,7 +197,8 @@ def footprint(
         mine.kept + said + aligned, mine.backward_peak - logits + said, teacher_peak - logits
     )
     best = 4 * trained
-    # The cache is mapped from disk: its pages are given back when memory is short, and a card gets a micro-batch of it at a time.
+    # The cache is mapped from disk: the kernel drops its pages when memory is short, and a GPU gets
+    # one micro-batch of it at a time.
     kept_teachers = heads if cached else bodies + heads
     moments = [
         Memory(kept_teachers, weights + head, 12 * trained + best, activations, logits, "training")
@@ -226,7 +231,7 @@ def footprint(
 def measure_speed(
     recipe: Recipe, config: Any, *, seconds: float, precision: str, device: torch.device
 ) -> float:
-    """Operations a second of the student's layers here, forward and backward, in a trial of about ``seconds``."""
+    """Time the student's layers forward and backward for about ``seconds``: operations a second."""
     prepare_host(recipe.training.threads)
     small = resized(config, layers=2)
     small.vocab_size = TRIAL_VOCABULARY
@@ -245,7 +250,7 @@ def measure_speed(
     return operations_a_second(step, seconds=seconds, device=device)
 
 
-# Tracing ---------------------------------------------------------------------------------------------------------
+# Tracing ---------------------------------------------------------------------------------------
 
 
 def trace_line(
@@ -257,7 +262,10 @@ def trace_line(
     length: int = 0,
     states: bool = False,
 ) -> Trace:
-    """One micro-batch through all layers of ``shape``: forward and backward of the recipe's student, or a teacher's forward."""
+    """Trace one micro-batch through all layers of ``shape``.
+
+    With a recipe that is its student, forward and backward; without, a teacher's forward pass.
+    """
     return on_a_line(
         shape.layers,
         lambda n: _trace(resized(shape.config, layers=n), recipe, rows, length, precision, states),
@@ -301,7 +309,7 @@ def _hidden(model: Any, ids: Tensor, precision: str, *, states: bool = False) ->
 
 
 def _teacher_trace(teacher: TeacherShape, recipe: Recipe, *, precision: str, states: bool) -> Trace:
-    # Quantised layers give what plain ones give: traced as such, in the number type of the forward pass.
+    # Quantised layers give what plain ones give, so they are traced as plain ones.
     return trace_line(
         teacher.shape,
         None,
@@ -313,7 +321,7 @@ def _teacher_trace(teacher: TeacherShape, recipe: Recipe, *, precision: str, sta
 
 
 def _is_cast(recipe: Recipe) -> bool:
-    """Whether the frozen matrices of the student's base are kept in the number type of the forward pass."""
+    """Whether frozen matrices of the base are kept in the number type of the forward pass."""
     return isinstance(recipe.student, LoraStudent) and not recipe.student.dora
 
 
@@ -321,11 +329,11 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-# Sums ------------------------------------------------------------------------------------------------------------
+# Sums ------------------------------------------------------------------------------------------
 
 
 def _body(teacher: TeacherShape, compute: int) -> int:
-    """Bytes of a teacher's weights; fp32 matrices are kept in the number type of the forward pass."""
+    """Bytes of a teacher's weights, whose fp32 matrices take the forward pass's number type."""
     size = teacher.shape.weights(dtype=teacher.dtype, quantize=teacher.quantize)
     cast = teacher.quantize == "none" and teacher.dtype == "fp32"
     return size - teacher.shape.linear * (4 - compute) if cast else size
@@ -343,7 +351,7 @@ def _pairs(
 
 
 def _logits(recipe: Recipe, student: Shape, teachers: int, compute: int) -> int:
-    """Peak of `compress.loss.fused_loss`, measured: K + 2 products [C, V], one of them of the chunk before, and eight fp32 blocks."""
+    """Peak of `fused_loss`, as measured: K + 2 products [C, V] and eight fp32 blocks."""
     label_positions = recipe.training.micro_batch * (recipe.data.block - 1)
     chunk = min(recipe.fusion.chunk, label_positions) * student.vocabulary
     device = recipe.training.device
@@ -385,9 +393,9 @@ def _operations(
     theirs: Sequence[Trace],
     cached_tokens: int,
 ) -> float:
-    """Of all steps and all measurements on held-out text; a product with a head of width d is 2 d V a token.
+    """Operations of all steps and measurements; a product with a head of width d is 2 d V a token.
 
-    With a cache bodies read each block once, and with the `topk` one heads too.
+    With a cache the bodies read each block once; with the `topk` cache the heads do too.
     """
     config = recipe.training
     tokens = config.tokens or 0

@@ -1,6 +1,7 @@
-"""Operations and memory of a model without its weights: its real modules run on fake tensors, which have shapes and no values.
+"""Operations and memory of a model without its weights: its modules run on fake tensors.
 
-Knows torch modules and nothing of recipes; what a loop keeps beside a model is summed by those who call this.
+Fake tensors have shapes and no values. Nothing here knows of recipes; callers add what a loop keeps
+beside a model.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ class Trace:
 def trace_model(
     model: Any, run: Callable[[Any, Tensor], Tensor], *, rows: int, length: int, trains: bool
 ) -> Trace:
-    """``run`` on ``model``, which is on the meta device, and token ids ``[rows, length]``; and backward where it ``trains``."""
+    """Trace ``run`` on a model of the meta device and token ids ``[rows, length]``.
+
+    With ``trains`` the backward pass is traced too.
+    """
     with FakeTensorMode():
         _on_the_cpu(model)
         model.train(trains)
@@ -57,7 +61,7 @@ def trace_model(
 
 
 def on_a_line(layers: int, trace_of: Callable[[int], Trace]) -> Trace:
-    """The trace of ``layers`` layers, from those of few: each layer adds the same."""
+    """Return the trace of ``layers`` layers from traces of few: each layer adds the same."""
     few = [n for n in _TRACED if n < layers] if layers > _TRACED[1] else [layers]
     traces = [trace_of(n) for n in few]
     if len(few) == 1:
@@ -86,7 +90,7 @@ def resized(config: Any, *, layers: int) -> Any:
 
 
 def operations_a_second(step: Callable[[], None], *, seconds: float, device: torch.device) -> float:
-    """Floating-point operations a second of ``step``, done again and again for about ``seconds``: the median."""
+    """Repeat ``step`` for about ``seconds``; return the median of its operations a second."""
     rates: list[float] = []
     started = time.perf_counter()
     while len(rates) < 3 or time.perf_counter() - started < seconds:
@@ -100,7 +104,7 @@ def operations_a_second(step: Callable[[], None], *, seconds: float, device: tor
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the storages that operators made and that are still referred to, and the most there were."""
+    """Bytes of living storages that operators made, now and at the peak."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -127,7 +131,7 @@ class Live(TorchDispatchMode):
 
 
 def _on_the_cpu(model: Any) -> None:
-    """Give every parameter and buffer of a model on the meta device to the fake tensors of the mode that is on."""
+    """Replace parameters and buffers of the meta device by fake tensors of the active mode."""
     made: dict[int, Any] = {}
     for module in model.modules():
         for kind in (module._parameters, module._buffers):

@@ -1,8 +1,8 @@
 """Classifiers: cross-entropy with the label plus the divergence from the fused teachers.
 
-The loss is that of `compress.loss` with classes in place of the vocabulary: the logits ``[R, C]`` go in
-as the state of one position under a head that changes nothing, so weights, divergences and calibration
-are the very same code.
+The loss is that of `compress.loss` with classes in place of the vocabulary: the logits ``[R, C]``
+go in as the state of one position under a head that changes nothing, so weights, divergences and
+calibration are the very same code.
 """
 
 from __future__ import annotations

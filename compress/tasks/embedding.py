@@ -8,11 +8,11 @@ With unit vectors s_i of the student and e_ki of teacher k, and similarities wit
     relational  1/R sum_i KL(sum_k w_ki p_ki || q_i), or
                 the mean over i != j of (sum_k w_ki e_ki.e_kj - s_i.s_j)^2
 
-Entropy weights after Meng et al. (arXiv 2507.15198), with the entropy of the similarities. The KL between
-similarity distributions follows CompRess (arXiv 2010.14713) and SEED (arXiv 2101.04731), the squared
-form RKD (arXiv 1904.05068). P_k is a Linear for each teacher, the identity at first where widths agree:
-the teachers' spaces are unrelated, so no one vector could be near all of them. It lies outside the
-student and is thrown away.
+Entropy weights follow Meng et al. (arXiv 2507.15198), with the entropy of the similarities. The KL
+between similarity distributions follows CompRess (arXiv 2010.14713) and SEED (arXiv 2101.04731),
+the squared form RKD (arXiv 1904.05068). P_k is a Linear for each teacher and starts as the
+identity where widths agree: the teachers' spaces are unrelated, so no one vector could be near all
+of them. It lies outside the student and is thrown away.
 
 Shapes: K teachers, R examples of a batch, N of the whole, d student and d_k teacher width.
 """

@@ -1,7 +1,7 @@
 """What classifiers and sentence encoders share: examples, teachers that answer once, saving.
 
-Shapes: R examples of a batch, N of the whole, L tokens, C classes, d width. An answer is what a model
-says of an example: logits ``[C]``, or a unit vector ``[d]``.
+Shapes: R examples of a batch, N of the whole, L tokens, C classes, d width. An answer is a model's
+output for an example: logits ``[C]``, or a unit vector ``[d]``.
 """
 
 from __future__ import annotations
@@ -378,7 +378,7 @@ class EncoderStep:
 
 
 def _require_whole_shares(recipe: EncoderRecipe, accelerator: Any) -> None:
-    """Raise unless every process gets as many examples of each step, and holds the whole student."""
+    """Raise unless all processes get equal shares of each step and hold the whole student."""
     processes, batch = accelerator.num_processes, recipe.training.batch
     if accelerator.distributed_type == DistributedType.FSDP:
         raise EnvironmentalError(

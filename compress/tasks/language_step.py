@@ -1,4 +1,4 @@
-"""One optimiser step of a language model: micro-batches, their loss, and the terms that the log has.
+"""One optimiser step of a language model: micro-batches, their loss, and terms for the log.
 
 Shapes: K teachers, D domains, R rows of a micro-batch, L positions, P aligned layer pairs.
 """
@@ -116,7 +116,7 @@ class LanguageStep:
         return terms.loss + features.weight * rise * gap, terms, float(gap.detach())
 
     def _global_means(self) -> Tensor:
-        """Mean entropy and label log-likelihood ``[2, K]`` of the teachers over the global batch."""
+        """Return mean entropy and label log-likelihood ``[2, K]`` over the global batch."""
         task = self.task
         sums_2K = torch.zeros(2, len(task.teachers), device=task.device)
         for part in self.parts:

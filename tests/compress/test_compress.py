@@ -929,3 +929,26 @@ def test_frozen_matrices_cast_once_give_the_same_bits(tmp_path: Path) -> None:
         found.append([hidden, *(p.grad for p in model.parameters() if p.requires_grad)])
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+
+
+# Trackers -------------------------------------------------------------------------------------
+
+
+def test_trackers_get_the_numbers_of_the_log(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX")
+    recipe = tiny(tmp_path, training={"tokens": 128, "trackers": ["tensorboard"]})
+    plain = tiny(tmp_path, training={"tokens": 128})
+    assert recipe.distillation() == plain.distillation()  # what is logged trains nothing again
+    student = compress.distill(recipe=recipe, out=tmp_path / "student").path
+    (file,) = (student / "trackers").rglob("events*")
+    assert b"step/loss" in file.read_bytes()
+    assert b"evaluate/nll/" in file.read_bytes()
+
+
+def test_a_tracker_that_is_not_installed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "get_available_trackers", list)
+    recipe = tiny(tmp_path, training={"trackers": ["wandb"]})
+    with pytest.raises(EnvironmentalError, match="trackers: wandb cannot be imported here; run"):
+        compress.distill(recipe=recipe, out=tmp_path / "student")

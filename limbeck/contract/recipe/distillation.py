@@ -322,6 +322,9 @@ TeacherCache = Annotated[
 ]
 
 
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
+
 class Training(Frozen):
     """The one loop."""
 
@@ -369,4 +372,9 @@ class Training(Frozen):
     )
     patience: Count | None = Field(
         None, description="Measurements without a better held-out NLL before stopping."
+    )
+    trackers: tuple[Tracker, ...] = Field(
+        (),
+        description="Experiment trackers that get the numbers of the log too, beside the student and "
+        "offline unless their own environment variables say otherwise; each needs its package.",
     )

@@ -30,6 +30,7 @@ from limbeck.contract.recipe.distillation import (
     LabelWeights,
     Sizes,
     StaticWeights,
+    Tracker,
     UniformWeights,
 )
 from limbeck.contract.recipe.export import (
@@ -238,6 +239,11 @@ class EncoderTraining(Frozen):
     )
     checkpoint_every: Count = Field(
         50, description="Steps between checkpoints of a run that may be interrupted."
+    )
+    trackers: tuple[Tracker, ...] = Field(
+        (),
+        description="Experiment trackers that get the numbers of the log too, beside the student and "
+        "offline unless their own environment variables say otherwise; each needs its package.",
     )
 
 

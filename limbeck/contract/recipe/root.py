@@ -82,7 +82,9 @@ class BaseRecipe(Frozen):
     def distillation(self) -> dict[str, Any]:
         """The part of `resolved` that decides the student's weights."""
         whole = self.resolved()
-        return {key: whole[key] for key in self._decides_weights}
+        part = {key: whole[key] for key in self._decides_weights}
+        unlogged = {k: v for k, v in part["training"].items() if k != "trackers"}
+        return part | {"training": unlogged}
 
     @property
     def digest(self) -> str:

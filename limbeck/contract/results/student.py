@@ -72,7 +72,7 @@ class StudentResult:
     encoder: EncoderFigures | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the dictionary that a manifest holds: one level, without the other task's fields."""
+        """Return the manifest's dictionary: one level, without the fields of other tasks."""
         found = asdict(self)
         found["teachers"] = {
             name: {field: value for field, value in report.items() if value is not None}
@@ -83,7 +83,7 @@ class StudentResult:
 
     @classmethod
     def of(cls, artifact: Artifact) -> StudentResult:
-        """Read the result of a ``student`` artifact. Raises `ArtifactError` where a field is missing."""
+        """Read the result of a ``student`` artifact. Raises `ArtifactError` for a missing field."""
         found = artifact.result
         try:
             given = {f.name: found[f.name] for f in fields(cls) if f.name in _COMMON}
@@ -98,8 +98,8 @@ class StudentResult:
                 given["encoder"] = _read(EncoderFigures, encoder)
         except (KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(
-                f"{artifact.path}: its manifest is not what this version writes ({error}); delete the "
-                "folder and train the student again."
+                f"{artifact.path}: its manifest is not what this version writes ({error}); delete "
+                "the folder and train the student again."
             ) from None
         return cls(**given)
 
