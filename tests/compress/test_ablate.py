@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from compress import ablate
 from limbeck.contract.errors import RecipeError
 from limbeck.contract.recipe import Recipe
 from tests.compress.test_compress import killed_while_writing, tiny
+from tests.encoders import classifier_recipe, embedding_recipe, source
 
 
 def fake(arm: str, seed: int, gain: float) -> dict[str, object]:
@@ -70,20 +72,51 @@ def test_arms_run_to_a_table_a_picture_and_go_on(
     assert found["arms"]["static"]["weights"]["code"].keys() == {"a", "b"}
     assert (out / "ablation.svg").read_text().startswith("<?xml")
     assert json.loads((out / "ablation.json").read_text())["seeds"] == 1
-    assert ablate.markdown(found["arms"]).count("\n") == 6
+    assert found["markdown"].count("\n") == 6
     monkeypatch.setattr(ablate, "_train_arm", None)
     assert ablate.ablate(recipe=recipe, products={}, out=out, arms=arms, seeds=1) == found
+
+
+@pytest.mark.parametrize("make", [classifier_recipe, embedding_recipe], ids=["classes", "vectors"])
+def test_encoders_have_controls_too(tmp_path: Path, make: Any) -> None:
+    training = {"examples": 32, "batch": 8, "precision": "fp32", "threads": 1}
+    over: dict[str, Any] = {"training": training}
+    if make is classifier_recipe:
+        labels = {"id2label": {"0": "code", "1": "prose"}}
+        models = [source(seed=n) for n in (1, 2)]
+        named = [{**m, "config": m["config"] | labels} for m in models]
+        over["teachers"] = [{"name": f"t{n}", "model": m} for n, m in enumerate(named)]
+    recipe, out = make(**over), tmp_path / "ablation"
+    arms = ["best-single", "static", "entropy-inverted", "recipe"]
+    found = ablate.ablate(recipe=recipe, products={}, out=out, arms=arms, seeds=1)
+    design = ablate.DESIGNS[recipe.task]
+    assert set(found["arms"]) == {design.reference, *arms}
+    for run in json.loads((out / "runs.json").read_text())["runs"].values():
+        losses = [value for group in run["loss"].values() for value in group]
+        assert len(losses) == sum(map(sum, run["labels"].values()))
+    row = found["arms"]["recipe"]
+    assert ("accuracy" in row) == ("perplexity" in row) == design.is_nll
+    if not design.is_nll:
+        assert 0 < row["mean_loss"] < 2  # 1 - a rank correlation
+    assert f"against {design.reference}" in found["markdown"]
+
+
+def teachers_of_loss(**losses: float) -> SimpleNamespace:
+    """A run whose teachers have these losses."""
+    values = list(losses.values())
+    return SimpleNamespace(
+        task=SimpleNamespace(names=list(losses), teacher_loss=lambda k: values[k])
+    )
 
 
 def test_killed_while_the_teachers_figures_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny(tmp_path)
-    monkeypatch.setattr(ablate, "setup", lambda **_: None)
-    monkeypatch.setattr(ablate, "measure_teachers", lambda _: {"a": {"mean_nll": 1.5}})
+    monkeypatch.setattr(ablate, "setup", lambda **_: teachers_of_loss(a=1.5))
     with killed_while_writing(), pytest.raises(KeyboardInterrupt):
-        ablate._teacher_nll(recipe, {}, tmp_path, "key")
-    assert ablate._teacher_nll(recipe, {}, tmp_path, "key") == {"a": 1.5}
+        ablate._teacher_losses(recipe, {}, tmp_path, "key")
+    assert ablate._teacher_losses(recipe, {}, tmp_path, "key") == {"a": 1.5}
 
 
 def test_nothing_is_compared_across_other_text(
@@ -99,18 +132,17 @@ def test_nothing_is_compared_across_other_text(
         recipe: Recipe, products: Any, out: Path, arm: str, seed: int, key: str
     ) -> dict[str, object]:
         trained.append(arm)
-        assert ablate._teacher_nll(recipe, products, out, key) == {"a": len(measured), "b": 1.0}
+        assert ablate._teacher_losses(recipe, products, out, key) == {"a": len(measured), "b": 1.0}
         return fake(arm, seed, 0.0)
 
-    def measure(key: str) -> dict[str, dict[str, float]]:
+    def measure(*, key: str, **_: Any) -> SimpleNamespace:
         measured.append(key)
-        return {"a": {"mean_nll": len(measured)}, "b": {"mean_nll": 1.0}}
+        return teachers_of_loss(a=len(measured), b=1.0)
 
     monkeypatch.setattr(ablate, "_train_arm", train_arm)
-    monkeypatch.setattr(ablate, "setup", lambda **asked: asked["key"])
-    monkeypatch.setattr(ablate, "measure_teachers", measure)
-    monkeypatch.setattr(ablate, "summarise", lambda *_: {})
-    monkeypatch.setattr(ablate, "_draw", lambda *_: None)
+    monkeypatch.setattr(ablate, "setup", measure)
+    for unused in ("summarise", "draw", "markdown", "verdict"):
+        monkeypatch.setattr(ablate, unused, lambda *_, **__: {})
     for words, arms in (("one", ["recipe"]), ("one", ["recipe", "uniform"]), ("two", ["recipe"])):
         text.write_text(words)
         ablate.ablate(recipe=recipe, products={}, out=out, arms=arms, seeds=1)
