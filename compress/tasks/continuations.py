@@ -6,7 +6,6 @@ Shapes: R rows, L positions, C label positions of a chunk, d width, V vocabulary
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,10 +13,8 @@ from torch import Tensor
 
 from compress.head import IGNORED, chunks_of_labels
 from compress.states import TeacherStates
+from compress.tasks.language_models import LanguageModels
 from limbeck.contract.generated import distinct, repetition
-
-if TYPE_CHECKING:
-    from compress.tasks.language import LanguageTask
 
 _MOST = 32  # tokens read, and as many generated after them
 _BATCHES = 2  # of held-out rows a domain
@@ -25,7 +22,7 @@ Batch = tuple[Tensor, Tensor]  # token ids and labels [R, L]
 
 
 @torch.no_grad()
-def against_mixture(task: LanguageTask, batches: list[list[Batch]]) -> dict[str, float]:
+def against_mixture(task: LanguageModels, batches: list[list[Batch]]) -> dict[str, float]:
     """Compare with the uniform mixture of the teachers at tau = 1, which no arm is trained on.
 
     Returns KL(mixture || student) in nats a token and the share of equal first choices.
@@ -52,7 +49,7 @@ def against_mixture(task: LanguageTask, batches: list[list[Batch]]) -> dict[str,
 
 
 @torch.no_grad()
-def continuations(task: LanguageTask, batches: list[list[Batch]]) -> dict[str, float]:
+def continuations(task: LanguageModels, batches: list[list[Batch]]) -> dict[str, float]:
     """Continue held-out text greedily.
 
     Returns the share of tokens that are the text's own, of different pairs, and of repeated pieces;

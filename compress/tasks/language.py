@@ -1,60 +1,31 @@
-"""Language models: teachers and blocks of text, their loss for each token, and held-out NLL.
+"""Language models: the loss for each token of a block, and held-out NLL.
 
-Shapes: K teachers, D domains, R rows (blocks), L positions, d width, P aligned layer pairs.
+Shapes: R rows (blocks), L positions, d width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compress.data.blocks import IGNORED, DomainBlocks, labels_of, load_blocks, training_order
-from compress.features import Projections, layer_pairs
-from compress.head import Head, fit_temperature, label_nll
-from compress.models.attention import use_short_attention
-from compress.models.body import Body, causal_lm
-from compress.models.language import (
-    DTYPES,
-    cast_frozen,
-    load_model,
-    load_tokenizer,
-    require_same_tokenizer,
-)
-from compress.models.students import Student, build_model, save_student, student_folder
+from compress.data.blocks import IGNORED, DomainBlocks, labels_of
+from compress.head import fit_temperature, label_nll
+from compress.models.body import Body
+from compress.models.language import load_model
+from compress.models.students import save_student
 from compress.states import SparseStates, TeacherStates
 from compress.tasks.continuations import against_mixture, continuations
+from compress.tasks.language_models import LanguageModels, heldout_batches
 from compress.tasks.language_step import LanguageStep
 from compress.tasks.saved import Saved
-from compress.teachers.cache import CachedTeachers
-from compress.teachers.live import Teachers, teacher_folders
-from limbeck.contract.errors import RecipeError
-from limbeck.contract.heldout import (
-    CALIBRATION,
-    HELDOUT,
-    Blocks,
-    mean_nll,
-    save_calibration,
-    save_heldout,
-)
-from limbeck.contract.licences import sources_of
-from limbeck.contract.progress import say, task
-from limbeck.contract.recipe import (
-    FittedCalibration,
-    FixedCalibration,
-    LoraStudent,
-    NoCache,
-    Recipe,
-    ShrinkStudent,
-)
+from limbeck.contract.heldout import CALIBRATION, HELDOUT, mean_nll, save_calibration, save_heldout
+from limbeck.contract.progress import task
+from limbeck.contract.recipe import FittedCalibration, FixedCalibration, LoraStudent
 from limbeck.contract.results.student import LanguageFigures, Parameters, TeacherResult
 
 _CALIBRATION_ROWS = 24  # training blocks that travel with a student, for the export's calibration
@@ -63,164 +34,17 @@ _CALIBRATION_ROWS = 24  # training blocks that travel with a student, for the ex
 Scorer = Callable[[Tensor, Tensor], Tensor]
 
 
-class LanguageTask:
+class LanguageTask(LanguageModels):
     """See `compress.tasks.Task`."""
 
     unit = "tokens"
     selects: str | None = "mean_nll"
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        *,
-        products: Mapping[str, Path],
-        accelerator: Any,
-        precision: str,
-        model: Any = None,
-    ) -> None:
-        """Load everything. ``model`` is a causal LM to train further; None builds the recipe's."""
-        require_share_for_all(
-            recipe,
-            processes=accelerator.num_processes,
-            sharded=accelerator.distributed_type == DistributedType.FSDP,
-        )
-        self.recipe, self.accelerator, self.precision = recipe, accelerator, precision
-        self.device: torch.device = accelerator.device
-        self.minutes, self.patience = recipe.training.minutes, recipe.training.patience
-        self._order = np.zeros((0, 2), np.int64)
-        self._frozen_head: Head | None = None
-        with accelerator.main_process_first():  # the first one fills the cache, the others read it
-            self.folders = teacher_folders(recipe, products)
-            self.folder = student_folder(recipe, [f.tokenizer for f in self.folders])
-            if self.folders:
-                tokenizers = {f.name: f.tokenizer for f in self.folders}
-                require_same_tokenizer({"the student": self.folder} | tokenizers)
-            self.blocks = load_blocks(recipe, load_tokenizer(self.folder))
-            # Licences are read now: the folders may be gone when the training is over.
-            whole = [f.whole for f in self.folders]
-            self.sources = sources_of(recipe, base=self.folder, teachers=whole)
-            self.student = self._build(model)
-        self.names, self.temperatures = self.teachers.names, self.teachers.temperatures
-        self._fill_cache()
-
-    def _build(self, model: Any) -> Student:
-        """The student with projections beside it, after the teachers that it is aligned with."""
-        recipe, made = self.recipe, model is None
-        self.importance, self.kept = None, dict[str, Any]()
-        if made:
-            model, self.importance, self.kept = build_model(
-                recipe, folder=self.folder, calibration=self._calibration(), device=self.device
-            )
-        if self.kept:
-            now, before = (self.kept[n] / 1e6 for n in ("parameters", "parameters_before"))
-            say(f"  student: {now:.1f}M of {before:.1f}M parameters kept")
-        dtype, cache = DTYPES[self.precision], recipe.training.teacher_cache
-        self.teachers: Teachers | CachedTeachers = (
-            Teachers(self.folders, device=self.device, compute_dtype=dtype)
-            if isinstance(cache, NoCache)
-            else CachedTeachers(self.folders, cache=cache, device=self.device, compute_dtype=dtype)
-        )
-        use_short_attention(causal_lm(model))
-        student = Student(model, self._projections(Body(model))).to(self.device)
-        # DoRA takes norms of the base's weights; how a given model is trained is not known here.
-        if made and isinstance(recipe.student, LoraStudent) and not recipe.student.dora:
-            cast_frozen(model, dtype)
-        if recipe.training.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
-        return student
-
-    def _projections(self, student: Body) -> Projections | None:
-        features, teachers = self.recipe.features, self.teachers
-        if not len(teachers) or features.weight == 0:
-            return None
-        pairs = [
-            layer_pairs(features, student_layers=student.layers, teacher_layers=depth)
-            for depth in teachers.depths
-        ]
-        return Projections(student_width=student.width, teacher_widths=teachers.widths, pairs=pairs)
-
-    def _fill_cache(self) -> None:
-        """Let the teachers read every block that training and measuring will need, once."""
-        if not isinstance(self.teachers, CachedTeachers):
-            return
-        rows = [
-            row
-            for b in self.blocks
-            for batch in heldout_batches(b.heldout)
-            for row in zip(*batch, strict=True)
-        ]
-        for step in range(self.steps or 0):
-            rows += zip(*self.batch(step)[1:], strict=True)
-        with self.accelerator.main_process_first(), self.accelerator.autocast():
-            self.teachers.prepare(rows, self.teacher_layers)
-
-    # Text --------------------------------------------------------------------------------------
-
-    @property
-    def steps(self) -> int | None:
-        """Steps of a budget in tokens; None where the budget is in minutes."""
-        config = self.recipe.training
-        return config.tokens // config.batch_tokens if config.tokens is not None else None
-
-    @property
-    def teacher_layers(self) -> list[list[int]] | None:
-        """Layers of each teacher that feature alignment looks at."""
-        projections = self.student.projections
-        if projections is None:
-            return None
-        return [[j for _, j in pairs] for pairs in projections.pairs]
-
-    def batch(self, step: int) -> tuple[npt.NDArray[np.int64], Tensor, Tensor]:
-        """Return domains ``[R]``, token ids and labels ``[R, L]`` of the global batch of a step.
-
-        A function of the seed and the step alone.
-        """
-        rows = self.recipe.training.batch_tokens // self.recipe.data.block
-        last = step * rows + rows
-        if len(self._order) < last:
-            # A longer order begins with the shorter one, so growing it changes nothing.
-            count = 1 << last.bit_length()
-            self._order = training_order(self.blocks, count=count, seed=self.recipe.seed)
-        picked = self._order[step * rows : last]
-        ids = np.stack([self.blocks[d].train_ids[r] for d, r in picked])
-        scored = np.stack([self.blocks[d].train_scored[r] for d, r in picked])
-        return picked[:, 0], torch.from_numpy(ids).long(), torch.from_numpy(labels_of(ids, scored))
-
-    def _calibration(self) -> list[Tensor]:
-        """Training blocks that a shrunk student's importance is measured on."""
-        if not isinstance(self.recipe.student, ShrinkStudent):
-            return []
-        rows = self._training_rows(self.recipe.student.calibration_blocks)
-        return [torch.from_numpy(row).long()[None] for row in rows]
-
-    def _training_rows(self, count: int) -> list[npt.NDArray[np.int32]]:
-        """The first ``count`` training blocks in the recipe's mixture, without their padding."""
-        order = training_order(self.blocks, count=count, seed=self.recipe.seed)
-        blocks = self.blocks
-        return [np.array(blocks[d].train_ids[r, : blocks[d].train_lengths[r]]) for d, r in order]
 
     # Training ----------------------------------------------------------------------------------
 
     def step(self, index: int, *, progress: float) -> LanguageStep:
         """See `compress.tasks.Task`."""
         return LanguageStep(self, self.batch(index), progress)
-
-    def student_head(self) -> Head:
-        """Return the student's head in the number type of the training.
-
-        Call it inside the student's forward pass: only there FSDP has gathered the weights.
-        """
-        head, dtype = Body(self.student.model).head, DTYPES[self.precision]
-        if head.weight_Vd.dtype == dtype:
-            return head
-        if self._frozen_head is not None:
-            return self._frozen_head
-        bias = head.bias_V.to(dtype) if head.bias_V is not None else None
-        cast = replace(head, weight_Vd=head.weight_Vd.to(dtype), bias_V=bias)
-        if not head.weight_Vd.requires_grad:
-            self._frozen_head = cast  # it never changes, so it is cast once
-        return cast
 
     # Measuring ---------------------------------------------------------------------------------
 
@@ -324,7 +148,7 @@ class LanguageTask:
         if self.importance is not None:
             save_file(self.importance.tensors(), folder / "importance.safetensors")
         save_heldout(folder / HELDOUT, {b.name: b.heldout for b in self.blocks})
-        save_calibration(folder / CALIBRATION, self._training_rows(_CALIBRATION_ROWS))
+        save_calibration(folder / CALIBRATION, self.training_rows(_CALIBRATION_ROWS))
         merged = Body(load_model(folder / "model", device=self.device))
         sums = evaluate(
             lambda ids, labels: label_nll(merged.states(ids)[0], merged.head, labels),
@@ -347,32 +171,6 @@ class LanguageTask:
             sources={name: self.sources[name] for name in ("base", "texts")},
             language=figures,
         )
-
-
-def require_share_for_all(recipe: Recipe, *, processes: int, sharded: bool) -> None:
-    """Raise `RecipeError` unless every process gets blocks of every step.
-
-    When ``sharded``, all need the same number of forward passes too: FSDP gathers the parameters in
-    every forward pass, from all processes.
-    """
-    config, block = recipe.training, recipe.data.block
-    rows = config.batch_tokens // block
-    most, fewest = (
-        -(-count // config.micro_batch) for count in (-(-rows // processes), rows // processes)
-    )
-    if rows >= processes and (most == fewest or not sharded):
-        return
-    why = (
-        f"the {rows} blocks of a step cannot be shared by {processes} processes"
-        if rows < processes
-        else f"of the {rows} blocks of a step some of {processes} processes would run {most} "
-        f"micro-batches and others {fewest}"
-    )
-    fits = max(rows // processes, 1) * processes * block
-    raise RecipeError(
-        f"training.batch_tokens: found {config.batch_tokens} with data.block {block}: {why}; make "
-        f"it a multiple of {processes * block}, for example {fits}, or start fewer processes."
-    )
 
 
 @torch.no_grad()
@@ -399,12 +197,3 @@ def per_token(
         for b in blocks
     }
     return {name: sum(sums) / counts[name] for name, sums in nll.items()}
-
-
-def heldout_batches(heldout: Blocks, rows: int = 4) -> list[tuple[Tensor, Tensor]]:
-    """Return token ids and labels ``[rows, L]`` of held-out blocks."""
-    ids, labels = heldout.input_ids, labels_of(heldout.input_ids, heldout.scored)
-    return [
-        (torch.from_numpy(ids[i : i + rows]).long(), torch.from_numpy(labels[i : i + rows]))
-        for i in range(0, len(ids), rows)
-    ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +19,9 @@ from compress.head import IGNORED
 from compress.loss import FusionTerms, fused_loss
 from compress.models.language import DTYPES
 from compress.states import SparseStates, TeacherStates, teacher_statistics
+from compress.tasks.language_models import LanguageModels
 from compress.weights import span_of
 from limbeck.contract.recipe import fingerprint
-
-if TYPE_CHECKING:
-    from compress.tasks.language import LanguageTask
 
 
 class LanguageStep:
@@ -31,7 +29,7 @@ class LanguageStep:
 
     def __init__(
         self,
-        task: LanguageTask,
+        task: LanguageModels,
         batch: tuple[npt.NDArray[np.int64], Tensor, Tensor],
         progress: float,
     ) -> None:

@@ -34,7 +34,7 @@ from compress.models.language import (
     require_same_tokenizer,
 )
 from compress.models.students import with_lora
-from compress.tasks import language_step
+from compress.tasks import language_models, language_step
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import (
     ArtifactError,
@@ -480,7 +480,7 @@ def test_every_process_needs_blocks_of_every_step(
         tmp_path, training={"batch_tokens": tokens, "tokens": tokens, "micro_batch": micro}
     )
     if problem is None:
-        train.require_share_for_all(recipe, processes=processes, sharded=sharded)
+        language_models.require_share_for_all(recipe, processes=processes, sharded=sharded)
         return
     kind = DistributedType.FSDP if sharded else DistributedType.MULTI_CPU
     for name, value in (("num_processes", processes), ("distributed_type", kind)):
