@@ -1,4 +1,4 @@
-"""The decoder loop, sampling, tokenising and streaming of `limbeck.runtime.decoder`."""
+"""The decoder loop, tokenising and streaming of `limbeck.runtime`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from limbeck.contract.errors import ArtifactError, DataError, EnvironmentalError
 from limbeck.runtime.decoder import Decoder
 from limbeck.runtime.sampling import Sampling, choose
 from limbeck.runtime.session import import_onnxruntime
-from limbeck.runtime.text import load_text
+from limbeck.runtime.text import load_text, well_formed
 from tests.pico import make_model, make_student, make_tokenizer, pico_recipe
 
 
@@ -290,6 +290,55 @@ def test_a_file_that_was_cut_short_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text((tmp_path / name).read_text()[:-5])
     with pytest.raises(ArtifactError, match=rf"{name}: .*; copy the folder again"):
         load_text(tmp_path)
+
+
+def test_every_files_end_token_ends_an_answer(tmp_path: Path) -> None:
+    """A chat model as it is found: each file names another end."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>", "<|end|>"]})
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.save_pretrained(tmp_path)
+    end = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|end|>"])
+    assert load_text(tmp_path).stop_ids == {end[0]}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [256, 9]}')
+    (tmp_path / "config.json").write_text('{"eos_token_id": 10}')
+    (tmp_path / "genai_config.json").write_text(f'{{"model": {{"eos_token_id": [{end[1]}]}}}}')
+    assert load_text(tmp_path).stop_ids == {256, 9, 10, *end}
+
+
+@pytest.mark.parametrize(
+    ("template", "before"), [("<s> $A </s>", [258]), ("$A </s>", []), ("<s> $A", [258])]
+)
+def test_a_prompt_keeps_its_beginning_and_has_no_end(
+    tmp_path: Path, template: str, before: list[int]
+) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    bos, eos = tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
+    assert (bos, eos) == (258, 259)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=[("<s>", bos), ("</s>", eos)]
+    )
+    tokenizer.save_pretrained(tmp_path)
+    text = load_text(tmp_path)
+    plain = tokenizer("ab", add_special_tokens=False)["input_ids"]
+    assert text.encode("ab") == [*before, *plain]
+    assert text.encode("ab</s>") == [*before, *plain, eos]  # the text's own is the user's
+    assert text.encode("") == before
+
+
+@pytest.mark.parametrize("lone", ["\ud800", "a\udfffb", "\udc80\udcff b"])
+def test_a_lone_surrogate_is_a_replacement_character(exported: Artifact, lone: str) -> None:
+    text = load_text(exported.path)
+    expected = "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in lone)
+    assert well_formed(lone) == expected
+    assert text.encode(lone) == text.encode(expected)
+    ids = text.chat([{"role": "user", "content": lone}])
+    assert ids == text.chat([{"role": "user", "content": expected}])
+    assert well_formed("\ud83d\ude00") == "😀"  # a pair is one character
+    assert well_formed("Grüße 😀") == "Grüße 😀"
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -321,6 +321,142 @@ def test_the_models_own_end(served: Artifact, server: Listener, client: openai.O
     assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", 20)  # type: ignore[union-attr]
 
 
+@cache
+def torchs(folder: Path) -> Any:
+    """Log-probabilities ``[L, V]`` of torch after each token of a row."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder.parent / "student/model")
+
+    def score(ids: list[int]) -> Any:
+        with torch.inference_mode():
+            return model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+
+    return score
+
+
+def test_logprobs_are_torchs(served: Artifact, client: openai.OpenAI) -> None:
+    text = load_text(served.path)
+    ids = text.encode("logprobs")
+    made = list(alone(served.path).generate(ids, 6))
+    expected = torchs(served.path)([*ids, *made])[len(ids) - 1 : -1]
+    labels = [float(row[token]) for row, token in zip(expected, made, strict=True)]
+    options: dict[str, Any] = {"model": "pico", "max_tokens": 6, "temperature": 0}
+
+    def shown(token: int) -> str:
+        return str(text.tokenizer.decode([token], skip_special_tokens=False))
+
+    asked = options | {"prompt": "logprobs", "logprobs": 3, "extra_body": {"ignore_eos": True}}
+    found = client.completions.create(**asked).choices[0].logprobs
+    assert found is not None
+    assert found.tokens == [shown(token) for token in made]
+    assert found.token_logprobs == pytest.approx(labels, abs=1e-4)
+    events = [e for e in client.completions.create(**asked, stream=True) if e.choices[0].logprobs]
+    assert [t for e in events for t in e.choices[0].logprobs.tokens or []] == found.tokens  # type: ignore[union-attr]
+    offsets = [o for e in events for o in e.choices[0].logprobs.text_offset or []]  # type: ignore[union-attr]
+    assert offsets == found.text_offset
+    by_id = asked["extra_body"] | {"return_tokens_as_token_ids": True}
+    found = client.completions.create(**asked | {"extra_body": by_id}).choices[0].logprobs
+    assert found.tokens == [f"token_id:{token}" for token in made]  # type: ignore[union-attr]
+    # Bytes that are no text look alike, so the likeliest are compared by their ids.
+    for row, top in zip(expected, found.top_logprobs or [], strict=True):  # type: ignore[union-attr]
+        values, tokens = row.topk(3)
+        for value, token in zip(values, tokens, strict=True):
+            assert top[f"token_id:{token}"] == pytest.approx(float(value), abs=1e-4)
+
+    ids = text.chat(CHAT)
+    made = list(alone(served.path).generate(ids, 6))
+    expected = torchs(served.path)([*ids, *made])[len(ids) - 1 : -1]
+    asked = options | {"messages": CHAT, "extra_body": {"ignore_eos": True}}
+    content = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2).choices[0].logprobs.content  # type: ignore[union-attr]  # fmt: skip
+    assert content is not None
+    for row, token, one in zip(expected, made, content, strict=True):
+        assert one.logprob == pytest.approx(float(row[token]), abs=1e-4)
+        assert bytes(one.bytes or []).decode() == one.token == shown(token)
+        tops = [top.logprob for top in one.top_logprobs]
+        assert tops == pytest.approx(row.topk(2).values.tolist(), abs=1e-4)
+    assert client.chat.completions.create(**asked).choices[0].logprobs is None
+
+
+def test_logprobs_of_the_prompt_are_torchs(served: Artifact, server: Listener) -> None:
+    ids = np.random.default_rng(2).integers(0, 256, 300).tolist()  # three chunks of the scorer
+    expected = torchs(served.path)(ids)
+    body = {"model": "pico", "prompt": ids, "max_tokens": 1, "temperature": 0}
+    status, _, answer = bare(server, "POST", "/v1/completions", body | {"prompt_logprobs": 3})
+    assert status == 200, answer
+    first, *found = answer["choices"][0]["prompt_logprobs"]
+    assert first is None
+    assert len(found) == len(ids) - 1
+    for row, label, one in zip(expected, ids[1:], found, strict=False):
+        assert one[str(label)]["logprob"] == pytest.approx(float(row[label]), abs=1e-4)
+        best = {str(int(token)): float(value) for value, token in zip(*row.topk(3), strict=True)}
+        assert one.keys() == best.keys() | {str(label)}
+        assert {t: one[t]["logprob"] for t in best} == pytest.approx(best, abs=1e-4)
+        assert [one[t]["rank"] for t in best] == [1, 2, 3]
+        assert one[str(label)]["rank"] == int((row > row[label]).sum()) + 1
+
+    echo = {"echo": True, "logprobs": 1, "max_tokens": 0}  # as lm-eval asks
+    answer = bare(server, "POST", "/v1/completions", body | echo)[2]
+    (choice,), usage = answer["choices"], answer["usage"]
+    labels = [float(row[label]) for row, label in zip(expected, ids[1:], strict=False)]
+    assert choice["text"] == load_text(served.path).tokenizer.decode(ids)
+    assert choice["logprobs"]["token_logprobs"][0] is None
+    assert choice["logprobs"]["token_logprobs"][1:] == pytest.approx(labels, abs=1e-4)
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (300, 0)
+    full = [*ids, *ids][:512]
+    status, _, answer = bare(server, "POST", "/v1/completions", body | echo | {"prompt": full})
+    assert status == 200, answer  # without an answer the prompt may fill the context
+
+
+def test_several_choices_are_several_requests(served: Artifact, client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "pico", "prompt": "choices", "max_tokens": 12}
+    asked["extra_body"] = {"ignore_eos": True}
+    alone = [client.completions.create(**asked, seed=7 + at).choices[0].text for at in range(3)]
+    answer = client.completions.create(**asked, seed=7, n=3)
+    assert [choice.text for choice in answer.choices] == alone
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (7, 36)  # type: ignore[union-attr]
+    texts = {0: "", 1: "", 2: ""}
+    ends = []
+    for event in client.completions.create(**asked, seed=7, n=3, stream=True):
+        (choice,) = event.choices
+        texts[choice.index] += choice.text
+        ends += [choice.index] if choice.finish_reason else []
+    assert (list(texts.values()), sorted(ends)) == (alone, [0, 1, 2])
+
+
+def test_penalties_and_filters_are_the_decoders(served: Artifact, client: openai.OpenAI) -> None:
+    text = load_text(served.path)
+    given = {"top_k": 9, "min_p": 0.02, "repetition_penalty": 1.4, "min_tokens": 9}
+    more = {"frequency_penalty": 0.6, "presence_penalty": 0.3, "temperature": 1.2, "top_p": 0.9}
+    sampling = Sampling(**given, **more)  # type: ignore[arg-type]
+    drawn = alone(served.path).generate(
+        text.encode("penalties"), 20, stop_ids=text.stop_ids, sampling=sampling, seed=5
+    )
+    answer = client.completions.create(
+        model="pico", prompt="penalties", max_tokens=20, seed=5, **more, extra_body=given
+    )  # type: ignore[call-overload]
+    assert answer.choices[0].text == "".join(text.stream(drawn))
+
+
+def test_reused_prompt_tokens_are_counted(server: Listener) -> None:
+    body = {"model": "pico", "prompt": "a prompt that comes again", "max_tokens": 3}
+
+    def cached(**headers: str) -> int:
+        answer = bare(server, "POST", "/v1/completions", body, **headers)[2]
+        return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    before = metric(server, "limbeck_reused_prompt_tokens_total")
+    one, other = {"Authorization": "Bearer one"}, {"Authorization": "Bearer other"}
+    count = len(str(body["prompt"]))
+    assert [cached(**one), cached(**one), cached(**other)] == [0, count - 1, 0]
+    body["cache_salt"] = "mine"
+    assert cached(**one) == 0
+    assert metric(server, "limbeck_reused_prompt_tokens_total") == before + count - 1
+    assert metric(server, "limbeck_prefix_cache_bytes") > 0
+
+
 # Refusals --------------------------------------------------------------------------------------------------------
 
 
