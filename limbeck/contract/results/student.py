@@ -79,6 +79,8 @@ class StudentResult:
             for name, report in found["teachers"].items()
         }
         own = found.pop("language") or {}
+        if own.get("recovery", ...) is None:
+            del own["recovery"]  # only a recovered student has one
         return found | own | (found.pop("encoder") or {})
 
     @classmethod
