@@ -89,6 +89,11 @@ class Artifact:
         return str(self.manifest["key"])
 
     @property
+    def created(self) -> str:
+        """Time of writing, ISO 8601."""
+        return str(self.manifest["created"])
+
+    @property
     def result(self) -> dict[str, Any]:
         """What the stage measured."""
         return dict(self.manifest["result"])

@@ -75,7 +75,7 @@ def _blocks(path: Path, tensors: Mapping[str, Array], domain: str) -> Blocks:
         utf8_bytes=take(path, tensors, f"{domain}/utf8_bytes", np.int32, 1),
         scored=take(path, tensors, f"{domain}/scored", np.uint8, 2),
     )
-    more = {"utf8_bytes": blocks.utf8_bytes, "scored": blocks.scored}
+    more: dict[str, Array] = {"utf8_bytes": blocks.utf8_bytes, "scored": blocks.scored}
     require_rows(path, blocks.input_ids, blocks.lengths, more)
     allowed = all_but_first(blocks.lengths, blocks.input_ids.shape[1])
     if blocks.scored.shape != allowed.shape or (blocks.scored > allowed).any():

@@ -18,7 +18,7 @@ from typing import Any
 
 from limbeck.contract.artifact import Artifact, open_artifact, student_of
 from limbeck.contract.errors import ArtifactError
-from limbeck.contract.files import file_digest
+from limbeck.contract.files import file_digest, read_json
 from limbeck.contract.heldout import HELDOUT, Blocks, load_heldout, mean_nll
 from limbeck.contract.machine import host, versions
 from limbeck.contract.progress import task
@@ -166,7 +166,7 @@ def read_certificate(run: Path) -> dict[str, Any]:
     """The certificate of a run folder. Raises `ArtifactError` when it is not what `certify` writes."""
     path = run / CERTIFICATE
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        found: dict[str, Any] = read_json(path)
         if found["format"] != FORMAT:
             raise ArtifactError(
                 f"{path}: found a certificate of format {found['format']}, expected {FORMAT}; `limbeck report {run}` writes it again."
