@@ -93,8 +93,10 @@ def folder_config(path: Path) -> Any:
         if path.is_file():
             return copy.deepcopy(_gguf_config(path, path.stat().st_mtime_ns))
         return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (*BAD_CONFIG, OSError, NotImplementedError) as error:
-        raise ModelError(f"{path}: transformers cannot read its configuration: {error}") from error
+    except Exception as error:  # a damaged file makes transformers and gguf raise almost anything
+        raise ModelError(
+            f"{path}: transformers cannot read its configuration ({type(error).__name__}): {error}"
+        ) from error
 
 
 @functools.lru_cache(maxsize=8)
@@ -158,8 +160,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
-    except (ValueError, OSError, KeyError) as error:
-        raise ModelError(f"{folder}: no tokenizer that transformers can load: {error}") from error
+    except Exception as error:  # a damaged file makes tokenizers raise a plain Exception, and more
+        raise ModelError(
+            f"{folder}: no tokenizer that transformers can load ({type(error).__name__}): {error}"
+        ) from error
     if not tokenizer.is_fast:
         raise ModelError(
             f"{folder}: only a slow tokenizer; save it with a tokenizer.json (a fast tokenizer)."

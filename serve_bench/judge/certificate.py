@@ -165,8 +165,12 @@ def heldout_file(bench: Artifact, student: Artifact | None) -> tuple[Path, str]:
 def read_certificate(run: Path) -> dict[str, Any]:
     """The certificate of a run folder. Raises `ArtifactError` when it is not what `certify` writes."""
     path = run / CERTIFICATE
+    again = f"`limbeck report {run}` writes it again."
     try:
         found: dict[str, Any] = read_json(path)
+    except ArtifactError as error:
+        raise ArtifactError(f"{str(error).rstrip('.')}, so not a certificate; {again}") from None
+    try:
         if found["format"] != FORMAT:
             raise ArtifactError(
                 f"{path}: found a certificate of format {found['format']}, expected {FORMAT}; `limbeck report {run}` writes it again."
