@@ -12,6 +12,14 @@ from limbeck.contract.recipe.inputs import BaseSource
 # Students --------------------------------------------------------------------------------------------------------
 
 
+Init = Literal["auto", "merge", "base"]
+_INIT = (
+    "Where the training starts: from the base as it is (`base`), from the teachers merged into it "
+    "(`merge`, for teachers of the base's shape), or from whichever of these reads the training "
+    "text best (`auto`)."
+)
+
+
 class LoraStudent(Frozen):
     """Low-rank adapters on a base model, merged at the end; the adapter is kept too."""
 
@@ -29,6 +37,7 @@ class LoraStudent(Frozen):
     )
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead.")
     dora: bool = Field(False, description="Weight-decomposed LoRA.")
+    init: Init = Field("auto", description=_INIT)
 
 
 class FreshStudent(Frozen):
@@ -64,9 +73,31 @@ class ShrinkStudent(Sizes):
     calibration_blocks: Count = Field(
         32, description="Training blocks that importance is measured on."
     )
+    init: Init = Field("auto", description=_INIT)
 
 
-Student = Annotated[LoraStudent | ShrinkStudent | FreshStudent, Field(discriminator="kind")]
+class MergeStudent(Frozen):
+    """The teachers merged into their base, and no training: `training` is of no effect.
+
+    Worth trying first where teachers share a base: it costs a minute.
+    """
+
+    kind: Literal["merge"]
+    base: BaseSource = Field(description="Model that the teachers were made from.")
+    method: Literal["auto", "average", "ties", "dare_ties"] = Field(
+        "auto", description="How; auto takes what reads the training text best."
+    )
+    weights: dict[str, Float] | None = Field(
+        None, description="Weight by teacher name; by default equal ones that sum to 1."
+    )
+    density: Fraction = Field(
+        0.5, gt=0, lt=1, description="Share of each difference that ties and dare_ties keep."
+    )
+
+
+Student = Annotated[
+    LoraStudent | ShrinkStudent | FreshStudent | MergeStudent, Field(discriminator="kind")
+]
 
 
 # Fusion ----------------------------------------------------------------------------------------------------------
