@@ -60,7 +60,7 @@ def train(
     run = setup(recipe=recipe, products=products, work=work_folder(out), key=key)
     reports = measure_teachers(run)
     prepared = time.monotonic() - started
-    state = fit(run)
+    state = fit(run) if run.task.steps != 0 else _first_state(run)
     if run.accelerator.is_main_process:
         spent = prepared + state.seconds
         _save(run, state, reports, out=out, key=key, parents=parents, spent=spent)

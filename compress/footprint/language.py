@@ -30,6 +30,7 @@ from limbeck.contract.recipe import (
     FreshStudent,
     HiddenCache,
     LoraStudent,
+    MergeStudent,
     NoCache,
     Recipe,
     ShrinkStudent,
@@ -115,7 +116,7 @@ def student_config(recipe: Recipe, *, base: Any, vocabulary: int) -> Any:
     A fresh student has no base; ``vocabulary`` is the size of its tokenizer.
     """
     match recipe.student:
-        case LoraStudent():
+        case LoraStudent() | MergeStudent():
             return base
         case ShrinkStudent() as config:
             return shrunk_config(base, config)
@@ -158,6 +159,8 @@ def footprint(
         else 0
     )
     trained = (adapters if lora else student.parameters) + projections
+    if isinstance(recipe.student, MergeStudent):
+        trained = 0  # nothing is trained
 
     mine = trace_line(student, recipe, rows=config.micro_batch, precision=precision)
     theirs = [

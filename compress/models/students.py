@@ -19,7 +19,7 @@ from compress.models.sharded import like, whole
 from compress.models.shrink import Importance, shrink
 from limbeck.contract.adapters import attach, merged
 from limbeck.contract.errors import EnvironmentalError, ModelError
-from limbeck.contract.recipe import FreshStudent, LoraStudent, Recipe, ShrinkStudent
+from limbeck.contract.recipe import FreshStudent, LoraStudent, MergeStudent, Recipe, ShrinkStudent
 
 Used = TypeVar("Used")
 
@@ -61,11 +61,17 @@ def student_folder(recipe: Recipe, tokenizers: Sequence[Path]) -> Path:
 
 
 def build_model(
-    recipe: Recipe, *, folder: Path, calibration: Sequence[Tensor], device: torch.device
+    recipe: Recipe,
+    *,
+    folder: Path,
+    calibration: Sequence[Tensor],
+    device: torch.device,
+    begin: Callable[[Any], None] = lambda base: None,
 ) -> tuple[Any, Importance | None, dict[str, Any]]:
     """The trainable model; for a shrunk one also the importance it was cut by and the sizes kept.
 
-    ``calibration`` are token ids [R, L] of training text. Raises `ModelError`.
+    ``calibration`` are token ids [R, L] of training text. ``begin`` may give the base other
+    weights, before adapters are put on it or a smaller model is cut out of it. Raises `ModelError`.
     """
     match recipe.student:
         case LoraStudent() as config:
@@ -75,16 +81,23 @@ def build_model(
                     "student.quantize: nf4 cannot be trained on a CPU; use int8 or none, or train on a GPU."
                 )
             base = load_model(folder, quantize=config.quantize, device=device)
+            begin(base)
             model = with_lora(base, config, recipe.seed)
             with _stirred(model):
                 require_faithful(Body(model), "student")
             return model, None, {}
         case ShrinkStudent() as config:
             base = load_model(folder, device=device)
+            begin(base)
             model, importance, kept = shrink(base, config, [ids.to(device) for ids in calibration])
             model = model.to(device)
             require_faithful(Body(model), "student")
             return model, importance, kept
+        case MergeStudent():
+            base = load_model(folder, device=device)
+            begin(base)
+            require_faithful(Body(base), "student")
+            return base, None, {}
         case FreshStudent() as config:
             tokenizer = load_tokenizer(folder)
             model = random_model(
@@ -114,12 +127,18 @@ def _stirred(model: Any) -> Iterator[None]:
 
 
 def save_student(
-    model: Any, trained: Mapping[str, Tensor], *, tokenizer_folder: Path, out: Path
+    model: Any,
+    trained: Mapping[str, Tensor],
+    *,
+    tokenizer_folder: Path,
+    out: Path,
+    begin: Callable[[Any], None] = lambda base: None,
 ) -> None:
     """Write ``out/model`` (merged, fp32) with the ``trained`` weights and, for LoRA, ``out/adapter`` as before merging.
 
     ``trained`` is what `trainable_state` gave; the parameters of ``model`` are not looked at, since under FSDP this
     process holds only pieces. The adapter is merged into the base as it is on disk; the one in memory may be quantised or cast.
+    ``begin`` gives that base the weights that the adapter was trained on, as in `build_model`.
     """
     weights = {
         name.removeprefix("model."): w for name, w in trained.items() if name.startswith("model.")
@@ -127,10 +146,12 @@ def save_student(
     if hasattr(model, "merge_and_unload"):
         model.save_pretrained(out / "adapter", state_dict=weights)
         (out / "adapter" / "README.md").unlink(missing_ok=True)  # peft's empty model card
-        adapted = attach(load_model(tokenizer_folder), out / "adapter")
+        base = load_model(tokenizer_folder)
+        begin(base)
+        adapted = attach(base, out / "adapter")
         merged(adapted, where=str(out / "adapter")).save_pretrained(out / "model")
     else:
-        model.save_pretrained(out / "model", state_dict=weights)
+        model.save_pretrained(out / "model", state_dict=weights or None)  # a merge trains nothing
     load_tokenizer(tokenizer_folder).save_pretrained(out / "model")
 
 

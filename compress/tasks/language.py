@@ -144,7 +144,7 @@ class LanguageTask(LanguageModels):
         """See `compress.tasks.Task`."""
         model = self.student.model
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        save_student(model, best, tokenizer_folder=self.folder, out=folder)
+        save_student(model, best, tokenizer_folder=self.folder, out=folder, begin=self.begin)
         if self.importance is not None:
             save_file(self.importance.tensors(), folder / "importance.safetensors")
         save_heldout(folder / HELDOUT, {b.name: b.heldout for b in self.blocks})
@@ -157,13 +157,16 @@ class LanguageTask(LanguageModels):
             label="student, merged, fp32",
         )
         nll = per_token(sums, self.blocks)
-        is_lora = isinstance(self.recipe.student, LoraStudent)
+        has_adapter = isinstance(self.recipe.student, LoraStudent)
+        if has_adapter and self.start is not None:
+            has_adapter = self.start.join_adapter(folder / "adapter", self.folder)
         figures = LanguageFigures(
             nll=nll,
             mean_nll=mean_nll(nll),
             tokens=seen,
             best_step=best_step,
-            base=str(self.folder.resolve()) if is_lora else None,
+            base=str(self.folder.resolve()) if has_adapter else None,
+            start=self.start.described() if self.start is not None else None,
         )
         return Saved(
             Parameters(total=merged.model.num_parameters(), trained=trained),

@@ -5,6 +5,7 @@ Shapes: R rows (blocks), L positions.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,20 +17,23 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
 
-from compress.data.blocks import labels_of, load_blocks, training_order
+from compress.data.blocks import IGNORED, labels_of, load_blocks, training_order
 from compress.features import Projections, layer_pairs
-from compress.head import Head
+from compress.head import Head, label_nll
 from compress.models.attention import use_short_attention
 from compress.models.body import Body, causal_lm
 from compress.models.language import DTYPES, cast_frozen, load_tokenizer, require_same_tokenizer
 from compress.models.students import Student, build_model, student_folder
 from compress.teachers.cache import CachedTeachers
 from compress.teachers.live import Teachers, teacher_folders
+from compress.teachers.start import Start, choose_start, merges_to_try
 from limbeck.contract.errors import RecipeError
 from limbeck.contract.heldout import Blocks
 from limbeck.contract.licences import sources_of
 from limbeck.contract.progress import say
-from limbeck.contract.recipe import LoraStudent, NoCache, Recipe, ShrinkStudent
+from limbeck.contract.recipe import LoraStudent, MergeStudent, NoCache, Recipe, ShrinkStudent
+
+_START_ROWS = 8  # training blocks of each domain that merges of teachers are scored on
 
 
 class LanguageModels:
@@ -73,9 +77,15 @@ class LanguageModels:
         """The student with projections beside it, after the teachers that it is aligned with."""
         recipe, made = self.recipe, model is None
         self.importance, self.kept = None, dict[str, Any]()
+        self.start: Start | None = None
         if made:
+            self.start = self._start()
             model, self.importance, self.kept = build_model(
-                recipe, folder=self.folder, calibration=self._calibration(), device=self.device
+                recipe,
+                folder=self.folder,
+                calibration=self._calibration(),
+                device=self.device,
+                begin=self.begin,
             )
         if self.kept:
             now, before = (self.kept[n] / 1e6 for n in ("parameters", "parameters_before"))
@@ -95,6 +105,62 @@ class LanguageModels:
             model.activation_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
         return student
+
+    def _start(self) -> Start | None:
+        """The merge of teachers that the student starts from; None where it starts from its base.
+
+        Raises `RecipeError` where the recipe wants a merge and no teacher can be merged.
+        """
+        student = self.recipe.student
+        init = getattr(student, "init", "merge" if isinstance(student, MergeStudent) else "base")
+        quantized = isinstance(student, LoraStudent) and student.quantize != "none"
+        if init == "base" or not self.folders or (init == "auto" and quantized):
+            return None
+        ids, labels = self._start_rows()
+        found = choose_start(
+            self.folder,
+            self.folders,
+            text=hashlib.sha256(ids.numpy().tobytes() + labels.numpy().tobytes()).hexdigest(),
+            score=lambda model: self._loss_of(model, ids, labels),
+            among=lambda names: merges_to_try(student, names),
+            seed=self.recipe.seed,
+        )
+        if found is None and init == "merge":
+            raise RecipeError(
+                "student: no teacher has the shape of the student's base, so there is nothing to "
+                "merge; use student.kind: lora or shrink with init: base, or name teachers that "
+                "were made from the base."
+            )
+        separate = self.recipe.export.adapters == "separate"
+        if found is not None and separate and not found.can_join:
+            raise RecipeError(
+                f"export.adapters: the student starts from {found.merge}, which is more than LoRA "
+                "adapters can say; use student.init: base, or export.adapters: merged."
+            )
+        return found
+
+    def begin(self, base: Any) -> None:
+        """Give a freshly loaded base the weights that the student starts from."""
+        if self.start is not None:
+            self.start.apply(base, self.folder)
+
+    def _start_rows(self) -> tuple[Tensor, Tensor]:
+        """Token ids and labels ``[R, L]`` of the training blocks that merges are scored on."""
+        count = _START_ROWS * len(self.blocks)
+        picked = training_order(self.blocks, count=count, seed=self.recipe.seed)
+        ids = np.stack([self.blocks[d].train_ids[r] for d, r in picked])
+        scored = np.stack([self.blocks[d].train_scored[r] for d, r in picked])
+        return torch.from_numpy(ids).long(), torch.from_numpy(labels_of(ids, scored))
+
+    @torch.no_grad()
+    def _loss_of(self, model: Any, ids_RL: Tensor, labels_RL: Tensor) -> float:
+        """Nats a token of a causal LM."""
+        body, total = Body(model), 0.0
+        for ids, labels in zip(ids_RL.split(4), labels_RL.split(4), strict=True):
+            with self.accelerator.autocast():
+                states = body.states(ids.to(self.device))[0]
+            total += float(label_nll(states.float(), body.head, labels.to(self.device)).sum())
+        return total / int((labels_RL != IGNORED).sum())
 
     def _projections(self, student: Body) -> Projections | None:
         features, teachers = self.recipe.features, self.teachers
@@ -125,8 +191,10 @@ class LanguageModels:
 
     @property
     def steps(self) -> int | None:
-        """Steps of a budget in tokens; None where the budget is in minutes."""
+        """Steps of a budget in tokens, 0 for a merge; None where the budget is in minutes."""
         config = self.recipe.training
+        if isinstance(self.recipe.student, MergeStudent):
+            return 0
         return config.tokens // config.batch_tokens if config.tokens is not None else None
 
     @property

@@ -11,6 +11,7 @@ from limbeck.contract.recipe.distillation import (
     FixedCalibration,
     FreshStudent,
     LoraStudent,
+    MergeStudent,
     StaticWeights,
 )
 from limbeck.contract.recipe.encoder import ClassificationRecipe, EmbeddingRecipe, EncoderRecipe
@@ -57,6 +58,7 @@ def language_contradictions(recipe: Recipe) -> Iterator[str]:
     yield from _mixed(recipe)
     yield from _recovery(recipe)
     yield from _fusion(recipe)
+    yield from _start(recipe)
     yield from bench_contradictions(recipe.bench)
     for gate in ("max_loss_vs_best_teacher", "min_decode_speedup"):
         yield from _teacher_gate(recipe, gate)
@@ -287,6 +289,27 @@ def _kernels(recipe: Recipe) -> Iterator[str]:
                 f"export.forms.{index}: {export.provider} has no kernel for {form.kind} ({why}); "
                 f"use {instead}, or change export.provider"
             )
+
+
+def _start(recipe: Recipe) -> Iterator[str]:
+    """Check what the student starts from."""
+    student, names = recipe.student, {t.name for t in recipe.teachers}
+    merges = isinstance(student, MergeStudent)
+    if not names and (merges or getattr(student, "init", None) == "merge"):
+        yield "student: there are no teachers to merge; name teachers, or use init: base"
+    if isinstance(student, LoraStudent) and student.init == "merge" and student.quantize != "none":
+        yield (
+            f"student.init: a base in {student.quantize} cannot take merged weights; "
+            "use quantize: none, or init: base"
+        )
+    if isinstance(student, MergeStudent):
+        for name in sorted(set(student.weights or {}) - names):
+            yield (
+                f"student.weights.{name}: there is no teacher of this name; "
+                f"the teachers are {', '.join(sorted(names))}"
+            )
+        if recipe.export.recover is not None:
+            yield "export.recover: a merge is not trained; leave it out, or use student.kind: lora"
 
 
 def _mixed(recipe: Recipe) -> Iterator[str]:

@@ -43,6 +43,7 @@ class LanguageFigures:
     tokens: int  # label positions trained on
     best_step: int  # whose weights were kept
     base: str | None  # folder that a LoRA student's adapter sits on
+    start: Mapping[str, Any] | None = None  # merge that the training started from, and scores
     recovery: Mapping[str, Any] | None = None  # of a student distilled again through a rounding
 
 
