@@ -103,7 +103,8 @@ def _merged(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             change = merge_utils.dare_ties(differences, weights, merge.density)
-    return (start.float() + change).to(start.dtype)
+    found: Tensor = start.float() + change
+    return found.to(start.dtype)
 
 
 def load_merged(model: Any, values: Iterator[tuple[str, Tensor]]) -> None:

@@ -31,7 +31,14 @@ from limbeck.contract.errors import RecipeError
 from limbeck.contract.heldout import Blocks
 from limbeck.contract.licences import sources_of
 from limbeck.contract.progress import say
-from limbeck.contract.recipe import LoraStudent, MergeStudent, NoCache, Recipe, ShrinkStudent
+from limbeck.contract.recipe import (
+    FreshStudent,
+    LoraStudent,
+    MergeStudent,
+    NoCache,
+    Recipe,
+    ShrinkStudent,
+)
 
 _START_ROWS = 8  # training blocks of each domain that merges of teachers are scored on
 
@@ -112,9 +119,11 @@ class LanguageModels:
         Raises `RecipeError` where the recipe wants a merge and no teacher can be merged.
         """
         student = self.recipe.student
-        init = getattr(student, "init", "merge" if isinstance(student, MergeStudent) else "base")
+        if isinstance(student, FreshStudent) or not self.folders:
+            return None
+        init = "merge" if isinstance(student, MergeStudent) else student.init
         quantized = isinstance(student, LoraStudent) and student.quantize != "none"
-        if init == "base" or not self.folders or (init == "auto" and quantized):
+        if init == "base" or quantized:  # `merge` and quantised is refused when the recipe is read
             return None
         ids, labels = self._start_rows()
         found = choose_start(
@@ -132,7 +141,7 @@ class LanguageModels:
                 "were made from the base."
             )
         separate = self.recipe.export.adapters == "separate"
-        if found is not None and separate and not found.can_join:
+        if found is not None and separate and not found.can_join(self.folder):
             raise RecipeError(
                 f"export.adapters: the student starts from {found.merge}, which is more than LoRA "
                 "adapters can say; use student.init: base, or export.adapters: merged."

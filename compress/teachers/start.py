@@ -60,7 +60,7 @@ class Start:
         loads beside the base as any adapter does. Returns False, and removes the folder, where the
         teachers are not plain LoRA adapters: no adapter says what such a merge did to the base.
         """
-        if not self.can_join:
+        if not self.can_join(base):
             shutil.rmtree(own)
             return False
         from peft import PeftModel
@@ -80,11 +80,11 @@ class Start:
         (own / "README.md").unlink(missing_ok=True)  # peft's empty model card
         return True
 
-    @property
-    def can_join(self) -> bool:
-        """Whether the merge is a weighted sum of plain LoRA adapters."""
+    def can_join(self, base: Path) -> bool:
+        """Whether the merge is a weighted sum of plain LoRA adapters on ``base``."""
         return self.merge.method == "average" and all(
-            t.adapter is not None and _is_plain_lora(t.adapter) for t in self.teachers.values()
+            t.adapter is not None and t.base.resolve() == base.resolve() and _is_plain(t.adapter)
+            for t in self.teachers.values()
         )
 
     def described(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Start:
         return {"merge": str(self.merge), "scores": dict(self.scores)}
 
 
-def _is_plain_lora(adapter: Path) -> bool:
+def _is_plain(adapter: Path) -> bool:
     """Whether an adapter is low-rank updates of one rank and nothing else."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     more = (
