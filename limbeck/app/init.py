@@ -5,11 +5,13 @@ Knows recipes, and what the plan says of them. Writes one file, with the reasons
 
 from __future__ import annotations
 
+import difflib
+import glob
 import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,16 @@ from typing import Any
 from limbeck.app.plan import form_sizes
 from limbeck.contract.errors import DataError, LimbeckError, ModelError, RecipeError
 from limbeck.contract.files import write_atomically
-from limbeck.contract.recipe import ChatRows, Data, Recipe, find_recipe, parse_recipe
-from limbeck.contract.sources import check_arrow
+from limbeck.contract.recipe import (
+    ChatRows,
+    Data,
+    FileText,
+    PlainText,
+    Recipe,
+    find_recipe,
+    parse_recipe,
+)
+from limbeck.contract.sources import check_arrow, text_files
 
 _TARGET_SHARE = 0.97  # of the size asked for: the plan is right within 2 %
 _DEPTHS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)  # shares of the layers kept, most first
@@ -78,8 +88,9 @@ def write_recipe(
         raise RecipeError(
             f"{out}: {out.parent} is no folder that can be written to; name another file with --out."
         )
+    local = _base_paths(base_paths)
     found = [
-        {"name": name, **_teacher(given)}
+        {"name": name, **_teacher(given, local)}
         for name, given in zip(_names(teachers), teachers, strict=True)
     ]
     tree: dict[str, Any] = {
@@ -121,7 +132,7 @@ def write_recipe(
                 _sizes(tree, {"kind": "lora", "base": source})
             except ModelError as error:
                 raise ModelError(
-                    f"{option} {source['id']}: no folder of that name here, and as a model of the hub: {error}"
+                    f"{option} {source['id']}: no folder of that name here, and as a model of the hub: {error} An adapter's base that is here takes --base PATH."
                 ) from error
     choice = choose_student(tree, bases, target_mb=target_mb)
     if choice.student["kind"] == "shrink":
@@ -210,48 +221,105 @@ def _recipe(tree: dict[str, Any], student: dict[str, Any], *forms: str) -> Recip
     )
 
 
-def _teacher(given: str) -> dict[str, Any]:
-    """A teacher's model, and its adapter where a PEFT folder was typed. Raises `ModelError`."""
-    path = Path(given).expanduser()
+def _teacher(given: str, base_paths: Mapping[str, Path]) -> dict[str, Any]:
+    """A teacher's model, and its adapter where a PEFT folder was given.
+
+    ``base_paths`` maps hub ids of adapters' bases to local folders; "" is for any. Raises `ModelError`.
+    """
+    path = _path(given)
     if not (path / "adapter_config.json").is_file() or (path / "config.json").is_file():
         return {"model": _source(given, "--teacher")}
     try:
         base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
-    except (ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"--teacher {given}: its adapter_config.json names no base model ({error}); write its path there as base_model_name_or_path."
-        ) from error
+            f"--teacher {given}: its adapter_config.json names no base model ({error}); "
+            "write its path there as base_model_name_or_path."
+        ) from None
+    base = str(base)
+    if not _path(base).is_dir() and (mapped := base_paths.get(base) or base_paths.get("")):
+        base = str(mapped)
     return {
-        "model": _source(str(base), f"--teacher {given}, an adapter on"),
+        "model": _source(base, f"--teacher {given}, an adapter on"),
         "adapter": str(path.resolve()),
     }
 
 
-def _data(given: str) -> dict[str, Any]:
-    """A text source from what was typed; rows are told by the file's suffix and read once. Raises `DataError`."""
-    from compress.data.blocks import documents
-    from limbeck.contract.recipe import PlainText
+def _base_paths(given: Sequence[str]) -> dict[str, Path]:
+    """What `--base [ID=]PATH` maps. Raises `ModelError` for a folder that is no model."""
+    found = {}
+    for one in given:
+        name, equals, place = one.rpartition("=")
+        path = _path(place if equals else one)
+        if not (path / "config.json").is_file():
+            raise ModelError(f"--base {one}: no config.json of a model there; name its folder.")
+        found[name] = path.resolve()
+    return found
 
-    path = Path(given).expanduser().resolve()
-    if not path.is_file():
-        raise DataError(f"--data {given}: no such file; give a text file of yours.")
-    source: dict[str, Any] = {"kind": "files", "paths": [str(path)]}
-    if path.suffix not in (*_JSON_LINES, ".parquet"):
-        for _ in documents(path, PlainText(kind="text")):  # text that cannot be read is told now
-            pass
+
+def _path(given: str) -> Path:
+    """A path that was typed. `~nosuchuser` and a NUL in it are parts of a name that does not exist."""
+    try:
+        path = Path(given).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"{given[:100]}: no path ({error}).") from None
+    return path
+
+
+def _files(given: str) -> list[Path]:
+    """Files of one `--data`: a file, a folder, or a glob. Raises `DataError`."""
+    try:
+        return text_files(FileText(kind="files", paths=(given,)), folder=Path.cwd())
+    except (DataError, OSError, ValueError):
+        raise DataError(
+            f"--data {given[:200]}: no such file; give a text file, a folder of text files, or a "
+            "glob in quotes, such as 'text/*.txt'."
+        ) from None
+
+
+def _data(given: str) -> dict[str, Any]:
+    """A text source from what was given; the files' suffix tells rows from text. Raises `DataError`."""
+    from compress.data.blocks import documents
+
+    files = _files(given)
+    source: dict[str, Any] = {
+        "kind": "files",
+        "paths": [str(Path.cwd() / Path(given).expanduser())],
+    }
+    kinds = {_kind(file): file for file in files}
+    if len(kinds) > 1:
+        named = ", ".join(f"{file.name} ({kind})" for kind, file in sorted(kinds.items()))
+        raise DataError(
+            f"--data {given}: found files of several kinds: {named}; give each kind its own --data."
+        )
+    kind = next(iter(kinds))
+    if kind == "text":
+        for file in files:
+            for _ in documents(file, PlainText(kind="text")):  # fails now if it cannot be read
+                pass
         return source
-    kind = "parquet" if path.suffix == ".parquet" else "jsonl"
-    fields = _parquet_fields(path) if kind == "parquet" else _json_fields(path)
+    fields = _parquet_fields(files[0]) if kind == "parquet" else _json_fields(files[0])
     if "messages" in fields:
         return source | {"format": {"kind": "chat"}}
     texts = [name for name, is_text in fields.items() if is_text]
     field = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
     if field is None:
         raise DataError(
-            f"--data {given}: its rows have {', '.join(fields) or 'nothing'}, and which of them is the text cannot be told; "
-            "rename it to text, or to messages where it holds conversations."
+            f"--data {given}: its rows have {', '.join(fields) or 'no fields'}, and it is unclear "
+            "which is the text; rename it to text, or to messages where it holds conversations."
         )
     return source | {"format": {"kind": kind, "field": field}}
+
+
+def _kind(file: Path) -> str:
+    return (
+        "parquet"
+        if file.suffix == ".parquet"
+        else "jsonl"
+        if file.suffix in _JSON_LINES
+        else "text"
+    )
 
 
 def _are_short(texts: Sequence[str], data: Data) -> bool:
@@ -304,11 +372,14 @@ def _parquet_fields(path: Path) -> dict[str, bool]:
 
 
 def _tokens(texts: Sequence[str]) -> int:
-    """How long to train: ten times the tokens of the text at most, of which a byte is taken for a quarter; of Parquet it is not known."""
-    files = [Path(text).expanduser() for text in texts]
-    if any(path.suffix == ".parquet" for path in files):
+    """Training tokens: at most ten passes over the text, where a token is about four bytes.
+
+    The bytes of Parquet files say little about their text, so that they count as enough.
+    """
+    files = [file for text in texts for file in _files(text)]
+    if any(file.suffix == ".parquet" for file in files):
         return _TOKENS
-    passes = _PASSES * sum(path.stat().st_size for path in files) // _BYTES
+    passes = _PASSES * sum(file.stat().st_size for file in files) // _BYTES
     return max(20 * _BATCH, min(_TOKENS, passes // _BATCH * _BATCH))
 
 
@@ -325,8 +396,8 @@ def _check_tokenizers(teachers: Sequence[dict[str, Any]], bases: Sequence[dict[s
 
 
 def _source(given: str, option: str) -> dict[str, Any]:
-    """A model source from what was typed. Raises `ModelError` when it is nothing that is known, or no decoder."""
-    path = Path(given).expanduser()
+    """A model source from what was given. Raises `ModelError` for something unknown, or for no decoder."""
+    path = _path(given)
     if path.is_dir():
         try:
             kinds = json.loads((path / "config.json").read_text()).get("architectures") or []
@@ -334,10 +405,11 @@ def _source(given: str, option: str) -> dict[str, Any]:
             raise ModelError(
                 f"{option} {given}: no config.json of a model there ({error})."
             ) from error
-        if kinds and not any(kind.endswith(_DECODERS) for kind in kinds):
+        if kinds and not any(str(kind).endswith(_DECODERS) for kind in kinds):
             raise ModelError(
-                f"{option} {given}: {kinds[0]} does not write text; for classifiers and sentence encoders write a recipe with "
-                "task: classification or task: embedding, as `limbeck recipes` lists them."
+                f"{option} {given}: {kinds[0]} does not write text; for classifiers and sentence "
+                "encoders write a recipe with task: classification or task: embedding, as "
+                "`limbeck recipes` lists them."
             )
         return {"kind": "local", "path": str(path.resolve())}
     if path.suffix == ".gguf" and path.is_file():
@@ -348,18 +420,34 @@ def _source(given: str, option: str) -> dict[str, Any]:
         try:
             return {"kind": "recipe", "recipe": str(find_recipe(given))}
         except LimbeckError:
-            return {"kind": "hub", "id": given}
+            if not path.parent.is_dir():  # with a folder of the owner's name it is a mistyped path
+                return {"kind": "hub", "id": given}
     raise ModelError(
-        f"{option} {given}: no such folder, .gguf file, recipe, or hub id (owner/name); give one of them."
+        f"{option} {given}: no such folder, .gguf file, recipe, or hub id (owner/name); "
+        f"{_close(path) or 'give one of them.'}"
     )
+
+
+def _close(path: Path) -> str:
+    """What a mistyped path may have meant, or nothing."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"did you mean {path.parent / close[0]}?" if close else ""
 
 
 def _names(given: Sequence[str]) -> list[str]:
     """A short name for each, all different."""
     names: list[str] = []
     for index, one in enumerate(given):
+        path = Path(one)
+        exists = _path(one).exists()
+        if not exists and glob.has_magic(one):  # `text/*.txt` is named after its folder
+            path = next((p for p in path.parents if not glob.has_magic(str(p)) and p.name), path)
         # What follows a dot is a suffix in the name of a file alone.
-        name = Path(one).stem if Path(one).expanduser().is_file() else Path(one).name
+        name = path.stem if exists and _path(one).is_file() else path.name
         stem = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[:40] or f"n{index + 1}"
         names.append(stem if stem not in names else f"{stem}-{index + 1}")
     return names

@@ -104,18 +104,28 @@ def text_files(source: TextSource, *, folder: Path) -> list[Path]:
             return _dataset_files((folder / source.path.expanduser()).resolve(), source.split)
     found: set[Path] = set()
     for path in paths:
-        pattern = os.path.expanduser(path)
-        matches = [
-            p
-            for m in glob.glob(pattern, root_dir=root, recursive=True)
-            if (p := root / m).is_file()
-        ]
-        if not matches:
-            raise DataError(
-                f"{root / pattern}: no such file; check the path in the recipe (relative paths start from {root})."
-            )
-        found.update(matches)
+        found.update(_matches(root, os.path.expanduser(path)))
     return sorted(found)
+
+
+def _matches(root: Path, name: str) -> list[Path]:
+    """The file of exactly that name, else every file in a folder of that name, else what the glob finds."""
+    place = root / name
+    if place.is_file():
+        return [place]
+    if place.is_dir():
+        inside = (p for p in place.rglob("*") if p.is_file())
+        found = [
+            p for p in inside if not any(n.startswith(".") for n in p.relative_to(place).parts)
+        ]
+    else:
+        names = glob.glob(name, root_dir=root, recursive=True)
+        found = [p for n in names if (p := root / n).is_file()]
+    if not found:
+        raise DataError(
+            f"{place}: no such file; check the path in the recipe (relative paths start from {root})."
+        )
+    return found
 
 
 def _dataset_files(root: Path, split: str | None) -> list[Path]:

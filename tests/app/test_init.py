@@ -17,7 +17,7 @@ from limbeck.app.cli import app
 from limbeck.app.init import _cuts, _sizes, choose_student
 from limbeck.app.plan import form_sizes
 from limbeck.contract.recipe import load_recipe
-from limbeck.contract.sources import preflight
+from limbeck.contract.sources import preflight, text_files
 from tests.pico import make_model
 
 SIZES: dict[str, Any] = {
@@ -98,10 +98,10 @@ def test_what_cannot_be_is_told_and_nothing_is_written(tmp_path: Path) -> None:
         in init(10, "--student", "models/gone/x").stderr
     )
     typo = init(10, "--student", "models/leagl")
-    assert (
-        "--student models/leagl: no folder of that name here, and as a model of the hub: "
-        in typo.stderr
-    )
+    assert "--student models/leagl: no such folder" in typo.stderr
+    assert "did you mean models/Legal?" in typo.stderr
+    hub = init(10, "--student", "owner/leagl")  # no folder of the owner's name: taken for a hub id
+    assert "--student owner/leagl: no folder of that name here, and as a model" in hub.stderr
     assert (
         "gone is no folder that can be written to" in init(10, "--out", "gone/recipe.yaml").stderr
     )
@@ -220,3 +220,56 @@ def test_what_is_written_runs_to_a_verdict(tmp_path: Path) -> None:
     assert size.status == "pass"
     asked = {"max_size_mb", "max_loss_vs_best_teacher", "max_quantization_loss"}
     assert {gate.name for gate in report.verdict.gates} == asked
+
+
+@pytest.mark.parametrize(
+    ("given", "domain", "count"),
+    [
+        ("texts", "texts", 3),
+        ("texts/*.txt", "texts", 2),
+        ("texts/a [2024] notes.txt", "a-2024-notes", 1),
+        ("texts/**/*.txt", "texts", 3),
+    ],
+)
+def test_data_is_a_folder_a_glob_or_a_file_of_any_name(
+    tmp_path: Path, given: str, domain: str, count: int
+) -> None:
+    words = (tmp_path / "text.txt").read_text()
+    for name in ("a [2024] notes.txt", "b.txt", "deeper/c.txt", ".hidden"):
+        (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "texts" / name).write_text(words)
+    result = CliRunner().invoke(
+        app, ["init", "--teacher", "models/medical", "--data", given, "--target-mb", "10"]
+    )
+    assert result.exit_code == 0, result.output
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    ((name, text),) = recipe.texts()
+    assert name == domain
+    found = text_files(text, folder=recipe.folder)
+    assert len(found) == count
+    assert all(path.read_text() == words for path in found)
+
+
+def test_data_of_several_kinds_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("x")
+    (tmp_path / "texts" / "b.jsonl").write_text('{"text": "x"}\n')
+    result = init(10, "--data", "texts")
+    assert result.exit_code == 2
+    assert "found files of several kinds: b.jsonl (jsonl), a.txt (text)" in result.stderr
+
+
+def test_the_base_of_an_adapter_can_be_named(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    config = {"base_model_name_or_path": "owner/medical", "peft_type": "LORA"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    given = ["init", "--teacher", "adapter", "--data", "text.txt", "--target-mb", "10"]
+    for base in ("models/medical", "owner/medical=models/medical"):
+        (tmp_path / "recipe.yaml").unlink(missing_ok=True)
+        result = CliRunner().invoke(app, [*given, "--base", base])
+        assert result.exit_code == 0, result.output
+        (teacher,) = load_recipe(tmp_path / "recipe.yaml").teachers
+        assert teacher.model.model_dump()["path"] == tmp_path / "models" / "medical"
+        assert teacher.adapter == tmp_path / "adapter"
+    result = CliRunner().invoke(app, [*given, "--base", "models/gone"])
+    assert "--base models/gone: no config.json of a model there" in result.stderr
