@@ -10,11 +10,14 @@ from typing import Any
 
 import onnx
 
-from export.build.genai import KNOWN, build_genai
-from export.build.surgery import Graphs, head_of, width_of
+from export.build.choice import choose_backend
+from export.build.genai import build_genai
+from export.build.surgery import head_of, width_of
+from export.graphs import Graphs
 from limbeck.contract.errors import ModelError
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import Provider, StaticShapes
+from limbeck.contract.results.onnx import Backend
 
 _NO_LIMIT = 1 << 20  # tokens; of a model that names no context
 
@@ -28,7 +31,11 @@ class Built:
     why: str
     context: int  # tokens
     width: int  # numbers in the state that the head reads
-    genai: dict[str, Any] | None  # the configuration of ONNX Runtime GenAI, where it can run the graph
+    genai: dict[str, Any] | None  # GenAI's configuration, where GenAI can run the graph
+
+    def named(self) -> Backend:
+        """What the artifact's result says of the builder."""
+        return Backend(self.backend, self.why)
 
 
 def build_graphs(
@@ -43,33 +50,28 @@ def build_graphs(
 ) -> Built:
     """Build the fp32 graphs of the transformers folder ``model`` with ``backend``: genai, dynamo, or auto.
 
-    ``auto`` takes the fused graph of GenAI's builder for the architectures it is proven on, and torch's exporter where
-    it is not, where the builder gives up, and for TensorRT. ``static`` shapes are for dynamo alone. Raises `ModelError` when the builder asked for cannot do it.
+    ``auto`` takes what `export.build.choice.choose_backend` says, and torch's exporter where GenAI's builder gives up.
+    ``static`` shapes are for dynamo alone. Raises `ModelError` when the builder asked for cannot do it.
     """
     config = json.loads((model / "config.json").read_text())
-    architecture = (config.get("architectures") or ["this architecture"])[0]
-    why = "the recipe names it"
-    if backend == "auto" and config.get("model_type") not in KNOWN:
-        backend = "dynamo"
-        why = f"auto: GenAI's builder is not proven on {architecture}, only on {', '.join(KNOWN)}"
-    if backend == "auto" and provider == "tensorrt":
-        backend, why = "dynamo", "auto: TensorRT has no kernel for the builder's fused attention"
-    if backend in ("auto", "genai"):
+    automatic, why = backend == "auto", "the recipe names it"
+    if automatic:
+        backend, why = choose_backend(config, provider=provider)
+    if backend == "genai":
         try:
             graphs, genai = build_genai(model, folder, metadata)
         except ModelError as error:
-            if backend == "genai":
+            if not automatic:
                 raise
             why = f"auto: {str(error).partition(': ')[2].partition(';')[0]}"
             say(f"export: {why}; torch's exporter takes over")
         else:
-            if backend == "auto":
-                why = f"auto: ONNX Runtime GenAI's builder knows {architecture} and fuses its attention"
-            return Built(graphs, "genai", why, int(genai["model"]["context_length"]), _width(graphs), genai)
+            context = int(genai["model"]["context_length"])
+            return Built(graphs, "genai", why, context, _width(graphs), genai)
     from export.build.dynamo import build_dynamo
 
-    graphs, context = build_dynamo(model, folder, metadata, opset=opset, static=static)
-    context = min(context or _NO_LIMIT, static.length if static else _NO_LIMIT)
+    graphs, positions = build_dynamo(model, folder, metadata, opset=opset, static=static)
+    context = min(positions or _NO_LIMIT, static.length if static else _NO_LIMIT)
     return Built(graphs, "dynamo", why, context, _width(graphs), None)
 
 

@@ -21,17 +21,8 @@ import onnx
 import torch
 from onnx import ModelProto, NodeProto, helper
 
-from export.build.surgery import (
-    Graphs,
-    Maker,
-    attention_windows,
-    choose_columns,
-    declare_one_position,
-    describe_input,
-    form_files,
-    relocate,
-    stamp,
-)
+from export.build.surgery import Maker, attention_windows, choose_columns, declare_one_position, describe_input
+from export.graphs import Graphs, form_files, relocate, stamp
 from limbeck.contract.errors import ModelError
 from limbeck.contract.loading import load_pretrained
 from limbeck.contract.recipe import StaticShapes

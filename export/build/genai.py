@@ -23,21 +23,12 @@ from typing import Any, Literal
 import onnx
 from onnx import ModelProto
 
-from export.build.surgery import (
-    Graphs,
-    Maker,
-    attention_windows,
-    choose_columns,
-    declare_one_position,
-    describe_input,
-    form_files,
-    relocate,
-    stamp,
-)
+from export.build.choice import KNOWN
+from export.build.surgery import Maker, attention_windows, choose_columns, declare_one_position, describe_input
+from export.graphs import Graphs, form_files, relocate, stamp
 from limbeck.contract.errors import ModelError
 
 Logits = Literal["last", "all"]
-KNOWN = ("granite", "llama", "mistral", "qwen2", "qwen3")  # model types that the tests export and compare with torch
 
 
 def build_genai(model: Path, folder: Path, metadata: Mapping[str, str]) -> tuple[Graphs, dict[str, Any]]:

@@ -75,21 +75,27 @@ TOLERANCES = {
 
 
 def make_cases(
-    texts: Sequence[Ints], *, context: int, more: Sequence[Ints] = ()
+    texts: Sequence[Ints], *, context: int, more: Sequence[Ints] = (), first: Sequence[int] = ()
 ) -> dict[str, Case]:
     """Cases without answers from token rows ``texts``, each within ``context`` tokens.
 
-    The longest case joins ``texts``, then ``more``, up to the context's end or 512 tokens; what is shorter is read again. It is
-    fed in two halves, so that the graph's logits of one take no more memory than those of the other cases.
+    Every row begins with ``first``, the tokens that the model's tokenizer puts before any text (a BOS): without them a
+    short row is nothing that the model has ever read. The longest case joins ``texts``, then ``more``, up to the context's
+    end or 512 tokens; shorter text is repeated. It is fed in two halves, which bounds the memory of the graph's logits.
     """
+    start = np.asarray(first, np.int64)
+    texts, more = ([_without(start, row) for row in rows] for rows in (texts, more))
     pool = np.concatenate(
         [*texts, *texts]
     )  # a short text is read twice rather than making a case shorter
     room = min(context, 24)
     step = max(room // 4, 1)  # tokens decoded one at a time at the end of a case
 
+    def begin(text: Ints, length: int) -> Ints:
+        return np.concatenate([start, text])[:length]
+
     def take(length: int, at: int = 0) -> Ints:
-        return np.resize(np.roll(pool, -at), length)
+        return begin(np.resize(np.roll(pool, -at), length), length)
 
     def case(
         tokens: Sequence[Ints], splits: Sequence[int], *, left: bool = True, tail: int = 0
@@ -113,8 +119,9 @@ def make_cases(
     head = room - step
     ragged = [take(length + step, 7 * n) for n, length in enumerate((head, max(head // 2, 1), 1))]
     steps = [1] * step
-    long = [text[: min(context, _LONG)] for text in texts[:_TEXTS]]
-    longest = np.resize(np.concatenate([*texts, *more]), min(context, _LONGEST))
+    long = [begin(text, min(context, _LONG)) for text in texts[:_TEXTS]]
+    length = min(context, _LONGEST)
+    longest = begin(np.resize(np.concatenate([*texts, *more]), length), length)
     kept = np.unique(np.linspace(0, len(longest) - 1, _COMPARED).astype(np.int64))
     halves = [part for part in (len(longest) - len(longest) // 2, len(longest) // 2) if part]
     return {
@@ -128,6 +135,11 @@ def make_cases(
         "long": case(long, [max(len(text) for text in long)]),
         "longest": replace(case([longest], halves), rows=np.zeros_like(kept), columns=kept),
     }
+
+
+def _without(start: Ints, row: Ints) -> Ints:
+    """``row`` without ``start`` at its head, where it has that already."""
+    return row[len(start) :] if np.array_equal(row[: len(start)], start) else row
 
 
 def answer(

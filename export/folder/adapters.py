@@ -20,7 +20,7 @@ import numpy.typing as npt
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from export.build.surgery import Graphs, stamp
+from export.graphs import Graphs, stamp
 from export.round.weights import external_array
 from limbeck.contract.errors import ModelError
 from limbeck.contract.loading import load_pretrained

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import onnx
 from onnx import ModelProto, TensorProto, helper
 
-from export.build.surgery import Graphs
+from export.graphs import Graphs
 from export.round.smooth import Boundary, Factors, find_boundaries, find_factors
 from limbeck.contract.errors import ArtifactError
 from limbeck.contract.heldout import CALIBRATION, load_calibration

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
-from export.build.surgery import Graphs, stamp
+from export.graphs import Graphs, stamp
 from export.round.weights import WeightsFile, external_array
 from limbeck.contract.errors import QualityError
 from limbeck.contract.progress import task

@@ -12,12 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from export.build.surgery import Graphs, form_files
-from export.check.heldout import heldout_nll, relative_rise
+from export.graphs import Graphs, form_files
+from export.heldout import heldout_nll, relative_rise
 from export.round.blocks import Blockwise
 from export.round.calibrate import Calibration
+from export.round.matrices import matrices_of
 from export.round.origin import origins
-from export.round.quantize import Scheme, matrices_of, quantize_weights, stored_bytes
+from export.round.quantize import quantize_weights
+from export.round.scheme import Scheme, stored_bytes
 from export.round.sensitivity import Cost, measure_costs, within_bytes, within_loss
 from limbeck.contract.heldout import Blocks
 from limbeck.contract.progress import say

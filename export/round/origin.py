@@ -15,9 +15,9 @@ import numpy.typing as npt
 import onnx
 from safetensors import safe_open
 
-from export.build.surgery import Graphs
+from export.graphs import Graphs
 from export.round.blocks import Blockwise
-from export.round.quantize import Matrix
+from export.round.matrices import Matrix
 from export.round.weights import external_array
 from limbeck.contract.errors import ModelError
 

@@ -17,11 +17,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from export.build.surgery import Graphs
+from export.graphs import Graphs
 from export.round.blocks import Blockwise, Floats, dequantize_blocks
 from export.round.gptq import round_blocks, shares
+from export.round.matrices import Matrix
 from export.round.origin import Part, matrix_values
-from export.round.quantize import Matrix, stored_bytes
+from export.round.scheme import stored_bytes
 from limbeck.contract.loading import load_pretrained
 from limbeck.contract.progress import task
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto
 
-from export.build.surgery import Graphs
+from export.graphs import Graphs
 from export.round.weights import external_array
 
 Floats = npt.NDArray[np.float32]

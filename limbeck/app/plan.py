@@ -223,14 +223,12 @@ def _forms(recipe: AnyRecipe, student: Shape | EncoderShape) -> dict[str, int]:
     from transformers import AutoModelForCausalLM
 
     from compress.footprint.encoders import meta_encoder
-    from export.plan.encoders import encoder_form_bytes
-    from export.plan.language import form_bytes
+    from export.plan import form_bytes
 
     if not isinstance(recipe, Recipe):
         encoder = meta_encoder(student.config, recipe.task)
         return {
-            form.kind: encoder_form_bytes(encoder, form, task=recipe.task)
-            for form in recipe.export.forms
+            form.kind: form_bytes(encoder, form, task=recipe.task) for form in recipe.export.forms
         }
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(student.config, dtype=torch.float32)

@@ -53,7 +53,9 @@ def verify(path: Path, *, quality: bool = True, speed: bool = True) -> int:
         if artifact.kind == "onnx" and not artifact.result.get("packed"):
             complaints += _verify_graphs(artifact)
     certified = {
-        artifact.kind for artifact in artifacts if "task" not in artifact.result
+        artifact.kind
+        for artifact in artifacts
+        if artifact.result.get("task", "causal-lm") == "causal-lm"
     }  # encoders have no certificate
     if {"onnx", "bench"} <= certified:
         complaints += _replay(path, quality=quality, speed=speed)
@@ -83,10 +85,10 @@ def _verify_graphs(artifact: Artifact) -> list[LimbeckError]:
     except LimbeckError as error:
         return [error]
     rows = [["form", "positions", "largest logit difference", "KL, nats", "same first choice"]]
-    if "task" in artifact.result:  # of an encoder
+    if artifact.result.get("task", "causal-lm") != "causal-lm":
         rows = [["form", "examples", "largest difference", "alike"]]
     for form, parity in measured.items():
-        if "task" in artifact.result:
+        if artifact.result.get("task", "causal-lm") != "causal-lm":
             rows.append(
                 [form, str(parity["rows"]), f"{parity['max_abs']:.3g}", f"{parity['alike']:.1%}"]
             )

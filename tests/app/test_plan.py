@@ -20,7 +20,7 @@ from compress.loop import setup
 from compress.models.language import model_config, random_config, random_model
 from compress.models.shrink import FAMILIES, shrunk_sizes
 from export import export_student
-from export.plan.language import form_bytes
+from export.plan import form_bytes
 from limbeck.app import pico, plan
 from limbeck.app import run as pipeline
 from limbeck.app.cli import app

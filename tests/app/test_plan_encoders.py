@@ -27,7 +27,7 @@ from compress.models.encoders import (
     pooled,
 )
 from export import export_student
-from export.plan.encoders import encoder_form_bytes
+from export.plan import form_bytes
 from limbeck.app import pico, plan
 from limbeck.app.cli import app
 from limbeck.contract.errors import ModelError, RecipeError
@@ -164,7 +164,7 @@ def test_sizes_of_forms_are_what_the_exporter_writes(
         entry = made.result["forms"][form.kind]
         weights = (tmp_path / "onnx" / entry["graph"]).with_suffix(".onnx_data").stat().st_size
         # The weights follow from the shapes; of the graph the plan knows only its growth.
-        said = encoder_form_bytes(model, form, task=task)
+        said = form_bytes(model, form, task=task)
         assert said - weights == pytest.approx(entry["bytes"] - weights, rel=0.1), form.kind
 
 

@@ -49,8 +49,8 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=24, help="held-out blocks per domain")
     asked = parser.parse_args()
     from export import export_student
-    from export.build.surgery import form_files
-    from export.check.heldout import heldout_nll
+    from export.graphs import form_files
+    from export.heldout import heldout_nll
     from tests.benchmarks.smollm2 import demo_recipe, untrained_student
 
     with tempfile.TemporaryDirectory() as temporary:

@@ -33,8 +33,9 @@ from compress.models.encoders import (
     pooled,
 )
 from compress.models.language import byte_tokenizer
+from export.build.encoder import load_student
+from export.check.encoder import measure_encoder_parity
 from export.check.parity import PARITY, load_arrays, require_parity
-from export.encoders import load_student, measure_encoder_parity
 from limbeck.app.products import plan_products
 from limbeck.app.verify import verify
 from limbeck.contract.artifact import Artifact, open_artifact

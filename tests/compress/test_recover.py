@@ -16,11 +16,13 @@ from compress.models.students import Student, trainable_state
 from compress.recovery import FakeQuantize, RoundInput, plain_weights, prepare
 from compress.recovery import quantize_blocks as torch_blocks
 from export import export_student
-from export.build.surgery import form_files
-from export.check.heldout import heldout_losses, per_token
+from export.graphs import form_files
+from export.heldout import heldout_losses, per_token
 from export.round.blocks import Blockwise, quantize_blocks
+from export.round.matrices import matrices_of
 from export.round.origin import origins, rounding_of
-from export.round.quantize import matrices_of, quantize_columns, scheme_for
+from export.round.quantize import quantize_columns
+from export.round.scheme import scheme_for
 from export.round.sensitivity import rounded
 from limbeck.app import run as pipeline
 from limbeck.app.verify import verify

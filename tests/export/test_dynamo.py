@@ -11,8 +11,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from export.build.backend import build_graphs
+from export.build.choice import KNOWN
 from export.build.dynamo import build_dynamo, split_gemm
-from export.build.genai import KNOWN
 from export.check.census import require_quantized, take_census
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import ModelError, QualityError, RecipeError

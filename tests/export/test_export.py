@@ -17,7 +17,6 @@ from huggingface_hub import ModelCard
 import compress
 from export import export_student, verify_parity
 from export.build.genai import build_genai
-from export.build.surgery import Graphs, form_files
 from export.check.census import require_quantized, take_census
 from export.check.greedy import answer_greedily, first_differences
 from export.check.parity import (
@@ -28,9 +27,11 @@ from export.check.parity import (
     measure_parity,
     require_parity,
 )
-from export.folder.card import write_client_files
+from export.folder.clients import write_client_files
+from export.graphs import Graphs, form_files
 from export.round.blocks import Blockwise, block_size_for, pack_nibbles, quantize_blocks
-from export.round.quantize import quantize_columns, quantize_weights, scheme_for
+from export.round.quantize import quantize_columns, quantize_weights
+from export.round.scheme import scheme_for
 from limbeck.contract.artifact import Artifact, open_artifact
 from limbeck.contract.errors import (
     ArtifactError,
@@ -378,7 +379,7 @@ def test_genai_generates_the_same_tokens(exported: Artifact) -> None:
 
 
 def test_a_second_export_is_skipped(exported: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.build.backend.build_graphs", None)
+    monkeypatch.setattr("export.stage._write", None)
     again = export_student(
         student=exported.path.parent / "student", out=exported.path, recipe=pico_recipe()
     )
@@ -463,10 +464,10 @@ def test_a_graph_that_pads_wrongly_fails_parity_and_leaves_nothing(
         if logits == "last":
             real(proto, logits=logits)
 
-    import export.build.genai
+    from export.build import genai
 
-    real = export.genai.handle_padding
-    monkeypatch.setattr(export.genai, "handle_padding", unfixed)
+    real = genai.handle_padding
+    monkeypatch.setattr(genai, "handle_padding", unfixed)
     make_student(tmp_path / "student", make_model(tmp_path / "model"))
     with pytest.raises(ParityError, match=r"left_padded: max_abs") as caught:
         export_student(student=tmp_path / "student", out=tmp_path / "onnx", recipe=pico_recipe())

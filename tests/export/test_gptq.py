@@ -11,11 +11,12 @@ import pytest
 from onnx import TensorProto
 
 from export import export_student
-from export.build.surgery import form_files
+from export.graphs import form_files
 from export.round.blocks import Blockwise, dequantize_blocks, quantize_blocks
 from export.round.calibrate import calibration_for
 from export.round.gptq import round_blocks, shares
-from export.round.quantize import Matrix, _write_matrix
+from export.round.matrices import Matrix
+from export.round.quantize import _write_matrix
 from export.round.weights import WeightsFile
 from limbeck.contract.errors import ArtifactError, RecipeError
 from limbeck.contract.recipe import Int4WeightForm

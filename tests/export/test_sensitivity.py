@@ -12,11 +12,12 @@ from safetensors.numpy import load_file, save_file
 from export import export_student
 from export.build.backend import build_graphs
 from export.build.genai import build_genai
-from export.build.surgery import Graphs
-from export.check.heldout import heldout_nll, relative_rise
+from export.graphs import Graphs
+from export.heldout import heldout_nll, relative_rise
 from export.round.blocks import Blockwise, pack_nibbles, quantize_blocks
+from export.round.matrices import matrices_of
 from export.round.origin import matrix_values, origins, rounding_of
-from export.round.quantize import Scheme, matrices_of, scheme_for, stored_bytes
+from export.round.scheme import Scheme, scheme_for, stored_bytes
 from export.round.sensitivity import Cost, measure_costs, rounded, within_bytes, within_loss
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import ModelError, RecipeError

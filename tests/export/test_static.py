@@ -18,9 +18,12 @@ from safetensors.torch import load_file, save_file
 from export import export_student
 from export.build.backend import build_graphs
 from export.build.genai import build_genai
-from export.build.surgery import Graphs, form_files
+from export.graphs import Graphs, form_files
 from export.round.calibrate import _ranges, calibrate
-from export.round.quantize import activation_scale, calibrated_reads, quantize_weights, scheme_for
+from export.round.matrices import calibrated_reads
+from export.round.operators import activation_scale
+from export.round.quantize import quantize_weights
+from export.round.scheme import scheme_for
 from export.round.smooth import find_boundaries
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import ArtifactError, EnvironmentalError, RecipeError

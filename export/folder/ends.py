@@ -1,0 +1,51 @@
+"""The tokens that end an answer, from everything that a model folder says of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def end_tokens(model: Path) -> list[int]:
+    """Ids of all end tokens of the transformers folder ``model``, those of its generation configuration first.
+
+    A chat model's turn ends with its tokenizer's end token, which its generation configuration may not name.
+    """
+    found: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        ends = _read(model / name).get("eos_token_id")
+        found += [ends] if isinstance(ends, int) else list(ends or ())
+    if (end := _id_of(model, _read(model / "tokenizer_config.json").get("eos_token"))) is not None:
+        found.append(end)
+    return list(dict.fromkeys(found))
+
+
+def first_tokens(model: Path) -> list[int]:
+    """Ids that the tokenizer of ``model`` puts before any text: its BOS, or nothing."""
+    if not (model / "tokenizer.json").is_file():
+        return []
+    from tokenizers import Tokenizer
+
+    encoded = Tokenizer.from_file(str(model / "tokenizer.json")).encode("a")
+    special: list[int] = encoded.special_tokens_mask
+    count = special.index(0) if 0 in special else 0
+    return list(encoded.ids[:count])
+
+
+def _id_of(model: Path, token: Any) -> int | None:
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        return None
+    tokenizer = _read(model / "tokenizer.json")
+    for entry in tokenizer.get("added_tokens", ()):
+        if entry["content"] == text:
+            return int(entry["id"])
+    vocabulary = tokenizer.get("model", {}).get("vocab")
+    found = vocabulary.get(text) if isinstance(vocabulary, dict) else None
+    return None if found is None else int(found)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return found

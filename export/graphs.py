@@ -1,0 +1,58 @@
+"""Where the graphs and weights of a form lie, and the metadata that every graph carries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnx import ModelProto, helper
+
+_STEMS = {
+    "fp32": "model",
+    "fp16": "model_fp16",
+    "int8-weight": "model_quantized",
+    "int8-dynamic": "model_int8",
+    "int8-static": "model_uint8",
+    "int8-trt": "model_int8_trt",
+    "int4-weight": "model_q4",
+}  # transformers.js's names of dtypes fp32, fp16, q8, int8, uint8 and q4
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """The two graphs of one form and the weights file both refer to; paths below the deployable folder."""
+
+    last: Path
+    all: Path
+    data: Path
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What must be shipped for the form to run."""
+        return (self.last, self.all, self.data)
+
+
+def form_files(folder: Path, form: str) -> Graphs:
+    """Where the graphs of ``form`` lie in a deployable ``folder``; the names are transformers.js's."""
+    stem = _STEMS[form]
+    return Graphs(
+        folder / f"onnx/{stem}.onnx",
+        folder / f"onnx/{stem}_all_logits.onnx",
+        folder / f"onnx/{stem}.onnx_data",
+    )
+
+
+def stamp(proto: ModelProto, metadata: Mapping[str, str]) -> None:
+    """Set ``metadata`` in the graph's ``metadata_props``, over what is there."""
+    merged = {entry.key: entry.value for entry in proto.metadata_props} | dict(metadata)
+    del proto.metadata_props[:]
+    helper.set_model_props(proto, merged)
+
+
+def relocate(proto: ModelProto, location: str) -> None:
+    """Name another external file for every initialiser."""
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location

@@ -1,0 +1,159 @@
+"""The size of each exported form from a model's shapes alone: what rounding and the graph builders will write.
+
+Reads modules on the meta device. How the graph file grows with depth was measured on tiny models.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from torch import nn
+
+from export.build.choice import choose_backend
+from export.round.blocks import Blockwise
+from export.round.scheme import Scheme, encoder_scheme, scheme_for, stored_bytes
+from export.tasks.base import AnyForm
+from limbeck.contract.recipe import Form
+from limbeck.contract.recipe.encoder import EncoderForm
+
+_ATTENTION_OUT = re.compile(r"(o_proj|out_proj|c_proj|dense)$")
+# Bytes of the graph file without weights: of a model, and of one of its layers in fp32, in blockwise forms, and in forms
+# with nodes that round activations. Torch's exporter keeps notes on every node and writes norms as many small nodes.
+_Growth = tuple[int, tuple[int, int, int]]
+_GENAI: _Growth = (6_000, (4_500, 5_600, 10_500))
+_DYNAMO: dict[str, _Growth] = {
+    "gpt2": (36_000, (72_000, 71_000, 74_000)),
+    "gemma3_text": (36_000, (197_000, 182_000, 185_000)),
+}
+_OTHER_DYNAMO: _Growth = (36_000, (91_000, 84_000, 87_000))
+_ENCODERS: dict[tuple[str, str], _Growth] = {
+    ("bert", "classification"): (60_000, (85_200, 69_400, 72_400)),
+    ("bert", "embedding"): (54_000, (74_500, 60_900, 63_900)),
+    ("roberta", "classification"): (72_000, (90_600, 73_700, 76_800)),
+    ("roberta", "embedding"): (63_000, (77_900, 63_600, 66_600)),
+    ("distilbert", "classification"): (53_000, (84_600, 68_300, 71_300)),
+    ("distilbert", "embedding"): (47_000, (70_200, 56_800, 59_800)),
+}
+_INLINE = 256  # bytes below which torch's exporter keeps a tensor in the graph of an encoder
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A constant matrix of the graph: N outputs, K inputs, and its part of the rounding scheme."""
+
+    channels: int
+    width: int
+    part: Literal["head", "attention", "narrow", "body"]
+
+    @property
+    def numbers(self) -> int:
+        """Weights in it."""
+        return self.channels * self.width
+
+
+def form_bytes(
+    model: Any,
+    form: AnyForm,
+    *,
+    task: str = "causal-lm",
+    backend: str = "auto",
+    provider: str = "cpu",
+) -> int:
+    """Bytes of graph and weights of ``form`` for a model of ``task`` on the meta device.
+
+    ``backend`` and ``provider`` are those of a language model's export; an encoder has no choice.
+    """
+    if task == "causal-lm":
+        return _decoder_bytes(model, form, backend, provider)
+    return _encoder_bytes(model, cast(EncoderForm, form), task)
+
+
+def _decoder_bytes(model: Any, form: Form, backend: str, provider: str) -> int:
+    config = model.config
+    if backend == "auto":
+        backend, _ = choose_backend(config.to_dict())
+    fused = backend == "genai"
+    half = form.kind == "fp16" or (provider != "cpu" and form.kind != "fp32")
+    number = 2 if half else 4
+    matrices = list(_decoder_matrices(model))
+    rest: int = sum(p.numel() for p in model.parameters()) - sum(m.numbers for m in matrices)
+    # Torch's graphs keep in fp32 what is no matrix; the builder's have tables of cosines and sines.
+    size = number * (rest + _rotary_numbers(config)) if fused else 4 * rest
+    growth = _GENAI if fused else _DYNAMO.get(config.model_type, _OTHER_DYNAMO)
+    scheme = scheme_for(form, int(model.get_output_embeddings().weight.shape[1]))
+    layers = int(config.get_text_config().num_hidden_layers)
+    return size + _graph_bytes(growth, layers, scheme) + _stored(matrices, scheme, number)
+
+
+def _encoder_bytes(model: Any, form: EncoderForm, task: str) -> int:
+    config = model.config
+    matrices = list(_encoder_matrices(model, task))
+    # A sentence encoder's graph ends at the token states, before the pooler.
+    used = [
+        p
+        for name, p in model.named_parameters()
+        if task == "classification" or not name.startswith("pooler.")
+    ]
+    size: int = 4 * (sum(p.numel() for p in used) - sum(m.numbers for m in matrices))
+    size += sum(b.numel() * b.element_size() for b in model.buffers())  # positions, token types
+    growth = _ENCODERS.get((config.model_type, task), _ENCODERS["bert", task])
+    scheme = encoder_scheme(form, int(config.hidden_size))
+    layers = int(config.num_hidden_layers)
+    return size + _graph_bytes(growth, layers, scheme) + _stored(matrices, scheme, 4)
+
+
+def _graph_bytes(growth: _Growth, layers: int, scheme: Scheme | None) -> int:
+    whole, (fp32, blockwise, integer) = growth
+    if scheme is None:
+        return whole + layers * fp32
+    return whole + layers * (blockwise if isinstance(scheme.body, Blockwise) else integer)
+
+
+def _stored(matrices: list[Matrix], scheme: Scheme | None, number: int) -> int:
+    if scheme is None:
+        return number * sum(m.numbers for m in matrices)
+    return sum(stored_bytes(m.channels, m.width, getattr(scheme, m.part), number) for m in matrices)
+
+
+def _decoder_matrices(model: Any) -> Iterator[Matrix]:
+    """Every matrix that becomes a MatMul or a Gather; a tied head is one matrix."""
+    outputs, seen = model.get_output_embeddings(), set()
+    for name, module in model.named_modules():
+        conv1d = type(module).__name__ == "Conv1D"
+        if (
+            not (conv1d or isinstance(module, nn.Linear | nn.Embedding))
+            or id(module.weight) in seen
+        ):
+            continue
+        seen.add(id(module.weight))
+        first, second = module.weight.shape
+        channels, width = (second, first) if conv1d else (first, second)
+        if module is outputs or isinstance(module, nn.Embedding):
+            yield Matrix(channels, width, "head")
+        elif re.search(r"att(ention|n)", name) and not _ATTENTION_OUT.search(name):
+            yield Matrix(channels, width, "attention")
+        else:
+            yield Matrix(channels, width, "narrow" if width > channels else "body")
+
+
+def _encoder_matrices(model: Any, task: str) -> Iterator[Matrix]:
+    """Every matrix that becomes a MatMul or a Gather. All products are rounded alike but the head's."""
+    read = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)]
+    head = read[-1][1] if task == "classification" else None
+    for name, module in read:
+        unused = task == "embedding" and name.startswith("pooler.")
+        if unused or 4 * module.weight.numel() < _INLINE:
+            continue
+        channels, width = module.weight.shape
+        is_head = module is head or isinstance(module, nn.Embedding)
+        yield Matrix(channels, width, "head" if is_head else "body")
+
+
+def _rotary_numbers(config: Any) -> int:
+    """The builder's tables of cosines and sines: a row a position."""
+    text = config.get_text_config()
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(text.max_position_embeddings * size)

@@ -1,1 +1,0 @@
-"""Sizes of graphs that are not made yet."""
