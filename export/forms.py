@@ -11,6 +11,7 @@ from pathlib import Path
 
 from export.build.backend import Built
 from export.check.census import require_quantized, take_census, where_nodes_run
+from export.check.parity import provider_here
 from export.graphs import Graphs, form_files
 from export.round.calibrate import Calibration, Known, calibration_for
 from export.round.half import cast_to_half
@@ -23,7 +24,6 @@ from limbeck.contract.artifact import Artifact
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import Provider
 from limbeck.contract.results.onnx import ExportedForm
-from limbeck.runtime.session import providers
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,6 @@ def make_form(form: AnyForm, job: Job) -> tuple[ExportedForm, Scheme | None]:
         greedy=tuple(checked.greedy),
     )
     return made, scheme
-
-
-def provider_here(provider: Provider) -> Provider:
-    """Where parity is measured: the provider that a form is made for where this machine has it, else the CPU.
-
-    The CPU computes every form: what it has no kernel for, it casts. The arithmetic then differs from the target's.
-    """
-    return provider if provider in providers() else "cpu"
 
 
 def release_memory() -> None:

@@ -23,6 +23,7 @@ from limbeck.contract.loading import load_pretrained
 from limbeck.contract.progress import task
 from limbeck.contract.recipe import Provider
 from limbeck.runtime.decoder import GraphDecoder
+from limbeck.runtime.session import providers
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -303,6 +304,14 @@ def measure_parity(
         "cases": by_case,
         "failures": failures,
     }
+
+
+def provider_here(provider: Provider) -> Provider:
+    """Where parity is measured: the provider that a form is made for where this machine has it, else the CPU.
+
+    The CPU computes every form: what it has no kernel for, it casts. The arithmetic then differs from the target's.
+    """
+    return provider if provider in providers() else "cpu"
 
 
 def require_parity(form: str, parity: Mapping[str, Any]) -> None:

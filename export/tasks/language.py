@@ -229,8 +229,6 @@ class Language:
     @classmethod
     def verify(cls, folder: Path, result: OnnxResult) -> dict[str, Any]:
         """Parity again, on the positions that travel with the artifact; of the base too where the adapter is apart."""
-        from export.forms import provider_here
-
         files: dict[str, Path | None] = {parity.PARITY: None}
         if result.adapter:
             files = {parity.PARITY: folder / result.adapter.file, parity.PARITY_BASE: None}
@@ -242,7 +240,7 @@ class Language:
                     folder / form.graph,
                     folder / form.all_logits_graph,
                     parity.load_cases(folder / file),
-                    provider=provider_here(cast(Provider, form.provider)),
+                    provider=parity.provider_here(cast(Provider, form.provider)),
                     adapter=adapter,
                 )
                 parity.require_parity(name, found)
