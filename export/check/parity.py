@@ -8,7 +8,6 @@ Shape letters: B rows, L length with padding, P positions compared, V vocabulary
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
+from export.check.verdict import TOLERANCES, judge, summary
 from limbeck.contract.errors import ParityError
 from limbeck.contract.loading import load_pretrained
 from limbeck.contract.progress import task
@@ -49,30 +49,6 @@ class Case:
     rows: Ints  # [P]
     columns: Ints  # [P]
     logits: Floats  # [P, V]
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """How far a form may be from torch. Measured values and the reasons are in docs/experiments/decoder.md."""
-
-    relative: float  # largest logit difference over the largest reference logit (at least 1)
-    kl: float  # mean KL(torch || form) in nats
-    top1: (
-        float  # share of positions with the same first choice where torch's lead is at least `lead`
-    )
-    lead: float  # logit difference between torch's first and second choice that makes a position count
-
-
-_WORST = 5  # times the mean KL, and the share of other first choices, that a single case, which may be one position, may reach
-TOLERANCES = {
-    "fp32": Tolerance(relative=1e-4, kl=1e-6, top1=1.0, lead=1e-2),
-    "fp16": Tolerance(relative=0.03, kl=1e-4, top1=0.99, lead=0.1),
-    "int8-weight": Tolerance(relative=0.25, kl=0.03, top1=0.97, lead=0.5),
-    "int8-dynamic": Tolerance(relative=0.4, kl=0.1, top1=0.95, lead=0.5),
-    "int8-static": Tolerance(relative=0.4, kl=0.1, top1=0.95, lead=0.5),
-    "int8-trt": Tolerance(relative=0.4, kl=0.1, top1=0.95, lead=0.5),
-    "int4-weight": Tolerance(relative=0.5, kl=0.3, top1=0.85, lead=0.5),
-}
 
 
 def make_cases(
@@ -244,11 +220,10 @@ def measure_parity(
     Both graphs are fed: ``all_`` is compared at every position, ``last`` where it has an answer. The result names the
     tolerance and the ``failures``, empty when the form is good enough.
     """
-    tolerance = TOLERANCES[form]
-    by_case: dict[str, dict[str, float]] = {}
+    lead = TOLERANCES[form].lead
+    by_case: dict[str, Floats64] = {}
     nll: dict[str, float] = {}
-    total: list[Floats64] = []
-    scale = max(1.0, *(float(np.abs(case.logits).max()) for case in cases.values()))
+    largest = max(float(np.abs(case.logits).max()) for case in cases.values())
     with task(f"parity of {form}", 2 * len(cases)) as progress:
         for path in (all_, last):
             decoder = GraphDecoder(path, provider=provider, adapter=adapter)
@@ -260,49 +235,22 @@ def measure_parity(
                 )
                 if len(chosen):
                     found = feed(decoder, case)
-                    differences = _differences(case, chosen, found)
-                    by_case[name if decoder.all_logits else f"{name}/last"] = _summary(
-                        differences, tolerance.lead
-                    )
-                    total.append(differences)
+                    key = name if decoder.all_logits else f"{name}/last"
+                    by_case[key] = _differences(case, chosen, found)
                     if name == "long" and len(chosen) == case.mask.sum():
                         nll = _nll(case, found)
                     del found  # before the next case's are made
                 progress.advance()
             del decoder  # its weights, before the next graph's are loaded
-    summary = _summary(np.concatenate(total, axis=1), tolerance.lead)
-    limits = {
-        "max_abs": tolerance.relative * scale,
-        "kl": tolerance.kl,
-        "top1_sure": tolerance.top1,
-    }
-    failures = [
-        f"{name}: {metric} is {values[metric]:.3g}, tolerance {limit:.3g}"
-        for name, values in by_case.items()
-        for metric, limit in (("max_abs", limits["max_abs"]), ("kl", _WORST * limits["kl"]))
-        if not values[metric] <= limit  # NaN is past every tolerance
-    ]
-    for name, values in by_case.items():
-        missed = round(values["sure"] * (1 - values["top1_sure"]))
-        may = math.ceil(round(_WORST * (1 - tolerance.top1) * values["sure"], 6))
-        if missed > may:
-            failures.append(
-                f"{name}: {missed} of {values['sure']} first choices that torch is sure of differ, {may} may"
-            )
-    if not summary["kl"] <= limits["kl"]:
-        failures.append(f"all cases: kl is {summary['kl']:.3g}, tolerance {limits['kl']:.3g}")
-    if not summary["top1_sure"] >= limits["top1_sure"]:
-        failures.append(
-            f"all cases: top1_sure is {summary['top1_sure']:.3g}, tolerance {limits['top1_sure']:.3g}"
-        )
+    verdict = judge(form, by_case, largest=largest)
     return {
-        **summary,
+        **summary(np.concatenate(list(by_case.values()), axis=1), lead),
         **nll,
         "provider": provider,
-        "tolerance": limits,
-        "lead": tolerance.lead,
-        "cases": by_case,
-        "failures": failures,
+        "tolerance": verdict.limits,
+        "lead": lead,
+        "cases": {name: summary(found, lead) for name, found in by_case.items()},
+        "failures": verdict.failures,
     }
 
 
@@ -320,7 +268,7 @@ def require_parity(form: str, parity: Mapping[str, Any]) -> None:
         listed = "\n".join(f"  {failure}" for failure in parity["failures"])
         raise ParityError(
             f"the {form} graph does not compute what the student computes:\n{listed}\n"
-            "Nothing was kept. Choose another form or a smaller block_size in the recipe, or report the model."
+            "Choose another form or a smaller block_size in the recipe, or report the model."
         )
 
 
@@ -385,20 +333,6 @@ def margins(logits_PV: Floats) -> Floats:
     """How far the first choice of each position leads the second, ``[P]``."""
     two = np.partition(logits_PV, -2, axis=1)[:, -2:]
     return np.asarray(two[:, 1] - two[:, 0], np.float32)
-
-
-def _summary(differences: Floats64, lead: float) -> dict[str, float]:
-    largest, mean, kl, same, margin = differences
-    sure = margin >= lead
-    return {
-        "positions": len(largest),
-        "max_abs": float(largest.max()),
-        "mean_abs": float(mean.mean()),
-        "kl": max(float(kl.mean()), 0.0) if np.isfinite(kl).all() else float("nan"),
-        "top1": float(same.mean()),
-        "top1_sure": float(same[sure].mean()) if sure.any() else 1.0,
-        "sure": int(sure.sum()),
-    }
 
 
 def _nll(case: Case, found_PV: Floats) -> dict[str, float]:
