@@ -1,4 +1,5 @@
-"""Student to ONNX: one decoder or encoder graph, quantised forms, parity with torch, a folder that clients load.
+"""Student to ONNX: one decoder or encoder graph, quantised forms, parity with torch, a folder that
+clients load.
 
 Importing this package is cheap; torch, onnx and onnxruntime are imported when a function is called.
 """

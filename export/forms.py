@@ -1,4 +1,6 @@
-"""One form of the student: its graphs, rounded or cast, and the measurements that say whether it is kept."""
+"""One form of the student: its graphs, rounded or cast, and the measurements that say whether it is
+kept.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,8 @@ def make_form(form: AnyForm, job: Job) -> tuple[ExportedForm, Scheme | None]:
         graph=graphs.last.relative_to(job.folder).as_posix(),
         all_logits_graph=graphs.all.relative_to(job.folder).as_posix(),
         files=tuple(p.relative_to(job.folder).as_posix() for p in (*graphs.files, *apart)),
-        # What runs: the graph and its weights. The all-logits twin is for scoring and is not counted.
+        # What runs: the graph and its weights. The all-logits twin is for scoring and is not
+        # counted.
         bytes=sum(path.stat().st_size for path in (graphs.last, graphs.data, *apart)),
         rounding=asdict(scheme) if scheme else None,
         smooth=calibration.alpha if calibration else 0.0,
@@ -79,7 +82,9 @@ def make_form(form: AnyForm, job: Job) -> tuple[ExportedForm, Scheme | None]:
 
 
 def release_memory() -> None:
-    """Give freed memory back to the system: the C library keeps it, and each phase needs the model once more."""
+    """Give freed memory back to the system: the C library keeps it, and each phase needs the model
+    once more.
+    """
     gc.collect()
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # glibc

@@ -21,7 +21,9 @@ _STEMS = {
 
 @dataclass(frozen=True)
 class Graphs:
-    """The two graphs of one form and the weights file both refer to; paths below the deployable folder."""
+    """The two graphs of one form and the weights file both refer to; paths below the deployable
+    folder.
+    """
 
     last: Path
     all: Path

@@ -16,7 +16,9 @@ from limbeck.runtime.decoder import GraphDecoder
 def heldout_losses(
     all_logits: Path, heldout: Mapping[str, Blocks], *, provider: Provider = "cpu"
 ) -> dict[str, list[float]]:
-    """Nats of each held-out block, summed over its scored tokens, by domain, from a graph that keeps all logits."""
+    """Nats of each held-out block, summed over its scored tokens, by domain, from a graph that
+    keeps all logits.
+    """
     decoder = GraphDecoder(all_logits, provider=provider)
     found: dict[str, list[float]] = {name: [] for name in heldout}
     with task(f"held-out text: {all_logits.stem}", sum(map(len, heldout.values()))) as progress:
@@ -52,5 +54,8 @@ def heldout_nll(
 
 
 def relative_rise(form: Mapping[str, float], fp32: Mapping[str, float]) -> float:
-    """Rise of a form's mean held-out loss over fp32's: 0.02 is 2 % worse. What `gates.max_quantization_loss` bounds."""
+    """Rise of a form's mean held-out loss over fp32's: 0.02 is 2 % worse.
+
+    What `gates.max_quantization_loss` bounds.
+    """
     return mean_nll(form) / mean_nll(fp32) - 1

@@ -1,4 +1,5 @@
-"""The size of each exported form from a model's shapes alone: what rounding and the graph builders will write.
+"""The size of each exported form from a model's shapes alone: what rounding and the graph builders
+will write.
 
 Reads modules on the meta device. How the graph file grows with depth was measured on tiny models.
 """
@@ -20,8 +21,9 @@ from limbeck.contract.recipe import Form
 from limbeck.contract.recipe.encoder import EncoderForm
 
 _ATTENTION_OUT = re.compile(r"(o_proj|out_proj|c_proj|dense)$")
-# Bytes of the graph file without weights: of a model, and of one of its layers in fp32, in blockwise forms, and in forms
-# with nodes that round activations. Torch's exporter keeps notes on every node and writes norms as many small nodes.
+# Bytes of the graph file without weights: of a model, and of one of its layers in fp32, in
+# blockwise forms, and in forms with nodes that round activations. Torch's exporter keeps notes on
+# every node and writes norms as many small nodes.
 _Growth = tuple[int, tuple[int, int, int]]
 _GENAI: _Growth = (6_000, (4_500, 5_600, 10_500))
 _DYNAMO: dict[str, _Growth] = {
@@ -140,7 +142,10 @@ def _decoder_matrices(model: Any) -> Iterator[Matrix]:
 
 
 def _encoder_matrices(model: Any, task: str) -> Iterator[Matrix]:
-    """Every matrix that becomes a MatMul or a Gather. All products are rounded alike but the head's."""
+    """Every matrix that becomes a MatMul or a Gather.
+
+    All products are rounded alike but the head's.
+    """
     read = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)]
     head = read[-1][1] if task == "classification" else None
     for name, module in read:

@@ -1,4 +1,5 @@
-"""The export stage, for every task: build the fp32 graph, make each form of it, check each against torch, write the folder.
+"""The export stage, for every task: build the fp32 graph, make each form of it, check each against
+torch, write the folder.
 
 What differs between language models and encoders stands behind `export.tasks.base.Task`.
 """
@@ -25,16 +26,17 @@ _STAGE = 9  # raise it when the same student and recipe would give other files
 
 
 def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
-    """Write the ``onnx`` artifact of the ``student`` artifact to ``out``: the deployable folder of docs/artifacts.md.
+    """Write the ``onnx`` artifact of the ``student`` artifact to ``out``: the deployable folder of
+    docs/artifacts.md.
 
-    An artifact that is there already is returned when it was made from the same student and the same `export:` part of
-    the recipe. A form that fails its checks is not kept; the forms that pass are.
+    An artifact that is there already is returned when it was made from the same student and the
+    same `export:` part of the recipe. A form that fails its checks is not kept; the forms that pass
+    are.
 
-    Raises:
-        ArtifactError: ``student`` is no student artifact.
-        ModelError: no graph builder knows the architecture.
-        ParityError: the fp32 graph differs from the student, and nothing is kept; or the form that should ship does not
-            compute what the student computes, and the other forms are kept.
+    Raises: ArtifactError: ``student`` is no student artifact. ModelError: no graph builder knows
+    the architecture. ParityError: the fp32 graph differs from the student, and nothing is kept; or
+    the form that should ship does not compute what the student computes, and the other forms are
+    kept.
     """
     source = open_artifact(student, kind="student")
     key = _key(recipe, source)
@@ -58,10 +60,11 @@ def require_shipped(onnx: Artifact, recipe: AnyRecipe) -> None:
 
 
 def verify_parity(folder: Path) -> dict[str, Any]:
-    """Measure every form of the ``onnx`` artifact at ``folder`` again, on this machine, without torch.
+    """Measure every form of the ``onnx`` artifact at ``folder`` again, on this machine, without
+    torch.
 
-    Returns the parity result by form name, on the positions that travel with the artifact. Raises `ArtifactError` for a
-    changed folder and `ParityError` past tolerance.
+    Returns the parity result by form name, on the positions that travel with the artifact. Raises
+    `ArtifactError` for a changed folder and `ParityError` past tolerance.
     """
     artifact = open_artifact(folder, kind="onnx")
     result = OnnxResult.of(artifact)
@@ -70,7 +73,8 @@ def verify_parity(folder: Path) -> dict[str, Any]:
 
 def _key(recipe: AnyRecipe, source: Artifact) -> str:
     asked = recipe.export.model_dump(mode="json") | task_of(recipe.task).reads(recipe)
-    # Codes of 7 or 8 bits, where that is the machine's choice: another kind of machine makes the forms again.
+    # Codes of 7 or 8 bits, where that is the machine's choice: another kind of machine makes the
+    # forms again.
     if any(getattr(form, "reduce_range", False) is None for form in recipe.export.forms):
         asked["sums_overflow"] = sums_overflow()
     return fingerprint({"stage": _STAGE, "export": asked, "student": source.digest})

@@ -1,6 +1,8 @@
-"""Which architectures go the whole way, proven on tiny random models: distilled student, every form, parity, greedy text.
+"""Which architectures go the whole way, proven on tiny random models: distilled student, every
+form, parity, greedy text.
 
-`make architectures` writes docs/architectures.md from what passes here; a slow test asserts that the file is up to date.
+`make architectures` writes docs/architectures.md from what passes here; a slow test asserts that
+the file is up to date.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ CARDS = (
 SIZES: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True},
     "qwen2": {"tie_word_embeddings": False},
-    # 64 wide: at 32 a scale a tensor misses one in ten of the clear first choices of this very model, not of those of other seeds.
+    # 64 wide: at 32 a scale a tensor misses one in ten of the clear first choices of this very
+    # model, not of those of other seeds.
     "qwen3": {"tie_word_embeddings": True, "hidden_size": 64, "intermediate_size": 96},
     "mistral": {"sliding_window": 8},
     "granite": {"logits_scaling": 2.0, "attention_multiplier": 0.25, "residual_multiplier": 0.7},
@@ -49,7 +52,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"intermediate_size": 64},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
 }
-# Models that a student is cut out of or adapts: three layers, so that two can be kept of unlike ones.
+# Models that a student is cut out of or adapts: three layers, so that two can be kept of unlike
+# ones.
 _WIDE: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -114,7 +118,9 @@ def document() -> str:
 
 
 def prove(folder: Path, model_type: str) -> str:
-    """Export a tiny model of ``model_type`` and its students below ``folder`` and return their row of the table."""
+    """Export a tiny model of ``model_type`` and its students below ``folder`` and return their row
+    of the table.
+    """
     root = folder / model_type
     root.mkdir()
     model = make_model(root / "model", model_type=model_type, **SIZES[model_type])
@@ -134,7 +140,9 @@ def prove(folder: Path, model_type: str) -> str:
 
 
 def prove_card(root: Path, provider: str, form: str) -> str:
-    """Export the plain student below ``root`` for a card; the form that passes, or why there is none."""
+    """Export the plain student below ``root`` for a card; the form that passes, or why there is
+    none.
+    """
     recipe = pico_recipe(export={"forms": ["fp32", form], "provider": provider})
     try:
         exported = export_student(student=root / "student", out=root / provider, recipe=recipe)
@@ -147,7 +155,9 @@ def prove_card(root: Path, provider: str, form: str) -> str:
 def prove_student(
     folder: Path, model_type: str, kind: str, forms: Sequence[Any] = FORMS
 ) -> Artifact:
-    """Distil two random teachers of ``model_type`` into a student of ``kind`` in ``folder``, and export it."""
+    """Distil two random teachers of ``model_type`` into a student of ``kind`` in ``folder``, and
+    export it.
+    """
     recipe = distillation(model_type, kind, forms)
     student = compress.distill(recipe=recipe, out=folder / "student")
     assert student.result["best_step"] > 0, (
@@ -157,7 +167,9 @@ def prove_student(
 
 
 def distillation(model_type: str, kind: str, forms: Sequence[Any] = FORMS) -> Recipe:
-    """A few steps on real text, from two random teachers of ``model_type`` into a student of a third."""
+    """A few steps on real text, from two random teachers of ``model_type`` into a student of a
+    third.
+    """
     # Spread, so that logits differ; opt has its own name for it.
     spread = {"init_std" if model_type == "opt" else "initializer_range": 0.2}
     config = {"model_type": model_type, **BASES[model_type], **spread}
@@ -183,7 +195,9 @@ def distillation(model_type: str, kind: str, forms: Sequence[Any] = FORMS) -> Re
 
 
 def cut(model_type: str) -> dict[str, int]:
-    """Sizes of a student cut out of `BASES`; where the head size is hidden / heads, width and heads go together."""
+    """Sizes of a student cut out of `BASES`; where the head size is hidden / heads, width and heads
+    go together.
+    """
     heads = 3 if FAMILIES[model_type].head_size_is_fixed else 1
     return {
         "layers": 2,
@@ -195,7 +209,9 @@ def cut(model_type: str) -> dict[str, int]:
 
 
 def export_and_compare(student: Path, out: Path, recipe: Recipe) -> Artifact:
-    """Export the artifact ``student`` to ``out``, and assert that the fp32 graph goes on from a prompt as torch does, other forms as they score."""
+    """Export the artifact ``student`` to ``out``, and assert that the fp32 graph goes on from a
+    prompt as torch does, other forms as they score.
+    """
     exported = export_student(student=student, out=out, recipe=recipe)
     expected, name = greedy(student / "model", PROMPT)
     found = list(Decoder(exported.path, form="fp32").generate(PROMPT, 16))
@@ -206,9 +222,11 @@ def export_and_compare(student: Path, out: Path, recipe: Recipe) -> Artifact:
 
 
 def require_generation(exported: Artifact, form: str, prompt: list[int], count: int = 4) -> None:
-    """Assert that ``form`` goes on from ``prompt`` by the tokens that its all-logits graph puts first, whatever provider it is made for.
+    """Assert that ``form`` goes on from ``prompt`` by the tokens that its all-logits graph puts
+    first, whatever provider it is made for.
 
-    A step and a whole text sum in another order: two choices nearer to each other than that are both first.
+    A step and a whole text sum in another order: two choices nearer to each other than that are
+    both first.
     """
     facts = exported.result["forms"][form]
     last, every = (
@@ -234,7 +252,9 @@ heads and width (`shrink`); LoRA is for language models. Parity with torch holds
 
 
 def prove_encoder(folder: Path, model_type: str, task: str) -> str:
-    """Distil and export encoders of ``model_type`` for ``task`` below ``folder`` and return their row of the table."""
+    """Distil and export encoders of ``model_type`` for ``task`` below ``folder`` and return their
+    row of the table.
+    """
     root = folder / f"{model_type}-{task}"
     # Twice as wide as elsewhere: of a narrower one the head, which stays in fp32, weighs too much.
     wide = {
@@ -279,7 +299,9 @@ def classifier(folder: Path, base: dict[str, Any]) -> dict[str, Any]:
 
 
 def greedy(model: Path, prompt: list[int], count: int = 16) -> tuple[list[int], str]:
-    """The ``count`` likeliest tokens, one after the other, that torch puts after ``prompt``, and the model's class."""
+    """The ``count`` likeliest tokens, one after the other, that torch puts after ``prompt``, and
+    the model's class.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,7 +1,9 @@
-"""Tiny students and their exports, each made once a session and shared by every test that asks for it.
+"""Tiny students and their exports, each made once a session and shared by every test that asks for
+it.
 
-A request is a key: the same architecture, sizes, forms and export options give the same folder. Shared artifacts are
-read-only by agreement; a test that changes one works on a copy (`Factory.copy`).
+A request is a key: the same architecture, sizes, forms and export options give the same folder.
+Shared artifacts are read-only by agreement; a test that changes one works on a copy
+(`Factory.copy`).
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ class Factory:
         self._root = root
 
     def student(self, model_type: str = "llama", *, seed: int = 0, **sizes: Any) -> Artifact:
-        """The student artifact of a random causal LM; ``sizes`` go over those of `tests.architectures.SIZES`."""
+        """The student artifact of a random causal LM; ``sizes`` go over those of
+        `tests.architectures.SIZES`.
+        """
         from tests.architectures import SIZES
         from tests.pico import make_model, make_student
 
@@ -50,7 +54,8 @@ class Factory:
         sizes: dict[str, Any] | None = None,
         **export: Any,
     ) -> Artifact:
-        """The export of `student`: ``forms`` (default: the recipe's) and further fields of the recipe's `export:` part.
+        """The export of `student`: ``forms`` (default: the recipe's) and further fields of the
+        recipe's `export:` part.
 
         The student lies beside it as ``student``, as in a run folder.
         """

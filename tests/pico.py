@@ -1,4 +1,6 @@
-"""Tiny real models for tests: random weights, a byte-level tokenizer, and the artifacts a stage expects to find."""
+"""Tiny real models for tests: random weights, a byte-level tokenizer, and the artifacts a stage
+expects to find.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,10 @@ def make_tokenizer() -> Any:
 def make_model(
     folder: Path, *, seed: int = 0, model_type: str = "llama", scale: float = 0.3, **sizes: Any
 ) -> Path:
-    """Save a random causal LM and its tokenizer to ``folder``. ``scale`` spreads the weights so that logits differ."""
+    """Save a random causal LM and its tokenizer to ``folder``.
+
+    ``scale`` spreads the weights so that logits differ.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

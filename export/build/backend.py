@@ -48,10 +48,12 @@ def build_graphs(
     opset: int | None = None,
     static: StaticShapes | None = None,
 ) -> Built:
-    """Build the fp32 graphs of the transformers folder ``model`` with ``backend``: genai, dynamo, or auto.
+    """Build the fp32 graphs of the transformers folder ``model`` with ``backend``: genai, dynamo,
+    or auto.
 
-    ``auto`` takes what `export.build.choice.choose_backend` says, and torch's exporter where GenAI's builder gives up.
-    ``static`` shapes are for dynamo alone. Raises `ModelError` when the builder asked for cannot do it.
+    ``auto`` takes what `export.build.choice.choose_backend` says, and torch's exporter where
+    GenAI's builder gives up. ``static`` shapes are for dynamo alone. Raises `ModelError` when the
+    builder asked for cannot do it.
     """
     config = json.loads((model / "config.json").read_text())
     automatic, why = backend == "auto", "the recipe names it"

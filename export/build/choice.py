@@ -1,4 +1,6 @@
-"""Which builder makes a language model's graph, from its configuration alone: known before anything is trained."""
+"""Which builder makes a language model's graph, from its configuration alone: known before anything
+is trained.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,11 @@ _ROPES = ("default", "llama3")
 _HEAD = 16  # onnxruntime's fused attention takes heads of a multiple of this many numbers
 
 
-def choose_backend(
-    config: Mapping[str, Any], *, provider: Provider = "cpu"
-) -> tuple[str, str]:
+def choose_backend(config: Mapping[str, Any], *, provider: Provider = "cpu") -> tuple[str, str]:
     """The builder that `backend: auto` takes for a transformers configuration, and why.
 
-    ``genai`` is ONNX Runtime GenAI's builder, whose graphs have fused attention; ``dynamo`` is torch's exporter.
+    ``genai`` is ONNX Runtime GenAI's builder, whose graphs have fused attention; ``dynamo`` is
+    torch's exporter.
     """
     architecture = (config.get("architectures") or [config.get("model_type")])[0]
     if config.get("model_type") not in KNOWN:
@@ -32,7 +33,10 @@ def choose_backend(
     heads = config.get("num_attention_heads")
     size = config.get("head_dim") or (config.get("hidden_size", 0) // heads if heads else 0)
     if size % _HEAD:
-        return "dynamo", f"auto: heads of {size} numbers; fused attention needs a multiple of {_HEAD}"
+        return (
+            "dynamo",
+            f"auto: heads of {size} numbers; fused attention needs a multiple of {_HEAD}",
+        )
     return (
         "genai",
         f"auto: ONNX Runtime GenAI's builder knows {architecture} and fuses its attention",

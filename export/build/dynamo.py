@@ -1,7 +1,9 @@
-"""The fp32 decoder graph of any causal LM: `torch.onnx.export` of the transformers model with a flat cache.
+"""The fp32 decoder graph of any causal LM: `torch.onnx.export` of the transformers model with a
+flat cache.
 
-Knows torch and transformers. Positions and attention masks are made inside the graph from the client's mask, so padding on either
-side, holes and a past are right without a position input; nothing is fused, so `export.build.genai` is faster where it works.
+Knows torch and transformers. Positions and attention masks are made inside the graph from the
+client's mask, so padding on either side, holes and a past are right without a position input;
+nothing is fused, so `export.build.genai` is faster where it works.
 
 Shape letters: B rows, S new tokens, P cached tokens, L = P + S.
 """
@@ -21,7 +23,13 @@ import onnx
 import torch
 from onnx import ModelProto, NodeProto, helper
 
-from export.build.surgery import Maker, attention_windows, choose_columns, declare_one_position, describe_input
+from export.build.surgery import (
+    Maker,
+    attention_windows,
+    choose_columns,
+    declare_one_position,
+    describe_input,
+)
 from export.graphs import Graphs, form_files, relocate, stamp
 from limbeck.contract.errors import ModelError
 from limbeck.contract.loading import load_pretrained
@@ -33,10 +41,14 @@ _TRACED = {"rows": 2, "new": 3, "past": 5}  # sizes 0 and 1 would be taken for c
 class FlatCache(torch.nn.Module):
     """A causal LM of transformers as a function of ids, mask and one tensor a cache entry."""
 
-    def __init__(self, model: Any, windows: Mapping[str, int] | int, *, shifts: bool = False) -> None:
-        """``windows`` is the sliding window (-1: none) of all layers, or of each kind of layer that the model tells apart.
+    def __init__(
+        self, model: Any, windows: Mapping[str, int] | int, *, shifts: bool = False
+    ) -> None:
+        """``windows`` is the sliding window (-1: none) of all layers, or of each kind of layer that
+        the model tells apart.
 
-        A cache that ``shifts`` is given back without its first S columns, so that it keeps its length.
+        A cache that ``shifts`` is given back without its first S columns, so that it keeps its
+        length.
         """
         super().__init__()
         self.model = model
@@ -46,11 +58,15 @@ class FlatCache(torch.nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past: list[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
-        """Logits ``[B, S, V]`` and the cache after ``input_ids[B, S]``, given ``attention_mask[B, L]`` and keys and values by turns."""
+        """Logits ``[B, S, V]`` and the cache after ``input_ids[B, S]``, given ``attention_mask[B,
+        L]`` and keys and values by turns.
+        """
         from transformers import DynamicCache
         from transformers.cache_utils import DynamicLayer
 
-        seen_BL = (attention_mask.cumsum(1) - 1).clamp(min=0)  # a token's position is the number of tokens before it
+        seen_BL = (attention_mask.cumsum(1) - 1).clamp(
+            min=0
+        )  # a token's position is the number of tokens before it
         positions_BS = seen_BL[:, attention_mask.shape[1] - input_ids.shape[1] :]
 
         def mask(window: int) -> torch.Tensor:
@@ -77,7 +93,9 @@ class FlatCache(torch.nn.Module):
             use_cache=True,
         )
         first = input_ids.shape[1] if self.shifts else 0
-        kept = (tensor[:, :, first:] for layer in cache.layers for tensor in (layer.keys, layer.values))
+        kept = (
+            tensor[:, :, first:] for layer in cache.layers for tensor in (layer.keys, layer.values)
+        )
         return (out.logits, *kept)
 
 
@@ -89,12 +107,15 @@ def build_dynamo(
     opset: int | None = None,
     static: StaticShapes | None = None,
 ) -> tuple[Graphs, int | None]:
-    """Build the fp32 graphs of the transformers folder ``model`` below ``folder``; also returns the context, in tokens.
+    """Build the fp32 graphs of the transformers folder ``model`` below ``folder``; also returns the
+    context, in tokens.
 
-    ``opset`` is the ONNX operator set, none the exporter's choice. ``static`` graphs read one token of each row a run, given a mask of
-    their length and a cache of one column less; both keep all logits, which are of one token.
+    ``opset`` is the ONNX operator set, none the exporter's choice. ``static`` graphs read one token
+    of each row a run, given a mask of their length and a cache of one column less; both keep all
+    logits, which are of one token.
 
-    Raises `ModelError` for a model that takes no positions, keeps no keys and values, or that torch cannot export.
+    Raises `ModelError` for a model that takes no positions, keeps no keys and values, or that torch
+    cannot export.
     """
     graphs = form_files(folder, "fp32")
     graphs.data.parent.mkdir(exist_ok=True)
@@ -132,8 +153,14 @@ def _export(folder: Path, path: Path, opset: int | None, static: StaticShapes | 
             f"{folder}: {name} takes no position_ids, so its padded batches cannot be made right. Use a student of another architecture."
         )
     with torch.inference_mode():
-        probe = model(input_ids=torch.zeros((1, 2), dtype=torch.int64), use_cache=True).past_key_values
-    shapes = [tensor.shape for layer in getattr(probe, "layers", []) for tensor in (layer.keys, layer.values)]
+        probe = model(
+            input_ids=torch.zeros((1, 2), dtype=torch.int64), use_cache=True
+        ).past_key_values
+    shapes = [
+        tensor.shape
+        for layer in getattr(probe, "layers", [])
+        for tensor in (layer.keys, layer.values)
+    ]
     if not shapes or any(len(shape) != 4 or shape[2] != 2 for shape in shapes):
         raise ModelError(
             f"{folder}: {name} keeps something else than keys and values a token ({type(probe).__name__}); "
@@ -142,7 +169,11 @@ def _export(folder: Path, path: Path, opset: int | None, static: StaticShapes | 
     rows, new, past = _TRACED["rows"], _TRACED["new"], _TRACED["past"]
     if static:
         rows, new, past = static.batch, 1, static.length - 1
-    names = [f"past_key_values.{index}.{part}" for index in range(len(shapes) // 2) for part in ("key", "value")]
+    names = [
+        f"past_key_values.{index}.{part}"
+        for index in range(len(shapes) // 2)
+        for part in ("key", "value")
+    ]
     try:
         with torch.no_grad():
             program = torch.onnx.export(
@@ -185,7 +216,9 @@ def _windows(folder: Path, config: Any) -> Mapping[str, int] | int:
 
 
 def split_gemm(proto: ModelProto) -> None:
-    """Write every plain Gemm on a constant matrix as MatMul and Add, in place: quantisation knows no Gemm."""
+    """Write every plain Gemm on a constant matrix as MatMul and Add, in place: quantisation knows
+    no Gemm.
+    """
     matrices = {tensor.name for tensor in proto.graph.initializer}
     nodes: list[NodeProto] = []
     for node in proto.graph.node:
@@ -206,7 +239,11 @@ def split_gemm(proto: ModelProto) -> None:
         product = f"{node.output[0]}/product" if bias else node.output[0]
         nodes.append(helper.make_node("MatMul", [node.input[0], matrix], [product], name=node.name))
         if bias:
-            nodes.append(helper.make_node("Add", [product, bias], list(node.output), name=f"{node.name}/bias"))
+            nodes.append(
+                helper.make_node(
+                    "Add", [product, bias], list(node.output), name=f"{node.name}/bias"
+                )
+            )
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
 
@@ -217,7 +254,9 @@ def keep_last(proto: ModelProto) -> None:
     entry = [
         *describe_input(make),
         make("Mul", [make.name("mask"), make.name("range")], "token_columns"),
-        make("ReduceMax", [make.name("token_columns"), make.constant("one", [1])], "last", keepdims=1),  # [B, 1]
+        make(
+            "ReduceMax", [make.name("token_columns"), make.constant("one", [1])], "last", keepdims=1
+        ),  # [B, 1]
     ]
     choose_columns(proto, make, entry, "last")
     declare_one_position(proto)
@@ -225,7 +264,9 @@ def keep_last(proto: ModelProto) -> None:
 
 @contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Keep the exporter's notes on missing packages and unused names from the user, who can do nothing about them."""
+    """Keep the exporter's notes on missing packages and unused names from the user, who can do
+    nothing about them.
+    """
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,8 +1,9 @@
-"""The fp32 graph of an encoder: `torch.onnx.export` of the transformers model and its head or pooling.
+"""The fp32 graph of an encoder: `torch.onnx.export` of the transformers model and its head or
+pooling.
 
-Inputs are `input_ids` and `attention_mask` `[B, L]`, both dimensions free, padded on the right as tokenizers of encoders
-pad. A classifier answers with `logits[B, C]`; a sentence encoder with `last_hidden_state[B, L, d]` and
-`sentence_embedding[B, d]`, the mean under the mask, of length 1.
+Inputs are `input_ids` and `attention_mask` `[B, L]`, both dimensions free, padded on the right as
+tokenizers of encoders pad. A classifier answers with `logits[B, C]`; a sentence encoder with
+`last_hidden_state[B, L, d]` and `sentence_embedding[B, d]`, the mean under the mask, of length 1.
 
 Shape letters: B rows, L tokens, C classes, d width.
 """
@@ -86,7 +87,8 @@ def build_fp32(
 ) -> Built:
     """Build the fp32 graph of the transformers folder ``model`` at ``graphs``.
 
-    ``opset`` is the ONNX operator set, or None for the exporter's choice. A ``static`` graph has one shape.
+    ``opset`` is the ONNX operator set, or None for the exporter's choice. A ``static`` graph has
+    one shape.
 
     Raises `ModelError` for a model that torch cannot export.
     """

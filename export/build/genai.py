@@ -1,11 +1,13 @@
-"""The fused fp32 decoder graph: ONNX Runtime GenAI's model builder, then surgery that makes padding right and heads cheap.
+"""The fused fp32 decoder graph: ONNX Runtime GenAI's model builder, then surgery that makes padding
+right and heads cheap.
 
 Knows ONNX protobufs and the builder.
 
-The builder's fused GroupQueryAttention derives each row's length and positions from the *sum* of the attention mask and so expects
-every row's tokens at the front. A few integer operators at the graph's entrance move them there, whatever side the padding is
-on, and the cache stays compact from then on; one row gather at the exit moves the answers back. Attention itself pays
-nothing for it, and an explicit bias or position input is not needed.
+The builder's fused GroupQueryAttention derives each row's length and positions from the *sum* of
+the attention mask and so expects every row's tokens at the front. A few integer operators at the
+graph's entrance move them there, whatever side the padding is on, and the cache stays compact from
+then on; one row gather at the exit moves the answers back. Attention itself pays nothing for it,
+and an explicit bias or position input is not needed.
 """
 
 from __future__ import annotations
@@ -24,17 +26,27 @@ import onnx
 from onnx import ModelProto
 
 from export.build.choice import KNOWN
-from export.build.surgery import Maker, attention_windows, choose_columns, declare_one_position, describe_input
+from export.build.surgery import (
+    Maker,
+    attention_windows,
+    choose_columns,
+    declare_one_position,
+    describe_input,
+)
 from export.graphs import Graphs, form_files, relocate, stamp
 from limbeck.contract.errors import ModelError
 
 Logits = Literal["last", "all"]
 
 
-def build_genai(model: Path, folder: Path, metadata: Mapping[str, str]) -> tuple[Graphs, dict[str, Any]]:
-    """Build the fp32 graphs of the transformers folder ``model`` below ``folder``; also returns GenAI's own config.
+def build_genai(
+    model: Path, folder: Path, metadata: Mapping[str, str]
+) -> tuple[Graphs, dict[str, Any]]:
+    """Build the fp32 graphs of the transformers folder ``model`` below ``folder``; also returns
+    GenAI's own config.
 
-    Raises `ModelError` for an architecture the builder does not know or whose attention it does not fuse.
+    Raises `ModelError` for an architecture the builder does not know or whose attention it does not
+    fuse.
     """
     graphs = form_files(folder, "fp32")
     graphs.data.parent.mkdir(exist_ok=True)
@@ -57,7 +69,12 @@ def build_genai(model: Path, folder: Path, metadata: Mapping[str, str]) -> tuple
             _set_windows(proto, windows)
             handle_padding(proto, logits="last" if logits == "last" else "all")
             stamp(
-                proto, {**metadata, "limbeck.logits": logits, "limbeck.context": str(genai["model"]["context_length"])}
+                proto,
+                {
+                    **metadata,
+                    "limbeck.logits": logits,
+                    "limbeck.context": str(genai["model"]["context_length"]),
+                },
             )
             onnx.save(proto, path)
     return graphs, genai
@@ -73,10 +90,15 @@ def _run_builder(model: Path, folder: Path) -> None:
             from onnxruntime_genai.models.builder import check_extra_options, create_model
 
             onnxruntime_genai.disable_telemetry_events()
-            # The builder reads its options twice: the first call adds what it learnt from the folder to them.
+            # The builder reads its options twice: the first call adds what it learnt from the
+            # folder to them.
             options: dict[str, Any] = {"hf_token": "false", "windowed_kv_cache": False}
-            check_extra_options("", str(model), str(folder), "fp32", "cpu", str(folder / "cache"), options)
-            create_model("", str(model), str(folder), "fp32", "cpu", str(folder / "cache"), **options)
+            check_extra_options(
+                "", str(model), str(folder), "fp32", "cpu", str(folder / "cache"), options
+            )
+            create_model(
+                "", str(model), str(folder), "fp32", "cpu", str(folder / "cache"), **options
+            )
     except OSError:
         raise  # the disk, not the architecture
     except Exception as error:
@@ -86,7 +108,8 @@ def _run_builder(model: Path, folder: Path) -> None:
             f"({type(error).__name__}: {str(error)[:200]}); set export.backend: dynamo, or use a student of "
             f"an architecture that is known to work: {', '.join(KNOWN)}. The builder's last lines:{tail or ' none'}"
         ) from error
-    gc.collect()  # the builder's model and graph refer to each other, and the next step loads the weights again
+    # the builder's model and graph refer to each other, and the next step loads the weights again
+    gc.collect()
     proto = onnx.load(folder / "model.onnx", load_external_data=False)
     fused = any(node.op_type == "GroupQueryAttention" for node in proto.graph.node)
     names = {value.name for value in proto.graph.input}
@@ -106,9 +129,11 @@ def _static_cache(proto: ModelProto, head_size: int) -> None:
 
 
 def _set_windows(proto: ModelProto, windows: list[int]) -> None:
-    """Give each attention the window of its layer: the builder leaves it out for some architectures, mistral one of them.
+    """Give each attention the window of its layer: the builder leaves it out for some
+    architectures, mistral one of them.
 
-    No text of a parity case is as long as a real model's window, so this is set by rule and not left to measurement.
+    No text of a parity case is as long as a real model's window, so this is set by rule and not
+    left to measurement.
     """
     attentions = [node for node in proto.graph.node if node.op_type == "GroupQueryAttention"]
     for node, window in zip(attentions, windows, strict=True):
@@ -118,7 +143,8 @@ def _set_windows(proto: ModelProto, windows: list[int]) -> None:
 def handle_padding(proto: ModelProto, *, logits: Logits) -> None:
     """Move each row's tokens to the front on entry and its answers back on exit, in place.
 
-    ``last`` keeps the logits of each row's last *token*, ``[B, 1, V]``; ``all`` keeps ``[B, S, V]`` in the client's order.
+    ``last`` keeps the logits of each row's last *token*, ``[B, 1, V]``; ``all`` keeps ``[B, S, V]``
+    in the client's order.
     """
     make = Maker(proto)
     for node in proto.graph.node:

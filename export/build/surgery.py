@@ -1,4 +1,5 @@
-"""Surgery on a decoder graph that the builders share: its head, its attention windows, and which positions it answers.
+"""Surgery on a decoder graph that the builders share: its head, its attention windows, and which
+positions it answers.
 
 Reads no weights: they stay in one external file that both graphs of a form name.
 
@@ -18,7 +19,9 @@ _OWN = "limbeck/"  # prefix of every name that surgery adds
 
 
 def attention_windows(model: Path) -> list[int]:
-    """Tokens each layer of the transformers folder ``model`` may look back, itself included; -1 is all of them."""
+    """Tokens each layer of the transformers folder ``model`` may look back, itself included; -1 is
+    all of them.
+    """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model)
@@ -37,9 +40,13 @@ def head_of(proto: ModelProto) -> NodeProto:
 
 
 def width_of(proto: ModelProto, head: NodeProto) -> int:
-    """Columns of the matrix ``[width, V]`` of ``head``, which may be read through a Transpose of the embedding."""
+    """Columns of the matrix ``[width, V]`` of ``head``, which may be read through a Transpose of
+    the embedding.
+    """
     tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
-    turned = {node.output[0]: node.input[0] for node in proto.graph.node if node.op_type == "Transpose"}
+    turned = {
+        node.output[0]: node.input[0] for node in proto.graph.node if node.op_type == "Transpose"
+    }
     if head.input[1] in tensors:
         return int(tensors[head.input[1]].dims[0])
     return int(tensors[turned[head.input[1]]].dims[1])
@@ -61,16 +68,26 @@ class Maker:
         name = f"{_OWN}const/{short}"
         if name not in self._constants:
             self._constants.add(name)
-            self._graph.initializer.append(numpy_helper.from_array(np.asarray(value, np.int64), name))
+            self._graph.initializer.append(
+                numpy_helper.from_array(np.asarray(value, np.int64), name)
+            )
         return name
 
     def __call__(self, op: str, inputs: list[str], output: str, **attributes: Any) -> NodeProto:
-        return helper.make_node(op, inputs, [f"{_OWN}{output}"], name=f"{_OWN}{output}/{op}", **attributes)
+        return helper.make_node(
+            op, inputs, [f"{_OWN}{output}"], name=f"{_OWN}{output}/{op}", **attributes
+        )
 
 
 def describe_input(make: Maker) -> list[NodeProto]:
-    """Nodes for the count of ``rows`` and ``steps`` of the input, the ``range`` of its columns, and the ``mask [B, S]`` of the new tokens."""
-    whole, one, zero = make.constant("end", [2**63 - 1]), make.constant("one", [1]), make.constant("zero", [0])
+    """Nodes for the count of ``rows`` and ``steps`` of the input, the ``range`` of its columns, and
+    the ``mask [B, S]`` of the new tokens.
+    """
+    whole, one, zero = (
+        make.constant("end", [2**63 - 1]),
+        make.constant("one", [1]),
+        make.constant("zero", [0]),
+    )
     zero_scalar, one_scalar = make.constant("zero_scalar", 0), make.constant("one_scalar", 1)
     return [
         make("Shape", ["input_ids"], "rows", start=0, end=1),
@@ -82,10 +99,14 @@ def describe_input(make: Maker) -> list[NodeProto]:
     ]
 
 
-def choose_columns(proto: ModelProto, make: Maker, entry: Sequence[NodeProto], columns: str) -> None:
-    """Let the head read of each row the positions ``columns [B, C]`` only, in place: logits become ``[B, C, V]``.
+def choose_columns(
+    proto: ModelProto, make: Maker, entry: Sequence[NodeProto], columns: str
+) -> None:
+    """Let the head read of each row the positions ``columns [B, C]`` only, in place: logits become
+    ``[B, C, V]``.
 
-    ``entry`` are nodes for the graph's beginning that make ``columns``, those of `describe_input` among them.
+    ``entry`` are nodes for the graph's beginning that make ``columns``, those of `describe_input`
+    among them.
     """
     graph, head = proto.graph, head_of(proto)
     one, zero = make.constant("one", [1]), make.constant("zero", [0])
@@ -96,19 +117,31 @@ def choose_columns(proto: ModelProto, make: Maker, entry: Sequence[NodeProto], c
         make("Mul", [make.name("row"), make.name("steps")], "row_start"),
         make("Unsqueeze", [make.name("row_start"), one], "row_start_column"),
         make("Add", [make.name("row_start_column"), make.name(columns)], "source"),
-        make("Reshape", [head.input[0], make.constant("flat", [-1, width_of(proto, head)])], "hidden_flat"),
+        make(
+            "Reshape",
+            [head.input[0], make.constant("flat", [-1, width_of(proto, head)])],
+            "hidden_flat",
+        ),
         make("Gather", [make.name("hidden_flat"), make.name("source")], "hidden", axis=0),
     ]
     head.input[0] = make.name("hidden")
     nodes = list(graph.node)
-    at = next(index for index, node in enumerate(nodes) if node.output and node.output[0] == head.output[0])
+    at = next(
+        index
+        for index, node in enumerate(nodes)
+        if node.output and node.output[0] == head.output[0]
+    )
     del graph.node[:]
     graph.node.extend([*entry, *nodes[:at], *choice, *nodes[at:]])
-    del graph.value_info[:]  # shapes of the builder's that no longer hold; onnxruntime infers its own
+    del graph.value_info[
+        :
+    ]  # shapes of the builder's that no longer hold; onnxruntime infers its own
 
 
 def declare_one_position(proto: ModelProto) -> None:
     """Declare the logits as ``[B, 1, V]``."""
-    dims = next(value for value in proto.graph.output if value.name == "logits").type.tensor_type.shape.dim
+    dims = next(
+        value for value in proto.graph.output if value.name == "logits"
+    ).type.tensor_type.shape.dim
     dims[1].Clear()
     dims[1].dim_value = 1

@@ -1,5 +1,5 @@
-"""What a graph is made of: operators by type and precision, bytes by precision, matrices still in float and why, and which
-execution provider runs each node.
+"""What a graph is made of: operators by type and precision, bytes by precision, matrices still in
+float and why, and which execution provider runs each node.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ _NO_WEIGHTS = "both factors are activations, as in attention; there are no weigh
 def take_census(graph: Path) -> dict[str, Any]:
     """Count the graph at ``graph`` without reading its weights.
 
-    ``operators``: count by "type" or "type precision"; ``bytes``: by number type, bytes that two names share counted
-    once; ``float_matrices``: what stayed in float, by operator and shape, with its share of the bytes and the reason;
-    ``float_products``: products of two activations, which no form rounds, by operator.
+    ``operators``: count by "type" or "type precision"; ``bytes``: by number type, bytes that two
+    names share counted once; ``float_matrices``: what stayed in float, by operator and shape, with
+    its share of the bytes and the reason; ``float_products``: products of two activations, which no
+    form rounds, by operator.
     """
     proto = onnx.load(graph, load_external_data=False)
     tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
@@ -101,10 +102,11 @@ def take_census(graph: Path) -> dict[str, Any]:
 
 
 def where_nodes_run(graph: Path, *, provider: Provider = "cpu") -> dict[str, dict[str, int]]:
-    """Nodes by execution provider and operator, from onnxruntime's own profile: a decoder of a prompt and one more token, an encoder
-    of one text.
+    """Nodes by execution provider and operator, from onnxruntime's own profile: a decoder of a
+    prompt and one more token, an encoder of one text.
 
-    These are the nodes that run: onnxruntime fuses and folds some of the file's, and adds casts and copies of its own.
+    These are the nodes that run: onnxruntime fuses and folds some of the file's, and adds casts and
+    copies of its own.
     """
     ort = import_onnxruntime()
     with tempfile.TemporaryDirectory() as folder:

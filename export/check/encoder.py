@@ -1,4 +1,5 @@
-"""Does an encoder's graph compute what the student computes? Cases, torch's answers, and the differences by form.
+"""Does an encoder's graph compute what the student computes? Cases, torch's answers, and the
+differences by form.
 
 Shape letters: B rows, L tokens, C classes, d width.
 """
@@ -19,8 +20,9 @@ from limbeck.runtime.encoder import GraphEncoder
 Cases = Mapping[str, Mapping[str, npt.NDArray[Any]]]
 
 _BATCH = 8  # rows of the ragged case
-# How far a form may be from torch: largest difference over the largest answer (of unit vectors: over 1), and the least share of
-# like answers: the same class where torch's lead is at least `_LEAD`, or the mean cosine of the two vectors.
+# How far a form may be from torch: largest difference over the largest answer (of unit vectors:
+# over 1), and the least share of like answers: the same class where torch's lead is at least
+# `_LEAD`, or the mean cosine of the two vectors.
 _TOLERANCES = {
     "fp32": (1e-4, 1.0),
     "int8-weight": (0.25, 0.97),
@@ -34,7 +36,9 @@ _ALIKE = 1e-6  # of a mean cosine that should be 1
 def make_cases(
     heldout: Examples, model: Path, *, task: str
 ) -> dict[str, dict[str, npt.NDArray[Any]]]:
-    """Ways to feed an encoder, and torch's answer to each row run by itself without padding: what a batch must not change."""
+    """Ways to feed an encoder, and torch's answer to each row run by itself without padding: what a
+    batch must not change.
+    """
     order = np.argsort(heldout.lengths, kind="stable")
     ragged = order[np.linspace(0, len(order) - 1, min(_BATCH, len(order))).round().astype(int)]
     longest = heldout.batch(order[-1:])
@@ -67,8 +71,9 @@ def make_cases(
 def measure_encoder_parity(form: str, graph: Path, cases: Cases) -> dict[str, Any]:
     """Differences between the graph of ``form`` and torch's answers, by case and over all rows.
 
-    `alike` is the share of rows with the same class where torch is sure (classification), or the mean cosine (embedding). The
-    result names the tolerance and the ``failures``, empty when the form is good enough.
+    `alike` is the share of rows with the same class where torch is sure (classification), or the
+    mean cosine (embedding). The result names the tolerance and the ``failures``, empty when the
+    form is good enough.
     """
     encoder = GraphEncoder(graph)
     relative, least = _TOLERANCES[form]

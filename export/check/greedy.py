@@ -1,7 +1,8 @@
 """Where a form's greedy answer first leaves fp32's, and how sure fp32 was there.
 
-Knows the decoder and token ids. A form is fed fp32's own tokens one at a time, which is its own greedy answer up to the first
-difference; after that two texts are no longer comparable word by word.
+Knows the decoder and token ids. A form is fed fp32's own tokens one at a time, which is its own
+greedy answer up to the first difference; after that two texts are no longer comparable word by
+word.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def answer_greedily(
     *,
     stop_ids: Collection[int] = (),
 ) -> dict[str, Answer]:
-    """Continue the start of each held-out text, by domain, up to 64 tokens or a stop token, which is kept."""
+    """Continue the start of each held-out text, by domain, up to 64 tokens or a stop token, which
+    is kept.
+    """
     answers = {}
     with task("greedy answers of fp32", min(len(texts), _PROMPTS)) as progress:
         for name, text in list(texts.items())[:_PROMPTS]:
@@ -58,8 +61,9 @@ def answer_greedily(
 
 
 def first_differences(decoder: GraphDecoder, answers: Mapping[str, Answer]) -> list[dict[str, Any]]:
-    """For each answer of fp32, by domain: its ``tokens``, how many of them the form gives too before it first differs
-    (``same``), and fp32's ``lead`` at the token where it differs, none where it never does.
+    """For each answer of fp32, by domain: its ``tokens``, how many of them the form gives too
+    before it first differs (``same``), and fp32's ``lead`` at the token where it differs, none
+    where it never does.
     """
     found = []
     for name, answer in answers.items():

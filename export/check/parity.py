@@ -1,7 +1,9 @@
-"""Does the graph compute what the student computes? Cases, torch's answers, and the differences by form.
+"""Does the graph compute what the student computes? Cases, torch's answers, and the differences by
+form.
 
-The cases are the ways a client feeds a decoder: a prompt, token by token, in chunks, in ragged batches padded on either
-side. Torch's answers to some positions of each travel with the artifact, so that a machine without torch can measure again.
+The cases are the ways a client feeds a decoder: a prompt, token by token, in chunks, in ragged
+batches padded on either side. Torch's answers to some positions of each travel with the artifact,
+so that a machine without torch can measure again.
 
 Shape letters: B rows, L length with padding, P positions compared, V vocabulary.
 """
@@ -56,9 +58,10 @@ def make_cases(
 ) -> dict[str, Case]:
     """Cases without answers from token rows ``texts``, each within ``context`` tokens.
 
-    Every row begins with ``first``, the tokens that the model's tokenizer puts before any text (a BOS): without them a
-    short row is nothing that the model has ever read. The longest case joins ``texts``, then ``more``, up to the context's
-    end or 512 tokens; shorter text is repeated. It is fed in two halves, which bounds the memory of the graph's logits.
+    Every row begins with ``first``, the tokens that the model's tokenizer puts before any text (a
+    BOS): without them a short row is nothing that the model has ever read. The longest case joins
+    ``texts``, then ``more``, up to the context's end or 512 tokens; shorter text is repeated. It is
+    fed in two halves, which bounds the memory of the graph's logits.
     """
     start = np.asarray(first, np.int64)
     texts, more = ([_without(start, row) for row in rows] for rows in (texts, more))
@@ -122,7 +125,8 @@ def _without(start: Ints, row: Ints) -> Ints:
 def answer(
     cases: Mapping[str, Case], model: Path, *, adapter: Path | None = None
 ) -> dict[str, Case]:
-    """Fill in the logits of the transformers folder ``model`` in eager fp32, at the positions of every case.
+    """Fill in the logits of the transformers folder ``model`` in eager fp32, at the positions of
+    every case.
 
     ``adapter`` is a peft folder that sits on it.
 
@@ -156,7 +160,9 @@ def answer(
 
 
 def thin(cases: Mapping[str, Case]) -> dict[str, Case]:
-    """Keep few enough positions of each case to travel with the artifact: where a prompt ends first, then spread evenly."""
+    """Keep few enough positions of each case to travel with the artifact: where a prompt ends
+    first, then spread evenly.
+    """
     vocabulary = next(iter(cases.values())).logits.shape[1]
     each = max(_KEPT_BYTES // (4 * vocabulary * len(cases)), 2)
     kept = {}
@@ -215,10 +221,11 @@ def measure_parity(
     provider: Provider = "cpu",
     adapter: Path | None = None,
 ) -> dict[str, Any]:
-    """Differences between the graphs of ``form`` and the cases' answers, by case and over all positions.
+    """Differences between the graphs of ``form`` and the cases' answers, by case and over all
+    positions.
 
-    Both graphs are fed: ``all_`` is compared at every position, ``last`` where it has an answer. The result names the
-    tolerance and the ``failures``, empty when the form is good enough.
+    Both graphs are fed: ``all_`` is compared at every position, ``last`` where it has an answer.
+    The result names the tolerance and the ``failures``, empty when the form is good enough.
     """
     lead = TOLERANCES[form].lead
     by_case: dict[str, Floats64] = {}
@@ -255,9 +262,11 @@ def measure_parity(
 
 
 def provider_here(provider: Provider) -> Provider:
-    """Where parity is measured: the provider that a form is made for where this machine has it, else the CPU.
+    """Where parity is measured: the provider that a form is made for where this machine has it,
+    else the CPU.
 
-    The CPU computes every form: what it has no kernel for, it casts. The arithmetic then differs from the target's.
+    The CPU computes every form: what it has no kernel for, it casts. The arithmetic then differs
+    from the target's.
     """
     return provider if provider in providers() else "cpu"
 
@@ -273,7 +282,8 @@ def require_parity(form: str, parity: Mapping[str, Any]) -> None:
 
 
 def feed(decoder: GraphDecoder, case: Case) -> Floats:
-    """Logits ``[P, V]`` at the positions of a case that is fed in its splits; NaN where a last-logits graph does not answer.
+    """Logits ``[P, V]`` at the positions of a case that is fed in its splits; NaN where a
+    last-logits graph does not answer.
 
     A graph of fixed shape gets the rows as many at a time as it takes.
     """
@@ -303,7 +313,9 @@ def feed(decoder: GraphDecoder, case: Case) -> Floats:
 
 
 def _after_prompt(case: Case) -> npt.NDArray[np.bool_]:
-    """Which answers ``[P]`` follow the last token that a row was fed in one run: those a last-logits graph gives."""
+    """Which answers ``[P]`` follow the last token that a row was fed in one run: those a
+    last-logits graph gives.
+    """
     given = np.zeros(case.mask.shape, bool)
     start = 0
     for count in case.splits.tolist():
@@ -314,7 +326,9 @@ def _after_prompt(case: Case) -> npt.NDArray[np.bool_]:
 
 
 def _differences(case: Case, chosen: Ints, found_PV: Floats) -> Floats64:
-    """Five numbers a ``chosen`` position ``[5, P]``: largest and mean logit difference, KL(torch || found), same choice, lead."""
+    """Five numbers a ``chosen`` position ``[5, P]``: largest and mean logit difference, KL(torch ||
+    found), same choice, lead.
+    """
     out = np.empty((5, len(chosen)))
     for start in range(0, len(chosen), _AT_ONCE):
         piece, at = slice(start, start + _AT_ONCE), chosen[start : start + _AT_ONCE]
@@ -336,7 +350,9 @@ def margins(logits_PV: Floats) -> Floats:
 
 
 def _nll(case: Case, found_PV: Floats) -> dict[str, float]:
-    """Nats a token of torch and of the graph on the text of ``case``, where the next token is known."""
+    """Nats a token of torch and of the graph on the text of ``case``, where the next token is
+    known.
+    """
     known = np.flatnonzero(case.columns + 1 < case.ids.shape[1])
     known = known[case.mask[case.rows[known], case.columns[known] + 1] == 1]
     sums = {"nll_torch": 0.0, "nll": 0.0}

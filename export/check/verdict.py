@@ -1,9 +1,10 @@
 """Is a form near enough to torch? Limits by form, and the verdict on the differences of every case.
 
-A graph that is wrong (padding, a matrix, a position) is wrong at most positions of some case. Rounding can be far off at a
-single odd position of a right graph, such as a token that the model never reads alone. So a rounded form is judged without
-its few worst positions, and cases of few positions are judged together. What rounding costs on text is not judged here:
-that is the held-out loss, which `gates.max_quantization_loss` bounds.
+A graph that is wrong (padding, a matrix, a position) is wrong at most positions of some case.
+Rounding can be far off at a single odd position of a right graph, such as a token that the model
+never reads alone. So a rounded form is judged without its few worst positions, and cases of few
+positions are judged together. What rounding costs on text is not judged here: that is the held-out
+loss, which `gates.max_quantization_loss` bounds.
 """
 
 from __future__ import annotations
@@ -15,23 +16,29 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-# [5, P] by position: largest and mean logit difference, KL(torch || form), same first choice, torch's lead.
+# [5, P] by position: largest and mean logit difference, KL(torch || form), same first choice,
+# torch's lead.
 Differences = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a form may be from torch. Measured values and the reasons are in docs/experiments/decoder.md."""
+    """How far a form may be from torch.
+
+    Measured values and the reasons are in docs/experiments/decoder.md.
+    """
 
     relative: float  # largest logit difference over the largest reference logit (at least 1)
     kl: float  # mean KL(torch || form) in nats
     top1: (
         float  # share of positions with the same first choice where torch's lead is at least `lead`
     )
-    lead: float  # logit difference between torch's first and second choice that makes a position count
+    # logit difference between torch's first and second choice that makes a position count
+    lead: float
 
 
-# A single case may reach so many times the mean KL, and the share of other first choices, of all cases.
+# A single case may reach so many times the mean KL, and the share of other first choices, of all
+# cases.
 _WORST = 5
 _ROUNDED = ("int8-weight", "int8-dynamic", "int8-static", "int8-trt", "int4-weight")
 _ODD = 0.05  # share of the positions of a rounded form that may be anything but not a number
@@ -59,7 +66,8 @@ class Verdict:
 def judge(form: str, cases: Mapping[str, Differences], *, largest: float) -> Verdict:
     """Hold the differences of every case, and of all together, to the limits of ``form``.
 
-    ``largest`` is torch's largest logit, in size. A difference that is not a number fails whatever the form.
+    ``largest`` is torch's largest logit, in size. A difference that is not a number fails whatever
+    the form.
     """
     tolerance = TOLERANCES[form]
     limits = {
@@ -120,7 +128,9 @@ def _without_odd(found: Differences) -> Differences:
 
 
 def summary(differences: Differences, lead: float) -> dict[str, float]:
-    """Means and extremes over the positions; ``sure`` counts those where torch's lead is at least ``lead``."""
+    """Means and extremes over the positions; ``sure`` counts those where torch's lead is at least
+    ``lead``.
+    """
     largest, mean, kl, same, margin = differences
     sure = margin >= lead
     return {

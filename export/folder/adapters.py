@@ -1,7 +1,9 @@
-"""LoRA beside the base instead of in it: inputs of the base's graph that are empty by default, and the file that fills them.
+"""LoRA beside the base instead of in it: inputs of the base's graph that are empty by default, and
+the file that fills them.
 
-Knows peft's adapters and ONNX protobufs. A product's adapter is found by the weights it sits on, not by names, so that a
-builder may call and pack its matrices as it likes; products that are packed into one get one adapter with blocks.
+Knows peft's adapters and ONNX protobufs. A product's adapter is found by the weights it sits on,
+not by names, so that a builder may call and pack its matrices as it likes; products that are packed
+into one get one adapter with blocks.
 
 Shape letters: K inputs of a product, N outputs, R rank.
 """
@@ -36,7 +38,8 @@ class Update:
     """What an adapter adds to one linear layer: its weights ``[N, K]`` grow by ``up_NR @ down_RK``."""
 
     name: str
-    ends_2N: Floats  # first and last column of the base's weights, by which the layer is found in a graph
+    # first and last column of the base's weights, by which the layer is found in a graph
+    ends_2N: Floats
     inputs: int  # K
     down_RK: Floats
     up_NR: Floats  # scaled
@@ -92,10 +95,12 @@ def _array(tensor: object) -> Floats:
 def add_adapter_inputs(
     graphs: Graphs, updates: Sequence[Update], *, base: int
 ) -> dict[str, Floats]:
-    """Give the products that ``updates`` touch an input for a low-rank update each, in both graph files of the base numbered ``base``.
+    """Give the products that ``updates`` touch an input for a low-rank update each, in both graph
+    files of the base numbered ``base``.
 
-    Returns what these inputs must hold for the updates to take effect, by name; left out they are empty and the graph
-    computes what the base computes. Raises `ModelError` when a layer is not in the graph.
+    Returns what these inputs must hold for the updates to take effect, by name; left out they are
+    empty and the graph computes what the base computes. Raises `ModelError` when a layer is not in
+    the graph.
     """
     first = onnx.load(graphs.last, load_external_data=False)
     places = _find(first, graphs.data.parent, updates)
@@ -120,13 +125,17 @@ def add_adapter_inputs(
 
 
 def base_number(graphs: Graphs) -> int:
-    """31 bits of the sha256 of the base's weights: an adapter file and the graphs that it fits share it."""
+    """31 bits of the sha256 of the base's weights: an adapter file and the graphs that it fits
+    share it.
+    """
     with graphs.data.open("rb") as file:
         return int.from_bytes(hashlib.file_digest(file, "sha256").digest()[:4], "big") >> 1
 
 
 def write_adapter(path: Path, values: Mapping[str, Floats], *, base: int) -> None:
-    """Write the inputs ``values`` as a file for ONNX Runtime's adapter support, for the base numbered ``base``."""
+    """Write the inputs ``values`` as a file for ONNX Runtime's adapter support, for the base
+    numbered ``base``.
+    """
     ort = import_onnxruntime()
     adapter = ort.AdapterFormat()
     adapter.set_adapter_version(1)

@@ -1,4 +1,6 @@
-"""The model card: the hub's YAML header, then what the student is, what went into it, and what was measured."""
+"""The model card: the hub's YAML header, then what the student is, what went into it, and what was
+measured.
+"""
 
 from __future__ import annotations
 
@@ -75,14 +77,18 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def plain(text: str) -> str:
-    """``text`` from a recipe or a source as one line of Markdown: no HTML, no heading, no table cell, no control characters."""
+    """``text`` from a recipe or a source as one line of Markdown: no HTML, no heading, no table
+    cell, no control characters.
+    """
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     line = html.escape(line, quote=False).replace("|", "\\|")
     return f"\\{line}" if line[:1] in ("#", "-", "+", "*", "=", "~", "`") else line
 
 
 def graph_metadata(recipe: AnyRecipe, *, student: str) -> dict[str, str]:
-    """What every graph says of its origin: digests of the distillation, the `export:` part and the student; versions."""
+    """What every graph says of its origin: digests of the distillation, the `export:` part and the
+    student; versions.
+    """
     return {
         "limbeck.version": __version__,
         "limbeck.versions": json.dumps(versions()),
@@ -102,7 +108,8 @@ def _header(
 ) -> str:
     """The hub's YAML header.
 
-    `base_model` and `datasets` name only what lies on the hub; `teachers` and `digests` are our own fields.
+    `base_model` and `datasets` name only what lies on the hub; `teachers` and `digests` are our own
+    fields.
     """
     texts = student.result.get("sources", {}).get("texts", {})
     hub = {name: text["dataset"] for name, text in texts.items() if text["dataset"]}
@@ -145,7 +152,9 @@ def _header(
 def _what_went_in(
     recipe: AnyRecipe, student: Mapping[str, Any], teachers: Sequence[Mapping[str, Any]]
 ) -> list[str]:
-    """Base model, teachers and texts, with the licences that were known when the student was distilled."""
+    """Base model, teachers and texts, with the licences that were known when the student was
+    distilled.
+    """
     known = student.get("sources", {})
     note = _LICENCES if "sources" in student else _BEFORE_LICENCES
     base = recipe.base

@@ -1,4 +1,6 @@
-"""What clients read beside the graphs: tokenizer and configurations, as clients old and new expect them."""
+"""What clients read beside the graphs: tokenizer and configurations, as clients old and new expect
+them.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,9 @@ DTYPES = {
     "model_uint8": "uint8",
     "model_q4": "q4",
 }
-# optimum-onnx 0.1.0 derives a cache's shape from config.json instead of reading it from the graph. It knows `head_dim` of
-# the first list, and takes hidden_size / num_attention_heads elsewhere; it knows `num_key_value_heads` of the second.
+# optimum-onnx 0.1.0 derives a cache's shape from config.json instead of reading it from the graph.
+# It knows `head_dim` of the first list, and takes hidden_size / num_attention_heads elsewhere; it
+# knows `num_key_value_heads` of the second.
 _OPTIMUM_HEAD_SIZE = ("gemma3_text",)
 _OPTIMUM_KEY_HEADS = ("gemma3_text", "granite", "llama", "mistral", "qwen2", "qwen3", "smollm3")
 
@@ -40,10 +43,12 @@ def write_client_files(
     genai: Mapping[str, Any] | None,
     provider: Provider = "cpu",
 ) -> None:
-    """Write what transformers.js, optimum, onnxruntime-genai and transformers read beside the graphs.
+    """Write what transformers.js, optimum, onnxruntime-genai and transformers read beside the
+    graphs.
 
-    ``genai`` is the builder's configuration, or None where GenAI cannot run the graph; it is pointed at the ``shipped``
-    graph. Both generation configurations name every end token of the model (`end_tokens`).
+    ``genai`` is the builder's configuration, or None where GenAI cannot run the graph; it is
+    pointed at the ``shipped`` graph. Both generation configurations name every end token of the
+    model (`end_tokens`).
 
     Raises `ModelError` without a ``tokenizer.json`` in ``model``.
     """
@@ -63,7 +68,8 @@ def write_client_files(
     config = json.loads((model / "config.json").read_text())
     config.pop("_name_or_path", None)
     config.pop("_model_name_or_path", None)
-    # transformers.js looks for a second file, and for a cache in fp16, only where this says so; the latter by dtype.
+    # transformers.js looks for a second file, and for a cache in fp16, only where this says so; the
+    # latter by dtype.
     config["transformers.js_config"] = {
         "use_external_data_format": {g.last.name: 1 for g in graphs}
     }
@@ -89,7 +95,9 @@ def _ends(ends: Sequence[int]) -> dict[str, Any]:
 
 
 def optimum_loads(folder: Path, graph: Path) -> bool:
-    """Whether optimum-onnx 0.1.0 gives ``graph`` a cache of the shape it has; see `_OPTIMUM_HEAD_SIZE`."""
+    """Whether optimum-onnx 0.1.0 gives ``graph`` a cache of the shape it has; see
+    `_OPTIMUM_HEAD_SIZE`.
+    """
     from transformers import AutoConfig
 
     config: Any = AutoConfig.from_pretrained(folder)
@@ -115,7 +123,9 @@ def _cache_is_half(graph: Path) -> bool:
 
 
 def tokenizer_config(model: Path) -> dict[str, Any]:
-    """The tokenizer's configuration without what only transformers 5 understands, chat template included."""
+    """The tokenizer's configuration without what only transformers 5 understands, chat template
+    included.
+    """
     path = model / "tokenizer_config.json"
     config: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     for name in ("backend", "is_local", "local_files_only", "auto_map"):

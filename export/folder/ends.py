@@ -8,9 +8,11 @@ from typing import Any
 
 
 def end_tokens(model: Path) -> list[int]:
-    """Ids of all end tokens of the transformers folder ``model``, those of its generation configuration first.
+    """Ids of all end tokens of the transformers folder ``model``, those of its generation
+    configuration first.
 
-    A chat model's turn ends with its tokenizer's end token, which its generation configuration may not name.
+    A chat model's turn ends with its tokenizer's end token, which its generation configuration may
+    not name.
     """
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):

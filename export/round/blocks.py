@@ -1,4 +1,5 @@
-"""Matrices rounded in blocks that share a scale, to nearest: the numbers behind MatMulNBits and GatherBlockQuantized.
+"""Matrices rounded in blocks that share a scale, to nearest: the numbers behind MatMulNBits and
+GatherBlockQuantized.
 
 Shape letters: K inputs of a product, N outputs.
 """
@@ -30,15 +31,17 @@ class Blockwise:
 
 
 def block_size_for(width: int) -> int:
-    """The largest of 128, 64, 32 and 16 that divides ``width``, else 16; a block that divides it wastes no bytes."""
+    """The largest of 128, 64, 32 and 16 that divides ``width``, else 16; a block that divides it
+    wastes no bytes.
+    """
     return next((block for block in BLOCKS if width % block == 0), 16)
 
 
 def quantize_blocks(weights_NK: Floats, how: Blockwise) -> tuple[Codes, Floats, Codes]:
     """Round ``weights[N, K]`` in blocks along K.
 
-    Returns codes ``[N, ceil(K / block), block]``, scales ``[N, ceil(K / block)]`` and zero points of the scales' shape:
-    weight = (code - zero point) * scale. Codes are not packed yet.
+    Returns codes ``[N, ceil(K / block), block]``, scales ``[N, ceil(K / block)]`` and zero points
+    of the scales' shape: weight = (code - zero point) * scale. Codes are not packed yet.
     """
     rows, width = weights_NK.shape
     blocks = math.ceil(width / how.block)

@@ -1,6 +1,8 @@
-"""What must be known before rounding: ranges and second moments of activations on calibration text, and how far outliers are moved.
+"""What must be known before rounding: ranges and second moments of activations on calibration text,
+and how far outliers are moved.
 
-Runs the fp32 graph over blocks of training text. Histograms and thresholds are onnxruntime's; `export.round.smooth` moves outliers.
+Runs the fp32 graph over blocks of training text. Histograms and thresholds are onnxruntime's;
+`export.round.smooth` moves outliers.
 
 Shape letters: S tokens, K inputs of a product.
 """
@@ -40,14 +42,17 @@ from limbeck.runtime.session import import_onnxruntime
 Floats = npt.NDArray[np.float32]
 Method = Literal["min-max", "percentile", "entropy"]
 
-SMOOTH = 0.5  # share of the outliers' difficulty that moves into int8 weights where a recipe does not say
+# share of the outliers' difficulty that moves into int8 weights where a recipe does not say
+SMOOTH = 0.5
 _BINS = {"percentile": 2048, "entropy": 512}
 _RARE = 99.999  # percent of the values that a percentile range holds
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Least and largest value of each activation, once ``factors`` are applied; by matrix, the sum of x xᵀ ``[K, K]`` over what it reads."""
+    """Least and largest value of each activation, once ``factors`` are applied; by matrix, the sum
+    of x xᵀ ``[K, K]`` over what it reads.
+    """
 
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     factors: Factors = field(default_factory=Factors)
@@ -57,7 +62,9 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Known:
-    """What was measured of a graph's activations, by activation, for the next form of the same graph and rows."""
+    """What was measured of a graph's activations, by activation, for the next form of the same
+    graph and rows.
+    """
 
     maxima: dict[str, Floats] = field(default_factory=dict)  # largest size by channel, [K]
     moments: dict[str, Floats] = field(default_factory=dict)  # sum of x xᵀ, [K, K]
@@ -72,9 +79,11 @@ def calibrate(
     alpha: float,
     known: Known | None = None,
 ) -> Calibration:
-    """Ranges of ``activations`` of the fp32 graphs over the token ``rows`` ``[S]``, outliers migrated by ``alpha``.
+    """Ranges of ``activations`` of the fp32 graphs over the token ``rows`` ``[S]``, outliers
+    migrated by ``alpha``.
 
-    ``alpha`` is the share of the difficulty that moves into the weights; 0 moves nothing. What outliers can leave goes into ``known``.
+    ``alpha`` is the share of the difficulty that moves into the weights; 0 moves nothing. What
+    outliers can leave goes into ``known``.
     """
     proto = onnx.load(source.last, load_external_data=False)
     boundaries: Mapping[str, Boundary] = find_boundaries(proto) if alpha else {}
@@ -108,10 +117,12 @@ def calibration_for(
     as_they_are: bool = False,
     known: Known | None = None,
 ) -> Calibration | None:
-    """What ``form`` must know of the activations that its matrices read, by matrix in ``reads``, and of outliers, measured on the
-    training rows of the ``student`` artifact; none for a form that needs nothing. Where the weights must be the student's own,
-    ``as_they_are``, outliers stay where they are and each weight is rounded to nearest, unless the form says otherwise: for recovery,
-    which trains through their rounding, and for a base that serves the adapters of many students. ``known`` is that of `calibrate`.
+    """What ``form`` must know of the activations that its matrices read, by matrix in ``reads``,
+    and of outliers, measured on the training rows of the ``student`` artifact; none for a form that
+    needs nothing. Where the weights must be the student's own, ``as_they_are``, outliers stay where
+    they are and each weight is rounded to nearest, unless the form says otherwise: for recovery,
+    which trains through their rounding, and for a base that serves the adapters of many students.
+    ``known`` is that of `calibrate`.
 
     Raises `ArtifactError` for a student that carries no training rows.
     """

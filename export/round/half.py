@@ -1,6 +1,8 @@
-"""The fp16 twin of a graph: half-precision weights, and half-precision arithmetic where the kernels keep sums in fp32.
+"""The fp16 twin of a graph: half-precision weights, and half-precision arithmetic where the kernels
+keep sums in fp32.
 
-Knows ONNX protobufs and the weights file, which it streams a tensor at a time; knows nothing of where the graph came from.
+Knows ONNX protobufs and the weights file, which it streams a tensor at a time; knows nothing of
+where the graph came from.
 """
 
 from __future__ import annotations
@@ -20,16 +22,19 @@ from limbeck.contract.progress import task
 
 _LARGEST = 65504.0  # the largest number of fp16
 _HALF, _FLOAT = TensorProto.FLOAT16, TensorProto.FLOAT
-# Operators that read a large constant, and which of their inputs decides the number type: the matrix, or its scales.
+# Operators that read a large constant, and which of their inputs decides the number type: the
+# matrix, or its scales.
 _PRODUCTS = {"MatMul": 1, "Gather": 0, "MatMulNBits": 2, "GatherBlockQuantized": 2}
 
 
 def cast_to_half(source: Graphs, target: Graphs, *, metadata: Mapping[str, str]) -> None:
-    """Write ``source``, an fp32 form or one with quantised weights, to ``target`` in fp16; logits stay fp32.
+    """Write ``source``, an fp32 form or one with quantised weights, to ``target`` in fp16; logits
+    stay fp32.
 
-    A graph with fused attention becomes fp16 as a whole, cache included: its kernels sum in fp32. Elsewhere only products
-    with constant matrices and embeddings do, between casts, because norms and masks written out in small operators
-    overflow. Raises `QualityError` for a weight beyond fp16.
+    A graph with fused attention becomes fp16 as a whole, cache included: its kernels sum in fp32.
+    Elsewhere only products with constant matrices and embeddings do, between casts, because norms
+    and masks written out in small operators overflow. Raises `QualityError` for a weight beyond
+    fp16.
     """
     first = onnx.load(source.last, load_external_data=False)
     whole = any(node.op_type == "GroupQueryAttention" for node in first.graph.node)
@@ -91,7 +96,9 @@ def _floats(graph: GraphProto) -> set[str]:
 
 
 def _matrices(graph: GraphProto) -> set[str]:
-    """Float constants in the weights file that products and embeddings alone read, the scales of rounded ones included."""
+    """Float constants in the weights file that products and embeddings alone read, the scales of
+    rounded ones included.
+    """
     turned = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Transpose"}
     readers: dict[str, set[str]] = {}
     for node in graph.node:
@@ -128,7 +135,9 @@ def _cast_all(graph: GraphProto) -> None:
 
 
 def _cast_products(graph: GraphProto, halved: set[str]) -> None:
-    """Put casts around the products and embeddings on ``halved`` matrices, in place; an activation is cast once."""
+    """Put casts around the products and embeddings on ``halved`` matrices, in place; an activation
+    is cast once.
+    """
     turned = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Transpose"}
     nodes: list[NodeProto] = []
     cast: set[str] = set()

@@ -1,4 +1,6 @@
-"""Which constant matrices of a graph are rounded, how each is stored, and which activation each reads."""
+"""Which constant matrices of a graph are rounded, how each is stored, and which activation each
+reads.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from export.round.scheme import How, Scheme, Static, is_calibrated
 
 @dataclass(frozen=True)
 class Matrix:
-    """A constant matrix to round: [K, N] as a MatMul reads it, or [N, K] (``rows``) as embeddings are stored."""
+    """A constant matrix to round: [K, N] as a MatMul reads it, or [N, K] (``rows``) as embeddings
+    are stored.
+    """
 
     name: str
     width: int  # K
@@ -26,7 +30,9 @@ class Matrix:
 
     @property
     def by_rows(self) -> bool:
-        """Whether the codes of a scale a channel are stored [N, K]: for embeddings, which read rows; products read [K, N]."""
+        """Whether the codes of a scale a channel are stored [N, K]: for embeddings, which read
+        rows; products read [K, N].
+        """
         return self.gathered and isinstance(self.how, Static)
 
     def names(self, *kinds: str) -> list[str]:
@@ -83,8 +89,9 @@ def find_matrices(
 
 
 def calibrated_reads(source: Graphs, scheme: Scheme) -> dict[str, str]:
-    """By matrix, the activation that ``scheme`` may want to know beforehand: its range where it is rounded with a scale of its own, its
-    second moments where weights get few bits. In the order of the graph.
+    """By matrix, the activation that ``scheme`` may want to know beforehand: its range where it is
+    rounded with a scale of its own, its second moments where weights get few bits. In the order of
+    the graph.
     """
     proto = onnx.load(source.last, load_external_data=False)
     tensors = {t.name: t for t in proto.graph.initializer}

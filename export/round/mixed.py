@@ -1,4 +1,6 @@
-"""Which matrices of int4-weight keep 8 bits when the recipe asks for a size or a loss (`export.round.mixed`), and the table it rests on."""
+"""Which matrices of int4-weight keep 8 bits when the recipe asks for a size or a loss
+(`export.round.mixed`), and the table it rests on.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +41,15 @@ def choose_bits(
     heldout: Mapping[str, Blocks],
     calibrate: Callable[[Scheme], Calibration | None],
 ) -> tuple[Scheme, dict[str, Any]]:
-    """``scheme`` with 4 bits everywhere but in the head and the matrices chosen, and what the manifest says of the choice.
+    """``scheme`` with 4 bits everywhere but in the head and the matrices chosen, and what the
+    manifest says of the choice.
 
-    ``texts`` are rows that sensitivities are measured on; a loss is measured on all of ``heldout``. ``calibrate`` tells what a
-    scheme must know of activations.
+    ``texts`` are rows that sensitivities are measured on; a loss is measured on all of ``heldout``.
+    ``calibrate`` tells what a scheme must know of activations.
 
-    Gates are judged on the same ``heldout``, so a loss that was kept to here is no independent finding there. The training rows that
-    a student carries are no better judge: GPTQ is fitted to them and loses less on them than elsewhere.
+    Gates are judged on the same ``heldout``, so a loss that was kept to here is no independent
+    finding there. The training rows that a student carries are no better judge: GPTQ is fitted to
+    them and loses less on them than elsewhere.
     """
     flat, more = with_more(scheme, ()), scheme.head
     assert isinstance(more, Blockwise)
@@ -103,7 +107,9 @@ def choose_bits(
 
 
 def same_bits(scheme: Scheme, found: dict[str, Any]) -> tuple[Scheme, dict[str, Any]]:
-    """The choice of an earlier `choose_bits`, from what the manifest says of it: a recovered student learnt to live with that one."""
+    """The choice of an earlier `choose_bits`, from what the manifest says of it: a recovered
+    student learnt to live with that one.
+    """
     return with_more(
         scheme, [entry["matrix"] for entry in found["sensitivity"] if entry["bits"] == 8]
     ), found
@@ -115,7 +121,9 @@ def more_bits_everywhere(found: Mapping[str, Any]) -> bool:
 
 
 def with_more(scheme: Scheme, names: Sequence[str]) -> Scheme:
-    """``scheme`` with 4 bits everywhere but in the head and the matrices ``names``, which get the head's."""
+    """``scheme`` with 4 bits everywhere but in the head and the matrices ``names``, which get the
+    head's.
+    """
     few, more = scheme.body, scheme.head
     assert isinstance(few, Blockwise)
     assert isinstance(more, Blockwise)

@@ -1,4 +1,6 @@
-"""The operators that multiply by rounded matrices: MatMulNBits, MatMulIntegerToFloat, and MatMul between QDQ operators."""
+"""The operators that multiply by rounded matrices: MatMulNBits, MatMulIntegerToFloat, and MatMul
+between QDQ operators.
+"""
 
 from __future__ import annotations
 
@@ -68,10 +70,11 @@ def _blockwise_matmul(node: NodeProto, matrix: Matrix, how: Blockwise) -> NodePr
 def _integer_matmul(
     graph: GraphProto, node: NodeProto, matrix: Matrix, rounded: set[str]
 ) -> list[NodeProto]:
-    """An integer product between operators that round each token's activations around 128 with a scale of its own.
+    """An integer product between operators that round each token's activations around 128 with a
+    scale of its own.
 
-    onnxruntime's MatMulIntegerToFloat scales the columns where it sums; it takes one scale for the activations, so a token's
-    own divides before and multiplies after.
+    onnxruntime's MatMulIntegerToFloat scales the columns where it sums; it takes one scale for the
+    activations, so a token's own divides before and multiplies after.
     """
     codes, scales = matrix.names("codes", "scales")
     x, out = node.input[0], node.output[0]
@@ -135,7 +138,9 @@ def _static_matmul(
     ranges: Mapping[str, tuple[float, float]],
     rounded: set[str],
 ) -> list[NodeProto]:
-    """MatMul of two dequantised values; a provider with a kernel for 8-bit products runs the three as one."""
+    """MatMul of two dequantised values; a provider with a kernel for 8-bit products runs the three
+    as one.
+    """
     codes, scales = matrix.names("codes", "scales")
     x, out = node.input[0], node.output[0]
     stem, own = f"limbeck/static/{x}", f"limbeck/static/{out}"

@@ -1,6 +1,7 @@
 """Which parameters of the student each matrix of the graph was made from, found by their values.
 
-Graph builders rename, transpose and join matrices; the numbers stay. So nothing here knows a builder's names.
+Graph builders rename, transpose and join matrices; the numbers stay. So nothing here knows a
+builder's names.
 """
 
 from __future__ import annotations
@@ -42,9 +43,11 @@ def matrix_values(matrix: Matrix, graphs: Graphs) -> npt.NDArray[np.float32]:
 
 
 def origins(matrices: Mapping[str, Matrix], graphs: Graphs, model: Path) -> dict[str, list[Part]]:
-    """The parts of every matrix of the fp32 ``graphs``, by its name, from the transformers folder ``model``.
+    """The parts of every matrix of the fp32 ``graphs``, by its name, from the transformers folder
+    ``model``.
 
-    Raises `ModelError` for a matrix that is no row-wise joining of parameters, as one that the builder scaled.
+    Raises `ModelError` for a matrix that is no row-wise joining of parameters, as one that the
+    builder scaled.
     """
     tensors = {
         t.name: t for t in onnx.load(graphs.last, load_external_data=False).graph.initializer
@@ -70,8 +73,8 @@ def origins(matrices: Mapping[str, Matrix], graphs: Graphs, model: Path) -> dict
 def rounding_of(
     matrices: Mapping[str, Matrix], parts: Mapping[str, Sequence[Part]]
 ) -> dict[str, dict[str, Any]]:
-    """How each parameter is rounded, as data: ``bits``, ``block`` and ``zero_points``, or ``most``, the largest code, where it has
-    a scale a channel; ``turned`` when it is stored [K, N].
+    """How each parameter is rounded, as data: ``bits``, ``block`` and ``zero_points``, or ``most``,
+    the largest code, where it has a scale a channel; ``turned`` when it is stored [K, N].
     """
     return {
         part.parameter: {"turned": part.turned}

@@ -1,4 +1,6 @@
-"""Rounded weights from the fp32 graph, streamed from one weights file to the other a tensor at a time."""
+"""Rounded weights from the fp32 graph, streamed from one weights file to the other a tensor at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,12 @@ def quantize_weights(
     metadata: dict[str, str],
     calibration: Calibration | None = None,
 ) -> None:
-    """Write the form of ``source`` that ``scheme`` describes to ``target``, after ``calibration``, which a static one needs;
-    matrices whose moments it holds are rounded by `export.round.gptq`.
+    """Write the form of ``source`` that ``scheme`` describes to ``target``, after ``calibration``,
+    which a static one needs; matrices whose moments it holds are rounded by `export.round.gptq`.
 
-    Every MatMul with a constant matrix becomes a MatMulNBits of accuracy level 4 (activations in 8 bits as well, the
-    fast kernel) or a MatMulIntegerToFloat; every embedding becomes a GatherBlockQuantized, on the head's own codes where the
-    two are tied.
+    Every MatMul with a constant matrix becomes a MatMulNBits of accuracy level 4 (activations in 8
+    bits as well, the fast kernel) or a MatMulIntegerToFloat; every embedding becomes a
+    GatherBlockQuantized, on the head's own codes where the two are tied.
     """
     first = onnx.load(source.last, load_external_data=False)
     tensors = {t.name: t for t in first.graph.initializer}
@@ -81,7 +83,9 @@ def quantize_weights(
 
 
 def quantize_columns(weights_NK: Floats, most: int = 127) -> tuple[npt.NDArray[np.int8], Floats]:
-    """Round ``weights[N, K]`` to signed codes of at most ``most``, a scale an output channel: codes ``[N, K]``, scales ``[N]``."""
+    """Round ``weights[N, K]`` to signed codes of at most ``most``, a scale an output channel: codes
+    ``[N, K]``, scales ``[N]``.
+    """
     scales = np.abs(weights_NK).max(axis=1) / np.float32(most)
     return np.rint(weights_NK * inverse(scales)[:, None]).astype(np.int8), scales.astype(np.float32)
 
@@ -109,7 +113,9 @@ def _write_matrix(
 
 
 def _integer_bits(matrices: Mapping[str, Matrix]) -> dict[str, str]:
-    """For clients on processors whose sums overflow: whether integer products have weights of 8 bits."""
+    """For clients on processors whose sums overflow: whether integer products have weights of 8
+    bits.
+    """
     most = {
         m.how.most
         for m in matrices.values()

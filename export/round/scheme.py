@@ -26,16 +26,18 @@ How: TypeAlias = "Blockwise | PerChannel | Static"
 
 @dataclass(frozen=True)
 class PerChannel:
-    """MatMulIntegerToFloat: signed 8-bit weights of at most ``most``, a scale a column; activations in 8 bits, a scale a token, on
-    the fly."""
+    """MatMulIntegerToFloat: signed 8-bit weights of at most ``most``, a scale a column; activations
+    in 8 bits, a scale a token, on the fly.
+    """
 
     most: int = 127
 
 
 @dataclass(frozen=True)
 class Static:
-    """A MatMul between quantise and dequantise operators: signed 8-bit weights, a scale a column; activations in 8 bits
-    with one scale, known beforehand."""
+    """A MatMul between quantise and dequantise operators: signed 8-bit weights, a scale a column;
+    activations in 8 bits with one scale, known beforehand.
+    """
 
     most: int = 127  # of the weights' codes
     symmetric: bool = (
@@ -48,10 +50,11 @@ class Static:
 class Scheme:
     """How a form rounds.
 
-    ``narrow`` is for products with more inputs than outputs, which is where an FFN returns to the model's width and inputs
-    have outliers of a hundred times the rest; ``attention`` for those that make queries, keys and values. ``head`` is for
-    the head and every embedding: one copy of the codes where they are tied. ``exceptions`` are matrices of the fp32 graph, by
-    name, that are rounded otherwise.
+    ``narrow`` is for products with more inputs than outputs, which is where an FFN returns to the
+    model's width and inputs have outliers of a hundred times the rest; ``attention`` for those that
+    make queries, keys and values. ``head`` is for the head and every embedding: one copy of the
+    codes where they are tied. ``exceptions`` are matrices of the fp32 graph, by name, that are
+    rounded otherwise.
     """
 
     body: How
@@ -90,7 +93,9 @@ def scheme_for(form: Form, width: int) -> Scheme | None:
 
 
 def encoder_scheme(form: EncoderForm, width: int) -> Scheme | None:
-    """As for decoders, but all products in integers: an encoder's come many rows at a time, where that is the fastest."""
+    """As for decoders, but all products in integers: an encoder's come many rows at a time, where
+    that is the fastest.
+    """
     if isinstance(form, Int8DynamicForm | Int8StaticForm):
         most = most_of(form)
         each = PerChannel(most) if isinstance(form, Int8DynamicForm) else Static(most)
@@ -101,13 +106,16 @@ def encoder_scheme(form: EncoderForm, width: int) -> Scheme | None:
 
 
 def most_of(form: Int8DynamicForm | Int8StaticForm) -> int:
-    """The largest code of a weight: one of 7 bits where pairs of products would overflow 16 bits, `reduce_range`."""
+    """The largest code of a weight: one of 7 bits where pairs of products would overflow 16 bits,
+    `reduce_range`.
+    """
     return 63 if (sums_overflow() if form.reduce_range is None else form.reduce_range) else 127
 
 
 def stored_bytes(channels: int, width: int, how: How, number: int = 4) -> int:
-    """Bytes in the weights file of a matrix of ``channels`` outputs and ``width`` inputs: codes, zero points, and scales of
-    ``number`` bytes each."""
+    """Bytes in the weights file of a matrix of ``channels`` outputs and ``width`` inputs: codes,
+    zero points, and scales of ``number`` bytes each.
+    """
     if not isinstance(how, Blockwise):
         return channels * width + number * channels
     row = math.ceil(width / how.block)

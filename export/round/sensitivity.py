@@ -1,7 +1,9 @@
-"""What rounding one matrix alone costs, and which matrices of a 4-bit form get 8 bits instead under a bound.
+"""What rounding one matrix alone costs, and which matrices of a 4-bit form get 8 bits instead under
+a bound.
 
-Measured in torch on the student: KL from its own answers on held-out text when one matrix of the graph is replaced by its rounded
-values. Activations stay in float there; how they are rounded is the same for 4 and for 8 bits.
+Measured in torch on the student: KL from its own answers on held-out text when one matrix of the
+graph is replaced by its rounded values. Activations stay in float there; how they are rounded is
+the same for 4 and for 8 bits.
 """
 
 from __future__ import annotations
@@ -56,8 +58,10 @@ def measure_costs(
 ) -> list[Cost]:
     """The cost of each of ``matrices`` of the fp32 ``graphs``, the greatest worth first.
 
-    ``parts`` says which parameters of the transformers folder ``model`` each is made of; ``texts`` are rows of held-out tokens, of
-    which ``tokens`` are read; ``moments`` are those of `export.round.calibrate.Calibration`, empty where weights are rounded to nearest. A changed layer is run from there on only: the layers before it answer as they did.
+    ``parts`` says which parameters of the transformers folder ``model`` each is made of; ``texts``
+    are rows of held-out tokens, of which ``tokens`` are read; ``moments`` are those of
+    `export.round.calibrate.Calibration`, empty where weights are rounded to nearest. A changed
+    layer is run from there on only: the layers before it answer as they did.
     """
     from transformers import AutoModelForCausalLM
 
@@ -107,7 +111,9 @@ def rounded(weights_NK: Floats, how: Blockwise, moments_KK: Floats | None = None
 
 
 def within_bytes(costs: Sequence[Cost], room: int) -> list[str]:
-    """Matrices that get more bits when ``room`` bytes may be spent: the greatest worth first, skipping what does not fit."""
+    """Matrices that get more bits when ``room`` bytes may be spent: the greatest worth first,
+    skipping what does not fit.
+    """
     chosen = []
     for cost in costs:
         if cost.extra_bytes <= room:
@@ -119,10 +125,12 @@ def within_bytes(costs: Sequence[Cost], room: int) -> list[str]:
 def within_loss(
     costs: Sequence[Cost], bound: float, measure: Callable[[list[str]], float]
 ) -> tuple[list[str], float]:
-    """The shortest head of ``costs`` that ``measure`` finds within ``bound`` when those get more bits, and its loss.
+    """The shortest head of ``costs`` that ``measure`` finds within ``bound`` when those get more
+    bits, and its loss.
 
-    Losses are taken to fall with the summed KL of what stays in few bits, which gives the first guess, then measured, in halves: of
-    150 matrices up to ten forms are made. All of them when nothing shorter is within the bound.
+    Losses are taken to fall with the summed KL of what stays in few bits, which gives the first
+    guess, then measured, in halves: of 150 matrices up to ten forms are made. All of them when
+    nothing shorter is within the bound.
     """
     left = np.concatenate(
         [np.cumsum([cost.kl for cost in costs][::-1])[::-1], [0.0]]
@@ -147,7 +155,9 @@ def within_loss(
 
 
 class _Replay:
-    """Remembers what each decoder layer answered in the first run, to skip the layers before a change."""
+    """Remembers what each decoder layer answered in the first run, to skip the layers before a
+    change.
+    """
 
     def __init__(self, model: Any) -> None:
         count = model.config.get_text_config().num_hidden_layers
@@ -172,7 +182,9 @@ class _Replay:
 
     @contextmanager
     def up_to(self, changed: Mapping[str, Tensor]) -> Iterator[None]:
-        """Within the block, layers before the first that owns one of the ``changed`` parameters are not run."""
+        """Within the block, layers before the first that owns one of the ``changed`` parameters are
+        not run.
+        """
         owners = [
             next(
                 (i for i in range(len(self._layers)) if name.startswith(f"{self._prefix}.{i}.")), 0

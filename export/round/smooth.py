@@ -1,8 +1,10 @@
-"""Outliers of activations moved into weights, exactly: the migration of SmoothQuant (Xiao et al. 2023, arXiv 2211.10438).
+"""Outliers of activations moved into weights, exactly: the migration of SmoothQuant (Xiao et al.
+2023, arXiv 2211.10438).
 
-An activation that products with constant matrices alone read is divided, a factor a channel, and the matrices are multiplied by the
-factors along the summed dimension. What makes the activation has to be divisible: a norm's weights, the product that meets an FFN's
-gate, the values of attention. In fp32 nothing changes; what is left is easier to round to 8 bits.
+An activation that products with constant matrices alone read is divided, a factor a channel, and
+the matrices are multiplied by the factors along the summed dimension. What makes the activation has
+to be divisible: a norm's weights, the product that meets an FFN's gate, the values of attention. In
+fp32 nothing changes; what is left is easier to round to 8 bits.
 
 Shape letters: K inputs of a product, N outputs.
 """
@@ -36,7 +38,9 @@ _NORMS = {
 
 @dataclass(frozen=True)
 class Part:
-    """Numbers that an activation is proportional to: a vector, or the outputs of a matrix, from channel ``first`` on."""
+    """Numbers that an activation is proportional to: a vector, or the outputs of a matrix, from
+    channel ``first`` on.
+    """
 
     name: str
     first: int = 0
@@ -44,9 +48,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Boundary:
-    """An activation ``[K]`` that ``made_by`` can divide and that products with the constant ``matrices`` alone read.
+    """An activation ``[K]`` that ``made_by`` can divide and that products with the constant
+    ``matrices`` alone read.
 
-    ``shared`` is (groups, sharing, size) where K is made of heads of which ``sharing`` in a row have one set of values.
+    ``shared`` is (groups, sharing, size) where K is made of heads of which ``sharing`` in a row
+    have one set of values.
     """
 
     made_by: tuple[Part, ...]
@@ -56,7 +62,9 @@ class Boundary:
 
 @dataclass(frozen=True)
 class Factors:
-    """What to multiply by: matrices along their inputs ``[K]``; matrices along their outputs ``[N]``, and whole vectors."""
+    """What to multiply by: matrices along their inputs ``[K]``; matrices along their outputs
+    ``[N]``, and whole vectors.
+    """
 
     inputs: Mapping[str, Floats] = field(default_factory=dict)
     outputs: Mapping[str, Floats] = field(default_factory=dict)
@@ -65,7 +73,9 @@ class Factors:
         return name in self.inputs or name in self.outputs
 
     def apply(self, name: str, values: npt.NDArray[Any], *, rows: bool) -> npt.NDArray[Any]:
-        """The initialiser ``name`` multiplied; a matrix is stored ``[N, K]`` when ``rows``, else ``[K, N]``."""
+        """The initialiser ``name`` multiplied; a matrix is stored ``[N, K]`` when ``rows``, else
+        ``[K, N]``.
+        """
         if name in self.inputs:
             values = values * (self.inputs[name] if rows else self.inputs[name][:, None])
         if name in self.outputs:
@@ -75,7 +85,9 @@ class Factors:
 
 
 def find_boundaries(proto: ModelProto) -> dict[str, Boundary]:
-    """Activations whose outliers can move into the products that read them, by name; makers that are matrices first."""
+    """Activations whose outliers can move into the products that read them, by name; makers that
+    are matrices first.
+    """
     graph = _Graph(proto)
     found: dict[str, Boundary] = {}
     for node in proto.graph.node:
@@ -109,7 +121,8 @@ def find_factors(
 ) -> tuple[Factors, dict[str, Floats]]:
     """Factors for every boundary, and by activation what it is divided by, ``[K]``.
 
-    max|x|^alpha / max|w|^(1 - alpha) a channel, 1 where a channel is always 0; ``largest`` holds max|x| by activation, ``[K]``.
+    max|x|^alpha / max|w|^(1 - alpha) a channel, 1 where a channel is always 0; ``largest`` holds
+    max|x| by activation, ``[K]``.
     """
     graph, inputs, outputs, divided = (
         _Graph(proto),
@@ -192,10 +205,13 @@ class _Graph:
         return name if own and self.is_matrix(name) else None
 
     def matrices_after(self, node: NodeProto) -> tuple[str, tuple[str, ...]]:
-        """A node's output as products read it, and their matrices; none unless such products alone read it."""
+        """A node's output as products read it, and their matrices; none unless such products alone
+        read it.
+        """
         made = node.output[0] if node.output else ""
         readers = self.readers.get(made, [])
-        # torch's exporter folds rows and columns into one dimension; channels stay, as the widths must be equal.
+        # torch's exporter folds rows and columns into one dimension; channels stay, as the widths
+        # must be equal.
         if [r.op_type for r in readers] == ["Reshape"] and made not in self._results:
             made = readers[0].output[0]
             readers = self.readers.get(made, [])
@@ -204,7 +220,9 @@ class _Graph:
         return made, (known if len(known) == len(found) and made not in self._results else ())
 
     def norm(self, node: NodeProto) -> list[Part] | None:
-        """The weights of a norm; one that is written out ends in a product of its weights with what they scale."""
+        """The weights of a norm; one that is written out ends in a product of its weights with what
+        they scale.
+        """
         places = [
             at for at in _NORMS.get(node.op_type, ()) if at < len(node.input) and node.input[at]
         ]
@@ -218,7 +236,9 @@ class _Graph:
         return [Part(name) for name in vectors]
 
     def product(self, name: str) -> list[Part] | None:
-        """The matrix, and the bias after it, whose product ``name`` is and which nothing else reads."""
+        """The matrix, and the bias after it, whose product ``name`` is and which nothing else
+        reads.
+        """
         if not self.only_reader(name) or name not in self.made_by:
             return None
         node, parts = self.made_by[name], list[Part]()

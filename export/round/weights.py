@@ -1,4 +1,6 @@
-"""The external weights file of a graph: reading an initialiser's values out of it, and writing a new one piece by piece."""
+"""The external weights file of a graph: reading an initialiser's values out of it, and writing a
+new one piece by piece.
+"""
 
 from __future__ import annotations
 

@@ -23,7 +23,10 @@ Calibrate = Callable[[Scheme], Calibration | None]
 
 @dataclass(frozen=True)
 class Checked:
-    """How far a form is from torch. ``base`` is of the base alone, where the adapter is kept apart."""
+    """How far a form is from torch.
+
+    ``base`` is of the base alone, where the adapter is kept apart.
+    """
 
     parity: dict[str, Any]
     base: dict[str, Any] | None = None
@@ -62,7 +65,9 @@ class Task(Protocol):
     def scheme(
         self, form: AnyForm, built: Built, calibrate: Calibrate
     ) -> tuple[Scheme | None, dict[str, Any] | None]:
-        """How ``form`` is rounded, and the record of the choice where matrices differ in their bits."""
+        """How ``form`` is rounded, and the record of the choice where matrices differ in their
+        bits.
+        """
         ...
 
     def check(self, form: str, graphs: Graphs, provider: Provider) -> Checked:

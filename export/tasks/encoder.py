@@ -1,4 +1,6 @@
-"""The export of a classifier or a sentence encoder: one graph a form, and no second one for scoring."""
+"""The export of a classifier or a sentence encoder: one graph a form, and no second one for
+scoring.
+"""
 
 from __future__ import annotations
 

@@ -77,7 +77,8 @@ class Language:
         return form_files(self.folder, form)
 
     def build(self) -> Built:
-        """Build with the recipe's backend; an adapter that is kept apart becomes inputs of the graph.
+        """Build with the recipe's backend; an adapter that is kept apart becomes inputs of the
+        graph.
 
         Raises `ModelError` as `export.build.backend.build_graphs`.
         """
@@ -126,7 +127,9 @@ class Language:
     def scheme(
         self, form: AnyForm, built: Built, calibrate: Calibrate
     ) -> tuple[Scheme | None, dict[str, Any] | None]:
-        """As the form says, but for the bits of int4-weight, which `export.mixed` may choose by matrix."""
+        """As the form says, but for the bits of int4-weight, which `export.mixed` may choose by
+        matrix.
+        """
         scheme, asked = scheme_for(form, built.width), self.recipe.export
         if form.kind != "int4-weight" or scheme is None or isinstance(asked.mixed, MixedByRule):
             return scheme, None
@@ -160,7 +163,9 @@ class Language:
         return Checked(measured[parity.PARITY], measured.get(parity.PARITY_BASE), greedy)
 
     def finish(self, result: OnnxResult, built: Built, scheme: Scheme | None) -> OnnxResult:
-        """The adapter, and with `export.recover` the held-out loss of the shipped form beside that of fp32."""
+        """The adapter, and with `export.recover` the held-out loss of the shipped form beside that
+        of fp32.
+        """
         result = replace(result, adapter=self._kept)
         if self.recipe.export.recover is None or scheme is None:
             return result
@@ -168,7 +173,8 @@ class Language:
         blocks = {f: heldout_losses(self.files(f).all, heldout) for f in ("fp32", shipped)}
         losses = {name: per_token(nats, heldout) for name, nats in blocks.items()}
         recovery = self.student.result.get("recovery")
-        # The cost of rounding is measured from the student that was distilled: recovery moves the fp32 weights too.
+        # The cost of rounding is measured from the student that was distilled: recovery moves the
+        # fp32 weights too.
         distilled = recovery["before"]["fp32"] if recovery else losses["fp32"]
         bound = self.recipe.gates.max_quantization_loss
         assert bound is not None
@@ -228,7 +234,9 @@ class Language:
 
     @classmethod
     def verify(cls, folder: Path, result: OnnxResult) -> dict[str, Any]:
-        """Parity again, on the positions that travel with the artifact; of the base too where the adapter is apart."""
+        """Parity again, on the positions that travel with the artifact; of the base too where the
+        adapter is apart.
+        """
         files: dict[str, Path | None] = {parity.PARITY: None}
         if result.adapter:
             files = {parity.PARITY: folder / result.adapter.file, parity.PARITY_BASE: None}
@@ -280,7 +288,7 @@ def _heldout_rows(student: Path) -> dict[str, list[npt.NDArray[np.int64]]]:
     }
 
 
-# The card --------------------------------------------------------------------------------------
+# The card ----------------------------------------------------------------------------------------
 
 
 def _parity_section(result: OnnxResult) -> list[str]:

@@ -1,7 +1,8 @@
 """The exports of a run: one of the student, one of the recovered student, and which of them ships.
 
-``onnx`` in a run folder is a relative link to the export that ships, and nothing else says which one that is. The link is
-replaced atomically, so a run that is killed shows either the export that shipped before or the one that ships now.
+``onnx`` in a run folder is a relative link to the export that ships, and nothing else says which
+one that is. The link is replaced atomically, so a run that is killed shows either the export that
+shipped before or the one that ships now.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ def export_run(
 ) -> None:
     """Export the student of the run in ``folder``, and point ``onnx`` at the export that ships.
 
-    When the shipped form misses its gate and the recipe asks for it, the student is distilled again through the rounding
-    (`compress.recover`, with ``products`` as its teachers), exported too, and the better of the two ships.
+    When the shipped form misses its gate and the recipe asks for it, the student is distilled again
+    through the rounding (`compress.recover`, with ``products`` as its teachers), exported too, and
+    the better of the two ships.
     """
     import compress
     import export
@@ -65,7 +67,9 @@ def export_run(
 
 
 def point(link: Path, target: str) -> None:
-    """Let ``link`` name its neighbour ``target``, whatever it named before; at no moment does it name nothing."""
+    """Let ``link`` name its neighbour ``target``, whatever it named before; at no moment does it
+    name nothing.
+    """
     if link.is_symlink() and os.readlink(link) == target:
         return
     temporary = link.with_name(f".{link.name}.pointer")

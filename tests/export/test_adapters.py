@@ -1,4 +1,6 @@
-"""A LoRA student beside its base: one graph, a file for each student, and the same answers as torch's."""
+"""A LoRA student beside its base: one graph, a file for each student, and the same answers as
+torch's.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def make_lora_student(path: Path, base: Path, *, seed: int, **config: Any) -> Ar
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[Artifact]:
-    """Two students of one base, exported apart from it: one tied to every linear layer, one to some of a packed product."""
+    """Two students of one base, exported apart from it: one tied to every linear layer, one to some
+    of a packed product.
+    """
     root = tmp_path_factory.mktemp("adapters")
     base = make_model(root / "base", tie_word_embeddings=True)
     students = [

@@ -1,4 +1,6 @@
-"""Graphs of torch's exporter: any architecture, the same folder, the same decoder, padding and quantisation right."""
+"""Graphs of torch's exporter: any architecture, the same folder, the same decoder, padding and
+quantisation right.
+"""
 
 from __future__ import annotations
 

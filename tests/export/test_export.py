@@ -122,7 +122,9 @@ def test_every_way_of_feeding_agrees_with_torch(tmp_path: Path, sizes: dict[str,
 def test_the_longest_case_ends_where_the_context_does(
     context: int, length: int, compared: int
 ) -> None:
-    """Held-out rows are joined up to there, however short each is; of a long context, to 512 tokens."""
+    """Held-out rows are joined up to there, however short each is; of a long context, to 512
+    tokens.
+    """
     texts, more = texts_of(24, 20), texts_of(*[24] * 30)
     case = make_cases(texts, context=context, more=more)["longest"]
     assert case.ids.shape == (1, length)
@@ -136,7 +138,9 @@ def test_the_longest_case_ends_where_the_context_does(
 
 @pytest.mark.parametrize("seed", range(3))
 def test_any_mask_gives_torchs_answers(tmp_path: Path, seed: int) -> None:
-    """Holes in the prompt, padding on both sides of it, then decoding: a token's logits depend on the tokens before it alone."""
+    """Holes in the prompt, padding on both sides of it, then decoding: a token's logits depend on
+    the tokens before it alone.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -278,7 +282,9 @@ def test_clients_get_the_chat_template_without_the_marks_of_training(tmp_path: P
 def test_the_card_says_what_the_student_was_made_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, known: bool
 ) -> None:
-    """Distilled for real, from the hub and from folders that are gone when the card is written; read as the hub reads it."""
+    """Distilled for real, from the hub and from folders that are gone when the card is written;
+    read as the hub reads it.
+    """
     names = ("base", "one", "two")
     for seed, name in enumerate(names):
         make_model(tmp_path / name, seed=seed, scale=0.2, **BASES["llama"])
@@ -458,7 +464,9 @@ def test_one_wrong_case_fails_although_all_cases_together_pass(exported: Artifac
 def test_a_graph_that_pads_wrongly_fails_parity_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the padding surgery the fused graph is wrong on left-padded batches and on those only."""
+    """Without the padding surgery the fused graph is wrong on left-padded batches and on those
+    only.
+    """
 
     def unfixed(proto: Any, *, logits: str) -> None:
         if logits == "last":
@@ -560,7 +568,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_form_ships_from_one_folder(tmp_path: Path) -> None:
-    """int8-dynamic and int4-weight, head in 8 bits and tied, and what a provider without kernels says."""
+    """int8-dynamic and int4-weight, head in 8 bits and tied, and what a provider without kernels
+    says.
+    """
     make_student(
         tmp_path / "student", make_model(tmp_path / "model", tie_word_embeddings=True, scale=0.02)
     )

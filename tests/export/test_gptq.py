@@ -69,7 +69,9 @@ def test_what_is_never_active_is_rounded_to_nearest() -> None:
 
 
 def test_each_error_is_made_up_for_by_least_squares() -> None:
-    """The formula as it is derived: once input k is fixed, the inputs after it move to where the loss is least (eq. 2 of the paper)."""
+    """The formula as it is derived: once input k is fixed, the inputs after it move to where the
+    loss is least (eq. 2 of the paper).
+    """
     width, how = 160, Blockwise(4, 32, zero_points=True)  # longer than what is made up at once
     x, w = correlated(width, seed=2), weights(4, width)
     moments = x.T @ x

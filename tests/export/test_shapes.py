@@ -1,4 +1,6 @@
-"""Graphs of fixed shape: every dimension a number, standard operators, torch's answers, and what feeds them pads."""
+"""Graphs of fixed shape: every dimension a number, standard operators, torch's answers, and what
+feeds them pads.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,7 @@ def operators(graph: Path) -> set[tuple[str, str]]:
     }
 
 
-# Encoders --------------------------------------------------------------------------------------------------------
+# Encoders ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", ["classification", "embedding"])
@@ -89,7 +91,7 @@ def test_a_length_below_what_is_read_is_a_mistake() -> None:
         classifier_recipe(export={"shapes": {"kind": "static", "length": 39}})
 
 
-# Language models -------------------------------------------------------------------------------------------------
+# Language models ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +150,9 @@ def test_a_decoder_of_fixed_shape_generates_what_torch_does(fixed: tuple[Path, A
 
 @pytest.mark.slow
 def test_a_run_of_fixed_shape_ends_in_a_verdict_and_generates(tmp_path: Path) -> None:
-    """The whole job on graphs of one shape: measured, verified, and the command line says what torch says."""
+    """The whole job on graphs of one shape: measured, verified, and the command line says what
+    torch says.
+    """
     few = [
         "training.tokens=1024", "data.heldout.blocks=2", "bench={prompt_tokens: 8, new_tokens: 4, minutes: 0.05, min_blocks: 3}",
         "export={forms: [fp32, int8-weight], backend: dynamo, shapes: {kind: static, batch: 1, length: 128}}",

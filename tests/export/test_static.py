@@ -1,4 +1,6 @@
-"""int8-static: moving outliers is exact, ranges are what was seen, and the runtime multiplies in 8 bits."""
+"""int8-static: moving outliers is exact, ranges are what was seen, and the runtime multiplies in 8
+bits.
+"""
 
 from __future__ import annotations
 
@@ -68,8 +70,8 @@ def logits(proto: onnx.ModelProto, ids: npt.NDArray[np.int64]) -> npt.NDArray[np
 def test_moving_outliers_changes_nothing_in_fp32(fp32: Graphs) -> None:
     proto = onnx.load(fp32.all)
     boundaries = find_boundaries(proto)
-    # Of each layer: the values into what attention ends in, `up` into `down`, and the norms into queries, keys and values (one
-    # product) and into gate and up. Not the tied head.
+    # Of each layer: the values into what attention ends in, `up` into `down`, and the norms into
+    # queries, keys and values (one product) and into gate and up. Not the tied head.
     assert [len(boundary.matrices) for boundary in boundaries.values()] == [1, 1, 1, 1, 1, 2, 1, 2]
     assert [boundary.shared is not None for boundary in boundaries.values()] == [
         True,
@@ -120,7 +122,9 @@ def test_moving_outliers_changes_nothing_in_fp32(fp32: Graphs) -> None:
         (
             "gpt2",
             2,
-        ),  # torch's exporter: no fused attention, no gate, but norms with a bias, and a Reshape before products
+            # torch's exporter: no fused attention, no gate, but norms with a bias, and a Reshape before
+            # products
+        ),
     ],
 )
 def test_moving_is_exact_in_every_layout(kind: str, moved: int, tmp_path: Path) -> None:
@@ -152,7 +156,9 @@ def test_moving_is_exact_in_every_layout(kind: str, moved: int, tmp_path: Path) 
 def test_outliers_cost_less_once_they_have_moved(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One neuron, one value and one channel of a norm a hundred times the others, and their readers' weights a hundredth."""
+    """One neuron, one value and one channel of a norm a hundred times the others, and their
+    readers' weights a hundredth.
+    """
     folder = make_model(
         tmp_path / "model", tie_word_embeddings=True, hidden_size=64, intermediate_size=128
     )
@@ -263,7 +269,9 @@ def test_scales_of_activations() -> None:
 def require_scales_of(
     exported: Artifact, form: str, method: Literal["percentile", "entropy"]
 ) -> None:
-    """Assert that the activations of ``form`` have the scales that ``method``, and not min-max, finds on the training rows."""
+    """Assert that the activations of ``form`` have the scales that ``method``, and not min-max,
+    finds on the training rows.
+    """
     facts, rows = (
         exported.result["forms"][form],
         load_calibration(exported.path.parent / "student" / CALIBRATION),

@@ -16,7 +16,9 @@ def differences(count: int, *, kl: float = 1e-3, largest: float = 0.1) -> npt.ND
 
 
 def test_one_odd_position_fails_no_rounded_form_and_any_exact_one() -> None:
-    """The lone first token of Gemma-3-270M: KL 0.344 at one position, where 0.15 was the limit of a case."""
+    """The lone first token of Gemma-3-270M: KL 0.344 at one position, where 0.15 was the limit of a
+    case.
+    """
     cases = {"long": differences(384), "prompt": differences(24), "one_token": differences(1)}
     cases["one_token"][:3] = [[30.0], [3.0], [0.344]]
     assert judge("int8-weight", cases, largest=40).failures == []

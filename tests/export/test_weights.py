@@ -1,4 +1,6 @@
-"""The external weights file past 2 GiB: a sparse file stands for the weights before, so that nothing large is written or held."""
+"""The external weights file past 2 GiB: a sparse file stands for the weights before, so that
+nothing large is written or held.
+"""
 
 from __future__ import annotations
 

@@ -51,7 +51,8 @@ class ExportedForm:
 class OnnxResult:
     """Everything that an export says of itself.
 
-    The fields from ``heldout`` on are set where the recipe asks for `export.recover`; losses are in nats a token.
+    The fields from ``heldout`` on are set where the recipe asks for `export.recover`; losses are in
+    nats a token.
     """
 
     task: str  # "causal-lm", "classification" or "embedding"
