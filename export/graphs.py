@@ -36,7 +36,7 @@ class Graphs:
 
 
 def form_files(folder: Path, form: str) -> Graphs:
-    """Where the graphs of ``form`` lie in a deployable ``folder``; the names are transformers.js's."""
+    """Where the graphs of ``form`` lie in ``folder``; the names are transformers.js's."""
     stem = _STEMS[form]
     return Graphs(
         folder / f"onnx/{stem}.onnx",

@@ -82,16 +82,22 @@ BASES: dict[str, dict[str, Any]] = {
 STUDENTS = ("lora", "shrink")
 HEAD = """# Architectures
 
-Made by `make architectures`: for each, a tiny random model goes through `export_student` with `backend: auto` and every form; parity with
-torch holds in all cases (ragged batches padded on either side among them), and 16 greedy tokens equal torch's; each other form goes on from the same
-prompt by the tokens that its graph for scoring puts first. The same holds of two students
-that `compress.distill` made of two random teachers of the architecture in a few steps: a LoRA student, merged, and one cut in layers,
-neurons, heads and width. Forms for a card are checked as far as a CPU can, of the plain model: their graphs are built for that provider and
-pass parity in onnxruntime's CPU arithmetic, where fp16 products are cast to fp32; that a card has a kernel for each operator is not shown
-here (docs/gpu.md). Encoders, below, have the forms fp32, int8-weight, int8-dynamic and int8-static only: none of 4 bits, none for a card.
-Do not edit.
+Made by `make architectures`; do not edit. Every row is proven on tiny models of
+**random weights**.
 
-| model type | class | backend | plain model | LoRA student | shrunk student | for a card, on a CPU |
+- A model goes through `export_student` with `backend: auto` and every form. Parity with torch holds
+  in all cases, ragged batches padded on either side among them, and 16 greedy tokens equal torch's.
+- Each other form continues the same prompt with the tokens that its graph for scoring puts first.
+- The same holds of two students that `compress.distill` made of two random teachers in a few steps:
+  a LoRA student, merged, and one cut in layers, neurons, heads and width.
+- Forms for a card are checked as far as a CPU can, on the plain model: their graphs are built for
+  that provider and pass parity in onnxruntime's CPU arithmetic, where fp16 products are cast to
+  fp32. That a card has a kernel for each operator is not shown here (docs/gpu.md).
+- Encoders, below, have the forms fp32, int8-weight, int8-dynamic and int8-static only.
+
+Models of **real weights**: SmolLM2-135M (llama) and all-MiniLM-L6-v2 (bert), in shipped recipes.
+
+| model type | class | backend | plain model | LoRA student | shrunk student | a card, on CPU |
 |---|---|---|---|---|---|---|
 """
 
@@ -243,8 +249,10 @@ def require_generation(exported: Artifact, form: str, prompt: list[int], count: 
 
 ENCODERS = ("bert", "distilbert", "roberta")
 ENCODER_HEAD = """
-Encoders, through torch's exporter, distilled from two teachers of the architecture: all of a base trained (`full`), and cut in layers, neurons,
-heads and width (`shrink`); LoRA is for language models. Parity with torch holds for a ragged batch, padding, one token and the longest text.
+Encoders, through torch's exporter, distilled from two teachers of the architecture: all of a base
+trained (`full`), and cut in layers, neurons, heads and width (`shrink`); LoRA is for language
+models.
+Parity with torch holds for a ragged batch, padding, one token and the longest text.
 
 | model type | task | class | full student | shrunk student |
 |---|---|---|---|---|

@@ -22,7 +22,8 @@ from limbeck.contract.heldout import (
 from limbeck.contract.recipe import Recipe, parse_recipe
 
 CHAT = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 

@@ -150,7 +150,8 @@ def _export(folder: Path, path: Path, opset: int | None, static: StaticShapes | 
     name = type(model).__name__
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise ModelError(
-            f"{folder}: {name} takes no position_ids, so its padded batches cannot be made right. Use a student of another architecture."
+            f"{folder}: {name} takes no position_ids, so its padded batches cannot be made right. "
+            "Use a student of another architecture."
         )
     with torch.inference_mode():
         probe = model(
@@ -163,8 +164,10 @@ def _export(folder: Path, path: Path, opset: int | None, static: StaticShapes | 
     ]
     if not shapes or any(len(shape) != 4 or shape[2] != 2 for shape in shapes):
         raise ModelError(
-            f"{folder}: {name} keeps something else than keys and values a token ({type(probe).__name__}); "
-            "only decoders with such a cache can be exported. Use a student of another architecture."
+            f"{folder}: {name} keeps something else than keys and values a token "
+            f"({type(probe).__name__}); "
+            "only decoders with such a cache can be exported. Use a student of another "
+            "architecture."
         )
     rows, new, past = _TRACED["rows"], _TRACED["new"], _TRACED["past"]
     if static:
@@ -202,7 +205,8 @@ def _export(folder: Path, path: Path, opset: int | None, static: StaticShapes | 
         raise  # the disk, not the architecture
     except Exception as error:  # torch.export and the exporter raise errors of many families
         raise ModelError(
-            f"{folder}: torch.onnx.export cannot export {name} ({type(error).__name__}: {str(error)[:300]}). "
+            f"{folder}: torch.onnx.export cannot export {name} ({type(error).__name__}: "
+            f"{str(error)[:300]}). "
             "Use a student of an architecture of docs/architectures.md."
         ) from error
     context = getattr(model.config, "max_position_embeddings", None)

@@ -57,7 +57,8 @@ def build_genai(
         head_size = int(genai["model"]["decoder"]["head_size"])
         if head_size % 16:
             raise ModelError(
-                f"{model}: heads of {head_size} numbers; onnxruntime's fused attention needs a multiple of 16. "
+                f"{model}: heads of {head_size} numbers; onnxruntime's fused attention needs a "
+                "multiple of 16. "
                 "Change head_dim (or hidden_size / num_attention_heads) of the student."
             )
         windows = attention_windows(model)
@@ -105,8 +106,10 @@ def _run_builder(model: Path, folder: Path) -> None:
         tail = "".join(f"\n  {line}" for line in log.getvalue().strip().splitlines()[-3:])
         raise ModelError(
             f"{model}: ONNX Runtime GenAI's graph builder cannot build {architecture} "
-            f"({type(error).__name__}: {str(error)[:200]}); set export.backend: dynamo, or use a student of "
-            f"an architecture that is known to work: {', '.join(KNOWN)}. The builder's last lines:{tail or ' none'}"
+            f"({type(error).__name__}: {str(error)[:200]}); set export.backend: dynamo, or use a "
+            "student of "
+            f"an architecture that is known to work: {', '.join(KNOWN)}. The builder's last "
+            f"lines:{tail or ' none'}"
         ) from error
     # the builder's model and graph refer to each other, and the next step loads the weights again
     gc.collect()
@@ -115,9 +118,12 @@ def _run_builder(model: Path, folder: Path) -> None:
     names = {value.name for value in proto.graph.input}
     if not fused or "position_ids" in names or not {"input_ids", "attention_mask"} <= names:
         raise ModelError(
-            f"{model}: the graph builder writes {architecture} with inputs {', '.join(sorted(n for n in names if 'past' not in n))} and "
-            f"{'' if fused else 'no '}fused attention; expected input_ids, attention_mask and fused attention. "
-            f"Set export.backend: dynamo, or use a student of an architecture that is known to work: {', '.join(KNOWN)}."
+            f"{model}: the graph builder writes {architecture} with inputs "
+            f"{', '.join(sorted(n for n in names if 'past' not in n))} and "
+            f"{'' if fused else 'no '}fused attention; expected input_ids, attention_mask and "
+            "fused attention. "
+            "Set export.backend: dynamo, or use a student of an architecture that is known to "
+            f"work: {', '.join(KNOWN)}."
         )
 
 

@@ -166,11 +166,13 @@ def require_quantized(form: str, census: Mapping[str, Any], *, more_bits: bool =
     quantized = any(name.startswith(operator) for name in census["operators"])
     if large or not quantized:
         listed = "".join(
-            f"\n  {m['count']} x {m['operator']} {m['shape']}, {100 * m['share']:.0f} % of the bytes ({m['first']}): {m['why']}"
+            f"\n  {m['count']} x {m['operator']} {m['shape']}, {100 * m['share']:.0f} % of the "
+            f"bytes ({m['first']}): {m['why']}"
             for m in large
         )
         raise QualityError(
-            f"the {form} graph is not quantised; expected {precision} matrices, found {listed or f'no {operator} at all'}\n"
+            f"the {form} graph is not quantised; expected {precision} matrices, found "
+            f"{listed or f'no {operator} at all'}\n"
             "Nothing was kept. Ship fp32 (export.forms: [fp32]) or report the model."
         )
 

@@ -35,7 +35,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Update:
-    """What an adapter adds to one linear layer: its weights ``[N, K]`` grow by ``up_NR @ down_RK``."""
+    """What an adapter adds to the weights ``[N, K]`` of one linear layer: ``up_NR @ down_RK``."""
 
     name: str
     # first and last column of the base's weights, by which the layer is found in a graph
@@ -62,7 +62,8 @@ def read_updates(base: Path, adapter: Path) -> list[Update]:
         layer = module.get_base_layer()
         if not isinstance(layer, torch.nn.Linear | Conv1D) or any(module.use_dora.values()):
             raise ModelError(
-                f"{adapter}: its update of {name} ({type(layer).__name__}) is no plain low-rank update of a linear layer; "
+                f"{adapter}: its update of {name} ({type(layer).__name__}) is no plain low-rank "
+                "update of a linear layer; "
                 "set export.adapters: merged."
             )
         weight_NK = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
@@ -177,7 +178,8 @@ def _find(proto: ModelProto, folder: Path, updates: Sequence[Update]) -> dict[st
         ]
         if len(matches) != 1:
             raise ModelError(
-                f"{update.name}: found {len(matches)} products with its weights in the graph, expected one; its adapter "
+                f"{update.name}: found {len(matches)} products with its weights in the graph, "
+                "expected one; its adapter "
                 "cannot be kept apart. Set export.adapters: merged."
             )
         name, column = matches[0]

@@ -21,10 +21,12 @@ from limbeck.contract.recipe import AnyRecipe, HubModel, fingerprint
 from limbeck.contract.results.onnx import OnnxResult
 
 _LICENCES = """\
-Each licence is what the source says of itself, or `unknown` where it says nothing. The licence in the header combines those
-of the base model and the teachers: theirs where they agree, `other` where they differ, `unknown` where one is unknown."""
+Each licence is what the source says of itself, or `unknown` where it says nothing. The licence in
+the header combines those of the base model and the teachers: theirs where they agree, `other` where
+they differ, `unknown` where one is unknown."""
 _BEFORE_LICENCES = """\
-An older version distilled this student and recorded no licences. The licences of what went in still apply."""
+An older version distilled this student and recorded no licences. The licences of what went in
+still apply."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ def _teachers(student: Path) -> list[dict[str, Any]]:
 
 
 def _teacher(recipe: AnyRecipe, teacher: Mapping[str, Any]) -> str:
-    """Where a teacher came from: as the recipe names it, else the folder that it was loaded from."""
+    """Where a teacher came from: as the recipe names it, else the folder it was loaded from."""
     named = {t.name: _source(t.model) for t in recipe.teachers}
     adapter = f" with adapter {teacher['adapter']}" if teacher.get("adapter") else ""
     return named.get(teacher["name"], str(teacher["model"])) + adapter

@@ -71,7 +71,7 @@ def dequantize_blocks(codes: Codes, scales: Floats, zeros: Codes) -> Floats:
 
 
 def pack_nibbles(codes: Codes) -> Codes:
-    """Two 4-bit codes a byte along the last axis, the earlier one low; an odd end is filled with 0."""
+    """Two 4-bit codes a byte along the last axis, the earlier one low; an odd end gets a 0."""
     if codes.shape[-1] % 2:
         codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)
     return np.asarray(codes[..., ::2] | codes[..., 1::2] << 4, np.uint8)

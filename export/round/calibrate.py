@@ -149,7 +149,8 @@ def calibration_for(
     )
     if form.smooth and not movable:
         say(
-            f"export: {form.kind}: smooth moves nothing, as nothing in this graph can be divided exactly before its products"
+            f"export: {form.kind}: smooth moves nothing, as nothing in this graph can be divided "
+            "exactly before its products"
         )
     if not movable and not activations:
         return None
@@ -168,8 +169,10 @@ def _rows(student: Path, form: Form | EncoderForm, instead: str) -> list[npt.NDA
     if not (student / CALIBRATION).is_file():
         without = f", or {instead}" if instead else ""
         raise ArtifactError(
-            f"{student}: {CALIBRATION} is missing; {form.kind} is calibrated on training text. The student is older than "
-            f"that: delete its folder and run the compress stage again{without}, or take the form out of export.forms."
+            f"{student}: {CALIBRATION} is missing; {form.kind} is calibrated on training text. The "
+            "student is older than "
+            f"that: delete its folder and run the compress stage again{without}, or take the form "
+            "out of export.forms."
         )
     return load_calibration(student / CALIBRATION)
 

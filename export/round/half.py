@@ -80,7 +80,8 @@ def half(name: str, values: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
     most = float(np.abs(values).max(initial=0))
     if not most < _LARGEST:
         raise QualityError(
-            f"{name}: its largest weight is {most:.3g}, fp16 ends at {_LARGEST:.0f}; take fp16 out of export.forms."
+            f"{name}: its largest weight is {most:.3g}, fp16 ends at {_LARGEST:.0f}; take fp16 out "
+            "of export.forms."
         )
     return values.astype(np.float16)
 

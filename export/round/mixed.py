@@ -98,7 +98,8 @@ def choose_bits(
         found |= {"bound_rise": rise, "rise": reached}
         if reached > rise:
             say(
-                f"export: 8 bits everywhere still lose {reached:.2%}, above the {rise:.2%} asked for"
+                f"export: 8 bits everywhere still lose {reached:.2%}, above the {rise:.2%} asked "
+                "for"
             )
     say(f"export: {len(chosen)} of {len(costs)} matrices get 8 bits")
     return with_more(scheme, chosen), found | {

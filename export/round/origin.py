@@ -61,7 +61,8 @@ def origins(matrices: Mapping[str, Matrix], graphs: Graphs, model: Path) -> dict
             part = _part_at(weights_NK, start, parameters)
             if part is None:
                 raise ModelError(
-                    f"{model}: row {start} of the graph's matrix {name} is in no weight of the model, expected the builder to keep "
+                    f"{model}: row {start} of the graph's matrix {name} is in no weight of the "
+                    "model, expected the builder to keep "
                     "values; set export.mixed: rule and leave export.recover out."
                 )
             parts.append(part)
@@ -97,7 +98,7 @@ def _part_at(
 
 
 def _parameters(model: Path) -> dict[bytes, list[tuple[str, bool, Any]]]:
-    """Name, layout and values [N, K] of every matrix of ``model``, by the bytes of its first row."""
+    """Name, layout and values [N, K] of every matrix, by the bytes of its first row."""
     found: dict[bytes, list[tuple[str, bool, Any]]] = {}
     for file in sorted(model.glob("*.safetensors")):
         with safe_open(file, framework="numpy") as weights:

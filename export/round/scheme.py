@@ -1,4 +1,4 @@
-"""How a form rounds: which kind of rounding each part of a model gets, and the bytes that it takes."""
+"""How a form rounds: the kind of rounding of each part of a model, and its bytes."""
 
 from __future__ import annotations
 

@@ -73,7 +73,8 @@ class Encoder:
         """Torch's answers to held-out examples."""
         if not (self.student.path / EXAMPLES).is_file():
             raise ArtifactError(
-                f"{self.student.path}: {EXAMPLES} is missing; parity is measured on held-out examples. "
+                f"{self.student.path}: {EXAMPLES} is missing; parity is measured on held-out "
+                "examples. "
                 "Run the compress stage again."
             )
         examples = load_examples(self.student.path / EXAMPLES)

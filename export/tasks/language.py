@@ -35,12 +35,14 @@ from limbeck.runtime.decoder import GraphDecoder
 _APART = """\
 ## The adapter
 
-The graphs hold the base model. What the student learnt is in `{file}` ({bytes} bytes); `limbeck generate` and the `Adapters`
-of onnxruntime-genai load it with them. A client without adapters, such as transformers.js, runs the base alone.
-`limbeck generate . --adapter FILE` takes the adapter of any other student of the same base (number {base})."""
+The graphs hold the base model. What the student learnt is in `{file}` ({bytes} bytes);
+`limbeck generate` and the `Adapters` of onnxruntime-genai load it with them. A client without
+adapters, such as transformers.js, runs the base alone. `limbeck generate . --adapter FILE` takes
+the adapter of any other student of the same base (number {base})."""
 _BATCHES = "Batches may be padded on either side."
 _STATIC = """\
-Elsewhere it runs in plain onnxruntime, one token a run. Clients that read a prompt at once do not fit its one shape."""
+Elsewhere it runs in plain onnxruntime, one token a run. Clients that read a prompt at once do not
+fit its one shape."""
 
 
 class Language:
@@ -308,8 +310,10 @@ def _parity_section(result: OnnxResult) -> list[str]:
     return [
         "## The graphs against the torch student",
         markdown_table(columns, rows),
-        f"On {positions} positions of held-out text, fed as clients feed a graph. The change of NLL is over "
-        "one short piece of each domain: enough to see a mistake, too little to say what rounding costs.",
+        f"On {positions} positions of held-out text, fed as clients feed a graph. The change of "
+        "NLL is over "
+        "one short piece of each domain: enough to see a mistake, too little to say what rounding "
+        "costs.",
     ]
 
 
@@ -334,7 +338,8 @@ def _greedy_section(result: OnnxResult) -> list[str]:
     columns = ["form", *(plain(answer["text"]) for answer in result.forms["fp32"].greedy)]
     return [
         "## Greedy answers against fp32",
-        "Tokens in common before the first difference, and by how many logits fp32 preferred its own token there.",
+        "Tokens in common before the first difference, and by how many logits fp32 preferred its "
+        "own token there.",
         markdown_table(columns, rows),
     ]
 

@@ -166,7 +166,7 @@ def test_any_mask_gives_torchs_answers(tmp_path: Path, seed: int) -> None:
 
 
 def test_a_client_that_grows_its_cache_gets_the_same_answers(exported: Artifact) -> None:
-    """transformers.js and plain onnxruntime feed the present of one step as the past of the next."""
+    """transformers.js feeds the present of one step as the past of the next."""
     import onnxruntime
 
     path = exported.path / exported.result["forms"]["fp32"]["graph"]

@@ -1,4 +1,4 @@
-"""GPTQ: what rounding one input loses is made up by the inputs after it, as least squares has it."""
+"""GPTQ: the inputs after a rounded one make up for its error, as least squares has it."""
 
 from __future__ import annotations
 

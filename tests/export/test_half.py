@@ -1,4 +1,4 @@
-"""Forms in fp16, for providers that compute in it: what is cast, what stays, what is refused where."""
+"""Forms in fp16: what is cast, what stays, and what is refused on which provider."""
 
 from __future__ import annotations
 

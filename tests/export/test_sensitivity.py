@@ -1,4 +1,4 @@
-"""Which parameter a matrix is, what rounding it costs alone, and who gets more bits under a bound."""
+"""Which parameter a matrix is, what rounding it alone costs, and which get more bits."""
 
 from __future__ import annotations
 
@@ -264,7 +264,8 @@ def test_rounding_is_told_as_data(tmp_path: Path) -> None:
                 },
                 "gates": {"max_quantization_loss": 0.1},
             },
-            r"export.recover: training rounds the weights as they are, not smoothed; leave smooth out of int8-weight",
+            r"export.recover: training rounds the weights as they are, not smoothed; leave smooth "
+            r"out of int8-weight",
         ),
         (
             {
@@ -273,7 +274,8 @@ def test_rounding_is_told_as_data(tmp_path: Path) -> None:
                     "adapters": "separate",
                 }
             },
-            r"export.adapters: a base whose outliers are moved serves one student only; leave smooth out of int8-dynamic",
+            r"export.adapters: a base whose outliers are moved serves one student only; leave "
+            r"smooth out of int8-dynamic",
         ),
         (
             {

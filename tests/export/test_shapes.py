@@ -154,8 +154,10 @@ def test_a_run_of_fixed_shape_ends_in_a_verdict_and_generates(tmp_path: Path) ->
     torch says.
     """
     few = [
-        "training.tokens=1024", "data.heldout.blocks=2", "bench={prompt_tokens: 8, new_tokens: 4, minutes: 0.05, min_blocks: 3}",
-        "export={forms: [fp32, int8-weight], backend: dynamo, shapes: {kind: static, batch: 1, length: 128}}",
+        "training.tokens=1024", "data.heldout.blocks=2",
+        "bench={prompt_tokens: 8, new_tokens: 4, minutes: 0.05, min_blocks: 3}",
+        "export={forms: [fp32, int8-weight], backend: dynamo, shapes: {kind: static, batch: 1, "
+        "length: 128}}",
     ]  # fmt: skip
     run = tmp_path / "run"
     report = pipeline.run(load_recipe("pico", overrides=few), out=run)

@@ -122,7 +122,7 @@ def test_moving_outliers_changes_nothing_in_fp32(fp32: Graphs) -> None:
         (
             "gpt2",
             2,
-            # torch's exporter: no fused attention, no gate, but norms with a bias, and a Reshape before
+            # torch's exporter: no fused attention or gate, norms with a bias, and a Reshape before
             # products
         ),
     ],
