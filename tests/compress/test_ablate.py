@@ -1,4 +1,6 @@
-"""The honesty ablation: equal tokens, paired intervals, and a sentence that says when the recipe does not win."""
+"""The honesty ablation: equal tokens, paired intervals, and a sentence that says when the recipe
+does not win.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from tests.encoders import classifier_recipe, embedding_recipe, source
 
 
 def fake(arm: str, seed: int, gain: float) -> dict[str, object]:
-    """A run that is ``gain`` nats a token better than cross-entropy on every block, with noise that both arms share."""
+    """A run that is ``gain`` nats a token better than cross-entropy on every block, with noise that
+    both arms share.
+    """
     shared = [100 + 7 * ((seed * 5 + b * 3) % 4) for b in range(12)]
     return {
         "loss": {d: [s - gain * 50 for s in shared] for d in ("x", "y")},

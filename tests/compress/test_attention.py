@@ -1,4 +1,6 @@
-"""Short causal attention against torch's own, through whole models: values, gradients, and what it leaves alone."""
+"""Short causal attention against torch's own, through whole models: values, gradients, and what it
+leaves alone.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 def gradient(
     model: Any, ids: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits, and the gradient of a loss at the first layer's key projection (or at the embedding)."""
+    """Logits, and a loss's gradient at the first key projection (or at the embedding)."""
     model.zero_grad()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         logits = model(ids).logits.float()
@@ -94,7 +96,9 @@ def test_fp32_long_blocks_and_masks_are_torchs(tmp_path: Path, fused: list[Any])
 
 
 def test_sliding_windows_are_kept(tmp_path: Path, fused: list[Any]) -> None:
-    """A window shorter than the block comes as a mask, so torch's kernel runs; a longer one makes no difference."""
+    """A window shorter than the block comes as a mask, so torch's kernel runs; a longer one makes
+    no difference.
+    """
     model = load_model(make_model(tmp_path, model_type="mistral", sliding_window=8))
     use_short_attention(model)
     for length, expected in ((7, 0), (9, model.config.num_hidden_layers)):
@@ -129,7 +133,9 @@ def test_eager_models_stay_eager(tmp_path: Path) -> None:
     "ignore:`is_gradient_checkpointing`:FutureWarning"
 )  # peft asks for the old name
 def test_lora_without_casts_gives_the_same_bits(tmp_path: Path) -> None:
-    """peft casts what enters an adapter to fp32, and autocast casts it back: leaving both out changes nothing."""
+    """peft casts what enters an adapter to fp32, and autocast casts it back: leaving both out
+    changes nothing.
+    """
     folder = make_model(tmp_path)
     config = LoraStudent(kind="lora", base=RandomModel(kind="random", config={}), rank=4)
     ids = torch.randint(0, 256, (2, 16))

@@ -102,7 +102,9 @@ def test_the_weights_are_those_of_the_similarity_entropy() -> None:
 
 
 def test_two_examples_that_are_alike_by_hand() -> None:
-    """Three unit vectors, two the same: similarities (1, 0), so p = e^5 / (e^5 + 1) at a temperature of 0.2."""
+    """Three unit vectors, two the same: similarities (1, 0), so p = e^5 / (e^5 + 1) at a
+    temperature of 0.2.
+    """
     unit = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     p = torch.softmax(similarity_logits(unit, TAU), dim=-1)
     assert p[0, 1].item() == pytest.approx(0.9933071, abs=1e-6)
@@ -129,8 +131,15 @@ LABELS = torch.arange(R) % 2
 def classification(fusion: ClassFusion, z: Tensor, logits: list[Tensor]) -> Terms:
     names = [f"t{k}" for k in range(len(logits))]
     return class_terms(
-        fusion, z, logits, LABELS, temperatures=[1.0] * len(logits), names=names, count=R, progress=1.0
-    )  # fmt: skip
+        fusion,
+        z,
+        logits,
+        LABELS,
+        temperatures=[1.0] * len(logits),
+        names=names,
+        count=R,
+        progress=1.0,
+    )
 
 
 def test_classification_is_label_loss_plus_kl_to_the_entropy_weighted_mixture() -> None:

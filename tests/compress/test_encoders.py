@@ -1,4 +1,6 @@
-"""Encoders through the stages on tiny random models: text to examples, training, graphs, measurement, verdict."""
+"""Encoders through the stages on tiny random models: text to examples, training, graphs,
+measurement, verdict.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,7 @@ FORMS = ("fp32", "int8-weight", "int8-static", "int8-dynamic")
 SMALL = ["fp32", {"kind": "int8-weight", "block_size": 16}, "int8-static", "int8-dynamic"]
 
 
-# Recipes ---------------------------------------------------------------------------------------------------------
+# Recipes -----------------------------------------------------------------------------------------
 
 
 def test_the_task_decides_the_fields() -> None:
@@ -111,7 +113,7 @@ def test_a_teacher_recipe_of_another_task_is_refused(tmp_path: Path) -> None:
         plan_products(load_any_recipe(path))
 
 
-# Text ------------------------------------------------------------------------------------------------------------
+# Text --------------------------------------------------------------------------------------------
 
 
 def test_npm_text_is_below_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,19 +127,34 @@ def test_npm_text_is_below_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match=r"installed as 1\.2\.4, the recipe wants 1\.2\.3"):
         npm_root("@a/b", "1.2.3")
     recipe = classifier_recipe(
-        data={"classes": [{"name": "x", "text": {"kind": "npm", "package": "@a/b", "version": "1.2.4", "paths": ["data/*"]}}, CLASSES[0]]}
-    )  # fmt: skip
+        data={
+            "classes": [
+                {
+                    "name": "x",
+                    "text": {
+                        "kind": "npm",
+                        "package": "@a/b",
+                        "version": "1.2.4",
+                        "paths": ["data/*"],
+                    },
+                },
+                CLASSES[0],
+            ]
+        }
+    )
     assert text_files(recipe.data.classes[0].text, folder=tmp_path) == [root / "data" / "one.txt"]
 
 
 def test_mail_is_its_subject_and_body() -> None:
     message = (
         "From x@y Thu Aug 22 2002\nSubject: =?utf-8?q?Caf=C3=A9?=\nContent-Type: text/html\n"
-        "Content-Transfer-Encoding: quoted-printable\n\n<html><style>p {}</style><p>Two=20&amp;   three</p><br>four</html>"
+        "Content-Transfer-Encoding: quoted-printable\n\n<html><style>p {}</style>"
+        "<p>Two=20&amp;   three</p><br>four</html>"
     )
     assert subject_and_body(message) == "Café\n\nTwo & three\nfour"
     both = (
-        'Subject: s\nContent-Type: multipart/alternative; boundary="b"\n\n--b\nContent-Type: text/plain; charset=nowhere\n\n'
+        'Subject: s\nContent-Type: multipart/alternative; boundary="b"\n\n--b\n'
+        "Content-Type: text/plain; charset=nowhere\n\n"
         "plain\n--b\nContent-Type: text/html\n\n<p>marked</p>\n--b--\n"
     )
     assert subject_and_body(both.encode()) == "s\n\nplain"
@@ -193,7 +210,7 @@ def test_figures_of_classes_by_hand() -> None:
     assert macro_f1(said, labels, 3) == pytest.approx((4 / 5 + 2 / 3 + 1) / 3)
 
 
-# Models ----------------------------------------------------------------------------------------------------------
+# Models ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert"])
@@ -250,9 +267,14 @@ def test_an_onnx_file_is_read_back(tmp_path: Path) -> None:
             "ignore"
         )  # the old exporter, which files in the wild come from, is deprecated
         torch.onnx.export(
-            States().eval(), (ids, ids), str(file), dynamo=False, input_names=["input_ids", "attention_mask"], output_names=["out"],
+            States().eval(),
+            (ids, ids),
+            str(file),
+            dynamo=False,
+            input_names=["input_ids", "attention_mask"],
+            output_names=["out"],
             dynamic_axes={"input_ids": free, "attention_mask": free, "out": free},
-        )  # fmt: skip
+        )
     entry = {"kind": "onnx", "path": str(file), "like": {"kind": "local", "path": str(like)}}
     found = load_body(encoder_folder(OnnxModel.model_validate(entry), folder=Path()))
     assert found.config.num_hidden_layers == 1
@@ -297,7 +319,7 @@ def test_only_the_head_of_a_base_and_an_unused_pooler_may_be_missing(tmp_path: P
             load(folder)
 
 
-# Training --------------------------------------------------------------------------------------------------------
+# Training ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -457,7 +479,7 @@ def test_sentence_encoders_become_alike(tmp_path: Path) -> None:
     assert not [name for name in saved.state_dict() if "projection" in name]
 
 
-# Export ----------------------------------------------------------------------------------------------------------
+# Export ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -531,8 +553,10 @@ def test_texts_go_in(exported: Exported) -> None:
         assert set(encoder.classify(texts)) <= {"no", "yes", "maybe"}
         assert "text-classification" in card
         assert names == {
-            "accuracy": f"accuracy, {whose}", "macro_f1": f"macro f1, {whose}", "nll": f"nats an example, {whose}",
-        }  # fmt: skip
+            "accuracy": f"accuracy, {whose}",
+            "macro_f1": f"macro f1, {whose}",
+            "nll": f"nats an example, {whose}",
+        }
     else:
         assert np.linalg.norm(encoder.encode(texts), axis=1) == pytest.approx(1.0, abs=1e-5)
         assert json.loads((exported.onnx.path / "1_Pooling" / "config.json").read_text())[
@@ -564,7 +588,9 @@ def test_parity_sees_a_graph_that_computes_something_else(exported: Exported) ->
 
 
 def test_exports_are_timed_by_themselves(exported: Exported, tmp_path: Path) -> None:
-    """One sequence of the largest length, every form twice in a block; the figure is the median of what lies in the samples."""
+    """One sequence of the largest length, every form twice in a block; the figure is the median of
+    what lies in the samples.
+    """
     bench = classifier_recipe().bench
     run = exported.student.parent
     found = serve_bench.time_encoders(
@@ -587,7 +613,7 @@ def test_exports_are_timed_by_themselves(exported: Exported, tmp_path: Path) -> 
         serve_bench.time_encoders([(run, "fp32")], out=tmp_path / "long", bench=long)
 
 
-# The whole chain -------------------------------------------------------------------------------------------------
+# The whole chain ---------------------------------------------------------------------------------
 
 
 def test_the_whole_chain_to_a_verdict(expert: Path, tmp_path: Path) -> None:

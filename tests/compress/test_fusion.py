@@ -1,4 +1,6 @@
-"""The tests of the maths: each divergence, weight and fusion against an independent reference, and the identities."""
+"""The tests of the maths: each divergence, weight and fusion against an independent reference, and
+the identities.
+"""
 
 from __future__ import annotations
 
@@ -61,9 +63,17 @@ WEIGHTS = [
 
 
 def problem(
-    *, seed: int = 0, K: int = 3, R: int = 4, L: int = 7, V: int = 23, widths: tuple[int, ...] = (8, 5, 6), masked: float = 0.3,
-    softcap: float | None = None, scale: float = 1.0,
-) -> dict[str, Any]:  # fmt: skip
+    *,
+    seed: int = 0,
+    K: int = 3,
+    R: int = 4,
+    L: int = 7,
+    V: int = 23,
+    widths: tuple[int, ...] = (8, 5, 6),
+    masked: float = 0.3,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> dict[str, Any]:
     """A small batch: student and teachers of different widths, labels with holes."""
     g = torch.Generator().manual_seed(seed)
 
@@ -73,9 +83,13 @@ def problem(
     labels = torch.randint(0, V, (R, L), generator=g)
     labels[torch.rand(R, L, generator=g) < masked] = IGNORED
     teachers = [
-        TeacherStates(2 * draw(R, L, widths[k]), Head(draw(V, widths[k]), draw(V) if k == 0 else None, 1.0, 5.0 if k == 1 else None), 1 + 0.1 * k)
+        TeacherStates(
+            2 * draw(R, L, widths[k]),
+            Head(draw(V, widths[k]), draw(V) if k == 0 else None, 1.0, 5.0 if k == 1 else None),
+            1 + 0.1 * k,
+        )
         for k in range(K)
-    ]  # fmt: skip
+    ]
     return {
         "hidden_RLd": draw(R, L, 8).requires_grad_(),
         "head": Head(draw(V, 8).requires_grad_(), draw(V).requires_grad_(), scale, softcap),
@@ -92,7 +106,7 @@ def gradients(loss: Tensor, parts: dict[str, Any]) -> list[Tensor]:
     return list(torch.autograd.grad(loss, [parts["hidden_RLd"], head.weight_Vd, head.bias_V]))
 
 
-# 1. Each divergence against references --------------------------------------------------------------------------
+# 1. Each divergence against references -----------------------------------------------------------
 
 
 def test_divergences_by_hand() -> None:
@@ -127,7 +141,7 @@ def test_divergences_against_scipy() -> None:
     )
 
 
-# 2. Identities ---------------------------------------------------------------------------------------------------
+# 2. Identities -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", DIVERGENCES, ids=lambda c: c.kind)
@@ -156,7 +170,7 @@ def test_all_masked_is_zero_without_nan(weights: Any) -> None:
         assert gradient.abs().sum() == 0
 
 
-# 3. Chunked equals plain ----------------------------------------------------------------------------------------
+# 3. Chunked equals plain -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -177,9 +191,16 @@ def test_chunked_equals_plain(config: Any, weights: Any, space: Any) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    seed=st.integers(0, 10_000), K=st.integers(1, 3), R=st.integers(1, 5), L=st.integers(1, 9), V=st.integers(2, 40),
-    masked=st.floats(0, 1), chunk=st.integers(1, 50), weights=st.sampled_from(WEIGHTS), config=st.sampled_from(DIVERGENCES),
-)  # fmt: skip
+    seed=st.integers(0, 10_000),
+    K=st.integers(1, 3),
+    R=st.integers(1, 5),
+    L=st.integers(1, 9),
+    V=st.integers(2, 40),
+    masked=st.floats(0, 1),
+    chunk=st.integers(1, 50),
+    weights=st.sampled_from(WEIGHTS),
+    config=st.sampled_from(DIVERGENCES),
+)
 def test_chunked_equals_plain_on_any_shape(
     seed: int, K: int, R: int, L: int, V: int, masked: float, chunk: int, weights: Any, config: Any
 ) -> None:
@@ -254,7 +275,9 @@ def sparse(
 
 
 def test_the_tail_is_one_bucket() -> None:
-    """KL over the k kept tokens and the rest as one outcome, in value and gradient, from an independent formula."""
+    """KL over the k kept tokens and the rest as one outcome, in value and gradient, from an
+    independent formula.
+    """
     parts = problem(K=1, masked=0)
     config = Fusion(weights=UniformWeights(kind="uniform"), weight=1, cross_entropy=0)
     kept = sparse(parts["teachers"][0], parts["labels_RL"], 4)
@@ -288,7 +311,7 @@ def test_sampling_is_unbiased_where_topk_is_not() -> None:
     ).abs().max() > 10 * spread.max()
 
 
-# 4. K copies of one teacher --------------------------------------------------------------------------------------
+# 4. K copies of one teacher ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -324,7 +347,7 @@ def test_one_weight_of_one_is_plain_distillation() -> None:
     torch.testing.assert_close(fused_loss(config, **parts).loss, expected)
 
 
-# 5. Sum of divergences and divergence from the mixture ----------------------------------------------------------
+# 5. Sum of divergences and divergence from the mixture -------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -348,7 +371,7 @@ def test_weighted_sum_has_the_gradient_of_the_mixture(config: Any, space: Any) -
         torch.testing.assert_close(gradient, summed, rtol=1e-4, atol=1e-6)
 
 
-# 6. Splits and order ---------------------------------------------------------------------------------------------
+# 6. Splits and order -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=repr)
@@ -379,7 +402,7 @@ def test_any_split_gives_the_same_loss_and_gradient(weights: Any) -> None:
         torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-6)
 
 
-# 7. Permutations -------------------------------------------------------------------------------------------------
+# 7. Permutations ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=repr)
@@ -411,7 +434,7 @@ def test_permuting_teachers_or_vocabulary_changes_nothing(weights: Any) -> None:
     torch.testing.assert_close(fused_loss(fusion, **moved).loss, expected, rtol=1e-5, atol=1e-6)
 
 
-# Weights ---------------------------------------------------------------------------------------------------------
+# Weights -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=repr)
@@ -477,7 +500,7 @@ def test_batch_granularity_needs_no_neighbour_when_given_global_means() -> None:
     torch.testing.assert_close(w[0], torch.full((1, 4), 1 / (1 + math.exp(-1))))
 
 
-# Calibration and scoring -----------------------------------------------------------------------------------------
+# Calibration and scoring -------------------------------------------------------------------------
 
 
 def test_calibration_finds_the_temperature_that_was_put_in() -> None:

@@ -11,11 +11,13 @@ import pytest
 # In a process of its own: what malloc is told cannot be taken back.
 FAULTS = """
 import resource, sys, torch
+from pathlib import Path
 from compress.host import give_memory_back, prepare_host
 if sys.argv[1] == "prepared":
     prepare_host(1)
 def resident():
-    return int(next(x for x in open("/proc/self/status") if x.startswith("VmRSS")).split()[1]) * 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(x for x in lines if x.startswith("VmRSS")).split()[1]) * 1024
 def step():
     held = [torch.ones(size << 20, dtype=torch.uint8) for size in (40, 50, 60)]
 for _ in range(5):

@@ -1,4 +1,6 @@
-"""Distillation through the rounding: the rounding itself bit for bit, the gradient, and the whole way on a tiny model."""
+"""Distillation through the rounding: the rounding itself bit for bit, the gradient, and the whole
+way on a tiny model.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +121,9 @@ def test_preparing_changes_nothing_but_the_forward_pass(tmp_path: Path) -> None:
     "form", ["int8-weight", "{kind: int4-weight, algorithm: rtn}", "int8-dynamic"]
 )
 def test_the_forward_pass_is_that_of_the_exported_graph(tmp_path: Path, form: str) -> None:
-    """Weights and activations: with both rounded torch gives the graph's logits, with weights alone it is far from them."""
+    """Weights and activations: with both rounded torch gives the graph's logits, with weights alone
+    it is far from them.
+    """
     from compress.models.language import load_model
 
     model = make_model(tmp_path / "model", hidden_size=64, intermediate_size=128, head_dim=16)
@@ -157,14 +161,22 @@ def test_the_forward_pass_is_that_of_the_exported_graph(tmp_path: Path, form: st
 def test_a_form_that_fails_its_gate_is_won_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Distil, export, miss the gate, distil through the rounding, export again; then what ships is what is measured."""
+    """Distil, export, miss the gate, distil through the rounding, export again; then what ships is
+    what is measured.
+    """
     monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
     sets = [
-        "export.forms=[fp32, {kind: int4-weight, block_size: 128}]", "export.mixed={kind: size, mb: 0.5}",
-        "export.recover={tokens: 4096, learning_rate: 1e-3}", "gates={max_quantization_loss: 1e-6}", "features.weight=0",
+        "export.forms=[fp32, {kind: int4-weight, block_size: 128}]",
+        "export.mixed={kind: size, mb: 0.5}",
+        "export.recover={tokens: 4096, learning_rate: 1e-3}",
+        "gates={max_quantization_loss: 1e-6}",
+        "features.weight=0",
         "bench={prompt_tokens: 8, new_tokens: 4, minutes: 0.05, min_blocks: 3}",
-        "training.tokens=4096", "training.learning_rate=1e-2", "training.threads=1", "training.teacher_cache=hidden",
-    ]  # fmt: skip
+        "training.tokens=4096",
+        "training.learning_rate=1e-2",
+        "training.threads=1",
+        "training.teacher_cache=hidden",
+    ]
     recipe, run = load_recipe("pico", overrides=sets), tmp_path / "run"
     pipeline.run_stage("compress", recipe, out=run)
     pipeline.run_stage("export", recipe, out=run)
@@ -178,7 +190,8 @@ def test_a_form_that_fails_its_gate_is_won_back(
         mean_nll(first.result["heldout"]["int4-weight"]) / mean_nll(first.result["heldout"]["fp32"])
         - 1
     )
-    # Training saw the exporter's rounding: the torch student rounded this way loses what the graph loses.
+    # Training saw the exporter's rounding: the torch student rounded this way loses what the graph
+    # loses.
     told = recovered.result["recovery"]
     assert mean_nll(told["rounded"]["before"]) == pytest.approx(
         mean_nll(told["before"]["form"]), rel=5e-3
@@ -190,7 +203,8 @@ def test_a_form_that_fails_its_gate_is_won_back(
     kept = first.result["forms"]["int4-weight"]["mixed"]
     assert again.result["forms"]["int4-weight"]["mixed"] == kept
     assert {entry["bits"] for entry in kept["sensitivity"]} == {4, 8}
-    # What rounding costs is told from the student that was distilled, block by block, not from the one recovery made.
+    # What rounding costs is told from the student that was distilled, block by block, not from the
+    # one recovery made.
     heldout = load_heldout(student.path / HELDOUT)
     distilled = first.result["blocks"]["fp32"]
     assert distilled == heldout_losses(run / "onnx-plain" / graph, heldout)
@@ -238,7 +252,8 @@ def test_a_form_that_fails_its_gate_is_won_back(
     skipped = [json.loads(line)["skipped"] for line in (run / "log.jsonl").read_text().splitlines()]
     assert skipped == [False] * 5 + [True] * 3
     assert open_artifact(run / "onnx", verify=False).digest == again.digest
-    # Without a wish to recover, the first export ships again, and nothing is trained or exported for it but the graph.
+    # Without a wish to recover, the first export ships again, and nothing is trained or exported
+    # for it but the graph.
     plain = load_recipe("pico", overrides=[line for line in sets if "recover" not in line])
     pipeline.run_stage("export", plain, out=run)
     assert student_of(open_artifact(run / "onnx")) == run / "student"

@@ -1,0 +1,169 @@
+"""Several processes share a training and change nothing."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file
+
+import compress
+from compress import loop as train
+from compress.tasks import language_models
+from limbeck.contract.errors import RecipeError
+from tests.compress.test_compress import events, tiny
+
+PROCESSES = """
+import os
+import sys
+from pathlib import Path
+import accelerate
+import compress
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from compress import loop as train
+from limbeck.contract.recipe import parse_recipe
+from tests.compress.test_compress import STUDENTS, tiny
+
+class Sharding(accelerate.Accelerator):
+    def prepare(self, *objects):
+        self.state.distributed_type = DistributedType.FSDP
+        self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap"
+        )
+        return super().prepare(*objects)
+
+def leave_after_step_5(run, event, figures, record=train.Run.record):
+    record(run, event, figures)
+    if event == "step" and figures["step"] == 5:
+        run.accelerator.wait_for_everyone()
+        os._exit(0)
+
+out, student, mode, stop = Path(sys.argv[1]), *sys.argv[2:]
+if mode == "fsdp":
+    train.Accelerator = Sharding
+if stop == "stop":
+    train.Run.record = leave_after_step_5
+recipe = parse_recipe(tiny(out).resolved() | {"student": STUDENTS[student]})
+compress.distill(recipe=recipe, out=out / "student")
+"""
+
+
+def _in_processes(
+    count: int, out: Path, student: str, mode: str = "ddp", *, stop: bool = False
+) -> None:
+    """Train with ``count`` processes; ``stop`` leaves without a word after step 5 of 6."""
+    script = out.with_suffix(".py")
+    script.write_text(PROCESSES)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={count}",
+        str(script),
+    ]
+    command += [str(out), student, mode, "stop" if stop else "end"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parent.parent.parent),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder that one process made of the tiny recipe with a student, once for all tests."""
+
+    @functools.cache
+    def run(student: str) -> Path:
+        folder = tmp_path_factory.mktemp("alone") / student
+        _in_processes(1, folder, student)
+        return folder / "student"
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("student", "mode", "stopped"),
+    [("lora", "ddp", False), ("lora", "fsdp", False), ("fresh", "fsdp", True)],
+)
+def test_two_processes_change_nothing(
+    tmp_path: Path, alone: Callable[[str], Path], student: str, mode: str, stopped: bool
+) -> None:
+    """DDP, and FSDP2 with parameters sharded, over gloo: the losses and weights of one process,
+    interrupted or not.
+    """
+    if stopped:
+        _in_processes(2, tmp_path / "two", student, mode, stop=True)
+        assert not (tmp_path / "two" / "student").exists()
+    _in_processes(2, tmp_path / "two", student, mode)
+    folders = alone(student), tmp_path / "two" / "student"
+    one, two = ([s["loss"] for s in events(folder, "step")] for folder in folders)
+    assert len(one) == 6
+    assert two == pytest.approx(one, rel=1e-5)
+    weights, sharded = (load_file(folder / "model" / "model.safetensors") for folder in folders)
+    assert sharded.keys() == weights.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(sharded[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "micro", "processes", "sharded", "problem"),
+    [
+        (2, 1, 2, True, None),
+        (3, 1, 2, False, None),
+        (3, 2, 2, True, None),
+        (
+            3,
+            1,
+            2,
+            True,
+            r".* some of 2 processes would run 2 micro-batches and others 1; "
+            r".* of 64, for example 64, or start",
+        ),
+        (
+            2,
+            4,
+            3,
+            False,
+            r"the 2 blocks of a step cannot be shared by 3 processes; "
+            r"make it a multiple of 96, for example 96",
+        ),
+        (2, 4, 4, False, r"the 2 blocks of a step cannot be shared by 4 processes"),
+    ],
+)
+def test_every_process_needs_blocks_of_every_step(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    blocks: int,
+    micro: int,
+    processes: int,
+    sharded: bool,
+    problem: str | None,
+) -> None:
+    tokens = 32 * blocks
+    recipe = tiny(
+        tmp_path, training={"batch_tokens": tokens, "tokens": tokens, "micro_batch": micro}
+    )
+    if problem is None:
+        language_models.require_share_for_all(recipe, processes=processes, sharded=sharded)
+        return
+    kind = DistributedType.FSDP if sharded else DistributedType.MULTI_CPU
+    for name, value in (("num_processes", processes), ("distributed_type", kind)):
+        monkeypatch.setattr(train.Accelerator, name, value)
+    with pytest.raises(
+        RecipeError, match=rf"training.batch_tokens: found {tokens} with data.block 32: {problem}"
+    ):
+        compress.distill(recipe=recipe, out=tmp_path / "student")
+    assert not list(tmp_path.iterdir())
