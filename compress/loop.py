@@ -60,7 +60,7 @@ def train(
     run = setup(recipe=recipe, products=products, work=work_folder(out), key=key)
     reports = measure_teachers(run)
     prepared = time.monotonic() - started
-    state = fit(run) if run.task.steps != 0 else _first_state(run)
+    state = fit(run)
     if run.accelerator.is_main_process:
         spent = prepared + state.seconds
         _save(run, state, reports, out=out, key=key, parents=parents, spent=spent)
@@ -168,6 +168,8 @@ def fit(run: Run, *, ends: Callable[[], bool] = lambda: False) -> State:
     ``ends`` is asked after every measurement but the first, once the log has it, and may end the
     training early. Goes on from the checkpoint of an interrupted run.
     """
+    if run.task.steps == 0:  # a merge: there is nothing to train
+        return _first_state(run)
     config: Trained = run.recipe.training
     loaded, accelerator = run.task, run.accelerator
     trained = [p for p in loaded.student.parameters() if p.requires_grad]

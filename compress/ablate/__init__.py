@@ -20,6 +20,7 @@ from compress.ablate.arms import DESIGNS, variant
 from compress.ablate.table import draw, markdown, summarise, verdict
 from compress.checkpoint import CHECKPOINT
 from compress.loop import fit, measure_teachers, setup
+from compress.teachers.start import NothingToMergeError
 from limbeck.contract import sources
 from limbeck.contract.errors import RecipeError
 from limbeck.contract.files import write_atomically
@@ -45,7 +46,8 @@ def ablate(
     design = DESIGNS[recipe.task]
     _require_comparable(recipe, arms or ())
     quiet_libraries()
-    arms = list(dict.fromkeys([design.reference, *(arms or design.arms)]))
+    asked = arms or ()
+    arms = list(dict.fromkeys([design.reference, *(asked or design.arms)]))
     out.mkdir(parents=True, exist_ok=True)
     kept = out / "runs.json"
     parents = sources.input_digests(recipe, products=products)
@@ -58,7 +60,13 @@ def ablate(
             if f"{arm}/{seed}" in runs:
                 continue
             say(f"{arm}, seed {seed}")
-            runs[f"{arm}/{seed}"] = _train_arm(recipe, products, out, arm, seed, key)
+            try:
+                runs[f"{arm}/{seed}"] = _train_arm(recipe, products, out, arm, seed, key)
+            except NothingToMergeError as error:
+                if arm in asked:
+                    raise
+                say(f"  {arm} is left out: {error}")
+                continue
             write_atomically(kept, json.dumps({"key": key, "runs": runs}))
     wanted = {name: run for name, run in runs.items() if name.split("/")[0] in arms}
     table = summarise(wanted, all_seeds, design=design)

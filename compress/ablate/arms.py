@@ -16,6 +16,10 @@ def _weights(kind: str, **options: Any) -> Changes:
     return {"fusion": {"weights": {"kind": kind, **options}}}
 
 
+def _merge(method: str) -> Changes:
+    return {"student": {"kind": "merge", "method": method}}
+
+
 @dataclass(frozen=True)
 class Design:
     """The ablation of one task."""
@@ -48,6 +52,10 @@ _LANGUAGE = Design(
         "posterior-entropy": _weights("posterior", entropy=1.0),
         "label-token": _weights("label", granularity="token", sharpness=1.0),
         "label-sequence": _weights("label", granularity="sequence", sharpness=0.1),
+        # Merges of the teachers, which cost no training.
+        "merge-average": _merge("average"),
+        "merge-ties": _merge("ties"),
+        "merge-dare": _merge("dare_ties"),
         "recipe": {},
     },
     reference="ce-only",
@@ -102,6 +110,8 @@ def variant(recipe: AnyRecipe, arm: str, seed: int, losses: Mapping[str, float])
     design, tree = DESIGNS[recipe.task], recipe.resolved()
     for section, changes in design.arms[arm].items():
         tree[section] = {**tree[section], **changes}
+    if is_merge(arm):  # a merge has no other field of the recipe's student
+        tree["student"] = {"base": tree["student"]["base"], **design.arms[arm]["student"]}
     if arm == "best-single":
         best = min(losses, key=losses.__getitem__)
         tree["teachers"] = [t for t in tree["teachers"] if t["name"] == best]
@@ -117,6 +127,11 @@ def variant(recipe: AnyRecipe, arm: str, seed: int, losses: Mapping[str, float])
     made = parse_any_recipe(tree)
     made._folder = recipe.folder
     return made
+
+
+def is_merge(arm: str) -> bool:
+    """Whether an arm merges the teachers instead of training a student."""
+    return arm.startswith("merge-")
 
 
 _NEVER = 1 << 30  # steps

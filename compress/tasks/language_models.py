@@ -26,7 +26,7 @@ from compress.models.language import DTYPES, cast_frozen, load_tokenizer, requir
 from compress.models.students import Student, build_model, student_folder
 from compress.teachers.cache import CachedTeachers
 from compress.teachers.live import Teachers, teacher_folders
-from compress.teachers.start import Start, choose_start, merges_to_try
+from compress.teachers.start import NothingToMergeError, Start, choose_start, merges_to_try
 from limbeck.contract.errors import RecipeError
 from limbeck.contract.heldout import Blocks
 from limbeck.contract.licences import sources_of
@@ -135,7 +135,7 @@ class LanguageModels:
             seed=self.recipe.seed,
         )
         if found is None and init == "merge":
-            raise RecipeError(
+            raise NothingToMergeError(
                 "student: no teacher has the shape of the student's base, so there is nothing to "
                 "merge; use student.kind: lora or shrink with init: base, or name teachers that "
                 "were made from the base."

@@ -30,12 +30,17 @@ from compress.models.merge import (
 from compress.teachers.live import TeacherFolder
 from limbeck.contract.adapters import attach
 from limbeck.contract.adapters import merged as without_adapter
+from limbeck.contract.errors import RecipeError
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import LoraStudent, MergeStudent, ShrinkStudent, fingerprint
 
 _VERSION = 1  # raise it when the same input would give another choice
 _CHOICE = "choice.json"
 _JOINED = "joined"
+
+
+class NothingToMergeError(RecipeError):
+    """No teacher has the shape of the student's base."""
 
 
 @dataclass(frozen=True)

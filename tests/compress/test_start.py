@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 
 from compress import distill
+from compress.ablate import ablate
 from compress.models.language import load_model
 from compress.models.merge import parameters_of
 from limbeck.contract.artifact import Artifact
@@ -137,3 +138,26 @@ def test_what_cannot_be_merged_is_an_error_of_the_recipe(
     }
     with pytest.raises(RecipeError, match=message):
         parse_recipe(tree)
+
+
+def test_merges_are_arms_of_the_ablation_where_teachers_can_be_merged(
+    adapters: tuple[Path, dict[str, Path]], tmp_path: Path
+) -> None:
+    base, paths = adapters
+    source = {"kind": "local", "path": str(base)}
+    teachers = [
+        {"name": name, "model": source, "adapter": str(path)} for name, path in paths.items()
+    ]
+    recipe = pico_recipe(teachers=teachers, student=LORA | {"base": source}, data=DATA)
+    arms = ["merge-average"]
+    found = ablate(recipe=recipe, products={}, out=tmp_path / "one", arms=arms, seeds=1)
+    assert list(found["arms"]) == ["ce-only", "merge-average"]
+    merge = student(tmp_path / "merge", base, paths, {"kind": "merge", "method": "average"})
+    loss = merge.result["mean_nll"]
+    assert found["arms"]["merge-average"]["mean_loss"] == pytest.approx(loss, rel=2e-3)
+
+    deep = {"kind": "local", "path": str(make_model(tmp_path / "deep", num_hidden_layers=3))}
+    others = [{"name": name, "model": deep} for name in ("one", "two")]
+    recipe = pico_recipe(teachers=others, student=LORA | {"base": source}, data=DATA)
+    with pytest.raises(RecipeError, match="nothing to merge"):
+        ablate(recipe=recipe, products={}, out=tmp_path / "two", arms=arms, seeds=1)
