@@ -15,6 +15,7 @@ from limbeck.contract.machine import available_cores, sums_overflow
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import Provider
 
+_SPIN = 100  # microseconds; docs/experiments/decoder.md has the measurements
 PROVIDERS: Mapping[Provider, str] = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -92,8 +93,9 @@ def open_session(
     options.inter_op_num_threads = 1
     options.enable_mem_pattern = memory_pattern
     options.log_severity_level = 4
-    # Threads may spin within a run, where the next operator is microseconds away. Between runs
-    # they must sleep.
+    # Threads may spin within a run, where the next operator is microseconds away, but not for
+    # long: beside a busy process they would take each other's time. Between runs they must sleep.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN))
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = ort.InferenceSession(str(graph), options, providers=asked_for(provider))
