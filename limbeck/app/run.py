@@ -257,10 +257,9 @@ def open_run(recipe: AnyRecipe, folder: Path, *, wait: bool = False) -> Iterator
     if not leads():
         yield folder
         return
-    _require_ours(
-        recipe, folder
-    )  # before a lock file is put into what may be someone else's folder
     with disk_full_is_a_user_error(folder), unwritable_is_a_user_error(folder):
+        # Before a lock file is put into what may be someone else's folder.
+        _require_ours(recipe, folder)
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, wait=wait):
         _require_ours(recipe, folder)

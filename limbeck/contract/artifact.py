@@ -1,4 +1,5 @@
-"""Artifacts: what one stage hands the next. A folder whose manifest is written last, with a hash of every file.
+"""Artifacts: what one stage hands the next. A folder whose manifest is written last, with a hash of
+every file.
 
 Knows folders, hashes and manifests. Knows nothing about what the files mean.
 """
@@ -33,8 +34,9 @@ from limbeck.contract.recipe import BaseRecipe, fingerprint
 
 FORMAT = 2  # of the manifest and of the results in it; 1 had results without `task`
 MANIFEST = "manifest.json"
-# Files, and folders of files, with times and places of the work, such as the folder of an adapter's base. A change of
-# them is found, but they do not enter the digest: equal input gives equal digests, in any folder and at any time.
+# Files, and folders of files, with times and places of the work, such as the folder of an adapter's
+# base. A change of them is found, but they do not enter the digest: equal input gives equal
+# digests, in any folder and at any time.
 NOTES = ("log.jsonl", "teachers.json", "adapter/adapter_config.json", "tensorboard/", "trackers/")
 RECOVERED = "student-recovered"  # in a run folder: distilled again through the rounding of a form
 
@@ -85,7 +87,10 @@ class Artifact:
 
     @property
     def key(self) -> str:
-        """Fingerprint of the stage's whole input. An artifact of the same key need not be made again."""
+        """Fingerprint of the stage's whole input.
+
+        An artifact of the same key need not be made again.
+        """
         return str(self.manifest["key"])
 
     @property
@@ -100,7 +105,9 @@ class Artifact:
 
     @property
     def digest(self) -> str:
-        """sha256 over kind, key, parents and the hash of every file but notes: no times, places or machines."""
+        """sha256 over kind, key, parents and the hash of every file but notes: no times, places or
+        machines.
+        """
         counted = {
             name: entry
             for name, entry in self.manifest["files"].items()
@@ -123,10 +130,12 @@ class Draft:
 def write_artifact(
     path: Path, *, kind: str, key: str, parents: Mapping[str, str], recipe: BaseRecipe | None = None
 ) -> Iterator[Draft]:
-    """Write an artifact to ``path`` through a temporary folder beside it. ``path`` never holds half of one.
+    """Write an artifact to ``path`` through a temporary folder beside it. ``path`` never holds half
+    of one.
 
-    ``parents`` maps a role (`base`, `student` …) to the digest of the artifact or file it was made from. Raises
-    `EnvironmentalError` when the disk is full. Leaving without a ``result`` is a defect.
+    ``parents`` maps a role (`base`, `student` …) to the digest of the artifact or file it was made
+    from. Raises `EnvironmentalError` when the disk is full. Leaving without a ``result`` is a
+    defect.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with disk_full_is_a_user_error(path), new_folder(path) as folder:
@@ -151,16 +160,23 @@ def write_artifact(
 
 
 def open_artifact(path: Path, *, kind: str | None = None, verify: bool = True) -> Artifact:
-    """Open the artifact at ``path``. Raises `ArtifactError` naming the first file that is changed, missing or extra.
+    """Open the artifact at ``path``. Raises `ArtifactError` naming the first file that is changed,
+    missing or extra.
 
     ``verify=False`` skips the hashes, for a caller that has just written or checked them.
     """
     manifest = _read_manifest(path)
     if manifest["format"] != FORMAT:
-        age = "a former" if manifest["format"] < FORMAT else "a newer"
+        former = manifest["format"] < FORMAT
+        age = "a former" if former else "a newer"
+        remedy = (
+            f"`limbeck run RECIPE --out {path.parent}` makes it anew"
+            if former
+            else "update Limbeck, or delete the folder"
+        )
         raise ArtifactError(
-            f"{path}: written by {age} version of Limbeck (format {manifest['format']}, expected {FORMAT}); "
-            f"`limbeck run RECIPE --out {path.parent}` makes it anew."
+            f"{path}: written by {age} version of Limbeck (format {manifest['format']}, expected "
+            f"{FORMAT}); {remedy}."
         )
     if kind is not None and manifest["kind"] != kind:
         raise ArtifactError(f"{path}: found a {manifest['kind']} artifact, expected {kind}.")
@@ -177,16 +193,18 @@ def open_artifact(path: Path, *, kind: str | None = None, verify: bool = True) -
             )
         if verify and _entry(path / name) != files[name]:
             raise ArtifactError(
-                f"{path}: {name} has changed since it was written; delete the folder and run the stage again."
+                f"{path}: {name} has changed since it was written; delete the folder and run the "
+                "stage again."
             )
     return Artifact(path, manifest)
 
 
 def find_artifact(path: Path, *, kind: str, key: str) -> Artifact | None:
-    """The artifact at ``path`` if it is complete, unchanged and was made from ``key``; None if it has to be made.
+    """The artifact at ``path`` if it is complete, unchanged and was made from ``key``; None if it
+    has to be made.
 
-    One of a former format has to be made. Raises `ArtifactError` for a damaged artifact: damage is never repaired in
-    silence.
+    One of a former format has to be made. Raises `ArtifactError` for a damaged artifact: damage is
+    never repaired in silence.
     """
     if not os.path.lexists(path / MANIFEST):
         return None
@@ -203,7 +221,9 @@ def work_folder(path: Path) -> Path:
 
 
 def student_of(onnx: Artifact) -> Path:
-    """Folder of the student that the graphs of ``onnx`` were made from: the recovered one where that one ships."""
+    """Folder of the student that the graphs of ``onnx`` were made from: the recovered one where
+    that one ships.
+    """
     recovered = onnx.path.parent / RECOVERED
     made_from = onnx.manifest["parents"].get("student")
     if (recovered / MANIFEST).exists() and open_artifact(
@@ -214,14 +234,18 @@ def student_of(onnx: Artifact) -> Path:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of ``path``, every field of its type unless the format is another one. Raises `ArtifactError`."""
+    """The manifest of ``path``, every field of its type unless the format is another one.
+
+    Raises `ArtifactError`.
+    """
     file = path / MANIFEST
     remedy = "delete the folder and run the stage again."
     try:
         manifest = read_json(file)
     except FileNotFoundError:
         raise ArtifactError(
-            f"{path}: no complete artifact here ({MANIFEST} is missing); run the stage that makes it."
+            f"{path}: no complete artifact here ({MANIFEST} is missing); run the stage that makes "
+            "it."
         ) from None
     except ArtifactError as error:
         raise ArtifactError(f"{str(error).rstrip('.')}, so not a manifest; {remedy}") from None

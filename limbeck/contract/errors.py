@@ -1,4 +1,4 @@
-"""The one family of errors a user can meet. Each says what was found, what was expected and what to change.
+"""The errors that a user can meet. Each says what was found, what was expected and what to change.
 
 LimbeckError                exit code
 ├── UserError               2   a mistake in the input; nothing was written
@@ -24,7 +24,7 @@ from limbeck.contract.printable import printable
 
 
 class LimbeckError(Exception):
-    """Base of every error whose message is meant for the user; the command line returns ``exit_code``."""
+    """Base of every error with a message for the user; the command line returns ``exit_code``."""
 
     exit_code = 2
 
@@ -38,7 +38,7 @@ class UserError(LimbeckError):
 
 
 class RecipeError(UserError):
-    """Mistakes in a recipe; the message lists all of them, each with its YAML path and the remedy."""
+    """Mistakes in a recipe; the message lists all of them, each with YAML path and remedy."""
 
 
 class ModelError(UserError):
@@ -84,4 +84,7 @@ class ParityError(QualityError):
 
 
 class DivergenceError(QualityError):
-    """Training produced NaN or a loss that ran away; names the step, the batch and the last good checkpoint."""
+    """Training produced NaN or a loss that ran away.
+
+    The message names the step, the batch and the last good checkpoint.
+    """

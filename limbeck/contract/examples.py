@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
-from limbeck.contract.errors import ArtifactError
-from limbeck.contract.tensors import load_tensors, require_rows, take
+from limbeck.contract.tensors import damaged, load_tensors, require_rows, take
 
 EXAMPLES = "examples.safetensors"
 
@@ -58,7 +57,10 @@ def save_examples(path: Path, examples: Examples) -> None:
 
 
 def load_examples(path: Path) -> Examples:
-    """Read what `save_examples` wrote. Raises `ArtifactError` naming file and tensor for anything else."""
+    """Read what `save_examples` wrote.
+
+    Raises `ArtifactError` naming file and tensor for anything else.
+    """
     tensors = load_tensors(path)
     examples = Examples(
         input_ids=take(path, tensors, "input_ids", np.int32, 2),
@@ -67,7 +69,7 @@ def load_examples(path: Path) -> Examples:
     )
     require_rows(path, examples.input_ids, examples.lengths, {"groups": examples.groups})
     if examples.groups.min() < 0:
-        raise ArtifactError(f"{path}: groups: found the negative number {examples.groups.min()}.")
+        raise damaged(path, f"groups: found the negative number {examples.groups.min()}")
     return examples
 
 
@@ -77,7 +79,10 @@ def accuracy(predicted_N: Ints, labels_N: Ints) -> float:
 
 
 def macro_f1(predicted_N: Ints, labels_N: Ints, classes: int) -> float:
-    """Mean over the classes of F1 = 2 TP / (2 TP + FP + FN). A class with no label and no prediction counts 1."""
+    """Mean over the classes of F1 = 2 TP / (2 TP + FP + FN).
+
+    A class with no label and no prediction counts 1.
+    """
     scores = []
     for c in range(classes):
         predicted, true = predicted_N == c, labels_N == c

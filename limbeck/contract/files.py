@@ -1,4 +1,4 @@
-"""Files and folders: written whole or not at all, hashed, and cleaned up after a process that was killed.
+"""Files and folders: written whole or not at all, hashed, and cleaned up after a kill.
 
 Knows paths and the system's errors. Knows nothing about what the files mean.
 """
@@ -33,16 +33,17 @@ _FULL = re.compile(
     r"No space left|unexpected pos \d+|file write failed|\d+ requested and \d+ written"
 )
 _REFUSALS = {
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.ENOLCK,
-    errno.ENOTSUP, errno.ENOSYS,
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP,
+    errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS,
 }  # fmt: skip
 
 
-# Writing ---------------------------------------------------------------------------------------------------------
+# Writing ------------------------------------------------------------------------------------------
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` so that ``path`` holds either the old content or all of the new, even after a power cut.
+    """Write ``text`` so that ``path`` holds either the old content or all of the new, even after a
+    power cut.
 
     Raises `EnvironmentalError` when the disk is full.
     """
@@ -57,15 +58,20 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, beside ``path``. It is removed at the end, unless `put_in_place` has moved it."""
+    """A folder to fill, beside ``path``.
+
+    It is removed at the end, unless `put_in_place` has moved it.
+    """
     with _beside(path, _new_folder) as (folder, _):
         yield folder
 
 
 def put_in_place(folder: Path, path: Path) -> None:
-    """Let ``folder``, complete, take the place of ``path``. At every moment ``path`` is the old folder or the new one.
+    """Let ``folder``, complete, take the place of ``path``. At every moment ``path`` is the old
+    folder or the new one.
 
-    Where the file system cannot exchange two names, ``path`` is away for a moment; `sweep` repairs that after a kill.
+    Where the file system cannot exchange two names, ``path`` is away for a moment; `sweep` repairs
+    that after a kill.
     """
     for directory, _, names in os.walk(folder):
         for name in names:
@@ -89,7 +95,8 @@ def put_in_place(folder: Path, path: Path) -> None:
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
-    """Remove what killed processes left in ``folder``: half-written files and folders that no living process owns.
+    """Remove what killed processes left in ``folder``: half-written files and folders that no
+    living process owns.
 
     Only those of the file or folder ``name``, when it is given.
     """
@@ -116,7 +123,8 @@ def is_temporary(name: str) -> bool:
 
 @contextmanager
 def _beside(path: Path, make: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
-    """A temporary file or folder in the folder of ``path``, held open and owned by this process, and removed at the end.
+    """A temporary file or folder in the folder of ``path``, held open and owned by this process,
+    and removed at the end.
 
     A lock shows the ownership: the system lets go of it when the process ends, however it ends.
     """
@@ -183,11 +191,14 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-# Reading ---------------------------------------------------------------------------------------------------------
+# Reading ------------------------------------------------------------------------------------------
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises `FileNotFoundError`, and `ArtifactError` saying why it cannot be read."""
+    """The content of a JSON file.
+
+    Raises `FileNotFoundError`, and `ArtifactError` saying why it cannot be read.
+    """
     with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size > _MOST_JSON:
             raise ArtifactError(
@@ -202,7 +213,8 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[BufferedReader]:
-    """Open a file for reading. Raises `FileNotFoundError`, and `ArtifactError` for what is no file or cannot be read.
+    """Open a file for reading. Raises `FileNotFoundError`, and `ArtifactError` for what is no file
+    or cannot be read.
 
     A pipe or a device would block for ever.
     """
@@ -237,7 +249,7 @@ def folder_digest(path: Path) -> str:
 
 
 def files_below(folder: Path) -> list[str]:
-    """Names of everything below ``folder`` that is not a folder, relative to it and sorted; links are not followed."""
+    """Sorted names of everything below ``folder`` but folders. Links are not followed."""
     return sorted(
         p.relative_to(folder).as_posix()
         for p in folder.rglob("*")
@@ -245,19 +257,22 @@ def files_below(folder: Path) -> list[str]:
     )
 
 
-# The system's errors ---------------------------------------------------------------------------------------------
+# The system's errors ------------------------------------------------------------------------------
 
 
 @contextmanager
 def disk_full_is_a_user_error(path: Path) -> Iterator[None]:
-    """Turn "no space left" into an `EnvironmentalError` that names ``path``, also where a library wrapped it."""
+    """Turn "no space left" into an `EnvironmentalError` that names ``path``, also where a library
+    wrapped it.
+    """
     try:
         yield
     except Exception as error:
         if isinstance(error, EnvironmentalError) or not _is_full(error):
             raise
         raise EnvironmentalError(
-            f"{path}: no space left on the disk; free some room and run again. Nothing half-written was kept."
+            f"{path}: no space left on the disk; free some room and run again. Nothing "
+            "half-written was kept."
         ) from error
 
 
@@ -272,7 +287,10 @@ def _is_full(error: BaseException | None) -> bool:
 
 
 def explained(error: OSError) -> EnvironmentalError | None:
-    """What a user can do about an error of the system that nothing nearer to it has explained. None for a defect."""
+    """What a user can do about an error of the system that nothing nearer to it has explained.
+
+    None for a defect.
+    """
     where = os.fsdecode(error.filename) if error.filename else "standard output"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return EnvironmentalError(f"{where}: no space left; free some room and run again.")
@@ -297,9 +315,11 @@ def explained(error: OSError) -> EnvironmentalError | None:
 def unwritable_is_a_user_error(
     folder: Path, *, remedy: str = "name another with --out"
 ) -> Iterator[None]:
-    """Turn a refusal of the file system into an `EnvironmentalError` that names ``folder`` and the ``remedy``.
+    """Turn a refusal of the file system into an `EnvironmentalError` that names ``folder`` and the
+    ``remedy``.
 
-    Refusals are: no permission, read-only, a name that is too long or impossible, and no support for locks.
+    Refusals are: no permission, read-only, a name that is too long or impossible, and no support
+    for locks.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Figures of generated tokens: how varied they are, how often they repeat, how long two rows agree."""
+"""Figures of generated tokens: how varied they are, how often they repeat, how long two agree."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ _REPEATED = 4  # tokens of a repeated piece
 
 
 def common_prefix(ours: Tokens, theirs: Tokens) -> int:
-    """Number of tokens before the first difference. After it the two rows continue different texts."""
+    """Number of tokens before the first difference.
+
+    After it the two rows continue different texts.
+    """
     return next(
         (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
         min(len(ours), len(theirs)),
@@ -17,7 +20,7 @@ def common_prefix(ours: Tokens, theirs: Tokens) -> int:
 
 
 def distinct(rows: Sequence[Tokens], n: int) -> float:
-    """Number of different n-grams divided by the number of n-grams (Li et al., arXiv 1510.03055)."""
+    """Number of different n-grams divided by that of all n-grams (Li et al., arXiv 1510.03055)."""
     grams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
     return len(set(grams)) / max(len(grams), 1)
 

@@ -1,4 +1,5 @@
-"""Text that the stages share: held-out blocks by domain, training rows for calibration, and the mean NLL over domains.
+"""Text that the stages share: held-out blocks by domain, training rows for calibration, and the
+mean NLL over domains.
 
 Shape letters: N rows, L tokens, S tokens of one row.
 """
@@ -13,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
-from limbeck.contract.errors import ArtifactError
-from limbeck.contract.tensors import Array, load_tensors, require_rows, take
+from limbeck.contract.tensors import Array, damaged, load_tensors, require_rows, take
 
 HELDOUT = "heldout.safetensors"
 CALIBRATION = "calibration.safetensors"
@@ -39,7 +39,7 @@ class Blocks:
 
 
 def all_but_first(lengths: npt.NDArray[np.int32], width: int) -> npt.NDArray[np.uint8]:
-    """Mask [N, width] of plain text: every token of a row but the first is scored, and no padding."""
+    """Mask [N, width] of plain text: all tokens of a row but the first are scored, no padding."""
     positions = np.arange(width)
     return ((positions > 0) & (positions < lengths[:, None])).astype(np.uint8)
 
@@ -64,7 +64,7 @@ def load_heldout(path: Path) -> dict[str, Blocks]:
     tensors = load_tensors(path)
     names = sorted({name.rpartition("/")[0] for name in tensors})
     if not names:
-        raise ArtifactError(f"{path}: found no tensor, expected at least one domain.")
+        raise damaged(path, "found no tensor, expected at least one domain")
     return {name: _blocks(path, tensors, name) for name in names}
 
 
@@ -79,8 +79,8 @@ def _blocks(path: Path, tensors: Mapping[str, Array], domain: str) -> Blocks:
     require_rows(path, blocks.input_ids, blocks.lengths, more)
     allowed = all_but_first(blocks.lengths, blocks.input_ids.shape[1])
     if blocks.scored.shape != allowed.shape or (blocks.scored > allowed).any():
-        raise ArtifactError(
-            f"{path}: {domain}/scored: marks a first token, padding, or something else than 0 and 1."
+        raise damaged(
+            path, f"{domain}/scored: marks a first token or padding, or is not 0 or 1 everywhere"
         )
     return blocks
 
@@ -94,14 +94,19 @@ def save_calibration(path: Path, rows: Sequence[npt.NDArray[np.int32]]) -> None:
 
 
 def load_calibration(path: Path) -> list[npt.NDArray[np.int64]]:
-    """Read what `save_calibration` wrote, in the same order. Raises `ArtifactError` for anything else."""
+    """Read what `save_calibration` wrote, in the same order.
+
+    Raises `ArtifactError` for anything else.
+    """
     tensors = load_tensors(path)
     rows = [take(path, tensors, name, np.int32, 1).astype(np.int64) for name in sorted(tensors)]
     if any(len(row) == 0 or row.min() < 0 for row in rows):
-        raise ArtifactError(f"{path}: found an empty row or a negative token id.")
+        raise damaged(path, "found an empty row or a negative token id")
     return rows
 
 
 def mean_nll(nll_by_domain: Mapping[str, float]) -> float:
-    """Unweighted mean of the domains' nats a token, so that a large domain does not hide a small one."""
+    """Unweighted mean of the domains' nats a token, so that a large domain does not hide a small
+    one.
+    """
     return float(np.mean(list(nll_by_domain.values())))

@@ -1,7 +1,8 @@
 """One process at a time: in a run folder, and for each artifact in the cache.
 
-The system releases a lock when its process ends, however it ends. Not `filelock`: it empties the lock file whenever it
-tries, so that nobody can say which process holds it, and importing it takes longer than `limbeck --help` may.
+The system releases a lock when its process ends, however it ends. Not `filelock`: it empties the
+lock file whenever it tries, so that nobody can say which process holds it, and importing it takes
+longer than `limbeck --help` may.
 """
 
 from __future__ import annotations
@@ -31,14 +32,15 @@ _SIGNED_WITHIN = 0.5  # seconds a holder may take to write its number into the f
 def locked(folder: Path, *, wait: bool) -> Iterator[None]:
     """Keep every other process out of ``folder``, and remove what killed ones left there.
 
-    ``wait`` waits for a process that holds it; without it that is an `ArtifactError`. Raises `EnvironmentalError` where the
-    folder cannot be written.
+    ``wait`` waits for a process that holds it; without it that is an `ArtifactError`. Raises
+    `EnvironmentalError` where the folder cannot be written.
     """
     with _opened(folder / LOCK) as (file, holder), disk_full_is_a_user_error(folder):
         if holder is not None:
             if not wait:
                 raise ArtifactError(
-                    f"{folder}: another run ({holder}) is using this folder; wait for it or name another with --out."
+                    f"{folder}: another run ({holder}) is using this folder; wait for it or name "
+                    "another with --out."
                 )
             say(f"waiting for another run ({holder}), which is making {folder.name}")
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -56,7 +58,8 @@ def make_once(
     make: Callable[[Path], dict[str, Any]],
     recipe: BaseRecipe | None = None,
 ) -> None:
-    """Make the artifact of ``key`` at ``path``, in the cache, unless it is there. ``make`` fills a folder and returns the result.
+    """Make the artifact of ``key`` at ``path``, in the cache, unless it is there. ``make`` fills a
+    folder and returns the result.
 
     Of several processes that need it at once one makes it, and the others wait.
     """
@@ -67,7 +70,8 @@ def make_once(
     with _opened(lock, remedy=_OTHER_CACHE) as (file, holder), disk_full_is_a_user_error(path):
         if holder is not None:
             _say_once(
-                f"  waiting for another run ({holder}), which is making {path.parent.name} in the cache"
+                f"  waiting for another run ({holder}), which is making {path.parent.name} in the "
+                "cache"
             )
             fcntl.flock(file, fcntl.LOCK_EX)
         with _signed(file):
@@ -82,7 +86,9 @@ def make_once(
 def _opened(
     lock: Path, *, remedy: str = "name another with --out"
 ) -> Iterator[tuple[IO[str], str | None]]:
-    """The lock file ``lock``, locked unless another process has done so, and the name of that process."""
+    """The lock file ``lock``, locked unless another process has done so, and the name of that
+    process.
+    """
     with unwritable_is_a_user_error(lock.parent, remedy=remedy):
         lock.parent.mkdir(parents=True, exist_ok=True)
         file = lock.open("a+")
@@ -110,7 +116,9 @@ def _take(file: IO[str]) -> str | None:
 
 
 def _is_alive(number: str) -> bool:
-    """Whether ``number`` is a process of this machine; one that was killed has left its number behind."""
+    """Whether ``number`` is a process of this machine; one that was killed has left its number
+    behind.
+    """
     try:
         os.kill(int(number), 0)
     except PermissionError:

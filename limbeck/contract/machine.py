@@ -1,4 +1,6 @@
-"""Facts about this machine: processor, cores, memory, and versions of the libraries that can change a result."""
+"""Facts about this machine: processor, cores, memory, and versions of the libraries that can change
+a result.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 _VERSIONED = (
-    "limbeck", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "optimum", "onnx",
-    "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda", "numpy",
+    "limbeck", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers",
+    "optimum", "onnx", "onnxruntime",
+    "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda", "numpy",
 )  # fmt: skip
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
@@ -52,7 +55,8 @@ def host() -> dict[str, Any]:
 
 
 def sums_overflow() -> bool:
-    """Whether signed 8-bit weights can overflow: x86 without VNNI sums pairs of products in 16 bits.
+    """Whether signed 8-bit weights can overflow: x86 without VNNI sums pairs of products in 16
+    bits.
 
     True for an x86 processor whose flags are unknown, as on macOS.
     """

@@ -1,4 +1,6 @@
-"""Text of strangers made safe to show: names, paths, descriptions and licences come from files that others wrote."""
+"""Text of strangers made safe to show: names, paths, descriptions and licences come from files that
+others wrote.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ _SEPARATORS = frozenset("\u2028\u2029")
 
 
 def printable(text: str) -> str:
-    r"""``text`` with every control character written out, such as ``\x1b``, so that a terminal does not obey it.
+    r"""``text`` with every control character written out, such as ``\x1b``, so that a terminal does
+    not obey it.
 
     Line breaks and tabs stay.
     """

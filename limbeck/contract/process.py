@@ -1,4 +1,6 @@
-"""Child processes that end when their parent does, also when the parent is killed and can stop nobody."""
+"""Child processes that end when their parent does, also when the parent is killed and can stop
+nobody.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,11 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent() -> None:
-    """End this process when the process that `PARENT` names ends; without that variable, do nothing.
+    """End this process when the process that `PARENT` names ends; without that variable, do
+    nothing.
 
-    The system sends the signal (Linux only). Call it first of all in a process that was started to serve another one.
+    The system sends the signal (Linux only). Call it first of all in a process that was started to
+    serve another one.
     """
     parent = os.environ.pop(PARENT, None)  # this process's own children have another parent
     if parent is None:

@@ -1,4 +1,6 @@
-"""Progress of long work: a live bar when a terminal watches, plain lines with a clock when none does."""
+"""Progress of long work: a live bar when a terminal watches, plain lines with a clock when none
+does.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ _PLAIN_EVERY = 10.0  # seconds between plain lines of one task
 
 
 def leads() -> bool:
-    """Whether this process is the only one of the job, or the first that torchrun or accelerate started."""
+    """Whether this process is the only one of the job, or the first that torchrun or accelerate
+    started.
+    """
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -25,7 +29,10 @@ def processes() -> int:
 
 
 def say(message: str) -> None:
-    """One line for the person who waits, on standard error. Of several processes only the first writes it."""
+    """One line for the person who waits, on standard error.
+
+    Of several processes only the first writes it.
+    """
     if leads():
         print(printable(message), file=sys.stderr, flush=True)
 
@@ -47,14 +54,16 @@ class Task:
         elif time.monotonic() - self._last >= _PLAIN_EVERY or self.done == self.total:
             self._last = time.monotonic()
             of = f"/{self.total}" if self.total else ""
-            say(
-                f"  {self.label}: {self.done}{of}  {self._last - self._started:.0f} s  {shown}".rstrip()
-            )
+            seconds = f"{self._last - self._started:.0f} s"
+            say(f"  {self.label}: {self.done}{of}  {seconds}  {shown}".rstrip())
 
 
 @contextmanager
 def task(label: str, total: int | None = None, *, done: int = 0) -> Iterator[Task]:
-    """Show progress of ``label``: ``done`` of ``total`` steps were finished earlier; a ``total`` of None is unknown."""
+    """Show progress of ``label``:
+
+    ``done`` of ``total`` steps were finished earlier; a ``total`` of None is unknown.
+    """
     if not (leads() and sys.stderr.isatty()):
         handle = Task(label, total)
         handle.done = done

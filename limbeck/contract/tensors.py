@@ -18,26 +18,39 @@ Array = npt.NDArray[Any]
 
 
 def load_tensors(path: Path) -> dict[str, Array]:
-    """All tensors of a file by name. Raises `FileNotFoundError`, and `ArtifactError` for another or a damaged file."""
+    """All tensors of a file by name.
+
+    Raises `FileNotFoundError`, and `ArtifactError` for another or a damaged file.
+    """
     with open_regular(path):
         pass  # it can be read, and is neither a pipe nor a folder
     try:
         return dict(load_file(path))
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path}: not a safetensors file ({error}).") from None
+        raise damaged(path, f"not a safetensors file ({error})") from None
+
+
+def damaged(path: Path, finding: str) -> ArtifactError:
+    """The error for a file of an artifact that is not what its stage wrote."""
+    return ArtifactError(
+        f"{path}: {finding}; delete the folder of this file and run its stage again."
+    )
 
 
 def take(
     path: Path, tensors: Mapping[str, Array], name: str, dtype: npt.DTypeLike, axes: int
 ) -> Array:
-    """The tensor ``name`` of ``path``, of this number type and number of axes. Raises `ArtifactError`."""
+    """The tensor ``name`` of ``path``, of this number type and number of axes.
+
+    Raises `ArtifactError`.
+    """
     found = tensors.get(name)
     if found is None:
-        raise ArtifactError(f"{path}: no tensor {name!r} (found: {', '.join(sorted(tensors))}).")
+        raise damaged(path, f"no tensor {name!r} (found: {', '.join(sorted(tensors))})")
     if found.dtype != np.dtype(dtype) or found.ndim != axes:
-        raise ArtifactError(
-            f"{path}: {name}: found {found.dtype} of shape {list(found.shape)}, expected {np.dtype(dtype)} "
-            f"with {axes} axes."
+        wanted = f"{np.dtype(dtype)} with {axes} axes"
+        raise damaged(
+            path, f"{name}: found {found.dtype} of shape {list(found.shape)}, expected {wanted}"
         )
     return found
 
@@ -45,15 +58,18 @@ def take(
 def require_rows(
     path: Path, input_ids_NL: Array, lengths_N: Array, more: Mapping[str, Array]
 ) -> None:
-    """Raise `ArtifactError` unless these are padded token rows: N of each, lengths of 1 to L, no negative id."""
+    """Raise `ArtifactError` unless these are padded token rows, with ``more`` for each row.
+
+    That is N of each, lengths of 1 to L, and no negative id.
+    """
     rows, width = input_ids_NL.shape
     for name, values in {"lengths": lengths_N, **more}.items():
         if len(values) != rows:
-            raise ArtifactError(f"{path}: {name}: found {len(values)} rows, expected {rows}.")
+            raise damaged(path, f"{name}: found {len(values)} rows, expected {rows}")
     if rows == 0:
-        raise ArtifactError(f"{path}: found no rows.")
+        raise damaged(path, "found no rows")
     if lengths_N.min() < 1 or lengths_N.max() > width:
-        raise ArtifactError(f"{path}: lengths: found {lengths_N.min()} to {lengths_N.max()}, "
-                            f"expected 1 to {width}.")  # fmt: skip
+        found = f"{lengths_N.min()} to {lengths_N.max()}"
+        raise damaged(path, f"lengths: found {found}, expected 1 to {width}")
     if input_ids_NL.min() < 0:
-        raise ArtifactError(f"{path}: input_ids: found the negative id {input_ids_NL.min()}.")
+        raise damaged(path, f"input_ids: found the negative id {input_ids_NL.min()}")

@@ -1,4 +1,6 @@
-"""Held-out text and examples: read back as written, and refused by name when they are something else."""
+"""Held-out text and examples: read back as written, and refused by name when they are something
+else.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,8 @@ def test_blocks_are_read_as_they_were_written(tmp_path: Path) -> None:
         ("lengths", lambda v: v + 1000, "expected 1 to 24"),
         ("lengths", lambda v: v[1:], "lengths: found 2 rows, expected 3"),
         ("utf8_bytes", lambda v: v[:0], "utf8_bytes: found 0 rows"),
-        ("scored", lambda v: v * 0 + 2, "marks a first token, padding, or something else"),
-        ("scored", lambda v: v * 0 + 1, "marks a first token, padding, or something else"),
+        ("scored", lambda v: v * 0 + 2, "marks a first token or padding, or is not 0 or 1"),
+        ("scored", lambda v: v * 0 + 1, "marks a first token or padding, or is not 0 or 1"),
         ("scored", lambda v: v[:, 1:], "marks a first token"),
         ("scored", None, "no tensor 'letters/scored'"),
     ],

@@ -66,8 +66,8 @@ def test_who_waits_is_told_once_for_whom(
             waits.result(timeout=5)
             assert open_artifact(tmp_path / "teachers" / name).key == name
     assert (
-        capsys.readouterr().err
-        == f"  waiting for another run (process {os.getppid()}), which is making teachers in the cache\n"
+        capsys.readouterr().err == f"  waiting for another run (process {os.getppid()}), "
+        "which is making teachers in the cache\n"
     )
 
 

@@ -22,7 +22,8 @@ time.sleep(60)
 _PARENT = """
 import subprocess, sys, time
 from serve_bench.measure.machine import child_environment
-child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], env=child_environment(), stdout=subprocess.PIPE)
+command = [sys.executable, "-c", sys.argv[1]]
+child = subprocess.Popen(command, env=child_environment(), stdout=subprocess.PIPE)
 child.stdout.readline()
 print(child.pid, flush=True)
 time.sleep(60)

@@ -118,11 +118,12 @@ def _is_claimed_or_free(folder: Path) -> None:
 CASES = (
     Case("artifact, new", _write_new, _digest, look=_is_none_or_whole),
     Case("artifact, replaced", _write_new, _digest, prepare=_write_old, look=_is_old_or_new),
-    Case("artifact, replaced without exchange", _write_without_exchange, _digest, prepare=_write_old,
-         look=_is_none_or_whole),
+    Case("artifact, replaced without exchange", _write_without_exchange, _digest,
+         prepare=_write_old, look=_is_none_or_whole),
     Case("text, replaced", _text, _has_text, prepare=_old_text, look=_has_text),
     Case("cache", _cache, _cached),
     Case("cache, former and damaged", _cache, _cached, prepare=_damaged_cache),
     Case("run.json", _claim, _claimed, look=_is_claimed_or_free),
-    Case("run.json, former litter", _claim, _claimed, prepare=_former_litter, look=_is_claimed_or_free),
+    Case("run.json, former litter", _claim, _claimed, prepare=_former_litter,
+         look=_is_claimed_or_free),
 )  # fmt: skip

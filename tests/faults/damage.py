@@ -1,4 +1,6 @@
-"""Damage to a file: bytes that change, go or come, and JSON values that become others, also in a safetensors header."""
+"""Damage to a file: bytes that change, go or come, and JSON values that become others, also in a
+safetensors header.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,9 @@ import struct
 from typing import Any
 
 _VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2**31, 2**63, 10**400, 0.5, float("nan"), float("inf"), "", "x", "\0", "../../x",
-    "/dev/zero", "\ud800", "\x1b[2J", "x" * 5000, [], [[]], {}, {"x": 1}, [None] * 3,
+    None, True, False, 0, 1, -1, 2**31, 2**63, 10**400, 0.5, float("nan"), float("inf"), "", "x",
+    "\0", "../../x", "/dev/zero",
+    "\ud800", "\x1b[2J", "x" * 5000, [], [[]], {}, {"x": 1}, [None] * 3,
 )  # fmt: skip
 
 
@@ -62,7 +65,9 @@ def _swapped(good: bytes, draw: random.Random) -> bytes:
 
 
 def _values(good: bytes, draw: random.Random) -> bytes:
-    """Another value, key or absence somewhere in JSON, JSON lines or a safetensors header; else `_flipped`."""
+    """Another value, key or absence somewhere in JSON, JSON lines or a safetensors header; else
+    `_flipped`.
+    """
     if (header := _header(good)) is not None:
         changed = _with_other_value(header, draw)
         return struct.pack("<Q", len(changed)) + changed + good[8 + len(header) :]

@@ -1,8 +1,10 @@
-"""``python -m tests.faults.fuzz [--seconds N] [--seed N] [NAME …]``: damaged files, read by the code that meets them.
+"""``python -m tests.faults.fuzz [--seconds N] [--seed N] [NAME …]``: damaged files, read by the
+code that meets them.
 
-Each target writes a good file, damages it and reads it. Only a `LimbeckError` may come of that: no other exception, no
-crash, and nothing that takes longer than `SLOWEST`. A target runs in a forked process, so that a crash is seen. Prints a
-table; exits with 1 after a finding. A finding is repeated with its seed and its name.
+Each target writes a good file, damages it and reads it. Only a `LimbeckError` may come of that: no
+other exception, no crash, and nothing that takes longer than `SLOWEST`. A target runs in a forked
+process, so that a crash is seen. Prints a table; exits with 1 after a finding. A finding is
+repeated with its seed and its name.
 """
 
 from __future__ import annotations
@@ -143,7 +145,8 @@ def main() -> int:
             )  # fmt: skip
             harmed, cases = harmed + bool(found.harm), cases + found.cases
             print(
-                f"{target.name:24} {found.cases:7} {found.fine:7} {found.refused:8} {found.harm or 'none'}",
+                f"{target.name:24} {found.cases:7} {found.fine:7} {found.refused:8} "
+                f"{found.harm or 'none'}",
                 flush=True,
             )
     most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10

@@ -1,6 +1,7 @@
 """The stages of a tiny real job, to be killed: a random teacher and student, ten steps, two forms.
 
-Each stage is a case of its own, whose folder already holds what the earlier stages made, so that a kill is tried once.
+Each stage is a case of its own, whose folder already holds what the earlier stages made, so that a
+kill is tried once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from tests.faults.kills import Case
 
 _TINY = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 128,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+    "max_position_embeddings": 128,
 }  # fmt: skip
 
 
@@ -36,8 +38,8 @@ def recipe() -> Recipe:
             },
             "student": {"kind": "lora", "base": {"kind": "random", "config": _TINY, "seed": 0}},
             "training": {
-                "tokens": 256, "batch_tokens": 64, "micro_batch": 2, "evaluate_every": 2, "checkpoint_every": 2,
-                "threads": 1,
+                "tokens": 256, "batch_tokens": 64, "micro_batch": 2, "evaluate_every": 2,
+                "checkpoint_every": 2, "threads": 1,
             },
             "export": {"forms": [{"kind": "fp32"}, {"kind": "int8-weight"}]},
             "gates": {"max_quantization_loss": 1.0},
@@ -46,12 +48,15 @@ def recipe() -> Recipe:
 
 
 def warm() -> None:
-    """Import what the stages import, so that a forked process need not; nothing is computed, so no thread is started."""
+    """Import what the stages import, so that a forked process need not; nothing is computed, so no
+    thread is started.
+    """
     import importlib
 
     for name in (
-        "compress.loop", "compress.models.students", "export", "export.build.backend", "export.check.parity",
-        "export.round.quantize", "onnxruntime", "onnxruntime_genai", "peft", "transformers.models.llama",
+        "compress.loop", "compress.models.students", "export", "export.build.backend",
+        "export.check.parity", "export.round.quantize", "onnxruntime", "onnxruntime_genai", "peft",
+        "transformers.models.llama",
         "limbeck.runtime.decoder",
     ):  # fmt: skip
         importlib.import_module(name)

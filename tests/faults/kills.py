@@ -1,7 +1,9 @@
-"""Kill a piece of work at every file event it makes, run it again, and see that nothing is lost and nothing is left over.
+"""Kill a piece of work at every file event it makes, run it again, and see that nothing is lost and
+nothing is left over.
 
-A piece of work runs in a forked process, so that a kill costs milliseconds. An event is a file opened for writing, a
-rename, a removal, a new folder or link, a change of mode, or an fsync; the kill comes just before it.
+A piece of work runs in a forked process, so that a kill costs milliseconds. An event is a file
+opened for writing, a rename, a removal, a new folder or link, a change of mode, or an fsync; the
+kill comes just before it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from typing import Any
 from tests.faults.disks import resize, small_disk, used
 
 _EVENTS = {
-    "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "os.link", "os.symlink",
+    "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "os.link",
+    "os.symlink",
 }  # fmt: skip
 _RANDOM = re.compile(r"\.[0-9a-f]{8}\.writing")
 _WRITING = os.O_WRONLY | os.O_RDWR
@@ -40,7 +43,8 @@ def _nothing(_: Path) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """``work`` on a folder that ``prepare`` has filled. Its ``outcome`` must not depend on kills in between.
+    """``work`` on a folder that ``prepare`` has filled. Its ``outcome`` must not depend on kills in
+    between.
 
     ``look`` asserts what must hold at every moment, so also just after a kill.
     """
@@ -56,7 +60,8 @@ class Case:
 class Row:
     """What the kills of one case came to.
 
-    ``states`` are different contents of the folder after a kill; of full disks, the sizes at which the work failed.
+    ``states`` are different contents of the folder after a kill; of full disks, the sizes at which
+    the work failed.
     """
 
     name: str
@@ -70,7 +75,10 @@ class Killed(AssertionError):
 
 
 def kill_everywhere(case: Case, root: Path, *, signals: tuple[int, ...] = (signal.SIGKILL,)) -> Row:
-    """Kill ``case`` at each of its events in folders below ``root``. Raises `Killed` for the first kill that harms."""
+    """Kill ``case`` at each of its events in folders below ``root``.
+
+    Raises `Killed` for the first kill that harms.
+    """
     started, clean = time.monotonic(), _fresh(case, root / "clean")
     events = record(case.work, clean)
     expected, listed = case.outcome(clean), listing(clean)
@@ -97,7 +105,10 @@ def kill_everywhere(case: Case, root: Path, *, signals: tuple[int, ...] = (signa
 
 
 def record(work: Work, folder: Path, *, where: str = "") -> list[str]:
-    """Let ``work`` run to its end in a child; its events in order. Raises `Killed` when it fails."""
+    """Let ``work`` run to its end in a child; its events in order.
+
+    Raises `Killed` when it fails.
+    """
     log = folder.with_name(f"{folder.name}.events")
     log.write_text("")
 
@@ -116,7 +127,7 @@ def record(work: Work, folder: Path, *, where: str = "") -> list[str]:
 
 
 def stop_at(work: Work, folder: Path, at: int, *, number: int = signal.SIGKILL) -> None:
-    """Let ``work`` run in a child, which sends itself signal ``number`` just before event ``at``."""
+    """Let ``work`` run in a child, which sends itself signal ``number`` before event ``at``."""
     count = 0
 
     def stop(_: str) -> None:
@@ -187,7 +198,9 @@ def listing(folder: Path) -> list[str]:
 
 
 def digest(folder: Path) -> str:
-    """Of the names and contents of everything below a folder, without the random part of temporary names, and times."""
+    """Of the names and contents of everything below a folder, without the random part of temporary
+    names, and times.
+    """
     found = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         name = _RANDOM.sub(".writing", path.relative_to(folder).as_posix())
@@ -203,15 +216,16 @@ def _content(path: Path) -> Any:
         return content.count(b"\n"), content[-1:]
     if path.name == "manifest.json" and content.endswith(b"}"):
         manifest = json.loads(content)
-        return manifest["key"], manifest["files"].keys()
+        return manifest["key"], manifest.get("files", {}).keys()
     return content
 
 
 def fill_disks(case: Case, root: Path, *, step: int, wanted: type[Exception]) -> Row:
-    """Run ``case`` on disks of every size up to what it needs, ``step`` kilobytes apart, and then with room.
+    """Run ``case`` on disks of every size up to what it needs, ``step`` kilobytes apart, and then
+    with room.
 
-    A full disk must raise ``wanted``, leave nothing half-written, and the next start must go on. Raises `Killed`, and
-    `NoMount` where nothing can be mounted.
+    A full disk must raise ``wanted``, leave nothing half-written, and the next start must go on.
+    Raises `Killed`, and `NoMount` where nothing can be mounted.
     """
     started, disk = time.monotonic(), root / "disk"
     with small_disk(disk, kilobytes=_ROOM):

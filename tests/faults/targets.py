@@ -83,8 +83,9 @@ def _read_tokenizer(folder: Path) -> None:
 
 
 _CONFIG = {
-    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 258,
-    "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 48, "max_position_embeddings": 64,
+    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "vocab_size": 258, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 48,
+    "max_position_embeddings": 64,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }  # fmt: skip
 

@@ -1,4 +1,6 @@
-"""Damaged files are refused by name: a few hundred cases here, as many as one likes with `make fuzz`."""
+"""Damaged files are refused by name: a few hundred cases here, as many as one likes with `make
+fuzz`.
+"""
 
 from __future__ import annotations
 

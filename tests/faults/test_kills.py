@@ -22,6 +22,11 @@ def test_a_kill_at_any_file_event_is_survived(tmp_path: Path, case: Case) -> Non
     assert row.states >= 2
 
 
+@pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.name)
+def test_ctrl_c_at_any_file_event_is_survived(tmp_path: Path, case: Case) -> None:
+    assert kill_everywhere(case, tmp_path, signals=(signal.SIGINT,)).kills >= 4
+
+
 def _careless(folder: Path) -> None:
     (folder / "report.json").write_text("first")
     (folder / "report.json").open("w").close()

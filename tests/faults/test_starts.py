@@ -29,7 +29,9 @@ def test_of_several_starts_one_works_and_the_others_name_it(tmp_path: Path, star
 
 
 def _start(folder: Path, count: int) -> dict[int, str]:
-    """What each of ``count`` processes says that start at the same moment; the one that works waits for the others."""
+    """What each of ``count`` processes says that start at the same moment; the one that works waits
+    for the others.
+    """
     begin, end = os.pipe(), os.pipe()
     answers: dict[int, int] = {}
     for _ in range(count):

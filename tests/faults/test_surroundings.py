@@ -24,7 +24,9 @@ def _limbeck(
     environment: Mapping[str, str] | None = None,
     without: Sequence[str] = (),
 ) -> tuple[int, str]:
-    """Exit code and what was said, of a command started by a shell that first does what ``before`` says."""
+    """Exit code and what was said, of a command started by a shell that first does what ``before``
+    says.
+    """
     line = " ".join(["exec", sys.executable, "-m", "limbeck", *map(str, command)])
     variables = {name: value for name, value in os.environ.items() if name not in without}
     variables |= {"PYTHONPATH": _ROOT, "LIMBECK_CACHE": str(cwd / "cache"), **(environment or {})}

@@ -1,0 +1,222 @@
+"""``python -m tests.faults.page``: writes docs/errors.md, from mistakes that are made here and what the user sees."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from limbeck.app.run import RUN, open_run
+from limbeck.contract.artifact import MANIFEST, find_artifact, open_artifact, write_artifact
+from limbeck.contract.errors import LimbeckError
+from limbeck.contract.files import explained, unwritable_is_a_user_error, write_atomically
+from limbeck.contract.heldout import load_heldout, save_heldout
+from limbeck.contract.lock import locked
+from tests.pico import make_blocks, pico_recipe
+
+PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
+_HEAD = """# Errors
+
+Each mistake below was made by a program, and the message is what Limbeck answered, word for word. Paths are shortened.
+Every such error ends a command with exit code 2 and without a traceback. Whatever was complete before stays complete.
+
+This page is written by `python -m tests.faults.page`; a test compares it with the code.
+"""
+
+
+def _artifact(folder: Path, text: str = "weights") -> Path:
+    with write_artifact(folder / "student", kind="student", key="k", parents={}) as draft:
+        (draft.folder / "model").write_text(text)
+        draft.result = {"task": "causal-lm"}
+    return folder / "student"
+
+
+def _changed(folder: Path, **fields: object) -> Path:
+    path = _artifact(folder)
+    manifest = json.loads((path / MANIFEST).read_text()) | fields
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    return path
+
+
+def _no_artifact(folder: Path) -> None:
+    open_artifact(folder / "student")
+
+
+def _truncated(folder: Path) -> None:
+    path = _artifact(folder)
+    (path / MANIFEST).write_text('{"format": 2')
+    open_artifact(path)
+
+
+def _other_kind(folder: Path) -> None:
+    open_artifact(_changed(folder, parents=["base"]))
+
+
+def _former(folder: Path) -> None:
+    open_artifact(_changed(folder, format=1))
+
+
+def _newer(folder: Path) -> None:
+    find_artifact(_changed(folder, format=99), kind="student", key="k")
+
+
+def _file_changed(folder: Path) -> None:
+    path = _artifact(folder)
+    (path / "model").write_text("other")
+    open_artifact(path)
+
+
+def _file_gone(folder: Path) -> None:
+    path = _artifact(folder)
+    (path / "model").unlink()
+    open_artifact(path)
+
+
+def _file_more(folder: Path) -> None:
+    path = _artifact(folder)
+    (path / "notes.txt").write_text("mine")
+    open_artifact(path)
+
+
+def _pipe(folder: Path) -> None:
+    path = _artifact(folder)
+    (path / MANIFEST).unlink()
+    os.mkfifo(path / MANIFEST)
+    open_artifact(path)
+
+
+def _in_use(folder: Path) -> None:
+    with locked(folder, wait=False), locked(folder, wait=False):
+        pass
+
+
+def _other_recipe(folder: Path) -> None:
+    for seed in (0, 1):
+        with open_run(pico_recipe(seed=seed), folder / "run"):
+            pass
+
+
+def _not_a_run(folder: Path) -> None:
+    (folder / "notes.txt").write_text("mine")
+    with open_run(pico_recipe(), folder):
+        pass
+
+
+def _broken_claim(folder: Path) -> None:
+    (folder / RUN).write_text("[]")
+    with open_run(pico_recipe(), folder):
+        pass
+
+
+def _out_is_a_file(folder: Path) -> None:
+    (folder / "run").write_text("")
+    with open_run(pico_recipe(), folder / "run"):
+        pass
+
+
+def _long_name(folder: Path) -> None:
+    with open_run(pico_recipe(), folder / ("x" * 300)):
+        pass
+
+
+def _full(folder: Path) -> None:
+    def no_room(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    kept, os.fsync = os.fsync, no_room
+    try:
+        write_atomically(folder / "report.json", "{}")
+    finally:
+        os.fsync = kept
+
+
+def _read_only(folder: Path) -> None:
+    with unwritable_is_a_user_error(folder):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def _descriptors(_: Path) -> None:
+    error = explained(OSError(errno.EMFILE, os.strerror(errno.EMFILE), "report.json"))
+    assert error is not None
+    raise error
+
+
+def _output(_: Path) -> None:
+    error = explained(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    assert error is not None
+    raise error
+
+
+def _no_safetensors(folder: Path) -> None:
+    (folder / "heldout.safetensors").write_text("text")
+    load_heldout(folder / "heldout.safetensors")
+
+
+def _scored(folder: Path) -> None:
+    blocks = make_blocks()
+    for block in blocks.values():
+        block.scored[:, 0] = 1
+    save_heldout(folder / "heldout.safetensors", blocks)
+    load_heldout(folder / "heldout.safetensors")
+
+
+_SECTIONS: dict[str, dict[str, Callable[[Path], None]]] = {
+    "Artifacts": {
+        "No artifact is there, or its stage was stopped": _no_artifact,
+        "The manifest is cut off": _truncated,
+        "A field of the manifest has another type": _other_kind,
+        "A file was changed": _file_changed,
+        "A file was deleted": _file_gone,
+        "A file was added": _file_more,
+        "The artifact is of an older version of Limbeck": _former,
+        "The artifact is of a newer version of Limbeck": _newer,
+        "The manifest is a named pipe": _pipe,
+        "Held-out text is no safetensors file": _no_safetensors,
+        "Held-out text scores a token that nothing precedes": _scored,
+    },
+    "Run folders": {
+        "Another process works there": _in_use,
+        "The folder belongs to another recipe": _other_recipe,
+        "The folder holds other files": _not_a_run,
+        "run.json was changed": _broken_claim,
+        "`--out` names a file": _out_is_a_file,
+        "`--out` is too long": _long_name,
+    },
+    "The machine": {
+        "The disk is full": _full,
+        "The disk is read-only": _read_only,
+        "Standard output is full": _output,
+        "Too many files are open": _descriptors,
+    },
+}
+
+
+def page() -> str:
+    """The text of docs/errors.md. Raises `AssertionError` for a mistake that is not refused."""
+    parts = [_HEAD]
+    for title, mistakes in _SECTIONS.items():
+        parts.append(f"## {title}\n")
+        for wrong, make in mistakes.items():
+            with tempfile.TemporaryDirectory(prefix="limbeck-") as root:
+                parts.append(f"**{wrong}**\n\n```text\n{_message(make, Path(root))}\n```\n")
+    return "\n".join(parts)
+
+
+def _message(make: Callable[[Path], None], folder: Path) -> str:
+    try:
+        make(folder)
+    except LimbeckError as error:
+        text = str(error).replace(f"{folder}/", "").replace(str(folder), "runs/mine")
+        text = re.sub(r"\b[0-9a-f]{8}\)", "1a2b3c4d)", text)  # it changes with every new field
+        text = text.replace(f"process {os.getpid()}", "process 4711").replace("x" * 300, "xxx…")
+        return f"limbeck: {text}"
+    raise AssertionError(f"{make.__name__}: nothing was refused")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
+    print(PAGE)
