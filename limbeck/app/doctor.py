@@ -1,6 +1,8 @@
-"""What this machine has and what it lacks for the job, with the command that installs what is missing.
+"""What this machine has and what it lacks for the job, with the command that installs what is
+missing.
 
-Reads package metadata, /proc and `nvidia-smi`; imports onnxruntime to ask for its execution providers, and never torch.
+Reads package metadata, /proc and `nvidia-smi`; imports onnxruntime to ask for its execution
+providers, and never torch.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ class Findings:
         return {"able": self.able, "missing": self.missing, "advice": self.advice, **self.facts}
 
     def as_text(self, everything: bool = False) -> str:
-        """Lines for a terminal: what is wrong first; ``everything`` adds the versions of all libraries."""
+        """Lines for a terminal: what is wrong first; ``everything`` adds the versions of all
+        libraries."""
         able = (
             "this machine can run Limbeck" if self.able else "this machine cannot run Limbeck yet"
         )
@@ -100,7 +103,8 @@ def _libraries(findings: Findings) -> None:
             findings.missing.append(f"{wanted.name} is not installed; run: pip install '{wanted}'")
         elif not wanted.specifier.contains(found[wanted.name], prereleases=True):
             findings.missing.append(
-                f"{wanted.name} is {found[wanted.name]}, expected {wanted.specifier}; run: pip install '{wanted}'"
+                f"{wanted.name} is {found[wanted.name]}, expected {wanted.specifier}; run: "
+                f"pip install '{wanted}'"
             )
     findings.facts["libraries"] = found
 
@@ -121,7 +125,8 @@ def _runtime(findings: Findings) -> None:
         findings.missing.append(str(error))
     if facts["onnxruntime-genai"] is None and facts["onnxruntime-genai-cuda"] is None:
         findings.missing.append(
-            "onnxruntime-genai is not installed and builds the graphs; run: pip install 'limbeck[cpu]' (or 'limbeck[gpu]')"
+            "onnxruntime-genai is not installed and builds the graphs; run: pip install "
+            "'limbeck[cpu]' (or 'limbeck[gpu]')"
         )
     findings.facts["onnx runtime"] = facts
 
@@ -137,7 +142,8 @@ def _machine(findings: Findings) -> None:
     }
     if sums_overflow():
         findings.advice.append(
-            "this processor has no VNNI: 8-bit arithmetic is slower than it could be, and int8-dynamic and int8-static get "
+            "this processor has no VNNI: 8-bit arithmetic is slower than it could be, and "
+            "int8-dynamic and int8-static get "
             "weights of 7 bits here (reduce_range), since those of 8 would overflow"
         )
     if machine["memory_bytes"] < _MEMORY:
@@ -160,7 +166,7 @@ def _machine(findings: Findings) -> None:
         if room < _ROOM:
             findings.advice.append(
                 f"{folder}: the demo writes about {_gigabytes(_ROOM)}; free some room or "
-                f"{'set LIMBECK_CACHE' if name == 'cache' else 'name a folder on another disk with --out'}"
+                + ("set LIMBECK_CACHE" if name == "cache" else "name another disk with --out")
             )
 
 
@@ -183,11 +189,13 @@ def _gpu(findings: Findings) -> None:
     findings.facts["gpu"] = {"cards": cards or "none found", "torch": torch or "not installed"}
     if cards and torch.endswith("+cpu"):
         findings.advice.append(
-            "there is a GPU, but this torch is built for the CPU; run: pip install --force-reinstall torch"
+            "there is a GPU, but this torch is built for the CPU; run: pip install "
+            "--force-reinstall torch"
         )
     if cards and _version("onnxruntime-gpu") is None:
         findings.advice.append(
-            "there is a GPU, but onnxruntime is built for the CPU; run: pip uninstall -y onnxruntime onnxruntime-genai, "
+            "there is a GPU, but onnxruntime is built for the CPU; run: pip uninstall -y "
+            "onnxruntime onnxruntime-genai, "
             "then pip install 'limbeck[gpu]'"
         )
 
@@ -197,7 +205,8 @@ def _server(findings: Findings) -> None:
     facts = {name: _version(name) for name in ("fastapi", "uvicorn", "prometheus-client")}
     if absent := [name for name, version in facts.items() if version is None]:
         findings.advice.append(
-            f"limbeck serve needs {', '.join(absent)}, which nothing else does; run: pip install 'limbeck[serve]'"
+            f"limbeck serve needs {', '.join(absent)}, which nothing else does; run: pip "
+            "install 'limbeck[serve]'"
         )
     findings.facts["server"] = facts
 

@@ -1,4 +1,5 @@
-"""What a path on the command line is, and which command it wants when it is not what this one takes."""
+"""What a path on the command line is, and which command it wants when it is not what this one
+takes."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from limbeck.contract.recipe import find_recipe
 
 
 def exported_folder(path: Path, *, command: str) -> Path:
-    """The exported folder of a run, or ``path`` itself. Raises `ArtifactError` for anything else."""
+    """The exported folder of a run, or ``path`` itself. Raises `ArtifactError` for anything
+    else."""
     if (path / RUN).is_file():
         return path / "onnx"
     require_made(path, command=command)
@@ -19,14 +21,15 @@ def exported_folder(path: Path, *, command: str) -> Path:
 
 
 def require_made(path: Path, *, command: str) -> None:
-    """Raise `ArtifactError` where ``path`` cannot be a run or an artifact, naming what it is and what takes it."""
+    """Raise `ArtifactError` where ``path`` cannot be a run or an artifact, naming what it is and
+    what takes it."""
     if path.is_dir():
         if (path / MANIFEST).exists() or (path / RUN).exists():
             return
         if (path / "adapter_config.json").is_file():
             raise ArtifactError(
-                f"{path}: is a PEFT adapter, not an exported student; `limbeck init --teacher {path}` "
-                "writes a recipe that learns from it."
+                f"{path}: is a PEFT adapter, not an exported student; `limbeck init --teacher "
+                f"{path}` writes a recipe that learns from it."
             )
         if (path / "config.json").is_file():
             raise ArtifactError(
@@ -48,7 +51,8 @@ def require_made(path: Path, *, command: str) -> None:
             "that it belongs to."
         )
     raise ArtifactError(
-        f"{path}: no such folder; expected a run folder, such as runs/pico-1a2b3c4d, or an artifact in it."
+        f"{path}: no such folder; expected a run folder, such as runs/pico-1a2b3c4d, or an "
+        "artifact in it."
     )
 
 

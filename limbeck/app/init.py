@@ -1,6 +1,7 @@
 """`limbeck init`: a recipe of a few lines that works, from teachers, a text and a size.
 
-Knows recipes, and what the plan says of them. Writes one file, with the reasons for its choices in comments.
+Knows recipes, and what the plan says of them. Writes one file, with the reasons for its choices in
+comments.
 """
 
 from __future__ import annotations
@@ -59,12 +60,15 @@ class Choice:
 
     @property
     def caution(self) -> str | None:
-        """What to expect of a cut student, as it was measured (docs/experiments/size.md); none for a whole one."""
+        """What to expect of a cut student, as it was measured (docs/experiments/size.md); none for
+        a whole one."""
         if self.student["kind"] != "shrink":
             return None
         return (
-            "A cut heals slowly, and max_loss_vs_best_teacher will likely fail: SmolLM2-135M cut to 20 of 30 layers was still 0.8 nats "
-            "above its best teacher after 24,576 tokens. Give far more text and training.tokens, or a larger --target-mb."
+            "A cut heals slowly, and max_loss_vs_best_teacher will likely fail: SmolLM2-135M "
+            "cut to 20 of 30 layers was still 0.8 nats "
+            "above its best teacher after 24,576 tokens. Give far more text and "
+            "training.tokens, or a larger --target-mb."
         )
 
 
@@ -79,14 +83,16 @@ def write_recipe(
 ) -> Choice:
     """Write the recipe to ``out`` and return what was chosen.
 
-    ``teachers`` and ``student`` are model folders, GGUF files, hub ids (owner/name) or recipe files, teachers PEFT adapter
-    folders too; the student's base is the smallest teacher when none is given. Raises `ModelError`, `DataError` or `RecipeError`.
+    ``teachers`` and ``student`` are model folders, GGUF files, hub ids (owner/name) or recipe
+    files, teachers PEFT adapter folders too; the student's base is the smallest teacher when none
+    is given. Raises `ModelError`, `DataError` or `RecipeError`.
     """
     if out.exists():
         raise RecipeError(f"{out}: is already there; name another file with --out.")
     if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
         raise RecipeError(
-            f"{out}: {out.parent} is no folder that can be written to; name another file with --out."
+            f"{out}: {out.parent} is no folder that can be written to; name another file with "
+            "--out."
         )
     local = _base_paths(base_paths)
     found = [
@@ -121,7 +127,8 @@ def write_recipe(
     )
     if not bases:
         raise ModelError(
-            "--teacher: all teachers are recipes; name the model the student starts from with --student."
+            "--teacher: all teachers are recipes; name the model the student starts from with "
+            "--student."
         )
     _check_tokenizers(found, bases if student else [])
     for option, source in (
@@ -132,7 +139,8 @@ def write_recipe(
                 _sizes(tree, {"kind": "lora", "base": source})
             except ModelError as error:
                 raise ModelError(
-                    f"{option} {source['id']}: no folder of that name here, and as a model of the hub: {error} An adapter's base that is here takes --base PATH."
+                    f"{option} {source['id']}: no folder of that name here, and as a model of "
+                    f"the hub: {error} An adapter's base that is here takes --base PATH."
                 ) from error
     choice = choose_student(tree, bases, target_mb=target_mb)
     if choice.student["kind"] == "shrink":
@@ -147,10 +155,11 @@ def write_recipe(
 def choose_student(
     tree: dict[str, Any], bases: Sequence[dict[str, Any]], *, target_mb: float
 ) -> Choice:
-    """The best student of at most ``target_mb``: whole before cut, of cuts the one that keeps most, and of its forms 8 bits before 4.
+    """The best student of at most ``target_mb``: whole before cut, of cuts the one that keeps most,
+    and of its forms 8 bits before 4.
 
-    4 bits cost a few percent of loss, a cut far more (docs/experiments/size.md). Raises `ModelError` naming the smallest that was
-    found when none fits.
+    4 bits cost a few percent of loss, a cut far more (docs/experiments/size.md). Raises
+    `ModelError` naming the smallest that was found when none fits.
     """
     most = target_mb * _TARGET_SHARE
     base = min(bases, key=lambda base: _sizes(tree, {"kind": "lora", "base": base})["int8-weight"])
@@ -175,7 +184,8 @@ def choose_student(
             tried.append((megabytes, f"{kept} kept, {form}"))
     least, why = min(tried)
     raise ModelError(
-        f"--target-mb {target_mb:g}: no student of that size from these models; the smallest is {least:.1f} MB ({why}). "
+        f"--target-mb {target_mb:g}: no student of that size from these models; the smallest "
+        f"is {least:.1f} MB ({why}). "
         "Ask for that, or name a smaller model with --student."
     )
 
@@ -209,7 +219,8 @@ def _sizes(tree: dict[str, Any], student: dict[str, Any]) -> dict[str, float]:
 
 
 def _recipe(tree: dict[str, Any], student: dict[str, Any], *forms: str) -> Recipe:
-    # Without teachers: the size is the student's alone. Gates are about what is made, not about what is planned.
+    # Without teachers: the size is the student's alone. Gates are about what is made, not about
+    # what is planned.
     return parse_recipe(
         {
             **tree,
@@ -224,7 +235,8 @@ def _recipe(tree: dict[str, Any], student: dict[str, Any], *forms: str) -> Recip
 def _teacher(given: str, base_paths: Mapping[str, Path]) -> dict[str, Any]:
     """A teacher's model, and its adapter where a PEFT folder was given.
 
-    ``base_paths`` maps hub ids of adapters' bases to local folders; "" is for any. Raises `ModelError`.
+    ``base_paths`` maps hub ids of adapters' bases to local folders; "" is for any. Raises
+    `ModelError`.
     """
     path = _path(given)
     if not (path / "adapter_config.json").is_file() or (path / "config.json").is_file():
@@ -258,7 +270,8 @@ def _base_paths(given: Sequence[str]) -> dict[str, Path]:
 
 
 def _path(given: str) -> Path:
-    """A path that was typed. `~nosuchuser` and a NUL in it are parts of a name that does not exist."""
+    """A path that was typed. `~nosuchuser` and a NUL in it are parts of a name that does
+    not exist."""
     try:
         path = Path(given).expanduser()
         path.exists()
@@ -279,7 +292,8 @@ def _files(given: str) -> list[Path]:
 
 
 def _data(given: str) -> dict[str, Any]:
-    """A text source from what was given; the files' suffix tells rows from text. Raises `DataError`."""
+    """A text source from what was given; the files' suffix tells rows from text. Raises
+    `DataError`."""
     from compress.data.blocks import documents
 
     files = _files(given)
@@ -323,7 +337,8 @@ def _kind(file: Path) -> str:
 
 
 def _are_short(texts: Sequence[str], data: Data) -> bool:
-    """Whether the documents of a text must be joined to fill a block. Raises `DataError` for too little text."""
+    """Whether the documents of a text must be joined to fill a block. Raises `DataError` for too
+    little text."""
     from compress.data.blocks import measure_text
 
     short, block, heldout = False, _BYTES * data.block, data.heldout
@@ -331,9 +346,12 @@ def _are_short(texts: Sequence[str], data: Data) -> bool:
         found = measure_text(domain, data, folder=Path())
         if found.pieces < heldout.every or found.training < block:
             raise DataError(
-                f"--data {given}: too little text: found {found.pieces} of at least {heldout.every} rows, or pieces of up to "
-                f"{heldout.piece_chars} characters, every {heldout.every}th of which is held out, and {found.training} of at least "
-                f"{block} bytes to train on, for a block of {data.block} tokens. Add text: a single document needs about "
+                f"--data {given}: too little text: found {found.pieces} of at least "
+                f"{heldout.every} rows, or pieces of up to "
+                f"{heldout.piece_chars} characters, every {heldout.every}th of which is held "
+                f"out, and {found.training} of at least "
+                f"{block} bytes to train on, for a block of {data.block} tokens. Add text: a "
+                "single document needs about "
                 f"{heldout.every * heldout.piece_chars} characters."
             )
         short = short or (not isinstance(domain.text.format, ChatRows) and found.longest < block)
@@ -384,7 +402,8 @@ def _tokens(texts: Sequence[str]) -> int:
 
 
 def _check_tokenizers(teachers: Sequence[dict[str, Any]], bases: Sequence[dict[str, Any]]) -> None:
-    """Raise `ModelError` where two folders on this machine have other token maps; of other sources `limbeck run` tells."""
+    """Raise `ModelError` where two folders on this machine have other token maps; of other sources
+    `limbeck run` tells."""
     from compress.models.language import require_same_tokenizer
 
     named = [(teacher["name"], teacher["model"]) for teacher in teachers] + [
@@ -396,7 +415,8 @@ def _check_tokenizers(teachers: Sequence[dict[str, Any]], bases: Sequence[dict[s
 
 
 def _source(given: str, option: str) -> dict[str, Any]:
-    """A model source from what was given. Raises `ModelError` for something unknown, or for no decoder."""
+    """A model source from what was given. Raises `ModelError` for something unknown, or for no
+    decoder."""
     path = _path(given)
     if path.is_dir():
         try:
@@ -456,7 +476,8 @@ def _names(given: Sequence[str]) -> list[str]:
 def _text(tree: dict[str, Any], choice: Choice, target_mb: float) -> str:
     lines = [
         f"# Written by `limbeck init` for {target_mb:g} MB. Student: {choice.why}.",
-        f"# It will take about {choice.megabytes:.1f} MB as {choice.form}; `limbeck plan` says more, `limbeck run` does it.",
+        f"# It will take about {choice.megabytes:.1f} MB as {choice.form}; `limbeck plan` "
+        "says more, `limbeck run` does it.",
         *([f"# {choice.caution}"] if choice.caution else []),
         f"name: {tree['name']}",
         "teachers:",

@@ -1,6 +1,8 @@
-"""The shipped recipes by target size: what `limbeck recipes` lists. Reads recipes and their headers, and no torch.
+"""The shipped recipes by target size: what `limbeck recipes` lists. Reads recipes and their
+headers, and no torch.
 
-A header says in one line what the plan says, such as ``# Plan: 145 MB int8-weight on cpu``; a test compares the two.
+A header says in one line what the plan says, such as ``# Plan: 145 MB int8-weight on cpu``; a test
+compares the two.
 """
 
 from __future__ import annotations

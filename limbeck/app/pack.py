@@ -1,7 +1,8 @@
-"""`limbeck pack` and `limbeck push`: only what ships, in a folder that clients load and a hub shows.
+"""`limbeck pack` and `limbeck push`: only what ships, in a folder that clients load and a hub
+shows.
 
-The packed folder is an artifact of kind `onnx` with one form. The exported folder also holds the other forms, the
-twins of graphs that keep all logits, and the cases that parity was measured on.
+The packed folder is an artifact of kind `onnx` with one form. The exported folder also holds the
+other forms, the twins of graphs that keep all logits, and the cases that parity was measured on.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ class Packed:
 def pack(run: Path, *, out: Path, form: str | None = None, as_zip: bool = False) -> Packed:
     """Write one form of the exported student of ``run``, a run or its exported folder, to ``out``.
 
-    Every file of the export is checked against its hash first. Raises `ArtifactError` for something else or an
-    unknown form, `UserError` when ``out`` is there, `EnvironmentalError` when it cannot be written.
+    Every file of the export is checked against its hash first. Raises `ArtifactError` for something
+    else or an unknown form, `UserError` when ``out`` is there, `EnvironmentalError` when it cannot
+    be written.
     """
     archive = out.with_name(f"{out.name}.zip") if as_zip else None
     for path in (out, archive):
@@ -80,8 +82,8 @@ def pack(run: Path, *, out: Path, form: str | None = None, as_zip: bool = False)
 def push(run: Path, repository: str, *, form: str | None = None, private: bool = False) -> str:
     """Upload what `pack` makes of ``run`` to the hub in one commit; the address of the commit.
 
-    Raises `UserError` for a name that the hub cannot have, `EnvironmentalError` when the hub cannot be reached or
-    refuses, and what `pack` raises.
+    Raises `UserError` for a name that the hub cannot have, `EnvironmentalError` when the hub cannot
+    be reached or refuses, and what `pack` raises.
     """
     if not _REPOSITORY.fullmatch(repository):
         raise UserError(f"{repository}: expected NAMESPACE/NAME, such as my-name/pico.")
@@ -110,7 +112,8 @@ def push(run: Path, repository: str, *, form: str | None = None, private: bool =
             ) from None
         except OSError as error:
             raise EnvironmentalError(
-                f"{repository}: the hub cannot be reached ({error}); check the network or HF_ENDPOINT."
+                f"{repository}: the hub cannot be reached ({error}); check the network or "
+                "HF_ENDPOINT."
             ) from None
     return str(done.commit_url)
 
@@ -134,7 +137,8 @@ def _result(onnx: Artifact, form: str) -> dict[str, Any]:
 
 
 def _point_at_form(folder: Path, onnx: Artifact, form: str) -> None:
-    """Let GenAI's configuration name the packed graph: the exported folder's names the shipped one."""
+    """Let GenAI's configuration name the packed graph: the exported folder's names the
+    shipped one."""
     path = folder / "genai_config.json"
     if not path.is_file():
         return
@@ -154,7 +158,8 @@ def _licences(onnx: Artifact) -> str:
     lines = [
         "# Licences",
         "",
-        "What went into this model, and under which licence, as far as each source says so. The terms of all of them",
+        "What went into this model, and under which licence, as far as each source says so. "
+        "The terms of all of them",
         "apply; look up what is unknown before you pass the model on.",
         "",
         "| what | licence | where it says so |",

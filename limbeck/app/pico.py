@@ -1,7 +1,9 @@
-"""`--shrink-to pico`: any recipe with tiny random models of the same architectures, built-in text and a few steps.
+"""`--shrink-to pico`: any recipe with tiny random models of the same architectures, built-in text
+and a few steps.
 
-What it is for: to see that a recipe runs to its verdict here, before its weights are fetched and its hours are spent. Every
-choice of the recipe stays; only sizes, weights and text are exchanged. Knows recipes, and no torch.
+What it is for: to see that a recipe runs to its verdict here, before its weights are fetched and
+its hours are spent. Every choice of the recipe stays; only sizes, weights and text are exchanged.
+Knows recipes, and no torch.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from limbeck.contract.recipe import (
     parse_any_recipe,
 )
 
-# By what the name of a model holds, the more special name first: nothing is opened or fetched to find it out.
+# By what the name of a model holds, the more special name first: nothing is opened or fetched to
+# find it out.
 _BY_NAME = {
     "smollm3": "smollm3",
     "smollm": "llama",
@@ -118,7 +121,8 @@ def shrink_to_pico(recipe: Recipe) -> Recipe: ...
 @overload
 def shrink_to_pico(recipe: AnyRecipe) -> AnyRecipe: ...
 def shrink_to_pico(recipe: AnyRecipe) -> AnyRecipe:
-    """The recipe on tiny random models. Raises `ModelError` for a model whose architecture cannot be told."""
+    """The recipe on tiny random models. Raises `ModelError` for a model whose architecture cannot
+    be told."""
     tree = recipe.resolved()
     tree["name"] = f"{recipe.name[:75]}-pico"
     for index, model in enumerate(recipe.teacher_models.values()):
@@ -187,19 +191,22 @@ def _shrink_encoder(tree: dict[str, Any], recipe: EncoderRecipe) -> None:
 
 
 def _modules(recipe: EncoderRecipe) -> list[str]:
-    """A module of the standard library for each class or domain: the largest, whose long strings are the examples."""
+    """A module of the standard library for each class or domain: the largest, whose long strings
+    are the examples."""
     count, root = len(recipe.groups()), Path(sysconfig.get_paths()["stdlib"])
     found = sorted(root.glob("*.py"), key=lambda path: (-path.stat().st_size, path.name))[:count]
     if len(found) < count:
         raise RecipeError(
-            f"{recipe.name}: --shrink-to pico has built-in text for {len(found)} classes or domains, not for {count}; "
+            f"{recipe.name}: --shrink-to pico has built-in text for {len(found)} classes or "
+            f"domains, not for {count}; "
             "name fewer of them to try it out."
         )
     return [path.name for path in found]
 
 
 def architecture(source: ModelSource | OnnxModel, recipe: AnyRecipe, *, where: str) -> str:
-    """The transformers model type of a source, by its configuration or its name. Raises `ModelError`."""
+    """The transformers model type of a source, by its configuration or its name. Raises
+    `ModelError`."""
     match source:
         case RandomModel():
             return str(source.config.get("model_type", "llama"))
@@ -235,7 +242,8 @@ def architecture(source: ModelSource | OnnxModel, recipe: AnyRecipe, *, where: s
     )
     if found is None:
         raise ModelError(
-            f"{where}: the architecture of {name} cannot be told from its name; known are {', '.join(known)}. "
+            f"{where}: the architecture of {name} cannot be told from its name; known are "
+            f"{', '.join(known)}. "
             "Point to a local folder with a config.json instead."
         )
     return found

@@ -1,7 +1,9 @@
-"""What a recipe will take and give, before any weights are loaded: parameters, sizes, memory, operations, time.
+"""What a recipe will take and give, before any weights are loaded: parameters, sizes, memory,
+operations, time.
 
-Knows recipes and configurations; the stages say what they would do with them: of language models `compress.footprint.language` and
-`export.plan.language`, of encoders `compress.footprint.encoders` and `export.plan.encoders`.
+Knows recipes and configurations; the stages say what they would do with them: of language models
+`compress.footprint.language` and `export.plan.language`, of encoders `compress.footprint.encoders`
+and `export.plan.encoders`.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ if TYPE_CHECKING:
     from compress.footprint.encoders import EncoderShape
     from compress.footprint.language import Footprint, Shape, TeacherShape
 
-# Resident memory of Python with torch, transformers and peft before any model: Linux, CPU build of torch 2.13, measured.
+# Resident memory of Python with torch, transformers and peft before any model: Linux, CPU build of
+# torch 2.13, measured.
 PROGRAM_BYTES = 530_000_000
 TRIAL_SECONDS = 10.0
 
@@ -49,12 +52,15 @@ class Plan:
     forms: dict[str, int]  # bytes of graph and weights, the shipped one last
     memory: dict[
         str, int
-    ]  # of training, by what it is for, where it takes most: for this recipe or one that is made first
+        # of training, by what it is for, where it takes most: for this recipe or one that is made
+        # first
+    ]
     memory_total: int
     worst_moment: str
     device: str  # that the memory is on
     cache: int  # bytes of the teacher cache, at most
-    operations: float  # of training; without a trial those of its measurements alone, where its budget is in minutes
+    # of training; without a trial those of its measurements alone, where its budget is in minutes
+    operations: float
     minutes: float | None  # of training, where its operations are not known
     first: tuple[str, ...]  # recipes whose students are made first
     operations_first: float
@@ -96,7 +102,8 @@ class Plan:
         else:
             yield (
                 "time",
-                f"about {_clock(self.seconds)} of training, by a trial on this machine; measuring takes {_clock(self.bench_seconds)}",
+                f"about {_clock(self.seconds)} of training, by a trial on this machine; "
+                f"measuring takes {_clock(self.bench_seconds)}",
             )
 
 
@@ -129,14 +136,17 @@ class _Making:
         return 60 * self.minutes if self.minutes else self.taken.operations / speed
 
     def operations(self, speed: float | None) -> float:
-        """Of training, at ``speed`` operations a second; with a budget in time and no speed, of its measurements alone."""
+        """Of training, at ``speed`` operations a second; with a budget in time and no speed, of its
+        measurements alone."""
         return self.taken.operations + (60 * self.minutes * speed if self.minutes and speed else 0)
 
 
 def plan_recipe(recipe: AnyRecipe, *, trial: bool = False) -> Plan:
-    """Work out what ``recipe`` takes; ``trial`` times its student's layers on this machine for about ten seconds.
+    """Work out what ``recipe`` takes; ``trial`` times its student's layers on this machine for
+    about ten seconds.
 
-    Raises `ModelError` for a model whose configuration cannot be had, `RecipeError` for a teacher recipe that is wrong.
+    Raises `ModelError` for a model whose configuration cannot be had, `RecipeError` for a teacher
+    recipe that is wrong.
     """
     import compress
 
@@ -168,14 +178,16 @@ def plan_recipe(recipe: AnyRecipe, *, trial: bool = False) -> Plan:
 
 
 def form_sizes(recipe: AnyRecipe) -> dict[str, int]:
-    """Bytes of graph and weights of each form of ``recipe``, the shipped one last. Raises as `plan_recipe` does."""
+    """Bytes of graph and weights of each form of ``recipe``, the shipped one last. Raises as
+    `plan_recipe` does."""
     if isinstance(recipe, Recipe):
         return _forms(recipe, _student(recipe, vocabulary=_vocabulary(recipe))[0])
     return _forms(recipe, _encoder_student(recipe, ())[0])
 
 
 def training_memory(recipe: AnyRecipe) -> tuple[int, int]:
-    """Bytes that training ``recipe`` takes at its worst moment, and those that there are where it runs. Raises as `plan_recipe` does."""
+    """Bytes that training ``recipe`` takes at its worst moment, and those that there are where it
+    runs. Raises as `plan_recipe` does."""
     import torch
 
     import compress
@@ -239,7 +251,7 @@ def _forms(recipe: AnyRecipe, student: Shape | EncoderShape) -> dict[str, int]:
     }
 
 
-# Language models -------------------------------------------------------------------------------------------------
+# Language models ----------------------------------------------------------------------------------
 
 
 def _footprint(recipe: Recipe, precision: str) -> tuple[Shape, list[int], Footprint]:
@@ -259,7 +271,8 @@ def _footprint(recipe: Recipe, precision: str) -> tuple[Shape, list[int], Footpr
 
 
 def _different_blocks(recipe: Recipe) -> int:
-    """Training blocks that differ, at most: of each domain as many as training takes, or as its text has where that is here."""
+    """Training blocks that differ, at most: of each domain as many as training takes, or as its
+    text has where that is here."""
     from compress.data.blocks import measure_text
 
     wanted, domains = (recipe.training.tokens or 0) // recipe.data.block, recipe.data.domains
@@ -340,7 +353,7 @@ def _teacher(index: int, recipe: Recipe, chain: tuple[Path, ...]) -> TeacherShap
     )
 
 
-# Encoders --------------------------------------------------------------------------------------------------------
+# Encoders -----------------------------------------------------------------------------------------
 
 
 def _encoder_footprint(
@@ -359,7 +372,8 @@ def _encoder_footprint(
 def _encoder_student(
     recipe: EncoderRecipe, chain: tuple[Path, ...]
 ) -> tuple[EncoderShape, EncoderShape | None]:
-    """The student and its base; a fresh one takes the tokenizer, and so the vocabulary, of the first teacher."""
+    """The student and its base; a fresh one takes the tokenizer, and so the vocabulary, of the
+    first teacher."""
     from compress.footprint.encoders import describe_encoder, encoder_student_config
     from compress.models.encoders import encoder_config
 

@@ -1,6 +1,8 @@
-"""Teachers that are students of other recipes: which there are, in which order they are made, where they are kept.
+"""Teachers that are students of other recipes: which there are, in which order they are made, where
+they are kept.
 
-Knows recipes and folders; makes nothing (see `limbeck.app.run`). A run plans them once and passes the plan on.
+Knows recipes and folders; makes nothing (see `limbeck.app.run`). A run plans them once and passes
+the plan on.
 """
 
 from __future__ import annotations
@@ -110,7 +112,8 @@ def mistakes(recipe: AnyRecipe, products: Products | None = None) -> list[str]:
 
 
 def require_inputs(recipe: AnyRecipe) -> Products:
-    """Plan the products of ``recipe``; raises `RecipeError` listing all that is missing on this machine."""
+    """Plan the products of ``recipe``; raises `RecipeError` listing all that is missing on this
+    machine."""
     products = find_products(recipe)
     if missing := mistakes(recipe, products):
         lines = [f"{recipe.name}: cannot run here", *(f"  {line}" for line in missing)]

@@ -1,7 +1,7 @@
 """The order of the stages: what is made first, in which folder, and what is printed on the way.
 
-Knows recipes, folders and the three stage functions, which it imports when it calls them. Each stage decides
-for itself whether there is anything to do.
+Knows recipes, folders and the three stage functions, which it imports when it calls them. Each
+stage decides for itself whether there is anything to do.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RUN, LOG = "run.json", "log.jsonl"
 FOLDERS = {"compress": "student", "export": "onnx", "bench": "bench"}
 
 
-# Running ---------------------------------------------------------------------------------------------------------
+# Running ------------------------------------------------------------------------------------------
 
 
 def default_folder(recipe: AnyRecipe) -> Path:
@@ -48,10 +48,10 @@ def default_folder(recipe: AnyRecipe) -> Path:
 def run(recipe: AnyRecipe, *, out: Path | None = None) -> Report | None:
     """Run every stage of ``recipe`` that is not complete in the run folder ``out``, and report.
 
-    Several processes (torchrun) share the training; the first one alone does the rest and returns the report.
-    ``out`` defaults to `default_folder`. Raises `ArtifactError` when the folder belongs to another recipe or
-    to no run, `RecipeError` listing every missing file or package or for a recovery by several processes, and
-    whatever a stage raises.
+    Several processes (torchrun) share the training; the first one alone does the rest and returns
+    the report. ``out`` defaults to `default_folder`. Raises `ArtifactError` when the folder belongs
+    to another recipe or to no run, `RecipeError` listing every missing file or package or for a
+    recovery by several processes, and whatever a stage raises.
     """
     from limbeck.runtime.session import import_onnxruntime
 
@@ -68,10 +68,12 @@ def run(recipe: AnyRecipe, *, out: Path | None = None) -> Report | None:
 def run_stage(
     stage: str, recipe: AnyRecipe, *, out: Path | None = None, reference: str = "RECIPE"
 ) -> Report | None:
-    """Run one stage, ``compress``, ``export`` or ``bench``, in the run folder; after ``bench``, report.
+    """Run one stage, ``compress``, ``export`` or ``bench``, in the run folder; after ``bench``,
+    report.
 
-    Raises `ArtifactError` naming the command to run first (with ``reference`` as its recipe) when an earlier
-    stage is not complete there, `RecipeError` for a recovery by several processes, and whatever the stage raises.
+    Raises `ArtifactError` naming the command to run first (with ``reference`` as its recipe) when
+    an earlier stage is not complete there, `RecipeError` for a recovery by several processes, and
+    whatever the stage raises.
     """
     if stage == "export":
         _require_one_to_recover(recipe)
@@ -99,14 +101,16 @@ def _require_one_to_recover(recipe: AnyRecipe) -> None:
     """Raise `RecipeError` where the export may train, but other processes would not join it."""
     if processes() > 1 and recipe.recover is not None:
         raise RecipeError(
-            f"{recipe.name}: export.recover: found {processes()} processes; the training through the "
-            "rounding takes one. Let them share `limbeck compress`, then start `limbeck export` and "
-            "`limbeck bench` without torchrun (or `limbeck run`, which goes on)."
+            f"{recipe.name}: export.recover: found {processes()} processes; the training "
+            "through the "
+            "rounding takes one. Let them share `limbeck compress`, then start `limbeck "
+            "export` and `limbeck bench` without torchrun (or `limbeck run`, which goes on)."
         )
 
 
 def _stage(stage: str, recipe: AnyRecipe, folder: Path, products: Products | None) -> None:
-    """Run one stage of a folder that is ours; without ``products`` they are planned where they are needed."""
+    """Run one stage of a folder that is ours; without ``products`` they are planned where they are
+    needed."""
     out = folder / FOLDERS[stage]
     if stage == "compress":
         _distill("compress", recipe, folder, make_products(recipe, products))
@@ -138,7 +142,8 @@ def is_target(name: str) -> bool:
 def bench_targets(
     targets: Sequence[str], *, against: Sequence[str], out: Path | None, overrides: Sequence[str]
 ) -> None:
-    """Time targets without a recipe into ``out``, and print their table. Raises `RecipeError` for an override outside `bench`."""
+    """Time targets without a recipe into ``out``, and print their table. Raises `RecipeError` for
+    an override outside `bench`."""
     import serve_bench
 
     bench = load_bench(overrides)
@@ -149,7 +154,8 @@ def bench_targets(
 
 
 def make_products(recipe: AnyRecipe, products: Products | None = None) -> dict[str, Path]:
-    """Make the products that ``recipe`` needs, as planned before or now; student artifacts by teacher name."""
+    """Make the products that ``recipe`` needs, as planned before or now; student artifacts by
+    teacher name."""
     products = products or plan_products(recipe)
     for product in products.order:
         title = f"teacher {product.recipe.name}"
@@ -161,9 +167,11 @@ def make_products(recipe: AnyRecipe, products: Products | None = None) -> dict[s
 def ablate(
     recipe: AnyRecipe, *, arms: Sequence[str] | None, seeds: int, out: Path | None = None
 ) -> None:
-    """Compare the recipe's fusion with its controls in ``<run folder>/ablation``; print the table and one sentence.
+    """Compare the recipe's fusion with its controls in ``<run folder>/ablation``; print the table
+    and one sentence.
 
-    Raises `RecipeError` for an unknown arm or fewer than two teachers, and whatever training raises.
+    Raises `RecipeError` for an unknown arm or fewer than two teachers, and whatever training
+    raises.
     """
     from compress.ablate import ablate
 
@@ -232,7 +240,8 @@ def _tell(folder: Path, recipe: AnyRecipe) -> Report:
 
 
 def report(folder: Path) -> Report:
-    """Draw the report of the run in ``folder`` again. Raises `ArtifactError` when its measurement is not complete."""
+    """Draw the report of the run in ``folder`` again. Raises `ArtifactError` when its measurement
+    is not complete."""
     if not folder.is_dir():
         raise ArtifactError(
             f"{folder}: no such folder; expected a run folder, such as runs/pico-1a2b3c4d."
@@ -243,16 +252,18 @@ def report(folder: Path) -> Report:
         return _tell(folder, parse_any_recipe(resolved, where=str(folder / "bench")))
 
 
-# Whose folder it is ----------------------------------------------------------------------------------------------
+# Whose folder it is -------------------------------------------------------------------------------
 
 
 @contextmanager
 def open_run(recipe: AnyRecipe, folder: Path, *, wait: bool = False) -> Iterator[Path]:
-    """Hold the run folder of ``recipe``: make it, or take the one it made earlier, and keep others out meanwhile.
+    """Hold the run folder of ``recipe``: make it, or take the one it made earlier, and keep others
+    out meanwhile.
 
-    ``wait`` waits for another run that holds it, which otherwise is an error. Raises `ArtifactError` when the folder belongs
-    to another recipe or holds something that is no run, `EnvironmentalError` when it cannot be written.
-    Of several processes of one job the first holds it for all.
+    ``wait`` waits for another run that holds it, which otherwise is an error. Raises
+    `ArtifactError` when the folder belongs to another recipe or holds something that is no run,
+    `EnvironmentalError` when it cannot be written. Of several processes of one job the first holds
+    it for all.
     """
     if not leads():
         yield folder
@@ -290,7 +301,8 @@ def _require_ours(recipe: AnyRecipe, folder: Path) -> None:
         # Another start, or one that was killed, may be about to write RUN.
         if any(entry.name != LOCK and not is_temporary(entry.name) for entry in folder.iterdir()):
             raise ArtifactError(
-                f"{folder}: holds files but no run of Limbeck ({RUN} is missing); name an empty or new folder with --out."
+                f"{folder}: holds files but no run of Limbeck ({RUN} is missing); name an "
+                "empty or new folder with --out."
             ) from None
         return
     except (ArtifactError, KeyError, TypeError):
@@ -299,7 +311,9 @@ def _require_ours(recipe: AnyRecipe, folder: Path) -> None:
         ) from None
     if digest != recipe.digest:
         raise ArtifactError(
-            f"{folder}: belongs to another recipe: found {name} ({digest[:8]}), expected {recipe.name} ({recipe.digest[:8]}). "
-            "Leave --out away or name another folder; a change of teachers, data, student, fusion, features, training or seed "
+            f"{folder}: belongs to another recipe: found {name} ({digest[:8]}), expected "
+            f"{recipe.name} ({recipe.digest[:8]}). "
+            "Leave --out away or name another folder; a change of teachers, data, student, "
+            "fusion, features, training or seed "
             "makes another recipe."
         )

@@ -1,6 +1,7 @@
 """The JSON Schema of recipes, for editors: made from the same fields that `limbeck run` checks.
 
-Knows the recipes' classes. An editor reads it by the line `# yaml-language-server: $schema=…` of a recipe.
+Knows the recipes' classes. An editor reads it by the line `# yaml-language-server: $schema=…` of a
+recipe.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from limbeck.contract.recipe import AnyRecipe
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _EXTENDS = {
     "type": "string",
-    "description": "Another recipe, a path relative to this one or a shipped name. Mappings are merged with its "
+    "description": "Another recipe, a path relative to this one or a shipped name. Mappings are "
+    "merged with its "
     "own key by key, unless their kind differs; everything else replaces what is there.",
 }
 

@@ -1,4 +1,5 @@
-"""`limbeck verify` and `limbeck compare`: check what was made, and what changed between two runs."""
+"""`limbeck verify` and `limbeck compare`: check what was made, and what changed between two
+runs."""
 
 from __future__ import annotations
 
@@ -14,11 +15,14 @@ from limbeck.contract.progress import say
 
 
 def verify(path: Path, *, quality: bool = True, speed: bool = True) -> int:
-    """Check every artifact at ``path``, an artifact or a run folder, print tables, and return the exit code.
+    """Check every artifact at ``path``, an artifact or a run folder, print tables, and return the
+    exit code.
 
-    The certificate of a run is replayed; ``quality`` and ``speed`` say which of its figures are measured again. 0 when all
-    holds; 1 when a graph no longer computes what the student computed, or a promise of the certificate is not kept; 2 when a file is changed, missing or extra,
-    or an artifact was made from another one than stands beside it. Raises `ArtifactError` when there is no artifact at all.
+    The certificate of a run is replayed; ``quality`` and ``speed`` say which of its figures are
+    measured again. 0 when all holds; 1 when a graph no longer computes what the student computed,
+    or a promise of the certificate is not kept; 2 when a file is changed, missing or extra, or an
+    artifact was made from another one than stands beside it. Raises `ArtifactError` when there is
+    no artifact at all.
     """
     folders = [path] if (path / MANIFEST).exists() else [path / name for name in FOLDERS.values()]
     if folders != [path]:
@@ -71,7 +75,8 @@ def _require_parents(artifact: Artifact, beside: Sequence[Artifact]) -> None:
         same = [other for other in beside if other.kind == role]
         if same and all(other.digest != digest for other in same):
             raise ArtifactError(
-                f"{artifact.path}: was made from another {role} than the one in {same[-1].path}; run its stage again."
+                f"{artifact.path}: was made from another {role} than the one in "
+                f"{same[-1].path}; run its stage again."
             )
 
 
@@ -141,7 +146,8 @@ def compare(
     across_machines: bool,
     as_json: bool = False,
 ) -> int:
-    """Print what two runs differ in, Markdown or JSON; the exit code: 0 no regression, 1 regression, 3 undecided."""
+    """Print what two runs differ in, Markdown or JSON; the exit code: 0 no regression, 1
+    regression, 3 undecided."""
     from serve_bench import compare_runs
     from serve_bench.judge.compare import as_json as to_json
     from serve_bench.judge.compare import markdown

@@ -1,4 +1,5 @@
-"""Under which licence a model or a text stands, by what it says of itself: a model card, a GGUF file, a package.
+"""Under which licence a model or a text stands, by what it says of itself: a model card, a GGUF
+file, a package.
 
 Nothing is guessed: what says nothing is `unknown`. Reads no weights.
 """
@@ -34,31 +35,37 @@ from limbeck.contract.recipe import (
 )
 
 UNKNOWN = "unknown"
-# What the hub takes as `license:`; its list is https://huggingface.co/docs/hub/repositories-licenses.
+# What the hub takes as `license:`; its list is
+# https://huggingface.co/docs/hub/repositories-licenses.
 _HUB = frozenset(
-    """afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
-    bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5 cc-by-3.0
-    cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0
-    cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 cdla-permissive-2.0
-    cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2
-    gemma gfdl gpl gpl-2.0 gpl-3.0 h-research intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1
-    llama3.2 llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openrail openrail++ osl-3.0 other pddl
-    postgresql unknown unlicense wtfpl zlib""".split()  # noqa: SIM905 - a line a name would be long
+    """afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m
+    bigscience-bloom-rail-1.0 bigscience-openrail-m bsd bsd-2-clause bsd-3-clause
+    bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-nc-2.0
+    cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0
+    cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0
+    epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 gemma gfdl gpl gpl-2.0 gpl-3.0 h-research
+    intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3
+    llama4 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openrail openrail++ osl-3.0
+    other pddl postgresql unknown unlicense wtfpl zlib""".split()  # noqa: SIM905 - a line a name would be long
 )
 
 
 @dataclass(frozen=True)
 class Licence:
-    """A licence as it was written down, in the hub's spelling where that has it, and what says so."""
+    """A licence as it was written down, in the hub's spelling where that has it, and what
+    says so."""
 
     license: str = UNKNOWN
     said_by: str = ""
 
 
 def sources_of(recipe: AnyRecipe, *, base: Path, teachers: Sequence[Path]) -> dict[str, Any]:
-    """Licences of what goes into a student: ``base`` (none for a fresh one), ``teachers`` and ``texts`` by name.
+    """Licences of what goes into a student: ``base`` (none for a fresh one), ``teachers`` and
+    ``texts`` by name.
 
-    ``base`` and ``teachers`` are the model folders that the recipe's sources became. A text also names its ``dataset`` on the hub, or none.
+    ``base`` and ``teachers`` are the model folders that the recipe's sources became. A text also
+    names its ``dataset`` on the hub, or none.
     """
     folder, chosen = recipe.folder, recipe.base
     found: dict[str, Any] = {"base": None, "teachers": {}, "texts": {}}
@@ -77,7 +84,8 @@ def sources_of(recipe: AnyRecipe, *, base: Path, teachers: Sequence[Path]) -> di
 
 
 def of_model(source: AnySource, *, folder: Path, made: Path) -> Licence:
-    """The licence of a model; ``made`` is the folder that it became, of a recipe's student the one inside its artifact."""
+    """The licence of a model; ``made`` is the folder that it became, of a recipe's student the one
+    inside its artifact."""
     match source:
         case RecipeModel():
             product = open_artifact(made.parent, kind="student", verify=False)
@@ -125,7 +133,8 @@ def of_text(source: TextSource, *, folder: Path) -> Licence:
 
 
 def of_student(result: Mapping[str, Any], teachers: Iterable[Mapping[str, Any]]) -> Licence:
-    """The licence of a student, by the `result` and the `teachers.json` of its artifact: that of base and teachers together."""
+    """The licence of a student, by the `result` and the `teachers.json` of its artifact: that of
+    base and teachers together."""
     if "sources" not in result:  # distilled before licences were written down
         return Licence()
     models = [m for m in (result["sources"]["base"], *teachers) if m is not None]
@@ -133,7 +142,8 @@ def of_student(result: Mapping[str, Any], teachers: Iterable[Mapping[str, Any]])
 
 
 def of_all(licences: Iterable[Licence]) -> Licence:
-    """Of what is made of several: theirs where they agree, all of them where they differ, unknown where one is."""
+    """Of what is made of several: theirs where they agree, all of them where they differ, unknown
+    where one is."""
     found = set(licences)
     names = sorted({licence.license for licence in found})
     if not names or UNKNOWN in names:
@@ -142,7 +152,8 @@ def of_all(licences: Iterable[Licence]) -> Licence:
 
 
 def hub_dataset(source: TextSource, *, folder: Path) -> str | None:
-    """The hub's name of a folder that `datasets` saved, by the addresses that it was downloaded from."""
+    """The hub's name of a folder that `datasets` saved, by the addresses that it was downloaded
+    from."""
     addresses = [
         a
         for info in _dataset_infos(source, folder=folder)
@@ -154,7 +165,8 @@ def hub_dataset(source: TextSource, *, folder: Path) -> str | None:
 
 
 def hub_fields(licence: Licence) -> dict[str, str]:
-    """``license``, and for one that the hub has no name for ``license_name``, of a card's header."""
+    """``license``, and for one that the hub has no name for ``license_name``, of a card's
+    header."""
     if licence.license in _HUB:
         return {"license": licence.license}
     return {
@@ -163,7 +175,7 @@ def hub_fields(licence: Licence) -> dict[str, str]:
     }
 
 
-# What says so ----------------------------------------------------------------------------------------------------
+# What says so -------------------------------------------------------------------------------------
 
 
 def _of_readme(folder: Path) -> Licence:

@@ -85,7 +85,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-# Help ------------------------------------------------------------------------------------------------------------
+# Help ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_usage_mistakes_exit_2(arguments: list[str]) -> None:
     assert "Usage: " in result.stderr
 
 
-# Recipes ---------------------------------------------------------------------------------------------------------
+# Recipes ------------------------------------------------------------------------------------------
 
 
 def test_recipes_lists_what_is_shipped() -> None:
@@ -225,7 +225,7 @@ def test_validate_looks_at_the_recipes_of_teachers(tmp_path: Path) -> None:
     assert "made from itself" in result.stderr
 
 
-# Bad input, in the words of issue 2 ------------------------------------------------------------------------------
+# Bad input, in the words of issue 2 ---------------------------------------------------------------
 
 
 def test_only_a_recipe_can_be_shrunk(tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ def test_a_defect_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.Monkey
     assert isinstance(call("run", "mine.yaml").exception, ZeroDivisionError)
 
 
-# Stopping --------------------------------------------------------------------------------------------------------
+# Stopping -----------------------------------------------------------------------------------------
 
 ENDLESS = """
 import sys, time
@@ -342,7 +342,8 @@ cli.main()
 
 
 def _hears_ctrl_c() -> None:
-    """A shell lets what it starts in the background ignore SIGINT, and children inherit that: undo it in the child."""
+    """A shell lets what it starts in the background ignore SIGINT, and children inherit that: undo
+    it in the child."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -368,12 +369,18 @@ def test_a_run_that_is_stopped_says_how_to_go_on(
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
-    command = f"{sys.executable} -c 'from limbeck.app.cli import main; main()' recipes --json | head -c 1; exit ${{PIPESTATUS[0]}}"
+    command = (
+        f"{sys.executable} -c 'from limbeck.app.cli import main; main()' recipes --json | head -c "
+        ""
+        ""
+        ""
+        f"1; exit ${{PIPESTATUS[0]}}"
+    )
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("[", "")
 
 
-# Generate --------------------------------------------------------------------------------------------------------
+# Generate -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -490,9 +497,12 @@ def test_something_else_is_named_with_the_command_it_wants(
         assert "`limbeck validate mine.yaml`" in result.stderr
 
 
-# Strangers -------------------------------------------------------------------------------------------------------
+# Strangers ----------------------------------------------------------------------------------------
 
-URL = "bench: {scenarios: [single, {kind: server, target: {kind: url, url: 'http://a', key_variable: VAR}}]}\n"
+URL = (
+    "bench: {scenarios: [single, {kind: server, target: {kind: url, url: 'http://a', "
+    "key_variable: VAR}}]}\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -567,7 +577,7 @@ def test_compare_mistakes(tmp_path: Path) -> None:
     assert "no measured run here" in result.stderr
 
 
-# Doctor ----------------------------------------------------------------------------------------------------------
+# Doctor -------------------------------------------------------------------------------------------
 
 
 def test_doctor_finds_this_machine_able() -> None:
@@ -628,11 +638,12 @@ def test_doctor_advises_about_a_gpu_that_is_not_used(
         assert any("onnxruntime is built for the CPU" in line for line in found["advice"])
 
 
-# The whole job ---------------------------------------------------------------------------------------------------
+# The whole job ------------------------------------------------------------------------------------
 
 
 def test_pico_stopped_in_training_goes_on_to_a_verdict(tmp_path: Path) -> None:
-    """The installed command, as a user meets it: stopped by Ctrl-C, started again, and once more when all is done."""
+    """The installed command, as a user meets it: stopped by Ctrl-C, started again, and once more
+    when all is done."""
     command = [
         sys.executable,
         "-c",
@@ -688,8 +699,18 @@ def test_pico_stopped_in_training_goes_on_to_a_verdict(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_share_the_training_and_the_first_does_the_rest(tmp_path: Path) -> None:
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "limbeck", "run", "pico", "--out", "out",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "limbeck",
+        "run",
+        "pico",
+        "--out",
+        "out",
+    ]
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parent.parent.parent),

@@ -40,23 +40,21 @@ def test_the_packed_folder_holds_one_form_and_runs_as_before(run: Path, tmp_path
     assert done.exit_code == 0, done.stderr
     packed = open_artifact(tmp_path / "packed", kind="onnx")  # every hash is checked
     names = {p.relative_to(packed.path).as_posix() for p in packed.path.rglob("*") if p.is_file()}
-    assert (
-        names
-        == {
-            "LICENCES.md",
-            "README.md",
-            "certificate.json",
-            "chat_template.jinja",
-            "config.json",
-            "genai_config.json",
-            "generation_config.json",
-            "manifest.json",
-            "onnx/model_quantized.onnx",  # what transformers.js loads as q8, and optimum as the only graph
-            "onnx/model_quantized.onnx_data",
-            "tokenizer.json",
-            "tokenizer_config.json",
-        }
-    )
+    assert names == {
+        "LICENCES.md",
+        "README.md",
+        "certificate.json",
+        "chat_template.jinja",
+        "config.json",
+        "genai_config.json",
+        "generation_config.json",
+        "manifest.json",
+        # what transformers.js loads as q8, and optimum as the only graph
+        "onnx/model_quantized.onnx",
+        "onnx/model_quantized.onnx_data",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     with zipfile.ZipFile(tmp_path / "packed.zip") as archive:
         files = {n.removeprefix("packed/") for n in archive.namelist() if not n.endswith("/")}
     assert files == names
@@ -100,7 +98,7 @@ def test_pack_mistakes(
     assert not (tmp_path / "new").exists()
 
 
-# The hub ---------------------------------------------------------------------------------------------------------
+# The hub ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""The order of the stages and whose folder a run writes to. Stages are stood in for by functions that write artifacts."""
+"""The order of the stages and whose folder a run writes to. Stages are stood in for by functions
+that write artifacts."""
 
 from __future__ import annotations
 
@@ -107,7 +108,7 @@ def recipe(name: str, *teachers: str, more: str = "") -> Path:
     return path.resolve()
 
 
-# Order -----------------------------------------------------------------------------------------------------------
+# Order --------------------------------------------------------------------------------------------
 
 
 def test_stages_run_in_order_and_the_verdict_is_told(
@@ -185,7 +186,7 @@ def test_a_run_that_was_stopped_goes_on(stages: Stages, monkeypatch: pytest.Monk
     assert stages.made == [("compress", "alone"), ("export", "alone"), ("bench", "alone")]
 
 
-# Teachers that are made first ------------------------------------------------------------------------------------
+# Teachers that are made first ---------------------------------------------------------------------
 
 
 def test_teachers_are_made_first_once_each_and_handed_on(stages: Stages) -> None:
@@ -250,7 +251,7 @@ def test_every_mistake_of_every_teacher_is_told_before_anything_runs(stages: Sta
     assert not Path("runs").exists()
 
 
-# Single stages ---------------------------------------------------------------------------------------------------
+# Single stages ------------------------------------------------------------------------------------
 
 
 def test_single_stages_make_up_a_run(stages: Stages) -> None:
@@ -310,7 +311,7 @@ def test_report_draws_again_without_the_recipe_file(stages: Stages) -> None:
     assert list(Path("cache").iterdir()) == []
 
 
-# Whose folder it is ----------------------------------------------------------------------------------------------
+# Whose folder it is -------------------------------------------------------------------------------
 
 
 def test_a_folder_of_another_recipe_is_refused(stages: Stages) -> None:
@@ -497,7 +498,7 @@ def test_exports_of_the_former_layout_are_taken_over(monkeypatch: pytest.MonkeyP
         adopt(Path("run"))
 
 
-# Verify ----------------------------------------------------------------------------------------------------------
+# Verify -------------------------------------------------------------------------------------------
 
 GOOD = {"fp32": {"positions": 9, "max_abs": 1e-5, "kl": 0.0, "top1": 1.0}}
 KEPT = Finding("loss, mean", "2.5", "2.5", "equal to the digit", True)

@@ -1,4 +1,5 @@
-"""The plan: what it counts is what modules, exporter and loop do; shipped headers say what it says; recipes run shrunk."""
+"""The plan: what it counts is what modules, exporter and loop do; shipped headers say what it says;
+recipes run shrunk."""
 
 from __future__ import annotations
 
@@ -40,8 +41,12 @@ from tests import hub
 from tests.pico import make_model, make_student, pico_recipe
 
 TINY = {
-    "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 300,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 300,
+}
 FORMS = ["fp32", "int8-weight", "int8-dynamic", "int8-static", "int4-weight"]
 LIBRARY = [entry.name for entry in library()]
 QUICK = ("smollm2/60m-shrunk",)  # of those that run shrunk
@@ -56,7 +61,7 @@ def _quiet() -> None:
     compress.quiet_libraries()
 
 
-# Counting --------------------------------------------------------------------------------------------------------
+# Counting -----------------------------------------------------------------------------------------
 
 
 def test_a_shape_counts_what_the_real_model_has() -> None:
@@ -145,7 +150,7 @@ def test_sizes_of_forms_are_what_the_exporter_writes(
         ), form.kind
 
 
-# Planning --------------------------------------------------------------------------------------------------------
+# Planning -----------------------------------------------------------------------------------------
 
 
 def test_plan_of_a_recipe_from_teachers_that_are_made_first(tmp_path: Path) -> None:
@@ -270,7 +275,7 @@ def test_a_cached_teacher_reads_each_block_once(cache: str, tmp_path: Path) -> N
     assert found - alone == pytest.approx(passes[0] * 1e6 + passes[1] * head)
 
 
-# The library -----------------------------------------------------------------------------------------------------
+# The library --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", LIBRARY)
@@ -347,7 +352,7 @@ def test_an_expert_of_your_own_text_is_the_one_beside_your_recipe(tmp_path: Path
         assert [product.recipe.name for product in products] == [expert]
 
 
-# Shrunk to pico --------------------------------------------------------------------------------------------------
+# Shrunk to pico -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", LIBRARY)

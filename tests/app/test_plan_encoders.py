@@ -1,4 +1,5 @@
-"""The plan of encoders: what it counts is what modules, exporter and loop do; tiny random ones stand in for any architecture."""
+"""The plan of encoders: what it counts is what modules, exporter and loop do; tiny random ones
+stand in for any architecture."""
 
 from __future__ import annotations
 
@@ -57,7 +58,7 @@ def recipe_of(task: str, **over: Any) -> EncoderRecipe:
     return classifier_recipe(**over) if task == "classification" else embedding_recipe(**over)
 
 
-# Counting --------------------------------------------------------------------------------------------------------
+# Counting -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -124,8 +125,12 @@ def test_layers_lie_on_a_line() -> None:
         trace_encoder(s, rows=2, length=8, precision="fp32", trains=True) for s in shapes.values()
     )
     two = trace_encoder(
-        describe_encoder(_with_layers(shapes[4].config, 2), name="", recipe=recipe), rows=2, length=8, precision="fp32", trains=True
-    )  # fmt: skip
+        describe_encoder(_with_layers(shapes[4].config, 2), name="", recipe=recipe),
+        rows=2,
+        length=8,
+        precision="fp32",
+        trains=True,
+    )
     assert seven.forward == pytest.approx(four.forward + 3 * (four.forward - two.forward) / 2)
     assert seven.kept == pytest.approx(four.kept + 3 * (four.kept - two.kept) / 2, abs=2)
 
@@ -174,7 +179,7 @@ def load_config(folder: Path) -> Any:
     return AutoConfig.from_pretrained(folder)
 
 
-# Planning --------------------------------------------------------------------------------------------------------
+# Planning -----------------------------------------------------------------------------------------
 
 
 def write(path: Path, recipe: EncoderRecipe, **over: Any) -> Path:
@@ -263,12 +268,24 @@ def test_the_command_plans_encoders(tmp_path: Path) -> None:
             {"teachers": [{"name": "t", "model": {"kind": "recipe", "recipe": "bad.yaml"}}]},
             "made from itself",
         ),
-        ({"student": {"kind": "full", "base": {"kind": "local", "path": "none"}}}, "bad: student.base: "),
-        ({"student": {"kind": "shrink", "base": source(), "layers": 9}}, "student.layers: found 9, but the base has only 2"),
-        ({"data": {"classes": CLASSES, "max_tokens": 65}}, "data.max_tokens: found 65, but student.base reads 64 at most"),
-        ({"student": {"kind": "full", "base": source(hidden_size=63)}}, "bert: transformers cannot build it"),
+        (
+            {"student": {"kind": "full", "base": {"kind": "local", "path": "none"}}},
+            "bad: student.base: ",
+        ),
+        (
+            {"student": {"kind": "shrink", "base": source(), "layers": 9}},
+            "student.layers: found 9, but the base has only 2",
+        ),
+        (
+            {"data": {"classes": CLASSES, "max_tokens": 65}},
+            "data.max_tokens: found 65, but student.base reads 64 at most",
+        ),
+        (
+            {"student": {"kind": "full", "base": source(hidden_size=63)}},
+            "bert: transformers cannot build it",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_told_in_one_line(over: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = write(tmp_path / "bad.yaml", classifier_recipe(), **over)
     result = call("plan", str(path))
@@ -277,7 +294,7 @@ def test_bad_input_is_told_in_one_line(over: dict[str, Any], message: str, tmp_p
     assert "Traceback" not in result.stderr
 
 
-# Shrunk to pico --------------------------------------------------------------------------------------------------
+# Shrunk to pico -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

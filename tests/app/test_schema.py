@@ -1,4 +1,5 @@
-"""The JSON Schema of recipes: an editor must accept what Limbeck accepts, and mark what it refuses."""
+"""The JSON Schema of recipes: an editor must accept what Limbeck accepts, and mark what it
+refuses."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from limbeck.contract.recipe import RECIPES, shipped_recipes
 
 
 class _Yaml12(yaml.SafeLoader):
-    """Editors read YAML 1.2, where `3e-3` is a number; PyYAML reads 1.1, and our fields take its text."""
+    """Editors read YAML 1.2, where `3e-3` is a number; PyYAML reads 1.1, and our fields take its
+    text."""
 
 
 _Yaml12.add_implicit_resolver(

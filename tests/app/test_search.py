@@ -1,4 +1,5 @@
-"""The search: what is ruled out unseen, what is predicted, who goes on, and the recipe that is left at the end."""
+"""The search: what is ruled out unseen, what is predicted, who goes on, and the recipe that is left
+at the end."""
 
 from __future__ import annotations
 
@@ -60,7 +61,7 @@ def candidate(
     return Candidate(student, form, student, size, layers)
 
 
-# Speed -----------------------------------------------------------------------------------------------------------
+# Speed --------------------------------------------------------------------------------------------
 
 
 def test_the_speed_model_recovers_the_law_that_made_its_points() -> None:
@@ -88,7 +89,8 @@ def test_the_error_of_the_speed_model_is_that_of_points_it_had_not_seen() -> Non
 
 
 def timed_field(folder: Path, **bounds: float) -> dict[str, Candidate]:
-    """Five shapes, of which three were timed at a millisecond a layer, after what is too slow is ruled out."""
+    """Five shapes, of which three were timed at a millisecond a layer, after what is too slow is
+    ruled out."""
     field = [candidate(f"s{n}", size=n * 10_000_000, layers=n) for n in (2, 4, 6, 8, 10)]
     times = {f"s{n}-int8-weight": {"tpot_ms": float(n), "ttft_ms": 3.0 * n} for n in (2, 6, 10)}
     (folder / state.TIMING).write_text(json.dumps(times))
@@ -160,7 +162,8 @@ def test_what_this_machine_has_no_memory_to_train_is_ruled_out(
     assert none == set()
     said = missed_bound([c for c in field if c.student in cuts], Budget(size_mb=1))
     assert said == (
-        "No student that is small enough can be trained here: cut-1x128 is planned to train in 10.0 MB of memory, and "
+        "No student that is small enough can be trained here: cut-1x128 is planned to train "
+        "in 10.0 MB of memory, and "
         "1.000 MB are here."
     )
 
@@ -203,7 +206,7 @@ def test_a_cut_that_was_asked_for_and_lies_on_the_grid_is_tried_once() -> None:
         assert list(dict(language.students(pico(student=asked, search=space)))) == names
 
 
-# Halving ---------------------------------------------------------------------------------------------------------
+# Halving ------------------------------------------------------------------------------------------
 
 LOSSES = {"a": 3.0, "b": 4.0, "c": 3.5, "d": 5.0}
 
@@ -323,7 +326,8 @@ def test_what_a_killed_worker_leaves_behind_is_taken_up(
 def test_two_workers_share_the_students_and_both_know_all_losses(
     tmp_path: Path, stood_in: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first worker stands in the middle of its first student until the second one has done all the others."""
+    """The first worker stands in the middle of its first student until the second one has done all
+    the others."""
     heal, both = compress.heal, threading.Barrier(2)
     others_done = threading.Event()
     first: list[str] = []
@@ -350,7 +354,8 @@ def test_two_workers_share_the_students_and_both_know_all_losses(
 
 
 def work_in(folder: Path) -> None:
-    """One worker in a process of its own, with made-up losses; says which rounds it trained, and what all came to."""
+    """One worker in a process of its own, with made-up losses; says which rounds it trained, and
+    what all came to."""
     mine: list[str] = []
 
     def heal(
@@ -369,7 +374,10 @@ def work_in(folder: Path) -> None:
 
 
 def test_two_processes_share_the_students(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from tests.app.test_search import work_in; work_in(Path(sys.argv[1]))"
+    code = (
+        "import sys; from pathlib import Path; from tests.app.test_search import work_in; "
+        "work_in(Path(sys.argv[1]))"
+    )
     command = [sys.executable, "-c", code, str(tmp_path)]
     workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     told = [json.loads(worker.communicate(timeout=120)[0].splitlines()[-1]) for worker in workers]
@@ -390,7 +398,8 @@ def test_no_student_is_begun_when_the_time_is_up(
 def test_what_there_was_no_time_for_goes_on_when_there_is_more(
     tmp_path: Path, stood_in: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Time is up in the first round and before the second; with more of it all comes to what it would have come to at once."""
+    """Time is up in the first round and before the second; with more of it all comes to what it
+    would have come to at once."""
     for folder in ("at-once", "cut"):
         (tmp_path / folder).mkdir()
     at_once = halve(tmp_path / "at-once")
@@ -438,7 +447,8 @@ def test_a_student_that_diverges_is_out_and_the_others_go_on(
 
 
 def test_healing_in_rounds_is_one_training_that_can_be_interrupted(tmp_path: Path) -> None:
-    """A stop after the first round leaves the rest untrained; going on tells the first round again, and ends in the same loss."""
+    """A stop after the first round leaves the rest untrained; going on tells the first round again,
+    and ends in the same loss."""
     recipe = pico(
         **{
             "training.batch_tokens": 256,
@@ -487,11 +497,12 @@ def test_teachers_run_once_for_every_student_and_round(
     compress.heal(recipe=short, work=tmp_path / "cut", goes_on=lambda *_: True, **options)
 
 
-# Finalists -------------------------------------------------------------------------------------------------------
+# Finalists ----------------------------------------------------------------------------------------
 
 
 def test_each_form_has_its_best_student_measured_first() -> None:
-    """4 bits cost what is not known yet: the best int8 student is measured though two int4 ones are ahead of it."""
+    """4 bits cost what is not known yet: the best int8 student is measured though two int4 ones are
+    ahead of it."""
     field = [
         candidate("a", "int4-weight"),
         candidate("b", "int4-weight"),
@@ -564,7 +575,8 @@ def test_the_next_ones_are_measured_while_none_keeps_the_budget_and_time_is_left
     spent = recipe.budget.model_copy(update={"hours": 1e-9})
     finals.measure_finalists(recipe, {}, field, spent, tmp_path, Clock(tmp_path / state.SPENT))
     assert measured == ["a"]
-    # Two are wanted, and time is up after the first; but what was measured before an interruption is not lost.
+    # Two are wanted, and time is up after the first; but what was measured before an interruption
+    # is not lost.
     two = pico(**{"search.finalists": 2})
     for done, expected in ((None, ["a"]), ("c", ["a", "c"])):
         measured.clear()
@@ -587,7 +599,8 @@ def _measured(told: list[str], finalist: Candidate, passes: bool) -> None:
 def test_a_finalist_is_verified_but_for_its_speed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a machine that is faster a minute later, a replay of the speed would find another figure."""
+    """On a machine that is faster a minute later, a replay of the speed would find another
+    figure."""
     arms = {
         "mine": {
             "role": "form",
@@ -646,7 +659,7 @@ def test_a_finalist_whose_training_diverged_is_not_called_an_export_that_failed(
         assert (finalist.out, finalist.verdict) == (said, None)
 
 
-# What is left ----------------------------------------------------------------------------------------------------
+# What is left -------------------------------------------------------------------------------------
 
 
 def test_the_recipe_that_is_written_stands_alone(tmp_path: Path) -> None:
@@ -696,7 +709,8 @@ def test_every_bound_of_the_budget_is_a_gate_of_the_recipe_that_is_written() -> 
 
 
 def test_what_a_recipe_asks_of_its_export_spoils_no_finalist() -> None:
-    """`recover`, `mixed` and separate adapters ask for gates, forms and students that a finalist need not have."""
+    """`recover`, `mixed` and separate adapters ask for gates, forms and students that a finalist
+    need not have."""
     for override in (
         "export.recover={tokens: 1024}",
         "export.adapters=separate",
@@ -770,8 +784,8 @@ def test_hours_that_ran_out_are_no_answer() -> None:
     begun.out, late.late = "gates missed", True
     said = missed_bound([begun, late], Budget(tpot_ms=5, hours=2))
     assert (
-        said
-        == "Not decided: the 2 hours ran out before 1 of the students was measured; give budget.hours more."
+        said == "Not decided: the 2 hours ran out before 1 of the students was measured; give "
+        "budget.hours more."
     )
     assert out_of_time([begun, late]) == [late]
 

@@ -57,7 +57,7 @@ def teacher(name: str = "t", **over: Any) -> dict[str, Any]:
     return {"name": name, "model": {"kind": "local", "path": "somewhere"}} | over
 
 
-# Mistakes --------------------------------------------------------------------------------------------------------
+# Mistakes -----------------------------------------------------------------------------------------
 
 
 def test_all_mistakes_are_reported_at_once_with_path_and_remedy() -> None:
@@ -166,7 +166,8 @@ def test_wrong_types_and_ranges(over: dict[str, Any], expected: str) -> None:
         ({"teachers": [teacher("a"), teacher("a")]}, "teachers: 'a' is there 2 times"),
         (
             {"training": {"tokens": 100, "batch_tokens": 50}},
-            "training.batch_tokens: found 50; it should be a multiple of data.block (32), for example 32",
+            "training.batch_tokens: found 50; it should be a multiple of data.block (32), for "
+            "example 32",
         ),
         (
             {"training": {"tokens": 16, "batch_tokens": 32}},
@@ -212,7 +213,7 @@ def test_contradictions(over: dict[str, Any], expected: str) -> None:
     assert found[0].startswith(expected)
 
 
-# Reading ---------------------------------------------------------------------------------------------------------
+# Reading ------------------------------------------------------------------------------------------
 
 
 def test_a_file_is_read_with_its_folder_and_its_text(tmp_path: Path) -> None:
@@ -253,7 +254,8 @@ def test_the_digest_is_of_what_is_trained_not_of_what_is_asked_afterwards(tmp_pa
         ),
         (
             "name: 2024-13-45\n",
-            "line 1, column 7: not valid YAML: '2024-13-45' is of the type timestamp, which no field takes; put",
+            "line 1, column 7: not valid YAML: '2024-13-45' is of the type timestamp, which "
+            "no field takes; put",
         ),
         ("seed: !!int one\n", "line 1, column 7: not valid YAML: 'one' is no int"),
         ("seed: !!bool one\n", "line 1, column 7: not valid YAML: 'one' is no bool"),
@@ -293,7 +295,7 @@ def test_a_file_beside_comes_before_a_shipped_name(tmp_path: Path) -> None:
     assert find_recipe("pico.yaml", folder=tmp_path) == path
 
 
-# Extends ---------------------------------------------------------------------------------------------------------
+# Extends ------------------------------------------------------------------------------------------
 
 
 def test_extends_merges_key_by_key_and_relative_to_the_file(tmp_path: Path) -> None:
@@ -312,8 +314,8 @@ def test_extends_merges_key_by_key_and_relative_to_the_file(tmp_path: Path) -> N
 def test_extends_replaces_lists_and_choices_of_another_kind_whole(tmp_path: Path) -> None:
     write(
         tmp_path,
-        MINIMAL
-        + "teachers: [{name: a, model: {kind: local, path: x}}]\nfusion: {weights: {kind: entropy, sharpness: 2}}\n",
+        MINIMAL + "teachers: [{name: a, model: {kind: local, path: x}}]\nfusion: {weights: {kind: "
+        "entropy, sharpness: 2}}\n",
     )
     same = "extends: mine.yaml\nfusion: {weights: {floor: 0.5}}\n"
     weights = load_recipe(write(tmp_path, same, "same.yaml")).fusion.weights
@@ -321,7 +323,10 @@ def test_extends_replaces_lists_and_choices_of_another_kind_whole(tmp_path: Path
         weights.model_dump() | {"sharpness": 2.0, "floor": 0.5, "kind": "entropy"}
         == weights.model_dump()
     )
-    other = "extends: mine.yaml\nfusion: {weights: {kind: uniform}}\nteachers: [{name: b, model: {kind: local, path: y}}]\n"
+    other = (
+        "extends: mine.yaml\nfusion: {weights: {kind: uniform}}\nteachers: [{name: b, model: "
+        "{kind: local, path: y}}]\n"
+    )
     child = load_recipe(write(tmp_path, other, "other.yaml"))
     assert child.fusion.weights.model_dump() == {"kind": "uniform"}
     assert [t.name for t in child.teachers] == ["b"]
@@ -351,7 +356,7 @@ def test_extends_that_is_not_there(tmp_path: Path) -> None:
         load_recipe(write(tmp_path, f"extends: gone.yaml\n{MINIMAL}"))
 
 
-# --set -----------------------------------------------------------------------------------------------------------
+# --set --------------------------------------------------------------------------------------------
 
 
 def test_set_changes_fields_of_mappings_and_lists(tmp_path: Path) -> None:
@@ -403,7 +408,7 @@ def test_bad_sets(tmp_path: Path, override: str, expected: str) -> None:
     assert expected in str(caught.value)
 
 
-# The tree --------------------------------------------------------------------------------------------------------
+# The tree -----------------------------------------------------------------------------------------
 
 
 def models() -> Iterator[type[BaseModel]]:
@@ -460,13 +465,20 @@ def test_shipped_recipes_have_names_of_their_own() -> None:
     assert len(set(names)) == len(names)
 
 
-# The bench -------------------------------------------------------------------------------------------------------
+# The bench ----------------------------------------------------------------------------------------
 
 
 def test_scenarios_and_runtimes_by_name_or_with_fields() -> None:
     url = "http://127.0.0.1:8000"
-    asked = {"scenarios": ["single", {"kind": "offline", "batches": [1, 4]}, {"kind": "server", "target": {"kind": "url", "url": url}}, "cold"],
-             "runtimes": ["onnxruntime-genai", {"kind": "openai", "url": url}]}  # fmt: skip
+    asked = {
+        "scenarios": [
+            "single",
+            {"kind": "offline", "batches": [1, 4]},
+            {"kind": "server", "target": {"kind": "url", "url": url}},
+            "cold",
+        ],
+        "runtimes": ["onnxruntime-genai", {"kind": "openai", "url": url}],
+    }
     bench = pico_recipe(bench=asked).bench
     assert bench.scenario("offline").batches == (1, 4)
     assert bench.scenario("server").target.url == url

@@ -1,4 +1,5 @@
-"""Recipes of strangers: whatever is in the file, reading it ends in a recipe or in one `RecipeError`, and soon."""
+"""Recipes of strangers: whatever is in the file, reading it ends in a recipe or in one
+`RecipeError`, and soon."""
 
 from __future__ import annotations
 
@@ -137,7 +138,7 @@ def read(path: Path, *, seconds: float = 10.0) -> str:
     return ""
 
 
-# Bombs and traps, by name ----------------------------------------------------------------------------------------
+# Bombs and traps, by name -------------------------------------------------------------------------
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)

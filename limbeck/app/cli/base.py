@@ -1,4 +1,5 @@
-"""What every command shares: the program, its options, its colours, and errors as messages with exit codes."""
+"""What every command shares: the program, its options, its colours, and errors as messages with
+exit codes."""
 
 from __future__ import annotations
 
@@ -102,7 +103,8 @@ def _stopped(stop: KeyboardInterrupt) -> int:
 
 
 def _coloured(text: str) -> str:
-    """Help with bold headings and cyan names; typer takes the colours out where no terminal is watching."""
+    """Help with bold headings and cyan names; typer takes the colours out where no terminal is
+    watching."""
     if "NO_COLOR" in os.environ:
         return text
     text = re.sub(r"^( *[A-Z][\w ]*:)(?= |$)", rf"{_BOLD}\1{_PLAIN}", text, flags=re.MULTILINE)
@@ -137,11 +139,12 @@ def about(
         ),
     ] = False,
 ) -> None:
-    """Several teacher language models and one recipe in; one small, quantised, measured student out.
+    """Several teacher language models and one recipe in; one small, quantised, measured student
+    out.
 
-    A recipe is a YAML file that names the teachers, the text, the student and what must hold before it ships.
-    `limbeck run` does the whole job and ends with a verdict and a report; a second run goes on where the first
-    one stopped.
+    A recipe is a YAML file that names the teachers, the text, the student and what must hold before
+    it ships. `limbeck run` does the whole job and ends with a verdict and a report; a second run
+    goes on where the first one stopped.
 
     \b
     Start here:
@@ -151,12 +154,12 @@ def about(
       limbeck run smollm2/135m-two-experts      the demo, on real models and real text
 
     \b
-    Exit codes: 0 done and every gate passed, 1 done but not good enough, 2 a mistake in what was given,
-    3 undecided (more measuring time is needed), 130 stopped by Ctrl-C.
+    Exit codes: 0 done and every gate passed, 1 done but not good enough, 2 a mistake in what was
+    given, 3 undecided (more measuring time is needed), 130 stopped by Ctrl-C.
     """
 
 
-# Options that several commands take ------------------------------------------------------------------------------
+# Options that several commands take ---------------------------------------------------------------
 
 RecipeArgument = Annotated[
     str,

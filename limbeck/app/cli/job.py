@@ -28,7 +28,8 @@ def run(
     shrink: ShrinkOption = None,
     keys: KeyOption = None,
 ) -> None:
-    """Do the whole job: distil, export, measure, report. Goes on where an earlier run of the same recipe stopped.
+    """Do the whole job: distil, export, measure, report. Goes on where an earlier run of the same
+    recipe stopped.
 
     \b
     Examples:
@@ -49,7 +50,8 @@ def compress(
     overrides: SetOption = None,
     shrink: ShrinkOption = None,
 ) -> None:
-    """Stage 1: distil the student from its teachers; teachers that other recipes make are made first.
+    """Stage 1: distil the student from its teachers; teachers that other recipes make are made
+    first.
 
     \b
     Example:
@@ -65,7 +67,8 @@ def export(
     overrides: SetOption = None,
     shrink: ShrinkOption = None,
 ) -> None:
-    """Stage 2: turn the distilled student into ONNX graphs, quantise them, and check them against the student.
+    """Stage 2: turn the distilled student into ONNX graphs, quantise them, and check them against
+    the student.
 
     \b
     Example:
@@ -99,10 +102,12 @@ def bench(
     shrink: ShrinkOption = None,
     keys: KeyOption = None,
 ) -> None:
-    """Stage 3: measure teachers, student and ONNX graphs here, and give the verdict. Or time anything, without a recipe.
+    """Stage 3: measure teachers, student and ONNX graphs here, and give the verdict. Or time
+    anything, without a recipe.
 
-    Without a recipe, --out is the folder of the result (default: runs/bench-DATE) and --set changes a field of
-    bench, such as bench.prompt_tokens, bench.new_tokens, bench.threads, bench.minutes or bench.scenarios.
+    Without a recipe, --out is the folder of the result (default: runs/bench-DATE) and --set changes
+    a field of bench, such as bench.prompt_tokens, bench.new_tokens, bench.threads, bench.minutes or
+    bench.scenarios.
 
     \b
     Examples:
@@ -154,10 +159,12 @@ def ablate(
     out: OutOption = None,
     overrides: SetOption = None,
 ) -> None:
-    """Does the fusion earn its keep? Train it and its controls on equal tokens, and compare on held-out text.
+    """Does the fusion earn its keep? Train it and its controls on equal tokens, and compare on
+    held-out text.
 
-    Controls: cross-entropy only, best single teacher, uniform, static, entropy in its forms, inverted, shuffled,
-    label oracle. Teachers run once; an interrupted comparison goes on where it stopped.
+    Controls: cross-entropy only, best single teacher, uniform, static, entropy in its forms,
+    inverted, shuffled, label oracle. Teachers run once; an interrupted comparison goes on where it
+    stopped.
 
     \b
     Example:
@@ -188,13 +195,15 @@ def search(
     overrides: SetOption = None,
     shrink: ShrinkOption = None,
 ) -> None:
-    """Find the best student within a budget: plan, time a few exports, distil in rounds, measure the finalists.
+    """Find the best student within a budget: plan, time a few exports, distil in rounds, measure
+    the finalists.
 
-    The budget is the recipe's: size_mb, quality.max_loss, hours, and tpot_ms and ttft_ms of a language model or
-    latency_ms of an encoder. Writes chosen.yaml, a recipe that stands alone, or nearest.yaml and which bound
-    cannot be kept. An interrupted search goes on, and an undecided one too when it gets more budget.hours or
-    bench.minutes; a second one in the same folder shares the work.
-    Exit codes: 0 chosen, 1 no student keeps the budget, 3 undecided (more bench.minutes or budget.hours needed).
+    The budget is the recipe's: size_mb, quality.max_loss, hours, and tpot_ms and ttft_ms of a
+    language model or latency_ms of an encoder. Writes chosen.yaml, a recipe that stands alone, or
+    nearest.yaml and which bound cannot be kept. An interrupted search goes on, and an undecided one
+    too when it gets more budget.hours or bench.minutes; a second one in the same folder shares the
+    work. Exit codes: 0 chosen, 1 no student keeps the budget, 3 undecided (more bench.minutes or
+    budget.hours needed).
 
     \b
     Example:

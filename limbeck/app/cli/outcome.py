@@ -57,11 +57,13 @@ def verify(
         bool, typer.Option("--speed/--no-speed", help="Time the shipped form again, shortly.")
     ] = True,
 ) -> None:
-    """Check what a run made: the hash of every file, that the graphs still compute what the student does, the certificate.
+    """Check what a run made: the hash of every file, that the graphs still compute what the student
+    does, the certificate.
 
-    The certificate of a run folder is replayed: quality to the digit where processor flags, provider and libraries
-    are the same, speed within its interval or with what differs. Exit code 0 when all holds, 1 when a graph computes
-    something else or a promise is broken without a reason, 2 when a file is changed, missing or extra.
+    The certificate of a run folder is replayed: quality to the digit where processor flags,
+    provider and libraries are the same, speed within its interval or with what differs. Exit code 0
+    when all holds, 1 when a graph computes something else or a promise is broken without a reason,
+    2 when a file is changed, missing or extra.
 
     \b
     Examples:
@@ -106,13 +108,15 @@ def compare(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Did the shipped form get slower, larger or worse from RUN_A to RUN_B? A Markdown table for a pull request.
+    """Did the shipped form get slower, larger or worse from RUN_A to RUN_B? A Markdown table for a
+    pull request.
 
-    Batches, cold starts and a server under load are compared where both runs measured them; a server's latencies at
-    a rate that both tried, for which the recipe's scenario needs a first_rate.
+    Batches, cold starts and a server under load are compared where both runs measured them; a
+    server's latencies at a rate that both tried, for which the recipe's scenario needs a
+    first_rate.
 
-    Exit code 0 when nothing is worse by more than its tolerance, 1 when something is, 3 when an interval still
-    reaches past the tolerance, 2 when the runs cannot be compared.
+    Exit code 0 when nothing is worse by more than its tolerance, 1 when something is, 3 when an
+    interval still reaches past the tolerance, 2 when the runs cannot be compared.
 
     \b
     Examples:
@@ -182,7 +186,8 @@ def evaluate(
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run tasks of lm-evaluation-harness on the exported student, on local data, with what is deployed.
+    """Run tasks of lm-evaluation-harness on the exported student, on local data, with what is
+    deployed.
 
     Needs the extra [eval]; nothing is fetched, so a task's data must be on this machine.
 
@@ -235,9 +240,11 @@ def pack(
         bool, typer.Option("--zip", help="Write DIR.zip beside the folder too.")
     ] = False,
 ) -> None:
-    """Put together only what ships: one form, tokenizer and configurations, card, licences, certificate.
+    """Put together only what ships: one form, tokenizer and configurations, card, licences,
+    certificate.
 
-    The folder loads in onnxruntime, onnxruntime-genai, optimum and transformers.js as the exported one does.
+    The folder loads in onnxruntime, onnxruntime-genai, optimum and transformers.js as the exported
+    one does.
 
     \b
     Example:

@@ -177,7 +177,8 @@ def init(
     base: BaseOption = None,
     out: Annotated[Path, typer.Option("--out", help="File to write.")] = Path("recipe.yaml"),
 ) -> None:
-    """Write a short recipe for your own teachers, text and target size; the student is chosen by what fits.
+    """Write a short recipe for your own teachers, text and target size; the student is chosen by
+    what fits.
 
     \b
     Examples:
@@ -213,7 +214,8 @@ def plan(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a recipe takes before any weights are loaded: parameters, sizes, memory, operations, time.
+    """Say what a recipe takes before any weights are loaded: parameters, sizes, memory, operations,
+    time.
 
     Needs the configuration of every model, which for a hub model means its config.json.
 

@@ -156,7 +156,8 @@ def serve(
         typer.Option(
             "--api-key",
             envvar="LIMBECK_API_KEY",
-            help="Key that clients must send; safer in the environment, which no process list shows.",
+            help="Key that clients must send; safer in the environment, which no process list "
+            "shows.",
             show_default=False,
         ),
     ] = None,
@@ -181,8 +182,8 @@ def serve(
 ) -> None:
     """Serve an exported student to many clients at once, as an OpenAI-compatible endpoint.
 
-    /v1/models, /v1/completions, /v1/chat/completions, /health, and Prometheus /metrics. Needs the extra:
-    pip install 'limbeck[serve]'.
+    /v1/models, /v1/completions, /v1/chat/completions, /health, and Prometheus /metrics. Needs the
+    extra: pip install 'limbeck[serve]'.
 
     \b
     Examples:

@@ -1,9 +1,10 @@
 """`limbeck search`: from a budget in megabytes and milliseconds to the student that keeps it.
 
-The order of the work: the plan rules out what is too large, a handful of exports is timed and the rest predicted (`probes`), short
-distillations halve the field (`rounds`), and the finalists go through the whole job (`finals`). Only those are ever called good: what
-a search promises was measured. Optuna keeps the state (ask and tell), so that a search goes on where it stopped and several can share
-one. What differs between language models and encoders is in `tasks`.
+The order of the work: the plan rules out what is too large, a handful of exports is timed and the
+rest predicted (`probes`), short distillations halve the field (`rounds`), and the finalists go
+through the whole job (`finals`). Only those are ever called good: what a search promises was
+measured. Optuna keeps the state (ask and tell), so that a search goes on where it stopped and
+several can share one. What differs between language models and encoders is in `tasks`.
 """
 
 from __future__ import annotations
@@ -51,11 +52,13 @@ _RESERVED = 0.5  # share of the hours kept for the finalists
 
 
 def search(recipe: AnyRecipe, *, out: Path | None = None) -> Found:
-    """Find the best student within ``recipe.budget`` and write it to ``out`` as a recipe of its own.
+    """Find the best student within ``recipe.budget`` and write it to ``out`` as a recipe of its
+    own.
 
-    ``out`` defaults to ``runs/search-<name>-<digest8>``; an interrupted search goes on there, and several processes share one.
-    Raises `RecipeError` without a budget or a base to start from, `EnvironmentalError` without Optuna, `ArtifactError` for a folder
-    that holds something else, and whatever a stage raises.
+    ``out`` defaults to ``runs/search-<name>-<digest8>``; an interrupted search goes on there, and
+    several processes share one. Raises `RecipeError` without a budget or a base to start from,
+    `EnvironmentalError` without Optuna, `ArtifactError` for a folder that holds something else, and
+    whatever a stage raises.
     """
     budget = _required(recipe)
     _require_optuna()
@@ -91,7 +94,8 @@ def _required(recipe: AnyRecipe) -> AnyBudget:
     budget = recipe.budget
     if budget is None or all(bound is None for bound in (budget.size_mb, *budget.times.values())):
         raise RecipeError(
-            f"{recipe.name}: budget: a search needs a bound to keep to; add budget: {{size_mb: 120}}, or --set budget.size_mb=120."
+            f"{recipe.name}: budget: a search needs a bound to keep to; add budget: "
+            f"{{size_mb: 120}}, or --set budget.size_mb=120."
         )
     if isinstance(recipe.student, FreshStudent):
         kinds = "lora or shrink" if isinstance(recipe, Recipe) else "full or shrink"
@@ -104,11 +108,13 @@ def _required(recipe: AnyRecipe) -> AnyBudget:
         )
     if isinstance(recipe, Recipe) and recipe.training.tokens is None:
         raise RecipeError(
-            f"{recipe.name}: training.minutes: rounds are counted in tokens; give the budget as `tokens`."
+            f"{recipe.name}: training.minutes: rounds are counted in tokens; give the budget "
+            "as `tokens`."
         )
     if list(recipe.search.rungs) != sorted(set(recipe.search.rungs)):
         raise RecipeError(
-            f"{recipe.name}: search.rungs: found {list(recipe.search.rungs)}; each round is longer than the one before."
+            f"{recipe.name}: search.rungs: found {list(recipe.search.rungs)}; each round is "
+            "longer than the one before."
         )
     return budget
 
@@ -124,7 +130,8 @@ def _require_optuna() -> None:
 
 
 def _found(folder: Path, recipe: AnyRecipe, budget: AnyBudget) -> Found | None:
-    """What a search that is complete came to; none where there is none, or where its time or the bench's was up and there is more of it now."""
+    """What a search that is complete came to; none where there is none, or where its time or the
+    bench's was up and there is more of it now."""
     if not (folder / RESULT).exists():
         return None
     result = json.loads((folder / RESULT).read_text())
@@ -150,7 +157,8 @@ def _rule_out_memory(
     candidates: Sequence[Candidate],
     budget: AnyBudget,
 ) -> None:
-    """Leave out what cannot be trained here: of each kind of student the largest are planned first, until one fits."""
+    """Leave out what cannot be trained here: of each kind of student the largest are planned first,
+    until one fits."""
     fits: set[str] = set()  # kinds
     for candidate in sorted(still_in(candidates), key=lambda c: -c.size):
         student = students[candidate.student]
@@ -173,7 +181,8 @@ def _rule_out_memory(
 
 
 def chosen(passed: Sequence[Candidate], budget: AnyBudget) -> Candidate:
-    """The one with the least loss; of equals, which metrics that count examples bring about, the fastest, then the smallest."""
+    """The one with the least loss; of equals, which metrics that count examples bring about, the
+    fastest, then the smallest."""
 
     def order(c: Candidate) -> tuple[float, ...]:
         assert c.loss is not None
@@ -214,15 +223,22 @@ def _conclude(
         )
         note = f"# Its gates are the budget's, which {kept}.\n"
         sentence = (
-            f"{missed_bound(candidates, budget)} The nearest is {best.name}: {figures_of(best)}; limbeck run {folder / NEAREST} "
+            f"{missed_bound(candidates, budget)} The nearest is {best.name}: "
+            f"{figures_of(best)}; limbeck run {folder / NEAREST} "
             f"(its gates are the budget's, which {kept})"
         )
     if said := ", ".join(
         f"{metric} within {m.error:.0%}" for metric, m in models.items() if m.error is not None
     ):
-        sentence += f"\nPredicted times: {said}, by the worst of the timed exports that the prediction had not seen."
+        sentence += (
+            f"\nPredicted times: {said}, by the worst of the timed exports that the prediction "
+            "had not seen."
+        )
     tree = task_of(recipe).final_recipe(recipe, students[best.student], best, budget)
-    head = f"# Found by `limbeck search {recipe.name}` for {asked_for(budget)}: {figures_of(best)}.\n{note}"
+    head = (
+        f"# Found by `limbeck search {recipe.name}` for {asked_for(budget)}: "
+        f"{figures_of(best)}.\n{note}"
+    )
     write_atomically(
         folder / name, head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)
     )

@@ -1,4 +1,5 @@
-"""The students of a search in their forms, and the law that says how fast the ones that were not timed are."""
+"""The students of a search in their forms, and the law that says how fast the ones that were not
+timed are."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ METRICS = ("accuracy", "macro_f1", "spearman")  # that encoders are judged by
 class Candidate:
     """One student in one form. Sizes in bytes, times in ms; none is not known yet.
 
-    Losses are nats a token, nats an example of a classifier, or of a sentence encoder 1 - Spearman's correlation.
+    Losses are nats a token, nats an example of a classifier, or of a sentence encoder 1 -
+    Spearman's correlation.
     """
 
     student: str
@@ -36,7 +38,8 @@ class Candidate:
     )
     out: str | None = None  # why it is out; none where it reached the finals
     late: bool = False  # whether more hours would take it further
-    # Of finalists: size, the times of the budget, nll or the metric and, of the best teacher in the same bench, best_teacher.
+    # Of finalists: size, the times of the budget, nll or the metric and, of the best teacher in the
+    # same bench, best_teacher.
     measured: dict[str, float] = field(default_factory=dict)
     verdict: str | None = None
     run: str | None = None
@@ -48,14 +51,16 @@ class Candidate:
 
     @property
     def known_metric(self) -> tuple[str, float] | None:
-        """Name and value of an encoder's metric: as it was measured, else after the longest round."""
+        """Name and value of an encoder's metric: as it was measured, else after the longest
+        round."""
         return next(
             ((n, v) for n, v in (self.metric | self.measured).items() if n in METRICS), None
         )
 
     @property
     def loss(self) -> float | None:
-        """What students are compared by in the end: of language models nats a token, of encoders 1 - the metric."""
+        """What students are compared by in the end: of language models nats a token, of encoders 1
+        - the metric."""
         if (found := self.known_metric) is not None:
             return 1 - found[1]
         return self.measured.get("nll", self.nll)
@@ -68,9 +73,11 @@ def still_in(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 @dataclass(frozen=True)
 class SpeedModel:
-    """Times as fixed cost + cost a layer + cost a byte (or operation) of each form, none negative; and how far off that is.
+    """Times as fixed cost + cost a layer + cost a byte (or operation) of each form, none negative;
+    and how far off that is.
 
-    ``error`` is the greatest relative error on a measured point that the fit had not seen; none where too few were measured.
+    ``error`` is the greatest relative error on a measured point that the fit had not seen; none
+    where too few were measured.
     """
 
     forms: tuple[str, ...]
@@ -84,7 +91,8 @@ class SpeedModel:
 
 
 def fit_speed(candidates: Sequence[Candidate], times_ms: Sequence[float]) -> SpeedModel:
-    """Least squares in relative error over measured candidates, with each left out once for the error."""
+    """Least squares in relative error over measured candidates, with each left out once for the
+    error."""
     import numpy as np
 
     forms = tuple(dict.fromkeys(c.form for c in candidates))

@@ -1,6 +1,8 @@
-"""The search for a classifier or a sentence encoder: bases whole and cut, examples, and the time of one sequence. See `limbeck.app.search.tasks`.
+"""The search for a classifier or a sentence encoder: bases whole and cut, examples, and the time of
+one sequence. See `limbeck.app.search.tasks`.
 
-Encoders train quickly: each round is a training of its own, from the base, and teachers answer anew.
+Encoders train quickly: each round is a training of its own, from the base, and teachers answer
+anew.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 UNIT = "examples"
 _PROBE = {"examples": 64, "batch": 32}  # as many as a static form is calibrated on
 
-# Students --------------------------------------------------------------------------------------------------------
+# Students -----------------------------------------------------------------------------------------
 
 
 def students(recipe: EncoderRecipe) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -73,7 +75,8 @@ def students(recipe: EncoderRecipe) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def sized(recipe: EncoderRecipe, students: Mapping[str, dict[str, Any]]) -> list[Candidate]:
-    """Every student in every form, with the size it is planned at and the operations of one sequence."""
+    """Every student in every form, with the size it is planned at and the operations of one
+    sequence."""
     from compress.footprint.encoders import trace_encoder
 
     found, length = [], max(recipe.bench.lengths)
@@ -102,7 +105,7 @@ def _shape(recipe: EncoderRecipe) -> EncoderShape:
     return describe_encoder(config, name="the student", recipe=recipe)
 
 
-# Probes ----------------------------------------------------------------------------------------------------------
+# Probes -------------------------------------------------------------------------------------------
 
 
 def export_untrained(
@@ -139,7 +142,7 @@ def time_exports(
     ]
 
 
-# Rounds ----------------------------------------------------------------------------------------------------------
+# Rounds -------------------------------------------------------------------------------------------
 
 
 def rounds_of(recipe: EncoderRecipe) -> list[int]:
@@ -157,7 +160,8 @@ def make_teachers(
     *,
     cached: bool,
 ) -> dict[str, Path]:
-    """Make the teachers that are students of other recipes; what they say of examples is not kept."""
+    """Make the teachers that are students of other recipes; what they say of examples is
+    not kept."""
     return pipeline.make_products(recipe)
 
 
@@ -171,9 +175,11 @@ def heal(
     rung: int,
     in_time: Callable[[], bool],
 ) -> tuple[float, dict[str, float]]:
-    """Train one student from the base for a round's examples; one that is begun is trained to the end.
+    """Train one student from the base for a round's examples; one that is begun is trained to the
+    end.
 
-    The loss of a classifier is that of held-out labels, which moves less by chance than the share of them that is right.
+    The loss of a classifier is that of held-out labels, which moves less by chance than the share
+    of them that is right.
     """
     import compress
 
@@ -190,12 +196,13 @@ def heal(
     metric = recipe.bench.metric if recipe.task == "classification" else "spearman"
     loss = float(metrics["nll"] if recipe.task == "classification" else 1 - metrics["spearman"])
     say(
-        f"   {name}: {metric.replace('_', ' ')} {metrics[metric]:.4f}, loss {loss:.4f} after {rounds[rung]} examples"
+        f"   {name}: {metric.replace('_', ' ')} {metrics[metric]:.4f}, loss {loss:.4f} after "
+        f"{rounds[rung]} examples"
     )
     return loss, {metric: float(metrics[metric])}
 
 
-# Finalists -------------------------------------------------------------------------------------------------------
+# Finalists ----------------------------------------------------------------------------------------
 
 
 def final_recipe(
@@ -214,7 +221,8 @@ def final_recipe(
             "max_size_mb": budget.size_mb,
             "max_latency_ms": budget.latency_ms,
             "max_metric_loss": budget.quality.max_loss if budget.quality else None,
-            "max_quantization_loss": None,  # what rounding costs is part of the loss that is chosen by
+            # what rounding costs is part of the loss that is chosen by
+            "max_quantization_loss": None,
         },
         export=exported(recipe, [candidate.form]),
         training=recipe.resolved()["training"],

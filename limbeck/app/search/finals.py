@@ -28,7 +28,8 @@ def measure_finalists(
     folder: Path,
     clock: Clock,
 ) -> None:
-    """Run the whole job of the finalists, in the time there is: of the first one always; where none keeps the budget, of more."""
+    """Run the whole job of the finalists, in the time there is: of the first one always; where none
+    keeps the budget, of more."""
     order, wanted = finalists(candidates, budget), recipe.search.finalists
     for place, finalist in enumerate(order):
         enough = (
@@ -58,10 +59,12 @@ def measure_finalists(
 
 
 def finalists(candidates: Sequence[Candidate], budget: AnyBudget) -> list[Candidate]:
-    """Every healed student that may keep the budget: the best of each form first, then those that went furthest; before all
-    others those that plan and prediction put inside every bound, rather than so near that they may be.
+    """Every healed student that may keep the budget: the best of each form first, then those that
+    went furthest; before all others those that plan and prediction put inside every bound, rather
+    than so near that they may be.
 
-    Rounding costs each form another loss, which is not known yet; so each has its best student measured.
+    Rounding costs each form another loss, which is not known yet; so each has its best student
+    measured.
     """
     healed = [c for c in candidates if c.nll is not None]
     order = sorted(healed, key=lambda c: (excess(c, budget) > 1, -c.tokens, c.nll, -c.size))
@@ -70,7 +73,8 @@ def finalists(candidates: Sequence[Candidate], budget: AnyBudget) -> list[Candid
 
 
 def _share_student(earlier: Path, run: Path) -> None:
-    """Begin a run with the student that another form of it was made from, rather than train it again."""
+    """Begin a run with the student that another form of it was made from, rather than train it
+    again."""
     part = run.with_name(f".{run.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(earlier / "student", part / "student", copy_function=os.link)
@@ -87,8 +91,8 @@ def _measure(
 ) -> None:
     """Run a finalist's whole job in the folder ``run``, and keep what was measured.
 
-    One that passes is verified but for its speed: the bench has just measured that, and another minute of the same machine, faster
-    or slower, says nothing against it.
+    One that passes is verified but for its speed: the bench has just measured that, and another
+    minute of the same machine, faster or slower, says nothing against it.
     """
     say(f"== finalist {finalist.name}")
     task = task_of(recipe)

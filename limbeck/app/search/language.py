@@ -1,4 +1,5 @@
-"""The search for a language model: whole bases with adapters and cut ones, tokens, and times per token. See `limbeck.app.search.tasks`."""
+"""The search for a language model: whole bases with adapters and cut ones, tokens, and times per
+token. See `limbeck.app.search.tasks`."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ from limbeck.contract.recipe import Budget, FreshStudent, MixedByLoss, MixedBySi
 
 UNIT = "tokens"
 
-# Students --------------------------------------------------------------------------------------------------------
+# Students -----------------------------------------------------------------------------------------
 
 
 def students(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -76,7 +77,8 @@ def students(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
 def _narrowed(
     recipe: Recipe, base: dict[str, Any], most: Mapping[str, int], share: float
 ) -> dict[str, int]:
-    """A share of the hidden width, and of the heads with it where an architecture's heads fill the width."""
+    """A share of the hidden width, and of the heads with it where an architecture's heads fill the
+    width."""
     from compress.models.shrink import family_of
 
     made = variant(recipe, student={"kind": "shrink", "base": base}).student
@@ -107,14 +109,14 @@ def _export(recipe: Recipe, forms: Sequence[str]) -> dict[str, Any]:
     return exported(recipe, forms) | PLAIN
 
 
-# Probes ----------------------------------------------------------------------------------------------------------
+# Probes -------------------------------------------------------------------------------------------
 
 
 def export_untrained(
     recipe: Recipe, student: dict[str, Any], forms: Sequence[str], folder: Path
 ) -> None:
-    """Export a random model of a student's shape: speed does not depend on what weights say, and a cut that has not
-    healed yet may lose more to rounding than any exporter passes."""
+    """Export a random model of a student's shape: speed does not depend on what weights say, and a
+    cut that has not healed yet may lose more to rounding than any exporter passes."""
     tree = recipe.resolved()
     block = tree["data"]["block"]
     probe = variant(
@@ -166,7 +168,7 @@ def time_exports(
     ]
 
 
-# Rounds ----------------------------------------------------------------------------------------------------------
+# Rounds -------------------------------------------------------------------------------------------
 
 
 def rounds_of(recipe: Recipe) -> list[int]:
@@ -180,7 +182,8 @@ def rounds_of(recipe: Recipe) -> list[int]:
 def make_teachers(
     recipe: Recipe, student: dict[str, Any], folder: Path, rounds: Sequence[int], *, cached: bool
 ) -> dict[str, Path]:
-    """Make the teachers that are students of other recipes, and let all read once, unless they have."""
+    """Make the teachers that are students of other recipes, and let all read once, unless they
+    have."""
     import compress
 
     products = pipeline.make_products(recipe)
@@ -205,7 +208,8 @@ def heal(
     rung: int,
     in_time: Callable[[], bool],
 ) -> tuple[float, dict[str, float]] | None:
-    """Distil one student from the shared cache to the end of a round, from where the round before ended."""
+    """Distil one student from the shared cache to the end of a round, from where the round before
+    ended."""
     import compress
 
     found: list[float] = []
@@ -226,14 +230,15 @@ def heal(
 
 
 def _rate(recipe: Recipe, student: Mapping[str, Any]) -> float:
-    """Learning rate: the recipe's for a student of its kind; whole weights want a third of what adapters do."""
+    """Learning rate: the recipe's for a student of its kind; whole weights want a third of what
+    adapters do."""
     rate, asked = recipe.training.learning_rate, recipe.student.kind
     if student["kind"] == asked:
         return rate
     return rate * 0.3 if asked == "lora" else rate / 0.3
 
 
-# Finalists -------------------------------------------------------------------------------------------------------
+# Finalists ----------------------------------------------------------------------------------------
 
 
 def final_recipe(
@@ -262,7 +267,8 @@ def final_recipe(
             "max_tpot_ms": budget.tpot_ms,
             "max_ttft_ms": budget.ttft_ms,
             "max_loss_vs_best_teacher": budget.quality.max_loss if budget.quality else None,
-            "max_quantization_loss": None,  # what rounding costs is part of the loss that is chosen by
+            # what rounding costs is part of the loss that is chosen by
+            "max_quantization_loss": None,
         },
         export=export,
         training=recipe.resolved()["training"] | {"learning_rate": _rate(recipe, student)},

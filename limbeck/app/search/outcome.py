@@ -1,4 +1,5 @@
-"""What a search came to, for people: which bound cannot be kept, the nearest student, the table and the picture.
+"""What a search came to, for people: which bound cannot be kept, the nearest student, the table and
+the picture.
 
 Knows candidates and a budget; runs nothing.
 """
@@ -29,13 +30,17 @@ class Found:
     folder: Path
     table: str  # Markdown
     sentence: str
-    exit_code: int  # 0 chosen, 1 no student keeps the budget, 3 the finalists' intervals do not decide, or the hours did not suffice
+    # 0 chosen, 1 no student keeps the budget, 3 the finalists' intervals do not decide, or the
+    # hours did not suffice
+    exit_code: int
 
 
 def nearest(candidates: Sequence[Candidate], budget: AnyBudget) -> Candidate:
-    """The candidate whose worst bound is missed by least, in ratio; of equals the one with the lowest loss, measured ones first.
+    """The candidate whose worst bound is missed by least, in ratio; of equals the one with the
+    lowest loss, measured ones first.
 
-    Where quality is bounded, those that were measured come before all others, whose loss in the end nobody knows.
+    Where quality is bounded, those that were measured come before all others, whose loss in the end
+    nobody knows.
     """
 
     def order(c: Candidate) -> tuple[bool, float, bool, float]:
@@ -51,7 +56,8 @@ def nearest(candidates: Sequence[Candidate], budget: AnyBudget) -> Candidate:
 
 
 def excess(candidate: Candidate, budget: AnyBudget) -> float:
-    """By how much the worst of the bounds is missed, as a ratio: by what was measured, else predicted, else planned; 1 inside all.
+    """By how much the worst of the bounds is missed, as a ratio: by what was measured, else
+    predicted, else planned; 1 inside all.
 
     Of the loss only a measured one counts: a student is judged when it is trained.
     """
@@ -81,14 +87,23 @@ def out_of_time(candidates: Sequence[Candidate]) -> list[Candidate]:
 def missed_bound(candidates: Sequence[Candidate], budget: AnyBudget) -> str:
     """Which bound cannot be met, or between which the measuring did not decide, in a sentence."""
     if undecided := [f"{c.name}: {c.out}" for c in candidates if c.verdict == "undecided"]:
-        return f"Not decided: give bench.minutes more, and only the finalists are measured again ({' | '.join(undecided)})."
+        return (
+            "Not decided: give bench.minutes more, and only the finalists are measured again "
+            f"({' | '.join(undecided)})."
+        )
     if left := out_of_time(candidates):
-        return f"Not decided: the {budget.hours:g} hours ran out before {len(left)} of the students {'was' if len(left) == 1 else 'were'} measured; give budget.hours more."
+        return (
+            f"Not decided: the {budget.hours:g} hours ran out before {len(left)} of the students "
+            f"{'was' if len(left) == 1 else 'were'} measured; give budget.hours more."
+        )
     if (
         budget.size_mb is not None
         and (least := min(c.size for c in candidates)) > 1e6 * budget.size_mb
     ):
-        return f"No student is small enough: size_mb {budget.size_mb:g} is asked for, the smallest is planned at {megabytes(least)}."
+        return (
+            f"No student is small enough: size_mb {budget.size_mb:g} is asked for, the smallest "
+            f"is planned at {megabytes(least)}."
+        )
     fitting = [c for c in candidates if not (c.out or "").startswith(("planned", UNEXPORTED))]
     if not fitting:
         if refused := next((c for c in candidates if (c.out or "").startswith(UNEXPORTED)), None):
@@ -98,7 +113,10 @@ def missed_bound(candidates: Sequence[Candidate], budget: AnyBudget) -> str:
         smallest = min(
             (c for c in candidates if (c.out or "").startswith(UNTRAINED)), key=lambda c: c.size
         )
-        return f"No student that is small enough can be trained here: {smallest.student} is {smallest.out}."
+        return (
+            f"No student that is small enough can be trained here: {smallest.student} is "
+            f"{smallest.out}."
+        )
     for metric, bound in budget.times.items():
         times = [
             (c.measured.get(metric, c.predicted.get(metric, 0.0)), c.timed or bool(c.measured))
@@ -107,7 +125,13 @@ def missed_bound(candidates: Sequence[Candidate], budget: AnyBudget) -> str:
         fastest, timed = min(times, default=(0.0, False))
         if bound is not None and fastest > bound:
             takes = "takes" if timed else "is predicted to take"
-            return f"No student is fast enough: {metric} {bound:g} is asked for, the fastest {takes} {fastest:.2f}."
+            return (
+                f"No student is fast enough: {metric} {bound:g} is asked for, the fastest {takes} "
+                ""
+                ""
+                ""
+                f"{fastest:.2f}."
+            )
     missed = [f"{c.name}: {c.out}" for c in candidates if c.run]
     return (
         f"No finalist keeps every bound ({' | '.join(missed)})."
@@ -151,7 +175,8 @@ def megabytes(size: float) -> str:
 
 
 def rows(candidates: Sequence[Candidate], best: Candidate, budget: AnyBudget) -> list[list[str]]:
-    """The table with its head: every candidate, the ones that went furthest first. What was measured in full is in ** **."""
+    """The table with its head: every candidate, the ones that went furthest first. What was
+    measured in full is in ** **."""
     heads = [_HEADS[key] for key in budget.times]
     found = [["student", "form", "size", *heads, _quality(candidates, budget), "what became of it"]]
     for c in sorted(
@@ -231,7 +256,8 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 
 def draw(candidates: Sequence[Candidate], budget: AnyBudget, best: Candidate, path: Path) -> None:
-    """Loss over size and over the first of the times; filled where the whole job was measured, a line along those that no other beats in both."""
+    """Loss over size and over the first of the times; filled where the whole job was measured, a
+    line along those that no other beats in both."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
@@ -251,9 +277,14 @@ def draw(candidates: Sequence[Candidate], budget: AnyBudget, best: Candidate, pa
             if loss is None or key not in known:
                 continue
             axes.plot(
-                known[key], loss, marker="*" if c is best else "o", markersize=13 if c is best else 7, linestyle="none",
-                color=colours[c.form], fillstyle="full" if c.measured else "none",
-            )  # fmt: skip
+                known[key],
+                loss,
+                marker="*" if c is best else "o",
+                markersize=13 if c is best else 7,
+                linestyle="none",
+                color=colours[c.form],
+                fillstyle="full" if c.measured else "none",
+            )
             points[known[key], loss] = c.student
         named: set[tuple[str, float]] = (
             set()
@@ -263,9 +294,13 @@ def draw(candidates: Sequence[Candidate], budget: AnyBudget, best: Candidate, pa
                 named.add((student, loss))
                 beyond = x > (min(points)[0] + max(points)[0]) / 2
                 axes.annotate(
-                    student, (x, loss), xytext=(-6 if beyond else 6, 4), ha="right" if beyond else "left",
-                    textcoords="offset points", fontsize=7,
-                )  # fmt: skip
+                    student,
+                    (x, loss),
+                    xytext=(-6 if beyond else 6, 4),
+                    ha="right" if beyond else "left",
+                    textcoords="offset points",
+                    fontsize=7,
+                )
         front = pareto_front(list(points))
         axes.step(
             [x for x, _ in front],

@@ -27,7 +27,8 @@ def predict_speeds(
     budget: AnyBudget,
     folder: Path,
 ) -> dict[str, SpeedModel]:
-    """Time a few exports, predict the others, and rule out what is too slow by more than the prediction's error."""
+    """Time a few exports, predict the others, and rule out what is too slow by more than the
+    prediction's error."""
     if all(bound is None for bound in budget.times.values()):
         return {}
     left = still_in(candidates)
@@ -46,7 +47,8 @@ def predict_speeds(
     measured = json.loads((folder / TIMING).read_text())
     probed = [c for group in groups.values() for c in group]
     timed = [c for c in probed if "refused" not in measured[c.name]]
-    # Another shape says how fast a form is that was refused in one; a form that was refused in all is out.
+    # Another shape says how fast a form is that was refused in one; a form that was refused in all
+    # is out.
     refused = {
         c.form: measured[c.name]["refused"] for c in probed if c.form not in {t.form for t in timed}
     }
@@ -76,10 +78,14 @@ def predict_speeds(
                 candidate.predicted[metric] = models[metric](candidate)
     for candidate in still_in(left):
         for metric, bound in budget.times.items():
-            # What was timed is as far off in another process, and a good fit no promise: what is near the bound stays in.
+            # What was timed is as far off in another process, and a good fit no promise: what is
+            # near the bound stays in.
             error = max(models[metric].error or 0.0, _NOISE)
             if bound is not None and candidate.predicted.get(metric, 0.0) * (1 - error) > bound:
-                candidate.out = f"{'timed' if candidate.timed else 'predicted'} {metric.removesuffix('_ms')} {candidate.predicted[metric]:.2f} ms"
+                candidate.out = (
+                    f"{'timed' if candidate.timed else 'predicted'} {metric.removesuffix('_ms')} "
+                    f"{candidate.predicted[metric]:.2f} ms"
+                )
     return models
 
 
@@ -100,7 +106,8 @@ def _time_probes(
     *,
     of: int,
 ) -> None:
-    """Median times of untrained exports by candidate, all in one interleaved run, to ``timing.json``, or why there are none; the exports are not kept."""
+    """Median times of untrained exports by candidate, all in one interleaved run, to
+    ``timing.json``, or why there are none; the exports are not kept."""
     task = task_of(recipe)
     say(f"== timing {len(groups)} of {of} shapes, untrained: {', '.join(groups)}")
     targets: dict[str, tuple[Path, str]] = {}  # by candidate's name

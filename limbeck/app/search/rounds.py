@@ -1,4 +1,5 @@
-"""Successive halving: short distillations in rounds, from one queue that Optuna keeps and several workers share."""
+"""Successive halving: short distillations in rounds, from one queue that Optuna keeps and several
+workers share."""
 
 from __future__ import annotations
 
@@ -35,10 +36,11 @@ def halve(
     *,
     until: float,
 ) -> None:
-    """Distil every student that is left for a short round, the better half on to a longer one, and so on (successive halving).
+    """Distil every student that is left for a short round, the better half on to a longer one, and
+    so on (successive halving).
 
-    A half that the finals have room for needs no further round. Every worker takes students from one queue until nothing is left
-    to do; after ``until`` seconds none is begun.
+    A half that the finals have room for needs no further round. Every worker takes students from
+    one queue until nothing is left to do; after ``until`` seconds none is begun.
     """
     task = task_of(recipe)
     names = list(
@@ -117,7 +119,8 @@ def _losses(study: optuna.Study, rung: int) -> dict[str, float]:
 def _reached(
     study: optuna.Study,
 ) -> tuple[dict[str, tuple[int, float, dict[str, float]]], dict[str, str]]:
-    """Of every student that was distilled, the last round, the loss and metric after it; of those whose last trial came to nothing, why."""
+    """Of every student that was distilled, the last round, the loss and metric after it; of those
+    whose last trial came to nothing, why."""
     import optuna
 
     state = optuna.trial.TrialState
@@ -137,7 +140,8 @@ def _reached(
 
 
 def _enqueue(study: optuna.Study, names: Sequence[str], rung: int, until: float) -> bool:
-    """Queue students for a round, but for those that are or were; whether there were any. To be called by one worker at a time.
+    """Queue students for a round, but for those that are or were; whether there were any. To be
+    called by one worker at a time.
 
     Those that an earlier and shorter time than ``until`` did not suffice for go in again.
     """
@@ -159,9 +163,11 @@ def _enqueue(study: optuna.Study, names: Sequence[str], rung: int, until: float)
 def _next(
     study: optuna.Study, folder: Path, me: str, *, rounds: int, finalists: int, until: float
 ) -> optuna.Trial | None:
-    """The next student of the queue, back in which go those whose worker is gone; none when nothing is left to do.
+    """The next student of the queue, back in which go those whose worker is gone; none when nothing
+    is left to do.
 
-    Once a round is over its better half is queued for the next, where that has more students than there are ``finalists``.
+    Once a round is over its better half is queued for the next, where that has more students than
+    there are ``finalists``.
     """
 
     def begin_next_round() -> bool:
@@ -198,13 +204,15 @@ def _next(
 
 
 def _better_half(losses: Mapping[str, float], *, of: int) -> list[str]:
-    """The students with the lowest losses, the best first: half of so many, of which some may not be done."""
+    """The students with the lowest losses, the best first: half of so many, of which some may not
+    be done."""
     return sorted(losses, key=lambda name: losses[name])[: (of + 1) // 2]
 
 
 @contextmanager
 def _worker(folder: Path) -> Iterator[str]:
-    """A name for this worker, by which others see whether it is alive: it holds a lock as long as its process runs."""
+    """A name for this worker, by which others see whether it is alive: it holds a lock as long as
+    its process runs."""
     (folder / "workers").mkdir(exist_ok=True)
     path = folder / "workers" / f"{os.uname().nodename}-{os.getpid()}-{time.monotonic_ns()}"
     with path.open("w") as file:
@@ -260,7 +268,8 @@ def _heal(
     if found is not None:
         trial.set_user_attr("metric", found[1])
     _tell(study, trial, None if found is None else found[0], why=why, until=until)
-    # What cannot be among the better half any more need not be kept to go on from; a checkpoint is three times the weights.
+    # What cannot be among the better half any more need not be kept to go on from; a checkpoint is
+    # three times the weights.
     asked = {
         t.user_attrs["student"]
         for t in study.get_trials(deepcopy=False)

@@ -24,9 +24,11 @@ PATIENCE = ("minutes", "min_blocks")  # of the bench: how long it measures befor
 
 
 def digest_of(recipe: AnyRecipe) -> str:
-    """Of all that decides what is looked for: the recipe, and what the models and texts that it names hold now.
+    """Of all that decides what is looked for: the recipe, and what the models and texts that it
+    names hold now.
 
-    Not of the hours, nor of how long the bench measures: with more of them a search goes on from what is there.
+    Not of the hours, nor of how long the bench measures: with more of them a search goes on from
+    what is there.
     """
     products = plan_products(recipe)
     made = [
@@ -52,7 +54,8 @@ def require_ours(folder: Path, digest: str) -> None:
             entry.name != LOCK and not is_temporary(entry.name) for entry in folder.iterdir()
         ):
             raise ArtifactError(
-                f"{folder}: holds files but no search ({ASKED} is missing); name an empty or new folder with --out."
+                f"{folder}: holds files but no search ({ASKED} is missing); name an empty or "
+                "new folder with --out."
             ) from None
         return
     except (ArtifactError, KeyError, TypeError):
@@ -61,7 +64,8 @@ def require_ours(folder: Path, digest: str) -> None:
         ) from None
     if found != digest:
         raise ArtifactError(
-            f"{folder}: holds a search of another recipe or budget, or of files that have changed since; leave --out away or "
+            f"{folder}: holds a search of another recipe or budget, or of files that have "
+            "changed since; leave --out away or "
             "name another folder."
         )
 
@@ -75,7 +79,8 @@ def claim(folder: Path, digest: str) -> None:
 
 
 class Clock:
-    """Seconds of work on a search, over all its interruptions; of several workers at once, of the longest.
+    """Seconds of work on a search, over all its interruptions; of several workers at once, of the
+    longest.
 
     ``longest`` is what a finalist took at most.
     """

@@ -1,4 +1,5 @@
-"""What differs between the tasks of a search, as one protocol; `language` and `encoders` are what keeps to it."""
+"""What differs between the tasks of a search, as one protocol; `language` and `encoders` are what
+keeps to it."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ class Task(Protocol[R, B]):
         *,
         cached: bool,
     ) -> dict[str, Path]:
-        """What students learn from: artifacts of teachers by name. ``cached`` says whether that was done before, in this folder."""
+        """What students learn from: artifacts of teachers by name. ``cached`` says whether that was
+        done before, in this folder."""
 
     def heal(
         self,
@@ -60,15 +62,18 @@ class Task(Protocol[R, B]):
         rung: int,
         in_time: Callable[[], bool],
     ) -> tuple[float, dict[str, float]] | None:
-        """Distil a student to the end of a round: its loss and metric then; none where time was up. Raises `DivergenceError`."""
+        """Distil a student to the end of a round: its loss and metric then; none where time was up.
+        Raises `DivergenceError`."""
 
     def final_recipe(
         self, recipe: R, student: dict[str, Any], candidate: Candidate, budget: B
     ) -> dict[str, Any]:
-        """The recipe of one candidate as plain data that stands alone: no `extends`, every path absolute but for shipped recipes, the budget as gates."""
+        """The recipe of one candidate as plain data that stands alone: no `extends`, every path
+        absolute but for shipped recipes, the budget as gates."""
 
     def measured(self, bench: Mapping[str, Any]) -> dict[str, float]:
-        """What the result of a bench says of the shipped form, and of the best teacher, as candidates hold it."""
+        """What the result of a bench says of the shipped form, and of the best teacher, as
+        candidates hold it."""
 
 
 def task_of(recipe: AnyRecipe) -> Task[Any, Any]:

@@ -34,7 +34,8 @@ _NOT_SHAPE = (
 
 
 def variant(recipe: R, **changes: Any) -> R:
-    """The recipe with some of its parts replaced, in the same folder, and without what not every student can have."""
+    """The recipe with some of its parts replaced, in the same folder, and without what not every
+    student can have."""
     tree = recipe.resolved() | {"gates": {}, "budget": None} | changes
     if isinstance(recipe, Recipe):
         tree["export"] |= PLAIN | {"mixed": "rule"}
@@ -64,7 +65,8 @@ def dimensions(recipe: AnyRecipe, student: dict[str, Any]) -> dict[str, int]:
 
 
 def cut_of(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """A cut student of the base of ``asked``; what a cut one says of heads and hidden width stays."""
+    """A cut student of the base of ``asked``; what a cut one says of heads and hidden width
+    stays."""
     own = asked if asked["kind"] == "shrink" else {}
     cut = {"kind": "shrink", "base": asked["base"]}
     return cut | {
@@ -89,7 +91,8 @@ def whole_steps(rungs: Sequence[int], *, step: int, most: int) -> list[int]:
 
 
 def exported(recipe: AnyRecipe, forms: Sequence[str]) -> dict[str, Any]:
-    """The recipe's `export:` with fp32 and these forms; a form that the recipe describes keeps its description."""
+    """The recipe's `export:` with fp32 and these forms; a form that the recipe describes keeps its
+    description."""
     export: dict[str, Any] = recipe.resolved()["export"]
     described = {form["kind"]: form for form in export["forms"]}
     return export | {"forms": [described.get(form, form) for form in ("fp32", *forms)]}
@@ -105,7 +108,8 @@ def alone(
     export: Mapping[str, Any],
     training: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The recipe of one candidate as plain data that stands alone: no `extends`, every path absolute but for shipped recipes, the budget as gates."""
+    """The recipe of one candidate as plain data that stands alone: no `extends`, every path
+    absolute but for shipped recipes, the budget as gates."""
     tree = recipe.resolved()
     tree["gates"] |= gates
     del tree["budget"], tree["search"]

@@ -13,14 +13,17 @@ from pydantic_core import PydanticCustomError
 from limbeck.contract.recipe.base import SHORTHAND, Count, Float, Frozen, Int, Positive
 from limbeck.contract.recipe.export import Provider
 
-# A recipe from a stranger must not be able to send just any secret of this machine to a server that it names.
-# Variables allowed on the command line, separated by commas: workers inherit them, and no recipe can set them.
+# A recipe from a stranger must not be able to send just any secret of this machine to a server that
+# it names.
+# Variables allowed on the command line, separated by commas: workers inherit them, and no recipe
+# can set them.
 ALLOWED = "LIMBECK_KEY_VARIABLES"
 _OURS = re.compile(r"LIMBECK_[A-Z0-9_]+|OPENAI_API_KEY")
 
 
 def allow_keys(names: Iterable[str]) -> None:
-    """Let recipes of this process, and of those it starts, send the environment variables ``names``."""
+    """Let recipes of this process, and of those it starts, send the environment variables
+    ``names``."""
     if names := [*names]:
         os.environ[ALLOWED] = ",".join([*_allowed(), *names])
 
@@ -33,7 +36,8 @@ def _check(name: str) -> str:
     if _OURS.fullmatch(name) is None and name not in _allowed():
         raise PydanticCustomError(
             "key_variable",
-            "it may only be LIMBECK_… or OPENAI_API_KEY, unless the command line says --allow-key {name}",
+            "it may only be LIMBECK_… or OPENAI_API_KEY, unless the command line says "
+            "--allow-key {name}",
             {"name": name},
         )
     return name
@@ -43,13 +47,15 @@ KeyVariable = Annotated[str, AfterValidator(_check)]
 
 
 class SingleScenario(Frozen):
-    """One stream: a prompt, then decoding; all arms interleaved in mirrored blocks. What timing gates are judged on."""
+    """One stream: a prompt, then decoding; all arms interleaved in mirrored blocks. What timing
+    gates are judged on."""
 
     kind: Literal["single"]
 
 
 class OfflineScenario(Frozen):
-    """Throughput of batches over a grid of sizes: the shipped form, the fp32 graph and the fastest teacher, interleaved."""
+    """Throughput of batches over a grid of sizes: the shipped form, the fp32 graph and the fastest
+    teacher, interleaved."""
 
     kind: Literal["offline"]
     batches: tuple[Count, ...] = Field((1, 8), min_length=1, description="Rows generated at once.")
@@ -105,7 +111,8 @@ class Slo(Frozen):
 
 
 class ServerScenario(Frozen):
-    """Open loop: requests arrive at random (Poisson) whether or not earlier ones are answered; the highest rate that holds."""
+    """Open loop: requests arrive at random (Poisson) whether or not earlier ones are answered; the
+    highest rate that holds."""
 
     kind: Literal["server"]
     target: ServerTarget = Field(ArtifactTarget(kind="artifact"), description="What is asked.")
@@ -113,7 +120,8 @@ class ServerScenario(Frozen):
     requests: Count = Field(48, description="Arrivals at each rate; p99 needs 473, p95 93, p90 46.")
     first_rate: Positive | None = Field(
         None,
-        description="Requests/s tried first; none takes half of what one request after another reaches.",
+        description="Requests/s tried first; none takes half of what one request after another "
+        "reaches.",
     )
     bisections: Int = Field(
         3, ge=0, description="Rates tried between the last that holds and the first that does not."
@@ -122,7 +130,8 @@ class ServerScenario(Frozen):
 
 
 class ColdScenario(Frozen):
-    """A fresh process each time: interpreter, imports, loading, first and second token; files in the page cache."""
+    """A fresh process each time: interpreter, imports, loading, first and second token; files in
+    the page cache."""
 
     kind: Literal["cold"]
     repeats: Count = Field(
@@ -155,7 +164,8 @@ class CompiledRuntime(Frozen):
 
 
 class OpenAiRuntime(Frozen):
-    """A model behind an OpenAI-compatible URL, one request after another. It has to take token ids and `ignore_eos`."""
+    """A model behind an OpenAI-compatible URL, one request after another. It has to take token ids
+    and `ignore_eos`."""
 
     kind: Literal["openai"]
     url: str = Field(pattern=r"^https?://", description="Address up to and without /v1.")
@@ -178,19 +188,23 @@ class Bench(Frozen):
 
     scenarios: tuple[Scenario, ...] = Field(
         (SingleScenario(kind="single"),),
-        description="`single`, always, and any of `offline`, `server`, `cold`; each by name or with its own fields.",
+        description="`single`, always, and any of `offline`, `server`, `cold`; each by name or "
+        "with its own fields.",
     )
     runtimes: tuple[ExtraRuntime, ...] = Field(
         (),
-        description="Further runtimes that stand beside the shipped form in `single`: not scored, not judged.",
+        description="Further runtimes that stand beside the shipped form in `single`: not scored, "
+        "not judged.",
     )
     device: Provider | None = Field(
         None,
-        description="Where models run in torch; none is where the shipped form runs, which export.provider says.",
+        description="Where models run in torch; none is where the shipped form runs, which "
+        "export.provider says.",
     )
     torch_dtype: Literal["fp32", "bf16"] | None = Field(
         None,
-        description="Number type of student and teachers in torch; none is fp32, and each teacher's own.",
+        description="Number type of student and teachers in torch; none is fp32, and each "
+        "teacher's own.",
     )
     prompt_tokens: Count = Field(128, description="Tokens of the prompt.")
     new_tokens: Int = Field(64, ge=2, description="Tokens generated after it.")
@@ -214,18 +228,21 @@ class Gates(Frozen):
 
     min_decode_speedup: Positive | None = Field(
         None,
-        description="Decode tokens/s over the fastest teacher in torch eager: least ratio, whole interval.",
+        description="Decode tokens/s over the fastest teacher in torch eager: least ratio, whole "
+        "interval.",
     )
     max_quantization_loss: Annotated[Float, Field(ge=0)] | None = Field(
         None,
-        description="Largest relative rise of held-out NLL over the fp32 graph of the student as it was distilled.",
+        description="Largest relative rise of held-out NLL over the fp32 graph of the student as "
+        "it was distilled.",
     )
     max_size_ratio: Positive | None = Field(
         None, description="Largest size on disk over the fp32 graph's."
     )
     max_loss_vs_best_teacher: Float | None = Field(
         None,
-        description="Largest relative rise of the domains' mean NLL over the best single teacher's; 0: none.",
+        description="Largest relative rise of the domains' mean NLL over the best single "
+        "teacher's; 0: none.",
     )
     max_size_mb: Positive | None = Field(
         None, description="Largest size on disk of graph and weights, in MB (1e6 bytes)."

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from limbeck.contract.recipe.base import Count, Float, Fraction, Frozen, Positive
 
-# Budgets ---------------------------------------------------------------------------------------------------------
+# Budgets ------------------------------------------------------------------------------------------
 
 
 class QualityBudget(Frozen):
@@ -43,7 +43,8 @@ class EmbeddingQuality(MetricBudget):
 
     metric: Literal["spearman"] = Field(
         "spearman",
-        description="Rank correlation of all pairs' similarities with their mean over the teachers.",
+        description="Rank correlation of all pairs' similarities with their mean over the "
+        "teachers.",
     )
 
 
@@ -55,7 +56,8 @@ class Bounds(Frozen):
     )
     hours: Positive = Field(
         1.0,
-        description="Time for the search, interruptions not counted; half is kept for the finalists, and students are begun in the other half.",
+        description="Time for the search, interruptions not counted; half is kept for the "
+        "finalists, and students are begun in the other half.",
     )
 
     @property
@@ -65,7 +67,8 @@ class Bounds(Frozen):
 
 
 class Budget(Bounds):
-    """What the shipped form must keep to, measured here. A bound that is not named is not kept to."""
+    """What the shipped form must keep to, measured here. A bound that is not named is not
+    kept to."""
 
     tpot_ms: Positive | None = Field(
         None, description="Largest median time per output token, in ms."
@@ -104,7 +107,8 @@ class ClassificationBudget(EncoderBudget):
 
 
 class EmbeddingBudget(EncoderBudget):
-    """What a sentence encoder must keep to, measured here. A bound that is not named is not kept to."""
+    """What a sentence encoder must keep to, measured here. A bound that is not named is not kept
+    to."""
 
     quality: EmbeddingQuality | None = Field(
         None, description="Least quality; none takes the best that is found."
@@ -114,7 +118,7 @@ class EmbeddingBudget(EncoderBudget):
 AnyBudget = Budget | ClassificationBudget | EmbeddingBudget
 
 
-# What is looked among --------------------------------------------------------------------------------------------
+# What is looked among -----------------------------------------------------------------------------
 
 Share = Annotated[Fraction, Field(gt=0)]
 SearchForm = Literal["int8-weight", "int8-dynamic", "int4-weight"]
@@ -137,13 +141,18 @@ class Cuts(Frozen):
     )
     finalists: Count = Field(
         2,
-        description="Students that are trained, exported and measured in full: fewer where time is up and one keeps the budget, "
+        description="Students that are trained, exported and measured in full: fewer where time "
+        "is up and "
+        ""
+        ""
+        "one keeps the budget, "
         "more where none does and time is left.",
     )
 
 
 class Space(Cuts):
-    """The students that `limbeck search` compares: the whole base with adapters, and the base cut in depth, in FFN width and in hidden width."""
+    """The students that `limbeck search` compares: the whole base with adapters, and the base cut
+    in depth, in FFN width and in hidden width."""
 
     ranks: tuple[Count, ...] = Field(
         (16,), description="LoRA ranks tried on the whole base; none tries no LoRA."
@@ -159,12 +168,15 @@ class Space(Cuts):
     rungs: tuple[Count, ...] = Field(
         (4096, 12288),
         min_length=1,
-        description="Training tokens of each round, counted from the start and at most training.tokens; the better half goes on, where it has more students than there are finalists.",
+        description="Training tokens of each round, counted from the start and at most "
+        "training.tokens; "
+        "the better half goes on, where it has more students than there are finalists.",
     )
 
 
 class EncoderSpace(Cuts):
-    """The students that `limbeck search` compares: the base whole where nothing is cut, and cut in depth and in FFN width."""
+    """The students that `limbeck search` compares: the base whole where nothing is cut, and cut in
+    depth and in FFN width."""
 
     forms: tuple[EncoderSearchForm, ...] = Field(
         ("int8-weight", "int8-dynamic"), min_length=1, description="Forms that may ship."
@@ -172,5 +184,6 @@ class EncoderSpace(Cuts):
     rungs: tuple[Count, ...] = Field(
         (512, 1536),
         min_length=1,
-        description="Training examples of each round, at most training.examples, each a training of its own; the better half goes on, where it has more students than there are finalists.",
+        description="Training examples of each round, at most training.examples, each a training "
+        "of its own; the better half goes on, where it has more students than there are finalists.",
     )

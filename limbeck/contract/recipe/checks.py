@@ -1,4 +1,5 @@
-"""Mistakes in a recipe that no single field shows: each check yields one line a mistake, with its remedy."""
+"""Mistakes in a recipe that no single field shows: each check yields one line a mistake, with its
+remedy."""
 
 from __future__ import annotations
 
@@ -129,7 +130,7 @@ _FRESH = (
 )
 
 
-# Parts of both ---------------------------------------------------------------------------------------------------
+# Parts of both ------------------------------------------------------------------------------------
 
 
 def _repeated(names: Mapping[str, Sequence[str]]) -> Iterator[str]:
@@ -171,7 +172,7 @@ def _teacher_gate(recipe: Recipe | EncoderRecipe, gate: str) -> Iterator[str]:
         yield f"gates.{gate}: there are no teachers to compare with; remove it or name teachers"
 
 
-# Language models -------------------------------------------------------------------------------------------------
+# Language models ----------------------------------------------------------------------------------
 
 
 def _training(recipe: Recipe) -> Iterator[str]:

@@ -9,7 +9,7 @@ from pydantic import Field
 from limbeck.contract.recipe.base import SHORTHAND, Count, Float, Fraction, Frozen, Positive
 from limbeck.contract.recipe.inputs import BaseSource
 
-# Students --------------------------------------------------------------------------------------------------------
+# Students -----------------------------------------------------------------------------------------
 
 
 Init = Literal["auto", "merge", "base"]
@@ -33,7 +33,8 @@ class LoraStudent(Frozen):
     )
     quantize: Literal["none", "int8", "nf4"] = Field(
         "none",
-        description="bitsandbytes form of the frozen base while training (QLoRA); merged into the fp32 base.",
+        description="bitsandbytes form of the frozen base while training (QLoRA); merged into the "
+        "fp32 base.",
     )
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead.")
     dora: bool = Field(False, description="Weight-decomposed LoRA.")
@@ -66,7 +67,8 @@ class Sizes(Frozen):
 
 
 class ShrinkStudent(Sizes):
-    """A smaller model cut out of a base by importance on the training text, then healed by distillation."""
+    """A smaller model cut out of a base by importance on the training text, then healed by
+    distillation."""
 
     kind: Literal["shrink"]
     base: BaseSource = Field(description="Model it is cut out of.")
@@ -100,7 +102,7 @@ Student = Annotated[
 ]
 
 
-# Fusion ----------------------------------------------------------------------------------------------------------
+# Fusion -------------------------------------------------------------------------------------------
 
 Granularity = Literal["token", "sequence", "batch"]
 
@@ -136,7 +138,8 @@ class EntropyWeights(Frozen):
     )
     control: Literal["none", "inverted", "shuffled"] = Field(
         "none",
-        description="Controls of the honesty ablation: the sign flipped, or weights shuffled over positions.",
+        description="Controls of the honesty ablation: the sign flipped, or weights shuffled over "
+        "positions.",
     )
 
 
@@ -169,7 +172,8 @@ class CaMkdWeights(Frozen):
 
 
 class LabelWeights(Frozen):
-    """Softmax of the teachers' label log-likelihood. Looks at the label it teaches, so it is not causal."""
+    """Softmax of the teachers' label log-likelihood. Looks at the label it teaches, so it is not
+    causal."""
 
     kind: Literal["label"]
     granularity: Granularity = Field(
@@ -182,7 +186,8 @@ class LabelWeights(Frozen):
 
 
 class CorrectedEntropyWeights(Frozen):
-    """Entropy plus the teacher's overconfidence on the same text (mean label surprise - mean entropy)."""
+    """Entropy plus the teacher's overconfidence on the same text (mean label surprise - mean
+    entropy)."""
 
     kind: Literal["corrected_entropy"]
     sharpness: Positive = Field(
@@ -192,7 +197,8 @@ class CorrectedEntropyWeights(Frozen):
 
 
 class PosteriorWeights(Frozen):
-    """Causal posterior over teachers: label likelihood of the earlier tokens as evidence; prior uniform, or by this token's entropy."""
+    """Causal posterior over teachers: label likelihood of the earlier tokens as evidence; prior
+    uniform, or by this token's entropy."""
 
     kind: Literal["posterior"]
     evidence: Positive = Field(1.0, description="Power of the likelihood; 1 is Bayes' rule.")
@@ -229,7 +235,8 @@ class ReverseKl(Frozen):
 
 
 class Jsd(Frozen):
-    """Generalised Jensen-Shannon divergence: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q."""
+    """Generalised Jensen-Shannon divergence: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p +
+    (1 - beta) q."""
 
     kind: Literal["jsd"]
     beta: Float = Field(0.5, gt=0, lt=1, description="Share of the teachers in the mixture.")
@@ -275,7 +282,8 @@ Calibration = Annotated[
 
 
 class Fusion(Frozen):
-    """How K teacher distributions become one target: loss = cross_entropy * CE + weight * tau^2 * D / N."""
+    """How K teacher distributions become one target: loss = cross_entropy * CE + weight * tau^2 * D
+    / N."""
 
     space: Literal["arithmetic", "geometric"] = Field(
         "arithmetic", description="Mix probabilities, or logarithms of probabilities."
@@ -302,7 +310,8 @@ class Fusion(Frozen):
 
 
 class Features(Frozen):
-    """Feature alignment: projected student states against each teacher's, in the fusion's weights."""
+    """Feature alignment: projected student states against each teacher's, in the fusion's
+    weights."""
 
     weight: Annotated[Float, Field(ge=0)] = Field(
         0.1, description="Factor of the feature loss; 0 turns it off."
@@ -312,7 +321,8 @@ class Features(Frozen):
     )
     layers: tuple[tuple[Count, Count], ...] | None = Field(
         None,
-        description="Explicit (student layer, teacher layer) pairs, counted from 1; replaces `pairs`.",
+        description="Explicit (student layer, teacher layer) pairs, counted from 1; replaces "
+        "`pairs`.",
     )
     distance: Literal["cosine", "mse"] = Field(
         "cosine", description="1 - cosine, or MSE of layer-normed states."
@@ -322,7 +332,7 @@ class Features(Frozen):
     )
 
 
-# Training --------------------------------------------------------------------------------------------------------
+# Training -----------------------------------------------------------------------------------------
 
 
 class NoCache(Frozen):
@@ -332,19 +342,22 @@ class NoCache(Frozen):
 
 
 class HiddenCache(Frozen):
-    """Last hidden states (and those of aligned layers) in bf16, and each head once: exact, 2 x width bytes a token and layer."""
+    """Last hidden states (and those of aligned layers) in bf16, and each head once: exact, 2 x
+    width bytes a token and layer."""
 
     kind: Literal["hidden"]
 
 
 class TopkCache(Frozen):
-    """A few tokens of each distribution with its exact entropy and label log-likelihood: small, and needs no head."""
+    """A few tokens of each distribution with its exact entropy and label log-likelihood: small, and
+    needs no head."""
 
     kind: Literal["topk"]
     k: Count = Field(64, description="Tokens kept a position.")
     sampling: Literal["top", "unbiased"] = Field(
         "top",
-        description="`top` keeps the likeliest and the rest as one bucket; `unbiased` draws k samples, whose mean gradient is exact.",
+        description="`top` keeps the likeliest and the rest as one bucket; `unbiased` draws k "
+        "samples, whose mean gradient is exact.",
     )
 
 
@@ -364,7 +377,8 @@ class Training(Frozen):
     )
     minutes: Positive | None = Field(
         None,
-        description="Training budget, in minutes; such a run is not repeatable to the bit. Or give `tokens`.",
+        description="Training budget, in minutes; such a run is not repeatable to the bit. Or give "
+        "`tokens`.",
     )
     batch_tokens: Count = Field(
         1024, description="Tokens in one optimiser step; a multiple of data.block."
@@ -383,7 +397,8 @@ class Training(Frozen):
     clip: Positive = Field(1.0, description="Largest gradient norm.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
-        description="Number type of the forward pass; auto is bf16 where the processor or GPU computes it, else fp32; "
+        description="Number type of the forward pass; auto is bf16 where the processor or GPU "
+        "computes it, else fp32; "
         "fp16 is too narrow for gradients.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
@@ -406,6 +421,6 @@ class Training(Frozen):
     )
     trackers: tuple[Tracker, ...] = Field(
         (),
-        description="Experiment trackers that get the numbers of the log too, beside the student and "
-        "offline unless their own environment variables say otherwise; each needs its package.",
+        description="Experiment trackers that get the numbers of the log too, beside the student "
+        "and offline unless their own environment variables say otherwise; each needs its package.",
     )

@@ -1,6 +1,7 @@
 """Recipes of encoders: classifiers and sentence encoders, several teachers into one small student.
 
-The sibling of `limbeck.contract.recipe.language`. `limbeck.contract.recipe.tasks` chooses between them.
+The sibling of `limbeck.contract.recipe.language`. `limbeck.contract.recipe.tasks` chooses between
+them.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from limbeck.contract.recipe.inputs import (
 )
 from limbeck.contract.recipe.root import BaseRecipe
 
-# Where encoders come from ----------------------------------------------------------------------------------------
+# Where encoders come from -------------------------------------------------------------------------
 
 
 EncoderSource = Annotated[
@@ -81,7 +82,7 @@ class EmbeddingTeacher(EncoderTeacher):
     )
 
 
-# Text ------------------------------------------------------------------------------------------------------------
+# Text ---------------------------------------------------------------------------------------------
 
 
 class HeldoutExamples(Frozen):
@@ -135,7 +136,7 @@ class SentenceData(Frozen):
     )
 
 
-# Students --------------------------------------------------------------------------------------------------------
+# Students -----------------------------------------------------------------------------------------
 
 
 class FullStudent(Frozen):
@@ -146,7 +147,8 @@ class FullStudent(Frozen):
 
 
 class EncoderShrinkStudent(Sizes):
-    """A smaller encoder cut out of a base by importance on the training text; `kv_heads` counts attention heads."""
+    """A smaller encoder cut out of a base by importance on the training text; `kv_heads` counts
+    attention heads."""
 
     kind: Literal["shrink"]
     base: EncoderSource = Field(description="Model it is cut out of.")
@@ -160,11 +162,12 @@ EncoderStudent = Annotated[
 ]
 
 
-# Fusion ----------------------------------------------------------------------------------------------------------
+# Fusion -------------------------------------------------------------------------------------------
 
 
 class ClassFusion(Fusion):
-    """As of language models, over classes instead of the vocabulary: an example is one position, so `token` means example."""
+    """As of language models, over classes instead of the vocabulary: an example is one position, so
+    `token` means example."""
 
     weights: Annotated[
         UniformWeights
@@ -181,14 +184,16 @@ class ClassFusion(Fusion):
 
 
 class SimilarityFusion(Frozen):
-    """How K embeddings become one target: loss = cosine * distance + relational * divergence of in-batch similarities."""
+    """How K embeddings become one target: loss = cosine * distance + relational * divergence of
+    in-batch similarities."""
 
     weights: Annotated[
         UniformWeights | StaticWeights | EntropyWeights | InverseEntropyWeights | EbkdWeights,
         Field(discriminator="kind"),
     ] = Field(
         EntropyWeights(kind="entropy"),
-        description="How much each teacher counts, and where; the entropy is that of an example's similarities in its batch.",
+        description="How much each teacher counts, and where; the entropy is that of an example's "
+        "similarities in its batch.",
     )
     temperature: Positive = Field(
         0.05, description="Softmax temperature that turns cosine similarities into probabilities."
@@ -201,11 +206,12 @@ class SimilarityFusion(Frozen):
     )
     relation: Literal["kl", "mse"] = Field(
         "kl",
-        description="KL between the similarity distributions of an example in its batch, or MSE between similarities.",
+        description="KL between the similarity distributions of an example in its batch, or MSE "
+        "between similarities.",
     )
 
 
-# Training --------------------------------------------------------------------------------------------------------
+# Training -----------------------------------------------------------------------------------------
 
 
 class EncoderTraining(Frozen):
@@ -229,7 +235,11 @@ class EncoderTraining(Frozen):
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
-        description="Number type of the forward pass; auto is bf16 where it is computed in hardware, else fp32.",
+        description="Number type of the forward pass; auto is bf16 where it is computed in "
+        "hardware, else "
+        ""
+        ""
+        "fp32.",
     )
     threads: Count | None = Field(
         None, description="CPU threads; none takes every core this process may use."
@@ -242,12 +252,12 @@ class EncoderTraining(Frozen):
     )
     trackers: tuple[Tracker, ...] = Field(
         (),
-        description="Experiment trackers that get the numbers of the log too, beside the student and "
-        "offline unless their own environment variables say otherwise; each needs its package.",
+        description="Experiment trackers that get the numbers of the log too, beside the student "
+        "and offline unless their own environment variables say otherwise; each needs its package.",
     )
 
 
-# Export, measurement ---------------------------------------------------------------------------------------------
+# Export, measurement ------------------------------------------------------------------------------
 
 EncoderForm = Annotated[
     Annotated[
@@ -275,7 +285,8 @@ class EncoderExport(Frozen):
 
 
 class EncoderBench(Frozen):
-    """Batches through every arm, over a grid of sizes, interleaved; then held-out examples through the same processes."""
+    """Batches through every arm, over a grid of sizes, interleaved; then held-out examples through
+    the same processes."""
 
     batches: tuple[Count, ...] = Field(
         (1, 8, 32), min_length=1, description="Sequences of a batch."
@@ -307,19 +318,23 @@ class EncoderGates(Frozen):
 
     min_throughput_ratio: Positive | None = Field(
         None,
-        description="Sequences/s over the better teacher in torch eager, geometric mean of the grid: least ratio, whole interval.",
+        description="Sequences/s over the better teacher in torch eager, geometric mean of the "
+        "grid: least ratio, whole interval.",
     )
     max_metric_loss: Float | None = Field(
         None,
-        description="Largest relative loss of the task's metric against the better teacher; 0.02 is 2 %.",
+        description="Largest relative loss of the task's metric against the better teacher; 0.02 "
+        "is 2 %.",
     )
     max_quantization_loss: Annotated[Float, Field(ge=0)] | None = Field(
         None,
-        description="Largest relative loss of the task's metric against the fp32 graph of the same student.",
+        description="Largest relative loss of the task's metric against the fp32 graph of the same "
+        "student.",
     )
     max_latency_ms: Positive | None = Field(
         None,
-        description="Median time of one sequence at the largest of bench.lengths, in ms: most, whole interval.",
+        description="Median time of one sequence at the largest of bench.lengths, in ms: most, "
+        "whole interval.",
     )
     max_size_ratio: Positive | None = Field(
         None, description="Largest size on disk over the fp32 graph's."
@@ -329,7 +344,7 @@ class EncoderGates(Frozen):
     )
 
 
-# Recipes ---------------------------------------------------------------------------------------------------------
+# Recipes ------------------------------------------------------------------------------------------
 
 
 class ClassificationRecipe(BaseRecipe):
@@ -377,7 +392,8 @@ class ClassificationRecipe(BaseRecipe):
 
 
 class EmbeddingRecipe(BaseRecipe):
-    """Several sentence encoders into one small one, whose vectors are mean-pooled and of length 1."""
+    """Several sentence encoders into one small one, whose vectors are mean-pooled and of
+    length 1."""
 
     task: Literal["embedding"] = Field(description="What the student does.")
     teachers: tuple[EmbeddingTeacher, ...] = Field(min_length=1, description="Teachers.")

@@ -9,8 +9,15 @@ from pydantic import Field
 
 from limbeck.contract.recipe.base import SHORTHAND, Count, Fraction, Frozen, Int, Positive
 
-_REDUCE = "Weights of 7 bits instead of 8, which no processor's sums overflow; none takes 7 on x86 without VNNI, where this is made, else 8."
-_SMOOTH = "Share of the difficulty of activations' outliers that moves into the weights that read them (SmoothQuant), on training text; 0: none. Not said: 0.5, and 0 with export.recover or adapters: separate."
+_REDUCE = (
+    "Weights of 7 bits instead of 8, which no processor's sums overflow; none takes 7 on x86 "
+    "without VNNI, where this is made, else 8."
+)
+_SMOOTH = (
+    "Share of the difficulty of activations' outliers that moves into the weights that read them "
+    "(SmoothQuant), on training text; 0: none. Not said: 0.5, and 0 with export.recover or "
+    "adapters: separate."
+)
 
 
 class Fp32Form(Frozen):
@@ -26,7 +33,8 @@ class Fp16Form(Frozen):
 
 
 class Int8WeightForm(Frozen):
-    """Weights in 8-bit blocks, activations quantised on the fly inside MatMulNBits; one 8-bit copy of a tied head."""
+    """Weights in 8-bit blocks, activations quantised on the fly inside MatMulNBits; one 8-bit copy
+    of a tied head."""
 
     kind: Literal["int8-weight"]
     block_size: Literal[16, 32, 64, 128, 256] | None = Field(
@@ -37,7 +45,8 @@ class Int8WeightForm(Frozen):
 
 
 class Int8DynamicForm(Frozen):
-    """Integer products: signed 8-bit weights with a scale a channel, activations with one a token; 8-bit blocks in head and FFN output."""
+    """Integer products: signed 8-bit weights with a scale a channel, activations with one a token;
+    8-bit blocks in head and FFN output."""
 
     kind: Literal["int8-dynamic"]
     reduce_range: bool | None = Field(None, description=_REDUCE)
@@ -45,30 +54,35 @@ class Int8DynamicForm(Frozen):
 
 
 class Int8StaticForm(Frozen):
-    """Quantise, dequantise and MatMul (QDQ): as int8-dynamic, but with a scale a tensor measured on training text beforehand."""
+    """Quantise, dequantise and MatMul (QDQ): as int8-dynamic, but with a scale a tensor measured on
+    training text beforehand."""
 
     kind: Literal["int8-static"]
     calibration: Literal["min-max", "percentile", "entropy"] = Field(
         "min-max",
-        description="How the range of each activation is chosen from what training text showed; not held-out text, by which the form is judged.",
+        description="How the range of each activation is chosen from what training text showed; "
+        "not held-out text, by which the form is judged.",
     )
     reduce_range: bool | None = Field(None, description=_REDUCE)
     smooth: Fraction | None = Field(None, description=_SMOOTH)
 
 
 class Int8TrtForm(Frozen):
-    """QDQ as TensorRT asks for it: signed 8 bits around 0 on both sides, a scale a channel for weights, measured on training text."""
+    """QDQ as TensorRT asks for it: signed 8 bits around 0 on both sides, a scale a channel for
+    weights, measured on training text."""
 
     kind: Literal["int8-trt"]
     calibration: Literal["min-max", "percentile", "entropy"] = Field(
         "min-max",
-        description="How the range of each activation is chosen from what training text showed; not held-out text, by which the form is judged.",
+        description="How the range of each activation is chosen from what training text showed; "
+        "not held-out text, by which the form is judged.",
     )
     smooth: Fraction | None = Field(None, description=_SMOOTH)
 
 
 class Int4WeightForm(Frozen):
-    """4-bit blocks with zero points (MatMulNBits); 8 bits in the tied head, attention inputs, FFN output."""
+    """4-bit blocks with zero points (MatMulNBits); 8 bits in the tied head, attention inputs, FFN
+    output."""
 
     kind: Literal["int4-weight"]
     block_size: Literal[16, 32, 64, 128, 256] = Field(
@@ -76,8 +90,10 @@ class Int4WeightForm(Frozen):
     )
     algorithm: Literal["gptq", "rtn"] | None = Field(
         None,
-        description="gptq: the inputs of a matrix make up for each other's rounding, judged on training text. rtn: each is rounded to "
-        "nearest. None is gptq, but rtn with export.recover, which trains through that, and with separate adapters.",
+        description="gptq: the inputs of a matrix make up for each other's rounding, judged on "
+        "training text. rtn: each is rounded to "
+        "nearest. None is gptq, but rtn with export.recover, which trains through that, and "
+        "with separate adapters.",
     )
 
 
@@ -96,7 +112,8 @@ Form = Annotated[
 ]
 Provider = Literal["cpu", "cuda", "tensorrt"]
 
-# Forms that an execution provider of ONNX Runtime has no kernels for: what would happen, and the form to use instead.
+# Forms that an execution provider of ONNX Runtime has no kernels for: what would happen, and the
+# form to use instead.
 NO_KERNEL: Mapping[tuple[str, str], tuple[str, str]] = {
     ("cpu", "fp16"): ("its products would be cast to fp32 when the file is opened", "int8-weight"),
     ("cpu", "int8-trt"): ("its signed products are slower there than fp32", "int8-static"),
@@ -132,7 +149,8 @@ class MixedBySize(Frozen):
     kind: Literal["size"]
     mb: Positive | None = Field(
         None,
-        description="Largest size of graph and weights, in MB (1e6 bytes); none takes gates.max_size_mb.",
+        description="Largest size of graph and weights, in MB (1e6 bytes); none takes "
+        "gates.max_size_mb.",
     )
     tokens: Count = Field(
         256, description="Held-out tokens that each matrix's loss is measured on."
@@ -140,12 +158,14 @@ class MixedBySize(Frozen):
 
 
 class MixedByLoss(Frozen):
-    """8 bits for the matrices that lose most a byte in 4 bits, as few as keep the form within a loss."""
+    """8 bits for the matrices that lose most a byte in 4 bits, as few as keep the form within a
+    loss."""
 
     kind: Literal["loss"]
     rise: Positive | None = Field(
         None,
-        description="Largest relative rise of held-out NLL over fp32; none takes gates.max_quantization_loss. It is kept to on the blocks that "
+        description="Largest relative rise of held-out NLL over fp32; none takes "
+        "gates.max_quantization_loss. It is kept to on the blocks that "
         "the gate is judged on: leave a margin for other text.",
     )
     tokens: Count = Field(
@@ -159,7 +179,8 @@ Mixed = Annotated[
 
 
 class Recover(Frozen):
-    """A short distillation through the shipped form's rounding when that form misses gates.max_quantization_loss."""
+    """A short distillation through the shipped form's rounding when that form misses
+    gates.max_quantization_loss."""
 
     tokens: Count = Field(description="Training budget, in tokens of full blocks.")
     learning_rate: Positive = Field(
@@ -177,8 +198,8 @@ class DynamicShapes(Frozen):
 
 
 class StaticShapes(Frozen):
-    """One number of rows and one of tokens, for compilers that plan for one shape (NPUs, TensorRT): standard operators alone, each
-    dimension a number. Fewer rows and tokens are padded."""
+    """One number of rows and one of tokens, for compilers that plan for one shape (NPUs, TensorRT):
+    standard operators alone, each dimension a number. Fewer rows and tokens are padded."""
 
     kind: Literal["static"]
     batch: Count = Field(1, description="Rows of a batch.")
@@ -195,24 +216,29 @@ class Export(Frozen):
 
     backend: Literal["auto", "genai", "dynamo"] = Field(
         "auto",
-        description="Graph builder: GenAI's (fused attention, few architectures) or torch's exporter; auto says what it chose and why.",
+        description="Graph builder: GenAI's (fused attention, few architectures) or torch's "
+        "exporter; auto says what it chose and why.",
     )
     opset: Opset | None = Field(
         None,
-        description="ONNX operator set of the graphs, of backend dynamo only; none takes the exporter's own choice.",
+        description="ONNX operator set of the graphs, of backend dynamo only; none takes the "
+        "exporter's own choice.",
     )
     shapes: Shapes = Field(
         DynamicShapes(kind="dynamic"),
-        description="Whether the graphs take any number of rows and tokens, or one of each (backend dynamo; for other runtimes).",
+        description="Whether the graphs take any number of rows and tokens, or one of each "
+        "(backend dynamo; for other runtimes).",
     )
     adapters: Literal["merged", "separate"] = Field(
         "merged",
-        description="What becomes of a LoRA student's adapter: merged into the weights, or a file beside its base, which then serves others too "
+        description="What becomes of a LoRA student's adapter: merged into the weights, or a file "
+        "beside its base, which then serves others too "
         "(of all forms but int8-static, whose ranges are those of one student).",
     )
     provider: Provider = Field(
         "cpu",
-        description="Execution provider the forms are made for; on cuda all but fp32, the reference on the CPU, compute in fp16.",
+        description="Execution provider the forms are made for; on cuda all but fp32, the "
+        "reference on the CPU, compute in fp16.",
     )
     forms: tuple[Form, ...] = Field(
         (Fp32Form(kind="fp32"), Int8WeightForm(kind="int8-weight")),

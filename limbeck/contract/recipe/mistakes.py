@@ -1,4 +1,5 @@
-"""One line for each mistake in a recipe: where it is, what was found, what was expected, what to change."""
+"""One line for each mistake in a recipe: where it is, what was found, what was expected, what to
+change."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from pydantic import BaseModel
 
 
 def explain(error: dict[str, Any], tree: Any, root: type[BaseModel]) -> str:
-    """One line for one pydantic error: YAML path, what was found, what was expected, what to change."""
+    """One line for one pydantic error: YAML path, what was found, what was expected, what to
+    change."""
     path, model = _locate(error["loc"], tree, root)
     where = ".".join(str(part) for part in path) or "(top)"
     context = error.get("ctx", {})
@@ -28,7 +30,10 @@ def explain(error: dict[str, Any], tree: Any, root: type[BaseModel]) -> str:
             return f"{where}: unknown key; {remedy}"
         case "missing":
             field = model.model_fields.get(str(path[-1])) if model else None
-            return f"{where}: missing; add it{f' ({field.description})' if field and field.description else ''}"
+            return (
+                f"{where}: missing; add "
+                f"it{f' ({field.description})' if field and field.description else ''}"
+            )
         case "union_tag_invalid":
             expected = context["expected_tags"].replace("'", "`")
             close = difflib.get_close_matches(
@@ -41,13 +46,17 @@ def explain(error: dict[str, Any], tree: Any, root: type[BaseModel]) -> str:
     message = error["msg"][0].lower() + error["msg"][1:]
     field = model.model_fields.get(str(path[-1])) if model and path else None
     about = f" ({field.description})" if field and field.description else ""
-    return f"{where}: found {_shown(error['input'])}; {message.replace('input should', 'it should').replace('tuple', 'list')}{about}"
+    return (
+        f"{where}: found {_shown(error['input'])}; "
+        f"{message.replace('input should', 'it should').replace('tuple', 'list')}{about}"
+    )
 
 
 def _locate(
     loc: tuple[Any, ...], tree: Any, root: type[BaseModel]
 ) -> tuple[list[Any], type[BaseModel] | None]:
-    """Turn pydantic's location into the YAML path (union tags dropped) and the model the last key belongs to."""
+    """Turn pydantic's location into the YAML path (union tags dropped) and the model the last key
+    belongs to."""
     path: list[Any] = []
     annotation: Any = root
     owner: type[BaseModel] | None = None

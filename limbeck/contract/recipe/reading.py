@@ -31,7 +31,8 @@ M = TypeVar("M", bound=BaseModel)
 def read_tree(
     reference: str | Path, *, overrides: Sequence[str] = (), folder: Path | None = None
 ) -> tuple[Path, str, dict[str, Any]]:
-    """Path, text and plain data of a recipe, its `extends` and the overrides applied. Raises `RecipeError`."""
+    """Path, text and plain data of a recipe, its `extends` and the overrides applied. Raises
+    `RecipeError`."""
     path = find_recipe(reference, folder=folder)
     text, tree = _read(path, seen=())
     for override in overrides:
@@ -48,7 +49,8 @@ def parse_as(
 ) -> M:
     """Build a recipe, or a part of one, from plain data; ``where`` names it in errors.
 
-    ``contradictions`` yields mistakes that no single field shows. Raises `RecipeError` that lists every mistake.
+    ``contradictions`` yields mistakes that no single field shows. Raises `RecipeError` that lists
+    every mistake.
     """
     try:
         made = model.model_validate(tree)
@@ -73,7 +75,8 @@ def _refuse_all(where: str, mistakes: Sequence[str]) -> None:
 
 
 def find_recipe(reference: str | Path, *, folder: Path | None = None) -> Path:
-    """Path of a recipe given as a file or as a shipped name such as ``smollm2/135m-two-experts``."""
+    """Path of a recipe given as a file or as a shipped name such as
+    ``smollm2/135m-two-experts``."""
     try:
         path = (folder or Path.cwd()) / Path(reference).expanduser()
         if path.is_file():
@@ -92,7 +95,8 @@ def find_recipe(reference: str | Path, *, folder: Path | None = None) -> Path:
 
 
 def portable_reference(path: Path) -> str:
-    """How a recipe's file is named in another recipe: a shipped one by its name, which every machine with Limbeck knows."""
+    """How a recipe's file is named in another recipe: a shipped one by its name, which every
+    machine with Limbeck knows."""
     return next(
         (name for name, shipped in shipped_recipes() if shipped.resolve() == path.resolve()),
         str(path),
@@ -107,7 +111,8 @@ def shipped_recipes() -> list[tuple[str, Path]]:
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> tuple[str, dict[str, Any]]:
-    """Text and plain data of a recipe file, with that of the recipes it extends; ``seen`` leads to it."""
+    """Text and plain data of a recipe file, with that of the recipes it extends; ``seen`` leads to
+    it."""
     if path in seen:
         chain = " -> ".join(str(p) for p in (*seen, path))
         raise RecipeError(f"{path}: extends itself ({chain}); remove one `extends`.")
@@ -120,7 +125,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[str, dict[str, Any]]:
         size = path.stat().st_size
         if size > MOST_BYTES:
             raise RecipeError(
-                f"{path}: found {size:,} bytes; a recipe has at most {MOST_BYTES:,}. Is it a recipe?"
+                f"{path}: found {size:,} bytes; a recipe has at most {MOST_BYTES:,}. Is it a "
+                "recipe?"
             )
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -150,7 +156,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[str, dict[str, Any]]:
 
 
 def _extended(base: str, path: Path) -> Path:
-    """The file that a recipe extends. Only YAML files: a recipe of a stranger cannot point at just any file."""
+    """The file that a recipe extends. Only YAML files: a recipe of a stranger cannot point at just
+    any file."""
     found = find_recipe(base, folder=path.parent)
     if found.suffix not in (".yaml", ".yml"):
         raise RecipeError(f"{path}: extends: {base}: a recipe is a .yaml file; name one.")
@@ -180,7 +187,8 @@ def _merge(base: Any, over: Any) -> Any:
 
 
 def apply_override(tree: dict[str, Any], override: str, path: Path) -> None:
-    """Set one ``key=value`` in plain data; ``path`` names the recipe in errors. Raises `RecipeError`."""
+    """Set one ``key=value`` in plain data; ``path`` names the recipe in errors. Raises
+    `RecipeError`."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(
@@ -202,7 +210,8 @@ def apply_override(tree: dict[str, Any], override: str, path: Path) -> None:
             node = node.setdefault(part, {})
         else:
             raise RecipeError(
-                f"--set {override}: {part} lies inside {kind_of(node)}, which has no fields ({path})."
+                f"--set {override}: {part} lies inside {kind_of(node)}, which has no fields "
+                f"({path})."
             )
     if isinstance(node, list):
         node[_index(last, node, override)] = value
@@ -222,14 +231,16 @@ def _index(part: str, node: list[Any], override: str) -> int:
     )
 
 
-# YAML of strangers: safe, bounded in depth and size, and only what JSON can hold too --------------------------------
+# YAML of strangers: safe, bounded in depth and size, and only what JSON can hold too --------------
 
 
 def load_yaml(text: str) -> Any:
-    """Plain data: mappings with text or whole numbers as keys, lists, texts, numbers, yes/no, nothing.
+    """Plain data: mappings with text or whole numbers as keys, lists, texts, numbers, yes/no,
+    nothing.
 
-    Raises `yaml.YAMLError` for anything else, for a key that is written twice, a value that refers to itself, and
-    for values nested deeper or, with their aliases followed, more than the bounds of this module.
+    Raises `yaml.YAMLError` for anything else, for a key that is written twice, a value that refers
+    to itself, and for values nested deeper or, with their aliases followed, more than the bounds of
+    this module.
     """
     try:
         _bound(text)
@@ -281,7 +292,8 @@ class _Loader(_C):  # type: ignore[misc,valid-type]
         shown = repr(node.value[:60]) if isinstance(node, yaml.ScalarNode) else "this value"
         if kind not in _CORE:
             _refuse(
-                f"{shown} is of the type {kind}, which no field takes; put it in quotes if it is text",
+                f"{shown} is of the type {kind}, which no field takes; put it in quotes if it "
+                "is text",
                 node.start_mark,
             )
         try:

@@ -71,7 +71,8 @@ class BaseRecipe(Frozen):
 
     @property
     def stand_in(self) -> bool:
-        """Whether models are random stand-ins, so that nothing measured says anything of quality."""
+        """Whether models are random stand-ins, so that nothing measured says anything of
+        quality."""
         sources = [*self.teacher_models.values(), self.base]
         return any(source is not None and source.kind == "random" for source in sources)
 
@@ -88,5 +89,6 @@ class BaseRecipe(Frozen):
 
     @property
     def digest(self) -> str:
-        """sha256 of `distillation`: names the run folder, so that other gates do not train again."""
+        """sha256 of `distillation`: names the run folder, so that other gates do not train
+        again."""
         return fingerprint(self.distillation())

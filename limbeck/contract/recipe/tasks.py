@@ -1,4 +1,5 @@
-"""Recipes of any task. The one place of this package that chooses a recipe's class by its `task`."""
+"""Recipes of any task. The one place of this package that chooses a recipe's class by its
+`task`."""
 
 from __future__ import annotations
 
@@ -25,10 +26,11 @@ AnyRecipe = Recipe | ClassificationRecipe | EmbeddingRecipe
 def load_any_recipe(
     reference: str | Path, *, overrides: Sequence[str] = (), folder: Path | None = None
 ) -> AnyRecipe:
-    """Read a recipe of any task: a file or a shipped name, with ``key=value`` overrides applied last.
+    """Read a recipe of any task: a file or a shipped name, with ``key=value`` overrides applied
+    last.
 
-    Relative references start from ``folder`` (default: the working directory).
-    Raises `RecipeError` listing every mistake with its YAML path and the remedy.
+    Relative references start from ``folder`` (default: the working directory). Raises `RecipeError`
+    listing every mistake with its YAML path and the remedy.
     """
     path, text, tree = read_tree(reference, overrides=overrides, folder=folder)
     recipe = parse_any_recipe(tree, where=str(path))
@@ -37,7 +39,8 @@ def load_any_recipe(
 
 
 def parse_any_recipe(tree: Mapping[str, Any], *, where: str = "recipe") -> AnyRecipe:
-    """Build a recipe of the task that the plain data names; ``where`` names it in errors. Raises `RecipeError`."""
+    """Build a recipe of the task that the plain data names; ``where`` names it in errors. Raises
+    `RecipeError`."""
     match tree.get("task"):
         case "classification":
             return parse_as(
@@ -70,13 +73,15 @@ def parse_recipe(tree: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
     raise RecipeError(
-        f"{where}: its task is {recipe.task}; this command works on language models (task: causal-lm) only. "
+        f"{where}: its task is {recipe.task}; this command works on language models (task: "
+        "causal-lm) only. "
         "Encoders have plan, run, search, compress, export, bench, report and verify."
     )
 
 
 def load_teacher_recipe(path: Path, *, of: AnyRecipe) -> AnyRecipe:
-    """Read the recipe that makes a teacher of ``of``. Raises `RecipeError`, also where its task is another."""
+    """Read the recipe that makes a teacher of ``of``. Raises `RecipeError`, also where its task is
+    another."""
     made = load_any_recipe(path)
     if made.task != of.task:
         raise RecipeError(
@@ -90,12 +95,14 @@ class _BenchPart(Frozen):
 
 
 def load_bench(overrides: Sequence[str] = ()) -> Bench:
-    """The `bench:` part of a recipe by itself: defaults and ``bench.key=value`` overrides. Raises `RecipeError`."""
+    """The `bench:` part of a recipe by itself: defaults and ``bench.key=value`` overrides. Raises
+    `RecipeError`."""
     part: dict[str, Any] = {"bench": {"minutes": 1.0}}
     for override in overrides:
         if not override.startswith("bench."):
             raise RecipeError(
-                f"--set {override}: without a recipe only fields of bench can be set, for example bench.minutes=5."
+                f"--set {override}: without a recipe only fields of bench can be set, for "
+                "example bench.minutes=5."
             )
         apply_override(part, override, Path("bench"))
     read = parse_as(
