@@ -271,5 +271,6 @@ def test_the_base_of_an_adapter_can_be_named(tmp_path: Path) -> None:
         (teacher,) = load_recipe(tmp_path / "recipe.yaml").teachers
         assert teacher.model.model_dump()["path"] == tmp_path / "models" / "medical"
         assert teacher.adapter == tmp_path / "adapter"
+    (tmp_path / "recipe.yaml").unlink()
     result = CliRunner().invoke(app, [*given, "--base", "models/gone"])
     assert "--base models/gone: no config.json of a model there" in result.stderr
