@@ -12,7 +12,7 @@ from typing import Any
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.recipe import AnyRecipe
 
-__all__ = ["export_student", "verify_parity"]
+__all__ = ["export_student", "require_shipped", "verify_parity"]
 
 
 def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
@@ -20,6 +20,13 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
     from export.stage import export_student as work
 
     return work(student=student, out=out, recipe=recipe)
+
+
+def require_shipped(onnx: Artifact, recipe: AnyRecipe) -> None:
+    """Raise `ParityError` when the form to ship failed its checks; see `export.stage`."""
+    from export.stage import require_shipped as work
+
+    work(onnx, recipe)
 
 
 def verify_parity(folder: Path) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class Factory:
         *,
         seed: int = 0,
         sizes: dict[str, Any] | None = None,
+        bench: dict[str, Any] | None = None,
         **export: Any,
     ) -> Artifact:
         """The export of `student`: ``forms`` (default: the recipe's) and further fields of the
@@ -64,7 +65,8 @@ class Factory:
         student = self.student(model_type, seed=seed, **(sizes or {}))
         if forms:
             export["forms"] = forms
-        return self._export(student, pico_recipe(**({"export": export} if export else {})))
+        parts = {"export": export, "bench": bench}
+        return self._export(student, pico_recipe(**{k: v for k, v in parts.items() if v}))
 
     def exported_encoder(
         self, model_type: str = "bert", task: str = "classification", **export: Any

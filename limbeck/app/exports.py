@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-from limbeck.contract.artifact import RECOVERED, Artifact, open_artifact
-from limbeck.contract.errors import ArtifactError
+from limbeck.contract.artifact import MANIFEST, RECOVERED, Artifact, open_artifact
+from limbeck.contract.errors import ArtifactError, ParityError
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import AnyRecipe, Recipe
 
@@ -38,7 +38,16 @@ def export_run(
     adopt(folder)
     student, recovered = folder / "student", folder / RECOVERED
     plain, second = folder / PLAIN, folder / SECOND
-    timed("export", plain, lambda: export.export_student(student=student, out=plain, recipe=recipe))
+    try:
+        timed(
+            "export",
+            plain,
+            lambda: export.export_student(student=student, out=plain, recipe=recipe),
+        )
+    except ParityError:  # of the form to ship; the forms that pass are kept
+        if (plain / MANIFEST).exists() and not (folder / SHIPPED).exists():
+            point(folder / SHIPPED, PLAIN)
+        raise
     if not open_artifact(plain, verify=False).result.get("needs_recovery"):
         point(folder / SHIPPED, PLAIN)
         return
@@ -67,9 +76,7 @@ def export_run(
 
 
 def point(link: Path, target: str) -> None:
-    """Let ``link`` name its neighbour ``target``, whatever it named before; at no moment does it
-    name nothing.
-    """
+    """Let ``link`` name its neighbour ``target``; at any moment it names the old or the new."""
     if link.is_symlink() and os.readlink(link) == target:
         return
     temporary = link.with_name(f".{link.name}.pointer")

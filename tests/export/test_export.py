@@ -49,7 +49,8 @@ from limbeck.contract.recipe import (
 )
 from limbeck.runtime.decoder import Decoder, GraphDecoder
 from tests.architectures import BASES, WEIGHT8, distillation
-from tests.pico import make_model, make_student, pico_recipe
+from tests.factory import Factory
+from tests.pico import make_model, pico_recipe
 
 SHAPES = [
     pytest.param({"tie_word_embeddings": True}, id="tied"),
@@ -74,15 +75,13 @@ QUANTIZED = [
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    root = tmp_path_factory.mktemp("exported")
-    make_student(root / "student", make_model(root / "model", tie_word_embeddings=True))
-    return export_student(student=root / "student", out=root / "onnx", recipe=pico_recipe())
+def exported(tiny: Factory) -> Artifact:
+    return tiny.exported()
 
 
 @pytest.fixture
-def copy(exported: Artifact, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(exported.path, tmp_path / "copy"))
+def copy(tiny: Factory, exported: Artifact, tmp_path: Path) -> Path:
+    return tiny.copy(exported, tmp_path / "copy")
 
 
 def texts_of(*lengths: int) -> list[Any]:
@@ -462,7 +461,7 @@ def test_one_wrong_case_fails_although_all_cases_together_pass(exported: Artifac
 
 
 def test_a_graph_that_pads_wrongly_fails_parity_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the padding surgery the fused graph is wrong on left-padded batches and on those
     only.
@@ -476,12 +475,12 @@ def test_a_graph_that_pads_wrongly_fails_parity_and_leaves_nothing(
 
     real = genai.handle_padding
     monkeypatch.setattr(genai, "handle_padding", unfixed)
-    make_student(tmp_path / "student", make_model(tmp_path / "model"))
+    student = tiny.student().path
     with pytest.raises(ParityError, match=r"left_padded: max_abs") as caught:
-        export_student(student=tmp_path / "student", out=tmp_path / "onnx", recipe=pico_recipe())
+        export_student(student=student, out=tmp_path / "onnx", recipe=pico_recipe())
     assert "prompt:" not in str(caught.value)
     assert caught.value.exit_code == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["student"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_census_refuses_a_form_that_stayed_float(tmp_path: Path) -> None:
@@ -567,19 +566,12 @@ def test_what_is_refused(tmp_path: Path) -> None:
         build_genai(gpt2, tmp_path, {})
 
 
-def test_every_form_ships_from_one_folder(tmp_path: Path) -> None:
+def test_every_form_ships_from_one_folder(tiny: Factory) -> None:
     """int8-dynamic and int4-weight, head in 8 bits and tied, and what a provider without kernels
     says.
     """
-    make_student(
-        tmp_path / "student", make_model(tmp_path / "model", tie_word_embeddings=True, scale=0.02)
-    )
     forms = ["fp32", "int8-dynamic", {"kind": "int4-weight", "block_size": 16}]
-    exported = export_student(
-        student=tmp_path / "student",
-        out=tmp_path / "onnx",
-        recipe=pico_recipe(export={"forms": forms}),
-    )
+    exported = tiny.exported(forms=forms, sizes={"scale": 0.02})
     assert exported.result["shipped"] == "int4-weight"
     operators = {
         name: form["census"]["operators"] for name, form in exported.result["forms"].items()

@@ -10,7 +10,6 @@ import numpy.typing as npt
 import pytest
 from onnx import TensorProto
 
-from export import export_student
 from export.graphs import form_files
 from export.round.blocks import Blockwise, dequantize_blocks, quantize_blocks
 from export.round.calibrate import calibration_for
@@ -20,7 +19,8 @@ from export.round.quantize import _write_matrix
 from export.round.weights import WeightsFile
 from limbeck.contract.errors import ArtifactError, RecipeError
 from limbeck.contract.recipe import Int4WeightForm
-from tests.pico import make_model, make_student, pico_recipe
+from tests.factory import Factory
+from tests.pico import pico_recipe
 
 HOW = Blockwise(4, 16, zero_points=True)
 
@@ -119,20 +119,16 @@ def int4(**fields: Any) -> list[Any]:
     return ["fp32", {"kind": "int4-weight", "block_size": 16, **fields}]
 
 
-def test_an_export_says_how_it_rounded(tmp_path: Path) -> None:
-    student = make_student(tmp_path / "student", make_model(tmp_path / "model")).path
+def test_an_export_says_how_it_rounded(tiny: Factory) -> None:
     said, weights_of = {}, {}
     for name, fields in (
         ("default", {}),
         ("gptq", {"algorithm": "gptq"}),
         ("rtn", {"algorithm": "rtn"}),
     ):
-        out = tmp_path / name
-        form = export_student(
-            student=student, out=out, recipe=pico_recipe(export={"forms": int4(**fields)})
-        ).result["forms"]["int4-weight"]
-        said[name] = form["algorithm"]
-        weights_of[name] = (out / "onnx" / "model_q4.onnx_data").read_bytes()
+        exported = tiny.exported(forms=int4(**fields), sizes={"num_hidden_layers": 1})
+        said[name] = exported.result["forms"]["int4-weight"]["algorithm"]
+        weights_of[name] = (exported.path / "onnx" / "model_q4.onnx_data").read_bytes()
     assert said == {"default": "gptq", "gptq": "gptq", "rtn": "rtn"}
     assert weights_of["default"] == weights_of["gptq"] != weights_of["rtn"]
 

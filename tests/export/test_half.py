@@ -9,28 +9,22 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from export import export_student, verify_parity
+from export import verify_parity
 from export.round.half import half
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import ArtifactError, EnvironmentalError, QualityError, RecipeError
 from limbeck.runtime.decoder import Decoder, GraphDecoder
 from serve_bench.serve.batch import open_batch
 from serve_bench.serve.engine import Engine
-from tests.architectures import SIZES
-from tests.pico import make_model, make_student, pico_recipe
+from tests.factory import Factory
+from tests.pico import pico_recipe
 
 FORMS = ["fp32", "fp16", {"kind": "int8-weight", "block_size": 16}]
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    root = tmp_path_factory.mktemp(request.param)
-    make_student(
-        root / "student",
-        make_model(root / "model", model_type=request.param, **SIZES[request.param]),
-    )
-    recipe = pico_recipe(export={"forms": FORMS, "provider": "cuda"})
-    return export_student(student=root / "student", out=root / "onnx", recipe=recipe)
+def exported(request: pytest.FixtureRequest, tiny: Factory) -> Artifact:
+    return tiny.exported(request.param, FORMS, provider="cuda")
 
 
 def test_all_but_the_reference_is_in_fp16(exported: Artifact) -> None:

@@ -23,7 +23,8 @@ from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import ModelError, RecipeError
 from limbeck.contract.heldout import HELDOUT, load_heldout
 from limbeck.contract.recipe import Int4WeightForm, Int8DynamicForm
-from tests.pico import make_model, make_student, pico_recipe
+from tests.factory import Factory
+from tests.pico import make_model, pico_recipe
 
 FEW, MORE = Blockwise(4, 16, zero_points=True), Blockwise(8, 32)
 
@@ -174,10 +175,8 @@ def test_the_head_is_the_shortest_of_a_whole_models_matrices_too(
     assert loss(chosen) == reached <= bound < loss(chosen[:-1])
 
 
-def test_a_size_and_a_loss_are_kept_to(tmp_path: Path) -> None:
-    student = make_student(
-        tmp_path / "student", make_model(tmp_path / "model", tie_word_embeddings=True, scale=0.05)
-    ).path
+def test_a_size_and_a_loss_are_kept_to(tiny: Factory, tmp_path: Path) -> None:
+    student = tiny.student(scale=0.05).path
 
     def export(name: str, mixed: Any, **gates: float) -> dict[str, Any]:
         forms = ["fp32", {"kind": "int4-weight", "block_size": 16}]

@@ -13,7 +13,7 @@ import onnx
 import pytest
 from typer.testing import CliRunner
 
-from export import export_student, verify_parity
+from export import verify_parity
 from limbeck.app import run as pipeline
 from limbeck.app.cli import app
 from limbeck.app.verify import verify
@@ -25,8 +25,9 @@ from limbeck.runtime.encoder import Encoder
 from limbeck.runtime.text import load_text
 from serve_bench.serve.batch import open_batch
 from tests.architectures import greedy
-from tests.encoders import classifier_recipe, embedding_recipe, make_encoder_student, make_examples
-from tests.pico import make_model, make_student, pico_recipe
+from tests.encoders import classifier_recipe, make_examples
+from tests.factory import Factory
+from tests.pico import pico_recipe
 
 SMALL = {"kind": "int8-weight", "block_size": 16}
 BENCH = {"prompt_tokens": 8, "new_tokens": 4}
@@ -54,16 +55,12 @@ def operators(graph: Path) -> set[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("task", ["classification", "embedding"])
-def test_an_encoder_of_fixed_shape_answers_as_the_free_one(task: str, tmp_path: Path) -> None:
-    student = make_encoder_student(tmp_path / "student", "bert", task=task)
-    make = classifier_recipe if task == "classification" else embedding_recipe
+def test_an_encoder_of_fixed_shape_answers_as_the_free_one(task: str, tiny: Factory) -> None:
     encoders = {}
     for kind in ("dynamic", "static"):
         shapes = {"kind": "static", "batch": 5, "length": 40} if kind == "static" else kind
-        recipe = make(
-            export={"forms": ["fp32", "int8-dynamic", "int8-static"], "shapes": shapes, "opset": 21}
-        )
-        exported = export_student(student=student.path, out=tmp_path / kind, recipe=recipe)
+        forms = ["fp32", "int8-dynamic", "int8-static"]
+        exported = tiny.exported_encoder(task=task, forms=forms, shapes=shapes, opset=21)
         encoders[kind] = Encoder(exported.path, form="fp32")
         assert verify_parity(exported.path).keys() == exported.result["forms"].keys()
         graph = exported.path / "onnx/model.onnx"
@@ -95,18 +92,13 @@ def test_a_length_below_what_is_read_is_a_mistake() -> None:
 
 
 @pytest.fixture(scope="module")
-def fixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Artifact]:
+def fixed(tiny: Factory) -> tuple[Path, Artifact]:
     """A tiny llama for two rows and 32 tokens, and the folder of its student."""
-    root = tmp_path_factory.mktemp("fixed")
-    make_student(root / "student", make_model(root / "model", tie_word_embeddings=True))
     shapes = {"kind": "static", "batch": 2, "length": 32}
-    recipe = pico_recipe(
-        export={"forms": ["fp32", SMALL, "int8-static"], "backend": "dynamo", "shapes": shapes},
-        bench=BENCH,
+    exported = tiny.exported(
+        forms=["fp32", SMALL, "int8-static"], bench=BENCH, backend="dynamo", shapes=shapes
     )
-    return root / "student", export_student(
-        student=root / "student", out=root / "onnx", recipe=recipe
-    )
+    return exported.path.parent / "student", exported
 
 
 def test_a_decoder_of_fixed_shape_has_numbers_alone(fixed: tuple[Path, Artifact]) -> None:

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 
 from export import export_student
 from export.build.backend import build_graphs
-from export.build.genai import build_genai
 from export.graphs import Graphs, form_files
 from export.round.calibrate import _ranges, calibrate
 from export.round.matrices import calibrated_reads
@@ -33,16 +32,15 @@ from limbeck.contract.heldout import CALIBRATION, load_calibration
 from limbeck.contract.recipe import Int8DynamicForm, Int8StaticForm
 from limbeck.runtime.decoder import Decoder, GraphDecoder
 from tests.architectures import SIZES
+from tests.factory import Factory
 from tests.pico import make_model, make_student, pico_recipe
 
 ROWS = [np.random.default_rng(seed).integers(0, 256, 20) for seed in range(3)]
 
 
 @pytest.fixture(scope="module")
-def fp32(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
-    root = tmp_path_factory.mktemp("static")
-    graphs, _ = build_genai(make_model(root / "model", tie_word_embeddings=True), root, {})
-    return graphs
+def fp32(tiny: Factory) -> Graphs:
+    return form_files(tiny.exported().path, "fp32")
 
 
 def static_names(graphs: Graphs) -> list[str]:
@@ -299,12 +297,10 @@ def require_scales_of(
     assert written != pytest.approx(scales["min-max"], rel=1e-5)
 
 
-def test_the_runtime_multiplies_in_8_bits(tmp_path: Path) -> None:
-    make_student(tmp_path / "student", make_model(tmp_path / "model", tie_word_embeddings=True))
-    recipe = pico_recipe(
-        export={"forms": ["fp32", {"kind": "int8-static", "calibration": "entropy"}]}
-    )
-    exported = export_student(student=tmp_path / "student", out=tmp_path / "onnx", recipe=recipe)
+def test_the_runtime_multiplies_in_8_bits(tiny: Factory, tmp_path: Path) -> None:
+    forms = ["fp32", {"kind": "int8-static", "calibration": "entropy"}]
+    recipe = pico_recipe(export={"forms": forms})
+    exported = tiny.exported(forms=forms)
     facts = exported.result["forms"]["int8-static"]
     require_scales_of(exported, "int8-static", "entropy")
     assert facts["parity"]["failures"] == []
@@ -336,11 +332,9 @@ def test_the_runtime_multiplies_in_8_bits(tmp_path: Path) -> None:
         export_student(student=older.path, out=tmp_path / "older/onnx", recipe=recipe)
 
 
-def test_tensorrt_gets_signed_codes_and_standard_operators(tmp_path: Path) -> None:
-    make_student(tmp_path / "student", make_model(tmp_path / "model", tie_word_embeddings=True))
+def test_tensorrt_gets_signed_codes_and_standard_operators(tiny: Factory) -> None:
     form = {"kind": "int8-trt", "calibration": "percentile"}
-    recipe = pico_recipe(export={"forms": ["fp32", form], "provider": "tensorrt"})
-    exported = export_student(student=tmp_path / "student", out=tmp_path / "onnx", recipe=recipe)
+    exported = tiny.exported(forms=["fp32", form], provider="tensorrt")
     require_scales_of(exported, "int8-trt", "percentile")
     assert exported.result["backend"]["why"].startswith("auto: TensorRT has no kernel")
     facts = exported.result["forms"]["int8-trt"]

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from export import export_student, verify_parity
 from export.check.parity import make_cases
-from export.check.verdict import judge
+from export.check.verdict import TOLERANCES, Tolerance, judge
+from limbeck.contract.artifact import open_artifact
+from limbeck.contract.errors import ParityError
+from limbeck.contract.results.onnx import OnnxResult
+from tests.factory import Factory
+from tests.pico import pico_recipe
 
 
 def differences(count: int, *, kl: float = 1e-3, largest: float = 0.1) -> npt.NDArray[np.float64]:
@@ -59,3 +67,22 @@ def test_every_row_begins_as_the_models_own_text() -> None:
         assert cases["one_token"].ids.tolist() == [[2]]
         np.testing.assert_array_equal(cases["long"].ids[0, 1:41], plain[0])
     assert not (make_cases(plain, context=64)["long"].ids == 2).any()
+
+
+def test_the_forms_that_pass_are_kept_beside_a_verdict_on_the_one_that_does_not(
+    tiny: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = Tolerance(relative=1e-9, kl=0, top1=1, lead=0)
+    monkeypatch.setitem(TOLERANCES, "int8-weight", limits)
+    student, out = tiny.student().path, tmp_path / "onnx"
+    for attempt in range(2):  # the second time nothing is made, and the answer is the same
+        if attempt:
+            monkeypatch.setattr("export.stage._write", None)
+        with pytest.raises(ParityError, match=r"the int8-weight graph .*(\n.*)*Kept in .*: fp32\."):
+            export_student(student=student, out=out, recipe=pico_recipe())
+    result = OnnxResult.of(open_artifact(out))
+    assert (list(result.forms), result.shipped) == (["fp32"], "fp32")
+    assert result.failed["int8-weight"].startswith("the int8-weight graph does not compute")
+    assert not list((out / "onnx").glob("*quantized*"))
+    assert "The form `int8-weight` was not kept" in (out / "README.md").read_text()
+    assert verify_parity(out).keys() == {"fp32"}

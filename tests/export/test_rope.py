@@ -1,0 +1,61 @@
+"""The builder for each kind of rotary embedding: chosen by rule, compared with torch's logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from export.build.backend import build_graphs
+from export.build.choice import choose_backend, rope_kind
+from export.check.parity import answer, make_cases, measure_parity
+from tests.pico import make_model
+
+ROPES: dict[str, dict[str, Any]] = {
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "linear": {"factor": 2.0},
+    "longrope": {
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "short_factor": [1.0] * 8,
+        "long_factor": [float(at + 1) for at in range(8)],
+    },
+}
+
+
+@pytest.mark.parametrize(("kind", "backend"), [("llama3", "genai"), ("yarn", "dynamo")])
+def test_auto_takes_the_builder_that_computes_what_torch_does(
+    tmp_path: Path, kind: str, backend: str
+) -> None:
+    rope = {"rope_theta": 10000.0, "rope_type": kind, **ROPES[kind]}
+    model = make_model(tmp_path / "model", num_hidden_layers=1, rope_parameters=rope)
+    draw = np.random.default_rng(7)
+    texts = [draw.integers(0, 256, length) for length in (40, 33)]
+    built = build_graphs(model, tmp_path, {}, backend="auto")
+    assert built.backend == backend, built.why
+    cases = answer(make_cases(texts, context=built.context), model)
+    found = measure_parity("fp32", built.graphs.last, built.graphs.all, cases)
+    assert found["failures"] == []
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("name", ["rope_type", "type"])
+def test_the_kind_is_read_from_either_generations_configuration(key: str, name: str) -> None:
+    config = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}
+    assert choose_backend(config)[0] == "genai"
+    for kind in (*ROPES, "dynamic"):
+        given = config | {key: {name: kind}}
+        assert rope_kind(given) == kind
+        backend, why = choose_backend(given)
+        assert backend == ("genai" if kind == "llama3" else "dynamo")
+        assert kind == "llama3" or kind in why
+    assert choose_backend(config | {"head_dim": 24})[0] == "dynamo"
+    assert choose_backend(config | {"model_type": "phi3"})[0] == "dynamo"
