@@ -11,6 +11,7 @@ import pytest
 from export.build.backend import build_graphs
 from export.build.choice import choose_backend, rope_kind
 from export.check.parity import answer, make_cases, measure_parity
+from limbeck.contract.errors import ModelError
 from tests.pico import make_model
 
 ROPES: dict[str, dict[str, Any]] = {
@@ -22,16 +23,27 @@ ROPES: dict[str, dict[str, Any]] = {
     },
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
     "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    # Within the original context: beyond it transformers turns cached keys by other factors.
     "longrope": {
         "factor": 4.0,
-        "original_max_position_embeddings": 16,
-        "short_factor": [1.0] * 8,
-        "long_factor": [float(at + 1) for at in range(8)],
+        "original_max_position_embeddings": 64,
+        "short_factor": [1.0 + at / 4 for at in range(8)],
+        "long_factor": [1.0] * 8,
     },
 }
 
 
-@pytest.mark.parametrize(("kind", "backend"), [("llama3", "genai"), ("yarn", "dynamo")])
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        ("llama3", "genai"),
+        ("dynamic", "genai"),
+        ("yarn", "dynamo"),
+        pytest.param("linear", "dynamo", marks=pytest.mark.slow),
+        pytest.param("longrope", "dynamo", marks=pytest.mark.slow),
+    ],
+)
 def test_auto_takes_the_builder_that_computes_what_torch_does(
     tmp_path: Path, kind: str, backend: str
 ) -> None:
@@ -51,11 +63,13 @@ def test_auto_takes_the_builder_that_computes_what_torch_does(
 def test_the_kind_is_read_from_either_generations_configuration(key: str, name: str) -> None:
     config = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}
     assert choose_backend(config)[0] == "genai"
-    for kind in (*ROPES, "dynamic"):
+    with pytest.raises(ModelError, match=r"phi3 with rope of kind dynamic cannot be exported"):
+        choose_backend(config | {"model_type": "phi3", key: {name: "dynamic"}})
+    for kind in ("llama3", "dynamic", "yarn", "linear", "longrope"):
         given = config | {key: {name: kind}}
         assert rope_kind(given) == kind
         backend, why = choose_backend(given)
-        assert backend == ("genai" if kind == "llama3" else "dynamo")
-        assert kind == "llama3" or kind in why
+        assert backend == ("genai" if kind in ("llama3", "dynamic") else "dynamo")
+        assert backend == "genai" or kind in why
     assert choose_backend(config | {"head_dim": 24})[0] == "dynamo"
     assert choose_backend(config | {"model_type": "phi3"})[0] == "dynamo"
