@@ -189,9 +189,12 @@ def _teachers(student: Path) -> list[dict[str, Any]]:
 
 def _teacher(recipe: AnyRecipe, teacher: Mapping[str, Any]) -> str:
     """Where a teacher came from: as the recipe names it, else the folder it was loaded from."""
-    named = {t.name: _source(t.model) for t in recipe.teachers}
-    adapter = f" with adapter {teacher['adapter']}" if teacher.get("adapter") else ""
-    return named.get(teacher["name"], str(teacher["model"])) + adapter
+    for named in recipe.teachers:
+        if named.name == teacher["name"]:
+            # As the recipe writes it: the same run has the same card in any folder.
+            adapter = getattr(named, "adapter", None)
+            return _source(named.model) + (f" with adapter {adapter}" if adapter else "")
+    return str(teacher["model"])
 
 
 def _source(source: Any) -> str:
