@@ -30,7 +30,9 @@ from compress.models.merge import (
 from compress.teachers.live import TeacherFolder
 from limbeck.contract.adapters import attach
 from limbeck.contract.adapters import merged as without_adapter
+from limbeck.contract.artifact import MANIFEST
 from limbeck.contract.errors import RecipeError
+from limbeck.contract.files import file_digest, files_below
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import LoraStudent, MergeStudent, ShrinkStudent, fingerprint
 
@@ -167,7 +169,8 @@ def choose_start(
 
     asked = {
         "choice": _VERSION,
-        "base": str(base),
+        # By content: another model may come to lie there. The manifest of a cached one has times.
+        "base": {n: file_digest(base / n) for n in files_below(base) if n != MANIFEST},
         "teachers": digests,
         "text": text,
         "among": [asdict(merge) for merge in tried],

@@ -1,7 +1,7 @@
 """One process at a time: in a run folder, and for each artifact in the cache.
 
-The system releases a lock when its process ends, however it ends. Not `filelock`: it does not say which process holds a lock,
-and would replace two calls of `flock` (docs/dependencies.md).
+The system releases a lock when its process ends, however it ends. Not `filelock`: it does not say
+which process holds a lock, and would replace two calls of `flock` (docs/dependencies.md).
 """
 
 from __future__ import annotations
