@@ -161,7 +161,7 @@ def test_an_unknown_form_or_folder_is_refused(exported: Artifact, tmp_path: Path
         Decoder(tmp_path)
 
 
-# The runtime package ---------------------------------------------------------------------------------------------
+# The runtime package ------------------------------------------------------------------------------
 
 
 def test_a_missing_runtime_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,9 +187,11 @@ def test_no_gpu_build_is_said(exported: Artifact) -> None:
 def test_generating_imports_neither_torch_nor_onnx(exported: Artifact) -> None:
     code = (
         "import sys; from pathlib import Path; from limbeck.runtime.decoder import Decoder\n"
-        f"from limbeck.runtime.text import load_text; folder = Path({str(exported.path)!r}); text = load_text(folder)\n"
+        "from limbeck.runtime.text import load_text\n"
+        f"folder = Path({str(exported.path)!r}); text = load_text(folder)\n"
         "print(''.join(text.stream(Decoder(folder).generate(text.encode('abc'), 4))))\n"
-        "heavy = {'torch', 'transformers', 'onnx', 'scipy'} & set(sys.modules); assert not heavy, heavy"
+        "heavy = {'torch', 'transformers', 'onnx', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -204,7 +206,7 @@ def _only(*names: str) -> Any:
     return version
 
 
-# Text ------------------------------------------------------------------------------------------------------------
+# Text ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -242,9 +244,11 @@ def test_chat_is_rendered_as_transformers_does(exported: Artifact) -> None:
 @pytest.mark.parametrize(
     "template",
     [
-        "{% for m in messages %}<\n  {%- generation -%}\n  {{ m.content }} {% endgeneration %}\n>{% endfor %}",
+        "{% for m in messages %}<\n  {%- generation -%}\n  {{ m.content }} {% endgeneration %}\n>"
+        "{% endfor %}",
         "{{ strftime_now('%Y') }}{{ tools is none }}{{ documents is none }}",
-        "{{ {'b': '<é>', 'a': [1]} | tojson(indent=1, sort_keys=true) }}{{ '<é>' | tojson(ensure_ascii=true) }}",
+        "{{ {'b': '<é>', 'a': [1]} | tojson(indent=1, sort_keys=true) }}"
+        "{{ '<é>' | tojson(ensure_ascii=true) }}",
     ],
     ids=["generation", "globals", "tojson"],
 )

@@ -89,7 +89,7 @@ def until(true: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-# Exactness -------------------------------------------------------------------------------------------------------
+# Exactness ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["fused", "growing"])
@@ -164,7 +164,7 @@ def test_draws_repeat_with_the_seed_and_are_those_of_the_decoder(served: Artifac
     )
 
 
-# Ends ------------------------------------------------------------------------------------------------------------
+# Ends ---------------------------------------------------------------------------------------------
 
 
 def test_a_stop_token_or_string_ends_it_and_is_not_told(served: Artifact) -> None:
@@ -276,7 +276,7 @@ def test_a_defect_ends_every_request_and_is_kept(served: Artifact) -> None:
     engine.close()
 
 
-# Limits ----------------------------------------------------------------------------------------------------------
+# Limits -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def greedy(folder: Path, ids: list[int], count: int) -> str:
     return "".join(text.stream(alone(folder).generate(ids, count, stop_ids=text.stop_ids)))
 
 
-# Answers ---------------------------------------------------------------------------------------------------------
+# Answers ------------------------------------------------------------------------------------------
 
 
 def test_models(server: Listener, client: openai.OpenAI) -> None:
@@ -369,8 +369,8 @@ def test_logprobs_are_torchs(served: Artifact, client: openai.OpenAI) -> None:
     made = list(alone(served.path).generate(ids, 6))
     expected = torchs(served.path)([*ids, *made])[len(ids) - 1 : -1]
     asked = options | {"messages": CHAT, "extra_body": {"ignore_eos": True}}
-    content = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2).choices[0].logprobs.content  # type: ignore[union-attr]  # fmt: skip
-    assert content is not None
+    logged = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
+    content = logged.choices[0].logprobs.content
     for row, token, one in zip(expected, made, content, strict=True):
         assert one.logprob == pytest.approx(float(row[token]), abs=1e-4)
         assert bytes(one.bytes or []).decode() == one.token == shown(token)
@@ -457,7 +457,7 @@ def test_reused_prompt_tokens_are_counted(server: Listener) -> None:
     assert metric(server, "limbeck_prefix_cache_bytes") > 0
 
 
-# Refusals --------------------------------------------------------------------------------------------------------
+# Refusals -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -531,7 +531,7 @@ def test_what_is_not_supported_is_refused_by_name(
         (
             {"messages": [{"role": "tool", "content": "a", "tool_call_id": "1"}]},
             "messages",
-            r"messages\.0\.role: this model's chat template has no place for messages of role 'tool'",
+            r"messages\.0\.role: .* has no place for messages of role 'tool'",
         ),
         (
             {"messages": [*CHAT, {"role": "assistant", "content": None, "tool_calls": CALLS}]},
@@ -581,16 +581,18 @@ def test_so_it_is_in_chat(
 
 def test_values_that_change_nothing_are_taken(client: openai.OpenAI) -> None:
     client.chat.completions.create(
-        model="pico", messages=CHAT, max_tokens=1, n=1, frequency_penalty=0, presence_penalty=0.0, logit_bias={},  # type: ignore[arg-type]
-        logprobs=False, response_format={"type": "text"}, tools=[], tool_choice="auto", user="me", seed=None, stop=None,
+        model="pico", messages=CHAT, max_tokens=1, n=1,  # type: ignore[arg-type]
+        frequency_penalty=0, presence_penalty=0.0, logit_bias={}, logprobs=False,
+        response_format={"type": "text"}, tools=[], tool_choice="auto", user="me", seed=None,
+        stop=None,
     )  # fmt: skip
     client.completions.create(
         model="pico", prompt="a", max_tokens=1, best_of=1, echo=False, logprobs=None, suffix=""
     )
 
 
-# What clients send by default, read from their sources: vLLM 0.32 (`vllm bench serve`), guidellm 0.8.1,
-# aiperf 0.13, langchain-openai 1.7, litellm 1.110; and the neutral values of vLLM's other fields.
+# What clients send by default, read from their sources: `vllm bench serve`, guidellm 0.8.1, aiperf
+# 0.13, langchain-openai 1.7; what litellm 1.110 may send; neutral values of more of vLLM's fields.
 COMPLETIONS: dict[str, dict[str, Any]] = {
     "vllm": {
         "repetition_penalty": 1.0, "logprobs": None, "stream": True,
@@ -745,8 +747,10 @@ def test_a_large_body_is_refused(limited: Listener) -> None:
 def test_a_body_that_never_comes_is_not_waited_for(limited: Listener) -> None:
     host, port = limited.address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
-        connection.sendall(head)
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+        )
         assert connection.recv(100).startswith(b"HTTP/1.1 408")
 
 
@@ -794,7 +798,7 @@ def test_the_key(served: Artifact) -> None:
             assert bare(server, "GET", path, **sent)[0] == (404 if path == "/nothing" else 200)
 
 
-# Load and time ---------------------------------------------------------------------------------------------------
+# Load and time ------------------------------------------------------------------------------------
 
 
 def test_a_client_that_leaves_frees_its_slot(
@@ -906,7 +910,7 @@ def test_metrics_count(server: Listener, client: openai.OpenAI) -> None:
     until(lambda: metric(server, "limbeck_cache_bytes") == 0)
 
 
-# The end ---------------------------------------------------------------------------------------------------------
+# The end ------------------------------------------------------------------------------------------
 
 
 def test_stopping_lets_streams_finish_and_takes_no_more(
@@ -1021,8 +1025,8 @@ def test_a_port_in_use_and_a_host_that_is_none(served: Artifact) -> None:
         result = CliRunner().invoke(app, ["serve", str(served.path), "--port", str(port)])
     assert result.exit_code == 2
     assert (
-        f"cannot listen on 127.0.0.1, port {port}: Address already in use; give another one with --host"
-        in result.stderr
+        f"cannot listen on 127.0.0.1, port {port}: Address already in use; "
+        "give another one with --host" in result.stderr
     )
     result = CliRunner().invoke(app, ["serve", str(served.path), "--host", "no.such.host.invalid"])
     assert result.exit_code == 2
