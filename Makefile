@@ -63,12 +63,17 @@ test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
 
 # Programs of others that load what we export, each in an environment of its own; optimum-onnx wants transformers 4.57.
-test-clients: $(READY) .venvs/transformers-js/.ready .venvs/optimum/.ready
-	$(BIN)/python -m pytest -m slow tests/test_clients.py
+test-clients: $(READY) .venvs/transformers-js/.ready .venvs/optimum/.ready .venvs/openai-clients/.ready
+	$(BIN)/python -m pytest -m slow tests/test_clients.py tests/clients
 
 .venvs/transformers-js/.ready:
 	mkdir -p $(@D)
 	npm install --ignore-scripts --no-audit --no-fund --prefix $(@D) @huggingface/transformers@4.3.0
+	touch $@
+
+.venvs/openai-clients/.ready:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install $(PIP_ARGS) langchain-openai==1.7.4 litellm==1.110.2
 	touch $@
 
 .venvs/optimum/.ready:
