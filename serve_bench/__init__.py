@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.contract.artifact import Artifact
-from limbeck.contract.recipe import AnyRecipe, Bench, EncoderBench, Recipe
+from limbeck.contract.recipe import AnyRecipe, Bench, EncoderBench
 
 if TYPE_CHECKING:
-    from serve_bench.judge.certificate import Finding
-    from serve_bench.judge.compare import Comparison
+    from serve_bench.judge.changes import Comparison
+    from serve_bench.judge.findings import Finding
     from serve_bench.tell.report import Report
 
 __all__ = [
@@ -37,13 +37,10 @@ def bench(*, onnx: Path, student: Path, out: Path, recipe: AnyRecipe) -> Artifac
     the same artifacts, `bench:` and `gates:` on this machine. Raises `ArtifactError` for inputs that do not belong together,
     `DataError` for a prompt and answer past a model's context, `EnvironmentalError` when an arm cannot run here.
     """
-    if not isinstance(recipe, Recipe):
-        from serve_bench.measure.encoders import measure_encoder
+    from serve_bench.measure.bench import measure
+    from serve_bench.tasks import task_of
 
-        return measure_encoder(onnx=onnx, student=student, out=out, recipe=recipe)
-    from serve_bench.measure.clock import measure as run
-
-    return run(onnx=onnx, student=student, out=out, recipe=recipe)
+    return measure(onnx=onnx, student=student, out=out, asked=task_of(recipe))
 
 
 def measure_targets(
@@ -55,7 +52,7 @@ def measure_targets(
     OpenAI-compatible server. Writes a ``bench`` artifact without quality and verdict to ``out``. Raises `ModelError` for what
     is no target, `ArtifactError` when ``out`` holds something else, `DataError` for arms that cannot be compared.
     """
-    from serve_bench.measure.targets import measure_targets as run
+    from serve_bench.tasks.targets import measure_targets as run
 
     return run(targets, against=against, out=out, bench=bench)
 
@@ -68,7 +65,7 @@ def time_encoders(
     Blocks go on for the bench's `minutes`; its samples lie in ``out``. Raises `ArtifactError` for a folder without export,
     `DataError` for a sequence past a model's context.
     """
-    from serve_bench.measure.encoders import time_encoders as run
+    from serve_bench.tasks.exports import time_encoders as run
 
     return run(exports, out=out, bench=bench)
 
@@ -86,13 +83,10 @@ def write_report(*, run: Path, recipe: AnyRecipe) -> Report:
     The report carries the verdict, its exit code (0 pass, 1 fail, 3 undecided) and a Markdown table. Raises `ArtifactError`
     when one of ``run/student``, ``run/onnx`` and ``run/bench`` is missing or changed.
     """
-    if not isinstance(recipe, Recipe):
-        from serve_bench.tell.encoder_report import write_encoder_report
-
-        return write_encoder_report(run=run, recipe=recipe)
+    from serve_bench.tasks import task_of
     from serve_bench.tell.report import write_report as write
 
-    return write(run=run, recipe=recipe)
+    return write(run=run, recipe=recipe, task=task_of(recipe))
 
 
 def replay(*, run: Path, quality: bool = True, speed: bool = True) -> list[Finding]:
@@ -101,9 +95,10 @@ def replay(*, run: Path, quality: bool = True, speed: bool = True) -> list[Findi
     Needs ``run/onnx`` and ``run/bench`` beside it, and neither the student nor its text. Raises `ArtifactError` when the
     certificate is damaged or of other artifacts, and what a worker raises when the form cannot run here.
     """
-    from serve_bench.judge.certificate import replay as run_again
+    from serve_bench.measure.replay import replay as run_again
+    from serve_bench.tasks import task_of_bench
 
-    return run_again(run=run, quality=quality, speed=speed)
+    return run_again(task_of_bench, run=run, quality=quality, speed=speed)
 
 
 def compare_runs(
@@ -119,8 +114,11 @@ def compare_runs(
     no bench, `UserError` for runs of different work, or of different machines without ``across_machines``.
     """
     from serve_bench.judge.compare import compare_runs as compare
+    from serve_bench.tasks import task_of_bench
 
-    return compare(before, after, tolerances=tolerances, across_machines=across_machines)
+    return compare(
+        before, after, task_of_bench, tolerances=tolerances, across_machines=across_machines
+    )
 
 
 def evaluate(

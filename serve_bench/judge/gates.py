@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Protocol
 
 from limbeck.contract.recipe import Gates
-from serve_bench.judge.stats import Interval
-
-Status = Literal["pass", "fail", "undecided"]
-EXIT_CODES: Mapping[Status, int] = {"pass": 0, "fail": 1, "undecided": 3}
+from limbeck.contract.results.bench import Gate, Interval, Status, Verdict
 
 
 @dataclass(frozen=True)
@@ -41,51 +38,34 @@ class Evidence:
     )
 
 
-@dataclass(frozen=True)
-class Gate:
-    """One gate, judged."""
-
-    name: str  # the recipe's key under `gates:`
-    title: str
-    status: Status
-    value: float
-    low: float | None  # of the interval; none for what is counted, not estimated
-    high: float | None
-    bound: float
-    unit: str  # `×`, `ms`, `MB`, `%` (of value 0.01 is 1 %)
-    least: bool  # whether the bound is a least (else a greatest) value
-    sentence: str
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """All gates, and what they come to."""
-
-    status: Status
-    sentence: str
-    gates: tuple[Gate, ...]
-
-    @property
-    def exit_code(self) -> int:
-        """What the command line returns: 0 pass, 1 fail, 3 undecided."""
-        return EXIT_CODES[self.status]
-
-
-def judge(gates: Gates, evidence: Evidence, *, timing_only: bool = False) -> Verdict:
+def language_gates(gates: Gates, evidence: Evidence, *, timing_only: bool = False) -> list[Gate]:
     """Judge every gate that the recipe names; ``timing_only`` leaves quality and size out, before they are known."""
-    judged = _timing(gates, evidence)
-    if not timing_only:
-        judged += _others(gates, evidence)
+    judged = timing_gates(gates, evidence)
+    return judged if timing_only else judged + _others(gates, evidence)
+
+
+def judge(gates: Gates, evidence: Evidence) -> Verdict:
+    """Judge every gate of a language model."""
+    judged = language_gates(gates, evidence)
     return conclude(judged, name=evidence.name, shipped=evidence.shipped)
 
 
-def conclude(judged: Sequence[Gate], *, name: str, shipped: str) -> Verdict:
-    """What judged gates come to; ``name`` is the recipe's, ``shipped`` the form's."""
+def conclude(judged: Sequence[Gate], *, name: str, shipped: str, stand_in: bool = False) -> Verdict:
+    """The verdict that judged gates give; ``name`` is the recipe's, ``shipped`` the form's.
+
+    Models with random weights (``stand_in``) are never called fit to ship, whatever gates they meet.
+    """
     statuses = {gate.status for gate in judged}
     status: Status = (
         "fail" if "fail" in statuses else "undecided" if "undecided" in statuses else "pass"
     )
-    return Verdict(status, _sentence(status, judged, f"{name}, as {shipped},"), tuple(judged))
+    subject = f"{name}, as {shipped},"
+    if stand_in:
+        missed = [gate.title.lower() for gate in judged if gate.status != "pass"]
+        note = f" Not met or undecided: {_list(missed)}." if missed else ""
+        says = f"{subject} has random stand-ins for models: it runs here; this says nothing of quality."
+        return Verdict(status, says + note, tuple(judged))
+    return Verdict(status, _sentence(status, judged, subject), tuple(judged))
 
 
 def fastest_teacher(evidence: Evidence) -> str | None:
@@ -102,7 +82,7 @@ def best_teacher(evidence: Evidence) -> str | None:
     )
 
 
-def _timing(gates: Gates, evidence: Evidence) -> list[Gate]:
+def timing_gates(gates: Gates, evidence: Evidence) -> list[Gate]:
     judged = []
     teacher = fastest_teacher(evidence)
     if gates.min_decode_speedup is not None and teacher is not None:
@@ -155,23 +135,32 @@ def _others(gates: Gates, evidence: Evidence) -> list[Gate]:
                 unit="%", found=f"held-out loss {{}} that of the fp32 graph{' of the student before recovery' if evidence.recovered else ''}",
             )
         )  # fmt: skip
-    if gates.max_size_ratio is not None and evidence.fp32_size:
+    judged += size_gates(gates, evidence.size, evidence.fp32_size)
+    return judged
+
+
+class SizeBounds(Protocol):
+    """Bounds on the size that the gates of every task have."""
+
+    @property
+    def max_size_ratio(self) -> float | None: ...
+
+    @property
+    def max_size_mb(self) -> float | None: ...
+
+
+def size_gates(asked: SizeBounds, size: int, fp32_size: int | None) -> list[Gate]:
+    """The gates on the size on disk, in bytes."""
+    judged, ratio, megabytes = [], asked.max_size_ratio, asked.max_size_mb
+    if ratio is not None and fp32_size:
+        title, found = "Size over the fp32 graph", "{} the size of the fp32 graph"
         judged.append(
-            exact(
-                "max_size_ratio", "Size over the fp32 graph", evidence.size / evidence.fp32_size, gates.max_size_ratio,
-                unit="×", found="{} the size of the fp32 graph",
-            )
-        )  # fmt: skip
-    if gates.max_size_mb is not None:
+            exact("max_size_ratio", title, size / fp32_size, ratio, unit="×", found=found)
+        )
+    if megabytes is not None:
+        found = "{} on disk"
         judged.append(
-            exact(
-                "max_size_mb",
-                "Size on disk",
-                evidence.size / 1e6,
-                gates.max_size_mb,
-                unit="MB",
-                found="{} on disk",
-            )
+            exact("max_size_mb", "Size on disk", size / 1e6, megabytes, unit="MB", found=found)
         )
     return judged
 

@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from limbeck.contract.results.bench import Interval
 
 Array = npt.NDArray[np.float64]
 
@@ -36,25 +37,6 @@ _SAMPLES_NEEDED = {
     95: 93,
     99: 473,
 }  # for a bound on the percentile at 95 % confidence
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A value and the 95 % interval around it; ``n`` says of how many blocks."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    def map_exp(self) -> Interval:
-        """From logarithms to ratios."""
-        return Interval(math.exp(self.value), _exp(self.low), _exp(self.high), self.n)
-
-    @property
-    def bounded(self) -> bool:
-        """Whether there were enough blocks for an interval at all."""
-        return math.isfinite(self.low) and math.isfinite(self.high)
 
 
 def first_look(min_blocks: int) -> int:
@@ -219,7 +201,3 @@ def relative_rise(
     return Interval(
         value, min(float(low), value), max(float(high), value), sum(len(n) for n in labels)
     )
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf

@@ -31,18 +31,14 @@ def require_same_work(
 
 
 def manifest(
-    facts: Mapping[str, Mapping[str, Any]],
-    *,
-    prompt_tokens: int,
-    new_tokens: int,
-    prompts: Sequence[Sequence[int]],
+    facts: Mapping[str, Mapping[str, Any]], *, prompts: Sequence[Sequence[int]], **asked: Any
 ) -> dict[str, Any]:
     """What all arms have in common, by what each says of itself (``facts`` by arm).
 
     A runtime behind a URL cannot tell its threads and cache; it is left out of those two. Raises `DataError` naming the
     arms that differ in threads, in keeping a KV cache, or that do not know a token of the prompts.
     """
-    common: dict[str, Any] = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+    common: dict[str, Any] = dict(asked)
     for what, hint in (
         ("threads", "bench.threads sets it for all"),
         ("kv_cache", "without one, decoding is other work"),

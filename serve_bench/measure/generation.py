@@ -18,6 +18,7 @@ from limbeck.runtime.text import load_text
 from serve_bench.judge.figures import Reference
 from serve_bench.judge.stats import mean_interval
 
+_SHOWN = 3  # prompts whose answers the report shows
 _WITHOUT = "sacrebleu and rouge-score are not installed; run: pip install 'limbeck[eval]', and measure again."
 
 
@@ -25,6 +26,7 @@ def of_run(
     rows: Iterable[Mapping[str, Any]],
     reference: Reference,
     *,
+    prompt: Callable[[int], Tokens],
     continuation: Callable[[int], Tokens],
     folder: Path,
 ) -> dict[str, Any]:
@@ -41,12 +43,36 @@ def of_run(
     blocks = sorted(set.intersection(*(set(found) for found in generated.values())))
     against = [arm.id for arm in reference.arms if arm.id == "onnx:fp32" or arm.role == "teacher"]
     tokenizer = load_text(folder).tokenizer
-    return describe(
+
+    def decode(row: Tokens) -> str:
+        return str(tokenizer.decode(list(row)))
+
+    shown = [arm.id for arm in reference.arms if arm.role in ("teacher", "student")]
+    shown.append(reference.shipped_arm.id)
+    texts = [
+        written({arm: generated[arm][block] for arm in shown}, decode, prompt(block), "student")
+        | {"text": decode(continuation(block))}
+        for block in blocks[:_SHOWN]
+    ]
+    found = describe(
         {arm: [found[block] for block in blocks] for arm, found in generated.items()},
         [continuation(block) for block in blocks],
-        decode=lambda row: str(tokenizer.decode(list(row))),
+        decode=decode,
         against=against,
     )
+    return found | {"texts": texts}
+
+
+def written(
+    rows: Mapping[str, Tokens], decode: Callable[[Tokens], str], prompt: Tokens, base: str
+) -> dict[str, Any]:
+    """The texts of one prompt: ``answers`` by arm, each in two parts, the second from the first difference to ``base``."""
+    texts = {arm: decode(row) for arm, row in rows.items()}
+    same = {arm: _same(text, texts[base]) for arm, text in texts.items()}
+    return {
+        "prompt": decode(prompt),
+        "answers": {arm: [text[: same[arm]], text[same[arm] :]] for arm, text in texts.items()},
+    }
 
 
 def describe(
@@ -120,4 +146,10 @@ def overlap(ours: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
 
 def _interval(values: Sequence[float]) -> dict[str, Any]:
     found = mean_interval(np.asarray(values, np.float64))
-    return {"value": found.value, "low": found.low, "high": found.high, "n": found.n}
+    return found.as_json()
+
+
+def _same(text: str, other: str) -> int:
+    """Characters before the first difference."""
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(text), len(other)))

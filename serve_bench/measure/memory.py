@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from limbeck.contract.progress import task
-from serve_bench.measure.arms import Arm, Worker
+from limbeck.contract.results.bench import Arm
 from serve_bench.measure.machine import Nvml
+from serve_bench.measure.units import Unit
+from serve_bench.measure.workers import Worker
 
 _EVERY = 0.01  # seconds between looks at the process tree
 _ENERGY_RUNS = 3  # generations that energy is counted over, after the one that warms up
@@ -21,7 +24,7 @@ _POWERCAP = Path("/sys/class/powercap")
 
 
 def measure_memory(
-    arms: Sequence[Arm], prompt: list[int], new_tokens: int, *, threads: int, folder: Path
+    arms: Sequence[Arm], unit: Unit, *, threads: int, folder: Path
 ) -> dict[str, dict[str, Any]]:
     """By arm id: ``peak_rss_bytes`` of its process tree from start to last token, ``device_bytes``, and ``energy``.
 
@@ -35,13 +38,11 @@ def measure_memory(
             try:
                 with Watch(worker.pid, nvml) as watch:
                     worker.open(threads=threads)
-                    answer = worker.generate(prompt, new_tokens)
-                peak = max(
-                    watch.peak_rss, answer["peak_rss_bytes"]
-                )  # the kernel's own mark misses no moment of the process
-                joules = energy.over(
-                    lambda w=worker: [w.generate(prompt, new_tokens) for _ in range(_ENERGY_RUNS)]
-                )  # type: ignore[misc]
+                    peak = unit.once(worker)
+                # The kernel's own mark misses no moment of the process.
+                peak = max(watch.peak_rss, peak)
+                work = partial(_repeat, worker, unit)
+                joules = energy.over(work)
             finally:
                 worker.kill()
             found[arm.id] = {
@@ -49,10 +50,15 @@ def measure_memory(
                 "device_bytes": watch.peak_device - before
                 if nvml.cards and arm.spec.get("device") == "cuda"
                 else None,
-                "energy": energy.per_token(joules, _ENERGY_RUNS * new_tokens),
+                "energy": energy.per_token(joules, _ENERGY_RUNS * unit.tokens_made),
             }
             progress.advance()
     return found
+
+
+def _repeat(worker: Worker, unit: Unit) -> None:
+    for _ in range(_ENERGY_RUNS):
+        unit.once(worker)
 
 
 class Watch:

@@ -11,7 +11,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,20 +115,6 @@ def _bytes(tensor: Any) -> int:
     if tensor.data_type in packed:
         return (count + 1) // 2
     return count * int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
-
-
-def against(
-    roofline: Mapping[str, Any] | None, weight_bytes: int | None, tpot_ms: float
-) -> dict[str, Any] | None:
-    """Where decoding stands: the share of the bandwidth it reaches, and the tokens/s that all of it would allow."""
-    if roofline is None or not weight_bytes:
-        return None
-    limit = roofline["bandwidth_bytes_s"] / weight_bytes
-    return {
-        "weight_bytes": weight_bytes,
-        "bandwidth_fraction": 1e3 / tpot_ms / limit,
-        "limit_tokens_s": limit,
-    }
 
 
 if __name__ == "__main__":

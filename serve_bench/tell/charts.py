@@ -67,6 +67,16 @@ class Bubble:
     shipped: bool
 
 
+@dataclass(frozen=True)
+class Dots:
+    """A row of dots, and the median that its stroke shows: that of the table, which is over blocks."""
+
+    label: str
+    role: str
+    values: Sequence[float]
+    median: float
+
+
 def lines(
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     *,
@@ -288,28 +298,26 @@ def ranges(
         return _svg(figure, title)
 
 
-def strip(rows: Sequence[tuple[str, str, Sequence[float]]], *, title: str, x: str) -> str:
-    """One row of dots for each (label, role, values), a tick at the median; logarithmic."""
+def strip(rows: Sequence[Dots], *, title: str, x: str) -> str:
+    """One row of dots an arm, a stroke at its median; logarithmic."""
     with mpl.rc_context(_STYLE):
         figure, axes = _figure(235, 22 * len(rows))
         draw = np.random.default_rng(0)
-        for index, (label, role, values) in enumerate(rows):
+        for index, dots in enumerate(rows):
             place = len(rows) - 1 - index
-            colour = ROLE[role]
+            colour = ROLE[dots.role]
             axes.scatter(
-                values,
-                place + draw.uniform(-0.17, 0.17, len(values)),
+                dots.values,
+                place + draw.uniform(-0.17, 0.17, len(dots.values)),
                 s=14,
                 color=colour,
                 alpha=0.55,
                 linewidths=0,
             )
-            axes.plot(
-                [np.median(values)] * 2, [place - 0.34, place + 0.34], color=colour, linewidth=2
-            )
-            _row_label(axes, label, place)
+            axes.plot([dots.median] * 2, [place - 0.34, place + 0.34], color=colour, linewidth=2)
+            _row_label(axes, dots.label, place)
         axes.set_xscale("log")
-        every = [value for _, _, values in rows for value in values]
+        every = [value for dots in rows for value in dots.values]
         axes.set_xlim(min(every) / 1.25, max(every) * 1.25)
         axes.set_ylim(-0.6, len(rows) - 0.4)
         _finish_rows(axes, x)

@@ -5,11 +5,12 @@ Knows the bench artifact's result (docs/artifacts.md); a scenario that was not m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from limbeck.contract.heldout import mean_nll
 from serve_bench.tell import charts
+from serve_bench.tell.numbers import significant
 
 COLD_PARTS = {
     "start_s": "start",
@@ -238,3 +239,46 @@ def _percent(found: Mapping[str, Any]) -> dict[str, float]:
 def _bounds(estimate: Mapping[str, Any]) -> Sequence[float]:
     low, high = estimate["low"], estimate["high"]
     return (estimate["value"],) * 2 if low is None or high is None else (low, high)
+
+
+def promised(estimate: Mapping[str, Any], unit: str) -> str:
+    """A promise of the certificate in words."""
+    text = f"{significant(estimate['value'])} {unit}"
+    if estimate["low"] is None:
+        return text
+    low, high = significant(estimate["low"]), significant(estimate["high"])
+    return f"{text} ({low} to {high}, {estimate['n']} blocks)"
+
+
+def parity(
+    forms: Mapping[str, Mapping[str, Any]], columns: Sequence[tuple[str, str, Callable[[Any], str]]]
+) -> list[dict[str, Any]]:
+    """Columns of the parity table: title, and the cell of each form; a figure that a form lacks is empty."""
+    found = []
+    for title, key, write in columns:
+        cells = {
+            name: write(form["parity"][key]) if key in form["parity"] else ""
+            for name, form in forms.items()
+        }
+        found.append({"title": title, "cells": cells})
+    return found
+
+
+def source_text(source: Mapping[str, Any]) -> str:
+    """A source of a recipe in words."""
+    match source["kind"]:
+        case "hub":
+            return f"{source['id']} @ {source['revision']}"
+        case "package":
+            place = source.get("path") or ", ".join(source["paths"])
+            return f"{source['package']} {source['version'] or ''}: {place}".replace(" :", ":")
+        case "recipe":
+            return f"student of {source['recipe']}"
+        case "random":
+            return f"random {source['config'].get('model_type', 'model')}, seed {source['seed']}"
+        case "stdlib":
+            return f"Python standard library: {', '.join(source['paths'])}"
+        case "files":
+            return ", ".join(source["paths"])
+        case _:
+            return str(source.get("path", source["kind"]))

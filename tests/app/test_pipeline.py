@@ -26,10 +26,10 @@ from limbeck.app.verify import verify
 from limbeck.contract.artifact import Artifact, find_artifact, open_artifact, write_artifact
 from limbeck.contract.errors import ArtifactError, EnvironmentalError, ParityError, RecipeError
 from limbeck.contract.recipe import Recipe, load_recipe
+from limbeck.contract.results.bench import Verdict
 from limbeck.contract.sources import cache_folder
 from limbeck.runtime import session as runtime
-from serve_bench.judge.certificate import Finding
-from serve_bench.judge.gates import Verdict
+from serve_bench.judge.findings import Finding
 from serve_bench.tell.report import Report
 
 BASE = """

@@ -29,7 +29,8 @@ from typing import Any
 import numpy as np
 
 from limbeck.contract.heldout import HELDOUT, load_heldout
-from serve_bench.judge.stats import Interval, first_look, paired_ratio
+from limbeck.contract.results.bench import Interval
+from serve_bench.judge.stats import first_look, paired_ratio
 
 PROMPT, NEW, FORM, ROOT = 128, 64, "int8-weight", Path(__file__).resolve().parents[2]
 PEER = ROOT / ".venvs/llama-cpp/bin/python"

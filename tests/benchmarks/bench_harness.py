@@ -30,13 +30,13 @@ from unittest import mock
 import numpy as np
 
 from limbeck.contract.recipe import Recipe
+from limbeck.contract.results.bench import Arm
 from serve_bench.judge import figures
 from serve_bench.judge.compare import time_change
 from serve_bench.judge.figures import Reference, Sample
 from serve_bench.judge.gates import judge
 from serve_bench.judge.stats import first_look
 from serve_bench.measure import clock as timing
-from serve_bench.measure.arms import Arm
 from serve_bench.measure.sentinel import Sentinel
 from tests.benchmarks.harness_overhead import overhead
 from tests.pico import pico_recipe

@@ -34,9 +34,9 @@ from typing import Any
 import numpy as np
 
 from limbeck.contract.recipe import ServerScenario, Slo
-from serve_bench.measure.scenarios import figures as scenarios
+from serve_bench.judge import scenarios
 from serve_bench.measure.scenarios import load
-from serve_bench.measure.scenarios.client import Endpoint, find_endpoint
+from serve_bench.worker.client import Endpoint, find_endpoint
 from tests.fake_server import FakeServer
 from tests.pico import make_tokenizer
 

@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from limbeck.contract.results.bench import Interval
 from limbeck.runtime.decoder import Decoder
-from serve_bench.judge.stats import CONFIDENCE, Interval, median_interval
-from serve_bench.measure import worker
-from serve_bench.measure.runtimes import OnnxRuntime
+from serve_bench.judge.stats import CONFIDENCE, median_interval
+from serve_bench.worker import language as worker
+from serve_bench.worker.runtimes import OnnxRuntime
 from tests.pico import make_model, make_student, pico_recipe
 
 PROMPT, NEW = 32, 64  # tokens

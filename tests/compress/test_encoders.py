@@ -53,7 +53,7 @@ from limbeck.contract.recipe import (
 )
 from limbeck.contract.sources import npm_root, text_files
 from limbeck.runtime.encoder import Encoder
-from serve_bench.measure.encoder_worker import TorchEncoder
+from serve_bench.worker.encoder import TorchEncoder
 from tests.encoders import (
     CLASSES,
     classifier_recipe,

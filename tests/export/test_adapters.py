@@ -169,8 +169,8 @@ def test_genai_takes_the_adapter(two: list[Artifact]) -> None:
 
 
 def test_the_server_and_the_bench_run_the_student_and_not_its_base(two: list[Artifact]) -> None:
-    from serve_bench.measure.runtimes import OnnxRuntimeGenai
     from serve_bench.serve.engine import Engine, Request
+    from serve_bench.worker.runtimes import OnnxRuntimeGenai
 
     expected = list(Decoder(two[0].path).generate(PROMPT, 4))
     assert expected != list(Decoder(two[0].path, adapter="none").generate(PROMPT, 4))

@@ -11,18 +11,11 @@ import pytest
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.files import file_digest
 from limbeck.contract.heldout import HELDOUT, load_heldout
-from limbeck.contract.machine import host, versions
+from limbeck.contract.results.bench import Arm, Interval
 from serve_bench import write_report
-from serve_bench.judge.certificate import (
-    CERTIFICATE,
-    _arm,
-    _replay_speed,
-    differences,
-    judge_loss,
-    judge_speed,
-)
-from serve_bench.judge.stats import Interval
-from serve_bench.measure.arms import Arm
+from serve_bench.judge.certificate import CERTIFICATE
+from serve_bench.judge.findings import judge_loss, judge_speed
+from serve_bench.measure.replay import _arm, _replay_speed, differences
 from tests.serve_bench.test_report import PARENTS, make_run, recipe
 
 THEN = {"value": 8.0, "low": 7.5, "high": 8.5, "n": 6}

@@ -12,10 +12,10 @@ import pytest
 
 from limbeck.contract.artifact import open_artifact, write_artifact
 from limbeck.contract.errors import UserError
+from limbeck.contract.results.bench import Interval
 from serve_bench import compare_runs
 from serve_bench.judge import figures
 from serve_bench.judge.compare import Row, as_json, headline, judge_change, markdown
-from serve_bench.judge.stats import Interval
 from tests.serve_bench.test_report import make_run, recipe
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from serve_bench.judge.encoder_figures import Cell, Quality, Sample, by_block, judge, speed
 
 from limbeck.contract.errors import RecipeError
-from serve_bench.judge.encoder_figures import Cell, Quality, Sample, by_block, judge, speed
-from serve_bench.measure.arms import Arm
+from limbeck.contract.results.bench import Arm
 from tests.encoders import classifier_recipe, embedding_recipe, source
 
 CELLS = (Cell(1, 8), Cell(4, 8))

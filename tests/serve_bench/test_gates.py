@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from limbeck.contract.recipe import Gates
-from serve_bench.judge.gates import EXIT_CODES, Evidence, best_teacher, fastest_teacher, judge, show
-from serve_bench.judge.stats import Interval
+from limbeck.contract.results.bench import EXIT_CODES, Interval
+from serve_bench.judge.gates import Evidence, best_teacher, fastest_teacher, judge, show
 
 
 def evidence(**over: Any) -> Evidence:

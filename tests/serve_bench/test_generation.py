@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from serve_bench.judge.stats import Interval, mean_interval
+from limbeck.contract.results.bench import Interval
+from serve_bench.judge.stats import mean_interval
 from serve_bench.measure import generation
 
 ROWS = {"onnx:fp32": [[1, 2, 3, 4], [5, 5, 5, 5]], "onnx:int8": [[1, 2, 9, 4], [5, 5, 5, 5]]}

@@ -14,10 +14,11 @@ import pytest
 
 from limbeck.contract.errors import DataError, EnvironmentalError
 from limbeck.contract.recipe import Bench, ServerScenario, Slo
-from serve_bench.measure.scenarios import client, load
-from serve_bench.measure.scenarios import figures as scenarios
-from serve_bench.measure.scenarios.client import OpenAi, Stream, find_endpoint
+from serve_bench.judge import scenarios
+from serve_bench.measure.scenarios import load
 from serve_bench.measure.scenarios.load import Loop, Sizes, measure_server, search
+from serve_bench.worker import client
+from serve_bench.worker.client import OpenAi, Stream, find_endpoint
 from tests.fake_server import FakeServer
 
 
@@ -260,7 +261,7 @@ def test_a_served_artifact_that_does_not_start_shows_its_last_words(tmp_path: Pa
 
 
 def test_the_runtime_behind_a_url_times_every_token() -> None:
-    from serve_bench.measure.worker import generate
+    from serve_bench.worker.language import generate
 
     with FakeServer(pace=0.001) as server:
         with closing(OpenAi(url=server.url)) as runtime:
@@ -287,7 +288,7 @@ def test_the_end_of_a_stream_is_a_token_only_where_it_brings_text() -> None:
 
 
 def test_tokens_without_text_are_timed_by_both_clients() -> None:
-    from serve_bench.measure.worker import generate
+    from serve_bench.worker.language import generate
 
     with FakeServer(text="") as server:
         (answer,) = run_loop(server, rate=100, requests=1, new_tokens=4)
@@ -298,7 +299,7 @@ def test_tokens_without_text_are_timed_by_both_clients() -> None:
 
 
 def test_the_runtime_behind_a_url_refuses_other_work() -> None:
-    from serve_bench.measure.worker import generate
+    from serve_bench.worker.language import generate
 
     def refused(kind: type[Exception], match: str, **how: Any) -> None:
         with FakeServer(**how) as server, closing(OpenAi(url=server.url)) as runtime:

@@ -16,17 +16,17 @@ import pytest
 
 from limbeck.contract.errors import DataError
 from limbeck.contract.recipe import Bench, OfflineScenario
-from serve_bench.judge import figures
-from serve_bench.judge.figures import Reference, Sample
+from limbeck.contract.results.bench import Arm
+from serve_bench.judge import figures, scenarios
+from serve_bench.judge.figures import Reference, Sample, against
 from serve_bench.measure import clock as timing
 from serve_bench.measure import fairness, machine
-from serve_bench.measure.arms import Arm, Worker
 from serve_bench.measure.clock import time_blocks, warm
 from serve_bench.measure.memory import Energy, Package, Watch, tree_rss
-from serve_bench.measure.roofline import against, graph_weight_bytes, run_kernels
-from serve_bench.measure.scenarios import figures as scenarios
+from serve_bench.measure.roofline import graph_weight_bytes, run_kernels
 from serve_bench.measure.scenarios import offline
 from serve_bench.measure.sentinel import Sentinel
+from serve_bench.measure.workers import Worker
 from tests.pico import pico_recipe
 
 

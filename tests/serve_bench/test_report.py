@@ -17,9 +17,9 @@ from limbeck.contract.artifact import write_artifact
 from limbeck.contract.errors import ArtifactError
 from limbeck.contract.heldout import HELDOUT, save_heldout
 from limbeck.contract.recipe import Recipe, parse_recipe
+from limbeck.contract.results.bench import Arm
 from serve_bench import write_report
 from serve_bench.judge import figures
-from serve_bench.measure.arms import Arm
 from serve_bench.tell import charts
 from serve_bench.tell.report import significant
 from tests.pico import make_blocks

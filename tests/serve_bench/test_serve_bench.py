@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from serve_bench.measure.targets import find_arm
 
 from compress.models.language import model_folder
 from limbeck.app.run import bench_targets
@@ -36,17 +37,18 @@ from limbeck.contract.heldout import (
     save_heldout,
 )
 from limbeck.contract.recipe import Bench, HubModel, Recipe, ServerScenario
+from limbeck.contract.results.bench import Arm
 from limbeck.contract.sources import cache_folder
 from serve_bench import bench as measure
 from serve_bench import measure_targets, replay, write_report
 from serve_bench.judge import figures, quality
 from serve_bench.judge.certificate import CERTIFICATE
 from serve_bench.judge.figures import Sample
-from serve_bench.measure.arms import Arm, Worker, Workers, list_arms
+from serve_bench.measure.arms import list_arms
 from serve_bench.measure.clock import order, prompt, require_context
-from serve_bench.measure.runtimes import TorchCompiled, TorchEager
 from serve_bench.measure.scenarios import load
-from serve_bench.measure.targets import find_arm
+from serve_bench.measure.workers import Worker, Workers
+from serve_bench.worker.runtimes import TorchCompiled, TorchEager
 from tests.fake_server import FakeServer
 from tests.pico import make_blocks, make_model, pico_recipe
 
@@ -284,7 +286,7 @@ def test_workers_end_with_their_owner(tmp_path: Path) -> None:
 
 def test_libraries_may_print_without_breaking_the_answers(tmp_path: Path) -> None:
     program = """
-import os, serve_bench.measure.worker as w
+import os, serve_bench.worker.language as w
 w.Session.open = lambda s, **k: (print("noise"), os.write(1, b"n"), {"facts": 1})[2]
 w.main(w.Session())
 """

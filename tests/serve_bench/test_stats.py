@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from limbeck.contract.results.bench import Interval
 from serve_bench.judge.stats import (
-    Interval,
     _rank_sum_counts,
     first_look,
     is_look,

@@ -1,0 +1,1 @@
+"""What each stage writes down, as frozen dataclasses: one module a kind of artifact."""

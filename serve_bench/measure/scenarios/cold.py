@@ -12,7 +12,8 @@ import numpy as np
 
 from limbeck.contract.progress import task
 from limbeck.contract.recipe import ColdScenario
-from serve_bench.measure.arms import Arm, Worker
+from limbeck.contract.results.bench import Arm
+from serve_bench.measure.workers import Worker
 
 
 def measure_cold(

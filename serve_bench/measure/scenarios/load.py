@@ -1,7 +1,7 @@
 """The server scenario: requests arrive at random whether or not earlier ones are answered, and each is timed from when it was
 due, so that a stalled server (or a late client) hides nothing. Finds the highest rate that still meets the SLO.
 
-Knows arrivals, rates and processes; one request is `serve_bench.measure.scenarios.client`, figures are `serve_bench.measure.scenarios.figures`.
+Knows arrivals, rates and processes; one request is `serve_bench.worker.client`, figures are `serve_bench.judge.scenarios`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ import numpy as np
 from limbeck.contract.errors import EnvironmentalError
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import ServerScenario, UrlTarget
+from serve_bench.judge.scenarios import meets
 from serve_bench.measure.machine import child_environment
-from serve_bench.measure.scenarios.client import Endpoint, find_endpoint, open_session, request
-from serve_bench.measure.scenarios.figures import meets
+from serve_bench.worker.client import Endpoint, find_endpoint, open_session, request
 
 _DOUBLINGS = 12  # and halvings, at most
 _READY = 120.0  # seconds that our own server may take to load

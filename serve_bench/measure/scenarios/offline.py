@@ -10,7 +10,8 @@ from typing import IO
 
 from limbeck.contract.progress import task
 from limbeck.contract.recipe import OfflineScenario
-from serve_bench.measure.arms import Arm, Workers
+from limbeck.contract.results.bench import Arm
+from serve_bench.measure.workers import Workers
 
 Cell = tuple[int, int, int]  # rows of a batch, prompt tokens, generated tokens a row
 

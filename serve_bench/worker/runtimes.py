@@ -1,7 +1,7 @@
 """What a worker can run, behind one small protocol: torch eager and compiled, onnxruntime, and GenAI's own loop. Greedy.
 
 Libraries are imported by `prepare`, so that importing and opening are timed apart and no process holds a library that it
-does not use. The runtime behind a URL is `serve_bench.measure.scenarios.client`.
+does not use. The runtime behind a URL is `serve_bench.worker.client`.
 
 Shape letters: B rows, S prompt tokens, L whole length, V vocabulary.
 """
@@ -17,14 +17,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from limbeck.contract.adapters import attach, merged
+from limbeck.contract.arrays import Ids, Logits
 from limbeck.contract.errors import ArtifactError, DataError, EnvironmentalError, ModelError
 from limbeck.contract.loading import load_pretrained
-
-Ids = npt.NDArray[np.int64]
-Logits = npt.NDArray[np.float32]
 
 
 class Runtime(Protocol):
@@ -79,7 +76,7 @@ def prepare(runtime: str, spec: Mapping[str, Any]) -> None:
 
             onnxruntime_genai.disable_telemetry_events()
         case "openai":
-            from serve_bench.measure.scenarios import client  # noqa: F401
+            from serve_bench.worker import client  # noqa: F401
         case _:
             raise AssertionError(f"no such runtime: {runtime}")
 
@@ -96,7 +93,7 @@ def open_runtime(runtime: str, spec: Mapping[str, Any], *, threads: int) -> Runt
         case "onnxruntime-genai":
             return OnnxRuntimeGenai(threads=threads, **spec)
         case "openai":
-            from serve_bench.measure.scenarios.client import OpenAi
+            from serve_bench.worker.client import OpenAi
 
             return OpenAi(**spec)
     raise AssertionError(f"no such runtime: {runtime}")

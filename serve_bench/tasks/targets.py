@@ -7,7 +7,6 @@ tokens that every target knows: speed does not depend on which they are, and no 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,16 +19,21 @@ from limbeck.contract.errors import ArtifactError, DataError, ModelError
 from limbeck.contract.files import unwritable_is_a_user_error
 from limbeck.contract.machine import available_cores, host
 from limbeck.contract.recipe import Bench, ServerScenario, UrlTarget, fingerprint
+from limbeck.contract.results.bench import Arm
 from limbeck.contract.sources import check_weights, hub_snapshot
-from serve_bench.judge import figures
-from serve_bench.judge.figures import ENVIRONMENT, SAMPLES, Reference
+from serve_bench.judge import figures, language, scenarios
+from serve_bench.judge.figures import ENVIRONMENT, SAMPLES, Reference, Sample
 from serve_bench.judge.stats import first_look
-from serve_bench.measure import clock as timing
 from serve_bench.measure import machine
-from serve_bench.measure.arms import Arm, Workers, context_of, form_arm, weights_on_disk
+from serve_bench.measure.arms import context_of, form_arm, weights_on_disk
+from serve_bench.measure.bench import before, open_all, scratch, single
+from serve_bench.measure.clock import Limits
+from serve_bench.measure.live import live_table
 from serve_bench.measure.roofline import graph_weight_bytes
-from serve_bench.measure.scenarios import figures as scenarios
 from serve_bench.measure.scenarios import load, offline
+from serve_bench.measure.units import Generation
+from serve_bench.measure.workers import Workers
+from serve_bench.tasks.language import elsewhere, tests
 
 _FEW = 1000  # tokens that any vocabulary holds, where none is known
 
@@ -71,47 +75,53 @@ def measure_targets(
             for token in np.random.default_rng((3, block)).integers(0, vocabulary, tokens)
         ]
 
-    work = out.parent / f".{out.name}.work"
-    with unwritable_is_a_user_error(out):
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-    try:
-        with write_artifact(out, kind="bench", key=key, parents=parents) as draft:
-            environment = timing.before(bench, arms, prompts, threads=threads, folder=work)
-            with (draft.folder / SAMPLES).open("w") as raw:
-                local = [arm for arm in arms if arm.runtime != "openai" and arm.role != "twin"]
-                with Workers(work, threads=threads) as workers:
-                    samples = timing.single(
-                        workers, reference, prompts, bench, None, raw, environment
-                    )
-                    if (grid := bench.scenario("offline")) is not None:
-                        offline.measure_offline(workers, local, prompts, grid, raw)
-                    environment["after"] = machine.load()
-                timing.elsewhere(
-                    bench, local, artifacts.get(arms[0].id), prompts, raw, environment, threads=threads, folder=work
-                )  # fmt: skip
-            for name, artifact in artifacts.items():
-                form = next(arm for arm in arms if arm.id == name).spec["form"]
-                graph = artifact.path / artifact.result["forms"][form]["graph"]
-                environment["arms"][name]["weight_bytes"] = graph_weight_bytes(graph)
-            environment["prompt_source"] = (
-                f"random tokens below {vocabulary}, others in every block"
-            )
-            (draft.folder / ENVIRONMENT).write_text(json.dumps(environment, indent=1))
-            result = figures.speeds(
-                samples, environment, reference, prompt_tokens=bench.prompt_tokens
-            )
-            result |= {
-                "gates": [],
-                "verdict": None,
-                "targets": list(targets),
-                "against": list(against),
-            }
-            draft.result = result | scenarios.summary(
-                figures.read_rows(draft.folder / SAMPLES), environment, bench, arms
-            )
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    def units(block: int) -> list[Generation]:
+        return [Generation(prompts(block, bench.prompt_tokens), bench.new_tokens)]
+
+    with (
+        unwritable_is_a_user_error(out),
+        scratch(out) as work,
+        write_artifact(out, kind="bench", key=key, parents=parents) as draft,
+    ):
+        environment = before(arms, units(0), threads=threads, folder=work)
+        with (draft.folder / SAMPLES).open("w") as raw:
+            local = [arm for arm in arms if arm.runtime != "openai" and arm.role != "twin"]
+            with Workers(work, threads=threads) as workers:
+                open_all(workers, arms, environment)
+                timed = single(
+                    workers,
+                    arms,
+                    units,
+                    Limits(bench.min_blocks, bench.minutes, reference.first_look),
+                    raw,
+                    environment,
+                    asked={"prompt_tokens": bench.prompt_tokens, "new_tokens": bench.new_tokens},
+                    read=Sample.of,
+                    decided=None,
+                    live=live_table(reference, "tokens/s", tests(bench), threads=threads),
+                )
+                if (grid := bench.scenario("offline")) is not None:
+                    offline.measure_offline(workers, local, prompts, grid, raw)
+                environment["after"] = machine.load()
+            exported = artifacts.get(arms[0].id)
+            folder = exported.path if exported else None
+            elsewhere(bench, local, folder, prompts, raw, environment, work)
+        for name, artifact in artifacts.items():
+            form = next(arm for arm in arms if arm.id == name).spec["form"]
+            graph = artifact.path / artifact.result["forms"][form]["graph"]
+            environment["arms"][name]["weight_bytes"] = graph_weight_bytes(graph)
+        environment["prompt_source"] = f"random tokens below {vocabulary}, others in every block"
+        (draft.folder / ENVIRONMENT).write_text(json.dumps(environment, indent=1))
+        rows = figures.read_rows(draft.folder / SAMPLES)
+        draft.result = language.result(
+            timed.samples,
+            environment,
+            reference,
+            prompt_tokens=bench.prompt_tokens,
+            targets=tuple(targets),
+            against=tuple(against),
+            **scenarios.summary(rows, environment, bench, arms),
+        ).as_json()
     return open_artifact(out, kind="bench", verify=False)
 
 

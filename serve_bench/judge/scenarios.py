@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from limbeck.contract.recipe import Bench, ServerScenario, Slo
+from limbeck.contract.results.bench import Arm
 from serve_bench.judge import figures
-from serve_bench.judge.figures import Reference, Sample, asdict
+from serve_bench.judge.figures import Reference, Sample
 from serve_bench.judge.stats import CONFIDENCE, Array, geometric_means, median_interval, percentile
-from serve_bench.measure.arms import Arm
 
 Row = Mapping[str, Any]
 Cell = tuple[int, int, int]  # rows of a batch, prompt tokens, generated tokens
@@ -87,7 +87,7 @@ def by_block(blocks: Mapping[int, Sequence[Row]], seconds: Callable[[Row], float
 
 
 def _median(values: Array) -> dict[str, Any]:
-    return asdict(median_interval(values, error=1 - CONFIDENCE))
+    return median_interval(values, error=1 - CONFIDENCE).as_json()
 
 
 # Cold starts -----------------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ import aiohttp
 import httpx2
 import numpy as np
 
+from limbeck.contract.arrays import Ids, Logits
 from limbeck.contract.errors import DataError, EnvironmentalError
-from serve_bench.measure.runtimes import Ids, Logits
 
 _CONNECT = 10.0  # seconds
 _LONGEST_EVENT = 1 << 20  # bytes of a line of a stream

@@ -1,4 +1,4 @@
-"""The process of one encoder arm: ``python -m serve_bench.measure.encoder_worker``, on the pipe of `serve_bench.measure.worker`.
+"""The commands of an encoder's process.
 
 open       runtime, spec, threads   -> import_s, load_s, facts
 time       ids (rows), runs         -> seconds of all runs together, peak_rss_bytes
@@ -13,16 +13,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from limbeck.contract.arrays import Ids, Logits
 from limbeck.contract.examples import load_examples
 from limbeck.contract.loading import load_pretrained, unused_pooler
-from serve_bench.measure.worker import main, peak_rss
+from serve_bench.worker.process import peak_rss
 
 _ROWS = 16  # examples of a batch that is not timed
-
-Ids = npt.NDArray[np.int64]
-Answers = npt.NDArray[np.float32]
 
 
 class Runtime(Protocol):
@@ -30,7 +27,7 @@ class Runtime(Protocol):
 
     facts: dict[str, Any]
 
-    def run(self, ids: Ids, mask: Ids) -> Answers:
+    def run(self, ids: Ids, mask: Ids) -> Logits:
         """Logits ``[B, C]`` or unit vectors ``[B, d]`` of a batch padded on the right."""
 
 
@@ -57,7 +54,7 @@ class TorchEncoder:
             "attention": getattr(loaded.config, "_attn_implementation", None),
         }
 
-    def run(self, ids: Ids, mask: Ids) -> Answers:
+    def run(self, ids: Ids, mask: Ids) -> Logits:
         """See `Runtime`."""
         torch = self._torch
         with torch.inference_mode():
@@ -72,14 +69,17 @@ class TorchEncoder:
                 found = torch.nn.functional.normalize(
                     states[:, 0] if self._pooling == "cls" else mean, dim=-1
                 )
-            answers: Answers = found.numpy()
+            answers: Logits = found.numpy()
         return answers
 
 
 class OnnxEncoder:
     """A form of an ``onnx`` artifact through `limbeck.runtime.encoder`."""
 
-    def __init__(self, *, artifact: str, form: str, threads: int) -> None:
+    def __init__(
+        self, *, artifact: str, form: str, threads: int, device: str | None = None
+    ) -> None:
+        """``device`` is always the CPU: encoders have no other provider yet."""
         from limbeck.runtime.encoder import Encoder
         from limbeck.runtime.session import import_onnxruntime
 
@@ -91,9 +91,9 @@ class OnnxEncoder:
             "provider": "CPUExecutionProvider",
         }
 
-    def run(self, ids: Ids, mask: Ids) -> Answers:
+    def run(self, ids: Ids, mask: Ids) -> Logits:
         """See `Runtime`."""
-        answers: Answers = self._encoder.run(ids, mask)
+        answers: Logits = self._encoder.run(ids, mask)
         return answers
 
 
@@ -167,7 +167,3 @@ def _prepare(runtime: str, spec: dict[str, Any]) -> None:
         from limbeck.runtime.session import import_onnxruntime
 
         import_onnxruntime()
-
-
-if __name__ == "__main__":
-    main(Session())

@@ -1,34 +1,25 @@
-"""The process of one arm: ``python -m serve_bench.measure.worker``, one JSON command a line on stdin, one JSON answer on stdout.
+"""The commands of a language model's process. Times are of `time.perf_counter`, in seconds.
 
-Whatever libraries print goes to stderr. Between commands it waits on the pipe and uses no processor; it ends when the pipe
-is closed. Times are of `time.perf_counter`, in seconds.
-
-    ready                                         -> at: when the interpreter was up
-    open       runtime, spec, threads             -> import_s, load_s, facts
-    generate   prompt, new_tokens                 -> started, at (a time a token), tokens, prompt_tokens (as the runtime counted
-                                                     them), device_s (or null), peak_rss_bytes
-    batch      prompts (rows), new_tokens         -> the same; tokens are rows, times are of a column
-    last       ids                                -> token: the greedy choice after ``ids``, by the graph that is timed
-    logp       ids, vocabulary, file              -> labels; writes log-probabilities [L - 1, V] to ``file``
-    score      ids, scored, vocabulary, mixture   -> nll, kl, top1 (sums over scored labels), labels, last
+ready                                         -> at: when the interpreter was up
+open       runtime, spec, threads             -> import_s, load_s, facts
+generate   prompt, new_tokens                 -> started, at (a time a token), tokens, prompt_tokens (as the runtime counted
+                                                 them), device_s (or null), peak_rss_bytes
+batch      prompts (rows), new_tokens         -> the same; tokens are rows, times are of a column
+last       ids                                -> token: the greedy choice after ``ids``, by the graph that is timed
+logp       ids, vocabulary, file              -> labels; writes log-probabilities [L - 1, V] to ``file``
+score      ids, scored, vocabulary, mixture   -> nll, kl, top1 (sums over scored labels), labels, last
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
-import traceback
-from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from limbeck.contract.errors import LimbeckError
-from limbeck.contract.process import end_with_parent
 from serve_bench.judge import quality
-from serve_bench.measure.runtimes import Runtime, open_runtime, prepare
+from serve_bench.worker.process import peak_rss
+from serve_bench.worker.runtimes import Runtime, open_runtime, prepare
 
 
 class Session:
@@ -119,57 +110,3 @@ def generate(runtime: Runtime, prompts: list[list[int]], new_tokens: int) -> dic
         "device_s": runtime.device_seconds(),
         "peak_rss_bytes": peak_rss(),
     }
-
-
-def peak_rss() -> int:
-    """The most memory this process ever held, in bytes, loading included."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
-
-
-class Answering(Protocol):
-    """Who answers the commands of a process."""
-
-    def answer(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Do one command."""
-
-
-def serve(commands: IO[str], answers: IO[str], session: Answering) -> None:
-    """Answer commands until there are no more. An error of the user's making is an answer; a defect ends the process."""
-    for line in commands:
-        arguments = json.loads(line)
-        try:
-            answer = session.answer(arguments.pop("command"), arguments)
-        except LimbeckError as error:
-            answer = {"error": str(error), "kind": type(error).__name__}
-        except KeyboardInterrupt:
-            return
-        except Exception:
-            traceback.print_exc()
-            sys.exit(1)
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-
-
-def main(session: Answering) -> None:
-    """Keep the real stdout for answers and point file descriptor 1 at stderr, where C libraries print too."""
-    end_with_parent()
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    try:
-        serve(sys.stdin, answers, session)
-    except (KeyboardInterrupt, BrokenPipeError):
-        os._exit(130)
-
-
-if __name__ == "__main__":
-    main(Session())

@@ -1,0 +1,114 @@
+"""Promises of a certificate beside what was found: which difference counts against it, and which has a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from limbeck.contract.results.bench import Interval
+
+_NEAR = (
+    1.1  # up to 10 % slower counts as noise of one machine; 8 % was observed, beyond the intervals
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One promise of the certificate beside what was found; ``holds`` is false where the difference has no explanation."""
+
+    figure: str
+    promised: str
+    found: str
+    says: str
+    holds: bool
+
+
+def judge_loss(
+    figure: str, then: float, now: float, *, tolerance: float, reasons: Mapping[str, str]
+) -> Finding:
+    """Equal to the digit, or no further apart than the parity ``tolerance`` (nats a token) for one of ``reasons``."""
+    gap = abs(now - then)
+    if gap == 0:
+        return Finding(figure, repr(then), repr(now), "equal to the digit", True)
+    if not reasons:
+        says = f"differs by {gap:.2g} nats although provider, processor flags and libraries are the same"
+        return Finding(figure, repr(then), repr(now), says, False)
+    why = "; ".join(f"{name}: {pair}" for name, pair in reasons.items())
+    if gap <= tolerance:
+        says = f"differs by {gap:.2g} nats, within the parity tolerance of {tolerance:g}; {why}"
+        return Finding(figure, repr(then), repr(now), says, True)
+    says = f"differs by {gap:.2g} nats, past the parity tolerance of {tolerance:g}; {why}"
+    return Finding(figure, repr(then), repr(now), says, False)
+
+
+def judge_speed(
+    figure: str,
+    then: Mapping[str, Any],
+    now: Interval,
+    *,
+    differs: Mapping[str, str],
+    busy: Mapping[str, str],
+) -> Finding:
+    """Of times in ms. Overlapping intervals hold, and so does a faster run: it keeps what was certified. A slower one holds where it is
+    so by less than a tenth, or where this machine is not the one of the certificate.
+    """
+    return _judge(figure, then, now, slower=now.value > then["value"], differs=differs, busy=busy)
+
+
+def judge_ratio(
+    figure: str,
+    then: Mapping[str, Any],
+    now: Interval,
+    *,
+    differs: Mapping[str, str],
+    busy: Mapping[str, str],
+) -> Finding:
+    """The same of how many times as fast as another graph."""
+    return _judge(figure, then, now, slower=now.value < then["value"], differs=differs, busy=busy)
+
+
+def _judge(
+    figure: str,
+    then: Mapping[str, Any],
+    now: Interval,
+    *,
+    slower: bool,
+    differs: Mapping[str, str],
+    busy: Mapping[str, str],
+) -> Finding:
+    promised, found = (
+        _interval(then["value"], then["low"], then["high"]),
+        _interval(now.value, now.low, now.high),
+    )
+    if then["low"] is None or not now.bounded:
+        return Finding(
+            figure,
+            promised,
+            found,
+            "too few blocks for intervals, so nothing to hold against each other",
+            True,
+        )
+    if now.low <= then["high"] and then["low"] <= now.high:
+        return Finding(figure, promised, found, "intervals overlap", True)
+    near = max(now.value / then["value"], then["value"] / now.value) <= _NEAR
+    apart = f"{'slower' if slower else 'faster'} than certified, {now.value / then['value']:.2f}×"
+    if differs:
+        why = "; ".join(f"{name}: {pair}" for name, pair in differs.items())
+        return Finding(figure, promised, found, f"{apart}, on what is not the same: {why}", True)
+    if slower and near:
+        return Finding(
+            figure, promised, found, f"{apart}, less than the 10 % that counts on one machine", True
+        )
+    also = "".join(f"; {name} {value} before the replay" for name, value in busy.items())
+    return Finding(
+        figure,
+        promised,
+        found,
+        f"{apart}, on the same machine with the same versions{also}",
+        not slower,
+    )
+
+
+def _interval(value: float, low: float | None, high: float | None) -> str:
+    return f"{value:.3g}" + ("" if low is None or high is None else f" ({low:.3g} to {high:.3g})")

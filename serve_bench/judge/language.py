@@ -1,0 +1,192 @@
+"""Figures of a language model: TTFT, TPOT, throughput, loss, and the evidence for its gates.
+
+Metrics have vLLM's names and definitions: TTFT to the first token, E2EL to the last, TPOT = (E2EL - TTFT) / (tokens - 1),
+ITL each gap between tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from limbeck.contract.results.bench import Arm, Interval, LanguageArm, LanguageResult, Verdict
+from serve_bench.judge import quality as quality_figures
+from serve_bench.judge.figures import Reference, Sample, by_block, common, milliseconds, speed
+from serve_bench.judge.gates import Evidence
+from serve_bench.judge.stats import Array, percentile, rate, relative_rise, sequential_interval
+
+
+def latency(samples: Sequence[Sample], arm: str, *, first: int) -> dict[str, Any]:
+    """Times of one arm in ms, with intervals over blocks; percentiles with their sample counts."""
+    mine = [s for s in samples if s.arm == arm]
+    itl = np.concatenate([s.itl for s in mine])
+
+    def median(metric: str) -> Interval:
+        return sequential_interval(1e3 * by_block(samples, arm, metric), first=first)
+
+    tpot = median("tpot")
+    return {
+        "n": len(mine),
+        "ttft_ms": median("ttft"),
+        "tpot_ms": tpot,
+        "e2el_ms": median("e2el"),
+        "decode_tokens_s": rate(1e3, tpot),
+        "itl_ms": {"n": len(itl)} | _percentiles(itl, (50, 90, 95, 99)),
+        "ttft_percentiles_ms": _percentiles([s.ttft for s in mine], (90, 95)),
+    }
+
+
+def _percentiles(seconds: Sequence[float] | Array, percents: Sequence[int]) -> dict[str, Any]:
+    found = {f"p{p}": percentile(seconds, p) for p in percents}
+    return {name: None if value is None else 1e3 * value for name, value in found.items()}
+
+
+def timing_evidence(samples: Sequence[Sample], reference: Reference) -> Evidence:
+    """The part of the evidence that is known while blocks are still being timed."""
+    fp32 = next((arm for arm in reference.arms if arm.id == "onnx:fp32"), None)
+    return Evidence(
+        name=reference.name,
+        shipped=reference.shipped,
+        speedup={
+            arm.label: speed(samples, reference, arm.id) for arm in reference.with_role("teacher")
+        },
+        tpot_ms=milliseconds(samples, reference, "tpot"),
+        ttft_ms=milliseconds(samples, reference, "ttft"),
+        size=reference.shipped_arm.bytes,
+        fp32_size=fp32.bytes if fp32 else None,
+        rise_over_fp32=None,
+        rise_over_teachers={},
+    )
+
+
+def evidence(
+    samples: Sequence[Sample], quality: Mapping[str, Any], reference: Reference
+) -> Evidence:
+    """All the evidence."""
+    timing, shipped = timing_evidence(samples, reference), reference.shipped_arm.id
+    return Evidence(
+        **vars(timing)
+        | {
+            "rise_over_fp32": _rise_over_fp32(quality, shipped),
+            "recovered": "recovery" in quality,
+            "rise_over_teachers": {
+                arm.label: (
+                    quality_figures.summarise(quality, arm.id)["mean_nll"],
+                    rise(quality, shipped, arm.id),
+                )
+                for arm in reference.with_role("teacher")
+            },
+        }
+    )
+
+
+def result(
+    samples: Sequence[Sample],
+    environment: Mapping[str, Any],
+    reference: Reference,
+    *,
+    prompt_tokens: int,
+    quality: Mapping[str, Any] | None = None,
+    verdict: Verdict | None = None,
+    **more: Any,
+) -> LanguageResult:
+    """The bench artifact's result, a function of the raw samples. Without a recipe there is no quality and no verdict."""
+    judged = reference.shipped_arm.id
+    others = [arm.id for arm in reference.arms if arm.id != judged]
+    scored = [arm.id for arm in reference.arms if arm.scored and arm.id != judged]
+    return LanguageResult(
+        task="causal-lm",
+        shipped=reference.shipped,
+        judged=judged,
+        stand_in=reference.stand_in,
+        blocks=environment.get("blocks"),
+        void_blocks=environment.get("void_blocks"),
+        disturbed=environment.get("disturbed"),
+        stopped=environment.get("stopped"),
+        over_budget=environment.get("over_budget"),
+        arms={
+            arm.id: _arm_result(samples, environment, reference, arm, prompt_tokens, quality)
+            for arm in reference.arms
+        },
+        speed_of_shipped_over={
+            arm: {metric: speed(samples, reference, arm, metric) for metric in ("tpot", "ttft")}
+            for arm in others
+        },
+        nll_rise_of_shipped_over=(
+            {} if quality is None else {arm: rise(quality, judged, arm) for arm in scored}
+        ),
+        gates=verdict.gates if verdict else (),
+        verdict=verdict.status if verdict else None,
+        sentence=verdict.sentence if verdict else "",
+        **more,
+    )
+
+
+def _arm_result(
+    samples: Sequence[Sample],
+    environment: Mapping[str, Any],
+    reference: Reference,
+    arm: Arm,
+    prompt_tokens: int,
+    quality: Mapping[str, Any] | None,
+) -> LanguageArm:
+    times = latency(samples, arm.id, first=reference.first_look)
+    measured, ttft = environment["arms"][arm.id], times["ttft_ms"]
+    return LanguageArm(
+        **common(arm, measured),
+        **times,
+        prompt_tokens_s=rate(1e3 * prompt_tokens, ttft),
+        roofline=against(
+            environment.get("roofline"), measured.get("weight_bytes"), times["tpot_ms"].value
+        ),
+        quality=(
+            quality_figures.summarise(quality, arm.id)
+            if quality is not None and arm.scored
+            else None
+        ),
+    )
+
+
+def against(
+    roofline: Mapping[str, Any] | None, weight_bytes: int | None, tpot_ms: float
+) -> dict[str, Any] | None:
+    """Where decoding stands: the share of the bandwidth it reaches, and the tokens/s that all of it would allow."""
+    if roofline is None or not weight_bytes:
+        return None
+    limit = roofline["bandwidth_bytes_s"] / weight_bytes
+    return {
+        "weight_bytes": weight_bytes,
+        "bandwidth_fraction": 1e3 / tpot_ms / limit,
+        "limit_tokens_s": limit,
+    }
+
+
+def _rise_over_fp32(quality: Mapping[str, Any], shipped: str) -> Interval | None:
+    """What rounding costs: over the fp32 graph of the student as it was distilled, which recovery leaves behind."""
+    if told := quality.get("recovery"):
+        ours, theirs = (
+            [np.asarray(told[who][d]) for d in quality["domains"]]
+            for who in ("shipped", "distilled")
+        )
+        return _rise(quality, ours, theirs)
+    return rise(quality, shipped, "onnx:fp32") if "onnx:fp32" in quality["arms"] else None
+
+
+def rise(quality: Mapping[str, Any], ours: str, theirs: str) -> Interval:
+    """Relative rise of one arm's mean NLL over another's, paired by held-out block."""
+    return _rise(quality, _nll(quality, ours), _nll(quality, theirs))
+
+
+def _nll(quality: Mapping[str, Any], arm: str) -> list[Array]:
+    """Nats of each held-out block, by domain."""
+    return [
+        np.asarray(quality["arms"][arm][name]["nll"], np.float64) for name in quality["domains"]
+    ]
+
+
+def _rise(quality: Mapping[str, Any], ours: Sequence[Array], theirs: Sequence[Array]) -> Interval:
+    return relative_rise(
+        ours, theirs, [np.asarray(d["labels"], np.float64) for d in quality["domains"].values()]
+    )

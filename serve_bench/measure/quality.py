@@ -1,0 +1,103 @@
+"""Scoring held-out text with the arms that were timed: one block at a time, every arm on the same one.
+
+So memory and disk hold one block, whatever the amount of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from limbeck.contract.heldout import Blocks
+from limbeck.contract.progress import task
+from limbeck.contract.results.bench import Arm
+from serve_bench.judge.quality import mix
+from serve_bench.measure.workers import Workers
+
+
+def measure_quality(
+    workers: Workers,
+    arms: Sequence[Arm],
+    heldout: Mapping[str, Blocks],
+    *,
+    vocabulary: int,
+    folder: Path,
+) -> dict[str, Any]:
+    """Score every arm on every held-out block, in the processes that were timed.
+
+    ``vocabulary`` is what all arms share: padding rows that only some have are left out of everyone's softmax. ``folder``
+    holds one block of log-probabilities a teacher. Returns the content of quality.json: sums a block, so that any mean and
+    interval can be computed from it.
+    """
+    teachers = [arm for arm in arms if arm.role == "teacher"]
+    result: dict[str, Any] = {
+        "vocabulary": vocabulary,
+        "mixture_of": [arm.id for arm in teachers],
+        # Whether the graph that was timed and its twin that scores choose the same token after one block a domain.
+        "same_choice": {},
+        "domains": {
+            name: {
+                "labels": blocks.scored.sum(1).tolist(),
+                "utf8_bytes": blocks.utf8_bytes.tolist(),
+            }
+            for name, blocks in heldout.items()
+        },
+        "arms": {
+            arm.id: {
+                name: {f: [] for f in ("nll", "kl", "top1", "calibration")} for name in heldout
+            }
+            for arm in arms
+            if arm.scored
+        },
+    }
+    chosen = _choices(workers, arms, heldout)
+    files = [folder / f"teacher{index}.npy" for index in range(len(teachers))]
+    mixture = folder / "mixture.npy"
+    total = sum(len(blocks) for blocks in heldout.values())
+    with task("quality: held-out blocks", total) as progress:
+        for name, blocks in heldout.items():
+            for index, (ids, scored) in enumerate(
+                zip(_rows(blocks), blocks.scored.tolist(), strict=True)
+            ):
+                for arm, file in zip(teachers, files, strict=True):
+                    workers[arm].ask("logp", ids=ids, vocabulary=vocabulary, file=str(file))
+                if teachers:
+                    mix(files, mixture)
+                for arm in arms:
+                    if arm.scored:
+                        found = workers[arm].ask(
+                            "score",
+                            ids=ids,
+                            scored=scored[1 : len(ids)],
+                            vocabulary=vocabulary,
+                            mixture=str(mixture) if teachers else None,
+                        )
+                        for figure, values in result["arms"][arm.id][name].items():
+                            values.append(found[figure])
+                        if index == 0 and arm.id in chosen:
+                            result["same_choice"].setdefault(arm.id, {})[name] = (
+                                chosen[arm.id][name] == found["last"]
+                            )
+                progress.advance()
+    return result
+
+
+def _rows(blocks: Blocks) -> list[list[int]]:
+    return [
+        row[:length].tolist() for row, length in zip(blocks.input_ids, blocks.lengths, strict=True)
+    ]
+
+
+def _choices(
+    workers: Workers, arms: Sequence[Arm], heldout: Mapping[str, Blocks]
+) -> dict[str, dict[str, int]]:
+    """What each onnx arm's timed graph chooses after the first block of each domain, its last token left out."""
+    return {
+        arm.id: {
+            name: workers[arm].ask("last", ids=_rows(blocks)[0][:-1])["token"]
+            for name, blocks in heldout.items()
+        }
+        for arm in arms
+        if arm.role == "form"
+    }

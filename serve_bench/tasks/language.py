@@ -1,0 +1,389 @@
+"""How a language model is measured, judged and shown."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from limbeck.contract.artifact import Artifact
+from limbeck.contract.errors import ArtifactError, DataError
+from limbeck.contract.heldout import HELDOUT, Blocks, load_heldout, mean_nll
+from limbeck.contract.machine import available_cores
+from limbeck.contract.progress import task
+from limbeck.contract.recipe import Bench, Gates, Recipe
+from limbeck.contract.results.bench import Arm, Gate, LanguageResult, TaskName, Verdict
+from serve_bench.judge import language as figures
+from serve_bench.judge import scenarios
+from serve_bench.judge.certificate import FP32
+from serve_bench.judge.changes import Row, judge_change
+from serve_bench.judge.figures import QUALITY, Cell, Reference, Sample, speed
+from serve_bench.judge.gates import Evidence, language_gates
+from serve_bench.judge.quality import summarise
+from serve_bench.judge.scenario_changes import scenario_changes
+from serve_bench.judge.stats import FEWEST_BLOCKS, Array, first_look, relative_rise
+from serve_bench.judge.task import Judged, Measured
+from serve_bench.measure import generation
+from serve_bench.measure.arms import context_of, list_arms
+from serve_bench.measure.live import Test
+from serve_bench.measure.quality import measure_quality
+from serve_bench.measure.roofline import graph_weight_bytes
+from serve_bench.measure.scenarios import cold, load, offline
+from serve_bench.measure.units import Generation, prompt
+from serve_bench.measure.workers import Workers
+from serve_bench.tasks.stand_ins import stand_in
+from serve_bench.tell import language_page
+from serve_bench.tell.task import Page
+
+
+class Language:
+    """The task `causal-lm`. Without a recipe it only reads benches of targets."""
+
+    name: TaskName = "causal-lm"
+    version = 3
+    metrics: Sequence[tuple[str, str, Cell | None]] = (
+        ("ms per output token", "tpot", None),
+        ("ms to first token", "ttft", None),
+        ("ms in all", "e2el", None),
+    )
+
+    def __init__(self, recipe: Recipe | None, *, sizes: Mapping[str, int] | None = None) -> None:
+        """``sizes`` are the fields `prompt_tokens` and `new_tokens` of a bench without a recipe."""
+        self._recipe = recipe
+        self.bench = recipe.bench if recipe else Bench(**(sizes or {}))
+        self.gates_asked = recipe.gates if recipe else Gates()
+        self.min_blocks = self.bench.min_blocks if recipe else FEWEST_BLOCKS
+        self.minutes, self.threads = self.bench.minutes, self.bench.threads
+        self._heldout: Mapping[str, Blocks] = {}
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe; a bench of targets has none and is never measured or certified through this class."""
+        assert self._recipe is not None
+        return self._recipe
+
+    # Measuring -----------------------------------------------------------------------------------------------
+
+    def open(self, onnx: Artifact, student: Artifact) -> list[Arm]:
+        """See `MeasuringTask`."""
+        recovery = onnx.result.get("recovery")
+        if recovery is not None and "blocks" not in recovery:
+            raise ArtifactError(
+                f"{onnx.path}: was recovered by an older version; run the export stage again."
+            )
+        self._arms = list_arms(onnx=onnx, student=student, bench=self.bench)
+        require_context(self._arms, self.bench, student.path / "model")
+        if (server := self.bench.scenario("server")) is not None:
+            load.require_server(server, onnx.path)
+        self._onnx, self._student, self._shipped = onnx, student, str(onnx.result["shipped"])
+        self._heldout = load_heldout(student.path / HELDOUT)
+        return self._arms
+
+    def open_data(self, folder: Path) -> None:
+        """See `MeasuringTask`."""
+        self._heldout = load_heldout(folder / HELDOUT)
+
+    def prompts(self, block: int, tokens: int) -> list[int]:
+        """The prompt of a block."""
+        return prompt(self._heldout, block, tokens)
+
+    def units(self, block: int) -> list[Generation]:
+        """See `MeasuringTask`."""
+        tokens = self.prompts(block, self.bench.prompt_tokens)
+        return [Generation(tokens, self.bench.new_tokens)]
+
+    def live(self, threads: int) -> tuple[str, list[Test]]:
+        """See `MeasuringTask`."""
+        return "tokens/s", tests(self.bench)
+
+    def decided(self, samples: Sequence[Sample], reference: Reference) -> bool:
+        """See `MeasuringTask`."""
+        found = figures.timing_evidence(samples, reference)
+        gates = language_gates(self.gates_asked, found, timing_only=True)
+        return all(gate.status != "undecided" for gate in gates)
+
+    def before_timing(
+        self, workers: Workers, arms: Sequence[Arm], reference: Reference, out: Path, work: Path
+    ) -> None:
+        """Nothing: scoring ends an arm's use for generation, so it comes last."""
+
+    def after_timing(
+        self, workers: Workers, samples: Sequence[Sample], raw: IO[str], out: Path, work: Path
+    ) -> None:
+        """Time batches, then score held-out text."""
+        self._compared = scenarios.compared(self.reference(self._shipped, self._arms), samples)
+        if (grid := self.bench.scenario("offline")) is not None:
+            offline.measure_offline(workers, self._compared, self.prompts, grid, raw)
+        workers.stop(arm for arm in workers.running if not arm.scored)
+        sizes = [int(workers[arm].opened["facts"]["vocabulary"]) for arm in workers.running]
+        self._quality = measure_quality(
+            workers, self._arms, self._heldout, vocabulary=min(sizes), folder=work
+        )
+
+    def alone(self, raw: IO[str], environment: dict[str, Any], work: Path) -> None:
+        """Cold starts, and the server under load."""
+        elsewhere(self.bench, self._compared, self._onnx.path, self.prompts, raw, environment, work)
+
+    def finish(
+        self, rows: Sequence[dict[str, Any]], environment: dict[str, Any], out: Path
+    ) -> None:
+        """Write quality.json and the held-out text, so that a replay needs no student."""
+        for arm in self._arms:
+            if arm.runtime.startswith("onnxruntime"):
+                form = self._onnx.result["forms"][arm.spec.get("form") or self._shipped]
+                weights = graph_weight_bytes(self._onnx.path / form["graph"])
+                environment["arms"][arm.id]["weight_bytes"] = weights
+        source = "held-out text, another window of another domain in every block"
+        environment["prompt_source"] = source
+        if (recovery := self._onnx.result.get("recovery")) is not None:
+            # The student as it was distilled has no graph here. The manifest carries its losses on the same blocks and those
+            # of the shipped form, both over the whole vocabulary.
+            self._quality["recovery"] = recovery["blocks"]
+        tokens, new = self.bench.prompt_tokens, self.bench.new_tokens
+        self._quality["generation"] = generation.of_run(
+            rows,
+            self.reference(self._shipped, self._arms),
+            prompt=lambda block: self.prompts(block, tokens),
+            continuation=lambda block: prompt(self._heldout, block, tokens, then=new),
+            folder=self._onnx.path,
+        )
+        shutil.copyfile(self._student.path / HELDOUT, out / HELDOUT)
+        (out / QUALITY).write_text(json.dumps(self._quality))
+
+    def measured(
+        self,
+        rows: Sequence[dict[str, Any]],
+        environment: dict[str, Any],
+        reference: Reference,
+        out: Path,
+    ) -> Measured:
+        """See `MeasuringTask`."""
+        samples = [self.read_sample(row) for row in rows if row["event"] == "sample"]
+        return Measured(rows, samples, environment, self._quality, reference, {})
+
+    def replay_quality(
+        self,
+        workers: Workers,
+        arm: Arm,
+        certificate: Mapping[str, Any],
+        bench: Artifact,
+        work: Path,
+    ) -> list[tuple[str, float, float]]:
+        """Loss of the shipped form on the same blocks, by domain and in the mean."""
+        promised, nll = certificate["figures"]["quality"], {}
+        total = sum(len(blocks) for blocks in self._heldout.values())
+        with task("quality again, held-out blocks", total) as progress:
+            for name, blocks in self._heldout.items():
+                whole = 0.0
+                for row, length, scored in zip(
+                    blocks.input_ids, blocks.lengths, blocks.scored, strict=True
+                ):
+                    whole += workers[arm].ask(
+                        "score",
+                        ids=row[:length].tolist(),
+                        scored=scored[1:length].tolist(),
+                        vocabulary=promised["vocabulary"],
+                        mixture=None,
+                    )["nll"]
+                    progress.advance()
+                nll[name] = whole / blocks.labels
+        domains = promised["domains"]
+        found = [(f"loss, {name}", domains[name]["nll"], value) for name, value in nll.items()]
+        return [*found, ("loss, mean", promised["mean_nll"], mean_nll(nll))]
+
+    # Judging -------------------------------------------------------------------------------------------------
+
+    def reference(self, shipped: str, arms: Sequence[Arm], judged: str = "") -> Reference:
+        """See `JudgingTask`."""
+        name, looks = self._recipe.name if self._recipe else "", first_look(self.min_blocks)
+        random = self._recipe is not None and stand_in(self._recipe)
+        return Reference(name, shipped, tuple(arms), looks, judged, random)
+
+    def read_sample(self, row: Mapping[str, Any]) -> Sample:
+        """See `JudgingTask`."""
+        return Sample.of(row)
+
+    def read_quality(self, bench: Artifact, reference: Reference) -> dict[str, Any] | None:
+        """See `JudgingTask`."""
+        path = bench.path / QUALITY
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def evidence(self, measured: Measured) -> Evidence:
+        """See `JudgingTask`."""
+        return figures.evidence(measured.samples, measured.quality, measured.reference)
+
+    def gates(self, measured: Measured, evidence: Evidence) -> list[Gate]:
+        """See `JudgingTask`."""
+        return language_gates(self.gates_asked, evidence)
+
+    def result(self, measured: Measured, evidence: Evidence, verdict: Verdict) -> LanguageResult:
+        """See `JudgingTask`."""
+        arms, environment = measured.reference.arms, measured.environment
+        return figures.result(
+            measured.samples,
+            environment,
+            measured.reference,
+            prompt_tokens=self.bench.prompt_tokens,
+            quality=measured.quality,
+            verdict=verdict,
+            **scenarios.summary(measured.rows, environment, self.bench, arms),
+        )
+
+    def promises(self, judged: Judged) -> dict[str, Any]:
+        """See `JudgingTask`."""
+        measured, evidence = judged.measured, judged.evidence
+        reference, quality = measured.reference, measured.quality
+        fp32 = any(arm.id == FP32 for arm in reference.arms) and reference.shipped_arm.id != FP32
+        rises = {name: rise for name, (_, rise) in evidence.rise_over_teachers.items()}
+        if evidence.rise_over_fp32:
+            rises["fp32"] = evidence.rise_over_fp32
+        return {
+            "ttft_ms": evidence.ttft_ms.as_json(),
+            "tpot_ms": evidence.tpot_ms.as_json(),
+            "speed_over": {name: over.as_json() for name, over in evidence.speedup.items()},
+            # A replay can time fp32 beside it: a machine's good and bad minutes are the same for both graphs.
+            "speed_over_fp32": {
+                metric: speed(measured.samples, reference, FP32, metric).as_json()
+                for metric in ("ttft", "tpot")
+            }
+            if fp32
+            else None,
+            "loss_rise_over": {name: rise.as_json() for name, rise in rises.items()},
+            "quality": {
+                "vocabulary": quality["vocabulary"],
+                **summarise(quality, reference.shipped_arm.id),
+            },
+        }
+
+    replayed: Sequence[tuple[str, str, Cell | None]] = (
+        ("to first token", "ttft", None),
+        ("per output token", "tpot", None),
+    )
+
+    def tolerance(self, onnx: Artifact) -> float:
+        """The parity tolerance of the shipped form, in nats a token."""
+        return float(onnx.result["forms"][onnx.result["shipped"]]["parity"]["tolerance"]["kl"])
+
+    def data(self, bench: Artifact) -> dict[str, Any]:
+        """See `JudgingTask`."""
+        domains = json.loads((bench.path / QUALITY).read_text())["domains"]
+        return {
+            "heldout": bench.manifest["files"][HELDOUT]["sha256"],
+            "domains": {
+                name: {"blocks": len(sizes["labels"]), "labels": sum(sizes["labels"])}
+                for name, sizes in domains.items()
+            },
+        }
+
+    def protocol(self) -> dict[str, Any]:
+        """See `JudgingTask`."""
+        return {"prompt_tokens": self.bench.prompt_tokens, "new_tokens": self.bench.new_tokens}
+
+    def losses(
+        self, old: Measured, new: Measured, tolerance: float, *, same_text: bool
+    ) -> Iterator[Row]:
+        """See `JudgingTask`."""
+        runs = [(run.quality, run.reference.shipped_arm.id) for run in (old, new)]
+        then, now = (summarise(quality, arm) for quality, arm in runs)
+        domains = [name for name in then["domains"] if name in now["domains"]]
+        titles = [("loss, mean of domains", domains)]
+        titles += [(f"loss, {name}", [name]) for name in domains if len(domains) > 1]
+        for title, names in titles:
+            mean = names is domains
+            shown = [f["mean_nll"] if mean else f["domains"][names[0]]["nll"] for f in (then, now)]
+            before, after = (f"{value:.4f}" for value in shown)
+            if not same_text:
+                yield Row(title, "quality", before, after, None, tolerance, "not compared")
+                continue
+            labels = [np.asarray(new.quality["domains"][n]["labels"], np.float64) for n in names]
+            ours, theirs = (_nll(quality, arm, names) for quality, arm in reversed(runs))
+            change = relative_rise(ours, theirs, labels)
+            status = judge_change(change, tolerance, exact=True)
+            yield Row(title, "quality", before, after, change, tolerance, status)
+
+    def scenarios(
+        self, old: Measured, new: Measured, tolerance: float, anchors: Sequence[str]
+    ) -> tuple[list[Row], list[str]]:
+        """See `JudgingTask`."""
+        return scenario_changes(old, new, tolerance, anchors)
+
+    # Telling -------------------------------------------------------------------------------------------------
+
+    def heldout(self, judged: Judged) -> Mapping[str, Any]:
+        """See `TellingTask`."""
+        domains: Mapping[str, Any] = judged.measured.quality["domains"]
+        return domains
+
+    def table(self, data: Mapping[str, Any]) -> list[list[str]]:
+        """See `TellingTask`."""
+        return language_page.table(data)
+
+    def page(
+        self,
+        data: Mapping[str, Any],
+        judged: Judged,
+        student: Artifact,
+        certificate: Mapping[str, Any],
+    ) -> Page:
+        """See `TellingTask`."""
+        return language_page.page(self.recipe, data, judged, student, certificate)
+
+
+def _nll(quality: Mapping[str, Any], arm: str, domains: Sequence[str]) -> list[Array]:
+    return [np.asarray(quality["arms"][arm][name]["nll"], np.float64) for name in domains]
+
+
+def tests(bench: Bench) -> list[Test]:
+    """What the table of a terminal shows of every arm."""
+    prompt_tokens, new_tokens = bench.prompt_tokens, bench.new_tokens
+    return [
+        (f"prompt {prompt_tokens}", "ttft", None, prompt_tokens),
+        (f"decode {new_tokens}", "tpot", None, 1),
+    ]
+
+
+def elsewhere(
+    bench: Bench,
+    compared: Sequence[Arm],
+    exported: Path | None,
+    prompts: Any,
+    raw: IO[str],
+    environment: dict[str, Any],
+    folder: Path,
+) -> None:
+    """The scenarios that start processes of their own, once the arms' are gone."""
+    threads = bench.threads or available_cores()
+    if (starts := bench.scenario("cold")) is not None:
+        tokens = prompts(0, bench.prompt_tokens)
+        cold.measure_cold(compared, tokens, starts, raw, threads=threads, folder=folder)
+    if (server := bench.scenario("server")) is not None:
+        sizes = load.Sizes(bench.prompt_tokens, bench.new_tokens)
+        environment["server"] = load.measure_server(
+            server, exported, prompts, sizes, raw, threads=threads, folder=folder
+        )
+
+
+def require_context(arms: Sequence[Arm], bench: Bench, student: Path) -> None:
+    """Raise `DataError` when a prompt and its answer do not fit into the shortest context."""
+    wanted = {("bench", bench.prompt_tokens, bench.new_tokens)}
+    if (grid := bench.scenario("offline")) is not None:
+        wanted |= {("offline", max(grid.prompts), max(grid.outputs))}
+    for arm in arms:
+        if arm.runtime == "openai":
+            continue
+        folder = Path(arm.spec["model"]) if arm.runtime.startswith("torch") else student
+        context = context_of(folder)
+        for where, asked, new in wanted:
+            if context is None or asked + new <= context:
+                continue
+            names = ("bench.prompt_tokens", "bench.new_tokens")
+            if where == "offline":
+                names = ("the longest of offline's prompts", "of its outputs")
+            raise DataError(
+                f"{names[0]} ({asked}) and {names[1]} ({new}) come to {asked + new} tokens; "
+                f"the context of {arm.label} is {context}. Make either smaller."
+            )

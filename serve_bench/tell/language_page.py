@@ -1,0 +1,325 @@
+"""The page of a language model's report: its numbers, pictures and tables, from report.json and the samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from limbeck.contract.artifact import Artifact
+from limbeck.contract.recipe import Recipe
+from serve_bench.judge.figures import Sample
+from serve_bench.judge.gates import show
+from serve_bench.judge.task import Judged
+from serve_bench.tell import charts, sections
+from serve_bench.tell.numbers import interval, significant
+from serve_bench.tell.report import threads
+from serve_bench.tell.task import Page
+
+
+def table(data: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of the table in the terminal."""
+    rows = [
+        [
+            "arm",
+            "runtime",
+            "MB",
+            "memory MB",
+            "TTFT ms",
+            "TPOT ms",
+            "tokens/s",
+            "NLL",
+            "speed of the shipped",
+        ]
+    ]
+    for name, arm in data["arms"].items():
+        over = data["speed_of_shipped_over"].get(name)
+        rows.append(
+            [
+                f"{arm['label']} (shipped)" if name == f"onnx:{data['shipped']}" else arm["label"],
+                arm["runtime"],
+                f"{arm['bytes'] / 1e6:.1f}",
+                "" if arm["peak_rss_bytes"] is None else f"{arm['peak_rss_bytes'] / 1e6:.0f}",
+                interval(arm["ttft_ms"]),
+                interval(arm["tpot_ms"]),
+                significant(arm["decode_tokens_s"]["value"]),
+                f"{arm['quality']['mean_nll']:.4f}" if arm["quality"] else "",
+                f"{interval(over['tpot'])}×" if over else "",
+            ]
+        )
+    return rows
+
+
+def page(
+    recipe: Recipe,
+    data: Mapping[str, Any],
+    judged: Judged,
+    student: Artifact,
+    certificate: Mapping[str, Any],
+) -> Page:
+    """See `TellingTask`."""
+    quality, log = judged.measured.quality, _read_log(student.path / "log.jsonl")
+    domains = _domains(recipe, data)
+    choices = [same for arms in quality["same_choice"].values() for same in arms.values()]
+    promised = certificate["figures"]
+    blocks = sum(domain["blocks"] for domain in domains)
+    return Page(
+        "language.html.j2",
+        "language_inputs.html.j2",
+        {
+            "headline": _headline(data),
+            "teachers": _teachers(recipe, student),
+            "domains": domains,
+            "best": _best(data),
+            "pictures": _pictures(data, judged.measured.samples, log),
+            "trade_note": "",
+            "noise": _noise(data),
+            "checks": choices,
+            "promises": [
+                ("TPOT", sections.promised(promised["tpot_ms"], "ms")),
+                ("TTFT", sections.promised(promised["ttft_ms"], "ms")),
+                (
+                    "Held-out loss",
+                    f"{promised['quality']['mean_nll']} nats a token, over {blocks} blocks",
+                ),
+            ],
+            "parity": sections.parity(data["onnx"]["forms"], _PARITY),
+            "parity_note": ": prompts, token by token, in chunks, and ragged batches padded on either side",
+            "rows": sections.rows(data),
+            "loss_steps": sections.loss_steps(data),
+            "against_memory": sections.against_memory(data),
+            "energy": sections.energy(data),
+            "generation": quality.get("generation"),
+            "parameters": _parameters(student.result.get("parameters")),
+        },
+    )
+
+
+_PARITY = (
+    ("Largest logit difference", "max_abs", significant),
+    ("KL from torch, nats", "kl", significant),
+    ("Same first choice", "top1", lambda value: f"{100 * value:.2f} %"),
+    ("Positions", "positions", str),
+)
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _headline(data: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Four numbers for a reader in a hurry."""
+    shipped = data["arms"][f"onnx:{data['shipped']}"]
+    teachers = {name: arm for name, arm in data["arms"].items() if arm["role"] == "teacher"}
+    items = [
+        {
+            "value": significant(shipped["decode_tokens_s"]["value"]),
+            "unit": "tokens/s",
+            "label": f"decode speed on {threads(data['environment'])}",
+            "note": "",
+        },
+        {
+            "value": significant(shipped["bytes"] / 1e6),
+            "unit": "MB",
+            "label": "on disk, graph and weights",
+            "note": "",
+        },
+        {
+            "value": f"{shipped['quality']['mean_nll']:.3f}",
+            "unit": "nats",
+            "label": "held-out loss a token",
+            "note": "",
+        },
+    ]
+    if teachers:
+        fastest = min(
+            teachers, key=lambda name: data["speed_of_shipped_over"][name]["tpot"]["value"]
+        )
+        best = min(teachers, key=lambda name: teachers[name]["quality"]["mean_nll"])
+        over, rise = (
+            data["speed_of_shipped_over"][fastest]["tpot"],
+            data["nll_rise_of_shipped_over"][best],
+        )
+        items[0]["note"] = f"{interval(over)}× the fastest teacher, {teachers[fastest]['label']}"
+        items[1]["note"] = (
+            f"{significant(teachers[fastest]['bytes'] / shipped['bytes'])}× smaller than that teacher"
+        )
+        percent = show(rise["value"], "%")
+        items[2]["note"] = f"{percent} against the best teacher, {teachers[best]['label']}"
+    memory = {
+        "value": significant(shipped["peak_rss_bytes"] / 1e6),
+        "unit": "MB",
+        "label": "peak memory of the process",
+    }
+    memory["note"] = (
+        f"ready {significant(shipped['load_s'])} s after opening, first token after {significant(shipped['ttft_ms']['value'])} ms"
+    )
+    return [*items, memory]
+
+
+def _teachers(recipe: Recipe, student: Artifact) -> list[dict[str, Any]]:
+    entries = json.loads((student.path / "teachers.json").read_text())
+    sources = {teacher.name: teacher.model for teacher in recipe.teachers}
+    return [
+        {
+            **entry,
+            "source": sections.source_text(sources[entry["name"]].model_dump(mode="json"))
+            if entry["name"] in sources
+            else entry["model"],
+            "form": entry.get("dtype") or "fp32"
+            if entry.get("quantize") in (None, "none")
+            else entry["quantize"],
+        }
+        for entry in entries
+    ]
+
+
+def _domains(recipe: Recipe, data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    named = {domain.name: domain for domain in recipe.data.domains}
+    rows = []
+    for name, sizes in data["heldout"].items():
+        domain = named.get(name)
+        rows.append(
+            {
+                "name": name,
+                "source": sections.source_text(domain.text.model_dump(mode="json"))
+                if domain
+                else "",
+                "weight": domain.weight if domain else None,
+                "blocks": len(sizes["labels"]),
+                "labels": sum(sizes["labels"]),
+                "bytes": sum(sizes["utf8_bytes"]),
+            }
+        )
+    return rows
+
+
+def _best(data: Mapping[str, Any]) -> dict[str, str]:
+    """Which arm is best in each column of the quality table."""
+    arms = {name: arm["quality"] for name, arm in data["arms"].items() if arm["quality"]}
+    columns = {"mean": {name: quality["mean_nll"] for name, quality in arms.items()}}
+    for domain in data["heldout"]:
+        columns[domain] = {
+            name: quality["domains"][domain]["nll"] for name, quality in arms.items()
+        }
+    return {
+        column: min(values, key=lambda name: values[name]) for column, values in columns.items()
+    }
+
+
+def _noise(data: Mapping[str, Any]) -> dict[str, Any]:
+    twin = next(name for name, arm in data["arms"].items() if arm["role"] == "twin")
+    ratio = data["speed_of_shipped_over"][twin]["tpot"]
+    return {**ratio, "quiet": ratio["low"] is None or ratio["low"] <= 1 <= ratio["high"]}
+
+
+def _parameters(found: Any) -> int | None:
+    if isinstance(found, Mapping):
+        found = found.get("total")
+    return int(found) if found else None
+
+
+def _pictures(
+    data: Mapping[str, Any], samples: Sequence[Sample], log: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    arms = data["arms"]
+    bubbles = [
+        charts.Bubble(
+            arm["label"], arm["role"], arm["decode_tokens_s"]["value"], arm["quality"]["mean_nll"],
+            arm["bytes"] / 1e6, name == f"onnx:{data['shipped']}",
+        )
+        for name, arm in arms.items() if arm["quality"]
+    ]  # fmt: skip
+    hills = [(arm["label"], arm["role"], _gaps(samples, name)) for name, arm in arms.items()]
+
+    def dots(metric: str) -> list[charts.Dots]:
+        """One dot a generation, and the median of the table, which is over blocks."""
+        return [
+            charts.Dots(
+                arm["label"],
+                arm["role"],
+                [1e3 * float(getattr(s, metric)) for s in samples if s.arm == name],
+                arm[f"{metric}_ms"]["value"],
+            )
+            for name, arm in arms.items()
+        ]
+
+    pictures: dict[str, Any] = {
+        "gaps": charts.ridges(hills, title="Distribution of the gaps between tokens, by arm", x="ms between tokens (logarithmic)"),
+        "firsts": charts.strip(dots("ttft"), title="Time to the first token of every generation, by arm", x="TTFT, ms (logarithmic)"),
+        "offline": sections.offline(data),
+        "server": sections.server(data),
+        "cold": sections.cold(data),
+        "trade": charts.quality_against_speed(
+            bubbles, title="Held-out loss against decode speed, size on disk as the area",
+            x="decode speed, tokens a second", y="held-out loss, nats a token",
+        ),
+        "strip": charts.strip(dots("tpot"), title="Time per output token of every generation, by arm", x="TPOT, ms (logarithmic)"),
+        "terms": None, "heldout": None, "weights": {},
+    }  # fmt: skip
+    steps = [row for row in log if row["event"] == "step"]
+    if len(steps) > 1:
+        pictures["terms"] = _terms(steps)
+        for domain in dict.fromkeys(name for row in steps for name in row.get("weights") or {}):
+            pictures["weights"][domain] = _weights(steps, domain)
+    evaluations = [row for row in log if row["event"] == "evaluate"]
+    if len(evaluations) > 1:
+        pictures["heldout"] = _heldout(evaluations, data)
+    return pictures
+
+
+def _gaps(samples: Sequence[Sample], arm: str) -> list[float]:
+    return [1e3 * float(gap) for sample in samples if sample.arm == arm for gap in sample.itl]
+
+
+def _terms(steps: Sequence[Mapping[str, Any]]) -> str:
+    names = {
+        "loss": "total",
+        "cross_entropy": "cross-entropy",
+        "fusion": "fusion",
+        "features": "features",
+    }
+    series = {}
+    for key, name in names.items():
+        points = [(row["tokens"], row[key]) for row in steps if row.get(key) is not None]
+        if points:
+            series[name] = ([x for x, _ in points], [y for _, y in points])
+    return charts.lines(
+        series,
+        title="Training loss and its terms over training tokens",
+        x="training tokens",
+        y="nats a token",
+    )
+
+
+def _heldout(evaluations: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> str:
+    tokens = [row["tokens"] for row in evaluations]
+    series = {
+        name: (tokens, [row["nll"][name] for row in evaluations]) for name in evaluations[0]["nll"]
+    }
+    if len(series) > 1:
+        series["mean"] = (tokens, [row["mean_nll"] for row in evaluations])
+    teachers = [
+        arm["quality"]["mean_nll"] for arm in data["arms"].values() if arm["role"] == "teacher"
+    ]
+    dashed = {"best teacher": min(teachers)} if teachers else {}
+    return charts.lines(
+        series, dashed=dashed, marks=True, title="Held-out loss of the student by domain over training tokens",
+        x="training tokens", y="held-out loss, nats a token",
+    )  # fmt: skip
+
+
+def _weights(steps: Sequence[Mapping[str, Any]], domain: str) -> str:
+    rows = [row for row in steps if domain in (row.get("weights") or {})]
+    series = {
+        teacher: (
+            [row["tokens"] for row in rows],
+            [row["weights"][domain][teacher] for row in rows],
+        )
+        for teacher in rows[0]["weights"][domain]
+    }
+    return charts.lines(
+        series, limits=(0, 1), title=f"Weight of each teacher on {domain} over training tokens",
+        x="training tokens", y=f"weight on {domain}",
+    )  # fmt: skip
