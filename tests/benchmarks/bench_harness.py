@@ -21,7 +21,7 @@ import argparse
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -30,14 +30,16 @@ from unittest import mock
 import numpy as np
 
 from limbeck.contract.recipe import Recipe
-from limbeck.contract.results.bench import Arm
-from serve_bench.judge import figures
-from serve_bench.judge.compare import time_change
+from limbeck.contract.results.bench import Arm, Gate
+from serve_bench.judge import figures, language
+from serve_bench.judge.changes import time_change
 from serve_bench.judge.figures import Reference, Sample
-from serve_bench.judge.gates import judge
+from serve_bench.judge.gates import language_gates
 from serve_bench.judge.stats import first_look
 from serve_bench.measure import clock as timing
+from serve_bench.measure.clock import Limits
 from serve_bench.measure.sentinel import Sentinel
+from serve_bench.measure.units import Generation
 from tests.benchmarks.harness_overhead import overhead
 from tests.pico import pico_recipe
 
@@ -191,33 +193,26 @@ def bench(
         }
     )
     clock = SimpleNamespace(sleep=machine.sleep, monotonic=machine.monotonic)
-    with mock.patch.object(timing, "time", clock), mock.patch.object(timing, "live_table", Silent):
+
+    def timing_gates(samples: Sequence[Sample]) -> list[Gate]:
+        found = language.timing_evidence(samples, reference)
+        return language_gates(recipe.gates, found, timing_only=True)
+
+    work = Generation([0] * recipe.bench.prompt_tokens, recipe.bench.new_tokens)
+    limits = Limits(recipe.bench.min_blocks, recipe.bench.minutes, reference.first_look)
+    with mock.patch.object(timing, "time", clock):
         timed = timing.time_blocks(
             workers,
-            reference,
-            lambda block, tokens: [0] * tokens,
-            recipe.bench,
-            recipe.gates,
+            reference.arms,
+            lambda block: [work],
+            limits,
             Drawn(),
-            SimulatedSentinel(machine),
+            read=Sample.of,
+            sentinel=SimulatedSentinel(machine),
+            decided=lambda samples: all(g.status != "undecided" for g in timing_gates(samples)),
         )
-    verdict = judge(
-        recipe.gates, figures.timing_evidence(timed.samples, reference), timing_only=True
-    )
-    return Outcome(timed.samples, reference, timed.samples[-1].block + 1, verdict.gates[0].status)
-
-
-class Silent:
-    """A live table that shows nothing."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __enter__(self) -> Callable[..., None]:
-        return lambda *_: None
-
-    def __exit__(self, *_: object) -> None:
-        pass
+    gate = timing_gates(timed.samples)[0]
+    return Outcome(timed.samples, reference, timed.samples[-1].block + 1, gate.status)
 
 
 def false_alarms(trials: int, *, process: float = 0.0, seed: int = 0) -> float:

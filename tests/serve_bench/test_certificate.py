@@ -10,12 +10,15 @@ import pytest
 
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.files import file_digest
-from limbeck.contract.heldout import HELDOUT, load_heldout
+from limbeck.contract.heldout import HELDOUT
+from limbeck.contract.machine import host, versions
 from limbeck.contract.results.bench import Arm, Interval
 from serve_bench import write_report
 from serve_bench.judge.certificate import CERTIFICATE
 from serve_bench.judge.findings import judge_loss, judge_speed
-from serve_bench.measure.replay import _arm, _replay_speed, differences
+from serve_bench.measure.arms import form_arm
+from serve_bench.measure.replay import differences, replay_speed
+from serve_bench.tasks import task_of
 from tests.serve_bench.test_report import PARENTS, make_run, recipe
 
 THEN = {"value": 8.0, "low": 7.5, "high": 8.5, "n": 6}
@@ -135,10 +138,11 @@ class FakeWorkers:
         self.arm = arm
         return self
 
-    def generate(self, tokens: list[int], count: int) -> dict[str, list[float]]:
+    def generate(self, tokens: list[int], count: int) -> dict[str, Any]:
         self.made += 1
         each = self.seconds[self.arm.id.removesuffix(":twin")] * (1 + 0.005 * (self.made % 3))
-        return {"at": [each * (10 + n) for n in range(count)]}
+        at = [each * (10 + n) for n in range(count)]
+        return {"at": at, "started": 0.0, "tokens": [0] * count, "device_s": None}
 
 
 @pytest.mark.parametrize(
@@ -178,11 +182,11 @@ def test_a_slower_machine_is_not_a_slower_graph(
         key: {k: v * 2.5 for k, v in around.items()} for key in ("tpot", "ttft")
     }
     onnx = open_artifact(tmp_path / "onnx", verify=False)
-    blocks = load_heldout(tmp_path / "bench" / HELDOUT)
+    task = task_of(chosen)
+    task.open_data(tmp_path / "bench")
     workers: Any = FakeWorkers({"onnx:int8-weight": int8 / 1e3, "onnx:fp32": fp32 / 1e3})
-    findings = _replay_speed(
-        workers, _arm(onnx, "int8-weight"), certificate, chosen, onnx, blocks, {}
-    )
+    arm = form_arm(onnx, "int8-weight")
+    findings = replay_speed(workers, arm, certificate, task, onnx, {})
     assert len(findings) == 4
     assert all(finding.holds for finding in findings) is holds
     assert any(says in finding.says for finding in findings)

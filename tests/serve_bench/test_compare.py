@@ -15,7 +15,8 @@ from limbeck.contract.errors import UserError
 from limbeck.contract.results.bench import Interval
 from serve_bench import compare_runs
 from serve_bench.judge import figures
-from serve_bench.judge.compare import Row, as_json, headline, judge_change, markdown
+from serve_bench.judge.changes import Row, judge_change
+from serve_bench.tell.comparison import as_json, headline, markdown
 from tests.serve_bench.test_report import make_run, recipe
 
 

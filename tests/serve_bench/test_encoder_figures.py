@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from serve_bench.judge.encoder_figures import Cell, Quality, Sample, by_block, judge, speed
 
 from limbeck.contract.errors import RecipeError
-from limbeck.contract.results.bench import Arm
+from limbeck.contract.recipe import EncoderRecipe
+from limbeck.contract.results.bench import Arm, Verdict
+from serve_bench.judge.encoder import Quality
+from serve_bench.judge.figures import Cell, Sample, by_block, speed
+from serve_bench.judge.task import Measured, judge_bench
+from serve_bench.tasks.encoder import Encoder
 from tests.encoders import classifier_recipe, embedding_recipe, source
 
 CELLS = (Cell(1, 8), Cell(4, 8))
@@ -31,7 +35,7 @@ SECONDS = {
 def samples(blocks: int = 6) -> list[Sample]:
     """Every arm twice in every cell of a block; the machine grows slower from block to block, for all alike."""
     return [
-        Sample(arm, block, position, cell, seconds * (1 + block) * cell.batch)
+        Sample(arm, block, position, (seconds * (1 + block) * cell.batch,), cell)
         for block in range(blocks)
         for cell in CELLS
         for position in (0, 1)
@@ -55,13 +59,31 @@ def quality(**right: int) -> Quality:
     )
 
 
+def judge(
+    timed: list[Sample], found: Quality, shipped: str, arms: list[Arm], recipe: EncoderRecipe
+) -> Verdict:
+    task = Encoder(recipe)
+    environment = {
+        "blocks": 1,
+        "stopped": "decided",
+        "arms": {arm.id: {"steady": True} for arm in arms},
+    }
+    reference = task.reference(shipped, arms)
+    return judge_bench(Measured([], timed, environment, found, reference, {}), task).verdict
+
+
 def test_a_block_is_the_geometric_mean_of_its_cells_and_samples() -> None:
-    assert by_block(samples(1), "teacher:a").tolist() == pytest.approx([16.0])  # sqrt(8 x 32)
-    assert by_block(samples(2), "teacher:a", CELLS[1]).tolist() == pytest.approx([32.0, 64.0])
+    assert by_block(samples(1), "teacher:a", "e2el").tolist() == pytest.approx(
+        [16.0]
+    )  # sqrt(8 x 32)
+    assert by_block(samples(2), "teacher:a", "e2el", CELLS[1]).tolist() == pytest.approx(
+        [32.0, 64.0]
+    )
 
 
 def test_the_ratio_is_paired_within_blocks() -> None:
-    ratio = speed(samples(), ARMS, "int8-dynamic", "teacher:a", first=6)
+    reference = Encoder(classifier_recipe()).reference("int8-dynamic", ARMS)
+    ratio = speed(samples(), reference, "teacher:a", "e2el")
     assert (ratio.value, ratio.low, ratio.high) == pytest.approx((8.0, 8.0, 8.0))
 
 
@@ -98,7 +120,7 @@ def test_the_interval_of_a_loss_is_paired_over_examples() -> None:
 def level(blocks: int = 6, **seconds: float) -> list[Sample]:
     """As `samples`, of a machine that stays as it is."""
     return [
-        Sample(arm, block, position, cell, taken * cell.batch)
+        Sample(arm, block, position, (taken * cell.batch,), cell)
         for block in range(blocks)
         for cell in CELLS
         for position in (0, 1)

@@ -18,14 +18,15 @@ from limbeck.contract.errors import DataError
 from limbeck.contract.recipe import Bench, OfflineScenario
 from limbeck.contract.results.bench import Arm
 from serve_bench.judge import figures, scenarios
-from serve_bench.judge.figures import Reference, Sample, against
-from serve_bench.measure import clock as timing
-from serve_bench.measure import fairness, machine
-from serve_bench.measure.clock import time_blocks, warm
+from serve_bench.judge.figures import Reference, Sample
+from serve_bench.judge.language import against
+from serve_bench.measure import clock, fairness, machine, units
+from serve_bench.measure.clock import Limits, time_blocks
 from serve_bench.measure.memory import Energy, Package, Watch, tree_rss
 from serve_bench.measure.roofline import graph_weight_bytes, run_kernels
 from serve_bench.measure.scenarios import offline
 from serve_bench.measure.sentinel import Sentinel
+from serve_bench.measure.units import Generation, warm
 from serve_bench.measure.workers import Worker
 from tests.pico import pico_recipe
 
@@ -60,19 +61,19 @@ class Readings(Sentinel):
         return self._next.pop(0) if self._next else 1.0
 
 
-def blocks(sentinel: Sentinel, min_blocks: int = 3) -> tuple[timing.Timed, list[dict[str, Any]]]:
+def blocks(sentinel: Sentinel, min_blocks: int = 3) -> tuple[clock.Timed, list[dict[str, Any]]]:
     arms = (arm("onnx:int8"), arm("onnx:int8:twin", "twin"))
     recipe = pico_recipe(bench={"min_blocks": min_blocks, "minutes": 1e-6, "new_tokens": 3})
     reference, raw = Reference("x", "int8", arms, 6), io.StringIO()
     workers: Any = _ByArm(arms)
     timed = time_blocks(
         workers,
-        reference,
-        lambda block, tokens: [block] * tokens,
-        recipe.bench,
-        recipe.gates,
+        arms,
+        lambda block: [Generation([block] * recipe.bench.prompt_tokens, recipe.bench.new_tokens)],
+        Limits(min_blocks, 1e-8, reference.first_look),
         raw,
-        sentinel,
+        read=Sample.of,
+        sentinel=sentinel,
     )
     return timed, [json.loads(line) for line in raw.getvalue().splitlines()]
 
@@ -102,7 +103,8 @@ def test_a_disturbed_block_is_void_kept_raw_and_timed_again() -> None:
 def test_a_machine_that_is_always_disturbed_is_named_so_and_measured_all_the_same() -> None:
     timed, _ = blocks(Readings(*[1.0, 9.0] * 20))
     assert timed.disturbed
-    assert timed.void == 3  # as many as the fewest blocks wanted, no more
+    assert timed.void == 2  # half of the fewest blocks wanted, because the time was spent already
+    assert timed.over_budget
     assert len({s.block for s in timed.samples}) == 3
     assert figures.by_block(timed.samples, "onnx:int8", "tpot") == pytest.approx([0.001] * 3)
 
@@ -122,7 +124,7 @@ def test_the_sentinel_does_the_same_work_on_every_thread_and_leaves_nothing_runn
 
 
 def test_warming_up_ends_when_three_in_a_row_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "_WARM_SECONDS", 0)
+    monkeypatch.setattr(units, "_WARM_SECONDS", 0)
     worker: Any = Paced("a", [9.0, 5.0, 2.0, 1.0, 1.05, 1.02])
     raw = io.StringIO()
     found = warm(worker, [1], 4, raw)
@@ -133,7 +135,7 @@ def test_warming_up_ends_when_three_in_a_row_agree(monkeypatch: pytest.MonkeyPat
 
 def test_warming_up_lasts_its_least_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(np.arange(0, 100, 0.1))
-    monkeypatch.setattr(timing.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(units.time, "monotonic", lambda: float(next(clock)))
     worker: Any = Paced("a", [1.0])
     found = warm(worker, [1], 4, io.StringIO())
     assert found["steady"]
@@ -141,7 +143,7 @@ def test_warming_up_lasts_its_least_time(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_never_settles_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "_WARM_PATIENCE", 0)
+    monkeypatch.setattr(units, "_WARM_PATIENCE", 0)
     worker: Any = Paced("a", [1.0, 2.0] * 30)
     found = warm(worker, [1], 4, io.StringIO())
     assert not found["steady"]

@@ -13,15 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from limbeck.contract.artifact import write_artifact
+from limbeck.contract.artifact import open_artifact, write_artifact
 from limbeck.contract.errors import ArtifactError
 from limbeck.contract.heldout import HELDOUT, save_heldout
 from limbeck.contract.recipe import Recipe, parse_recipe
 from limbeck.contract.results.bench import Arm
 from serve_bench import write_report
-from serve_bench.judge import figures
+from serve_bench.judge import figures, language
+from serve_bench.judge.figures import Sample
+from serve_bench.judge.task import Measured, judge_bench, read_bench
+from serve_bench.tasks import task_of
 from serve_bench.tell import charts
-from serve_bench.tell.report import significant
+from serve_bench.tell.numbers import significant
 from tests.pico import make_blocks
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "path", "use"}
@@ -44,7 +47,7 @@ def recipe(**over: Any) -> Recipe:
             "data": {"domains": domains, "block": 256},
             "student": {
                 "kind": "lora",
-                "base": {"kind": "random", "config": {"model_type": "llama"}},
+                "base": {"kind": "hub", "id": "someone/base-135m", "revision": "4f1e"},
                 "rank": 16,
             },
             "training": {"tokens": 40960, "batch_tokens": 512},
@@ -258,9 +261,10 @@ def write_bench(
         },
     }  # fmt: skip
     (draft.folder / figures.ENVIRONMENT).write_text(json.dumps(environment))
-    samples = figures.read_samples(draft.folder / figures.SAMPLES)
-    reference = figures.reference_of(chosen, "int8-weight", arms)
-    draft.result = figures.summary(samples, quality, environment, reference, chosen)
+    reference = task_of(chosen).reference("int8-weight", arms)
+    samples = [Sample.of(row) for row in rows]
+    measured = Measured(rows, samples, environment, quality, reference, {})
+    draft.result = judge_bench(measured, task_of(chosen)).result.as_json()
 
 
 class Page(HTMLParser):
@@ -310,15 +314,9 @@ def read(path: Path) -> Page:
 def test_after_a_recovery_rounding_is_held_against_the_student_before_it(tmp_path: Path) -> None:
     chosen = recipe()
     bench = make_run(tmp_path, chosen) / "bench"
-    samples = figures.read_samples(bench / figures.SAMPLES)
-    quality = json.loads((bench / figures.QUALITY).read_text())
-    arms = json.loads((bench / "manifest.json").read_text())["result"]["arms"]
-    listed = [
-        Arm(n, arm["label"], arm["role"], arm["runtime"], arm["bytes"], {})
-        for n, arm in arms.items()
-    ]
-    reference = figures.reference_of(chosen, "int8-weight", listed)
-    plain = figures.evidence(samples, quality, reference)
+    found = read_bench(open_artifact(bench), task_of(chosen))
+    quality = found.quality
+    plain = language.evidence(found.samples, quality, found.reference)
     assert plain.rise_over_fp32 is not None
     assert (plain.rise_over_fp32.value, plain.recovered) == (pytest.approx(0.0006), False)
     fp32 = quality["arms"]["onnx:fp32"]
@@ -327,7 +325,7 @@ def test_after_a_recovery_rounding_is_held_against_the_student_before_it(tmp_pat
         "distilled": {name: [0.99 * nats for nats in fp32[name]["nll"]] for name in names},
         "shipped": {name: [1.0006 * nats for nats in fp32[name]["nll"]] for name in names},
     }
-    recovered = figures.evidence(samples, quality, reference)
+    recovered = language.evidence(found.samples, quality, found.reference)
     assert recovered.rise_over_fp32 is not None
     assert (recovered.rise_over_fp32.value, recovered.recovered) == (
         pytest.approx(1.0006 / 0.99 - 1),
@@ -373,8 +371,8 @@ def test_report_says_what_the_samples_say(tmp_path: Path) -> None:
     assert data["digests"]["bench"]
     table = report.table.splitlines()
     assert table[0].startswith("**pass**: two-experts, as int8-weight, is fit to ship")
-    assert sum(line.startswith("| ") for line in table) == 2 + 6
-    assert len({line.count("|") for line in table if line.startswith("| ")}) == 1
+    assert sum(line.startswith("|") for line in table) == 2 + 6
+    assert len({line.count("|") for line in table if line.startswith("|")}) == 1
 
 
 def test_report_shows_what_rounding_did(tmp_path: Path) -> None:
@@ -474,6 +472,49 @@ def test_the_front_is_what_nothing_beats_in_both() -> None:
     points = [(10.0, 2.0), (50.0, 2.5), (20.0, 2.6), (9.0, 1.9999), (50.0, 2.7)]
     assert charts.pareto(points) == [0, 1]
     assert charts.pareto([(1.0, 3.0)]) == [0]
+
+
+def test_a_label_is_nearest_to_its_own_bubble() -> None:
+    """Bubbles that crowd: a label is nearer to its own bubble than to any other, or a line joins the two."""
+    draw, nearest = np.random.default_rng(5), 0
+    for _ in range(6):
+        bubbles = [
+            charts.Bubble(f"arm {i}", "form", speed, loss, size, i == 0)
+            for i, (speed, loss, size) in enumerate(
+                zip(
+                    np.exp(draw.uniform(3, 4.2, 5)),
+                    draw.uniform(2.9, 3.1, 5),
+                    draw.uniform(90, 540, 5),
+                    strict=True,
+                )
+            )
+        ]
+        for label in charts.place_labels(bubbles):
+            near = label.distances[label.own] == min(label.distances)
+            assert near or label.needs_line
+            nearest += near
+    assert nearest >= 25  # of 30; the others' bubbles lie within larger ones
+
+
+def test_the_stroke_of_a_row_is_the_median_of_the_table() -> None:
+    """Raw samples and block means have other medians on a noisy machine; the picture shows the table's."""
+    dots = charts.Dots("a", "form", [1.0, 1.0, 1.0, 9.0], 3.0)
+    svg = charts.strip([dots], title="t", x="ms")
+    assert "stroke-width: 2" in svg
+    other = charts.strip([charts.Dots("a", "form", dots.values, 1.0)], title="t", x="ms")
+    assert svg != other
+
+
+def test_random_stand_ins_are_never_fit_to_ship(tmp_path: Path) -> None:
+    base = {"kind": "random", "config": {"model_type": "llama"}}
+    chosen = recipe(student={"kind": "lora", "base": base, "rank": 16})
+    report = write_report(run=make_run(tmp_path, chosen), recipe=chosen)
+    data = json.loads(report.json.read_text())
+    assert (data["stand_in"], report.verdict.status, report.exit_code) == (True, "pass", 0)
+    assert "it runs here; this says nothing of quality" in report.verdict.sentence
+    page = read(report.html).text
+    assert "fit to ship" not in page
+    assert "random stand-in for a teacher" in page
 
 
 def test_line_labels_keep_their_distance() -> None:

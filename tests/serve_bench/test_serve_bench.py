@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from serve_bench.measure.targets import find_arm
 
 from compress.models.language import model_folder
 from limbeck.app.run import bench_targets
@@ -45,9 +44,12 @@ from serve_bench.judge import figures, quality
 from serve_bench.judge.certificate import CERTIFICATE
 from serve_bench.judge.figures import Sample
 from serve_bench.measure.arms import list_arms
-from serve_bench.measure.clock import order, prompt, require_context
+from serve_bench.measure.clock import order
 from serve_bench.measure.scenarios import load
+from serve_bench.measure.units import prompt
 from serve_bench.measure.workers import Worker, Workers
+from serve_bench.tasks.language import require_context
+from serve_bench.tasks.targets import find_arm
 from serve_bench.worker.runtimes import TorchCompiled, TorchEager
 from tests.fake_server import FakeServer
 from tests.pico import make_blocks, make_model, pico_recipe
@@ -286,9 +288,11 @@ def test_workers_end_with_their_owner(tmp_path: Path) -> None:
 
 def test_libraries_may_print_without_breaking_the_answers(tmp_path: Path) -> None:
     program = """
-import os, serve_bench.worker.language as w
-w.Session.open = lambda s, **k: (print("noise"), os.write(1, b"n"), {"facts": 1})[2]
-w.main(w.Session())
+import os
+from serve_bench.worker.language import Session
+from serve_bench.worker.process import main
+Session.open = lambda s, **k: (print("noise"), os.write(1, b"n"), {"facts": 1})[2]
+main(Session())
 """
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -683,10 +687,9 @@ def test_prompt_and_answer_must_fit_the_context(run: Path) -> None:
     arms = list_arms(onnx=open_artifact(run / "onnx"), student=open_artifact(run / "student"))
     long = bench_recipe(bench={"prompt_tokens": 60, "new_tokens": 8})
     with pytest.raises(DataError, match=r"come to 68 tokens; the context of wise is 64"):
-        require_context(arms, long, run / "student/model")
-    require_context(
-        arms, bench_recipe(bench={"prompt_tokens": 56, "new_tokens": 8}), run / "student/model"
-    )
+        require_context(arms, long.bench, run / "student/model")
+    fits = bench_recipe(bench={"prompt_tokens": 56, "new_tokens": 8})
+    require_context(arms, fits.bench, run / "student/model")
 
 
 def test_targets_must_have_the_context_and_a_folder_that_can_be_written(
