@@ -149,8 +149,8 @@ def compare(
     """Print what two runs differ in, Markdown or JSON; the exit code: 0 no regression, 1
     regression, 3 undecided."""
     from serve_bench import compare_runs
-    from serve_bench.judge.compare import as_json as to_json
-    from serve_bench.judge.compare import markdown
+    from serve_bench.tell.comparison import as_json as to_json
+    from serve_bench.tell.comparison import markdown
 
     found = compare_runs(before, after, tolerances=tolerances, across_machines=across_machines)
     print(json.dumps(to_json(found), indent=1) if as_json else markdown(found), flush=True)
