@@ -55,7 +55,7 @@ def test_the_report_is_sound_at_both_widths_and_in_both_schemes(
         "cold": scenarios.cold(),
         "server": scenarios.server(),
     }
-    monkeypatch.setattr("serve_bench.tell.report.scenarios.summary", lambda *_: measured)
+    monkeypatch.setattr("serve_bench.tasks.language.scenarios.summary", lambda *_: measured)
     chosen = recipe()
     report = write_report(run=make_run(tmp_path, chosen), recipe=chosen)
     found = look(report.html, pdf=str(tmp_path / "report.pdf"))

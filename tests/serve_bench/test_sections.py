@@ -57,7 +57,7 @@ def test_pictures_name_their_arms(data: dict[str, Any]) -> None:
 
 def test_the_page_shows_every_scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"offline": scenarios.offline(), "cold": scenarios.cold(), "server": scenarios.server()}
-    monkeypatch.setattr("serve_bench.tell.report.scenarios.summary", lambda *_: found)
+    monkeypatch.setattr("serve_bench.tasks.language.scenarios.summary", lambda *_: found)
     chosen = recipe()
     html = write_report(run=make_run(tmp_path, chosen), recipe=chosen).html
     page = read(html)
