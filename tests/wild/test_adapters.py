@@ -40,7 +40,7 @@ from compress.models.students import with_lora
 from limbeck.contract.adapters import attach, merged
 from limbeck.contract.errors import ModelError
 from limbeck.contract.recipe import LoraStudent, RandomModel
-from serve_bench.measure.runtimes import TorchEager
+from serve_bench.worker.runtimes import TorchEager
 from tests.wild.adapters import (
     IDS,
     LAYERS,
