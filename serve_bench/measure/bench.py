@@ -18,7 +18,7 @@ from limbeck.contract.errors import ArtifactError
 from limbeck.contract.machine import available_cores, host
 from limbeck.contract.progress import say, task
 from limbeck.contract.recipe import fingerprint
-from limbeck.contract.results.bench import Arm
+from limbeck.contract.results.bench import Arm, TaskName
 from serve_bench.judge.figures import ENVIRONMENT, SAMPLES, Sample, read_rows
 from serve_bench.judge.task import judge_bench
 from serve_bench.measure import fairness, machine
@@ -61,7 +61,7 @@ def measure(*, onnx: Path, student: Path, out: Path, asked: MeasuringTask) -> Ar
         scratch(out) as work,
         write_artifact(out, kind="bench", key=key, parents=parents, recipe=recipe) as draft,
     ):
-        environment = before(arms, asked.units(0), threads=threads, folder=work)
+        environment = before(arms, asked.units(0), threads=threads, folder=work, asked=asked.name)
         with (draft.folder / SAMPLES).open("w") as raw:
             with Workers(work, threads=threads, task=asked.name) as workers:
                 open_all(workers, arms, environment)
@@ -102,14 +102,19 @@ def scratch(out: Path) -> Iterator[Path]:
 
 
 def before(
-    arms: Sequence[Arm], units: Sequence[Unit], *, threads: int, folder: Path
+    arms: Sequence[Arm],
+    units: Sequence[Unit],
+    *,
+    threads: int,
+    folder: Path,
+    asked: TaskName = "causal-lm",
 ) -> dict[str, Any]:
     """What is measured before any arm is timed: the machine, its bandwidth, and each arm's memory and energy."""
     started, device = time.monotonic(), str(arms[0].spec.get("device", "cpu"))
     environment = {**machine.fingerprint(threads=threads, device=device), "before": machine.load()}
     environment["roofline"] = measure_roofline(threads=threads, device=device)
     own = [arm for arm in arms if arm.runtime != "openai" and arm.role != "twin"]
-    watched = measure_memory(own, units[-1], threads=threads, folder=folder)
+    watched = measure_memory(own, units[-1], threads=threads, folder=folder, asked=asked)
     environment["arms"] = {arm.id: dict(watched.get(arm.id, {})) for arm in arms}
     for twin in (arm for arm in arms if arm.role == "twin" and arm.runtime != "openai"):
         original = next(arm.id for arm in own if arm.spec == twin.spec)

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from limbeck.contract.progress import task
-from limbeck.contract.results.bench import Arm
+from limbeck.contract.results.bench import Arm, TaskName
 from serve_bench.measure.machine import Nvml
 from serve_bench.measure.units import Unit
 from serve_bench.measure.workers import Worker
@@ -24,7 +24,7 @@ _POWERCAP = Path("/sys/class/powercap")
 
 
 def measure_memory(
-    arms: Sequence[Arm], unit: Unit, *, threads: int, folder: Path
+    arms: Sequence[Arm], unit: Unit, *, threads: int, folder: Path, asked: TaskName = "causal-lm"
 ) -> dict[str, dict[str, Any]]:
     """By arm id: ``peak_rss_bytes`` of its process tree from start to last token, ``device_bytes``, and ``energy``.
 
@@ -34,7 +34,8 @@ def measure_memory(
     with task("memory", len(arms)) as progress, Nvml() as nvml, Energy(nvml) as energy:
         for index, arm in enumerate(arms):
             before = nvml.used_bytes() if nvml.cards else 0
-            worker = Worker(arm, threads=threads, log=folder / f"memory{index}.log")
+            log = folder / f"memory{index}.log"
+            worker = Worker(arm, threads=threads, log=log, task=asked)
             try:
                 with Watch(worker.pid, nvml) as watch:
                     worker.open(threads=threads)
