@@ -1,7 +1,8 @@
-"""Stage 3: what the student costs and what it is worth, beside its teachers, on the machine that will serve it.
+"""Stage 3: what the student costs and what it is worth, beside its teachers, on the machine that
+will serve it.
 
-Importing this package is cheap; torch, onnxruntime and matplotlib are imported when a function is called, torch and
-onnxruntime only in the worker processes.
+Importing this package is cheap; torch, onnxruntime and matplotlib are imported when a function is
+called, torch and onnxruntime only in the worker processes.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ __all__ = [
 
 
 def bench(*, onnx: Path, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
-    """Time every form of the ``onnx`` artifact, its student and the student's teachers; score what was timed.
+    """Time every form of the ``onnx`` artifact, its student and the student's teachers; score what
+    was timed.
 
-    Writes the ``bench`` artifact of docs/artifacts.md to ``out``, or returns the one that is there when it was made from
-    the same artifacts, `bench:` and `gates:` on this machine. Raises `ArtifactError` for inputs that do not belong together,
-    `DataError` for a prompt and answer past a model's context, `EnvironmentalError` when an arm cannot run here.
+    Writes the ``bench`` artifact of docs/artifacts.md to ``out``, or returns the one that is there
+    when it was made from the same artifacts, `bench:` and `gates:` on this machine. Raises
+    `ArtifactError` for inputs that do not belong together, `DataError` for a prompt and answer past
+    a model's context, `EnvironmentalError` when an arm cannot run here.
     """
     from serve_bench.measure.bench import measure
     from serve_bench.tasks import task_of
@@ -46,11 +49,13 @@ def bench(*, onnx: Path, student: Path, out: Path, recipe: AnyRecipe) -> Artifac
 def measure_targets(
     targets: Sequence[str], *, against: Sequence[str] = (), out: Path, bench: Bench
 ) -> Artifact:
-    """Time ``targets`` and what they are to be compared with, without a recipe; the first is what ratios are of.
+    """Time ``targets`` and what they are to be compared with, without a recipe; the first is what
+    ratios are of.
 
-    A target is a run or an exported folder (``#FORM`` picks a form), a model folder, ``hub:ID[@REVISION]``, or the URL of an
-    OpenAI-compatible server. Writes a ``bench`` artifact without quality and verdict to ``out``. Raises `ModelError` for what
-    is no target, `ArtifactError` when ``out`` holds something else, `DataError` for arms that cannot be compared.
+    A target is a run or an exported folder (``#FORM`` picks a form), a model folder,
+    ``hub:ID[@REVISION]``, or the URL of an OpenAI-compatible server. Writes a ``bench`` artifact
+    without quality and verdict to ``out``. Raises `ModelError` for what is no target,
+    `ArtifactError` when ``out`` holds something else, `DataError` for arms that cannot be compared.
     """
     from serve_bench.tasks.targets import measure_targets as run
 
@@ -60,10 +65,11 @@ def measure_targets(
 def time_encoders(
     exports: Sequence[tuple[Path, str]], *, out: Path, bench: EncoderBench
 ) -> list[float]:
-    """Median milliseconds of one sequence at the largest of `lengths`, of each run folder and form, all in one interleaved run.
+    """Median milliseconds of one sequence at the largest of `lengths`, of each run folder and form,
+    all in one interleaved run.
 
-    Blocks go on for the bench's `minutes`; its samples lie in ``out``. Raises `ArtifactError` for a folder without export,
-    `DataError` for a sequence past a model's context.
+    Blocks go on for the bench's `minutes`; its samples lie in ``out``. Raises `ArtifactError` for a
+    folder without export, `DataError` for a sequence past a model's context.
     """
     from serve_bench.tasks.exports import time_encoders as run
 
@@ -78,10 +84,12 @@ def table(bench: Artifact) -> str:
 
 
 def write_report(*, run: Path, recipe: AnyRecipe) -> Report:
-    """Write ``report.html``, ``report.json`` and ``certificate.json`` of the run folder ``run`` from its artifacts' raw samples.
+    """Write ``report.html``, ``report.json`` and ``certificate.json`` of the run folder ``run``
+    from its artifacts' raw samples.
 
-    The report carries the verdict, its exit code (0 pass, 1 fail, 3 undecided) and a Markdown table. Raises `ArtifactError`
-    when one of ``run/student``, ``run/onnx`` and ``run/bench`` is missing or changed.
+    The report carries the verdict, its exit code (0 pass, 1 fail, 3 undecided) and a Markdown
+    table. Raises `ArtifactError` when one of ``run/student``, ``run/onnx`` and ``run/bench`` is
+    missing or changed.
     """
     from serve_bench.tasks import task_of
     from serve_bench.tell.report import write_report as write
@@ -92,8 +100,9 @@ def write_report(*, run: Path, recipe: AnyRecipe) -> Report:
 def replay(*, run: Path, quality: bool = True, speed: bool = True) -> list[Finding]:
     """Measure on this machine what ``run/certificate.json`` promises of the shipped form.
 
-    Needs ``run/onnx`` and ``run/bench`` beside it, and neither the student nor its text. Raises `ArtifactError` when the
-    certificate is damaged or of other artifacts, and what a worker raises when the form cannot run here.
+    Needs ``run/onnx`` and ``run/bench`` beside it, and neither the student nor its text. Raises
+    `ArtifactError` when the certificate is damaged or of other artifacts, and what a worker raises
+    when the form cannot run here.
     """
     from serve_bench.measure.replay import replay as run_again
     from serve_bench.tasks import task_of_bench
@@ -108,10 +117,12 @@ def compare_runs(
     tolerances: Mapping[str, float] | None = None,
     across_machines: bool = False,
 ) -> Comparison:
-    """The shipped forms of two runs (run folders or bench artifacts), metric by metric, in every scenario that both have; measures nothing.
+    """The shipped forms of two runs (run folders or bench artifacts), metric by metric, in every
+    scenario that both have; measures nothing.
 
-    ``tolerances`` are relative (0.05 is 5 %), by `speed`, `quality`, `size` and `memory`. Raises `ArtifactError` when there is
-    no bench, `UserError` for runs of different work, or of different machines without ``across_machines``.
+    ``tolerances`` are relative (0.05 is 5 %), by `speed`, `quality`, `size` and `memory`. Raises
+    `ArtifactError` when there is no bench, `UserError` for runs of different work, or of different
+    machines without ``across_machines``.
     """
     from serve_bench.judge.compare import compare_runs as compare
     from serve_bench.tasks import task_of_bench
@@ -131,10 +142,12 @@ def evaluate(
     shots: int | None = None,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Run tasks of lm-eval on a form of the ``onnx`` artifact (the shipped one unless ``form`` names another).
+    """Run tasks of lm-eval on a form of the ``onnx`` artifact (the shipped one unless ``form``
+    names another).
 
-    ``include_path`` is a folder of task files; ``limit`` the most samples a task; ``shots`` examples before each question.
-    Raises `EnvironmentalError` without lm-eval, `UserError` for an unknown task, `DataError` for data that is not local.
+    ``include_path`` is a folder of task files; ``limit`` the most samples a task; ``shots``
+    examples before each question. Raises `EnvironmentalError` without lm-eval, `UserError` for an
+    unknown task, `DataError` for data that is not local.
     """
     from serve_bench.lm_eval import evaluate as run
 

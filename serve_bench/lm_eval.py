@@ -1,7 +1,8 @@
-"""Tasks of lm-evaluation-harness on the artifact that is deployed: an adapter from its API to our decoder, and nothing else.
+"""Tasks of lm-evaluation-harness on the artifact that is deployed: an adapter from its API to our
+decoder, and nothing else.
 
-The form's all-logits graph answers, as it does when quality is scored. Task files and data are local; nothing is fetched.
-lm-eval is the extra `[eval]`; it is imported when it is asked for.
+The form's all-logits graph answers, as it does when quality is scored. Task files and data are
+local; nothing is fetched. lm-eval is the extra `[eval]`; it is imported when it is asked for.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def evaluate(
     """See `serve_bench.evaluate`."""
     if include_path is not None and not include_path.is_dir():
         raise DataError(
-            f"--include-path {include_path}: no such folder; expected one with lm-eval task files (*.yaml)."
+            f"--include-path {include_path}: no such folder; expected one with lm-eval task files "
+            "(*.yaml)."
         )
     _offline()
     try:
@@ -45,13 +47,15 @@ def evaluate(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise EnvironmentalError(
-            f"lm-eval cannot be imported ({error}); run: pip install 'limbeck[eval]', best in an environment of its own."
+            f"lm-eval cannot be imported ({error}); run: pip install 'limbeck[eval]', best in an "
+            "environment of its own."
         ) from None
     manager = TaskManager(include_path=str(include_path) if include_path else None)
     if unknown := [name for name in tasks if name not in manager.all_tasks]:
         where = f"in {include_path} nor " if include_path else ""
         raise UserError(
-            f"--tasks: found {', '.join(unknown)}, which is neither {where}among the tasks of lm-eval."
+            f"--tasks: found {', '.join(unknown)}, which is neither {where}among the tasks of "
+            "lm-eval."
         )
     opened = open_artifact(artifact, kind="onnx")
     model = _adapter(artifact, form=form, threads=threads)
@@ -61,9 +65,11 @@ def evaluate(
             bootstrap_iters=1000, verbosity="ERROR",
         )  # fmt: skip
     except (OSError, ConnectionError, ValueError) as error:
-        # datasets raises these for files that are not there and for sets that it would have to fetch.
+        # datasets raises these for files that are not there and for sets that it would have to
+        # fetch.
         raise DataError(
-            f"the data of {', '.join(tasks)} cannot be read ({error}). Nothing is fetched: name local files in the task's "
+            f"the data of {', '.join(tasks)} cannot be read ({error}). Nothing is fetched: name "
+            "local files in the task's "
             "dataset_path and dataset_kwargs, as docs/artifacts.md shows."
         ) from error
     shipped = form or str(opened.result["shipped"])
@@ -85,13 +91,16 @@ def markdown(result: dict[str, Any]) -> str:
         for metric, figure in figures.items():
             error = "" if figure["stderr"] is None else f"{figure['stderr']:.4f}"
             lines.append(
-                f"| {name} | {metric} | {figure['value']:.4f} | {error} | {result['samples'].get(name, '')} |"
+                f"| {name} | {metric} | {figure['value']:.4f} | {error} | "
+                f"{result['samples'].get(name, '')} |"
             )
     return "\n".join(lines)
 
 
 def _offline() -> None:
-    """Keep `datasets` from the network and its copies in our cache folder; takes effect before it is first imported."""
+    """Keep `datasets` from the network and its copies in our cache folder; takes effect before it
+    is first imported.
+    """
     from limbeck.contract.sources import cache_folder
 
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -138,7 +147,9 @@ def _adapter(artifact: Path, *, form: str | None, threads: int | None) -> Any:
         def tok_encode(
             self, string: str, add_special_tokens: bool | None = None, **_: Any
         ) -> list[int]:
-            """Token ids, special tokens as the tokenizer's own post-processor adds them unless told otherwise."""
+            """Token ids, special tokens as the tokenizer's own post-processor adds them unless told
+            otherwise.
+            """
             return list(
                 text.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)).ids
             )
@@ -202,7 +213,8 @@ def _adapter(artifact: Path, *, form: str | None, threads: int | None) -> Any:
 def score(
     decoder: Decoder, before: Sequence[int], wanted: Sequence[int], context: int
 ) -> tuple[float, bool]:
-    """Log-probability in nats of ``wanted`` after ``before``, and whether each of its tokens is the greedy choice.
+    """Log-probability in nats of ``wanted`` after ``before``, and whether each of its tokens is the
+    greedy choice.
 
     What does not fit into ``context`` is cut off on the left.
     """

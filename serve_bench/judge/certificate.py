@@ -1,6 +1,7 @@
 """The deployment certificate of a run: certificate.json, the promises about the shipped form.
 
-Everything in it is computed from the artifacts. It decides nothing; gates did that. `serve_bench.measure.replay` checks it.
+Everything in it is computed from the artifacts. It decides nothing; gates did that.
+`serve_bench.measure.replay` checks it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def certify(
     student: Artifact,
     recipe: BaseRecipe,
 ) -> dict[str, Any]:
-    """The content of certificate.json: digests, figures with intervals, and the machine they were measured on."""
+    """The content of certificate.json: digests, figures with intervals, and the machine they were
+    measured on.
+    """
     shipped, environment = judged.result.shipped, judged.measured.environment
     files = onnx.manifest["files"]
     return {
@@ -63,7 +66,9 @@ def certify(
 
 
 def promises(judged: Judged, task: JudgingTask) -> dict[str, Any]:
-    """Figures of the shipped form from the raw samples, with the intervals that the gates were judged by."""
+    """Figures of the shipped form from the raw samples, with the intervals that the gates were
+    judged by.
+    """
     arm = judged.result.as_json()["arms"][judged.result.judged]
     sizes = {key: arm[key] for key in ("bytes", "peak_rss_bytes")}
     return task.promises(judged) | sizes
@@ -80,7 +85,10 @@ def _machine(environment: Mapping[str, Any], shipped: str) -> dict[str, Any]:
 
 
 def read_certificate(run: Path) -> dict[str, Any]:
-    """The certificate of a run folder. Raises `ArtifactError` when it is not what `certify` writes."""
+    """The certificate of a run folder.
+
+    Raises `ArtifactError` when it is not what `certify` writes.
+    """
     path = run / CERTIFICATE
     again = f"`limbeck report {run}` writes it again."
     try:

@@ -28,7 +28,8 @@ Timed = tuple[Sequence[Sample], Reference]
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of both runs. ``change`` is relative, above zero is worse; it has bounds where it was estimated.
+    """One metric of both runs. ``change`` is relative, above zero is worse; it has bounds where it
+    was estimated.
 
     "ratio only": there are no samples, or too few, for bounds; such a row decides nothing.
     """
@@ -63,8 +64,9 @@ def time_change(
 ) -> Interval:
     """Ratio of the shipped forms' times, new over old, widened by the noise floor of either run.
 
-    ``anchors`` are arms that are the same in both runs. Times are then relative to theirs, block by block, so that the
-    machine's own changes between the runs drop out. Without anchors they are part of the change.
+    ``anchors`` are arms that are the same in both runs. Times are then relative to theirs, block by
+    block, so that the machine's own changes between the runs drop out. Without anchors they are
+    part of the change.
     """
     sides = (new, old)
     ours = [
@@ -79,7 +81,9 @@ def time_change(
 
 
 def ratio_of(ours: Sequence[Array], beside: Sequence[Sequence[Array]]) -> Interval:
-    """New over old of ``ours`` (new, old), seconds by block, relative to the anchors ``beside`` in the same blocks."""
+    """New over old of ``ours`` (new, old), seconds by block, relative to the anchors ``beside`` in
+    the same blocks.
+    """
     relative = [
         np.exp(np.log(mine) - sum(np.log(anchor[side]) for anchor in beside) / max(len(beside), 1))
         for side, mine in enumerate(ours)
@@ -97,8 +101,9 @@ def widened_by_both(
 
 
 def judge_change(change: Interval, tolerance: float, *, exact: bool = False) -> Status:
-    """Status of a relative change, above zero is worse. An estimate is worse when its whole interval is past the tolerance,
-    an exact number when it is."""
+    """Status of a relative change, above zero is worse. An estimate is worse when its whole
+    interval is past the tolerance, an exact number when it is.
+    """
     low, high = (change.value, change.value) if exact else (change.low, change.high)
     if low > tolerance:
         return "worse"

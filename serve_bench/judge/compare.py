@@ -1,8 +1,10 @@
-"""Two runs beside each other, for continuous integration: every metric of the shipped form, its change, and a verdict.
+"""Two runs beside each other, for continuous integration: every metric of the shipped form, its
+change, and a verdict.
 
-Measures nothing. Two runs share no blocks, so times are compared by ranks and widened by the noise floor of each run. Where both
-runs timed the same teachers, times are relative to theirs, so that the machine's changes between the runs drop out. Quality is
-paired by held-out block or example, where the text is the same. The further scenarios are compared where both runs have them.
+Measures nothing. Two runs share no blocks, so times are compared by ranks and widened by the noise
+floor of each run. Where both runs timed the same teachers, times are relative to theirs, so that
+the machine's changes between the runs drop out. Quality is paired by held-out block or example,
+where the text is the same. The further scenarios are compared where both runs have them.
 """
 
 from __future__ import annotations
@@ -99,8 +101,10 @@ def compare_runs(
         )
         if not across_machines:
             raise UserError(
-                f"{before} and {after} were measured on different machines ({found}), so a difference of speed says nothing of the "
-                "models. Measure both on one machine (limbeck bench), or give --across-machines to see them beside each other."
+                f"{before} and {after} were measured on different machines ({found}), so a "
+                "difference of speed says nothing of the "
+                "models. Measure both on one machine (limbeck bench), or give --across-machines to "
+                "see them beside each other."
             )
         notes.insert(
             0,
@@ -110,11 +114,13 @@ def compare_runs(
     if anchors:
         names = ", ".join(new.bench.result["arms"][anchor]["label"] for anchor in anchors)
         notes.append(
-            f"Changes of time are relative to {names}, timed in both runs: a slower machine is not a slower model."
+            f"Changes of time are relative to {names}, timed in both runs: a slower machine is not "
+            "a slower model."
         )
     else:
         notes.append(
-            "No arm is the same in both runs, so a change of time holds what the machine did between them, too."
+            "No arm is the same in both runs, so a change of time holds what the machine did "
+            "between them, too."
         )
     more, remarks = new.task.scenarios(old.measured, new.measured, allowed["speed"], anchors)
     same_text = _text(old) == _text(new)
@@ -138,7 +144,8 @@ def _open(path: Path, choose: Chooser[JudgingTask]) -> _Run:
     folder = path / "bench" if (path / "bench" / MANIFEST).exists() else path
     if not (folder / MANIFEST).exists():
         raise ArtifactError(
-            f"{path}: no measured run here; expected a run folder with a complete bench, or a bench artifact."
+            f"{path}: no measured run here; expected a run folder with a complete bench, or a "
+            "bench artifact."
         )
     bench = open_artifact(folder, kind="bench")
     task = choose(bench)
@@ -148,7 +155,8 @@ def _open(path: Path, choose: Chooser[JudgingTask]) -> _Run:
 def _require_same_work(old: _Run, new: _Run) -> None:
     if old.task.name != new.task.name:
         raise UserError(
-            f"{old.path} is of task {old.task.name} and {new.path} of {new.task.name}; compare runs of one task."
+            f"{old.path} is of task {old.task.name} and {new.path} of {new.task.name}; compare "
+            "runs of one task."
         )
     for what, then, now in (
         *(
@@ -159,7 +167,8 @@ def _require_same_work(old: _Run, new: _Run) -> None:
     ):
         if then != now:
             raise UserError(
-                f"{what}: found {then} in {old.path} and {now} in {new.path}; times of different work cannot be compared. "
+                f"{what}: found {then} in {old.path} and {now} in {new.path}; times of different "
+                "work cannot be compared. "
                 f"Measure one of them again, for example with --set {what}={then}."
             )
 
@@ -180,7 +189,8 @@ def _differences(old: _Run, new: _Run) -> Iterator[str]:
             yield f"{run.path}: the shipped form had not settled when it was timed."
 
 
-# Metrics ---------------------------------------------------------------------------------------------------------
+# Metrics ------------------------------------------------------------------------------------------
+# ---------------
 
 
 def _anchors(old: _Run, new: _Run) -> list[str]:
@@ -202,7 +212,9 @@ def _anchors(old: _Run, new: _Run) -> list[str]:
 
 
 def _parents(run: _Run) -> dict[str, str]:
-    """What the measured student was made from; nothing where neither student nor certificate lies beside the bench."""
+    """What the measured student was made from; nothing where neither student nor certificate lies
+    beside the bench.
+    """
     student = run.path / "student"
     if (student / MANIFEST).exists():
         return dict(open_artifact(student, verify=False).manifest["parents"])

@@ -1,10 +1,12 @@
-"""Figures of an encoder: throughput over the grid, the task's metric, and the evidence for its gates.
+"""Figures of an encoder: throughput over the grid, the task's metric, and the evidence for its
+gates.
 
-Throughput of a cell is its batch over the seconds of one run. The ratio of two arms is the geometric mean over the cells of a
-block, then the median over blocks.
+Throughput of a cell is its batch over the seconds of one run. The ratio of two arms is the
+geometric mean over the cells of a block, then the median over blocks.
 
-Metrics: accuracy or macro F1 of a classifier. Of a sentence encoder: Spearman's correlation of the similarities of all pairs
-with their mean over the teachers in torch. The loss of an arm is 1 - its metric over that of another.
+Metrics: accuracy or macro F1 of a classifier. Of a sentence encoder: Spearman's correlation of the
+similarities of all pairs with their mean over the teachers in torch. The loss of an arm is 1 - its
+metric over that of another.
 """
 
 from __future__ import annotations
@@ -87,7 +89,9 @@ class Quality:
         return max(self._teachers, key=self.value, default=None)
 
     def loss(self, ours: str, theirs: str, *, seed: int = 0) -> Interval:
-        """1 - our metric over theirs, and how far it may move on other examples of the kind (paired bootstrap over examples)."""
+        """1 - our metric over theirs, and how far it may move on other examples of the kind (paired
+        bootstrap over examples).
+        """
         draw, n = np.random.default_rng(seed), len(self._groups)
         value = 1 - self.value(ours) / self.value(theirs)
         losses = []
@@ -115,7 +119,9 @@ class Quality:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Figures that gates are judged on: ratios of throughput and losses of the metric by arm, sizes in bytes."""
+    """Figures that gates are judged on: ratios of throughput and losses of the metric by arm, sizes
+    in bytes.
+    """
 
     throughput: Mapping[str, Interval]
     losses: Mapping[str, Interval]

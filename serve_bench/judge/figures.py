@@ -1,7 +1,8 @@
-"""From raw samples to numbers, the same for every task: values by block, ratios between arms, the noise floor.
+"""From raw samples to numbers, the same for every task: values by block, ratios between arms, the
+noise floor.
 
-Everything here can be computed again from samples.jsonl at any time. What the numbers mean for a language model is in
-`serve_bench.judge.language`, for an encoder in `serve_bench.judge.encoder`.
+Everything here can be computed again from samples.jsonl at any time. What the numbers mean for a
+language model is in `serve_bench.judge.language`, for an encoder in `serve_bench.judge.encoder`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Cell(NamedTuple):
 class Sample:
     """One timed piece of work. ``at`` holds seconds from its start to each of its results.
 
-    A generation has one result a token. A batch of an encoder has one, when it is done, and belongs to a ``cell``.
+    A generation has one result a token. A batch of an encoder has one, when it is done, and belongs
+    to a ``cell``.
     """
 
     arm: str
@@ -80,7 +82,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Reference:
-    """Context of the figures: the arms, the shipped form, and after how many blocks intervals were looked at."""
+    """Context of the figures: the arms, the shipped form, and after how many blocks intervals were
+    looked at.
+    """
 
     name: str
     shipped: str
@@ -111,7 +115,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def by_block(samples: Iterable[Sample], arm: str, metric: str, cell: Cell | None = None) -> Array:
-    """Seconds of one metric by block: the geometric mean of the arm's samples in it, of one cell or of all."""
+    """Seconds of one metric by block: the geometric mean of the arm's samples in it, of one cell or
+    of all.
+    """
     return geometric_means(
         (s.block, getattr(s, metric)) for s in samples if s.arm == arm and cell in (None, s.cell)
     )
@@ -127,7 +133,10 @@ def noise_floor(
 def speed(
     samples: Sequence[Sample], reference: Reference, arm: str, metric: str = "tpot"
 ) -> Interval:
-    """Speed of the shipped form over ``arm``; above 1 the shipped form is faster. Widened by the noise floor."""
+    """Speed of the shipped form over ``arm``; above 1 the shipped form is faster.
+
+    Widened by the noise floor.
+    """
     noise = noise_floor(samples, reference, metric)
     if arm == reference.twin.id:
         return noise

@@ -1,4 +1,6 @@
-"""Promises of a certificate beside what was found: which difference counts against it, and which has a reason."""
+"""Promises of a certificate beside what was found: which difference counts against it, and which
+has a reason.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ _NEAR = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One promise of the certificate beside what was found; ``holds`` is false where the difference has no explanation."""
+    """One promise of the certificate beside what was found; ``holds`` is false where the difference
+    has no explanation.
+    """
 
     figure: str
     promised: str
@@ -27,7 +31,9 @@ class Finding:
 def judge_loss(
     figure: str, then: float, now: float, *, tolerance: float, reasons: Mapping[str, str]
 ) -> Finding:
-    """Equal to the digit, or no further apart than the parity ``tolerance`` (nats a token) for one of ``reasons``."""
+    """Equal to the digit, or no further apart than the parity ``tolerance`` (nats a token) for one
+    of ``reasons``.
+    """
     gap = abs(now - then)
     if gap == 0:
         return Finding(figure, repr(then), repr(now), "equal to the digit", True)
@@ -50,8 +56,9 @@ def judge_speed(
     differs: Mapping[str, str],
     busy: Mapping[str, str],
 ) -> Finding:
-    """Of times in ms. Overlapping intervals hold, and so does a faster run: it keeps what was certified. A slower one holds where it is
-    so by less than a tenth, or where this machine is not the one of the certificate.
+    """Of times in ms. Overlapping intervals hold, and so does a faster run: it keeps what was
+    certified. A slower one holds where it is so by less than a tenth, or where this machine is not
+    the one of the certificate.
     """
     return _judge(figure, then, now, slower=now.value > then["value"], differs=differs, busy=busy)
 

@@ -1,7 +1,8 @@
 """Gates and the verdict: what was asked of the shipped form, what was found, and what follows.
 
-Knows intervals and bounds; knows nothing of how they were measured. Timing gates are decided by the whole interval, quality
-and size by the number itself, which another run on the same text and files gives again to the digit.
+Knows intervals and bounds; knows nothing of how they were measured. Timing gates are decided by the
+whole interval, quality and size by the number itself, which another run on the same text and files
+gives again to the digit.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from limbeck.contract.results.bench import Gate, Interval, Status, Verdict
 
 @dataclass(frozen=True)
 class Evidence:
-    """What gates are judged on. Times in ms, sizes in bytes; a thing that was not measured is none or empty."""
+    """What gates are judged on.
+
+    Times in ms, sizes in bytes; a thing that was not measured is none or empty.
+    """
 
     name: str  # of the recipe
     shipped: str  # form
@@ -39,7 +43,9 @@ class Evidence:
 
 
 def language_gates(gates: Gates, evidence: Evidence, *, timing_only: bool = False) -> list[Gate]:
-    """Judge every gate that the recipe names; ``timing_only`` leaves quality and size out, before they are known."""
+    """Judge every gate that the recipe names; ``timing_only`` leaves quality and size out, before
+    they are known.
+    """
     judged = timing_gates(gates, evidence)
     return judged if timing_only else judged + _others(gates, evidence)
 
@@ -53,7 +59,8 @@ def judge(gates: Gates, evidence: Evidence) -> Verdict:
 def conclude(judged: Sequence[Gate], *, name: str, shipped: str, stand_in: bool = False) -> Verdict:
     """The verdict that judged gates give; ``name`` is the recipe's, ``shipped`` the form's.
 
-    Models with random weights (``stand_in``) are never called fit to ship, whatever gates they meet.
+    Models with random weights (``stand_in``) are never called fit to ship, whatever gates they
+    meet.
     """
     statuses = {gate.status for gate in judged}
     status: Status = (
@@ -186,7 +193,9 @@ def estimated(
 def exact(
     name: str, title: str, value: Interval | float, bound: float, *, unit: str, found: str
 ) -> Gate:
-    """The number itself decides; the interval of a quality figure is shown for what it says about other text."""
+    """The number itself decides; the interval of a quality figure is shown for what it says about
+    other text.
+    """
     number = value.value if isinstance(value, Interval) else value
     status: Status = "pass" if number <= bound else "fail"
     span = ""
@@ -251,7 +260,8 @@ def _sentence(status: Status, gates: Sequence[Gate], subject: str) -> str:
         return f"{subject} is not fit to ship: {_list(failed)} {'misses its bound' if len(failed) == 1 else 'miss their bounds'}."
     open_ = [gate.title.lower() for gate in gates if gate.status == "undecided"]
     return (
-        f"{subject} is undecided: the measured interval of {_list(open_)} still contains the bound, and the time for "
+        f"{subject} is undecided: the measured interval of {_list(open_)} still contains the "
+        "bound, and the time for "
         "measuring is spent. Give bench.minutes more, or measure on a quieter machine."
     )
 

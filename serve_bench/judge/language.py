@@ -1,7 +1,7 @@
 """Figures of a language model: TTFT, TPOT, throughput, loss, and the evidence for its gates.
 
-Metrics have vLLM's names and definitions: TTFT to the first token, E2EL to the last, TPOT = (E2EL - TTFT) / (tokens - 1),
-ITL each gap between tokens.
+Metrics have vLLM's names and definitions: TTFT to the first token, E2EL to the last, TPOT = (E2EL -
+TTFT) / (tokens - 1), ITL each gap between tokens.
 """
 
 from __future__ import annotations
@@ -92,7 +92,10 @@ def result(
     verdict: Verdict | None = None,
     **more: Any,
 ) -> LanguageResult:
-    """The bench artifact's result, a function of the raw samples. Without a recipe there is no quality and no verdict."""
+    """The bench artifact's result, a function of the raw samples.
+
+    Without a recipe there is no quality and no verdict.
+    """
     judged = reference.shipped_arm.id
     others = [arm.id for arm in reference.arms if arm.id != judged]
     scored = [arm.id for arm in reference.arms if arm.scored and arm.id != judged]
@@ -152,7 +155,9 @@ def _arm_result(
 def against(
     roofline: Mapping[str, Any] | None, weight_bytes: int | None, tpot_ms: float
 ) -> dict[str, Any] | None:
-    """Where decoding stands: the share of the bandwidth it reaches, and the tokens/s that all of it would allow."""
+    """Where decoding stands: the share of the bandwidth it reaches, and the tokens/s that all of it
+    would allow.
+    """
     if roofline is None or not weight_bytes:
         return None
     limit = roofline["bandwidth_bytes_s"] / weight_bytes
@@ -164,7 +169,9 @@ def against(
 
 
 def _rise_over_fp32(quality: Mapping[str, Any], shipped: str) -> Interval | None:
-    """What rounding costs: over the fp32 graph of the student as it was distilled, which recovery leaves behind."""
+    """What rounding costs: over the fp32 graph of the student as it was distilled, which recovery
+    leaves behind.
+    """
     if told := quality.get("recovery"):
         ours, theirs = (
             [np.asarray(told[who][d]) for d in quality["domains"]]

@@ -1,4 +1,6 @@
-"""Changes between two runs in the further scenarios of language models: batches, cold starts, a server under load."""
+"""Changes between two runs in the further scenarios of language models: batches, cold starts, a
+server under load.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ def _batches(
 def _starts(
     old: Measured, new: Measured, tolerance: float, anchors: Sequence[str]
 ) -> Iterator[Row]:
-    """Seconds of a cold start; every one is a process of its own, so there is no noise of a process to widen by."""
+    """Seconds of a cold start; every one is a process of its own, so there is no noise of a process
+    to widen by.
+    """
     then, now = (
         {
             arm: np.array([scenarios.until_first_token(row) for row in rows])
@@ -83,20 +87,24 @@ def _starts(
 
 
 def _served(old: Measured, new: Measured, tolerance: float, notes: list[str]) -> Iterator[Row]:
-    """The highest rate of the server, and its answers to the same arrivals at one rate that both runs tried."""
+    """The highest rate of the server, and its answers to the same arrivals at one rate that both
+    runs tried.
+    """
     then, now = old.stored.get("server"), new.stored.get("server")
     if not then or not now:
         return
     if then["target"]["kind"] != now["target"]["kind"]:
         notes.append(
-            "One run asked a server of its own and the other a URL, so they are not compared under load."
+            "One run asked a server of its own and the other a URL, so they are not compared under "
+            "load."
         )
         return
     if then["slo"] == now["slo"]:
         yield from _highest(then["highest_rate"]["value"], now["highest_rate"]["value"], tolerance)
     else:
         notes.append(
-            "The promises (slo) of the server differ, so the highest rates that keep them are not compared."
+            "The promises (slo) of the server differ, so the highest rates that keep them are not "
+            "compared."
         )
     held = {rate["rate"] for rate in then["rates"] if rate["meets"]}
     before, after = scenarios.requests(old.rows), scenarios.requests(new.rows)
@@ -107,12 +115,14 @@ def _served(old: Measured, new: Measured, tolerance: float, notes: list[str]) ->
     }
     if not common:
         notes.append(
-            "No rate of the server was tried in both runs; give the scenario a first_rate to have its latencies compared."
+            "No rate of the server was tried in both runs; give the scenario a first_rate to have "
+            "its latencies compared."
         )
         return
     rate = max(common & held, default=min(common))
     notes.append(
-        f"Latencies of the server are paired by request, of the same arrivals at {rate:g} requests/s; what the machine did between the "
+        f"Latencies of the server are paired by request, of the same arrivals at {rate:g} "
+        "requests/s; what the machine did between the "
         "runs is in them."
     )
     yield from _answers(before[rate], after[rate], f"at {rate:g} requests/s", tolerance)
@@ -136,8 +146,9 @@ def _answers(
 ) -> Iterator[Row]:
     """Latencies of the requests that both runs answered, and how many were not.
 
-    Requests that wait for each other are not independent: their log-ratios are averaged over batches of successive ones, and the
-    interval is of those means (the method of batch means; Law, Simulation Modeling and Analysis, chapter 9).
+    Requests that wait for each other are not independent: their log-ratios are averaged over
+    batches of successive ones, and the interval is of those means (the method of batch means; Law,
+    Simulation Modeling and Analysis, chapter 9).
     """
     pairs = list(zip(before, after, strict=True))
     answered = [pair for pair in pairs if all(row["error"] is None for row in pair)]

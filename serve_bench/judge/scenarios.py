@@ -1,6 +1,8 @@
-"""Figures of the scenarios beside `single`: throughput of batches, cold starts, a server under load. From raw samples alone.
+"""Figures of the scenarios beside `single`: throughput of batches, cold starts, a server under
+load. From raw samples alone.
 
-Everything here can be computed again from samples.jsonl at any time; docs/artifacts.md says what each key is.
+Everything here can be computed again from samples.jsonl at any time; docs/artifacts.md says what
+each key is.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ Cell = tuple[int, int, int]  # rows of a batch, prompt tokens, generated tokens
 
 
 def compared(reference: Reference, samples: Sequence[Sample]) -> list[Arm]:
-    """Arms of the further scenarios: what is judged, its fp32 graph, and the fastest teacher (without one, the student)."""
+    """Arms of the further scenarios: what is judged, its fp32 graph, and the fastest teacher
+    (without one, the student).
+    """
     judged = reference.shipped_arm
     arms = [judged, *(arm for arm in reference.arms if arm.id == "onnx:fp32" and arm != judged)]
     rivals = reference.with_role("teacher") or reference.with_role("student")
@@ -35,7 +39,9 @@ def compared(reference: Reference, samples: Sequence[Sample]) -> list[Arm]:
 def summary(
     rows: Sequence[Row], environment: Row, bench: Bench, arms: Sequence[Arm]
 ) -> dict[str, Any]:
-    """The keys of the bench artifact's result that belong to scenarios: which there were, and one key for each."""
+    """The keys of the bench artifact's result that belong to scenarios: which there were, and one
+    key for each.
+    """
     labels = {arm.id: arm.label for arm in arms}
     result: dict[str, Any] = {"scenarios": [scenario.kind for scenario in bench.scenarios]}
     if bench.scenario("offline") is not None:
@@ -47,7 +53,8 @@ def summary(
     return result
 
 
-# Batches ---------------------------------------------------------------------------------------------------------
+# Batches ------------------------------------------------------------------------------------------
+# ---------------
 
 
 def offline(rows: Iterable[Row]) -> list[dict[str, Any]]:
@@ -90,7 +97,8 @@ def _median(values: Array) -> dict[str, Any]:
     return median_interval(values, error=1 - CONFIDENCE).as_json()
 
 
-# Cold starts -----------------------------------------------------------------------------------------------------
+# Cold starts --------------------------------------------------------------------------------------
+# ---------------
 
 SPANS = ("start_s", "import_s", "load_s", "first_token_s", "second_token_s")
 
@@ -122,7 +130,8 @@ def until_first_token(row: Row) -> float:
     return float(sum(row[span] for span in SPANS[:-1]))
 
 
-# A server under load ---------------------------------------------------------------------------------------------
+# A server under load
+# ---------------------------------------------------------------------------------------------
 
 
 def server(rows: Iterable[Row], asked: ServerScenario, target: Row, bench: Bench) -> dict[str, Any]:
@@ -196,7 +205,10 @@ def decoding(row: Row) -> float:
 
 
 def tpot(row: Row) -> float | None:
-    """Seconds per output token after the first; none of an answer of one token. Several tokens may have come in one event."""
+    """Seconds per output token after the first; none of an answer of one token.
+
+    Several tokens may have come in one event.
+    """
     if row["output_tokens"] < 2:
         return None
     return decoding(row) / float(row["output_tokens"] - 1)

@@ -1,17 +1,20 @@
-"""Statistics of paired timings and of quality: what interval a number deserves, and when there are too few samples.
+"""Statistics of paired timings and of quality: what interval a number deserves, and when there are
+too few samples.
 
 Knows arrays of numbers; knows nothing of arms, artifacts or gates. Every function is pure.
 
-Timing. A block times every arm twice in mirrored order (A B C C B A), so that a linear drift of the machine falls on all
-arms alike; an arm's value in a block is the geometric mean of its two. A ratio is the median over blocks of the log-ratio
-within each block. Its interval comes from order statistics: the median of any distribution lies below the k-th smallest
-of n values with probability P(Binomial(n, 1/2) < k), so no shape is assumed and no random number is drawn. A percentile
-bootstrap over the six to twelve blocks of a typical run covers about 90 % where it promises 95; this covers at least what
-it says, and one disturbed block cannot move it far.
+Timing. A block times every arm twice in mirrored order (A B C C B A), so that a linear drift of the
+machine falls on all arms alike; an arm's value in a block is the geometric mean of its two. A ratio
+is the median over blocks of the log-ratio within each block. Its interval comes from order
+statistics: the median of any distribution lies below the k-th smallest of n values with probability
+P(Binomial(n, 1/2) < k), so no shape is assumed and no random number is drawn. A percentile
+bootstrap over the six to twelve blocks of a typical run covers about 90 % where it promises 95;
+this covers at least what it says, and one disturbed block cannot move it far.
 
-Looking repeatedly. Blocks go on until the interval decides, and an interval that is looked at until it decides is wrong
-more often than it says. So looks are rare (after n, 2n, 4n … blocks, and when the time is spent) and share the 5 % of error:
-1/32 for the first, half of what is left for each later one. The interval reported is what all looks agree on.
+Looking repeatedly. Blocks go on until the interval decides, and an interval that is looked at until
+it decides is wrong more often than it says. So looks are rare (after n, 2n, 4n … blocks, and when
+the time is spent) and share the 5 % of error: 1/32 for the first, half of what is left for each
+later one. The interval reported is what all looks agree on.
 """
 
 from __future__ import annotations
@@ -50,7 +53,9 @@ def is_look(blocks: int, *, first: int) -> bool:
 
 
 def geometric_means(timed: Iterable[tuple[int, float]]) -> Array:
-    """Of (block, value) pairs: the geometric mean of each block's values, in the order of the blocks."""
+    """Of (block, value) pairs: the geometric mean of each block's values, in the order of the
+    blocks.
+    """
     blocks: dict[int, list[float]] = {}
     for block, value in timed:
         blocks.setdefault(block, []).append(value)
@@ -82,10 +87,12 @@ def median_interval(values: Sequence[float] | Array, *, error: float) -> Interva
 
 
 def sequential_interval(values: Sequence[float] | Array, *, first: int) -> Interval:
-    """Median over blocks, in the order they were timed, and the interval that holds at 95 % over all looks together.
+    """Median over blocks, in the order they were timed, and the interval that holds at 95 % over
+    all looks together.
 
-    Looks happened after ``first``, 2 ``first`` … blocks and after the last. The interval is their intersection; should it be
-    empty, because the machine changed between looks, it is what covers them all, which decides nothing by mistake.
+    Looks happened after ``first``, 2 ``first`` … blocks and after the last. The interval is their
+    intersection; should it be empty, because the machine changed between looks, it is what covers
+    them all, which decides nothing by mistake.
     """
     array = np.asarray(values, np.float64)
     ends = [n for n in range(1, len(array)) if is_look(n, first=first)] + [len(array)]
@@ -106,10 +113,11 @@ def paired_ratio(numerator: Array, denominator: Array, *, first: int) -> Interva
 
 
 def widened(interval: Interval, noise: Interval) -> Interval:
-    """A ratio's interval, wider by what two copies of the same artifact differ in when they differ beyond chance.
+    """A ratio's interval, wider by what two copies of the same artifact differ in when they differ
+    beyond chance.
 
-    ``noise`` is the A/A ratio. Pairing within blocks cannot see what is fixed for the life of a process (where its memory
-    lies, which cores it got); only a second process can.
+    ``noise`` is the A/A ratio. Pairing within blocks cannot see what is fixed for the life of a
+    process (where its memory lies, which cores it got); only a second process can.
     """
     if noise.low <= 1 <= noise.high:
         return interval
@@ -118,11 +126,13 @@ def widened(interval: Interval, noise: Interval) -> Interval:
 
 
 def unpaired_ratio(ours: Array, theirs: Array) -> Interval:
-    """Ratio of our values to theirs, ``[blocks]`` each, of two runs that share no block; ``n`` is of the smaller run.
+    """Ratio of our values to theirs, ``[blocks]`` each, of two runs that share no block; ``n`` is
+    of the smaller run.
 
-    The Hodges-Lehmann shift of the logarithms, the median of all pairwise differences, with the interval that inverts the
-    exact rank-sum test (Lehmann, Nonparametrics, 1975, section 2.5). It assumes that both runs spread alike, and that the
-    machine was the same during both: what drifts between two runs no statistic of theirs can show.
+    The Hodges-Lehmann shift of the logarithms, the median of all pairwise differences, with the
+    interval that inverts the exact rank-sum test (Lehmann, Nonparametrics, 1975, section 2.5). It
+    assumes that both runs spread alike, and that the machine was the same during both: what drifts
+    between two runs no statistic of theirs can show.
     """
     differences = np.sort(np.subtract.outer(np.log(ours), np.log(theirs)).ravel())
     most = (1 - CONFIDENCE) / 2 * math.comb(len(ours) + len(theirs), len(ours))
@@ -140,7 +150,9 @@ def unpaired_ratio(ours: Array, theirs: Array) -> Interval:
 
 
 def _rank_sum_counts(n: int, m: int) -> list[int]:
-    """Of all orders of ``n`` and ``m`` values, how many have Mann-Whitney's U = 0, 1, 2 …: the Gaussian binomial's coefficients."""
+    """Of all orders of ``n`` and ``m`` values, how many have Mann-Whitney's U = 0, 1, 2 …: the
+    Gaussian binomial's coefficients.
+    """
     counts = [1] + [0] * (n * m)
     for i in range(1, m + 1):
         for u in range(n * m, n + i - 1, -1):  # times 1 - q^(n + i)
@@ -151,12 +163,16 @@ def _rank_sum_counts(n: int, m: int) -> list[int]:
 
 
 def samples_needed(percent: int) -> int:
-    """Samples below which a percentile is not reported; the counts of MLPerf's rule at 95 % confidence."""
+    """Samples below which a percentile is not reported; the counts of MLPerf's rule at 95 %
+    confidence.
+    """
     return _SAMPLES_NEEDED[percent]
 
 
 def percentile(values: Sequence[float] | Array, percent: int) -> float | None:
-    """A percentile as one of the values (inverted distribution function); none when there are too few of them."""
+    """A percentile as one of the values (inverted distribution function); none when there are too
+    few of them.
+    """
     if len(values) < samples_needed(percent):
         return None
     if percent == 50:
@@ -165,7 +181,9 @@ def percentile(values: Sequence[float] | Array, percent: int) -> float | None:
 
 
 def mean_interval(values: Array, *, seed: int = 0, resamples: int = 2000) -> Interval:
-    """Mean of ``values[n]`` and its percentile bootstrap interval, for figures that are shown and decide nothing."""
+    """Mean of ``values[n]`` and its percentile bootstrap interval, for figures that are shown and
+    decide nothing.
+    """
     picks = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
     value = float(values.mean())
     low, high = np.quantile(values[picks].mean(1), [0.025, 0.975])
@@ -182,9 +200,9 @@ def relative_rise(
 ) -> Interval:
     """Rise of our domains' mean NLL over theirs, relative to theirs: -0.02 is 2 % better.
 
-    Each sequence holds one array a domain, with one value a held-out block: summed NLL, and scored tokens. The value
-    is exact for this text; the interval (paired percentile bootstrap, blocks drawn anew within each domain) says how far
-    it may move on other text of the same kind.
+    Each sequence holds one array a domain, with one value a held-out block: summed NLL, and scored
+    tokens. The value is exact for this text; the interval (paired percentile bootstrap, blocks
+    drawn anew within each domain) says how far it may move on other text of the same kind.
     """
     draw = np.random.default_rng(seed)
 

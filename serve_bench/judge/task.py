@@ -1,6 +1,8 @@
-"""The part of a task that judging needs: how its samples and its quality are read, and which figures and gates there are.
+"""The part of a task that judging needs: how its samples and its quality are read, and which
+figures and gates there are.
 
-`serve_bench.tasks` implements it for language models and for encoders; nothing here knows which is which.
+`serve_bench.tasks` implements it for language models and for encoders; nothing here knows which is
+which.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ from serve_bench.judge.gates import conclude
 
 @dataclass(frozen=True)
 class Measured:
-    """The content of a bench, read once. ``quality`` is the task's own; None in a bench without a recipe."""
+    """The content of a bench, read once.
+
+    ``quality`` is the task's own; None in a bench without a recipe.
+    """
 
     rows: Sequence[Mapping[str, Any]]
     samples: Sequence[Sample]
@@ -32,7 +37,9 @@ class Measured:
 
 @dataclass(frozen=True)
 class Judged:
-    """A bench, what was found in it, and the verdict: made once, then passed on to report and certificate."""
+    """A bench, what was found in it, and the verdict: made once, then passed on to report and
+    certificate.
+    """
 
     measured: Measured
     evidence: Any  # the task's own
@@ -70,7 +77,9 @@ class JudgingTask(Protocol):
         """The bench artifact's result."""
 
     def promises(self, judged: Judged) -> dict[str, Any]:
-        """The part `figures` of the certificate: the shipped form's figures, with the intervals of the gates."""
+        """The part `figures` of the certificate: the shipped form's figures, with the intervals of
+        the gates.
+        """
 
     def data(self, bench: Artifact) -> dict[str, Any]:
         """The part `data` of the certificate: hash and sizes of the held-out text."""
@@ -94,7 +103,8 @@ def read_bench(bench: Artifact, task: JudgingTask) -> Measured:
     environment = json.loads((bench.path / ENVIRONMENT).read_text())
     if "task" not in bench.result or "before" not in environment:
         raise ArtifactError(
-            f"{bench.path}: was measured by an older version of Limbeck; `limbeck run` with its recipe "
+            f"{bench.path}: was measured by an older version of Limbeck; `limbeck run` with its "
+            "recipe "
             "measures it again."
         )
     rows = read_rows(bench.path / SAMPLES)

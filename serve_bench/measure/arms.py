@@ -13,7 +13,8 @@ from limbeck.contract.results.bench import Arm, Role
 
 
 def list_arms(*, onnx: Artifact, student: Artifact, bench: Bench | None = None) -> list[Arm]:
-    """Teachers and student in torch, every form under onnxruntime, the shipped form once more, and what the bench adds.
+    """Teachers and student in torch, every form under onnxruntime, the shipped form once more, and
+    what the bench adds.
 
     Raises `ArtifactError` when a teacher's folder is gone.
     """
@@ -78,7 +79,8 @@ def teachers_of(student: Artifact) -> list[dict[str, Any]]:
         for key in ("model", "adapter"):
             if teacher.get(key) and not Path(teacher[key]).is_dir():
                 raise ArtifactError(
-                    f"{teacher[key]}: the folder of teacher {teacher['name']} is gone, so the student cannot be "
+                    f"{teacher[key]}: the folder of teacher {teacher['name']} is gone, so the "
+                    "student cannot be "
                     "measured against it; run the recipe again, which makes it."
                 )
     return found
@@ -90,7 +92,9 @@ def provider_of(onnx: Artifact, form: str) -> str:
 
 
 def form_arm(onnx: Artifact, form: str, *, twin: bool = False) -> Arm:
-    """A form of an ``onnx`` artifact under onnxruntime; ``twin`` makes it the copy that shows the noise."""
+    """A form of an ``onnx`` artifact under onnxruntime; ``twin`` makes it the copy that shows the
+    noise.
+    """
     spec = {"artifact": str(onnx.path), "form": form, "device": provider_of(onnx, form)}
     name, label, role = (
         (f"onnx:{form}:twin", f"{form} (copy)", "twin") if twin else (f"onnx:{form}", form, "form")

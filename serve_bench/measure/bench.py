@@ -1,4 +1,5 @@
-"""The order of a measurement: memory, open and warm up every arm, time blocks, further scenarios, quality.
+"""The order of a measurement: memory, open and warm up every arm, time blocks, further scenarios,
+quality.
 
 The same for every task. Figures are computed from the raw samples that this writes.
 """
@@ -109,7 +110,9 @@ def before(
     folder: Path,
     asked: TaskName = "causal-lm",
 ) -> dict[str, Any]:
-    """What is measured before any arm is timed: the machine, its bandwidth, and each arm's memory and energy."""
+    """What is measured before any arm is timed: the machine, its bandwidth, and each arm's memory
+    and energy.
+    """
     started, device = time.monotonic(), str(arms[0].spec.get("device", "cpu"))
     environment = {**machine.fingerprint(threads=threads, device=device), "before": machine.load()}
     environment["roofline"] = measure_roofline(threads=threads, device=device)

@@ -1,6 +1,8 @@
-"""The one block loop: every arm is timed twice in mirrored order, block by block, until the gates are decided.
+"""The one block loop: every arm is timed twice in mirrored order, block by block, until the gates
+are decided.
 
-Knows the order of the work and the clock. What is timed is a `Unit`; figures are computed elsewhere, from the raw samples.
+Knows the order of the work and the clock. What is timed is a `Unit`; figures are computed
+elsewhere, from the raw samples.
 """
 
 from __future__ import annotations
@@ -35,7 +37,10 @@ class Running(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """How long to go on. ``minutes`` counts from the start of timing; ``first_look`` is in blocks."""
+    """How long to go on.
+
+    ``minutes`` counts from the start of timing; ``first_look`` is in blocks.
+    """
 
     min_blocks: int
     minutes: float
@@ -83,10 +88,12 @@ def time_blocks(
     decided: Callable[[Sequence[Sample]], bool] | None = None,
     show: Callable[[Sequence[Sample], str], None] | None = None,
 ) -> Timed:
-    """Time blocks until ``decided`` says so at a look, or the time is spent; without ``decided`` it always is.
+    """Time blocks until ``decided`` says so at a look, or the time is spent; without ``decided`` it
+    always is.
 
-    A block that the sentinel complains of is void and timed again, as long as no more blocks are void than the fewest that are
-    wanted (half of that once the time is spent). After that the machine counts as disturbed, and its blocks are kept.
+    A block that the sentinel complains of is void and timed again, as long as no more blocks are
+    void than the fewest that are wanted (half of that once the time is spent). After that the
+    machine counts as disturbed, and its blocks are kept.
     """
     samples, void, disturbed, done = list[Sample](), 0, False, 0
     started, budget = time.monotonic(), 60 * limits.minutes
@@ -98,7 +105,8 @@ def time_blocks(
             raw.write(json.dumps({"event": "sentinel", "block": block, "seconds": last}) + "\n")
             previous, last = last, sentinel.read()
             complaint = sentinel.complaint(previous, last)
-        # With the budget spent, voids may add half of the fewest blocks: 1.5 times their time in all.
+        # With the budget spent, voids may add half of the fewest blocks: 1.5 times their time in
+        # all.
         most = limits.min_blocks if seconds < budget else -(-limits.min_blocks // 2)
         if complaint and void < most:
             void += 1
@@ -130,6 +138,7 @@ def _over_budget(
     each = seconds / (done + void)
     again = f", and {void} were disturbed and timed again" if void else ""
     return (
-        f"timing took {seconds / 60:.2g} minutes, bench.minutes is {budget / 60:.2g}: a verdict needs {min_blocks} blocks, "
+        f"timing took {seconds / 60:.2g} minutes, bench.minutes is {budget / 60:.2g}: a verdict "
+        f"needs {min_blocks} blocks, "
         f"a block took {each:.2g} s on this machine{again}"
     )

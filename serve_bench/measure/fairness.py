@@ -20,13 +20,16 @@ def require_same_work(
     lengths = sorted({len(row) for row in answer["rows"]} | {len(answer["at"])})
     if answer["prompt_tokens"] != prompt_tokens:
         raise DataError(
-            f"{arm}: counted {answer['prompt_tokens']} prompt tokens where {prompt_tokens} were given, so it does other work than "
+            f"{arm}: counted {answer['prompt_tokens']} prompt tokens where {prompt_tokens} were "
+            "given, so it does other work than "
             "the rest; leave it out, or (for a server) turn off whatever adds tokens to a prompt."
         )
     if len(answer["rows"]) != rows or lengths != [new_tokens]:
         raise DataError(
-            f"{arm}: generated {len(answer['rows'])} rows of {lengths} tokens where {rows} of {new_tokens} were asked, so it "
-            "does other work than the rest; leave it out, or (for a server) let it honour max_tokens and ignore_eos."
+            f"{arm}: generated {len(answer['rows'])} rows of {lengths} tokens where {rows} of "
+            f"{new_tokens} were asked, so it "
+            "does other work than the rest; leave it out, or (for a server) let it honour "
+            "max_tokens and ignore_eos."
         )
 
 
@@ -35,8 +38,9 @@ def manifest(
 ) -> dict[str, Any]:
     """What all arms have in common, by what each says of itself (``facts`` by arm).
 
-    A runtime behind a URL cannot tell its threads and cache; it is left out of those two. Raises `DataError` naming the
-    arms that differ in threads, in keeping a KV cache, or that do not know a token of the prompts.
+    A runtime behind a URL cannot tell its threads and cache; it is left out of those two. Raises
+    `DataError` naming the arms that differ in threads, in keeping a KV cache, or that do not know a
+    token of the prompts.
     """
     common: dict[str, Any] = dict(asked)
     for what, hint in (
@@ -53,13 +57,15 @@ def manifest(
         common[what] = values[0] if values else None
     if common["kv_cache"] is False:
         raise DataError(
-            "these arms keep no KV cache, so every token costs the whole prompt again; measure with one."
+            "these arms keep no KV cache, so every token costs the whole prompt again; measure "
+            "with one."
         )
     largest = max(token for prompt in prompts for token in prompt)
     for arm, fact in facts.items():
         if fact.get("vocabulary") is not None and largest >= fact["vocabulary"]:
             raise DataError(
-                f"{arm} knows {fact['vocabulary']} tokens, the prompts hold token {largest}: the same tokens are not the same text "
+                f"{arm} knows {fact['vocabulary']} tokens, the prompts hold token {largest}: the "
+                "same tokens are not the same text "
                 "to it. Compare models of one vocabulary."
             )
     digest = hashlib.sha256(json.dumps([list(prompt) for prompt in prompts]).encode()).hexdigest()

@@ -1,7 +1,9 @@
-"""What the timed generations say: how often an arm goes on as another does, how it repeats itself, how near it is to the text.
+"""What the timed generations say: how often an arm goes on as another does, how it repeats itself,
+how near it is to the text.
 
-Every arm was timed on the same held-out prompts, greedily, so its tokens cost nothing more. Knows token rows; BLEU, chrF and
-ROUGE-L are those of sacrebleu and rouge-score (extra `[eval]`), and absent without them.
+Every arm was timed on the same held-out prompts, greedily, so its tokens cost nothing more. Knows
+token rows; BLEU, chrF and ROUGE-L are those of sacrebleu and rouge-score (extra `[eval]`), and
+absent without them.
 """
 
 from __future__ import annotations
@@ -30,10 +32,11 @@ def of_run(
     continuation: Callable[[int], Tokens],
     folder: Path,
 ) -> dict[str, Any]:
-    """Figures of the timed generations of samples.jsonl, one a block and arm, decoded with the tokenizer in ``folder``.
+    """Figures of the timed generations of samples.jsonl, one a block and arm, decoded with the
+    tokenizer in ``folder``.
 
-    ``continuation`` is how the held-out text of a block goes on after the prompt. Arms are held against the fp32 graph and
-    the teachers; copies, and runtimes that only time, are left out.
+    ``continuation`` is how the held-out text of a block goes on after the prompt. Arms are held
+    against the fp32 graph and the teachers; copies, and runtimes that only time, are left out.
     """
     arms = [arm.id for arm in reference.arms if arm.scored]
     generated: dict[str, dict[int, Tokens]] = {arm: {} for arm in arms}
@@ -66,7 +69,9 @@ def of_run(
 def written(
     rows: Mapping[str, Tokens], decode: Callable[[Tokens], str], prompt: Tokens, base: str
 ) -> dict[str, Any]:
-    """The texts of one prompt: ``answers`` by arm, each in two parts, the second from the first difference to ``base``."""
+    """The texts of one prompt: ``answers`` by arm, each in two parts, the second from the first
+    difference to ``base``.
+    """
     texts = {arm: decode(row) for arm, row in rows.items()}
     same = {arm: _same(text, texts[base]) for arm, text in texts.items()}
     return {
@@ -82,10 +87,11 @@ def describe(
     decode: Callable[[Tokens], str],
     against: Sequence[str],
 ) -> dict[str, Any]:
-    """Figures by arm, from one row of tokens a prompt; ``references`` is how the text itself goes on.
+    """Figures by arm, from one row of tokens a prompt; ``references`` is how the text itself goes
+    on.
 
-    ``against`` names arms whose choices the others are held against. Figures are means over prompts with bootstrap
-    intervals; ``distinct`` is of all rows together, BLEU of the whole corpus.
+    ``against`` names arms whose choices the others are held against. Figures are means over prompts
+    with bootstrap intervals; ``distinct`` is of all rows together, BLEU of the whole corpus.
     """
     texts = [decode(row) for row in references]
     result: dict[str, Any] = {
@@ -125,7 +131,9 @@ def describe(
 
 
 def overlap(ours: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
-    """BLEU of the corpus, and mean chrF and ROUGE-L (F1) of the texts, all from 0 to 100, with sacrebleu's signatures."""
+    """BLEU of the corpus, and mean chrF and ROUGE-L (F1) of the texts, all from 0 to 100, with
+    sacrebleu's signatures.
+    """
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF

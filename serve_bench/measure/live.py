@@ -1,4 +1,6 @@
-"""The table that a terminal shows while arms are timed: a row for each arm and each thing that is timed."""
+"""The table that a terminal shows while arms are timed: a row for each arm and each thing that is
+timed.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,8 @@ def live_table(
 ) -> Iterator[Callable[[Sequence[Sample], str], None]]:
     """A function that shows the samples so far and a line of news.
 
-    A terminal shows the table in place; elsewhere a line appears now and then, and the table in the end.
+    A terminal shows the table in place; elsewhere a line appears now and then, and the table in the
+    end.
     """
 
     def now(samples: Sequence[Sample]) -> list[list[str]]:

@@ -1,4 +1,6 @@
-"""What this machine is and what bears on its speed: processor, clock, container limits, cards, load. Reads; changes nothing."""
+"""What this machine is and what bears on its speed: processor, clock, container limits, cards,
+load. Reads; changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,10 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def child_environment(**variables: str) -> dict[str, str]:
-    """Environment of a child process: it imports the same packages, and ends with this process. ``variables`` are added."""
+    """Environment of a child process: it imports the same packages, and ends with this process.
+
+    ``variables`` are added.
+    """
     path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
     return {**os.environ, "PYTHONPATH": path, PARENT: str(os.getpid()), **variables}
 
@@ -42,7 +47,8 @@ def load() -> dict[str, Any]:
 def limits(
     root: Path = Path("/sys/fs/cgroup"), member: Path = Path("/proc/self/cgroup")
 ) -> dict[str, Any]:
-    """Processors and bytes of memory that a container allows, the tightest of this group and its parents; none without a limit.
+    """Processors and bytes of memory that a container allows, the tightest of this group and its
+    parents; none without a limit.
 
     Reads version 2 of cgroups (one tree), else version 1 (a tree a controller).
     """
@@ -88,7 +94,9 @@ def cache_bytes() -> int | None:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Cards that NVML shows: name, driver, memory in bytes; none without a card or its Python binding."""
+    """Cards that NVML shows: name, driver, memory in bytes; none without a card or its Python
+    binding.
+    """
     with Nvml() as nvml:
         return [
             {"name": nvml.text(nvml.lib.nvmlDeviceGetName(card)), "driver": nvml.text(nvml.lib.nvmlSystemGetDriverVersion()),
@@ -98,7 +106,10 @@ def gpus() -> list[dict[str, Any]]:
 
 
 class Nvml:
-    """NVIDIA's management library while it is open. ``cards`` is empty, and ``why`` says so, where it cannot be."""
+    """NVIDIA's management library while it is open.
+
+    ``cards`` is empty, and ``why`` says so, where it cannot be.
+    """
 
     def __enter__(self) -> Nvml:
         self.cards: list[Any] = []
@@ -135,7 +146,10 @@ class Nvml:
         return sum(int(self.lib.nvmlDeviceGetMemoryInfo(card).used) for card in self.cards)
 
     def joules(self) -> float:
-        """Energy that all cards took since their driver was loaded. Raises NVML's error where a card does not count it."""
+        """Energy that all cards took since their driver was loaded.
+
+        Raises NVML's error where a card does not count it.
+        """
         return (
             sum(int(self.lib.nvmlDeviceGetTotalEnergyConsumption(card)) for card in self.cards)
             / 1e3

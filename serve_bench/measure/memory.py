@@ -1,4 +1,5 @@
-"""Memory and energy, in a pass of its own: one arm at a time in a fresh process, watched while it generates.
+"""Memory and energy, in a pass of its own: one arm at a time in a fresh process, watched while it
+generates.
 
 Nothing is timed here, so that watching disturbs no figure. Knows process trees, NVML and RAPL.
 """
@@ -26,7 +27,8 @@ _POWERCAP = Path("/sys/class/powercap")
 def measure_memory(
     arms: Sequence[Arm], unit: Unit, *, threads: int, folder: Path, asked: TaskName = "causal-lm"
 ) -> dict[str, dict[str, Any]]:
-    """By arm id: ``peak_rss_bytes`` of its process tree from start to last token, ``device_bytes``, and ``energy``.
+    """By arm id: ``peak_rss_bytes`` of its process tree from start to last token, ``device_bytes``,
+    and ``energy``.
 
     ``folder`` receives the processes' logs. Raises as the workers do.
     """
@@ -63,7 +65,9 @@ def _repeat(worker: Worker, unit: Unit) -> None:
 
 
 class Watch:
-    """Looks at a process tree and at the cards' memory until it is left; ``peak_rss`` and ``peak_device`` in bytes."""
+    """Looks at a process tree and at the cards' memory until it is left; ``peak_rss`` and
+    ``peak_device`` in bytes.
+    """
 
     def __init__(self, pid: int, nvml: Nvml) -> None:
         self._pid, self._nvml = pid, nvml
@@ -92,7 +96,9 @@ class Watch:
 
 
 def tree_rss(pid: int) -> int:
-    """Bytes of memory that a process and all its descendants hold now; pages they share count for each."""
+    """Bytes of memory that a process and all its descendants hold now; pages they share count for
+    each.
+    """
     import psutil
 
     try:
@@ -110,7 +116,9 @@ def tree_rss(pid: int) -> int:
 
 
 class Energy:
-    """Joules by RAPL (every processor package) and NVML (every card), idle power included; or why there are none."""
+    """Joules by RAPL (every processor package) and NVML (every card), idle power included; or why
+    there are none.
+    """
 
     def __init__(self, nvml: Nvml, powercap: Path = _POWERCAP) -> None:
         """Find out what can be read."""
@@ -142,7 +150,9 @@ class Energy:
         self._sources.clear()
 
     def over(self, work: Callable[[], object]) -> float | None:
-        """Do ``work`` and return the joules it took; without a source, leave it undone and return none."""
+        """Do ``work`` and return the joules it took; without a source, leave it undone and return
+        none.
+        """
         if not self._sources:
             return None
         before = {name: read() for name, read in self._sources.items()}

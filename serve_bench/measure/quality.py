@@ -1,4 +1,5 @@
-"""Scoring held-out text with the arms that were timed: one block at a time, every arm on the same one.
+"""Scoring held-out text with the arms that were timed: one block at a time, every arm on the same
+one.
 
 So memory and disk hold one block, whatever the amount of text.
 """
@@ -26,15 +27,16 @@ def measure_quality(
 ) -> dict[str, Any]:
     """Score every arm on every held-out block, in the processes that were timed.
 
-    ``vocabulary`` is what all arms share: padding rows that only some have are left out of everyone's softmax. ``folder``
-    holds one block of log-probabilities a teacher. Returns the content of quality.json: sums a block, so that any mean and
-    interval can be computed from it.
+    ``vocabulary`` is what all arms share: padding rows that only some have are left out of
+    everyone's softmax. ``folder`` holds one block of log-probabilities a teacher. Returns the
+    content of quality.json: sums a block, so that any mean and interval can be computed from it.
     """
     teachers = [arm for arm in arms if arm.role == "teacher"]
     result: dict[str, Any] = {
         "vocabulary": vocabulary,
         "mixture_of": [arm.id for arm in teachers],
-        # Whether the graph that was timed and its twin that scores choose the same token after one block a domain.
+        # Whether the graph that was timed and its twin that scores choose the same token after one
+        # block a domain.
         "same_choice": {},
         "domains": {
             name: {
@@ -92,7 +94,9 @@ def _rows(blocks: Blocks) -> list[list[int]]:
 def _choices(
     workers: Workers, arms: Sequence[Arm], heldout: Mapping[str, Blocks]
 ) -> dict[str, dict[str, int]]:
-    """What each onnx arm's timed graph chooses after the first block of each domain, its last token left out."""
+    """What each onnx arm's timed graph chooses after the first block of each domain, its last token
+    left out.
+    """
     return {
         arm.id: {
             name: workers[arm].ask("last", ids=_rows(blocks)[0][:-1])["token"]

@@ -1,6 +1,8 @@
-"""The replay of a certificate: measuring again, on this machine, what it promises of the shipped form.
+"""The replay of a certificate: measuring again, on this machine, what it promises of the shipped
+form.
 
-It needs `onnx`, `bench` and the certificate only, not the student: the held-out text travels in `bench`.
+It needs `onnx`, `bench` and the certificate only, not the student: the held-out text travels in
+`bench`.
 """
 
 from __future__ import annotations
@@ -112,7 +114,8 @@ def _require_ours(
     for role, (promised, artifact) in digests.items():
         if promised != artifact.digest:
             raise ArtifactError(
-                f"{run / CERTIFICATE}: is of another {role} (found {artifact.digest[:12]}, expected {promised[:12]}); "
+                f"{run / CERTIFICATE}: is of another {role} (found {artifact.digest[:12]}, "
+                f"expected {promised[:12]}); "
                 f"run `limbeck report {run}`, which writes the certificate of what is there."
             )
 
@@ -144,7 +147,9 @@ def replay_speed(
     onnx: Artifact,
     differs: Mapping[str, str],
 ) -> list[Finding]:
-    """A short run of the shipped form beside its own copy and the fp32 graph: the same block loop as the bench's."""
+    """A short run of the shipped form beside its own copy and the fp32 graph: the same block loop
+    as the bench's.
+    """
     promised, shipped = certificate["figures"], str(certificate["artifact"]["shipped"])
     twin = replace(arm, id=f"{arm.id}:twin", role="twin")
     arms = [arm, twin] + ([form_arm(onnx, "fp32")] if promised["speed_over_fp32"] else [])
@@ -176,7 +181,9 @@ def replay_speed(
 
 
 def _one_may_move(ratio: Finding | None, times: Finding | None) -> list[Finding]:
-    """One of the two may move with the machine: its clock moves the times, others who use its memory the ratio."""
+    """One of the two may move with the machine: its clock moves the times, others who use its
+    memory the ratio.
+    """
     if ratio is not None and times is not None and ratio.holds != times.holds:
         if ratio.holds:
             note = "its speed over the fp32 graph is as certified"

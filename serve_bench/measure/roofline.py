@@ -1,7 +1,9 @@
-"""How fast this machine can read memory and multiply, by kernels of known work, and how much a decoded token must read.
+"""How fast this machine can read memory and multiply, by kernels of known work, and how much a
+decoded token must read.
 
-Run as ``python -m serve_bench.measure.roofline THREADS`` it measures in a process of its own and prints one JSON object. Decoding one
-stream reads every weight once a token, so bandwidth over bytes is the fastest it can be while weights come from memory.
+Run as ``python -m serve_bench.measure.roofline THREADS`` it measures in a process of its own and
+prints one JSON object. Decoding one stream reads every weight once a token, so bandwidth over bytes
+is the fastest it can be while weights come from memory.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ _SIDE = 1024  # of the multiplied matrices
 
 
 def measure_roofline(*, threads: int, device: str = "cpu") -> dict[str, Any]:
-    """Bandwidth in bytes/s and compute in FLOP/s of ``device`` with ``threads`` threads. Raises `EnvironmentalError` when it dies."""
+    """Bandwidth in bytes/s and compute in FLOP/s of ``device`` with ``threads`` threads.
+
+    Raises `EnvironmentalError` when it dies.
+    """
     environment = child_environment(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
     done = subprocess.run(
         [sys.executable, "-P", "-m", "serve_bench.measure.roofline", str(threads), device],
@@ -33,7 +38,8 @@ def measure_roofline(*, threads: int, device: str = "cpu") -> dict[str, Any]:
     )  # fmt: skip
     if done.returncode:
         raise EnvironmentalError(
-            f"the bandwidth kernel ended with status {done.returncode}: {done.stderr[-500:].strip()}"
+            f"the bandwidth kernel ended with status {done.returncode}: "
+            f"{done.stderr[-500:].strip()}"
         )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -42,10 +48,11 @@ def measure_roofline(*, threads: int, device: str = "cpu") -> dict[str, Any]:
 def run_kernels(
     threads: int, device: str, *, array_bytes: int | None = None, seconds: float = _SECONDS
 ) -> dict[str, Any]:
-    """Measure here, in this process: the best of the runs that fit into ``seconds`` for each kernel.
+    """Measure here, in this process: the best of the runs that fit into ``seconds`` for each
+    kernel.
 
-    Triad is ``a = b + s c``: two arrays read and one written. Reading is a dot product of two arrays. Compute is an fp32
-    product of square matrices.
+    Triad is ``a = b + s c``: two arrays read and one written. Reading is a dot product of two
+    arrays. Compute is an fp32 product of square matrices.
     """
     import torch
 
@@ -89,9 +96,11 @@ def run_kernels(
 
 
 def graph_weight_bytes(graph: Path) -> int:
-    """Bytes of weights that one decoded token reads from an ONNX graph: every initialiser that not only gathers look into.
+    """Bytes of weights that one decoded token reads from an ONNX graph: every initialiser that not
+    only gathers look into.
 
-    A table that is gathered from gives one row a token. One that a product reads too (a tied head) counts once, in full.
+    A table that is gathered from gives one row a token. One that a product reads too (a tied head)
+    counts once, in full.
     """
     import onnx
 

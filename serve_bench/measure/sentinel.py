@@ -1,7 +1,9 @@
-"""A constant piece of work, run between blocks: when it takes longer than it did, the machine was disturbed, not the arm.
+"""A constant piece of work, run between blocks: when it takes longer than it did, the machine was
+disturbed, not the arm.
 
-It runs on as many threads as the arms do, in the process that waits for them, and leaves nothing running. It looks at its own
-times only, never at an arm's, so voiding a block cannot choose among results.
+It runs on as many threads as the arms do, in the process that waits for them, and leaves nothing
+running. It looks at its own times only, never at an arm's, so voiding a block cannot choose among
+results.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""The part of a task that measuring needs: its arms, the work of a block, and what is done before and after timing.
+"""The part of a task that measuring needs: its arms, the work of a block, and what is done before
+and after timing.
 
-`serve_bench.tasks` implements it for language models and for encoders; nothing here knows which is which.
+`serve_bench.tasks` implements it for language models and for encoders; nothing here knows which is
+which.
 """
 
 from __future__ import annotations
@@ -47,7 +49,10 @@ class MeasuringTask(JudgingTask, Protocol):
         """Threads of every arm; None for every core."""
 
     def open(self, onnx: Artifact, student: Artifact) -> list[Arm]:
-        """Read the held-out text and list the arms. Raises `ArtifactError` and `DataError` for what cannot be measured."""
+        """Read the held-out text and list the arms.
+
+        Raises `ArtifactError` and `DataError` for what cannot be measured.
+        """
 
     def open_data(self, folder: Path) -> None:
         """Read the held-out text that lies in a bench artifact."""
@@ -77,7 +82,9 @@ class MeasuringTask(JudgingTask, Protocol):
         """Write the remaining files of the artifact."""
 
     def live(self, threads: int) -> tuple[str, list[Test]]:
-        """Rows of the table that is shown while timing: its unit, and title, metric, cell and amount of each row."""
+        """Rows of the table that is shown while timing: its unit, and title, metric, cell and
+        amount of each row.
+        """
 
     def replay_quality(
         self,
@@ -87,7 +94,9 @@ class MeasuringTask(JudgingTask, Protocol):
         bench: Artifact,
         work: Path,
     ) -> list[tuple[str, float, float]]:
-        """Measure the quality of the shipped form again: name, promised value and value now of each figure."""
+        """Measure the quality of the shipped form again: name, promised value and value now of each
+        figure.
+        """
 
     def tolerance(self, onnx: Artifact) -> float:
         """Largest difference that a replay on other hardware or libraries may have."""

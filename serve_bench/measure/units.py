@@ -17,7 +17,8 @@ from limbeck.contract.heldout import Blocks
 from serve_bench.judge.figures import Cell, Sample
 from serve_bench.measure.workers import Worker
 
-# Steady: after so many generations and seconds at least, the last three within 10 %. Given up after so many of both.
+# Steady: after so many generations and seconds at least, the last three within 10 %. Given up after
+# so many of both.
 _WARM_LEAST, _WARM_SECONDS, _WARM_WINDOW, _WARM_SPREAD = 3, 0.5, 3, 1.10
 _WARM_MOST, _WARM_PATIENCE = 10, 3.0
 _WARM_TOKENS = 16  # of a warm-up generation after the first, which is as long as the timed ones
@@ -81,7 +82,10 @@ class Generation:
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of one length, read at once. ``runs`` is filled while warming up: repetitions a sample, by arm and cell."""
+    """Sequences of one length, read at once.
+
+    ``runs`` is filled while warming up: repetitions a sample, by arm and cell.
+    """
 
     cell: Cell
     prompts: list[list[int]]
@@ -117,7 +121,8 @@ class Batch:
 
 
 def prompt(heldout: Mapping[str, Blocks], block: int, tokens: int, *, then: int = 0) -> list[int]:
-    """The prompt of a block: a window of held-out text, blocks joined, read from its start again where it ends.
+    """The prompt of a block: a window of held-out text, blocks joined, read from its start again
+    where it ends.
 
     With ``then`` it is the so many tokens that follow the prompt.
     """
@@ -130,7 +135,9 @@ def prompt(heldout: Mapping[str, Blocks], block: int, tokens: int, *, then: int 
 
 
 def batch(heldout: Examples, cell: Cell, block: int) -> list[list[int]]:
-    """Rows of a block: windows of held-out text, examples joined, read from its start again where it ends."""
+    """Rows of a block: windows of held-out text, examples joined, read from its start again where
+    it ends.
+    """
     rows = zip(heldout.input_ids, heldout.lengths, strict=True)
     text, wanted = np.concatenate([row[:length] for row, length in rows]), cell.batch * cell.length
     window = np.roll(text, -wanted * block)

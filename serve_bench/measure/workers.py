@@ -1,4 +1,5 @@
-"""The parent's end of the processes that run arms: one process an arm, so that memory, threads and libraries are its own.
+"""The parent's end of the processes that run arms: one process an arm, so that memory, threads and
+libraries are its own.
 
 Knows pipes. The other end is `serve_bench.worker.process`.
 """
@@ -25,7 +26,10 @@ _TAIL = 2000  # characters of a worker's stderr in an error
 
 
 class Worker:
-    """The process that runs one arm. It waits on its pipe and uses no processor between commands."""
+    """The process that runs one arm.
+
+    It waits on its pipe and uses no processor between commands.
+    """
 
     def __init__(self, arm: Arm, *, threads: int, log: Path, task: TaskName = "causal-lm") -> None:
         """Start it; ``log`` receives its stderr, and the output of libraries."""
@@ -57,7 +61,10 @@ class Worker:
         )
 
     def generate(self, prompt: Sequence[int], new_tokens: int) -> dict[str, Any]:
-        """One greedy generation; times in seconds after its start. Raises `DataError` when it did other work than was asked."""
+        """One greedy generation; times in seconds after its start.
+
+        Raises `DataError` when it did other work than was asked.
+        """
         answer = self.ask("generate", prompt=list(prompt), new_tokens=new_tokens)
         return self._checked(answer | {"rows": [answer["tokens"]]}, [prompt], new_tokens)
 
@@ -82,7 +89,10 @@ class Worker:
         return answer
 
     def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
-        """Send one command and wait for its answer. Raises the worker's `LimbeckError`, or `EnvironmentalError`."""
+        """Send one command and wait for its answer.
+
+        Raises the worker's `LimbeckError`, or `EnvironmentalError`.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:

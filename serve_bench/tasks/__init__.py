@@ -19,7 +19,10 @@ def task_of(recipe: AnyRecipe) -> Task:
 
 
 def task_of_bench(bench: Artifact) -> Task:
-    """The task of a ``bench`` artifact, as its recipe has it. A bench of targets has no recipe: language models."""
+    """The task of a ``bench`` artifact, as its recipe has it.
+
+    A bench of targets has no recipe: language models.
+    """
     saved = bench.manifest["recipe"]
     if saved is None:
         common = json.loads((bench.path / ENVIRONMENT).read_text())["fairness"]

@@ -52,7 +52,8 @@ class Encoder:
         ]
         self._runs: dict[tuple[str, Cell], int] = {}
 
-    # Measuring -----------------------------------------------------------------------------------------------
+    # Measuring ------------------------------------------------------------------------------------
+    # -----------
 
     def open(self, onnx: Artifact, student: Artifact) -> list[Arm]:
         """See `MeasuringTask`."""
@@ -85,7 +86,9 @@ class Encoder:
     def before_timing(
         self, workers: Workers, arms: Sequence[Arm], reference: Reference, out: Path, work: Path
     ) -> None:
-        """Answers on the held-out examples: the gate on speed is against the better teacher, so quality comes first."""
+        """Answers on the held-out examples: the gate on speed is against the better teacher, so
+        quality comes first.
+        """
         answers, scored = {}, [arm for arm in arms if arm.scored]
         with task("held-out examples", len(scored)) as progress:
             for arm in scored:
@@ -137,7 +140,8 @@ class Encoder:
         figures_now = [(name.replace("_", " "), promised[name], now[name]) for name in promised]
         return [("answers, largest change", 0.0, apart), *figures_now]
 
-    # Judging -------------------------------------------------------------------------------------------------
+    # Judging --------------------------------------------------------------------------------------
+    # -----------
 
     def reference(self, shipped: str, arms: Sequence[Arm], judged: str = "") -> Reference:
         """See `JudgingTask`."""
@@ -235,7 +239,8 @@ class Encoder:
         """See `JudgingTask`; encoders have none."""
         return [], []
 
-    # Telling -------------------------------------------------------------------------------------------------
+    # Telling --------------------------------------------------------------------------------------
+    # -----------
 
     def heldout(self, judged: Judged) -> Mapping[str, Any]:
         """See `TellingTask`."""
@@ -299,5 +304,6 @@ def require_context(arms: Sequence[Arm], cells: Sequence[Cell], student: Path) -
             context -= config["pad_token_id"] + 1
         if context is not None and wanted > context:
             raise DataError(
-                f"bench.lengths: found {wanted}; {arm.label} reads {context} tokens at most. Make it smaller."
+                f"bench.lengths: found {wanted}; {arm.label} reads {context} tokens at most. Make "
+                "it smaller."
             )

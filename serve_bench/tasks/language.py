@@ -62,11 +62,14 @@ class Language:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe; a bench of targets has none and is never measured or certified through this class."""
+        """The recipe; a bench of targets has none and is never measured or certified through this
+        class.
+        """
         assert self._recipe is not None
         return self._recipe
 
-    # Measuring -----------------------------------------------------------------------------------------------
+    # Measuring ------------------------------------------------------------------------------------
+    # -----------
 
     def open(self, onnx: Artifact, student: Artifact) -> list[Arm]:
         """See `MeasuringTask`."""
@@ -140,7 +143,8 @@ class Language:
         source = "held-out text, another window of another domain in every block"
         environment["prompt_source"] = source
         if (recovery := self._onnx.result.get("recovery")) is not None:
-            # The student as it was distilled has no graph here. The manifest carries its losses on the same blocks and those
+            # The student as it was distilled has no graph here. The manifest carries its losses on
+            # the same blocks and those
             # of the shipped form, both over the whole vocabulary.
             self._quality["recovery"] = recovery["blocks"]
         tokens, new = self.bench.prompt_tokens, self.bench.new_tokens
@@ -195,7 +199,8 @@ class Language:
         found = [(f"loss, {name}", domains[name]["nll"], value) for name, value in nll.items()]
         return [*found, ("loss, mean", promised["mean_nll"], mean_nll(nll))]
 
-    # Judging -------------------------------------------------------------------------------------------------
+    # Judging --------------------------------------------------------------------------------------
+    # -----------
 
     def reference(self, shipped: str, arms: Sequence[Arm], judged: str = "") -> Reference:
         """See `JudgingTask`."""
@@ -245,7 +250,8 @@ class Language:
             "ttft_ms": evidence.ttft_ms.as_json(),
             "tpot_ms": evidence.tpot_ms.as_json(),
             "speed_over": {name: over.as_json() for name, over in evidence.speedup.items()},
-            # A replay can time fp32 beside it: a machine's good and bad minutes are the same for both graphs.
+            # A replay can time fp32 beside it: a machine's good and bad minutes are the same for
+            # both graphs.
             "speed_over_fp32": {
                 metric: speed(measured.samples, reference, FP32, metric).as_json()
                 for metric in ("ttft", "tpot")
@@ -311,7 +317,8 @@ class Language:
         """See `JudgingTask`."""
         return scenario_changes(old, new, tolerance, anchors)
 
-    # Telling -------------------------------------------------------------------------------------------------
+    # Telling --------------------------------------------------------------------------------------
+    # -----------
 
     def heldout(self, judged: Judged) -> Mapping[str, Any]:
         """See `TellingTask`."""

@@ -6,7 +6,9 @@ from limbeck.contract.recipe import AnyRecipe
 
 
 def stand_in(recipe: AnyRecipe) -> bool:
-    """True when a teacher or the student's base has random weights: then quality figures mean nothing."""
+    """True when a teacher or the student's base has random weights: then quality figures mean
+    nothing.
+    """
     sources = [teacher.model for teacher in recipe.teachers]
     base = getattr(recipe.student, "base", None)  # a fresh student has none
     return any(source.kind == "random" for source in (*sources, base) if source is not None)

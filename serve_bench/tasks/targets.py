@@ -1,7 +1,9 @@
-"""Bench without a recipe: artifacts, plain model folders and URLs, beside each other or beside what they are to be compared with.
+"""Bench without a recipe: artifacts, plain model folders and URLs, beside each other or beside what
+they are to be compared with.
 
-Knows what a target is and which arm runs it; the order of the measurement is `serve_bench.measure.clock`'s. Prompts are random
-tokens that every target knows: speed does not depend on which they are, and no tokenizer is needed.
+Knows what a target is and which arm runs it; the order of the measurement is
+`serve_bench.measure.clock`'s. Prompts are random tokens that every target knows: speed does not
+depend on which they are, and no tokenizer is needed.
 """
 
 from __future__ import annotations
@@ -126,9 +128,11 @@ def measure_targets(
 
 
 def find_arm(target: str, bench: Bench) -> Arm:
-    """What runs a target: a URL, ``hub:ID[@REVISION]``, a run or ``onnx`` folder (``#FORM`` picks a form), a model folder.
+    """What runs a target: a URL, ``hub:ID[@REVISION]``, a run or ``onnx`` folder (``#FORM`` picks a
+    form), a model folder.
 
-    Raises `ModelError` naming what was found and what would do, `ArtifactError` for a form that is not there.
+    Raises `ModelError` naming what was found and what would do, `ArtifactError` for a form that is
+    not there.
     """
     device, number = bench.device or "cpu", bench.torch_dtype or "fp32"
     if target.startswith(("http://", "https://")):
@@ -157,7 +161,8 @@ def find_arm(target: str, bench: Bench) -> Arm:
             raise ModelError(f"{target}: only an exported folder has forms; leave #{form} out.")
         if not folder.is_dir():
             raise ModelError(
-                f"{target}: no such folder; expected a run, an exported folder, a model folder, hub:OWNER/NAME, or the URL of a server."
+                f"{target}: no such folder; expected a run, an exported folder, a model folder, "
+                "hub:OWNER/NAME, or the URL of a server."
             )
     check_weights(folder)
     spec = {"model": str(folder.resolve()), "dtype": number, "device": device}
@@ -194,13 +199,17 @@ def _require_context(arms: Sequence[Arm], bench: Bench) -> None:
         context = context_of(folder) if folder is not None else None
         if context is not None and wanted > context:
             raise DataError(
-                f"bench.prompt_tokens ({bench.prompt_tokens}) and bench.new_tokens ({bench.new_tokens}) come to {wanted} tokens; the "
-                f"context of {arm.label} is {context}. Make either smaller, with --set bench.prompt_tokens=… or bench.new_tokens=…."
+                f"bench.prompt_tokens ({bench.prompt_tokens}) and bench.new_tokens "
+                f"({bench.new_tokens}) come to {wanted} tokens; the "
+                f"context of {arm.label} is {context}. Make either smaller, with --set "
+                "bench.prompt_tokens=… or bench.new_tokens=…."
             )
 
 
 def _at(bench: Bench, target: str) -> Bench:
-    """The bench whose server scenario asks ``target``: a URL itself, an exported folder behind a server of ours."""
+    """The bench whose server scenario asks ``target``: a URL itself, an exported folder behind a
+    server of ours.
+    """
     if not target.startswith(("http://", "https://")):
         return bench
     url = UrlTarget(kind="url", url=target)
@@ -212,7 +221,9 @@ def _at(bench: Bench, target: str) -> Bench:
 
 
 def _require_free(out: Path) -> None:
-    """Raise `ArtifactError` for a folder that holds something else than an earlier bench of targets."""
+    """Raise `ArtifactError` for a folder that holds something else than an earlier bench of
+    targets.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if (out / MANIFEST).is_file():

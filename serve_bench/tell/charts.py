@@ -1,6 +1,8 @@
-"""The report's pictures, as inline SVG whose colours are the page's CSS variables, so that one picture serves light and dark.
+"""The report's pictures, as inline SVG whose colours are the page's CSS variables, so that one
+picture serves light and dark.
 
-Knows numbers and labels; knows nothing of artifacts. Series are labelled where they are, never in a legend by colour alone.
+Knows numbers and labels; knows nothing of artifacts. Series are labelled where they are, never in a
+legend by colour alone.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-# matplotlib wants colours, the page wants variables: these stand in for them and are replaced at the end.
+# matplotlib wants colours, the page wants variables: these stand in for them and are replaced at
+# the end.
 _VARIABLES = {"#010203": "ink", "#010204": "muted", "#010205": "line", "#010206": "paper"}
 _VARIABLES |= {f"#0102a{index}": f"s{index}" for index in range(1, 7)}
 INK, MUTED, LINE, PAPER = "#010203", "#010204", "#010205", "#010206"
@@ -87,7 +90,10 @@ def lines(
     limits: tuple[float, float] | None = None,
     marks: bool = False,
 ) -> str:
-    """Lines labelled at their right end; ``dashed`` are horizontal references. ``title`` is the accessible name."""
+    """Lines labelled at their right end; ``dashed`` are horizontal references.
+
+    ``title`` is the accessible name.
+    """
     with mpl.rc_context(_STYLE):
         figure, axes = _figure(250, 165)
         ends: list[tuple[float, str, str]] = []
@@ -121,7 +127,10 @@ def lines(
 
 
 def quality_against_speed(bubbles: Sequence[Bubble], *, title: str, x: str, y: str) -> str:
-    """Speed to the right, held-out quality upwards, size on disk as the area. ``x`` and ``y`` name the figures."""
+    """Speed to the right, held-out quality upwards, size on disk as the area.
+
+    ``x`` and ``y`` name the figures.
+    """
     with mpl.rc_context(_STYLE):
         figure, axes, corners = _trade(bubbles, x, y)
         _label_bubbles(figure, axes, bubbles, corners)
@@ -175,9 +184,11 @@ def _trade(
 
 
 def pareto(points: Sequence[tuple[float, float]], *, same: float = 1e-3) -> list[int]:
-    """Indices of the points that no other beats in both speed (more is better) and loss (less is better), slowest first.
+    """Indices of the points that no other beats in both speed (more is better) and loss (less is
+    better), slowest first.
 
-    A loss that is less by a share below ``same`` is no better: two graphs of one model differ in their last digits.
+    A loss that is less by a share below ``same`` is no better: two graphs of one model differ in
+    their last digits.
     """
     best, front = float("inf"), []
     for index in sorted(range(len(points)), key=lambda i: (-points[i][0], points[i][1])):
@@ -188,7 +199,9 @@ def pareto(points: Sequence[tuple[float, float]], *, same: float = 1e-3) -> list
 
 
 def ridges(rows: Sequence[tuple[str, str, Sequence[float]]], *, title: str, x: str) -> str:
-    """One hill a (label, role, values): how often each value came, all hills of one height; a stroke at the median."""
+    """One hill a (label, role, values): how often each value came, all hills of one height; a
+    stroke at the median.
+    """
     with mpl.rc_context(_STYLE):
         figure, axes = _figure(235, 26 * len(rows))
         every = np.log(np.concatenate([np.asarray(values, np.float64) for _, _, values in rows]))
@@ -214,7 +227,9 @@ def ridges(rows: Sequence[tuple[str, str, Sequence[float]]], *, title: str, x: s
 def stacks(
     rows: Sequence[tuple[str, Sequence[float]]], parts: Sequence[str], *, title: str, x: str
 ) -> str:
-    """One bar a (label, spans), its spans one after the other; the spans are named above the first bar."""
+    """One bar a (label, spans), its spans one after the other; the spans are named above the first
+    bar.
+    """
     with mpl.rc_context(_STYLE):
         figure, axes = _figure(250, 26 * len(rows) + 16)
         whole = max(sum(spans) for _, spans in rows)
@@ -255,7 +270,9 @@ def ranges(
     y: str,
     diagonal: str | None = None,
 ) -> str:
-    """Lines of (x, value, low, high) with a bar from low to high, logarithmic in x; ``diagonal`` names the line y = x."""
+    """Lines of (x, value, low, high) with a bar from low to high, logarithmic in x; ``diagonal``
+    names the line y = x.
+    """
     with mpl.rc_context(_STYLE):
         figure, axes = _figure(250, 165)
         ends: list[tuple[float, str, str]] = []
@@ -432,7 +449,9 @@ class Label:
 
     @property
     def needs_line(self) -> bool:
-        """Whether a line joins it to its bubble: it is far, or (where bubbles overlap) another one is nearer."""
+        """Whether a line joins it to its bubble: it is far, or (where bubbles overlap) another one
+        is nearer.
+        """
         own = self.distances[self.own]
         return own > 10 or own > min(self.distances)
 
@@ -447,7 +466,9 @@ def place_labels(bubbles: Sequence[Bubble]) -> list[Label]:
 def _label_bubbles(
     figure: Figure, axes: Any, bubbles: Sequence[Bubble], line: Sequence[tuple[float, float]]
 ) -> list[Label]:
-    """Put each label near its bubble: nearer to it than to any other, and clear of labels, bubbles, edges and the ``line``."""
+    """Put each label near its bubble: nearer to it than to any other, and clear of labels, bubbles,
+    edges and the ``line``.
+    """
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     figure.canvas.draw()
     frame, largest = axes.get_window_extent(renderer), max(b.megabytes for b in bubbles)
@@ -497,7 +518,10 @@ def _best_place(
     others: Sequence[Box],
     frame: Any,
 ) -> tuple[Label, Box]:
-    """The cheapest place around bubble ``own``. A place nearer to another bubble costs most, so it is the last resort."""
+    """The cheapest place around bubble ``own``.
+
+    A place nearer to another bubble costs most, so it is the last resort.
+    """
     (x, y), (width, height) = centres[own], size
     best: tuple[float, Label, Box] | None = None
     for distance, (across, up) in itertools.product(_DISTANCES, _SIDES):
@@ -531,7 +555,9 @@ def _outside(box: tuple[float, ...], frame: Any) -> float:
 
 
 def _svg(figure: Figure, title: str, *, scale: float = _SCALE) -> str:
-    """The figure as inline SVG: an accessible name, page colours and fonts, ids of its own, nothing from outside."""
+    """The figure as inline SVG: an accessible name, page colours and fonts, ids of its own, nothing
+    from outside.
+    """
     buffer = io.StringIO()
     figure.savefig(
         buffer, format="svg", transparent=True, bbox_inches="tight", pad_inches=0.04,

@@ -17,11 +17,13 @@ def markdown(comparison: Comparison) -> str:
             f"**{row.status}**" if row.status in ("worse", "better", "undecided") else row.status
         )
         lines.append(
-            f"| {row.metric} | {row.before} | {row.after} | {_change(row)} | {100 * row.tolerance:g} % | {status} |"
+            f"| {row.metric} | {row.before} | {row.after} | {_change(row)} | "
+            f"{100 * row.tolerance:g} % | {status} |"
         )
     lines += [
         "",
-        "Change: above zero is worse, of tokens/s as of the time they take. In brackets the 95 % interval: of times over blocks, of losses "
+        "Change: above zero is worse, of tokens/s as of the time they take. In brackets the 95 % "
+        "interval: of times over blocks, of losses "
         "over other text of the kind.",
     ]
     lines += [f"- {note}" for note in comparison.notes]

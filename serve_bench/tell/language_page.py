@@ -1,4 +1,6 @@
-"""The page of a language model's report: its numbers, pictures and tables, from report.json and the samples."""
+"""The page of a language model's report: its numbers, pictures and tables, from report.json and the
+samples.
+"""
 
 from __future__ import annotations
 
@@ -143,7 +145,8 @@ def _headline(data: Mapping[str, Any]) -> list[dict[str, str]]:
         )
         items[0]["note"] = f"{interval(over)}× the fastest teacher, {teachers[fastest]['label']}"
         items[1]["note"] = (
-            f"{significant(teachers[fastest]['bytes'] / shipped['bytes'])}× smaller than that teacher"
+            f"{significant(teachers[fastest]['bytes'] / shipped['bytes'])}× smaller than that "
+            "teacher"
         )
         percent = show(rise["value"], "%")
         items[2]["note"] = f"{percent} against the best teacher, {teachers[best]['label']}"
@@ -153,7 +156,8 @@ def _headline(data: Mapping[str, Any]) -> list[dict[str, str]]:
         "label": "peak memory of the process",
     }
     memory["note"] = (
-        f"ready {significant(shipped['load_s'])} s after opening, first token after {significant(shipped['ttft_ms']['value'])} ms"
+        f"ready {significant(shipped['load_s'])} s after opening, first token after "
+        f"{significant(shipped['ttft_ms']['value'])} ms"
     )
     return [*items, memory]
 

@@ -1,6 +1,8 @@
-"""The report of a run: report.html, report.json, certificate.json and a table for the terminal, for every task.
+"""The report of a run: report.html, report.json, certificate.json and a table for the terminal, for
+every task.
 
-Nothing is measured here, so a report can be drawn again at any time. The artifacts are read once and judged once.
+Nothing is measured here, so a report can be drawn again at any time. The artifacts are read once
+and judged once.
 """
 
 from __future__ import annotations
@@ -106,7 +108,9 @@ def write_report(*, run: Path, recipe: BaseRecipe, task: TellingTask) -> Report:
 
 
 def markdown(verdict: Verdict, rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
-    """Verdict, gates, notes and a Markdown table of ``rows``, the first its head: two columns of words, then numbers."""
+    """Verdict, gates, notes and a Markdown table of ``rows``, the first its head: two columns of
+    words, then numbers.
+    """
     lines = [f"**{verdict.status}**: {verdict.sentence}", ""]
     lines += [f"- {gate.status}: {gate.sentence}" for gate in verdict.gates]
     lines += [f"- note: {note}" for note in notes]
@@ -144,7 +148,8 @@ def warnings(data: Mapping[str, Any]) -> list[str]:
     load, cores = environment["before"]["load_average"][0], environment["host"]["cores"]
     if load > _BUSY * cores:
         found.append(
-            f"The machine was busy before the measurement began (load average {load} on {cores} cores): "
+            f"The machine was busy before the measurement began (load average {load} on {cores} "
+            "cores): "
             "times are longer, and intervals wider, than on an idle one."
         )
     if data["disturbed"]:

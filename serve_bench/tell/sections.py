@@ -1,6 +1,8 @@
-"""Parts of the report beyond the main tables: pictures of the scenarios, and every figure in one list of rows.
+"""Parts of the report beyond the main tables: pictures of the scenarios, and every figure in one
+list of rows.
 
-Knows the bench artifact's result (docs/artifacts.md); a scenario that was not measured gives nothing.
+Knows the bench artifact's result (docs/artifacts.md); a scenario that was not measured gives
+nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ COLD_PARTS = {
 
 
 def offline(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A picture for each prompt and answer length: generated tokens a second over the batch, a line an arm."""
+    """A picture for each prompt and answer length: generated tokens a second over the batch, a line
+    an arm.
+    """
     cells: dict[tuple[int, int], dict[str, list[tuple[float, float, float, float]]]] = {}
     for cell in data.get("offline") or ():
         estimate, label = cell["generated_tokens_s"], data["arms"][cell["arm"]]["label"]
@@ -72,7 +76,8 @@ def cold(data: Mapping[str, Any]) -> str | None:
 
 
 def loss_steps(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Held-out loss from the best teacher to what ships, and what each step between them did: distilling, rounding, recovery.
+    """Held-out loss from the best teacher to what ships, and what each step between them did:
+    distilling, rounding, recovery.
 
     Fewer than two steps are no story and give nothing.
     """
@@ -253,7 +258,9 @@ def promised(estimate: Mapping[str, Any], unit: str) -> str:
 def parity(
     forms: Mapping[str, Mapping[str, Any]], columns: Sequence[tuple[str, str, Callable[[Any], str]]]
 ) -> list[dict[str, Any]]:
-    """Columns of the parity table: title, and the cell of each form; a figure that a form lacks is empty."""
+    """Columns of the parity table: title, and the cell of each form; a figure that a form lacks is
+    empty.
+    """
     found = []
     for title, key, write in columns:
         cells = {

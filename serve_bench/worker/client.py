@@ -1,7 +1,9 @@
-"""The client of an OpenAI-compatible completions endpoint that streams: one event's meaning, one request, one closed-loop runtime.
+"""The client of an OpenAI-compatible completions endpoint that streams: one event's meaning, one
+request, one closed-loop runtime.
 
-Prompts are token ids, so that their length is exact. Tokens are counted by the server's own usage where it gives one, and
-timed by the events that carry one, as vLLM's `bench serve` does. Knows HTTP; knows nothing of arrivals (see `serve_bench.measure.scenarios.load`).
+Prompts are token ids, so that their length is exact. Tokens are counted by the server's own usage
+where it gives one, and timed by the events that carry one, as vLLM's `bench serve` does. Knows
+HTTP; knows nothing of arrivals (see `serve_bench.measure.scenarios.load`).
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ _LONGEST_EVENT = 1 << 20  # bytes of a line of a stream
 
 @dataclass
 class Stream:
-    """What one streamed answer has told so far; ``at`` holds the clock's time of every event that carries a token."""
+    """What one streamed answer has told so far; ``at`` holds the clock's time of every event that
+    carries a token.
+    """
 
     at: list[float] = field(default_factory=list)
     prompt_tokens: int | None = None
@@ -39,10 +43,12 @@ class Stream:
         return len(self.at) if self.counted is None else self.counted
 
     def read(self, line: str, now: float) -> bool:
-        """Take one line of the event stream; whether it carried a token. Raises `ValueError` for an error in the stream.
+        """Take one line of the event stream; whether it carried a token. Raises `ValueError` for an
+        error in the stream.
 
-        A token's text may be empty: a special token, or a part of a character that waits for the rest. The end may bring the
-        last token along or stand alone, so an event with `finish_reason` carries a token only where it has text.
+        A token's text may be empty: a special token, or a part of a character that waits for the
+        rest. The end may bring the last token along or stand alone, so an event with
+        `finish_reason` carries a token only where it has text.
         """
         if not line.startswith("data:"):
             return False
@@ -76,7 +82,9 @@ class Endpoint:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def body(self, prompt: Sequence[int], new_tokens: int) -> dict[str, Any]:
-        """A greedy request for exactly ``new_tokens`` tokens, where the server honours ``ignore_eos``."""
+        """A greedy request for exactly ``new_tokens`` tokens, where the server honours
+        ``ignore_eos``.
+        """
         return {
             "model": self.model,
             "prompt": list(prompt),
@@ -91,7 +99,10 @@ class Endpoint:
 def find_endpoint(
     url: str, model: str | None = None, key_variable: str = "OPENAI_API_KEY"
 ) -> Endpoint:
-    """Ask a server for its models. Raises `EnvironmentalError` when nothing usable answers or it lacks ``model``."""
+    """Ask a server for its models.
+
+    Raises `EnvironmentalError` when nothing usable answers or it lacks ``model``.
+    """
     base = url.rstrip("/").removesuffix("/v1") + "/v1"
     key = os.environ.get(key_variable)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -110,7 +121,8 @@ def find_endpoint(
         ) from None
     except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
         raise EnvironmentalError(
-            f"{base}/models: no OpenAI-compatible server answers there ({type(error).__name__}: {error}); is it running?"
+            f"{base}/models: no OpenAI-compatible server answers there ({type(error).__name__}: "
+            f"{error}); is it running?"
         ) from None
     if model is not None and model not in names:
         raise EnvironmentalError(
@@ -122,7 +134,9 @@ def find_endpoint(
 
 
 def open_session() -> aiohttp.ClientSession:
-    """What `request` sends through: any number of connections, kept open, and no limit of time of its own. Needs a running loop."""
+    """What `request` sends through: any number of connections, kept open, and no limit of time of
+    its own. Needs a running loop.
+    """
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0),
         timeout=aiohttp.ClientTimeout(),
@@ -131,7 +145,10 @@ def open_session() -> aiohttp.ClientSession:
 
 
 async def request(session: aiohttp.ClientSession, endpoint: Endpoint, body: bytes) -> Stream:
-    """One streamed request, its ``body`` written out before, to its end. Raises `ValueError` with the reason when it fails."""
+    """One streamed request, its ``body`` written out before, to its end.
+
+    Raises `ValueError` with the reason when it fails.
+    """
     stream, clock = Stream(), time.perf_counter
     url, headers = (
         f"{endpoint.url}/completions",
@@ -163,9 +180,11 @@ def _refusal(status: int, body: bytes) -> str:
 
 
 class OpenAi:
-    """A model behind a URL as a runtime: one request at a time, each token taken from the stream as it comes.
+    """A model behind a URL as a runtime: one request at a time, each token taken from the stream as
+    it comes.
 
-    The server chooses and appends tokens by itself, so `step` takes none, and what they were is not known here: -1.
+    The server chooses and appends tokens by itself, so `step` takes none, and what they were is not
+    known here: -1.
     """
 
     def __init__(
@@ -181,7 +200,10 @@ class OpenAi:
         }  # fmt: skip
 
     def begin(self, prompts: Ids, room: int) -> Ids:
-        """See `Runtime.begin`. Raises `DataError` for several rows, `EnvironmentalError` when the server refuses."""
+        """See `Runtime.begin`.
+
+        Raises `DataError` for several rows, `EnvironmentalError` when the server refuses.
+        """
         if len(prompts) != 1:
             raise DataError(
                 "a server takes one prompt a request; measure it in the `server` scenario."
@@ -197,7 +219,8 @@ class OpenAi:
             next(self._tokens)
         except StopIteration:
             raise DataError(
-                f"{self._endpoint.url}: the answer ended after {len(self._stream.at)} tokens, before all that were asked; let "
+                f"{self._endpoint.url}: the answer ended after {len(self._stream.at)} tokens, "
+                "before all that were asked; let "
                 "the server honour ignore_eos and send every token by itself."
             ) from None
         return np.array([-1])
@@ -220,7 +243,8 @@ class OpenAi:
             pass
         if self._stream.prompt_tokens is None:
             raise DataError(
-                f"{self._endpoint.url}: the server gives no usage, so what it read cannot be checked."
+                f"{self._endpoint.url}: the server gives no usage, so what it read cannot be "
+                "checked."
             )
         return self._stream.prompt_tokens
 

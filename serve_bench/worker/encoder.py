@@ -32,7 +32,9 @@ class Runtime(Protocol):
 
 
 class TorchEncoder:
-    """A transformers folder in torch eager fp32, with the attention that transformers chooses: what a user would call."""
+    """A transformers folder in torch eager fp32, with the attention that transformers chooses: what
+    a user would call.
+    """
 
     def __init__(self, *, model: str, task: str, pooling: str, threads: int) -> None:
         import torch

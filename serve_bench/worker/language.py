@@ -75,7 +75,9 @@ class Session:
     def score(
         self, ids: list[int], scored: list[int], vocabulary: int, mixture: str | None
     ) -> dict[str, Any]:
-        """Sums over the labels of one block, of which ``scored`` says 1; ``mixture`` is the file of the teachers' log-probabilities, or none."""
+        """Sums over the labels of one block, of which ``scored`` says 1; ``mixture`` is the file of
+        the teachers' log-probabilities, or none.
+        """
         mine = self._log_probabilities(ids, vocabulary)
         teachers = np.load(mixture, mmap_mode="r") if mixture else None
         return quality.sums(mine, np.asarray(ids[1:]), teachers, np.asarray(scored, bool))
@@ -92,7 +94,9 @@ class Session:
 
 
 def generate(runtime: Runtime, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
-    """Greedy, exactly ``new_tokens`` tokens a row whatever they are, with the time at which each column was known."""
+    """Greedy, exactly ``new_tokens`` tokens a row whatever they are, with the time at which each
+    column was known.
+    """
     clock = time.perf_counter
     rows = np.array(prompts, np.int64)
     at, columns = [0.0] * new_tokens, [rows[:, 0]] * new_tokens

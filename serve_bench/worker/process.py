@@ -1,7 +1,8 @@
 """The process of one arm: one JSON command a line on stdin, one JSON answer a line on stdout.
 
-Output of libraries goes to stderr. Between commands the process waits on the pipe and uses no processor; it ends when the pipe is
-closed. The commands are in `serve_bench.worker.language` and `serve_bench.worker.encoder`.
+Output of libraries goes to stderr. Between commands the process waits on the pipe and uses no
+processor; it ends when the pipe is closed. The commands are in `serve_bench.worker.language` and
+`serve_bench.worker.encoder`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ class Answering(Protocol):
 
 
 def serve(commands: IO[str], answers: IO[str], session: Answering) -> None:
-    """Answer commands until there are no more. An error of the user's making is an answer; a defect ends the process."""
+    """Answer commands until there are no more.
+
+    An error of the user's making is an answer; a defect ends the process.
+    """
     for line in commands:
         arguments = json.loads(line)
         try:
@@ -57,7 +61,9 @@ def serve(commands: IO[str], answers: IO[str], session: Answering) -> None:
 
 
 def main(session: Answering) -> None:
-    """Keep the real stdout for answers and point file descriptor 1 at stderr, where C libraries print too."""
+    """Keep the real stdout for answers and point file descriptor 1 at stderr, where C libraries
+    print too.
+    """
     end_with_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -1,7 +1,8 @@
-"""What a worker can run, behind one small protocol: torch eager and compiled, onnxruntime, and GenAI's own loop. Greedy.
+"""What a worker can run, behind one small protocol: torch eager and compiled, onnxruntime, and
+GenAI's own loop. Greedy.
 
-Libraries are imported by `prepare`, so that importing and opening are timed apart and no process holds a library that it
-does not use. The runtime behind a URL is `serve_bench.worker.client`.
+Libraries are imported by `prepare`, so that importing and opening are timed apart and no process
+holds a library that it does not use. The runtime behind a URL is `serve_bench.worker.client`.
 
 Shape letters: B rows, S prompt tokens, L whole length, V vocabulary.
 """
@@ -25,12 +26,18 @@ from limbeck.contract.loading import load_pretrained
 
 
 class Runtime(Protocol):
-    """One opened arm. ``facts`` is what it says of itself: libraries, vocabulary, context, threads, whether it keeps a KV cache."""
+    """One opened arm.
+
+    ``facts`` is what it says of itself: libraries, vocabulary, context, threads, whether it keeps a
+    KV cache.
+    """
 
     facts: dict[str, Any]
 
     def begin(self, prompts: Ids, room: int) -> Ids:
-        """Read ``prompts[B, S]`` into an empty cache with room for ``room`` more tokens a row; the token ``[B]`` that follows each."""
+        """Read ``prompts[B, S]`` into an empty cache with room for ``room`` more tokens a row; the
+        token ``[B]`` that follows each.
+        """
 
     def step(self, tokens: Ids) -> Ids:
         """Append ``tokens[B]``, one a row; the ones that follow."""
@@ -39,14 +46,19 @@ class Runtime(Protocol):
         """Logits [L, V] after every token of ``ids[L]``. Ends the arm's use for generation."""
 
     def device_seconds(self) -> list[float] | None:
-        """What the device's own clock says each token since `begin` took; none where it is the host that computes."""
+        """What the device's own clock says each token since `begin` took; none where it is the host
+        that computes.
+        """
 
     def prompt_tokens(self) -> int:
         """Prompt tokens a row that the last `begin` read, as the runtime itself counted them."""
 
 
 def prepare(runtime: str, spec: Mapping[str, Any]) -> None:
-    """Import the libraries of a runtime, the code of the arm's architecture included. Raises `EnvironmentalError`."""
+    """Import the libraries of a runtime, the code of the arm's architecture included.
+
+    Raises `EnvironmentalError`.
+    """
     match runtime:
         case "torch" | "torch-compile":
             import torch
@@ -69,7 +81,8 @@ def prepare(runtime: str, spec: Mapping[str, Any]) -> None:
         case "onnxruntime-genai":
             if importlib.util.find_spec("onnxruntime_genai") is None:
                 raise EnvironmentalError(
-                    "onnxruntime-genai is not installed; run: pip install 'limbeck[cpu]' (or 'limbeck[gpu]' for CUDA), "
+                    "onnxruntime-genai is not installed; run: pip install 'limbeck[cpu]' (or "
+                    "'limbeck[gpu]' for CUDA), "
                     "or leave it out of bench.runtimes."
                 )
             import onnxruntime_genai
@@ -99,15 +112,19 @@ def open_runtime(runtime: str, spec: Mapping[str, Any], *, threads: int) -> Runt
     raise AssertionError(f"no such runtime: {runtime}")
 
 
-# torch -----------------------------------------------------------------------------------------------------------
+# torch --------------------------------------------------------------------------------------------
+# ---------------
 
 
 class TorchEager:
-    """A transformers folder in torch, not compiled: the plain loop over the model's forward pass and its cache.
+    """A transformers folder in torch, not compiled: the plain loop over the model's forward pass
+    and its cache.
 
-    It is the loop of `generate` without its bookkeeping, so it is no slower than what a user would call. An adapter is
-    merged first, which is how it would be deployed. It stays beside quantised weights, because merging would round it
-    away, and beside weights that it cannot be merged into. On CUDA the chosen token is copied to the host before its time is taken, which waits for the device.
+    It is the loop of `generate` without its bookkeeping, so it is no slower than what a user would
+    call. An adapter is merged first, which is how it would be deployed. It stays beside quantised
+    weights, because merging would round it away, and beside weights that it cannot be merged into.
+    On CUDA the chosen token is copied to the host before its time is taken, which waits for the
+    device.
     """
 
     def __init__(
@@ -125,7 +142,8 @@ class TorchEager:
 
         if device == "cuda" and not torch.cuda.is_available():
             raise EnvironmentalError(
-                f"torch {torch.__version__} sees no NVIDIA card here; set bench.device: cpu, or install a CUDA build of torch."
+                f"torch {torch.__version__} sees no NVIDIA card here; set bench.device: cpu, or "
+                "install a CUDA build of torch."
             )
         torch.set_num_threads(threads)
         number = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
@@ -233,10 +251,11 @@ class TorchEager:
 
 
 class TorchCompiled(TorchEager):
-    """The same model under ``torch.compile`` with a static cache: the prompt is read eagerly, decoding is compiled.
+    """The same model under ``torch.compile`` with a static cache: the prompt is read eagerly,
+    decoding is compiled.
 
-    The first generation of a batch size compiles, which can take minutes; warming up covers it. Raises `EnvironmentalError`
-    where inductor has no compiler to call.
+    The first generation of a batch size compiles, which can take minutes; warming up covers it.
+    Raises `EnvironmentalError` where inductor has no compiler to call.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -247,7 +266,9 @@ class TorchCompiled(TorchEager):
         self.facts["library"] += ", compiled"
 
     def begin(self, prompts: Ids, room: int) -> Ids:
-        """See `Runtime.begin`; the cache is kept while it is large enough, because another size would be compiled anew."""
+        """See `Runtime.begin`; the cache is kept while it is large enough, because another size
+        would be compiled anew.
+        """
         from transformers import StaticCache
 
         self._events, self._prompt_tokens = [], prompts.shape[1]
@@ -270,7 +291,8 @@ class TorchCompiled(TorchEager):
             return self._forward(tokens[:, None])
         except BackendCompilerFailed as error:
             raise EnvironmentalError(
-                f"torch.compile failed here ({' '.join(str(error).split())[:200]}); it needs a C++ compiler on a CPU, Triton on a card. "
+                f"torch.compile failed here ({' '.join(str(error).split())[:200]}); it needs a C++ "
+                "compiler on a CPU, Triton on a card. "
                 "Install one, or leave torch-compile out of bench.runtimes."
             ) from error
         finally:
@@ -278,7 +300,9 @@ class TorchCompiled(TorchEager):
 
 
 def _weight_bytes(model: Any) -> int:
-    """Bytes of weights that decoding one token reads: all of them, but of an embedding that is not the head's one row."""
+    """Bytes of weights that decoding one token reads: all of them, but of an embedding that is not
+    the head's one row.
+    """
     sizes = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
@@ -287,11 +311,14 @@ def _weight_bytes(model: Any) -> int:
     return sum(sizes.values())
 
 
-# onnxruntime -----------------------------------------------------------------------------------------------------
+# onnxruntime --------------------------------------------------------------------------------------
+# ---------------
 
 
 class OnnxRuntime:
-    """A form of an ``onnx`` artifact through `limbeck.runtime.decoder`, the loop that `limbeck generate` uses."""
+    """A form of an ``onnx`` artifact through `limbeck.runtime.decoder`, the loop that `limbeck
+    generate` uses.
+    """
 
     def __init__(self, *, artifact: str, form: str, threads: int, device: Any = None) -> None:
         from limbeck.contract.artifact import open_artifact
@@ -338,7 +365,10 @@ class OnnxRuntime:
         return chosen
 
     def score(self, ids: Ids) -> Logits:
-        """See `Runtime.score`. The graph that keeps all logits reads the same weights file as the one that was timed."""
+        """See `Runtime.score`.
+
+        The graph that keeps all logits reads the same weights file as the one that was timed.
+        """
         if self._scorer is None:
             from limbeck.runtime.decoder import Decoder
 
@@ -348,7 +378,9 @@ class OnnxRuntime:
         return logits
 
     def device_seconds(self) -> list[float] | None:
-        """See `Runtime.device_seconds`; onnxruntime tells no device times, and returns when the logits are on the host."""
+        """See `Runtime.device_seconds`; onnxruntime tells no device times, and returns when the
+        logits are on the host.
+        """
         return None
 
     def prompt_tokens(self) -> int:
@@ -364,10 +396,11 @@ class OnnxRuntime:
 
 
 class OnnxRuntimeGenai:
-    """The deployable folder under ONNX Runtime GenAI: its own cache, its own search, its own loop in C++.
+    """The deployable folder under ONNX Runtime GenAI: its own cache, its own search, its own loop
+    in C++.
 
-    It chooses the token and appends it by itself, so `step` takes none. The end token is held back until the length is
-    reached, as `min_length` has it.
+    It chooses the token and appends it by itself, so `step` takes none. The end token is held back
+    until the length is reached, as `min_length` has it.
     """
 
     def __init__(self, *, artifact: str, threads: int, device: str = "cpu") -> None:
@@ -378,7 +411,8 @@ class OnnxRuntimeGenai:
         folder = Path(artifact)
         if not (folder / "genai_config.json").is_file():
             raise ArtifactError(
-                f"{folder}: no genai_config.json, so ONNX Runtime GenAI cannot run it (the graph comes from torch's exporter); "
+                f"{folder}: no genai_config.json, so ONNX Runtime GenAI cannot run it (the graph "
+                "comes from torch's exporter); "
                 "leave onnxruntime-genai out of bench.runtimes."
             )
         config = og.Config(str(folder))

@@ -216,7 +216,8 @@ def test_losses_on_other_text_are_not_compared(runs: tuple[Path, Path]) -> None:
     assert found.exit_code == 0
 
 
-# Scenarios -------------------------------------------------------------------------------------------------------
+# Scenarios ----------------------------------------------------------------------------------------
+# ---------------
 
 SLO = {"ttft_ms": 500.0, "tpot_ms": 50.0, "share": 0.9}
 
@@ -233,7 +234,9 @@ def add_scenarios(
     seed: int = 0,
     **server: Any,
 ) -> None:
-    """Give the bench of ``run`` batches, cold starts and a server under load, of which the shipped form is ``slower``."""
+    """Give the bench of ``run`` batches, cold starts and a server under load, of which the shipped
+    form is ``slower``.
+    """
     bench = open_artifact(run / "bench")
     draw = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []

@@ -33,7 +33,9 @@ SECONDS = {
 
 
 def samples(blocks: int = 6) -> list[Sample]:
-    """Every arm twice in every cell of a block; the machine grows slower from block to block, for all alike."""
+    """Every arm twice in every cell of a block; the machine grows slower from block to block, for
+    all alike.
+    """
     return [
         Sample(arm, block, position, (seconds * (1 + block) * cell.batch,), cell)
         for block in range(blocks)

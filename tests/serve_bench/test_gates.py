@@ -117,9 +117,11 @@ def test_sentences_say_value_interval_and_bound() -> None:
     assert sentences == [
         "4× the decode speed of fast, the fastest teacher, in torch (95 % interval 3.50 to 4.50×); "
         "at least 3× was asked.",
-        "Held-out loss 0.40 % above that of right, the best single teacher (interval for such text −2.00 to +3.00 %); "
+        "Held-out loss 0.40 % above that of right, the best single teacher (interval for such text "
+        "−2.00 to +3.00 %); "
         "no rise was asked.",
-        "Held-out loss 0.20 % above that of the fp32 graph (interval for such text −0.10 to +2.00 %); "
+        "Held-out loss 0.20 % above that of the fp32 graph (interval for such text −0.10 to +2.00 "
+        "%); "
         "a rise of at most 1 % was asked.",
         "0.26× the size of the fp32 graph; at most 0.50× was asked.",
     ]

@@ -1,4 +1,6 @@
-"""The server scenario against a fake server: latency from the scheduled arrival, nothing left out, the rate found."""
+"""The server scenario against a fake server: latency from the scheduled arrival, nothing left out,
+the rate found.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,8 @@ def row(
     return whole | {"at": list(at), "prompt_tokens": 3, "output_tokens": written, "error": error}
 
 
-# Figures ---------------------------------------------------------------------------------------------------------
+# Figures ------------------------------------------------------------------------------------------
+# ---------------
 
 
 def test_figures_of_a_rate_by_hand() -> None:
@@ -96,7 +99,8 @@ def test_a_stream_counts_tokens_with_and_without_text_and_takes_the_servers_usag
         stream.read('data: {"error": {"message": "overloaded"}}', 4.0)
 
 
-# Finding the rate ------------------------------------------------------------------------------------------------
+# Finding the rate
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -129,7 +133,8 @@ def test_the_search_ends_when_its_time_is_spent_or_nothing_fails() -> None:
     assert rates == [2.0**k for k in range(12)]
 
 
-# Against a server ------------------------------------------------------------------------------------------------
+# Against a server
+# ------------------------------------------------------------------------------------------------
 
 
 def test_a_stall_is_seen_in_full_by_every_request_that_was_due_in_it(
@@ -143,7 +148,8 @@ def test_a_stall_is_seen_in_full_by_every_request_that_was_due_in_it(
     figures = scenarios.rate_figures(250, rows, Slo())
     assert figures["failed"] == 0
     assert figures["ttft_ms"]["n"] == 500
-    # Requests due in the stall's first 10 ms waited at least 490 of its 500 ms: more than 1 in 100 of all.
+    # Requests due in the stall's first 10 ms waited at least 490 of its 500 ms: more than 1 in 100
+    # of all.
     assert figures["ttft_ms"]["p99"] >= 450
     due = np.array([row["scheduled"] for row in rows])
     waited = np.array([row["at"][0] for row in rows])
@@ -257,7 +263,8 @@ def test_a_served_artifact_that_does_not_start_shows_its_last_words(tmp_path: Pa
             raise AssertionError("unreachable")
 
 
-# As a runtime ----------------------------------------------------------------------------------------------------
+# As a runtime -------------------------------------------------------------------------------------
+# ---------------
 
 
 def test_the_runtime_behind_a_url_times_every_token() -> None:

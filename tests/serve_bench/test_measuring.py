@@ -1,4 +1,6 @@
-"""Honest measuring: the sentinel, the machine, memory, energy, the roofline, fairness, and figures of batches and cold starts."""
+"""Honest measuring: the sentinel, the machine, memory, energy, the roofline, fairness, and figures
+of batches and cold starts.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def arm(name: str, role: Any = "form", runtime: Any = "onnxruntime") -> Arm:
 
 
 class Paced:
-    """A worker whose generations take what it is told: seconds a token, one entry a call, the last for ever."""
+    """A worker whose generations take what it is told: seconds a token, one entry a call, the last
+    for ever.
+    """
 
     def __init__(self, name: str, paces: list[float]) -> None:
         self.arm, self._paces, self.calls = arm(name), paces, 0
@@ -48,7 +52,8 @@ class Paced:
         return {"started": 0.0, "at": at, "tokens": [1] * new_tokens, "device_s": None}
 
 
-# Blocks that were disturbed --------------------------------------------------------------------------------------
+# Blocks that were disturbed
+# --------------------------------------------------------------------------------------
 
 
 class Readings(Sentinel):
@@ -120,7 +125,8 @@ def test_the_sentinel_does_the_same_work_on_every_thread_and_leaves_nothing_runn
     assert threading.active_count() == before
 
 
-# Warming up ------------------------------------------------------------------------------------------------------
+# Warming up ---------------------------------------------------------------------------------------
+# ---------------
 
 
 def test_warming_up_ends_when_three_in_a_row_agree(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +156,8 @@ def test_what_never_settles_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["warm_up_runs"] == 11
 
 
-# The same work ---------------------------------------------------------------------------------------------------
+# The same work ------------------------------------------------------------------------------------
+# ---------------
 
 
 def facts(**over: Any) -> dict[str, Any]:
@@ -196,7 +203,8 @@ def test_other_work_is_refused() -> None:
         fairness.require_same_work("a", answer, rows=1, prompt_tokens=3, new_tokens=5)
 
 
-# The machine -----------------------------------------------------------------------------------------------------
+# The machine --------------------------------------------------------------------------------------
+# ---------------
 
 
 def test_limits_of_a_container_in_both_versions_of_cgroups(tmp_path: Path) -> None:
@@ -314,7 +322,8 @@ def test_weights_that_a_token_reads(tmp_path: Path) -> None:
     assert graph_weight_bytes(tmp_path / "g.onnx") == 8 * 8 * 4 + 6 * 4 // 2
 
 
-# Batches and cold starts -----------------------------------------------------------------------------------------
+# Batches and cold starts
+# -----------------------------------------------------------------------------------------
 
 
 def test_throughput_never_mixes_prompt_and_generated_tokens() -> None:
@@ -399,7 +408,8 @@ def test_scenarios_that_were_not_asked_have_no_key() -> None:
     assert scenarios.summary([], {}, Bench(), []) == {"scenarios": ["single"]}
 
 
-# On a card -------------------------------------------------------------------------------------------------------
+# On a card ----------------------------------------------------------------------------------------
+# ---------------
 
 
 @pytest.mark.gpu

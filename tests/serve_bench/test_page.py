@@ -1,4 +1,6 @@
-"""The report in a real browser, at the width of a desk and of a phone, light and dark (`make test-browser` fetches what it needs)."""
+"""The report in a real browser, at the width of a desk and of a phone, light and dark (`make test-
+browser` fetches what it needs).
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,8 @@ def test_the_report_is_sound_at_both_widths_and_in_both_schemes(
 def test_the_look_finds_what_is_wrong(tmp_path: Path) -> None:
     page = tmp_path / "bad.html"
     page.write_text(
-        "<html><body><div style='width:2000px'>x</div><svg role='img'></svg><script>throw Error('no')</script>"
+        "<html><body><div style='width:2000px'>x</div><svg role='img'></svg><script>throw "
+        "Error('no')</script>"
     )
     view = look(page, widths=[390])[0]
     assert view["overflow"] > 0

@@ -1,4 +1,6 @@
-"""The report: drawn from a hand-made run folder, self-contained, and saying what the raw samples say."""
+"""The report: drawn from a hand-made run folder, self-contained, and saying what the raw samples
+say.
+"""
 
 from __future__ import annotations
 
@@ -468,14 +470,17 @@ def test_labels_of_a_picture_do_not_overlap() -> None:
 
 
 def test_the_front_is_what_nothing_beats_in_both() -> None:
-    # Speed and loss: slow and good, fast and worse, beaten by both, and a copy of the best that is no better for its last digits.
+    # Speed and loss: slow and good, fast and worse, beaten by both, and a copy of the best that is
+    # no better for its last digits.
     points = [(10.0, 2.0), (50.0, 2.5), (20.0, 2.6), (9.0, 1.9999), (50.0, 2.7)]
     assert charts.pareto(points) == [0, 1]
     assert charts.pareto([(1.0, 3.0)]) == [0]
 
 
 def test_a_label_is_nearest_to_its_own_bubble() -> None:
-    """Bubbles that crowd: a label is nearer to its own bubble than to any other, or a line joins the two."""
+    """Bubbles that crowd: a label is nearer to its own bubble than to any other, or a line joins
+    the two.
+    """
     draw, nearest = np.random.default_rng(5), 0
     for _ in range(6):
         bubbles = [
@@ -497,7 +502,9 @@ def test_a_label_is_nearest_to_its_own_bubble() -> None:
 
 
 def test_the_stroke_of_a_row_is_the_median_of_the_table() -> None:
-    """Raw samples and block means have other medians on a noisy machine; the picture shows the table's."""
+    """Raw samples and block means have other medians on a noisy machine; the picture shows the
+    table's.
+    """
     dots = charts.Dots("a", "form", [1.0, 1.0, 1.0, 9.0], 3.0)
     svg = charts.strip([dots], title="t", x="ms")
     assert "stroke-width: 2" in svg

@@ -87,7 +87,8 @@ def test_the_loss_is_followed_from_the_best_teacher_to_what_ships(data: dict[str
     assert steps[2]["change"]["mean"] == pytest.approx(
         data["nll_rise_of_shipped_over"]["onnx:fp32"]["value"]
     )
-    # After a recovery the fp32 graph is of another student; the steps tell of the one that was distilled.
+    # After a recovery the fp32 graph is of another student; the steps tell of the one that was
+    # distilled.
     domains = steps[1]["nll"].keys() - {"mean"}
     told = {"fp32": dict.fromkeys(domains, 2.0), "form": dict.fromkeys(domains, 2.5)}
     data["onnx"]["recovery"] = {"before": told, "after": {"form": dict.fromkeys(domains, 2.25)}}

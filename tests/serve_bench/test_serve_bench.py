@@ -1,4 +1,6 @@
-"""The bench on tiny real models: what is timed, what is scored, and what happens when a worker dies."""
+"""The bench on tiny real models: what is timed, what is scored, and what happens when a worker
+dies.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,8 @@ def torch_arm(model: Path, name: str = "student") -> Arm:
     return Arm(name, name, "student", "torch", 1, {"model": str(model)})
 
 
-# Definitions -----------------------------------------------------------------------------------------------------
+# Definitions --------------------------------------------------------------------------------------
+# ---------------
 
 
 def test_tpot_leaves_prompt_and_first_token_out() -> None:
@@ -109,7 +112,8 @@ def test_prompts_are_heldout_text_of_the_length_asked() -> None:
     assert len(prompt(heldout, 0, 1000)) == 1000  # text read again from its start
 
 
-# Quality ---------------------------------------------------------------------------------------------------------
+# Quality ------------------------------------------------------------------------------------------
+# ---------------
 
 
 def test_sums_by_hand(tmp_path: Path) -> None:
@@ -152,7 +156,8 @@ def test_sums_leave_out_what_is_not_scored() -> None:
 
 
 def test_calibration_error_by_hand() -> None:
-    # Confident at 0.9 and right once of twice: off by 0.4. Confident at 0.6 and right: off by 0.4. 0.96 and 0.9 lie in two bins.
+    # Confident at 0.9 and right once of twice: off by 0.4. Confident at 0.6 and right: off by 0.4.
+    # 0.96 and 0.9 lie in two bins.
     probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.04, 0.96]], np.float32)
     first = quality.calibration(np.log(probabilities[:2]), np.array([0, 1]))
     rest = quality.calibration(np.log(probabilities[2:]), np.array([1, 1]))
@@ -172,7 +177,8 @@ def test_log_softmax_of_large_logits() -> None:
     assert np.exp(found).sum(1) == pytest.approx([1.0, 1.0])
 
 
-# Workers ---------------------------------------------------------------------------------------------------------
+# Workers ------------------------------------------------------------------------------------------
+# ---------------
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +332,8 @@ def test_an_adapter_is_merged_before_it_is_timed(model: Path, tmp_path: Path) ->
     assert not any("lora" in name for name, _ in runtime._model.named_parameters())
 
 
-# The whole stage -------------------------------------------------------------------------------------------------
+# The whole stage
+# -------------------------------------------------------------------------------------------------
 
 
 def bench_recipe(**over: Any) -> Recipe:

@@ -37,7 +37,8 @@ def test_six_values_hold_the_median_between_least_and_greatest() -> None:
 
 
 def test_twelve_values_by_hand() -> None:
-    # 2 (1 + 12) / 2^12 = 0.63 % for the second from either end; 2 (1 + 12 + 66) / 2^12 = 3.9 % for the third.
+    # 2 (1 + 12) / 2^12 = 0.63 % for the second from either end; 2 (1 + 12 + 66) / 2^12 = 3.9 % for
+    # the third.
     values = np.arange(1.0, 13.0)
     assert (
         median_interval(values, error=0.009).low,
@@ -90,7 +91,8 @@ def test_paired_ratio_takes_the_drift_out() -> None:
 
 
 def test_unpaired_ratio_by_hand() -> None:
-    # Of the 20 orders of three and three values, 1 in 10 (two-sided) has U = 0: no 95 % interval. Of four and four it is 2 / 70.
+    # Of the 20 orders of three and three values, 1 in 10 (two-sided) has U = 0: no 95 % interval.
+    # Of four and four it is 2 / 70.
     assert not unpaired_ratio(np.ones(3), np.ones(3)).bounded
     ours, theirs = np.exp([4.0, 5.0, 6.0, 7.0]), np.exp([0.0, 1.0, 2.0, 3.0])
     found = unpaired_ratio(ours, theirs)
@@ -151,13 +153,16 @@ def test_relative_rise_by_hand() -> None:
     assert relative_rise(ours, theirs, labels) == rise  # no hidden randomness
 
 
-# Simulated machines ----------------------------------------------------------------------------------------------
+# Simulated machines
+# ----------------------------------------------------------------------------------------------
 
 
 def machine(
     draw: np.random.Generator, blocks: int, *, ratio: float, noise: float = 0.02
 ) -> np.ndarray:
-    """Log-ratios of two arms over mirrored blocks, on a machine that drifts and is sometimes disturbed for a while."""
+    """Log-ratios of two arms over mirrored blocks, on a machine that drifts and is sometimes
+    disturbed for a while.
+    """
     slots = np.arange(4 * blocks)  # A B B A of each block
     speed = np.cumsum(draw.normal(0, 0.006, len(slots))) + 0.1 * np.sin(slots / 9)
     bursts = draw.random(len(slots)) < 0.04

@@ -1,4 +1,6 @@
-"""`limbeck eval`: lm-eval's tasks over our decoder (`make test-eval` installs lm-eval in an environment of its own)."""
+"""`limbeck eval`: lm-eval's tasks over our decoder (`make test-eval` installs lm-eval in an
+environment of its own).
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,8 @@ def test_tasks_of_ones_own_over_the_deployed_graph(exported: Artifact, tmp_path:
     data.write_text("\n".join(json.dumps(question) for question in QUESTIONS))
     for name, text in TASKS.items():
         (tmp_path / f"{name}.yaml").write_text(f"task: {name}\n{COMMON % data}{text}")
-    # In a process of its own: lm-eval and datasets warn as they are imported, and warnings are errors here.
+    # In a process of its own: lm-eval and datasets warn as they are imported, and warnings are
+    # errors here.
     command = [
         sys.executable,
         "-m",

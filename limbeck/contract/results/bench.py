@@ -1,6 +1,8 @@
-"""What a bench measures and what it finds. The JSON keys of the ``bench`` artifact and of report.json are these field names.
+"""What a bench measures and what it finds. The JSON keys of the ``bench`` artifact and of
+report.json are these field names.
 
-Knows no file, no process and no statistics: `serve_bench` fills these in, the command line and the search read them.
+Knows no file, no process and no statistics: `serve_bench` fills these in, the command line and the
+search read them.
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ EXIT_CODES: Mapping[Status, int] = {"pass": 0, "fail": 1, "undecided": 3}
 
 @dataclass(frozen=True)
 class Arm:
-    """One thing that is measured. ``spec`` holds the options with which a worker process opens it."""
+    """One thing that is measured.
+
+    ``spec`` holds the options with which a worker process opens it.
+    """
 
     id: str
     label: str  # in tables and pictures
@@ -145,7 +150,10 @@ class EncoderArm(ArmResult):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchResult:
-    """The result of a bench: figures by arm, ratios, gates, verdict. ``verdict`` is None without a recipe."""
+    """The result of a bench: figures by arm, ratios, gates, verdict.
+
+    ``verdict`` is None without a recipe.
+    """
 
     task: TaskName
     shipped: str

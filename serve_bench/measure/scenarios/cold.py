@@ -27,7 +27,8 @@ def measure_cold(
 ) -> None:
     """Start every arm anew, in an order drawn for each block, until repeats or minutes are spent.
 
-    Model files are read once before, so that they lie in the page cache for all. ``folder`` receives the processes' logs.
+    Model files are read once before, so that they lie in the page cache for all. ``folder``
+    receives the processes' logs.
     """
     started, budget = time.monotonic(), 60 * starts.minutes
     with task("cold starts", (starts.repeats + 1) * len(arms)) as progress:

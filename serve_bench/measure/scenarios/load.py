@@ -1,7 +1,9 @@
-"""The server scenario: requests arrive at random whether or not earlier ones are answered, and each is timed from when it was
-due, so that a stalled server (or a late client) hides nothing. Finds the highest rate that still meets the SLO.
+"""The server scenario: requests arrive at random whether or not earlier ones are answered, and each
+is timed from when it was due, so that a stalled server (or a late client) hides nothing. Finds the
+highest rate that still meets the SLO.
 
-Knows arrivals, rates and processes; one request is `serve_bench.worker.client`, figures are `serve_bench.judge.scenarios`.
+Knows arrivals, rates and processes; one request is `serve_bench.worker.client`, figures are
+`serve_bench.judge.scenarios`.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ from serve_bench.worker.client import Endpoint, find_endpoint, open_session, req
 _DOUBLINGS = 12  # and halvings, at most
 _READY = 120.0  # seconds that our own server may take to load
 _LEAD = 0.05  # seconds from building the tasks to the first arrival
-_AWAKE = 0.002  # seconds before its arrival that a request is waited for without sleeping: timers come up to 1.5 ms late
+# Seconds before its arrival that a request is waited for without sleeping: timers come up to 1.5 ms
+# late
+_AWAKE = 0.002
 _PATIENCE = 30.0  # seconds after its arrival, or five times the SLO, when a request has failed
 _SERVED_BY = (
     "fastapi",
@@ -55,7 +59,9 @@ class Sizes:
 
 
 def require_server(asked: ServerScenario, artifact: Path | None) -> None:
-    """Raise `EnvironmentalError` when the scenario cannot run, before anything else is measured for long."""
+    """Raise `EnvironmentalError` when the scenario cannot run, before anything else is measured for
+    long.
+    """
     if isinstance(asked.target, UrlTarget):
         find_endpoint(asked.target.url, asked.target.model, asked.target.key_variable)
     elif artifact is None:
@@ -64,7 +70,8 @@ def require_server(asked: ServerScenario, artifact: Path | None) -> None:
         )
     elif missing := [name for name in _SERVED_BY if importlib.util.find_spec(name) is None]:
         raise EnvironmentalError(
-            f"the server scenario needs {', '.join(missing)}, which `limbeck serve` runs on; run: pip install 'limbeck[serve]'."
+            f"the server scenario needs {', '.join(missing)}, which `limbeck serve` runs on; run: "
+            "pip install 'limbeck[serve]'."
         )
 
 
@@ -78,9 +85,11 @@ def measure_server(
     threads: int,
     folder: Path,
 ) -> dict[str, Any]:
-    """Find the highest rate of the target; every request goes to ``raw``. Returns who was asked: the `target` of the result.
+    """Find the highest rate of the target; every request goes to ``raw``. Returns who was asked:
+    the `target` of the result.
 
-    Raises `EnvironmentalError` when the server does not start, does not answer, or refuses the warm-up.
+    Raises `EnvironmentalError` when the server does not start, does not answer, or refuses the
+    warm-up.
     """
     with _target(asked, artifact, threads=threads, log=folder / "server.log") as (endpoint, target):
         loop = Loop(endpoint, prompts, sizes, asked)
@@ -106,7 +115,9 @@ def measure_server(
 def search(
     try_rate: Callable[[float, str], bool], first: float, *, bisections: int, until: float
 ) -> None:
-    """Double from ``first`` while rates hold (halve while none does), then bisect between the last that holds and the first that does not."""
+    """Double from ``first`` while rates hold (halve while none does), then bisect between the last
+    that holds and the first that does not.
+    """
     holds, fails, rate = 0.0, math.inf, first
     for _ in range(_DOUBLINGS):
         if try_rate(rate, "double"):
@@ -127,7 +138,9 @@ def search(
 
 
 def arrivals(rate: float, count: int) -> list[float]:
-    """Seconds from the first of ``count`` arrivals to each, at ``rate`` a second with exponential gaps; always the same ones."""
+    """Seconds from the first of ``count`` arrivals to each, at ``rate`` a second with exponential
+    gaps; always the same ones.
+    """
     gaps = np.random.default_rng((2, round(1e6 * rate))).exponential(1 / rate, count)
     times: list[float] = (np.cumsum(gaps) - gaps[0]).tolist()
     return times
@@ -148,7 +161,10 @@ class Loop:
         self._patience = max(_PATIENCE, 5 * slo)
 
     def alone(self) -> float:
-        """Seconds that one request takes when nothing else is asked. Raises `EnvironmentalError` when the server refuses it."""
+        """Seconds that one request takes when nothing else is asked.
+
+        Raises `EnvironmentalError` when the server refuses it.
+        """
         bodies = self._bodies(_WARM)
 
         async def run() -> list[Row]:
@@ -166,7 +182,9 @@ class Loop:
         return float(np.median([row["at"][-1] for row in rows]))
 
     def at(self, rate: float) -> list[Row]:
-        """One row a request, as in samples.jsonl, of arrivals at ``rate`` requests/s with exponential gaps."""
+        """One row a request, as in samples.jsonl, of arrivals at ``rate`` requests/s with
+        exponential gaps.
+        """
         due = arrivals(rate, self._asked.requests)
         bodies = self._bodies(len(due))
 
@@ -236,7 +254,10 @@ def _target(
 
 @contextlib.contextmanager
 def serve(artifact: Path, *, threads: int, log: Path) -> Iterator[str]:
-    """`limbeck serve` as a process of ours while the block runs; its address. Raises `EnvironmentalError` when it does not start."""
+    """`limbeck serve` as a process of ours while the block runs; its address.
+
+    Raises `EnvironmentalError` when it does not start.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -266,12 +287,14 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> 
     while time.monotonic() < until:
         if process.poll() is not None:
             raise EnvironmentalError(
-                f"limbeck serve ended with status {process.returncode}. Its last words:\n{log.read_text(errors='replace').strip()[-2000:]}"
+                f"limbeck serve ended with status {process.returncode}. Its last "
+                f"words:\n{log.read_text(errors='replace').strip()[-2000:]}"
             )
         with contextlib.suppress(httpx2.HTTPError):
             if httpx2.get(f"{url}/health", timeout=1).status_code == 200:
                 return
         time.sleep(0.1)
     raise EnvironmentalError(
-        f"limbeck serve was not ready after {_READY:.0f} s; its log ends:\n{log.read_text()[-2000:]}"
+        f"limbeck serve was not ready after {_READY:.0f} s; its log "
+        f"ends:\n{log.read_text()[-2000:]}"
     )

@@ -1,4 +1,6 @@
-"""The offline scenario: how many tokens a second batches give, over a grid of batch, prompt and output sizes."""
+"""The offline scenario: how many tokens a second batches give, over a grid of batch, prompt and
+output sizes.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,11 @@ def measure_offline(
     grid: OfflineScenario,
     raw: IO[str],
 ) -> None:
-    """Time mirrored blocks of ``arms`` in every cell, going round the grid until blocks or minutes are spent.
+    """Time mirrored blocks of ``arms`` in every cell, going round the grid until blocks or minutes
+    are spent.
 
-    Every row has a prompt of its own, the same for all arms. Rows of samples.jsonl: see docs/artifacts.md.
+    Every row has a prompt of its own, the same for all arms. Rows of samples.jsonl: see
+    docs/artifacts.md.
     """
     started, budget, all_cells = time.monotonic(), 60 * grid.minutes, cells(grid)
     with task("throughput, batches", grid.blocks * len(all_cells) * 2 * len(arms)) as progress:
