@@ -61,9 +61,15 @@ def evaluate(
     model = _adapter(artifact, form=form, threads=threads)
     try:
         found = lm_eval.simple_evaluate(
-            model=model, tasks=list(tasks), task_manager=manager, limit=limit, num_fewshot=shots, log_samples=False,
-            bootstrap_iters=1000, verbosity="ERROR",
-        )  # fmt: skip
+            model=model,
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit,
+            num_fewshot=shots,
+            log_samples=False,
+            bootstrap_iters=1000,
+            verbosity="ERROR",
+        )
     except (OSError, ConnectionError, ValueError) as error:
         # datasets raises these for files that are not there and for sets that it would have to
         # fetch.

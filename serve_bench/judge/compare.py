@@ -108,7 +108,10 @@ def compare_runs(
             )
         notes.insert(
             0,
-            f"**Different machines**: {found}. Times and memory compare the machines as well as the models.",
+            (
+                f"**Different machines**: {found}. Times and memory compare the machines as well "
+                "as the models."
+            ),
         )
     anchors = _anchors(old, new)
     if anchors:

@@ -110,7 +110,9 @@ class Quality:
         )
 
     def _of_pairs(self, arm: str, picks: Ids) -> float:
-        """Over the pairs of different examples: one that was drawn twice says nothing about itself."""
+        """Over the pairs of different examples: one that was drawn twice says nothing
+        about itself.
+        """
         first, second = np.triu_indices(len(picks), 1)
         different = picks[first] != picks[second]
         i, j = picks[first[different]], picks[second[different]]

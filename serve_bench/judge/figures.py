@@ -126,7 +126,9 @@ def by_block(samples: Iterable[Sample], arm: str, metric: str, cell: Cell | None
 def noise_floor(
     samples: Sequence[Sample], reference: Reference, metric: str, cell: Cell | None = None
 ) -> Interval:
-    """Speed of the shipped form over its own copy: the ratio measured where there is no difference."""
+    """Speed of the shipped form over its own copy: the ratio measured where there is no
+    difference.
+    """
     return _speed(samples, reference, reference.twin.id, metric, cell)
 
 

@@ -38,7 +38,10 @@ def judge_loss(
     if gap == 0:
         return Finding(figure, repr(then), repr(now), "equal to the digit", True)
     if not reasons:
-        says = f"differs by {gap:.2g} nats although provider, processor flags and libraries are the same"
+        says = (
+            f"differs by {gap:.2g} nats although provider, processor flags and libraries are the "
+            "same"
+        )
         return Finding(figure, repr(then), repr(now), says, False)
     why = "; ".join(f"{name}: {pair}" for name, pair in reasons.items())
     if gap <= tolerance:

@@ -70,7 +70,10 @@ def conclude(judged: Sequence[Gate], *, name: str, shipped: str, stand_in: bool 
     if stand_in:
         missed = [gate.title.lower() for gate in judged if gate.status != "pass"]
         note = f" Not met or undecided: {_list(missed)}." if missed else ""
-        says = f"{subject} has random stand-ins for models: it runs here; this says nothing of quality."
+        says = (
+            f"{subject} has random stand-ins for models: it runs here; this says nothing of "
+            "quality."
+        )
         return Verdict(status, says + note, tuple(judged))
     return Verdict(status, _sentence(status, judged, subject), tuple(judged))
 
@@ -95,11 +98,15 @@ def timing_gates(gates: Gates, evidence: Evidence) -> list[Gate]:
     if gates.min_decode_speedup is not None and teacher is not None:
         judged.append(
             estimated(
-                "min_decode_speedup", "Decode speed over the fastest teacher", evidence.speedup[teacher],
-                gates.min_decode_speedup, unit="×", least=True,
+                "min_decode_speedup",
+                "Decode speed over the fastest teacher",
+                evidence.speedup[teacher],
+                gates.min_decode_speedup,
+                unit="×",
+                least=True,
                 found=f"{{}} the decode speed of {teacher}, the fastest teacher, in torch",
             )
-        )  # fmt: skip
+        )
     for name, title, interval, bound, what in (
         (
             "max_tpot_ms",
@@ -131,17 +138,28 @@ def _others(gates: Gates, evidence: Evidence) -> list[Gate]:
     if gates.max_loss_vs_best_teacher is not None and teacher is not None:
         judged.append(
             exact(
-                "max_loss_vs_best_teacher", "Loss against the best single teacher", evidence.rise_over_teachers[teacher][1],
-                gates.max_loss_vs_best_teacher, unit="%", found=f"held-out loss {{}} that of {teacher}, the best single teacher",
+                "max_loss_vs_best_teacher",
+                "Loss against the best single teacher",
+                evidence.rise_over_teachers[teacher][1],
+                gates.max_loss_vs_best_teacher,
+                unit="%",
+                found=f"held-out loss {{}} that of {teacher}, the best single teacher",
             )
-        )  # fmt: skip
+        )
     if gates.max_quantization_loss is not None and evidence.rise_over_fp32 is not None:
         judged.append(
             exact(
-                "max_quantization_loss", "Loss from quantising", evidence.rise_over_fp32, gates.max_quantization_loss,
-                unit="%", found=f"held-out loss {{}} that of the fp32 graph{' of the student before recovery' if evidence.recovered else ''}",
+                "max_quantization_loss",
+                "Loss from quantising",
+                evidence.rise_over_fp32,
+                gates.max_quantization_loss,
+                unit="%",
+                found=(
+                    f"held-out loss {{}} that of the fp32 "
+                    f"graph{' of the student before recovery' if evidence.recovered else ''}"
+                ),
             )
-        )  # fmt: skip
+        )
     judged += size_gates(gates, evidence.size, evidence.fp32_size)
     return judged
 
@@ -257,7 +275,10 @@ def _sentence(status: Status, gates: Sequence[Gate], subject: str) -> str:
         return f"{subject} is fit to ship: it meets {many} on this machine."
     failed = [gate.title.lower() for gate in gates if gate.status == "fail"]
     if status == "fail":
-        return f"{subject} is not fit to ship: {_list(failed)} {'misses its bound' if len(failed) == 1 else 'miss their bounds'}."
+        return (
+            f"{subject} is not fit to ship: {_list(failed)} "
+            f"{'misses its bound' if len(failed) == 1 else 'miss their bounds'}."
+        )
     open_ = [gate.title.lower() for gate in gates if gate.status == "undecided"]
     return (
         f"{subject} is undecided: the measured interval of {_list(open_)} still contains the "

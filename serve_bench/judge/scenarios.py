@@ -68,13 +68,16 @@ def offline(rows: Iterable[Row]) -> list[dict[str, Any]]:
         )
         result.append(
             {
-                "arm": arm, "batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens,
+                "arm": arm,
+                "batch": batch,
+                "prompt_tokens": prompt_tokens,
+                "new_tokens": new_tokens,
                 "n": sum(map(len, blocks.values())),
                 "prompt_tokens_s": _median(batch * prompt_tokens / first),
                 "generated_tokens_s": _median(batch * (new_tokens - 1) / rest),
                 "requests_s": _median(batch / whole),
             }
-        )  # fmt: skip
+        )
     return result
 
 

@@ -63,7 +63,9 @@ def geometric_means(timed: Iterable[tuple[int, float]]) -> Array:
 
 
 def rate(amount: float, time: Interval) -> Interval:
-    """``amount`` over the time that it takes; without a bound above where the time may be nothing."""
+    """``amount`` over the time that it takes; without a bound above where the time may be
+    nothing.
+    """
     high = amount / time.low if time.low > 0 else math.inf
     return Interval(amount / time.value, amount / time.high, high, time.n)
 
@@ -108,7 +110,9 @@ def sequential_interval(values: Sequence[float] | Array, *, first: int) -> Inter
 
 
 def paired_ratio(numerator: Array, denominator: Array, *, first: int) -> Interval:
-    """Median ratio of two arms' values over the same blocks, ``[blocks]`` each, with its interval."""
+    """Median ratio of two arms' values over the same blocks, ``[blocks]`` each, with its
+    interval.
+    """
     return sequential_interval(np.log(numerator) - np.log(denominator), first=first).map_exp()
 
 

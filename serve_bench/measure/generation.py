@@ -21,7 +21,10 @@ from serve_bench.judge.figures import Reference
 from serve_bench.judge.stats import mean_interval
 
 _SHOWN = 3  # prompts whose answers the report shows
-_WITHOUT = "sacrebleu and rouge-score are not installed; run: pip install 'limbeck[eval]', and measure again."
+_WITHOUT = (
+    "sacrebleu and rouge-score are not installed; run: pip install 'limbeck[eval]', and measure "
+    "again."
+)
 
 
 def of_run(

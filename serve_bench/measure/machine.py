@@ -99,10 +99,13 @@ def gpus() -> list[dict[str, Any]]:
     """
     with Nvml() as nvml:
         return [
-            {"name": nvml.text(nvml.lib.nvmlDeviceGetName(card)), "driver": nvml.text(nvml.lib.nvmlSystemGetDriverVersion()),
-             "memory_bytes": int(nvml.lib.nvmlDeviceGetMemoryInfo(card).total)}
+            {
+                "name": nvml.text(nvml.lib.nvmlDeviceGetName(card)),
+                "driver": nvml.text(nvml.lib.nvmlSystemGetDriverVersion()),
+                "memory_bytes": int(nvml.lib.nvmlDeviceGetMemoryInfo(card).total),
+            }
             for card in nvml.cards
-        ]  # fmt: skip
+        ]
 
 
 class Nvml:

@@ -39,7 +39,9 @@ _BUSY = 0.5  # load average a core, above which a slower replay is put down to i
 def replay(
     choose: Chooser[MeasuringTask], *, run: Path, quality: bool = True, speed: bool = True
 ) -> list[Finding]:
-    """Measure on this machine what the certificate of ``run`` promises; see `serve_bench.replay`."""
+    """Measure on this machine what the certificate of ``run`` promises; see
+    `serve_bench.replay`.
+    """
     certificate = read_certificate(run)
     onnx = open_artifact(run / "onnx", kind="onnx", verify=False)
     bench = open_artifact(run / "bench", kind="bench")
@@ -128,7 +130,10 @@ def _recomputed(certificate: Mapping[str, Any], found: Mapping[str, Any]) -> Fin
         if json.loads(json.dumps(value)) != certificate["figures"].get(name)
     ]
     if wrong:
-        says = f"NOT what the raw samples say: {', '.join(wrong)}. The certificate was edited, or written by another version."
+        says = (
+            f"NOT what the raw samples say: {', '.join(wrong)}. The certificate was edited, or "
+            "written by another version."
+        )
         return Finding("figures", "certificate.json", "raw samples", says, False)
     return Finding(
         "figures",

@@ -34,8 +34,11 @@ def measure_roofline(*, threads: int, device: str = "cpu") -> dict[str, Any]:
     environment = child_environment(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
     done = subprocess.run(
         [sys.executable, "-P", "-m", "serve_bench.measure.roofline", str(threads), device],
-        capture_output=True, text=True, env=environment, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
     if done.returncode:
         raise EnvironmentalError(
             f"the bandwidth kernel ended with status {done.returncode}: "

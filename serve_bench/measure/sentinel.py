@@ -47,7 +47,10 @@ class Sentinel:
         slow = max(before, after) / self.median
         if slow <= LIMIT:
             return None
-        return f"the constant kernel took {slow:.2f} times its median {'before' if before > after else 'after'} this block"
+        return (
+            f"the constant kernel took {slow:.2f} times its median "
+            f"{'before' if before > after else 'after'} this block"
+        )
 
     def close(self) -> None:
         """End its threads."""

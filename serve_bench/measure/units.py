@@ -40,7 +40,9 @@ class Unit(Protocol):
         """Do it once, untimed; the most memory that the process held so far, in bytes."""
 
     def warm(self, worker: Worker, raw: IO[str]) -> dict[str, Any]:
-        """Run a worker until its times are steady; ``steady``, ``warm_up_runs`` and ``warm_up_s``."""
+        """Run a worker until its times are steady; ``steady``, ``warm_up_runs`` and
+        ``warm_up_s``.
+        """
 
     def time(self, worker: Worker) -> dict[str, Any]:
         """Time it once; the fields of its row in samples.jsonl."""

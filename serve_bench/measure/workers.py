@@ -45,8 +45,13 @@ class Worker:
             # -P: the user's working directory is no place to import from.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "serve_bench.worker", task],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, env=environment, text=True, bufsize=1,
-            )  # fmt: skip
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env=environment,
+                text=True,
+                bufsize=1,
+            )
         self.opened: dict[str, Any] = {}
 
     @property

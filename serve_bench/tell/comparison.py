@@ -39,7 +39,10 @@ def headline(comparison: Comparison) -> str:
     if named["worse"]:
         return f"Regression: {named['worse']}."
     if named["undecided"]:
-        return f"Undecided: {named['undecided']}; the interval reaches past the tolerance. Give bench.minutes more, in both runs."
+        return (
+            f"Undecided: {named['undecided']}; the interval reaches past the tolerance. Give "
+            "bench.minutes more, in both runs."
+        )
     return f"No regression; better: {named['better']}." if named["better"] else "No regression."
 
 
@@ -65,4 +68,7 @@ def _change(row: Row) -> str:
         return show(row.change.value, "%")
     if not row.change.bounded:
         return f"{show(row.change.value, '%')} (no interval)"
-    return f"{show(row.change.value, '%')} ({show(row.change.low, '%')[:-2]} to {show(row.change.high, '%')})"
+    return (
+        f"{show(row.change.value, '%')} ({show(row.change.low, '%')[:-2]} to "
+        f"{show(row.change.high, '%')})"
+    )

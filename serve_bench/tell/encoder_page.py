@@ -9,7 +9,8 @@ from typing import Any
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.recipe import EncoderRecipe
 from serve_bench.judge.gates import show
-from serve_bench.tell import charts, sections
+from serve_bench.tell import sections
+from serve_bench.tell.bubbles import Bubble, quality_against_speed
 from serve_bench.tell.numbers import interval, significant
 from serve_bench.tell.report import threads
 from serve_bench.tell.task import Page
@@ -90,11 +91,12 @@ def page(
 def _headline(data: Mapping[str, Any]) -> list[dict[str, str]]:
     """Four numbers for a reader in a hurry."""
     shipped, metric = data["arms"][data["judged"]], str(data["metric"])
+    running = threads(data["environment"])
     cell = shipped["grid"][-1]
     speed = {
         "value": significant(cell["sequences_s"]["value"]),
         "unit": "sequences/s",
-        "label": f"batches of {cell['batch']} × {cell['length']} tokens, {threads(data['environment'])}",
+        "label": f"batches of {cell['batch']} × {cell['length']} tokens, {running}",
         "note": "",
     }
     size = {
@@ -155,13 +157,18 @@ def _trade(data: Mapping[str, Any]) -> str:
     """What every arm gets wrong against its throughput, the geometric mean over the grid."""
     metric = str(data["metric"])
     bubbles = [
-        charts.Bubble(
-            arm["label"], arm["role"], geometric_mean([cell["sequences_s"]["value"] for cell in arm["grid"]]),
-            1 - arm["metrics"][metric], arm["bytes"] / 1e6, name == f"onnx:{data['shipped']}",
+        Bubble(
+            arm["label"],
+            arm["role"],
+            geometric_mean([cell["sequences_s"]["value"] for cell in arm["grid"]]),
+            1 - arm["metrics"][metric],
+            arm["bytes"] / 1e6,
+            name == f"onnx:{data['shipped']}",
         )
-        for name, arm in data["arms"].items() if arm["metrics"]
-    ]  # fmt: skip
-    return charts.quality_against_speed(
+        for name, arm in data["arms"].items()
+        if arm["metrics"]
+    ]
+    return quality_against_speed(
         bubbles,
         title=f"One less {metric.replace('_', ' ')} against throughput, size on disk as the area",
         x="throughput, sequences a second",

@@ -15,6 +15,7 @@ from serve_bench.judge.figures import Sample
 from serve_bench.judge.gates import show
 from serve_bench.judge.task import Judged
 from serve_bench.tell import charts, sections
+from serve_bench.tell.bubbles import Bubble, quality_against_speed
 from serve_bench.tell.numbers import interval, significant
 from serve_bench.tell.report import threads
 from serve_bench.tell.task import Page
@@ -87,7 +88,7 @@ def page(
                 ),
             ],
             "parity": sections.parity(data["onnx"]["forms"], _PARITY),
-            "parity_note": ": prompts, token by token, in chunks, and ragged batches padded on either side",
+            "parity_note": ": prompts, token by token, in chunks, and ragged batches",
             "rows": sections.rows(data),
             "loss_steps": sections.loss_steps(data),
             "against_memory": sections.against_memory(data),
@@ -229,12 +230,17 @@ def _pictures(
 ) -> dict[str, Any]:
     arms = data["arms"]
     bubbles = [
-        charts.Bubble(
-            arm["label"], arm["role"], arm["decode_tokens_s"]["value"], arm["quality"]["mean_nll"],
-            arm["bytes"] / 1e6, name == f"onnx:{data['shipped']}",
+        Bubble(
+            arm["label"],
+            arm["role"],
+            arm["decode_tokens_s"]["value"],
+            arm["quality"]["mean_nll"],
+            arm["bytes"] / 1e6,
+            name == f"onnx:{data['shipped']}",
         )
-        for name, arm in arms.items() if arm["quality"]
-    ]  # fmt: skip
+        for name, arm in arms.items()
+        if arm["quality"]
+    ]
     hills = [(arm["label"], arm["role"], _gaps(samples, name)) for name, arm in arms.items()]
 
     def dots(metric: str) -> list[charts.Dots]:
@@ -250,18 +256,34 @@ def _pictures(
         ]
 
     pictures: dict[str, Any] = {
-        "gaps": charts.ridges(hills, title="Distribution of the gaps between tokens, by arm", x="ms between tokens (logarithmic)"),
-        "firsts": charts.strip(dots("ttft"), title="Time to the first token of every generation, by arm", x="TTFT, ms (logarithmic)"),
+        "gaps": charts.ridges(
+            hills,
+            title="Distribution of the gaps between tokens, by arm",
+            x="ms between tokens (logarithmic)",
+        ),
+        "firsts": charts.strip(
+            dots("ttft"),
+            title="Time to the first token of every generation, by arm",
+            x="TTFT, ms (logarithmic)",
+        ),
         "offline": sections.offline(data),
         "server": sections.server(data),
         "cold": sections.cold(data),
-        "trade": charts.quality_against_speed(
-            bubbles, title="Held-out loss against decode speed, size on disk as the area",
-            x="decode speed, tokens a second", y="held-out loss, nats a token",
+        "trade": quality_against_speed(
+            bubbles,
+            title="Held-out loss against decode speed, size on disk as the area",
+            x="decode speed, tokens a second",
+            y="held-out loss, nats a token",
         ),
-        "strip": charts.strip(dots("tpot"), title="Time per output token of every generation, by arm", x="TPOT, ms (logarithmic)"),
-        "terms": None, "heldout": None, "weights": {},
-    }  # fmt: skip
+        "strip": charts.strip(
+            dots("tpot"),
+            title="Time per output token of every generation, by arm",
+            x="TPOT, ms (logarithmic)",
+        ),
+        "terms": None,
+        "heldout": None,
+        "weights": {},
+    }
     steps = [row for row in log if row["event"] == "step"]
     if len(steps) > 1:
         pictures["terms"] = _terms(steps)
@@ -309,9 +331,13 @@ def _heldout(evaluations: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) 
     ]
     dashed = {"best teacher": min(teachers)} if teachers else {}
     return charts.lines(
-        series, dashed=dashed, marks=True, title="Held-out loss of the student by domain over training tokens",
-        x="training tokens", y="held-out loss, nats a token",
-    )  # fmt: skip
+        series,
+        dashed=dashed,
+        marks=True,
+        title="Held-out loss of the student by domain over training tokens",
+        x="training tokens",
+        y="held-out loss, nats a token",
+    )
 
 
 def _weights(steps: Sequence[Mapping[str, Any]], domain: str) -> str:
@@ -324,6 +350,9 @@ def _weights(steps: Sequence[Mapping[str, Any]], domain: str) -> str:
         for teacher in rows[0]["weights"][domain]
     }
     return charts.lines(
-        series, limits=(0, 1), title=f"Weight of each teacher on {domain} over training tokens",
-        x="training tokens", y=f"weight on {domain}",
-    )  # fmt: skip
+        series,
+        limits=(0, 1),
+        title=f"Weight of each teacher on {domain} over training tokens",
+        x="training tokens",
+        y=f"weight on {domain}",
+    )

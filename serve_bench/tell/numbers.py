@@ -8,7 +8,9 @@ from typing import Any
 
 
 def significant(value: float | None, digits: int = 3) -> str:
-    """A number in three significant digits, without an exponent where a person would not write one."""
+    """A number in three significant digits, without an exponent where a person would not
+    write one.
+    """
     if value is None:
         return "–"
     if value == 0 or not math.isfinite(value):
@@ -28,4 +30,7 @@ def interval(estimate: Mapping[str, Any]) -> str:
     """A value with its 95 % interval, where there is one."""
     if estimate["low"] is None:
         return significant(estimate["value"])
-    return f"{significant(estimate['value'])} ({significant(estimate['low'])}–{significant(estimate['high'])})"
+    return (
+        f"{significant(estimate['value'])} "
+        f"({significant(estimate['low'])}–{significant(estimate['high'])})"
+    )

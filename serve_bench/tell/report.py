@@ -162,6 +162,8 @@ def warnings(data: Mapping[str, Any]) -> list[str]:
 
 
 def _recipe_text(recipe: BaseRecipe, *artifacts: Artifact) -> str:
-    """The recipe as it was written; one that was read back from an artifact has no text of its own."""
+    """The recipe as it was written; one that was read back from an artifact has no text of
+    its own.
+    """
     texts = [(artifact.manifest.get("recipe") or {}).get("text") for artifact in artifacts]
     return next((text.strip() for text in (recipe.text, *texts) if text), "")

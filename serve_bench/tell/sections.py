@@ -38,12 +38,16 @@ def offline(data: Mapping[str, Any]) -> list[dict[str, Any]]:
             "title": f"prompts of {prompt} tokens, {new} new",
             "picture": charts.ranges(
                 {label: sorted(points) for label, points in series.items()},
-                title=f"Generated tokens a second over the batch, prompts of {prompt} tokens and {new} new ones",
-                x="rows of a batch (logarithmic)", y="generated tokens/s",
+                title=(
+                    f"Generated tokens a second over the batch, prompts of {prompt} tokens and "
+                    f"{new} new ones"
+                ),
+                x="rows of a batch (logarithmic)",
+                y="generated tokens/s",
             ),
         }
         for (prompt, new), series in sorted(cells.items())
-    ]  # fmt: skip
+    ]
 
 
 def server(data: Mapping[str, Any]) -> str | None:
@@ -56,9 +60,12 @@ def server(data: Mapping[str, Any]) -> str | None:
         for name, key in (("within the SLO", "goodput"), ("completed", "requests_s"))
     }
     return charts.ranges(
-        series, diagonal="asked", title="Goodput and throughput of the server over the rate asked",
-        x="requests/s asked (logarithmic)", y="requests/s",
-    )  # fmt: skip
+        series,
+        diagonal="asked",
+        title="Goodput and throughput of the server over the rate asked",
+        x="requests/s asked (logarithmic)",
+        y="requests/s",
+    )
 
 
 def cold(data: Mapping[str, Any]) -> str | None:
@@ -70,9 +77,11 @@ def cold(data: Mapping[str, Any]) -> str | None:
         (found["label"], [found[part]["value"] for part in COLD_PARTS]) for found in arms.values()
     ]
     return charts.stacks(
-        rows, list(COLD_PARTS.values()), title="Seconds from the start of a process to its first token, by arm",
+        rows,
+        list(COLD_PARTS.values()),
+        title="Seconds from the start of a process to its first token, by arm",
         x="seconds from nothing to the first token",
-    )  # fmt: skip
+    )
 
 
 def loss_steps(data: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -143,10 +152,12 @@ def _rows(data: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
     for name, arm in data["arms"].items():
         label = arm["label"]
         for key, what, unit in (
-            ("ttft_ms", "time to first token", "ms"), ("tpot_ms", "time per output token", "ms"),
-            ("e2el_ms", "end-to-end latency", "ms"), ("decode_tokens_s", "decode speed", "tokens/s"),
+            ("ttft_ms", "time to first token", "ms"),
+            ("tpot_ms", "time per output token", "ms"),
+            ("e2el_ms", "end-to-end latency", "ms"),
+            ("decode_tokens_s", "decode speed", "tokens/s"),
             ("prompt_tokens_s", "prompt speed", "tokens/s"),
-        ):  # fmt: skip
+        ):
             if arm.get(key):
                 yield label, what, unit, *_estimate(arm[key])
         for key, what in (
@@ -175,9 +186,10 @@ def _rows(data: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
     for cell in data.get("offline") or ():
         where = f"batch {cell['batch']}, prompt {cell['prompt_tokens']}, new {cell['new_tokens']}"
         for key, what, unit in (
-            ("prompt_tokens_s", "prompt", "tokens/s"), ("generated_tokens_s", "generated", "tokens/s"),
+            ("prompt_tokens_s", "prompt", "tokens/s"),
+            ("generated_tokens_s", "generated", "tokens/s"),
             ("requests_s", "requests", "requests/s"),
-        ):  # fmt: skip
+        ):
             yield (
                 data["arms"][cell["arm"]]["label"],
                 f"offline, {where}: {what}",
@@ -218,10 +230,13 @@ def _quality_rows(
 ) -> Iterator[tuple[Any, ...]]:
     for domain, found in (quality or {}).get("domains", {}).items():
         for key, what, unit in (
-            ("nll", "loss", "nats"), ("perplexity", "perplexity", ""), ("bits_per_byte", "bits a byte", "bits"),
-            ("kl", "KL to the mixture", "nats"), ("top1", "agreement with the mixture", ""),
+            ("nll", "loss", "nats"),
+            ("perplexity", "perplexity", ""),
+            ("bits_per_byte", "bits a byte", "bits"),
+            ("kl", "KL to the mixture", "nats"),
+            ("top1", "agreement with the mixture", ""),
             ("calibration_error", "calibration error", ""),
-        ):  # fmt: skip
+        ):
             yield (
                 label,
                 f"{what}, {domain}",

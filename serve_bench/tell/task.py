@@ -1,4 +1,6 @@
-"""The part of a task that the report needs: its table for a terminal, and its sections of the page."""
+"""The part of a task that the report needs: its table for a terminal, and its sections of
+the page.
+"""
 
 from __future__ import annotations
 

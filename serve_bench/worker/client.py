@@ -195,9 +195,13 @@ class OpenAi:
         self._stream = Stream()
         self._tokens: Iterator[None] = iter(())
         self.facts: dict[str, Any] = {
-            "vocabulary": None, "context": None, "threads": None, "kv_cache": None,
-            "library": self._endpoint.url, "model": self._endpoint.model,
-        }  # fmt: skip
+            "vocabulary": None,
+            "context": None,
+            "threads": None,
+            "kv_cache": None,
+            "library": self._endpoint.url,
+            "model": self._endpoint.model,
+        }
 
     def begin(self, prompts: Ids, room: int) -> Ids:
         """See `Runtime.begin`.

@@ -2,7 +2,7 @@
 
 open       runtime, spec, threads   -> import_s, load_s, facts
 time       ids (rows), runs         -> seconds of all runs together, peak_rss_bytes
-answers    examples, out            -> rows; writes logits or unit vectors of every example to the file ``out``
+answers    examples, out            -> rows; writes logits or unit vectors to the file ``out``
 """
 
 from __future__ import annotations

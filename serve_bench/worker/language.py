@@ -1,13 +1,14 @@
 """The commands of a language model's process. Times are of `time.perf_counter`, in seconds.
 
-ready                                         -> at: when the interpreter was up
-open       runtime, spec, threads             -> import_s, load_s, facts
-generate   prompt, new_tokens                 -> started, at (a time a token), tokens, prompt_tokens (as the runtime counted
-                                                 them), device_s (or null), peak_rss_bytes
-batch      prompts (rows), new_tokens         -> the same; tokens are rows, times are of a column
-last       ids                                -> token: the greedy choice after ``ids``, by the graph that is timed
-logp       ids, vocabulary, file              -> labels; writes log-probabilities [L - 1, V] to ``file``
-score      ids, scored, vocabulary, mixture   -> nll, kl, top1 (sums over scored labels), labels, last
+ready                               -> at: when the interpreter was up
+open       runtime, spec, threads   -> import_s, load_s, facts
+generate   prompt, new_tokens       -> started, at (a time a token), tokens, device_s (or null),
+                                       prompt_tokens (by the runtime's count), peak_rss_bytes
+batch      prompts, new_tokens      -> the same; tokens are rows, times are of a column
+last       ids                      -> token: the greedy choice of the timed graph after ``ids``
+logp       ids, vocabulary, file    -> labels; writes log-probabilities [L - 1, V] to ``file``
+score      ids, scored, vocabulary, -> nll, kl, top1 (sums over scored labels), labels, last
+           mixture
 """
 
 from __future__ import annotations

@@ -450,7 +450,7 @@ class OnnxRuntimeGenai:
         parameters, length = self._og.GeneratorParams(self._model), prompts.shape[1] + room
         parameters.set_search_options(
             do_sample=False, batch_size=len(prompts), max_length=length, min_length=length
-        )  # fmt: skip
+        )
         self._generator = None  # one cache at a time
         self._generator = self._og.Generator(self._model, parameters)
         if self._adapters is not None:

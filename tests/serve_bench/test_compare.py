@@ -95,12 +95,21 @@ def test_a_run_beside_itself_shows_no_difference(runs: tuple[Path, Path]) -> Non
     found = compare_runs(*runs)
     assert {row.status for row in found.rows} == {"no difference shown"}
     assert [row.metric for row in found.rows] == [
-        "ms per output token", "ms to first token", "ms in all", "MB on disk", "MB of memory at most",
-        "loss, mean of domains", "loss, speeches", "loss, scripture",
-    ]  # fmt: skip
+        "ms per output token",
+        "ms to first token",
+        "ms in all",
+        "MB on disk",
+        "MB of memory at most",
+        "loss, mean of domains",
+        "loss, speeches",
+        "loss, scripture",
+    ]
     assert (found.exit_code, headline(found)) == (0, "No regression.")
     assert found.notes == (
-        "Changes of time are relative to speeches, scripture, timed in both runs: a slower machine is not a slower model.",
+        (
+            "Changes of time are relative to speeches, scripture, timed in both runs: a slower "
+            "machine is not a slower model."
+        ),
     )
 
 
@@ -203,8 +212,11 @@ def test_what_was_timed_without_a_recipe_is_compared_by_its_first_target(
         folders.append(tmp_path / f"bare-{name}")
     found = compare_runs(*folders)
     assert [row.metric for row in found.rows] == [
-        "ms per output token", "ms to first token", "ms in all", "MB of memory at most"
-    ]  # fmt: skip
+        "ms per output token",
+        "ms to first token",
+        "ms in all",
+        "MB of memory at most",
+    ]
     assert found.rows[0].before.startswith("28.")
 
 
@@ -265,9 +277,16 @@ def add_scenarios(
         at[1:] = (at[0] + np.arange(1, 5) * seconds(0.01, "onnx:int8-weight")).tolist()
         error = "gone" if index < failed else None
         rows.append(
-            {"event": "request", "rate": rate, "phase": "double", "index": index, "scheduled": index / rate, "sent": index / rate}
+            {
+                "event": "request",
+                "rate": rate,
+                "phase": "double",
+                "index": index,
+                "scheduled": index / rate,
+                "sent": index / rate,
+            }
             | {"at": [] if error else at, "prompt_tokens": 128, "output_tokens": 5, "error": error}
-        )  # fmt: skip
+        )
     files = {name: (bench.path / name).read_bytes() for name in bench.manifest["files"]}
     files[figures.SAMPLES] += "".join("\n" + json.dumps(row) for row in rows).encode()
     told = {

@@ -165,8 +165,10 @@ def test_sizes_and_quantising_are_judged() -> None:
         classifier_recipe(teachers=TEACHERS, gates=gates),
     ).gates
     assert {gate.name: gate.status for gate in judged} == {
-        "max_quantization_loss": "pass", "max_size_ratio": "pass", "max_size_mb": "fail",
-    }  # fmt: skip
+        "max_quantization_loss": "pass",
+        "max_size_ratio": "pass",
+        "max_size_mb": "fail",
+    }
 
 
 def test_sentences_are_ranked_against_the_mean_of_the_teachers() -> None:

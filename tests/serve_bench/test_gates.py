@@ -21,15 +21,19 @@ from serve_bench.judge.gates import (
 
 def evidence(**over: Any) -> Evidence:
     values: dict[str, Any] = {
-        "name": "demo", "shipped": "int8-weight",
+        "name": "demo",
+        "shipped": "int8-weight",
         "speedup": {"slow": Interval(6.0, 5.5, 6.5, 6), "fast": Interval(4.0, 3.5, 4.5, 6)},
-        "tpot_ms": Interval(9.0, 8.0, 10.0, 6), "ttft_ms": Interval(100.0, 90.0, 110.0, 6),
-        "size": 143_000_000, "fp32_size": 540_000_000,
+        "tpot_ms": Interval(9.0, 8.0, 10.0, 6),
+        "ttft_ms": Interval(100.0, 90.0, 110.0, 6),
+        "size": 143_000_000,
+        "fp32_size": 540_000_000,
         "rise_over_fp32": Interval(0.002, -0.001, 0.02, 24),
         "rise_over_teachers": {
-            "left": (2.9, Interval(-0.03, -0.05, 0.01, 24)), "right": (2.8, Interval(0.004, -0.02, 0.03, 24))
+            "left": (2.9, Interval(-0.03, -0.05, 0.01, 24)),
+            "right": (2.8, Interval(0.004, -0.02, 0.03, 24)),
         },
-    }  # fmt: skip
+    }
     return Evidence(**values | over)
 
 

@@ -1,4 +1,6 @@
-"""Figures of generated text, worked out by hand; BLEU, chrF and ROUGE-L where their libraries are."""
+"""Figures of generated text, worked out by hand; BLEU, chrF and ROUGE-L where their
+libraries are.
+"""
 
 from __future__ import annotations
 

@@ -328,9 +328,18 @@ def test_weights_that_a_token_reads(tmp_path: Path) -> None:
 
 def test_throughput_never_mixes_prompt_and_generated_tokens() -> None:
     rows = [
-        {"event": "offline", "arm": "a", "batch": 4, "prompt_tokens": 10, "new_tokens": 6, "block": block, "at": [s, s, s, s, s, s + 1]}
-        for block in range(6) for s in (1.0, 4.0)
-    ]  # fmt: skip
+        {
+            "event": "offline",
+            "arm": "a",
+            "batch": 4,
+            "prompt_tokens": 10,
+            "new_tokens": 6,
+            "block": block,
+            "at": [s, s, s, s, s, s + 1],
+        }
+        for block in range(6)
+        for s in (1.0, 4.0)
+    ]
     (cell,) = scenarios.offline([*rows, {"event": "sample"}])
     assert cell["n"] == 12
     assert cell["prompt_tokens_s"]["value"] == pytest.approx(

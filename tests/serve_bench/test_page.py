@@ -42,8 +42,13 @@ def look(page: Path, **more: Any) -> list[dict[str, Any]]:
         **more,
     }
     done = subprocess.run(
-        ["node", str(HERE / "clients/page.mjs")], input=json.dumps(job), capture_output=True, text=True, cwd=ENVIRONMENT, timeout=300
-    )  # fmt: skip
+        ["node", str(HERE / "clients/page.mjs")],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        cwd=ENVIRONMENT,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -62,8 +67,11 @@ def test_the_report_is_sound_at_both_widths_and_in_both_schemes(
     report = write_report(run=make_run(tmp_path, chosen), recipe=chosen)
     found = look(report.html, pdf=str(tmp_path / "report.pdf"))
     assert [(view["scheme"], view["width"]) for view in found] == [
-        ("light", 1280), ("light", 390), ("dark", 1280), ("dark", 390)
-    ]  # fmt: skip
+        ("light", 1280),
+        ("light", 390),
+        ("dark", 1280),
+        ("dark", 390),
+    ]
     for view in found:
         where = f"{view['scheme']}, {view['width']} px"
         assert view["errors"] == [], where

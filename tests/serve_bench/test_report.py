@@ -25,7 +25,9 @@ from serve_bench.judge import figures, language
 from serve_bench.judge.figures import Sample
 from serve_bench.judge.task import Measured, judge_bench, read_bench
 from serve_bench.tasks import task_of
+from serve_bench.tell import bubbles as bubbles_of
 from serve_bench.tell import charts
+from serve_bench.tell.drawing import spread
 from serve_bench.tell.numbers import significant
 from tests.pico import make_blocks
 
@@ -88,9 +90,15 @@ def make_run(
             "\n".join(json.dumps(row) for row in training_log(names, draw))
         )
         draft.result = {
-            "nll": {"speeches": 2.95, "scripture": 2.44}, "mean_nll": 2.695, "teachers": {}, "tokens": 40960,
-            "steps": 80, "best_step": 80, "seconds": 412.0, "parameters": {"trained": 4_884_480, "total": 134_515_008},
-        }  # fmt: skip
+            "nll": {"speeches": 2.95, "scripture": 2.44},
+            "mean_nll": 2.695,
+            "teachers": {},
+            "tokens": 40960,
+            "steps": 80,
+            "best_step": 80,
+            "seconds": 412.0,
+            "parameters": {"trained": 4_884_480, "total": 134_515_008},
+        }
     with write_artifact(run / "onnx", kind="onnx", key="o", parents={}) as draft:
         (draft.folder / "model.onnx").write_text("a graph")
         parity = {"positions": 1204, "max_abs": 6.1e-5, "kl": 2.1e-9, "top1": 1.0}
@@ -130,13 +138,26 @@ def make_run(
             "bits": 8,
         }
         draft.result = {
-            "shipped": "int8-weight", "backend": {"name": "genai", "why": "auto: the builder knows LlamaForCausalLM"},
+            "shipped": "int8-weight",
+            "backend": {"name": "genai", "why": "auto: the builder knows LlamaForCausalLM"},
             "forms": {
-                "fp32": {"bytes": 538_200_000, "files": [], "parity": parity, "census": census, "greedy": same},
-                "int8-weight": {"bytes": 143_400_000, "files": ["model.onnx"], "parity": parity | {"max_abs": 0.61, "kl": 8e-4, "top1": 0.988},
-                                "census": small, "greedy": part, "mixed": {"sensitivity": [cost]}},
+                "fp32": {
+                    "bytes": 538_200_000,
+                    "files": [],
+                    "parity": parity,
+                    "census": census,
+                    "greedy": same,
+                },
+                "int8-weight": {
+                    "bytes": 143_400_000,
+                    "files": ["model.onnx"],
+                    "parity": parity | {"max_abs": 0.61, "kl": 8e-4, "top1": 0.988},
+                    "census": small,
+                    "greedy": part,
+                    "mixed": {"sensitivity": [cost]},
+                },
             },
-        }  # fmt: skip
+        }
     from limbeck.contract.artifact import open_artifact
 
     parents = {role: open_artifact(run / role).digest for role in ("student", "onnx")}
@@ -153,17 +174,26 @@ def training_log(names: list[str], draw: np.random.Generator) -> list[dict[str, 
     for step in range(1, 81):
         decay, jitter = math.exp(-step / 18), draw.normal(0, 0.05, 4)
         share = 0.5 + 0.25 * (1 - decay)
-        weights = {
-            d: {n: round(float(share if n == d else 1 - share), 4) for n in names} for d in DOMAINS
-        } if names else {}  # fmt: skip
+        weights = (
+            {
+                d: {n: round(float(share if n == d else 1 - share), 4) for n in names}
+                for d in DOMAINS
+            }
+            if names
+            else {}
+        )
         rows.append(
             {
-                "event": "step", "step": step, "tokens": 512 * step, "loss": 1.1 + 0.8 * decay + jitter[0],
+                "event": "step",
+                "step": step,
+                "tokens": 512 * step,
+                "loss": 1.1 + 0.8 * decay + jitter[0],
                 "cross_entropy": 2.6 + 0.6 * decay + jitter[1],
                 "fusion": 0.31 + 0.3 * decay + jitter[2] / 5 if names else None,
-                "features": 0.06 + 0.1 * decay + jitter[3] / 20 if names else None, "weights": weights,
+                "features": 0.06 + 0.1 * decay + jitter[3] / 20 if names else None,
+                "weights": weights,
             }
-        )  # fmt: skip
+        )
         if step % 10 == 0:
             rows.append(evaluation(512 * step, 2.95 + 0.36 * decay, 2.44 + 0.58 * decay))
     return rows
@@ -171,9 +201,12 @@ def training_log(names: list[str], draw: np.random.Generator) -> list[dict[str, 
 
 def evaluation(tokens: int, speeches: float, scripture: float) -> dict[str, Any]:
     return {
-        "event": "evaluate", "step": tokens // 512, "tokens": tokens,
-        "nll": {"speeches": speeches, "scripture": scripture}, "mean_nll": (speeches + scripture) / 2,
-    }  # fmt: skip
+        "event": "evaluate",
+        "step": tokens // 512,
+        "tokens": tokens,
+        "nll": {"speeches": speeches, "scripture": scripture},
+        "mean_nll": (speeches + scripture) / 2,
+    }
 
 
 def write_bench(
@@ -185,9 +218,11 @@ def write_bench(
     noise: float,
 ) -> None:
     seconds = {f"teacher:{n}": (0.31, 0.0442 + 0.0009 * i) for i, n in enumerate(names)} | {
-        "student": (0.305, 0.0445), "onnx:fp32": (0.182, 0.0281), "onnx:int8-weight": (0.098, 0.0086),
+        "student": (0.305, 0.0445),
+        "onnx:fp32": (0.182, 0.0281),
+        "onnx:int8-weight": (0.098, 0.0086),
         "onnx:int8-weight:twin": (0.098, 0.0086),
-    }  # fmt: skip
+    }
     sizes = {
         "onnx:int8-weight": 143_400_000,
         "onnx:int8-weight:twin": 143_400_000,
@@ -206,11 +241,15 @@ def write_bench(
     }
     arms = [
         Arm(
-            name, labels.get(name, name.removeprefix("teacher:")), roles.get(name, "teacher"),  # type: ignore[arg-type]
-            "onnxruntime" if name.startswith("onnx") else "torch", sizes.get(name, 538_100_000), {},
+            name,
+            labels.get(name, name.removeprefix("teacher:")),
+            roles.get(name, "teacher"),  # type: ignore[arg-type]
+            "onnxruntime" if name.startswith("onnx") else "torch",
+            sizes.get(name, 538_100_000),
+            {},
         )
         for name in seconds
-    ]  # fmt: skip
+    ]
     save_heldout(draft.folder / HELDOUT, make_blocks())
     rows = []
     for block in range(blocks):
@@ -229,9 +268,12 @@ def write_bench(
             )
     (draft.folder / figures.SAMPLES).write_text("\n".join(json.dumps(row) for row in rows))
     quality: dict[str, Any] = {
-        "vocabulary": 49152, "mixture_of": [f"teacher:{n}" for n in names], "same_choice": {},
-        "domains": {d: {"labels": [255] * 12, "utf8_bytes": [1050] * 12} for d in DOMAINS}, "arms": {},
-    }  # fmt: skip
+        "vocabulary": 49152,
+        "mixture_of": [f"teacher:{n}" for n in names],
+        "same_choice": {},
+        "domains": {d: {"labels": [255] * 12, "utf8_bytes": [1050] * 12} for d in DOMAINS},
+        "arms": {},
+    }
     for arm in arms:
         if not arm.scored:
             continue
@@ -250,18 +292,32 @@ def write_bench(
     torch_arm = {"peak_rss_bytes": 1_240_000_000, "load_s": 0.9, "import_s": 5.1, "steady": True}
     onnx_arm = {"peak_rss_bytes": 262_000_000, "load_s": 0.31, "import_s": 0.2, "steady": True}
     environment = {
-        "host": {"system": "Linux 6.1", "processor": "AMD EPYC 9B14", "flags": ["avx2", "avx512_vnni"], "cores": 2,
-                 "memory_bytes": 16_000_000_000},
-        "threads": 2, "versions": {"python": "3.11.2", "torch": "2.13.0", "onnxruntime": "1.32.0"},
-        "governor": None, "limits": {"cpus": 2.0, "memory_bytes": None},
+        "host": {
+            "system": "Linux 6.1",
+            "processor": "AMD EPYC 9B14",
+            "flags": ["avx2", "avx512_vnni"],
+            "cores": 2,
+            "memory_bytes": 16_000_000_000,
+        },
+        "threads": 2,
+        "versions": {"python": "3.11.2", "torch": "2.13.0", "onnxruntime": "1.32.0"},
+        "governor": None,
+        "limits": {"cpus": 2.0, "memory_bytes": None},
         "before": {"load_average": [0.31, 0.4, 0.5]},
-        "after": {"load_average": [2.1, 1.4, 0.8]}, "blocks": blocks, "timed_s": 131.2, "stopped": "decided",
+        "after": {"load_average": [2.1, 1.4, 0.8]},
+        "blocks": blocks,
+        "timed_s": 131.2,
+        "stopped": "decided",
         "arms": {
             arm.id: (torch_arm if arm.runtime == "torch" else onnx_arm)
-            | {"facts": {"library": "torch 2.13.0" if arm.runtime == "torch" else "onnxruntime 1.32.0"}}
+            | {
+                "facts": {
+                    "library": "torch 2.13.0" if arm.runtime == "torch" else "onnxruntime 1.32.0"
+                }
+            }
             for arm in arms
         },
-    }  # fmt: skip
+    }
     (draft.folder / figures.ENVIRONMENT).write_text(json.dumps(environment))
     reference = task_of(chosen).reference("int8-weight", arms)
     samples = [Sample.of(row) for row in rows]
@@ -448,14 +504,16 @@ def test_three_significant_digits(value: float | None, text: str) -> None:
 
 def test_labels_of_a_picture_do_not_overlap() -> None:
     bubbles = [
-        charts.Bubble(name, role, speed, nll, size, name == "int8-weight")
+        bubbles_of.Bubble(name, role, speed, nll, size, name == "int8-weight")
         for name, role, speed, nll, size in (
-            ("speeches", "teacher", 22.6, 2.88, 538), ("scripture", "teacher", 22.2, 2.91, 538),
-            ("student", "student", 22.5, 2.695, 538), ("fp32", "form", 35.6, 2.695, 538),
+            ("speeches", "teacher", 22.6, 2.88, 538),
+            ("scripture", "teacher", 22.2, 2.91, 538),
+            ("student", "student", 22.5, 2.695, 538),
+            ("fp32", "form", 35.6, 2.695, 538),
             ("int8-weight", "form", 116, 2.697, 143),
         )
-    ]  # fmt: skip
-    svg = charts.quality_against_speed(bubbles, title="trade", x="speed", y="loss")
+    ]
+    svg = bubbles_of.quality_against_speed(bubbles, title="trade", x="speed", y="loss")
     pattern = r'<text style="[^"]*font-size: 9.5px; text-anchor: (\w+)[^>]*x="([-\d.]+)" y="([-\d.]+)"[^>]*>([^<]*MB)</text>'
     found = re.findall(pattern, svg)
     assert len(found) == 5
@@ -473,8 +531,8 @@ def test_the_front_is_what_nothing_beats_in_both() -> None:
     # Speed and loss: slow and good, fast and worse, beaten by both, and a copy of the best that is
     # no better for its last digits.
     points = [(10.0, 2.0), (50.0, 2.5), (20.0, 2.6), (9.0, 1.9999), (50.0, 2.7)]
-    assert charts.pareto(points) == [0, 1]
-    assert charts.pareto([(1.0, 3.0)]) == [0]
+    assert bubbles_of.pareto(points) == [0, 1]
+    assert bubbles_of.pareto([(1.0, 3.0)]) == [0]
 
 
 def test_a_label_is_nearest_to_its_own_bubble() -> None:
@@ -484,7 +542,7 @@ def test_a_label_is_nearest_to_its_own_bubble() -> None:
     draw, nearest = np.random.default_rng(5), 0
     for _ in range(6):
         bubbles = [
-            charts.Bubble(f"arm {i}", "form", speed, loss, size, i == 0)
+            bubbles_of.Bubble(f"arm {i}", "form", speed, loss, size, i == 0)
             for i, (speed, loss, size) in enumerate(
                 zip(
                     np.exp(draw.uniform(3, 4.2, 5)),
@@ -494,7 +552,7 @@ def test_a_label_is_nearest_to_its_own_bubble() -> None:
                 )
             )
         ]
-        for label in charts.place_labels(bubbles):
+        for label in bubbles_of.place_labels(bubbles):
             near = label.distances[label.own] == min(label.distances)
             assert near or label.needs_line
             nearest += near
@@ -525,7 +583,7 @@ def test_random_stand_ins_are_never_fit_to_ship(tmp_path: Path) -> None:
 
 
 def test_line_labels_keep_their_distance() -> None:
-    places = charts._spread([1.0, 1.01, 1.02, 3.0], gap=0.2, low=0.0, high=4.0)
+    places = spread([1.0, 1.01, 1.02, 3.0], gap=0.2, low=0.0, high=4.0)
     assert places == sorted(places)
     assert all(b - a >= 0.2 - 1e-6 for a, b in itertools.pairwise(places))
     assert places[3] == 3.0

@@ -392,8 +392,13 @@ def whole_recipe() -> Recipe:
 def test_everything_is_measured(bench: Artifact, run: Path) -> None:
     result = bench.result
     assert list(result["arms"]) == [
-        "teacher:wise", "student", "onnx:fp32", "onnx:int8-weight", "onnx:int8-weight:twin", "genai"
-    ]  # fmt: skip
+        "teacher:wise",
+        "student",
+        "onnx:fp32",
+        "onnx:int8-weight",
+        "onnx:int8-weight:twin",
+        "genai",
+    ]
     for name, arm in result["arms"].items():
         assert arm["n"] == 2 * result["blocks"]
         assert arm["tpot_ms"]["value"] > 0
@@ -565,7 +570,12 @@ def test_arms_without_a_recipe(
     ]
     out = tmp_path / "out"
     with FakeServer() as server:
-        bench_targets([str(run / "onnx"), f"{run / 'onnx'}#fp32"], against=[str(run / "teacher"), server.url], out=out, overrides=changes)  # fmt: skip
+        bench_targets(
+            [str(run / "onnx"), f"{run / 'onnx'}#fp32"],
+            against=[str(run / "teacher"), server.url],
+            out=out,
+            overrides=changes,
+        )
     result = open_artifact(out, kind="bench").result
     shipped, fp32, teacher, url, twin = result["arms"].values()
     assert (shipped["label"], shipped["runtime"]) == ("onnx int8-weight", "onnxruntime")
@@ -774,7 +784,10 @@ def test_a_teacher_that_is_gone_is_named(run: Path, tmp_path: Path) -> None:
 
 
 def test_importing_the_stage_is_cheap() -> None:
-    program = "import sys, serve_bench; print(sorted(m for m in ('torch', 'onnxruntime', 'matplotlib', 'numpy') if m in sys.modules))"
+    program = (
+        "import sys, serve_bench; print(sorted(m for m in ('torch', 'onnxruntime', 'matplotlib', "
+        "'numpy') if m in sys.modules))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,

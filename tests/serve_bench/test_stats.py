@@ -1,4 +1,6 @@
-"""Statistics of the bench: numbers worked out by hand, and the promises kept on simulated machines."""
+"""Statistics of the bench: numbers worked out by hand, and the promises kept on simulated
+machines.
+"""
 
 from __future__ import annotations
 

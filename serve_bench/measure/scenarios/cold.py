@@ -1,4 +1,6 @@
-"""The cold scenario: what it takes from nothing to the first token, in a fresh process every time."""
+"""The cold scenario: what it takes from nothing to the first token, in a fresh process
+every time.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def measure_cold(
 
 
 def start(arm: Arm, prompt: list[int], *, threads: int, log: Path) -> dict[str, float]:
-    """Seconds of each span of one start: interpreter, imports, loading, first token, second token."""
+    """Seconds of each span of one start: interpreter, imports, loading, first token,
+    second token.
+    """
     worker = Worker(arm, threads=threads, log=log)
     try:
         ready = worker.ask("ready")["at"]  # of the same monotonic clock as ours

@@ -268,8 +268,11 @@ def serve(artifact: Path, *, threads: int, log: Path) -> Iterator[str]:
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", "from limbeck.app.cli import main; main()", *command],
-            stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
+        )
     try:
         _wait_until_ready(f"http://127.0.0.1:{port}", process, log)
         yield f"http://127.0.0.1:{port}"
