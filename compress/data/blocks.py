@@ -7,7 +7,6 @@ Every choice is a pure function of recipe and content, so nothing about the posi
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import itertools
 import json
@@ -20,8 +19,17 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
-from compress.data.chat import Span, chat_template, check_messages, render
-from compress.data.mail import subject_and_body
+from compress.data.chat import chat_template, check_messages, render
+from compress.data.documents import documents, pieces, rows_of
+from compress.data.packing import (
+    Piece,
+    Row,
+    Tokens,
+    pack_documents,
+    pack_stream,
+    special_prefix,
+    tokenise,
+)
 from limbeck.contract import sources
 from limbeck.contract.errors import DataError
 from limbeck.contract.heldout import Blocks
@@ -31,22 +39,13 @@ from limbeck.contract.recipe import (
     ChatRows,
     Data,
     Domain,
-    JsonLines,
-    MailText,
-    ParquetRows,
-    PlainText,
-    PythonStrings,
     Recipe,
     RowFormat,
-    Rows,
     TextFormat,
     fingerprint,
 )
 
-_VERSION = 2  # of the way text becomes blocks
-_BATCH_CHARS = (
-    1 << 20
-)  # tokenised at a time; an encoding takes about 100 bytes a token while it is made
+_VERSION = 3  # of the way text becomes blocks
 IGNORED = -100
 
 
@@ -60,28 +59,6 @@ class DomainBlocks:
     train_scored: npt.NDArray[np.uint8]  # [N, block], 1 where the token is a label
     train_lengths: npt.NDArray[np.int32]  # [N]
     heldout: Blocks
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Text that is tokenised in one go."""
-
-    text: str
-    answers: tuple[Span, ...] | None = None  # the characters that are scored; none: all of them
-    says_end: bool = True  # whether an end-of-text token after it is a label
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A piece as tokens."""
-
-    ids: npt.NDArray[np.int32]
-    scored: npt.NDArray[np.uint8]
-    answers: tuple[Span, ...] = ()  # by token
-    says_end: bool = True
-
-
-Row = tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]  # ids and scored of one block
 
 
 def load_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> list[DomainBlocks]:
@@ -125,177 +102,14 @@ def labels_of(
     return labels
 
 
-def special_prefix(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Ids the tokenizer puts before any text, such as a begin-of-text token; often none."""
-    ids = tokenizer("", add_special_tokens=True)["input_ids"]
-    return [] if ids and ids[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id else list(ids)
-
-
-# Documents -------------------------------------------------------------------------------------------------------
-
-
-def documents(
-    path: Path, form: PlainText | JsonLines | ParquetRows | PythonStrings | MailText | Rows
-) -> Iterator[str]:
-    """The documents of one file, empty ones left out. Raises `DataError` naming file and line."""
-    match form:
-        case PlainText():
-            found: Iterator[str] = iter([_text(path)])
-        case PythonStrings():
-            found = _python_strings(path, _text(path), form.min_chars)
-        case MailText(field=None):
-            found = iter([subject_and_body(path.read_bytes())])
-        case MailText(field=str(field)):
-            found = map(subject_and_body, _texts(_json_lines(path, field), field))
-        case JsonLines():
-            found = _texts(_json_lines(path, form.field), form.field)
-        case ParquetRows():
-            found = _texts(_parquet_rows(path, form.field), form.field)
-        case Rows():
-            found = _texts(_rows(path, form.field), form.field)
-    return (document for document in found if document.strip())
-
-
 def conversations(
     path: Path, form: ChatRows, tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[Piece]:
     """The conversations of one file, rendered. Raises `DataError` naming file and row."""
     template = chat_template(tokenizer)
-    for where, value in _rows(path, form.field):
+    for where, value in rows_of(path, form.field):
         text, answers = render(check_messages(value, where), tokenizer, template, where)
         yield Piece(text, tuple(answers), says_end=False)
-
-
-def pieces(document: str, *, length: int) -> Iterator[str]:
-    """Cut a document into pieces of about ``length`` characters at line ends, else at spaces; nothing is lost."""
-    start = 0
-    while start < len(document):
-        end = start + length
-        if end < len(document):
-            cut = document.rfind("\n", start + length // 2, end)
-            cut = cut if cut > 0 else document.rfind(" ", start + length // 2, end)
-            end = cut + 1 if cut > 0 else end
-        yield document[start:end]
-        start = end
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not UTF-8 text (byte {error.start}); convert it, for example with iconv."
-        ) from None
-
-
-def _texts(rows: Iterator[tuple[str, Any]], field: str) -> Iterator[str]:
-    for where, value in rows:
-        if not isinstance(value, str):
-            found = "nothing" if value is None else type(value).__name__
-            raise DataError(
-                f"{where}: no text under {field!r} (found: {found}); set format.field to the right key."
-            )
-        yield value
-
-
-def _rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
-    """Where each row is, for errors, and its value under ``field``."""
-    match path.suffix:
-        case ".parquet":
-            return _parquet_rows(path, field)
-        case ".arrow":
-            return _arrow_rows(path, field)
-        case _:
-            return _json_lines(path, field)
-
-
-def _json_lines(path: Path, field: str) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{where}: not UTF-8 text (byte {error.start} of the line); convert the file."
-                ) from None
-            except (ValueError, RecursionError) as error:  # no JSON, a number too long, too deep
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-                raise DataError(
-                    f"{where}: not JSON: {reason}; each line is one JSON object."
-                ) from None
-            if not isinstance(row, dict) or field not in row:
-                keys = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
-                raise DataError(
-                    f"{where}: no text under {field!r} (found: {keys}); set format.field to the right key."
-                )
-            yield where, row[field]
-
-
-def _parquet_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
-    sources.check_arrow()
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            _check_column(path, field, file.schema_arrow.names)
-            yield from _numbered(path, file.iter_batches(columns=[field]), field)
-    except UnicodeDecodeError as error:
-        raise DataError(_not_utf8(path, field, error)) from None
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(
-            f"{path}: not a Parquet file ({error}); check format.kind, or write the file again."
-        ) from None
-
-
-def _arrow_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
-    """Rows of an Arrow stream, the form that `datasets` saves."""
-    sources.check_arrow()
-    import pyarrow
-
-    try:
-        with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
-            _check_column(path, field, stream.schema.names)
-            yield from _numbered(path, stream, field)
-    except UnicodeDecodeError as error:
-        raise DataError(_not_utf8(path, field, error)) from None
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not an Arrow stream ({error}); save the dataset again.") from None
-
-
-def _not_utf8(path: Path, field: str, error: UnicodeDecodeError) -> str:
-    return (
-        f"{path}: column {field!r} is not UTF-8 text (byte {error.start} of a value); convert it."
-    )
-
-
-def _check_column(path: Path, field: str, found: Sequence[str]) -> None:
-    if field not in found:
-        raise DataError(
-            f"{path}: no column {field!r} (found: {', '.join(found)}); set format.field to the right one."
-        )
-
-
-def _numbered(path: Path, batches: Iterable[Any], field: str) -> Iterator[tuple[str, Any]]:
-    values = itertools.chain.from_iterable(batch.column(field).to_pylist() for batch in batches)
-    return ((f"{path}, row {number}", value) for number, value in enumerate(values, start=1))
-
-
-def _python_strings(path: Path, text: str, min_chars: int) -> Iterator[str]:
-    try:
-        tree = ast.parse(text)
-    except SyntaxError as error:
-        raise DataError(f"{path}, line {error.lineno}: not Python: {error.msg}.") from None
-    for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Constant)
-            and isinstance(node.value, str)
-            and len(node.value) >= min_chars
-        ):
-            yield node.value
 
 
 # Before there is a tokenizer ------------------------------------------------------------------------------------
@@ -337,86 +151,12 @@ def _unrendered(path: Path, form: TextFormat | RowFormat) -> Iterator[str | Piec
     """Documents; of conversations the JSON, which is about as long as what a template makes of it."""
     if isinstance(form, ChatRows):
         return (
-            Piece(json.dumps(value, ensure_ascii=False)) for _, value in _rows(path, form.field)
+            Piece(json.dumps(value, ensure_ascii=False)) for _, value in rows_of(path, form.field)
         )
     return documents(path, form)
 
 
 # Blocks ----------------------------------------------------------------------------------------------------------
-
-
-def tokenise(texts: Iterable[Piece], tokenizer: PreTrainedTokenizerFast) -> Iterator[Tokens]:
-    """Tokens of each piece, in order. A token that lies partly in an answer is scored."""
-    for batch in _batches(texts):
-        encodings = tokenizer.backend_tokenizer.encode_batch(
-            [piece.text for piece in batch], add_special_tokens=False
-        )
-        for piece, encoding in zip(batch, encodings, strict=True):
-            ids = np.array(encoding.ids, dtype=np.int32)
-            if piece.answers is None:
-                yield Tokens(ids, np.ones(len(ids), dtype=np.uint8), says_end=piece.says_end)
-                continue
-            scored, spans = np.zeros(len(ids), dtype=np.uint8), []
-            starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
-            for first, end in piece.answers:
-                begin = int(np.searchsorted(ends, first, side="right"))
-                span = begin, int(np.searchsorted(starts, end)) if end > first else begin
-                scored[slice(*span)] = 1
-                spans.append(span)
-            yield Tokens(ids, scored, tuple(spans), piece.says_end)
-
-
-def _batches(texts: Iterable[Piece]) -> Iterator[list[Piece]]:
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text.text)
-        if size >= _BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def pack_documents(texts: Iterable[Tokens], block: int, prefix: Sequence[int]) -> Iterator[Row]:
-    """Blocks of at most ``block`` tokens that never cross a text; a tail of one token has nothing to predict."""
-    room = block - len(prefix)
-    for text in texts:
-        for start in range(0, len(text.ids), room):
-            if len(text.ids) - start > 1:
-                yield _row(
-                    text.ids[start : start + room], text.scored[start : start + room], prefix
-                )
-
-
-def pack_stream(
-    texts: Iterable[Tokens], block: int, prefix: Sequence[int], *, end: int
-) -> Iterator[Row]:
-    """Full blocks of all texts joined, with the token ``end`` after each; only the last block may be shorter.
-
-    ``end`` is a label where a document of plain text ends, not where a held-out piece was cut out or a conversation ends.
-    """
-    room = block - len(prefix)
-    ids, scored = np.empty(0, dtype=np.int32), np.empty(0, dtype=np.uint8)
-    for text in texts:
-        ids = np.concatenate([ids, text.ids, np.array([end], dtype=np.int32)])
-        scored = np.concatenate([scored, text.scored, np.array([text.says_end], dtype=np.uint8)])
-        full = len(ids) // room * room
-        for start in range(0, full, room):
-            yield _row(ids[start : start + room], scored[start : start + room], prefix)
-        ids, scored = ids[full:], scored[full:]
-    if len(ids) > 1:
-        yield _row(ids, scored, prefix)
-
-
-def _row(ids: npt.NDArray[np.int32], scored: npt.NDArray[np.uint8], prefix: Sequence[int]) -> Row:
-    before = np.array(prefix, dtype=np.int32)
-    ids, scored = (
-        np.concatenate([before, ids]),
-        np.concatenate([np.zeros(len(before), dtype=np.uint8), scored]),
-    )
-    scored[0] = 0  # nothing comes before it
-    return ids, scored
 
 
 @dataclass

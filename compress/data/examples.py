@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
-from compress.data.blocks import documents, pieces
+from compress.data.documents import documents, pieces
 from limbeck.contract import sources
 from limbeck.contract.errors import DataError
 from limbeck.contract.examples import Examples

@@ -17,6 +17,7 @@ from compress.models.body import Body, causal_lm, require_faithful
 from compress.models.language import load_model, load_tokenizer, model_folder, random_model
 from compress.models.sharded import like, whole
 from compress.models.shrink import Importance, shrink
+from limbeck.contract import sources
 from limbeck.contract.adapters import attach, merged
 from limbeck.contract.errors import EnvironmentalError, ModelError
 from limbeck.contract.recipe import FreshStudent, LoraStudent, MergeStudent, Recipe, ShrinkStudent
@@ -57,7 +58,9 @@ def student_folder(recipe: Recipe, tokenizers: Sequence[Path]) -> Path:
     """Folder of the base model; for a fresh student the first of the teachers' ``tokenizers``. Raises `ModelError`."""
     if isinstance(recipe.student, FreshStudent):
         return tokenizers[0]
-    return model_folder(recipe.student.base, folder=recipe.folder)
+    folder = model_folder(recipe.student.base, folder=recipe.folder)
+    sources.require_fits(folder, block=recipe.data.block)
+    return folder
 
 
 def build_model(

@@ -81,6 +81,7 @@ def _teacher_folder(
         folder = whole
     else:
         folder = model_folder(teacher.model, folder=recipe.folder)
+    sources.require_fits(folder, block=recipe.data.block)
     own = (recipe.folder / teacher.adapter.expanduser()).resolve() if teacher.adapter else None
     if own is not None:
         common["digest"] = fingerprint(

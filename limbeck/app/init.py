@@ -294,7 +294,7 @@ def _files(given: str) -> list[Path]:
 def _data(given: str) -> dict[str, Any]:
     """A text source from what was given; the files' suffix tells rows from text. Raises
     `DataError`."""
-    from compress.data.blocks import documents
+    from compress.data.documents import documents
 
     files = _files(given)
     source: dict[str, Any] = {

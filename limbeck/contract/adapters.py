@@ -79,7 +79,7 @@ def adapter_facts(folder: Path) -> AdapterFacts:
     from safetensors import SafetensorError, safe_open
 
     if not folder.is_dir():
-        raise ModelError(f"{folder}: no such folder; check the path in the recipe.")
+        raise ModelError(f"{folder}: no such folder; check the path of the adapter.")
     if not (folder / CONFIG).is_file():
         raise ModelError(f"{folder}: no {CONFIG}; expected a PEFT adapter folder.")
     if not (folder / WEIGHTS).is_file():

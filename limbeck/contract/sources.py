@@ -5,6 +5,7 @@ Knows paths and installed packages; opens no weights. `compress.models.language`
 
 from __future__ import annotations
 
+import difflib
 import glob
 import importlib.metadata
 import importlib.util
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from limbeck.contract.adapters import adapter_facts
+from limbeck.contract.adapters import adapter_facts, tokenizer_size
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import DataError, EnvironmentalError, ModelError, UserError
 from limbeck.contract.files import file_digest, folder_digest
@@ -104,28 +105,60 @@ def text_files(source: TextSource, *, folder: Path) -> list[Path]:
             return _dataset_files((folder / source.path.expanduser()).resolve(), source.split)
     found: set[Path] = set()
     for path in paths:
-        found.update(_matches(root, os.path.expanduser(path)))
+        pattern = os.path.expanduser(path)
+        matches = _matching(root, pattern, _SUFFIXES.get(source.format.kind, ()))
+        if not matches:
+            raise DataError(
+                f"{root / pattern}: no such file{did_you_mean(root / pattern)}; check the path in the recipe "
+                f"(relative paths start from {root})."
+            )
+        found.update(matches)
     return sorted(found)
 
 
-def _matches(root: Path, name: str) -> list[Path]:
-    """The file of exactly that name, else every file in a folder of that name, else what the glob finds."""
-    place = root / name
-    if place.is_file():
-        return [place]
-    if place.is_dir():
-        inside = (p for p in place.rglob("*") if p.is_file())
-        found = [
-            p for p in inside if not any(n.startswith(".") for n in p.relative_to(place).parts)
-        ]
-    else:
-        names = glob.glob(name, root_dir=root, recursive=True)
-        found = [p for n in names if (p := root / n).is_file()]
-    if not found:
-        raise DataError(
-            f"{place}: no such file; check the path in the recipe (relative paths start from {root})."
-        )
-    return found
+_SUFFIXES = {  # of the files taken from a folder; of other formats all
+    "jsonl": (".jsonl", ".ndjson", ".json"),
+    "parquet": (".parquet",),
+    "chat": (".jsonl", ".ndjson", ".json", ".parquet"),
+    "python-strings": (".py",),
+}
+
+
+def _matching(root: Path, pattern: str, suffixes: tuple[str, ...]) -> list[Path]:
+    """The file of that very name, or the files of the folder of that name; where there is neither, those of the glob."""
+    base, rest = root, list(Path(pattern).parts)
+    try:
+        while rest and (base / rest[0]).exists():
+            base /= rest.pop(0)
+        if not rest and base.is_file():
+            return [base]
+        if not rest:
+            inside = (p for p in base.rglob("*") if p.is_file())
+            shown = (p for p in inside if not any(n[0] == "." for n in p.relative_to(base).parts))
+            return [p for p in shown if not suffixes or p.suffix in suffixes]
+        found = glob.glob(os.path.join(*rest), root_dir=base, recursive=True)
+        return [path for name in found if (path := base / name).is_file()]
+    except (OSError, ValueError):  # a name that no file can have
+        return []
+
+
+def did_you_mean(path: Path) -> str:
+    """``, did you mean PATH?`` where something of nearly that name is there, else nothing."""
+    try:
+        there = path.absolute().parent
+        while not there.exists():
+            there = there.parent
+        missing = path.absolute().relative_to(there).parts
+        names = {entry.name.lower(): entry.name for entry in there.iterdir()}
+    except (OSError, ValueError):
+        return ""
+    for close in difflib.get_close_matches(missing[0].lower(), names, cutoff=0.7):
+        suggested = there.joinpath(names[close], *missing[1:])
+        if suggested.exists():
+            here = Path.cwd()
+            shown = suggested.relative_to(here) if suggested.is_relative_to(here) else suggested
+            return f", did you mean {shown}?"
+    return ""
 
 
 def _dataset_files(root: Path, split: str | None) -> list[Path]:
@@ -239,7 +272,9 @@ def model_path(source: BaseSource | OnnxModel, *, folder: Path) -> Path | None:
             root = package_root(source.package, source.version) if source.package else folder
             path = (root / source.path.expanduser()).resolve()
             if not path.is_file():
-                raise ModelError(f"{path}: no such file; check the path in the recipe.")
+                raise ModelError(
+                    f"{path}: no such file{did_you_mean(path)}; check the path in the recipe."
+                )
             return path
         case _:
             return None
@@ -256,10 +291,23 @@ def check_weights(path: Path) -> None:
             f"{path}: not a model; expected a .gguf file or a folder with safetensors weights."
         )
     if not path.is_dir():
-        raise ModelError(f"{path}: no such file or folder; check the path in the recipe.")
+        raise ModelError(
+            f"{path}: no such file or folder{did_you_mean(path)}; check the path in the recipe."
+        )
+    adapter = (path / "adapter_config.json").is_file()
     if not (path / "config.json").is_file():
         raise ModelError(
             f"{path}: no config.json; expected a folder as `save_pretrained` writes it."
+            + (
+                " It holds an adapter: name its base as the model, and this folder as adapter."
+                if adapter
+                else ""
+            )
+        )
+    if adapter:
+        raise ModelError(
+            f"{path}: a model and an adapter in one folder; transformers would load both. Move the adapter's files "
+            "(adapter_*) elsewhere, and name it as adapter if it is not merged yet."
         )
     if not any(path.glob("*.safetensors")):
         pickles = [
@@ -275,6 +323,9 @@ def check_weights(path: Path) -> None:
 
 def hub_snapshot(repository: str, revision: str | None = None) -> Path:
     """The folder of a model of the hub, fetched into the cache folder where it is not there. Raises `ModelError`."""
+    found = _cached_snapshot(repository, revision)
+    if found is not None:
+        return found
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -298,6 +349,9 @@ def hub_snapshot(repository: str, revision: str | None = None) -> Path:
 
 def hub_config(repository: str, revision: str) -> Path:
     """A folder with the config.json of a model of the hub, which alone is fetched. Raises `ModelError` with the command to run."""
+    cached = _cached_config(repository, revision)
+    if cached is not None:
+        return cached
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -312,6 +366,57 @@ def hub_config(repository: str, revision: str) -> Path:
             f"({type(error).__name__}). Where there is a network, run: hf download {repository} config.json "
             f"--revision {revision} --cache-dir {cache} (for a gated model after `hf auth login`)."
         ) from error
+
+
+def _cached_config(repository: str, revision: str | None) -> Path | None:
+    """A snapshot of the hub on this machine with a config.json: in our cache, or in the hub client's own."""
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    for cache in (_hub_cache(), Path(constants.HF_HUB_CACHE)):
+        try:
+            found = try_to_load_from_cache(
+                repository, "config.json", cache_dir=cache, revision=revision
+            )
+        except HFValidationError:
+            return None
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
+def _cached_snapshot(repository: str, revision: str | None) -> Path | None:
+    """A snapshot of the hub on this machine with all its weights and a tokenizer."""
+    folder = _cached_config(repository, revision)
+    if folder is None or not any(folder.glob("tokenizer*")):
+        return None
+    index = folder / "model.safetensors.index.json"
+    wanted = set(_json(index)["weight_map"].values()) if index.is_file() else ["model.safetensors"]
+    return folder if all((folder / name).is_file() for name in wanted) else None
+
+
+def require_fits(folder: Path, *, block: int | None = None) -> None:
+    """Raise `ModelError` unless a model's folder reads blocks of ``block`` tokens and every id of its own tokenizer.
+
+    From config.json and tokenizer.json alone. What they do not say is not checked.
+    """
+    config = _json(folder / "config.json")
+    text = config.get("text_config") or config
+    context = next((text[name] for name in _CONTEXTS if isinstance(text.get(name), int)), None)
+    if block is not None and context is not None and block > context:
+        raise ModelError(
+            f"{folder}: data.block is {block}, but the model reads {context} tokens at most; set data.block to {context} "
+            "or less."
+        )
+    rows, size = text.get("vocab_size"), tokenizer_size(folder)
+    if size is not None and isinstance(rows, int) and size > rows:
+        raise ModelError(
+            f"{folder}: its tokenizer has {size} tokens, but its embedding has {rows} rows; save the tokenizer that belongs "
+            f"to the model there, or resize the model: model.resize_token_embeddings({size})."
+        )
+
+
+_CONTEXTS = ("max_position_embeddings", "n_positions")  # how configurations call the longest text
 
 
 def _hub_cache() -> Path:
@@ -354,12 +459,19 @@ def _mistakes(recipe: AnyRecipe) -> Iterator[str]:
     ]
     if recipe.base is not None:
         models.append(("student.base", recipe.base))
+    block = recipe.data.block if isinstance(recipe, Recipe) else None
     for where, source in models:
         try:
             if isinstance(source, RecipeModel):
                 find_recipe(source.recipe, folder=recipe.folder)
-            elif not isinstance(source, HubModel):
-                model_path(source, folder=recipe.folder)
+            else:
+                path = (
+                    _cached_config(source.id, source.revision)
+                    if isinstance(source, HubModel)
+                    else model_path(source, folder=recipe.folder)
+                )
+                if path is not None and path.is_dir():
+                    require_fits(path, block=block)
         except UserError as error:
             yield f"{where}: {error}"
     for index, teacher in enumerate(recipe.teachers if isinstance(recipe, Recipe) else ()):

@@ -16,21 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import compress
-from compress.data.blocks import (
-    DomainBlocks,
-    Piece,
-    Tokens,
-    conversations,
-    documents,
-    labels_of,
-    load_blocks,
-    pack_documents,
-    pack_stream,
-    pieces,
-    tokenise,
-    training_order,
-)
+from compress.data.blocks import DomainBlocks, conversations, labels_of, load_blocks, training_order
 from compress.data.chat import render
+from compress.data.documents import documents, pieces
+from compress.data.packing import Piece, Tokens, pack_documents, pack_stream, tokenise
 from compress.models.language import byte_tokenizer
 from limbeck.contract.errors import DataError, EnvironmentalError
 from limbeck.contract.heldout import HELDOUT, Blocks, all_but_first, load_heldout
@@ -484,7 +473,7 @@ GOOD = {"messages": chat("q", "a")}
     ("name", "rows", "form", "message"),
     [
         ("a.parquet", [{"text": "x"}], ParquetRows(kind="parquet", field="body"), r"a.parquet: no column 'body' \(found: text"),
-        ("a.parquet", [{"text": "x"}, {"text": None}], ParquetRows(kind="parquet"), "a.parquet, row 2: no text under 'text'"),
+        ("a.parquet", [{"text": "x"}, {"text": None}], ParquetRows(kind="parquet"), "a.parquet, row 2: the text under 'text' is null"),
         ("a.jsonl", [{"text": "x"}], ParquetRows(kind="parquet"), "a.jsonl: not a Parquet file"),
         ("a.arrow", [{"text": "x"}], Rows(kind="rows", field="body"), "a.arrow: no column 'body'"),
         ("a.jsonl", [GOOD, {"text": "x"}], ChatRows(kind="chat"), r"a.jsonl, line 2: .*'messages' \(found: text\)"),

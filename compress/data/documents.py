@@ -1,0 +1,196 @@
+"""Files to documents: plain text, rows of JSON lines, Parquet and Arrow, long strings of Python, mail.
+
+Knows files and their formats; knows nothing of tokens. Every error names the file and the line or row.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from compress.data.mail import subject_and_body
+from limbeck.contract import sources
+from limbeck.contract.errors import DataError
+from limbeck.contract.recipe import JsonLines, MailText, ParquetRows, PlainText, PythonStrings, Rows
+
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which has no UTF-8
+
+
+def documents(
+    path: Path, form: PlainText | JsonLines | ParquetRows | PythonStrings | MailText | Rows
+) -> Iterator[str]:
+    """The documents of one file, empty ones left out. Raises `DataError` naming file and line."""
+    match form:
+        case PlainText():
+            found: Iterator[str] = iter([_text(path)])
+        case PythonStrings():
+            found = _python_strings(path, _text(path), form.min_chars)
+        case MailText(field=None):
+            found = iter([subject_and_body(path.read_bytes())])
+        case MailText(field=str(field)):
+            found = map(subject_and_body, _texts(_json_lines(path, field), field))
+        case JsonLines():
+            found = _texts(_json_lines(path, form.field), form.field)
+        case ParquetRows():
+            found = _texts(_parquet_rows(path, form.field), form.field)
+        case Rows():
+            found = _texts(rows_of(path, form.field), form.field)
+    return (well_formed(document) for document in found if document.strip())
+
+
+def pieces(document: str, *, length: int) -> Iterator[str]:
+    """Cut a document into pieces of about ``length`` characters at line ends, else at spaces; nothing is lost."""
+    start = 0
+    while start < len(document):
+        end = start + length
+        if end < len(document):
+            cut = document.rfind("\n", start + length // 2, end)
+            cut = cut if cut > 0 else document.rfind(" ", start + length // 2, end)
+            end = cut + 1 if cut > 0 else end
+        yield document[start:end]
+        start = end
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not UTF-8 text (byte {error.start}); convert it, for example with iconv."
+        ) from None
+
+
+def _texts(rows: Iterator[tuple[str, Any]], field: str) -> Iterator[str]:
+    for where, value in rows:
+        if not isinstance(value, str):
+            raise DataError(f"{where}: {_no_text(value, field)}")
+        yield value
+
+
+def _no_text(value: Any, field: str) -> str:
+    if value is None:
+        return f"the text under {field!r} is null; leave the row out, or write an empty text."
+    return f"no text under {field!r} (found: {type(value).__name__}); set format.field to the right key."
+
+
+def well_formed(value: Any) -> Any:
+    """A text, or JSON with texts in it, in which U+FFFD replaces every lone surrogate.
+
+    JSON can escape half a character. Tokenizers take UTF-8, which has no such thing.
+    """
+    match value:
+        case str():
+            return _SURROGATE.sub("\ufffd", value)
+        case list():
+            return [well_formed(item) for item in value]
+        case dict():
+            return {well_formed(key): well_formed(item) for key, item in value.items()}
+        case _:
+            return value
+
+
+def rows_of(path: Path, field: str) -> Iterator[tuple[str, Any]]:
+    """Where each row is, for errors, and its value under ``field``."""
+    match path.suffix:
+        case ".parquet":
+            return _parquet_rows(path, field)
+        case ".arrow":
+            return _arrow_rows(path, field)
+        case _:
+            return _json_lines(path, field)
+
+
+def _json_lines(path: Path, field: str) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{where}: not UTF-8 text (byte {error.start} of the line); convert the file."
+                ) from None
+            except (ValueError, RecursionError) as error:  # no JSON, a number too long, too deep
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+                raise DataError(
+                    f"{where}: not JSON: {reason}; each line is one JSON object."
+                ) from None
+            if row is None:
+                raise DataError(f"{where}: the row is null; leave it out.")
+            if not isinstance(row, dict) or field not in row:
+                keys = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
+                raise DataError(
+                    f"{where}: no text under {field!r} (found: {keys}); set format.field to the right key."
+                )
+            yield where, well_formed(row[field])
+
+
+def _parquet_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
+    sources.check_arrow()
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            _check_column(path, field, file.schema_arrow.names)
+            yield from _numbered(path, file.iter_batches(columns=[field]), field)
+    except UnicodeDecodeError as error:
+        raise DataError(_not_utf8(path, field, error)) from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path}: not a Parquet file ({error}); check format.kind, or write the file again."
+        ) from None
+
+
+def _arrow_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
+    """Rows of an Arrow stream, the form that `datasets` saves."""
+    sources.check_arrow()
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
+            _check_column(path, field, stream.schema.names)
+            yield from _numbered(path, stream, field)
+    except UnicodeDecodeError as error:
+        raise DataError(_not_utf8(path, field, error)) from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not an Arrow stream ({error}); save the dataset again.") from None
+
+
+def _check_column(path: Path, field: str, found: Sequence[str]) -> None:
+    if field not in found:
+        raise DataError(
+            f"{path}: no column {field!r} (found: {', '.join(found)}); set format.field to the right one."
+        )
+
+
+def _numbered(path: Path, batches: Iterable[Any], field: str) -> Iterator[tuple[str, Any]]:
+    values = itertools.chain.from_iterable(batch.column(field).to_pylist() for batch in batches)
+    return ((f"{path}, row {number}", value) for number, value in enumerate(values, start=1))
+
+
+def _not_utf8(path: Path, field: str, error: UnicodeDecodeError) -> str:
+    return (
+        f"{path}: column {field!r} is not UTF-8 text (byte {error.start} of a value); convert it."
+    )
+
+
+def _python_strings(path: Path, text: str, min_chars: int) -> Iterator[str]:
+    try:
+        tree = ast.parse(text)
+    except SyntaxError as error:
+        raise DataError(f"{path}, line {error.lineno}: not Python: {error.msg}.") from None
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and len(node.value) >= min_chars
+        ):
+            yield node.value

@@ -1,0 +1,253 @@
+"""Files and folders as people name and fill them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from compress.data.blocks import conversations, load_blocks
+from compress.data.documents import documents
+from compress.data.packing import special_prefix
+from limbeck.contract.errors import DataError, ModelError
+from limbeck.contract.recipe import (
+    ChatRows,
+    FileText,
+    JsonLines,
+    ParquetRows,
+    PlainText,
+    PythonStrings,
+    Recipe,
+)
+from limbeck.contract.sources import hub_config, hub_snapshot, preflight, require_fits, text_files
+from tests.pico import make_model, make_tokenizer, pico_recipe
+
+# Text files ------------------------------------------------------------------------------------------------------
+
+
+def found(root: Path, *paths: str, **fields: Any) -> list[str]:
+    source = FileText.model_validate({"kind": "files", "paths": paths, **fields})
+    return [path.relative_to(root).as_posix() for path in text_files(source, folder=root)]
+
+
+def test_a_literal_name_comes_before_a_glob_and_folders_give_their_files(tmp_path: Path) -> None:
+    for name in ("my [2024] notes.txt", "my 2 notes.txt", "a[b]/x.txt", "a[b]/y.md", "a[b]/.hidden", "rows/1.jsonl",
+                 "rows/deep/2.jsonl", "rows/readme.md"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text("text")
+    assert found(tmp_path, "my [2024] notes.txt") == ["my [2024] notes.txt"]
+    assert found(tmp_path, "my [12] notes.txt") == ["my 2 notes.txt"]
+    assert found(tmp_path, "a[b]/*.txt") == ["a[b]/x.txt"]
+    assert found(tmp_path, str(tmp_path / "a[b]")) == ["a[b]/x.txt", "a[b]/y.md"]
+    assert found(tmp_path, "rows", format={"kind": "jsonl"}) == [
+        "rows/1.jsonl",
+        "rows/deep/2.jsonl",
+    ]
+    assert found(tmp_path, "rows/**/*.jsonl") == ["rows/1.jsonl", "rows/deep/2.jsonl"]
+    with pytest.raises(
+        DataError,
+        match=r"mi \[2024\] notes.txt: no such file, did you mean .*my \[2024\] notes.txt\?",
+    ):
+        found(tmp_path, "mi [2024] notes.txt")
+    for hopeless in ("a\0b", "x" * 5000):
+        with pytest.raises(DataError, match="no such file"):
+            found(tmp_path, hopeless)
+
+
+def test_lone_surrogates_become_replacement_characters(tmp_path: Path) -> None:
+    """JSON and Python can write half a character; UTF-8, which tokenizers take, cannot."""
+    (tmp_path / "a.jsonl").write_text('{"text": "one \\ud83d two \\ud83d\\ude00"}\n')
+    assert list(documents(tmp_path / "a.jsonl", JsonLines(kind="jsonl"))) == ["one \ufffd two 😀"]
+    (tmp_path / "a.py").write_text('x = "a long literal \\udc80 with half a character"\n')
+    form = PythonStrings(kind="python-strings", min_chars=5)
+    assert list(documents(tmp_path / "a.py", form)) == [
+        "a long literal \ufffd with half a character"
+    ]
+    row = [{"role": "user", "content": "q \ud800"}, {"role": "assistant", "content": "a \udfff"}]
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": row}))
+    (piece,) = conversations(tmp_path / "c.jsonl", ChatRows(kind="chat"), make_tokenizer())
+    assert "q \ufffd" in piece.text
+    assert "a \ufffd" in piece.text
+
+
+def test_null_rows_are_named_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": null}\n')
+    with pytest.raises(
+        DataError, match=r"a.jsonl, line 2: the text under 'text' is null; leave the row out"
+    ):
+        list(documents(tmp_path / "a.jsonl", JsonLines(kind="jsonl")))
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}\nnull\n')
+    with pytest.raises(DataError, match=r"b.jsonl, line 2: the row is null; leave it out"):
+        list(documents(tmp_path / "b.jsonl", JsonLines(kind="jsonl")))
+    table = pyarrow.table({"text": ["one", "two", None]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet, row 3: the text under 'text' is null"):
+        list(documents(tmp_path / "a.parquet", ParquetRows(kind="parquet")))
+
+
+# Tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def with_template(template: str, *, words: bool = False, metaspace: bool = False) -> Any:
+    """A tokenizer whose post-processor writes ``template`` around a text."""
+    if words:
+        vocabulary = {"hello": 0, "<s>": 1, "</s>": 2}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=None))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    else:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocabulary = {c: i for i, c in enumerate([*alphabet, "<s>", "</s>", "▁"])}
+        tokenizer = Tokenizer(models.BPE(vocabulary, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        if metaspace:
+            tokenizer.normalizer = normalizers.Prepend("▁")
+            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+            tokenizer.decoder = decoders.Metaspace()
+    ids = [(name, vocabulary[name]) for name in ("<s>", "</s>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("options", [{}, {"words": True}, {"metaspace": True}])
+@pytest.mark.parametrize(
+    ("template", "prefix"),
+    [
+        ("<s> $A </s>", ["<s>"]),
+        ("<s> $A", ["<s>"]),
+        ("$A </s>", []),
+        ("$A", []),
+        ("<s> <s> $A", ["<s>", "<s>"]),
+    ],
+)
+def test_training_keeps_what_the_tokenizer_puts_before_a_text(
+    template: str, prefix: list[str], options: dict[str, Any]
+) -> None:
+    tokenizer = with_template(template, **options)
+    assert tokenizer.convert_ids_to_tokens(special_prefix(tokenizer)) == prefix
+
+
+def test_a_begin_and_an_end_that_are_one_token_are_told_apart() -> None:
+    tokenizer = with_template("$A </s>")
+    tokenizer.bos_token = "</s>"
+    assert special_prefix(tokenizer) == []
+
+
+def test_blocks_begin_as_transformers_begins_a_text(tmp_path: Path) -> None:
+    tokenizer = with_template("<s> $A </s>")
+    text = "".join(f"sentence {i} of a text that is long enough. " for i in range(400))
+    (tmp_path / "a.txt").write_text(text)
+    recipe = local_recipe(tmp_path, block=32)
+    (blocks,) = load_blocks(recipe, tokenizer)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    whole = tokenizer(text)["input_ids"]
+    assert whole[0] == bos
+    assert whole[-1] == eos
+    assert blocks.train_ids[0].tolist() == whole[:32]
+    assert (blocks.train_ids[:, 0] == bos).all()
+    assert (blocks.heldout.input_ids[:, 0] == bos).all()
+    assert not (blocks.train_ids == eos).any()
+    assert not blocks.train_scored[:, 0].any()
+
+
+# Models ----------------------------------------------------------------------------------------------------------
+
+
+def local_recipe(root: Path, *, block: int, base: str = "model", **over: Any) -> Recipe:
+    text = {"kind": "files", "paths": [str(root / "a.txt")]}
+    return pico_recipe(
+        data={
+            "domains": [{"name": "a", "text": text}],
+            "block": block,
+            "heldout": {"piece_chars": 256},
+        },
+        student={"kind": "lora", "base": {"kind": "local", "path": str(root / base)}},
+        training={"tokens": block * 4, "batch_tokens": block},
+        **over,
+    )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [("llama", {}), ("gpt2", {"n_embd": 32, "n_head": 4, "n_positions": 64})],
+)
+def test_a_block_longer_than_the_model_reads_is_a_mistake_of_the_recipe(
+    tmp_path: Path, model_type: str, sizes: dict[str, int]
+) -> None:
+    (tmp_path / "a.txt").write_text("text " * 1000)
+    make_model(tmp_path / "model", model_type=model_type, **sizes)
+    assert preflight(local_recipe(tmp_path, block=64)) == []
+    teacher = {"name": "one", "model": {"kind": "local", "path": str(tmp_path / "model")}}
+    mistakes = preflight(local_recipe(tmp_path, block=128, teachers=[teacher]))
+    assert [m.partition(":")[0] for m in mistakes] == ["teachers.0", "student.base"]
+    assert all("data.block is 128, but the model reads 64 tokens at most" in m for m in mistakes)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_a_mistake_of_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text " * 1000)
+    make_model(tmp_path / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<one>", "<two>"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    (mistake,) = preflight(local_recipe(tmp_path, block=32))
+    assert "its tokenizer has 260 tokens, but its embedding has 258 rows" in mistake
+    with pytest.raises(ModelError, match=r"260 tokens.*258 rows"):
+        require_fits(tmp_path / "model")
+
+
+def test_mistyped_paths_are_answered_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "models" / "fortunes")
+    (tmp_path / "a.txt").write_text("text " * 1000)
+    mistakes = preflight(local_recipe(tmp_path, block=32, base="models/fortuns"))
+    assert "did you mean models/fortunes?" in mistakes[0]
+
+
+def in_hub_cache(root: Path, repository: str, model: Path) -> Path:
+    """``model`` as the hub's client keeps it below ``root``."""
+    folder = root / f"models--{repository.replace('/', '--')}"
+    snapshot = folder / "snapshots" / ("a" * 40)
+    snapshot.parent.mkdir(parents=True)
+    model.rename(snapshot)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("a" * 40)
+    return snapshot
+
+
+def test_a_model_of_the_hub_is_tried_on_this_machine_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ModelError, match="some/base"):
+        hub_config("some/base", "main")
+    base = make_model(tmp_path / "base")
+    snapshot = in_hub_cache(tmp_path / "cache" / "hub", "some/base", base)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)  # is not called
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", None)
+    assert hub_config("some/base", "main") == snapshot
+    assert hub_snapshot("some/base", "main") == snapshot
+
+
+def test_a_model_folder_with_an_adapter_in_it_is_refused(tmp_path: Path) -> None:
+    """Transformers puts the adapter on the model without a word."""
+    (tmp_path / "a.txt").write_text("text " * 1000)
+    folder = make_model(tmp_path / "model")
+    (folder / "adapter_config.json").write_text("{}")
+    (mistake,) = preflight(local_recipe(tmp_path, block=32))
+    assert "a model and an adapter in one folder" in mistake
+    (folder / "config.json").unlink()
+    (mistake,) = preflight(local_recipe(tmp_path, block=32))
+    assert "It holds an adapter: name its base as the model" in mistake
+
+
+def test_plain_text_of_any_name_is_read(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("text")
+    assert list(documents(tmp_path / "notes", PlainText(kind="text"))) == ["text"]
