@@ -64,7 +64,21 @@ def load_pretrained(
             f"{where}: as {what} it lacks {len(missing)} of its weights (for example {', '.join(missing[:3])}). Save the whole model "
             "again, its head included, with the configuration that belongs to it."
         )
+    _record_untied_head(model)
     return model
+
+
+def _record_untied_head(model: Any) -> None:
+    """Let the configuration say what was loaded: transformers keeps a stored head that differs from the embedding.
+
+    A copy that is saved from here would else lose its head to the embedding when it is loaded again.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    config = model.config
+    if head is None or not getattr(config, "tie_word_embeddings", False):
+        return
+    if getattr(head, "weight", None) is not model.get_input_embeddings().weight:
+        config.tie_word_embeddings = False
 
 
 def unused_pooler(_model: Any, name: str) -> bool:

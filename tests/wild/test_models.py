@@ -1,0 +1,65 @@
+"""Model folders as they are found: what is loaded answers as transformers does, and so does what is saved of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compress.models.body import Body
+from compress.models.language import load_model, random_model
+from limbeck.contract.errors import ModelError
+from tests.wild.adapters import IDS, load, make_base
+
+
+def test_a_stored_head_survives_a_configuration_that_ties_it(tmp_path: Path) -> None:
+    folder = make_base(tmp_path / "model", tied=False)
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    right = load(folder)(input_ids=IDS).logits
+    model: Any = load_model(folder)
+    hidden, _ = Body(model).states(IDS)
+    torch.testing.assert_close(Body(model).head.logits(hidden), right)
+    model.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(load(tmp_path / "again")(input_ids=IDS).logits, right)
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "initializer_range": 0.2}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "cohere", "logit_scale": 0.25, "pad_token_id": 0},
+        {"model_type": "granite", "logits_scaling": 4.0},
+        {
+            "model_type": "gemma2",
+            "final_logit_softcapping": 3.0,
+            "head_dim": 16,
+            "sliding_window": 8,
+        },
+        {"model_type": "phi", "tie_word_embeddings": False},  # its head has a bias
+    ],
+)
+def test_body_and_head_are_the_whole_forward_pass(tmp_path: Path, config: dict[str, Any]) -> None:
+    random_model(SIZES | config, vocab_size=258, seed=1, where="test").save_pretrained(tmp_path)
+    model: Any = load_model(tmp_path)
+    hidden, _ = Body(model).states(IDS)
+    right = load(tmp_path)(input_ids=IDS).logits
+    torch.testing.assert_close(Body(model).head.logits(hidden), right, rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_loss_would_bypass_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An architecture whose logits have a factor that nobody here knows."""
+    random_model(
+        SIZES | {"model_type": "granite", "logits_scaling": 4.0}, vocab_size=258, seed=1, where="t"
+    ).save_pretrained(tmp_path)
+    monkeypatch.setattr("compress.models.body._FACTORS", ())
+    with pytest.raises(ModelError, match="gives other logits than the model's own forward pass"):
+        load_model(tmp_path)
