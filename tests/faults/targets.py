@@ -63,7 +63,7 @@ def _parquet(folder: Path) -> None:
 
 
 def _documents(folder: Path) -> Any:
-    from compress.data.blocks import documents
+    from compress.data.documents import documents
 
     if (folder / "x.parquet").exists():
         return list(documents(folder / "x.parquet", ParquetRows(kind="parquet")))
