@@ -62,7 +62,7 @@ class Entry:
 def library(
     *, max_mb: float | None = None, cpu: bool = False, family: str | None = None
 ) -> list[Entry]:
-    """Shipped recipes, the smallest first. Raises `RecipeError` for a family there is none of."""
+    """Shipped recipes, smallest first. Raises `RecipeError` for an unknown family."""
     entries = sorted(
         (_entry(name, path) for name, path in shipped_recipes()),
         key=lambda e: (e.megabytes, e.name),

@@ -109,7 +109,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Making:
-    """One student that is to be made, and what that takes."""
+    """Cost of making one student."""
 
     recipe: AnyRecipe
     student: Shape | EncoderShape
@@ -120,7 +120,7 @@ class _Making:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes by what they are for, the program included where it lies beside them."""
+        """Bytes by purpose, including the program's own."""
         parts = {
             part: value for part, value in asdict(self.taken.memory).items() if part != "moment"
         }
@@ -321,7 +321,7 @@ def _teachers(recipe: Recipe, chain: tuple[Path, ...]) -> list[TeacherShape]:
 
 
 def _vocabulary(recipe: Recipe, chain: tuple[Path, ...] = ()) -> int:
-    """Of the first teacher, whose tokenizer a fresh student takes; 0 for any other student."""
+    """Vocabulary of the first teacher, whose tokenizer a fresh student takes; else 0."""
     return (
         _teacher(0, recipe, chain).shape.vocabulary
         if isinstance(recipe.student, FreshStudent)

@@ -1,1 +1,1 @@
-"""The contract: what a run may ask for and what a stage hands on. Imports nothing of the other layers."""
+"""The contract: recipes, results and errors that all stages share. Imports no other layer."""

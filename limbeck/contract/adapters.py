@@ -1,7 +1,8 @@
-"""PEFT adapters: what a folder holds, putting it on a base, merging it for deployment.
+"""PEFT adapters: read an adapter folder, attach it to a base, merge it for deployment.
 
-All stages load adapters here. Refuses by name what is not computed by the layers of the model: peft's own forward pass
-does it, and no stage calls that. peft and torch are imported where they are needed.
+All stages load adapters here. An adapter is refused by name if it changes more than the layers of
+the model: only peft's own forward pass computes such changes, and no stage calls that pass.
+peft and torch are imported where they are needed.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from limbeck.contract.probe import probe_ids, require_equal
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Kinds of peft that replace layers of the model, each held to peft by tests/wild.
 _KINDS = frozenset({
-    "ADALORA", "BOFT", "C3A", "DELORA", "FOURIERFT", "GRALORA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR",
-    "LORA", "MISS", "OFT", "RANDLORA", "ROAD", "SHIRA", "TRAINABLE_TOKENS", "VBLORA", "VERA", "WAVEFT",
+    "ADALORA", "BOFT", "C3A", "DELORA", "FOURIERFT", "GRALORA", "HRA", "IA3", "LN_TUNING", "LOHA",
+    "LOKR", "LORA", "MISS", "OFT", "RANDLORA", "ROAD", "SHIRA", "TRAINABLE_TOKENS", "VBLORA",
+    "VERA", "WAVEFT",
 })  # fmt: skip
 # Options of LoRA that change more than the layers.
 _REFUSED = (
@@ -59,7 +61,7 @@ class AdapterFacts:
 
     @property
     def shares_base(self) -> bool:
-        """Whether several such adapters can sit on one base in memory and each still computes what it does alone."""
+        """Whether several such adapters can share one base in memory and stay independent."""
         config = self.config
         saved = tuple(config.get("modules_to_save") or ())
         return (
@@ -75,7 +77,7 @@ class AdapterFacts:
 
 
 def adapter_facts(folder: Path) -> AdapterFacts:
-    """Read an adapter folder, without its weights. Raises `ModelError` for one that cannot be used."""
+    """Read an adapter folder, without its weights. Raises `ModelError` if it cannot be used."""
     from safetensors import SafetensorError, safe_open
 
     if not folder.is_dir():
@@ -87,8 +89,9 @@ def adapter_facts(folder: Path) -> AdapterFacts:
         raise ModelError(
             f"{folder}: no {WEIGHTS}; "
             + (
-                f"{pickle.name} is a pickle, which can run code when it is opened. Load the adapter where you trust it "
-                "and save it again: `save_pretrained` writes safetensors."
+                f"{pickle.name} is a pickle, which can run code when it is opened. Load the "
+                "adapter where you trust it and save it again: `save_pretrained` writes "
+                "safetensors."
                 if pickle
                 else "expected a PEFT adapter folder with safetensors weights."
             )
@@ -98,18 +101,20 @@ def adapter_facts(folder: Path) -> AdapterFacts:
         kind = str(config["peft_type"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"{folder / CONFIG}: cannot be read ({type(error).__name__}: {error}); save the adapter again with "
-            "`save_pretrained`."
+            f"{folder / CONFIG}: cannot be read ({type(error).__name__}: {error}); save the "
+            "adapter again with `save_pretrained`."
         ) from None
     if kind not in _KINDS:
         raise ModelError(
-            f"{folder}: adapters of the kind {kind} are not supported: they change more than the layers of a model. "
-            "Merge it into its base with peft and name the merged folder as the model."
+            f"{folder}: adapters of the kind {kind} are not supported: they change more than the "
+            "layers of a model. Merge it into its base with peft and name the merged folder as "
+            "the model."
         )
     for option in _REFUSED:
         if config.get(option):
             raise ModelError(
-                f"{folder}: adapters with {option} are not supported: they change more than the layers of a model."
+                f"{folder}: adapters with {option} are not supported: they change more than the "
+                "layers of a model."
             )
     try:
         with safe_open(folder / WEIGHTS, "np") as file:
@@ -117,14 +122,15 @@ def adapter_facts(folder: Path) -> AdapterFacts:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except (SafetensorError, OSError) as error:
         raise ModelError(
-            f"{folder / WEIGHTS}: this adapter's weights cannot be read ({error}); copy or download the folder again."
+            f"{folder / WEIGHTS}: this adapter's weights cannot be read ({error}); copy or "
+            "download the folder again."
         ) from None
     base = config.get("base_model_name_or_path")
     return AdapterFacts(folder, kind, str(base) if base else None, config, shapes)
 
 
 def tokenizer_size(folder: Path) -> int | None:
-    """Ids that the tokenizer of a folder can give: the largest and one. None where there is no tokenizer.json."""
+    """Largest token id of a folder's tokenizer, plus one; None without tokenizer.json."""
     try:
         tree = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         vocabulary = tree["model"]["vocab"]
@@ -139,7 +145,8 @@ def tokenizer_size(folder: Path) -> int | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"{folder / 'tokenizer.json'}: cannot be read ({type(error).__name__}: {error}); save the tokenizer again."
+            f"{folder / 'tokenizer.json'}: cannot be read ({type(error).__name__}: {error}); save "
+            "the tokenizer again."
         ) from None
 
 
@@ -150,10 +157,10 @@ def can_join(model: Any, facts: AdapterFacts) -> bool:
 
 
 def attach(model: Any, folder: Path, *, name: str = "default") -> Any:
-    """The adapter of ``folder`` on ``model``: a causal LM of transformers, or a `PeftModel` that has others already.
+    """Put the adapter of ``folder`` on ``model``, a causal LM or a `PeftModel` with other adapters.
 
-    Every tensor of the folder has found its place, and none of the adapter's is made up. Embeddings are resized for an
-    adapter with added tokens. Raises `ModelError`.
+    Embeddings are resized if the adapter adds tokens. Raises `ModelError` unless every tensor of
+    the folder has its place in the model and every weight of the adapter is in the folder.
     """
     from peft import PeftConfig, PeftModel, PeftModelForCausalLM
     from safetensors import SafetensorError
@@ -180,7 +187,8 @@ def attach(model: Any, folder: Path, *, name: str = "default") -> Any:
         SafetensorError,
     ) as error:
         raise ModelError(
-            f"{folder}: this adapter does not fit {base.config._name_or_path or 'its base'}: {error}"
+            f"{folder}: this adapter does not fit "
+            f"{base.config._name_or_path or 'its base'}: {error}"
         ) from error
     missing = [key for key in found.missing_keys if "vblora_vector_bank" not in key]
     for keys, problem in (
@@ -189,17 +197,19 @@ def attach(model: Any, folder: Path, *, name: str = "default") -> Any:
     ):
         if keys:
             raise ModelError(
-                f"{folder}: this adapter does not fit {base.config._name_or_path or 'its base'}: {len(keys)} {problem} "
+                f"{folder}: this adapter does not fit "
+                f"{base.config._name_or_path or 'its base'}: {len(keys)} {problem} "
                 f"(for example {keys[0]}). Name the base that it was trained on ({facts.base})."
             )
     return model.eval().requires_grad_(False)
 
 
 def merged(model: Any, *, where: str) -> Any:
-    """``model``, a `PeftModel`, with its active adapter in its weights. ``model`` is of no use afterwards.
+    """Base model of the `PeftModel` ``model``, with its active adapter merged in.
 
-    A head that is tied to the embedding becomes a matrix of its own where the adapter changes only one of them. Raises
-    `ModelError` if peft cannot merge the adapter, or the merged model answers a test batch differently.
+    ``model`` is of no use afterwards. If the adapter changes only one of a tied embedding and head,
+    the head gets its own matrix. Raises `ModelError` if peft cannot merge the adapter, or if the
+    merged model answers a test batch differently.
     """
     import torch
 
@@ -244,7 +254,7 @@ def _probe_ids(lm: Any, config: Any) -> list[list[int]]:
 
 
 def _untie(lm: Any) -> bool:
-    """Whether embedding and head share a matrix that the adapter changes; the head then has a copy of its own."""
+    """Untie a shared matrix that the adapter changes; True if the head now has its own copy."""
     import torch
 
     parts = lm.get_input_embeddings(), lm.get_output_embeddings()
@@ -272,13 +282,13 @@ def _require_known(facts: AdapterFacts, config: Any) -> None:
     unknown = sorted(name for name, value in facts.config.items() if value and name not in known)
     if unknown:
         raise ModelError(
-            f"{facts.path / CONFIG}: peft {peft.__version__} does not know {', '.join(unknown)}; install a newer peft, or "
-            "merge the adapter where it was trained."
+            f"{facts.path / CONFIG}: peft {peft.__version__} does not know {', '.join(unknown)}; "
+            "install a newer peft, or merge the adapter where it was trained."
         )
 
 
 def _resize(lm: Any, facts: AdapterFacts) -> None:
-    """Give ``lm`` as many embedding rows as the adapter has. Raises `ModelError` where some would be made up."""
+    """Give ``lm`` as many embedding rows as the adapter has. Raises `ModelError` if rows lack."""
     places = _places(lm)
     wanted, here = _wanted_rows(lm, facts), int(lm.config.get_text_config().vocab_size)
     if wanted == here:
@@ -287,12 +297,14 @@ def _resize(lm: Any, facts: AdapterFacts) -> None:
     found = f"{path}: its embeddings have {wanted} rows, those of its base {here}"
     if size is None:
         raise ModelError(
-            f"{found}: it was trained with other tokens, and there is no tokenizer.json beside it that has them. Save its "
+            f"{found}: it was trained with other tokens, and there is no tokenizer.json beside it "
+            "that has them. Save its "
             f"tokenizer there: tokenizer.save_pretrained('{path}')."
         )
     if size > wanted or (wanted > here and size <= here):
         raise ModelError(
-            f"{found}, and the tokenizer beside it has {size} tokens; save the tokenizer that it was trained with there."
+            f"{found}, and the tokenizer beside it has {size} tokens; save the tokenizer that it "
+            "was trained with there."
         )
     tied = _tied(lm)
     whole = [place for place in places if f"base_model.model.{place}.weight" in facts.shapes
@@ -320,7 +332,7 @@ def _wanted_rows(lm: Any, facts: AdapterFacts) -> int:
 
 
 def _rows(shapes: Mapping[str, tuple[int, ...]], place: str) -> int:
-    """Vocabulary rows that an adapter has for the embedding or head named ``place``; 0 where it leaves it alone."""
+    """Vocabulary rows of the adapter for the embedding or head ``place``; 0 if it has none."""
     prefix = f"base_model.model.{place}."
     found = 0
     for name, shape in shapes.items():

@@ -1,7 +1,7 @@
 """Under which licence a model or a text stands, by what it says of itself: a model card, a GGUF
 file, a package.
 
-Nothing is guessed: what says nothing is `unknown`. Reads no weights.
+Nothing is guessed: no statement gives `unknown`. Reads no weights.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def _of_package(package: str) -> Licence:
 
 
 def _said(name: Any, other: Any = None, *, by: str) -> Licence:
-    """``other`` is what a licence that the hub has no name for is called."""
+    """``other`` is the hub's name for a licence that it does not list."""
     if isinstance(name, list):
         name = " and ".join(str(part) for part in name)
     if name == "other" and other:
@@ -222,7 +222,7 @@ def _said(name: Any, other: Any = None, *, by: str) -> Licence:
 
 
 def _header(readme: Path) -> dict[str, Any]:
-    """The YAML header of a card; empty where there is none that can be read."""
+    """The YAML header of a card; empty if there is none or it cannot be read."""
     try:
         found = re.match(
             r"---\s*\n(.*?)\n---\s*(?:\n|$)", readme.read_text(encoding="utf-8"), re.DOTALL
@@ -234,7 +234,7 @@ def _header(readme: Path) -> dict[str, Any]:
 
 
 def _dataset_infos(source: TextSource, *, folder: Path) -> list[dict[str, Any]]:
-    """What `save_to_disk` wrote of each split; none for any other text."""
+    """The description that `save_to_disk` wrote of each split; None for other text."""
     if not isinstance(source, DatasetText):
         return []
     files = sorted((folder / source.path.expanduser()).rglob("dataset_info.json"))

@@ -1,6 +1,7 @@
-"""A transformers folder to a model whose every weight is in its files, or an error that says which is not.
+"""Load a transformers folder; a weight that is missing from its files is an error.
 
-All stages load models here. The classes are given by the caller: nothing of torch or transformers is imported.
+All stages load models here. The caller gives the classes, so torch and transformers are not
+imported.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ def load_pretrained(
     fresh: Fresh | None = None,
     **options: Any,
 ) -> Any:
-    """``auto.from_pretrained(folder)`` from safetensors on this machine, without code of others. ``what`` names it in errors.
+    """``auto.from_pretrained(folder)`` from local safetensors, without remote code.
 
-    Raises `ModelError` for files that cannot be read, and for weights that are not in them or have another shape there: in
-    the place of those transformers puts random ones, and only warns. Those that are ``fresh`` may be random.
+    Raises `ModelError` if files cannot be read, or if weights are missing or have another shape:
+    transformers would fill those at random and only warn. Weights that are ``fresh`` may be random.
+    ``what`` names the model in errors.
     """
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
@@ -35,8 +37,8 @@ def load_pretrained(
     where = Path(folder, options["gguf_file"]) if "gguf_file" in options else folder
     try:
         model, found = auto.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, output_loading_info=True,
-            ignore_mismatched_sizes=True, **options,
+            folder, use_safetensors=True, trust_remote_code=False, local_files_only=True,
+            output_loading_info=True, ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
     except SafetensorError as error:
         raise ModelError(
@@ -61,7 +63,8 @@ def load_pretrained(
     missing = sorted(name for name in found["missing_keys"] if not is_fresh(name))
     if missing:
         raise ModelError(
-            f"{where}: as {what} it lacks {len(missing)} of its weights (for example {', '.join(missing[:3])}). Save the whole model "
+            f"{where}: as {what} it lacks {len(missing)} of its weights (for example "
+            f"{', '.join(missing[:3])}). Save the whole model "
             "again, its head included, with the configuration that belongs to it."
         )
     _record_untied_head(model)
@@ -69,9 +72,10 @@ def load_pretrained(
 
 
 def _record_untied_head(model: Any) -> None:
-    """Let the configuration say what was loaded: transformers keeps a stored head that differs from the embedding.
+    """Record in the configuration that the head is not tied to the embedding.
 
-    A copy that is saved from here would else lose its head to the embedding when it is loaded again.
+    transformers keeps a stored head that differs from the embedding. A copy saved from here would
+    otherwise lose that head to the embedding when it is loaded again.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     config = model.config
@@ -82,7 +86,7 @@ def _record_untied_head(model: Any) -> None:
 
 
 def unused_pooler(_model: Any, name: str) -> bool:
-    """`Fresh` for encoders that are asked for the states of their tokens: the pooler behind those goes unused."""
+    """`Fresh` for encoders that only give token states: the pooler behind them is unused."""
     return name.startswith("pooler.")
 
 

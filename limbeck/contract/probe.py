@@ -1,6 +1,7 @@
-"""One question asked of a model in two ways. Where the answers differ, a shortcut computes another model.
+"""Compare two ways to compute a model's answer. If they differ, a shortcut computes another model.
 
-Every stage that does not call a model's own forward pass asks here first. Nothing of torch is imported: tensors are given.
+Every stage that does not call a model's own forward pass checks here first. The caller gives the
+tensors, so torch is not imported.
 
 Shapes: R rows, L positions, V vocabulary.
 """
@@ -32,27 +33,28 @@ def probe_ids(
 
 
 def difference(ours: Any, theirs: Any) -> float:
-    """Largest difference of two tensors, as a share of the largest value of ``theirs``; NaN if one is not finite."""
+    """Largest difference, relative to the largest value of ``theirs``; NaN if one is not finite."""
     ours, theirs = ours.detach().float(), theirs.detach().float()
     gap = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6)
     return float(gap)
 
 
 def require_equal(ours: Any, theirs: Any, *, where: str, what: str, dtype: Any = None) -> None:
-    """Raise `ModelError` unless two tensors of logits are equal within the rounding of their number type.
+    """Raise `ModelError` unless two tensors of logits are equal up to rounding.
 
-    ``theirs`` is the model's own answer. ``what`` says how ``ours`` was computed. ``dtype`` is the number type of the
-    weights, if it is not that of ``theirs``.
+    ``theirs`` is the model's own answer; ``what`` names how ``ours`` was computed. ``dtype`` is the
+    number type of the weights, if it differs from that of ``theirs``.
     """
     if not bool(theirs.isfinite().all()):
         raise ModelError(
-            f"{where}: the model answers a test batch with NaN or infinite logits. Load it as fp32, "
-            "or save its weights again."
+            f"{where}: the model answers a test batch with NaN or infinite logits. "
+            "Load it as fp32, or save its weights again."
         )
     tolerance = _TOLERANCE.get(str(dtype or theirs.dtype), 1e-4)
     gap = difference(ours, theirs)
     if not gap <= tolerance:
         raise ModelError(
-            f"{where}: {what} gives other logits than the model's own forward pass (largest difference "
-            f"{gap:.2g} of the largest logit, allowed {tolerance:g}). Limbeck cannot use this model."
+            f"{where}: {what} gives other logits than the model's own forward pass "
+            f"(largest difference {gap:.2g} of the largest logit, allowed {tolerance:g}). "
+            "Limbeck cannot use this model."
         )

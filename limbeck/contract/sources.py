@@ -1,6 +1,7 @@
-"""Where models and text come from on this machine: packages, files, the cache. Finds them and says what is missing.
+"""Find models and text on this machine: packages, files, the cache. Report what is missing.
 
-Knows paths and installed packages; opens no weights. `compress.models.language` turns what is found here into torch models.
+Knows paths and installed packages; opens no weights. `compress.models.language` makes torch models
+of the folders found here.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def cache_folder() -> Path:
 
 
 def package_root(package: str, version: str | None) -> Path:
-    """Folder that the files of an installed distribution are relative to. Raises `UserError` with the install command."""
+    """Root folder of an installed package's files. Raises `UserError` with the install command."""
     wanted = f"{package}=={version}" if version else package
     install = f"pip install --no-deps '{wanted}'"
     try:
@@ -67,13 +68,14 @@ def package_root(package: str, version: str | None) -> Path:
         raise UserError(f"the Python package {package} is not installed; run: {install}") from None
     if version and distribution.version != version:
         raise UserError(
-            f"the Python package {package} is installed as {distribution.version}, the recipe wants {version}; run: {install}"
+            f"the Python package {package} is installed as {distribution.version}, the recipe "
+            f"wants {version}; run: {install}"
         )
     return Path(str(distribution.locate_file("")))
 
 
 def npm_root(package: str, version: str) -> Path:
-    """Folder of an npm package below the cache folder. Raises `UserError` with the install command."""
+    """Folder of an npm package in the cache. Raises `UserError` with the install command."""
     prefix = cache_folder() / "npm"
     root = prefix / "node_modules" / package
     install = (
@@ -85,13 +87,14 @@ def npm_root(package: str, version: str) -> Path:
         raise UserError(f"the npm package {package} is not installed; run: {install}") from None
     if found != version:
         raise UserError(
-            f"the npm package {package} is installed as {found}, the recipe wants {version}; run: {install}"
+            f"the npm package {package} is installed as {found}, the recipe wants {version}; "
+            f"run: {install}"
         )
     return root
 
 
 def text_files(source: TextSource, *, folder: Path) -> list[Path]:
-    """Files that a text source names, sorted. Raises `DataError` for a path or glob that finds none."""
+    """Files that a text source names, sorted. Raises `DataError` if a path or glob matches none."""
     match source:
         case FileText():
             root, paths = folder, source.paths
@@ -109,8 +112,8 @@ def text_files(source: TextSource, *, folder: Path) -> list[Path]:
         matches = _matching(root, pattern, _SUFFIXES.get(source.format.kind, ()))
         if not matches:
             raise DataError(
-                f"{root / pattern}: no such file{did_you_mean(root / pattern)}; check the path in the recipe "
-                f"(relative paths start from {root})."
+                f"{root / pattern}: no such file{did_you_mean(root / pattern)}; check the path in "
+                f"the recipe (relative paths start from {root})."
             )
         found.update(matches)
     return sorted(found)
@@ -125,7 +128,7 @@ _SUFFIXES = {  # of the files taken from a folder; of other formats all
 
 
 def _matching(root: Path, pattern: str, suffixes: tuple[str, ...]) -> list[Path]:
-    """The file of that very name, or the files of the folder of that name; where there is neither, those of the glob."""
+    """The file or the folder's files of exactly this name; else the files that the glob matches."""
     base, rest = root, list(Path(pattern).parts)
     try:
         while rest and (base / rest[0]).exists():
@@ -162,7 +165,7 @@ def did_you_mean(path: Path) -> str:
 
 
 def _dataset_files(root: Path, split: str | None) -> list[Path]:
-    """Files of one split, in the order of their rows: of a `save_to_disk` folder, else by the split's name in the path."""
+    """Files of one split in row order: a `save_to_disk` split, or paths that name the split."""
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; check the path in the recipe.")
     if (root / "dataset_dict.json").is_file():
@@ -178,7 +181,8 @@ def _dataset_files(root: Path, split: str | None) -> list[Path]:
         own = _json(root / "state.json").get("_split")
         if split is not None and split != own:
             raise DataError(
-                f"{root}: {_wrong_split(split)}; the folder holds one ({own or 'unnamed'}): leave split out."
+                f"{root}: {_wrong_split(split)}; the folder holds one ({own or 'unnamed'}): "
+                "leave split out."
             )
         return _saved_files(root)
     found = sorted(
@@ -194,7 +198,8 @@ def _dataset_files(root: Path, split: str | None) -> list[Path]:
         if not chosen:
             listed = ", ".join(names.values())
             raise DataError(
-                f"{root}: {_wrong_split(split)}; set split to a name that one of the files has: {listed}."
+                f"{root}: {_wrong_split(split)}; set split to a name that one of the files has: "
+                f"{listed}."
             )
         return chosen
     splits = [word for word in ("train", "validation", "valid", "val", "dev", "test", "eval")
@@ -209,7 +214,7 @@ def _wrong_split(split: str | None) -> str:
 
 
 def _in_split(name: str, split: str) -> bool:
-    """Whether a path names the split: a folder or a file name, perhaps with a shard's number behind it."""
+    """Whether a folder or file name in the path is the split, perhaps with a shard number."""
     return re.search(rf"(?:^|[/._-]){re.escape(split)}(?=$|[/.-]|_\d)", name) is not None
 
 
@@ -242,23 +247,25 @@ def _listed(path: Path, key: str) -> list[Any]:
     found = _json(path)
     if not isinstance(found.get(key), list):
         raise DataError(
-            f"{path}: no list under {key!r}; this is not what `save_to_disk` writes: save the dataset again."
+            f"{path}: no list under {key!r}; this is not what `save_to_disk` writes: save the "
+            "dataset again."
         )
     return list(found[key])
 
 
 def check_arrow() -> None:
-    """Raise `EnvironmentalError` unless pyarrow, which Parquet and Arrow files need, is installed."""
+    """Raise `EnvironmentalError` unless pyarrow is installed; Parquet and Arrow files need it."""
     if importlib.util.find_spec("pyarrow") is None:
         raise EnvironmentalError(
-            "Parquet and Arrow files need the package pyarrow, which is not installed; run: pip install 'limbeck[data]'"
+            "Parquet and Arrow files need the package pyarrow, which is not installed; run: "
+            "pip install 'limbeck[data]'"
         )
 
 
 def model_path(source: BaseSource | OnnxModel, *, folder: Path) -> Path | None:
-    """The file or folder that holds a model's weights; none for hub and random models.
+    """File or folder with a model's weights; None for hub and random models.
 
-    Raises `ModelError` when there is nothing usable: nothing at the path, no weights, or only a pickle.
+    Raises `ModelError` if nothing is at the path, or there are no weights, or only a pickle.
     """
     match source:
         case LocalModel():
@@ -283,7 +290,7 @@ def model_path(source: BaseSource | OnnxModel, *, folder: Path) -> Path | None:
 
 
 def check_weights(path: Path) -> None:
-    """Raise `ModelError` unless ``path`` is a GGUF file or a model folder with safetensors weights."""
+    """Raise `ModelError` unless ``path`` is a GGUF file or a model folder with safetensors."""
     if path.is_file():
         if path.suffix == ".gguf":
             return
@@ -306,8 +313,8 @@ def check_weights(path: Path) -> None:
         )
     if adapter:
         raise ModelError(
-            f"{path}: a model and an adapter in one folder; transformers would load both. Move the adapter's files "
-            "(adapter_*) elsewhere, and name it as adapter if it is not merged yet."
+            f"{path}: a model and an adapter in one folder; transformers would load both. Move the "
+            "adapter's files (adapter_*) elsewhere, and name it as adapter if it is not merged yet."
         )
     if not any(path.glob("*.safetensors")):
         pickles = [
@@ -315,14 +322,16 @@ def check_weights(path: Path) -> None:
         ]
         if pickles:
             raise ModelError(
-                f"{path}: {pickles[0]} is a pickle, which can run code when it is opened; Limbeck reads safetensors and GGUF only. "
-                "Load it where you trust it and `save_pretrained(…)` it again, which writes safetensors."
+                f"{path}: {pickles[0]} is a pickle, which can run code when it is opened; Limbeck "
+                "reads safetensors and GGUF only. "
+                "Load it where you trust it and `save_pretrained(…)` it again, which writes "
+                "safetensors."
             )
         raise ModelError(f"{path}: no weights; expected *.safetensors beside config.json.")
 
 
 def hub_snapshot(repository: str, revision: str | None = None) -> Path:
-    """The folder of a model of the hub, fetched into the cache folder where it is not there. Raises `ModelError`."""
+    """Folder of a hub model, downloaded into the cache if it is not there. Raises `ModelError`."""
     found = _cached_snapshot(repository, revision)
     if found is not None:
         return found
@@ -340,15 +349,18 @@ def hub_snapshot(repository: str, revision: str | None = None) -> Path:
     except (HfHubHTTPError, OSError, ValueError) as error:
         name = f"{repository}@{revision}" if revision else repository
         raise ModelError(
-            f"{name}: is not in {cache} and cannot be had from the model hub; see to the name, the network, or, of a gated model, "
-            f"`hf auth login`: {error}"
+            f"{name}: is not in {cache} and cannot be had from the model hub; see to the name, the "
+            f"network, or, of a gated model, `hf auth login`: {error}"
         ) from error
     check_weights(Path(path))
     return Path(path)
 
 
 def hub_config(repository: str, revision: str) -> Path:
-    """A folder with the config.json of a model of the hub, which alone is fetched. Raises `ModelError` with the command to run."""
+    """Folder with a hub model's config.json; only that file is downloaded.
+
+    Raises `ModelError` with the command to run.
+    """
     cached = _cached_config(repository, revision)
     if cached is not None:
         return cached
@@ -362,14 +374,15 @@ def hub_config(repository: str, revision: str) -> Path:
         ).parent
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ModelError(
-            f"{repository}@{revision}: its config.json is not on this machine and cannot be fetched "
-            f"({type(error).__name__}). Where there is a network, run: hf download {repository} config.json "
+            f"{repository}@{revision}: its config.json is not on this machine and cannot be "
+            f"fetched ({type(error).__name__}). Where there is a network, run: "
+            f"hf download {repository} config.json "
             f"--revision {revision} --cache-dir {cache} (for a gated model after `hf auth login`)."
         ) from error
 
 
 def _cached_config(repository: str, revision: str | None) -> Path | None:
-    """A snapshot of the hub on this machine with a config.json: in our cache, or in the hub client's own."""
+    """A local hub snapshot with config.json, from our cache or the hub client's own; else None."""
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -396,22 +409,23 @@ def _cached_snapshot(repository: str, revision: str | None) -> Path | None:
 
 
 def require_fits(folder: Path, *, block: int | None = None) -> None:
-    """Raise `ModelError` unless a model's folder reads blocks of ``block`` tokens and every id of its own tokenizer.
+    """Raise `ModelError` unless a model accepts ``block`` tokens and every id of its tokenizer.
 
-    From config.json and tokenizer.json alone. What they do not say is not checked.
+    Reads config.json and tokenizer.json only. A value that they do not give is not checked.
     """
     config = _json(folder / "config.json")
     text = config.get("text_config") or config
     context = next((text[name] for name in _CONTEXTS if isinstance(text.get(name), int)), None)
     if block is not None and context is not None and block > context:
         raise ModelError(
-            f"{folder}: data.block is {block}, but the model reads {context} tokens at most; set data.block to {context} "
-            "or less."
+            f"{folder}: data.block is {block}, but the model reads {context} tokens at most; set "
+            f"data.block to {context} or less."
         )
     rows, size = text.get("vocab_size"), tokenizer_size(folder)
     if size is not None and isinstance(rows, int) and size > rows:
         raise ModelError(
-            f"{folder}: its tokenizer has {size} tokens, but its embedding has {rows} rows; save the tokenizer that belongs "
+            f"{folder}: its tokenizer has {size} tokens, but its embedding has {rows} rows; save "
+            "the tokenizer that belongs "
             f"to the model there, or resize the model: model.resize_token_embeddings({size})."
         )
 
@@ -420,13 +434,16 @@ _CONTEXTS = ("max_position_embeddings", "n_positions")  # how configurations cal
 
 
 def _hub_cache() -> Path:
-    """Where models of the hub are kept: below our cache folder, as are the pieces that its downloader keeps."""
+    """Cache folder of hub models. The hub downloader's chunks go below it too."""
     os.environ.setdefault("HF_XET_CACHE", str(cache_folder() / "hub" / "xet"))
     return cache_folder() / "hub"
 
 
 def preflight(recipe: AnyRecipe) -> list[str]:
-    """Mistakes that only this machine shows: missing files, packages and weights, each with its YAML path."""
+    """Mistakes that only this machine shows: missing files, packages and weights.
+
+    Each names its YAML path.
+    """
     return list(_mistakes(recipe))
 
 
@@ -483,10 +500,11 @@ def _mistakes(recipe: AnyRecipe) -> Iterator[str]:
 
 
 def input_digests(recipe: AnyRecipe, *, products: Mapping[str, Path] | None) -> dict[str, str]:
-    """Fingerprints of what a student is made from, by role: teachers, their adapters, base and texts.
+    """Fingerprints of the inputs of a student, by role: teachers, their adapters, base and texts.
 
-    ``products`` holds student artifacts by teacher name; none leaves out the teachers that other recipes make, which may not be
-    there yet. Raises `ModelError` or `DataError` where something is missing.
+    ``products`` holds student artifacts by teacher name. With None, teachers that other recipes
+    make are left out, because they may not exist yet. Raises `ModelError` or `DataError` if
+    something is missing.
     """
     found = {
         f"teacher {t.name}": model_digest(
@@ -515,7 +533,10 @@ def model_digest(
     products: Mapping[str, Path],
     teacher: str = "",
 ) -> str:
-    """Fingerprint of a model's content, without loading it. ``products`` holds student artifacts by teacher name."""
+    """Fingerprint of a model's content, without loading it.
+
+    ``products`` holds student artifacts by teacher name.
+    """
     match source:
         case RecipeModel():
             return open_artifact(products[teacher], kind="student", verify=False).digest
@@ -534,7 +555,7 @@ def model_digest(
 
 
 def text_digest(source: TextSource, *, folder: Path) -> str:
-    """Fingerprint of the text files a source names, in order. Raises `DataError` where one is missing."""
+    """Fingerprint of a source's text files, in order. Raises `DataError` if one is missing."""
     return fingerprint([file_digest(path) for path in text_files(source, folder=folder)])
 
 

@@ -34,7 +34,8 @@ def generate(
         typer.Option(
             "--adapter",
             metavar="FILE|none",
-            help="Adapter of another student of the same base; none is the base alone.",
+            help="Adapter of another student of the same base; none: the base alone. "
+            "Default: the student's own adapter.",
             show_default=False,
         ),
     ] = None,

@@ -223,7 +223,7 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
 
 
 def show(found: Found) -> None:
-    """Print the table, for a terminal or as Markdown, and what it comes to."""
+    """Print the table and the outcome, for a terminal or as Markdown."""
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table

@@ -62,8 +62,10 @@ class Task(Protocol[R, B]):
         rung: int,
         in_time: Callable[[], bool],
     ) -> tuple[float, dict[str, float]] | None:
-        """Distil a student to the end of a round: its loss and metric then; none where time was up.
-        Raises `DivergenceError`."""
+        """Train a student to the end of a round; return its loss and metric, or None if time is up.
+
+        Raises `DivergenceError`.
+        """
 
     def final_recipe(
         self, recipe: R, student: dict[str, Any], candidate: Candidate, budget: B

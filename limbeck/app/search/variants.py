@@ -75,7 +75,7 @@ def cut_of(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def why_uncut(recipe: AnyRecipe) -> str | None:
-    """Why nothing can be cut out of the recipe's base; none where it can."""
+    """Reason why the recipe's base cannot be cut, or None."""
     try:
         dimensions(recipe, {"kind": "shrink", "base": recipe.resolved()["student"]["base"]})
     except ModelError as error:

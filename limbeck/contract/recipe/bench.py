@@ -85,7 +85,7 @@ class UrlTarget(Frozen):
     kind: Literal["url"]
     url: str = Field(pattern=r"^https?://", description="Address up to and without /v1.")
     model: str | None = Field(
-        None, description="Name of the model there; none takes the first that it lists."
+        None, description="Name of the model there; default: the first that it lists."
     )
     key_variable: KeyVariable = Field(
         "OPENAI_API_KEY", description="Environment variable that holds the API key, if it is set."
@@ -170,7 +170,7 @@ class OpenAiRuntime(Frozen):
     kind: Literal["openai"]
     url: str = Field(pattern=r"^https?://", description="Address up to and without /v1.")
     model: str | None = Field(
-        None, description="Name of the model there; none takes the first that it lists."
+        None, description="Name of the model there; default: the first that it lists."
     )
     key_variable: KeyVariable = Field(
         "OPENAI_API_KEY", description="Environment variable that holds the API key, if it is set."
@@ -209,7 +209,7 @@ class Bench(Frozen):
     prompt_tokens: Count = Field(128, description="Tokens of the prompt.")
     new_tokens: Int = Field(64, ge=2, description="Tokens generated after it.")
     threads: Count | None = Field(
-        None, description="CPU threads of every arm; none takes every core available."
+        None, description="CPU threads of every arm; default: every core available."
     )
     min_blocks: Int = Field(
         6, ge=3, description="Fewest mirrored blocks (A B C C B A) before a verdict."
@@ -219,7 +219,7 @@ class Bench(Frozen):
     )
 
     def scenario(self, kind: str) -> Any:
-        """The scenario of one kind, or none when it is not asked for."""
+        """The scenario of one kind, or None if the recipe does not ask for it."""
         return next((scenario for scenario in self.scenarios if scenario.kind == kind), None)
 
 

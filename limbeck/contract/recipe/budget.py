@@ -34,7 +34,7 @@ class ClassificationQuality(MetricBudget):
     """As of every encoder; the figure is the bench's."""
 
     metric: Literal["accuracy", "macro_f1"] | None = Field(
-        None, description="Figure that is compared: that of bench.metric, which none takes."
+        None, description="Figure that is compared; default: bench.metric."
     )
 
 
@@ -75,7 +75,7 @@ class Budget(Bounds):
     )
     ttft_ms: Positive | None = Field(None, description="Largest median time to first token, in ms.")
     quality: QualityBudget | None = Field(
-        None, description="Least quality; none takes the best that is found."
+        None, description="Least quality; default: the best that is found."
     )
 
     @property
@@ -102,7 +102,7 @@ class ClassificationBudget(EncoderBudget):
     """What a classifier must keep to, measured here. A bound that is not named is not kept to."""
 
     quality: ClassificationQuality | None = Field(
-        None, description="Least quality; none takes the best that is found."
+        None, description="Least quality; default: the best that is found."
     )
 
 
@@ -111,7 +111,7 @@ class EmbeddingBudget(EncoderBudget):
     to."""
 
     quality: EmbeddingQuality | None = Field(
-        None, description="Least quality; none takes the best that is found."
+        None, description="Least quality; default: the best that is found."
     )
 
 
@@ -155,7 +155,7 @@ class Space(Cuts):
     in depth, in FFN width and in hidden width."""
 
     ranks: tuple[Count, ...] = Field(
-        (16,), description="LoRA ranks tried on the whole base; none tries no LoRA."
+        (16,), description="LoRA ranks tried on the whole base; an empty list tries no LoRA."
     )
     hidden: tuple[Share, ...] = Field(
         (1.0,),
@@ -170,7 +170,7 @@ class Space(Cuts):
         min_length=1,
         description="Training tokens of each round, counted from the start and at most "
         "training.tokens; "
-        "the better half goes on, where it has more students than there are finalists.",
+        "the better half continues while it has more students than there are finalists.",
     )
 
 
@@ -184,6 +184,6 @@ class EncoderSpace(Cuts):
     rungs: tuple[Count, ...] = Field(
         (512, 1536),
         min_length=1,
-        description="Training examples of each round, at most training.examples, each a training "
-        "of its own; the better half goes on, where it has more students than there are finalists.",
+        description="Training examples of each round, at most training.examples. Each round trains "
+        "anew; the better half continues while it has more students than there are finalists.",
     )

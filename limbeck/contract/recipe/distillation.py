@@ -53,14 +53,14 @@ class FreshStudent(Frozen):
 class Sizes(Frozen):
     """What is kept of a base that a student is cut out of."""
 
-    layers: Count | None = Field(None, description="Hidden layers kept; none keeps all.")
+    layers: Count | None = Field(None, description="Hidden layers kept; default: all.")
     intermediate_size: Count | None = Field(
-        None, description="FFN neurons kept in a layer; none keeps all."
+        None, description="FFN neurons kept in each layer; default: all."
     )
     kv_heads: Count | None = Field(
-        None, description="Key/value head groups kept in a layer; none keeps all."
+        None, description="Key/value head groups kept in each layer; default: all."
     )
-    hidden_size: Count | None = Field(None, description="Hidden channels kept; none keeps all.")
+    hidden_size: Count | None = Field(None, description="Hidden channels kept; default: all.")
     round_to: Count = Field(
         32, description="FFN and hidden sizes are rounded down to a multiple of this."
     )
@@ -405,11 +405,11 @@ class Training(Frozen):
         "auto", description="Where to train; auto takes a GPU if present."
     )
     threads: Count | None = Field(
-        None, description="CPU threads; none takes every core this process may use."
+        None, description="CPU threads; default: every core this process may use."
     )
     teacher_cache: TeacherCache = Field(
         NoCache(kind="none"),
-        description="Run each teacher once over the text and keep what it said for later runs.",
+        description="Run each teacher once over the text and keep its outputs for later runs.",
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations to save memory.")
     evaluate_every: Count = Field(20, description="Steps between measurements on held-out text.")

@@ -100,12 +100,12 @@ class Class(Frozen):
     name: Name = Field(description="Name of the class: the label that the student gives.")
     text: TextSource = Field(description="Where its examples come from: each document is one.")
     most: Count | None = Field(
-        None, description="Most examples taken, spread evenly; none takes all."
+        None, description="Most examples taken, spread evenly; default: all."
     )
 
 
 class LabelledData(Frozen):
-    """Examples by class. The same text is taken once, so that none is both learnt and held out."""
+    """Examples by class. Equal texts count once, so no text is both trained on and held out."""
 
     classes: tuple[Class, ...] = Field(
         min_length=2, description="The classes, in the order of the student's outputs."
@@ -126,7 +126,7 @@ class SentenceData(Frozen):
         400, ge=16, description="Documents are cut into pieces of about this length, in characters."
     )
     most: Count | None = Field(
-        None, description="Most pieces taken of a domain, spread evenly; none takes all."
+        None, description="Most pieces taken per domain, spread evenly; default: all."
     )
     max_tokens: Int = Field(
         128, ge=4, description="Tokens of a piece that are read; the rest is cut off."
@@ -242,7 +242,7 @@ class EncoderTraining(Frozen):
         "fp32.",
     )
     threads: Count | None = Field(
-        None, description="CPU threads; none takes every core this process may use."
+        None, description="CPU threads; default: every core this process may use."
     )
     evaluate_every: Count = Field(
         50, description="Steps between measurements on held-out examples."
@@ -276,7 +276,7 @@ class EncoderExport(Frozen):
         description="Forms by name, fp32 first; the last one is shipped.",
     )
     opset: Opset | None = Field(
-        None, description="ONNX operator set of the graphs; none takes the exporter's own choice."
+        None, description="ONNX operator set of the graphs; default: the exporter's own choice."
     )
     shapes: Shapes = Field(
         DynamicShapes(kind="dynamic"),
@@ -295,7 +295,7 @@ class EncoderBench(Frozen):
         (32, 128), min_length=1, description="Tokens of a sequence."
     )
     threads: Count | None = Field(
-        None, description="CPU threads of every arm; none takes every core available."
+        None, description="CPU threads of every arm; default: every core available."
     )
     min_blocks: Int = Field(
         6, ge=3, description="Fewest mirrored blocks (A B C C B A) before a verdict."
@@ -352,7 +352,7 @@ class ClassificationRecipe(BaseRecipe):
 
     task: Literal["classification"] = Field(description="What the student does.")
     teachers: tuple[EncoderTeacher, ...] = Field(
-        (), description="Teachers; none is plain fine-tuning."
+        (), description="Teachers; without teachers it is plain fine-tuning."
     )
     data: LabelledData = Field(description="Training and held-out examples.")
     student: EncoderStudent = Field(description="What is trained.")

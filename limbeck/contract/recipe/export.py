@@ -38,8 +38,7 @@ class Int8WeightForm(Frozen):
 
     kind: Literal["int8-weight"]
     block_size: Literal[16, 32, 64, 128, 256] | None = Field(
-        None,
-        description="Weights that share a scale; none takes the largest that divides the width.",
+        None, description="Weights that share a scale; default: the largest that divides the width."
     )
     smooth: Fraction | None = Field(None, description=_SMOOTH)
 
@@ -249,5 +248,5 @@ class Export(Frozen):
         MixedByRule(kind="rule"), description="Which matrices of int4-weight keep 8 bits."
     )
     recover: Recover | None = Field(
-        None, description="What to try when rounding costs too much; none tries nothing."
+        None, description="What to try when rounding costs too much; default: nothing."
     )

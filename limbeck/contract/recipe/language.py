@@ -20,7 +20,9 @@ class Recipe(BaseRecipe):
     """Several teacher language models, one student, and what must hold before it ships."""
 
     task: Literal["causal-lm"] = Field("causal-lm", description="What the student does.")
-    teachers: tuple[Teacher, ...] = Field((), description="Teachers; none is plain fine-tuning.")
+    teachers: tuple[Teacher, ...] = Field(
+        (), description="Teachers; without teachers it is plain fine-tuning."
+    )
     data: Data = Field(description="Training and held-out text.")
     student: Student = Field(description="What is trained.")
     fusion: Fusion = Field(
