@@ -1,8 +1,8 @@
-"""Text to token blocks: documents, held-out pieces, packing, and the order in which training sees them.
+"""Text to token blocks: documents, held-out pieces, packing, and the order of training.
 
-Blocks are made once, into a cache that is mapped into memory, so a corpus may be larger than the memory is.
+Blocks are made once, into a cache that is mapped into memory, so a corpus may exceed the memory.
 
-Every choice is a pure function of recipe and content, so nothing about the position in the data needs saving.
+Every choice is a pure function of recipe and content, so no data position needs to be saved.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def load_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> list[Doma
 def training_order(
     blocks: Sequence[DomainBlocks], *, count: int, seed: int
 ) -> npt.NDArray[np.int64]:
-    """[count, 2] of (domain, row): each domain by its weight, rows shuffled anew in every pass over the domain."""
+    """[count, 2] of (domain, row): domains by weight; each pass over a domain shuffles its rows."""
     shares = np.array([b.weight for b in blocks]) / sum(b.weight for b in blocks)
     order = np.empty((count, 2), dtype=np.int64)
     taken = np.zeros(len(blocks), dtype=np.int64)
@@ -96,7 +96,7 @@ def training_order(
 def labels_of(
     input_ids: npt.NDArray[np.int32], scored: npt.NDArray[np.uint8]
 ) -> npt.NDArray[np.int64]:
-    """[N, L] next-token labels: position t holds token t + 1 where that is scored; all else is ignored."""
+    """[N, L] next-token labels: token t + 1 at position t where it is scored, else ignored."""
     labels = np.full(input_ids.shape, IGNORED, dtype=np.int64)
     labels[:, :-1] = np.where(scored[:, 1:], input_ids[:, 1:], IGNORED)
     return labels
@@ -112,7 +112,7 @@ def conversations(
         yield Piece(text, tuple(answers), says_end=False)
 
 
-# Before there is a tokenizer ------------------------------------------------------------------------------------
+# Before there is a tokenizer ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Amount:
 
 
 def measure_text(domain: Domain, data: Data, *, folder: Path, enough: int | None = None) -> Amount:
-    """Read a domain without a tokenizer, until ``enough`` blocks may be there; none reads all of it.
+    """Read a domain without a tokenizer, until it holds about ``enough`` blocks; None reads it all.
 
     Raises `DataError` for text that is missing or cannot be read.
     """
@@ -148,7 +148,7 @@ def measure_text(domain: Domain, data: Data, *, folder: Path, enough: int | None
 
 
 def _unrendered(path: Path, form: TextFormat | RowFormat) -> Iterator[str | Piece]:
-    """Documents; of conversations the JSON, which is about as long as what a template makes of it."""
+    """Documents; for conversations their JSON, which is about as long as the rendered template."""
     if isinstance(form, ChatRows):
         return (
             Piece(json.dumps(value, ensure_ascii=False)) for _, value in rows_of(path, form.field)
@@ -156,12 +156,12 @@ def _unrendered(path: Path, form: TextFormat | RowFormat) -> Iterator[str | Piec
     return documents(path, form)
 
 
-# Blocks ----------------------------------------------------------------------------------------------------------
+# Blocks ------------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Answers:
-    """What becomes of the answers of a chat domain, counted while its conversations are cut to a block."""
+    """Count the answers of a chat domain that are kept, cut short or dropped at the block's end."""
 
     block: int
     kept: int = 0
@@ -169,7 +169,7 @@ class _Answers:
     dropped: int = 0
 
     def cut(self, texts: Iterable[Tokens]) -> Iterator[Tokens]:
-        """Conversations up to their first ``block`` tokens: the rest would be learnt without what it answers."""
+        """Cut conversations at ``block`` tokens: a later part would train without its context."""
         for text in texts:
             for start, end in text.answers:
                 self.dropped += start >= self.block
@@ -182,21 +182,22 @@ class _Answers:
     def say(self, name: str) -> None:
         if self.dropped or self.shortened:
             say(
-                f"  {name}: of {self.kept + self.dropped} answers, {self.dropped} lie past the first {self.block} tokens of their "
-                f"conversation and were dropped, {self.shortened} were cut short; a larger data.block keeps them"
+                f"  {name}: of {self.kept + self.dropped} answers, {self.dropped} lie past the "
+                f"first {self.block} tokens of their conversation and were dropped, "
+                f"{self.shortened} were cut short; a larger data.block keeps them"
             )
 
 
 @dataclass
 class _Split:
-    """A corpus cut into training pieces, which pass through, and held-out pieces, which are kept."""
+    """Split a corpus into training pieces (yielded) and held-out pieces (kept)."""
 
     data: Data
     heldout: list[Piece] = field(default_factory=list)
     seen: int = 0
 
     def train(self, found: Iterable[str | Piece]) -> Iterator[Piece]:
-        """Every n-th piece of the corpus is held out: a part of a long text, or a whole conversation."""
+        """Hold out every n-th piece: a part of a long text, or a whole conversation."""
         for document in found:
             if isinstance(document, Piece):
                 if self._holds_out():
@@ -243,7 +244,8 @@ def _domain_blocks(
 
     def make(out: Path) -> dict[str, Any]:
         say(
-            f"  {domain.name}: tokenising {len(paths)} file{'s' * (len(paths) > 1)}, once, into the cache"
+            f"  {domain.name}: tokenising {len(paths)} file{'s' * (len(paths) > 1)}, once, into "
+            "the cache"
         )
         return _write_blocks(out, domain, paths, data, tokenizer)
 
@@ -274,7 +276,10 @@ def _write_blocks(
     data: Data,
     tokenizer: PreTrainedTokenizerFast,
 ) -> dict[str, Any]:
-    """Fill ``folder`` with one .npy an array of `DomainBlocks`; memory holds the held-out text and one batch of the rest."""
+    """Write one .npy file per array of `DomainBlocks` into ``folder``.
+
+    Memory holds the held-out text and one batch of the rest.
+    """
     form: TextFormat | RowFormat = domain.text.format
     chat = isinstance(form, ChatRows)
     prefix = [] if chat else special_prefix(tokenizer)  # a chat template writes its own
@@ -299,24 +304,28 @@ def _write_blocks(
     ]
     if not split.seen:
         raise DataError(
-            f"data.domains: {domain.name}: no text in {paths[0]}{' …' * (len(paths) > 1)}; name files with text."
+            f"data.domains: {domain.name}: no text in {paths[0]}{' …' * (len(paths) > 1)}; name "
+            "files with text."
         )
     full = int((lengths == data.block).sum())
     if not (len(lengths) if chat else full) or not heldout_rows:
         raise DataError(
             f"data.domains: {domain.name}: too little text: "
             + (
-                f"{len(lengths)} training and {len(heldout_rows)} held-out blocks with an answer from {split.seen} "
-                f"conversations, {answers.dropped} answers past the first {data.block} tokens; expected at least one block of "
-                "each. Add conversations, or make data.block larger or data.heldout.every smaller."
+                f"{len(lengths)} training and {len(heldout_rows)} held-out blocks with an answer "
+                f"from {split.seen} conversations, {answers.dropped} answers past the first "
+                f"{data.block} tokens; expected at least one block of each. Add conversations, or "
+                "make data.block larger or data.heldout.every smaller."
                 if chat
-                else f"{full} full training blocks of {data.block} tokens and {len(heldout_rows)} held-out blocks from "
-                f"{split.seen} pieces of {data.heldout.piece_chars} characters; expected at least one of each. Add text, make "
-                "data.block, data.heldout.piece_chars or data.heldout.every smaller, or join short documents with data.packing: stream."
+                else f"{full} full training blocks of {data.block} tokens and "
+                f"{len(heldout_rows)} held-out blocks from {split.seen} pieces of "
+                f"{data.heldout.piece_chars} characters; expected at least one of each. Add text, "
+                "make data.block, data.heldout.piece_chars or data.heldout.every smaller, or join "
+                "short documents with data.packing: stream."
             )
         )
     answers.say(domain.name if data.packing == "document" else f"{domain.name}, held-out text")
-    # Spread over the corpus; full blocks first, so that short documents do not fill the measurement.
+    # Spread over the corpus; full blocks first, so that short documents do not dominate the loss.
     if not chat:
         heldout_rows = [row for row in heldout_rows if len(row[0]) == data.block] or heldout_rows
     chosen = np.unique(
@@ -383,7 +392,7 @@ def _write_rows(folder: Path, rows: Iterable[Row], block: int) -> npt.NDArray[np
 
 
 def _write_header(file: IO[bytes], kind: np.dtype[Any], shape: tuple[int, int]) -> None:
-    # numpy leaves room for the first axis to grow, so the header can be written again once the rows are counted.
+    # numpy pads the header so that the first axis can grow: write it again once rows are counted.
     file.seek(0)
     np.lib.format.write_array_header_1_0(
         file, {"descr": kind.str, "fortran_order": False, "shape": shape}

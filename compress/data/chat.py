@@ -1,4 +1,4 @@
-"""Conversations to text: the tokenizer's chat template, and where in its rendering the assistant's answers are.
+"""Conversations to text: apply the tokenizer's chat template and find the answers in the result.
 
 Knows templates and characters; knows nothing of tokens, files or blocks.
 """
@@ -22,18 +22,20 @@ _MARK = "\ue000{}\ue001"  # private use: no template and no language means anyth
 
 
 def check_messages(value: Any, where: str) -> Messages:
-    """``value`` as a conversation. Raises `DataError` naming ``where`` and the message that is none."""
+    """``value`` as a conversation. Raises `DataError` that names ``where`` and the bad message."""
     if not isinstance(value, list) or not value:
         found = "an empty list" if value == [] else type(value).__name__
         raise DataError(
-            f"{where}: expected a list of messages, found {found}; set format.field to the right key."
+            f"{where}: expected a list of messages, found {found}; set format.field to the right "
+            "key."
         )
     messages = []
     for number, message in enumerate(value, start=1):
         for key in ("role", "content"):
             if not isinstance(message, dict) or not isinstance(message.get(key), str):
                 raise DataError(
-                    f"{where}: message {number} has no text under {key!r}; expected {{role: …, content: …}}, both text."
+                    f"{where}: message {number} has no text under {key!r}; expected "
+                    "{role: …, content: …}, both text."
                 )
         messages.append({key: inner for key, inner in message.items() if inner is not None})
     return messages
@@ -45,9 +47,10 @@ def chat_template(tokenizer: PreTrainedTokenizerFast) -> str:
         return str(tokenizer.get_chat_template())
     except ValueError:
         raise DataError(
-            "the tokenizer has no chat template, so chat data cannot be rendered. Put a chat_template.jinja into the folder "
-            "of the model it comes from (first teacher or student.base), use the instruct version of that model, or use "
-            "the format jsonl or parquet with text that is rendered already."
+            "the tokenizer has no chat template, so chat data cannot be rendered. Put a "
+            "chat_template.jinja into the folder "
+            "of the model it comes from (first teacher or student.base), use the instruct version "
+            "of that model, or use the format jsonl or parquet with text that is rendered already."
         ) from None
 
 
@@ -56,9 +59,10 @@ def render(
 ) -> tuple[str, list[Span]]:
     """The conversation as text, and the span of every answer with the token that ends its turn.
 
-    Spans come from the template's ``{% generation %}`` marks where it has them. Else the conversation is rendered twice, the
-    second time with a mark in the place of each answer: what stands where a mark stood is the answer, whatever the
-    template made of it. Raises `DataError` naming ``where``.
+    Spans come from the template's ``{% generation %}`` marks if it has them. Otherwise the
+    conversation is rendered a second time with a mark in place of each answer; the text between the
+    parts around the marks is the answer, even if the template changed it. Raises `DataError` that
+    names ``where``.
     """
     marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
     text, spans = _rendered(messages, tokenizer, template, where, marks=marked)
@@ -76,8 +80,9 @@ def render(
     found = _between(text, between, answers) if len(between) == len(names) + 1 else None
     if found is None:
         raise DataError(
-            f"{where}: the chat template changes this conversation so that its answers cannot be told from the rest. "
-            "Put {% generation %} and {% endgeneration %} around the answer in the template, or leave the row out."
+            f"{where}: the chat template changes this conversation so that its answers cannot be "
+            "told from the rest. Put {% generation %} and {% endgeneration %} around the answer "
+            "in the template, or leave the row out."
         )
     turn_end = _turn_end(tokenizer)
     return text, [
@@ -86,7 +91,7 @@ def render(
 
 
 def _between(text: str, between: Sequence[str], answers: Sequence[str]) -> list[Span] | None:
-    """Spans of ``text`` between the pieces ``between``, which must make up all the rest of it; none when they do not."""
+    """Spans of ``text`` between the parts ``between``; None unless spans and parts fill it."""
     if not text.startswith(between[0]):
         return None
     spans, at = [], len(between[0])
@@ -98,7 +103,7 @@ def _between(text: str, between: Sequence[str], answers: Sequence[str]) -> list[
                 not last or end + len(after) == len(text)
             ):
                 break
-        else:  # the template made something else of it, such as leaving out the reasoning of earlier turns
+        else:  # the template changed the answer, for example dropped the reasoning of earlier turns
             end = len(text) - len(after) if last else text.find(after, at)
             if end < at or not text.startswith(after, end):
                 return None
@@ -108,7 +113,7 @@ def _between(text: str, between: Sequence[str], answers: Sequence[str]) -> list[
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
-    """A special token right after an answer, perhaps with white space before it: how the student learns to stop."""
+    """Match a special token after an answer, perhaps after white space: it teaches to stop."""
     special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
     if not special:
         return re.compile(r"(?!)")  # matches nothing
@@ -136,7 +141,8 @@ def _rendered(
         raise DataError(f"{where}: the chat template refuses this conversation: {error}.") from None
     except Exception as error:  # a template is a program, and may fail like one
         raise DataError(
-            f"{where}: the chat template fails on this conversation: {type(error).__name__}: {error}. "
+            f"{where}: the chat template fails on this conversation: {type(error).__name__}: "
+            f"{error}. "
             "Correct the template, or leave the row out."
         ) from error
     return texts[0], spans[0] if marks else []

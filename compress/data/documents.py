@@ -1,6 +1,6 @@
-"""Files to documents: plain text, rows of JSON lines, Parquet and Arrow, long strings of Python, mail.
+"""Files to documents: plain text, rows of JSON lines, Parquet and Arrow, strings of Python, mail.
 
-Knows files and their formats; knows nothing of tokens. Every error names the file and the line or row.
+Knows files and formats, not tokens. Every error names the file and the line or row.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ def documents(
 
 
 def pieces(document: str, *, length: int) -> Iterator[str]:
-    """Cut a document into pieces of about ``length`` characters at line ends, else at spaces; nothing is lost."""
+    """Cut a document into pieces of about ``length`` characters, at line ends or else at spaces.
+
+    The pieces joined are the document again.
+    """
     start = 0
     while start < len(document):
         end = start + length
@@ -75,7 +78,10 @@ def _texts(rows: Iterator[tuple[str, Any]], field: str) -> Iterator[str]:
 def _no_text(value: Any, field: str) -> str:
     if value is None:
         return f"the text under {field!r} is null; leave the row out, or write an empty text."
-    return f"no text under {field!r} (found: {type(value).__name__}); set format.field to the right key."
+    return (
+        f"no text under {field!r} (found: {type(value).__name__}); set format.field to the right "
+        "key."
+    )
 
 
 def well_formed(value: Any) -> Any:
@@ -127,7 +133,8 @@ def _json_lines(path: Path, field: str) -> Iterator[tuple[str, Any]]:
             if not isinstance(row, dict) or field not in row:
                 keys = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
                 raise DataError(
-                    f"{where}: no text under {field!r} (found: {keys}); set format.field to the right key."
+                    f"{where}: no text under {field!r} (found: {keys}); set format.field to the "
+                    "right key."
                 )
             yield where, well_formed(row[field])
 
@@ -167,7 +174,8 @@ def _arrow_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
 def _check_column(path: Path, field: str, found: Sequence[str]) -> None:
     if field not in found:
         raise DataError(
-            f"{path}: no column {field!r} (found: {', '.join(found)}); set format.field to the right one."
+            f"{path}: no column {field!r} (found: {', '.join(found)}); set format.field to the "
+            "right one."
         )
 
 

@@ -1,6 +1,6 @@
-"""E-mail messages to the text a person reads: subject and body, decoded, without headers and markup.
+"""E-mail messages to the text that a person reads: subject and decoded body, no headers or markup.
 
-Knows the standard library's parser; never fails on a malformed message, of which mail archives are full.
+Uses the standard library's parser. Never fails on malformed messages, which archives are full of.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ _HIDDEN = ("script", "style", "title")
 
 
 def subject_and_body(message: str | bytes) -> str:
-    """Subject, an empty line and the body of a message as it was sent, blanks squeezed; attachments are left out.
+    """Subject, an empty line, and the body with white space squeezed; attachments are left out.
 
-    The plain part is taken where there is one, else the HTML part without its tags.
+    Takes the plain part if there is one, otherwise the HTML part without its tags.
     """
     # Old archives begin with the line by which a mailbox file parts messages.
     if isinstance(message, str):

@@ -42,7 +42,7 @@ class Tokens:
 def special_prefix(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Ids that the tokenizer puts before any text, such as a begin-of-text token; often none.
 
-    What it puts behind a text, such as the end token of the template ``<s> $A </s>``, is not among them.
+    Tokens that it puts after a text are not among them, such as the end token of ``<s> $A </s>``.
     """
     plain = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
     for token in plain[:32]:  # the first whose text is a token again
@@ -87,7 +87,7 @@ def _batches(texts: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def pack_documents(texts: Iterable[Tokens], block: int, prefix: Sequence[int]) -> Iterator[Row]:
-    """Blocks of at most ``block`` tokens that never cross a text; a tail of one token has nothing to predict."""
+    """Blocks of at most ``block`` tokens, each of one text. A rest of one token is dropped."""
     room = block - len(prefix)
     for text in texts:
         for start in range(0, len(text.ids), room):
@@ -100,9 +100,10 @@ def pack_documents(texts: Iterable[Tokens], block: int, prefix: Sequence[int]) -
 def pack_stream(
     texts: Iterable[Tokens], block: int, prefix: Sequence[int], *, end: int
 ) -> Iterator[Row]:
-    """Full blocks of all texts joined, with the token ``end`` after each; only the last block may be shorter.
+    """Full blocks of all texts joined, with the token ``end`` after each; the last may be shorter.
 
-    ``end`` is a label where a document of plain text ends, not where a held-out piece was cut out or a conversation ends.
+    ``end`` is a label only at the true end of a document of plain text: not where a held-out piece
+    was cut out, and not at the end of a conversation.
     """
     room = block - len(prefix)
     ids, scored = np.empty(0, dtype=np.int32), np.empty(0, dtype=np.uint8)

@@ -1,6 +1,7 @@
-"""Causal attention of short blocks in bf16 on a CPU: three products, where torch's fused kernel takes about twice as long.
+"""Causal attention of short blocks in bf16 on a CPU: three products.
 
-Registered with transformers' `AttentionInterface`; whatever it does not handle goes to torch's `scaled_dot_product_attention`.
+torch's fused kernel takes about twice as long. Registered with transformers' `AttentionInterface`;
+every other case goes to torch's `scaled_dot_product_attention`.
 Shapes: R rows, H heads of queries, G groups of keys and values, L positions, d width of a head.
 """
 
@@ -15,19 +16,20 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "limbeck-short"
-LONGEST = 512  # positions; it keeps R H L^2 probabilities for the backward pass, which a longer block would feel
+LONGEST = 512  # positions; the backward pass keeps R H L^2 probabilities, too many for long blocks
 _SPECIAL = ("softcap", "s_aux", "position_bias", "cache")  # what an architecture may ask beside
 
 
 def use_short_attention(model: Any) -> None:
-    """Let a causal LM that would use torch's fused attention use `short_attention`; others are left alone."""
+    """Switch a causal LM from torch's fused attention to `short_attention`; leave others alone."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
 
 
 def short_attention(
-    module: Any, query_RHLd: Tensor, key_RGLd: Tensor, value_RGLd: Tensor, attention_mask: Tensor | None,
-    dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None, **options: Any,
+    module: Any, query_RHLd: Tensor, key_RGLd: Tensor, value_RGLd: Tensor,
+    attention_mask: Tensor | None, dropout: float = 0.0, scaling: float | None = None,
+    is_causal: bool | None = None, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention as transformers calls it: the output [R, L, H, d], and no weights.
 
@@ -47,7 +49,8 @@ def short_attention(
     )
     if not (square and plain and dtype == torch.bfloat16 and query_RHLd.device.type == "cpu"):
         fused: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query_RHLd, key_RGLd, value_RGLd, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **options
+            module, query_RHLd, key_RGLd, value_RGLd, attention_mask, dropout=dropout,
+            scaling=scaling, is_causal=is_causal, **options,
         )  # fmt: skip
         return fused
     scale = d**-0.5 if scaling is None else scaling

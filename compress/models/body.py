@@ -24,7 +24,7 @@ class Body:
     """A causal LM seen as hidden states and a head."""
 
     def __init__(self, model: Any, adapter: str | None = None) -> None:
-        """``model`` is a transformers model or a `PeftModel` around one, ``adapter`` the one of its adapters that is meant."""
+        """Take a transformers model or a `PeftModel`, of which ``adapter`` names one adapter."""
         self.model, self.adapter = model, adapter
 
     @functools.cached_property
@@ -46,9 +46,10 @@ class Body:
     def states(
         self, input_ids_RL: Tensor, layers: Sequence[int] = ()
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Last hidden states [R, L, d] and those after each of ``layers`` (counted from 1), in the caller's grad mode.
+        """Last hidden states [R, L, d], and those after each of ``layers`` (counted from 1).
 
-        Right padding needs no mask: attention is causal, so label positions never see it.
+        Runs in the caller's grad mode. Padding on the right needs no mask: attention is causal, so
+        no label position sees it.
         """
         self._activate()
         lm = causal_lm(self.model)
@@ -63,7 +64,7 @@ class Body:
 
 @torch.no_grad()
 def require_faithful(body: Body, where: str) -> None:
-    """Raise `ModelError` unless ``body`` gives the logits of the model's own forward pass, and looks at no later token.
+    """Raise `ModelError` unless ``body`` gives the model's own logits and is causal.
 
     The loss reads hidden states and head, and pads rows on the right without a mask.
     """
@@ -71,8 +72,8 @@ def require_faithful(body: Body, where: str) -> None:
     config = lm.config.get_text_config()
     if not hasattr(lm, lm.base_model_prefix):
         raise ModelError(
-            f"{where}: {type(lm).__name__} keeps its layers in no part of their own ({lm.base_model_prefix}); Limbeck "
-            "cannot read its hidden states."
+            f"{where}: {type(lm).__name__} keeps its layers in no part of their own "
+            f"({lm.base_model_prefix}); Limbeck cannot read its hidden states."
         )
     rows = min(int(config.vocab_size), len(lm.get_input_embeddings().weight))
     context = getattr(config, "max_position_embeddings", None)
@@ -117,20 +118,21 @@ def causal_lm(model: Any) -> Any:
 
 
 def head_of(model: Any) -> Head:
-    """The head of a causal LM, with whatever its active adapters add, logit scale and soft-capping included.
+    """The head of a causal LM with its active adapters, logit scale and soft-capping.
 
     Raises `ModelError` for a model without one.
     """
     config, output = model.config.get_text_config(), model.get_output_embeddings()
     if output is None:
         raise ModelError(
-            f"{type(model).__name__} has no output embeddings; only causal language models can be distilled."
+            f"{type(model).__name__} has no output embeddings; only causal language models can be "
+            "distilled."
         )
     weight, bias = _matrix(output)
     return Head(weight, bias, _scale(config), _softcap(config))
 
 
-# How the architectures of transformers call the factor of their logits, and whether it multiplies or divides them.
+# Names of the logit factor in transformers' architectures, and whether it divides the logits.
 _FACTORS = (
     ("logit_scale", False),  # cohere
     ("logits_scaling", True),  # granite
@@ -164,7 +166,7 @@ def _matrix(output: Any) -> tuple[Tensor, Tensor | None]:
         output = output.modules_to_save[saved[0]] if saved else output.original_module
     if not isinstance(output, BaseTunerLayer | AuxiliaryTrainingWrapper):
         return output.weight, getattr(output, "bias", None)
-    # Every kind of adapter that we take is affine: its answers to the unit vectors are the columns of one matrix.
+    # All supported adapters are affine: applied to the identity, they give the merged matrix.
     weight = output.weight
     unit_dd = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
     with torch.no_grad():

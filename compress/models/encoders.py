@@ -85,9 +85,9 @@ def encoder_folder(source: AnyEncoderSource, *, folder: Path, product: Path | No
 
 
 def encoder_config(source: EncoderSource, *, folder: Path) -> Any:
-    """The configuration of an encoder, without its weights: of a hub model only config.json is fetched.
+    """Configuration of an encoder, without its weights; of a hub model only config.json is fetched.
 
-    Raises `ModelError` when it cannot be had.
+    Raises `ModelError` if it is not available.
     """
     if isinstance(source, RandomModel):
         return random_config(
@@ -108,13 +108,14 @@ def labelled(config: Any, classes: Sequence[str]) -> Any:
 
 
 def require_context(name: str, config: Any, tokens: int) -> None:
-    """Raise `ModelError` unless the encoder of a configuration reads examples of ``tokens`` tokens."""
+    """Raise `ModelError` unless an encoder with this configuration reads ``tokens`` tokens."""
     most = int(getattr(config, "max_position_embeddings", 0) or 0)
     if most and config.model_type in COUNTS_FROM_PADDING:
         most -= (config.pad_token_id or 0) + 1
     if most and tokens > most:
         raise ModelError(
-            f"data.max_tokens: found {tokens}, but {name} reads {most} at most; choose {most} or less."
+            f"data.max_tokens: found {tokens}, but {name} reads {most} at most; choose {most} or "
+            "less."
         )
 
 
@@ -124,7 +125,10 @@ def load_body(folder: Path) -> Any:
 
 
 def load_classifier(folder: Path, classes: Sequence[str] | None = None) -> Any:
-    """The encoder with a classification head; with ``classes``, a fresh one of these classes. Raises `ModelError`."""
+    """The encoder with its classification head, or a fresh head for ``classes``.
+
+    Raises `ModelError`.
+    """
     if classes is None:
         return _load(AutoModelForSequenceClassification, folder, "a classifier")
     what = "an encoder with a classification head"
@@ -148,8 +152,9 @@ def build_student(
 ) -> tuple[Any, Importance | None, dict[str, Any]]:
     """The trainable model; for a shrunk one also the importance it was cut by and the sizes kept.
 
-    ``folder`` is the base, or for a fresh student any with its tokenizer; ``classes`` is none for a sentence encoder;
-    ``calibration`` are token ids ``[1, L]`` of training text. Raises `ModelError`.
+    ``folder`` is the base; a fresh student needs it only for its tokenizer. ``classes`` is None for
+    a sentence encoder. ``calibration`` are token ids ``[1, L]`` of training text. Raises
+    `ModelError`.
     """
     importance, kept = None, dict[str, Any]()
     with torch.random.fork_rng(devices=[]):
@@ -175,7 +180,7 @@ def build_student(
 
 
 def pooled(model: Any, ids_RL: Tensor, mask_RL: Tensor, *, pooling: str = "mean") -> Tensor:
-    """Unit vectors ``[R, d]`` in fp32: the mean of the token states under the mask, or the first one (`cls`)."""
+    """Unit vectors ``[R, d]`` in fp32: masked mean of token states, or the first one (`cls`)."""
     states_RLd = model(input_ids=ids_RL, attention_mask=mask_RL).last_hidden_state.float()
     if pooling == "cls":
         vectors_Rd = states_RLd[:, 0]
@@ -193,7 +198,7 @@ def _load(auto: Any, folder: Path, what: str, **options: Any) -> Any:
 
 
 def _of_a_head(model: Any, name: str) -> bool:
-    """Whether a classifier's weight is of its head, which in some architectures begins with the body's pooler."""
+    """Whether a classifier's weight is part of its head, which may include the body's pooler."""
     body = f"{model.base_model_prefix}."
     return not name.startswith(body) or unused_pooler(model, name.removeprefix(body))
 
@@ -237,14 +242,14 @@ def _random_fields(source: RandomModel) -> dict[str, Any]:
     return {"pad_token_id": byte_tokenizer().pad_token_id, **source.config}
 
 
-# An ONNX file read back ------------------------------------------------------------------------------------------
+# An ONNX file read back --------------------------------------------------------------------------
 
 
 def _read_onnx(file: Path, like: Path, out: Path) -> dict[str, Any]:
-    """Make a transformers folder of the initialisers of ``file``, with configuration and tokenizer of ``like``.
+    """Write a transformers folder with the weights of ``file`` and the configuration of ``like``.
 
-    Exporters keep the parameters' names, but fold the transpose of every Linear into a matrix without one: those are named
-    by the MatMul that reads them.
+    Exporters keep the parameters' names, but replace the weight of each Linear by its transpose
+    under a new name. Those are named after the MatMul that reads them. Raises `ModelError`.
     """
     import onnx
     from onnx import numpy_helper
@@ -278,13 +283,15 @@ def _read_onnx(file: Path, like: Path, out: Path) -> dict[str, Any]:
     missing = [name for name in missing if not name.startswith("pooler.")]
     if missing or not layers:
         raise ModelError(
-            f"{file}: {len(missing)} weights of a {config.model_type} are not found in it (for example {', '.join(missing[:3])}); "
+            f"{file}: {len(missing)} weights of a {config.model_type} are not found in it (for "
+            f"example {', '.join(missing[:3])}); "
             "only encoders whose exporter kept the parameters' names can be read back."
         )
     gap = _difference(model, file)
     if not gap <= _FAITHFUL:
         raise ModelError(
-            f"{file}: the model read back from it computes something else (difference {gap:.2g}, tolerance {_FAITHFUL}); "
+            f"{file}: the model read back from it computes something else (difference {gap:.2g}, "
+            f"tolerance {_FAITHFUL}); "
             f"is {like} of the same configuration?"
         )
     _save(model, load_tokenizer(like), out)
@@ -292,7 +299,7 @@ def _read_onnx(file: Path, like: Path, out: Path) -> dict[str, Any]:
 
 
 def _layers_named_in(file: Path) -> int:
-    """Layers of an ONNX file by the names in it, which lie there as text: protobuf would read the weights as well."""
+    """Count an ONNX file's layers by the names in it, as text: protobuf would read the weights."""
     found = set[int]()
     if file.stat().st_size:
         with (
@@ -302,20 +309,21 @@ def _layers_named_in(file: Path) -> int:
             found = {int(match[1]) for match in re.finditer(rb"encoder\.layer\.(\d+)\.", data)}
     if not found:
         raise ModelError(
-            f"{file}: no layers of an encoder are named in it; only encoders whose exporter kept the parameters' names can be read back."
+            f"{file}: no layers of an encoder are named in it; only encoders whose exporter kept "
+            "the parameters' names can be read back."
         )
     return max(found) + 1
 
 
 def _local(name: str) -> str:
-    """A parameter's name inside the encoder: from `embeddings.` or `encoder.` on; empty for anything else."""
+    """A parameter's name inside the encoder, from `embeddings.` or `encoder.` on; else empty."""
     match = re.search(r"(?:^|\.)((?:embeddings|encoder)\..*)$", name)
     return match[1] if match else ""
 
 
 @torch.no_grad()
 def _difference(model: Any, file: Path) -> float:
-    """Largest difference between any output of ``file`` and the model's states, or their mean, whichever it is of."""
+    """Largest difference between an output of ``file`` and the model's states or their mean."""
     from limbeck.runtime.session import import_onnxruntime
 
     session = import_onnxruntime().InferenceSession(str(file), providers=["CPUExecutionProvider"])

@@ -1,6 +1,6 @@
-"""Model sources to plain transformers folders, once, into the cache; and folders to torch models.
+"""Model sources to plain transformers folders in the cache, and folders to torch models.
 
-Everything downstream sees one shape only: a folder with config, safetensors weights and a tokenizer.
+All later code sees one form only: a folder with config, safetensors weights and a tokenizer.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def model_folder(source: BaseSource, *, folder: Path) -> Path:
-    """The plain folder of a model; GGUF files are dequantised and random models made into the cache, once.
+    """The plain folder of a model. GGUF files and random models are converted once, into the cache.
 
-    Raises `ModelError` when the source holds nothing usable.
+    Raises `ModelError` if the source holds nothing usable.
     """
     match source:
         case HubModel():
@@ -72,9 +72,9 @@ def model_folder(source: BaseSource, *, folder: Path) -> Path:
 
 
 def model_config(source: BaseSource, *, folder: Path) -> Any:
-    """The configuration of a model, without its weights: of a hub model only config.json is fetched.
+    """Configuration of a model, without its weights; of a hub model only config.json is fetched.
 
-    Raises `ModelError` when it cannot be had.
+    Raises `ModelError` if it is not available.
     """
     if isinstance(source, RandomModel):
         return random_config(source.config, vocab_size=len(byte_tokenizer()), where="model.config")
@@ -137,10 +137,11 @@ def load_model(
 
 
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the frozen fp32 matrices of linear layers to autocast's ``dtype`` once, as it would at every use.
+    """Cast the frozen fp32 matrices of linear layers to autocast's ``dtype`` once.
 
-    The same bits come out, from half the memory. What an embedding shares keeps its type. Everything is copied, so that nothing
-    holds the file that the weights were mapped from, which would stay in memory whole.
+    Autocast would cast them at every use: the result is equal bit for bit and takes half the
+    memory. A matrix that an embedding shares keeps its type. All parameters are copied, because one
+    that still maps the file of weights would keep the whole file in memory.
     """
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for module in model.modules():
@@ -174,7 +175,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 def require_same_tokenizer(names_and_folders: Mapping[str, Path]) -> None:
     """Raise `ModelError` unless all folders map the same tokens to the same ids.
 
-    A larger size with padded rows is fine; a different map is not, and the message counts ids and shows three.
+    Padded rows may differ. The message counts the ids that differ and shows three.
     """
     (first, first_folder), *rest = names_and_folders.items()
     reference = load_tokenizer(first_folder).get_vocab()
@@ -190,16 +191,19 @@ def require_same_tokenizer(names_and_folders: Mapping[str, Path]) -> None:
             for t in different[:3]
         )
         raise ModelError(
-            f"{first} and {name} have different tokenizers: {len(different)} of {len(reference.keys() | vocabulary.keys())} tokens "
-            f"have another id or are missing ({shown}). Fusion needs one token map: choose models of one family."
+            f"{first} and {name} have different tokenizers: {len(different)} of "
+            f"{len(reference.keys() | vocabulary.keys())} tokens "
+            f"have another id or are missing ({shown}). Fusion needs one token map: choose models "
+            "of one family."
         )
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto`, `cpu` or `cuda` as a device. Raises `EnvironmentalError` for a GPU where there is none."""
+    """Torch device for `auto`, `cpu` or `cuda`. Raises `EnvironmentalError` if there is no GPU."""
     if device == "cuda" and not torch.cuda.is_available():
         raise EnvironmentalError(
-            "training.device: found 'cuda', but torch sees no GPU here; use device: auto or cpu, or install a CUDA build of torch."
+            "training.device: found 'cuda', but torch sees no GPU here; use device: auto or cpu, "
+            "or install a CUDA build of torch."
         )
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -207,7 +211,10 @@ def resolve_device(device: str) -> torch.device:
 
 
 def cached(key: str, make: Callable[[Path], dict[str, Any]]) -> Path:
-    """Folder of the `model` artifact of ``key`` in the cache; ``make`` fills it, and says what it measured, when it is not there."""
+    """Folder of the `model` artifact of ``key`` in the cache.
+
+    If it is missing, ``make`` fills it and returns its measurements.
+    """
     path = sources.cache_folder() / "models" / key[:16]
     make_once(path, kind="model", key=key, parents={}, make=make)
     return path
@@ -259,7 +266,7 @@ def random_model(
     where: str,
     auto: Any = AutoModelForCausalLM,
 ) -> PreTrainedModel:
-    """A freshly initialised model of any transformers configuration, a causal LM by default. Raises `ModelError`."""
+    """A randomly initialised model of a transformers configuration. Raises `ModelError`."""
     chosen = random_config(config, vocab_size=vocab_size, where=where)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

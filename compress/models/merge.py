@@ -1,11 +1,11 @@
-"""Teachers of one base merged without training: their differences from the base, weighted and added.
+"""Merge teachers of one base without training: add their weighted differences to the base.
 
 With W_0 the base's weights, W_k those of teacher k, and w_k its weight:
 
-    average     W_0 + sum_k w_k (W_k - W_0)         task arithmetic, arXiv 2212.04089; for LoRA adapters
-                                                    this is peft's exact `cat`
-    ties        trim each difference to its largest share, elect a sign, average what agrees:
-                TIES, arXiv 2306.01708
+    average     W_0 + sum_k w_k (W_k - W_0)
+                task arithmetic, arXiv 2212.04089; for LoRA adapters this is peft's exact `cat`
+    ties        trim each difference to its largest share, elect a sign, average the values that
+                agree: TIES, arXiv 2306.01708
     dare_ties   drop at random and rescale before `ties`: DARE, arXiv 2311.03099
 
 The arithmetic on tensors is peft's (`peft.utils.merge_utils`). Two models can be merged when their
@@ -61,8 +61,8 @@ def can_be_merged(base: State, teacher: State) -> bool:
 def candidates(names: Sequence[str]) -> list[Merge]:
     """Merges worth scoring for teachers of these names, the base included.
 
-    All teachers, at their average and at 1.5 times it; all but one, where there are three or more, so
-    that one bad teacher cannot spoil the rest; each alone; and the base, with no teacher in it.
+    All teachers, at their average and at 1.5 times it; all but one, if there are at least three, so
+    that one bad teacher cannot spoil the rest; each alone; and the base without teachers.
     """
     K = len(names)
     found = [Merge("average", dict.fromkeys(names, scale / K)) for scale in (1.0, 1.5) if K > 1]
@@ -77,9 +77,9 @@ def candidates(names: Sequence[str]) -> list[Merge]:
 def merged(
     merge: Merge, base: State, teachers: Mapping[str, State], *, seed: int = 0
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name and merged value of every parameter of ``base``, one at a time, in the base's number type.
+    """Name and merged value of each parameter of ``base``, one at a time, in the base's dtype.
 
-    ``seed`` is of the random drops of `dare_ties`, drawn anew for each parameter.
+    ``seed`` sets the random drops of `dare_ties`, which are drawn anew for each parameter.
     """
     for index, (name, weights) in enumerate(base.items()):
         yield name, _merged(merge, name, weights, teachers, seed=seed * 1_000_003 + index)
@@ -133,9 +133,9 @@ def best_merge(
     among: Sequence[Merge] | None = None,
     seed: int = 0,
 ) -> Choice:
-    """Score merges on text with ``score(model)``, nats a token, and leave ``model`` at the best one.
+    """Score merges on text with ``score(model)`` (nats per token); leave ``model`` at the best.
 
-    ``among`` defaults to `candidates`. The first of equals is taken.
+    ``among`` defaults to `candidates`. If scores are equal, the first is taken.
     """
     tried = candidates(list(teachers)) if among is None else among
     scores: dict[str, float] = {}

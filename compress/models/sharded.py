@@ -1,6 +1,6 @@
-"""Parameters that several processes hold pieces of (FSDP2): their whole values, and pieces of whole values.
+"""Parameters sharded over several processes (FSDP2): gather whole values, and scatter them back.
 
-A tensor that is not sharded passes through unchanged. Each function is called by all processes or by none.
+A tensor that is not sharded passes unchanged. All processes call each function, or none does.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""A smaller model cut out of a larger one: layers, FFN neurons, KV-head groups and hidden width, by importance on text.
+"""Cut a smaller model out of a larger one: layers, FFN neurons, KV-head groups, hidden width.
 
-Importance: of a layer, block influence 1 - cos(state before, state after) (ShortGPT, arXiv 2403.03853); of a neuron or a
-head, the norm of its activations times the norm of the weights that read them (Wanda, arXiv 2306.11695); of a hidden
-channel, the mean absolute output of the norms (Minitron, arXiv 2407.14679).
+The cut keeps the most important parts, measured on text. Importance of a layer: block influence
+1 - cos(state before, state after) (ShortGPT, arXiv 2403.03853). Of a neuron or a head: the norm of
+its activations times the norm of the weights that read them (Wanda, arXiv 2306.11695). Of a hidden
+channel: the mean absolute output of the norms (Minitron, arXiv 2407.14679).
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from limbeck.contract.recipe import Sizes
 
 @dataclass(frozen=True)
 class Family:
-    """How one family of architectures names its parts, and what each dimension of each parameter counts.
+    """Names of the parts of an architecture family, and the meaning of each parameter dimension.
 
-    Dimensions: H hidden, F feed-forward, G fused gate and up (as two blocks), Q query heads x head size, K key/value heads x
-    head size, P fused query, key and value (as three blocks), I the same interleaved by head; `.` is never cut. The first suffix
-    that matches decides.
+    Dimensions: H hidden, F feed-forward, G fused gate and up (as two blocks), Q query heads x head
+    size, K key/value heads x head size, P fused query, key and value (as three blocks), I the same
+    interleaved by head; `.` is never cut. The first suffix that matches decides.
     """
 
     layers: str  # path of the module list
@@ -130,7 +131,7 @@ _OPT = Family(
     ),
     head_size_is_fixed=True,
 )
-_BERT = Family(  # of the encoder without a head; its norms stand behind what they norm, so there is no last one
+_BERT = Family(  # the encoder without a head; post-norm, so there is no final norm
     layers="encoder.layer",
     norms=("attention.output.LayerNorm", "output.LayerNorm"),
     final_norm="embeddings.LayerNorm",
@@ -204,10 +205,10 @@ class Importance:
 def shrink(
     model: Any, config: Sizes, batches: Sequence[Tensor]
 ) -> tuple[Any, Importance, dict[str, Any]]:
-    """Cut ``model`` down to the sizes of ``config``; ``batches`` are token ids [R, L] of calibration text.
+    """Cut ``model`` to the sizes of ``config``; ``batches`` are token ids [R, L] for calibration.
 
-    Returns the smaller model (fp32, loadable by plain transformers), the importance and what was kept.
-    Raises `ModelError` for an architecture or a size that cannot be cut.
+    Returns the smaller model (fp32, loadable by plain transformers), the importance and the sizes
+    kept. Raises `ModelError` for an architecture or a size that cannot be cut.
     """
     family, source = family_of(model.config), model.config
     importance = measure_importance(model, family, batches)
@@ -247,25 +248,28 @@ def shrink(
 
 
 def family_of(config: Any) -> Family:
-    """How the architecture of a configuration is cut. Raises `ModelError` for one that is not known."""
+    """Family of an architecture: how it is cut. Raises `ModelError` if it is unknown."""
     if config.model_type not in FAMILIES:
         raise ModelError(
-            f"student.kind: shrink does not know the architecture {config.model_type!r}; known: {', '.join(sorted(FAMILIES))}. "
+            f"student.kind: shrink does not know the architecture {config.model_type!r}; known: "
+            f"{', '.join(sorted(FAMILIES))}. "
             "Use kind: lora or fresh."
         )
     if config.model_type == "opt" and not (
         config.do_layer_norm_before and config.word_embed_proj_dim == config.hidden_size
     ):
         raise ModelError(
-            "student.kind: shrink cuts an opt only where norms stand before what they norm and the embedding is as wide as the layers; "
-            f"found do_layer_norm_before {config.do_layer_norm_before}, word_embed_proj_dim {config.word_embed_proj_dim} and "
+            "student.kind: shrink cuts an opt only where norms stand before what they norm and "
+            "the embedding is as wide as the layers; "
+            f"found do_layer_norm_before {config.do_layer_norm_before}, word_embed_proj_dim "
+            f"{config.word_embed_proj_dim} and "
             f"hidden_size {config.hidden_size}. Use kind: lora or fresh."
         )
     return FAMILIES[config.model_type]
 
 
 def shrunk_sizes(source: Any, config: Sizes) -> dict[str, int]:
-    """What is kept of each dimension of the configuration ``source``. Raises `ModelError` for a size that cannot be cut."""
+    """Sizes that are kept of the configuration ``source``. Raises `ModelError` for a bad size."""
     family, facts = family_of(source), _facts(source)
     heads, groups, head_size = _heads(source)
     neurons = getattr(source, family.ffn_field, None) or 4 * facts.hidden_size  # gpt2 leaves it out
@@ -279,14 +283,16 @@ def shrunk_sizes(source: Any, config: Sizes) -> dict[str, int]:
     kept_heads = wanted["kv_heads"] * (heads // groups)
     if family.head_size_is_fixed and wanted["hidden_size"] != kept_heads * head_size:
         raise ModelError(
-            f"student: in {source.model_type} the hidden width is heads x {head_size}; found hidden_size {wanted['hidden_size']} and "
-            f"{kept_heads} heads. Set kv_heads and hidden_size together, for example kv_heads: {kept_heads}, hidden_size: {kept_heads * head_size}."
+            f"student: in {source.model_type} the hidden width is heads x {head_size}; found "
+            f"hidden_size {wanted['hidden_size']} and "
+            f"{kept_heads} heads. Set kv_heads and hidden_size together, for example kv_heads: "
+            f"{kept_heads}, hidden_size: {kept_heads * head_size}."
         )
     return wanted
 
 
 def shrunk_config(source: Any, config: Sizes, layers: Sequence[int] | None = None) -> Any:
-    """The configuration of what is cut out of ``source``; ``layers`` are those kept, the first ones where none are given."""
+    """Configuration of the cut model; ``layers`` are the layers kept, by default the first ones."""
     family, facts, wanted = family_of(source), _facts(source), shrunk_sizes(source, config)
     heads, groups, head_size = _heads(source)
     fields: dict[str, Any] = {
@@ -308,7 +314,8 @@ def shrunk_config(source: Any, config: Sizes, layers: Sequence[int] | None = Non
     except BAD_CONFIG as error:
         cause = error.__cause__ or error
         raise ModelError(
-            f"student: {source.model_type} cannot have these sizes: {cause} Change kv_heads or hidden_size."
+            f"student: {source.model_type} cannot have these sizes: {cause} "
+            "Change kv_heads or hidden_size."
         ) from error
 
 
@@ -389,7 +396,7 @@ def _facts(config: Any) -> Any:
 
 
 def _heads(config: Any) -> tuple[int, int, int]:
-    """Query heads, key/value groups and the head size, by whatever names the configuration has for them."""
+    """Query heads, key/value groups and head size, whatever the configuration calls them."""
     facts = _facts(config)
     heads = int(facts.num_attention_heads)
     size = getattr(config, "head_dim", None) or facts.hidden_size // heads
@@ -401,7 +408,8 @@ def _rounded(name: str, wanted: int | None, present: int, multiple: int) -> int:
         return present
     if wanted > present:
         raise ModelError(
-            f"student.{name}: found {wanted}, but the base has only {present}; choose {present} or less."
+            f"student.{name}: found {wanted}, but the base has only {present}; "
+            f"choose {present} or less."
         )
     return max(multiple, wanted // multiple * multiple) if wanted < present else present
 
@@ -436,7 +444,8 @@ def _cut(tensor: Tensor, name: str, family: Family, cuts: dict[str, list[int]]) 
                     )
             return tensor
     raise ModelError(
-        f"student.kind: shrink does not know how to cut the parameter {name} {tuple(tensor.shape)}; use kind: lora or fresh."
+        f"student.kind: shrink does not know how to cut the parameter {name} "
+        f"{tuple(tensor.shape)}; use kind: lora or fresh."
     )
 
 

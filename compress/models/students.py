@@ -1,4 +1,4 @@
-"""The student: built from the recipe, seen by the loop as hidden states and a head, saved as a plain folder."""
+"""The student: build it from the recipe, give hidden states and a head, save a plain folder."""
 
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ class Student(nn.Module):
     def forward(
         self, input_ids_RL: Tensor, use: Callable[[Tensor, list[list[Tensor]]], Used]
     ) -> Used:
-        """What ``use`` makes of last hidden states [R, L, d] and, in training, projected inner states [K][P] of [R, L, d_k].
+        """Result of ``use(hidden, inner)``: last states [R, L, d], projected states [K][P].
 
-        ``use`` is called in here because only in here do all parameters, the head's among them, exist whole under FSDP.
+        Inner states are [R, L, d_k], and are given in training only. ``use`` is called inside
+        ``forward`` because under FSDP whole parameters, the head's included, exist only here.
         """
         hidden_RLd, states = Body(self.model).states(
             input_ids_RL, self.layers if self.training else ()
@@ -55,7 +56,10 @@ class Student(nn.Module):
 
 
 def student_folder(recipe: Recipe, tokenizers: Sequence[Path]) -> Path:
-    """Folder of the base model; for a fresh student the first of the teachers' ``tokenizers``. Raises `ModelError`."""
+    """Folder of the base model; for a fresh student the first of ``tokenizers``, the teachers'.
+
+    Raises `ModelError`.
+    """
     if isinstance(recipe.student, FreshStudent):
         return tokenizers[0]
     folder = model_folder(recipe.student.base, folder=recipe.folder)
@@ -81,7 +85,8 @@ def build_model(
             if config.quantize == "nf4" and device.type == "cpu":
                 # Its packed kernel for the CPU has no gradient, and bitsandbytes only warns of it.
                 raise EnvironmentalError(
-                    "student.quantize: nf4 cannot be trained on a CPU; use int8 or none, or train on a GPU."
+                    "student.quantize: nf4 cannot be trained on a CPU; use int8 or none, or train "
+                    "on a GPU."
                 )
             base = load_model(folder, quantize=config.quantize, device=device)
             begin(base)
@@ -116,7 +121,7 @@ def build_model(
 
 @contextlib.contextmanager
 def _stirred(model: Any) -> Iterator[None]:
-    """Trained matrices that start as zero have other values meanwhile: an adapter that does nothing shows nothing."""
+    """Set trained matrices that start at zero to other values: a zero adapter cannot be checked."""
     zero = [p for p in model.parameters() if p.requires_grad and not p.any()]
     try:
         with torch.no_grad():
@@ -137,11 +142,12 @@ def save_student(
     out: Path,
     begin: Callable[[Any], None] = lambda base: None,
 ) -> None:
-    """Write ``out/model`` (merged, fp32) with the ``trained`` weights and, for LoRA, ``out/adapter`` as before merging.
+    """Write ``out/model`` (merged, fp32) and, for LoRA, the unmerged adapter as ``out/adapter``.
 
-    ``trained`` is what `trainable_state` gave; the parameters of ``model`` are not looked at, since under FSDP this
-    process holds only pieces. The adapter is merged into the base as it is on disk; the one in memory may be quantised or cast.
-    ``begin`` gives that base the weights that the adapter was trained on, as in `build_model`.
+    ``trained`` is the result of `trainable_state`. The parameters of ``model`` are not read: under
+    FSDP this process holds only shards. The adapter is merged into the base on disk, because the
+    one in memory may be quantised or cast. ``begin`` gives that base the weights that the adapter
+    was trained on, as in `build_model`.
     """
     weights = {
         name.removeprefix("model."): w for name, w in trained.items() if name.startswith("model.")
@@ -208,7 +214,8 @@ def with_lora(base: Any, config: LoraStudent, seed: int) -> Any:
     for part in (lm.get_input_embeddings(), lm.get_output_embeddings()):
         if isinstance(part, BaseTunerLayer):
             raise ModelError(
-                "student.targets: the embedding and the head take no adapter: the loss reads them as they are, and many models "
+                "student.targets: the embedding and the head take no adapter: the loss reads them "
+                "as they are, and many models "
                 "share one matrix for both. Name other layers, or all-linear."
             )
     if not config.dora and config.quantize == "none":

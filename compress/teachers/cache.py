@@ -1,9 +1,10 @@
-"""The re-fusable teacher cache: each teacher runs once over a text, and what it said serves every later run.
+"""The teacher cache: each teacher runs once over a text, and later runs reuse its outputs.
 
-Another weighting, divergence, subset of teachers or student needs no teacher body. `hidden` is exact up to the bf16 it is
-kept in: 2 d_k bytes a token and layer, plus the head once a teacher. `topk` keeps k tokens a position with the exact
-entropy and label log-likelihood. Keyed by token ids and teacher digest, never by position or step, so shuffling and
-accumulation cannot misalign it; made in shards, so an interrupted build goes on; hashes are checked when it is read.
+A run with other weights, another divergence, fewer teachers or another student needs no teacher
+body. `hidden` is exact up to bf16: 2 d_k bytes per token and layer, plus the head once per teacher.
+`topk` keeps k tokens per position with the exact entropy and label log-likelihood. Keys are token
+ids and teacher digest, never position or step, so shuffling and accumulation cannot misalign them.
+Shards let an interrupted build continue; their hashes are checked on reading.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _BATCH_ROWS = 4
 
 
 class CachedTeachers:
-    """Stands where `Teachers` stands, and answers from disk. Call `prepare` with every row that will be asked for."""
+    """`Teachers` that answer from disk. Call `prepare` first, with every row that will be asked."""
 
     def __init__(
         self,
@@ -66,7 +67,7 @@ class CachedTeachers:
         return len(self.names)
 
     def prepare(self, rows: Sequence[Row], layers: Sequence[Sequence[int]] | None) -> None:
-        """Read, or make and keep, what every teacher says of all ``rows``; then let the bodies go."""
+        """Read or make the outputs of every teacher for all ``rows``; then drop the bodies."""
         unique = list({_row_key(ids): (ids, labels) for ids, labels in rows}.items())
         shards = [unique[i : i + _SHARD_ROWS] for i in range(0, len(unique), _SHARD_ROWS)]
         size, tokens = 0, sum(len(ids) for _, (ids, _) in unique)
@@ -87,7 +88,8 @@ class CachedTeachers:
         self._bodies = None
         if tokens:
             say(
-                f"  teacher cache: {size / 1e6:.0f} MB, {size / tokens:.0f} bytes a token for {len(self)} teachers"
+                f"  teacher cache: {size / 1e6:.0f} MB, {size / tokens:.0f} bytes a token for "
+                f"{len(self)} teachers"
             )
 
     def states(
@@ -213,7 +215,7 @@ class CachedTeachers:
             if self._cache.sampling == "top":
                 share_Ck, ids_Ck = p_CV.topk(k_, dim=-1)
             else:
-                # k draws with replacement, each worth 1 / k: the mean over draws is the distribution (arXiv 2503.16870).
+                # k draws with replacement, each of weight 1 / k: unbiased (arXiv 2503.16870).
                 ids_Ck = torch.multinomial(p_CV.cpu(), k_, replacement=True, generator=generator)
                 share_Ck = torch.full(ids_Ck.shape, 1 / k_)
             at = place[0].cpu(), place[1].cpu()
@@ -228,7 +230,7 @@ class CachedTeachers:
 
 
 def _identity(folder: TeacherFolder) -> dict[str, str]:
-    """What decides a teacher's states beside the tokens: its content and the form of its weights in memory."""
+    """Inputs of a teacher's states besides tokens: its content, and its weights' form in memory."""
     return {"digest": folder.digest, "quantize": folder.quantize, "dtype": folder.dtype}
 
 

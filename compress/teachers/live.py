@@ -1,6 +1,7 @@
 """K teachers in memory: one model each, or several PEFT adapters on one base that is loaded once.
 
-Shapes: R rows, L positions, d_k width. Teachers give last hidden states and heads; logits are made in chunks elsewhere.
+Shapes: R rows, L positions, d_k width. Teachers give last hidden states and heads; the loss makes
+logits of them in chunks.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from limbeck.contract.results.student import StudentResult
 
 @dataclass(frozen=True)
 class TeacherFolder:
-    """A teacher on disk: the model to run, and the form in which others (serve_bench) can load it whole."""
+    """A teacher on disk: the model to run, and a form that others (serve_bench) can load whole."""
 
     name: str
     base: Path  # weights in memory
@@ -42,8 +43,9 @@ class TeacherFolder:
         """What `teachers.json` says of this teacher."""
         adapter = str(self.whole_adapter) if self.whole_adapter else None
         return {
-            "name": self.name, "model": str(self.whole), "adapter": adapter, "quantize": self.quantize,
-            "dtype": self.dtype, "temperature": temperature, "digest": self.digest,
+            "name": self.name, "model": str(self.whole), "adapter": adapter,
+            "quantize": self.quantize, "dtype": self.dtype, "temperature": temperature,
+            "digest": self.digest,
         }  # fmt: skip
 
 
@@ -98,7 +100,10 @@ class Teachers:
     def __init__(
         self, folders: Sequence[TeacherFolder], *, device: torch.device, compute_dtype: torch.dtype
     ) -> None:
-        """Load them, to be run under autocast to ``compute_dtype``. Raises `ModelError` for an adapter that does not fit its base."""
+        """Load the teachers, to be run under autocast to ``compute_dtype``.
+
+        Raises `ModelError` for an adapter that does not fit its base.
+        """
         self.names = [f.name for f in folders]
         self.temperatures = [1.0] * len(folders)
         shared: dict[tuple[Path, str, str], Any] = {}
@@ -128,7 +133,7 @@ class Teachers:
         shared: dict[tuple[Path, str, str], Any],
         device: torch.device,
     ) -> Body:
-        """One teacher; an adapter goes on the base of an earlier one where each then computes what it does alone."""
+        """One teacher. Adapters share an earlier teacher's base if they stay independent there."""
         place = (folder.base, folder.quantize, folder.dtype)
         if folder.adapter is None:
             return Body(_base(folder, device))
@@ -151,7 +156,10 @@ class Teachers:
         *,
         only: int | None = None,
     ) -> tuple[list[TeacherStates], list[list[Tensor]]]:
-        """Last states of each teacher (or ``only`` one), and the states [K][P] of [R, L, d_k] after the given layers of each."""
+        """Last states of each teacher (or ``only`` one), and inner states [K][P] of [R, L, d_k].
+
+        Inner states are those after the given ``layers`` of each teacher.
+        """
         last, inner = [], []
         for k in range(len(self)) if only is None else [only]:
             body, head = self.bodies[k], self.heads[k]

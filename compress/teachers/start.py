@@ -1,7 +1,7 @@
 """Where a student starts: its base as it is, or its teachers merged into that base.
 
-A merge costs no training and takes most of what distilling teachers of one base gains, so it is the
-place to start from wherever teachers have the base's shape. `compress.models.merge` has the formulas.
+A merge costs no training and gives most of what distilling teachers of one base gains. So it is the
+place to start if the teachers have the base's shape. `compress.models.merge` has the formulas.
 """
 
 from __future__ import annotations
