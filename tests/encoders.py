@@ -1,4 +1,4 @@
-"""Tiny encoders for tests: random weights under a byte-level tokenizer, recipes, and the student artifacts of both tasks."""
+"""Tiny random encoders for tests: byte-level tokenizer, recipes, students of both tasks."""
 
 from __future__ import annotations
 

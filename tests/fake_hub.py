@@ -1,4 +1,4 @@
-"""A hub on this machine that takes uploads: the few calls of the Hugging Face hub's API that `push` makes.
+"""A local hub that takes uploads: the few calls of the Hugging Face hub's API that `push` makes.
 
 The client is the real `huggingface_hub`, which checks our answers.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 
 class FakeHub:
-    """Repositories in memory; small files arrive in the commit itself, large ones by the LFS protocol."""
+    """Repositories in memory; small files come in the commit, large ones by the LFS protocol."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, bytes]] = {}

@@ -1,11 +1,12 @@
 """Digests of what a run computed, for proving that a change of the code changed no result.
 
-    python -m tests.golden show RUN                 print the digests of a run folder
-    python -m tests.golden record RECIPE RUN        write them to tests/golden.json, under this processor
-    python -m tests.golden check RECIPE RUN         compare a run folder with what was recorded on this processor
+    python -m tests.golden show RUN             print the digests of a run folder
+    python -m tests.golden record RECIPE RUN    save them in tests/golden.json for this processor
+    python -m tests.golden check RECIPE RUN     compare a run with the digests of this processor
 
-Weights and figures depend on the processor's instructions and on the number of threads, so both are part of the key: on
-another machine there is nothing to compare with. Record on the commit before a change, check on the commit after it.
+Weights and figures depend on the processor's instructions and on the number of threads, so both are
+part of the key. Another machine has nothing to compare with. Record on the commit before a change,
+check on the commit after it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ RECORDED = Path(__file__).with_suffix(".json")
 
 
 def signature(run: Path) -> dict[str, Any]:
-    """Digests of the student's tensors and of every graph, and the figures of quality, of the run folder ``run``."""
+    """Digests of a run's student tensors and graphs, and its figures of quality."""
     bench = json.loads((run / "bench" / "manifest.json").read_text())["result"]
     return {
         "student": tensors_digest(load_file(run / "student" / "model" / "model.safetensors")),
@@ -70,7 +71,7 @@ def _numbers(value: Any, path: str) -> Iterator[tuple[str, float]]:
 
 
 def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """One line for each part of ``expected`` that ``found`` lacks or has otherwise; additions are no difference."""
+    """One line for each part of ``expected`` that ``found`` lacks or changes; extras are fine."""
     lines = []
     for key, value in expected.items():
         now = found.get(key)

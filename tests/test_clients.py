@@ -1,4 +1,7 @@
-"""The deployable folder in clients that nobody here wrote (`make test-clients`), each but onnxruntime-genai in an environment of its own."""
+"""The deployable folder in clients of others (`make test-clients`).
+
+Each client but onnxruntime-genai has an environment of its own.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     root = tmp_path_factory.mktemp(request.param)
-    # optimum-onnx takes heads to be hidden_size / num_attention_heads wide, whatever head_dim says; so they are here.
+    # optimum-onnx assumes heads of hidden_size / num_attention_heads and ignores head_dim.
     sizes = SIZES[request.param] | ({"num_attention_heads": 2} if request.param == "llama" else {})
     model = make_model(root / "model", model_type=request.param, scale=0.1, **sizes)
     teach(model)
@@ -60,8 +63,10 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def teach(folder: Path) -> None:
-    """Train the model until `ANSWER` follows each of `TEXTS` and `MESSAGES`: bytes of a random one are no text, which clients decode each
-    in a way of its own."""
+    """Train the model until `ANSWER` follows each of `TEXTS` and `MESSAGES`.
+
+    A random model gives bytes that are not text, and each client decodes those in its own way.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -81,7 +86,7 @@ def teach(folder: Path) -> None:
 
 
 def test_greedy_tokens_text_and_chat_are_the_same(exported: Artifact, client: str) -> None:
-    """A ragged batch, one prompt that meets a stop token, text and chat; fp32 equals torch, the other forms equal our own loop."""
+    """Ragged batch, stop token, text and chat: fp32 equals torch, other forms our own loop."""
     if client == "genai" and not (exported.path / "genai_config.json").is_file():
         pytest.skip("GenAI runs graphs of the backend genai only")
     found = _ask(client, _job(exported, FORMS))
@@ -117,7 +122,7 @@ def test_greedy_tokens_text_and_chat_are_the_same(exported: Artifact, client: st
 
 @pytest.mark.parametrize(("model_type", "loads"), [("gemma3_text", True), ("qwen3", False)])
 def test_the_card_knows_what_optimum_loads(tmp_path: Path, model_type: str, loads: bool) -> None:
-    """Heads are wider than hidden_size / num_attention_heads here, which optimum-onnx reads of some architectures only."""
+    """Heads are not hidden_size / num_attention_heads wide; optimum-onnx reads few of those."""
     _require("optimum")
     model = make_model(
         tmp_path / "model",
@@ -185,7 +190,7 @@ def _ask(client: str, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_end(decoder: Decoder, prompt: list[int], end: Collection[int]) -> list[int]:
-    """Our own answer as clients give it: with the stop token that ends it, which our loop leaves out."""
+    """Our answer as clients give it: with its stop token, which our loop leaves out."""
     whole = list(decoder.generate(prompt, COUNT))
     kept = _until_end(whole, end)
     assert list(decoder.generate(prompt, COUNT, stop_ids=end)) == kept

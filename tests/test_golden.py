@@ -1,4 +1,4 @@
-"""The whole job on tiny models gives the recorded weights, graphs and figures; see `tests.golden`."""
+"""The whole job on tiny models gives the recorded weights, graphs and figures (`tests.golden`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads a job as JSON from standard input, runs it with onnxruntime-genai, and writes what came out as JSON."""
+"""Run a job (JSON on standard input) with onnxruntime-genai and write the result as JSON."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ job = json.load(sys.stdin)
 
 
 def answer(model, rows):
-    """New tokens of every row; shorter rows are filled on the right with the pad token, as GenAI's `encode_batch` does."""
+    """New tokens of every row; short rows are padded on the right, as `encode_batch` does."""
     parameters = genai.GeneratorParams(model)
     width = len(rows[0])
     parameters.set_search_options(

@@ -1,4 +1,4 @@
-"""Reads a job as JSON from standard input, runs it with optimum-onnx, and writes what came out as JSON."""
+"""Run a job (JSON on standard input) with optimum-onnx and write the result as JSON."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Text to blocks: nothing is lost, held-out text is interleaved and never trained on, order is a function of the seed."""
+"""Text to blocks: no text is lost, held-out text is never trained on, the seed sets the order."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def test_a_parquet_column_that_is_not_utf8_is_named(tmp_path: Path) -> None:
         list(documents(tmp_path / "x.parquet", ParquetRows(kind="parquet")))
 
 
-# Packing ---------------------------------------------------------------------------------------------------------
+# Packing -----------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -301,8 +301,14 @@ def test_stream_blocks_are_full_and_lose_nothing(
     texts: list[Tokens], block: int, prefix: list[int]
 ) -> None:
     rows = list(pack_stream(texts, block, prefix, end=7))
-    whole = [(t, s) for text in texts
-             for t, s in [*zip(text.ids.tolist(), text.scored.tolist(), strict=True), (7, int(text.says_end))]]  # fmt: skip
+    whole = [
+        (t, s)
+        for text in texts
+        for t, s in [
+            *zip(text.ids.tolist(), text.scored.tolist(), strict=True),
+            (7, int(text.says_end)),
+        ]
+    ]
     found = [
         (t, s)
         for ids, scored in rows
@@ -320,13 +326,17 @@ def test_stream_blocks_are_full_and_lose_nothing(
     assert all(len(ids) == block for ids, _ in rows[:-1])
 
 
-# Chat ------------------------------------------------------------------------------------------------------------
+# Chat --------------------------------------------------------------------------------------------
 
 GENERATION = (
     "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{{ eos_token }}{% endfor %}"
+    "{% generation %}{{ m['content'] }}{% endgeneration %}"
+    "{% else %}{{ m['content'] }}{% endif %}{{ eos_token }}{% endfor %}"
 )
-TRIMMED = "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] | trim }} {{ eos_token }}\n{% endfor %}"
+TRIMMED = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n"
+    "{{ m['content'] | trim }} {{ eos_token }}\n{% endfor %}"
+)
 WITHOUT_THOUGHT = CHAT.replace("message['content']", "message['content'].split('</think>')[-1]")
 
 
@@ -435,8 +445,8 @@ def test_chat_blocks_hold_one_conversation_and_say_what_was_cut(
     assert decode(blocks.heldout.input_ids[0][heldout == 1].tolist()) == "answer 3<|end|>"
     assert blocks.heldout.utf8_bytes.tolist() == [len("answer 3")]
     assert (
-        "of 10 answers, 2 lie past the first 64 tokens of their conversation and were dropped, 1 were cut short"
-        in said[-1]
+        "of 10 answers, 2 lie past the first 64 tokens of their conversation and were dropped, "
+        "1 were cut short" in said[-1]
     )
     labels = labels_of(blocks.train_ids, blocks.train_scored)
     assert decode(labels[0][labels[0] >= 0].tolist()) == "answer 0<|end|>"
@@ -472,16 +482,23 @@ GOOD = {"messages": chat("q", "a")}
 @pytest.mark.parametrize(
     ("name", "rows", "form", "message"),
     [
-        ("a.parquet", [{"text": "x"}], ParquetRows(kind="parquet", field="body"), r"a.parquet: no column 'body' \(found: text"),
-        ("a.parquet", [{"text": "x"}, {"text": None}], ParquetRows(kind="parquet"), "a.parquet, row 2: the text under 'text' is null"),
+        ("a.parquet", [{"text": "x"}], ParquetRows(kind="parquet", field="body"),
+         r"a.parquet: no column 'body' \(found: text"),
+        ("a.parquet", [{"text": "x"}, {"text": None}], ParquetRows(kind="parquet"),
+         "a.parquet, row 2: the text under 'text' is null"),
         ("a.jsonl", [{"text": "x"}], ParquetRows(kind="parquet"), "a.jsonl: not a Parquet file"),
-        ("a.arrow", [{"text": "x"}], Rows(kind="rows", field="body"), "a.arrow: no column 'body'"),
-        ("a.jsonl", [GOOD, {"text": "x"}], ChatRows(kind="chat"), r"a.jsonl, line 2: .*'messages' \(found: text\)"),
-        ("a.jsonl", [GOOD, {"messages": "x"}], ChatRows(kind="chat"), "a.jsonl, line 2: expected a list of messages, found str"),
-        ("a.jsonl", [{"messages": []}], ChatRows(kind="chat"), "a.jsonl, line 1: .* found an empty list"),
-        ("a.jsonl", [{"messages": ["x"]}], ChatRows(kind="chat"), "line 1: message 1 has no text under 'role'"),
-        ("a.parquet", [GOOD, {"messages": [{"role": "user", "content": None}]}], ChatRows(kind="chat"),
-         "a.parquet, row 2: message 1 has no text under 'content'"),
+        ("a.arrow", [{"text": "x"}], Rows(kind="rows", field="body"),
+         "a.arrow: no column 'body'"),
+        ("a.jsonl", [GOOD, {"text": "x"}], ChatRows(kind="chat"),
+         r"a.jsonl, line 2: .*'messages' \(found: text\)"),
+        ("a.jsonl", [GOOD, {"messages": "x"}], ChatRows(kind="chat"),
+         "a.jsonl, line 2: expected a list of messages, found str"),
+        ("a.jsonl", [{"messages": []}], ChatRows(kind="chat"),
+         "a.jsonl, line 1: .* found an empty list"),
+        ("a.jsonl", [{"messages": ["x"]}], ChatRows(kind="chat"),
+         "line 1: message 1 has no text under 'role'"),
+        ("a.parquet", [GOOD, {"messages": [{"role": "user", "content": None}]}],
+         ChatRows(kind="chat"), "a.parquet, row 2: message 1 has no text under 'content'"),
     ],
 )  # fmt: skip
 def test_bad_rows_are_named(
@@ -513,7 +530,7 @@ def test_a_damaged_arrow_file_and_a_missing_package_are_named(
     assert any("limbeck[data]" in mistake for mistake in preflight(recipe))
 
 
-# Folders of datasets ---------------------------------------------------------------------------------------------
+# Folders of datasets -----------------------------------------------------------------------------
 
 
 def save_to_disk(root: Path, shards: Sequence[Sequence[str]]) -> None:
@@ -591,7 +608,7 @@ def test_folders_of_parquet_and_jsonl_are_read_by_split(tmp_path: Path) -> None:
             read(tmp_path / name)
 
 
-# The whole stage -------------------------------------------------------------------------------------------------
+# The whole stage ---------------------------------------------------------------------------------
 
 
 def test_a_student_learns_the_answers_of_a_chat_and_nothing_else(tmp_path: Path) -> None:
@@ -610,15 +627,21 @@ def test_a_student_learns_the_answers_of_a_chat_and_nothing_else(tmp_path: Path)
         "name": "chat",
         "teachers": [{"name": "a", "model": {"kind": "local", "path": str(teacher)}}],
         "data": {
-            "domains": [{"name": "d", "text": {"kind": "datasets", "path": "set", "split": "train", "format": {"kind": "chat"}}}],
+            "domains": [{"name": "d", "text": {
+                "kind": "datasets", "path": "set", "split": "train", "format": {"kind": "chat"},
+            }}],
             "block": 64,
             "heldout": {"every": 6, "blocks": 4},
         },
         "student": {"kind": "fresh", "config": {
-            "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "model_type": "llama", "hidden_size": 32, "intermediate_size": 48,
+            "num_hidden_layers": 1, "num_attention_heads": 2,
         }},
         "fusion": {"weight": 0.1, "cross_entropy": 1.0},
-        "training": {"tokens": 64 * 4 * 20, "batch_tokens": 256, "learning_rate": 3e-2, "threads": 1, "precision": "fp32"},
+        "training": {
+            "tokens": 64 * 4 * 20, "batch_tokens": 256, "learning_rate": 3e-2, "threads": 1,
+            "precision": "fp32",
+        },
     }  # fmt: skip
     recipe = parse_recipe(tree)
     recipe._folder = tmp_path

@@ -1,4 +1,4 @@
-"""Merging without training: peft's values for adapters, values by hand for `ties`, and the choice on text."""
+"""Merging without training: peft's values for adapters, `ties` by hand, and the choice on text."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def test_ties_by_hand() -> None:
         "a": {"w": torch.tensor([4.0, -3.0, 0.1, 0.2])},
         "b": {"w": torch.tensor([2.0, 5.0, 0.3, 0.1])},
     }
-    # Half of each difference is kept: the first two. Signs: + (4 + 2), + (-3 + 5). What agrees is averaged.
+    # The larger half of each difference is kept: the first two values.
+    # Signs: + (4 + 2), + (-3 + 5). Values that agree with the sign are averaged.
     found = dict(merged(Merge("ties", {"a": 1.0, "b": 1.0}, density=0.5), base, teachers))
     assert found["w"].tolist() == [3.0, 5.0, 0.0, 0.0]
 

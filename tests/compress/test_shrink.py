@@ -1,4 +1,4 @@
-"""Shrunk students: cut right for every family, by importance, and loadable by plain transformers."""
+"""Shrunk students: cut right for every family, by importance, and loaded by plain transformers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_cutting_nothing_changes_nothing(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", BASES)
 def test_dead_parts_are_cut_first_and_cost_nothing(kind: str) -> None:
-    """Silence half the neurons and one layer: cutting exactly these leaves the function as it was."""
+    """Silence half the neurons and one layer: a cut of exactly these does not change the logits."""
     model, family = base(kind), FAMILIES[kind]
     layers = model.get_submodule(family.layers)
     with torch.no_grad():
@@ -122,9 +122,12 @@ def test_sizes_that_cannot_be_cut_are_refused(
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "bloom", "n_layer": 2, "n_head": 4}, r"the architecture 'bloom'; known: bert, distilbert, gemma3"),
-        ({"model_type": "opt", **BASES["opt"], "word_embed_proj_dim": 32}, r"found .* word_embed_proj_dim 32 and hidden"),
-        ({"model_type": "opt", **BASES["opt"], "do_layer_norm_before": False}, r"found do_layer_norm_before False"),
+        ({"model_type": "bloom", "n_layer": 2, "n_head": 4},
+         r"the architecture 'bloom'; known: bert, distilbert, gemma3"),
+        ({"model_type": "opt", **BASES["opt"], "word_embed_proj_dim": 32},
+         r"found .* word_embed_proj_dim 32 and hidden"),
+        ({"model_type": "opt", **BASES["opt"], "do_layer_norm_before": False},
+         r"found do_layer_norm_before False"),
     ],
 )  # fmt: skip
 def test_architectures_that_cannot_be_cut_are_refused(config: dict[str, Any], message: str) -> None:

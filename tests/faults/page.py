@@ -1,4 +1,4 @@
-"""``python -m tests.faults.page``: writes docs/errors.md, from mistakes that are made here and what the user sees."""
+"""``python -m tests.faults.page``: make the mistakes of users and write docs/errors.md."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from tests.pico import make_blocks, pico_recipe
 PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
 _HEAD = """# Errors
 
-Each mistake below was made by a program, and the message is what Limbeck answered, word for word. Paths are shortened.
-Every such error ends a command with exit code 2 and without a traceback. Whatever was complete before stays complete.
+A program made each mistake below; the message is Limbeck's answer, word for word, with shortened
+paths. Every such error ends a command with exit code 2 and without a traceback. Results that were
+complete before stay complete.
 
 This page is written by `python -m tests.faults.page`; a test compares it with the code.
 """

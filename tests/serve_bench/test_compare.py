@@ -176,7 +176,8 @@ def test_other_machines_are_refused_unless_asked_for(runs: tuple[Path, Path]) ->
     )
     with pytest.raises(
         UserError,
-        match=r"processor: AMD EPYC 9B14 and another; flags: avx2 avx512_vnni and none.*--across-machines",
+        match=r"processor: AMD EPYC 9B14 and another; flags: avx2 avx512_vnni and none"
+        r".*--across-machines",
     ):
         compare_runs(*runs)
     text = markdown(compare_runs(*runs, across_machines=True))

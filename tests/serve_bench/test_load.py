@@ -248,7 +248,8 @@ def test_what_cannot_be_served_is_said_before_anything_is_measured(
         )
         with pytest.raises(
             EnvironmentalError,
-            match=rf"needs {', '.join(missing)}, which `limbeck serve` runs on(?s:.*)limbeck\[serve\]",
+            match=rf"needs {', '.join(missing)}, which `limbeck serve` runs on"
+            r"(?s:.*)limbeck\[serve\]",
         ):
             load.require_server(ours, Path("somewhere"))
     with pytest.raises(EnvironmentalError, match="no OpenAI-compatible server answers there"):

@@ -514,7 +514,10 @@ def test_labels_of_a_picture_do_not_overlap() -> None:
         )
     ]
     svg = bubbles_of.quality_against_speed(bubbles, title="trade", x="speed", y="loss")
-    pattern = r'<text style="[^"]*font-size: 9.5px; text-anchor: (\w+)[^>]*x="([-\d.]+)" y="([-\d.]+)"[^>]*>([^<]*MB)</text>'
+    pattern = (
+        r'<text style="[^"]*font-size: 9.5px; text-anchor: (\w+)'
+        r'[^>]*x="([-\d.]+)" y="([-\d.]+)"[^>]*>([^<]*MB)</text>'
+    )
     found = re.findall(pattern, svg)
     assert len(found) == 5
     boxes = []

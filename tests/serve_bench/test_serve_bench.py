@@ -715,7 +715,8 @@ def test_targets_must_have_the_context_and_a_folder_that_can_be_written(
     long = ["bench.prompt_tokens=60", "bench.new_tokens=8"]
     with pytest.raises(
         DataError,
-        match=r"come to 68 tokens; .* is 64\. Make either smaller, with --set bench\.prompt_tokens=",
+        match=r"come to 68 tokens; .* is 64\. "
+        r"Make either smaller, with --set bench\.prompt_tokens=",
     ):
         bench_targets([str(run / "onnx")], against=[], out=tmp_path / "out", overrides=long)
 

@@ -30,10 +30,12 @@ QUESTIONS = [
 ]
 COMMON = "dataset_path: json\ndataset_kwargs: {data_files: {test: %s}}\ntest_split: test\n"
 TASKS = {
-    "choose": "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: choices\ndoc_to_target: answer\n",
+    "choose": "output_type: multiple_choice\ndoc_to_text: '{{question}}'\n"
+    "doc_to_choice: choices\ndoc_to_target: answer\n",
     "whole": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{question}}'\n"
     "metric_list: [{metric: byte_perplexity}]\n",
-    "answer": "output_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{choices[answer]}}'\n"
+    "answer": "output_type: generate_until\ndoc_to_text: '{{question}}'\n"
+    "doc_to_target: '{{choices[answer]}}'\n"
     "generation_kwargs: {until: ['e'], max_gen_toks: 8}\nmetric_list: [{metric: exact_match}]\n",
 }
 

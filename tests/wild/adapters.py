@@ -1,4 +1,4 @@
-"""Adapters of every kind of peft, made on tiny bases with trained weights, and what peft says they compute."""
+"""Adapters of every kind of peft on tiny bases with trained weights, and peft's own outputs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def load(folder: Path) -> Any:
 
 
 def make_adapter(base: Path, folder: Path, config: Any, *, seed: int = 0, rows: int = 0) -> Path:
-    """Save an adapter of ``config`` whose weights are far from their start. ``rows`` resizes the embedding before."""
+    """Save an adapter of ``config`` with weights far from zero; ``rows`` resizes the embedding."""
     from peft import get_peft_model
 
     with warnings.catch_warnings():  # peft says much that is no concern of these tests

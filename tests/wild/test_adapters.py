@@ -1,4 +1,4 @@
-"""Adapters compute in training and in the bench what peft computes with them, or are refused by name."""
+"""In training and in the bench, adapters compute what peft computes, or are refused by name."""
 
 from __future__ import annotations
 
@@ -64,13 +64,16 @@ LORA: dict[str, Any] = {
     "head, dora": LoraConfig(target_modules=[*_Q, "lm_head"], use_dora=True),
     "head, lora_bias": LoraConfig(target_modules=[*_Q, "lm_head"], lora_bias=True),
     "embedding": LoraConfig(target_modules=[*_Q, "embed_tokens"]),
-    "embedding and head, tied": LoraConfig(target_modules=[*_Q, "embed_tokens"], ensure_weight_tying=True),
+    "embedding and head, tied": LoraConfig(
+        target_modules=[*_Q, "embed_tokens"], ensure_weight_tying=True),
     "dora": LoraConfig(target_modules=LAYERS, use_dora=True),
     "bias": LoraConfig(target_modules=LAYERS, bias="all"),
     "one layer": LoraConfig(target_modules=LAYERS, layers_to_transform=[1]),
-    "patterns": LoraConfig(target_modules=LAYERS, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3}),
+    "patterns": LoraConfig(
+        target_modules=LAYERS, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3}),
     "saved head": LoraConfig(target_modules=_Q, modules_to_save=["lm_head"]),
-    "saved head and embedding": LoraConfig(target_modules=_Q, modules_to_save=["lm_head", "embed_tokens"]),
+    "saved head and embedding": LoraConfig(
+        target_modules=_Q, modules_to_save=["lm_head", "embed_tokens"]),
     "saved norm": LoraConfig(target_modules=_Q, modules_to_save=["norm"]),
     "tokens": LoraConfig(target_modules=_Q, trainable_token_indices=[3, 5, 250]),
     "parameters": LoraConfig(target_modules=_Q, target_parameters=["lm_head.weight"]),
@@ -159,7 +162,7 @@ def test_adapters_of_one_base_do_not_change_each_other(
 
 
 def test_a_saved_embedding_stays_with_its_adapter(bases: dict[bool, Path], tmp_path: Path) -> None:
-    """peft writes the base's embedding into some adapters, and overwrites the base with it when it loads one."""
+    """peft stores the base's embedding in some adapters, and loads it over the base's own."""
     from peft import get_peft_model
 
     base = bases[True]

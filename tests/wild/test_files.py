@@ -28,7 +28,7 @@ from limbeck.contract.recipe import (
 from limbeck.contract.sources import hub_config, hub_snapshot, preflight, require_fits, text_files
 from tests.pico import make_model, make_tokenizer, pico_recipe
 
-# Text files ------------------------------------------------------------------------------------------------------
+# Text files --------------------------------------------------------------------------------------
 
 
 def found(root: Path, *paths: str, **fields: Any) -> list[str]:
@@ -37,8 +37,9 @@ def found(root: Path, *paths: str, **fields: Any) -> list[str]:
 
 
 def test_a_literal_name_comes_before_a_glob_and_folders_give_their_files(tmp_path: Path) -> None:
-    for name in ("my [2024] notes.txt", "my 2 notes.txt", "a[b]/x.txt", "a[b]/y.md", "a[b]/.hidden", "rows/1.jsonl",
-                 "rows/deep/2.jsonl", "rows/readme.md"):  # fmt: skip
+    for name in ("my [2024] notes.txt", "my 2 notes.txt", "a[b]/x.txt", "a[b]/y.md",
+                 "a[b]/.hidden", "rows/1.jsonl", "rows/deep/2.jsonl",
+                 "rows/readme.md"):  # fmt: skip
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text("text")
     assert found(tmp_path, "my [2024] notes.txt") == ["my [2024] notes.txt"]
@@ -91,7 +92,7 @@ def test_null_rows_are_named_with_what_to_do(tmp_path: Path) -> None:
         list(documents(tmp_path / "a.parquet", ParquetRows(kind="parquet")))
 
 
-# Tokenizers ------------------------------------------------------------------------------------------------------
+# Tokenizers --------------------------------------------------------------------------------------
 
 
 def with_template(template: str, *, words: bool = False, metaspace: bool = False) -> Any:
@@ -156,7 +157,7 @@ def test_blocks_begin_as_transformers_begins_a_text(tmp_path: Path) -> None:
     assert not blocks.train_scored[:, 0].any()
 
 
-# Models ----------------------------------------------------------------------------------------------------------
+# Models ------------------------------------------------------------------------------------------
 
 
 def local_recipe(root: Path, *, block: int, base: str = "model", **over: Any) -> Recipe:

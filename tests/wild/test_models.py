@@ -1,4 +1,4 @@
-"""Model folders as they are found: what is loaded answers as transformers does, and so does what is saved of it."""
+"""Model folders as users have them: loaded and saved again, they answer as in transformers."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ def test_a_stored_head_survives_a_configuration_that_ties_it(tmp_path: Path) -> 
     torch.testing.assert_close(load(tmp_path / "again")(input_ids=IDS).logits, right)
 
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "initializer_range": 0.2}  # fmt: skip
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "initializer_range": 0.2,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
