@@ -1,6 +1,6 @@
-"""The deployment certificate of a run: certificate.json, the promises about the shipped form.
+"""certificate.json: the promises about the shipped form of a run.
 
-Everything in it is computed from the artifacts. It decides nothing; gates did that.
+Everything in it is computed from the artifacts, and it decides nothing.
 `serve_bench.measure.replay` checks it.
 """
 
@@ -30,9 +30,7 @@ def certify(
     student: Artifact,
     recipe: BaseRecipe,
 ) -> dict[str, Any]:
-    """The content of certificate.json: digests, figures with intervals, and the machine they were
-    measured on.
-    """
+    """Content of certificate.json: digests, figures with intervals, and the measuring machine."""
     shipped, environment = judged.result.shipped, judged.measured.environment
     files = onnx.manifest["files"]
     return {
@@ -48,7 +46,7 @@ def certify(
                 for name in sorted(onnx.result["forms"][shipped]["files"])
             },
         },
-        # A recovered student is made from a student, whose entry is renamed to keep both.
+        # A recovered student has a student as its parent: rename that one to keep both.
         "parents": {
             "student before recovery" if role == "student" else role: digest
             for role, digest in student.manifest["parents"].items()
@@ -66,9 +64,7 @@ def certify(
 
 
 def promises(judged: Judged, task: JudgingTask) -> dict[str, Any]:
-    """Figures of the shipped form from the raw samples, with the intervals that the gates were
-    judged by.
-    """
+    """Figures of the shipped form from the raw samples, with the intervals of the gates."""
     arm = judged.result.as_json()["arms"][judged.result.judged]
     sizes = {key: arm[key] for key in ("bytes", "peak_rss_bytes")}
     return task.promises(judged) | sizes
@@ -87,7 +83,7 @@ def _machine(environment: Mapping[str, Any], shipped: str) -> dict[str, Any]:
 def read_certificate(run: Path) -> dict[str, Any]:
     """The certificate of a run folder.
 
-    Raises `ArtifactError` when it is not what `certify` writes.
+    Raises `ArtifactError` if it is not one, or has another format.
     """
     path = run / CERTIFICATE
     again = f"`limbeck report {run}` writes it again."

@@ -1,4 +1,4 @@
-"""Changes between two runs: one row a metric, judged against a tolerance."""
+"""Changes between two runs, judged against a tolerance: one row per metric."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ Timed = tuple[Sequence[Sample], Reference]
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of both runs. ``change`` is relative, above zero is worse; it has bounds where it
-    was estimated.
+    """One metric of both runs.
 
-    "ratio only": there are no samples, or too few, for bounds; such a row decides nothing.
+    ``change`` is relative; above zero is worse. It has bounds if it was estimated. The status
+    "ratio only" means that there are too few samples for bounds; such a row decides nothing.
     """
 
     metric: str
@@ -45,7 +45,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Every metric, what else differs between the runs, and what it comes to."""
+    """All metrics, the other differences between the runs, and the outcome."""
 
     before: str
     after: str
@@ -54,7 +54,7 @@ class Comparison:
 
     @property
     def exit_code(self) -> int:
-        """1 when something is worse, else 3 when something is undecided, else 0."""
+        """1 if a metric is worse, else 3 if one is undecided, else 0."""
         statuses = {row.status for row in self.rows}
         return 1 if "worse" in statuses else 3 if "undecided" in statuses else 0
 
@@ -62,11 +62,10 @@ class Comparison:
 def time_change(
     old: Timed, new: Timed, *, metric: str, anchors: Sequence[str] = (), cell: Cell | None = None
 ) -> Interval:
-    """Ratio of the shipped forms' times, new over old, widened by the noise floor of either run.
+    """Ratio of the shipped forms' times, new over old, widened by the noise floor of both runs.
 
-    ``anchors`` are arms that are the same in both runs. Times are then relative to theirs, block by
-    block, so that the machine's own changes between the runs drop out. Without anchors they are
-    part of the change.
+    ``anchors`` are arms that both runs share. Times are then relative to theirs, block by block,
+    which removes changes of the machine between the runs. Without anchors the ratio includes them.
     """
     sides = (new, old)
     ours = [
@@ -81,8 +80,9 @@ def time_change(
 
 
 def ratio_of(ours: Sequence[Array], beside: Sequence[Sequence[Array]]) -> Interval:
-    """New over old of ``ours`` (new, old), seconds by block, relative to the anchors ``beside`` in
-    the same blocks.
+    """Ratio new over old of ``ours`` (new, old), in seconds by block.
+
+    Each is relative to the anchors ``beside`` in the same blocks.
     """
     relative = [
         np.exp(np.log(mine) - sum(np.log(anchor[side]) for anchor in beside) / max(len(beside), 1))
@@ -94,15 +94,16 @@ def ratio_of(ours: Sequence[Array], beside: Sequence[Sequence[Array]]) -> Interv
 def widened_by_both(
     ratio: Interval, old: Timed, new: Timed, metric: str, cell: Cell | None = None
 ) -> Interval:
-    """A ratio's interval, widened by the noise floor of both runs."""
+    """A ratio's interval, widened by the noise floors of both runs."""
     for samples, reference in (old, new):
         ratio = widened(ratio, figures.noise_floor(samples, reference, metric, cell))
     return ratio
 
 
 def judge_change(change: Interval, tolerance: float, *, exact: bool = False) -> Status:
-    """Status of a relative change, above zero is worse. An estimate is worse when its whole
-    interval is past the tolerance, an exact number when it is.
+    """Status of a relative change; above zero is worse.
+
+    An estimate is worse if its whole interval is past the tolerance, an exact number if it is.
     """
     low, high = (change.value, change.value) if exact else (change.low, change.high)
     if low > tolerance:
@@ -115,7 +116,7 @@ def judge_change(change: Interval, tolerance: float, *, exact: bool = False) -> 
 
 
 def speed_row(title: str, before: float, after: float, ratio: Interval, tolerance: float) -> Row:
-    """A row of ``ratio``, time over time; one without bounds decides nothing."""
+    """A row for ``ratio``, time over time; without bounds it decides nothing."""
     change = relative(ratio)
     status = judge_change(change, tolerance) if change.bounded else "ratio only"
     return Row(title, "speed", f"{before:.4g}", f"{after:.4g}", change, tolerance, status)
@@ -124,7 +125,7 @@ def speed_row(title: str, before: float, after: float, ratio: Interval, toleranc
 def exact_row(
     title: str, kind: str, before: str, after: str, change: float, tolerance: float
 ) -> Row:
-    """A row of a change that is counted, not estimated."""
+    """A row for a change that is counted, not estimated."""
     found = Interval(change, change, change, 1)
     status = judge_change(found, tolerance, exact=True)
     return Row(title, kind, before, after, found, tolerance, status)

@@ -1,10 +1,9 @@
-"""Two runs beside each other, for continuous integration: every metric of the shipped form, its
-change, and a verdict.
+"""Compare two runs, for continuous integration: each metric of the shipped form, and a verdict.
 
 Measures nothing. Two runs share no blocks, so times are compared by ranks and widened by the noise
-floor of each run. Where both runs timed the same teachers, times are relative to theirs, so that
-the machine's changes between the runs drop out. Quality is paired by held-out block or example,
-where the text is the same. The further scenarios are compared where both runs have them.
+floor of each run. If both runs timed the same teachers, times are relative to theirs, which removes
+changes of the machine between the runs. Quality is paired by held-out block or example if the text
+is the same. Other scenarios are compared if both runs have them.
 """
 
 from __future__ import annotations
@@ -193,7 +192,6 @@ def _differences(old: _Run, new: _Run) -> Iterator[str]:
 
 
 # Metrics ------------------------------------------------------------------------------------------
-# ---------------
 
 
 def _anchors(old: _Run, new: _Run) -> list[str]:
@@ -215,9 +213,7 @@ def _anchors(old: _Run, new: _Run) -> list[str]:
 
 
 def _parents(run: _Run) -> dict[str, str]:
-    """What the measured student was made from; nothing where neither student nor certificate lies
-    beside the bench.
-    """
+    """Digests of the parents of the measured student; empty without student and certificate."""
     student = run.path / "student"
     if (student / MANIFEST).exists():
         return dict(open_artifact(student, verify=False).manifest["parents"])
@@ -252,7 +248,7 @@ def _losses(old: _Run, new: _Run, tolerance: float, *, same_text: bool) -> Itera
 
 
 def _text(run: _Run) -> str | None:
-    """Hash of the held-out text; None of a bench without a recipe."""
+    """Hash of the held-out text; None for a bench without a recipe."""
     return run.task.data(run.bench).get("heldout") if run.measured.quality is not None else None
 
 

@@ -1,12 +1,11 @@
-"""Figures of an encoder: throughput over the grid, the task's metric, and the evidence for its
-gates.
+"""Figures of an encoder: throughput over the grid, the task's metric, and the gates' evidence.
 
-Throughput of a cell is its batch over the seconds of one run. The ratio of two arms is the
+Throughput of a cell is its batch size over the seconds of one run. The ratio of two arms is the
 geometric mean over the cells of a block, then the median over blocks.
 
-Metrics: accuracy or macro F1 of a classifier. Of a sentence encoder: Spearman's correlation of the
-similarities of all pairs with their mean over the teachers in torch. The loss of an arm is 1 - its
-metric over that of another.
+Metrics: accuracy or macro F1 for a classifier. For a sentence encoder: Spearman's correlation
+between the similarities of all pairs and the mean of the teachers' (in torch). The loss of an arm
+is 1 - its metric over that of another arm.
 """
 
 from __future__ import annotations
@@ -89,8 +88,9 @@ class Quality:
         return max(self._teachers, key=self.value, default=None)
 
     def loss(self, ours: str, theirs: str, *, seed: int = 0) -> Interval:
-        """1 - our metric over theirs, and how far it may move on other examples of the kind (paired
-        bootstrap over examples).
+        """1 - our metric over theirs, with the interval for other examples of the same kind.
+
+        The interval is a paired bootstrap over examples.
         """
         draw, n = np.random.default_rng(seed), len(self._groups)
         value = 1 - self.value(ours) / self.value(theirs)
@@ -110,8 +110,9 @@ class Quality:
         )
 
     def _of_pairs(self, arm: str, picks: Ids) -> float:
-        """Over the pairs of different examples: one that was drawn twice says nothing
-        about itself.
+        """Spearman's correlation over pairs of different examples.
+
+        An example drawn twice is no pair with itself.
         """
         first, second = np.triu_indices(len(picks), 1)
         different = picks[first] != picks[second]
@@ -121,8 +122,9 @@ class Quality:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Figures that gates are judged on: ratios of throughput and losses of the metric by arm, sizes
-    in bytes.
+    """Figures that gates are judged on.
+
+    Ratios of throughput and losses of the metric are by arm; sizes are in bytes.
     """
 
     throughput: Mapping[str, Interval]

@@ -1,8 +1,7 @@
-"""From raw samples to numbers, the same for every task: values by block, ratios between arms, the
-noise floor.
+"""From raw samples to figures of every task: values by block, ratios of arms, the noise floor.
 
-Everything here can be computed again from samples.jsonl at any time. What the numbers mean for a
-language model is in `serve_bench.judge.language`, for an encoder in `serve_bench.judge.encoder`.
+All of it can be computed again from samples.jsonl. `serve_bench.judge.language` and
+`serve_bench.judge.encoder` have the figures of one task.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ SAMPLES, QUALITY, ENVIRONMENT = "samples.jsonl", "quality.json", "environment.js
 
 
 class Cell(NamedTuple):
-    """Size of one piece of an encoder's work: sequences of a batch, tokens of each."""
+    """Size of one unit of an encoder's work: sequences per batch, tokens per sequence."""
 
     batch: int
     length: int
@@ -36,10 +35,10 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """One timed piece of work. ``at`` holds seconds from its start to each of its results.
+    """One timed unit of work. ``at`` holds seconds from its start to each of its results.
 
-    A generation has one result a token. A batch of an encoder has one, when it is done, and belongs
-    to a ``cell``.
+    A generation has one result per token. A batch of an encoder has one, at its end, and a
+    ``cell``.
     """
 
     arm: str
@@ -50,12 +49,12 @@ class Sample:
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Sample:
-        """From a row of samples.jsonl that is a generation."""
+        """From a row of samples.jsonl for a generation."""
         return cls(row["arm"], row["block"], row["position"], tuple(row["at"]))
 
     @classmethod
     def of_batch(cls, row: Mapping[str, Any]) -> Sample:
-        """From a row of samples.jsonl that is a batch; its seconds are the mean over its runs."""
+        """From a row of samples.jsonl for a batch; its seconds are the mean over its runs."""
         cell = Cell(row["batch"], row["length"])
         return cls(row["arm"], row["block"], row["position"], (row["seconds"],), cell)
 
@@ -82,9 +81,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Reference:
-    """Context of the figures: the arms, the shipped form, and after how many blocks intervals were
-    looked at.
-    """
+    """Context of the figures: the arms, the shipped form, and the schedule of looks in blocks."""
 
     name: str
     shipped: str
@@ -101,7 +98,7 @@ class Reference:
 
     @property
     def twin(self) -> Arm:
-        """Its copy in a process of its own."""
+        """Copy of the judged arm, in a process of its own."""
         return next(arm for arm in self.arms if arm.role == "twin")
 
     def with_role(self, role: str) -> list[Arm]:
@@ -115,9 +112,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def by_block(samples: Iterable[Sample], arm: str, metric: str, cell: Cell | None = None) -> Array:
-    """Seconds of one metric by block: the geometric mean of the arm's samples in it, of one cell or
-    of all.
-    """
+    """Seconds of one metric by block: geometric mean of the arm's samples, of one cell or all."""
     return geometric_means(
         (s.block, getattr(s, metric)) for s in samples if s.arm == arm and cell in (None, s.cell)
     )
@@ -126,9 +121,7 @@ def by_block(samples: Iterable[Sample], arm: str, metric: str, cell: Cell | None
 def noise_floor(
     samples: Sequence[Sample], reference: Reference, metric: str, cell: Cell | None = None
 ) -> Interval:
-    """Speed of the shipped form over its own copy: the ratio measured where there is no
-    difference.
-    """
+    """Speed of the shipped form over its own copy: the ratio that noise alone gives."""
     return _speed(samples, reference, reference.twin.id, metric, cell)
 
 

@@ -1,6 +1,4 @@
-"""Promises of a certificate beside what was found: which difference counts against it, and which
-has a reason.
-"""
+"""Compare the promises of a certificate with a replay, and decide which differences count."""
 
 from __future__ import annotations
 
@@ -17,9 +15,7 @@ _NEAR = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One promise of the certificate beside what was found; ``holds`` is false where the difference
-    has no explanation.
-    """
+    """One promise and the value found. ``holds`` is False if the difference has no explanation."""
 
     figure: str
     promised: str
@@ -31,23 +27,21 @@ class Finding:
 def judge_loss(
     figure: str, then: float, now: float, *, tolerance: float, reasons: Mapping[str, str]
 ) -> Finding:
-    """Equal to the digit, or no further apart than the parity ``tolerance`` (nats a token) for one
-    of ``reasons``.
+    """Holds if equal to the digit, or within ``tolerance`` (same unit) for one of ``reasons``.
+
+    A reason is a difference of machine or libraries that can change the last digits.
     """
     gap = abs(now - then)
     if gap == 0:
         return Finding(figure, repr(then), repr(now), "equal to the digit", True)
     if not reasons:
-        says = (
-            f"differs by {gap:.2g} nats although provider, processor flags and libraries are the "
-            "same"
-        )
+        says = f"differs by {gap:.2g} although provider, processor flags and libraries are the same"
         return Finding(figure, repr(then), repr(now), says, False)
     why = "; ".join(f"{name}: {pair}" for name, pair in reasons.items())
     if gap <= tolerance:
-        says = f"differs by {gap:.2g} nats, within the parity tolerance of {tolerance:g}; {why}"
+        says = f"differs by {gap:.2g}, within the parity tolerance of {tolerance:g}; {why}"
         return Finding(figure, repr(then), repr(now), says, True)
-    says = f"differs by {gap:.2g} nats, past the parity tolerance of {tolerance:g}; {why}"
+    says = f"differs by {gap:.2g}, past the parity tolerance of {tolerance:g}; {why}"
     return Finding(figure, repr(then), repr(now), says, False)
 
 
@@ -59,9 +53,10 @@ def judge_speed(
     differs: Mapping[str, str],
     busy: Mapping[str, str],
 ) -> Finding:
-    """Of times in ms. Overlapping intervals hold, and so does a faster run: it keeps what was
-    certified. A slower one holds where it is so by less than a tenth, or where this machine is not
-    the one of the certificate.
+    """Judge a time in ms: holds if the intervals overlap or the run is faster.
+
+    A slower run holds if it is less than 10 % slower, or if this is another machine than that of
+    the certificate.
     """
     return _judge(figure, then, now, slower=now.value > then["value"], differs=differs, busy=busy)
 
@@ -74,7 +69,7 @@ def judge_ratio(
     differs: Mapping[str, str],
     busy: Mapping[str, str],
 ) -> Finding:
-    """The same of how many times as fast as another graph."""
+    """Judge a ratio of speeds by the rules of `judge_speed`."""
     return _judge(figure, then, now, slower=now.value < then["value"], differs=differs, busy=busy)
 
 

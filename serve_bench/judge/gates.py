@@ -1,8 +1,8 @@
-"""Gates and the verdict: what was asked of the shipped form, what was found, and what follows.
+"""Gates and the verdict of the shipped form.
 
-Knows intervals and bounds; knows nothing of how they were measured. Timing gates are decided by the
-whole interval, quality and size by the number itself, which another run on the same text and files
-gives again to the digit.
+Knows intervals and bounds, not how they were measured. Timing gates are decided by the whole
+interval. Quality and size are decided by the number itself: another run on the same text and files
+gives the same digits.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from limbeck.contract.results.bench import Gate, Interval, Status, Verdict
 
 @dataclass(frozen=True)
 class Evidence:
-    """What gates are judged on.
+    """Figures that gates are judged on.
 
-    Times in ms, sizes in bytes; a thing that was not measured is none or empty.
+    Times in ms, sizes in bytes. A figure that was not measured is None or empty.
     """
 
     name: str  # of the recipe
@@ -43,9 +43,7 @@ class Evidence:
 
 
 def language_gates(gates: Gates, evidence: Evidence, *, timing_only: bool = False) -> list[Gate]:
-    """Judge every gate that the recipe names; ``timing_only`` leaves quality and size out, before
-    they are known.
-    """
+    """Judge every gate of the recipe. ``timing_only`` leaves out quality and size."""
     judged = timing_gates(gates, evidence)
     return judged if timing_only else judged + _others(gates, evidence)
 
@@ -57,10 +55,9 @@ def judge(gates: Gates, evidence: Evidence) -> Verdict:
 
 
 def conclude(judged: Sequence[Gate], *, name: str, shipped: str, stand_in: bool = False) -> Verdict:
-    """The verdict that judged gates give; ``name`` is the recipe's, ``shipped`` the form's.
+    """The verdict from judged gates; ``name`` is the recipe's, ``shipped`` the form's.
 
-    Models with random weights (``stand_in``) are never called fit to ship, whatever gates they
-    meet.
+    Models with random weights (``stand_in``) are never called fit to ship, even if all gates hold.
     """
     statuses = {gate.status for gate in judged}
     status: Status = (
@@ -79,7 +76,7 @@ def conclude(judged: Sequence[Gate], *, name: str, shipped: str, stand_in: bool 
 
 
 def fastest_teacher(evidence: Evidence) -> str | None:
-    """The teacher that the shipped form has the smallest lead over."""
+    """The teacher over which the shipped form has the smallest lead in speed."""
     return min(evidence.speedup, key=lambda name: evidence.speedup[name].value, default=None)
 
 
@@ -193,7 +190,7 @@ def size_gates(asked: SizeBounds, size: int, fp32_size: int | None) -> list[Gate
 def estimated(
     name: str, title: str, interval: Interval, bound: float, *, unit: str, least: bool, found: str
 ) -> Gate:
-    """Pass or fail when the whole interval lies on one side of the bound."""
+    """Pass or fail if the whole interval lies on one side of the bound, else undecided."""
     above, below = interval.low >= bound, interval.high < bound
     if not least:
         above, below = interval.high <= bound, interval.low > bound
@@ -211,9 +208,7 @@ def estimated(
 def exact(
     name: str, title: str, value: Interval | float, bound: float, *, unit: str, found: str
 ) -> Gate:
-    """The number itself decides; the interval of a quality figure is shown for what it says about
-    other text.
-    """
+    """The number itself decides; the interval of a quality figure only speaks of other text."""
     number = value.value if isinstance(value, Interval) else value
     status: Status = "pass" if number <= bound else "fail"
     span = ""
@@ -226,7 +221,7 @@ def exact(
 
 
 def show(value: float, unit: str) -> str:
-    """A value with its unit, in as many digits as mean something."""
+    """A value with its unit, in significant digits."""
     number = _plain(value, unit)
     return f"{number}{unit}" if unit == "×" else f"{number} {unit}"
 

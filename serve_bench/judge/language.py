@@ -155,9 +155,7 @@ def _arm_result(
 def against(
     roofline: Mapping[str, Any] | None, weight_bytes: int | None, tpot_ms: float
 ) -> dict[str, Any] | None:
-    """Where decoding stands: the share of the bandwidth it reaches, and the tokens/s that all of it
-    would allow.
-    """
+    """Roofline: share of the bandwidth that decoding reaches, and tokens/s at full bandwidth."""
     if roofline is None or not weight_bytes:
         return None
     limit = roofline["bandwidth_bytes_s"] / weight_bytes
@@ -169,9 +167,7 @@ def against(
 
 
 def _rise_over_fp32(quality: Mapping[str, Any], shipped: str) -> Interval | None:
-    """What rounding costs: over the fp32 graph of the student as it was distilled, which recovery
-    leaves behind.
-    """
+    """Cost of rounding: NLL over the fp32 graph of the student as distilled, before recovery."""
     if told := quality.get("recovery"):
         ours, theirs = (
             [np.asarray(told[who][d]) for d in quality["domains"]]

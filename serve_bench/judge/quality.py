@@ -1,9 +1,8 @@
-"""How good the timed artifact is on held-out text: NLL, KL to the teachers' mixture, top-1
-agreement, bits per byte, calibration error.
+"""Quality on held-out text: NLL, KL to the teachers' mixture, top-1 agreement, bits per byte and
+calibration error.
 
-Blocks are scored one at a time, every arm on the same one, so memory and disk hold one block
-whatever the amount of text. Knows log-probabilities and sums; the models run in
-`serve_bench.worker.language`.
+Blocks are scored one at a time, each by every arm, so memory and disk hold one block for any amount
+of text. Knows log-probabilities and sums; the models run in `serve_bench.worker.language`.
 
 Shape letters: N labels of a block, V vocabulary.
 """
@@ -37,9 +36,7 @@ def log_softmax(logits_NV: npt.NDArray[np.float32]) -> LogProbabilities:
 
 
 def mix(files: Sequence[Path], out: Path) -> None:
-    """Write log of the mean probability of the teachers' ``files`` (each log-probabilities [N, V])
-    to ``out``.
-    """
+    """Write the log of the mean probability of the teachers (``files``, [N, V] each) to ``out``."""
     teachers = [np.load(file, mmap_mode="r") for file in files]
     mixture = np.empty(teachers[0].shape, np.float32)
     for start in range(0, len(mixture), _ROWS):
@@ -57,9 +54,10 @@ def sums(
     mixture_NV: LogProbabilities | None,
     scored_N: npt.NDArray[np.bool_],
 ) -> dict[str, Any]:
-    """Summed over the scored labels: NLL in nats, KL(mixture || arm) in nats, agreement of the
-    first choices, and by bin of confidence how many there are, their confidence, and how many are
-    right.
+    """Sums over the scored labels, and the bins of calibration.
+
+    NLL in nats, KL(mixture || arm) in nats, and agreement of the first choices. Each bin has the
+    number of choices, their summed confidence, and the number of correct ones.
     """
     nll = -float(arm_NV[np.arange(len(labels_N)), labels_N][scored_N].astype(np.float64).sum())
     result: dict[str, Any] = {"labels": int(scored_N.sum()), "nll": nll, "kl": None, "top1": None}
@@ -79,9 +77,7 @@ def sums(
 
 
 def calibration(arm_NV: LogProbabilities, labels_N: npt.NDArray[np.int64]) -> list[list[float]]:
-    """[BINS] of (choices, their summed confidence, how many are the label), bins of equal width
-    from 0 to 1.
-    """
+    """[BINS] of (choices, summed confidence, correct choices), in equal bins from 0 to 1."""
     choice_N = arm_NV.argmax(1)
     confidence_N = np.exp(arm_NV[np.arange(len(choice_N)), choice_N].astype(np.float64))
     bin_N = np.clip((confidence_N * BINS).astype(np.int64), 0, BINS - 1)
@@ -93,18 +89,16 @@ def calibration(arm_NV: LogProbabilities, labels_N: npt.NDArray[np.int64]) -> li
 
 
 def calibration_error(blocks: Sequence[Sequence[Sequence[float]]]) -> float:
-    """Expected calibration error: mean distance of confidence and accuracy over the bins, weighted
-    by their choices.
-    """
+    """Expected calibration error: mean |confidence - accuracy| over bins, weighted by choices."""
     count, confidence, right = np.asarray(blocks, np.float64).sum(0).T
     return float(np.abs(confidence - right).sum() / count.sum())
 
 
 def summarise(quality: Mapping[str, Any], arm: str) -> dict[str, Any]:
-    """Figures of one arm, from quality.json: by domain, and their unweighted mean.
+    """Figures of one arm from quality.json: by domain, and their unweighted mean.
 
-    NLL and KL in nats a token, ``bits_per_byte`` over the UTF-8 bytes of the scored text, ``top1``
-    and ``calibration_error`` shares of 1. Benches of older versions have no calibration.
+    NLL and KL in nats per token, ``bits_per_byte`` over the UTF-8 bytes of the scored text;
+    ``top1`` and ``calibration_error`` are shares of 1. Older benches have no calibration.
     """
     by_domain = {}
     for name, sizes in quality["domains"].items():

@@ -1,6 +1,4 @@
-"""Changes between two runs in the further scenarios of language models: batches, cold starts, a
-server under load.
-"""
+"""Changes between two runs in a language model's other scenarios: batches, cold starts, load."""
 
 from __future__ import annotations
 
@@ -69,9 +67,7 @@ def _batches(
 def _starts(
     old: Measured, new: Measured, tolerance: float, anchors: Sequence[str]
 ) -> Iterator[Row]:
-    """Seconds of a cold start; every one is a process of its own, so there is no noise of a process
-    to widen by.
-    """
+    """Seconds of a cold start. Each start is a process of its own, so no noise floor is added."""
     then, now = (
         {
             arm: np.array([scenarios.until_first_token(row) for row in rows])
@@ -87,9 +83,7 @@ def _starts(
 
 
 def _served(old: Measured, new: Measured, tolerance: float, notes: list[str]) -> Iterator[Row]:
-    """The highest rate of the server, and its answers to the same arrivals at one rate that both
-    runs tried.
-    """
+    """The server's highest rate, and latencies of the same arrivals at a rate that both tried."""
     then, now = old.stored.get("server"), new.stored.get("server")
     if not then or not now:
         return
@@ -129,7 +123,7 @@ def _served(old: Measured, new: Measured, tolerance: float, notes: list[str]) ->
 
 
 def _highest(then: float | None, now: float | None, tolerance: float) -> Iterator[Row]:
-    """The rates themselves: each is the outcome of one search, without samples."""
+    """The rates themselves: each is the result of one search and has no samples."""
     title = "highest requests/s that keep the SLO"
     if then and now:
         yield speed_row(title, then, now, Interval(then / now, -np.inf, np.inf, 1), tolerance)
@@ -144,10 +138,10 @@ def _answers(
     where: str,
     tolerance: float,
 ) -> Iterator[Row]:
-    """Latencies of the requests that both runs answered, and how many were not.
+    """Latencies of the requests that both runs answered, and the number that failed.
 
-    Requests that wait for each other are not independent: their log-ratios are averaged over
-    batches of successive ones, and the interval is of those means (the method of batch means; Law,
+    Requests that wait for each other are not independent. So their log-ratios are averaged over
+    batches of consecutive requests, and the interval is of those means (method of batch means; Law,
     Simulation Modeling and Analysis, chapter 9).
     """
     pairs = list(zip(before, after, strict=True))

@@ -1,8 +1,6 @@
-"""Figures of the scenarios beside `single`: throughput of batches, cold starts, a server under
-load. From raw samples alone.
+"""Figures of the other scenarios, from raw samples: throughput of batches, cold starts, load.
 
-Everything here can be computed again from samples.jsonl at any time; docs/artifacts.md says what
-each key is.
+All of it can be computed again from samples.jsonl. docs/artifacts.md describes each key.
 """
 
 from __future__ import annotations
@@ -23,8 +21,9 @@ Cell = tuple[int, int, int]  # rows of a batch, prompt tokens, generated tokens
 
 
 def compared(reference: Reference, samples: Sequence[Sample]) -> list[Arm]:
-    """Arms of the further scenarios: what is judged, its fp32 graph, and the fastest teacher
-    (without one, the student).
+    """Arms of the other scenarios: the judged one, its fp32 graph, and the fastest teacher.
+
+    Without a teacher, the student takes its place.
     """
     judged = reference.shipped_arm
     arms = [judged, *(arm for arm in reference.arms if arm.id == "onnx:fp32" and arm != judged)]
@@ -39,9 +38,7 @@ def compared(reference: Reference, samples: Sequence[Sample]) -> list[Arm]:
 def summary(
     rows: Sequence[Row], environment: Row, bench: Bench, arms: Sequence[Arm]
 ) -> dict[str, Any]:
-    """The keys of the bench artifact's result that belong to scenarios: which there were, and one
-    key for each.
-    """
+    """Keys of the bench result for scenarios: the list of those measured, and one key for each."""
     labels = {arm.id: arm.label for arm in arms}
     result: dict[str, Any] = {"scenarios": [scenario.kind for scenario in bench.scenarios]}
     if bench.scenario("offline") is not None:
@@ -54,11 +51,10 @@ def summary(
 
 
 # Batches ------------------------------------------------------------------------------------------
-# ---------------
 
 
 def offline(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Throughput by arm and cell; prompt and generated tokens are never added up."""
+    """Throughput by arm and cell. Prompt and generated tokens are never added together."""
     result = []
     for (batch, prompt_tokens, new_tokens), arm, blocks in (
         (cell, arm, blocks) for cell, arms in batches(rows).items() for arm, blocks in arms.items()
@@ -101,13 +97,12 @@ def _median(values: Array) -> dict[str, Any]:
 
 
 # Cold starts --------------------------------------------------------------------------------------
-# ---------------
 
 SPANS = ("start_s", "import_s", "load_s", "first_token_s", "second_token_s")
 
 
 def cold(rows: Iterable[Row], labels: Mapping[str, str]) -> dict[str, Any]:
-    """Median seconds of every span of a start, by arm."""
+    """Median seconds of each span of a start, by arm."""
     return {
         arm: {
             "label": labels[arm],
@@ -133,8 +128,7 @@ def until_first_token(row: Row) -> float:
     return float(sum(row[span] for span in SPANS[:-1]))
 
 
-# A server under load
-# ---------------------------------------------------------------------------------------------
+# A server under load ------------------------------------------------------------------------------
 
 
 def server(rows: Iterable[Row], asked: ServerScenario, target: Row, bench: Bench) -> dict[str, Any]:
@@ -198,7 +192,7 @@ def rate_figures(rate: float, rows: Sequence[Row], slo: Slo) -> dict[str, Any]:
 
 
 def ttft(row: Row) -> float:
-    """Seconds from the scheduled arrival (of a batch: from the request) to the first token."""
+    """Seconds to the first token from the scheduled arrival; for a batch, from its start."""
     return float(row["at"][0])
 
 
@@ -208,7 +202,7 @@ def decoding(row: Row) -> float:
 
 
 def tpot(row: Row) -> float | None:
-    """Seconds per output token after the first; none of an answer of one token.
+    """Seconds per output token after the first; None if the answer has one token.
 
     Several tokens may have come in one event.
     """
@@ -218,14 +212,14 @@ def tpot(row: Row) -> float | None:
 
 
 def within(row: Row, slo: Slo) -> bool:
-    """Whether a request was answered as promised."""
+    """Whether a request was answered within the SLO."""
     if row["error"] is not None:
         return False
     return ttft(row) <= slo.ttft_ms / 1e3 and (tpot(row) or 0.0) <= slo.tpot_ms / 1e3
 
 
 def meets(rows: Sequence[Row], slo: Slo) -> bool:
-    """Whether the share of requests that the SLO asks for was answered as promised."""
+    """Whether the SLO's share of requests was answered within the SLO."""
     return sum(within(row, slo) for row in rows) >= slo.share * len(rows)
 
 

@@ -1,20 +1,19 @@
-"""Statistics of paired timings and of quality: what interval a number deserves, and when there are
-too few samples.
+"""Statistics of paired timings and of quality: intervals, and the fewest samples for them.
 
-Knows arrays of numbers; knows nothing of arms, artifacts or gates. Every function is pure.
+Knows arrays of numbers, not arms, artifacts or gates. Every function is pure.
 
-Timing. A block times every arm twice in mirrored order (A B C C B A), so that a linear drift of the
-machine falls on all arms alike; an arm's value in a block is the geometric mean of its two. A ratio
-is the median over blocks of the log-ratio within each block. Its interval comes from order
+Timing. A block times every arm twice in mirrored order (A B C C B A), so a linear drift of the
+machine affects all arms alike. An arm's value in a block is the geometric mean of its two times. A
+ratio is the median over blocks of the log-ratio within each block. Its interval comes from order
 statistics: the median of any distribution lies below the k-th smallest of n values with probability
-P(Binomial(n, 1/2) < k), so no shape is assumed and no random number is drawn. A percentile
-bootstrap over the six to twelve blocks of a typical run covers about 90 % where it promises 95;
-this covers at least what it says, and one disturbed block cannot move it far.
+P(Binomial(n, 1/2) < k). So no shape is assumed and no random number is drawn. A percentile
+bootstrap over the six to twelve blocks of a typical run covers about 90 % instead of 95 %. This
+interval covers at least 95 %, and one disturbed block cannot move it far.
 
-Looking repeatedly. Blocks go on until the interval decides, and an interval that is looked at until
-it decides is wrong more often than it says. So looks are rare (after n, 2n, 4n … blocks, and when
-the time is spent) and share the 5 % of error: 1/32 for the first, half of what is left for each
-later one. The interval reported is what all looks agree on.
+Repeated looks. Blocks go on until the interval decides. An interval that is checked until it
+decides is wrong more often than its level says. So looks are rare (after n, 2n, 4n … blocks, and at
+the end of the time) and share the 5 % of error: 1/32 for the first, half of the rest for each later
+one. The reported interval is the intersection of all looks.
 """
 
 from __future__ import annotations
@@ -30,32 +29,23 @@ from limbeck.contract.results.bench import Interval
 Array = npt.NDArray[np.float64]
 
 CONFIDENCE = 0.95
-FEWEST_BLOCKS = (
-    6  # [least, greatest] of five values holds the median in 93.75 % of cases, of six in 96.9 %
-)
+FEWEST_BLOCKS = 6  # [min, max] holds the median in 93.75 % of cases for 5 values, 96.9 % for 6
 _FIRST_LOOK = 1 / 32  # the error of [least, greatest] of six
-_SAMPLES_NEEDED = {
-    50: 1,
-    90: 46,
-    95: 93,
-    99: 473,
-}  # for a bound on the percentile at 95 % confidence
+_SAMPLES_NEEDED = {50: 1, 90: 46, 95: 93, 99: 473}  # to bound the percentile at 95 % confidence
 
 
 def first_look(min_blocks: int) -> int:
-    """Blocks before the first look: fewer than six allow no 95 % interval."""
+    """Blocks before the first look; fewer than six allow no 95 % interval."""
     return max(min_blocks, FEWEST_BLOCKS)
 
 
 def is_look(blocks: int, *, first: int) -> bool:
-    """Whether the interval is looked at after so many blocks: ``first``, twice, four times …"""
+    """Whether there is a look after this many blocks: ``first``, twice, four times …"""
     return blocks >= first and blocks % first == 0 and (blocks // first).bit_count() == 1
 
 
 def geometric_means(timed: Iterable[tuple[int, float]]) -> Array:
-    """Of (block, value) pairs: the geometric mean of each block's values, in the order of the
-    blocks.
-    """
+    """Geometric mean of each block's values, from (block, value) pairs, in the order of blocks."""
     blocks: dict[int, list[float]] = {}
     for block, value in timed:
         blocks.setdefault(block, []).append(value)
@@ -63,17 +53,15 @@ def geometric_means(timed: Iterable[tuple[int, float]]) -> Array:
 
 
 def rate(amount: float, time: Interval) -> Interval:
-    """``amount`` over the time that it takes; without a bound above where the time may be
-    nothing.
-    """
+    """``amount`` over its time. The upper bound is infinite if the time may be zero."""
     high = amount / time.low if time.low > 0 else math.inf
     return Interval(amount / time.value, amount / time.high, high, time.n)
 
 
 def median_interval(values: Sequence[float] | Array, *, error: float) -> Interval:
-    """Median and the distribution-free interval that misses it with probability ``error`` at most.
+    """Median, and the distribution-free interval that misses it with probability ``error`` at most.
 
-    Without enough values for that it reaches to infinity on both sides.
+    With too few values the interval is infinite on both sides.
     """
     ordered = np.sort(np.asarray(values, np.float64))
     n = len(ordered)
@@ -89,12 +77,11 @@ def median_interval(values: Sequence[float] | Array, *, error: float) -> Interva
 
 
 def sequential_interval(values: Sequence[float] | Array, *, first: int) -> Interval:
-    """Median over blocks, in the order they were timed, and the interval that holds at 95 % over
-    all looks together.
+    """Median over blocks in the order of timing, with an interval at 95 % over all looks together.
 
     Looks happened after ``first``, 2 ``first`` … blocks and after the last. The interval is their
-    intersection; should it be empty, because the machine changed between looks, it is what covers
-    them all, which decides nothing by mistake.
+    intersection. If that is empty, because the machine changed between looks, it is their hull,
+    so it decides nothing by mistake.
     """
     array = np.asarray(values, np.float64)
     ends = [n for n in range(1, len(array)) if is_look(n, first=first)] + [len(array)]
@@ -110,18 +97,15 @@ def sequential_interval(values: Sequence[float] | Array, *, first: int) -> Inter
 
 
 def paired_ratio(numerator: Array, denominator: Array, *, first: int) -> Interval:
-    """Median ratio of two arms' values over the same blocks, ``[blocks]`` each, with its
-    interval.
-    """
+    """Median ratio of two arms over the same blocks, ``[blocks]`` each, with its interval."""
     return sequential_interval(np.log(numerator) - np.log(denominator), first=first).map_exp()
 
 
 def widened(interval: Interval, noise: Interval) -> Interval:
-    """A ratio's interval, wider by what two copies of the same artifact differ in when they differ
-    beyond chance.
+    """A ratio's interval, widened if two copies of the same artifact differ beyond chance.
 
-    ``noise`` is the A/A ratio. Pairing within blocks cannot see what is fixed for the life of a
-    process (where its memory lies, which cores it got); only a second process can.
+    ``noise`` is the A/A ratio. Some effects last for the life of a process (memory addresses,
+    cores). Pairing within blocks cannot see those; only a second process can.
     """
     if noise.low <= 1 <= noise.high:
         return interval
@@ -130,13 +114,12 @@ def widened(interval: Interval, noise: Interval) -> Interval:
 
 
 def unpaired_ratio(ours: Array, theirs: Array) -> Interval:
-    """Ratio of our values to theirs, ``[blocks]`` each, of two runs that share no block; ``n`` is
-    of the smaller run.
+    """Ratio of our values to theirs, ``[blocks]`` each, from two runs that share no block.
 
-    The Hodges-Lehmann shift of the logarithms, the median of all pairwise differences, with the
+    The Hodges-Lehmann shift of the logarithms (median of all pairwise differences), with the
     interval that inverts the exact rank-sum test (Lehmann, Nonparametrics, 1975, section 2.5). It
-    assumes that both runs spread alike, and that the machine was the same during both: what drifts
-    between two runs no statistic of theirs can show.
+    assumes equal spread and the same machine: no statistic of the two runs can show a drift
+    between them. ``n`` is that of the smaller run.
     """
     differences = np.sort(np.subtract.outer(np.log(ours), np.log(theirs)).ravel())
     most = (1 - CONFIDENCE) / 2 * math.comb(len(ours) + len(theirs), len(ours))
@@ -154,8 +137,9 @@ def unpaired_ratio(ours: Array, theirs: Array) -> Interval:
 
 
 def _rank_sum_counts(n: int, m: int) -> list[int]:
-    """Of all orders of ``n`` and ``m`` values, how many have Mann-Whitney's U = 0, 1, 2 …: the
-    Gaussian binomial's coefficients.
+    """Number of orders of ``n`` and ``m`` values with Mann-Whitney's U = 0, 1, 2 …
+
+    These are the coefficients of the Gaussian binomial.
     """
     counts = [1] + [0] * (n * m)
     for i in range(1, m + 1):
@@ -167,16 +151,12 @@ def _rank_sum_counts(n: int, m: int) -> list[int]:
 
 
 def samples_needed(percent: int) -> int:
-    """Samples below which a percentile is not reported; the counts of MLPerf's rule at 95 %
-    confidence.
-    """
+    """Fewest samples for a reported percentile: MLPerf's rule at 95 % confidence."""
     return _SAMPLES_NEEDED[percent]
 
 
 def percentile(values: Sequence[float] | Array, percent: int) -> float | None:
-    """A percentile as one of the values (inverted distribution function); none when there are too
-    few of them.
-    """
+    """A percentile as one of the values (inverse distribution function); None if too few."""
     if len(values) < samples_needed(percent):
         return None
     if percent == 50:
@@ -185,9 +165,7 @@ def percentile(values: Sequence[float] | Array, percent: int) -> float | None:
 
 
 def mean_interval(values: Array, *, seed: int = 0, resamples: int = 2000) -> Interval:
-    """Mean of ``values[n]`` and its percentile bootstrap interval, for figures that are shown and
-    decide nothing.
-    """
+    """Mean of ``values[n]`` and its percentile bootstrap interval; for display, not for gates."""
     picks = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
     value = float(values.mean())
     low, high = np.quantile(values[picks].mean(1), [0.025, 0.975])
@@ -202,11 +180,11 @@ def relative_rise(
     seed: int = 0,
     resamples: int = 4000,
 ) -> Interval:
-    """Rise of our domains' mean NLL over theirs, relative to theirs: -0.02 is 2 % better.
+    """Relative rise of our domains' mean NLL over theirs: -0.02 is 2 % better.
 
-    Each sequence holds one array a domain, with one value a held-out block: summed NLL, and scored
-    tokens. The value is exact for this text; the interval (paired percentile bootstrap, blocks
-    drawn anew within each domain) says how far it may move on other text of the same kind.
+    Each sequence holds one array per domain, with one value per held-out block: summed NLL, and
+    scored tokens. The value is exact for this text. The interval (paired percentile bootstrap,
+    blocks drawn within each domain) shows how far it may move on other text of the same kind.
     """
     draw = np.random.default_rng(seed)
 

@@ -1,8 +1,7 @@
-"""The part of a task that judging needs: how its samples and its quality are read, and which
-figures and gates there are.
+"""The part of a task that judging needs: its samples, quality, figures and gates.
 
-`serve_bench.tasks` implements it for language models and for encoders; nothing here knows which is
-which.
+`serve_bench.tasks` implements it for language models and encoders. Nothing here depends on the
+task.
 """
 
 from __future__ import annotations
@@ -37,9 +36,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Judged:
-    """A bench, what was found in it, and the verdict: made once, then passed on to report and
-    certificate.
-    """
+    """A bench, its figures and its verdict: made once, passed on to report and certificate."""
 
     measured: Measured
     evidence: Any  # the task's own
@@ -48,7 +45,7 @@ class Judged:
 
 
 class JudgingTask(Protocol):
-    """How a task is judged."""
+    """The judging of one task."""
 
     @property
     def name(self) -> TaskName:
@@ -56,7 +53,7 @@ class JudgingTask(Protocol):
 
     @property
     def metrics(self) -> Sequence[tuple[str, str, Cell | None]]:
-        """Times that two runs are compared in: title, metric of `Sample`, cell."""
+        """Times compared between two runs: title, metric of `Sample`, cell."""
 
     def reference(self, shipped: str, arms: Sequence[Arm], judged: str = "") -> Reference:
         """The context of the figures."""
@@ -68,7 +65,7 @@ class JudgingTask(Protocol):
         """Quality of the arms, from the files of the bench."""
 
     def evidence(self, measured: Measured) -> Any:
-        """The figures that gates are judged on."""
+        """Figures that gates are judged on."""
 
     def gates(self, measured: Measured, evidence: Any) -> list[Gate]:
         """Every gate that the recipe names, judged."""
@@ -77,12 +74,10 @@ class JudgingTask(Protocol):
         """The bench artifact's result."""
 
     def promises(self, judged: Judged) -> dict[str, Any]:
-        """The part `figures` of the certificate: the shipped form's figures, with the intervals of
-        the gates.
-        """
+        """The key `figures` of the certificate: the shipped form, with the gates' intervals."""
 
     def data(self, bench: Artifact) -> dict[str, Any]:
-        """The part `data` of the certificate: hash and sizes of the held-out text."""
+        """The key `data` of the certificate: hash and sizes of the held-out text."""
 
     def protocol(self) -> dict[str, Any]:
         """Sizes of the timed work, for the certificate."""
@@ -90,16 +85,16 @@ class JudgingTask(Protocol):
     def losses(
         self, old: Measured, new: Measured, tolerance: float, *, same_text: bool
     ) -> Iterator[Row]:
-        """Quality of two runs beside each other."""
+        """Quality of two runs side by side."""
 
     def scenarios(
         self, old: Measured, new: Measured, tolerance: float, anchors: Sequence[str]
     ) -> tuple[list[Row], list[str]]:
-        """Further rows and notes of a comparison."""
+        """More rows and notes for a comparison."""
 
 
 def read_bench(bench: Artifact, task: JudgingTask) -> Measured:
-    """Read a bench artifact. Raises `ArtifactError` for one of an older layout."""
+    """Read a bench artifact. Raises `ArtifactError` if its layout is older."""
     environment = json.loads((bench.path / ENVIRONMENT).read_text())
     if "task" not in bench.result or "before" not in environment:
         raise ArtifactError(
@@ -117,7 +112,7 @@ def read_bench(bench: Artifact, task: JudgingTask) -> Measured:
 
 
 def judge_bench(measured: Measured, task: JudgingTask) -> Judged:
-    """Judge what was measured, once."""
+    """Judge a bench, once."""
     evidence, reference = task.evidence(measured), measured.reference
     verdict = conclude(
         task.gates(measured, evidence),

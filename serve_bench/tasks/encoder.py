@@ -53,7 +53,6 @@ class Encoder:
         self._runs: dict[tuple[str, Cell], int] = {}
 
     # Measuring ------------------------------------------------------------------------------------
-    # -----------
 
     def open(self, onnx: Artifact, student: Artifact) -> list[Arm]:
         """See `MeasuringTask`."""
@@ -141,7 +140,6 @@ class Encoder:
         return [("answers, largest change", 0.0, apart), *figures_now]
 
     # Judging --------------------------------------------------------------------------------------
-    # -----------
 
     def reference(self, shipped: str, arms: Sequence[Arm], judged: str = "") -> Reference:
         """See `JudgingTask`."""
@@ -240,7 +238,6 @@ class Encoder:
         return [], []
 
     # Telling --------------------------------------------------------------------------------------
-    # -----------
 
     def heldout(self, judged: Judged) -> Mapping[str, Any]:
         """See `TellingTask`."""

@@ -69,7 +69,6 @@ class Language:
         return self._recipe
 
     # Measuring ------------------------------------------------------------------------------------
-    # -----------
 
     def open(self, onnx: Artifact, student: Artifact) -> list[Arm]:
         """See `MeasuringTask`."""
@@ -200,7 +199,6 @@ class Language:
         return [*found, ("loss, mean", promised["mean_nll"], mean_nll(nll))]
 
     # Judging --------------------------------------------------------------------------------------
-    # -----------
 
     def reference(self, shipped: str, arms: Sequence[Arm], judged: str = "") -> Reference:
         """See `JudgingTask`."""
@@ -318,7 +316,6 @@ class Language:
         return scenario_changes(old, new, tolerance, anchors)
 
     # Telling --------------------------------------------------------------------------------------
-    # -----------
 
     def heldout(self, judged: Judged) -> Mapping[str, Any]:
         """See `TellingTask`."""

@@ -113,7 +113,6 @@ def open_runtime(runtime: str, spec: Mapping[str, Any], *, threads: int) -> Runt
 
 
 # torch --------------------------------------------------------------------------------------------
-# ---------------
 
 
 class TorchEager:
@@ -312,7 +311,6 @@ def _weight_bytes(model: Any) -> int:
 
 
 # onnxruntime --------------------------------------------------------------------------------------
-# ---------------
 
 
 class OnnxRuntime:

@@ -155,7 +155,8 @@ class FakeWorkers:
             True,
             "its speed over the fp32 graph is as certified",
         ),  # the machine is slower
-        (10.0, 20.0, False, "slower than certified, 1.25×"),  # the graph is
+        # The graph is slower, by 1.25; a void block of a busy machine moves the noise, up to 1.26.
+        (10.0, 20.0, False, "slower than certified, 1.2"),
         (8.4, 20.0, True, "less than the 10 % that counts"),
         (8.0, 16.0, True, "its own times are as certified"),
         (6.0, 12.0, True, "faster than certified"),

@@ -230,7 +230,6 @@ def test_losses_on_other_text_are_not_compared(runs: tuple[Path, Path]) -> None:
 
 
 # Scenarios ----------------------------------------------------------------------------------------
-# ---------------
 
 SLO = {"ttft_ms": 500.0, "tpot_ms": 50.0, "share": 0.9}
 

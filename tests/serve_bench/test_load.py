@@ -58,7 +58,6 @@ def row(
 
 
 # Figures ------------------------------------------------------------------------------------------
-# ---------------
 
 
 def test_figures_of_a_rate_by_hand() -> None:
@@ -99,8 +98,7 @@ def test_a_stream_counts_tokens_with_and_without_text_and_takes_the_servers_usag
         stream.read('data: {"error": {"message": "overloaded"}}', 4.0)
 
 
-# Finding the rate
-# ------------------------------------------------------------------------------------------------
+# Finding the rate ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -133,8 +131,7 @@ def test_the_search_ends_when_its_time_is_spent_or_nothing_fails() -> None:
     assert rates == [2.0**k for k in range(12)]
 
 
-# Against a server
-# ------------------------------------------------------------------------------------------------
+# Against a server ---------------------------------------------------------------------------------
 
 
 def test_a_stall_is_seen_in_full_by_every_request_that_was_due_in_it(
@@ -265,7 +262,6 @@ def test_a_served_artifact_that_does_not_start_shows_its_last_words(tmp_path: Pa
 
 
 # As a runtime -------------------------------------------------------------------------------------
-# ---------------
 
 
 def test_the_runtime_behind_a_url_times_every_token() -> None:

@@ -52,8 +52,7 @@ class Paced:
         return {"started": 0.0, "at": at, "tokens": [1] * new_tokens, "device_s": None}
 
 
-# Blocks that were disturbed
-# --------------------------------------------------------------------------------------
+# Blocks that were disturbed -----------------------------------------------------------------------
 
 
 class Readings(Sentinel):
@@ -126,7 +125,6 @@ def test_the_sentinel_does_the_same_work_on_every_thread_and_leaves_nothing_runn
 
 
 # Warming up ---------------------------------------------------------------------------------------
-# ---------------
 
 
 def test_warming_up_ends_when_three_in_a_row_agree(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +155,6 @@ def test_what_never_settles_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # The same work ------------------------------------------------------------------------------------
-# ---------------
 
 
 def facts(**over: Any) -> dict[str, Any]:
@@ -204,7 +201,6 @@ def test_other_work_is_refused() -> None:
 
 
 # The machine --------------------------------------------------------------------------------------
-# ---------------
 
 
 def test_limits_of_a_container_in_both_versions_of_cgroups(tmp_path: Path) -> None:
@@ -322,8 +318,7 @@ def test_weights_that_a_token_reads(tmp_path: Path) -> None:
     assert graph_weight_bytes(tmp_path / "g.onnx") == 8 * 8 * 4 + 6 * 4 // 2
 
 
-# Batches and cold starts
-# -----------------------------------------------------------------------------------------
+# Batches and cold starts --------------------------------------------------------------------------
 
 
 def test_throughput_never_mixes_prompt_and_generated_tokens() -> None:
@@ -418,7 +413,6 @@ def test_scenarios_that_were_not_asked_have_no_key() -> None:
 
 
 # On a card ----------------------------------------------------------------------------------------
-# ---------------
 
 
 @pytest.mark.gpu

@@ -62,7 +62,6 @@ def torch_arm(model: Path, name: str = "student") -> Arm:
 
 
 # Definitions --------------------------------------------------------------------------------------
-# ---------------
 
 
 def test_tpot_leaves_prompt_and_first_token_out() -> None:
@@ -113,7 +112,6 @@ def test_prompts_are_heldout_text_of_the_length_asked() -> None:
 
 
 # Quality ------------------------------------------------------------------------------------------
-# ---------------
 
 
 def test_sums_by_hand(tmp_path: Path) -> None:
@@ -178,7 +176,6 @@ def test_log_softmax_of_large_logits() -> None:
 
 
 # Workers ------------------------------------------------------------------------------------------
-# ---------------
 
 
 @pytest.fixture(scope="module")
@@ -332,8 +329,7 @@ def test_an_adapter_is_merged_before_it_is_timed(model: Path, tmp_path: Path) ->
     assert not any("lora" in name for name, _ in runtime._model.named_parameters())
 
 
-# The whole stage
-# -------------------------------------------------------------------------------------------------
+# The whole stage ----------------------------------------------------------------------------------
 
 
 def bench_recipe(**over: Any) -> Recipe:

@@ -155,8 +155,7 @@ def test_relative_rise_by_hand() -> None:
     assert relative_rise(ours, theirs, labels) == rise  # no hidden randomness
 
 
-# Simulated machines
-# ----------------------------------------------------------------------------------------------
+# Simulated machines -------------------------------------------------------------------------------
 
 
 def machine(
