@@ -17,7 +17,7 @@ from export.build.choice import choose_backend
 from export.round.blocks import Blockwise
 from export.round.scheme import Scheme, encoder_scheme, scheme_for, stored_bytes
 from export.tasks.base import AnyForm
-from limbeck.contract.recipe import Form
+from limbeck.contract.recipe import Form, Provider
 from limbeck.contract.recipe.encoder import EncoderForm
 
 _ATTENTION_OUT = re.compile(r"(o_proj|out_proj|c_proj|dense)$")
@@ -76,7 +76,7 @@ def form_bytes(
 def _decoder_bytes(model: Any, form: Form, backend: str, provider: str) -> int:
     config = model.config
     if backend == "auto":
-        backend, _ = choose_backend(config.to_dict())
+        backend, _ = choose_backend(config.to_dict(), provider=cast(Provider, provider))
     fused = backend == "genai"
     half = form.kind == "fp16" or (provider != "cpu" and form.kind != "fp32")
     number = 2 if half else 4

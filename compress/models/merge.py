@@ -111,9 +111,9 @@ def load_merged(model: Any, values: Iterator[tuple[str, Tensor]]) -> None:
     """Put merged parameters into ``model``, which has all of them."""
     parameters = dict(model.named_parameters())
     for name, value in values:
-        parameters[
-            name
-        ].data = value  # replaced, not written: the old one may be mapped from a file
+        parameter = parameters[name]
+        # Replaced, not written: the old one may be mapped from a file.
+        parameter.data = value.to(parameter.device)
 
 
 @dataclass(frozen=True)

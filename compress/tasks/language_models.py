@@ -5,7 +5,6 @@ Shapes: R rows (blocks), L positions.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +37,7 @@ from limbeck.contract.recipe import (
     NoCache,
     Recipe,
     ShrinkStudent,
+    fingerprint,
 )
 
 _START_ROWS = 8  # training blocks of each domain that merges of teachers are scored on
@@ -129,10 +129,11 @@ class LanguageModels:
         found = choose_start(
             self.folder,
             self.folders,
-            text=hashlib.sha256(ids.numpy().tobytes() + labels.numpy().tobytes()).hexdigest(),
+            text=fingerprint([self.precision, ids.tolist(), labels.tolist()]),
             score=lambda model: self._loss_of(model, ids, labels),
             among=lambda names: merges_to_try(student, names),
             seed=self.recipe.seed,
+            device=self.device,
         )
         if found is None and init == "merge":
             raise NothingToMergeError(
@@ -141,7 +142,8 @@ class LanguageModels:
                 "were made from the base."
             )
         separate = self.recipe.export.adapters == "separate"
-        if found is not None and separate and not found.can_join(self.folder):
+        dora = isinstance(student, LoraStudent) and student.dora
+        if found is not None and separate and not found.can_join(self.folder, dora=dora):
             raise RecipeError(
                 f"export.adapters: the student starts from {found.merge}, which is more than LoRA "
                 "adapters can say; use student.init: base, or export.adapters: merged."

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from compress.models.language import cached, load_model
@@ -28,7 +30,7 @@ from compress.models.merge import (
     parameters_of,
 )
 from compress.teachers.live import TeacherFolder
-from limbeck.contract.adapters import attach
+from limbeck.contract.adapters import UnmergeableError, adapter_facts, attach
 from limbeck.contract.adapters import merged as without_adapter
 from limbeck.contract.artifact import MANIFEST
 from limbeck.contract.errors import RecipeError
@@ -42,7 +44,7 @@ _JOINED = "joined"
 
 
 class NothingToMergeError(RecipeError):
-    """No teacher has the shape of the student's base."""
+    """A teacher that the merge needs does not have the shape of the student's base."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,12 @@ class Start:
         """Turn the adapter ``own``, trained on the merged weights, into one on the true ``base``.
 
         It then holds the teachers' adapters and its own, side by side (peft's exact `cat`), so it
-        loads beside the base as any adapter does. Returns False, and removes the folder, where the
-        teachers are not plain LoRA adapters: no adapter says what such a merge did to the base.
+        loads beside the base as any adapter does. Returns False, and removes the folder, where
+        `can_join` says that no adapter can hold what the merge did to the base.
         """
-        if not self.can_join(base):
+        if not self.teachers:  # trained on the base itself
+            return True
+        if not self.can_join(base, dora=adapter_facts(own).config.get("use_dora", False)):
             shutil.rmtree(own)
             return False
         from peft import PeftModel
@@ -78,6 +82,11 @@ class Start:
             model.load_adapter(str(teacher.adapter), adapter_name=f"teacher:{name}")
             names.append(f"teacher:{name}")
             weights.append(self.merge.weights[name])
+        for name in names:
+            config = model.peft_config[name]
+            config.use_rslora = False  # `cat` has put every scale into the matrices
+            if isinstance(config.target_modules, str):  # peft joins no pattern with a list
+                config.target_modules = _adapted(model, name)
         model.add_weighted_adapter(names, weights, _JOINED, combination_type="cat")
         out = own.with_name(f"{own.name}.joined")
         model.save_pretrained(out, selected_adapters=[_JOINED])
@@ -87,9 +96,14 @@ class Start:
         (own / "README.md").unlink(missing_ok=True)  # peft's empty model card
         return True
 
-    def can_join(self, base: Path) -> bool:
-        """Whether the merge is a weighted sum of plain LoRA adapters on ``base``."""
-        return self.merge.method == "average" and all(
+    def can_join(self, base: Path, *, dora: bool) -> bool:
+        """Whether the merge is a weighted sum of plain LoRA adapters on ``base``.
+
+        ``dora`` says that the student's own adapter is DoRA, whose norms are of the merged weights.
+        """
+        if not self.teachers:
+            return True
+        return (not dora and self.merge.method == "average") and all(
             t.adapter is not None and t.base.resolve() == base.resolve() and _is_plain(t.adapter)
             for t in self.teachers.values()
         )
@@ -101,17 +115,18 @@ class Start:
 
 def _is_plain(adapter: Path) -> bool:
     """Whether an adapter is low-rank updates of one rank and nothing else."""
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    more = (
-        "use_dora",
-        "modules_to_save",
-        "trainable_token_indices",
-        "target_parameters",
-        "rank_pattern",
-        "layer_replication",
-    )
-    plain = config.get("peft_type") == "LORA" and config.get("bias", "none") == "none"
-    return plain and not any(config.get(name) for name in more)
+    facts = adapter_facts(adapter)
+    more = ("use_dora", "lora_bias", "modules_to_save", "rank_pattern")
+    return facts.shares_base and not any(facts.config.get(name) for name in more)
+
+
+def _adapted(model: Any, adapter: str) -> set[str]:
+    """Names of the layers that ``adapter`` changes."""
+    return {
+        name
+        for name, layer in model.get_base_model().named_modules()
+        if isinstance(layer, LoraLayer) and adapter in layer.scaling
+    }
 
 
 def parameters(teacher: TeacherFolder) -> dict[str, Tensor]:
@@ -131,6 +146,11 @@ def merges_to_try(
         return found if student.init == "auto" else [merge for merge in found if merge != BASE]
     if student.method == "auto" and student.weights is None:
         return [merge for merge in candidates(names) if merge != BASE]
+    if missing := sorted({n for n, w in (student.weights or {}).items() if w} - set(names)):
+        raise NothingToMergeError(
+            f"student.weights: {', '.join(missing)} cannot be merged: it does not have the shape of "
+            "the student's base; leave it out, or name the base that it was made from."
+        )
     method: Method = "average" if student.method == "auto" else student.method
     equal = 1 / len(names) if method == "average" else 1.0
     weights = student.weights or dict.fromkeys(names, equal)
@@ -146,16 +166,27 @@ def choose_start(
     score: Callable[[Any], float],
     among: Callable[[Sequence[str]], Sequence[Merge]],
     seed: int,
+    device: torch.device,
 ) -> Start | None:
     """The best merge of the teachers that have the base's shape, or None where no teacher has it.
 
-    ``score(model)`` gives nats a token on the training text whose digest is ``text``; ``among`` the
-    merges to try, given the teachers' names. The choice is kept in the cache. Raises `ModelError`.
+    ``score(model)`` gives nats a token of a model on ``device``; ``text`` is a digest of the text
+    and of the precision. ``among`` gives the merges to try, from the teachers' names. The choice is
+    kept in the cache. Raises `ModelError`, and whatever ``among`` raises.
     """
-    model = load_model(base)
+    model = load_model(base, device=device)
     start = parameters_of(load_model(base))
-    states = {t.name: parameters(t) for t in teachers}
-    states = {name: state for name, state in states.items() if can_be_merged(start, state)}
+    states = {}
+    for teacher in teachers:
+        try:
+            state = parameters(teacher)
+        except UnmergeableError as error:  # an adapter that runs beside its base all the same
+            say(f"  teacher {teacher.name} is in no merge: {error}")
+            continue
+        if can_be_merged(start, state):
+            states[teacher.name] = state
+        else:
+            say(f"  teacher {teacher.name} is in no merge: it does not have the base's shape")
     if not states:
         return None
     tried = list(among(list(states)))

@@ -145,3 +145,13 @@ def test_the_merge_that_reads_the_text_best_is_taken_and_a_bad_teacher_left_out(
     assert torch.allclose(model.w.detach(), best)
     assert min(choice.scores.values()) == choice.scores[str(choice.merge)]
     assert choice.scores["the base"] == pytest.approx(5.0)
+
+
+def test_merged_weights_go_to_the_device_of_the_model(
+    adapters: tuple[Path, dict[str, Path]],
+) -> None:
+    """A student on a GPU stays there, although teachers are merged on the CPU."""
+    base, _ = adapters
+    model = load_model(base).to("meta")
+    load_merged(model, merged(BASE, parameters_of(load_model(base)), {}))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}

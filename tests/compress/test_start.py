@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from compress import distill
 from compress.ablate import ablate
 from compress.models.language import load_model
-from compress.models.merge import parameters_of
+from compress.models.merge import BASE, parameters_of
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import RecipeError
 from limbeck.contract.recipe import parse_recipe
@@ -73,6 +74,95 @@ def test_the_adapter_of_a_student_from_a_merge_loads_beside_the_true_base(
     for name, value in parameters_of(beside.merge_and_unload()).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
     assert made.result["base"] == str(base)
+
+
+def lora_teacher(base: Path, out: Path, **options: Any) -> Path:
+    """A LoRA adapter of any options, with weights that change the model."""
+    torch.manual_seed(7)
+    settings = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | options
+    with warnings.catch_warnings():  # of peft, about options that cannot be merged
+        warnings.simplefilter("ignore")
+        model = get_peft_model(load_model(base), LoraConfig(**settings))
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data.add_(0.2 * torch.randn_like(parameter))
+        model.save_pretrained(out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("teacher", "config", "joined"),
+    [
+        ({}, {"rslora": True}, True),
+        ({"use_rslora": True}, {}, True),
+        ({"alpha_pattern": {"q_proj": 7}}, {}, True),
+        ({"target_modules": r".*\.(q|v)_proj"}, {}, True),
+        ({"target_modules": "all-linear", "exclude_modules": ["v_proj"]}, {}, True),
+        ({}, {"dora": True}, False),  # its norms are those of the merged weights
+        ({"use_dora": True}, {}, False),
+        ({"init_lora_weights": "pissa"}, {}, False),  # changes the base when it is loaded
+    ],
+    ids=str,
+)
+def test_a_student_from_a_merge_has_an_adapter_that_gives_its_model_or_none(
+    teacher: dict[str, Any], config: dict[str, Any], joined: bool, tmp_path: Path
+) -> None:
+    """peft's answer with the adapter beside the true base is that of the saved model."""
+    base = make_model(tmp_path / "base")
+    paths = {"one": lora_teacher(base, tmp_path / "one", **teacher)}
+    made = student(tmp_path / "student", base, paths, LORA | config | {"init": "merge"})
+    assert (made.path / "adapter").is_dir() == joined
+    assert made.result["base"] == (str(base) if joined else None)
+    if joined:
+        ids = torch.arange(1, 25)[None]
+        beside = PeftModel.from_pretrained(load_model(base), str(made.path / "adapter"))
+        expected = load_model(made.path / "model")(ids).logits
+        torch.testing.assert_close(beside(ids).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("config", [{"dora": True}, {"rslora": True}], ids=str)
+def test_the_adapter_of_a_student_from_its_base_is_kept_as_it_is(
+    config: dict[str, Any],
+    adapters: tuple[Path, dict[str, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base, paths = adapters
+    monkeypatch.setattr("compress.teachers.start.candidates", lambda names: [BASE])
+    made = student(tmp_path / "student", base, paths, LORA | config)
+    assert made.result["start"]["merge"] == "the base"
+    ids = torch.arange(1, 25)[None]
+    beside = PeftModel.from_pretrained(load_model(base), str(made.path / "adapter"))
+    expected = load_model(made.path / "model")(ids).logits
+    torch.testing.assert_close(beside(ids).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_teacher_that_peft_cannot_merge_teaches_without_being_merged(
+    adapters: tuple[Path, dict[str, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, paths = adapters
+    biased = lora_teacher(base, tmp_path / "biased", lora_bias=True)
+    made = student(tmp_path / "student", base, {"one": paths["one"], "biased": biased}, LORA)
+    assert set(made.result["start"]["scores"]) == {"average of one (1)", "the base"}
+    assert set(made.result["teachers"]) == {"one", "biased"}
+    assert "teacher biased is in no merge" in capsys.readouterr().err
+
+
+def test_a_teacher_with_a_weight_that_cannot_be_merged_is_an_error(
+    adapters: tuple[Path, dict[str, Path]], tmp_path: Path
+) -> None:
+    base, paths = adapters
+    deep = {"kind": "local", "path": str(make_model(tmp_path / "deep", num_hidden_layers=3))}
+    source = {"kind": "local", "path": str(base)}
+    teachers = [
+        {"name": "one", "model": source, "adapter": str(paths["one"])},
+        {"name": "deep", "model": deep},
+    ]
+    config = {"kind": "merge", "base": source, "weights": {"one": 0.5, "deep": 0.5}}
+    with pytest.raises(RecipeError, match=r"student.weights: deep cannot be merged"):
+        distill(
+            recipe=pico_recipe(teachers=teachers, student=config, data=DATA), out=tmp_path / "out"
+        )
 
 
 def test_a_student_from_a_merge_begins_at_the_merge(
