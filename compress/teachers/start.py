@@ -148,8 +148,8 @@ def merges_to_try(
         return [merge for merge in candidates(names) if merge != BASE]
     if missing := sorted({n for n, w in (student.weights or {}).items() if w} - set(names)):
         raise NothingToMergeError(
-            f"student.weights: {', '.join(missing)} cannot be merged: it does not have the shape of "
-            "the student's base; leave it out, or name the base that it was made from."
+            f"student.weights: {', '.join(missing)} cannot be merged into the student's base; "
+            "leave it out, or name the base that it was made from."
         )
     method: Method = "average" if student.method == "auto" else student.method
     equal = 1 / len(names) if method == "average" else 1.0
