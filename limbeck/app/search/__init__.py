@@ -1,10 +1,10 @@
-"""`limbeck search`: from a budget in megabytes and milliseconds to the student that keeps it.
+"""`limbeck search`: find the best student within a budget of megabytes and milliseconds.
 
-The order of the work: the plan rules out what is too large, a handful of exports is timed and the
-rest predicted (`probes`), short distillations halve the field (`rounds`), and the finalists go
-through the whole job (`finals`). Only those are ever called good: what a search promises was
-measured. Optuna keeps the state (ask and tell), so that a search goes on where it stopped and
-several can share one. What differs between language models and encoders is in `tasks`.
+Order of work: the plan rules out students that are too large; a few exports are timed and the rest
+predicted (`probes`); short distillations halve the field (`rounds`); the finalists go through the
+whole job (`finals`). Only a finalist can win, because only finalists are measured in full. Optuna
+keeps the state (ask and tell), so a search can continue after a stop and several processes can
+share it. `tasks` has the differences between language models and encoders.
 """
 
 from __future__ import annotations
@@ -52,13 +52,12 @@ _RESERVED = 0.5  # share of the hours kept for the finalists
 
 
 def search(recipe: AnyRecipe, *, out: Path | None = None) -> Found:
-    """Find the best student within ``recipe.budget`` and write it to ``out`` as a recipe of its
-    own.
+    """Find the best student within ``recipe.budget`` and write it to ``out`` as its own recipe.
 
-    ``out`` defaults to ``runs/search-<name>-<digest8>``; an interrupted search goes on there, and
-    several processes share one. Raises `RecipeError` without a budget or a base to start from,
-    `EnvironmentalError` without Optuna, `ArtifactError` for a folder that holds something else, and
-    whatever a stage raises.
+    ``out`` defaults to ``runs/search-<name>-<digest8>``. An interrupted search continues there, and
+    several processes share one folder. Raises `RecipeError` without a budget or a base,
+    `EnvironmentalError` without Optuna, `ArtifactError` if the folder holds something else, and the
+    errors of each stage.
     """
     budget = _required(recipe)
     _require_optuna()
@@ -130,8 +129,7 @@ def _require_optuna() -> None:
 
 
 def _found(folder: Path, recipe: AnyRecipe, budget: AnyBudget) -> Found | None:
-    """What a search that is complete came to; none where there is none, or where its time or the
-    bench's was up and there is more of it now."""
+    """Saved result of a finished search, or None if there is none or more time is now allowed."""
     if not (folder / RESULT).exists():
         return None
     result = json.loads((folder / RESULT).read_text())
@@ -157,8 +155,10 @@ def _rule_out_memory(
     candidates: Sequence[Candidate],
     budget: AnyBudget,
 ) -> None:
-    """Leave out what cannot be trained here: of each kind of student the largest are planned first,
-    until one fits."""
+    """Rule out students whose training does not fit in memory.
+
+    For each kind of student the largest are planned first, until one fits.
+    """
     fits: set[str] = set()  # kinds
     for candidate in sorted(still_in(candidates), key=lambda c: -c.size):
         student = students[candidate.student]
@@ -181,8 +181,10 @@ def _rule_out_memory(
 
 
 def chosen(passed: Sequence[Candidate], budget: AnyBudget) -> Candidate:
-    """The one with the least loss; of equals, which metrics that count examples bring about, the
-    fastest, then the smallest."""
+    """The candidate with the least loss; if equal, the fastest, then the smallest.
+
+    Equal losses are common with metrics that count examples.
+    """
 
     def order(c: Candidate) -> tuple[float, ...]:
         assert c.loss is not None

@@ -1,5 +1,4 @@
-"""The students of a search in their forms, and the law that says how fast the ones that were not
-timed are."""
+"""Candidates of a search (a student in one form), and the model that predicts their speed."""
 
 from __future__ import annotations
 
@@ -15,10 +14,10 @@ METRICS = ("accuracy", "macro_f1", "spearman")  # that encoders are judged by
 
 @dataclass
 class Candidate:
-    """One student in one form. Sizes in bytes, times in ms; none is not known yet.
+    """One student in one form. Sizes in bytes, times in ms; None is not known yet.
 
-    Losses are nats a token, nats an example of a classifier, or of a sentence encoder 1 -
-    Spearman's correlation.
+    Losses: nats per token of a language model, nats per example of a classifier,
+    1 - Spearman's correlation of a sentence encoder.
     """
 
     student: str
@@ -38,8 +37,8 @@ class Candidate:
     )
     out: str | None = None  # why it is out; none where it reached the finals
     late: bool = False  # whether more hours would take it further
-    # Of finalists: size, the times of the budget, nll or the metric and, of the best teacher in the
-    # same bench, best_teacher.
+    # Finalists only: size, the times of the budget, NLL or the metric, and best_teacher (the best
+    # teacher in the same bench).
     measured: dict[str, float] = field(default_factory=dict)
     verdict: str | None = None
     run: str | None = None
@@ -51,33 +50,30 @@ class Candidate:
 
     @property
     def known_metric(self) -> tuple[str, float] | None:
-        """Name and value of an encoder's metric: as it was measured, else after the longest
-        round."""
+        """Name and value of an encoder's metric: measured, or after the longest round."""
         return next(
             ((n, v) for n, v in (self.metric | self.measured).items() if n in METRICS), None
         )
 
     @property
     def loss(self) -> float | None:
-        """What students are compared by in the end: of language models nats a token, of encoders 1
-        - the metric."""
+        """Final loss for comparing students: nats per token, or 1 - the metric of an encoder."""
         if (found := self.known_metric) is not None:
             return 1 - found[1]
         return self.measured.get("nll", self.nll)
 
 
 def still_in(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that nothing speaks against yet."""
+    """Candidates that are not ruled out."""
     return [c for c in candidates if c.out is None]
 
 
 @dataclass(frozen=True)
 class SpeedModel:
-    """Times as fixed cost + cost a layer + cost a byte (or operation) of each form, none negative;
-    and how far off that is.
+    """Time = fixed + cost per layer + cost per byte (or operation) of each form, none negative.
 
-    ``error`` is the greatest relative error on a measured point that the fit had not seen; none
-    where too few were measured.
+    ``error`` is the largest relative error on a measured point that was left out of the fit; None
+    with too few points.
     """
 
     forms: tuple[str, ...]
@@ -91,8 +87,7 @@ class SpeedModel:
 
 
 def fit_speed(candidates: Sequence[Candidate], times_ms: Sequence[float]) -> SpeedModel:
-    """Least squares in relative error over measured candidates, with each left out once for the
-    error."""
+    """Least squares in relative error over measured candidates; ``error`` by leaving one out."""
     import numpy as np
 
     forms = tuple(dict.fromkeys(c.form for c in candidates))

@@ -1,8 +1,7 @@
-"""The search for a classifier or a sentence encoder: bases whole and cut, examples, and the time of
-one sequence. See `limbeck.app.search.tasks`.
+"""The search for a classifier or sentence encoder: bases whole and cut, examples, the time of one
+sequence. See `limbeck.app.search.tasks`.
 
-Encoders train quickly: each round is a training of its own, from the base, and teachers answer
-anew.
+Encoders train quickly, so each round trains anew from the base, and teachers answer again.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ _PROBE = {"examples": 64, "batch": 32}  # as many as a static form is calibrated
 
 
 def students(recipe: EncoderRecipe) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and `student:` of everything in the space, whole before cut."""
+    """Name and `student:` of every student in the space; whole bases first, then cut ones."""
     space, asked = recipe.search, recipe.resolved()["student"]
     base = asked["base"]
     if why := why_uncut(recipe):
@@ -75,8 +74,7 @@ def students(recipe: EncoderRecipe) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def sized(recipe: EncoderRecipe, students: Mapping[str, dict[str, Any]]) -> list[Candidate]:
-    """Every student in every form, with the size it is planned at and the operations of one
-    sequence."""
+    """Every student in every form, with its planned size and the operations of one sequence."""
     from compress.footprint.encoders import trace_encoder
 
     found, length = [], max(recipe.bench.lengths)
@@ -95,7 +93,7 @@ def sized(recipe: EncoderRecipe, students: Mapping[str, dict[str, Any]]) -> list
 
 
 def _shape(recipe: EncoderRecipe) -> EncoderShape:
-    """The recipe's student as its configuration describes it."""
+    """Shape of the recipe's student, from its configuration."""
     from compress.footprint.encoders import describe_encoder, encoder_student_config
 
     assert not isinstance(recipe.student, FreshStudent)
@@ -111,7 +109,7 @@ def _shape(recipe: EncoderRecipe) -> EncoderShape:
 def export_untrained(
     recipe: EncoderRecipe, student: dict[str, Any], forms: Sequence[str], folder: Path
 ) -> None:
-    """Export a random model of a student's shape: speed does not depend on what weights say."""
+    """Export a random model of a student's shape: speed does not depend on the weights."""
     tree = recipe.resolved()
     probe = variant(
         recipe,
@@ -133,7 +131,7 @@ def export_untrained(
 def time_exports(
     recipe: EncoderRecipe, exports: Sequence[tuple[Path, str]], out: Path
 ) -> list[dict[str, float]]:
-    """Median times of one sequence, of run folders and forms, all in one interleaved run."""
+    """Median times of one sequence by run folder and form, from one interleaved run."""
     import serve_bench
 
     bench = recipe.bench.model_copy(update={"minutes": min(1.0, recipe.bench.minutes)})
@@ -160,8 +158,7 @@ def make_teachers(
     *,
     cached: bool,
 ) -> dict[str, Path]:
-    """Make the teachers that are students of other recipes; what they say of examples is
-    not kept."""
+    """Make the teachers that are students of other recipes; their answers are not cached."""
     return pipeline.make_products(recipe)
 
 
@@ -175,11 +172,9 @@ def heal(
     rung: int,
     in_time: Callable[[], bool],
 ) -> tuple[float, dict[str, float]]:
-    """Train one student from the base for a round's examples; one that is begun is trained to the
-    end.
+    """Train one student from the base for a round's examples. A round that began is finished.
 
-    The loss of a classifier is that of held-out labels, which moves less by chance than the share
-    of them that is right.
+    The loss of a classifier is the NLL of held-out labels: it has less noise than accuracy.
     """
     import compress
 
@@ -221,7 +216,7 @@ def final_recipe(
             "max_size_mb": budget.size_mb,
             "max_latency_ms": budget.latency_ms,
             "max_metric_loss": budget.quality.max_loss if budget.quality else None,
-            # what rounding costs is part of the loss that is chosen by
+            # the final loss includes the cost of rounding
             "max_quantization_loss": None,
         },
         export=exported(recipe, [candidate.form]),
@@ -230,7 +225,7 @@ def final_recipe(
 
 
 def measured(bench: Mapping[str, Any]) -> dict[str, float]:
-    """What the bench says of the shipped form, and of the better teacher."""
+    """Figures of the shipped form and of the best teacher from a bench result."""
     metric, arm = str(bench["metric"]), bench["arms"][f"onnx:{bench['shipped']}"]
     found = {"size": float(arm["bytes"])}
     single = [cell for cell in arm["grid"] if cell["batch"] == 1]

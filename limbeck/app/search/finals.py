@@ -1,4 +1,4 @@
-"""The finalists of a search: who they are, and their whole job."""
+"""The finalists of a search: choose them and run their whole job."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ def measure_finalists(
     folder: Path,
     clock: Clock,
 ) -> None:
-    """Run the whole job of the finalists, in the time there is: of the first one always; where none
-    keeps the budget, of more."""
+    """Run the whole job of finalists in the time that is left.
+
+    The first one is always run; the others until one passes and enough are measured.
+    """
     order, wanted = finalists(candidates, budget), recipe.search.finalists
     for place, finalist in enumerate(order):
         enough = (
@@ -59,12 +61,11 @@ def measure_finalists(
 
 
 def finalists(candidates: Sequence[Candidate], budget: AnyBudget) -> list[Candidate]:
-    """Every healed student that may keep the budget: the best of each form first, then those that
-    went furthest; before all others those that plan and prediction put inside every bound, rather
-    than so near that they may be.
+    """Every trained student that may keep the budget: first the best of each form, then the rest.
 
-    Rounding costs each form another loss, which is not known yet; so each has its best student
-    measured.
+    Both parts begin with students that plan and prediction put inside every bound, then go by
+    training and loss. Rounding costs each form another loss, not known yet, so the best student of
+    each form is measured.
     """
     healed = [c for c in candidates if c.nll is not None]
     order = sorted(healed, key=lambda c: (excess(c, budget) > 1, -c.tokens, c.nll, -c.size))
@@ -73,8 +74,7 @@ def finalists(candidates: Sequence[Candidate], budget: AnyBudget) -> list[Candid
 
 
 def _share_student(earlier: Path, run: Path) -> None:
-    """Begin a run with the student that another form of it was made from, rather than train it
-    again."""
+    """Start a run with the student of another form's run, instead of training it again."""
     part = run.with_name(f".{run.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(earlier / "student", part / "student", copy_function=os.link)
@@ -89,10 +89,9 @@ def _measure(
     budget: AnyBudget,
     run: Path,
 ) -> None:
-    """Run a finalist's whole job in the folder ``run``, and keep what was measured.
+    """Run a finalist's whole job in the folder ``run``, and keep the measured figures.
 
-    One that passes is verified but for its speed: the bench has just measured that, and another
-    minute of the same machine, faster or slower, says nothing against it.
+    A run that passes is verified, except for speed: the bench has just measured it on this machine.
     """
     say(f"== finalist {finalist.name}")
     task = task_of(recipe)

@@ -1,5 +1,5 @@
-"""The search for a language model: whole bases with adapters and cut ones, tokens, and times per
-token. See `limbeck.app.search.tasks`."""
+"""The search for a language model: whole bases with adapters, and cut ones; budget in tokens, times
+per token. See `limbeck.app.search.tasks`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ UNIT = "tokens"
 
 
 def students(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and `student:` of everything in the space, whole before cut."""
+    """Name and `student:` of every student in the space; whole bases first, then cut ones."""
     space, asked = recipe.search, recipe.resolved()["student"]
     base = asked["base"]
     for rank in space.ranks:
@@ -77,8 +77,7 @@ def students(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
 def _narrowed(
     recipe: Recipe, base: dict[str, Any], most: Mapping[str, int], share: float
 ) -> dict[str, int]:
-    """A share of the hidden width, and of the heads with it where an architecture's heads fill the
-    width."""
+    """A share of the hidden width, and of the heads if they fill the architecture's width."""
     from compress.models.shrink import family_of
 
     made = variant(recipe, student={"kind": "shrink", "base": base}).student
@@ -90,7 +89,7 @@ def _narrowed(
 
 
 def sized(recipe: Recipe, students: Mapping[str, dict[str, Any]]) -> list[Candidate]:
-    """Every student in every form, with the size it is planned at."""
+    """Every student in every form, with its planned size."""
     found = []
     base = {"kind": "shrink", "base": recipe.resolved()["student"]["base"]}
     whole = (
@@ -115,8 +114,10 @@ def _export(recipe: Recipe, forms: Sequence[str]) -> dict[str, Any]:
 def export_untrained(
     recipe: Recipe, student: dict[str, Any], forms: Sequence[str], folder: Path
 ) -> None:
-    """Export a random model of a student's shape: speed does not depend on what weights say, and a
-    cut that has not healed yet may lose more to rounding than any exporter passes."""
+    """Export a random model of a student's shape: speed does not depend on the weights.
+
+    A cut model before training could lose more to rounding than the parity check allows.
+    """
     tree = recipe.resolved()
     block = tree["data"]["block"]
     probe = variant(
@@ -136,7 +137,7 @@ def export_untrained(
 
 
 def _shape(recipe: Recipe, student: dict[str, Any]) -> dict[str, Any]:
-    """The transformers configuration of a student, as a recipe's `fresh` student has it."""
+    """The transformers configuration of a student, as for a recipe's `fresh` student."""
     from compress.footprint.language import student_config
 
     made = variant(recipe, student=student)
@@ -148,7 +149,7 @@ def _shape(recipe: Recipe, student: dict[str, Any]) -> dict[str, Any]:
 def time_exports(
     recipe: Recipe, exports: Sequence[tuple[Path, str]], out: Path
 ) -> list[dict[str, float]]:
-    """Median times of run folders and forms, all in one interleaved run."""
+    """Median times by run folder and form, from one interleaved run."""
     import serve_bench
 
     bench = recipe.bench.model_copy(
@@ -182,8 +183,7 @@ def rounds_of(recipe: Recipe) -> list[int]:
 def make_teachers(
     recipe: Recipe, student: dict[str, Any], folder: Path, rounds: Sequence[int], *, cached: bool
 ) -> dict[str, Path]:
-    """Make the teachers that are students of other recipes, and let all read once, unless they
-    have."""
+    """Make the teachers that are students of other recipes; fill the teacher cache once for all."""
     import compress
 
     products = pipeline.make_products(recipe)
@@ -208,8 +208,7 @@ def heal(
     rung: int,
     in_time: Callable[[], bool],
 ) -> tuple[float, dict[str, float]] | None:
-    """Distil one student from the shared cache to the end of a round, from where the round before
-    ended."""
+    """Distil one student from the shared cache to the end of a round; continue the last round."""
     import compress
 
     found: list[float] = []
@@ -230,8 +229,7 @@ def heal(
 
 
 def _rate(recipe: Recipe, student: Mapping[str, Any]) -> float:
-    """Learning rate: the recipe's for a student of its kind; whole weights want a third of what
-    adapters do."""
+    """Learning rate: the recipe's for its kind of student; a third of it if whole weights train."""
     rate, asked = recipe.training.learning_rate, recipe.student.kind
     if student["kind"] == asked:
         return rate
@@ -267,7 +265,7 @@ def final_recipe(
             "max_tpot_ms": budget.tpot_ms,
             "max_ttft_ms": budget.ttft_ms,
             "max_loss_vs_best_teacher": budget.quality.max_loss if budget.quality else None,
-            # what rounding costs is part of the loss that is chosen by
+            # the final loss includes the cost of rounding
             "max_quantization_loss": None,
         },
         export=export,
@@ -276,7 +274,7 @@ def final_recipe(
 
 
 def measured(bench: Mapping[str, Any]) -> dict[str, float]:
-    """What the bench says of the shipped form, and of the best teacher."""
+    """Figures of the shipped form and of the best teacher from a bench result."""
     arm = bench["arms"][bench["judged"]]
     return {
         "size": float(arm["bytes"]),

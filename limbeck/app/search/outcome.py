@@ -1,5 +1,4 @@
-"""What a search came to, for people: which bound cannot be kept, the nearest student, the table and
-the picture.
+"""The result of a search for people: the missed bound, the nearest student, table and chart.
 
 Knows candidates and a budget; runs nothing.
 """
@@ -25,22 +24,21 @@ UNEXPORTED = "untrained, "  # how it begins why a form is out that no probe coul
 
 @dataclass(frozen=True)
 class Found:
-    """What a search came to."""
+    """Result of a search."""
 
     folder: Path
     table: str  # Markdown
     sentence: str
-    # 0 chosen, 1 no student keeps the budget, 3 the finalists' intervals do not decide, or the
-    # hours did not suffice
+    # 0: chosen. 1: no student keeps the budget. 3: the finalists' intervals do not decide, or the
+    # hours were too few.
     exit_code: int
 
 
 def nearest(candidates: Sequence[Candidate], budget: AnyBudget) -> Candidate:
-    """The candidate whose worst bound is missed by least, in ratio; of equals the one with the
-    lowest loss, measured ones first.
+    """The candidate whose worst bound is missed by the smallest ratio; if equal, the least loss.
 
-    Where quality is bounded, those that were measured come before all others, whose loss in the end
-    nobody knows.
+    Measured candidates come first. If quality is bounded they come before all others, because the
+    final loss of the others is unknown.
     """
 
     def order(c: Candidate) -> tuple[bool, float, bool, float]:
@@ -56,10 +54,9 @@ def nearest(candidates: Sequence[Candidate], budget: AnyBudget) -> Candidate:
 
 
 def excess(candidate: Candidate, budget: AnyBudget) -> float:
-    """By how much the worst of the bounds is missed, as a ratio: by what was measured, else
-    predicted, else planned; 1 inside all.
+    """Largest ratio of a figure to its bound: measured, else predicted, else planned; at least 1.
 
-    Of the loss only a measured one counts: a student is judged when it is trained.
+    1 means inside all bounds. Only a measured loss counts: a student is judged after its training.
     """
     known = {"size": float(candidate.size), **candidate.predicted, **candidate.measured}
     bounds = {"size": 1e6 * budget.size_mb if budget.size_mb else None, **budget.times}
@@ -74,18 +71,18 @@ def excess(candidate: Candidate, budget: AnyBudget) -> float:
 
 
 def why_refused(error: QualityError) -> str:
-    """Why nothing was exported: the graph was not right, or the training before it was not."""
+    """Reason of a failed export: a wrong graph, or the training before it."""
     said = str(error).splitlines()[0].rstrip(":")
     return said if isinstance(error, DivergenceError) else f"not exported: {said}"
 
 
 def out_of_time(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that the hours did not suffice for."""
+    """Candidates for which the hours were too few."""
     return [c for c in candidates if c.late]
 
 
 def missed_bound(candidates: Sequence[Candidate], budget: AnyBudget) -> str:
-    """Which bound cannot be met, or between which the measuring did not decide, in a sentence."""
+    """One sentence: the bound that cannot be met, or the bounds that stay undecided."""
     if undecided := [f"{c.name}: {c.out}" for c in candidates if c.verdict == "undecided"]:
         return (
             "Not decided: give bench.minutes more, and only the finalists are measured again "
@@ -155,7 +152,7 @@ def asked_for(budget: AnyBudget) -> str:
 
 
 def figures_of(candidate: Candidate) -> str:
-    """What is known of a candidate, in words."""
+    """Known figures of a candidate, in words."""
     m = candidate.measured or candidate.predicted
     how = "" if candidate.measured else " timed" if candidate.timed else " predicted"
     parts = [megabytes(m["size"]) if candidate.measured else f"{megabytes(candidate.size)} planned"]
@@ -175,8 +172,7 @@ def megabytes(size: float) -> str:
 
 
 def rows(candidates: Sequence[Candidate], best: Candidate, budget: AnyBudget) -> list[list[str]]:
-    """The table with its head: every candidate, the ones that went furthest first. What was
-    measured in full is in ** **."""
+    """The table with its head, the furthest candidates first; ** ** marks full measurements."""
     heads = [_HEADS[key] for key in budget.times]
     found = [["student", "form", "size", *heads, _quality(candidates, budget), "what became of it"]]
     for c in sorted(
@@ -204,7 +200,7 @@ def rows(candidates: Sequence[Candidate], best: Candidate, budget: AnyBudget) ->
 
 
 def _quality(candidates: Sequence[Candidate], budget: AnyBudget) -> str:
-    """What quality is told in."""
+    """Name of the quality figure."""
     if isinstance(budget, Budget):
         return "nats a token"
     return next(
@@ -247,7 +243,7 @@ def show(found: Found) -> None:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of (cost, loss) points those that no other beats or equals in both, by rising cost."""
+    """The (cost, loss) points that no other point beats or equals in both, by rising cost."""
     front: list[tuple[float, float]] = []
     for cost, loss in sorted(points):
         if not front or loss < front[-1][1]:
@@ -256,8 +252,10 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 
 def draw(candidates: Sequence[Candidate], budget: AnyBudget, best: Candidate, path: Path) -> None:
-    """Loss over size and over the first of the times; filled where the whole job was measured, a
-    line along those that no other beats in both."""
+    """Draw loss over size and over the first time of the budget.
+
+    Filled points were measured in full; a line joins those that no other beats in both.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")

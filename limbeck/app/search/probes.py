@@ -1,4 +1,4 @@
-"""How fast the students of a search are: a few exports timed untrained, the others predicted."""
+"""Speed of the students of a search: time a few untrained exports, predict the others."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ def predict_speeds(
     budget: AnyBudget,
     folder: Path,
 ) -> dict[str, SpeedModel]:
-    """Time a few exports, predict the others, and rule out what is too slow by more than the
-    prediction's error."""
+    """Time a few exports, predict the rest, rule out those too slow beyond the model's error."""
     if all(bound is None for bound in budget.times.values()):
         return {}
     left = still_in(candidates)
@@ -47,8 +46,8 @@ def predict_speeds(
     measured = json.loads((folder / TIMING).read_text())
     probed = [c for group in groups.values() for c in group]
     timed = [c for c in probed if "refused" not in measured[c.name]]
-    # Another shape says how fast a form is that was refused in one; a form that was refused in all
-    # is out.
+    # A form that was refused for one shape can be timed with another. Refused for
+    # all, it is out.
     refused = {
         c.form: measured[c.name]["refused"] for c in probed if c.form not in {t.form for t in timed}
     }
@@ -78,8 +77,8 @@ def predict_speeds(
                 candidate.predicted[metric] = models[metric](candidate)
     for candidate in still_in(left):
         for metric, bound in budget.times.items():
-            # What was timed is as far off in another process, and a good fit no promise: what is
-            # near the bound stays in.
+            # Even a timed export differs in another process, and a good fit promises nothing:
+            # candidates near the bound stay in.
             error = max(models[metric].error or 0.0, _NOISE)
             if bound is not None and candidate.predicted.get(metric, 0.0) * (1 - error) > bound:
                 candidate.out = (
@@ -90,7 +89,7 @@ def predict_speeds(
 
 
 def _spread(items: Sequence[str], count: int) -> list[str]:
-    """Evenly many of a sorted list, both ends among them."""
+    """``count`` items at even distances in a sorted list, including both ends."""
     if count >= len(items):
         return list(items)
     if count == 1:
@@ -106,8 +105,10 @@ def _time_probes(
     *,
     of: int,
 ) -> None:
-    """Median times of untrained exports by candidate, all in one interleaved run, to
-    ``timing.json``, or why there are none; the exports are not kept."""
+    """Median times of untrained exports by candidate, from one interleaved run.
+
+    They are saved in ``timing.json``, or the reason for their absence; the exports are deleted.
+    """
     task = task_of(recipe)
     say(f"== timing {len(groups)} of {of} shapes, untrained: {', '.join(groups)}")
     targets: dict[str, tuple[Path, str]] = {}  # by candidate's name

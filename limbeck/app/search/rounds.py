@@ -1,5 +1,5 @@
-"""Successive halving: short distillations in rounds, from one queue that Optuna keeps and several
-workers share."""
+"""Successive halving: short distillations in rounds, from one queue in Optuna that several workers
+share."""
 
 from __future__ import annotations
 
@@ -36,11 +36,10 @@ def halve(
     *,
     until: float,
 ) -> None:
-    """Distil every student that is left for a short round, the better half on to a longer one, and
-    so on (successive halving).
+    """Distil every student for a short round, the better half for a longer one, and so on.
 
-    A half that the finals have room for needs no further round. Every worker takes students from
-    one queue until nothing is left to do; after ``until`` seconds none is begun.
+    This is successive halving. It stops early when the finals have room for the rest. Every worker
+    takes students from one queue until it is empty; after ``until`` seconds no new one starts.
     """
     task = task_of(recipe)
     names = list(
@@ -88,7 +87,7 @@ def halve(
 
 @contextmanager
 def _study(folder: Path, seed: int) -> Iterator[optuna.Study]:
-    """The queue of students and rounds and what they came to, in the folder's database."""
+    """The queue of students and rounds and their results, in the folder's database."""
     import optuna
 
     storage = optuna.storages.RDBStorage(
@@ -107,7 +106,7 @@ def _study(folder: Path, seed: int) -> Iterator[optuna.Study]:
 
 
 def _losses(study: optuna.Study, rung: int) -> dict[str, float]:
-    """Loss after a round, by student, of all that finished it."""
+    """Loss of every student that finished a round."""
     import optuna
 
     done = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
@@ -119,8 +118,7 @@ def _losses(study: optuna.Study, rung: int) -> dict[str, float]:
 def _reached(
     study: optuna.Study,
 ) -> tuple[dict[str, tuple[int, float, dict[str, float]]], dict[str, str]]:
-    """Of every student that was distilled, the last round, the loss and metric after it; of those
-    whose last trial came to nothing, why."""
+    """Last round, loss and metric of each student; the reason for those whose last trial failed."""
     import optuna
 
     state = optuna.trial.TrialState
@@ -140,10 +138,10 @@ def _reached(
 
 
 def _enqueue(study: optuna.Study, names: Sequence[str], rung: int, until: float) -> bool:
-    """Queue students for a round, but for those that are or were; whether there were any. To be
-    called by one worker at a time.
+    """Queue students for a round, except those already queued; True if there were any.
 
-    Those that an earlier and shorter time than ``until`` did not suffice for go in again.
+    Only one worker may call this at a time. Students that an earlier, shorter time limit
+    stopped are queued again.
     """
     import optuna
 
@@ -163,10 +161,9 @@ def _enqueue(study: optuna.Study, names: Sequence[str], rung: int, until: float)
 def _next(
     study: optuna.Study, folder: Path, me: str, *, rounds: int, finalists: int, until: float
 ) -> optuna.Trial | None:
-    """The next student of the queue, back in which go those whose worker is gone; none when nothing
-    is left to do.
+    """The next student of the queue, or None when it is empty. Dead workers' students return.
 
-    Once a round is over its better half is queued for the next, where that has more students than
+    At the end of a round its better half is queued for the next round, if it has more students than
     there are ``finalists``.
     """
 
@@ -204,15 +201,13 @@ def _next(
 
 
 def _better_half(losses: Mapping[str, float], *, of: int) -> list[str]:
-    """The students with the lowest losses, the best first: half of so many, of which some may not
-    be done."""
+    """The better half of ``of`` students by loss, best first; some of them may not be done yet."""
     return sorted(losses, key=lambda name: losses[name])[: (of + 1) // 2]
 
 
 @contextmanager
 def _worker(folder: Path) -> Iterator[str]:
-    """A name for this worker, by which others see whether it is alive: it holds a lock as long as
-    its process runs."""
+    """Name of this worker. It holds a lock while its process runs, so others see if it is alive."""
     (folder / "workers").mkdir(exist_ok=True)
     path = folder / "workers" / f"{os.uname().nodename}-{os.getpid()}-{time.monotonic_ns()}"
     with path.open("w") as file:
@@ -247,7 +242,7 @@ def _heal(
     clock: Clock,
     until: float,
 ) -> None:
-    """Distil one student to the end of its round, and tell the study."""
+    """Distil one student to the end of its round, and report to the study."""
     name, rung = trial.user_attrs["student"], trial.user_attrs["rung"]
     say(f"== healing {name}, round {rung + 1} of {len(rounds)}")
     found, why = None, _LATE
@@ -268,8 +263,8 @@ def _heal(
     if found is not None:
         trial.set_user_attr("metric", found[1])
     _tell(study, trial, None if found is None else found[0], why=why, until=until)
-    # What cannot be among the better half any more need not be kept to go on from; a checkpoint is
-    # three times the weights.
+    # Delete the checkpoint of a student that cannot be in the better half any more: it has three
+    # times the size of the weights.
     asked = {
         t.user_attrs["student"]
         for t in study.get_trials(deepcopy=False)
@@ -283,7 +278,7 @@ def _heal(
 def _tell(
     study: optuna.Study, trial: optuna.Trial, nll: float | None, *, why: str, until: float
 ) -> None:
-    """The loss after the round, or why there is none; for want of time until when, in seconds."""
+    """Report the loss after the round, the reason for its absence, or the time limit in seconds."""
     import optuna
 
     if nll is None:

@@ -1,4 +1,4 @@
-"""Whose folder a search works in, and how long it has worked there."""
+"""Owner of a search folder, and the time spent in it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ PATIENCE = ("minutes", "min_blocks")  # of the bench: how long it measures befor
 
 
 def digest_of(recipe: AnyRecipe) -> str:
-    """Of all that decides what is looked for: the recipe, and what the models and texts that it
-    names hold now.
+    """Fingerprint of the search's inputs: the recipe and the content of its models and texts.
 
-    Not of the hours, nor of how long the bench measures: with more of them a search goes on from
-    what is there.
+    The hours and the time of the bench are left out: with more of them a search continues from its
+    saved state.
     """
     products = plan_products(recipe)
     made = [
@@ -42,14 +41,14 @@ def digest_of(recipe: AnyRecipe) -> str:
 
 
 def require_ours(folder: Path, digest: str) -> None:
-    """Raise `ArtifactError` when ``folder`` cannot be made, or holds anything but this search."""
+    """Raise `ArtifactError` if ``folder`` cannot be made, or holds anything but this search."""
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
             raise ArtifactError(f"{place}: is a file, not a folder; name another with --out.")
     try:
         found = str(read_json(folder / ASKED)["digest"])
     except FileNotFoundError:
-        # Another start, or one that was killed, may be about to write ASKED.
+        # Another process, running or killed, may be about to write ASKED.
         if folder.exists() and any(
             entry.name != LOCK and not is_temporary(entry.name) for entry in folder.iterdir()
         ):
@@ -71,7 +70,7 @@ def require_ours(folder: Path, digest: str) -> None:
 
 
 def claim(folder: Path, digest: str) -> None:
-    """Make ``folder`` this search's. Raises `EnvironmentalError` where it cannot be written."""
+    """Make ``folder`` this search's. Raises `EnvironmentalError` if it cannot be written."""
     with disk_full_is_a_user_error(folder), unwritable_is_a_user_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / ASKED).exists():
@@ -79,10 +78,9 @@ def claim(folder: Path, digest: str) -> None:
 
 
 class Clock:
-    """Seconds of work on a search, over all its interruptions; of several workers at once, of the
-    longest.
+    """Seconds of work on a search, over all interruptions; for parallel workers, of the longest.
 
-    ``longest`` is what a finalist took at most.
+    ``longest`` is the longest time of a finalist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -95,11 +93,11 @@ class Clock:
         )
 
     def spent(self) -> float:
-        """Seconds until now."""
+        """Seconds so far."""
         return self._before + time.monotonic() - self._started
 
     def save(self) -> None:
-        """Keep it for whoever goes on."""
+        """Save the seconds for the next start."""
         kept = self._kept()
         now = {"seconds": self.spent(), "longest": self.longest}
         write_atomically(

@@ -1,5 +1,5 @@
-"""What differs between the tasks of a search, as one protocol; `language` and `encoders` are what
-keeps to it."""
+"""The differences between the tasks of a search, as one protocol; the modules `language` and
+`encoders` implement it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Task(Protocol[R, B]):
     UNIT: str  # of training
 
     def students(self, recipe: R) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Name and student of everything in the space, whole before cut."""
+        """Name and student of everything in the space; whole bases first, then cut ones."""
 
     def sized(self, recipe: R, students: Mapping[str, dict[str, Any]]) -> list[Candidate]:
-        """Every student in every form, with the size it is planned at."""
+        """Every student in every form, with its planned size."""
 
     def export_untrained(
         self, recipe: R, student: dict[str, Any], forms: Sequence[str], folder: Path
@@ -34,10 +34,10 @@ class Task(Protocol[R, B]):
     def time_exports(
         self, recipe: R, exports: Sequence[tuple[Path, str]], out: Path
     ) -> list[dict[str, float]]:
-        """Median times of run folders and forms, all in one interleaved run."""
+        """Median times by run folder and form, from one interleaved run."""
 
     def rounds_of(self, recipe: R) -> list[int]:
-        """Training of each round, rising."""
+        """Training of each round (tokens or examples), rising."""
 
     def make_teachers(
         self,
@@ -48,8 +48,7 @@ class Task(Protocol[R, B]):
         *,
         cached: bool,
     ) -> dict[str, Path]:
-        """What students learn from: artifacts of teachers by name. ``cached`` says whether that was
-        done before, in this folder."""
+        """Artifacts of teachers by name. ``cached``: they were made in this folder before."""
 
     def heal(
         self,
@@ -70,12 +69,13 @@ class Task(Protocol[R, B]):
     def final_recipe(
         self, recipe: R, student: dict[str, Any], candidate: Candidate, budget: B
     ) -> dict[str, Any]:
-        """The recipe of one candidate as plain data that stands alone: no `extends`, every path
-        absolute but for shipped recipes, the budget as gates."""
+        """The recipe of one candidate as plain data, complete in itself.
+
+        It has no `extends`, absolute paths except for shipped recipes, and the budget as gates.
+        """
 
     def measured(self, bench: Mapping[str, Any]) -> dict[str, float]:
-        """What the result of a bench says of the shipped form, and of the best teacher, as
-        candidates hold it."""
+        """Figures of the shipped form and of the best teacher from a bench result."""
 
 
 def task_of(recipe: AnyRecipe) -> Task[Any, Any]:

@@ -1,4 +1,4 @@
-"""A search's students and their recipes: what is the same in every task."""
+"""Students of a search and their recipes: the part that all tasks share."""
 
 from __future__ import annotations
 
@@ -34,8 +34,7 @@ _NOT_SHAPE = (
 
 
 def variant(recipe: R, **changes: Any) -> R:
-    """The recipe with some of its parts replaced, in the same folder, and without what not every
-    student can have."""
+    """The recipe with some parts replaced, without the options that not every student can have."""
     tree = recipe.resolved() | {"gates": {}, "budget": None} | changes
     if isinstance(recipe, Recipe):
         tree["export"] |= PLAIN | {"mixed": "rule"}
@@ -56,7 +55,7 @@ def base_config(recipe: AnyRecipe, base: Any) -> Any:
 
 
 def dimensions(recipe: AnyRecipe, student: dict[str, Any]) -> dict[str, int]:
-    """What a cut student keeps of each dimension, in multiples that can be cut."""
+    """Sizes of a cut student, rounded to multiples that can be cut."""
     from compress.models.shrink import shrunk_sizes
 
     made = variant(recipe, student=student).student
@@ -65,8 +64,7 @@ def dimensions(recipe: AnyRecipe, student: dict[str, Any]) -> dict[str, int]:
 
 
 def cut_of(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """A cut student of the base of ``asked``; what a cut one says of heads and hidden width
-    stays."""
+    """A cut student of the base of ``asked``, with its settings for heads and hidden width."""
     own = asked if asked["kind"] == "shrink" else {}
     cut = {"kind": "shrink", "base": asked["base"]}
     return cut | {
@@ -86,13 +84,12 @@ def why_uncut(recipe: AnyRecipe) -> str | None:
 
 
 def whole_steps(rungs: Sequence[int], *, step: int, most: int) -> list[int]:
-    """Training of each round, in whole steps and at most that of the recipe."""
+    """Training of each round, in whole steps and at most the recipe's."""
     return sorted({max(min(rung, most) // step, 1) * step for rung in rungs})
 
 
 def exported(recipe: AnyRecipe, forms: Sequence[str]) -> dict[str, Any]:
-    """The recipe's `export:` with fp32 and these forms; a form that the recipe describes keeps its
-    description."""
+    """The recipe's `export:` with fp32 and these forms; forms in the recipe keep their settings."""
     export: dict[str, Any] = recipe.resolved()["export"]
     described = {form["kind"]: form for form in export["forms"]}
     return export | {"forms": [described.get(form, form) for form in ("fp32", *forms)]}
@@ -108,13 +105,15 @@ def alone(
     export: Mapping[str, Any],
     training: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The recipe of one candidate as plain data that stands alone: no `extends`, every path
-    absolute but for shipped recipes, the budget as gates."""
+    """The recipe of one candidate as plain data, complete in itself.
+
+    It has no `extends`, absolute paths except for shipped recipes, and the budget as gates.
+    """
     tree = recipe.resolved()
     tree["gates"] |= gates
     del tree["budget"], tree["search"]
     tree |= {
-        # Not the form: a student is trained once for all of them.
+        # The form is not in the name: one training serves all forms.
         "name": f"{recipe.name[:50]}-{name}"[:80],
         "description": f"{name} of {recipe.name} as {form}, found by limbeck search.",
         "student": student,
@@ -126,7 +125,7 @@ def alone(
 
 
 def fields(config: Any) -> dict[str, Any]:
-    """A transformers configuration as a recipe's `fresh` student has it."""
+    """A transformers configuration as for a recipe's `fresh` student."""
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     return {k: v for k, v in values.items() if k not in _NOT_SHAPE}
 
@@ -137,7 +136,7 @@ def share_of(sizes: Mapping[str, int], name: str, share: float) -> int:
 
 
 def _absolute(node: Any, folder: Path) -> Any:
-    """Plain data with every path of a recipe made absolute; shipped recipes keep their names."""
+    """Plain data with all paths of a recipe made absolute; shipped recipes keep their names."""
     if isinstance(node, list):
         return [_absolute(item, folder) for item in node]
     if not isinstance(node, dict):
