@@ -1,5 +1,4 @@
-"""Matrices rounded in blocks that share a scale, to nearest: the numbers behind MatMulNBits and
-GatherBlockQuantized.
+"""Rounding to nearest in blocks that share a scale, for MatMulNBits and GatherBlockQuantized.
 
 Shape letters: K inputs of a product, N outputs.
 """
@@ -20,7 +19,7 @@ BLOCKS = (128, 64, 32, 16)
 
 @dataclass(frozen=True)
 class Blockwise:
-    """MatMulNBits: weights in blocks along the summed dimension, activations in 8 bits on the fly.
+    """MatMulNBits: weights in blocks along the summed dimension; activations in 8 bits at run time.
 
     Without ``zero_points`` a block is symmetric around the middle code.
     """
@@ -31,9 +30,7 @@ class Blockwise:
 
 
 def block_size_for(width: int) -> int:
-    """The largest of 128, 64, 32 and 16 that divides ``width``, else 16; a block that divides it
-    wastes no bytes.
-    """
+    """The largest of 128, 64, 32, 16 that divides ``width`` (no padding); 16 if none does."""
     return next((block for block in BLOCKS if width % block == 0), 16)
 
 
@@ -41,7 +38,7 @@ def quantize_blocks(weights_NK: Floats, how: Blockwise) -> tuple[Codes, Floats, 
     """Round ``weights[N, K]`` in blocks along K.
 
     Returns codes ``[N, ceil(K / block), block]``, scales ``[N, ceil(K / block)]`` and zero points
-    of the scales' shape: weight = (code - zero point) * scale. Codes are not packed yet.
+    of the scales' shape: weight = (code - zero point) * scale. Codes are not packed.
     """
     rows, width = weights_NK.shape
     blocks = math.ceil(width / how.block)
@@ -54,7 +51,7 @@ def quantize_blocks(weights_NK: Floats, how: Blockwise) -> tuple[Codes, Floats, 
 
 
 def block_grid(blocks: Floats, how: Blockwise) -> tuple[Floats, Codes]:
-    """Scales and zero points of blocks along the last axis, 0 on every grid."""
+    """Scales and zero points of blocks along the last axis; 0 can be represented exactly."""
     steps, middle = 2**how.bits - 1, 2 ** (how.bits - 1)
     if how.zero_points:
         low, high = np.minimum(blocks.min(axis=-1), 0), np.maximum(blocks.max(axis=-1), 0)
@@ -65,13 +62,13 @@ def block_grid(blocks: Floats, how: Blockwise) -> tuple[Floats, Codes]:
 
 
 def dequantize_blocks(codes: Codes, scales: Floats, zeros: Codes) -> Floats:
-    """The weights ``[N, blocks * block]`` that `quantize_blocks` rounded."""
+    """Inverse of `quantize_blocks`: weights ``[N, blocks * block]``."""
     back = (codes.astype(np.float32) - zeros[:, :, None]) * scales[:, :, None]
     return np.asarray(back.reshape(len(codes), -1), np.float32)
 
 
 def pack_nibbles(codes: Codes) -> Codes:
-    """Two 4-bit codes a byte along the last axis, the earlier one low; an odd end gets a 0."""
+    """Pack two 4-bit codes per byte along the last axis, the first in the low half; pad with 0."""
     if codes.shape[-1] % 2:
         codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)
     return np.asarray(codes[..., ::2] | codes[..., 1::2] << 4, np.uint8)

@@ -1,5 +1,4 @@
-"""What must be known before rounding: ranges and second moments of activations on calibration text,
-and how far outliers are moved.
+"""Measure activations before rounding: ranges, second moments, and the outliers to move.
 
 Runs the fp32 graph over blocks of training text. Histograms and thresholds are onnxruntime's;
 `export.round.smooth` moves outliers.
@@ -42,7 +41,7 @@ from limbeck.runtime.session import import_onnxruntime
 Floats = npt.NDArray[np.float32]
 Method = Literal["min-max", "percentile", "entropy"]
 
-# share of the outliers' difficulty that moves into int8 weights where a recipe does not say
+# default share of the outliers' difficulty that moves into int8 weights
 SMOOTH = 0.5
 _BINS = {"percentile": 2048, "entropy": 512}
 _RARE = 99.999  # percent of the values that a percentile range holds
@@ -50,9 +49,7 @@ _RARE = 99.999  # percent of the values that a percentile range holds
 
 @dataclass(frozen=True)
 class Calibration:
-    """Least and largest value of each activation, once ``factors`` are applied; by matrix, the sum
-    of x xᵀ ``[K, K]`` over what it reads.
-    """
+    """Min and max of each activation after ``factors``; by matrix, the sum of x xᵀ ``[K, K]``."""
 
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     factors: Factors = field(default_factory=Factors)
@@ -62,9 +59,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Known:
-    """What was measured of a graph's activations, by activation, for the next form of the same
-    graph and rows.
-    """
+    """Measured activations of a graph, kept for the next form of the same graph and rows."""
 
     maxima: dict[str, Floats] = field(default_factory=dict)  # largest size by channel, [K]
     moments: dict[str, Floats] = field(default_factory=dict)  # sum of x xᵀ, [K, K]
@@ -79,17 +74,16 @@ def calibrate(
     alpha: float,
     known: Known | None = None,
 ) -> Calibration:
-    """Ranges of ``activations`` of the fp32 graphs over the token ``rows`` ``[S]``, outliers
-    migrated by ``alpha``.
+    """Ranges of ``activations`` of the fp32 graphs over the token ``rows`` ``[S]``.
 
-    ``alpha`` is the share of the difficulty that moves into the weights; 0 moves nothing. What
-    outliers can leave goes into ``known``.
+    ``alpha`` is the share of the outliers' difficulty that moves into the weights; 0 moves nothing.
+    ``known`` keeps the measurements for the next call.
     """
     proto = onnx.load(source.last, load_external_data=False)
     boundaries: Mapping[str, Boundary] = find_boundaries(proto) if alpha else {}
     maxima = (known or Known()).maxima
     unknown = [name for name in boundaries if name not in maxima]
-    # Beside the weights, as the weights' location is relative to the graph.
+    # In the same folder as the weights, because their location is relative to the graph.
     with tempfile.NamedTemporaryFile(dir=source.data.parent, suffix=".onnx") as probe:
         run = (
             _Run(proto, Path(probe.name), [*activations, *unknown])
@@ -117,14 +111,14 @@ def calibration_for(
     as_they_are: bool = False,
     known: Known | None = None,
 ) -> Calibration | None:
-    """What ``form`` must know of the activations that its matrices read, by matrix in ``reads``,
-    and of outliers, measured on the training rows of the ``student`` artifact; none for a form that
-    needs nothing. Where the weights must be the student's own, ``as_they_are``, outliers stay where
-    they are and each weight is rounded to nearest, unless the form says otherwise: for recovery,
-    which trains through their rounding, and for a base that serves the adapters of many students.
-    ``known`` is that of `calibrate`.
+    """Activations that ``form`` needs, from the ``student`` artifact's training rows; or None.
 
-    Raises `ArtifactError` for a student that carries no training rows.
+    ``reads`` gives the activation that each matrix reads. With ``as_they_are`` the weights stay the
+    student's own: outliers stay and each weight is rounded to nearest, unless the form says
+    otherwise. Recovery needs this, because it trains through that rounding; so does a base that
+    serves the adapters of many students. ``known`` is that of `calibrate`.
+
+    Raises `ArtifactError` if the student has no training rows.
     """
     method: Method = "min-max"
     match form:
@@ -161,7 +155,7 @@ def calibration_for(
 
 
 def _rounds_to_nearest(form: Int4WeightForm, *, as_they_are: bool) -> bool:
-    """Whether 4-bit weights are rounded one by one; ``as_they_are`` as in `calibration_for`."""
+    """Whether each 4-bit weight is rounded alone; ``as_they_are`` as in `calibration_for`."""
     return form.algorithm == "rtn" or (form.algorithm is None and as_they_are)
 
 
@@ -196,7 +190,7 @@ def _moments(
 
 
 class _Run:
-    """The fp32 graph with some of its activations as outputs."""
+    """The fp32 graph with some activations as outputs."""
 
     def __init__(self, proto: ModelProto, path: Path, activations: Sequence[str]) -> None:
         ort = import_onnxruntime()
@@ -209,7 +203,7 @@ class _Run:
         options = ort.SessionOptions()
         options.intra_op_num_threads = available_cores()
         options.log_severity_level = 4
-        # Fusions across an activation that is asked for would take it away.
+        # A fusion across a requested activation would remove it.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         inputs = {v.name: v.shape for v in self._session.get_inputs()}
@@ -239,7 +233,7 @@ class _Run:
         for name, values in whole.items():
             values[:, : len(ids_S)] = feeds[name]
         found = self._session.run(list(activations), whole)
-        # The first row without its padding; what is pooled has no tokens.
+        # The first row without its padding; pooled outputs have no token axis.
         return {
             n: x[:1, : len(ids_S)] if x.ndim == 3 else x[:1]
             for n, x in zip(activations, found, strict=True)
@@ -248,7 +242,7 @@ class _Run:
     def _step_by_step(
         self, ids_S: npt.NDArray[np.int64], activations: Sequence[str]
     ) -> dict[str, Floats]:
-        """As a call, of a graph that reads one token a run and gives its cache back."""
+        """Call a graph that reads one token per run and returns its cache."""
         assert self._fixed is not None
         columns = self._fixed[1]
         cache = {name: np.zeros(shape, np.float32) for name, shape in self._past.items()}

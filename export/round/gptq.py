@@ -1,9 +1,9 @@
-"""Weights of few bits that make up for each other's rounding: GPTQ (Frantar et al. 2022, arXiv
-2210.17323).
+"""GPTQ: round weights to few bits so that they compensate each other's errors (Frantar et al. 2022,
+arXiv 2210.17323).
 
-A matrix is rounded one input at a time, and the inputs that are left take over what the product
-would lose, judged by the second moments of the activations that it reads. The solver of that name
-in onnxruntime passes nothing on (docs/experiments/forms.md), so this one is ours.
+A matrix is rounded one input at a time. The remaining inputs take over the error of the product,
+weighted by the second moments of the activations. onnxruntime's solver of this name passes no error
+on (docs/experiments/forms.md), so this one is our own.
 
 Shape letters: K inputs of a product, N outputs.
 """
@@ -24,8 +24,9 @@ _AT_ONCE = 128  # inputs after which the rest of the matrix takes over
 def round_blocks(
     weights_NK: Floats, how: Blockwise, shares_KK: Floats | None
 ) -> tuple[Codes, Floats, Codes]:
-    """Codes, scales and zero points of ``weights[N, K]``, as `export.round.blocks.quantize_blocks`
-    gives them, which does it where no ``shares_KK`` of activations, from `shares`, are known.
+    """Codes, scales and zero points of ``weights[N, K]``, as from `blocks.quantize_blocks`.
+
+    ``shares_KK`` is the result of `shares`; without it the weights are rounded to nearest.
     """
     if shares_KK is None:
         return quantize_blocks(weights_NK, how)
@@ -60,11 +61,10 @@ def round_blocks(
 
 
 def shares(moments_KK: Floats) -> Floats:
-    """U, upper triangular, with Uᵀ U the inverse of the damped moments: U[k, j] / U[k, k] of what
-    input k loses is input j's to make up.
+    """Upper triangular U with Uᵀ U the inverse of the damped moments.
 
-    ``moments_KK`` is the sum of x xᵀ over activations that a matrix reads. An input that was 0 in
-    all of them is rounded to nearest.
+    U[k, j] / U[k, k] of input k's error is passed on to input j. ``moments_KK`` is the sum of x xᵀ
+    over the activations that a matrix reads. An input that is always 0 is rounded to nearest.
     """
     damped: npt.NDArray[np.float64] = moments_KK.astype(np.float64)
     diagonal = np.einsum("kk->k", damped)  # a view

@@ -1,8 +1,7 @@
-"""The fp16 twin of a graph: half-precision weights, and half-precision arithmetic where the kernels
-keep sums in fp32.
+"""The fp16 twin of a graph: fp16 weights, and fp16 arithmetic if the kernels sum in fp32.
 
-Knows ONNX protobufs and the weights file, which it streams a tensor at a time; knows nothing of
-where the graph came from.
+Knows ONNX protobufs and the weights file, which is streamed one tensor at a time, and not the
+graph's origin.
 """
 
 from __future__ import annotations
@@ -22,19 +21,18 @@ from limbeck.contract.progress import task
 
 _LARGEST = 65504.0  # the largest number of fp16
 _HALF, _FLOAT = TensorProto.FLOAT16, TensorProto.FLOAT
-# Operators that read a large constant, and which of their inputs decides the number type: the
-# matrix, or its scales.
+# Operators that read a large constant, with the input that decides the number type: the matrix or
+# its scales.
 _PRODUCTS = {"MatMul": 1, "Gather": 0, "MatMulNBits": 2, "GatherBlockQuantized": 2}
 
 
 def cast_to_half(source: Graphs, target: Graphs, *, metadata: Mapping[str, str]) -> None:
-    """Write ``source``, an fp32 form or one with quantised weights, to ``target`` in fp16; logits
-    stay fp32.
+    """Write ``source``, in fp32 or with quantised weights, to ``target`` in fp16; logits stay fp32.
 
-    A graph with fused attention becomes fp16 as a whole, cache included: its kernels sum in fp32.
-    Elsewhere only products with constant matrices and embeddings do, between casts, because norms
-    and masks written out in small operators overflow. Raises `QualityError` for a weight beyond
-    fp16.
+    A graph with fused attention becomes fp16 as a whole, cache included, because its kernels sum in
+    fp32. In other graphs only embeddings and products with constant matrices become fp16, between
+    casts: norms and masks made of small operators would overflow. Raises `QualityError` for a
+    weight beyond fp16.
     """
     first = onnx.load(source.last, load_external_data=False)
     whole = any(node.op_type == "GroupQueryAttention" for node in first.graph.node)
@@ -76,7 +74,7 @@ def cast_to_half(source: Graphs, target: Graphs, *, metadata: Mapping[str, str])
 
 
 def half(name: str, values: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
-    """``values`` rounded to fp16. Raises `QualityError` when one of them is too large."""
+    """``values`` rounded to fp16. Raises `QualityError` if one is too large."""
     most = float(np.abs(values).max(initial=0))
     if not most < _LARGEST:
         raise QualityError(
@@ -97,8 +95,9 @@ def _floats(graph: GraphProto) -> set[str]:
 
 
 def _matrices(graph: GraphProto) -> set[str]:
-    """Float constants in the weights file that products and embeddings alone read, the scales of
-    rounded ones included.
+    """Float constants in the weights file that only products and embeddings read.
+
+    These include the scales of rounded matrices.
     """
     turned = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Transpose"}
     readers: dict[str, set[str]] = {}
@@ -114,7 +113,7 @@ def _matrices(graph: GraphProto) -> set[str]:
 
 
 def _cast_all(graph: GraphProto) -> None:
-    """Make every number of the graph fp16 but its logits, in place."""
+    """Make every number of the graph fp16 except its logits, in place."""
     for value in (*graph.input, *graph.output):
         if value.type.tensor_type.elem_type == _FLOAT and value.name != "logits":
             value.type.tensor_type.elem_type = _HALF
@@ -136,9 +135,7 @@ def _cast_all(graph: GraphProto) -> None:
 
 
 def _cast_products(graph: GraphProto, halved: set[str]) -> None:
-    """Put casts around the products and embeddings on ``halved`` matrices, in place; an activation
-    is cast once.
-    """
+    """Put casts around products and embeddings on ``halved`` matrices, in place; one per input."""
     turned = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Transpose"}
     nodes: list[NodeProto] = []
     cast: set[str] = set()

@@ -1,6 +1,4 @@
-"""Which constant matrices of a graph are rounded, how each is stored, and which activation each
-reads.
-"""
+"""Constant matrices of a graph that are rounded: their storage, and the activation each reads."""
 
 from __future__ import annotations
 
@@ -17,9 +15,7 @@ from export.round.scheme import How, Scheme, Static, is_calibrated
 
 @dataclass(frozen=True)
 class Matrix:
-    """A constant matrix to round: [K, N] as a MatMul reads it, or [N, K] (``rows``) as embeddings
-    are stored.
-    """
+    """A constant matrix to round: [K, N] for a MatMul, or [N, K] (``rows``) for an embedding."""
 
     name: str
     width: int  # K
@@ -30,8 +26,9 @@ class Matrix:
 
     @property
     def by_rows(self) -> bool:
-        """Whether the codes of a scale a channel are stored [N, K]: for embeddings, which read
-        rows; products read [K, N].
+        """Whether codes with one scale per channel are stored [N, K].
+
+        Embeddings read rows; products read [K, N].
         """
         return self.gathered and isinstance(self.how, Static)
 
@@ -48,7 +45,7 @@ def matrices_of(source: Graphs, scheme: Scheme) -> dict[str, Matrix]:
 def find_matrices(
     proto: ModelProto, tensors: Mapping[str, TensorProto], scheme: Scheme
 ) -> dict[str, Matrix]:
-    """Every matrix to round by name, with its layout and how it is rounded."""
+    """Every matrix to round by name, with its layout and its rounding."""
     graph = proto.graph
     origin = turned(graph, tensors)
     has_head = any(value.name == "logits" for value in graph.output)  # a sentence encoder has none
@@ -89,9 +86,10 @@ def find_matrices(
 
 
 def calibrated_reads(source: Graphs, scheme: Scheme) -> dict[str, str]:
-    """By matrix, the activation that ``scheme`` may want to know beforehand: its range where it is
-    rounded with a scale of its own, its second moments where weights get few bits. In the order of
-    the graph.
+    """The activation to measure for each matrix of ``scheme``, in the order of the graph.
+
+    Needed are ranges for activations with a scale of their own, and second moments for weights of
+    few bits.
     """
     proto = onnx.load(source.last, load_external_data=False)
     tensors = {t.name: t for t in proto.graph.initializer}
@@ -105,7 +103,7 @@ def calibrated_reads(source: Graphs, scheme: Scheme) -> dict[str, str]:
 
 
 def turned(graph: GraphProto, constants: Container[str]) -> dict[str, str]:
-    """Names of transposed constants, and what they are made of."""
+    """Names of transposed constants, with the constants they come from."""
     return {
         n.output[0]: n.input[0]
         for n in graph.node
@@ -114,7 +112,7 @@ def turned(graph: GraphProto, constants: Container[str]) -> dict[str, str]:
 
 
 def _into_attention(graph: GraphProto, constants: Container[str]) -> set[str]:
-    """Outputs of the products with constant matrices whose next product is attention itself."""
+    """Outputs of products with constant matrices that attention reads next."""
     made_by = {name: node for node in graph.node for name in node.output if name}
     found: set[str] = set()
     seen: set[str] = set()

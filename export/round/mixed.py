@@ -1,5 +1,5 @@
-"""Which matrices of int4-weight keep 8 bits when the recipe asks for a size or a loss
-(`export.round.mixed`), and the table it rests on.
+"""Choose the matrices of int4-weight that keep 8 bits, for a size or loss in the recipe, and keep
+the table behind the choice.
 """
 
 from __future__ import annotations
@@ -41,15 +41,13 @@ def choose_bits(
     heldout: Mapping[str, Blocks],
     calibrate: Callable[[Scheme], Calibration | None],
 ) -> tuple[Scheme, dict[str, Any]]:
-    """``scheme`` with 4 bits everywhere but in the head and the matrices chosen, and what the
-    manifest says of the choice.
+    """``scheme`` with 4 bits except in the head and the chosen matrices, and the manifest's entry.
 
-    ``texts`` are rows that sensitivities are measured on; a loss is measured on all of ``heldout``.
-    ``calibrate`` tells what a scheme must know of activations.
+    Sensitivities are measured on the rows ``texts``, a loss on all of ``heldout``. ``calibrate``
+    measures the activations that a scheme needs.
 
-    Gates are judged on the same ``heldout``, so a loss that was kept to here is no independent
-    finding there. The training rows that a student carries are no better judge: GPTQ is fitted to
-    them and loses less on them than elsewhere.
+    Gates use the same ``heldout``, so a bound on the loss is no independent finding there. The
+    student's training rows are no better: GPTQ is fitted to them and loses less on them.
     """
     flat, more = with_more(scheme, ()), scheme.head
     assert isinstance(more, Blockwise)
@@ -108,8 +106,9 @@ def choose_bits(
 
 
 def same_bits(scheme: Scheme, found: dict[str, Any]) -> tuple[Scheme, dict[str, Any]]:
-    """The choice of an earlier `choose_bits`, from what the manifest says of it: a recovered
-    student learnt to live with that one.
+    """The choice of an earlier `choose_bits`, from the manifest.
+
+    A recovered student was trained with that choice.
     """
     return with_more(
         scheme, [entry["matrix"] for entry in found["sensitivity"] if entry["bits"] == 8]
@@ -117,14 +116,12 @@ def same_bits(scheme: Scheme, found: dict[str, Any]) -> tuple[Scheme, dict[str, 
 
 
 def more_bits_everywhere(found: Mapping[str, Any]) -> bool:
-    """Whether a choice, as the manifest has it, left no matrix in 4 bits."""
+    """Whether a choice, as in the manifest, left no matrix in 4 bits."""
     return all(entry["bits"] == 8 for entry in found["sensitivity"])
 
 
 def with_more(scheme: Scheme, names: Sequence[str]) -> Scheme:
-    """``scheme`` with 4 bits everywhere but in the head and the matrices ``names``, which get the
-    head's.
-    """
+    """``scheme`` with 4 bits except in the head and ``names``, which get the head's bits."""
     few, more = scheme.body, scheme.head
     assert isinstance(few, Blockwise)
     assert isinstance(more, Blockwise)
@@ -136,7 +133,7 @@ def _entry(cost: Cost, chosen: bool) -> dict[str, Any]:
 
 
 def _least_bytes(graphs: Graphs, scheme: Scheme) -> int:
-    """Size of graph and weights when nothing gets more bits; a little more than it will be."""
+    """Estimated size of graph and weights if no matrix gets more bits; slightly too large."""
     proto = onnx.load(graphs.last, load_external_data=False)
     matrices = matrices_of(graphs, scheme)
     whole = graphs.last.stat().st_size + _NODE_BYTES * len(matrices)

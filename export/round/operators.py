@@ -1,6 +1,4 @@
-"""The operators that multiply by rounded matrices: MatMulNBits, MatMulIntegerToFloat, and MatMul
-between QDQ operators.
-"""
+"""Products with rounded matrices: MatMulNBits, MatMulIntegerToFloat, MatMul between QDQ."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from export.round.scheme import PerChannel, Static
 def replace_nodes(
     proto: ModelProto, matrices: Mapping[str, Matrix], ranges: Mapping[str, tuple[float, float]]
 ) -> None:
-    """Put quantised operators in the place of the MatMuls and Gathers on ``matrices``, in place."""
+    """Replace the MatMuls and Gathers on ``matrices`` by quantised operators, in place."""
     graph = proto.graph
     origin = turned(graph, matrices)
     nodes: list[NodeProto] = []
@@ -70,11 +68,10 @@ def _blockwise_matmul(node: NodeProto, matrix: Matrix, how: Blockwise) -> NodePr
 def _integer_matmul(
     graph: GraphProto, node: NodeProto, matrix: Matrix, rounded: set[str]
 ) -> list[NodeProto]:
-    """An integer product between operators that round each token's activations around 128 with a
-    scale of its own.
+    """An integer product, with a scale of its own for each token's activations, centred at 128.
 
-    onnxruntime's MatMulIntegerToFloat scales the columns where it sums; it takes one scale for the
-    activations, so a token's own divides before and multiplies after.
+    onnxruntime's MatMulIntegerToFloat takes one scale for all activations. So a token's own scale
+    divides before the product and multiplies after it.
     """
     codes, scales = matrix.names("codes", "scales")
     x, out = node.input[0], node.output[0]
@@ -138,9 +135,7 @@ def _static_matmul(
     ranges: Mapping[str, tuple[float, float]],
     rounded: set[str],
 ) -> list[NodeProto]:
-    """MatMul of two dequantised values; a provider with a kernel for 8-bit products runs the three
-    as one.
-    """
+    """MatMul of two dequantised values; a provider with an 8-bit kernel fuses the three nodes."""
     codes, scales = matrix.names("codes", "scales")
     x, out = node.input[0], node.output[0]
     stem, own = f"limbeck/static/{x}", f"limbeck/static/{out}"
@@ -192,7 +187,7 @@ def _static_embedding(node: NodeProto, matrix: Matrix) -> list[NodeProto]:
 def activation_scale(
     span: tuple[float, float], *, symmetric: bool
 ) -> tuple[float, npt.NDArray[Any]]:
-    """Scale and zero point of 8-bit codes for values between ``span``, 0 among them."""
+    """Scale and zero point of 8-bit codes for the range ``span``, which includes 0."""
     low, high = min(span[0], 0.0), max(span[1], 0.0)
     if symmetric:
         return max(-low, high, 1e-9) / 127, np.asarray(0, np.int8)

@@ -1,7 +1,7 @@
-"""Which parameters of the student each matrix of the graph was made from, found by their values.
+"""Find the student's parameters in each matrix of the graph by their values.
 
-Graph builders rename, transpose and join matrices; the numbers stay. So nothing here knows a
-builder's names.
+Graph builders rename, transpose and join matrices but keep the numbers. So nothing here depends on
+a builder's names.
 """
 
 from __future__ import annotations
@@ -43,11 +43,9 @@ def matrix_values(matrix: Matrix, graphs: Graphs) -> npt.NDArray[np.float32]:
 
 
 def origins(matrices: Mapping[str, Matrix], graphs: Graphs, model: Path) -> dict[str, list[Part]]:
-    """The parts of every matrix of the fp32 ``graphs``, by its name, from the transformers folder
-    ``model``.
+    """Parts of every matrix of the fp32 ``graphs`` by name, from the transformers folder ``model``.
 
-    Raises `ModelError` for a matrix that is no row-wise joining of parameters, as one that the
-    builder scaled.
+    Raises `ModelError` if a matrix is not parameters joined by rows, for example if it was scaled.
     """
     tensors = {
         t.name: t for t in onnx.load(graphs.last, load_external_data=False).graph.initializer
@@ -74,8 +72,9 @@ def origins(matrices: Mapping[str, Matrix], graphs: Graphs, model: Path) -> dict
 def rounding_of(
     matrices: Mapping[str, Matrix], parts: Mapping[str, Sequence[Part]]
 ) -> dict[str, dict[str, Any]]:
-    """How each parameter is rounded, as data: ``bits``, ``block`` and ``zero_points``, or ``most``,
-    the largest code, where it has a scale a channel; ``turned`` when it is stored [K, N].
+    """Rounding of each parameter, as data: ``bits``, ``block`` and ``zero_points``.
+
+    With one scale per channel it is ``most``, the largest code; ``turned`` means stored as [K, N].
     """
     return {
         part.parameter: {"turned": part.turned}
@@ -98,7 +97,7 @@ def _part_at(
 
 
 def _parameters(model: Path) -> dict[bytes, list[tuple[str, bool, Any]]]:
-    """Name, layout and values [N, K] of every matrix, by the bytes of its first row."""
+    """Name, layout and values [N, K] of every matrix, keyed by the bytes of its first row."""
     found: dict[bytes, list[tuple[str, bool, Any]]] = {}
     for file in sorted(model.glob("*.safetensors")):
         with safe_open(file, framework="numpy") as weights:

@@ -1,6 +1,4 @@
-"""Rounded weights from the fp32 graph, streamed from one weights file to the other a tensor at a
-time.
-"""
+"""Write rounded weights from the fp32 graph, streamed one tensor at a time."""
 
 from __future__ import annotations
 
@@ -33,12 +31,12 @@ def quantize_weights(
     metadata: dict[str, str],
     calibration: Calibration | None = None,
 ) -> None:
-    """Write the form of ``source`` that ``scheme`` describes to ``target``, after ``calibration``,
-    which a static one needs; matrices whose moments it holds are rounded by `export.round.gptq`.
+    """Write ``source`` rounded by ``scheme`` to ``target``.
 
-    Every MatMul with a constant matrix becomes a MatMulNBits of accuracy level 4 (activations in 8
-    bits as well, the fast kernel) or a MatMulIntegerToFloat; every embedding becomes a
-    GatherBlockQuantized, on the head's own codes where the two are tied.
+    A static scheme needs ``calibration``. Matrices with moments in it are rounded by GPTQ
+    (`export.round.gptq`). Each MatMul with a constant matrix becomes a MatMulNBits of accuracy
+    level 4 (the fast kernel, activations in 8 bits too) or a MatMulIntegerToFloat. Each embedding
+    becomes a GatherBlockQuantized, on the head's own codes if the two are tied.
     """
     first = onnx.load(source.last, load_external_data=False)
     tensors = {t.name: t for t in first.graph.initializer}
@@ -83,9 +81,7 @@ def quantize_weights(
 
 
 def quantize_columns(weights_NK: Floats, most: int = 127) -> tuple[npt.NDArray[np.int8], Floats]:
-    """Round ``weights[N, K]`` to signed codes of at most ``most``, a scale an output channel: codes
-    ``[N, K]``, scales ``[N]``.
-    """
+    """Round ``weights[N, K]`` to signed codes up to ``most``: codes ``[N, K]``, scales ``[N]``."""
     scales = np.abs(weights_NK).max(axis=1) / np.float32(most)
     return np.rint(weights_NK * inverse(scales)[:, None]).astype(np.int8), scales.astype(np.float32)
 
@@ -113,8 +109,9 @@ def _write_matrix(
 
 
 def _integer_bits(matrices: Mapping[str, Matrix]) -> dict[str, str]:
-    """For clients on processors whose sums overflow: whether integer products have weights of 8
-    bits.
+    """Metadata for clients: whether integer products have weights of 7 or 8 bits.
+
+    8-bit sums overflow on some processors.
     """
     most = {
         m.how.most
@@ -125,5 +122,5 @@ def _integer_bits(matrices: Mapping[str, Matrix]) -> dict[str, str]:
 
 
 def _unsigned(how: How) -> bool:
-    """Whether activations are unsigned, which is what overflows."""
+    """Whether activations are unsigned; only those overflow."""
     return not isinstance(how, Static) or not how.symmetric

@@ -1,4 +1,4 @@
-"""How a form rounds: the kind of rounding of each part of a model, and its bytes."""
+"""The rounding of each part of a model in a form, and its size in bytes."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ How: TypeAlias = "Blockwise | PerChannel | Static"
 
 @dataclass(frozen=True)
 class PerChannel:
-    """MatMulIntegerToFloat: signed 8-bit weights of at most ``most``, a scale a column; activations
-    in 8 bits, a scale a token, on the fly.
+    """MatMulIntegerToFloat: signed 8-bit weights up to ``most``, one scale per column.
+
+    Activations are rounded to 8 bits at run time, with one scale per token.
     """
 
     most: int = 127
@@ -35,8 +36,9 @@ class PerChannel:
 
 @dataclass(frozen=True)
 class Static:
-    """A MatMul between quantise and dequantise operators: signed 8-bit weights, a scale a column;
-    activations in 8 bits with one scale, known beforehand.
+    """A MatMul between quantise and dequantise operators: signed 8-bit weights, scale per column.
+
+    Activations have 8 bits and one scale, measured beforehand.
     """
 
     most: int = 127  # of the weights' codes
@@ -48,13 +50,12 @@ class Static:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a form rounds.
+    """How a form rounds each part.
 
-    ``narrow`` is for products with more inputs than outputs, which is where an FFN returns to the
-    model's width and inputs have outliers of a hundred times the rest; ``attention`` for those that
-    make queries, keys and values. ``head`` is for the head and every embedding: one copy of the
-    codes where they are tied. ``exceptions`` are matrices of the fp32 graph, by name, that are
-    rounded otherwise.
+    ``narrow`` is for products with more inputs than outputs: FFN outputs, whose inputs have
+    outliers of a hundred times the rest. ``attention`` is for products that make queries, keys and
+    values. ``head`` is for the head and every embedding, which share codes if they are tied.
+    ``exceptions`` are matrices of the fp32 graph, by name, with another rounding.
     """
 
     body: How
@@ -65,7 +66,7 @@ class Scheme:
 
 
 def scheme_for(form: Form, width: int) -> Scheme | None:
-    """What ``form`` of a model of hidden size ``width`` rounds, and how; none for fp32 and fp16."""
+    """Rounding of ``form`` for a model of hidden size ``width``; None for fp32 and fp16."""
     head = Blockwise(8, block_size_for(width))
     match form:
         case Fp32Form() | Fp16Form():
@@ -93,9 +94,7 @@ def scheme_for(form: Form, width: int) -> Scheme | None:
 
 
 def encoder_scheme(form: EncoderForm, width: int) -> Scheme | None:
-    """As for decoders, but all products in integers: an encoder's come many rows at a time, where
-    that is the fastest.
-    """
+    """As for decoders, but with integer products everywhere: fastest for many rows at a time."""
     if isinstance(form, Int8DynamicForm | Int8StaticForm):
         most = most_of(form)
         each = PerChannel(most) if isinstance(form, Int8DynamicForm) else Static(most)
@@ -106,15 +105,14 @@ def encoder_scheme(form: EncoderForm, width: int) -> Scheme | None:
 
 
 def most_of(form: Int8DynamicForm | Int8StaticForm) -> int:
-    """The largest code of a weight: one of 7 bits where pairs of products would overflow 16 bits,
-    `reduce_range`.
-    """
+    """The largest code of a weight; 7 bits (`reduce_range`) if pair sums would overflow 16 bits."""
     return 63 if (sums_overflow() if form.reduce_range is None else form.reduce_range) else 127
 
 
 def stored_bytes(channels: int, width: int, how: How, number: int = 4) -> int:
-    """Bytes in the weights file of a matrix of ``channels`` outputs and ``width`` inputs: codes,
-    zero points, and scales of ``number`` bytes each.
+    """Bytes in the weights file of a matrix with ``channels`` outputs and ``width`` inputs.
+
+    Counts codes, zero points, and scales of ``number`` bytes each.
     """
     if not isinstance(how, Blockwise):
         return channels * width + number * channels

@@ -1,9 +1,8 @@
-"""What rounding one matrix alone costs, and which matrices of a 4-bit form get 8 bits instead under
-a bound.
+"""Cost of rounding each matrix alone, and the matrices of a 4-bit form that get 8 bits for a bound.
 
-Measured in torch on the student: KL from its own answers on held-out text when one matrix of the
-graph is replaced by its rounded values. Activations stay in float there; how they are rounded is
-the same for 4 and for 8 bits.
+Measured in torch on the student: KL from its own outputs on held-out text when one matrix of the
+graph has its rounded values. Activations stay in float, because their rounding is the same with 4
+and 8 bits.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from limbeck.contract.progress import task
 
 @dataclass(frozen=True)
 class Cost:
-    """What a matrix costs in few bits, and what more bits cost."""
+    """Cost of a matrix in few bits, and the bytes that more bits take."""
 
     matrix: str
     parameters: tuple[str, ...]
@@ -41,7 +40,7 @@ class Cost:
 
     @property
     def worth(self) -> float:
-        """KL won back a byte spent."""
+        """KL saved per byte."""
         return self.kl / self.extra_bytes
 
 
@@ -56,12 +55,12 @@ def measure_costs(
     tokens: int,
     moments: Mapping[str, Floats],
 ) -> list[Cost]:
-    """The cost of each of ``matrices`` of the fp32 ``graphs``, the greatest worth first.
+    """Cost of each of ``matrices`` of the fp32 ``graphs``, the greatest worth first.
 
-    ``parts`` says which parameters of the transformers folder ``model`` each is made of; ``texts``
-    are rows of held-out tokens, of which ``tokens`` are read; ``moments`` are those of
-    `export.round.calibrate.Calibration`, empty where weights are rounded to nearest. A changed
-    layer is run from there on only: the layers before it answer as they did.
+    ``parts`` maps each to parameters of the transformers folder ``model``. ``texts`` are rows of
+    held-out tokens, of which ``tokens`` are read. ``moments`` are those of
+    `export.round.calibrate.Calibration`, empty for rounding to nearest. Only the layers from the
+    changed one on are run again: earlier layers give the same outputs.
     """
     from transformers import AutoModelForCausalLM
 
@@ -105,15 +104,13 @@ def measure_costs(
 
 
 def rounded(weights_NK: Floats, how: Blockwise, moments_KK: Floats | None = None) -> Floats:
-    """``weights[N, K]`` as they are after `export.round.gptq.round_blocks`."""
+    """``weights[N, K]`` after `export.round.gptq.round_blocks`."""
     shares_KK = None if moments_KK is None else shares(moments_KK)
     return dequantize_blocks(*round_blocks(weights_NK, how, shares_KK))[:, : weights_NK.shape[1]]
 
 
 def within_bytes(costs: Sequence[Cost], room: int) -> list[str]:
-    """Matrices that get more bits when ``room`` bytes may be spent: the greatest worth first,
-    skipping what does not fit.
-    """
+    """Matrices that get more bits within ``room`` bytes: greatest worth first, if they fit."""
     chosen = []
     for cost in costs:
         if cost.extra_bytes <= room:
@@ -125,12 +122,11 @@ def within_bytes(costs: Sequence[Cost], room: int) -> list[str]:
 def within_loss(
     costs: Sequence[Cost], bound: float, measure: Callable[[list[str]], float]
 ) -> tuple[list[str], float]:
-    """The shortest head of ``costs`` that ``measure`` finds within ``bound`` when those get more
-    bits, and its loss.
+    """The shortest head of ``costs`` that gets more bits and keeps ``bound``, and its loss.
 
-    Losses are taken to fall with the summed KL of what stays in few bits, which gives the first
-    guess, then measured, in halves: of 150 matrices up to ten forms are made. All of them when
-    nothing shorter is within the bound.
+    ``measure`` gives the loss. The first guess assumes that it falls with the summed KL of the
+    matrices in few bits; bisection follows, which makes up to ten forms for 150 matrices. Returns
+    all of them if no shorter head is within the bound.
     """
     left = np.concatenate(
         [np.cumsum([cost.kl for cost in costs][::-1])[::-1], [0.0]]
@@ -155,9 +151,7 @@ def within_loss(
 
 
 class _Replay:
-    """Remembers what each decoder layer answered in the first run, to skip the layers before a
-    change.
-    """
+    """Keep the output of each decoder layer of the first run, to skip layers before a change."""
 
     def __init__(self, model: Any) -> None:
         count = model.config.get_text_config().num_hidden_layers
@@ -182,9 +176,7 @@ class _Replay:
 
     @contextmanager
     def up_to(self, changed: Mapping[str, Tensor]) -> Iterator[None]:
-        """Within the block, layers before the first that owns one of the ``changed`` parameters are
-        not run.
-        """
+        """Within the block, skip layers before the first that owns a ``changed`` parameter."""
         owners = [
             next(
                 (i for i in range(len(self._layers)) if name.startswith(f"{self._prefix}.{i}.")), 0

@@ -1,10 +1,10 @@
-"""Outliers of activations moved into weights, exactly: the migration of SmoothQuant (Xiao et al.
-2023, arXiv 2211.10438).
+"""Move outliers of activations into weights, exactly: SmoothQuant's migration (Xiao et al. 2023,
+arXiv 2211.10438).
 
-An activation that products with constant matrices alone read is divided, a factor a channel, and
-the matrices are multiplied by the factors along the summed dimension. What makes the activation has
-to be divisible: a norm's weights, the product that meets an FFN's gate, the values of attention. In
-fp32 nothing changes; what is left is easier to round to 8 bits.
+An activation that only products with constant matrices read is divided by a factor per channel, and
+the matrices are multiplied by the factors along the summed dimension. The source of the activation
+must be divisible: weights of a norm, the product that meets an FFN's gate, the values of attention.
+In fp32 nothing changes, and the rest is easier to round to 8 bits.
 
 Shape letters: K inputs of a product, N outputs.
 """
@@ -25,7 +25,7 @@ from export.round.weights import external_array
 
 Floats = npt.NDArray[np.float32]
 
-# Norms with weights along the last axis, and which inputs those are.
+# Norms with weights along the last axis, and the inputs that hold them.
 _NORMS = {
     "SimplifiedLayerNormalization": (1,),
     "SkipSimplifiedLayerNormalization": (2,),
@@ -38,9 +38,7 @@ _NORMS = {
 
 @dataclass(frozen=True)
 class Part:
-    """Numbers that an activation is proportional to: a vector, or the outputs of a matrix, from
-    channel ``first`` on.
-    """
+    """The numbers that scale an activation: a vector, or outputs of a matrix from ``first`` on."""
 
     name: str
     first: int = 0
@@ -48,11 +46,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Boundary:
-    """An activation ``[K]`` that ``made_by`` can divide and that products with the constant
-    ``matrices`` alone read.
+    """An activation ``[K]`` that ``made_by`` can divide and only ``matrices`` read.
 
-    ``shared`` is (groups, sharing, size) where K is made of heads of which ``sharing`` in a row
-    have one set of values.
+    ``shared`` is (groups, sharing, size) if K consists of heads, and ``sharing`` heads in a row
+    have the same values.
     """
 
     made_by: tuple[Part, ...]
@@ -62,9 +59,7 @@ class Boundary:
 
 @dataclass(frozen=True)
 class Factors:
-    """What to multiply by: matrices along their inputs ``[K]``; matrices along their outputs
-    ``[N]``, and whole vectors.
-    """
+    """Factors of matrices along their inputs ``[K]`` or outputs ``[N]``, and of whole vectors."""
 
     inputs: Mapping[str, Floats] = field(default_factory=dict)
     outputs: Mapping[str, Floats] = field(default_factory=dict)
@@ -73,9 +68,7 @@ class Factors:
         return name in self.inputs or name in self.outputs
 
     def apply(self, name: str, values: npt.NDArray[Any], *, rows: bool) -> npt.NDArray[Any]:
-        """The initialiser ``name`` multiplied; a matrix is stored ``[N, K]`` when ``rows``, else
-        ``[K, N]``.
-        """
+        """The initialiser ``name``, multiplied; it is ``[N, K]`` if ``rows``, else ``[K, N]``."""
         if name in self.inputs:
             values = values * (self.inputs[name] if rows else self.inputs[name][:, None])
         if name in self.outputs:
@@ -85,8 +78,9 @@ class Factors:
 
 
 def find_boundaries(proto: ModelProto) -> dict[str, Boundary]:
-    """Activations whose outliers can move into the products that read them, by name; makers that
-    are matrices first.
+    """Activations, by name, whose outliers can move into the products that read them.
+
+    Those that a matrix makes come first.
     """
     graph = _Graph(proto)
     found: dict[str, Boundary] = {}
@@ -119,9 +113,9 @@ def find_factors(
     *,
     alpha: float,
 ) -> tuple[Factors, dict[str, Floats]]:
-    """Factors for every boundary, and by activation what it is divided by, ``[K]``.
+    """Factors for every boundary, and the divisor ``[K]`` of each activation.
 
-    max|x|^alpha / max|w|^(1 - alpha) a channel, 1 where a channel is always 0; ``largest`` holds
+    max|x|^alpha / max|w|^(1 - alpha) per channel, 1 if a channel is always 0; ``largest`` holds
     max|x| by activation, ``[K]``.
     """
     graph, inputs, outputs, divided = (
@@ -155,10 +149,10 @@ def find_factors(
 
 
 class _Graph:
-    """Who makes and who reads what."""
+    """Producers and readers of each value."""
 
     def __init__(self, proto: ModelProto) -> None:
-        # An adapter's inputs have defaults, but they are no constants.
+        # An adapter's inputs have defaults but are not constants.
         open_ = {value.name for value in proto.graph.input}
         self.tensors: dict[str, TensorProto] = {
             t.name: t for t in proto.graph.initializer if t.name not in open_
@@ -193,7 +187,7 @@ class _Graph:
         return int(dims[1] if self.is_turned(matrix) else dims[0])
 
     def only_reader(self, name: str) -> bool:
-        """Whether one node alone reads ``name``, and it is no result."""
+        """Whether exactly one node reads ``name``, and it is not an output of the graph."""
         return len(self.readers.get(name, ())) == 1 and name not in self._results
 
     def constant(self, node: NodeProto) -> str | None:
@@ -205,13 +199,11 @@ class _Graph:
         return name if own and self.is_matrix(name) else None
 
     def matrices_after(self, node: NodeProto) -> tuple[str, tuple[str, ...]]:
-        """A node's output as products read it, and their matrices; none unless such products alone
-        read it.
-        """
+        """A node's output and the matrices of its products; None if anything else reads it."""
         made = node.output[0] if node.output else ""
         readers = self.readers.get(made, [])
-        # torch's exporter folds rows and columns into one dimension; channels stay, as the widths
-        # must be equal.
+        # torch's exporter flattens rows and columns into one dimension. Channels stay, because the
+        # widths must be equal.
         if [r.op_type for r in readers] == ["Reshape"] and made not in self._results:
             made = readers[0].output[0]
             readers = self.readers.get(made, [])
@@ -220,9 +212,7 @@ class _Graph:
         return made, (known if len(known) == len(found) and made not in self._results else ())
 
     def norm(self, node: NodeProto) -> list[Part] | None:
-        """The weights of a norm; one that is written out ends in a product of its weights with what
-        they scale.
-        """
+        """The weights of a norm; a norm made of small operators ends in the product with them."""
         places = [
             at for at in _NORMS.get(node.op_type, ()) if at < len(node.input) and node.input[at]
         ]
@@ -236,9 +226,7 @@ class _Graph:
         return [Part(name) for name in vectors]
 
     def product(self, name: str) -> list[Part] | None:
-        """The matrix, and the bias after it, whose product ``name`` is and which nothing else
-        reads.
-        """
+        """The matrix whose product is ``name``, and the bias after it, if nothing else reads it."""
         if not self.only_reader(name) or name not in self.made_by:
             return None
         node, parts = self.made_by[name], list[Part]()
@@ -252,7 +240,7 @@ class _Graph:
         return None if matrix is None else [Part(matrix), *parts]
 
     def values(self, node: NodeProto) -> tuple[list[Part] | None, tuple[int, int, int] | None]:
-        """What makes the values of a fused attention, and how its heads share them."""
+        """The source of the values of a fused attention, and how its heads share them."""
         counts = {
             a.name: int(a.i) for a in node.attribute if a.name in ("num_heads", "kv_num_heads")
         }

@@ -1,6 +1,4 @@
-"""The external weights file of a graph: reading an initialiser's values out of it, and writing a
-new one piece by piece.
-"""
+"""The external weights file of a graph: read an initialiser's values, write a new file in parts."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """`--shrink-to pico`: any recipe with tiny random models of the same architectures, built-in text
 and a few steps.
 
-What it is for: to see that a recipe runs to its verdict here, before its weights are fetched and
-its hours are spent. Every choice of the recipe stays; only sizes, weights and text are exchanged.
-Knows recipes, and no torch.
+It shows that a recipe runs to its verdict on this machine, before weights are downloaded and hours
+spent. All choices of the recipe stay; only sizes, weights and text are replaced. Knows recipes, not
+torch.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from limbeck.contract.recipe import (
     parse_any_recipe,
 )
 
-# By what the name of a model holds, the more special name first: nothing is opened or fetched to
-# find it out.
+# By a word in the model's name, special names first, so that nothing has to be opened or
+# downloaded.
 _BY_NAME = {
     "smollm3": "smollm3",
     "smollm": "llama",
@@ -121,8 +121,7 @@ def shrink_to_pico(recipe: Recipe) -> Recipe: ...
 @overload
 def shrink_to_pico(recipe: AnyRecipe) -> AnyRecipe: ...
 def shrink_to_pico(recipe: AnyRecipe) -> AnyRecipe:
-    """The recipe on tiny random models. Raises `ModelError` for a model whose architecture cannot
-    be told."""
+    """The recipe with tiny random models. Raises `ModelError` if an architecture is unknown."""
     tree = recipe.resolved()
     tree["name"] = f"{recipe.name[:75]}-pico"
     for index, model in enumerate(recipe.teacher_models.values()):
@@ -191,8 +190,10 @@ def _shrink_encoder(tree: dict[str, Any], recipe: EncoderRecipe) -> None:
 
 
 def _modules(recipe: EncoderRecipe) -> list[str]:
-    """A module of the standard library for each class or domain: the largest, whose long strings
-    are the examples."""
+    """A module of the standard library for each class or domain: its long strings are examples.
+
+    The largest modules are taken.
+    """
     count, root = len(recipe.groups()), Path(sysconfig.get_paths()["stdlib"])
     found = sorted(root.glob("*.py"), key=lambda path: (-path.stat().st_size, path.name))[:count]
     if len(found) < count:
@@ -205,8 +206,10 @@ def _modules(recipe: EncoderRecipe) -> list[str]:
 
 
 def architecture(source: ModelSource | OnnxModel, recipe: AnyRecipe, *, where: str) -> str:
-    """The transformers model type of a source, by its configuration or its name. Raises
-    `ModelError`."""
+    """The transformers model type of a source, from its configuration or its name.
+
+    Raises `ModelError`.
+    """
     match source:
         case RandomModel():
             return str(source.config.get("model_type", "llama"))
@@ -232,7 +235,7 @@ def architecture(source: ModelSource | OnnxModel, recipe: AnyRecipe, *, where: s
             if isinstance(made.student, FreshStudent):
                 return str(made.student.config.get("model_type"))
             return architecture(made.student.base, made, where=f"{where} ({made.name})")
-    # In the names of encoders a word counts from its beginning: albert is no bert.
+    # In names of encoders a match starts at the beginning of a word: albert is not bert.
     known, start = (
         (_BY_NAME, "") if isinstance(recipe, Recipe) else (_ENCODER_BY_NAME, "(?<![a-z])")
     )
@@ -267,7 +270,7 @@ def _shrink_student(student: dict[str, Any], recipe: AnyRecipe) -> None:
 
 
 def _random(kind: str, recipe: AnyRecipe, *, seed: int) -> dict[str, Any]:
-    """A teacher; one of classes has a head for them."""
+    """A random teacher; a teacher of classes has a head for them."""
     config = _config(kind, recipe)
     if isinstance(recipe, ClassificationRecipe):
         config["id2label"] = {str(index): c.name for index, c in enumerate(recipe.data.classes)}

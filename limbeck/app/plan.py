@@ -1,9 +1,8 @@
-"""What a recipe will take and give, before any weights are loaded: parameters, sizes, memory,
-operations, time.
+"""Plan a recipe before any weights are loaded: parameters, sizes, memory, operations, time.
 
-Knows recipes and configurations; the stages say what they would do with them: of language models
-`compress.footprint.language` and `export.plan.language`, of encoders `compress.footprint.encoders`
-and `export.plan.encoders`.
+Knows recipes and configurations; the stages estimate their own costs. For language models these are
+`compress.footprint.language` and `export.plan.language`, for encoders
+`compress.footprint.encoders` and `export.plan.encoders`.
 """
 
 from __future__ import annotations
@@ -35,36 +34,32 @@ if TYPE_CHECKING:
     from compress.footprint.encoders import EncoderShape
     from compress.footprint.language import Footprint, Shape, TeacherShape
 
-# Resident memory of Python with torch, transformers and peft before any model: Linux, CPU build of
-# torch 2.13, measured.
+# Measured resident memory of Python with torch, transformers and peft, before any model (Linux,
+# CPU build of torch 2.13).
 PROGRAM_BYTES = 530_000_000
 TRIAL_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The figures of one recipe; bytes, operations and seconds."""
+    """Figures of one recipe, in bytes, operations and seconds."""
 
     recipe: str
     teachers: dict[str, int]  # parameters by name
     student: int  # parameters
     trained: int  # of them, or of the adapters and projections beside them
     forms: dict[str, int]  # bytes of graph and weights, the shipped one last
-    memory: dict[
-        str, int
-        # of training, by what it is for, where it takes most: for this recipe or one that is made
-        # first
-    ]
+    memory: dict[str, int]  # of training by purpose; peak over recipe and prerequisites
     memory_total: int
     worst_moment: str
     device: str  # that the memory is on
     cache: int  # bytes of the teacher cache, at most
-    # of training; without a trial those of its measurements alone, where its budget is in minutes
+    # of training; without a trial and with a budget in minutes, of its measurements alone
     operations: float
     minutes: float | None  # of training, where its operations are not known
     first: tuple[str, ...]  # recipes whose students are made first
     operations_first: float
-    seconds: float | None  # of training and of what is made first; none without a trial
+    seconds: float | None  # of training, prerequisites included; None without a trial
     bench_seconds: float
 
     def as_json(self) -> dict[str, Any]:
@@ -128,25 +123,26 @@ class _Making:
 
     @property
     def minutes(self) -> float | None:
-        """Of training, where that is its budget."""
+        """Minutes of training, if that is its budget."""
         return self.recipe.training.minutes if isinstance(self.recipe, Recipe) else None
 
     def seconds(self, speed: float) -> float:
-        """Of training, at ``speed`` operations a second; a budget in time is what it is."""
+        """Seconds of training at ``speed`` operations per second, or its budget in time."""
         return 60 * self.minutes if self.minutes else self.taken.operations / speed
 
     def operations(self, speed: float | None) -> float:
-        """Of training, at ``speed`` operations a second; with a budget in time and no speed, of its
-        measurements alone."""
+        """Operations of training at ``speed`` per second.
+
+        With a budget in time and no speed, only those of its measurements.
+        """
         return self.taken.operations + (60 * self.minutes * speed if self.minutes and speed else 0)
 
 
 def plan_recipe(recipe: AnyRecipe, *, trial: bool = False) -> Plan:
-    """Work out what ``recipe`` takes; ``trial`` times its student's layers on this machine for
-    about ten seconds.
+    """Estimate the cost of ``recipe``. ``trial`` times the student's layers here for about 10 s.
 
-    Raises `ModelError` for a model whose configuration cannot be had, `RecipeError` for a teacher
-    recipe that is wrong.
+    Raises `ModelError` if a model's configuration is not available, and `RecipeError` if a
+    teacher's recipe is wrong.
     """
     import compress
 
@@ -178,16 +174,14 @@ def plan_recipe(recipe: AnyRecipe, *, trial: bool = False) -> Plan:
 
 
 def form_sizes(recipe: AnyRecipe) -> dict[str, int]:
-    """Bytes of graph and weights of each form of ``recipe``, the shipped one last. Raises as
-    `plan_recipe` does."""
+    """Bytes of graph and weights of each form, the shipped one last. Raises as `plan_recipe`."""
     if isinstance(recipe, Recipe):
         return _forms(recipe, _student(recipe, vocabulary=_vocabulary(recipe))[0])
     return _forms(recipe, _encoder_student(recipe, ())[0])
 
 
 def training_memory(recipe: AnyRecipe) -> tuple[int, int]:
-    """Bytes that training ``recipe`` takes at its worst moment, and those that there are where it
-    runs. Raises as `plan_recipe` does."""
+    """Bytes of training at its peak, and bytes available there. Raises as `plan_recipe`."""
     import torch
 
     import compress
@@ -215,7 +209,7 @@ def _making(recipe: AnyRecipe) -> _Making:
 
 
 def _speed(making: _Making) -> float:
-    """Operations a second of the student's layers here."""
+    """Operations per second of the student's layers on this machine."""
     from compress.footprint.encoders import EncoderShape, measure_encoder_speed
     from compress.footprint.language import measure_speed
 
@@ -271,8 +265,10 @@ def _footprint(recipe: Recipe, precision: str) -> tuple[Shape, list[int], Footpr
 
 
 def _different_blocks(recipe: Recipe) -> int:
-    """Training blocks that differ, at most: of each domain as many as training takes, or as its
-    text has where that is here."""
+    """Upper bound on the number of different training blocks.
+
+    Counts the blocks that training takes of each domain, or those of its text if it is here.
+    """
     from compress.data.blocks import measure_text
 
     wanted, domains = (recipe.training.tokens or 0) // recipe.data.block, recipe.data.domains
@@ -293,7 +289,7 @@ def _different_blocks(recipe: Recipe) -> int:
 
 
 def _student(recipe: Recipe, *, vocabulary: int) -> tuple[Shape, Shape | None]:
-    """The student and its base; ``vocabulary`` is the tokenizer's size, for a fresh one."""
+    """Shapes of the student and its base; ``vocabulary`` is the size for a fresh student."""
     from compress.footprint.language import describe, student_config
     from compress.models.language import model_config
 
@@ -372,8 +368,7 @@ def _encoder_footprint(
 def _encoder_student(
     recipe: EncoderRecipe, chain: tuple[Path, ...]
 ) -> tuple[EncoderShape, EncoderShape | None]:
-    """The student and its base; a fresh one takes the tokenizer, and so the vocabulary, of the
-    first teacher."""
+    """Shapes of the student and its base; a fresh one has the first teacher's vocabulary."""
     from compress.footprint.encoders import describe_encoder, encoder_student_config
     from compress.models.encoders import encoder_config
 

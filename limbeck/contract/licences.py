@@ -1,5 +1,4 @@
-"""Under which licence a model or a text stands, by what it says of itself: a model card, a GGUF
-file, a package.
+"""The licence of a model or text, as its own card, GGUF file or package states it.
 
 Nothing is guessed: no statement gives `unknown`. Reads no weights.
 """
@@ -35,7 +34,7 @@ from limbeck.contract.recipe import (
 )
 
 UNKNOWN = "unknown"
-# What the hub takes as `license:`; its list is
+# The hub's names for `license:`, from
 # https://huggingface.co/docs/hub/repositories-licenses.
 _HUB = frozenset(
     """afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m
@@ -53,19 +52,17 @@ _HUB = frozenset(
 
 @dataclass(frozen=True)
 class Licence:
-    """A licence as it was written down, in the hub's spelling where that has it, and what
-    says so."""
+    """A licence as it was stated, in the hub's spelling if the hub lists it, and who states it."""
 
     license: str = UNKNOWN
     said_by: str = ""
 
 
 def sources_of(recipe: AnyRecipe, *, base: Path, teachers: Sequence[Path]) -> dict[str, Any]:
-    """Licences of what goes into a student: ``base`` (none for a fresh one), ``teachers`` and
-    ``texts`` by name.
+    """Licences of the sources of a student: ``base`` (None if fresh), ``teachers``, ``texts``.
 
-    ``base`` and ``teachers`` are the model folders that the recipe's sources became. A text also
-    names its ``dataset`` on the hub, or none.
+    ``base`` and ``teachers`` are the model folders made from the recipe's sources. A text also has
+    the name of its ``dataset`` on the hub, or None.
     """
     folder, chosen = recipe.folder, recipe.base
     found: dict[str, Any] = {"base": None, "teachers": {}, "texts": {}}
@@ -84,8 +81,7 @@ def sources_of(recipe: AnyRecipe, *, base: Path, teachers: Sequence[Path]) -> di
 
 
 def of_model(source: AnySource, *, folder: Path, made: Path) -> Licence:
-    """The licence of a model; ``made`` is the folder that it became, of a recipe's student the one
-    inside its artifact."""
+    """The licence of a model. ``made`` is its folder (of a student, inside its artifact)."""
     match source:
         case RecipeModel():
             product = open_artifact(made.parent, kind="student", verify=False)
@@ -133,8 +129,10 @@ def of_text(source: TextSource, *, folder: Path) -> Licence:
 
 
 def of_student(result: Mapping[str, Any], teachers: Iterable[Mapping[str, Any]]) -> Licence:
-    """The licence of a student, by the `result` and the `teachers.json` of its artifact: that of
-    base and teachers together."""
+    """The licence of a student: that of base and teachers together.
+
+    Takes the `result` and the `teachers.json` of its artifact.
+    """
     if "sources" not in result:  # distilled before licences were written down
         return Licence()
     models = [m for m in (result["sources"]["base"], *teachers) if m is not None]
@@ -142,8 +140,7 @@ def of_student(result: Mapping[str, Any], teachers: Iterable[Mapping[str, Any]])
 
 
 def of_all(licences: Iterable[Licence]) -> Licence:
-    """Of what is made of several: theirs where they agree, all of them where they differ, unknown
-    where one is."""
+    """The licence of a combination: the common one, or all of them; unknown if one is unknown."""
     found = set(licences)
     names = sorted({licence.license for licence in found})
     if not names or UNKNOWN in names:
@@ -152,8 +149,7 @@ def of_all(licences: Iterable[Licence]) -> Licence:
 
 
 def hub_dataset(source: TextSource, *, folder: Path) -> str | None:
-    """The hub's name of a folder that `datasets` saved, by the addresses that it was downloaded
-    from."""
+    """The hub's name of a folder saved by `datasets`, from the addresses of its download."""
     addresses = [
         a
         for info in _dataset_infos(source, folder=folder)
@@ -165,8 +161,7 @@ def hub_dataset(source: TextSource, *, folder: Path) -> str | None:
 
 
 def hub_fields(licence: Licence) -> dict[str, str]:
-    """``license``, and for one that the hub has no name for ``license_name``, of a card's
-    header."""
+    """Card fields: ``license``, and ``license_name`` if the hub does not list the licence."""
     if licence.license in _HUB:
         return {"license": licence.license}
     return {
@@ -175,7 +170,7 @@ def hub_fields(licence: Licence) -> dict[str, str]:
     }
 
 
-# What says so -------------------------------------------------------------------------------------
+# Statements of licences ---------------------------------------------------------------------------
 
 
 def _of_readme(folder: Path) -> Licence:
