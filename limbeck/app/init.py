@@ -60,8 +60,8 @@ class Choice:
 
     @property
     def caution(self) -> str | None:
-        """What to expect of a cut student, as it was measured (docs/experiments/size.md); none for
-        a whole one."""
+        """Expected result of a cut student, as measured (docs/experiments/size.md); None if it is
+        whole."""
         if self.student["kind"] != "shrink":
             return None
         return (

@@ -8,9 +8,7 @@ from typing import Any
 
 from limbeck.contract.results.bench import Interval
 
-_NEAR = (
-    1.1  # up to 10 % slower counts as noise of one machine; 8 % was observed, beyond the intervals
-)
+_NEAR = 1.1  # up to 10 % slower counts as noise of one machine; 8 % was observed
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def form_arm(onnx: Artifact, form: str, *, twin: bool = False) -> Arm:
 
 
 def context_of(model: Path) -> int | None:
-    """Tokens that a model folder's configuration allows; none when it does not say."""
+    """Context of a model folder in tokens; None if its configuration has none."""
     config = json.loads((model / "config.json").read_text())
     found = config.get(
         "max_position_embeddings", config.get("text_config", {}).get("max_position_embeddings")

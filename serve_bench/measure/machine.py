@@ -47,8 +47,9 @@ def load() -> dict[str, Any]:
 def limits(
     root: Path = Path("/sys/fs/cgroup"), member: Path = Path("/proc/self/cgroup")
 ) -> dict[str, Any]:
-    """Processors and bytes of memory that a container allows, the tightest of this group and its
-    parents; none without a limit.
+    """Processors and bytes of memory that a container allows; None without a limit.
+
+    The tightest limit of this group and its parents counts.
 
     Reads version 2 of cgroups (one tree), else version 1 (a tree a controller).
     """
@@ -84,7 +85,7 @@ def _upwards(root: Path, path: str) -> list[Path]:
 
 
 def cache_bytes() -> int | None:
-    """Size of the last-level cache that the first core uses; none where the system does not say."""
+    """Size of the first core's last-level cache; None if the system does not report it."""
     sizes = [_read(path) for path in sorted(_CPU.glob("cache/index*/size"))]
     units = {"K": 1024, "M": 1024**2}
     return max(
@@ -94,9 +95,7 @@ def cache_bytes() -> int | None:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Cards that NVML shows: name, driver, memory in bytes; none without a card or its Python
-    binding.
-    """
+    """Cards that NVML lists: name, driver, memory in bytes; empty without a card or the binding."""
     with Nvml() as nvml:
         return [
             {

@@ -116,8 +116,9 @@ def tree_rss(pid: int) -> int:
 
 
 class Energy:
-    """Joules by RAPL (every processor package) and NVML (every card), idle power included; or why
-    there are none.
+    """Joules by RAPL (every processor package) and NVML (every card), idle power included.
+
+    Without a source it gives the reason.
     """
 
     def __init__(self, nvml: Nvml, powercap: Path = _POWERCAP) -> None:

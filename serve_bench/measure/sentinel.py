@@ -43,7 +43,7 @@ class Sentinel:
         return self.readings[-1]
 
     def complaint(self, before: float, after: float) -> str | None:
-        """Why the block between two readings is void; none when it is not."""
+        """Reason why the block between two readings is void, or None."""
         slow = max(before, after) / self.median
         if slow <= LIMIT:
             return None

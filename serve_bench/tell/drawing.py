@@ -28,9 +28,7 @@ ROLE = {
     "twin": MUTED,
     "extra": SERIES[2],
 }
-SCALE = (
-    1.3  # of a drawing at its widest; drawings are small so that a phone need not shrink them much
-)
+SCALE = 1.3  # of a drawing at its widest; drawings are small, so a phone shrinks them little
 MARKS = ("o", "s", "^", "D", "v", "P")
 STYLE: Any = {
     "svg.fonttype": "none",

@@ -46,9 +46,7 @@ class Runtime(Protocol):
         """Logits [L, V] after every token of ``ids[L]``. Ends the arm's use for generation."""
 
     def device_seconds(self) -> list[float] | None:
-        """What the device's own clock says each token since `begin` took; none where it is the host
-        that computes.
-        """
+        """Seconds of each token since `begin` by the device's own clock; None on the host."""
 
     def prompt_tokens(self) -> int:
         """Prompt tokens a row that the last `begin` read, as the runtime itself counted them."""

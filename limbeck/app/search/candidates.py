@@ -35,7 +35,7 @@ class Candidate:
     work: float | None = (
         None  # billions of operations, where time grows with those rather than with size
     )
-    out: str | None = None  # why it is out; none where it reached the finals
+    out: str | None = None  # why it is out; None if it reached the finals
     late: bool = False  # whether more hours would take it further
     # Finalists only: size, the times of the budget, NLL or the metric, and best_teacher (the best
     # teacher in the same bench).

@@ -120,8 +120,7 @@ class ServerScenario(Frozen):
     requests: Count = Field(48, description="Arrivals at each rate; p99 needs 473, p95 93, p90 46.")
     first_rate: Positive | None = Field(
         None,
-        description="Requests/s tried first; none takes half of what one request after another "
-        "reaches.",
+        description="Requests/s tried first; default: half the rate of one request after another.",
     )
     bisections: Int = Field(
         3, ge=0, description="Rates tried between the last that holds and the first that does not."
@@ -193,17 +192,17 @@ class Bench(Frozen):
     )
     runtimes: tuple[ExtraRuntime, ...] = Field(
         (),
-        description="Further runtimes that stand beside the shipped form in `single`: not scored, "
-        "not judged.",
+        description="Further runtimes, timed beside the shipped form in `single`; not scored, not "
+        "judged.",
     )
     device: Provider | None = Field(
         None,
-        description="Where models run in torch; none is where the shipped form runs, which "
-        "export.provider says.",
+        description="Where models run in torch; default: where the shipped form runs "
+        "(export.provider).",
     )
     torch_dtype: Literal["fp32", "bf16"] | None = Field(
         None,
-        description="Number type of student and teachers in torch; none is fp32, and each "
+        description="Number type of student and teachers in torch; default: fp32, and each "
         "teacher's own.",
     )
     prompt_tokens: Count = Field(128, description="Tokens of the prompt.")

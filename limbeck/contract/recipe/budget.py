@@ -141,12 +141,8 @@ class Cuts(Frozen):
     )
     finalists: Count = Field(
         2,
-        description="Students that are trained, exported and measured in full: fewer where time "
-        "is up and "
-        ""
-        ""
-        "one keeps the budget, "
-        "more where none does and time is left.",
+        description="Students that are trained, exported and measured in full: fewer if time is "
+        "up and one keeps the budget, more if none does and time is left.",
     )
 
 
@@ -160,7 +156,8 @@ class Space(Cuts):
     hidden: tuple[Share, ...] = Field(
         (1.0,),
         min_length=1,
-        description="Shares of the base's hidden width kept; what is cut there heals slowest.",
+        description="Shares of the base's hidden width kept; cuts of the width recover most "
+        "slowly.",
     )
     forms: tuple[SearchForm, ...] = Field(
         ("int8-weight", "int4-weight"), min_length=1, description="Forms that may ship."

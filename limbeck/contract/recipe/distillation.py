@@ -87,7 +87,7 @@ class MergeStudent(Frozen):
     kind: Literal["merge"]
     base: BaseSource = Field(description="Model that the teachers were made from.")
     method: Literal["auto", "average", "ties", "dare_ties"] = Field(
-        "auto", description="How; auto takes what reads the training text best."
+        "auto", description="How; auto takes the merge that reads the training text best."
     )
     weights: dict[str, Float] | None = Field(
         None, description="Weight by teacher name; by default equal ones that sum to 1."

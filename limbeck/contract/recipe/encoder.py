@@ -364,7 +364,7 @@ class ClassificationRecipe(BaseRecipe):
     bench: ClassificationBench = Field(ClassificationBench(), description="What is measured.")
     gates: EncoderGates = Field(EncoderGates(), description="What the shipped form must meet.")
     budget: ClassificationBudget | None = Field(
-        None, description="What `limbeck search` must keep to; of no effect elsewhere."
+        None, description="Bounds for `limbeck search`; no effect elsewhere."
     )
     search: EncoderSpace = Field(
         EncoderSpace(), description="What `limbeck search` looks among; of no effect elsewhere."
@@ -405,7 +405,7 @@ class EmbeddingRecipe(BaseRecipe):
     bench: EncoderBench = Field(EncoderBench(), description="What is measured.")
     gates: EncoderGates = Field(EncoderGates(), description="What the shipped form must meet.")
     budget: EmbeddingBudget | None = Field(
-        None, description="What `limbeck search` must keep to; of no effect elsewhere."
+        None, description="Bounds for `limbeck search`; no effect elsewhere."
     )
     search: EncoderSpace = Field(
         EncoderSpace(), description="What `limbeck search` looks among; of no effect elsewhere."

@@ -10,12 +10,12 @@ from pydantic import Field
 from limbeck.contract.recipe.base import SHORTHAND, Count, Fraction, Frozen, Int, Positive
 
 _REDUCE = (
-    "Weights of 7 bits instead of 8, which no processor's sums overflow; none takes 7 on x86 "
-    "without VNNI, where this is made, else 8."
+    "Weights of 7 bits instead of 8, which overflow on no processor; default: 7 if this machine "
+    "is an x86 without VNNI, else 8."
 )
 _SMOOTH = (
     "Share of the difficulty of activations' outliers that moves into the weights that read them "
-    "(SmoothQuant), on training text; 0: none. Not said: 0.5, and 0 with export.recover or "
+    "(SmoothQuant), on training text; 0 moves nothing. Default: 0.5, and 0 with export.recover or "
     "adapters: separate."
 )
 
@@ -59,8 +59,8 @@ class Int8StaticForm(Frozen):
     kind: Literal["int8-static"]
     calibration: Literal["min-max", "percentile", "entropy"] = Field(
         "min-max",
-        description="How the range of each activation is chosen from what training text showed; "
-        "not held-out text, by which the form is judged.",
+        description="How the range of each activation is chosen from training text; held-out text "
+        "is for judging the form.",
     )
     reduce_range: bool | None = Field(None, description=_REDUCE)
     smooth: Fraction | None = Field(None, description=_SMOOTH)
@@ -73,8 +73,8 @@ class Int8TrtForm(Frozen):
     kind: Literal["int8-trt"]
     calibration: Literal["min-max", "percentile", "entropy"] = Field(
         "min-max",
-        description="How the range of each activation is chosen from what training text showed; "
-        "not held-out text, by which the form is judged.",
+        description="How the range of each activation is chosen from training text; held-out text "
+        "is for judging the form.",
     )
     smooth: Fraction | None = Field(None, description=_SMOOTH)
 
@@ -148,7 +148,7 @@ class MixedBySize(Frozen):
     kind: Literal["size"]
     mb: Positive | None = Field(
         None,
-        description="Largest size of graph and weights, in MB (1e6 bytes); none takes "
+        description="Largest size of graph and weights, in MB (1e6 bytes); default: "
         "gates.max_size_mb.",
     )
     tokens: Count = Field(
@@ -163,9 +163,9 @@ class MixedByLoss(Frozen):
     kind: Literal["loss"]
     rise: Positive | None = Field(
         None,
-        description="Largest relative rise of held-out NLL over fp32; none takes "
-        "gates.max_quantization_loss. It is kept to on the blocks that "
-        "the gate is judged on: leave a margin for other text.",
+        description="Largest relative rise of held-out NLL over fp32; default: "
+        "gates.max_quantization_loss. It holds on the blocks that the gate is judged "
+        "on: leave a margin for other text.",
     )
     tokens: Count = Field(
         256, description="Held-out tokens that each matrix's loss is measured on."
@@ -216,11 +216,11 @@ class Export(Frozen):
     backend: Literal["auto", "genai", "dynamo"] = Field(
         "auto",
         description="Graph builder: GenAI's (fused attention, few architectures) or torch's "
-        "exporter; auto says what it chose and why.",
+        "exporter; auto reports its choice and the reason.",
     )
     opset: Opset | None = Field(
         None,
-        description="ONNX operator set of the graphs, of backend dynamo only; none takes the "
+        description="ONNX operator set of the graphs, backend dynamo only; default: the "
         "exporter's own choice.",
     )
     shapes: Shapes = Field(

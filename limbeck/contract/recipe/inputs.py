@@ -188,8 +188,8 @@ class MailText(Frozen):
     kind: Literal["mail"]
     field: str | None = Field(
         None,
-        description="Key that holds the message where the lines of a file are JSON objects; none: "
-        "each file is one.",
+        description="Key that holds the message if each line is a JSON object; default: each file "
+        "is one message.",
     )
 
 

@@ -36,7 +36,7 @@ class Recipe(BaseRecipe):
     bench: Bench = Field(Bench(), description="What is measured.")
     gates: Gates = Field(Gates(), description="What the shipped form must meet.")
     budget: Budget | None = Field(
-        None, description="What `limbeck search` must keep to; of no effect elsewhere."
+        None, description="Bounds for `limbeck search`; no effect elsewhere."
     )
     search: Space = Field(
         Space(), description="What `limbeck search` looks among; of no effect elsewhere."
