@@ -20,7 +20,7 @@ from limbeck.contract.machine import versions
 from limbeck.contract.progress import task as progress_of
 from limbeck.runtime.decoder import Decoder
 from limbeck.runtime.sampling import Sampling
-from limbeck.runtime.text import load_text
+from limbeck.runtime.text import Text, load_text
 
 _MOST_NEW = 256  # tokens of an answer when the task names no limit; lm-eval's own default
 
@@ -140,7 +140,7 @@ def _adapter(artifact: Path, *, form: str | None, threads: int | None) -> Any:
         load_text(artifact),
     )
     context = decoder.context or 2048
-    end = min(text.stop_ids, default=0)
+    start = start_token(text)
 
     class Adapter(TemplateLM):  # type: ignore[misc]
         """Scores and generates with one decoder, a request at a time."""
@@ -148,7 +148,7 @@ def _adapter(artifact: Path, *, form: str | None, threads: int | None) -> Any:
         @property
         def eot_token_id(self) -> int:
             """What stands before a text that has no context."""
-            return end
+            return start
 
         def tok_encode(
             self, string: str, add_special_tokens: bool | None = None, **_: Any
@@ -175,7 +175,7 @@ def _adapter(artifact: Path, *, form: str | None, threads: int | None) -> Any:
                 for request in requests:
                     windows = get_rolling_token_windows(
                         self.tok_encode(request.args[0]),
-                        prefix_token=end,
+                        prefix_token=start,
                         max_seq_len=context - 1,
                         context_len=1,
                     )
@@ -199,7 +199,7 @@ def _adapter(artifact: Path, *, form: str | None, threads: int | None) -> Any:
             until = options.get("until") or []
             stops = [until] if isinstance(until, str) else list(until)
             most = min(int(options.get("max_gen_toks", _MOST_NEW)), context - 1)
-            ids = (self.tok_encode(prompt) or [end])[-(context - most) :]
+            ids = (self.tok_encode(prompt) or [start])[-(context - most) :]
             temperature = (
                 float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
             )
@@ -214,6 +214,16 @@ def _adapter(artifact: Path, *, form: str | None, threads: int | None) -> Any:
             return answer
 
     return Adapter()
+
+
+def start_token(text: Text) -> int:
+    """The token before a text without context: BOS, else the tokenizer's end token.
+
+    lm-eval's own model of transformers takes the same, so figures can be compared.
+    """
+    named = (text.special.get(name, "") for name in ("bos_token", "eos_token"))
+    found = (text.tokenizer.token_to_id(token) for token in named)
+    return next((i for i in found if i is not None), min(text.stop_ids, default=0))
 
 
 def score(

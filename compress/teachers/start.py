@@ -30,10 +30,10 @@ from compress.models.merge import (
     parameters_of,
 )
 from compress.teachers.live import TeacherFolder
-from limbeck.contract.adapters import UnmergeableError, adapter_facts, attach
+from limbeck.contract.adapters import adapter_facts, attach
 from limbeck.contract.adapters import merged as without_adapter
 from limbeck.contract.artifact import MANIFEST
-from limbeck.contract.errors import RecipeError
+from limbeck.contract.errors import ModelError, RecipeError
 from limbeck.contract.files import file_digest, files_below
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import LoraStudent, MergeStudent, ShrinkStudent, fingerprint
@@ -172,7 +172,7 @@ def choose_start(
 
     ``score(model)`` gives nats a token of a model on ``device``; ``text`` is a digest of the text
     and of the precision. ``among`` gives the merges to try, from the teachers' names. The choice is
-    kept in the cache. Raises `ModelError`, and whatever ``among`` raises.
+    kept in the cache. Raises `ModelError` for the base, and whatever ``among`` raises.
     """
     model = load_model(base, device=device)
     start = parameters_of(load_model(base))
@@ -180,7 +180,7 @@ def choose_start(
     for teacher in teachers:
         try:
             state = parameters(teacher)
-        except UnmergeableError as error:  # an adapter that runs beside its base all the same
+        except ModelError as error:  # its adapter may run beside the base all the same
             say(f"  teacher {teacher.name} is in no merge: {error}")
             continue
         if can_be_merged(start, state):

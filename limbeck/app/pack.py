@@ -19,7 +19,7 @@ from typing import Any
 from limbeck.app.given import exported_folder
 from limbeck.contract.artifact import MANIFEST, Artifact, open_artifact, student_of, write_artifact
 from limbeck.contract.errors import ArtifactError, EnvironmentalError, UserError
-from limbeck.contract.files import unwritable_is_a_user_error
+from limbeck.contract.files import read_json, unwritable_is_a_user_error
 from limbeck.contract.printable import printable
 from limbeck.contract.recipe import fingerprint
 
@@ -68,7 +68,7 @@ def pack(run: Path, *, out: Path, form: str | None = None, as_zip: bool = False)
                 shutil.copyfile(onnx.path / name, draft.folder / name)
             _point_at_form(draft.folder, onnx, form)
             certificate = onnx.path.parent / CERTIFICATE
-            if certificate.is_file() and form == onnx.result["shipped"]:
+            if form == onnx.result["shipped"] and _is_about(certificate, onnx):
                 shutil.copyfile(certificate, draft.folder / CERTIFICATE)
             (draft.folder / LICENCES).write_text(_licences(onnx), encoding="utf-8")
             draft.result = _result(onnx, form)
@@ -116,6 +116,15 @@ def push(run: Path, repository: str, *, form: str | None = None, private: bool =
                 "HF_ENDPOINT."
             ) from None
     return str(done.commit_url)
+
+
+def _is_about(certificate: Path, onnx: Artifact) -> bool:
+    """Whether a certificate is of this export: a run may have two, or be exported again later."""
+    if not certificate.is_file():
+        return False
+    found = read_json(certificate)
+    artifact = found.get("artifact") if isinstance(found, dict) else None
+    return isinstance(artifact, dict) and artifact.get("digest") == onnx.digest
 
 
 def _files(onnx: Artifact, form: str) -> list[str]:

@@ -49,10 +49,6 @@ _ALONE = (
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal")  # of LoRA: the base stays as it is
 
 
-class UnmergeableError(ModelError):
-    """peft cannot put this adapter into the weights of its base; it can run beside them."""
-
-
 @dataclass(frozen=True)
 class AdapterFacts:
     """What the files of an adapter say."""
@@ -212,8 +208,8 @@ def merged(model: Any, *, where: str) -> Any:
     """Base model of the `PeftModel` ``model``, with its active adapter merged in.
 
     ``model`` is of no use afterwards. If the adapter changes only one of a tied embedding and head,
-    the head gets its own matrix. Raises `UnmergeableError` if peft cannot merge the adapter, and
-    `ModelError` if the merged model answers a test batch differently.
+    the head gets its own matrix. Raises `ModelError` if peft cannot merge the adapter, or if the
+    merged model answers a test batch differently.
     """
     import torch
 
@@ -228,7 +224,7 @@ def merged(model: Any, *, where: str) -> Any:
             was_tied = _untie(lm)
             found = model.merge_and_unload()
     except (RuntimeError, ValueError, KeyError, NotImplementedError) as error:
-        raise UnmergeableError(f"{where}: peft cannot merge this adapter: {error}") from error
+        raise ModelError(f"{where}: peft cannot merge this adapter: {error}") from error
     if was_tied:
         embedding, head = found.get_input_embeddings(), found.get_output_embeddings()
         tied = torch.equal(embedding.weight, head.weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,9 +30,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("run")
     make_student(folder / "student", make_model(folder / "model"))
-    export.export_student(student=folder / "student", out=folder / "onnx", recipe=pico_recipe())
+    made = export.export_student(
+        student=folder / "student", out=folder / "onnx", recipe=pico_recipe()
+    )
     (folder / "run.json").write_text("{}")
-    (folder / "certificate.json").write_text("{}")
+    certificate = {"artifact": {"digest": made.digest}}
+    (folder / "certificate.json").write_text(json.dumps(certificate))
     return folder
 
 
@@ -65,6 +69,15 @@ def test_the_packed_folder_holds_one_form_and_runs_as_before(run: Path, tmp_path
     verified = call("verify", packed.path)
     assert verified.exit_code == 0, verified.output
     assert "licence" in (packed.path / "LICENCES.md").read_text()
+
+
+def test_a_certificate_of_another_export_is_not_packed(run: Path, tmp_path: Path) -> None:
+    """A run may hold two exports, and may be exported again after it was measured."""
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    (other / "certificate.json").write_text(json.dumps({"artifact": {"digest": "0" * 64}}))
+    assert call("pack", other, "--out", tmp_path / "packed").exit_code == 0
+    assert not (tmp_path / "packed" / "certificate.json").exists()
 
 
 def test_genai_loads_the_packed_folder(run: Path, tmp_path: Path) -> None:

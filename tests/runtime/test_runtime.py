@@ -333,6 +333,21 @@ def test_a_prompt_keeps_its_beginning_and_has_no_end(
     assert text.encode("") == before
 
 
+def test_a_beginning_that_is_also_the_end_token_stays(tmp_path: Path) -> None:
+    """GPT-2's and OPT's BOS is their EOS: an empty prompt is that token alone, as transformers."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    end = tokenizer.eos_token_id
+    assert tokenizer.bos_token_id == end
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.eos_token} $A", special_tokens=[(tokenizer.eos_token, end)]
+    )
+    tokenizer.save_pretrained(tmp_path)
+    for prompt in ("", "ab"):
+        assert load_text(tmp_path).encode(prompt) == tokenizer(prompt)["input_ids"]
+
+
 @pytest.mark.parametrize("lone", ["\ud800", "a\udfffb", "\udc80\udcff b"])
 def test_a_lone_surrogate_is_a_replacement_character(exported: Artifact, lone: str) -> None:
     text = load_text(exported.path)

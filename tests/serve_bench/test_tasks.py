@@ -20,8 +20,8 @@ from limbeck.contract.errors import DataError, EnvironmentalError
 from limbeck.runtime.decoder import Decoder
 from limbeck.runtime.text import load_text
 from serve_bench import evaluate
-from serve_bench.lm_eval import _figures, markdown, score
-from tests.pico import make_model, make_student, pico_recipe
+from serve_bench.lm_eval import _figures, markdown, score, start_token
+from tests.pico import make_model, make_student, make_tokenizer, pico_recipe
 
 QUESTIONS = [
     {"question": "two and two make", "choices": ["four", "nine"], "answer": 0},
@@ -49,6 +49,24 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
         out=root / "onnx",
         recipe=pico_recipe(export={"forms": [{"kind": "fp32"}]}),
     )
+
+
+@pytest.mark.parametrize(
+    ("special", "start"),
+    [({"bos_token": "<s>", "eos_token": "</s>"}, "<s>"), ({"eos_token": "</s>"}, "</s>")],
+)
+def test_a_text_without_context_begins_as_in_lm_eval(
+    tmp_path: Path, special: dict[str, str], start: str
+) -> None:
+    """lm-eval's `HFLM.prefix_token_id`: BOS, else EOS. Other end tokens may have smaller ids."""
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = None
+    tokenizer.add_special_tokens(special)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7]}')
+    text = load_text(tmp_path)
+    assert min(text.stop_ids) == 7
+    assert start_token(text) == tokenizer.convert_tokens_to_ids(start)
 
 
 def test_score_sums_the_log_probabilities_of_what_is_wanted(exported: Artifact) -> None:
