@@ -1,8 +1,7 @@
-"""What this machine has and what it lacks for the job, with the command that installs what is
-missing.
+"""What this machine has for the job and what it lacks, with the command that installs it.
 
-Reads package metadata, /proc and `nvidia-smi`; imports onnxruntime to ask for its execution
-providers, and never torch.
+Reads package metadata, /proc and `nvidia-smi`. Imports onnxruntime for its execution providers,
+never torch.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _DEMO = "smollm2/135m-two-experts"
 
 @dataclass
 class Findings:
-    """What was found. ``missing`` stops the job, ``advice`` does not; each says what to run."""
+    """Findings. ``missing`` stops the job, ``advice`` does not; each names a command to run."""
 
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -48,8 +47,7 @@ class Findings:
         return {"able": self.able, "missing": self.missing, "advice": self.advice, **self.facts}
 
     def as_text(self, everything: bool = False) -> str:
-        """Lines for a terminal: what is wrong first; ``everything`` adds the versions of all
-        libraries."""
+        """Lines for a terminal, problems first; ``everything`` adds all versions."""
         able = (
             "this machine can run Limbeck" if self.able else "this machine cannot run Limbeck yet"
         )
@@ -86,7 +84,7 @@ def _python(findings: Findings) -> None:
 
 
 def _libraries(findings: Findings) -> None:
-    """Every declared dependency of the core, by what pip wrote when Limbeck was installed."""
+    """Every declared dependency of the core, from the metadata of the installed Limbeck."""
     found: dict[str, Any] = {}
     try:
         declared = importlib.metadata.requires("limbeck") or []
@@ -201,7 +199,7 @@ def _gpu(findings: Findings) -> None:
 
 
 def _server(findings: Findings) -> None:
-    """What `limbeck serve` needs and nothing else does."""
+    """Packages that only `limbeck serve` needs."""
     facts = {name: _version(name) for name in ("fastapi", "uvicorn", "prometheus-client")}
     if absent := [name for name, version in facts.items() if version is None]:
         findings.advice.append(

@@ -1,8 +1,7 @@
-"""The exports of a run: one of the student, one of the recovered student, and which of them ships.
+"""The exports of a run: of the student, of the recovered student, and the one that ships.
 
-``onnx`` in a run folder is a relative link to the export that ships, and nothing else says which
-one that is. The link is replaced atomically, so a run that is killed shows either the export that
-shipped before or the one that ships now.
+``onnx`` in a run folder is a relative link to the export that ships; nothing else records it. The
+link is replaced atomically, so a killed run shows either the former export or the new one.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""What a path on the command line is, and which command it wants when it is not what this one
-takes."""
+"""Identify a path on the command line, and name the command that takes it if this one does not."""
 
 from __future__ import annotations
 
@@ -21,8 +20,7 @@ def exported_folder(path: Path, *, command: str) -> Path:
 
 
 def require_made(path: Path, *, command: str) -> None:
-    """Raise `ArtifactError` where ``path`` cannot be a run or an artifact, naming what it is and
-    what takes it."""
+    """Raise `ArtifactError` if ``path`` is no run or artifact, with its kind and its command."""
     if path.is_dir():
         if (path / MANIFEST).exists() or (path / RUN).exists():
             return

@@ -1,7 +1,6 @@
-"""`limbeck init`: a recipe of a few lines that works, from teachers, a text and a size.
+"""`limbeck init`: a short recipe that works, from teachers, a text and a size.
 
-Knows recipes, and what the plan says of them. Writes one file, with the reasons for its choices in
-comments.
+Knows recipes and their plans. Writes one file, with the reasons for its choices in comments.
 """
 
 from __future__ import annotations
@@ -81,11 +80,11 @@ def write_recipe(
     base_paths: Sequence[str] = (),
     out: Path,
 ) -> Choice:
-    """Write the recipe to ``out`` and return what was chosen.
+    """Write the recipe to ``out`` and return the choices.
 
     ``teachers`` and ``student`` are model folders, GGUF files, hub ids (owner/name) or recipe
-    files, teachers PEFT adapter folders too; the student's base is the smallest teacher when none
-    is given. Raises `ModelError`, `DataError` or `RecipeError`.
+    files; teachers also PEFT adapter folders. The default base of the student is the smallest
+    teacher. Raises `ModelError`, `DataError` or `RecipeError`.
     """
     if out.exists():
         raise RecipeError(f"{out}: is already there; name another file with --out.")
@@ -155,11 +154,10 @@ def write_recipe(
 def choose_student(
     tree: dict[str, Any], bases: Sequence[dict[str, Any]], *, target_mb: float
 ) -> Choice:
-    """The best student of at most ``target_mb``: whole before cut, of cuts the one that keeps most,
-    and of its forms 8 bits before 4.
+    """The best student of at most ``target_mb``: whole before cut, largest cut, 8 bits before 4.
 
     4 bits cost a few percent of loss, a cut far more (docs/experiments/size.md). Raises
-    `ModelError` naming the smallest that was found when none fits.
+    `ModelError` with the smallest student found if none fits.
     """
     most = target_mb * _TARGET_SHARE
     base = min(bases, key=lambda base: _sizes(tree, {"kind": "lora", "base": base})["int8-weight"])
@@ -219,8 +217,8 @@ def _sizes(tree: dict[str, Any], student: dict[str, Any]) -> dict[str, float]:
 
 
 def _recipe(tree: dict[str, Any], student: dict[str, Any], *forms: str) -> Recipe:
-    # Without teachers: the size is the student's alone. Gates are about what is made, not about
-    # what is planned.
+    # Without teachers: the size is that of the student alone. Gates are about the student, not
+    # about the plan.
     return parse_recipe(
         {
             **tree,
@@ -258,7 +256,7 @@ def _teacher(given: str, base_paths: Mapping[str, Path]) -> dict[str, Any]:
 
 
 def _base_paths(given: Sequence[str]) -> dict[str, Path]:
-    """What `--base [ID=]PATH` maps. Raises `ModelError` for a folder that is no model."""
+    """The pair of `--base [ID=]PATH`. Raises `ModelError` if the folder is no model."""
     found = {}
     for one in given:
         name, equals, place = one.rpartition("=")
@@ -292,8 +290,7 @@ def _files(given: str) -> list[Path]:
 
 
 def _data(given: str) -> dict[str, Any]:
-    """A text source from what was given; the files' suffix tells rows from text. Raises
-    `DataError`."""
+    """Text source for a --data argument; the suffix tells rows from text. Raises `DataError`."""
     from compress.data.documents import documents
 
     files = _files(given)
@@ -359,7 +356,7 @@ def _are_short(texts: Sequence[str], data: Data) -> bool:
 
 
 def _json_fields(path: Path) -> dict[str, bool]:
-    """The keys of the first row of JSON lines, and whether they hold text."""
+    """Keys of the first row of JSON lines, and whether each holds text."""
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         line = next((line for line in file if line.strip()), "")
     try:
@@ -374,7 +371,7 @@ def _json_fields(path: Path) -> dict[str, bool]:
 
 
 def _parquet_fields(path: Path) -> dict[str, bool]:
-    """The columns of a Parquet file, and whether they hold text."""
+    """Columns of a Parquet file, and whether each holds text."""
     check_arrow()
     import pyarrow
     import pyarrow.parquet
@@ -415,8 +412,7 @@ def _check_tokenizers(teachers: Sequence[dict[str, Any]], bases: Sequence[dict[s
 
 
 def _source(given: str, option: str) -> dict[str, Any]:
-    """A model source from what was given. Raises `ModelError` for something unknown, or for no
-    decoder."""
+    """Model source for an argument. Raises `ModelError` if it is unknown or not a decoder."""
     path = _path(given)
     if path.is_dir():
         try:
@@ -449,7 +445,7 @@ def _source(given: str, option: str) -> dict[str, Any]:
 
 
 def _close(path: Path) -> str:
-    """What a mistyped path may have meant, or nothing."""
+    """Suggestion for a mistyped path, or an empty text."""
     try:
         names = [entry.name for entry in path.parent.iterdir()]
     except OSError:
@@ -466,7 +462,7 @@ def _names(given: Sequence[str]) -> list[str]:
         exists = _path(one).exists()
         if not exists and glob.has_magic(one):  # `text/*.txt` is named after its folder
             path = next((p for p in path.parents if not glob.has_magic(str(p)) and p.name), path)
-        # What follows a dot is a suffix in the name of a file alone.
+        # Only in a file name does a dot begin a suffix.
         name = path.stem if exists and _path(one).is_file() else path.name
         stem = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[:40] or f"n{index + 1}"
         names.append(stem if stem not in names else f"{stem}-{index + 1}")

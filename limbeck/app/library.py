@@ -1,7 +1,7 @@
-"""The shipped recipes by target size: what `limbeck recipes` lists. Reads recipes and their
-headers, and no torch.
+"""The shipped recipes by target size, for `limbeck recipes`. Reads recipes and their headers, no
+torch.
 
-A header says in one line what the plan says, such as ``# Plan: 145 MB int8-weight on cpu``; a test
+A header repeats the plan in one line, such as ``# Plan: 145 MB int8-weight on cpu``. A test
 compares the two.
 """
 

@@ -1,8 +1,7 @@
-"""`limbeck pack` and `limbeck push`: only what ships, in a folder that clients load and a hub
-shows.
+"""`limbeck pack` and `limbeck push`: the files that ship, in a folder for clients and the hub.
 
 The packed folder is an artifact of kind `onnx` with one form. The exported folder also holds the
-other forms, the twins of graphs that keep all logits, and the cases that parity was measured on.
+other forms, the twin graphs with all logits, and the cases of the parity check.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class Packed:
-    """What was put together."""
+    """The packed folder."""
 
     folder: Path
     form: str
@@ -42,9 +41,9 @@ class Packed:
 def pack(run: Path, *, out: Path, form: str | None = None, as_zip: bool = False) -> Packed:
     """Write one form of the exported student of ``run``, a run or its exported folder, to ``out``.
 
-    Every file of the export is checked against its hash first. Raises `ArtifactError` for something
-    else or an unknown form, `UserError` when ``out`` is there, `EnvironmentalError` when it cannot
-    be written.
+    Every file of the export is checked against its hash first. Raises `ArtifactError` for another
+    folder or an unknown form, `UserError` if ``out`` exists, `EnvironmentalError` if it cannot be
+    written.
     """
     archive = out.with_name(f"{out.name}.zip") if as_zip else None
     for path in (out, archive):
@@ -80,10 +79,10 @@ def pack(run: Path, *, out: Path, form: str | None = None, as_zip: bool = False)
 
 
 def push(run: Path, repository: str, *, form: str | None = None, private: bool = False) -> str:
-    """Upload what `pack` makes of ``run`` to the hub in one commit; the address of the commit.
+    """Upload the packed ``run`` to the hub in one commit, and return the commit's address.
 
-    Raises `UserError` for a name that the hub cannot have, `EnvironmentalError` when the hub cannot
-    be reached or refuses, and what `pack` raises.
+    Raises `UserError` for a name that the hub does not accept, `EnvironmentalError` if the hub
+    cannot be reached or refuses, and the errors of `pack`.
     """
     if not _REPOSITORY.fullmatch(repository):
         raise UserError(f"{repository}: expected NAMESPACE/NAME, such as my-name/pico.")
@@ -158,7 +157,7 @@ def _point_at_form(folder: Path, onnx: Artifact, form: str) -> None:
 
 
 def _licences(onnx: Artifact) -> str:
-    """What went into the student and under which licence, as far as each source says."""
+    """Sources of the student with their licences, as far as each source states one."""
     rows: list[tuple[str, Mapping[str, Any]]] = []
     student = student_of(onnx)
     if (student / MANIFEST).exists():

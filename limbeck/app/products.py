@@ -81,7 +81,7 @@ class _Planner:
 
 
 def find_products(recipe: AnyRecipe) -> Products:
-    """Products that ``recipe`` needs; what is wrong with a teacher's recipe is in ``errors``."""
+    """Products that ``recipe`` needs; mistakes in a teacher's recipe go into ``errors``."""
     planner = _Planner()
     teachers = planner.teachers_of(recipe)
     return Products(tuple(planner.products.values()), teachers, tuple(planner.errors))
@@ -100,9 +100,9 @@ def plan_products(recipe: AnyRecipe) -> Products:
 
 
 def mistakes(recipe: AnyRecipe, products: Products | None = None) -> list[str]:
-    """What is wrong with ``recipe`` and its products on this machine: each line one mistake.
+    """Mistakes of ``recipe`` and its products on this machine, one per line.
 
-    Missing files and packages; teacher recipes that are missing, wrong, or made from themselves.
+    Missing files and packages; teacher recipes that are missing, wrong, or depend on themselves.
     """
     products = products or find_products(recipe)
     found = [*preflight(recipe), *products.errors]

@@ -1,7 +1,7 @@
-"""The order of the stages: what is made first, in which folder, and what is printed on the way.
+"""The order of the stages, their folders, and the progress that is printed.
 
 Knows recipes, folders and the three stage functions, which it imports when it calls them. Each
-stage decides for itself whether there is anything to do.
+stage decides for itself whether it has anything to do.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from serve_bench.tell.report import Report
 
 RUN, LOG = "run.json", "log.jsonl"
-# What each stage writes, in order.
+# The artifact of each stage, in order.
 FOLDERS = {"compress": "student", "export": "onnx", "bench": "bench"}
 
 
@@ -109,8 +109,7 @@ def _require_one_to_recover(recipe: AnyRecipe) -> None:
 
 
 def _stage(stage: str, recipe: AnyRecipe, folder: Path, products: Products | None) -> None:
-    """Run one stage of a folder that is ours; without ``products`` they are planned where they are
-    needed."""
+    """Run one stage in a folder of ours; without ``products`` they are planned if needed."""
     out = folder / FOLDERS[stage]
     if stage == "compress":
         _distill("compress", recipe, folder, make_products(recipe, products))
@@ -201,7 +200,7 @@ def _distill(title: str, recipe: AnyRecipe, folder: Path, teachers: dict[str, Pa
 
 
 def _timed(title: str, folder: Path, out: Path, work: Callable[[], Artifact]) -> None:
-    """Say what is being done and how long it took, and log it in the run folder."""
+    """Print the stage and its duration, and log it in the run folder."""
     say(f"== {title}")
     before, started, clock = _stamp(out), datetime.now(UTC), time.monotonic()
     with disk_full_is_a_user_error(out):
@@ -221,7 +220,7 @@ def _timed(title: str, folder: Path, out: Path, work: Callable[[], Artifact]) ->
 
 
 def _stamp(artifact: Path) -> tuple[int, int] | None:
-    """What tells a manifest from one that replaced it."""
+    """Identity of a manifest file, to see whether it was replaced."""
     try:
         status = (artifact / MANIFEST).stat()
     except OSError:
@@ -234,7 +233,7 @@ def _clock(seconds: float) -> str:
 
 
 def _tell(folder: Path, recipe: AnyRecipe) -> Report:
-    """Write the report, and print its table, the verdict and where it is."""
+    """Write the report; print its table, the verdict and its path."""
     import serve_bench
 
     with disk_full_is_a_user_error(folder):
@@ -273,7 +272,7 @@ def open_run(recipe: AnyRecipe, folder: Path, *, wait: bool = False) -> Iterator
         yield folder
         return
     with disk_full_is_a_user_error(folder), unwritable_is_a_user_error(folder):
-        # Before a lock file is put into what may be someone else's folder.
+        # Check before a lock file goes into a folder that may be someone else's.
         _require_ours(recipe, folder)
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, wait=wait):

@@ -1,5 +1,4 @@
-"""`limbeck verify` and `limbeck compare`: check what was made, and what changed between two
-runs."""
+"""`limbeck verify` and `limbeck compare`: check a run, and compare two runs."""
 
 from __future__ import annotations
 
@@ -15,14 +14,12 @@ from limbeck.contract.progress import say
 
 
 def verify(path: Path, *, quality: bool = True, speed: bool = True) -> int:
-    """Check every artifact at ``path``, an artifact or a run folder, print tables, and return the
-    exit code.
+    """Check every artifact at ``path`` (an artifact or a run), print tables, return the exit code.
 
-    The certificate of a run is replayed; ``quality`` and ``speed`` say which of its figures are
-    measured again. 0 when all holds; 1 when a graph no longer computes what the student computed,
-    or a promise of the certificate is not kept; 2 when a file is changed, missing or extra, or an
-    artifact was made from another one than stands beside it. Raises `ArtifactError` when there is
-    no artifact at all.
+    The certificate of a run is replayed; ``quality`` and ``speed`` choose the figures to measure
+    again. Returns 0 if all holds; 1 if a graph no longer computes what the student computed, or a
+    promise of the certificate is broken; 2 if a file is changed, missing or extra, or an artifact
+    was made from another one than the one beside it. Raises `ArtifactError` without any artifact.
     """
     folders = [path] if (path / MANIFEST).exists() else [path / name for name in FOLDERS.values()]
     if folders != [path]:
@@ -76,7 +73,7 @@ def _require_parents(artifact: Artifact, beside: Sequence[Artifact]) -> None:
 
 
 def _verify_graphs(artifact: Artifact) -> list[LimbeckError]:
-    """Measure parity again, print it, and return what is wrong."""
+    """Measure parity again, print it, and return the errors."""
     import export
 
     say(f"   running the graphs of {artifact.path.name} again on this machine")
@@ -101,7 +98,7 @@ def _verify_graphs(artifact: Artifact) -> list[LimbeckError]:
 
 
 def _replay(run: Path, *, quality: bool, speed: bool) -> list[LimbeckError]:
-    """Measure what the certificate promises, print it, and return what is wrong."""
+    """Measure the promises of the certificate, print the findings, and return the errors."""
     import serve_bench
 
     if not (run / "certificate.json").exists():
@@ -141,8 +138,10 @@ def compare(
     across_machines: bool,
     as_json: bool = False,
 ) -> int:
-    """Print what two runs differ in, Markdown or JSON; the exit code: 0 no regression, 1
-    regression, 3 undecided."""
+    """Print the differences of two runs as Markdown or JSON.
+
+    Returns 0 without a regression, 1 with one, 3 if undecided.
+    """
     from serve_bench import compare_runs
     from serve_bench.tell.comparison import as_json as to_json
     from serve_bench.tell.comparison import markdown

@@ -1,5 +1,5 @@
-"""What every command shares: the program, its options, its colours, and errors as messages with
-exit codes."""
+"""Shared by all commands: the program, its options, its colours, and errors as messages with exit
+codes."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def load(
     shrink: str | None = None,
     keys: list[str] | None = None,
 ) -> AnyRecipe:
-    """The recipe that was named, with what was changed on the command line."""
+    """The recipe named on the command line, with the changes made there."""
     from limbeck.app.pico import shrink_to_pico
     from limbeck.contract.recipe import allow_keys, load_any_recipe
 

@@ -1,8 +1,7 @@
-"""What a run may ask for: the recipe, a frozen tree of choices, and the reader that reports every
-mistake at once.
+"""The recipe: a frozen tree of choices, and the reader that reports every mistake at once.
 
-Knows nothing of torch, onnx, or where files are (see `limbeck.contract.sources`). Every public name
-of the modules of this package can be imported from here.
+Knows nothing of torch, onnx, or file locations (see `limbeck.contract.sources`). Every public name
+of this package's modules can be imported from here.
 """
 
 from limbeck.contract.recipe.base import *

@@ -1,4 +1,4 @@
-"""What every node of a recipe is made of: frozen models and numbers with bounds."""
+"""Base of every node of a recipe: frozen models and numbers with bounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured, and what must hold before the student ships."""
+"""Measurements, and the gates that must hold before the student ships."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ KeyVariable = Annotated[str, AfterValidator(_check)]
 
 
 class SingleScenario(Frozen):
-    """One stream: a prompt, then decoding; all arms interleaved in mirrored blocks. What timing
-    gates are judged on."""
+    """One stream: a prompt, then decoding; all arms interleaved in mirrored blocks. Timing gates
+    are judged on it."""
 
     kind: Literal["single"]
 
@@ -98,7 +98,7 @@ ServerTarget = Annotated[
 
 
 class Slo(Frozen):
-    """What a served request is promised, counted from its scheduled arrival."""
+    """Latency promised to a served request, counted from its scheduled arrival."""
 
     ttft_ms: Positive = Field(1000.0, description="Longest time to the first token, in ms.")
     tpot_ms: Positive = Field(50.0, description="Longest time per output token after it, in ms.")
@@ -111,8 +111,8 @@ class Slo(Frozen):
 
 
 class ServerScenario(Frozen):
-    """Open loop: requests arrive at random (Poisson) whether or not earlier ones are answered; the
-    highest rate that holds."""
+    """Open loop: requests arrive at random (Poisson), whether or not earlier ones are answered. The
+    result is the highest rate that holds."""
 
     kind: Literal["server"]
     target: ServerTarget = Field(ArtifactTarget(kind="artifact"), description="What is asked.")
@@ -183,7 +183,7 @@ ExtraRuntime = Annotated[
 
 
 class Bench(Frozen):
-    """What is measured before the verdict."""
+    """Measurements before the verdict."""
 
     scenarios: tuple[Scenario, ...] = Field(
         (SingleScenario(kind="single"),),
@@ -223,7 +223,7 @@ class Bench(Frozen):
 
 
 class Gates(Frozen):
-    """What the shipped form must meet. A gate that is not named is not checked."""
+    """Gates of the shipped form. A gate that is not named is not checked."""
 
     min_decode_speedup: Positive | None = Field(
         None,

@@ -1,4 +1,4 @@
-"""What a student may cost, and which students `limbeck search` looks among."""
+"""The budget of a student, and the space of students that `limbeck search` tries."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class EmbeddingQuality(MetricBudget):
 
 
 class Bounds(Frozen):
-    """What every budget has."""
+    """Fields of every budget."""
 
     size_mb: Positive | None = Field(
         None, description="Largest size of graph and weights, in MB (1e6 bytes)."
@@ -67,8 +67,8 @@ class Bounds(Frozen):
 
 
 class Budget(Bounds):
-    """What the shipped form must keep to, measured here. A bound that is not named is not
-    kept to."""
+    """Bounds of the shipped form, measured on this machine. A bound that is not named is not
+    checked."""
 
     tpot_ms: Positive | None = Field(
         None, description="Largest median time per output token, in ms."
@@ -99,7 +99,7 @@ class EncoderBudget(Bounds):
 
 
 class ClassificationBudget(EncoderBudget):
-    """What a classifier must keep to, measured here. A bound that is not named is not kept to."""
+    """Bounds of a classifier, measured here. A bound that is not named is not checked."""
 
     quality: ClassificationQuality | None = Field(
         None, description="Least quality; default: the best that is found."
@@ -107,8 +107,8 @@ class ClassificationBudget(EncoderBudget):
 
 
 class EmbeddingBudget(EncoderBudget):
-    """What a sentence encoder must keep to, measured here. A bound that is not named is not kept
-    to."""
+    """Bounds of a sentence encoder, measured on this machine. A bound that is not named is not
+    checked."""
 
     quality: EmbeddingQuality | None = Field(
         None, description="Least quality; default: the best that is found."
@@ -118,7 +118,7 @@ class EmbeddingBudget(EncoderBudget):
 AnyBudget = Budget | ClassificationBudget | EmbeddingBudget
 
 
-# What is looked among -----------------------------------------------------------------------------
+# Search spaces ------------------------------------------------------------------------------------
 
 Share = Annotated[Fraction, Field(gt=0)]
 SearchForm = Literal["int8-weight", "int8-dynamic", "int4-weight"]
@@ -126,7 +126,7 @@ EncoderSearchForm = Literal["int8-weight", "int8-dynamic", "int8-static"]
 
 
 class Cuts(Frozen):
-    """What every search looks among, and how."""
+    """Fields of every search space."""
 
     depths: tuple[Share, ...] = Field(
         (1.0, 0.8, 0.65, 0.5), min_length=1, description="Shares of the base's layers kept."

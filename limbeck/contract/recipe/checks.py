@@ -293,7 +293,7 @@ def _kernels(recipe: Recipe) -> Iterator[str]:
 
 
 def _start(recipe: Recipe) -> Iterator[str]:
-    """Check what the student starts from."""
+    """Check the start of the student."""
     student, names = recipe.student, {t.name for t in recipe.teachers}
     merges = isinstance(student, MergeStudent)
     if not names and (merges or getattr(student, "init", None) == "merge"):

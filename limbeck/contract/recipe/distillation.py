@@ -51,7 +51,7 @@ class FreshStudent(Frozen):
 
 
 class Sizes(Frozen):
-    """What is kept of a base that a student is cut out of."""
+    """Parts of the base that a cut student keeps."""
 
     layers: Count | None = Field(None, description="Hidden layers kept; default: all.")
     intermediate_size: Count | None = Field(
@@ -229,7 +229,7 @@ class ForwardKl(Frozen):
 
 
 class ReverseKl(Frozen):
-    """KL(student || teachers): do only what the teachers do."""
+    """KL(student || teachers): avoid outputs that the teachers do not give."""
 
     kind: Literal["reverse_kl"]
 

@@ -314,7 +314,7 @@ class ClassificationBench(EncoderBench):
 
 
 class EncoderGates(Frozen):
-    """What the shipped form must meet. A gate that is not named is not checked."""
+    """Gates of the shipped form. A gate that is not named is not checked."""
 
     min_throughput_ratio: Positive | None = Field(
         None,

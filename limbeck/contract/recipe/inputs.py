@@ -87,11 +87,11 @@ class RecipeModel(Frozen):
 
 
 class OnnxModel(Frozen):
-    """An ONNX file of a BERT-like encoder whose torch weights are not to be had: its initialisers
-    are read back, once.
+    """An ONNX file of a BERT-like encoder, if its torch weights are not available; its weights are
+    read back once.
 
-    The number of layers is the file's; what it computes is compared with the model made of it
-    before that is used.
+    The file gives the number of layers. The outputs of the model made from it are compared with the
+    file's before it is used.
     """
 
     kind: Literal["onnx"]

@@ -1,5 +1,4 @@
-"""The recipe of a language model: several teachers, one student, and what must hold before it
-ships."""
+"""The recipe of a language model: several teachers, one student, and the gates before it ships."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from limbeck.contract.recipe.root import BaseRecipe
 
 
 class Recipe(BaseRecipe):
-    """Several teacher language models, one student, and what must hold before it ships."""
+    """Several teacher language models, one student, and the gates that it must pass to ship."""
 
     task: Literal["causal-lm"] = Field("causal-lm", description="What the student does.")
     teachers: tuple[Teacher, ...] = Field(
@@ -69,10 +68,10 @@ class Recipe(BaseRecipe):
 
     @property
     def minutes(self) -> float | None:
-        """Training budget in minutes, where it is given as time."""
+        """Training budget in minutes, if it is given as time."""
         return self.training.minutes
 
     @property
     def recover(self) -> Recover | None:
-        """What to try when rounding costs too much."""
+        """The remedy if rounding costs too much, or None."""
         return self.export.recover

@@ -1,5 +1,5 @@
-"""One line for each mistake in a recipe: where it is, what was found, what was expected, what to
-change."""
+"""One line for each mistake in a recipe: its place, the value found, the value expected, the
+remedy."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from pydantic import BaseModel
 
 
 def explain(error: dict[str, Any], tree: Any, root: type[BaseModel]) -> str:
-    """One line for one pydantic error: YAML path, what was found, what was expected, what to
-    change."""
+    """One line for one pydantic error: YAML path, value found, value expected, remedy."""
     path, model = _locate(error["loc"], tree, root)
     where = ".".join(str(part) for part in path) or "(top)"
     context = error.get("ctx", {})
@@ -110,7 +109,7 @@ def _tag(model: type[BaseModel]) -> str | None:
 
 
 def kind_of(value: Any) -> str:
-    """What a user would call a value of YAML."""
+    """A user's name for the type of a YAML value."""
     names = {
         dict: "a mapping",
         list: "a list",

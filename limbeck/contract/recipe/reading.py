@@ -138,7 +138,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[str, dict[str, Any]]:
     try:
         tree = load_yaml(text)
     except yaml.YAMLError as error:
-        # What another recipe points to may be any file of this machine: show no piece of it.
+        # The file of another recipe may be any file of this machine: show no part of it.
         raise RecipeError(f"{path}:{_problem(error, shown=not seen)}") from None
     if not isinstance(tree, dict):
         raise RecipeError(
@@ -231,7 +231,7 @@ def _index(part: str, node: list[Any], override: str) -> int:
     )
 
 
-# YAML of strangers: safe, bounded in depth and size, and only what JSON can hold too --------------
+# Untrusted YAML: safe, bounded in depth and size, and only values that JSON can hold --------------
 
 
 def load_yaml(text: str) -> Any:

@@ -1,4 +1,4 @@
-"""The root of a recipe's tree: what recipes of every task share."""
+"""The root of a recipe's tree: the fields that recipes of every task share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from limbeck.contract.recipe.inputs import AnySource, TextSource
 
 
 class BaseRecipe(Frozen):
-    """What recipes of every task have in common."""
+    """Fields of recipes of every task."""
 
     name: Name = Field(description="Name of the run folder and of the student.")
     description: str = Field("", description="One line for `limbeck recipes`.")
@@ -50,12 +50,12 @@ class BaseRecipe(Frozen):
 
     @property
     def minutes(self) -> float | None:
-        """Training budget in minutes, where it is given as time."""
+        """Training budget in minutes, if it is given as time."""
         return None
 
     @property
     def recover(self) -> Recover | None:
-        """What to try when rounding costs too much."""
+        """The remedy if rounding costs too much, or None."""
         return None
 
     @property
@@ -71,8 +71,7 @@ class BaseRecipe(Frozen):
 
     @property
     def stand_in(self) -> bool:
-        """Whether models are random stand-ins, so that nothing measured says anything of
-        quality."""
+        """Whether models are random stand-ins, so that no measured quality means anything."""
         sources = [*self.teacher_models.values(), self.base]
         return any(source is not None and source.kind == "random" for source in sources)
 

@@ -80,8 +80,8 @@ def parse_recipe(tree: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
 
 
 def load_teacher_recipe(path: Path, *, of: AnyRecipe) -> AnyRecipe:
-    """Read the recipe that makes a teacher of ``of``. Raises `RecipeError`, also where its task is
-    another."""
+    """Read the recipe that makes a teacher of ``of``. Raises `RecipeError`, also for another
+    task."""
     made = load_any_recipe(path)
     if made.task != of.task:
         raise RecipeError(
