@@ -93,7 +93,7 @@ class Quality:
         The interval is a paired bootstrap over examples.
         """
         draw, n = np.random.default_rng(seed), len(self._groups)
-        value = 1 - self.value(ours) / self.value(theirs)
+        value = 1 - self.value(ours) / (self.value(theirs) or 1e-12)  # a teacher may be all wrong
         losses = []
         for _ in range(_RESAMPLES[self._task]):
             picks = draw.integers(n, size=n)

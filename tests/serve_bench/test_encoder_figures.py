@@ -181,3 +181,10 @@ def test_sentences_are_ranked_against_the_mean_of_the_teachers() -> None:
     assert (loss.value, loss.low, loss.high) == (0.0, 0.0, 0.0)
     worse = found.loss("onnx:fp32", "teacher:a")
     assert worse.low < worse.value < worse.high
+
+
+def test_a_teacher_that_is_never_right_has_a_loss_to_compare_with() -> None:
+    """A random stand-in may be all wrong: the loss over it is hugely negative, and no error."""
+    found = quality(**{"teacher:b": 0})
+    assert found.value("teacher:b") == 0
+    assert found.loss("onnx:fp32", "teacher:b").value < -1e6
