@@ -1,7 +1,7 @@
-"""Stage 3: what the student costs and what it is worth, beside its teachers, on the machine that
+"""Stage 3: measure the cost and the quality of the student beside its teachers, on the machine that
 will serve it.
 
-Importing this package is cheap; torch, onnxruntime and matplotlib are imported when a function is
+Importing this package is cheap: torch, onnxruntime and matplotlib are imported when a function is
 called, torch and onnxruntime only in the worker processes.
 """
 
@@ -32,13 +32,12 @@ __all__ = [
 
 
 def bench(*, onnx: Path, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
-    """Time every form of the ``onnx`` artifact, its student and the student's teachers; score what
-    was timed.
+    """Time and score every form of the ``onnx`` artifact, its student, and the student's teachers.
 
-    Writes the ``bench`` artifact of docs/artifacts.md to ``out``, or returns the one that is there
-    when it was made from the same artifacts, `bench:` and `gates:` on this machine. Raises
-    `ArtifactError` for inputs that do not belong together, `DataError` for a prompt and answer past
-    a model's context, `EnvironmentalError` when an arm cannot run here.
+    Writes the ``bench`` artifact of docs/artifacts.md to ``out``, or returns the one there if it
+    was made from the same artifacts, `bench:` and `gates:` on this machine. Raises `ArtifactError`
+    for inputs that do not belong together, `DataError` for a prompt and answer past a model's
+    context, `EnvironmentalError` if an arm cannot run here.
     """
     from serve_bench.measure.bench import measure
     from serve_bench.tasks import task_of
@@ -49,13 +48,12 @@ def bench(*, onnx: Path, student: Path, out: Path, recipe: AnyRecipe) -> Artifac
 def measure_targets(
     targets: Sequence[str], *, against: Sequence[str] = (), out: Path, bench: Bench
 ) -> Artifact:
-    """Time ``targets`` and what they are to be compared with, without a recipe; the first is what
-    ratios are of.
+    """Time ``targets`` and those to compare with, without a recipe; ratios are of the first target.
 
     A target is a run or an exported folder (``#FORM`` picks a form), a model folder,
     ``hub:ID[@REVISION]``, or the URL of an OpenAI-compatible server. Writes a ``bench`` artifact
-    without quality and verdict to ``out``. Raises `ModelError` for what is no target,
-    `ArtifactError` when ``out`` holds something else, `DataError` for arms that cannot be compared.
+    without quality and verdict to ``out``. Raises `ModelError` if a target is none of these,
+    `ArtifactError` if ``out`` holds something else, `DataError` if arms cannot be compared.
     """
     from serve_bench.tasks.targets import measure_targets as run
 
@@ -98,11 +96,11 @@ def write_report(*, run: Path, recipe: AnyRecipe) -> Report:
 
 
 def replay(*, run: Path, quality: bool = True, speed: bool = True) -> list[Finding]:
-    """Measure on this machine what ``run/certificate.json`` promises of the shipped form.
+    """Measure the promises of ``run/certificate.json`` about the shipped form on this machine.
 
-    Needs ``run/onnx`` and ``run/bench`` beside it, and neither the student nor its text. Raises
-    `ArtifactError` when the certificate is damaged or of other artifacts, and what a worker raises
-    when the form cannot run here.
+    Needs ``run/onnx`` and ``run/bench``, not the student or its text. Raises `ArtifactError` if the
+    certificate is damaged or of other artifacts, and the errors of a worker if the form cannot run
+    here.
     """
     from serve_bench.measure.replay import replay as run_again
     from serve_bench.tasks import task_of_bench

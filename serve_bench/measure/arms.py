@@ -1,4 +1,4 @@
-"""The arms of a language model's bench: what is measured beside what."""
+"""The arms of a language model's bench."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from limbeck.contract.results.bench import Arm, Role
 
 
 def list_arms(*, onnx: Artifact, student: Artifact, bench: Bench | None = None) -> list[Arm]:
-    """Teachers and student in torch, every form under onnxruntime, the shipped form once more, and
-    what the bench adds.
+    """All arms: teachers and student in torch, every form, a copy of the shipped form, and extras.
 
-    Raises `ArtifactError` when a teacher's folder is gone.
+    Raises `ArtifactError` if a teacher's folder is gone.
     """
     bench, arms = bench or Bench(), list[Arm]()
     shipped = str(onnx.result["shipped"])

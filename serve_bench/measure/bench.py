@@ -110,9 +110,7 @@ def before(
     folder: Path,
     asked: TaskName = "causal-lm",
 ) -> dict[str, Any]:
-    """What is measured before any arm is timed: the machine, its bandwidth, and each arm's memory
-    and energy.
-    """
+    """Measure before timing: the machine, its bandwidth, and each arm's memory and energy."""
     started, device = time.monotonic(), str(arms[0].spec.get("device", "cpu"))
     environment = {**machine.fingerprint(threads=threads, device=device), "before": machine.load()}
     environment["roofline"] = measure_roofline(threads=threads, device=device)

@@ -1,7 +1,7 @@
-"""The one block loop: every arm is timed twice in mirrored order, block by block, until the gates
+"""The only block loop: every arm is timed twice in mirrored order, block by block, until the gates
 are decided.
 
-Knows the order of the work and the clock. What is timed is a `Unit`; figures are computed
+Knows the order of the work and the clock. A `Unit` is the timed work; figures are computed
 elsewhere, from the raw samples.
 """
 
@@ -88,12 +88,11 @@ def time_blocks(
     decided: Callable[[Sequence[Sample]], bool] | None = None,
     show: Callable[[Sequence[Sample], str], None] | None = None,
 ) -> Timed:
-    """Time blocks until ``decided`` says so at a look, or the time is spent; without ``decided`` it
-    always is.
+    """Time blocks until ``decided`` is true at a look, or the time and the fewest blocks are spent.
 
-    A block that the sentinel complains of is void and timed again, as long as no more blocks are
-    void than the fewest that are wanted (half of that once the time is spent). After that the
-    machine counts as disturbed, and its blocks are kept.
+    The sentinel voids a disturbed block, which is then
+    timed again, while no more blocks are void than the fewest wanted (half of that once the time is
+    spent). After that the machine counts as disturbed, and its blocks are kept.
     """
     samples, void, disturbed, done = list[Sample](), 0, False, 0
     started, budget = time.monotonic(), 60 * limits.minutes

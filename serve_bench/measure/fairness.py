@@ -1,6 +1,6 @@
-"""Whether arms that are compared do the same work; a mismatch is refused, not footnoted.
+"""Check that compared arms do the same work; a mismatch is an error, not a footnote.
 
-Knows what workers say of themselves and of each generation; knows nothing of time.
+Knows the facts that workers report about themselves and each generation; knows nothing of time.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def require_same_work(
 def manifest(
     facts: Mapping[str, Mapping[str, Any]], *, prompts: Sequence[Sequence[int]], **asked: Any
 ) -> dict[str, Any]:
-    """What all arms have in common, by what each says of itself (``facts`` by arm).
+    """The settings that all arms share, from each arm's ``facts``.
 
-    A runtime behind a URL cannot tell its threads and cache; it is left out of those two. Raises
-    `DataError` naming the arms that differ in threads, in keeping a KV cache, or that do not know a
-    token of the prompts.
+    A runtime behind a URL does not know its threads and cache, so it is left out of those two.
+    Raises `DataError` with the arms that differ in threads or KV cache, or lack a token of the
+    prompts.
     """
     common: dict[str, Any] = dict(asked)
     for what, hint in (

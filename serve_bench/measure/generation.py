@@ -1,8 +1,7 @@
-"""What the timed generations say: how often an arm goes on as another does, how it repeats itself,
-how near it is to the text.
+"""Text figures of the timed generations: agreement of arms, repetition, likeness to the text.
 
-Every arm was timed on the same held-out prompts, greedily, so its tokens cost nothing more. Knows
-token rows; BLEU, chrF and ROUGE-L are those of sacrebleu and rouge-score (extra `[eval]`), and
+Every arm was timed on the same held-out prompts, greedily, so the tokens cost nothing more. Knows
+token rows. BLEU, chrF and ROUGE-L are those of sacrebleu and rouge-score (extra `[eval]`), and are
 absent without them.
 """
 

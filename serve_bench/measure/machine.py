@@ -1,5 +1,6 @@
-"""What this machine is and what bears on its speed: processor, clock, container limits, cards,
-load. Reads; changes nothing.
+"""The machine and the facts that affect its speed: processor, clock, container limits, cards, load.
+
+Only reads.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def gpus() -> list[dict[str, Any]]:
 class Nvml:
     """NVIDIA's management library while it is open.
 
-    ``cards`` is empty, and ``why`` says so, where it cannot be.
+    Without it ``cards`` is empty and ``why`` has the reason.
     """
 
     def __enter__(self) -> Nvml:

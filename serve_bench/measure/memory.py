@@ -122,7 +122,7 @@ class Energy:
     """
 
     def __init__(self, nvml: Nvml, powercap: Path = _POWERCAP) -> None:
-        """Find out what can be read."""
+        """Find the sources that can be read."""
         self._sources: dict[str, Callable[[], float]] = {}
         self._why: list[str] = []
         self._packages = [
@@ -185,7 +185,7 @@ class Package:
         self._turns, self._last = 0, 0
 
     def joules(self) -> float:
-        """Joules since some moment in the past. Raises `OSError` where it cannot be read."""
+        """Joules since a fixed moment in the past. Raises `OSError` if they cannot be read."""
         now = int((self._path / "energy_uj").read_text())
         if now < self._last:
             self._turns += int((self._path / "max_energy_range_uj").read_text())

@@ -25,11 +25,11 @@ def measure_quality(
     vocabulary: int,
     folder: Path,
 ) -> dict[str, Any]:
-    """Score every arm on every held-out block, in the processes that were timed.
+    """Score every arm on every held-out block, in the timed processes.
 
-    ``vocabulary`` is what all arms share: padding rows that only some have are left out of
-    everyone's softmax. ``folder`` holds one block of log-probabilities a teacher. Returns the
-    content of quality.json: sums a block, so that any mean and interval can be computed from it.
+    ``vocabulary`` is the size that all arms share: padding rows of some arms are left out of every
+    softmax. ``folder`` holds one block of log-probabilities per teacher. Returns the content of
+    quality.json: sums per block, so that any mean and interval can be computed from it.
     """
     teachers = [arm for arm in arms if arm.role == "teacher"]
     result: dict[str, Any] = {
@@ -94,8 +94,8 @@ def _rows(blocks: Blocks) -> list[list[int]]:
 def _choices(
     workers: Workers, arms: Sequence[Arm], heldout: Mapping[str, Blocks]
 ) -> dict[str, dict[str, int]]:
-    """What each onnx arm's timed graph chooses after the first block of each domain, its last token
-    left out.
+    """First choices of each onnx arm's timed graph on the first block of each domain, without its
+    last token.
     """
     return {
         arm.id: {

@@ -1,8 +1,6 @@
-"""The replay of a certificate: measuring again, on this machine, what it promises of the shipped
-form.
+"""Replay a certificate: measure its promises about the shipped form again, on this machine.
 
-It needs `onnx`, `bench` and the certificate only, not the student: the held-out text travels in
-`bench`.
+Needs only `onnx`, `bench` and the certificate, not the student: the held-out text is in `bench`.
 """
 
 from __future__ import annotations
@@ -39,9 +37,7 @@ _BUSY = 0.5  # load average a core, above which a slower replay is put down to i
 def replay(
     choose: Chooser[MeasuringTask], *, run: Path, quality: bool = True, speed: bool = True
 ) -> list[Finding]:
-    """Measure on this machine what the certificate of ``run`` promises; see
-    `serve_bench.replay`.
-    """
+    """See `serve_bench.replay`."""
     certificate = read_certificate(run)
     onnx = open_artifact(run / "onnx", kind="onnx", verify=False)
     bench = open_artifact(run / "bench", kind="bench")
@@ -81,7 +77,7 @@ def _reasons(differs: Mapping[str, str]) -> dict[str, str]:
 
 
 def differences(certificate: Mapping[str, Any], provider: str | None) -> dict[str, str]:
-    """What is not as it was when the certificate was made, by name: "then, now"."""
+    """Differences from the machine and versions of the certificate, by name: "then, now"."""
     then, now = certificate["machine"], host()
     pairs = {
         "execution provider": (then["provider"], provider),

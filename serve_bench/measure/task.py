@@ -1,8 +1,8 @@
-"""The part of a task that measuring needs: its arms, the work of a block, and what is done before
-and after timing.
+"""The part of a task that measuring needs: its arms, the work of a block, and the work before and
+after timing.
 
-`serve_bench.tasks` implements it for language models and for encoders; nothing here knows which is
-which.
+`serve_bench.tasks` implements it for language models and encoders. Nothing here depends on the
+task.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class MeasuringTask(JudgingTask, Protocol):
     def open(self, onnx: Artifact, student: Artifact) -> list[Arm]:
         """Read the held-out text and list the arms.
 
-        Raises `ArtifactError` and `DataError` for what cannot be measured.
+        Raises `ArtifactError` and `DataError` if something cannot be measured.
         """
 
     def open_data(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a block times: one generation of a language model, or one batch of an encoder."""
+"""Units of timed work: one generation of a language model, or one batch of an encoder."""
 
 from __future__ import annotations
 

@@ -342,7 +342,7 @@ def _nll(quality: Mapping[str, Any], arm: str, domains: Sequence[str]) -> list[A
 
 
 def tests(bench: Bench) -> list[Test]:
-    """What the table of a terminal shows of every arm."""
+    """Columns of the terminal's table for every arm."""
     prompt_tokens, new_tokens = bench.prompt_tokens, bench.new_tokens
     return [
         (f"prompt {prompt_tokens}", "ttft", None, prompt_tokens),

@@ -1,9 +1,8 @@
-"""Bench without a recipe: artifacts, plain model folders and URLs, beside each other or beside what
-they are to be compared with.
+"""Bench without a recipe: compare artifacts, plain model folders and URLs.
 
-Knows what a target is and which arm runs it; the order of the measurement is
-`serve_bench.measure.clock`'s. Prompts are random tokens that every target knows: speed does not
-depend on which they are, and no tokenizer is needed.
+Knows the kinds of targets and their arms; `serve_bench.measure.clock` has the order of the
+measurement. Prompts are random tokens that every target knows: speed does not depend on the
+tokens, and no tokenizer is needed.
 """
 
 from __future__ import annotations
@@ -128,11 +127,13 @@ def measure_targets(
 
 
 def find_arm(target: str, bench: Bench) -> Arm:
-    """What runs a target: a URL, ``hub:ID[@REVISION]``, a run or ``onnx`` folder (``#FORM`` picks a
-    form), a model folder.
+    """The arm of a target.
 
-    Raises `ModelError` naming what was found and what would do, `ArtifactError` for a form that is
-    not there.
+    A target is a URL, ``hub:ID[@REVISION]``, a run or ``onnx`` folder (``#FORM`` picks a form), or
+    a model folder.
+
+    Raises `ModelError` with the value found and the kinds accepted, `ArtifactError` for a missing
+    form.
     """
     device, number = bench.device or "cpu", bench.torch_dtype or "fp32"
     if target.startswith(("http://", "https://")):

@@ -154,7 +154,7 @@ def _estimate(found: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
 
 
 def _trade(data: Mapping[str, Any]) -> str:
-    """What every arm gets wrong against its throughput, the geometric mean over the grid."""
+    """Error (1 - metric) of every arm over its throughput, the geometric mean over the grid."""
     metric = str(data["metric"])
     bubbles = [
         Bubble(

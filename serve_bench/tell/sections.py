@@ -129,7 +129,7 @@ def against_memory(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def energy(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Joules a token by label where they could be read; else why not."""
+    """Joules per token by label, or the reason why they are unknown."""
     found = {arm["label"]: arm["energy"] for arm in data["arms"].values() if arm.get("energy")}
     measured = {label: e for label, e in found.items() if e["joules_per_token"] is not None}
     return {

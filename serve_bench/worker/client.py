@@ -28,9 +28,7 @@ _LONGEST_EVENT = 1 << 20  # bytes of a line of a stream
 
 @dataclass
 class Stream:
-    """What one streamed answer has told so far; ``at`` holds the clock's time of every event that
-    carries a token.
-    """
+    """One streamed answer so far; ``at`` holds the time of every event that carries a token."""
 
     at: list[float] = field(default_factory=list)
     prompt_tokens: int | None = None
@@ -134,8 +132,9 @@ def find_endpoint(
 
 
 def open_session() -> aiohttp.ClientSession:
-    """What `request` sends through: any number of connections, kept open, and no limit of time of
-    its own. Needs a running loop.
+    """HTTP client for `request`: any number of open connections, no time limit of its own.
+
+    Needs a running event loop.
     """
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0),
@@ -180,11 +179,10 @@ def _refusal(status: int, body: bytes) -> str:
 
 
 class OpenAi:
-    """A model behind a URL as a runtime: one request at a time, each token taken from the stream as
-    it comes.
+    """A model behind a URL as a runtime: one request at a time, each token taken from the stream.
 
-    The server chooses and appends tokens by itself, so `step` takes none, and what they were is not
-    known here: -1.
+    The server chooses and appends tokens itself. So `step` takes none, and their ids are unknown
+    here: -1.
     """
 
     def __init__(
@@ -242,7 +240,7 @@ class OpenAi:
         return None
 
     def prompt_tokens(self) -> int:
-        """See `Runtime.prompt_tokens`; reads the answer to its end, where the usage stands."""
+        """See `Runtime.prompt_tokens`; reads the answer to its end, because usage comes last."""
         for _ in self._tokens:
             pass
         if self._stream.prompt_tokens is None:

@@ -32,9 +32,7 @@ class Runtime(Protocol):
 
 
 class TorchEncoder:
-    """A transformers folder in torch eager fp32, with the attention that transformers chooses: what
-    a user would call.
-    """
+    """A transformers folder in torch eager fp32, with the attention that transformers chooses."""
 
     def __init__(self, *, model: str, task: str, pooling: str, threads: int) -> None:
         import torch
@@ -100,7 +98,7 @@ class OnnxEncoder:
 
 
 class Session:
-    """What the worker holds between commands."""
+    """State of the worker between commands."""
 
     def __init__(self) -> None:
         self.runtime: Runtime | None = None
@@ -144,7 +142,7 @@ class Session:
         return {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss()}
 
     def answers(self, runtime: Runtime, examples: str, out: str) -> dict[str, Any]:
-        """Write what this arm says of held-out examples, in their order."""
+        """Write this arm's outputs for held-out examples, in their order."""
         found = [
             runtime.run(ids, mask) for ids, mask in load_examples(Path(examples)).batches(_ROWS)
         ]

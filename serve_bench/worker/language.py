@@ -24,7 +24,7 @@ from serve_bench.worker.runtimes import Runtime, open_runtime, prepare
 
 
 class Session:
-    """What the worker holds between commands."""
+    """State of the worker between commands."""
 
     def __init__(self) -> None:
         self.runtime: Runtime | None = None
@@ -68,7 +68,7 @@ class Session:
         }
 
     def logp(self, ids: list[int], vocabulary: int, file: str) -> dict[str, Any]:
-        """Write what this arm says of every token but the first."""
+        """Write this arm's log-probabilities for every token but the first."""
         log_probabilities = self._log_probabilities(ids, vocabulary)
         np.save(file, log_probabilities)
         return {"labels": len(log_probabilities)}
@@ -76,8 +76,9 @@ class Session:
     def score(
         self, ids: list[int], scored: list[int], vocabulary: int, mixture: str | None
     ) -> dict[str, Any]:
-        """Sums over the labels of one block, of which ``scored`` says 1; ``mixture`` is the file of
-        the teachers' log-probabilities, or none.
+        """Sums over the labels of one block that ``scored`` marks with 1.
+
+        ``mixture`` is the file of the teachers' log-probabilities, or None.
         """
         mine = self._log_probabilities(ids, vocabulary)
         teachers = np.load(mixture, mmap_mode="r") if mixture else None

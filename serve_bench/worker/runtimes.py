@@ -1,8 +1,8 @@
-"""What a worker can run, behind one small protocol: torch eager and compiled, onnxruntime, and
+"""The runtimes of a worker behind one small protocol: torch eager and compiled, onnxruntime, and
 GenAI's own loop. Greedy.
 
-Libraries are imported by `prepare`, so that importing and opening are timed apart and no process
-holds a library that it does not use. The runtime behind a URL is `serve_bench.worker.client`.
+`prepare` imports libraries, so that import and opening are timed apart, and no process holds a
+library that it does not use. The runtime behind a URL is `serve_bench.worker.client`.
 
 Shape letters: B rows, S prompt tokens, L whole length, V vocabulary.
 """
@@ -28,8 +28,8 @@ from limbeck.contract.loading import load_pretrained
 class Runtime(Protocol):
     """One opened arm.
 
-    ``facts`` is what it says of itself: libraries, vocabulary, context, threads, whether it keeps a
-    KV cache.
+    ``facts`` describes it: libraries, vocabulary, context, threads, and whether it keeps a KV
+    cache.
     """
 
     facts: dict[str, Any]

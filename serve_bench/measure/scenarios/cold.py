@@ -1,6 +1,4 @@
-"""The cold scenario: what it takes from nothing to the first token, in a fresh process
-every time.
-"""
+"""The cold scenario: time from nothing to the first token, in a fresh process every time."""
 
 from __future__ import annotations
 
