@@ -45,7 +45,7 @@ def pack(run: Path, *, out: Path, form: str | None = None, as_zip: bool = False)
     folder or an unknown form, `UserError` if ``out`` exists, `EnvironmentalError` if it cannot be
     written.
     """
-    archive = out.with_name(f"{out.name}.zip") if as_zip else None
+    archive = Path(f"{out}.zip") if as_zip else None
     for path in (out, archive):
         if path is not None and path.exists():
             raise UserError(f"{path}: is already there; name another with --out.")

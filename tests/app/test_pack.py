@@ -96,6 +96,7 @@ def test_genai_loads_the_packed_folder(run: Path, tmp_path: Path) -> None:
         (["--form", "int2"], "no form 'int2'; it has fp32, int8-weight"),
         (["--out", "there"], "there: is already there"),
         (["--out", "z", "--zip"], "z.zip: is already there"),
+        (["--out", ".", "--zip"], ".: is already there"),
     ],
 )
 def test_pack_mistakes(
