@@ -7,7 +7,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo demo-encoders test test-slow test-gpu test-faults fuzz test-clients test-browser test-eval check docs architectures help
+.PHONY: setup demo demo-encoders test test-slow test-gpu test-faults test-wild fuzz test-clients test-browser test-eval check docs architectures help
 
 help:
 	@echo "make setup       the environment in .venv"
@@ -16,6 +16,7 @@ help:
 	@echo "make test        the tests that take seconds"
 	@echo "make test-slow   the tests that take minutes"
 	@echo "make test-faults  a kill at every file event loses nothing and leaves nothing over; ARGS=… chooses cases"
+	@echo "make test-wild   random models and adapters against transformers and peft; prints a table; ARGS=\"FIRST LAST\""
 	@echo "make fuzz        damaged files of every kind raise nothing but our errors; prints its seed"
 	@echo "make test-gpu    the tests that need an NVIDIA card"
 	@echo "make test-clients  the exported folder in other programs (needs node and npm)"
@@ -53,6 +54,11 @@ test-slow: $(READY)
 # kill -9 and a full disk at every file event of the contract and of a tiny job; prints a table. Takes 15 minutes or so.
 test-faults: $(READY)
 	$(BIN)/python -m tests.faults $(ARGS)
+
+# Models, adapters and tokenizers as people bring them, held to transformers and peft; then 200 random ones, as a table.
+test-wild: $(READY)
+	$(BIN)/python -m pytest -m 'not gpu' tests/wild -k 'not two_hundred'
+	$(BIN)/python -m tests.wild $(ARGS)
 
 # Damaged files of every kind that is read; ARGS="--seconds 600 --seed 7 manifest" for longer, again, or one kind only.
 fuzz: $(READY)

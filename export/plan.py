@@ -62,21 +62,21 @@ def form_bytes(
     *,
     task: str = "causal-lm",
     backend: str = "auto",
-    provider: str = "cpu",
+    provider: Provider = "cpu",
 ) -> int:
     """Bytes of graph and weights of ``form`` for a model of ``task`` on the meta device.
 
     ``backend`` and ``provider`` are those of a language model's export; an encoder has no choice.
+    Raises `ModelError` for a kind of rope that no builder gets right.
     """
     if task == "causal-lm":
         return _decoder_bytes(model, form, backend, provider)
     return _encoder_bytes(model, cast(EncoderForm, form), task)
 
 
-def _decoder_bytes(model: Any, form: Form, backend: str, provider: str) -> int:
+def _decoder_bytes(model: Any, form: Form, backend: str, provider: Provider) -> int:
     config = model.config
-    if backend == "auto":
-        backend, _ = choose_backend(config.to_dict(), provider=cast(Provider, provider))
+    backend, _ = choose_backend(config.to_dict(), backend=backend, provider=provider)
     fused = backend == "genai"
     half = form.kind == "fp16" or (provider != "cpu" and form.kind != "fp32")
     number = 2 if half else 4

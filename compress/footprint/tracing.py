@@ -41,6 +41,7 @@ def trace_model(
 
     With ``trains`` the backward pass is traced too.
     """
+    _rotate_by_default(model)
     with FakeTensorMode():
         _on_the_cpu(model)
         model.train(trains)
@@ -58,6 +59,19 @@ def trace_model(
             return Trace(
                 forward, counter.get_total_flops() - forward, kept, forward_peak, live.peak
             )
+
+
+def _rotate_by_default(model: Any) -> None:
+    """Give every rotary embedding the default kind: it has the same tensors.
+
+    The kind `dynamic` reads the positions' values, which a trace does not have.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if isinstance(kinds, str):
+            module.rope_type = "default"
+        elif isinstance(kinds, dict):  # of each layer type
+            module.rope_type = dict.fromkeys(kinds, "default")
 
 
 def on_a_line(layers: int, trace_of: Callable[[int], Trace]) -> Trace:

@@ -42,12 +42,16 @@ from limbeck.contract.recipe import (
     fingerprint,
 )
 
+# What transformers raises for impossible sizes.
 BAD_CONFIG = (
     ValueError,
     TypeError,
-    KeyError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
     StrictDataclassError,
-)  # what transformers raises for impossible sizes
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -56,9 +56,8 @@ def build_graphs(
     builder asked for cannot do it.
     """
     config = json.loads((model / "config.json").read_text())
-    automatic, why = backend == "auto", "the recipe names it"
-    if automatic:
-        backend, why = choose_backend(config, provider=provider)
+    automatic = backend == "auto"
+    backend, why = choose_backend(config, backend=backend, provider=provider)
     if backend == "genai":
         try:
             graphs, genai = build_genai(model, folder, metadata)
@@ -66,6 +65,7 @@ def build_graphs(
             if not automatic:
                 raise
             why = f"auto: {str(error).partition(': ')[2].partition(';')[0]}"
+            choose_backend(config, backend="dynamo")
             say(f"export: {why}; torch's exporter takes over")
         else:
             context = int(genai["model"]["context_length"])

@@ -14,26 +14,35 @@ from limbeck.contract.recipe import Provider
 KNOWN = ("granite", "llama", "mistral", "qwen2", "qwen3")
 # Kinds of rope whose fused graphs equal torch's logits (dynamic: within the context, which is all
 # that a graph accepts). Fused graphs of yarn, linear and longrope differ by 10 in a logit.
-_FUSED_ROPES = ("default", "llama3", "dynamic")
+_FUSED_ROPES = frozenset({"default", "llama3", "dynamic"})
 # Kinds that torch.export cannot trace: transformers branches on a length at run time.
-_UNTRACEABLE_ROPES = ("dynamic",)
+_UNTRACEABLE_ROPES = frozenset({"dynamic"})
 _HEAD = 16  # onnxruntime's fused attention takes heads of a multiple of this many numbers
 
 
-def choose_backend(config: Mapping[str, Any], *, provider: Provider = "cpu") -> tuple[str, str]:
-    """The builder that `backend: auto` takes for a transformers configuration, and why.
+def choose_backend(
+    config: Mapping[str, Any], *, backend: str = "auto", provider: Provider = "cpu"
+) -> tuple[str, str]:
+    """The builder that ``backend`` of a recipe takes for a transformers configuration, and why.
 
     ``genai`` is ONNX Runtime GenAI's builder, whose graphs have fused attention; ``dynamo`` is
-    torch's exporter. Raises `ModelError` for a kind of rope that neither builds correctly.
+    torch's exporter. Raises `ModelError` for a kind of rope that the builder gets wrong.
     """
-    backend, why = _choose(config, provider)
-    kind = rope_kind(config)
-    if backend == "dynamo" and kind in _UNTRACEABLE_ROPES:
+    named, why = (
+        (backend, "the recipe names it") if backend != "auto" else _choose(config, provider)
+    )
+    model_type, kinds = config.get("model_type"), rope_kinds(config)
+    for kind in kinds & _UNTRACEABLE_ROPES if named == "dynamo" else ():
         raise ModelError(
-            f"{config.get('model_type')} with rope of kind {kind} cannot be exported ({why}), and "
-            "torch.export cannot trace it; use a student with rope of another kind."
+            f"{model_type} with rope of kind {kind} cannot be exported ({why}): torch.export "
+            "cannot trace it. Use a student with rope of another kind."
         )
-    return backend, why
+    for kind in sorted(kinds - _FUSED_ROPES) if named == "genai" else ():
+        raise ModelError(
+            f"{model_type} with rope of kind {kind} cannot be exported by GenAI's builder: its "
+            "graph would give other logits. Set export.backend to auto."
+        )
+    return named, why
 
 
 def _choose(config: Mapping[str, Any], provider: Provider) -> tuple[str, str]:
@@ -43,8 +52,8 @@ def _choose(config: Mapping[str, Any], provider: Provider) -> tuple[str, str]:
         return "dynamo", f"auto: GenAI's builder is not proven on {architecture}, only on {known}"
     if provider == "tensorrt":
         return "dynamo", "auto: TensorRT has no kernel for the builder's fused attention"
-    if (kind := rope_kind(config)) not in _FUSED_ROPES:
-        return "dynamo", f"auto: GenAI's builder is not right for rope of kind {kind}"
+    if wrong := sorted(rope_kinds(config) - _FUSED_ROPES):
+        return "dynamo", f"auto: GenAI's builder is not right for rope of kind {wrong[0]}"
     heads = config.get("num_attention_heads")
     size = config.get("head_dim") or (config.get("hidden_size", 0) // heads if heads else 0)
     if size % _HEAD:
@@ -58,7 +67,14 @@ def _choose(config: Mapping[str, Any], provider: Provider) -> tuple[str, str]:
     )
 
 
-def rope_kind(config: Mapping[str, Any]) -> str:
-    """The kind of rotary embedding, by the name that either generation of transformers writes."""
+def rope_kinds(config: Mapping[str, Any]) -> frozenset[str]:
+    """The kinds of rotary embedding, by the name that either generation of transformers writes.
+
+    Some architectures, such as gemma3, have one for each type of layer.
+    """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return str(rope.get("rope_type") or rope.get("type") or "default")
+    by_layer = [inner for inner in rope.values() if isinstance(inner, Mapping)]
+    return frozenset(
+        str(inner.get("rope_type") or inner.get("type") or "default")
+        for inner in by_layer or [rope]
+    )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.app.products import plan_products
-from limbeck.contract.errors import LimbeckError, RecipeError, UserError
+from limbeck.contract.errors import LimbeckError, ModelError, RecipeError, UserError
 from limbeck.contract.machine import host
 from limbeck.contract.recipe import (
     AnyRecipe,
@@ -239,10 +239,13 @@ def _forms(recipe: AnyRecipe, student: Shape | EncoderShape) -> dict[str, int]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(student.config, dtype=torch.float32)
     export = recipe.export
-    return {
-        form.kind: form_bytes(model, form, backend=export.backend, provider=export.provider)
-        for form in export.forms
-    }
+    try:
+        return {
+            form.kind: form_bytes(model, form, backend=export.backend, provider=export.provider)
+            for form in export.forms
+        }
+    except ModelError as error:
+        raise ModelError(f"{recipe.name}: student: {error}") from error
 
 
 # Language models ----------------------------------------------------------------------------------

@@ -10,9 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from limbeck.contract.errors import RecipeError
-from limbeck.contract.recipe import AnyRecipe, RecipeModel, find_recipe, load_teacher_recipe
-from limbeck.contract.sources import cache_folder, preflight
+from limbeck.contract.errors import RecipeError, UserError
+from limbeck.contract.recipe import (
+    AnyRecipe,
+    FreshStudent,
+    Recipe,
+    RecipeModel,
+    find_recipe,
+    load_teacher_recipe,
+)
+from limbeck.contract.sources import cache_folder, preflight, stored_config
 
 
 @dataclass(frozen=True)
@@ -102,13 +109,38 @@ def plan_products(recipe: AnyRecipe) -> Products:
 def mistakes(recipe: AnyRecipe, products: Products | None = None) -> list[str]:
     """Mistakes of ``recipe`` and its products on this machine, one per line.
 
-    Missing files and packages; teacher recipes that are missing, wrong, or depend on themselves.
+    Missing files and packages; a student that cannot be exported; teacher recipes that are missing,
+    wrong, or depend on themselves.
     """
     products = products or find_products(recipe)
-    found = [*preflight(recipe), *products.errors]
+    found = [*preflight(recipe), *_export_mistakes(recipe), *products.errors]
     for product in products.order:
         found += [f"{product.recipe.name}: {line}" for line in preflight(product.recipe)]
     return list(dict.fromkeys(found))
+
+
+def _export_mistakes(recipe: AnyRecipe) -> list[str]:
+    """What the export would refuse after training: from the configuration of student or base."""
+    from export.build.choice import choose_backend
+
+    if not isinstance(recipe, Recipe):
+        return []
+    student, export = recipe.student, recipe.export
+    try:
+        config = (
+            student.config
+            if isinstance(student, FreshStudent)
+            else stored_config(student.base, folder=recipe.folder)
+        )
+    except UserError:  # preflight has named it
+        return []
+    try:
+        if config is not None:
+            choose_backend(config, backend=export.backend, provider=export.provider)
+    except UserError as error:
+        where = "student.config" if isinstance(student, FreshStudent) else "student.base"
+        return [f"{where}: {error}"]
+    return []
 
 
 def require_inputs(recipe: AnyRecipe) -> Products:

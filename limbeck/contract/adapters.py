@@ -46,6 +46,7 @@ _ALONE = (
     "target_parameters",
     "trainable_token_indices",
 )
+_RANDOM_START = "pissa_niter_"  # of LoRA: peft takes a randomised SVD of the base at every load
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal")  # of LoRA: the base stays as it is
 
 
@@ -70,7 +71,11 @@ class AdapterFacts:
             and config.get("init_lora_weights") in _PLAIN_STARTS
             and not any(config.get(name) for name in _ALONE)
             and all(
-                ".lora_" in name or any(f".{module}." in name for module in saved)
+                ".lora_" in name
+                or (
+                    any(f".{module}." in name for module in saved)
+                    and ".original_module." not in name
+                )
                 for name in self.shapes  # else it overwrites weights of the base
             )
         )
@@ -116,6 +121,15 @@ def adapter_facts(folder: Path) -> AdapterFacts:
                 f"{folder}: adapters with {option} are not supported: they change more than the "
                 "layers of a model."
             )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_RANDOM_START):
+        raise ModelError(
+            f"{folder}: adapters with init_lora_weights: {start} are not supported: peft subtracts "
+            "a random approximation from the base, so every load computes another model. Save it "
+            "as a plain adapter, with "
+            "save_pretrained(…, path_initial_model_for_weight_conversion=…), "
+            "or merge it where it was trained."
+        )
     try:
         with safe_open(folder / WEIGHTS, "np") as file:
             names = list(file.keys())
@@ -190,9 +204,15 @@ def attach(model: Any, folder: Path, *, name: str = "default") -> Any:
             f"{folder}: this adapter does not fit "
             f"{base.config._name_or_path or 'its base'}: {error}"
         ) from error
+    # With a resized embedding, peft writes the modules that it saves twice, under two names.
+    unexpected = [
+        key
+        for key in found.unexpected_keys
+        if key.replace(".modules_to_save.", ".") not in facts.shapes.keys() - {key}
+    ]
     missing = [key for key in found.missing_keys if "vblora_vector_bank" not in key]
     for keys, problem in (
-        (found.unexpected_keys, "tensors in it have no place in the model"),
+        (unexpected, "tensors in it have no place in the model"),
         (missing, "of its tensors are not in it"),
     ):
         if keys:
@@ -291,9 +311,15 @@ def _resize(lm: Any, facts: AdapterFacts) -> None:
     """Give ``lm`` as many embedding rows as the adapter has. Raises `ModelError` if rows lack."""
     places = _places(lm)
     wanted, here = _wanted_rows(lm, facts), int(lm.config.get_text_config().vocab_size)
-    if wanted == here:
-        return
     path, size = facts.path, tokenizer_size(facts.path)
+    if wanted == here:
+        if size is not None and size > here:
+            raise ModelError(
+                f"{path}: the tokenizer beside it has {size} tokens, but the embeddings have "
+                f"{here} rows, and those of the new tokens are not in it. Save it again with "
+                "model.save_pretrained(…, save_embedding_layers=True)."
+            )
+        return
     found = f"{path}: its embeddings have {wanted} rows, those of its base {here}"
     if size is None:
         raise ModelError(

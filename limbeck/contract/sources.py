@@ -408,6 +408,21 @@ def _cached_snapshot(repository: str, revision: str | None) -> Path | None:
     return folder if all((folder / name).is_file() for name in wanted) else None
 
 
+def stored_config(source: BaseSource, *, folder: Path) -> Mapping[str, Any] | None:
+    """A model's configuration as it is written on this machine, defaults left out.
+
+    None for a GGUF file and for a hub model that is not here. Raises `ModelError` or `DataError`.
+    """
+    if isinstance(source, RandomModel):
+        return source.config
+    path = (
+        _cached_config(source.id, source.revision)
+        if isinstance(source, HubModel)
+        else model_path(source, folder=folder)
+    )
+    return _json(path / "config.json") if path is not None and path.is_dir() else None
+
+
 def require_fits(folder: Path, *, block: int | None = None) -> None:
     """Raise `ModelError` unless a model accepts ``block`` tokens and every id of its tokenizer.
 

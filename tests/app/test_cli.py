@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner, Result
 
 from limbeck import __version__
@@ -211,6 +212,40 @@ def test_validate_reports_every_mistake_of_every_file(tmp_path: Path) -> None:
     assert call("validate", "good.yaml").exit_code == 0
     assert call("validate", "good.yaml", "--set", "export.block=3").exit_code == 2
     assert call("validate", "good.yaml", "--set", "seed=7").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("student", "where"),
+    [
+        ("{kind: lora, base: {kind: random, config: CONFIG}}", "student.base"),
+        ("{kind: lora, base: {kind: local, path: model}}", "student.base"),
+        ("{kind: fresh, config: CONFIG}", "student.config"),
+    ],
+)
+def test_a_rope_that_no_builder_exports_is_a_mistake_before_training(
+    tmp_path: Path, student: str, where: str
+) -> None:
+    sizes = "hidden_size: 32, num_attention_heads: 4, num_hidden_layers: 2, pad_token_id: 0"
+    rope = "rope_parameters: {rope_type: dynamic, rope_theta: 10000.0, factor: 2.0}"
+    config = f"{{model_type: smollm3, {sizes}, {rope}}}"
+    if "path: model" in student:
+        make_model(tmp_path / "model", **yaml.safe_load(config))
+    text = GOOD.replace(GOOD.splitlines()[3], f"student: {student.replace('CONFIG', config)}")
+    if "fresh" in student:
+        teacher = "{kind: random, config: {model_type: llama, hidden_size: 32}}"
+        text += f"teachers: [{{name: t, model: {teacher}}}]\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    message = "smollm3 with rope of kind dynamic cannot be exported"
+    for command in ("validate", "run", "plan"):
+        result = call(command, "mine.yaml")
+        assert result.exit_code == 2
+        assert f"{'student' if command == 'plan' else where}: {message}" in result.stderr
+    config = tmp_path / "model" / "config.json"
+    for path in [tmp_path / "mine.yaml", *([config] if config.exists() else [])]:
+        path.write_text(path.read_text().replace("dynamic", "linear"))
+    assert call("validate", "mine.yaml").exit_code == 0
+    result = call("validate", "mine.yaml", "--set", "export.backend=genai")
+    assert "rope of kind linear" in result.stderr
 
 
 def test_validate_looks_at_the_recipes_of_teachers(tmp_path: Path) -> None:

@@ -103,6 +103,15 @@ def test_the_traced_step_keeps_what_a_real_one_keeps(student: str) -> None:
     assert traced.backward > traced.forward > 0
 
 
+def test_a_rope_that_reads_its_positions_is_traced_as_any_other() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    traces = [
+        footprint._trace(config(**over), _recipe("fresh"), 2, 0, "fp32", False)
+        for over in ({}, {"rope_parameters": rope})
+    ]
+    assert traces[0] == traces[1]
+
+
 def test_layers_lie_on_a_line() -> None:
     recipe, deep = _recipe("fresh"), describe(config(num_hidden_layers=7))
     whole = footprint._trace(deep.config, recipe, 2, 0, "fp32", False)

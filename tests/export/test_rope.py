@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from export.build.backend import build_graphs
-from export.build.choice import choose_backend, rope_kind
+from export.build.choice import choose_backend, rope_kinds
 from export.check.parity import answer, make_cases, measure_parity
 from limbeck.contract.errors import ModelError
 from tests.pico import make_model
@@ -67,9 +67,30 @@ def test_the_kind_is_read_from_either_generations_configuration(key: str, name: 
         choose_backend(config | {"model_type": "phi3", key: {name: "dynamic"}})
     for kind in ("llama3", "dynamic", "yarn", "linear", "longrope"):
         given = config | {key: {name: kind}}
-        assert rope_kind(given) == kind
+        assert rope_kinds(given) == {kind}
         backend, why = choose_backend(given)
         assert backend == ("genai" if kind in ("llama3", "dynamic") else "dynamo")
         assert backend == "genai" or kind in why
     assert choose_backend(config | {"head_dim": 24})[0] == "dynamo"
     assert choose_backend(config | {"model_type": "phi3"})[0] == "dynamo"
+
+
+def test_a_rope_of_each_layer_type_counts() -> None:
+    ropes = {
+        "sliding_attention": {"rope_type": "default"},
+        "full_attention": {"rope_type": "dynamic"},
+    }
+    config = {"model_type": "gemma3_text", "rope_parameters": ropes}
+    assert rope_kinds(config) == {"default", "dynamic"}
+    with pytest.raises(ModelError, match="rope of kind dynamic cannot be exported"):
+        choose_backend(config)
+
+
+def test_a_builder_that_the_recipe_names_is_held_to_the_same_rule() -> None:
+    config = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}
+    with pytest.raises(ModelError, match=r"kind yarn .* GenAI's builder.*export\.backend to auto"):
+        choose_backend(config | {"rope_scaling": {"type": "yarn"}}, backend="genai")
+    dynamic = config | {"rope_parameters": {"rope_type": "dynamic"}}
+    with pytest.raises(ModelError, match=r"kind dynamic .*torch\.export cannot trace it"):
+        choose_backend(dynamic, backend="dynamo")
+    assert choose_backend(dynamic, backend="genai") == ("genai", "the recipe names it")

@@ -49,16 +49,22 @@ def make_adapter(base: Path, folder: Path, config: Any, *, seed: int = 0, rows: 
     return folder
 
 
-def peft_logits(base: Path, adapter: Path, ids: Tensor = IDS, *, rows: int = 0) -> Tensor:
-    """What peft computes with this one adapter on this base: the right value of every test."""
+def peft_model(base: Path, adapter: Path, *, rows: int = 0) -> Any:
+    """This one adapter on this base, as peft loads it. ``rows`` resizes the embedding before."""
     from peft import PeftModel
 
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = load(base)
         if rows:
             model.resize_token_embeddings(rows, mean_resizing=False)
-        found: Tensor = PeftModel.from_pretrained(model, str(adapter)).eval()(input_ids=ids).logits
+        return PeftModel.from_pretrained(model, str(adapter)).eval()
+
+
+def peft_logits(base: Path, adapter: Path, ids: Tensor = IDS, *, rows: int = 0) -> Tensor:
+    """What peft computes with this one adapter on this base: the right value of every test."""
+    with torch.no_grad():
+        found: Tensor = peft_model(base, adapter, rows=rows)(input_ids=ids).logits
     return found
 
 

@@ -41,6 +41,7 @@ from limbeck.contract.adapters import attach, merged
 from limbeck.contract.errors import ModelError
 from limbeck.contract.recipe import LoraStudent, RandomModel
 from serve_bench.worker.runtimes import TorchEager
+from tests.pico import make_tokenizer
 from tests.wild.adapters import (
     IDS,
     LAYERS,
@@ -204,6 +205,50 @@ def test_resized_embeddings_work_with_the_tokenizer_beside_them(
     torch.testing.assert_close(ours[1], right, **CLOSE)
     arm = TorchEager(model=str(base), adapter=str(adapter), threads=1)
     torch.testing.assert_close(torch.from_numpy(arm.score(IDS[0].numpy())), right[0], **CLOSE)
+
+
+def test_new_tokens_with_a_saved_head_and_embedding(
+    bases: dict[bool, Path], tmp_path: Path
+) -> None:
+    """peft then writes every saved module twice, and the base's own beside it."""
+    base, adapter = bases[False], tmp_path / "adapter"
+    config = LoraConfig(
+        target_modules=_Q,
+        modules_to_save=["lm_head", "embed_tokens"],
+        base_model_name_or_path=str(base),
+    )
+    make_adapter(base, adapter, config, rows=260)
+    names = load_file(adapter / "adapter_model.safetensors").keys()
+    assert {
+        "base_model.model.lm_head.weight",
+        "base_model.model.lm_head.modules_to_save.weight",
+    } <= names
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<one>", "<two>"])
+    tokenizer.save_pretrained(adapter)
+    (ours,) = our_logits([teacher("one", base, adapter)])
+    torch.testing.assert_close(ours, peft_logits(base, adapter, rows=260), **CLOSE)
+
+
+def test_new_tokens_without_rows_are_refused(bases: dict[bool, Path], tmp_path: Path) -> None:
+    """peft writes no embedding unless it is targeted, and would load random rows of it."""
+    base = bases[False]
+    adapter = make_adapter(base, tmp_path / "adapter", LORA["plain"])
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<one>", "<two>"])
+    tokenizer.save_pretrained(adapter)
+    with pytest.raises(ModelError, match=r"260 tokens, but the embeddings have 258 rows"):
+        our_logits([teacher("one", base, adapter)])
+
+
+def test_an_adapter_that_each_load_changes_is_refused_by_name(
+    bases: dict[bool, Path], tmp_path: Path
+) -> None:
+    """peft itself gives two answers."""
+    config = LoraConfig(target_modules=LAYERS, r=2, init_lora_weights="pissa_niter_2")
+    adapter = make_adapter(bases[False], tmp_path / "adapter", config)
+    with pytest.raises(ModelError, match="init_lora_weights: pissa_niter_2 are not supported"):
+        our_logits([teacher("one", bases[False], adapter)])
 
 
 def test_new_rows_are_never_made_up(bases: dict[bool, Path], tmp_path: Path) -> None:
