@@ -301,8 +301,12 @@ def _require_ours(recipe: AnyRecipe, folder: Path) -> None:
         claim = read_json(folder / RUN)
         name, digest = str(claim["recipe"]), str(claim["digest"])
     except FileNotFoundError:
+        names = {entry.name for entry in folder.iterdir()}
+        if RUN in names:  # another start has written it meanwhile
+            _require_ours(recipe, folder)
+            return
         # Another start, or one that was killed, may be about to write RUN.
-        if any(entry.name != LOCK and not is_temporary(entry.name) for entry in folder.iterdir()):
+        if any(name != LOCK and not is_temporary(name) for name in names):
             raise ArtifactError(
                 f"{folder}: holds files but no run of Limbeck ({RUN} is missing); name an "
                 "empty or new folder with --out."

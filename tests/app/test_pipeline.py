@@ -458,7 +458,7 @@ def test_a_kill_at_any_step_of_an_export_leaves_the_old_or_the_new_one(
             for name in ("symlink_to", "replace", "rename", "unlink"):
                 patch.setattr(Path, name, stop_at(getattr(Path, name)))
             try:
-                pipeline._stage("export", loaded, run)
+                pipeline._stage("export", loaded, run, None)
             except KeyboardInterrupt:
                 return False
         return True
@@ -469,7 +469,7 @@ def test_a_kill_at_any_step_of_an_export_leaves_the_old_or_the_new_one(
         run.mkdir()
         says.clear()
         says |= before
-        pipeline._stage("export", loaded, run)
+        pipeline._stage("export", loaded, run, None)
         old = shipped(run)
         says.clear()
         says |= after
@@ -477,7 +477,7 @@ def test_a_kill_at_any_step_of_an_export_leaves_the_old_or_the_new_one(
         new = (ships, json.dumps([ships, says]))
         assert shipped(run) in (old, new, (old[0], json.dumps([old[0], says])))
         for _ in range(2):
-            pipeline._stage("export", loaded, run)
+            pipeline._stage("export", loaded, run, None)
             assert shipped(run) == new
             assert not [p.name for p in run.iterdir() if p.name.startswith(".")]
         last += 1

@@ -617,7 +617,7 @@ def test_a_finalist_is_verified_but_for_its_speed(
     passed = SimpleNamespace(verdict=SimpleNamespace(status="pass"))
     monkeypatch.setattr(finals.pipeline, "run", lambda *_, **__: passed)
     monkeypatch.setattr(
-        finals.pipeline, "verify", lambda _, *, quality=True, speed=True: int(speed or not quality)
+        finals, "verify", lambda _, *, quality=True, speed=True: int(speed or not quality)
     )
     recipe, finalist = pico(), candidate("asked")
     assert recipe.budget is not None

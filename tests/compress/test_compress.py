@@ -376,7 +376,10 @@ def test_golden_losses(tmp_path: Path) -> None:
         "heldout": {"every": 5, "piece_chars": 256, "blocks": 2},
     }
     recipe = tiny(
-        tmp_path, data=data, student={"dropout": 0.0}, fusion={"weights": {"kind": "entropy"}}
+        tmp_path,
+        data=data,
+        student={"dropout": 0.0, "init": "base"},
+        fusion={"weights": {"kind": "entropy"}},
     )
     artifact = compress.distill(recipe=recipe, out=tmp_path / "student")
     assert [s["loss"] for s in events(artifact.path, "step")] == pytest.approx(GOLDEN, rel=1e-3)

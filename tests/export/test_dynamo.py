@@ -192,7 +192,10 @@ def test_auto_says_why_the_builder_gave_up(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("export.build.backend._width", lambda graphs: 32)
     model = make_model(tmp_path / "model", head_dim=8)
     built = build_graphs(model, tmp_path, {}, backend="auto")
-    assert (built.backend, built.why) == ("dynamo", "auto: heads of 8 numbers")
+    assert (built.backend, built.why) == (
+        "dynamo",
+        "auto: heads of 8 numbers; fused attention needs a multiple of 16",
+    )
 
 
 def test_the_table_names_every_architecture_and_all_of_its_students_pass() -> None:

@@ -245,11 +245,11 @@ def test_rounding_is_told_as_data(tmp_path: Path) -> None:
         ({"export": {"mixed": "size"}}, r"export.mixed: found 'size'.*add int4-weight"),
         (
             {"export": {"forms": ["fp32", "int4-weight"], "mixed": "size"}},
-            r"give `mb` there, or gates.max_size_mb",
+            r"set `mb` there, or gates.max_size_mb",
         ),
         (
             {"export": {"forms": ["fp32", "int4-weight"], "mixed": "loss"}},
-            r"give `rise` there, or gates.max_quant",
+            r"set `rise` there, or gates.max_quant",
         ),
         (
             {"export": {"recover": {"tokens": 64}}},
@@ -263,8 +263,7 @@ def test_rounding_is_told_as_data(tmp_path: Path) -> None:
                 },
                 "gates": {"max_quantization_loss": 0.1},
             },
-            r"export.recover: training rounds the weights as they are, not smoothed; leave smooth "
-            r"out of int8-weight",
+            r"export.recover: the training rounds unsmoothed weights; leave smooth out",
         ),
         (
             {
@@ -273,8 +272,7 @@ def test_rounding_is_told_as_data(tmp_path: Path) -> None:
                     "adapters": "separate",
                 }
             },
-            r"export.adapters: a base whose outliers are moved serves one student only; leave "
-            r"smooth out of int8-dynamic",
+            r"export.adapters: smoothing fits the base to one student; leave smooth out",
         ),
         (
             {

@@ -596,7 +596,7 @@ def test_arms_without_a_recipe(
         "95",
         "%",
     ]
-    assert "pp8" in printed
+    assert "prompt 8" in printed
     assert "as fast as teacher" in printed
     with pytest.raises(ArtifactError, match="holds something else"):
         bench_targets([str(run / "onnx")], against=[], out=run, overrides=[])
@@ -612,7 +612,7 @@ def test_what_is_no_target_is_named(run: Path, tmp_path: Path) -> None:
         with pytest.raises(LimbeckError, match=match):
             measure_targets([target], out=tmp_path / "out", bench=Bench())
     assert not (tmp_path / "out").exists()
-    with pytest.raises(RecipeError, match="there is only bench to set"):
+    with pytest.raises(RecipeError, match="only fields of bench can be set"):
         bench_targets(
             [str(run / "onnx")], against=[], out=tmp_path / "out", overrides=["training.tokens=3"]
         )

@@ -81,6 +81,8 @@ def find_recipe(reference: str | Path, *, folder: Path | None = None) -> Path:
         path = (folder or Path.cwd()) / Path(reference).expanduser()
         if path.is_file():
             return path.resolve()
+    except FileNotFoundError:  # of the working directory; the command line explains it
+        raise
     except (OSError, RuntimeError, ValueError) as error:  # too long, `~nosuchuser`, a NUL
         raise RecipeError(f"{str(reference)[:100]}: no path of a recipe ({error}).") from None
     shipped = RECIPES / f"{str(reference).removeprefix('recipes/').removesuffix('.yaml')}.yaml"
