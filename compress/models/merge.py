@@ -25,6 +25,7 @@ import torch
 from peft.utils import merge_utils
 from torch import Tensor
 
+from limbeck.contract.errors import ModelError
 from limbeck.contract.progress import task
 
 Method = Literal["average", "ties", "dare_ties"]
@@ -135,7 +136,8 @@ def best_merge(
 ) -> Choice:
     """Score merges on text with ``score(model)`` (nats per token); leave ``model`` at the best.
 
-    ``among`` defaults to `candidates`. If scores are equal, the first is taken.
+    ``among`` defaults to `candidates`. If scores are equal, the first is taken. Raises
+    `ModelError` if no score is finite.
     """
     tried = candidates(list(teachers)) if among is None else among
     scores: dict[str, float] = {}
@@ -147,5 +149,10 @@ def best_merge(
             if found < lowest:
                 best, lowest = merge, found
             progress.advance(1, nats=found)
+    if not math.isfinite(lowest):
+        raise ModelError(
+            f"none of {len(tried)} merges of {', '.join(teachers)} has a finite loss on training "
+            "text; look for broken weights in these teachers, or set student.init: base."
+        )
     load_merged(model, merged(best, base, teachers, seed=seed))
     return Choice(best, scores)

@@ -21,6 +21,7 @@ from compress.models.merge import (
     merged,
     parameters_of,
 )
+from limbeck.contract.errors import ModelError
 from tests.pico import make_model
 
 
@@ -155,3 +156,10 @@ def test_merged_weights_go_to_the_device_of_the_model(
     model = load_model(base).to("meta")
     load_merged(model, merged(BASE, parameters_of(load_model(base)), {}))
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_scores_that_are_no_number_choose_nothing() -> None:
+    model = torch.nn.Linear(1, 1, bias=False)
+    states = {"a": {"weight": torch.ones(1, 1)}}
+    with pytest.raises(ModelError, match="none of 2 merges of a has a finite loss"):
+        best_merge(model, {"weight": torch.zeros(1, 1)}, states, lambda _: float("nan"))
