@@ -1,6 +1,7 @@
-"""Files of a training that is under way: the checkpoint it can go on from, and its log.
+"""Files of a training that is under way: the checkpoint it can go on from, its log and samples.
 
-Both lie in a work folder beside the student's. The log goes into the student's artifact.
+They lie in a work folder beside the student's. The log goes into the student's artifact, and so do
+the texts that the student wrote (`training.on_policy`), if there are any.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from accelerate.tracking import get_available_trackers
 from limbeck.contract.errors import ArtifactError, EnvironmentalError
 from limbeck.contract.files import disk_full_is_a_user_error
 
-CHECKPOINT, LOG, TRACKERS = "checkpoint.pt", "log.jsonl", "trackers"
+CHECKPOINT, LOG, SAMPLES, TRACKERS = "checkpoint.pt", "log.jsonl", "samples.jsonl", "trackers"
 
 
 def write_checkpoint(path: Path, saved: Mapping[str, Any]) -> None:
@@ -62,16 +63,26 @@ class Log:
     def __init__(self, work: Path, accelerator: Any, *, name: str) -> None:
         """Write into the folder ``work``; ``name`` is that of the run in the trackers."""
         self.path, self._accelerator = work / LOG, accelerator
+        self._files = [self.path, work / SAMPLES]
         self._folder = work / TRACKERS
         if accelerator.log_with:
             accelerator.init_trackers(name)
 
     def write(self, event: str, figures: Mapping[str, Any]) -> None:
         """Add one line; ``figures`` hold the step. Raises `EnvironmentalError` on a full disk."""
-        with disk_full_is_a_user_error(self.path), self.path.open("a") as file:
-            file.write(json.dumps({"event": event, **figures}) + "\n")
+        self._append(self.path, {"event": event, **figures})
         values = {f"{event}/{name}": value for name, value in _flat(figures)}
         self._accelerator.log(values, step=figures["step"])
+
+    def write_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Add texts of the student to their own file. Raises `EnvironmentalError` as `write`."""
+        for sample in samples:
+            self._append(self._files[1], sample)
+
+    @staticmethod
+    def _append(path: Path, line: Mapping[str, Any]) -> None:
+        with disk_full_is_a_user_error(path), path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
     def read(self, event: str) -> list[dict[str, Any]]:
         """Lines of one event, in order."""
@@ -79,17 +90,18 @@ class Log:
         return [line for line in lines if line["event"] == event]
 
     @property
-    def size(self) -> int:
-        """Bytes written so far."""
-        return self.path.stat().st_size
+    def sizes(self) -> dict[str, int]:
+        """Bytes written so far, by the name of the file."""
+        return {path.name: path.stat().st_size for path in self._files if path.exists()}
 
-    def cut(self, size: int) -> None:
-        """Forget what was written after ``size`` bytes; 0 forgets everything."""
-        if not size:
-            self.path.unlink(missing_ok=True)
-            return
-        with self.path.open("r+b") as file:
-            file.truncate(size)
+    def cut(self, sizes: Mapping[str, int]) -> None:
+        """Forget what was written after ``sizes``; without a size, all of a file."""
+        for path in self._files:
+            if path.name not in sizes:
+                path.unlink(missing_ok=True)
+                continue
+            with path.open("r+b") as file:
+                file.truncate(sizes[path.name])
 
     def close(self) -> None:
         """Finish what the trackers write."""
@@ -97,9 +109,11 @@ class Log:
             tracker.finish()
 
     def copy(self, folder: Path) -> None:
-        """Copy the log and the trackers' files into ``folder``."""
+        """Copy the log, the samples and the trackers' files into ``folder``."""
         self.close()
-        shutil.copy(self.path, folder / LOG)
+        for path in self._files:
+            if path.exists():
+                shutil.copy(path, folder / path.name)
         if self._folder.is_dir():
             shutil.copytree(self._folder, folder / TRACKERS)
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from limbeck.contract.recipe import Divergence, ForwardKl, Jsd, ReverseKl, SkewKl
+from limbeck.contract.recipe import Divergence, EntropySwitch, ForwardKl, Jsd, ReverseKl, SkewKl
 
 TINY = torch.finfo(torch.float32).tiny
+_FORWARD, _REVERSE = ForwardKl(kind="forward_kl"), ReverseKl(kind="reverse_kl")
 
 
 def plain_divergence(config: Divergence, logp_TV: Tensor, logq_TV: Tensor) -> Tensor:
@@ -25,6 +26,10 @@ def plain_divergence(config: Divergence, logp_TV: Tensor, logq_TV: Tensor) -> Te
             return beta * _kl(logp_TV, log_m) + (1 - beta) * _kl(logq_TV, log_m)
         case SkewKl(skew=skew):
             return _kl(logp_TV, _log_mixture(skew, logp_TV, logq_TV))
+        case EntropySwitch(threshold=threshold):
+            high_T = -(logp_TV.exp() * logp_TV).sum(-1) >= threshold
+            forward = _kl(logp_TV[high_T], logq_TV[high_T])
+            return forward + _kl(logq_TV[~high_T], logp_TV[~high_T])
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -69,6 +74,14 @@ def divergence(
             mixture_CV = (skew * target_CV + (1 - skew) * q_CV).clamp(min=TINY)
             value_C = row_dot(target_CV, safe_log(target_CV)) - row_dot(target_CV, mixture_CV.log())
             return value_C, _through_softmax(q_CV, -(1 - skew) * target_CV / mixture_CV)
+        case EntropySwitch(threshold=threshold):
+            high_C = -row_dot(target_CV, safe_log(target_CV)) >= threshold
+            value_C, slope_CV = torch.empty_like(q_CV[:, 0]), torch.empty_like(q_CV)
+            for rows_C, one in ((high_C, _FORWARD), (~high_C, _REVERSE)):
+                value_C[rows_C], slope_CV[rows_C] = divergence(
+                    one, target_CV[rows_C], logq_CV[rows_C], q_CV[rows_C]
+                )
+            return value_C, slope_CV
 
 
 def softmax_and_norm(z_CV: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,6 +57,7 @@ def _setup(recipe: Recipe, products: Mapping[str, Path], work: Path, rounds: Seq
         "tokens": rounds[-1],
         "minutes": None,
         "patience": None,
+        "on_policy": None,  # students share a cache of what the teachers say of the corpus
         "teacher_cache": HiddenCache(kind="hidden"),
         "evaluate_every": every,
     }

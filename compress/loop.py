@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from limbeck.contract.progress import say, task
 from limbeck.contract.recipe import AnyRecipe, EncoderTraining, Training
 from limbeck.contract.results.student import StudentResult, TeacherResult
 
-_FORMAT = 2  # of the checkpoint
+_FORMAT = 3  # of the checkpoint
 Trained = Training | EncoderTraining
 
 
@@ -88,6 +88,11 @@ class Run:
         """Log an event, on the first process."""
         if self.log is not None:
             self.log.write(event, figures)
+
+    def keep(self, samples: Sequence[Figures]) -> None:
+        """Keep texts that the student wrote, on the first process."""
+        if self.log is not None:
+            self.log.write_samples(samples)
 
     def share(self, state: State) -> float:
         """Share of the budget that is spent, 1 at the end."""
@@ -198,6 +203,7 @@ def fit(run: Run, *, ends: Callable[[], bool] = lambda: False) -> State:
             seen = {"step": state.step, loaded.unit: state.seen, "seconds": round(state.seconds, 3)}
             pace_of = {f"{loaded.unit}_per_second": round(pace, 1)}
             run.record("step", seen | figures | {"learning_rate": rate} | pace_of)
+            run.keep(step.samples())
             progress.advance(1, loss=figures["loss"], **_best(state))
             before, done = done, run.share(state)
             share_of_step = share_of_step if loaded.steps else done - before
@@ -321,7 +327,7 @@ def _save_checkpoint(run: Run, optimizer: Any, state: State) -> None:
         "optimizer": moments,
         "state": vars(state),
         "rng": torch.get_rng_state(),
-        "log_bytes": run.log.size,
+        "files": run.log.sizes,
     }
     write_checkpoint(run.work / CHECKPOINT, saved)
 
@@ -333,7 +339,7 @@ def _load_checkpoint(run: Run, optimizer: Any) -> State | None:
     if saved is None or saved.get("format") != _FORMAT:
         run.accelerator.wait_for_everyone()  # no process clears what another has not looked at
         if run.log is not None:
-            run.log.cut(0)
+            run.log.cut({})
             path.unlink(missing_ok=True)
         return None
     load_trainable_state(student, saved["model"])
@@ -344,7 +350,7 @@ def _load_checkpoint(run: Run, optimizer: Any) -> State | None:
     optimizer.load_state_dict(moments)
     torch.set_rng_state(saved["rng"].cpu())
     if run.log is not None:
-        run.log.cut(saved["log_bytes"])
+        run.log.cut(saved["files"])
     state = State(**saved["state"])
     of = f" of {run.task.steps}" if run.task.steps else ""
     say(f"  going on at step {state.step + 1}{of}")

@@ -49,6 +49,7 @@ def plain_loss(
     denominator: int,
     names: Sequence[str] = (),
     progress: float = 1.0,
+    prior_KR: Tensor | None = None,
 ) -> Tensor:
     """Compute the loss as the formula at the top of this file has it, a scalar with gradient.
 
@@ -64,7 +65,8 @@ def plain_loss(
         z_KTV = torch.stack(
             [t.head.logits(t.hidden_RLd[valid_RL]) / t.temperature for t in teachers]
         )
-        weights_KT1 = _plain_weights(config, z_KTV, labels_RL, names, progress)[..., None]
+        weights_KT = _plain_weights(config, z_KTV, labels_RL, names, progress, prior_KR)
+        weights_KT1 = weights_KT[..., None]
         logp_KTV = torch.log_softmax(z_KTV / tau, dim=-1)
         if config.space == "arithmetic":
             logp_TV = torch.logsumexp(weights_KT1.log() + logp_KTV, dim=0)
@@ -76,7 +78,12 @@ def plain_loss(
 
 
 def _plain_weights(
-    config: Fusion, z_KTV: Tensor, labels_RL: Tensor, names: Sequence[str], progress: float
+    config: Fusion,
+    z_KTV: Tensor,
+    labels_RL: Tensor,
+    names: Sequence[str],
+    progress: float,
+    prior_KR: Tensor | None,
 ) -> Tensor:
     """Teacher weights ``[K, T]`` from the entropy and the label log-likelihood at tau = 1."""
     valid_RL, logp_KTV = labels_RL != IGNORED, torch.log_softmax(z_KTV, dim=-1)
@@ -86,8 +93,9 @@ def _plain_weights(
     labels_KT1 = labels_RL[valid_RL][None, :, None].expand(len(z_KTV), -1, 1)
     label_logp_KRL[:, valid_RL] = logp_KTV.gather(2, labels_KT1)[..., 0]
     weights_KRL = weigh(
-        config.weights, entropy_KRL, label_logp_KRL, labels_RL, names=names, progress=progress
-    )
+        config.weights, entropy_KRL, label_logp_KRL, labels_RL, names=names, progress=progress,
+        prior_KR=prior_KR,
+    )  # fmt: skip
     return weights_KRL[:, valid_RL]
 
 
@@ -117,20 +125,23 @@ def fused_loss(
     names: Sequence[str] = (),
     progress: float = 1.0,
     global_means_2K: Tensor | None = None,
+    prior_KR: Tensor | None = None,
 ) -> FusionTerms:
     """Compute `plain_loss` in chunks, with the gradient at the hidden states and the head.
 
     ``denominator`` is the number of label positions of the *global* batch, so that the losses of
     micro-batches and processes add up. Without teachers the loss is the cross-entropy. ``names``
     are those of the teachers, ``progress`` is the share of the training that is done, and
-    ``global_means_2K`` is explained at `compress.weights.weigh`.
+    ``global_means_2K`` and ``prior_KR`` are explained at `compress.weights.weigh`.
 
     Extra memory: K + 2 products ``[C, V]`` in the heads' number type (one belongs to the chunk
     before) and a few fp32 blocks of them; on a GPU a block is the chunk. The vocabulary is the rows
     that student and teachers share; padded rows are left out.
     """
     vocabulary = min([len(head.weight_Vd), *(t.vocabulary for t in teachers)])
-    batch = _Batch(config, head, teachers, labels_RL, denominator, vocabulary, names, progress)
+    batch = _Batch(
+        config, head, teachers, labels_RL, denominator, vocabulary, names, progress, prior_KR
+    )
     if batch.weighs == "ahead":
         batch.weigh_ahead(global_means_2K)
     loss: Tensor = _ChunkedLoss.apply(hidden_RLd, head.weight_Vd, head.bias_V, batch)  # type: ignore[no-untyped-call]
@@ -208,6 +219,7 @@ class _Batch:
     vocabulary: int
     names: Sequence[str]
     progress: float
+    prior_KR: Tensor | None = None
     cross_entropy: float = 0.0
     divergence: float = 0.0
     weights_KRL: Tensor = field(init=False)
@@ -331,4 +343,5 @@ class _Batch:
             names=self.names,
             progress=self.progress,
             global_means_2K=global_means_2K,
+            prior_KR=None if self.prior_KR is None else self.prior_KR[:, where[0]],
         )

@@ -288,7 +288,7 @@ def _quantizer(rounding: Mapping[str, Any] | None) -> FakeQuantize | None:
 
 
 def _short(recipe: Recipe, asked: Recover) -> Recipe:
-    """The recipe of the recovery: a budget and rate of its own, and no feature alignment."""
+    """The recipe of the recovery: its own budget and rate, no feature alignment, no own text."""
     steps = max(asked.tokens // recipe.training.batch_tokens, 1)
     training = recipe.training.model_copy(
         update={
@@ -297,6 +297,7 @@ def _short(recipe: Recipe, asked: Recover) -> Recipe:
             "learning_rate": asked.learning_rate,
             "evaluate_every": max(math.ceil(steps / 4), 1),
             "patience": None,
+            "on_policy": None,  # every token would round all weights anew
         }
     )
     return recipe.model_copy(update={"training": training, "features": Features(weight=0)})

@@ -36,15 +36,20 @@ def weigh(
     names: Sequence[str] = (),
     progress: float = 1.0,
     global_means_2K: Tensor | None = None,
+    prior_KR: Tensor | None = None,
 ) -> Tensor:
     """Return teacher weights ``[K, R, L]``, non-negative, summing to 1 over K.
 
     ``entropy_KRL`` and ``label_logp_KRL`` are in nats. ``progress`` in [0, 1] drives the warm-up.
     ``global_means_2K`` holds the mean entropy and mean label log-likelihood of each teacher over
     the global batch: with it, `batch` granularity does not depend on the split into micro-batches.
+    ``prior_KR`` is the evidence of `posterior` before the first label, in nats: the log-likelihood
+    of a prompt that is read and not trained on.
     """
     K = len(entropy_KRL)
-    weights = _raw_weights(config, entropy_KRL, label_logp_KRL, labels_RL, names, global_means_2K)
+    weights = _raw_weights(
+        config, entropy_KRL, label_logp_KRL, labels_RL, names, global_means_2K, prior_KR
+    )
     floor, warmup = getattr(config, "floor", 0.0), getattr(config, "warmup", 0.0)
     weights = (1 - floor) * weights + floor / K
     if progress < warmup:
@@ -60,6 +65,7 @@ def _raw_weights(
     labels_RL: Tensor,
     names: Sequence[str],
     global_means_2K: Tensor | None,
+    prior_KR: Tensor | None,
 ) -> Tensor:
     """Weights before floor and warm-up."""
     K, valid_RL = len(entropy_KRL), labels_RL != IGNORED
@@ -94,6 +100,8 @@ def _raw_weights(
         case PosteriorWeights():
             # Evidence at a position is the label likelihood of the positions before it only.
             evidence = (label_logp_KRL * valid_RL).cumsum(-1) - label_logp_KRL * valid_RL
+            if prior_KR is not None:
+                evidence = evidence + prior_KR[..., None]
             return torch.softmax(config.evidence * evidence - config.entropy * entropy_KRL, dim=0)
 
 

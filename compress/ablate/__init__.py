@@ -109,7 +109,7 @@ def _train_arm(
     assert run.log is not None
     steps = run.log.read("step")
     run.log.close()
-    run.log.cut(0)
+    run.log.cut({})
     (work / CHECKPOINT).unlink(missing_ok=True)
     (work / "teachers.json").unlink(missing_ok=True)
     losses_now, counts = run.task.losses(arm)

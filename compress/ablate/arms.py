@@ -122,6 +122,11 @@ def variant(recipe: AnyRecipe, arm: str, seed: int, losses: Mapping[str, float])
         tree["fusion"]["weights"] = {"kind": "static", "values": values}
     tree["seed"] = seed
     tree["training"] |= design.training
+    if (tree["training"].get("on_policy") or {}).get("share"):
+        if tree["fusion"]["weight"]:
+            tree["training"]["teacher_cache"] = {"kind": "none"}  # it cannot hold own text
+        else:
+            tree["training"]["on_policy"] = None  # own text is learnt from teachers alone
     quiet = {"evaluate_every": _NEVER, "checkpoint_every": _NEVER, "trackers": []}
     tree["training"] |= quiet
     made = parse_any_recipe(tree)

@@ -36,6 +36,9 @@ class Step(Protocol):
     def figures(self) -> Figures:
         """Return what the log says of the step, the same on every process; `loss` is among it."""
 
+    def samples(self) -> list[Figures]:
+        """Return the texts that the student wrote for this step, of all processes."""
+
     def fingerprint(self) -> str:
         """Return a short digest of the batch."""
 

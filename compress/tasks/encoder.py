@@ -353,6 +353,10 @@ class EncoderStep:
         self._terms = task.terms(task.student, answers, rows[part], rows, self.progress)
         return self._terms.loss
 
+    def samples(self) -> list[dict[str, Any]]:
+        """An encoder writes no text."""
+        return []
+
     def figures(self) -> dict[str, Any]:
         """Return means over the global batch, the same on every process."""
         terms, task = self._terms, self.task

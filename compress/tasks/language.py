@@ -44,7 +44,16 @@ class LanguageTask(LanguageModels):
 
     def step(self, index: int, *, progress: float) -> LanguageStep:
         """See `compress.tasks.Task`."""
-        return LanguageStep(self, self.batch(index), progress)
+        batch = self.batch(index)
+        if self.own is None:
+            return LanguageStep(self, index, batch, progress)
+        processes = self.accelerator.num_processes
+        with self.accelerator.autocast():
+            written = self.own.write(
+                self.student.model, index, batch, rank=self.accelerator.process_index,
+                processes=processes,
+            )  # fmt: skip
+        return LanguageStep(self, index, batch, progress, written)
 
     # Measuring ---------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ Shapes: R rows (blocks), L positions.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from compress.models.attention import use_short_attention
 from compress.models.body import Body, causal_lm
 from compress.models.language import DTYPES, cast_frozen, load_tokenizer, require_same_tokenizer
 from compress.models.students import Student, build_model, student_folder
+from compress.tasks.own_text import OwnText
 from compress.teachers.cache import CachedTeachers
 from compress.teachers.live import Teachers, teacher_folders
 from compress.teachers.start import NothingToMergeError, Start, choose_start, merges_to_try
@@ -72,12 +74,17 @@ class LanguageModels:
             if self.folders:
                 tokenizers = {f.name: f.tokenizer for f in self.folders}
                 require_same_tokenizer({"the student": self.folder} | tokenizers)
-            self.blocks = load_blocks(recipe, load_tokenizer(self.folder))
+            tokenizer = load_tokenizer(self.folder)
+            self.blocks = load_blocks(recipe, tokenizer)
             # Licences are read now: the folders may be gone when the training is over.
             whole = [f.whole for f in self.folders]
             self.sources = sources_of(recipe, base=self.folder, teachers=whole)
             self.student = self._build(model)
         self.names, self.temperatures = self.teachers.names, self.teachers.temperatures
+        asked = recipe.training.on_policy
+        self.own: OwnText | None = None
+        if asked is not None and asked.share and self.steps != 0:
+            self.own = OwnText(recipe, asked, tokenizer, vocabulary=self.vocabulary)
         self._fill_cache()
 
     def _build(self, model: Any) -> Student:
@@ -200,6 +207,12 @@ class LanguageModels:
 
     # Text --------------------------------------------------------------------------------------
 
+    @functools.cached_property
+    def vocabulary(self) -> int:
+        """Token ids that student and teachers share: rows of the smallest head."""
+        heads = [Body(self.student.model).head, *self.teachers.heads]
+        return min(len(head.weight_Vd) for head in heads)
+
     @property
     def steps(self) -> int | None:
         """Steps of a budget in tokens, 0 for a merge; None where the budget is in minutes."""
@@ -269,6 +282,11 @@ def require_share_for_all(recipe: Recipe, *, processes: int, sharded: bool) -> N
     every forward pass, from all processes.
     """
     config, block = recipe.training, recipe.data.block
+    if sharded and config.on_policy is not None and config.on_policy.share:
+        raise RecipeError(
+            "training.on_policy: a student whose parameters are sharded (FSDP) cannot write; start "
+            "the processes without sharding, or leave on_policy out."
+        )
     rows = config.batch_tokens // block
     most, fewest = (
         -(-count // config.micro_batch) for count in (-(-rows // processes), rows // processes)

@@ -9,9 +9,8 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from compress.features import feature_loss
@@ -20,8 +19,10 @@ from compress.loss import FusionTerms, fused_loss
 from compress.models.language import DTYPES
 from compress.states import SparseStates, TeacherStates, teacher_statistics
 from compress.tasks.language_models import LanguageModels
+from compress.tasks.own_terms import OwnTerms
+from compress.tasks.own_text import Batch, Written, now
 from compress.weights import span_of
-from limbeck.contract.recipe import fingerprint
+from limbeck.contract.recipe import Fusion, PosteriorWeights, fingerprint
 
 
 class LanguageStep:
@@ -30,16 +31,29 @@ class LanguageStep:
     def __init__(
         self,
         task: LanguageModels,
-        batch: tuple[npt.NDArray[np.int64], Tensor, Tensor],
+        index: int,
+        batch: Batch,
         progress: float,
+        written: Written | None = None,
     ) -> None:
-        """``batch`` is the global one: domains ``[R]``, token ids and labels ``[R, L]``."""
-        self.task, self.progress = task, progress
+        """``batch`` is the global one of step ``index``; ``written`` replaces some of its rows."""
+        self.task, self.index, self.progress, self.written = task, index, progress, written
         self.domains, self.ids_RL, self.labels_RL = batch
-        self.count = int((self.labels_RL != IGNORED).sum())
         rank, world = task.accelerator.process_index, task.accelerator.num_processes
-        mine = torch.arange(rank, len(self.ids_RL), world)
-        self.parts: Sequence[Tensor] = mine.split(task.recipe.training.micro_batch)
+        mine, micro = torch.arange(rank, len(self.ids_RL), world), task.recipe.training.micro_batch
+        self.corpus_count = self.count = int((self.labels_RL != IGNORED).sum())
+        self.parts: Sequence[Tensor] = mine.split(micro)
+        self._seconds = {"generate": 0.0, "teachers": 0.0}
+        if written is not None:
+            self.ids_RL, self.labels_RL = written.ids_RL, written.labels_RL
+            self._count_labels(written)
+            # Micro-batches hold rows of one kind, because the factor of the cross-entropy differs.
+            own = written.is_own_R[mine]
+            self.parts = [*_split(mine[~own], micro), *_split(mine[own], micro)]
+            self._seconds["generate"] = written.seconds
+            self._own_rows = {row.prompt.row: row for row in written.rows}
+            self._own = OwnTerms(task.own.places if task.own else (), task.names)
+            self._begun = now(task)
         teachers = task.teachers
         K, D = len(teachers), len(task.blocks)
         self._loss = self._cross_entropy = self._fusion = self._features = 0.0
@@ -51,6 +65,13 @@ class LanguageStep:
         if K and span_of(task.recipe.fusion.weights) == "batch":
             self._means_2K = self._global_means()
 
+    def _count_labels(self, written: Written) -> None:
+        """Count the labels of all processes. Each knows the corpus, and its own rows alone."""
+        corpus = self.labels_RL[~written.is_own_R]
+        self.corpus_count = int((corpus != IGNORED).sum())
+        mine = torch.tensor(sum(len(row.new) for row in written.rows), device=self.task.device)
+        self.count = self.corpus_count + int(self.task.accelerator.reduce(mine, reduction="sum"))
+
     def fingerprint(self) -> str:
         """See `compress.tasks.Step`."""
         return fingerprint(self.ids_RL.tolist())[:16]
@@ -59,21 +80,60 @@ class LanguageStep:
         """See `compress.tasks.Step`."""
         task, device = self.task, self.task.device
         ids, labels = self.ids_RL[part].to(device), self.labels_RL[part].to(device)
-        states: Sequence[TeacherStates | SparseStates] = []
-        inner: Sequence[Sequence[Tensor]] = []
-        if task.teachers:
-            with task.accelerator.autocast():
-                states, inner = task.teachers.states(ids, task.teacher_layers)
+        own = self.written is not None and bool(self.written.is_own_R[part[0]])
+        if own:  # padding behind the longest row is left out
+            longest = max(len(self._own_rows[int(row)]) for row in part)
+            ids, labels = ids[:, :longest], labels[:, :longest]
+        states, inner = self._ask_teachers(ids)
+        fusion, prior_KR = task.recipe.fusion, None
+        if own:
+            # The label is what the student drew: cross-entropy would only confirm it.
+            fusion = fusion.model_copy(update={"cross_entropy": 0.0})
+            prior_KR = self._prior(states, part, labels.shape[1])
         use = functools.partial(
-            self._terms, labels_RL=labels, teachers=states, teacher_states=inner
-        )
+            self._terms, labels_RL=labels, teachers=states, teacher_states=inner,
+            fusion=fusion, prior_KR=prior_KR,
+        )  # fmt: skip
         with task.accelerator.autocast():
             loss, terms, gap = student(ids, use)
         self._features += gap
-        self._add(terms, labels, part)
+        if own:
+            self._fusion += terms.divergence
+            self._own.add(terms, [self._own_rows[int(row)] for row in part], labels)
+        else:
+            self._add(terms, labels, part)
         self._loss += float(loss.detach())
         found: Tensor = loss
         return found
+
+    def _ask_teachers(
+        self, ids_RL: Tensor
+    ) -> tuple[Sequence[TeacherStates | SparseStates], Sequence[Sequence[Tensor]]]:
+        """Return what the teachers say of a micro-batch, and their inner states."""
+        task = self.task
+        if not task.teachers:
+            return [], []
+        begun = now(task) if self.written is not None else 0.0
+        with task.accelerator.autocast():
+            found = task.teachers.states(ids_RL, task.teacher_layers)
+        if self.written is not None:
+            self._seconds["teachers"] += now(task) - begun
+        return found
+
+    def _prior(
+        self, teachers: Sequence[TeacherStates | SparseStates], part: Tensor, length: int
+    ) -> Tensor | None:
+        """Log-likelihood ``[K, R]`` of the prompts of own rows, where the weights ask for it."""
+        task, written = self.task, self.written
+        if written is None or not isinstance(task.recipe.fusion.weights, PosteriorWeights):
+            return None
+        _, logp_KRL = teacher_statistics(
+            teachers,
+            written.prompt_labels_RL[part, :length].to(task.device),
+            vocabulary=task.vocabulary,
+            chunk=task.recipe.fusion.chunk,
+        )
+        return logp_KRL.sum(-1)
 
     def _terms(
         self,
@@ -83,10 +143,11 @@ class LanguageStep:
         labels_RL: Tensor,
         teachers: Sequence[Any],
         teacher_states: Sequence[Sequence[Tensor]],
+        fusion: Fusion,
+        prior_KR: Tensor | None,
     ) -> tuple[Tensor, FusionTerms, float]:
         """Loss of a micro-batch with gradient, its raw terms, and its feature term."""
-        task = self.task
-        fusion, features = task.recipe.fusion, task.recipe.features
+        task, features = self.task, self.task.recipe.features
         # The loss chooses its own number types.
         with torch.autocast(task.device.type, enabled=False):
             terms = fused_loss(
@@ -99,6 +160,7 @@ class LanguageStep:
                 names=task.names,
                 progress=self.progress,
                 global_means_2K=self._means_2K,
+                prior_KR=prior_KR,
             )
             if not projected:
                 return terms.loss, terms, 0.0
@@ -128,7 +190,7 @@ class LanguageStep:
         return total / self.count
 
     def _add(self, terms: FusionTerms, labels_RL: Tensor, part: Tensor) -> None:
-        """Add the terms of one micro-batch; ``part`` are its rows in the global batch."""
+        """Add the terms of a micro-batch of corpus rows, which ``part`` names."""
         self._cross_entropy += terms.cross_entropy
         self._fusion += terms.divergence
         valid = labels_RL != IGNORED
@@ -145,7 +207,7 @@ class LanguageStep:
 
     def figures(self) -> dict[str, Any]:
         """Return the terms per label position of the global batch, the same on every process."""
-        task, N = self.task, self.count
+        task, N, corpus = self.task, self.count, self.corpus_count
         terms = [self._loss, self._cross_entropy, self._fusion, self._features]
         packed = torch.cat(
             [
@@ -155,15 +217,16 @@ class LanguageStep:
                 self._labels_D,
             ]
         )
-        total = task.accelerator.reduce(packed.to(task.device), reduction="sum").cpu()
+        total = self._of_all(packed)
         K, D = len(task.teachers), len(task.blocks)
         head, entropy_K, weights, labels_D = total.split([4, K, D * K, D])
         loss, cross_entropy, fusion, features = head.tolist()
         share_DK = (weights.reshape(D, K) / labels_D[:, None]).tolist()
-        mean_K = (entropy_K / N).tolist()
+        mean_K = (entropy_K / corpus).tolist() if corpus else []
+        own = {} if self.written is None else self._own_figures()
         return {
             "loss": loss,
-            "cross_entropy": cross_entropy / N,
+            "cross_entropy": cross_entropy / corpus if corpus else None,
             "fusion": fusion / N if K else None,
             "features": features if task.student.projections is not None else None,
             "weights": {
@@ -171,19 +234,48 @@ class LanguageStep:
                 for d in range(D)
                 if K and labels_D[d]
             },
-            "entropy": _by_name(task.names, mean_K),
+            "entropy": _by_name(task.names, mean_K) if corpus else {},
             "weight_label_correlation": self._correlation() if K > 1 else None,
+            **own,
         }
+
+    def _of_all(self, sums: Tensor) -> Tensor:
+        """Add the sums of all processes."""
+        found: Tensor = self.task.accelerator.reduce(sums.to(self.task.device), reduction="sum")
+        return found.cpu()
+
+    def _own_figures(self) -> dict[str, Any]:
+        """Figures of own text, and where the seconds of this process went."""
+        spent = {name: round(seconds, 4) for name, seconds in self._seconds.items()}
+        student = now(self.task) - self._begun - self._seconds["teachers"]
+        return {
+            "own_text": self._own.figures(self._of_all),
+            "step_seconds": spent | {"student": round(student, 4)},
+        }
+
+    def samples(self) -> list[dict[str, Any]]:
+        """See `compress.tasks.Step`."""
+        own, written = self.task.own, self.written
+        if own is None or written is None:
+            return []
+        mine = [own.sample(self.index + 1, row) for row in written.rows]
+        return sorted(gather_object(mine), key=lambda sample: int(sample["row"]))
 
     def _correlation(self) -> float | None:
         """Pearson correlation of w_k - 1/K with log p_k(label) less its mean over the teachers.
 
         It says whether the weights follow the better teacher.
         """
+        if not self._pairs:
+            return None
         weights = torch.cat([w - w.mean(0) for w, _ in self._pairs], dim=1).flatten()
         logp = torch.cat([p - p.mean(0) for _, p in self._pairs], dim=1).flatten()
         scale = float(weights.norm() * logp.norm())
         return round(float(weights @ logp) / scale, 4) if scale > 1e-12 else None
+
+
+def _split(rows: Tensor, size: int) -> Sequence[Tensor]:
+    return rows.split(size) if len(rows) else ()
 
 
 def _by_name(names: Sequence[str], values: Sequence[float]) -> dict[str, float]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import scipy.spatial.distance
 import scipy.special
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +27,7 @@ from limbeck.contract.recipe import (
     CaMkdWeights,
     CorrectedEntropyWeights,
     EbkdWeights,
+    EntropySwitch,
     EntropyWeights,
     ForwardKl,
     Fusion,
@@ -45,6 +47,7 @@ DIVERGENCES = [
     ReverseKl(kind="reverse_kl"),
     Jsd(kind="jsd", beta=0.3),
     SkewKl(kind="skew_kl", skew=0.2),
+    EntropySwitch(kind="entropy_switch", threshold=2.0),
 ]
 WEIGHTS = [
     UniformWeights(kind="uniform"),
@@ -139,6 +142,27 @@ def test_divergences_against_scipy() -> None:
     assert float(divergence(Jsd(kind="jsd", beta=0.5), tp, tq.log())[0]) == pytest.approx(
         distance**2, rel=1e-5
     )
+
+
+def test_the_switch_takes_forward_kl_where_the_target_is_uncertain() -> None:
+    """Entropies by scipy: 0.69, 0.33 and 1.09 nats, with a threshold between them."""
+    rng = np.random.default_rng(3)
+    p = np.array([[0.5, 0.5, 0.0], [0.9, 0.1, 0.0], [0.4, 0.3, 0.3]])
+    q = rng.dirichlet(np.ones(3), size=3)
+    assert [scipy.stats.entropy(row) >= 0.6 for row in p] == [True, False, True]
+    tp, tz = (torch.tensor(x, dtype=torch.float32) for x in (p, np.log(q)))
+    tz.requires_grad_()
+    logq = torch.log_softmax(tz, -1)
+    value, slope = divergence(EntropySwitch(kind="entropy_switch", threshold=0.6), tp, logq)
+    expected = [scipy.special.rel_entr(p[i], q[i]).sum() for i in (0, 2)]
+    assert value[[0, 2]].tolist() == pytest.approx(expected, rel=1e-5)
+    forward = torch.nn.functional.kl_div(logq[[0, 2]], tp[[0, 2]], reduction="sum")
+    (gradient,) = torch.autograd.grad(forward, tz, retain_graph=True)
+    torch.testing.assert_close(slope[[0, 2]].detach(), gradient[[0, 2]], rtol=1e-4, atol=1e-6)
+    reverse = (logq[1].exp() * (logq[1] - tp[1].clamp(min=1e-37).log())).sum()
+    (gradient,) = torch.autograd.grad(reverse, tz)
+    assert float(value[1].detach()) == pytest.approx(float(reverse.detach()), rel=1e-4)
+    torch.testing.assert_close(slope[1].detach(), gradient[1], rtol=1e-3, atol=1e-4)
 
 
 # 2. Identities -----------------------------------------------------------------------------------
@@ -485,6 +509,22 @@ def test_the_posterior_is_causal_and_bayes_rule() -> None:
         0.5,
     ]  # evidence before each position: (0,0), (-1,-2), (-3,-3)
     torch.testing.assert_close(w, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("chunk", [3, 64])
+def test_the_evidence_of_a_prompt_is_as_if_the_prompt_were_labelled(chunk: int) -> None:
+    """Posterior weights after a prompt that is read but not learnt, chunked and plain."""
+    parts = problem(masked=0)
+    fusion = Fusion(weights=PosteriorWeights(kind="posterior", evidence=0.8), chunk=chunk)
+    whole = fused_loss(fusion, **parts)
+    labels = parts["labels_RL"].clone()
+    labels[:, :3] = IGNORED
+    after = {**parts, "labels_RL": labels, "prior_KR": whole.label_logp_KRL[..., :3].sum(-1)}
+    terms = fused_loss(fusion, **after)
+    torch.testing.assert_close(terms.weights_KRL[..., 3:], whole.weights_KRL[..., 3:])
+    torch.testing.assert_close(terms.loss, plain_loss(fusion, **after), rtol=1e-5, atol=1e-6)
+    del after["prior_KR"]
+    assert not torch.allclose(fused_loss(fusion, **after).weights_KRL, terms.weights_KRL)
 
 
 def test_batch_granularity_needs_no_neighbour_when_given_global_means() -> None:

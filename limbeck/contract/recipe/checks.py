@@ -51,6 +51,7 @@ def language_contradictions(recipe: Recipe) -> Iterator[str]:
         }
     )
     yield from _training(recipe)
+    yield from _on_policy(recipe)
     yield from _first_form([f.kind for f in recipe.export.forms])
     yield from _export(recipe)
     yield from _separate_adapters(recipe)
@@ -206,6 +207,30 @@ def _training(recipe: Recipe) -> Iterator[str]:
             )
         if recipe.fusion.temperature != 1:
             yield f"{where} is kept at temperature 1; set fusion.temperature: 1, or use `hidden`"
+
+
+def _on_policy(recipe: Recipe) -> Iterator[str]:
+    """Check the text that the student writes itself."""
+    own, where = recipe.training.on_policy, "training.on_policy"
+    if own is None or not own.share:
+        return
+    if not recipe.teachers:
+        yield f"{where}: only teachers can judge own text; name teachers, or leave it out"
+    elif not recipe.fusion.weight:
+        yield (
+            f"{where}: own text is learnt from the teachers alone, and fusion.weight is 0; raise "
+            "fusion.weight, or leave on_policy out"
+        )
+    if recipe.training.teacher_cache.kind != "none":
+        yield (
+            f"{where}: a teacher cache cannot know own text beforehand; set "
+            "training.teacher_cache: none, or leave on_policy out"
+        )
+    if own.prompts.tokens >= recipe.data.block:
+        yield (
+            f"{where}.prompts.tokens: found {own.prompts.tokens}; it should be below data.block "
+            f"({recipe.data.block}), so that there is room to write"
+        )
 
 
 def _export(recipe: Recipe) -> Iterator[str]:

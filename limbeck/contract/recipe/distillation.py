@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from limbeck.contract.recipe.base import SHORTHAND, Count, Float, Fraction, Frozen, Positive
-from limbeck.contract.recipe.inputs import BaseSource
+from limbeck.contract.recipe.inputs import BaseSource, TextSource
 
 # Students -----------------------------------------------------------------------------------------
 
@@ -251,7 +251,18 @@ class SkewKl(Frozen):
     )
 
 
-Divergence = Annotated[ForwardKl | ReverseKl | Jsd | SkewKl, Field(discriminator="kind")]
+class EntropySwitch(Frozen):
+    """Forward KL where the fused target is uncertain, reverse KL elsewhere (arXiv 2603.07079)."""
+
+    kind: Literal["entropy_switch"]
+    threshold: Annotated[Float, Field(ge=0)] = Field(
+        1.0, description="Entropy of the fused target, in nats, from which forward KL is used."
+    )
+
+
+Divergence = Annotated[
+    ForwardKl | ReverseKl | Jsd | SkewKl | EntropySwitch, Field(discriminator="kind")
+]
 
 
 class FittedCalibration(Frozen):
@@ -366,6 +377,51 @@ TeacherCache = Annotated[
 ]
 
 
+class OwnPrompts(Frozen):
+    """How the rows that the student writes begin."""
+
+    tokens: Count = Field(
+        32,
+        description="Tokens of a prompt: the first ones of a training block, or of a document of "
+        "`text`. In a block of a chat the prompt ends where the first answer begins.",
+    )
+    text: TextSource | None = Field(
+        None,
+        description="Text whose documents are the prompts; default: the training blocks that the "
+        "rows replace.",
+    )
+
+
+class OnPolicy(Frozen):
+    """Rows of a batch that the student writes itself and the teachers read (GKD, arXiv 2306.13649).
+
+    The student learns from the teachers' distributions on them; cross-entropy counts on corpus
+    rows only.
+    """
+
+    share: Fraction = Field(
+        0.5, description="Share of the rows that the student writes; 0 writes none."
+    )
+    prompts: OwnPrompts = Field(OwnPrompts(), description="How these rows begin.")
+    new_tokens: Count = Field(
+        128,
+        description="Most tokens written after a prompt. A row ends at data.block, or earlier with "
+        "the end-of-text token.",
+    )
+    temperature: Positive = Field(1.0, description="Sampling temperature.")
+    top_p: Fraction = Field(
+        1.0,
+        gt=0,
+        description="Sample among the likeliest tokens that hold this share of the probability.",
+    )
+    every: Count = Field(1, description="Write in every n-th step; the other steps read text only.")
+    batch: Count = Field(
+        16,
+        description="Rows written at a time; changes memory and time, and the result by rounding "
+        "alone.",
+    )
+
+
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
@@ -410,6 +466,9 @@ class Training(Frozen):
     teacher_cache: TeacherCache = Field(
         NoCache(kind="none"),
         description="Run each teacher once over the text and keep its outputs for later runs.",
+    )
+    on_policy: OnPolicy | None = Field(
+        None, description="Let the student write part of each batch; default: it reads text only."
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations to save memory.")
     evaluate_every: Count = Field(20, description="Steps between measurements on held-out text.")

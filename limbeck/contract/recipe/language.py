@@ -58,8 +58,14 @@ class Recipe(BaseRecipe):
         return None if isinstance(self.student, FreshStudent) else self.student.base
 
     def groups(self) -> list[tuple[str, str, TextSource]]:
-        """Place in the recipe, name and text of every domain, in order."""
-        return [(f"data.domains.{i}.text", d.name, d.text) for i, d in enumerate(self.data.domains)]
+        """Place in the recipe, name and text of every domain and of the prompts, in order."""
+        found = [
+            (f"data.domains.{i}.text", d.name, d.text) for i, d in enumerate(self.data.domains)
+        ]
+        own = self.training.on_policy
+        if own is not None and own.prompts.text is not None:
+            found.append(("training.on_policy.prompts.text", "own-text prompts", own.prompts.text))
+        return found
 
     @property
     def adapters(self) -> dict[str, Path]:
