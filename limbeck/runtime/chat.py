@@ -10,9 +10,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from limbeck.contract.errors import DataError
+
+if TYPE_CHECKING:
+    from jinja2.sandbox import SandboxedEnvironment
 
 _MARK = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 
@@ -26,12 +29,52 @@ def without_marks(template: str) -> str:
     return _MARK.sub(lambda tag: tag[1] + ("endif" if tag[2] else "if true") + tag[3], template)
 
 
-def render(template: str, messages: Sequence[Mapping[str, Any]], special: Mapping[str, str]) -> str:
+def render(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    special: Mapping[str, str],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
     """The conversation as text, up to where the model answers. ``special``: bos_token and its like.
 
+    ``tools`` are OpenAI's descriptions of functions.
     Raises `DataError` when the template refuses the messages or fails on them.
     """
     from jinja2 import TemplateError
+
+    try:
+        return (
+            _environment()
+            .from_string(without_marks(template))
+            .render(
+                messages=list(messages),
+                tools=list(tools) if tools else None,
+                documents=None,
+                add_generation_prompt=True,
+                **special,
+            )
+        )
+    except TemplateError as error:
+        why = str(error)
+    except Exception as error:  # a template is a program, and may fail like one
+        why = f"{type(error).__name__}: {error}"
+    raise DataError(f"the model's chat template cannot render these messages: {why}")
+
+
+def takes_tools(template: str) -> bool:
+    """Whether the template shows tools to the model. False for a template that is no jinja2."""
+    from jinja2 import TemplateError, meta
+
+    try:
+        return "tools" in meta.find_undeclared_variables(
+            _environment().parse(without_marks(template))
+        )
+    except TemplateError:
+        return False
+
+
+def _environment() -> SandboxedEnvironment:
+    """What transformers renders templates with."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(
@@ -42,19 +85,7 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], special: Mappin
         "raise_exception": _refuse,
         "strftime_now": lambda form: datetime.now().strftime(form),
     }
-    try:
-        return environment.from_string(without_marks(template)).render(
-            messages=list(messages),
-            tools=None,
-            documents=None,
-            add_generation_prompt=True,
-            **special,
-        )
-    except TemplateError as error:
-        why = str(error)
-    except Exception as error:  # a template is a program, and may fail like one
-        why = f"{type(error).__name__}: {error}"
-    raise DataError(f"the model's chat template cannot render these messages: {why}")
+    return environment
 
 
 def _tojson(

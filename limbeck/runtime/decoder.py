@@ -17,7 +17,7 @@ from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import ArtifactError, DataError, EnvironmentalError
 from limbeck.contract.machine import available_cores
 from limbeck.contract.recipe import NO_KERNEL, Provider
-from limbeck.runtime.sampling import GREEDY, Sampler, Sampling
+from limbeck.runtime.sampling import GREEDY, Constraint, Sampler, Sampling
 from limbeck.runtime.session import PROVIDERS, import_onnxruntime, open_session, read_adapter
 
 Ids = npt.NDArray[np.int64]
@@ -214,13 +214,14 @@ class GraphDecoder:
         sampling: Sampling = GREEDY,
         seed: int = 0,
         resume: bool = False,
+        constraint: Constraint | None = None,
     ) -> Iterator[int]:
         """Yield up to ``max_new_tokens`` token ids after the prompt ``ids``.
 
-        A stop id ends it and is not yielded. ``resume`` takes over what the cache holds of the
-        prompt's beginning, see `resume`.
+        A stop id ends it and is not yielded; so does the end that a ``constraint`` accepts.
+        ``resume`` takes over what the cache holds of the prompt's beginning, see `resume`.
         """
-        sampler = Sampler(sampling, prompt=ids, stop_ids=stop_ids, seed=seed)
+        sampler = Sampler(sampling, prompt=ids, stop_ids=stop_ids, seed=seed, constraint=constraint)
         if resume:
             logits = self.resume(ids, room=max_new_tokens)
         else:
@@ -228,7 +229,7 @@ class GraphDecoder:
         row = logits[0, -1] if self.all_logits else logits[0]
         for count in range(1, max_new_tokens + 1):
             token = sampler.next(row)
-            if token in stop_ids:
+            if token in stop_ids or sampler.ended:
                 return
             yield token
             if count < max_new_tokens:

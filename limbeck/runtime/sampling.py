@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,18 @@ class Sampling:
 GREEDY = Sampling()
 
 
+class Constraint(Protocol):
+    """What an answer may hold, such as `limbeck.runtime.grammar.Constraint`."""
+
+    ended: bool
+
+    def allowed(self) -> npt.NDArray[np.bool_]:
+        """Whether each token ``[V]`` may come next; always at least one."""
+
+    def accept(self, token: int) -> None:
+        """Go on by one token."""
+
+
 class Sampler:
     """The choices of one sequence: its random draws, and the tokens that its penalties count."""
 
@@ -41,6 +54,7 @@ class Sampler:
         prompt: Sequence[int] = (),
         stop_ids: Collection[int] = (),
         seed: int | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         """Without a ``seed`` every sampler draws differently."""
         self._sampling = sampling
@@ -49,18 +63,30 @@ class Sampler:
         self._seen = np.array(prompt if sampling.repetition_penalty != 1 else (), np.int64)
         self._counts: dict[int, int] = {}  # of the answer
         self._made = 0
+        self._constraint = constraint
+
+    @property
+    def ended(self) -> bool:
+        """Whether the constraint has accepted the end of the answer."""
+        return self._constraint is not None and self._constraint.ended
 
     def next(self, row: npt.NDArray[np.float32]) -> int:
-        """Choose the token after logits ``row[V]``, which stay unchanged, and count it."""
+        """Choose the token after logits ``row[V]``, which stay unchanged, and count it.
+
+        Raises as the constraint does.
+        """
         token = choose(self._adjusted(row), self._sampling, self._draw)
         self._counts[token] = self._counts.get(token, 0) + 1
         self._made += 1
+        if self._constraint is not None:
+            self._constraint.accept(token)
         return token
 
     def _adjusted(self, row: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         sampling, held_back = self._sampling, self._made < self._sampling.min_tokens
         counted = sampling.frequency_penalty or sampling.presence_penalty
-        if sampling.repetition_penalty == 1 and not counted and not held_back:
+        constraint = self._constraint
+        if sampling.repetition_penalty == 1 and not (counted or held_back or constraint):
             return row
         row = row.copy()
         made = np.array(list(self._counts), np.int64)
@@ -71,8 +97,14 @@ class Sampler:
         if counted:
             counts = np.array(list(self._counts.values()), np.float32)
             row[made] -= sampling.frequency_penalty * counts + sampling.presence_penalty
-        if held_back:
-            row[[token for token in self._stop_ids if token < len(row)]] = -np.inf
+        ends = [token for token in self._stop_ids if token < len(row)] if held_back else []
+        if constraint is not None:
+            allowed = constraint.allowed()
+            row[~allowed] = -np.inf
+            allowed[ends] = False
+            if not allowed.any():  # a complete text ends, whatever `min_tokens` asks for
+                return row
+        row[ends] = -np.inf
         return row
 
 

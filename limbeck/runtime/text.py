@@ -58,16 +58,21 @@ class Text:
         added: list[int] = self._encoded("a", True).special_tokens_mask
         return added.index(0) if 0 in added else 0
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
         """Token ids of a conversation (``role`` and ``content`` each) up to the model's answer.
 
+        ``tools`` are OpenAI's descriptions of functions, for templates that show them.
         Raises `DataError` when there is no chat template or it refuses the messages.
         """
         if self.template is None:
             raise DataError(
                 "this model has no chat template; leave --chat out and give it plain text."
             )
-        text = well_formed(render(self.template, messages, self.special))
+        text = well_formed(render(self.template, messages, self.special, tools))
         return list(self._encoded(text, False).ids)
 
     def _encoded(self, text: str, special: bool) -> Any:
@@ -90,6 +95,12 @@ class Text:
                 yield piece
         if rest := decoding.rest():
             yield rest
+
+    @cached_property
+    def unseen(self) -> frozenset[str]:
+        """Special tokens, which the text of an answer leaves out."""
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        return frozenset(token.content for token in added if token.special)
 
     @cached_property
     def longest_token(self) -> int:

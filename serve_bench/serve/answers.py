@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from limbeck.runtime.sampling import TokenLogprobs
 from limbeck.runtime.text import well_formed
+from serve_bench.serve.text.tools import CallPart
 
 TokenText = Callable[[int], str]
 
@@ -43,6 +44,7 @@ class Choice:
     text: str = ""
     finish: str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    calls: list[CallPart] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # None: the first token
 
 
@@ -155,8 +157,10 @@ class ChatCompletion(_Answer):
         super().__init__("chatcmpl", model, fingerprint, token_text, wanted)
 
     def chunk(self, piece: Choice, *, first: bool = False, end: bool = False) -> dict[str, Any]:
-        delta: dict[str, str] = {"role": "assistant"} if first else {}
-        if piece.text or not end:
+        delta: dict[str, Any] = {"role": "assistant"} if first else {}
+        if piece.calls:
+            delta["tool_calls"] = [_call_part(part) for part in piece.calls]
+        if piece.text or not (end or piece.calls):
             delta["content"] = piece.text
         choice = {
             "index": piece.index,
@@ -170,7 +174,7 @@ class ChatCompletion(_Answer):
         bodies = [
             {
                 "index": choice.index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "message": self._message(choice),
                 "logprobs": self._logprobs(choice),
                 "finish_reason": choice.finish,
             }
@@ -181,6 +185,14 @@ class ChatCompletion(_Answer):
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         return self._body("chat.completion.chunk", [], usage=usage.body())
+
+    @staticmethod
+    def _message(choice: Choice) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+        if choice.calls:
+            message["content"] = choice.text or None
+            message["tool_calls"] = _whole_calls(choice.calls)
+        return message
 
     def _logprobs(self, choice: Choice) -> dict[str, Any] | None:
         if not self._wanted or not choice.logprobs:
@@ -197,6 +209,26 @@ class ChatCompletion(_Answer):
     def _one(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._token_text(token)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def _call_part(part: CallPart) -> dict[str, Any]:
+    """A part of a call as streams have it: its name first, then more of its arguments."""
+    if part.id is None:
+        return {"index": part.index, "function": {"arguments": part.arguments}}
+    function = {"name": part.name, "arguments": part.arguments}
+    return {"index": part.index, "id": part.id, "type": "function", "function": function}
+
+
+def _whole_calls(parts: Iterable[CallPart]) -> list[dict[str, Any]]:
+    """Calls as whole answers have them."""
+    calls: list[dict[str, Any]] = []
+    for part in parts:
+        if part.id is not None:
+            calls.append(_call_part(part))
+            del calls[-1]["index"]
+        else:
+            calls[part.index]["function"]["arguments"] += part.arguments
+    return calls
 
 
 def error_body(

@@ -32,14 +32,15 @@ from limbeck.contract.errors import (
     QueueFullError,
 )
 from limbeck.runtime.decoder import Decoder, common_prefix
+from limbeck.runtime.grammar import Grammar, GrammarError, Grammars
 from limbeck.runtime.sampling import GREEDY, Sampler, Sampling, TokenLogprobs, logprobs
 from limbeck.runtime.text import Decoding, load_text
 from serve_bench.serve.batch import Floats, bytes_per_token, open_batch
 from serve_bench.serve.prefix import PrefixCache
 from serve_bench.serve.scoring import Scorer
-from serve_bench.serve.stops import StopStrings
+from serve_bench.serve.text.stops import StopStrings
 
-Finish = Literal["stop", "length", "cancelled", "timeout", "closed", "failed"]
+Finish = Literal["stop", "length", "cancelled", "timeout", "closed", "failed", "grammar"]
 
 PREFIX_BYTES = 256_000_000  # default memory of finished sequences
 _CHUNK = 128  # prompt tokens between two steps of the running rows
@@ -58,6 +59,7 @@ class Request:
     timeout: float | None = None  # seconds from submission to the last token
     logprobs: int | None = None  # how many of the likeliest tokens to report beside each token
     owner: str = ""  # prefixes are shared between requests of one owner only
+    grammar: Grammar | None = None  # what the answer must follow, from `Engine.grammars`
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,11 @@ class Stream:
         self.decoding = decoding
         self.stops = StopStrings(request.stop)
         self.sampler = Sampler(
-            request.sampling, prompt=request.ids, stop_ids=request.stop_ids, seed=request.seed
+            request.sampling,
+            prompt=request.ids,
+            stop_ids=request.stop_ids,
+            seed=request.seed,
+            constraint=request.grammar.begin() if request.grammar else None,
         )
         self.deadline = time.monotonic() + request.timeout if request.timeout else None
         self.need = len(request.ids) + request.max_new_tokens
@@ -150,6 +156,9 @@ class Engine:
         self.form, self.threads, self.vocabulary = decoder.form, decoder.threads, decoder.vocabulary
         self.max_batch, self.max_queue = max_batch, max_queue
         self.text = load_text(folder)
+        self.grammars = Grammars(
+            self.text.tokenizer, vocabulary=self.vocabulary, stop_ids=self.text.stop_ids
+        )
         self.scorer = Scorer(folder, form=self.form, threads=self.threads)
         self.failure: BaseException | None = None  # what ended the thread, when that was a defect
         self._batch = open_batch(decoder, rows=max_batch, tokens=tokens)
@@ -398,8 +407,11 @@ class Engine:
     def _advance(self, stream: Stream, logits: Floats) -> Finish | None:
         """Choose the token after ``logits[V]`` and send it; returns why the stream ends, if so."""
         request = stream.request
-        token = stream.sampler.next(logits)
-        if token in request.stop_ids:
+        try:
+            token = stream.sampler.next(logits)
+        except GrammarError:
+            return "grammar"
+        if token in request.stop_ids or stream.sampler.ended:
             return "stop"
         stream.answer.append(token)
         text = stream.stops.add(stream.decoding.add(token))

@@ -9,8 +9,11 @@ import asyncio
 import contextlib
 import hmac
 import ipaddress
+import json
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from datetime import datetime
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -18,12 +21,21 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from limbeck.contract.limits import Limits
-from serve_bench.serve.answers import error_body
+from limbeck.contract.progress import say
+from serve_bench.serve.answers import Usage, error_body
 from serve_bench.serve.engine import Engine
 from serve_bench.serve.metrics import Metrics
 
-ENDPOINTS = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/metrics")
+ENDPOINTS = (
+    "/v1/models",
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/health",
+    "/metrics",
+    "/docs",
+)
 _OPEN = ("/health",)  # without a key: what starts and restarts the server has none
+_PATH = 200  # characters of a path in the access log
 _KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -47,6 +59,11 @@ class ApiError(HTTPException):
         super().__init__(status, message, headers)
         kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
         self.body = error_body(message, kind=kind, code=code, param=param)
+
+
+def wrong(field: str, message: str) -> ApiError:
+    """The error for a field of a body."""
+    return ApiError(400, f"{field}: {message}.", param=field)
 
 
 class ClientGone(Exception):
@@ -81,32 +98,53 @@ def is_allowed(host: str, names: Collection[str]) -> bool:
     return name in {allowed.lower() for allowed in names}
 
 
-class Gate:
-    """ASGI middleware; ``scope["limbeck.arrived"]`` tells the endpoints when a request came."""
+@dataclass
+class Visit:
+    """One request, for the endpoints (``scope["limbeck.visit"]``) and the access log."""
 
-    def __init__(self, app: ASGIApp, engine: Engine, metrics: Metrics, limits: Limits) -> None:
+    arrived: float  # time.monotonic()
+    status: int = 499  # until an answer begins; as nginx writes for a client that has left
+    usage: Callable[[], Usage] | None = None  # tokens so far, of an endpoint that makes some
+
+
+class Gate:
+    """ASGI middleware: admits, counts and logs requests."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        engine: Engine,
+        metrics: Metrics,
+        limits: Limits,
+        access_log: bool = False,
+    ) -> None:
         self._app, self._engine, self._metrics, self._limits = app, engine, metrics, limits
+        self._access_log = access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope["limbeck.arrived"] = time.monotonic()
+        visit = scope["limbeck.visit"] = Visit(time.monotonic())
         path = str(scope["path"])
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
+                visit.status = message["status"]
                 endpoint = path if path in ENDPOINTS else "other"
-                self._metrics.requests.labels(endpoint, str(message["status"])).inc()
+                self._metrics.requests.labels(endpoint, str(visit.status)).inc()
             await send(message)
 
         try:
             self._admit(path, Headers(scope=scope))
         except ApiError as error:
             await refusal(self._metrics, error)(scope, receive, counted)
-            return
-        with contextlib.suppress(ClientGone):
-            await self._app(scope, Bounded(receive, self._limits), counted)
+        else:
+            with contextlib.suppress(ClientGone):
+                await self._app(scope, Bounded(receive, self._limits), counted)
+        finally:
+            if self._access_log:
+                say(_line(str(scope["method"]), path, visit))
 
     def _admit(self, path: str, headers: Headers) -> None:
         limits = self._limits
@@ -161,6 +199,18 @@ class Bounded:
             raise _too_large(self._limits)
         self._complete = not message.get("more_body", False)
         return message
+
+
+def _line(method: str, path: str, visit: Visit) -> str:
+    """A line of the access log. It holds no query, since some clients put keys there."""
+    now = datetime.now().astimezone().isoformat(timespec="milliseconds")
+    milliseconds = 1000 * (time.monotonic() - visit.arrived)
+    path = json.dumps(path[:_PATH])[1:-1]  # one line, whatever a client sends
+    line = f"{now} {method} {path} {visit.status} {milliseconds:.1f} ms"
+    if visit.usage is None:
+        return line
+    usage = visit.usage()
+    return f"{line}, {usage.prompt} tokens in, {usage.completion} out"
 
 
 def _too_large(limits: Limits) -> ApiError:

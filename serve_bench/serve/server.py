@@ -17,7 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.limits import Limits
@@ -25,16 +25,19 @@ from serve_bench.serve.engine import PREFIX_BYTES, Engine
 from serve_bench.serve.gate import ENDPOINTS, ApiError, Gate, refusal
 from serve_bench.serve.listener import Listener, open_door
 from serve_bench.serve.metrics import Metrics
+from serve_bench.serve.page import HEADERS, docs_page
 from serve_bench.serve.service import Service
 from serve_bench.serve.wire import ChatBody, CompletionBody, first_mistake
 
 
-def make_app(engine: Engine, *, model: str, fingerprint: str, limits: Limits) -> FastAPI:
+def make_app(
+    engine: Engine, *, model: str, fingerprint: str, limits: Limits, access_log: bool = False
+) -> FastAPI:
     """The ASGI application over a running engine, for any server that takes one."""
     metrics = Metrics(engine)
     service = Service(engine, metrics, model=model, fingerprint=fingerprint, limits=limits)
     app = FastAPI(title="Limbeck", docs_url=None, redoc_url=None)
-    app.add_middleware(Gate, engine=engine, metrics=metrics, limits=limits)
+    app.add_middleware(Gate, engine=engine, metrics=metrics, limits=limits, access_log=access_log)
     card = {
         "id": model,
         "object": "model",
@@ -89,6 +92,10 @@ def make_app(engine: Engine, *, model: str, fingerprint: str, limits: Limits) ->
     async def figures() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return HTMLResponse(docs_page(app.openapi(), model), headers=HEADERS)
+
     return app
 
 
@@ -105,10 +112,12 @@ def open_server(
     prefix_bytes: int = PREFIX_BYTES,
     limits: Limits | None = None,
     grace: float = 30.0,
+    access_log: bool = False,
 ) -> Listener:
     """A server over the ``onnx`` artifact at ``folder``; `Listener.run` serves.
 
-    Its address is taken and its model loaded. Raises `EnvironmentalError` when ``host`` and
+    Its address is taken and its model loaded. ``access_log`` writes a line for each request.
+    Raises `EnvironmentalError` when ``host`` and
     ``port`` cannot be had, otherwise as `Engine` does.
     """
     limits = limits or Limits()
@@ -130,7 +139,9 @@ def open_server(
         recipe = artifact.manifest["recipe"]
         model = str(recipe["resolved"]["name"]) if recipe else folder.resolve().name
         fingerprint = f"limbeck-{artifact.digest[:12]}-{engine.form}"
-        app = make_app(engine, model=model, fingerprint=fingerprint, limits=limits)
+        app = make_app(
+            engine, model=model, fingerprint=fingerprint, limits=limits, access_log=access_log
+        )
         title = (
             f"{model} ({engine.form}, context {engine.longest} tokens, {engine.threads} threads)"
         )

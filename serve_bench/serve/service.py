@@ -5,19 +5,24 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import JSONResponse, Response
 
-from limbeck.contract.errors import ClosedError, ContextError, DataError, QueueFullError
+from limbeck.contract.errors import (
+    ClosedError,
+    ContextError,
+    DataError,
+    EnvironmentalError,
+    QueueFullError,
+)
 from limbeck.contract.limits import Limits
+from limbeck.runtime.grammar import Grammar, GrammarError, json_rule
 from limbeck.runtime.sampling import TokenLogprobs
 from serve_bench.serve.answers import (
     ChatCompletion,
@@ -28,121 +33,25 @@ from serve_bench.serve.answers import (
     Usage,
     first_of,
 )
-from serve_bench.serve.engine import Engine, Finish, Piece, Request, Stream
-from serve_bench.serve.gate import ApiError, ClientGone, bearer
+from serve_bench.serve.delivery import (
+    Answer,
+    EventStream,
+    Numbered,
+    Offer,
+    Parts,
+    Post,
+    require,
+    unless_gone,
+)
+from serve_bench.serve.engine import Engine, Piece, Request, Stream
+from serve_bench.serve.gate import ApiError, Visit, bearer, wrong
 from serve_bench.serve.metrics import Metrics
 from serve_bench.serve.wire import ChatBody, Common, CompletionBody
 
 _COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens in /v1/completions
 # Threads that turn text into tokens. Each one costs memory: tokenizers caches 10,000 words for it.
 _READERS = 2
-Numbered = tuple[int, Piece]  # the index of a choice, and a piece of it
 T = TypeVar("T")
-
-
-class Post:
-    """Carries pieces from the engine's thread to the event loop, all that lie ready at once."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._ready: deque[tuple[asyncio.Queue[Numbered], Numbered]] = deque()
-        self._called = False
-
-    def box(self) -> tuple[asyncio.Queue[Numbered], Callable[[int, Piece], None]]:
-        """A queue for the loop, and the function with which the engine puts into it."""
-        box: asyncio.Queue[Numbered] = asyncio.Queue()
-
-        def put(index: int, piece: Piece) -> None:
-            self._ready.append((box, (index, piece)))
-            if not self._called:
-                self._called = True
-                if not self._loop.is_closed():
-                    self._loop.call_soon_threadsafe(self._deliver)
-
-        return box, put
-
-    def _deliver(self) -> None:
-        self._called = False  # before the queue is emptied: pieces from here on call again
-        while self._ready:
-            box, piece = self._ready.popleft()
-            box.put_nowait(piece)
-
-
-class Answer:
-    """The choices of one request, from their acceptance by the engine to their last pieces."""
-
-    def __init__(self, service: Service, requests: Sequence[Request], arrived: float) -> None:
-        self._service, self._prompt = service, len(requests[0].ids)
-        self._last = dict.fromkeys(range(len(requests)), arrived)
-        self._made = [0] * len(requests)
-        self._box, put = service.post().box()
-        self._open: dict[int, Stream] = {}
-        try:
-            for index, request in enumerate(requests):
-                self._open[index] = service.submit(request, partial(put, index))
-        except BaseException:
-            self.leave()
-            raise
-        self._first = self._open[0]
-
-    @property
-    def usage(self) -> Usage:
-        """Tokens so far."""
-        return Usage(self._prompt, sum(self._made), self._first.reused)
-
-    @property
-    def ended(self) -> bool:
-        """Whether every choice has its end."""
-        return not self._open
-
-    @property
-    def more(self) -> bool:
-        """Whether another piece lies ready."""
-        return not self._box.empty()
-
-    async def next(self) -> Numbered:
-        """The next piece and its choice. Raises `ApiError` as `Service.require` does."""
-        index, piece = await self._box.get()
-        metrics = self._service.metrics
-        if piece.finish:
-            self._open.pop(index, None)
-            metrics.finished.labels(piece.finish).inc()
-            self._service.require(piece.finish)
-            return index, piece
-        if self._made[index]:
-            metrics.itl.observe(piece.at - self._last[index])
-        else:
-            metrics.ttft.observe(piece.at - self._last[index])
-            metrics.reused.inc(self._open[index].reused)
-        metrics.generated.inc()
-        self._last[index] = piece.at
-        self._made[index] += 1
-        return index, piece
-
-    def leave(self) -> None:
-        """Give the slots back, whether or not the end has come."""
-        for stream in self._open.values():
-            stream.cancel()
-            self._service.metrics.finished.labels("cancelled").inc()
-        self._open.clear()
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events of an answer; gives the engine's slots back whatever ends them."""
-
-    def __init__(self, events: AsyncIterator[str], answer: Answer) -> None:
-        super().__init__(
-            events,
-            media_type="text/event-stream",
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-        )
-        self._answer = answer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._answer.leave()
 
 
 class Service:
@@ -181,21 +90,6 @@ class Service:
         self.metrics.prompt.inc(len(request.ids))
         return stream
 
-    def require(self, finish: Finish) -> None:
-        """Raise `ApiError` for an end that the client did not ask for."""
-        match finish:
-            case "timeout":
-                limit = f"{self.limits.request_timeout:g} s"
-                raise ApiError(
-                    504, f"the request took longer than {limit}, the limit here.", code="timeout"
-                )
-            case "closed":
-                raise ApiError(503, "the server is shutting down.", code="shutting_down")
-            case "failed":
-                raise ApiError(
-                    500, "the engine has failed; the server's log says why.", code="failed"
-                )
-
     # Prompts --------------------------------------------------------------------------------------
 
     async def complete(self, http: HttpRequest, body: CompletionBody) -> Response:
@@ -219,7 +113,12 @@ class Service:
             )
         wanted = body.logprobs is not None
         shape = Completion(self.model, self.fingerprint, self._token_text(body), wanted)
-        return await self._answer(http, body, ids, most, shape)
+        grammar = None
+        if body.schema_of_answer is not None:
+            grammar = await self._grammar(
+                f"start: {json_rule(body.schema_of_answer)}", "response_format"
+            )
+        return await self._answer(http, body, ids, most, shape, grammar=grammar)
 
     async def chat(self, http: HttpRequest, body: ChatBody) -> Response:
         """`/v1/chat/completions`."""
@@ -234,17 +133,32 @@ class Service:
                 raise _no_place(f"messages.{index}.tool_calls", "tool calls")
             if message.role == "tool" and "tool" not in template:
                 raise _no_place(f"messages.{index}.role", "messages of role 'tool'")
+        offer = Offer.of(body, self.engine.text)
         messages = [message.plain() for message in body.messages]
-        self._fits("".join(message["content"] for message in messages))
+        tools = [tool.plain() for tool in body.offered]
+        shown = json.dumps(tools, ensure_ascii=False) if tools else ""
+        self._fits("".join(message["content"] for message in messages) + shown)
         try:
-            ids = await self._work(self._readers, self.engine.text.chat, messages)
+            ids = await self._work(self._readers, self.engine.text.chat, messages, tools)
         except DataError as error:
             raise ApiError(400, str(error), param="messages") from None
         most = body.max_completion_tokens or body.max_tokens
         most = most or self._room(ids, self.limits.max_tokens)
         wanted = bool(body.logprobs)
         shape = ChatCompletion(self.model, self.fingerprint, self._token_text(body), wanted)
-        return await self._answer(http, body, ids, most, shape)
+        grammar = None
+        if (lark := offer.grammar(body)) is not None:
+            grammar = await self._grammar(lark, "tools" if tools else "response_format")
+        return await self._answer(http, body, ids, most, shape, grammar=grammar, offer=offer)
+
+    async def _grammar(self, lark: str, field: str) -> Grammar:
+        """Compile a grammar off the loop. Raises `ApiError` for what cannot be expressed."""
+        try:
+            return await self._work(self._readers, self.engine.grammars.compile, lark)
+        except GrammarError as error:
+            raise wrong(field, f"this server cannot follow it: {error}") from None
+        except EnvironmentalError as error:
+            raise wrong(field, str(error).rstrip(".")) from None
 
     def _check(self, body: Common) -> None:
         """Raise `ApiError` for fields that do not go together or exceed a limit."""
@@ -257,17 +171,17 @@ class Service:
                 param="model",
             )
         if body.stream_options and not body.stream:
-            raise _wrong("stream_options", "only a stream has any; set stream to true")
+            raise wrong("stream_options", "only a stream has any; set stream to true")
         for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
             count = getattr(body, name, None)
             if count is not None and count > limits.max_logprobs:
                 most = f"at most {limits.max_logprobs} are allowed here"
-                raise _wrong(name, f"found {count}; {most}")
+                raise wrong(name, f"found {count}; {most}")
         if isinstance(body, ChatBody) and body.top_logprobs and not body.logprobs:
-            raise _wrong("top_logprobs", "only with logprobs; set logprobs to true")
+            raise wrong("top_logprobs", "only with logprobs; set logprobs to true")
         for name in ("prompt_logprobs", "echo"):
             if body.stream and getattr(body, name, None) not in (None, False):
-                raise _wrong(name, "a stream has no prompt; leave it out, or leave out stream")
+                raise wrong(name, "a stream has no prompt; leave it out, or leave out stream")
 
     def _fits(self, text: str) -> None:
         """Refuse by its bytes a text that cannot fit the context, before it is tokenised."""
@@ -305,16 +219,23 @@ class Service:
     # Answers --------------------------------------------------------------------------------------
 
     async def _answer(
-        self, http: HttpRequest, body: Common, ids: list[int], most: int, shape: Shape
+        self,
+        http: HttpRequest,
+        body: Common,
+        ids: list[int],
+        most: int,
+        shape: Shape,
+        *,
+        grammar: Grammar | None = None,
+        offer: Offer | None = None,
     ) -> Response:
-        arrived: float = http.scope["limbeck.arrived"]
+        visit: Visit = http.scope["limbeck.visit"]
+        arrived = visit.arrived
         limits, text = self.limits, self.engine.text
         if most > limits.max_tokens:
-            raise _wrong(
-                "max_tokens", f"found {most}; at most {limits.max_tokens} are allowed here"
-            )
+            raise wrong("max_tokens", f"found {most}; at most {limits.max_tokens} are allowed here")
         if body.min_tokens and body.min_tokens > most:
-            raise _wrong("min_tokens", f"found {body.min_tokens}; at most max_tokens, {most}")
+            raise wrong("min_tokens", f"found {body.min_tokens}; at most max_tokens, {most}")
         timeout = max(limits.request_timeout - (time.monotonic() - arrived), 1e-3)
         stop_ids = frozenset() if body.ignore_eos else text.stop_ids
         request = Request(
@@ -326,18 +247,23 @@ class Service:
             timeout=timeout,
             logprobs=body.wanted_logprobs,
             owner=json.dumps([bearer(http.headers), body.cache_salt]),
+            grammar=grammar,
         )
         echoed = await self._echo(request, body, most)
         if most == 0:
             for choice in echoed:
                 choice.finish = "length"
-            return JSONResponse(shape.whole(echoed, Usage(len(ids), 0, 0)))
-        answer = Answer(self, self._numbered(request, body), arrived)
+            visit.usage = lambda: Usage(len(ids), 0, 0)
+            return JSONResponse(shape.whole(echoed, visit.usage()))
+        requests = self._numbered(request, body)
+        answer = Answer(self.submit, requests, arrived, self.post(), self.metrics, limits)
+        visit.usage = lambda: answer.usage
+        parts = Parts(offer)
         try:
             if body.stream:  # an error until the first piece still has a status of its own
                 first = await unless_gone(http, answer.next())
-                return EventStream(self._events(answer, first, shape, body), answer)
-            return await unless_gone(http, self._whole(answer, shape, echoed))
+                return EventStream(self._events(answer, first, shape, body, parts), answer)
+            return await unless_gone(http, self._whole(answer, shape, echoed, parts))
         except BaseException:
             answer.leave()
             raise
@@ -370,7 +296,7 @@ class Service:
             try:
                 found = await self._work(self._scorers, score)
             except TimeoutError:
-                self.require("timeout")
+                require("timeout", self.limits)
             except DataError as error:
                 raise ApiError(400, str(error), code="context_length_exceeded") from None
         for choice in choices:
@@ -382,18 +308,20 @@ class Service:
                     choice.logprobs = [first_of(request.ids[0]), *found]
         return choices
 
-    async def _whole(self, answer: Answer, shape: Shape, choices: list[Choice]) -> Response:
+    async def _whole(
+        self, answer: Answer, shape: Shape, choices: list[Choice], parts: Parts
+    ) -> Response:
         while not answer.ended:
-            index, piece = await answer.next()
-            choice = choices[index]
-            choice.text += piece.text
-            choice.finish = piece.finish
-            if piece.logprobs:
-                choice.logprobs.append(piece.logprobs)
+            part = parts.of(*await answer.next())
+            choice = choices[part.index]
+            choice.text += part.text
+            choice.finish = part.finish
+            choice.logprobs += part.logprobs
+            choice.calls += part.calls
         return JSONResponse(shape.whole(choices, answer.usage))
 
     async def _events(
-        self, answer: Answer, first: Numbered, shape: Shape, body: Common
+        self, answer: Answer, first: Numbered, shape: Shape, body: Common, parts: Parts
     ) -> AsyncIterator[str]:
         """One event a token, so that clients can time tokens; then the end and the counts."""
         options = body.stream_options
@@ -403,11 +331,9 @@ class Service:
         events, numbered = list[str](), first
         try:
             while True:
-                index, piece = numbered
-                beside = [piece.logprobs] if piece.logprobs else []
-                part = Choice(index, piece.text, piece.finish, beside)
-                chunk = shape.chunk(part, first=index not in begun, end=bool(piece.finish))
-                begun.add(index)
+                part = parts.of(*numbered)
+                chunk = shape.chunk(part, first=part.index not in begun, end=bool(part.finish))
+                begun.add(part.index)
                 if wants_usage:
                     chunk["usage"] = answer.usage.body() if continuous else None
                 events.append(_event(chunk))
@@ -430,10 +356,6 @@ def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def _wrong(field: str, message: str) -> ApiError:
-    return ApiError(400, f"{field}: {message}.", param=field)
-
-
 def _no_place(field: str, what: str) -> ApiError:
     return ApiError(
         400, f"{field}: this model's chat template has no place for {what}.", param="messages"
@@ -442,21 +364,3 @@ def _no_place(field: str, what: str) -> ApiError:
 
 def _busy(message: str) -> ApiError:
     return ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
-
-
-async def unless_gone(http: HttpRequest, work: Awaitable[T]) -> T:
-    """The result of ``work``. Raises `ClientGone` when the client leaves first."""
-
-    async def leaving() -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
-
-    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(leaving())
-    try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGone
-    finally:
-        working.cancel()
-        watching.cancel()

@@ -27,6 +27,7 @@ from limbeck.runtime.text import well_formed
 STOPS = 16  # stop strings of one request
 _STOP_LENGTH = 256  # characters
 _CHOICES = 64  # of one request
+_TOOLS = 128  # of one request
 
 
 def _only(*values: Any) -> Any:
@@ -79,6 +80,35 @@ class StreamOptions(_Body):
     include_obfuscation: Any = _only(False)
 
 
+class JsonSchema(_Body):
+    """A JSON schema that the answer must follow, whether or not it is called strict."""
+
+    name: Annotated[Str, Field(min_length=1, max_length=64)]
+    description: Str | None = None
+    rules: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Body):
+    """What the answer must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema is given with type json_schema, and only then")
+        return self
+
+    @property
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """The JSON schema of the answer, or None for text."""
+        if self.json_schema is not None:
+            return self.json_schema.rules
+        return {"type": "object"} if self.type == "json_object" else None
+
+
 class Common(_Body):
     """Fields of both endpoints. Those that OpenAI does not have are vLLM's."""
 
@@ -101,6 +131,7 @@ class Common(_Body):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
 
+    response_format: ResponseFormat | None = None
     prompt_logprobs: Annotated[int, Field(ge=0)] | None = None
     return_tokens_as_token_ids: bool | None = None
     cache_salt: Str | None = Field(default=None, description="Only equal salts share prefixes.")
@@ -147,6 +178,11 @@ class Common(_Body):
         )
 
     @property
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer must follow, or None for text."""
+        return self.response_format.schema_of_answer if self.response_format else None
+
+    @property
     def wanted_logprobs(self) -> int | None:
         """How many of the likeliest tokens to report at each place; None reports nothing."""
         raise NotImplementedError
@@ -167,7 +203,6 @@ class CompletionBody(Common):
     best_of: Any = _only(1)
     suffix: Any = _only("")
     add_special_tokens: Any = _only(True)
-    response_format: Any = _only({"type": "text"})
 
     @field_validator("logprobs", mode="before")
     @classmethod
@@ -258,6 +293,39 @@ class Message(_Body):
         return message
 
 
+class Function(_Body):
+    """A function that the model may call."""
+
+    name: Annotated[Str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: Str | None = None
+    parameters: dict[str, Any] | None = Field(default=None, description="A JSON schema.")
+    strict: bool | None = None
+
+
+class ToolBody(_Body):
+    """An entry of `tools`."""
+
+    type: Literal["function"]
+    function: Function
+
+    def plain(self) -> dict[str, Any]:
+        """As chat templates take it."""
+        return self.model_dump(exclude_none=True)
+
+
+class NamedFunction(_Body):
+    """The name of a function."""
+
+    name: Str
+
+
+class NamedTool(_Body):
+    """A `tool_choice` that names the function to call."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
 class ChatBody(Common):
     """`POST /v1/chat/completions`."""
 
@@ -265,12 +333,11 @@ class ChatBody(Common):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
-    response_format: Any = _only({"type": "text"})
-    tools: Any = _only([])
-    tool_choice: Any = _only("none", "auto")
+    tools: Annotated[list[ToolBody], Field(max_length=_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = Field(default=None, description="False: one call at most.")
     functions: Any = _only([])
     function_call: Any = _only("none", "auto")
-    parallel_tool_calls: Any = _only(True, False)
     modalities: Any = _only(["text"])
     reasoning_effort: Any = _only("none")
     verbosity: Any = _only("medium")
@@ -281,6 +348,31 @@ class ChatBody(Common):
     add_generation_prompt: Any = _only(True)
     continue_final_message: Any = _only(False)
     add_special_tokens: Any = _only(False)
+
+    @model_validator(mode="after")
+    def _names_a_tool(self) -> ChatBody:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise ValueError("tools: two of them have the same name")
+        choice = self.tool_choice
+        if isinstance(choice, NamedTool) and choice.function.name not in names:
+            raise ValueError(f"tool_choice: found {choice.function.name!r}, which is not in tools")
+        if choice == "required" and not names:
+            raise ValueError("tool_choice: found 'required' without tools")
+        return self
+
+    @property
+    def offered(self) -> list[ToolBody]:
+        """Tools that the model may call: none with `tool_choice: none`."""
+        return [] if self.tool_choice == "none" else list(self.tools or ())
+
+    @property
+    def callable(self) -> list[ToolBody]:
+        """Of the tools that the model sees, those that it may call."""
+        choice = self.tool_choice
+        if isinstance(choice, NamedTool):
+            return [tool for tool in self.offered if tool.function.name == choice.function.name]
+        return self.offered
 
     @property
     def wanted_logprobs(self) -> int | None:
@@ -294,6 +386,9 @@ def first_mistake(errors: Sequence[Any]) -> tuple[str, str | None]:
         why, at = error["ctx"]["error"], error["loc"][-1]
         return f"the body is not JSON: {why} at character {at}.", None
     place = [str(part) for part in error["loc"] if part != "body"]
+    if not place and error["type"] == "value_error":  # of fields that do not go together
+        message = str(error["ctx"]["error"])
+        return f"{message}.", message.partition(":")[0]
     if not place:
         return (
             "found no JSON object in the body; send one with Content-Type: application/json.",

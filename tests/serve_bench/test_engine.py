@@ -28,7 +28,7 @@ from limbeck.runtime.decoder import Decoder
 from limbeck.runtime.sampling import Sampling
 from serve_bench.serve.batch import GrowingBatch, InPlaceBatch, Pages, bytes_per_token, open_batch
 from serve_bench.serve.engine import Engine, Piece, Request
-from serve_bench.serve.stops import StopStrings
+from serve_bench.serve.text.stops import StopStrings
 
 OF_SAMPLING = {field.name for field in fields(Sampling)}
 

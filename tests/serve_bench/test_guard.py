@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -255,3 +256,71 @@ def test_long_and_short_texts_are_read_alike(served: Artifact, tmp_path: Path) -
     long = "Grüße 世界 <|endoftext|> " * 2000
     assert len(long) > module._LONG
     assert text.encode(long) == text.tokenizer.encode(long).ids
+
+
+# The access log and /docs -------------------------------------------------------------------------
+
+
+def test_the_access_log_has_a_line_for_each_request_and_no_text(
+    served: Artifact, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = {"model": "pico", "prompt": "secret words", "max_tokens": 5, "ignore_eos": True}
+    for log in (True, False):
+        with serving(served.path, access_log=log) as server:
+            for stream in (False, True):
+                bare(server, "POST", "/v1/completions?key=hidden", asked | {"stream": stream})
+            bare(server, "GET", "/v1/nothing%0A%1B[31m")
+            bare(server, "GET", "/health")
+            bare(server, "GET", "/metrics", Host="evil.example")
+        lines = [line for line in capfd.readouterr().err.splitlines() if " ms" in line]
+        stamp = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d"
+        expected = [
+            *[r"POST /v1/completions 200 \d+\.\d ms, 12 tokens in, 5 out"] * 2,
+            r"GET /v1/nothing\\n\\u001b\[31m 404 \d+\.\d ms",
+            r"GET /health 200 \d+\.\d ms",
+            r"GET /metrics 400 \d+\.\d ms",
+        ]
+        if not log:
+            assert not lines
+            continue
+        assert len(lines) == len(expected), lines
+        for line, form in zip(lines, expected, strict=True):
+            assert re.fullmatch(f"{stamp} {form}", line), line
+
+
+class Page(HTMLParser):
+    """Names of fields, and addresses that a browser would load or go to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.ids: set[str] = set()
+        self.tags: set[str] = set()
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("href", "src")]
+        self.ids |= {value or "" for name, value in attrs if name == "id"}
+
+    def handle_data(self, data: str) -> None:
+        self.text += data + "\n"
+
+
+def test_the_docs_need_the_key_and_nothing_from_elsewhere(served: Artifact) -> None:
+    with serving(served.path, limits=Limits(api_key="secret")) as server:
+        for path in ("/docs", "/openapi.json", "/docs/", "/redoc"):
+            assert bare(server, "GET", path)[0] == 401
+        key = {"Authorization": "Bearer secret"}
+        status, headers, html = bare(server, "GET", "/docs", **key)
+        described = bare(server, "GET", "/openapi.json", **key)[2]
+    assert (status, headers.get_content_type()) == (200, "text/html")
+    assert "default-src 'none'" in headers["Content-Security-Policy"]
+    page = Page()
+    page.feed(html)
+    assert not page.tags & {"script", "link", "img", "iframe"}
+    inside = [address[1:] for address in page.addresses if address.startswith("#")]
+    assert set(inside) <= page.ids
+    assert [a for a in page.addresses if not a.startswith("#")] == ["openapi.json"]
+    for name in described["components"]["schemas"]["ChatBody"]["properties"]:
+        assert f"\n{name}\n" in page.text

@@ -548,12 +548,6 @@ def test_what_is_not_supported_is_refused_by_name(
             "messages",
             "'text'",
         ),
-        (
-            {"tools": [{"type": "function"}]},
-            "tools",
-            "does not support it; leave it out or give \\[\\]",
-        ),
-        ({"response_format": {"type": "json_object"}}, "response_format", "does not support it"),
         ({"top_logprobs": 2}, "top_logprobs", "only with logprobs; set logprobs to true"),
         ({"logprobs": True, "top_logprobs": 65}, "top_logprobs", "found 65; at most 64"),
         ({"reasoning_effort": "high"}, "reasoning_effort", "does not support it"),

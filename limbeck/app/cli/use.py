@@ -180,11 +180,18 @@ def serve(
             "read again. 0 switches it off.",
         ),
     ] = 256,
+    access_log: Annotated[
+        bool,
+        typer.Option(
+            "--access-log/--no-access-log",
+            help="A line for each request: method, path, status, time and tokens; no text of it.",
+        ),
+    ] = False,
 ) -> None:
     """Serve an exported student to many clients at once, as an OpenAI-compatible endpoint.
 
-    /v1/models, /v1/completions, /v1/chat/completions, /health, and Prometheus /metrics. Needs the
-    extra: pip install 'limbeck[serve]'.
+    /v1/models, /v1/completions, /v1/chat/completions, /health, /docs, and Prometheus /metrics.
+    Needs the extra: pip install 'limbeck[serve]'.
 
     \b
     Examples:
@@ -213,6 +220,7 @@ def serve(
         cache_bytes=cache_mb * 1_000_000,
         prefix_bytes=prefix_cache_mb * 1_000_000,
         grace=grace,
+        access_log=access_log,
         limits=Limits(
             max_tokens=max_tokens,
             max_body_bytes=max_body_bytes,

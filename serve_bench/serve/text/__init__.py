@@ -1,0 +1,1 @@
+"""What is read out of the text of an answer: stop strings and tool calls."""
