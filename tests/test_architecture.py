@@ -21,6 +21,7 @@ ALLOWED = {  # modules that stages and functions import, never the command line 
     "limbeck/contract/tensors.py": _FILES,
     "limbeck/runtime/decoder.py": _ARRAYS,
     "limbeck/runtime/encoder.py": _ARRAYS,
+    "limbeck/runtime/grammar.py": _ARRAYS,
     "limbeck/runtime/sampling.py": _ARRAYS,
 }
 
