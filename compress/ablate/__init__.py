@@ -9,14 +9,25 @@ beside the loss that no arm is trained on.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from compress import quiet_libraries
-from compress.ablate.arms import DESIGNS, variant
+from compress.ablate.arms import (
+    DESIGNS,
+    EQUAL_TIME,
+    ORACLE,
+    asks_teachers,
+    equal_time_tokens,
+    is_timed,
+    require_arm,
+    variant,
+    with_live_teachers,
+)
 from compress.ablate.table import draw, markdown, summarise, verdict
 from compress.checkpoint import CHECKPOINT
 from compress.loop import fit, measure_teachers, setup
@@ -28,6 +39,9 @@ from limbeck.contract.progress import say
 from limbeck.contract.recipe import AnyRecipe, fingerprint
 
 __all__ = ["DESIGNS", "ablate", "markdown", "summarise", "verdict"]
+
+
+_VERSION = 2  # of what a run of an arm holds
 
 
 def ablate(
@@ -47,12 +61,12 @@ def ablate(
     _require_comparable(recipe, arms or ())
     quiet_libraries()
     asked = arms or ()
-    arms = list(dict.fromkeys([design.reference, *(asked or design.arms)]))
+    arms = _ordered(design.reference, asked or design.arms)
     out.mkdir(parents=True, exist_ok=True)
     kept = out / "runs.json"
     parents = sources.input_digests(recipe, products=products)
-    key = fingerprint([recipe.distillation(), parents, dict(design.arms)])
-    saved = json.loads(kept.read_text()) if kept.exists() else {}
+    key = fingerprint([_VERSION, recipe.distillation(), parents, dict(design.arms)])
+    saved = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     runs: dict[str, dict[str, Any]] = saved["runs"] if saved.get("key") == key else {}
     all_seeds = list(range(recipe.seed, recipe.seed + seeds))
     for seed in all_seeds:
@@ -61,7 +75,7 @@ def ablate(
                 continue
             say(f"{arm}, seed {seed}")
             try:
-                runs[f"{arm}/{seed}"] = _train_arm(recipe, products, out, arm, seed, key)
+                runs[f"{arm}/{seed}"] = _run_arm(recipe, products, out, arm, seed, key, runs)
             except NothingToMergeError as error:
                 if arm in asked:
                     raise
@@ -77,16 +91,21 @@ def ablate(
     return {"arms": table, "verdict": verdict(table), "markdown": markdown(table, design)}
 
 
+def _ordered(reference: str, asked: Iterable[str]) -> list[str]:
+    """The reference, the other arms, and last those of equal time, after the arms they need."""
+    asked, starts = list(asked), [arm.partition(EQUAL_TIME)[2] for arm in asked if is_timed(arm)]
+    needed = [f"{arm}{start}" for start in starts for arm in ("ce-only", "recipe")]
+    return sorted(dict.fromkeys([reference, *asked, *needed]), key=is_timed)
+
+
 def _require_comparable(recipe: AnyRecipe, arms: Sequence[str]) -> None:
     if len(recipe.teachers) < 2:
         raise RecipeError(
             f"{recipe.name}: an ablation of fusion needs at least two teachers, found "
             f"{len(recipe.teachers)}."
         )
-    known = DESIGNS[recipe.task].arms
     for arm in arms:
-        if arm not in known:
-            raise RecipeError(f"--arms {arm}: no such arm; known: {', '.join(known)}.")
+        require_arm(recipe, arm)
     if recipe.minutes is not None:
         raise RecipeError(
             f"{recipe.name}: arms are compared at equal tokens; give training.tokens instead of "
@@ -94,28 +113,40 @@ def _require_comparable(recipe: AnyRecipe, arms: Sequence[str]) -> None:
         )
 
 
-def _train_arm(
-    recipe: AnyRecipe, products: Mapping[str, Path], out: Path, arm: str, seed: int, key: str
+def _run_arm(
+    recipe: AnyRecipe,
+    products: Mapping[str, Path],
+    out: Path,
+    arm: str,
+    seed: int,
+    key: str,
+    runs: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    work, losses = out / ".training", _teacher_losses(recipe, products, out, key)
+    teachers = _measured_teachers(recipe, products, out, key)
+    if arm == ORACLE:
+        return teachers.oracle()
+    tokens = equal_time_tokens(recipe, runs, f"{arm}/{seed}") if is_timed(arm) else None
+    changed = variant(recipe, arm, seed, teachers.means, tokens=tokens)
     run = setup(
-        recipe=variant(recipe, arm, seed, losses),
-        products=products,
-        work=work,
-        key=f"{key}/{arm}/{seed}",
+        recipe=changed, products=products, work=out / ".training", key=f"{key}/{arm}/{seed}"
     )
     measure_teachers(run)
-    fit(run)
+    state = fit(run)
     assert run.log is not None
     steps = run.log.read("step")
     run.log.close()
     run.log.cut({})
-    (work / CHECKPOINT).unlink(missing_ok=True)
-    (work / "teachers.json").unlink(missing_ok=True)
+    (run.work / CHECKPOINT).unlink(missing_ok=True)
+    (run.work / "teachers.json").unlink(missing_ok=True)
     losses_now, counts = run.task.losses(arm)
+    # Teachers answer from the cache that all arms share; each arm is charged for those it asks.
+    used = run.task.names if asks_teachers(recipe, arm) else ()
+    teaching = sum(teachers.seconds[name] for name in used) * state.seen
     return {
         "loss": losses_now,
         "labels": counts,
+        run.task.unit: state.seen,
+        "seconds": state.seconds + teaching,
         "weights": _mean_weights([s["weights"] for s in steps if s["weights"]]),
         **run.task.further_figures(),
     }
@@ -130,21 +161,48 @@ def _mean_weights(weights: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {d: _mean_weights([w[d] for w in weights if d in w]) for d in weights[0]}
 
 
-def _teacher_losses(
+@dataclass(frozen=True)
+class _Teachers:
+    """Figures of the teachers, measured once for the whole ablation."""
+
+    means: Mapping[str, float]  # held-out loss, the mean over domains, by teacher
+    losses: Mapping[str, Mapping[str, list[float]]]  # summed over each block: by teacher, domain
+    labels: Mapping[str, list[int]]  # of each block, by domain
+    seconds: Mapping[str, float]  # for one unit of the training budget
+
+    def oracle(self) -> dict[str, Any]:
+        """The run whose every domain is answered by the teacher with the least loss there."""
+        best = {d: min(self.losses.values(), key=lambda found: sum(found[d])) for d in self.labels}
+        return {
+            "loss": {domain: found[domain] for domain, found in best.items()},
+            "labels": self.labels,
+            "tokens": 0,
+            "seconds": 0.0,
+            "weights": {},
+        }
+
+
+def _measured_teachers(
     recipe: AnyRecipe, products: Mapping[str, Path], out: Path, key: str
-) -> dict[str, float]:
-    """Return the held-out loss of each teacher, measured once for the whole ablation ``key``."""
+) -> _Teachers:
     kept = out / "teachers.json"
-    saved = json.loads(kept.read_text()) if kept.exists() else {}
-    if saved.get("key") != key:
-        run = setup(
-            recipe=variant(recipe, "uniform", recipe.seed, {}),
-            products=products,
-            work=out / ".training",
-            key=f"{key}/teachers",
-        )
-        losses = {name: run.task.teacher_loss(k) for k, name in enumerate(run.task.names)}
-        saved = {"key": key, "losses": losses}
-        write_atomically(kept, json.dumps(saved))
-    found: dict[str, float] = saved["losses"]
-    return found
+    saved = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    if saved.get("key") == key:
+        return _Teachers(**saved["teachers"])
+    run = setup(
+        recipe=with_live_teachers(variant(recipe, "uniform", recipe.seed, {})),
+        products=products,
+        work=out / ".training",
+        key=f"{key}/teachers",
+    )
+    task = run.task
+    _, labels = task.losses("student, before the training")
+    losses = {name: task.teacher_losses(k) for k, name in enumerate(task.names)}
+    means = {
+        name: float(np.mean([sum(found[d]) / sum(labels[d]) for d in labels]))
+        for name, found in losses.items()
+    }
+    seconds = {name: task.teacher_seconds(k) for k, name in enumerate(task.names)}
+    teachers = _Teachers(means, losses, labels, seconds)
+    write_atomically(kept, json.dumps({"key": key, "teachers": asdict(teachers)}))
+    return teachers

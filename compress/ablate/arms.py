@@ -7,9 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from limbeck.contract.errors import RecipeError
 from limbeck.contract.recipe import AnyRecipe, parse_any_recipe
 
 Changes = Mapping[str, Mapping[str, Any]]  # by section of the recipe
+ORACLE = "routed-oracle"  # no student: each domain is answered by the teacher that reads it best
+EQUAL_TIME = "ce-only-equal-time"  # cross-entropy alone, for as many seconds as the recipe takes
+STARTS = ("base", "merge")
 
 
 def _weights(kind: str, **options: Any) -> Changes:
@@ -28,6 +32,7 @@ class Design:
     reference: str  # arm that every other one is compared with
     loss: str  # the figure, and its unit
     training: Mapping[str, Any]  # of every arm
+    has_starts: bool = False  # whether `ARM@base` and `ARM@merge` are arms too
 
     @property
     def is_nll(self) -> bool:
@@ -56,10 +61,13 @@ _LANGUAGE = Design(
         "merge-average": _merge("average"),
         "merge-ties": _merge("ties"),
         "merge-dare": _merge("dare_ties"),
+        ORACLE: {},
         "recipe": {},
+        EQUAL_TIME: {**_CE_ONLY, "features": {"weight": 0.0}},
     },
     reference="ce-only",
     loss="NLL, nats a token",
+    has_starts=True,
     # Teachers run once for all arms.
     training={"teacher_cache": {"kind": "hidden"}, "patience": None},
 )
@@ -102,16 +110,29 @@ DESIGNS: Mapping[str, Design] = {
 }
 
 
-def variant(recipe: AnyRecipe, arm: str, seed: int, losses: Mapping[str, float]) -> AnyRecipe:
+def variant(
+    recipe: AnyRecipe,
+    arm: str,
+    seed: int,
+    losses: Mapping[str, float],
+    *,
+    tokens: int | None = None,
+) -> AnyRecipe:
     """Return the recipe of one arm; ``losses`` are those of the teachers on held-out text.
 
-    Held-out text is measured at the end only, so that no arm picks its best step.
+    ``tokens`` replaces the budget. Held-out text is measured at the end only, so that no arm picks
+    its best step.
     """
     design, tree = DESIGNS[recipe.task], recipe.resolved()
+    arm, _, start = arm.partition("@")
     for section, changes in design.arms[arm].items():
         tree[section] = {**tree[section], **changes}
     if is_merge(arm):  # a merge has no other field of the recipe's student
         tree["student"] = {"base": tree["student"]["base"], **design.arms[arm]["student"]}
+    if start:
+        tree["student"]["init"] = start
+    if tokens is not None:
+        tree["training"]["tokens"] = tokens
     if arm == "best-single":
         best = min(losses, key=losses.__getitem__)
         tree["teachers"] = [t for t in tree["teachers"] if t["name"] == best]
@@ -137,6 +158,59 @@ def variant(recipe: AnyRecipe, arm: str, seed: int, losses: Mapping[str, float])
 def is_merge(arm: str) -> bool:
     """Whether an arm merges the teachers instead of training a student."""
     return arm.startswith("merge-")
+
+
+def asks_teachers(recipe: AnyRecipe, arm: str) -> bool:
+    """Whether the training of an arm needs the teachers' answers."""
+    fusion = DESIGNS[recipe.task].arms[arm.partition("@")[0]].get("fusion", {})
+    return not is_merge(arm) and fusion.get("weight") != 0
+
+
+def is_timed(arm: str) -> bool:
+    """Whether an arm's budget is the time that the recipe's arm took."""
+    return arm.startswith(EQUAL_TIME)
+
+
+def with_live_teachers(recipe: AnyRecipe) -> AnyRecipe:
+    """Return the recipe without a teacher cache, so that the teachers' time can be measured."""
+    tree = recipe.resolved()
+    if "teacher_cache" in tree["training"]:
+        tree["training"]["teacher_cache"] = {"kind": "none"}
+    made = parse_any_recipe(tree)
+    made._folder = recipe.folder
+    return made
+
+
+def require_arm(recipe: AnyRecipe, arm: str) -> None:
+    """Raise `RecipeError` for an arm that this recipe's task does not have."""
+    design = DESIGNS[recipe.task]
+    name, at, start = arm.partition("@")
+    if name not in design.arms:
+        raise RecipeError(f"--arms {arm}: no such arm; known: {', '.join(design.arms)}.")
+    if not at:
+        return
+    is_trained = not is_merge(name) and name != ORACLE
+    if not (design.has_starts and is_trained and start in STARTS):
+        raise RecipeError(
+            f"--arms {arm}: found a start of {start!r}; a start is {' or '.join(STARTS)}, of an "
+            "arm that trains a language model."
+        )
+    if recipe.student.kind not in ("lora", "shrink"):
+        raise RecipeError(
+            f"--arms {arm}: a student of kind {recipe.student.kind} has one start only; name the "
+            f"arm {name}."
+        )
+
+
+def equal_time_tokens(recipe: AnyRecipe, runs: Mapping[str, Mapping[str, Any]], of: str) -> int:
+    """Return how many tokens of cross-entropy take the seconds that the recipe's arm took.
+
+    ``of`` names arm and seed of the equal-time arm, and ``runs`` holds those that it needs.
+    """
+    ours, alone = (runs[of.replace(EQUAL_TIME, arm, 1)] for arm in ("recipe", "ce-only"))
+    batch: int = recipe.resolved()["training"]["batch_tokens"]
+    seconds_a_token = alone["seconds"] / alone["tokens"]
+    return max(batch, int(ours["seconds"] / seconds_a_token) // batch * batch)
 
 
 _NEVER = 1 << 30  # steps

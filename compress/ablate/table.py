@@ -15,8 +15,15 @@ from limbeck.contract.heldout import mean_nll
 
 Run = Mapping[str, Any]
 FURTHER = {  # figures beside the loss, and how the table calls them
+    "tokens": "tokens",
+    "examples": "examples",
+    "seconds": "seconds",
     "kl_to_mixture": "KL to mixture",
     "top1_agreement": "top-1",
+    "last_word": "last word",
+    "calibration_error": "calibration error",
+    "facts": "facts kept",
+    "python_loss": "loss on Python, nats a token",
     "text_match": "text's own tokens",
     "distinct_2": "distinct pairs",
     "repetition": "repeated",
@@ -131,9 +138,13 @@ def markdown(table: Mapping[str, Mapping[str, Any]], design: Design) -> str:
         point, low, high = row["against_reference"]
         cells = [arm, *(f"{row['loss'][d]:.4f}" for d in domains), f"{row['mean_loss']:.4f}"]
         cells.append(f"{point:+.4f} [{low:+.4f}, {high:+.4f}]")
-        cells += [f"{row[n]:.3f}" if n in row else "" for n in further]
+        cells += [_cell(n, row[n]) if n in row else "" for n in further]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cell(name: str, value: float) -> str:
+    return f"{value:,.0f}" if name in ("tokens", "examples", "seconds") else f"{value:.3f}"
 
 
 def draw(table: Mapping[str, Mapping[str, Any]], path: Path, design: Design) -> None:

@@ -97,8 +97,11 @@ class Task(Protocol):
         Summed over the block, by domain or class; less is better.
         """
 
-    def teacher_loss(self, k: int) -> float:
-        """Return the held-out loss of teacher ``k``, in the units of `losses`."""
+    def teacher_losses(self, k: int) -> dict[str, list[float]]:
+        """Return the held-out losses of teacher ``k``, as `losses` has the student's."""
+
+    def teacher_seconds(self, k: int) -> float:
+        """Measure the seconds that teacher ``k`` takes for one `unit` of the training budget."""
 
     def further_figures(self) -> dict[str, float]:
         """Measure what the ablation shows beside the loss."""

@@ -261,17 +261,24 @@ class EncoderTask(ABC):
     def losses(self, label: str) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
         """See `compress.tasks.Task`."""
         self.student.eval()
-        loss_N = self.loss_of_each(self._student_answers(self.student.model)).tolist()
+        losses = self._by_group(self.loss_of_each(self._student_answers(self.student.model)))
         self.student.train()
-        losses: dict[str, list[float]] = {}
-        names = [name for _, name, _ in self.recipe.groups()]
-        for value, group in zip(loss_N, self.heldout.groups.tolist(), strict=True):
-            losses.setdefault(names[group], []).append(value)
         return losses, {name: [1] * len(found) for name, found in losses.items()}
 
-    def teacher_loss(self, k: int) -> float:
+    def _by_group(self, loss_N: Tensor) -> dict[str, list[float]]:
+        losses: dict[str, list[float]] = {}
+        names = [name for _, name, _ in self.recipe.groups()]
+        for value, group in zip(loss_N.tolist(), self.heldout.groups.tolist(), strict=True):
+            losses.setdefault(names[group], []).append(value)
+        return losses
+
+    def teacher_losses(self, k: int) -> dict[str, list[float]]:
         """See `compress.tasks.Task`."""
-        return float(self.loss_of_each(self.teachers[k].heldout).mean())
+        return self._by_group(self.loss_of_each(self.teachers[k].heldout))
+
+    def teacher_seconds(self, k: int) -> float:
+        """Return 0: the teachers have answered before the training begins, for all arms alike."""
+        return 0.0
 
     def further_figures(self) -> dict[str, float]:
         """The task's own metrics."""

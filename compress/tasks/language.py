@@ -5,6 +5,8 @@ Shapes: R rows (blocks), L positions, d width.
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from compress.models.body import Body
 from compress.models.language import load_model
 from compress.models.students import save_student
 from compress.states import SparseStates, TeacherStates
-from compress.tasks.continuations import against_mixture, continuations
+from compress.tasks.continuations import against_mixture, continuations, next_tokens
+from compress.tasks.forgetting import forgetting
 from compress.tasks.language_models import LanguageModels, heldout_batches
 from compress.tasks.language_step import LanguageStep
 from compress.tasks.saved import Saved
@@ -87,6 +90,11 @@ class LanguageTask(LanguageModels):
 
     def measure_teacher(self, k: int) -> TeacherResult:
         """Held-out NLL of teacher ``k`` in nats a token, and its calibration temperature."""
+        nll = per_token(self.teacher_losses(k), self.blocks)
+        return TeacherResult(self._temperature(k), nll=nll, mean_nll=mean_nll(nll))
+
+    def teacher_losses(self, k: int) -> dict[str, list[float]]:
+        """See `compress.tasks.Task`."""
 
         def score(ids_RL: Tensor, labels_RL: Tensor) -> Tensor:
             states = self._teacher_states(k, ids_RL)
@@ -94,9 +102,17 @@ class LanguageTask(LanguageModels):
                 return -states.label_logp_RL.double().sum(1)  # 0 where there is no label
             return label_nll(states.hidden_RLd, self.teachers.heads[k], labels_RL)
 
-        sums = evaluate(score, self.blocks, device=self.device, label=self.names[k])
-        nll = per_token(sums, self.blocks)
-        return TeacherResult(self._temperature(k), nll=nll, mean_nll=mean_nll(nll))
+        return evaluate(score, self.blocks, device=self.device, label=self.names[k])
+
+    def teacher_seconds(self, k: int) -> float:
+        """See `compress.tasks.Task`. Median of three micro-batches."""
+        ids_RL = self.batch(0)[1][: self.recipe.training.micro_batch].to(self.device)
+        seconds = []
+        for _ in range(3):
+            started = time.monotonic()
+            self._teacher_states(k, ids_RL)
+            seconds.append(time.monotonic() - started)
+        return statistics.median(seconds) / ids_RL.numel()
 
     def describe_teacher(self, report: TeacherResult) -> str:
         """See `compress.tasks.Task`."""
@@ -128,16 +144,12 @@ class LanguageTask(LanguageModels):
         counts = {name: (found != IGNORED).sum(1).tolist() for name, found in labels.items()}
         return self.student_nll(label=label), counts
 
-    def teacher_loss(self, k: int) -> float:
-        """See `compress.tasks.Task`."""
-        loss = self.measure_teacher(k).mean_nll
-        assert loss is not None
-        return loss
-
     def further_figures(self) -> dict[str, float]:
-        """Continuations of held-out text, and the distance to a mixture of several teachers."""
+        """Next words and continuations of held-out text, what is forgotten, and the distance to a
+        mixture of several teachers.
+        """
         batches = [heldout_batches(b.heldout) for b in self.blocks]
-        found = continuations(self, batches)
+        found = next_tokens(self, batches) | forgetting(self) | continuations(self, batches)
         return found | (against_mixture(self, batches) if len(self.teachers) > 1 else {})
 
     # Saving ------------------------------------------------------------------------------------

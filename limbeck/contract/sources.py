@@ -476,9 +476,7 @@ def require_fits(folder: Path, *, block: int | None = None) -> None:
 
     Reads config.json and tokenizer.json only. A value that they do not give is not checked.
     """
-    config = _json(folder / "config.json")
-    text = config.get("text_config") or config
-    context = next((text[name] for name in _CONTEXTS if isinstance(text.get(name), int)), None)
+    text, context = _text_config(folder), context_of(folder)
     if block is not None and context is not None and block > context:
         raise ModelError(
             f"{folder}: data.block is {block}, but the model reads {context} tokens at most; set "
@@ -491,6 +489,17 @@ def require_fits(folder: Path, *, block: int | None = None) -> None:
             "the tokenizer that belongs "
             f"to the model there, or resize the model: model.resize_token_embeddings({size})."
         )
+
+
+def context_of(folder: Path) -> int | None:
+    """Return how many tokens a model reads at most; None where config.json does not say."""
+    text = _text_config(folder)
+    return next((text[name] for name in _CONTEXTS if isinstance(text.get(name), int)), None)
+
+
+def _text_config(folder: Path) -> dict[str, Any]:
+    config = _json(folder / "config.json")
+    return config.get("text_config") or config
 
 
 _CONTEXTS = ("max_position_embeddings", "n_positions")  # how configurations call the longest text

@@ -11,12 +11,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from compress import ablate
+from compress.loop import setup
+from compress.models.language import load_model, load_tokenizer
+from compress.tasks.continuations import calibration_error
+from compress.tasks.forgetting import facts, forgetting
 from limbeck.contract.errors import RecipeError
-from limbeck.contract.recipe import Recipe
-from tests.compress.test_compress import killed_while_writing, tiny
+from limbeck.contract.recipe import Recipe, parse_recipe
+from tests.compress.test_compress import TINY, killed_while_writing, tiny
 from tests.encoders import classifier_recipe, embedding_recipe, source
+from tests.pico import make_model
 
 
 def fake(arm: str, seed: int, gain: float) -> dict[str, object]:
@@ -77,7 +83,7 @@ def test_arms_run_to_a_table_a_picture_and_go_on(
     assert (out / "ablation.svg").read_text().startswith("<?xml")
     assert json.loads((out / "ablation.json").read_text())["seeds"] == 1
     assert found["markdown"].count("\n") == 6
-    monkeypatch.setattr(ablate, "_train_arm", None)
+    monkeypatch.setattr(ablate, "_run_arm", None)
     assert ablate.ablate(recipe=recipe, products={}, out=out, arms=arms, seeds=1) == found
 
 
@@ -106,10 +112,15 @@ def test_encoders_have_controls_too(tmp_path: Path, make: Any) -> None:
 
 
 def teachers_of_loss(**losses: float) -> SimpleNamespace:
-    """A run whose teachers have these losses."""
+    """A run whose teachers have these losses, nats a token of two blocks of ten."""
     values = list(losses.values())
     return SimpleNamespace(
-        task=SimpleNamespace(names=list(losses), teacher_loss=lambda k: values[k])
+        task=SimpleNamespace(
+            names=list(losses),
+            teacher_losses=lambda k: {"x": [10 * values[k]] * 2},
+            teacher_seconds=lambda k: 1e-3,
+            losses=lambda _: ({}, {"x": [10, 10]}),
+        )
     )
 
 
@@ -119,8 +130,9 @@ def test_killed_while_the_teachers_figures_are_written(
     recipe = tiny(tmp_path)
     monkeypatch.setattr(ablate, "setup", lambda **_: teachers_of_loss(a=1.5))
     with killed_while_writing(), pytest.raises(KeyboardInterrupt):
-        ablate._teacher_losses(recipe, {}, tmp_path, "key")
-    assert ablate._teacher_losses(recipe, {}, tmp_path, "key") == {"a": 1.5}
+        ablate._measured_teachers(recipe, {}, tmp_path, "key")
+    for _ in range(2):  # measured, and read again
+        assert ablate._measured_teachers(recipe, {}, tmp_path, "key").means == {"a": 1.5}
 
 
 def test_nothing_is_compared_across_other_text(
@@ -132,18 +144,19 @@ def test_nothing_is_compared_across_other_text(
     trained: list[str] = []
     measured: list[str] = []
 
-    def train_arm(
-        recipe: Recipe, products: Any, out: Path, arm: str, seed: int, key: str
+    def run_arm(
+        recipe: Recipe, products: Any, out: Path, arm: str, seed: int, key: str, runs: Any
     ) -> dict[str, object]:
         trained.append(arm)
-        assert ablate._teacher_losses(recipe, products, out, key) == {"a": len(measured), "b": 1.0}
+        means = ablate._measured_teachers(recipe, products, out, key).means
+        assert means == {"a": len(measured), "b": 1.0}
         return fake(arm, seed, 0.0)
 
     def measure(*, key: str, **_: Any) -> SimpleNamespace:
         measured.append(key)
         return teachers_of_loss(a=len(measured), b=1.0)
 
-    monkeypatch.setattr(ablate, "_train_arm", train_arm)
+    monkeypatch.setattr(ablate, "_run_arm", run_arm)
     monkeypatch.setattr(ablate, "setup", measure)
     for unused in ("summarise", "draw", "markdown", "verdict"):
         monkeypatch.setattr(ablate, unused, lambda *_, **__: {})
@@ -154,6 +167,79 @@ def test_nothing_is_compared_across_other_text(
     assert (
         len(set(measured)) == len(measured) == 2
     )  # a checkpoint of the other text is of another key, too
+
+
+def test_starts_the_oracle_and_equal_seconds_are_arms(tmp_path: Path) -> None:
+    source = {"kind": "local", "path": str(make_model(tmp_path / "base"))}
+    teachers = [
+        {"name": n, "model": {"kind": "local", "path": str(make_model(tmp_path / n, seed=seed))}}
+        for seed, n in enumerate("ab", start=3)
+    ]
+    student = {"kind": "lora", "rank": 2, "base": source}
+    recipe = tiny(tmp_path, teachers=teachers, student=student, training={"tokens": 256})
+    arms = ["recipe@base", "recipe@merge", "ce-only-equal-time@merge", "routed-oracle"]
+    out = tmp_path / "ablation"
+    found = ablate.ablate(recipe=recipe, products={}, out=out, arms=arms, seeds=1)["arms"]
+    # Arms that others need are run too, and before them.
+    assert list(found) == ["ce-only", *arms[:2], arms[3], "ce-only@merge", arms[2]]
+    assert found["recipe@base"]["mean_loss"] != found["recipe@merge"]["mean_loss"]
+    assert found["recipe@base"]["tokens"] == found["recipe@merge"]["tokens"]
+    ours, alone, timed = (found[a] for a in ("recipe@merge", "ce-only@merge", arms[2]))
+    budget = ours["seconds"] * alone["tokens"] / alone["seconds"]
+    assert 0 <= budget - timed["tokens"] < 64 or timed["tokens"] == 64  # batches of 64 tokens
+
+    run = setup(recipe=recipe, products={}, work=tmp_path / "work", key="teachers")
+    of_each = [run.task.measure_teacher(k).nll for k in range(2)]
+    least = {d: min(nll[d] for nll in of_each if nll) for d in of_each[0] or ()}
+    assert found["routed-oracle"]["loss"] == pytest.approx(least, rel=1e-4)
+
+
+def test_calibration_error_by_hand() -> None:
+    """Two bins: 0.9 sure and half right, 0.2 sure and all right; 0.4 * 2 + 0.8 over 3 tokens."""
+    found = calibration_error(torch.tensor([0.9, 0.9, 0.2]), torch.tensor([True, False, True]))
+    assert found == pytest.approx((0.4 * 2 + 0.8) / 3)
+
+
+def test_facts_are_those_that_greedy_decoding_gives(tmp_path: Path) -> None:
+    """Held to `generate` of transformers, with a model that was taught some of them."""
+    folder = make_model(tmp_path / "base", max_position_embeddings=128)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    pairs = [pair for pair in facts() if len(pair[1]) < 7]
+    optimizer = torch.optim.Adam(model.requires_grad_().parameters(), lr=1e-2)
+    for _ in range(80):
+        for prompt, answer in pairs[:4]:
+            ids = torch.tensor([tokenizer(prompt + answer)["input_ids"]])
+            model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    right = []
+    for prompt, answer in facts():
+        ids, wanted = (torch.tensor([tokenizer(text)["input_ids"]]) for text in (prompt, answer))
+        kwargs = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        made = model.generate(ids, max_new_tokens=wanted.shape[1], **kwargs)[:, ids.shape[1] :]
+        right.append(bool((made == wanted).all()))
+    assert 0 < sum(right) < len(right)
+    source = {"kind": "local", "path": str(folder)}
+    recipe = tiny(tmp_path, teachers=[], student={"kind": "lora", "rank": 2, "base": source})
+    run = setup(recipe=recipe, products={}, work=tmp_path / "work", key="facts")
+    assert forgetting(run.task)["facts"] == sum(right) / len(right)
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ("uniform@nowhere", r"found a start of 'nowhere'; a start is base or merge"),
+        ("merge-ties@base", "of an arm that trains a language model"),
+        ("routed-oracle@merge", "of an arm that trains a language model"),
+        ("recipe@base", "a student of kind fresh has one start only; name the arm recipe"),
+    ],
+)
+def test_starts_that_an_arm_cannot_have(tmp_path: Path, arm: str, message: str) -> None:
+    tree = tiny(tmp_path).resolved() | {"student": {"kind": "fresh", "config": TINY}}
+    recipe = parse_recipe(tree)
+    with pytest.raises(RecipeError, match=message):
+        ablate.ablate(recipe=recipe, products={}, out=tmp_path / "a", arms=[arm])
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
