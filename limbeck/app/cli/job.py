@@ -162,9 +162,10 @@ def ablate(
     """Does the fusion earn its keep? Train it and its controls on equal tokens, and compare on
     held-out text.
 
-    Controls: cross-entropy only, best single teacher, uniform, static, entropy in its forms,
-    inverted, shuffled, label oracle. Teachers run once; an interrupted comparison goes on where it
-    stopped.
+    Controls: cross-entropy only, also for equal seconds; best single teacher, uniform, static,
+    entropy in its forms, inverted, shuffled, label oracle, merges of the teachers, and each domain
+    answered by its best teacher. ARM@base and ARM@merge choose where an arm starts. Teachers run
+    once; an interrupted comparison goes on where it stopped.
 
     \b
     Example:
