@@ -91,8 +91,12 @@ class Log:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes written so far, by the name of the file."""
-        return {path.name: path.stat().st_size for path in self._files if path.exists()}
+        """Bytes on disk, by the name of the file; synced, as the checkpoint that counts on them."""
+        written = [path for path in self._files if path.exists()]
+        for path in written:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        return {path.name: path.stat().st_size for path in written}
 
     def cut(self, sizes: Mapping[str, int]) -> None:
         """Forget what was written after ``sizes``; without a size, all of a file."""

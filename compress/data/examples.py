@@ -18,7 +18,7 @@ from limbeck.contract import sources
 from limbeck.contract.errors import DataError
 from limbeck.contract.examples import Examples
 from limbeck.contract.progress import say
-from limbeck.contract.recipe import ChatRows, ClassificationRecipe, EncoderRecipe, TextSource
+from limbeck.contract.recipe import ChatRows, EncoderRecipe, TextSource
 
 _CHARS = 32  # of a document read for each token wanted; a token is never that long on average
 _TOKENISED = 512  # texts at a time: the tokenizer's output is many times as large as its ids
@@ -66,24 +66,16 @@ def training_order(count: int, *, examples: int, seed: int) -> Indices:
 
 def _texts(recipe: EncoderRecipe) -> Iterator[tuple[str, str, list[str], int | None]]:
     """Where in the recipe, name, texts and most of them taken, of every class or domain."""
-    limit = _CHARS * recipe.data.max_tokens
-    if isinstance(recipe, ClassificationRecipe):
-        for index, group in enumerate(recipe.data.classes):
-            found = (document[:limit] for document in _documents(group.text, recipe.folder))
-            yield f"data.classes.{index}", group.name, list(found), group.most
-        return
-    for index, domain in enumerate(recipe.data.domains):
-        cut = (
-            pieces(document, length=recipe.data.piece_chars)
-            for document in _documents(domain.text, recipe.folder)
-        )
-        found = (piece.strip() for piece in itertools.chain.from_iterable(cut))
-        yield (
-            f"data.domains.{index}",
-            domain.name,
-            [piece for piece in found if piece],
-            recipe.data.most,
-        )
+    limit, length = _CHARS * recipe.data.max_tokens, recipe.piece_chars
+    for (place, name, text), most in zip(recipe.groups(), recipe.limits(), strict=True):
+        documents = _documents(text, recipe.folder)
+        if length is None:
+            found = [document[:limit] for document in documents]
+        else:
+            cut = (pieces(document, length=length) for document in documents)
+            stripped = (piece.strip() for piece in itertools.chain.from_iterable(cut))
+            found = [piece for piece in stripped if piece]
+        yield place.removesuffix(".text"), name, found, most
 
 
 def _documents(source: TextSource, folder: Path) -> Iterator[str]:

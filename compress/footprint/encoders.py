@@ -1,4 +1,4 @@
-"""What training an encoder takes, without its weights: parameters, memory and operations.
+"""The cost of training an encoder, without its weights: parameters, memory and operations.
 
 Teachers answer one after the other, before the loop. Texts are not read: every example counts as
 long as `data.max_tokens`, and there are as many as the recipe takes at most.
@@ -15,22 +15,24 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from compress.footprint.language import TRIAL_VOCABULARY, Footprint, Memory
-from compress.footprint.tracing import Trace, on_a_line, operations_a_second, resized, trace_model
+from compress.footprint.base import Footprint, Memory
+from compress.footprint.tracing import (
+    TRIAL_VOCABULARY,
+    Trace,
+    on_a_line,
+    operations_a_second,
+    resized,
+    trace_model,
+)
 from compress.host import prepare_host
-from compress.models.encoders import labelled, pooled, require_context
+from compress.models.encoders import encoder_config, labelled, pooled, require_context
 from compress.models.language import BAD_CONFIG, DTYPES, random_config
 from compress.models.shrink import shrunk_config
 from compress.tasks.encoder import ROWS
 from limbeck.contract.errors import ModelError
-from limbeck.contract.recipe import (
-    ClassificationRecipe,
-    EncoderRecipe,
-    EncoderShrinkStudent,
-    FreshStudent,
-    FullStudent,
-)
+from limbeck.contract.recipe import EncoderRecipe, EncoderShrinkStudent, FreshStudent, FullStudent
 
+config_of = encoder_config  # of a model source; see `compress.footprint.tasks`
 _TEMPORARIES = 2  # of its largest matrix, while AdamW steps
 
 
@@ -44,6 +46,7 @@ class EncoderShape:
     largest: int  # of them in one matrix
     layers: int
     width: int
+    vocabulary: int
 
     @property
     def weights(self) -> int:
@@ -51,7 +54,7 @@ class EncoderShape:
         return 4 * self.parameters
 
 
-def meta_encoder(config: Any, task: str) -> Any:
+def meta_model(config: Any, task: str) -> Any:
     """Build an encoder on the meta device. Raises `ModelError` when transformers cannot."""
     auto = AutoModelForSequenceClassification if task == "classification" else AutoModel
     try:
@@ -64,20 +67,27 @@ def meta_encoder(config: Any, task: str) -> Any:
         ) from error
 
 
-def describe_encoder(config: Any, *, name: str, recipe: EncoderRecipe) -> EncoderShape:
+def describe(config: Any, recipe: EncoderRecipe, *, name: str) -> EncoderShape:
     """Count a configuration's parameters with the head of the recipe's task.
 
     ``name`` is for the message. Raises `ModelError` when transformers cannot build it, or when it
     cannot read the examples.
     """
     require_context(name, config, recipe.data.max_tokens)
-    model = meta_encoder(config, recipe.task)
+    model = meta_model(config, recipe.task)
     largest = max(p.numel() for p in model.parameters())
-    layers, width = int(config.num_hidden_layers), int(config.hidden_size)
-    return EncoderShape(config, recipe.task, model.num_parameters(), largest, layers, width)
+    return EncoderShape(
+        config,
+        recipe.task,
+        model.num_parameters(),
+        largest,
+        layers=int(config.num_hidden_layers),
+        width=int(config.hidden_size),
+        vocabulary=int(config.vocab_size),
+    )
 
 
-def encoder_student_config(recipe: EncoderRecipe, *, base: Any, vocabulary: int) -> Any:
+def student_config(recipe: EncoderRecipe, *, base: Any, vocabulary: int) -> Any:
     """Return the student's configuration from that of its ``base``.
 
     A fresh student has no base; ``vocabulary`` is the size of its tokenizer.
@@ -89,14 +99,17 @@ def encoder_student_config(recipe: EncoderRecipe, *, base: Any, vocabulary: int)
             config = shrunk_config(base, student)
         case FreshStudent(config=fields):
             config = random_config(fields, vocab_size=vocabulary, where="student.config")
-    return (
-        labelled(config, [c.name for c in recipe.data.classes])
-        if isinstance(recipe, ClassificationRecipe)
-        else config
-    )
+    return labelled(config, recipe.classes) if recipe.classes else config
 
 
-def encoder_footprint(
+def teacher_shape(
+    recipe: EncoderRecipe, index: int, shape: EncoderShape, made: EncoderRecipe | None = None
+) -> EncoderShape:
+    """A teacher in memory: nothing but its shape."""
+    return shape
+
+
+def footprint(
     recipe: EncoderRecipe,
     *,
     student: EncoderShape,
@@ -124,10 +137,7 @@ def encoder_footprint(
     )
     operations += sum((train + heldout) * t.forward / ROWS for t in theirs)
 
-    numbers = [
-        len(recipe.data.classes) if isinstance(recipe, ClassificationRecipe) else t.width
-        for t in teachers
-    ]
+    numbers = [len(recipe.classes) or t.width for t in teachers]
     said = 4 * (train + heldout) * sum(numbers)
     weights = student.weights + 4 * (trained - student.parameters)
     loop = max(
@@ -153,10 +163,7 @@ def example_counts(recipe: EncoderRecipe) -> tuple[int, int]:
     """Examples that training looks at, and held-out ones: at most, text may give fewer."""
     config, held = recipe.training, recipe.data.heldout
     looked = config.examples // config.batch * config.batch
-    if isinstance(recipe, ClassificationRecipe):
-        taken = [c.most for c in recipe.data.classes]
-    else:
-        taken = [recipe.data.most] * len(recipe.data.domains)
+    taken = recipe.limits()
     train = sum(looked if most is None else most - most // held.every for most in taken)
     heldout = sum(
         held.most if most is None else min(held.most, most // held.every) for most in taken
@@ -170,9 +177,7 @@ def trace_encoder(
     """One batch of ``rows`` examples of ``length`` tokens through all layers of ``shape``."""
 
     def trace_of(layers: int) -> Trace:
-        model = meta_encoder(resized(shape.config, layers=layers), shape.task).requires_grad_(
-            trains
-        )
+        model = meta_model(resized(shape.config, layers=layers), shape.task).requires_grad_(trains)
         return trace_model(
             model,
             lambda m, ids: _answers(m, ids, shape.task, precision),
@@ -184,9 +189,9 @@ def trace_encoder(
     return on_a_line(shape.layers, trace_of)
 
 
-def measure_encoder_speed(
+def measure_speed(
     recipe: EncoderRecipe,
-    shape: EncoderShape,
+    student: EncoderShape,
     *,
     seconds: float,
     precision: str,
@@ -194,17 +199,17 @@ def measure_encoder_speed(
 ) -> float:
     """Time the student's layers forward and backward for about ``seconds``: operations a second."""
     prepare_host(recipe.training.threads)
-    small = resized(shape.config, layers=min(2, shape.layers))
+    small = resized(student.config, layers=min(2, student.layers))
     small.vocab_size = TRIAL_VOCABULARY
     small.pad_token_id = min(small.pad_token_id or 0, TRIAL_VOCABULARY - 1)
-    auto = AutoModelForSequenceClassification if shape.task == "classification" else AutoModel
+    auto = AutoModelForSequenceClassification if student.task == "classification" else AutoModel
     model = auto.from_config(small, dtype=torch.float32).to(device).train()
     ids = torch.ones(
         (recipe.training.batch, recipe.data.max_tokens), dtype=torch.int64, device=device
     )
 
     def step() -> None:
-        answers = _answers(model, ids, shape.task, precision)
+        answers = _answers(model, ids, student.task, precision)
         answers.backward(torch.ones_like(answers))
         model.zero_grad(set_to_none=True)
 

@@ -1,8 +1,7 @@
-"""What training a language model takes, without its weights: parameters, memory and operations.
+"""The cost of training a language model, without its weights: parameters, memory, operations.
 
 The modules of each architecture are traced (`compress.footprint.tracing`); the loop's own share
-(optimiser, copies, logits of a chunk) is added here. Texts are not read: the caller gives their
-number.
+(optimiser, copies, logits of a chunk) is added here. Texts are only counted, where they are here.
 """
 
 from __future__ import annotations
@@ -10,22 +9,32 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from compress.data.blocks import measure_text
 from compress.features import layer_pairs
-from compress.footprint.tracing import Trace, on_a_line, operations_a_second, resized, trace_model
+from compress.footprint.base import Footprint, Memory
+from compress.footprint.tracing import (
+    TRIAL_VOCABULARY,
+    Trace,
+    on_a_line,
+    operations_a_second,
+    resized,
+    trace_model,
+)
 from compress.head import CACHED
 from compress.host import prepare_host
 from compress.models.attention import use_short_attention
 from compress.models.body import Body, causal_lm
-from compress.models.language import BAD_CONFIG, DTYPES, cast_frozen, random_config
+from compress.models.language import BAD_CONFIG, DTYPES, cast_frozen, model_config, random_config
 from compress.models.shrink import shrunk_config
 from compress.models.students import with_lora
-from limbeck.contract.errors import ModelError
+from limbeck.contract.errors import ModelError, UserError
 from limbeck.contract.recipe import (
     FreshStudent,
     HiddenCache,
@@ -36,10 +45,11 @@ from limbeck.contract.recipe import (
     ShrinkStudent,
     TopkCache,
 )
+from limbeck.contract.sources import text_files
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+config_of = model_config  # of a model source; see `compress.footprint.tasks`
 _EVALUATED = 4  # blocks in one batch of held-out text
-TRIAL_VOCABULARY = 1024  # the trial times layers
 
 
 @dataclass(frozen=True)
@@ -70,40 +80,21 @@ class TeacherShape:
     adapter: int = 0
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes at the worst moment of training, by purpose, without the program itself."""
-
-    teachers: int  # weights and heads, or what they said
-    student: int  # weights, head and feature projections
-    optimizer: int  # gradients, two moments, and the best weights so far
-    activations: int  # of one micro-batch, and what teachers say of it
-    logits: int  # of one chunk, of student and teachers
-    moment: str  # when that is: `training`, `saving`, …
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.teachers + self.student + self.optimizer + self.activations + self.logits
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """What distilling one recipe takes, by its sizes."""
-
-    trained: int  # parameters, projections included
-    memory: Memory
-    cache_bytes: int  # of the teacher cache, at most; 0 without one
-    operations: float  # floating-point operations of the whole training
-
-
-def describe(config: Any) -> Shape:
-    """Count a configuration's parameters. Raises `ModelError` when transformers cannot build it."""
+def meta_model(config: Any, task: str = "causal-lm") -> Any:
+    """Build a causal LM on the meta device. Raises `ModelError` when transformers cannot."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except BAD_CONFIG as error:
         raise ModelError(f"{config.model_type}: transformers cannot build it: {error}") from error
+
+
+def describe(config: Any, recipe: Recipe | None = None, *, name: str = "") -> Shape:
+    """Count a configuration's parameters; recipe and name are needed for encoders only.
+
+    Raises `ModelError` when transformers cannot build it.
+    """
+    model = meta_model(config)
     body, outputs = Body(model), model.get_output_embeddings()
     linear = sum(m.weight.numel() for m in model.modules() if _is_linear(m) and m is not outputs)
     vocabulary, width = body.head.weight_Vd.shape
@@ -124,12 +115,27 @@ def student_config(recipe: Recipe, *, base: Any, vocabulary: int) -> Any:
             return random_config(config.config, vocab_size=vocabulary, where="student.config")
 
 
+def teacher_shape(
+    recipe: Recipe, index: int, shape: Shape, made: Recipe | None = None
+) -> TeacherShape:
+    """A teacher in memory; ``made`` is the recipe that makes it, if there is one.
+
+    Adapters share their base in memory, whole models share nothing.
+    """
+    teacher, place, adapter = recipe.teachers[index], f"teacher {index}", 0
+    how = f"{teacher.dtype} {teacher.quantize}"
+    if made is None and teacher.adapter:
+        place = f"{teacher.model.model_dump_json()} {how}"
+    elif made is not None and isinstance(made.student, LoraStudent) and not teacher.adapter:
+        place = f"{made.student.base.model_dump_json()} {how}"
+        adapter = lora_parameters(shape.config, made.student)
+    return TeacherShape(shape, place, teacher.dtype, teacher.quantize, adapter)
+
+
 def lora_parameters(config: Any, student: LoraStudent) -> int:
     """Trainable parameters of the adapters of ``student`` on the configuration."""
     with torch.device("meta"):
-        model = with_lora(
-            AutoModelForCausalLM.from_config(config, dtype=torch.float32), student, seed=0
-        )
+        model = with_lora(meta_model(config), student, seed=0)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -140,12 +146,8 @@ def footprint(
     base: Shape | None,
     teachers: Sequence[TeacherShape],
     precision: str,
-    blocks: int,
 ) -> Footprint:
-    """Sum up a training from the sizes of student and teachers; ``precision`` is fp32 or bf16.
-
-    ``blocks`` counts the different blocks that are read: a teacher cache holds each of them once.
-    """
+    """Sum up a training from the sizes of student and teachers; ``precision`` is fp32 or bf16."""
     config, lora = recipe.training, isinstance(recipe.student, LoraStudent)
     tokens = config.micro_batch * recipe.data.block
     cached = not isinstance(config.teacher_cache, NoCache)
@@ -167,7 +169,8 @@ def footprint(
         _teacher_trace(t, recipe, precision=precision, states=bool(p))
         for t, p in zip(teachers, pairs, strict=True)
     ]
-    cached_tokens = blocks * recipe.data.block + _heldout_tokens(recipe)
+    # A teacher cache holds each block once.
+    cached_tokens = _different_blocks(recipe) * recipe.data.block + _heldout_tokens(recipe)
     operations = _operations(recipe, student, mine, teachers, theirs, cached_tokens)
 
     # Heads are cast once to the number type of the forward pass.
@@ -232,11 +235,11 @@ def footprint(
 
 
 def measure_speed(
-    recipe: Recipe, config: Any, *, seconds: float, precision: str, device: torch.device
+    recipe: Recipe, student: Shape, *, seconds: float, precision: str, device: torch.device
 ) -> float:
     """Time the student's layers forward and backward for about ``seconds``: operations a second."""
     prepare_host(recipe.training.threads)
-    small = resized(config, layers=2)
+    small = resized(student.config, layers=2)
     small.vocab_size = TRIAL_VOCABULARY
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(small, name, None)  # they may lie past the smaller vocabulary
@@ -279,7 +282,7 @@ def _trace(
     config: Any, recipe: Recipe | None, rows: int, length: int, precision: str, states: bool
 ) -> Trace:
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = meta_model(config)
         model.requires_grad_(recipe is not None)
         if recipe is not None and isinstance(recipe.student, LoraStudent):
             model = with_lora(model.requires_grad_(False), recipe.student, seed=0)
@@ -362,6 +365,28 @@ def _logits(recipe: Recipe, student: Shape, teachers: int, compute: int) -> int:
         device == "auto" and torch.cuda.is_available()
     )  # where a block is the chunk
     return (teachers + 2) * chunk * compute + 8 * (chunk if on_gpu else min(CACHED, chunk)) * 4
+
+
+def _different_blocks(recipe: Recipe) -> int:
+    """Upper bound on the number of different training blocks.
+
+    Counts the blocks that training takes of each domain, or those of its text if it is here.
+    """
+    wanted, domains = (recipe.training.tokens or 0) // recipe.data.block, recipe.data.domains
+    if isinstance(recipe.training.teacher_cache, NoCache):
+        return wanted
+    blocks = 0
+    for domain in domains:
+        share = ceil(wanted * domain.weight / sum(d.weight for d in domains))
+        try:
+            text_files(domain.text, folder=recipe.folder)
+        except UserError:  # a plan needs no text
+            blocks += share
+        else:
+            blocks += min(
+                share, measure_text(domain, recipe.data, folder=recipe.folder, enough=share).blocks
+            )
+    return blocks
 
 
 def _heldout_tokens(recipe: Recipe) -> int:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+TRIAL_VOCABULARY = 1024  # of a model whose layers are timed
 _TRACED = (2, 4)  # layers that are traced; all others lie on the line through both
 
 

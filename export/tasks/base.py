@@ -45,11 +45,6 @@ class Task(Protocol):
         self, recipe: AnyRecipe, student: Artifact, folder: Path, metadata: Mapping[str, str]
     ) -> None: ...
 
-    @staticmethod
-    def reads(recipe: AnyRecipe) -> dict[str, Any]:
-        """What of the recipe, beside its `export:` part, decides the files."""
-        ...
-
     def files(self, form: str) -> Graphs:
         """Where the graphs of ``form`` lie."""
         ...

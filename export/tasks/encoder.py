@@ -47,11 +47,6 @@ class Encoder:
         self.metadata: Mapping[str, str] = {**metadata, "limbeck.task": self.task}
         self._cases: Cases = {}
 
-    @staticmethod
-    def reads(recipe: AnyRecipe) -> dict[str, Any]:
-        """Nothing but the `export:` part."""
-        return {}
-
     def files(self, form: str) -> Graphs:
         """Where the graph of ``form`` lies; both names of `Graphs` are of one file."""
         files = form_files(self.folder, form)

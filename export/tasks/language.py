@@ -65,15 +65,6 @@ class Language:
         self._cases: dict[str, dict[str, parity.Case]] = {}  # by the file that keeps them
         self._answers: dict[str, Answer] = {}  # of fp32
 
-    @staticmethod
-    def reads(recipe: AnyRecipe) -> dict[str, Any]:
-        """The gates, where `mixed` or `recover` keep to them."""
-        asked = cast(Recipe, recipe).export
-        if asked.recover is None and isinstance(asked.mixed, MixedByRule):
-            return {}
-        gates = cast(Recipe, recipe).gates
-        return {"gates": [gates.max_size_mb, gates.max_quantization_loss]}
-
     def files(self, form: str) -> Graphs:
         """Where the two graphs of ``form`` lie."""
         return form_files(self.folder, form)

@@ -43,8 +43,10 @@ def export_run(
             plain,
             lambda: export.export_student(student=student, out=plain, recipe=recipe),
         )
-    except ParityError:  # of the form to ship; the forms that pass are kept
-        if (plain / MANIFEST).exists() and not (folder / SHIPPED).exists():
+    except ParityError:
+        # Either the form to ship failed and the others are kept, or an older export remains. In
+        # both cases a recovered export, if there is one, belongs to an older export than this.
+        if (plain / MANIFEST).exists():
             point(folder / SHIPPED, PLAIN)
         raise
     if not open_artifact(plain, verify=False).result.get("needs_recovery"):

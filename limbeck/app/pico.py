@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import re
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
@@ -19,7 +20,6 @@ from limbeck.contract import sources
 from limbeck.contract.errors import ModelError, RecipeError
 from limbeck.contract.recipe import (
     AnyRecipe,
-    ClassificationRecipe,
     EncoderRecipe,
     FreshStudent,
     GgufModel,
@@ -128,13 +128,30 @@ def shrink_to_pico(recipe: AnyRecipe) -> AnyRecipe:
         kind = architecture(model, recipe, where=f"teachers.{index}")
         tree["teachers"][index]["model"] = _random(kind, recipe, seed=index + 1)
     _shrink_student(tree["student"], recipe)
-    if isinstance(recipe, Recipe):
-        _shrink_language_model(tree, recipe)
-    else:
-        _shrink_encoder(tree, recipe)
+    _family(recipe).shrink(tree, recipe)
     small = parse_any_recipe(tree, where=f"{recipe.name} shrunk to pico")
     small._folder, small._text = recipe.folder, recipe.text
     return small
+
+
+@dataclass(frozen=True)
+class _Family:
+    """How recipes of a task are made tiny."""
+
+    names: Mapping[str, str]  # model type by a part of a model's name, special names first
+    before: str  # regular expression of what stands before that part
+    sizes: Mapping[str, Any]  # of a configuration
+    calibration: Mapping[str, int]  # of a cut student
+    shrink: Callable[[dict[str, Any], Any], None]  # changes the other parts of a recipe's tree
+
+
+def _family(recipe: AnyRecipe) -> _Family:
+    if recipe.task == "causal-lm":
+        calibration = {"calibration_blocks": 2}
+        return _Family(_BY_NAME, "", _SIZES, calibration, _shrink_language_model)
+    # Names of encoders contain each other: a match begins a word, so albert is not bert.
+    calibration = {"calibration_examples": 4}
+    return _Family(_ENCODER_BY_NAME, "(?<![a-z])", _ENCODER_SIZES, calibration, _shrink_encoder)
 
 
 def _shrink_language_model(tree: dict[str, Any], recipe: Recipe) -> None:
@@ -165,7 +182,7 @@ def _shrink_language_model(tree: dict[str, Any], recipe: Recipe) -> None:
 
 def _shrink_encoder(tree: dict[str, Any], recipe: EncoderRecipe) -> None:
     data, batch = tree["data"], min(8, recipe.training.batch)
-    labelled = isinstance(recipe, ClassificationRecipe)
+    labelled = bool(recipe.classes)
     groups = data["classes" if labelled else "domains"]
     for group, module in zip(groups, _modules(recipe), strict=True):
         group["text"] = {
@@ -235,18 +252,19 @@ def architecture(source: ModelSource | OnnxModel, recipe: AnyRecipe, *, where: s
             if isinstance(made.student, FreshStudent):
                 return str(made.student.config.get("model_type"))
             return architecture(made.student.base, made, where=f"{where} ({made.name})")
-    # In names of encoders a match starts at the beginning of a word: albert is not bert.
-    known, start = (
-        (_BY_NAME, "") if isinstance(recipe, Recipe) else (_ENCODER_BY_NAME, "(?<![a-z])")
-    )
+    family, name_in_lower_case = _family(recipe), name.lower()
     found = next(
-        (kind for part, kind in known.items() if re.search(start + re.escape(part), name.lower())),
+        (
+            kind
+            for part, kind in family.names.items()
+            if re.search(family.before + re.escape(part), name_in_lower_case)
+        ),
         None,
     )
     if found is None:
         raise ModelError(
             f"{where}: the architecture of {name} cannot be told from its name; known are "
-            f"{', '.join(known)}. "
+            f"{', '.join(family.names)}. "
             "Point to a local folder with a config.json instead."
         )
     return found
@@ -256,7 +274,6 @@ def _shrink_student(student: dict[str, Any], recipe: AnyRecipe) -> None:
     if isinstance(recipe.student, FreshStudent):
         student["config"] = _config(str(recipe.student.config.get("model_type")), recipe)
         return
-    language = isinstance(recipe, Recipe)
     kind = architecture(recipe.student.base, recipe, where="student.base")
     student["base"] = {"kind": "random", "config": _config(kind, recipe), "seed": 0}
     if student["kind"] == "shrink":
@@ -266,17 +283,16 @@ def _shrink_student(student: dict[str, Any], recipe: AnyRecipe) -> None:
         small = {"layers": 3, "intermediate_size": 96, "kv_heads": heads, "hidden_size": 32}
         student |= {name: value for name, value in small.items() if student[name] is not None}
         student["round_to"] = min(32, student["round_to"])
-        student |= {"calibration_blocks": 2} if language else {"calibration_examples": 4}
+        student |= _family(recipe).calibration
 
 
 def _random(kind: str, recipe: AnyRecipe, *, seed: int) -> dict[str, Any]:
     """A random teacher; a teacher of classes has a head for them."""
     config = _config(kind, recipe)
-    if isinstance(recipe, ClassificationRecipe):
-        config["id2label"] = {str(index): c.name for index, c in enumerate(recipe.data.classes)}
+    if recipe.classes:
+        config["id2label"] = {str(index): name for index, name in enumerate(recipe.classes)}
     return {"kind": "random", "config": config, "seed": seed}
 
 
 def _config(kind: str, recipe: AnyRecipe) -> dict[str, Any]:
-    sizes = _SIZES if isinstance(recipe, Recipe) else _ENCODER_SIZES
-    return {"model_type": kind, **_OWN_SIZES.get(kind, sizes)}
+    return {"model_type": kind, **_OWN_SIZES.get(kind, _family(recipe).sizes)}

@@ -1,38 +1,24 @@
 """Plan a recipe before any weights are loaded: parameters, sizes, memory, operations, time.
 
-Knows recipes and configurations; the stages estimate their own costs. For language models these are
-`compress.footprint.language` and `export.plan.language`, for encoders
-`compress.footprint.encoders` and `export.plan.encoders`.
+Knows recipes and configurations; the stages estimate their own costs: `compress.footprint` the
+training, `export.plan` the sizes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.app.products import plan_products
-from limbeck.contract.errors import LimbeckError, ModelError, RecipeError, UserError
+from limbeck.contract.errors import LimbeckError, ModelError, RecipeError
 from limbeck.contract.machine import host
-from limbeck.contract.recipe import (
-    AnyRecipe,
-    EncoderRecipe,
-    FreshStudent,
-    LoraStudent,
-    NoCache,
-    Recipe,
-    RecipeModel,
-    find_recipe,
-    load_recipe,
-    load_teacher_recipe,
-)
-from limbeck.contract.sources import text_files
+from limbeck.contract.recipe import AnyRecipe, RecipeModel, find_recipe, load_teacher_recipe
 
 if TYPE_CHECKING:
-    from compress.footprint.encoders import EncoderShape
-    from compress.footprint.language import Footprint, Shape, TeacherShape
+    from compress.footprint.base import Footprint
+    from compress.footprint.tasks import Shape
 
 # Measured resident memory of Python with torch, transformers and peft, before any model (Linux,
 # CPU build of torch 2.13).
@@ -107,7 +93,7 @@ class _Making:
     """Cost of making one student."""
 
     recipe: AnyRecipe
-    student: Shape | EncoderShape
+    student: Shape
     teachers: list[int]  # parameters
     taken: Footprint
     device: Any  # of torch
@@ -124,7 +110,7 @@ class _Making:
     @property
     def minutes(self) -> float | None:
         """Minutes of training, if that is its budget."""
-        return self.recipe.training.minutes if isinstance(self.recipe, Recipe) else None
+        return self.recipe.minutes
 
     def seconds(self, speed: float) -> float:
         """Seconds of training at ``speed`` operations per second, or its budget in time."""
@@ -175,9 +161,7 @@ def plan_recipe(recipe: AnyRecipe, *, trial: bool = False) -> Plan:
 
 def form_sizes(recipe: AnyRecipe) -> dict[str, int]:
     """Bytes of graph and weights of each form, the shipped one last. Raises as `plan_recipe`."""
-    if isinstance(recipe, Recipe):
-        return _forms(recipe, _student(recipe, vocabulary=_vocabulary(recipe))[0])
-    return _forms(recipe, _encoder_student(recipe, ())[0])
+    return _forms(recipe, _student(recipe)[0])
 
 
 def training_memory(recipe: AnyRecipe) -> tuple[int, int]:
@@ -198,218 +182,95 @@ def training_memory(recipe: AnyRecipe) -> tuple[int, int]:
 
 
 def _making(recipe: AnyRecipe) -> _Making:
+    from compress.footprint.tasks import task_of
     from compress.host import resolve_precision
     from compress.models.language import resolve_device
 
-    device = resolve_device(recipe.training.device)
+    task, device = task_of(recipe.task), resolve_device(recipe.training.device)
     precision = resolve_precision(recipe.training.precision, device)
-    if isinstance(recipe, Recipe):
-        return _Making(recipe, *_footprint(recipe, precision), device, precision)
-    return _Making(recipe, *_encoder_footprint(recipe, precision), device, precision)
+    # Mistakes of teachers are reported first.
+    teachers = [_teacher(index, recipe) for index in range(len(recipe.teachers))]
+    student, base = _student(recipe)
+    taken = task.footprint(
+        recipe,
+        student=student,
+        base=base,
+        teachers=[
+            task.teacher_shape(recipe, index, shape, made)
+            for index, (shape, made) in enumerate(teachers)
+        ],
+        precision=precision,
+    )
+    parameters = [shape.parameters for shape, _ in teachers]
+    return _Making(recipe, student, parameters, taken, device, precision)
 
 
 def _speed(making: _Making) -> float:
     """Operations per second of the student's layers on this machine."""
-    from compress.footprint.encoders import EncoderShape, measure_encoder_speed
-    from compress.footprint.language import measure_speed
+    from compress.footprint.tasks import task_of
 
-    recipe, student, options = (
+    return task_of(making.recipe.task).measure_speed(
         making.recipe,
         making.student,
-        {"precision": making.precision, "device": making.device},
+        seconds=TRIAL_SECONDS,
+        precision=making.precision,
+        device=making.device,
     )
-    if isinstance(recipe, Recipe):
-        return measure_speed(recipe, student.config, seconds=TRIAL_SECONDS, **options)
-    assert isinstance(student, EncoderShape)
-    return measure_encoder_speed(recipe, student, seconds=TRIAL_SECONDS, **options)
 
 
-def _forms(recipe: AnyRecipe, student: Shape | EncoderShape) -> dict[str, int]:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from compress.footprint.encoders import meta_encoder
+def _forms(recipe: AnyRecipe, student: Shape) -> dict[str, int]:
+    from compress.footprint.tasks import task_of
     from export.plan import form_bytes
 
-    if not isinstance(recipe, Recipe):
-        encoder = meta_encoder(student.config, recipe.task)
-        return {
-            form.kind: form_bytes(encoder, form, task=recipe.task) for form in recipe.export.forms
-        }
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(student.config, dtype=torch.float32)
-    export = recipe.export
+    model = task_of(recipe.task).meta_model(student.config, recipe.task)
     try:
         return {
-            form.kind: form_bytes(model, form, backend=export.backend, provider=export.provider)
-            for form in export.forms
+            form.kind: form_bytes(model, form, task=recipe.task, **recipe.builder_options)
+            for form in recipe.export.forms
         }
     except ModelError as error:
         raise ModelError(f"{recipe.name}: student: {error}") from error
 
 
-# Language models ----------------------------------------------------------------------------------
+def _student(recipe: AnyRecipe, chain: tuple[Path, ...] = ()) -> tuple[Shape, Shape | None]:
+    """Shapes of the student and its base; a fresh one has the first teacher's vocabulary.
 
-
-def _footprint(recipe: Recipe, precision: str) -> tuple[Shape, list[int], Footprint]:
-    from compress.footprint.language import footprint
-
-    teachers = _teachers(recipe, ())  # their mistakes are told first
-    student, base = _student(recipe, vocabulary=teachers[0].shape.vocabulary if teachers else 0)
-    taken = footprint(
-        recipe,
-        student=student,
-        base=base,
-        teachers=teachers,
-        precision=precision,
-        blocks=_different_blocks(recipe),
-    )
-    return student, [t.shape.parameters for t in teachers], taken
-
-
-def _different_blocks(recipe: Recipe) -> int:
-    """Upper bound on the number of different training blocks.
-
-    Counts the blocks that training takes of each domain, or those of its text if it is here.
+    ``chain`` holds the recipes that lead to this one.
     """
-    from compress.data.blocks import measure_text
+    from compress.footprint.tasks import task_of
 
-    wanted, domains = (recipe.training.tokens or 0) // recipe.data.block, recipe.data.domains
-    if isinstance(recipe.training.teacher_cache, NoCache):  # the one that asks
-        return wanted
-    blocks = 0
-    for domain in domains:
-        share = ceil(wanted * domain.weight / sum(d.weight for d in domains))
-        try:
-            text_files(domain.text, folder=recipe.folder)
-        except UserError:  # a plan needs no text
-            blocks += share
-        else:
-            blocks += min(
-                share, measure_text(domain, recipe.data, folder=recipe.folder, enough=share).blocks
-            )
-    return blocks
-
-
-def _student(recipe: Recipe, *, vocabulary: int) -> tuple[Shape, Shape | None]:
-    """Shapes of the student and its base; ``vocabulary`` is the size for a fresh student."""
-    from compress.footprint.language import describe, student_config
-    from compress.models.language import model_config
-
-    base = None
-    if not isinstance(recipe.student, FreshStudent):
-        try:
-            base = describe(model_config(recipe.student.base, folder=recipe.folder))
-        except LimbeckError as error:
-            raise type(error)(f"{recipe.name}: student.base: {error}") from error
-    if isinstance(recipe.student, LoraStudent) and base is not None:
-        return base, base
-    return describe(
-        student_config(recipe, base=base.config if base else None, vocabulary=vocabulary)
-    ), base
-
-
-def _teachers(recipe: Recipe, chain: tuple[Path, ...]) -> list[TeacherShape]:
-    teachers = []
-    for index in range(len(recipe.teachers)):
-        try:
-            teachers.append(_teacher(index, recipe, chain))
-        except LimbeckError as error:
-            raise type(error)(f"{recipe.name}: teachers.{index}: {error}") from error
-    return teachers
-
-
-def _vocabulary(recipe: Recipe, chain: tuple[Path, ...] = ()) -> int:
-    """Vocabulary of the first teacher, whose tokenizer a fresh student takes; else 0."""
-    return (
-        _teacher(0, recipe, chain).shape.vocabulary
-        if isinstance(recipe.student, FreshStudent)
-        else 0
-    )
-
-
-def _teacher(index: int, recipe: Recipe, chain: tuple[Path, ...]) -> TeacherShape:
-    from compress.footprint.language import TeacherShape, describe, lora_parameters
-    from compress.models.language import model_config
-
-    teacher = recipe.teachers[index]
-    model, how = teacher.model, f"{teacher.dtype} {teacher.quantize}"
-    alone = f"teacher {index}"  # adapters share their base in memory, whole models share nothing
-    if not isinstance(model, RecipeModel):
-        shape = describe(model_config(model, folder=recipe.folder))
-        place = f"{model.model_dump_json()} {how}" if teacher.adapter else alone
-        return TeacherShape(shape, place, teacher.dtype, teacher.quantize)
-    path = find_recipe(model.recipe, folder=recipe.folder)
-    if path in chain:
-        raise RecipeError(f"{path.stem} is made from itself; name another model for one of them.")
-    made = load_recipe(path)
-    shape, _ = _student(made, vocabulary=_vocabulary(made, (*chain, path)))
-    if not isinstance(made.student, LoraStudent) or teacher.adapter:
-        return TeacherShape(shape, alone, teacher.dtype, teacher.quantize)
-    place = f"{made.student.base.model_dump_json()} {how}"
-    return TeacherShape(
-        shape, place, teacher.dtype, teacher.quantize, lora_parameters(shape.config, made.student)
-    )
-
-
-# Encoders -----------------------------------------------------------------------------------------
-
-
-def _encoder_footprint(
-    recipe: EncoderRecipe, precision: str
-) -> tuple[EncoderShape, list[int], Footprint]:
-    from compress.footprint.encoders import encoder_footprint
-
-    teachers = [_encoder_teacher(index, recipe, ()) for index in range(len(recipe.teachers))]
-    student, base = _encoder_student(recipe, ())
-    taken = encoder_footprint(
-        recipe, student=student, base=base, teachers=teachers, precision=precision
-    )
-    return student, [t.parameters for t in teachers], taken
-
-
-def _encoder_student(
-    recipe: EncoderRecipe, chain: tuple[Path, ...]
-) -> tuple[EncoderShape, EncoderShape | None]:
-    """Shapes of the student and its base; a fresh one has the first teacher's vocabulary."""
-    from compress.footprint.encoders import describe_encoder, encoder_student_config
-    from compress.models.encoders import encoder_config
-
-    base: EncoderShape | None = None
-    vocabulary = 0
-    if isinstance(recipe.student, FreshStudent):
-        vocabulary = int(_encoder_teacher(0, recipe, chain).config.vocab_size)
+    task, base, vocabulary = task_of(recipe.task), None, 0
+    if recipe.base is None:
+        vocabulary = _teacher(0, recipe, chain)[0].vocabulary
     else:
         try:
-            config = encoder_config(recipe.student.base, folder=recipe.folder)
-            base = describe_encoder(config, name="student.base", recipe=recipe)
+            config = task.config_of(recipe.base, folder=recipe.folder)
+            base = task.describe(config, recipe, name="student.base")
         except LimbeckError as error:
             raise type(error)(f"{recipe.name}: student.base: {error}") from error
-    config = encoder_student_config(
-        recipe, base=base.config if base else None, vocabulary=vocabulary
-    )
-    return describe_encoder(config, name="the student", recipe=recipe), base
+    config = task.student_config(recipe, base=base.config if base else None, vocabulary=vocabulary)
+    return task.describe(config, recipe, name="the student"), base
 
 
-def _encoder_teacher(index: int, recipe: EncoderRecipe, chain: tuple[Path, ...]) -> EncoderShape:
-    from compress.footprint.encoders import describe_encoder
-    from compress.models.encoders import encoder_config, require_context
+def _teacher(
+    index: int, recipe: AnyRecipe, chain: tuple[Path, ...] = ()
+) -> tuple[Shape, AnyRecipe | None]:
+    """Shape of a teacher, and the recipe that makes it, if there is one."""
+    from compress.footprint.tasks import task_of
 
-    name, model = f"teacher {recipe.teachers[index].name}", recipe.teachers[index].model
+    task, teacher, made = task_of(recipe.task), recipe.teachers[index], None
     try:
-        if not isinstance(model, RecipeModel):
-            config = encoder_config(model, folder=recipe.folder)
-            return describe_encoder(config, name=name, recipe=recipe)
-        path = find_recipe(model.recipe, folder=recipe.folder)
-        if path in chain:
-            raise RecipeError(
-                f"{path.stem} is made from itself; name another model for one of them."
-            )
-        made = load_teacher_recipe(path, of=recipe)
-        assert not isinstance(made, Recipe)
-        shape = _encoder_student(made, (*chain, path))[0]
-        require_context(name, shape.config, recipe.data.max_tokens)
-        return shape
+        if not isinstance(teacher.model, RecipeModel):
+            config = task.config_of(teacher.model, folder=recipe.folder)
+        else:
+            path = find_recipe(teacher.model.recipe, folder=recipe.folder)
+            if path in chain:
+                raise RecipeError(
+                    f"{path.stem} is made from itself; name another model for one of them."
+                )
+            made = load_teacher_recipe(path, of=recipe)
+            config = _student(made, (*chain, path))[0].config
+        return task.describe(config, recipe, name=f"teacher {teacher.name}"), made
     except LimbeckError as error:
         raise type(error)(f"{recipe.name}: teachers.{index}: {error}") from error
 

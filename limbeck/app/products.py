@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from limbeck.contract.errors import RecipeError, UserError
 from limbeck.contract.recipe import (
     AnyRecipe,
+    BaseSource,
     FreshStudent,
-    Recipe,
     RecipeModel,
     find_recipe,
     load_teacher_recipe,
@@ -123,22 +124,22 @@ def _export_mistakes(recipe: AnyRecipe) -> list[str]:
     """What the export would refuse after training: from the configuration of student or base."""
     from export.build.choice import choose_backend
 
-    if not isinstance(recipe, Recipe):
+    if not recipe.builder_options:
         return []
-    student, export = recipe.student, recipe.export
+    student, base = recipe.student, cast(BaseSource, recipe.base)
+    where = "student.config" if isinstance(student, FreshStudent) else "student.base"
     try:
         config = (
             student.config
             if isinstance(student, FreshStudent)
-            else stored_config(student.base, folder=recipe.folder)
+            else stored_config(base, folder=recipe.folder)
         )
     except UserError:  # preflight has named it
         return []
     try:
         if config is not None:
-            choose_backend(config, backend=export.backend, provider=export.provider)
+            choose_backend(config, **recipe.builder_options)
     except UserError as error:
-        where = "student.config" if isinstance(student, FreshStudent) else "student.base"
         return [f"{where}: {error}"]
     return []
 

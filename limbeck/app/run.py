@@ -126,6 +126,7 @@ def _stage(stage: str, recipe: AnyRecipe, folder: Path, products: Products | Non
 
         onnx = folder / "onnx"
         exported = open_artifact(onnx, kind="onnx", verify=False)
+        _require_export_of(recipe, exported)
         if exported.result.get("failed"):
             export.require_shipped(exported, recipe)
         student = student_of(exported)
@@ -134,6 +135,19 @@ def _stage(stage: str, recipe: AnyRecipe, folder: Path, products: Products | Non
             folder,
             out,
             lambda: serve_bench.bench(onnx=onnx, student=student, out=out, recipe=recipe),
+        )
+
+
+def _require_export_of(recipe: AnyRecipe, onnx: Artifact) -> None:
+    """Raise `ArtifactError` if ``onnx`` is an export of an earlier state of ``recipe``.
+
+    It remains in the run folder when a later export fails.
+    """
+    earlier = parse_any_recipe(onnx.manifest["recipe"]["resolved"], where=str(onnx.path))
+    if earlier.exporting() != recipe.exporting():
+        raise ArtifactError(
+            f"{onnx.path}: was exported with other settings than this recipe's; "
+            "run the export stage again."
         )
 
 

@@ -484,6 +484,47 @@ def test_a_kill_at_any_step_of_an_export_leaves_the_old_or_the_new_one(
     assert last > 2
 
 
+def test_a_failing_export_replaces_the_recovered_export_of_an_earlier_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    says: dict[str, Any] = {"needs_recovery": True, "recovery": {"ships": True}}
+
+    def export_student(*, student: Path, out: Path, recipe: Recipe) -> None:
+        with write_artifact(out, kind="onnx", key=str(says), parents={}) as draft:
+            draft.result = dict(says)
+        if "failed" in says:
+            raise ParityError("int8-weight does not compute what the student computes")
+
+    monkeypatch.setattr(export, "export_student", export_student)
+    monkeypatch.setattr(compress, "recover", lambda **_: None)
+    run, loaded = Path("run"), load_recipe(recipe("alone"))
+    run.mkdir()
+    pipeline._stage("export", loaded, run, None)
+    assert os.readlink(run / "onnx") == "onnx-recovered"
+    says["failed"] = {"int8-weight": "why"}
+    with pytest.raises(ParityError):
+        pipeline._stage("export", loaded, run, None)
+    assert open_artifact(run / "onnx").result["failed"] == says["failed"]
+
+
+def test_a_bench_of_an_export_with_other_settings_is_refused(
+    stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(**_: Any) -> Artifact:
+        raise ParityError("the fp32 graph does not compute what the student computes")
+
+    path = recipe("alone")
+    pipeline.run(load_recipe(path), out=Path("out"))
+    changed = load_recipe(path, overrides=["export.opset=21"])
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "export_student", fails)
+        with pytest.raises(ParityError):
+            pipeline.run_stage("export", changed, out=Path("out"))
+    with pytest.raises(ArtifactError, match=r"out/onnx: was exported with other settings"):
+        pipeline.run_stage("bench", changed, out=Path("out"))
+    assert pipeline.run_stage("bench", load_recipe(path), out=Path("out")) is not None
+
+
 def test_exports_of_the_former_layout_are_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in (("onnx", "recovered"), ("onnx-unrecovered", "plain")):
         (Path("run") / name).mkdir(parents=True)

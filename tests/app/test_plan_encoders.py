@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 import compress
 from compress.footprint.encoders import (
-    describe_encoder,
-    encoder_student_config,
+    describe,
     example_counts,
-    meta_encoder,
+    meta_model,
+    student_config,
     trace_encoder,
 )
 from compress.footprint.tracing import Live
@@ -79,10 +79,8 @@ def test_a_shape_counts_what_the_real_student_has(model_type: str, kind: str, ta
         recipe.student, folder=folder, classes=classes, calibration=[ids], seed=0
     )
     config = encoder_config(recipe.teachers[0].model, folder=Path())  # type: ignore[arg-type]
-    shape = describe_encoder(
-        encoder_student_config(recipe, base=config, vocabulary=257),
-        name="the student",
-        recipe=recipe,
+    shape = describe(
+        student_config(recipe, base=config, vocabulary=257), name="the student", recipe=recipe
     )
     assert shape.parameters == real.num_parameters()
     assert shape.weights == 4 * shape.parameters
@@ -93,11 +91,11 @@ def test_a_shape_counts_what_the_real_student_has(model_type: str, kind: str, ta
 def test_the_traced_step_keeps_what_a_real_one_keeps(task: str) -> None:
     recipe = recipe_of(task, student={"kind": "full", "base": source(num_hidden_layers=3)})
     config = encoder_config(recipe.student.base, folder=Path())  # type: ignore[union-attr]
-    shape = describe_encoder(config, name="the student", recipe=recipe)
+    shape = describe(config, name="the student", recipe=recipe)
     traced = trace_encoder(shape, rows=2, length=24, precision="fp32", trains=True)
     with torch.random.fork_rng():
         with torch.device("cpu"):
-            model = type(meta_encoder(config, task))(config).train()
+            model = type(meta_model(config, task))(config).train()
     ids = torch.randint(1, 250, (2, 24))
     mask = torch.ones_like(ids)
     mask[0, 20:] = 0
@@ -120,12 +118,12 @@ def test_layers_lie_on_a_line() -> None:
     for layers in (4, 7):
         config = encoder_config(recipe.student.base, folder=Path())  # type: ignore[union-attr]
         config.num_hidden_layers = layers
-        shapes[layers] = describe_encoder(config, name="the student", recipe=recipe)
+        shapes[layers] = describe(config, name="the student", recipe=recipe)
     four, seven = (
         trace_encoder(s, rows=2, length=8, precision="fp32", trains=True) for s in shapes.values()
     )
     two = trace_encoder(
-        describe_encoder(_with_layers(shapes[4].config, 2), name="", recipe=recipe),
+        describe(_with_layers(shapes[4].config, 2), name="", recipe=recipe),
         rows=2,
         length=8,
         precision="fp32",
@@ -164,7 +162,7 @@ def test_sizes_of_forms_are_what_the_exporter_writes(
     forms = ["fp32", {"kind": "int8-weight", "block_size": 16}, "int8-static", "int8-dynamic"]
     recipe = recipe_of(task, export={"forms": forms})
     made = export_student(student=student.path, out=tmp_path / "onnx", recipe=recipe)
-    model = meta_encoder(load_config(student.path / "model"), task)
+    model = meta_model(load_config(student.path / "model"), task)
     for form in recipe.export.forms:
         entry = made.result["forms"][form.kind]
         weights = (tmp_path / "onnx" / entry["graph"]).with_suffix(".onnx_data").stat().st_size

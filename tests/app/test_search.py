@@ -824,7 +824,7 @@ def test_a_form_that_parity_refuses_untrained_is_out_and_the_others_are_timed(
         arm = {"role": "target", "tpot_ms": {"value": 2.0}, "ttft_ms": {"value": 4.0}}
         return SimpleNamespace(result={"arms": dict.fromkeys(targets, arm)})
 
-    monkeypatch.setattr(language, "export_untrained", export)
+    monkeypatch.setattr(probes, "export_untrained", export)
     monkeypatch.setattr(serve_bench, "measure_targets", measure)
     field, students = [candidate(*pair) for pair in pairs], {name: {"name": name} for name in "abc"}
     recipe = pico()

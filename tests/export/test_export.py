@@ -384,7 +384,7 @@ def test_genai_generates_the_same_tokens(exported: Artifact) -> None:
 
 
 def test_a_second_export_is_skipped(exported: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.stage._write", None)
+    monkeypatch.setattr("export.stage.write", None)
     again = export_student(
         student=exported.path.parent / "student", out=exported.path, recipe=pico_recipe()
     )

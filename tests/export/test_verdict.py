@@ -77,7 +77,7 @@ def test_the_forms_that_pass_are_kept_beside_a_verdict_on_the_one_that_does_not(
     student, out = tiny.student().path, tmp_path / "onnx"
     for attempt in range(2):  # the second time nothing is made, and the answer is the same
         if attempt:
-            monkeypatch.setattr("export.stage._write", None)
+            monkeypatch.setattr("export.stage.write", None)
         with pytest.raises(ParityError, match=r"the int8-weight graph .*(\n.*)*Kept in .*: fp32\."):
             export_student(student=student, out=out, recipe=pico_recipe())
     result = OnnxResult.of(open_artifact(out))

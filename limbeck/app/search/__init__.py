@@ -43,7 +43,7 @@ from limbeck.contract.errors import EnvironmentalError, RecipeError
 from limbeck.contract.files import write_atomically
 from limbeck.contract.lock import locked
 from limbeck.contract.progress import say
-from limbeck.contract.recipe import AnyBudget, AnyRecipe, FreshStudent, Recipe, parse_any_recipe
+from limbeck.contract.recipe import AnyBudget, AnyRecipe, parse_any_recipe
 from limbeck.runtime.session import import_onnxruntime
 
 CHOSEN, NEAREST, RESULT, TABLE = "chosen.yaml", "nearest.yaml", "search.json", "search.md"
@@ -96,8 +96,8 @@ def _required(recipe: AnyRecipe) -> AnyBudget:
             f"{recipe.name}: budget: a search needs a bound to keep to; add budget: "
             f"{{size_mb: 120}}, or --set budget.size_mb=120."
         )
-    if isinstance(recipe.student, FreshStudent):
-        kinds = "lora or shrink" if isinstance(recipe, Recipe) else "full or shrink"
+    if recipe.base is None:
+        kinds = " or ".join(task_of(recipe).KINDS)
         raise RecipeError(
             f"{recipe.name}: student.kind: a search cuts a base down; use {kinds}, with a base."
         )
@@ -105,7 +105,7 @@ def _required(recipe: AnyRecipe) -> AnyBudget:
         raise RecipeError(
             f"{recipe.name}: teachers: a search compares distilled students; name a teacher."
         )
-    if isinstance(recipe, Recipe) and recipe.training.tokens is None:
+    if recipe.minutes is not None:
         raise RecipeError(
             f"{recipe.name}: training.minutes: rounds are counted in tokens; give the budget "
             "as `tokens`."

@@ -10,35 +10,25 @@ import itertools
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from limbeck.app import run as pipeline
 from limbeck.app.plan import form_sizes
 from limbeck.app.search.candidates import Candidate
 from limbeck.app.search.variants import (
     alone,
-    base_config,
     cut_of,
     dimensions,
     exported,
-    fields,
     share_of,
     variant,
     whole_steps,
     why_uncut,
 )
 from limbeck.contract.progress import say
-from limbeck.contract.recipe import (
-    ClassificationBudget,
-    EmbeddingBudget,
-    EncoderRecipe,
-    FreshStudent,
-)
+from limbeck.contract.recipe import ClassificationBudget, EmbeddingBudget, EncoderRecipe
 
-if TYPE_CHECKING:
-    from compress.footprint.encoders import EncoderShape
-
-UNIT = "examples"
+UNIT, KINDS = "examples", ("full", "shrink")
 _PROBE = {"examples": 64, "batch": 32}  # as many as a static form is calibrated on
 
 # Students -----------------------------------------------------------------------------------------
@@ -76,11 +66,12 @@ def students(recipe: EncoderRecipe) -> Iterator[tuple[str, dict[str, Any]]]:
 def sized(recipe: EncoderRecipe, students: Mapping[str, dict[str, Any]]) -> list[Candidate]:
     """Every student in every form, with its planned size and the operations of one sequence."""
     from compress.footprint.encoders import trace_encoder
+    from compress.footprint.tasks import student_shape
 
     found, length = [], max(recipe.bench.lengths)
     for name, student in students.items():
         made = variant(recipe, student=student, export=exported(recipe, recipe.search.forms))
-        sizes, shape = form_sizes(made), _shape(made)
+        sizes, shape = form_sizes(made), student_shape(made)
         work = (
             trace_encoder(shape, rows=1, length=length, precision="fp32", trains=False).forward
             / 1e9
@@ -92,40 +83,15 @@ def sized(recipe: EncoderRecipe, students: Mapping[str, dict[str, Any]]) -> list
     return found
 
 
-def _shape(recipe: EncoderRecipe) -> EncoderShape:
-    """Shape of the recipe's student, from its configuration."""
-    from compress.footprint.encoders import describe_encoder, encoder_student_config
-
-    assert not isinstance(recipe.student, FreshStudent)
-    config = encoder_student_config(
-        recipe, base=base_config(recipe, recipe.student.base), vocabulary=0
-    )
-    return describe_encoder(config, name="the student", recipe=recipe)
-
-
 # Probes -------------------------------------------------------------------------------------------
 
 
-def export_untrained(
-    recipe: EncoderRecipe, student: dict[str, Any], forms: Sequence[str], folder: Path
-) -> None:
-    """Export a random model of a student's shape: speed does not depend on the weights."""
-    tree = recipe.resolved()
-    probe = variant(
-        recipe,
-        name=f"{recipe.name[:60]}-probe",
-        teachers=tree["teachers"][:1],  # its tokenizer
-        student={
-            "kind": "fresh",
-            "config": fields(_shape(variant(recipe, student=student)).config),
-        },
-        data=tree["data"] | {"heldout": tree["data"]["heldout"] | {"most": 8}},
-        fusion={"weights": {"kind": "uniform"}},
-        training=tree["training"] | _PROBE,
-        export=exported(recipe, forms),
-    )
-    for stage in ("compress", "export"):
-        pipeline.run_stage(stage, probe, out=folder)
+def probe_parts(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Parts of a recipe's plain data that make its training as short as can be."""
+    return {
+        "data": tree["data"] | {"heldout": tree["data"]["heldout"] | {"most": 8}},
+        "training": tree["training"] | _PROBE,
+    }
 
 
 def time_exports(

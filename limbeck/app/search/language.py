@@ -12,22 +12,20 @@ from limbeck.app import run as pipeline
 from limbeck.app.plan import form_sizes
 from limbeck.app.search.candidates import Candidate
 from limbeck.app.search.variants import (
-    PLAIN,
     alone,
     base_config,
     cut_of,
     dimensions,
     exported,
-    fields,
     share_of,
     variant,
     whole_steps,
     why_uncut,
 )
 from limbeck.contract.progress import say
-from limbeck.contract.recipe import Budget, FreshStudent, MixedByLoss, MixedBySize, Recipe
+from limbeck.contract.recipe import Budget, MixedByLoss, MixedBySize, Recipe
 
-UNIT = "tokens"
+UNIT, KINDS = "tokens", ("lora", "shrink")
 
 # Students -----------------------------------------------------------------------------------------
 
@@ -96,7 +94,7 @@ def sized(recipe: Recipe, students: Mapping[str, dict[str, Any]]) -> list[Candid
         1 if why_uncut(recipe) else dimensions(recipe, base)["layers"]
     )  # whole ones alone are all as deep
     for name, student in students.items():
-        made = variant(recipe, student=student, export=_export(recipe, recipe.search.forms))
+        made = variant(recipe, student=student, export=exported(recipe, recipe.search.forms))
         sizes = form_sizes(made)
         layers = int(student.get("layers") or whole)
         shape = "whole" if student["kind"] == "lora" else name
@@ -104,46 +102,18 @@ def sized(recipe: Recipe, students: Mapping[str, dict[str, Any]]) -> list[Candid
     return found
 
 
-def _export(recipe: Recipe, forms: Sequence[str]) -> dict[str, Any]:
-    return exported(recipe, forms) | PLAIN
-
-
 # Probes -------------------------------------------------------------------------------------------
 
 
-def export_untrained(
-    recipe: Recipe, student: dict[str, Any], forms: Sequence[str], folder: Path
-) -> None:
-    """Export a random model of a student's shape: speed does not depend on the weights.
-
-    A cut model before training could lose more to rounding than the parity check allows.
-    """
-    tree = recipe.resolved()
+def probe_parts(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Parts of a recipe's plain data that make its training as short as can be."""
     block = tree["data"]["block"]
-    probe = variant(
-        recipe,
-        name=f"{recipe.name[:60]}-probe",
-        teachers=tree["teachers"][:1],  # its tokenizer
-        student={"kind": "fresh", "config": _shape(recipe, student)},
-        data=tree["data"] | {"heldout": tree["data"]["heldout"] | {"blocks": 2}},
-        fusion={"weights": {"kind": "uniform"}},
-        features={"weight": 0},
-        training=tree["training"]
+    return {
+        "data": tree["data"] | {"heldout": tree["data"]["heldout"] | {"blocks": 2}},
+        "features": {"weight": 0},
+        "training": tree["training"]
         | {"tokens": block, "batch_tokens": block, "micro_batch": 1, "teacher_cache": "none"},
-        export=_export(recipe, forms),
-    )
-    for stage in ("compress", "export"):
-        pipeline.run_stage(stage, probe, out=folder)
-
-
-def _shape(recipe: Recipe, student: dict[str, Any]) -> dict[str, Any]:
-    """The transformers configuration of a student, as for a recipe's `fresh` student."""
-    from compress.footprint.language import student_config
-
-    made = variant(recipe, student=student)
-    assert not isinstance(made.student, FreshStudent)
-    config = student_config(made, base=base_config(recipe, made.student.base), vocabulary=0)
-    return fields(config)
+    }
 
 
 def time_exports(
@@ -244,17 +214,15 @@ def final_recipe(
 ) -> dict[str, Any]:
     """See `limbeck.app.search.tasks`."""
     gates, mixed = recipe.gates, recipe.export.mixed
-    export = _export(recipe, [candidate.form])
-    if candidate.form != "int4-weight":
-        export["mixed"] = "rule"  # the other choices are between 4 and 8 bits
-    elif isinstance(
-        mixed, MixedBySize
-    ):  # whose bound may be a gate of the recipe that is not in the budget
-        export["mixed"]["mb"] = mixed.mb or budget.size_mb or gates.max_size_mb
-    elif isinstance(mixed, MixedByLoss):
-        export["mixed"]["rise"] = (
-            mixed.rise if mixed.rise is not None else gates.max_quantization_loss
-        )
+    export = exported(recipe, [candidate.form])
+    if candidate.form == "int4-weight":  # `mixed` chooses between 4 and 8 bits
+        export["mixed"] = mixed.model_dump(mode="json")
+        # The bound may be a gate of the recipe that is not in the budget.
+        if isinstance(mixed, MixedBySize):
+            export["mixed"]["mb"] = mixed.mb or budget.size_mb or gates.max_size_mb
+        elif isinstance(mixed, MixedByLoss):
+            rise = mixed.rise if mixed.rise is not None else gates.max_quantization_loss
+            export["mixed"]["rise"] = rise
     return alone(
         recipe,
         student=student,

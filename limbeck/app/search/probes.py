@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from limbeck.app import run as pipeline
 from limbeck.app.search.candidates import Candidate, SpeedModel, fit_speed, still_in
 from limbeck.app.search.outcome import UNEXPORTED, why_refused
 from limbeck.app.search.state import TIMING
 from limbeck.app.search.tasks import task_of
+from limbeck.app.search.variants import exported, fields, variant
 from limbeck.contract.errors import QualityError
 from limbeck.contract.files import write_atomically
 from limbeck.contract.progress import say
@@ -88,6 +90,32 @@ def predict_speeds(
     return models
 
 
+def export_untrained(
+    recipe: AnyRecipe, student: dict[str, Any], forms: Sequence[str], folder: Path
+) -> None:
+    """Export a random model of a student's shape: speed does not depend on the weights.
+
+    A cut model before training could lose more to rounding than the parity check allows.
+    """
+    from compress.footprint.tasks import student_shape
+
+    tree = recipe.resolved()
+    probe = variant(
+        recipe,
+        name=f"{recipe.name[:60]}-probe",
+        teachers=tree["teachers"][:1],  # its tokenizer
+        student={
+            "kind": "fresh",
+            "config": fields(student_shape(variant(recipe, student=student)).config),
+        },
+        fusion={"weights": {"kind": "uniform"}},
+        export=exported(recipe, forms),
+        **task_of(recipe).probe_parts(tree),
+    )
+    for stage in ("compress", "export"):
+        pipeline.run_stage(stage, probe, out=folder)
+
+
 def _spread(items: Sequence[str], count: int) -> list[str]:
     """``count`` items at even distances in a sorted list, including both ends."""
     if count >= len(items):
@@ -116,13 +144,13 @@ def _time_probes(
     for shape, group in groups.items():
         student, place = students[group[0].student], folder / "probes" / shape
         try:
-            task.export_untrained(recipe, student, [c.form for c in group], place)
+            export_untrained(recipe, student, [c.form for c in group], place)
             targets |= {c.name: (place, c.form) for c in group}
         except QualityError:  # of one of the forms, which leaves nothing of the others
             for c in group:
                 place = folder / "probes" / c.name
                 try:
-                    task.export_untrained(recipe, student, [c.form], place)
+                    export_untrained(recipe, student, [c.form], place)
                     targets[c.name] = (place, c.form)
                 except QualityError as error:
                     say(f"   {c.name} is not timed: {error}")

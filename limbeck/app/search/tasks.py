@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from limbeck.app.search import encoders, language
 from limbeck.app.search.candidates import Candidate
-from limbeck.contract.recipe import AnyRecipe, Recipe
+from limbeck.contract.recipe import AnyRecipe
 
 R = TypeVar("R", contravariant=True)  # a recipe
 B = TypeVar("B", contravariant=True)  # its budget
@@ -19,6 +19,7 @@ class Task(Protocol[R, B]):
     """One of the two modules. A student is the `student:` of a recipe as plain data."""
 
     UNIT: str  # of training
+    KINDS: tuple[str, ...]  # of students that can be searched among
 
     def students(self, recipe: R) -> Iterator[tuple[str, dict[str, Any]]]:
         """Name and student of everything in the space; whole bases first, then cut ones."""
@@ -26,10 +27,8 @@ class Task(Protocol[R, B]):
     def sized(self, recipe: R, students: Mapping[str, dict[str, Any]]) -> list[Candidate]:
         """Every student in every form, with its planned size."""
 
-    def export_untrained(
-        self, recipe: R, student: dict[str, Any], forms: Sequence[str], folder: Path
-    ) -> None:
-        """Export a random model of a student's shape in a run folder."""
+    def probe_parts(self, tree: Mapping[str, Any]) -> dict[str, Any]:
+        """Parts of a recipe's plain data that make its training as short as can be."""
 
     def time_exports(
         self, recipe: R, exports: Sequence[tuple[Path, str]], out: Path
@@ -80,4 +79,4 @@ class Task(Protocol[R, B]):
 
 def task_of(recipe: AnyRecipe) -> Task[Any, Any]:
     """The module for a recipe's task."""
-    return language if isinstance(recipe, Recipe) else encoders
+    return language if recipe.task == "causal-lm" else encoders

@@ -8,20 +8,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from limbeck.contract.errors import ModelError
-from limbeck.contract.recipe import (
-    AnyRecipe,
-    Recipe,
-    find_recipe,
-    parse_any_recipe,
-    portable_reference,
-)
+from limbeck.contract.recipe import AnyRecipe, find_recipe, parse_any_recipe, portable_reference
 
 R = TypeVar("R", bound=AnyRecipe)
-PLAIN = {
-    "recover": None,
-    "adapters": "merged",
-}  # of a language model's `export:`, for every student and form
-
 _NOT_SHAPE = (
     "architectures",
     "dtype",
@@ -36,8 +25,7 @@ _NOT_SHAPE = (
 def variant(recipe: R, **changes: Any) -> R:
     """The recipe with some parts replaced, without the options that not every student can have."""
     tree = recipe.resolved() | {"gates": {}, "budget": None} | changes
-    if isinstance(recipe, Recipe):
-        tree["export"] |= PLAIN | {"mixed": "rule"}
+    tree["export"] |= recipe.plain_export
     made = parse_any_recipe(tree, where=recipe.name)
     assert isinstance(made, type(recipe))
     made._folder = recipe.folder
@@ -46,12 +34,9 @@ def variant(recipe: R, **changes: Any) -> R:
 
 def base_config(recipe: AnyRecipe, base: Any) -> Any:
     """The transformers configuration of a student's base."""
-    from compress.models.encoders import encoder_config
-    from compress.models.language import model_config
+    from compress.footprint.tasks import task_of
 
-    return (model_config if isinstance(recipe, Recipe) else encoder_config)(
-        base, folder=recipe.folder
-    )
+    return task_of(recipe.task).config_of(base, folder=recipe.folder)
 
 
 def dimensions(recipe: AnyRecipe, student: dict[str, Any]) -> dict[str, int]:
@@ -89,10 +74,14 @@ def whole_steps(rungs: Sequence[int], *, step: int, most: int) -> list[int]:
 
 
 def exported(recipe: AnyRecipe, forms: Sequence[str]) -> dict[str, Any]:
-    """The recipe's `export:` with fp32 and these forms; forms in the recipe keep their settings."""
+    """The recipe's `export:` with fp32 and these forms, without options that not all of them have.
+
+    Forms in the recipe keep their settings.
+    """
     export: dict[str, Any] = recipe.resolved()["export"]
     described = {form["kind"]: form for form in export["forms"]}
-    return export | {"forms": [described.get(form, form) for form in ("fp32", *forms)]}
+    forms_and_fp32 = [described.get(form, form) for form in ("fp32", *forms)]
+    return export | dict(recipe.plain_export) | {"forms": forms_and_fp32}
 
 
 def alone(

@@ -236,10 +236,7 @@ class EncoderTraining(Frozen):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
         description="Number type of the forward pass; auto is bf16 where it is computed in "
-        "hardware, else "
-        ""
-        ""
-        "fp32.",
+        "hardware, else fp32.",
     )
     threads: Count | None = Field(
         None, description="CPU threads; default: every core this process may use."
@@ -347,7 +344,55 @@ class EncoderGates(Frozen):
 # Recipes ------------------------------------------------------------------------------------------
 
 
-class ClassificationRecipe(BaseRecipe):
+class BaseEncoderRecipe(BaseRecipe):
+    """Fields of classifiers and sentence encoders, in the order in which recipes are written.
+
+    Subclasses narrow the types of some; that does not move a field.
+    """
+
+    task: str
+    teachers: tuple[EncoderTeacher, ...]
+    data: LabelledData | SentenceData
+    student: EncoderStudent = Field(description="What is trained.")
+    fusion: ClassFusion | SimilarityFusion
+    training: EncoderTraining = Field(description="The loop.")
+    export: EncoderExport = Field(EncoderExport(), description="Graphs made from the student.")
+    bench: EncoderBench = Field(EncoderBench(), description="What is measured.")
+    gates: EncoderGates = Field(EncoderGates(), description="What the shipped form must meet.")
+    budget: ClassificationBudget | EmbeddingBudget | None = Field(
+        None, description="Bounds for `limbeck search`; no effect elsewhere."
+    )
+    search: EncoderSpace = Field(
+        EncoderSpace(), description="What `limbeck search` looks among; of no effect elsewhere."
+    )
+
+    _decides_weights: ClassVar[tuple[str, ...]] = (
+        "name",
+        "seed",
+        "task",
+        "teachers",
+        "data",
+        "student",
+        "fusion",
+        "training",
+    )
+
+    @property
+    def base(self) -> EncoderSource | None:
+        """The model that the student starts from, or None for a fresh student."""
+        return None if isinstance(self.student, FreshStudent) else self.student.base
+
+    def limits(self) -> list[int | None]:
+        """Most examples taken of every class or domain; None takes all."""
+        raise NotImplementedError
+
+    @property
+    def piece_chars(self) -> int | None:
+        """About how many characters of a document are one example; None: each document is one."""
+        return None
+
+
+class ClassificationRecipe(BaseEncoderRecipe):
     """Several classifiers into one small one. Without teachers: plain fine-tuning."""
 
     task: Literal["classification"] = Field(description="What the student does.")
@@ -355,81 +400,52 @@ class ClassificationRecipe(BaseRecipe):
         (), description="Teachers; without teachers it is plain fine-tuning."
     )
     data: LabelledData = Field(description="Training and held-out examples.")
-    student: EncoderStudent = Field(description="What is trained.")
     fusion: ClassFusion = Field(
         ClassFusion(), description="How the teachers are mixed; of no effect without teachers."
     )
-    training: EncoderTraining = Field(description="The loop.")
-    export: EncoderExport = Field(EncoderExport(), description="Graphs made from the student.")
     bench: ClassificationBench = Field(ClassificationBench(), description="What is measured.")
-    gates: EncoderGates = Field(EncoderGates(), description="What the shipped form must meet.")
     budget: ClassificationBudget | None = Field(
         None, description="Bounds for `limbeck search`; no effect elsewhere."
     )
-    search: EncoderSpace = Field(
-        EncoderSpace(), description="What `limbeck search` looks among; of no effect elsewhere."
-    )
-
-    _decides_weights: ClassVar[tuple[str, ...]] = (
-        "name",
-        "seed",
-        "task",
-        "teachers",
-        "data",
-        "student",
-        "fusion",
-        "training",
-    )
-
-    @property
-    def base(self) -> EncoderSource | None:
-        """The model that the student starts from, or None for a fresh student."""
-        return None if isinstance(self.student, FreshStudent) else self.student.base
 
     def groups(self) -> list[tuple[str, str, TextSource]]:
         """Place in the recipe, name and text of every class, in order."""
         return [(f"data.classes.{i}.text", g.name, g.text) for i, g in enumerate(self.data.classes)]
 
+    def limits(self) -> list[int | None]:
+        """Most examples taken of every class; None takes all."""
+        return [group.most for group in self.data.classes]
 
-class EmbeddingRecipe(BaseRecipe):
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the student's outputs."""
+        return tuple(group.name for group in self.data.classes)
+
+
+class EmbeddingRecipe(BaseEncoderRecipe):
     """Several sentence encoders into one small one, whose vectors are mean-pooled and of
     length 1."""
 
     task: Literal["embedding"] = Field(description="What the student does.")
     teachers: tuple[EmbeddingTeacher, ...] = Field(min_length=1, description="Teachers.")
     data: SentenceData = Field(description="Training and held-out text.")
-    student: EncoderStudent = Field(description="What is trained.")
     fusion: SimilarityFusion = Field(SimilarityFusion(), description="How the teachers are mixed.")
-    training: EncoderTraining = Field(description="The loop.")
-    export: EncoderExport = Field(EncoderExport(), description="Graphs made from the student.")
-    bench: EncoderBench = Field(EncoderBench(), description="What is measured.")
-    gates: EncoderGates = Field(EncoderGates(), description="What the shipped form must meet.")
     budget: EmbeddingBudget | None = Field(
         None, description="Bounds for `limbeck search`; no effect elsewhere."
     )
-    search: EncoderSpace = Field(
-        EncoderSpace(), description="What `limbeck search` looks among; of no effect elsewhere."
-    )
-
-    _decides_weights: ClassVar[tuple[str, ...]] = (
-        "name",
-        "seed",
-        "task",
-        "teachers",
-        "data",
-        "student",
-        "fusion",
-        "training",
-    )
-
-    @property
-    def base(self) -> EncoderSource | None:
-        """The model that the student starts from, or None for a fresh student."""
-        return None if isinstance(self.student, FreshStudent) else self.student.base
 
     def groups(self) -> list[tuple[str, str, TextSource]]:
         """Place in the recipe, name and text of every domain, in order."""
         return [(f"data.domains.{i}.text", g.name, g.text) for i, g in enumerate(self.data.domains)]
+
+    def limits(self) -> list[int | None]:
+        """Most pieces taken of every domain; None takes all."""
+        return [self.data.most] * len(self.data.domains)
+
+    @property
+    def piece_chars(self) -> int | None:
+        """About how many characters of a document are one example."""
+        return self.data.piece_chars
 
 
 EncoderRecipe = ClassificationRecipe | EmbeddingRecipe

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from limbeck.contract.recipe.bench import Bench, Gates
 from limbeck.contract.recipe.budget import Budget, Space
 from limbeck.contract.recipe.distillation import Features, FreshStudent, Fusion, Student, Training
-from limbeck.contract.recipe.export import Export, Recover
+from limbeck.contract.recipe.export import Export, MixedByRule, Recover
 from limbeck.contract.recipe.inputs import BaseSource, Data, Teacher, TextSource
 from limbeck.contract.recipe.root import BaseRecipe
 
@@ -52,6 +53,12 @@ class Recipe(BaseRecipe):
         "training",
     )
 
+    plain_export: ClassVar[Mapping[str, Any]] = {
+        "recover": None,
+        "adapters": "merged",
+        "mixed": "rule",
+    }
+
     @property
     def base(self) -> BaseSource | None:
         """The model that the student starts from, or None for a fresh student."""
@@ -78,6 +85,18 @@ class Recipe(BaseRecipe):
         return self.training.minutes
 
     @property
+    def builder_options(self) -> dict[str, Any]:
+        """Choices of the graph builder, by name."""
+        return {"backend": self.export.backend, "provider": self.export.provider}
+
+    @property
     def recover(self) -> Recover | None:
         """The remedy if rounding costs too much, or None."""
         return self.export.recover
+
+    def exporting(self) -> dict[str, Any]:
+        """As `BaseRecipe.exporting`, with the gates if `mixed` or `recover` depend on them."""
+        exporting = super().exporting()
+        if self.recover is None and isinstance(self.export.mixed, MixedByRule):
+            return exporting
+        return exporting | {"gates": [self.gates.max_size_mb, self.gates.max_quantization_loss]}

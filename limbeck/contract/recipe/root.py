@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +25,8 @@ class BaseRecipe(Frozen):
     _folder: Path = PrivateAttr(default_factory=Path.cwd)
     _text: str = PrivateAttr("")
     _decides_weights: ClassVar[tuple[str, ...]]  # top-level keys
+    # Values of `export:` that suit every student and form.
+    plain_export: ClassVar[Mapping[str, Any]] = {}
 
     @property
     def folder(self) -> Path:
@@ -52,6 +55,16 @@ class BaseRecipe(Frozen):
     def minutes(self) -> float | None:
         """Training budget in minutes, if it is given as time."""
         return None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of a classifier's classes, in the order of its outputs; empty for other tasks."""
+        return ()
+
+    @property
+    def builder_options(self) -> dict[str, Any]:
+        """Choices of the graph builder, by name; empty for tasks that have one builder."""
+        return {}
 
     @property
     def recover(self) -> Recover | None:
@@ -85,6 +98,11 @@ class BaseRecipe(Frozen):
         part = {key: whole[key] for key in self._decides_weights}
         unlogged = {k: v for k, v in part["training"].items() if k != "trackers"}
         return part | {"training": unlogged}
+
+    def exporting(self) -> dict[str, Any]:
+        """The part of `resolved` that decides the exported files of a given student."""
+        exporting: dict[str, Any] = self.resolved()["export"]
+        return exporting
 
     @property
     def digest(self) -> str:
