@@ -515,7 +515,7 @@ def test_a_bench_of_an_export_with_other_settings_is_refused(
 
     path = recipe("alone")
     pipeline.run(load_recipe(path), out=Path("out"))
-    changed = load_recipe(path, overrides=["export.opset=21"])
+    changed = load_recipe(path, overrides=["export.forms=[fp32]"])
     with monkeypatch.context() as patch:
         patch.setattr(export, "export_student", fails)
         with pytest.raises(ParityError):
