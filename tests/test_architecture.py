@@ -22,6 +22,7 @@ ALLOWED = {  # modules that stages and functions import, never the command line 
     "limbeck/runtime/decoder.py": _ARRAYS,
     "limbeck/runtime/encoder.py": _ARRAYS,
     "limbeck/runtime/grammar.py": _ARRAYS,
+    "limbeck/runtime/endpoint.py": {"httpx2"},
     "limbeck/runtime/sampling.py": _ARRAYS,
 }
 

@@ -30,3 +30,14 @@ class Footprint:
     memory: Memory
     cache_bytes: int  # of the teacher cache, at most; 0 without one
     operations: float  # floating-point operations of the whole training
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a teacher behind a server is asked for, at most."""
+
+    model: str
+    url: str
+    requests: int
+    tokens: int  # of their prompts
+    bytes: int  # of the answers that are kept

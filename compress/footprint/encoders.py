@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from compress.footprint.base import Footprint, Memory
+from compress.footprint.base import Asked, Footprint, Memory
 from compress.footprint.tracing import (
     TRIAL_VOCABULARY,
     Trace,
@@ -52,6 +52,16 @@ class EncoderShape:
     def weights(self) -> int:
         """Bytes in memory."""
         return 4 * self.parameters
+
+
+def asked(recipe: EncoderRecipe) -> dict[str, Asked]:
+    """See `compress.footprint.tasks.Task`. Encoders' teachers run here."""
+    return {}
+
+
+def served_vocabulary(recipe: EncoderRecipe) -> int | None:
+    """See `compress.footprint.tasks.Task`."""
+    return None
 
 
 def meta_model(config: Any, task: str) -> Any:

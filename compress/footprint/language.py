@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from compress.data.blocks import measure_text
 from compress.features import layer_pairs
-from compress.footprint.base import Footprint, Memory
+from compress.footprint.base import Asked, Footprint, Memory
 from compress.footprint.tracing import (
     TRIAL_VOCABULARY,
     Trace,
@@ -31,9 +31,17 @@ from compress.head import CACHED
 from compress.host import prepare_host
 from compress.models.attention import use_short_attention
 from compress.models.body import Body, causal_lm
-from compress.models.language import BAD_CONFIG, DTYPES, cast_frozen, model_config, random_config
+from compress.models.language import (
+    BAD_CONFIG,
+    DTYPES,
+    cast_frozen,
+    load_tokenizer,
+    model_config,
+    random_config,
+)
 from compress.models.shrink import shrunk_config
 from compress.models.students import with_lora
+from compress.teachers.served import served_teacher
 from limbeck.contract.errors import ModelError, UserError
 from limbeck.contract.recipe import (
     FreshStudent,
@@ -42,6 +50,7 @@ from limbeck.contract.recipe import (
     MergeStudent,
     NoCache,
     Recipe,
+    ServerModel,
     ShrinkStudent,
     TopkCache,
 )
@@ -210,7 +219,7 @@ def footprint(
         Memory(kept_teachers, weights + head, 12 * trained + best, activations, logits, "training")
     ]
     if cached:
-        filling = max(t.forward_peak for t in theirs)
+        filling = max((t.forward_peak for t in theirs), default=0)
         moments.append(Memory(bodies + heads, weights + head, 0, filling, 0, "filling the cache"))
     if base is not None and isinstance(recipe.student, ShrinkStudent):
         moments.append(Memory(0, base.weights() + weights, 0, 0, 0, "shrinking"))
@@ -367,13 +376,36 @@ def _logits(recipe: Recipe, student: Shape, teachers: int, compute: int) -> int:
     return (teachers + 2) * chunk * compute + 8 * (chunk if on_gpu else min(CACHED, chunk)) * 4
 
 
+def asked(recipe: Recipe) -> dict[str, Asked]:
+    """See `compress.footprint.tasks.Task`. A server reads every different block once."""
+    if recipe.local_teachers == recipe.teachers:
+        return {}
+    blocks = _different_blocks(recipe) + recipe.data.heldout.blocks * len(recipe.data.domains)
+    tokens = blocks * recipe.data.block
+    # Ids and shares of the likeliest tokens; two bounds and the label's log-probability.
+    return {
+        name: Asked(model.model, model.url, blocks, tokens, tokens * (8 * model.top + 12))
+        for name, model in recipe.teacher_models.items()
+        if isinstance(model, ServerModel)
+    }
+
+
+def served_vocabulary(recipe: Recipe) -> int | None:
+    """See `compress.footprint.tasks.Task`."""
+    first = recipe.teachers[0]
+    if not isinstance(first.model, ServerModel):
+        return None
+    return len(load_tokenizer(served_teacher(first, recipe).tokenizer))
+
+
 def _different_blocks(recipe: Recipe) -> int:
     """Upper bound on the number of different training blocks.
 
     Counts the blocks that training takes of each domain, or those of its text if it is here.
     """
     wanted, domains = (recipe.training.tokens or 0) // recipe.data.block, recipe.data.domains
-    if isinstance(recipe.training.teacher_cache, NoCache):
+    all_here = recipe.local_teachers == recipe.teachers
+    if isinstance(recipe.training.teacher_cache, NoCache) and all_here:
         return wanted
     blocks = 0
     for domain in domains:

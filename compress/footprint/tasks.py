@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from compress.footprint import encoders, language
-from compress.footprint.base import Footprint
+from compress.footprint.base import Asked, Footprint
 from limbeck.contract.recipe import AnyRecipe
 
 R = TypeVar("R", contravariant=True)  # a recipe
@@ -42,6 +42,12 @@ class Task(Protocol[R]):
 
     def teacher_shape(self, recipe: R, index: int, shape: Any, made: AnyRecipe | None) -> Any:
         """A teacher in memory; ``made`` is the recipe that makes it, if there is one."""
+
+    def asked(self, recipe: R) -> dict[str, Asked]:
+        """What servers are asked for, by the teacher's name."""
+
+    def served_vocabulary(self, recipe: R) -> int | None:
+        """Tokens of the first teacher's tokenizer if that teacher is behind a server, else None."""
 
     def meta_model(self, config: Any, task: str) -> Any:
         """The model on the meta device."""

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.head import IGNORED, chunks_of_labels
+from compress.head import IGNORED, Place, chunks_of_labels
 from compress.models.language import load_tokenizer
-from compress.states import TeacherStates
+from compress.states import SparseStates, TeacherStates
 from compress.tasks.language_models import LanguageModels
 from limbeck.contract.generated import distinct, repetition
 
@@ -40,14 +40,21 @@ def against_mixture(task: LanguageModels, batches: list[list[Batch]]) -> dict[st
             logq_CV = torch.log_softmax(head.logits(hidden[place].to(head.weight_Vd.dtype)), -1)
             teachers = [
                 torch.softmax(t.head.logits(t.hidden_RLd[place]), -1)
-                for t in states
                 if isinstance(t, TeacherStates)
+                else _with_tail(t, place, labels[place], logq_CV)
+                for t in states
             ]
             p_CV = torch.stack(teachers).mean(0)
             divergence += float((torch.special.xlogy(p_CV, p_CV) - p_CV * logq_CV).double().sum())
             agreement += float((p_CV.argmax(-1) == logq_CV.argmax(-1)).sum())
             count += len(place[0])
     return {"kl_to_mixture": divergence / count, "top1_agreement": agreement / count}
+
+
+def _with_tail(teacher: SparseStates, place: Place, labels_C: Tensor, logq_CV: Tensor) -> Tensor:
+    """Distribution of a teacher of whom a few tokens are known; the student spreads the rest."""
+    reading = teacher.read(place, logq_CV.shape[-1])
+    return reading.distribution(slice(None), labels_C, logq_BV=logq_CV)[0]
 
 
 @torch.no_grad()

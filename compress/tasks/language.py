@@ -99,8 +99,8 @@ class LanguageTask(LanguageModels):
         def score(ids_RL: Tensor, labels_RL: Tensor) -> Tensor:
             states = self._teacher_states(k, ids_RL)
             if isinstance(states, SparseStates):
-                return -states.label_logp_RL.double().sum(1)  # 0 where there is no label
-            return label_nll(states.hidden_RLd, self.teachers.heads[k], labels_RL)
+                return -(states.label_logp_RL.double() * (labels_RL != IGNORED)).sum(1)
+            return label_nll(states.hidden_RLd, states.head, labels_RL)
 
         return evaluate(score, self.blocks, device=self.device, label=self.names[k])
 
@@ -134,9 +134,10 @@ class LanguageTask(LanguageModels):
                 return 1.0
         batches = [batch for b in self.blocks for batch in heldout_batches(b.heldout)[:2]]
         states = [self._teacher_states(k, ids.to(self.device)) for ids, _ in batches]
-        hidden = [s.hidden_RLd for s in states if isinstance(s, TeacherStates)]
+        dense = [s for s in states if isinstance(s, TeacherStates)]
+        hidden = torch.cat([s.hidden_RLd for s in dense])
         labels = torch.cat([labels for _, labels in batches]).to(self.device)
-        return fit_temperature(torch.cat(hidden), self.teachers.heads[k], labels, bounds=bounds)
+        return fit_temperature(hidden, dense[0].head, labels, bounds=bounds)
 
     def losses(self, label: str) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
         """See `compress.tasks.Task`."""

@@ -25,8 +25,8 @@ from compress.models.body import Body, causal_lm
 from compress.models.language import DTYPES, cast_frozen, load_tokenizer, require_same_tokenizer
 from compress.models.students import Student, build_model, student_folder
 from compress.tasks.own_text import OwnText
-from compress.teachers.cache import CachedTeachers
-from compress.teachers.live import Teachers, teacher_folders
+from compress.teachers.live import TeacherFolder, Teachers, teacher_folders
+from compress.teachers.mixed import open_teachers
 from compress.teachers.start import NothingToMergeError, Start, choose_start, merges_to_try
 from limbeck.contract.errors import RecipeError
 from limbeck.contract.heldout import Blocks
@@ -36,7 +36,6 @@ from limbeck.contract.recipe import (
     FreshStudent,
     LoraStudent,
     MergeStudent,
-    NoCache,
     Recipe,
     ShrinkStudent,
     fingerprint,
@@ -104,11 +103,12 @@ class LanguageModels:
         if self.kept:
             now, before = (self.kept[n] / 1e6 for n in ("parameters", "parameters_before"))
             say(f"  student: {now:.1f}M of {before:.1f}M parameters kept")
-        dtype, cache = DTYPES[self.precision], recipe.training.teacher_cache
-        self.teachers: Teachers | CachedTeachers = (
-            Teachers(self.folders, device=self.device, compute_dtype=dtype)
-            if isinstance(cache, NoCache)
-            else CachedTeachers(self.folders, cache=cache, device=self.device, compute_dtype=dtype)
+        dtype = DTYPES[self.precision]
+        self.teachers = open_teachers(
+            self.folders,
+            cache=recipe.training.teacher_cache,
+            device=self.device,
+            compute_dtype=dtype,
         )
         use_short_attention(causal_lm(model))
         student = Student(model, self._projections(Body(model))).to(self.device)
@@ -126,7 +126,8 @@ class LanguageModels:
         Raises `RecipeError` where the recipe wants a merge and no teacher can be merged.
         """
         student = self.recipe.student
-        if isinstance(student, FreshStudent) or not self.folders:
+        local = [f for f in self.folders if isinstance(f, TeacherFolder)]
+        if isinstance(student, FreshStudent) or not local:
             return None
         init = "merge" if isinstance(student, MergeStudent) else student.init
         quantized = isinstance(student, LoraStudent) and student.quantize != "none"
@@ -135,7 +136,7 @@ class LanguageModels:
         ids, labels = self._start_rows()
         found = choose_start(
             self.folder,
-            self.folders,
+            local,
             text=fingerprint([self.precision, ids.tolist(), labels.tolist()]),
             score=lambda model: self._loss_of(model, ids, labels),
             among=lambda names: merges_to_try(student, names),
@@ -182,17 +183,19 @@ class LanguageModels:
 
     def _projections(self, student: Body) -> Projections | None:
         features, teachers = self.recipe.features, self.teachers
-        if not len(teachers) or features.weight == 0:
+        if not any(teachers.depths) or features.weight == 0:
             return None
         pairs = [
             layer_pairs(features, student_layers=student.layers, teacher_layers=depth)
+            if depth  # a served teacher shows no states
+            else []
             for depth in teachers.depths
         ]
         return Projections(student_width=student.width, teacher_widths=teachers.widths, pairs=pairs)
 
     def _fill_cache(self) -> None:
         """Let the teachers read every block that training and measuring will need, once."""
-        if not isinstance(self.teachers, CachedTeachers):
+        if isinstance(self.teachers, Teachers):
             return
         rows = [
             row

@@ -18,10 +18,11 @@ from compress.models.attention import use_short_attention
 from compress.models.body import Body, causal_lm, require_faithful
 from compress.models.language import cast_frozen, load_model, model_folder
 from compress.states import TeacherStates
+from compress.teachers.served import ServedTeacher, served_teacher
 from limbeck.contract import sources
 from limbeck.contract.adapters import adapter_facts, attach, can_join
 from limbeck.contract.artifact import open_artifact
-from limbeck.contract.recipe import Recipe, RecipeModel, Teacher, fingerprint
+from limbeck.contract.recipe import Recipe, RecipeModel, ServerModel, Teacher, fingerprint
 from limbeck.contract.results.student import StudentResult
 
 
@@ -49,9 +50,16 @@ class TeacherFolder:
         }  # fmt: skip
 
 
-def teacher_folders(recipe: Recipe, products: Mapping[str, Path]) -> list[TeacherFolder]:
+def teacher_folders(
+    recipe: Recipe, products: Mapping[str, Path]
+) -> list[TeacherFolder | ServedTeacher]:
     """Find every teacher on disk, made into plain folders where need be. Raises `ModelError`."""
-    return [_teacher_folder(teacher, recipe, products) for teacher in recipe.teachers]
+    return [
+        served_teacher(teacher, recipe)
+        if isinstance(teacher.model, ServerModel)
+        else _teacher_folder(teacher, recipe, products)
+        for teacher in recipe.teachers
+    ]
 
 
 def _teacher_folder(
@@ -82,6 +90,7 @@ def _teacher_folder(
             )
         folder = whole
     else:
+        assert not isinstance(teacher.model, ServerModel)
         folder = model_folder(teacher.model, folder=recipe.folder)
     sources.require_fits(folder, block=recipe.data.block)
     own = (recipe.folder / teacher.adapter.expanduser()).resolve() if teacher.adapter else None

@@ -438,6 +438,12 @@ def _source(given: str, option: str) -> dict[str, Any]:
         except LimbeckError:
             if not path.parent.is_dir():  # with a folder of the owner's name it is a mistyped path
                 return {"kind": "hub", "id": given}
+    if re.match("https?://", given):
+        raise ModelError(
+            f"{option} {given}: a teacher behind a server needs the name of its model and its "
+            "tokenizer; write it into a recipe: model: {kind: server, url: …, model: …, "
+            "tokenizer: …}."
+        )
     raise ModelError(
         f"{option} {given}: no such folder, .gguf file, recipe, or hub id (owner/name); "
         f"{_close(path) or 'give one of them.'}"

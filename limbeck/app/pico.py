@@ -30,6 +30,7 @@ from limbeck.contract.recipe import (
     PackageModel,
     RandomModel,
     Recipe,
+    ServerModel,
     StaticShapes,
     find_recipe,
     load_teacher_recipe,
@@ -245,6 +246,9 @@ def architecture(source: ModelSource | OnnxModel, recipe: AnyRecipe, *, where: s
             name = source.id
         case PackageModel():
             name = str(source.path)
+        case ServerModel():  # any stand-in will do: its architecture is not known here
+            named = (kind for part, kind in _BY_NAME.items() if part in source.model.lower())
+            return next(named, "llama")
         case GgufModel():
             name = source.path.name  # the folders above it are the user's
         case _:

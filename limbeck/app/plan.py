@@ -14,10 +14,16 @@ from typing import TYPE_CHECKING, Any
 from limbeck.app.products import plan_products
 from limbeck.contract.errors import LimbeckError, ModelError, RecipeError
 from limbeck.contract.machine import host
-from limbeck.contract.recipe import AnyRecipe, RecipeModel, find_recipe, load_teacher_recipe
+from limbeck.contract.recipe import (
+    AnyRecipe,
+    RecipeModel,
+    ServerModel,
+    find_recipe,
+    load_teacher_recipe,
+)
 
 if TYPE_CHECKING:
-    from compress.footprint.base import Footprint
+    from compress.footprint.base import Asked, Footprint
     from compress.footprint.tasks import Shape
 
 # Measured resident memory of Python with torch, transformers and peft, before any model (Linux,
@@ -31,7 +37,8 @@ class Plan:
     """Figures of one recipe, in bytes, operations and seconds."""
 
     recipe: str
-    teachers: dict[str, int]  # parameters by name
+    teachers: dict[str, int]  # parameters by name, of those that run here
+    asked: dict[str, Asked]  # of servers, by the teacher's name
     student: int  # parameters
     trained: int  # of them, or of the adapters and projections beside them
     forms: dict[str, int]  # bytes of graph and weights, the shipped one last
@@ -60,6 +67,12 @@ class Plan:
         yield "recipe", self.recipe
         for name, parameters in self.teachers.items():
             yield f"teacher {name}", f"{_count(parameters)} parameters"
+        for name, asked in self.asked.items():
+            yield (
+                f"teacher {name}",
+                f"{asked.model} at {asked.url}: at most {asked.requests:,} requests with "
+                f"{asked.tokens:,} tokens, {_mb(asked.bytes)} of answers on disk",
+            )
         yield "student", f"{_count(self.student)} parameters, {_count(self.trained)} trained"
         for index, (form, size) in enumerate(self.forms.items()):
             yield (
@@ -131,6 +144,7 @@ def plan_recipe(recipe: AnyRecipe, *, trial: bool = False) -> Plan:
     teacher's recipe is wrong.
     """
     import compress
+    from compress.footprint.tasks import task_of
 
     compress.quiet_libraries()
     own = _making(recipe)
@@ -141,7 +155,8 @@ def plan_recipe(recipe: AnyRecipe, *, trial: bool = False) -> Plan:
     seconds = sum(making.seconds(speed) for making in (own, *first)) if speed else None
     return Plan(
         recipe=recipe.name,
-        teachers=dict(zip(recipe.teacher_models, own.teachers, strict=True)),
+        teachers=dict(zip(_here(recipe).values(), own.teachers, strict=True)),
+        asked=task_of(recipe.task).asked(recipe),
         student=own.student.parameters,
         trained=own.taken.trained,
         forms=_forms(recipe, own.student),
@@ -189,19 +204,18 @@ def _making(recipe: AnyRecipe) -> _Making:
     task, device = task_of(recipe.task), resolve_device(recipe.training.device)
     precision = resolve_precision(recipe.training.precision, device)
     # Mistakes of teachers are reported first.
-    teachers = [_teacher(index, recipe) for index in range(len(recipe.teachers))]
+    teachers = [(index, *_teacher(index, recipe)) for index in _here(recipe)]
     student, base = _student(recipe)
     taken = task.footprint(
         recipe,
         student=student,
         base=base,
         teachers=[
-            task.teacher_shape(recipe, index, shape, made)
-            for index, (shape, made) in enumerate(teachers)
+            task.teacher_shape(recipe, index, shape, made) for index, shape, made in teachers
         ],
         precision=precision,
     )
-    parameters = [shape.parameters for shape, _ in teachers]
+    parameters = [shape.parameters for _, shape, _ in teachers]
     return _Making(recipe, student, parameters, taken, device, precision)
 
 
@@ -232,6 +246,12 @@ def _forms(recipe: AnyRecipe, student: Shape) -> dict[str, int]:
         raise ModelError(f"{recipe.name}: student: {error}") from error
 
 
+def _here(recipe: AnyRecipe) -> dict[int, str]:
+    """Names of the teachers that are not behind a server, by their place in the recipe."""
+    named = enumerate(recipe.teacher_models.items())
+    return {at: name for at, (name, model) in named if not isinstance(model, ServerModel)}
+
+
 def _student(recipe: AnyRecipe, chain: tuple[Path, ...] = ()) -> tuple[Shape, Shape | None]:
     """Shapes of the student and its base; a fresh one has the first teacher's vocabulary.
 
@@ -240,7 +260,9 @@ def _student(recipe: AnyRecipe, chain: tuple[Path, ...] = ()) -> tuple[Shape, Sh
     from compress.footprint.tasks import task_of
 
     task, base, vocabulary = task_of(recipe.task), None, 0
-    if recipe.base is None:
+    if recipe.base is None and (size := task.served_vocabulary(recipe)) is not None:
+        vocabulary = size
+    elif recipe.base is None:
         vocabulary = _teacher(0, recipe, chain)[0].vocabulary
     else:
         try:

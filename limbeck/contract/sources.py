@@ -42,9 +42,11 @@ from limbeck.contract.recipe import (
     RandomModel,
     Recipe,
     RecipeModel,
+    ServerModel,
     StdlibText,
     Teacher,
     TextSource,
+    TokenizerSource,
     find_recipe,
     fingerprint,
 )
@@ -335,6 +337,27 @@ def _joined(source: PackageModel) -> Path:
     return path / name
 
 
+def tokenizer_path(source: TokenizerSource, *, folder: Path) -> Path | None:
+    """Folder with tokenizer.json, or GGUF file, of a served teacher; None for a hub model.
+
+    Raises `ModelError` or `UserError` if nothing is there.
+    """
+    match source:
+        case HubModel():
+            return None
+        case PackageModel():
+            root = package_root(source.package, source.version)
+            path = _joined(source) if source.sha256 else root / source.path
+        case _:
+            path = (folder / source.path.expanduser()).resolve()
+    if (path / "tokenizer.json").is_file() or (path.suffix == ".gguf" and path.is_file()):
+        return path
+    raise ModelError(
+        f"{path}: no tokenizer.json and no GGUF file{did_you_mean(path)}; name a folder as "
+        "`save_pretrained` writes it."
+    )
+
+
 def check_weights(path: Path) -> None:
     """Raise `ModelError` unless ``path`` is a GGUF file or a model folder with safetensors."""
     if path.is_file():
@@ -400,6 +423,28 @@ def hub_snapshot(repository: str, revision: str | None = None) -> Path:
         ) from error
     check_weights(Path(path))
     return Path(path)
+
+
+def hub_tokenizer(repository: str, revision: str) -> Path:
+    """Folder with a hub model's tokenizer; no weights are downloaded. Raises `ModelError`."""
+    cached = _cached_config(repository, revision)
+    if cached is not None and (cached / "tokenizer.json").is_file():
+        return cached
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    cache, patterns = _hub_cache(), ["*.json", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(
+            snapshot_download(
+                repository, revision=revision, cache_dir=cache, allow_patterns=patterns
+            )
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ModelError(
+            f"{repository}@{revision}: its tokenizer is not in {cache} and cannot be fetched "
+            f"({type(error).__name__}). Name a local folder with its tokenizer.json instead."
+        ) from error
 
 
 def hub_config(repository: str, revision: str) -> Path:
@@ -553,6 +598,8 @@ def _mistakes(recipe: AnyRecipe) -> Iterator[str]:
         try:
             if isinstance(source, RecipeModel):
                 find_recipe(source.recipe, folder=recipe.folder)
+            elif isinstance(source, ServerModel):
+                tokenizer_path(source.tokenizer, folder=recipe.folder)
             else:
                 path: Path | None = None
                 if isinstance(source, HubModel):
@@ -619,6 +666,13 @@ def model_digest(
         case PackageModel(sha256=str(digest)):
             package_pieces(source)
             return digest
+        case ServerModel():
+            path = tokenizer_path(source.tokenizer, folder=folder)
+            if path is None:
+                return fingerprint(source.identity())
+            # By content: the same tokenizer in another folder gives the same answers.
+            found = file_digest(path / "tokenizer.json" if path.is_dir() else path)
+            return fingerprint(source.identity() | {"tokenizer": found})
         case OnnxModel():
             path = model_path(source, folder=folder)
             assert path is not None

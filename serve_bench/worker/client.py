@@ -9,9 +9,8 @@ HTTP; knows nothing of arrivals (see `serve_bench.measure.scenarios.load`).
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +20,8 @@ import numpy as np
 
 from limbeck.contract.arrays import Ids, Logits
 from limbeck.contract.errors import DataError, EnvironmentalError
+from limbeck.runtime.endpoint import CONNECT, Endpoint, find_endpoint, refusal
 
-_CONNECT = 10.0  # seconds
 _LONGEST_EVENT = 1 << 20  # bytes of a line of a stream
 
 
@@ -71,64 +70,15 @@ class Stream:
         return carried
 
 
-@dataclass(frozen=True)
-class Endpoint:
-    """Where requests go, and as whom."""
-
-    url: str  # up to and with /v1
-    model: str
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
-
-    def body(self, prompt: Sequence[int], new_tokens: int) -> dict[str, Any]:
-        """A greedy request for exactly ``new_tokens`` tokens, where the server honours
-        ``ignore_eos``.
-        """
-        return {
-            "model": self.model,
-            "prompt": list(prompt),
-            "max_tokens": new_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-
-
-def find_endpoint(
-    url: str, model: str | None = None, key_variable: str = "OPENAI_API_KEY"
-) -> Endpoint:
-    """Ask a server for its models.
-
-    Raises `EnvironmentalError` when nothing usable answers or it lacks ``model``.
+def streamed(endpoint: Endpoint, prompt: Sequence[int], new_tokens: int) -> dict[str, Any]:
+    """A greedy request for exactly ``new_tokens`` tokens, where the server honours
+    ``ignore_eos``.
     """
-    base = url.rstrip("/").removesuffix("/v1") + "/v1"
-    key = os.environ.get(key_variable)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    try:
-        answer = httpx2.get(f"{base}/models", headers=headers, timeout=_CONNECT)
-        answer.raise_for_status()
-        names = [str(entry["id"]) for entry in answer.json()["data"]]
-    except httpx2.HTTPStatusError as error:
-        hint = (
-            f"; is the key in ${key_variable} right?"
-            if error.response.status_code in (401, 403)
-            else "."
-        )
-        raise EnvironmentalError(
-            f"{base}/models: answered {error.response.status_code}{hint}"
-        ) from None
-    except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
-        raise EnvironmentalError(
-            f"{base}/models: no OpenAI-compatible server answers there ({type(error).__name__}: "
-            f"{error}); is it running?"
-        ) from None
-    if model is not None and model not in names:
-        raise EnvironmentalError(
-            f"{base}: no model {model!r}; it has {', '.join(names) or 'none'}."
-        )
-    if not names:
-        raise EnvironmentalError(f"{base}: the server lists no model; name one in the recipe.")
-    return Endpoint(base, model or names[0], headers)
+    return endpoint.body(list(prompt), new_tokens) | {
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
 
 
 def open_session() -> aiohttp.ClientSession:
@@ -156,7 +106,7 @@ async def request(session: aiohttp.ClientSession, endpoint: Endpoint, body: byte
     try:
         async with session.post(url, data=body, headers=headers, allow_redirects=False) as response:
             if response.status != 200:
-                raise ValueError(_refusal(response.status, await response.read()))
+                raise ValueError(refusal(response.status, await response.read()))
             async for line in response.content:
                 stream.read(line.decode(), clock())
     except aiohttp.ClientError as error:
@@ -166,16 +116,6 @@ async def request(session: aiohttp.ClientSession, endpoint: Endpoint, body: byte
     if not stream.at:
         raise ValueError("the answer holds no token")
     return stream
-
-
-def _refusal(status: int, body: bytes) -> str:
-    text = body.decode(errors="replace").strip()
-    try:
-        found = json.loads(text)
-        text = str(found.get("error", {}).get("message") or found.get("detail") or text)
-    except (ValueError, AttributeError):
-        pass
-    return f"status {status}: {text[:300]}"
 
 
 class OpenAi:
@@ -189,7 +129,7 @@ class OpenAi:
         self, *, url: str, model: str | None = None, key_variable: str = "OPENAI_API_KEY"
     ) -> None:
         self._endpoint = find_endpoint(url, model, key_variable)
-        self._client = httpx2.Client(timeout=httpx2.Timeout(None, connect=_CONNECT))
+        self._client = httpx2.Client(timeout=httpx2.Timeout(None, connect=CONNECT))
         self._stream = Stream()
         self._tokens: Iterator[None] = iter(())
         self.facts: dict[str, Any] = {
@@ -252,13 +192,16 @@ class OpenAi:
 
     def _answer(self, prompt: list[int], new_tokens: int) -> Iterator[None]:
         self._stream = stream = Stream()
-        url, body = f"{self._endpoint.url}/completions", self._endpoint.body(prompt, new_tokens)
+        url, body = (
+            f"{self._endpoint.url}/completions",
+            streamed(self._endpoint, prompt, new_tokens),
+        )
         try:
             with self._client.stream(
                 "POST", url, json=body, headers=self._endpoint.headers
             ) as response:
                 if response.status_code != 200:
-                    raise ValueError(_refusal(response.status_code, response.read()))
+                    raise ValueError(refusal(response.status_code, response.read()))
                 for line in response.iter_lines():
                     if stream.read(line, time.perf_counter()):
                         yield None

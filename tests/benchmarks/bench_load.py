@@ -34,9 +34,10 @@ from typing import Any
 import numpy as np
 
 from limbeck.contract.recipe import ServerScenario, Slo
+from limbeck.runtime.endpoint import Endpoint, find_endpoint
 from serve_bench.judge import scenarios
 from serve_bench.measure.scenarios import load
-from serve_bench.worker.client import Endpoint, find_endpoint
+from serve_bench.worker.client import streamed
 from tests.fake_server import FakeServer
 from tests.pico import make_tokenizer
 
@@ -78,7 +79,7 @@ def theirs(endpoint: Endpoint, due: Sequence[float], folder: Path) -> Figures:
     make_tokenizer().save_pretrained(
         tokenizer
     )  # it wants one, and asks it nothing: counts are the server's
-    bodies = [endpoint.body(prompts(index, PROMPT), NEW) for index in range(len(due))]
+    bodies = [streamed(endpoint, prompts(index, PROMPT), NEW) for index in range(len(due))]
     trace.write_text(
         "".join(
             json.dumps({"timestamp": 1e3 * at, "payload": body}) + "\n"

@@ -16,11 +16,12 @@ import pytest
 
 from limbeck.contract.errors import DataError, EnvironmentalError
 from limbeck.contract.recipe import Bench, ServerScenario, Slo
+from limbeck.runtime.endpoint import find_endpoint
 from serve_bench.judge import scenarios
 from serve_bench.measure.scenarios import load
 from serve_bench.measure.scenarios.load import Loop, Sizes, measure_server, search
 from serve_bench.worker import client
-from serve_bench.worker.client import OpenAi, Stream, find_endpoint
+from serve_bench.worker.client import OpenAi, Stream
 from tests.fake_server import FakeServer
 
 

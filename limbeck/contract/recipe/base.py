@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -35,6 +39,37 @@ Fraction = Annotated[Float, Field(ge=0, le=1)]
 Positive = Annotated[Float, Field(gt=0)]
 Count = Annotated[Int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=80)]
+
+# A recipe from a stranger must not be able to send just any secret of this machine to a server that
+# it names. This variable holds the names that the command line allows, separated by commas: workers
+# inherit it, and no recipe can set it.
+ALLOWED = "LIMBECK_KEY_VARIABLES"
+_OURS = re.compile(r"LIMBECK_[A-Z0-9_]+|OPENAI_API_KEY")
+
+
+def allow_keys(names: Iterable[str]) -> None:
+    """Let recipes of this process, and of those it starts, send the environment variables
+    ``names``."""
+    if names := [*names]:
+        os.environ[ALLOWED] = ",".join([*_allowed(), *names])
+
+
+def _allowed() -> list[str]:
+    return [name for name in os.environ.get(ALLOWED, "").split(",") if name]
+
+
+def _may_be_sent(name: str) -> str:
+    if _OURS.fullmatch(name) is None and name not in _allowed():
+        raise PydanticCustomError(
+            "key_variable",
+            "it may only be LIMBECK_… or OPENAI_API_KEY, unless the command line says "
+            "--allow-key {name}",
+            {"name": name},
+        )
+    return name
+
+
+KeyVariable = Annotated[str, AfterValidator(_may_be_sent)]
 
 
 class _Shorthand:

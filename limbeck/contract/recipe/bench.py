@@ -2,48 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
-from limbeck.contract.recipe.base import SHORTHAND, Count, Float, Frozen, Int, Positive
+from limbeck.contract.recipe.base import SHORTHAND, Count, Float, Frozen, Int, KeyVariable, Positive
 from limbeck.contract.recipe.export import Provider
-
-# A recipe from a stranger must not be able to send just any secret of this machine to a server that
-# it names.
-# Variables allowed on the command line, separated by commas: workers inherit them, and no recipe
-# can set them.
-ALLOWED = "LIMBECK_KEY_VARIABLES"
-_OURS = re.compile(r"LIMBECK_[A-Z0-9_]+|OPENAI_API_KEY")
-
-
-def allow_keys(names: Iterable[str]) -> None:
-    """Let recipes of this process, and of those it starts, send the environment variables
-    ``names``."""
-    if names := [*names]:
-        os.environ[ALLOWED] = ",".join([*_allowed(), *names])
-
-
-def _allowed() -> list[str]:
-    return [name for name in os.environ.get(ALLOWED, "").split(",") if name]
-
-
-def _check(name: str) -> str:
-    if _OURS.fullmatch(name) is None and name not in _allowed():
-        raise PydanticCustomError(
-            "key_variable",
-            "it may only be LIMBECK_… or OPENAI_API_KEY, unless the command line says "
-            "--allow-key {name}",
-            {"name": name},
-        )
-    return name
-
-
-KeyVariable = Annotated[str, AfterValidator(_check)]
 
 
 class SingleScenario(Frozen):

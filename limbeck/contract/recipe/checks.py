@@ -23,6 +23,7 @@ from limbeck.contract.recipe.export import (
     MixedBySize,
     StaticShapes,
 )
+from limbeck.contract.recipe.inputs import ServerModel, Teacher
 from limbeck.contract.recipe.language import Recipe
 
 
@@ -52,6 +53,7 @@ def language_contradictions(recipe: Recipe) -> Iterator[str]:
     )
     yield from _training(recipe)
     yield from _on_policy(recipe)
+    yield from _served(recipe)
     yield from _first_form([f.kind for f in recipe.export.forms])
     yield from _export(recipe)
     yield from _separate_adapters(recipe)
@@ -198,7 +200,7 @@ def _training(recipe: Recipe) -> Iterator[str]:
         )
     if training.teacher_cache.kind == "topk":
         where = "training.teacher_cache: topk"
-        if recipe.features.weight and recipe.teachers:
+        if recipe.features.weight and recipe.local_teachers:
             yield f"{where} keeps no hidden states; set features.weight: 0, or use `hidden`"
         if recipe.fusion.calibration.kind != "none":
             yield (
@@ -230,6 +232,40 @@ def _on_policy(recipe: Recipe) -> Iterator[str]:
         yield (
             f"{where}.prompts.tokens: found {own.prompts.tokens}; it should be below data.block "
             f"({recipe.data.block}), so that there is room to write"
+        )
+
+
+def _served(recipe: Recipe) -> Iterator[str]:
+    """Check the teachers behind a server. Their `topk` cache holds plain distributions."""
+    names = set()
+    for index, teacher in enumerate(recipe.teachers):
+        if not isinstance(teacher.model, ServerModel):
+            continue
+        names.add(teacher.name)
+        for key in sorted({"adapter", "quantize", "dtype"} & teacher.model_fields_set):
+            default = Teacher.model_fields[key].default
+            if getattr(teacher, key) != default:
+                yield f"teachers.{index}.{key}: the server loads this model; leave {key} out"
+    if not names:
+        return
+    who = f"teacher {sorted(names)[0]} is behind a server"
+    if recipe.fusion.temperature != 1:
+        yield f"fusion.temperature: {who}, which answers at temperature 1; set it to 1"
+    calibration = recipe.fusion.calibration
+    fixed = calibration.values if isinstance(calibration, FixedCalibration) else {}
+    if calibration.kind != "none" and any(fixed.get(name) != 1 for name in names):
+        yield (
+            f"fusion.calibration: {who}, which answers uncalibrated; use {{kind: none}}, or "
+            "{kind: fixed} with 1 for it"
+        )
+    if recipe.training.minutes is not None:
+        yield (
+            f"training.minutes: {who} and reads all text beforehand; give the budget as `tokens`"
+        )
+    if recipe.gates.min_decode_speedup is not None and not recipe.local_teachers:
+        yield (
+            "gates.min_decode_speedup: a teacher behind a server is not timed; remove it, or name "
+            "a teacher that runs here"
         )
 
 
@@ -319,10 +355,10 @@ def _kernels(recipe: Recipe) -> Iterator[str]:
 
 def _start(recipe: Recipe) -> Iterator[str]:
     """Check the start of the student."""
-    student, names = recipe.student, {t.name for t in recipe.teachers}
+    student, names = recipe.student, {t.name for t in recipe.local_teachers}
     merges = isinstance(student, MergeStudent)
     if not names and (merges or getattr(student, "init", None) == "merge"):
-        yield "student: there are no teachers to merge; name teachers, or use init: base"
+        yield "student: there are no teachers here to merge; name teachers, or use init: base"
     if isinstance(student, LoraStudent) and student.init == "merge" and student.quantize != "none":
         yield (
             f"student.init: a base in {student.quantize} cannot take merged weights; "

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from limbeck.contract.recipe.base import Count, Frozen, Int, Name, Positive
+from limbeck.contract.recipe.base import Count, Frozen, Int, KeyVariable, Name, Positive
 
 
 def _has_home(value: Any) -> Any:
@@ -94,6 +94,57 @@ class RecipeModel(Frozen):
     )
 
 
+TokenizerSource = Annotated[
+    HubModel | LocalModel | GgufModel | PackageModel, Field(discriminator="kind")
+]
+
+
+class ServerModel(Frozen):
+    """A model behind a server that answers `prompt_logprobs` on `/v1/completions`, as vLLM and
+    `limbeck serve` do.
+
+    It reads each text once, into a cache of the likeliest tokens of every position.
+    """
+
+    kind: Literal["server"]
+    url: str = Field(
+        pattern=r"^https?://[^/?#@]+(/[^?#@]*)?$",
+        description="Address up to and without /v1, without a name and password in it.",
+    )
+    model: str = Field(min_length=1, description="Name of the model there.")
+    tokenizer: TokenizerSource = Field(
+        description="Model whose tokenizer the server uses; its weights are not needed."
+    )
+    top: Count = Field(
+        64, description="Likeliest tokens asked for at a position; the server must allow as many."
+    )
+    key_variable: KeyVariable = Field(
+        "OPENAI_API_KEY", description="Environment variable that holds the API key, if it is set."
+    )
+    concurrency: Count = Field(8, description="Requests under way at once.")
+    timeout: Positive = Field(300.0, description="Longest wait for an answer, in seconds.")
+    retries: Int = Field(
+        6,
+        ge=0,
+        description="Further tries of a request that the server was too busy for, or that broke.",
+    )
+
+    @property
+    def endpoint(self) -> str:
+        """The address up to and with /v1."""
+        return self.url.rstrip("/").removesuffix("/v1").rstrip("/") + "/v1"
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide its answers, as plain JSON types."""
+        return {
+            "kind": self.kind,
+            "url": self.endpoint,
+            "model": self.model,
+            "tokenizer": self.tokenizer.model_dump(mode="json"),
+            "top": self.top,
+        }
+
+
 class OnnxModel(Frozen):
     """An ONNX file of a BERT-like encoder, if its torch weights are not available; its weights are
     read back once.
@@ -122,10 +173,19 @@ BaseSource = Annotated[
     HubModel | LocalModel | GgufModel | PackageModel | RandomModel, Field(discriminator="kind")
 ]
 ModelSource = Annotated[
-    HubModel | LocalModel | GgufModel | PackageModel | RandomModel | RecipeModel,
+    HubModel | LocalModel | GgufModel | PackageModel | RandomModel | RecipeModel | ServerModel,
     Field(discriminator="kind"),
 ]
-AnySource = HubModel | LocalModel | GgufModel | PackageModel | OnnxModel | RandomModel | RecipeModel
+AnySource = (
+    HubModel
+    | LocalModel
+    | GgufModel
+    | PackageModel
+    | OnnxModel
+    | RandomModel
+    | RecipeModel
+    | ServerModel
+)
 
 
 class Teacher(Frozen):

@@ -12,7 +12,7 @@ from limbeck.contract.recipe.bench import Bench, Gates
 from limbeck.contract.recipe.budget import Budget, Space
 from limbeck.contract.recipe.distillation import Features, FreshStudent, Fusion, Student, Training
 from limbeck.contract.recipe.export import Export, MixedByRule, Recover
-from limbeck.contract.recipe.inputs import BaseSource, Data, Teacher, TextSource
+from limbeck.contract.recipe.inputs import BaseSource, Data, ServerModel, Teacher, TextSource
 from limbeck.contract.recipe.root import BaseRecipe
 
 
@@ -73,6 +73,11 @@ class Recipe(BaseRecipe):
         if own is not None and own.prompts.text is not None:
             found.append(("training.on_policy.prompts.text", "own-text prompts", own.prompts.text))
         return found
+
+    @property
+    def local_teachers(self) -> tuple[Teacher, ...]:
+        """Teachers that are not behind a server."""
+        return tuple(t for t in self.teachers if not isinstance(t.model, ServerModel))
 
     @property
     def adapters(self) -> dict[str, Path]:

@@ -10,7 +10,7 @@ from pydantic import Field, PrivateAttr
 
 from limbeck.contract.recipe.base import Frozen, Int, Name, fingerprint
 from limbeck.contract.recipe.export import Recover
-from limbeck.contract.recipe.inputs import AnySource, TextSource
+from limbeck.contract.recipe.inputs import AnySource, ServerModel, TextSource
 
 
 class BaseRecipe(Frozen):
@@ -97,7 +97,11 @@ class BaseRecipe(Frozen):
         whole = self.resolved()
         part = {key: whole[key] for key in self._decides_weights}
         unlogged = {k: v for k, v in part["training"].items() if k != "trackers"}
-        return part | {"training": unlogged}
+        teachers = [
+            {**written, "model": model.identity()} if isinstance(model, ServerModel) else written
+            for written, model in zip(part["teachers"], self.teacher_models.values(), strict=True)
+        ]
+        return part | {"training": unlogged, "teachers": teachers}
 
     def exporting(self) -> dict[str, Any]:
         """The part of `resolved` that decides the exported files of a given student."""

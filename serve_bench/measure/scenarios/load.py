@@ -29,9 +29,10 @@ import numpy as np
 from limbeck.contract.errors import EnvironmentalError
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import ServerScenario, UrlTarget
+from limbeck.runtime.endpoint import Endpoint, find_endpoint
 from serve_bench.judge.scenarios import meets
 from serve_bench.measure.machine import child_environment
-from serve_bench.worker.client import Endpoint, find_endpoint, open_session, request
+from serve_bench.worker.client import open_session, request, streamed
 
 _DOUBLINGS = 12  # and halvings, at most
 _READY = 120.0  # seconds that our own server may take to load
@@ -200,7 +201,7 @@ class Loop:
         """Written out before anything is due."""
         prompts = (self._prompts(index, self._sizes.prompt_tokens) for index in range(count))
         return [
-            json.dumps(self._endpoint.body(prompt, self._sizes.new_tokens)).encode()
+            json.dumps(streamed(self._endpoint, prompt, self._sizes.new_tokens)).encode()
             for prompt in prompts
         ]
 

@@ -1,0 +1,238 @@
+"""Ask a server for the probabilities of a text's own tokens: vLLM's `prompt_logprobs`.
+
+Knows HTTP and the shape of an answer; keeps nothing (see `compress.teachers.served`).
+
+Shapes: P positions of a text (each token but the last), k likeliest tokens of a position.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import random
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import httpx2
+import numpy as np
+import numpy.typing as npt
+
+from limbeck.contract.errors import EnvironmentalError, ModelError
+from limbeck.contract.recipe import ServerModel
+from limbeck.runtime.endpoint import CONNECT, Endpoint, refusal
+
+_BUSY = (408, 409, 425, 429)  # besides 5xx: the same request may succeed later
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0  # seconds
+_ABOVE_ONE = 1e-2  # nats; servers round
+_PROBE = (
+    "The quick brown fox jumps over the lazy dog. In 1969, two people walked on the moon; "
+    'the third stayed in orbit.\n\ndef area(r):\n    return 3.14159 * r ** 2  # "circle"\n'
+)
+_OTHER_TEXT = 0.05  # share of token ids whose text may differ: servers decode bytes in their way
+
+
+@dataclass(frozen=True)
+class Likeliest:
+    """Probabilities of the token after each position, as a server answers them."""
+
+    ids_Pk: npt.NDArray[np.int32]
+    logp_Pk: npt.NDArray[np.float32]  # -inf where an id is not in the tokenizer
+    label_logp_P: npt.NDArray[np.float32]  # of the text's own next token
+
+
+class Server:
+    """One served teacher. Its methods may run in several threads at once."""
+
+    def __init__(
+        self, name: str, model: ServerModel, endpoint: Endpoint, *, vocabulary: int
+    ) -> None:
+        """``name`` is the teacher's; ``vocabulary`` is the number of ids of its tokenizer."""
+        self._model, self._endpoint, self._vocabulary = model, endpoint, vocabulary
+        self._url = f"{self._endpoint.url}/completions"
+        self._where = f"teacher {name}: {self._url}"
+        self._client = httpx2.Client(
+            timeout=httpx2.Timeout(model.timeout, connect=CONNECT),
+            limits=httpx2.Limits(max_connections=model.concurrency),
+        )
+        self._gone = threading.Event()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.give_up()
+        self._client.close()
+
+    def give_up(self) -> None:
+        """Let requests that wait for another try end at once."""
+        self._gone.set()
+
+    def require_room(self, tokens: int) -> None:
+        """Raise `ModelError` unless a text of ``tokens`` and the one token of an answer fit."""
+        context = self._endpoint.context
+        if context is not None and tokens >= context:
+            raise ModelError(
+                f"{self._where}: reads {context} tokens at most, one of an answer included, and "
+                f"data.block is {tokens}; set data.block to {context - 1} or less, or start the "
+                "server with a longer context."
+            )
+
+    def ask(self, ids: Sequence[int]) -> Likeliest:
+        """Probabilities of ``ids[1:]``, each after the tokens before it.
+
+        Raises `EnvironmentalError` when the server refuses or is gone, `ModelError` for a wrong
+        answer.
+        """
+        return self._read(self._entries(ids), ids)
+
+    def probe(self, tokenizer: Any) -> dict[str, list[float]]:
+        """Compare the server's tokens with those of ``tokenizer``, a fast one of transformers.
+
+        Returns the token ids of a short text and their log-probabilities, by which this model can
+        be known again. Raises `ModelError` where the texts of tokens differ, and as `ask`.
+        """
+        ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+        ids = ids[: (self._endpoint.context or len(ids) + 1) - 1]
+        entries = self._entries(ids)
+        found = self._read(entries, ids)
+        theirs = {
+            int(token): one.get("decoded_token")
+            for entry in entries
+            for token, one in entry.items()
+        }
+        self._require_same_texts(tokenizer, theirs)
+        return {"ids": ids, "label_logp": found.label_logp_P.tolist()}
+
+    def _require_same_texts(self, tokenizer: Any, theirs: Mapping[int, str | None]) -> None:
+        compared, different = 0, list[str]()
+        for token, text in sorted(theirs.items()):
+            if token >= self._vocabulary or text is None:
+                continue
+            ours = tokenizer.decode([token], skip_special_tokens=False)
+            if "\ufffd" in ours + text or not ours.strip():  # part of a character; space alone
+                continue
+            compared += 1
+            if text.strip() not in (ours.strip(), tokenizer.convert_ids_to_tokens(token)):
+                different.append(f"{token} is {ours!r} here and {text!r} there")
+        if not compared:
+            raise ModelError(
+                f"{self._where}: its answers hold no `decoded_token`, so its token ids cannot be "
+                "compared with the tokenizer; use a server that gives them, as vLLM does."
+            )
+        if len(different) > _OTHER_TEXT * compared:
+            raise ModelError(
+                f"{self._where}: has another tokenizer than `tokenizer` names: of {compared} "
+                f"token ids {len(different)} are another text ({'; '.join(different[:3])}); name "
+                "the tokenizer of the served model."
+            )
+
+    def _entries(self, ids: Sequence[int]) -> list[dict[str, Any]]:
+        """For each token but the first, log-probabilities by token id, as the server has them."""
+        top = min(self._model.top, self._vocabulary)
+        body = self._endpoint.body(list(ids), 1) | {"prompt_logprobs": top}
+        answer = self._post(body)
+        if (name := answer.get("model")) != self._endpoint.model:
+            raise self._wrong(f"answers as model {name!r}, not {self._endpoint.model!r}")
+        try:
+            entries = answer["choices"][0]["prompt_logprobs"]
+            if entries is None:
+                raise KeyError("prompt_logprobs")
+            first: Any
+            found: list[dict[str, Any]]
+            first, *found = entries
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise self._wrong(
+                "answers without prompt_logprobs; it needs a server that gives them, as vLLM and "
+                "`limbeck serve` do"
+            ) from None
+        if len(entries) != len(ids) or first:
+            raise self._wrong(
+                f"answers for {len(entries)} tokens, and {len(ids)} were sent: it cuts the prompt, "
+                "or adds a token to it"
+            )
+        if not all(isinstance(entry, dict) for entry in found):
+            raise self._wrong("answers a position without tokens")
+        return found
+
+    def _read(self, entries: Sequence[Mapping[str, Any]], ids: Sequence[int]) -> Likeliest:
+        k = min(self._model.top, self._vocabulary)
+        ids_Pk = np.zeros((len(entries), k), np.int32)
+        logp_Pk = np.full((len(entries), k), -np.inf, np.float32)
+        labels_P = np.zeros(len(entries), np.float32)
+        for place, entry in enumerate(entries):
+            try:
+                by_id = {int(token): float(one["logprob"]) for token, one in entry.items()}
+            except (KeyError, TypeError, ValueError):
+                raise self._wrong(f"position {place}: answers what is no log-probability") from None
+            label = by_id.get(ids[place + 1])
+            if label is None:
+                raise self._wrong(
+                    f"position {place}: has no log-probability of the text's own token "
+                    f"{ids[place + 1]}: it read other token ids than were sent"
+                )
+            if any(math.isnan(v) or v > _ABOVE_ONE for v in by_id.values()) or math.isinf(label):
+                raise self._wrong(f"position {place}: answers what is no log-probability")
+            if len(by_id) < k:
+                raise self._wrong(
+                    f"position {place}: answers {len(by_id)} tokens, and {k} were asked for; set "
+                    f"`top` to {len(by_id)}, or let the server give more (vLLM: --max-logprobs)"
+                )
+            best = sorted(by_id.items(), key=lambda item: -item[1])[:k]
+            # A head can have more rows than the tokenizer has tokens; those are part of the tail.
+            known = [(token, value) for token, value in best if 0 <= token < self._vocabulary]
+            ids_Pk[place] = known[0][0] if known else ids[place + 1]
+            for at, (token, value) in enumerate(known):
+                ids_Pk[place, at], logp_Pk[place, at] = token, value
+            labels_P[place] = label
+        total_P = np.exp(logp_Pk.astype(np.float64)).sum(1)
+        if total_P.size and total_P.max() > 1 + _ABOVE_ONE:
+            raise self._wrong(
+                f"position {int(total_P.argmax())}: its probabilities sum to {total_P.max():.3f}"
+            )
+        return Likeliest(ids_Pk, logp_Pk, labels_P)
+
+    def _post(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to one request, after as many tries as the recipe allows."""
+        for attempt in itertools.count():
+            wait = min(_FIRST_WAIT * 2**attempt, _LONGEST_WAIT) * random.uniform(0.75, 1.25)
+            try:
+                answer = self._client.post(self._url, json=body, headers=self._endpoint.headers)
+                status = answer.status_code
+                if status == 200:
+                    found = answer.json()
+                    if isinstance(found, dict):
+                        return found
+                    reason = "its answer is no JSON object"
+                elif status in _BUSY or status >= 500:
+                    reason = refusal(status, answer.content)
+                    with contextlib.suppress(ValueError):
+                        asked = float(answer.headers.get("retry-after", ""))
+                        wait = min(max(wait, asked), _LONGEST_WAIT)
+                else:
+                    hint = f"; is the key in ${self._model.key_variable} right?"
+                    raise EnvironmentalError(
+                        f"{self._where}: {refusal(status, answer.content)}"
+                        f"{hint if status in (401, 403) else ''}"
+                    )
+            except httpx2.HTTPError as error:  # not reached, cut off, or too slow
+                reason = f"{type(error).__name__}: {error}".rstrip(": ")
+            except ValueError:  # cut off inside the JSON
+                reason = "its answer is not JSON"
+            if attempt >= self._model.retries or self._gone.wait(wait):
+                break
+        raise EnvironmentalError(
+            f"{self._where}: {reason}; gave up after {attempt + 1} tries. Its answers so far are "
+            "kept: run the same command again once the server is well."
+        )
+
+    def _wrong(self, what: str) -> ModelError:
+        return ModelError(f"{self._where}: {what}.")

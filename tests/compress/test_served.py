@@ -1,0 +1,373 @@
+"""Teachers behind a server: the cache equals the local one, faults are named, nothing twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import compress
+from compress.head import IGNORED
+from compress.states import SparseStates
+from compress.teachers.cache import CachedTeachers
+from compress.teachers.live import TeacherFolder, Teachers
+from compress.teachers.mixed import MixedTeachers, open_teachers
+from compress.teachers.served import ServedTeachers, entropy_bounds, served_teacher
+from limbeck.contract.errors import EnvironmentalError, LimbeckError, ModelError, RecipeError
+from limbeck.contract.recipe import NoCache, Recipe, TopkCache
+from tests.compress.logprob_server import LogprobServer
+from tests.compress.test_compress import events, tiny
+from tests.pico import make_model
+
+TOP = 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("big") / "big", seed=5)
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[LogprobServer]:
+    with LogprobServer(folder) as serving:
+        yield serving
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compress.teachers.prompt_logprobs._FIRST_WAIT", 0.001)
+
+
+def source(server: LogprobServer, folder: Path, **over: Any) -> dict[str, Any]:
+    return {
+        "kind": "server",
+        "url": server.url,
+        "model": "big",
+        "tokenizer": {"kind": "local", "path": str(folder)},
+        "top": TOP,
+        "concurrency": 3,
+        "retries": 2,
+    } | over
+
+
+def recipe_of(tmp_path: Path, folder: Path, teachers: list[dict[str, Any]], **over: Any) -> Recipe:
+    parts: dict[str, Any] = {
+        "teachers": teachers,
+        "student": {"base": {"kind": "local", "path": str(folder)}, "init": "base"},
+        "fusion": {"calibration": {"kind": "none"}},
+    }
+    return tiny(tmp_path, **parts | over)
+
+
+def served(tmp_path: Path, server: LogprobServer, folder: Path, **over: Any) -> ServedTeachers:
+    model = source(server, folder, **over)
+    recipe = recipe_of(tmp_path, folder, [{"name": "big", "model": model}])
+    teacher = served_teacher(recipe.teachers[0], recipe)
+    return ServedTeachers([teacher], device=torch.device("cpu"))
+
+
+def local(folder: Path, name: str = "big") -> TeacherFolder:
+    return TeacherFolder(name, folder, None, folder, None, folder, "none", "fp32", "digest")
+
+
+def rows_of(count: int, *, seed: int = 0, length: int = 20) -> list[tuple[torch.Tensor, Any]]:
+    draw = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        ids = torch.from_numpy(draw.integers(0, 256, length))
+        labels = torch.cat([ids[1:], torch.tensor([IGNORED])])
+        end = int(draw.integers(4, length))
+        labels[end:] = IGNORED  # padding
+        labels[: int(draw.integers(0, 3))] = IGNORED  # a question
+        rows.append((ids, labels))
+    return rows
+
+
+def test_the_cache_is_the_local_topk_cache(
+    tmp_path: Path, server: LogprobServer, folder: Path
+) -> None:
+    rows = rows_of(7)
+    ids, labels = (torch.stack(parts) for parts in zip(*rows, strict=True))
+    theirs = served(tmp_path, server, folder)
+    theirs.prepare(rows)
+    ours = CachedTeachers(
+        [local(folder)],
+        cache=TopkCache(kind="topk", k=TOP),
+        device=torch.device("cpu"),
+        compute_dtype=torch.float32,
+    )
+    ours.prepare(rows, None)
+    found, expected = theirs.states(0, ids), ours.states(ids)[0][0]
+    assert isinstance(expected, SparseStates)
+    assert found.vocabulary == expected.vocabulary == 258
+    valid = labels != IGNORED
+    torch.testing.assert_close(found.share_RLk[valid], expected.share_RLk[valid])
+    assert torch.equal(found.ids_RLk[valid], expected.ids_RLk[valid])
+    torch.testing.assert_close(found.label_logp_RL[valid], expected.label_logp_RL[valid])
+    gap = (found.entropy_RL - expected.entropy_RL)[valid].abs()
+    assert 0 < gap.max() < 0.5, gap
+    body = server.bodies[-1]
+    assert (body["max_tokens"], body["temperature"], body["prompt_logprobs"]) == (1, 0, TOP)
+    assert all(isinstance(token, int) for token in body["prompt"])
+    assert server.most_at_once <= 3
+    longest = [int((row != IGNORED).nonzero()[-1]) + 2 for row in labels]
+    assert sorted(map(len, server.asked[1:])) == sorted(longest)  # padding is not asked for
+
+
+@given(
+    logits=st.lists(st.floats(-12, 12), min_size=3, max_size=40),
+    k=st.integers(1, 40),
+    scale=st.sampled_from([0.1, 1.0, 3.0]),
+)
+def test_bounds_hold_the_exact_entropy(logits: list[float], k: int, scale: float) -> None:
+    p = torch.softmax(torch.tensor(logits, dtype=torch.float64) * scale, 0).numpy()
+    k = min(k, len(p))
+    top = np.sort(p)[::-1][:k]
+    low, high = entropy_bounds(np.log(top)[None], len(p))
+    exact = scipy.stats.entropy(p)
+    assert low[0] - 1e-7 <= exact <= high[0] + 1e-7
+    if k == len(p):
+        assert low[0] == pytest.approx(high[0], abs=1e-6)
+
+
+def test_bounds_by_hand() -> None:
+    # 0.5 and 0.2 are known, 0.3 is left for 6 tokens: at most 0.05 each, at least 0.2 and 0.1.
+    low, high = entropy_bounds(np.log([[0.5, 0.2]]), 8)
+    assert high[0] == pytest.approx(scipy.stats.entropy([0.5, 0.2] + [0.05] * 6))
+    assert low[0] == pytest.approx(scipy.stats.entropy([0.5, 0.2, 0.2, 0.1]))
+
+
+def test_nothing_is_asked_twice(tmp_path: Path, server: LogprobServer, folder: Path) -> None:
+    rows = rows_of(9)
+
+    def dies(number: int, right: dict[str, Any]) -> tuple[int, Any] | None:
+        return (200, right) if number < 5 else None
+
+    server.fault = dies
+    with pytest.raises(EnvironmentalError, match=r"gave up after 3 tries.*so far are kept"):
+        served(tmp_path, server, folder).prepare(rows)
+    cache = tmp_path / "cache" / "teachers"
+    assert not list(cache.glob("served-*/rows-*"))  # no shard is complete
+    assert len(list(cache.glob("served-*/answers/*"))) == 4  # the probe is the fifth
+    server.fault = None
+    served(tmp_path, server, folder).prepare(rows)
+    prompts = [tuple(prompt) for prompt in server.asked]
+    probe = prompts[0]
+    assert len(set(prompts)) == len([p for p in prompts if p != probe]) + 1 == 10
+    assert not list(cache.glob("served-*/answers/*"))
+
+    count = len(server.bodies)
+    again = served(tmp_path, server, folder)
+    again.prepare(rows)
+    again.states(0, torch.stack([ids for ids, _ in rows]))
+    assert len(server.bodies) == count  # not even a probe
+    again.prepare([*rows_of(2, seed=1), *reversed(rows)])  # another recipe with some new text
+    assert len(server.bodies) == count + 3
+
+
+def test_text_that_is_made_while_training_is_asked_for(
+    tmp_path: Path, server: LogprobServer, folder: Path
+) -> None:
+    teachers = served(tmp_path, server, folder)
+    teachers.prepare(rows_of(2))
+    count = len(server.bodies)
+    ids = torch.stack([ids for ids, _ in rows_of(3, seed=8)])
+    found = teachers.states(0, ids)
+    assert len(server.bodies) == count + 3
+    with torch.no_grad():
+        expected = torch.log_softmax(server.model(ids).logits, -1)
+    labels = expected[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(found.label_logp_RL[:, :-1], labels, rtol=1e-4, atol=1e-4)
+    teachers.states(0, ids)
+    assert len(server.bodies) == count + 3
+
+
+def wrong(change: Any) -> Any:
+    """A fault of every answer but the probe's: ``change`` gets the entries of the prompt."""
+
+    def fault(number: int, right: dict[str, Any]) -> tuple[int, Any] | None:
+        if number:
+            choice = right["choices"][0]
+            choice["prompt_logprobs"] = change(choice["prompt_logprobs"])
+        return 200, right
+
+    return fault
+
+
+def with_value(value: Any) -> Any:
+    def change(entries: list[Any]) -> list[Any]:
+        next(iter(entries[3].values()))["logprob"] = value
+        return entries
+
+    return wrong(change)
+
+
+FAULTS: dict[str, tuple[Any, type[LimbeckError], str]] = {
+    "cut": (wrong(lambda found: found[:-2]), ModelError, r"it cuts the prompt, or adds a token"),
+    "more": (wrong(lambda found: [None, *found]), ModelError, r"adds a token"),
+    "shifted": (
+        wrong(lambda found: [None, *reversed(found[1:])]),
+        ModelError,
+        r"position \d+: has no log-probability of the text's own token \d+",
+    ),
+    "nan": (with_value(float("nan")), ModelError, "what is no log-probability"),
+    "positive": (with_value(2.5), ModelError, "what is no log-probability"),
+    "text": (with_value("low"), ModelError, "what is no log-probability"),
+    "too much": (
+        wrong(lambda found: [None, *({t: {"logprob": -0.1} for t in e} for e in found[1:])]),
+        ModelError,
+        r"its probabilities sum to \d",
+    ),
+    "other k": (
+        wrong(lambda found: [None, *(dict(list(e.items())[-4:]) for e in found[1:])]),
+        ModelError,
+        r"answers 4 tokens, and 12 were asked for; set `top` to 4.*--max-logprobs",
+    ),
+    "empty": (wrong(lambda found: [None, *(None for _ in found[1:])]), ModelError, "without token"),
+    "none": (wrong(lambda found: None), ModelError, "answers without prompt_logprobs"),
+    "other model": (
+        lambda number, right: (200, right | ({"model": "small"} if number else {})),
+        ModelError,
+        "answers as model 'small', not 'big'",
+    ),
+    "refuses": (
+        lambda number, right: (400, {"error": {"message": "greater than max allowed: 5"}}),
+        EnvironmentalError,
+        "status 400: greater than max allowed: 5",
+    ),
+    "busy": (
+        lambda number, right: (429, {"error": {"message": "slow down"}}),
+        EnvironmentalError,
+        r"status 429: slow down; gave up after 3 tries",
+    ),
+    "not json": (
+        lambda number, right: (200, json.dumps(right).encode()[:-40]),
+        EnvironmentalError,
+        "its answer is not JSON; gave up after 3 tries",
+    ),
+    "list": (
+        lambda number, right: (200, [right]),
+        EnvironmentalError,
+        "its answer is no JSON object",
+    ),
+    "redirect": (
+        lambda number, right: (307, {"detail": "elsewhere"}),
+        EnvironmentalError,
+        "status 307",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_wrong_answers_are_named_and_not_kept(
+    name: str, tmp_path: Path, server: LogprobServer, folder: Path
+) -> None:
+    server.fault, error, message = FAULTS[name]
+    with pytest.raises(error, match=message):
+        served(tmp_path, server, folder).prepare(rows_of(4))
+    cache = tmp_path / "cache" / "teachers"
+    assert not list(cache.glob("served-*/rows-*"))
+    assert not list(cache.glob("served-*/answers/*"))
+    server.fault = None
+    served(tmp_path, server, folder).prepare(rows_of(4))  # the server is well again
+
+
+def test_short_troubles_are_tried_again(
+    tmp_path: Path, server: LogprobServer, folder: Path
+) -> None:
+    troubles: list[tuple[int, Any] | None] = [
+        (503, {"error": {"message": "loading"}}), (429, {}), None, (200, b'{"choices": [')
+    ]  # fmt: skip
+
+    def fault(number: int, right: dict[str, Any]) -> tuple[int, Any] | None:
+        return troubles.pop() if troubles and number % 2 else (200, right)
+
+    server.fault = fault
+    rows = rows_of(6)
+    teachers = served(tmp_path, server, folder)
+    teachers.prepare(rows)
+    assert not troubles
+    found = teachers.states(0, torch.stack([ids for ids, _ in rows]))
+    assert bool((found.share_RLk.sum(-1) <= 1.001).all())
+
+
+def test_a_slow_server_is_given_up(tmp_path: Path, server: LogprobServer, folder: Path) -> None:
+    def fault(number: int, right: dict[str, Any]) -> tuple[int, Any] | None:
+        time.sleep(0.4)
+        return 200, right
+
+    server.fault = fault
+    with pytest.raises(EnvironmentalError, match=r"ReadTimeout.*gave up after 1 tries"):
+        served(tmp_path, server, folder, timeout=0.1, retries=0).prepare(rows_of(1))
+
+
+def test_another_tokenizer_is_found_before_the_first_text(
+    tmp_path: Path, server: LogprobServer, folder: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    other = AutoTokenizer.from_pretrained(folder)
+    tree = json.loads(other.backend_tokenizer.to_str())
+    vocabulary = tree["model"]["vocab"]
+    letters = [c for c in vocabulary if c.isalpha() and c.isascii()]
+    for one, two in zip(letters, [*letters[1:], letters[0]], strict=True):
+        tree["model"]["vocab"][one] = other.get_vocab()[two]
+    other.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(tree))
+    with pytest.raises(
+        ModelError, match=r"another tokenizer than `tokenizer` names: of \d+ token ids \d+ are"
+    ):
+        served(tmp_path, server, tmp_path / "other").prepare(rows_of(1))
+    assert len(server.bodies) == 1
+
+
+def test_another_model_of_the_same_name_is_found(
+    tmp_path: Path, server: LogprobServer, folder: Path
+) -> None:
+    served(tmp_path, server, folder).prepare(rows_of(2))
+    before = server.model
+    server.model = type(before)(before.config).eval()
+    with pytest.raises(ModelError, match=r"another model answers .* differ by .* nats a token"):
+        served(tmp_path, server, folder).prepare(rows_of(3, seed=4))
+    server.model = before
+    served(tmp_path, server, folder).prepare(rows_of(3, seed=4))
+
+
+def test_keys_contexts_and_models_are_checked(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LogprobServer(folder, key="secret") as server:
+        monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+        with pytest.raises(EnvironmentalError, match=r"401; is the key in \$OPENAI_API_KEY right"):
+            served(tmp_path, server, folder).prepare(rows_of(1))
+        monkeypatch.setenv("LIMBECK_TEACHER_KEY", "secret")
+        keyed = {"key_variable": "LIMBECK_TEACHER_KEY"}
+        served(tmp_path, server, folder, **keyed).prepare(rows_of(1))
+        with pytest.raises(EnvironmentalError, match="no model 'other'; it has big"):
+            served(tmp_path, server, folder, model="other", **keyed).prepare(rows_of(1))
+        server.context = 5
+        with pytest.raises(ModelError, match=r"reads 5 tokens at most.*set data.block to 4"):
+            served(tmp_path, server, folder, **keyed).prepare(rows_of(2, seed=3))
+    with pytest.raises(EnvironmentalError, match="no OpenAI-compatible server answers there"):
+        served(tmp_path, server, folder, **keyed).prepare(rows_of(2, seed=3))
+    contents = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert contents
+    assert not any(b"secret" in content for content in contents)
