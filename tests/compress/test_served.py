@@ -27,7 +27,7 @@ from compress.teachers.live import TeacherFolder, Teachers
 from compress.teachers.mixed import MixedTeachers, open_teachers
 from compress.teachers.served import ServedTeachers, entropy_bounds, served_teacher
 from limbeck.contract.errors import EnvironmentalError, LimbeckError, ModelError, RecipeError
-from limbeck.contract.recipe import NoCache, Recipe, TopkCache
+from limbeck.contract.recipe import NoCache, Recipe, TopkCache, parse_recipe
 from tests.compress.logprob_server import LogprobServer
 from tests.compress.test_compress import events, tiny
 from tests.pico import make_model
@@ -371,3 +371,163 @@ def test_keys_contexts_and_models_are_checked(
     contents = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert contents
     assert not any(b"secret" in content for content in contents)
+
+
+# In a recipe --------------------------------------------------------------------------------------
+
+
+def small(folder: Path) -> dict[str, Any]:
+    return {"name": "here", "model": {"kind": "local", "path": str(folder)}}
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("other") / "other", seed=6, num_hidden_layers=3)
+
+
+def test_served_and_local_teachers_stand_in_the_recipes_order(
+    tmp_path: Path, server: LogprobServer, folder: Path, other: Path
+) -> None:
+    rows = rows_of(3)
+    ids = torch.stack([ids for ids, _ in rows])
+    recipe = recipe_of(tmp_path, folder, [{"name": "big", "model": source(server, folder)}])
+    far = served_teacher(recipe.teachers[0], recipe)
+    device, dtype = torch.device("cpu"), torch.float32
+    alone = Teachers([local(other, "here")], device=device, compute_dtype=dtype)
+    for order in ([far, local(other, "here")], [local(other, "here"), far]):
+        both = open_teachers(order, cache=NoCache(kind="none"), device=device, compute_dtype=dtype)
+        assert isinstance(both, MixedTeachers)
+        both.prepare(rows, None)
+        mine = next(k for k, name in enumerate(both.names) if name == "here")
+        both.temperatures[mine] = 1.5
+        layers: list[list[int]] = [[], []]
+        layers[mine] = [1, 3]
+        last, inner = both.states(ids, layers)
+        expected, states = alone.states(ids, [[1, 3]])
+        assert isinstance(last[1 - mine], SparseStates)
+        assert torch.equal(last[mine].hidden_RLd, expected[0].hidden_RLd)  # type: ignore[union-attr]
+        assert last[mine].temperature == 1.5  # type: ignore[union-attr]
+        assert [len(found) for found in inner] == [2 if k == mine else 0 for k in range(2)]
+        assert all(torch.equal(*pair) for pair in zip(inner[mine], states[0], strict=True))
+        assert both.states(ids, only=mine)[0][0].vocabulary == 258
+        assert isinstance(both.states(ids, only=1 - mine)[0][0], SparseStates)
+        assert (both.depths[mine], both.depths[1 - mine]) == (3, 0)
+
+
+@pytest.mark.parametrize("cache", ["none", "hidden"])
+def test_a_student_learns_from_served_and_local_teachers(
+    cache: str, tmp_path: Path, server: LogprobServer, folder: Path, other: Path
+) -> None:
+    teachers = [{"name": "big", "model": source(server, folder)}, small(other)]
+    training = {"teacher_cache": {"kind": cache}}
+    recipe = recipe_of(tmp_path, folder, teachers, training=training)
+    made = compress.distill(recipe=recipe, out=tmp_path / "student")
+    steps = events(made.path, "step")
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert all(step["features"] > 0 for step in steps)  # of the local teacher
+    weights = [weight for step in steps for weight in step["weights"].values()]
+    assert {name for one in weights for name in one} == {"big", "here"}
+    entries = json.loads((made.path / "teachers.json").read_text())
+    assert (entries[0]["server"], entries[0]["model"]) == (f"{server.url}/v1", "big")
+    # The student's base is the served model, and the text is the same.
+    direct = recipe_of(tmp_path, folder, [{"name": "big", "model": small(folder)["model"]}])
+    known = compress.distill(recipe=direct, out=tmp_path / "direct").result["teachers"]["big"]
+    assert made.result["teachers"]["big"]["nll"] == pytest.approx(known["nll"], rel=1e-4)
+
+    count = len(server.bodies)
+    fusion = {"weights": {"kind": "uniform"}, "calibration": {"kind": "none"}}
+    changed = recipe_of(tmp_path, folder, teachers, training=training, fusion=fusion)
+    compress.distill(recipe=changed, out=tmp_path / "again")
+    assert len(server.bodies) == count
+
+
+def test_served_teachers_alone_need_no_features_and_no_head(
+    tmp_path: Path, server: LogprobServer, folder: Path
+) -> None:
+    far = {"name": "big", "model": source(server, folder)}
+    student = {"kind": "fresh", "config": {"model_type": "llama", "hidden_size": 32,
+               "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}}  # fmt: skip
+    fusion, cache = {"calibration": {"kind": "none"}}, {"teacher_cache": {"kind": "topk", "k": 4}}
+    tree = tiny(tmp_path, teachers=[far], fusion=fusion, training=cache).resolved()
+    recipe = parse_recipe(tree | {"student": student})
+    made = compress.distill(recipe=recipe, out=tmp_path / "student")
+    assert made.result["teachers"]["big"]["nll"].keys() == {"code", "prose"}
+    steps = events(made.path, "step")
+    assert steps[-1]["loss"] < steps[0]["loss"]
+
+
+def test_a_killed_build_goes_on(tmp_path: Path, server: LogprobServer, folder: Path) -> None:
+    """`kill -9` in the middle: the same command ends, and no answered text is asked for again."""
+
+    def slow(number: int, right: dict[str, Any]) -> tuple[int, Any] | None:
+        time.sleep(0.05)
+        return 200, right
+
+    server.fault = slow
+    recipe = recipe_of(tmp_path, folder, [{"name": "big", "model": source(server, folder)}])
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.resolved()))
+    code = (
+        "import compress, json, sys; from pathlib import Path\n"
+        "from limbeck.contract.recipe import parse_recipe\n"
+        f"recipe = parse_recipe(json.loads(Path({str(tmp_path / 'recipe.json')!r}).read_text()))\n"
+        f"compress.distill(recipe=recipe, out=Path({str(tmp_path / 'student')!r}))\n"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, env=dict(os.environ), stderr=subprocess.PIPE) as started:
+        while len(server.asked) < 6:
+            assert started.poll() is None, started.stderr and started.stderr.read()
+            time.sleep(0.01)
+        started.send_signal(signal.SIGKILL)
+    answers = tmp_path / "cache" / "teachers"
+    kept = len(list(answers.glob("served-*/answers/*.safetensors")))
+    assert kept >= 2
+    time.sleep(0.3)  # the server ends what it has begun
+    before = len(server.bodies)
+    server.fault = None
+    compress.distill(recipe=recipe, out=tmp_path / "student")
+    (shard,) = answers.glob("served-*/rows-*")
+    texts = json.loads((shard / "manifest.json").read_text())["result"]["texts"]
+    assert len(server.bodies) - before == len(texts) - kept + 1  # and the probe
+    assert not list(answers.glob("served-*/answers/*"))
+
+
+def test_recipes_that_cannot_be_are_refused(
+    tmp_path: Path, server: LogprobServer, folder: Path, other: Path
+) -> None:
+    far = {"name": "big", "model": source(server, folder)}
+
+    def refused(message: str, teachers: Any = None, **over: Any) -> None:
+        with pytest.raises(RecipeError, match=message):
+            recipe_of(tmp_path, folder, teachers or [far], **over)
+
+    refused(
+        "fusion.calibration: teacher big is behind a server",
+        fusion={"calibration": {"kind": "fit"}},
+    )
+    refused("fusion.temperature: teacher big", fusion={"temperature": 2.0})
+    refused(
+        "training.minutes: teacher big is behind a server", training={"tokens": None, "minutes": 1}
+    )
+    refused("teachers.0.quantize: the server loads", [far | {"quantize": "int8"}])
+    refused("teachers.0.adapter: the server loads", [far | {"adapter": "somewhere"}])
+    refused("gates.min_decode_speedup: a teacher behind", gates={"min_decode_speedup": 2})
+    refused("no teachers here to merge", student={"init": "merge"})
+    refused("url", [{"name": "big", "model": source(server, folder, url="http://me:key@host")}])
+    refused("key_variable", [{"name": "b", "model": source(server, folder, key_variable="HOME")}])
+    refused(
+        "keeps no hidden states", [far, small(other)], training={"teacher_cache": {"kind": "topk"}}
+    )
+    fixed = {"kind": "fixed", "values": {"big": 1, "here": 1.3}}
+    recipe_of(tmp_path, folder, [far, small(other)], fusion={"calibration": fixed})
+
+
+def test_how_a_server_is_asked_makes_no_other_recipe(
+    tmp_path: Path, server: LogprobServer, folder: Path
+) -> None:
+    def digest(**over: Any) -> str:
+        model = source(server, folder, **over)
+        return recipe_of(tmp_path, folder, [{"name": "big", "model": model}]).digest
+
+    same = {"concurrency": 7, "timeout": 1, "retries": 9, "key_variable": "LIMBECK_OTHER"}
+    assert digest() == digest(**same) == digest(url=f"{server.url}/v1/")
+    assert len({digest(), digest(top=3), digest(model="small"), digest(url="http://other")}) == 4
