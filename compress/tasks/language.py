@@ -26,6 +26,7 @@ from compress.tasks.forgetting import forgetting
 from compress.tasks.language_models import LanguageModels, heldout_batches
 from compress.tasks.language_step import LanguageStep
 from compress.tasks.saved import Saved
+from compress.teachers.served import ServedTeacher
 from limbeck.contract.heldout import CALIBRATION, HELDOUT, mean_nll, save_calibration, save_heldout
 from limbeck.contract.progress import task
 from limbeck.contract.recipe import FittedCalibration, FixedCalibration, LoraStudent
@@ -90,8 +91,10 @@ class LanguageTask(LanguageModels):
 
     def measure_teacher(self, k: int) -> TeacherResult:
         """Held-out NLL of teacher ``k`` in nats a token, and its calibration temperature."""
-        nll = per_token(self.teacher_losses(k), self.blocks)
-        return TeacherResult(self._temperature(k), nll=nll, mean_nll=mean_nll(nll))
+        sums = self.teacher_losses(k)
+        nll = per_token(sums, self.blocks)
+        blocks = sums if isinstance(self.folders[k], ServedTeacher) else None
+        return TeacherResult(self._temperature(k), nll=nll, mean_nll=mean_nll(nll), blocks=blocks)
 
     def teacher_losses(self, k: int) -> dict[str, list[float]]:
         """See `compress.tasks.Task`."""

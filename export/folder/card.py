@@ -197,8 +197,12 @@ def _teacher(recipe: AnyRecipe, teacher: Mapping[str, Any]) -> str:
     return str(teacher["model"])
 
 
+# Of a teacher behind a server: how it is asked, and not what it is.
+_HOW_ASKED = ("url", "key_variable", "concurrency", "timeout", "retries")
+
+
 def _source(source: Any) -> str:
-    fields = source.model_dump(mode="json", exclude_none=True, exclude={"format"})
+    fields = source.model_dump(mode="json", exclude_none=True, exclude={"format", *_HOW_ASKED})
     return f"{fields.pop('kind')}: " + ", ".join(
         f"{name} {value}" for name, value in fields.items()
     )

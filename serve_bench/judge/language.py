@@ -77,9 +77,21 @@ def evidence(
                     rise(quality, shipped, arm.id),
                 )
                 for arm in reference.with_role("teacher")
-            },
+            }
+            | {name: _of_served(quality, shipped, name) for name in quality.get("served", {})},
         }
     )
+
+
+def _of_served(quality: Mapping[str, Any], shipped: str, teacher: str) -> tuple[float, Interval]:
+    """Mean NLL of a teacher behind a server, and the relative rise of the shipped form over it.
+
+    Its losses are those that its answers gave before the training, on the same blocks.
+    """
+    blocks = [np.asarray(nats, np.float64) for nats in quality["served"][teacher].values()]
+    labels = [np.sum(domain["labels"]) for domain in quality["domains"].values()]
+    nll = [nats.sum() / count for nats, count in zip(blocks, labels, strict=True)]
+    return float(np.mean(nll)), _rise(quality, _nll(quality, shipped), blocks)
 
 
 def result(

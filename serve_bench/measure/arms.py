@@ -72,8 +72,12 @@ def list_arms(*, onnx: Artifact, student: Artifact, bench: Bench | None = None) 
 
 
 def teachers_of(student: Artifact) -> list[dict[str, Any]]:
-    """Entries of teachers.json. Raises `ArtifactError` when the folder of a teacher is gone."""
-    found: list[dict[str, Any]] = json.loads((student.path / "teachers.json").read_text())
+    """Entries of teachers.json, but for teachers behind a server, which are not run here.
+
+    Raises `ArtifactError` when the folder of a teacher is gone.
+    """
+    entries = json.loads((student.path / "teachers.json").read_text())
+    found: list[dict[str, Any]] = [entry for entry in entries if "server" not in entry]
     for teacher in found:
         for key in ("model", "adapter"):
             if teacher.get(key) and not Path(teacher[key]).is_dir():

@@ -146,6 +146,9 @@ class Language:
             # the same blocks and those
             # of the shipped form, both over the whole vocabulary.
             self._quality["recovery"] = recovery["blocks"]
+        teachers: Mapping[str, Any] = self._student.result.get("teachers", {})
+        if served := {n: found["blocks"] for n, found in teachers.items() if "blocks" in found}:
+            self._quality["served"] = served  # they are not run here
         tokens, new = self.bench.prompt_tokens, self.bench.new_tokens
         self._quality["generation"] = generation.of_run(
             rows,

@@ -172,7 +172,9 @@ def _teachers(recipe: Recipe, student: Artifact) -> list[dict[str, Any]]:
             "source": sections.source_text(sources[entry["name"]].model_dump(mode="json"))
             if entry["name"] in sources
             else entry["model"],
-            "form": entry.get("dtype") or "fp32"
+            "form": "behind a server"
+            if "server" in entry
+            else entry.get("dtype") or "fp32"
             if entry.get("quantize") in (None, "none")
             else entry["quantize"],
         }

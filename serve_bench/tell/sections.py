@@ -294,6 +294,8 @@ def source_text(source: Mapping[str, Any]) -> str:
         case "package":
             place = source.get("path") or ", ".join(source["paths"])
             return f"{source['package']} {source['version'] or ''}: {place}".replace(" :", ":")
+        case "server":
+            return f"{source['model']} behind {source['url']}"
         case "recipe":
             return f"student of {source['recipe']}"
         case "random":

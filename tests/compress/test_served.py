@@ -445,8 +445,9 @@ def test_served_teachers_alone_need_no_features_and_no_head(
     tmp_path: Path, server: LogprobServer, folder: Path
 ) -> None:
     far = {"name": "big", "model": source(server, folder)}
-    student = {"kind": "fresh", "config": {"model_type": "llama", "hidden_size": 32,
-               "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}}  # fmt: skip
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = {"model_type": "llama", "num_attention_heads": 2, **sizes}
+    student = {"kind": "fresh", "config": config}
     fusion, cache = {"calibration": {"kind": "none"}}, {"teacher_cache": {"kind": "topk", "k": 4}}
     tree = tiny(tmp_path, teachers=[far], fusion=fusion, training=cache).resolved()
     recipe = parse_recipe(tree | {"student": student})

@@ -31,6 +31,8 @@ class TeacherResult:
     temperature: float  # calibration
     nll: Mapping[str, float] | None = None  # of a language model, by domain
     mean_nll: float | None = None  # of a language model, over domains
+    # Of a teacher behind a server, which the bench cannot run: nats of each held-out block, by domain
+    blocks: Mapping[str, list[float]] | None = None
     metrics: Mapping[str, float] | None = None  # of an encoder, by name
 
 

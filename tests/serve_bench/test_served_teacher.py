@@ -1,0 +1,62 @@
+"""A teacher behind a server in the bench: not run, judged by the losses of its answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from limbeck.contract.results.bench import Arm
+from serve_bench.judge import language
+from serve_bench.judge.figures import Reference
+from serve_bench.judge.gates import Evidence, best_teacher, language_gates
+from serve_bench.judge.stats import Interval
+from serve_bench.measure.arms import teachers_of
+from tests.pico import pico_recipe
+
+
+def test_it_is_judged_as_a_teacher_that_ran_here_would_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(0)
+    domains = {name: {"labels": [20, 25, 30, 31]} for name in ("letters", "numbers")}
+    losses = {
+        arm: {name: {"nll": draw.uniform(50, 90, 4).tolist()} for name in domains}
+        for arm in ("onnx:fp32", "teacher:here")
+    }
+    arms = tuple(
+        Arm(arm, arm.split(":")[1], role, "torch", 10, {})  # type: ignore[arg-type]
+        for arm, role in (("onnx:fp32", "form"), ("teacher:here", "teacher"))
+    )
+    same = {name: found["nll"] for name, found in losses["teacher:here"].items()}
+    quality = {"domains": domains, "arms": losses, "served": {"far": same}}
+    none = Interval(1.0, 1.0, 1.0, 6)
+    timing = Evidence("r", "fp32", {}, none, none, 10, 10, None, {})
+    monkeypatch.setattr(language, "timing_evidence", lambda *_: timing)
+    nll = np.mean([sum(nats) / sum(domains[name]["labels"]) for name, nats in same.items()])
+    monkeypatch.setattr(language.quality_figures, "summarise", lambda *_: {"mean_nll": nll})
+    found = language.evidence([], quality, Reference("r", "fp32", arms, 3))
+    far, here = found.rise_over_teachers["far"], found.rise_over_teachers["here"]
+    assert far[0] == pytest.approx(here[0])
+    assert dataclasses.astuple(far[1]) == pytest.approx(dataclasses.astuple(here[1]))
+    better = {name: [nats - 5 for nats in values] for name, values in same.items()}
+    found = language.evidence(
+        [], quality | {"served": {"far": better}}, Reference("r", "fp32", arms, 3)
+    )
+    assert best_teacher(found) == "far"
+    recipe = pico_recipe(
+        teachers=[{"name": "far", "model": {"kind": "random", "config": {}}}],
+        gates={"max_loss_vs_best_teacher": 0.01},
+    )
+    (gate,) = (g for g in language_gates(recipe.gates, found) if "best single" in g.title)
+    assert "far, the best single teacher" in gate.sentence
+
+
+def test_it_is_no_arm(tmp_path: Path) -> None:
+    class Student:
+        path = tmp_path
+
+    entries = [{"name": "far", "server": "http://host/v1", "model": "big", "temperature": 1.0}]
+    (tmp_path / "teachers.json").write_text(json.dumps(entries))
+    assert teachers_of(Student) == []  # type: ignore[arg-type]
