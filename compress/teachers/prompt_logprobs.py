@@ -229,9 +229,10 @@ class Server:
                 reason = "its answer is not JSON"
             if attempt >= self._model.retries or self._gone.wait(wait):
                 break
+        tries = f"{attempt + 1} tries" if attempt else "one try"
         raise EnvironmentalError(
-            f"{self._where}: {reason}; gave up after {attempt + 1} tries. Its answers so far are "
-            "kept: run the same command again once the server is well."
+            f"{self._where}: {reason}; gave up after {tries}. Its answers so far are kept: run the "
+            "same command again once the server is well."
         )
 
     def _wrong(self, what: str) -> ModelError:

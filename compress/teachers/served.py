@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -32,7 +33,7 @@ from compress.states import SparseStates
 from compress.teachers.prompt_logprobs import Likeliest, Server
 from limbeck.contract import sources
 from limbeck.contract.artifact import MANIFEST, open_artifact
-from limbeck.contract.errors import ModelError
+from limbeck.contract.errors import ArtifactError, ModelError
 from limbeck.contract.files import disk_full_is_a_user_error, file_digest, new_folder, sweep
 from limbeck.contract.lock import make_once
 from limbeck.contract.progress import say, task
@@ -263,7 +264,7 @@ class _Cache:
                 server.give_up()
                 pool.shutdown(cancel_futures=True)
                 raise
-        return [load_file(self._answer_file(key)) for key, _ in texts]
+        return [_load(self._answer_file(key)) for key, _ in texts]
 
     def _ask(self, key: bytes, text: list[int], server: Server) -> None:
         tensors = _kept(server.ask(text), self.vocabulary)
@@ -332,6 +333,16 @@ def _kept(found: Likeliest, vocabulary: int) -> dict[str, Tensor]:
         "entropy": torch.from_numpy(bounds_P2.astype(np.float32)),
         "label_logp": torch.from_numpy(found.label_logp_P),
     }
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+        return tensors
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(
+            f"{path}: cannot be read ({error}); delete it and run the same command again."
+        ) from None
 
 
 def _padded(tensor: Tensor, length: int) -> Tensor:

@@ -26,7 +26,13 @@ from compress.teachers.cache import CachedTeachers
 from compress.teachers.live import TeacherFolder, Teachers
 from compress.teachers.mixed import MixedTeachers, open_teachers
 from compress.teachers.served import ServedTeachers, entropy_bounds, served_teacher
-from limbeck.contract.errors import EnvironmentalError, LimbeckError, ModelError, RecipeError
+from limbeck.contract.errors import (
+    ArtifactError,
+    EnvironmentalError,
+    LimbeckError,
+    ModelError,
+    RecipeError,
+)
 from limbeck.contract.recipe import NoCache, Recipe, TopkCache, parse_recipe
 from tests.compress.logprob_server import LogprobServer
 from tests.compress.test_compress import events, tiny
@@ -183,6 +189,17 @@ def test_nothing_is_asked_twice(tmp_path: Path, server: LogprobServer, folder: P
     assert len(server.bodies) == count + 3
 
 
+def test_a_damaged_answer_is_named(tmp_path: Path, server: LogprobServer, folder: Path) -> None:
+    server.fault = lambda number, right: (200, right) if number < 4 else None
+    with pytest.raises(EnvironmentalError):
+        served(tmp_path, server, folder).prepare(rows_of(9))
+    for path in (tmp_path / "cache").rglob("answers/*"):
+        path.write_bytes(path.read_bytes()[:50])
+    server.fault = None
+    with pytest.raises(ArtifactError, match=r"\.safetensors: cannot be read .* delete it and run"):
+        served(tmp_path, server, folder).prepare(rows_of(9))
+
+
 def test_text_that_is_made_while_training_is_asked_for(
     tmp_path: Path, server: LogprobServer, folder: Path
 ) -> None:
@@ -315,7 +332,7 @@ def test_a_slow_server_is_given_up(tmp_path: Path, server: LogprobServer, folder
         return 200, right
 
     server.fault = fault
-    with pytest.raises(EnvironmentalError, match=r"ReadTimeout.*gave up after 1 tries"):
+    with pytest.raises(EnvironmentalError, match=r"ReadTimeout.*gave up after one try"):
         served(tmp_path, server, folder, timeout=0.1, retries=0).prepare(rows_of(1))
 
 

@@ -9,6 +9,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from limbeck.app.run import RUN, open_run
 from limbeck.contract.artifact import MANIFEST, find_artifact, open_artifact, write_artifact
@@ -16,7 +17,8 @@ from limbeck.contract.errors import LimbeckError
 from limbeck.contract.files import explained, unwritable_is_a_user_error, write_atomically
 from limbeck.contract.heldout import load_heldout, save_heldout
 from limbeck.contract.lock import locked
-from tests.pico import make_blocks, pico_recipe
+from tests.compress.logprob_server import LogprobServer
+from tests.pico import make_blocks, make_model, pico_recipe
 
 PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
 _HEAD = """# Errors
@@ -165,6 +167,98 @@ def _scored(folder: Path) -> None:
     load_heldout(folder / "heldout.safetensors")
 
 
+def _ask(folder: Path, server: LogprobServer, **over: object) -> None:
+    """Let a teacher behind ``server`` read a text of 20 tokens."""
+    import torch
+
+    from compress.teachers.served import ServedTeachers, served_teacher
+
+    source = {"kind": "local", "path": str(folder / "model")}
+    model = {"kind": "server", "url": server.url, "model": "big", "tokenizer": source, "top": 8}
+    teacher = {"name": "big", "model": model | {"retries": 0} | over}
+    recipe = pico_recipe(teachers=[teacher], fusion={"calibration": {"kind": "none"}})
+    kept = {name: os.environ.get(name) for name in ("LIMBECK_CACHE", "OPENAI_API_KEY")}
+    os.environ["LIMBECK_CACHE"] = str(folder / "cache")
+    os.environ.pop("OPENAI_API_KEY", None)
+    try:
+        found = served_teacher(recipe.teachers[0], recipe)
+        text = torch.arange(20)
+        ServedTeachers([found], device=torch.device("cpu")).prepare([(text, text)])
+    finally:
+        for name, value in kept.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _server(folder: Path, **options: Any) -> LogprobServer:
+    return LogprobServer(make_model(folder / "model"), **options)
+
+
+def _no_server(folder: Path) -> None:
+    with _server(folder) as server:
+        pass
+    _ask(folder, server)
+
+
+def _no_key(folder: Path) -> None:
+    with _server(folder, key="secret") as server:
+        _ask(folder, server)
+
+
+def _no_such_model(folder: Path) -> None:
+    with _server(folder) as server:
+        _ask(folder, server, model="bigger")
+
+
+def _short_context(folder: Path) -> None:
+    with _server(folder) as server:
+        server.context = 16
+        _ask(folder, server)
+
+
+def _answering(status: int, change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    """A server whose answers are changed."""
+
+    def make(folder: Path) -> None:
+        with _server(folder) as server:
+            server.fault = lambda _, right: (status, change(right))
+            _ask(folder, server)
+
+    return make
+
+
+def _entries(change: Callable[[list[Any]], list[Any]]) -> Callable[[Path], None]:
+    def changed(right: Any) -> Any:
+        choice = right["choices"][0]
+        return right | {"choices": [{"prompt_logprobs": change(choice["prompt_logprobs"])}]}
+
+    return _answering(200, changed)
+
+
+def _renamed(entries: list[Any]) -> list[Any]:
+    return [
+        entry and {token: one | {"decoded_token": "?"} for token, one in entry.items()}
+        for entry in entries
+    ]
+
+
+def _fewer(entries: list[Any]) -> list[Any]:
+    return [entry and dict(list(entry.items())[-5:]) for entry in entries]
+
+
+def _another_model(folder: Path) -> None:
+    import torch
+
+    with _server(folder) as server:
+        _ask(folder, server)
+        with torch.no_grad():
+            server.model.lm_head.weight.zero_()
+        for path in (folder / "cache" / "teachers").rglob("rows-*/manifest.json"):
+            path.unlink()
+        _ask(folder, server)
+
+
 _SECTIONS: dict[str, dict[str, Callable[[Path], None]]] = {
     "Artifacts": {
         "No artifact is there, or its stage was stopped": _no_artifact,
@@ -186,6 +280,23 @@ _SECTIONS: dict[str, dict[str, Callable[[Path], None]]] = {
         "run.json was changed": _broken_claim,
         "`--out` names a file": _out_is_a_file,
         "`--out` is too long": _long_name,
+    },
+    "Teachers behind a server": {
+        "No server answers": _no_server,
+        "The key is missing or wrong": _no_key,
+        "The server has no model of this name": _no_such_model,
+        "The server's context is too short": _short_context,
+        "The server is too busy": _answering(429, lambda _: {"detail": "try later"}),
+        "The server refuses": _answering(
+            400, lambda _: {"error": {"message": "prompt_logprobs: at most 5 are allowed"}}
+        ),
+        "The server has another tokenizer": _entries(_renamed),
+        "The server answers fewer tokens than were asked for": _entries(_fewer),
+        "The server cuts the text": _entries(lambda entries: entries[:-3]),
+        "The server does not know `prompt_logprobs`": _answering(
+            200, lambda right: right | {"choices": [{"text": "x"}]}
+        ),
+        "Another model has taken the name": _another_model,
     },
     "The machine": {
         "The disk is full": _full,
@@ -213,6 +324,8 @@ def _message(make: Callable[[Path], None], folder: Path) -> str:
     except LimbeckError as error:
         text = str(error).replace(f"{folder}/", "").replace(str(folder), "runs/mine")
         text = re.sub(r"\b[0-9a-f]{8}\)", "1a2b3c4d)", text)  # it changes with every new field
+        text = re.sub(r"http://127\.0\.0\.1:\d+", "http://host:8000", text)
+        text = re.sub(r"served-[0-9a-f]{16}", "served-1a2b3c4d", text)
         text = text.replace(f"process {os.getpid()}", "process 4711").replace("x" * 300, "xxx…")
         return f"limbeck: {text}"
     raise AssertionError(f"{make.__name__}: nothing was refused")

@@ -31,7 +31,7 @@ class TeacherResult:
     temperature: float  # calibration
     nll: Mapping[str, float] | None = None  # of a language model, by domain
     mean_nll: float | None = None  # of a language model, over domains
-    # Of a teacher behind a server, which the bench cannot run: nats of each held-out block, by domain
+    # Nats of each held-out block by domain, of a teacher that the bench cannot run: a served one
     blocks: Mapping[str, list[float]] | None = None
     metrics: Mapping[str, float] | None = None  # of an encoder, by name
 
