@@ -26,7 +26,7 @@ from compress.models.language import DTYPES, cast_frozen, load_tokenizer, requir
 from compress.models.students import Student, build_model, student_folder
 from compress.tasks.own_text import OwnText
 from compress.teachers.live import TeacherFolder, Teachers, teacher_folders
-from compress.teachers.mixed import open_teachers
+from compress.teachers.mixed import MixedTeachers, open_teachers
 from compress.teachers.start import NothingToMergeError, Start, choose_start, merges_to_try
 from limbeck.contract.errors import RecipeError
 from limbeck.contract.heldout import Blocks
@@ -214,7 +214,10 @@ class LanguageModels:
     def vocabulary(self) -> int:
         """Token ids that student and teachers share: rows of the smallest head."""
         heads = [Body(self.student.model).head, *self.teachers.heads]
-        return min(len(head.weight_Vd) for head in heads)
+        sizes = [len(head.weight_Vd) for head in heads if head is not None]
+        if isinstance(self.teachers, MixedTeachers):
+            sizes += self.teachers.served_vocabularies
+        return min(sizes)
 
     @property
     def steps(self) -> int | None:

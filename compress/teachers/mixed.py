@@ -69,6 +69,11 @@ class MixedTeachers:
             self.widths.append(local.widths[place] if mine else 0)
             self.depths.append(local.depths[place] if mine else 0)
 
+    @property
+    def served_vocabularies(self) -> list[int]:
+        """Number of token ids of each served teacher's tokenizer."""
+        return self._served.vocabularies
+
     def __len__(self) -> int:
         return len(self.names)
 

@@ -92,6 +92,11 @@ class ServedTeachers:
         self._device = device
         self._teachers = [_Cache(teacher) for teacher in teachers]
 
+    @property
+    def vocabularies(self) -> list[int]:
+        """Number of token ids of each teacher's tokenizer."""
+        return [teacher.vocabulary for teacher in self._teachers]
+
     def prepare(self, rows: Sequence[Row]) -> None:
         """Read the answers for all ``rows``, and ask the servers for those that are missing."""
         for teacher in self._teachers:

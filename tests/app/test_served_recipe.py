@@ -60,7 +60,7 @@ def test_validate_needs_no_server_and_finds_a_missing_tokenizer() -> None:
     result = call("validate", "far.yaml")
     assert result.exit_code == 2
     assert re.search(
-        r"teachers.0: \S+bose: no tokenizer.json and no GGUF file, did you mean \S+base\?;",
+        r"teachers.0: \S+bose: no tokenizer.json and no GGUF file, did you mean base\?; name",
         result.output,
     )
     written(key_variable="AWS_SECRET")

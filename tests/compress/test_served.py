@@ -474,6 +474,23 @@ def test_served_teachers_alone_need_no_features_and_no_head(
     assert steps[-1]["loss"] < steps[0]["loss"]
 
 
+def test_served_teachers_read_the_students_own_text(
+    tmp_path: Path, server: LogprobServer, folder: Path
+) -> None:
+    far = {"name": "big", "model": source(server, folder)}
+    own = {"share": 0.5, "new_tokens": 8, "prompts": {"tokens": 6}}
+    recipe = recipe_of(tmp_path, folder, [far], training={"on_policy": own})
+    compress.distill(recipe=recipe, out=tmp_path / "student")
+    count = len(server.bodies)
+    without = recipe_of(tmp_path, folder, [far])
+    compress.distill(recipe=without, out=tmp_path / "without")
+    assert len(server.bodies) == count  # the corpus is asked for with and without own text
+    texts = len(list((tmp_path / "cache").glob("teachers/served-*/answers/*")))
+    assert texts == 6  # one of two rows in each of six steps is the student's own
+    compress.distill(recipe=recipe, out=tmp_path / "again")
+    assert len(server.bodies) == count + 1  # the same text again: the probe only
+
+
 def test_a_killed_build_goes_on(tmp_path: Path, server: LogprobServer, folder: Path) -> None:
     """`kill -9` in the middle: the same command ends, and no answered text is asked for again."""
 
