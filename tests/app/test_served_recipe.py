@@ -81,7 +81,7 @@ def test_the_plan_says_what_is_asked_and_kept() -> None:
     found = json.loads(result.output)
     assert found["teachers"] == {}
     blocks = 640 // 32 + 3
-    assert found["served"]["big"] == {
+    assert found["asked"]["big"] == {
         "model": "big-llama",
         "url": NOWHERE,
         "requests": blocks,
@@ -98,7 +98,7 @@ def test_the_plan_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with LogprobServer(Path("base"), name="big-llama") as server:
         tree = written(url=server.url)
-        planned = json.loads(call("plan", "far.yaml", "--json").output)["served"]["big"]
+        planned = json.loads(call("plan", "far.yaml", "--json").output)["asked"]["big"]
         recipe = parse_recipe(tree)
         compress.distill(recipe=recipe, out=Path("student"))
         assert len(server.asked) <= planned["requests"] + 1  # and the probe

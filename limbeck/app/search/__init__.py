@@ -43,7 +43,7 @@ from limbeck.contract.errors import EnvironmentalError, RecipeError
 from limbeck.contract.files import write_atomically
 from limbeck.contract.lock import locked
 from limbeck.contract.progress import say
-from limbeck.contract.recipe import AnyBudget, AnyRecipe, parse_any_recipe
+from limbeck.contract.recipe import AnyBudget, AnyRecipe, ServerModel, parse_any_recipe
 from limbeck.runtime.session import import_onnxruntime
 
 CHOSEN, NEAREST, RESULT, TABLE = "chosen.yaml", "nearest.yaml", "search.json", "search.md"
@@ -101,9 +101,10 @@ def _required(recipe: AnyRecipe) -> AnyBudget:
         raise RecipeError(
             f"{recipe.name}: student.kind: a search cuts a base down; use {kinds}, with a base."
         )
-    if not recipe.teachers:
+    if all(isinstance(model, ServerModel) for model in recipe.teacher_models.values()):
         raise RecipeError(
-            f"{recipe.name}: teachers: a search compares distilled students; name a teacher."
+            f"{recipe.name}: teachers: a search compares distilled students with their "
+            "teachers; name a teacher that runs here."
         )
     if recipe.minutes is not None:
         raise RecipeError(
