@@ -7,7 +7,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo demo-encoders test test-slow test-gpu test-faults test-wild fuzz test-clients test-served test-browser test-eval check docs architectures help
+.PHONY: setup demo demo-encoders test test-slow test-gpu test-faults test-wild fuzz test-clients test-served test-browser test-eval check audit docs architectures help
 
 help:
 	@echo "make setup       the environment in .venv"
@@ -24,6 +24,7 @@ help:
 	@echo "make test-eval   limbeck eval and text metrics with lm-eval, sacrebleu and rouge-score"
 	@echo "make test-browser  the report in headless Chromium, with axe (needs chromium, node and npm)"
 	@echo "make check       ruff, mypy, the layers of imports, and a strict build of the site"
+	@echo "make audit       licences of the dependencies, and their known holes (needs a network)"
 	@echo "make docs        the documentation site in site/"
 	@echo "make architectures  write docs/architectures.md from the tests that pass"
 	@echo "make bench-NAME  a benchmark of tests/benchmarks, with ARGS=…; its last line is one JSON object"
@@ -154,6 +155,16 @@ bench-load: $(READY) .venvs/aiperf/.ready
 .venvs/aiperf/.ready:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install $(PIP_ARGS) aiperf==0.13.0
+	touch $@
+
+# Licences of what is installed, and known holes in the versions of constraints.txt; the second part needs a network.
+audit: $(READY) .venvs/audit/.ready
+	.venvs/audit/bin/pip-licenses --python=$(BIN)/python --order=license --fail-on="GNU General Public License v2 (GPLv2);GNU General Public License v3 (GPLv3);GNU Affero General Public License v3;GPL-2.0-only;GPL-3.0-only;GPL-3.0-or-later;AGPL-3.0-only;AGPL-3.0-or-later"
+	.venvs/audit/bin/pip-audit --no-deps --disable-pip -r constraints.txt
+
+.venvs/audit/.ready:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install $(PIP_ARGS) pip-audit==2.10.1 pip-licenses==5.5.5
 	touch $@
 
 architectures: $(READY)

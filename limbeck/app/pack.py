@@ -66,9 +66,8 @@ def pack(run: Path, *, out: Path, form: str | None = None, as_zip: bool = False)
                 (draft.folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(onnx.path / name, draft.folder / name)
             _point_at_form(draft.folder, onnx, form)
-            certificate = onnx.path.parent / CERTIFICATE
-            if form == onnx.result["shipped"] and _is_about(certificate, onnx):
-                shutil.copyfile(certificate, draft.folder / CERTIFICATE)
+            if form == onnx.result["shipped"] and certificate_of(onnx):
+                shutil.copyfile(onnx.path.parent / CERTIFICATE, draft.folder / CERTIFICATE)
             (draft.folder / LICENCES).write_text(_licences(onnx), encoding="utf-8")
             draft.result = _result(onnx, form)
         size = sum(f["bytes"] for f in open_artifact(out, verify=False).manifest["files"].values())
@@ -117,13 +116,16 @@ def push(run: Path, repository: str, *, form: str | None = None, private: bool =
     return str(done.commit_url)
 
 
-def _is_about(certificate: Path, onnx: Artifact) -> bool:
-    """Whether a certificate is of this export: a run may have two, or be exported again later."""
-    if not certificate.is_file():
-        return False
-    found = read_json(certificate)
+def certificate_of(onnx: Artifact) -> dict[str, Any]:
+    """Return the certificate beside an export; empty if it is of another one, or missing.
+
+    A run may have two exports, or be exported again after its certificate was written.
+    """
+    path = onnx.path.parent / CERTIFICATE
+    found = read_json(path) if path.is_file() else None
     artifact = found.get("artifact") if isinstance(found, dict) else None
-    return isinstance(artifact, dict) and artifact.get("digest") == onnx.digest
+    is_of_it = isinstance(artifact, dict) and artifact.get("digest") == onnx.digest
+    return dict(found) if isinstance(found, dict) and is_of_it else {}
 
 
 def _files(onnx: Artifact, form: str) -> list[str]:
@@ -162,7 +164,7 @@ def _licences(onnx: Artifact) -> str:
     student = student_of(onnx)
     if (student / MANIFEST).exists():
         made = open_artifact(student, kind="student", verify=False)
-        rows = list(_ingredients(made))
+        rows = list(ingredients(made))
     lines = [
         "# Licences",
         "",
@@ -183,7 +185,8 @@ def _licences(onnx: Artifact) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _ingredients(student: Artifact) -> Iterable[tuple[str, Mapping[str, Any]]]:
+def ingredients(student: Artifact) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    """What went into a student, and the licence that each source states."""
     found = student.result.get("sources") or {}
     if base := found.get("base"):
         yield "base model", base

@@ -56,6 +56,15 @@ def verify(
     speed: Annotated[
         bool, typer.Option("--speed/--no-speed", help="Time the shipped form again, shortly.")
     ] = True,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            "--key",
+            metavar="FILE",
+            help="Public key: the signatures of `limbeck sign` must hold too.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Check what a run made: the hash of every file, that the graphs still compute what the student
     does, the certificate.
@@ -63,11 +72,12 @@ def verify(
     The certificate of a run folder is replayed: quality to the digit where processor flags,
     provider and libraries are the same, speed within its interval or with what differs. Exit code 0
     when all holds, 1 when a graph computes something else or a promise is broken without a reason,
-    2 when a file is changed, missing or extra.
+    2 when a file is changed, missing or extra, or a signature does not hold.
 
     \b
     Examples:
       limbeck verify runs/pico-1a2b3c4d
+      limbeck verify runs/pico-1a2b3c4d --key public.pem
       limbeck verify runs/pico-1a2b3c4d --no-speed
       limbeck verify runs/pico-1a2b3c4d/onnx
     """
@@ -75,6 +85,11 @@ def verify(
     from limbeck.app.verify import verify as check
 
     require_made(path, command="verify")
+    if key is not None:
+        from limbeck.app.signing import require_signed
+
+        for signature in require_signed(path, key):
+            print(f"{signature}: holds")
     raise typer.Exit(check(path, quality=quality, speed=speed))
 
 
@@ -297,3 +312,63 @@ def push(
     from limbeck.app.pack import push as push_run
 
     print(push_run(run, repository, form=form, private=private))
+
+
+@command("sbom")
+def sbom(
+    run: RunArgument,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="File to write. Default: sbom.cdx.json in the run folder.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write a bill of materials (CycloneDX ML-BOM): the model, what went into it, its figures.
+
+    Base, teachers, texts and libraries have digests and licences, as far as each source states one.
+    The measured figures have their intervals. Needs cyclonedx-python-lib, of the extra `trust`.
+
+    \b
+    Example:
+      limbeck sbom runs/pico-1a2b3c4d
+    """
+    from limbeck.app.sbom import write_sbom
+
+    print(write_sbom(run, out))
+
+
+@command("sign")
+def sign(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PATH",
+            help="A run folder, or an exported or packed folder.",
+            show_default=False,
+        ),
+    ],
+    key: Annotated[
+        Path,
+        typer.Option(
+            "--key", metavar="FILE", help="Private elliptic-curve key, PEM.", show_default=False
+        ),
+    ],
+) -> None:
+    """Sign what ships, offline, with your key (OpenSSF model signing).
+
+    Signs the exported folder, and the certificate of a run. The signatures lie beside them;
+    `limbeck verify --key` checks them with the public key. Needs model-signing, of the extra
+    `trust`.
+
+    \b
+    Example:
+      limbeck sign runs/pico-1a2b3c4d --key private.pem
+    """
+    from limbeck.app.signing import sign as sign_what_ships
+
+    for signature in sign_what_ships(path, key):
+        print(signature)

@@ -1,0 +1,182 @@
+"""`limbeck sbom`, `limbeck sign` and `limbeck verify --key`, held to the tools of others."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cyclonedx.model.bom import Bom
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+from typer.testing import CliRunner, Result
+
+from limbeck.app.cli import app
+from limbeck.contract.artifact import open_artifact
+from tests.factory import Factory
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def write_key(
+    private: Path, public: Path, key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
+) -> None:
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    private.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    public.write_bytes(key.public_key().public_bytes(pem, form))
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("keys")
+    pair = folder / "private.pem", folder / "public.pem"
+    write_key(*pair, ec.generate_private_key(ec.SECP256R1()))
+    return pair
+
+
+@pytest.fixture
+def run(tiny: Factory, tmp_path: Path) -> Path:
+    """A run folder with a student, its export, and a certificate."""
+    made, folder = tiny.exported(), tmp_path / "run"
+    shutil.copytree(made.path.parent / "student", folder / "student")
+    shutil.copytree(made.path, folder / "onnx")
+    (folder / "run.json").write_text("{}")
+    certificate = {
+        "artifact": {"digest": made.digest},
+        "verdict": "pass",
+        "sentence": "It is fit to ship.",
+        "measured": "2026-11-28T20:46:52+00:00",
+        "versions": {"python": "3.11.7", "torch": "2.13.0"},
+        "figures": {
+            "tpot_ms": {"value": 1.5, "low": 1.25, "high": 2.0, "n": 6},
+            "speed_over": {"big": {"value": 3.0, "low": 2.5, "high": 3.5, "n": 6}},
+            "quality": {"mean_nll": 4.5},
+            "bytes": 740114,
+        },
+    }
+    (folder / "certificate.json").write_text(json.dumps(certificate))
+    return folder
+
+
+def test_the_bill_of_materials_is_valid_and_holds_figures_with_intervals(run: Path) -> None:
+    done = call("sbom", run)
+    assert done.exit_code == 0, done.output
+    text = (run / "sbom.cdx.json").read_text()
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    document = json.loads(text)
+    model = document["metadata"]["component"]
+    onnx = open_artifact(run / "onnx", verify=False)
+    assert model["hashes"] == [{"alg": "SHA-256", "content": onnx.digest}]
+    analysis = model["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
+    assert analysis == [
+        {
+            "type": "tpot_ms",
+            "value": "1.5",
+            "confidenceInterval": {"lowerBound": "1.25", "upperBound": "2.0"},
+        },
+        {
+            "type": "speed_over",
+            "slice": "big",
+            "value": "3.0",
+            "confidenceInterval": {"lowerBound": "2.5", "upperBound": "3.5"},
+        },
+        {"type": "quality", "slice": "mean_nll", "value": "4.5"},
+        {"type": "bytes", "value": "740114"},
+    ]
+    # Read back by the library: what the model depends on has the digests of the student's parents.
+    bom = Bom.from_json(document)  # type: ignore[attr-defined]
+    digests = {c.name: next(iter(c.hashes)).content for c in bom.components if c.hashes}
+    student = open_artifact(run / "student", verify=False)
+    assert digests.items() >= student.manifest["parents"].items()
+    assert {c.name: c.version for c in bom.components if c.version} == {"torch": "2.13.0"}
+    again = call("sbom", run, "--out", run / "again.json")
+    assert again.exit_code == 0
+    assert (run / "again.json").read_text() == text  # nothing in it depends on the time of writing
+
+
+def test_an_export_without_its_student_has_no_bill_of_materials(run: Path) -> None:
+    shutil.rmtree(run / "student")
+    done = call("sbom", run)
+    assert done.exit_code == 2
+    assert "the student that it was made from is not beside it" in done.stderr
+
+
+def test_signatures_hold_here_and_in_the_tool_of_openssf(
+    run: Path, keys: tuple[Path, Path]
+) -> None:
+    private, public = keys
+    done = call("sign", run, "--key", private)
+    assert done.exit_code == 0, done.output
+    options = ["--signature", str(run / "onnx.sig"), "--public_key", str(public)]
+    theirs = [sys.executable, "-m", "model_signing", "verify", "key", str(run / "onnx"), *options]
+    assert subprocess.run(theirs, capture_output=True).returncode == 0
+    verified = call("verify", run, "--key", public, "--no-quality", "--no-speed")
+    assert verified.exit_code == 0, verified.output
+    assert verified.stdout.count("holds") == 2
+    # A packed folder is signed on its own.
+    assert call("pack", run, "--out", run.parent / "packed").exit_code == 0
+    assert call("sign", run.parent / "packed", "--key", private).exit_code == 0
+    assert call("verify", run.parent / "packed", "--key", public).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        ("change", "does not hold for onnx"),
+        ("remove", "does not hold for onnx"),
+        ("add", "does not hold for onnx"),
+        ("add for git", "does not hold for onnx"),
+        ("certificate", "does not hold for certificate.json"),
+        ("signature", "does not hold for onnx"),
+        ("no signature", "no signature of onnx"),
+    ],
+)
+def test_what_was_changed_after_the_signature_is_refused_by_name(
+    run: Path, keys: tuple[Path, Path], harm: str, message: str
+) -> None:
+    private, public = keys
+    assert call("sign", run, "--key", private).exit_code == 0
+    config = run / "onnx" / "config.json"
+    match harm:
+        case "change":
+            config.write_bytes(config.read_bytes() + b" ")
+        case "remove":
+            config.unlink()
+        case "add":
+            (run / "onnx" / "more.bin").write_bytes(b"x")
+        case "add for git":
+            (run / "onnx" / ".gitattributes").write_bytes(b"x")
+        case "certificate":
+            (run / "certificate.json").write_text("{}")
+        case "signature":
+            (run / "onnx.sig").write_text("{}")
+        case "no signature":
+            (run / "onnx.sig").unlink()
+    done = call("verify", run, "--key", public, "--no-quality", "--no-speed")
+    assert done.exit_code == 2
+    assert message in done.stderr
+
+
+def test_another_key_and_what_is_no_key_are_refused(
+    run: Path, keys: tuple[Path, Path], tmp_path: Path
+) -> None:
+    private, public = keys
+    assert call("sign", run, "--key", private).exit_code == 0
+    other = tmp_path / "other.pem", tmp_path / "other-public.pem"
+    write_key(*other, ec.generate_private_key(ec.SECP256R1()))
+    done = call("verify", run, "--key", other[1], "--no-quality", "--no-speed")
+    assert done.exit_code == 2
+    assert "does not hold for onnx with the key other-public.pem" in done.stderr
+    write_key(*other, rsa.generate_private_key(65537, 2048))
+    for key in (tmp_path / "missing.pem", public, other[0]):
+        done = call("sign", run, "--key", key)
+        assert done.exit_code == 2
+        assert "cannot be used as a key" in done.stderr
