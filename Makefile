@@ -6,14 +6,16 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
+WORKERS ?= 2
 
-.PHONY: setup demo demo-encoders test test-slow test-gpu test-faults test-wild fuzz test-clients test-served test-browser test-eval check audit docs architectures help
+.PHONY: setup demo demo-encoders test coverage test-slow test-gpu test-faults test-wild fuzz test-clients test-served test-browser test-eval check audit docs architectures help
 
 help:
 	@echo "make setup       the environment in .venv"
 	@echo "make demo        two experts into one student, on real models and text; ends with a verdict"
 	@echo "make demo-encoders  two spam classifiers into one of two layers (needs npm)"
-	@echo "make test        the tests that take seconds"
+	@echo "make test        the tests that take seconds, in two processes; WORKERS=N for others"
+	@echo "make coverage    the same, and the branches that they take"
 	@echo "make test-slow   the tests that take minutes"
 	@echo "make test-faults  a kill at every file event loses nothing and leaves nothing over; ARGS=… chooses cases"
 	@echo "make test-wild   random models and adapters against transformers and peft; prints a table; ARGS=\"FIRST LAST\""
@@ -47,8 +49,14 @@ demo-encoders: $(READY)
 		--prefix "$$($(BIN)/python -c 'from limbeck.contract.sources import cache_folder; print(cache_folder())')/npm"
 	$(BIN)/limbeck run minilm/spam-two-classifiers
 
+# Two workers; a file's tests stay on one of them, so that it makes its fixtures once.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# Branches of the four packages that the quick tests take; work of other processes is not counted.
+coverage: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov-branch --cov-report=term:skip-covered \
+		--cov=limbeck --cov=compress --cov=export --cov=serve_bench
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

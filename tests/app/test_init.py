@@ -205,6 +205,7 @@ def test_too_little_text_is_refused_and_just_enough_becomes_blocks(tmp_path: Pat
         assert all(len(domain.train_ids) and len(domain.heldout) for domain in blocks)
 
 
+@pytest.mark.slow  # test_every_recipe_runs_to_its_verdict_shrunk does the same with other recipes
 def test_what_is_written_runs_to_a_verdict(tmp_path: Path) -> None:
     assert init(10).exit_code == 0
     few = [

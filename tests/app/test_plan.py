@@ -49,7 +49,6 @@ TINY = {
 }
 FORMS = ["fp32", "int8-weight", "int8-dynamic", "int8-static", "int4-weight"]
 LIBRARY = [entry.name for entry in library()]
-QUICK = ("smollm2/60m-shrunk",)  # of those that run shrunk
 
 
 def config(kind: str = "llama", **sizes: Any) -> Any:
@@ -421,9 +420,8 @@ def test_shrinking_tells_the_architecture_by_configuration_or_name(tmp_path: Pat
     assert (result.exit_code, "expected pico" in result.stderr) == (2, True)
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in LIBRARY]
-)
+@pytest.mark.slow  # the quick tests run one recipe of a language model and one of a classifier
+@pytest.mark.parametrize("name", LIBRARY)
 def test_every_recipe_runs_to_its_verdict_shrunk(name: str, tmp_path: Path) -> None:
     report = pipeline.run(pico.shrink_to_pico(load_any_recipe(name)), out=tmp_path / "run")
     assert report is not None

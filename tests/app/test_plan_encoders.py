@@ -154,7 +154,9 @@ def test_examples_are_counted_as_the_text_would_give_them() -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("model_type", sorted(CONFIGS))
+@pytest.mark.parametrize(
+    "model_type", [n if n == "bert" else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS]
+)
 def test_sizes_of_forms_are_what_the_exporter_writes(
     model_type: str, task: str, tmp_path: Path
 ) -> None:

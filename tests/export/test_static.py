@@ -150,7 +150,9 @@ def test_moving_is_exact_in_every_layout(kind: str, moved: int, tmp_path: Path) 
     np.testing.assert_allclose(logits(proto, ROWS[0]), before, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["int8-weight", "int8-dynamic"])
+@pytest.mark.parametrize(
+    "name", ["int8-weight", pytest.param("int8-dynamic", marks=pytest.mark.slow)]
+)
 def test_outliers_cost_less_once_they_have_moved(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,14 +17,25 @@ from tests.faults.disks import NoMount
 from tests.faults.kills import Case, Killed, fill_disks, kill_everywhere
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def _quick(cases: Sequence[Case], *names: str) -> list[Any]:
+    """The named cases run in the quick tests, all of them in the slow ones."""
+    return [c if c.name in names else pytest.param(c, marks=pytest.mark.slow) for c in cases]
+
+
+@pytest.mark.parametrize(
+    "case",
+    _quick(CASES, "artifact, replaced", "cache, former and damaged", "run.json, former litter"),
+    ids=lambda case: case.name,
+)
 def test_a_kill_at_any_file_event_is_survived(tmp_path: Path, case: Case) -> None:
     row = kill_everywhere(case, tmp_path)
     assert row.kills >= 4
     assert row.states >= 2
 
 
-@pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", _quick(CASES[:2], "artifact, replaced"), ids=lambda case: case.name
+)
 def test_ctrl_c_at_any_file_event_is_survived(tmp_path: Path, case: Case) -> None:
     assert kill_everywhere(case, tmp_path, signals=(signal.SIGINT,)).kills >= 4
 
@@ -62,7 +75,9 @@ def test_the_harness_finds_what_is_left_over(tmp_path: Path) -> None:
 
 
 # Not the last one: sweeping the litter of a killed process frees the room that the work needs.
-@pytest.mark.parametrize("case", CASES[:-1], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", _quick(CASES[:-1], "artifact, replaced", "text, replaced"), ids=lambda case: case.name
+)
 def test_a_disk_that_is_full_at_any_page_is_told_and_survived(tmp_path: Path, case: Case) -> None:
     try:
         row = fill_disks(case, tmp_path, step=4, wanted=EnvironmentalError)

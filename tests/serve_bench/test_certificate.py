@@ -25,12 +25,19 @@ THEN = {"value": 8.0, "low": 7.5, "high": 8.5, "n": 6}
 OTHER = {"processor": "A then, B now"}
 
 
-def test_a_certificate_holds_digests_figures_and_the_machine(tmp_path: Path) -> None:
-    chosen = recipe()
-    report = write_report(run=make_run(tmp_path, chosen), recipe=chosen)
+@pytest.fixture(scope="module")
+def certified(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with its report and certificate; tests only read it."""
+    folder, chosen = tmp_path_factory.mktemp("certified"), recipe()
+    write_report(run=make_run(folder, chosen), recipe=chosen)
+    return folder
+
+
+def test_a_certificate_holds_digests_figures_and_the_machine(certified: Path) -> None:
+    chosen, tmp_path = recipe(), certified
     found, data = (
         json.loads((tmp_path / CERTIFICATE).read_text()),
-        json.loads(report.json.read_text()),
+        json.loads((tmp_path / "report.json").read_text()),
     )
     onnx, bench, student = (open_artifact(tmp_path / name) for name in ("onnx", "bench", "student"))
     assert found["artifact"]["digest"] == onnx.digest
@@ -163,7 +170,7 @@ class FakeWorkers:
     ],
 )
 def test_a_slower_machine_is_not_a_slower_graph(
-    tmp_path: Path,
+    certified: Path,
     int8: float,
     fp32: float,
     holds: bool,
@@ -171,9 +178,7 @@ def test_a_slower_machine_is_not_a_slower_graph(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda _: None)
-    chosen = recipe()
-    write_report(run=make_run(tmp_path, chosen), recipe=chosen)
-    certificate = json.loads((tmp_path / CERTIFICATE).read_text())
+    certificate = json.loads((certified / CERTIFICATE).read_text())
     around = {"low": 0.98, "value": 1.0, "high": 1.02}
     certificate["figures"] |= {
         f"{metric}_ms": {k: v * ms for k, v in around.items()}
@@ -182,9 +187,9 @@ def test_a_slower_machine_is_not_a_slower_graph(
     certificate["figures"]["speed_over_fp32"] = {
         key: {k: v * 2.5 for k, v in around.items()} for key in ("tpot", "ttft")
     }
-    onnx = open_artifact(tmp_path / "onnx", verify=False)
-    task = task_of(chosen)
-    task.open_data(tmp_path / "bench")
+    onnx = open_artifact(certified / "onnx", verify=False)
+    task = task_of(recipe())
+    task.open_data(certified / "bench")
     workers: Any = FakeWorkers({"onnx:int8-weight": int8 / 1e3, "onnx:fp32": fp32 / 1e3})
     arm = form_arm(onnx, "int8-weight")
     findings = replay_speed(workers, arm, certificate, task, onnx, {})
