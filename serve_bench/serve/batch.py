@@ -93,7 +93,8 @@ class InPlaceBatch:
     """Rows of a fused graph, which reads and writes one buffer a layer.
 
     Each buffer has address space for every row at full length, and for one more that is being
-    filled. The system gives it memory page by page where tokens are written, and takes it back when
+    filled behind the running ones: when none has left meanwhile, it joins without a copy. The
+    system gives it memory page by page where tokens are written, and takes it back when
     a row leaves: memory follows the tokens held, without a table of blocks that the graph would
     have to know. The fused kernel takes a row's length from the sum of its mask, so rows of any
     lengths can be stepped together.
@@ -101,7 +102,7 @@ class InPlaceBatch:
 
     def __init__(self, decoder: GraphDecoder, rows: int, tokens: int) -> None:
         self.rows = 0
-        self._decoder, self._tokens, self._spare = decoder, tokens, rows
+        self._decoder, self._tokens, self._most = decoder, tokens, rows
         self.longest = min(tokens, decoder.context or tokens)
         unit = mmap.PAGESIZE  # then every row begins on a page, however small its heads
         capacity = -(-self.longest // unit) * unit
@@ -112,30 +113,38 @@ class InPlaceBatch:
         self._lengths = np.zeros(rows + 1, np.int64)
         self._logits = np.empty((rows, 1, decoder.vocabulary), np.float32)
         self._running: Any = None
-        self._filling = self._bind(rows, rows + 1)
+        self._new: int | None = None  # the row that is being filled, and its binding
+        self._filling: Any = None
 
     @property
     def held(self) -> int:
         return int(self._lengths.sum())
 
     def fits(self, needs: Sequence[int]) -> bool:
-        return len(needs) <= self._spare and sum(needs) <= self._tokens
+        return len(needs) <= self._most and sum(needs) <= self._tokens
 
     def fill(self, ids: Sequence[int]) -> Floats:
+        new = self._begin()
         tokens = np.array([ids], np.int64)
-        self._lengths[self._spare] += len(ids)
-        mask = np.ones((1, self._lengths[self._spare]), np.int64)
+        self._lengths[new] += len(ids)
+        mask = np.ones((1, self._lengths[new]), np.int64)
         logits = np.empty((1, 1, self._decoder.vocabulary), np.float32)
+        if self._filling is None:
+            self._filling = self._bind(new, new + 1)
         run(self._decoder, self._filling, tokens, mask, logits)
         last: Floats = logits[0, 0]
         return last
 
     def join(self) -> None:
-        self._move(self._spare, self.rows)
+        new = self._begin()
+        if new != self.rows:  # a row has left meanwhile
+            self._move(new, self.rows)
+        self._new = self._filling = None
         self._resize(self.rows + 1)
 
     def drop(self) -> None:
-        self._clear(self._spare)
+        self._clear(self._begin())
+        self._new = self._filling = None
 
     def step(self, ids: Ids) -> Floats:
         lengths = self._lengths[: self.rows]
@@ -154,16 +163,23 @@ class InPlaceBatch:
         self._resize(last)
 
     def length(self, row: int | None) -> int:
-        return int(self._lengths[self._spare if row is None else row])
+        return int(self._lengths[self._begin() if row is None else row])
 
     def view(self, row: int | None, length: int) -> list[Floats]:
-        index = self._spare if row is None else row
+        index = self._begin() if row is None else row
         return [pages.array[index, :, :length] for pages in self._buffers.values()]
 
     def take(self, arrays: Sequence[Floats]) -> None:
-        self._lengths[self._spare] = length = arrays[0].shape[1]
+        new = self._begin()
+        self._lengths[new] = length = arrays[0].shape[1]
         for pages, array in zip(self._buffers.values(), arrays, strict=True):
-            pages.array[self._spare, :, :length] = array
+            pages.array[new, :, :length] = array
+
+    def _begin(self) -> int:
+        """The row that is being filled."""
+        if self._new is None:
+            self._new = self.rows
+        return self._new
 
     def _move(self, source: int, target: int) -> None:
         length = self._lengths[source]

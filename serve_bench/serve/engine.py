@@ -4,7 +4,7 @@ Knows requests, sampling, stop strings, limits and time. Knows nothing of HTTP, 
 use it. The key-value caches and the graph belong to `serve_bench.serve.batch`.
 
 Between two steps of the running rows, requests that ended leave and waiting ones join. A prompt is
-read in chunks, one chunk a step, so that a long one delays the others by a chunk only. A request
+read in chunks, one chunk a step, so that a long one delays the others by some 50 ms only. A request
 joins when there is room for all it may ask for, first come first served: nothing that runs is ever
 pushed out again. The beginning that a prompt shares with a running or finished sequence is copied
 instead of read.
@@ -43,7 +43,10 @@ from serve_bench.serve.text.stops import StopStrings
 Finish = Literal["stop", "length", "cancelled", "timeout", "closed", "failed", "grammar"]
 
 PREFIX_BYTES = 256_000_000  # default memory of finished sequences
-_CHUNK = 128  # prompt tokens between two steps of the running rows
+# Prompt tokens between two steps of the running rows: as many as take this long, within bounds.
+_PAUSE = 0.05  # seconds
+_SHORTEST, _CHUNK = 16, 128
+_ALONE = 512  # where no row waits; only giving up and other prompts do
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,7 @@ class Engine:
         self._new: Stream | None = None  # its prompt is being read
         self._running: list[Stream] = []  # by row of the batch
         self._closing: float | None = None  # when what still runs is ended
+        self._pace = _PAUSE / _CHUNK  # seconds that a prompt token took in the last chunks
         self._thread = threading.Thread(target=self._work, name="limbeck-engine", daemon=True)
         self._thread.start()
 
@@ -339,11 +343,18 @@ class Engine:
         )
 
     def _read_prompts(self) -> None:
-        """Read up to a chunk of prompts; those read to their end get their first token and join."""
-        left = _CHUNK
-        while left and (new := self._new or self._next()):
+        """Read a chunk of prompts, of several where they are short.
+
+        Those that are read to their end get their first token and join.
+        """
+        left = self._chunk()
+        while left > 0 and (new := self._new or self._next()):
             chunk = new.request.ids[new.read : new.read + left]
+            began = time.perf_counter()
             logits = self._batch.fill(chunk)
+            took = time.perf_counter() - began
+            if len(chunk) >= _SHORTEST:  # shorter ones are dominated by what a run costs
+                self._pace += (took / len(chunk) - self._pace) / 4
             new.read += len(chunk)
             left -= len(chunk)
             if new.read < len(new.request.ids):
@@ -358,6 +369,13 @@ class Engine:
                 with self._change:  # `submit` counts each request once
                     self._new = None
                     self._running.append(new)
+                left = min(left, self._chunk())
+
+    def _chunk(self) -> int:
+        """Prompt tokens to read before the next step of the running rows."""
+        if not self._running:
+            return _ALONE
+        return int(min(max(_PAUSE / self._pace, _SHORTEST), _CHUNK))
 
     def _next(self) -> Stream | None:
         """The request that waits longest, when there is room for all it may grow to."""
