@@ -1,0 +1,358 @@
+"""Two tokenisations of one text, aligned on the bytes of the text.
+
+A *common boundary* is a byte where a token ends in both tokenisations. A *chunk* is the text
+between two neighbouring common boundaries; most often it is one token on each side. Knows
+tokenizers and bytes, and no models.
+
+Shapes: L tokens of a row of the reader (the student), M tokens of the other side (the teacher),
+V_T vocabulary of the other side.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from limbeck.contract.errors import ModelError
+from limbeck.contract.recipe import fingerprint
+
+Ids = npt.NDArray[np.int64]
+
+_METASPACE = "\u2581"
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class Pieces:
+    """A tokenizer as a map from token ids to bytes of text."""
+
+    def __init__(self, tokenizer: Tokenizer, *, name: str, end: int | None = None) -> None:
+        """Take a copy of ``tokenizer``. ``end`` is the id of its end-of-text token.
+
+        Raises `ModelError`, which begins with ``name``, for a tokenizer that drops spaces.
+        """
+        written = tokenizer.to_str()
+        self.digest = fingerprint(written)
+        self.name, self.end = name, end
+        self.tokenizer = Tokenizer.from_str(written)
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.prefix = self._prefix()
+        # Markers that stand in a text as characters are text, and never control the other model.
+        self.tokenizer.encode_special_tokens = True
+        tree = json.loads(written)
+        _require_bytes(tree, name)
+        added = self.tokenizer.get_added_tokens_decoder()
+        self.special = frozenset(i for i, token in added.items() if token.special)
+        self.added = frozenset(added)
+        to_bytes = _decoder(tree)
+        vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
+        self.of: list[bytes] = [b""] * (max(vocabulary.values(), default=-1) + 1)
+        for token, index in vocabulary.items():
+            if index not in self.special:
+                text = added[index].content if index in added else token
+                self.of[index] = _added_bytes(text, tree) if index in added else to_bytes(text)
+
+    def __len__(self) -> int:
+        return len(self.of)
+
+    @cached_property
+    def by_bytes(self) -> dict[bytes, int]:
+        """Ids by the bytes that they stand for; of several the least, added tokens last."""
+        found: dict[bytes, int] = {}
+        for index in sorted(range(len(self.of)), key=lambda i: (i in self.added, i)):
+            if self.of[index]:
+                found.setdefault(self.of[index], index)
+        return found
+
+    @cached_property
+    def longest(self) -> int:
+        """Bytes of the longest token."""
+        return max(map(len, self.of), default=0)
+
+    @cached_property
+    def adds_space(self) -> bool:
+        """Whether a space is put before a text that does not begin with one."""
+        ids = self.tokenizer.encode("a", add_special_tokens=False).ids
+        return b"".join(self.pieces(ids)) == b" a"
+
+    def pieces(self, ids: Sequence[int]) -> list[bytes]:
+        """Return the bytes of each token; none of a special token or a padded row of a head."""
+        return [self.of[i] if i < len(self.of) else b"" for i in ids]
+
+    def first_of(self, ids: Sequence[int], data: bytes) -> int:
+        """Return the first of ``ids`` if ``data`` begins with it; else the longest that does."""
+        if ids and self.of[ids[0]] and data.startswith(self.of[ids[0]]):
+            return ids[0]
+        for length in range(min(len(data), self.longest), 0, -1):
+            if (found := self.by_bytes.get(data[:length])) is not None:
+                return found
+        return -1
+
+    def _prefix(self) -> list[int]:
+        """Return the ids that are put before any text, such as a begin-of-text token."""
+        encoding = self.tokenizer.encode("a", add_special_tokens=True)
+        mask = encoding.special_tokens_mask
+        return list(encoding.ids[: mask.index(0)]) if 0 in mask else []
+
+
+def _types(tree: Any) -> set[str]:
+    """Return all names under ``type`` in a part of tokenizer.json."""
+    if isinstance(tree, dict):
+        own = {tree["type"]} if isinstance(tree.get("type"), str) else set()
+        return own.union(*(_types(value) for value in tree.values()))
+    return set().union(*(_types(value) for value in tree)) if isinstance(tree, list) else set()
+
+
+def _around(tree: dict[str, Any]) -> dict[str, Any]:
+    return {part: tree.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")}
+
+
+def _require_bytes(tree: dict[str, Any], name: str) -> None:
+    """Raise `ModelError` unless the tokens of a tokenizer stand for bytes of the text."""
+    model = tree["model"]
+    kind = model.get("type") or ("BPE" if "merges" in model else "WordPiece")
+    if kind not in ("BPE", "Unigram"):
+        raise ModelError(
+            f"{name}: its tokenizer is {kind}, whose tokens do not say where a text has spaces, so "
+            "it cannot be aligned with another tokenizer. Choose a teacher with a byte-level BPE "
+            "or SentencePiece tokenizer, or one with the student's own tokenizer."
+        )
+    for marker in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(marker):
+            raise ModelError(
+                f"{name}: its tokenizer marks words with {model[marker]!r} ({marker}), so its "
+                "tokens do not say where a text has spaces and cannot be aligned with another "
+                "tokenizer. Choose a teacher with a byte-level BPE or SentencePiece tokenizer."
+            )
+
+
+def _decoder(tree: dict[str, Any]) -> Any:
+    """Return the function from a token of the vocabulary to its bytes."""
+    around = _around(tree)
+    if "ByteLevel" in _types(around):
+        table = _byte_level()
+        return lambda token: bytes(table[c] for c in token) if set(token) <= table.keys() else b""
+    fallback = tree["model"].get("byte_fallback") or "ByteFallback" in _types(around)
+
+    def spelled(token: str) -> bytes:
+        if fallback and (found := _BYTE.fullmatch(token)):
+            return bytes([int(found[1], 16)])
+        return _added_bytes(token, tree)
+
+    return spelled
+
+
+def _added_bytes(text: str, tree: dict[str, Any]) -> bytes:
+    if _METASPACE in json.dumps(_around(tree), ensure_ascii=False):
+        text = text.replace(_METASPACE, " ")
+    return text.encode()
+
+
+def _byte_level() -> dict[str, int]:
+    """Return the bytes by the characters that byte-level BPE writes for them, as GPT-2 has it."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {
+        chr(256 + place): byte for place, byte in enumerate(hidden)
+    }
+
+
+# One row -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """A row of tokens, and what the other side reads in its place."""
+
+    ids: Ids  # [M], of the other side
+    # [L]: last token of the other side with the same text up to here; -1 where there is none.
+    at: Ids
+    # [n, 4]: chunks, as tokens [first, last) of the row and [first, last) of the other side.
+    chunks: Ids
+
+
+class Aligner:
+    """Writes rows of one tokenizer's tokens in another one's."""
+
+    def __init__(self, own: Pieces, other: Pieces) -> None:
+        """``own`` is the tokenizer of the rows: the student's."""
+        self.own, self.other = own, other
+
+    def row(self, ids: Sequence[int]) -> Aligned:
+        """Align one row, without padding.
+
+        A special token ends a segment of the text. The end-of-text token is that of the other side
+        too; other special tokens are not shown to it.
+        """
+        at = np.full(len(ids), -1, np.int64)
+        theirs: list[int] = []
+        chunks: list[tuple[int, int, int, int]] = []
+        place = 0
+        while place < len(ids) and ids[place] in self.own.special:
+            place += 1
+        theirs += self.other.prefix
+        if place:
+            at[place - 1] = len(theirs) - 1
+        while place < len(ids):
+            end = place
+            while end < len(ids) and ids[end] not in self.own.special:
+                end += 1
+            self._segment(ids[place:end], place, at, theirs, chunks)
+            if end < len(ids) and ids[end] == self.own.end and self.other.end is not None:
+                if end and at[end - 1] == len(theirs) - 1:
+                    chunks.append((end, end + 1, len(theirs), len(theirs) + 1))
+                theirs += [self.other.end, *self.other.prefix]
+                at[end] = len(theirs) - 1
+            elif end < len(ids):
+                at[end] = len(theirs) - 1
+                at[end - 1] = -1  # the other side cannot expect a token that it does not have
+            place = end + 1
+        table = np.array(chunks, np.int64).reshape(-1, 4)
+        return Aligned(np.array(theirs, np.int64), at, table)
+
+    def _segment(
+        self,
+        ids: Sequence[int],
+        place: int,
+        at: Ids,
+        theirs: list[int],
+        chunks: list[tuple[int, int, int, int]],
+    ) -> None:
+        """Align text without special tokens, which begins at token ``place`` of the row."""
+        pieces = self.own.pieces(ids)
+        data = b"".join(pieces)
+        if not data:
+            return
+        other, ends, damaged = self._encode(data)
+        mine = np.cumsum([len(piece) for piece in pieces])
+        # Of several tokens that end at one byte the last one has the whole text before it.
+        last = {int(end): index for index, end in enumerate(ends) if end >= 0}
+        before, base = (place, len(theirs)), len(theirs)
+        if place and 0 in last:  # tokens of no bytes, such as a lone added space
+            before = (place, base + last[0] + 1)
+            if at[place - 1] >= 0:
+                at[place - 1] = base + last[0]
+        start = 0
+        for index, byte in enumerate(mine.tolist()):
+            if byte not in last or (index + 1 < len(mine) and mine[index + 1] == byte):
+                continue
+            after = place + index + 1, base + last[byte] + 1
+            at[after[0] - 1] = after[1] - 1
+            if after[1] > before[1] and not any(start < b and a < byte for a, b in damaged):
+                chunks.append((before[0], after[0], before[1], after[1]))
+            before, start = after, byte
+        theirs += other
+
+    def _encode(self, data: bytes) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+        """Tokenise ``data`` on the other side.
+
+        Return ids, the byte where each token ends (-1 inside a character), and the spans of bytes
+        that the other side does not read as they are.
+        """
+        text, ends_of_characters, damaged = _decoded(data)
+        pieces = self.other
+        if pieces.adds_space and text.startswith(" ") and not damaged:
+            encoding = pieces.tokenizer.encode(text[1:], add_special_tokens=False)
+            if b"".join(pieces.pieces(encoding.ids)) == data:
+                return encoding.ids, _sums(pieces, encoding.ids), []
+        encoding = pieces.tokenizer.encode(text, add_special_tokens=False)
+        read = b"".join(pieces.pieces(encoding.ids))
+        if not damaged and read == data:
+            return encoding.ids, _sums(pieces, encoding.ids), []
+        if not damaged and read == b" " + data:
+            return encoding.ids, [end - 1 for end in _sums(pieces, encoding.ids)], []
+        # A normaliser has changed the text: only its characters can be followed.
+        ends = []
+        offsets = encoding.offsets
+        for index, (_, end) in enumerate(offsets):
+            follows = index + 1 == len(offsets) or offsets[index + 1][0] >= end
+            ends.append(int(ends_of_characters[end]) if follows else -1)
+        return encoding.ids, ends, damaged
+
+
+def _sums(pieces: Pieces, ids: Sequence[int]) -> list[int]:
+    sums: list[int] = np.cumsum([len(piece) for piece in pieces.pieces(ids)]).tolist()
+    return sums
+
+
+def _decoded(data: bytes) -> tuple[str, list[int], list[tuple[int, int]]]:
+    """Decode UTF-8. Return text, the byte after each number of characters, and what is no UTF-8.
+
+    A row may begin or end inside a character, and a model may write half of one.
+    """
+    parts: list[str] = []
+    ends, damaged, at = [0], list[tuple[int, int]](), 0
+    while at < len(data):
+        try:
+            good, bad = data[at:].decode(), None
+        except UnicodeDecodeError as error:
+            good, bad = data[at : at + error.start].decode(), (at + error.start, at + error.end)
+        for character in good:
+            ends.append(ends[-1] + len(character.encode()))
+        parts.append(good)
+        at = len(data)
+        if bad is not None:
+            parts.append("\ufffd")
+            ends.append(bad[1])
+            damaged.append(bad)
+            at = bad[1]
+    return "".join(parts), ends, damaged
+
+
+# Vocabularies ------------------------------------------------------------------------------------
+
+
+def projection(own: Pieces, other: Pieces, *, rows: int | None = None) -> Ids:
+    """Return the own token that begins each token of the other side ``[rows]``, -1 where none does.
+
+    Tokens of equal bytes meet; any other token goes to the first token of its bytes in this
+    tokenizer's own tokenisation. It is the sparse matrix V_T -> V_S with one 1 a row. ``rows`` are
+    those of the other model's head, of which the last may belong to no token.
+    """
+    found = np.full(max(rows or 0, len(other)), -1, np.int64)
+    pending: list[int] = []
+    for index, data in enumerate(other.of):
+        if not data:
+            continue
+        exact = own.by_bytes.get(data)
+        if exact is not None:
+            found[index] = exact
+        else:
+            pending.append(index)
+    texts = [other.of[index].decode(errors="replace") for index in pending]
+    encodings = own.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    for index, encoding in zip(pending, encodings, strict=True):
+        found[index] = own.first_of(encoding.ids, other.of[index])
+    if own.end is not None and other.end is not None:
+        found[other.end] = own.end
+    return found[:rows]
+
+
+@dataclass(frozen=True)
+class Relation:
+    """How two tokenizers relate: one token map, or two."""
+
+    same: bool  # the same tokens have the same ids, but for those of `differ`
+    differ: tuple[str, ...] = ()  # added tokens that only one has, or that have other ids
+
+
+def relate(own: Tokenizer, other: Tokenizer) -> Relation:
+    """Compare two token maps. Maps that differ in added tokens only count as the same."""
+    mine, theirs = own.get_vocab(), other.get_vocab()
+    if mine == theirs:
+        return Relation(True)
+    added = {
+        token.content
+        for tokenizer in (own, other)
+        for token in tokenizer.get_added_tokens_decoder().values()
+    }
+    differ = {t for t in mine.keys() | theirs.keys() if mine.get(t) != theirs.get(t)}
+    return Relation(differ <= added, tuple(sorted(differ)) if differ <= added else ())
