@@ -124,7 +124,10 @@ def test_chunks_partition_the_bytes(name: str, text: str) -> None:
     exact = name not in ("nfkc", "unigram") and "\u2581" not in text
     ours, theirs = 0, len(other.prefix)
     for first, last, their_first, their_last in found.chunks.tolist():
-        assert first == ours and their_first >= theirs and last > first and their_last > their_first
+        assert first == ours
+        assert their_first >= theirs
+        assert last > first
+        assert their_last > their_first
         assert found.at[last - 1] == their_last - 1
         ours, theirs = last, their_last
         if exact:
@@ -132,7 +135,8 @@ def test_chunks_partition_the_bytes(name: str, text: str) -> None:
             read = b"".join(other.pieces(found.ids[their_first:their_last].tolist()))
             assert read in (mine, b" " + mine) if first == 0 else read == mine
     if exact:
-        assert ours == len(ids) and theirs == len(found.ids)
+        assert ours == len(ids)
+        assert theirs == len(found.ids)
         whole = b"".join(other.pieces(found.ids.tolist()))
         assert whole.removeprefix(b" ") == text.encode().removeprefix(b" ")
 
@@ -143,11 +147,13 @@ def test_chunks_partition_the_bytes(name: str, text: str) -> None:
 def test_any_tokens_have_an_alignment(name: str, ids: list[int]) -> None:
     """Rows cut inside a character, special tokens anywhere, ids of padded rows of a head."""
     found = ALIGNERS[name].row(ids)
-    assert len(found.at) == len(ids) and found.at.max(initial=-1) < len(found.ids)
+    assert len(found.at) == len(ids)
+    assert found.at.max(initial=-1) < len(found.ids)
     known = found.at[found.at >= 0]
     assert (known[1:] >= known[:-1]).all()
     chunks = found.chunks
-    assert (chunks[1:, 0] >= chunks[:-1, 1]).all() and (chunks[1:, 2] >= chunks[:-1, 3]).all()
+    assert (chunks[1:, 0] >= chunks[:-1, 1]).all()
+    assert (chunks[1:, 2] >= chunks[:-1, 3]).all()
 
 
 def test_a_boundary_needs_whole_characters_on_both_sides() -> None:
@@ -157,7 +163,8 @@ def test_a_boundary_needs_whole_characters_on_both_sides() -> None:
     spans = [b"".join(OWN.pieces(ids[first:last])) for first, last, _, _ in found.chunks.tolist()]
     assert b"".join(spans) == "a🙂b".encode()
     for (_, last, _, their_last), span in zip(found.chunks.tolist(), spans, strict=True):
-        assert found.at[last - 1] == their_last - 1 and span
+        assert found.at[last - 1] == their_last - 1
+        assert span
 
 
 def test_a_begin_token_on_one_side_only() -> None:
@@ -180,7 +187,8 @@ def test_the_end_of_a_text_is_the_end_on_the_other_side() -> None:
     assert found.ids.tolist()[place + 1 : place + 2] == bos
     chunk = [len(a), len(a) + 1, place, place + 1]
     assert chunk in found.chunks.tolist()  # its own chunk; the BOS behind it is in none
-    assert found.at[len(a)] == place + 1 and found.at[len(a) - 1] == place - 1
+    assert found.at[len(a)] == place + 1
+    assert found.at[len(a) - 1] == place - 1
 
 
 def test_a_marker_in_the_text_is_text() -> None:
@@ -242,7 +250,8 @@ def test_projected_tokens_begin_the_same_bytes(name: str) -> None:
     assert (target[len(other) :] == -1).all()
     for index, data in _texts(other):
         begun = OWN.of[target[index]]
-        assert begun and data.startswith(begun)
+        assert begun
+        assert data.startswith(begun)
         if data in OWN.by_bytes:  # exact matches meet one to one
             assert begun == data
     assert target[other.end] == OWN.end
@@ -290,6 +299,7 @@ def test_maps_that_differ_in_added_tokens_are_the_same() -> None:
     other.add_special_tokens(["<|im_start|>"])
     other.add_tokens([AddedToken("<tool>")])
     found = relate(own, other)
-    assert found.same and found.differ == ("<tool>", "<|im_start|>")
+    assert found.same
+    assert found.differ == ("<tool>", "<|im_start|>")
     assert not relate(own, permute(own, 3)).same
     assert not relate(own, byte_level(300)).same
