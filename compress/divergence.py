@@ -63,17 +63,17 @@ def divergence(
         case ReverseKl():
             slope_CV = logq_CV - safe_log(target_CV)
             value_C = row_dot(q_CV, slope_CV)
-            return value_C, _through_softmax(q_CV, slope_CV)
+            return value_C, through_softmax(q_CV, slope_CV)
         case Jsd(beta=beta):
             mixture_CV = (beta * target_CV + (1 - beta) * q_CV).clamp(min=TINY)
             logm_CV = mixture_CV.log()
             slope_CV = (1 - beta) * (logq_CV - logm_CV)
             teacher_C = row_dot(target_CV, safe_log(target_CV)) - row_dot(target_CV, logm_CV)
-            return beta * teacher_C + row_dot(q_CV, slope_CV), _through_softmax(q_CV, slope_CV)
+            return beta * teacher_C + row_dot(q_CV, slope_CV), through_softmax(q_CV, slope_CV)
         case SkewKl(skew=skew):
             mixture_CV = (skew * target_CV + (1 - skew) * q_CV).clamp(min=TINY)
             value_C = row_dot(target_CV, safe_log(target_CV)) - row_dot(target_CV, mixture_CV.log())
-            return value_C, _through_softmax(q_CV, -(1 - skew) * target_CV / mixture_CV)
+            return value_C, through_softmax(q_CV, -(1 - skew) * target_CV / mixture_CV)
         case EntropySwitch(threshold=threshold):
             high_C = -row_dot(target_CV, safe_log(target_CV)) >= threshold
             value_C, slope_CV = torch.empty_like(q_CV[:, 0]), torch.empty_like(q_CV)
@@ -107,7 +107,7 @@ def row_dot(a_CV: Tensor, b_CV: Tensor) -> Tensor:
     return product
 
 
-def _through_softmax(q_CV: Tensor, slope_CV: Tensor) -> Tensor:
+def through_softmax(q_CV: Tensor, slope_CV: Tensor) -> Tensor:
     """Carry ``slope_CV``, a gradient at q = softmax(logits), back to the logits.
 
     The Jacobian of the softmax is diag(q) - q q^T.

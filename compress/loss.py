@@ -14,6 +14,16 @@ After Meng et al. (arXiv 2507.15198), at every label position, with K teachers a
 N is the number of label positions of the global batch, D a divergence of `compress.divergence`.
 Everything about the teachers is detached. Padding and ignored labels count nowhere.
 
+A teacher of another tokenizer (`compress.aligned`) has a p_k where the label begins at a common
+boundary, projected into the student's vocabulary, and weight 0 elsewhere; a label without any
+teacher has alpha = 1 and no D. With `across: chunk` or `uld` such teachers are not in p; the loss
+is, with S the teachers of the student's own tokens and W the sum of their weights,
+
+    (alpha CE + beta (W tau^2 D(p_S, q) + sum_{k not in S} w_k l_k)) / N
+
+and l_k is the binary cross-entropy of a chunk's likelihoods (once a chunk), or the distance of
+sorted probabilities.
+
 `plain_loss` is this formula as it stands, and keeps ``[K, T, V]`` in memory. `fused_loss` computes
 the same value and gradient in chunks; the tests hold one to the other.
 
@@ -30,10 +40,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.aligned import AlignedReading, AlignedStates, chunk_terms, ranked_loss, student_logp
 from compress.divergence import divergence, plain_divergence, safe_log, softmax_and_norm
 from compress.head import IGNORED, Head, Place, blocks_of, chunks_of_labels
-from compress.states import Reading, SparseStates, TeacherStates, statistics_of, teacher_statistics
-from compress.weights import span_of, weigh
+from compress.states import AnyStates, Reading, TeacherStates, statistics_of, teacher_statistics
+from compress.weights import Reach, span_of, weigh
 from limbeck.contract.recipe import Fusion
 
 # The formula -----------------------------------------------------------------------------------
@@ -44,7 +55,7 @@ def plain_loss(
     *,
     hidden_RLd: Tensor,
     head: Head,
-    teachers: Sequence[TeacherStates],
+    teachers: Sequence[TeacherStates | AlignedStates],
     labels_RL: Tensor,
     denominator: int,
     names: Sequence[str] = (),
@@ -57,46 +68,98 @@ def plain_loss(
     """
     valid_RL = labels_RL != IGNORED
     labels_T, z_TV = labels_RL[valid_RL], head.logits(hidden_RLd[valid_RL])
-    cross_entropy = torch.nn.functional.cross_entropy(z_TV, labels_T, reduction="sum")
+    cross_entropy_T = torch.nn.functional.cross_entropy(z_TV, labels_T, reduction="none")
     if not teachers:
-        return cross_entropy / denominator
-    tau = config.temperature
+        return cross_entropy_T.sum() / denominator
+    tau, K = config.temperature, len(teachers)
+    reach = Reach.of([t.spans for t in teachers], labels_RL)
     with torch.no_grad():
-        z_KTV = torch.stack(
-            [t.head.logits(t.hidden_RLd[valid_RL]) / t.temperature for t in teachers]
-        )
-        weights_KT = _plain_weights(config, z_KTV, labels_RL, names, progress, prior_KR)
-        weights_KT1 = weights_KT[..., None]
-        logp_KTV = torch.log_softmax(z_KTV / tau, dim=-1)
+        logq_TV = torch.log_softmax(z_TV, dim=-1)
+        read = [_plain_read(t, labels_RL, logq_TV, tau) for t in teachers]
+        p_KTV, entropy_KRL, logp_KRL = (torch.stack(part) for part in zip(*read, strict=True))
+        weights_KRL = weigh(
+            config.weights, entropy_KRL, logp_KRL, labels_RL,
+            names=names, progress=progress, prior_KR=prior_KR, reach=reach,
+        )  # fmt: skip
+        weights_KT = weights_KRL[:, valid_RL]
+        mixed = [k for k in range(K) if config.across == "projected" or teachers[k].spans is None]
+        share_T = weights_KT[mixed].sum(0)
+        weights_KT1 = (weights_KT[mixed] / share_T.clamp(min=1e-30))[..., None]
         if config.space == "arithmetic":
-            logp_TV = torch.logsumexp(weights_KT1.log() + logp_KTV, dim=0)
+            logp_TV = (weights_KT1 * p_KTV[mixed]).sum(0).log()
         else:
-            logp_TV = torch.log_softmax((weights_KT1 * logp_KTV).sum(0), dim=-1)
+            logp_TV = torch.log_softmax((weights_KT1 * safe_log(p_KTV[mixed])).sum(0), dim=-1)
+        logp_TV = logp_TV.clamp(min=-1e4)  # a token that no teacher expects counts 0, and not NaN
     logq_TV = torch.log_softmax(z_TV / tau, dim=-1)
-    fusion = tau**2 * plain_divergence(config.divergence, logp_TV, logq_TV)
-    return (config.cross_entropy * cross_entropy + config.weight * fusion) / denominator
+    fusion = torch.zeros(())
+    for t in share_T.nonzero()[:, 0].tolist():
+        value = plain_divergence(config.divergence, logp_TV[t, None], logq_TV[t, None])
+        fusion = fusion + share_T[t] * tau**2 * value
+    has_RL = weights_KRL.sum(0) > 0
+    own_RL = torch.zeros(labels_RL.shape).masked_scatter(valid_RL, -cross_entropy_T)
+    for k in set(range(K)) - set(mixed):
+        teacher = teachers[k]
+        assert isinstance(teacher, AlignedStates)
+        if config.across == "chunk":
+            fusion = fusion + _plain_chunks(teacher, weights_KRL[k], logp_KRL[k], own_RL, tau)
+            has_RL = has_RL | (teacher.spans.start_RL >= 0)
+        else:
+            q_TV = torch.softmax(z_TV, dim=-1).sort(-1, descending=True).values
+            for t, (r, i) in enumerate(valid_RL.nonzero().tolist()):
+                if (m := int(teacher.alignment.at_RL[r, i])) >= 0:
+                    p_V = torch.softmax(_plain_logits(teacher)[r, m], -1).sort(descending=True)[0]
+                    width = max(len(p_V), q_TV.shape[1])
+                    p_V, q_V = (
+                        torch.nn.functional.pad(x, (0, width - len(x))) for x in (p_V, q_TV[t])
+                    )
+                    fusion = fusion + weights_KRL[k, r, i] * (p_V - q_V).abs().sum()
+    alpha_T = torch.where(has_RL[valid_RL], config.cross_entropy, 1.0)
+    return ((alpha_T * cross_entropy_T).sum() + config.weight * fusion) / denominator
 
 
-def _plain_weights(
-    config: Fusion,
-    z_KTV: Tensor,
-    labels_RL: Tensor,
-    names: Sequence[str],
-    progress: float,
-    prior_KR: Tensor | None,
+def _plain_logits(teacher: TeacherStates | AlignedStates) -> Tensor:
+    hidden = teacher.hidden_RLd if isinstance(teacher, TeacherStates) else teacher.hidden_RMd
+    return teacher.head.logits(hidden) / teacher.temperature
+
+
+def _plain_read(
+    teacher: TeacherStates | AlignedStates, labels_RL: Tensor, logq_TV: Tensor, tau: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """p_k at tau ``[T, V]``; entropy and evidence at tau = 1 ``[R, L]``."""
+    z_RMV = _plain_logits(teacher)
+    logp_RMV = torch.log_softmax(z_RMV, dim=-1)
+    entropy_RM = -(logp_RMV.exp() * logp_RMV).sum(-1)
+    p_RMV, valid_RL = torch.softmax(z_RMV / tau, dim=-1), labels_RL != IGNORED
+    if isinstance(teacher, TeacherStates):
+        label_logp = logp_RMV.gather(2, labels_RL.clamp(min=0)[..., None])[..., 0]
+        return p_RMV[valid_RL], entropy_RM * valid_RL, label_logp * valid_RL
+    a, target_V = teacher.alignment, teacher.target_V[: z_RMV.shape[-1]]
+    p_TV = torch.zeros_like(logq_TV)
+    entropy_RL, evidence_RL = torch.zeros(labels_RL.shape), torch.zeros(labels_RL.shape)
+    for t, (r, i) in enumerate(valid_RL.nonzero().tolist()):
+        m = int(a.at_RL[r, i])
+        if m >= 0:
+            mapped = target_V >= 0
+            p_TV[t].index_add_(0, target_V[mapped], p_RMV[r, m, mapped])
+            p_TV[t] += p_RMV[r, m, ~mapped].sum() * logq_TV[t].exp()
+            entropy_RL[r, i] = entropy_RM[r, m] * a.rate_R[r]
+        for n in range(int(a.first_RL[r, i]), int(a.last_RL[r, i])):
+            evidence_RL[r, i] += logp_RMV[r, n, a.ids_RM[r, n + 1]]
+    return p_TV, entropy_RL, evidence_RL
+
+
+def _plain_chunks(
+    teacher: AlignedStates, weights_RL: Tensor, evidence_RL: Tensor, own_RL: Tensor, tau: float
 ) -> Tensor:
-    """Teacher weights ``[K, T]`` from the entropy and the label log-likelihood at tau = 1."""
-    valid_RL, logp_KTV = labels_RL != IGNORED, torch.log_softmax(z_KTV, dim=-1)
-    entropy_KRL = torch.zeros(len(z_KTV), *labels_RL.shape)
-    label_logp_KRL = torch.zeros_like(entropy_KRL)
-    entropy_KRL[:, valid_RL] = -(logp_KTV.exp() * logp_KTV).sum(-1)
-    labels_KT1 = labels_RL[valid_RL][None, :, None].expand(len(z_KTV), -1, 1)
-    label_logp_KRL[:, valid_RL] = logp_KTV.gather(2, labels_KT1)[..., 0]
-    weights_KRL = weigh(
-        config.weights, entropy_KRL, label_logp_KRL, labels_RL, names=names, progress=progress,
-        prior_KR=prior_KR,
-    )  # fmt: skip
-    return weights_KRL[:, valid_RL]
+    """Weighted binary cross-entropy of the likelihoods of all chunks, to the power of 1 / tau."""
+    total = torch.zeros((), dtype=torch.float64)
+    for r, end in teacher.spans.ends_RL.nonzero().tolist():
+        start = int(teacher.spans.start_RL[r, end])
+        ours = (own_RL[r, start : end + 1].double().sum() / tau).exp()
+        theirs = (evidence_RL[r, end].double() / tau).exp()
+        value = torch.nn.functional.binary_cross_entropy(ours, theirs)
+        total = total + weights_RL[r, start] * value
+    return total.float()
 
 
 # The same in chunks ----------------------------------------------------------------------------
@@ -112,6 +175,7 @@ class FusionTerms:
     weights_KRL: Tensor
     entropy_KRL: Tensor  # nats, of the calibrated teachers at tau = 1
     label_logp_KRL: Tensor  # nats
+    reach: Reach | None = None  # of teachers with other tokenizers
 
 
 def fused_loss(
@@ -119,7 +183,7 @@ def fused_loss(
     *,
     hidden_RLd: Tensor,
     head: Head,
-    teachers: Sequence[TeacherStates | SparseStates],
+    teachers: Sequence[AnyStates],
     labels_RL: Tensor,
     denominator: int,
     names: Sequence[str] = (),
@@ -144,6 +208,8 @@ def fused_loss(
     )
     if batch.weighs == "ahead":
         batch.weigh_ahead(global_means_2K)
+    if batch.across and config.across == "chunk":
+        batch.match_chunks(hidden_RLd, head)
     loss: Tensor = _ChunkedLoss.apply(hidden_RLd, head.weight_Vd, head.bias_V, batch)  # type: ignore[no-untyped-call]
     return FusionTerms(
         loss,
@@ -152,6 +218,7 @@ def fused_loss(
         batch.weights_KRL,
         batch.entropy_KRL,
         batch.label_logp_KRL,
+        batch.reach,
     )
 
 
@@ -189,6 +256,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 grad_bias[:rows] += slope_CV.sum(0)
         ctx.gradients = grad_hidden, grad_weight, grad_bias
         ctx.dtypes = weight_Vd.dtype, bias_V.dtype if bias_V is not None else None
+        loss += batch.chunks / batch.denominator
         return loss.float().to(hidden_RLd.device)
 
     @staticmethod
@@ -213,7 +281,7 @@ class _Batch:
 
     config: Fusion
     head: Head
-    teachers: Sequence[TeacherStates | SparseStates]
+    teachers: Sequence[AnyStates]
     labels_RL: Tensor
     denominator: int
     vocabulary: int
@@ -222,9 +290,15 @@ class _Batch:
     prior_KR: Tensor | None = None
     cross_entropy: float = 0.0
     divergence: float = 0.0
+    chunks: float = 0.0  # beta times the terms of chunks
     weights_KRL: Tensor = field(init=False)
     entropy_KRL: Tensor = field(init=False)
     label_logp_KRL: Tensor = field(init=False)
+    reach: Reach | None = field(init=False)
+    mixed: list[int] = field(init=False)  # teachers in the fused target
+    across: list[int] = field(init=False)  # the others, which have a loss of their own
+    chunk_slope_RL: Tensor | None = None  # at the label's log-likelihood, times beta
+    covered_RL: Tensor | None = None  # labels in such a chunk
 
     def __post_init__(self) -> None:
         shape = len(self.teachers), *self.labels_RL.shape
@@ -233,11 +307,17 @@ class _Batch:
         self.label_logp_KRL = torch.zeros_like(self.weights_KRL)
         # When weights are computed: with each block, with each chunk of whole rows where a weight
         # depends on its row, or ahead of the chunks where it depends on more than a chunk holds.
-        span = span_of(self.config.weights)
+        self.reach = Reach.of([t.spans for t in self.teachers], self.labels_RL)
+        projected, K = self.config.across == "projected", len(self.teachers)
+        self.mixed = [k for k in range(K) if projected or self.teachers[k].spans is None]
+        self.across = [k for k in range(K) if k not in self.mixed]
+        span = span_of(self.config.weights, aligned=self.reach is not None)
         self.weighs = "block" if span == "token" or not self.teachers else "rows"
         if self.weighs == "rows" and (
             span == "batch" or self.config.chunk < self.labels_RL.shape[1]
         ):
+            self.weighs = "ahead"
+        if self.across and self.config.across == "chunk":
             self.weighs = "ahead"
 
     def weigh_ahead(self, global_means_2K: Tensor | None) -> None:
@@ -246,6 +326,26 @@ class _Batch:
             self.teachers, self.labels_RL, vocabulary=self.vocabulary, chunk=self.config.chunk
         )
         self._weigh((slice(None), slice(None)), global_means_2K)
+
+    @torch.no_grad()
+    def match_chunks(self, hidden_RLd: Tensor, head: Head) -> None:
+        """Compare the likelihoods of chunks, once the weights are known."""
+        config, spans = self.config, [self.teachers[k].spans for k in self.across]
+        own_RL = student_logp(
+            hidden_RLd, head, self.labels_RL, rows=self.vocabulary, chunk=config.chunk
+        )
+        value, slope_RL = chunk_terms(
+            [s for s in spans if s is not None],
+            [self.weights_KRL[k] for k in self.across],
+            [self.label_logp_KRL[k] for k in self.across],
+            own_RL,
+            self.labels_RL != IGNORED,
+            config.temperature,
+        )
+        self.divergence, self.chunks = value, config.weight * value
+        self.chunk_slope_RL = config.weight * slope_RL
+        starts = torch.stack([s.start_RL for s in spans if s is not None])
+        self.covered_RL = (starts >= 0).any(0)
 
     def chunk(self, head: Head, hidden_Cd: Tensor, place: Place) -> tuple[float, Tensor]:
         """Return the loss of one chunk and its gradient ``[C, V]`` at the product h W^T + b."""
@@ -286,6 +386,8 @@ class _Batch:
         cross_entropy = -float(logq_BV.gather(1, labels_B1).double().sum())
         self.cross_entropy += cross_entropy
         alpha, beta, fusion, slope_BV = 1.0, 0.0, 0.0, q_BV
+        if readings and self.reach is not None:
+            return self._block_within_reach(head, readings, place, block, logq_BV, norm_B1, q_BV)
         if readings:
             alpha, beta, tau = config.cross_entropy, config.weight, config.temperature
             target_BV = self._target(readings, place, block, logq_BV)
@@ -300,11 +402,58 @@ class _Batch:
             slope_BV.mul_(beta * tau).add_(q_BV, alpha=alpha)
             self.divergence += fusion
         slope_BV.scatter_add_(1, labels_B1, torch.full_like(slope_BV[:, :1], -alpha))
+        self._to_product(head, slope_BV, logq_BV, norm_B1)
+        return (alpha * cross_entropy + beta * fusion) / self.denominator, slope_BV
+
+    def _to_product(self, head: Head, slope_BV: Tensor, logq_BV: Tensor, norm_B1: Tensor) -> None:
+        """Turn a gradient at the logits into one at the product h W^T + b, in place."""
         if head.softcap is not None:
             # z = c tanh(x / c), so dz/dx = 1 - (z / c)^2; the logits are logq + norm.
             slope_BV.mul_(1 - ((logq_BV + norm_B1) / head.softcap) ** 2)
         slope_BV.mul_(head.scale / self.denominator)
-        return (alpha * cross_entropy + beta * fusion) / self.denominator, slope_BV
+
+    def _block_within_reach(
+        self,
+        head: Head,
+        readings: Sequence[Reading],
+        place: Place,
+        block: slice,
+        logq_BV: Tensor,
+        norm_B1: Tensor,
+        q_BV: Tensor,
+    ) -> tuple[float, Tensor]:
+        """As `_block`, where a teacher may have no say: alpha and beta depend on the label."""
+        config, labels_B1 = self.config, self.labels_RL[place][block, None]
+        at = place[0][block], place[1][block]
+        target_BV, tau = self._target(readings, place, block, logq_BV), config.temperature
+        weights_KB1 = self.weights_KRL[:, at[0], at[1], None]
+        share_B1 = weights_KB1[self.mixed].sum(0)
+        value_B, slope_BV = (
+            divergence(config.divergence, target_BV, logq_BV, q_BV)
+            if tau == 1.0
+            else divergence(config.divergence, target_BV, torch.log_softmax(logq_BV / tau, -1))
+        )
+        fusion_B = torch.where(share_B1[:, 0] > 0, value_B * tau**2 * share_B1[:, 0], 0.0)
+        slope_BV.mul_(config.weight * tau * share_B1)
+        if config.across == "uld":
+            for k in self.across:
+                reading = readings[k]
+                assert isinstance(reading, AlignedReading), "the recipe's check refuses a cache"
+                value_B, ranked_BV = ranked_loss(reading.ranked(block), q_BV)
+                fusion_B = fusion_B + weights_KB1[k, :, 0] * value_B
+                slope_BV.addcmul_(ranked_BV, config.weight * weights_KB1[k])
+        has_B1 = weights_KB1.sum(0) > 0
+        if self.covered_RL is not None:
+            has_B1 = has_B1 | self.covered_RL[at][:, None]
+        alpha_B1 = torch.where(has_B1, config.cross_entropy, 1.0)
+        logp_B1 = logq_BV.gather(1, labels_B1)
+        loss = float((config.weight * fusion_B - (alpha_B1 * logp_B1)[:, 0]).double().sum())
+        if self.chunk_slope_RL is not None:  # d log q(label) / dz is y - q
+            alpha_B1 = alpha_B1 - self.chunk_slope_RL[at][:, None]
+        slope_BV.addcmul_(q_BV, alpha_B1).scatter_add_(1, labels_B1, -alpha_B1)
+        self.divergence += float(fusion_B.double().sum())
+        self._to_product(head, slope_BV, logq_BV, norm_B1)
+        return loss / self.denominator, slope_BV
 
     def _target(
         self, readings: Sequence[Reading], place: Place, block: slice, logq_BV: Tensor
@@ -313,15 +462,25 @@ class _Batch:
         row_B, position_B = place[0][block], place[1][block]
         teachers = []
         for k, reading in enumerate(readings):
-            p_BV, entropy_B, logp_B = reading.distribution(
-                block, self.labels_RL[place], tau=self.config.temperature, logq_BV=logq_BV
-            )
+            if k in self.across:  # its statistics are known, or asked for without a distribution
+                entropy_B, logp_B = self._statistics_across(k, reading, place, block)
+                p_BV = logq_BV[:0]
+            else:
+                p_BV, entropy_B, logp_B = reading.distribution(
+                    block, self.labels_RL[place], tau=self.config.temperature, logq_BV=logq_BV
+                )
             teachers.append(p_BV)
             self.entropy_KRL[k, row_B, position_B] = entropy_B
             self.label_logp_KRL[k, row_B, position_B] = logp_B
         if self.weighs == "block":
             self._weigh((row_B[:, None], position_B[:, None]))
         weights_KB1 = self.weights_KRL[:, row_B, position_B, None]
+        if self.across:
+            weights_KB1 = weights_KB1[self.mixed]
+            weights_KB1 = weights_KB1 / weights_KB1.sum(0).clamp(min=1e-30)
+            teachers = [teachers[k] for k in self.mixed]
+        if not teachers:
+            return torch.zeros_like(logq_BV)
         if self.config.space == "arithmetic":
             target_BV = teachers[0].mul_(weights_KB1[0])
             for p_BV, weight_B1 in zip(teachers[1:], weights_KB1[1:], strict=True):
@@ -331,6 +490,16 @@ class _Batch:
         for p_BV, weight_B1 in zip(teachers[1:], weights_KB1[1:], strict=True):
             log_BV.addcmul_(safe_log(p_BV), weight_B1)
         return torch.softmax(log_BV, dim=-1)
+
+    def _statistics_across(
+        self, k: int, reading: Reading, place: Place, block: slice
+    ) -> tuple[Tensor, Tensor]:
+        """Entropy and evidence ``[B]`` of a teacher that is not in the fused target."""
+        if self.weighs == "ahead":
+            at = place[0][block], place[1][block]
+            return self.entropy_KRL[k][at], self.label_logp_KRL[k][at]
+        entropy_C, logp_C = statistics_of(reading, self.labels_RL[place], self.vocabulary)
+        return entropy_C[block], logp_C[block]
 
     def _weigh(self, where: tuple[Any, ...], global_means_2K: Tensor | None = None) -> None:
         """Set the weights at ``where``, an index of ``[R, L]``, from the statistics there."""
@@ -344,4 +513,5 @@ class _Batch:
             progress=self.progress,
             global_means_2K=global_means_2K,
             prior_KR=None if self.prior_KR is None else self.prior_KR[:, where[0]],
+            reach=self.reach.at(where) if self.reach is not None else None,
         )

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from compress.aligned import AlignedReading, AlignedStates, Spans
 from compress.divergence import TINY, row_dot, softmax_and_norm
 from compress.head import Head, Place, blocks_of, chunks_of_labels
 
@@ -24,6 +25,8 @@ class TeacherStates:
     hidden_RLd: Tensor
     head: Head
     temperature: float = 1.0
+
+    spans = None  # a teacher of the student's own tokens has a say everywhere
 
     @property
     def vocabulary(self) -> int:
@@ -52,11 +55,20 @@ class SparseStates:
     entropy_RL: Tensor  # exact, nats
     label_logp_RL: Tensor  # exact, nats
     vocabulary: int
+    # Of a teacher with another tokenizer: where it has a say, and the mass that has no token here.
+    spans: Spans | None = None
+    lost_RL: Tensor | None = None
 
     def read(self, place: Place, vocabulary: int) -> Reading:
         """As `TeacherStates.read`."""
         kept = (self.ids_RLk[place].long(), self.share_RLk[place].float())
-        return _SparseReading(*kept, self.entropy_RL[place], self.label_logp_RL[place], vocabulary)
+        lost_C = self.lost_RL[place] if self.lost_RL is not None else None
+        return _SparseReading(
+            *kept, self.entropy_RL[place], self.label_logp_RL[place], vocabulary, lost_C
+        )
+
+
+AnyStates = TeacherStates | SparseStates | AlignedStates
 
 
 class Reading(Protocol):
@@ -98,6 +110,7 @@ class _SparseReading:
     entropy_C: Tensor
     label_logp_C: Tensor
     vocabulary: int
+    lost_C: Tensor | None
 
     @torch.no_grad()
     def distribution(
@@ -105,19 +118,24 @@ class _SparseReading:
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert tau == 1.0, "the recipe's check refuses another temperature"
         ids_Bk, share_Bk = self.ids_Ck[block], self.share_Ck[block]
-        tail_B1 = (1 - share_Bk.sum(-1, keepdim=True)).clamp(min=0)
+        rest_B1 = 1 - share_Bk.sum(-1, keepdim=True)
+        if self.lost_C is not None:
+            rest_B1 = rest_B1 - self.lost_C[block, None]
+        tail_B1 = rest_B1.clamp(min=0)
         if logq_BV is None:
             p_BV = torch.zeros(len(ids_Bk), self.vocabulary, device=share_Bk.device)
         else:
             p_BV = logq_BV.exp().scatter(1, ids_Bk, 0.0)
             p_BV.mul_(tail_B1 / p_BV.sum(-1, keepdim=True).clamp(min=TINY))
         p_BV.scatter_add_(1, ids_Bk, share_Bk)
+        if self.lost_C is not None and logq_BV is not None:
+            p_BV.addcmul_(logq_BV.exp(), self.lost_C[block, None])
         return p_BV, self.entropy_C[block], self.label_logp_C[block]
 
 
 @torch.no_grad()
 def teacher_statistics(
-    teachers: Sequence[TeacherStates | SparseStates],
+    teachers: Sequence[AnyStates],
     labels_RL: Tensor,
     *,
     vocabulary: int | None = None,
@@ -140,6 +158,10 @@ def teacher_statistics(
 
 def statistics_of(reading: Reading, labels_C: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
     """Return entropy and label log-likelihood ``[C]`` of one teacher in a chunk."""
+    if isinstance(reading, AlignedReading):
+        return reading.statistics()
+    if isinstance(reading, _SparseReading):
+        return reading.entropy_C, reading.label_logp_C
     found = [reading.distribution(block, labels_C) for block in blocks_of(labels_C, vocabulary)]
     entropy_C = torch.cat([entropy_B for _, entropy_B, _ in found])
     return entropy_C, torch.cat([logp_B for _, _, logp_B in found])

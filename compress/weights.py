@@ -7,11 +7,13 @@ every other kind names its source in `limbeck.contract.recipe.distillation`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from compress.aligned import Spans
 from compress.head import IGNORED
 from limbeck.contract.recipe import (
     CaMkdWeights,
@@ -27,6 +29,35 @@ from limbeck.contract.recipe import (
 )
 
 
+@dataclass(frozen=True)
+class Reach:
+    """Where each teacher has a say, if one of them has another tokenizer than the student."""
+
+    target_KRL: Tensor  # it has a distribution for this label
+    evidence_KRL: Tensor  # the label's bytes are in a chunk whose likelihood it gives
+    ends_KRL: Tensor  # that likelihood is given at this label
+
+    @classmethod
+    def of(cls, spans: Sequence[Spans | None], labels_RL: Tensor) -> Reach | None:
+        """Stack the teachers' spans; None where all have the student's tokens."""
+        if all(found is None for found in spans):
+            return None
+        everywhere = torch.ones_like(labels_RL, dtype=torch.bool)
+        given = [
+            (s.target_RL, s.start_RL >= 0, s.ends_RL) if s else (everywhere,) * 3 for s in spans
+        ]
+        return cls(*(torch.stack(part) for part in zip(*given, strict=True)))
+
+    def at(self, where: tuple[Any, ...]) -> Reach:
+        """Pick positions by an index of ``[R, L]``."""
+        return Reach(
+            *(
+                part[(slice(None), *where)]
+                for part in (self.target_KRL, self.evidence_KRL, self.ends_KRL)
+            )
+        )
+
+
 def weigh(
     config: Weights,
     entropy_KRL: Tensor,
@@ -37,6 +68,7 @@ def weigh(
     progress: float = 1.0,
     global_means_2K: Tensor | None = None,
     prior_KR: Tensor | None = None,
+    reach: Reach | None = None,
 ) -> Tensor:
     """Return teacher weights ``[K, R, L]``, non-negative, summing to 1 over K.
 
@@ -44,9 +76,16 @@ def weigh(
     ``global_means_2K`` holds the mean entropy and mean label log-likelihood of each teacher over
     the global batch: with it, `batch` granularity does not depend on the split into micro-batches.
     ``prior_KR`` is the evidence of `posterior` before the first label, in nats: the log-likelihood
-    of a prompt that is read and not trained on.
+    of a prompt that is read and not trained on. ``reach`` is that of teachers with other
+    tokenizers: a teacher without a distribution for a label has weight 0 there, and where no
+    teacher has one, all weights are 0.
     """
     K = len(entropy_KRL)
+    if reach is not None:
+        return _within_reach(
+            config, entropy_KRL, label_logp_KRL, labels_RL, names, progress, global_means_2K,
+            prior_KR, reach,
+        )  # fmt: skip
     weights = _raw_weights(
         config, entropy_KRL, label_logp_KRL, labels_RL, names, global_means_2K, prior_KR
     )
@@ -58,6 +97,57 @@ def weigh(
     return weights
 
 
+def _within_reach(
+    config: Weights,
+    entropy_KRL: Tensor,
+    label_logp_KRL: Tensor,
+    labels_RL: Tensor,
+    names: Sequence[str],
+    progress: float,
+    global_means_2K: Tensor | None,
+    prior_KR: Tensor | None,
+    reach: Reach,
+) -> Tensor:
+    """`weigh`, over the teachers that have a distribution for the label.
+
+    A teacher that does not give the likelihood of some bytes gets the mean of the others there, so
+    that these bytes speak for no teacher.
+    """
+    given_KRL, target_KRL = reach.evidence_KRL, reach.target_KRL
+    mean_RL = (label_logp_KRL * given_KRL).sum(0) / given_KRL.sum(0).clamp(min=1)
+    logp_KRL = torch.where(given_KRL, label_logp_KRL, mean_RL)
+    if isinstance(config, LabelWeights | CaMkdWeights) and config.granularity == "token":
+        logp_KRL = _of_joint_chunks(logp_KRL * (labels_RL != IGNORED), reach)
+    weights = _raw_weights(
+        config, entropy_KRL, logp_KRL, labels_RL, names, global_means_2K, prior_KR, target_KRL
+    )
+    present_KRL, count_RL = target_KRL.float(), target_KRL.sum(0).clamp(min=1)
+
+    def shared(weights_KRL: Tensor) -> Tensor:
+        weights_KRL = torch.nan_to_num(weights_KRL) * present_KRL
+        total_RL = weights_KRL.sum(0)
+        even_KRL = present_KRL / count_RL
+        return torch.where(total_RL > 0, weights_KRL / total_RL.clamp(min=1e-30), even_KRL)
+
+    floor, warmup = getattr(config, "floor", 0.0), getattr(config, "warmup", 0.0)
+    weights = (1 - floor) * shared(weights) + floor * present_KRL / count_RL
+    if progress < warmup:
+        share = progress / warmup
+        weights = share * weights + (1 - share) * present_KRL / count_RL
+    return weights
+
+
+def _of_joint_chunks(logp_KRL: Tensor, reach: Reach) -> Tensor:
+    """Sums of log-likelihoods between the boundaries that all teachers share, at each position.
+
+    Only these are of the same bytes for all of them.
+    """
+    joint_RL = (reach.ends_KRL | ~reach.evidence_KRL).all(0).long()
+    index_KRL = (joint_RL.cumsum(-1) - joint_RL).expand_as(logp_KRL)
+    sums_KRL = torch.zeros_like(logp_KRL).scatter_add_(-1, index_KRL, logp_KRL)
+    return sums_KRL.gather(-1, index_KRL)
+
+
 def _raw_weights(
     config: Weights,
     entropy_KRL: Tensor,
@@ -66,13 +156,24 @@ def _raw_weights(
     names: Sequence[str],
     global_means_2K: Tensor | None,
     prior_KR: Tensor | None,
+    target_KRL: Tensor | None = None,
 ) -> Tensor:
-    """Weights before floor and warm-up."""
+    """Weights before floor and warm-up.
+
+    With ``target_KRL``, entropies are averaged and weights shared where it is true.
+    """
     K, valid_RL = len(entropy_KRL), labels_RL != IGNORED
+    known = valid_RL if target_KRL is None else valid_RL & target_KRL
+
+    def softmax(score_KRL: Tensor) -> Tensor:
+        if target_KRL is not None:
+            score_KRL = score_KRL.masked_fill(~target_KRL, -torch.inf)
+        return torch.softmax(score_KRL, dim=0)
+
     granularity = getattr(config, "granularity", "token")
     means_2K = global_means_2K if global_means_2K is not None else (None, None)
     # The two statistics, averaged over the span that the recipe chose.
-    H_KRL = _averaged(entropy_KRL, granularity, valid_RL, means_2K[0])
+    H_KRL = _averaged(entropy_KRL, granularity, known, means_2K[0])
     logp_KRL = _averaged(label_logp_KRL, granularity, valid_RL, means_2K[1])
     match config:
         case UniformWeights():
@@ -83,7 +184,7 @@ def _raw_weights(
             return (values / values.sum())[:, None, None].expand_as(entropy_KRL)
         case EntropyWeights():
             sign = 1 if config.control == "inverted" else -1
-            weights = torch.softmax(sign * H_KRL / config.sharpness, dim=0)
+            weights = softmax(sign * H_KRL / config.sharpness)
             return _shuffled(weights, labels_RL) if config.control == "shuffled" else weights
         case InverseEntropyWeights():
             inverse = 1 / (H_KRL + 1e-6)
@@ -93,21 +194,31 @@ def _raw_weights(
         case CaMkdWeights():
             return _complement(torch.softmax(-logp_KRL, dim=0))
         case LabelWeights():
-            return torch.softmax(logp_KRL / config.sharpness, dim=0)
+            return softmax(logp_KRL / config.sharpness)
         case CorrectedEntropyWeights():
-            overconfidence = _row_mean(-label_logp_KRL - entropy_KRL, valid_RL)
-            return torch.softmax(-(entropy_KRL + overconfidence) / config.sharpness, dim=0)
+            if target_KRL is None:
+                overconfidence = _row_mean(-label_logp_KRL - entropy_KRL, valid_RL)
+            else:  # the entropy is known at other positions than the evidence
+                overconfidence = _row_mean(-label_logp_KRL, valid_RL) - _row_mean(
+                    entropy_KRL, known
+                )
+            return softmax(-(entropy_KRL + overconfidence) / config.sharpness)
         case PosteriorWeights():
             # Evidence at a position is the label likelihood of the positions before it only.
             evidence = (label_logp_KRL * valid_RL).cumsum(-1) - label_logp_KRL * valid_RL
             if prior_KR is not None:
                 evidence = evidence + prior_KR[..., None]
-            return torch.softmax(config.evidence * evidence - config.entropy * entropy_KRL, dim=0)
+            return softmax(config.evidence * evidence - config.entropy * entropy_KRL)
 
 
-def span_of(config: Weights) -> Literal["token", "sequence", "batch"]:
-    """Return the span of text that the weight of one position depends on."""
+def span_of(config: Weights, *, aligned: bool = False) -> Literal["token", "sequence", "batch"]:
+    """Return the span of text that the weight of one position depends on.
+
+    ``aligned`` says that a teacher has another tokenizer: its label likelihood is of a chunk.
+    """
     granularity: Literal["token", "sequence", "batch"] = getattr(config, "granularity", "token")
+    if aligned and granularity == "token" and isinstance(config, LabelWeights | CaMkdWeights):
+        return "sequence"
     if isinstance(config, CorrectedEntropyWeights | PosteriorWeights):
         return "sequence"
     if isinstance(config, EntropyWeights) and config.control == "shuffled":
@@ -123,7 +234,9 @@ def _averaged(
             return _row_mean(value_KRL, valid_RL).expand_as(value_KRL)
         case "batch":
             if global_mean_K is None:
-                global_mean_K = (value_KRL * valid_RL).sum((1, 2)) / valid_RL.sum().clamp(min=1)
+                global_mean_K = (value_KRL * valid_RL).sum((1, 2)) / valid_RL.sum((-2, -1)).clamp(
+                    min=1
+                )
             return global_mean_K[:, None, None].expand_as(value_KRL)
         case _:
             return value_KRL

@@ -27,15 +27,18 @@ Batch = tuple[Tensor, Tensor]  # token ids and labels [R, L]
 def against_mixture(task: LanguageModels, batches: list[list[Batch]]) -> dict[str, float]:
     """Compare with the uniform mixture of the teachers at tau = 1, which no arm is trained on.
 
-    Returns KL(mixture || student) in nats a token and the share of equal first choices.
+    Returns KL(mixture || student) in nats a token and the share of equal first choices. Teachers
+    with another tokenizer are not in the mixture; nothing is returned where there are no others.
     """
+    if all(pair is not None for pair in task.pairs.pairs):
+        return {}
     divergence = agreement = count = 0.0
     head = task.student_head()
     task.student.eval()
     for ids, labels in itertools.chain.from_iterable(batches):
         with task.accelerator.autocast():
             hidden = task.student(ids.to(task.device), lambda hidden_RLd, _: hidden_RLd)
-            states, _ = task.teachers.states(ids)
+            states, _ = task.teachers.states(ids, labels_RL=labels)
         for place in chunks_of_labels(labels, 256, whole_rows=False):
             logq_CV = torch.log_softmax(head.logits(hidden[place].to(head.weight_Vd.dtype)), -1)
             teachers = [

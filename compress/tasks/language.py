@@ -5,9 +5,11 @@ Shapes: R rows (blocks), L positions, d width.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from compress.aligned import AlignedStates
 from compress.data.blocks import IGNORED, DomainBlocks, labels_of
 from compress.head import fit_temperature, label_nll
 from compress.models.body import Body
 from compress.models.language import load_model
 from compress.models.students import save_student
-from compress.states import SparseStates, TeacherStates
+from compress.states import AnyStates, SparseStates, TeacherStates, teacher_statistics
 from compress.tasks.continuations import against_mixture, continuations, next_tokens
 from compress.tasks.forgetting import forgetting
 from compress.tasks.language_models import LanguageModels, heldout_batches
@@ -94,38 +97,74 @@ class LanguageTask(LanguageModels):
         sums = self.teacher_losses(k)
         nll = per_token(sums, self.blocks)
         blocks = sums if isinstance(self.folders[k], ServedTeacher) else None
-        return TeacherResult(self._temperature(k), nll=nll, mean_nll=mean_nll(nll), blocks=blocks)
+        coverage = self.coverage.get(self.names[k])
+        return TeacherResult(
+            self._temperature(k),
+            nll=nll,
+            mean_nll=mean_nll(nll),
+            blocks=blocks,
+            bits_per_byte=per_byte(sums, self.blocks),
+            added_tokens=list(self.pairs.differ[k]) or None,
+            coverage={name: asdict(found) for name, found in coverage.items()}
+            if coverage
+            else None,
+        )
 
     def teacher_losses(self, k: int) -> dict[str, list[float]]:
         """See `compress.tasks.Task`."""
 
         def score(ids_RL: Tensor, labels_RL: Tensor) -> Tensor:
-            states = self._teacher_states(k, ids_RL)
+            states = self._teacher_states(k, ids_RL, labels_RL)
+            if states.spans is not None:
+                return self._aligned_nll(k, states, labels_RL)
             if isinstance(states, SparseStates):
                 return -(states.label_logp_RL.double() * (labels_RL != IGNORED)).sum(1)
+            assert isinstance(states, TeacherStates)
             return label_nll(states.hidden_RLd, states.head, labels_RL)
 
         return evaluate(score, self.blocks, device=self.device, label=self.names[k])
 
     def teacher_seconds(self, k: int) -> float:
         """See `compress.tasks.Task`. Median of three micro-batches."""
-        ids_RL = self.batch(0)[1][: self.recipe.training.micro_batch].to(self.device)
+        rows = self.recipe.training.micro_batch
+        ids_RL, labels_RL = (part[:rows].to(self.device) for part in self.batch(0)[1:])
         seconds = []
         for _ in range(3):
             started = time.monotonic()
-            self._teacher_states(k, ids_RL)
+            self._teacher_states(k, ids_RL, labels_RL)
             seconds.append(time.monotonic() - started)
         return statistics.median(seconds) / ids_RL.numel()
+
+    def _aligned_nll(self, k: int, states: AnyStates, labels_RL: Tensor) -> Tensor:
+        """NLL of each row ``[R]`` of a teacher with another tokenizer, in nats of all its labels.
+
+        Bytes that the teacher does not read as they are count as much as the others.
+        """
+        pair, spans = self.pairs[k], states.spans
+        assert pair is not None
+        assert spans is not None
+        sizes = torch.tensor([len(piece) for piece in pair.aligner.own.of], dtype=torch.float64)
+        valid = (labels_RL != IGNORED).cpu()
+        last = len(sizes) - 1
+        bytes_RL = sizes[labels_RL.cpu().clamp(min=0, max=last)] * valid
+        given = (bytes_RL * (spans.start_RL.cpu() >= 0)).sum(1)
+        evidence = teacher_statistics([states], labels_RL)[1][0].double().cpu().sum(1)
+        return -evidence * bytes_RL.sum(1) / given.clamp(min=1)
 
     def describe_teacher(self, report: TeacherResult) -> str:
         """See `compress.tasks.Task`."""
         nll = report.nll or {}
         figures = "  ".join(f"{domain} {value:.3f}" for domain, value in nll.items())
-        return f"{figures} nats a token, calibration temperature {report.temperature:.3f}"
+        unit = "nats a token"
+        if report.coverage:  # another tokenizer
+            bits = report.bits_per_byte or {}
+            shown = "  ".join(f"{domain} {value:.3f}" for domain, value in bits.items())
+            unit = f"nats for each token of the student ({shown} bits a byte)"
+        return f"{figures} {unit}, calibration temperature {report.temperature:.3f}"
 
-    def _teacher_states(self, k: int, ids_RL: Tensor) -> TeacherStates | SparseStates:
+    def _teacher_states(self, k: int, ids_RL: Tensor, labels_RL: Tensor) -> AnyStates:
         with self.accelerator.autocast():
-            return self.teachers.states(ids_RL, only=k)[0][0]
+            return self.teachers.states(ids_RL, only=k, labels_RL=labels_RL)[0][0]
 
     def _temperature(self, k: int) -> float:
         match self.recipe.fusion.calibration:
@@ -136,11 +175,21 @@ class LanguageTask(LanguageModels):
             case _:
                 return 1.0
         batches = [batch for b in self.blocks for batch in heldout_batches(b.heldout)[:2]]
-        states = [self._teacher_states(k, ids.to(self.device)) for ids, _ in batches]
-        dense = [s for s in states if isinstance(s, TeacherStates)]
-        hidden = torch.cat([s.hidden_RLd for s in dense])
-        labels = torch.cat([labels for _, labels in batches]).to(self.device)
-        return fit_temperature(hidden, dense[0].head, labels, bounds=bounds)
+        states = [
+            self._teacher_states(k, ids.to(self.device), labels.to(self.device))
+            for ids, labels in batches
+        ]
+        if self.pairs[k] is not None:  # of its own tokens, and rows of other lengths
+            aligned = [s for s in states if isinstance(s, AlignedStates)]
+            width = max(s.hidden_RMd.shape[1] for s in aligned)
+            hidden = [_padded(s.hidden_RMd, width, 0.0) for s in aligned]
+            wanted = [_padded(s.alignment.labels_RM, width, IGNORED) for s in aligned]
+        else:
+            dense = [s for s in states if isinstance(s, TeacherStates)]
+            hidden = [s.hidden_RLd for s in dense]
+            wanted = [labels.to(self.device) for _, labels in batches]
+        assert not isinstance(states[0], SparseStates), "the recipe's check refuses them"
+        return fit_temperature(torch.cat(hidden), states[0].head, torch.cat(wanted), bounds=bounds)
 
     def losses(self, label: str) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
         """See `compress.tasks.Task`."""
@@ -188,6 +237,7 @@ class LanguageTask(LanguageModels):
         figures = LanguageFigures(
             nll=nll,
             mean_nll=mean_nll(nll),
+            bits_per_byte=per_byte(sums, self.blocks),
             tokens=seen,
             best_step=best_step,
             base=str(self.folder.resolve()) if has_adapter else None,
@@ -214,6 +264,21 @@ def evaluate(
                 nll[domain.name] += score(ids.to(device), labels.to(device)).tolist()
                 progress.advance(len(ids))
     return nll
+
+
+def _padded(values: Tensor, width: int, filling: float) -> Tensor:
+    """Lengthen the second dimension to ``width``."""
+    return torch.nn.functional.pad(
+        values.movedim(1, -1), (0, width - values.shape[1]), value=filling
+    ).movedim(-1, 1)
+
+
+def per_byte(
+    nll: Mapping[str, Sequence[float]], blocks: Sequence[DomainBlocks]
+) -> dict[str, float]:
+    """Return bits a byte by domain, from sums over blocks in nats."""
+    sizes = {b.name: int(b.heldout.utf8_bytes.sum()) for b in blocks}
+    return {name: sum(sums) / math.log(2) / sizes[name] for name, sums in nll.items()}
 
 
 def per_token(

@@ -22,11 +22,17 @@ from compress.features import Projections, layer_pairs
 from compress.head import Head, label_nll
 from compress.models.attention import use_short_attention
 from compress.models.body import Body, causal_lm
-from compress.models.language import DTYPES, cast_frozen, load_tokenizer, require_same_tokenizer
+from compress.models.language import DTYPES, cast_frozen, load_tokenizer
 from compress.models.students import Student, build_model, student_folder
 from compress.tasks.own_text import OwnText
 from compress.teachers.live import TeacherFolder, Teachers, teacher_folders
 from compress.teachers.mixed import MixedTeachers, open_teachers
+from compress.teachers.pairs import (
+    pair_teachers,
+    require_coverage,
+    require_known_tokens,
+    require_own_tokens,
+)
 from compress.teachers.start import NothingToMergeError, Start, choose_start, merges_to_try
 from limbeck.contract.errors import RecipeError
 from limbeck.contract.heldout import Blocks
@@ -70,11 +76,13 @@ class LanguageModels:
         with accelerator.main_process_first():  # the first one fills the cache, the others read it
             self.folders = teacher_folders(recipe, products)
             self.folder = student_folder(recipe, [f.tokenizer for f in self.folders])
-            if self.folders:
-                tokenizers = {f.name: f.tokenizer for f in self.folders}
-                require_same_tokenizer({"the student": self.folder} | tokenizers)
+            self.pairs = pair_teachers(self.folder, {f.name: f.tokenizer for f in self.folders})
+            served = [f.name for f in self.folders if not isinstance(f, TeacherFolder)]
+            require_own_tokens(self.pairs, [f.name for f in self.folders], served)
             tokenizer = load_tokenizer(self.folder)
             self.blocks = load_blocks(recipe, tokenizer)
+            self.coverage = require_coverage(recipe, self.pairs, self.blocks)
+            require_known_tokens(recipe, self.pairs, self.folder, self.blocks)
             # Licences are read now: the folders may be gone when the training is over.
             whole = [f.whole for f in self.folders]
             self.sources = sources_of(recipe, base=self.folder, teachers=whole)
@@ -106,6 +114,7 @@ class LanguageModels:
         dtype = DTYPES[self.precision]
         self.teachers = open_teachers(
             self.folders,
+            pairs=self.pairs,
             cache=recipe.training.teacher_cache,
             device=self.device,
             compute_dtype=dtype,
@@ -126,7 +135,12 @@ class LanguageModels:
         Raises `RecipeError` where the recipe wants a merge and no teacher can be merged.
         """
         student = self.recipe.student
-        local = [f for f in self.folders if isinstance(f, TeacherFolder)]
+        # Embeddings of another tokenizer have other rows, whatever the shape.
+        local = [
+            f
+            for f, pair in zip(self.folders, self.pairs.pairs, strict=True)
+            if isinstance(f, TeacherFolder) and pair is None
+        ]
         if isinstance(student, FreshStudent) or not local:
             return None
         init = "merge" if isinstance(student, MergeStudent) else student.init
@@ -212,8 +226,12 @@ class LanguageModels:
 
     @functools.cached_property
     def vocabulary(self) -> int:
-        """Token ids that student and teachers share: rows of the smallest head."""
-        heads = [Body(self.student.model).head, *self.teachers.heads]
+        """Token ids that student and teachers share: rows of the smallest head.
+
+        A teacher with another tokenizer has a say in all of the student's.
+        """
+        theirs = zip(self.teachers.heads, self.pairs.pairs, strict=True)
+        heads = [Body(self.student.model).head, *(head for head, pair in theirs if pair is None)]
         sizes = [len(head.weight_Vd) for head in heads if head is not None]
         if isinstance(self.teachers, MixedTeachers):
             sizes += self.teachers.served_vocabularies

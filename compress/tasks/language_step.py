@@ -17,7 +17,7 @@ from compress.features import feature_loss
 from compress.head import IGNORED
 from compress.loss import FusionTerms, fused_loss
 from compress.models.language import DTYPES
-from compress.states import SparseStates, TeacherStates, teacher_statistics
+from compress.states import AnyStates, teacher_statistics
 from compress.tasks.language_models import LanguageModels
 from compress.tasks.own_terms import OwnTerms
 from compress.tasks.own_text import Batch, Written, now
@@ -62,6 +62,7 @@ class LanguageStep:
         self._entropy_K = torch.zeros(K, dtype=torch.float64)
         self._pairs: list[tuple[Tensor, Tensor]] = []
         self._means_2K = None
+        self._targets_K = torch.zeros(K, dtype=torch.float64)  # labels with a distribution
         if K and span_of(task.recipe.fusion.weights) == "batch":
             self._means_2K = self._global_means()
 
@@ -84,7 +85,7 @@ class LanguageStep:
         if own:  # padding behind the longest row is left out
             longest = max(len(self._own_rows[int(row)]) for row in part)
             ids, labels = ids[:, :longest], labels[:, :longest]
-        states, inner = self._ask_teachers(ids)
+        states, inner = self._ask_teachers(ids, self._read_labels(part, labels, own=own))
         fusion, prior_KR = task.recipe.fusion, None
         if own:
             # The label is what the student drew: cross-entropy would only confirm it.
@@ -106,23 +107,28 @@ class LanguageStep:
         found: Tensor = loss
         return found
 
+    def _read_labels(self, part: Tensor, labels_RL: Tensor, *, own: bool) -> Tensor:
+        """Labels of a micro-batch, and those of the prompts that evidence is taken from."""
+        if not own or self.written is None:
+            return labels_RL
+        prompts_RL = self.written.prompt_labels_RL[part, : labels_RL.shape[1]]
+        return torch.where(labels_RL == IGNORED, prompts_RL.to(labels_RL.device), labels_RL)
+
     def _ask_teachers(
-        self, ids_RL: Tensor
-    ) -> tuple[Sequence[TeacherStates | SparseStates], Sequence[Sequence[Tensor]]]:
+        self, ids_RL: Tensor, labels_RL: Tensor
+    ) -> tuple[Sequence[AnyStates], Sequence[Sequence[Tensor]]]:
         """Return what the teachers say of a micro-batch, and their inner states."""
         task = self.task
         if not task.teachers:
             return [], []
         begun = now(task) if self.written is not None else 0.0
         with task.accelerator.autocast():
-            found = task.teachers.states(ids_RL, task.teacher_layers)
+            found = task.teachers.states(ids_RL, task.teacher_layers, labels_RL=labels_RL)
         if self.written is not None:
             self._seconds["teachers"] += now(task) - begun
         return found
 
-    def _prior(
-        self, teachers: Sequence[TeacherStates | SparseStates], part: Tensor, length: int
-    ) -> Tensor | None:
+    def _prior(self, teachers: Sequence[AnyStates], part: Tensor, length: int) -> Tensor | None:
         """Log-likelihood ``[K, R]`` of the prompts of own rows, where the weights ask for it."""
         task, written = self.task, self.written
         if written is None or not isinstance(task.recipe.fusion.weights, PosteriorWeights):
@@ -178,16 +184,23 @@ class LanguageStep:
     def _global_means(self) -> Tensor:
         """Return mean entropy and label log-likelihood ``[2, K]`` over the global batch."""
         task = self.task
-        sums_2K = torch.zeros(2, len(task.teachers), device=task.device)
+        sums_3K = torch.zeros(3, len(task.teachers), device=task.device)
         for part in self.parts:
             labels = self.labels_RL[part].to(task.device)
             with task.accelerator.autocast():
-                states, _ = task.teachers.states(self.ids_RL[part].to(task.device))
+                states, _ = task.teachers.states(
+                    self.ids_RL[part].to(task.device), labels_RL=labels
+                )
             found = teacher_statistics(states, labels, chunk=task.recipe.fusion.chunk)
             for row, statistic_KRL in enumerate(found):
-                sums_2K[row] += statistic_KRL.sum((1, 2))
-        total: Tensor = task.accelerator.reduce(sums_2K, reduction="sum")
-        return total / self.count
+                sums_3K[row] += statistic_KRL.sum((1, 2))
+            valid = labels != IGNORED
+            for k, state in enumerate(states):
+                has = valid if state.spans is None else valid & state.spans.target_RL
+                sums_3K[2, k] += has.sum()
+        total: Tensor = task.accelerator.reduce(sums_3K, reduction="sum")
+        entropy_K = total[0] / total[2].clamp(min=1)
+        return torch.stack([entropy_K, total[1] / self.count])
 
     def _add(self, terms: FusionTerms, labels_RL: Tensor, part: Tensor) -> None:
         """Add the terms of a micro-batch of corpus rows, which ``part`` names."""
@@ -202,7 +215,14 @@ class LanguageStep:
                 self._weights_DK[domain] += weights_KL.double().sum(1).cpu()
         if len(self.task.teachers):
             self._entropy_K += terms.entropy_KRL[:, valid].double().sum(1).cpu()
-            weights_KT, logp_KT = terms.weights_KRL[:, valid], terms.label_logp_KRL[:, valid]
+            compared = valid
+            if terms.reach is not None:  # the teachers' likelihoods of the same bytes
+                self._targets_K += (terms.reach.target_KRL & valid).double().sum((1, 2)).cpu()
+                compared = valid & (terms.reach.target_KRL & terms.reach.ends_KRL).all(0)
+            else:
+                self._targets_K += int(valid.sum())
+            weights_KT = terms.weights_KRL[:, compared]
+            logp_KT = terms.label_logp_KRL[:, compared]
             self._pairs.append((weights_KT.cpu(), logp_KT.cpu()))
 
     def figures(self) -> dict[str, Any]:
@@ -213,16 +233,17 @@ class LanguageStep:
             [
                 torch.tensor(terms, dtype=torch.float64),
                 self._entropy_K,
+                self._targets_K,
                 self._weights_DK.flatten(),
                 self._labels_D,
             ]
         )
         total = self._of_all(packed)
         K, D = len(task.teachers), len(task.blocks)
-        head, entropy_K, weights, labels_D = total.split([4, K, D * K, D])
+        head, entropy_K, targets_K, weights, labels_D = total.split([4, K, K, D * K, D])
         loss, cross_entropy, fusion, features = head.tolist()
         share_DK = (weights.reshape(D, K) / labels_D[:, None]).tolist()
-        mean_K = (entropy_K / corpus).tolist() if corpus else []
+        mean_K = (entropy_K / targets_K.clamp(min=1)).tolist() if corpus else []
         own = {} if self.written is None else self._own_figures()
         return {
             "loss": loss,

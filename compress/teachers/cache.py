@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from compress.aligned import ANY_ROWS, AlignedReading, AlignedStates, Spans
 from compress.head import Head, chunks_of_labels
-from compress.states import SparseStates, TeacherStates
+from compress.states import AnyStates, Reading, SparseStates, TeacherStates
 from compress.teachers.live import TeacherFolder, Teachers
+from compress.teachers.pairs import Pairs
 from limbeck.contract import sources
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.lock import make_once
@@ -44,7 +47,10 @@ class CachedTeachers:
         cache: HiddenCache | TopkCache,
         device: torch.device,
         compute_dtype: torch.dtype,
+        pairs: Pairs | None = None,
     ) -> None:
+        """``pairs`` say which teachers have another tokenizer than the student."""
+        self._pairs = pairs or Pairs((None,) * len(folders), ((),) * len(folders))
         self.names = [f.name for f in folders]
         self.temperatures = [1.0] * len(folders)
         self._cache, self._folders, self._device, self._dtype = (
@@ -62,6 +68,10 @@ class CachedTeachers:
             self.heads.append(head)
             self.widths.append(int(head.weight_Vd.shape[1]))
             self.depths.append(depth)
+        self._targets = [
+            pair.target(len(head.weight_Vd), device) if pair is not None else None
+            for pair, head in zip(self._pairs.pairs, self.heads, strict=True)
+        ]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -98,10 +108,11 @@ class CachedTeachers:
         layers: Sequence[Sequence[int]] | None = None,
         *,
         only: int | None = None,
-    ) -> tuple[list[TeacherStates | SparseStates], list[list[Tensor]]]:
+        labels_RL: Tensor | None = None,
+    ) -> tuple[list[AnyStates], list[list[Tensor]]]:
         """As `Teachers.states`. Asking for a row that was not prepared is a defect (KeyError)."""
         keys = [_row_key(row) for row in input_ids_RL.cpu()]
-        last: list[TeacherStates | SparseStates] = []
+        last: list[AnyStates] = []
         inner: list[list[Tensor]] = []
         for k in range(len(self)) if only is None else [only]:
             found = [self._rows[k][key] for key in keys]
@@ -111,12 +122,33 @@ class CachedTeachers:
                     self._device
                 )
 
+            pair, target_V = self._pairs[k], self._targets[k]
             if isinstance(self._cache, TopkCache):
                 ids, share, entropy, logp = (
                     stacked(name) for name in ("ids", "share", "entropy", "label_logp")
                 )
-                last.append(SparseStates(ids, share, entropy, logp, len(self.heads[k].weight_Vd)))
+                kept = SparseStates(ids, share, entropy, logp, len(self.heads[k].weight_Vd))
+                if pair is not None:
+                    spans = Spans(*(stacked(n) for n in ("target", "start", "ends")))
+                    kept = replace(kept, vocabulary=ANY_ROWS, spans=spans, lost_RL=stacked("lost"))
+                last.append(kept)
                 inner.append([])
+                continue
+            if pair is not None and target_V is not None:
+                a = pair.align(input_ids_RL.to(self._device), labels_RL)
+                width = a.ids_RM.shape[1]
+                by_layer = {
+                    layer: torch.stack(
+                        [_cut(tensors[f"layer{layer}"][place], width) for tensors, place in found]
+                    ).to(self._device, self._dtype)
+                    for layer in dict.fromkeys([self.depths[k], *(layers[k] if layers else [])])
+                }
+                last.append(
+                    AlignedStates(
+                        by_layer[self.depths[k]], self.heads[k], a, target_V, self.temperatures[k]
+                    )
+                )
+                inner.append([a.gathered(by_layer[layer]) for layer in layers[k]] if layers else [])
                 continue
             wanted = [self.depths[k], *(layers[k] if layers else [])]
             by_layer = {
@@ -163,6 +195,8 @@ class CachedTeachers:
             kept |= {"labels": [_row_key(labels).hex() for _, (_, labels) in shard]}
         else:
             kept |= {"layers": self._layers[k]}
+        if (pair := self._pairs.digest(k)) is not None:  # text after the last label is left out
+            kept |= {"pair": pair, "labels": [_row_key(labels).hex() for _, (_, labels) in shard]}
         key = fingerprint({"version": _VERSION, "teacher": _identity(self._folders[k]), **kept})
         path = sources.cache_folder() / "teachers" / f"rows-{key[:16]}"
 
@@ -176,10 +210,7 @@ class CachedTeachers:
                     )
                 )
                 made.append(self._run(k, ids.to(self._device), labels.to(self._device)))
-            save_file(
-                {n: torch.cat([m[n] for m in made]).contiguous() for n in made[0]},
-                out / "rows.safetensors",
-            )
+            save_file({n: _joined([m[n] for m in made]) for n in made[0]}, out / "rows.safetensors")
             return {name: list(tensor.shape) for name, tensor in made[0].items()}
 
         make_once(
@@ -193,33 +224,62 @@ class CachedTeachers:
 
     def _run(self, k: int, ids_RL: Tensor, labels_RL: Tensor) -> dict[str, Tensor]:
         layers = [self._layers[k] if j == k else [] for j in range(len(self))]
-        states, inner = self._load().states(ids_RL, layers, only=k)
+        pair, target_V = self._pairs[k], self._targets[k]
+        a = pair.align(ids_RL, labels_RL) if pair is not None else None
+        own_ids = a.ids_RM if a is not None else ids_RL  # the cache's bodies know no other tokens
+        states, inner = self._load().states(own_ids, layers, only=k)
         if not isinstance(self._cache, TopkCache):
             return {
                 f"layer{layer}": s.to(torch.bfloat16).cpu()
                 for layer, s in zip(layers[k], inner[0], strict=True)
             }
-        state = TeacherStates(states[0].hidden_RLd, self.heads[k])
+        assert isinstance(states[0], TeacherStates)
+        hidden, head, spans = states[0].hidden_RLd, self.heads[k], {}
+        state: TeacherStates | AlignedStates = TeacherStates(hidden, head)
+        vocabulary = state.vocabulary
+        if pair is not None and a is not None and target_V is not None:
+            state, vocabulary = AlignedStates(hidden, head, a, target_V), len(pair.aligner.own)
+            found = a.spans
+            spans = {"target": found.target_RL, "start": found.start_RL, "ends": found.ends_RL}
+        return self._sparse(state, ids_RL, labels_RL, vocabulary) | {
+            name: values.cpu() for name, values in spans.items()
+        }
+
+    def _sparse(
+        self, state: TeacherStates | AlignedStates, ids_RL: Tensor, labels_RL: Tensor, rows: int
+    ) -> dict[str, Tensor]:
+        """A few tokens of each distribution over ``rows`` tokens, and its statistics."""
+        assert isinstance(self._cache, TopkCache)
         R, L = ids_RL.shape
-        k_ = min(self._cache.k, state.vocabulary)
+        k_ = min(self._cache.k, rows)
         kept = {
             "ids": torch.zeros(R, L, k_, dtype=torch.int32),
             "share": torch.zeros(R, L, k_),
             "entropy": torch.zeros(R, L),
             "label_logp": torch.zeros(R, L),
         }
+        if isinstance(state, AlignedStates):
+            kept["lost"] = torch.zeros(R, L)
         generator = torch.Generator().manual_seed(int(ids_RL.sum()))
         for place in chunks_of_labels(labels_RL, 256, whole_rows=False):
-            reading = state.read(place, state.vocabulary)
+            reading: Reading = state.read(place, rows)
             p_CV, entropy_C, logp_C = reading.distribution(slice(None), labels_RL[place])
             if self._cache.sampling == "top":
                 share_Ck, ids_Ck = p_CV.topk(k_, dim=-1)
             else:
                 # k draws with replacement, each of weight 1 / k: unbiased (arXiv 2503.16870).
-                ids_Ck = torch.multinomial(p_CV.cpu(), k_, replacement=True, generator=generator)
+                p_CV, mass_C1 = p_CV.cpu(), None
+                if isinstance(state, AlignedStates):
+                    mass_C1 = p_CV.sum(-1, keepdim=True)
+                    p_CV = torch.where(mass_C1 > 0, p_CV, 1.0)  # multinomial refuses zeros
+                ids_Ck = torch.multinomial(p_CV, k_, replacement=True, generator=generator)
                 share_Ck = torch.full(ids_Ck.shape, 1 / k_)
+                if mass_C1 is not None:
+                    share_Ck *= mass_C1
             at = place[0].cpu(), place[1].cpu()
             kept["ids"][at], kept["share"][at] = ids_Ck.int().cpu(), share_Ck.cpu()
+            if isinstance(reading, AlignedReading):
+                kept["lost"][at] = reading.lost().cpu()
             kept["entropy"][at], kept["label_logp"][at] = entropy_C.cpu(), logp_C.cpu()
         return kept
 
@@ -227,6 +287,20 @@ class CachedTeachers:
         if self._bodies is None:
             self._bodies = Teachers(self._folders, device=self._device, compute_dtype=self._dtype)
         return self._bodies
+
+
+def _cut(states_Md: Tensor, width: int) -> Tensor:
+    """The first ``width`` positions; positions that are missing hold 0."""
+    short = width - len(states_Md)
+    return torch.nn.functional.pad(states_Md[:width], (0, 0, 0, max(0, short)))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Batches of one shard in one tensor; rows of another tokenizer differ in length."""
+    width = max(part.shape[1] for part in parts)
+    if any(part.shape[1] != width for part in parts):
+        parts = [torch.stack([_cut(row, width) for row in part]) for part in parts]
+    return torch.cat(list(parts)).contiguous()
 
 
 def _identity(folder: TeacherFolder) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.aligned import AlignedStates, Pair
 from compress.models.attention import use_short_attention
 from compress.models.body import Body, causal_lm, require_faithful
 from compress.models.language import cast_frozen, load_model, model_folder
@@ -107,10 +108,16 @@ class Teachers:
     """All teachers of a recipe, ready to run."""
 
     def __init__(
-        self, folders: Sequence[TeacherFolder], *, device: torch.device, compute_dtype: torch.dtype
+        self,
+        folders: Sequence[TeacherFolder],
+        *,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        pairs: Sequence[Pair | None] | None = None,
     ) -> None:
         """Load the teachers, to be run under autocast to ``compute_dtype``.
 
+        ``pairs`` are given for teachers with another tokenizer than the student's.
         Raises `ModelError` for an adapter that does not fit its base.
         """
         self.names = [f.name for f in folders]
@@ -134,6 +141,11 @@ class Teachers:
             weight = cast.setdefault(id(head.weight_Vd), head.weight_Vd.to(compute_dtype))
             self.heads.append(replace(head, weight_Vd=weight))
         self.widths, self.depths = [b.width for b in self.bodies], [b.layers for b in self.bodies]
+        self.pairs = list(pairs) if pairs is not None else [None] * len(folders)
+        self.targets = [
+            pair.target(len(head.weight_Vd), device) if pair is not None else None
+            for pair, head in zip(self.pairs, self.heads, strict=True)
+        ]
 
     @staticmethod
     def _load(
@@ -164,15 +176,27 @@ class Teachers:
         layers: Sequence[Sequence[int]] | None = None,
         *,
         only: int | None = None,
-    ) -> tuple[list[TeacherStates], list[list[Tensor]]]:
+        labels_RL: Tensor | None = None,
+    ) -> tuple[list[TeacherStates | AlignedStates], list[list[Tensor]]]:
         """Last states of each teacher (or ``only`` one), and inner states [K][P] of [R, L, d_k].
 
-        Inner states are those after the given ``layers`` of each teacher.
+        Inner states are those after the given ``layers`` of each teacher. Tokens are the
+        student's; a teacher with another tokenizer reads their text. ``labels_RL`` says which
+        tokens are labels; None: all but the first.
         """
-        last, inner = [], []
+        last: list[TeacherStates | AlignedStates] = []
+        inner: list[list[Tensor]] = []
         for k in range(len(self)) if only is None else [only]:
             body, head = self.bodies[k], self.heads[k]
             wanted = list(layers[k]) if layers else []
+            pair, target_V = self.pairs[k], self.targets[k]
+            if pair is not None and target_V is not None:
+                a = pair.align(input_ids_RL, labels_RL)
+                hidden_RMd, states = body.states(a.ids_RM, wanted)
+                hidden_RMd = hidden_RMd.to(head.weight_Vd.dtype)
+                last.append(AlignedStates(hidden_RMd, head, a, target_V, self.temperatures[k]))
+                inner.append([a.gathered(states[i]) for i in wanted])
+                continue
             hidden_RLd, states = body.states(input_ids_RL, wanted)
             last.append(
                 TeacherStates(hidden_RLd.to(head.weight_Vd.dtype), head, self.temperatures[k])

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from compress.head import Head
-from compress.states import SparseStates, TeacherStates
+from compress.states import AnyStates
 from compress.teachers.cache import CachedTeachers, Row
 from compress.teachers.live import TeacherFolder, Teachers
+from compress.teachers.pairs import Pairs
 from compress.teachers.served import ServedTeacher, ServedTeachers
 from limbeck.contract.recipe import NoCache, TeacherCache
 
 T = TypeVar("T")
-Found = tuple[list[TeacherStates | SparseStates], list[list[Tensor]]]
+Found = tuple[list[AnyStates], list[list[Tensor]]]
 
 
 def open_teachers(
@@ -30,13 +31,20 @@ def open_teachers(
     cache: TeacherCache,
     device: torch.device,
     compute_dtype: torch.dtype,
+    pairs: Pairs,
 ) -> Teachers | CachedTeachers | MixedTeachers:
-    """Load the local teachers, or open the cache; open the cache of the served ones."""
+    """Load the local teachers, or open the cache; open the cache of the served ones.
+
+    ``pairs`` are those of all teachers.
+    """
     folders = [f for f in found if isinstance(f, TeacherFolder)]
+    pairs = pairs.only([k for k, f in enumerate(found) if isinstance(f, TeacherFolder)])
     local = (
-        Teachers(folders, device=device, compute_dtype=compute_dtype)
+        Teachers(folders, device=device, compute_dtype=compute_dtype, pairs=pairs.pairs)
         if isinstance(cache, NoCache)
-        else CachedTeachers(folders, cache=cache, device=device, compute_dtype=compute_dtype)
+        else CachedTeachers(
+            folders, cache=cache, device=device, compute_dtype=compute_dtype, pairs=pairs
+        )
     )
     if len(folders) == len(found):
         return local
@@ -89,6 +97,7 @@ class MixedTeachers:
         layers: Sequence[Sequence[int]] | None = None,
         *,
         only: int | None = None,
+        labels_RL: Tensor | None = None,
     ) -> Found:
         """As `Teachers.states`."""
         self._local.temperatures[:] = self._of_local(self.temperatures)
@@ -97,9 +106,11 @@ class MixedTeachers:
             mine, place = self._places[only]
             if not mine:
                 return [self._served.states(place, input_ids_RL)], [[]]
-            last, inner = self._local.states(input_ids_RL, inner_layers, only=place)
+            last, inner = self._local.states(
+                input_ids_RL, inner_layers, only=place, labels_RL=labels_RL
+            )
             return list(last), inner
-        found, states = self._local.states(input_ids_RL, inner_layers)
+        found, states = self._local.states(input_ids_RL, inner_layers, labels_RL=labels_RL)
         return (
             [
                 found[place] if mine else self._served.states(place, input_ids_RL)

@@ -2,96 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from tokenizers import AddedToken, Tokenizer, models
 
 from limbeck.contract.errors import ModelError
 from limbeck.runtime.alignment import Aligner, Pieces, projection, relate
-
-CORPUS = [
-    "the cat sat on the mat, and the dog sat on the log; 1234 5678 years of 2024\r\n",
-    "thé naïve café: 語言模型 は 日本語 🙂👍🏽 a\u0301e\u0308 fish ﬁsh\n\n\tTabs and   spaces",
-] * 4
-END = "<end>"
-
-
-def byte_level(size: int = 330, *, digits: bool = False) -> Tokenizer:
-    """As GPT-2, SmolLM2 and Qwen have it."""
-    tokenizer = Tokenizer(models.BPE())
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = (
-        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), level])
-        if digits
-        else level
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, special_tokens=[END])
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return tokenizer
-
-
-def piece_level(size: int = 400, *, prepends: bool = False, bos: bool = True) -> Tokenizer:
-    """As Gemma (or, with ``prepends``, Llama 2) has it: a metaspace, and bytes as a fallback."""
-    special = [END, "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    replace = normalizers.Replace(" ", "\u2581")
-    tokenizer.normalizer = (
-        normalizers.Sequence([normalizers.Prepend("\u2581"), replace]) if prepends else replace
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("\u2581"), "merged_with_next")
-    decoder = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence(decoder)
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=special, limit_alphabet=60, show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    tree = json.loads(tokenizer.to_str())  # the trainer calls every byte special
-    tree["added_tokens"] = [t for t in tree["added_tokens"] if not t["content"].startswith("<0x")]
-    tokenizer = Tokenizer.from_str(json.dumps(tree))
-    if bos:
-        start = tokenizer.token_to_id("<bos>")
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<bos> $A", pair=None, special_tokens=[("<bos>", start)]
-        )
-    return tokenizer
-
-
-def normalising() -> Tokenizer:
-    tokenizer = byte_level(380)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    return tokenizer
-
-
-def unigram() -> Tokenizer:
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
-    trainer = trainers.UnigramTrainer(
-        vocab_size=150, special_tokens=["<unk>", END], unk_token="<unk>"
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return tokenizer
-
-
-def pieces(tokenizer: Tokenizer, name: str = "teacher") -> Pieces:
-    return Pieces(tokenizer, name=name, end=tokenizer.token_to_id(END))
-
+from tests.tokenizers import END, byte_level, normalising, permute, piece_level, pieces, unigram
 
 OTHERS = {
     "smaller": byte_level(270),
@@ -278,16 +198,6 @@ def test_the_projection_of_a_permuted_vocabulary_is_the_permutation() -> None:
     assert target.tolist() == [
         vocabulary[t] for t, _ in sorted(permuted.get_vocab().items(), key=lambda item: item[1])
     ]
-
-
-def permute(tokenizer: Tokenizer, shift: int) -> Tokenizer:
-    """The same tokenizer with other ids."""
-    tree = json.loads(tokenizer.to_str())
-    size = len(tree["model"]["vocab"])
-    tree["model"]["vocab"] = {t: (i + shift) % size for t, i in tree["model"]["vocab"].items()}
-    for token in tree["added_tokens"]:
-        token["id"] = (token["id"] + shift) % size
-    return Tokenizer.from_str(json.dumps(tree))
 
 
 # Which are the same ------------------------------------------------------------------------------

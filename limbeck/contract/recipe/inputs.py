@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from limbeck.contract.recipe.base import Count, Frozen, Int, KeyVariable, Name, Positive
+from limbeck.contract.recipe.base import Count, Fraction, Frozen, Int, KeyVariable, Name, Positive
 
 
 def _has_home(value: Any) -> Any:
@@ -201,6 +201,11 @@ class Teacher(Frozen):
     )
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="Number type of the weights in memory."
+    )
+    min_coverage: Fraction | None = Field(
+        None,
+        description="Of a teacher with another tokenizer: least share of the labels, in every "
+        "domain, that it must have a distribution for; the run stops below it.",
     )
 
 

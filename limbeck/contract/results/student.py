@@ -33,6 +33,10 @@ class TeacherResult:
     mean_nll: float | None = None  # of a language model, over domains
     # Nats of each held-out block by domain, of a teacher that the bench cannot run: a served one
     blocks: Mapping[str, list[float]] | None = None
+    bits_per_byte: Mapping[str, float] | None = None  # of a language model, by domain
+    added_tokens: list[str] | None = None  # that only the teacher or only the student has
+    # Of a teacher with another tokenizer, by domain: shares of bytes and labels, rate of tokens.
+    coverage: Mapping[str, Mapping[str, float]] | None = None
     metrics: Mapping[str, float] | None = None  # of an encoder, by name
 
 
@@ -45,6 +49,7 @@ class LanguageFigures:
     tokens: int  # label positions trained on
     best_step: int  # whose weights were kept
     base: str | None  # folder that a LoRA student's adapter sits on
+    bits_per_byte: Mapping[str, float] | None = None  # held-out, by domain
     start: Mapping[str, Any] | None = None  # merge that the training started from, and scores
     recovery: Mapping[str, Any] | None = None  # of a student distilled again through a rounding
 

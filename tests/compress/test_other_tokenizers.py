@@ -1,0 +1,212 @@
+"""Distilling from teachers of other tokenizers, from the recipe to the student's result."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import compress
+from compress.models.language import byte_tokenizer
+from compress.teachers.pairs import measure_coverage, pair_teachers
+from limbeck.contract.errors import DataError, ModelError, RecipeError
+from limbeck.contract.recipe import Recipe
+from tests.compress.test_compress import TINY, events, tiny
+from tests.tokenizers import END, byte_level, piece_level
+
+
+def save_teacher(folder: Path, tokenizer: Tokenizer, *, seed: int = 3, **sizes: Any) -> Path:
+    """A random causal LM with a tokenizer of its own."""
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        bos_token="<bos>" if tokenizer.token_to_id("<bos>") is not None else END,
+    )
+    options = {**TINY, "vocab_size": len(fast), "max_position_embeddings": 128, **sizes}
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(options.pop("model_type"), **options)
+    )
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+def mixed(tmp_path: Path, **over: Any) -> Recipe:
+    """One random teacher of the student's tokenizer, and one of another."""
+    save_teacher(tmp_path / "gemma", piece_level(), hidden_size=48)
+    teachers = [
+        {"name": "own", "model": {"kind": "random", "config": TINY, "seed": 1}},
+        {"name": "other", "model": {"kind": "local", "path": "gemma"}, **over.pop("other", {})},
+    ]
+    return tiny(tmp_path, teachers=teachers, **over)
+
+
+@pytest.mark.parametrize("across", ["projected", "chunk", "uld"])
+def test_a_student_learns_from_both(tmp_path: Path, across: str) -> None:
+    recipe = mixed(tmp_path, fusion={"across": across}, training={"tokens": 64 * 30})
+    artifact = compress.distill(recipe=recipe, out=tmp_path / "student")
+    first, *_, last = events(artifact.path, "evaluate")
+    assert last["mean_nll"] < first["mean_nll"] - 0.1
+    steps = events(artifact.path, "step")
+    assert all(math.isfinite(step["loss"]) for step in steps)
+    assert {"own", "other"} == set(steps[0]["weights"]["code"])
+    assert steps[0]["weights"]["code"]["other"] > 0
+    found = artifact.result["teachers"]["other"]
+    for coverage in found["coverage"].values():
+        assert 0.9 < coverage["bytes"] <= 1
+        assert 0 < coverage["positions"] <= 1
+    assert "coverage" not in artifact.result["teachers"]["own"]
+    # The bytes that a teacher of another tokenizer reads are those of the student.
+    for domain, bits in found["bits_per_byte"].items():
+        assert bits / found["nll"][domain] == pytest.approx(
+            artifact.result["bits_per_byte"][domain] / artifact.result["nll"][domain]
+        )
+
+
+def test_micro_batches_change_nothing(tmp_path: Path) -> None:
+    losses = []
+    for micro in (1, 2):
+        recipe = mixed(
+            tmp_path,
+            training={"micro_batch": micro, "tokens": 64 * 3},
+            student={"dropout": 0.0},
+            fusion={"weights": {"kind": "entropy", "granularity": "batch"}},
+        )
+        artifact = compress.distill(recipe=recipe, out=tmp_path / str(micro))
+        losses.append([step["loss"] for step in events(artifact.path, "step")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("across", ["projected", "chunk"])
+@pytest.mark.parametrize("kind", ["hidden", "topk"])
+def test_a_cache_gives_the_live_loss(tmp_path: Path, kind: str, across: str) -> None:
+    """`topk` keeps every token here, so that only the rounding of `hidden` to bf16 differs."""
+    losses = []
+    cache = {"kind": "topk", "k": 1000} if kind == "topk" else {"kind": kind}
+    for chosen in ({"kind": "none"}, cache):
+        recipe = mixed(
+            tmp_path,
+            training={"teacher_cache": chosen, "tokens": 64 * 4},
+            student={"dropout": 0.0},
+            features={"weight": 0.0 if kind == "topk" else 0.1},
+            fusion={"across": across, "calibration": {"kind": "none"}},
+        )
+        artifact = compress.distill(recipe=recipe, out=tmp_path / chosen["kind"])
+        losses.append([step["loss"] for step in events(artifact.path, "step")])
+        nll = artifact.result["teachers"]["other"]["nll"]
+        losses[-1] += list(nll.values())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4 if kind == "topk" else 2e-3)
+
+
+def test_unbiased_samples_hold_for_other_tokenizers(tmp_path: Path) -> None:
+    recipe = mixed(
+        tmp_path,
+        training={"teacher_cache": {"kind": "topk", "k": 16, "sampling": "unbiased"},
+                  "tokens": 64 * 2},
+        features={"weight": 0.0},
+        fusion={"calibration": {"kind": "none"}},
+    )  # fmt: skip
+    artifact = compress.distill(recipe=recipe, out=tmp_path / "student")
+    assert all(math.isfinite(step["loss"]) for step in events(artifact.path, "step"))
+
+
+def test_the_floor_of_coverage_stops_with_the_numbers(tmp_path: Path) -> None:
+    recipe = mixed(tmp_path, other={"min_coverage": 1.0})
+    with pytest.raises(DataError, match=r"teachers\.1\.min_coverage: other has .*% of code"):
+        compress.distill(recipe=recipe, out=tmp_path / "student")
+    assert not (tmp_path / "student").exists()
+
+
+def test_a_teacher_of_the_base_s_shape_is_not_merged_into_it(tmp_path: Path) -> None:
+    recipe = mixed(tmp_path)
+    save_teacher(tmp_path / "gemma", byte_level(len(byte_tokenizer()) + 3), vocab_size=257)
+    teachers = [{"name": "other", "model": {"kind": "local", "path": "gemma"}}]
+    student = {**recipe.resolved()["student"], "init": "merge"}
+    merging = tiny(tmp_path, teachers=teachers).model_copy()
+    merging = tiny(tmp_path, teachers=teachers, student=student)
+    with pytest.raises((RecipeError, ModelError)):
+        compress.distill(recipe=merging, out=tmp_path / "student")
+
+
+def test_conversations_need_the_student_s_tokenizer(tmp_path: Path) -> None:
+    row = (
+        '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "%s"}]}'
+    )
+    (tmp_path / "chat.jsonl").write_text("\n".join(row % ("word " * n) for n in range(2, 30)))
+    recipe = mixed(tmp_path)
+    base = save_teacher(tmp_path / "base", byte_level(300))
+    fast = PreTrainedTokenizerFast.from_pretrained(base)
+    fast.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    )
+    fast.save_pretrained(base)
+    chat = {"kind": "files", "paths": ["chat.jsonl"], "format": {"kind": "chat"}}
+    recipe = mixed(
+        tmp_path,
+        data={"domains": [{"name": "chat", "text": chat}]},
+        student={"base": {"kind": "local", "path": "base"}},
+    )
+    with pytest.raises(DataError, match="chat: conversations are rendered by the student's"):
+        compress.distill(recipe=recipe, out=tmp_path / "student")
+
+
+# Which are the same ------------------------------------------------------------------------------
+
+
+def test_added_tokens_leave_the_map_the_same(tmp_path: Path) -> None:
+    own, other = byte_level(), byte_level()
+    other.add_special_tokens(["<tool>"])
+    for name, tokenizer in (("own", own), ("other", other), ("third", byte_level(290))):
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END).save_pretrained(
+            tmp_path / name
+        )
+    found = pair_teachers(tmp_path / "own", {n: tmp_path / n for n in ("own", "other", "third")})
+    assert [pair is None for pair in found.pairs] == [True, True, False]
+    assert found.differ == ((), ("<tool>",), ())
+    assert found.digest(0) is None
+    assert found.digest(2) is not None
+
+
+def test_text_with_a_token_that_the_teacher_lacks_is_refused(tmp_path: Path) -> None:
+    student = byte_level()
+    student.add_special_tokens(["<tool>"])
+    save_teacher(tmp_path / "base", student)
+    save_teacher(tmp_path / "teacher", byte_level())
+    (tmp_path / "text.txt").write_text("the cat <tool> sat on the mat and the dog\n" * 80)
+    text = {"kind": "files", "paths": ["text.txt"]}
+    recipe = tiny(
+        tmp_path,
+        teachers=[{"name": "t", "model": {"kind": "local", "path": "teacher"}}],
+        student={"base": {"kind": "local", "path": "base"}},
+        data={"domains": [{"name": "tools", "text": text}]},
+    )
+    with pytest.raises(ModelError, match=r"teacher t: its tokenizer does not have .*'<tool>'"):
+        compress.distill(recipe=recipe, out=tmp_path / "student")
+
+
+def test_coverage_counts_bytes_and_labels(tmp_path: Path) -> None:
+    """Against a count by hand: tokens of single bytes against pairs of bytes."""
+    for name, tokenizer in (("own", byte_level(257)), ("other", byte_level(330))):
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END).save_pretrained(
+            tmp_path / name
+        )
+    found = pair_teachers(tmp_path / "own", {"other": tmp_path / "other"})
+    pair = found[0]
+    assert pair is not None
+    ids = pair.aligner.own.tokenizer.encode("the cat sat").ids
+    theirs = pair.aligner.other.tokenizer.encode("the cat sat").ids
+    labels = [*ids[1:], -100]
+    coverage = measure_coverage(pair, [([ids], [labels])])
+    ends = [len(pair.aligner.other.tokenizer.decode(theirs[: n + 1])) for n in range(len(theirs))]
+    assert coverage.positions == pytest.approx(
+        len([end for end in ends if end < len(ids)]) / (len(ids) - 1)
+    )
+    first = ends[0]  # its chunk begins before the first label
+    whole = len(ids) - 1
+    assert coverage.bytes == pytest.approx((len(ids) - first) / whole if first > 1 else 1)
