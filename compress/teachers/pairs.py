@@ -76,6 +76,26 @@ def pair_teachers(student: Path, teachers: Mapping[str, Path]) -> Pairs:
     return Pairs(tuple(pairs), tuple(differ))
 
 
+def described(student: Path, teachers: Mapping[str, Path]) -> dict[str, str]:
+    """Say of each teacher how its tokenizer relates to the student's, before anything is made.
+
+    Raises `ModelError` for a tokenizer that cannot be aligned.
+    """
+    mine, found = load_tokenizer(student), {}
+    for name, folder in teachers.items():
+        theirs = load_tokenizer(folder)
+        relation = relate(mine.backend_tokenizer, theirs.backend_tokenizer)
+        if not relation.same:
+            pieces_of(mine, "the student")
+            pieces_of(theirs, f"teacher {name}")
+            found[name] = "another tokenizer; aligned with the student's on bytes of the text"
+        elif relation.differ:
+            found[name] = f"the student's tokenizer, but for {_listed(relation.differ)}"
+        else:
+            found[name] = "the student's tokenizer"
+    return found
+
+
 def pieces_of(tokenizer: Any, name: str) -> Pieces:
     """The tokens of a tokenizer as bytes. Raises `ModelError` where they are not."""
     return Pieces(tokenizer.backend_tokenizer, name=name, end=tokenizer.eos_token_id)

@@ -19,6 +19,7 @@ from typing import Any
 from limbeck.app.plan import form_sizes
 from limbeck.contract.errors import DataError, LimbeckError, ModelError, RecipeError
 from limbeck.contract.files import write_atomically
+from limbeck.contract.progress import say
 from limbeck.contract.recipe import (
     ChatRows,
     Data,
@@ -399,16 +400,20 @@ def _tokens(texts: Sequence[str]) -> int:
 
 
 def _check_tokenizers(teachers: Sequence[dict[str, Any]], bases: Sequence[dict[str, Any]]) -> None:
-    """Raise `ModelError` where two folders on this machine have other token maps; of other sources
-    `limbeck run` tells."""
-    from compress.models.language import require_same_tokenizer
+    """Say which folders on this machine have another tokenizer than the student.
 
-    named = [(teacher["name"], teacher["model"]) for teacher in teachers] + [
-        ("the student", base) for base in bases
-    ]
-    folders = {name: Path(source["path"]) for name, source in named if source["kind"] == "local"}
-    if len(folders) > 1:
-        require_same_tokenizer(folders)
+    Raises `ModelError` for one that cannot be aligned. Of other sources `limbeck run` tells.
+    """
+    from compress.teachers.pairs import described
+
+    local = {t["name"]: Path(t["model"]["path"]) for t in teachers if t["model"]["kind"] == "local"}
+    student = [Path(base["path"]) for base in bases if base["kind"] == "local"]
+    if not local or not (student or teachers[0]["name"] in local):
+        return
+    reference = student[0] if student else local[teachers[0]["name"]]
+    for name, relation in described(reference, local).items():
+        if "another" in relation:
+            say(f"  teacher {name}: {relation}")
 
 
 def _source(given: str, option: str) -> dict[str, Any]:

@@ -121,8 +121,18 @@ def test_models_of_other_kinds_are_told_apart(tmp_path: Path) -> None:
     )
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     result = init(10, "--teacher", "models/v1.5-other")
+    assert result.exit_code == 0
+    assert "teacher v1.5-other: another tokenizer; aligned with the student's" in result.stderr
+    (tmp_path / "recipe.yaml").unlink()
+    written = (other / "tokenizer.json").read_text()
+    words = tokenizer | {"model": {"type": "WordPiece", "vocab": tokenizer["model"]["vocab"],
+                                   "unk_token": "a", "continuing_subword_prefix": "##",
+                                   "max_input_chars_per_word": 100}}  # fmt: skip
+    (other / "tokenizer.json").write_text(json.dumps(words))
+    result = init(10, "--teacher", "models/v1.5-other")
     assert result.exit_code == 2
-    assert "legal and v1.5-other have different tokenizers: 2 of 258 tokens" in result.stderr
+    assert "teacher v1.5-other: its tokenizer is WordPiece" in result.stderr
+    (other / "tokenizer.json").write_text(written)
     config = json.loads((other / "config.json").read_text()) | {
         "architectures": ["BertForSequenceClassification"]
     }
