@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compress.aligned import AlignedStates
 from compress.head import IGNORED, Place, chunks_of_labels
 from compress.models.language import load_tokenizer
 from compress.states import SparseStates, TeacherStates
@@ -46,6 +47,7 @@ def against_mixture(task: LanguageModels, batches: list[list[Batch]]) -> dict[st
                 if isinstance(t, TeacherStates)
                 else _with_tail(t, place, labels[place], logq_CV)
                 for t in states
+                if not isinstance(t, AlignedStates) and t.spans is None
             ]
             p_CV = torch.stack(teachers).mean(0)
             divergence += float((torch.special.xlogy(p_CV, p_CV) - p_CV * logq_CV).double().sum())

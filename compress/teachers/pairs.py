@@ -76,6 +76,17 @@ def pair_teachers(student: Path, teachers: Mapping[str, Path]) -> Pairs:
     return Pairs(tuple(pairs), tuple(differ))
 
 
+def require_own_tokens(pairs: Pairs, names: Sequence[str], served: Sequence[str]) -> None:
+    """Raise `ModelError` for a served teacher with another tokenizer: its logits stay there."""
+    for name, pair in zip(names, pairs.pairs, strict=True):
+        if pair is not None and name in served:
+            raise ModelError(
+                f"teacher {name}: it is behind a server and has another tokenizer than the "
+                "student, and a server does not give the whole distribution that is projected; "
+                "load it in this process, or take a student with its tokenizer."
+            )
+
+
 def described(student: Path, teachers: Mapping[str, Path]) -> dict[str, str]:
     """Say of each teacher how its tokenizer relates to the student's, before anything is made.
 
