@@ -31,13 +31,14 @@ def open_teachers(
     cache: TeacherCache,
     device: torch.device,
     compute_dtype: torch.dtype,
-    pairs: Pairs,
+    pairs: Pairs | None = None,
 ) -> Teachers | CachedTeachers | MixedTeachers:
     """Load the local teachers, or open the cache; open the cache of the served ones.
 
-    ``pairs`` are those of all teachers.
+    ``pairs`` are those of all teachers; None: all have the student's tokenizer.
     """
     folders = [f for f in found if isinstance(f, TeacherFolder)]
+    pairs = pairs or Pairs((None,) * len(found), ((),) * len(found))
     pairs = pairs.only([k for k, f in enumerate(found) if isinstance(f, TeacherFolder)])
     local = (
         Teachers(folders, device=device, compute_dtype=compute_dtype, pairs=pairs.pairs)
