@@ -81,12 +81,12 @@ class Log:
 
     @staticmethod
     def _append(path: Path, line: Mapping[str, Any]) -> None:
-        with disk_full_is_a_user_error(path), path.open("a") as file:
+        with disk_full_is_a_user_error(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def read(self, event: str) -> list[dict[str, Any]]:
         """Lines of one event, in order."""
-        lines = [json.loads(line) for line in self.path.read_text().splitlines()]
+        lines = [json.loads(line) for line in self.path.read_text("utf-8").splitlines()]
         return [line for line in lines if line["event"] == event]
 
     @property

@@ -152,7 +152,7 @@ def measure_teachers(run: Run) -> dict[str, TeacherResult]:
     The figures are kept beside the checkpoint, for a training that goes on.
     """
     kept, names = run.work / "teachers.json", run.task.names
-    if kept.exists() and (found := json.loads(kept.read_text())).get("key") == run.key:
+    if kept.exists() and (found := json.loads(kept.read_text("utf-8"))).get("key") == run.key:
         reports = {name: TeacherResult(**report) for name, report in found["reports"].items()}
     else:
         reports = {name: run.task.measure_teacher(k) for k, name in enumerate(names)}
@@ -374,7 +374,7 @@ def _save(
     with write_artifact(out, kind="student", key=key, parents=parents, recipe=run.recipe) as draft:
         saved = loaded.save(draft.folder, state.best, seen=state.seen, best_step=state.best_step)
         entries = loaded.teacher_entries()
-        (draft.folder / "teachers.json").write_text(json.dumps(entries, indent=1))
+        (draft.folder / "teachers.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
         run.log.copy(draft.folder)
         draft.result = StudentResult(
             task=run.recipe.task,

@@ -48,7 +48,7 @@ def export_student(*, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
 
 def require_shipped(onnx: Artifact, recipe: AnyRecipe) -> None:
     """Raise `ParityError` when the form that ``recipe`` ships failed its checks in ``onnx``."""
-    result, wanted = OnnxResult.of(onnx), recipe.export.forms[-1].kind
+    result, wanted = OnnxResult.of(onnx), recipe.export.graphs[-1].kind
     if why := result.failed.get(wanted):
         raise ParityError(
             f"{why}\nKept in {onnx.path}: {', '.join(result.forms)}. Choose another form to ship, "
@@ -74,6 +74,6 @@ def _key(recipe: AnyRecipe, source: Artifact) -> str:
     asked = recipe.exporting()
     # Codes of 7 or 8 bits, where that is the machine's choice: another kind of machine makes the
     # forms again.
-    if any(getattr(form, "reduce_range", False) is None for form in recipe.export.forms):
+    if any(getattr(form, "reduce_range", False) is None for form in recipe.export.graphs):
         asked["sums_overflow"] = sums_overflow()
     return fingerprint({"stage": _VERSION, "export": asked, "student": source.digest})

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from limbeck.contract.heldout import Blocks, mean_nll
 from limbeck.contract.progress import task
@@ -26,17 +28,21 @@ def heldout_losses(
             for ids, length, scored in zip(
                 blocks.input_ids, blocks.lengths, blocks.scored, strict=True
             ):
-                columns = np.flatnonzero(scored[:length])
-                logits = decoder.score(ids[None, :length])[0, columns - 1]
-                most = logits.max(axis=1)
-                normaliser = most + np.log(
-                    np.exp(logits - most[:, None]).sum(axis=1, dtype=np.float64)
-                )
-                found[name].append(
-                    float((normaliser - logits[np.arange(len(columns)), ids[columns]]).sum())
-                )
+                logits = decoder.score(ids[None, :length])[0]
+                found[name].append(row_loss(logits, ids[:length], scored[:length]))
                 progress.advance()
     return found
+
+
+def row_loss(
+    logits: npt.NDArray[np.float32], ids: npt.NDArray[Any], scored: npt.NDArray[Any]
+) -> float:
+    """Nats of the ``scored`` tokens of a row ``ids`` ``[L]``, from its ``logits`` ``[L, V]``."""
+    columns = np.flatnonzero(scored)
+    chosen = logits[columns - 1]
+    most = chosen.max(axis=1)
+    normaliser = most + np.log(np.exp(chosen - most[:, None]).sum(axis=1, dtype=np.float64))
+    return float((normaliser - chosen[np.arange(len(columns)), ids[columns]]).sum())
 
 
 def per_token(

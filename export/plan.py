@@ -14,11 +14,14 @@ from typing import Any, Literal, cast
 from torch import nn
 
 from export.build.choice import choose_backend
+from export.gguf.architecture import architecture, layers_of
+from export.gguf.write import arch_number, tensor_bytes
 from export.round.blocks import Blockwise
 from export.round.scheme import Scheme, encoder_scheme, scheme_for, stored_bytes
 from export.tasks.base import AnyForm
 from limbeck.contract.recipe import Form, Provider
 from limbeck.contract.recipe.encoder import EncoderForm
+from limbeck.contract.recipe.export import GgufForm
 
 _ATTENTION_OUT = re.compile(r"(o_proj|out_proj|c_proj|dense)$")
 # Bytes of the graph file without weights: of a model, and of one of its layers in fp32, in
@@ -58,17 +61,20 @@ class Matrix:
 
 def form_bytes(
     model: Any,
-    form: AnyForm,
+    form: AnyForm | GgufForm,
     *,
     task: str = "causal-lm",
     backend: str = "auto",
     provider: Provider = "cpu",
 ) -> int:
-    """Bytes of graph and weights of ``form`` for a model of ``task`` on the meta device.
+    """Bytes of ``form`` for a model of ``task`` on the meta device: of a graph and its weights.
 
     ``backend`` and ``provider`` are those of a language model's export; an encoder has no choice.
-    Raises `ModelError` for a kind of rope that no builder gets right.
+    Raises `ModelError` for a kind of rope that no builder gets right, or an architecture that
+    llama.cpp does not know.
     """
+    if isinstance(form, GgufForm):
+        return _gguf_bytes(model, form.kind)
     if task == "causal-lm":
         return _decoder_bytes(model, form, backend, provider)
     return _encoder_bytes(model, cast(EncoderForm, form), task)
@@ -88,6 +94,27 @@ def _decoder_bytes(model: Any, form: Form, backend: str, provider: Provider) -> 
     scheme = scheme_for(form, int(model.get_output_embeddings().weight.shape[1]))
     layers = int(config.get_text_config().num_hidden_layers)
     return size + _graph_bytes(growth, layers, scheme) + _stored(matrices, scheme, number)
+
+
+_TOKEN = 20  # bytes of a token in a GGUF file: text, type, score or merge, about
+
+
+def _gguf_bytes(model: Any, form: str) -> int:
+    """Tensors exactly, tokens by rule of thumb: a plan has no tokenizer."""
+    from gguf import get_tensor_name_map
+
+    config = model.config.to_dict()
+    names = get_tensor_name_map(arch_number(architecture(config)), layers_of(config))
+    total, seen = _TOKEN * int(config["vocab_size"]), set()
+    for name, parameter in model.named_parameters():
+        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        shape = tuple(parameter.shape)
+        if type(model.get_submodule(name.rpartition(".")[0])).__name__ == "Conv1D":
+            shape = shape[::-1]
+        if target is not None and id(parameter) not in seen:
+            seen.add(id(parameter))
+            total += tensor_bytes(form, target, shape)
+    return total
 
 
 def _encoder_bytes(model: Any, form: EncoderForm, task: str) -> int:

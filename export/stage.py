@@ -37,6 +37,7 @@ def write(source: Artifact, out: Path, recipe: AnyRecipe, key: str) -> None:
         release_memory()
         forms, schemes, failed = _make_forms(recipe, Job(task, source, folder, built))
         shipped = list(forms)[-1]
+        ggufs, not_kept = task.ggufs()
         write_client_files(
             model,
             folder,
@@ -52,7 +53,8 @@ def write(source: Artifact, out: Path, recipe: AnyRecipe, key: str) -> None:
                 backend=built.named(),
                 shapes=recipe.export.shapes.model_dump(mode="json"),
                 forms=forms,
-                failed=failed,
+                failed=failed | not_kept,
+                ggufs=ggufs,
             ),
             built,
             schemes[shipped],
@@ -68,7 +70,7 @@ def _make_forms(
     forms: dict[str, ExportedForm] = {}
     schemes: dict[str, Scheme | None] = {}
     failed: dict[str, str] = {}
-    for form in recipe.export.forms:
+    for form in recipe.export.graphs:
         try:
             forms[form.kind], schemes[form.kind] = make_form(form, job)
         except (ParityError, QualityError) as error:

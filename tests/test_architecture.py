@@ -113,3 +113,27 @@ def test_what_is_kept_in_the_cache_is_made_by_one_process_at_a_time() -> None:
             if isinstance(node, ast.ImportFrom)
             for alias in node.names
         }, f"{path}: two runs would delete each other's files; use limbeck.contract.lock.make_once"
+
+
+def _opens_text(call: ast.Call) -> bool:
+    """Whether a call reads or writes text in the encoding of the machine's locale."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+    named = any(keyword.arg == "encoding" for keyword in call.keywords)
+    if name == "read_text":
+        return not (call.args or named)
+    if name == "write_text":
+        return len(call.args) < 2 and not named
+    mode = call.args[0].value if call.args and isinstance(call.args[0], ast.Constant) else None
+    text = isinstance(mode, str) and mode[:1] in tuple("rwax") and "b" not in mode
+    return name == "open" and text and not named
+
+
+def test_text_files_are_utf8_on_every_machine() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for package in ("limbeck", *STAGES)
+        for path in sorted((ROOT / package).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call) and _opens_text(node)
+    ]
+    assert found == []

@@ -195,7 +195,7 @@ def choose_start(
     def choose(out: Path) -> dict[str, Any]:
         choice = best_merge(model, start, states, score, among=tried, seed=seed)
         found = {"merge": asdict(choice.merge), "scores": dict(choice.scores)}
-        (out / _CHOICE).write_text(json.dumps(found))
+        (out / _CHOICE).write_text(json.dumps(found), encoding="utf-8")
         return {}
 
     asked = {
@@ -207,7 +207,7 @@ def choose_start(
         "among": [asdict(merge) for merge in tried],
         "seed": seed,
     }
-    found = json.loads((cached(fingerprint(asked), choose) / _CHOICE).read_text())
+    found = json.loads((cached(fingerprint(asked), choose) / _CHOICE).read_text("utf-8"))
     merge, scores = Merge(**found["merge"]), found["scores"]
     say(
         f"  the student starts from {merge}: {scores[str(merge)]:.3f} nats a token on training text"

@@ -55,7 +55,7 @@ def build_graphs(
     GenAI's builder gives up. ``static`` shapes are for dynamo alone. Raises `ModelError` when the
     builder asked for cannot do it.
     """
-    config = json.loads((model / "config.json").read_text())
+    config = json.loads((model / "config.json").read_text("utf-8"))
     automatic = backend == "auto"
     backend, why = choose_backend(config, backend=backend, provider=provider)
     if backend == "genai":

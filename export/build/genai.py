@@ -53,7 +53,7 @@ def build_genai(
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         build = Path(temporary)
         _run_builder(model, build)
-        genai = json.loads((build / "genai_config.json").read_text())
+        genai = json.loads((build / "genai_config.json").read_text("utf-8"))
         head_size = int(genai["model"]["decoder"]["head_size"])
         if head_size % 16:
             raise ModelError(
@@ -82,7 +82,7 @@ def build_genai(
 
 
 def _run_builder(model: Path, folder: Path) -> None:
-    config = json.loads((model / "config.json").read_text())
+    config = json.loads((model / "config.json").read_text("utf-8"))
     architecture = (config.get("architectures") or ["none"])[0]
     log = io.StringIO()
     try:

@@ -139,7 +139,7 @@ def where_nodes_run(graph: Path, *, provider: Provider = "cpu") -> dict[str, dic
                 zip([o.name for o in session.get_outputs()], session.run(None, feeds), strict=True)
             )
             cache = {name: outputs[name.replace("past_key_values", "present")] for name in cache}
-        events = json.loads(Path(session.end_profiling()).read_text())
+        events = json.loads(Path(session.end_profiling()).read_text("utf-8"))
     nodes = {
         (event["name"], event["args"]["node_index"]): (
             event["args"]["provider"],

@@ -243,7 +243,7 @@ def measure_parity(
                 if len(chosen):
                     found = feed(decoder, case)
                     key = name if decoder.all_logits else f"{name}/last"
-                    by_case[key] = _differences(case, chosen, found)
+                    by_case[key] = differences(case, chosen, found)
                     if name == "long" and len(chosen) == case.mask.sum():
                         nll = _nll(case, found)
                     del found  # before the next case's are made
@@ -325,7 +325,7 @@ def _after_prompt(case: Case) -> npt.NDArray[np.bool_]:
     return np.asarray(given[case.rows, case.columns])
 
 
-def _differences(case: Case, chosen: Ints, found_PV: Floats) -> Floats64:
+def differences(case: Case, chosen: Ints, found_PV: Floats) -> Floats64:
     """Five numbers a ``chosen`` position ``[5, P]``: largest and mean logit difference, KL(torch ||
     found), same choice, lead.
     """

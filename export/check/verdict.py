@@ -40,7 +40,15 @@ class Tolerance:
 # A single case may reach so many times the mean KL, and the share of other first choices, of all
 # cases.
 _WORST = 5
-_ROUNDED = ("int8-weight", "int8-dynamic", "int8-static", "int8-trt", "int4-weight")
+_ROUNDED = (
+    "int8-weight",
+    "int8-dynamic",
+    "int8-static",
+    "int8-trt",
+    "int4-weight",
+    "gguf-q8_0",
+    "gguf-q4_0",
+)
 _ODD = 0.05  # share of the positions of a rounded form that may be anything but not a number
 _FEW = 20  # positions below which a case is judged together with the other short ones
 _LEAST = 5  # positions below which even those are judged with all cases only
@@ -52,6 +60,9 @@ TOLERANCES = {
     "int8-static": Tolerance(relative=0.4, kl=0.1, top1=0.95, lead=0.5),
     "int8-trt": Tolerance(relative=0.4, kl=0.1, top1=0.95, lead=0.5),
     "int4-weight": Tolerance(relative=0.5, kl=0.3, top1=0.85, lead=0.5),
+    "gguf-f16": Tolerance(relative=0.03, kl=1e-4, top1=0.99, lead=0.1),
+    "gguf-q8_0": Tolerance(relative=0.25, kl=0.03, top1=0.97, lead=0.5),
+    "gguf-q4_0": Tolerance(relative=0.5, kl=0.3, top1=0.85, lead=0.5),
 }
 
 

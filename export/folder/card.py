@@ -63,7 +63,9 @@ def write_card(
         *card.sections,
         *_digests(recipe, student),
     ]
-    (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n")
+    (folder / "README.md").write_text(
+        "\n\n".join(part for part in parts if part) + "\n", encoding="utf-8"
+    )
 
 
 def in_torch(shipped: str) -> str:
@@ -183,7 +185,7 @@ def _licence(known: Mapping[str, Any] | None) -> list[str]:
 
 def _teachers(student: Path) -> list[dict[str, Any]]:
     path = student / "teachers.json"
-    found: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
+    found: list[dict[str, Any]] = json.loads(path.read_text("utf-8")) if path.is_file() else []
     return found
 
 

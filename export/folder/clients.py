@@ -63,9 +63,9 @@ def write_client_files(
         generation = json.loads((model / "generation_config.json").read_text("utf-8"))
         _write(folder / "generation_config.json", generation | _ends(ends))
     _write(folder / "tokenizer_config.json", tokenizer_config(model))
-    if (template := _chat_template(model)) is not None:
-        (folder / "chat_template.jinja").write_text(template)
-    config = json.loads((model / "config.json").read_text())
+    if (template := chat_template(model)) is not None:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    config = json.loads((model / "config.json").read_text("utf-8"))
     config.pop("_name_or_path", None)
     config.pop("_model_name_or_path", None)
     # transformers.js looks for a second file, and for a cache in fp16, only where this says so; the
@@ -127,24 +127,24 @@ def tokenizer_config(model: Path) -> dict[str, Any]:
     included.
     """
     path = model / "tokenizer_config.json"
-    config: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    config: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     for name in ("backend", "is_local", "local_files_only", "auto_map"):
         config.pop(name, None)
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config["model_input_names"] = ["input_ids", "attention_mask"]
     # Written as 1e30 when there is no limit, which some readers of JSON cannot hold.
-    context = json.loads((model / "config.json").read_text()).get("max_position_embeddings")
+    context = json.loads((model / "config.json").read_text("utf-8")).get("max_position_embeddings")
     if context and config.get("model_max_length", 1e30) > context:
         config["model_max_length"] = context
-    if (template := _chat_template(model)) is not None:
+    if (template := chat_template(model)) is not None:
         config["chat_template"] = template
     return config
 
 
-def _chat_template(model: Path) -> str | None:
+def chat_template(model: Path) -> str | None:
     """The chat template as every client can read it."""
     path = model / "chat_template.jinja"
-    return without_marks(path.read_text()) if path.is_file() else None
+    return without_marks(path.read_text("utf-8")) if path.is_file() else None
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
@@ -158,7 +158,7 @@ def write_sentence_transformers(folder: Path, *, width: int) -> None:
         {"idx": at, "name": str(at), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for at, (kind, path) in enumerate(kinds.items())
     ]
-    (folder / "modules.json").write_text(json.dumps(modules, indent=2) + "\n")
+    (folder / "modules.json").write_text(json.dumps(modules, indent=2) + "\n", encoding="utf-8")
     (folder / "1_Pooling").mkdir()
     pooling = {
         "word_embedding_dimension": width,

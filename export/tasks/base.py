@@ -15,7 +15,7 @@ from export.round.scheme import Scheme
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.recipe import AnyRecipe, Form, Provider
 from limbeck.contract.recipe.encoder import EncoderForm
-from limbeck.contract.results.onnx import OnnxResult
+from limbeck.contract.results.onnx import GgufFile, OnnxResult
 
 AnyForm: TypeAlias = Form | EncoderForm
 Calibrate = Callable[[Scheme], Calibration | None]
@@ -67,6 +67,10 @@ class Task(Protocol):
 
     def check(self, form: str, graphs: Graphs, provider: Provider) -> Checked:
         """Compare ``graphs`` with torch's answers. Raises `ParityError` past tolerance."""
+        ...
+
+    def ggufs(self) -> tuple[dict[str, GgufFile], dict[str, str]]:
+        """Write the GGUF files of the recipe: those that pass, and why others do not."""
         ...
 
     def finish(self, result: OnnxResult, built: Built, scheme: Scheme | None) -> OnnxResult:

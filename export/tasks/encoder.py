@@ -23,7 +23,7 @@ from limbeck.contract.errors import ArtifactError
 from limbeck.contract.examples import EXAMPLES, load_examples
 from limbeck.contract.recipe import AnyRecipe, Provider, StaticShapes
 from limbeck.contract.recipe.encoder import EncoderForm, EncoderRecipe
-from limbeck.contract.results.onnx import OnnxResult
+from limbeck.contract.results.onnx import GgufFile, OnnxResult
 
 _PIPELINES = {"classification": "text-classification", "embedding": "feature-extraction"}
 _ALIKE = {
@@ -87,6 +87,10 @@ class Encoder:
         parity = measure_encoder_parity(form, graphs.last, self._cases)
         require_parity(form, parity)
         return Checked(parity)
+
+    def ggufs(self) -> tuple[dict[str, GgufFile], dict[str, str]]:
+        """None: recipes of encoders have no such form."""
+        return {}, {}
 
     def finish(self, result: OnnxResult, built: Built, scheme: Scheme | None) -> OnnxResult:
         """The classes; a sentence encoder's folder also gets sentence-transformers' files."""

@@ -17,6 +17,7 @@ from export.folder import adapters
 from export.folder.card import Card, in_torch, markdown_table, plain
 from export.folder.clients import DTYPES, optimum_loads
 from export.folder.ends import end_tokens, first_tokens
+from export.gguf.make import card_section, make_ggufs, require_writable
 from export.graphs import Graphs, form_files
 from export.heldout import heldout_losses, per_token, relative_rise
 from export.round.matrices import matrices_of
@@ -29,7 +30,7 @@ from limbeck.contract.errors import ArtifactError
 from limbeck.contract.heldout import HELDOUT, load_heldout, mean_nll
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import AnyRecipe, MixedByRule, Provider, Recipe, StaticShapes
-from limbeck.contract.results.onnx import ExportedForm, KeptAdapter, OnnxResult
+from limbeck.contract.results.onnx import ExportedForm, GgufFile, KeptAdapter, OnnxResult
 from limbeck.runtime.decoder import GraphDecoder
 
 _APART = """\
@@ -76,6 +77,8 @@ class Language:
         Raises `ModelError` as `export.build.backend.build_graphs`.
         """
         asked = self.recipe.export
+        if asked.ggufs:  # before minutes of other work
+            require_writable(self.model)
         built = build_graphs(
             self.base or self.model,
             self.folder,
@@ -155,6 +158,12 @@ class Language:
         greedy = first_differences(decoder, self._answers)
         return Checked(measured[parity.PARITY], measured.get(parity.PARITY_BASE), greedy)
 
+    def ggufs(self) -> tuple[dict[str, GgufFile], dict[str, str]]:
+        """The merged student as GGUF files, read back and scored."""
+        return make_ggufs(
+            self.recipe, self.student, self.folder, self._cases[parity.PARITY], self.metadata
+        )
+
     def finish(self, result: OnnxResult, built: Built, scheme: Scheme | None) -> OnnxResult:
         """The adapter, and with `export.recover` the held-out loss of the shipped form beside that
         of fp32.
@@ -203,7 +212,7 @@ class Language:
         shipped = result.shipped
         measured = result.heldout[shipped] if result.heldout else None
         whose = shipped if measured else in_torch(shipped)
-        sections = [*_parity_section(result), *_greedy_section(result)]
+        sections = [*_parity_section(result), *_greedy_section(result), *card_section(result.ggufs)]
         if nll:
             teachers = self.student.result.get("teachers", {})
             sections += _loss_section(nll, teachers, shipped, measured)

@@ -241,7 +241,9 @@ def _teacher(given: str, base_paths: Mapping[str, Path]) -> dict[str, Any]:
     if not (path / "adapter_config.json").is_file() or (path / "config.json").is_file():
         return {"model": _source(given, "--teacher")}
     try:
-        base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
+        base = json.loads((path / "adapter_config.json").read_text("utf-8"))[
+            "base_model_name_or_path"
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"--teacher {given}: its adapter_config.json names no base model ({error}); "
@@ -421,7 +423,7 @@ def _source(given: str, option: str) -> dict[str, Any]:
     path = _path(given)
     if path.is_dir():
         try:
-            kinds = json.loads((path / "config.json").read_text()).get("architectures") or []
+            kinds = json.loads((path / "config.json").read_text("utf-8")).get("architectures") or []
         except (OSError, ValueError, AttributeError) as error:
             raise ModelError(
                 f"{option} {given}: no config.json of a model there ({error})."

@@ -24,6 +24,7 @@ from limbeck.contract.recipe import fingerprint
 
 CERTIFICATE, LICENCES = "certificate.json", "LICENCES.md"
 _PARITY = "parity.safetensors"
+_CARD = "README.md"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -51,8 +52,9 @@ def pack(run: Path, *, out: Path, form: str | None = None, as_zip: bool = False)
             raise UserError(f"{path}: is already there; name another with --out.")
     onnx = open_artifact(exported_folder(run, command="pack"), kind="onnx")
     form = form or str(onnx.result["shipped"])
-    if form not in onnx.result["forms"]:
-        forms = ", ".join(onnx.result["forms"])
+    known = {**onnx.result["forms"], **onnx.result.get("ggufs", {})}
+    if form not in known:
+        forms = ", ".join(known)
         raise ArtifactError(f"{onnx.path}: no form {form!r}; it has {forms}.")
     keep = _files(onnx, form)
     with unwritable_is_a_user_error(out.parent):
@@ -131,19 +133,27 @@ def certificate_of(onnx: Artifact) -> dict[str, Any]:
 def _files(onnx: Artifact, form: str) -> list[str]:
     """Names of the files that ship with ``form``."""
     forms: Mapping[str, Any] = onnx.result["forms"]
+    ggufs = {name: {file["file"]} for name, file in onnx.result.get("ggufs", {}).items()}
+    if form in ggufs:  # it holds its tokenizer and configuration
+        return sorted({*ggufs[form], _CARD})
     own = set(forms[form]["files"]) - {forms[form].get("all_logits_graph")}
     of_forms = {name for each in forms.values() for name in each["files"]}
+    of_forms |= {name for files in ggufs.values() for name in files}
     others = {name for name in onnx.manifest["files"] if name not in of_forms}
     return sorted(own | (others - {_PARITY}))
 
 
 def _result(onnx: Artifact, form: str) -> dict[str, Any]:
     """The export's result, of one form; its graph that keeps all logits is not packed."""
+    ggufs = onnx.result.get("ggufs", {})
+    if form in ggufs:
+        only = {"forms": {}, "ggufs": {form: ggufs[form]}}
+        return {**onnx.result, "shipped": form, **only, "packed": True}
     kept = dict(onnx.result["forms"][form])
     kept["files"] = [name for name in kept["files"] if name != kept.get("all_logits_graph")]
     if "all_logits_graph" in kept:
         kept["all_logits_graph"] = None
-    return {**onnx.result, "shipped": form, "forms": {form: kept}, "packed": True}
+    return {**onnx.result, "shipped": form, "forms": {form: kept}, "ggufs": {}, "packed": True}
 
 
 def _point_at_form(folder: Path, onnx: Artifact, form: str) -> None:
@@ -191,7 +201,7 @@ def ingredients(student: Artifact) -> Iterable[tuple[str, Mapping[str, Any]]]:
     if base := found.get("base"):
         yield "base model", base
     teachers = student.path / "teachers.json"
-    for teacher in json.loads(teachers.read_text()) if teachers.is_file() else ():
+    for teacher in json.loads(teachers.read_text("utf-8")) if teachers.is_file() else ():
         yield f"teacher {teacher['name']}", teacher
     for name, text in (found.get("texts") or {}).items():
         yield f"text {name}", text

@@ -235,7 +235,7 @@ def architecture(source: ModelSource | OnnxModel, recipe: AnyRecipe, *, where: s
             path = sources.model_path(source, folder=recipe.folder)
             assert path is not None
             try:
-                return str(json.loads((path / "config.json").read_text())["model_type"])
+                return str(json.loads((path / "config.json").read_text("utf-8"))["model_type"])
             except (OSError, ValueError, TypeError, KeyError) as error:
                 raise ModelError(
                     f"{where}: {path / 'config.json'}: no model_type can be read from it ({error})."

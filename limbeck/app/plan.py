@@ -41,7 +41,7 @@ class Plan:
     asked: dict[str, Asked]  # of servers, by the teacher's name
     student: int  # parameters
     trained: int  # of them, or of the adapters and projections beside them
-    forms: dict[str, int]  # bytes of graph and weights, the shipped one last
+    forms: dict[str, int]  # bytes; the last that is no GGUF file is shipped
     memory: dict[str, int]  # of training by purpose; peak over recipe and prerequisites
     memory_total: int
     worst_moment: str
@@ -74,11 +74,9 @@ class Plan:
                 f"{asked.tokens:,} tokens, {_mb(asked.bytes)} of answers on disk",
             )
         yield "student", f"{_count(self.student)} parameters, {_count(self.trained)} trained"
-        for index, (form, size) in enumerate(self.forms.items()):
-            yield (
-                f"form {form}",
-                f"{_mb(size)}{', shipped' if index == len(self.forms) - 1 else ''}",
-            )
+        shipped = [form for form in self.forms if not form.startswith("gguf-")][-1]
+        for form, size in self.forms.items():
+            yield f"form {form}", f"{_mb(size)}{', shipped' if form == shipped else ''}"
         yield (
             "memory for training",
             f"{_mb(self.memory_total)} on the {self.device}, most of it when {self.worst_moment}",

@@ -123,6 +123,7 @@ def mistakes(recipe: AnyRecipe, products: Products | None = None) -> list[str]:
 def _export_mistakes(recipe: AnyRecipe) -> list[str]:
     """What the export would refuse after training: from the configuration of student or base."""
     from export.build.choice import choose_backend
+    from export.gguf.architecture import architecture, whole_config
 
     if not recipe.builder_options:
         return []
@@ -139,6 +140,8 @@ def _export_mistakes(recipe: AnyRecipe) -> list[str]:
     try:
         if config is not None:
             choose_backend(config, **recipe.builder_options)
+            if recipe.export.ggufs:
+                architecture(whole_config(config))
     except UserError as error:
         return [f"{where}: {error}"]
     return []

@@ -86,7 +86,7 @@ def of_model(source: AnySource, *, folder: Path, made: Path) -> Licence:
         case RecipeModel():
             product = open_artifact(made.parent, kind="student", verify=False)
             return of_student(
-                product.result, json.loads((product.path / "teachers.json").read_text())
+                product.result, json.loads((product.path / "teachers.json").read_text("utf-8"))
             )
         case HubModel():
             return _of_readme(made)
@@ -112,7 +112,9 @@ def of_text(source: TextSource, *, folder: Path) -> Licence:
             return _of_package(source.package)
         case NpmText():
             package = json.loads(
-                (sources.npm_root(source.package, source.version) / "package.json").read_text()
+                (sources.npm_root(source.package, source.version) / "package.json").read_text(
+                    "utf-8"
+                )
             )
             return _said(package.get("license"), by=f"package.json of {source.package}")
         case StdlibText():

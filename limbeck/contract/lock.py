@@ -90,7 +90,7 @@ def _opened(
     """
     with unwritable_is_a_user_error(lock.parent, remedy=remedy):
         lock.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("a+")
+        file = lock.open("a+", encoding="utf-8")
     with file:
         with unwritable_is_a_user_error(lock.parent, remedy=remedy):
             holder = _take(file)

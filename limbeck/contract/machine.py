@@ -36,7 +36,7 @@ def host() -> dict[str, Any]:
     processor, flags = platform.processor() or platform.machine(), set[str]()
     # Not py-cpuinfo: it takes 0.6 s of processor time for these same two lines (measured).
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
             name, _, value = line.partition(":")
             if name.strip() == "model name":
                 processor = value.strip()

@@ -358,6 +358,11 @@ class Decoder(GraphDecoder):
                 "open it with limbeck.runtime.encoder.Encoder."
             )
         name = form or result["shipped"]
+        if name in result.get("ggufs", {}):
+            raise ArtifactError(
+                f"{folder}: {name} is a GGUF file, {result['ggufs'][name]['file']}; "
+                "run it with llama.cpp or Ollama, or name one of the graphs."
+            )
         if name not in result["forms"]:
             raise ArtifactError(f"{folder}: no form {name!r}; it has {', '.join(result['forms'])}.")
         made = result["forms"][name]

@@ -163,7 +163,7 @@ def load_text(folder: Path) -> Text:
     special = {name: value for name, value in special.items() if isinstance(value, str)}
     return Text(
         tokenizer=tokenizer,
-        template=template.read_text() if template.is_file() else config.get("chat_template"),
+        template=template.read_text("utf-8") if template.is_file() else config.get("chat_template"),
         special=special,
         stop_ids=_stop_ids(folder, tokenizer.token_to_id(special.get("eos_token", ""))),
     )
@@ -187,6 +187,6 @@ def _stop_ids(folder: Path, of_tokenizer: int | None) -> frozenset[int]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
+        return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
     except (ValueError, TypeError) as error:
         raise ArtifactError(f"{path}: cannot be read ({error}); {_AGAIN}") from error

@@ -108,7 +108,7 @@ class Reference:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Every row of samples.jsonl, in the order of writing."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def by_block(samples: Iterable[Sample], arm: str, metric: str, cell: Cell | None = None) -> Array:

@@ -95,7 +95,7 @@ class JudgingTask(Protocol):
 
 def read_bench(bench: Artifact, task: JudgingTask) -> Measured:
     """Read a bench artifact. Raises `ArtifactError` if its layout is older."""
-    environment = json.loads((bench.path / ENVIRONMENT).read_text())
+    environment = json.loads((bench.path / ENVIRONMENT).read_text("utf-8"))
     if "task" not in bench.result or "before" not in environment:
         raise ArtifactError(
             f"{bench.path}: was measured by an older version of Limbeck; `limbeck run` with its "

@@ -109,7 +109,7 @@ def form_arm(onnx: Artifact, form: str, *, twin: bool = False) -> Arm:
 
 def context_of(model: Path) -> int | None:
     """Context of a model folder in tokens; None if its configuration has none."""
-    config = json.loads((model / "config.json").read_text())
+    config = json.loads((model / "config.json").read_text("utf-8"))
     found = config.get(
         "max_position_embeddings", config.get("text_config", {}).get("max_position_embeddings")
     )

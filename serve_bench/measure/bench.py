@@ -63,7 +63,7 @@ def measure(*, onnx: Path, student: Path, out: Path, asked: MeasuringTask) -> Ar
         write_artifact(out, kind="bench", key=key, parents=parents, recipe=recipe) as draft,
     ):
         environment = before(arms, asked.units(0), threads=threads, folder=work, asked=asked.name)
-        with (draft.folder / SAMPLES).open("w") as raw:
+        with (draft.folder / SAMPLES).open("w", encoding="utf-8") as raw:
             with Workers(work, threads=threads, task=asked.name) as workers:
                 open_all(workers, arms, environment)
                 asked.before_timing(workers, arms, reference, draft.folder, work)
@@ -84,7 +84,7 @@ def measure(*, onnx: Path, student: Path, out: Path, asked: MeasuringTask) -> Ar
             asked.alone(raw, environment, work)
         rows = read_rows(draft.folder / SAMPLES)
         asked.finish(rows, environment, draft.folder)
-        (draft.folder / ENVIRONMENT).write_text(json.dumps(environment, indent=1))
+        (draft.folder / ENVIRONMENT).write_text(json.dumps(environment, indent=1), encoding="utf-8")
         found_all = asked.measured(rows, environment, reference, draft.folder)
         draft.result = judge_bench(found_all, asked).result.as_json()
     return open_artifact(out, kind="bench", verify=False)

@@ -186,8 +186,8 @@ class Package:
 
     def joules(self) -> float:
         """Joules since a fixed moment in the past. Raises `OSError` if they cannot be read."""
-        now = int((self._path / "energy_uj").read_text())
+        now = int((self._path / "energy_uj").read_text("utf-8"))
         if now < self._last:
-            self._turns += int((self._path / "max_energy_range_uj").read_text())
+            self._turns += int((self._path / "max_energy_range_uj").read_text("utf-8"))
         self._last = now
         return (now + self._turns) / 1e6

@@ -131,7 +131,7 @@ class Worker:
             if code == -9
             else ""
         )
-        tail = self._log.read_text(errors="replace").strip()[-_TAIL:] or "(nothing)"
+        tail = self._log.read_text("utf-8", errors="replace").strip()[-_TAIL:] or "(nothing)"
         return EnvironmentalError(
             f"{self.arm.id}: its process {how} during {command!r}.{hint} Its last words:\n{tail}"
         )

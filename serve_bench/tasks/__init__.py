@@ -25,7 +25,7 @@ def task_of_bench(bench: Artifact) -> Task:
     """
     saved = bench.manifest["recipe"]
     if saved is None:
-        common = json.loads((bench.path / ENVIRONMENT).read_text())["fairness"]
+        common = json.loads((bench.path / ENVIRONMENT).read_text("utf-8"))["fairness"]
         return Language(
             None, sizes={name: common[name] for name in ("prompt_tokens", "new_tokens")}
         )

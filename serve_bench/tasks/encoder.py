@@ -296,7 +296,7 @@ def require_context(arms: Sequence[Arm], cells: Sequence[Cell], student: Path) -
     for arm in arms:
         folder = Path(arm.spec["model"]) if arm.runtime == "torch" else student
         context = context_of(folder)
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text("utf-8"))
         if context is not None and config["model_type"] in COUNTS_FROM_PADDING:
             context -= config["pad_token_id"] + 1
         if context is not None and wanted > context:

@@ -43,7 +43,7 @@ def time_encoders(
     environment: dict[str, Any] = {"arms": {arm.id: {} for arm in arms}}
     with (
         Workers(out, threads=threads, task="classification") as workers,
-        (out / SAMPLES).open("w") as raw,
+        (out / SAMPLES).open("w", encoding="utf-8") as raw,
     ):
         open_all(workers, arms, environment)
         warm_all(workers, arms, units(0), raw, environment)

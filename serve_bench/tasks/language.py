@@ -158,7 +158,7 @@ class Language:
             folder=self._onnx.path,
         )
         shutil.copyfile(self._student.path / HELDOUT, out / HELDOUT)
-        (out / QUALITY).write_text(json.dumps(self._quality))
+        (out / QUALITY).write_text(json.dumps(self._quality), encoding="utf-8")
 
     def measured(
         self,
@@ -216,7 +216,7 @@ class Language:
     def read_quality(self, bench: Artifact, reference: Reference) -> dict[str, Any] | None:
         """See `JudgingTask`."""
         path = bench.path / QUALITY
-        return json.loads(path.read_text()) if path.exists() else None
+        return json.loads(path.read_text("utf-8")) if path.exists() else None
 
     def evidence(self, measured: Measured) -> Evidence:
         """See `JudgingTask`."""
@@ -277,7 +277,7 @@ class Language:
 
     def data(self, bench: Artifact) -> dict[str, Any]:
         """See `JudgingTask`."""
-        domains = json.loads((bench.path / QUALITY).read_text())["domains"]
+        domains = json.loads((bench.path / QUALITY).read_text("utf-8"))["domains"]
         return {
             "heldout": bench.manifest["files"][HELDOUT]["sha256"],
             "domains": {

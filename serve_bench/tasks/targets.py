@@ -85,7 +85,7 @@ def measure_targets(
         write_artifact(out, kind="bench", key=key, parents=parents) as draft,
     ):
         environment = before(arms, units(0), threads=threads, folder=work)
-        with (draft.folder / SAMPLES).open("w") as raw:
+        with (draft.folder / SAMPLES).open("w", encoding="utf-8") as raw:
             local = [arm for arm in arms if arm.runtime != "openai" and arm.role != "twin"]
             with Workers(work, threads=threads) as workers:
                 open_all(workers, arms, environment)
@@ -112,7 +112,7 @@ def measure_targets(
             graph = artifact.path / artifact.result["forms"][form]["graph"]
             environment["arms"][name]["weight_bytes"] = graph_weight_bytes(graph)
         environment["prompt_source"] = f"random tokens below {vocabulary}, others in every block"
-        (draft.folder / ENVIRONMENT).write_text(json.dumps(environment, indent=1))
+        (draft.folder / ENVIRONMENT).write_text(json.dumps(environment, indent=1), encoding="utf-8")
         rows = figures.read_rows(draft.folder / SAMPLES)
         draft.result = language.result(
             timed.samples,
@@ -188,7 +188,7 @@ def _vocabulary(arm: Arm) -> int | None:
     folder = _folder(arm)
     if folder is None:
         return None
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
     found = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
     return int(found) if found else None
 

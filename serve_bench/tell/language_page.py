@@ -108,7 +108,11 @@ _PARITY = (
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return (
+        [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        if path.is_file()
+        else []
+    )
 
 
 def _headline(data: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -164,7 +168,7 @@ def _headline(data: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _teachers(recipe: Recipe, student: Artifact) -> list[dict[str, Any]]:
-    entries = json.loads((student.path / "teachers.json").read_text())
+    entries = json.loads((student.path / "teachers.json").read_text("utf-8"))
     sources = {teacher.name: teacher.model for teacher in recipe.teachers}
     return [
         {

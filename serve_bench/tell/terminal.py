@@ -14,7 +14,7 @@ NAMES = "TTFT: time to the first token. TPOT: time per output token after it."
 
 def of_artifact(bench: Artifact) -> str:
     """The table of a ``bench`` artifact of language models, and the ratios that it found."""
-    result, environment = bench.result, json.loads((bench.path / ENVIRONMENT).read_text())
+    result, environment = bench.result, json.loads((bench.path / ENVIRONMENT).read_text("utf-8"))
     sizes, found = environment["fairness"], []
     for arm in result["arms"].values():
         label = arm["label"] + ("" if arm["steady"] else " (not steady)")

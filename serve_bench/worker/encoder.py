@@ -157,7 +157,10 @@ def _prepare(runtime: str, spec: dict[str, Any]) -> None:
         import transformers
 
         for name in (
-            json.loads((Path(spec["model"]) / "config.json").read_text()).get("architectures") or ()
+            json.loads((Path(spec["model"]) / "config.json").read_text("utf-8")).get(
+                "architectures"
+            )
+            or ()
         ):
             getattr(transformers, name, None)  # transformers imports a class when it is first named
         transformers.utils.logging.set_verbosity_error()

@@ -21,7 +21,7 @@ from limbeck.contract.process import end_with_parent
 def peak_rss() -> int:
     """The most memory this process ever held, in bytes, loading included."""
     try:
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path("/proc/self/status").read_text("utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     except OSError:

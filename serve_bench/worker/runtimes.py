@@ -63,7 +63,9 @@ def prepare(runtime: str, spec: Mapping[str, Any]) -> None:
             import transformers
 
             for name in (
-                json.loads((Path(spec["model"]) / "config.json").read_text()).get("architectures")
+                json.loads((Path(spec["model"]) / "config.json").read_text("utf-8")).get(
+                    "architectures"
+                )
                 or ()
             ):
                 getattr(
@@ -431,7 +433,7 @@ class OnnxRuntimeGenai:
             self._adapters = adapters
         self._og, self._prompt_tokens = og, 0
         self._generator: Any = None
-        told = json.loads((folder / "genai_config.json").read_text())["model"]
+        told = json.loads((folder / "genai_config.json").read_text("utf-8"))["model"]
         self.facts: dict[str, Any] = {
             "vocabulary": int(told["vocab_size"]),
             "context": int(told["context_length"]),

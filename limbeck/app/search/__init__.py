@@ -133,7 +133,7 @@ def _found(folder: Path, recipe: AnyRecipe, budget: AnyBudget) -> Found | None:
     """Saved result of a finished search, or None if there is none or more time is now allowed."""
     if not (folder / RESULT).exists():
         return None
-    result = json.loads((folder / RESULT).read_text())
+    result = json.loads((folder / RESULT).read_text("utf-8"))
     if any(c["late"] for c in result["candidates"]) and budget.hours > result["budget"]["hours"]:
         return None
     undecided = any(c["verdict"] == "undecided" for c in result["candidates"])

@@ -45,7 +45,7 @@ def predict_speeds(
     groups = {shape: list({c.form: c for c in by_shape[shape]}.values()) for shape in probes}
     if not (folder / TIMING).exists():
         _time_probes(recipe, students, groups, folder, of=len(shapes))
-    measured = json.loads((folder / TIMING).read_text())
+    measured = json.loads((folder / TIMING).read_text("utf-8"))
     probed = [c for group in groups.values() for c in group]
     timed = [c for c in probed if "refused" not in measured[c.name]]
     # A form that was refused for one shape can be timed with another. Refused for

@@ -210,7 +210,7 @@ def _worker(folder: Path) -> Iterator[str]:
     """Name of this worker. It holds a lock while its process runs, so others see if it is alive."""
     (folder / "workers").mkdir(exist_ok=True)
     path = folder / "workers" / f"{os.uname().nodename}-{os.getpid()}-{time.monotonic_ns()}"
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
             yield path.name
@@ -222,7 +222,7 @@ def _alive(folder: Path, worker: str | None) -> bool:
     if worker is None:  # it fell between taking a student and saying so
         return False
     try:
-        with (folder / "workers" / worker).open("r+") as file:
+        with (folder / "workers" / worker).open("r+", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

@@ -106,4 +106,4 @@ class Clock:
 
     def _kept(self) -> dict[str, float]:
         found: dict[str, float] = {"seconds": 0.0, "longest": 0.0}
-        return found | (json.loads(self._path.read_text()) if self._path.exists() else {})
+        return found | (json.loads(self._path.read_text("utf-8")) if self._path.exists() else {})

@@ -344,7 +344,7 @@ def _kernels(recipe: Recipe) -> Iterator[str]:
     export = recipe.export
     for index, form in enumerate(export.forms):
         refused = NO_KERNEL.get((export.provider, form.kind))
-        reference = form.kind == "fp32" and (len(export.forms) > 1 or export.backend == "dynamo")
+        reference = form.kind == "fp32" and (len(export.graphs) > 1 or export.backend == "dynamo")
         if refused and not reference:
             why, instead = refused
             yield (
@@ -397,7 +397,7 @@ def _mixed(recipe: Recipe) -> Iterator[str]:
 
 
 def _recovery(recipe: Recipe) -> Iterator[str]:
-    shipped, where = recipe.export.forms[-1], "export.recover:"
+    shipped, where = recipe.export.graphs[-1], "export.recover:"
     if recipe.export.recover is None:
         return
     if recipe.gates.max_quantization_loss is None:

@@ -280,6 +280,16 @@ class EncoderExport(Frozen):
         description="Whether a graph takes any number of rows and tokens, or one of each.",
     )
 
+    @property
+    def graphs(self) -> tuple[EncoderForm, ...]:
+        """The forms that are ONNX graphs: all of them."""
+        return self.forms
+
+    @property
+    def ggufs(self) -> tuple[()]:
+        """Encoders have no GGUF files."""
+        return ()
+
 
 class EncoderBench(Frozen):
     """Batches through every arm, over a grid of sizes, interleaved; then held-out examples through

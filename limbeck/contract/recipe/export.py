@@ -96,6 +96,13 @@ class Int4WeightForm(Frozen):
     )
 
 
+class GgufForm(Frozen):
+    """A GGUF file of the whole student beside the graphs, for llama.cpp and Ollama: 16-bit weights,
+    or blocks of 32 weights in 8 or 4 bits. It never is the form that ships."""
+
+    kind: Literal["gguf-f16", "gguf-q8_0", "gguf-q4_0"]
+
+
 Form = Annotated[
     Annotated[
         Fp32Form
@@ -105,6 +112,20 @@ Form = Annotated[
         | Int8StaticForm
         | Int8TrtForm
         | Int4WeightForm,
+        Field(discriminator="kind"),
+    ],
+    SHORTHAND,
+]
+_AnyForm = Annotated[
+    Annotated[
+        Fp32Form
+        | Fp16Form
+        | Int8WeightForm
+        | Int8DynamicForm
+        | Int8StaticForm
+        | Int8TrtForm
+        | Int4WeightForm
+        | GgufForm,
         Field(discriminator="kind"),
     ],
     SHORTHAND,
@@ -211,7 +232,7 @@ Shapes = Annotated[Annotated[DynamicShapes | StaticShapes, Field(discriminator="
 
 
 class Export(Frozen):
-    """Graphs made from the student. The last form is the one that is shipped."""
+    """Graphs made from the student, and GGUF files beside them. The last graph is shipped."""
 
     backend: Literal["auto", "genai", "dynamo"] = Field(
         "auto",
@@ -239,10 +260,10 @@ class Export(Frozen):
         description="Execution provider the forms are made for; on cuda all but fp32, the "
         "reference on the CPU, compute in fp16.",
     )
-    forms: tuple[Form, ...] = Field(
+    forms: tuple[_AnyForm, ...] = Field(
         (Fp32Form(kind="fp32"), Int8WeightForm(kind="int8-weight")),
         min_length=1,
-        description="Forms by name, fp32 first; the last one is shipped.",
+        description="Forms by name, fp32 first; the last one that is no GGUF is shipped.",
     )
     mixed: Mixed = Field(
         MixedByRule(kind="rule"), description="Which matrices of int4-weight keep 8 bits."
@@ -250,3 +271,13 @@ class Export(Frozen):
     recover: Recover | None = Field(
         None, description="What to try when rounding costs too much; default: nothing."
     )
+
+    @property
+    def graphs(self) -> tuple[Form, ...]:
+        """The forms that are ONNX graphs."""
+        return tuple(form for form in self.forms if not isinstance(form, GgufForm))
+
+    @property
+    def ggufs(self) -> tuple[GgufForm, ...]:
+        """The forms that are GGUF files."""
+        return tuple(form for form in self.forms if isinstance(form, GgufForm))

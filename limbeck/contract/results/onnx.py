@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import ArtifactError
+
+_NEW = "ggufs"  # exports of an older version have none
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,19 @@ class ExportedForm:
 
 
 @dataclass(frozen=True)
+class GgufFile:
+    """A GGUF file of the student, as it was read back and scored."""
+
+    file: str
+    bytes: int
+    tensors: Mapping[str, int]  # number by type
+    runtime: str  # that read it back: llama.cpp or transformers
+    parity: Mapping[str, Any]
+    heldout: Mapping[str, float]  # nats a token by domain
+    rise: float | None  # relative, over the student in torch; None where that is not known
+
+
+@dataclass(frozen=True)
 class OnnxResult:
     """Everything that an export says of itself.
 
@@ -61,6 +76,7 @@ class OnnxResult:
     shapes: Mapping[str, Any]
     forms: Mapping[str, ExportedForm]
     failed: Mapping[str, str]  # forms of the recipe that are not kept, and why
+    ggufs: Mapping[str, GgufFile] = field(default_factory=dict)
     classes: tuple[str, ...] | None = None
     adapter: KeptAdapter | None = None
     heldout: Mapping[str, Mapping[str, float]] | None = None  # by form and domain
@@ -79,9 +95,10 @@ class OnnxResult:
         """The result of an ``onnx`` artifact. Raises `ArtifactError` when a field is missing."""
         found = artifact.result
         try:
-            given = {field.name: found[field.name] for field in fields(cls)}
+            given = {field.name: found[field.name] for field in fields(cls) if field.name != _NEW}
             given["backend"] = Backend(**found["backend"])
             given["forms"] = {name: ExportedForm(**form) for name, form in found["forms"].items()}
+            given["ggufs"] = {name: GgufFile(**file) for name, file in found.get(_NEW, {}).items()}
             given["adapter"] = KeptAdapter(**found["adapter"]) if found["adapter"] else None
         except (KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(

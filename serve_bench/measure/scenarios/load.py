@@ -292,7 +292,7 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> 
         if process.poll() is not None:
             raise EnvironmentalError(
                 f"limbeck serve ended with status {process.returncode}. Its last "
-                f"words:\n{log.read_text(errors='replace').strip()[-2000:]}"
+                f"words:\n{log.read_text('utf-8', errors='replace').strip()[-2000:]}"
             )
         with contextlib.suppress(httpx2.HTTPError):
             if httpx2.get(f"{url}/health", timeout=1).status_code == 200:
@@ -300,5 +300,5 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> 
         time.sleep(0.1)
     raise EnvironmentalError(
         f"limbeck serve was not ready after {_READY:.0f} s; its log "
-        f"ends:\n{log.read_text()[-2000:]}"
+        f"ends:\n{log.read_text('utf-8')[-2000:]}"
     )
