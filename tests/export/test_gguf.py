@@ -22,7 +22,7 @@ from export.plan import form_bytes
 from limbeck.app.pack import pack
 from limbeck.app.products import mistakes
 from limbeck.contract.errors import ModelError
-from limbeck.contract.recipe.export import GgufForm
+from limbeck.contract.recipe.export import GgufQ8Form
 from limbeck.contract.results.onnx import OnnxResult
 from tests.factory import Factory
 from tests.pico import make_model, pico_recipe
@@ -208,7 +208,7 @@ def test_a_plan_knows_the_size(tmp_path: Path) -> None:
         config = AutoConfig.from_pretrained(model)
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config)
-        planned = form_bytes(empty, GgufForm(kind="gguf-q8_0"))
+        planned = form_bytes(empty, GgufQ8Form(kind="gguf-q8_0"))
         assert abs(planned - file.stat().st_size) < 12_000, model_type  # metadata and tokens
 
 

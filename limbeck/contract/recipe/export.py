@@ -96,11 +96,26 @@ class Int4WeightForm(Frozen):
     )
 
 
-class GgufForm(Frozen):
-    """A GGUF file of the whole student beside the graphs, for llama.cpp and Ollama: 16-bit weights,
-    or blocks of 32 weights in 8 or 4 bits. It never is the form that ships."""
+class GgufF16Form(Frozen):
+    """A GGUF file beside the graphs, for llama.cpp and Ollama, with weights of 16 bits."""
 
-    kind: Literal["gguf-f16", "gguf-q8_0", "gguf-q4_0"]
+    kind: Literal["gguf-f16"]
+
+
+class GgufQ8Form(Frozen):
+    """A GGUF file beside the graphs, for llama.cpp and Ollama, with weights in 8-bit blocks."""
+
+    kind: Literal["gguf-q8_0"]
+
+
+class GgufQ4Form(Frozen):
+    """A GGUF file beside the graphs, for llama.cpp and Ollama, with weights in 4-bit blocks; 8 bits
+    in embedding and head."""
+
+    kind: Literal["gguf-q4_0"]
+
+
+GgufForm = GgufF16Form | GgufQ8Form | GgufQ4Form  # never ships: onnxruntime does not run it
 
 
 Form = Annotated[
@@ -125,7 +140,9 @@ _AnyForm = Annotated[
         | Int8StaticForm
         | Int8TrtForm
         | Int4WeightForm
-        | GgufForm,
+        | GgufF16Form
+        | GgufQ8Form
+        | GgufQ4Form,
         Field(discriminator="kind"),
     ],
     SHORTHAND,
