@@ -76,7 +76,7 @@ def teachers_of(student: Artifact) -> list[dict[str, Any]]:
 
     Raises `ArtifactError` when the folder of a teacher is gone.
     """
-    entries = json.loads((student.path / "teachers.json").read_text())
+    entries = json.loads((student.path / "teachers.json").read_text("utf-8"))
     found: list[dict[str, Any]] = [entry for entry in entries if "server" not in entry]
     for teacher in found:
         for key in ("model", "adapter"):
