@@ -27,7 +27,7 @@ from limbeck.contract.recipe import LoraStudent, TopkCache, load_recipe
 from tests.compress.test_compress import tiny
 
 PYTHON = Path(__file__).parents[2] / ".venvs" / "vllm" / "bin" / "python"
-READY = 300.0  # seconds that vLLM may take to serve
+READY = 600.0  # seconds that vLLM may take to serve
 TOP, LENGTH, ROWS = 64, 128, 6
 
 pytestmark = [

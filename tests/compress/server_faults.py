@@ -1,0 +1,84 @@
+"""Wrong answers of a server, each with the error that must name it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from limbeck.contract.errors import EnvironmentalError, LimbeckError, ModelError
+
+
+def wrong(change: Any) -> Any:
+    """A fault of every answer but the probe's: ``change`` gets the entries of the prompt."""
+
+    def fault(number: int, right: dict[str, Any]) -> tuple[int, Any] | None:
+        if number:
+            choice = right["choices"][0]
+            choice["prompt_logprobs"] = change(choice["prompt_logprobs"])
+        return 200, right
+
+    return fault
+
+
+def with_value(value: Any) -> Any:
+    def change(entries: list[Any]) -> list[Any]:
+        next(iter(entries[3].values()))["logprob"] = value
+        return entries
+
+    return wrong(change)
+
+
+FAULTS: dict[str, tuple[Any, type[LimbeckError], str]] = {
+    "cut": (wrong(lambda found: found[:-2]), ModelError, r"it cuts the prompt, or adds a token"),
+    "more": (wrong(lambda found: [None, *found]), ModelError, r"adds a token"),
+    "shifted": (
+        wrong(lambda found: [None, *reversed(found[1:])]),
+        ModelError,
+        r"position \d+: has no log-probability of the text's own token \d+",
+    ),
+    "nan": (with_value(float("nan")), ModelError, "what is no log-probability"),
+    "positive": (with_value(2.5), ModelError, "what is no log-probability"),
+    "text": (with_value("low"), ModelError, "what is no log-probability"),
+    "too much": (
+        wrong(lambda found: [None, *({t: {"logprob": -0.1} for t in e} for e in found[1:])]),
+        ModelError,
+        r"its probabilities sum to \d",
+    ),
+    "other k": (
+        wrong(lambda found: [None, *(dict(list(e.items())[-4:]) for e in found[1:])]),
+        ModelError,
+        r"answers 4 tokens, and 12 were asked for; set `top` to 4.*--max-logprobs",
+    ),
+    "empty": (wrong(lambda found: [None, *(None for _ in found[1:])]), ModelError, "without token"),
+    "none": (wrong(lambda found: None), ModelError, "answers without prompt_logprobs"),
+    "other model": (
+        lambda number, right: (200, right | ({"model": "small"} if number else {})),
+        ModelError,
+        "answers as model 'small', not 'big'",
+    ),
+    "refuses": (
+        lambda number, right: (400, {"error": {"message": "greater than max allowed: 5"}}),
+        EnvironmentalError,
+        "status 400: greater than max allowed: 5",
+    ),
+    "busy": (
+        lambda number, right: (429, {"error": {"message": "slow down"}}),
+        EnvironmentalError,
+        r"status 429: slow down; gave up after 3 tries",
+    ),
+    "not json": (
+        lambda number, right: (200, json.dumps(right).encode()[:-40]),
+        EnvironmentalError,
+        "its answer is not JSON; gave up after 3 tries",
+    ),
+    "list": (
+        lambda number, right: (200, [right]),
+        EnvironmentalError,
+        "its answer is no JSON object",
+    ),
+    "redirect": (
+        lambda number, right: (307, {"detail": "elsewhere"}),
+        EnvironmentalError,
+        "status 307",
+    ),
+}
