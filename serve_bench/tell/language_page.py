@@ -12,7 +12,7 @@ from typing import Any
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.recipe import Recipe
 from serve_bench.judge.figures import Sample
-from serve_bench.judge.gates import show
+from serve_bench.judge.gates import Evidence, best_teacher, show
 from serve_bench.judge.task import Judged
 from serve_bench.tell import charts, sections
 from serve_bench.tell.bubbles import Bubble, quality_against_speed
@@ -71,11 +71,11 @@ def page(
         "language.html.j2",
         "language_inputs.html.j2",
         {
-            "headline": _headline(data),
+            "headline": _headline(data, judged.evidence),
             "teachers": _teachers(recipe, student),
             "domains": domains,
             "best": _best(data),
-            "pictures": _pictures(data, judged.measured.samples, log),
+            "pictures": _pictures(data, judged, log),
             "trade_note": "",
             "noise": _noise(data),
             "checks": choices,
@@ -115,7 +115,7 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
     )
 
 
-def _headline(data: Mapping[str, Any]) -> list[dict[str, str]]:
+def _headline(data: Mapping[str, Any], evidence: Evidence) -> list[dict[str, str]]:
     """Four numbers for a reader in a hurry."""
     shipped = data["arms"][f"onnx:{data['shipped']}"]
     teachers = {name: arm for name, arm in data["arms"].items() if arm["role"] == "teacher"}
@@ -143,18 +143,15 @@ def _headline(data: Mapping[str, Any]) -> list[dict[str, str]]:
         fastest = min(
             teachers, key=lambda name: data["speed_of_shipped_over"][name]["tpot"]["value"]
         )
-        best = min(teachers, key=lambda name: teachers[name]["quality"]["mean_nll"])
-        over, rise = (
-            data["speed_of_shipped_over"][fastest]["tpot"],
-            data["nll_rise_of_shipped_over"][best],
-        )
+        over = data["speed_of_shipped_over"][fastest]["tpot"]
         items[0]["note"] = f"{interval(over)}× the fastest teacher, {teachers[fastest]['label']}"
         items[1]["note"] = (
             f"{significant(teachers[fastest]['bytes'] / shipped['bytes'])}× smaller than that "
             "teacher"
         )
-        percent = show(rise["value"], "%")
-        items[2]["note"] = f"{percent} against the best teacher, {teachers[best]['label']}"
+    if (best := best_teacher(evidence)) is not None:  # it may be behind a server, and no arm
+        percent = show(evidence.rise_over_teachers[best][1].value, "%")
+        items[2]["note"] = f"{percent} against the best teacher, {best}"
     memory = {
         "value": significant(shipped["peak_rss_bytes"] / 1e6),
         "unit": "MB",
@@ -232,9 +229,9 @@ def _parameters(found: Any) -> int | None:
 
 
 def _pictures(
-    data: Mapping[str, Any], samples: Sequence[Sample], log: Sequence[Mapping[str, Any]]
+    data: Mapping[str, Any], judged: Judged, log: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    arms = data["arms"]
+    arms, samples = data["arms"], judged.measured.samples
     bubbles = [
         Bubble(
             arm["label"],
@@ -297,7 +294,8 @@ def _pictures(
             pictures["weights"][domain] = _weights(steps, domain)
     evaluations = [row for row in log if row["event"] == "evaluate"]
     if len(evaluations) > 1:
-        pictures["heldout"] = _heldout(evaluations, data)
+        losses = [nll for nll, _ in judged.evidence.rise_over_teachers.values()]
+        pictures["heldout"] = _heldout(evaluations, min(losses, default=None))
     return pictures
 
 
@@ -325,17 +323,15 @@ def _terms(steps: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _heldout(evaluations: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> str:
+def _heldout(evaluations: Sequence[Mapping[str, Any]], best: float | None) -> str:
+    """``best`` is the loss of the best teacher, or None where there is no teacher."""
     tokens = [row["tokens"] for row in evaluations]
     series = {
         name: (tokens, [row["nll"][name] for row in evaluations]) for name in evaluations[0]["nll"]
     }
     if len(series) > 1:
         series["mean"] = (tokens, [row["mean_nll"] for row in evaluations])
-    teachers = [
-        arm["quality"]["mean_nll"] for arm in data["arms"].values() if arm["role"] == "teacher"
-    ]
-    dashed = {"best teacher": min(teachers)} if teachers else {}
+    dashed = {} if best is None else {"best teacher": best}
     return charts.lines(
         series,
         dashed=dashed,
