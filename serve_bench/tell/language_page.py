@@ -17,6 +17,7 @@ from serve_bench.judge.task import Judged
 from serve_bench.tell import charts, sections
 from serve_bench.tell.bubbles import Bubble, quality_against_speed
 from serve_bench.tell.numbers import interval, significant
+from serve_bench.tell.own_text import own_text, read_samples
 from serve_bench.tell.report import threads
 from serve_bench.tell.task import Page
 
@@ -94,6 +95,7 @@ def page(
             "against_memory": sections.against_memory(data),
             "energy": sections.energy(data),
             "generation": quality.get("generation"),
+            "own": own_text(log, read_samples(student.path / "samples.jsonl")),
             "parameters": _parameters(student.result.get("parameters")),
         },
     )

@@ -50,7 +50,10 @@ if mode == "fsdp":
     train.Accelerator = Sharding
 if stop == "stop":
     train.Run.record = leave_after_step_5
-recipe = parse_recipe(tiny(out).resolved() | {"student": STUDENTS[student]})
+tree = tiny(out).resolved() | {"student": STUDENTS[student]}
+if mode == "own":
+    tree["training"]["on_policy"] = {"prompts": {"tokens": 8}, "new_tokens": 12}
+recipe = parse_recipe(tree)
 compress.distill(recipe=recipe, out=out / "student")
 """
 
@@ -82,13 +85,13 @@ def _in_processes(
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
     """The folder that one process made of the tiny recipe with a student, once for all tests."""
 
     @functools.cache
-    def run(student: str) -> Path:
+    def run(student: str, mode: str) -> Path:
         folder = tmp_path_factory.mktemp("alone") / student
-        _in_processes(1, folder, student)
+        _in_processes(1, folder, student, mode)
         return folder / "student"
 
     return run
@@ -96,22 +99,32 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.mark.parametrize(
     ("student", "mode", "stopped"),
-    [("lora", "ddp", False), ("lora", "fsdp", False), ("fresh", "fsdp", True)],
+    [
+        ("lora", "ddp", False),
+        ("lora", "fsdp", False),
+        ("fresh", "fsdp", True),
+        ("lora", "own", False),
+    ],
 )
 def test_two_processes_change_nothing(
-    tmp_path: Path, alone: Callable[[str], Path], student: str, mode: str, stopped: bool
+    tmp_path: Path, alone: Callable[[str, str], Path], student: str, mode: str, stopped: bool
 ) -> None:
     """DDP, and FSDP2 with parameters sharded, over gloo: the losses and weights of one process,
-    interrupted or not.
+    interrupted or not. With own text: the same texts too.
     """
     if stopped:
         _in_processes(2, tmp_path / "two", student, mode, stop=True)
         assert not (tmp_path / "two" / "student").exists()
     _in_processes(2, tmp_path / "two", student, mode)
-    folders = alone(student), tmp_path / "two" / "student"
+    folders = alone(student, "own" if mode == "own" else "ddp"), tmp_path / "two" / "student"
     one, two = ([s["loss"] for s in events(folder, "step")] for folder in folders)
     assert len(one) == 6
     assert two == pytest.approx(one, rel=1e-5)
+    if mode == "own":
+        texts = [(folder / "samples.jsonl").read_text() for folder in folders]
+        assert texts[0] == texts[1]
+        drawn = ([s["own_text"]["reverse_kl"] for s in events(f, "step")] for f in folders)
+        assert next(drawn) == pytest.approx(next(drawn), rel=1e-4)
     weights, sharded = (load_file(folder / "model" / "model.safetensors") for folder in folders)
     assert sharded.keys() == weights.keys()
     for name, tensor in weights.items():
@@ -167,3 +180,10 @@ def test_every_process_needs_blocks_of_every_step(
     ):
         compress.distill(recipe=recipe, out=tmp_path / "student")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_sharded_student_cannot_write(tmp_path: Path) -> None:
+    recipe = tiny(tmp_path, training={"on_policy": {"prompts": {"tokens": 8}}})
+    with pytest.raises(RecipeError, match=r"training.on_policy: a student whose .*\(FSDP\) cannot"):
+        language_models.require_share_for_all(recipe, processes=2, sharded=True)
+    language_models.require_share_for_all(recipe, processes=2, sharded=False)
