@@ -23,13 +23,24 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Writing:
+    """Cost of the text that the student writes itself, and memory while some rows are written."""
+
+    tokens: int  # written, at most: a row may end early
+    operations: float
+    cache: int  # bytes of keys and values, and of weights cast to the compute type
+    logits: int  # bytes of one step of sampling
+
+
+@dataclass(frozen=True)
 class Footprint:
     """The cost of distilling one recipe, from its sizes."""
 
     trained: int  # parameters, projections included
     memory: Memory
     cache_bytes: int  # of the teacher cache, at most; 0 without one
-    operations: float  # floating-point operations of the whole training
+    operations: float  # floating-point operations of the whole training, but for own text
+    own_text: Writing | None = None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from compress.data.blocks import measure_text
 from compress.features import layer_pairs
 from compress.footprint.base import Asked, Footprint, Memory
+from compress.footprint.own_text import writing
 from compress.footprint.tracing import (
     TRIAL_VOCABULARY,
     Trace,
@@ -218,6 +219,19 @@ def footprint(
     moments = [
         Memory(kept_teachers, weights + head, 12 * trained + best, activations, logits, "training")
     ]
+    own = writing(
+        recipe,
+        student.config,
+        parameters=student.parameters,
+        head=2 * student.width * student.vocabulary,
+        forward=mine.forward / tokens,
+        compute=compute,
+    )
+    if own is not None:  # there are no gradients at this moment
+        kept = 8 * trained + best
+        moments.append(
+            Memory(kept_teachers, weights + head, kept, own.cache, own.logits, "writing own text")
+        )
     if cached:
         filling = max((t.forward_peak for t in theirs), default=0)
         moments.append(Memory(bodies + heads, weights + head, 0, filling, 0, "filling the cache"))
@@ -240,7 +254,8 @@ def footprint(
             )
         )
     cache_bytes = _cache_bytes(recipe, teachers, pairs, cached_tokens)
-    return Footprint(trained, max(moments, key=lambda m: m.total), cache_bytes, operations)
+    worst = max(moments, key=lambda m: m.total)
+    return Footprint(trained, worst, cache_bytes, operations, own)
 
 
 def measure_speed(

@@ -19,10 +19,10 @@ from compress.loss import FusionTerms, fused_loss
 from compress.models.language import DTYPES
 from compress.states import AnyStates, teacher_statistics
 from compress.tasks.language_models import LanguageModels
-from compress.tasks.own_terms import OwnTerms
+from compress.tasks.own_terms import OwnTerms, evidence_of_prompts
 from compress.tasks.own_text import Batch, Written, now
 from compress.weights import span_of
-from limbeck.contract.recipe import Fusion, PosteriorWeights, fingerprint
+from limbeck.contract.recipe import Fusion, fingerprint
 
 
 class LanguageStep:
@@ -81,16 +81,18 @@ class LanguageStep:
         """See `compress.tasks.Step`."""
         task, device = self.task, self.task.device
         ids, labels = self.ids_RL[part].to(device), self.labels_RL[part].to(device)
-        own = self.written is not None and bool(self.written.is_own_R[part[0]])
+        written = self.written
+        own = written is not None and bool(written.is_own_R[part[0]])
         if own:  # padding behind the longest row is left out
             longest = max(len(self._own_rows[int(row)]) for row in part)
             ids, labels = ids[:, :longest], labels[:, :longest]
         states, inner = self._ask_teachers(ids, self._read_labels(part, labels, own=own))
         fusion, prior_KR = task.recipe.fusion, None
-        if own:
+        if own and written is not None:
             # The label is what the student drew: cross-entropy would only confirm it.
             fusion = fusion.model_copy(update={"cross_entropy": 0.0})
-            prior_KR = self._prior(states, part, labels.shape[1])
+            prompts = written.prompt_labels_RL[part, : labels.shape[1]]
+            prior_KR = evidence_of_prompts(task, states, prompts)
         use = functools.partial(
             self._terms, labels_RL=labels, teachers=states, teacher_states=inner,
             fusion=fusion, prior_KR=prior_KR,
@@ -127,19 +129,6 @@ class LanguageStep:
         if self.written is not None:
             self._seconds["teachers"] += now(task) - begun
         return found
-
-    def _prior(self, teachers: Sequence[AnyStates], part: Tensor, length: int) -> Tensor | None:
-        """Log-likelihood ``[K, R]`` of the prompts of own rows, where the weights ask for it."""
-        task, written = self.task, self.written
-        if written is None or not isinstance(task.recipe.fusion.weights, PosteriorWeights):
-            return None
-        _, logp_KRL = teacher_statistics(
-            teachers,
-            written.prompt_labels_RL[part, :length].to(task.device),
-            vocabulary=task.vocabulary,
-            chunk=task.recipe.fusion.chunk,
-        )
-        return logp_KRL.sum(-1)
 
     def _terms(
         self,

@@ -155,14 +155,10 @@ class OwnText:
         rows = self.continuations(model, [p for p in prompts if p.row % processes == rank])
         ids_RL, labels_RL = ids_RL.clone(), labels_RL.clone()
         prompt_labels_RL = torch.full_like(labels_RL, IGNORED)
-        for own in rows:
-            row, before = own.prompt.row, len(own.prompt.ids)
-            whole = torch.tensor([*own.prompt.ids, *own.new])
-            ids_RL[row] = 0
-            ids_RL[row, : len(whole)] = whole
-            labels_RL[row] = IGNORED
-            labels_RL[row, before - 1 : len(whole) - 1] = whole[before:]
-            prompt_labels_RL[row, : before - 1] = whole[1:before]
+        if rows:
+            mine = torch.tensor([own.prompt.row for own in rows])
+            own_RL = laid_out(rows, ids_RL.shape[1])
+            ids_RL[mine], labels_RL[mine], prompt_labels_RL[mine] = own_RL
         seconds = now(causal_lm(model)) - begun
         return Written(rows, is_own_R, ids_RL, labels_RL, prompt_labels_RL, seconds)
 
@@ -268,6 +264,19 @@ def _plain_generation(model: Any, ends: Sequence[int]) -> Iterator[None]:
     finally:
         model.train(was_training)
         lm.generation_config = given
+
+
+def laid_out(rows: Sequence[OwnRow], length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ids, labels of the new tokens and labels of the prompts, ``[R, length]`` each."""
+    ids_RL = torch.zeros(len(rows), length, dtype=torch.long)
+    labels_RL = torch.full_like(ids_RL, IGNORED)
+    prompt_labels_RL = labels_RL.clone()
+    for index, own in enumerate(rows):
+        whole, before = torch.tensor([*own.prompt.ids, *own.new]), len(own.prompt.ids)
+        ids_RL[index, : len(whole)] = whole
+        labels_RL[index, before - 1 : len(whole) - 1] = whole[before:]
+        prompt_labels_RL[index, : before - 1] = whole[1:before]
+    return ids_RL, labels_RL, prompt_labels_RL
 
 
 def _until(row: Sequence[int], ends: Sequence[int]) -> list[int]:

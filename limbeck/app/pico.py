@@ -170,6 +170,8 @@ def _shrink_language_model(tree: dict[str, Any], recipe: Recipe) -> None:
         "evaluate_every": 2,
         "checkpoint_every": 2,
     }
+    if tree["training"]["on_policy"] is not None:
+        tree["training"]["on_policy"] |= {"prompts": {"tokens": 16}, "new_tokens": 16}
     tree["bench"] |= {"prompt_tokens": 16, "new_tokens": 8, "min_blocks": 3, "minutes": 0.05}
     for scenario in tree["bench"]["scenarios"]:
         scenario |= _SCENARIOS[scenario["kind"]]

@@ -54,6 +54,7 @@ class Plan:
     operations_first: float
     seconds: float | None  # of training, prerequisites included; None without a trial
     bench_seconds: float
+    own_text: int = 0  # tokens that the student writes itself, at most
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -87,6 +88,8 @@ class Plan:
         yield "teacher cache on disk", f"at most {_mb(self.cache)}" if self.cache else "none"
         for name in self.first:
             yield "made first", name
+        if self.own_text:
+            yield "own text", f"at most {self.own_text:,} tokens written by the student"
         open_ = f", and what {self.minutes:g} minutes of training hold" if self.minutes else ""
         yield "operations", f"{(self.operations + self.operations_first) / 1e12:,.1f} TFLOP{open_}"
         if self.seconds is None:
@@ -125,14 +128,20 @@ class _Making:
 
     def seconds(self, speed: float) -> float:
         """Seconds of training at ``speed`` operations per second, or its budget in time."""
-        return 60 * self.minutes if self.minutes else self.taken.operations / speed
+        if self.minutes:
+            return 60 * self.minutes
+        own = self.taken.own_text
+        written = own.operations / _writing_speed(self) if own is not None else 0.0
+        return self.taken.operations / speed + written
 
     def operations(self, speed: float | None) -> float:
         """Operations of training at ``speed`` per second.
 
         With a budget in time and no speed, only those of its measurements.
         """
-        return self.taken.operations + (60 * self.minutes * speed if self.minutes and speed else 0)
+        written = self.taken.own_text.operations if self.taken.own_text is not None else 0
+        timed = 60 * self.minutes * speed if self.minutes and speed else 0
+        return self.taken.operations + written + timed
 
 
 def plan_recipe(recipe: AnyRecipe, *, trial: bool = False) -> Plan:
@@ -169,6 +178,7 @@ def plan_recipe(recipe: AnyRecipe, *, trial: bool = False) -> Plan:
         operations_first=sum(making.operations(speed) for making in first),
         seconds=seconds,
         bench_seconds=60 * recipe.bench.minutes,
+        own_text=own.taken.own_text.tokens if own.taken.own_text is not None else 0,
     )
 
 
@@ -225,6 +235,20 @@ def _speed(making: _Making) -> float:
         making.recipe,
         making.student,
         seconds=TRIAL_SECONDS,
+        precision=making.precision,
+        device=making.device,
+    )
+
+
+def _writing_speed(making: _Making) -> float:
+    """Operations per second of the student's layers when it writes text on this machine."""
+    from compress.footprint.own_text import measure_writing_speed
+
+    recipe: Any = making.recipe  # a language model's: no other student writes
+    return measure_writing_speed(
+        recipe,
+        making.student.config,
+        seconds=TRIAL_SECONDS / 2,
         precision=making.precision,
         device=making.device,
     )

@@ -12,15 +12,21 @@ import pytest
 import scipy.stats
 import torch
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 import compress
 from compress import loop as train
 from compress.data.blocks import IGNORED
-from compress.models.language import load_model
+from compress.footprint.language import describe
+from compress.footprint.own_text import writing
+from compress.models.language import load_model, load_tokenizer
 from compress.tasks.language import LanguageTask
+from compress.tasks.own_terms import measure_own_text
 from compress.tasks.own_text import OwnText, Sampler
+from limbeck.app.pico import shrink_to_pico
+from limbeck.app.plan import plan_recipe
 from limbeck.contract.errors import DataError, RecipeError
-from limbeck.contract.recipe import Recipe, parse_recipe
+from limbeck.contract.recipe import OnPolicy, OwnPrompts, Recipe, parse_recipe
 from tests.compress.test_compress import TINY, events, tiny
 
 OWN = {"share": 0.5, "prompts": {"tokens": 8}, "new_tokens": 12}
@@ -276,6 +282,47 @@ def test_an_interrupted_run_writes_the_same_text(
     assert [s["step"] for s in samples(whole.path)] == [n for n in range(1, 7) for _ in range(2)]
 
 
+def test_own_text_teaches_what_the_corpus_does_not(tmp_path: Path) -> None:
+    """A language of a random Markov chain, and a teacher that knows another one beside it.
+
+    At equal tokens and steps, with the same divergence, the student that also reads its own text is
+    nearer to the teacher on its own text.
+    """
+    draw = np.random.default_rng(0)
+    chain, letters = draw.dirichlet(np.full(12, 0.3), size=12), "abcdefgh \n.,"
+    text = [0]
+    for _ in range(20_000):
+        text.append(int(draw.choice(12, p=chain[text[-1]])))
+    (tmp_path / "chain.txt").write_text("".join(letters[i] for i in text))
+    source = {"kind": "files", "paths": ["chain.txt"]}
+    wide = {"hidden_size": 64, "initializer_range": 0.15}
+    found = {}
+    for share in (0.0, 0.5):
+        recipe = own_recipe(
+            tmp_path,
+            {"share": share},
+            teachers=[{"name": "a", "model": {"kind": "random", "config": TINY | wide, "seed": 1}}],
+            data={"domains": [{"name": "chain", "text": source}]},
+            fusion={"divergence": {"kind": "reverse_kl"}, "weight": 1.0, "cross_entropy": 0.0},
+            features={"weight": 0.0},
+            training={"tokens": 128 * 60, "evaluate_every": 60, "checkpoint_every": 60},
+        )
+        tree = recipe.resolved() | {"student": {"kind": "fresh", "config": TINY}}
+        fresh = parse_recipe(tree)
+        fresh._folder = tmp_path
+        run = train.setup(recipe=fresh, products={}, work=tmp_path / str(share), key="k")
+        train.measure_teachers(run)
+        assert train.fit(run).step == 60
+        task = run.task
+        assert isinstance(task, LanguageTask)
+        asked = OnPolicy(prompts=OwnPrompts(tokens=8), new_tokens=20)
+        own = OwnText(fresh, asked, load_tokenizer(task.folder), vocabulary=task.vocabulary)
+        prompts = [p for step in range(1000, 1016) for p in own.prompts(step, task.batch(step))]
+        found[share] = measure_own_text(task, own, prompts)
+    print(found[0.0].reverse_kl, found[0.5].reverse_kl)
+    assert found[0.5].reverse_kl < 0.9 * found[0.0].reverse_kl
+
+
 # Every kind of student ----------------------------------------------------------------------------
 
 
@@ -300,6 +347,55 @@ def test_whole_students_write_and_learn(tmp_path: Path, student: dict[str, Any])
     assert {*steps[0]["step_seconds"]} == {"generate", "teachers", "student"}
     weights = load_file(artifact.path / "model" / "model.safetensors")
     assert all(bool(torch.isfinite(w).all()) for w in weights.values())
+
+
+# The plan -----------------------------------------------------------------------------------------
+
+
+def test_the_plan_counts_what_writing_takes(tmp_path: Path) -> None:
+    """Operations by torch's counter during the writing, bytes of transformers' own cache."""
+    recipe = own_recipe(tmp_path, {"batch": 2}, training={"tokens": 128 * 2})
+    task = loaded(recipe, tmp_path / "w")
+    own, model = task.own, task.student.model
+    assert own is not None
+    shape = describe(model.get_base_model().config)
+    tokens = torch.zeros(1, 32, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.get_base_model().model(input_ids=tokens)
+    taken = writing(
+        recipe, shape.config, parameters=shape.parameters, compute=4,
+        head=2 * shape.width * shape.vocabulary, forward=counter.get_total_flops() / 32,
+    )  # fmt: skip
+    assert taken is not None
+    own._tokenizer.eos_token_id, own._vocabulary = None, 256  # no row ends early
+    model.get_base_model().generation_config.eos_token_id = None
+    with FlopCounterMode(display=False) as counter:
+        prompts = [own.prompts(step, task.batch(step)) for step in (0, 1)]
+        rows = [row for group in prompts for row in own.continuations(model, group)]
+    assert sum(len(row.new) for row in rows) == taken.tokens == 4 * 12
+    assert taken.operations == pytest.approx(counter.get_total_flops(), rel=0.1)
+    with torch.no_grad():
+        ids = torch.zeros(2, 20, dtype=torch.long)
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert taken.cache == kept
+
+
+def test_a_plan_says_how_much_the_student_writes(tmp_path: Path) -> None:
+    found = plan_recipe(own_recipe(tmp_path))
+    assert found.own_text == 6 * 2 * 12
+    assert "own text              at most 144 tokens written by the student" in found.as_text()
+    plain = plan_recipe(own_recipe(tmp_path, {"share": 0.0}))
+    assert plain.own_text == 0
+    assert "own text" not in plain.as_text()
+    assert found.operations > plain.operations
+
+
+def test_own_text_shrinks_with_its_recipe(tmp_path: Path) -> None:
+    over = {"data": {"block": 64}, "training": {"on_policy": {"prompts": {"tokens": 63}}}}
+    small = shrink_to_pico(tiny(tmp_path, **over))
+    assert small.training.on_policy is not None
+    assert small.training.on_policy.prompts.tokens < small.data.block
 
 
 # The recipe ---------------------------------------------------------------------------------------

@@ -112,7 +112,8 @@ def probe_parts(tree: Mapping[str, Any]) -> dict[str, Any]:
         "data": tree["data"] | {"heldout": tree["data"]["heldout"] | {"blocks": 2}},
         "features": {"weight": 0},
         "training": tree["training"]
-        | {"tokens": block, "batch_tokens": block, "micro_batch": 1, "teacher_cache": "none"},
+        | {"tokens": block, "batch_tokens": block, "micro_batch": 1, "teacher_cache": "none"}
+        | {"on_policy": None},
     }
 
 
