@@ -61,6 +61,7 @@ def plain_loss(
     names: Sequence[str] = (),
     progress: float = 1.0,
     prior_KR: Tensor | None = None,
+    uncovered: float = 1.0,
 ) -> Tensor:
     """Compute the loss as the formula at the top of this file has it, a scalar with gradient.
 
@@ -113,7 +114,7 @@ def plain_loss(
                         torch.nn.functional.pad(x, (0, width - len(x))) for x in (p_V, q_TV[t])
                     )
                     fusion = fusion + weights_KRL[k, r, i] * (p_V - q_V).abs().sum()
-    alpha_T = torch.where(has_RL[valid_RL], config.cross_entropy, 1.0)
+    alpha_T = torch.where(has_RL[valid_RL], config.cross_entropy, uncovered)
     return ((alpha_T * cross_entropy_T).sum() + config.weight * fusion) / denominator
 
 
@@ -190,13 +191,15 @@ def fused_loss(
     progress: float = 1.0,
     global_means_2K: Tensor | None = None,
     prior_KR: Tensor | None = None,
+    uncovered: float = 1.0,
 ) -> FusionTerms:
     """Compute `plain_loss` in chunks, with the gradient at the hidden states and the head.
 
     ``denominator`` is the number of label positions of the *global* batch, so that the losses of
     micro-batches and processes add up. Without teachers the loss is the cross-entropy. ``names``
     are those of the teachers, ``progress`` is the share of the training that is done, and
-    ``global_means_2K`` and ``prior_KR`` are explained at `compress.weights.weigh`.
+    ``global_means_2K`` and ``prior_KR`` are explained at `compress.weights.weigh`. ``uncovered`` is
+    alpha at labels without a teacher: 0 on text that the student wrote itself.
 
     Extra memory: K + 2 products ``[C, V]`` in the heads' number type (one belongs to the chunk
     before) and a few fp32 blocks of them; on a GPU a block is the chunk. The vocabulary is the rows
@@ -204,8 +207,9 @@ def fused_loss(
     """
     vocabulary = min([len(head.weight_Vd), *(t.vocabulary for t in teachers)])
     batch = _Batch(
-        config, head, teachers, labels_RL, denominator, vocabulary, names, progress, prior_KR
-    )
+        config, head, teachers, labels_RL, denominator, vocabulary, names, progress, prior_KR,
+        uncovered,
+    )  # fmt: skip
     if batch.weighs == "ahead":
         batch.weigh_ahead(global_means_2K)
     if batch.across and config.across == "chunk":
@@ -288,6 +292,7 @@ class _Batch:
     names: Sequence[str]
     progress: float
     prior_KR: Tensor | None = None
+    uncovered: float = 1.0
     cross_entropy: float = 0.0
     divergence: float = 0.0
     chunks: float = 0.0  # beta times the terms of chunks
@@ -445,7 +450,7 @@ class _Batch:
         has_B1 = weights_KB1.sum(0) > 0
         if self.covered_RL is not None:
             has_B1 = has_B1 | self.covered_RL[at][:, None]
-        alpha_B1 = torch.where(has_B1, config.cross_entropy, 1.0)
+        alpha_B1 = torch.where(has_B1, config.cross_entropy, self.uncovered)
         logp_B1 = logq_BV.gather(1, labels_B1)
         loss = float((config.weight * fusion_B - (alpha_B1 * logp_B1)[:, 0]).double().sum())
         if self.chunk_slope_RL is not None:  # d log q(label) / dz is y - q

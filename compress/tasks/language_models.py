@@ -91,7 +91,8 @@ class LanguageModels:
         asked = recipe.training.on_policy
         self.own: OwnText | None = None
         if asked is not None and asked.share and self.steps != 0:
-            self.own = OwnText(recipe, asked, tokenizer, vocabulary=self.vocabulary)
+            others = any(pair is not None for pair in self.pairs.pairs)
+            self.own = OwnText(recipe, asked, tokenizer, vocabulary=self.vocabulary, plain=others)
         self._fill_cache()
 
     def _build(self, model: Any) -> Student:

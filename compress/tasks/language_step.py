@@ -52,7 +52,9 @@ class LanguageStep:
             self.parts = [*_split(mine[~own], micro), *_split(mine[own], micro)]
             self._seconds["generate"] = written.seconds
             self._own_rows = {row.prompt.row: row for row in written.rows}
-            self._own = OwnTerms(task.own.places if task.own else (), task.names)
+            places = task.own.places if task.own else ()
+            alike = all(pair is None for pair in task.pairs.pairs)
+            self._own = OwnTerms(places, task.names, estimates=alike)
             self._begun = now(task)
         teachers = task.teachers
         K, D = len(teachers), len(task.blocks)
@@ -95,7 +97,7 @@ class LanguageStep:
             prior_KR = evidence_of_prompts(task, states, prompts)
         use = functools.partial(
             self._terms, labels_RL=labels, teachers=states, teacher_states=inner,
-            fusion=fusion, prior_KR=prior_KR,
+            fusion=fusion, prior_KR=prior_KR, uncovered=0.0 if own else 1.0,
         )  # fmt: skip
         with task.accelerator.autocast():
             loss, terms, gap = student(ids, use)
@@ -140,6 +142,7 @@ class LanguageStep:
         teacher_states: Sequence[Sequence[Tensor]],
         fusion: Fusion,
         prior_KR: Tensor | None,
+        uncovered: float,
     ) -> tuple[Tensor, FusionTerms, float]:
         """Loss of a micro-batch with gradient, its raw terms, and its feature term."""
         task, features = self.task, self.task.recipe.features
@@ -156,6 +159,7 @@ class LanguageStep:
                 progress=self.progress,
                 global_means_2K=self._means_2K,
                 prior_KR=prior_KR,
+                uncovered=uncovered,
             )
             if not projected:
                 return terms.loss, terms, 0.0

@@ -25,10 +25,15 @@ from limbeck.contract.recipe import PosteriorWeights, ReverseKl
 class OwnTerms:
     """Sums over the own rows of one step. `figures` adds those of all processes."""
 
-    def __init__(self, places: Sequence[str], names: Sequence[str]) -> None:
-        """``names`` are those of the teachers."""
+    def __init__(self, places: Sequence[str], names: Sequence[str], *, estimates: bool) -> None:
+        """``names`` are those of the teachers.
+
+        ``estimates`` is False where a teacher's likelihoods are of other tokens than the student's:
+        then the reverse KL cannot be estimated from the labels.
+        """
         self._places, self._names = places, names
         self._divergence = self._log_ratio = self._repetition = self._rows = 0.0
+        self._estimates = estimates
         self._weights_PK = torch.zeros(len(places), len(names), dtype=torch.float64)
         self._labels_P = torch.zeros(len(places), dtype=torch.float64)
 
@@ -66,7 +71,7 @@ class OwnTerms:
             "tokens": int(tokens),
             "length": tokens / rows,
             "divergence": divergence / tokens,
-            "reverse_kl": log_ratio / tokens,
+            "reverse_kl": log_ratio / tokens if self._estimates else None,
             "repetition": repetition / rows,
             "weights": {
                 place: {n: round(w, 4) for n, w in zip(self._names, share_K, strict=True)}

@@ -88,13 +88,18 @@ class OwnText:
         tokenizer: PreTrainedTokenizerFast,
         *,
         vocabulary: int,
+        plain: bool = False,
     ) -> None:
         """``vocabulary`` is the number of token ids that student and teachers share.
 
+        ``plain`` allows no added tokens but the end-of-text token: a teacher with another
+        tokenizer may not have them.
         Raises `DataError` for a text of prompts that is missing or empty.
         """
         self.config, self.block, self._seed = config, recipe.data.block, recipe.seed
         self._tokenizer, self._vocabulary = tokenizer, min(vocabulary, len(tokenizer))
+        added = tokenizer.added_tokens_decoder if plain else {}
+        self._forbidden = sorted(set(added) - {tokenizer.eos_token_id})
         self._chat = [isinstance(d.text.format, ChatRows) for d in recipe.data.domains]
         self.places = [d.name for d in recipe.data.domains]
         self._prompts: list[list[int]] = []
@@ -184,6 +189,7 @@ class OwnText:
             vocabulary=self._vocabulary,
             temperature=self.config.temperature,
             top_p=self.config.top_p,
+            forbidden=self._forbidden,
         )
         ends = self._ends(lm)
         with _plain_generation(model, ends):
@@ -230,8 +236,10 @@ class Sampler(LogitsProcessor):  # type: ignore[misc]
     """
 
     def __init__(
-        self, draws_Gn: Tensor, *, vocabulary: int, temperature: float = 1.0, top_p: float = 1.0
-    ) -> None:
+        self, draws_Gn: Tensor, *, vocabulary: int, temperature: float = 1.0, top_p: float = 1.0,
+        forbidden: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        self._forbidden = [token for token in forbidden if token < vocabulary]
         self._draws, self._vocabulary, self._step = draws_Gn, vocabulary, 0
         self._warpers = LogitsProcessorList()
         if temperature != 1.0:
@@ -241,7 +249,11 @@ class Sampler(LogitsProcessor):  # type: ignore[misc]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores ``[G, V]`` of which only the chosen token's is finite."""
-        z_GV = self._warpers(input_ids, scores[:, : self._vocabulary].float())
+        z_GV = scores[:, : self._vocabulary].float()
+        if self._forbidden:
+            z_GV = z_GV.clone()
+            z_GV[:, self._forbidden] = -torch.inf
+        z_GV = self._warpers(input_ids, z_GV)
         cumulative_GV = torch.softmax(z_GV.double(), dim=-1).cumsum(-1)
         draw_G1 = self._draws[:, self._step, None] * cumulative_GV[:, -1:]
         self._step += 1

@@ -49,8 +49,10 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def _mean(steps: Sequence[Line], name: str) -> float:
-    """Mean over tokens; the length is a mean over rows."""
+def _mean(steps: Sequence[Line], name: str) -> float | None:
+    """Mean over tokens; the length is a mean over rows. None where a step has no figure."""
+    if any(row["own_text"][name] is None for row in steps):
+        return None
     by = "rows" if name == "length" else "tokens"
     weight = sum(row["own_text"][by] for row in steps)
     return float(sum(row["own_text"][name] * row["own_text"][by] for row in steps) / weight)

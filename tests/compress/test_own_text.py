@@ -28,6 +28,7 @@ from limbeck.app.plan import plan_recipe
 from limbeck.contract.errors import DataError, RecipeError
 from limbeck.contract.recipe import OnPolicy, OwnPrompts, Recipe, parse_recipe
 from tests.compress.test_compress import TINY, events, tiny
+from tests.compress.test_other_tokenizers import mixed
 
 OWN = {"share": 0.5, "prompts": {"tokens": 8}, "new_tokens": 12}
 # What times a step, and so differs between equal trainings.
@@ -320,6 +321,18 @@ def test_own_text_teaches_what_the_corpus_does_not(tmp_path: Path) -> None:
         prompts = [p for step in range(1000, 1016) for p in own.prompts(step, task.batch(step))]
         found[share] = measure_own_text(task, own, prompts)
     assert found[0.5].reverse_kl < 0.95 * found[0.0].reverse_kl
+
+
+def test_a_teacher_of_another_tokenizer_reads_own_text(tmp_path: Path) -> None:
+    own = {"share": 1.0, "prompts": {"tokens": 8}, "new_tokens": 12}
+    recipe = mixed(tmp_path, training={"on_policy": own, "tokens": 64 * 3})
+    artifact = compress.distill(recipe=recipe, out=tmp_path / "student")
+    for step in events(artifact.path, "step"):
+        assert math.isfinite(step["loss"])
+        assert step["gradient_norm"] > 0
+        assert step["own_text"]["reverse_kl"] is None  # its likelihoods are of other tokens
+        assert step["own_text"]["divergence"] >= 0
+    assert all("<|" not in s["text"].removesuffix("<|end|>") for s in samples(artifact.path))
 
 
 # Every kind of student ----------------------------------------------------------------------------
