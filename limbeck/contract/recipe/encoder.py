@@ -360,11 +360,11 @@ class BaseEncoderRecipe(BaseRecipe):
     Subclasses narrow the types of some; that does not move a field.
     """
 
-    task: str
-    teachers: tuple[EncoderTeacher, ...]
-    data: LabelledData | SentenceData
+    task: str = Field(description="What the student does.")
+    teachers: tuple[EncoderTeacher, ...] = Field(description="Teachers.")
+    data: LabelledData | SentenceData = Field(description="Training and held-out text.")
     student: EncoderStudent = Field(description="What is trained.")
-    fusion: ClassFusion | SimilarityFusion
+    fusion: ClassFusion | SimilarityFusion = Field(description="How the teachers are mixed.")
     training: EncoderTraining = Field(description="The loop.")
     export: EncoderExport = Field(EncoderExport(), description="Graphs made from the student.")
     bench: EncoderBench = Field(EncoderBench(), description="What is measured.")
