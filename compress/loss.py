@@ -43,6 +43,7 @@ from torch import Tensor
 from compress.aligned import AlignedReading, AlignedStates, chunk_terms, ranked_loss, student_logp
 from compress.divergence import divergence, plain_divergence, safe_log, softmax_and_norm
 from compress.head import IGNORED, Head, Place, blocks_of, chunks_of_labels
+from compress.plain import plain_chunks, plain_logits, plain_read
 from compress.states import AnyStates, Reading, TeacherStates, statistics_of, teacher_statistics
 from compress.weights import Reach, span_of, weigh
 from limbeck.contract.recipe import Fusion
@@ -76,7 +77,7 @@ def plain_loss(
     reach = Reach.of([t.spans for t in teachers], labels_RL)
     with torch.no_grad():
         logq_TV = torch.log_softmax(z_TV, dim=-1)
-        read = [_plain_read(t, labels_RL, logq_TV, tau) for t in teachers]
+        read = [plain_read(t, labels_RL, logq_TV, tau) for t in teachers]
         p_KTV, entropy_KRL, logp_KRL = (torch.stack(part) for part in zip(*read, strict=True))
         weights_KRL = weigh(
             config.weights, entropy_KRL, logp_KRL, labels_RL,
@@ -102,13 +103,13 @@ def plain_loss(
         teacher = teachers[k]
         assert isinstance(teacher, AlignedStates)
         if config.across == "chunk":
-            fusion = fusion + _plain_chunks(teacher, weights_KRL[k], logp_KRL[k], own_RL, tau)
+            fusion = fusion + plain_chunks(teacher, weights_KRL[k], logp_KRL[k], own_RL, tau)
             has_RL = has_RL | (teacher.spans.start_RL >= 0)
         else:
             q_TV = torch.softmax(z_TV, dim=-1).sort(-1, descending=True).values
             for t, (r, i) in enumerate(valid_RL.nonzero().tolist()):
                 if (m := int(teacher.alignment.at_RL[r, i])) >= 0:
-                    p_V = torch.softmax(_plain_logits(teacher)[r, m], -1).sort(descending=True)[0]
+                    p_V = torch.softmax(plain_logits(teacher)[r, m], -1).sort(descending=True)[0]
                     width = max(len(p_V), q_TV.shape[1])
                     p_V, q_V = (
                         torch.nn.functional.pad(x, (0, width - len(x))) for x in (p_V, q_TV[t])
@@ -116,51 +117,6 @@ def plain_loss(
                     fusion = fusion + weights_KRL[k, r, i] * (p_V - q_V).abs().sum()
     alpha_T = torch.where(has_RL[valid_RL], config.cross_entropy, uncovered)
     return ((alpha_T * cross_entropy_T).sum() + config.weight * fusion) / denominator
-
-
-def _plain_logits(teacher: TeacherStates | AlignedStates) -> Tensor:
-    hidden = teacher.hidden_RLd if isinstance(teacher, TeacherStates) else teacher.hidden_RMd
-    return teacher.head.logits(hidden) / teacher.temperature
-
-
-def _plain_read(
-    teacher: TeacherStates | AlignedStates, labels_RL: Tensor, logq_TV: Tensor, tau: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """p_k at tau ``[T, V]``; entropy and evidence at tau = 1 ``[R, L]``."""
-    z_RMV = _plain_logits(teacher)
-    logp_RMV = torch.log_softmax(z_RMV, dim=-1)
-    entropy_RM = -(logp_RMV.exp() * logp_RMV).sum(-1)
-    p_RMV, valid_RL = torch.softmax(z_RMV / tau, dim=-1), labels_RL != IGNORED
-    if isinstance(teacher, TeacherStates):
-        label_logp = logp_RMV.gather(2, labels_RL.clamp(min=0)[..., None])[..., 0]
-        return p_RMV[valid_RL], entropy_RM * valid_RL, label_logp * valid_RL
-    a, target_V = teacher.alignment, teacher.target_V[: z_RMV.shape[-1]]
-    p_TV = torch.zeros_like(logq_TV)
-    entropy_RL, evidence_RL = torch.zeros(labels_RL.shape), torch.zeros(labels_RL.shape)
-    for t, (r, i) in enumerate(valid_RL.nonzero().tolist()):
-        m = int(a.at_RL[r, i])
-        if m >= 0:
-            mapped = target_V >= 0
-            p_TV[t].index_add_(0, target_V[mapped], p_RMV[r, m, mapped])
-            p_TV[t] += p_RMV[r, m, ~mapped].sum() * logq_TV[t].exp()
-            entropy_RL[r, i] = entropy_RM[r, m] * a.rate_R[r]
-        for n in range(int(a.first_RL[r, i]), int(a.last_RL[r, i])):
-            evidence_RL[r, i] += logp_RMV[r, n, a.ids_RM[r, n + 1]]
-    return p_TV, entropy_RL, evidence_RL
-
-
-def _plain_chunks(
-    teacher: AlignedStates, weights_RL: Tensor, evidence_RL: Tensor, own_RL: Tensor, tau: float
-) -> Tensor:
-    """Weighted binary cross-entropy of the likelihoods of all chunks, to the power of 1 / tau."""
-    total = torch.zeros((), dtype=torch.float64)
-    for r, end in teacher.spans.ends_RL.nonzero().tolist():
-        start = int(teacher.spans.start_RL[r, end])
-        ours = (own_RL[r, start : end + 1].double().sum() / tau).exp()
-        theirs = (evidence_RL[r, end].double() / tau).exp()
-        value = torch.nn.functional.binary_cross_entropy(ours, theirs)
-        total = total + weights_RL[r, start] * value
-    return total.float()
 
 
 # The same in chunks ----------------------------------------------------------------------------

@@ -96,7 +96,9 @@ class LanguageTask(LanguageModels):
         """Held-out NLL of teacher ``k`` in nats a token, and its calibration temperature."""
         sums = self.teacher_losses(k)
         nll = per_token(sums, self.blocks)
-        blocks = sums if isinstance(self.folders[k], ServedTeacher) else None
+        # The bench does not read these again.
+        elsewhere = isinstance(self.folders[k], ServedTeacher) or self.pairs[k] is not None
+        blocks = sums if elsewhere else None
         coverage = self.coverage.get(self.names[k])
         return TeacherResult(
             self._temperature(k),

@@ -21,6 +21,7 @@ from limbeck.contract.recipe import (
     load_teacher_recipe,
 )
 from limbeck.contract.sources import cache_folder, preflight, stored_config
+from limbeck.runtime.teacher_tokens import tokenizer_mistakes
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,8 @@ def mistakes(recipe: AnyRecipe, products: Products | None = None) -> list[str]:
     """
     products = products or find_products(recipe)
     found = [*preflight(recipe), *_export_mistakes(recipe), *products.errors]
+    if isinstance(recipe, Recipe):
+        found += tokenizer_mistakes(recipe)
     for product in products.order:
         found += [f"{product.recipe.name}: {line}" for line in preflight(product.recipe)]
     return list(dict.fromkeys(found))

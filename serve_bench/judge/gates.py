@@ -40,6 +40,7 @@ class Evidence:
     recovered: bool = (
         False  # whether `rise_over_fp32` is over another student, the one that recovery began with
     )
+    by_byte: frozenset[str] = frozenset()  # teachers with another tokenizer
 
 
 def language_gates(gates: Gates, evidence: Evidence, *, timing_only: bool = False) -> list[Gate]:
@@ -140,7 +141,8 @@ def _others(gates: Gates, evidence: Evidence) -> list[Gate]:
                 evidence.rise_over_teachers[teacher][1],
                 gates.max_loss_vs_best_teacher,
                 unit="%",
-                found=f"held-out loss {{}} that of {teacher}, the best single teacher",
+                found=f"held-out loss {{}} that of {teacher}, the best single teacher"
+                + (", in bits a byte" if teacher in evidence.by_byte else ""),
             )
         )
     if gates.max_quantization_loss is not None and evidence.rise_over_fp32 is not None:

@@ -71,6 +71,11 @@ def evidence(
         | {
             "rise_over_fp32": _rise_over_fp32(quality, shipped),
             "recovered": "recovery" in quality,
+            "by_byte": frozenset(
+                arm.label
+                for arm in reference.with_role("teacher")
+                if arm.id in quality.get("other_tokenizers", ())
+            ),
             "rise_over_teachers": {
                 arm.label: (
                     quality_figures.summarise(quality, arm.id)["mean_nll"],

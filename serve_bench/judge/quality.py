@@ -108,8 +108,11 @@ def summarise(quality: Mapping[str, Any], arm: str) -> dict[str, Any]:
             "nll": nll / labels,
             "perplexity": math.exp(min(nll / labels, 700.0)),
             "bits_per_byte": nll / math.log(2) / sum(sizes["utf8_bytes"]),
-            "kl": sum(sums["kl"]) / labels if quality["mixture_of"] else None,
-            "top1": sum(sums["top1"]) / labels if quality["mixture_of"] else None,
+            # A teacher with another tokenizer has no distribution over these tokens.
+            "kl": sum(sums["kl"]) / labels if quality["mixture_of"] and "kl" in sums else None,
+            "top1": sum(sums["top1"]) / labels
+            if quality["mixture_of"] and "top1" in sums
+            else None,
             "calibration_error": calibration_error(sums["calibration"])
             if "calibration" in sums
             else None,

@@ -24,14 +24,18 @@ def measure_quality(
     *,
     vocabulary: int,
     folder: Path,
+    known: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
 ) -> dict[str, Any]:
     """Score every arm on every held-out block, in the timed processes.
 
     ``vocabulary`` is the size that all arms share: padding rows of some arms are left out of every
-    softmax. ``folder`` holds one block of log-probabilities per teacher. Returns the content of
-    quality.json: sums per block, so that any mean and interval can be computed from it.
+    softmax. ``folder`` holds one block of log-probabilities per teacher. ``known`` are the NLL of
+    teachers with another tokenizer, by arm, domain and block, in nats of the same text: they are
+    not scored here, and are not in the mixture. Returns the content of quality.json: sums per
+    block, so that any mean and interval can be computed from it.
     """
-    teachers = [arm for arm in arms if arm.role == "teacher"]
+    known = known or {}
+    teachers = [arm for arm in arms if arm.role == "teacher" and arm.id not in known]
     result: dict[str, Any] = {
         "vocabulary": vocabulary,
         "mixture_of": [arm.id for arm in teachers],
@@ -50,7 +54,7 @@ def measure_quality(
                 name: {f: [] for f in ("nll", "kl", "top1", "calibration")} for name in heldout
             }
             for arm in arms
-            if arm.scored
+            if arm.scored and arm.id not in known
         },
     }
     chosen = _choices(workers, arms, heldout)
@@ -67,7 +71,7 @@ def measure_quality(
                 if teachers:
                     mix(files, mixture)
                 for arm in arms:
-                    if arm.scored:
+                    if arm.scored and arm.id not in known:
                         found = workers[arm].ask(
                             "score",
                             ids=ids,
@@ -82,6 +86,12 @@ def measure_quality(
                                 chosen[arm.id][name] == found["last"]
                             )
                 progress.advance()
+    if known:
+        result["other_tokenizers"] = list(known)
+    result["arms"] |= {
+        arm: {name: {"nll": list(nll)} for name, nll in by_domain.items()}
+        for arm, by_domain in known.items()
+    }
     return result
 
 

@@ -121,10 +121,25 @@ class Language:
         if (grid := self.bench.scenario("offline")) is not None:
             offline.measure_offline(workers, self._compared, self.prompts, grid, raw)
         workers.stop(arm for arm in workers.running if not arm.scored)
+        known = self._of_other_tokenizers
+        workers.stop(arm for arm in workers.running if arm.id in known)
         sizes = [int(workers[arm].opened["facts"]["vocabulary"]) for arm in workers.running]
         self._quality = measure_quality(
-            workers, self._arms, self._heldout, vocabulary=min(sizes), folder=work
+            workers, self._arms, self._heldout, vocabulary=min(sizes), folder=work, known=known
         )
+
+    @property
+    def _of_other_tokenizers(self) -> dict[str, Mapping[str, list[float]]]:
+        """Nats of each held-out block by domain, of teachers with another tokenizer, by arm.
+
+        They were read before the training, from the teachers' own tokens of the same text.
+        """
+        teachers: Mapping[str, Any] = self._student.result.get("teachers", {})
+        return {
+            f"teacher:{name}": found["blocks"]
+            for name, found in teachers.items()
+            if found.get("coverage") and "blocks" in found
+        }
 
     def alone(self, raw: IO[str], environment: dict[str, Any], work: Path) -> None:
         """Cold starts, and the server under load."""
@@ -147,12 +162,18 @@ class Language:
             # of the shipped form, both over the whole vocabulary.
             self._quality["recovery"] = recovery["blocks"]
         teachers: Mapping[str, Any] = self._student.result.get("teachers", {})
-        if served := {n: found["blocks"] for n, found in teachers.items() if "blocks" in found}:
+        others = self._of_other_tokenizers
+        if served := {
+            name: found["blocks"]
+            for name, found in teachers.items()
+            if "blocks" in found and f"teacher:{name}" not in others
+        }:
             self._quality["served"] = served  # they are not run here
         tokens, new = self.bench.prompt_tokens, self.bench.new_tokens
         self._quality["generation"] = generation.of_run(
             rows,
-            self.reference(self._shipped, self._arms),
+            # What others write cannot be read with the student's tokenizer.
+            self.reference(self._shipped, [arm for arm in self._arms if arm.id not in others]),
             prompt=lambda block: self.prompts(block, tokens),
             continuation=lambda block: prompt(self._heldout, block, tokens, then=new),
             folder=self._onnx.path,

@@ -21,6 +21,7 @@ from limbeck.app.cli.base import (
 )
 from limbeck.contract.errors import LimbeckError
 from limbeck.contract.printable import printable
+from limbeck.contract.recipe import Recipe
 
 
 @command("recipes")
@@ -108,6 +109,7 @@ def validate(
             bad += 1
         else:
             print(f"{reference}: valid; {recipe.name}, digest {recipe.digest[:8]}")
+            _print_tokenizers(recipe)
     if bad:
         raise typer.Exit(2)
 
@@ -225,5 +227,19 @@ def plan(
     """
     from limbeck.app.plan import plan_recipe
 
-    found: Any = plan_recipe(load(recipe, overrides, shrink), trial=trial)
+    read = load(recipe, overrides, shrink)
+    found: Any = plan_recipe(read, trial=trial)
     print(json.dumps(found.as_json(), indent=1) if as_json else found.as_text())
+    if not as_json:
+        _print_tokenizers(read)
+
+
+def _print_tokenizers(recipe: Any) -> None:
+    """Say which teachers have another tokenizer than the student."""
+    if not isinstance(recipe, Recipe):
+        return
+    from limbeck.runtime.teacher_tokens import compare_tokenizers
+
+    found = compare_tokenizers(recipe)
+    for teacher in found if any(t.relation.differ or not t.relation.same for t in found) else ():
+        print(f"  {teacher}")

@@ -31,7 +31,8 @@ class TeacherResult:
     temperature: float  # calibration
     nll: Mapping[str, float] | None = None  # of a language model, by domain
     mean_nll: float | None = None  # of a language model, over domains
-    # Nats of each held-out block by domain, of a teacher that the bench cannot run: a served one
+    # Nats of each held-out block by domain, of a teacher that the bench does not score: a served
+    # one, or one with another tokenizer
     blocks: Mapping[str, list[float]] | None = None
     bits_per_byte: Mapping[str, float] | None = None  # of a language model, by domain
     added_tokens: list[str] | None = None  # that only the teacher or only the student has

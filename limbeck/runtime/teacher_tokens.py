@@ -1,0 +1,94 @@
+"""Which teachers of a recipe have another tokenizer than its student, before anything is loaded.
+
+Only tokenizer.json files on this machine are read. Of a GGUF file, which holds its tokenizer in a
+form of its own, and of models that are not here yet, the run tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from limbeck.contract.errors import UserError
+from limbeck.contract.recipe import ChatRows, LocalModel, PackageModel, Recipe
+from limbeck.contract.sources import model_path
+
+if TYPE_CHECKING:
+    from limbeck.runtime.alignment import Relation
+
+
+@dataclass(frozen=True)
+class TeacherTokens:
+    """A teacher's tokenizer beside the student's."""
+
+    name: str
+    relation: Relation
+
+    def __str__(self) -> str:
+        match self.relation.same, len(self.relation.differ):
+            case True, 0:
+                return f"teacher {self.name}: the student's tokenizer"
+            case True, count:
+                return f"teacher {self.name}: the student's tokenizer, but for {count} added tokens"
+            case _:
+                return (
+                    f"teacher {self.name}: another tokenizer; aligned with the student's on bytes "
+                    "of the text"
+                )
+
+
+def compare_tokenizers(recipe: Recipe) -> list[TeacherTokens]:
+    """Compare the tokenizers that are on this machine with that of the student's base.
+
+    Raises `ModelError` for one that cannot be aligned.
+    """
+    from tokenizers import Tokenizer
+
+    from limbeck.runtime.alignment import Pieces, relate
+
+    own = _tokenizer_file(recipe.base, recipe.folder) if recipe.base is not None else None
+    if own is None:
+        return []
+    mine, found = Tokenizer.from_file(str(own)), list[TeacherTokens]()
+    for name, model in recipe.teacher_models.items():
+        path = _tokenizer_file(model, recipe.folder)
+        if path is None:
+            continue
+        theirs = Tokenizer.from_file(str(path))
+        relation = relate(mine, theirs)
+        if not relation.same:
+            Pieces(mine, name="the student")
+            Pieces(theirs, name=f"teacher {name}")
+        found.append(TeacherTokens(name, relation))
+    return found
+
+
+def tokenizer_mistakes(recipe: Recipe) -> Iterator[str]:
+    """Check that teachers of other tokenizers can be aligned, and that there is text for them."""
+    try:
+        others = [t.name for t in compare_tokenizers(recipe) if not t.relation.same]
+    except UserError as error:
+        yield f"teachers: {error}"
+        return
+    for index, domain in enumerate(recipe.data.domains):
+        if others and isinstance(domain.text.format, ChatRows):
+            yield (
+                f"data.domains.{index}: conversations are rendered by the student's chat template, "
+                f"and teacher {others[0]} has another tokenizer, which does not have its markers; "
+                "use teachers of the student's tokenizer, or plain text"
+            )
+
+
+def _tokenizer_file(source: object, folder: Path) -> Path | None:
+    """tokenizer.json of a model that is a folder here; None where it is not known yet."""
+    if not isinstance(source, LocalModel | PackageModel):
+        return None
+    try:
+        path = model_path(source, folder=folder)
+    except UserError:  # preflight has named it
+        return None
+    if path is None or not (path / "tokenizer.json").is_file():
+        return None
+    return path / "tokenizer.json"

@@ -1,0 +1,65 @@
+"""The bench of a student whose teacher has another tokenizer: compared on bits a byte."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import compress
+from export import export_student
+from limbeck.contract.artifact import open_artifact
+from limbeck.contract.heldout import load_heldout
+from serve_bench import bench, write_report
+from serve_bench.judge.quality import summarise
+from tests.compress.test_other_tokenizers import mixed
+
+
+def test_a_teacher_of_another_tokenizer_is_judged_by_its_own_tokens(tmp_path: Path) -> None:
+    recipe = mixed(
+        tmp_path,
+        training={"tokens": 64 * 2},
+        export={"forms": ["fp32"]},
+        bench={"prompt_tokens": 8, "new_tokens": 4, "minutes": 0.05, "min_blocks": 3},
+        gates={"max_loss_vs_best_teacher": 9},
+    )
+    student = compress.distill(recipe=recipe, out=tmp_path / "run" / "student")
+    export_student(student=student.path, out=tmp_path / "run" / "onnx", recipe=recipe)
+    found = bench(
+        onnx=tmp_path / "run" / "onnx",
+        student=student.path,
+        out=tmp_path / "run" / "bench",
+        recipe=recipe,
+    )
+    quality = json.loads((found.path / "quality.json").read_text())
+    assert quality["mixture_of"] == ["teacher:own"]
+    assert quality["other_tokenizers"] == ["teacher:other"]
+    figures = summarise(quality, "teacher:other")
+    assert figures["mean_kl"] is None
+
+    # transformers' own loss, on the teacher's tokens of the same text
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "gemma")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "gemma").eval()
+    own = AutoTokenizer.from_pretrained(student.path / "model")
+    for domain, blocks in load_heldout(student.path / "heldout.safetensors").items():
+        nats = size = 0.0
+        for ids, length in zip(blocks.input_ids, blocks.lengths, strict=True):
+            text = own.decode(ids[:length].tolist())
+            row = torch.tensor([tokenizer(text)["input_ids"]])
+            with torch.no_grad():
+                logits = model(row).logits[0, :-1]
+            nats += float(torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="sum"))
+            size += len(text.encode())
+        theirs = nats / math.log(2) / size
+        assert figures["domains"][domain]["bits_per_byte"] == pytest.approx(theirs, rel=0.05)
+
+    result = open_artifact(found.path).result
+    gate = next(g for g in result["gates"] if g["name"] == "max_loss_vs_best_teacher")
+    best = min(("own", "other"), key=lambda n: summarise(quality, f"teacher:{n}")["mean_nll"])
+    assert ("in bits a byte" in gate["sentence"]) == (best == "other")
+    write_report(run=tmp_path / "run", recipe=recipe)
+    assert "other" in (tmp_path / "run" / "report.html").read_text()
