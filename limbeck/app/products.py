@@ -16,6 +16,7 @@ from limbeck.contract.recipe import (
     AnyRecipe,
     BaseSource,
     FreshStudent,
+    Recipe,
     RecipeModel,
     find_recipe,
     load_teacher_recipe,

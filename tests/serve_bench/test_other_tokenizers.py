@@ -20,6 +20,7 @@ from tests.compress.test_other_tokenizers import mixed
 
 
 def test_a_teacher_of_another_tokenizer_is_judged_by_its_own_tokens(tmp_path: Path) -> None:
+    run = tmp_path / "run"
     recipe = mixed(
         tmp_path,
         training={"tokens": 64 * 2},
@@ -27,14 +28,9 @@ def test_a_teacher_of_another_tokenizer_is_judged_by_its_own_tokens(tmp_path: Pa
         bench={"prompt_tokens": 8, "new_tokens": 4, "minutes": 0.05, "min_blocks": 3},
         gates={"max_loss_vs_best_teacher": 9},
     )
-    student = compress.distill(recipe=recipe, out=tmp_path / "run" / "student")
-    export_student(student=student.path, out=tmp_path / "run" / "onnx", recipe=recipe)
-    found = bench(
-        onnx=tmp_path / "run" / "onnx",
-        student=student.path,
-        out=tmp_path / "run" / "bench",
-        recipe=recipe,
-    )
+    student = compress.distill(recipe=recipe, out=run / "student")
+    export_student(student=student.path, out=run / "onnx", recipe=recipe)
+    found = bench(onnx=run / "onnx", student=student.path, out=run / "bench", recipe=recipe)
     quality = json.loads((found.path / "quality.json").read_text())
     assert quality["mixture_of"] == ["teacher:own"]
     assert quality["other_tokenizers"] == ["teacher:other"]
@@ -61,5 +57,5 @@ def test_a_teacher_of_another_tokenizer_is_judged_by_its_own_tokens(tmp_path: Pa
     gate = next(g for g in result["gates"] if g["name"] == "max_loss_vs_best_teacher")
     best = min(("own", "other"), key=lambda n: summarise(quality, f"teacher:{n}")["mean_nll"])
     assert ("in bits a byte" in gate["sentence"]) == (best == "other")
-    write_report(run=tmp_path / "run", recipe=recipe)
-    assert "other" in (tmp_path / "run" / "report.html").read_text()
+    write_report(run=run, recipe=recipe)
+    assert "other" in (run / "report.html").read_text()
