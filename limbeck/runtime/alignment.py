@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -52,13 +52,13 @@ class Pieces:
         added = self.tokenizer.get_added_tokens_decoder()
         self.special = frozenset(i for i, token in added.items() if token.special)
         self.added = frozenset(added)
-        to_bytes = _decoder(tree)
+        to_bytes, written_out = _decoder(tree), _spaces(tree)
         vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
         self.of: list[bytes] = [b""] * (max(vocabulary.values(), default=-1) + 1)
         for token, index in vocabulary.items():
             if index not in self.special:
                 text = added[index].content if index in added else token
-                self.of[index] = _added_bytes(text, tree) if index in added else to_bytes(text)
+                self.of[index] = written_out(text) if index in added else to_bytes(text)
 
     def __len__(self) -> int:
         return len(self.of)
@@ -134,7 +134,7 @@ def _require_bytes(tree: dict[str, Any], name: str) -> None:
             )
 
 
-def _decoder(tree: dict[str, Any]) -> Any:
+def _decoder(tree: dict[str, Any]) -> Callable[[str], bytes]:
     """Return the function from a token of the vocabulary to its bytes."""
     around = _around(tree)
     if "ByteLevel" in _types(around):
@@ -142,18 +142,21 @@ def _decoder(tree: dict[str, Any]) -> Any:
         return lambda token: bytes(table[c] for c in token) if set(token) <= table.keys() else b""
     fallback = tree["model"].get("byte_fallback") or "ByteFallback" in _types(around)
 
+    written_out = _spaces(tree)
+
     def spelled(token: str) -> bytes:
         if fallback and (found := _BYTE.fullmatch(token)):
             return bytes([int(found[1], 16)])
-        return _added_bytes(token, tree)
+        return written_out(token)
 
     return spelled
 
 
-def _added_bytes(text: str, tree: dict[str, Any]) -> bytes:
+def _spaces(tree: dict[str, Any]) -> Callable[[str], bytes]:
+    """Return the function from a token's characters to bytes, with spaces for metaspaces."""
     if _METASPACE in json.dumps(_around(tree), ensure_ascii=False):
-        text = text.replace(_METASPACE, " ")
-    return text.encode()
+        return lambda text: text.replace(_METASPACE, " ").encode()
+    return str.encode
 
 
 def _byte_level() -> dict[str, int]:
