@@ -46,7 +46,8 @@ def own_text(log: Sequence[Line], samples: Sequence[Line]) -> dict[str, Any] | N
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
     """Lines of `samples.jsonl`, in order; empty where the student wrote nothing."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines]
 
 
 def _mean(steps: Sequence[Line], name: str) -> float | None:
