@@ -23,6 +23,10 @@ from limbeck.runtime.session import PROVIDERS, import_onnxruntime, open_session,
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
 
+# Tokens of a prompt that are read at least, however much of it a cache holds. A cold run reads
+# several at once, and a run of one token adds in another order: docs/experiments/serving.md.
+FEWEST_READ = 2
+
 
 class GraphDecoder:
     """A decoder graph file, its key-value cache, and the tokens that the cache holds.
@@ -128,8 +132,7 @@ class GraphDecoder:
         A conversation's next turn begins with everything before it, so only the new tokens are
         read. Afterwards ``reused`` is the number of tokens taken over.
         """
-        # The last token is always read: its logits are what the caller needs.
-        shared = min(common_prefix(self._held or (), ids), len(ids) - 1)
+        shared = min(common_prefix(self._held or (), ids), len(ids) - FEWEST_READ)
         grown = len(ids) + room > self._capacity
         if shared < 1 or self.fixed or (grown and self.cache_device != "cpu"):
             return self.prefill([list(ids)], room=room)

@@ -31,7 +31,7 @@ from limbeck.contract.errors import (
     EnvironmentalError,
     QueueFullError,
 )
-from limbeck.runtime.decoder import Decoder, common_prefix
+from limbeck.runtime.decoder import FEWEST_READ, Decoder, common_prefix
 from limbeck.runtime.grammar import Grammar, GrammarError, Grammars
 from limbeck.runtime.sampling import GREEDY, Sampler, Sampling, TokenLogprobs, logprobs
 from limbeck.runtime.text import Decoding, load_text
@@ -348,8 +348,11 @@ class Engine:
         Those that are read to their end get their first token and join.
         """
         left = self._chunk()
-        while left > 0 and (new := self._new or self._next()):
-            chunk = new.request.ids[new.read : new.read + left]
+        while left >= FEWEST_READ and (new := self._new or self._next()):
+            end = new.read + left
+            if len(new.request.ids) - end < FEWEST_READ:
+                end += FEWEST_READ
+            chunk = new.request.ids[new.read : end]
             began = time.perf_counter()
             logits = self._batch.fill(chunk)
             took = time.perf_counter() - began
@@ -390,7 +393,7 @@ class Engine:
 
     def _reuse(self, new: Stream) -> None:
         """Copy the longest beginning of the prompt that a running or a finished sequence holds."""
-        ids, owner = new.request.ids[:-1], new.request.owner  # the last token's logits are needed
+        ids, owner = new.request.ids[:-FEWEST_READ], new.request.owner
         length, arrays = self._prefixes.find(ids, owner)
         for row, stream in enumerate(self._running if self._prefixes.budget else ()):
             if stream.request.owner == owner:

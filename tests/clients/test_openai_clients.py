@@ -42,6 +42,9 @@ def test_answers_are_the_decoders(served: Artifact) -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     chat, plain = greedy(text.chat(CHAT)), greedy(text.encode("Who are you?"))
     logprobs, usage = found["langchain"].pop("logprobs"), found["langchain"].pop("usage")
+    structured = [found[client].pop("structured") for client in ("langchain", "litellm")]
+    assert structured[0] == structured[1]
+    assert structured[0] in ({"colour": "red"}, {"colour": "green"})
     assert found["langchain"] == {"chat": chat, "stream": chat, "text": plain, "batch": plain}
     assert found["litellm"] == {"chat": chat, "stream": chat, "text": plain}
     assert 0 < logprobs <= COUNT
