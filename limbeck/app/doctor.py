@@ -1,4 +1,4 @@
-"""What this machine has for the job and what it lacks, with the command that installs it.
+"""Check this machine: what is there, what is missing, and the command that installs it.
 
 Reads package metadata, /proc and `nvidia-smi`. Imports onnxruntime for its execution providers,
 never torch.
@@ -23,8 +23,8 @@ from limbeck.contract.recipe import LoraStudent, PackageModel, PackageText, load
 from limbeck.contract.sources import cache_folder, package_root
 from limbeck.runtime.session import import_onnxruntime
 
-_ROOM = 4_000_000_000  # bytes: what the demo writes, cache and run folder together
-_MEMORY = 8_000_000_000  # bytes: what the demo needs
+_ROOM = 4_000_000_000  # bytes that the demo writes, cache and run folder together
+_MEMORY = 8_000_000_000  # bytes that the demo needs
 _FOLDED = ("python", "libraries", "onnx runtime", "server", "demo")  # shown by --all only
 _DEMO = "smollm2/135m-two-experts"
 

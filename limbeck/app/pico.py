@@ -140,7 +140,7 @@ class _Family:
     """How recipes of a task are made tiny."""
 
     names: Mapping[str, str]  # model type by a part of a model's name, special names first
-    before: str  # regular expression of what stands before that part
+    before: str  # regular expression of the text before that part
     sizes: Mapping[str, Any]  # of a configuration
     calibration: Mapping[str, int]  # of a cut student
     shrink: Callable[[dict[str, Any], Any], None]  # changes the other parts of a recipe's tree
@@ -248,7 +248,7 @@ def architecture(source: ModelSource | OnnxModel, recipe: AnyRecipe, *, where: s
             name = source.id
         case PackageModel():
             name = str(source.path)
-        case ServerModel():  # any stand-in will do: its architecture is not known here
+        case ServerModel():  # any architecture will do: the served one is not known here
             named = (kind for part, kind in _BY_NAME.items() if part in source.model.lower())
             return next(named, "llama")
         case GgufModel():

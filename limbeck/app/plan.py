@@ -90,7 +90,7 @@ class Plan:
             yield "made first", name
         if self.own_text:
             yield "own text", f"at most {self.own_text:,} tokens written by the student"
-        open_ = f", and what {self.minutes:g} minutes of training hold" if self.minutes else ""
+        open_ = f", and those of {self.minutes:g} minutes of training" if self.minutes else ""
         yield "operations", f"{(self.operations + self.operations_first) / 1e12:,.1f} TFLOP{open_}"
         if self.seconds is None:
             yield "time", "unknown without a trial on this machine: add --trial"

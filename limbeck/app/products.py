@@ -1,5 +1,4 @@
-"""Teachers that are students of other recipes: which there are, in which order they are made, where
-they are kept.
+"""Teachers that are students of other recipes: their list, their order, and their folders.
 
 Knows recipes and folders; makes nothing (see `limbeck.app.run`). A run plans them once and passes
 the plan on.

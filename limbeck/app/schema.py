@@ -71,7 +71,7 @@ def _by_task(names: dict[str, str], suffix: str) -> dict[str, Any]:
 
 
 def _partial(node: Any) -> Any:
-    """A schema in which nothing is required: of several choices any that fits will do."""
+    """The schema with no field required; any fitting choice of several is valid."""
     if isinstance(node, list):
         return [_partial(item) for item in node]
     if not isinstance(node, dict):

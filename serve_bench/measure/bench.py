@@ -21,7 +21,7 @@ from limbeck.contract.progress import say, task
 from limbeck.contract.recipe import fingerprint
 from limbeck.contract.results.bench import Arm, TaskName
 from serve_bench.judge.figures import ENVIRONMENT, SAMPLES, Sample, read_rows
-from serve_bench.judge.task import judge_bench
+from serve_bench.judge.task import Measured, judge_bench
 from serve_bench.measure import fairness, machine
 from serve_bench.measure.clock import Limits, Timed, time_blocks
 from serve_bench.measure.live import Live, live_table
@@ -85,8 +85,9 @@ def measure(*, onnx: Path, student: Path, out: Path, asked: MeasuringTask) -> Ar
         rows = read_rows(draft.folder / SAMPLES)
         asked.finish(rows, environment, draft.folder)
         (draft.folder / ENVIRONMENT).write_text(json.dumps(environment, indent=1), encoding="utf-8")
-        found_all = asked.measured(rows, environment, reference, draft.folder)
-        draft.result = judge_bench(found_all, asked).result.as_json()
+        samples = [asked.read_sample(row) for row in rows if row["event"] == "sample"]
+        measured = Measured(rows, samples, environment, asked.quality, reference, {})
+        draft.result = judge_bench(measured, asked).result.as_json()
     return open_artifact(out, kind="bench", verify=False)
 
 

@@ -15,7 +15,7 @@ from limbeck.contract.artifact import Artifact
 from limbeck.contract.recipe import AnyRecipe
 from limbeck.contract.results.bench import Arm
 from serve_bench.judge.figures import Cell, Reference, Sample
-from serve_bench.judge.task import JudgingTask, Measured
+from serve_bench.judge.task import JudgingTask
 from serve_bench.measure.live import Test
 from serve_bench.measure.units import Unit
 from serve_bench.measure.workers import Workers
@@ -23,6 +23,8 @@ from serve_bench.measure.workers import Workers
 
 class MeasuringTask(JudgingTask, Protocol):
     """How a task is measured."""
+
+    quality: Any  # the task's own; set by `before_timing` or `after_timing`
 
     @property
     def recipe(self) -> AnyRecipe:
@@ -100,12 +102,3 @@ class MeasuringTask(JudgingTask, Protocol):
 
     def tolerance(self, onnx: Artifact) -> float:
         """Largest difference that a replay on other hardware or libraries may have."""
-
-    def measured(
-        self,
-        rows: Sequence[dict[str, Any]],
-        environment: dict[str, Any],
-        reference: Reference,
-        out: Path,
-    ) -> Measured:
-        """Everything that was measured, from the files in ``out``."""

@@ -79,7 +79,7 @@ class Encoder:
     def decided(self, samples: Sequence[Sample], reference: Reference) -> bool:
         """See `MeasuringTask`."""
         found = figures.timing_evidence(samples, self.recipe, reference)
-        gates = figures.timing_gates(found, self._quality, self.recipe, reference)
+        gates = figures.timing_gates(found, self.quality, self.recipe, reference)
         return all(gate.status != "undecided" for gate in gates)
 
     def before_timing(
@@ -95,7 +95,7 @@ class Encoder:
                 progress.advance()
         save_file(answers, out / ANSWERS)
         shutil.copyfile(self._examples, out / EXAMPLES)  # so that a replay needs no student
-        self._quality = Quality(self.recipe, answers, self._heldout.groups, arms)
+        self.quality = Quality(self.recipe, answers, self._heldout.groups, arms)
 
     def after_timing(
         self, workers: Workers, samples: Sequence[Sample], raw: IO[str], out: Path, work: Path
@@ -109,17 +109,6 @@ class Encoder:
         self, rows: Sequence[dict[str, Any]], environment: dict[str, Any], out: Path
     ) -> None:
         """Nothing: the answers are written already."""
-
-    def measured(
-        self,
-        rows: Sequence[dict[str, Any]],
-        environment: dict[str, Any],
-        reference: Reference,
-        out: Path,
-    ) -> Measured:
-        """See `MeasuringTask`."""
-        samples = [self.read_sample(row) for row in rows if row["event"] == "sample"]
-        return Measured(rows, samples, environment, self._quality, reference, {})
 
     def replay_quality(
         self,
@@ -234,7 +223,7 @@ class Encoder:
     def scenarios(
         self, old: Measured, new: Measured, tolerance: float, anchors: Sequence[str]
     ) -> tuple[list[Row], list[str]]:
-        """See `JudgingTask`; encoders have none."""
+        """See `JudgingTask`; there are no scenarios for encoders."""
         return [], []
 
     # Telling --------------------------------------------------------------------------------------

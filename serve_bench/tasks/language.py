@@ -124,7 +124,7 @@ class Language:
         known = self._of_other_tokenizers
         workers.stop(arm for arm in workers.running if arm.id in known)
         sizes = [int(workers[arm].opened["facts"]["vocabulary"]) for arm in workers.running]
-        self._quality = measure_quality(
+        self.quality = measure_quality(
             workers, self._arms, self._heldout, vocabulary=min(sizes), folder=work, known=known
         )
 
@@ -160,7 +160,7 @@ class Language:
             # The student as it was distilled has no graph here. The manifest carries its losses on
             # the same blocks and those
             # of the shipped form, both over the whole vocabulary.
-            self._quality["recovery"] = recovery["blocks"]
+            self.quality["recovery"] = recovery["blocks"]
         teachers: Mapping[str, Any] = self._student.result.get("teachers", {})
         others = self._of_other_tokenizers
         if served := {
@@ -168,9 +168,9 @@ class Language:
             for name, found in teachers.items()
             if "blocks" in found and f"teacher:{name}" not in others
         }:
-            self._quality["served"] = served  # they are not run here
+            self.quality["served"] = served  # they are not run here
         tokens, new = self.bench.prompt_tokens, self.bench.new_tokens
-        self._quality["generation"] = generation.of_run(
+        self.quality["generation"] = generation.of_run(
             rows,
             # What others write cannot be read with the student's tokenizer.
             self.reference(self._shipped, [arm for arm in self._arms if arm.id not in others]),
@@ -179,18 +179,7 @@ class Language:
             folder=self._onnx.path,
         )
         shutil.copyfile(self._student.path / HELDOUT, out / HELDOUT)
-        (out / QUALITY).write_text(json.dumps(self._quality), encoding="utf-8")
-
-    def measured(
-        self,
-        rows: Sequence[dict[str, Any]],
-        environment: dict[str, Any],
-        reference: Reference,
-        out: Path,
-    ) -> Measured:
-        """See `MeasuringTask`."""
-        samples = [self.read_sample(row) for row in rows if row["event"] == "sample"]
-        return Measured(rows, samples, environment, self._quality, reference, {})
+        (out / QUALITY).write_text(json.dumps(self.quality), encoding="utf-8")
 
     def replay_quality(
         self,

@@ -36,7 +36,7 @@ from serve_bench.measure.units import Generation
 from serve_bench.measure.workers import Workers
 from serve_bench.tasks.language import elsewhere, tests
 
-_FEW = 1000  # tokens that any vocabulary holds, where none is known
+_FEW = 1000  # tokens in every vocabulary, used if the vocabulary is unknown
 
 
 def measure_targets(
@@ -171,7 +171,7 @@ def find_arm(target: str, bench: Bench) -> Arm:
 
 
 def _named(arms: Sequence[Arm]) -> list[Arm]:
-    """Each with an id of its own, so that a target may stand there twice."""
+    """Give every arm its own id, so that a target may be listed twice."""
     names = [f"{arm.label} [{arm.runtime}]" for arm in arms]
     return [
         replace(arm, id=name if names.count(name) == 1 else f"{name} {index + 1}")

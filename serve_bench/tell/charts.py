@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -77,22 +78,7 @@ def lines(
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(thousands))
         finish_axes(axes, x, y)
-        bottom, top = axes.get_ylim()
-        places = spread(
-            [value for value, _, _ in ends], gap=0.062 * (top - bottom), low=bottom, high=top
-        )
-        for (_, name, colour), place in zip(ends, places, strict=True):
-            axes.annotate(
-                name,
-                (1, place),
-                xycoords=("axes fraction", "data"),
-                xytext=(7, 0),
-                textcoords="offset points",
-                color=colour,
-                va="center",
-                fontsize=9.5,
-                annotation_clip=False,
-            )
+        _name_ends(axes, ends)
         return svg(figure, title)
 
 
@@ -215,23 +201,28 @@ def ranges(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         finish_axes(axes, x, y)
-        bottom, top = axes.get_ylim()
-        places = spread(
-            [value for value, _, _ in ends], gap=0.062 * (top - bottom), low=bottom, high=top
-        )
-        for (_, name, colour), place in zip(ends, places, strict=True):
-            axes.annotate(
-                name,
-                (1, place),
-                xycoords=("axes fraction", "data"),
-                xytext=(7, 0),
-                textcoords="offset points",
-                color=colour,
-                va="center",
-                fontsize=9.5,
-                annotation_clip=False,
-            )
+        _name_ends(axes, ends)
         return svg(figure, title)
+
+
+def _name_ends(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Write names beside the ends of lines, moved apart; ``ends``: (height, name, colour)."""
+    bottom, top = axes.get_ylim()
+    places = spread(
+        [value for value, _, _ in ends], gap=0.062 * (top - bottom), low=bottom, high=top
+    )
+    for (_, name, colour), place in zip(ends, places, strict=True):
+        axes.annotate(
+            name,
+            (1, place),
+            xycoords=("axes fraction", "data"),
+            xytext=(7, 0),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+            fontsize=9.5,
+            annotation_clip=False,
+        )
 
 
 def strip(rows: Sequence[Dots], *, title: str, x: str) -> str:

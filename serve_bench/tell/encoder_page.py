@@ -130,7 +130,7 @@ def _headline(data: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _rows(data: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
-    """Every figure: arm, what, unit, value, interval, n."""
+    """Every figure: arm, quantity, unit, value, interval, n."""
     for name, arm in data["arms"].items():
         label = arm["label"]
         for cell in arm["grid"]:

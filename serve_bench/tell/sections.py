@@ -139,7 +139,7 @@ def energy(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every figure: arm, what, unit, value, interval, n."""
+    """Every figure: arm, quantity, unit, value, interval, n."""
     return [
         {"arm": arm, "what": what, "unit": unit, "value": value, "low": low, "high": high, "n": n}
         for arm, what, unit, value, low, high, n in _rows(data)

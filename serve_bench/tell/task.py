@@ -19,7 +19,7 @@ class Page:
     sections: str
     """Template with quality and speed."""
     inputs: str
-    """Template with what went in."""
+    """Template of the inputs: recipe, artifacts, machine and libraries."""
     context: Mapping[str, Any]
     """Values that the templates need besides those of every task."""
 

@@ -380,7 +380,7 @@ def test_two_processes_share_the_students(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    told = [json.loads(worker.communicate(timeout=120)[0].splitlines()[-1]) for worker in workers]
+    told = [json.loads(worker.communicate(timeout=600)[0].splitlines()[-1]) for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0]
     assert told[0]["found"] == told[1]["found"]
     trained = told[0]["mine"] + told[1]["mine"]

@@ -352,7 +352,7 @@ def test_the_table_speaks_of_sequences_and_of_the_metric() -> None:
     field[1].metric, field[1].nll, field[1].tokens = {"spearman": 0.8}, 0.2, 512
     field[1].predicted = {"latency_ms": 2.0}
     head, _, *lines = markdown(rows(field, field[0], EmbeddingBudget(size_mb=3))).splitlines()
-    assert head == "| student | form | size | ms a sequence | spearman | what became of it |"
+    assert head == "| student | form | size | ms a sequence | spearman | outcome |"
     assert "| **2.000 MB** | **1.50** | **0.9123** |" in lines[0]
     assert "| 2.00 (predicted) | 0.8000 after 512 |" in lines[1]
     assert figures_of(field[0]) == "2.000 MB, 1.50 ms a sequence, spearman 0.9123, measured"

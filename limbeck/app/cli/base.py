@@ -67,7 +67,7 @@ class Commands(TyperGroup):
 
             if (told := explained(error)) is None:
                 raise
-            if error.filename is None:  # standard output, which the interpreter would try once more
+            if error.filename is None:  # standard output; the interpreter would try again
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             print(f"limbeck: {told}", file=sys.stderr)
             raise SystemExit(told.exit_code) from None

@@ -1,4 +1,4 @@
-"""Commands about what came out: report, verify, compare, eval, pack, push."""
+"""Commands on the results of a run: report, verify, compare, eval, pack, push."""
 
 from __future__ import annotations
 

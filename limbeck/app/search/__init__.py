@@ -68,9 +68,8 @@ def search(recipe: AnyRecipe, *, out: Path | None = None) -> Found:
     require_ours(folder, digest)
     task = task_of(recipe)
     students = dict(task.students(recipe))
-    candidates = task.sized(
-        recipe, students
-    )  # what is wrong with a model or a form is told before anything is written
+    # Reports mistakes of models and forms, so it comes before anything is written.
+    candidates = task.sized(recipe, students)
     claim(folder, digest)
     clock = Clock(folder / SPENT)
     with locked(folder, wait=True):

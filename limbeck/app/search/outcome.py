@@ -174,7 +174,7 @@ def megabytes(size: float) -> str:
 def rows(candidates: Sequence[Candidate], best: Candidate, budget: AnyBudget) -> list[list[str]]:
     """The table with its head, the furthest candidates first; ** ** marks full measurements."""
     heads = [_HEADS[key] for key in budget.times]
-    found = [["student", "form", "size", *heads, _quality(candidates, budget), "what became of it"]]
+    found = [["student", "form", "size", *heads, _quality(candidates, budget), "outcome"]]
     for c in sorted(
         candidates, key=lambda c: (c is not best, not c.measured, -c.tokens, c.nll or 0.0, c.size)
     ):

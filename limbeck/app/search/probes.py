@@ -146,7 +146,7 @@ def _time_probes(
         try:
             export_untrained(recipe, student, [c.form for c in group], place)
             targets |= {c.name: (place, c.form) for c in group}
-        except QualityError:  # of one of the forms, which leaves nothing of the others
+        except QualityError:  # one form failed, so the others are exported one by one
             for c in group:
                 place = folder / "probes" / c.name
                 try:

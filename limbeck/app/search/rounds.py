@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import optuna
 
 _LATE = "no time left for it"
-_WAIT = 2.0  # seconds between looks at what another worker is doing
+_WAIT = 2.0  # seconds between checks of other workers
 
 
 def halve(

@@ -20,7 +20,7 @@ from limbeck.contract.lock import LOCK
 from limbeck.contract.recipe import AnyRecipe, fingerprint
 
 ASKED, SPENT, TIMING, STATE = "asked.json", "spent.json", "timing.json", "search.db"
-PATIENCE = ("minutes", "min_blocks")  # of the bench: how long it measures before it says undecided
+PATIENCE = ("minutes", "min_blocks")  # of the bench: how long it measures before "undecided"
 
 
 def digest_of(recipe: AnyRecipe) -> str:
