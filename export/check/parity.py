@@ -20,6 +20,7 @@ import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
 from export.check.verdict import TOLERANCES, judge, summary
+from limbeck.contract.adapters import attach
 from limbeck.contract.errors import ParityError
 from limbeck.contract.loading import load_pretrained
 from limbeck.contract.progress import task
@@ -139,9 +140,7 @@ def answer(
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
     loaded = load_pretrained(transformers.AutoModelForCausalLM, model, **options)
     if adapter is not None:
-        from export.folder.adapters import with_adapter
-
-        loaded = with_adapter(loaded, adapter)
+        loaded = attach(loaded, adapter)
     loaded.eval()
     answered = {}
     with torch.inference_mode(), task("reference answers of torch", len(cases)) as progress:

@@ -11,11 +11,9 @@ Shape letters: K inputs of a product, N outputs, R rank.
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +22,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from export.graphs import Graphs, stamp
 from export.round.weights import external_array
+from limbeck.contract.adapters import attach
 from limbeck.contract.errors import ModelError
 from limbeck.contract.loading import load_pretrained
 from limbeck.runtime.session import import_onnxruntime
@@ -54,7 +53,7 @@ def read_updates(base: Path, adapter: Path) -> list[Update]:
     from peft.tuners.lora import LoraLayer
     from transformers import AutoModelForCausalLM, Conv1D
 
-    model = with_adapter(load_pretrained(AutoModelForCausalLM, base, dtype=torch.float32), adapter)
+    model = attach(load_pretrained(AutoModelForCausalLM, base, dtype=torch.float32), adapter)
     updates = []
     for name, module in model.base_model.model.named_modules():
         if not isinstance(module, LoraLayer):
@@ -76,17 +75,6 @@ def read_updates(base: Path, adapter: Path) -> list[Update]:
             Update(name, _array(ends), int(weight_NK.shape[1]), _array(down), _array(up))
         )
     return updates
-
-
-def with_adapter(model: Any, adapter: Path) -> Any:
-    """The transformers ``model`` with the peft folder ``adapter`` on it."""
-    from peft import PeftModel
-
-    with warnings.catch_warnings():  # peft still asks transformers for the old name of an attribute
-        warnings.filterwarnings(
-            "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
-        )
-        return PeftModel.from_pretrained(model, str(adapter))
 
 
 def _array(tensor: object) -> Floats:

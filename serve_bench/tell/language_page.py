@@ -88,7 +88,9 @@ def page(
                     f"{promised['quality']['mean_nll']} nats a token, over {blocks} blocks",
                 ),
             ],
-            "parity": sections.parity(data["onnx"]["forms"], _PARITY),
+            "parity": sections.parity(
+                {**data["onnx"]["forms"], **data["onnx"].get("ggufs", {})}, _PARITY
+            ),
             "parity_note": ": prompts, token by token, in chunks, and ragged batches",
             "rows": sections.rows(data),
             "loss_steps": sections.loss_steps(data),

@@ -157,6 +157,15 @@ def make_run(
                     "mixed": {"sensitivity": [cost]},
                 },
             },
+            "ggufs": {
+                "gguf-q8_0": {
+                    "file": "gguf/x.Q8_0.gguf",
+                    "bytes": 145_100_000,
+                    "runtime": "llama.cpp",
+                    "rise": 0.0031,
+                    "parity": parity | {"kl": 7e-4},
+                }
+            },
         }
     from limbeck.contract.artifact import open_artifact
 
@@ -439,6 +448,7 @@ def test_report_shows_what_rounding_did(tmp_path: Path) -> None:
     assert "21 of 64, then 0.0432" in text
     assert "211 nodes run on CUDAExecutionProvider." in text
     assert "3 nodes run on CPUExecutionProvider: 3 Shape." in text
+    assert "145.1 MB, read back by llama.cpp; held-out loss +0.31 %" in text
     assert "Still in float: 2 Gemm 9×9 (0.4 %, no kernel); 60 MatMul (no weights)." in text
     assert "layers.0.q, layers.0.k" in text
     assert "Where the loss comes from" in text
