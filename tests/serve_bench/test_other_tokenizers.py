@@ -19,6 +19,7 @@ from serve_bench.judge.quality import summarise
 from tests.compress.test_other_tokenizers import mixed
 
 
+@pytest.mark.slow
 def test_a_teacher_of_another_tokenizer_is_judged_by_its_own_tokens(tmp_path: Path) -> None:
     run = tmp_path / "run"
     recipe = mixed(
