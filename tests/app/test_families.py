@@ -1,0 +1,95 @@
+"""The whole job with three teachers: a local one, one of another tokenizer, one behind a server."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from limbeck.app.cli import app
+from limbeck.contract.artifact import open_artifact
+from tests.compress.logprob_server import LogprobServer
+from tests.compress.test_other_tokenizers import save_teacher
+from tests.pico import make_model
+from tests.tokenizers import piece_level
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def recipe_of(folder: Path, url: str) -> Path:
+    """Three teachers into a student of the local one's family."""
+    local = {"kind": "local", "path": "models/base"}
+    served = {"kind": "server", "url": url, "model": "big", "tokenizer": local, "top": 16}
+    tree: dict[str, Any] = {
+        "name": "families",
+        "teachers": [
+            {"name": "own", "model": {"kind": "local", "path": "models/own"}},
+            {"name": "other", "model": {"kind": "local", "path": "models/other"}},
+            {"name": "served", "model": served},
+        ],
+        "data": {
+            "domains": [
+                {"name": "code", "text": {"kind": "stdlib", "paths": ["abc.py"]}},
+                {"name": "prose", "text": {"kind": "stdlib", "paths": ["bisect.py"]}},
+            ],
+            "block": 32,
+            "heldout": {"every": 3, "piece_chars": 256, "blocks": 4},
+        },
+        "student": {"kind": "lora", "base": local, "rank": 4},
+        "fusion": {"calibration": {"kind": "none"}},
+        "training": {"tokens": 1280, "batch_tokens": 128, "precision": "fp32", "threads": 1},
+        "export": {"forms": ["fp32", "int8-weight"]},
+        "bench": {"prompt_tokens": 8, "new_tokens": 4, "minutes": 0.05, "threads": 1},
+        "gates": {"max_quantization_loss": 0.5},
+    }
+    path = folder / "families.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
+    for seed, name in enumerate(("base", "own", "big")):
+        make_model(tmp_path / "models" / name, seed=seed)
+    save_teacher(tmp_path / "models" / "other", piece_level(), hidden_size=48)
+    return tmp_path
+
+
+def test_three_teachers_of_two_families_and_a_server_reach_a_verdict(models: Path) -> None:
+    with LogprobServer(models / "models" / "big") as server:
+        recipe = recipe_of(models, server.url)
+        planned = call("plan", recipe)
+        assert planned.exit_code == 0, planned.output
+        assert not server.asked  # planning asks nothing of a server
+        run = models / "run"
+        done = call("run", recipe, "--out", run)
+        assert done.exit_code == 0, done.output
+        asked = len(server.asked)
+        assert asked > 0
+    # Everything is kept: the run is complete without the server.
+    assert call("run", recipe, "--out", run).exit_code == 0
+    assert len(server.asked) == asked
+    student = open_artifact(run / "student", kind="student")
+    teachers = student.result["teachers"]
+    assert set(teachers) == {"own", "other", "served"}
+    assert "coverage" in teachers["other"]
+    steps = [json.loads(line) for line in (run / "student" / "log.jsonl").open()]
+    weights = [s["weights"] for s in steps if s["event"] == "step"]
+    for shares in weights[-1].values():
+        assert set(shares) == set(teachers)
+        assert all(share > 0 for share in shares.values())
+    page = (run / "report.html").read_text(encoding="utf-8")
+    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    assert report["verdict"]["status"] == "pass"
+    for name in teachers:
+        assert name in page
+    for command in (["verify", run, "--no-speed"], ["pack", run, "--out", models / "packed"]):
+        found = call(*command)
+        assert found.exit_code == 0, found.output
