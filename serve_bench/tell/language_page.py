@@ -174,6 +174,7 @@ def _teachers(recipe: Recipe, student: Artifact) -> list[dict[str, Any]]:
     return [
         {
             **entry,
+            "adapter": entry.get("adapter"),  # a served teacher's entry has none
             "source": sections.source_text(sources[entry["name"]].model_dump(mode="json"))
             if entry["name"] in sources
             else entry["model"],

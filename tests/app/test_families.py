@@ -80,14 +80,15 @@ def test_three_teachers_of_two_families_and_a_server_reach_a_verdict(models: Pat
     teachers = student.result["teachers"]
     assert set(teachers) == {"own", "other", "served"}
     assert "coverage" in teachers["other"]
-    steps = [json.loads(line) for line in (run / "student" / "log.jsonl").open()]
+    log = (run / "student" / "log.jsonl").read_text(encoding="utf-8")
+    steps = [json.loads(line) for line in log.splitlines()]
     weights = [s["weights"] for s in steps if s["event"] == "step"]
     for shares in weights[-1].values():
         assert set(shares) == set(teachers)
         assert all(share > 0 for share in shares.values())
     page = (run / "report.html").read_text(encoding="utf-8")
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    assert report["verdict"]["status"] == "pass"
+    assert report["verdict"] == "pass"
     for name in teachers:
         assert name in page
     for command in (["verify", run, "--no-speed"], ["pack", run, "--out", models / "packed"]):
