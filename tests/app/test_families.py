@@ -19,7 +19,7 @@ from tests.tokenizers import piece_level
 
 
 def call(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
 
 
 def recipe_of(folder: Path, url: str) -> Path:
