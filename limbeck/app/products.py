@@ -126,7 +126,6 @@ def mistakes(recipe: AnyRecipe, products: Products | None = None) -> list[str]:
 def _export_mistakes(recipe: AnyRecipe) -> list[str]:
     """What the export would refuse after training: from the configuration of student or base."""
     from export.build.choice import choose_backend
-    from export.gguf.architecture import architecture, whole_config
 
     if not recipe.builder_options:
         return []
@@ -144,6 +143,8 @@ def _export_mistakes(recipe: AnyRecipe) -> list[str]:
         if config is not None:
             choose_backend(config, **recipe.builder_options)
             if recipe.export.ggufs:
+                from export.gguf.architecture import architecture, whole_config  # needs numpy
+
                 architecture(whole_config(config))
     except UserError as error:
         return [f"{where}: {error}"]

@@ -44,18 +44,17 @@ def compare_tokenizers(recipe: Recipe) -> list[TeacherTokens]:
 
     Raises `ModelError` for one that cannot be aligned.
     """
-    from tokenizers import Tokenizer
+    own = _tokenizer_file(recipe.base, recipe.folder) if recipe.base is not None else None
+    files = {n: _tokenizer_file(model, recipe.folder) for n, model in recipe.teacher_models.items()}
+    paths = {name: path for name, path in files.items() if path is not None}
+    if own is None or not paths:
+        return []
+    from tokenizers import Tokenizer  # `validate` of most recipes needs none of it
 
     from limbeck.runtime.alignment import Pieces, relate
 
-    own = _tokenizer_file(recipe.base, recipe.folder) if recipe.base is not None else None
-    if own is None:
-        return []
     mine, found = Tokenizer.from_file(str(own)), list[TeacherTokens]()
-    for name, model in recipe.teacher_models.items():
-        path = _tokenizer_file(model, recipe.folder)
-        if path is None:
-            continue
+    for name, path in paths.items():
         theirs = Tokenizer.from_file(str(path))
         relation = relate(mine, theirs)
         if not relation.same:

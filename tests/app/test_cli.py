@@ -53,6 +53,8 @@ COMMANDS = (
     "eval",
     "pack",
     "push",
+    "sbom",
+    "sign",
     "generate",
     "serve",
     "doctor",

@@ -238,7 +238,8 @@ def test_short_troubles_are_tried_again(
 
     server.fault = fault
     rows = rows_of(6)
-    teachers = served(tmp_path, server, folder)
+    # All of them may meet one request: which one the server counts as odd is chance.
+    teachers = served(tmp_path, server, folder, retries=len(troubles))
     teachers.prepare(rows)
     assert not troubles
     found = teachers.states(0, torch.stack([ids for ids, _ in rows]))

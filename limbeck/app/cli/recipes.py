@@ -21,7 +21,6 @@ from limbeck.app.cli.base import (
 )
 from limbeck.contract.errors import LimbeckError
 from limbeck.contract.printable import printable
-from limbeck.contract.recipe import Recipe
 
 
 @command("recipes")
@@ -236,7 +235,7 @@ def plan(
 
 def _print_tokenizers(recipe: Any) -> None:
     """Say which teachers have another tokenizer than the student."""
-    if not isinstance(recipe, Recipe):
+    if recipe.task != "causal-lm":
         return
     from limbeck.runtime.teacher_tokens import compare_tokenizers
 

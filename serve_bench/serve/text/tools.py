@@ -164,7 +164,7 @@ class CallReader:
         held, self._held, found = self._held, "", Found()
         if self._state == "head" and not self._take_whole(held, found):
             found.text = self._opened + held
-        elif self._state == "text" and (held.strip() or not self.count):
+        elif self._state == "text" and (held.strip(_BLANKS) or not self.count):
             found.text = held
         return found
 
@@ -179,6 +179,8 @@ class CallReader:
             self._held, self._state = self._held[at + len(opening) :], "head"
         elif not opening and not self._plain and self._held.lstrip(_BLANKS)[:1] == "{":
             self._state = "head"
+        elif self.count and not opening and not self._plain and not self._held.strip(_BLANKS):
+            pass  # what parts two calls, perhaps: wait for more
         else:
             certain = self._held[: len(self._held) - overlap(self._held, opening)].rstrip()
             found.text += certain
