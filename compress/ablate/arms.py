@@ -208,8 +208,10 @@ def equal_time_tokens(recipe: AnyRecipe, runs: Mapping[str, Mapping[str, Any]], 
     ``of`` names arm and seed of the equal-time arm, and ``runs`` holds those that it needs.
     """
     ours, alone = (runs[of.replace(EQUAL_TIME, arm, 1)] for arm in ("recipe", "ce-only"))
-    batch: int = recipe.resolved()["training"]["batch_tokens"]
-    seconds_a_token = alone["seconds"] / alone["tokens"]
+    training = recipe.resolved()["training"]
+    batch: int = training["batch_tokens"]
+    # The budget counts tokens of full blocks, and a run's `tokens` are its labels.
+    seconds_a_token = alone["seconds"] / training["tokens"]
     return max(batch, int(ours["seconds"] / seconds_a_token) // batch * batch)
 
 
