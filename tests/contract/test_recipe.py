@@ -257,6 +257,7 @@ def test_the_digest_is_of_what_is_trained_not_of_what_is_asked_afterwards(tmp_pa
             "line 1, column 7: not valid YAML: '2024-13-45' is of the type timestamp, which "
             "no field takes; put",
         ),
+        ("seed: !!int ''\n", "line 1, column 7: not valid YAML: '' is no int"),
         ("seed: !!int one\n", "line 1, column 7: not valid YAML: 'one' is no int"),
         ("seed: !!bool one\n", "line 1, column 7: not valid YAML: 'one' is no bool"),
         (

@@ -300,7 +300,7 @@ class _Loader(_C):  # type: ignore[misc,valid-type]
             )
         try:
             value = super().construct_object(node, deep)
-        except (ValueError, KeyError, AttributeError) as error:  # PyYAML's own, of `!!int x`
+        except (ValueError, LookupError, AttributeError) as error:  # PyYAML's own, of `!!int x`
             if not isinstance(node, yaml.ScalarNode):
                 raise
             _refuse(
