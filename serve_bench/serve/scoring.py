@@ -36,7 +36,7 @@ class Scorer:
                     self._folder, form=self._form, threads=self._threads, all_logits=True
                 )
             decoder, found = self._decoder, list[TokenLogprobs]()
-            for start in range(0, len(ids), _CHUNK):
+            for start in range(0, len(ids) - 1, _CHUNK):  # the last token has no label
                 if time.monotonic() > deadline:
                     raise TimeoutError
                 chunk = list(ids[start : start + _CHUNK])
