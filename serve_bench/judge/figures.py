@@ -128,9 +128,10 @@ def noise_floor(
 def speed(
     samples: Sequence[Sample], reference: Reference, arm: str, metric: str = "tpot"
 ) -> Interval:
-    """Speed of the shipped form over ``arm``; above 1 the shipped form is faster.
+    """Speed of the shipped form over ``arm`` on equal text; above 1 the shipped form is faster.
 
-    Widened by the noise floor.
+    Widened by the noise floor. The times of an arm with another tokenizer are multiplied by its
+    `token_rate`: it was timed on as many tokens as the student, which are more or less text to it.
     """
     noise = noise_floor(samples, reference, metric)
     if arm == reference.twin.id:
@@ -151,12 +152,16 @@ def _speed(
     samples: Sequence[Sample], reference: Reference, theirs: str, metric: str, cell: Cell | None
 ) -> Interval:
     ours = by_block(samples, reference.shipped_arm.id, metric, cell)
-    return paired_ratio(by_block(samples, theirs, metric, cell), ours, first=reference.first_look)
+    rate = next(arm.token_rate for arm in reference.arms if arm.id == theirs) or 1.0
+    seconds = rate * by_block(samples, theirs, metric, cell)
+    return paired_ratio(seconds, ours, first=reference.first_look)
 
 
 def common(arm: Arm, measured: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `ArmResult` that come from the arm and its entry in environment.json."""
-    found = {name: getattr(arm, name) for name in ("label", "role", "runtime", "bytes")}
+    found = {
+        name: getattr(arm, name) for name in ("label", "role", "runtime", "bytes", "token_rate")
+    }
     for name in ("peak_rss_bytes", "device_bytes", "import_s", "load_s", "energy"):
         found[name] = measured.get(name)
     return found | {"steady": measured["steady"]}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +20,7 @@ def list_arms(*, onnx: Artifact, student: Artifact, bench: Bench | None = None) 
     Raises `ArtifactError` if a teacher's folder is gone.
     """
     bench, arms = bench or Bench(), list[Arm]()
+    measured: Mapping[str, Any] = student.result.get("teachers", {})
     shipped = str(onnx.result["shipped"])
     device = bench.device or provider_of(onnx, shipped)
     for teacher in teachers_of(student):
@@ -35,6 +38,7 @@ def list_arms(*, onnx: Artifact, student: Artifact, bench: Bench | None = None) 
                 "torch",
                 weights_on_disk(*folders),
                 spec,
+                _token_rate(measured.get(teacher["name"], {})),
             )
         )
     model = student.path / "model"
@@ -69,6 +73,13 @@ def list_arms(*, onnx: Artifact, student: Artifact, bench: Bench | None = None) 
                     )
                 )
     return arms
+
+
+def _token_rate(teacher: Mapping[str, Any]) -> float | None:
+    """Mean over domains of a teacher's tokens for each of the student's; None if they are equal."""
+    domains: Mapping[str, Mapping[str, float]] = teacher.get("coverage") or {}
+    rates = [found["tokens"] for found in domains.values()]
+    return math.fsum(rates) / len(rates) if rates else None
 
 
 def teachers_of(student: Artifact) -> list[dict[str, Any]]:

@@ -151,7 +151,10 @@ def single(
     """Warm up every arm, time blocks, and write down in ``environment`` how that went."""
     warm_all(workers, arms, units(0), raw, environment)
     prompts = [row for block in range(limits.min_blocks) for u in units(block) for row in u.prompts]
-    facts = {arm.id: workers[arm].opened["facts"] for arm in arms}
+    facts = {arm.id: dict(workers[arm].opened["facts"]) for arm in arms}
+    for arm in arms:
+        if arm.token_rate is not None:  # another tokenizer, so the prompts are no text of its own
+            facts[arm.id]["vocabulary"] = None
     environment["fairness"] = fairness.manifest(facts, prompts=prompts, **asked)
     sentinel = Sentinel(environment["threads"])
     try:

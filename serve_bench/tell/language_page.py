@@ -94,6 +94,7 @@ def page(
             "parity_note": ": prompts, token by token, in chunks, and ragged batches",
             "rows": sections.rows(data),
             "loss_steps": sections.loss_steps(data),
+            "coverage": _coverage(student),
             "against_memory": sections.against_memory(data),
             "energy": sections.energy(data),
             "generation": quality.get("generation"),
@@ -109,6 +110,16 @@ _PARITY = (
     ("Same first choice", "top1", lambda value: f"{100 * value:.2f} %"),
     ("Positions", "positions", str),
 )
+
+
+def _coverage(student: Artifact) -> list[tuple[str, str, Mapping[str, float]]]:
+    """Teacher, domain and coverage, of every teacher with another tokenizer."""
+    teachers: Mapping[str, Any] = student.result.get("teachers", {})
+    return [
+        (name, domain, found)
+        for name, teacher in teachers.items()
+        for domain, found in (teacher.get("coverage") or {}).items()
+    ]
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
@@ -241,7 +252,7 @@ def _pictures(
         Bubble(
             arm["label"],
             arm["role"],
-            arm["decode_tokens_s"]["value"],
+            arm["decode_tokens_s"]["value"] / (arm.get("token_rate") or 1),
             arm["quality"]["mean_nll"],
             arm["bytes"] / 1e6,
             name == f"onnx:{data['shipped']}",

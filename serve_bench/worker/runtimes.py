@@ -197,7 +197,8 @@ class TorchEager:
         """See `Runtime.begin`; torch's cache grows by itself."""
         self._cache, self._events = None, []
         self._prompt_tokens = prompts.shape[1]
-        # A teacher with another tokenizer is timed on the student's ids: any token takes as long.
+        # A teacher with another tokenizer is timed on the student's ids: any token takes as long,
+        # and the figures count how many it needs for the same text (`Arm.token_rate`).
         return self._forward(prompts % self.facts["vocabulary"])
 
     def step(self, tokens: Ids) -> Ids:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -87,6 +89,10 @@ def test_the_ratio_is_paired_within_blocks() -> None:
     reference = Encoder(classifier_recipe()).reference("int8-dynamic", ARMS)
     ratio = speed(samples(), reference, "teacher:a", "e2el")
     assert (ratio.value, ratio.low, ratio.high) == pytest.approx((8.0, 8.0, 8.0))
+    # A teacher that needs three tokens for two of the student's takes half as long again.
+    arms = [dataclasses.replace(arm, token_rate=1.5) if arm is ARMS[0] else arm for arm in ARMS]
+    reference = Encoder(classifier_recipe()).reference("int8-dynamic", arms)
+    assert speed(samples(), reference, "teacher:a", "e2el").value == pytest.approx(12.0)
 
 
 def test_the_better_teacher_is_the_one_with_the_better_metric_not_the_slower() -> None:

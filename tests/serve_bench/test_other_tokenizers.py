@@ -41,7 +41,7 @@ def test_a_teacher_of_another_tokenizer_is_judged_by_its_own_tokens(tmp_path: Pa
     # transformers' own loss, on the teacher's tokens of the same text
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "gemma")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "gemma").eval()
-    own = AutoTokenizer.from_pretrained(student.path / "model")
+    own, rates = AutoTokenizer.from_pretrained(student.path / "model"), []
     for domain, blocks in load_heldout(student.path / "heldout.safetensors").items():
         nats = size = 0.0
         for ids, length in zip(blocks.input_ids, blocks.lengths, strict=True):
@@ -51,6 +51,7 @@ def test_a_teacher_of_another_tokenizer_is_judged_by_its_own_tokens(tmp_path: Pa
                 logits = model(row).logits[0, :-1]
             nats += float(torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="sum"))
             size += len(text.encode())
+            rates.append((row.shape[1] - 1) / (int(length) - 1))
         theirs = nats / math.log(2) / size
         assert figures["domains"][domain]["bits_per_byte"] == pytest.approx(theirs, rel=0.05)
 
@@ -58,5 +59,16 @@ def test_a_teacher_of_another_tokenizer_is_judged_by_its_own_tokens(tmp_path: Pa
     gate = next(g for g in result["gates"] if g["name"] == "max_loss_vs_best_teacher")
     best = min(("own", "other"), key=lambda n: summarise(quality, f"teacher:{n}")["mean_nll"])
     assert ("in bits a byte" in gate["sentence"]) == (best == "other")
+
+    # The teacher was timed on as many tokens as the student, and needs another number of its own
+    # for the same text.
+    arm = result["arms"]["teacher:other"]
+    assert arm["token_rate"] == pytest.approx(sum(rates) / len(rates), rel=0.1)
+    plain = arm["tpot_ms"]["value"] / result["arms"]["onnx:fp32"]["tpot_ms"]["value"]
+    over = result["speed_of_shipped_over"]["teacher:other"]["tpot"]["value"]
+    assert over / plain == pytest.approx(arm["token_rate"], rel=0.3)  # medians of ratios
+    assert abs(arm["token_rate"] - 1) > 0.5  # so that forgetting it would be seen
     write_report(run=run, recipe=recipe)
-    assert "other" in (run / "report.html").read_text()
+    page = (run / "report.html").read_text()
+    assert "Teachers with another tokenizer" in page
+    assert "for each of the student’s" in page

@@ -32,6 +32,8 @@ class Arm:
     runtime: RuntimeName
     bytes: int  # on disk: weights, and the graph or the adapter
     spec: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    # Of a model with another tokenizer: its tokens for each token of the student's, in equal text.
+    token_rate: float | None = None
 
     @property
     def scored(self) -> bool:
@@ -113,6 +115,7 @@ class ArmResult:
     energy: Mapping[str, Any] | None
     steady: bool
     n: int  # timed samples
+    token_rate: float | None = None  # see `Arm`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +208,14 @@ class EncoderResult(BenchResult):
 def arms_of(result: Mapping[str, Any]) -> tuple[Arm, ...]:
     """The arms of a bench artifact's result, without the options that open them."""
     return tuple(
-        Arm(name, arm["label"], arm["role"], arm["runtime"], arm["bytes"])
+        Arm(
+            name,
+            arm["label"],
+            arm["role"],
+            arm["runtime"],
+            arm["bytes"],
+            token_rate=arm.get("token_rate"),
+        )
         for name, arm in result["arms"].items()
     )
 
