@@ -55,6 +55,7 @@ class Plan:
     seconds: float | None  # of training, prerequisites included; None without a trial
     bench_seconds: float
     own_text: int = 0  # tokens that the student writes itself, at most
+    advice: str = ""  # whether to merge or to distil, by measured runs; empty without advice
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -91,6 +92,8 @@ class Plan:
         if self.own_text:
             yield "own text", f"at most {self.own_text:,} tokens written by the student"
         open_ = f", and those of {self.minutes:g} minutes of training" if self.minutes else ""
+        if self.advice:
+            yield "merge or distil", self.advice
         yield "operations", f"{(self.operations + self.operations_first) / 1e12:,.1f} TFLOP{open_}"
         if self.seconds is None:
             yield "time", "unknown without a trial on this machine: add --trial"
@@ -108,10 +111,16 @@ class _Making:
 
     recipe: AnyRecipe
     student: Shape
-    teachers: list[int]  # parameters
+    base: Shape | None
+    teachers: list[Shape]
     taken: Footprint
     device: Any  # of torch
     precision: str
+
+    @property
+    def named_teachers(self) -> list[tuple[str, Shape]]:
+        """Name and shape of every teacher that runs here."""
+        return list(zip(_here(self.recipe).values(), self.teachers, strict=True))
 
     @property
     def memory(self) -> dict[str, int]:
@@ -162,7 +171,7 @@ def plan_recipe(recipe: AnyRecipe, *, trial: bool = False) -> Plan:
     seconds = sum(making.seconds(speed) for making in (own, *first)) if speed else None
     return Plan(
         recipe=recipe.name,
-        teachers=dict(zip(_here(recipe).values(), own.teachers, strict=True)),
+        teachers={name: shape.parameters for name, shape in own.named_teachers},
         asked=task_of(recipe.task).asked(recipe),
         student=own.student.parameters,
         trained=own.taken.trained,
@@ -179,6 +188,7 @@ def plan_recipe(recipe: AnyRecipe, *, trial: bool = False) -> Plan:
         seconds=seconds,
         bench_seconds=60 * recipe.bench.minutes,
         own_text=own.taken.own_text.tokens if own.taken.own_text is not None else 0,
+        advice=_advice(own),
     )
 
 
@@ -223,8 +233,17 @@ def _making(recipe: AnyRecipe) -> _Making:
         ],
         precision=precision,
     )
-    parameters = [shape.parameters for _, shape, _ in teachers]
-    return _Making(recipe, student, parameters, taken, device, precision)
+    shapes = [shape for _, shape, _ in teachers]
+    return _Making(recipe, student, base, shapes, taken, device, precision)
+
+
+def _advice(making: _Making) -> str:
+    from compress.footprint.advice import merge_or_distil
+
+    if making.recipe.task != "causal-lm" or making.base is None:
+        return ""
+    named = [(name, shape.config) for name, shape in making.named_teachers]
+    return merge_or_distil(making.recipe, making.base.config, named)
 
 
 def _speed(making: _Making) -> float:
