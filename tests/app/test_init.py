@@ -14,7 +14,7 @@ from compress.data.blocks import load_blocks
 from compress.models.language import load_tokenizer
 from limbeck.app import run as pipeline
 from limbeck.app.cli import app
-from limbeck.app.init import _cuts, _sizes, choose_student
+from limbeck.app.init.choice import choose_student, cuts, sizes_of
 from limbeck.app.plan import form_sizes
 from limbeck.contract.recipe import load_recipe
 from limbeck.contract.sources import preflight, text_files
@@ -78,7 +78,7 @@ def test_a_cut_keeps_the_most_that_fits_in_either_form(tmp_path: Path) -> None:
         {name: recipe[name] for name in ("name", "data", "training")},
         recipe["student"]["base"],
     )
-    sizes = {str(student): (_sizes(tree, student), student) for student, _ in _cuts(tree, base)}
+    sizes = {str(student): (sizes_of(tree, student), student) for student, _ in cuts(tree, base)}
     most = 0.97 * 1.2
     fitting = [found for found in sizes.values() if min(found[0].values()) <= most]
     assert 0 < len(fitting) < len(sizes)

@@ -19,8 +19,8 @@ from export.gguf.check import open_reader
 from export.gguf.tokenizer import require_known
 from export.gguf.write import write_gguf
 from export.plan import form_bytes
-from limbeck.app.pack import pack
 from limbeck.app.products import mistakes
+from limbeck.app.trust.pack import pack
 from limbeck.contract.errors import ModelError
 from limbeck.contract.recipe.export import GgufQ8Form
 from limbeck.contract.results.onnx import OnnxResult

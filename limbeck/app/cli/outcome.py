@@ -86,7 +86,7 @@ def verify(
 
     require_made(path, command="verify")
     if key is not None:
-        from limbeck.app.signing import require_signed
+        from limbeck.app.trust.signing import require_signed
 
         for signature in require_signed(path, key):
             print(f"{signature}: holds")
@@ -265,7 +265,7 @@ def pack(
     Example:
       limbeck pack runs/pico-1a2b3c4d --out pico-int8 --zip
     """
-    from limbeck.app.pack import pack as pack_run
+    from limbeck.app.trust.pack import pack as pack_run
 
     packed = pack_run(run, out=out, form=form, as_zip=as_zip)
     print(f"{packed.folder}: {packed.form}, {packed.files} files, {packed.megabytes:.1f} MB")
@@ -309,7 +309,7 @@ def push(
     Example:
       limbeck push runs/pico-1a2b3c4d my-name/pico
     """
-    from limbeck.app.pack import push as push_run
+    from limbeck.app.trust.pack import push as push_run
 
     print(push_run(run, repository, form=form, private=private))
 
@@ -336,7 +336,7 @@ def sbom(
     Example:
       limbeck sbom runs/pico-1a2b3c4d
     """
-    from limbeck.app.sbom import write_sbom
+    from limbeck.app.trust.sbom import write_sbom
 
     print(write_sbom(run, out))
 
@@ -368,7 +368,7 @@ def sign(
     Example:
       limbeck sign runs/pico-1a2b3c4d --key private.pem
     """
-    from limbeck.app.signing import sign as sign_what_ships
+    from limbeck.app.trust.signing import sign as sign_what_ships
 
     for signature in sign_what_ships(path, key):
         print(signature)

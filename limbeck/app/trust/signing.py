@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.app.given import exported_folder
-from limbeck.app.pack import CERTIFICATE
 from limbeck.app.run import RUN
+from limbeck.app.trust.pack import CERTIFICATE
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import ArtifactError, EnvironmentalError, UserError
 from limbeck.contract.files import unwritable_is_a_user_error

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.app.given import exported_folder
-from limbeck.app.pack import certificate_of, ingredients
+from limbeck.app.trust.pack import certificate_of, ingredients
 from limbeck.contract.artifact import Artifact, open_artifact, student_of
 from limbeck.contract.errors import ArtifactError, EnvironmentalError
 from limbeck.contract.files import write_atomically

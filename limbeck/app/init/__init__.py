@@ -1,0 +1,134 @@
+"""`limbeck init`: a short recipe that works, from teachers, a text and a size.
+
+Knows recipes and their plans. Writes one file, with the reasons for its choices in comments.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from limbeck.app.init.choice import Choice, choose_student, sizes_of
+from limbeck.app.init.inputs import (
+    BATCH,
+    adapter_bases,
+    are_short,
+    check_tokenizers,
+    model_source,
+    short_names,
+    teacher_source,
+    text_source,
+    training_tokens,
+)
+from limbeck.contract.errors import ModelError, RecipeError
+from limbeck.contract.files import write_atomically
+from limbeck.contract.recipe import Data, parse_recipe
+
+
+def write_recipe(
+    *,
+    teachers: Sequence[str],
+    texts: Sequence[str],
+    target_mb: float,
+    student: str | None,
+    base_paths: Sequence[str] = (),
+    out: Path,
+) -> Choice:
+    """Write the recipe to ``out`` and return the choices.
+
+    ``teachers`` and ``student`` are model folders, GGUF files, hub ids (owner/name) or recipe
+    files; teachers also PEFT adapter folders. The default base of the student is the smallest
+    teacher. Raises `ModelError`, `DataError` or `RecipeError`.
+    """
+    if out.exists():
+        raise RecipeError(f"{out}: is already there; name another file with --out.")
+    if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
+        raise RecipeError(
+            f"{out}: {out.parent} is no folder that can be written to; name another file with "
+            "--out."
+        )
+    local = adapter_bases(base_paths)
+    found = [
+        {"name": name, **teacher_source(given, local)}
+        for name, given in zip(short_names(teachers), teachers, strict=True)
+    ]
+    tree: dict[str, Any] = {
+        "name": re.sub(r"[^a-z0-9._-]+", "-", out.stem.lower()).strip("-.") or "mine",
+        "teachers": found,
+        "data": {
+            "domains": [
+                {"name": name, "text": text_source(text)}
+                for name, text in zip(short_names(texts), texts, strict=True)
+            ],
+            "block": 128,
+            "heldout": {"piece_chars": 1024},
+        },
+        "training": {
+            "tokens": training_tokens(texts),
+            "batch_tokens": BATCH,
+            "learning_rate": 1e-3,
+            "evaluate_every": 50,
+        },
+        "gates": {"max_size_mb": target_mb, "max_loss_vs_best_teacher": 0.02},
+    }
+    if are_short(texts, Data.model_validate(tree["data"])):
+        tree["data"]["packing"] = "stream"
+    bases = (
+        [model_source(student, "--student")]
+        if student
+        else [t["model"] for t in found if t["model"]["kind"] != "recipe"]
+    )
+    if not bases:
+        raise ModelError(
+            "--teacher: all teachers are recipes; name the model the student starts from with "
+            "--student."
+        )
+    check_tokenizers(found, bases if student else [])
+    for option, source in (
+        [("--student", bases[0])] if student else [("--teacher", base) for base in bases]
+    ):
+        if source["kind"] == "hub":
+            try:
+                sizes_of(tree, {"kind": "lora", "base": source})
+            except ModelError as error:
+                raise ModelError(
+                    f"{option} {source['id']}: no folder of that name here, and as a model of "
+                    f"the hub: {error} An adapter's base that is here takes --base PATH."
+                ) from error
+    choice = choose_student(tree, bases, target_mb=target_mb)
+    if choice.student["kind"] == "shrink":
+        tree["training"]["learning_rate"] = 3e-4
+    tree["gates"]["max_quantization_loss"] = 0.01 if choice.form == "int8-weight" else 0.05
+    tree |= {"student": choice.student, "export": {"forms": ["fp32", choice.form]}}
+    parse_recipe(tree, where=str(out))
+    write_atomically(out, _text(tree, choice, target_mb))
+    return choice
+
+
+def _text(tree: dict[str, Any], choice: Choice, target_mb: float) -> str:
+    lines = [
+        f"# Written by `limbeck init` for {target_mb:g} MB. Student: {choice.why}.",
+        f"# It will take about {choice.megabytes:.1f} MB as {choice.form}; `limbeck plan` "
+        "says more, `limbeck run` does it.",
+        *([f"# {choice.caution}"] if choice.caution else []),
+        f"name: {tree['name']}",
+        "teachers:",
+        *(f"  - {_flow(teacher)}" for teacher in tree["teachers"]),
+    ]
+    lines += [
+        f"{key}: {_flow(tree[key])}" for key in ("data", "student", "training", "export", "gates")
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _flow(value: Any) -> str:
+    """YAML on one line."""
+    import yaml
+
+    text: str = yaml.safe_dump(
+        value, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True
+    )
+    return text.strip()

@@ -1,0 +1,278 @@
+"""Teachers and texts as they are typed for `limbeck init`, as parts of a recipe.
+
+Knows paths, names and suffixes. Looks into files as far as a choice needs it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from limbeck.contract.errors import DataError, LimbeckError, ModelError
+from limbeck.contract.progress import say
+from limbeck.contract.recipe import ChatRows, Data, FileText, PlainText, find_recipe
+from limbeck.contract.sources import check_arrow, text_files
+
+BATCH = 1024  # tokens a training step
+_TOKENS = 204800  # of training
+_PASSES = 10  # over the text at most
+# Names of the classes of transformers that write text end so.
+_DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_BYTES = 4  # of a token of text, about
+_JSON_LINES = (".jsonl", ".ndjson", ".json")
+
+
+def short_names(given: Sequence[str]) -> list[str]:
+    """A short name for each, all different."""
+    names: list[str] = []
+    for index, one in enumerate(given):
+        path = Path(one)
+        exists = _path(one).exists()
+        if not exists and glob.has_magic(one):  # `text/*.txt` is named after its folder
+            path = next((p for p in path.parents if not glob.has_magic(str(p)) and p.name), path)
+        # Only in a file name does a dot begin a suffix.
+        name = path.stem if exists and _path(one).is_file() else path.name
+        stem = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[:40] or f"n{index + 1}"
+        names.append(stem if stem not in names else f"{stem}-{index + 1}")
+    return names
+
+
+def teacher_source(given: str, base_paths: Mapping[str, Path]) -> dict[str, Any]:
+    """A teacher's model, and its adapter where a PEFT folder was given.
+
+    ``base_paths`` maps hub ids of adapters' bases to local folders; "" is for any. Raises
+    `ModelError`.
+    """
+    path = _path(given)
+    if not (path / "adapter_config.json").is_file() or (path / "config.json").is_file():
+        return {"model": model_source(given, "--teacher")}
+    try:
+        base = json.loads((path / "adapter_config.json").read_text("utf-8"))[
+            "base_model_name_or_path"
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"--teacher {given}: its adapter_config.json names no base model ({error}); "
+            "write its path there as base_model_name_or_path."
+        ) from None
+    base = str(base)
+    if not _path(base).is_dir() and (mapped := base_paths.get(base) or base_paths.get("")):
+        base = str(mapped)
+    return {
+        "model": model_source(base, f"--teacher {given}, an adapter on"),
+        "adapter": str(path.resolve()),
+    }
+
+
+def adapter_bases(given: Sequence[str]) -> dict[str, Path]:
+    """The pair of `--base [ID=]PATH`. Raises `ModelError` if the folder is no model."""
+    found = {}
+    for one in given:
+        name, equals, place = one.rpartition("=")
+        path = _path(place if equals else one)
+        if not (path / "config.json").is_file():
+            raise ModelError(f"--base {one}: no config.json of a model there; name its folder.")
+        found[name] = path.resolve()
+    return found
+
+
+def model_source(given: str, option: str) -> dict[str, Any]:
+    """Model source for an argument. Raises `ModelError` if it is unknown or not a decoder."""
+    path = _path(given)
+    if path.is_dir():
+        try:
+            kinds = json.loads((path / "config.json").read_text("utf-8")).get("architectures") or []
+        except (OSError, ValueError, AttributeError) as error:
+            raise ModelError(
+                f"{option} {given}: no config.json of a model there ({error})."
+            ) from error
+        if kinds and not any(str(kind).endswith(_DECODERS) for kind in kinds):
+            raise ModelError(
+                f"{option} {given}: {kinds[0]} does not write text; for classifiers and sentence "
+                "encoders write a recipe with task: classification or task: embedding, as "
+                "`limbeck recipes` lists them."
+            )
+        return {"kind": "local", "path": str(path.resolve())}
+    if path.suffix == ".gguf" and path.is_file():
+        return {"kind": "gguf", "path": str(path.resolve())}
+    if path.suffix == ".yaml":
+        return {"kind": "recipe", "recipe": str(find_recipe(given))}
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", given) and not path.exists():
+        try:
+            return {"kind": "recipe", "recipe": str(find_recipe(given))}
+        except LimbeckError:
+            if not path.parent.is_dir():  # with a folder of the owner's name it is a mistyped path
+                return {"kind": "hub", "id": given}
+    if re.match("https?://", given):
+        raise ModelError(
+            f"{option} {given}: a teacher behind a server needs the name of its model and its "
+            "tokenizer; write it into a recipe: model: {kind: server, url: …, model: …, "
+            "tokenizer: …}."
+        )
+    raise ModelError(
+        f"{option} {given}: no such folder, .gguf file, recipe, or hub id (owner/name); "
+        f"{_close(path) or 'give one of them.'}"
+    )
+
+
+def _close(path: Path) -> str:
+    """Suggestion for a mistyped path, or an empty text."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"did you mean {path.parent / close[0]}?" if close else ""
+
+
+def _path(given: str) -> Path:
+    """A path that was typed. `~nosuchuser` and a NUL in it are parts of a name that does
+    not exist."""
+    try:
+        path = Path(given).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"{given[:100]}: no path ({error}).") from None
+    return path
+
+
+def check_tokenizers(teachers: Sequence[dict[str, Any]], bases: Sequence[dict[str, Any]]) -> None:
+    """Say which folders on this machine have another tokenizer than the student.
+
+    Raises `ModelError` for one that cannot be aligned. Of other sources `limbeck run` tells.
+    """
+    from compress.teachers.pairs import described
+
+    local = {t["name"]: Path(t["model"]["path"]) for t in teachers if t["model"]["kind"] == "local"}
+    student = [Path(base["path"]) for base in bases if base["kind"] == "local"]
+    if not local or not (student or teachers[0]["name"] in local):
+        return
+    reference = student[0] if student else local[teachers[0]["name"]]
+    for name, relation in described(reference, local).items():
+        if "another" in relation:
+            say(f"  teacher {name}: {relation}")
+
+
+def text_source(given: str) -> dict[str, Any]:
+    """Text source for a --data argument; the suffix tells rows from text. Raises `DataError`."""
+    from compress.data.documents import documents
+
+    files = _files(given)
+    source: dict[str, Any] = {
+        "kind": "files",
+        "paths": [str(Path.cwd() / Path(given).expanduser())],
+    }
+    kinds = {_kind(file): file for file in files}
+    if len(kinds) > 1:
+        named = ", ".join(f"{file.name} ({kind})" for kind, file in sorted(kinds.items()))
+        raise DataError(
+            f"--data {given}: found files of several kinds: {named}; give each kind its own --data."
+        )
+    kind = next(iter(kinds))
+    if kind == "text":
+        for file in files:
+            for _ in documents(file, PlainText(kind="text")):  # fails now if it cannot be read
+                pass
+        return source
+    fields = _parquet_fields(files[0]) if kind == "parquet" else _json_fields(files[0])
+    if "messages" in fields:
+        return source | {"format": {"kind": "chat"}}
+    texts = [name for name, is_text in fields.items() if is_text]
+    field = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
+    if field is None:
+        raise DataError(
+            f"--data {given}: its rows have {', '.join(fields) or 'no fields'}, and it is unclear "
+            "which is the text; rename it to text, or to messages where it holds conversations."
+        )
+    return source | {"format": {"kind": kind, "field": field}}
+
+
+def _files(given: str) -> list[Path]:
+    """Files of one `--data`: a file, a folder, or a glob. Raises `DataError`."""
+    try:
+        return text_files(FileText(kind="files", paths=(given,)), folder=Path.cwd())
+    except (DataError, OSError, ValueError):
+        raise DataError(
+            f"--data {given[:200]}: no such file; give a text file, a folder of text files, or a "
+            "glob in quotes, such as 'text/*.txt'."
+        ) from None
+
+
+def _kind(file: Path) -> str:
+    return (
+        "parquet"
+        if file.suffix == ".parquet"
+        else "jsonl"
+        if file.suffix in _JSON_LINES
+        else "text"
+    )
+
+
+def _json_fields(path: Path) -> dict[str, bool]:
+    """Keys of the first row of JSON lines, and whether each holds text."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        line = next((line for line in file if line.strip()), "")
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        raise DataError(
+            f"--data {path}: its first line is no JSON object; write one object a line."
+        )
+    return {name: isinstance(value, str) for name, value in row.items()}
+
+
+def _parquet_fields(path: Path) -> dict[str, bool]:
+    """Columns of a Parquet file, and whether each holds text."""
+    check_arrow()
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        schema = pyarrow.parquet.read_schema(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"--data {path}: not a Parquet file ({error}).") from None
+    return {
+        field.name: pyarrow.types.is_string(field.type) or pyarrow.types.is_large_string(field.type)
+        for field in schema
+    }
+
+
+def are_short(texts: Sequence[str], data: Data) -> bool:
+    """Whether the documents of a text must be joined to fill a block. Raises `DataError` for too
+    little text."""
+    from compress.data.blocks import measure_text
+
+    short, block, heldout = False, _BYTES * data.block, data.heldout
+    for given, domain in zip(texts, data.domains, strict=True):
+        found = measure_text(domain, data, folder=Path())
+        if found.pieces < heldout.every or found.training < block:
+            raise DataError(
+                f"--data {given}: too little text: found {found.pieces} of at least "
+                f"{heldout.every} rows, or pieces of up to "
+                f"{heldout.piece_chars} characters, every {heldout.every}th of which is held "
+                f"out, and {found.training} of at least "
+                f"{block} bytes to train on, for a block of {data.block} tokens. Add text: a "
+                "single document needs about "
+                f"{heldout.every * heldout.piece_chars} characters."
+            )
+        short = short or (not isinstance(domain.text.format, ChatRows) and found.longest < block)
+    return short
+
+
+def training_tokens(texts: Sequence[str]) -> int:
+    """Training tokens: at most ten passes over the text, where a token is about four bytes.
+
+    The bytes of Parquet files say little about their text, so that they count as enough.
+    """
+    files = [file for text in texts for file in _files(text)]
+    if any(file.suffix == ".parquet" for file in files):
+        return _TOKENS
+    passes = _PASSES * sum(file.stat().st_size for file in files) // _BYTES
+    return max(20 * BATCH, min(_TOKENS, passes // BATCH * BATCH))

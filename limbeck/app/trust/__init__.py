@@ -1,0 +1,1 @@
+"""What leaves the machine: one archive of the product, its bill of materials, and its signature."""
