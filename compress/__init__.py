@@ -9,9 +9,9 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from limbeck.contract import sources
 from limbeck.contract.artifact import Artifact, find_artifact, open_artifact, work_folder
 from limbeck.contract.recipe import AnyRecipe, Recipe, fingerprint
+from limbeck.contract.sources.digests import input_digests
 
 _VERSION = 1  # of the stage: raise it when the same input would give another student
 _RECOVERY = 2  # the same for `recover`
@@ -30,7 +30,7 @@ def distill(
     Raises `ModelError`, `DataError`, `EnvironmentalError` or `DivergenceError`.
     """
     products = products or {}
-    parents = sources.input_digests(recipe, products=products)
+    parents = input_digests(recipe, products=products)
     key = fingerprint(
         {
             "stage": "compress",

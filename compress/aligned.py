@@ -1,6 +1,7 @@
 """A teacher of another tokenizer on a batch: its predictions in the student's vocabulary.
 
-At a student position whose text ends at a common boundary (`limbeck.runtime.alignment`), the
+At a student position whose text ends at a common boundary (see
+`limbeck.contract.models.alignment`), the
 teacher's distribution over its own next tokens is *projected*: each of its tokens counts for the
 student's token that begins the same bytes. Elsewhere it has no distribution. Its *evidence* at the
 last label of a chunk is its log-probability of the whole chunk, so that sums over text are nats of
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from compress.divergence import row_dot, softmax_and_norm, through_softmax
 from compress.head import CACHED, IGNORED, Head, Place, chunks_of_labels
-from limbeck.runtime.alignment import Aligned, Aligner
+from limbeck.contract.models.alignment import Aligned, Aligner
 
 ANY_ROWS = 1 << 62  # rows of the vocabulary that such a teacher has a say in: as many as there are
 _LARGEST = -1e-6  # log q(chunk), at most, so that log(1 - q) is finite

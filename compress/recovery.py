@@ -28,7 +28,7 @@ from compress.models.language import load_model, load_tokenizer
 from compress.models.students import Student
 from compress.tasks.language import LanguageTask, evaluate, per_token
 from limbeck.contract.artifact import Artifact, open_artifact, work_folder, write_artifact
-from limbeck.contract.heldout import HELDOUT, mean_nll
+from limbeck.contract.data.heldout import HELDOUT, mean_nll
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import Features, Recipe, Recover
 from limbeck.contract.results.student import StudentResult

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from limbeck.contract.heldout import Blocks, mean_nll
+from limbeck.contract.data.heldout import Blocks, mean_nll
 from limbeck.contract.progress import task
 from limbeck.contract.recipe import Provider
 from limbeck.runtime.decoder import GraphDecoder

@@ -107,7 +107,7 @@ def _offline() -> None:
     """Keep `datasets` from the network and its copies in our cache folder; takes effect before it
     is first imported.
     """
-    from limbeck.contract.sources import cache_folder
+    from limbeck.contract.sources.places import cache_folder
 
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     os.environ.setdefault("HF_DATASETS_CACHE", str(cache_folder() / "datasets"))

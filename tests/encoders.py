@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from limbeck.contract.artifact import Artifact, open_artifact, write_artifact
-from limbeck.contract.examples import EXAMPLES, Examples, save_examples
-from limbeck.contract.heldout import CALIBRATION, save_calibration
+from limbeck.contract.data.examples import EXAMPLES, Examples, save_examples
+from limbeck.contract.data.heldout import CALIBRATION, save_calibration
 from limbeck.contract.recipe import EncoderRecipe, parse_any_recipe
 
 CONFIGS: dict[str, dict[str, Any]] = {

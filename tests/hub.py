@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from limbeck.contract.sources import cache_folder
+from limbeck.contract.sources.places import cache_folder
 
 SMOLLM2 = {
     "model_type": "llama",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from limbeck.contract.artifact import Artifact, write_artifact
-from limbeck.contract.heldout import (
+from limbeck.contract.data.heldout import (
     CALIBRATION,
     HELDOUT,
     Blocks,

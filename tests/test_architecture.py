@@ -15,11 +15,11 @@ STAGES = ("compress", "export", "serve_bench")
 LIGHT = {"yaml", "pydantic", "pydantic_core", "typer", "packaging", "limbeck"}
 _ARRAYS, _FILES = {"numpy"}, {"numpy", "safetensors"}
 ALLOWED = {  # modules that stages and functions import, never the command line at its top
-    "limbeck/contract/arrays.py": _ARRAYS,
-    "limbeck/contract/examples.py": _FILES,
-    "limbeck/contract/heldout.py": _FILES,
-    "limbeck/contract/tensors.py": _FILES,
-    "limbeck/runtime/alignment.py": _ARRAYS | {"tokenizers"},
+    "limbeck/contract/data/arrays.py": _ARRAYS,
+    "limbeck/contract/data/examples.py": _FILES,
+    "limbeck/contract/data/heldout.py": _FILES,
+    "limbeck/contract/data/tensors.py": _FILES,
+    "limbeck/contract/models/alignment.py": _ARRAYS | {"tokenizers"},
     "limbeck/runtime/decoder.py": _ARRAYS,
     "limbeck/runtime/encoder.py": _ARRAYS,
     "limbeck/runtime/grammar.py": _ARRAYS,

@@ -15,7 +15,7 @@ from tokenizers import (
     trainers,
 )
 
-from limbeck.runtime.alignment import Pieces
+from limbeck.contract.models.alignment import Pieces
 
 CORPUS = [
     "the cat sat on the mat, and the dog sat on the log; 1234 5678 years of 2024\r\n",

@@ -32,11 +32,11 @@ from compress.ablate.table import draw, markdown, summarise, verdict
 from compress.checkpoint import CHECKPOINT
 from compress.loop import fit, measure_teachers, setup
 from compress.teachers.start import NothingToMergeError
-from limbeck.contract import sources
 from limbeck.contract.errors import RecipeError
 from limbeck.contract.files import write_atomically
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import AnyRecipe, fingerprint
+from limbeck.contract.sources.digests import input_digests
 
 __all__ = ["DESIGNS", "ablate", "markdown", "summarise", "verdict"]
 
@@ -64,7 +64,7 @@ def ablate(
     arms = _ordered(design.reference, asked or design.arms)
     out.mkdir(parents=True, exist_ok=True)
     kept = out / "runs.json"
-    parents = sources.input_digests(recipe, products=products)
+    parents = input_digests(recipe, products=products)
     key = fingerprint([_VERSION, recipe.distillation(), parents, dict(design.arms)])
     saved = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     runs: dict[str, dict[str, Any]] = saved["runs"] if saved.get("key") == key else {}

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compress.ablate.arms import DESIGNS, Design
-from limbeck.contract.heldout import mean_nll
+from limbeck.contract.data.heldout import mean_nll
 
 Run = Mapping[str, Any]
 FURTHER = {  # figures beside the loss, and how the table calls them

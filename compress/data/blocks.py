@@ -30,9 +30,8 @@ from compress.data.packing import (
     special_prefix,
     tokenise,
 )
-from limbeck.contract import sources
+from limbeck.contract.data.heldout import Blocks
 from limbeck.contract.errors import DataError
-from limbeck.contract.heldout import Blocks
 from limbeck.contract.lock import make_once
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import (
@@ -44,6 +43,8 @@ from limbeck.contract.recipe import (
     TextFormat,
     fingerprint,
 )
+from limbeck.contract.sources.places import cache_folder
+from limbeck.contract.sources.texts import text_digest, text_files
 
 _VERSION = 3  # of the way text becomes blocks
 IGNORED = -100
@@ -132,7 +133,7 @@ def measure_text(domain: Domain, data: Data, *, folder: Path, enough: int | None
     """
     form, split = domain.text.format, _Split(data)
     training = longest = blocks = 0
-    files = sources.text_files(domain.text, folder=folder)
+    files = text_files(domain.text, folder=folder)
     for piece in split.train(
         itertools.chain.from_iterable(_unrendered(path, form) for path in files)
     ):
@@ -225,12 +226,12 @@ class _Split:
 def _domain_blocks(
     domain: Domain, recipe: Recipe, tokenizer: PreTrainedTokenizerFast
 ) -> DomainBlocks:
-    data, paths = recipe.data, sources.text_files(domain.text, folder=recipe.folder)
+    data, paths = recipe.data, text_files(domain.text, folder=recipe.folder)
     form: TextFormat | RowFormat = domain.text.format
     key = fingerprint(
         {
             "version": _VERSION,
-            "text": sources.text_digest(domain.text, folder=recipe.folder),
+            "text": text_digest(domain.text, folder=recipe.folder),
             "format": form.model_dump(),
             "template": chat_template(tokenizer) if isinstance(form, ChatRows) else None,
             "block": data.block,
@@ -240,7 +241,7 @@ def _domain_blocks(
             "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         }
     )
-    folder = sources.cache_folder() / "tokens" / key[:16]
+    folder = cache_folder() / "tokens" / key[:16]
 
     def make(out: Path) -> dict[str, Any]:
         say(

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from compress.data.mail import subject_and_body
-from limbeck.contract import sources
 from limbeck.contract.errors import DataError
 from limbeck.contract.recipe import JsonLines, MailText, ParquetRows, PlainText, PythonStrings, Rows
+from limbeck.contract.sources.texts import check_arrow
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which has no UTF-8
 
@@ -140,7 +140,7 @@ def _json_lines(path: Path, field: str) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
-    sources.check_arrow()
+    check_arrow()
     import pyarrow
     import pyarrow.parquet
 
@@ -158,7 +158,7 @@ def _parquet_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
 
 def _arrow_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
     """Rows of an Arrow stream, the form that `datasets` saves."""
-    sources.check_arrow()
+    check_arrow()
     import pyarrow
 
     try:

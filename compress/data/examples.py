@@ -14,11 +14,11 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
 from compress.data.documents import documents, pieces
-from limbeck.contract import sources
+from limbeck.contract.data.examples import Examples
 from limbeck.contract.errors import DataError
-from limbeck.contract.examples import Examples
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import ChatRows, EncoderRecipe, TextSource
+from limbeck.contract.sources.texts import text_files
 
 _CHARS = 32  # of a document read for each token wanted; a token is never that long on average
 _TOKENISED = 512  # texts at a time: the tokenizer's output is many times as large as its ids
@@ -84,7 +84,7 @@ def _documents(source: TextSource, folder: Path) -> Iterator[str]:
         raise DataError(
             "format: chat is for language models; name the field that holds an example's text."
         )
-    for path in sources.text_files(source, folder=folder):
+    for path in text_files(source, folder=folder):
         yield from documents(path, form)
 
 

@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerFast
 from compress.data.blocks import conversations
 from compress.data.documents import documents
 from compress.data.packing import Piece, special_prefix, tokenise
-from limbeck.contract import sources
 from limbeck.contract.errors import DataError
 from limbeck.contract.recipe import ChatRows, TextSource
+from limbeck.contract.sources.texts import text_files
 
 
 def first_tokens(
@@ -27,7 +27,7 @@ def first_tokens(
     chat = isinstance(form, ChatRows)
 
     def found() -> Iterator[Piece]:
-        for path in sources.text_files(text, folder=folder):
+        for path in text_files(text, folder=folder):
             if isinstance(form, ChatRows):
                 for piece in conversations(path, form, tokenizer):
                     yield Piece(piece.text[: (piece.answers or ((len(piece.text), 0),))[0][0]])
@@ -42,7 +42,7 @@ def first_tokens(
     if not prompts:
         raise DataError(
             "training.on_policy.prompts.text: no document, or no conversation whose first answer "
-            f"begins within {most} tokens, in {sources.text_files(text, folder=folder)[0]}; name "
+            f"begins within {most} tokens, in {text_files(text, folder=folder)[0]}; name "
             "files with text."
         )
     return prompts

@@ -55,7 +55,7 @@ from limbeck.contract.recipe import (
     ShrinkStudent,
     TopkCache,
 )
-from limbeck.contract.sources import text_files
+from limbeck.contract.sources.texts import text_files
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 config_of = model_config  # of a model source; see `compress.footprint.tasks`

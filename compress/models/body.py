@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compress.head import Head
 from limbeck.contract.errors import ModelError
-from limbeck.contract.probe import probe_ids, require_equal
+from limbeck.contract.models.probe import probe_ids, require_equal
 
 
 class Body:

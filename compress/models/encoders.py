@@ -31,10 +31,9 @@ from compress.models.language import (
     random_model,
 )
 from compress.models.shrink import Importance, shrink
-from limbeck.contract import sources
 from limbeck.contract.errors import ModelError
 from limbeck.contract.files import file_digest
-from limbeck.contract.loading import load_pretrained, unused_pooler
+from limbeck.contract.models.loading import load_pretrained, unused_pooler
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import (
     AnyEncoderSource,
@@ -48,6 +47,8 @@ from limbeck.contract.recipe import (
     RecipeModel,
     fingerprint,
 )
+from limbeck.contract.sources.models import model_path
+from limbeck.contract.sources.weights import check_weights
 from limbeck.runtime.encoder import COUNTS_FROM_PADDING
 
 _FAITHFUL = (
@@ -73,7 +74,7 @@ def encoder_folder(source: AnyEncoderSource, *, folder: Path, product: Path | No
             )
             return cached(key, lambda out: _make_random(source, out))
         case OnnxModel():
-            path = sources.model_path(source, folder=folder)
+            path = model_path(source, folder=folder)
             assert path is not None
             like = model_folder(source.like, folder=folder)
             key = fingerprint(
@@ -95,7 +96,7 @@ def encoder_config(source: EncoderSource, *, folder: Path) -> Any:
         )
     if not isinstance(source, OnnxModel):
         return model_config(source, folder=folder)
-    path = sources.model_path(source, folder=folder)
+    path = model_path(source, folder=folder)
     assert path is not None
     config = model_config(source.like, folder=folder)
     config.num_hidden_layers = _layers_named_in(path)
@@ -191,7 +192,7 @@ def pooled(model: Any, ids_RL: Tensor, mask_RL: Tensor, *, pooling: str = "mean"
 
 
 def _load(auto: Any, folder: Path, what: str, **options: Any) -> Any:
-    sources.check_weights(folder)
+    check_weights(folder)
     model = load_pretrained(auto, folder, what=what, dtype=torch.float32, **options)
     model.requires_grad_(False)
     return model.eval()

@@ -26,11 +26,10 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from compress.models.body import Body, require_faithful
-from limbeck.contract import sources
 from limbeck.contract.errors import EnvironmentalError, ModelError
 from limbeck.contract.files import file_digest
-from limbeck.contract.loading import load_pretrained
 from limbeck.contract.lock import make_once
+from limbeck.contract.models.loading import load_pretrained
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import (
     BaseSource,
@@ -41,6 +40,10 @@ from limbeck.contract.recipe import (
     RandomModel,
     fingerprint,
 )
+from limbeck.contract.sources.hub import hub_config, hub_snapshot
+from limbeck.contract.sources.models import model_path
+from limbeck.contract.sources.places import cache_folder
+from limbeck.contract.sources.weights import check_weights
 
 # What transformers raises for impossible sizes.
 BAD_CONFIG = (
@@ -62,12 +65,12 @@ def model_folder(source: BaseSource, *, folder: Path) -> Path:
     """
     match source:
         case HubModel():
-            return sources.hub_snapshot(source.id, source.revision)
+            return hub_snapshot(source.id, source.revision)
         case RandomModel():
             key = fingerprint({"random": source.model_dump(mode="json")})
             return cached(key, lambda out: _make_random(source, out))
         case LocalModel() | GgufModel() | PackageModel():
-            path = sources.model_path(source, folder=folder)
+            path = model_path(source, folder=folder)
             assert path is not None
             if path.is_dir():
                 return path
@@ -83,9 +86,9 @@ def model_config(source: BaseSource, *, folder: Path) -> Any:
     if isinstance(source, RandomModel):
         return random_config(source.config, vocab_size=len(byte_tokenizer()), where="model.config")
     if isinstance(source, HubModel):
-        path = sources.hub_config(source.id, source.revision)
+        path = hub_config(source.id, source.revision)
     else:
-        found = sources.model_path(source, folder=folder)
+        found = model_path(source, folder=folder)
         assert found is not None
         path = found
     return folder_config(path)
@@ -118,7 +121,7 @@ def load_model(
 
     ``quantize`` is `none`, `int8` or `nf4` (bitsandbytes, on CPU and CUDA). Raises `ModelError`.
     """
-    sources.check_weights(folder)
+    check_weights(folder)
     options: dict[str, Any] = {}
     if quantize != "none":
         from transformers import BitsAndBytesConfig
@@ -219,7 +222,7 @@ def cached(key: str, make: Callable[[Path], dict[str, Any]]) -> Path:
 
     If it is missing, ``make`` fills it and returns its measurements.
     """
-    path = sources.cache_folder() / "models" / key[:16]
+    path = cache_folder() / "models" / key[:16]
     make_once(path, kind="model", key=key, parents={}, make=make)
     return path
 

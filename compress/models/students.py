@@ -17,10 +17,10 @@ from compress.models.body import Body, causal_lm, require_faithful
 from compress.models.language import load_model, load_tokenizer, model_folder, random_model
 from compress.models.sharded import like, whole
 from compress.models.shrink import Importance, shrink
-from limbeck.contract import sources
-from limbeck.contract.adapters import attach, merged
 from limbeck.contract.errors import EnvironmentalError, ModelError
+from limbeck.contract.models.adapters import attach, merged
 from limbeck.contract.recipe import FreshStudent, LoraStudent, MergeStudent, Recipe, ShrinkStudent
+from limbeck.contract.sources.models import require_fits
 
 Used = TypeVar("Used")
 
@@ -63,7 +63,7 @@ def student_folder(recipe: Recipe, tokenizers: Sequence[Path]) -> Path:
     if isinstance(recipe.student, FreshStudent):
         return tokenizers[0]
     folder = model_folder(recipe.student.base, folder=recipe.folder)
-    sources.require_fits(folder, block=recipe.data.block)
+    require_fits(folder, block=recipe.data.block)
     return folder
 
 

@@ -19,8 +19,8 @@ from compress.loss import fused_loss
 from compress.models.encoders import class_names, load_classifier
 from compress.states import TeacherStates
 from compress.tasks.encoder import Answers, EncoderStudent, EncoderTask, Model, Terms
+from limbeck.contract.data.examples import accuracy, macro_f1
 from limbeck.contract.errors import ModelError
-from limbeck.contract.examples import accuracy, macro_f1
 from limbeck.contract.recipe import (
     Calibration,
     ClassFusion,

@@ -16,7 +16,7 @@ from compress.head import IGNORED, Place, chunks_of_labels
 from compress.models.language import load_tokenizer
 from compress.states import SparseStates, TeacherStates
 from compress.tasks.language_models import LanguageModels
-from limbeck.contract.generated import distinct, repetition
+from limbeck.contract.data.generated import distinct, repetition
 
 _MOST = 32  # tokens read, and as many generated after them
 _BATCHES = 2  # of held-out rows a domain

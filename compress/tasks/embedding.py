@@ -33,7 +33,7 @@ from compress.features import Projections, feature_loss
 from compress.models.encoders import load_body, pooled
 from compress.tasks.encoder import Answers, EncoderStudent, EncoderTask, Model, Terms
 from compress.weights import weigh
-from limbeck.contract.loading import unused_pooler
+from limbeck.contract.models.loading import unused_pooler
 from limbeck.contract.recipe import EmbeddingRecipe, EncoderTeacher, Weights
 
 

@@ -25,14 +25,14 @@ from compress.host import give_memory_back
 from compress.models.encoders import base_folder, build_student, encoder_folder, require_context
 from compress.models.language import folder_config, load_tokenizer, require_same_tokenizer
 from compress.tasks.saved import Saved
-from limbeck.contract import sources
+from limbeck.contract.data.examples import EXAMPLES, Examples, save_examples
+from limbeck.contract.data.heldout import CALIBRATION, save_calibration
 from limbeck.contract.errors import EnvironmentalError, RecipeError
-from limbeck.contract.examples import EXAMPLES, Examples, save_examples
-from limbeck.contract.heldout import CALIBRATION, save_calibration
-from limbeck.contract.licences import sources_of
 from limbeck.contract.progress import say, task
 from limbeck.contract.recipe import EncoderRecipe, EncoderShrinkStudent, EncoderTeacher, fingerprint
 from limbeck.contract.results.student import EncoderFigures, Parameters, TeacherResult
+from limbeck.contract.sources.digests import model_digest
+from limbeck.contract.sources.licences import sources_of
 
 ROWS = 32  # examples of a batch that is not trained on
 _CALIBRATION_ROWS = 64  # training examples that travel with a student, for the export's calibration
@@ -193,7 +193,7 @@ class EncoderTask(ABC):
         self, entry: EncoderTeacher, folder: Path, used: Indices, products: Mapping[str, Path]
     ) -> Teacher:
         """Load a teacher, let it answer all that training and measuring need, and let it go."""
-        digest = sources.model_digest(
+        digest = model_digest(
             entry.model, folder=self.recipe.folder, products=products, teacher=entry.name
         )
         model = self.load_teacher(entry, folder)

@@ -22,7 +22,7 @@ from compress.data.packing import special_prefix
 from compress.head import IGNORED
 from compress.models.language import load_tokenizer
 from compress.tasks.language_models import LanguageModels
-from limbeck.contract.sources import context_of
+from limbeck.contract.sources.models import context_of
 
 _ELSEWHERE = Path(statistics.__file__)  # Python's own sources are on every machine
 _ROWS = 8  # blocks of it

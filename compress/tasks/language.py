@@ -30,7 +30,13 @@ from compress.tasks.language_models import LanguageModels, heldout_batches
 from compress.tasks.language_step import LanguageStep
 from compress.tasks.saved import Saved
 from compress.teachers.served import ServedTeacher
-from limbeck.contract.heldout import CALIBRATION, HELDOUT, mean_nll, save_calibration, save_heldout
+from limbeck.contract.data.heldout import (
+    CALIBRATION,
+    HELDOUT,
+    mean_nll,
+    save_calibration,
+    save_heldout,
+)
 from limbeck.contract.progress import task
 from limbeck.contract.recipe import FittedCalibration, FixedCalibration, LoraStudent
 from limbeck.contract.results.student import LanguageFigures, Parameters, TeacherResult

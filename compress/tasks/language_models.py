@@ -34,9 +34,8 @@ from compress.teachers.pairs import (
     require_own_tokens,
 )
 from compress.teachers.start import NothingToMergeError, Start, choose_start, merges_to_try
+from limbeck.contract.data.heldout import Blocks
 from limbeck.contract.errors import RecipeError
-from limbeck.contract.heldout import Blocks
-from limbeck.contract.licences import sources_of
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import (
     FreshStudent,
@@ -46,6 +45,7 @@ from limbeck.contract.recipe import (
     ShrinkStudent,
     fingerprint,
 )
+from limbeck.contract.sources.licences import sources_of
 
 _START_ROWS = 8  # training blocks of each domain that merges of teachers are scored on
 

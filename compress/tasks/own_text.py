@@ -30,7 +30,7 @@ from transformers import (
 from compress.data.prompts import first_tokens
 from compress.head import IGNORED
 from compress.models.body import causal_lm
-from limbeck.contract.generated import repetition
+from limbeck.contract.data.generated import repetition
 from limbeck.contract.recipe import ChatRows, OnPolicy, Recipe
 
 # Last numbers of seeds of four: no stream equals another one, or that of the order of training.

@@ -24,11 +24,11 @@ from compress.head import Head, chunks_of_labels
 from compress.states import AnyStates, Reading, SparseStates, TeacherStates
 from compress.teachers.live import TeacherFolder, Teachers
 from compress.teachers.pairs import Pairs
-from limbeck.contract import sources
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.lock import make_once
 from limbeck.contract.progress import say, task
 from limbeck.contract.recipe import HiddenCache, TopkCache, fingerprint
+from limbeck.contract.sources.places import cache_folder
 
 Row = tuple[Tensor, Tensor]  # token ids [L] and labels [L]
 
@@ -164,7 +164,7 @@ class CachedTeachers:
         """The head of teacher ``k`` and its number of layers, from the cache."""
         folder = self._folders[k]
         key = fingerprint({"version": _VERSION, "head of": _identity(folder)})
-        path = sources.cache_folder() / "teachers" / f"head-{key[:16]}"
+        path = cache_folder() / "teachers" / f"head-{key[:16]}"
 
         def make(out: Path) -> dict[str, Any]:
             body = self._load().bodies[k]
@@ -198,7 +198,7 @@ class CachedTeachers:
         if (pair := self._pairs.digest(k)) is not None:  # text after the last label is left out
             kept |= {"pair": pair, "labels": [_row_key(labels).hex() for _, (_, labels) in shard]}
         key = fingerprint({"version": _VERSION, "teacher": _identity(self._folders[k]), **kept})
-        path = sources.cache_folder() / "teachers" / f"rows-{key[:16]}"
+        path = cache_folder() / "teachers" / f"rows-{key[:16]}"
 
         def make(out: Path) -> dict[str, Any]:
             made: list[dict[str, Tensor]] = []

@@ -20,11 +20,12 @@ from compress.models.body import Body, causal_lm, require_faithful
 from compress.models.language import cast_frozen, load_model, model_folder
 from compress.states import TeacherStates
 from compress.teachers.served import ServedTeacher, served_teacher
-from limbeck.contract import sources
-from limbeck.contract.adapters import adapter_facts, attach, can_join
 from limbeck.contract.artifact import open_artifact
+from limbeck.contract.models.adapters import adapter_facts, attach, can_join
 from limbeck.contract.recipe import Recipe, RecipeModel, ServerModel, Teacher, fingerprint
 from limbeck.contract.results.student import StudentResult
+from limbeck.contract.sources.digests import adapter_digest, model_digest
+from limbeck.contract.sources.models import require_fits
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def teacher_folders(
 def _teacher_folder(
     teacher: Teacher, recipe: Recipe, products: Mapping[str, Path]
 ) -> TeacherFolder:
-    digest = sources.model_digest(
+    digest = model_digest(
         teacher.model, folder=recipe.folder, products=products, teacher=teacher.name
     )
     common = {
@@ -93,12 +94,10 @@ def _teacher_folder(
     else:
         assert not isinstance(teacher.model, ServerModel)
         folder = model_folder(teacher.model, folder=recipe.folder)
-    sources.require_fits(folder, block=recipe.data.block)
+    require_fits(folder, block=recipe.data.block)
     own = (recipe.folder / teacher.adapter.expanduser()).resolve() if teacher.adapter else None
     if own is not None:
-        common["digest"] = fingerprint(
-            [digest, sources.adapter_digest(teacher, folder=recipe.folder)]
-        )
+        common["digest"] = fingerprint([digest, adapter_digest(own)])
     return TeacherFolder(
         base=folder, adapter=own, whole=folder, whole_adapter=own, tokenizer=folder, **common
     )

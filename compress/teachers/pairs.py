@@ -14,13 +14,13 @@ import torch
 from compress.aligned import Pair
 from compress.data.blocks import DomainBlocks, labels_of
 from compress.models.language import load_tokenizer
-from limbeck.contract import sources
+from limbeck.contract.data.heldout import Blocks
 from limbeck.contract.errors import DataError, ModelError
-from limbeck.contract.heldout import Blocks
 from limbeck.contract.lock import make_once
+from limbeck.contract.models.alignment import Aligner, Pieces, projection, relate
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import ChatRows, Recipe, fingerprint
-from limbeck.runtime.alignment import Aligner, Pieces, projection, relate
+from limbeck.contract.sources.places import cache_folder
 
 _VERSION = 1  # raise it when two tokenizers would give another alignment or projection
 _ROWS = 32  # training blocks of a domain that coverage is measured on
@@ -120,7 +120,7 @@ def _listed(tokens: Sequence[str]) -> str:
 def _projection(own: Pieces, other: Pieces) -> np.ndarray:
     """The cached projection of one vocabulary into the other."""
     key = fingerprint({"projection": _VERSION, "sides": [(s.digest, s.end) for s in (own, other)]})
-    path = sources.cache_folder() / "projections" / key[:16]
+    path = cache_folder() / "projections" / key[:16]
 
     def make(out: Path) -> dict[str, Any]:
         target = projection(own, other)

@@ -31,7 +31,6 @@ from compress.head import IGNORED
 from compress.models.language import cached, load_tokenizer
 from compress.states import SparseStates
 from compress.teachers.prompt_logprobs import Likeliest, Server
-from limbeck.contract import sources
 from limbeck.contract.artifact import MANIFEST, open_artifact
 from limbeck.contract.errors import ArtifactError, ModelError
 from limbeck.contract.files import disk_full_is_a_user_error, file_digest, new_folder, sweep
@@ -45,6 +44,10 @@ from limbeck.contract.recipe import (
     TokenizerSource,
     fingerprint,
 )
+from limbeck.contract.sources.digests import model_digest
+from limbeck.contract.sources.hub import hub_tokenizer
+from limbeck.contract.sources.models import tokenizer_path
+from limbeck.contract.sources.places import cache_folder
 from limbeck.runtime.endpoint import Endpoint, find_endpoint
 
 Row = tuple[Tensor, Tensor]  # token ids [L] and labels [L]
@@ -80,7 +83,7 @@ class ServedTeacher:
 def served_teacher(teacher: Teacher, recipe: Recipe) -> ServedTeacher:
     """Find the tokenizer of a served teacher. Asks the server nothing. Raises `ModelError`."""
     assert isinstance(teacher.model, ServerModel)
-    digest = sources.model_digest(teacher.model, folder=recipe.folder, products={})
+    digest = model_digest(teacher.model, folder=recipe.folder, products={})
     folder = _tokenizer_folder(teacher.model.tokenizer, folder=recipe.folder)
     return ServedTeacher(teacher.name, teacher.model, folder, digest)
 
@@ -116,7 +119,7 @@ class _Cache:
         # By ids and not by count: a map may leave out numbers.
         self.vocabulary = 1 + max(self._tokenizer.get_vocab().values())
         key = fingerprint({"version": _VERSION, "served": teacher.digest})
-        self._folder = sources.cache_folder() / "teachers" / f"served-{key[:16]}"
+        self._folder = cache_folder() / "teachers" / f"served-{key[:16]}"
         self._endpoint: Endpoint | None = None  # once it has been checked
         self._taken: set[Path] = set()  # shards
         self._answered: dict[bytes, Answered] = {}  # by the ids of a text
@@ -367,8 +370,8 @@ def _key(ids: Sequence[int]) -> bytes:
 def _tokenizer_folder(source: TokenizerSource, *, folder: Path) -> Path:
     """Folder that transformers loads the tokenizer from. Raises `ModelError`."""
     if isinstance(source, HubModel):
-        return sources.hub_tokenizer(source.id, source.revision)
-    path = sources.tokenizer_path(source, folder=folder)
+        return hub_tokenizer(source.id, source.revision)
+    path = tokenizer_path(source, folder=folder)
     assert path is not None
     if path.is_dir():
         return path

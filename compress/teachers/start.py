@@ -30,11 +30,11 @@ from compress.models.merge import (
     parameters_of,
 )
 from compress.teachers.live import TeacherFolder
-from limbeck.contract.adapters import adapter_facts, attach
-from limbeck.contract.adapters import merged as without_adapter
 from limbeck.contract.artifact import MANIFEST
 from limbeck.contract.errors import ModelError, RecipeError
 from limbeck.contract.files import file_digest, files_below
+from limbeck.contract.models.adapters import adapter_facts, attach
+from limbeck.contract.models.adapters import merged as without_adapter
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import LoraStudent, MergeStudent, ShrinkStudent, fingerprint
 

@@ -32,7 +32,7 @@ from export.build.surgery import (
 )
 from export.graphs import Graphs, form_files, relocate, stamp
 from limbeck.contract.errors import ModelError
-from limbeck.contract.loading import load_pretrained
+from limbeck.contract.models.loading import load_pretrained
 from limbeck.contract.recipe import StaticShapes
 
 _TRACED = {"rows": 2, "new": 3, "past": 5}  # sizes 0 and 1 would be taken for constants

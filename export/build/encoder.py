@@ -22,7 +22,7 @@ from export.build.backend import Built
 from export.build.dynamo import quiet_exporter, split_gemm
 from export.graphs import Graphs, relocate, stamp
 from limbeck.contract.errors import ModelError
-from limbeck.contract.loading import load_pretrained, unused_pooler
+from limbeck.contract.models.loading import load_pretrained, unused_pooler
 from limbeck.contract.recipe import StaticShapes
 from limbeck.runtime.encoder import COUNTS_FROM_PADDING
 

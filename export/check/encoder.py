@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from limbeck.contract.examples import Examples
+from limbeck.contract.data.examples import Examples
 from limbeck.runtime.encoder import GraphEncoder
 
 # By name: input_ids and attention_mask [B, L], answers [B, C or d].

@@ -20,9 +20,9 @@ import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
 from export.check.verdict import TOLERANCES, judge, summary
-from limbeck.contract.adapters import attach
 from limbeck.contract.errors import ParityError
-from limbeck.contract.loading import load_pretrained
+from limbeck.contract.models.adapters import attach
+from limbeck.contract.models.loading import load_pretrained
 from limbeck.contract.progress import task
 from limbeck.contract.recipe import Provider
 from limbeck.runtime.decoder import GraphDecoder

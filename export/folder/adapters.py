@@ -22,9 +22,9 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from export.graphs import Graphs, stamp
 from export.round.weights import external_array
-from limbeck.contract.adapters import attach
 from limbeck.contract.errors import ModelError
-from limbeck.contract.loading import load_pretrained
+from limbeck.contract.models.adapters import attach
+from limbeck.contract.models.loading import load_pretrained
 from limbeck.runtime.session import import_onnxruntime
 
 ADAPTER = "adapters/student.onnx_adapter"

@@ -15,10 +15,10 @@ import yaml
 
 from limbeck import __version__
 from limbeck.contract.artifact import Artifact
-from limbeck.contract.licences import UNKNOWN, hub_fields, of_student
 from limbeck.contract.machine import versions
 from limbeck.contract.recipe import AnyRecipe, HubModel, fingerprint
 from limbeck.contract.results.onnx import OnnxResult
+from limbeck.contract.sources.licences import UNKNOWN, hub_fields, of_student
 
 _LICENCES = """\
 Each licence is what the source says of itself, or `unknown` where it says nothing. The licence in

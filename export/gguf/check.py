@@ -22,9 +22,9 @@ from export.check.parity import Case, differences, require_parity
 from export.check.verdict import TOLERANCES, judge, summary
 from export.gguf.llama_cpp import LlamaCpp
 from export.heldout import per_token, row_loss
+from limbeck.contract.data.heldout import Blocks
 from limbeck.contract.errors import ParityError
-from limbeck.contract.heldout import Blocks
-from limbeck.contract.loading import load_pretrained
+from limbeck.contract.models.loading import load_pretrained
 from limbeck.contract.progress import task
 
 Ints = npt.NDArray[np.int64]

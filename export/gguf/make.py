@@ -15,8 +15,8 @@ from export.gguf.tokenizer import require_known
 from export.gguf.write import write_gguf
 from export.heldout import relative_rise
 from limbeck.contract.artifact import Artifact
+from limbeck.contract.data.heldout import HELDOUT, load_heldout
 from limbeck.contract.errors import ParityError
-from limbeck.contract.heldout import HELDOUT, load_heldout
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import Recipe
 from limbeck.contract.results.onnx import GgufFile

@@ -23,8 +23,8 @@ from onnx import ModelProto, TensorProto, helper
 
 from export.graphs import Graphs
 from export.round.smooth import Boundary, Factors, find_boundaries, find_factors
+from limbeck.contract.data.heldout import CALIBRATION, load_calibration
 from limbeck.contract.errors import ArtifactError
-from limbeck.contract.heldout import CALIBRATION, load_calibration
 from limbeck.contract.machine import available_cores
 from limbeck.contract.progress import say, task
 from limbeck.contract.recipe import (

@@ -23,7 +23,7 @@ from export.round.origin import origins
 from export.round.quantize import quantize_weights
 from export.round.scheme import Scheme, stored_bytes
 from export.round.sensitivity import Cost, measure_costs, within_bytes, within_loss
-from limbeck.contract.heldout import Blocks
+from limbeck.contract.data.heldout import Blocks
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import Gates, MixedByLoss, MixedBySize
 

@@ -24,7 +24,7 @@ from export.round.gptq import round_blocks, shares
 from export.round.matrices import Matrix
 from export.round.origin import Part, matrix_values
 from export.round.scheme import stored_bytes
-from limbeck.contract.loading import load_pretrained
+from limbeck.contract.models.loading import load_pretrained
 from limbeck.contract.progress import task
 
 

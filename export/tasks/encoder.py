@@ -19,8 +19,8 @@ from export.graphs import Graphs, form_files
 from export.round.scheme import Scheme, encoder_scheme
 from export.tasks.base import AnyForm, Calibrate, Checked
 from limbeck.contract.artifact import Artifact
+from limbeck.contract.data.examples import EXAMPLES, load_examples
 from limbeck.contract.errors import ArtifactError
-from limbeck.contract.examples import EXAMPLES, load_examples
 from limbeck.contract.recipe import AnyRecipe, Provider, StaticShapes
 from limbeck.contract.recipe.encoder import EncoderForm, EncoderRecipe
 from limbeck.contract.results.onnx import GgufFile, OnnxResult

@@ -26,8 +26,8 @@ from export.round.origin import origins, rounding_of
 from export.round.scheme import Scheme, scheme_for
 from export.tasks.base import AnyForm, Calibrate, Checked
 from limbeck.contract.artifact import Artifact
+from limbeck.contract.data.heldout import HELDOUT, load_heldout, mean_nll
 from limbeck.contract.errors import ArtifactError
-from limbeck.contract.heldout import HELDOUT, load_heldout, mean_nll
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import AnyRecipe, MixedByRule, Provider, Recipe, StaticShapes
 from limbeck.contract.results.onnx import ExportedForm, GgufFile, KeptAdapter, OnnxResult

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from limbeck.contract.errors import LimbeckError
 from limbeck.contract.machine import host, sums_overflow, versions
 from limbeck.contract.recipe import LoraStudent, PackageModel, PackageText, load_recipe
-from limbeck.contract.sources import cache_folder, package_root
+from limbeck.contract.sources.places import cache_folder, package_root
 from limbeck.runtime.session import import_onnxruntime
 
 _ROOM = 4_000_000_000  # bytes that the demo writes, cache and run folder together

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
-from limbeck.contract import sources
 from limbeck.contract.errors import ModelError, RecipeError
 from limbeck.contract.recipe import (
     AnyRecipe,
@@ -36,6 +35,7 @@ from limbeck.contract.recipe import (
     load_teacher_recipe,
     parse_any_recipe,
 )
+from limbeck.contract.sources.models import model_path
 
 # By a word in the model's name, special names first, so that nothing has to be opened or
 # downloaded.
@@ -234,7 +234,7 @@ def architecture(source: ModelSource | OnnxModel, recipe: AnyRecipe, *, where: s
         case RandomModel():
             return str(source.config.get("model_type", "llama"))
         case LocalModel():
-            path = sources.model_path(source, folder=recipe.folder)
+            path = model_path(source, folder=recipe.folder)
             assert path is not None
             try:
                 return str(json.loads((path / "config.json").read_text("utf-8"))["model_type"])

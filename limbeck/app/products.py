@@ -20,8 +20,10 @@ from limbeck.contract.recipe import (
     find_recipe,
     load_teacher_recipe,
 )
-from limbeck.contract.sources import cache_folder, preflight, stored_config
-from limbeck.runtime.teacher_tokens import tokenizer_mistakes
+from limbeck.contract.sources.models import stored_config
+from limbeck.contract.sources.places import cache_folder
+from limbeck.contract.sources.preflight import preflight
+from limbeck.contract.sources.teacher_tokens import tokenizer_mistakes
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats as scipy_stats
 
-from limbeck.contract.arrays import Ids, Logits
-from limbeck.contract.examples import accuracy, macro_f1, similarities
+from limbeck.contract.data.arrays import Ids, Logits
+from limbeck.contract.data.examples import accuracy, macro_f1, similarities
 from limbeck.contract.recipe import EncoderRecipe
 from limbeck.contract.results.bench import (
     Arm,

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from limbeck.contract.heldout import mean_nll
+from limbeck.contract.data.heldout import mean_nll
 
 LogProbabilities = npt.NDArray[np.float32]
 _ROWS = 32  # positions worked on at a time, in double precision

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.contract.generated import Tokens, common_prefix, distinct, repetition
+from limbeck.contract.data.generated import Tokens, common_prefix, distinct, repetition
 from limbeck.runtime.text import load_text
 from serve_bench.judge.figures import Reference
 from serve_bench.judge.stats import mean_interval

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from limbeck.contract.heldout import Blocks
+from limbeck.contract.data.heldout import Blocks
 from limbeck.contract.progress import task
 from limbeck.contract.results.bench import Arm
 from serve_bench.judge.quality import mix

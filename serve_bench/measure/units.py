@@ -12,8 +12,8 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 
-from limbeck.contract.examples import Examples
-from limbeck.contract.heldout import Blocks
+from limbeck.contract.data.examples import Examples
+from limbeck.contract.data.heldout import Blocks
 from serve_bench.judge.figures import Cell, Sample
 from serve_bench.measure.workers import Worker
 

@@ -11,10 +11,10 @@ from typing import IO, Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from limbeck.contract.arrays import Logits
 from limbeck.contract.artifact import Artifact
+from limbeck.contract.data.arrays import Logits
+from limbeck.contract.data.examples import EXAMPLES, load_examples
 from limbeck.contract.errors import DataError
-from limbeck.contract.examples import EXAMPLES, load_examples
 from limbeck.contract.progress import task
 from limbeck.contract.recipe import EncoderRecipe
 from limbeck.contract.results.bench import Arm, EncoderResult, Gate, Interval, Verdict

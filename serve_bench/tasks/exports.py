@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from limbeck.contract.artifact import open_artifact
-from limbeck.contract.examples import EXAMPLES, load_examples
+from limbeck.contract.data.examples import EXAMPLES, load_examples
 from limbeck.contract.machine import available_cores
 from limbeck.contract.recipe import EncoderBench
 from limbeck.contract.results.bench import Arm

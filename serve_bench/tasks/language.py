@@ -11,8 +11,8 @@ from typing import IO, Any
 import numpy as np
 
 from limbeck.contract.artifact import Artifact
+from limbeck.contract.data.heldout import HELDOUT, Blocks, load_heldout, mean_nll
 from limbeck.contract.errors import ArtifactError, DataError
-from limbeck.contract.heldout import HELDOUT, Blocks, load_heldout, mean_nll
 from limbeck.contract.machine import available_cores
 from limbeck.contract.progress import task
 from limbeck.contract.recipe import Bench, Gates, Recipe

@@ -21,7 +21,8 @@ from limbeck.contract.files import unwritable_is_a_user_error
 from limbeck.contract.machine import available_cores, host
 from limbeck.contract.recipe import Bench, ServerScenario, UrlTarget, fingerprint
 from limbeck.contract.results.bench import Arm
-from limbeck.contract.sources import check_weights, hub_snapshot
+from limbeck.contract.sources.hub import hub_snapshot
+from limbeck.contract.sources.weights import check_weights
 from serve_bench.judge import figures, language, scenarios
 from serve_bench.judge.figures import ENVIRONMENT, SAMPLES, Reference, Sample
 from serve_bench.judge.stats import first_look

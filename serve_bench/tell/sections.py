@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from limbeck.contract.heldout import mean_nll
+from limbeck.contract.data.heldout import mean_nll
 from serve_bench.tell import charts
 from serve_bench.tell.numbers import significant
 

@@ -18,7 +18,7 @@ import aiohttp
 import httpx2
 import numpy as np
 
-from limbeck.contract.arrays import Ids, Logits
+from limbeck.contract.data.arrays import Ids, Logits
 from limbeck.contract.errors import DataError, EnvironmentalError
 from limbeck.runtime.endpoint import CONNECT, Endpoint, find_endpoint, refusal
 

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from limbeck.contract.arrays import Ids, Logits
-from limbeck.contract.examples import load_examples
-from limbeck.contract.loading import load_pretrained, unused_pooler
+from limbeck.contract.data.arrays import Ids, Logits
+from limbeck.contract.data.examples import load_examples
+from limbeck.contract.models.loading import load_pretrained, unused_pooler
 from serve_bench.worker.process import peak_rss
 
 _ROWS = 16  # examples of a batch that is not timed

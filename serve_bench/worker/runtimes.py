@@ -19,10 +19,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from limbeck.contract.adapters import attach, merged
-from limbeck.contract.arrays import Ids, Logits
+from limbeck.contract.data.arrays import Ids, Logits
 from limbeck.contract.errors import ArtifactError, DataError, EnvironmentalError, ModelError
-from limbeck.contract.loading import load_pretrained
+from limbeck.contract.models.adapters import attach, merged
+from limbeck.contract.models.loading import load_pretrained
 
 
 class Runtime(Protocol):

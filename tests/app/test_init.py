@@ -17,7 +17,8 @@ from limbeck.app.cli import app
 from limbeck.app.init.choice import choose_student, cuts, sizes_of
 from limbeck.app.plan import form_sizes
 from limbeck.contract.recipe import load_recipe
-from limbeck.contract.sources import preflight, text_files
+from limbeck.contract.sources.preflight import preflight
+from limbeck.contract.sources.texts import text_files
 from tests.pico import make_model
 
 SIZES: dict[str, Any] = {

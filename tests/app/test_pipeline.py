@@ -27,7 +27,7 @@ from limbeck.contract.artifact import Artifact, find_artifact, open_artifact, wr
 from limbeck.contract.errors import ArtifactError, EnvironmentalError, ParityError, RecipeError
 from limbeck.contract.recipe import Recipe, load_recipe
 from limbeck.contract.results.bench import Verdict
-from limbeck.contract.sources import cache_folder
+from limbeck.contract.sources.places import cache_folder
 from limbeck.runtime import session as runtime
 from serve_bench.judge.findings import Finding
 from serve_bench.tell.report import Report

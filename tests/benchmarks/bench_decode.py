@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.contract.heldout import HELDOUT, load_heldout
+from limbeck.contract.data.heldout import HELDOUT, load_heldout
 from limbeck.contract.results.bench import Interval
 from serve_bench.judge.stats import first_look, paired_ratio
 

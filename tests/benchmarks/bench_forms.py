@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from limbeck.contract.heldout import Blocks
+from limbeck.contract.data.heldout import Blocks
 
 FORMS = ("fp32", "int8-weight", "int8-dynamic", "int8-static", "int4-weight")
 

@@ -37,9 +37,9 @@ import yaml
 
 from compress.ablate import ablate
 from limbeck.app.run import make_products
-from limbeck.contract import sources
 from limbeck.contract.machine import host
 from limbeck.contract.recipe import load_recipe
+from limbeck.contract.sources.texts import text_files
 
 EXPERTS = {
     "speeches": "smollm2/expert-speeches",
@@ -114,7 +114,7 @@ class Bench:
         path = self.folder / "shuffled.txt"
         if not path.exists():
             recipe = load_recipe("smollm2/expert-speeches")
-            files = sources.text_files(recipe.data.domains[0].text, folder=recipe.folder)
+            files = text_files(recipe.data.domains[0].text, folder=recipe.folder)
             words = " ".join(f.read_text(encoding="utf-8") for f in files[:60]).split()
             random.Random(0).shuffle(words)
             path.write_text(" ".join(words), encoding="utf-8")

@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 import compress
-from limbeck.contract import sources
 from limbeck.contract.artifact import Artifact, open_artifact, write_artifact
-from limbeck.contract.heldout import CALIBRATION, HELDOUT, save_calibration, save_heldout
+from limbeck.contract.data.heldout import CALIBRATION, HELDOUT, save_calibration, save_heldout
 from limbeck.contract.recipe import LoraStudent, Recipe, load_recipe
+from limbeck.contract.sources.models import model_path
 
 RECIPE = "smollm2/135m-two-experts"
 
@@ -24,7 +24,7 @@ def gguf_file() -> Path:
     """The GGUF file (Q4_1) that the demo's base is dequantised from."""
     recipe = demo_recipe()
     assert isinstance(recipe.student, LoraStudent)
-    path = sources.model_path(recipe.student.base, folder=recipe.folder)
+    path = model_path(recipe.student.base, folder=recipe.folder)
     assert path is not None
     return path
 

@@ -15,6 +15,7 @@ from compress.head import IGNORED, Head
 from compress.loss import fused_loss, plain_loss
 from compress.states import TeacherStates, teacher_statistics
 from compress.weights import Reach, weigh
+from limbeck.contract.models.alignment import Aligner, projection
 from limbeck.contract.recipe import (
     CaMkdWeights,
     Fusion,
@@ -23,7 +24,6 @@ from limbeck.contract.recipe import (
     PosteriorWeights,
     ReverseKl,
 )
-from limbeck.runtime.alignment import Aligner, projection
 from tests.compress.test_fusion import WEIGHTS, gradients
 from tests.tokenizers import byte_level, permute, piece_level, pieces
 

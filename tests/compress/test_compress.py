@@ -23,8 +23,8 @@ from compress import loop as train
 from compress.models.body import Body
 from compress.models.language import load_model
 from limbeck.contract.artifact import open_artifact
+from limbeck.contract.data.heldout import load_heldout
 from limbeck.contract.errors import EnvironmentalError
-from limbeck.contract.heldout import load_heldout
 from limbeck.contract.recipe import Recipe, parse_recipe
 
 TINY = {

@@ -21,8 +21,8 @@ from compress.data.chat import render
 from compress.data.documents import documents, pieces
 from compress.data.packing import Piece, Tokens, pack_documents, pack_stream, tokenise
 from compress.models.language import byte_tokenizer
+from limbeck.contract.data.heldout import HELDOUT, Blocks, all_but_first, load_heldout
 from limbeck.contract.errors import DataError, EnvironmentalError
-from limbeck.contract.heldout import HELDOUT, Blocks, all_but_first, load_heldout
 from limbeck.contract.recipe import (
     ChatRows,
     DatasetText,
@@ -34,7 +34,8 @@ from limbeck.contract.recipe import (
     Rows,
     parse_recipe,
 )
-from limbeck.contract.sources import preflight, text_files
+from limbeck.contract.sources.preflight import preflight
+from limbeck.contract.sources.texts import text_files
 from tests.pico import CHAT, make_model, make_tokenizer
 
 

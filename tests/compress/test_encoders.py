@@ -41,8 +41,8 @@ from export.check.parity import PARITY, load_arrays, require_parity
 from limbeck.app.products import plan_products
 from limbeck.app.verify import verify
 from limbeck.contract.artifact import Artifact, open_artifact
+from limbeck.contract.data.examples import EXAMPLES, accuracy, load_examples, macro_f1
 from limbeck.contract.errors import DataError, ModelError, ParityError, RecipeError, UserError
-from limbeck.contract.examples import EXAMPLES, accuracy, load_examples, macro_f1
 from limbeck.contract.recipe import (
     EncoderShrinkStudent,
     OnnxModel,
@@ -51,7 +51,8 @@ from limbeck.contract.recipe import (
     parse_any_recipe,
     shipped_recipes,
 )
-from limbeck.contract.sources import npm_root, text_files
+from limbeck.contract.sources.places import npm_root
+from limbeck.contract.sources.texts import text_files
 from limbeck.runtime.encoder import Encoder
 from serve_bench.worker.encoder import TorchEncoder
 from tests.encoders import (

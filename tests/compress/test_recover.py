@@ -29,7 +29,7 @@ from export.round.sensitivity import rounded
 from limbeck.app import run as pipeline
 from limbeck.app.verify import verify
 from limbeck.contract.artifact import open_artifact, student_of
-from limbeck.contract.heldout import HELDOUT, load_heldout, mean_nll
+from limbeck.contract.data.heldout import HELDOUT, load_heldout, mean_nll
 from limbeck.contract.recipe import load_recipe
 from limbeck.runtime.decoder import GraphDecoder
 from serve_bench import write_report

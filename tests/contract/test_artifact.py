@@ -20,9 +20,9 @@ from limbeck.contract.artifact import (
     open_artifact,
     write_artifact,
 )
+from limbeck.contract.data.heldout import save_calibration
 from limbeck.contract.errors import ArtifactError, EnvironmentalError
 from limbeck.contract.files import file_digest, folder_digest, write_atomically
-from limbeck.contract.heldout import save_calibration
 from tests.pico import pico_recipe
 
 

@@ -11,9 +11,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from limbeck.contract.data.examples import Examples, load_examples, save_examples
+from limbeck.contract.data.heldout import (
+    load_calibration,
+    load_heldout,
+    save_calibration,
+    save_heldout,
+)
 from limbeck.contract.errors import ArtifactError
-from limbeck.contract.examples import Examples, load_examples, save_examples
-from limbeck.contract.heldout import load_calibration, load_heldout, save_calibration, save_heldout
 from tests.pico import make_blocks
 
 

@@ -9,15 +9,6 @@ from pathlib import Path
 import pytest
 
 from limbeck.contract.artifact import write_artifact
-from limbeck.contract.licences import (
-    Licence,
-    hub_dataset,
-    hub_fields,
-    of_all,
-    of_model,
-    of_student,
-    of_text,
-)
 from limbeck.contract.recipe import (
     DatasetText,
     FileText,
@@ -29,6 +20,15 @@ from limbeck.contract.recipe import (
     RandomModel,
     RecipeModel,
     StdlibText,
+)
+from limbeck.contract.sources.licences import (
+    Licence,
+    hub_dataset,
+    hub_fields,
+    of_all,
+    of_model,
+    of_student,
+    of_text,
 )
 
 UNKNOWN = Licence()

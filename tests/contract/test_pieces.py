@@ -10,7 +10,8 @@ import pytest
 
 from limbeck.contract.errors import ModelError, UserError
 from limbeck.contract.recipe import PackageModel
-from limbeck.contract.sources import model_digest, model_path, package_pieces
+from limbeck.contract.sources.digests import model_digest
+from limbeck.contract.sources.models import model_path, package_pieces
 
 WHOLE = bytes(range(256)) * 41
 

@@ -15,8 +15,8 @@ import pytest
 from export import export_student, verify_parity
 from export.round.smooth import find_boundaries
 from limbeck.contract.artifact import Artifact, open_artifact, write_artifact
+from limbeck.contract.data.heldout import CALIBRATION, HELDOUT, save_calibration, save_heldout
 from limbeck.contract.errors import ArtifactError, RecipeError
-from limbeck.contract.heldout import CALIBRATION, HELDOUT, save_calibration, save_heldout
 from limbeck.runtime.decoder import Decoder
 from tests.pico import make_blocks, make_model, pico_recipe
 

@@ -20,8 +20,8 @@ from export.round.origin import matrix_values, origins, rounding_of
 from export.round.scheme import Scheme, scheme_for, stored_bytes
 from export.round.sensitivity import Cost, measure_costs, rounded, within_bytes, within_loss
 from limbeck.contract.artifact import open_artifact
+from limbeck.contract.data.heldout import HELDOUT, load_heldout
 from limbeck.contract.errors import ModelError, RecipeError
-from limbeck.contract.heldout import HELDOUT, load_heldout
 from limbeck.contract.recipe import Int4WeightForm, Int8DynamicForm
 from tests.factory import Factory
 from tests.pico import make_model, pico_recipe

@@ -27,8 +27,8 @@ from export.round.quantize import quantize_weights
 from export.round.scheme import scheme_for
 from export.round.smooth import find_boundaries
 from limbeck.contract.artifact import Artifact
+from limbeck.contract.data.heldout import CALIBRATION, load_calibration
 from limbeck.contract.errors import ArtifactError, EnvironmentalError, RecipeError
-from limbeck.contract.heldout import CALIBRATION, load_calibration
 from limbeck.contract.recipe import Int8DynamicForm, Int8StaticForm
 from limbeck.runtime.decoder import Decoder, GraphDecoder
 from tests.architectures import SIZES

@@ -13,9 +13,9 @@ from typing import Any
 
 from limbeck.app.run import RUN, open_run
 from limbeck.contract.artifact import MANIFEST, find_artifact, open_artifact, write_artifact
+from limbeck.contract.data.heldout import load_heldout, save_heldout
 from limbeck.contract.errors import LimbeckError
 from limbeck.contract.files import explained, unwritable_is_a_user_error, write_atomically
-from limbeck.contract.heldout import load_heldout, save_heldout
 from limbeck.contract.lock import locked
 from tests.compress.logprob_server import LogprobServer
 from tests.pico import make_blocks, make_model, pico_recipe

@@ -10,8 +10,13 @@ import numpy as np
 
 from limbeck.app.run import RUN, open_run
 from limbeck.contract.artifact import MANIFEST, find_artifact, open_artifact, write_artifact
-from limbeck.contract.examples import Examples, load_examples, save_examples
-from limbeck.contract.heldout import load_calibration, load_heldout, save_calibration, save_heldout
+from limbeck.contract.data.examples import Examples, load_examples, save_examples
+from limbeck.contract.data.heldout import (
+    load_calibration,
+    load_heldout,
+    save_calibration,
+    save_heldout,
+)
 from limbeck.contract.recipe import JsonLines, ParquetRows
 from tests.faults.fuzz import Target
 from tests.pico import make_blocks, pico_recipe

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from limbeck.contract.artifact import open_artifact
+from limbeck.contract.data.heldout import HELDOUT
 from limbeck.contract.files import file_digest
-from limbeck.contract.heldout import HELDOUT
 from limbeck.contract.machine import host, versions
 from limbeck.contract.results.bench import Arm, Interval
 from serve_bench import write_report

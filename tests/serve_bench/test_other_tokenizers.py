@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import compress
 from export import export_student
 from limbeck.contract.artifact import open_artifact
-from limbeck.contract.heldout import load_heldout
+from limbeck.contract.data.heldout import load_heldout
 from serve_bench import bench, write_report
 from serve_bench.judge.quality import summarise
 from tests.compress.test_other_tokenizers import mixed

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from limbeck.contract.artifact import open_artifact, write_artifact
+from limbeck.contract.data.heldout import HELDOUT, save_heldout
 from limbeck.contract.errors import ArtifactError
-from limbeck.contract.heldout import HELDOUT, save_heldout
 from limbeck.contract.recipe import Recipe, parse_recipe
 from limbeck.contract.results.bench import Arm
 from serve_bench import write_report

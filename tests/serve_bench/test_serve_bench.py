@@ -22,6 +22,13 @@ import pytest
 from compress.models.language import model_folder
 from limbeck.app.run import bench_targets
 from limbeck.contract.artifact import Artifact, open_artifact, write_artifact
+from limbeck.contract.data.heldout import (
+    CALIBRATION,
+    HELDOUT,
+    load_heldout,
+    save_calibration,
+    save_heldout,
+)
 from limbeck.contract.errors import (
     ArtifactError,
     DataError,
@@ -30,16 +37,9 @@ from limbeck.contract.errors import (
     ModelError,
     RecipeError,
 )
-from limbeck.contract.heldout import (
-    CALIBRATION,
-    HELDOUT,
-    load_heldout,
-    save_calibration,
-    save_heldout,
-)
 from limbeck.contract.recipe import Bench, HubModel, Recipe, ServerScenario
 from limbeck.contract.results.bench import Arm
-from limbeck.contract.sources import cache_folder
+from limbeck.contract.sources.places import cache_folder
 from serve_bench import bench as measure
 from serve_bench import measure_targets, replay, write_report
 from serve_bench.judge import figures, quality

@@ -37,8 +37,8 @@ from peft import (
 from safetensors.torch import load_file, save_file
 
 from compress.models.students import with_lora
-from limbeck.contract.adapters import attach, merged
 from limbeck.contract.errors import ModelError
+from limbeck.contract.models.adapters import attach, merged
 from limbeck.contract.recipe import LoraStudent, RandomModel
 from serve_bench.worker.runtimes import TorchEager
 from tests.pico import make_tokenizer
@@ -348,7 +348,7 @@ def test_merging_is_checked(
     """With a head that stays tied, the adapter of the head changes the embedding as well."""
     adapter = make_adapter(bases[True], tmp_path / "adapter", LORA["head"])
     model = attach(load(bases[True]), adapter)
-    monkeypatch.setattr("limbeck.contract.adapters._untie", lambda _: False)
+    monkeypatch.setattr("limbeck.contract.models.adapters._untie", lambda _: False)
     with pytest.raises(ModelError, match="gives other logits than the model's own forward pass"):
         merged(model, where="it")
 

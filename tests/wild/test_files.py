@@ -25,7 +25,10 @@ from limbeck.contract.recipe import (
     PythonStrings,
     Recipe,
 )
-from limbeck.contract.sources import hub_config, hub_snapshot, preflight, require_fits, text_files
+from limbeck.contract.sources.hub import hub_config, hub_snapshot
+from limbeck.contract.sources.models import require_fits
+from limbeck.contract.sources.preflight import preflight
+from limbeck.contract.sources.texts import text_files
 from tests.pico import make_model, make_tokenizer, pico_recipe
 
 # Text files --------------------------------------------------------------------------------------

@@ -237,7 +237,7 @@ def _print_tokenizers(recipe: Any) -> None:
     """Say which teachers have another tokenizer than the student."""
     if recipe.task != "causal-lm":
         return
-    from limbeck.runtime.teacher_tokens import compare_tokenizers
+    from limbeck.contract.sources.teacher_tokens import compare_tokenizers
 
     found = compare_tokenizers(recipe)
     for teacher in found if any(t.relation.differ or not t.relation.same for t in found) else ():

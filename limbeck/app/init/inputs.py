@@ -16,7 +16,7 @@ from typing import Any
 from limbeck.contract.errors import DataError, LimbeckError, ModelError
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import ChatRows, Data, FileText, PlainText, find_recipe
-from limbeck.contract.sources import check_arrow, text_files
+from limbeck.contract.sources.texts import check_arrow, text_files
 
 BATCH = 1024  # tokens a training step
 _TOKENS = 204800  # of training

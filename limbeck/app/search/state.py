@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 from limbeck.app.products import plan_products
-from limbeck.contract import sources
 from limbeck.contract.errors import ArtifactError
 from limbeck.contract.files import (
     disk_full_is_a_user_error,
@@ -18,6 +17,7 @@ from limbeck.contract.files import (
 )
 from limbeck.contract.lock import LOCK
 from limbeck.contract.recipe import AnyRecipe, fingerprint
+from limbeck.contract.sources.digests import input_digests
 
 ASKED, SPENT, TIMING, STATE = "asked.json", "spent.json", "timing.json", "search.db"
 PATIENCE = ("minutes", "min_blocks")  # of the bench: how long it measures before "undecided"
@@ -31,7 +31,7 @@ def digest_of(recipe: AnyRecipe) -> str:
     """
     products = plan_products(recipe)
     made = [
-        [each.distillation(), sources.input_digests(each, products=None)]
+        [each.distillation(), input_digests(each, products=None)]
         for each in (recipe, *(product.recipe for product in products.order))
     ]
     asked = recipe.resolved()

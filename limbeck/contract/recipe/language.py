@@ -85,6 +85,11 @@ class Recipe(BaseRecipe):
         return {t.name: t.adapter for t in self.teachers if t.adapter is not None}
 
     @property
+    def block(self) -> int:
+        """Tokens in a row of text."""
+        return self.data.block
+
+    @property
     def minutes(self) -> float | None:
         """Training budget in minutes, if it is given as time."""
         return self.training.minutes

@@ -52,6 +52,11 @@ class BaseRecipe(Frozen):
         return {}
 
     @property
+    def block(self) -> int | None:
+        """Most tokens in a row of text; None where the text itself decides."""
+        return None
+
+    @property
     def minutes(self) -> float | None:
         """Training budget in minutes, if it is given as time."""
         return None

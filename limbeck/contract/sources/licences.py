@@ -15,7 +15,6 @@ from typing import Any
 
 import yaml
 
-from limbeck.contract import sources
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.recipe import (
     AnyRecipe,
@@ -32,6 +31,8 @@ from limbeck.contract.recipe import (
     StdlibText,
     TextSource,
 )
+from limbeck.contract.sources.models import model_path
+from limbeck.contract.sources.places import npm_root
 
 UNKNOWN = "unknown"
 # The hub's names for `license:`, from
@@ -91,7 +92,7 @@ def of_model(source: AnySource, *, folder: Path, made: Path) -> Licence:
         case HubModel():
             return _of_readme(made)
         case LocalModel() | GgufModel() | PackageModel():
-            path = sources.model_path(source, folder=folder)
+            path = model_path(source, folder=folder)
             assert path is not None
             own = _of_gguf(path) if path.is_file() else _of_readme(path)
             return (
@@ -112,9 +113,7 @@ def of_text(source: TextSource, *, folder: Path) -> Licence:
             return _of_package(source.package)
         case NpmText():
             package = json.loads(
-                (sources.npm_root(source.package, source.version) / "package.json").read_text(
-                    "utf-8"
-                )
+                (npm_root(source.package, source.version) / "package.json").read_text("utf-8")
             )
             return _said(package.get("license"), by=f"package.json of {source.package}")
         case StdlibText():

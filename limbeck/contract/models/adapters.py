@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.contract.errors import ModelError
-from limbeck.contract.probe import probe_ids, require_equal
+from limbeck.contract.models.probe import probe_ids, require_equal
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Kinds of peft that replace layers of the model, each held to peft by tests/wild.

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
-from limbeck.contract.tensors import damaged, load_tensors, require_rows, take
+from limbeck.contract.data.tensors import damaged, load_tensors, require_rows, take
 
 EXAMPLES = "examples.safetensors"
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
-from limbeck.contract.tensors import Array, damaged, load_tensors, require_rows, take
+from limbeck.contract.data.tensors import Array, damaged, load_tensors, require_rows, take
 
 HELDOUT = "heldout.safetensors"
 CALIBRATION = "calibration.safetensors"

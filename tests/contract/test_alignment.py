@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models
 
 from limbeck.contract.errors import ModelError
-from limbeck.runtime.alignment import Aligner, Pieces, projection, relate
+from limbeck.contract.models.alignment import Aligner, Pieces, projection, relate
 from tests.tokenizers import END, byte_level, normalising, permute, piece_level, pieces, unigram
 
 OTHERS = {

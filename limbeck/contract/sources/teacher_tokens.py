@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from limbeck.contract.errors import UserError
 from limbeck.contract.recipe import ChatRows, LocalModel, PackageModel, Recipe
-from limbeck.contract.sources import model_path
+from limbeck.contract.sources.models import model_path
 
 if TYPE_CHECKING:
-    from limbeck.runtime.alignment import Relation
+    from limbeck.contract.models.alignment import Relation
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def compare_tokenizers(recipe: Recipe) -> list[TeacherTokens]:
         return []
     from tokenizers import Tokenizer  # `validate` of most recipes needs none of it
 
-    from limbeck.runtime.alignment import Pieces, relate
+    from limbeck.contract.models.alignment import Pieces, relate
 
     mine, found = Tokenizer.from_file(str(own)), list[TeacherTokens]()
     for name, path in paths.items():

@@ -1,0 +1,1 @@
+"""Arrays and text that the stages share."""

@@ -1,0 +1,1 @@
+"""Models, adapters and tokenizers as they lie in folders."""

@@ -1,0 +1,1 @@
+"""Find models and text on this machine, and say what is missing."""

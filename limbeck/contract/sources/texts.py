@@ -1,0 +1,157 @@
+"""Files of a text source, and their fingerprint. Opens no rows; `compress.data` reads them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from limbeck.contract.errors import DataError, EnvironmentalError
+from limbeck.contract.files import file_digest
+from limbeck.contract.recipe import (
+    DatasetText,
+    FileText,
+    NpmText,
+    PackageText,
+    StdlibText,
+    TextSource,
+    fingerprint,
+)
+from limbeck.contract.sources.places import (
+    did_you_mean,
+    matching_files,
+    npm_root,
+    package_root,
+    read_object,
+)
+
+
+def text_files(source: TextSource, *, folder: Path) -> list[Path]:
+    """Files that a text source names, sorted. Raises `DataError` if a path or glob matches none."""
+    match source:
+        case FileText():
+            root, paths = folder, source.paths
+        case PackageText():
+            root, paths = package_root(source.package, source.version), source.paths
+        case NpmText():
+            root, paths = npm_root(source.package, source.version), source.paths
+        case StdlibText():
+            root, paths = Path(sysconfig.get_paths()["stdlib"]), source.paths
+        case DatasetText():
+            return _dataset_files((folder / source.path.expanduser()).resolve(), source.split)
+    found: set[Path] = set()
+    for path in paths:
+        pattern = os.path.expanduser(path)
+        matches = matching_files(root, pattern, _SUFFIXES.get(source.format.kind, ()))
+        if not matches:
+            raise DataError(
+                f"{root / pattern}: no such file{did_you_mean(root / pattern)}; check the path in "
+                f"the recipe (relative paths start from {root})."
+            )
+        found.update(matches)
+    return sorted(found)
+
+
+_SUFFIXES = {  # of the files taken from a folder; of other formats all
+    "jsonl": (".jsonl", ".ndjson", ".json"),
+    "parquet": (".parquet",),
+    "chat": (".jsonl", ".ndjson", ".json", ".parquet"),
+    "python-strings": (".py",),
+}
+
+
+def _dataset_files(root: Path, split: str | None) -> list[Path]:
+    """Files of one split in row order: a `save_to_disk` split, or paths that name the split."""
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; check the path in the recipe.")
+    if (root / "dataset_dict.json").is_file():
+        splits = _listed(root / "dataset_dict.json", "splits")
+        if split is None and len(splits) == 1:
+            split = splits[0]
+        if split not in splits:
+            raise DataError(
+                f"{root}: {_wrong_split(split)}; set split to one of: {', '.join(splits)}."
+            )
+        return _saved_files(root / str(split))
+    if (root / "state.json").is_file():
+        own = read_object(root / "state.json").get("_split")
+        if split is not None and split != own:
+            raise DataError(
+                f"{root}: {_wrong_split(split)}; the folder holds one ({own or 'unnamed'}): "
+                "leave split out."
+            )
+        return _saved_files(root)
+    found = sorted(
+        p for p in root.rglob("*") if p.suffix in (".parquet", ".jsonl", ".arrow") and p.is_file()
+    )
+    if not found:
+        raise DataError(
+            f"{root}: no dataset; expected a `save_to_disk` folder, or *.parquet or *.jsonl files."
+        )
+    names = {path: path.relative_to(root).with_suffix("").as_posix() for path in found}
+    if split is not None:
+        chosen = [path for path in found if _in_split(names[path], split)]
+        if not chosen:
+            listed = ", ".join(names.values())
+            raise DataError(
+                f"{root}: {_wrong_split(split)}; set split to a name that one of the files has: "
+                f"{listed}."
+            )
+        return chosen
+    splits = [word for word in ("train", "validation", "valid", "val", "dev", "test", "eval")
+              if any(_in_split(name, word) for name in names.values())]  # fmt: skip
+    if len(splits) > 1:
+        raise DataError(f"{root}: {_wrong_split(split)}; set split to one of: {', '.join(splits)}.")
+    return found
+
+
+def _wrong_split(split: str | None) -> str:
+    return "several splits and none chosen" if split is None else f"no split {split!r}"
+
+
+def _in_split(name: str, split: str) -> bool:
+    """Whether a folder or file name in the path is the split, perhaps with a shard number."""
+    return re.search(rf"(?:^|[/._-]){re.escape(split)}(?=$|[/.-]|_\d)", name) is not None
+
+
+def _saved_files(root: Path) -> list[Path]:
+    state = read_object(root / "state.json")
+    if state.get("_indices_data_files"):
+        raise DataError(
+            f"{root}: a selection that an old `datasets` wrote; load it and `save_to_disk` again."
+        )
+    files = [root / entry["filename"] for entry in _listed(root / "state.json", "_data_files")]
+    for file in files:
+        if not file.is_file():
+            raise DataError(
+                f"{file}: missing, though {root / 'state.json'} names it; copy the whole folder."
+            )
+    return files
+
+
+def _listed(path: Path, key: str) -> list[Any]:
+    found = read_object(path)
+    if not isinstance(found.get(key), list):
+        raise DataError(
+            f"{path}: no list under {key!r}; this is not what `save_to_disk` writes: save the "
+            "dataset again."
+        )
+    return list(found[key])
+
+
+def check_arrow() -> None:
+    """Raise `EnvironmentalError` unless pyarrow is installed; Parquet and Arrow files need it."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise EnvironmentalError(
+            "Parquet and Arrow files need the package pyarrow, which is not installed; run: "
+            "pip install 'limbeck[data]'"
+        )
+
+
+def text_digest(source: TextSource, *, folder: Path) -> str:
+    """Fingerprint of a source's text files, in order. Raises `DataError` if one is missing."""
+    return fingerprint([file_digest(path) for path in text_files(source, folder=folder)])

@@ -1,0 +1,49 @@
+"""Whether a path holds weights that Limbeck reads: safetensors or GGUF, never a pickle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from limbeck.contract.errors import ModelError
+from limbeck.contract.sources.places import did_you_mean
+
+
+def check_weights(path: Path) -> None:
+    """Raise `ModelError` unless ``path`` is a GGUF file or a model folder with safetensors."""
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return
+        raise ModelError(
+            f"{path}: not a model; expected a .gguf file or a folder with safetensors weights."
+        )
+    if not path.is_dir():
+        raise ModelError(
+            f"{path}: no such file or folder{did_you_mean(path)}; check the path in the recipe."
+        )
+    adapter = (path / "adapter_config.json").is_file()
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"{path}: no config.json; expected a folder as `save_pretrained` writes it."
+            + (
+                " It holds an adapter: name its base as the model, and this folder as adapter."
+                if adapter
+                else ""
+            )
+        )
+    if adapter:
+        raise ModelError(
+            f"{path}: a model and an adapter in one folder; transformers would load both. Move the "
+            "adapter's files (adapter_*) elsewhere, and name it as adapter if it is not merged yet."
+        )
+    if not any(path.glob("*.safetensors")):
+        pickles = [
+            p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in path.glob(pattern)
+        ]
+        if pickles:
+            raise ModelError(
+                f"{path}: {pickles[0]} is a pickle, which can run code when it is opened; Limbeck "
+                "reads safetensors and GGUF only. "
+                "Load it where you trust it and `save_pretrained(…)` it again, which writes "
+                "safetensors."
+            )
+        raise ModelError(f"{path}: no weights; expected *.safetensors beside config.json.")
