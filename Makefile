@@ -7,6 +7,8 @@ PIP_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 WORKERS ?= 2
+BENCHMARKS := tests/benchmarks/ tests/benchmarks/*/
+module = $(subst /,.,$(basename $(1)))
 
 .PHONY: setup demo demo-encoders test coverage test-slow test-gpu test-faults test-wild fuzz test-clients test-served test-browser test-eval check audit docs architectures help
 
@@ -72,7 +74,7 @@ test-wild: $(READY)
 
 # Damaged files of every kind that is read; ARGS="--seconds 600 --seed 7 manifest" for longer, again, or one kind only.
 fuzz: $(READY)
-	$(BIN)/python -m tests.faults.fuzz $(ARGS)
+	$(BIN)/python -m tests.faults.fuzzing.fuzz $(ARGS)
 
 # Skips where there is no NVIDIA card; see docs/gpu.md.
 test-gpu: $(READY)
@@ -80,7 +82,7 @@ test-gpu: $(READY)
 
 # Programs of others that load what we export, each in an environment of its own; optimum-onnx wants transformers 4.57.
 test-clients: $(READY) .venvs/transformers-js/.ready .venvs/optimum/.ready .venvs/openai-clients/.ready
-	$(BIN)/python -m pytest -m slow tests/test_clients.py tests/clients
+	$(BIN)/python -m pytest -m slow tests/clients/test_clients.py tests/clients
 
 .venvs/transformers-js/.ready:
 	mkdir -p $(@D)
@@ -100,7 +102,7 @@ test-clients: $(READY) .venvs/transformers-js/.ready .venvs/optimum/.ready .venv
 # Teachers behind a real server: vLLM on a CPU serves SmolLM2-135M. It needs transformers below 5.20,
 # and torchvision and its like are built for another torch.
 test-served: $(READY) .venvs/vllm/.ready
-	$(BIN)/python -m pytest -m slow -s tests/compress/test_vllm.py
+	$(BIN)/python -m pytest -m slow -s tests/compress/teachers/test_vllm.py
 
 .venvs/vllm/.ready:
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
@@ -119,7 +121,7 @@ test-eval: .venvs/eval/.ready
 
 # The report as a browser shows it. The test is one of the quick ones too, where this has been run once.
 test-browser: $(READY) .venvs/browser/.ready
-	$(BIN)/python -m pytest tests/serve_bench/test_page.py
+	$(BIN)/python -m pytest tests/serve_bench/tell/test_page.py
 
 .venvs/browser/.ready:
 	mkdir -p $(@D)
@@ -140,7 +142,7 @@ docs: $(READY)
 
 # TRL needs its own versions of what we use; it never shares our environment.
 bench-peers: $(READY) .venvs/peers/.ready
-	$(BIN)/python -m tests.benchmarks.bench_peers
+	$(BIN)/python -m tests.benchmarks.training.bench_peers
 
 .venvs/peers/.ready:
 	$(PYTHON) -m venv .venvs/peers
@@ -149,7 +151,7 @@ bench-peers: $(READY) .venvs/peers/.ready
 
 # llama.cpp from source, with the instructions of this processor; takes minutes, and a C++ compiler.
 bench-decode: $(READY) .venvs/llama-cpp/.ready
-	$(BIN)/python -m tests.benchmarks.bench_decode $(ARGS)
+	$(BIN)/python -m tests.benchmarks.serving.bench_decode $(ARGS)
 
 .venvs/llama-cpp/.ready:
 	$(PYTHON) -m venv $(@D)
@@ -158,7 +160,7 @@ bench-decode: $(READY) .venvs/llama-cpp/.ready
 
 # A second load generator, in an environment of its own: it brings datasets, transformers and much else.
 bench-load: $(READY) .venvs/aiperf/.ready
-	$(BIN)/python -m tests.benchmarks.bench_load $(ARGS)
+	$(BIN)/python -m tests.benchmarks.serving.bench_load $(ARGS)
 
 .venvs/aiperf/.ready:
 	$(PYTHON) -m venv $(@D)
@@ -179,4 +181,4 @@ architectures: $(READY)
 	$(BIN)/python -m tests.architectures
 
 bench-%: $(READY)
-	$(BIN)/python -m tests.benchmarks.bench_$(subst -,_,$*) $(ARGS)
+	$(BIN)/python -m $(call module,$(wildcard $(addsuffix bench_$(subst -,_,$*).py,$(BENCHMARKS)))) $(ARGS)

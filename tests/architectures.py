@@ -24,10 +24,11 @@ from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import LimbeckError
 from limbeck.contract.recipe import Recipe
 from limbeck.runtime.decoder import Decoder, GraphDecoder
+from tests import ROOT
 from tests.encoders import CONFIGS, classifier_recipe, embedding_recipe, source
 from tests.pico import make_model, make_student, pico_recipe
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "architectures.md"
+DOCUMENT = ROOT / "docs" / "architectures.md"
 # Small blocks: random weights have no redundancy that would forgive large ones.
 WEIGHT8, WEIGHT4 = ({"kind": form, "block_size": 16} for form in ("int8-weight", "int4-weight"))
 FORMS = ("fp32", WEIGHT8, "int8-dynamic", "int8-static", WEIGHT4)

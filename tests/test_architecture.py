@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
+
 STAGES = ("compress", "export", "serve_bench")
 # Packages that importing `limbeck` may load: `limbeck --help` must stay quick.
 LIGHT = {"yaml", "pydantic", "pydantic_core", "typer", "packaging", "limbeck"}
@@ -138,3 +140,16 @@ def test_text_files_are_utf8_on_every_machine() -> None:
         if isinstance(node, ast.Call) and _opens_text(node)
     ]
     assert found == []
+
+
+def test_folders_and_files_stay_small() -> None:
+    """At most 14 modules a folder and 500 lines a file; ruff holds lines to 100 characters."""
+    ours = [p for name in ("limbeck", *STAGES, "tests", "docs") for p in files(name)]
+    folders = Counter(path.parent for path in ours)
+    assert {str(folder): n for folder, n in folders.items() if n > 14} == {}
+    long = {
+        str(path): len(path.read_text("utf-8").splitlines())
+        for path in ours
+        if "tests" not in path.parts
+    }
+    assert {path: lines for path, lines in long.items() if lines > 500} == {}

@@ -95,7 +95,7 @@ def test_every_make_target_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
     benchmarks = {
-        p.stem.replace("_", "-") for p in (ROOT / "tests" / "benchmarks").glob("bench_*.py")
+        p.stem.replace("_", "-") for p in (ROOT / "tests" / "benchmarks").rglob("bench_*.py")
     }
     for path in DOCUMENTS:
         text = path.read_text()

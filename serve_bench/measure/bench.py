@@ -22,12 +22,13 @@ from limbeck.contract.recipe import fingerprint
 from limbeck.contract.results.bench import Arm, TaskName
 from serve_bench.judge.figures import ENVIRONMENT, SAMPLES, Sample, read_rows
 from serve_bench.judge.task import Measured, judge_bench
-from serve_bench.measure import fairness, machine
+from serve_bench.measure import fairness
 from serve_bench.measure.clock import Limits, Timed, time_blocks
+from serve_bench.measure.host import machine
+from serve_bench.measure.host.roofline import measure_roofline
+from serve_bench.measure.host.sentinel import LIMIT, Sentinel
 from serve_bench.measure.live import Live, live_table
 from serve_bench.measure.memory import measure_memory
-from serve_bench.measure.roofline import measure_roofline
-from serve_bench.measure.sentinel import LIMIT, Sentinel
 from serve_bench.measure.task import MeasuringTask
 from serve_bench.measure.units import Unit
 from serve_bench.measure.workers import Workers

@@ -19,7 +19,7 @@ import numpy as np
 from limbeck.contract.results.bench import Arm
 from serve_bench.judge.figures import Sample
 from serve_bench.judge.stats import is_look
-from serve_bench.measure.sentinel import Sentinel
+from serve_bench.measure.host.sentinel import Sentinel
 from serve_bench.measure.units import Unit
 from serve_bench.measure.workers import Worker
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from limbeck.contract.progress import task
 from limbeck.contract.results.bench import Arm, TaskName
-from serve_bench.measure.machine import Nvml
+from serve_bench.measure.host.machine import Nvml
 from serve_bench.measure.units import Unit
 from serve_bench.measure.workers import Worker
 

@@ -20,7 +20,7 @@ from limbeck.contract import errors
 from limbeck.contract.errors import EnvironmentalError
 from limbeck.contract.results.bench import Arm, TaskName
 from serve_bench.measure.fairness import require_same_work
-from serve_bench.measure.machine import child_environment
+from serve_bench.measure.host.machine import child_environment
 
 _TAIL = 2000  # characters of a worker's stderr in an error
 

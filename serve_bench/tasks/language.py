@@ -29,9 +29,9 @@ from serve_bench.judge.stats import FEWEST_BLOCKS, Array, first_look, relative_r
 from serve_bench.judge.task import Judged, Measured
 from serve_bench.measure import generation
 from serve_bench.measure.arms import context_of, list_arms
+from serve_bench.measure.host.roofline import graph_weight_bytes
 from serve_bench.measure.live import Test
 from serve_bench.measure.quality import measure_quality
-from serve_bench.measure.roofline import graph_weight_bytes
 from serve_bench.measure.scenarios import cold, load, offline
 from serve_bench.measure.units import Generation, prompt
 from serve_bench.measure.workers import Workers

@@ -26,12 +26,12 @@ from limbeck.contract.sources.weights import check_weights
 from serve_bench.judge import figures, language, scenarios
 from serve_bench.judge.figures import ENVIRONMENT, SAMPLES, Reference, Sample
 from serve_bench.judge.stats import first_look
-from serve_bench.measure import machine
 from serve_bench.measure.arms import context_of, form_arm, weights_on_disk
 from serve_bench.measure.bench import before, open_all, scratch, single
 from serve_bench.measure.clock import Limits
+from serve_bench.measure.host import machine
+from serve_bench.measure.host.roofline import graph_weight_bytes
 from serve_bench.measure.live import live_table
-from serve_bench.measure.roofline import graph_weight_bytes
 from serve_bench.measure.scenarios import load, offline
 from serve_bench.measure.units import Generation
 from serve_bench.measure.workers import Workers

@@ -23,6 +23,7 @@ from limbeck.app.cli import app
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import EnvironmentalError
 from limbeck.contract.recipe import Recipe, load_recipe, shipped_recipes
+from tests import ROOT
 from tests.pico import make_model, make_student, pico_recipe
 
 HEAVY = (
@@ -744,11 +745,7 @@ def test_two_processes_share_the_training_and_the_first_does_the_rest(tmp_path: 
         "--out",
         "out",
     ]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parent.parent.parent),
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )

@@ -12,9 +12,9 @@ from typer.testing import CliRunner, Result
 
 from limbeck.app.cli import app
 from limbeck.contract.artifact import open_artifact
-from tests.compress.logprob_server import LogprobServer
-from tests.compress.test_other_tokenizers import save_teacher
+from tests.compress.teachers.test_other_tokenizers import save_teacher
 from tests.pico import make_model
+from tests.servers.logprob_server import LogprobServer
 from tests.tokenizers import piece_level
 
 

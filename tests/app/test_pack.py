@@ -15,8 +15,8 @@ from limbeck.app.cli import app
 from limbeck.contract.artifact import open_artifact
 from limbeck.runtime.decoder import Decoder
 from limbeck.runtime.text import load_text
-from tests.fake_hub import FakeHub
 from tests.pico import make_model, make_student, pico_recipe
+from tests.servers.fake_hub import FakeHub
 
 
 def call(*arguments: str | Path) -> Result:

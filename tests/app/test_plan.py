@@ -37,8 +37,8 @@ from limbeck.contract.recipe import (
     load_recipe,
     parse_recipe,
 )
-from tests import hub
 from tests.pico import make_model, make_student, pico_recipe
+from tests.servers import hub
 
 TINY = {
     "hidden_size": 32,

@@ -14,8 +14,8 @@ from typer.testing import CliRunner, Result
 from limbeck.app import pico
 from limbeck.app.cli import app
 from limbeck.contract.recipe import Recipe, load_recipe, parse_recipe
-from tests.compress.logprob_server import LogprobServer
 from tests.pico import make_model
+from tests.servers.logprob_server import LogprobServer
 
 NOWHERE = "http://127.0.0.1:9"
 

@@ -38,7 +38,7 @@ from serve_bench.judge.gates import language_gates
 from serve_bench.judge.stats import first_look
 from serve_bench.measure import clock as timing
 from serve_bench.measure.clock import Limits
-from serve_bench.measure.sentinel import Sentinel
+from serve_bench.measure.host.sentinel import Sentinel
 from serve_bench.measure.units import Generation
 from tests.benchmarks.harness_overhead import overhead
 from tests.pico import pico_recipe

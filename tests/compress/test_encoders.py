@@ -55,6 +55,7 @@ from limbeck.contract.sources.places import npm_root
 from limbeck.contract.sources.texts import text_files
 from limbeck.runtime.encoder import Encoder
 from serve_bench.worker.encoder import TorchEncoder
+from tests import ROOT
 from tests.encoders import (
     CLASSES,
     classifier_recipe,
@@ -425,7 +426,7 @@ def test_two_processes_train_as_one(tmp_path: Path, make: Any) -> None:
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     done = subprocess.run(
         [sys.executable, "-m", *torchrun, json.dumps(tree, default=str), str(tmp_path / "2")],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=400,

@@ -27,8 +27,8 @@ from limbeck.app.pico import shrink_to_pico
 from limbeck.app.plan import plan_recipe
 from limbeck.contract.errors import DataError, RecipeError
 from limbeck.contract.recipe import OnPolicy, OwnPrompts, Recipe, parse_recipe
+from tests.compress.teachers.test_other_tokenizers import mixed
 from tests.compress.test_compress import TINY, events, tiny
-from tests.compress.test_other_tokenizers import mixed
 
 OWN = {"share": 0.5, "prompts": {"tokens": 8}, "new_tokens": 12}
 # What times a step, and so differs between equal trainings.

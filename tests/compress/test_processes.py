@@ -18,6 +18,7 @@ import compress
 from compress import loop as train
 from compress.tasks import language_models
 from limbeck.contract.errors import RecipeError
+from tests import ROOT
 from tests.compress.test_compress import events, tiny
 
 PROCESSES = """
@@ -73,11 +74,7 @@ def _in_processes(
         str(script),
     ]
     command += [str(out), student, mode, "stop" if stop else "end"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parent.parent.parent),
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=240, check=False
     )

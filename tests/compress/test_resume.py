@@ -17,6 +17,7 @@ from compress import checkpoint
 from compress import loop as train
 from compress.tasks import language_step
 from limbeck.contract.errors import ArtifactError, DivergenceError
+from tests import ROOT
 from tests.compress.test_compress import events, killed_while_writing, tiny
 
 
@@ -61,11 +62,7 @@ def test_killed_without_warning(tmp_path: Path) -> None:
         "from tests.compress.test_compress import tiny\n"
         "compress.distill(recipe=tiny(Path(sys.argv[1])), out=Path(sys.argv[1]) / 'student')\n"
     )
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parent.parent.parent),
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     job = subprocess.Popen(
         [sys.executable, str(script), str(tmp_path)], env=environment, stderr=subprocess.DEVNULL
     )

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from limbeck.contract.process import PARENT
-from serve_bench.measure.machine import child_environment
+from serve_bench.measure.host.machine import child_environment
 
 _CHILD = """
 import time
@@ -21,7 +21,7 @@ time.sleep(60)
 """
 _PARENT = """
 import subprocess, sys, time
-from serve_bench.measure.machine import child_environment
+from serve_bench.measure.host.machine import child_environment
 command = [sys.executable, "-c", sys.argv[1]]
 child = subprocess.Popen(command, env=child_environment(), stdout=subprocess.PIPE)
 child.stdout.readline()

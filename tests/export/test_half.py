@@ -148,7 +148,7 @@ def test_a_form_without_kernels_is_a_mistake_in_the_recipe(
 def test_the_gpu_benchmark_needs_a_card_and_sums_up(capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
-    from tests.benchmarks import bench_gpu
+    from tests.benchmarks.serving import bench_gpu
 
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit) as stop:

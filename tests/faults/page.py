@@ -17,10 +17,11 @@ from limbeck.contract.data.heldout import load_heldout, save_heldout
 from limbeck.contract.errors import LimbeckError
 from limbeck.contract.files import explained, unwritable_is_a_user_error, write_atomically
 from limbeck.contract.lock import locked
-from tests.compress.logprob_server import LogprobServer
+from tests import ROOT
 from tests.pico import make_blocks, make_model, pico_recipe
+from tests.servers.logprob_server import LogprobServer
 
-PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
+PAGE = ROOT / "docs" / "errors.md"
 _HEAD = """# Errors
 
 A program made each mistake below; the message is Limbeck's answer, word for word, with shortened

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from limbeck.contract.artifact import MANIFEST
+from tests import ROOT
 from tests.faults.disks import NoMount, read_only_disk
 
-_ROOT = str(Path(__file__).parents[2])
+_ROOT = str(ROOT)
 
 
 def _limbeck(

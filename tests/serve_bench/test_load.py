@@ -22,7 +22,7 @@ from serve_bench.measure.scenarios import load
 from serve_bench.measure.scenarios.load import Loop, Sizes, measure_server, search
 from serve_bench.worker import client
 from serve_bench.worker.client import OpenAi, Stream
-from tests.fake_server import FakeServer
+from tests.servers.fake_server import FakeServer
 
 
 def prompts(block: int, tokens: int) -> list[int]:

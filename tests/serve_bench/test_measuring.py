@@ -22,12 +22,13 @@ from limbeck.contract.results.bench import Arm
 from serve_bench.judge import figures, scenarios
 from serve_bench.judge.figures import Reference, Sample
 from serve_bench.judge.language import against
-from serve_bench.measure import clock, fairness, machine, units
+from serve_bench.measure import clock, fairness, units
 from serve_bench.measure.clock import Limits, time_blocks
+from serve_bench.measure.host import machine
+from serve_bench.measure.host.roofline import graph_weight_bytes, run_kernels
+from serve_bench.measure.host.sentinel import Sentinel
 from serve_bench.measure.memory import Energy, Package, Watch, tree_rss
-from serve_bench.measure.roofline import graph_weight_bytes, run_kernels
 from serve_bench.measure.scenarios import offline
-from serve_bench.measure.sentinel import Sentinel
 from serve_bench.measure.units import Generation, warm
 from serve_bench.measure.workers import Worker
 from tests.pico import pico_recipe

@@ -16,7 +16,7 @@ from limbeck.contract.artifact import open_artifact
 from limbeck.contract.data.heldout import load_heldout
 from serve_bench import bench, write_report
 from serve_bench.judge.quality import summarise
-from tests.compress.test_other_tokenizers import mixed
+from tests.compress.teachers.test_other_tokenizers import mixed
 
 
 @pytest.mark.slow

@@ -53,8 +53,8 @@ from serve_bench.measure.workers import Worker, Workers
 from serve_bench.tasks.language import require_context
 from serve_bench.tasks.targets import find_arm
 from serve_bench.worker.runtimes import TorchCompiled, TorchEager
-from tests.fake_server import FakeServer
 from tests.pico import make_blocks, make_model, pico_recipe
+from tests.servers.fake_server import FakeServer
 
 
 def torch_arm(model: Path, name: str = "student") -> Arm:

@@ -31,7 +31,7 @@ from limbeck.contract.progress import say
 from limbeck.contract.recipe import ServerScenario, UrlTarget
 from limbeck.runtime.endpoint import Endpoint, find_endpoint
 from serve_bench.judge.scenarios import meets
-from serve_bench.measure.machine import child_environment
+from serve_bench.measure.host.machine import child_environment
 from serve_bench.worker.client import open_session, request, streamed
 
 _DOUBLINGS = 12  # and halvings, at most
