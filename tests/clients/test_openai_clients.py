@@ -12,7 +12,7 @@ import pytest
 from limbeck.contract.artifact import Artifact
 from limbeck.runtime.decoder import Decoder
 from limbeck.runtime.text import load_text
-from tests.serve_bench.serve.test_server import CHAT, serving
+from tests.serve_bench.serve.asking import CHAT, serving
 
 HERE = Path(__file__).parent
 ENVIRONMENT = HERE.parents[1] / ".venvs/openai-clients"

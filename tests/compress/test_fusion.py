@@ -19,95 +19,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.divergence import divergence
-from compress.head import IGNORED, Head, fit_temperature, label_nll
+from compress.head import IGNORED, Head
 from compress.loss import fused_loss, plain_loss
 from compress.states import SparseStates, TeacherStates, teacher_statistics
-from compress.weights import weigh
 from limbeck.contract.recipe import (
-    CaMkdWeights,
-    CorrectedEntropyWeights,
-    EbkdWeights,
     EntropySwitch,
-    EntropyWeights,
     ForwardKl,
     Fusion,
-    InverseEntropyWeights,
     Jsd,
-    LabelWeights,
-    PosteriorWeights,
     ReverseKl,
     SkewKl,
     StaticWeights,
     UniformWeights,
 )
-
-NAMES = ("a", "b", "c")
-DIVERGENCES = [
-    ForwardKl(kind="forward_kl"),
-    ReverseKl(kind="reverse_kl"),
-    Jsd(kind="jsd", beta=0.3),
-    SkewKl(kind="skew_kl", skew=0.2),
-    EntropySwitch(kind="entropy_switch", threshold=2.0),
-]
-WEIGHTS = [
-    UniformWeights(kind="uniform"),
-    StaticWeights(kind="static", values={"a": 1, "b": 2, "c": 5}),
-    *(EntropyWeights(kind="entropy", granularity=g) for g in ("token", "sequence", "batch")),
-    EntropyWeights(kind="entropy", control="inverted"),
-    EntropyWeights(kind="entropy", control="shuffled"),
-    EntropyWeights(kind="entropy", warmup=0.9),
-    InverseEntropyWeights(kind="inverse_entropy"),
-    EbkdWeights(kind="ebkd"),
-    CaMkdWeights(kind="ca_mkd"),
-    *(LabelWeights(kind="label", granularity=g) for g in ("token", "sequence")),
-    CorrectedEntropyWeights(kind="corrected_entropy"),
-    PosteriorWeights(kind="posterior", entropy=0.5, evidence=0.7),
-]
-
-
-def problem(
-    *,
-    seed: int = 0,
-    K: int = 3,
-    R: int = 4,
-    L: int = 7,
-    V: int = 23,
-    widths: tuple[int, ...] = (8, 5, 6),
-    masked: float = 0.3,
-    softcap: float | None = None,
-    scale: float = 1.0,
-) -> dict[str, Any]:
-    """A small batch: student and teachers of different widths, labels with holes."""
-    g = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g)
-
-    labels = torch.randint(0, V, (R, L), generator=g)
-    labels[torch.rand(R, L, generator=g) < masked] = IGNORED
-    teachers = [
-        TeacherStates(
-            2 * draw(R, L, widths[k]),
-            Head(draw(V, widths[k]), draw(V) if k == 0 else None, 1.0, 5.0 if k == 1 else None),
-            1 + 0.1 * k,
-        )
-        for k in range(K)
-    ]
-    return {
-        "hidden_RLd": draw(R, L, 8).requires_grad_(),
-        "head": Head(draw(V, 8).requires_grad_(), draw(V).requires_grad_(), scale, softcap),
-        "teachers": teachers,
-        "labels_RL": labels,
-        "denominator": max(1, int((labels != IGNORED).sum())),
-        "names": NAMES[:K],
-    }
-
-
-def gradients(loss: Tensor, parts: dict[str, Any]) -> list[Tensor]:
-    head: Head = parts["head"]
-    assert head.bias_V is not None
-    return list(torch.autograd.grad(loss, [parts["hidden_RLd"], head.weight_Vd, head.bias_V]))
-
+from tests.compress.problems import DIVERGENCES, NAMES, WEIGHTS, gradients, problem
 
 # 1. Each divergence against references -----------------------------------------------------------
 
@@ -456,118 +381,3 @@ def test_permuting_teachers_or_vocabulary_changes_nothing(weights: Any) -> None:
     ]
     moved = {**parts, "labels_RL": labels, "head": permuted(parts["head"]), "teachers": teachers}
     torch.testing.assert_close(fused_loss(fusion, **moved).loss, expected, rtol=1e-5, atol=1e-6)
-
-
-# Weights -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("weights", WEIGHTS, ids=repr)
-def test_weights_are_a_distribution(weights: Any) -> None:
-    g = torch.Generator().manual_seed(0)
-    entropy, logp = torch.rand(3, 4, 6, generator=g) * 5, -torch.rand(3, 4, 6, generator=g) * 8
-    labels = torch.randint(-1, 5, (4, 6), generator=g)
-    labels[labels < 0] = IGNORED
-    w = weigh(weights, entropy, logp, labels, names=NAMES)
-    assert (w >= 0).all()
-    torch.testing.assert_close(w.sum(0), torch.ones(4, 6))
-
-
-def test_weights_by_hand() -> None:
-    entropy, logp = torch.tensor([[[1.0]], [[3.0]]]), torch.tensor([[[-2.0]], [[-1.0]]])
-    labels = torch.zeros(1, 1, dtype=torch.long)
-
-    def first(config: Any) -> float:
-        return float(weigh(config, entropy, logp, labels, names=("a", "b"))[0, 0, 0])
-
-    sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
-    assert first(EntropyWeights(kind="entropy", sharpness=2, floor=0)) == pytest.approx(sigmoid(1))
-    assert first(EntropyWeights(kind="entropy", sharpness=2, floor=0.1)) == pytest.approx(
-        0.9 * sigmoid(1) + 0.05
-    )
-    assert first(
-        EntropyWeights(kind="entropy", sharpness=2, floor=0, control="inverted")
-    ) == pytest.approx(sigmoid(-1))
-    assert first(InverseEntropyWeights(kind="inverse_entropy")) == pytest.approx(0.75)
-    assert first(EbkdWeights(kind="ebkd")) == pytest.approx(0.75)
-    assert first(LabelWeights(kind="label", sharpness=0.5)) == pytest.approx(sigmoid(-2))
-    assert first(CaMkdWeights(kind="ca_mkd")) == pytest.approx(
-        1 - sigmoid(1)
-    )  # CE 2 and 1: the better one gets more
-    # One position: entropy + (surprise - entropy) is the surprise itself.
-    assert first(
-        CorrectedEntropyWeights(kind="corrected_entropy", sharpness=1, floor=0)
-    ) == pytest.approx(sigmoid(-1))
-
-
-def test_the_posterior_is_causal_and_bayes_rule() -> None:
-    logp = torch.tensor([[[-1.0, -2.0, -3.0]], [[-2.0, -1.0, -1.0]]])
-    labels = torch.zeros(1, 3, dtype=torch.long)
-    w = weigh(PosteriorWeights(kind="posterior"), torch.zeros(2, 1, 3), logp, labels)[0, 0]
-    expected = [
-        0.5,
-        1 / (1 + math.exp(-1)),
-        0.5,
-    ]  # evidence before each position: (0,0), (-1,-2), (-3,-3)
-    torch.testing.assert_close(w, torch.tensor(expected))
-
-
-@pytest.mark.parametrize("chunk", [3, 64])
-def test_the_evidence_of_a_prompt_is_as_if_the_prompt_were_labelled(chunk: int) -> None:
-    """Posterior weights after a prompt that is read but not learnt, chunked and plain."""
-    parts = problem(masked=0)
-    fusion = Fusion(weights=PosteriorWeights(kind="posterior", evidence=0.8), chunk=chunk)
-    whole = fused_loss(fusion, **parts)
-    labels = parts["labels_RL"].clone()
-    labels[:, :3] = IGNORED
-    after = {**parts, "labels_RL": labels, "prior_KR": whole.label_logp_KRL[..., :3].sum(-1)}
-    terms = fused_loss(fusion, **after)
-    torch.testing.assert_close(terms.weights_KRL[..., 3:], whole.weights_KRL[..., 3:])
-    torch.testing.assert_close(terms.loss, plain_loss(fusion, **after), rtol=1e-5, atol=1e-6)
-    del after["prior_KR"]
-    assert not torch.allclose(fused_loss(fusion, **after).weights_KRL, terms.weights_KRL)
-
-
-def test_batch_granularity_needs_no_neighbour_when_given_global_means() -> None:
-    means = torch.tensor([[1.0, 2.0], [0.0, 0.0]])
-    config = EntropyWeights(kind="entropy", granularity="batch", sharpness=1, floor=0)
-    w = weigh(
-        config,
-        torch.rand(2, 1, 4),
-        torch.zeros(2, 1, 4),
-        torch.zeros(1, 4, dtype=torch.long),
-        global_means_2K=means,
-    )
-    torch.testing.assert_close(w[0], torch.full((1, 4), 1 / (1 + math.exp(-1))))
-
-
-# Calibration and scoring -------------------------------------------------------------------------
-
-
-def test_calibration_finds_the_temperature_that_was_put_in() -> None:
-    g = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(1, 4000, 6, generator=g), torch.randn(9, 6, generator=g)
-    truth = torch.distributions.Categorical(logits=hidden[0] @ weight.T / 1.6)
-    torch.manual_seed(0)
-    labels = truth.sample()[None]
-    assert fit_temperature(
-        hidden, Head(weight), labels, bounds=(0.5, 3), positions=4000
-    ) == pytest.approx(1.6, rel=0.05)
-    assert fit_temperature(
-        hidden, Head(weight), labels, bounds=(0.5, 1.2), positions=4000
-    ) == pytest.approx(1.2)
-
-
-def test_label_nll_sums_by_row() -> None:
-    parts = problem()
-    hidden, head, labels = parts["hidden_RLd"].detach(), parts["head"], parts["labels_RL"]
-    logp = torch.log_softmax(head.logits(hidden), -1).detach()
-    expected = [
-        -sum(float(logp[r, t, y]) for t, y in enumerate(row.tolist()) if y != IGNORED)
-        for r, row in enumerate(labels)
-    ]
-    torch.testing.assert_close(
-        label_nll(hidden, head, labels, chunk=3),
-        torch.tensor(expected, dtype=torch.float64),
-        rtol=1e-5,
-        atol=1e-5,
-    )

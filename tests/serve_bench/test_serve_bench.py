@@ -7,12 +7,8 @@ from __future__ import annotations
 import errno
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,48 +34,22 @@ from limbeck.contract.errors import (
     RecipeError,
 )
 from limbeck.contract.recipe import Bench, HubModel, Recipe, ServerScenario
-from limbeck.contract.results.bench import Arm
 from limbeck.contract.sources.places import cache_folder
 from serve_bench import bench as measure
 from serve_bench import measure_targets, replay, write_report
 from serve_bench.judge import figures, quality
 from serve_bench.judge.certificate import CERTIFICATE
-from serve_bench.judge.figures import Sample
 from serve_bench.measure.arms import list_arms
 from serve_bench.measure.clock import order
 from serve_bench.measure.scenarios import load
 from serve_bench.measure.units import prompt
-from serve_bench.measure.workers import Worker, Workers
 from serve_bench.tasks.language import require_context
 from serve_bench.tasks.targets import find_arm
-from serve_bench.worker.runtimes import TorchCompiled, TorchEager
 from tests.pico import make_blocks, make_model, pico_recipe
+from tests.serve_bench.test_workers import torch_arm
 from tests.servers.fake_server import FakeServer
 
-
-def torch_arm(model: Path, name: str = "student") -> Arm:
-    return Arm(name, name, "student", "torch", 1, {"model": str(model)})
-
-
 # Definitions --------------------------------------------------------------------------------------
-
-
-def test_tpot_leaves_prompt_and_first_token_out() -> None:
-    sample = Sample("a", 0, 0, (0.5, 0.6, 0.8, 1.1))
-    assert sample.ttft == 0.5
-    assert sample.e2el == 1.1
-    assert sample.tpot == pytest.approx((1.1 - 0.5) / 3)
-    assert sample.itl == pytest.approx([0.1, 0.2, 0.3])
-
-
-def test_blocks_take_the_geometric_mean_of_both_directions() -> None:
-    samples = [
-        Sample("a", 0, 0, (1.0, 2.0)),
-        Sample("a", 0, 3, (4.0, 8.0)),
-        Sample("b", 0, 1, (9.0, 9.5)),
-    ]
-    assert figures.by_block(samples, "a", "ttft") == pytest.approx([2.0])
-    assert figures.by_block(samples, "a", "tpot") == pytest.approx([2.0])
 
 
 def test_blocks_are_mirrored_and_every_arm_takes_every_place() -> None:
@@ -109,224 +79,6 @@ def test_prompts_are_heldout_text_of_the_length_asked() -> None:
     assert prompt(heldout, 2, 8) == text[8:16].tolist()
     assert prompt(heldout, 2, 8, then=5) == text[16:21].tolist()
     assert len(prompt(heldout, 0, 1000)) == 1000  # text read again from its start
-
-
-# Quality ------------------------------------------------------------------------------------------
-
-
-def test_sums_by_hand(tmp_path: Path) -> None:
-    one, two = (
-        np.log(np.array([[0.5, 0.5]], np.float32)),
-        np.log(np.array([[0.9, 0.1]], np.float32)),
-    )
-    np.save(tmp_path / "1.npy", one)
-    np.save(tmp_path / "2.npy", two)
-    quality.mix([tmp_path / "1.npy", tmp_path / "2.npy"], tmp_path / "m.npy")
-    mixture = np.load(tmp_path / "m.npy")
-    assert np.exp(mixture) == pytest.approx(np.array([[0.7, 0.3]]))
-    every = np.array([True])
-    found = quality.sums(one, np.array([1]), mixture, every)
-    assert found["nll"] == pytest.approx(np.log(2))
-    assert found["kl"] == pytest.approx(0.7 * np.log(0.7 / 0.5) + 0.3 * np.log(0.3 / 0.5))
-    assert quality.sums(two, np.array([0]), mixture, every)["top1"] == 1
-    assert (
-        quality.sums(np.log(np.array([[0.1, 0.9]], np.float32)), np.array([0]), mixture, every)[
-            "top1"
-        ]
-        == 0
-    )
-    assert quality.sums(one, np.array([1]), None, every)["kl"] is None
-
-
-def test_sums_leave_out_what_is_not_scored() -> None:
-    draw = np.random.default_rng(0)
-    arm, mixture = (
-        quality.log_softmax(draw.normal(size=(40, 5)).astype(np.float32)) for _ in range(2)
-    )
-    labels, scored = draw.integers(0, 5, 40), np.arange(40) % 3 == 0
-    found = quality.sums(arm, labels, mixture, scored)
-    alone = quality.sums(arm[scored], labels[scored], mixture[scored], scored[scored])
-    assert found["labels"] == scored.sum()
-    assert {k: found[k] for k in ("nll", "kl", "top1")} == pytest.approx(
-        {k: alone[k] for k in ("nll", "kl", "top1")}
-    )
-    assert found["last"] == arm[-1].argmax()
-
-
-def test_calibration_error_by_hand() -> None:
-    # Confident at 0.9 and right once of twice: off by 0.4. Confident at 0.6 and right: off by 0.4.
-    # 0.96 and 0.9 lie in two bins.
-    probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.04, 0.96]], np.float32)
-    first = quality.calibration(np.log(probabilities[:2]), np.array([0, 1]))
-    rest = quality.calibration(np.log(probabilities[2:]), np.array([1, 1]))
-    assert len(first) == quality.BINS
-    assert sum(count for count, _, _ in first) == 2
-    assert first[13] == pytest.approx([2, 1.8, 1])
-    assert quality.calibration_error([first, rest]) == pytest.approx((2 * 0.4 + 0.4 + 0.04) / 4)
-    sure = quality.calibration(np.log(np.array([[1.0, 1e-30]], np.float32)), np.array([0]))
-    assert sure[-1] == [1, 1, 1]  # a confidence of 1 is in the last bin
-    assert quality.calibration_error([sure]) == 0
-
-
-def test_log_softmax_of_large_logits() -> None:
-    logits = np.array([[1e4, 1e4, 0.0], [-3.0, 0.0, 3.0]], np.float32)
-    found = quality.log_softmax(logits.copy())
-    assert found[0, :2] == pytest.approx(-np.log(2))
-    assert np.exp(found).sum(1) == pytest.approx([1.0, 1.0])
-
-
-# Workers ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model") / "m", seed=3)
-
-
-@pytest.fixture(scope="module")
-def worker(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    with Workers(tmp_path_factory.mktemp("logs"), threads=1) as workers:
-        yield workers.start(torch_arm(model))
-
-
-def test_worker_times_every_token_and_ignores_the_end_token(worker: Worker, model: Path) -> None:
-    answer = worker.ask("generate", prompt=[1, 2, 3, 4], new_tokens=12)
-    assert len(answer["at"]) == len(answer["tokens"]) == 12
-    assert answer["started"] < answer["at"][0]
-    assert all(b > a for a, b in zip(answer["at"], answer["at"][1:], strict=False))
-    assert answer["peak_rss_bytes"] > 50e6
-    assert worker.opened["load_s"] > 0
-    assert worker.opened["facts"]["threads"] == 1
-    assert worker.opened["facts"]["context"] == 64
-
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    reference = AutoModelForCausalLM.from_pretrained(model).eval()
-    ids = [1, 2, 3, 4]
-    with torch.inference_mode():
-        for _ in range(12):
-            ids.append(int(reference(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-    assert answer["tokens"] == ids[4:]
-
-
-def test_worker_scores_what_torch_says(worker: Worker, model: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    ids = [5, 9, 2, 77, 130, 4]
-    found = worker.ask("score", ids=ids, scored=[1] * (len(ids) - 1), vocabulary=258, mixture=None)
-    reference = AutoModelForCausalLM.from_pretrained(model).eval()
-    with torch.inference_mode():
-        logp = torch.log_softmax(reference(input_ids=torch.tensor([ids])).logits[0].double(), -1)
-    assert found["labels"] == 5
-    assert found["nll"] == pytest.approx(
-        -float(logp[torch.arange(5), torch.tensor(ids[1:])].sum()), rel=1e-6
-    )
-
-
-def test_idle_worker_uses_no_processor(worker: Worker) -> None:
-    worker.ask("generate", prompt=[1, 2, 3], new_tokens=4)
-    time.sleep(0.3)
-    pid = worker._process.pid
-    before = _cpu_ticks(pid)
-    time.sleep(0.7)
-    assert _cpu_ticks(pid) - before <= 2
-
-
-def _cpu_ticks(pid: int) -> int:
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return int(fields[11]) + int(fields[12])
-
-
-def test_the_users_mistake_comes_back_as_itself(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty/config.json").write_text('{"model_type": "llama"}')
-    with Workers(tmp_path, threads=1) as workers:
-        with pytest.raises(ModelError, match=r"student: .*empty: transformers cannot load it"):
-            workers.start(torch_arm(tmp_path / "empty"))
-
-
-def test_weights_that_are_missing_are_not_timed_as_random_ones(tmp_path: Path) -> None:
-    import torch
-    from transformers import AutoModel
-
-    folder = make_model(tmp_path / "model", tie_word_embeddings=False)
-    AutoModel.from_pretrained(folder, dtype=torch.float32).save_pretrained(folder)
-    with pytest.raises(
-        ModelError, match=r"model: .*lacks 1 of its weights \(for example lm_head.weight\)"
-    ):
-        TorchEager(model=str(folder), threads=1)
-
-
-def test_a_crash_shows_the_workers_last_words(tmp_path: Path) -> None:
-    worker = Worker(torch_arm(tmp_path), threads=1, log=tmp_path / "log")
-    with pytest.raises(
-        EnvironmentalError,
-        match=r"ended with status 1 during 'nonsense'(?s:.*)nonsense before open",
-    ):
-        worker.ask("nonsense")
-    worker.kill()
-    killed = Worker(torch_arm(tmp_path), threads=1, log=tmp_path / "log")
-    killed._process.kill()
-    with pytest.raises(EnvironmentalError, match=r"killed by signal 9(?s:.*)enough"):
-        killed.ask("open")
-    killed.kill()
-
-
-def test_workers_end_with_their_owner(tmp_path: Path) -> None:
-    started = []
-
-    def interrupted() -> None:
-        with Workers(tmp_path, threads=1) as workers:
-            worker = Worker(torch_arm(tmp_path), threads=1, log=tmp_path / "log")
-            workers._all["x"] = worker
-            started.append(worker)
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert started[0]._process.poll() is not None
-
-
-def test_libraries_may_print_without_breaking_the_answers(tmp_path: Path) -> None:
-    program = """
-import os
-from serve_bench.worker.language import Session
-from serve_bench.worker.process import main
-Session.open = lambda s, **k: (print("noise"), os.write(1, b"n"), {"facts": 1})[2]
-main(Session())
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        input='{"command": "open"}\n',
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout == '{"facts": 1}\n'
-    assert "noise" in done.stderr
-
-
-@pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing`:FutureWarning"
-)  # peft asks for the old name
-def test_an_adapter_is_merged_before_it_is_timed(model: Path, tmp_path: Path) -> None:
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(model)
-    adapted = get_peft_model(
-        base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    ).eval()
-    adapted.save_pretrained(tmp_path)
-    ids = np.array([4, 8, 15, 16, 23, 42])
-    with torch.inference_mode():
-        expected = adapted(input_ids=torch.from_numpy(ids)[None]).logits[0].numpy()
-    runtime = TorchEager(model=str(model), adapter=str(tmp_path), threads=1)
-    assert runtime.score(ids) == pytest.approx(expected, abs=1e-4)
-    assert not any("lora" in name for name, _ in runtime._model.named_parameters())
 
 
 # The whole stage ----------------------------------------------------------------------------------
@@ -546,14 +298,6 @@ def test_the_environment_says_what_was_measured_how(bench: Artifact) -> None:
     assert sizes["onnx:fp32"] == pytest.approx(sizes["student"], rel=0.01)
 
 
-def test_a_batch_generates_what_its_rows_do_alone(worker: Worker) -> None:
-    prompts = [[1, 2, 3, 4], [9, 8, 7, 6], [5, 5, 5, 5]]
-    together = worker.batch(prompts, 6)
-    assert together["tokens"] == [worker.generate(prompt, 6)["tokens"] for prompt in prompts]
-    assert together["prompt_tokens"] == 4
-    assert len(together["at"]) == 6
-
-
 def test_arms_without_a_recipe(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -622,39 +366,6 @@ def test_what_is_no_target_is_named(run: Path, tmp_path: Path) -> None:
         )
 
 
-def test_a_static_cache_generates_what_a_growing_one_does(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("torch.compile", lambda forward, **options: forward)
-    generate_with_both(model)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings(
-    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
-)  # of inductor itself
-def test_a_compiled_model_generates_what_the_plain_one_does(model: Path) -> None:
-    generate_with_both(model)
-
-
-def generate_with_both(model: Path) -> None:
-    """Eager and compiled, each twice, the second time shorter and in a cache that was used."""
-    found = []
-    for kind in (TorchEager, TorchCompiled):
-        runtime, told = kind(model=str(model), threads=1), []
-        for length, new_tokens in ((6, 5), (4, 3)):
-            columns = [
-                runtime.begin(
-                    np.random.default_rng(length).integers(0, 256, (2, length)), new_tokens
-                )
-            ]
-            for _ in range(new_tokens - 1):
-                columns.append(runtime.step(columns[-1]))
-            told.append(np.stack(columns).tolist())
-        found.append(told)
-    assert found[0] == found[1]
-
-
 @pytest.mark.slow
 def test_our_own_server_is_started_asked_and_ended(run: Path, tmp_path: Path) -> None:
     pytest.importorskip("serve_bench.serve.server")
@@ -685,15 +396,6 @@ def test_our_own_server_is_started_asked_and_ended(run: Path, tmp_path: Path) ->
         (None, 8, 6)
     ] * 4
     assert all(row["at"] == sorted(row["at"]) for row in rows)
-
-
-@pytest.mark.slow
-def test_the_harness_costs_next_to_nothing() -> None:
-    from tests.benchmarks.harness_overhead import overhead
-
-    found = overhead(blocks=3, new_tokens=4)
-    assert found["overhead_low"] <= found["overhead"] <= found["overhead_high"]
-    assert found["token_ms"] > 0
 
 
 def test_prompt_and_answer_must_fit_the_context(run: Path) -> None:
@@ -778,18 +480,3 @@ def test_a_teacher_that_is_gone_is_named(run: Path, tmp_path: Path) -> None:
         draft.result = {}
     with pytest.raises(ArtifactError, match="teacher wise is gone"):
         list_arms(onnx=open_artifact(run / "onnx"), student=open_artifact(tmp_path / "student"))
-
-
-def test_importing_the_stage_is_cheap() -> None:
-    program = (
-        "import sys, serve_bench; print(sorted(m for m in ('torch', 'onnxruntime', 'matplotlib', "
-        "'numpy') if m in sys.modules))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"PYTHONPATH": "."},
-    )
-    assert done.stdout.strip() == "[]"

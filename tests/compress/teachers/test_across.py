@@ -24,7 +24,7 @@ from limbeck.contract.recipe import (
     PosteriorWeights,
     ReverseKl,
 )
-from tests.compress.test_fusion import WEIGHTS, gradients
+from tests.compress.problems import WEIGHTS, gradients
 from tests.tokenizers import byte_level, permute, piece_level, pieces
 
 TEXTS = [

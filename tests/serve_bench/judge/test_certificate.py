@@ -19,7 +19,7 @@ from serve_bench.judge.findings import judge_loss, judge_speed
 from serve_bench.measure.arms import form_arm
 from serve_bench.measure.replay import differences, replay_speed
 from serve_bench.tasks import task_of
-from tests.serve_bench.tell.test_report import PARENTS, make_run, recipe
+from tests.serve_bench.tell.runs import PARENTS, make_run, recipe
 
 THEN = {"value": 8.0, "low": 7.5, "high": 8.5, "n": 6}
 OTHER = {"processor": "A then, B now"}

@@ -17,7 +17,7 @@ from serve_bench import compare_runs
 from serve_bench.judge import figures
 from serve_bench.judge.changes import Row, judge_change
 from serve_bench.tell.comparison import as_json, headline, markdown
-from tests.serve_bench.tell.test_report import make_run, recipe
+from tests.serve_bench.tell.runs import make_run, recipe
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from limbeck.contract.limits import Limits
 from limbeck.runtime.text import Text
 from serve_bench.serve.gate import is_allowed
 from serve_bench.serve.listener import Listener
-from tests.serve_bench.serve.test_server import bare, serving
+from tests.serve_bench.serve.asking import bare, serving
 
 
 def address(server: Listener) -> tuple[str, int]:

@@ -18,7 +18,7 @@ from limbeck.contract.recipe import parse_recipe
 from limbeck.runtime.decoder import Decoder
 from tests.factory import Factory
 from tests.pico import pico_recipe
-from tests.serve_bench.serve.test_server import serving
+from tests.serve_bench.serve.asking import serving
 
 TOP = 16
 

@@ -30,7 +30,7 @@ from serve_bench.serve.text.tools import (
     call_grammar,
 )
 from tests.pico import make_tokenizer
-from tests.serve_bench.serve.test_server import CHAT, bare, connect, serving
+from tests.serve_bench.serve.asking import CHAT, bare, connect, serving
 
 # As Qwen2.5's and Llama 3.2's templates have it, without their system texts.
 QWEN = """{%- if tools %}

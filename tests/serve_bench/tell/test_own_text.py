@@ -12,7 +12,7 @@ import pytest
 from serve_bench import write_report
 from serve_bench.tell import language_page
 from serve_bench.tell.own_text import own_text, read_samples
-from tests.serve_bench.tell.test_report import make_run, read, recipe
+from tests.serve_bench.tell.runs import make_run, read, recipe
 
 
 def log(steps: int = 40) -> list[dict[str, Any]]:

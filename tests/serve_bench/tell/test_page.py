@@ -14,7 +14,7 @@ import pytest
 
 from serve_bench import write_report
 from tests import ROOT, scenarios
-from tests.serve_bench.tell.test_report import make_run, recipe
+from tests.serve_bench.tell.runs import make_run, recipe
 
 ENVIRONMENT = ROOT / ".venvs" / "browser"
 CHROMIUM = (

@@ -12,7 +12,7 @@ import pytest
 from serve_bench import write_report
 from serve_bench.tell import charts, sections
 from tests import scenarios
-from tests.serve_bench.tell.test_report import make_run, read, recipe
+from tests.serve_bench.tell.runs import make_run, read, recipe
 
 
 @pytest.fixture

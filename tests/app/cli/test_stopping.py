@@ -1,0 +1,150 @@
+"""Runs that are stopped, go on, and end with a verdict."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from limbeck.contract.artifact import open_artifact
+from limbeck.contract.recipe import load_recipe
+from tests import ROOT
+from tests.app.cli.calls import GOOD, imported_by
+
+ENDLESS = """
+import sys, time
+import compress
+from limbeck.app import cli
+from limbeck.runtime import session as runtime
+def distill(**_):
+    print("working", flush=True)
+    time.sleep(60)
+compress.distill = distill
+runtime.import_onnxruntime = lambda: None
+sys.argv = ["limbeck", "run", "mine.yaml"]
+cli.main()
+"""
+
+
+def _hears_ctrl_c() -> None:
+    """A shell lets what it starts in the background ignore SIGINT, and children inherit that: undo
+    it in the child."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_stopped_says_how_to_go_on(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    (tmp_path / "mine.yaml").write_text(GOOD)
+    with subprocess.Popen(
+        [sys.executable, "-c", ENDLESS],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=_hears_ctrl_c,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "working\n"
+        process.send_signal(number)
+        out, err = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert out == ""
+    assert err.splitlines() == ["== compress", "", "stopped; run the same command again to go on"]
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = (
+        f"{sys.executable} -c 'from limbeck.app.cli import main; main()' recipes --json | head -c "
+        ""
+        ""
+        ""
+        f"1; exit ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("[", "")
+
+
+def test_pico_stopped_in_training_goes_on_to_a_verdict(tmp_path: Path) -> None:
+    """The installed command, as a user meets it: stopped by Ctrl-C, started again, and once more
+    when all is done."""
+    command = [
+        sys.executable,
+        "-c",
+        "from limbeck.app.cli import main; main()",
+        "run",
+        "pico",
+        "--out",
+        "out",
+    ]
+    with subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=_hears_ctrl_c,
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "training pico" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode == 130
+    assert rest.splitlines()[-1] == "stopped; run the same command again to go on"
+    assert not (tmp_path / "out" / "student").exists()
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "verdict: pass" in done.stdout
+    assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
+    digests = [
+        open_artifact(tmp_path / "out" / name).digest for name in ("student", "onnx", "bench")
+    ]
+
+    light = {"numpy", "onnxruntime", "matplotlib", "scipy"}  # no torch, transformers or onnx
+    assert imported_by("run", "pico", "--out", "out") <= light
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0
+    assert again.stderr.count("already complete") == 3
+    assert [
+        open_artifact(tmp_path / "out" / name).digest for name in ("student", "onnx", "bench")
+    ] == digests
+    assert (
+        load_recipe("pico").digest
+        == json.loads((tmp_path / "out" / "run.json").read_text())["digest"]
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_training_and_the_first_does_the_rest(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "limbeck",
+        "run",
+        "pico",
+        "--out",
+        "out",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [done.stderr.count(f"== {stage}") for stage in ("compress", "export", "bench")] == [
+        1,
+        1,
+        1,
+    ]
+    assert done.stdout.count("verdict: pass") == 1
+    assert open_artifact(tmp_path / "out" / "student").result["steps"] > 0

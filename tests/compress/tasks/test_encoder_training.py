@@ -1,0 +1,247 @@
+"""Encoders are trained: alone, from two teachers, stopped, in two processes, to a verdict."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+import compress
+import export
+import serve_bench
+from compress import loop
+from compress.models.encoders import load_body, load_classifier
+from limbeck.app.verify import verify
+from limbeck.contract.artifact import open_artifact
+from limbeck.contract.data.examples import EXAMPLES, accuracy, load_examples
+from limbeck.contract.errors import ModelError
+from limbeck.contract.recipe import parse_any_recipe
+from tests import ROOT
+from tests.encoders import CLASSES, classifier_recipe, embedding_recipe, source
+
+SMALL = ["fp32", {"kind": "int8-weight", "block_size": 16}, "int8-static", "int8-dynamic"]
+
+
+@pytest.fixture(scope="module")
+def expert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fine-tuned tiny classifier."""
+    out = tmp_path_factory.mktemp("expert") / "student"
+    training = {
+        "examples": 320,
+        "batch": 16,
+        "learning_rate": 2e-3,
+        "precision": "fp32",
+        "threads": 1,
+    }
+    compress.distill(recipe=classifier_recipe(training=training), out=out)
+    return out
+
+
+def two_teachers(expert: Path, **over: Any) -> Any:
+    local = {"kind": "local", "path": str(expert / "model")}
+    teachers = [{"name": "a", "model": local}, {"name": "b", "model": local}]
+    student = {"kind": "shrink", "base": source(seed=3), "layers": 1, "calibration_examples": 4}
+    export_ = {"forms": SMALL}
+    gates = {"min_throughput_ratio": 0.01, "max_metric_loss": 1.0, "max_size_mb": 10}
+    return classifier_recipe(
+        teachers=teachers, student=student, export=export_, gates=gates, **over
+    )
+
+
+def test_fine_tuning_learns_the_classes(expert: Path) -> None:
+    artifact = open_artifact(expert)
+    assert artifact.result["metrics"]["accuracy"] > 0.8
+    assert artifact.result["classes"] == ["code", "prose"]
+    heldout = load_examples(expert / EXAMPLES)
+    model = load_classifier(expert / "model")
+    ids, mask = (torch.from_numpy(a) for a in heldout.batch(slice(None)))
+    said = model(input_ids=ids, attention_mask=mask).logits.argmax(1).numpy()
+    assert accuracy(said, heldout.groups.astype(np.int64)) == pytest.approx(
+        artifact.result["metrics"]["accuracy"]
+    )
+
+
+def test_a_run_that_was_stopped_ends_in_the_same_weights(
+    expert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {
+        "examples": 64,
+        "batch": 8,
+        "precision": "fp32",
+        "threads": 1,
+        "checkpoint_every": 3,
+        "evaluate_every": 3,
+    }
+    recipe = two_teachers(expert, training=training)
+    whole = compress.distill(recipe=recipe, out=tmp_path / "whole")
+    measure = loop._measure
+
+    def stop(run: Any, state: Any) -> None:
+        measure(run, state)
+        if state.step == 6:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_measure", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compress.distill(recipe=recipe, out=tmp_path / "stopped")
+    monkeypatch.setattr(loop, "_measure", measure)
+    again = compress.distill(recipe=recipe, out=tmp_path / "stopped")
+    name = "model/model.safetensors"
+    assert whole.manifest["files"][name] == again.manifest["files"][name]
+    lines = [json.loads(line) for line in (again.path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["event"] == "step"] == list(range(1, 9))
+
+
+PROCESSES = """
+import json, sys
+from pathlib import Path
+import compress
+from limbeck.contract.recipe import parse_any_recipe
+
+compress.distill(recipe=parse_any_recipe(json.loads(sys.argv[1])), out=Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize(
+    "make",
+    [classifier_recipe, pytest.param(embedding_recipe, marks=pytest.mark.slow)],
+    ids=["classes", "vectors"],
+)
+def test_two_processes_train_as_one(tmp_path: Path, make: Any) -> None:
+    """DDP over gloo gives the losses and the weights of one process."""
+    calm = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    base = source()
+    base = {**base, "config": base["config"] | calm}
+    training = {"examples": 24, "batch": 8, "precision": "fp32", "threads": 1}
+    tree = make(student={"kind": "full", "base": base}, training=training).resolved()
+    if make is classifier_recipe:
+        head = {"id2label": {"0": "code", "1": "prose"}}
+        taught = [{**base, "seed": n, "config": base["config"] | head} for n in (5, 6)]
+        tree["teachers"] = [{"name": f"t{n}", "model": m} for n, m in enumerate(taught)]
+    script = tmp_path / "job.py"
+    script.write_text(PROCESSES)
+    compress.distill(recipe=parse_any_recipe(tree), out=tmp_path / "1")
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run(
+        [sys.executable, "-m", *torchrun, json.dumps(tree, default=str), str(tmp_path / "2")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = []
+    for out in (tmp_path / "1", tmp_path / "2"):
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        steps = [row for row in log if row["event"] == "step"]
+        found.append((steps, load_file(out / "model" / "model.safetensors")))
+    (one, weights), (two, shared) = found
+    assert len(one) == 3
+    for mine, theirs in zip(one, two, strict=True):
+        assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-4)
+        assert theirs["weights"] == pytest.approx(mine["weights"], abs=2e-4)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(shared[name], tensor, rtol=1e-3, atol=2e-5)
+
+
+def test_teachers_of_other_classes_are_refused(expert: Path, tmp_path: Path) -> None:
+    other = [CLASSES[1], CLASSES[0]]
+    data = {"classes": other, "max_tokens": 40, "heldout": {"every": 3}}
+    with pytest.raises(
+        ModelError, match="tells apart code, prose; the recipe's classes are prose, code"
+    ):
+        compress.distill(recipe=two_teachers(expert, data=data), out=tmp_path / "student")
+
+
+def test_sentence_encoders_become_alike(tmp_path: Path) -> None:
+    training = {
+        "examples": 400,
+        "batch": 16,
+        "learning_rate": 2e-3,
+        "precision": "fp32",
+        "threads": 1,
+    }
+    result = compress.distill(
+        recipe=embedding_recipe(training=training), out=tmp_path / "student"
+    ).result
+    rows = [
+        json.loads(line) for line in (tmp_path / "student" / "log.jsonl").read_text().splitlines()
+    ]
+    steps = [row for row in rows if row["event"] == "step"]
+    for term in ("cosine", "relational"):
+        early, late = (np.mean([row[term] for row in part]) for part in (steps[:4], steps[-4:]))
+        assert late < early, term
+    assert result["metrics"]["spearman"] > 0.3
+    assert set(result["teachers"]) == {"a", "b"}
+    saved = load_body(tmp_path / "student" / "model")
+    assert saved.config.num_hidden_layers == 1  # and no projection beside it
+    assert not [name for name in saved.state_dict() if "projection" in name]
+
+
+def test_the_whole_chain_to_a_verdict(expert: Path, tmp_path: Path) -> None:
+    recipe = two_teachers(expert)
+    run = tmp_path / "run"
+    compress.distill(recipe=recipe, out=run / "student")
+    export.export_student(student=run / "student", out=run / "onnx", recipe=recipe)
+    bench = serve_bench.bench(
+        onnx=run / "onnx", student=run / "student", out=run / "bench", recipe=recipe
+    )
+    assert (
+        serve_bench.bench(
+            onnx=run / "onnx", student=run / "student", out=run / "bench", recipe=recipe
+        )
+        == bench
+    )
+    report = serve_bench.write_report(run=run, recipe=recipe)
+    assert report.verdict.status in (
+        "pass",
+        "undecided",
+    )  # few blocks, whose interval may reach anywhere
+    gates = {gate["name"]: gate for gate in bench.result["gates"]}
+    assert gates["max_metric_loss"]["status"] == gates["max_size_mb"]["status"] == "pass"
+    data = json.loads(report.json.read_text())
+    assert data["best_teacher"] in ("teacher:a", "teacher:b")
+    teacher = data["arms"]["teacher:a"]
+    assert teacher["metrics"]["accuracy"] == pytest.approx(
+        open_artifact(expert).result["metrics"]["accuracy"]
+    )
+    student = open_artifact(run / "student").result["metrics"]["accuracy"]
+    assert (
+        data["arms"]["student"]["metrics"]["accuracy"]
+        == data["arms"]["onnx:fp32"]["metrics"]["accuracy"]
+        == student
+    )
+    assert [(c["batch"], c["length"]) for c in teacher["grid"]] == [
+        (1, 8),
+        (1, 16),
+        (2, 8),
+        (2, 16),
+    ]
+    assert "accuracy" in report.table
+    page = report.html.read_text()
+    assert "<style>" in page
+    assert "throughput, sequences a second (logarithmic)" in page
+    assert "1 − accuracy (less is better)" in page
+    assert page.count("nodes run on CPUExecutionProvider") == len(data["onnx"]["forms"])
+    assert "Still in float: 2 MatMul (both factors are activations" in page
+    header = ModelCard.load(run / "onnx/README.md").data.to_dict()
+    assert header["teachers"] == [
+        {"name": name, "model": f"local: path {expert / 'model'}", "license": "unknown"}
+        for name in ("a", "b")
+    ]
+    assert header["digests"] == {
+        "recipe": recipe.digest,
+        "student": open_artifact(run / "student").digest,
+    }
+    assert header["license"] == "unknown"
+    assert verify(run) == 0

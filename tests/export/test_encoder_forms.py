@@ -1,0 +1,156 @@
+"""Every form of tiny random encoders against torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+import export
+import serve_bench
+from export.build.encoder import load_student
+from export.check.encoder import measure_encoder_parity
+from export.check.parity import PARITY, load_arrays, require_parity
+from limbeck.contract.artifact import Artifact
+from limbeck.contract.errors import DataError, ParityError
+from limbeck.runtime.encoder import Encoder
+from tests.compress.tasks.test_encoder_training import SMALL
+from tests.encoders import classifier_recipe, embedding_recipe, make_encoder_student, make_examples
+
+FORMS = ("fp32", "int8-weight", "int8-static", "int8-dynamic")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A random tiny BERT, exported in every form."""
+
+    task: str
+    student: Path
+    onnx: Artifact
+
+
+@pytest.fixture(scope="module", params=["classification", "embedding"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    folder, task = tmp_path_factory.mktemp("exported"), str(request.param)
+    student = make_encoder_student(folder / "student", "bert", task=task)
+    make = classifier_recipe if task == "classification" else embedding_recipe
+    recipe = make(export={"forms": SMALL})
+    return Exported(
+        task,
+        student.path,
+        export.export_student(student=student.path, out=folder / "onnx", recipe=recipe),
+    )
+
+
+def test_every_form_of_a_tiny_bert(exported: Exported) -> None:
+    forms = exported.onnx.result["forms"]
+    assert tuple(forms) == FORMS
+    assert forms["int8-dynamic"]["bytes"] < 0.6 * forms["fp32"]["bytes"]
+    assert export.verify_parity(exported.onnx.path).keys() == forms.keys()
+    for name, products in (
+        ("int8-dynamic", "MatMulIntegerToFloat int8"),
+        ("int8-static", "MatMul int8"),
+    ):
+        operators = forms[name]["census"]["operators"]
+        assert operators[products] == 12 + (
+            exported.task == "classification"
+        )  # six a layer, and the pooler
+        assert operators["QuantizeLinear"] == 8 + (
+            exported.task == "classification"
+        )  # q, k and v share one
+    for form in forms.values():
+        assert [(p["operator"], p["count"]) for p in form["census"]["float_products"]] == [
+            ("MatMul", 4)
+        ]  # two a layer
+        assert form["census"]["runs_on"].keys() == {"CPUExecutionProvider"}
+        assert form["census"]["runs_on"]["CPUExecutionProvider"]["Softmax"] == 2
+    encoder = Encoder(exported.onnx.path, form="fp32")
+    ids, mask = make_examples(seed=7).batch(slice(None))
+    student = load_student(exported.student / "model", task=exported.task)
+    with torch.inference_mode():
+        expected = student(torch.from_numpy(ids), torch.from_numpy(mask))[-1]
+    np.testing.assert_allclose(encoder.run(ids, mask), expected.numpy(), rtol=1e-3, atol=1e-4)
+    with pytest.raises(DataError, match="reads 64 at most"):
+        encoder.run(np.ones((1, 65)))
+
+
+def test_texts_go_in(exported: Exported) -> None:
+    encoder, texts = (
+        Encoder(exported.onnx.path, form="fp32"),
+        ["a longer text than the other", "short"],
+    )
+    np.testing.assert_allclose(
+        encoder.encode(texts)[1:], encoder.encode(texts[1:]), rtol=1e-3, atol=1e-5
+    )
+    card = (exported.onnx.path / "README.md").read_text()
+    whose = "of the student in torch, before it was rounded to int8-dynamic"
+    names = {
+        result.metric_type: result.metric_name for result in ModelCard(card).data.eval_results or ()
+    }
+    if exported.task == "classification":
+        assert set(encoder.classify(texts)) <= {"no", "yes", "maybe"}
+        assert "text-classification" in card
+        assert names == {
+            "accuracy": f"accuracy, {whose}",
+            "macro_f1": f"macro f1, {whose}",
+            "nll": f"nats an example, {whose}",
+        }
+    else:
+        assert np.linalg.norm(encoder.encode(texts), axis=1) == pytest.approx(1.0, abs=1e-5)
+        assert json.loads((exported.onnx.path / "1_Pooling" / "config.json").read_text())[
+            "pooling_mode_mean_tokens"
+        ]
+        assert "feature-extraction" in card
+        assert names == {"spearman": f"spearman, {whose}"}
+        with pytest.raises(DataError, match="sentence encoder"):
+            encoder.classify(texts)
+
+
+def test_a_row_does_not_depend_on_its_batch(exported: Exported) -> None:
+    encoder = Encoder(exported.onnx.path)  # int8-dynamic, the shipped one
+    ids, mask = make_examples().batch(slice(None))
+    together = encoder.run(ids, mask)
+    alone = [encoder.run(row[None, kept == 1])[0] for row, kept in zip(ids, mask, strict=True)]
+    np.testing.assert_allclose(together, np.stack(alone), rtol=1e-3, atol=1e-4)
+
+
+def test_parity_sees_a_graph_that_computes_something_else(exported: Exported) -> None:
+    graph = exported.onnx.path / exported.onnx.result["forms"]["fp32"]["graph"]
+    cases = load_arrays(exported.onnx.path / PARITY)
+    assert measure_encoder_parity("fp32", graph, cases)["failures"] == []
+    cases["ragged"]["answers"] = -cases["ragged"]["answers"]
+    parity = measure_encoder_parity("fp32", graph, cases)
+    assert parity["failures"][0].startswith("ragged: max_abs is")
+    with pytest.raises(ParityError, match="ragged: max_abs"):
+        require_parity("fp32", parity)
+
+
+def test_exports_are_timed_by_themselves(exported: Exported, tmp_path: Path) -> None:
+    """One sequence of the largest length, every form twice in a block; the figure is the median of
+    what lies in the samples.
+    """
+    bench = classifier_recipe().bench
+    run = exported.student.parent
+    found = serve_bench.time_encoders(
+        [(run, "fp32"), (run, "int8-static")], out=tmp_path / "timing", bench=bench
+    )
+    lines = (tmp_path / "timing" / "samples.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["event"] == "sample"]
+    assert {(row["batch"], row["length"]) for row in rows} == {(1, 16)}
+    blocks = {row["block"] for row in rows}
+    assert len(blocks) >= bench.min_blocks
+    assert len(rows) == 4 * len(blocks)
+    for form, told in zip(("fp32", "int8-static"), found, strict=True):
+        pairs = [
+            [r["seconds"] for r in rows if r["arm"].endswith(form) and r["block"] == block]
+            for block in blocks
+        ]
+        assert told == pytest.approx(1e3 * np.median([np.sqrt(a * b) for a, b in pairs]))
+    long = bench.model_copy(update={"lengths": (8, 65)})
+    with pytest.raises(DataError, match=r"bench\.lengths: found 65; .* reads 64 tokens at most"):
+        serve_bench.time_encoders([(run, "fp32")], out=tmp_path / "long", bench=long)
