@@ -28,6 +28,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "distilbert": {"dim": 64, "n_heads": 4, "n_layers": 2, "hidden_dim": 128},
 }
+# Every form of an encoder, in blocks that divide the tiny widths.
+SMALL = ["fp32", {"kind": "int8-weight", "block_size": 16}, "int8-static", "int8-dynamic"]
 CLASSES = [
     {"name": "code", "text": {"kind": "stdlib", "paths": ["[a-f]*.py"]}},
     {

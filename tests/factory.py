@@ -8,7 +8,9 @@ Shared artifacts are read-only by agreement; a test that changes one works on a 
 
 from __future__ import annotations
 
+import fcntl
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from limbeck.contract.recipe import fingerprint
 
 
 class Factory:
-    """Makes and remembers tiny random students below one folder."""
+    """Makes and remembers tiny random students below one folder, which processes may share."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -30,20 +32,22 @@ class Factory:
         from tests.pico import make_model, make_student
 
         sizes = SIZES.get(model_type, {}) | sizes
-        folder = self._folder(kind="student", model_type=model_type, seed=seed, sizes=sizes)
-        if not (folder / "student").exists():
+
+        def make(folder: Path) -> None:
             model = make_model(folder / "model", model_type=model_type, seed=seed, **sizes)
             make_student(folder / "student", model)
-        return open_artifact(folder / "student", verify=False)
+
+        key = {"kind": "student", "model_type": model_type, "seed": seed, "sizes": sizes}
+        return self._once(key, "student", make)
 
     def encoder(self, model_type: str = "bert", task: str = "classification") -> Artifact:
         """The student artifact of a random encoder."""
         from tests.encoders import make_encoder_student
 
-        folder = self._folder(kind="encoder", model_type=model_type, task=task)
-        if not (folder / "student").exists():
-            make_encoder_student(folder / "student", model_type, task=task)
-        return open_artifact(folder / "student", verify=False)
+        key = {"kind": "encoder", "model_type": model_type, "task": task}
+        return self._once(
+            key, "student", lambda f: make_encoder_student(f / "student", model_type, task=task)
+        )
 
     def exported(
         self,
@@ -85,15 +89,19 @@ class Factory:
     def _export(self, student: Artifact, recipe: Any) -> Artifact:
         from export import export_student
 
-        asked = recipe.export.model_dump(mode="json")
-        folder = self._folder(kind="export", student=str(student.path), export=asked)
-        if not (folder / "student").exists():
+        def make(folder: Path) -> None:
             (folder / "student").symlink_to(student.path, target_is_directory=True)
-        if not (folder / "onnx").exists():
             export_student(student=student.path, out=folder / "onnx", recipe=recipe)
-        return open_artifact(folder / "onnx", verify=False)
 
-    def _folder(self, **key: Any) -> Path:
+        asked = recipe.export.model_dump(mode="json")
+        return self._once({"student": str(student.path), "export": asked}, "onnx", make)
+
+    def _once(self, key: Any, name: str, make: Callable[[Path], object]) -> Artifact:
+        """The artifact ``name`` in the folder of ``key``, made by the process that asks first."""
         folder = self._root / fingerprint(key)[:16]
         folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        with (folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / name).exists():
+                make(folder)
+        return open_artifact(folder / name, verify=False)

@@ -15,7 +15,7 @@ from limbeck.app.cli import app
 from limbeck.contract.artifact import open_artifact
 from limbeck.runtime.decoder import Decoder
 from limbeck.runtime.text import load_text
-from tests.pico import make_model, make_student, pico_recipe
+from tests.factory import Factory
 from tests.servers.fake_hub import FakeHub
 
 
@@ -24,15 +24,11 @@ def call(*arguments: str | Path) -> Result:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tiny: Factory, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a student, its export and a certificate."""
-    import export
-
-    folder = tmp_path_factory.mktemp("run")
-    make_student(folder / "student", make_model(folder / "model"))
-    made = export.export_student(
-        student=folder / "student", out=folder / "onnx", recipe=pico_recipe()
-    )
+    made, folder = tiny.exported(), tmp_path_factory.mktemp("run")
+    tiny.copy(made, folder / "onnx")
+    tiny.copy(tiny.student(), folder / "student")
     (folder / "run.json").write_text("{}")
     certificate = {"artifact": {"digest": made.digest}}
     (folder / "certificate.json").write_text(json.dumps(certificate))

@@ -27,20 +27,13 @@ from compress.models.encoders import (
     load_classifier,
     pooled,
 )
-from export import export_student
 from export.plan import form_bytes
 from limbeck.app import pico, plan
 from limbeck.app.cli import app
 from limbeck.contract.errors import ModelError, RecipeError
 from limbeck.contract.recipe import EncoderRecipe, load_any_recipe
-from tests.encoders import (
-    CLASSES,
-    CONFIGS,
-    classifier_recipe,
-    embedding_recipe,
-    make_encoder_student,
-    source,
-)
+from tests.encoders import CLASSES, CONFIGS, SMALL, classifier_recipe, embedding_recipe, source
+from tests.factory import Factory
 
 TASKS = ("classification", "embedding")
 
@@ -158,16 +151,14 @@ def test_examples_are_counted_as_the_text_would_give_them() -> None:
     "model_type", [n if n == "bert" else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS]
 )
 def test_sizes_of_forms_are_what_the_exporter_writes(
-    model_type: str, task: str, tmp_path: Path
+    model_type: str, task: str, tiny: Factory
 ) -> None:
-    student = make_encoder_student(tmp_path / "student", model_type, task=task, scale=0.1)
-    forms = ["fp32", {"kind": "int8-weight", "block_size": 16}, "int8-static", "int8-dynamic"]
-    recipe = recipe_of(task, export={"forms": forms})
-    made = export_student(student=student.path, out=tmp_path / "onnx", recipe=recipe)
-    model = meta_model(load_config(student.path / "model"), task)
+    made = tiny.exported_encoder(model_type, task, forms=SMALL)
+    recipe = recipe_of(task, export={"forms": SMALL})
+    model = meta_model(load_config(tiny.encoder(model_type, task).path / "model"), task)
     for form in recipe.export.forms:
         entry = made.result["forms"][form.kind]
-        weights = (tmp_path / "onnx" / entry["graph"]).with_suffix(".onnx_data").stat().st_size
+        weights = (made.path / entry["graph"]).with_suffix(".onnx_data").stat().st_size
         # The weights follow from the shapes; of the graph the plan knows only its growth.
         said = form_bytes(model, form, task=task)
         assert said - weights == pytest.approx(entry["bytes"] - weights, rel=0.1), form.kind

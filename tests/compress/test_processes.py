@@ -18,8 +18,9 @@ import compress
 from compress import loop as train
 from compress.tasks import language_models
 from limbeck.contract.errors import RecipeError
+from limbeck.contract.recipe import Recipe, parse_recipe
 from tests import ROOT
-from tests.compress.test_compress import events, tiny
+from tests.compress.test_compress import STUDENTS, events, tiny
 
 PROCESSES = """
 import os
@@ -29,8 +30,7 @@ import accelerate
 import compress
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from compress import loop as train
-from limbeck.contract.recipe import parse_recipe
-from tests.compress.test_compress import STUDENTS, tiny
+from tests.compress.test_processes import recipe_of
 
 class Sharding(accelerate.Accelerator):
     def prepare(self, *objects):
@@ -46,34 +46,32 @@ def leave_after_step_5(run, event, figures, record=train.Run.record):
         run.accelerator.wait_for_everyone()
         os._exit(0)
 
-out, student, mode, stop = Path(sys.argv[1]), *sys.argv[2:]
-if mode == "fsdp":
-    train.Accelerator = Sharding
-if stop == "stop":
+if sys.argv[2] == "stop":
     train.Run.record = leave_after_step_5
-tree = tiny(out).resolved() | {"student": STUDENTS[student]}
-if mode == "own":
-    tree["training"]["on_policy"] = {"prompts": {"tokens": 8}, "new_tokens": 12}
-recipe = parse_recipe(tree)
-compress.distill(recipe=recipe, out=out / "student")
+for name in sys.argv[3:]:
+    student, mode = name.split("-")
+    if mode == "fsdp":
+        train.Accelerator = Sharding
+    out = Path(sys.argv[1]) / name
+    compress.distill(recipe=recipe_of(out, student, mode), out=out / "student")
 """
 
 
-def _in_processes(
-    count: int, out: Path, student: str, mode: str = "ddp", *, stop: bool = False
-) -> None:
-    """Train with ``count`` processes; ``stop`` leaves without a word after step 5 of 6."""
-    script = out.with_suffix(".py")
+def recipe_of(out: Path, student: str, mode: str) -> Recipe:
+    """The tiny recipe with a student; ``own`` adds text of its own."""
+    tree = tiny(out).resolved() | {"student": STUDENTS[student]}
+    if mode == "own":
+        tree["training"]["on_policy"] = {"prompts": {"tokens": 8}, "new_tokens": 12}
+    return parse_recipe(tree)
+
+
+def _in_two_processes(folder: Path, *names: str, stop: bool = False) -> None:
+    """Train ``STUDENT-MODE``, one after the other; ``stop`` leaves without a word after step 5 of
+    6."""
+    script = folder / "processes.py"
     script.write_text(PROCESSES)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={count}",
-        str(script),
-    ]
-    command += [str(out), student, mode, "stop" if stop else "end"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(script), str(folder), "stop" if stop else "end", *names]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=240, check=False
@@ -82,41 +80,46 @@ def _in_processes(
 
 
 @pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of what two processes made. The sharded ones are last: accelerate's state of a process
+    stays sharded.
+    """
+    folder = tmp_path_factory.mktemp("two")
+    _in_two_processes(folder, "lora-ddp", "lora-own", "lora-fsdp")
+    _in_two_processes(folder, "fresh-fsdp", stop=True)
+    assert not (folder / "fresh-fsdp" / "student").exists()
+    _in_two_processes(folder, "fresh-fsdp")
+    return folder
+
+
+@pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """The folder that one process made of the tiny recipe with a student, once for all tests."""
+    """The student that this process makes of the tiny recipe, once for all tests."""
 
     @functools.cache
     def run(student: str, mode: str) -> Path:
-        folder = tmp_path_factory.mktemp("alone") / student
-        _in_processes(1, folder, student, mode)
+        folder = tmp_path_factory.mktemp("alone")
+        compress.distill(recipe=recipe_of(folder, student, mode), out=folder / "student")
         return folder / "student"
 
     return run
 
 
 @pytest.mark.parametrize(
-    ("student", "mode", "stopped"),
-    [
-        ("lora", "ddp", False),
-        ("lora", "fsdp", False),
-        ("fresh", "fsdp", True),
-        ("lora", "own", False),
-    ],
+    "name",
+    ["lora-ddp", "lora-fsdp", pytest.param("fresh-fsdp", id="fresh-fsdp-stopped"), "lora-own"],
 )
 def test_two_processes_change_nothing(
-    tmp_path: Path, alone: Callable[[str, str], Path], student: str, mode: str, stopped: bool
+    two: Path, alone: Callable[[str, str], Path], name: str
 ) -> None:
     """DDP, and FSDP2 with parameters sharded, over gloo: the losses and weights of one process,
     interrupted or not. With own text: the same texts too.
     """
-    if stopped:
-        _in_processes(2, tmp_path / "two", student, mode, stop=True)
-        assert not (tmp_path / "two" / "student").exists()
-    _in_processes(2, tmp_path / "two", student, mode)
-    folders = alone(student, "own" if mode == "own" else "ddp"), tmp_path / "two" / "student"
-    one, two = ([s["loss"] for s in events(folder, "step")] for folder in folders)
+    student, mode = name.split("-")
+    folders = alone(student, "own" if mode == "own" else "ddp"), two / name / "student"
+    one, shared = ([s["loss"] for s in events(folder, "step")] for folder in folders)
     assert len(one) == 6
-    assert two == pytest.approx(one, rel=1e-5)
+    assert shared == pytest.approx(one, rel=1e-5)
     if mode == "own":
         texts = [(folder / "samples.jsonl").read_text() for folder in folders]
         assert texts[0] == texts[1]
@@ -124,8 +127,8 @@ def test_two_processes_change_nothing(
         assert next(drawn) == pytest.approx(next(drawn), rel=1e-4)
     weights, sharded = (load_file(folder / "model" / "model.safetensors") for folder in folders)
     assert sharded.keys() == weights.keys()
-    for name, tensor in weights.items():
-        torch.testing.assert_close(sharded[name], tensor, rtol=1e-3, atol=1e-5)
+    for tensor_name, tensor in weights.items():
+        torch.testing.assert_close(sharded[tensor_name], tensor, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from export.check.parity import PARITY, load_arrays, require_parity
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import DataError, ParityError
 from limbeck.runtime.encoder import Encoder
-from tests.compress.tasks.test_encoder_training import SMALL
-from tests.encoders import classifier_recipe, embedding_recipe, make_encoder_student, make_examples
+from tests.encoders import SMALL, classifier_recipe, make_examples
+from tests.factory import Factory
 
 FORMS = ("fp32", "int8-weight", "int8-static", "int8-dynamic")
 
@@ -35,16 +35,10 @@ class Exported:
 
 
 @pytest.fixture(scope="module", params=["classification", "embedding"])
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    folder, task = tmp_path_factory.mktemp("exported"), str(request.param)
-    student = make_encoder_student(folder / "student", "bert", task=task)
-    make = classifier_recipe if task == "classification" else embedding_recipe
-    recipe = make(export={"forms": SMALL})
-    return Exported(
-        task,
-        student.path,
-        export.export_student(student=student.path, out=folder / "onnx", recipe=recipe),
-    )
+def exported(request: pytest.FixtureRequest, tiny: Factory) -> Exported:
+    task = str(request.param)
+    made = tiny.exported_encoder("bert", task, forms=SMALL)
+    return Exported(task, made.path.parent / "student", made)
 
 
 def test_every_form_of_a_tiny_bert(exported: Exported) -> None:

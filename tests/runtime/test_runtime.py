@@ -12,21 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export import export_student
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import ArtifactError, DataError, EnvironmentalError
 from limbeck.runtime.decoder import Decoder
 from limbeck.runtime.sampling import Sampling, choose
 from limbeck.runtime.session import import_onnxruntime
 from limbeck.runtime.text import load_text, well_formed
-from tests.pico import make_model, make_student, make_tokenizer, pico_recipe
+from tests.factory import Factory
+from tests.pico import make_tokenizer
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    root = tmp_path_factory.mktemp("runtime")
-    make_student(root / "student", make_model(root / "model", seed=3))
-    return export_student(student=root / "student", out=root / "onnx", recipe=pico_recipe())
+def exported(tiny: Factory) -> Artifact:
+    return tiny.exported()
 
 
 def torch_greedy(model: Path, prompts: list[list[int]], count: int) -> list[list[int]]:

@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export import export_student
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import DataError, EnvironmentalError
 from limbeck.runtime.decoder import Decoder
 from limbeck.runtime.text import load_text
 from serve_bench import evaluate
 from serve_bench.lm_eval import _figures, markdown, score, start_token
-from tests.pico import make_model, make_student, make_tokenizer, pico_recipe
+from tests.factory import Factory
+from tests.pico import make_tokenizer
 
 QUESTIONS = [
     {"question": "two and two make", "choices": ["four", "nine"], "answer": 0},
@@ -41,14 +41,8 @@ TASKS = {
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    root = tmp_path_factory.mktemp("eval")
-    make_student(root / "student", make_model(root / "model", seed=5))
-    return export_student(
-        student=root / "student",
-        out=root / "onnx",
-        recipe=pico_recipe(export={"forms": [{"kind": "fp32"}]}),
-    )
+def exported(tiny: Factory) -> Artifact:
+    return tiny.exported()
 
 
 @pytest.mark.parametrize(

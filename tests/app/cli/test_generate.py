@@ -8,18 +8,13 @@ from pathlib import Path
 import pytest
 
 from tests.app.cli.calls import GOOD, call, imported_by
-from tests.pico import make_model, make_student, pico_recipe
+from tests.factory import Factory
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(tiny: Factory) -> Path:
     """A tiny student, exported by the real stage."""
-    import export
-
-    folder = tmp_path_factory.mktemp("exported")
-    make_student(folder / "student", make_model(folder / "model"))
-    export.export_student(student=folder / "student", out=folder / "onnx", recipe=pico_recipe())
-    return folder / "onnx"
+    return tiny.exported().path
 
 
 def test_generate_streams_the_same_text_from_folder_and_run(exported: Path, tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def work_in(folder: Path) -> None:
 
 def test_two_processes_share_the_students(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from tests.app.test_search import work_in; "
+        "import sys; from pathlib import Path; from tests.app.search.test_rounds import work_in; "
         "work_in(Path(sys.argv[1]))"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]

@@ -26,9 +26,7 @@ from limbeck.contract.data.examples import EXAMPLES, accuracy, load_examples
 from limbeck.contract.errors import ModelError
 from limbeck.contract.recipe import parse_any_recipe
 from tests import ROOT
-from tests.encoders import CLASSES, classifier_recipe, embedding_recipe, source
-
-SMALL = ["fp32", {"kind": "int8-weight", "block_size": 16}, "int8-static", "int8-dynamic"]
+from tests.encoders import CLASSES, SMALL, classifier_recipe, embedding_recipe, source
 
 
 @pytest.fixture(scope="module")
