@@ -59,11 +59,6 @@ QUANTIZED = [
 ]
 
 
-@pytest.fixture(scope="module")
-def exported(tiny: Factory) -> Artifact:
-    return tiny.exported()
-
-
 def texts_of(*lengths: int) -> list[Any]:
     draw = np.random.default_rng(7)
     return [draw.integers(0, 256, length) for length in lengths]

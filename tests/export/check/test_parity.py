@@ -23,11 +23,6 @@ from tests.factory import Factory
 from tests.pico import make_model, pico_recipe
 
 
-@pytest.fixture
-def copy(tiny: Factory, exported: Artifact, tmp_path: Path) -> Path:
-    return tiny.copy(exported, tmp_path / "copy")
-
-
 def test_parity_is_measured_again_without_torch(
     exported: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
