@@ -188,7 +188,15 @@ def fit(run: Run, *, ends: Callable[[], bool] = lambda: False) -> State:
     state = _load_checkpoint(run, optimizer) or _first_state(run)
     resumed, started, done = state.seconds, time.monotonic(), run.share(state)
     share_of_step = 1 / loaded.steps if loaded.steps else 0.0
-    with task(f"training {run.recipe.name}", loaded.steps, done=state.step) as progress:
+    given = 60 * loaded.minutes - resumed if loaded.steps is None and loaded.minutes else None
+    with task(
+        f"training {run.recipe.name}",
+        loaded.steps,
+        done=state.step,
+        unit=loaded.loss_unit,
+        main=True,
+        seconds=given,
+    ) as progress:
         while done < 1 and (loaded.patience is None or state.stale < loaded.patience):
             rate = learning_rate(config, done, share_of_step)
             for group in optimizer.param_groups:
@@ -310,7 +318,7 @@ def _measure(run: Run, state: State, *, count_stale: bool = True) -> None:
 
 
 def _best(state: State) -> dict[str, float]:
-    return {"heldout": state.best_value} if math.isfinite(state.best_value) else {}
+    return {"held-out": state.best_value} if math.isfinite(state.best_value) else {}
 
 
 # Save ------------------------------------------------------------------------------------------

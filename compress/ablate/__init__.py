@@ -9,7 +9,9 @@ beside the loss that no arm is trained on.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from compress.ablate.arms import (
     ORACLE,
     asks_teachers,
     equal_time_tokens,
+    is_merge,
     is_timed,
     require_arm,
     variant,
@@ -34,7 +37,7 @@ from compress.loop import fit, measure_teachers, setup
 from compress.teachers.start import NothingToMergeError
 from limbeck.contract.errors import RecipeError
 from limbeck.contract.files import write_atomically
-from limbeck.contract.progress import say
+from limbeck.contract.progress import about, before, say
 from limbeck.contract.recipe import AnyRecipe, fingerprint
 from limbeck.contract.sources.digests import input_digests
 
@@ -69,19 +72,19 @@ def ablate(
     saved = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     runs: dict[str, dict[str, Any]] = saved["runs"] if saved.get("key") == key else {}
     all_seeds = list(range(recipe.seed, recipe.seed + seeds))
-    for seed in all_seeds:
-        for arm in arms:
-            if f"{arm}/{seed}" in runs:
-                continue
-            say(f"{arm}, seed {seed}")
-            try:
+    open_runs = [(a, seed) for seed in all_seeds for a in arms if f"{a}/{seed}" not in runs]
+    estimate = _Estimate([arm for arm, _ in open_runs])
+    for arm, seed in open_runs:
+        say(f"{arm}, seed {seed}{estimate.shown()}")
+        try:
+            with estimate.running(arm):
                 runs[f"{arm}/{seed}"] = _run_arm(recipe, products, out, arm, seed, key, runs)
-            except NothingToMergeError as error:
-                if arm in asked:
-                    raise
-                say(f"  {arm} is left out: {error}")
-                continue
-            write_atomically(kept, json.dumps({"key": key, "runs": runs}))
+        except NothingToMergeError as error:
+            if arm in asked:
+                raise
+            say(f"  {arm} is left out: {error}")
+            continue
+        write_atomically(kept, json.dumps({"key": key, "runs": runs}))
     wanted = {name: run for name, run in runs.items() if name.split("/")[0] in arms}
     table = summarise(wanted, all_seeds, design=design)
     record = {"arms": table, "seeds": seeds, "reference": design.reference, "loss": design.loss}
@@ -89,6 +92,35 @@ def ablate(
     write_atomically(out / "ablation.json", json.dumps(record, indent=1))
     draw(table, out / "ablation.svg", design)
     return {"arms": table, "verdict": verdict(table), "markdown": markdown(table, design)}
+
+
+class _Estimate:
+    """Time left of an ablation, from that of the arms that were trained before."""
+
+    def __init__(self, arms: Sequence[str]) -> None:
+        self._open = [arm for arm in arms if _trains(arm)]
+        self._seconds: list[float] = []  # of each trained arm
+
+    def shown(self) -> str:
+        """The time left before the next arm starts; empty before one was trained."""
+        left = len(self._open) * float(np.mean(self._seconds)) if self._seconds else 0.0
+        return f": about {about(left)} left of the whole job" if left else ""
+
+    @contextmanager
+    def running(self, arm: str) -> Iterator[None]:
+        """Train ``arm``, the next one."""
+        if not _trains(arm):
+            yield
+            return
+        self._open.remove(arm)
+        started = time.monotonic()
+        with before(lambda own: len(self._open) * float(np.mean(self._seconds or [own]))):
+            yield
+        self._seconds.append(time.monotonic() - started)
+
+
+def _trains(arm: str) -> bool:
+    return not is_merge(arm) and arm != ORACLE
 
 
 def _ordered(reference: str, asked: Iterable[str]) -> list[str]:

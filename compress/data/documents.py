@@ -31,9 +31,12 @@ def documents(
         case PythonStrings():
             found = _python_strings(path, _text(path), form.min_chars)
         case MailText(field=None):
-            found = iter([subject_and_body(path.read_bytes())])
+            found = iter([_mail(str(path), path.read_bytes())])
         case MailText(field=str(field)):
-            found = map(subject_and_body, _texts(_json_lines(path, field), field))
+            found = (
+                _mail(f"{path}: a mail under {field!r}", text)
+                for text in _texts(_json_lines(path, field), field)
+            )
         case JsonLines():
             found = _texts(_json_lines(path, form.field), form.field)
         case ParquetRows():
@@ -65,6 +68,15 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: not UTF-8 text (byte {error.start}); convert it, for example with iconv."
+        ) from None
+
+
+def _mail(where: str, message: str | bytes) -> str:
+    try:
+        return subject_and_body(message)
+    except RecursionError:
+        raise DataError(
+            f"{where}: its parts are nested too deeply to be read; leave it out."
         ) from None
 
 

@@ -12,14 +12,17 @@ from email.message import EmailMessage, Message
 from html.parser import HTMLParser
 
 _HIDDEN = ("script", "style", "title")
+_ENCODED = ("quoted-printable", "base64", "x-uuencode", "uuencode", "uue", "x-uue")
 
 
 def subject_and_body(message: str | bytes) -> str:
     """Subject, an empty line, and the body with white space squeezed; attachments are left out.
 
-    Takes the plain part if there is one, otherwise the HTML part without its tags.
+    Takes the plain part if there is one, otherwise the HTML part without its tags. Raises
+    `RecursionError` if parts are nested hundreds deep.
     """
     # Old archives begin with the line by which a mailbox file parts messages.
+    is_text = isinstance(message, str)
     if isinstance(message, str):
         parsed = email.message_from_string(
             re.sub(r"\AFrom .*\n", "", message), policy=email.policy.compat32
@@ -31,22 +34,35 @@ def subject_and_body(message: str | bytes) -> str:
     parts = [
         part
         for part in parsed.walk()
-        if part.get_content_maintype() == "text" and not part.get_filename()
+        if not part.get_filename()
+        and (part.get_content_maintype() == "text" or _has_no_parts(part))
     ]
     plain = [
         text
         for part in parts
-        if part.get_content_subtype() != "html" and (text := _decoded(part)).strip()
+        if part.get_content_subtype() != "html"
+        and (text := _decoded(part, is_text=is_text)).strip()
     ]
     marked = [
-        _without_markup(_decoded(part)) for part in parts if part.get_content_subtype() == "html"
+        _without_markup(_decoded(part, is_text=is_text))
+        for part in parts
+        if part.get_content_subtype() == "html"
     ]
     body = "\n".join(plain or marked)
     return f"{_subject(parsed)}\n\n{_squeezed(body).strip()}".strip()
 
 
+def _has_no_parts(part: Message | EmailMessage) -> bool:
+    """Whether a part says that it has parts, but lacks the line that would divide them."""
+    return part.get_content_maintype() == "multipart" and not part.is_multipart()
+
+
 def _subject(message: Message) -> str:
-    raw = str(message.get("Subject") or "")
+    named = (value for name, value in message.raw_items() if name.lower() == "subject")
+    try:  # UTF-8 that was not encoded for mail
+        raw = str(next(named, "")).encode("ascii", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        raw = str(message.get("Subject") or "")
     try:
         found = email.policy.default.header_factory("subject", raw)
     except (
@@ -56,7 +72,12 @@ def _subject(message: Message) -> str:
     return " ".join(str(found).split())
 
 
-def _decoded(part: Message | EmailMessage) -> str:
+def _decoded(part: Message | EmailMessage, *, is_text: bool) -> str:
+    """The text of a part. ``is_text`` says that the message was text, so only parts that were
+    encoded for transfer are bytes in the declared encoding."""
+    transfer = str(part.get("Content-Transfer-Encoding") or "").strip().lower()
+    if is_text and transfer not in _ENCODED:
+        return str(part.get_payload())
     payload = part.get_payload(decode=True)
     if not isinstance(payload, bytes):
         return str(payload or "")
@@ -86,6 +107,13 @@ class _Text(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.pieces: list[str] = []
         self._hidden = 0
+
+    def parse_marked_section(self, i: int, report: bool = True) -> int:
+        """Skip a section that HTML does not know, as browsers do; Python 3.11 asserts."""
+        try:
+            return super().parse_marked_section(i, report)
+        except AssertionError:
+            return self.parse_bogus_comment(i)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """See `HTMLParser`."""

@@ -142,13 +142,15 @@ def best_merge(
     tried = candidates(list(teachers)) if among is None else among
     scores: dict[str, float] = {}
     best, lowest = tried[0], math.inf
-    with task("merging the teachers, scored on training text", len(tried)) as progress:
+    with task(
+        "merging the teachers, scored on training text", len(tried), unit="nats a token"
+    ) as progress:
         for merge in tried:
             load_merged(model, merged(merge, base, teachers, seed=seed))
             scores[str(merge)] = found = score(model)
             if found < lowest:
                 best, lowest = merge, found
-            progress.advance(1, nats=found)
+            progress.advance(1, loss=found)
     if not math.isfinite(lowest):
         raise ModelError(
             f"none of {len(tried)} merges of {', '.join(teachers)} has a finite loss on training "

@@ -57,6 +57,10 @@ class Task(Protocol):
         """What the budget counts: `tokens` or `examples`."""
 
     @property
+    def loss_unit(self) -> str:
+        """Unit of the training and held-out loss."""
+
+    @property
     def steps(self) -> int | None:
         """Steps of the budget; None where it is in minutes."""
 

@@ -34,6 +34,8 @@ from limbeck.contract.recipe import (
 class ClassificationTask(EncoderTask):
     """See `compress.tasks.Task`."""
 
+    loss_unit = "nats an example"
+
     def __init__(
         self, recipe: ClassificationRecipe, *, products: Mapping[str, Path], accelerator: Any
     ) -> None:

@@ -40,6 +40,8 @@ from limbeck.contract.recipe import EmbeddingRecipe, EncoderTeacher, Weights
 class EmbeddingTask(EncoderTask):
     """See `compress.tasks.Task`."""
 
+    loss_unit = "(distances, no unit)"
+
     def __init__(
         self, recipe: EmbeddingRecipe, *, products: Mapping[str, Path], accelerator: Any
     ) -> None:

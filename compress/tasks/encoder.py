@@ -76,6 +76,7 @@ class EncoderTask(ABC):
     """
 
     unit = "examples"
+    loss_unit: str
     selects: str | None = None
     minutes: float | None = None
     patience: int | None = None

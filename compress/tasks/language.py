@@ -51,6 +51,7 @@ class LanguageTask(LanguageModels):
     """See `compress.tasks.Task`."""
 
     unit = "tokens"
+    loss_unit = "nats a token"
     selects: str | None = "mean_nll"
 
     # Training ----------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from compress.models.language import cached, load_model
@@ -33,14 +32,13 @@ from compress.teachers.live import TeacherFolder
 from limbeck.contract.artifact import MANIFEST
 from limbeck.contract.errors import ModelError, RecipeError
 from limbeck.contract.files import file_digest, files_below
-from limbeck.contract.models.adapters import adapter_facts, attach
+from limbeck.contract.models.adapters import adapter_facts, attach, join
 from limbeck.contract.models.adapters import merged as without_adapter
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import LoraStudent, MergeStudent, ShrinkStudent, fingerprint
 
 _VERSION = 1  # raise it when the same input would give another choice
 _CHOICE = "choice.json"
-_JOINED = "joined"
 
 
 class NothingToMergeError(RecipeError):
@@ -74,26 +72,14 @@ class Start:
         if not self.can_join(base, dora=adapter_facts(own).config.get("use_dora", False)):
             shutil.rmtree(own)
             return False
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(load_model(base), str(own), adapter_name="own")
-        names, weights = ["own"], [1.0]
+        parts = [(own, 1.0)]
         for name, teacher in self.teachers.items():
-            model.load_adapter(str(teacher.adapter), adapter_name=f"teacher:{name}")
-            names.append(f"teacher:{name}")
-            weights.append(self.merge.weights[name])
-        for name in names:
-            config = model.peft_config[name]
-            config.use_rslora = False  # `cat` has put every scale into the matrices
-            if isinstance(config.target_modules, str):  # peft joins no pattern with a list
-                config.target_modules = _adapted(model, name)
-        model.add_weighted_adapter(names, weights, _JOINED, combination_type="cat")
+            assert teacher.adapter is not None  # see `can_join`
+            parts.append((teacher.adapter, self.merge.weights[name]))
         out = own.with_name(f"{own.name}.joined")
-        model.save_pretrained(out, selected_adapters=[_JOINED])
+        join(load_model(base), parts, out)
         shutil.rmtree(own)
-        (out / _JOINED).rename(own)
-        shutil.rmtree(out)
-        (own / "README.md").unlink(missing_ok=True)  # peft's empty model card
+        out.rename(own)
         return True
 
     def can_join(self, base: Path, *, dora: bool) -> bool:
@@ -118,15 +104,6 @@ def _is_plain(adapter: Path) -> bool:
     facts = adapter_facts(adapter)
     more = ("use_dora", "lora_bias", "modules_to_save", "rank_pattern")
     return facts.shares_base and not any(facts.config.get(name) for name in more)
-
-
-def _adapted(model: Any, adapter: str) -> set[str]:
-    """Names of the layers that ``adapter`` changes."""
-    return {
-        name
-        for name, layer in model.get_base_model().named_modules()
-        if isinstance(layer, LoraLayer) and adapter in layer.scaling
-    }
 
 
 def parameters(teacher: TeacherFolder) -> dict[str, Tensor]:

@@ -6,14 +6,15 @@ training, `export.plan` the sizes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.app.products import plan_products
 from limbeck.contract.errors import LimbeckError, ModelError, RecipeError
-from limbeck.contract.machine import host
+from limbeck.contract.machine import OtherWork, host, watch_other_work
+from limbeck.contract.progress import about
 from limbeck.contract.recipe import (
     AnyRecipe,
     RecipeModel,
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 # CPU build of torch 2.13).
 PROGRAM_BYTES = 530_000_000
 TRIAL_SECONDS = 10.0
+# Measured on 2 cores of an EPYC: the demo's export of 685 MB of forms took 66 s, its bench 863 s of
+# which 444 s were timing.
+_EXPORT_SECONDS, _EXPORT_BYTES_A_SECOND, _BENCH_OVER_TIMING = 5.0, 11e6, 2.0
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,11 @@ class Plan:
     first: tuple[str, ...]  # recipes whose students are made first
     operations_first: float
     seconds: float | None  # of training, prerequisites included; None without a trial
+    export_seconds: float
     bench_seconds: float
     own_text: int = 0  # tokens that the student writes itself, at most
     advice: str = ""  # whether to merge or to distil, by measured runs; empty without advice
+    other_work: OtherWork | None = None  # beside the trial
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -98,11 +104,15 @@ class Plan:
         if self.seconds is None:
             yield "time", "unknown without a trial on this machine: add --trial"
         else:
+            whole = self.seconds + self.export_seconds + self.bench_seconds
             yield (
                 "time",
-                f"about {_clock(self.seconds)} of training, by a trial on this machine; "
-                f"measuring takes {_clock(self.bench_seconds)}",
+                f"about {about(whole)}: {about(self.seconds)} of training by a trial on this "
+                f"machine, {about(self.export_seconds)} of export, {about(self.bench_seconds)} of "
+                "measuring",
             )
+            if self.other_work is not None and self.other_work.is_busy:
+                yield "", f"the trial is too slow: {self.other_work}. Repeat it on an idle machine"
 
 
 @dataclass(frozen=True)
@@ -167,15 +177,21 @@ def plan_recipe(recipe: AnyRecipe, *, trial: bool = False) -> Plan:
     first = [_making(product.recipe) for product in plan_products(recipe).order]
     worst = max([own, *first], key=lambda making: sum(making.memory.values()))
     moment = worst.taken.memory.moment
-    speed = _speed(own) if trial else None
-    seconds = sum(making.seconds(speed) for making in (own, *first)) if speed else None
+    speed, seconds, other_work = None, None, None
+    if trial:
+        with watch_other_work() as other:
+            speed = _speed(own)
+            seconds = sum(making.seconds(speed) for making in (own, *first))
+        other_work = other()
+    forms = _forms(recipe, own.student)
+    after = _seconds_after(recipe, forms)
     return Plan(
         recipe=recipe.name,
         teachers={name: shape.parameters for name, shape in own.named_teachers},
         asked=task_of(recipe.task).asked(recipe),
         student=own.student.parameters,
         trained=own.taken.trained,
-        forms=_forms(recipe, own.student),
+        forms=forms,
         memory=worst.memory,
         memory_total=sum(worst.memory.values()),
         worst_moment=moment if worst is own else f"{moment} ({worst.recipe.name}, made first)",
@@ -186,15 +202,34 @@ def plan_recipe(recipe: AnyRecipe, *, trial: bool = False) -> Plan:
         first=tuple(making.recipe.name for making in first),
         operations_first=sum(making.operations(speed) for making in first),
         seconds=seconds,
-        bench_seconds=60 * recipe.bench.minutes,
+        export_seconds=after["export"],
+        bench_seconds=after["bench"],
         own_text=own.taken.own_text.tokens if own.taken.own_text is not None else 0,
         advice=_advice(own),
+        other_work=other_work,
     )
 
 
 def form_sizes(recipe: AnyRecipe) -> dict[str, int]:
     """Bytes of graph and weights of each form, the shipped one last. Raises as `plan_recipe`."""
     return _forms(recipe, _student(recipe)[0])
+
+
+def seconds_after_training(recipe: AnyRecipe) -> dict[str, float]:
+    """Estimated seconds of export and bench. Raises as `plan_recipe`."""
+    return _seconds_after(recipe, form_sizes(recipe))
+
+
+def _seconds_after(recipe: AnyRecipe, forms: Mapping[str, int]) -> dict[str, float]:
+    return {
+        "export": _EXPORT_SECONDS + sum(forms.values()) / _EXPORT_BYTES_A_SECOND,
+        "bench": 60 * recipe.bench.minutes * _BENCH_OVER_TIMING,
+    }
+
+
+def training_operations(recipe: AnyRecipe) -> float | None:
+    """Planned operations of training; None for a budget in minutes. Raises as `plan_recipe`."""
+    return None if recipe.minutes else _making(recipe).operations(None)
 
 
 def training_memory(recipe: AnyRecipe) -> tuple[int, int]:
@@ -350,9 +385,3 @@ def _count(parameters: int) -> str:
         if parameters >= 1e5
         else f"{parameters:,}"
     )
-
-
-def _clock(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

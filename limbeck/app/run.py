@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ from limbeck.contract.files import (
     write_atomically,
 )
 from limbeck.contract.lock import LOCK, locked
-from limbeck.contract.progress import leads, processes, say
+from limbeck.contract.progress import Later, about, before, leads, processes, say
 from limbeck.contract.recipe import AnyRecipe, load_bench, parse_any_recipe
 
 if TYPE_CHECKING:
@@ -59,10 +60,38 @@ def run(recipe: AnyRecipe, *, out: Path | None = None) -> Report | None:
     products = require_inputs(recipe)
     import_onnxruntime()  # the second stage needs it: say so before the first has run for hours
     with open_run(recipe, out or default_folder(recipe)) as folder:
+        expected = _expected_seconds(recipe, folder)
         for stage in FOLDERS:
-            if stage == "compress" or leads():
-                _stage(stage, recipe, folder, products)
+            own = expected.pop(stage, None)
+            rest = sum(expected.values())
+            with before(partial(_constant, rest)):
+                if stage == "compress" or leads():
+                    _stage(stage, recipe, folder, products, shown=_shown(own, rest))
         return _tell(folder, recipe) if leads() else None
+
+
+def _expected_seconds(recipe: AnyRecipe, folder: Path) -> dict[str, float]:
+    """Estimated seconds of export and bench where they are not complete.
+
+    That of the training is known once it runs.
+    """
+    from limbeck.app.plan import seconds_after_training
+
+    left = [s for s, name in FOLDERS.items() if not (folder / name / MANIFEST).exists()]
+    if not leads() or not left:
+        return {}
+    return {s: found for s, found in seconds_after_training(recipe).items() if s in left}
+
+
+def _constant(seconds: float, _: float) -> float:
+    return seconds
+
+
+def _shown(own: float | None, rest: float) -> str:
+    if own is None:
+        return ""
+    whole = f" (whole job: about {about(own + rest)})" if rest else ""
+    return f": about {about(own)}{whole}"
 
 
 def run_stage(
@@ -108,8 +137,13 @@ def _require_one_to_recover(recipe: AnyRecipe) -> None:
         )
 
 
-def _stage(stage: str, recipe: AnyRecipe, folder: Path, products: Products | None) -> None:
-    """Run one stage in a folder of ours; without ``products`` they are planned if needed."""
+def _stage(
+    stage: str, recipe: AnyRecipe, folder: Path, products: Products | None, *, shown: str = ""
+) -> None:
+    """Run one stage in a folder of ours; without ``products`` they are planned if needed.
+
+    ``shown`` is an estimate of its time, for the heading.
+    """
     out = folder / FOLDERS[stage]
     if stage == "compress":
         _distill("compress", recipe, folder, make_products(recipe, products))
@@ -117,7 +151,9 @@ def _stage(stage: str, recipe: AnyRecipe, folder: Path, products: Products | Non
         export_run(
             recipe,
             folder,
-            timed=lambda title, made, work: _timed(title, folder, made, work),
+            timed=lambda title, made, work: _timed(
+                title, folder, made, work, shown=shown if title == stage else ""
+            ),
             products=lambda: make_products(recipe, products),
         )
     else:
@@ -135,6 +171,7 @@ def _stage(stage: str, recipe: AnyRecipe, folder: Path, products: Products | Non
             folder,
             out,
             lambda: serve_bench.bench(onnx=onnx, student=student, out=out, recipe=recipe),
+            shown=shown,
         )
 
 
@@ -174,11 +211,32 @@ def make_products(recipe: AnyRecipe, products: Products | None = None) -> dict[s
     """Make the products that ``recipe`` needs, as planned before or now; student artifacts by
     teacher name."""
     products = products or plan_products(recipe)
+    left = [p for p in products.order if not (p.student / MANIFEST).exists()]
+    costs = _training_costs([p.recipe for p in left] + [recipe]) if left and leads() else {}
     for product in products.order:
         title = f"teacher {product.recipe.name}"
-        with open_run(product.recipe, product.folder, wait=True):
+        own = costs.pop(product.recipe.digest, None)
+        with (
+            open_run(product.recipe, product.folder, wait=True),
+            before(_in_proportion(own, list(costs.values()))),
+        ):
             _distill(title, product.recipe, product.folder, product.artifacts)
     return products.artifacts
+
+
+def _training_costs(recipes: Sequence[AnyRecipe]) -> dict[str, float | None]:
+    """Planned operations of each training by the recipe's digest; None with a budget in time."""
+    from limbeck.app.plan import training_operations
+
+    return {recipe.digest: training_operations(recipe) for recipe in recipes}
+
+
+def _in_proportion(own: float | None, rest: Sequence[float | None]) -> Later:
+    """Seconds of later trainings by their operations, if all are known."""
+    known = [cost for cost in rest if cost is not None]
+    if not own or len(known) < len(rest):
+        return lambda _: None
+    return lambda seconds: seconds * sum(known) / own
 
 
 def ablate(
@@ -213,13 +271,15 @@ def _distill(title: str, recipe: AnyRecipe, folder: Path, teachers: dict[str, Pa
     _timed(title, folder, out, lambda: compress.distill(recipe=recipe, out=out, products=teachers))
 
 
-def _timed(title: str, folder: Path, out: Path, work: Callable[[], Artifact]) -> None:
+def _timed(
+    title: str, folder: Path, out: Path, work: Callable[[], Artifact], *, shown: str = ""
+) -> None:
     """Print the stage and its duration, and log it in the run folder."""
-    say(f"== {title}")
-    before, started, clock = _stamp(out), datetime.now(UTC), time.monotonic()
+    say(f"== {title}{shown}")
+    stamp, started, clock = _stamp(out), datetime.now(UTC), time.monotonic()
     with disk_full_is_a_user_error(out):
         work()
-    seconds, skipped = time.monotonic() - clock, before is not None and _stamp(out) == before
+    seconds, skipped = time.monotonic() - clock, stamp is not None and _stamp(out) == stamp
     say(f"   {'already complete' if skipped else 'done'}, {_clock(seconds)}")
     entry = {
         "stage": title,

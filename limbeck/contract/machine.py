@@ -8,6 +8,10 @@ import functools
 import importlib.metadata
 import os
 import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +73,58 @@ def sums_overflow() -> bool:
 def available_cores() -> int:
     """Processor cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class OtherWork:
+    """Processor time that other programs took, in cores."""
+
+    cores: float
+    of: int  # cores that this process may use
+    programs: Mapping[str, float]  # the largest that can be seen, by name
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it was enough to make a timing here too slow."""
+        return self.cores > _BUSY * self.of
+
+    def __str__(self) -> str:
+        seen = ", ".join(f"{name} {cores:.1f}" for name, cores in self.programs.items())
+        return f"other programs took {self.cores:.1f} of {self.of} cores{f' ({seen})' * bool(seen)}"
+
+
+_BUSY = 0.15  # share of the cores
+_NAMED, _SMALLEST = 3, 0.05  # programs that are named at most, and cores that one of them takes
+
+
+@contextmanager
+def watch_other_work() -> Iterator[Callable[[], OtherWork]]:
+    """A function that says what other programs have taken since the block began."""
+    import psutil
+
+    def taken() -> tuple[float, float, dict[int, tuple[str, float]]]:
+        cpus = psutil.cpu_times(percpu=True)
+        allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(cpus))
+        idle = sum(cpus[i].idle + getattr(cpus[i], "iowait", 0.0) for i in allowed)
+        own = os.times()
+        each = {}
+        for process in psutil.process_iter(["pid", "name", "cpu_times"]):
+            times = process.info["cpu_times"]
+            if process.pid != os.getpid() and times is not None:  # None: not ours to read
+                each[process.pid] = process.info["name"], times.user + times.system
+        return idle, own.user + own.system + own.children_user + own.children_system, each
+
+    started, before = time.monotonic(), taken()
+
+    def found() -> OtherWork:
+        wall, now, cores = time.monotonic() - started, taken(), available_cores()
+        busy = cores - (now[0] - before[0]) / wall - (now[1] - before[1]) / wall
+        programs: dict[str, float] = {}
+        for pid, (name, seconds) in now[2].items():
+            more = (seconds - before[2].get(pid, ("", 0.0))[1]) / wall
+            programs[name] = programs.get(name, 0.0) + more
+        named = sorted(programs.items(), key=lambda item: -item[1])[:_NAMED]
+        shown = {name: round(used, 2) for name, used in named if used >= _SMALLEST}
+        return OtherWork(round(min(max(busy, 0.0), float(cores)), 2), cores, shown)
+
+    yield found

@@ -105,26 +105,14 @@ def timing_gates(gates: Gates, evidence: Evidence) -> list[Gate]:
                 found=f"{{}} the decode speed of {teacher}, the fastest teacher, in torch",
             )
         )
-    for name, title, interval, bound, what in (
-        (
-            "max_tpot_ms",
-            "Time per output token",
-            evidence.tpot_ms,
-            gates.max_tpot_ms,
-            "per output token",
-        ),
-        (
-            "max_ttft_ms",
-            "Time to first token",
-            evidence.ttft_ms,
-            gates.max_ttft_ms,
-            "to the first token",
-        ),
+    for name, title, interval, bound in (
+        ("max_tpot_ms", "TPOT", evidence.tpot_ms, gates.max_tpot_ms),
+        ("max_ttft_ms", "TTFT", evidence.ttft_ms, gates.max_ttft_ms),
     ):
         if bound is not None and interval is not None:
             judged.append(
                 estimated(
-                    name, title, interval, bound, unit="ms", least=False, found=f"{{}} {what}"
+                    name, title, interval, bound, unit="ms", least=False, found=f"{title} {{}}"
                 )
             )
     return judged

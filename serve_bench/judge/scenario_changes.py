@@ -146,10 +146,7 @@ def _answers(
     """
     pairs = list(zip(before, after, strict=True))
     answered = [pair for pair in pairs if all(row["error"] is None for row in pair)]
-    for title, seconds in (
-        ("ms to first token", scenarios.ttft),
-        ("ms per output token", scenarios.tpot),
-    ):
+    for title, seconds in (("TTFT ms", scenarios.ttft), ("TPOT ms", scenarios.tpot)):
         timed = [
             found for pair in answered if None not in (found := tuple(seconds(row) for row in pair))
         ]

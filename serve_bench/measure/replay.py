@@ -172,7 +172,7 @@ def replay_speed(
         times = ratio = None
         if then is not None:
             now = figures.milliseconds(timed.samples, reference, metric, cell)
-            times = judge_speed(f"ms {title}", then, now, differs=differs, busy=busy)
+            times = judge_speed(f"{title} ms", then, now, differs=differs, busy=busy)
         if over:
             now = figures.speed(timed.samples, reference, FP32, metric)
             name = f"speed over fp32, {title}"

@@ -183,7 +183,7 @@ class Encoder:
     @property
     def replayed(self) -> Sequence[tuple[str, str, Cell | None]]:
         """See `MeasuringTask`."""
-        return [("of one sequence", "e2el", figures.longest(self.recipe))]
+        return [("one sequence", "e2el", figures.longest(self.recipe))]
 
     def tolerance(self, onnx: Artifact) -> float:
         """The parity tolerance of the shipped form's answers."""
@@ -233,6 +233,8 @@ class Encoder:
         names = [name for _, name, _ in self.recipe.groups()]
         sizes: dict[str, int] = judged.measured.quality.sizes(names)
         return sizes
+
+    names = ""
 
     def table(self, data: Mapping[str, Any]) -> list[list[str]]:
         """See `TellingTask`."""

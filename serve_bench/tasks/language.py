@@ -46,8 +46,8 @@ class Language:
     name: TaskName = "causal-lm"
     version = 3
     metrics: Sequence[tuple[str, str, Cell | None]] = (
-        ("ms per output token", "tpot", None),
-        ("ms to first token", "ttft", None),
+        ("TPOT ms", "tpot", None),
+        ("TTFT ms", "ttft", None),
         ("ms in all", "e2el", None),
     )
 
@@ -277,8 +277,8 @@ class Language:
         }
 
     replayed: Sequence[tuple[str, str, Cell | None]] = (
-        ("to first token", "ttft", None),
-        ("per output token", "tpot", None),
+        ("TTFT", "ttft", None),
+        ("TPOT", "tpot", None),
     )
 
     def tolerance(self, onnx: Artifact) -> float:
@@ -334,6 +334,8 @@ class Language:
         """See `TellingTask`."""
         domains: Mapping[str, Any] = judged.measured.quality["domains"]
         return domains
+
+    names = language_page.NAMES
 
     def table(self, data: Mapping[str, Any]) -> list[list[str]]:
         """See `TellingTask`."""

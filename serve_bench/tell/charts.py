@@ -33,15 +33,15 @@ from serve_bench.tell.drawing import (
 
 
 @dataclass(frozen=True)
-class Dots:
-    """A row of dots, and the median that its stroke shows: that of the table, which is
-    over blocks.
+class Values:
+    """Values of an arm, and the median that its stroke shows: the one among the report's figures,
+    which may be over blocks.
     """
 
     label: str
     role: str
     values: Sequence[float]
-    median: float
+    median: float | None  # None where there are too few values for one
 
 
 def lines(
@@ -82,25 +82,28 @@ def lines(
         return svg(figure, title)
 
 
-def ridges(rows: Sequence[tuple[str, str, Sequence[float]]], *, title: str, x: str) -> str:
-    """One hill a (label, role, values): how often each value came, all hills of one height; a
-    stroke at the median.
+def ridges(rows: Sequence[Values], *, title: str, x: str) -> str:
+    """One hill an arm: how often each value came, all hills of one height; a stroke at the
+    median.
     """
     with mpl.rc_context(STYLE):
         figure, axes = new_figure(235, 26 * len(rows))
-        every = np.log(np.concatenate([np.asarray(values, np.float64) for _, _, values in rows]))
+        every = np.log(np.concatenate([np.asarray(row.values, np.float64) for row in rows]))
         low, high = float(np.quantile(every, 0.001)) - 0.2, float(np.quantile(every, 0.999)) + 0.2
         edges = np.linspace(low, high, 121)
         middle = np.exp((edges[:-1] + edges[1:]) / 2)
-        for index, (label, role, values) in enumerate(rows):
-            place, colour = len(rows) - 1 - index, ROLE[role]
-            counts = np.histogram(np.clip(np.log(values), low, high), edges)[0].astype(np.float64)
+        for index, row in enumerate(rows):
+            place, colour = len(rows) - 1 - index, ROLE[row.role]
+            counts = np.histogram(np.clip(np.log(row.values), low, high), edges)[0].astype(
+                np.float64
+            )
             smooth = np.convolve(counts, [0.25, 0.5, 0.25], mode="same")
             height = 0.82 * smooth / max(float(smooth.max()), 1.0)
             axes.fill_between(middle, place, place + height, color=colour, alpha=0.35, linewidth=0)
             axes.plot(middle, place + height, color=colour, linewidth=1.2)
-            axes.plot([np.median(values)] * 2, [place, place + 0.9], color=colour, linewidth=2)
-            row_label(axes, label, place + 0.3)
+            if row.median is not None:
+                axes.plot([row.median] * 2, [place, place + 0.9], color=colour, linewidth=2)
+            row_label(axes, row.label, place + 0.3)
         axes.set_xscale("log")
         axes.set_xlim(np.exp(low), np.exp(high))
         axes.set_ylim(-0.1, len(rows) + 0.05)
@@ -225,7 +228,7 @@ def _name_ends(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
         )
 
 
-def strip(rows: Sequence[Dots], *, title: str, x: str) -> str:
+def strip(rows: Sequence[Values], *, title: str, x: str) -> str:
     """One row of dots an arm, a stroke at its median; logarithmic."""
     with mpl.rc_context(STYLE):
         figure, axes = new_figure(235, 22 * len(rows))
@@ -241,7 +244,9 @@ def strip(rows: Sequence[Dots], *, title: str, x: str) -> str:
                 alpha=0.55,
                 linewidths=0,
             )
-            axes.plot([dots.median] * 2, [place - 0.34, place + 0.34], color=colour, linewidth=2)
+            if dots.median is not None:
+                stroke = [place - 0.34, place + 0.34]
+                axes.plot([dots.median] * 2, stroke, color=colour, linewidth=2)
             row_label(axes, dots.label, place)
         axes.set_xscale("log")
         every = [value for dots in rows for value in dots.values]

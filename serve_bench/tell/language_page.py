@@ -21,6 +21,11 @@ from serve_bench.tell.own_text import own_text, read_samples
 from serve_bench.tell.report import threads
 from serve_bench.tell.task import Page
 
+NAMES = (
+    "TTFT: time to the first token. TPOT: time per output token after it. Loss: mean negative "
+    "log-likelihood of held-out text."
+)
+
 
 def table(data: Mapping[str, Any]) -> list[list[str]]:
     """Rows of the table in the terminal."""
@@ -33,7 +38,7 @@ def table(data: Mapping[str, Any]) -> list[list[str]]:
             "TTFT ms",
             "TPOT ms",
             "tokens/s",
-            "NLL",
+            "loss, nats a token",
             "speed of the shipped",
         ]
     ]
@@ -260,12 +265,15 @@ def _pictures(
         for name, arm in arms.items()
         if arm["quality"]
     ]
-    hills = [(arm["label"], arm["role"], _gaps(samples, name)) for name, arm in arms.items()]
+    hills = [
+        charts.Values(arm["label"], arm["role"], _gaps(samples, name), arm["itl_ms"]["p50"])
+        for name, arm in arms.items()
+    ]
 
-    def dots(metric: str) -> list[charts.Dots]:
+    def dots(metric: str) -> list[charts.Values]:
         """One dot a generation, and the median of the table, which is over blocks."""
         return [
-            charts.Dots(
+            charts.Values(
                 arm["label"],
                 arm["role"],
                 [1e3 * float(getattr(s, metric)) for s in samples if s.arm == name],
@@ -281,9 +289,7 @@ def _pictures(
             x="ms between tokens (logarithmic)",
         ),
         "firsts": charts.strip(
-            dots("ttft"),
-            title="Time to the first token of every generation, by arm",
-            x="TTFT, ms (logarithmic)",
+            dots("ttft"), title="TTFT of every generation, by arm", x="TTFT, ms (logarithmic)"
         ),
         "offline": sections.offline(data),
         "server": sections.server(data),
@@ -295,9 +301,7 @@ def _pictures(
             y="held-out loss, nats a token",
         ),
         "strip": charts.strip(
-            dots("tpot"),
-            title="Time per output token of every generation, by arm",
-            x="TPOT, ms (logarithmic)",
+            dots("tpot"), title="TPOT of every generation, by arm", x="TPOT, ms (logarithmic)"
         ),
         "terms": None,
         "heldout": None,

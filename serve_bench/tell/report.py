@@ -103,20 +103,22 @@ def write_report(*, run: Path, recipe: BaseRecipe, task: TellingTask) -> Report:
     write_atomically(run / CERTIFICATE, json.dumps(certificate, indent=1))
     write_atomically(run / JSON, json.dumps(data, indent=1))
     write_atomically(run / HTML, page)
-    table = markdown(judged.verdict, task.table(data), warnings(data))
+    table = markdown(judged.verdict, task.table(data), warnings(data), names=task.names)
     return Report(run / HTML, run / JSON, judged.verdict, table)
 
 
-def markdown(verdict: Verdict, rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
+def markdown(
+    verdict: Verdict, rows: Sequence[Sequence[str]], notes: Sequence[str] = (), *, names: str = ""
+) -> str:
     """Verdict, gates, notes and a Markdown table of ``rows``, the first its head: two columns of
-    words, then numbers.
+    words, then numbers. ``names`` says below it what its short names mean.
     """
     lines = [f"**{verdict.status}**: {verdict.sentence}", ""]
     lines += [f"- {gate.status}: {gate.sentence}" for gate in verdict.gates]
     lines += [f"- note: {note}" for note in notes]
     align = ["left" if column < 2 else "right" for column in range(len(rows[0]))]
     table = tabulate(rows[1:], rows[0], tablefmt="pipe", colalign=align, disable_numparse=True)
-    return "\n".join([*lines, "", table])
+    return "\n".join([*lines, "", table, *(["", names] if names else [])])
 
 
 def templates() -> Environment:

@@ -152,18 +152,15 @@ def _rows(data: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
     for name, arm in data["arms"].items():
         label = arm["label"]
         for key, what, unit in (
-            ("ttft_ms", "time to first token", "ms"),
-            ("tpot_ms", "time per output token", "ms"),
+            ("ttft_ms", "TTFT", "ms"),
+            ("tpot_ms", "TPOT", "ms"),
             ("e2el_ms", "end-to-end latency", "ms"),
             ("decode_tokens_s", "decode speed", "tokens/s"),
             ("prompt_tokens_s", "prompt speed", "tokens/s"),
         ):
             if arm.get(key):
                 yield label, what, unit, *_estimate(arm[key])
-        for key, what in (
-            ("itl_ms", "gap between tokens"),
-            ("ttft_percentiles_ms", "time to first token"),
-        ):
+        for key, what in (("itl_ms", "gaps between tokens"), ("ttft_percentiles_ms", "TTFT")):
             found = arm.get(key) or {}
             for percentile in (p for p in found if p.startswith("p")):
                 n = found.get("n", arm["n"])
@@ -173,7 +170,7 @@ def _rows(data: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
         for what, key in (("load", "load_s"), ("import of libraries", "import_s")):
             yield label, what, "s", arm.get(key), None, None, 1
         yield from _quality_rows(label, arm.get("quality"), data["heldout"])
-        for metric, what in (("tpot", "decode speed"), ("ttft", "speed to first token")):
+        for metric, what in (("tpot", "decode speed"), ("ttft", "TTFT speed")):
             if over := data["speed_of_shipped_over"].get(name, {}).get(metric):
                 yield label, f"{what} of {shipped} over it", "×", *_estimate(over)
         if rise := data["nll_rise_of_shipped_over"].get(name):
@@ -209,9 +206,9 @@ def _rows(data: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
         label, at = server_data["target"]["label"], f"server at {rate['rate']:g}/s"
         yield label, f"{at}: goodput", "requests/s", rate["goodput"], None, None, rate["requests"]
         for key, what in (
-            ("ttft_ms", "first token"),
-            ("tpot_ms", "per token"),
-            ("e2el_ms", "whole answer"),
+            ("ttft_ms", "TTFT"),
+            ("tpot_ms", "TPOT"),
+            ("e2el_ms", "end-to-end latency"),
         ):
             for percentile in ("p50", "p90", "p95", "p99"):
                 yield (

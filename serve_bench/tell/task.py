@@ -30,6 +30,10 @@ class TellingTask(JudgingTask, Protocol):
     def heldout(self, judged: Judged) -> Mapping[str, Any]:
         """Sizes of the held-out text, for report.json."""
 
+    @property
+    def names(self) -> str:
+        """The short names of the table in words; empty where there are none."""
+
     def table(self, data: Mapping[str, Any]) -> list[list[str]]:
         """Rows of the table in the terminal, the head first: two columns of words, then numbers."""
 

@@ -9,8 +9,6 @@ from limbeck.contract.results.bench import Interval
 from serve_bench.judge.figures import ENVIRONMENT
 from serve_bench.measure.live import plain, row
 
-NAMES = "TTFT: time to the first token. TPOT: time per output token after it."
-
 
 def of_artifact(bench: Artifact) -> str:
     """The table of a ``bench`` artifact of language models, and the ratios that it found."""

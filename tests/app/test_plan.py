@@ -3,6 +3,7 @@ recipes run shrunk."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -28,7 +29,8 @@ from limbeck.app.cli import app
 from limbeck.app.library import Entry, library
 from limbeck.app.products import plan_products
 from limbeck.contract.errors import ModelError, RecipeError
-from limbeck.contract.machine import host
+from limbeck.contract.machine import OtherWork, host
+from limbeck.contract.progress import about
 from limbeck.contract.recipe import (
     EncoderRecipe,
     Recipe,
@@ -206,6 +208,8 @@ def test_what_is_made_first_counts_in_time_and_memory(
     found = plan.plan_recipe(load_recipe(tmp_path / "child.yaml"), trial=True)
     alone = plan.plan_recipe(load_recipe(tmp_path / "deep.yaml"))
     assert found.seconds == pytest.approx(1800 + found.operations / 1e12)
+    assert plan.training_operations(load_recipe(tmp_path / "deep.yaml")) is None
+    assert plan.training_operations(load_recipe(tmp_path / "child.yaml")) == found.operations
     assert found.memory == alone.memory
     assert found.worst_moment == f"{alone.worst_moment} (deep, made first)"
     assert found.memory_total == alone.memory_total
@@ -229,6 +233,26 @@ def test_a_trial_gives_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     found = plan.plan_recipe(_recipe("fresh"), trial=True)
     assert found.seconds is not None
     assert 0 < found.seconds < 600
+
+
+def test_a_trial_on_a_busy_machine_says_so_and_what_else_ran(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    busy = OtherWork(1.1, 2, {"python": 1.0})
+    monkeypatch.setattr(plan, "_speed", lambda making: 1e12)
+    monkeypatch.setattr(plan, "watch_other_work", lambda: contextlib.nullcontext(lambda: busy))
+    text = plan.plan_recipe(_recipe("fresh"), trial=True).as_text()
+    assert (
+        "the trial is too slow: other programs took 1.1 of 2 cores (python 1.0). "
+        "Repeat it on an idle machine"
+    ) in text
+    quiet = OtherWork(0.1, 2, {})
+    monkeypatch.setattr(plan, "watch_other_work", lambda: contextlib.nullcontext(lambda: quiet))
+    found = plan.plan_recipe(_recipe("fresh"), trial=True)
+    assert "too slow" not in found.as_text()
+    assert found.seconds is not None
+    whole = about(found.seconds + found.export_seconds + found.bench_seconds)
+    assert f"time                  about {whole}: " in found.as_text()
 
 
 def test_the_command_prints_json_and_names_what_cannot_be_had(tmp_path: Path) -> None:

@@ -231,10 +231,10 @@ def test_the_certificate_is_replayed_without_student_and_text(
     found = {finding.figure: finding for finding in replay(run=tmp_path)}
     assert list(found) == [
         "figures",
-        "speed over fp32, to first token",
-        "ms to first token",
-        "speed over fp32, per output token",
-        "ms per output token",
+        "speed over fp32, TTFT",
+        "TTFT ms",
+        "speed over fp32, TPOT",
+        "TPOT ms",
         "loss, letters",
         "loss, numbers",
         "loss, mean",

@@ -5,7 +5,6 @@ Knows paths, names and suffixes. Looks into files as far as a choice needs it.
 
 from __future__ import annotations
 
-import difflib
 import glob
 import json
 import re
@@ -16,6 +15,7 @@ from typing import Any
 from limbeck.contract.errors import DataError, LimbeckError, ModelError
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import ChatRows, Data, FileText, PlainText, find_recipe
+from limbeck.contract.sources.places import did_you_mean
 from limbeck.contract.sources.texts import check_arrow, text_files
 
 BATCH = 1024  # tokens a training step
@@ -106,7 +106,9 @@ def model_source(given: str, option: str) -> dict[str, Any]:
         try:
             return {"kind": "recipe", "recipe": str(find_recipe(given))}
         except LimbeckError:
-            if not path.parent.is_dir():  # with a folder of the owner's name it is a mistyped path
+            # With a folder of the owner's name, or a path of nearly this name, it is a typing
+            # mistake.
+            if not path.parent.is_dir() and not did_you_mean(path):
                 return {"kind": "hub", "id": given}
     if re.match("https?://", given):
         raise ModelError(
@@ -116,18 +118,8 @@ def model_source(given: str, option: str) -> dict[str, Any]:
         )
     raise ModelError(
         f"{option} {given}: no such folder, .gguf file, recipe, or hub id (owner/name); "
-        f"{_close(path) or 'give one of them.'}"
+        f"{did_you_mean(path).removeprefix(', ') or 'give one of them.'}"
     )
-
-
-def _close(path: Path) -> str:
-    """Suggestion for a mistyped path, or an empty text."""
-    try:
-        names = [entry.name for entry in path.parent.iterdir()]
-    except OSError:
-        return ""
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f"did you mean {path.parent / close[0]}?" if close else ""
 
 
 def _path(given: str) -> Path:

@@ -15,7 +15,8 @@ from limbeck.contract.errors import DivergenceError, QualityError
 from limbeck.contract.recipe import AnyBudget, Budget
 
 PICTURE = "search.svg"
-_HEADS = {"tpot_ms": "ms a token", "ttft_ms": "ms to the first", "latency_ms": "ms a sequence"}
+_HEADS = {"tpot_ms": "TPOT ms", "ttft_ms": "TTFT ms", "latency_ms": "ms a sequence"}
+_IN_WORDS = {"tpot_ms": "TPOT {:.2f} ms", "latency_ms": "{:.2f} ms a sequence"}
 UNTRAINED = (
     "planned to train in "  # how it begins why a student is out that this machine has no memory for
 )
@@ -124,9 +125,6 @@ def missed_bound(candidates: Sequence[Candidate], budget: AnyBudget) -> str:
             takes = "takes" if timed else "is predicted to take"
             return (
                 f"No student is fast enough: {metric} {bound:g} is asked for, the fastest {takes} "
-                ""
-                ""
-                ""
                 f"{fastest:.2f}."
             )
     missed = [f"{c.name}: {c.out}" for c in candidates if c.run]
@@ -156,13 +154,15 @@ def figures_of(candidate: Candidate) -> str:
     m = candidate.measured or candidate.predicted
     how = "" if candidate.measured else " timed" if candidate.timed else " predicted"
     parts = [megabytes(m["size"]) if candidate.measured else f"{megabytes(candidate.size)} planned"]
-    parts += [f"{m[key]:.2f} {_HEADS[key]}{how}" for key in ("tpot_ms", "latency_ms") if key in m]
+    parts += [f"{words.format(m[key])}{how}" for key, words in _IN_WORDS.items() if key in m]
     if not candidate.measured:
         return ", ".join(parts)
     if "ttft_ms" in m:
-        parts.append(f"{m['ttft_ms']:.0f} ms to the first")
+        parts.append(f"TTFT {m['ttft_ms']:.0f} ms")
     found = candidate.known_metric
-    quality = f"{m['nll']:.4f} nats" if found is None else f"{_word(found[0])} {found[1]:.4f}"
+    quality = (
+        f"{m['nll']:.4f} nats a token" if found is None else f"{_word(found[0])} {found[1]:.4f}"
+    )
     return ", ".join([*parts, quality, "measured"])
 
 

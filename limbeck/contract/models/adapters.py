@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -257,6 +257,35 @@ def merged(model: Any, *, where: str) -> Any:
     dtype = next(found.parameters()).dtype
     require_equal(ours, theirs, where=where, what="the base with the adapter merged", dtype=dtype)
     return found
+
+
+def join(model: Any, parts: Sequence[tuple[Path, float]], out: Path) -> None:
+    """Write to ``out`` one LoRA adapter that adds what ``parts``, with their weights, add.
+
+    Their matrices stand side by side (peft's exact `cat`). ``model`` is the base of them all, and
+    of no use afterwards. Raises `ModelError` for an adapter that does not fit it.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    names = [f"part_{index}" for index in range(len(parts))]
+    for name, (folder, _) in zip(names, parts, strict=True):
+        model = attach(model, folder, name=name)
+    layers = dict(model.get_base_model().named_modules())
+    for name in names:
+        config = model.peft_config[name]
+        config.use_rslora = False  # `cat` has put every scale into the matrices
+        if isinstance(config.target_modules, str):  # peft joins no pattern with a list
+            config.target_modules = {
+                place
+                for place, layer in layers.items()
+                if isinstance(layer, LoraLayer) and name in layer.scaling
+            }
+    model.add_weighted_adapter(names, [weight for _, weight in parts], "all", "cat")
+    model.save_pretrained(out, selected_adapters=["all"])  # into a folder of its own below
+    for path in (out / "all").iterdir():
+        path.rename(out / path.name)
+    (out / "all").rmdir()
+    (out / "README.md").unlink(missing_ok=True)  # peft's empty model card
 
 
 def _probe_ids(lm: Any, config: Any) -> list[list[int]]:

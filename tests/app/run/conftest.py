@@ -10,6 +10,7 @@ import pytest
 import compress
 import export
 import serve_bench
+from limbeck.app import plan
 from limbeck.app import run as pipeline
 from limbeck.contract.artifact import Artifact, find_artifact, open_artifact, write_artifact
 from limbeck.contract.recipe import Recipe, load_recipe
@@ -59,6 +60,8 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     monkeypatch.setattr(serve_bench, "bench", measure)
     monkeypatch.setattr(serve_bench, "write_report", write_report)
     monkeypatch.setattr(runtime, "import_onnxruntime", lambda: None)
+    # The plan takes seconds; tests/app/test_plan.py has it.
+    monkeypatch.setattr(plan, "training_operations", lambda recipe: float(len(recipe.name)))
     return stages
 
 

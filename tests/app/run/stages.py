@@ -10,7 +10,11 @@ from serve_bench.judge.findings import Finding
 
 BASE = """
 data: {domains: [{name: code, text: {kind: stdlib, paths: [abc.py]}}], block: 32}
-student: {kind: lora, base: {kind: random, config: {model_type: llama}}}
+student:
+  kind: lora
+  base:
+    kind: random
+    config: {model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1}
 training: {tokens: 64, batch_tokens: 32}
 """
 

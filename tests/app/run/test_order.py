@@ -37,8 +37,8 @@ def test_stages_run_in_order_and_the_verdict_is_told(
     assert out == f"| table |\n\nverdict: pass\nreport:  {folder}/report.html\n"
     assert [line for line in err.splitlines() if line.startswith("==")] == [
         "== compress",
-        "== export",
-        "== bench",
+        "== export: about 5 s (whole job: about 8 min)",
+        "== bench: about 8 min",  # twice the default of bench.minutes
     ]
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [(entry["stage"], entry["skipped"]) for entry in log] == [

@@ -68,12 +68,12 @@ def test_verify_replays_what_it_is_asked_to_and_tells_a_broken_promise(
 
     def replay(**asks: Any) -> list[Finding]:
         asked.append(asks)
-        return [KEPT, Finding("ms per output token", "7", "9", "slower than certified", False)]
+        return [KEPT, Finding("TPOT ms", "7", "9", "slower than certified", False)]
 
     monkeypatch.setattr(serve_bench, "replay", replay)
     assert verify(finished, speed=False) == 1
     assert asked == [{"run": finished, "quality": True, "speed": False}]
-    assert "certificate: ms per output token slower than certified." in capsys.readouterr().out
+    assert "certificate: TPOT ms slower than certified." in capsys.readouterr().out
     (finished / "certificate.json").unlink()
     assert verify(finished) == 2
     assert "`limbeck report out` writes it again" in capsys.readouterr().out

@@ -95,7 +95,7 @@ def test_a_certificate_holds_digests_figures_and_the_machine(certified: Path) ->
 def test_speed_counts_on_the_same_machine_only(
     now: Interval, differs: dict[str, str], holds: bool, says: str
 ) -> None:
-    finding = judge_speed("ms per output token", THEN, now, differs=differs, busy={})
+    finding = judge_speed("TPOT ms", THEN, now, differs=differs, busy={})
     assert finding.holds is holds
     assert says in finding.says
 

@@ -95,8 +95,8 @@ def test_a_run_beside_itself_shows_no_difference(runs: tuple[Path, Path]) -> Non
     found = compare_runs(*runs)
     assert {row.status for row in found.rows} == {"no difference shown"}
     assert [row.metric for row in found.rows] == [
-        "ms per output token",
-        "ms to first token",
+        "TPOT ms",
+        "TTFT ms",
         "ms in all",
         "MB on disk",
         "MB of memory at most",
@@ -118,7 +118,7 @@ def test_each_metric_is_found_worse(runs: tuple[Path, Path]) -> None:
     found = compare_runs(*runs)
     assert {row.status for row in found.rows if row.metric != "MB of memory at most"} == {"worse"}
     assert found.exit_code == 1
-    assert headline(found).startswith("Regression: ms per output token, ms to first token")
+    assert headline(found).startswith("Regression: TPOT ms, TTFT ms")
     loss = next(row for row in found.rows if row.metric == "loss, mean of domains")
     assert loss.change is not None
     assert loss.change.value == pytest.approx(0.02)
@@ -131,12 +131,12 @@ def test_each_metric_is_found_worse(runs: tuple[Path, Path]) -> None:
 
 def test_a_slower_machine_is_not_a_slower_model(runs: tuple[Path, Path], tmp_path: Path) -> None:
     rewrite(runs[1], machine_slower=1.3)
-    assert statuses(*runs)["ms per output token"] == "no difference shown"
+    assert statuses(*runs)["TPOT ms"] == "no difference shown"
     # The bench alone does not say which teachers those were: the machine counts, and that is said.
     bare = tmp_path / "bare"
     shutil.copytree(runs[1] / "bench", bare)
     found = compare_runs(runs[0], bare)
-    assert next(row.status for row in found.rows if row.metric == "ms per output token") == "worse"
+    assert next(row.status for row in found.rows if row.metric == "TPOT ms") == "worse"
     assert any("No arm is the same in both runs" in note for note in found.notes)
 
 
@@ -153,14 +153,10 @@ def test_markdown_and_json_say_the_same(runs: tuple[Path, Path]) -> None:
 
 def test_a_tolerance_inside_the_interval_is_undecided(runs: tuple[Path, Path]) -> None:
     rewrite(runs[1], slower=1.05)
-    change = next(
-        row.change for row in compare_runs(*runs).rows if row.metric == "ms to first token"
-    )
+    change = next(row.change for row in compare_runs(*runs).rows if row.metric == "TTFT ms")
     assert change is not None
     found = compare_runs(*runs, tolerances={"speed": change.value})
-    assert (
-        next(row.status for row in found.rows if row.metric == "ms to first token") == "undecided"
-    )
+    assert next(row.status for row in found.rows if row.metric == "TTFT ms") == "undecided"
     assert found.exit_code == 3
     assert "reaches past the tolerance" in headline(found)
 
@@ -213,8 +209,8 @@ def test_what_was_timed_without_a_recipe_is_compared_by_its_first_target(
         folders.append(tmp_path / f"bare-{name}")
     found = compare_runs(*folders)
     assert [row.metric for row in found.rows] == [
-        "ms per output token",
-        "ms to first token",
+        "TPOT ms",
+        "TTFT ms",
         "ms in all",
         "MB of memory at most",
     ]
@@ -312,7 +308,7 @@ def add_scenarios(
 BATCH, COLD = ", batch 8, prompt 128, new 33", "s from a cold start to the first token"
 GENERATED, PROMPTS = f"tokens/s generated{BATCH}", f"tokens/s of prompts{BATCH}"
 HIGHEST, FAILED = "highest requests/s that keep the SLO", "requests that failed, at 2 requests/s"
-TTFT, TPOT = "ms to first token, at 2 requests/s", "ms per output token, at 2 requests/s"
+TTFT, TPOT = "TTFT ms, at 2 requests/s", "TPOT ms, at 2 requests/s"
 
 
 def scenario_rows(before: Path, after: Path) -> dict[str, Row]:

@@ -223,10 +223,10 @@ def test_the_stroke_of_a_row_is_the_median_of_the_table() -> None:
     """Raw samples and block means have other medians on a noisy machine; the picture shows the
     table's.
     """
-    dots = charts.Dots("a", "form", [1.0, 1.0, 1.0, 9.0], 3.0)
+    dots = charts.Values("a", "form", [1.0, 1.0, 1.0, 9.0], 3.0)
     svg = charts.strip([dots], title="t", x="ms")
     assert "stroke-width: 2" in svg
-    other = charts.strip([charts.Dots("a", "form", dots.values, 1.0)], title="t", x="ms")
+    other = charts.strip([charts.Values("a", "form", dots.values, 1.0)], title="t", x="ms")
     assert svg != other
 
 

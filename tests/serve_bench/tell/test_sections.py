@@ -117,13 +117,18 @@ def test_every_figure_is_a_row(data: dict[str, Any]) -> None:
     ] == pytest.approx(116 * 4**0.7)
     assert rows["speeches", "cold: total"]["value"] == pytest.approx(6.33)
     assert rows["int8-weight", "server at 4/s: goodput"]["n"] == 240
-    assert ("int8-weight", "server at 4/s: first token, p99") not in rows  # n too small
+    assert ("int8-weight", "server at 4/s: TTFT, p99") not in rows  # n too small
     assert rows["int8-weight", "loss, speeches"]["n"] == 12 * 255
 
 
 def test_hills_hold_every_value() -> None:
     svg = charts.ridges(
-        [("a", "form", [1.0] * 50 + [40.0]), ("b", "teacher", [2.0] * 9)], title="hills", x="ms"
+        [
+            charts.Values("a", "form", [1.0] * 50 + [40.0], 1.0),
+            charts.Values("b", "teacher", [2.0] * 9, 2.0),
+        ],
+        title="hills",
+        x="ms",
     )
     assert ">a<" in svg
     assert ">b<" in svg
