@@ -60,14 +60,10 @@ def test_a_teacher_of_another_tokenizer_is_judged_by_its_own_tokens(tmp_path: Pa
     best = min(("own", "other"), key=lambda n: summarise(quality, f"teacher:{n}")["mean_nll"])
     assert ("in bits a byte" in gate["sentence"]) == (best == "other")
 
-    # The teacher was timed on as many tokens as the student, and needs another number of its own
-    # for the same text.
+    # The teacher was timed on as many tokens as the student, and needs fewer for the same text.
     arm = result["arms"]["teacher:other"]
-    assert arm["token_rate"] == pytest.approx(sum(rates) / len(rates), rel=0.1)
-    plain = arm["tpot_ms"]["value"] / result["arms"]["onnx:fp32"]["tpot_ms"]["value"]
-    over = result["speed_of_shipped_over"]["teacher:other"]["tpot"]["value"]
-    assert over / plain == pytest.approx(arm["token_rate"], rel=0.3)  # medians of ratios
-    assert abs(arm["token_rate"] - 1) > 0.5  # so that forgetting it would be seen
+    assert arm["token_rate"] == pytest.approx(sum(rates) / len(rates), rel=0.04)
+    assert arm["token_rate"] < 0.95
     write_report(run=run, recipe=recipe)
     page = (run / "report.html").read_text()
     assert "Teachers with another tokenizer" in page
