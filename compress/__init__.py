@@ -16,7 +16,7 @@ from limbeck.contract.sources.digests import input_digests
 _VERSION = 1  # of the stage: raise it when the same input would give another student
 _RECOVERY = 2  # the same for `recover`
 
-__all__ = ["cache_teachers", "distill", "heal", "recover"]
+__all__ = ["cache_teachers", "distill", "fill_cache", "heal", "recover"]
 
 
 def distill(
@@ -129,6 +129,31 @@ def cache_teachers(
 
     try:
         run(recipe=recipe, products=products, work=work, rounds=rounds)
+    finally:
+        give_memory_back()
+
+
+def fill_cache(
+    *, recipe: Recipe, products: Mapping[str, Path], ray: str | None = None, workers: int = 1
+) -> dict[str, str]:
+    """Let every teacher read what the recipe's training will ask it for; digests of the shards.
+
+    ``ray`` is the address of a Ray cluster whose ``workers`` do it, or `local`. Shards that are
+    there are kept. Raises as `distill`, `RecipeError` for a training that keeps no cache, and
+    `EnvironmentalError` if the workers write to another cache folder.
+    """
+    quiet_libraries()
+    from compress.caching.filling import TeacherCache
+    from compress.host import give_memory_back
+
+    try:
+        cache = TeacherCache(recipe, products)
+        if ray is not None:
+            from compress.caching.ray_pool import fill_on_ray
+
+            fill_on_ray(recipe, products, cache.missing(), address=ray, workers=workers)
+            cache.require_all()
+        return cache.complete()
     finally:
         give_memory_back()
 

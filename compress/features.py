@@ -39,6 +39,22 @@ def layer_pairs(
     return [(i, max(1, round(i * teacher_layers / student_layers))) for i in chosen]
 
 
+def aligned_layers(
+    config: Features, student_layers: int, teacher_layers: Sequence[int]
+) -> list[list[tuple[int, int]]] | None:
+    """The layer pairs of each teacher; None where no layer is aligned.
+
+    A served teacher, which has 0 layers here, shows no states and has no pairs. Raises as
+    `layer_pairs`.
+    """
+    if not any(teacher_layers) or config.weight == 0:
+        return None
+    return [
+        layer_pairs(config, student_layers=student_layers, teacher_layers=depth) if depth else []
+        for depth in teacher_layers
+    ]
+
+
 class Projections(nn.Module):
     """One Linear(d_S -> d_k, no bias) for each teacher and layer pair.
 

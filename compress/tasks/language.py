@@ -19,6 +19,7 @@ from torch import Tensor
 
 from compress.aligned import AlignedStates
 from compress.data.blocks import IGNORED, DomainBlocks, labels_of
+from compress.data.training_text import heldout_batches
 from compress.head import fit_temperature, label_nll
 from compress.models.body import Body
 from compress.models.language import load_model
@@ -26,7 +27,7 @@ from compress.models.students import save_student
 from compress.states import AnyStates, SparseStates, TeacherStates, teacher_statistics
 from compress.tasks.continuations import against_mixture, continuations, next_tokens
 from compress.tasks.forgetting import forgetting
-from compress.tasks.language_models import LanguageModels, heldout_batches
+from compress.tasks.language_models import LanguageModels
 from compress.tasks.language_step import LanguageStep
 from compress.tasks.saved import Saved
 from compress.teachers.served import ServedTeacher
@@ -231,7 +232,7 @@ class LanguageTask(LanguageModels):
         if self.importance is not None:
             save_file(self.importance.tensors(), folder / "importance.safetensors")
         save_heldout(folder / HELDOUT, {b.name: b.heldout for b in self.blocks})
-        save_calibration(folder / CALIBRATION, self.training_rows(_CALIBRATION_ROWS))
+        save_calibration(folder / CALIBRATION, self.text.first_texts(_CALIBRATION_ROWS))
         merged = Body(load_model(folder / "model", device=self.device))
         sums = evaluate(
             lambda ids, labels: label_nll(merged.states(ids)[0], merged.head, labels),

@@ -11,14 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
 
-from compress.data.blocks import IGNORED, labels_of, load_blocks, training_order
-from compress.features import Projections, layer_pairs
+from compress.data.blocks import IGNORED, load_blocks
+from compress.data.training_text import TrainingText
+from compress.features import Projections, aligned_layers
 from compress.head import Head, label_nll
 from compress.models.attention import use_short_attention
 from compress.models.body import Body, causal_lm
@@ -34,7 +33,6 @@ from compress.teachers.pairs import (
     require_own_tokens,
 )
 from compress.teachers.start import NothingToMergeError, Start, choose_start, merges_to_try
-from limbeck.contract.data.heldout import Blocks
 from limbeck.contract.errors import RecipeError
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import (
@@ -71,7 +69,6 @@ class LanguageModels:
         self.recipe, self.accelerator, self.precision = recipe, accelerator, precision
         self.device: torch.device = accelerator.device
         self.minutes, self.patience = recipe.training.minutes, recipe.training.patience
-        self._order = np.zeros((0, 2), np.int64)
         self._frozen_head: Head | None = None
         with accelerator.main_process_first():  # the first one fills the cache, the others read it
             self.folders = teacher_folders(recipe, products)
@@ -81,6 +78,8 @@ class LanguageModels:
             require_own_tokens(self.pairs, [f.name for f in self.folders], served)
             tokenizer = load_tokenizer(self.folder)
             self.blocks = load_blocks(recipe, tokenizer)
+            self.text = TrainingText(recipe, self.blocks)
+            self.steps, self.batch = self.text.steps, self.text.batch
             self.coverage = require_coverage(recipe, self.pairs, self.blocks)
             require_known_tokens(recipe, self.pairs, self.folder, self.blocks)
             # Licences are read now: the folders may be gone when the training is over.
@@ -148,7 +147,7 @@ class LanguageModels:
         quantized = isinstance(student, LoraStudent) and student.quantize != "none"
         if init == "base" or quantized:  # `merge` and quantised is refused when the recipe is read
             return None
-        ids, labels = self._start_rows()
+        ids, labels = self.text.first_rows(_START_ROWS * len(self.blocks))
         found = choose_start(
             self.folder,
             local,
@@ -178,14 +177,6 @@ class LanguageModels:
         if self.start is not None:
             self.start.apply(base, self.folder)
 
-    def _start_rows(self) -> tuple[Tensor, Tensor]:
-        """Token ids and labels ``[R, L]`` of the training blocks that merges are scored on."""
-        count = _START_ROWS * len(self.blocks)
-        picked = training_order(self.blocks, count=count, seed=self.recipe.seed)
-        ids = np.stack([self.blocks[d].train_ids[r] for d, r in picked])
-        scored = np.stack([self.blocks[d].train_scored[r] for d, r in picked])
-        return torch.from_numpy(ids).long(), torch.from_numpy(labels_of(ids, scored))
-
     @torch.no_grad()
     def _loss_of(self, model: Any, ids_RL: Tensor, labels_RL: Tensor) -> float:
         """Nats a token of a causal LM."""
@@ -197,31 +188,18 @@ class LanguageModels:
         return total / int((labels_RL != IGNORED).sum())
 
     def _projections(self, student: Body) -> Projections | None:
-        features, teachers = self.recipe.features, self.teachers
-        if not any(teachers.depths) or features.weight == 0:
+        teachers = self.teachers
+        pairs = aligned_layers(self.recipe.features, student.layers, teachers.depths)
+        if pairs is None:
             return None
-        pairs = [
-            layer_pairs(features, student_layers=student.layers, teacher_layers=depth)
-            if depth  # a served teacher shows no states
-            else []
-            for depth in teachers.depths
-        ]
         return Projections(student_width=student.width, teacher_widths=teachers.widths, pairs=pairs)
 
     def _fill_cache(self) -> None:
         """Let the teachers read every block that training and measuring will need, once."""
         if isinstance(self.teachers, Teachers):
             return
-        rows = [
-            row
-            for b in self.blocks
-            for batch in heldout_batches(b.heldout)
-            for row in zip(*batch, strict=True)
-        ]
-        for step in range(self.steps or 0):
-            rows += zip(*self.batch(step)[1:], strict=True)
         with self.accelerator.main_process_first(), self.accelerator.autocast():
-            self.teachers.prepare(rows, self.teacher_layers)
+            self.teachers.prepare(self.text.rows(), self.teacher_layers)
 
     # Text --------------------------------------------------------------------------------------
 
@@ -239,14 +217,6 @@ class LanguageModels:
         return min(sizes)
 
     @property
-    def steps(self) -> int | None:
-        """Steps of a budget in tokens, 0 for a merge; None where the budget is in minutes."""
-        config = self.recipe.training
-        if isinstance(self.recipe.student, MergeStudent):
-            return 0
-        return config.tokens // config.batch_tokens if config.tokens is not None else None
-
-    @property
     def teacher_layers(self) -> list[list[int]] | None:
         """Layers of each teacher that feature alignment looks at."""
         projections = self.student.projections
@@ -254,34 +224,12 @@ class LanguageModels:
             return None
         return [[j for _, j in pairs] for pairs in projections.pairs]
 
-    def batch(self, step: int) -> tuple[npt.NDArray[np.int64], Tensor, Tensor]:
-        """Return domains ``[R]``, token ids and labels ``[R, L]`` of the global batch of a step.
-
-        A function of the seed and the step alone.
-        """
-        rows = self.recipe.training.batch_tokens // self.recipe.data.block
-        last = step * rows + rows
-        if len(self._order) < last:
-            # A longer order begins with the shorter one, so growing it changes nothing.
-            count = 1 << last.bit_length()
-            self._order = training_order(self.blocks, count=count, seed=self.recipe.seed)
-        picked = self._order[step * rows : last]
-        ids = np.stack([self.blocks[d].train_ids[r] for d, r in picked])
-        scored = np.stack([self.blocks[d].train_scored[r] for d, r in picked])
-        return picked[:, 0], torch.from_numpy(ids).long(), torch.from_numpy(labels_of(ids, scored))
-
     def _calibration(self) -> list[Tensor]:
         """Training blocks that a shrunk student's importance is measured on."""
         if not isinstance(self.recipe.student, ShrinkStudent):
             return []
-        rows = self.training_rows(self.recipe.student.calibration_blocks)
+        rows = self.text.first_texts(self.recipe.student.calibration_blocks)
         return [torch.from_numpy(row).long()[None] for row in rows]
-
-    def training_rows(self, count: int) -> list[npt.NDArray[np.int32]]:
-        """The first ``count`` training blocks in the recipe's mixture, without their padding."""
-        order = training_order(self.blocks, count=count, seed=self.recipe.seed)
-        blocks = self.blocks
-        return [np.array(blocks[d].train_ids[r, : blocks[d].train_lengths[r]]) for d, r in order]
 
     def student_head(self) -> Head:
         """Return the student's head in the number type of the training.
@@ -329,12 +277,3 @@ def require_share_for_all(recipe: Recipe, *, processes: int, sharded: bool) -> N
         f"training.batch_tokens: found {config.batch_tokens} with data.block {block}: {why}; make "
         f"it a multiple of {processes * block}, for example {fits}, or start fewer processes."
     )
-
-
-def heldout_batches(heldout: Blocks, rows: int = 4) -> list[tuple[Tensor, Tensor]]:
-    """Return token ids and labels ``[rows, L]`` of held-out blocks."""
-    ids, labels = heldout.input_ids, labels_of(heldout.input_ids, heldout.scored)
-    return [
-        (torch.from_numpy(ids[i : i + rows]).long(), torch.from_numpy(labels[i : i + rows]))
-        for i in range(0, len(ids), rows)
-    ]

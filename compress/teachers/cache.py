@@ -20,19 +20,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress.aligned import ANY_ROWS, AlignedReading, AlignedStates, Spans
+from compress.data.training_text import Row
 from compress.head import Head, chunks_of_labels
 from compress.states import AnyStates, Reading, SparseStates, TeacherStates
 from compress.teachers.live import TeacherFolder, Teachers
 from compress.teachers.pairs import Pairs
-from limbeck.contract.artifact import open_artifact
+from limbeck.contract.artifact import find_artifact, open_artifact
 from limbeck.contract.lock import make_once
 from limbeck.contract.progress import say, task
 from limbeck.contract.recipe import HiddenCache, TopkCache, fingerprint
 from limbeck.contract.sources.places import cache_folder
 
-Row = tuple[Tensor, Tensor]  # token ids [L] and labels [L]
+Shard = Sequence[tuple[bytes, Row]]  # rows with their keys
 
 _VERSION = 1
+_ROWS = "teacher-rows"  # kind of the artifact
 _SHARD_ROWS = 64
 _BATCH_ROWS = 4
 
@@ -76,20 +78,22 @@ class CachedTeachers:
     def __len__(self) -> int:
         return len(self.names)
 
+    def shards(self, rows: Sequence[Row], layers: Sequence[Sequence[int]] | None) -> list[Shard]:
+        """Shards of all ``rows``, each row once, with the ``layers`` of each teacher."""
+        for k, depth in enumerate(self.depths):
+            # The last state is layer L; it comes first so that `states` finds it without a search.
+            self._layers[k] = [depth, *(sorted(set(layers[k]) - {depth}) if layers else [])]
+        unique = list({_row_key(ids): (ids, labels) for ids, labels in rows}.items())
+        return [unique[i : i + _SHARD_ROWS] for i in range(0, len(unique), _SHARD_ROWS)]
+
     def prepare(self, rows: Sequence[Row], layers: Sequence[Sequence[int]] | None) -> None:
         """Read or make the outputs of every teacher for all ``rows``; then drop the bodies."""
-        unique = list({_row_key(ids): (ids, labels) for ids, labels in rows}.items())
-        shards = [unique[i : i + _SHARD_ROWS] for i in range(0, len(unique), _SHARD_ROWS)]
-        size, tokens = 0, sum(len(ids) for _, (ids, _) in unique)
+        shards = self.shards(rows, layers)
+        size, tokens = 0, sum(len(ids) for shard in shards for _, (ids, _) in shard)
         for k, name in enumerate(self.names):
-            # The last state is layer L; it comes first so that `states` finds it without a search.
-            self._layers[k] = [
-                self.depths[k],
-                *(sorted(set(layers[k]) - {self.depths[k]}) if layers else []),
-            ]
-            with task(f"teacher cache: {name}", len(unique)) as progress:
+            with task(f"teacher cache: {name}", sum(map(len, shards))) as progress:
                 for shard in shards:
-                    path = self._shard(k, shard) / "rows.safetensors"
+                    path = self.make(k, shard) / "rows.safetensors"
                     tensors = load_file(path)
                     for place, (key, _) in enumerate(shard):
                         self._rows[k][key] = tensors, place
@@ -185,8 +189,13 @@ class CachedTeachers:
             tensors["weight"], tensors.get("bias"), result["scale"], result["softcap"]
         ), result["layers"]
 
-    def _shard(self, k: int, shard: Sequence[tuple[bytes, Row]]) -> Path:
-        """Folder with what teacher ``k`` says of the shard's rows; made when missing."""
+    def has(self, k: int, shard: Shard) -> bool:
+        """Whether the cache holds what teacher ``k`` says of the shard's rows."""
+        path, key = self._place(k, shard)
+        return find_artifact(path, kind=_ROWS, key=key) is not None
+
+    def _place(self, k: int, shard: Shard) -> tuple[Path, str]:
+        """Folder and key of a shard."""
         kept: dict[str, Any] = {
             "cache": self._cache.model_dump(),
             "rows": [key.hex() for key, _ in shard],
@@ -198,7 +207,11 @@ class CachedTeachers:
         if (pair := self._pairs.digest(k)) is not None:  # text after the last label is left out
             kept |= {"pair": pair, "labels": [_row_key(labels).hex() for _, (_, labels) in shard]}
         key = fingerprint({"version": _VERSION, "teacher": _identity(self._folders[k]), **kept})
-        path = cache_folder() / "teachers" / f"rows-{key[:16]}"
+        return cache_folder() / "teachers" / f"rows-{key[:16]}", key
+
+    def make(self, k: int, shard: Shard) -> Path:
+        """Folder with what teacher ``k`` says of the shard's rows; made when missing."""
+        path, key = self._place(k, shard)
 
         def make(out: Path) -> dict[str, Any]:
             made: list[dict[str, Tensor]] = []
@@ -214,11 +227,7 @@ class CachedTeachers:
             return {name: list(tensor.shape) for name, tensor in made[0].items()}
 
         make_once(
-            path,
-            kind="teacher-rows",
-            key=key,
-            parents={"teacher": self._folders[k].digest},
-            make=make,
+            path, kind=_ROWS, key=key, parents={"teacher": self._folders[k].digest}, make=make
         )
         return path
 

@@ -13,9 +13,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from compress.data.training_text import Row
 from compress.head import Head
 from compress.states import AnyStates
-from compress.teachers.cache import CachedTeachers, Row
+from compress.teachers.cache import CachedTeachers
 from compress.teachers.live import TeacherFolder, Teachers
 from compress.teachers.pairs import Pairs
 from compress.teachers.served import ServedTeacher, ServedTeachers
@@ -64,7 +65,7 @@ class MixedTeachers:
     ) -> None:
         self.names = [f.name for f in found]
         self.temperatures = [1.0] * len(found)
-        self._local = local
+        self.local = local
         self._served = ServedTeachers(
             [f for f in found if isinstance(f, ServedTeacher)], device=device
         )
@@ -89,8 +90,8 @@ class MixedTeachers:
     def prepare(self, rows: Sequence[Row], layers: Sequence[Sequence[int]] | None) -> None:
         """Ask every server, and fill the cache of the local teachers where there is one."""
         self._served.prepare(rows)
-        if isinstance(self._local, CachedTeachers):
-            self._local.prepare(rows, self._of_local(layers) if layers else None)
+        if isinstance(self.local, CachedTeachers):
+            self.local.prepare(rows, self.of_local(layers) if layers else None)
 
     def states(
         self,
@@ -101,17 +102,17 @@ class MixedTeachers:
         labels_RL: Tensor | None = None,
     ) -> Found:
         """As `Teachers.states`."""
-        self._local.temperatures[:] = self._of_local(self.temperatures)
-        inner_layers = self._of_local(layers) if layers else None
+        self.local.temperatures[:] = self.of_local(self.temperatures)
+        inner_layers = self.of_local(layers) if layers else None
         if only is not None:
             mine, place = self._places[only]
             if not mine:
                 return [self._served.states(place, input_ids_RL)], [[]]
-            last, inner = self._local.states(
+            last, inner = self.local.states(
                 input_ids_RL, inner_layers, only=place, labels_RL=labels_RL
             )
             return list(last), inner
-        found, states = self._local.states(input_ids_RL, inner_layers, labels_RL=labels_RL)
+        found, states = self.local.states(input_ids_RL, inner_layers, labels_RL=labels_RL)
         return (
             [
                 found[place] if mine else self._served.states(place, input_ids_RL)
@@ -120,5 +121,6 @@ class MixedTeachers:
             [states[place] if mine else [] for mine, place in self._places],
         )
 
-    def _of_local(self, values: Sequence[T]) -> list[T]:
+    def of_local(self, values: Sequence[T]) -> list[T]:
+        """The values of the local teachers, out of those of all."""
         return [v for v, (mine, _) in zip(values, self._places, strict=True) if mine]

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from compress.data.training_text import Row
 from compress.head import IGNORED
 from compress.models.language import cached, load_tokenizer
 from compress.states import SparseStates
@@ -50,7 +51,6 @@ from limbeck.contract.sources.models import tokenizer_path
 from limbeck.contract.sources.places import cache_folder
 from limbeck.runtime.endpoint import Endpoint, find_endpoint
 
-Row = tuple[Tensor, Tensor]  # token ids [L] and labels [L]
 Text = tuple[bytes, list[int]]  # key and token ids
 
 _VERSION = 1

@@ -28,7 +28,8 @@ from limbeck.contract.files import (
 )
 from limbeck.contract.lock import LOCK, locked
 from limbeck.contract.progress import Later, about, before, leads, processes, say
-from limbeck.contract.recipe import AnyRecipe, load_bench, parse_any_recipe
+from limbeck.contract.recipe import AnyRecipe, Recipe, load_bench, parse_any_recipe
+from limbeck.contract.sources.places import cache_folder
 
 if TYPE_CHECKING:
     from serve_bench.tell.report import Report
@@ -262,6 +263,23 @@ def ablate(
             f"picture: {folder / 'ablation' / 'ablation.svg'}",
             flush=True,
         )
+
+
+def cache(recipe: AnyRecipe, *, ray: str | None, workers: int) -> None:
+    """Fill the teacher cache of ``recipe`` and print where it is and what it holds.
+
+    Raises `RecipeError` for an encoder, and as `compress.fill_cache`.
+    """
+    import compress
+
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(
+            f"{recipe.name}: an encoder's teachers answer once, when its training begins; a cache "
+            "is for language models."
+        )
+    teachers = make_products(recipe, require_inputs(recipe))
+    shards = compress.fill_cache(recipe=recipe, products=teachers, ray=ray, workers=workers)
+    print(f"teacher cache: {len(shards)} shards in {cache_folder() / 'teachers'}", flush=True)
 
 
 def _distill(title: str, recipe: AnyRecipe, folder: Path, teachers: dict[str, Path]) -> None:

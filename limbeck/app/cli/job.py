@@ -182,6 +182,39 @@ def ablate(
     )
 
 
+@command("cache")
+def cache(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            help="Address of a Ray cluster that shares the cache folder, or `local`. Default: this "
+            "process.",
+            show_default=False,
+        ),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="Workers on Ray; each loads the teachers.")
+    ] = 2,
+) -> None:
+    """Let the teachers read, ahead of a training, what it will ask them for. Goes on where an
+    earlier call stopped.
+
+    `limbeck run` finds the cache by its content. It is the same whatever the number of workers and
+    whichever of them died, if each has as many threads (training.threads).
+
+    \b
+    Examples:
+      limbeck cache my-recipe.yaml
+      limbeck cache my-recipe.yaml --ray local --workers 2 --set training.threads=1
+    """
+    from limbeck.app import run as pipeline
+
+    pipeline.cache(load(recipe, overrides), ray=ray, workers=workers)
+
+
 @command("search")
 def search(
     recipe: RecipeArgument,

@@ -33,6 +33,7 @@ COMMANDS = (
     "export",
     "bench",
     "ablate",
+    "cache",
     "search",
     "report",
     "verify",

@@ -1,0 +1,107 @@
+"""The teacher cache of a recipe, filled before its training and without its student.
+
+A shard's content depends on the recipe alone, and its name on its content. So any process may make
+any shard, in any order, and what a killed one has not finished another one makes anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from compress.data.blocks import load_blocks
+from compress.data.training_text import TrainingText
+from compress.features import aligned_layers
+from compress.footprint.language import describe, student_config
+from compress.host import prepare_host, resolve_precision
+from compress.models.language import DTYPES, load_tokenizer, model_config, resolve_device
+from compress.models.students import student_folder
+from compress.teachers.live import Teachers, teacher_folders
+from compress.teachers.mixed import MixedTeachers, open_teachers
+from compress.teachers.pairs import pair_teachers, require_coverage
+from limbeck.contract.artifact import open_artifact
+from limbeck.contract.errors import EnvironmentalError, RecipeError
+from limbeck.contract.recipe import Recipe
+from limbeck.contract.sources.places import cache_folder
+
+
+class TeacherCache:
+    """Everything that the teachers of a recipe will be asked, and the means to answer it."""
+
+    def __init__(self, recipe: Recipe, products: Mapping[str, Path]) -> None:
+        """Load the text. A teacher is loaded when it first has to answer.
+
+        Raises `RecipeError` for a recipe whose training keeps no cache, and `ModelError` and
+        `DataError` as a training does.
+        """
+        device = resolve_device(recipe.training.device)
+        precision = resolve_precision(recipe.training.precision, device)
+        prepare_host(recipe.training.threads)
+        folders = teacher_folders(recipe, products)
+        folder = student_folder(recipe, [f.tokenizer for f in folders])
+        pairs = pair_teachers(folder, {f.name: f.tokenizer for f in folders})
+        tokenizer = load_tokenizer(folder)
+        blocks = load_blocks(recipe, tokenizer)
+        require_coverage(recipe, pairs, blocks)
+        text = TrainingText(recipe, blocks)
+        found = open_teachers(
+            folders,
+            pairs=pairs,
+            cache=recipe.training.teacher_cache,
+            device=device,
+            compute_dtype=DTYPES[precision],
+        )
+        local = found.local if isinstance(found, MixedTeachers) else found
+        if isinstance(local, Teachers):
+            raise RecipeError(
+                f"{recipe.name}: training.teacher_cache is none, so the training would not look "
+                "for a cache; set it to hidden or topk."
+            )
+        assert not isinstance(found, Teachers)
+        self._teachers, self._local, self._autocast = found, local, precision == "bf16"
+        self._device = device
+        base = model_config(recipe.base, folder=recipe.folder) if recipe.base else None
+        config = student_config(recipe, base=base, vocabulary=len(tokenizer))
+        layers = aligned_layers(recipe.features, describe(config).layers, found.depths)
+        self._layers = [[j for _, j in of] for of in layers] if layers is not None else None
+        self._rows = text.rows()
+        mine = self._layers
+        if isinstance(found, MixedTeachers) and mine is not None:
+            mine = found.of_local(mine)
+        self._shards = local.shards(self._rows, mine)
+
+    @property
+    def jobs(self) -> list[tuple[int, int]]:
+        """Teacher and shard of everything that teachers in this process answer."""
+        return [(k, at) for k in range(len(self._local)) for at in range(len(self._shards))]
+
+    def missing(self) -> list[tuple[int, int]]:
+        """The jobs whose shard is not in the cache."""
+        return [(k, at) for k, at in self.jobs if not self._local.has(k, self._shards[at])]
+
+    def require_all(self) -> None:
+        """Raise `EnvironmentalError` unless every shard is in this machine's cache."""
+        if missing := self.missing():
+            raise EnvironmentalError(
+                f"the workers have made every shard, but {len(missing)} of {len(self.jobs)} are "
+                f"not in {cache_folder()}; give all nodes one shared folder and name it with "
+                "LIMBECK_CACHE."
+            )
+
+    def make(self, teacher: int, shard: int) -> str:
+        """Make one shard unless it is there; its digest."""
+        with self._computing():
+            path = self._local.make(teacher, self._shards[shard])
+        return open_artifact(path, verify=False).digest
+
+    def complete(self) -> dict[str, str]:
+        """Make what is missing, ask servers too, check every file; digests of all local shards."""
+        with self._computing():
+            self._teachers.prepare(self._rows, self._layers)
+        return {f"{k}/{at}": self.make(k, at) for k, at in self.jobs}
+
+    def _computing(self) -> contextlib.AbstractContextManager[None]:
+        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._autocast)
