@@ -8,6 +8,7 @@ whole, or not at all. The workers write to the cache folder, which all nodes mus
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from limbeck.contract.progress import say, task
 from limbeck.contract.recipe import Recipe, parse_any_recipe
 from limbeck.contract.sources.places import cache_folder
 
+_CONNECT_SECONDS = 5.0
 LOCAL = "local"  # the address that starts Ray here
 
 
@@ -67,20 +69,16 @@ def fill_on_ray(
         raise UserError("ray is not installed; run: pip install 'limbeck[ray]'.") from None
     threads = recipe.training.threads or 1
     where = None if address == LOCAL else address
-    try:
-        ray.init(
-            address=where,
-            num_cpus=workers * threads if where is None else None,
-            include_dashboard=False if where is None else None,
-            configure_logging=False,
-            log_to_driver=False,
-            runtime_env={"env_vars": environment(threads)},
-        )
-    except ConnectionError as error:
-        raise EnvironmentalError(
-            f"--ray {address}: no Ray cluster answers there ({str(error).splitlines()[0]}); start "
-            "one with `ray start --head`, or use --ray local."
-        ) from error
+    if where is not None:
+        _require_cluster(where)
+    ray.init(
+        address=where,
+        num_cpus=workers * threads if where is None else None,
+        include_dashboard=False if where is None else None,
+        configure_logging=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": environment(threads)},
+    )
     try:
         tree = recipe.resolved()
         tree["training"]["threads"] = threads
@@ -103,3 +101,20 @@ def fill_on_ray(
         raise
     finally:
         ray.shutdown()
+
+
+def _require_cluster(address: str) -> None:
+    """Raise `EnvironmentalError` if nothing listens there: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise EnvironmentalError(
+            f"--ray {address}: this is no address; give host:port, as `ray start --head` prints "
+            "it, or local."
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise EnvironmentalError(
+            f"--ray {address}: no Ray cluster answers there ({error}); start one with `ray start "
+            "--head`, or use --ray local."
+        ) from error

@@ -118,10 +118,15 @@ def test_workers_that_write_elsewhere_are_named(
         compress.fill_cache(recipe=cached(tmp_path), products={}, ray=cluster, workers=1)
 
 
-@pytest.mark.slow
-def test_a_cluster_that_does_not_answer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentalError, match="no Ray cluster answers there"):
-        compress.fill_cache(recipe=cached(tmp_path), products={}, ray="127.0.0.1:1", workers=1)
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [("127.0.0.1:1", "no Ray cluster answers there"), ("nowhere", "this is no address")],
+)
+def test_a_cluster_that_does_not_answer_is_named(
+    address: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(EnvironmentalError, match=message):
+        compress.fill_cache(recipe=cached(tmp_path), products={}, ray=address)
 
 
 def _kill_workers(stop: threading.Event, killed: list[int], count: int) -> None:
