@@ -19,12 +19,13 @@ from compress.footprint.language import describe, student_config
 from compress.host import prepare_host, resolve_precision
 from compress.models.language import DTYPES, load_tokenizer, model_config, resolve_device
 from compress.models.students import student_folder
+from compress.teachers.cache import CachedTeachers
 from compress.teachers.live import Teachers, teacher_folders
 from compress.teachers.mixed import MixedTeachers, open_teachers
 from compress.teachers.pairs import pair_teachers, require_coverage
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import EnvironmentalError, RecipeError
-from limbeck.contract.recipe import Recipe
+from limbeck.contract.recipe import NoCache, Recipe
 from limbeck.contract.sources.places import cache_folder
 
 
@@ -37,6 +38,11 @@ class TeacherCache:
         Raises `RecipeError` for a recipe whose training keeps no cache, and `ModelError` and
         `DataError` as a training does.
         """
+        if isinstance(recipe.training.teacher_cache, NoCache):
+            raise RecipeError(
+                f"{recipe.name}: training.teacher_cache is none, so the training would not look "
+                "for a cache; set it to hidden or topk."
+            )
         device = resolve_device(recipe.training.device)
         precision = resolve_precision(recipe.training.precision, device)
         prepare_host(recipe.training.threads)
@@ -55,11 +61,7 @@ class TeacherCache:
             compute_dtype=DTYPES[precision],
         )
         local = found.local if isinstance(found, MixedTeachers) else found
-        if isinstance(local, Teachers):
-            raise RecipeError(
-                f"{recipe.name}: training.teacher_cache is none, so the training would not look "
-                "for a cache; set it to hidden or topk."
-            )
+        assert isinstance(local, CachedTeachers)
         assert not isinstance(found, Teachers)
         self._teachers, self._local, self._autocast = found, local, precision == "bf16"
         self._device = device
