@@ -23,8 +23,8 @@ _SMALLER = (
     "text alone"
 )
 _APART = (
-    "distil: {names} cannot be merged, because their weights do not have the base's shape, and "
-    "their answers are all there is to learn from"
+    "distil: no merge can hold {names}, whose weights do not have the base's shape or are not "
+    "here. The student can learn from the answers alone"
 )
 
 
