@@ -121,16 +121,10 @@ class _Making:
 
     recipe: AnyRecipe
     student: Shape
-    base: Shape | None
-    teachers: list[Shape]
+    teachers: list[int]  # parameters
     taken: Footprint
     device: Any  # of torch
     precision: str
-
-    @property
-    def named_teachers(self) -> list[tuple[str, Shape]]:
-        """Name and shape of every teacher that runs here."""
-        return list(zip(_here(self.recipe).values(), self.teachers, strict=True))
 
     @property
     def memory(self) -> dict[str, int]:
@@ -187,7 +181,7 @@ def plan_recipe(recipe: AnyRecipe, *, trial: bool = False) -> Plan:
     after = _seconds_after(recipe, forms)
     return Plan(
         recipe=recipe.name,
-        teachers={name: shape.parameters for name, shape in own.named_teachers},
+        teachers=dict(zip(_here(recipe).values(), own.teachers, strict=True)),
         asked=task_of(recipe.task).asked(recipe),
         student=own.student.parameters,
         trained=own.taken.trained,
@@ -205,9 +199,23 @@ def plan_recipe(recipe: AnyRecipe, *, trial: bool = False) -> Plan:
         export_seconds=after["export"],
         bench_seconds=after["bench"],
         own_text=own.taken.own_text.tokens if own.taken.own_text is not None else 0,
-        advice=_advice(own),
+        advice=merge_or_distil(recipe),
         other_work=other_work,
     )
+
+
+def merge_or_distil(recipe: AnyRecipe) -> str:
+    """Whether to merge the teachers or to distil them, by measured runs; empty without advice.
+
+    Raises as `plan_recipe`.
+    """
+    from compress.footprint import advice
+
+    if recipe.task != "causal-lm":
+        return ""
+    base = _student(recipe)[1]
+    teachers = [(name, _teacher(at, recipe)[0].config) for at, name in _here(recipe).items()]
+    return advice.merge_or_distil(recipe, base.config, teachers) if base is not None else ""
 
 
 def form_sizes(recipe: AnyRecipe) -> dict[str, int]:
@@ -268,17 +276,8 @@ def _making(recipe: AnyRecipe) -> _Making:
         ],
         precision=precision,
     )
-    shapes = [shape for _, shape, _ in teachers]
-    return _Making(recipe, student, base, shapes, taken, device, precision)
-
-
-def _advice(making: _Making) -> str:
-    from compress.footprint.advice import merge_or_distil
-
-    if making.recipe.task != "causal-lm" or making.base is None:
-        return ""
-    named = [(name, shape.config) for name, shape in making.named_teachers]
-    return merge_or_distil(making.recipe, making.base.config, named)
+    parameters = [shape.parameters for _, shape, _ in teachers]
+    return _Making(recipe, student, parameters, taken, device, precision)
 
 
 def _speed(making: _Making) -> float:

@@ -187,6 +187,7 @@ def init(
       limbeck init --teacher models/legal --data 'text/*.txt' --target-mb 150
     """
     from limbeck.app.init import write_recipe
+    from limbeck.app.plan import merge_or_distil
 
     choice = write_recipe(
         teachers=teacher,
@@ -199,6 +200,8 @@ def init(
     print(f"{out}: {choice.why}; about {choice.megabytes:.1f} MB as {choice.form}")
     if choice.caution:
         print(choice.caution)
+    if advice := merge_or_distil(load(str(out), None)):
+        print(advice)
     print(f"next: limbeck run {out}")
 
 
