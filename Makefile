@@ -51,13 +51,16 @@ demo-encoders: $(READY)
 		--prefix "$$($(BIN)/python -c 'from limbeck.contract.sources.places import cache_folder; print(cache_folder())')/npm"
 	$(BIN)/limbeck run minilm/spam-two-classifiers
 
-# Two workers; a file's tests stay on one of them, so that it makes its fixtures once.
+# Two workers; a file's tests stay on one of them, so that it makes its fixtures once. Files go in
+# order: by default those of many tests come first, and a few long tests are left for the end.
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # Branches of the four packages that the quick tests take; work of other processes is not counted.
 coverage: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov-branch --cov-report=term:skip-covered \
+	$(BIN)/python -m pytest $(PARALLEL) --cov-branch --cov-report=term:skip-covered \
 		--cov=limbeck --cov=compress --cov=export --cov=serve_bench
 
 test-slow: $(READY)

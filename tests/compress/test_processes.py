@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +19,12 @@ import compress
 from compress import loop as train
 from compress.tasks import language_models
 from limbeck.contract.errors import RecipeError
-from limbeck.contract.recipe import Recipe, parse_recipe
+from limbeck.contract.recipe import AnyRecipe, parse_any_recipe, parse_recipe
 from tests import ROOT
 from tests.compress.test_compress import STUDENTS, events, tiny
+from tests.encoders import classifier_recipe, embedding_recipe, source
 
+ENCODERS = ("classes-encoder", "vectors-encoder")
 PROCESSES = """
 import os
 import sys
@@ -57,12 +60,29 @@ for name in sys.argv[3:]:
 """
 
 
-def recipe_of(out: Path, student: str, mode: str) -> Recipe:
-    """The tiny recipe with a student; ``own`` adds text of its own."""
+def recipe_of(out: Path, student: str, mode: str) -> AnyRecipe:
+    """The tiny recipe with a student; ``own`` adds text of its own. ``encoder`` is a tiny encoder
+    of a task.
+    """
+    if mode == "encoder":
+        return _encoder(classifier_recipe if student == "classes" else embedding_recipe)
     tree = tiny(out).resolved() | {"student": STUDENTS[student]}
     if mode == "own":
         tree["training"]["on_policy"] = {"prompts": {"tokens": 8}, "new_tokens": 12}
     return parse_recipe(tree)
+
+
+def _encoder(make: Any) -> AnyRecipe:
+    calm = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    base = source()
+    base = {**base, "config": base["config"] | calm}
+    training = {"examples": 24, "batch": 8, "precision": "fp32", "threads": 1}
+    tree = make(student={"kind": "full", "base": base}, training=training).resolved()
+    if make is classifier_recipe:
+        head = {"id2label": {"0": "code", "1": "prose"}}
+        taught = [{**base, "seed": n, "config": base["config"] | head} for n in (5, 6)]
+        tree["teachers"] = [{"name": f"t{n}", "model": m} for n, m in enumerate(taught)]
+    return parse_any_recipe(tree)
 
 
 def _in_two_processes(folder: Path, *names: str, stop: bool = False) -> None:
@@ -85,7 +105,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stays sharded.
     """
     folder = tmp_path_factory.mktemp("two")
-    _in_two_processes(folder, "lora-ddp", "lora-own", "lora-fsdp")
+    _in_two_processes(folder, "lora-ddp", "lora-own", *ENCODERS, "lora-fsdp")
     _in_two_processes(folder, "fresh-fsdp", stop=True)
     assert not (folder / "fresh-fsdp" / "student").exists()
     _in_two_processes(folder, "fresh-fsdp")
@@ -129,6 +149,23 @@ def test_two_processes_change_nothing(
     assert sharded.keys() == weights.keys()
     for tensor_name, tensor in weights.items():
         torch.testing.assert_close(sharded[tensor_name], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_two_processes_train_an_encoder_as_one(
+    two: Path, alone: Callable[[str, str], Path], name: str
+) -> None:
+    """DDP over gloo gives the losses and the weights of one process."""
+    found = []
+    for out in (alone(*name.split("-")), two / name / "student"):
+        found.append((events(out, "step"), load_file(out / "model" / "model.safetensors")))
+    (one, weights), (shared, theirs) = found
+    assert len(one) == 3
+    for mine, other in zip(one, shared, strict=True):
+        assert other["loss"] == pytest.approx(mine["loss"], rel=1e-4)
+        assert other["weights"] == pytest.approx(mine["weights"], abs=2e-4)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,9 @@ def test_a_form_that_fails_its_gate_is_won_back(
     what is measured.
     """
     monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
+    teacher = load_recipe("pico").resolved()["teachers"][:1]
     sets = [
+        f"teachers={json.dumps(teacher)}",
         "export.forms=[fp32, {kind: int4-weight, block_size: 128}]",
         "export.mixed={kind: size, mb: 0.5}",
         "export.recover={tokens: 4096, learning_rate: 1e-3}",

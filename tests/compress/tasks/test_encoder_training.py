@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
 
 import compress
 import export
@@ -24,8 +20,6 @@ from limbeck.app.verify import verify
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.data.examples import EXAMPLES, accuracy, load_examples
 from limbeck.contract.errors import ModelError
-from limbeck.contract.recipe import parse_any_recipe
-from tests import ROOT
 from tests.encoders import CLASSES, SMALL, classifier_recipe, embedding_recipe, source
 
 
@@ -97,59 +91,6 @@ def test_a_run_that_was_stopped_ends_in_the_same_weights(
     assert whole.manifest["files"][name] == again.manifest["files"][name]
     lines = [json.loads(line) for line in (again.path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["event"] == "step"] == list(range(1, 9))
-
-
-PROCESSES = """
-import json, sys
-from pathlib import Path
-import compress
-from limbeck.contract.recipe import parse_any_recipe
-
-compress.distill(recipe=parse_any_recipe(json.loads(sys.argv[1])), out=Path(sys.argv[2]))
-"""
-
-
-@pytest.mark.parametrize(
-    "make",
-    [classifier_recipe, pytest.param(embedding_recipe, marks=pytest.mark.slow)],
-    ids=["classes", "vectors"],
-)
-def test_two_processes_train_as_one(tmp_path: Path, make: Any) -> None:
-    """DDP over gloo gives the losses and the weights of one process."""
-    calm = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    base = source()
-    base = {**base, "config": base["config"] | calm}
-    training = {"examples": 24, "batch": 8, "precision": "fp32", "threads": 1}
-    tree = make(student={"kind": "full", "base": base}, training=training).resolved()
-    if make is classifier_recipe:
-        head = {"id2label": {"0": "code", "1": "prose"}}
-        taught = [{**base, "seed": n, "config": base["config"] | head} for n in (5, 6)]
-        tree["teachers"] = [{"name": f"t{n}", "model": m} for n, m in enumerate(taught)]
-    script = tmp_path / "job.py"
-    script.write_text(PROCESSES)
-    compress.distill(recipe=parse_any_recipe(tree), out=tmp_path / "1")
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    done = subprocess.run(
-        [sys.executable, "-m", *torchrun, json.dumps(tree, default=str), str(tmp_path / "2")],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = []
-    for out in (tmp_path / "1", tmp_path / "2"):
-        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        steps = [row for row in log if row["event"] == "step"]
-        found.append((steps, load_file(out / "model" / "model.safetensors")))
-    (one, weights), (two, shared) = found
-    assert len(one) == 3
-    for mine, theirs in zip(one, two, strict=True):
-        assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-4)
-        assert theirs["weights"] == pytest.approx(mine["weights"], abs=2e-4)
-    for name, tensor in weights.items():
-        torch.testing.assert_close(shared[name], tensor, rtol=1e-3, atol=2e-5)
 
 
 def test_teachers_of_other_classes_are_refused(expert: Path, tmp_path: Path) -> None:
