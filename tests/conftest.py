@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 from collections.abc import Iterator
@@ -40,6 +41,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Factory:
     """Tiny students and exports, each made once for all workers of a session."""
     root = tmp_path_factory.getbasetemp()
     return Factory((root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "tiny")
+
+
+@pytest.fixture(scope="session")
+def one_roofline() -> Iterator[None]:
+    """Benches of this session measure the machine's bandwidth once: seconds, and a gigabyte."""
+    from serve_bench.measure import bench
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "measure_roofline", functools.cache(bench.measure_roofline))
+        yield
 
 
 @pytest.fixture(scope="session")

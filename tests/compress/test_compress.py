@@ -347,6 +347,24 @@ def test_a_budget_in_minutes_goes_by_the_clock_of_the_first_process(
 
 
 @contextlib.contextmanager
+def interrupted_after(steps: int) -> Iterator[None]:
+    """Ctrl-C in the step after so many."""
+    real, done = train._step, 0
+
+    def step(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        nonlocal done
+        done += 1
+        if done > steps:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "_step", step)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
+@contextlib.contextmanager
 def killed_while_writing() -> Iterator[None]:
     """Whatever is written here stays half-written."""
     real = Path.write_text

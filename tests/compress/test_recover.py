@@ -158,6 +158,7 @@ def test_the_forward_pass_is_that_of_the_exported_graph(tmp_path: Path, form: st
     assert away[True] < 1e-3 * away[False], away
 
 
+@pytest.mark.usefixtures("one_roofline")
 def test_a_form_that_fails_its_gate_is_won_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

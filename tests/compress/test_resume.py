@@ -16,31 +16,27 @@ import compress
 from compress import checkpoint
 from compress import loop as train
 from compress.tasks import language_step
+from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import ArtifactError, DivergenceError
 from tests import ROOT
-from tests.compress.test_compress import events, killed_while_writing, tiny
+from tests.compress.test_compress import events, interrupted_after, killed_while_writing, tiny
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The student of the tiny recipe, made without an interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    return compress.distill(recipe=tiny(folder), out=folder / "student")
 
 
 @pytest.mark.parametrize("after", [1, 3, 4])
 def test_an_interrupted_run_ends_in_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+    whole: Artifact, tmp_path: Path, after: int
 ) -> None:
-    whole = compress.distill(recipe=tiny(tmp_path), out=tmp_path / "whole" / "student")
-    real, done = train._step, 0
-
-    def killed(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        nonlocal done
-        done += 1
-        if done > after:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(train, "_step", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_after(after):
         compress.distill(recipe=tiny(tmp_path), out=tmp_path / "cut" / "student")
     assert not (tmp_path / "cut" / "student").exists()
     torch.rand(7)  # whatever the process did in between
-    monkeypatch.setattr(train, "_step", real)
     cut = compress.distill(recipe=tiny(tmp_path), out=tmp_path / "cut" / "student")
     for name in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
         assert (cut.path / name).read_bytes() == (whole.path / name).read_bytes()
@@ -52,7 +48,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(
     assert logs[0] == logs[1]
 
 
-def test_killed_without_warning(tmp_path: Path) -> None:
+def test_killed_without_warning(whole: Artifact, tmp_path: Path) -> None:
     """kill -9 in the middle: the checkpoint on disk is whole, and the next run ends in the same
     bits.
     """
@@ -73,7 +69,6 @@ def test_killed_without_warning(tmp_path: Path) -> None:
     job.wait()
     assert not (tmp_path / "student").exists()
     cut = compress.distill(recipe=tiny(tmp_path), out=tmp_path / "student")
-    whole = compress.distill(recipe=tiny(tmp_path), out=tmp_path / "whole" / "student")
     assert (cut.path / "model/model.safetensors").read_bytes() == (
         whole.path / "model/model.safetensors"
     ).read_bytes()

@@ -49,6 +49,8 @@ from tests.pico import make_blocks, make_model, pico_recipe
 from tests.serve_bench.test_workers import torch_arm
 from tests.servers.fake_server import FakeServer
 
+pytestmark = pytest.mark.usefixtures("one_roofline")
+
 # Definitions --------------------------------------------------------------------------------------
 
 

@@ -120,12 +120,6 @@ class StudentResult:
         assert self.language is not None, self.task
         return self.language
 
-    @property
-    def figures_of_encoder(self) -> EncoderFigures:
-        """``encoder``, where the caller knows that it is set."""
-        assert self.encoder is not None, self.task
-        return self.encoder
-
 
 _COMMON = {f.name for f in fields(StudentResult)} - {"language", "encoder"}
 

@@ -127,6 +127,7 @@ def test_sentence_encoders_become_alike(tmp_path: Path) -> None:
     assert not [name for name in saved.state_dict() if "projection" in name]
 
 
+@pytest.mark.usefixtures("one_roofline")
 def test_the_whole_chain_to_a_verdict(expert: Path, tmp_path: Path) -> None:
     recipe = two_teachers(expert)
     run = tmp_path / "run"

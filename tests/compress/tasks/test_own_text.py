@@ -25,10 +25,11 @@ from compress.tasks.own_terms import measure_own_text
 from compress.tasks.own_text import OwnText, Sampler
 from limbeck.app.pico import shrink_to_pico
 from limbeck.app.plan import plan_recipe
+from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import DataError, RecipeError
 from limbeck.contract.recipe import OnPolicy, OwnPrompts, Recipe, parse_recipe
 from tests.compress.teachers.test_other_tokenizers import mixed
-from tests.compress.test_compress import TINY, events, tiny
+from tests.compress.test_compress import TINY, events, interrupted_after, tiny
 
 OWN = {"share": 0.5, "prompts": {"tokens": 8}, "new_tokens": 12}
 # What times a step, and so differs between equal trainings.
@@ -253,25 +254,20 @@ def test_own_and_corpus_rows_add_up_whatever_the_micro_batch(tmp_path: Path) -> 
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The student of the recipe with own text, made without an interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    return compress.distill(recipe=own_recipe(folder), out=folder / "whole")
+
+
 @pytest.mark.parametrize("after", [1, 3])
 def test_an_interrupted_run_writes_the_same_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+    whole: Artifact, tmp_path: Path, after: int
 ) -> None:
-    whole = compress.distill(recipe=own_recipe(tmp_path), out=tmp_path / "whole")
-    real, done = train._step, 0
-
-    def killed(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        nonlocal done
-        done += 1
-        if done > after:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(train, "_step", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_after(after):
         compress.distill(recipe=own_recipe(tmp_path), out=tmp_path / "cut")
     torch.rand(7)  # whatever the process did in between
-    monkeypatch.setattr(train, "_step", real)
     cut = compress.distill(recipe=own_recipe(tmp_path), out=tmp_path / "cut")
     for name in ("model/model.safetensors", "samples.jsonl"):
         assert (cut.path / name).read_bytes() == (whole.path / name).read_bytes()
