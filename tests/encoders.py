@@ -30,6 +30,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 # Every form of an encoder, in blocks that divide the tiny widths.
 SMALL = ["fp32", {"kind": "int8-weight", "block_size": 16}, "int8-static", "int8-dynamic"]
+QUICK = {
+    "training": {
+        "examples": 64,
+        "batch": 8,
+        "learning_rate": 1e-3,
+        "precision": "fp32",
+        "threads": 1,
+    },
+    "bench": {
+        "batches": [1, 2],
+        "lengths": [8, 16],
+        "minutes": 0.01,
+        "min_blocks": 3,
+        "threads": 1,
+    },
+}
 CLASSES = [
     {"name": "code", "text": {"kind": "stdlib", "paths": ["[a-f]*.py"]}},
     {
@@ -61,22 +77,8 @@ def classifier_recipe(**over: Any) -> EncoderRecipe:
         "name": "pico-classes",
         "data": {"classes": CLASSES, "max_tokens": 40, "heldout": {"every": 3}},
         "student": {"kind": "full", "base": source()},
-        "training": {
-            "examples": 64,
-            "batch": 8,
-            "learning_rate": 1e-3,
-            "precision": "fp32",
-            "threads": 1,
-        },
-        "bench": {
-            "batches": [1, 2],
-            "lengths": [8, 16],
-            "minutes": 0.01,
-            "min_blocks": 3,
-            "threads": 1,
-        },
     }
-    return _checked(tree | over)
+    return _checked(tree | QUICK | over)
 
 
 def embedding_recipe(**over: Any) -> EncoderRecipe:
@@ -95,22 +97,8 @@ def embedding_recipe(**over: Any) -> EncoderRecipe:
             "max_tokens": 24,
         },
         "student": {"kind": "shrink", "base": source(), "layers": 1, "calibration_examples": 4},
-        "training": {
-            "examples": 64,
-            "batch": 8,
-            "learning_rate": 1e-3,
-            "precision": "fp32",
-            "threads": 1,
-        },
-        "bench": {
-            "batches": [1, 2],
-            "lengths": [8, 16],
-            "minutes": 0.01,
-            "min_blocks": 3,
-            "threads": 1,
-        },
     }
-    return _checked(tree | over)
+    return _checked(tree | QUICK | over)
 
 
 def _checked(tree: dict[str, Any]) -> EncoderRecipe:

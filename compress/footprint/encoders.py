@@ -23,6 +23,7 @@ from compress.footprint.tracing import (
     operations_a_second,
     resized,
     trace_model,
+    traced_once,
 )
 from compress.host import prepare_host
 from compress.models.encoders import encoder_config, labelled, pooled, require_context
@@ -187,13 +188,16 @@ def trace_encoder(
     """One batch of ``rows`` examples of ``length`` tokens through all layers of ``shape``."""
 
     def trace_of(layers: int) -> Trace:
-        model = meta_model(resized(shape.config, layers=layers), shape.task).requires_grad_(trains)
-        return trace_model(
-            model,
-            lambda m, ids: _answers(m, ids, shape.task, precision),
-            rows=rows,
-            length=length,
-            trains=trains,
+        config, asked = resized(shape.config, layers=layers), [rows, length, precision, trains]
+        return traced_once(
+            [config.to_json_string(use_diff=False), shape.task, *asked],
+            lambda: trace_model(
+                meta_model(config, shape.task).requires_grad_(trains),
+                lambda m, ids: _answers(m, ids, shape.task, precision),
+                rows=rows,
+                length=length,
+                trains=trains,
+            ),
         )
 
     return on_a_line(shape.layers, trace_of)

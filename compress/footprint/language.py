@@ -7,6 +7,7 @@ The modules of each architecture are traced (`compress.footprint.tracing`); the 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -27,6 +28,7 @@ from compress.footprint.tracing import (
     operations_a_second,
     resized,
     trace_model,
+    traced_once,
 )
 from compress.head import CACHED
 from compress.host import prepare_host
@@ -296,10 +298,19 @@ def trace_line(
 
     With a recipe that is its student, forward and backward; without, a teacher's forward pass.
     """
-    return on_a_line(
-        shape.layers,
-        lambda n: _trace(resized(shape.config, layers=n), recipe, rows, length, precision, states),
-    )
+    asked: list[Any] = [rows, length, precision, states]
+    if recipe is not None:
+        student = recipe.student.model_dump(mode="json")
+        asked += [student, recipe.data.block, recipe.training.gradient_checkpointing]
+
+    def trace_of(layers: int) -> Trace:
+        config = resized(shape.config, layers=layers)
+        return traced_once(
+            [config.to_json_string(use_diff=False), *asked],
+            lambda: _trace(config, recipe, rows, length, precision, states),
+        )
+
+    return on_a_line(shape.layers, trace_of)
 
 
 def _trace(
@@ -318,12 +329,9 @@ def _trace(
         if recipe.training.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
-
-    def run(model: Any, ids: Tensor) -> Tensor:
-        hidden: Tensor = _hidden(model, ids, precision, states=states)
-        return hidden
-
-    return trace_model(model, run, rows=rows, length=length, trains=recipe is not None)
+    trains = recipe is not None
+    run = functools.partial(_hidden, precision=precision, states=states)
+    return trace_model(model, run, rows=rows, length=length, trains=trains)
 
 
 def _hidden(model: Any, ids: Tensor, precision: str, *, states: bool = False) -> Any:

@@ -20,7 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from limbeck.contract.recipe import fingerprint
+
 TRIAL_VOCABULARY = 1024  # of a model whose layers are timed
+_TRACES: dict[str, Trace] = {}  # of this process, by the fingerprint of what was asked
 _TRACED = (2, 4)  # layers that are traced; all others lie on the line through both
 
 
@@ -73,6 +76,17 @@ def _rotate_by_default(model: Any) -> None:
             module.rope_type = "default"
         elif isinstance(kinds, dict):  # of each layer type
             module.rope_type = dict.fromkeys(kinds, "default")
+
+
+def traced_once(key: Any, trace: Callable[[], Trace]) -> Trace:
+    """Return ``trace()``; the same key is traced once in a process: experts often have one shape.
+
+    ``key`` is plain data that decides the trace.
+    """
+    name = fingerprint(key)
+    if name not in _TRACES:
+        _TRACES[name] = trace()
+    return _TRACES[name]
 
 
 def on_a_line(layers: int, trace_of: Callable[[int], Trace]) -> Trace:

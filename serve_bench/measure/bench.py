@@ -19,7 +19,7 @@ from limbeck.contract.errors import ArtifactError
 from limbeck.contract.machine import available_cores, host
 from limbeck.contract.progress import say, task
 from limbeck.contract.recipe import fingerprint
-from limbeck.contract.results.bench import Arm, TaskName
+from limbeck.contract.results.bench import Arm
 from serve_bench.judge.figures import ENVIRONMENT, SAMPLES, Sample, read_rows
 from serve_bench.judge.task import Measured, judge_bench
 from serve_bench.measure import fairness
@@ -63,10 +63,9 @@ def measure(*, onnx: Path, student: Path, out: Path, asked: MeasuringTask) -> Ar
         scratch(out) as work,
         write_artifact(out, kind="bench", key=key, parents=parents, recipe=recipe) as draft,
     ):
-        environment = before(arms, asked.units(0), threads=threads, folder=work, asked=asked.name)
         with (draft.folder / SAMPLES).open("w", encoding="utf-8") as raw:
             with Workers(work, threads=threads, task=asked.name) as workers:
-                open_all(workers, arms, environment)
+                environment = before(workers, arms, asked.units(0), threads=threads)
                 asked.before_timing(workers, arms, reference, draft.folder, work)
                 timed = single(
                     workers,
@@ -105,32 +104,32 @@ def scratch(out: Path) -> Iterator[Path]:
 
 
 def before(
-    arms: Sequence[Arm],
-    units: Sequence[Unit],
-    *,
-    threads: int,
-    folder: Path,
-    asked: TaskName = "causal-lm",
+    workers: Workers, arms: Sequence[Arm], units: Sequence[Unit], *, threads: int
 ) -> dict[str, Any]:
-    """Measure before timing: the machine, its bandwidth, and each arm's memory and energy."""
+    """Measure before timing: the machine, its bandwidth, and each arm's memory and energy.
+
+    Leaves every arm open.
+    """
     started, device = time.monotonic(), str(arms[0].spec.get("device", "cpu"))
     environment = {**machine.fingerprint(threads=threads, device=device), "before": machine.load()}
     environment["roofline"] = measure_roofline(threads=threads, device=device)
     own = [arm for arm in arms if arm.runtime != "openai" and arm.role != "twin"]
-    watched = measure_memory(own, units[-1], threads=threads, folder=folder, asked=asked)
+    watched = measure_memory(workers, own, units[-1])
     environment["arms"] = {arm.id: dict(watched.get(arm.id, {})) for arm in arms}
     for twin in (arm for arm in arms if arm.role == "twin" and arm.runtime != "openai"):
         original = next(arm.id for arm in own if arm.spec == twin.spec)
         environment["arms"][twin.id] |= watched[original]  # the same artifact, so the same memory
     environment["memory_pass_s"] = time.monotonic() - started
+    open_all(workers, arms, environment)
     return environment
 
 
 def open_all(workers: Workers, arms: Sequence[Arm], environment: dict[str, Any]) -> None:
-    """Start every arm."""
+    """Start every arm that is not open yet, and write down what each says of itself."""
+    running = workers.running
     with task("opening", len(arms)) as progress:
         for arm in arms:
-            opened = workers.start(arm).opened
+            opened = (workers[arm] if arm in running else workers.start(arm)).opened
             weight_bytes = opened["facts"].get("weight_bytes")
             environment["arms"][arm.id] |= {**opened, "weight_bytes": weight_bytes}
             progress.advance()

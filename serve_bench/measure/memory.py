@@ -1,5 +1,5 @@
-"""Memory and energy, in a pass of its own: one arm at a time in a fresh process, watched while it
-generates.
+"""Memory and energy, in a pass of its own: one arm after the other starts and is watched while it
+generates. Those that were started before it wait.
 
 Nothing is timed here, so that watching disturbs no figure. Knows process trees, NVML and RAPL.
 """
@@ -13,40 +13,33 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.contract.progress import task
-from limbeck.contract.results.bench import Arm, TaskName
+from limbeck.contract.results.bench import Arm
 from serve_bench.measure.host.machine import Nvml
 from serve_bench.measure.units import Unit
-from serve_bench.measure.workers import Worker
+from serve_bench.measure.workers import Worker, Workers
 
 _EVERY = 0.01  # seconds between looks at the process tree
 _ENERGY_RUNS = 3  # generations that energy is counted over, after the one that warms up
 _POWERCAP = Path("/sys/class/powercap")
 
 
-def measure_memory(
-    arms: Sequence[Arm], unit: Unit, *, threads: int, folder: Path, asked: TaskName = "causal-lm"
-) -> dict[str, dict[str, Any]]:
+def measure_memory(workers: Workers, arms: Sequence[Arm], unit: Unit) -> dict[str, dict[str, Any]]:
     """By arm id: ``peak_rss_bytes`` of its process tree from start to last token, ``device_bytes``,
     and ``energy``.
 
-    ``folder`` receives the processes' logs. Raises as the workers do.
+    Starts the arms, which stay open. Raises as the workers do.
     """
     found = {}
     with task("memory", len(arms)) as progress, Nvml() as nvml, Energy(nvml) as energy:
-        for index, arm in enumerate(arms):
+        for arm in arms:
             before = nvml.used_bytes() if nvml.cards else 0
-            log = folder / f"memory{index}.log"
-            worker = Worker(arm, threads=threads, log=log, task=asked)
-            try:
-                with Watch(worker.pid, nvml) as watch:
-                    worker.open(threads=threads)
-                    peak = unit.once(worker)
-                # The kernel's own mark misses no moment of the process.
-                peak = max(watch.peak_rss, peak)
-                work = partial(_repeat, worker, unit)
-                joules = energy.over(work)
-            finally:
-                worker.kill()
+            worker = workers.create(arm)
+            with Watch(worker.pid, nvml) as watch:
+                workers.open(arm)
+                peak = unit.once(worker)
+            # The kernel's own mark misses no moment of the process.
+            peak = max(watch.peak_rss, peak)
+            joules = energy.over(partial(_repeat, worker, unit))
             found[arm.id] = {
                 "peak_rss_bytes": peak,
                 "device_bytes": watch.peak_device - before

@@ -146,10 +146,20 @@ class Workers:
 
     def start(self, arm: Arm) -> Worker:
         """Start the process of an arm and open the arm in it."""
+        self.create(arm)
+        return self.open(arm)
+
+    def create(self, arm: Arm) -> Worker:
+        """Start the process of an arm; the arm is not open yet."""
         worker = Worker(
             arm, threads=self._threads, log=self._folder / f"{len(self._all)}.log", task=self._task
         )
         self._all[arm.id] = worker
+        return worker
+
+    def open(self, arm: Arm) -> Worker:
+        """Open an arm in its process."""
+        worker = self._all[arm.id]
         worker.open(threads=self._threads)
         return worker
 

@@ -27,7 +27,7 @@ from serve_bench.judge import figures, language, scenarios
 from serve_bench.judge.figures import ENVIRONMENT, SAMPLES, Reference, Sample
 from serve_bench.judge.stats import first_look
 from serve_bench.measure.arms import context_of, form_arm, weights_on_disk
-from serve_bench.measure.bench import before, open_all, scratch, single
+from serve_bench.measure.bench import before, scratch, single
 from serve_bench.measure.clock import Limits
 from serve_bench.measure.host import machine
 from serve_bench.measure.host.roofline import graph_weight_bytes
@@ -85,11 +85,10 @@ def measure_targets(
         scratch(out) as work,
         write_artifact(out, kind="bench", key=key, parents=parents) as draft,
     ):
-        environment = before(arms, units(0), threads=threads, folder=work)
         with (draft.folder / SAMPLES).open("w", encoding="utf-8") as raw:
             local = [arm for arm in arms if arm.runtime != "openai" and arm.role != "twin"]
             with Workers(work, threads=threads) as workers:
-                open_all(workers, arms, environment)
+                environment = before(workers, arms, units(0), threads=threads)
                 timed = single(
                     workers,
                     arms,

@@ -30,7 +30,7 @@ from serve_bench.measure.host.sentinel import Sentinel
 from serve_bench.measure.memory import Energy, Package, Watch, tree_rss
 from serve_bench.measure.scenarios import offline
 from serve_bench.measure.units import Generation, warm
-from serve_bench.measure.workers import Worker
+from serve_bench.measure.workers import Workers
 from tests.pico import pico_recipe
 
 
@@ -428,14 +428,10 @@ def test_a_card_is_fingerprinted_watched_and_waited_for(tmp_path: Path) -> None:
     assert cards[0]["memory_bytes"] > 1e9
     spec = {"model": str(make_model(tmp_path / "model", seed=3)), "device": "cuda"}
     chosen = Arm("student", "student", "student", "torch", 1, spec)
-    found = measure_memory([chosen], [1, 2, 3], 4, threads=1, folder=tmp_path)["student"]
+    with Workers(tmp_path, threads=1) as workers:
+        found = measure_memory(workers, [chosen], Generation([1, 2, 3], 4))["student"]
+        answer = workers[chosen].generate([1, 2, 3], 4)
     assert found["device_bytes"] > 10e6  # a CUDA context alone is more
-    worker = Worker(chosen, threads=1, log=tmp_path / "log")
-    try:
-        worker.open(threads=1)
-        answer = worker.generate([1, 2, 3], 4)
-    finally:
-        worker.kill()
     assert len(answer["device_s"]) == 4
     assert sum(answer["device_s"]) <= answer["at"][-1]
     assert run_kernels(1, "cuda", array_bytes=1 << 26, seconds=0.05)["bandwidth_bytes_s"] > 1e10

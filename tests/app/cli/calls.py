@@ -63,6 +63,11 @@ def call(*arguments: str | Path, stdin: str | None = None) -> Result:
 
 def imported_by(*arguments: str) -> set[str]:
     """Heavy packages that a command imports, in a process of its own."""
+    return called_alone(*arguments)[1]
+
+
+def called_alone(*arguments: str) -> tuple[str, set[str]]:
+    """What a command writes to stderr in a process of its own, and heavy packages it imports."""
     code = (
         "import sys\nfrom limbeck.app import cli\nsys.argv = ['limbeck', *sys.argv[1:]]\n"
         "try:\n    cli.main()\nfinally:\n    print('\\n', *sys.modules, file=sys.stderr)"
@@ -70,4 +75,5 @@ def imported_by(*arguments: str) -> set[str]:
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
     )
-    return set(done.stderr.splitlines()[-1].split()) & set(HEAVY)
+    *said, modules = done.stderr.splitlines()
+    return "\n".join(said), set(modules.split()) & set(HEAVY)

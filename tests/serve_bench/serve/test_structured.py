@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from enum import Enum
 from typing import Any, Literal
@@ -30,7 +29,7 @@ from serve_bench.serve.text.tools import (
     call_grammar,
 )
 from tests.pico import make_tokenizer
-from tests.serve_bench.serve.asking import CHAT, bare, connect, serving
+from tests.serve_bench.serve.asking import CHAT, bare
 
 # As Qwen2.5's and Llama 3.2's templates have it, without their system texts.
 QWEN = """{%- if tools %}
@@ -94,18 +93,6 @@ SCHEMA = WEATHER["function"]["parameters"]
 
 def strict(tool: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": tool["function"] | {"strict": True}}
-
-
-@pytest.fixture(scope="module")
-def server(served: Artifact) -> Iterator[Listener]:
-    with serving(served.path) as listener:
-        yield listener
-
-
-@pytest.fixture
-def client(server: Listener) -> Iterator[openai.OpenAI]:
-    with connect(server) as connected:
-        yield connected
 
 
 def template(server: Listener, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
