@@ -94,7 +94,7 @@ def _in_two_processes(folder: Path, *names: str, stop: bool = False) -> None:
     command += [str(script), str(folder), "stop" if stop else "end", *names]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=240, check=False
+        command, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
