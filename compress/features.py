@@ -9,11 +9,12 @@ Shapes: K teachers, P layer pairs, R rows, L positions, d widths.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from limbeck.contract.errors import RecipeError
+from limbeck.contract.errors import ModelError, RecipeError
 from limbeck.contract.recipe import Features
 
 
@@ -53,6 +54,17 @@ def aligned_layers(
         layer_pairs(config, student_layers=student_layers, teacher_layers=depth) if depth else []
         for depth in teacher_layers
     ]
+
+
+def require_even_width(config: Any, where: str) -> None:
+    """Raise `ModelError` for a model whose layers and head have states of different widths."""
+    outer = getattr(config, "word_embed_proj_dim", None)  # of OPT
+    if outer is not None and outer != config.hidden_size:
+        raise ModelError(
+            f"{where}: its layers give {config.hidden_size} numbers a token and its head takes "
+            f"{outer} (word_embed_proj_dim), so its layers cannot be aligned with those of another "
+            "model; set features.weight to 0."
+        )
 
 
 class Projections(nn.Module):

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
+from transformers import AutoConfig
 
 from compress.data.blocks import IGNORED, load_blocks
 from compress.data.training_text import TrainingText
-from compress.features import Projections, aligned_layers
+from compress.features import Projections, aligned_layers, require_even_width
 from compress.head import Head, label_nll
 from compress.models.attention import use_short_attention
 from compress.models.body import Body, causal_lm
@@ -192,6 +193,11 @@ class LanguageModels:
         pairs = aligned_layers(self.recipe.features, student.layers, teachers.depths)
         if pairs is None:
             return None
+        require_even_width(causal_lm(student.model).config.get_text_config(), "the student")
+        for folder, depth in zip(self.folders, teachers.depths, strict=True):
+            if depth and isinstance(folder, TeacherFolder):
+                config = AutoConfig.from_pretrained(folder.base).get_text_config()
+                require_even_width(config, f"teacher {folder.name}")
         return Projections(student_width=student.width, teacher_widths=teachers.widths, pairs=pairs)
 
     def _fill_cache(self) -> None:

@@ -287,3 +287,21 @@ def test_the_base_of_an_adapter_can_be_named(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").unlink()
     result = CliRunner().invoke(app, [*given, "--base", "models/gone"])
     assert "--base models/gone: no config.json of a model there" in result.stderr
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 2
+    assert "--teacher adapter: is an adapter on owner/medical" in result.stderr
+    assert "add --base owner/medical=PATH" in result.stderr
+    config["base_model_name_or_path"] = None  # type: ignore[assignment]
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    result = CliRunner().invoke(app, given)
+    assert "names no base model; add --base PATH" in result.stderr
+
+
+def test_a_block_is_no_longer_than_a_teacher_reads(tmp_path: Path) -> None:
+    sizes = SIZES | {"max_position_embeddings": 72}
+    make_model(tmp_path / "models" / "short", hidden_size=32, intermediate_size=64, **sizes)
+    teachers = ["--teacher", "models/short", "--teacher", "models/medical"]
+    given = ["init", *teachers, "--data", "text.txt", "--target-mb", "10"]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 0, result.output
+    assert load_recipe(tmp_path / "recipe.yaml").data.block == 64

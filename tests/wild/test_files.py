@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,26 @@ def test_a_model_of_the_hub_is_tried_on_this_machine_first(
     monkeypatch.setattr("huggingface_hub.hf_hub_download", None)
     assert hub_config("some/base", "main") == snapshot
     assert hub_snapshot("some/base", "main") == snapshot
+
+
+def test_without_a_network_the_hub_is_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its client would try six times."""
+
+    def no_address(*_: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("socket.getaddrinfo", no_address)
+    for name in ("hf_hub_download", "snapshot_download"):
+        monkeypatch.setattr(f"huggingface_hub.{name}", None)  # is not called
+    with pytest.raises(ModelError, match="not on this machine and cannot be fetched"):
+        hub_config("some/base", "main")
+    with pytest.raises(ModelError, match="cannot be had from the model hub"):
+        hub_snapshot("some/base", "main")
 
 
 def test_a_model_folder_with_an_adapter_in_it_is_refused(tmp_path: Path) -> None:

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from compress.loop import setup
 from compress.models.body import Body
 from compress.models.language import load_model, random_model
 from limbeck.contract.errors import ModelError
+from limbeck.contract.recipe import Features
+from tests.pico import make_model, pico_recipe
 from tests.wild.adapters import IDS, load, make_base
 
 
@@ -65,3 +68,27 @@ def test_what_the_loss_would_bypass_is_an_error(
     monkeypatch.setattr("compress.models.body._FACTORS", ())
     with pytest.raises(ModelError, match="gives other logits than the model's own forward pass"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["teacher one", "the student"])
+def test_states_of_two_widths_cannot_be_aligned(tmp_path: Path, place: str) -> None:
+    """OPT-350m projects from 1024 numbers in its layers to 512 before its head."""
+    kind = {"model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 16}
+    opt = make_model(tmp_path / "opt", **kind)
+    base = {"kind": "local", "path": str(make_model(tmp_path / "llama"))}
+    other = {"kind": "local", "path": str(opt)}
+    teacher, student = (other, base) if place.startswith("teacher") else (base, other)
+    recipe = pico_recipe(
+        teachers=[{"name": "one", "model": teacher}],
+        student={"kind": "lora", "base": student, "init": "base"},
+        features={"weight": 0.1},
+        data={
+            "domains": [{"name": "code", "text": {"kind": "stdlib", "paths": ["argparse.py"]}}],
+            "block": 32,
+            "heldout": {"piece_chars": 256},
+        },
+    )
+    with pytest.raises(ModelError, match=f"{place}: its layers give 32 .* features.weight to 0"):
+        setup(recipe=recipe, products={}, work=tmp_path / "work", key="key")
+    plain = recipe.model_copy(update={"features": Features(weight=0)})
+    setup(recipe=plain, products={}, work=tmp_path / "work", key="key")

@@ -26,6 +26,9 @@ from limbeck.app.init.inputs import (
 from limbeck.contract.errors import ModelError, RecipeError
 from limbeck.contract.files import write_atomically
 from limbeck.contract.recipe import Data, parse_recipe
+from limbeck.contract.sources.models import context_of
+
+_BLOCK = 128
 
 
 def write_recipe(
@@ -55,6 +58,7 @@ def write_recipe(
         {"name": name, **teacher_source(given, local)}
         for name, given in zip(short_names(teachers), teachers, strict=True)
     ]
+    own = [model_source(student, "--student")] if student else []
     tree: dict[str, Any] = {
         "name": re.sub(r"[^a-z0-9._-]+", "-", out.stem.lower()).strip("-.") or "mine",
         "teachers": found,
@@ -63,7 +67,7 @@ def write_recipe(
                 {"name": name, "text": text_source(text)}
                 for name, text in zip(short_names(texts), texts, strict=True)
             ],
-            "block": 128,
+            "block": _block([t["model"] for t in found] + own),
             "heldout": {"piece_chars": 1024},
         },
         "training": {
@@ -76,28 +80,24 @@ def write_recipe(
     }
     if are_short(texts, Data.model_validate(tree["data"])):
         tree["data"]["packing"] = "stream"
-    bases = (
-        [model_source(student, "--student")]
-        if student
-        else [t["model"] for t in found if t["model"]["kind"] != "recipe"]
-    )
+    bases = own or [t["model"] for t in found if t["model"]["kind"] != "recipe"]
     if not bases:
         raise ModelError(
             "--teacher: all teachers are recipes; name the model the student starts from with "
             "--student."
         )
     check_tokenizers(found, bases if student else [])
-    for option, source in (
-        [("--student", bases[0])] if student else [("--teacher", base) for base in bases]
-    ):
+    asked = (
+        [(f"--student {student}", bases[0], False)]
+        if student
+        else [
+            (f"--teacher {given}", teacher["model"], "adapter" in teacher)
+            for given, teacher in zip(teachers, found, strict=True)
+        ]
+    )
+    for option, source, is_base in asked:
         if source["kind"] == "hub":
-            try:
-                sizes_of(tree, {"kind": "lora", "base": source})
-            except ModelError as error:
-                raise ModelError(
-                    f"{option} {source['id']}: no folder of that name here, and as a model of "
-                    f"the hub: {error} An adapter's base that is here takes --base PATH."
-                ) from error
+            _require_on_hub(tree, source, option, is_base=is_base)
     choice = choose_student(tree, bases, target_mb=target_mb)
     if choice.student["kind"] == "shrink":
         tree["training"]["learning_rate"] = 3e-4
@@ -106,6 +106,32 @@ def write_recipe(
     parse_recipe(tree, where=str(out))
     write_atomically(out, _text(tree, choice, target_mb))
     return choice
+
+
+def _block(models: Sequence[dict[str, Any]]) -> int:
+    """Tokens of a block, a power of two: no more than each model on this machine reads."""
+    folders = (Path(model["path"]) for model in models if model["kind"] == "local")
+    most = min([_BLOCK, *filter(None, map(context_of, folders))])
+    return 1 << (most.bit_length() - 1)
+
+
+def _require_on_hub(
+    tree: dict[str, Any], source: dict[str, Any], option: str, *, is_base: bool
+) -> None:
+    """Raise `ModelError` unless a hub model's configuration can be had; ``is_base`` of an
+    adapter."""
+    try:
+        sizes_of(tree, {"kind": "lora", "base": source})
+    except ModelError as error:
+        if is_base:
+            raise ModelError(
+                f"{option}: is an adapter on {source['id']}, of which no folder of that name is "
+                f"here; where it is in another folder, add --base {source['id']}=PATH. As a model "
+                f"of the hub: {error}"
+            ) from error
+        raise ModelError(
+            f"{option}: no folder of that name here, and as a model of the hub: {error}"
+        ) from error
 
 
 def _text(tree: dict[str, Any], choice: Choice, target_mb: float) -> str:

@@ -60,6 +60,11 @@ def teacher_source(given: str, base_paths: Mapping[str, Path]) -> dict[str, Any]
             f"--teacher {given}: its adapter_config.json names no base model ({error}); "
             "write its path there as base_model_name_or_path."
         ) from None
+    if not isinstance(base, str) and not base_paths.get(""):
+        raise ModelError(
+            f"--teacher {given}: its adapter_config.json names no base model; add --base PATH with "
+            "the folder of the model that it was trained on."
+        )
     base = str(base)
     if not _path(base).is_dir() and (mapped := base_paths.get(base) or base_paths.get("")):
         base = str(mapped)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 from limbeck.contract.errors import ModelError
@@ -20,6 +23,7 @@ def hub_snapshot(repository: str, revision: str | None = None) -> Path:
 
     cache = _hub_cache()
     try:
+        _require_network()
         path = snapshot_download(
             repository,
             revision=revision,
@@ -46,6 +50,7 @@ def hub_tokenizer(repository: str, revision: str) -> Path:
 
     cache, patterns = _hub_cache(), ["*.json", "*.jinja", "*.model", "*.txt"]
     try:
+        _require_network()
         return Path(
             snapshot_download(
                 repository, revision=revision, cache_dir=cache, allow_patterns=patterns
@@ -71,6 +76,7 @@ def hub_config(repository: str, revision: str) -> Path:
 
     cache = _hub_cache()
     try:
+        _require_network()
         return Path(
             hf_hub_download(repository, "config.json", revision=revision, cache_dir=cache)
         ).parent
@@ -81,6 +87,18 @@ def hub_config(repository: str, revision: str) -> Path:
             f"hf download {repository} config.json "
             f"--revision {revision} --cache-dir {cache} (for a gated model after `hf auth login`)."
         ) from error
+
+
+def _require_network() -> None:
+    """Raise `OSError` if the hub has no address here: its client would try for over a minute.
+
+    Behind a proxy names need no address here, so nothing is checked.
+    """
+    from huggingface_hub import constants
+
+    if urllib.request.getproxies() or constants.HF_HUB_OFFLINE:
+        return
+    socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, None)
 
 
 def cached_config(repository: str, revision: str | None) -> Path | None:
