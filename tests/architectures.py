@@ -83,8 +83,9 @@ BASES: dict[str, dict[str, Any]] = {
 STUDENTS = ("lora", "shrink")
 HEAD = """# Architectures
 
-Made by `make architectures`; do not edit. Every row is proven on tiny models of
-**random weights**.
+Made by `make architectures`; do not edit. Every row is proven on tiny models of random weights.
+The column *weights* names the models of **real weights** that went the whole way too, in
+`make test-real` or a shipped recipe.
 
 - A model goes through `export_student` with `backend: auto` and every form. Parity with torch holds
   in all cases, ragged batches padded on either side among them, and 16 greedy tokens equal torch's.
@@ -96,11 +97,17 @@ Made by `make architectures`; do not edit. Every row is proven on tiny models of
   fp32. That a card has a kernel for each operator is not shown here (docs/gpu.md).
 - Encoders, below, have the forms fp32, int8-weight, int8-dynamic and int8-static only.
 
-Models of **real weights**: SmolLM2-135M (llama) and all-MiniLM-L6-v2 (bert), in shipped recipes.
-
-| model type | class | backend | plain model | LoRA student | shrunk student | a card, on CPU |
-|---|---|---|---|---|---|---|
+| model type | class | weights | backend | plain model | LoRA student | shrunk student | a card |
+|---|---|---|---|---|---|---|---|
 """
+# By architecture, or architecture and task: models that tests/real or a shipped recipe takes
+# through the whole chain.
+REAL_WEIGHTS = {
+    "llama": "SmolLM2-135M",
+    "gemma3_text": "Gemma-3-270M",
+    "bert classification": "all-MiniLM-L6-v2, paraphrase-MiniLM-L3-v2",
+    "bert embedding": "all-MiniLM-L6-v2, paraphrase-MiniLM-L3-v2",
+}
 
 
 def document() -> str:
@@ -143,7 +150,12 @@ def prove(folder: Path, model_type: str) -> str:
     )
     proven = " | ".join(", ".join(exported.result["forms"]) for exported in (plain, lora, shrunk))
     cards = ", ".join(prove_card(root, provider, form) for provider, form in CARDS)
-    return f"| {model_type} | {name} | {backend} | {proven} | {cards} |"
+    return f"| {model_type} | {name} | {weights(model_type)} | {backend} | {proven} | {cards} |"
+
+
+def weights(key: str) -> str:
+    """The kinds of weights that an architecture, or a task of it, was tried with."""
+    return f"real weights ({REAL_WEIGHTS[key]})" if key in REAL_WEIGHTS else "random weights"
 
 
 def prove_card(root: Path, provider: str, form: str) -> str:
@@ -255,8 +267,8 @@ trained (`full`), and cut in layers, neurons, heads and width (`shrink`); LoRA i
 models.
 Parity with torch holds for a ragged batch, padding, one token and the longest text.
 
-| model type | task | class | full student | shrunk student |
-|---|---|---|---|---|
+| model type | task | class | weights | full student | shrunk student |
+|---|---|---|---|---|---|
 """
 
 
@@ -296,7 +308,8 @@ def prove_encoder(folder: Path, model_type: str, task: str) -> str:
         )
         proven.append(", ".join(exported.result["forms"]))
     name = json.loads((distilled.path / "model" / "config.json").read_text())["architectures"][0]
-    return f"| {model_type} | {task} | {name} | {' | '.join(proven)} |"
+    tried = weights(f"{model_type} {task}")
+    return f"| {model_type} | {task} | {name} | {tried} | {' | '.join(proven)} |"
 
 
 def classifier(folder: Path, base: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ Shape letters: B rows, L length with padding, P positions compared, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -233,20 +233,9 @@ def measure_parity(
     with task(f"parity of {form}", 2 * len(cases)) as progress:
         for path in (all_, last):
             decoder = GraphDecoder(path, provider=provider, adapter=adapter)
-            for name, case in cases.items():
-                chosen = (
-                    np.arange(len(case.rows))
-                    if decoder.all_logits
-                    else np.flatnonzero(_after_prompt(case))
-                )
-                if len(chosen):
-                    found = feed(decoder, case)
-                    key = name if decoder.all_logits else f"{name}/last"
-                    by_case[key] = differences(case, chosen, found)
-                    if name == "long" and len(chosen) == case.mask.sum():
-                        nll = _nll(case, found)
-                    del found  # before the next case's are made
-                progress.advance()
+            found, losses = compare(decoder, cases, progress.advance)
+            by_case |= found
+            nll |= losses
             del decoder  # its weights, before the next graph's are loaded
     verdict = judge(form, by_case, largest=largest)
     return {
@@ -258,6 +247,28 @@ def measure_parity(
         "cases": {name: summary(found, lead) for name, found in by_case.items()},
         "failures": verdict.failures,
     }
+
+
+def compare(
+    decoder: GraphDecoder, cases: Mapping[str, Case], advance: Callable[[], None] = lambda: None
+) -> tuple[dict[str, Floats64], dict[str, float]]:
+    """`differences` of each case from a graph's answers, and the losses of the long case.
+
+    A graph of the last logits alone is compared where it answers, under the name ``case/last``.
+    """
+    by_case: dict[str, Floats64] = {}
+    nll: dict[str, float] = {}
+    for name, case in cases.items():
+        every = decoder.all_logits
+        chosen = np.arange(len(case.rows)) if every else np.flatnonzero(_after_prompt(case))
+        if len(chosen):
+            found = feed(decoder, case)
+            by_case[name if every else f"{name}/last"] = differences(case, chosen, found)
+            if name == "long" and len(chosen) == case.mask.sum():
+                nll = _nll(case, found)
+            del found  # before the next case's are made
+        advance()
+    return by_case, nll
 
 
 def provider_here(provider: Provider) -> Provider:

@@ -45,7 +45,7 @@ class Encoder:
         self.recipe, self.student, self.folder = cast(EncoderRecipe, recipe), student, folder
         self.task = recipe.task
         self.metadata: Mapping[str, str] = {**metadata, "limbeck.task": self.task}
-        self._cases: Cases = {}
+        self.cases: Cases = {}
 
     def files(self, form: str) -> Graphs:
         """Where the graph of ``form`` lies; both names of `Graphs` are of one file."""
@@ -73,8 +73,8 @@ class Encoder:
                 "Run the compress stage again."
             )
         examples = load_examples(self.student.path / EXAMPLES)
-        self._cases = make_cases(examples, self.student.path / "model", task=self.task)
-        save_arrays(self.folder / PARITY, self._cases)
+        self.cases = make_cases(examples, self.student.path / "model", task=self.task)
+        save_arrays(self.folder / PARITY, self.cases)
 
     def scheme(
         self, form: AnyForm, built: Built, calibrate: Calibrate
@@ -84,7 +84,7 @@ class Encoder:
 
     def check(self, form: str, graphs: Graphs, provider: Provider) -> Checked:
         """Parity with torch."""
-        parity = measure_encoder_parity(form, graphs.last, self._cases)
+        parity = measure_encoder_parity(form, graphs.last, self.cases)
         require_parity(form, parity)
         return Checked(parity)
 

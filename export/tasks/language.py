@@ -63,7 +63,7 @@ class Language:
         self.adapter: Path | None = None
         self._kept: KeptAdapter | None = None
         self._texts: dict[str, npt.NDArray[np.int64]] = {}
-        self._cases: dict[str, dict[str, parity.Case]] = {}  # by the file that keeps them
+        self.cases: dict[str, dict[str, parity.Case]] = {}  # by the file that keeps them
         self._answers: dict[str, Answer] = {}  # of fp32
 
     def files(self, form: str) -> Graphs:
@@ -110,14 +110,14 @@ class Language:
             first=first_tokens(self.model),
         )
         if self.base is None:
-            self._cases = {parity.PARITY: parity.answer(cases, self.model)}
+            self.cases = {parity.PARITY: parity.answer(cases, self.model)}
         else:
             adapter = self.student.path / "adapter"
-            self._cases = {
+            self.cases = {
                 parity.PARITY: parity.answer(cases, self.base, adapter=adapter),
                 parity.PARITY_BASE: parity.answer(cases, self.base),
             }
-        for name, answered in self._cases.items():
+        for name, answered in self.cases.items():
             parity.save_cases(self.folder / name, parity.thin(answered))
 
     def scheme(
@@ -145,7 +145,7 @@ class Language:
     def check(self, form: str, graphs: Graphs, provider: Provider) -> Checked:
         """Parity with torch, and where greedy answers first leave those of fp32."""
         measured = {}
-        for name, cases in self._cases.items():
+        for name, cases in self.cases.items():
             adapter = self.adapter if name == parity.PARITY else None
             measured[name] = parity.measure_parity(
                 form, graphs.last, graphs.all, cases, provider=provider, adapter=adapter
@@ -161,7 +161,7 @@ class Language:
     def ggufs(self) -> tuple[dict[str, GgufFile], dict[str, str]]:
         """The merged student as GGUF files, read back and scored."""
         return make_ggufs(
-            self.recipe, self.student, self.folder, self._cases[parity.PARITY], self.metadata
+            self.recipe, self.student, self.folder, self.cases[parity.PARITY], self.metadata
         )
 
     def finish(self, result: OnnxResult, built: Built, scheme: Scheme | None) -> OnnxResult:
