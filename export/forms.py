@@ -14,6 +14,7 @@ from pathlib import Path
 from export.build.backend import Built
 from export.check.census import require_quantized, take_census, where_nodes_run
 from export.check.parity import provider_here
+from export.check.weights import require_weights
 from export.graphs import Graphs, form_files
 from export.round.calibrate import Calibration, Known, calibration_for
 from export.round.half import cast_to_half
@@ -42,7 +43,8 @@ class Job:
 def make_form(form: AnyForm, job: Job) -> tuple[ExportedForm, Scheme | None]:
     """Write the graphs of ``form`` and measure them; also returns how it was rounded.
 
-    Raises `QualityError` when matrices stayed in float, and `ParityError` past tolerance.
+    Raises `QualityError` when matrices stayed in float, and `ParityError` when weights or answers
+    are past tolerance.
     """
     task, graphs = job.task, job.task.files(form.kind)
     provider: Provider = "cpu" if form.kind == "fp32" else task.provider
@@ -56,6 +58,9 @@ def make_form(form: AnyForm, job: Job) -> tuple[ExportedForm, Scheme | None]:
     census = take_census(graphs.last)
     more_bits = mixed is not None and more_bits_everywhere(mixed)
     require_quantized(form.kind, census, more_bits=more_bits)
+    if scheme:
+        known = calibration or Calibration()
+        require_weights(form.kind, job.built.graphs, graphs, scheme, known)
     here = provider_here(provider)
     checked = task.check(form.kind, graphs, here)
     census["runs_on"] = where_nodes_run(graphs.last, provider=here)

@@ -1,10 +1,13 @@
 """Is a form near enough to torch? Limits by form, and the verdict on the differences of every case.
 
-A graph that is wrong (padding, a matrix, a position) is wrong at most positions of some case.
-Rounding can be far off at a single odd position of a right graph, such as a token that the model
-never reads alone. So a rounded form is judged without its few worst positions, and cases of few
-positions are judged together. What rounding costs on text is not judged here: that is the held-out
-loss, which `gates.max_quantization_loss` bounds.
+These limits are for graphs that are broken: padding, positions, a kernel that overflows. Such a
+graph is wrong at most positions of some case. Rounding can be far off at a single odd position of a
+sound graph, such as a token that the model never reads alone. So a rounded form is judged without
+its few worst positions, and cases of few positions are judged together.
+
+Two things are judged elsewhere. `export.check.weights` compares the weights of a rounded form, and
+sees a fault in one matrix, which may be smaller in the logits than sound rounding of all. Held-out
+loss, which `gates.max_quantization_loss` bounds, says what rounding costs on text.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ Differences = npt.NDArray[np.float64]
 class Tolerance:
     """How far a form may be from torch.
 
-    Measured values and the reasons are in docs/experiments/decoder.md.
+    Limits of rounded forms are about twice what sound graphs of real and random models came to;
+    docs/experiments/forms.md has the table (`make bench-parity`).
     """
 
     relative: float  # largest logit difference over the largest reference logit (at least 1)
@@ -35,11 +39,14 @@ class Tolerance:
     )
     # logit difference between torch's first and second choice that makes a position count
     lead: float
+    # nats a token that the loss of one graph may differ by between two machines
+    replay: float
 
 
 # A single case may reach so many times the mean KL, and the share of other first choices, of all
-# cases.
-_WORST = 5
+# cases; so may all cases together if they are few positions, as in what travels with a folder.
+_WORST = 2.5
+_MANY = 100  # positions from which their mean is held to the limit itself
 _ROUNDED = (
     "int8-weight",
     "int8-dynamic",
@@ -53,16 +60,16 @@ _ODD = 0.05  # share of the positions of a rounded form that may be anything but
 _FEW = 20  # positions below which a case is judged together with the other short ones
 _LEAST = 5  # positions below which even those are judged with all cases only
 TOLERANCES = {
-    "fp32": Tolerance(relative=1e-4, kl=1e-6, top1=1.0, lead=1e-2),
-    "fp16": Tolerance(relative=0.03, kl=1e-4, top1=0.99, lead=0.1),
-    "int8-weight": Tolerance(relative=0.25, kl=0.03, top1=0.97, lead=0.5),
-    "int8-dynamic": Tolerance(relative=0.4, kl=0.1, top1=0.95, lead=0.5),
-    "int8-static": Tolerance(relative=0.4, kl=0.1, top1=0.95, lead=0.5),
-    "int8-trt": Tolerance(relative=0.4, kl=0.1, top1=0.95, lead=0.5),
-    "int4-weight": Tolerance(relative=0.5, kl=0.3, top1=0.85, lead=0.5),
-    "gguf-f16": Tolerance(relative=0.03, kl=1e-4, top1=0.99, lead=0.1),
-    "gguf-q8_0": Tolerance(relative=0.25, kl=0.03, top1=0.97, lead=0.5),
-    "gguf-q4_0": Tolerance(relative=0.5, kl=0.3, top1=0.85, lead=0.5),
+    "fp32": Tolerance(relative=1e-4, kl=1e-6, top1=1.0, lead=1e-2, replay=1e-6),
+    "fp16": Tolerance(relative=0.03, kl=1e-4, top1=0.99, lead=0.1, replay=1e-4),
+    "int8-weight": Tolerance(relative=0.4, kl=0.1, top1=0.9, lead=0.5, replay=0.03),
+    "int8-dynamic": Tolerance(relative=0.6, kl=0.25, top1=0.8, lead=0.5, replay=0.1),
+    "int8-static": Tolerance(relative=0.6, kl=0.25, top1=0.8, lead=0.5, replay=0.1),
+    "int8-trt": Tolerance(relative=0.6, kl=0.25, top1=0.8, lead=0.5, replay=0.1),
+    "int4-weight": Tolerance(relative=0.8, kl=0.6, top1=0.65, lead=0.5, replay=0.3),
+    "gguf-f16": Tolerance(relative=0.03, kl=1e-4, top1=0.99, lead=0.1, replay=1e-4),
+    "gguf-q8_0": Tolerance(relative=0.25, kl=0.05, top1=0.95, lead=0.5, replay=0.03),
+    "gguf-q4_0": Tolerance(relative=0.5, kl=0.5, top1=0.8, lead=0.5, replay=0.3),
 }
 
 
@@ -85,6 +92,7 @@ def judge(form: str, cases: Mapping[str, Differences], *, largest: float) -> Ver
         "max_abs": tolerance.relative * max(1.0, largest),
         "kl": tolerance.kl,
         "top1_sure": tolerance.top1,
+        "loss": tolerance.replay,
     }
     failures = [
         f"{name}: {int(np.isnan(found).any(axis=0).sum())} positions are not a number"
@@ -107,15 +115,14 @@ def judge(form: str, cases: Mapping[str, Differences], *, largest: float) -> Ver
                 f"{may} may"
             )
     everything = np.concatenate(list(cases.values()), axis=1)
-    whole = summary(
-        everything if form not in _ROUNDED else _without_odd(everything), tolerance.lead
-    )
-    if whole["kl"] > limits["kl"]:
-        failures.append(f"all cases: kl is {whole['kl']:.3g}, tolerance {limits['kl']:.3g}")
-    if whole["top1_sure"] < limits["top1_sure"]:
-        failures.append(
-            f"all cases: top1_sure is {whole['top1_sure']:.3g}, tolerance {limits['top1_sure']:.3g}"
-        )
+    kept = everything if form not in _ROUNDED else _without_odd(everything)
+    whole = summary(kept, tolerance.lead)
+    times = 1 if everything.shape[1] >= _MANY else _WORST
+    if whole["kl"] > times * limits["kl"]:
+        failures.append(f"all cases: kl is {whole['kl']:.3g}, tolerance {times * limits['kl']:.3g}")
+    least = 1 - times * (1 - limits["top1_sure"])
+    if whole["top1_sure"] < least:
+        failures.append(f"all cases: top1_sure is {whole['top1_sure']:.3g}, tolerance {least:.3g}")
     return Verdict(limits, failures)
 
 

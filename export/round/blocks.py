@@ -74,6 +74,12 @@ def pack_nibbles(codes: Codes) -> Codes:
     return np.asarray(codes[..., ::2] | codes[..., 1::2] << 4, np.uint8)
 
 
+def unpack_nibbles(packed: Codes) -> Codes:
+    """Inverse of `pack_nibbles`; an odd axis keeps the 0 that filled it up."""
+    pairs = np.stack([packed & 15, packed >> 4], axis=-1)
+    return np.asarray(pairs.reshape(*packed.shape[:-1], -1), np.uint8)
+
+
 def inverse(scales: Floats) -> Floats:
     """1 / scale, 0 where a scale is 0."""
     with np.errstate(divide="ignore"):

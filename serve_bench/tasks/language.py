@@ -283,7 +283,8 @@ class Language:
 
     def tolerance(self, onnx: Artifact) -> float:
         """The parity tolerance of the shipped form, in nats a token."""
-        return float(onnx.result["forms"][onnx.result["shipped"]]["parity"]["tolerance"]["kl"])
+        limits = onnx.result["forms"][onnx.result["shipped"]]["parity"]["tolerance"]
+        return float(limits.get("loss", limits["kl"]))  # older exports have one limit for both
 
     def data(self, bench: Artifact) -> dict[str, Any]:
         """See `JudgingTask`."""

@@ -14,14 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterator
-from itertools import chain
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 
+from export.check.weights import WeightError, weight_errors
+from export.graphs import Graphs
 from limbeck.contract.artifact import Artifact, open_artifact
 from limbeck.contract.recipe import AnyRecipe
 from tests.benchmarks.broken import broken_graphs
@@ -29,7 +32,6 @@ from tests.real.students import MODELS, make_student
 
 RANDOM = ("llama", "qwen2", "gpt2", "gemma3_text", "bert", "roberta")
 FORMS = ("fp32", "int8-weight", "int8-dynamic", "int8-static", "int4-weight")
-Figures = tuple[dict[str, float], list[str]]  # and what parity says against the graph
 
 
 def student_of(name: str, folder: Path) -> Artifact:
@@ -76,36 +78,37 @@ def recipe_for(student: Artifact, forms: list[str]) -> AnyRecipe:
     return (embedding_recipe if encoder else pico_recipe)(export={"forms": names})
 
 
-def decoder_figures(form: str, graph: Path, cases: Any) -> Figures:
-    """As `export.check.parity.measure_parity`, of the graph of all logits."""
-    from export.check import parity, verdict
-    from limbeck.runtime.decoder import GraphDecoder
-
-    by_case, nll = parity.compare(GraphDecoder(graph), cases)
-    largest = max(float(np.abs(case.logits).max()) for case in cases.values())
-    judged = verdict.judge(form, by_case, largest=largest)
-    everything = np.concatenate(list(by_case.values()), axis=1)
-    found = verdict.summary(everything, verdict.TOLERANCES[form].lead)
-    figures = {
-        "max_abs": found["max_abs"] / max(largest, 1.0),
-        "kl": found["kl"],
-        "kl_median": float(np.median(everything[2])),
-        "top1_sure": found["top1_sure"],
-        "rise": nll["nll"] / nll["nll_torch"] - 1,
-    }
-    return figures, judged.failures
+def figures_of(parity: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a decoder's or an encoder's parity that its limits bound."""
+    names = ("kl", "top1_sure", "alike")
+    figures = {"max_abs": parity["max_abs"], **{n: parity[n] for n in names if n in parity}}
+    if "nll" in parity:
+        figures["rise"] = parity["nll"] / parity["nll_torch"] - 1
+    return figures
 
 
-def encoder_figures(form: str, graph: Path, cases: Any) -> Figures:
-    """As `export.check.encoder.measure_encoder_parity`."""
-    from export.check.encoder import measure_encoder_parity
+def worst(errors: list[WeightError]) -> dict[str, float]:
+    """The largest error of weights and activations by kind."""
+    found: dict[str, float] = {}
+    for e in errors:
+        found[e.kind] = max(found.get(e.kind, 0.0), e.error)
+    return found
 
-    found = measure_encoder_parity(form, graph, cases)
-    return {"max_abs": found["max_abs"], "alike": found["alike"]}, found["failures"]
+
+@contextmanager
+def lenient() -> Iterator[Any]:
+    """Parity that raises nothing, without greedy answers; gives what weights are checked with."""
+    with (
+        patch("export.check.parity.require_parity"),
+        patch("export.tasks.encoder.require_parity"),
+        patch("export.tasks.language.answer_greedily", return_value={}),
+        patch("export.forms.require_weights") as checked,
+    ):
+        yield checked
 
 
-def measure(name: str, forms: list[str]) -> Iterator[dict[str, Any]]:
-    """Figures of every sound and broken graph of one model."""
+def measure(name: str, forms: list[str], *, run: bool) -> Iterator[dict[str, Any]]:
+    """Figures of every sound and broken graph of one model; ``run`` runs the broken ones too."""
     from export.forms import Job, make_form
     from export.tasks import task_of
 
@@ -121,21 +124,42 @@ def measure(name: str, forms: list[str]) -> Iterator[dict[str, Any]]:
         built = task.build()
         task.answer(built)
         job = Job(task, student, export, built)
-        encoder = recipe.task != "causal-lm"
-        figures: Callable[..., Figures] = encoder_figures if encoder else decoder_figures
-        cases = task.cases if encoder else task.cases["parity.safetensors"]
         for form in recipe.export.graphs:
-            with (
-                patch("export.check.parity.require_parity"),
-                patch("export.tasks.encoder.require_parity"),
-            ):
-                make_form(form, job)
-            if form.kind not in forms:
+            if form.kind == "fp32" and form.kind not in forms:
                 continue
-            graph = task.files(form.kind).all
-            for fault, path in chain([("", graph)], broken_graphs(graph, layers=layers)):
-                found, failures = figures(form.kind, path, cases)
-                yield {"model": name, "form": form.kind, "fault": fault, **found, "says": failures}
+            with lenient() as checked:
+                made, _ = make_form(form, job)
+            # Scheme and calibration of a rounded form.
+            rounding = checked.call_args.args[3:] if checked.call_args else None
+            sound = task.files(form.kind)
+            yield {
+                "model": name,
+                "form": form.kind,
+                "fault": "",
+                **judged(built, sound, rounding, made.parity),
+            }
+            for fault, path in broken_graphs(sound.all, layers=layers):
+                broken = replace(sound, last=path, all=path)
+                parity = None
+                if run or rounding is None:
+                    with lenient():
+                        parity = task.check(form.kind, broken, "cpu").parity
+                yield {
+                    "model": name,
+                    "form": form.kind,
+                    "fault": fault,
+                    **judged(built, broken, rounding, parity),
+                }
+
+
+def judged(
+    built: Any, graphs: Graphs, rounding: Any, parity: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Figures of a graph's weights and answers, and what both say against it."""
+    errors = list(weight_errors(built.graphs, graphs.last, *rounding)) if rounding else []
+    says = [e.name for e in errors if not e.error <= e.limit]
+    says += parity["failures"] if parity is not None else []
+    return {**(figures_of(parity) if parity else {}), **worst(errors), "says": says}
 
 
 def main() -> None:
@@ -143,17 +167,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("models", nargs="*", default=RANDOM, help="names, or folders of students")
     parser.add_argument("--forms", nargs="+", default=FORMS)
+    parser.add_argument("--run", action="store_true", help="also run rounded graphs with faults")
     asked = parser.parse_args()
     refused: dict[str, list[str]] = {form: [] for form in asked.forms}
     unseen: dict[str, list[str]] = {form: [] for form in asked.forms}
     for name in asked.models:
-        for row in measure(name, list(asked.forms)):
+        for row in measure(name, list(asked.forms), run=asked.run):
             says = row.pop("says")
             figures = "  ".join(f"{k} {v:.3g}" for k, v in row.items() if not isinstance(v, str))
             verdict = "refused" if says else "kept"
             fault = row["fault"]
             print(
-                f"{name:12} {row['form']:12} {verdict:8} {figures}  {fault or 'sound'}", flush=True
+                f"{Path(name).name:12} {row['form']:12} {verdict:8} {figures}  {fault or 'sound'}",
+                flush=True,
             )
             if says and not fault:
                 refused[row["form"]].append(f"{name}: {says}")
