@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +29,9 @@ from limbeck.contract.errors import ParityError
 Floats = npt.NDArray[np.float32]
 
 # The largest error of each kind; docs/experiments/forms.md has the measured values. For weights it
-# is |w' - w| / |w| of one output; 16-bit numbers keep what is not rounded to 11 bits. For an
-# activation it is how far the outermost codes are from its measured range, over the width of that
-# range: up to half a step of 255, because a zero point is a whole number.
+# is |w' - w| / |w| of one output. What is not rounded may be cast to 16 bits, which keep 11 bits of
+# a number. For an activation it is how far the outermost codes are from its measured range, over the
+# width of that range: up to half a step of 255, because a zero point is a whole number.
 _LIMITS = {"8 bits": 0.1, "4 bits": 0.5, "not rounded": 1e-3, "activation": 0.01}
 _ROWS = 4096  # outputs compared at a time, which bounds the memory
 
@@ -71,7 +72,7 @@ def weight_errors(
         values = calibration.factors.apply(name, values, rows=rows)
         if matrix is None:
             found = external_array(after[name], graph.parent)
-            yield WeightError(name, "not rounded", _largest(values[None], found[None]))
+            yield WeightError(name, "not rounded", _off(values, found))
             continue
         weights_NK = values if rows else values.T
         parts = [
@@ -124,6 +125,17 @@ def _read(matrix: Matrix, tensors: dict[str, TensorProto], folder: Path, at: int
         middles = zeros[part] if matrix.how.bits == 8 else unpack_nibbles(zeros[part])
     read = dequantize_blocks(blocks, steps, middles[:, : steps.shape[1]])
     return read[:, : matrix.width]
+
+
+def _off(values: npt.NDArray[np.float32], found: npt.NDArray[Any]) -> float:
+    """The largest difference over the largest value; masks hold numbers whose squares overflow."""
+    if np.array_equal(values, found):
+        return 0.0
+    before, after = values.astype(np.float64), found.astype(np.float64)
+    if found.dtype == np.float16:
+        most = float(np.finfo(np.float16).max)  # a mask's number is cast to the largest there is
+        before = np.clip(before, -most, most)
+    return float(np.abs(after - before).max() / max(np.abs(before).max(), 1e-30))
 
 
 def _range_error(span: tuple[float, float], scale: TensorProto, middle: TensorProto) -> float:

@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
+from limbeck.contract.heldout import HELDOUT, load_heldout
 
 from export import export_student, verify_parity
 from export.heldout import heldout_nll, relative_rise
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import UserError
-from limbeck.contract.heldout import HELDOUT, load_heldout
 from limbeck.contract.results.onnx import OnnxResult
 from limbeck.runtime.decoder import Decoder
 from limbeck.runtime.text import load_text
 from tests.architectures import greedy
 from tests.real.students import make_student, recipe_of
-from tests.serve_bench.test_server import connect, serving
+from tests.serve_bench.serve.asking import connect, serving
 
 GRAPHS = ["fp32", "int8-dynamic", "int8-static", "int4-weight", "int8-weight"]
 GGUFS = ["gguf-q8_0", "gguf-q4_0"]

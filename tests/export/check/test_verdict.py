@@ -56,7 +56,7 @@ def test_a_case_that_is_wrong_throughout_fails(
 def test_a_few_positions_are_held_to_the_limit_of_a_case() -> None:
     """As in a folder of a large vocabulary, with which two positions of each case travel."""
     few = {f"c{n}": differences(2, kl=0.2) for n in range(9)}
-    few["c0"][3] = 0  # two of eighteen first choices differ, where one in ten may
+    few["c0"][3, 0] = few["c1"][3, 1] = 0  # two of eighteen first choices, where one in ten may
     assert judge("int8-weight", few, largest=40).failures == []
     many = {f"c{n}": differences(20, kl=0.2) for n in range(9)}
     assert judge("int8-weight", many, largest=40).failures == [
