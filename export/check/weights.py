@@ -30,8 +30,8 @@ Floats = npt.NDArray[np.float32]
 
 # The largest error of each kind; docs/experiments/forms.md has the measured values. For weights it
 # is |w' - w| / |w| of one output. What is not rounded may be cast to 16 bits, which keep 11 bits of
-# a number. For an activation it is how far the outermost codes are from its measured range, over the
-# width of that range: up to half a step of 255, because a zero point is a whole number.
+# a number. For an activation it is how far the outermost codes are from its measured range, over
+# the width of that range: up to half a step of 255, because a zero point is a whole number.
 _LIMITS = {"8 bits": 0.1, "4 bits": 0.5, "not rounded": 1e-3, "activation": 0.01}
 _ROWS = 4096  # outputs compared at a time, which bounds the memory
 
