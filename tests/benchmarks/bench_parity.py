@@ -5,8 +5,8 @@ the graph (`tests.benchmarks.broken`) and measures again. Prints a line a graph.
 one JSON object: by form the sound graphs that parity refused (`refused`) and the faults that it did
 not see (`unseen`).
 
-    make bench-parity                                        random models, two minutes
-    make bench-parity ARGS="smollm2 gemma3 minilm-l6 minilm-l3"   real ones, an hour
+    make bench-parity                             random models
+    make bench-parity ARGS="runs/NAME/student"    the student of a run, such as the demo's
 """
 
 from __future__ import annotations
@@ -28,20 +28,15 @@ from export.graphs import Graphs
 from limbeck.contract.artifact import Artifact, open_artifact
 from limbeck.contract.recipe import AnyRecipe
 from tests.benchmarks.broken import broken_graphs
-from tests.real.students import MODELS, make_student
 
 RANDOM = ("llama", "qwen2", "gpt2", "gemma3_text", "bert", "roberta")
 FORMS = ("fp32", "int8-weight", "int8-dynamic", "int8-static", "int4-weight")
 
 
 def student_of(name: str, folder: Path) -> Artifact:
-    """A student artifact: the folder of one, a real model's, or a random one."""
+    """A student artifact: the folder of one, or a random one of an architecture."""
     if Path(name).is_dir():
         return open_artifact(Path(name), kind="student", verify=False)
-    if name in MODELS:
-        return make_student(
-            name, "full" if name.startswith("minilm") else "lora", folder / "student"
-        )
     from tests.architectures import BASES
     from tests.encoders import CONFIGS, make_encoder_student
     from tests.pico import make_model
