@@ -30,9 +30,10 @@ Floats = npt.NDArray[np.float32]
 
 # The largest error of each kind; docs/experiments/forms.md has the measured values. For weights it
 # is |w' - w| / |w| of one output. In 8 bits it is at most sqrt(K) / 440 where one outlier sets the
-# step of the whole output (7 bits: sqrt(K) / 218), so 0.4 at K = 8,000; a fault comes to 1. What is not rounded may be cast to 16 bits, which keep 11 bits of
-# a number. For an activation it is how far the outermost codes are from its measured range, over
-# the width of that range: up to half a step of 255, because a zero point is a whole number.
+# step of the whole output (7 bits: sqrt(K) / 218), so 0.4 at K = 8,000; a fault comes to 1. What is
+# not rounded may be cast to 16 bits, which keep 11 bits of a number. For an activation it is how
+# far the outermost codes are from its measured range, over the width of that range: up to half a
+# step of 255, because a zero point is a whole number.
 _LIMITS = {"8 bits": 0.5, "4 bits": 0.5, "not rounded": 1e-3, "activation": 0.01}
 _ROWS = 4096  # outputs compared at a time, which bounds the memory
 
