@@ -14,8 +14,8 @@ from limbeck.contract.recipe import AnyRecipe, LoraStudent, ShrinkStudent
 
 _MERGE = (
     "try a merge first: {names} have the base's shape, and `student: {{kind: merge}}` takes a "
-    "minute and trains nothing. With two experts of SmolLM2-135M the merge gave 84 % of what "
-    "distilling gained, and distilling from that merge lowered the loss by another 1.3 %"
+    "few minutes and trains nothing. With two experts of SmolLM2-135M it gave 88 % of what "
+    "distilling gains over the base, and distilling from it lowered the loss by another 1.1 %"
 )
 _SMALLER = (
     "distil: the student is smaller than its teachers, so a merge alone is not enough. With two "
