@@ -104,6 +104,7 @@ recipe.
 # chain.
 REAL_WEIGHTS = {
     "llama": "SmolLM2-135M",
+    "gemma3_text": "Gemma 3 270M, up to the export",
     "bert classification": "all-MiniLM-L6-v2, paraphrase-MiniLM-L3-v2",
     "bert embedding": "all-MiniLM-L6-v2, paraphrase-MiniLM-L3-v2",
 }
