@@ -111,7 +111,10 @@ def before(
     Leaves every arm open.
     """
     started, device = time.monotonic(), str(arms[0].spec.get("device", "cpu"))
-    environment = {**machine.fingerprint(threads=threads, device=device), "before": machine.load()}
+    environment = {
+        **machine.fingerprint(threads=threads, device=device),
+        "before": machine.load_before(),
+    }
     environment["roofline"] = measure_roofline(threads=threads, device=device)
     own = [arm for arm in arms if arm.runtime != "openai" and arm.role != "twin"]
     watched = measure_memory(workers, own, units[-1])

@@ -21,6 +21,7 @@ from limbeck import __version__
 from limbeck.contract.artifact import Artifact, open_artifact, student_of
 from limbeck.contract.errors import ArtifactError
 from limbeck.contract.files import write_atomically
+from limbeck.contract.machine import OtherWork
 from limbeck.contract.recipe import BaseRecipe
 from limbeck.contract.results.bench import Verdict
 from serve_bench.judge.certificate import CERTIFICATE, certify
@@ -30,7 +31,6 @@ from serve_bench.tell.numbers import interval, significant
 from serve_bench.tell.task import TellingTask
 
 HTML, JSON = "report.html", "report.json"
-_BUSY = 0.5  # load average a core, before anything was timed, above which the report says so
 
 
 @dataclass(frozen=True)
@@ -147,12 +147,11 @@ def threads(environment: Mapping[str, Any]) -> str:
 def warnings(data: Mapping[str, Any]) -> list[str]:
     """Notes that belong beside the verdict: a busy machine, a budget that was exceeded."""
     environment, found = data["environment"], []
-    load, cores = environment["before"]["load_average"][0], environment["host"]["cores"]
-    if load > _BUSY * cores:
+    other = environment["before"].get("other_work")  # older benches have none
+    if other is not None and (work := OtherWork(**other)).is_busy:
         found.append(
-            f"The machine was busy before the measurement began (load average {load} on {cores} "
-            "cores): "
-            "times are longer, and intervals wider, than on an idle one."
+            f"The machine was busy before the measurement began ({work}): times are longer, and "
+            "intervals wider, than on an idle one."
         )
     if data["disturbed"]:
         found.append(

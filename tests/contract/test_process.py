@@ -59,6 +59,12 @@ def test_a_child_whose_parent_is_gone_already_ends_at_once() -> None:
     assert (done.returncode, done.stdout) == (1, b"")
 
 
+def test_a_child_finds_the_packages_of_its_parent_and_nothing_beside_them() -> None:
+    first = child_environment()["PYTHONPATH"].split(os.pathsep)[0]
+    assert Path(first, "serve_bench", "__init__.py").is_file()
+    assert Path(first, "limbeck", "__init__.py").is_file()
+
+
 def test_only_a_child_that_was_told_its_parent_is_bound() -> None:
     environment = {name: value for name, value in os.environ.items() if name != PARENT}
     code = "from limbeck.contract.process import end_with_parent; end_with_parent()"

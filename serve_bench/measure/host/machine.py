@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from limbeck.contract.machine import host, versions
+import limbeck
+from limbeck.contract.machine import host, versions, watch_other_work
 from limbeck.contract.process import PARENT
 
 _CPU = Path("/sys/devices/system/cpu/cpu0")
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(limbeck.__file__).resolve().parents[1]
+_WATCHED = 0.5  # seconds
 
 
 def child_environment(**variables: str) -> dict[str, str]:
@@ -43,6 +46,16 @@ def fingerprint(*, threads: int, device: str) -> dict[str, Any]:
 def load() -> dict[str, Any]:
     """How busy the machine is now."""
     return {"load_average": [round(value, 2) for value in os.getloadavg()], "at": time.time()}
+
+
+def load_before() -> dict[str, Any]:
+    """As `load`, and the processor time that other programs take now.
+
+    The load average alone cannot tell: it still holds the training that this run has just done.
+    """
+    with watch_other_work() as other_work:
+        time.sleep(_WATCHED)
+        return load() | {"other_work": asdict(other_work())}
 
 
 def limits(

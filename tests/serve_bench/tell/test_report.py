@@ -22,6 +22,7 @@ from serve_bench.tell import bubbles as bubbles_of
 from serve_bench.tell import charts
 from serve_bench.tell.drawing import spread
 from serve_bench.tell.numbers import significant
+from serve_bench.tell.report import warnings
 from tests.serve_bench.tell.runs import make_run, read, recipe
 
 
@@ -228,6 +229,16 @@ def test_the_stroke_of_a_row_is_the_median_of_the_table() -> None:
     assert "stroke-width: 2" in svg
     other = charts.strip([charts.Values("a", "form", dots.values, 1.0)], title="t", x="ms")
     assert svg != other
+
+
+@pytest.mark.parametrize(("cores", "busy"), [(1.1, True), (0.1, False)])
+def test_only_the_work_of_others_makes_a_machine_busy(cores: float, busy: bool) -> None:
+    """The load average is high in both: this run has just trained."""
+    others = {"cores": cores, "of": 2, "programs": {"ffmpeg": cores}}
+    before = {"load_average": [1.9, 1.9, 1.9], "other_work": others}
+    notes = warnings({"environment": {"before": before}, "disturbed": False, "over_budget": None})
+    assert bool(notes) == busy
+    assert all("other programs took 1.1 of 2 cores (ffmpeg 1.1)" in note for note in notes)
 
 
 def test_random_stand_ins_are_never_fit_to_ship(tmp_path: Path) -> None:
