@@ -25,6 +25,7 @@ from compress.teachers.mixed import MixedTeachers, open_teachers
 from compress.teachers.pairs import pair_teachers, require_coverage
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import EnvironmentalError, RecipeError
+from limbeck.contract.progress import task
 from limbeck.contract.recipe import NoCache, Recipe
 from limbeck.contract.sources.places import cache_folder
 
@@ -68,9 +69,8 @@ class TeacherCache:
         base = model_config(recipe.base, folder=recipe.folder) if recipe.base else None
         config = student_config(recipe, base=base, vocabulary=len(tokenizer))
         layers = aligned_layers(recipe.features, describe(config).layers, found.depths)
-        self._layers = [[j for _, j in of] for of in layers] if layers is not None else None
         self._rows = text.rows()
-        mine = self._layers
+        mine = [[j for _, j in of] for of in layers] if layers is not None else None
         if isinstance(found, MixedTeachers) and mine is not None:
             mine = found.of_local(mine)
         self._shards = local.shards(self._rows, mine)
@@ -100,10 +100,18 @@ class TeacherCache:
         return open_artifact(path, verify=False).digest
 
     def complete(self) -> dict[str, str]:
-        """Make what is missing, ask servers too, check every file; digests of all local shards."""
-        with self._computing():
-            self._teachers.prepare(self._rows, self._layers)
-        return {f"{k}/{at}": self.make(k, at) for k, at in self.jobs}
+        """Make what is missing, ask servers too, check every file; digests of all local shards.
+
+        One shard is in memory at a time.
+        """
+        found = {}
+        with task("teacher cache, shards", len(self.jobs)) as progress:
+            for k, at in self.jobs:
+                found[f"{k}/{at}"] = self.make(k, at)
+                progress.advance()
+        if isinstance(self._teachers, MixedTeachers):
+            self._teachers.served.prepare(self._rows)
+        return found
 
     def _computing(self) -> contextlib.AbstractContextManager[None]:
         return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._autocast)

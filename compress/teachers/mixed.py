@@ -66,7 +66,7 @@ class MixedTeachers:
         self.names = [f.name for f in found]
         self.temperatures = [1.0] * len(found)
         self.local = local
-        self._served = ServedTeachers(
+        self.served = ServedTeachers(
             [f for f in found if isinstance(f, ServedTeacher)], device=device
         )
         # Each teacher's place among the local ones, or among the served ones.
@@ -82,14 +82,14 @@ class MixedTeachers:
     @property
     def served_vocabularies(self) -> list[int]:
         """Number of token ids of each served teacher's tokenizer."""
-        return self._served.vocabularies
+        return self.served.vocabularies
 
     def __len__(self) -> int:
         return len(self.names)
 
     def prepare(self, rows: Sequence[Row], layers: Sequence[Sequence[int]] | None) -> None:
         """Ask every server, and fill the cache of the local teachers where there is one."""
-        self._served.prepare(rows)
+        self.served.prepare(rows)
         if isinstance(self.local, CachedTeachers):
             self.local.prepare(rows, self.of_local(layers) if layers else None)
 
@@ -107,7 +107,7 @@ class MixedTeachers:
         if only is not None:
             mine, place = self._places[only]
             if not mine:
-                return [self._served.states(place, input_ids_RL)], [[]]
+                return [self.served.states(place, input_ids_RL)], [[]]
             last, inner = self.local.states(
                 input_ids_RL, inner_layers, only=place, labels_RL=labels_RL
             )
@@ -115,7 +115,7 @@ class MixedTeachers:
         found, states = self.local.states(input_ids_RL, inner_layers, labels_RL=labels_RL)
         return (
             [
-                found[place] if mine else self._served.states(place, input_ids_RL)
+                found[place] if mine else self.served.states(place, input_ids_RL)
                 for mine, place in self._places
             ],
             [states[place] if mine else [] for mine, place in self._places],
