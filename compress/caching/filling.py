@@ -20,7 +20,7 @@ from compress.host import prepare_host, resolve_precision
 from compress.models.language import DTYPES, load_tokenizer, model_config, resolve_device
 from compress.models.students import student_folder
 from compress.teachers.cache import CachedTeachers
-from compress.teachers.live import Teachers, teacher_folders
+from compress.teachers.live import teacher_folders
 from compress.teachers.mixed import MixedTeachers, open_teachers
 from compress.teachers.pairs import pair_teachers, require_coverage
 from limbeck.contract.artifact import open_artifact
@@ -63,7 +63,6 @@ class TeacherCache:
         )
         local = found.local if isinstance(found, MixedTeachers) else found
         assert isinstance(local, CachedTeachers)
-        assert not isinstance(found, Teachers)
         self._teachers, self._local, self._autocast = found, local, precision == "bf16"
         self._device = device
         base = model_config(recipe.base, folder=recipe.folder) if recipe.base else None
