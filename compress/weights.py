@@ -28,6 +28,10 @@ from limbeck.contract.recipe import (
     Weights,
 )
 
+# Nats added to an entropy in a denominator. An entropy near zero is mostly rounding
+# (about 1e-6 in float32), so the ratio of two of them must not depend on it.
+_LEAST_ENTROPY = 0.01
+
 
 @dataclass(frozen=True)
 class Reach:
@@ -187,10 +191,11 @@ def _raw_weights(
             weights = softmax(sign * H_KRL / config.sharpness)
             return _shuffled(weights, labels_RL) if config.control == "shuffled" else weights
         case InverseEntropyWeights():
-            inverse = 1 / (H_KRL + 1e-6)
+            inverse = 1 / (H_KRL + _LEAST_ENTROPY)
             return inverse / inverse.sum(0)
         case EbkdWeights():
-            return _complement(H_KRL / H_KRL.sum(0).clamp(min=1e-12))
+            bounded = H_KRL + _LEAST_ENTROPY
+            return _complement(bounded / bounded.sum(0))
         case CaMkdWeights():
             return _complement(torch.softmax(-logp_KRL, dim=0))
         case LabelWeights():

@@ -144,7 +144,7 @@ class EntropyWeights(Frozen):
 
 
 class InverseEntropyWeights(Frozen):
-    """Proportional to 1 / H."""
+    """Proportional to 1 / (H + 0.01 nats)."""
 
     kind: Literal["inverse_entropy"]
     granularity: Granularity = Field(
@@ -154,7 +154,7 @@ class InverseEntropyWeights(Frozen):
 
 
 class EbkdWeights(Frozen):
-    """(1 - H_k / sum H) / (K - 1)."""
+    """(1 - H_k / sum H) / (K - 1), with 0.01 nats added to each H."""
 
     kind: Literal["ebkd"]
     granularity: Granularity = Field(
