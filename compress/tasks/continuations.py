@@ -13,14 +13,12 @@ from torch import Tensor
 
 from compress.aligned import AlignedStates
 from compress.head import IGNORED, Place, chunks_of_labels
-from compress.models.language import load_tokenizer
 from compress.states import SparseStates, TeacherStates
 from compress.tasks.language_models import LanguageModels
 from limbeck.contract.data.generated import distinct, repetition
 
 _MOST = 32  # tokens read, and as many generated after them
 _BATCHES = 2  # of held-out rows a domain
-_WORD_STARTS = ("\u0120", "\u2581")  # of byte-level and sentencepiece-like vocabularies
 Batch = tuple[Tensor, Tensor]  # token ids and labels [R, L]
 
 
@@ -63,17 +61,13 @@ def _with_tail(teacher: SparseStates, place: Place, labels_C: Tensor, logq_CV: T
 
 
 @torch.no_grad()
-def next_tokens(task: LanguageModels, batches: list[list[Batch]]) -> dict[str, float]:
-    """How sure and how right the student is, on held-out text.
+def calibration(task: LanguageModels, batches: list[list[Batch]]) -> dict[str, float]:
+    """How far the student's confidence lies from how often it is right, on held-out text.
 
     Returns the expected calibration error of its first choices (15 bins of equal width, Guo et al.,
-    arXiv 1706.04599), and the share of rows whose last whole word it gives exactly, from all words
-    before; the latter only for tokenizers that mark where words start.
+    arXiv 1706.04599).
     """
-    head, tokenizer = task.student_head(), load_tokenizer(task.folder)
-    names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    starts = torch.tensor([name is not None and name[:1] in _WORD_STARTS for name in names])
-    confidence, right, last = [], [], []
+    head, confidence, right = task.student_head(), [], []
     task.student.eval()
     for ids, labels in itertools.chain.from_iterable(batches):
         with task.accelerator.autocast():
@@ -82,14 +76,9 @@ def next_tokens(task: LanguageModels, batches: list[list[Batch]]) -> dict[str, f
             valid = wanted != IGNORED
             logits_TV = head.logits(row[valid.to(row.device)].to(head.weight_Vd.dtype)).float()
             sure_T, choice_T = torch.softmax(logits_TV, -1).max(-1)
-            hit_T = choice_T.cpu() == wanted[valid]
             confidence.append(sure_T.cpu())
-            right.append(hit_T)
-            words = starts[wanted[valid]].nonzero()[-2:, 0].tolist()
-            if len(words) == 2:
-                last.append(bool(hit_T[words[0] : words[1]].all()))
-    found = {"calibration_error": calibration_error(torch.cat(confidence), torch.cat(right))}
-    return found | ({"last_word": sum(last) / len(last)} if last else {})
+            right.append(choice_T.cpu() == wanted[valid])
+    return {"calibration_error": calibration_error(torch.cat(confidence), torch.cat(right))}
 
 
 def calibration_error(confidence_T: Tensor, right_T: Tensor, bins: int = 15) -> float:

@@ -5,8 +5,10 @@ Shapes: R rows (blocks), L positions, d width.
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -19,28 +21,31 @@ from torch import Tensor
 
 from compress.aligned import AlignedStates
 from compress.data.blocks import IGNORED, DomainBlocks, labels_of
+from compress.data.evals import evaluate_rows, evaluation_rows
 from compress.data.training_text import heldout_batches
 from compress.head import fit_temperature, label_nll
 from compress.models.body import Body
-from compress.models.language import load_model
+from compress.models.language import load_model, load_tokenizer
 from compress.models.students import save_student
 from compress.states import AnyStates, SparseStates, TeacherStates, teacher_statistics
-from compress.tasks.continuations import against_mixture, continuations, next_tokens
-from compress.tasks.forgetting import forgetting
+from compress.tasks.continuations import against_mixture, calibration, continuations
 from compress.tasks.language_models import LanguageModels
 from compress.tasks.language_step import LanguageStep
 from compress.tasks.saved import Saved
 from compress.teachers.served import ServedTeacher
+from limbeck.contract.data.evals import EVALS, losses, shares
 from limbeck.contract.data.heldout import (
     CALIBRATION,
     HELDOUT,
+    Blocks,
     mean_nll,
     save_calibration,
     save_heldout,
 )
 from limbeck.contract.progress import task
-from limbeck.contract.recipe import FittedCalibration, FixedCalibration, LoraStudent
+from limbeck.contract.recipe import FittedCalibration, FixedCalibration, FreshStudent, LoraStudent
 from limbeck.contract.results.student import LanguageFigures, Parameters, TeacherResult
+from limbeck.contract.sources.models import context_of
 
 _CALIBRATION_ROWS = 24  # training blocks that travel with a student, for the export's calibration
 
@@ -208,12 +213,36 @@ class LanguageTask(LanguageModels):
         return self.student_nll(label=label), counts
 
     def further_figures(self) -> dict[str, float]:
-        """Next words and continuations of held-out text, what is forgotten, and the distance to a
-        mixture of several teachers.
+        """Calibration, the short evaluations, continuations of held-out text, and the distance to
+        a mixture of several teachers.
         """
         batches = [heldout_batches(b.heldout) for b in self.blocks]
-        found = next_tokens(self, batches) | forgetting(self) | continuations(self, batches)
+        found = calibration(self, batches) | self._evaluations() | continuations(self, batches)
         return found | (against_mixture(self, batches) if len(self.teachers) > 1 else {})
+
+    @functools.cached_property
+    def evaluation_rows(self) -> dict[str, Blocks]:
+        """Rows of the short evaluations, by name."""
+        longest = context_of(self.folder) or sys.maxsize
+        return evaluation_rows(
+            load_tokenizer(self.folder), self.blocks, longest=longest, vocabulary=self.vocabulary
+        )
+
+    def _evaluations(self) -> dict[str, float]:
+        """Shares of right answers and losses of the student as it is now."""
+        head = self.student_head()
+
+        def logits(ids_L: Tensor) -> Tensor:
+            with self.accelerator.autocast():
+                hidden = self.student(ids_L[None].to(self.device), lambda hidden_RLd, _: hidden_RLd)
+            return head.logits(hidden[0].to(head.weight_Vd.dtype))
+
+        self.student.eval()
+        found = evaluate_rows(self.evaluation_rows, logits)
+        self.student.train()
+        labels = {name: rows.scored.sum(1).tolist() for name, rows in self.evaluation_rows.items()}
+        right = {name: statistics.fmean(rows) for name, rows in shares(labels, found).items()}
+        return right | {f"{name}_loss": loss for name, loss in losses(labels, found).items()}
 
     # Saving ------------------------------------------------------------------------------------
 
@@ -233,14 +262,9 @@ class LanguageTask(LanguageModels):
             save_file(self.importance.tensors(), folder / "importance.safetensors")
         save_heldout(folder / HELDOUT, {b.name: b.heldout for b in self.blocks})
         save_calibration(folder / CALIBRATION, self.text.first_texts(_CALIBRATION_ROWS))
-        merged = Body(load_model(folder / "model", device=self.device))
-        sums = evaluate(
-            lambda ids, labels: label_nll(merged.states(ids)[0], merged.head, labels),
-            self.blocks,
-            device=self.device,
-            label="student, merged, fp32",
-        )
+        sums, total = self._merged_nll(folder / "model")
         nll = per_token(sums, self.blocks)
+        save_heldout(folder / EVALS, self.evaluation_rows)
         has_adapter = isinstance(self.recipe.student, LoraStudent)
         if has_adapter and self.start is not None:
             has_adapter = self.start.join_adapter(folder / "adapter", self.folder)
@@ -252,13 +276,36 @@ class LanguageTask(LanguageModels):
             best_step=best_step,
             base=str(self.folder.resolve()) if has_adapter else None,
             start=self.start.described() if self.start is not None else None,
+            base_evals=self._evals_of_base(),
         )
         return Saved(
-            Parameters(total=merged.model.num_parameters(), trained=trained),
+            Parameters(total=total, trained=trained),
             shrink=self.kept or None,
             sources={name: self.sources[name] for name in ("base", "texts")},
             language=figures,
         )
+
+    def _merged_nll(self, folder: Path) -> tuple[dict[str, list[float]], int]:
+        """Held-out NLL of a saved student in fp32, as `student_nll`, and its parameters."""
+        merged = Body(load_model(folder, device=self.device))
+
+        def score(ids_RL: Tensor, labels_RL: Tensor) -> Tensor:
+            return label_nll(merged.states(ids_RL)[0], merged.head, labels_RL)
+
+        label = "student, merged, fp32"
+        sums = evaluate(score, self.blocks, device=self.device, label=label)
+        return sums, merged.model.num_parameters()
+
+    def _evals_of_base(self) -> dict[str, dict[str, list[float]]] | None:
+        """The base's answers to the short evaluations; None for a student without a base."""
+        if isinstance(self.recipe.student, FreshStudent):
+            return None
+        base = Body(load_model(self.folder, device=self.device))
+
+        def logits(ids_L: Tensor) -> Tensor:
+            return base.head.logits(base.states(ids_L[None].to(self.device))[0][0])
+
+        return evaluate_rows(self.evaluation_rows, logits)
 
 
 @torch.no_grad()

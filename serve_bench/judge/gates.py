@@ -7,12 +7,15 @@ gives the same digits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from limbeck.contract.data.evals import TITLES
 from limbeck.contract.recipe import Gates
-from limbeck.contract.results.bench import Gate, Interval, Status, Verdict
+from limbeck.contract.results.bench import Evaluations, Gate, Interval, Status, Verdict
+
+SHARE = "of 100"  # a value of 0.05 is 5 of 100
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Evidence:
         False  # whether `rise_over_fp32` is over another student, the one that recovery began with
     )
     by_byte: frozenset[str] = frozenset()  # teachers with another tokenizer
+    evaluations: Evaluations | None = None  # of the shipped form
+    teachers: Mapping[str, Evaluations] = field(default_factory=dict)  # of each teacher
 
 
 def language_gates(gates: Gates, evidence: Evidence, *, timing_only: bool = False) -> list[Gate]:
@@ -147,8 +152,49 @@ def _others(gates: Gates, evidence: Evidence) -> list[Gate]:
                 ),
             )
         )
+    if evidence.evaluations is not None:
+        judged += _of_evaluations(gates, evidence.evaluations, evidence.teachers)
     judged += size_gates(gates, evidence.size, evidence.fp32_size)
     return judged
+
+
+def _of_evaluations(
+    gates: Gates, found: Evaluations, teachers: Mapping[str, Evaluations]
+) -> Iterator[Gate]:
+    if gates.max_forgetting is not None and found.forgetting is not None:
+        yield exact(
+            "max_forgetting",
+            "Loss on other text against the base",
+            found.forgetting,
+            gates.max_forgetting,
+            unit="%",
+            found="loss on other text {} that of the base",
+        )
+    for asked, bound in (gates.min_task or {}).items():
+        yield exact(
+            "min_task",
+            f"Right answers, {TITLES[asked]}",
+            found.shares[asked],
+            bound,
+            unit=SHARE,
+            found=f"{TITLES[asked]}: {{}} right",
+            least=True,
+        )
+    if gates.max_task_loss is not None and teachers:
+        falls = {}
+        for name, share in found.shares.items():
+            right = {who: theirs.shares[name].value for who, theirs in teachers.items()}
+            best = max(right, key=right.__getitem__)
+            falls[right[best] - share.value] = (name, best)
+        fall, (name, teacher) = max(falls.items())
+        yield exact(
+            "max_task_loss",
+            "Right answers against the best teacher",
+            fall,
+            gates.max_task_loss,
+            unit=SHARE,
+            found=f"{TITLES[name]}: {{}} fewer right answers than {teacher}",
+        )
 
 
 class SizeBounds(Protocol):
@@ -196,18 +242,25 @@ def estimated(
 
 
 def exact(
-    name: str, title: str, value: Interval | float, bound: float, *, unit: str, found: str
+    name: str,
+    title: str,
+    value: Interval | float,
+    bound: float,
+    *,
+    unit: str,
+    found: str,
+    least: bool = False,
 ) -> Gate:
     """The number itself decides; the interval of a quality figure only speaks of other text."""
     number = value.value if isinstance(value, Interval) else value
-    status: Status = "pass" if number <= bound else "fail"
+    status: Status = "pass" if (number >= bound if least else number <= bound) else "fail"
     span = ""
     if isinstance(value, Interval):
         span = f" (interval for such text {_plain(value.low, unit)} to {show(value.high, unit)})"
     shown = _rise(number) if unit == "%" else show(number, unit)
-    sentence = f"{_capital(found.format(shown))}{span}; {_limit(bound, unit)} was asked."
+    sentence = f"{_capital(found.format(shown))}{span}; {_limit(bound, unit, least)} was asked."
     low, high = (value.low, value.high) if isinstance(value, Interval) else (None, None)
-    return Gate(name, title, status, number, low, high, bound, unit, False, sentence)
+    return Gate(name, title, status, number, low, high, bound, unit, least, sentence)
 
 
 def show(value: float, unit: str) -> str:
@@ -219,6 +272,8 @@ def show(value: float, unit: str) -> str:
 def _plain(value: float, unit: str) -> str:
     if unit == "%":
         return f"{100 * value:+.2f}".replace("-", "−")
+    if unit == SHARE:
+        return f"{100 * value:.1f}".replace("-", "−")
     if value == int(value) and abs(value) < 1e6:
         return f"{value:.0f}"
     return (
@@ -236,9 +291,9 @@ def _rise(value: float) -> str:
     return f"{100 * abs(value):.2f} % {'above' if value > 0 else 'below'}"
 
 
-def _limit(bound: float, unit: str) -> str:
+def _limit(bound: float, unit: str, least: bool) -> str:
     if unit != "%":
-        return f"at most {show(bound, unit)}"
+        return f"at {'least' if least else 'most'} {show(bound, unit)}"
     if bound == 0:
         return "no rise"
     return (

@@ -10,12 +10,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
 
-from limbeck.contract.results.bench import Arm, Interval, LanguageArm, LanguageResult, Verdict
+from limbeck.contract.data import evals as rows
+from limbeck.contract.results.bench import (
+    Arm,
+    Evaluations,
+    Interval,
+    LanguageArm,
+    LanguageResult,
+    Verdict,
+)
 from serve_bench.judge import quality as quality_figures
 from serve_bench.judge.figures import Reference, Sample, by_block, common, milliseconds, speed
 from serve_bench.judge.gates import Evidence
-from serve_bench.judge.stats import Array, percentile, rate, relative_rise, sequential_interval
+from serve_bench.judge.stats import (
+    Array,
+    mean_interval,
+    percentile,
+    rate,
+    relative_rise,
+    sequential_interval,
+)
 
 
 def latency(samples: Sequence[Sample], arm: str, *, first: int) -> dict[str, Any]:
@@ -66,11 +82,18 @@ def evidence(
 ) -> Evidence:
     """All the evidence."""
     timing, shipped = timing_evidence(samples, reference), reference.shipped_arm.id
+    answered = evaluations(quality)
     return Evidence(
         **vars(timing)
         | {
             "rise_over_fp32": _rise_over_fp32(quality, shipped),
             "recovered": "recovery" in quality,
+            "evaluations": answered.get(shipped),
+            "teachers": {
+                arm.label: answered[arm.id]
+                for arm in reference.with_role("teacher")
+                if arm.id in answered
+            },
             "by_byte": frozenset(
                 arm.label
                 for arm in reference.with_role("teacher")
@@ -116,6 +139,7 @@ def result(
     judged = reference.shipped_arm.id
     others = [arm.id for arm in reference.arms if arm.id != judged]
     scored = [arm.id for arm in reference.arms if arm.scored and arm.id != judged]
+    answered = evaluations(quality or {})
     return LanguageResult(
         task="causal-lm",
         shipped=reference.shipped,
@@ -127,7 +151,9 @@ def result(
         stopped=environment.get("stopped"),
         over_budget=environment.get("over_budget"),
         arms={
-            arm.id: _arm_result(samples, environment, reference, arm, prompt_tokens, quality)
+            arm.id: _arm_result(
+                samples, environment, reference, arm, prompt_tokens, quality, answered.get(arm.id)
+            )
             for arm in reference.arms
         },
         speed_of_shipped_over={
@@ -140,6 +166,7 @@ def result(
         gates=verdict.gates if verdict else (),
         verdict=verdict.status if verdict else None,
         sentence=verdict.sentence if verdict else "",
+        base_evals=evaluations_of_base(quality or {}),
         **more,
     )
 
@@ -151,6 +178,7 @@ def _arm_result(
     arm: Arm,
     prompt_tokens: int,
     quality: Mapping[str, Any] | None,
+    answered: Evaluations | None,
 ) -> LanguageArm:
     times = latency(samples, arm.id, first=reference.first_look)
     measured, ttft = environment["arms"][arm.id], times["ttft_ms"]
@@ -166,6 +194,7 @@ def _arm_result(
             if quality is not None and arm.scored
             else None
         ),
+        evals=answered,
     )
 
 
@@ -210,3 +239,39 @@ def _rise(quality: Mapping[str, Any], ours: Sequence[Array], theirs: Sequence[Ar
     return relative_rise(
         ours, theirs, [np.asarray(d["labels"], np.float64) for d in quality["domains"].values()]
     )
+
+
+def evaluations(quality: Mapping[str, Any]) -> dict[str, Evaluations]:
+    """The evaluations of each arm that was asked; none for benches of older versions."""
+    asked = quality.get("evals") or {"arms": {}}
+    return {arm: _evaluations(asked, found, asked["base"]) for arm, found in asked["arms"].items()}
+
+
+def evaluations_of_base(quality: Mapping[str, Any]) -> Evaluations | None:
+    """The evaluations of the student's base, where it has one."""
+    asked = quality.get("evals") or {}
+    return _evaluations(asked, asked["base"], None) if asked.get("base") else None
+
+
+def _evaluations(asked: Mapping[str, Any], found: rows.Sums, base: rows.Sums | None) -> Evaluations:
+    labels = asked["labels"]
+    shares = {
+        name: mean_interval(np.asarray(share)) if name == "next_line_tokens" else _counted(share)
+        for name, share in rows.shares(labels, found).items()
+    }
+    texts = [name for name in rows.TEXTS if name in labels]
+    forgetting = None
+    if base is not None and texts:
+        ours, theirs = (
+            [np.asarray(sums[name]["nll"], np.float64) for name in texts] for sums in (found, base)
+        )
+        counts = [np.asarray(labels[name], np.float64) for name in texts]
+        forgetting = relative_rise(ours, theirs, counts)
+    return Evaluations(shares, rows.losses(labels, found), forgetting)
+
+
+def _counted(right: Sequence[float]) -> Interval:
+    """A share of rows that are 0 or 1, and its Wilson interval, which holds near 0 and 1 too."""
+    count, total = round(sum(right)), len(right)
+    span = binomtest(count, total).proportion_ci(method="wilson")
+    return Interval(count / total, float(span.low), float(span.high), total)

@@ -95,6 +95,36 @@ def measure_quality(
     return result
 
 
+def measure_evaluations(
+    workers: Workers, arms: Sequence[Arm], rows: Mapping[str, Blocks], *, vocabulary: int
+) -> dict[str, Any]:
+    """Answer the short evaluations with every arm that has the student's tokens.
+
+    Returns `evals` of quality.json: scored tokens of each row, and by arm their summed NLL and how
+    many are the first choice.
+    """
+    found: dict[str, Any] = {
+        "labels": {name: blocks.scored.sum(1).tolist() for name, blocks in rows.items()},
+        "arms": {arm.id: {name: {"nll": [], "right": []} for name in rows} for arm in arms},
+    }
+    with task("quality: short evaluations", sum(map(len, rows.values()))) as progress:
+        for name, blocks in rows.items():
+            for ids, scored in zip(_rows(blocks), blocks.scored.tolist(), strict=True):
+                for arm in arms:
+                    sums = workers[arm].ask(
+                        "score",
+                        ids=ids,
+                        scored=scored[1 : len(ids)],
+                        vocabulary=vocabulary,
+                        mixture=None,
+                    )
+                    mine = found["arms"][arm.id][name]
+                    mine["nll"].append(sums["nll"])
+                    mine["right"].append(round(sum(column[2] for column in sums["calibration"])))
+                progress.advance()
+    return found
+
+
 def _rows(blocks: Blocks) -> list[list[int]]:
     return [
         row[:length].tolist() for row, length in zip(blocks.input_ids, blocks.lengths, strict=True)

@@ -11,6 +11,7 @@ from typing import IO, Any
 import numpy as np
 
 from limbeck.contract.artifact import Artifact
+from limbeck.contract.data.evals import EVALS, TEXTS
 from limbeck.contract.data.heldout import HELDOUT, Blocks, load_heldout, mean_nll
 from limbeck.contract.errors import ArtifactError, DataError
 from limbeck.contract.machine import available_cores
@@ -31,7 +32,7 @@ from serve_bench.measure import generation
 from serve_bench.measure.arms import context_of, list_arms
 from serve_bench.measure.host.roofline import graph_weight_bytes
 from serve_bench.measure.live import Test
-from serve_bench.measure.quality import measure_quality
+from serve_bench.measure.quality import measure_evaluations, measure_quality
 from serve_bench.measure.scenarios import cold, load, offline
 from serve_bench.measure.units import Generation, prompt
 from serve_bench.measure.workers import Workers
@@ -83,6 +84,9 @@ class Language:
             load.require_server(server, onnx.path)
         self._onnx, self._student, self._shipped = onnx, student, str(onnx.result["shipped"])
         self._heldout = load_heldout(student.path / HELDOUT)
+        evals = student.path / EVALS  # students of older versions have none
+        self._evals = load_heldout(evals) if evals.is_file() else {}
+        require_evaluations(self.gates_asked, self._evals, student)
         return self._arms
 
     def open_data(self, folder: Path) -> None:
@@ -127,6 +131,10 @@ class Language:
         self.quality = measure_quality(
             workers, self._arms, self._heldout, vocabulary=min(sizes), folder=work, known=known
         )
+        scored = [arm for arm in self._arms if arm.scored and arm.id not in known]
+        self.quality["evals"] = measure_evaluations(
+            workers, scored, self._evals, vocabulary=min(sizes)
+        ) | {"base": self._student.result.get("base_evals")}
 
     @property
     def _of_other_tokenizers(self) -> dict[str, Mapping[str, list[float]]]:
@@ -384,6 +392,22 @@ def elsewhere(
         sizes = load.Sizes(bench.prompt_tokens, bench.new_tokens)
         environment["server"] = load.measure_server(
             server, exported, prompts, sizes, raw, threads=threads, folder=folder
+        )
+
+
+def require_evaluations(gates: Gates, rows: Mapping[str, Blocks], student: Artifact) -> None:
+    """Raise `DataError` for a gate on an evaluation that this student does not have."""
+    known = {*rows} - {*TEXTS} | ({"next_line_tokens"} if "next_line" in rows else set())
+    if missing := {*(gates.min_task or ())} - known:
+        listed = ", ".join(sorted(known)) or "none: it was trained by an older version"
+        raise DataError(
+            f"gates.min_task: the student has no rows for {', '.join(sorted(missing))}; its "
+            f"evaluations: {listed}."
+        )
+    if gates.max_forgetting is not None and student.result.get("base_evals") is None:
+        raise DataError(
+            "gates.max_forgetting: there are no figures of the student's base; leave the gate out "
+            "for a student without a base, and train one of an older version again."
         )
 
 

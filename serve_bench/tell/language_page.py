@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.contract.artifact import Artifact
+from limbeck.contract.data.evals import TITLES
 from limbeck.contract.recipe import Recipe
 from serve_bench.judge.figures import Sample
 from serve_bench.judge.gates import Evidence, best_teacher, show
@@ -100,6 +101,7 @@ def page(
             "rows": sections.rows(data),
             "loss_steps": sections.loss_steps(data),
             "coverage": _coverage(student),
+            "evals": _evaluations(data),
             "against_memory": sections.against_memory(data),
             "energy": sections.energy(data),
             "generation": quality.get("generation"),
@@ -115,6 +117,21 @@ _PARITY = (
     ("Same first choice", "top1", lambda value: f"{100 * value:.2f} %"),
     ("Positions", "positions", str),
 )
+
+
+def _evaluations(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns and rows of the table of short evaluations; a row has no arm if it is the base's."""
+    answered = [
+        (name, arm["label"], arm["evals"]) for name, arm in data["arms"].items() if arm.get("evals")
+    ]
+    if (base := data.get("base_evals")) is not None:
+        answered.insert(0, (None, "the student’s base", base))
+    _, _, first = answered[0] if answered else (None, None, {"shares": {}, "losses": {}})
+    return {
+        "rows": answered,
+        "columns": [(name, TITLES[name]) for name in first["shares"]],
+        "texts": [(name, TITLES[name]) for name in first["losses"]],
+    }
 
 
 def _coverage(student: Artifact) -> list[tuple[str, str, Mapping[str, float]]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from limbeck.contract.data.evals import TITLES
 from limbeck.contract.data.heldout import mean_nll
 from serve_bench.tell import charts
 from serve_bench.tell.numbers import significant
@@ -170,6 +171,7 @@ def _rows(data: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
         for what, key in (("load", "load_s"), ("import of libraries", "import_s")):
             yield label, what, "s", arm.get(key), None, None, 1
         yield from _quality_rows(label, arm.get("quality"), data["heldout"])
+        yield from _evaluation_rows(label, arm.get("evals"))
         for metric, what in (("tpot", "decode speed"), ("ttft", "TTFT speed")):
             if over := data["speed_of_shipped_over"].get(name, {}).get(metric):
                 yield label, f"{what} of {shipped} over it", "×", *_estimate(over)
@@ -243,6 +245,16 @@ def _quality_rows(
                 None,
                 sum(heldout[domain]["labels"]),
             )
+
+
+def _evaluation_rows(label: str, found: Mapping[str, Any] | None) -> Iterator[tuple[Any, ...]]:
+    for name, share in (found or {}).get("shares", {}).items():
+        yield label, f"right answers, {TITLES[name]}", "", *_estimate(share)
+    for name, loss in (found or {}).get("losses", {}).items():
+        yield label, f"loss, {TITLES[name]}", "nats", loss, None, None, None
+    if rise := (found or {}).get("forgetting"):
+        what = "rise of loss elsewhere over the base"
+        yield label, what, "%", *_estimate({**rise, **_percent(rise)})
 
 
 def _estimate(found: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:

@@ -15,9 +15,7 @@ import torch
 
 from compress import ablate
 from compress.loop import setup
-from compress.models.language import load_model, load_tokenizer
 from compress.tasks.continuations import calibration_error
-from compress.tasks.forgetting import facts, forgetting
 from limbeck.contract.errors import RecipeError
 from limbeck.contract.recipe import Recipe, parse_recipe
 from tests.compress.test_compress import TINY, killed_while_writing, tiny
@@ -199,32 +197,6 @@ def test_calibration_error_by_hand() -> None:
     """Two bins: 0.9 sure and half right, 0.2 sure and all right; 0.4 * 2 + 0.8 over 3 tokens."""
     found = calibration_error(torch.tensor([0.9, 0.9, 0.2]), torch.tensor([True, False, True]))
     assert found == pytest.approx((0.4 * 2 + 0.8) / 3)
-
-
-def test_facts_are_those_that_greedy_decoding_gives(tmp_path: Path) -> None:
-    """Held to `generate` of transformers, with a model that was taught some of them."""
-    folder = make_model(tmp_path / "base", max_position_embeddings=128)
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
-    pairs = [pair for pair in facts() if len(pair[1]) < 7]
-    optimizer = torch.optim.Adam(model.requires_grad_().parameters(), lr=1e-2)
-    for _ in range(80):
-        for prompt, answer in pairs[:4]:
-            ids = torch.tensor([tokenizer(prompt + answer)["input_ids"]])
-            model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    right = []
-    for prompt, answer in facts():
-        ids, wanted = (torch.tensor([tokenizer(text)["input_ids"]]) for text in (prompt, answer))
-        kwargs = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        made = model.generate(ids, max_new_tokens=wanted.shape[1], **kwargs)[:, ids.shape[1] :]
-        right.append(bool((made == wanted).all()))
-    assert 0 < sum(right) < len(right)
-    source = {"kind": "local", "path": str(folder)}
-    recipe = tiny(tmp_path, teachers=[], student={"kind": "lora", "rank": 2, "base": source})
-    run = setup(recipe=recipe, products={}, work=tmp_path / "work", key="facts")
-    assert forgetting(run.task)["facts"] == sum(right) / len(right)
 
 
 @pytest.mark.parametrize(

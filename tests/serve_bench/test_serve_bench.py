@@ -14,13 +14,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from compress.models.language import model_folder
 from limbeck.app.run import bench_targets
 from limbeck.contract.artifact import Artifact, open_artifact, write_artifact
+from limbeck.contract.data.evals import EVALS
 from limbeck.contract.data.heldout import (
     CALIBRATION,
     HELDOUT,
+    Blocks,
     load_heldout,
     save_calibration,
     save_heldout,
@@ -104,6 +108,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with write_artifact(folder / "student", kind="student", key="s", parents={}) as draft:
         make_model(draft.folder / "model", seed=2)
         save_heldout(draft.folder / HELDOUT, make_blocks())
+        evals = evaluations(folder / "teacher")
+        save_heldout(draft.folder / EVALS, evals)
         save_calibration(
             draft.folder / CALIBRATION, [b.input_ids[0] for b in make_blocks(seed=1).values()]
         )
@@ -116,7 +122,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         entry |= {"dtype": "fp32", "temperature": 1.0, "digest": "0" * 64}
         (draft.folder / "teachers.json").write_text(json.dumps([entry]))
         (draft.folder / "log.jsonl").write_text("")
+        base = {"nll": [50.0] * 3, "right": [0] * 3}
         draft.result = {"nll": {"letters": 5.0, "numbers": 5.1}, "mean_nll": 5.05, "teachers": {}}
+        draft.result["base_evals"] = dict.fromkeys(evals, base)
     export_student(student=folder / "student", out=folder / "onnx", recipe=bench_recipe())
     return folder
 
@@ -180,6 +188,47 @@ def test_quality_is_that_of_the_artifact(bench: Artifact, run: Path) -> None:
     heldout = load_heldout(run / "student" / HELDOUT)
     assert scores["domains"]["letters"]["labels"] == (heldout["letters"].lengths - 1).tolist()
     assert all(scores["same_choice"]["onnx:fp32"].values())
+
+
+def test_every_arm_answers_the_evaluations(bench: Artifact, run: Path) -> None:
+    """Held to torch: the logits of each model on the same rows."""
+    rows = load_heldout(run / "student" / EVALS)
+    for arm, folder in (("teacher:wise", run / "teacher"), ("student", run / "student" / "model")):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        nll, right = {}, {}
+        for name, blocks in rows.items():
+            ids, scored = (
+                torch.from_numpy(part).long() for part in (blocks.input_ids, blocks.scored)
+            )
+            with torch.no_grad():
+                logp = torch.log_softmax(model(input_ids=ids).logits[:, :-1], -1)
+            chosen = logp.gather(2, ids[:, 1:, None])[..., 0]
+            nll[name] = float(-(chosen * scored[:, 1:]).sum() / scored.sum())
+            hits = (logp.argmax(-1) == ids[:, 1:]) | (scored[:, 1:] == 0)
+            right[name] = float(hits.all(1).float().mean())
+        found = bench.result["arms"][arm]["evals"]
+        assert found["shares"]["facts"]["value"] == pytest.approx(right["facts"])
+        assert arm != "teacher:wise" or right["facts"] == pytest.approx(2 / 3)
+        assert found["losses"] == {"prose": pytest.approx(nll["prose"], rel=1e-5)}
+        labels = int(rows["prose"].scored.sum())
+        assert found["forgetting"]["value"] == pytest.approx(
+            nll["prose"] * labels / 150 - 1, rel=1e-4
+        )
+    assert bench.result["base_evals"]["losses"] == {"prose": 150 / labels}
+    assert bench.result["arms"]["genai"]["evals"] is None
+
+
+def evaluations(teacher: Path) -> dict[str, Blocks]:
+    """A whole text, and rows whose last two tokens the teacher chooses in all but the last row."""
+    text = make_blocks(seed=3)["letters"]
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
+    prompts = torch.from_numpy(text.input_ids[:, :10]).long()
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    ids = model.generate(prompts, max_new_tokens=2, **options).numpy().astype(np.int32)
+    ids[-1, -1] = (ids[-1, -1] + 1) % 256
+    scored = np.tile(np.array([0] * 10 + [1] * 2, np.uint8), (len(ids), 1))
+    sizes = np.full(len(ids), 12, np.int32)
+    return {"facts": Blocks(ids, sizes, sizes, scored), "prose": text}
 
 
 def test_what_the_timed_generations_say(bench: Artifact) -> None:

@@ -6,8 +6,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from limbeck.contract.recipe.base import SHORTHAND, Count, Float, Frozen, Int, KeyVariable, Positive
+from limbeck.contract.recipe.base import (
+    SHORTHAND,
+    Count,
+    Float,
+    Fraction,
+    Frozen,
+    Int,
+    KeyVariable,
+    Positive,
+)
 from limbeck.contract.recipe.export import Provider
+
+Evaluation = Literal["facts", "last_word", "next_line", "next_line_tokens"]
 
 
 class SingleScenario(Frozen):
@@ -209,6 +220,19 @@ class Gates(Frozen):
     )
     max_size_mb: Positive | None = Field(
         None, description="Largest size on disk of graph and weights, in MB (1e6 bytes)."
+    )
+    max_forgetting: Annotated[Float, Field(ge=0)] | None = Field(
+        None,
+        description="Largest relative rise of loss over the student's base, on prose and Python "
+        "code that come with Python.",
+    )
+    min_task: dict[Evaluation, Fraction] | None = Field(
+        None, description="Least share of right answers, by evaluation."
+    )
+    max_task_loss: Fraction | None = Field(
+        None,
+        description="Largest fall of any evaluation's share of right answers below the best "
+        "teacher's; 0.05 is 5 answers of 100.",
     )
     max_tpot_ms: Positive | None = Field(
         None, description="Largest median time per output token, in ms."

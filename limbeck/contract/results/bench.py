@@ -100,6 +100,15 @@ class Verdict:
         return {"verdict": self.status, "sentence": self.sentence, "gates": gates}
 
 
+@dataclass(frozen=True)
+class Evaluations:
+    """What one model answered in the short evaluations."""
+
+    shares: Mapping[str, Interval]  # of right answers, by evaluation
+    losses: Mapping[str, float]  # nats a token, by text
+    forgetting: Interval | None = None  # relative rise of the losses over the base's
+
+
 @dataclass(frozen=True, kw_only=True)
 class ArmResult:
     """Figures of one arm that every task has. Bytes are bytes, ``_s`` is seconds."""
@@ -131,6 +140,7 @@ class LanguageArm(ArmResult):
     ttft_percentiles_ms: Mapping[str, float | None]
     roofline: Mapping[str, float] | None
     quality: Mapping[str, Any] | None
+    evals: Evaluations | None = None
 
 
 @dataclass(frozen=True)
@@ -175,7 +185,7 @@ class BenchResult:
     def as_json(self) -> dict[str, Any]:
         """The result as JSON; optional fields (below) that are None are left out."""
         found: dict[str, Any] = _plain(self)
-        for name in ("scenarios", "offline", "cold", "server", "targets", "against"):
+        for name in ("scenarios", "offline", "cold", "server", "targets", "against", "base_evals"):
             if name in found and found[name] is None:
                 del found[name]
         return found
@@ -187,6 +197,7 @@ class LanguageResult(BenchResult):
 
     arms: Mapping[str, LanguageArm]
     nll_rise_of_shipped_over: Mapping[str, Interval] = field(default_factory=dict)
+    base_evals: Evaluations | None = None  # of the model that the student was made from
     scenarios: tuple[str, ...] | None = None
     offline: list[dict[str, Any]] | None = None
     cold: dict[str, Any] | None = None

@@ -52,6 +52,8 @@ class LanguageFigures:
     base: str | None  # folder that a LoRA student's adapter sits on
     bits_per_byte: Mapping[str, float] | None = None  # held-out, by domain
     start: Mapping[str, Any] | None = None  # merge that the training started from, and scores
+    # The base's sums over the rows of evals.safetensors; None for a student without a base.
+    base_evals: Mapping[str, Mapping[str, list[float]]] | None = None
     recovery: Mapping[str, Any] | None = None  # of a student distilled again through a rounding
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from limbeck.contract.recipe import Gates
-from limbeck.contract.results.bench import EXIT_CODES, Interval
+from limbeck.contract.results.bench import EXIT_CODES, Evaluations, Interval
 from serve_bench.judge.gates import (
     Evidence,
     best_teacher,
@@ -37,6 +37,20 @@ def evidence(**over: Any) -> Evidence:
     return Evidence(**values | over)
 
 
+def answered(facts: float, words: float, *, forgetting: float | None = None) -> Evaluations:
+    shares = {
+        name: Interval(value, value - 0.1, value + 0.1, 40)
+        for name, value in (("facts", facts), ("last_word", words))
+    }
+    rise = None if forgetting is None else Interval(forgetting, 0.0, 0.2, 16)
+    return Evaluations(shares, {"prose": 3.0, "python": 2.0}, rise)
+
+
+ANSWERED = {
+    "evaluations": answered(0.5, 0.4, forgetting=0.04),
+    # The best teacher of facts is 0.1 ahead, that of words 0.15.
+    "teachers": {"left": answered(0.6, 0.3), "right": answered(0.2, 0.55)},
+}
 UNKNOWN = Interval(4.0, 0.0, math.inf, 4)
 
 
@@ -65,9 +79,15 @@ UNKNOWN = Interval(4.0, 0.0, math.inf, 4)
         ({"max_size_ratio": 0.2}, {}, "fail"),
         ({"max_size_mb": 143}, {}, "pass"),
         ({"max_size_mb": 142}, {}, "fail"),
+        ({"max_forgetting": 0.04}, ANSWERED, "pass"),
+        ({"max_forgetting": 0.039}, ANSWERED, "fail"),
+        ({"min_task": {"facts": 0.5}}, ANSWERED, "pass"),
+        ({"min_task": {"last_word": 0.41}}, ANSWERED, "fail"),
+        ({"max_task_loss": 0.16}, ANSWERED, "pass"),
+        ({"max_task_loss": 0.14}, ANSWERED, "fail"),
     ],
 )
-def test_one_gate(gate: dict[str, float], over: dict[str, Any], status: str) -> None:
+def test_one_gate(gate: dict[str, Any], over: dict[str, Any], status: str) -> None:
     verdict = judge(Gates(**gate), evidence(**over))
     assert [g.status for g in verdict.gates] == [status]
     assert verdict.status == status
@@ -102,6 +122,17 @@ def test_no_gates_ask_nothing() -> None:
     verdict = judge(Gates(), evidence())
     assert (verdict.status, verdict.gates) == ("pass", ())
     assert "nothing was asked" in verdict.sentence
+
+
+def test_sentences_of_evaluations() -> None:
+    gates = Gates(max_forgetting=0.05, min_task={"facts": 0.7}, max_task_loss=0.1)
+    assert [gate.sentence for gate in judge(gates, evidence(**ANSWERED)).gates] == [
+        "Loss on other text 4.00 % above that of the base (interval for such text +0.00 to +20.00 "
+        "%); a rise of at most 5 % was asked.",
+        "Facts: 50.0 of 100 right (interval for such text 40.0 to 60.0 of 100); at least 70.0 of "
+        "100 was asked.",
+        "Last words: 15.0 of 100 fewer right answers than right; at most 10.0 of 100 was asked.",
+    ]
 
 
 def test_which_teacher() -> None:
