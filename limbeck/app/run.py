@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from limbeck.app.exports import export_run
 from limbeck.app.products import Products, plan_products, require_inputs
-from limbeck.contract.artifact import MANIFEST, Artifact, open_artifact, student_of
+from limbeck.contract.artifact import MANIFEST, Artifact, open_artifact, student_of, values_of
 from limbeck.contract.errors import ArtifactError, RecipeError
 from limbeck.contract.files import (
     disk_full_is_a_user_error,
@@ -328,7 +328,7 @@ def _tell(folder: Path, recipe: AnyRecipe) -> Report:
     """Write the report; print its table, the verdict and its path."""
     import serve_bench
 
-    with disk_full_is_a_user_error(folder):
+    with disk_full_is_a_user_error(folder), values_of(folder):
         report = serve_bench.write_report(run=folder, recipe=recipe)
     print(f"{report.table}\n\nverdict: {report.verdict.status}\nreport:  {report.html}", flush=True)
     return report

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt, StringConstraints
 from pydantic import ValidationError as PydanticError
 
-from limbeck.contract.errors import ArtifactError
+from limbeck.contract.errors import ArtifactError, LimbeckError
 from limbeck.contract.files import (
     disk_full_is_a_user_error,
     file_digest,
@@ -159,6 +160,26 @@ def write_artifact(
         put_in_place(folder, path)
 
 
+@contextmanager
+def values_of(path: Path) -> Iterator[None]:
+    """Turn what values of another kind than Limbeck's cause into an `ArtifactError` for ``path``.
+
+    The results in a manifest, and files whose hashes hold, can come from somebody else's program.
+    The message ends with the place in the code, so that a defect of ours can be found too.
+    """
+    try:
+        yield
+    except (LimbeckError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise ArtifactError(
+            f"{path}: holds values that Limbeck does not write; run its stage again, or report "
+            f"this if nobody changed the folder: {type(error).__name__}: {str(error)[:200]} "
+            f"({Path(at.filename).name}, line {at.lineno})."
+        ) from error
+
+
 def open_artifact(path: Path, *, kind: str | None = None, verify: bool = True) -> Artifact:
     """Open the artifact at ``path``. Raises `ArtifactError` naming the first file that is changed,
     missing or extra.
@@ -190,6 +211,11 @@ def open_artifact(path: Path, *, kind: str | None = None, verify: bool = True) -
         if name not in files:
             raise ArtifactError(
                 f"{path}: {name} is not part of this artifact; move it out of the folder."
+            )
+        if not (path / name).is_file():
+            raise ArtifactError(
+                f"{path}: {name} is a pipe, device or broken link; delete the folder and run the "
+                "stage again."
             )
         if verify and _entry(path / name) != files[name]:
             raise ArtifactError(

@@ -45,8 +45,9 @@ def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` so that ``path`` holds either the old content or all of the new, even after a
     power cut.
 
-    Raises `EnvironmentalError` when the disk is full.
+    Raises `EnvironmentalError` when the disk is full, or as `require_place` does.
     """
+    require_place(path)
     with disk_full_is_a_user_error(path), _beside(path, _new_file) as (temporary, handle):
         with open(handle, "w", encoding="utf-8", closefd=False) as file:
             file.write(text)
@@ -54,6 +55,17 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(handle)
         temporary.rename(path)
         _sync(path.parent)
+
+
+def require_place(path: Path) -> None:
+    """Raise `EnvironmentalError` unless ``path`` is a file or a free name in a folder.
+
+    A rename would replace a device by a file, and a pipe waits for a reader.
+    """
+    if path.exists() and not path.is_file():
+        raise EnvironmentalError(f"{path}: a folder, pipe or device; name a file to write.")
+    if not path.parent.exists():
+        raise EnvironmentalError(f"{path}: there is no folder {path.parent}; make it first.")
 
 
 @contextmanager
@@ -199,11 +211,7 @@ def read_json(path: Path) -> Any:
 
     Raises `FileNotFoundError`, and `ArtifactError` saying why it cannot be read.
     """
-    with open_regular(path) as file:
-        if os.fstat(file.fileno()).st_size > _MOST_JSON:
-            raise ArtifactError(
-                f"{path}: larger than {_MOST_JSON >> 20} MB, too large for this file."
-            )
+    with open_regular(path, most=_MOST_JSON) as file:
         text = file.read()
     try:
         return json.loads(text)
@@ -212,9 +220,9 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def open_regular(path: Path) -> Iterator[BufferedReader]:
-    """Open a file for reading. Raises `FileNotFoundError`, and `ArtifactError` for what is no file
-    or cannot be read.
+def open_regular(path: Path, *, most: int | None = None) -> Iterator[BufferedReader]:
+    """Open a file for reading. Raises `FileNotFoundError`, and `ArtifactError` for what is no file,
+    cannot be read or has more than ``most`` bytes.
 
     A pipe or a device would block for ever.
     """
@@ -224,9 +232,13 @@ def open_regular(path: Path) -> Iterator[BufferedReader]:
         raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise ArtifactError(f"{path}: cannot be read ({_reason(error)}).") from None
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode):
         os.close(handle)
         raise ArtifactError(f"{path}: a folder, pipe or device, where a file was expected.")
+    if most is not None and found.st_size > most:
+        os.close(handle)
+        raise ArtifactError(f"{path}: larger than {most >> 20} MB, too large for this file.")
     with open(handle, "rb") as file:
         yield file
 

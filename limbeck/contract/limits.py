@@ -1,10 +1,12 @@
-"""The bounds of `limbeck serve`: the command line and the server take their defaults from here."""
+"""Bounds of the command line and of `limbeck serve`, which take them from here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from limbeck.contract.errors import EnvironmentalError
+
+MOST_THREADS = 1024  # of one command; 100,000 took 16 GB, and no signal ended them
 
 
 @dataclass(frozen=True)

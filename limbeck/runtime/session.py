@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.contract.errors import ArtifactError, EnvironmentalError
+from limbeck.contract.files import open_regular
 from limbeck.contract.machine import available_cores, sums_overflow
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import Provider
@@ -76,6 +77,8 @@ def open_session(
     Raises `EnvironmentalError` when the provider is missing or cannot start, `ArtifactError` when
     onnxruntime cannot open the file.
     """
+    with open_regular(graph):
+        pass  # onnxruntime would wait for a pipe
     ort = import_onnxruntime()
     name, available = PROVIDERS[provider], ort.get_available_providers()
     if name not in available:
@@ -130,7 +133,8 @@ def read_adapter(path: Path, *, base: str | None, inputs: Collection[str]) -> di
     adapter fill. Raises `ArtifactError` when the file is not an adapter or belongs to another base.
     """
     try:
-        adapter = import_onnxruntime().AdapterFormat.read_adapter(str(path))
+        with open_regular(path):  # onnxruntime would wait for a pipe
+            adapter = import_onnxruntime().AdapterFormat.read_adapter(str(path))
     except Exception as error:  # onnxruntime's errors share no base class
         raise ArtifactError(
             f"{path}: onnxruntime cannot read it as an adapter ({error}); expected an "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -176,7 +177,17 @@ def test_another_key_and_what_is_no_key_are_refused(
     assert done.exit_code == 2
     assert "does not hold for onnx with the key other-public.pem" in done.stderr
     write_key(*other, rsa.generate_private_key(65537, 2048))
-    for key in (tmp_path / "missing.pem", public, other[0]):
+    os.mkfifo(tmp_path / "pipe")
+    for key in (tmp_path / "missing.pem", public, other[0], tmp_path / "pipe", Path("/dev/zero")):
         done = call("sign", run, "--key", key)
         assert done.exit_code == 2
         assert "cannot be used as a key" in done.stderr
+
+
+def test_signatures_are_neither_read_from_a_pipe_nor_written_to_one(
+    run: Path, keys: tuple[Path, Path]
+) -> None:
+    private, public = keys
+    os.mkfifo(run / "onnx.sig")
+    for command, key in (("sign", private), ("verify", public)):
+        assert call(command, run, "--key", key).exit_code == 2

@@ -16,13 +16,13 @@ from typer.core import TyperCommand, TyperGroup
 
 from limbeck import __version__
 from limbeck.contract.errors import LimbeckError, RecipeError
+from limbeck.contract.limits import MOST_THREADS
 from limbeck.contract.printable import printable
 from limbeck.contract.process import end_with_parent
 
 if TYPE_CHECKING:
     from limbeck.contract.recipe import AnyRecipe
 
-MOST_THREADS = 1024
 _STOPPED = "stopped; run the same command again to go on"
 _RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda")
 _BOLD, _CYAN, _PLAIN = "\x1b[1m", "\x1b[36m", "\x1b[0m"

@@ -35,8 +35,11 @@ def report(run: RunArgument) -> None:
       limbeck report runs/pico-1a2b3c4d
     """
     from limbeck.app import run as pipeline
+    from limbeck.contract.artifact import values_of
 
-    raise typer.Exit(pipeline.report(run).exit_code)
+    with values_of(run):
+        code = pipeline.report(run).exit_code
+    raise typer.Exit(code)
 
 
 @command("verify")
@@ -83,6 +86,7 @@ def verify(
     """
     from limbeck.app.given import require_made
     from limbeck.app.verify import verify as check
+    from limbeck.contract.artifact import values_of
 
     require_made(path, command="verify")
     if key is not None:
@@ -90,7 +94,9 @@ def verify(
 
         for signature in require_signed(path, key):
             print(f"{signature}: holds")
-    raise typer.Exit(check(path, quality=quality, speed=speed))
+    with values_of(path):
+        code = check(path, quality=quality, speed=speed)
+    raise typer.Exit(code)
 
 
 @command("compare")
@@ -139,14 +145,13 @@ def compare(
       limbeck compare runs/main runs/branch --tolerance speed=0.1 --tolerance size=0
     """
     from limbeck.app.verify import compare as compare_runs
+    from limbeck.contract.artifact import values_of
 
-    code = compare_runs(
-        before,
-        after,
-        tolerances=_tolerances(tolerance or ()),
-        across_machines=across_machines,
-        as_json=as_json,
-    )
+    tolerances = _tolerances(tolerance or ())
+    with values_of(after):
+        code = compare_runs(
+            before, after, tolerances=tolerances, across_machines=across_machines, as_json=as_json
+        )
     raise typer.Exit(code)
 
 
@@ -266,8 +271,10 @@ def pack(
       limbeck pack runs/pico-1a2b3c4d --out pico-int8 --zip
     """
     from limbeck.app.trust.pack import pack as pack_run
+    from limbeck.contract.artifact import values_of
 
-    packed = pack_run(run, out=out, form=form, as_zip=as_zip)
+    with values_of(run):
+        packed = pack_run(run, out=out, form=form, as_zip=as_zip)
     print(f"{packed.folder}: {packed.form}, {packed.files} files, {packed.megabytes:.1f} MB")
     if packed.archive:
         print(f"{packed.archive}: {packed.archive.stat().st_size / 1e6:.1f} MB")
@@ -310,8 +317,10 @@ def push(
       limbeck push runs/pico-1a2b3c4d my-name/pico
     """
     from limbeck.app.trust.pack import push as push_run
+    from limbeck.contract.artifact import values_of
 
-    print(push_run(run, repository, form=form, private=private))
+    with values_of(run):
+        print(push_run(run, repository, form=form, private=private))
 
 
 @command("sbom")
@@ -337,8 +346,10 @@ def sbom(
       limbeck sbom runs/pico-1a2b3c4d
     """
     from limbeck.app.trust.sbom import write_sbom
+    from limbeck.contract.artifact import values_of
 
-    print(write_sbom(run, out))
+    with values_of(run):
+        print(write_sbom(run, out))
 
 
 @command("sign")

@@ -13,6 +13,8 @@ from limbeck.app.cli.base import ExportedArgument, FormOption, ThreadsOption, co
 from limbeck.contract.errors import DataError, EnvironmentalError
 from limbeck.contract.limits import Limits
 
+_MOST_PROMPT = 16 << 20  # bytes of standard input; no model reads as much
+
 
 @command("generate")
 def generate(
@@ -73,10 +75,13 @@ def generate(
       limbeck generate runs/pico-1a2b3c4d "Who are you?" --chat --temperature 0.7 --top-p 0.9
     """
     from limbeck.app.given import exported_folder
+    from limbeck.contract.artifact import values_of
 
     folder = exported_folder(artifact, command="generate")
     if prompt == "-":
-        prompt = sys.stdin.buffer.read().decode("utf-8", errors="replace")
+        prompt = sys.stdin.buffer.read(_MOST_PROMPT + 1).decode("utf-8", errors="replace")
+        if len(prompt) > _MOST_PROMPT:
+            raise DataError(f"standard input: longer than {_MOST_PROMPT >> 20} MB; shorten it.")
     if not prompt:
         raise DataError("the prompt is empty; give the text to go on from.")
     # Bytes of an argument that are not UTF-8 arrive as lone surrogates.
@@ -86,13 +91,14 @@ def generate(
     from limbeck.runtime.sampling import Sampling
     from limbeck.runtime.text import load_text
 
-    decoder = Decoder(
-        folder,
-        form=form,
-        threads=threads,
-        adapter="own" if adapter is None else "none" if adapter == "none" else Path(adapter),
-    )
-    text = load_text(folder)
+    with values_of(folder):
+        decoder = Decoder(
+            folder,
+            form=form,
+            threads=threads,
+            adapter="own" if adapter is None else "none" if adapter == "none" else Path(adapter),
+        )
+        text = load_text(folder)
     ids = text.chat([{"role": "user", "content": prompt}]) if chat else text.encode(prompt)
     tokens = decoder.generate(
         ids,
@@ -199,6 +205,7 @@ def serve(
       limbeck serve runs/pico-1a2b3c4d/onnx --host 0.0.0.0 --port 8080 --max-batch 16 --threads 4
     """
     from limbeck.app.given import exported_folder
+    from limbeck.contract.artifact import values_of
 
     try:
         from serve_bench.serve.server import open_server
@@ -209,25 +216,28 @@ def serve(
         raise EnvironmentalError(
             f"{error.name} is not installed; run: pip install 'limbeck[serve]'."
         ) from None
-    server = open_server(
-        exported_folder(artifact, command="serve"),
-        host=host,
-        port=port,
-        form=form,
-        threads=threads,
-        max_batch=max_batch,
-        max_queue=max_queue,
-        cache_bytes=cache_mb * 1_000_000,
-        prefix_bytes=prefix_cache_mb * 1_000_000,
-        grace=grace,
-        access_log=access_log,
-        limits=Limits(
-            max_tokens=max_tokens,
-            max_body_bytes=max_body_bytes,
-            request_timeout=request_timeout,
-            # Typer takes an empty variable for a missing one, which would open the server.
-            api_key=os.environ.get("LIMBECK_API_KEY") if api_key is None else api_key,
-            allowed_hosts=tuple(allow_host or ()),
-        ),
+    folder = exported_folder(artifact, command="serve")
+    limits = Limits(
+        max_tokens=max_tokens,
+        max_body_bytes=max_body_bytes,
+        request_timeout=request_timeout,
+        # Typer takes an empty variable for a missing one, which would open the server.
+        api_key=os.environ.get("LIMBECK_API_KEY") if api_key is None else api_key,
+        allowed_hosts=tuple(allow_host or ()),
     )
+    with values_of(folder):
+        server = open_server(
+            folder,
+            host=host,
+            port=port,
+            form=form,
+            threads=threads,
+            max_batch=max_batch,
+            max_queue=max_queue,
+            cache_bytes=cache_mb * 1_000_000,
+            prefix_bytes=prefix_cache_mb * 1_000_000,
+            grace=grace,
+            access_log=access_log,
+            limits=limits,
+        )
     server.run()

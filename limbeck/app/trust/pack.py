@@ -140,7 +140,11 @@ def _files(onnx: Artifact, form: str) -> list[str]:
     of_forms = {name for each in forms.values() for name in each["files"]}
     of_forms |= {name for files in ggufs.values() for name in files}
     others = {name for name in onnx.manifest["files"] if name not in of_forms}
-    return sorted(own | (others - {_PARITY}))
+    keep = sorted(own | (others - {_PARITY}))
+    if strange := next((name for name in keep if name not in onnx.manifest["files"]), None):
+        # It may lie anywhere: only files of the artifact are read, and written elsewhere.
+        raise ArtifactError(f"{onnx.path}: form {form} names {strange}, no file of this folder.")
+    return keep
 
 
 def _result(onnx: Artifact, form: str) -> dict[str, Any]:

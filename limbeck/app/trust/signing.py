@@ -16,7 +16,9 @@ from limbeck.app.run import RUN
 from limbeck.app.trust.pack import CERTIFICATE
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import ArtifactError, EnvironmentalError, UserError
-from limbeck.contract.files import unwritable_is_a_user_error
+from limbeck.contract.files import open_regular, require_place, unwritable_is_a_user_error
+
+_MOST = 1 << 20  # bytes of a key or a signature; seen: 0.2 kB and 20 kB
 
 
 def sign(path: Path, key: Path) -> list[Path]:
@@ -33,6 +35,7 @@ def sign(path: Path, key: Path) -> list[Path]:
     made = []
     with unwritable_is_a_user_error(path.parent):
         for signed, signature in _pairs(path):
+            require_place(signature)
             signer.sign(signed, signature)
             made.append(signature)
     return made
@@ -54,6 +57,8 @@ def require_signed(path: Path, key: Path) -> list[Path]:
                 f"{signature}: no signature of {signed.name}; `limbeck sign {path} --key FILE` "
                 "makes it, with the private key."
             )
+        with open_regular(signature, most=_MOST):
+            pass  # the library would wait for a pipe
         try:
             verifier.verify(signed, signature)
         except Exception as error:  # whatever a damaged signature makes the library raise
@@ -83,8 +88,15 @@ def _hashing(hashing: Any) -> Any:
 
 def _with_key(key: Path, make: Callable[[], Any]) -> Any:
     try:
-        return make()
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # the last: an RSA key
+        with open_regular(key, most=_MOST):
+            return make()
+    except (
+        ArtifactError,
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:  # the last: an RSA key
         raise UserError(
             f"{key}: cannot be used as a key ({error}); expected an elliptic-curve key in PEM "
             "form, such as `openssl ecparam -name prime256v1 -genkey -noout -out private.pem` "

@@ -20,6 +20,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, core_schema
 
+from limbeck.contract.limits import MOST_THREADS
+
 
 class Frozen(BaseModel):
     """Base of every node of the tree: no unknown keys, no change after reading."""
@@ -38,6 +40,7 @@ Float = Annotated[float, BeforeValidator(_not_a_yes)]
 Fraction = Annotated[Float, Field(ge=0, le=1)]
 Positive = Annotated[Float, Field(gt=0)]
 Count = Annotated[Int, Field(ge=1)]
+Threads = Annotated[Int, Field(ge=1, le=MOST_THREADS)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=80)]
 
 # A recipe from a stranger must not be able to send just any secret of this machine to a server that

@@ -15,6 +15,7 @@ from limbeck.contract.recipe.base import (
     Int,
     KeyVariable,
     Positive,
+    Threads,
 )
 from limbeck.contract.recipe.export import Provider
 
@@ -182,7 +183,7 @@ class Bench(Frozen):
     )
     prompt_tokens: Count = Field(128, description="Tokens of the prompt.")
     new_tokens: Int = Field(64, ge=2, description="Tokens generated after it.")
-    threads: Count | None = Field(
+    threads: Threads | None = Field(
         None, description="CPU threads of every arm; default: every core available."
     )
     min_blocks: Int = Field(

@@ -6,7 +6,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from limbeck.contract.recipe.base import SHORTHAND, Count, Float, Fraction, Frozen, Positive
+from limbeck.contract.recipe.base import (
+    SHORTHAND,
+    Count,
+    Float,
+    Fraction,
+    Frozen,
+    Positive,
+    Threads,
+)
 from limbeck.contract.recipe.inputs import BaseSource, TextSource
 
 # Students -----------------------------------------------------------------------------------------
@@ -466,7 +474,7 @@ class Training(Frozen):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where to train; auto takes a GPU if present."
     )
-    threads: Count | None = Field(
+    threads: Threads | None = Field(
         None, description="CPU threads; default: every core this process may use."
     )
     teacher_cache: TeacherCache = Field(

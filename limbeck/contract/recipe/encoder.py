@@ -19,6 +19,7 @@ from limbeck.contract.recipe.base import (
     Int,
     Name,
     Positive,
+    Threads,
 )
 from limbeck.contract.recipe.budget import ClassificationBudget, EmbeddingBudget, EncoderSpace
 from limbeck.contract.recipe.distillation import (
@@ -238,7 +239,7 @@ class EncoderTraining(Frozen):
         description="Number type of the forward pass; auto is bf16 where it is computed in "
         "hardware, else fp32.",
     )
-    threads: Count | None = Field(
+    threads: Threads | None = Field(
         None, description="CPU threads; default: every core this process may use."
     )
     evaluate_every: Count = Field(
@@ -301,7 +302,7 @@ class EncoderBench(Frozen):
     lengths: tuple[Annotated[Int, Field(ge=4)], ...] = Field(
         (32, 128), min_length=1, description="Tokens of a sequence."
     )
-    threads: Count | None = Field(
+    threads: Threads | None = Field(
         None, description="CPU threads of every arm; default: every core available."
     )
     min_blocks: Int = Field(

@@ -20,6 +20,9 @@ def check_weights(path: Path) -> None:
         raise ModelError(
             f"{path}: no such file or folder{did_you_mean(path)}; check the path in the recipe."
         )
+    if strange := [p.name for p in path.iterdir() if not (p.is_file() or p.is_dir())]:
+        # transformers would wait for a pipe without end
+        raise ModelError(f"{path}: {strange[0]} is a pipe, device or broken link; remove it.")
     adapter = (path / "adapter_config.json").is_file()
     if not (path / "config.json").is_file():
         raise ModelError(
