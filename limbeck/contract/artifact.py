@@ -214,8 +214,7 @@ def open_artifact(path: Path, *, kind: str | None = None, verify: bool = True) -
             )
         if not (path / name).is_file():
             raise ArtifactError(
-                f"{path}: {name} is a pipe, device or broken link; delete the folder and run the "
-                "stage again."
+                f"{path / name}: a folder, pipe or device, where a file was expected."
             )
         if verify and _entry(path / name) != files[name]:
             raise ArtifactError(
