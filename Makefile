@@ -10,7 +10,7 @@ WORKERS ?= 2
 BENCHMARKS := tests/benchmarks/ tests/benchmarks/*/
 module = $(subst /,.,$(basename $(1)))
 
-.PHONY: setup demo demo-encoders test coverage test-slow test-gpu test-faults test-wild fuzz test-clients test-served test-browser test-eval check audit docs architectures help
+.PHONY: setup demo demo-encoders test coverage test-slow test-gpu test-faults test-wild fuzz test-clients test-real test-served test-browser test-eval check audit docs architectures help
 
 help:
 	@echo "make setup       the environment in .venv"
@@ -24,6 +24,7 @@ help:
 	@echo "make fuzz        damaged files of every kind raise nothing but our errors; prints its seed"
 	@echo "make test-gpu    the tests that need an NVIDIA card"
 	@echo "make test-clients  the exported folder in other programs (needs node and npm)"
+	@echo "make test-real   SmolLM2-135M, Gemma-3-270M and two MiniLM through the whole chain (needs their packages)"
 	@echo "make test-served  teachers behind vLLM, which serves SmolLM2-135M on a CPU (an environment of its own, 6 minutes)"
 	@echo "make test-eval   limbeck eval and text metrics with lm-eval, sacrebleu and rouge-score"
 	@echo "make test-browser  the report in headless Chromium, with axe (needs chromium, node and npm)"
@@ -101,6 +102,11 @@ test-clients: $(READY) .venvs/transformers-js/.ready .venvs/optimum/.ready .venv
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install $(PIP_ARGS) optimum-onnx==0.1.0 transformers==4.57.6 onnxruntime torch
 	touch $@
+
+# Models of real weights, trained for a few steps: every form, parity, loss, GGUF, server, bench, and
+# the programs that `make test-clients` has set up. A model whose package is missing is skipped.
+test-real: $(READY)
+	$(BIN)/python -m pytest -m slow -s -rs tests/real
 
 # Teachers behind a real server: vLLM on a CPU serves SmolLM2-135M. It needs transformers below 5.20,
 # and torchvision and its like are built for another torch.

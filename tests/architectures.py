@@ -84,8 +84,8 @@ STUDENTS = ("lora", "shrink")
 HEAD = """# Architectures
 
 Made by `make architectures`; do not edit. Every row is proven on tiny models of random weights.
-The column *weights* names the models of **real weights** that went the whole way too, in a shipped
-recipe.
+The column *weights* names the models of **real weights** that went the whole way too, in
+`make test-real` or a shipped recipe.
 
 - A model goes through `export_student` with `backend: auto` and every form. Parity with torch holds
   in all cases, ragged batches padded on either side among them, and 16 greedy tokens equal torch's.
@@ -100,11 +100,11 @@ recipe.
 | model type | class | weights | backend | plain model | LoRA student | shrunk student | a card |
 |---|---|---|---|---|---|---|---|
 """
-# By architecture, or architecture and task: models that a shipped recipe took through the whole
-# chain.
+# By architecture, or architecture and task: models that tests/real or a shipped recipe takes
+# through the whole chain.
 REAL_WEIGHTS = {
     "llama": "SmolLM2-135M",
-    "gemma3_text": "Gemma 3 270M, up to the export",
+    "gemma3_text": "Gemma-3-270M",
     "bert classification": "all-MiniLM-L6-v2, paraphrase-MiniLM-L3-v2",
     "bert embedding": "all-MiniLM-L6-v2, paraphrase-MiniLM-L3-v2",
 }

@@ -68,8 +68,8 @@ TOLERANCES = {
     "int8-trt": Tolerance(relative=0.6, kl=0.25, top1=0.8, lead=0.5, replay=0.1),
     "int4-weight": Tolerance(relative=0.8, kl=0.6, top1=0.65, lead=0.5, replay=0.3),
     "gguf-f16": Tolerance(relative=0.03, kl=1e-4, top1=0.99, lead=0.1, replay=1e-4),
-    "gguf-q8_0": Tolerance(relative=0.25, kl=0.05, top1=0.95, lead=0.5, replay=0.03),
-    "gguf-q4_0": Tolerance(relative=0.5, kl=0.5, top1=0.8, lead=0.5, replay=0.3),
+    "gguf-q8_0": Tolerance(relative=0.4, kl=0.1, top1=0.9, lead=0.5, replay=0.03),
+    "gguf-q4_0": Tolerance(relative=1.5, kl=1.5, top1=0.2, lead=0.5, replay=0.3),
 }
 
 

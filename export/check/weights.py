@@ -8,7 +8,7 @@ Shape letters: K inputs of a product, N outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,11 +74,11 @@ def weight_errors(
         values = calibration.factors.apply(name, values, rows=rows)
         if matrix is None:
             found = external_array(after[name], graph.parent)
-            yield WeightError(name, "not rounded", _off(values, found))
+            yield WeightError(name, "not rounded", unlike(values, found))
             continue
         weights_NK = values if rows else values.T
         parts = [
-            _largest(weights_NK[at : at + _ROWS], _read(matrix, after, graph.parent, at))
+            unlike_rows(weights_NK[at : at + _ROWS], _read(matrix, after, graph.parent, at))
             for at in range(0, matrix.channels, _ROWS)
         ]
         bits = matrix.how.bits if isinstance(matrix.how, Blockwise) else 8
@@ -93,14 +93,18 @@ def require_weights(
     form: str, source: Graphs, made: Graphs, scheme: Scheme, calibration: Calibration
 ) -> None:
     """Raise `ParityError` naming the initialisers of ``made`` that are not those of ``source``."""
-    errors = weight_errors(source, made.last, scheme, calibration)
+    require_limits(form, weight_errors(source, made.last, scheme, calibration))
+
+
+def require_limits(form: str, errors: Iterable[WeightError]) -> None:
+    """Raise `ParityError` naming the first of ``errors`` that are past their limits."""
     wrong = [e for e in errors if not e.error <= e.limit]  # NaN is past every limit
     if wrong:
         listed = "".join(
             f"\n  {e.name}: {e.error:.3g} of its size, limit {e.limit:.3g}" for e in wrong[:5]
         )
         raise ParityError(
-            f"the {form} graph does not hold the student's weights; {len(wrong)} differ by more "
+            f"the {form} file does not hold the student's weights; {len(wrong)} differ by more "
             f"than rounding does:{listed}\n"
             "Choose another form or a smaller block_size in the recipe, or report the model."
         )
@@ -129,7 +133,7 @@ def _read(matrix: Matrix, tensors: dict[str, TensorProto], folder: Path, at: int
     return read[:, : matrix.width]
 
 
-def _off(values: npt.NDArray[np.float32], found: npt.NDArray[Any]) -> float:
+def unlike(values: npt.NDArray[np.float32], found: npt.NDArray[Any]) -> float:
     """The largest difference over the largest value; masks hold numbers whose squares overflow."""
     if np.array_equal(values, found):
         return 0.0
@@ -151,7 +155,7 @@ def _range_error(span: tuple[float, float], scale: TensorProto, middle: TensorPr
     return max(abs(ends[0] - low), abs(ends[1] - high)) / max(high - low, 1e-9)
 
 
-def _largest(values_NK: Floats, found_NK: Floats) -> float:
+def unlike_rows(values_NK: Floats, found_NK: Floats) -> float:
     """The largest |found - value| / |value| of a row; 0 where both are 0."""
     size = np.linalg.norm(values_NK, axis=-1)
     off = np.linalg.norm(found_NK.astype(np.float32) - values_NK, axis=-1)

@@ -10,7 +10,13 @@ from pathlib import Path
 from export.check.parity import Case
 from export.folder.card import markdown_table
 from export.gguf import architecture as known
-from export.gguf.check import gguf_losses, measure, open_reader, require_same_tokens
+from export.gguf.check import (
+    gguf_losses,
+    measure,
+    open_reader,
+    require_same_tokens,
+    require_weights,
+)
 from export.gguf.tokenizer import require_known
 from export.gguf.write import write_gguf
 from export.heldout import relative_rise
@@ -73,6 +79,7 @@ def _measured(
     tensors: Mapping[str, int],
 ) -> GgufFile:
     model, heldout = student.path / "model", load_heldout(student.path / HELDOUT)
+    require_weights(form, file, model)
     reader = open_reader(file, model, tokens=max(case.ids.shape[1] for case in cases.values()))
     with contextlib.closing(reader):
         say(f"export: reading {form} back with {reader.runtime}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,6 @@ def write_gguf(
     config = known.whole_config(json.loads((model / "config.json").read_text(encoding="utf-8")))
     arch = known.architecture(config)
     layers = known.layers_of(config)
-    names = gguf.get_tensor_name_map(arch_number(arch), layers)
     writer = gguf.GGUFWriter(out, arch)
     writer.add_type("model")
     writer.add_name(name)
@@ -61,18 +61,12 @@ def write_gguf(
     )
     counts: Counter[str] = Counter()
     out.parent.mkdir(parents=True, exist_ok=True)
-    tensors = dict(_tensors(model, config))
     if (factors := known.rope_factors(config)) is not None:
         writer.add_tensor("rope_freqs.weight", factors)
+    tensors = stored_tensors(model)
     with task(f"writing {form}", len(tensors)) as progress:
-        for tensor, load in tensors.items():
-            target = names.get_name(tensor, try_suffixes=(".weight", ".bias"))
-            if target is None:
-                raise ModelError(
-                    f"{model}: llama.cpp's {arch} has no place for {tensor}. Leave the gguf forms "
-                    "out of export.forms."
-                )
-            array = known.as_llama_cpp(arch, tensor, load(), config)
+        for target, load in tensors.items():
+            array = load()
             kind = stored_type(form, target, tuple(array.shape))
             counts[kind] += 1
             number = gguf.GGMLQuantizationType[kind]
@@ -83,6 +77,35 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return dict(counts)
+
+
+def stored_tensors(model: Path) -> dict[str, Callable[[], npt.NDArray[np.float32]]]:
+    """By llama.cpp's name of a tensor, what loads it from the folder ``model``, in fp32 and in
+    llama.cpp's order of values.
+
+    Raises `ModelError` for a tensor that llama.cpp has no place for.
+    """
+    import gguf
+
+    config = known.whole_config(json.loads((model / "config.json").read_text(encoding="utf-8")))
+    arch = known.architecture(config)
+    names = gguf.get_tensor_name_map(arch_number(arch), known.layers_of(config))
+    found: dict[str, Callable[[], npt.NDArray[np.float32]]] = {}
+    for tensor, load in _tensors(model, config):
+        target = names.get_name(tensor, try_suffixes=(".weight", ".bias"))
+        if target is None:
+            raise ModelError(
+                f"{model}: llama.cpp's {arch} has no place for {tensor}. Leave the gguf forms "
+                "out of export.forms."
+            )
+        found[target] = partial(_as_llama_cpp, arch, tensor, load, config)
+    return found
+
+
+def _as_llama_cpp(
+    arch: str, tensor: str, load: Callable[[], npt.NDArray[np.float32]], config: Mapping[str, Any]
+) -> npt.NDArray[np.float32]:
+    return known.as_llama_cpp(arch, tensor, load(), config)
 
 
 _OUTER = ("token_embd.weight", "output.weight")

@@ -94,8 +94,11 @@ def _faults(proto: ModelProto, folder: Path, layers: int) -> Iterator[tuple[str,
     middle = each[count * (layers // 2) :][:count]
     for at in sorted({0, max(count - 4, 0), count - 1}):  # the second is a llama's attention output
         product = middle[at]
-        name = product.scales or product.weights
-        yield f"scale of product {at} doubled", {name: values(name) * 2}
+        name, axis = (product.scales, 0) if product.scales else (product.weights, product.axis)
+        # Half of the outputs: Gemma's norms undo a factor of all.
+        array = np.moveaxis(values(name).copy(), axis, 0)
+        array[: len(array) // 2] *= 2
+        yield f"half of product {at} doubled", {name: np.moveaxis(array, 0, axis)}
     narrow = middle[-1]
     order = np.roll(np.arange(tensors[narrow.weights].dims[narrow.axis]), 1)
     yield (

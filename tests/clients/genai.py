@@ -32,15 +32,16 @@ for form in job["forms"]:
     config.overlay(json.dumps({"model": {"decoder": {"filename": f"onnx/{job['files'][form]}"}}}))
     model = genai.Model(config)
     tokenizer = genai.Tokenizer(model)
-    chat = tokenizer.encode(
-        tokenizer.apply_chat_template(json.dumps(job["messages"]), add_generation_prompt=True)
-    )
+    texts = [*job["texts"]]
+    if job["messages"]:
+        chat = json.dumps(job["messages"])
+        texts.append(tokenizer.apply_chat_template(chat, add_generation_prompt=True))
     width = max(map(len, job["prompts"]))
     tokens[form] = answer(
         model, [prompt + [job["pad"]] * (width - len(prompt)) for prompt in job["prompts"]]
     )
     alone[form] = answer(model, [job["alone"]])[0]
-    prompts = [*(tokenizer.encode(text) for text in job["texts"]), chat]
+    prompts = [tokenizer.encode(text) for text in texts]
     written[form] = [
         tokenizer.decode(np.array(answer(model, [prompt])[0], np.int32)) for prompt in prompts
     ]

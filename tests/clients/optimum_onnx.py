@@ -10,8 +10,9 @@ from transformers import AutoTokenizer
 job = json.load(sys.stdin)
 ids, mask = torch.tensor(job["ids"]), torch.tensor(job["mask"])
 tokenizer = AutoTokenizer.from_pretrained(job["folder"])
-chat = tokenizer.apply_chat_template(job["messages"], add_generation_prompt=True, tokenize=True)
-prompts = [*(tokenizer.encode(text) for text in job["texts"]), list(chat)]
+prompts = [tokenizer.encode(text) for text in job["texts"]]
+if job["messages"]:
+    prompts.append(list(tokenizer.apply_chat_template(job["messages"], add_generation_prompt=True)))
 
 
 def answer(model, ids, mask=None):

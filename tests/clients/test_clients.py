@@ -6,11 +6,8 @@ Each client but onnxruntime-genai has an environment of its own.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,15 +16,9 @@ from limbeck.contract.artifact import Artifact
 from limbeck.runtime.decoder import Decoder
 from limbeck.runtime.text import load_text
 from tests.architectures import SIZES, WEIGHT4, WEIGHT8, greedy
+from tests.clients.programs import PROGRAMS, Job, ask, require_program, until_end
 from tests.pico import make_model, make_student, pico_recipe
 
-HERE = Path(__file__).parent
-ENVIRONMENTS = HERE.parents[1] / ".venvs"
-CLIENTS = {
-    "genai": [sys.executable, str(HERE / "genai.py")],
-    "transformers-js": ["node", str(HERE / "transformers_js.mjs")],
-    "optimum": [str(ENVIRONMENTS / "optimum/bin/python"), str(HERE / "optimum_onnx.py")],
-}
 IN_RECIPE = ["fp32", WEIGHT8, "int8-dynamic", WEIGHT4]
 FORMS = ("fp32", "int8-weight", "int8-dynamic", "int4-weight")
 COUNT, PAD = 16, 257
@@ -89,7 +80,7 @@ def test_greedy_tokens_text_and_chat_are_the_same(exported: Artifact, client: st
     """Ragged batch, stop token, text and chat: fp32 equals torch, other forms our own loop."""
     if client == "genai" and not (exported.path / "genai_config.json").is_file():
         pytest.skip("GenAI runs graphs of the backend genai only")
-    found = _ask(client, _job(exported, FORMS))
+    found = ask(client, Job(exported, FORMS, PROMPTS, ENDS, COUNT, PAD, TEXTS, MESSAGES))
     model, text = exported.path.parent / "student/model", load_text(exported.path)
     prompts = [*map(text.encode, TEXTS), text.chat(MESSAGES)]
     for form in FORMS:
@@ -101,10 +92,10 @@ def test_greedy_tokens_text_and_chat_are_the_same(exported: Artifact, client: st
                 else list(decoder.generate(prompt, COUNT))
             )
             end = text.stop_ids | {PAD}
-            assert _until_end(tokens, end) == _until_end(expected, end), f"{form} after {prompt}"
+            assert until_end(tokens, end) == until_end(expected, end), f"{form} after {prompt}"
         ended = _with_end(decoder, ENDS, text.stop_ids)
         told = (
-            _until_end(ended, text.stop_ids) if client == "genai" else ended
+            until_end(ended, text.stop_ids) if client == "genai" else ended
         )  # GenAI too leaves the stop token out
         assert found["alone"][form] == told, f"{form} stops"
         if form == "fp32":
@@ -123,7 +114,7 @@ def test_greedy_tokens_text_and_chat_are_the_same(exported: Artifact, client: st
 @pytest.mark.parametrize(("model_type", "loads"), [("gemma3_text", True), ("qwen3", False)])
 def test_the_card_knows_what_optimum_loads(tmp_path: Path, model_type: str, loads: bool) -> None:
     """Heads are not hidden_size / num_attention_heads wide; optimum-onnx reads few of those."""
-    _require("optimum")
+    require_program("optimum")
     model = make_model(
         tmp_path / "model",
         model_type=model_type,
@@ -135,67 +126,28 @@ def test_the_card_knows_what_optimum_loads(tmp_path: Path, model_type: str, load
     recipe = pico_recipe(export={"forms": ["fp32"]})
     exported = export_student(student=tmp_path / "student", out=tmp_path / "onnx", recipe=recipe)
     assert ("optimum-onnx" in (exported.path / "README.md").read_text()) == loads
-    job = _job(exported, ["fp32"])
+    job = Job(exported, ["fp32"], PROMPTS, ENDS, COUNT, PAD, TEXTS, MESSAGES)
     if loads:
         expected = [greedy(tmp_path / "student/model", prompt, COUNT)[0] for prompt in PROMPTS]
-        found = _ask("optimum", job)["tokens"]["fp32"]
-        assert [_until_end(row, {256}) for row in found] == [
-            _until_end(row, {256}) for row in expected
+        found = ask("optimum", job)["tokens"]["fp32"]
+        assert [until_end(row, {256}) for row in found] == [
+            until_end(row, {256}) for row in expected
         ]
     else:
         with pytest.raises(AssertionError, match=r"Got: 8 Expected: 16"):
-            _ask("optimum", job)
+            ask("optimum", job)
 
 
-@pytest.fixture(params=CLIENTS)
+@pytest.fixture(params=PROGRAMS)
 def client(request: pytest.FixtureRequest) -> str:
     name = str(request.param)
-    _require(name)
+    require_program(name)
     return name
-
-
-def _require(name: str) -> None:
-    if name != "genai" and not (ENVIRONMENTS / name / ".ready").is_file():
-        pytest.skip(f"{ENVIRONMENTS / name} is not set up; run: make test-clients")
-
-
-def _job(exported: Artifact, forms: Collection[str]) -> dict[str, Any]:
-    width = max(len(prompt) for prompt in PROMPTS)
-    return {
-        "folder": str(exported.path),
-        "forms": list(forms),
-        "files": {form: Path(exported.result["forms"][form]["graph"]).name for form in forms},
-        "prompts": PROMPTS,
-        "pad": PAD,
-        "ids": [[PAD] * (width - len(prompt)) + prompt for prompt in PROMPTS],
-        "mask": [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS],
-        "alone": ENDS,
-        "count": COUNT,
-        "texts": TEXTS,
-        "messages": MESSAGES,
-    }
-
-
-def _ask(client: str, job: dict[str, Any]) -> dict[str, Any]:
-    done = subprocess.run(
-        CLIENTS[client],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        cwd=HERE.parent if client == "genai" else ENVIRONMENTS / client,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def _with_end(decoder: Decoder, prompt: list[int], end: Collection[int]) -> list[int]:
     """Our answer as clients give it: with its stop token, which our loop leaves out."""
     whole = list(decoder.generate(prompt, COUNT))
-    kept = _until_end(whole, end)
+    kept = until_end(whole, end)
     assert list(decoder.generate(prompt, COUNT, stop_ids=end)) == kept
     return whole[: len(kept) + 1]
-
-
-def _until_end(tokens: list[int], end: Collection[int]) -> list[int]:
-    return tokens[: next((at for at, token in enumerate(tokens) if token in end), len(tokens))]

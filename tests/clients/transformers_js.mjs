@@ -14,8 +14,10 @@ const tensor = (rows) =>
 const numbers = (rows) => rows.map((row) => row.map(Number));
 
 const tokenizer = await AutoTokenizer.from_pretrained(job.folder, { local_files_only: true });
-const chat = tokenizer.apply_chat_template(job.messages, { add_generation_prompt: true, return_dict: false, return_tensor: false });
-const ids = [...job.texts.map((text) => tokenizer.encode(text)), chat].map((prompt) => prompt.map(Number));
+const chats = job.messages.length ? [job.messages] : [];
+const options = { add_generation_prompt: true, return_dict: false, return_tensor: false };
+const chatIds = chats.map((messages) => tokenizer.apply_chat_template(messages, options));
+const ids = [...job.texts.map((text) => tokenizer.encode(text)), ...chatIds].map((prompt) => prompt.map(Number));
 const tokens = {};
 const alone = {};
 const written = {};
@@ -29,7 +31,7 @@ for (const form of job.forms) {
   tokens[form] = await answer(job.ids, job.mask);
   alone[form] = (await answer([job.alone], [job.alone.map(() => 1)]))[0];
   written[form] = [];
-  for (const prompt of [...job.texts, job.messages]) {
+  for (const prompt of [...job.texts, ...chats]) {
     const [{ generated_text: whole }] = await generator(prompt, { max_new_tokens: job.count, do_sample: false });
     written[form].push(typeof prompt === "string" ? whole.slice(prompt.length) : whole.at(-1).content);
   }

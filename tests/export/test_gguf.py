@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -15,13 +16,13 @@ from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from export.gguf.architecture import ARCHITECTURES, architecture, whole_config
-from export.gguf.check import open_reader
+from export.gguf.check import open_reader, require_weights
 from export.gguf.tokenizer import require_known
 from export.gguf.write import write_gguf
 from export.plan import form_bytes
 from limbeck.app.products import mistakes
 from limbeck.app.trust.pack import pack
-from limbeck.contract.errors import ModelError
+from limbeck.contract.errors import ModelError, ParityError
 from limbeck.contract.recipe.export import GgufQ8Form
 from limbeck.contract.results.onnx import OnnxResult
 from tests.factory import Factory
@@ -256,6 +257,23 @@ def test_a_wrong_file_is_not_kept(tiny: Factory, monkeypatch: pytest.MonkeyPatch
     assert not result.ggufs
     assert "does not compute what the student computes" in result.failed["gguf-f16"]
     assert not list(onnx.path.rglob("*.gguf"))
+
+
+@pytest.mark.parametrize("form", ["gguf-q8_0", "gguf-q4_0"])
+def test_a_wrong_scale_is_found_in_the_weights(
+    tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 4 bits the logits of a sound file are as far off as those of this one."""
+    model, file = written(tmp_path / "sound", "llama", form, **SIZES["llama"])
+    require_weights(form, file, model)
+    real = gguf.quantize
+    narrow = (WIDE["hidden_size"], WIDE["intermediate_size"])
+    monkeypatch.setattr(
+        gguf, "quantize", lambda a, kind: real(a * 2 if a.shape == narrow else a, kind)
+    )
+    model, file = written(tmp_path / "broken", "llama", form, **SIZES["llama"])
+    with pytest.raises(ParityError, match="does not hold the student's weights"):
+        require_weights(form, file, model)
 
 
 def test_without_llama_cpp_transformers_reads_a_file_back(
