@@ -28,13 +28,14 @@ from compress.models.language import load_model, load_tokenizer
 from compress.models.students import Student
 from compress.tasks.language import LanguageTask, evaluate, per_token
 from limbeck.contract.artifact import Artifact, open_artifact, work_folder, write_artifact
-from limbeck.contract.data.heldout import HELDOUT, mean_nll
+from limbeck.contract.data.evals import EVALS
+from limbeck.contract.data.heldout import CALIBRATION, HELDOUT, mean_nll
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import Features, Recipe, Recover
 from limbeck.contract.results.student import StudentResult
 
 _PARAMETRIZED = re.compile(r"parametrizations\.(?=[^.]+\.original$)|\.original$")
-_COPIED = (HELDOUT, "calibration.safetensors", "teachers.json")
+_COPIED = (HELDOUT, CALIBRATION, EVALS, "teachers.json")
 
 
 class FakeQuantize(nn.Module):

@@ -131,10 +131,10 @@ class Language:
         self.quality = measure_quality(
             workers, self._arms, self._heldout, vocabulary=min(sizes), folder=work, known=known
         )
-        scored = [arm for arm in self._arms if arm.scored and arm.id not in known]
-        self.quality["evals"] = measure_evaluations(
-            workers, scored, self._evals, vocabulary=min(sizes)
-        ) | {"base": self._student.result.get("base_evals")}
+        if self._evals:
+            scored = [arm for arm in self._arms if arm.scored and arm.id not in known]
+            answers = measure_evaluations(workers, scored, self._evals, vocabulary=min(sizes))
+            self.quality["evals"] = answers | {"base": self._student.result.get("base_evals")}
 
     @property
     def _of_other_tokenizers(self) -> dict[str, Mapping[str, list[float]]]:
