@@ -47,9 +47,8 @@ from limbeck.contract.recipe import (
     RecipeModel,
     fingerprint,
 )
-from limbeck.contract.sources.models import model_path
+from limbeck.contract.sources.models import context_in, model_path
 from limbeck.contract.sources.weights import check_weights
-from limbeck.runtime.encoder import COUNTS_FROM_PADDING
 
 _FAITHFUL = (
     1e-4  # largest difference between an ONNX file's output and that of the model read back from it
@@ -110,9 +109,7 @@ def labelled(config: Any, classes: Sequence[str]) -> Any:
 
 def require_context(name: str, config: Any, tokens: int) -> None:
     """Raise `ModelError` unless an encoder with this configuration reads ``tokens`` tokens."""
-    most = int(getattr(config, "max_position_embeddings", 0) or 0)
-    if most and config.model_type in COUNTS_FROM_PADDING:
-        most -= (config.pad_token_id or 0) + 1
+    most = context_in(config.to_dict())
     if most and tokens > most:
         raise ModelError(
             f"data.max_tokens: found {tokens}, but {name} reads {most} at most; choose {most} or "

@@ -163,7 +163,10 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Load the fast tokenizer of a plain folder. Raises `ModelError`."""
+    """Load the fast tokenizer of a plain folder; it never cuts or fills a text.
+
+    Raises `ModelError`.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
@@ -176,6 +179,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise ModelError(
             f"{folder}: only a slow tokenizer; save it with a tokenizer.json (a fast tokenizer)."
         )
+    # tokenizer.json may hold both, from the training that it was saved after. transformers switches
+    # them off in every call; the tokenizer inside, which we call, would cut and fill texts.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 

@@ -24,7 +24,7 @@ from export.graphs import Graphs, relocate, stamp
 from limbeck.contract.errors import ModelError
 from limbeck.contract.models.loading import load_pretrained, unused_pooler
 from limbeck.contract.recipe import StaticShapes
-from limbeck.runtime.encoder import COUNTS_FROM_PADDING
+from limbeck.contract.sources.models import context_in
 
 _TRACED = (2, 5)  # rows and tokens; sizes 0 and 1 would be taken for constants
 
@@ -125,8 +125,7 @@ def build_fp32(
         proto = onnx.load(build, load_external_data=False)
         relocate(proto, graphs.data.name)
         split_gemm(proto)
-        context = int(getattr(config, "max_position_embeddings", 0) or 0)
-        context -= config.pad_token_id + 1 if config.model_type in COUNTS_FROM_PADDING else 0
+        context = context_in(config.to_dict()) or 0
         stamp(proto, {**metadata, "limbeck.context": str(context)})
         onnx.save(proto, graphs.last)
     width = int(config.hidden_size)

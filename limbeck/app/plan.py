@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck.app.products import plan_products
+from limbeck.app.products import bench_mistakes, plan_products
 from limbeck.contract.errors import LimbeckError, ModelError, RecipeError
 from limbeck.contract.machine import OtherWork, host, watch_other_work
 from limbeck.contract.progress import about
@@ -22,6 +22,7 @@ from limbeck.contract.recipe import (
     find_recipe,
     load_teacher_recipe,
 )
+from limbeck.contract.sources.preflight import model_mistakes
 
 if TYPE_CHECKING:
     from compress.footprint.base import Asked, Footprint
@@ -167,6 +168,8 @@ def plan_recipe(recipe: AnyRecipe, *, trial: bool = False) -> Plan:
     from compress.footprint.tasks import task_of
 
     compress.quiet_libraries()
+    if found := [*model_mistakes(recipe), *bench_mistakes(recipe)]:
+        raise RecipeError("\n".join(f"{recipe.name}: {mistake}" for mistake in found))
     own = _making(recipe)
     first = [_making(product.recipe) for product in plan_products(recipe).order]
     worst = max([own, *first], key=lambda making: sum(making.memory.values()))

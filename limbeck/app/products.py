@@ -10,17 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from limbeck.contract.errors import RecipeError, UserError
+from limbeck.contract.errors import DataError, RecipeError, UserError
 from limbeck.contract.recipe import (
     AnyRecipe,
     BaseSource,
     FreshStudent,
+    OnnxModel,
     Recipe,
     RecipeModel,
+    ServerModel,
     find_recipe,
     load_teacher_recipe,
 )
-from limbeck.contract.sources.models import stored_config
+from limbeck.contract.sources.models import context_in, stored_config
 from limbeck.contract.sources.places import cache_folder
 from limbeck.contract.sources.preflight import preflight
 from limbeck.contract.sources.teacher_tokens import tokenizer_mistakes
@@ -110,14 +112,18 @@ def plan_products(recipe: AnyRecipe) -> Products:
     return products
 
 
-def mistakes(recipe: AnyRecipe, products: Products | None = None) -> list[str]:
+def mistakes(
+    recipe: AnyRecipe, products: Products | None = None, *, timed: bool = True
+) -> list[str]:
     """Mistakes of ``recipe`` and its products on this machine, one per line.
 
-    Missing files and packages; a student that cannot be exported; teacher recipes that are missing,
-    wrong, or depend on themselves.
+    Missing files and packages; a student that cannot be exported, or if it is ``timed``, measured;
+    teacher recipes that are missing, wrong, or depend on themselves.
     """
     products = products or find_products(recipe)
     found = [*preflight(recipe), *_export_mistakes(recipe), *products.errors]
+    if timed:
+        found += bench_mistakes(recipe)
     if isinstance(recipe, Recipe):
         found += tokenizer_mistakes(recipe)
     for product in products.order:
@@ -153,11 +159,31 @@ def _export_mistakes(recipe: AnyRecipe) -> list[str]:
     return []
 
 
-def require_inputs(recipe: AnyRecipe) -> Products:
-    """Plan the products of ``recipe``; raises `RecipeError` listing all that is missing on this
-    machine."""
+def bench_mistakes(recipe: AnyRecipe) -> list[str]:
+    """Models that read fewer tokens than the bench gives them, as far as they are known here."""
+    models = {"the student's base": recipe.base} | recipe.teacher_models
+    found: dict[str, str] = {}  # each model once
+    for name, model in models.items():
+        if model is None or isinstance(model, RecipeModel | ServerModel | OnnxModel):
+            continue
+        try:
+            config = stored_config(model, folder=recipe.folder)
+        except UserError:  # preflight has named it
+            continue
+        try:
+            recipe.bench.require_context(context_in(config or {}), name)
+        except DataError as error:
+            found.setdefault(str(model), str(error))
+    return list(found.values())
+
+
+def require_inputs(recipe: AnyRecipe, *, timed: bool = True) -> Products:
+    """Plan the products of ``recipe``, which is ``timed`` at the end or not.
+
+    Raises `RecipeError` listing all that is missing on this machine.
+    """
     products = find_products(recipe)
-    if missing := mistakes(recipe, products):
+    if missing := mistakes(recipe, products, timed=timed):
         lines = [f"{recipe.name}: cannot run here", *(f"  {line}" for line in missing)]
         raise RecipeError("\n".join(lines))
     return products

@@ -119,7 +119,7 @@ def run_stage(
             )
     products = None
     if stage == "compress":
-        products = require_inputs(recipe)
+        products = require_inputs(recipe, timed=False)
     elif not leads():
         return None
     with open_run(recipe, folder):
@@ -251,7 +251,7 @@ def ablate(
     """
     from compress.ablate import ablate
 
-    products = require_inputs(recipe)
+    products = require_inputs(recipe, timed=False)
     with open_run(recipe, out or default_folder(recipe)) as folder:
         teachers = make_products(recipe, products)
         say("== ablation")
@@ -277,7 +277,7 @@ def cache(recipe: AnyRecipe, *, ray: str | None, workers: int) -> None:
             f"{recipe.name}: an encoder's teachers answer once, when its training begins; a cache "
             "is for language models."
         )
-    teachers = make_products(recipe, require_inputs(recipe))
+    teachers = make_products(recipe, require_inputs(recipe, timed=False))
     shards = compress.fill_cache(recipe=recipe, products=teachers, ray=ray, workers=workers)
     print(f"teacher cache: {len(shards)} shards in {cache_folder() / 'teachers'}", flush=True)
 

@@ -22,8 +22,6 @@ from limbeck.runtime.text import load_text, well_formed
 Ids = npt.NDArray[np.int64]
 Answers = npt.NDArray[np.float32]
 
-# Architectures whose positions begin behind the id of the padding token: a shorter context.
-COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
 _ANSWERS = {"classification": "logits", "embedding": "sentence_embedding"}
 _CONTEXT = 512  # tokens, where neither the graph nor the caller names a limit
 

@@ -48,13 +48,13 @@ class Text:
         """
         encoding = self._encoded(well_formed(text), True)
         ids, added = list(encoding.ids), encoding.special_tokens_mask
-        while len(ids) > self._before and added[len(ids) - 1] and ids[-1] in self.stop_ids:
+        while len(ids) > self._before and added[len(ids) - 1]:
             ids.pop()
         return ids
 
     @cached_property
     def _before(self) -> int:
-        """Special tokens that are added before any text; one may be a stop token, as OPT's BOS."""
+        """Special tokens that are added before any text."""
         added: list[int] = self._encoded("a", True).special_tokens_mask
         return added.index(0) if 0 in added else 0
 

@@ -118,15 +118,6 @@ def form_arm(onnx: Artifact, form: str, *, twin: bool = False) -> Arm:
     )
 
 
-def context_of(model: Path) -> int | None:
-    """Context of a model folder in tokens; None if its configuration has none."""
-    config = json.loads((model / "config.json").read_text("utf-8"))
-    found = config.get(
-        "max_position_embeddings", config.get("text_config", {}).get("max_position_embeddings")
-    )
-    return int(found) if found else None
-
-
 def weights_on_disk(*folders: Path) -> int:
     """Bytes of the safetensors files in some folders."""
     return sum(path.stat().st_size for folder in folders for path in folder.glob("*.safetensors"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +13,10 @@ from safetensors.numpy import load_file, save_file
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.data.arrays import Logits
 from limbeck.contract.data.examples import EXAMPLES, load_examples
-from limbeck.contract.errors import DataError
 from limbeck.contract.progress import task
-from limbeck.contract.recipe import EncoderRecipe
+from limbeck.contract.recipe import EncoderBench, EncoderRecipe
 from limbeck.contract.results.bench import Arm, EncoderResult, Gate, Interval, Verdict
-from limbeck.runtime.encoder import COUNTS_FROM_PADDING
+from limbeck.contract.sources.models import context_of
 from serve_bench.judge import encoder as figures
 from serve_bench.judge.certificate import FP32
 from serve_bench.judge.changes import Row, judge_change
@@ -26,7 +24,7 @@ from serve_bench.judge.encoder import Evidence, Quality
 from serve_bench.judge.figures import Cell, Reference, Sample
 from serve_bench.judge.stats import first_look
 from serve_bench.judge.task import Judged, Measured
-from serve_bench.measure.arms import context_of, form_arm, teachers_of, weights_on_disk
+from serve_bench.measure.arms import form_arm, teachers_of, weights_on_disk
 from serve_bench.measure.live import Test
 from serve_bench.measure.units import Batch, batch
 from serve_bench.measure.workers import Workers
@@ -57,7 +55,7 @@ class Encoder:
     def open(self, onnx: Artifact, student: Artifact) -> list[Arm]:
         """See `MeasuringTask`."""
         arms = list_arms(onnx=onnx, student=student)
-        require_context(arms, self.cells, student.path / "model")
+        require_context(arms, self.recipe.bench, student.path / "model")
         self.open_data(student.path)
         return arms
 
@@ -281,17 +279,8 @@ def list_arms(*, onnx: Artifact, student: Artifact) -> list[Arm]:
     return [*arms, *forms, form_arm(onnx, str(onnx.result["shipped"]), twin=True)]
 
 
-def require_context(arms: Sequence[Arm], cells: Sequence[Cell], student: Path) -> None:
+def require_context(arms: Sequence[Arm], bench: EncoderBench, student: Path) -> None:
     """Raise `DataError` when the longest sequence does not fit into the shortest context."""
-    wanted = max(cell.length for cell in cells)
     for arm in arms:
         folder = Path(arm.spec["model"]) if arm.runtime == "torch" else student
-        context = context_of(folder)
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        if context is not None and config["model_type"] in COUNTS_FROM_PADDING:
-            context -= config["pad_token_id"] + 1
-        if context is not None and wanted > context:
-            raise DataError(
-                f"bench.lengths: found {wanted}; {arm.label} reads {context} tokens at most. Make "
-                "it smaller."
-            )
+        bench.require_context(context_of(folder), arm.label)

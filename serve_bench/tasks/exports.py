@@ -32,7 +32,7 @@ def time_encoders(
         arm = form_arm(open_artifact(run / "onnx", kind="onnx"), form)
         arms.append(replace(arm, id=f"{run.name}:{form}", label=f"{run.name} {form}"))
     student = exports[0][0] / "student"
-    require_context(arms, [cell], student / "model")
+    require_context(arms, bench, student / "model")
     heldout, threads = load_examples(student / EXAMPLES), bench.threads or available_cores()
     runs: dict[tuple[str, Cell], int] = {}
 

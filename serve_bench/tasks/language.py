@@ -18,6 +18,7 @@ from limbeck.contract.machine import available_cores
 from limbeck.contract.progress import task
 from limbeck.contract.recipe import Bench, Gates, Recipe
 from limbeck.contract.results.bench import Arm, Gate, LanguageResult, TaskName, Verdict
+from limbeck.contract.sources.models import context_of
 from serve_bench.judge import language as figures
 from serve_bench.judge import scenarios
 from serve_bench.judge.certificate import FP32
@@ -29,7 +30,7 @@ from serve_bench.judge.scenario_changes import scenario_changes
 from serve_bench.judge.stats import FEWEST_BLOCKS, Array, first_look, relative_rise
 from serve_bench.judge.task import Judged, Measured
 from serve_bench.measure import generation
-from serve_bench.measure.arms import context_of, list_arms
+from serve_bench.measure.arms import list_arms
 from serve_bench.measure.host.roofline import graph_weight_bytes
 from serve_bench.measure.live import Test
 from serve_bench.measure.quality import measure_evaluations, measure_quality
@@ -413,21 +414,7 @@ def require_evaluations(gates: Gates, rows: Mapping[str, Blocks], student: Artif
 
 def require_context(arms: Sequence[Arm], bench: Bench, student: Path) -> None:
     """Raise `DataError` when a prompt and its answer do not fit into the shortest context."""
-    wanted = {("bench", bench.prompt_tokens, bench.new_tokens)}
-    if (grid := bench.scenario("offline")) is not None:
-        wanted |= {("offline", max(grid.prompts), max(grid.outputs))}
     for arm in arms:
-        if arm.runtime == "openai":
-            continue
-        folder = Path(arm.spec["model"]) if arm.runtime.startswith("torch") else student
-        context = context_of(folder)
-        for where, asked, new in wanted:
-            if context is None or asked + new <= context:
-                continue
-            names = ("bench.prompt_tokens", "bench.new_tokens")
-            if where == "offline":
-                names = ("the longest of offline's prompts", "of its outputs")
-            raise DataError(
-                f"{names[0]} ({asked}) and {names[1]} ({new}) come to {asked + new} tokens; "
-                f"the context of {arm.label} is {context}. Make either smaller."
-            )
+        if arm.runtime != "openai":
+            folder = Path(arm.spec["model"]) if arm.runtime.startswith("torch") else student
+            bench.require_context(context_of(folder), arm.label)

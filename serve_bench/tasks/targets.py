@@ -16,17 +16,18 @@ from typing import Any
 import numpy as np
 
 from limbeck.contract.artifact import MANIFEST, Artifact, open_artifact, write_artifact
-from limbeck.contract.errors import ArtifactError, DataError, ModelError
+from limbeck.contract.errors import ArtifactError, ModelError
 from limbeck.contract.files import unwritable_is_a_user_error
 from limbeck.contract.machine import available_cores, host
 from limbeck.contract.recipe import Bench, ServerScenario, UrlTarget, fingerprint
 from limbeck.contract.results.bench import Arm
 from limbeck.contract.sources.hub import hub_snapshot
+from limbeck.contract.sources.models import context_of
 from limbeck.contract.sources.weights import check_weights
 from serve_bench.judge import figures, language, scenarios
 from serve_bench.judge.figures import ENVIRONMENT, SAMPLES, Reference, Sample
 from serve_bench.judge.stats import first_look
-from serve_bench.measure.arms import context_of, form_arm, weights_on_disk
+from serve_bench.measure.arms import form_arm, weights_on_disk
 from serve_bench.measure.bench import before, scratch, single
 from serve_bench.measure.clock import Limits
 from serve_bench.measure.host import machine
@@ -50,7 +51,9 @@ def measure_targets(
     arms = _named(arms)
     twin = replace(arms[0], id=f"{arms[0].id}:twin", label=f"{arms[0].label} (copy)", role="twin")
     arms.append(twin)
-    _require_context(arms, bench)
+    for arm in arms:
+        if (model := _folder(arm)) is not None:
+            bench.require_context(context_of(model), arm.label)
     vocabulary = min((v for arm in arms if (v := _vocabulary(arm)) is not None), default=_FEW)
     artifacts = {
         arm.id: open_artifact(Path(arm.spec["artifact"]), kind="onnx")
@@ -191,20 +194,6 @@ def _vocabulary(arm: Arm) -> int | None:
     config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
     found = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
     return int(found) if found else None
-
-
-def _require_context(arms: Sequence[Arm], bench: Bench) -> None:
-    wanted = bench.prompt_tokens + bench.new_tokens
-    for arm in arms:
-        folder = _folder(arm)
-        context = context_of(folder) if folder is not None else None
-        if context is not None and wanted > context:
-            raise DataError(
-                f"bench.prompt_tokens ({bench.prompt_tokens}) and bench.new_tokens "
-                f"({bench.new_tokens}) come to {wanted} tokens; the "
-                f"context of {arm.label} is {context}. Make either smaller, with --set "
-                "bench.prompt_tokens=… or bench.new_tokens=…."
-            )
 
 
 def _at(bench: Bench, target: str) -> Bench:

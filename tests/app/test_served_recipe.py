@@ -48,6 +48,7 @@ def written(**over: Any) -> dict[str, Any]:
         "student": {"kind": "lora", "base": source, "rank": 2},
         "fusion": {"calibration": {"kind": "none"}},
         "training": {"tokens": 640, "batch_tokens": 64},
+        "bench": {"prompt_tokens": 32, "new_tokens": 16},
     }
     Path("far.yaml").write_text(yaml.safe_dump(tree))
     return tree

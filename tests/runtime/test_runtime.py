@@ -311,9 +311,11 @@ def test_every_files_end_token_ends_an_answer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "before"), [("<s> $A </s>", [258]), ("$A </s>", []), ("<s> $A", [258])]
 )
+@pytest.mark.parametrize("end", ["</s>", "<|end|>"])
 def test_a_prompt_keeps_its_beginning_and_has_no_end(
-    tmp_path: Path, template: str, before: list[int]
+    tmp_path: Path, template: str, before: list[int], end: str
 ) -> None:
+    """A chat model's tokenizer names another end token than the one its template adds."""
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = make_tokenizer()
@@ -323,6 +325,7 @@ def test_a_prompt_keeps_its_beginning_and_has_no_end(
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=template, special_tokens=[("<s>", bos), ("</s>", eos)]
     )
+    tokenizer.eos_token = end
     tokenizer.save_pretrained(tmp_path)
     text = load_text(tmp_path)
     plain = tokenizer("ab", add_special_tokens=False)["input_ids"]

@@ -38,7 +38,7 @@ from safetensors.torch import load_file, save_file
 
 from compress.models.students import with_lora
 from limbeck.contract.errors import ModelError
-from limbeck.contract.models.adapters import attach, merged
+from limbeck.contract.models.adapters import adapter_facts, attach, merged
 from limbeck.contract.recipe import LoraStudent, RandomModel
 from serve_bench.worker.runtimes import TorchEager
 from tests.pico import make_tokenizer
@@ -300,6 +300,22 @@ def test_options_that_would_be_dropped_are_refused_by_name(
     changed(adapter, use_future=False, alora_invocation_tokens=[1, 2])
     with pytest.raises(ModelError, match="adapters with alora_invocation_tokens are not supported"):
         attach(load(bases[True]), adapter)
+
+
+def test_a_wrong_shape_is_one_line(bases: dict[bool, Path], tmp_path: Path) -> None:
+    """torch lists every tensor on a line of its own."""
+    adapter = make_adapter(bases[True], tmp_path / "adapter", LORA["plain"])
+    changed(adapter, r=4)
+    with pytest.raises(
+        ModelError, match=r"12 of its tensors have another shape \(.*q_proj"
+    ) as told:
+        attach(load(bases[True]), adapter)
+    assert "\n" not in str(told.value)
+    changed(adapter, r=8, modules_to_save=["lm_head"])
+    with pytest.raises(ModelError, match=r"KeyError: .*lm_head.* Name the base .* compare"):
+        attach(load(bases[True]), adapter)
+    with pytest.raises(ModelError, match=f"{adapter} is one: name that folder"):
+        adapter_facts(tmp_path)
 
 
 def renamed(adapter: Path, old: str, new: str) -> None:

@@ -11,12 +11,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from compress.data.blocks import conversations, load_blocks
 from compress.data.documents import documents
-from compress.data.packing import special_prefix
-from limbeck.contract.errors import DataError, ModelError
+from compress.data.packing import Piece, special_prefix, tokenise
+from compress.models.language import load_tokenizer
+from limbeck.app.plan import plan_recipe
+from limbeck.app.products import mistakes
+from limbeck.contract.errors import DataError, ModelError, RecipeError
 from limbeck.contract.recipe import (
     ChatRows,
     FileText,
@@ -30,6 +33,7 @@ from limbeck.contract.sources.hub import hub_config, hub_snapshot
 from limbeck.contract.sources.models import require_fits
 from limbeck.contract.sources.preflight import preflight
 from limbeck.contract.sources.texts import text_files
+from limbeck.runtime.text import load_text
 from tests.pico import make_model, make_tokenizer, pico_recipe
 
 # Text files --------------------------------------------------------------------------------------
@@ -161,6 +165,26 @@ def test_blocks_begin_as_transformers_begins_a_text(tmp_path: Path) -> None:
     assert not blocks.train_scored[:, 0].any()
 
 
+def test_a_tokenizer_that_was_saved_to_cut_and_fill_texts_does_neither(tmp_path: Path) -> None:
+    """Training scripts save both; transformers switches them off in every call."""
+    tokenizer = with_template("<s> $A")
+    text = "".join(f"sentence {i} of a text that is long enough. " for i in range(400))
+    (tmp_path / "a.txt").write_text(text)
+    whole = tokenizer(text)["input_ids"]
+    tokenizer.backend_tokenizer.enable_truncation(max_length=40)
+    tokenizer.backend_tokenizer.enable_padding(length=400, pad_id=7)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert '"max_length": 40' in (tmp_path / "tokenizer" / "tokenizer.json").read_text()
+    loaded = load_tokenizer(tmp_path / "tokenizer")
+    assert AutoTokenizer.from_pretrained(tmp_path / "tokenizer")(text)["input_ids"] == whole
+    (tokens,) = tokenise([Piece(text)], loaded)
+    assert [*special_prefix(loaded), *tokens.ids] == whole
+    (blocks,) = load_blocks(local_recipe(tmp_path, block=256), loaded)
+    assert blocks.train_ids[0].tolist() == whole[:256]
+    loaded.save_pretrained(tmp_path / "again")
+    assert load_text(tmp_path / "again").encode(text) == whole
+
+
 # Models ------------------------------------------------------------------------------------------
 
 
@@ -192,6 +216,26 @@ def test_a_block_longer_than_the_model_reads_is_a_mistake_of_the_recipe(
     mistakes = preflight(local_recipe(tmp_path, block=128, teachers=[teacher]))
     assert [m.partition(":")[0] for m in mistakes] == ["teachers.0", "student.base"]
     assert all("data.block is 128, but the model reads 64 tokens at most" in m for m in mistakes)
+
+
+def test_a_bench_longer_than_the_model_reads_is_a_mistake_before_training(tmp_path: Path) -> None:
+    """GPT-2 calls its context n_positions."""
+    (tmp_path / "a.txt").write_text("text " * 1000)
+    make_model(tmp_path / "model", model_type="gpt2", n_embd=32, n_head=4, n_positions=64)
+    recipe = local_recipe(tmp_path, block=64, bench={"prompt_tokens": 60, "new_tokens": 8})
+    (mistake,) = mistakes(recipe)
+    assert "come to 68 tokens; the context of the student's base is 64" in mistake
+    with pytest.raises(RecipeError, match="come to 68 tokens"):
+        plan_recipe(recipe)
+    assert mistakes(recipe, timed=False) == []
+    offline = {"kind": "offline", "prompts": [60], "outputs": [8]}
+    grid = {"prompt_tokens": 8, "new_tokens": 8, "scenarios": ["single", offline]}
+    (mistake,) = mistakes(local_recipe(tmp_path, block=64, bench=grid))
+    assert "the longest of offline's prompts (60)" in mistake
+    fits = {"prompt_tokens": 56, "new_tokens": 8}
+    assert mistakes(local_recipe(tmp_path, block=64, bench=fits)) == []
+    with pytest.raises(RecipeError, match=r"data.block is 128, but the model reads 64 tokens"):
+        plan_recipe(local_recipe(tmp_path, block=128))
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_a_mistake_of_the_recipe(tmp_path: Path) -> None:

@@ -25,10 +25,11 @@ from limbeck.app.init.inputs import (
 )
 from limbeck.contract.errors import ModelError, RecipeError
 from limbeck.contract.files import write_atomically
-from limbeck.contract.recipe import Data, parse_recipe
+from limbeck.contract.recipe import Bench, Data, parse_recipe
 from limbeck.contract.sources.models import context_of
 
 _BLOCK = 128
+_TIMED = Bench().prompt_tokens + Bench().new_tokens
 
 
 def write_recipe(
@@ -59,6 +60,7 @@ def write_recipe(
         for name, given in zip(short_names(teachers), teachers, strict=True)
     ]
     own = [model_source(student, "--student")] if student else []
+    context = _context([t["model"] for t in found] + own)
     tree: dict[str, Any] = {
         "name": re.sub(r"[^a-z0-9._-]+", "-", out.stem.lower()).strip("-.") or "mine",
         "teachers": found,
@@ -67,7 +69,7 @@ def write_recipe(
                 {"name": name, "text": text_source(text)}
                 for name, text in zip(short_names(texts), texts, strict=True)
             ],
-            "block": _block([t["model"] for t in found] + own),
+            "block": min(_BLOCK, 1 << (context.bit_length() - 1)),
             "heldout": {"piece_chars": 1024},
         },
         "training": {
@@ -78,6 +80,8 @@ def write_recipe(
         },
         "gates": {"max_size_mb": target_mb, "max_loss_vs_best_teacher": 0.02},
     }
+    if context < _TIMED:
+        tree["bench"] = {"prompt_tokens": context // 2, "new_tokens": max(2, context // 4)}
     if are_short(texts, Data.model_validate(tree["data"])):
         tree["data"]["packing"] = "stream"
     bases = own or [t["model"] for t in found if t["model"]["kind"] != "recipe"]
@@ -108,11 +112,10 @@ def write_recipe(
     return choice
 
 
-def _block(models: Sequence[dict[str, Any]]) -> int:
-    """Tokens of a block, a power of two: no more than each model on this machine reads."""
+def _context(models: Sequence[dict[str, Any]]) -> int:
+    """Tokens that each model on this machine reads; at most those of a bench's defaults."""
     folders = (Path(model["path"]) for model in models if model["kind"] == "local")
-    most = min([_BLOCK, *filter(None, map(context_of, folders))])
-    return 1 << (most.bit_length() - 1)
+    return min([_TIMED, *filter(None, map(context_of, folders))])
 
 
 def _require_on_hub(
@@ -145,7 +148,9 @@ def _text(tree: dict[str, Any], choice: Choice, target_mb: float) -> str:
         *(f"  - {_flow(teacher)}" for teacher in tree["teachers"]),
     ]
     lines += [
-        f"{key}: {_flow(tree[key])}" for key in ("data", "student", "training", "export", "gates")
+        f"{key}: {_flow(tree[key])}"
+        for key in ("data", "student", "training", "export", "bench", "gates")
+        if key in tree
     ]
     return "\n".join(lines) + "\n"
 

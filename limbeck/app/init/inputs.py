@@ -93,8 +93,11 @@ def model_source(given: str, option: str) -> dict[str, Any]:
         try:
             kinds = json.loads((path / "config.json").read_text("utf-8")).get("architectures") or []
         except (OSError, ValueError, AttributeError) as error:
+            files = (*path.glob("*/config.json"), *path.glob("*/adapter_config.json"))
+            inside = sorted(f"{given.rstrip('/')}/{file.parent.name}" for file in files)
+            hint = f" Did you mean {' or '.join(inside[:3])}?" if inside else ""
             raise ModelError(
-                f"{option} {given}: no config.json of a model there ({error})."
+                f"{option} {given}: no config.json of a model there ({error}).{hint}"
             ) from error
         if kinds and not any(str(kind).endswith(_DECODERS) for kind in kinds):
             raise ModelError(

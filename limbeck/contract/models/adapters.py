@@ -88,7 +88,9 @@ def adapter_facts(folder: Path) -> AdapterFacts:
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; check the path of the adapter.")
     if not (folder / CONFIG).is_file():
-        raise ModelError(f"{folder}: no {CONFIG}; expected a PEFT adapter folder.")
+        within = next((path.parent for path in sorted(folder.glob(f"*/{CONFIG}"))), None)
+        hint = f" {within} is one: name that folder." if within else ""
+        raise ModelError(f"{folder}: no {CONFIG}; expected a PEFT adapter folder.{hint}")
     if not (folder / WEIGHTS).is_file():
         pickle = next(folder.glob("adapter_model.bin"), None)
         raise ModelError(
@@ -201,8 +203,9 @@ def attach(model: Any, folder: Path, *, name: str = "default") -> Any:
         SafetensorError,
     ) as error:
         raise ModelError(
-            f"{folder}: this adapter does not fit "
-            f"{base.config._name_or_path or 'its base'}: {error}"
+            f"{folder}: this adapter does not fit {base.config._name_or_path or 'its base'}: "
+            f"{_in_one_line(error)}. Name the base that it was trained on ({facts.base}), and "
+            f"compare {CONFIG} with the weights beside it."
         ) from error
     # With a resized embedding, peft writes the modules that it saves twice, under two names.
     unexpected = [
@@ -321,6 +324,15 @@ def _inside(module: Any) -> Any:
     ):
         module = wrapped
     return module
+
+
+def _in_one_line(error: Exception) -> str:
+    """What peft or torch says; of the many shapes that torch lists, the first and their number."""
+    shapes = [line for line in str(error).splitlines() if "size mismatch for" in line]
+    if not shapes:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    first = shapes[0].partition("size mismatch for ")[2].rstrip(". ")
+    return f"{len(shapes)} of its tensors have another shape ({first})"
 
 
 def _require_known(facts: AdapterFacts, config: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from limbeck.contract.errors import DataError
 from limbeck.contract.recipe.base import (
     SHORTHAND,
     Count,
@@ -196,6 +197,23 @@ class Bench(Frozen):
     def scenario(self, kind: str) -> Any:
         """The scenario of one kind, or None if the recipe does not ask for it."""
         return next((scenario for scenario in self.scenarios if scenario.kind == kind), None)
+
+    def require_context(self, context: int | None, model: str) -> None:
+        """Raise `DataError` if a prompt and its answer do not fit into ``context`` tokens.
+
+        ``model`` names the model in the error. None: its context is unknown.
+        """
+        wanted = [("bench.prompt_tokens", self.prompt_tokens, "bench.new_tokens", self.new_tokens)]
+        if (grid := self.scenario("offline")) is not None:
+            prompt, output = max(grid.prompts), max(grid.outputs)
+            wanted.append(("the longest of offline's prompts", prompt, "of its outputs", output))
+        for prompts, asked, outputs, new in wanted:
+            if context is not None and asked + new > context:
+                raise DataError(
+                    f"{prompts} ({asked}) and {outputs} ({new}) come to {asked + new} tokens; "
+                    f"the context of {model} is {context}. Make either smaller, with "
+                    "--set bench.prompt_tokens=… or bench.new_tokens=…."
+                )
 
 
 class Gates(Frozen):

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from limbeck.contract.errors import DataError
 from limbeck.contract.recipe.base import (
     SHORTHAND,
     Count,
@@ -311,6 +312,17 @@ class EncoderBench(Frozen):
     minutes: Positive = Field(
         3.0, description="Budget for timing; blocks go on until gates are decided or it is spent."
     )
+
+    def require_context(self, context: int | None, model: str) -> None:
+        """Raise `DataError` if the longest sequence does not fit into ``context`` tokens.
+
+        ``model`` names the model in the error. None: its context is unknown.
+        """
+        if context is not None and max(self.lengths) > context:
+            raise DataError(
+                f"bench.lengths: found {max(self.lengths)}; {model} reads {context} tokens at "
+                "most. Make it smaller."
+            )
 
 
 class ClassificationBench(EncoderBench):

@@ -153,7 +153,8 @@ def require_fits(folder: Path, *, block: int | None = None) -> None:
 
     Reads config.json and tokenizer.json only. A value that they do not give is not checked.
     """
-    text, context = _text_config(folder), context_of(folder)
+    config = read_object(folder / "config.json")
+    text, context = _text_config(config), context_in(config)
     if block is not None and context is not None and block > context:
         raise ModelError(
             f"{folder}: data.block is {block}, but the model reads {context} tokens at most; set "
@@ -170,13 +171,22 @@ def require_fits(folder: Path, *, block: int | None = None) -> None:
 
 def context_of(folder: Path) -> int | None:
     """Return how many tokens a model reads at most; None where config.json does not say."""
-    text = _text_config(folder)
-    return next((text[name] for name in _CONTEXTS if isinstance(text.get(name), int)), None)
+    return context_in(read_object(folder / "config.json"))
 
 
-def _text_config(folder: Path) -> dict[str, Any]:
-    config = read_object(folder / "config.json")
+def context_in(config: Mapping[str, Any]) -> int | None:
+    """As `context_of`, of a configuration."""
+    text = _text_config(config)
+    found = next((text[name] for name in _CONTEXTS if isinstance(text.get(name), int)), None)
+    if found and text.get("model_type") in _COUNTS_FROM_PADDING:
+        found -= (text.get("pad_token_id") or 0) + 1
+    return found
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config.get("text_config") or config
 
 
+# Their position embeddings begin behind the padding token's id.
+_COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
 _CONTEXTS = ("max_position_embeddings", "n_positions")  # how configurations call the longest text

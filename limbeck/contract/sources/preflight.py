@@ -56,6 +56,17 @@ def _mistakes(recipe: AnyRecipe) -> Iterator[str]:
                 yield f"{where}: every file is empty; name files with text."
         except UserError as error:
             yield f"{where}: {error}"
+    yield from model_mistakes(recipe)
+    for index, name in enumerate(recipe.teacher_models):
+        if (adapter := recipe.adapters.get(name)) is not None:
+            try:
+                adapter_facts((recipe.folder / adapter.expanduser()).resolve())
+            except UserError as error:
+                yield f"teachers.{index}.adapter: {error}"
+
+
+def model_mistakes(recipe: AnyRecipe) -> Iterator[str]:
+    """Models that are missing here, or too small for the recipe's text or their own tokenizer."""
     models: list[tuple[str, ModelSource | OnnxModel]] = [
         (f"teachers.{i}", model) for i, model in enumerate(recipe.teacher_models.values())
     ]
@@ -79,9 +90,3 @@ def _mistakes(recipe: AnyRecipe) -> Iterator[str]:
                     require_fits(path, block=recipe.block)
         except UserError as error:
             yield f"{where}: {error}"
-    for index, name in enumerate(recipe.teacher_models):
-        if (adapter := recipe.adapters.get(name)) is not None:
-            try:
-                adapter_facts((recipe.folder / adapter.expanduser()).resolve())
-            except UserError as error:
-                yield f"teachers.{index}.adapter: {error}"
