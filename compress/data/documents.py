@@ -189,6 +189,10 @@ def _check_column(path: Path, field: str, found: Sequence[str]) -> None:
             f"{path}: no column {field!r} (found: {', '.join(found)}); set format.field to the "
             "right one."
         )
+    if (count := found.count(field)) > 1:
+        raise DataError(
+            f"{path}: {count} columns are called {field!r}; rename the others, and write it again."
+        )
 
 
 def _numbered(path: Path, batches: Iterable[Any], field: str) -> Iterator[tuple[str, Any]]:

@@ -98,6 +98,10 @@ def test_null_rows_are_named_with_what_to_do(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"a.parquet, row 3: the text under 'text' is null"):
         list(documents(tmp_path / "a.parquet", ParquetRows(kind="parquet")))
+    twice = pyarrow.Table.from_arrays([table["text"]] * 2, names=["text", "text"])
+    pyarrow.parquet.write_table(twice, tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"b.parquet: 2 columns are called 'text'"):
+        list(documents(tmp_path / "b.parquet", ParquetRows(kind="parquet")))
 
 
 # Tokenizers --------------------------------------------------------------------------------------
