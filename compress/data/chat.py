@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from limbeck.contract.errors import DataError
+from limbeck.runtime.chat import limited
 
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]  # first character, and the one after the last
@@ -131,12 +132,13 @@ def _rendered(
     marks: bool = False,
 ) -> tuple[str, list[Span]]:
     try:
-        texts, spans = render_jinja_template(
-            conversations=[messages],
-            chat_template=template,
-            return_assistant_tokens_mask=marks,
-            **tokenizer.special_tokens_map,
-        )
+        with limited():
+            texts, spans = render_jinja_template(
+                conversations=[messages],
+                chat_template=template,
+                return_assistant_tokens_mask=marks,
+                **tokenizer.special_tokens_map,
+            )
     except TemplateError as error:
         raise DataError(f"{where}: the chat template refuses this conversation: {error}.") from None
     except Exception as error:  # a template is a program, and may fail like one

@@ -6,7 +6,9 @@ command line, in workers, under torchrun and in programs that import a part of L
 
 from __future__ import annotations
 
+import contextlib
 import os
+from pathlib import Path
 
 # No library may report its use by itself. onnxruntime 1.32 otherwise looks up a host for events
 # and keeps a database under ~/.cache.
@@ -25,13 +27,31 @@ _NO_TELEMETRY = {
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
+def cache_folder() -> Path:
+    """``$LIMBECK_CACHE``, or the platform's user cache folder."""
+    chosen = os.environ.get("LIMBECK_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().resolve()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("limbeck"))
+
+
 def prepare() -> None:
     """Set what is missing; a variable that the user has set stays as it is.
+
+    torch makes a folder for compiled code when transformers is imported. It belongs into the cache
+    folder and not beside it; where that cannot be written, it stays in the folder for temporary
+    files.
 
     OpenMP threads of torch wait for each other by spinning. On a core that another process uses,
     they spin instead of working, and a step takes 6 to 8 times as long; asleep, they do not.
     """
     for name, value in _NO_TELEMETRY.items():
         os.environ.setdefault(name, value)
+    with contextlib.suppress(OSError, RuntimeError):  # whoever needs the cache says what is wrong
+        compiled = cache_folder() / "torch"
+        if os.access(next(p for p in compiled.parents if p.exists()), os.W_OK):
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
     if not any(name in os.environ for name in _WAITING):
         os.environ["OMP_WAIT_POLICY"] = "passive"

@@ -6,9 +6,12 @@ Knows jinja2, and imports it when it is first needed; knows nothing of tokens. T
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +20,7 @@ from limbeck.contract.errors import DataError
 if TYPE_CHECKING:
     from jinja2.sandbox import SandboxedEnvironment
 
+LONGEST = 5.0  # seconds of one rendering; a conversation of 1 MB takes 0.1 s
 _MARK = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 
 
@@ -43,22 +47,57 @@ def render(
     from jinja2 import TemplateError
 
     try:
-        return (
-            _environment()
-            .from_string(without_marks(template))
-            .render(
-                messages=list(messages),
-                tools=list(tools) if tools else None,
-                documents=None,
-                add_generation_prompt=True,
-                **special,
+        with limited():
+            return (
+                _environment()
+                .from_string(without_marks(template))
+                .render(
+                    messages=list(messages),
+                    tools=list(tools) if tools else None,
+                    documents=None,
+                    add_generation_prompt=True,
+                    **special,
+                )
             )
-        )
     except TemplateError as error:
         why = str(error)
     except Exception as error:  # a template is a program, and may fail like one
         why = f"{type(error).__name__}: {error}"
     raise DataError(f"the model's chat template cannot render these messages: {why}")
+
+
+class Endless(Exception):
+    """Work of a stranger's program that took too long."""
+
+    def __str__(self) -> str:
+        return f"it was still at work after {LONGEST:g} s"
+
+
+@contextmanager
+def limited() -> Iterator[None]:
+    """Raise `Endless` in a block of Python code that takes longer than `LONGEST`.
+
+    A template of a stranger may compute for ever. It may do so in a thread that no signal reaches,
+    so another thread lets the interpreter raise the exception there.
+    """
+    worker, lock, ended = threading.get_ident(), threading.Lock(), False
+
+    def stop() -> None:
+        with lock:
+            if not ended:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(worker), ctypes.py_object(Endless)
+                )
+
+    timer = threading.Timer(LONGEST, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        with lock:
+            ended = True
+        timer.cancel()
 
 
 def takes_tools(template: str) -> bool:

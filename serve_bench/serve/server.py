@@ -17,7 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.limits import Limits
@@ -88,7 +88,7 @@ def make_app(
         status = "failed" if engine.failure else "shutting down" if engine.closing else "ok"
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def figures() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -96,6 +96,9 @@ def make_app(
     async def docs() -> Response:
         return HTMLResponse(docs_page(app.openapi(), model), headers=HEADERS)
 
+    for body in app.openapi()["components"]["schemas"].values():  # FastAPI keeps this tree
+        if "model" in body.get("properties", {}):
+            body["properties"]["model"]["enum"] = [model]
     return app
 
 

@@ -11,17 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from limbeck.contract.environment import cache_folder as cache_folder
 from limbeck.contract.errors import DataError, UserError
-
-
-def cache_folder() -> Path:
-    """``$LIMBECK_CACHE``, or the platform's user cache folder."""
-    chosen = os.environ.get("LIMBECK_CACHE")
-    if chosen:
-        return Path(chosen).expanduser().resolve()
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("limbeck"))
 
 
 def package_root(package: str, version: str | None) -> Path:
