@@ -77,8 +77,15 @@ test-wild: $(READY)
 	$(BIN)/python -m tests.wild $(ARGS)
 
 # Damaged files of every kind that is read; ARGS="--seconds 600 --seed 7 manifest" for longer, again, or one kind only.
-fuzz: $(READY)
+# Then schemathesis against the server's own OpenAPI document, for a minute.
+fuzz: $(READY) .venvs/schemathesis/.ready
 	$(BIN)/python -m tests.faults.fuzzing.fuzz $(ARGS)
+	$(BIN)/python -m tests.faults.fuzzing.served
+
+.venvs/schemathesis/.ready:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install $(PIP_ARGS) schemathesis==4.32.5
+	touch $@
 
 # Skips where there is no NVIDIA card; see docs/gpu.md.
 test-gpu: $(READY)

@@ -65,6 +65,8 @@ def build_genai(
         shutil.move(build / "model.onnx.data", graphs.data)
         for logits, path in (("last", graphs.last), ("all", graphs.all)):
             proto = onnx.load(build / "model.onnx", load_external_data=False)
+            # The builder adds the commit of whatever repository its package lies in.
+            proto.producer_version = proto.producer_version.partition("+")[0]
             relocate(proto, graphs.data.name)
             _static_cache(proto, head_size)
             _set_windows(proto, windows)

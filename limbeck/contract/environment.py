@@ -23,6 +23,9 @@ _NO_TELEMETRY = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "GRADIO_ANALYTICS_ENABLED": "False",
 }
+# Folders that libraries would make beside the cache folder, in the user's and temporary folders,
+# by the variable that moves them into it.
+_FOLDERS = {"TORCHINDUCTOR_CACHE_DIR": "torch", "MPLCONFIGDIR": "matplotlib"}
 # Each of these says how OpenMP threads wait. A user who set one keeps the choice.
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
@@ -40,18 +43,15 @@ def cache_folder() -> Path:
 def prepare() -> None:
     """Set what is missing; a variable that the user has set stays as it is.
 
-    torch makes a folder for compiled code when transformers is imported. It belongs into the cache
-    folder and not beside it; where that cannot be written, it stays in the folder for temporary
-    files.
-
     OpenMP threads of torch wait for each other by spinning. On a core that another process uses,
     they spin instead of working, and a step takes 6 to 8 times as long; asleep, they do not.
     """
     for name, value in _NO_TELEMETRY.items():
         os.environ.setdefault(name, value)
     with contextlib.suppress(OSError, RuntimeError):  # whoever needs the cache says what is wrong
-        compiled = cache_folder() / "torch"
-        if os.access(next(p for p in compiled.parents if p.exists()), os.W_OK):
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+        cache = cache_folder()
+        if os.access(next(p for p in (cache, *cache.parents) if p.exists()), os.W_OK):
+            for name, folder in _FOLDERS.items():
+                os.environ.setdefault(name, str(cache / folder))
     if not any(name in os.environ for name in _WAITING):
         os.environ["OMP_WAIT_POLICY"] = "passive"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 
+import onnx
 import pytest
 
 from limbeck.contract.artifact import MANIFEST
@@ -24,6 +26,10 @@ def test_two_runs_in_two_folders_give_equal_digests_and_graphs(
     for graph in here["onnx"][1]:
         files = [tmp_path / name / "run" / "onnx" / graph for name in ("here", "there")]
         assert files[0].read_bytes() == files[1].read_bytes()
+        # The builder's version alone, without the commit of the repository around this environment.
+        if graph.endswith(".onnx"):
+            made = onnx.load(files[0], load_external_data=False)
+            assert made.producer_version == importlib.metadata.version("onnxruntime-genai")
     manifests = [
         json.loads((tmp_path / name / "run" / "student" / MANIFEST).read_text())
         for name in ("here", "there")

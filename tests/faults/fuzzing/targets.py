@@ -17,6 +17,7 @@ from limbeck.contract.data.heldout import (
     save_calibration,
     save_heldout,
 )
+from limbeck.contract.errors import DataError
 from limbeck.contract.recipe import JsonLines, ParquetRows
 from tests.faults.fuzzing.fuzz import Target
 from tests.pico import make_blocks, pico_recipe
@@ -160,6 +161,49 @@ def _read_certificate(folder: Path) -> None:
     read_certificate(folder)
 
 
+_BODIES: tuple[dict[str, Any], ...] = (
+    {
+        "prompt": "abc", "max_tokens": 2, "temperature": 0.5, "top_p": 0.9, "n": 2, "stop": ["x"],
+        "stream": True, "stream_options": {"include_usage": True}, "logprobs": 2,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {
+            "type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}}},
+    },
+    {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {"a": 1}}}],
+        "tool_choice": "auto", "max_tokens": 2, "logprobs": True, "top_logprobs": 1,
+    },
+)  # fmt: skip
+_served: list[Any] = []  # the server of this process, which ends with it
+
+
+def _bodies(folder: Path) -> None:
+    from tests.factory import Factory
+    from tests.serve_bench.serve.asking import serving
+
+    _served.append(serving(Factory(folder / "tiny").exported().path))
+    _served.append(_served[0].__enter__())
+    (folder / "x").write_text("\n".join(json.dumps({"model": "pico"} | body) for body in _BODIES))
+
+
+def _post(folder: Path) -> None:
+    """Send each line to both endpoints. Raises `DataError` when the server refuses them all."""
+    from tests.serve_bench.serve.asking import bare
+
+    refused = ""
+    answered = 0
+    for body in (folder / "x").read_bytes().split(b"\n"):
+        for path in ("/v1/completions", "/v1/chat/completions"):
+            status, _, answer = bare(_served[1], "POST", path, body)
+            assert status in (200, 400, 404, 413), (status, path, answer)
+            assert status == 200 or set(answer["error"]) >= {"message", "type", "code"}, answer
+            answered += status == 200
+            refused = refused or ("" if status == 200 else answer["error"]["message"])
+    assert bare(_served[1], "GET", "/health")[0] == 200
+    if not answered:
+        raise DataError(refused)
+
+
 QUICK = (
     Target("manifest", f"a/{MANIFEST}", _artifact, _open),
     Target("run.json", f"run/{RUN}", _claim, _claim),
@@ -177,4 +221,5 @@ TARGETS = (
     Target("config.json", "config.json", _config, _read_config),
     Target("GGUF header", "x.gguf", _gguf, _read_gguf),
     Target("ONNX graph", "x.onnx", _onnx, _read_onnx),
+    Target("request bodies", "x", _bodies, _post),
 )
