@@ -152,6 +152,7 @@ class Common(_Body):
     skip_special_tokens: Any = _only(True)
     spaces_between_special_tokens: Any = _only(True)
     return_token_ids: Any = _only(False)
+    detokenize: Any = _only(True)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -267,8 +268,10 @@ class Message(_Body):
     reasoning_content: Str | None = _unused("Of an earlier answer; templates leave it out.")
     refusal: Any = _only("")
     annotations: Any = _only([])
+    images: Any = _only([])
     audio: Any = _only()
     function_call: Any = _only()
+    cache_control: dict[str, Any] | None = _unused()
 
     @model_validator(mode="after")
     def _has_content(self) -> Message:
@@ -340,6 +343,7 @@ class ChatBody(Common):
     function_call: Any = _only("none", "auto")
     modalities: Any = _only(["text"])
     reasoning_effort: Any = _only("none")
+    include_reasoning: Any = _only(True)
     verbosity: Any = _only("medium")
     store: Any = _only(False)
     echo: Any = _only(False)

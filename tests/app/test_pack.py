@@ -148,8 +148,9 @@ def test_push_that_is_refused(run: Path, hub: FakeHub) -> None:
     assert "expected NAMESPACE/NAME" in done.stderr
 
 
-def test_push_without_a_hub(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://hub.invalid"])
+def test_push_without_a_hub(run: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
     done = call("push", run, "me/pico")
     assert done.exit_code == 2
     assert "cannot be reached" in done.stderr

@@ -87,6 +87,7 @@ def push(run: Path, repository: str, *, form: str | None = None, private: bool =
     """
     if not _REPOSITORY.fullmatch(repository):
         raise UserError(f"{repository}: expected NAMESPACE/NAME, such as my-name/pico.")
+    from httpx2 import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -110,7 +111,7 @@ def push(run: Path, repository: str, *, form: str | None = None, private: bool =
             raise EnvironmentalError(
                 f"{repository}: the hub refused ({error}); {remedy}."
             ) from None
-        except OSError as error:
+        except (OSError, HTTPError) as error:
             raise EnvironmentalError(
                 f"{repository}: the hub cannot be reached ({error}); check the network or "
                 "HF_ENDPOINT."

@@ -165,6 +165,7 @@ COMPLETIONS: dict[str, dict[str, Any]] = {
         "include_stop_str_in_output": False, "add_special_tokens": True, "bad_words": [],
         "guided_json": None, "truncate_prompt_tokens": None, "allowed_token_ids": None,
         "cache_salt": "a", "request_id": "1", "service_tier": "auto", "stop_token_ids": [],
+        "detokenize": True,
     },
 }  # fmt: skip
 
@@ -193,7 +194,10 @@ CHATS: dict[str, dict[str, Any]] = {
         "messages": [
             {"role": "user", "content": "abc"},
             {"role": "assistant", "content": None, "tool_calls": None, "function_call": None},
+            {"role": "assistant", "content": "def", "images": []},
+            {"role": "user", "content": "abc", "cache_control": {"type": "ephemeral"}},
         ],
+        "include_reasoning": True,
         "user": "", "metadata": None, "max_tokens": 4, "modalities": None, "audio": None,
         "prediction": None, "web_search_options": None, "safety_identifier": None,
     },
