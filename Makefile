@@ -71,7 +71,8 @@ test-slow: $(READY)
 test-faults: $(READY)
 	$(BIN)/python -m tests.faults $(ARGS)
 
-# Models, adapters and tokenizers as people bring them, held to transformers and peft; then 200 random ones, as a table.
+# Models, adapters and tokenizers as people bring them, held to transformers and peft; then two tables: reported cases,
+# and 200 random ones.
 test-wild: $(READY)
 	$(BIN)/python -m pytest -m 'not gpu' tests/wild -k 'not two_hundred'
 	$(BIN)/python -m tests.wild $(ARGS)

@@ -1,21 +1,44 @@
-"""Print the table of the random cases: `python -m tests.wild [FIRST [LAST]]`.
+"""Print two tables, of the reported and of random cases: `python -m tests.wild [FIRST [LAST]]`.
 
-Exit code 1 if one of them crashed, was silently different, or was taken though nobody can load it.
+Exit code 1 if one of them is wrong, crashed, was silently different, or was taken though nobody
+can load it.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import sys
 import tempfile
 import warnings
 from pathlib import Path
+from unittest.mock import patch
 
 from tabulate import tabulate
 
 import compress
 from tests.wild.configurations import CASES, Outcome, draw_case, outcomes
+from tests.wild.rows import rows
+
+
+def reported() -> list[str]:
+    """Print a row for each case that users reported, and return the verdicts."""
+    with (
+        tempfile.TemporaryDirectory() as name,
+        contextlib.chdir(name),
+        warnings.catch_warnings(),
+        patch.dict(os.environ, LIMBECK_CACHE=f"{name}/cache"),
+    ):
+        warnings.simplefilter("ignore")
+        found = list(rows(Path(name)))
+        cells = [
+            [r.verdict, r.what, *(s.replace(f"{name}/", "") for s in (r.ours, r.theirs))]
+            for r in found
+        ]
+    heads = ["verdict", "what it is", "Limbeck", "transformers, peft"]
+    print(tabulate(cells, heads, disable_numparse=True, maxcolwidths=[9, 40, 60, 60]))
+    return [row.verdict for row in found]
 
 
 def table(first: int, last: int) -> list[Outcome]:
@@ -44,13 +67,14 @@ def main() -> None:
     compress.quiet_libraries()
     given = [int(argument) for argument in sys.argv[1:]]
     first, last = (given + [0, CASES][len(given) :])[:2] if len(given) < 2 else given[:2]
-    print("case, verdict, what it is, our loss, the loss of transformers and peft (nats a token)")
+    wrong = any(verdict.isupper() for verdict in reported())
+    print("\ncase, verdict, what it is, our loss, the loss of transformers and peft (nats a token)")
     counts = collections.Counter(outcome.verdict for outcome in table(first, last))
     print(
         f"{last - first} cases: "
         + ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items()))
     )
-    sys.exit(any(verdict.isupper() for verdict in counts))
+    sys.exit(wrong or any(verdict.isupper() for verdict in counts))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,283 @@
+"""The cases that users reported, one row each: what we give, and what transformers or peft give.
+
+Losses are in nats a token of one text; both sides load the same files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pyarrow
+import pyarrow.parquet
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from compress.data.documents import documents
+from compress.data.packing import special_prefix
+from compress.models.language import load_tokenizer
+from export.build.choice import choose_backend
+from limbeck.app.given import exported_folder, require_made
+from limbeck.app.init.inputs import adapter_bases, teacher_source, text_source
+from limbeck.contract.errors import LimbeckError
+from limbeck.contract.recipe import FileText, HubModel, JsonLines, ParquetRows
+from limbeck.contract.sources.hub import hub_config
+from limbeck.contract.sources.models import require_fits
+from limbeck.contract.sources.texts import text_files
+from limbeck.runtime.text import load_text
+from serve_bench.serve.wire import ChatBody, CompletionBody
+from serve_bench.worker.runtimes import TorchEager
+from tests.pico import make_model, make_tokenizer
+from tests.serve_bench.serve.test_refusals import CHATS, COMPLETIONS
+from tests.wild.adapters import IDS, load, make_adapter, make_base, our_logits, peft_logits, teacher
+from tests.wild.test_files import with_template
+
+_Q = ["q_proj", "v_proj"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A case, our answer and theirs. Without ``wanted``, the two losses must be equal."""
+
+    what: str
+    ours: str
+    theirs: str
+    wanted: str = ""  # a pattern of our answer, where theirs is none that a user could want
+
+    @property
+    def verdict(self) -> str:
+        """``equal`` or ``named``; upper case if it is wrong."""
+        if self.wanted:
+            return "named" if re.search(self.wanted, self.ours) else "WRONG"
+        return "equal" if self.ours == self.theirs else "DIFFERENT"
+
+
+def rows(folder: Path) -> Iterator[Row]:
+    """Every case, made below ``folder``, which must be the working directory. Asks no network."""
+    with patch("huggingface_hub.constants.HF_HUB_OFFLINE", True):
+        for part in (_adapters, _tokenizers, _models, _files, _commands):
+            yield from part(folder)
+
+
+def _loss(logits_RLV: Tensor) -> str:
+    loss = nn.functional.cross_entropy(logits_RLV[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    return f"{float(loss):.4f}"
+
+
+def _said(act: Callable[[], object]) -> str:
+    """What ``act`` gives, or the error that it raises, in one line."""
+    try:
+        return str(act())
+    except LimbeckError as error:
+        return str(error)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _adapters(root: Path) -> Iterator[Row]:
+    tied, untied = (make_base(root / f"base-{t}", tied=t) for t in (True, False))
+
+    def made(name: str, base: Path, *, rows: int = 0, **options: Any) -> Path:
+        config = LoraConfig(target_modules=options.pop("targets", _Q), **options)
+        adapter = root / name
+        return make_adapter(base, adapter, config, seed=len(name) + rows, rows=rows)
+
+    head = made("head", tied, targets=[*_Q, "lm_head"])
+    yield Row(
+        "teacher: LoRA on lm_head",
+        _loss(our_logits([teacher("one", tied, head)])[0]),
+        _loss(peft_logits(tied, head)),
+    )
+    saved = [made(f"saved{i * '-'}", untied, modules_to_save=["lm_head"]) for i in (1, 2)]
+    plain = made("plain", untied)
+    tokens = made("tokens", tied, trainable_token_indices=IDS[0, :3].tolist())
+    embedding = made("embedding", tied, modules_to_save=["embed_tokens"])
+    for what, base, first, second in (
+        ("two adapters that save their lm_head, the second", untied, *saved),
+        ("a plain adapter after one that saves lm_head", untied, saved[0], plain),
+        ("trainable tokens, on a tied base", tied, head, tokens),
+        ("trainable tokens after a saved embedding", tied, embedding, tokens),
+    ):
+        ours = our_logits([teacher("one", base, first), teacher("two", base, second)])
+        yield Row(f"teacher: {what}", _loss(ours[1]), _loss(peft_logits(base, second)))
+    arm = TorchEager(model=str(tied), adapter=str(head), threads=1)
+    scored = torch.stack([torch.from_numpy(arm.score(row.numpy())) for row in IDS])
+    yield Row("bench: LoRA on a tied lm_head", _loss(scored), _loss(peft_logits(tied, head)))
+    resized = made("resized", untied, rows=260)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<one>", "<two>"])
+    tokenizer.save_pretrained(resized)
+    yield Row(
+        "teacher: an adapter with two added tokens",
+        _loss(our_logits([teacher("one", untied, resized)])[0]),
+        _loss(peft_logits(untied, resized, rows=260)),
+    )
+    made("on-hub", untied, base_model_name_or_path="some/base")
+    mapped = adapter_bases([f"some/base={untied}"])
+    yield Row(
+        "an adapter whose base is a hub id, offline",
+        _said(lambda: hub_config("some/base", "main")),
+        _said(lambda: AutoModelForCausalLM.from_pretrained("some/base", local_files_only=True)),
+        "some/base@main: .* not on this machine",
+    )
+    source = teacher_source(str(root / "on-hub"), mapped)
+    found = our_logits([teacher("one", Path(source["model"]["path"]), Path(source["adapter"]))])
+    yield Row(
+        "the same with --base some/base=PATH",
+        _loss(found[0]),
+        _loss(peft_logits(untied, root / "on-hub")),
+    )
+
+
+def _tokenizers(root: Path) -> Iterator[Row]:
+    folder = root / "ends"
+    tokenizer = with_template("<s> $A </s>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>", "<|endoftext|>"]})
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.save_pretrained(folder)
+    turn, end = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    yield Row(
+        "ends: tokenizer <|im_end|>, generation configuration <|endoftext|>",
+        str(sorted(load_text(folder).stop_ids)),
+        f"transformers stops at {end} alone, its template ends turns with {turn}",
+        re.escape(str([turn, end])),
+    )
+    text = "hello there"
+    ids = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+    own = load_tokenizer(folder)
+    plain = own(text, add_special_tokens=False)["input_ids"]
+    shown = tokenizer.convert_ids_to_tokens
+    begin = " ".join(shown(ids[:1]))
+    for what, found in (
+        ("training", [*special_prefix(own), *plain]),
+        ("a prompt", load_text(folder).encode(text)),
+    ):
+        ours = " ".join(shown(found))
+        yield Row(
+            f"template <s> $A </s>: {what}",
+            ours,
+            " ".join(shown(ids)),
+            rf"^{re.escape(begin)} h.* e$",
+        )
+
+
+def _models(root: Path) -> Iterator[Row]:
+    for kind, builder in (("yarn", "dynamo"), ("linear", "dynamo"), ("longrope", "dynamo")):
+        config = {"model_type": "llama", "rope_parameters": {"rope_type": kind}, "head_dim": 16}
+        yield Row(
+            f"llama with rope {kind}, backend: auto",
+            _said(lambda config=config: choose_backend(config)[0]),
+            "torch's exporter alone gives the logits of torch (tests/export/build/test_rope.py)",
+            builder,
+        )
+    gpt2 = make_model(root / "gpt2", model_type="gpt2", n_embd=32, n_head=4, n_positions=64)
+    long = torch.zeros((1, 65), dtype=torch.long)
+    yield Row(
+        "a block longer than n_positions",
+        _said(lambda: require_fits(gpt2, block=65)),
+        _said(lambda: load(gpt2)(input_ids=long)),
+        "data.block is 65, but the model reads 64 tokens at most",
+    )
+    larger = make_tokenizer()
+    larger.add_tokens(["<one>"])
+    larger.save_pretrained(gpt2)
+    yield Row(
+        "a tokenizer with more ids than the embedding has rows",
+        _said(lambda: require_fits(gpt2)),
+        _said(lambda: load(gpt2)(input_ids=torch.tensor([larger("<one>")["input_ids"]]))),
+        "its tokenizer has 259 tokens, but its embedding has 258 rows",
+    )
+
+
+def _files(root: Path) -> Iterator[Row]:
+    half = "a\ud800b"
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(root / "bytes")
+    text = load_text(root / "bytes")
+    yield Row(
+        "a lone surrogate in a prompt",
+        tokenizer.decode(text.encode(half)),
+        _said(lambda: tokenizer(half)),
+        "^a\ufffdb$",
+    )
+    (root / "half.jsonl").write_text(json.dumps({"text": half}))
+    yield Row(
+        "a lone surrogate in JSON lines",
+        str(*documents(root / "half.jsonl", JsonLines(kind="jsonl"))),
+        _said(lambda: json.loads((root / "half.jsonl").read_text())["text"].encode()),
+        "^a\ufffdb$",
+    )
+    body = ChatBody.model_validate({"model": "m", "messages": [{"role": "user", "content": half}]})
+    yield Row("a lone surrogate in a request", str(body.messages[0].content), "-", "^a\ufffdb$")
+    for name in ("text/my [2024] notes.txt", "text/b.txt"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text("text")
+    for given, count in (("text/my [2024] notes.txt", 1), ("text/*.txt", 2), ("text", 2)):
+        source = FileText(kind="files", paths=(given,))
+        read = text_source(given)["paths"][0]
+        yield Row(
+            f"init --data '{given}'",
+            f"{len(text_files(source, folder=root))} files, {read == str(Path.cwd() / given)}",
+            "-",
+            f"^{count} files, True",
+        )
+    (root / "null.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None]}), root / "null.parquet")
+    for name, form, place in (
+        ("null.jsonl", JsonLines(kind="jsonl"), "line 2"),
+        ("null.parquet", ParquetRows(kind="parquet"), "row 2"),
+    ):
+        yield Row(
+            f"a null in {name}",
+            _said(lambda name=name, form=form: list(documents(root / name, form))),
+            "-",
+            f"{name}, {place}: the text under 'text' is null; leave the row out",
+        )
+    bodies = [(CompletionBody, {"prompt": "a"} | body) for body in COMPLETIONS.values()]
+    bodies += [(ChatBody, body) for body in CHATS.values()]
+    for kind, sent in bodies:
+        kind.model_validate({"model": "m"} | sent)
+    named = ", ".join([*COMPLETIONS, *(f"{name} (chat)" for name in CHATS)])
+    yield Row(f"payloads of clients: {named}", "taken", "-", "taken")
+
+
+def _commands(root: Path) -> Iterator[Row]:
+    models = root / "models"
+    make_model(models / "base")
+    (models / "fortunes-lora").mkdir()
+    (models / "fortunes-lora" / "adapter_config.json").write_text("{}")
+    mistyped = "models/fortuns-lora"
+    yield Row(
+        f"--teacher {mistyped}",
+        _said(lambda: teacher_source(mistyped, {})),
+        _said(lambda: AutoConfig.from_pretrained(mistyped, local_files_only=True)),
+        "did you mean models/fortunes-lora",
+    )
+    yield Row(
+        "generate models/base",
+        _said(lambda: exported_folder(Path("models/base"), command="generate")),
+        "-",
+        "is a model folder, not an exported student; `limbeck init",
+    )
+    (root / "mine.yaml").write_text("name: mine")
+    yield Row(
+        "verify mine.yaml",
+        _said(lambda: require_made(Path("mine.yaml"), command="verify")),
+        "-",
+        "is a recipe, .*`limbeck run mine.yaml` makes it",
+    )
+    hub = HubModel(kind="hub", id="some/base")
+    yield Row(
+        "a hub model, offline",
+        _said(lambda: hub_config(hub.id, hub.revision)),
+        _said(lambda: AutoConfig.from_pretrained(hub.id, local_files_only=True)),
+        "hf download some/base config.json",
+    )
