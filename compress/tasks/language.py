@@ -15,6 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,6 +24,7 @@ from torch import Tensor
 from compress.aligned import AlignedStates
 from compress.data.blocks import IGNORED, DomainBlocks, labels_of
 from compress.data.evals import evaluate_rows, evaluation_rows
+from compress.data.general import general_rows
 from compress.data.training_text import heldout_batches
 from compress.head import fit_temperature, label_nll
 from compress.models.body import Body
@@ -261,7 +264,7 @@ class LanguageTask(LanguageModels):
         if self.importance is not None:
             save_file(self.importance.tensors(), folder / "importance.safetensors")
         save_heldout(folder / HELDOUT, {b.name: b.heldout for b in self.blocks})
-        save_calibration(folder / CALIBRATION, self.text.first_texts(_CALIBRATION_ROWS))
+        save_calibration(folder / CALIBRATION, self._calibration_rows())
         sums, total = self._merged_nll(folder / "model")
         nll = per_token(sums, self.blocks)
         save_heldout(folder / EVALS, self.evaluation_rows)
@@ -284,6 +287,12 @@ class LanguageTask(LanguageModels):
             sources={name: self.sources[name] for name in ("base", "texts")},
             language=figures,
         )
+
+    def _calibration_rows(self) -> list[npt.NDArray[np.int32]]:
+        """Training text, and as much text of other kinds."""
+        width, tokenizer = self.recipe.data.block, load_tokenizer(self.folder)
+        others = general_rows(tokenizer, width=width, vocabulary=self.vocabulary)
+        return self.text.first_texts(_CALIBRATION_ROWS) + others
 
     def _merged_nll(self, folder: Path) -> tuple[dict[str, list[float]], int]:
         """Held-out NLL of a saved student in fp32, as `student_nll`, and its parameters."""

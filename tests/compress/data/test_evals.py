@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
+import pydoc_data.topics
 import statistics
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +16,16 @@ import torch
 from compress import distill
 from compress.data.blocks import DomainBlocks
 from compress.data.evals import evaluate_rows, evaluation_rows, facts
+from compress.data.general import general_rows
 from compress.models.language import load_model, load_tokenizer
 from limbeck.contract.data.evals import EVALS, losses, shares
-from limbeck.contract.data.heldout import Blocks, all_but_first, load_heldout
+from limbeck.contract.data.heldout import (
+    CALIBRATION,
+    Blocks,
+    all_but_first,
+    load_calibration,
+    load_heldout,
+)
 from tests.compress.test_compress import tiny
 from tests.pico import make_model
 
@@ -112,3 +122,22 @@ def answers(tokenizer: object, blocks: Blocks) -> list[tuple[str, str]]:
         before, answer = texts
         found.append((before, answer))
     return found
+
+
+def test_calibration_has_the_training_text_and_other_text(tmp_path: Path) -> None:
+    """Held to the file and the recipe's text, decoded by the tokenizer."""
+    folder = make_model(tmp_path / "base", max_position_embeddings=128)
+    source = {"kind": "local", "path": str(folder)}
+    recipe = tiny(tmp_path, teachers=[], student={"kind": "lora", "rank": 2, "base": source})
+    student = distill(recipe=recipe, out=tmp_path / "student")
+    tokenizer = load_tokenizer(folder)
+    texts = [tokenizer.decode(row) for row in load_calibration(student.path / CALIBRATION)]
+    assert len(texts) > 24
+    general = files("compress.data").joinpath("general.txt").read_text("utf-8")
+    documentation = "\n".join(pydoc_data.topics.topics.values())
+    others = (general, documentation, Path(json.__file__).with_name("decoder.py").read_text())
+    found = [next((n for n, text in enumerate(others) if row in text), None) for row in texts]
+    assert {0, 1, 2} <= {*found[-24:]}
+    assert found[: len(texts) - 24] == [None] * (len(texts) - 24)
+    few = general_rows(tokenizer, width=32, vocabulary=ord("m"))
+    assert all(row.max() < ord("m") for row in few)
