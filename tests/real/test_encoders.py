@@ -12,13 +12,16 @@ import transformers
 
 from export import export_student, verify_parity
 from limbeck.contract.artifact import Artifact
+from limbeck.contract.recipe import EncoderBench
 from limbeck.contract.results.onnx import OnnxResult
 from limbeck.runtime.encoder import Encoder
+from serve_bench import time_encoders
 from tests.real.students import make_student, recipe_of, skip_if_missing
 
 FORMS = ["fp32", "int8-weight", "int8-static", "int8-dynamic"]
-# Mean cosine with the vectors of transformers on `TEXTS`.
-COSINES = {"fp32": 0.999999, "int8-weight": 0.999, "int8-static": 0.97, "int8-dynamic": 0.98}
+# Mean cosine with the vectors of transformers on `TEXTS`. Of the four students all-MiniLM-L6-v2 is
+# the furthest off: 0.9987 in int8-weight, 0.9953 in int8-dynamic, 0.9916 in int8-static.
+COSINES = {"fp32": 0.999999, "int8-weight": 0.997, "int8-static": 0.98, "int8-dynamic": 0.99}
 TEXTS = [
     "My fellow citizens of the Senate and of the House of Representatives:",
     "A short one.",
@@ -71,6 +74,14 @@ def test_every_form_is_kept_and_gives_the_vectors_of_transformers(exported: Arti
 
 def test_parity_holds_again_on_what_travels_with_the_folder(exported: Artifact) -> None:
     assert list(verify_parity(exported.path)) == FORMS
+
+
+def test_the_bench_times_every_form(exported: Artifact) -> None:
+    run = exported.path.parent
+    bench = EncoderBench(batches=[1], lengths=[16], threads=1, minutes=0.02, min_blocks=3)
+    found = time_encoders([(run, form) for form in FORMS], out=run / "bench", bench=bench)
+    assert len(found) == len(FORMS)
+    assert min(found) > 0
 
 
 def test_transformers_reads_the_folders_tokenizer(exported: Artifact) -> None:
