@@ -20,9 +20,7 @@ import numpy.typing as npt
 
 from export.check.parity import Case, differences, require_parity
 from export.check.verdict import TOLERANCES, judge, summary
-from export.check.weights import WeightError, require_limits, unlike, unlike_rows
 from export.gguf.llama_cpp import LlamaCpp
-from export.gguf.write import stored_tensors
 from export.heldout import per_token, row_loss
 from limbeck.contract.data.heldout import Blocks
 from limbeck.contract.errors import ParityError
@@ -34,7 +32,6 @@ Floats = npt.NDArray[np.float32]
 
 # Rows of these are padded for graphs; without padding they are like the others.
 _PADDED = ("left_padded", "right_padded")
-_KINDS = {"Q8_0": "8 bits", "Q4_0": "4 bits"}  # of `WeightError`; other types are not rounded
 
 
 @dataclass(frozen=True)
@@ -57,26 +54,6 @@ def open_reader(file: Path, model: Path, *, tokens: int) -> Reader:
         return _with_transformers(file, model)
     opened = LlamaCpp(file, tokens)
     return Reader("llama.cpp", opened.logits, opened.encode, opened.close)
-
-
-def require_weights(form: str, file: Path, model: Path) -> None:
-    """Raise `ParityError` naming the tensors of ``file`` that are not those of ``model``.
-
-    gguf's own reader gives the codes back as numbers. As with graphs, four bits change the logits
-    as much as a fault in one matrix does.
-    """
-    from gguf import GGUFReader, dequantize
-
-    stored = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
-    errors = []
-    with task(f"weights of {form}", len(stored)) as progress:
-        for name, load in stored_tensors(model).items():
-            kind, tensor = _KINDS.get(stored[name].tensor_type.name, "not rounded"), stored[name]
-            found, values = dequantize(tensor.data, tensor.tensor_type), load()
-            off = unlike if kind == "not rounded" else unlike_rows
-            errors.append(WeightError(name, kind, off(values, found)))
-            progress.advance()
-    require_limits(form, errors)
 
 
 def _with_transformers(file: Path, model: Path) -> Reader:

@@ -10,13 +10,7 @@ from pathlib import Path
 from export.check.parity import Case
 from export.folder.card import markdown_table
 from export.gguf import architecture as known
-from export.gguf.check import (
-    gguf_losses,
-    measure,
-    open_reader,
-    require_same_tokens,
-    require_weights,
-)
+from export.gguf.check import gguf_losses, measure, open_reader, require_same_tokens
 from export.gguf.tokenizer import require_known
 from export.gguf.write import write_gguf
 from export.heldout import relative_rise
@@ -53,15 +47,15 @@ def make_ggufs(
         say(f"export: writing {form.kind}")
         file = folder / gguf_name(recipe.name, form.kind)
         kind: dict[str, str] = {**metadata, "limbeck.form": form.kind}
-        tensors = write_gguf(
-            student.path / "model", file, form.kind, name=recipe.name, metadata=kind
-        )
         try:
+            tensors = write_gguf(
+                student.path / "model", file, form.kind, name=recipe.name, metadata=kind
+            )
             made[form.kind] = _measured(form.kind, file, folder, student, cases, tensors)
         except ParityError as error:
             failed[form.kind] = str(error)
             say(f"export: {form.kind} is not kept: {error}")
-            file.unlink()
+            file.unlink(missing_ok=True)
     return made, failed
 
 
@@ -79,7 +73,6 @@ def _measured(
     tensors: Mapping[str, int],
 ) -> GgufFile:
     model, heldout = student.path / "model", load_heldout(student.path / HELDOUT)
-    require_weights(form, file, model)
     reader = open_reader(file, model, tokens=max(case.ids.shape[1] for case in cases.values()))
     with contextlib.closing(reader):
         say(f"export: reading {form} back with {reader.runtime}")

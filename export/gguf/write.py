@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from export.check.weights import WeightError, require_limits, unlike, unlike_rows
 from export.folder.clients import chat_template
 from export.folder.ends import end_tokens
 from export.gguf import architecture as known
 from export.gguf.tokenizer import write_tokenizer
 from limbeck.contract.errors import ModelError
 from limbeck.contract.progress import task
+
+Floats = npt.NDArray[np.float32]
 
 # By form: type of matrices, of embedding and head, and the whole file's number of its type. Four
 # bits in the head cost more loss than they save bytes, so it keeps eight, as in int4-weight.
@@ -27,6 +29,7 @@ _TYPES = {
     "gguf-q8_0": ("Q8_0", "Q8_0", "MOSTLY_Q8_0"),
     "gguf-q4_0": ("Q4_0", "Q8_0", "MOSTLY_Q4_0"),
 }
+_BITS = {"Q8_0": "8 bits", "Q4_0": "4 bits"}  # kinds of `WeightError`; others are not rounded
 _BLOCK = 32  # numbers of a row that share a scale; a row that it does not divide is stored in F16
 
 
@@ -36,13 +39,15 @@ def write_gguf(
     """Write the student in the transformers folder ``model`` to the file ``out``.
 
     Returns the number of tensors by type. Raises `ModelError` for an architecture, an option or a
-    tokenizer that llama.cpp does not know.
+    tokenizer that llama.cpp does not know, and `ParityError` for a tensor that differs by more than
+    rounding does.
     """
     import gguf
 
     config = known.whole_config(json.loads((model / "config.json").read_text(encoding="utf-8")))
     arch = known.architecture(config)
     layers = known.layers_of(config)
+    names = gguf.get_tensor_name_map(arch_number(arch), layers)
     writer = gguf.GGUFWriter(out, arch)
     writer.add_type("model")
     writer.add_name(name)
@@ -60,18 +65,28 @@ def write_gguf(
         template=chat_template(model),
     )
     counts: Counter[str] = Counter()
+    errors: list[WeightError] = []
     out.parent.mkdir(parents=True, exist_ok=True)
+    tensors = dict(_tensors(model, config))
     if (factors := known.rope_factors(config)) is not None:
         writer.add_tensor("rope_freqs.weight", factors)
-    tensors = stored_tensors(model)
     with task(f"writing {form}", len(tensors)) as progress:
-        for target, load in tensors.items():
-            array = load()
+        for tensor, load in tensors.items():
+            target = names.get_name(tensor, try_suffixes=(".weight", ".bias"))
+            if target is None:
+                raise ModelError(
+                    f"{model}: llama.cpp's {arch} has no place for {tensor}. Leave the gguf forms "
+                    "out of export.forms."
+                )
+            array = known.as_llama_cpp(arch, tensor, load(), config)
             kind = stored_type(form, target, tuple(array.shape))
             counts[kind] += 1
             number = gguf.GGMLQuantizationType[kind]
-            writer.add_tensor(target, gguf.quantize(array, number), raw_dtype=number)
+            stored = gguf.quantize(array, number)
+            errors.append(_error(target, kind, array, gguf.dequantize(stored, number)))
+            writer.add_tensor(target, stored, raw_dtype=number)
             progress.advance()
+    require_limits(form, errors)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -79,33 +94,11 @@ def write_gguf(
     return dict(counts)
 
 
-def stored_tensors(model: Path) -> dict[str, Callable[[], npt.NDArray[np.float32]]]:
-    """By llama.cpp's name of a tensor, what loads it from the folder ``model``, in fp32 and in
-    llama.cpp's order of values.
-
-    Raises `ModelError` for a tensor that llama.cpp has no place for.
-    """
-    import gguf
-
-    config = known.whole_config(json.loads((model / "config.json").read_text(encoding="utf-8")))
-    arch = known.architecture(config)
-    names = gguf.get_tensor_name_map(arch_number(arch), known.layers_of(config))
-    found: dict[str, Callable[[], npt.NDArray[np.float32]]] = {}
-    for tensor, load in _tensors(model, config):
-        target = names.get_name(tensor, try_suffixes=(".weight", ".bias"))
-        if target is None:
-            raise ModelError(
-                f"{model}: llama.cpp's {arch} has no place for {tensor}. Leave the gguf forms "
-                "out of export.forms."
-            )
-        found[target] = partial(_as_llama_cpp, arch, tensor, load, config)
-    return found
-
-
-def _as_llama_cpp(
-    arch: str, tensor: str, load: Callable[[], npt.NDArray[np.float32]], config: Mapping[str, Any]
-) -> npt.NDArray[np.float32]:
-    return known.as_llama_cpp(arch, tensor, load(), config)
+def _error(name: str, kind: str, values: Floats, stored: Floats) -> WeightError:
+    """What the codes of a tensor, read back to ``stored``, differ by from its ``values``."""
+    if kind in _BITS:
+        return WeightError(name, _BITS[kind], unlike_rows(values, stored))
+    return WeightError(name, "not rounded", unlike(values, stored))
 
 
 _OUTER = ("token_embd.weight", "output.weight")
@@ -149,7 +142,7 @@ def _tensors(model: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, Any]
                     yield name, lambda file=file, name=name: _load(file, name)
 
 
-def _load(file: Path, name: str) -> npt.NDArray[np.float32]:
+def _load(file: Path, name: str) -> Floats:
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as opened:

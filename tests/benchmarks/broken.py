@@ -95,9 +95,9 @@ def _faults(proto: ModelProto, folder: Path, layers: int) -> Iterator[tuple[str,
     for at in sorted({0, max(count - 4, 0), count - 1}):  # the second is a llama's attention output
         product = middle[at]
         name, axis = (product.scales, 0) if product.scales else (product.weights, product.axis)
-        # Half of the outputs: Gemma's norms undo a factor of all.
+        # Every second output: the norms behind it in Gemma undo a factor of all or of a head.
         array = np.moveaxis(values(name).copy(), axis, 0)
-        array[: len(array) // 2] *= 2
+        array[::2] *= 2
         yield f"half of product {at} doubled", {name: np.moveaxis(array, 0, axis)}
     narrow = middle[-1]
     order = np.roll(np.arange(tensors[narrow.weights].dims[narrow.axis]), 1)
