@@ -162,6 +162,23 @@ def test_adapters_of_one_base_do_not_change_each_other(
         torch.testing.assert_close(ours[2], right[order[1]], **CLOSE)
 
 
+@pytest.mark.parametrize("kind", ["plain", "head"])
+def test_adapters_on_an_int8_base_compute_what_peft_computes(
+    bases: dict[bool, Path], tmp_path: Path, kind: str
+) -> None:
+    """bitsandbytes rounds activations, by what the whole batch holds."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    base, adapter = bases[False], make_adapter(bases[False], tmp_path / "adapter", LORA[kind])
+    model = AutoModelForCausalLM.from_pretrained(
+        base, device_map={"": "cpu"}, quantization_config=BitsAndBytesConfig(load_in_8bit=True)
+    )
+    right = PeftModel.from_pretrained(model, str(adapter)).eval()(input_ids=IDS).logits
+    (ours,) = our_logits([teacher("one", base, adapter, quantize="int8")])
+    torch.testing.assert_close(ours, right.float(), **CLOSE)
+
+
 def test_a_saved_embedding_stays_with_its_adapter(bases: dict[bool, Path], tmp_path: Path) -> None:
     """peft stores the base's embedding in some adapters, and loads it over the base's own."""
     from peft import get_peft_model

@@ -70,6 +70,17 @@ def test_what_the_loss_would_bypass_is_an_error(
         load_model(tmp_path)
 
 
+def test_sizes_that_do_not_go_together_are_an_error_of_the_model(tmp_path: Path) -> None:
+    """transformers loads it, and its own forward pass fails."""
+    config = SIZES | {"model_type": "helium", "head_dim": 128}
+    folder = tmp_path / "model"
+    random_model(config, vocab_size=258, seed=1, where="test").save_pretrained(folder)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        load(folder)(input_ids=IDS)
+    with pytest.raises(ModelError, match="HeliumForCausalLM cannot answer a test batch"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize("place", ["teacher one", "the student"])
 def test_states_of_two_widths_cannot_be_aligned(tmp_path: Path, place: str) -> None:
     """OPT-350m projects from 1024 numbers in its layers to 512 before its head."""
