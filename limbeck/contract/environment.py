@@ -10,6 +10,8 @@ import contextlib
 import os
 from pathlib import Path
 
+from limbeck.contract.errors import EnvironmentalError
+
 # No library may report its use by itself. onnxruntime 1.32 otherwise looks up a host for events
 # and keeps a database under ~/.cache.
 _NO_TELEMETRY = {
@@ -31,10 +33,15 @@ _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 def cache_folder() -> Path:
-    """``$LIMBECK_CACHE``, or the platform's user cache folder."""
+    """``$LIMBECK_CACHE``, or the platform's user cache folder. Raises `EnvironmentalError`."""
     chosen = os.environ.get("LIMBECK_CACHE")
     if chosen:
-        return Path(chosen).expanduser().resolve()
+        try:
+            return Path(chosen).expanduser().resolve()
+        except RuntimeError:
+            raise EnvironmentalError(
+                f"LIMBECK_CACHE={chosen}: there is no such user here; name another folder."
+            ) from None
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("limbeck"))
@@ -48,9 +55,12 @@ def prepare() -> None:
     """
     for name, value in _NO_TELEMETRY.items():
         os.environ.setdefault(name, value)
-    with contextlib.suppress(OSError, RuntimeError):  # whoever needs the cache says what is wrong
+    with contextlib.suppress(
+        OSError, EnvironmentalError
+    ):  # whoever needs the cache says what is wrong
         cache = cache_folder()
-        if os.access(next(p for p in (cache, *cache.parents) if p.exists()), os.W_OK):
+        found = next(p for p in (cache, *cache.parents) if p.exists())
+        if found.is_dir() and os.access(found, os.W_OK):
             for name, folder in _FOLDERS.items():
                 os.environ.setdefault(name, str(cache / folder))
     if not any(name in os.environ for name in _WAITING):

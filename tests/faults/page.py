@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -12,11 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.app.run import RUN, open_run
-from limbeck.contract.artifact import MANIFEST, find_artifact, open_artifact, write_artifact
+from limbeck.contract.artifact import (
+    MANIFEST,
+    find_artifact,
+    open_artifact,
+    values_of,
+    write_artifact,
+)
 from limbeck.contract.data.heldout import load_heldout, save_heldout
-from limbeck.contract.errors import LimbeckError
+from limbeck.contract.errors import DataError, LimbeckError
 from limbeck.contract.files import explained, unwritable_is_a_user_error, write_atomically
+from limbeck.contract.limits import Limits
 from limbeck.contract.lock import locked
+from serve_bench.serve.listener import open_door
+from serve_bench.serve.server import make_app
 from tests import ROOT
 from tests.pico import make_blocks, make_model, pico_recipe
 from tests.servers.logprob_server import LogprobServer
@@ -91,6 +101,16 @@ def _pipe(folder: Path) -> None:
     (path / MANIFEST).unlink()
     os.mkfifo(path / MANIFEST)
     open_artifact(path)
+
+
+def _strange_values(folder: Path) -> None:
+    path = _changed(folder, result={"sources": "mine"})
+    with values_of(path):
+        open_artifact(path).result["sources"].items()
+
+
+def _write_over_a_device(_: Path) -> None:
+    write_atomically(Path("/dev/null"), "{}")
 
 
 def _in_use(folder: Path) -> None:
@@ -260,6 +280,75 @@ def _another_model(folder: Path) -> None:
         _ask(folder, server)
 
 
+def _serve(**limits: Any) -> Callable[[Path], None]:
+    """`limbeck serve` with these limits."""
+
+    def make(_: Path) -> None:
+        Limits(**limits)
+
+    return make
+
+
+def _taken(_: Path) -> None:
+    with open_door("127.0.0.1", 0) as door:
+        port = door.getsockname()[1]
+        try:
+            open_door("127.0.0.1", port)
+        except LimbeckError as error:
+            raise type(error)(str(error).replace(f"port {port}", "port 8000")) from None
+
+
+def _refused(
+    path: str, body: object = None, *, limits: Limits | None = None, **headers: str
+) -> Callable[[Path], None]:
+    """A request that the server's endpoints refuse, asked without a socket."""
+
+    def make(_: Path) -> None:
+        app = make_app(
+            _Idle(),
+            model="pico",
+            fingerprint="x",
+            limits=limits or Limits(),  # type: ignore[arg-type]
+        )
+        sent = body if isinstance(body, bytes) else json.dumps(body).encode()
+        status, answer = asyncio.run(_asked(app, path, sent, headers))
+        raise DataError(f"{status}: {answer['error']['message']}")
+
+    return make
+
+
+async def _asked(
+    app: Any, path: str, body: bytes, headers: dict[str, str]
+) -> tuple[int, dict[str, Any]]:
+    """Status and JSON body of one POST request to the ASGI application."""
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    given = {"host": "localhost", "content-type": "application/json"} | headers
+    scope = {
+        "type": "http", "method": "POST", "path": path, "raw_path": path.encode(),
+        "query_string": b"", "headers": [(k.encode(), v.encode()) for k, v in given.items()],
+        "http_version": "1.1", "scheme": "http", "root_path": "",
+    }  # fmt: skip
+    await app(scope, receive, send)
+    return sent[0]["status"], json.loads(b"".join(m.get("body", b"") for m in sent))
+
+
+class _Idle:
+    """An engine that nothing reaches, because every request is refused before."""
+
+    closing = False
+    failure = None
+    longest = 512
+    running = waiting = peak = 0
+    max_queue = max_batch = 1
+
+
 _SECTIONS: dict[str, dict[str, Callable[[Path], None]]] = {
     "Artifacts": {
         "No artifact is there, or its stage was stopped": _no_artifact,
@@ -271,6 +360,8 @@ _SECTIONS: dict[str, dict[str, Callable[[Path], None]]] = {
         "The artifact is of an older version of Limbeck": _former,
         "The artifact is of a newer version of Limbeck": _newer,
         "The manifest is a named pipe": _pipe,
+        "A value in it is of another kind": _strange_values,
+        "The file to write is a device": _write_over_a_device,
         "Held-out text is no safetensors file": _no_safetensors,
         "Held-out text scores a token that nothing precedes": _scored,
     },
@@ -299,6 +390,25 @@ _SECTIONS: dict[str, dict[str, Callable[[Path], None]]] = {
         ),
         "Another model has taken the name": _another_model,
     },
+    "`limbeck serve`": {
+        "`LIMBECK_API_KEY` is empty": _serve(api_key=""),
+        "The address is taken": _taken,
+        "The key is missing or wrong (the answer to the client)": _refused(
+            "/v1/completions", limits=Limits(api_key="secret")
+        ),
+        "The Host header is not a name of this server": _refused(
+            "/v1/completions", host="evil.example"
+        ),
+        "The body is not JSON": _refused("/v1/completions", b"{"),
+        "The body is too large": _refused("/v1/completions", **{"content-length": "2000000"}),
+        "A field is not known": _refused(
+            "/v1/completions", {"model": "pico", "prompt": "a", "colour": "red"}
+        ),
+        "A value is out of range": _refused(
+            "/v1/completions", {"model": "pico", "prompt": "a", "temperature": 3}
+        ),
+        "The model has another name": _refused("/v1/completions", {"model": "gpt", "prompt": "a"}),
+    },
     "The machine": {
         "The disk is full": _full,
         "The disk is read-only": _read_only,
@@ -326,9 +436,11 @@ def _message(make: Callable[[Path], None], folder: Path) -> str:
         text = str(error).replace(f"{folder}/", "").replace(str(folder), "runs/mine")
         text = re.sub(r"\b[0-9a-f]{8}\)", "1a2b3c4d)", text)  # it changes with every new field
         text = re.sub(r"http://127\.0\.0\.1:\d+", "http://host:8000", text)
+        text = re.sub(r"\((\w+\.py), line \d+\)", r"(\1, line 1)", text)
         text = re.sub(r"served-[0-9a-f]{16}", "served-1a2b3c4d", text)
         text = text.replace(f"process {os.getpid()}", "process 4711").replace("x" * 300, "xxx…")
-        return f"limbeck: {text}"
+        # What the server answers is the client's: a status and a message.
+        return text if re.match(r"\d{3}: ", text) else f"limbeck: {text}"
     raise AssertionError(f"{make.__name__}: nothing was refused")
 
 

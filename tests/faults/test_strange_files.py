@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 from limbeck.app.cli import app
 from limbeck.contract.artifact import MANIFEST, Artifact, open_artifact
+from limbeck.contract.environment import cache_folder
 from limbeck.contract.errors import ArtifactError, EnvironmentalError, ModelError
 from limbeck.contract.files import write_atomically
 from limbeck.contract.sources.weights import check_weights
@@ -88,6 +89,12 @@ def test_pipes_where_models_graphs_and_adapters_are_expected(tmp_path: Path) -> 
 def test_endless_standard_input(exported: Path) -> None:
     done = call("generate", exported, "-", given=b"x" * (17 << 20))
     assert (done.exit_code, "longer than 16 MB" in done.stderr) == (2, True)
+
+
+def test_a_cache_of_no_such_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIMBECK_CACHE", "~nosuchuser/cache")
+    with pytest.raises(EnvironmentalError, match="there is no such user here"):
+        cache_folder()
 
 
 @pytest.mark.parametrize("field", ["training.threads", "bench.threads"])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from limbeck.contract.artifact import Artifact
+from tests.serve_bench.tell.runs import make_run, recipe
 
 SWITCHES = ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "OMP_WAIT_POLICY")
 # A name server on loopback that writes down every name it is asked for.
@@ -101,3 +102,69 @@ def test_generate_asks_for_no_name_and_writes_no_file(
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "asked").exists(), (tmp_path / "asked").read_text()
     assert not [*home.rglob("*"), *temporary.rglob("*")]
+
+
+# Packets that found no way out of the namespace, of IPv4 and IPv6: a connection to an address.
+_LOST = """
+rows = [line.split() for line in open("/proc/net/snmp") if line.startswith("Ip:")]
+lost = int(dict(zip(*rows))["OutNoRoutes"])
+lost += sum(int(l.split()[1]) for l in open("/proc/net/snmp6") if l.startswith("Ip6OutNoRoutes"))
+print("lost", lost)
+"""
+_COMMANDS = """
+recipes
+validate pico
+schema --out recipe.schema.json
+doctor --all
+plan pico
+compress pico --out made
+export pico --out made
+report run
+compare run run
+pack made --out packed --zip
+sbom made
+sign made/onnx --key private.pem
+verify made/onnx --key public.pem
+generate made abc
+init --teacher made/student/model --data text --target-mb 1 --out mine.yaml
+eval made --tasks none
+"""
+
+
+@pytest.mark.slow
+def test_no_command_asks_for_a_name_sends_a_packet_or_writes_elsewhere(
+    tmp_path: Path, alone: list[str]
+) -> None:
+    """Every command but those that a plan of minutes needs: run, bench, ablate, cache, search and
+    serve are made of the same parts; push is asked to use the network."""
+    folders = {name: tmp_path / name for name in ("home", "tmp", "work")}
+    for folder in folders.values():
+        folder.mkdir()
+    work = folders["work"]
+    make_run(work / "run", recipe())
+    (work / "text").mkdir()
+    (work / "text" / "some.txt").write_text("Some words to read. " * 3000)
+    for command in (
+        "openssl ecparam -name prime256v1 -genkey -noout -out private.pem",
+        "openssl ec -in private.pem -pubout -out public.pem",
+    ):
+        subprocess.run(command.split(), cwd=work, check=True, capture_output=True)
+    (tmp_path / "lost.py").write_text(_LOST)
+    lines = [f"{sys.executable} -m limbeck {line}" for line in _COMMANDS.strip().splitlines()]
+    script = "".join(f"{line} >> log 2>&1; echo $? {line[-40:]}\n" for line in lines)
+    (tmp_path / "all.sh").write_text(script + f"{sys.executable} {tmp_path}/lost.py\n")
+    environment = clean(
+        HOME=str(folders["home"]), TMPDIR=str(folders["tmp"]), PYTHONDONTWRITEBYTECODE="1",
+        LIMBECK_CACHE=str(tmp_path / "cache"),
+    )  # fmt: skip
+    done = subprocess.run(
+        [*alone, "sh", str(tmp_path / "all.sh")], cwd=work, env=environment, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    said = done.stdout.splitlines()
+    assert said[-1] == "lost 0", done
+    codes = {line.partition(" ")[2]: line.split()[0] for line in said[:-1]}
+    failed = {line for line, code in codes.items() if code != "0" and "eval" not in line}
+    assert not failed, (failed, (work / "log").read_text()[-3000:])
+    assert not (tmp_path / "asked").exists(), (tmp_path / "asked").read_text()
+    assert not [*folders["home"].rglob("*"), *folders["tmp"].rglob("*")]
