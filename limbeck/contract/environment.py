@@ -55,9 +55,8 @@ def prepare() -> None:
     """
     for name, value in _NO_TELEMETRY.items():
         os.environ.setdefault(name, value)
-    with contextlib.suppress(
-        OSError, EnvironmentalError
-    ):  # whoever needs the cache says what is wrong
+    # Whoever needs the cache says what is wrong with it.
+    with contextlib.suppress(OSError, EnvironmentalError):
         cache = cache_folder()
         found = next(p for p in (cache, *cache.parents) if p.exists())
         if found.is_dir() and os.access(found, os.W_OK):
