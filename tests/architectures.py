@@ -104,7 +104,7 @@ The column *weights* names the models of **real weights** that went the whole wa
 # through the whole chain.
 REAL_WEIGHTS = {
     "llama": "SmolLM2-135M",
-    "gemma3_text": "Gemma-3-270M",
+    "gemma3_text": "Gemma-3-270M, up to parity and loss of every form",
     "bert classification": "all-MiniLM-L6-v2, paraphrase-MiniLM-L3-v2",
     "bert embedding": "all-MiniLM-L6-v2, paraphrase-MiniLM-L3-v2",
 }
