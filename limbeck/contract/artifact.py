@@ -169,7 +169,7 @@ def values_of(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (LimbeckError, OSError, MemoryError):
+    except (LimbeckError, OSError, MemoryError, ImportError):
         raise
     except Exception as error:
         at = traceback.extract_tb(error.__traceback__)[-1]

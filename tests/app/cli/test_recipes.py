@@ -82,6 +82,7 @@ def test_a_rope_that_no_builder_exports_is_a_mistake_before_training(
     if "fresh" in student:
         teacher = "{kind: random, config: {model_type: llama, hidden_size: 32}}"
         text += f"teachers: [{{name: t, model: {teacher}}}]\n"
+    text += "bench: {prompt_tokens: 24, new_tokens: 8}\n"  # the model reads 64 tokens
     (tmp_path / "mine.yaml").write_text(text)
     message = "smollm3 with rope of kind dynamic cannot be exported"
     for command in ("validate", "run", "plan"):

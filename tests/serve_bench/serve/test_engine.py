@@ -262,13 +262,15 @@ def test_closing_lets_what_runs_finish_or_ends_it(served: Artifact) -> None:
 
 
 def test_a_defect_ends_every_request_and_is_kept(served: Artifact) -> None:
-    engine = Engine(served.path, form="fp32", threads=1)
+    engine, begun = Engine(served.path, form="fp32", threads=1), threading.Event()
 
     def broken(ids: Any) -> Any:
+        begun.wait(30)
         raise ZeroDivisionError("broken")
 
     engine._batch.step = broken  # type: ignore[method-assign]
     answers = [start(engine, [token], 5)[1] for token in (1, 2)]
+    begun.set()
     assert {collect(pieces)[2] for pieces in answers} == {"failed"}
     assert isinstance(engine.failure, ZeroDivisionError)
     with pytest.raises(ClosedError, match=r"failed.*broken"):
