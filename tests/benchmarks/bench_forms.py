@@ -1,10 +1,10 @@
 """What rounding costs: held-out loss of every CPU form over fp32, by domain, and its size.
 
 Measures SmolLM2-135M as it is, or a trained student
-(`ARGS=runs/smollm2-135m-two-experts-1a2b3c4d`). The domains are the demo's two and Python source,
-which neither training nor calibration has seen. Prints one JSON object: `int8_rise` and `int4_rise`
-are the worst rise of loss on a domain, of int8-weight and int4-weight (0.005 is 0.5 % worse);
-`int8_size` is the size of int8-weight over that of fp32.
+(`ARGS=runs/smollm2-135m-two-experts-1a2b3c4d`). The domains are the demo's two, Python source, of
+which calibration has seen another file, and C++ headers of torch, of which it has seen none. Prints one
+JSON object: `int8_rise` and `int4_rise` are the worst rise of loss on a domain, of int8-weight and
+int4-weight (0.005 is 0.5 % worse); `int8_size` is the size of int8-weight over that of fp32.
 
     make bench-forms
 """
@@ -25,14 +25,18 @@ FORMS = ("fp32", "int8-weight", "int8-dynamic", "int8-static", "int4-weight")
 
 def heldout_text(model: Path, blocks: int) -> dict[str, Blocks]:
     """Held-out blocks of 256 tokens by domain, in the tokens of ``model``."""
+    import torch
+
     from compress.data.blocks import load_blocks
     from compress.models.language import load_tokenizer
-    from limbeck.contract.recipe import Domain, StdlibText
+    from limbeck.contract.recipe import Domain, FileText, StdlibText
     from tests.benchmarks.smollm2 import demo_recipe
 
     recipe = demo_recipe(f"data.heldout.blocks={blocks}")
     python = Domain(name="python", text=StdlibText(kind="stdlib", paths=("*.py",)))
-    data = recipe.data.model_copy(update={"domains": (*recipe.data.domains, python)})
+    headers = Path(torch.__file__).parent / "include/torch/csrc/api/include/torch/nn/modules/*.h"
+    cpp = Domain(name="cpp", text=FileText(kind="files", paths=(str(headers),)))
+    data = recipe.data.model_copy(update={"domains": (*recipe.data.domains, python, cpp)})
     found = load_blocks(recipe.model_copy(update={"data": data}), load_tokenizer(model))
     return {domain.name: domain.heldout for domain in found}
 

@@ -33,18 +33,21 @@ def untrained_student(path: Path) -> Artifact:
     """Write the base model of the demo as a student artifact at ``path``."""
     compress.quiet_libraries()
     from compress.data.blocks import load_blocks
+    from compress.data.general import general_rows
     from compress.models.language import load_tokenizer, model_folder
 
     recipe = demo_recipe()
     assert isinstance(recipe.student, LoraStudent)
     base = model_folder(recipe.student.base, folder=recipe.folder)
-    blocks = load_blocks(recipe, load_tokenizer(base))
+    tokenizer = load_tokenizer(base)
+    blocks = load_blocks(recipe, tokenizer)
     with write_artifact(path, kind="student", key="untrained", parents={}, recipe=recipe) as draft:
         shutil.copytree(
             base, draft.folder / "model", ignore=shutil.ignore_patterns("manifest.json")
         )
         save_heldout(draft.folder / HELDOUT, {b.name: b.heldout for b in blocks})
         rows = [b.train_ids[row, : b.train_lengths[row]] for b in blocks for row in range(12)]
+        rows += general_rows(tokenizer, width=recipe.data.block, vocabulary=len(tokenizer))
         save_calibration(draft.folder / CALIBRATION, rows)
         (draft.folder / "teachers.json").write_text(json.dumps([]))
         draft.result = {"nll": {}, "teachers": {}}
