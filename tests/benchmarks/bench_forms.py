@@ -1,10 +1,10 @@
 """What rounding costs: held-out loss of every CPU form over fp32, by domain, and its size.
 
 Measures SmolLM2-135M as it is, or a trained student
-(`ARGS=runs/smollm2-135m-two-experts-1a2b3c4d`). The domains are the demo's two, Python source, of
-which calibration has seen another file, and C++ headers of torch, of which it has seen none. Prints one
-JSON object: `int8_rise` and `int4_rise` are the worst rise of loss on a domain, of int8-weight and
-int4-weight (0.005 is 0.5 % worse); `int8_size` is the size of int8-weight over that of fp32.
+(`ARGS=runs/smollm2-135m-two-experts-1a2b3c4d`). The domains are the demo's two; Python source, of
+which calibration has seen another file; and C++ headers of torch, which nothing has seen. Prints
+one JSON object: `int8_rise` and `int4_rise` are the worst rise of loss on a domain, of int8-weight
+and int4-weight (0.005 is 0.5 % worse); `int8_size` is the size of int8-weight over that of fp32.
 
     make bench-forms
 """
