@@ -22,7 +22,7 @@ from compress.data.blocks import DomainBlocks
 from compress.data.packing import special_prefix
 from limbeck.contract.data.heldout import Blocks
 
-_BLOCK, _BLOCKS = 256, 8  # tokens and rows of a text
+_BLOCK, _BLOCKS = 256, 5  # tokens and rows of a text
 _CONTEXT, _ROWS = 64, 24  # tokens before an answer, and rows of an evaluation or a domain
 _LINE = (12, 60)  # characters of a line that is to be written
 _WORD_STARTS = ("\u0120", "\u2581")  # of byte-level and sentencepiece-like vocabularies

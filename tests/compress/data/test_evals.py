@@ -82,7 +82,7 @@ def test_rows_are_the_texts(tmp_path: Path) -> None:
         assert line in source.splitlines(keepends=True)
     python = "".join(text for _, text in answers(tokenizer, rows["python"]))
     # A byte of each row is read before the first label.
-    assert len(python) == 8 * 255
+    assert len(python) == 5 * 255
     first = rows["python"].input_ids[0]
     assert Path(statistics.__file__).read_text().startswith(tokenizer.decode(first))
 
