@@ -87,7 +87,9 @@ class Language:
         self._heldout = load_heldout(student.path / HELDOUT)
         evals = student.path / EVALS  # students of older versions have none
         self._evals = load_heldout(evals) if evals.is_file() else {}
-        require_evaluations(self.gates_asked, self._evals, student)
+        known = self._of_other_tokenizers
+        asked = any(arm.role == "teacher" and arm.id not in known for arm in self._arms)
+        require_evaluations(self.gates_asked, self._evals, student, teachers=asked)
         return self._arms
 
     def open_data(self, folder: Path) -> None:
@@ -396,8 +398,13 @@ def elsewhere(
         )
 
 
-def require_evaluations(gates: Gates, rows: Mapping[str, Blocks], student: Artifact) -> None:
-    """Raise `DataError` for a gate on an evaluation that this student does not have."""
+def require_evaluations(
+    gates: Gates, rows: Mapping[str, Blocks], student: Artifact, *, teachers: bool
+) -> None:
+    """Raise `DataError` for a gate on an evaluation that cannot be made.
+
+    ``teachers`` says whether a teacher answers the rows too.
+    """
     known = {*rows} - {*TEXTS} | ({"next_line_tokens"} if "next_line" in rows else set())
     if missing := {*(gates.min_task or ())} - known:
         listed = ", ".join(sorted(known)) or "none: it was trained by an older version"
@@ -405,7 +412,13 @@ def require_evaluations(gates: Gates, rows: Mapping[str, Blocks], student: Artif
             f"gates.min_task: the student has no rows for {', '.join(sorted(missing))}; its "
             f"evaluations: {listed}."
         )
-    if gates.max_forgetting is not None and student.result.get("base_evals") is None:
+    if gates.max_task_loss is not None and not (known and teachers):
+        raise DataError(
+            "gates.max_task_loss: no teacher with the student's tokenizer answers the evaluations "
+            "here, or the student was trained by an older version; leave the gate out."
+        )
+    based = student.result.get("base_evals") is not None
+    if gates.max_forgetting is not None and not (based and {*rows} & {*TEXTS}):
         raise DataError(
             "gates.max_forgetting: there are no figures of the student's base; leave the gate out "
             "for a student without a base, and train one of an older version again."

@@ -37,7 +37,7 @@ from limbeck.contract.errors import (
     ModelError,
     RecipeError,
 )
-from limbeck.contract.recipe import Bench, HubModel, Recipe, ServerScenario
+from limbeck.contract.recipe import Bench, Gates, HubModel, Recipe, ServerScenario
 from limbeck.contract.sources.places import cache_folder
 from serve_bench import bench as measure
 from serve_bench import measure_targets, replay, write_report
@@ -47,7 +47,7 @@ from serve_bench.measure.arms import list_arms
 from serve_bench.measure.clock import order
 from serve_bench.measure.scenarios import load
 from serve_bench.measure.units import prompt
-from serve_bench.tasks.language import require_context
+from serve_bench.tasks.language import require_context, require_evaluations
 from serve_bench.tasks.targets import find_arm
 from tests.pico import make_blocks, make_model, pico_recipe
 from tests.serve_bench.test_workers import torch_arm
@@ -216,6 +216,19 @@ def test_every_arm_answers_the_evaluations(bench: Artifact, run: Path) -> None:
         )
     assert bench.result["base_evals"]["losses"] == {"prose": 150 / labels}
     assert bench.result["arms"]["genai"]["evals"] is None
+
+
+@pytest.mark.parametrize(
+    "gate", [{"max_task_loss": 0.1}, {"max_forgetting": 0.1}, {"min_task": {"facts": 0.1}}], ids=str
+)
+def test_a_gate_that_cannot_be_judged_is_refused(run: Path, gate: dict[str, Any]) -> None:
+    """A gate that is passed over would let anything ship."""
+    student, rows = open_artifact(run / "student"), load_heldout(run / "student" / EVALS)
+    require_evaluations(Gates(**gate), rows, student, teachers=True)
+    with pytest.raises(DataError, match=f"gates.{next(iter(gate))}"):
+        require_evaluations(Gates(**gate), {}, student, teachers=True)
+    with pytest.raises(DataError, match=r"gates\.max_task_loss"):
+        require_evaluations(Gates(max_task_loss=0.1), rows, student, teachers=False)
 
 
 def evaluations(teacher: Path) -> dict[str, Blocks]:
