@@ -15,7 +15,7 @@ the student, V_T of the teacher.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
@@ -77,6 +77,7 @@ class Alignment:
     """A batch in the teacher's tokens."""
 
     ids_RM: Tensor  # teacher's tokens, right-padded with 0
+    length_R: Tensor  # of them in each row
     at_RL: Tensor  # teacher position with the text up to here before its next token; -1: none
     start_RL: Tensor  # label position where the chunk of this label begins; -1: in no chunk
     # Teacher positions [first, last) that predict the chunk whose last label this is; else 0, 0.
@@ -102,8 +103,13 @@ class Alignment:
                 start[r, begin - 1 : end - 1] = begin - 1
                 first[r, end - 2], last[r, end - 2] = their_begin - 1, their_end - 1
             rate[r] = theirs / ours if ours else 1.0
-        arrays = (ids, at, start, first, last, rate.astype(np.float32))
+        lengths = np.array([len(row.ids) for row in rows])
+        arrays = (ids, lengths, at, start, first, last, rate.astype(np.float32))
         return cls(*(torch.from_numpy(array).to(device) for array in arrays))
+
+    def to(self, device: torch.device) -> Alignment:
+        """The same on a device."""
+        return Alignment(*(getattr(self, f.name).to(device) for f in fields(self)))
 
     @property
     def spans(self) -> Spans:
@@ -118,6 +124,12 @@ class Alignment:
             at = slice(int(self.first_RL[row, end]), int(self.last_RL[row, end]))
             labels_RM[row, at] = self.ids_RM[row, at.start + 1 : at.stop + 1]
         return labels_RM
+
+    @property
+    def texts(self) -> list[list[int]]:
+        """The teacher's tokens of each row, without padding."""
+        rows = zip(self.ids_RM.tolist(), self.length_R.tolist(), strict=True)
+        return [ids[:length] for ids, length in rows]
 
     def gathered(self, states_RMd: Tensor) -> Tensor:
         """Teacher states at the student's positions ``[R, L, d]``; any state where there is none.

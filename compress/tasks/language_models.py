@@ -31,7 +31,7 @@ from compress.teachers.pairs import (
     pair_teachers,
     require_coverage,
     require_known_tokens,
-    require_own_tokens,
+    require_whole_distributions,
 )
 from compress.teachers.start import NothingToMergeError, Start, choose_start, merges_to_try
 from limbeck.contract.errors import RecipeError
@@ -75,8 +75,7 @@ class LanguageModels:
             self.folders = teacher_folders(recipe, products)
             self.folder = student_folder(recipe, [f.tokenizer for f in self.folders])
             self.pairs = pair_teachers(self.folder, {f.name: f.tokenizer for f in self.folders})
-            served = [f.name for f in self.folders if not isinstance(f, TeacherFolder)]
-            require_own_tokens(self.pairs, [f.name for f in self.folders], served)
+            require_whole_distributions(recipe, self.pairs)
             tokenizer = load_tokenizer(self.folder)
             self.blocks = load_blocks(recipe, tokenizer)
             self.text = TrainingText(recipe, self.blocks)

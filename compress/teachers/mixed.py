@@ -40,17 +40,17 @@ def open_teachers(
     """
     folders = [f for f in found if isinstance(f, TeacherFolder)]
     pairs = pairs or Pairs((None,) * len(found), ((),) * len(found))
-    pairs = pairs.only([k for k, f in enumerate(found) if isinstance(f, TeacherFolder)])
+    here = pairs.only([k for k, f in enumerate(found) if isinstance(f, TeacherFolder)])
     local = (
-        Teachers(folders, device=device, compute_dtype=compute_dtype, pairs=pairs.pairs)
+        Teachers(folders, device=device, compute_dtype=compute_dtype, pairs=here.pairs)
         if isinstance(cache, NoCache)
         else CachedTeachers(
-            folders, cache=cache, device=device, compute_dtype=compute_dtype, pairs=pairs
+            folders, cache=cache, device=device, compute_dtype=compute_dtype, pairs=here
         )
     )
     if len(folders) == len(found):
         return local
-    return MixedTeachers(found, local, device=device)
+    return MixedTeachers(found, local, device=device, pairs=pairs)
 
 
 class MixedTeachers:
@@ -62,15 +62,18 @@ class MixedTeachers:
         local: Teachers | CachedTeachers,
         *,
         device: torch.device,
+        pairs: Pairs,
     ) -> None:
         self.names = [f.name for f in found]
         self.temperatures = [1.0] * len(found)
         self.local = local
+        is_local = [isinstance(f, TeacherFolder) for f in found]
         self.served = ServedTeachers(
-            [f for f in found if isinstance(f, ServedTeacher)], device=device
+            [f for f in found if isinstance(f, ServedTeacher)],
+            device=device,
+            pairs=[pair for pair, mine in zip(pairs.pairs, is_local, strict=True) if not mine],
         )
         # Each teacher's place among the local ones, or among the served ones.
-        is_local = [isinstance(f, TeacherFolder) for f in found]
         self._places = [(mine, is_local[:k].count(mine)) for k, mine in enumerate(is_local)]
         self.heads: list[Head | None] = []
         self.widths, self.depths = list[int](), list[int]()  # 0 of a served teacher
@@ -81,7 +84,7 @@ class MixedTeachers:
 
     @property
     def served_vocabularies(self) -> list[int]:
-        """Number of token ids of each served teacher's tokenizer."""
+        """See `ServedTeachers.vocabularies`."""
         return self.served.vocabularies
 
     def __len__(self) -> int:
@@ -107,7 +110,7 @@ class MixedTeachers:
         if only is not None:
             mine, place = self._places[only]
             if not mine:
-                return [self.served.states(place, input_ids_RL)], [[]]
+                return [self.served.states(place, input_ids_RL, labels_RL)], [[]]
             last, inner = self.local.states(
                 input_ids_RL, inner_layers, only=place, labels_RL=labels_RL
             )
@@ -115,7 +118,7 @@ class MixedTeachers:
         found, states = self.local.states(input_ids_RL, inner_layers, labels_RL=labels_RL)
         return (
             [
-                found[place] if mine else self.served.states(place, input_ids_RL)
+                found[place] if mine else self.served.states(place, input_ids_RL, labels_RL)
                 for mine, place in self._places
             ],
             [states[place] if mine else [] for mine, place in self._places],

@@ -15,12 +15,13 @@ from compress.aligned import Pair
 from compress.data.blocks import DomainBlocks, labels_of
 from compress.models.language import load_tokenizer
 from limbeck.contract.data.heldout import Blocks
-from limbeck.contract.errors import DataError, ModelError
+from limbeck.contract.errors import DataError, ModelError, RecipeError
 from limbeck.contract.lock import make_once
 from limbeck.contract.models.alignment import Aligner, Pieces, projection, relate
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import ChatRows, Recipe, fingerprint
 from limbeck.contract.sources.places import cache_folder
+from limbeck.contract.sources.teacher_tokens import sorted_is_unknown
 
 _VERSION = 1  # raise it when two tokenizers would give another alignment or projection
 _ROWS = 32  # training blocks of a domain that coverage is measured on
@@ -76,15 +77,11 @@ def pair_teachers(student: Path, teachers: Mapping[str, Path]) -> Pairs:
     return Pairs(tuple(pairs), tuple(differ))
 
 
-def require_own_tokens(pairs: Pairs, names: Sequence[str], served: Sequence[str]) -> None:
-    """Raise `ModelError` for a served teacher with another tokenizer: its logits stay there."""
-    for name, pair in zip(names, pairs.pairs, strict=True):
-        if pair is not None and name in served:
-            raise ModelError(
-                f"teacher {name}: it is behind a server and has another tokenizer than the "
-                "student, and a server does not give the whole distribution that is projected; "
-                "load it in this process, or take a student with its tokenizer."
-            )
+def require_whole_distributions(recipe: Recipe, pairs: Pairs) -> None:
+    """Raise `RecipeError` for `across: uld` where only a few tokens of a distribution are known."""
+    for teacher, pair in zip(recipe.teachers, pairs.pairs, strict=True):
+        if pair is not None and (why := sorted_is_unknown(recipe, teacher)):
+            raise RecipeError(why)
 
 
 def described(student: Path, teachers: Mapping[str, Path]) -> dict[str, str]:

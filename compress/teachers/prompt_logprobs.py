@@ -70,14 +70,19 @@ class Server:
         """Let requests that wait for another try end at once."""
         self._gone.set()
 
-    def require_room(self, tokens: int) -> None:
-        """Raise `ModelError` unless a text of ``tokens`` and the one token of an answer fit."""
+    def require_room(self, tokens: int, *, aligned: bool = False) -> None:
+        """Raise `ModelError` unless a text of ``tokens`` and the one token of an answer fit.
+
+        ``aligned`` says that its tokens are not those that `data.block` counts.
+        """
         context = self._endpoint.context
         if context is not None and tokens >= context:
+            found = f"data.block is {tokens}; set data.block to {context - 1} or less"
+            if aligned:
+                found = f"a block of the text takes {tokens} of its tokens; make data.block smaller"
             raise ModelError(
                 f"{self._where}: reads {context} tokens at most, one of an answer included, and "
-                f"data.block is {tokens}; set data.block to {context - 1} or less, or start the "
-                "server with a longer context."
+                f"{found}, or start the server with a longer context."
             )
 
     def ask(self, ids: Sequence[int]) -> Likeliest:

@@ -5,7 +5,11 @@ is what a `topk` cache keeps. Only the entropy is not exact: it lies between two
 middle is used. An answer is written as it comes, so that a build that was stopped asks for nothing
 twice; whole shards are artifacts. Texts are found by their token ids, whatever recipe asks.
 
-Shapes: R rows, L positions, P positions of one text, k tokens kept.
+A teacher with another tokenizer than the student's is asked for the text in its own tokens. What
+is kept are its answers; they are projected into the student's vocabulary when they are read.
+
+Shapes: R rows, L positions, M positions of a text in the teacher's tokens, P positions of one
+text, k tokens kept.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from compress.aligned import ANY_ROWS, Alignment, Pair
 from compress.data.training_text import Row
 from compress.head import IGNORED
 from compress.models.language import cached, load_tokenizer
@@ -91,30 +96,42 @@ def served_teacher(teacher: Teacher, recipe: Recipe) -> ServedTeacher:
 class ServedTeachers:
     """Teachers behind servers, which answer from the cache. Call `prepare` with rows to come."""
 
-    def __init__(self, teachers: Sequence[ServedTeacher], *, device: torch.device) -> None:
+    def __init__(
+        self,
+        teachers: Sequence[ServedTeacher],
+        *,
+        device: torch.device,
+        pairs: Sequence[Pair | None] | None = None,
+    ) -> None:
+        """``pairs`` are given for teachers with another tokenizer than the student's."""
         self._device = device
-        self._teachers = [_Cache(teacher) for teacher in teachers]
+        pairs = pairs or [None] * len(teachers)
+        self._teachers = [_Cache(*found) for found in zip(teachers, pairs, strict=True)]
 
     @property
     def vocabularies(self) -> list[int]:
-        """Number of token ids of each teacher's tokenizer."""
-        return [teacher.vocabulary for teacher in self._teachers]
+        """Number of token ids of each teacher that has the student's tokenizer."""
+        return [teacher.vocabulary for teacher in self._teachers if teacher.pair is None]
 
     def prepare(self, rows: Sequence[Row]) -> None:
         """Read the answers for all ``rows``, and ask the servers for those that are missing."""
         for teacher in self._teachers:
             teacher.prepare(rows)
 
-    def states(self, k: int, input_ids_RL: Tensor) -> SparseStates:
-        """Answers of teacher ``k`` for rows of token ids. Rows that are unknown are asked for."""
-        return self._teachers[k].states(input_ids_RL.cpu(), self._device)
+    def states(self, k: int, input_ids_RL: Tensor, labels_RL: Tensor | None = None) -> SparseStates:
+        """Answers of teacher ``k`` for rows of token ids. Rows that are unknown are asked for.
+
+        ``labels_RL`` says which tokens are labels; None: all but the first.
+        """
+        labels = labels_RL.cpu() if labels_RL is not None else None
+        return self._teachers[k].states(input_ids_RL.cpu(), labels, self._device)
 
 
 class _Cache:
     """What one served teacher has answered."""
 
-    def __init__(self, teacher: ServedTeacher) -> None:
-        self.teacher = teacher
+    def __init__(self, teacher: ServedTeacher, pair: Pair | None) -> None:
+        self.teacher, self.pair = teacher, pair
         self._tokenizer = load_tokenizer(teacher.tokenizer)
         # By ids and not by count: a map may leave out numbers.
         self.vocabulary = 1 + max(self._tokenizer.get_vocab().values())
@@ -129,8 +146,12 @@ class _Cache:
         """See `ServedTeachers.prepare`."""
         texts: dict[bytes, list[int]] = {}
         for ids, labels in rows:
-            text = ids[: _length(labels)].tolist()
-            self._texts[_key(ids.tolist())] = key = _key(text)
+            if self.pair is not None:
+                (text,) = self.pair.align(ids[None], labels[None]).texts
+                key = _key(text)
+            else:
+                text = ids[: _length(labels)].tolist()
+                self._texts[_key(ids.tolist())] = key = _key(text)
             if len(text) > 1:
                 texts[key] = text
         for path in sorted(self._folder.glob("rows-*")):  # of earlier starts and other recipes
@@ -153,14 +174,34 @@ class _Cache:
                 "either way"
             )
 
-    def states(self, input_ids_RL: Tensor, device: torch.device) -> SparseStates:
+    def states(
+        self, input_ids_RL: Tensor, labels_RL: Tensor | None, device: torch.device
+    ) -> SparseStates:
         """See `ServedTeachers.states`."""
-        R, L = input_ids_RL.shape
+        if self.pair is None:
+            keys = [_key(row) for row in input_ids_RL.tolist()]
+            unknown = [key not in self._texts for key in keys]
+            texts = [
+                row if new else [] for row, new in zip(input_ids_RL.tolist(), unknown, strict=True)
+            ]
+            keys = [self._texts.get(key, key) for key in keys]
+            return self._stacked(keys, texts, input_ids_RL.shape[1], device)
+        alignment = self.pair.align(input_ids_RL, labels_RL)
+        texts = alignment.texts
+        found = self._stacked([_key(t) for t in texts], texts, alignment.ids_RM.shape[1], device)
+        target_V = self.pair.target(self.vocabulary, device)
+        return projected(found, alignment.to(device), target_V)
+
+    def _stacked(
+        self, keys: Sequence[bytes], texts: Sequence[list[int]], L: int, device: torch.device
+    ) -> SparseStates:
+        """Answers for texts, whose positions are padded to ``L``."""
+        R = len(keys)
         k = min(self.teacher.model.top, self.vocabulary)
         ids_RLk = torch.zeros(R, L, k, dtype=torch.int32)
         share_RLk = torch.zeros(R, L, k)
         entropy_RL, label_logp_RL = torch.zeros(R, L), torch.zeros(R, L)
-        for row, answered in enumerate(self._of_rows(input_ids_RL.tolist())):
+        for row, answered in enumerate(self._of_texts(keys, texts)):
             if answered is None:
                 continue
             here = slice(answered.length)
@@ -176,20 +217,23 @@ class _Cache:
             self.vocabulary,
         )
 
-    def _of_rows(self, rows: Sequence[list[int]]) -> list[Answered | None]:
-        """Answers for rows, padding included; None for a row that holds no label."""
-        keys = [_key(row) for row in rows]
-        # Unknown rows are text that is made while training, such as the student's own.
-        unknown = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._texts}
+    def _of_texts(self, keys: Sequence[bytes], texts: Sequence[list[int]]) -> list[Answered | None]:
+        """Answers for texts by their keys; None for one without an answer and of one token."""
+        # Unknown texts are made while training, such as the student's own.
+        unknown = {
+            key: text
+            for key, text in zip(keys, texts, strict=True)
+            if len(text) > 1 and key not in self._answered
+        }
         fresh = dict[bytes, Answered]()
         if unknown:
-            with self._server(max(len(row) for row in unknown.values())) as server:
+            with self._server(max(map(len, unknown.values()))) as server:
                 answers = self._answers(list(unknown.items()), server)
             fresh = {
                 key: Answered(answer, len(answer["label_logp"]))
                 for key, answer in zip(unknown, answers, strict=True)
             }
-        return [fresh.get(key) or self._answered.get(self._texts[key]) for key in keys]
+        return [fresh.get(key) or self._answered.get(key) for key in keys]
 
     @contextmanager
     def _server(self, tokens: int) -> Iterator[Server]:
@@ -200,7 +244,7 @@ class _Cache:
         else:
             endpoint = self._endpoint
         with Server(self.teacher.name, model, endpoint, vocabulary=self.vocabulary) as server:
-            server.require_room(tokens)
+            server.require_room(tokens, aligned=self.pair is not None)
             if self._endpoint is None:
                 self._require_known_model(server.probe(self._tokenizer))
                 self._endpoint = endpoint
@@ -285,6 +329,34 @@ class _Cache:
 
     def _answer_file(self, text: bytes) -> Path:
         return self._folder / "answers" / f"{text.hex()}.safetensors"
+
+
+def projected(found: SparseStates, alignment: Alignment, target_V: Tensor) -> SparseStates:
+    """Answers at the teacher's own positions ``[R, M]``, written for the student's ``[R, L]``.
+
+    ``target_V`` is the student's token that begins each teacher token, or -1. Tokens of one target
+    add up. Mass without a target is lost, and what is not known stays in the tail.
+    """
+    a, spans = alignment, alignment.spans
+    at_RL, has_RL = a.at_RL.clamp(min=0), spans.target_RL
+    at_RLk = at_RL[..., None].expand(-1, -1, found.ids_RLk.shape[-1])
+    share_RLk = found.share_RLk.gather(1, at_RLk) * has_RL[..., None]
+    ids_RLk = target_V[found.ids_RLk.long().gather(1, at_RLk)]
+    known_RLk = (ids_RLk >= 0) & (share_RLk > 0)
+    # Without a share, an id repeats a known one: the tail is not spread over the ids.
+    first_RL1 = known_RLk.float().argmax(-1, keepdim=True)
+    ids_RLk = torch.where(known_RLk, ids_RLk, ids_RLk.gather(-1, first_RL1).clamp(min=0))
+    sums_RM = torch.nn.functional.pad(found.label_logp_RL.double().cumsum(1), (1, 0))
+    evidence_RL = sums_RM.gather(1, a.last_RL) - sums_RM.gather(1, a.first_RL)
+    return SparseStates(
+        ids_RLk.int(),
+        share_RLk * known_RLk,
+        found.entropy_RL.gather(1, at_RL) * a.rate_R[:, None] * has_RL,
+        evidence_RL.float() * spans.ends_RL,
+        ANY_ROWS,
+        spans=spans,
+        lost_RL=(share_RLk * ~known_RLk).sum(-1),
+    )
 
 
 @dataclass(frozen=True)

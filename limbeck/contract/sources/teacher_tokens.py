@@ -12,8 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from limbeck.contract.errors import UserError
-from limbeck.contract.recipe import ChatRows, LocalModel, PackageModel, Recipe
-from limbeck.contract.sources.models import model_path
+from limbeck.contract.recipe import (
+    ChatRows,
+    LocalModel,
+    PackageModel,
+    Recipe,
+    ServerModel,
+    Teacher,
+    TopkCache,
+)
+from limbeck.contract.sources.models import model_path, tokenizer_path
 
 if TYPE_CHECKING:
     from limbeck.contract.models.alignment import Relation
@@ -71,6 +79,9 @@ def tokenizer_mistakes(recipe: Recipe) -> Iterator[str]:
     except UserError as error:
         yield f"teachers: {error}"
         return
+    for teacher in recipe.teachers:
+        if teacher.name in others and (why := sorted_is_unknown(recipe, teacher)):
+            yield why
     for index, domain in enumerate(recipe.data.domains):
         if others and isinstance(domain.text.format, ChatRows):
             yield (
@@ -80,12 +91,29 @@ def tokenizer_mistakes(recipe: Recipe) -> Iterator[str]:
             )
 
 
+def sorted_is_unknown(recipe: Recipe, teacher: Teacher) -> str | None:
+    """Why `across: uld` cannot be used with a teacher of another tokenizer; None where it can."""
+    served = isinstance(teacher.model, ServerModel)
+    if recipe.fusion.across != "uld" or not (
+        served or isinstance(recipe.training.teacher_cache, TopkCache)
+    ):
+        return None
+    knows = "its server gives" if served else "the cache topk keeps"
+    return (
+        f"fusion.across: uld compares whole distributions, and {knows} the likeliest tokens of "
+        f"teacher {teacher.name} only; use projected or chunk"
+    )
+
+
 def _tokenizer_file(source: object, folder: Path) -> Path | None:
     """tokenizer.json of a model that is a folder here; None where it is not known yet."""
-    if not isinstance(source, LocalModel | PackageModel):
-        return None
     try:
-        path = model_path(source, folder=folder)
+        if isinstance(source, ServerModel):
+            path = tokenizer_path(source.tokenizer, folder=folder)
+        elif isinstance(source, LocalModel | PackageModel):
+            path = model_path(source, folder=folder)
+        else:
+            return None
     except UserError:  # preflight has named it
         return None
     if path is None or not (path / "tokenizer.json").is_file():

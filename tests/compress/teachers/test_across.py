@@ -179,7 +179,8 @@ def test_a_label_without_a_teacher_has_cross_entropy_alone() -> None:
     parts = problem("gemma", same=0)
     labels = parts["labels_RL"]
     nowhere = Alignment(
-        torch.zeros(2, 1, dtype=torch.long), *(torch.full_like(labels, -1) for _ in range(2)),
+        torch.zeros(2, 1, dtype=torch.long), torch.ones(2),
+        *(torch.full_like(labels, -1) for _ in range(2)),
         torch.zeros_like(labels), torch.zeros_like(labels), torch.ones(2),
     )  # fmt: skip
     teacher = parts["teachers"][0]
