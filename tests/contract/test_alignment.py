@@ -33,6 +33,7 @@ ALPHABET = "the cat sat on  \r\n\t0123456789éàａ語言日🙂👍🏽\u0301\u
 @example(text="🙂👍🏽 x")
 @example(text="語言 12345\r\n\r\na\u0301")
 @example(text=" leading")
+@example(text=" ")
 @example(text="ﬁsh Ａ")
 def test_chunks_partition_the_bytes(name: str, text: str) -> None:
     """Each chunk holds the same bytes on both sides, and chunks follow each other without a gap."""
@@ -58,7 +59,7 @@ def test_chunks_partition_the_bytes(name: str, text: str) -> None:
         assert ours == len(ids)
         assert theirs == len(found.ids)
         whole = b"".join(other.pieces(found.ids.tolist()))
-        assert whole.removeprefix(b" ") == text.encode().removeprefix(b" ")
+        assert whole in (text.encode(), b" " + text.encode())
 
 
 @pytest.mark.parametrize("name", list(OTHERS))

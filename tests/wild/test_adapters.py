@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from safetensors.torch import load_file, save_file
 from compress.models.students import with_lora
 from limbeck.contract.errors import ModelError
 from limbeck.contract.models.adapters import adapter_facts, attach, merged
+from limbeck.contract.models.loading import require_finite
 from limbeck.contract.recipe import LoraStudent, RandomModel
 from serve_bench.worker.runtimes import TorchEager
 from tests.pico import make_tokenizer
@@ -50,6 +52,7 @@ from tests.wild.adapters import (
     make_base,
     our_logits,
     peft_logits,
+    peft_model,
     teacher,
 )
 
@@ -363,6 +366,66 @@ def test_every_tensor_of_an_adapter_finds_its_place(
     save_file(dict(list(weights.items())[1:]), adapter / "adapter_model.safetensors")
     with pytest.raises(ModelError, match="1 of its tensors are not in it"):
         our_logits([teacher("one", bases[True], adapter)])
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(
+    "kind", ["plain", "saved head", "tokens", pytest.param("vera", marks=pytest.mark.slow)]
+)
+def test_a_state_dict_loads_as_the_adapter_it_was_taken_from(
+    bases: dict[bool, Path], tmp_path: Path, kind: str, whole: bool
+) -> None:
+    """Its tensors have the adapter's name inside, and the base's own may lie beside them."""
+    base, right = bases[False], tmp_path / "right"
+    make_adapter(base, right, (LORA | OTHERS)[kind])
+    shutil.copytree(right, adapter := tmp_path / "adapter")
+    weights = peft_model(base, right).state_dict()
+    kept = {n: w.contiguous() for n, w in weights.items() if whole or ".default" in n}
+    assert not kept.keys() <= load_file(right / "adapter_model.safetensors").keys()
+    save_file(kept, adapter / "adapter_model.safetensors")
+    folders = [teacher("base", base, None), *(teacher(f"t.{i}", base, adapter) for i in range(2))]
+    for ours in our_logits(folders)[1:]:
+        torch.testing.assert_close(ours, peft_logits(base, right), **CLOSE)
+    arm = TorchEager(model=str(base), adapter=str(adapter), threads=1)
+    scores = torch.from_numpy(arm.score(IDS[0].numpy()))
+    torch.testing.assert_close(scores, peft_logits(base, right)[0], **CLOSE)
+
+
+def test_one_weight_under_two_names_is_refused(bases: dict[bool, Path], tmp_path: Path) -> None:
+    adapter = make_adapter(bases[True], tmp_path / "adapter", LORA["plain"])
+    weights = load_file(adapter / "adapter_model.safetensors")
+    weights |= {n.replace("_A.", "_A.default."): 2 * w for n, w in weights.items()}
+    save_file(weights, adapter / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"holds both .*lora_A\.default\.weight and .*one weight"):
+        adapter_facts(adapter)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_is_not_finite_is_named_by_file_and_tensor(
+    bases: dict[bool, Path], tmp_path: Path, value: float
+) -> None:
+    """Rounding to int8 would hide it, and so would a score that reads few tokens."""
+    adapter = make_adapter(bases[False], tmp_path / "adapter", LORA["plain"])
+    shutil.copytree(bases[False], base := tmp_path / "base")
+    for folder, file, tensor, given in (
+        (adapter, "adapter_model.safetensors", r"layers\.0\.mlp\.down_proj\.lora_A\.weight",
+         (bases[False], adapter)),
+        (base, "model.safetensors", r"lm_head\.weight", (base, None)),
+    ):  # fmt: skip
+        weights = load_file(folder / file)
+        next(w for name, w in weights.items() if re.search(tensor, name))[1, 1] = value
+        save_file(weights, folder / file, metadata={"format": "pt"})
+        problem = rf"{folder / file}: 1 of the \d+ numbers of \S*{tensor} are NaN or infinite"
+        for quantize in ("none", "int8"):
+            with pytest.raises(ModelError, match=problem):
+                our_logits([teacher("one", *given, quantize=quantize)])
+        with pytest.raises(ModelError, match=problem):
+            TorchEager(model=str(given[0]), adapter=given[1] and str(given[1]), threads=1)
+
+
+def test_large_finite_numbers_are_no_error() -> None:
+    """Their sum overflows fp32."""
+    require_finite("it", [("one", torch.full((4,), 3e38)), ("two", torch.arange(3))])
 
 
 def test_pickled_and_missing_adapters_are_named(bases: dict[bool, Path], tmp_path: Path) -> None:

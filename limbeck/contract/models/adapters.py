@@ -8,6 +8,7 @@ peft and torch are imported where they are needed.
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.contract.errors import ModelError
+from limbeck.contract.models.loading import require_finite
 from limbeck.contract.models.probe import probe_ids, require_equal
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -47,6 +49,9 @@ _ALONE = (
     "trainable_token_indices",
 )
 _RANDOM_START = "pissa_niter_"  # of LoRA: peft takes a randomised SVD of the base at every load
+# A state dict has peft's name of the adapter inside, as in lora_A.default.weight. `save_pretrained`
+# leaves it out. Files of both kinds are found, and load alike.
+_NAME_INSIDE = r"(\.modules_to_save)?\.default(?=\.|$)"
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal")  # of LoRA: the base stays as it is
 
 
@@ -58,7 +63,7 @@ class AdapterFacts:
     kind: str  # peft's name of the method, upper case
     base: str | None  # folder or hub id of the model it was trained on
     config: Mapping[str, Any]
-    shapes: Mapping[str, tuple[int, ...]]  # of its tensors
+    shapes: Mapping[str, tuple[int, ...]]  # of its tensors, named as `save_pretrained` does
 
     @property
     def shares_base(self) -> bool:
@@ -134,13 +139,19 @@ def adapter_facts(folder: Path) -> AdapterFacts:
         )
     try:
         with safe_open(folder / WEIGHTS, "np") as file:
-            names = list(file.keys())
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            names = {name: re.sub(_NAME_INSIDE, "", name) for name in file.keys()}  # noqa: SIM118
+            shapes = {new: tuple(file.get_slice(old).get_shape()) for old, new in names.items()}
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"{folder / WEIGHTS}: this adapter's weights cannot be read ({error}); copy or "
             "download the folder again."
         ) from None
+    if len(shapes) < len(names):
+        twice = next(old for old, new in names.items() if old != new and new in names)
+        raise ModelError(
+            f"{folder / WEIGHTS}: it holds both {twice} and {names[twice]}, which are one weight. "
+            "Save the adapter again with `save_pretrained`."
+        )
     base = config.get("base_model_name_or_path")
     return AdapterFacts(folder, kind, str(base) if base else None, config, shapes)
 
@@ -179,9 +190,13 @@ def attach(model: Any, folder: Path, *, name: str = "default") -> Any:
     the folder has its place in the model and every weight of the adapter is in the folder.
     """
     from peft import PeftConfig, PeftModel, PeftModelForCausalLM
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
 
     facts = adapter_facts(folder)
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        names = list(file.keys())
+        require_finite(folder / WEIGHTS, ((name, file.get_tensor(name)) for name in names))
+    inside = {_NAME_INSIDE: ""} if facts.shapes.keys() != set(names) else None
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     _resize(base, facts)
     try:
@@ -192,7 +207,7 @@ def attach(model: Any, folder: Path, *, name: str = "default") -> Any:
             config.inference_mode = True
             if not isinstance(model, PeftModel):
                 model = PeftModelForCausalLM(model, config, name)
-            found = model.load_adapter(str(folder), name)
+            found = model.load_adapter(str(folder), name, key_mapping=inside)
             model.set_adapter(name)
     except (
         RuntimeError,
