@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -30,12 +31,22 @@ ANY_ROWS = 1 << 62  # rows of the vocabulary that such a teacher has a say in: a
 _LARGEST = -1e-6  # log q(chunk), at most, so that log(1 - q) is finite
 
 
+class Rendered(Protocol):
+    """Conversations as a teacher's own chat template renders them."""
+
+    digest: str
+
+    def align(self, aligner: Aligner, ids: Sequence[int]) -> Aligned | None:
+        """Align the row of the student's tokens that a conversation is; None: it is none."""
+
+
 @dataclass(frozen=True)
 class Pair:
     """The student's tokenizer and another one."""
 
     aligner: Aligner
     target_V: Tensor  # [V_T]: student's token that begins each teacher token; -1: none
+    conversations: Rendered | None = None  # as the teacher reads them
 
     def target(self, rows: int, device: torch.device) -> Tensor:
         """``target_V`` for a head of ``rows`` rows, of which the last may belong to no token."""
@@ -59,7 +70,9 @@ class Pair:
         rows = []
         for row, mine in zip(ids, valid, strict=True):
             length = int(mine.nonzero()[0][-1]) + 2 if mine.any() else 0
-            rows.append(self.aligner.row(row[:length].tolist()))
+            tokens = row[:length].tolist()
+            found = self.conversations.align(self.aligner, tokens) if self.conversations else None
+            rows.append(found or self.aligner.row(tokens))
         return Alignment.of(rows, valid, device=ids_RL.device)
 
 

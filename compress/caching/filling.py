@@ -20,6 +20,7 @@ from compress.host import prepare_host, resolve_precision
 from compress.models.language import DTYPES, load_tokenizer, model_config, resolve_device
 from compress.models.students import student_folder
 from compress.teachers.cache import CachedTeachers
+from compress.teachers.conversations import with_conversations
 from compress.teachers.live import teacher_folders
 from compress.teachers.mixed import MixedTeachers, open_teachers
 from compress.teachers.pairs import pair_teachers, require_coverage
@@ -49,7 +50,9 @@ class TeacherCache:
         prepare_host(recipe.training.threads)
         folders = teacher_folders(recipe, products)
         folder = student_folder(recipe, [f.tokenizer for f in folders])
-        pairs = pair_teachers(folder, {f.name: f.tokenizer for f in folders})
+        tokenizers = {f.name: f.tokenizer for f in folders}
+        pairs = pair_teachers(folder, tokenizers)
+        pairs = with_conversations(recipe, pairs, folder, tokenizers)
         tokenizer = load_tokenizer(folder)
         blocks = load_blocks(recipe, tokenizer)
         require_coverage(recipe, pairs, blocks)

@@ -70,25 +70,36 @@ def render(
     if marked:
         return text, [(start, end) for start, end in spans if end > start]
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    names = [_MARK.format(index) for index in range(len(answers))]
-    replacing = iter(names)
-    blank = [{**m, "content": next(replacing)} if m["role"] == "assistant" else m for m in messages]
-    between = (
-        re.split("|".join(names), _rendered(blank, tokenizer, template, where)[0])
-        if names
-        else [text]
-    )
-    found = _between(text, between, answers) if len(between) == len(names) + 1 else None
+    between = around_answers(messages, tokenizer, template, where)
+    found = _between(text, between, answers) if between is not None else None
     if found is None:
         raise DataError(
             f"{where}: the chat template changes this conversation so that its answers cannot be "
             "told from the rest. Put {% generation %} and {% endgeneration %} around the answer "
             "in the template, or leave the row out."
         )
-    turn_end = _turn_end(tokenizer)
+    turn_end = end_of_turn(tokenizer)
     return text, [
         (start, m.end() if (m := turn_end.match(text, end)) else end) for start, end in found
     ]
+
+
+def around_answers(
+    messages: Messages, tokenizer: PreTrainedTokenizerFast, template: str, where: str
+) -> list[str] | None:
+    """The rendered text before, between and after the answers; None where an answer is lost.
+
+    Raises `DataError` that names ``where``.
+    """
+    count = sum(message["role"] == "assistant" for message in messages)
+    names = [_MARK.format(index) for index in range(count)]
+    replacing = iter(names)
+    blank = [{**m, "content": next(replacing)} if m["role"] == "assistant" else m for m in messages]
+    text = _rendered(blank, tokenizer, template, where)[0]
+    if not names:
+        return [text]
+    parts = re.split("(" + "|".join(names) + ")", text)
+    return parts[::2] if parts[1::2] == names else None
 
 
 def _between(text: str, between: Sequence[str], answers: Sequence[str]) -> list[Span] | None:
@@ -113,7 +124,7 @@ def _between(text: str, between: Sequence[str], answers: Sequence[str]) -> list[
     return spans
 
 
-def _turn_end(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
+def end_of_turn(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
     """Match a special token after an answer, perhaps after white space: it teaches to stop."""
     special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
     if not special:

@@ -25,6 +25,7 @@ from compress.models.body import Body, causal_lm
 from compress.models.language import DTYPES, cast_frozen, load_tokenizer
 from compress.models.students import Student, build_model, student_folder
 from compress.tasks.own_text import OwnText
+from compress.teachers.conversations import with_conversations
 from compress.teachers.live import TeacherFolder, Teachers, teacher_folders
 from compress.teachers.mixed import MixedTeachers, open_teachers
 from compress.teachers.pairs import (
@@ -74,8 +75,10 @@ class LanguageModels:
         with accelerator.main_process_first():  # the first one fills the cache, the others read it
             self.folders = teacher_folders(recipe, products)
             self.folder = student_folder(recipe, [f.tokenizer for f in self.folders])
-            self.pairs = pair_teachers(self.folder, {f.name: f.tokenizer for f in self.folders})
+            tokenizers = {f.name: f.tokenizer for f in self.folders}
+            self.pairs = pair_teachers(self.folder, tokenizers)
             require_whole_distributions(recipe, self.pairs)
+            self.pairs = with_conversations(recipe, self.pairs, self.folder, tokenizers)
             tokenizer = load_tokenizer(self.folder)
             self.blocks = load_blocks(recipe, tokenizer)
             self.text = TrainingText(recipe, self.blocks)

@@ -19,7 +19,7 @@ from limbeck.contract.errors import DataError, ModelError, RecipeError
 from limbeck.contract.lock import make_once
 from limbeck.contract.models.alignment import Aligner, Pieces, projection, relate
 from limbeck.contract.progress import say
-from limbeck.contract.recipe import ChatRows, Recipe, fingerprint
+from limbeck.contract.recipe import Recipe, fingerprint
 from limbeck.contract.sources.places import cache_folder
 from limbeck.contract.sources.teacher_tokens import sorted_is_unknown
 
@@ -47,7 +47,8 @@ class Pairs:
         if pair is None:
             return None
         sides = [(side.digest, side.end) for side in (pair.aligner.own, pair.aligner.other)]
-        return fingerprint([_VERSION, sides])
+        chats = pair.conversations
+        return fingerprint([_VERSION, sides, *([chats.digest] if chats else [])])
 
 
 def pair_teachers(student: Path, teachers: Mapping[str, Path]) -> Pairs:
@@ -177,21 +178,13 @@ def require_coverage(
 ) -> dict[str, dict[str, Coverage]]:
     """Show the coverage of each teacher of another tokenizer, by domain, and return it.
 
-    Raises `DataError` where it is below `teachers.N.min_coverage`, and for conversations.
+    Raises `DataError` where it is below `teachers.N.min_coverage`.
     """
     found: dict[str, dict[str, Coverage]] = {}
     for k, teacher in enumerate(recipe.teachers):
         pair = pairs[k]
         if pair is None:
             continue
-        for domain in recipe.data.domains:
-            if isinstance(domain.text.format, ChatRows):
-                raise DataError(
-                    f"data.domains: {domain.name}: conversations are rendered by the student's "
-                    f"chat template, and teacher {teacher.name} has another tokenizer, which does "
-                    "not have its markers; use teachers of the student's tokenizer for chat data, "
-                    "or plain text."
-                )
         by_domain = found[teacher.name] = coverage_by_domain(pair, blocks)
         shown = "  ".join(
             f"{name} {c.bytes:.1%} of the bytes, {c.positions:.1%} of the labels"

@@ -26,6 +26,7 @@ class LogprobServer:
 
         self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._shown = [self.tokenizer.decode([t]) for t in range(self.model.config.vocab_size)]
         self.name, self.key = name, key
         self.context: int | None = 4096
         self.fault: Fault | None = None
@@ -102,7 +103,7 @@ class LogprobServer:
                     str(t): {
                         "logprob": v,
                         "rank": int((row > v).sum()) + 1,
-                        "decoded_token": self.tokenizer.decode([t]),
+                        "decoded_token": self._shown[t],
                     }
                     for t, v in found.items()
                 }

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -73,6 +73,19 @@ class Pieces:
         return found
 
     @cached_property
+    def marked(self) -> Tokenizer:
+        """The tokenizer for rendered conversations, in which markers are control tokens."""
+        tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
+        tokenizer.encode_special_tokens = False
+        return tokenizer
+
+    @cached_property
+    def _written(self) -> dict[int, bytes]:
+        """The characters of special tokens, as they stand in a rendered conversation."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        return {index: added[index].content.encode() for index in self.special}
+
+    @cached_property
     def longest(self) -> int:
         """Bytes of the longest token."""
         return max(map(len, self.of), default=0)
@@ -86,6 +99,10 @@ class Pieces:
     def pieces(self, ids: Sequence[int]) -> list[bytes]:
         """Return the bytes of each token; none of a special token or a padded row of a head."""
         return [self.of[i] if i < len(self.of) else b"" for i in ids]
+
+    def written(self, ids: Sequence[int]) -> list[bytes]:
+        """As `pieces`, and a special token stands for its own characters."""
+        return [self._written.get(i, piece) for i, piece in zip(ids, self.pieces(ids), strict=True)]
 
     def first_of(self, ids: Sequence[int], data: bytes) -> int:
         """Return the first of ``ids`` if ``data`` begins with it; else the longest that does."""
@@ -235,43 +252,76 @@ class Aligner:
         if not data:
             return
         other, ends, damaged = self._encode(data)
-        mine = np.cumsum([len(piece) for piece in pieces])
+        base = len(theirs)
         # Of several tokens that end at one byte the last one has the whole text before it.
-        last = {int(end): index for index, end in enumerate(ends) if end >= 0}
-        before, base = (place, len(theirs)), len(theirs)
+        last = {int(end): base + index for index, end in enumerate(ends) if end >= 0}
+        before = place, base
         if place and 0 in last:  # tokens of no bytes, such as a lone added space
-            before = (place, base + last[0] + 1)
+            before = (place, last[0] + 1)
             if at[place - 1] >= 0:
-                at[place - 1] = base + last[0]
-        start = 0
-        for index, byte in enumerate(mine.tolist()):
-            if byte not in last or (index + 1 < len(mine) and mine[index + 1] == byte):
-                continue
-            after = place + index + 1, base + last[byte] + 1
-            at[after[0] - 1] = after[1] - 1
-            if after[1] > before[1] and not any(start < b and a < byte for a, b in damaged):
-                chunks.append((before[0], after[0], before[1], after[1]))
-            before, start = after, byte
+                at[place - 1] = last[0]
+        mine = np.cumsum([len(piece) for piece in pieces]).tolist()
+        _meet(mine, place, (0, *before), last, damaged, at, chunks)
         theirs += other
 
-    def _encode(self, data: bytes) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-        """Tokenise ``data`` on the other side.
+    def conversation(
+        self,
+        ids: Sequence[int],
+        data: bytes,
+        answers: Iterable[Sequence[int]],
+        turn: tuple[int | None, int | None],
+    ) -> Aligned:
+        """Align the answers of a conversation, which each side reads in a template of its own.
+
+        ``data`` is the conversation as the other side reads it. Each of ``answers`` holds the first
+        token of its text in ``ids`` and the one after the last; the bytes of ``data`` where it
+        begins and ends; and how many bytes of its first token come before it. ``turn`` are both
+        sides' tokens that end a turn, or None.
+        """
+        at = np.full(len(ids), -1, np.int64)
+        chunks: list[tuple[int, int, int, int]] = []
+        theirs, ends, damaged = self._encode(data, marked=True)
+        last = {int(end): index for index, end in enumerate(ends) if end >= 0}
+        for first, stop, begin, end, lead in answers:
+            before = (-1, -1, -1)  # no common boundary yet
+            if first and not lead and begin in last:
+                before = begin, first, last[begin] + 1
+                at[first - 1] = last[begin]
+            sizes = [len(piece) for piece in self.own.pieces(ids[first:stop])]
+            mine = (begin - lead + np.cumsum(sizes)).tolist()
+            mine = mine[: sum(byte <= end for byte in mine)]
+            before = _meet(mine, first, before, last, damaged, at, chunks)
+            if stop < len(ids) and ids[stop] in self.own.special:
+                after = before[2]
+                if before[1] == stop and (ids[stop], *theirs[after : after + 1]) == turn:
+                    chunks.append((stop, stop + 1, after, after + 1))
+                elif stop:
+                    at[stop - 1] = -1  # the other side cannot expect a token that it does not have
+        table = np.array(chunks, np.int64).reshape(-1, 4)
+        return Aligned(np.array(theirs, np.int64), at, table)
+
+    def _encode(
+        self, data: bytes, *, marked: bool = False
+    ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+        """Tokenise ``data`` on the other side; ``marked`` text has control tokens.
 
         Return ids, the byte where each token ends (-1 inside a character), and the spans of bytes
         that the other side does not read as they are.
         """
         text, ends_of_characters, damaged = _decoded(data)
         pieces = self.other
-        if pieces.adds_space and text.startswith(" ") and not damaged:
+        if pieces.adds_space and text.startswith(" ") and not damaged and not marked:
             encoding = pieces.tokenizer.encode(text[1:], add_special_tokens=False)
             if b"".join(pieces.pieces(encoding.ids)) == data:
-                return encoding.ids, _sums(pieces, encoding.ids), []
-        encoding = pieces.tokenizer.encode(text, add_special_tokens=False)
-        read = b"".join(pieces.pieces(encoding.ids))
+                return encoding.ids, _sums(pieces.pieces(encoding.ids)), []
+        tokenizer = pieces.marked if marked else pieces.tokenizer
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        found = (pieces.written if marked else pieces.pieces)(encoding.ids)
+        read = b"".join(found)
         if not damaged and read == data:
-            return encoding.ids, _sums(pieces, encoding.ids), []
+            return encoding.ids, _sums(found), []
         if not damaged and read == b" " + data:
-            return encoding.ids, [end - 1 for end in _sums(pieces, encoding.ids)], []
+            return encoding.ids, [end - 1 for end in _sums(found)], []
         # A normaliser has changed the text: only its characters can be followed.
         ends = []
         offsets = encoding.offsets
@@ -281,8 +331,35 @@ class Aligner:
         return encoding.ids, ends, damaged
 
 
-def _sums(pieces: Pieces, ids: Sequence[int]) -> list[int]:
-    sums: list[int] = np.cumsum([len(piece) for piece in pieces.pieces(ids)]).tolist()
+def _meet(
+    mine: Sequence[int],
+    place: int,
+    before: tuple[int, int, int],
+    last: Mapping[int, int],
+    damaged: Sequence[tuple[int, int]],
+    at: Ids,
+    chunks: list[tuple[int, int, int, int]],
+) -> tuple[int, int, int]:
+    """Find the common boundaries of a text, and write ``at`` and ``chunks``.
+
+    ``mine`` holds the byte where each token from ``place`` on ends, and ``last`` the other side's
+    last token that ends at a byte. ``before`` and the result are the boundary before and the last
+    one: its byte and the tokens of both sides that follow it; -1 where there is none.
+    """
+    for index, byte in enumerate(mine):
+        if byte not in last or (index + 1 < len(mine) and mine[index + 1] == byte):
+            continue
+        start, after = before[0], (byte, place + index + 1, last[byte] + 1)
+        at[after[1] - 1] = after[2] - 1
+        read = not any(start < b and a < byte for a, b in damaged)
+        if start >= 0 and after[2] > before[2] and read:
+            chunks.append((before[1], after[1], before[2], after[2]))
+        before = after
+    return before
+
+
+def _sums(pieces: Sequence[bytes]) -> list[int]:
+    sums: list[int] = np.cumsum([len(piece) for piece in pieces]).tolist()
     return sums
 
 

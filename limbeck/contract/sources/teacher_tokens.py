@@ -82,13 +82,8 @@ def tokenizer_mistakes(recipe: Recipe) -> Iterator[str]:
     for teacher in recipe.teachers:
         if teacher.name in others and (why := sorted_is_unknown(recipe, teacher)):
             yield why
-    for index, domain in enumerate(recipe.data.domains):
-        if others and isinstance(domain.text.format, ChatRows):
-            yield (
-                f"data.domains.{index}: conversations are rendered by the student's chat template, "
-                f"and teacher {others[0]} has another tokenizer, which does not have its markers; "
-                "use teachers of the student's tokenizer, or plain text"
-            )
+        if teacher.name in others and (why := conversations_are_unknown(recipe, teacher.name)):
+            yield why
 
 
 def sorted_is_unknown(recipe: Recipe, teacher: Teacher) -> str | None:
@@ -103,6 +98,32 @@ def sorted_is_unknown(recipe: Recipe, teacher: Teacher) -> str | None:
         f"fusion.across: uld compares whole distributions, and {knows} the likeliest tokens of "
         f"teacher {teacher.name} only; use projected or chunk"
     )
+
+
+def conversations_are_unknown(recipe: Recipe, teacher: str) -> str | None:
+    """Why conversations cannot be aligned with a teacher of another tokenizer, or None."""
+    own, domains = recipe.training.on_policy, recipe.data.domains
+    chats = [i for i, d in enumerate(domains) if isinstance(d.text.format, ChatRows)]
+    prompts = own.prompts.text if own is not None and own.share else None
+    if prompts is not None and isinstance(prompts.format, ChatRows):
+        return (
+            f"training.on_policy.prompts.text: teacher {teacher} has another tokenizer, and own "
+            "text is aligned with it in plain text only; name plain text"
+        )
+    if not chats:
+        return None
+    if own is not None and own.share and prompts is None:
+        return (
+            f"training.on_policy: teacher {teacher} has another tokenizer, and own text is aligned "
+            f"with it in plain text only, but data.domains.{chats[0]} holds conversations; leave "
+            "on_policy out, or name plain text as prompts.text"
+        )
+    if recipe.data.packing != "document":
+        return (
+            f"data.packing: teacher {teacher} has another tokenizer, and reads conversations one "
+            "by one in its own chat template; set it to document"
+        )
+    return None
 
 
 def _tokenizer_file(source: object, folder: Path) -> Path | None:

@@ -134,28 +134,6 @@ def test_a_teacher_of_the_base_s_shape_is_not_merged_into_it(tmp_path: Path) -> 
         compress.distill(recipe=merging, out=tmp_path / "student")
 
 
-def test_conversations_need_the_student_s_tokenizer(tmp_path: Path) -> None:
-    row = (
-        '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "%s"}]}'
-    )
-    (tmp_path / "chat.jsonl").write_text("\n".join(row % ("word " * n) for n in range(2, 30)))
-    recipe = mixed(tmp_path)
-    base = save_teacher(tmp_path / "base", byte_level(300))
-    fast = PreTrainedTokenizerFast.from_pretrained(base)
-    fast.chat_template = (
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-    )
-    fast.save_pretrained(base)
-    chat = {"kind": "files", "paths": ["chat.jsonl"], "format": {"kind": "chat"}}
-    recipe = mixed(
-        tmp_path,
-        data={"domains": [{"name": "chat", "text": chat}]},
-        student={"base": {"kind": "local", "path": "base"}},
-    )
-    with pytest.raises(DataError, match="chat: conversations are rendered by the student's"):
-        compress.distill(recipe=recipe, out=tmp_path / "student")
-
-
 # Which are the same ------------------------------------------------------------------------------
 
 
