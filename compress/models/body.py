@@ -11,9 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.head import Head
 from limbeck.contract.errors import ModelError
@@ -170,6 +168,11 @@ def _softcap(config: Any) -> float | None:
 
 def _matrix(output: Any) -> tuple[Tensor, Tensor | None]:
     """Weight [V, d] and bias [V] of an output layer with its active adapter."""
+    if type(output) is nn.Linear:  # no adapter on it; importing peft takes seconds
+        return output.weight, output.bias
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
     if isinstance(output, ModulesToSaveWrapper):
         saved = [name for name in output.active_adapters if name in output.modules_to_save]
         output = output.modules_to_save[saved[0]] if saved else output.original_module

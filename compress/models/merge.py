@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from peft.utils import merge_utils
 from torch import Tensor
 
 from limbeck.contract.errors import ModelError
@@ -95,6 +94,8 @@ def _merged(
     differences = [teachers[teacher][name].float() - start.float() for teacher in used]
     if not any(bool(difference.any()) for difference in differences):
         return start
+    from peft.utils import merge_utils  # seconds, which only a merge needs
+
     weights = torch.tensor([merge.weights[teacher] for teacher in used])
     if merge.method == "average":
         change = merge_utils.task_arithmetic(differences, weights)

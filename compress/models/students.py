@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from compress.features import Projections
@@ -181,7 +180,8 @@ def load_trainable_state(module: nn.Module, state: Mapping[str, Tensor]) -> None
 
 def with_lora(base: Any, config: LoraStudent, seed: int) -> Any:
     """``base`` with trainable adapters on it. Raises `ModelError` for targets it does not have."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, get_peft_model  # seconds, which only adapters need
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers.pytorch_utils import Conv1D  # GPT-2's, whose weights are stored turned
 
     options = LoraConfig(

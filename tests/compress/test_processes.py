@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 
 import compress
@@ -20,44 +19,44 @@ from compress import loop as train
 from compress.tasks import language_models
 from limbeck.contract.errors import RecipeError
 from limbeck.contract.recipe import AnyRecipe, parse_any_recipe, parse_recipe
-from tests import ROOT
 from tests.compress.test_compress import STUDENTS, events, tiny
 from tests.encoders import classifier_recipe, embedding_recipe, source
+from tests.forks import share
 
 ENCODERS = ("classes-encoder", "vectors-encoder")
-PROCESSES = """
-import os
-import sys
-from pathlib import Path
-import accelerate
-import compress
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from compress import loop as train
-from tests.compress.test_processes import recipe_of
+
 
 class Sharding(accelerate.Accelerator):
-    def prepare(self, *objects):
+    """FSDP2 as `accelerate launch` would ask for it; on a CPU, accelerate takes no such wish."""
+
+    def prepare(self, *objects: Any) -> Any:
         self.state.distributed_type = DistributedType.FSDP
         self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap"
         )
         return super().prepare(*objects)
 
-def leave_after_step_5(run, event, figures, record=train.Run.record):
-    record(run, event, figures)
+
+def _leave_after_step_5(run: train.Run, event: str, figures: dict[str, Any]) -> None:
+    _record(run, event, figures)
     if event == "step" and figures["step"] == 5:
         run.accelerator.wait_for_everyone()
         os._exit(0)
 
-if sys.argv[2] == "stop":
-    train.Run.record = leave_after_step_5
-for name in sys.argv[3:]:
-    student, mode = name.split("-")
-    if mode == "fsdp":
-        train.Accelerator = Sharding
-    out = Path(sys.argv[1]) / name
-    compress.distill(recipe=recipe_of(out, student, mode), out=out / "student")
-"""
+
+_record = train.Run.record
+
+
+def work(folder: Path, names: Sequence[str], stopped: str | None) -> None:
+    """Train ``STUDENT-MODE`` one after the other; of ``stopped``, leave after step 5 of 6."""
+    for name in names:
+        student, mode = name.split("-")
+        if mode == "fsdp":
+            train.Accelerator = Sharding
+        if name == stopped:
+            train.Run.record = _leave_after_step_5
+        out = folder / name
+        compress.distill(recipe=recipe_of(out, student, mode), out=out / "student")
 
 
 def recipe_of(out: Path, student: str, mode: str) -> AnyRecipe:
@@ -85,30 +84,17 @@ def _encoder(make: Any) -> AnyRecipe:
     return parse_any_recipe(tree)
 
 
-def _in_two_processes(folder: Path, *names: str, stop: bool = False) -> None:
-    """Train ``STUDENT-MODE``, one after the other; ``stop`` leaves without a word after step 5 of
-    6."""
-    script = folder / "processes.py"
-    script.write_text(PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(script), str(folder), "stop" if stop else "end", *names]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of what two processes made. The sharded ones are last: accelerate's state of a process
     stays sharded.
     """
     folder = tmp_path_factory.mktemp("two")
-    _in_two_processes(folder, "lora-ddp", "lora-own", *ENCODERS, "lora-fsdp")
-    _in_two_processes(folder, "fresh-fsdp", stop=True)
+    names = ["lora-ddp", "lora-own", *ENCODERS, "lora-fsdp", "fresh-fsdp"]
+    share(work, folder, names, "fresh-fsdp", processes=2, seconds=900)
+    assert (folder / "lora-fsdp" / "student").exists()
     assert not (folder / "fresh-fsdp" / "student").exists()
-    _in_two_processes(folder, "fresh-fsdp")
+    share(work, folder, ["fresh-fsdp"], None, processes=2, seconds=900)
     return folder
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,8 +15,8 @@ from compress import loop as train
 from compress.tasks import language_step
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import ArtifactError, DivergenceError
-from tests import ROOT
 from tests.compress.test_compress import events, interrupted_after, killed_while_writing, tiny
+from tests.forks import start
 
 
 @pytest.fixture(scope="module")
@@ -48,25 +45,20 @@ def test_an_interrupted_run_ends_in_the_same_bits(
     assert logs[0] == logs[1]
 
 
+def _train(folder: Path) -> None:
+    compress.distill(recipe=tiny(folder), out=folder / "student")
+
+
 def test_killed_without_warning(whole: Artifact, tmp_path: Path) -> None:
     """kill -9 in the middle: the checkpoint on disk is whole, and the next run ends in the same
     bits.
     """
-    script = tmp_path / "job.py"
-    script.write_text(
-        "import sys\nfrom pathlib import Path\nimport compress\n"
-        "from tests.compress.test_compress import tiny\n"
-        "compress.distill(recipe=tiny(Path(sys.argv[1])), out=Path(sys.argv[1]) / 'student')\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    job = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path)], env=environment, stderr=subprocess.DEVNULL
-    )
+    job = start(_train, tmp_path)
     checkpoint = tmp_path / ".student.training" / "checkpoint.pt"
-    while not checkpoint.exists() and job.poll() is None:
+    while not checkpoint.exists() and job.exitcode is None:
         time.sleep(0.01)
     job.kill()
-    job.wait()
+    job.join()
     assert not (tmp_path / "student").exists()
     cut = compress.distill(recipe=tiny(tmp_path), out=tmp_path / "student")
     assert (cut.path / "model/model.safetensors").read_bytes() == (

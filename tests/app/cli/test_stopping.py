@@ -19,8 +19,9 @@ from tests.app.cli.calls import GOOD, called_alone
 ENDLESS = """
 import sys, time
 import compress
-from limbeck.app import cli
+from limbeck.app import cli, plan
 from limbeck.runtime import session as runtime
+plan.seconds_after_training = lambda _: {}  # loads transformers
 def distill(**_):
     print("working", flush=True)
     time.sleep(60)
@@ -60,11 +61,8 @@ def test_a_run_that_is_stopped_says_how_to_go_on(
 
 def test_a_reader_that_leaves_is_no_error() -> None:
     command = (
-        f"{sys.executable} -c 'from limbeck.app.cli import main; main()' recipes --json | head -c "
-        ""
-        ""
-        ""
-        f"1; exit ${{PIPESTATUS[0]}}"
+        f"{sys.executable} -c 'from limbeck.app.cli import main; main()' recipes --json "
+        "| head -c 1; exit ${PIPESTATUS[0]}"
     )
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("[", "")
