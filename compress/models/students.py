@@ -87,6 +87,12 @@ def build_model(
                     "student.quantize: nf4 cannot be trained on a CPU; use int8 or none, or train "
                     "on a GPU."
                 )
+            if config.quantize == "int8" and config.dora and device.type == "cpu":
+                # peft 0.21.2 loses the scales of the weights when DoRA reads them.
+                raise EnvironmentalError(
+                    "student.dora: DoRA cannot be trained on an int8 base on a CPU; set "
+                    "student.dora: false or student.quantize: none, or train on a GPU."
+                )
             base = load_model(folder, quantize=config.quantize, device=device)
             begin(base)
             model = with_lora(base, config, recipe.seed)

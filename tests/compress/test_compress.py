@@ -234,16 +234,19 @@ def test_topk_cache_trains(tmp_path: Path, sampling: str) -> None:
     assert last["mean_nll"] < first["mean_nll"]
 
 
-def test_a_4_bit_base_is_not_trained_on_a_cpu(tmp_path: Path) -> None:
-    student = {
-        "kind": "lora",
-        "base": {"kind": "random", "config": TINY},
-        "rank": 4,
-        "quantize": "nf4",
-    }
-    with pytest.raises(
-        EnvironmentalError, match=r"student\.quantize: nf4 cannot be trained on a CPU.*int8"
-    ):
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"quantize": "nf4"}, r"student\.quantize: nf4 cannot be trained on a CPU.*int8"),
+        ({"quantize": "int8", "dora": True}, r"student\.dora: DoRA .* on an int8 base on a CPU"),
+    ],
+)
+def test_bases_that_a_cpu_cannot_train_on(
+    tmp_path: Path, options: dict[str, Any], problem: str
+) -> None:
+    base = {"kind": "random", "config": TINY}
+    student = {"kind": "lora", "base": base, "rank": 4, **options}
+    with pytest.raises(EnvironmentalError, match=problem):
         compress.distill(
             recipe=tiny(tmp_path, student=student, training={"device": "cpu"}),
             out=tmp_path / "student",

@@ -24,9 +24,9 @@ def make_base(folder: Path, *, tied: bool, **over: Any) -> Path:
     return make_model(folder, seed=3, tie_word_embeddings=tied, **SIZES | over)
 
 
-def load(folder: Path) -> Any:
+def load(folder: Path, **options: Any) -> Any:
     """The model as transformers loads it."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
 
 
 def make_adapter(base: Path, folder: Path, config: Any, *, seed: int = 0, rows: int = 0) -> Path:
@@ -49,13 +49,16 @@ def make_adapter(base: Path, folder: Path, config: Any, *, seed: int = 0, rows: 
     return folder
 
 
-def peft_model(base: Path, adapter: Path, *, rows: int = 0) -> Any:
-    """This one adapter on this base, as peft loads it. ``rows`` resizes the embedding before."""
+def peft_model(base: Path, adapter: Path, *, rows: int = 0, **options: Any) -> Any:
+    """This one adapter on this base, as peft loads it. ``rows`` resizes the embedding before.
+
+    ``options`` are transformers', for the base.
+    """
     from peft import PeftModel
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = load(base)
+        model = load(base, **options)
         if rows:
             model.resize_token_embeddings(rows, mean_resizing=False)
         return PeftModel.from_pretrained(model, str(adapter)).eval()

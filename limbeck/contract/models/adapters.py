@@ -48,7 +48,13 @@ _ALONE = (
     "target_parameters",
     "trainable_token_indices",
 )
-_RANDOM_START = "pissa_niter_"  # of LoRA: peft takes a randomised SVD of the base at every load
+# Starts of LoRA that peft computes at every load, and why the result is not the trained model.
+_STARTS = {
+    "pissa_niter_": "peft subtracts a random approximation from the base, so every load computes "
+    "another model",
+    "corda": "peft computes the start from statistics that no adapter holds",
+    "loftq": "peft rounds the base again at every load, and only with CUDA",
+}
 # A state dict has peft's name of the adapter inside, as in lora_A.default.weight. `save_pretrained`
 # leaves it out. Files of both kinds are found, and load alike.
 _NAME_INSIDE = r"(\.modules_to_save)?\.default(?=\.|$)"
@@ -128,14 +134,12 @@ def adapter_facts(folder: Path) -> AdapterFacts:
                 f"{folder}: adapters with {option} are not supported: they change more than the "
                 "layers of a model."
             )
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(_RANDOM_START):
+    start = str(config.get("init_lora_weights"))
+    if problem := next((why for name, why in _STARTS.items() if start.startswith(name)), None):
         raise ModelError(
-            f"{folder}: adapters with init_lora_weights: {start} are not supported: peft subtracts "
-            "a random approximation from the base, so every load computes another model. Save it "
-            "as a plain adapter, with "
-            "save_pretrained(…, path_initial_model_for_weight_conversion=…), "
-            "or merge it where it was trained."
+            f"{folder}: adapters with init_lora_weights: {start} are not supported: {problem}. "
+            "Merge it where it was trained, or save it as a plain adapter there, with "
+            "save_pretrained(…, path_initial_model_for_weight_conversion=…)."
         )
     try:
         with safe_open(folder / WEIGHTS, "np") as file:
@@ -187,7 +191,8 @@ def attach(model: Any, folder: Path, *, name: str = "default") -> Any:
     """Put the adapter of ``folder`` on ``model``, a causal LM or a `PeftModel` with other adapters.
 
     Embeddings are resized if the adapter adds tokens. Raises `ModelError` unless every tensor of
-    the folder has its place in the model and every weight of the adapter is in the folder.
+    the folder has its place in the model, every weight of the adapter is in the folder, and peft
+    can run it on this base.
     """
     from peft import PeftConfig, PeftModel, PeftModelForCausalLM
     from safetensors import SafetensorError, safe_open
@@ -209,6 +214,8 @@ def attach(model: Any, folder: Path, *, name: str = "default") -> Any:
                 model = PeftModelForCausalLM(model, config, name)
             found = model.load_adapter(str(folder), name, key_mapping=inside)
             model.set_adapter(name)
+            if getattr(base, "is_quantized", False):
+                _run_twice(model, base)
     except (
         RuntimeError,
         ValueError,
@@ -217,10 +224,16 @@ def attach(model: Any, folder: Path, *, name: str = "default") -> Any:
         AttributeError,
         SafetensorError,
     ) as error:
+        problem = f"{base.config._name_or_path or 'its base'}: {_in_one_line(error)}"
+        if getattr(base, "is_quantized", False):
+            kind = "DoRA" if facts.config.get("use_dora") else facts.kind
+            raise ModelError(
+                f"{folder}: peft cannot run this {kind} adapter on the quantised {problem}. Set "
+                "quantize: none for this model."
+            ) from error
         raise ModelError(
-            f"{folder}: this adapter does not fit {base.config._name_or_path or 'its base'}: "
-            f"{_in_one_line(error)}. Name the base that it was trained on ({facts.base}), and "
-            f"compare {CONFIG} with the weights beside it."
+            f"{folder}: this adapter does not fit {problem}. Name the base that it was trained on "
+            f"({facts.base}), and compare {CONFIG} with the weights beside it."
         ) from error
     # With a resized embedding, peft writes the modules that it saves twice, under two names.
     unexpected = [
@@ -240,6 +253,20 @@ def attach(model: Any, folder: Path, *, name: str = "default") -> Any:
                 f"(for example {keys[0]}). Name the base that it was trained on ({facts.base})."
             )
     return model.eval().requires_grad_(False)
+
+
+def _run_twice(model: Any, base: Any) -> None:
+    """Let a quantised model answer a test batch, and another one.
+
+    peft 0.21.2 has kinds that it attaches to such a base and cannot run. It loses the scales of
+    int8 weights on a CPU when DoRA reads them, which the second batch shows.
+    """
+    import torch
+
+    ids = torch.tensor(_probe_ids(base, model.active_peft_config), device=base.device)
+    with torch.inference_mode():
+        for _ in range(2):
+            model.eval()(input_ids=ids)
 
 
 def merged(model: Any, *, where: str) -> Any:
