@@ -1,4 +1,4 @@
-"""The whole job with three teachers: a local one, one of another tokenizer, one behind a server."""
+"""The whole job with teachers of three tokenizers, one of them behind a server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from limbeck.contract.artifact import open_artifact
 from tests.compress.teachers.test_other_tokenizers import save_teacher
 from tests.pico import make_model
 from tests.servers.logprob_server import LogprobServer
-from tests.tokenizers import piece_level
+from tests.tokenizers import byte_level, piece_level
+
+TEMPLATE = (
+    "{% for m in messages %}{{ bos_token }}{{ m['role'] }}: {{ m['content'] | trim }}"
+    "{{ eos_token }}{% endfor %}"
+)
 
 
 def call(*arguments: str | Path) -> Result:
@@ -25,7 +30,9 @@ def call(*arguments: str | Path) -> Result:
 def recipe_of(folder: Path, url: str) -> Path:
     """Three teachers into a student of the local one's family."""
     local = {"kind": "local", "path": "models/base"}
-    served = {"kind": "server", "url": url, "model": "big", "tokenizer": local, "top": 16}
+    tokenizer = {"kind": "local", "path": "models/big"}
+    served = {"kind": "server", "url": url, "model": "big", "tokenizer": tokenizer, "top": 16}
+    talks = {"kind": "files", "paths": ["talks.jsonl"], "format": {"kind": "chat"}}
     tree: dict[str, Any] = {
         "name": "families",
         "teachers": [
@@ -36,7 +43,7 @@ def recipe_of(folder: Path, url: str) -> Path:
         "data": {
             "domains": [
                 {"name": "code", "text": {"kind": "stdlib", "paths": ["abc.py"]}},
-                {"name": "prose", "text": {"kind": "stdlib", "paths": ["bisect.py"]}},
+                {"name": "talks", "text": talks},
             ],
             "block": 32,
             "heldout": {"every": 3, "piece_chars": 256, "blocks": 4},
@@ -56,9 +63,15 @@ def recipe_of(folder: Path, url: str) -> Path:
 @pytest.fixture
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
-    for seed, name in enumerate(("base", "own", "big")):
+    for seed, name in enumerate(("base", "own")):
         make_model(tmp_path / "models" / name, seed=seed)
-    save_teacher(tmp_path / "models" / "other", piece_level(), hidden_size=48)
+    for name, tokenizer in (("other", piece_level()), ("big", byte_level(300))):
+        folder = save_teacher(tmp_path / "models" / name, tokenizer, hidden_size=48)
+        (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    talks = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": f"yes {n}"}]
+             for n in range(40)]  # fmt: skip
+    rows = "\n".join(json.dumps({"messages": talk}) for talk in talks)
+    (tmp_path / "talks.jsonl").write_text(rows, encoding="utf-8")
     return tmp_path
 
 
@@ -67,6 +80,8 @@ def test_three_teachers_of_two_families_and_a_server_reach_a_verdict(models: Pat
         recipe = recipe_of(models, server.url)
         planned = call("plan", recipe)
         assert planned.exit_code == 0, planned.output
+        for name in ("other", "served"):
+            assert f"teacher {name}: another tokenizer; aligned with" in planned.output
         assert not server.asked  # planning asks nothing of a server
         run = models / "run"
         done = call("run", recipe, "--out", run)
@@ -79,7 +94,9 @@ def test_three_teachers_of_two_families_and_a_server_reach_a_verdict(models: Pat
     student = open_artifact(run / "student", kind="student")
     teachers = student.result["teachers"]
     assert set(teachers) == {"own", "other", "served"}
-    assert "coverage" in teachers["other"]
+    for name in ("other", "served"):
+        for domain in ("code", "talks"):
+            assert teachers[name]["coverage"][domain]["bytes"] > 0.98
     log = (run / "student" / "log.jsonl").read_text(encoding="utf-8")
     steps = [json.loads(line) for line in log.splitlines()]
     weights = [s["weights"] for s in steps if s["event"] == "step"]
