@@ -81,6 +81,8 @@ def _measured(
         losses = gguf_losses(form, reader, heldout)
     torch: Mapping[str, float] = student.result.get("nll") or {}
     rise = relative_rise(losses, torch) if set(torch) == set(losses) else None
+    if rise is not None:
+        say(f"export: {form} changes the held-out loss by {rise:+.2%} over the student in torch")
     return GgufFile(
         file=file.relative_to(folder).as_posix(),
         bytes=file.stat().st_size,

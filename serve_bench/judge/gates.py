@@ -43,6 +43,7 @@ class Evidence:
     recovered: bool = (
         False  # whether `rise_over_fp32` is over another student, the one that recovery began with
     )
+    rise_of_ggufs: Mapping[str, float] = field(default_factory=dict)  # by form, over torch
     by_byte: frozenset[str] = frozenset()  # teachers with another tokenizer
     evaluations: Evaluations | None = None  # of the shipped form
     teachers: Mapping[str, Evaluations] = field(default_factory=dict)  # of each teacher
@@ -152,6 +153,11 @@ def _others(gates: Gates, evidence: Evidence) -> list[Gate]:
                 ),
             )
         )
+    if (most := gates.max_quantization_loss) is not None:
+        for form, rise in evidence.rise_of_ggufs.items():
+            title = f"Loss from quantising in {form}"
+            found = f"held-out loss of {form} {{}} that of the student in torch"
+            judged.append(exact("max_quantization_loss", title, rise, most, unit="%", found=found))
     if evidence.evaluations is not None:
         judged += _of_evaluations(gates, evidence.evaluations, evidence.teachers)
     judged += size_gates(gates, evidence.size, evidence.fp32_size)

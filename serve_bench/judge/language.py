@@ -88,6 +88,7 @@ def evidence(
         | {
             "rise_over_fp32": _rise_over_fp32(quality, shipped),
             "recovered": "recovery" in quality,
+            "rise_of_ggufs": quality.get("ggufs", {}),
             "evaluations": answered.get(shipped),
             "teachers": {
                 arm.label: answered[arm.id]

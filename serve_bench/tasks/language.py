@@ -172,6 +172,8 @@ class Language:
             # the same blocks and those
             # of the shipped form, both over the whole vocabulary.
             self.quality["recovery"] = recovery["blocks"]
+        ggufs: Mapping[str, Any] = self._onnx.result.get("ggufs") or {}
+        self.quality["ggufs"] = {n: f["rise"] for n, f in ggufs.items() if f["rise"] is not None}
         teachers: Mapping[str, Any] = self._student.result.get("teachers", {})
         others = self._of_other_tokenizers
         if served := {

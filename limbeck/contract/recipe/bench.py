@@ -227,7 +227,7 @@ class Gates(Frozen):
     max_quantization_loss: Annotated[Float, Field(ge=0)] | None = Field(
         None,
         description="Largest relative rise of held-out NLL over the fp32 graph of the student as "
-        "it was distilled.",
+        "it was distilled, of the shipped form; and of every GGUF file over the student in torch.",
     )
     max_size_ratio: Positive | None = Field(
         None, description="Largest size on disk over the fp32 graph's."

@@ -99,6 +99,18 @@ def test_one_gate(gate: dict[str, Any], over: dict[str, Any], status: str) -> No
     )
 
 
+def test_ggufs_beside_the_shipped_form_are_held_to_its_bound() -> None:
+    found = evidence(rise_of_ggufs={"gguf-q8_0": 0.01, "gguf-q4_0": 1.19})
+    verdict = judge(Gates(max_quantization_loss=0.01), found)
+    assert [gate.status for gate in verdict.gates] == ["pass", "pass", "fail"]
+    assert "loss from quantising in gguf-q4_0 misses its bound" in verdict.sentence
+    assert verdict.gates[-1].sentence == (
+        "Held-out loss of gguf-q4_0 119.00 % above that of the student in torch; "
+        "a rise of at most 1 % was asked."
+    )
+    assert len(judge(Gates(max_size_mb=143), found).gates) == 1
+
+
 def test_a_failure_outweighs_what_is_undecided() -> None:
     verdict = judge(Gates(min_decode_speedup=4.0, max_size_mb=1), evidence())
     assert (verdict.status, verdict.exit_code) == ("fail", 1)
