@@ -4,7 +4,6 @@ dies.
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import shutil
@@ -17,30 +16,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from compress.models.language import model_folder
-from limbeck.app.run import bench_targets
 from limbeck.contract.artifact import Artifact, open_artifact, write_artifact
 from limbeck.contract.data.evals import EVALS
-from limbeck.contract.data.heldout import (
-    CALIBRATION,
-    HELDOUT,
-    Blocks,
-    load_heldout,
-    save_calibration,
-    save_heldout,
-)
-from limbeck.contract.errors import (
-    ArtifactError,
-    DataError,
-    EnvironmentalError,
-    LimbeckError,
-    ModelError,
-    RecipeError,
-)
-from limbeck.contract.recipe import Bench, Gates, HubModel, Recipe, ServerScenario
-from limbeck.contract.sources.places import cache_folder
+from limbeck.contract.data.heldout import HELDOUT, load_heldout
+from limbeck.contract.errors import ArtifactError, DataError
+from limbeck.contract.recipe import Gates, Recipe, ServerScenario
 from serve_bench import bench as measure
-from serve_bench import measure_targets, replay, write_report
+from serve_bench import replay, write_report
 from serve_bench.judge import figures, quality
 from serve_bench.judge.certificate import CERTIFICATE
 from serve_bench.measure.arms import list_arms
@@ -48,10 +30,9 @@ from serve_bench.measure.clock import order
 from serve_bench.measure.scenarios import load
 from serve_bench.measure.units import prompt
 from serve_bench.tasks.language import require_context, require_evaluations
-from serve_bench.tasks.targets import find_arm
-from tests.pico import make_blocks, make_model, pico_recipe
+from tests.pico import make_blocks
+from tests.serve_bench.measurable import bench_recipe
 from tests.serve_bench.test_workers import torch_arm
-from tests.servers.fake_server import FakeServer
 
 pytestmark = pytest.mark.usefixtures("one_roofline")
 
@@ -88,45 +69,6 @@ def test_prompts_are_heldout_text_of_the_length_asked() -> None:
 
 
 # The whole stage ----------------------------------------------------------------------------------
-
-
-def bench_recipe(**over: Any) -> Recipe:
-    teacher = {"name": "wise", "model": {"kind": "random", "config": {"model_type": "llama"}}}
-    bench = {"prompt_tokens": 24, "new_tokens": 8, "minutes": 0.02, "min_blocks": 3, "threads": 1}
-    return pico_recipe(
-        **({"teachers": [teacher], "bench": bench, "gates": {"max_quantization_loss": 0.2}} | over)
-    )
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Student and export of a pico run with one teacher, larger than the student."""
-    from export import export_student
-
-    folder = tmp_path_factory.mktemp("run")
-    make_model(folder / "teacher", seed=1, hidden_size=64)
-    with write_artifact(folder / "student", kind="student", key="s", parents={}) as draft:
-        make_model(draft.folder / "model", seed=2)
-        save_heldout(draft.folder / HELDOUT, make_blocks())
-        evals = evaluations(folder / "teacher")
-        save_heldout(draft.folder / EVALS, evals)
-        save_calibration(
-            draft.folder / CALIBRATION, [b.input_ids[0] for b in make_blocks(seed=1).values()]
-        )
-        entry = {
-            "name": "wise",
-            "model": str(folder / "teacher"),
-            "adapter": None,
-            "quantize": "none",
-        }
-        entry |= {"dtype": "fp32", "temperature": 1.0, "digest": "0" * 64}
-        (draft.folder / "teachers.json").write_text(json.dumps([entry]))
-        (draft.folder / "log.jsonl").write_text("")
-        base = {"nll": [50.0] * 3, "right": [0] * 3}
-        draft.result = {"nll": {"letters": 5.0, "numbers": 5.1}, "mean_nll": 5.05, "teachers": {}}
-        draft.result["base_evals"] = dict.fromkeys(evals, base)
-    export_student(student=folder / "student", out=folder / "onnx", recipe=bench_recipe())
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -229,19 +171,6 @@ def test_a_gate_that_cannot_be_judged_is_refused(run: Path, gate: dict[str, Any]
         require_evaluations(Gates(**gate), {}, student, teachers=True)
     with pytest.raises(DataError, match=r"gates\.max_task_loss"):
         require_evaluations(Gates(max_task_loss=0.1), rows, student, teachers=False)
-
-
-def evaluations(teacher: Path) -> dict[str, Blocks]:
-    """A whole text, and rows whose last two tokens the teacher chooses in all but the last row."""
-    text = make_blocks(seed=3)["letters"]
-    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
-    prompts = torch.from_numpy(text.input_ids[:, :10]).long()
-    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    ids = model.generate(prompts, max_new_tokens=2, **options).numpy().astype(np.int32)
-    ids[-1, -1] = (ids[-1, -1] + 1) % 256
-    scored = np.tile(np.array([0] * 10 + [1] * 2, np.uint8), (len(ids), 1))
-    sizes = np.full(len(ids), 12, np.int32)
-    return {"facts": Blocks(ids, sizes, sizes, scored), "prose": text}
 
 
 def test_what_the_timed_generations_say(bench: Artifact) -> None:
@@ -362,74 +291,6 @@ def test_the_environment_says_what_was_measured_how(bench: Artifact) -> None:
     assert sizes["onnx:fp32"] == pytest.approx(sizes["student"], rel=0.01)
 
 
-def test_arms_without_a_recipe(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    changes = [
-        "bench.prompt_tokens=8",
-        "bench.new_tokens=4",
-        "bench.minutes=0.001",
-        "bench.min_blocks=3",
-        "bench.threads=1",
-    ]
-    out = tmp_path / "out"
-    with FakeServer() as server:
-        bench_targets(
-            [str(run / "onnx"), f"{run / 'onnx'}#fp32"],
-            against=[str(run / "teacher"), server.url],
-            out=out,
-            overrides=changes,
-        )
-    result = open_artifact(out, kind="bench").result
-    shipped, fp32, teacher, url, twin = result["arms"].values()
-    assert (shipped["label"], shipped["runtime"]) == ("onnx int8-weight", "onnxruntime")
-    assert (fp32["label"], teacher["label"], teacher["runtime"]) == (
-        "onnx fp32",
-        "teacher",
-        "torch",
-    )
-    assert (url["runtime"], url["peak_rss_bytes"], url["roofline"]) == ("openai", None, None)
-    assert twin["role"] == "twin"
-    assert result["judged"] == next(iter(result["arms"]))
-    assert set(result["speed_of_shipped_over"]) == set(result["arms"]) - {result["judged"]}
-    assert result["verdict"] is None
-    printed = capsys.readouterr().out
-    assert printed.splitlines()[0].split() == [
-        "model",
-        "size",
-        "runtime",
-        "threads",
-        "test",
-        "tokens/s",
-        "95",
-        "%",
-    ]
-    assert "prompt 8" in printed
-    assert "as fast as teacher" in printed
-    with pytest.raises(ArtifactError, match="holds something else"):
-        bench_targets([str(run / "onnx")], against=[], out=run, overrides=[])
-
-
-def test_what_is_no_target_is_named(run: Path, tmp_path: Path) -> None:
-    for target, match in (
-        (str(tmp_path / "nothing"), "nothing: no such folder; expected a run"),
-        (f"{run / 'onnx'}#int3", "no form 'int3'; it has fp32, int8-weight"),
-        (str(tmp_path), "no config.json"),
-        (f"{run / 'teacher'}#fp32", "only an exported folder has forms"),
-    ):
-        with pytest.raises(LimbeckError, match=match):
-            measure_targets([target], out=tmp_path / "out", bench=Bench())
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(RecipeError, match="only fields of bench can be set"):
-        bench_targets(
-            [str(run / "onnx")], against=[], out=tmp_path / "out", overrides=["training.tokens=3"]
-        )
-    with pytest.raises(RecipeError, match=r"bench\.new_tokens: found 1"):
-        bench_targets(
-            [str(run / "onnx")], against=[], out=tmp_path / "out", overrides=["bench.new_tokens=1"]
-        )
-
-
 @pytest.mark.slow
 def test_our_own_server_is_started_asked_and_ended(run: Path, tmp_path: Path) -> None:
     pytest.importorskip("serve_bench.serve.server")
@@ -469,54 +330,6 @@ def test_prompt_and_answer_must_fit_the_context(run: Path) -> None:
         require_context(arms, long.bench, run / "student/model")
     fits = bench_recipe(bench={"prompt_tokens": 56, "new_tokens": 8})
     require_context(arms, fits.bench, run / "student/model")
-
-
-def test_targets_must_have_the_context_and_a_folder_that_can_be_written(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    long = ["bench.prompt_tokens=60", "bench.new_tokens=8"]
-    with pytest.raises(
-        DataError,
-        match=r"come to 68 tokens; .* is 64\. "
-        r"Make either smaller, with --set bench\.prompt_tokens=",
-    ):
-        bench_targets([str(run / "onnx")], against=[], out=tmp_path / "out", overrides=long)
-
-    def refused(*_: Any, **__: Any) -> None:
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    monkeypatch.setattr(Path, "mkdir", refused)
-    short = ["bench.prompt_tokens=8", "bench.new_tokens=4"]
-    with pytest.raises(
-        EnvironmentalError,
-        match=r"out: cannot be written \(Read-only file system\); name another with --out",
-    ):
-        bench_targets([str(run / "onnx")], against=[], out=tmp_path / "out", overrides=short)
-
-
-def test_a_model_of_the_hub_is_kept_in_the_cache_whoever_asks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[tuple[str, dict[str, Any]]] = []
-
-    def download(repository: str, **options: Any) -> str:
-        asked.append((repository, options))
-        return str(make_model(tmp_path / "model"))
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert find_arm("hub:someone/wise@4f1e", Bench()).label == "hub:someone/wise@4f1e"
-    assert (
-        model_folder(HubModel(kind="hub", id="someone/wise", revision="4f1e"), folder=tmp_path)
-        == tmp_path / "model"
-    )
-    assert asked[0] == asked[1]
-    assert asked[0][1]["cache_dir"] == cache_folder() / "hub"
-    monkeypatch.undo()
-    for arm in ("hub:someone/wise@4f1e", "hub:not/a/name"):
-        with pytest.raises(
-            ModelError, match=rf"{arm[4:]}: is not in .*hub and cannot be had from the model hub"
-        ):
-            find_arm(arm, Bench())
 
 
 def test_inputs_that_do_not_belong_together(run: Path, tmp_path: Path) -> None:

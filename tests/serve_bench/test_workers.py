@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from limbeck.contract.errors import EnvironmentalError, ModelError
+from limbeck.contract.errors import ArtifactError, EnvironmentalError, ModelError
 from limbeck.contract.results.bench import Arm
 from serve_bench.measure.workers import Worker, Workers
 from serve_bench.worker.runtimes import TorchCompiled, TorchEager
@@ -84,11 +84,10 @@ def _cpu_ticks(pid: int) -> int:
 
 
 def test_the_users_mistake_comes_back_as_itself(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty/config.json").write_text('{"model_type": "llama"}')
+    spec = {"artifact": str(tmp_path / "gone"), "form": "fp32"}
     with Workers(tmp_path, threads=1) as workers:
-        with pytest.raises(ModelError, match=r"student: .*empty: transformers cannot load it"):
-            workers.start(torch_arm(tmp_path / "empty"))
+        with pytest.raises(ArtifactError, match=r"^fp32: .*gone"):
+            workers.start(Arm("fp32", "fp32", "form", "onnxruntime", 1, spec))
 
 
 def test_weights_that_are_missing_are_not_timed_as_random_ones(tmp_path: Path) -> None:

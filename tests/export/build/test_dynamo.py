@@ -106,7 +106,7 @@ def test_the_operator_set_is_a_choice(exported: Artifact, tmp_path: Path) -> Non
         )
 
     own = opset(exported.path / "onnx/model.onnx")
-    model = make_model(tmp_path / "model", model_type="gpt2", **SIZES["gpt2"] | {"n_layer": 1})
+    model = make_model(tmp_path / "model", model_type="gpt2", num_hidden_layers=1)
     graphs, _ = build_dynamo(model, tmp_path, {}, opset=own + 1)
     assert opset(graphs.last) == opset(graphs.all) == own + 1
     assert GraphDecoder(graphs.last).prefill([[1, 2, 3]]).shape == (1, 258)

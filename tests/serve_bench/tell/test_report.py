@@ -22,14 +22,24 @@ from serve_bench.tell import bubbles as bubbles_of
 from serve_bench.tell import charts
 from serve_bench.tell.drawing import spread
 from serve_bench.tell.numbers import significant
-from serve_bench.tell.report import warnings
+from serve_bench.tell.report import Report, warnings
 from tests.serve_bench.tell.runs import make_run, read, recipe
 
 
-def test_after_a_recovery_rounding_is_held_against_the_student_before_it(tmp_path: Path) -> None:
-    chosen = recipe()
-    bench = make_run(tmp_path, chosen) / "bench"
-    found = read_bench(open_artifact(bench), task_of(chosen))
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of the recipe as it is."""
+    return make_run(tmp_path_factory.mktemp("run"), recipe())
+
+
+@pytest.fixture(scope="module")
+def report(run: Path) -> Report:
+    """Its report."""
+    return write_report(run=run, recipe=recipe())
+
+
+def test_after_a_recovery_rounding_is_held_against_the_student_before_it(run: Path) -> None:
+    found = read_bench(open_artifact(run / "bench"), task_of(recipe()))
     quality = found.quality
     plain = language.evidence(found.samples, quality, found.reference)
     assert plain.rise_over_fp32 is not None
@@ -48,9 +58,7 @@ def test_after_a_recovery_rounding_is_held_against_the_student_before_it(tmp_pat
     )
 
 
-def test_report_is_one_file_that_needs_nothing_else(tmp_path: Path) -> None:
-    chosen = recipe()
-    report = write_report(run=make_run(tmp_path, chosen), recipe=chosen)
+def test_report_is_one_file_that_needs_nothing_else(report: Report) -> None:
     page, text = read(report.html), report.html.read_text()
     assert [link for link in page.links if not link.startswith(("#", "data:"))] == []
     assert "http" not in re.sub(r"<pre>.*?</pre>", "", text, flags=re.S)
@@ -62,9 +70,7 @@ def test_report_is_one_file_that_needs_nothing_else(tmp_path: Path) -> None:
     assert "#010" not in text  # every stand-in colour became a variable of the page
 
 
-def test_report_says_what_the_samples_say(tmp_path: Path) -> None:
-    chosen = recipe()
-    report = write_report(run=make_run(tmp_path, chosen), recipe=chosen)
+def test_report_says_what_the_samples_say(report: Report) -> None:
     data = json.loads(report.json.read_text())
     assert (report.verdict.status, report.exit_code, data["verdict"], data["exit_code"]) == (
         "pass",
@@ -90,9 +96,8 @@ def test_report_says_what_the_samples_say(tmp_path: Path) -> None:
     assert len({line.count("|") for line in table if line.startswith("|")}) == 1
 
 
-def test_report_shows_what_rounding_did(tmp_path: Path) -> None:
-    chosen = recipe()
-    text = read(write_report(run=make_run(tmp_path, chosen), recipe=chosen).html).text
+def test_report_shows_what_rounding_did(report: Report) -> None:
+    text = read(report.html).text
     assert "21 of 64, then 0.0432" in text
     assert "211 nodes run on CUDAExecutionProvider." in text
     assert "3 nodes run on CPUExecutionProvider: 3 Shape." in text
@@ -137,11 +142,9 @@ def test_report_refuses_a_bench_of_other_artifacts(tmp_path: Path) -> None:
         write_report(run=run, recipe=chosen)
 
 
-def test_drawing_twice_gives_the_same_page(tmp_path: Path) -> None:
-    chosen = recipe()
-    run = make_run(tmp_path, chosen)
-    first = write_report(run=run, recipe=chosen).html.read_text()
-    assert write_report(run=run, recipe=chosen).html.read_text() == first
+def test_drawing_twice_gives_the_same_page(run: Path, report: Report) -> None:
+    first = report.html.read_text()
+    assert write_report(run=run, recipe=recipe()).html.read_text() == first
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,16 @@ from tests import scenarios
 from tests.serve_bench.tell.runs import make_run, read, recipe
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report's figures."""
+    run = make_run(tmp_path_factory.mktemp("run"), recipe())
+    return write_report(run=run, recipe=recipe()).json
+
+
 @pytest.fixture
-def data(tmp_path: Path) -> dict[str, Any]:
-    chosen = recipe()
-    report = write_report(run=make_run(tmp_path, chosen), recipe=chosen)
-    found: dict[str, Any] = json.loads(report.json.read_text())
+def data(written: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(written.read_text())
     return found | {
         "offline": scenarios.offline(),
         "cold": scenarios.cold(),
