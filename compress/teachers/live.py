@@ -21,11 +21,12 @@ from compress.models.language import cast_frozen, load_model, model_folder
 from compress.states import TeacherStates
 from compress.teachers.served import ServedTeacher, served_teacher
 from limbeck.contract.artifact import open_artifact
+from limbeck.contract.errors import ModelError
 from limbeck.contract.models.adapters import adapter_facts, attach, can_join
 from limbeck.contract.recipe import Recipe, RecipeModel, ServerModel, Teacher, fingerprint
 from limbeck.contract.results.student import StudentResult
 from limbeck.contract.sources.digests import adapter_digest, model_digest
-from limbeck.contract.sources.models import require_fits
+from limbeck.contract.sources.models import context_of, require_fits
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ class Teachers:
             weight = cast.setdefault(id(head.weight_Vd), head.weight_Vd.to(compute_dtype))
             self.heads.append(replace(head, weight_Vd=weight))
         self.widths, self.depths = [b.width for b in self.bodies], [b.layers for b in self.bodies]
+        self._contexts = [context_of(folder.base) for folder in folders]
         self.pairs = list(pairs) if pairs is not None else [None] * len(folders)
         self.targets = [
             pair.target(len(head.weight_Vd), device) if pair is not None else None
@@ -181,7 +183,8 @@ class Teachers:
 
         Inner states are those after the given ``layers`` of each teacher. Tokens are the
         student's; a teacher with another tokenizer reads their text. ``labels_RL`` says which
-        tokens are labels; None: all but the first.
+        tokens are labels; None: all but the first. Raises `ModelError` for a row that takes more
+        of a teacher's tokens than it reads.
         """
         last: list[TeacherStates | AlignedStates] = []
         inner: list[list[Tensor]] = []
@@ -191,17 +194,28 @@ class Teachers:
             pair, target_V = self.pairs[k], self.targets[k]
             if pair is not None and target_V is not None:
                 a = pair.align(input_ids_RL, labels_RL)
+                self._require_room(k, a.ids_RM.shape[1])
                 hidden_RMd, states = body.states(a.ids_RM, wanted)
                 hidden_RMd = hidden_RMd.to(head.weight_Vd.dtype)
                 last.append(AlignedStates(hidden_RMd, head, a, target_V, self.temperatures[k]))
                 inner.append([a.gathered(states[i]) for i in wanted])
                 continue
+            self._require_room(k, input_ids_RL.shape[1])
             hidden_RLd, states = body.states(input_ids_RL, wanted)
             last.append(
                 TeacherStates(hidden_RLd.to(head.weight_Vd.dtype), head, self.temperatures[k])
             )
             inner.append([states[i] for i in wanted])
         return last, inner
+
+    def _require_room(self, k: int, tokens: int) -> None:
+        """Raise `ModelError` unless teacher ``k`` reads so many of its tokens at once."""
+        context = self._contexts[k]
+        if context is not None and tokens > context:
+            raise ModelError(
+                f"teacher {self.names[k]}: a block of the text takes {tokens} of its tokens, but "
+                f"it reads {context} at most; make data.block smaller."
+            )
 
 
 def _base(folder: TeacherFolder, device: torch.device) -> Any:

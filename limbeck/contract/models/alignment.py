@@ -73,13 +73,6 @@ class Pieces:
         return found
 
     @cached_property
-    def marked(self) -> Tokenizer:
-        """The tokenizer for rendered conversations, in which markers are control tokens."""
-        tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
-        tokenizer.encode_special_tokens = False
-        return tokenizer
-
-    @cached_property
     def _written(self) -> dict[int, bytes]:
         """The characters of special tokens, as they stand in a rendered conversation."""
         added = self.tokenizer.get_added_tokens_decoder()
@@ -314,8 +307,10 @@ class Aligner:
             encoding = pieces.tokenizer.encode(text[1:], add_special_tokens=False)
             if b"".join(pieces.pieces(encoding.ids)) == data:
                 return encoding.ids, _sums(pieces.pieces(encoding.ids)), []
-        tokenizer = pieces.marked if marked else pieces.tokenizer
-        encoding = tokenizer.encode(text, add_special_tokens=False)
+        # A copy for marked text would take seconds and hundreds of MB for a large vocabulary.
+        pieces.tokenizer.encode_special_tokens = not marked
+        encoding = pieces.tokenizer.encode(text, add_special_tokens=False)
+        pieces.tokenizer.encode_special_tokens = True
         found = (pieces.written if marked else pieces.pieces)(encoding.ids)
         read = b"".join(found)
         if not damaged and read == data:

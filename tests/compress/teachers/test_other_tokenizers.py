@@ -134,6 +134,24 @@ def test_a_teacher_of_the_base_s_shape_is_not_merged_into_it(tmp_path: Path) -> 
         compress.distill(recipe=merging, out=tmp_path / "student")
 
 
+@pytest.mark.parametrize("cache", ["none", "hidden"])
+def test_a_text_that_is_too_long_in_the_teacher_s_tokens_is_named(
+    tmp_path: Path, cache: str
+) -> None:
+    """A block fits in the student's tokens; the teacher has no position for all of its own."""
+    base = save_teacher(tmp_path / "base", byte_level(400))
+    save_teacher(tmp_path / "short", byte_level(258), max_position_embeddings=32)
+    recipe = tiny(
+        tmp_path,
+        teachers=[{"name": "short", "model": {"kind": "local", "path": "short"}}],
+        student={"base": {"kind": "local", "path": str(base)}},
+        training={"teacher_cache": {"kind": cache}},
+    )
+    wanted = r"teacher short: a block of the text takes \d+ of its tokens, but it reads 32 at most"
+    with pytest.raises(ModelError, match=wanted):
+        compress.distill(recipe=recipe, out=tmp_path / "student")
+
+
 # Which are the same ------------------------------------------------------------------------------
 
 
