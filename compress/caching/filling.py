@@ -52,9 +52,9 @@ class TeacherCache:
         folder = student_folder(recipe, [f.tokenizer for f in folders])
         tokenizers = {f.name: f.tokenizer for f in folders}
         pairs = pair_teachers(folder, tokenizers)
-        pairs = with_conversations(recipe, pairs, folder, tokenizers)
         tokenizer = load_tokenizer(folder)
         blocks = load_blocks(recipe, tokenizer)
+        pairs = with_conversations(recipe, pairs, folder, tokenizers)
         require_coverage(recipe, pairs, blocks)
         text = TrainingText(recipe, blocks)
         found = open_teachers(

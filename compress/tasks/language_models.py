@@ -78,9 +78,9 @@ class LanguageModels:
             tokenizers = {f.name: f.tokenizer for f in self.folders}
             self.pairs = pair_teachers(self.folder, tokenizers)
             require_whole_distributions(recipe, self.pairs)
-            self.pairs = with_conversations(recipe, self.pairs, self.folder, tokenizers)
             tokenizer = load_tokenizer(self.folder)
             self.blocks = load_blocks(recipe, tokenizer)
+            self.pairs = with_conversations(recipe, self.pairs, self.folder, tokenizers)
             self.text = TrainingText(recipe, self.blocks)
             self.steps, self.batch = self.text.steps, self.text.batch
             self.coverage = require_coverage(recipe, self.pairs, self.blocks)

@@ -394,6 +394,13 @@ def test_templates_that_cannot_be_aligned_are_named(
     assert not (tmp_path / "student").exists()
 
 
+def test_conversations_without_answers_are_named(tmp_path: Path) -> None:
+    rows = [json.dumps({"messages": [{"role": "user", "content": f"hi {n}"}]}) for n in range(40)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(rows))
+    with pytest.raises(DataError, match="chat: too little text"):
+        compress.distill(recipe=recipe_of(tmp_path), out=tmp_path / "student")
+
+
 @pytest.mark.parametrize(
     ("over", "message"),
     [
