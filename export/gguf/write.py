@@ -82,7 +82,7 @@ def write_gguf(
             kind = stored_type(form, target, tuple(array.shape))
             counts[kind] += 1
             number = gguf.GGMLQuantizationType[kind]
-            stored = gguf.quantize(array, number)
+            stored = _rounded(array, number)
             errors.append(_error(target, kind, array, gguf.dequantize(stored, number)))
             writer.add_tensor(target, stored, raw_dtype=number)
             progress.advance()
@@ -92,6 +92,45 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return dict(counts)
+
+
+# Trial steps of a block, over the one that reaches its largest number. llama.cpp takes 1 alone and
+# has 30 % more squared error on Gemma-3-270M; twenty trials have 0.4 % less.
+_TRIALS = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1)
+
+
+def _rounded(values_NK: Floats, number: Any) -> npt.NDArray[Any]:
+    """``values_NK`` as llama.cpp stores the type ``number``, one of gguf's enumeration."""
+    import gguf
+
+    if number == gguf.GGMLQuantizationType.Q4_0:
+        return _q4_0(values_NK)
+    stored: npt.NDArray[Any] = gguf.quantize(values_NK, number)
+    return stored
+
+
+def _q4_0(values_NK: Floats) -> npt.NDArray[np.uint8]:
+    """``values_NK`` in llama.cpp's Q4_0: of each block a scale in fp16, and 32 codes of 4 bits.
+
+    The scale is the least-squares one for the best of a few roundings.
+    """
+    blocks = values_NK.reshape(-1, _BLOCK)
+    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(1, keepdims=True), 1)
+    best = np.full((len(blocks), 1), np.inf, np.float32)
+    scales, codes = np.zeros((len(blocks), 1), np.float16), np.zeros(blocks.shape, np.uint8)
+    for trial in _TRIALS:
+        step = largest * np.float32(trial / -8)
+        tried = np.clip(np.rint(blocks / np.where(step == 0, 1, step)), -8, 7)
+        size = np.square(tried).sum(1, keepdims=True)
+        fit = (tried * blocks).sum(1, keepdims=True) / np.where(size == 0, 1, size)
+        scale = fit.astype(np.float16)
+        error = np.square(blocks - scale.astype(np.float32) * tried).sum(1, keepdims=True)
+        better = error < best
+        best, scales = np.where(better, error, best), np.where(better, scale, scales)
+        codes = np.where(better, tried + 8, codes).astype(np.uint8)
+    half = _BLOCK // 2
+    packed = codes[:, :half] | (codes[:, half:] << 4)
+    return np.hstack([scales.view(np.uint8), packed]).reshape(len(values_NK), -1)
 
 
 def _error(name: str, kind: str, values: Floats, stored: Floats) -> WeightError:
