@@ -73,6 +73,15 @@ def test_the_command_line_imports_stages_only_inside_functions() -> None:
                 assert not eager, f"{path} imports {name} at its top"
 
 
+def test_peft_is_loaded_only_where_it_is_used() -> None:
+    """It loads bitsandbytes and with it torch's compiler: three seconds of a processor."""
+    for package in ("limbeck", *STAGES):
+        for path in files(package):
+            for name, eager in imports(path):
+                heavy = name.split(".")[0] in {"peft", "bitsandbytes"}
+                assert not (heavy and eager), f"{path} imports {name} at its top"
+
+
 def test_importing_a_stage_is_cheap() -> None:
     for stage in STAGES:
         for name, eager in imports(ROOT / stage / "__init__.py"):
