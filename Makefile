@@ -183,7 +183,8 @@ bench-decode bench-prefix bench-serving: $(READY) $(PEERS)
 
 .venvs/openvino/.ready:
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install $(PIP_ARGS) torch==2.13.0 openvino==2026.4.1 openvino-genai==2026.4.1.0 nncf optimum-intel
+	$(@D)/bin/pip install $(PIP_ARGS) torch==2.13.0 openvino==2026.4.1 openvino-genai==2026.4.1.0 nncf==3.4.0 optimum-intel==2.2.0
+	$(@D)/bin/pip uninstall -y torchvision # optimum-intel brings it; beside a CPU build of torch its import fails
 	touch $@
 
 # A second load generator, in an environment of its own: it brings datasets, transformers and much else.
