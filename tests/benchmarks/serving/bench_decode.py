@@ -18,7 +18,6 @@ Without a run it exports the untrained SmolLM2-135M.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -213,14 +212,10 @@ def main() -> None:
         kinds = {"ours": Ours, "genai": Genai}
         serve(kinds[sys.argv[2]](Path(sys.argv[3]), int(sys.argv[4])))
         return
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--run", type=Path, help="a run folder, whose student is exported")
+    parser = peers.options(__doc__, rounds=8)
     parser.add_argument("--profile", action="store_true")
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        work = Path(temporary)
+    with peers.workplace(asked.models) as work:
         models = peers.make_models(work, asked.run)
         heldout = load_heldout((asked.run or work) / "student" / HELDOUT)
         module = (sys.executable, "-m", "tests.benchmarks.serving.bench_decode", "serve")

@@ -14,13 +14,10 @@ Without a run it exports the untrained SmolLM2-135M.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -125,15 +122,12 @@ def report(seconds: Seconds) -> dict[str, Any]:
 
 def main() -> None:
     """Start the servers, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--run", type=Path, help="a run folder, whose student is exported")
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--threads", type=int, default=2)
+    parser = peers.options(__doc__, rounds=12)
     parser.add_argument("--prefix", type=int, default=512, help="tokens that prompts share")
     parser.add_argument("--vocabulary", type=int, default=49_000, help="tokens are drawn below it")
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        models = peers.make_models(Path(temporary), asked.run)
+    with peers.workplace(asked.models) as work:
+        models = peers.make_models(work, asked.run)
         servers = peers.start_all(models, asked.threads, streams=4, prefix_cache=True)
         try:
             arms = {

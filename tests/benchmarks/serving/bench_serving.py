@@ -16,15 +16,12 @@ Without a run it exports the untrained SmolLM2-135M.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -140,14 +137,11 @@ def report(taken: dict[str, Taken]) -> dict[str, Any]:
 
 def main() -> None:
     """Start the programs, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--run", type=Path, help="a run folder, whose student is exported")
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
+    parser = peers.options(__doc__, rounds=8)
     parser.add_argument("--vocabulary", type=int, default=49_000, help="tokens are drawn below it")
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        models = peers.make_models(Path(temporary), asked.run)
+    with peers.workplace(asked.models) as work:
+        models = peers.make_models(work, asked.run)
         programs = peers.start_all(models, asked.threads, streams=max(STREAMS), context=512)
         try:
             taken = measure(programs, vocabulary=asked.vocabulary, rounds=asked.rounds)

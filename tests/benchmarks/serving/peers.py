@@ -6,13 +6,16 @@ own int8 weights of the same folder. `make .venvs/llama/.ready .venvs/openvino/.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -62,9 +65,30 @@ class Models:
         }
 
 
-def make_models(work: Path, run: Path | None) -> Models:
-    """Export the student of ``run``, or untrained SmolLM2-135M, for every program.
+@contextlib.contextmanager
+def workplace(kept: Path | None) -> Iterator[Path]:
+    """The folder ``kept``, or one that is removed at the end."""
+    if kept:
+        yield kept
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(temporary)
 
+
+def options(description: str, rounds: int) -> argparse.ArgumentParser:
+    """What every one of these benchmarks can be told."""
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    parser.add_argument("--run", type=Path, help="a run folder, whose student is exported")
+    parser.add_argument("--models", type=Path, help="where the models are kept for the next time")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--threads", type=int, default=2)
+    return parser
+
+
+def make_models(work: Path, run: Path | None) -> Models:
+    """Export the student of ``run``, or untrained SmolLM2-135M, for every program, below ``work``.
+
+    What is there already is taken.
     Raises SystemExit if llama.cpp's server is not built. OpenVINO is left out where its environment
     is missing, and a line says so.
     """
@@ -74,7 +98,7 @@ def make_models(work: Path, run: Path | None) -> Models:
     if not LLAMA_SERVER.exists():
         raise SystemExit(f"{LLAMA_SERVER} is missing; run: make .venvs/llama/.ready")
     student = run / "student" if run else work / "student"
-    if not run:
+    if not student.exists():
         untrained_student(student)
     recipe = demo_recipe(f"export.forms=[fp32, {FORM}, {PEER_FORM}]")
     exported = export_student(student=student, out=work / "onnx", recipe=recipe)
@@ -83,9 +107,10 @@ def make_models(work: Path, run: Path | None) -> Models:
     if not OPENVINO.exists():
         print(f"{OPENVINO} is missing, so OpenVINO is left out", file=sys.stderr)
         return Models(exported.path, result, gguf, None)
-    script = ROOT / "tests/benchmarks/serving/peer_openvino.py"
-    command = [OPENVINO, script, "convert", student / "model", work / "openvino"]
-    subprocess.run(command, check=True, stdout=sys.stderr)
+    if not (work / "openvino").exists():
+        script = ROOT / "tests/benchmarks/serving/peer_openvino.py"
+        command = [OPENVINO, script, "convert", student / "model", work / "openvino"]
+        subprocess.run(command, check=True, stdout=sys.stderr)
     return Models(exported.path, result, gguf, work / "openvino")
 
 
