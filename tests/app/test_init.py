@@ -20,6 +20,7 @@ from limbeck.contract.recipe import load_recipe
 from limbeck.contract.sources.preflight import preflight
 from limbeck.contract.sources.texts import text_files
 from tests.pico import make_model
+from tests.servers.logprob_server import LogprobServer
 
 SIZES: dict[str, Any] = {
     "max_position_embeddings": 256,
@@ -305,3 +306,34 @@ def test_a_block_is_no_longer_than_a_teacher_reads(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, given)
     assert result.exit_code == 0, result.output
     assert load_recipe(tmp_path / "recipe.yaml").data.block == 64
+
+
+def test_a_teacher_may_be_behind_a_server(tmp_path: Path) -> None:
+    with LogprobServer(tmp_path / "models" / "Legal") as server:
+        found = init(40, "--teacher", f"{server.url}=models/Legal")
+        assert found.exit_code == 0, found.stderr
+        tree = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+        tokenizer = {"kind": "local", "path": str(tmp_path / "models" / "Legal")}
+        assert tree["teachers"][2] == {
+            "name": "big",
+            "model": {"kind": "server", "url": server.url, "model": "big", "tokenizer": tokenizer},
+        }
+        preflight(load_recipe("recipe.yaml"))
+        (tmp_path / "recipe.yaml").unlink()
+        assert init(40, "--teacher", f"{server.url}#big=models/Legal").exit_code == 0
+        (tmp_path / "recipe.yaml").unlink()
+        for teacher, problem in {
+            server.url: f"write {server.url}=TOKENIZER",
+            f"{server.url}#gone=models/Legal": "no model 'gone'; it has big",
+            f"{server.url}=models/Leagl": "did you mean models/Legal?",
+            "http://127.0.0.1:9=models/Legal": "no OpenAI-compatible server answers there",
+        }.items():
+            found = init(40, "--teacher", teacher)
+            assert found.exit_code in (2, 3)
+            assert problem in found.stderr
+        served = ["init", "--teacher", f"{server.url}=models/Legal", "--data", "text.txt"]
+        alone = CliRunner().invoke(app, [*served, "--target-mb", "40"])
+        assert "name one with --student" in alone.stderr
+        student = init(40, "--student", server.url)
+        assert "only a --teacher may be behind a server" in student.stderr
+    assert not (tmp_path / "recipe.yaml").exists()

@@ -148,7 +148,8 @@ def init(
         list[str],
         typer.Option(
             "--teacher",
-            help="A model folder, PEFT adapter folder, .gguf file, hub id or recipe. Repeatable.",
+            help="A model folder, PEFT adapter folder, .gguf file, hub id or recipe; or a server: "
+            "URL[#MODEL]=TOKENIZER, with the folder or hub id of its tokenizer. Repeatable.",
             show_default=False,
         ),
     ],
@@ -185,6 +186,8 @@ def init(
     Examples:
       limbeck init --teacher models/legal --teacher models/medical --data text.txt --target-mb 150
       limbeck init --teacher models/legal --data 'text/*.txt' --target-mb 150
+      limbeck init --teacher models/legal --teacher http://gpu:8000=models/big --data text.txt \\
+        --target-mb 150
     """
     from limbeck.app.init import write_recipe
     from limbeck.app.plan import merge_or_distil

@@ -44,8 +44,9 @@ def write_recipe(
     """Write the recipe to ``out`` and return the choices.
 
     ``teachers`` and ``student`` are model folders, GGUF files, hub ids (owner/name) or recipe
-    files; teachers also PEFT adapter folders. The default base of the student is the smallest
-    teacher. Raises `ModelError`, `DataError` or `RecipeError`.
+    files; teachers also PEFT adapter folders, and servers as URL[#MODEL]=TOKENIZER. The default
+    base of the student is the smallest teacher. Raises `ModelError`, `DataError`, `RecipeError`, or
+    `EnvironmentalError` for a server that does not answer.
     """
     if out.exists():
         raise RecipeError(f"{out}: is already there; name another file with --out.")
@@ -55,9 +56,12 @@ def write_recipe(
             "--out."
         )
     local = adapter_bases(base_paths)
+    sources = [teacher_source(given, local) for given in teachers]
+    named = [
+        source["model"].get("model", given) for source, given in zip(sources, teachers, strict=True)
+    ]
     found = [
-        {"name": name, **teacher_source(given, local)}
-        for name, given in zip(short_names(teachers), teachers, strict=True)
+        {"name": name, **source} for name, source in zip(short_names(named), sources, strict=True)
     ]
     own = [model_source(student, "--student")] if student else []
     context = _context([t["model"] for t in found] + own)
@@ -80,14 +84,16 @@ def write_recipe(
         },
         "gates": {"max_size_mb": target_mb, "max_loss_vs_best_teacher": 0.02},
     }
+    if any(t["model"]["kind"] == "server" for t in found):
+        tree["fusion"] = {"calibration": {"kind": "none"}}  # a server answers uncalibrated
     if context < _TIMED:
         tree["bench"] = {"prompt_tokens": context // 2, "new_tokens": max(2, context // 4)}
     if are_short(texts, Data.model_validate(tree["data"])):
         tree["data"]["packing"] = "stream"
-    bases = own or [t["model"] for t in found if t["model"]["kind"] != "recipe"]
+    bases = own or [t["model"] for t in found if t["model"]["kind"] not in ("recipe", "server")]
     if not bases:
         raise ModelError(
-            "--teacher: all teachers are recipes; name the model the student starts from with "
+            "--teacher: no teacher is a model that the student could start from; name one with "
             "--student."
         )
     check_tokenizers(found, bases if student else [])
@@ -149,7 +155,7 @@ def _text(tree: dict[str, Any], choice: Choice, target_mb: float) -> str:
     ]
     lines += [
         f"{key}: {_flow(tree[key])}"
-        for key in ("data", "student", "training", "export", "bench", "gates")
+        for key in ("data", "student", "fusion", "training", "export", "bench", "gates")
         if key in tree
     ]
     return "\n".join(lines) + "\n"

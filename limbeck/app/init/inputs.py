@@ -46,8 +46,10 @@ def teacher_source(given: str, base_paths: Mapping[str, Path]) -> dict[str, Any]
     """A teacher's model, and its adapter where a PEFT folder was given.
 
     ``base_paths`` maps hub ids of adapters' bases to local folders; "" is for any. Raises
-    `ModelError`.
+    `ModelError`, or `EnvironmentalError` for a server that does not answer.
     """
+    if re.match("https?://", given):
+        return {"model": _server_source(given)}
     path = _path(given)
     if not (path / "adapter_config.json").is_file() or (path / "config.json").is_file():
         return {"model": model_source(given, "--teacher")}
@@ -72,6 +74,28 @@ def teacher_source(given: str, base_paths: Mapping[str, Path]) -> dict[str, Any]
         "model": model_source(base, f"--teacher {given}, an adapter on"),
         "adapter": str(path.resolve()),
     }
+
+
+def _server_source(given: str) -> dict[str, Any]:
+    """A model behind a server, of URL[#MODEL]=TOKENIZER; the server is asked for its models."""
+    from limbeck.runtime.endpoint import find_endpoint
+
+    address, equals, tokenizer = given.rpartition("=")
+    if not equals:
+        raise ModelError(
+            f"--teacher {given}: a server does not say which tokenizer it uses; write "
+            f"{given}=TOKENIZER, where TOKENIZER is the folder or hub id of the model there."
+        )
+    url, _, model = address.partition("#")
+    source = model_source(tokenizer, f"--teacher {address}, whose tokenizer is")
+    if source["kind"] == "recipe":
+        raise ModelError(
+            f"--teacher {given}: {tokenizer} is a recipe; name a folder or hub id with the "
+            "tokenizer that the server uses."
+        )
+    found = find_endpoint(url, model or None)
+    say(f"  {url}: teacher {found.model}")
+    return {"kind": "server", "url": url, "model": found.model, "tokenizer": source}
 
 
 def adapter_bases(given: Sequence[str]) -> dict[str, Path]:
@@ -120,9 +144,8 @@ def model_source(given: str, option: str) -> dict[str, Any]:
                 return {"kind": "hub", "id": given}
     if re.match("https?://", given):
         raise ModelError(
-            f"{option} {given}: a teacher behind a server needs the name of its model and its "
-            "tokenizer; write it into a recipe: model: {kind: server, url: …, model: …, "
-            "tokenizer: …}."
+            f"{option} {given}: only a --teacher may be behind a server; its weights "
+            "stay there. Name a folder, .gguf file or hub id."
         )
     raise ModelError(
         f"{option} {given}: no such folder, .gguf file, recipe, or hub id (owner/name); "
@@ -148,11 +171,15 @@ def check_tokenizers(teachers: Sequence[dict[str, Any]], bases: Sequence[dict[st
     """
     from compress.teachers.pairs import described
 
-    local = {t["name"]: Path(t["model"]["path"]) for t in teachers if t["model"]["kind"] == "local"}
+    sources = {t["name"]: t["model"].get("tokenizer", t["model"]) for t in teachers}
+    local = {name: Path(s["path"]) for name, s in sources.items() if s["kind"] == "local"}
     student = [Path(base["path"]) for base in bases if base["kind"] == "local"]
-    if not local or not (student or teachers[0]["name"] in local):
+    own = [
+        local[t["name"]] for t in teachers if t["model"]["kind"] != "server" and t["name"] in local
+    ]
+    if not local or not (student or own):
         return
-    reference = student[0] if student else local[teachers[0]["name"]]
+    reference = (student or own)[0]
     for name, relation in described(reference, local).items():
         if "another" in relation:
             say(f"  teacher {name}: {relation}")
