@@ -76,7 +76,7 @@ def workplace(kept: Path | None) -> Iterator[Path]:
 
 
 def options(description: str, rounds: int) -> argparse.ArgumentParser:
-    """What every one of these benchmarks can be told."""
+    """The options that all of these benchmarks have."""
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument("--run", type=Path, help="a run folder, whose student is exported")
     parser.add_argument("--models", type=Path, help="where the models are kept for the next time")
@@ -107,11 +107,16 @@ def make_models(work: Path, run: Path | None) -> Models:
     if not OPENVINO.exists():
         print(f"{OPENVINO} is missing, so OpenVINO is left out", file=sys.stderr)
         return Models(exported.path, result, gguf, None)
-    if not (work / "openvino").exists():
+    # Named after the export, so that a kept folder never answers for another student.
+    converted = work / f"openvino-{exported.key[:12]}"
+    if not converted.exists():
         script = ROOT / "tests/benchmarks/serving/peer_openvino.py"
-        command = [OPENVINO, script, "convert", student / "model", work / "openvino"]
-        subprocess.run(command, check=True, stdout=sys.stderr)
-    return Models(exported.path, result, gguf, work / "openvino")
+        with tempfile.TemporaryDirectory(dir=work) as unfinished:
+            made = Path(unfinished) / "model"
+            command = [OPENVINO, script, "convert", student / "model", made]
+            subprocess.run(command, check=True, stdout=sys.stderr)
+            made.rename(converted)
+    return Models(exported.path, result, gguf, converted)
 
 
 class Process:
@@ -221,12 +226,16 @@ def start_all(
     models: Models, threads: int, *, streams: int, context: int = 2048, prefix_cache: bool = False
 ) -> dict[str, Server | Process]:
     """Every program by name, ready for ``streams`` requests at once."""
-    started: dict[str, Server | Process] = {
-        "limbeck": limbeck_server(models.onnx, threads),
-        "llama.cpp": llama_server(models.gguf, threads, streams=streams, context=context),
-    }
-    if models.openvino:
-        started["openvino"] = openvino(models.openvino, threads, prefix_cache=prefix_cache)
+    started: dict[str, Server | Process] = {}
+    try:
+        started["limbeck"] = limbeck_server(models.onnx, threads)
+        started["llama.cpp"] = llama_server(models.gguf, threads, streams=streams, context=context)
+        if models.openvino:
+            started["openvino"] = openvino(models.openvino, threads, prefix_cache=prefix_cache)
+    except BaseException:
+        for program in started.values():
+            program.stop()
+        raise
     return started
 
 
