@@ -108,11 +108,11 @@ def test_the_plan_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         assert 0.5 * planned["bytes"] < kept <= planned["bytes"] + 4096
 
 
-def test_init_says_how_a_served_teacher_is_written() -> None:
+def test_init_asks_for_the_tokenizer_of_a_served_teacher() -> None:
     given = ["--data", "text.txt", "--target-mb", "1"]
     result = call("init", "--teacher", "https://host/v1", *given)
     assert result.exit_code == 2
-    assert "write it into a recipe: model: {kind: server" in result.output
+    assert "write https://host/v1=TOKENIZER" in result.output
 
 
 def test_shrunk_to_pico_it_needs_no_server() -> None:
