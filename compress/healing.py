@@ -58,7 +58,7 @@ def _setup(recipe: Recipe, products: Mapping[str, Path], work: Path, rounds: Seq
         "minutes": None,
         "patience": None,
         "on_policy": None,  # students share a cache of what the teachers say of the corpus
-        "teacher_cache": HiddenCache(kind="hidden"),
+        "teacher_cache": HiddenCache(kind="hidden", store=recipe.store),
         "evaluate_every": every,
     }
     # The aligned layers depend on the student's depth; without them all students share a cache.

@@ -143,6 +143,8 @@ def variant(
         tree["fusion"]["weights"] = {"kind": "static", "values": values}
     tree["seed"] = seed
     tree["training"] |= design.training
+    if recipe.store is not None:
+        tree["training"]["teacher_cache"] = {"kind": "hidden", "store": recipe.store}
     if (tree["training"].get("on_policy") or {}).get("share"):
         if tree["fusion"]["weight"]:
             tree["training"]["teacher_cache"] = {"kind": "none"}  # it cannot hold own text

@@ -24,11 +24,9 @@ from compress.teachers.conversations import with_conversations
 from compress.teachers.live import teacher_folders
 from compress.teachers.mixed import MixedTeachers, open_teachers
 from compress.teachers.pairs import pair_teachers, require_coverage
-from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import EnvironmentalError, RecipeError
 from limbeck.contract.progress import task
 from limbeck.contract.recipe import NoCache, Recipe
-from limbeck.contract.sources.places import cache_folder
 
 
 class TeacherCache:
@@ -83,23 +81,22 @@ class TeacherCache:
         return [(k, at) for k in range(len(self._local)) for at in range(len(self._shards))]
 
     def missing(self) -> list[tuple[int, int]]:
-        """The jobs whose shard is not in the cache."""
+        """The jobs whose shard is not in the store."""
         return [(k, at) for k, at in self.jobs if not self._local.has(k, self._shards[at])]
 
     def require_all(self) -> None:
-        """Raise `EnvironmentalError` unless every shard is in this machine's cache."""
+        """Raise `EnvironmentalError` unless every shard is where this machine looks for it."""
         if missing := self.missing():
             raise EnvironmentalError(
                 f"the workers have made every shard, but {len(missing)} of {len(self.jobs)} are "
-                f"not in {cache_folder()}; give all nodes one shared folder and name it with "
-                "LIMBECK_CACHE."
+                f"not in {self._local.store.place}; give all nodes one shared folder and name it "
+                "with LIMBECK_CACHE, or name a URL that all nodes reach with --to."
             )
 
     def make(self, teacher: int, shard: int) -> str:
         """Make one shard unless it is there; its digest."""
         with self._computing():
-            path = self._local.make(teacher, self._shards[shard])
-        return open_artifact(path, verify=False).digest
+            return self._local.fill(teacher, self._shards[shard])
 
     def complete(self) -> dict[str, str]:
         """Make what is missing, ask servers too, check every file; digests of all local shards.

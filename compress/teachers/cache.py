@@ -4,7 +4,8 @@ A run with other weights, another divergence, fewer teachers or another student 
 body. `hidden` is exact up to bf16: 2 d_k bytes per token and layer, plus the head once per teacher.
 `topk` keeps k tokens per position with the exact entropy and label log-likelihood. Keys are token
 ids and teacher digest, never position or step, so shuffling and accumulation cannot misalign them.
-Shards let an interrupted build continue; their hashes are checked on reading.
+Shards let an interrupted build continue; their hashes are checked on reading. `store` says where
+they are.
 """
 
 from __future__ import annotations
@@ -25,16 +26,14 @@ from compress.head import Head, chunks_of_labels
 from compress.states import AnyStates, Reading, SparseStates, TeacherStates
 from compress.teachers.live import TeacherFolder, Teachers
 from compress.teachers.pairs import Pairs
-from limbeck.contract.artifact import find_artifact, open_artifact
-from limbeck.contract.lock import make_once
+from compress.teachers.store import Entry, Make, open_store
+from limbeck.contract.artifact import open_artifact
 from limbeck.contract.progress import say, task
 from limbeck.contract.recipe import HiddenCache, TopkCache, fingerprint
-from limbeck.contract.sources.places import cache_folder
 
 Shard = Sequence[tuple[bytes, Row]]  # rows with their keys
 
 _VERSION = 1
-_ROWS = "teacher-rows"  # kind of the artifact
 _SHARD_ROWS = 64
 _BATCH_ROWS = 4
 
@@ -61,6 +60,7 @@ class CachedTeachers:
             device,
             compute_dtype,
         )
+        self.store = open_store(cache.store)
         self._bodies: Teachers | None = None
         self._rows: list[dict[bytes, tuple[dict[str, Tensor], int]]] = [{} for _ in folders]
         self._layers: list[list[int]] = [[] for _ in folders]
@@ -168,7 +168,6 @@ class CachedTeachers:
         """The head of teacher ``k`` and its number of layers, from the cache."""
         folder = self._folders[k]
         key = fingerprint({"version": _VERSION, "head of": _identity(folder)})
-        path = cache_folder() / "teachers" / f"head-{key[:16]}"
 
         def make(out: Path) -> dict[str, Any]:
             body = self._load().bodies[k]
@@ -179,7 +178,8 @@ class CachedTeachers:
             save_file(tensors, out / "head.safetensors")
             return {"scale": head.scale, "softcap": head.softcap, "layers": body.layers}
 
-        make_once(path, kind="teacher-head", key=key, parents={"teacher": folder.digest}, make=make)
+        entry = Entry("teacher-head", key, folder.digest, "head.safetensors")
+        path = self.store.obtain(entry, make)
         tensors = {
             n: t.to(self._device, self._dtype)
             for n, t in load_file(path / "head.safetensors").items()
@@ -190,14 +190,20 @@ class CachedTeachers:
         ), result["layers"]
 
     def has(self, k: int, shard: Shard) -> bool:
-        """Whether the cache holds what teacher ``k`` says of the shard's rows."""
-        path, key = self._place(k, shard)
-        return find_artifact(path, kind=_ROWS, key=key) is not None
+        """Whether the store holds what teacher ``k`` says of the shard's rows."""
+        return self.store.has(self._entry(k, shard))
 
-    def _place(self, k: int, shard: Shard) -> tuple[Path, str]:
-        """Folder and key of a shard."""
+    def make(self, k: int, shard: Shard) -> Path:
+        """Folder with what teacher ``k`` says of the shard's rows; made when missing."""
+        return self.store.obtain(self._entry(k, shard), self._maker(k, shard))
+
+    def fill(self, k: int, shard: Shard) -> str:
+        """Make what teacher ``k`` says of the shard's rows unless the store has it; its digest."""
+        return self.store.fill(self._entry(k, shard), self._maker(k, shard))
+
+    def _entry(self, k: int, shard: Shard) -> Entry:
         kept: dict[str, Any] = {
-            "cache": self._cache.model_dump(),
+            "cache": self._cache.model_dump(exclude={"store"}),
             "rows": [key.hex() for key, _ in shard],
         }
         if isinstance(self._cache, TopkCache):
@@ -207,12 +213,9 @@ class CachedTeachers:
         if (pair := self._pairs.digest(k)) is not None:  # text after the last label is left out
             kept |= {"pair": pair, "labels": [_row_key(labels).hex() for _, (_, labels) in shard]}
         key = fingerprint({"version": _VERSION, "teacher": _identity(self._folders[k]), **kept})
-        return cache_folder() / "teachers" / f"rows-{key[:16]}", key
+        return Entry("teacher-rows", key, self._folders[k].digest, "rows.safetensors")
 
-    def make(self, k: int, shard: Shard) -> Path:
-        """Folder with what teacher ``k`` says of the shard's rows; made when missing."""
-        path, key = self._place(k, shard)
-
+    def _maker(self, k: int, shard: Shard) -> Make:
         def make(out: Path) -> dict[str, Any]:
             made: list[dict[str, Tensor]] = []
             for first in range(0, len(shard), _BATCH_ROWS):
@@ -226,10 +229,7 @@ class CachedTeachers:
             save_file({n: _joined([m[n] for m in made]) for n in made[0]}, out / "rows.safetensors")
             return {name: list(tensor.shape) for name, tensor in made[0].items()}
 
-        make_once(
-            path, kind=_ROWS, key=key, parents={"teacher": self._folders[k].digest}, make=make
-        )
-        return path
+        return make
 
     def _run(self, k: int, ids_RL: Tensor, labels_RL: Tensor) -> dict[str, Tensor]:
         layers = [self._layers[k] if j == k else [] for j in range(len(self))]

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from limbeck.app.exports import export_run
 from limbeck.app.products import Products, plan_products, require_inputs
@@ -265,8 +265,10 @@ def ablate(
         )
 
 
-def cache(recipe: AnyRecipe, *, ray: str | None, workers: int) -> None:
+def cache(recipe: AnyRecipe, *, ray: str | None, workers: int, to: str | None = None) -> None:
     """Fill the teacher cache of ``recipe`` and print where it is and what it holds.
+
+    ``to`` is the URL of the store; None: the recipe's.
 
     Raises `RecipeError` for an encoder, and as `compress.fill_cache`.
     """
@@ -277,9 +279,15 @@ def cache(recipe: AnyRecipe, *, ray: str | None, workers: int) -> None:
             f"{recipe.name}: an encoder's teachers answer once, when its training begins; a cache "
             "is for language models."
         )
+    if to is not None:
+        tree = recipe.resolved()
+        tree["training"]["teacher_cache"]["store"] = to
+        made = parse_any_recipe(tree, where=f"--to {to}")
+        made._folder, recipe = recipe.folder, cast(Recipe, made)
     teachers = make_products(recipe, require_inputs(recipe, timed=False))
     shards = compress.fill_cache(recipe=recipe, products=teachers, ray=ray, workers=workers)
-    print(f"teacher cache: {len(shards)} shards in {cache_folder() / 'teachers'}", flush=True)
+    place = recipe.store or cache_folder() / "teachers"
+    print(f"teacher cache: {len(shards)} shards in {place}", flush=True)
 
 
 def _distill(title: str, recipe: AnyRecipe, folder: Path, teachers: dict[str, Path]) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import psutil
 import pytest
 
@@ -17,8 +19,9 @@ import compress
 from compress.caching import ray_pool
 from compress.caching.filling import TeacherCache
 from compress.teachers import live
-from limbeck.contract.errors import EnvironmentalError, RecipeError
+from limbeck.contract.errors import EnvironmentalError, RecipeError, UserError
 from limbeck.contract.recipe import Recipe
+from limbeck.contract.sources.stores import file_system
 from tests.compress.test_compress import tiny
 
 HIDDEN = {"training": {"teacher_cache": {"kind": "hidden"}}}
@@ -67,6 +70,96 @@ def test_a_training_without_a_cache_is_refused(tmp_path: Path) -> None:
     recipe = cached(tmp_path, training={"teacher_cache": {"kind": "none"}})
     with pytest.raises(RecipeError, match="teacher_cache is none"):
         TeacherCache(recipe, {})
+
+
+# At a URL -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Go on as on another machine: with a cache folder of its own."""
+    return lambda name: monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / name))
+
+
+def stored(folder: Path, url: str | None, kind: dict[str, Any], *, blocks: int) -> Recipe:
+    cache = {**kind["training"]["teacher_cache"], "store": url}
+    return cached(folder, **{**kind, "training": {"teacher_cache": cache, "tokens": 64 * blocks}})
+
+
+@pytest.mark.parametrize("kind", [HIDDEN, TOPK], ids=["hidden", "topk"])
+def test_a_training_reads_the_store_that_another_machine_filled(
+    kind: dict[str, Any],
+    tmp_path: Path,
+    machine: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url = f"memory://{tmp_path.name}/teachers"
+    machine("local")
+    local = stored(tmp_path, None, kind, blocks=8)
+    shards = compress.fill_cache(recipe=local, products={})
+    expected = compress.distill(recipe=local, out=tmp_path / "expected")
+    machine("first")
+    shared = stored(tmp_path, url, kind, blocks=8)
+    assert compress.fill_cache(recipe=shared, products={}) == shards
+    assert shared.digest == local.digest
+    for mine in (tmp_path / "local" / "teachers").glob("*/*.safetensors"):
+        theirs = fsspec.open(f"{url}/{mine.parent.name}/{mine.name}").open().read()
+        assert theirs == mine.read_bytes()
+
+    machine("second")
+    monkeypatch.setattr(live.Teachers, "__init__", lambda *_, **__: pytest.fail("a teacher ran"))
+    assert compress.fill_cache(recipe=shared, products={}) == shards
+    found = compress.distill(recipe=shared, out=tmp_path / "found")
+    assert found.digest == expected.digest
+
+
+def test_damaged_and_half_written_shards_of_a_store_are_made_again(
+    tmp_path: Path,
+    machine: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    store = tmp_path / "store"
+    recipe = stored(tmp_path, store.as_uri(), HIDDEN, blocks=150)
+    machine("first")
+    shards = compress.fill_cache(recipe=recipe, products={})
+    changed, cut, bare, headless, unread, of_another, whole = sorted(store.glob("rows-*"))[:7]
+    rows = bytearray((changed / "rows.safetensors").read_bytes())
+    rows[-1] ^= 1
+    (changed / "rows.safetensors").write_bytes(rows)
+    os.truncate(cut / "rows.safetensors", 100)
+    (bare / "rows.safetensors").unlink()
+    (headless / "manifest.json").unlink()
+    os.truncate(unread / "manifest.json", 100)
+    for file in of_another.iterdir():
+        file.write_bytes((whole / file.name).read_bytes())
+
+    machine("second")
+    capsys.readouterr()
+    assert compress.fill_cache(recipe=recipe, products={}) == shards
+    told = capsys.readouterr().err
+    for shard in (changed, cut, bare, unread, of_another):
+        assert f"{shard.name} is damaged or half-written, and is made again" in told
+
+    machine("third")
+    monkeypatch.setattr(live.Teachers, "__init__", lambda *_, **__: pytest.fail("a teacher ran"))
+    assert compress.fill_cache(recipe=recipe, products={}) == shards
+    assert "damaged" not in capsys.readouterr().err
+
+
+def test_a_store_that_cannot_be_used_is_named(
+    tmp_path: Path, machine: Callable[[str], None]
+) -> None:
+    machine("first")
+    (tmp_path / "file").write_text("no folder")
+    recipe = stored(tmp_path, (tmp_path / "file").as_uri(), HIDDEN, blocks=8)
+    with pytest.raises(EnvironmentalError, match=r"file:.*cannot be read or written \(NotADir"):
+        compress.fill_cache(recipe=recipe, products={})
+    if importlib.util.find_spec("adlfs") is None:
+        with pytest.raises(UserError, match="adlfs is not installed; run: pip install adlfs"):
+            file_system("az://container/folder")
+    with pytest.raises(UserError, match="fsspec knows no nowhere://"):
+        file_system("nowhere://folder")
 
 
 # On Ray -------------------------------------------------------------------------------------------

@@ -198,6 +198,16 @@ def cache(
     workers: Annotated[
         int, typer.Option("--workers", min=1, help="Workers on Ray; each loads the teachers.")
     ] = 2,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to",
+            metavar="URL",
+            help="Copy the cache to a folder that machines share, such as s3://bucket/folder; sets "
+            "training.teacher_cache.store.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Let the teachers read, ahead of a training, what it will ask them for. Goes on where an
     earlier call stopped.
@@ -209,10 +219,11 @@ def cache(
     Examples:
       limbeck cache my-recipe.yaml
       limbeck cache my-recipe.yaml --ray local --workers 2 --set training.threads=1
+      limbeck cache my-recipe.yaml --to s3://my-bucket/teachers
     """
     from limbeck.app import run as pipeline
 
-    pipeline.cache(load(recipe, overrides), ray=ray, workers=workers)
+    pipeline.cache(load(recipe, overrides), ray=ray, workers=workers, to=to)
 
 
 @command("search")

@@ -6,16 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from limbeck.contract.recipe.base import (
-    SHORTHAND,
-    Count,
-    Float,
-    Fraction,
-    Frozen,
-    Positive,
-    Threads,
-)
-from limbeck.contract.recipe.inputs import BaseSource, TextSource
+from limbeck.contract.recipe.base import Count, Float, Fraction, Frozen, Positive, Threads
+from limbeck.contract.recipe.inputs import BaseSource, NoCache, TeacherCache, TextSource
 
 # Students -----------------------------------------------------------------------------------------
 
@@ -358,37 +350,6 @@ class Features(Frozen):
 
 
 # Training -----------------------------------------------------------------------------------------
-
-
-class NoCache(Frozen):
-    """Teachers run beside the student, every time."""
-
-    kind: Literal["none"]
-
-
-class HiddenCache(Frozen):
-    """Last hidden states (and those of aligned layers) in bf16, and each head once: exact, 2 x
-    width bytes a token and layer."""
-
-    kind: Literal["hidden"]
-
-
-class TopkCache(Frozen):
-    """A few tokens of each distribution with its exact entropy and label log-likelihood: small, and
-    needs no head."""
-
-    kind: Literal["topk"]
-    k: Count = Field(64, description="Tokens kept a position.")
-    sampling: Literal["top", "unbiased"] = Field(
-        "top",
-        description="`top` keeps the likeliest and the rest as one bucket; `unbiased` draws k "
-        "samples, whose mean gradient is exact.",
-    )
-
-
-TeacherCache = Annotated[
-    Annotated[NoCache | HiddenCache | TopkCache, Field(discriminator="kind")], SHORTHAND
-]
 
 
 class OwnPrompts(Frozen):

@@ -1,4 +1,4 @@
-"""Where models and text come from."""
+"""Where models and text come from, and where the outputs of teachers are kept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from limbeck.contract.recipe.base import Count, Fraction, Frozen, Int, KeyVariable, Name, Positive
+from limbeck.contract.recipe.base import (
+    SHORTHAND,
+    Count,
+    Fraction,
+    Frozen,
+    Int,
+    KeyVariable,
+    Name,
+    Positive,
+)
 
 
 def _has_home(value: Any) -> Any:
@@ -382,3 +391,46 @@ class Data(Frozen):
         "training blocks run across them. Held-out blocks never cross.",
     )
     heldout: Heldout = Field(Heldout(), description="How held-out text is chosen.")
+
+
+# Outputs of teachers -----------------------------------------------------------------------------
+
+
+StoreUrl = Annotated[str, Field(pattern=r"^[a-z0-9]+://[^/:?#\s]*(:[0-9]+)?(/[^?#\s]*)?$")]
+_STORE = (
+    "URL of a folder that machines share, such as `s3://bucket/folder`: outputs are read from it, "
+    "and new ones are copied to it. Default: the cache folder alone."
+)
+
+
+class NoCache(Frozen):
+    """Teachers run beside the student, every time."""
+
+    kind: Literal["none"]
+
+
+class HiddenCache(Frozen):
+    """Last hidden states (and those of aligned layers) in bf16, and each head once: exact, 2 x
+    width bytes a token and layer."""
+
+    kind: Literal["hidden"]
+    store: StoreUrl | None = Field(None, description=_STORE)
+
+
+class TopkCache(Frozen):
+    """A few tokens of each distribution with its exact entropy and label log-likelihood: small, and
+    needs no head."""
+
+    kind: Literal["topk"]
+    k: Count = Field(64, description="Tokens kept a position.")
+    sampling: Literal["top", "unbiased"] = Field(
+        "top",
+        description="`top` keeps the likeliest and the rest as one bucket; `unbiased` draws k "
+        "samples, whose mean gradient is exact.",
+    )
+    store: StoreUrl | None = Field(None, description=_STORE)
+
+
+TeacherCache = Annotated[
+    Annotated[NoCache | HiddenCache | TopkCache, Field(discriminator="kind")], SHORTHAND
+]

@@ -12,7 +12,14 @@ from limbeck.contract.recipe.bench import Bench, Gates
 from limbeck.contract.recipe.budget import Budget, Space
 from limbeck.contract.recipe.distillation import Features, FreshStudent, Fusion, Student, Training
 from limbeck.contract.recipe.export import Export, MixedByRule, Recover
-from limbeck.contract.recipe.inputs import BaseSource, Data, ServerModel, Teacher, TextSource
+from limbeck.contract.recipe.inputs import (
+    BaseSource,
+    Data,
+    NoCache,
+    ServerModel,
+    Teacher,
+    TextSource,
+)
 from limbeck.contract.recipe.root import BaseRecipe
 
 
@@ -63,6 +70,12 @@ class Recipe(BaseRecipe):
     def base(self) -> BaseSource | None:
         """The model that the student starts from, or None for a fresh student."""
         return None if isinstance(self.student, FreshStudent) else self.student.base
+
+    @property
+    def store(self) -> str | None:
+        """URL where the teachers' outputs are shared, or None."""
+        cache = self.training.teacher_cache
+        return None if isinstance(cache, NoCache) else cache.store
 
     def groups(self) -> list[tuple[str, str, TextSource]]:
         """Place in the recipe, name and text of every domain and of the prompts, in order."""

@@ -77,6 +77,11 @@ class BaseRecipe(Frozen):
         return None
 
     @property
+    def store(self) -> str | None:
+        """URL where the teachers' outputs are shared, or None."""
+        return None
+
+    @property
     def base(self) -> Any:
         """The model that the student starts from, or None for a fresh student."""
         raise NotImplementedError
@@ -101,12 +106,14 @@ class BaseRecipe(Frozen):
         """The part of `resolved` that decides the student's weights."""
         whole = self.resolved()
         part = {key: whole[key] for key in self._decides_weights}
-        unlogged = {k: v for k, v in part["training"].items() if k != "trackers"}
+        training = {k: v for k, v in part["training"].items() if k != "trackers"}
+        if cache := training.get("teacher_cache"):
+            training["teacher_cache"] = {k: v for k, v in cache.items() if k != "store"}
         teachers = [
             {**written, "model": model.identity()} if isinstance(model, ServerModel) else written
             for written, model in zip(part["teachers"], self.teacher_models.values(), strict=True)
         ]
-        return part | {"training": unlogged, "teachers": teachers}
+        return part | {"training": training, "teachers": teachers}
 
     def exporting(self) -> dict[str, Any]:
         """The part of `resolved` that decides the exported files of a given student."""

@@ -21,6 +21,7 @@ from limbeck.contract.recipe import (
 )
 from limbeck.contract.sources.hub import cached_config
 from limbeck.contract.sources.models import model_path, package_pieces, require_fits, tokenizer_path
+from limbeck.contract.sources.stores import file_system
 from limbeck.contract.sources.texts import check_arrow, text_files
 
 
@@ -57,6 +58,11 @@ def _mistakes(recipe: AnyRecipe) -> Iterator[str]:
         except UserError as error:
             yield f"{where}: {error}"
     yield from model_mistakes(recipe)
+    if recipe.store is not None:
+        try:
+            file_system(recipe.store)
+        except UserError as error:
+            yield f"training.teacher_cache.store: {error}"
     for index, name in enumerate(recipe.teacher_models):
         if (adapter := recipe.adapters.get(name)) is not None:
             try:
