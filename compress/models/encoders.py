@@ -33,7 +33,7 @@ from compress.models.language import (
 from compress.models.shrink import Importance, shrink
 from limbeck.contract.errors import ModelError
 from limbeck.contract.files import file_digest
-from limbeck.contract.models.loading import load_pretrained, unused_pooler
+from limbeck.contract.models.loading import load_pretrained, require_finite, unused_pooler
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import (
     AnyEncoderSource,
@@ -272,6 +272,7 @@ def _read_onnx(file: Path, like: Path, out: Path) -> dict[str, Any]:
         torch.manual_seed(0)  # of a pooler that the file does not have
         model = AutoModel.from_config(config, dtype=torch.float32).eval()
     state = {name: torch.from_numpy(np.array(values)) for name, values in found.items()}
+    require_finite(file, state.items())
     try:
         missing, _ = model.load_state_dict(state, strict=False)
     except RuntimeError as error:

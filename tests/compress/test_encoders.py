@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -259,6 +260,15 @@ def test_an_onnx_file_is_read_back(tmp_path: Path) -> None:
             rtol=1e-4,
             atol=1e-5,
         )
+    graph = onnx.load(file)
+    tensor = next(t for t in graph.graph.initializer if t.name.endswith("word_embeddings.weight"))
+    weights = onnx.numpy_helper.to_array(tensor).copy()
+    weights[-1, 0] = np.nan  # of a token that no comparison of outputs needs to meet
+    tensor.CopyFrom(onnx.numpy_helper.from_array(weights, tensor.name))
+    onnx.save(graph, tmp_path / "nan.onnx")
+    entry["path"] = str(tmp_path / "nan.onnx")
+    with pytest.raises(ModelError, match=r"nan.onnx: 1 of .*word_embeddings.weight are NaN"):
+        encoder_folder(OnnxModel.model_validate(entry), folder=Path())
     entry["path"] = str(tmp_path / "none.onnx")
     with pytest.raises(ModelError, match="no such file"):
         encoder_folder(OnnxModel.model_validate(entry), folder=Path())
