@@ -156,7 +156,7 @@ def _label_bubbles(
     figure: Figure, axes: Any, bubbles: Sequence[Bubble], line: Sequence[tuple[float, float]]
 ) -> list[Label]:
     """Put each label near its bubble: nearer to it than to any other, and clear of labels, bubbles,
-    edges and the ``line``.
+    edges, the ``line`` and the texts on ``axes``.
     """
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     figure.canvas.draw()
@@ -166,6 +166,7 @@ def _label_bubbles(
     taken: list[Box] = [
         (x - r, y - r, x + r, y + r) for (x, y), r in zip(centres, radii, strict=True)
     ]
+    taken += [text.get_window_extent(renderer).extents for text in axes.texts]
     corners = [axes.transData.transform(corner) for corner in line]
     steps = np.linspace(0, 1, 40)
     for (x0, y0), (x1, y1) in itertools.pairwise(corners):

@@ -175,20 +175,36 @@ def test_labels_of_a_picture_do_not_overlap() -> None:
         )
     ]
     svg = bubbles_of.quality_against_speed(bubbles, title="trade", x="speed", y="loss")
+    boxes = _text_boxes(svg)
+    assert len(boxes) == 6  # and "better", in the corner
+
+
+def _text_boxes(svg: str) -> list[tuple[float, float, float, float]]:
+    """Boxes of the labels in a picture, by their anchors; no two of them overlap."""
     pattern = (
         r'<text style="[^"]*font-size: 9.5px; text-anchor: (\w+)'
-        r'[^>]*x="([-\d.]+)" y="([-\d.]+)"[^>]*>([^<]*MB)</text>'
+        r'[^>]*x="([-\d.]+)" y="([-\d.]+)"[^>]*>([^<]*MB|better[^<]*)</text>'
     )
-    found = re.findall(pattern, svg)
-    assert len(found) == 5
     boxes = []
-    for anchor, x, y, text in found:
+    for anchor, x, y, text in re.findall(pattern, svg):
         width = 5.3 * len(text)
         left = float(x) - {"start": 0, "middle": width / 2, "end": width}[anchor]
         boxes.append((left, float(y) - 8, left + width, float(y) + 2))
     for i, a in enumerate(boxes):
         for b in boxes[:i]:
             assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+    return boxes
+
+
+@pytest.mark.parametrize("speed", [400.0, 500.0, 600.0, 700.0])
+def test_a_label_is_clear_of_the_word_in_the_corner(speed: float) -> None:
+    bubbles = [
+        bubbles_of.Bubble("slow", "teacher", 50.0, 5.5, 2.5, False),
+        bubbles_of.Bubble("fp32", "form", speed, 4.7, 2.6, False),
+        bubbles_of.Bubble("int8", "form", 750.0, 4.7, 0.7, True),
+    ]
+    svg = bubbles_of.quality_against_speed(bubbles, title="trade", x="speed", y="loss")
+    assert len(_text_boxes(svg)) == 4
 
 
 def test_the_front_is_what_nothing_beats_in_both() -> None:
