@@ -34,6 +34,7 @@ from export.graphs import Graphs, form_files, relocate, stamp
 from limbeck.contract.errors import ModelError
 from limbeck.contract.models.loading import load_pretrained
 from limbeck.contract.recipe import StaticShapes
+from limbeck.contract.sources.models import exported_context
 
 _TRACED = {"rows": 2, "new": 3, "past": 5}  # sizes 0 and 1 would be taken for constants
 
@@ -209,8 +210,7 @@ def _export(folder: Path, path: Path, opset: int | None, static: StaticShapes | 
             f"{str(error)[:300]}). "
             "Use a student of an architecture of docs/architectures.md."
         ) from error
-    context = getattr(model.config, "max_position_embeddings", None)
-    return int(context) if context else None
+    return exported_context(model.config.to_dict())
 
 
 def _windows(folder: Path, config: Any) -> Mapping[str, int] | int:

@@ -16,7 +16,8 @@ from export.folder.ends import end_tokens
 from export.graphs import Graphs
 from limbeck.contract.errors import ModelError
 from limbeck.contract.recipe import Provider
-from limbeck.contract.sources.models import context_of
+from limbeck.contract.sources.models import exported_context
+from limbeck.contract.sources.places import read_object
 from limbeck.runtime.chat import without_marks
 
 # transformers.js's names of the graphs' number types.
@@ -134,7 +135,7 @@ def tokenizer_config(model: Path) -> dict[str, Any]:
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config["model_input_names"] = ["input_ids", "attention_mask"]
     # Written as 1e30 when there is no limit, which some readers of JSON cannot hold.
-    context = context_of(model)
+    context = exported_context(read_object(model / "config.json"))
     if context and config.get("model_max_length", 1e30) > context:
         config["model_max_length"] = context
     if (template := chat_template(model)) is not None:

@@ -22,7 +22,7 @@ from limbeck.contract.recipe import (
     find_recipe,
     load_teacher_recipe,
 )
-from limbeck.contract.sources.models import context_in, stored_config
+from limbeck.contract.sources.models import context_in, exported_context, stored_config
 from limbeck.contract.sources.places import cache_folder
 from limbeck.contract.sources.preflight import preflight
 from limbeck.contract.sources.teacher_tokens import tokenizer_mistakes
@@ -171,7 +171,8 @@ def bench_mistakes(recipe: AnyRecipe) -> list[str]:
         except UserError:  # preflight has named it
             continue
         try:
-            recipe.bench.require_context(context_in(config or {}), name)
+            reads = exported_context if model is recipe.base else context_in
+            recipe.bench.require_context(reads(config or {}), name)
         except DataError as error:
             found.setdefault(str(model), str(error))
     return list(found.values())

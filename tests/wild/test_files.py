@@ -242,6 +242,35 @@ def test_a_bench_longer_than_the_model_reads_is_a_mistake_before_training(tmp_pa
         plan_recipe(local_recipe(tmp_path, block=128))
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 32}},
+        {"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 32},
+        {"rope_scaling": {"type": "su"}, "original_max_position_embeddings": 32},
+    ],
+)
+def test_a_student_with_longrope_reads_its_original_context(
+    tmp_path: Path, rope: dict[str, Any]
+) -> None:
+    """Phi-3's own files have the size beside the kind; transformers 5 writes it within."""
+    (tmp_path / "a.txt").write_text("text " * 1000)
+    folder = make_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("rope_parameters")
+    (folder / "config.json").write_text(json.dumps(config | rope))
+    bench = {"prompt_tokens": 28, "new_tokens": 8}
+    fits = bench | {"prompt_tokens": 24}
+    assert mistakes(local_recipe(tmp_path, block=32, bench=fits)) == []
+    (block,) = preflight(local_recipe(tmp_path, block=33))
+    assert "data.block is 33, but the model reads 32 tokens at most" in block
+    (mistake,) = mistakes(local_recipe(tmp_path, block=32, bench=bench))
+    assert "come to 36 tokens; the context of the student's base is 32" in mistake
+    teacher = {"name": "one", "model": {"kind": "local", "path": str(folder)}}
+    found = preflight(local_recipe(tmp_path, block=33, teachers=[teacher]))
+    assert [mistake.partition(":")[0] for mistake in found] == ["student.base"]
+
+
 def test_a_tokenizer_larger_than_the_embedding_is_a_mistake_of_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text " * 1000)
     make_model(tmp_path / "model")

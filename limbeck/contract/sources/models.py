@@ -148,13 +148,15 @@ def stored_config(source: BaseSource, *, folder: Path) -> Mapping[str, Any] | No
     return read_object(path / "config.json") if path is not None and path.is_dir() else None
 
 
-def require_fits(folder: Path, *, block: int | None = None) -> None:
+def require_fits(folder: Path, *, block: int | None = None, exported: bool = False) -> None:
     """Raise `ModelError` unless a model accepts ``block`` tokens and every id of its tokenizer.
 
-    Reads config.json and tokenizer.json only. A value that they do not give is not checked.
+    ``exported`` says that its graph has to accept them too. Reads config.json and tokenizer.json
+    only. A value that they do not give is not checked.
     """
     config = read_object(folder / "config.json")
-    text, context = _text_config(config), context_in(config)
+    text = _text_config(config)
+    context = exported_context(config) if exported else context_in(config)
     if block is not None and context is not None and block > context:
         raise ModelError(
             f"{folder}: data.block is {block}, but the model reads {context} tokens at most; set "
@@ -181,6 +183,25 @@ def context_in(config: Mapping[str, Any]) -> int | None:
     if found and text.get("model_type") in _COUNTS_FROM_PADDING:
         found -= (text.get("pad_token_id") or 0) + 1
     return found
+
+
+def exported_context(config: Mapping[str, Any]) -> int | None:
+    """As `context_in`, of the graph that is made of the model.
+
+    With rope of kind longrope, every token of a batch is turned by other factors as soon as one row
+    is longer than the original context. The answers to the other rows would depend on their
+    neighbours and on what is cached, so a graph keeps to the original context.
+    """
+    text, context = _text_config(config), context_in(config)
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    by_layer = [inner for inner in rope.values() if isinstance(inner, Mapping)]
+    name = "original_max_position_embeddings"
+    original = [
+        inner.get(name) or text.get(name)
+        for inner in by_layer or [rope]
+        if (inner.get("rope_type") or inner.get("type")) in ("longrope", "su")
+    ]
+    return min((most for most in (context, *original) if most), default=None)
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

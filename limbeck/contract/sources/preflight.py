@@ -93,6 +93,6 @@ def model_mistakes(recipe: AnyRecipe) -> Iterator[str]:
                 else:
                     path = model_path(source, folder=recipe.folder)
                 if path is not None and path.is_dir():
-                    require_fits(path, block=recipe.block)
+                    require_fits(path, block=recipe.block, exported=source is recipe.base)
         except UserError as error:
             yield f"{where}: {error}"

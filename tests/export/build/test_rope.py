@@ -24,12 +24,11 @@ ROPES: dict[str, dict[str, Any]] = {
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
     "linear": {"factor": 2.0},
     "dynamic": {"factor": 2.0},
-    # Within the original context: beyond it transformers turns cached keys by other factors.
     "longrope": {
         "factor": 4.0,
-        "original_max_position_embeddings": 64,
+        "original_max_position_embeddings": 24,
         "short_factor": [1.0 + at / 4 for at in range(8)],
-        "long_factor": [1.0] * 8,
+        "long_factor": [2.0 + at for at in range(8)],
     },
 }
 
@@ -56,6 +55,8 @@ def test_auto_takes_the_builder_that_computes_what_torch_does(
     cases = answer(make_cases(texts, context=built.context), model)
     found = measure_parity("fp32", built.graphs.last, built.graphs.all, cases)
     assert found["failures"] == []
+    # Beyond the original context, longrope's factors for one row depend on the rows beside it.
+    assert built.context == (24 if kind == "longrope" else 64)
 
 
 @pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
