@@ -152,7 +152,8 @@ def _unrendered(path: Path, form: TextFormat | RowFormat) -> Iterator[str | Piec
     """Documents; for conversations their JSON, which is about as long as the rendered template."""
     if isinstance(form, ChatRows):
         return (
-            Piece(json.dumps(value, ensure_ascii=False)) for _, value in rows_of(path, form.field)
+            Piece(json.dumps(check_messages(value, where), ensure_ascii=False))
+            for where, value in rows_of(path, form.field)
         )
     return documents(path, form)
 

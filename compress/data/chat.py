@@ -19,11 +19,15 @@ from limbeck.runtime.chat import limited
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]  # first character, and the one after the last
 
+_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}  # ShareGPT's names
 _MARK = "\ue000{}\ue001"  # private use: no template and no language means anything by it
 
 
 def check_messages(value: Any, where: str) -> Messages:
-    """``value`` as a conversation. Raises `DataError` that names ``where`` and the bad message."""
+    """``value`` as a conversation, of {role, content} or ShareGPT's {from, value}.
+
+    Raises `DataError` that names ``where`` and the bad message.
+    """
     if not isinstance(value, list) or not value:
         found = "an empty list" if value == [] else type(value).__name__
         raise DataError(
@@ -32,12 +36,21 @@ def check_messages(value: Any, where: str) -> Messages:
         )
     messages = []
     for number, message in enumerate(value, start=1):
+        if isinstance(message, dict) and {"from", "value"} <= message.keys():
+            role = message.pop("from")
+            message["role"] = _ROLES.get(role, role)
+            message["content"] = message.pop("value")
         for key in ("role", "content"):
             if not isinstance(message, dict) or not isinstance(message.get(key), str):
                 raise DataError(
                     f"{where}: message {number} has no text under {key!r}; expected "
                     "{role: …, content: …}, both text."
                 )
+        if message.get("weight", 1) not in (1, None):
+            raise DataError(
+                f"{where}: message {number} has weight {message['weight']}, but every answer is "
+                "learned alike; end the conversation before it, or leave the row out."
+            )
         messages.append({key: inner for key, inner in message.items() if inner is not None})
     return messages
 

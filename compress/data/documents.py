@@ -18,6 +18,21 @@ from limbeck.contract.errors import DataError
 from limbeck.contract.recipe import JsonLines, MailText, ParquetRows, PlainText, PythonStrings, Rows
 from limbeck.contract.sources.texts import check_arrow
 
+# First bytes of files that are not UTF-8 text, what they are, and what to do.
+_OTHER_FILES = {
+    b"\x1f\x8b": "compressed with gzip; unpack it with gunzip",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it with unzstd",
+    b"\xfd7zXZ": "compressed with xz; unpack it with unxz",
+    b"BZh": "compressed with bzip2; unpack it with bunzip2",
+    b"PK\x03\x04": "a zip archive or an office document; unpack it, or save its text as UTF-8",
+    b"%PDF": "a PDF; save its text, for example with pdftotext",
+    b"PAR1": "a Parquet file; set format to parquet",
+    b"\x89PNG": "a picture; leave it out",
+    b"\xff\xd8\xff": "a picture; leave it out",
+    b"\xff\xfe\0\0": "UTF-32 text; convert it with iconv -f UTF-32 -t UTF-8",
+    b"\xff\xfe": "UTF-16 text; convert it with iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "UTF-16 text; convert it with iconv -f UTF-16 -t UTF-8",
+}
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which has no UTF-8
 
 
@@ -64,11 +79,22 @@ def pieces(document: str, *, length: int) -> Iterator[str]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not UTF-8 text (byte {error.start}); convert it, for example with iconv."
-        ) from None
+        raise DataError(_not_text(path, f"byte {error.start}")) from None
+    if text.count("\0") > len(text) // 10:  # UTF-16 without a mark is valid UTF-8 in English
+        raise DataError(_not_text(path, "it is full of NUL characters, as UTF-16 is"))
+    return text
+
+
+def _not_text(path: Path, found: str) -> str:
+    """Say what a file is that is not UTF-8 text, as far as its first bytes tell."""
+    with path.open("rb") as file:
+        head = file.read(8)
+    kind = next((kind for magic, kind in _OTHER_FILES.items() if head.startswith(magic)), None)
+    if kind is not None:
+        return f"{path}: {kind}."
+    return f"{path}: not UTF-8 text ({found}); convert it, for example with iconv, or leave it out."
 
 
 def _mail(where: str, message: str | bytes) -> str:
@@ -124,31 +150,48 @@ def rows_of(path: Path, field: str) -> Iterator[tuple[str, Any]]:
 
 
 def _json_lines(path: Path, field: str) -> Iterator[tuple[str, Any]]:
+    for where, row in json_rows(path):
+        if row is None:
+            raise DataError(f"{where}: the row is null; leave it out.")
+        if not isinstance(row, dict) or field not in row:
+            keys = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
+            raise DataError(
+                f"{where}: no text under {field!r} (found: {keys}); set format.field to the "
+                "right key."
+            )
+        yield where, well_formed(row[field])
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where each row of JSON lines is, and the row; of a .json file that is one array, its items.
+
+    Raises `DataError` naming file and line.
+    """
     with path.open("rb") as file:
+        if path.suffix == ".json" and file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
+            file.seek(0)
+            rows = _parsed(str(path), file.read(), "expected one array, or one object a line")
+            yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
+            return
+        file.seek(0)
         for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{where}: not UTF-8 text (byte {error.start} of the line); convert the file."
-                ) from None
-            except (ValueError, RecursionError) as error:  # no JSON, a number too long, too deep
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-                raise DataError(
-                    f"{where}: not JSON: {reason}; each line is one JSON object."
-                ) from None
-            if row is None:
-                raise DataError(f"{where}: the row is null; leave it out.")
-            if not isinstance(row, dict) or field not in row:
-                keys = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
-                raise DataError(
-                    f"{where}: no text under {field!r} (found: {keys}); set format.field to the "
-                    "right key."
-                )
-            yield where, well_formed(row[field])
+            if number == 1 and line.startswith(tuple(_OTHER_FILES)):
+                raise DataError(_not_text(path, "line 1"))
+            if line.strip():
+                where = f"{path}, line {number}"
+                yield where, _parsed(where, line, "each line is one JSON object")
+
+
+def _parsed(where: str, text: bytes, expected: str) -> Any:
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: not UTF-8 text (byte {error.start} of it); convert the file."
+        ) from None
+    except (ValueError, RecursionError) as error:  # no JSON, a number too long, too deep
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise DataError(f"{where}: not JSON: {reason}; {expected}.") from None
 
 
 def _parquet_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,10 @@ def test_what_cannot_be_is_told_and_nothing_is_written(tmp_path: Path) -> None:
     )
     (tmp_path / "latin.txt").write_bytes("Grüße".encode("latin-1"))
     assert "latin.txt: not UTF-8 text" in init(10, "--data", "latin.txt").stderr
+    (tmp_path / "table.csv").write_text("id,text\n1,a\n")
+    assert "table.csv is a table; save its column" in init(10, "--data", "table.csv").stderr
+    (tmp_path / "empty").mkdir()
+    assert "--data empty: no file with text there" in init(10, "--data", "empty").stderr
     assert not (tmp_path / "recipe.yaml").exists()
     (tmp_path / "recipe.yaml").write_text("mine")
     assert "is already there" in init(10).stderr
@@ -160,18 +165,23 @@ def test_models_of_other_kinds_are_told_apart(tmp_path: Path) -> None:
         ({"text": "a b", "id": "c"}, {"kind": "jsonl", "field": "text"}),
         ({"body": "a b", "id": 3}, {"kind": "jsonl", "field": "body"}),
         ({"messages": [{"role": "user", "content": "a"}]}, {"kind": "chat"}),
-        ({"question": "a", "answer": "b"}, None),
-        (["a"], None),
+        (
+            {"conversations": [{"from": "human", "value": "a"}]},
+            {"kind": "chat", "field": "conversations"},
+        ),
+        ({"question": "a", "answer": "b"}, "its rows have question, answer, .*content.: question"),
+        ({"text": ["a"]}, r"its rows have text \(list\), and it is unclear which is the text"),
+        (["a"], "line 2: list, where an object was expected"),
     ],
 )
 def test_rows_are_told_by_the_first_of_them(
-    row: Any, form: dict[str, str] | None, tmp_path: Path
+    row: Any, form: dict[str, str] | str, tmp_path: Path
 ) -> None:
     (tmp_path / "rows.jsonl").write_text(f"\n{json.dumps(row)}\n" * 500)
     result = init(10, "--data", "rows.jsonl")
-    if form is None:
+    if isinstance(form, str):
         assert result.exit_code == 2
-        assert "rows.jsonl: its" in result.stderr
+        assert re.search(form, result.stderr)
         return
     assert result.exit_code == 0, result.output
     recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())

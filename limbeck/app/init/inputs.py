@@ -16,7 +16,7 @@ from limbeck.contract.errors import DataError, LimbeckError, ModelError
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import ChatRows, Data, FileText, PlainText, find_recipe
 from limbeck.contract.sources.places import did_you_mean
-from limbeck.contract.sources.texts import check_arrow, text_files
+from limbeck.contract.sources.texts import TABLES, check_arrow, text_files
 
 BATCH = 1024  # tokens a training step
 _TOKENS = 204800  # of training
@@ -24,6 +24,8 @@ _PASSES = 10  # over the text at most
 # Names of the classes of transformers that write text end so.
 _DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _BYTES = 4  # of a token of text, about
+_TEXT = "text"  # the type of a field that holds text
+_PAIRS = (("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 
@@ -203,20 +205,36 @@ def text_source(given: str) -> dict[str, Any]:
     kind = next(iter(kinds))
     if kind == "text":
         for file in files:
+            if file.suffix in TABLES:
+                raise DataError(
+                    f"--data {given}: {file.name} is a table; save its column of text as Parquet "
+                    "or JSON lines, under the name text."
+                )
             for _ in documents(file, PlainText(kind="text")):  # fails now if it cannot be read
                 pass
         return source
     fields = _parquet_fields(files[0]) if kind == "parquet" else _json_fields(files[0])
-    if "messages" in fields:
-        return source | {"format": {"kind": "chat"}}
-    texts = [name for name, is_text in fields.items() if is_text]
+    talks = next((name for name in ("messages", "conversations") if name in fields), None)
+    if talks is not None:
+        chosen = {} if talks == "messages" else {"field": talks}
+        return source | {"format": {"kind": "chat", **chosen}}
+    texts = [name for name, type_ in fields.items() if type_ == _TEXT]
     field = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
     if field is None:
+        pair = next((pair for pair in _PAIRS if set(pair) <= fields.keys()), ("prompt", "answer"))
         raise DataError(
-            f"--data {given}: its rows have {', '.join(fields) or 'no fields'}, and it is unclear "
-            "which is the text; rename it to text, or to messages where it holds conversations."
+            f"--data {given}: its rows have {_listed(fields)}, and it is unclear which is the "
+            "text; write it under text, or a conversation under messages: "
+            f'[{{"role": "user", "content": {pair[0]}}}, '
+            f'{{"role": "assistant", "content": {pair[1]}}}].'
         )
     return source | {"format": {"kind": kind, "field": field}}
+
+
+def _listed(fields: Mapping[str, str]) -> str:
+    """Names of fields, and the types of those that hold no text."""
+    named = (name if type_ == _TEXT else f"{name} ({type_})" for name, type_ in fields.items())
+    return ", ".join(named) or "no fields"
 
 
 def _files(given: str) -> list[Path]:
@@ -224,9 +242,11 @@ def _files(given: str) -> list[Path]:
     try:
         return text_files(FileText(kind="files", paths=(given,)), folder=Path.cwd())
     except (DataError, OSError, ValueError):
+        path = Path(given).expanduser()
+        found = "no file with text there" if path.exists() else f"no such file{did_you_mean(path)}"
         raise DataError(
-            f"--data {given[:200]}: no such file; give a text file, a folder of text files, or a "
-            "glob in quotes, such as 'text/*.txt'."
+            f"--data {given[:200]}: {found}; give a text file, a folder of text files, or a glob "
+            "in quotes, such as 'text/*.txt'."
         ) from None
 
 
@@ -240,23 +260,21 @@ def _kind(file: Path) -> str:
     )
 
 
-def _json_fields(path: Path) -> dict[str, bool]:
-    """Keys of the first row of JSON lines, and whether each holds text."""
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        line = next((line for line in file if line.strip()), "")
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
+def _json_fields(path: Path) -> dict[str, str]:
+    """Keys of the first row of JSON lines, and the type of each."""
+    from compress.data.documents import json_rows
+
+    where, row = next(json_rows(path), (str(path), {}))
     if not isinstance(row, dict):
         raise DataError(
-            f"--data {path}: its first line is no JSON object; write one object a line."
+            f"--data {where}: {type(row).__name__}, where an object was expected; write one object "
+            "a line."
         )
-    return {name: isinstance(value, str) for name, value in row.items()}
+    return {name: _TEXT if isinstance(v, str) else type(v).__name__ for name, v in row.items()}
 
 
-def _parquet_fields(path: Path) -> dict[str, bool]:
-    """Columns of a Parquet file, and whether each holds text."""
+def _parquet_fields(path: Path) -> dict[str, str]:
+    """Columns of a Parquet file, and the type of each."""
     check_arrow()
     import pyarrow
     import pyarrow.parquet
@@ -265,10 +283,13 @@ def _parquet_fields(path: Path) -> dict[str, bool]:
         schema = pyarrow.parquet.read_schema(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"--data {path}: not a Parquet file ({error}).") from None
-    return {
-        field.name: pyarrow.types.is_string(field.type) or pyarrow.types.is_large_string(field.type)
-        for field in schema
-    }
+    types = pyarrow.types
+    found = {}
+    for field in schema:
+        kind = field.type.value_type if types.is_dictionary(field.type) else field.type
+        is_text = types.is_string(kind) or types.is_large_string(kind)
+        found[field.name] = _TEXT if is_text else str(field.type)
+    return found
 
 
 def are_short(texts: Sequence[str], data: Data) -> bool:

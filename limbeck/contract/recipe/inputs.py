@@ -228,7 +228,7 @@ class PlainText(Frozen):
 
 
 class JsonLines(Frozen):
-    """Each line is a JSON object and one document."""
+    """Each line is a JSON object and one document. A .json file may also be one array of them."""
 
     kind: Literal["jsonl"]
     field: str = Field("text", description="Key that holds the document's text.")
@@ -251,7 +251,9 @@ class ChatRows(Frozen):
 
     kind: Literal["chat"]
     field: str = Field(
-        "messages", description="Key or column that holds the list of {role, content}."
+        "messages",
+        description="Key or column that holds the list of {role, content}, or of ShareGPT's {from, "
+        "value}.",
     )
 
 

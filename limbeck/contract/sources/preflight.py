@@ -22,7 +22,7 @@ from limbeck.contract.recipe import (
 from limbeck.contract.sources.hub import cached_config
 from limbeck.contract.sources.models import model_path, package_pieces, require_fits, tokenizer_path
 from limbeck.contract.sources.stores import file_system
-from limbeck.contract.sources.texts import check_arrow, text_files
+from limbeck.contract.sources.texts import ROWS, check_arrow, text_files
 
 
 def preflight(recipe: AnyRecipe) -> list[str]:
@@ -41,16 +41,14 @@ def _mistakes(recipe: AnyRecipe) -> Iterator[str]:
                 p.suffix in (".parquet", ".arrow") for p in files
             ):
                 check_arrow()
-            rows = next(
-                (p for p in files if p.suffix in (".jsonl", ".ndjson", ".parquet", ".arrow")), None
-            )
+            rows = next((p for p in files if p.suffix in ROWS), None)
             if (
                 rows
                 and isinstance(text.format, PlainText)
                 and "format" not in text.model_fields_set
             ):
                 yield (
-                    f"{where}: {rows.name} would be read as plain text, keys and braces included; "
+                    f"{where}: {rows.name} would be read as plain text, with its punctuation; "
                     "set format to jsonl, parquet or chat, or to text where that is meant."
                 )
             if not any(path.stat().st_size for path in files):

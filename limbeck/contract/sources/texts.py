@@ -56,6 +56,8 @@ def text_files(source: TextSource, *, folder: Path) -> list[Path]:
     return sorted(found)
 
 
+TABLES = (".csv", ".tsv")
+ROWS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", *TABLES)  # not plain text
 _SUFFIXES = {  # of the files taken from a folder; of other formats all
     "jsonl": (".jsonl", ".ndjson", ".json"),
     "parquet": (".parquet",),

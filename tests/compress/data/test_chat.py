@@ -196,6 +196,8 @@ GOOD = {"messages": chat("q", "a")}
          "a.jsonl, line 1: .* found an empty list"),
         ("a.jsonl", [{"messages": ["x"]}], ChatRows(kind="chat"),
          "line 1: message 1 has no text under 'role'"),
+        ("a.jsonl", [{"messages": [{"role": "assistant", "content": "a", "weight": 0}]}],
+         ChatRows(kind="chat"), "line 1: message 1 has weight 0, but every answer is learned"),
         ("a.parquet", [GOOD, {"messages": [{"role": "user", "content": None}]}],
          ChatRows(kind="chat"), "a.parquet, row 2: message 1 has no text under 'content'"),
     ],
@@ -210,6 +212,18 @@ def test_bad_rows_are_named(
             if isinstance(form, ChatRows)
             else documents(path, form)
         )
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".json"])
+def test_sharegpt_is_read_as_the_messages_that_it_means(tmp_path: Path, suffix: str) -> None:
+    names = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
+    turns = [{"role": role, "content": f"text of {role}"} for role in names]
+    share = [{"from": names[turn["role"]], "value": turn["content"]} for turn in turns]
+    path = write_rows(tmp_path / f"a{suffix}", [{"conversations": share}])
+    plain = write_rows(tmp_path / "b.jsonl", [{"messages": turns}])
+    tokenizer = make_tokenizer()
+    (found,) = conversations(path, ChatRows(kind="chat", field="conversations"), tokenizer)
+    assert [found] == list(conversations(plain, ChatRows(kind="chat"), tokenizer))
 
 
 def test_a_student_learns_the_answers_of_a_chat_and_nothing_else(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 from collections.abc import Sequence
@@ -119,6 +120,11 @@ def test_formats(tmp_path: Path) -> None:
         "one",
         "two",
     ]
+    rows = [{"body": "one"}, {"body": "[two]"}]
+    for indent in (None, 2):
+        (tmp_path / "a.json").write_text(f"\ufeff {json.dumps(rows, indent=indent)}")
+        found = documents(tmp_path / "a.json", JsonLines(kind="jsonl", field="body"))
+        assert list(found) == ["one", "[two]"]
     (tmp_path / "a.py").write_text(f"x = {'long ' * 10!r}\ny = 'short'\n")
     assert list(
         documents(tmp_path / "a.py", PythonStrings(kind="python-strings", min_chars=20))
@@ -133,7 +139,14 @@ def test_formats(tmp_path: Path) -> None:
         ("a.jsonl", b'{"body": 1}', JsonLines(kind="jsonl"), "line 1: no text under 'text'"),
         ("a.jsonl", b"{", JsonLines(kind="jsonl"), "line 1: not JSON"),
         ("a.py", b"def", PythonStrings(kind="python-strings"), "line 1: not Python"),
-        ("a.txt", b"\xff\xfe\xfa", PlainText(kind="text"), "not UTF-8 text"),
+        ("a.txt", b"\xfe\xfa", PlainText(kind="text"), "not UTF-8 text"),
+        ("a.txt", "text".encode("utf-16"), PlainText(kind="text"), "UTF-16 text; .*iconv"),
+        ("a.txt", "text".encode("utf-16-le"), PlainText(kind="text"), "full of NUL"),
+        ("a.txt", gzip.compress(b"text"), PlainText(kind="text"), "gzip; unpack it with gunzip"),
+        ("a.jsonl", gzip.compress(b"{}"), JsonLines(kind="jsonl"), "gzip; unpack it with gunzip"),
+        ("a.txt", b"%PDF-1.7\xe2", PlainText(kind="text"), "a PDF; save its text"),
+        ("a.json", b'[{"text": "a"}', JsonLines(kind="jsonl"), "not JSON: .*; expected one array"),
+        ("a.json", b'[{"body": "a"}]', JsonLines(kind="jsonl"), "row 1: no text under 'text'"),
     ],
 )
 def test_bad_files_are_named(

@@ -32,7 +32,7 @@ def recipe_of(folder: Path, *paths: str, text: dict[str, Any] | None = None, **d
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    """Rows as the file's name says: Parquet, JSONL, or the Arrow stream that `datasets` writes."""
+    """Rows as the file's name says: Parquet, JSON lines, a JSON array, or an Arrow stream."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
@@ -40,6 +40,8 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
         table = pa.Table.from_pylist(rows)
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
             stream.write_table(table, max_chunksize=2)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
