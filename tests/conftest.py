@@ -44,12 +44,34 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Factory:
 
 
 @pytest.fixture(scope="session")
+def traced_once(tiny: Factory) -> Iterator[None]:
+    """torch's exporter traces a model once for all workers of a session."""
+    from export.build import dynamo, encoder
+
+    with pytest.MonkeyPatch.context() as patch:
+        for builder in (dynamo, encoder):
+            patch.setattr(builder, "save_onnx", tiny.save_onnx)
+        yield
+
+
+@pytest.fixture(scope="session")
 def one_roofline() -> Iterator[None]:
     """Benches of this session measure the machine's bandwidth once: seconds, and a gigabyte."""
     from serve_bench.measure import bench
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "measure_roofline", functools.cache(bench.measure_roofline))
+        yield
+
+
+@pytest.fixture(scope="session")
+def forked_workers() -> Iterator[None]:
+    """Torch arms of this session's benches are forked: to load torch takes a start 8 s."""
+    from serve_bench.measure import workers
+    from tests import forks
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "launch", forks.launch)
         yield
 
 
@@ -61,6 +83,6 @@ def served(tiny: Factory) -> Artifact:
 
 
 @pytest.fixture(scope="session")
-def gpt2(tiny: Factory) -> Artifact:
+def gpt2(tiny: Factory, traced_once: None) -> Artifact:
     """An exported tiny student of torch's exporter: its cache grows at every step."""
     return tiny.exported("gpt2")

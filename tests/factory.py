@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import shutil
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,24 @@ class Factory:
         recipe = make(**({"export": export} if export else {}))
         return self._export(self.encoder(model_type, task), recipe)
 
+    def save_onnx(self, module: Any, arguments: Any, path: Path, **options: Any) -> None:
+        """`export.build.exporter.save_onnx`, which traces a model once a session: it takes 10 s."""
+        from export.build.exporter import save_onnx
+
+        model = module.model
+        key = {
+            "model": [type(module).__name__, str(model), model.config.to_json_string()],
+            "weights": {k: sha256(v.numpy()).hexdigest() for k, v in model.state_dict().items()},
+            "cache": [getattr(module, name, None) for name in ("windows", "shifts")],
+            "arguments": str(arguments),
+            "options": str({k: v for k, v in options.items() if k != "source"}),
+        }
+        folder = self._made(
+            key, "model.onnx", lambda f: save_onnx(module, arguments, f / "model.onnx", **options)
+        )
+        for name in ("model.onnx", "model.onnx.data"):
+            shutil.copy(folder / name, path.parent)
+
     def copy(self, artifact: Artifact, to: Path) -> Path:
         """A copy of a shared artifact at ``to``, to be changed."""
         return Path(shutil.copytree(artifact.path, to))
@@ -97,11 +116,15 @@ class Factory:
         return self._once({"student": str(student.path), "export": asked}, "onnx", make)
 
     def _once(self, key: Any, name: str, make: Callable[[Path], object]) -> Artifact:
-        """The artifact ``name`` in the folder of ``key``, made by the process that asks first."""
+        """The artifact ``name`` in the folder of ``key``."""
+        return open_artifact(self._made(key, name, make) / name, verify=False)
+
+    def _made(self, key: Any, name: str, make: Callable[[Path], object]) -> Path:
+        """The folder of ``key``, in which the process that asks first makes ``name``."""
         folder = self._root / fingerprint(key)[:16]
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (folder / name).exists():
                 make(folder)
-        return open_artifact(folder / name, verify=False)
+        return folder

@@ -9,14 +9,29 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
+
+from limbeck.contract.process import PARENT
+from limbeck.contract.results.bench import Arm, TaskName
+from serve_bench.measure import workers
+from serve_bench.worker.__main__ import run
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["compress.loop", "peft", "transformers.models.llama.modeling_llama"]
+    [
+        "compress.loop",
+        "peft",
+        "serve_bench.worker.encoder",
+        "serve_bench.worker.language",
+        "transformers.models.bert.modeling_bert",
+        "transformers.models.llama.modeling_llama",
+    ]
 )
 
 
@@ -61,3 +76,56 @@ def share(work: Callable[..., object], *arguments: Any, processes: int, seconds:
         for process in started:
             process.kill()
             process.join()
+
+
+# Processes of the bench ---------------------------------------------------------------------------
+
+
+class TorchWorker:
+    """The forked process of a torch arm, as far as a `Worker` needs `subprocess.Popen`."""
+
+    def __init__(self, task: TaskName, environment: Mapping[str, str], log: Path) -> None:
+        commands, asked = _CONTEXT.Pipe(duplex=False)
+        told, answers = _CONTEXT.Pipe(duplex=False)
+        with commands, asked, told, answers:
+            # Its parent is the fork server, which ends with these tests.
+            mine = {name: value for name, value in environment.items() if name != PARENT}
+            self._process = start(_worker, task, commands, answers, log, environment=mine)
+            self.stdin = os.fdopen(os.dup(asked.fileno()), "w", buffering=1, encoding="utf-8")
+            self.stdout = os.fdopen(os.dup(told.fileno()), encoding="utf-8")
+        self.pid = self._process.pid
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> int:
+        self._process.join()
+        assert self._process.exitcode is not None
+        return self._process.exitcode
+
+
+def _worker(task: str, commands: Connection, answers: Connection, log: Path) -> None:
+    with log.open("wb") as stderr:
+        for number, file in enumerate((commands, answers, stderr)):
+            os.dup2(file.fileno(), number)
+    commands.close()
+    answers.close()
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    run(task)
+
+
+_launch = workers.launch
+
+
+def launch(arm: Arm, task: TaskName, environment: dict[str, str], log: Path) -> Any:
+    """As `serve_bench.measure.workers.launch`, with a fork for torch in eager mode.
+
+    Other runtimes keep a process of their own: it holds no torch, and tests look at its memory.
+    """
+    if arm.runtime == "torch":
+        return TorchWorker(task, environment, log)
+    return _launch(arm, task, environment, log)

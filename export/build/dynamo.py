@@ -11,11 +11,8 @@ Shape letters: B rows, S new tokens, P cached tokens, L = P + S.
 from __future__ import annotations
 
 import inspect
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ import onnx
 import torch
 from onnx import ModelProto, NodeProto, helper
 
+from export.build.exporter import save_onnx
 from export.build.surgery import (
     Maker,
     attention_windows,
@@ -120,7 +118,7 @@ def build_dynamo(
     """
     graphs = form_files(folder, "fp32")
     graphs.data.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary, quiet_exporter():
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
         build = Path(temporary) / "model.onnx"
         context = _export(model, build, opset, static)
         (build.parent / "model.onnx.data").rename(graphs.data)
@@ -178,38 +176,26 @@ def _export(folder: Path, path: Path, opset: int | None, static: StaticShapes | 
         for index in range(len(shapes) // 2)
         for part in ("key", "value")
     ]
-    try:
-        with torch.no_grad():
-            program = torch.onnx.export(
-                FlatCache(model, _windows(folder, model.config), shifts=static is not None).eval(),
-                (
-                    torch.zeros((rows, new), dtype=torch.int64),
-                    torch.ones((rows, past + new), dtype=torch.int64),
-                    [torch.zeros((rows, shape[1], past, shape[3])) for shape in shapes],
-                ),
-                dynamo=True,
-                opset_version=opset,
-                verbose=False,
-                input_names=["input_ids", "attention_mask", *names],
-                output_names=["logits", *(n.replace("past_key_values", "present") for n in names)],
-                dynamic_shapes=None
-                if static
-                else {
-                    "input_ids": {0: "batch_size", 1: "sequence_length"},
-                    "attention_mask": {0: "batch_size", 1: "total_sequence_length"},
-                    "past": [{0: "batch_size", 2: "past_sequence_length"}] * len(names),
-                },
-            )
-        assert program is not None
-        program.save(str(path), external_data=True)
-    except OSError:
-        raise  # the disk, not the architecture
-    except Exception as error:  # torch.export and the exporter raise errors of many families
-        raise ModelError(
-            f"{folder}: torch.onnx.export cannot export {name} ({type(error).__name__}: "
-            f"{str(error)[:300]}). "
-            "Use a student of an architecture of docs/architectures.md."
-        ) from error
+    batch = {0: "batch_size"}
+    free = {
+        "input_ids": batch | {1: "sequence_length"},
+        "attention_mask": batch | {1: "total_sequence_length"},
+        "past": [batch | {2: "past_sequence_length"}] * len(names),
+    }
+    save_onnx(
+        FlatCache(model, _windows(folder, model.config), shifts=static is not None),
+        (
+            torch.zeros((rows, new), dtype=torch.int64),
+            torch.ones((rows, past + new), dtype=torch.int64),
+            [torch.zeros((rows, shape[1], past, shape[3])) for shape in shapes],
+        ),
+        path,
+        source=folder,
+        inputs=["input_ids", "attention_mask", *names],
+        outputs=["logits", *(n.replace("past_key_values", "present") for n in names)],
+        shapes=None if static else free,
+        opset=opset,
+    )
     return exported_context(model.config.to_dict())
 
 
@@ -264,19 +250,3 @@ def keep_last(proto: ModelProto) -> None:
     ]
     choose_columns(proto, make, entry, "last")
     declare_one_position(proto)
-
-
-@contextmanager
-def quiet_exporter() -> Iterator[None]:
-    """Keep the exporter's notes on missing packages and unused names from the user, who can do
-    nothing about them.
-    """
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -19,9 +19,9 @@ import onnx
 import torch
 
 from export.build.backend import Built
-from export.build.dynamo import quiet_exporter, split_gemm
+from export.build.dynamo import split_gemm
+from export.build.exporter import save_onnx
 from export.graphs import Graphs, relocate, stamp
-from limbeck.contract.errors import ModelError
 from limbeck.contract.models.loading import load_pretrained, unused_pooler
 from limbeck.contract.recipe import StaticShapes
 from limbeck.contract.sources.models import context_in
@@ -97,30 +97,18 @@ def build_fp32(
     config = student.model.config
     shape = (static.batch, static.length) if static else _TRACED
     free = {0: "batch_size", 1: "sequence_length"}
-    with tempfile.TemporaryDirectory(dir=graphs.data.parent) as temporary, quiet_exporter():
+    with tempfile.TemporaryDirectory(dir=graphs.data.parent) as temporary:
         build = Path(temporary) / "model.onnx"
-        try:
-            with torch.no_grad():
-                program = torch.onnx.export(
-                    student,
-                    (torch.ones(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.int64)),
-                    dynamo=True,
-                    verbose=False,
-                    input_names=["input_ids", "attention_mask"],
-                    output_names=list(student.outputs),
-                    opset_version=opset,
-                    dynamic_shapes=None if static else {"input_ids": free, "attention_mask": free},
-                )
-            assert program is not None
-            program.save(str(build), external_data=True)
-        except OSError:
-            raise  # the disk, not the architecture
-        except Exception as error:  # torch.export and the exporter raise errors of many families
-            raise ModelError(
-                f"{model}: torch.onnx.export cannot export {type(student.model).__name__} "
-                f"({type(error).__name__}: {str(error)[:300]}). "
-                "Use a student of an architecture of docs/architectures.md."
-            ) from error
+        save_onnx(
+            student,
+            (torch.ones(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.int64)),
+            build,
+            source=model,
+            inputs=["input_ids", "attention_mask"],
+            outputs=student.outputs,
+            shapes=None if static else {"input_ids": free, "attention_mask": free},
+            opset=opset,
+        )
         (build.parent / "model.onnx.data").rename(graphs.data)
         proto = onnx.load(build, load_external_data=False)
         relocate(proto, graphs.data.name)

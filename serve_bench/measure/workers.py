@@ -40,17 +40,7 @@ class Worker:
             TOKENIZERS_PARALLELISM="false",
             HF_HUB_OFFLINE="1",
         )
-        with log.open("wb") as stderr:
-            # -P: the user's working directory is no place to import from.
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "serve_bench.worker", task],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                env=environment,
-                text=True,
-                bufsize=1,
-            )
+        self._process = launch(arm, task, environment, log)
         self.opened: dict[str, Any] = {}
 
     @property
@@ -133,6 +123,23 @@ class Worker:
         tail = self._log.read_text("utf-8", errors="replace").strip()[-_TAIL:] or "(nothing)"
         return EnvironmentalError(
             f"{self.arm.id}: its process {how} during {command!r}.{hint} Its last words:\n{tail}"
+        )
+
+
+def launch(
+    arm: Arm, task: TaskName, environment: dict[str, str], log: Path
+) -> subprocess.Popen[str]:
+    """Start the process of an arm; ``log`` receives its stderr."""
+    with log.open("wb") as stderr:
+        # -P: the user's working directory is no place to import from.
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "serve_bench.worker", task],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            env=environment,
+            text=True,
+            bufsize=1,
         )
 
 

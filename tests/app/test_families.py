@@ -75,6 +75,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.usefixtures("one_roofline", "forked_workers")
 def test_three_teachers_of_two_families_and_a_server_reach_a_verdict(models: Path) -> None:
     with LogprobServer(models / "models" / "big") as server:
         recipe = recipe_of(models, server.url)

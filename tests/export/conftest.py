@@ -10,6 +10,11 @@ from limbeck.contract.artifact import Artifact
 from tests.factory import Factory
 
 
+@pytest.fixture(autouse=True)
+def _traced_once(traced_once: None) -> None:
+    """All tests of this folder share what torch's exporter makes."""
+
+
 @pytest.fixture(scope="module")
 def exported(tiny: Factory) -> Artifact:
     return tiny.exported()

@@ -34,7 +34,7 @@ from tests.pico import make_blocks
 from tests.serve_bench.measurable import bench_recipe
 from tests.serve_bench.test_workers import torch_arm
 
-pytestmark = pytest.mark.usefixtures("one_roofline")
+pytestmark = pytest.mark.usefixtures("one_roofline", "forked_workers")
 
 # Definitions --------------------------------------------------------------------------------------
 

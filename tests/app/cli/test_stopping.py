@@ -7,29 +7,37 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.recipe import load_recipe
-from tests import ROOT
+from tests import ROOT, forks
 from tests.app.cli.calls import GOOD, called_alone
 
-ENDLESS = """
-import sys, time
-import compress
-from limbeck.app import cli, plan
-from limbeck.runtime import session as runtime
-plan.seconds_after_training = lambda _: {}  # loads transformers
-def distill(**_):
-    print("working", flush=True)
-    time.sleep(60)
-compress.distill = distill
-runtime.import_onnxruntime = lambda: None
-sys.argv = ["limbeck", "run", "mine.yaml"]
-cli.main()
-"""
+
+def endless(folder: Path) -> None:
+    """The command in ``folder``, with a training that never ends."""
+    os.chdir(folder)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
+    import compress
+    from limbeck.app import cli, plan
+    from limbeck.runtime import session
+
+    def distill(**_: Any) -> None:
+        Path("working").touch()
+        time.sleep(60)
+
+    plan.seconds_after_training = lambda _: {}  # loads transformers
+    compress.distill = distill
+    session.import_onnxruntime = lambda: None
+    sys.argv = ["limbeck", "run", "mine.yaml"]
+    cli.main()
 
 
 def _hears_ctrl_c() -> None:
@@ -43,20 +51,19 @@ def test_a_run_that_is_stopped_says_how_to_go_on(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     (tmp_path / "mine.yaml").write_text(GOOD)
-    with subprocess.Popen(
-        [sys.executable, "-c", ENDLESS],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=_hears_ctrl_c,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "working\n"
-        process.send_signal(number)
-        out, err = process.communicate(timeout=20)
-    assert process.returncode == code
-    assert out == ""
-    assert err.splitlines() == ["== compress", "", "stopped; run the same command again to go on"]
+    process = forks.start(endless, tmp_path)
+    while not (tmp_path / "working").exists():
+        assert process.exitcode is None, (tmp_path / "err").read_text()
+        time.sleep(0.02)
+    os.kill(process.pid, number)
+    process.join(20)
+    assert process.exitcode == code
+    assert (tmp_path / "out").read_text() == ""
+    assert (tmp_path / "err").read_text().splitlines() == [
+        "== compress",
+        "",
+        "stopped; run the same command again to go on",
+    ]
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

@@ -29,6 +29,7 @@ from limbeck.contract.data.heldout import (
 from tests.compress.test_compress import tiny
 from tests.pico import make_model
 
+pytestmark = pytest.mark.usefixtures("whole_evaluations")
 TEXT = "the quick brown fox jumps over the lazy dog and then it sleeps for a very long time indeed "
 
 

@@ -23,6 +23,7 @@ from limbeck.contract.artifact import open_artifact
 from limbeck.contract.data.heldout import HELDOUT, load_heldout
 from limbeck.contract.errors import ModelError, RecipeError
 from limbeck.contract.recipe import Int4WeightForm, Int8DynamicForm
+from tests.architectures import SIZES
 from tests.factory import Factory
 from tests.pico import make_model, pico_recipe
 
@@ -40,10 +41,7 @@ def all_few(graphs: Graphs, width: int) -> Scheme:
             {"tie_word_embeddings": True, "model_type": "qwen3"},
             id="qwen3, tied, q, k and v joined",
         ),
-        pytest.param(
-            {"model_type": "gpt2", "n_embd": 32, "n_head": 2, "num_hidden_layers": 1},
-            id="gpt2, stored turned",
-        ),
+        pytest.param({"model_type": "gpt2", **SIZES["gpt2"]}, id="gpt2, stored turned"),
     ],
 )
 def test_every_matrix_is_traced_to_its_parameters(tmp_path: Path, sizes: dict[str, Any]) -> None:
