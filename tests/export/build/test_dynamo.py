@@ -217,7 +217,7 @@ def test_the_table_names_every_architecture_and_all_of_its_students_pass() -> No
     assert all(row[4:] == [every_of_encoders] * 2 for row in found)
 
 
-@pytest.mark.parametrize(("model_type", "kind"), [("llama", "lora"), ("phi3", "shrink")])
+@pytest.mark.parametrize(("model_type", "kind"), [("llama", "lora"), ("qwen2", "shrink")])
 def test_a_distilled_student_goes_the_whole_way(tmp_path: Path, model_type: str, kind: str) -> None:
     exported = prove_student(tmp_path, model_type, kind, ["fp32", WEIGHT4])
     student = json.loads((tmp_path / "student/manifest.json").read_text())["result"]
