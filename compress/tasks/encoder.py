@@ -27,9 +27,10 @@ from compress.models.language import folder_config, load_tokenizer, require_same
 from compress.tasks.saved import Saved
 from limbeck.contract.data.examples import EXAMPLES, Examples, save_examples
 from limbeck.contract.data.heldout import CALIBRATION, save_calibration
-from limbeck.contract.errors import EnvironmentalError, RecipeError
+from limbeck.contract.errors import EnvironmentalError
 from limbeck.contract.progress import say, task
 from limbeck.contract.recipe import EncoderRecipe, EncoderShrinkStudent, EncoderTeacher, fingerprint
+from limbeck.contract.recipe.checks import require_equal_shares
 from limbeck.contract.results.student import EncoderFigures, Parameters, TeacherResult
 from limbeck.contract.sources.digests import model_digest
 from limbeck.contract.sources.licences import sources_of
@@ -391,14 +392,8 @@ class EncoderStep:
 
 def _require_whole_shares(recipe: EncoderRecipe, accelerator: Any) -> None:
     """Raise unless all processes get equal shares of each step and hold the whole student."""
-    processes, batch = accelerator.num_processes, recipe.training.batch
     if accelerator.distributed_type == DistributedType.FSDP:
         raise EnvironmentalError(
             "encoders are trained whole in every process; start accelerate without FSDP."
         )
-    if batch % processes:
-        fits = -(-batch // processes) * processes
-        raise RecipeError(
-            f"training.batch: found {batch}; {processes} processes share each step evenly, so make "
-            f"it a multiple of {processes}, for example {fits}."
-        )
+    require_equal_shares(recipe, processes=accelerator.num_processes)

@@ -45,6 +45,7 @@ from limbeck.contract.recipe import (
     ShrinkStudent,
     fingerprint,
 )
+from limbeck.contract.recipe.checks import require_share_for_all
 from limbeck.contract.sources.licences import sources_of
 
 _START_ROWS = 8  # training blocks of each domain that merges of teachers are scored on
@@ -254,34 +255,3 @@ class LanguageModels:
         if not head.weight_Vd.requires_grad:
             self._frozen_head = cast  # it never changes, so it is cast once
         return cast
-
-
-def require_share_for_all(recipe: Recipe, *, processes: int, sharded: bool) -> None:
-    """Raise `RecipeError` unless every process gets blocks of every step.
-
-    When ``sharded``, all need the same number of forward passes too: FSDP gathers the parameters in
-    every forward pass, from all processes.
-    """
-    config, block = recipe.training, recipe.data.block
-    if sharded and config.on_policy is not None and config.on_policy.share:
-        raise RecipeError(
-            "training.on_policy: a student whose parameters are sharded (FSDP) cannot write; start "
-            "the processes without sharding, or leave on_policy out."
-        )
-    rows = config.batch_tokens // block
-    most, fewest = (
-        -(-count // config.micro_batch) for count in (-(-rows // processes), rows // processes)
-    )
-    if rows >= processes and (most == fewest or not sharded):
-        return
-    why = (
-        f"the {rows} blocks of a step cannot be shared by {processes} processes"
-        if rows < processes
-        else f"of the {rows} blocks of a step some of {processes} processes would run {most} "
-        f"micro-batches and others {fewest}"
-    )
-    fits = max(rows // processes, 1) * processes * block
-    raise RecipeError(
-        f"training.batch_tokens: found {config.batch_tokens} with data.block {block}: {why}; make "
-        f"it a multiple of {processes * block}, for example {fits}, or start fewer processes."
-    )

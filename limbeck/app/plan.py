@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.app.products import bench_mistakes, plan_products
-from limbeck.contract.errors import LimbeckError, ModelError, RecipeError
+from limbeck.contract.errors import EnvironmentalError, LimbeckError, ModelError, RecipeError
 from limbeck.contract.machine import OtherWork, host, watch_other_work
 from limbeck.contract.progress import about
 from limbeck.contract.recipe import (
@@ -57,6 +57,7 @@ class Plan:
     minutes: float | None  # of training, where its operations are not known
     first: tuple[str, ...]  # recipes whose students are made first
     operations_first: float
+    speed: float | None  # operations a second by a trial on this machine
     seconds: float | None  # of training, prerequisites included; None without a trial
     export_seconds: float
     bench_seconds: float
@@ -80,20 +81,21 @@ class Plan:
             yield (
                 f"teacher {name}",
                 f"{asked.model} at {asked.url}: at most {asked.requests:,} requests with "
-                f"{asked.tokens:,} tokens, {_mb(asked.bytes)} of answers on disk",
+                f"{asked.tokens:,} tokens, {megabytes(asked.bytes)} of answers on disk",
             )
         yield "student", f"{_count(self.student)} parameters, {_count(self.trained)} trained"
         shipped = [form for form in self.forms if not form.startswith("gguf-")][-1]
         for form, size in self.forms.items():
-            yield f"form {form}", f"{_mb(size)}{', shipped' if form == shipped else ''}"
+            yield f"form {form}", f"{megabytes(size)}{', shipped' if form == shipped else ''}"
         yield (
             "memory for training",
-            f"{_mb(self.memory_total)} on the {self.device}, most of it when {self.worst_moment}",
+            f"{megabytes(self.memory_total)} on the {self.device}, most of it when "
+            f"{self.worst_moment}",
         )
         for part, size in self.memory.items():
             if size:
-                yield f"  {part}", _mb(size)
-        yield "teacher cache on disk", f"at most {_mb(self.cache)}" if self.cache else "none"
+                yield f"  {part}", megabytes(size)
+        yield "teacher cache on disk", f"at most {megabytes(self.cache)}" if self.cache else "none"
         for name in self.first:
             yield "made first", name
         if self.own_text:
@@ -158,24 +160,32 @@ class _Making:
         return self.taken.operations + written + timed
 
 
-def plan_recipe(recipe: AnyRecipe, *, trial: bool = False) -> Plan:
+def plan_recipe(recipe: AnyRecipe, *, trial: bool = False, cards: bool = False) -> Plan:
     """Estimate the cost of ``recipe``. ``trial`` times the student's layers here for about 10 s.
 
-    Raises `ModelError` if a model's configuration is not available, and `RecipeError` if a
-    teacher's recipe is wrong.
+    ``cards`` plans the memory of a CUDA card, whether one is here or not. Raises `ModelError` if a
+    model's configuration is not available, `RecipeError` if a teacher's recipe is wrong, and
+    `EnvironmentalError` for a trial of a card where none is.
     """
+    import torch
+
     import compress
     from compress.footprint.tasks import task_of
 
     compress.quiet_libraries()
     if found := [*model_mistakes(recipe), *bench_mistakes(recipe)]:
         raise RecipeError("\n".join(f"{recipe.name}: {mistake}" for mistake in found))
-    own = _making(recipe)
-    first = [_making(product.recipe) for product in plan_products(recipe).order]
+    own = _making(recipe, cards)
+    first = [_making(product.recipe, cards) for product in plan_products(recipe).order]
     worst = max([own, *first], key=lambda making: sum(making.memory.values()))
     moment = worst.taken.memory.moment
     speed, seconds, other_work = None, None, None
     if trial:
+        if cards and not torch.cuda.is_available():
+            raise EnvironmentalError(
+                "--trial: this machine has no card to time; run it where one is, or give the "
+                "measured rate with --tflops."
+            )
         with watch_other_work() as other:
             speed = _speed(own)
             seconds = sum(making.seconds(speed) for making in (own, *first))
@@ -198,6 +208,7 @@ def plan_recipe(recipe: AnyRecipe, *, trial: bool = False) -> Plan:
         minutes=None if speed else own.minutes,
         first=tuple(making.recipe.name for making in first),
         operations_first=sum(making.operations(speed) for making in first),
+        speed=speed,
         seconds=seconds,
         export_seconds=after["export"],
         bench_seconds=after["bench"],
@@ -260,13 +271,18 @@ def training_memory(recipe: AnyRecipe) -> tuple[int, int]:
     return sum(making.memory.values()), int(here)
 
 
-def _making(recipe: AnyRecipe) -> _Making:
+def _making(recipe: AnyRecipe, cards: bool = False) -> _Making:
+    import torch
+
     from compress.footprint.tasks import task_of
     from compress.host import resolve_precision
     from compress.models.language import resolve_device
 
-    task, device = task_of(recipe.task), resolve_device(recipe.training.device)
-    precision = resolve_precision(recipe.training.precision, device)
+    task, precision = task_of(recipe.task), recipe.training.precision
+    device = torch.device("cuda") if cards else resolve_device(recipe.training.device)
+    if cards and not torch.cuda.is_available() and precision == "auto":
+        precision = "bf16"  # every card since 2020 computes it
+    precision = resolve_precision(precision, device)
     # Mistakes of teachers are reported first.
     teachers = [(index, *_teacher(index, recipe)) for index in _here(recipe)]
     student, base = _student(recipe)
@@ -375,7 +391,8 @@ def _teacher(
         raise type(error)(f"{recipe.name}: teachers.{index}: {error}") from error
 
 
-def _mb(size: float) -> str:
+def megabytes(size: float) -> str:
+    """A size for a person."""
     return f"{size / 1e6:,.0f} MB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
 
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 import compress
 from compress import loop as train
-from compress.tasks import language_models
 from limbeck.contract.errors import RecipeError
 from limbeck.contract.recipe import AnyRecipe, parse_any_recipe, parse_recipe
+from limbeck.contract.recipe.checks import require_share_for_all
 from tests.compress.test_compress import STUDENTS, events, tiny
 from tests.encoders import classifier_recipe, embedding_recipe, source
 from tests.forks import share
@@ -193,7 +193,7 @@ def test_every_process_needs_blocks_of_every_step(
         tmp_path, training={"batch_tokens": tokens, "tokens": tokens, "micro_batch": micro}
     )
     if problem is None:
-        language_models.require_share_for_all(recipe, processes=processes, sharded=sharded)
+        require_share_for_all(recipe, processes=processes, sharded=sharded)
         return
     kind = DistributedType.FSDP if sharded else DistributedType.MULTI_CPU
     for name, value in (("num_processes", processes), ("distributed_type", kind)):
@@ -208,5 +208,5 @@ def test_every_process_needs_blocks_of_every_step(
 def test_a_sharded_student_cannot_write(tmp_path: Path) -> None:
     recipe = tiny(tmp_path, training={"on_policy": {"prompts": {"tokens": 8}}})
     with pytest.raises(RecipeError, match=r"training.on_policy: a student whose .*\(FSDP\) cannot"):
-        language_models.require_share_for_all(recipe, processes=2, sharded=True)
-    language_models.require_share_for_all(recipe, processes=2, sharded=False)
+        require_share_for_all(recipe, processes=2, sharded=True)
+    require_share_for_all(recipe, processes=2, sharded=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -219,6 +220,27 @@ def plan(
             "--trial", help="Time the student's layers here for ten seconds, and estimate the time."
         ),
     ] = False,
+    nodes: Annotated[
+        int | None,
+        typer.Option(
+            "--nodes",
+            min=1,
+            help="Plan for that many machines that train together.",
+            show_default=False,
+        ),
+    ] = None,
+    gpus: Annotated[
+        int, typer.Option("--gpus", min=0, help="Cards of each machine; 0: its processor.")
+    ] = 0,
+    tflops: Annotated[
+        float | None,
+        typer.Option(
+            "--tflops",
+            min=1e-6,
+            help="Measured rate of one card, in 10^12 operations a second, for the time.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what a recipe takes before any weights are loaded: parameters, sizes, memory, operations,
@@ -227,16 +249,25 @@ def plan(
     Needs the configuration of every model, which for a hub model means its config.json.
 
     \b
-    Example:
+    Examples:
       limbeck plan smollm2/135m-two-experts --trial
+      limbeck plan smollm2/135m-two-experts --nodes 2 --gpus 4
     """
+    from limbeck.app.cluster import spread
     from limbeck.app.plan import plan_recipe
 
     read = load(recipe, overrides, shrink)
-    found: Any = plan_recipe(read, trial=trial)
-    print(json.dumps(found.as_json(), indent=1) if as_json else found.as_text())
-    if not as_json:
-        _print_tokenizers(read)
+    found: Any = plan_recipe(read, trial=trial, cards=gpus > 0)
+    many = nodes is not None or gpus > 0 or tflops is not None
+    wide = spread(found, read, nodes=nodes or 1, gpus=gpus, tflops=tflops) if many else None
+    if as_json:
+        tree = found.as_json() | ({"cluster": asdict(wide)} if wide else {})
+        print(json.dumps(tree, indent=1))
+        return
+    print(found.as_text())
+    if wide is not None:
+        print(wide.as_text())
+    _print_tokenizers(read)
 
 
 def _print_tokenizers(recipe: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from limbeck.contract.errors import RecipeError
 from limbeck.contract.recipe.bench import Bench
 from limbeck.contract.recipe.distillation import (
     EntropyWeights,
@@ -431,3 +432,48 @@ def _fusion(recipe: Recipe) -> Iterator[str]:
             f"name each teacher once: {sorted(teachers)}"
         )
     yield from _static_weights(recipe.fusion.weights, teachers)
+
+
+# Processes that share a step ----------------------------------------------------------------------
+
+
+def require_share_for_all(recipe: Recipe, *, processes: int, sharded: bool) -> None:
+    """Raise `RecipeError` unless every process gets blocks of every step.
+
+    When ``sharded``, all need the same number of forward passes too: FSDP gathers the parameters in
+    every forward pass, from all processes.
+    """
+    config, block = recipe.training, recipe.data.block
+    if sharded and config.on_policy is not None and config.on_policy.share:
+        raise RecipeError(
+            "training.on_policy: a student whose parameters are sharded (FSDP) cannot write; start "
+            "the processes without sharding, or leave on_policy out."
+        )
+    rows = config.batch_tokens // block
+    most, fewest = (
+        -(-count // config.micro_batch) for count in (-(-rows // processes), rows // processes)
+    )
+    if rows >= processes and (most == fewest or not sharded):
+        return
+    why = (
+        f"the {rows} blocks of a step cannot be shared by {processes} processes"
+        if rows < processes
+        else f"of the {rows} blocks of a step some of {processes} processes would run {most} "
+        f"micro-batches and others {fewest}"
+    )
+    fits = max(rows // processes, 1) * processes * block
+    raise RecipeError(
+        f"training.batch_tokens: found {config.batch_tokens} with data.block {block}: {why}; make "
+        f"it a multiple of {processes * block}, for example {fits}, or start fewer processes."
+    )
+
+
+def require_equal_shares(recipe: EncoderRecipe, *, processes: int) -> None:
+    """Raise `RecipeError` unless every process gets an equal part of every step."""
+    batch = recipe.training.batch
+    if batch % processes:
+        fits = -(-batch // processes) * processes
+        raise RecipeError(
+            f"training.batch: found {batch}; {processes} processes share each step evenly, so make "
+            f"it a multiple of {processes}, for example {fits}."
+        )
