@@ -8,12 +8,14 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
 from limbeck.app.cli import app
 from limbeck.contract.artifact import open_artifact
 from limbeck.runtime.decoder import Decoder
+from limbeck.runtime.encoder import Encoder
 from limbeck.runtime.text import load_text
 from tests.factory import Factory
 from tests.servers.fake_hub import FakeHub
@@ -65,6 +67,17 @@ def test_the_packed_folder_holds_one_form_and_runs_as_before(run: Path, tmp_path
     verified = call("verify", packed.path)
     assert verified.exit_code == 0, verified.output
     assert "licence" in (packed.path / "LICENCES.md").read_text()
+
+
+def test_a_packed_encoder_keeps_its_graph(tiny: Factory, tmp_path: Path) -> None:
+    """An encoder has one graph, which runs and scores."""
+    made = tiny.exported_encoder()
+    assert call("pack", made.path, "--out", tmp_path / "packed").exit_code == 0
+    texts = ["a b c", "d"]
+    found, expected = (
+        Encoder(folder, threads=1).encode(texts) for folder in (tmp_path / "packed", made.path)
+    )
+    assert np.array_equal(found, expected)
 
 
 def test_a_certificate_of_another_export_is_not_packed(run: Path, tmp_path: Path) -> None:

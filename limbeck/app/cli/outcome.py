@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -259,6 +259,10 @@ def pack(
     as_zip: Annotated[
         bool, typer.Option("--zip", help="Write DIR.zip beside the folder too.")
     ] = False,
+    layout: Annotated[
+        Literal["folder", "triton"],
+        typer.Option("--layout", help="`triton`: a model repository for Triton Inference Server."),
+    ] = "folder",
 ) -> None:
     """Put together only what ships: one form, tokenizer and configurations, card, licences,
     certificate.
@@ -267,14 +271,16 @@ def pack(
     one does.
 
     \b
-    Example:
+    Examples:
       limbeck pack runs/pico-1a2b3c4d --out pico-int8 --zip
+      limbeck pack runs/pico-1a2b3c4d --out models --layout triton
     """
+    from limbeck.app.trust.pack import Layout
     from limbeck.app.trust.pack import pack as pack_run
     from limbeck.contract.artifact import values_of
 
     with values_of(run):
-        packed = pack_run(run, out=out, form=form, as_zip=as_zip)
+        packed = pack_run(run, out=out, form=form, as_zip=as_zip, layout=Layout(layout))
     print(f"{packed.folder}: {packed.form}, {packed.files} files, {packed.megabytes:.1f} MB")
     if packed.archive:
         print(f"{packed.archive}: {packed.archive.stat().st_size / 1e6:.1f} MB")

@@ -12,10 +12,12 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from limbeck.app.given import exported_folder
+from limbeck.app.trust.triton import write_repository
 from limbeck.contract.artifact import MANIFEST, Artifact, open_artifact, student_of, write_artifact
 from limbeck.contract.errors import ArtifactError, EnvironmentalError, UserError
 from limbeck.contract.files import read_json, unwritable_is_a_user_error
@@ -26,6 +28,13 @@ CERTIFICATE, LICENCES = "certificate.json", "LICENCES.md"
 _PARITY = "parity.safetensors"
 _CARD = "README.md"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class Layout(StrEnum):
+    """How the packed folder is laid out."""
+
+    folder = "folder"  # an artifact, as clients and the hub expect it
+    triton = "triton"  # a Triton model repository
 
 
 @dataclass(frozen=True)
@@ -39,12 +48,19 @@ class Packed:
     archive: Path | None
 
 
-def pack(run: Path, *, out: Path, form: str | None = None, as_zip: bool = False) -> Packed:
+def pack(
+    run: Path,
+    *,
+    out: Path,
+    form: str | None = None,
+    as_zip: bool = False,
+    layout: Layout = Layout.folder,
+) -> Packed:
     """Write one form of the exported student of ``run``, a run or its exported folder, to ``out``.
 
     Every file of the export is checked against its hash first. Raises `ArtifactError` for another
-    folder or an unknown form, `UserError` if ``out`` exists, `EnvironmentalError` if it cannot be
-    written.
+    folder or an unknown form, `UserError` if ``out`` exists or a form cannot have the ``layout``,
+    `EnvironmentalError` if it cannot be written.
     """
     archive = Path(f"{out}.zip") if as_zip else None
     for path in (out, archive):
@@ -60,14 +76,17 @@ def pack(run: Path, *, out: Path, form: str | None = None, as_zip: bool = False)
     with unwritable_is_a_user_error(out.parent):
         with write_artifact(
             out,
-            kind="onnx",
+            kind="onnx" if layout is Layout.folder else layout,
             key=fingerprint([onnx.digest, form]),
             parents={**onnx.manifest["parents"], "onnx": onnx.digest},
         ) as draft:
-            for name in keep:
-                (draft.folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(onnx.path / name, draft.folder / name)
-            _point_at_form(draft.folder, onnx, form)
+            if layout is Layout.triton:
+                write_repository(draft.folder, onnx, form, keep)
+            else:
+                for name in keep:
+                    (draft.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(onnx.path / name, draft.folder / name)
+                _point_at_form(draft.folder, onnx, form)
             if form == onnx.result["shipped"] and certificate_of(onnx):
                 shutil.copyfile(onnx.path.parent / CERTIFICATE, draft.folder / CERTIFICATE)
             (draft.folder / LICENCES).write_text(_licences(onnx), encoding="utf-8")
@@ -137,7 +156,7 @@ def _files(onnx: Artifact, form: str) -> list[str]:
     ggufs = {name: {file["file"]} for name, file in onnx.result.get("ggufs", {}).items()}
     if form in ggufs:  # it holds its tokenizer and configuration
         return sorted({*ggufs[form], _CARD})
-    own = set(forms[form]["files"]) - {forms[form].get("all_logits_graph")}
+    own = set(forms[form]["files"]) - {_scoring_graph(forms[form])}
     of_forms = {name for each in forms.values() for name in each["files"]}
     of_forms |= {name for files in ggufs.values() for name in files}
     others = {name for name in onnx.manifest["files"] if name not in of_forms}
@@ -148,6 +167,12 @@ def _files(onnx: Artifact, form: str) -> list[str]:
     return keep
 
 
+def _scoring_graph(form: Mapping[str, Any]) -> str | None:
+    """The graph that only scores text, or None: that of an encoder also runs."""
+    found = form.get("all_logits_graph")
+    return None if found is None or found == form["graph"] else str(found)
+
+
 def _result(onnx: Artifact, form: str) -> dict[str, Any]:
     """The export's result, of one form; its graph that keeps all logits is not packed."""
     ggufs = onnx.result.get("ggufs", {})
@@ -155,8 +180,8 @@ def _result(onnx: Artifact, form: str) -> dict[str, Any]:
         only = {"forms": {}, "ggufs": {form: ggufs[form]}}
         return {**onnx.result, "shipped": form, **only, "packed": True}
     kept = dict(onnx.result["forms"][form])
-    kept["files"] = [name for name in kept["files"] if name != kept.get("all_logits_graph")]
-    if "all_logits_graph" in kept:
+    if scoring := _scoring_graph(kept):
+        kept["files"] = [name for name in kept["files"] if name != scoring]
         kept["all_logits_graph"] = None
     return {**onnx.result, "shipped": form, "forms": {form: kept}, "ggufs": {}, "packed": True}
 
