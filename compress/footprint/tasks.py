@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from compress.footprint import encoders, language
 from compress.footprint.base import Asked, Footprint
-from limbeck.contract.recipe import AnyRecipe, EncoderRecipe, Recipe
+from limbeck.contract.recipe import AnyRecipe
 from limbeck.contract.recipe.checks import require_equal_shares, require_share_for_all
 
 R = TypeVar("R", contravariant=True)  # a recipe
@@ -73,9 +73,9 @@ def require_shares(recipe: AnyRecipe, *, processes: int) -> None:
     """Raise `RecipeError` for a batch that so many processes, each with a whole student, cannot
     share."""
     if recipe.task == "causal-lm":
-        require_share_for_all(cast(Recipe, recipe), processes=processes, sharded=False)
+        require_share_for_all(recipe, processes=processes, sharded=False)
     else:
-        require_equal_shares(cast(EncoderRecipe, recipe), processes=processes)
+        require_equal_shares(recipe, processes=processes)
 
 
 def student_shape(recipe: AnyRecipe) -> Any:

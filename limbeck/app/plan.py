@@ -278,7 +278,7 @@ def _making(recipe: AnyRecipe, cards: bool = False) -> _Making:
     from compress.host import resolve_precision
     from compress.models.language import resolve_device
 
-    task, precision = task_of(recipe.task), recipe.training.precision
+    task, precision = task_of(recipe.task), str(recipe.training.precision)
     device = torch.device("cuda") if cards else resolve_device(recipe.training.device)
     if cards and not torch.cuda.is_available() and precision == "auto":
         precision = "bf16"  # every card since 2020 computes it
