@@ -68,10 +68,8 @@ def recover(
     parameter; the recipe asks for this with `export.recover`. Returns the student artifact at
     ``out`` when it was made from the same input. Raises as `distill`.
     """
-    trained, exported = (
-        open_artifact(student, kind="student"),
-        open_artifact(onnx, kind="onnx", verify=False),
-    )
+    trained = open_artifact(student, kind="student")
+    exported = open_artifact(onnx, kind="onnx", verify=False)
     asked = recipe.export.recover
     assert asked is not None
     given = {"recover": asked.model_dump(mode="json"), "rounding": exported.result["parameters"]}
@@ -105,7 +103,7 @@ def heal(
 
     ``rounds`` are rising multiples of `training.batch_tokens`. ``goes_on`` gets the index of a
     round and the mean held-out NLL after it, in nats a token. Inner layers are not aligned, and
-    teachers answer from the `hidden` cache, which then is the same for every student. ``work``
+    teachers answer from a `hidden` cache that all students share. ``work``
     holds checkpoint and log: an interrupted distillation goes on from them and reports the rounds
     again. Raises as `distill`.
     """

@@ -27,7 +27,7 @@ from compress.divergence import row_dot, softmax_and_norm, through_softmax
 from compress.head import CACHED, IGNORED, Head, Place, chunks_of_labels
 from limbeck.contract.models.alignment import Aligned, Aligner
 
-ANY_ROWS = 1 << 62  # rows of the vocabulary that such a teacher has a say in: as many as there are
+ANY_ROWS = 1 << 62  # vocabulary rows that such a teacher can weigh: all
 _LARGEST = -1e-6  # log q(chunk), at most, so that log(1 - q) is finite
 
 
@@ -78,7 +78,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Spans:
-    """Where a teacher of another tokenizer has a say."""
+    """Labels that a teacher of another tokenizer can judge."""
 
     target_RL: Tensor  # whether it has a distribution for this label
     start_RL: Tensor  # label position where the chunk of this label begins; -1: in no chunk
@@ -126,7 +126,7 @@ class Alignment:
 
     @property
     def spans(self) -> Spans:
-        """Where the teacher has a say."""
+        """Labels that the teacher can judge."""
         return Spans(self.at_RL >= 0, self.start_RL, self.last_RL > self.first_RL)
 
     @property

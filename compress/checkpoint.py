@@ -38,9 +38,9 @@ def write_checkpoint(path: Path, saved: Mapping[str, Any]) -> None:
 
 
 def read_checkpoint(path: Path, *, key: str, device: torch.device | str) -> dict[str, Any] | None:
-    """Read a checkpoint of the run ``key``; None where there is none, or that of another run.
+    """Read the checkpoint of the run ``key``; None if it is missing or another run's.
 
-    Raises `ArtifactError` for one that is damaged.
+    Raises `ArtifactError` for a damaged file.
     """
     try:
         saved: dict[str, Any] = torch.load(path, weights_only=True, map_location=device)
@@ -61,7 +61,7 @@ class Log:
     """One JSON line for each event, and the same numbers in the recipe's experiment trackers."""
 
     def __init__(self, work: Path, accelerator: Any, *, name: str) -> None:
-        """Write into the folder ``work``; ``name`` is that of the run in the trackers."""
+        """Write into the folder ``work``; ``name`` is the run's in the trackers."""
         self.path, self._accelerator = work / LOG, accelerator
         self._files = [self.path, work / SAMPLES]
         self._folder = work / TRACKERS

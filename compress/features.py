@@ -119,10 +119,8 @@ def feature_loss(
     for k, (mine, theirs) in enumerate(zip(projected, teacher_states, strict=True)):
         weight_T = weights_KRL[k][valid_RL]
         for student_RLd, teacher_RLd in zip(mine, theirs, strict=True):
-            student_Td, teacher_Td = (
-                student_RLd[valid_RL].float(),
-                teacher_RLd[valid_RL].float().detach(),
-            )
+            student_Td = student_RLd[valid_RL].float()
+            teacher_Td = teacher_RLd[valid_RL].float().detach()
             if distance == "cosine":
                 gap_T = 1 - torch.nn.functional.cosine_similarity(student_Td, teacher_Td, dim=-1)
             else:

@@ -40,10 +40,8 @@ class Head:
 
     def product(self, hidden_Cd: Tensor, rows: int | None = None) -> Tensor:
         """Return hidden W^T + b, in the number type of the weights."""
-        weight, bias = (
-            self.weight_Vd[:rows],
-            self.bias_V[:rows] if self.bias_V is not None else None,
-        )
+        weight = self.weight_Vd[:rows]
+        bias = self.bias_V[:rows] if self.bias_V is not None else None
         return torch.nn.functional.linear(hidden_Cd, weight, bias)
 
     def finish(self, product_CV: Tensor) -> Tensor:

@@ -25,15 +25,17 @@ def heal(
     steps = [tokens // recipe.training.batch_tokens for tokens in rounds]
     run = _setup(recipe, products, work, rounds)
     measure_teachers(run)
-    told = 0
+    reported = 0
 
     def ends() -> bool:
-        nonlocal told
+        nonlocal reported
         assert run.log is not None
         nll = {entry["step"]: entry["mean_nll"] for entry in run.log.read("evaluate")}
-        while told < len(steps) and steps[told] in nll:  # more than one after an interruption
-            told += 1
-            if not goes_on(told - 1, nll[steps[told - 1]]):
+        while (
+            reported < len(steps) and steps[reported] in nll
+        ):  # more than one after an interruption
+            reported += 1
+            if not goes_on(reported - 1, nll[steps[reported - 1]]):
                 return True
         return False
 

@@ -260,7 +260,7 @@ def _step(
 def learning_rate(config: Trained, done: float, step: float) -> float:
     """Linear warm-up to the peak, then cosine, linear or constant.
 
-    ``done`` and ``step`` are shares of the budget: what is spent, and what one step takes.
+    ``done`` and ``step`` are shares of the budget: the part spent, and one step's part.
     """
     if done < config.warmup:
         return config.learning_rate * min(1.0, (done + step) / config.warmup)
@@ -277,7 +277,7 @@ def learning_rate(config: Trained, done: float, step: float) -> float:
 def _seconds_of_all(run: Run, seconds: float) -> float:
     """Take the first process's clock where the budget is in minutes.
 
-    Learning rate and last step depend on it, and must be those of all processes.
+    Learning rate and last step depend on it, and must be equal in all processes.
     """
     if run.task.steps is not None:
         return seconds

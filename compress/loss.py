@@ -24,8 +24,8 @@ is, with S the teachers of the student's own tokens and W the sum of their weigh
 and l_k is the binary cross-entropy of a chunk's likelihoods (once a chunk), or the distance of
 sorted probabilities.
 
-`plain_loss` is this formula as it stands, and keeps ``[K, T, V]`` in memory. `fused_loss` computes
-the same value and gradient in chunks; the tests hold one to the other.
+`plain_loss` writes out this formula and keeps ``[K, T, V]`` in memory. `fused_loss` computes the
+same value and gradient in chunks; the tests hold one to the other.
 
 Shapes: K teachers, R rows (sequences), L positions of a row, T label positions of a batch, C of a
 chunk, B of a block of a chunk, V vocabulary, d hidden width.
@@ -66,7 +66,7 @@ def plain_loss(
 ) -> Tensor:
     """Compute the loss as the formula at the top of this file has it, a scalar with gradient.
 
-    Takes ``[K, T, V]`` of memory: for reading and for tests. Arguments as of `fused_loss`.
+    It keeps ``[K, T, V]`` in memory: for reading and for tests. Arguments as in `fused_loss`.
     """
     valid_RL = labels_RL != IGNORED
     labels_T, z_TV = labels_RL[valid_RL], head.logits(hidden_RLd[valid_RL])
@@ -352,13 +352,7 @@ class _Batch:
         if readings:
             alpha, beta, tau = config.cross_entropy, config.weight, config.temperature
             target_BV = self._target(readings, place, block, logq_BV)
-            value_B, slope_BV = (
-                divergence(config.divergence, target_BV, logq_BV, q_BV)
-                if tau == 1.0
-                else divergence(
-                    config.divergence, target_BV, torch.log_softmax(logq_BV / tau, dim=-1)
-                )
-            )
+            value_B, slope_BV = self._divergence(target_BV, logq_BV, q_BV)
             fusion = float(value_B.double().sum()) * tau**2
             slope_BV.mul_(beta * tau).add_(q_BV, alpha=alpha)
             self.divergence += fusion
@@ -383,17 +377,13 @@ class _Batch:
         norm_B1: Tensor,
         q_BV: Tensor,
     ) -> tuple[float, Tensor]:
-        """As `_block`, where a teacher may have no say: alpha and beta depend on the label."""
+        """As `_block`, where teachers may miss a label: alpha and beta depend on the label."""
         config, labels_B1 = self.config, self.labels_RL[place][block, None]
         at = place[0][block], place[1][block]
         target_BV, tau = self._target(readings, place, block, logq_BV), config.temperature
         weights_KB1 = self.weights_KRL[:, at[0], at[1], None]
         share_B1 = weights_KB1[self.mixed].sum(0)
-        value_B, slope_BV = (
-            divergence(config.divergence, target_BV, logq_BV, q_BV)
-            if tau == 1.0
-            else divergence(config.divergence, target_BV, torch.log_softmax(logq_BV / tau, -1))
-        )
+        value_B, slope_BV = self._divergence(target_BV, logq_BV, q_BV)
         fusion_B = torch.where(share_B1[:, 0] > 0, value_B * tau**2 * share_B1[:, 0], 0.0)
         slope_BV.mul_(config.weight * tau * share_B1)
         if config.across == "uld":
@@ -415,6 +405,15 @@ class _Batch:
         self.divergence += float(fusion_B.double().sum())
         self._to_product(head, slope_BV, logq_BV, norm_B1)
         return loss / self.denominator, slope_BV
+
+    def _divergence(
+        self, target_BV: Tensor, logq_BV: Tensor, q_BV: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """D ``[B]`` at tau, and its gradient at z / tau; ``q_BV`` is the student at tau = 1."""
+        kind, tau = self.config.divergence, self.config.temperature
+        if tau == 1.0:
+            return divergence(kind, target_BV, logq_BV, q_BV)
+        return divergence(kind, target_BV, torch.log_softmax(logq_BV / tau, dim=-1))
 
     def _target(
         self, readings: Sequence[Reading], place: Place, block: slice, logq_BV: Tensor

@@ -119,9 +119,8 @@ def quantize_blocks(
     steps, middle = 2**bits - 1, 2 ** (bits - 1)
     if zero_points:
         low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
-        scales = (high - low) / torch.full_like(
-            high, steps
-        )  # a plain number may be multiplied by its inverse on a GPU
+        # a plain number may be multiplied by its inverse on a GPU
+        scales = (high - low) / torch.full_like(high, steps)
         zeros = (-low * _inverse(scales)).round()
     else:
         largest = grouped.abs().amax(2)

@@ -26,7 +26,7 @@ class TeacherStates:
     head: Head
     temperature: float = 1.0
 
-    spans = None  # a teacher of the student's own tokens has a say everywhere
+    spans = None  # a teacher of the student's tokenizer judges every label
 
     @property
     def vocabulary(self) -> int:
@@ -55,7 +55,7 @@ class SparseStates:
     entropy_RL: Tensor  # exact, nats
     label_logp_RL: Tensor  # exact, nats
     vocabulary: int
-    # Of a teacher with another tokenizer: where it has a say, and the mass that has no token here.
+    # With another tokenizer: the labels it judges, and the mass without a token here.
     spans: Spans | None = None
     lost_RL: Tensor | None = None
 

@@ -35,7 +35,7 @@ _LEAST_ENTROPY = 0.01
 
 @dataclass(frozen=True)
 class Reach:
-    """Where each teacher has a say, if one of them has another tokenizer than the student."""
+    """Labels that each teacher can judge, if one of them has another tokenizer."""
 
     target_KRL: Tensor  # it has a distribution for this label
     evidence_KRL: Tensor  # the label's bytes are in a chunk whose likelihood it gives
@@ -219,7 +219,7 @@ def _raw_weights(
 def span_of(config: Weights, *, aligned: bool = False) -> Literal["token", "sequence", "batch"]:
     """Return the span of text that the weight of one position depends on.
 
-    ``aligned`` says that a teacher has another tokenizer: its label likelihood is of a chunk.
+    ``aligned``: a teacher has another tokenizer, so its label likelihood is a chunk's.
     """
     granularity: Literal["token", "sequence", "batch"] = getattr(config, "granularity", "token")
     if aligned and granularity == "token" and isinstance(config, LabelWeights | CaMkdWeights):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from onnx import ModelProto, helper
 
+# transformers.js's names of dtypes fp32, fp16, q8, int8, uint8 and q4
 _STEMS = {
     "fp32": "model",
     "fp16": "model_fp16",
@@ -16,7 +17,7 @@ _STEMS = {
     "int8-static": "model_uint8",
     "int8-trt": "model_int8_trt",
     "int4-weight": "model_q4",
-}  # transformers.js's names of dtypes fp32, fp16, q8, int8, uint8 and q4
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def form_files(folder: Path, form: str) -> Graphs:
 
 
 def stamp(proto: ModelProto, metadata: Mapping[str, str]) -> None:
-    """Set ``metadata`` in the graph's ``metadata_props``, over what is there."""
+    """Set ``metadata`` in the graph's ``metadata_props``; other entries are kept."""
     merged = {entry.key: entry.value for entry in proto.metadata_props} | dict(metadata)
     del proto.metadata_props[:]
     helper.set_model_props(proto, merged)

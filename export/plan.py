@@ -69,7 +69,7 @@ def form_bytes(
 ) -> int:
     """Bytes of ``form`` for a model of ``task`` on the meta device: of a graph and its weights.
 
-    ``backend`` and ``provider`` are those of a language model's export; an encoder has no choice.
+    ``backend`` and ``provider`` are for a language model; an encoder has no choice.
     Raises `ModelError` for a kind of rope that no builder gets right, or an architecture that
     llama.cpp does not know.
     """
@@ -88,7 +88,7 @@ def _decoder_bytes(model: Any, form: Form, backend: str, provider: Provider) -> 
     number = 2 if half else 4
     matrices = list(_decoder_matrices(model))
     rest: int = sum(p.numel() for p in model.parameters()) - sum(m.numbers for m in matrices)
-    # Torch's graphs keep in fp32 what is no matrix; the builder's have tables of cosines and sines.
+    # Torch's graphs keep vectors in fp32; the builder's have tables of cosines and sines.
     size = number * (rest + _rotary_numbers(config)) if fused else 4 * rest
     growth = _GENAI if fused else _DYNAMO.get(config.model_type, _OTHER_DYNAMO)
     scheme = scheme_for(form, int(model.get_output_embeddings().weight.shape[1]))

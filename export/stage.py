@@ -1,7 +1,7 @@
 """The export stage, for every task: build the fp32 graph, make each form of it, check each against
 torch, write the folder.
 
-What differs between language models and encoders stands behind `export.tasks.base.Task`.
+`export.tasks.base.Task` holds the differences between language models and encoders.
 """
 
 from __future__ import annotations

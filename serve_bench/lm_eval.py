@@ -75,8 +75,7 @@ def evaluate(
         # fetch.
         raise DataError(
             f"the data of {', '.join(tasks)} cannot be read ({error}). Nothing is fetched: name "
-            "local files in the task's "
-            "dataset_path and dataset_kwargs, as docs/artifacts.md shows."
+            "local files in the task's dataset_path and dataset_kwargs, as docs/artifacts.md shows."
         ) from error
     shipped = form or str(opened.result["shipped"])
     return {
@@ -135,10 +134,8 @@ def _adapter(artifact: Path, *, form: str | None, threads: int | None) -> Any:
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    decoder, text = (
-        Decoder(artifact, form=form, threads=threads, all_logits=True),
-        load_text(artifact),
-    )
+    decoder = Decoder(artifact, form=form, threads=threads, all_logits=True)
+    text = load_text(artifact)
     context = decoder.context or 2048
     start = start_token(text)
 
@@ -147,7 +144,7 @@ def _adapter(artifact: Path, *, form: str | None, threads: int | None) -> Any:
 
         @property
         def eot_token_id(self) -> int:
-            """What stands before a text that has no context."""
+            """Token before a text that has no context."""
             return start
 
         def tok_encode(

@@ -95,7 +95,7 @@ def ablate(
 
 
 class _Estimate:
-    """Time left of an ablation, from that of the arms that were trained before."""
+    """Estimated time left, from the arms that were trained before."""
 
     def __init__(self, arms: Sequence[str]) -> None:
         self._open = [arm for arm in arms if _trains(arm)]
@@ -124,7 +124,7 @@ def _trains(arm: str) -> bool:
 
 
 def _ordered(reference: str, asked: Iterable[str]) -> list[str]:
-    """The reference, the other arms, and last those of equal time, after the arms they need."""
+    """The reference, then the other arms, and last the arms of equal time, which need others."""
     asked, starts = list(asked), [arm.partition(EQUAL_TIME)[2] for arm in asked if is_timed(arm)]
     needed = [f"{arm}{start}" for start in starts for arm in ("ce-only", "recipe")]
     return sorted(dict.fromkeys([reference, *asked, *needed]), key=is_timed)

@@ -130,10 +130,8 @@ def verdict(table: Mapping[str, Mapping[str, Any]]) -> str:
 def markdown(table: Mapping[str, Mapping[str, Any]], design: Design) -> str:
     """Return the table as Markdown, best arm first."""
     first = next(iter(table.values()))
-    domains, further = (
-        list(first["loss"]),
-        [n for n in FURTHER if any(n in r for r in table.values())],
-    )
+    domains = list(first["loss"])
+    further = [n for n in FURTHER if any(n in r for r in table.values())]
     columns = ["arm", *domains, f"mean ({design.loss})", f"against {design.reference} (95 %)"]
     columns += [FURTHER[n] for n in further]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]

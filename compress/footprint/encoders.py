@@ -99,7 +99,7 @@ def describe(config: Any, recipe: EncoderRecipe, *, name: str) -> EncoderShape:
 
 
 def student_config(recipe: EncoderRecipe, *, base: Any, vocabulary: int) -> Any:
-    """Return the student's configuration from that of its ``base``.
+    """Return the student's configuration, made from its ``base``'s.
 
     A fresh student has no base; ``vocabulary`` is the size of its tokenizer.
     """
@@ -149,23 +149,25 @@ def footprint(
     operations += sum((train + heldout) * t.forward / ROWS for t in theirs)
 
     numbers = [len(recipe.classes) or t.width for t in teachers]
-    said = 4 * (train + heldout) * sum(numbers)
+    answers = 4 * (train + heldout) * sum(numbers)
     weights = student.weights + 4 * (trained - student.parameters)
     loop = max(
         mine.kept, mine.backward_peak, measured.forward_peak, 4 * _TEMPORARIES * student.largest
     )
-    moments = [Memory(said, weights, 12 * trained, loop, 0, "training")]
-    if steps > config.checkpoint_every:  # which copies what is trained
-        moments.append(Memory(said, weights, 16 * trained, 0, 0, "saving a checkpoint"))
+    moments = [Memory(answers, weights, 12 * trained, loop, 0, "training")]
+    if steps > config.checkpoint_every:  # a checkpoint copies the trained weights
+        moments.append(Memory(answers, weights, 16 * trained, 0, 0, "saving a checkpoint"))
     moments += [
-        Memory(t.weights + said, student.weights, 0, trace.forward_peak, 0, "asking the teachers")
+        Memory(
+            t.weights + answers, student.weights, 0, trace.forward_peak, 0, "asking the teachers"
+        )
         for t, trace in zip(teachers, theirs, strict=True)
     ]
     if base is not None and isinstance(recipe.student, EncoderShrinkStudent):
         moments.append(Memory(0, base.weights + student.weights, 0, 0, 0, "shrinking"))
     # The saved student is loaded and measured beside the trained one and its last gradients.
     moments.append(
-        Memory(said, weights + student.weights, 4 * trained, measured.forward_peak, 0, "saving")
+        Memory(answers, weights + student.weights, 4 * trained, measured.forward_peak, 0, "saving")
     )
     return Footprint(trained, max(moments, key=lambda m: m.total), 0, operations)
 

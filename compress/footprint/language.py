@@ -114,7 +114,7 @@ def describe(config: Any, recipe: Recipe | None = None, *, name: str = "") -> Sh
 
 
 def student_config(recipe: Recipe, *, base: Any, vocabulary: int) -> Any:
-    """Return the student's configuration from that of its ``base``.
+    """Return the student's configuration, made from its ``base``'s.
 
     A fresh student has no base; ``vocabulary`` is the size of its tokenizer.
     """
@@ -200,7 +200,7 @@ def footprint(
     if _is_cast(recipe) and quantize == "none":
         weights -= student.linear * (4 - compute)
     head = student.width * student.vocabulary * compute if precision != "fp32" else 0
-    said = sum(
+    answers = sum(
         tokens * t.shape.width * (compute + len(p) * 4)
         for t, p in zip(teachers, pairs, strict=True)
     )
@@ -212,7 +212,7 @@ def footprint(
         logits += student.width * student.vocabulary * 4  # gradient of the head, summed over chunks
     teacher_peak = 0 if cached else max((t.forward_peak for t in theirs), default=0)
     activations = max(
-        mine.kept + said + aligned, mine.backward_peak - logits + said, teacher_peak - logits
+        mine.kept + answers + aligned, mine.backward_peak - logits + answers, teacher_peak - logits
     )
     best = 4 * trained
     # The cache is mapped from disk: the kernel drops its pages when memory is short, and a GPU gets
@@ -393,9 +393,8 @@ def _logits(recipe: Recipe, student: Shape, teachers: int, compute: int) -> int:
     label_positions = recipe.training.micro_batch * (recipe.data.block - 1)
     chunk = min(recipe.fusion.chunk, label_positions) * student.vocabulary
     device = recipe.training.device
-    on_gpu = device == "cuda" or (
-        device == "auto" and torch.cuda.is_available()
-    )  # where a block is the chunk
+    # where a block is the chunk
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     return (teachers + 2) * chunk * compute + 8 * (chunk if on_gpu else min(CACHED, chunk)) * 4
 
 
@@ -483,10 +482,8 @@ def _operations(
     config = recipe.training
     tokens = config.tokens or 0
     micro = config.micro_batch * recipe.data.block
-    heldout, measurements = (
-        _heldout_tokens(recipe),
-        2 + (tokens // config.batch_tokens) // config.evaluate_every,
-    )
+    heldout = _heldout_tokens(recipe)
+    measurements = 2 + (tokens // config.batch_tokens) // config.evaluate_every
     head = 2 * student.width * student.vocabulary
     trains_head = not isinstance(recipe.student, LoraStudent)
     step = (mine.forward + mine.backward) / micro + head * (3 if trains_head else 2)

@@ -30,7 +30,7 @@ class Shape(Protocol):
 
 
 class Task(Protocol[R]):
-    """One of the two modules. A configuration is that of transformers."""
+    """One of the two modules. Configurations are transformers'."""
 
     def config_of(self, source: Any, *, folder: Path) -> Any:
         """The configuration of a model source. Raises `ModelError` if it is not available."""
@@ -45,7 +45,7 @@ class Task(Protocol[R]):
         """A teacher in memory; ``made`` is the recipe that makes it, if there is one."""
 
     def asked(self, recipe: R) -> dict[str, Asked]:
-        """What servers are asked for, by the teacher's name."""
+        """Requests to servers, by the teacher's name."""
 
     def served_vocabulary(self, recipe: R) -> int | None:
         """Tokens of the first teacher's tokenizer if that teacher is behind a server, else None."""

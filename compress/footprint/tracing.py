@@ -29,7 +29,7 @@ _TRACED = (2, 4)  # layers that are traced; all others lie on the line through b
 
 @dataclass(frozen=True)
 class Trace:
-    """One micro-batch through a model: operations, and bytes above what is alive before it."""
+    """One micro-batch through a model: operations, and bytes on top of those alive before."""
 
     forward: float
     backward: float
@@ -55,11 +55,11 @@ def trace_model(
             if parameter.requires_grad:  # gradients are counted with the optimiser
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
         with Live(known) as live, FlopCounterMode(display=False) as counter:
-            said = run(model, ids)
+            output = run(model, ids)
             kept, forward_peak, forward = live.now, live.peak, counter.get_total_flops()
             live.peak = live.now
             if trains:
-                said.backward(torch.empty_like(said))
+                output.backward(torch.empty_like(output))
             return Trace(
                 forward, counter.get_total_flops() - forward, kept, forward_peak, live.peak
             )

@@ -34,7 +34,7 @@ class Step(Protocol):
         """Return a scalar with gradient: the part's share of the loss of the global batch."""
 
     def figures(self) -> Figures:
-        """Return what the log says of the step, the same on every process; `loss` is among it."""
+        """Return the step's figures for the log, equal on every process; `loss` is one of them."""
 
     def samples(self) -> list[Figures]:
         """Return the texts that the student wrote for this step, of all processes."""

@@ -1,6 +1,6 @@
 """Classifiers: cross-entropy with the label plus the divergence from the fused teachers.
 
-The loss is that of `compress.loss` with classes in place of the vocabulary: the logits ``[R, C]``
+The loss is `compress.loss` with classes in place of the vocabulary: the logits ``[R, C]``
 go in as the state of one position under a head that changes nothing, so weights, divergences and
 calibration are the very same code.
 """
@@ -39,14 +39,12 @@ class ClassificationTask(EncoderTask):
     def __init__(
         self, recipe: ClassificationRecipe, *, products: Mapping[str, Path], accelerator: Any
     ) -> None:
-        """See `EncoderTask`."""
         self._fusion = recipe.fusion
         self.classes: list[str] = [c.name for c in recipe.data.classes]
         super().__init__(recipe, products=products, accelerator=accelerator)
 
     @property
     def class_names(self) -> list[str]:
-        """See `EncoderTask`."""
         return self.classes
 
     def prepare(self) -> None:
@@ -64,7 +62,6 @@ class ClassificationTask(EncoderTask):
         return logits
 
     def load(self, folder: Path) -> Any:
-        """See `EncoderTask`."""
         return load_classifier(folder)
 
     def load_teacher(self, teacher: EncoderTeacher, folder: Path) -> Model:
@@ -82,7 +79,6 @@ class ClassificationTask(EncoderTask):
     def terms(
         self, student: EncoderStudent, answers: Answers, mine: Tensor, rows: Tensor, progress: float
     ) -> Terms:
-        """See `EncoderTask`."""
         mine = mine.to(self.device)
         labels_N = torch.from_numpy(self.train.groups).long().to(self.device)
         return class_terms(

@@ -45,7 +45,6 @@ class EmbeddingTask(EncoderTask):
     def __init__(
         self, recipe: EmbeddingRecipe, *, products: Mapping[str, Path], accelerator: Any
     ) -> None:
-        """See `EncoderTask`."""
         self._fusion = recipe.fusion
         super().__init__(recipe, products=products, accelerator=accelerator)
 
@@ -70,11 +69,9 @@ class EmbeddingTask(EncoderTask):
         return pooled(model, ids_RL, mask_RL)
 
     def load(self, folder: Path) -> Any:
-        """See `EncoderTask`."""
         return load_body(folder)
 
     def load_teacher(self, teacher: EncoderTeacher, folder: Path) -> Model:
-        """See `EncoderTask`."""
         loaded, pooling = load_body(folder).to(self.device), str(getattr(teacher, "pooling", ""))
         return lambda ids, mask: pooled(loaded, ids, mask, pooling=pooling)
 
@@ -86,7 +83,7 @@ class EmbeddingTask(EncoderTask):
         rank, world = accelerator.process_index, accelerator.num_processes
         everyone, order = answers, torch.arange(len(rows))
         if world > 1:
-            # The others' vectors come without gradient: each process adds that of its own.
+            # Vectors of other processes carry no gradient: each process adds its own part.
             parts = list(accelerator.gather(answers.detach()).chunk(world))
             parts[rank] = answers
             everyone = torch.cat(parts)

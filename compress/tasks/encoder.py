@@ -113,7 +113,7 @@ class EncoderTask(ABC):
         self.temperatures = [1.0] * len(self.teachers)
         self.student = EncoderStudent(model, self._projections(model), self.answer).to(self.device)
         self.prepare()
-        torch.manual_seed(recipe.seed)  # of dropout, whatever was drawn before
+        torch.manual_seed(recipe.seed)  # dropout does not depend on earlier draws
 
     @property
     def class_names(self) -> list[str] | None:
@@ -147,7 +147,7 @@ class EncoderTask(ABC):
     ) -> Terms:
         """Return the loss of this process's share of a step, and its terms.
 
-        ``rows`` are the training examples of the global batch, ``mine`` those of ``answers``.
+        ``rows`` are the global batch's training examples, ``mine`` those that ``answers`` are of.
         """
 
     @abstractmethod
@@ -234,7 +234,6 @@ class EncoderTask(ABC):
         return len(self.order) // self.recipe.training.batch
 
     def step(self, index: int, *, progress: float) -> EncoderStep:
-        """See `compress.tasks.Task`."""
         batch = self.recipe.training.batch
         return EncoderStep(self, self.order[index * batch : (index + 1) * batch], progress)
 
@@ -251,17 +250,14 @@ class EncoderTask(ABC):
         return self._answers(lambda ids, mask: self.answer(model, ids, mask), self.heldout)
 
     def measure_teacher(self, k: int) -> TeacherResult:
-        """See `compress.tasks.Task`."""
         metrics = self.measure_answers(self.teachers[k].heldout)
         return TeacherResult(self.temperatures[k], metrics=metrics)
 
     def describe_teacher(self, report: TeacherResult) -> str:
-        """See `compress.tasks.Task`."""
         metrics = report.metrics or {}
         return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
     def losses(self, label: str) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
-        """See `compress.tasks.Task`."""
         self.student.eval()
         losses = self._by_group(self.loss_of_each(self._student_answers(self.student.model)))
         self.student.train()
@@ -275,7 +271,6 @@ class EncoderTask(ABC):
         return losses
 
     def teacher_losses(self, k: int) -> dict[str, list[float]]:
-        """See `compress.tasks.Task`."""
         return self._by_group(self.loss_of_each(self.teachers[k].heldout))
 
     def teacher_seconds(self, k: int) -> float:
@@ -289,7 +284,6 @@ class EncoderTask(ABC):
     # Saving ------------------------------------------------------------------------------------
 
     def teacher_entries(self) -> list[dict[str, Any]]:
-        """See `compress.tasks.Task`."""
         return [
             {
                 "name": t.name,
@@ -303,7 +297,6 @@ class EncoderTask(ABC):
         ]
 
     def save(self, folder: Path, best: Mapping[str, Tensor], *, seen: int, best_step: int) -> Saved:
-        """See `compress.tasks.Task`."""
         assert not best, "encoders keep the last weights"
         self.student.eval()
         self.student.model.save_pretrained(folder / "model")
@@ -349,11 +342,9 @@ class EncoderStep:
         self._terms: Terms | None = None
 
     def fingerprint(self) -> str:
-        """See `compress.tasks.Step`."""
         return fingerprint(self.rows.tolist())[:16]
 
     def loss(self, student: Any, part: Tensor) -> Tensor:
-        """See `compress.tasks.Step`."""
         task, mine = self.task, self.rows[part.numpy()]
         ids, mask = (torch.from_numpy(a).to(task.device) for a in task.train.batch(mine))
         with task.accelerator.autocast():

@@ -66,7 +66,6 @@ class LanguageTask(LanguageModels):
     # Training ----------------------------------------------------------------------------------
 
     def step(self, index: int, *, progress: float) -> LanguageStep:
-        """See `compress.tasks.Task`."""
         batch = self.batch(index)
         if self.own is None:
             return LanguageStep(self, index, batch, progress)
@@ -129,7 +128,6 @@ class LanguageTask(LanguageModels):
         )
 
     def teacher_losses(self, k: int) -> dict[str, list[float]]:
-        """See `compress.tasks.Task`."""
 
         def score(ids_RL: Tensor, labels_RL: Tensor) -> Tensor:
             states = self._teacher_states(k, ids_RL, labels_RL)
@@ -170,7 +168,6 @@ class LanguageTask(LanguageModels):
         return -evidence * bytes_RL.sum(1) / given.clamp(min=1)
 
     def describe_teacher(self, report: TeacherResult) -> str:
-        """See `compress.tasks.Task`."""
         nll = report.nll or {}
         figures = "  ".join(f"{domain} {value:.3f}" for domain, value in nll.items())
         unit = "nats a token"
@@ -210,7 +207,6 @@ class LanguageTask(LanguageModels):
         return fit_temperature(torch.cat(hidden), states[0].head, torch.cat(wanted), bounds=bounds)
 
     def losses(self, label: str) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
-        """See `compress.tasks.Task`."""
         labels = {b.name: labels_of(b.heldout.input_ids, b.heldout.scored) for b in self.blocks}
         counts = {name: (found != IGNORED).sum(1).tolist() for name, found in labels.items()}
         return self.student_nll(label=label), counts
@@ -250,14 +246,12 @@ class LanguageTask(LanguageModels):
     # Saving ------------------------------------------------------------------------------------
 
     def teacher_entries(self) -> list[dict[str, Any]]:
-        """See `compress.tasks.Task`."""
         return [
             f.entry(temperature) | self.sources["teachers"][f.name]
             for f, temperature in zip(self.folders, self.temperatures, strict=True)
         ]
 
     def save(self, folder: Path, best: Mapping[str, Tensor], *, seen: int, best_step: int) -> Saved:
-        """See `compress.tasks.Task`."""
         model = self.student.model
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         save_student(model, best, tokenizer_folder=self.folder, out=folder, begin=self.begin)

@@ -139,7 +139,7 @@ class LanguageModels:
         Raises `RecipeError` where the recipe wants a merge and no teacher can be merged.
         """
         student = self.recipe.student
-        # Embeddings of another tokenizer have other rows, whatever the shape.
+        # Embeddings of another tokenizer have other rows, even if their shape is equal.
         local = [
             f
             for f, pair in zip(self.folders, self.pairs.pairs, strict=True)
@@ -216,7 +216,7 @@ class LanguageModels:
     def vocabulary(self) -> int:
         """Token ids that student and teachers share: rows of the smallest head.
 
-        A teacher with another tokenizer has a say in all of the student's.
+        A teacher with another tokenizer can weigh all of the student's ids.
         """
         theirs = zip(self.teachers.heads, self.pairs.pairs, strict=True)
         heads = [Body(self.student.model).head, *(head for head, pair in theirs if pair is None)]

@@ -76,11 +76,9 @@ class LanguageStep:
         self.count = self.corpus_count + int(self.task.accelerator.reduce(mine, reduction="sum"))
 
     def fingerprint(self) -> str:
-        """See `compress.tasks.Step`."""
         return fingerprint(self.ids_RL.tolist())[:16]
 
     def loss(self, student: Any, part: Tensor) -> Tensor:
-        """See `compress.tasks.Step`."""
         task, device = self.task, self.task.device
         ids, labels = self.ids_RL[part].to(device), self.labels_RL[part].to(device)
         written = self.written
@@ -112,7 +110,7 @@ class LanguageStep:
         return found
 
     def _read_labels(self, part: Tensor, labels_RL: Tensor, *, own: bool) -> Tensor:
-        """Labels of a micro-batch, and those of the prompts that evidence is taken from."""
+        """Labels of a micro-batch, and labels of the prompts that give evidence."""
         if not own or self.written is None:
             return labels_RL
         prompts_RL = self.written.prompt_labels_RL[part, : labels_RL.shape[1]]
@@ -268,7 +266,6 @@ class LanguageStep:
         }
 
     def samples(self) -> list[dict[str, Any]]:
-        """See `compress.tasks.Step`."""
         own, written = self.task.own, self.written
         if own is None or written is None:
             return []
@@ -278,7 +275,7 @@ class LanguageStep:
     def _correlation(self) -> float | None:
         """Pearson correlation of w_k - 1/K with log p_k(label) less its mean over the teachers.
 
-        It says whether the weights follow the better teacher.
+        It shows whether the weights follow the better teacher.
         """
         if not self._pairs:
             return None

@@ -23,10 +23,10 @@ from limbeck.contract.recipe import PosteriorWeights, ReverseKl
 
 
 class OwnTerms:
-    """Sums over the own rows of one step. `figures` adds those of all processes."""
+    """Sums over the own rows of one step. `figures` adds up all processes."""
 
     def __init__(self, places: Sequence[str], names: Sequence[str], *, estimates: bool) -> None:
-        """``names`` are those of the teachers.
+        """``names`` are the teachers'.
 
         ``estimates`` is False where a teacher's likelihoods are of other tokens than the student's:
         then the reverse KL cannot be estimated from the labels.
@@ -54,7 +54,7 @@ class OwnTerms:
         self._rows += len(rows)
 
     def figures(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Any] | None:
-        """Return means over all processes, of which ``reduce`` gives the sum; None without rows."""
+        """Return means over all processes, added up by ``reduce``; None without rows."""
         sums = [self._divergence, self._log_ratio, self._repetition, self._rows]
         packed = torch.cat(
             [torch.tensor(sums, dtype=torch.float64), self._labels_P, self._weights_PK.flatten()]

@@ -206,7 +206,7 @@ class OwnText:
         ]
 
     def _ends(self, lm: Any) -> list[int]:
-        """Ids that end a text: the tokenizer's, and those of the model's generation."""
+        """Ids that end a text: the tokenizer's and the generation config's."""
         ends = lm.generation_config.eos_token_id
         several = ends if isinstance(ends, list) else [ends]
         found = {self._tokenizer.eos_token_id, *several} - {None}
@@ -248,7 +248,7 @@ class Sampler(LogitsProcessor):  # type: ignore[misc]
             self._warpers.append(TopPLogitsWarper(top_p))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores ``[G, V]`` of which only the chosen token's is finite."""
+        """Return scores ``[G, V]`` that are finite for the chosen token only."""
         z_GV = scores[:, : self._vocabulary].float()
         if self._forbidden:
             z_GV = z_GV.clone()

@@ -1,4 +1,4 @@
-"""What a task says of the student that it has saved."""
+"""A task's description of the student that it saved."""
 
 from __future__ import annotations
 

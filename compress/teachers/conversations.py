@@ -103,7 +103,6 @@ class Conversations:
             self._domains.append(found | {"text": np.memmap(folder / "text.bin", np.uint8, "r")})
 
     def align(self, aligner: Aligner, ids: Sequence[int]) -> Aligned | None:
-        """See `compress.aligned.Rendered`."""
         key = _key(ids)
         for found in self._domains:
             place = int(np.searchsorted(found["keys"], key))

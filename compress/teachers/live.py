@@ -44,7 +44,7 @@ class TeacherFolder:
     digest: str
 
     def entry(self, temperature: float) -> dict[str, Any]:
-        """What `teachers.json` says of this teacher."""
+        """This teacher's entry in `teachers.json`."""
         adapter = str(self.whole_adapter) if self.whole_adapter else None
         return {
             "name": self.name, "model": str(self.whole), "adapter": adapter,
@@ -126,9 +126,8 @@ class Teachers:
         self.bodies = [
             self._load(folder, f"teacher_{k}", shared, device) for k, folder in enumerate(folders)
         ]
-        for body, folder in zip(
-            self.bodies, folders, strict=True
-        ):  # now that all of them are loaded
+        # now that all of them are loaded
+        for body, folder in zip(self.bodies, folders, strict=True):
             if folder.adapter is not None:
                 require_faithful(body, f"{folder.adapter} on {folder.base}")
         heads = [body.head for body in self.bodies]  # before frozen matrices are cast
@@ -181,7 +180,7 @@ class Teachers:
     ) -> tuple[list[TeacherStates | AlignedStates], list[list[Tensor]]]:
         """Last states of each teacher (or ``only`` one), and inner states [K][P] of [R, L, d_k].
 
-        Inner states are those after the given ``layers`` of each teacher. Tokens are the
+        Inner states are taken after the given ``layers`` of each teacher. Tokens are the
         student's; a teacher with another tokenizer reads their text. ``labels_RL`` says which
         tokens are labels; None: all but the first. Raises `ModelError` for a row that takes more
         of a teacher's tokens than it reads.

@@ -36,7 +36,7 @@ def open_teachers(
 ) -> Teachers | CachedTeachers | MixedTeachers:
     """Load the local teachers, or open the cache; open the cache of the served ones.
 
-    ``pairs`` are those of all teachers; None: all have the student's tokenizer.
+    ``pairs`` has one entry a teacher; None: all have the student's tokenizer.
     """
     folders = [f for f in found if isinstance(f, TeacherFolder)]
     pairs = pairs or Pairs((None,) * len(found), ((),) * len(found))
@@ -84,7 +84,6 @@ class MixedTeachers:
 
     @property
     def served_vocabularies(self) -> list[int]:
-        """See `ServedTeachers.vocabularies`."""
         return self.served.vocabularies
 
     def __len__(self) -> int:
@@ -125,5 +124,5 @@ class MixedTeachers:
         )
 
     def of_local(self, values: Sequence[T]) -> list[T]:
-        """The values of the local teachers, out of those of all."""
+        """The local teachers' values, taken from all teachers'."""
         return [v for v, (mine, _) in zip(values, self._places, strict=True) if mine]

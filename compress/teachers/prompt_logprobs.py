@@ -73,7 +73,7 @@ class Server:
     def require_room(self, tokens: int, *, aligned: bool = False) -> None:
         """Raise `ModelError` unless a text of ``tokens`` and the one token of an answer fit.
 
-        ``aligned`` says that its tokens are not those that `data.block` counts.
+        ``aligned``: its tokens are not the ones that `data.block` counts.
         """
         context = self._endpoint.context
         if context is not None and tokens >= context:
@@ -94,7 +94,7 @@ class Server:
         return self._read(self._entries(ids), ids)
 
     def probe(self, tokenizer: Any) -> dict[str, list[float]]:
-        """Compare the server's tokens with those of ``tokenizer``, a fast one of transformers.
+        """Compare the server's tokens with ``tokenizer``'s, a fast tokenizer of transformers.
 
         Returns the token ids of a short text and their log-probabilities, by which this model can
         be known again. Raises `ModelError` where the texts of tokens differ, and as `ask`.

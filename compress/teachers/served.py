@@ -3,7 +3,7 @@
 A server gives the k likeliest tokens of every position and the label's own log-probability, which
 is what a `topk` cache keeps. Only the entropy is not exact: it lies between two bounds, and the
 middle is used. An answer is written as it comes, so that a build that was stopped asks for nothing
-twice; whole shards are artifacts. Texts are found by their token ids, whatever recipe asks.
+twice; whole shards are artifacts. Texts are found by their token ids, for any recipe.
 
 A teacher with another tokenizer than the student's is asked for the text in its own tokens. What
 is kept are its answers; they are projected into the student's vocabulary when they are read.
@@ -143,7 +143,6 @@ class _Cache:
         self._texts: dict[bytes, bytes] = {}  # ids of a row, padding included -> ids of its text
 
     def prepare(self, rows: Sequence[Row]) -> None:
-        """See `ServedTeachers.prepare`."""
         texts: dict[bytes, list[int]] = {}
         for ids, labels in rows:
             if self.pair is not None:
@@ -177,7 +176,6 @@ class _Cache:
     def states(
         self, input_ids_RL: Tensor, labels_RL: Tensor | None, device: torch.device
     ) -> SparseStates:
-        """See `ServedTeachers.states`."""
         if self.pair is None:
             keys = [_key(row) for row in input_ids_RL.tolist()]
             unknown = [key not in self._texts for key in keys]
@@ -335,7 +333,7 @@ def projected(found: SparseStates, alignment: Alignment, target_V: Tensor) -> Sp
     """Answers at the teacher's own positions ``[R, M]``, written for the student's ``[R, L]``.
 
     ``target_V`` is the student's token that begins each teacher token, or -1. Tokens of one target
-    add up. Mass without a target is lost, and what is not known stays in the tail.
+    add up. Mass without a target is lost; unknown mass stays in the tail.
     """
     a, spans = alignment, alignment.spans
     at_RL, has_RL = a.at_RL.clamp(min=0), spans.target_RL

@@ -85,7 +85,7 @@ class Start:
     def can_join(self, base: Path, *, dora: bool) -> bool:
         """Whether the merge is a weighted sum of plain LoRA adapters on ``base``.
 
-        ``dora`` says that the student's own adapter is DoRA, whose norms are of the merged weights.
+        ``dora``: the student's adapter is DoRA, whose norms are the merged weights'.
         """
         if not self.teachers:
             return True
@@ -149,7 +149,7 @@ def choose_start(
 
     ``score(model)`` gives nats a token of a model on ``device``; ``text`` is a digest of the text
     and of the precision. ``among`` gives the merges to try, from the teachers' names. The choice is
-    kept in the cache. Raises `ModelError` for the base, and whatever ``among`` raises.
+    kept in the cache. Raises `ModelError` for the base, and the errors of ``among``.
     """
     model = load_model(base, device=device)
     start = parameters_of(load_model(base))

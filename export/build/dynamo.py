@@ -63,9 +63,8 @@ class FlatCache(torch.nn.Module):
         from transformers import DynamicCache
         from transformers.cache_utils import DynamicLayer
 
-        seen_BL = (attention_mask.cumsum(1) - 1).clamp(
-            min=0
-        )  # a token's position is the number of tokens before it
+        # a token's position is the number of tokens before it
+        seen_BL = (attention_mask.cumsum(1) - 1).clamp(min=0)
         positions_BS = seen_BL[:, attention_mask.shape[1] - input_ids.shape[1] :]
 
         def mask(window: int) -> torch.Tensor:
@@ -109,7 +108,7 @@ def build_dynamo(
     """Build the fp32 graphs of the transformers folder ``model`` below ``folder``; also returns the
     context, in tokens.
 
-    ``opset`` is the ONNX operator set, none the exporter's choice. ``static`` graphs read one token
+    ``opset`` is the ONNX operator set, None the exporter's choice. ``static`` graphs read one token
     of each row a run, given a mask of their length and a cache of one column less; both keep all
     logits, which are of one token.
 
@@ -164,9 +163,8 @@ def _export(folder: Path, path: Path, opset: int | None, static: StaticShapes | 
     if not shapes or any(len(shape) != 4 or shape[2] != 2 for shape in shapes):
         raise ModelError(
             f"{folder}: {name} keeps something else than keys and values a token "
-            f"({type(probe).__name__}); "
-            "only decoders with such a cache can be exported. Use a student of another "
-            "architecture."
+            f"({type(probe).__name__}); only decoders with such a cache can be exported. Use a "
+            "student of another architecture."
         )
     rows, new, past = _TRACED["rows"], _TRACED["new"], _TRACED["past"]
     if static:
@@ -244,9 +242,10 @@ def keep_last(proto: ModelProto) -> None:
     entry = [
         *describe_input(make),
         make("Mul", [make.name("mask"), make.name("range")], "token_columns"),
+        # [B, 1]
         make(
             "ReduceMax", [make.name("token_columns"), make.constant("one", [1])], "last", keepdims=1
-        ),  # [B, 1]
+        ),
     ]
     choose_columns(proto, make, entry, "last")
     declare_one_position(proto)

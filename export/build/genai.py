@@ -65,7 +65,7 @@ def build_genai(
         shutil.move(build / "model.onnx.data", graphs.data)
         for logits, path in (("last", graphs.last), ("all", graphs.all)):
             proto = onnx.load(build / "model.onnx", load_external_data=False)
-            # The builder adds the commit of whatever repository its package lies in.
+            # The builder adds the commit of the repository around its package, if there is one.
             proto.producer_version = proto.producer_version.partition("+")[0]
             relocate(proto, graphs.data.name)
             _static_cache(proto, head_size)
@@ -109,9 +109,8 @@ def _run_builder(model: Path, folder: Path) -> None:
         raise ModelError(
             f"{model}: ONNX Runtime GenAI's graph builder cannot build {architecture} "
             f"({type(error).__name__}: {str(error)[:200]}); set export.backend: dynamo, or use a "
-            "student of "
-            f"an architecture that is known to work: {', '.join(KNOWN)}. The builder's last "
-            f"lines:{tail or ' none'}"
+            f"student of an architecture that is known to work: {', '.join(KNOWN)}. The builder's "
+            f"last lines:{tail or ' none'}"
         ) from error
     # the builder's model and graph refer to each other, and the next step loads the weights again
     gc.collect()
@@ -123,9 +122,8 @@ def _run_builder(model: Path, folder: Path) -> None:
             f"{model}: the graph builder writes {architecture} with inputs "
             f"{', '.join(sorted(n for n in names if 'past' not in n))} and "
             f"{'' if fused else 'no '}fused attention; expected input_ids, attention_mask and "
-            "fused attention. "
-            "Set export.backend: dynamo, or use a student of an architecture that is known to "
-            f"work: {', '.join(KNOWN)}."
+            "fused attention. Set export.backend: dynamo, or use a student of an architecture that "
+            f"is known to work: {', '.join(KNOWN)}."
         )
 
 

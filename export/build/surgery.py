@@ -64,7 +64,7 @@ class Maker:
         return f"{_OWN}{short}"
 
     def constant(self, short: str, value: Any) -> str:
-        """The full name of a constant of integers; one that there is already is not made again."""
+        """The full name of a constant of integers, which is made if it is missing."""
         name = f"{_OWN}const/{short}"
         if name not in self._constants:
             self._constants.add(name)
@@ -83,11 +83,9 @@ def describe_input(make: Maker) -> list[NodeProto]:
     """Nodes for the count of ``rows`` and ``steps`` of the input, the ``range`` of its columns, and
     the ``mask [B, S]`` of the new tokens.
     """
-    whole, one, zero = (
-        make.constant("end", [2**63 - 1]),
-        make.constant("one", [1]),
-        make.constant("zero", [0]),
-    )
+    whole = make.constant("end", [2**63 - 1])
+    one = make.constant("one", [1])
+    zero = make.constant("zero", [0])
     zero_scalar, one_scalar = make.constant("zero_scalar", 0), make.constant("one_scalar", 1)
     return [
         make("Shape", ["input_ids"], "rows", start=0, end=1),
@@ -133,9 +131,8 @@ def choose_columns(
     )
     del graph.node[:]
     graph.node.extend([*entry, *nodes[:at], *choice, *nodes[at:]])
-    del graph.value_info[
-        :
-    ]  # shapes of the builder's that no longer hold; onnxruntime infers its own
+    # shapes of the builder's that no longer hold; onnxruntime infers its own
+    del graph.value_info[:]
 
 
 def declare_one_position(proto: ModelProto) -> None:

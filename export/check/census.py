@@ -29,11 +29,8 @@ _QUANTIZED = {
     "int8-trt": ("MatMul int8", "8-bit"),
     "int4-weight": ("MatMulNBits 4-bit", "4-bit"),
 }
-_PASS = (
-    "Transpose",
-    "Cast",
-    "DequantizeLinear",
-)  # between a constant and the operator that it is for
+# between a constant and the operator that it is for
+_PASS = ("Transpose", "Cast", "DequantizeLinear")
 _PRODUCT = ("MatMul", "Gemm")  # operators that read a whole weight matrix
 _MULTIPLY = (*_PRODUCT, "Gather")  # or rows of one
 _NO_WEIGHTS = "both factors are activations, as in attention; there are no weights to round"

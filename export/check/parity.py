@@ -66,9 +66,8 @@ def make_cases(
     """
     start = np.asarray(first, np.int64)
     texts, more = ([_without(start, row) for row in rows] for rows in (texts, more))
-    pool = np.concatenate(
-        [*texts, *texts]
-    )  # a short text is read twice rather than making a case shorter
+    # a short text is read twice rather than making a case shorter
+    pool = np.concatenate([*texts, *texts])
     room = min(context, 24)
     step = max(room // 4, 1)  # tokens decoded one at a time at the end of a case
 
@@ -82,10 +81,8 @@ def make_cases(
         tokens: Sequence[Ints], splits: Sequence[int], *, left: bool = True, tail: int = 0
     ) -> Case:
         width = int(sum(splits))
-        ids, mask = (
-            np.zeros((len(tokens), width), np.int64),
-            np.zeros((len(tokens), width), np.int64),
-        )
+        ids = np.zeros((len(tokens), width), np.int64)
+        mask = np.zeros((len(tokens), width), np.int64)
         for row, text in enumerate(tokens):
             head = len(text) - tail  # of the padded part; the tail is decoded without padding
             start = width - len(text) if left else 0

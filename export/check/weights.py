@@ -1,4 +1,4 @@
-"""Are the weights of a rounded graph those of the fp32 graph, within what rounding costs?
+"""Are the weights of a rounded graph those of the fp32 graph, within rounding errors?
 
 Reads the files that ship. The error of an output of a matrix does not depend on the model's depth
 or on text. A fault in one matrix is plain here; in the logits dozens of sound matrices hide it.
@@ -92,7 +92,7 @@ def weight_errors(
 def require_weights(
     form: str, source: Graphs, made: Graphs, scheme: Scheme, calibration: Calibration
 ) -> None:
-    """Raise `ParityError` naming the initialisers of ``made`` that are not those of ``source``."""
+    """Raise `ParityError` naming initialisers of ``made`` that differ from ``source``."""
     require_limits(form, weight_errors(source, made.last, scheme, calibration))
 
 

@@ -62,14 +62,11 @@ def read_updates(base: Path, adapter: Path) -> list[Update]:
         if not isinstance(layer, torch.nn.Linear | Conv1D) or any(module.use_dora.values()):
             raise ModelError(
                 f"{adapter}: its update of {name} ({type(layer).__name__}) is no plain low-rank "
-                "update of a linear layer; "
-                "set export.adapters: merged."
+                "update of a linear layer; set export.adapters: merged."
             )
         weight_NK = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
-        down, up = (
-            module.lora_A["default"].weight,
-            module.lora_B["default"].weight * module.scaling["default"],
-        )
+        down = module.lora_A["default"].weight
+        up = module.lora_B["default"].weight * module.scaling["default"]
         ends = weight_NK[:, [0, -1]].T
         updates.append(
             Update(name, _array(ends), int(weight_NK.shape[1]), _array(down), _array(up))
@@ -139,9 +136,8 @@ def write_adapter(path: Path, values: Mapping[str, Floats], *, base: int) -> Non
 @dataclass(frozen=True)
 class _Found:
     shape: tuple[int, int]  # K, N of the graph's matrix
-    updates: list[
-        tuple[Update, int]
-    ]  # with the column of the matrix where the layer's outputs begin
+    # with the column of the matrix where the layer's outputs begin
+    updates: list[tuple[Update, int]]
 
 
 def _find(proto: ModelProto, folder: Path, updates: Sequence[Update]) -> dict[str, _Found]:
@@ -167,8 +163,7 @@ def _find(proto: ModelProto, folder: Path, updates: Sequence[Update]) -> dict[st
         if len(matches) != 1:
             raise ModelError(
                 f"{update.name}: found {len(matches)} products with its weights in the graph, "
-                "expected one; its adapter "
-                "cannot be kept apart. Set export.adapters: merged."
+                "expected one; its adapter cannot be kept apart. Set export.adapters: merged."
             )
         name, column = matches[0]
         found.setdefault(name, _Found(ends[name][0], [])).updates.append((update, column))

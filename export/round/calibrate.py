@@ -164,9 +164,8 @@ def _rows(student: Path, form: Form | EncoderForm, instead: str) -> list[npt.NDA
         without = f", or {instead}" if instead else ""
         raise ArtifactError(
             f"{student}: {CALIBRATION} is missing; {form.kind} is calibrated on training text. The "
-            "student is older than "
-            f"that: delete its folder and run the compress stage again{without}, or take the form "
-            "out of export.forms."
+            "student is older than that: delete its folder and run the compress stage "
+            f"again{without}, or take the form out of export.forms."
         )
     return load_calibration(student / CALIBRATION)
 

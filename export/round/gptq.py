@@ -49,9 +49,8 @@ def round_blocks(
             left_KN[k + 1 : end] -= np.outer(shares_KK[k, k + 1 : end], error)
             errors[k - start] = error
         left_KN[end:] -= shares_KK[start:end, end:].T @ errors
-    codes = np.repeat(zeros.T[:, :, None], how.block, axis=2).reshape(
-        channels, -1
-    )  # beyond the width: 0
+    # beyond the width: 0
+    codes = np.repeat(zeros.T[:, :, None], how.block, axis=2).reshape(channels, -1)
     codes[:, :width] = codes_KN.T
     return (
         codes.reshape(channels, blocks, how.block),

@@ -49,10 +49,8 @@ def find_matrices(
     graph = proto.graph
     origin = turned(graph, tensors)
     has_head = any(value.name == "logits" for value in graph.output)  # a sentence encoder has none
-    head, attention = (
-        head_of(proto).output[0] if has_head else "",
-        _into_attention(graph, {*tensors, *origin}),
-    )
+    head = head_of(proto).output[0] if has_head else ""
+    attention = _into_attention(graph, {*tensors, *origin})
     embeddings = {node.input[0] for node in graph.node if node.op_type == "Gather"}
     found: dict[str, Matrix] = {}
     for node in graph.node:

@@ -22,9 +22,8 @@ def replace_nodes(
     graph = proto.graph
     origin = turned(graph, matrices)
     nodes: list[NodeProto] = []
-    rounded: set[str] = (
-        set()
-    )  # activations that are quantised already: several MatMuls may read one
+    # activations that are quantised already: several MatMuls may read one
+    rounded: set[str] = set()
     for node in graph.node:
         read = {"MatMul": 1, "Gather": 0}.get(node.op_type)
         matrix = (

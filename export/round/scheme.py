@@ -117,9 +117,8 @@ def stored_bytes(channels: int, width: int, how: How, number: int = 4) -> int:
     if not isinstance(how, Blockwise):
         return channels * width + number * channels
     row = math.ceil(width / how.block)
-    zeros = (
-        channels * math.ceil(row * how.bits / 8) if how.zero_points else 0
-    )  # a row ends on a whole byte
+    # a row ends on a whole byte
+    zeros = channels * math.ceil(row * how.bits / 8) if how.zero_points else 0
     return channels * row * (how.block * how.bits // 8 + number) + zeros
 
 

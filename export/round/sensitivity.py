@@ -128,9 +128,8 @@ def within_loss(
     matrices in few bits; bisection follows, which makes up to ten forms for 150 matrices. Returns
     all of them if no shorter head is within the bound.
     """
-    left = np.concatenate(
-        [np.cumsum([cost.kl for cost in costs][::-1])[::-1], [0.0]]
-    )  # KL left after each head
+    # KL left after each head
+    left = np.concatenate([np.cumsum([cost.kl for cost in costs][::-1])[::-1], [0.0]])
     low, high = 0, len(costs)  # the least head that may do; the least known to do, or all
     loss_at: dict[int, float] = {0: measure([])}
     if loss_at[0] <= bound:

@@ -118,12 +118,10 @@ def find_factors(
     max|x|^alpha / max|w|^(1 - alpha) per channel, 1 if a channel is always 0; ``largest`` holds
     max|x| by activation, ``[K]``.
     """
-    graph, inputs, outputs, divided = (
-        _Graph(proto),
-        dict[str, Floats](),
-        dict[str, Floats](),
-        dict[str, Floats](),
-    )
+    graph = _Graph(proto)
+    inputs = dict[str, Floats]()
+    outputs = dict[str, Floats]()
+    divided = dict[str, Floats]()
     for name, boundary in boundaries.items():
         x_K, w_K = largest[name], np.zeros_like(largest[name])
         for matrix in boundary.matrices:
@@ -245,14 +243,11 @@ class _Graph:
             a.name: int(a.i) for a in node.attribute if a.name in ("num_heads", "kv_num_heads")
         }
         heads, groups = counts["num_heads"], counts["kv_num_heads"]
-        packed, made = (
-            not node.input[2],
-            node.input[2] or node.input[0],
-        )  # queries, keys and values side by side
+        # queries, keys and values side by side
+        packed, made = (not node.input[2], node.input[2] or node.input[0])
         split = self.made_by.get(made)
-        if (
-            split is not None and split.op_type == "Split"
-        ):  # made together, taken apart for norms of queries and keys
+        # made together, taken apart for norms of queries and keys
+        if split is not None and split.op_type == "Split":
             if list(split.output)[2:] != [made] or not self.only_reader(made):
                 return None, None
             packed, made = True, split.input[0]

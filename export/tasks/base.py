@@ -74,7 +74,7 @@ class Task(Protocol):
         ...
 
     def finish(self, result: OnnxResult, built: Built, scheme: Scheme | None) -> OnnxResult:
-        """Add what only this task has to the result; ``scheme`` is that of the shipped form."""
+        """Add this task's own results; ``scheme`` is the shipped form's."""
         ...
 
     def card(self, result: OnnxResult) -> Card:

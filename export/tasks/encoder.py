@@ -69,8 +69,7 @@ class Encoder:
         if not (self.student.path / EXAMPLES).is_file():
             raise ArtifactError(
                 f"{self.student.path}: {EXAMPLES} is missing; parity is measured on held-out "
-                "examples. "
-                "Run the compress stage again."
+                "examples. Run the compress stage again."
             )
         examples = load_examples(self.student.path / EXAMPLES)
         self.cases = make_cases(examples, self.student.path / "model", task=self.task)

@@ -143,7 +143,7 @@ class Language:
         )
 
     def check(self, form: str, graphs: Graphs, provider: Provider) -> Checked:
-        """Parity with torch, and where greedy answers first leave those of fp32."""
+        """Parity with torch, and the first token at which greedy answers differ from fp32's."""
         measured = {}
         for name, cases in self.cases.items():
             adapter = self.adapter if name == parity.PARITY else None
@@ -311,9 +311,8 @@ def _parity_section(result: OnnxResult) -> list[str]:
         "## The graphs against the torch student",
         markdown_table(columns, rows),
         f"On {positions} positions of held-out text, fed as clients feed a graph. The change of "
-        "NLL is over "
-        "one short piece of each domain: enough to see a mistake, too little to say what rounding "
-        "costs.",
+        "NLL is over one short piece of each domain: enough to see a mistake, too little to say "
+        "what rounding costs.",
     ]
 
 

@@ -193,8 +193,7 @@ def _gpu(findings: Findings) -> None:
     if cards and _version("onnxruntime-gpu") is None:
         findings.advice.append(
             "there is a GPU, but onnxruntime is built for the CPU; run: pip uninstall -y "
-            "onnxruntime onnxruntime-genai, "
-            "then pip install 'limbeck[gpu]'"
+            "onnxruntime onnxruntime-genai, then pip install 'limbeck[gpu]'"
         )
 
 

@@ -1,4 +1,4 @@
-"""The exports of a run: of the student, of the recovered student, and the one that ships.
+"""The exports of a run: the student, the recovered student, and the shipped one.
 
 ``onnx`` in a run folder is a relative link to the export that ships; nothing else records it. The
 link is replaced atomically, so a killed run shows either the former export or the new one.

@@ -219,8 +219,7 @@ def _modules(recipe: EncoderRecipe) -> list[str]:
     if len(found) < count:
         raise RecipeError(
             f"{recipe.name}: --shrink-to pico has built-in text for {len(found)} classes or "
-            f"domains, not for {count}; "
-            "name fewer of them to try it out."
+            f"domains, not for {count}; name fewer of them to try it out."
         )
     return [path.name for path in found]
 
@@ -270,8 +269,7 @@ def architecture(source: ModelSource | OnnxModel, recipe: AnyRecipe, *, where: s
     if found is None:
         raise ModelError(
             f"{where}: the architecture of {name} cannot be told from its name; known are "
-            f"{', '.join(family.names)}. "
-            "Point to a local folder with a config.json instead."
+            f"{', '.join(family.names)}. Point to a local folder with a config.json instead."
         )
     return found
 
@@ -283,9 +281,8 @@ def _shrink_student(student: dict[str, Any], recipe: AnyRecipe) -> None:
     kind = architecture(recipe.student.base, recipe, where="student.base")
     student["base"] = {"kind": "random", "config": _config(kind, recipe), "seed": 0}
     if student["kind"] == "shrink":
-        heads = (
-            1 if "head_dim" in student["base"]["config"] else 2
-        )  # else width and heads are cut together
+        # else width and heads are cut together
+        heads = 1 if "head_dim" in student["base"]["config"] else 2
         small = {"layers": 3, "intermediate_size": 96, "kv_heads": heads, "hidden_size": 32}
         student |= {name: value for name, value in small.items() if student[name] is not None}
         student["round_to"] = min(32, student["round_to"])

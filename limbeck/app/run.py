@@ -131,9 +131,8 @@ def _require_one_to_recover(recipe: AnyRecipe) -> None:
     """Raise `RecipeError` where the export may train, but other processes would not join it."""
     if processes() > 1 and recipe.recover is not None:
         raise RecipeError(
-            f"{recipe.name}: export.recover: found {processes()} processes; the training "
-            "through the "
-            "rounding takes one. Let them share `limbeck compress`, then start `limbeck "
+            f"{recipe.name}: export.recover: found {processes()} processes; the training through "
+            "the rounding takes one. Let them share `limbeck compress`, then start `limbeck "
             "export` and `limbeck bench` without torchrun (or `limbeck run`, which goes on)."
         )
 
@@ -405,7 +404,7 @@ def _require_ours(recipe: AnyRecipe, folder: Path) -> None:
         if RUN in names:  # another start has written it meanwhile
             _require_ours(recipe, folder)
             return
-        # Another start, or one that was killed, may be about to write RUN.
+        # Another process may be about to write RUN, or was killed before it did.
         if any(name != LOCK and not is_temporary(name) for name in names):
             raise ArtifactError(
                 f"{folder}: holds files but no run of Limbeck ({RUN} is missing); name an "
@@ -419,8 +418,7 @@ def _require_ours(recipe: AnyRecipe, folder: Path) -> None:
     if digest != recipe.digest:
         raise ArtifactError(
             f"{folder}: belongs to another recipe: found {name} ({digest[:8]}), expected "
-            f"{recipe.name} ({recipe.digest[:8]}). "
-            "Leave --out away or name another folder; a change of teachers, data, student, "
-            "fusion, features, training or seed "
-            "makes another recipe."
+            f"{recipe.name} ({recipe.digest[:8]}). Leave --out away or name another folder; a "
+            "change of teachers, data, student, fusion, features, training or seed makes another "
+            "recipe."
         )

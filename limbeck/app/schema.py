@@ -41,7 +41,7 @@ def recipe_schema() -> dict[str, Any]:
         "title": "Limbeck recipe",
         "type": "object",
         "if": {"required": ["extends"]},
-        # Without a task of its own it has that of the other recipe, which a schema cannot read.
+        # Without its own task it inherits the other recipe's, which a schema cannot read.
         "then": {
             "if": {"required": ["task"]},
             "then": _by_task(names, "Part"),
@@ -58,7 +58,7 @@ def _task(definition: dict[str, Any]) -> str | None:
 
 
 def _by_task(names: dict[str, str], suffix: str) -> dict[str, Any]:
-    """The definition that `task` names; without a task that of a language model."""
+    """The definition that `task` names; without `task`, a language model's."""
     chosen: dict[str, Any] = {"$ref": f"#/$defs/{names['causal-lm']}{suffix}"}
     for task, name in names.items():
         if task != "causal-lm":

@@ -28,7 +28,7 @@ _NO_TELEMETRY = {
 # Folders that libraries would make beside the cache folder, in the user's and temporary folders,
 # by the variable that moves them into it.
 _FOLDERS = {"TORCHINDUCTOR_CACHE_DIR": "torch", "MPLCONFIGDIR": "matplotlib"}
-# Each of these says how OpenMP threads wait. A user who set one keeps the choice.
+# Each of these sets how OpenMP threads wait. A user's own setting is kept.
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
@@ -55,7 +55,7 @@ def prepare() -> None:
     """
     for name, value in _NO_TELEMETRY.items():
         os.environ.setdefault(name, value)
-    # Whoever needs the cache says what is wrong with it.
+    # The code that needs the cache reports what is wrong with it.
     with contextlib.suppress(OSError, EnvironmentalError):
         cache = cache_folder()
         found = next(p for p in (cache, *cache.parents) if p.exists())

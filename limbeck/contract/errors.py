@@ -1,4 +1,4 @@
-"""The errors that a user can meet. Each says what was found, what was expected and what to change.
+"""The errors that a user can meet: found, expected, and what to change.
 
 LimbeckError                exit code
 ├── UserError               2   a mistake in the input; nothing was written

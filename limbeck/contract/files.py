@@ -110,9 +110,9 @@ def sweep(folder: Path, name: str | None = None) -> None:
     """Remove what killed processes left in ``folder``: half-written files and folders that no
     living process owns.
 
-    Only those of the file or folder ``name``, when it is given.
+    Only leftovers of the file or folder ``name``, if it is given.
     """
-    with contextlib.suppress(OSError, ValueError):  # whoever writes there will say what is wrong
+    with contextlib.suppress(OSError, ValueError):  # the write itself reports the error
         for left in os.scandir(folder):
             found = _LEFT.fullmatch(left.name)
             if found is None or (name is not None and found["name"] != name):

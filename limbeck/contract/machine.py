@@ -99,7 +99,7 @@ _NAMED, _SMALLEST = 3, 0.05  # programs that are named at most, and cores that o
 
 @contextmanager
 def watch_other_work() -> Iterator[Callable[[], OtherWork]]:
-    """A function that says what other programs have taken since the block began."""
+    """A function that returns what other programs have taken since the block began."""
     import psutil
 
     def taken() -> tuple[float, float, dict[int, tuple[str, float]]]:

@@ -25,7 +25,7 @@ class Endpoint:
     url: str  # up to and with /v1
     model: str
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
-    context: int | None = None  # longest prompt and answer together, in tokens, if the server says
+    context: int | None = None  # tokens of prompt and answer together, if the server reports it
 
     def body(self, prompt: list[int], new_tokens: int) -> dict[str, Any]:
         """A greedy request for ``new_tokens`` tokens after a prompt of token ids."""

@@ -102,7 +102,7 @@ class Sampler:
             allowed = constraint.allowed()
             row[~allowed] = -np.inf
             allowed[ends] = False
-            if not allowed.any():  # a complete text ends, whatever `min_tokens` asks for
+            if not allowed.any():  # a complete text ends, even before `min_tokens`
                 return row
         row[ends] = -np.inf
         return row

@@ -120,9 +120,8 @@ def warn_of_overflow(metadata: Mapping[str, str]) -> None:
     if metadata.get("limbeck.integer_weights") == "8 bits" and sums_overflow():
         say(
             f"warning: {metadata.get('limbeck.form', 'this form')} has 8-bit weights, which "
-            "overflow on this processor (x86 without VNNI). Its answers may be wrong. "
-            "`limbeck verify` says how far. Export it with reduce_range: true, "
-            "or ship int8-weight."
+            "overflow on this processor (x86 without VNNI). Its answers may be wrong. `limbeck "
+            "verify` says how far. Export it with reduce_range: true, or ship int8-weight."
         )
 
 

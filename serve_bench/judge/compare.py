@@ -32,12 +32,8 @@ from serve_bench.judge.changes import (
 from serve_bench.judge.figures import Reference
 from serve_bench.judge.task import JudgingTask, Measured, read_bench
 
-_MACHINE = (
-    "processor",
-    "flags",
-    "cores",
-    "memory_bytes",
-)  # a machine differs when one of these does
+# a machine differs when one of these does
+_MACHINE = ("processor", "flags", "cores", "memory_bytes")
 
 T = TypeVar("T", covariant=True)
 
@@ -101,9 +97,8 @@ def compare_runs(
         if not across_machines:
             raise UserError(
                 f"{before} and {after} were measured on different machines ({found}), so a "
-                "difference of speed says nothing of the "
-                "models. Measure both on one machine (limbeck bench), or give --across-machines to "
-                "see them beside each other."
+                "difference of speed says nothing of the models. Measure both on one machine "
+                "(limbeck bench), or give --across-machines to see them beside each other."
             )
         notes.insert(
             0,

@@ -5,7 +5,7 @@ geometric mean over the cells of a block, then the median over blocks.
 
 Metrics: accuracy or macro F1 for a classifier. For a sentence encoder: Spearman's correlation
 between the similarities of all pairs and the mean of the teachers' (in torch). The loss of an arm
-is 1 - its metric over that of another arm.
+is 1 - its metric divided by another arm's.
 """
 
 from __future__ import annotations

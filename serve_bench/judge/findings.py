@@ -48,69 +48,34 @@ def judge_speed(
     then: Mapping[str, Any],
     now: Interval,
     *,
+    more_is_faster: bool = False,
     differs: Mapping[str, str],
     busy: Mapping[str, str],
 ) -> Finding:
-    """Judge a time in ms: holds if the intervals overlap or the run is faster.
+    """Judge a time in ms, or a ratio of speeds, where ``more_is_faster``.
 
-    A slower run holds if it is less than 10 % slower, or if this is another machine than that of
-    the certificate.
+    Holds if the intervals overlap or the run is faster. A slower run holds if it is less than 10 %
+    slower, or if this is another machine than that of the certificate.
     """
-    return _judge(figure, then, now, slower=now.value > then["value"], differs=differs, busy=busy)
-
-
-def judge_ratio(
-    figure: str,
-    then: Mapping[str, Any],
-    now: Interval,
-    *,
-    differs: Mapping[str, str],
-    busy: Mapping[str, str],
-) -> Finding:
-    """Judge a ratio of speeds by the rules of `judge_speed`."""
-    return _judge(figure, then, now, slower=now.value < then["value"], differs=differs, busy=busy)
-
-
-def _judge(
-    figure: str,
-    then: Mapping[str, Any],
-    now: Interval,
-    *,
-    slower: bool,
-    differs: Mapping[str, str],
-    busy: Mapping[str, str],
-) -> Finding:
-    promised, found = (
-        _interval(then["value"], then["low"], then["high"]),
-        _interval(now.value, now.low, now.high),
-    )
+    promised = _interval(then["value"], then["low"], then["high"])
+    found = _interval(now.value, now.low, now.high)
     if then["low"] is None or not now.bounded:
-        return Finding(
-            figure,
-            promised,
-            found,
-            "too few blocks for intervals, so nothing to hold against each other",
-            True,
-        )
+        says = "too few blocks for intervals, so nothing to hold against each other"
+        return Finding(figure, promised, found, says, True)
     if now.low <= then["high"] and then["low"] <= now.high:
         return Finding(figure, promised, found, "intervals overlap", True)
+    slower = now.value < then["value"] if more_is_faster else now.value > then["value"]
     near = max(now.value / then["value"], then["value"] / now.value) <= _NEAR
     apart = f"{'slower' if slower else 'faster'} than certified, {now.value / then['value']:.2f}×"
     if differs:
         why = "; ".join(f"{name}: {pair}" for name, pair in differs.items())
         return Finding(figure, promised, found, f"{apart}, on what is not the same: {why}", True)
     if slower and near:
-        return Finding(
-            figure, promised, found, f"{apart}, less than the 10 % that counts on one machine", True
-        )
+        says = f"{apart}, less than the 10 % that counts on one machine"
+        return Finding(figure, promised, found, says, True)
     also = "".join(f"; {name} {value} before the replay" for name, value in busy.items())
-    return Finding(
-        figure,
-        promised,
-        found,
-        f"{apart}, on the same machine with the same versions{also}",
-        not slower,
-    )
+    says = f"{apart}, on the same machine with the same versions{also}"
+    return Finding(figure, promised, found, says, not slower)
 
 
 def _interval(value: float, low: float | None, high: float | None) -> str:

@@ -27,19 +27,16 @@ class Evidence:
 
     name: str  # of the recipe
     shipped: str  # form
-    speedup: Mapping[
-        str, Interval
-    ]  # decode speed of the shipped form over each teacher's, by teacher
+    # decode speed of the shipped form over each teacher's, by teacher
+    speedup: Mapping[str, Interval]
     tpot_ms: Interval | None
     ttft_ms: Interval | None
     size: int
     fp32_size: int | None
-    rise_over_fp32: (
-        Interval | None
-    )  # relative rise of mean NLL over the student as it was distilled
-    rise_over_teachers: Mapping[
-        str, tuple[float, Interval]
-    ]  # by teacher: its mean NLL, and our relative rise over it
+    # relative rise of mean NLL over the student as it was distilled
+    rise_over_fp32: Interval | None
+    # by teacher: its mean NLL, and our relative rise over it
+    rise_over_teachers: Mapping[str, tuple[float, Interval]]
     recovered: bool = (
         False  # whether `rise_over_fp32` is over another student, the one that recovery began with
     )

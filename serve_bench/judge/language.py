@@ -215,9 +215,9 @@ def against(
 
 def _rise_over_fp32(quality: Mapping[str, Any], shipped: str) -> Interval | None:
     """Cost of rounding: NLL over the fp32 graph of the student as distilled, before recovery."""
-    if told := quality.get("recovery"):
+    if recovery := quality.get("recovery"):
         ours, theirs = (
-            [np.asarray(told[who][d]) for d in quality["domains"]]
+            [np.asarray(recovery[who][d]) for d in quality["domains"]]
             for who in ("shipped", "distilled")
         )
         return _rise(quality, ours, theirs)

@@ -19,7 +19,7 @@ _BATCHES = 8  # of successive requests, whose means are taken to be independent
 def scenario_changes(
     old: Measured, new: Measured, tolerance: float, anchors: Sequence[str]
 ) -> tuple[list[Row], list[str]]:
-    """Rows of the scenarios that both runs have, and notes on what is not compared."""
+    """Rows of scenarios that both runs have, and notes on scenarios that are not compared."""
     notes: list[str] = []
     rows = [
         *_batches(old, new, tolerance, anchors),
@@ -116,8 +116,7 @@ def _served(old: Measured, new: Measured, tolerance: float, notes: list[str]) ->
     rate = max(common & held, default=min(common))
     notes.append(
         f"Latencies of the server are paired by request, of the same arrivals at {rate:g} "
-        "requests/s; what the machine did between the "
-        "runs is in them."
+        "requests/s; what the machine did between the runs is in them."
     )
     yield from _answers(before[rate], after[rate], f"at {rate:g} requests/s", tolerance)
 

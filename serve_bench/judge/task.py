@@ -99,8 +99,7 @@ def read_bench(bench: Artifact, task: JudgingTask) -> Measured:
     if "task" not in bench.result or "before" not in environment:
         raise ArtifactError(
             f"{bench.path}: was measured by an older version of Limbeck; `limbeck run` with its "
-            "recipe "
-            "measures it again."
+            "recipe measures it again."
         )
     rows = read_rows(bench.path / SAMPLES)
     reference = task.reference(

@@ -49,10 +49,8 @@ def list_arms(*, onnx: Artifact, student: Artifact, bench: Bench | None = None) 
     for extra in bench.runtimes:
         match extra:
             case GenaiRuntime():
-                size, spec = (
-                    int(onnx.result["forms"][shipped]["bytes"]),
-                    {"artifact": str(onnx.path), "device": provider_of(onnx, shipped)},
-                )
+                size = int(onnx.result["forms"][shipped]["bytes"])
+                spec = {"artifact": str(onnx.path), "device": provider_of(onnx, shipped)}
                 arms.append(
                     Arm("genai", f"{shipped}, genai", "extra", "onnxruntime-genai", size, spec)
                 )
@@ -94,8 +92,7 @@ def teachers_of(student: Artifact) -> list[dict[str, Any]]:
             if teacher.get(key) and not Path(teacher[key]).is_dir():
                 raise ArtifactError(
                     f"{teacher[key]}: the folder of teacher {teacher['name']} is gone, so the "
-                    "student cannot be "
-                    "measured against it; run the recipe again, which makes it."
+                    "student cannot be measured against it; run the recipe again, which makes it."
                 )
     return found
 

@@ -138,6 +138,5 @@ def _over_budget(
     again = f", and {void} were disturbed and timed again" if void else ""
     return (
         f"timing took {seconds / 60:.2g} minutes, bench.minutes is {budget / 60:.2g}: a verdict "
-        f"needs {min_blocks} blocks, "
-        f"a block took {each:.2g} s on this machine{again}"
+        f"needs {min_blocks} blocks, a block took {each:.2g} s on this machine{again}"
     )

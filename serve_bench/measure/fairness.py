@@ -27,9 +27,8 @@ def require_same_work(
     if len(answer["rows"]) != rows or lengths != [new_tokens]:
         raise DataError(
             f"{arm}: generated {len(answer['rows'])} rows of {lengths} tokens where {rows} of "
-            f"{new_tokens} were asked, so it "
-            "does other work than the rest; leave it out, or (for a server) let it honour "
-            "max_tokens and ignore_eos."
+            f"{new_tokens} were asked, so it does other work than the rest; leave it out, or (for "
+            "a server) let it honour max_tokens and ignore_eos."
         )
 
 
@@ -47,10 +46,10 @@ def manifest(
         ("threads", "bench.threads sets it for all"),
         ("kv_cache", "without one, decoding is other work"),
     ):
-        told = {arm: fact[what] for arm, fact in facts.items() if fact.get(what) is not None}
-        values = sorted(set(told.values()))
+        known = {arm: fact[what] for arm, fact in facts.items() if fact.get(what) is not None}
+        values = sorted(set(known.values()))
         if len(values) > 1:
-            apart = ", ".join(f"{arm} {value}" for arm, value in told.items())
+            apart = ", ".join(f"{arm} {value}" for arm, value in known.items())
             raise DataError(
                 f"these arms cannot be compared: they differ in {what} ({apart}); {hint}."
             )
@@ -65,8 +64,7 @@ def manifest(
         if fact.get("vocabulary") is not None and largest >= fact["vocabulary"]:
             raise DataError(
                 f"{arm} knows {fact['vocabulary']} tokens, the prompts hold token {largest}: the "
-                "same tokens are not the same text "
-                "to it. Compare models of one vocabulary."
+                "same tokens are not the same text to it. Compare models of one vocabulary."
             )
     digest = hashlib.sha256(json.dumps([list(prompt) for prompt in prompts]).encode()).hexdigest()
     return {**common, "prompts_sha256": digest}

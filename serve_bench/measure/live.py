@@ -20,9 +20,8 @@ from serve_bench.judge.stats import rate, sequential_interval
 _PLAIN_EVERY = 10.0  # seconds between lines where no terminal watches
 _ALIGN = ("left", "right", "left", "right", "left", "right", "right")
 
-Test = tuple[
-    str, str, Cell | None, float
-]  # title, metric of `Sample`, cell, amount done in its seconds
+# title, metric of `Sample`, cell, amount done in its seconds
+Test = tuple[str, str, Cell | None, float]
 Live = AbstractContextManager[Callable[[Sequence[Sample], str], None]]
 
 

@@ -19,7 +19,7 @@ from serve_bench.measure.units import Unit
 from serve_bench.measure.workers import Worker, Workers
 
 _EVERY = 0.01  # seconds between looks at the process tree
-_ENERGY_RUNS = 3  # generations that energy is counted over, after the one that warms up
+_ENERGY_RUNS = 3  # generations over which energy is counted, after a warm-up
 _POWERCAP = Path("/sys/class/powercap")
 
 

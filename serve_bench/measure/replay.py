@@ -22,7 +22,7 @@ from limbeck.contract.results.bench import Arm
 from serve_bench.judge import figures
 from serve_bench.judge.certificate import CERTIFICATE, FP32, promises, read_certificate
 from serve_bench.judge.compare import Chooser
-from serve_bench.judge.findings import Finding, judge_loss, judge_ratio, judge_speed
+from serve_bench.judge.findings import Finding, judge_loss, judge_speed
 from serve_bench.judge.stats import FEWEST_BLOCKS, first_look
 from serve_bench.judge.task import judge_bench, read_bench
 from serve_bench.measure.arms import form_arm
@@ -175,8 +175,8 @@ def replay_speed(
             times = judge_speed(f"{title} ms", then, now, differs=differs, busy=busy)
         if over:
             now = figures.speed(timed.samples, reference, FP32, metric)
-            name = f"speed over fp32, {title}"
-            ratio = judge_ratio(name, over[metric], now, differs=differs, busy=busy)
+            name, then = f"speed over fp32, {title}", over[metric]
+            ratio = judge_speed(name, then, now, more_is_faster=True, differs=differs, busy=busy)
         findings += _one_may_move(ratio, times)
     return findings
 

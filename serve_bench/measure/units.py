@@ -50,31 +50,26 @@ class Unit(Protocol):
 
 @dataclass(frozen=True)
 class Generation:
-    """A prompt, then exactly ``new_tokens`` tokens chosen greedily."""
+    """A language model's `Unit`: a prompt, then exactly ``new_tokens`` greedy tokens."""
 
     tokens: list[int]
     new_tokens: int
 
     @property
     def prompts(self) -> list[list[int]]:
-        """See `Unit`."""
         return [self.tokens]
 
     @property
     def tokens_made(self) -> int:
-        """See `Unit`."""
         return self.new_tokens
 
     def once(self, worker: Worker) -> int:
-        """See `Unit`."""
         return int(worker.generate(self.tokens, self.new_tokens)["peak_rss_bytes"])
 
     def warm(self, worker: Worker, raw: IO[str]) -> dict[str, Any]:
-        """See `Unit`."""
         return warm(worker, self.tokens, self.new_tokens, raw)
 
     def time(self, worker: Worker) -> dict[str, Any]:
-        """See `Unit`."""
         answer = worker.generate(self.tokens, self.new_tokens)
         row = {"prompt_tokens": len(self.tokens), "started": answer["started"], "at": answer["at"]}
         if answer["device_s"] is not None:
@@ -95,15 +90,12 @@ class Batch:
 
     @property
     def tokens_made(self) -> int:
-        """See `Unit`."""
         return self.cell.batch * self.cell.length
 
     def once(self, worker: Worker) -> int:
-        """See `Unit`."""
         return int(worker.ask("time", ids=self.prompts, runs=1)["peak_rss_bytes"])
 
     def warm(self, worker: Worker, raw: IO[str]) -> dict[str, Any]:
-        """See `Unit`."""
         times, steady, started = list[float](), False, time.monotonic()
         while len(times) < _WARM_MOST and not steady:
             times.append(worker.ask("time", ids=self.prompts, runs=1)["seconds"])
@@ -116,7 +108,6 @@ class Batch:
         return {"steady": steady, "warm_up_runs": len(times), "warm_up_s": spent}
 
     def time(self, worker: Worker) -> dict[str, Any]:
-        """See `Unit`."""
         count = self.runs[worker.arm.id, self.cell]
         seconds = worker.ask("time", ids=self.prompts, runs=count)["seconds"] / count
         return {**self.cell._asdict(), "runs": count, "seconds": seconds}
@@ -161,10 +152,8 @@ def warm(worker: Worker, tokens: list[int], new_tokens: int, raw: IO[str]) -> di
             started = time.monotonic()  # the first one compiles, allocates and reads pages
             continue
         speeds.append(Sample(worker.arm.id, 0, 0, tuple(answer["at"])).tpot)
-        window, enough = (
-            speeds[-_WARM_WINDOW:],
-            len(speeds) >= _WARM_LEAST and seconds >= _WARM_SECONDS,
-        )
+        window = speeds[-_WARM_WINDOW:]
+        enough = len(speeds) >= _WARM_LEAST and seconds >= _WARM_SECONDS
         steady = enough and max(window) <= _WARM_SPREAD * min(window)
         if steady or (len(speeds) >= _WARM_MOST and seconds >= _WARM_PATIENCE):
             return {"steady": steady, "warm_up_runs": run + 1, "warm_up_s": seconds}

@@ -104,7 +104,7 @@ class Worker:
         return answer
 
     def kill(self) -> None:
-        """End the process, whatever it is doing."""
+        """Kill the process."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -144,7 +144,7 @@ def launch(
 
 
 class Workers:
-    """All arms' processes; leaving kills every one, whatever happened."""
+    """All arms' processes; leaving the context kills every one."""
 
     def __init__(self, folder: Path, *, threads: int, task: TaskName = "causal-lm") -> None:
         """``folder`` receives their logs; ``task`` decides which commands the processes know."""

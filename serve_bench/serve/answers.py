@@ -212,7 +212,7 @@ class ChatCompletion(_Answer):
 
 
 def _call_part(part: CallPart) -> dict[str, Any]:
-    """A part of a call as streams have it: its name first, then more of its arguments."""
+    """A part of a streamed call: its name first, then pieces of its arguments."""
     if part.id is None:
         return {"index": part.index, "function": {"arguments": part.arguments}}
     function = {"name": part.name, "arguments": part.arguments}

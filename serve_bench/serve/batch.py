@@ -1,7 +1,7 @@
 """The key-value caches of several streams in one decoder graph; rows join and leave between steps.
 
 Knows numpy, onnxruntime and the graphs that `limbeck.runtime.decoder` opens; knows nothing of
-requests, sampling or text. Every row is decoded from its own tokens alone, whatever the others are.
+requests, sampling or text. Every row is decoded from its own tokens alone.
 Shape letters: N rows, S new tokens, L the longest row, V vocabulary, H heads, D width of a head.
 """
 

@@ -223,7 +223,7 @@ def require(finish: Finish, limits: Limits) -> None:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events of an answer; gives the engine's slots back whatever ends them."""
+    """Server-sent events of an answer; always gives the engine's slots back."""
 
     def __init__(self, events: AsyncIterator[str], answer: Answer) -> None:
         super().__init__(

@@ -205,7 +205,7 @@ def _line(method: str, path: str, visit: Visit) -> str:
     """A line of the access log. It holds no query, since some clients put keys there."""
     now = datetime.now().astimezone().isoformat(timespec="milliseconds")
     milliseconds = 1000 * (time.monotonic() - visit.arrived)
-    path = json.dumps(path[:_PATH])[1:-1]  # one line, whatever a client sends
+    path = json.dumps(path[:_PATH])[1:-1]  # one line, even if a client sends several
     line = f"{now} {method} {path} {visit.status} {milliseconds:.1f} ms"
     if visit.usage is None:
         return line

@@ -20,7 +20,7 @@ from limbeck.contract.limits import Limits
 from limbeck.contract.progress import say
 from serve_bench.serve.engine import Engine
 
-# Seconds. Longer than clients keep an idle connection: they would now and then use one that closes.
+# Seconds. Longer than clients keep an idle connection: else they may use one that just closed.
 _KEEP_ALIVE = 30
 _LAST_WORDS = 5  # seconds that finished answers may take to reach their clients at the end
 _RESERVE = 16  # descriptors for files and threads of the libraries

@@ -36,7 +36,7 @@ ANSWERS = "answers.safetensors"
 
 
 class Encoder:
-    """The tasks `classification` and `embedding`."""
+    """The tasks `classification` and `embedding`: a `MeasuringTask` and a `TellingTask`."""
 
     version = 2
 
@@ -53,29 +53,24 @@ class Encoder:
     # Measuring ------------------------------------------------------------------------------------
 
     def open(self, onnx: Artifact, student: Artifact) -> list[Arm]:
-        """See `MeasuringTask`."""
         arms = list_arms(onnx=onnx, student=student)
         require_context(arms, self.recipe.bench, student.path / "model")
         self.open_data(student.path)
         return arms
 
     def open_data(self, folder: Path) -> None:
-        """See `MeasuringTask`."""
         self._examples, self._heldout = folder / EXAMPLES, load_examples(folder / EXAMPLES)
 
     def units(self, block: int) -> list[Batch]:
-        """See `MeasuringTask`."""
         return [Batch(cell, batch(self._heldout, cell, block), self._runs) for cell in self.cells]
 
     def live(self, threads: int) -> tuple[str, list[Test]]:
-        """See `MeasuringTask`."""
         tests: list[Test] = [
             (f"{cell.batch} × {cell.length}", "e2el", cell, cell.batch) for cell in self.cells
         ]
         return "sequences/s", tests
 
     def decided(self, samples: Sequence[Sample], reference: Reference) -> bool:
-        """See `MeasuringTask`."""
         found = figures.timing_evidence(samples, self.recipe, reference)
         gates = figures.timing_gates(found, self.quality, self.recipe, reference)
         return all(gate.status != "undecided" for gate in gates)
@@ -129,29 +124,23 @@ class Encoder:
     # Judging --------------------------------------------------------------------------------------
 
     def reference(self, shipped: str, arms: Sequence[Arm], judged: str = "") -> Reference:
-        """See `JudgingTask`."""
         looks, random = first_look(self.min_blocks), stand_in(self.recipe)
         return Reference(self.recipe.name, shipped, tuple(arms), looks, judged, random)
 
     def read_sample(self, row: Mapping[str, Any]) -> Sample:
-        """See `JudgingTask`."""
         return Sample.of_batch(row)
 
     def read_quality(self, bench: Artifact, reference: Reference) -> Quality:
-        """See `JudgingTask`."""
         answers, groups = load_file(bench.path / ANSWERS), load_examples(bench.path / EXAMPLES)
         return Quality(self.recipe, answers, groups.groups, reference.arms)
 
     def evidence(self, measured: Measured) -> Evidence:
-        """See `JudgingTask`."""
         return figures.evidence(measured.samples, measured.quality, self.recipe, measured.reference)
 
     def gates(self, measured: Measured, evidence: Evidence) -> list[Gate]:
-        """See `JudgingTask`."""
         return figures.all_gates(evidence, measured.quality, self.recipe, measured.reference)
 
     def result(self, measured: Measured, evidence: Evidence, verdict: Verdict) -> EncoderResult:
-        """See `JudgingTask`."""
         return figures.result(
             measured.samples,
             measured.quality,
@@ -163,7 +152,6 @@ class Encoder:
         )
 
     def promises(self, judged: Judged) -> dict[str, Any]:
-        """See `JudgingTask`."""
         evidence, reference = judged.evidence, judged.measured.reference
         teachers = {arm.id: arm.label for arm in reference.with_role("teacher")}
         losses = {teachers.get(arm, arm): loss for arm, loss in evidence.losses.items()}
@@ -180,7 +168,6 @@ class Encoder:
 
     @property
     def replayed(self) -> Sequence[tuple[str, str, Cell | None]]:
-        """See `MeasuringTask`."""
         return [("one sequence", "e2el", figures.longest(self.recipe))]
 
     def tolerance(self, onnx: Artifact) -> float:
@@ -189,7 +176,6 @@ class Encoder:
         return float(shipped["parity"]["tolerance"]["max_abs"])
 
     def data(self, bench: Artifact) -> dict[str, Any]:
-        """See `JudgingTask`."""
         groups = load_examples(bench.path / EXAMPLES).groups
         names = [name for _, name, _ in self.recipe.groups()]
         return {
@@ -198,7 +184,6 @@ class Encoder:
         }
 
     def protocol(self) -> dict[str, Any]:
-        """See `JudgingTask`."""
         bench = self.recipe.bench
         return {"batches": list(bench.batches), "lengths": list(bench.lengths)}
 
@@ -227,7 +212,6 @@ class Encoder:
     # Telling --------------------------------------------------------------------------------------
 
     def heldout(self, judged: Judged) -> Mapping[str, Any]:
-        """See `TellingTask`."""
         names = [name for _, name, _ in self.recipe.groups()]
         sizes: dict[str, int] = judged.measured.quality.sizes(names)
         return sizes
@@ -235,7 +219,6 @@ class Encoder:
     names = ""
 
     def table(self, data: Mapping[str, Any]) -> list[list[str]]:
-        """See `TellingTask`."""
         return encoder_page.table(data)
 
     def page(
@@ -245,7 +228,6 @@ class Encoder:
         student: Artifact,
         certificate: Mapping[str, Any],
     ) -> Page:
-        """See `TellingTask`."""
         return encoder_page.page(self.recipe, data, student, certificate)
 
 

@@ -43,7 +43,10 @@ from serve_bench.tell.task import Page
 
 
 class Language:
-    """The task `causal-lm`. Without a recipe it only reads benches of targets."""
+    """The task `causal-lm`: a `MeasuringTask` and a `TellingTask`.
+
+    Without a recipe it only reads benches of targets.
+    """
 
     name: TaskName = "causal-lm"
     version = 3
@@ -73,7 +76,6 @@ class Language:
     # Measuring ------------------------------------------------------------------------------------
 
     def open(self, onnx: Artifact, student: Artifact) -> list[Arm]:
-        """See `MeasuringTask`."""
         recovery = onnx.result.get("recovery")
         if recovery is not None and "blocks" not in recovery:
             raise ArtifactError(
@@ -93,7 +95,6 @@ class Language:
         return self._arms
 
     def open_data(self, folder: Path) -> None:
-        """See `MeasuringTask`."""
         self._heldout = load_heldout(folder / HELDOUT)
 
     def prompts(self, block: int, tokens: int) -> list[int]:
@@ -101,16 +102,13 @@ class Language:
         return prompt(self._heldout, block, tokens)
 
     def units(self, block: int) -> list[Generation]:
-        """See `MeasuringTask`."""
         tokens = self.prompts(block, self.bench.prompt_tokens)
         return [Generation(tokens, self.bench.new_tokens)]
 
     def live(self, threads: int) -> tuple[str, list[Test]]:
-        """See `MeasuringTask`."""
         return "tokens/s", tests(self.bench)
 
     def decided(self, samples: Sequence[Sample], reference: Reference) -> bool:
-        """See `MeasuringTask`."""
         found = figures.timing_evidence(samples, reference)
         gates = language_gates(self.gates_asked, found, timing_only=True)
         return all(gate.status != "undecided" for gate in gates)
@@ -227,30 +225,24 @@ class Language:
     # Judging --------------------------------------------------------------------------------------
 
     def reference(self, shipped: str, arms: Sequence[Arm], judged: str = "") -> Reference:
-        """See `JudgingTask`."""
         name, looks = self._recipe.name if self._recipe else "", first_look(self.min_blocks)
         random = self._recipe is not None and stand_in(self._recipe)
         return Reference(name, shipped, tuple(arms), looks, judged, random)
 
     def read_sample(self, row: Mapping[str, Any]) -> Sample:
-        """See `JudgingTask`."""
         return Sample.of(row)
 
     def read_quality(self, bench: Artifact, reference: Reference) -> dict[str, Any] | None:
-        """See `JudgingTask`."""
         path = bench.path / QUALITY
         return json.loads(path.read_text("utf-8")) if path.exists() else None
 
     def evidence(self, measured: Measured) -> Evidence:
-        """See `JudgingTask`."""
         return figures.evidence(measured.samples, measured.quality, measured.reference)
 
     def gates(self, measured: Measured, evidence: Evidence) -> list[Gate]:
-        """See `JudgingTask`."""
         return language_gates(self.gates_asked, evidence)
 
     def result(self, measured: Measured, evidence: Evidence, verdict: Verdict) -> LanguageResult:
-        """See `JudgingTask`."""
         arms, environment = measured.reference.arms, measured.environment
         return figures.result(
             measured.samples,
@@ -263,7 +255,6 @@ class Language:
         )
 
     def promises(self, judged: Judged) -> dict[str, Any]:
-        """See `JudgingTask`."""
         measured, evidence = judged.measured, judged.evidence
         reference, quality = measured.reference, measured.quality
         fp32 = any(arm.id == FP32 for arm in reference.arms) and reference.shipped_arm.id != FP32
@@ -300,7 +291,6 @@ class Language:
         return float(limits.get("loss", limits["kl"]))  # older exports have one limit for both
 
     def data(self, bench: Artifact) -> dict[str, Any]:
-        """See `JudgingTask`."""
         domains = json.loads((bench.path / QUALITY).read_text("utf-8"))["domains"]
         return {
             "heldout": bench.manifest["files"][HELDOUT]["sha256"],
@@ -311,13 +301,11 @@ class Language:
         }
 
     def protocol(self) -> dict[str, Any]:
-        """See `JudgingTask`."""
         return {"prompt_tokens": self.bench.prompt_tokens, "new_tokens": self.bench.new_tokens}
 
     def losses(
         self, old: Measured, new: Measured, tolerance: float, *, same_text: bool
     ) -> Iterator[Row]:
-        """See `JudgingTask`."""
         runs = [(run.quality, run.reference.shipped_arm.id) for run in (old, new)]
         then, now = (summarise(quality, arm) for quality, arm in runs)
         domains = [name for name in then["domains"] if name in now["domains"]]
@@ -339,20 +327,17 @@ class Language:
     def scenarios(
         self, old: Measured, new: Measured, tolerance: float, anchors: Sequence[str]
     ) -> tuple[list[Row], list[str]]:
-        """See `JudgingTask`."""
         return scenario_changes(old, new, tolerance, anchors)
 
     # Telling --------------------------------------------------------------------------------------
 
     def heldout(self, judged: Judged) -> Mapping[str, Any]:
-        """See `TellingTask`."""
         domains: Mapping[str, Any] = judged.measured.quality["domains"]
         return domains
 
     names = language_page.NAMES
 
     def table(self, data: Mapping[str, Any]) -> list[list[str]]:
-        """See `TellingTask`."""
         return language_page.table(data)
 
     def page(
@@ -362,7 +347,6 @@ class Language:
         student: Artifact,
         certificate: Mapping[str, Any],
     ) -> Page:
-        """See `TellingTask`."""
         return language_page.page(self.recipe, data, judged, student, certificate)
 
 

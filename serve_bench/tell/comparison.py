@@ -23,8 +23,7 @@ def markdown(comparison: Comparison) -> str:
     lines += [
         "",
         "Change: above zero is worse, of tokens/s as of the time they take. In brackets the 95 % "
-        "interval: of times over blocks, of losses "
-        "over other text of the kind.",
+        "interval: of times over blocks, of losses over other text of the kind.",
     ]
     lines += [f"- {note}" for note in comparison.notes]
     return "\n".join(lines)

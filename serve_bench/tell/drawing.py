@@ -52,9 +52,8 @@ STYLE: Any = {
 def new_figure(width: int, height: int) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width / 72, height / 72), dpi=72)
     FigureCanvasAgg(figure)  # measures text; the picture is written as SVG
-    return figure, figure.add_axes(
-        (0, 0, 1, 1)
-    )  # labels lie outside and are taken in when it is saved
+    # labels lie outside and are taken in when it is saved
+    return figure, figure.add_axes((0, 0, 1, 1))
 
 
 def finish_axes(axes: Any, x: str, y: str) -> None:

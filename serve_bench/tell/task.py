@@ -21,7 +21,7 @@ class Page:
     inputs: str
     """Template of the inputs: recipe, artifacts, machine and libraries."""
     context: Mapping[str, Any]
-    """Values that the templates need besides those of every task."""
+    """More values for the templates, besides those of every task."""
 
 
 class TellingTask(JudgingTask, Protocol):

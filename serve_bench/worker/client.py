@@ -99,10 +99,8 @@ async def request(session: aiohttp.ClientSession, endpoint: Endpoint, body: byte
     Raises `ValueError` with the reason when it fails.
     """
     stream, clock = Stream(), time.perf_counter
-    url, headers = (
-        f"{endpoint.url}/completions",
-        {**endpoint.headers, "Content-Type": "application/json"},
-    )
+    url = f"{endpoint.url}/completions"
+    headers = {**endpoint.headers, "Content-Type": "application/json"}
     try:
         async with session.post(url, data=body, headers=headers, allow_redirects=False) as response:
             if response.status != 200:
@@ -119,7 +117,7 @@ async def request(session: aiohttp.ClientSession, endpoint: Endpoint, body: byte
 
 
 class OpenAi:
-    """A model behind a URL as a runtime: one request at a time, each token taken from the stream.
+    """A model behind a URL as a `Runtime`: one request at a time, each token taken from the stream.
 
     The server chooses and appends tokens itself. So `step` takes none, and their ids are unknown
     here: -1.
@@ -156,7 +154,6 @@ class OpenAi:
         return self.step(prompts[:, -1])
 
     def step(self, tokens: Ids) -> Ids:
-        """See `Runtime.step`."""
         try:
             next(self._tokens)
         except StopIteration:
@@ -176,7 +173,6 @@ class OpenAi:
         raise DataError(f"{self._endpoint.url}: a server tells no logits, so it cannot be scored.")
 
     def device_seconds(self) -> list[float] | None:
-        """See `Runtime.device_seconds`."""
         return None
 
     def prompt_tokens(self) -> int:
@@ -192,10 +188,8 @@ class OpenAi:
 
     def _answer(self, prompt: list[int], new_tokens: int) -> Iterator[None]:
         self._stream = stream = Stream()
-        url, body = (
-            f"{self._endpoint.url}/completions",
-            streamed(self._endpoint, prompt, new_tokens),
-        )
+        url = f"{self._endpoint.url}/completions"
+        body = streamed(self._endpoint, prompt, new_tokens)
         try:
             with self._client.stream(
                 "POST", url, json=body, headers=self._endpoint.headers

@@ -7,7 +7,6 @@ answers    examples, out            -> rows; writes logits or unit vectors to th
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ from limbeck.contract.data.arrays import Ids, Logits
 from limbeck.contract.data.examples import load_examples
 from limbeck.contract.models.loading import load_pretrained, unused_pooler
 from serve_bench.worker.process import peak_rss
+from serve_bench.worker.runtimes import prepare
 
 _ROWS = 16  # examples of a batch that is not timed
 
@@ -55,7 +55,6 @@ class TorchEncoder:
         }
 
     def run(self, ids: Ids, mask: Ids) -> Logits:
-        """See `Runtime`."""
         torch = self._torch
         with torch.inference_mode():
             kept = torch.from_numpy(mask)
@@ -92,7 +91,6 @@ class OnnxEncoder:
         }
 
     def run(self, ids: Ids, mask: Ids) -> Logits:
-        """See `Runtime`."""
         answers: Logits = self._encoder.run(ids, mask)
         return answers
 
@@ -118,7 +116,7 @@ class Session:
     def open(self, runtime: str, spec: dict[str, Any], threads: int) -> dict[str, Any]:
         """Import the libraries, open the arm, and time both."""
         started = time.perf_counter()
-        _prepare(runtime, spec)
+        prepare(runtime, spec)
         imported = time.perf_counter()
         self.runtime = (
             TorchEncoder(threads=threads, **spec)
@@ -148,25 +146,3 @@ class Session:
         ]
         np.save(out, np.concatenate(found))
         return {"rows": sum(len(part) for part in found)}
-
-
-def _prepare(runtime: str, spec: dict[str, Any]) -> None:
-    """Import the libraries of a runtime, the code of the arm's architecture included."""
-    if runtime == "torch":
-        import torch
-        import transformers
-
-        for name in (
-            json.loads((Path(spec["model"]) / "config.json").read_text("utf-8")).get(
-                "architectures"
-            )
-            or ()
-        ):
-            getattr(transformers, name, None)  # transformers imports a class when it is first named
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        torch.set_num_interop_threads(1)
-    else:
-        from limbeck.runtime.session import import_onnxruntime
-
-        import_onnxruntime()

@@ -96,7 +96,7 @@ class Session:
 
 
 def generate(runtime: Runtime, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
-    """Greedy, exactly ``new_tokens`` tokens a row whatever they are, with the time at which each
+    """Greedy, exactly ``new_tokens`` tokens a row, end tokens included, with the time at which each
     column was known.
     """
     clock = time.perf_counter

@@ -41,7 +41,7 @@ class Answering(Protocol):
 
 
 def serve(commands: IO[str], answers: IO[str], session: Answering) -> None:
-    """Answer commands until there are no more.
+    """Answer commands until the pipe is closed.
 
     An error of the user's making is an answer; a defect ends the process.
     """

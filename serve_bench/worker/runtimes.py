@@ -62,15 +62,9 @@ def prepare(runtime: str, spec: Mapping[str, Any]) -> None:
             import torch
             import transformers
 
-            for name in (
-                json.loads((Path(spec["model"]) / "config.json").read_text("utf-8")).get(
-                    "architectures"
-                )
-                or ()
-            ):
-                getattr(
-                    transformers, name, None
-                )  # transformers imports a class when it is first named
+            config = json.loads((Path(spec["model"]) / "config.json").read_text("utf-8"))
+            for name in config.get("architectures") or ():
+                getattr(transformers, name, None)  # imported when it is first named
             transformers.utils.logging.set_verbosity_error()
             transformers.utils.logging.disable_progress_bar()
             torch.set_num_interop_threads(1)
@@ -82,8 +76,7 @@ def prepare(runtime: str, spec: Mapping[str, Any]) -> None:
             if importlib.util.find_spec("onnxruntime_genai") is None:
                 raise EnvironmentalError(
                     "onnxruntime-genai is not installed; run: pip install 'limbeck[cpu]' (or "
-                    "'limbeck[gpu]' for CUDA), "
-                    "or leave it out of bench.runtimes."
+                    "'limbeck[gpu]' for CUDA), or leave it out of bench.runtimes."
                 )
             import onnxruntime_genai
 
@@ -202,11 +195,9 @@ class TorchEager:
         return self._forward(prompts % self.facts["vocabulary"])
 
     def step(self, tokens: Ids) -> Ids:
-        """See `Runtime.step`."""
         return self._forward(tokens[:, None])
 
     def score(self, ids: Ids) -> Logits:
-        """See `Runtime.score`."""
         self._cache = None
         with self._torch.inference_mode():
             output = self._model(
@@ -223,7 +214,6 @@ class TorchEager:
         return [start.elapsed_time(end) / 1e3 for start, end in self._events]
 
     def prompt_tokens(self) -> int:
-        """See `Runtime.prompt_tokens`."""
         return self._prompt_tokens
 
     def _forward(self, ids: Ids) -> Ids:
@@ -284,7 +274,6 @@ class TorchCompiled(TorchEager):
         return self._forward(prompts)
 
     def step(self, tokens: Ids) -> Ids:
-        """See `Runtime.step`."""
         from torch._dynamo.exc import BackendCompilerFailed
 
         self._model.forward = self._compiled
@@ -354,20 +343,18 @@ class OnnxRuntime:
         }
 
     def begin(self, prompts: Ids, room: int) -> Ids:
-        """See `Runtime.begin`."""
         self._prompt_tokens = prompts.shape[1]
         chosen: Ids = self._generating().prefill(prompts, room=room).argmax(-1)
         return chosen
 
     def step(self, tokens: Ids) -> Ids:
-        """See `Runtime.step`."""
         chosen: Ids = self._generating().step(tokens).argmax(-1)
         return chosen
 
     def score(self, ids: Ids) -> Logits:
         """See `Runtime.score`.
 
-        The graph that keeps all logits reads the same weights file as the one that was timed.
+        The graph with all logits reads the same weights file as the timed graph.
         """
         if self._scorer is None:
             from limbeck.runtime.decoder import Decoder
@@ -384,7 +371,6 @@ class OnnxRuntime:
         return None
 
     def prompt_tokens(self) -> int:
-        """See `Runtime.prompt_tokens`."""
         return self._prompt_tokens
 
     def _generating(self) -> Any:
@@ -412,8 +398,7 @@ class OnnxRuntimeGenai:
         if not (folder / "genai_config.json").is_file():
             raise ArtifactError(
                 f"{folder}: no genai_config.json, so ONNX Runtime GenAI cannot run it (the graph "
-                "comes from torch's exporter); "
-                "leave onnxruntime-genai out of bench.runtimes."
+                "comes from torch's exporter); leave onnxruntime-genai out of bench.runtimes."
             )
         config = og.Config(str(folder))
         if device == "cuda":
@@ -435,10 +420,10 @@ class OnnxRuntimeGenai:
             self._adapters = adapters
         self._og, self._prompt_tokens = og, 0
         self._generator: Any = None
-        told = json.loads((folder / "genai_config.json").read_text("utf-8"))["model"]
+        config = json.loads((folder / "genai_config.json").read_text("utf-8"))["model"]
         self.facts: dict[str, Any] = {
-            "vocabulary": int(told["vocab_size"]),
-            "context": int(told["context_length"]),
+            "vocabulary": int(config["vocab_size"]),
+            "context": int(config["context_length"]),
             "threads": threads,
             "kv_cache": True,
             "library": f"onnxruntime-genai {og.__version__}",
@@ -446,7 +431,6 @@ class OnnxRuntimeGenai:
         }
 
     def begin(self, prompts: Ids, room: int) -> Ids:
-        """See `Runtime.begin`."""
         parameters, length = self._og.GeneratorParams(self._model), prompts.shape[1] + room
         parameters.set_search_options(
             do_sample=False, batch_size=len(prompts), max_length=length, min_length=length
@@ -460,7 +444,6 @@ class OnnxRuntimeGenai:
         return self._next()
 
     def step(self, tokens: Ids) -> Ids:
-        """See `Runtime.step`."""
         return self._next()
 
     def score(self, ids: Ids) -> Logits:
@@ -470,11 +453,9 @@ class OnnxRuntimeGenai:
         )
 
     def device_seconds(self) -> list[float] | None:
-        """See `Runtime.device_seconds`."""
         return None
 
     def prompt_tokens(self) -> int:
-        """See `Runtime.prompt_tokens`."""
         return self._prompt_tokens
 
     def _next(self) -> Ids:

@@ -119,7 +119,7 @@ def write_recipe(
 
 
 def _context(models: Sequence[dict[str, Any]]) -> int:
-    """Tokens that each model on this machine reads; at most those of a bench's defaults."""
+    """Context of each model on this machine, in tokens; at most what a default bench needs."""
     folders = (Path(model["path"]) for model in models if model["kind"] == "local")
     return min([_TIMED, *filter(None, map(context_of, folders))])
 

@@ -36,10 +36,9 @@ class Choice:
         if self.student["kind"] != "shrink":
             return None
         return (
-            "A cut heals slowly, and max_loss_vs_best_teacher will likely fail: SmolLM2-135M "
-            "cut to 20 of 30 layers was still 0.8 nats "
-            "above its best teacher after 24,576 tokens. Give far more text and "
-            "training.tokens, or a larger --target-mb."
+            "A cut heals slowly, and max_loss_vs_best_teacher will likely fail: SmolLM2-135M cut "
+            "to 20 of 30 layers was still 0.8 nats above its best teacher after 24,576 tokens. "
+            "Give far more text and training.tokens, or a larger --target-mb."
         )
 
 
@@ -76,9 +75,8 @@ def choose_student(
             tried.append((megabytes, f"{kept} kept, {form}"))
     least, why = min(tried)
     raise ModelError(
-        f"--target-mb {target_mb:g}: no student of that size from these models; the smallest "
-        f"is {least:.1f} MB ({why}). "
-        "Ask for that, or name a smaller model with --student."
+        f"--target-mb {target_mb:g}: no student of that size from these models; the smallest is "
+        f"{least:.1f} MB ({why}). Ask for that, or name a smaller model with --student."
     )
 
 

@@ -169,7 +169,7 @@ def _path(given: str) -> Path:
 def check_tokenizers(teachers: Sequence[dict[str, Any]], bases: Sequence[dict[str, Any]]) -> None:
     """Say which folders on this machine have another tokenizer than the student.
 
-    Raises `ModelError` for one that cannot be aligned. Of other sources `limbeck run` tells.
+    Raises `ModelError` for one that cannot be aligned. `limbeck run` checks other sources.
     """
     from compress.teachers.pairs import described
 
@@ -303,12 +303,10 @@ def are_short(texts: Sequence[str], data: Data) -> bool:
         if found.pieces < heldout.every or found.training < block:
             raise DataError(
                 f"--data {given}: too little text: found {found.pieces} of at least "
-                f"{heldout.every} rows, or pieces of up to "
-                f"{heldout.piece_chars} characters, every {heldout.every}th of which is held "
-                f"out, and {found.training} of at least "
-                f"{block} bytes to train on, for a block of {data.block} tokens. Add text: a "
-                "single document needs about "
-                f"{heldout.every * heldout.piece_chars} characters."
+                f"{heldout.every} rows, or pieces of up to {heldout.piece_chars} characters, every "
+                f"{heldout.every}th of which is held out, and {found.training} of at least {block} "
+                f"bytes to train on, for a block of {data.block} tokens. Add text: a single "
+                f"document needs about {heldout.every * heldout.piece_chars} characters."
             )
         short = short or (not isinstance(domain.text.format, ChatRows) and found.longest < block)
     return short

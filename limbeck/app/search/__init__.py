@@ -225,9 +225,8 @@ def _conclude(
         )
         note = f"# Its gates are the budget's, which {kept}.\n"
         sentence = (
-            f"{missed_bound(candidates, budget)} The nearest is {best.name}: "
-            f"{figures_of(best)}; limbeck run {folder / NEAREST} "
-            f"(its gates are the budget's, which {kept})"
+            f"{missed_bound(candidates, budget)} The nearest is {best.name}: {figures_of(best)}; "
+            f"limbeck run {folder / NEAREST} (its gates are the budget's, which {kept})"
         )
     if said := ", ".join(
         f"{metric} within {m.error:.0%}" for metric, m in models.items() if m.error is not None

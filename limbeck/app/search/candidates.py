@@ -29,9 +29,8 @@ class Candidate:
     timed: bool = False  # whether `predicted` was measured on an untrained export
     nll: float | None = None  # of the student in torch, after the longest round it reached
     tokens: int = 0  # of that round; of an encoder, examples
-    metric: dict[str, float] = field(
-        default_factory=dict
-    )  # of an encoder: its task's metric by name, after that round
+    # of an encoder: its task's metric by name, after that round
+    metric: dict[str, float] = field(default_factory=dict)
     work: float | None = (
         None  # billions of operations, where time grows with those rather than with size
     )

@@ -90,9 +90,8 @@ def sized(recipe: Recipe, students: Mapping[str, dict[str, Any]]) -> list[Candid
     """Every student in every form, with its planned size."""
     found = []
     base = {"kind": "shrink", "base": recipe.resolved()["student"]["base"]}
-    whole = (
-        1 if why_uncut(recipe) else dimensions(recipe, base)["layers"]
-    )  # whole ones alone are all as deep
+    # whole ones alone are all as deep
+    whole = 1 if why_uncut(recipe) else dimensions(recipe, base)["layers"]
     for name, student in students.items():
         made = variant(recipe, student=student, export=exported(recipe, recipe.search.forms))
         sizes = form_sizes(made)

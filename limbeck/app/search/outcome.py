@@ -284,9 +284,8 @@ def draw(candidates: Sequence[Candidate], budget: AnyBudget, best: Candidate, pa
                 fillstyle="full" if c.measured else "none",
             )
             points[known[key], loss] = c.student
-        named: set[tuple[str, float]] = (
-            set()
-        )  # forms of a student that are not measured have one loss: the first is named
+        # forms of a student that are not measured have one loss: the first is named
+        named: set[tuple[str, float]] = set()
         for (x, loss), student in sorted(points.items()):
             if (student, loss) not in named:
                 named.add((student, loss))

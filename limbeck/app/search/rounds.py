@@ -124,9 +124,8 @@ def _reached(
     state = optuna.trial.TrialState
     reached: dict[str, tuple[int, float, dict[str, float]]] = {}
     why: dict[str, str] = {}
-    for trial in study.get_trials(
-        states=(state.COMPLETE, state.PRUNED)
-    ):  # in order: a later one may have had more time
+    # in order: a later one may have had more time
+    for trial in study.get_trials(states=(state.COMPLETE, state.PRUNED)):
         name = trial.user_attrs["student"]
         why.pop(name, None)
         if trial.state == state.COMPLETE:

@@ -63,9 +63,8 @@ def require_ours(folder: Path, digest: str) -> None:
         ) from None
     if found != digest:
         raise ArtifactError(
-            f"{folder}: holds a search of another recipe or budget, or of files that have "
-            "changed since; leave --out away or "
-            "name another folder."
+            f"{folder}: holds a search of another recipe or budget, or of files that have changed "
+            "since; leave --out away or name another folder."
         )
 
 

@@ -208,7 +208,7 @@ def _licences(onnx: Artifact) -> str:
     lines = [
         "# Licences",
         "",
-        "What went into this model, and under which licence, as far as each source says so. "
+        "What went into this model, and under which licence, as far as each source states it. "
         "The terms of all of them",
         "apply; look up what is unknown before you pass the model on.",
         "",

@@ -61,7 +61,7 @@ def require_signed(path: Path, key: Path) -> list[Path]:
             pass  # the library would wait for a pipe
         try:
             verifier.verify(signed, signature)
-        except Exception as error:  # whatever a damaged signature makes the library raise
+        except Exception as error:  # a damaged signature raises errors of many types
             why = str(error).strip() or type(error).__name__
             raise ArtifactError(
                 f"{signature}: does not hold for {signed.name} with the key {key.name}: {why}."
@@ -82,7 +82,7 @@ def _pairs(path: Path) -> list[tuple[Path, Path]]:
 
 
 def _hashing(hashing: Any) -> Any:
-    """Hash every file: the library leaves out those of git unless it is asked not to."""
+    """Hash every file: the library skips files of git by default."""
     return hashing.Config().set_ignored_paths(paths=[], ignore_git_paths=False)
 
 

@@ -20,7 +20,7 @@ def common_prefix(ours: Tokens, theirs: Tokens) -> int:
 
 
 def distinct(rows: Sequence[Tokens], n: int) -> float:
-    """Number of different n-grams divided by that of all n-grams (Li et al., arXiv 1510.03055)."""
+    """Distinct n-grams divided by all n-grams (Li et al., arXiv 1510.03055)."""
     grams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
     return len(set(grams)) / max(len(grams), 1)
 

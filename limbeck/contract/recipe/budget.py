@@ -80,12 +80,11 @@ class Budget(Bounds):
 
     @property
     def times(self) -> dict[str, float | None]:
-        """See `Bounds`."""
         return {"tpot_ms": self.tpot_ms, "ttft_ms": self.ttft_ms}
 
 
 class EncoderBudget(Bounds):
-    """As of a language model, but for the time, which is that of one sequence."""
+    """Bounds of an encoder; its time is that of one sequence."""
 
     latency_ms: Positive | None = Field(
         None,
@@ -94,7 +93,6 @@ class EncoderBudget(Bounds):
 
     @property
     def times(self) -> dict[str, float | None]:
-        """See `Bounds`."""
         return {"latency_ms": self.latency_ms}
 
 

@@ -429,8 +429,7 @@ class Training(Frozen):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
         description="Number type of the forward pass; auto is bf16 where the processor or GPU "
-        "computes it, else fp32; "
-        "fp16 is too narrow for gradients.",
+        "computes it, else fp32; fp16 is too narrow for gradients.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where to train; auto takes a GPU if present."

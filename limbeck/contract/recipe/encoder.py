@@ -267,7 +267,7 @@ EncoderForm = Annotated[
 
 
 class EncoderExport(Frozen):
-    """Graphs made from the student. The last form is the one that is shipped."""
+    """Graphs made from the student. The last form is shipped."""
 
     forms: tuple[EncoderForm, ...] = Field(
         (Fp32Form(kind="fp32"), Int8DynamicForm(kind="int8-dynamic")),

@@ -90,9 +90,8 @@ class Int4WeightForm(Frozen):
     algorithm: Literal["gptq", "rtn"] | None = Field(
         None,
         description="gptq: the inputs of a matrix make up for each other's rounding, judged on "
-        "training text. rtn: each is rounded to "
-        "nearest. None is gptq, but rtn with export.recover, which trains through that, and "
-        "with separate adapters.",
+        "training text. rtn: each is rounded to nearest. None is gptq, but rtn with "
+        "export.recover, which trains through that, and with separate adapters.",
     )
 
 

@@ -389,8 +389,7 @@ class Data(Frozen):
     packing: Literal["document", "stream"] = Field(
         "document",
         description="`document`: no block crosses documents. `stream`: documents are joined with "
-        "the end-of-text token and "
-        "training blocks run across them. Held-out blocks never cross.",
+        "the end-of-text token and training blocks run across them. Held-out blocks never cross.",
     )
     heldout: Heldout = Field(Heldout(), description="How held-out text is chosen.")
 

@@ -37,7 +37,7 @@ class Arm:
 
     @property
     def scored(self) -> bool:
-        """Whether its quality is measured. A twin and extra runtimes run what is scored already."""
+        """Whether its quality is measured. Twins and extra runtimes run a scored model again."""
         return self.role not in ("twin", "extra")
 
 
@@ -155,7 +155,7 @@ class CellResult:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderArm(ArmResult):
-    """An arm that reads whole batches. ``metrics`` are those of the task, by name."""
+    """An arm that reads whole batches. ``metrics`` are the task's, by name."""
 
     grid: tuple[CellResult, ...]
     metrics: Mapping[str, float] | None
@@ -208,7 +208,7 @@ class LanguageResult(BenchResult):
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderResult(BenchResult):
-    """The result for an encoder; ``metric`` is the one that gates compare."""
+    """The result for an encoder; gates compare ``metric``."""
 
     arms: Mapping[str, EncoderArm]
     metric: str

@@ -64,7 +64,7 @@ class GgufFile:
 
 @dataclass(frozen=True)
 class OnnxResult:
-    """Everything that an export says of itself.
+    """The result of an export.
 
     The fields from ``heldout`` on are set where the recipe asks for `export.recover`; losses are in
     nats a token.

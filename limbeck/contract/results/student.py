@@ -68,7 +68,7 @@ class EncoderFigures:
 
 @dataclass(frozen=True)
 class StudentResult:
-    """Everything that a training says of its student. Either ``language`` or ``encoder`` is set."""
+    """The result of a training. Either ``language`` or ``encoder`` is set."""
 
     task: TaskName
     teachers: Mapping[str, TeacherResult]  # by name

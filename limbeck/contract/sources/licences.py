@@ -130,7 +130,7 @@ def of_text(source: TextSource, *, folder: Path) -> Licence:
 
 
 def of_student(result: Mapping[str, Any], teachers: Iterable[Mapping[str, Any]]) -> Licence:
-    """The licence of a student: that of base and teachers together.
+    """The licence of a student, combined from base and teachers.
 
     Takes the `result` and the `teachers.json` of its artifact.
     """
@@ -197,9 +197,8 @@ def _of_package(package: str) -> Licence:
     ]
     said = [
         *metadata.get_all("License-Expression", []),
-        *(
-            text for text in metadata.get_all("License", []) if "\n" not in text
-        ),  # some hold the whole text
+        # some hold the whole text
+        *(text for text in metadata.get_all("License", []) if "\n" not in text),
         *(c.rpartition(" :: ")[2] for c in classifiers),
     ]
     return _said(next(iter(said), None), by=f"metadata of the package {package}")

@@ -45,8 +45,7 @@ def check_weights(path: Path) -> None:
         if pickles:
             raise ModelError(
                 f"{path}: {pickles[0]} is a pickle, which can run code when it is opened; Limbeck "
-                "reads safetensors and GGUF only. "
-                "Load it where you trust it and `save_pretrained(…)` it again, which writes "
-                "safetensors."
+                "reads safetensors and GGUF only. Load it where you trust it and "
+                "`save_pretrained(…)` it again, which writes safetensors."
             )
         raise ModelError(f"{path}: no weights; expected *.safetensors beside config.json.")

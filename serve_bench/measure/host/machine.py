@@ -86,9 +86,8 @@ def limits(
             _read(f / "memory.limit_in_bytes")
             for f in _upwards(root / "memory", groups.get("memory", ""))
         )
-        memory = [
-            int(m) for m in found if m and int(m) < 1 << 60
-        ]  # version 1 writes a huge number for none
+        # version 1 writes a huge number for none
+        memory = [int(m) for m in found if m and int(m) < 1 << 60]
     return {"cpus": min(cpus, default=None), "memory_bytes": min(memory, default=None)}
 
 

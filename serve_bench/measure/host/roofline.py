@@ -66,9 +66,8 @@ def run_kernels(
     a = torch.empty_like(b)
     square = torch.rand(_SIDE, _SIDE, device=device)
     product = torch.empty_like(square)
-    wait: Callable[[], object] = (
-        torch.cuda.synchronize if device == "cuda" else int
-    )  # int(): nothing to wait for
+    # int(): nothing to wait for
+    wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else int
 
     def best(work: Callable[[], object], amount: float) -> float:
         fastest, until = float("inf"), 0.0
@@ -109,12 +108,8 @@ def graph_weight_bytes(graph: Path) -> int:
     import onnx
 
     proto = onnx.load(graph, load_external_data=False).graph
-    gathered = {
-        "Gather",
-        "GatherBlockQuantized",
-        "GroupQueryAttention",
-        "RotaryEmbedding",
-    }  # the last two: angles
+    # the last two: angles
+    gathered = {"Gather", "GatherBlockQuantized", "GroupQueryAttention", "RotaryEmbedding"}
     read = {name for node in proto.node if node.op_type not in gathered for name in node.input}
     return sum(_bytes(tensor) for tensor in proto.initializer if tensor.name in read)
 

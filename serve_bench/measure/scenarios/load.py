@@ -41,11 +41,8 @@ _LEAD = 0.05  # seconds from building the tasks to the first arrival
 # late
 _AWAKE = 0.002
 _PATIENCE = 30.0  # seconds after its arrival, or five times the SLO, when a request has failed
-_SERVED_BY = (
-    "fastapi",
-    "uvicorn",
-    "prometheus_client",
-)  # the extra limbeck[serve], as it is imported
+# the extra limbeck[serve], as it is imported
+_SERVED_BY = ("fastapi", "uvicorn", "prometheus_client")
 _WARM = 3  # requests one after another before the first rate
 
 Row = dict[str, Any]

@@ -41,30 +41,20 @@ def measure_offline(
     """
     started, budget, all_cells = time.monotonic(), 60 * grid.minutes, cells(grid)
     with task("throughput, batches", grid.blocks * len(all_cells) * 2 * len(arms)) as progress:
-        for batch, prompt_tokens, new_tokens in all_cells:
+        for batch, prompt_tokens, _ in all_cells:
             for arm in arms:  # memory for this size is taken once, and is no part of any sample
                 workers[arm].batch([prompts(row, prompt_tokens) for row in range(batch)], 2)
-            del new_tokens
         for block, (index, cell) in itertools.product(range(grid.blocks), enumerate(all_cells)):
             if block and time.monotonic() - started >= budget:
                 return
             batch, prompt_tokens, new_tokens = cell
-            rows = [prompts(block * batch + row, prompt_tokens) for row in range(batch)]
+            rows = [prompts(block * batch + n, prompt_tokens) for n in range(batch)]
             there = arms if (block + index) % 2 == 0 else arms[::-1]
             for position, arm in enumerate([*there, *reversed(there)]):
                 answer = workers[arm].batch(rows, new_tokens)
-                told = {
-                    "event": "offline",
-                    "arm": arm.id,
-                    "batch": batch,
-                    "prompt_tokens": prompt_tokens,
-                }
-                told |= {
-                    "new_tokens": new_tokens,
-                    "block": block,
-                    "position": position,
-                    "at": answer["at"],
-                }
-                raw.write(json.dumps(told) + "\n")
+                sizes = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+                place = {"block": block, "position": position, "at": answer["at"]}
+                row = {"event": "offline", "arm": arm.id} | sizes | place
+                raw.write(json.dumps(row) + "\n")
                 progress.advance(1, **{"tokens/s": batch * new_tokens / answer["at"][-1]})
             raw.flush()
