@@ -158,8 +158,8 @@ docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # TRL needs its own versions of what we use; it never shares our environment.
-bench-peers: $(READY) .venvs/peers/.ready
-	$(BIN)/python -m tests.benchmarks.training.bench_peers
+bench-peers bench-peers-cross: $(READY) .venvs/peers/.ready
+	$(BIN)/python -m tests.benchmarks.training.$(subst -,_,$@) $(ARGS)
 
 .venvs/peers/.ready:
 	$(PYTHON) -m venv .venvs/peers

@@ -41,7 +41,7 @@ from limbeck.contract.recipe import (
     fingerprint,
 )
 from limbeck.contract.sources.hub import hub_config, hub_snapshot
-from limbeck.contract.sources.models import model_path
+from limbeck.contract.sources.models import model_path, require_tokenizer
 from limbeck.contract.sources.places import cache_folder
 from limbeck.contract.sources.weights import check_weights
 
@@ -167,6 +167,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
     Raises `ModelError`.
     """
+    require_tokenizer(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True

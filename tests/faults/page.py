@@ -28,6 +28,7 @@ from limbeck.contract.lock import locked
 from serve_bench.serve.listener import open_door
 from serve_bench.serve.server import make_app
 from tests import ROOT
+from tests.faults import mistakes
 from tests.pico import make_blocks, make_model, pico_recipe
 from tests.servers.logprob_server import LogprobServer
 
@@ -350,6 +351,7 @@ class _Idle:
 
 
 _SECTIONS: dict[str, dict[str, Callable[[Path], None]]] = {
+    **mistakes.SECTIONS,
     "Artifacts": {
         "No artifact is there, or its stage was stopped": _no_artifact,
         "The manifest is cut off": _truncated,
@@ -421,9 +423,9 @@ _SECTIONS: dict[str, dict[str, Callable[[Path], None]]] = {
 def page() -> str:
     """The text of docs/errors.md. Raises `AssertionError` for a mistake that is not refused."""
     parts = [_HEAD]
-    for title, mistakes in _SECTIONS.items():
+    for title, section in _SECTIONS.items():
         parts.append(f"## {title}\n")
-        for wrong, make in mistakes.items():
+        for wrong, make in section.items():
             with tempfile.TemporaryDirectory(prefix="limbeck-") as root:
                 parts.append(f"**{wrong}**\n\n```text\n{_message(make, Path(root))}\n```\n")
     return "\n".join(parts)

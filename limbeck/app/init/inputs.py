@@ -15,7 +15,7 @@ from typing import Any
 from limbeck.contract.errors import DataError, LimbeckError, ModelError
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import ChatRows, Data, FileText, PlainText, find_recipe
-from limbeck.contract.sources.places import did_you_mean
+from limbeck.contract.recipe.mistakes import did_you_mean
 from limbeck.contract.sources.texts import TABLES, check_arrow, text_files
 
 BATCH = 1024  # tokens a training step

@@ -18,6 +18,7 @@ from typing import Any
 from limbeck.contract.errors import ModelError
 from limbeck.contract.models.loading import require_finite
 from limbeck.contract.models.probe import probe_ids, require_equal
+from limbeck.contract.recipe.mistakes import did_you_mean
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Kinds of peft that replace layers of the model, each held to peft by tests/wild.
@@ -97,7 +98,9 @@ def adapter_facts(folder: Path) -> AdapterFacts:
     from safetensors import SafetensorError, safe_open
 
     if not folder.is_dir():
-        raise ModelError(f"{folder}: no such folder; check the path of the adapter.")
+        raise ModelError(
+            f"{folder}: no such folder{did_you_mean(folder)}; check the path of the adapter."
+        )
     if not (folder / CONFIG).is_file():
         within = next((path.parent for path in sorted(folder.glob(f"*/{CONFIG}"))), None)
         hint = f" {within} is one: name that folder." if within else ""

@@ -7,6 +7,7 @@ import difflib
 import types
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel
@@ -125,3 +126,22 @@ def kind_of(value: Any) -> str:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{kind_of(value)} ({text[:50]}…)"
+
+
+def did_you_mean(path: Path) -> str:
+    """``, did you mean PATH?`` where something of nearly that name is there, else nothing."""
+    try:
+        there = path.absolute().parent
+        while not there.exists():
+            there = there.parent
+        missing = path.absolute().relative_to(there).parts
+        names = {entry.name.lower(): entry.name for entry in there.iterdir()}
+    except (OSError, ValueError):
+        return ""
+    for close in difflib.get_close_matches(missing[0].lower(), names, cutoff=0.7):
+        suggested = there.joinpath(names[close], *missing[1:])
+        if suggested.exists():
+            here = Path.cwd()
+            shown = suggested.relative_to(here) if suggested.is_relative_to(here) else suggested
+            return f", did you mean {shown}?"
+    return ""

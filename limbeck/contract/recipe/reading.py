@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from limbeck.contract.errors import RecipeError
-from limbeck.contract.recipe.mistakes import explain, kind_of
+from limbeck.contract.recipe.mistakes import did_you_mean, explain, kind_of
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 MOST_BYTES = 1_000_000  # of a recipe file; the longest shipped one has 4 kB
@@ -90,9 +90,10 @@ def find_recipe(reference: str | Path, *, folder: Path | None = None) -> Path:
         return shipped
     names = [name for name, _ in shipped_recipes()]
     close = difflib.get_close_matches(str(reference), names, n=1)
-    hint = f"did you mean {close[0]}?" if close else "`limbeck recipes` lists the shipped ones."
+    hint = f"; did you mean {close[0]}?" if close else did_you_mean(path)
     raise RecipeError(
-        f"{reference}: no such recipe file, and no shipped recipe of that name; {hint}"
+        f"{reference}: no such recipe file, and no shipped recipe of that name"
+        f"{hint or '; `limbeck recipes` lists the shipped ones.'}"
     )
 
 
@@ -160,7 +161,10 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[str, dict[str, Any]]:
 def _extended(base: str, path: Path) -> Path:
     """The file that a recipe extends. Only YAML files: a recipe of a stranger cannot point at just
     any file."""
-    found = find_recipe(base, folder=path.parent)
+    try:
+        found = find_recipe(base, folder=path.parent)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: extends: {error}") from None
     if found.suffix not in (".yaml", ".yml"):
         raise RecipeError(f"{path}: extends: {base}: a recipe is a .yaml file; name one.")
     return found

@@ -28,14 +28,9 @@ from limbeck.contract.recipe import (
     TokenizerSource,
     fingerprint,
 )
+from limbeck.contract.recipe.mistakes import did_you_mean
 from limbeck.contract.sources.hub import cached_config
-from limbeck.contract.sources.places import (
-    cache_folder,
-    did_you_mean,
-    matching_files,
-    package_root,
-    read_object,
-)
+from limbeck.contract.sources.places import cache_folder, matching_files, package_root, read_object
 from limbeck.contract.sources.weights import check_weights
 
 
@@ -171,6 +166,15 @@ def require_fits(folder: Path, *, block: int | None = None, exported: bool = Fal
         )
 
 
+def require_tokenizer(folder: Path) -> None:
+    """Raise `ModelError` unless a file is there that a tokenizer can be made of."""
+    if not any(match for pattern in _TOKENIZERS for match in folder.glob(pattern)):
+        raise ModelError(
+            f"{folder}: no tokenizer; expected tokenizer.json beside config.json. Save the "
+            "tokenizer of this model there: `AutoTokenizer.from_pretrained(…).save_pretrained(…)`."
+        )
+
+
 def context_of(folder: Path) -> int | None:
     """Return how many tokens a model reads at most; None where config.json does not say."""
     return context_in(read_object(folder / "config.json"))
@@ -210,4 +214,6 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 # Their position embeddings begin behind the padding token's id.
 _COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
+# What transformers makes a tokenizer of; the other files only describe it.
+_TOKENIZERS = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 _CONTEXTS = ("max_position_embeddings", "n_positions")  # how configurations call the longest text

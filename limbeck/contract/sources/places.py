@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
 import importlib.metadata
 import importlib.util
@@ -66,25 +65,6 @@ def matching_files(root: Path, pattern: str, suffixes: tuple[str, ...]) -> list[
         return [path for name in found if (path := base / name).is_file()]
     except (OSError, ValueError):  # a name that no file can have
         return []
-
-
-def did_you_mean(path: Path) -> str:
-    """``, did you mean PATH?`` where something of nearly that name is there, else nothing."""
-    try:
-        there = path.absolute().parent
-        while not there.exists():
-            there = there.parent
-        missing = path.absolute().relative_to(there).parts
-        names = {entry.name.lower(): entry.name for entry in there.iterdir()}
-    except (OSError, ValueError):
-        return ""
-    for close in difflib.get_close_matches(missing[0].lower(), names, cutoff=0.7):
-        suggested = there.joinpath(names[close], *missing[1:])
-        if suggested.exists():
-            here = Path.cwd()
-            shown = suggested.relative_to(here) if suggested.is_relative_to(here) else suggested
-            return f", did you mean {shown}?"
-    return ""
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from limbeck.contract.models.adapters import adapter_facts
 from limbeck.contract.recipe import (
     AnyRecipe,
     HubModel,
+    LocalModel,
     ModelSource,
     OnnxModel,
     PackageModel,
@@ -20,7 +21,13 @@ from limbeck.contract.recipe import (
     find_recipe,
 )
 from limbeck.contract.sources.hub import cached_config
-from limbeck.contract.sources.models import model_path, package_pieces, require_fits, tokenizer_path
+from limbeck.contract.sources.models import (
+    model_path,
+    package_pieces,
+    require_fits,
+    require_tokenizer,
+    tokenizer_path,
+)
 from limbeck.contract.sources.stores import file_system
 from limbeck.contract.sources.texts import ROWS, check_arrow, text_files
 
@@ -76,6 +83,8 @@ def model_mistakes(recipe: AnyRecipe) -> Iterator[str]:
     ]
     if recipe.base is not None:
         models.append(("student.base", recipe.base))
+    # An adapter may bring the tokenizer.
+    adapted = {f"teachers.{i}" for i, n in enumerate(recipe.teacher_models) if n in recipe.adapters}
     for where, source in models:
         try:
             if isinstance(source, RecipeModel):
@@ -92,5 +101,7 @@ def model_mistakes(recipe: AnyRecipe) -> Iterator[str]:
                     path = model_path(source, folder=recipe.folder)
                 if path is not None and path.is_dir():
                     require_fits(path, block=recipe.block, exported=source is recipe.base)
+                    if isinstance(source, LocalModel) and where not in adapted:
+                        require_tokenizer(path)
         except UserError as error:
             yield f"{where}: {error}"

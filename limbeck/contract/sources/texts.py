@@ -21,13 +21,8 @@ from limbeck.contract.recipe import (
     TextSource,
     fingerprint,
 )
-from limbeck.contract.sources.places import (
-    did_you_mean,
-    matching_files,
-    npm_root,
-    package_root,
-    read_object,
-)
+from limbeck.contract.recipe.mistakes import did_you_mean
+from limbeck.contract.sources.places import matching_files, npm_root, package_root, read_object
 
 
 def text_files(source: TextSource, *, folder: Path) -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from limbeck.contract.errors import ModelError
-from limbeck.contract.sources.places import did_you_mean
+from limbeck.contract.recipe.mistakes import did_you_mean
 
 
 def check_weights(path: Path) -> None:
