@@ -61,16 +61,18 @@ def can_be_merged(base: State, teacher: State) -> bool:
 def candidates(names: Sequence[str]) -> list[Merge]:
     """Merges worth scoring for teachers of these names, the base included.
 
-    All teachers, at their average and at 1.5 times it; all but one, if there are at least three, so
-    that one bad teacher cannot spoil the rest; each alone; and the base without teachers.
+    All teachers, at their average, at 1.5 times it, and by `ties`; all but one by the first and the
+    last, if there are at least three, so that one bad teacher cannot spoil the rest; each alone;
+    and the base without teachers.
     """
     K = len(names)
-    found = [Merge("average", dict.fromkeys(names, scale / K)) for scale in (1.0, 1.5) if K > 1]
+    found = []
+    for kept in [names, *(itertools.combinations(names, K - 1) if K > 2 else ())]:
+        if (k := len(kept)) > 1:
+            found.append(Merge("average", dict.fromkeys(kept, 1 / k)))
+            found.append(Merge("ties", dict.fromkeys(kept, 1.0)))
     if K > 1:
-        found.append(Merge("ties", dict.fromkeys(names, 1.0)))
-    if K > 2:
-        for kept in itertools.combinations(names, K - 1):
-            found.append(Merge("average", dict.fromkeys(kept, 1 / (K - 1))))
+        found.insert(1, Merge("average", dict.fromkeys(names, 1.5 / K)))
     return [*found, *(Merge("average", {name: 1.0}) for name in names), BASE]
 
 

@@ -116,8 +116,9 @@ def test_models_of_other_shapes_cannot_be_merged(tmp_path: Path) -> None:
 
 def test_candidates_leave_out_each_teacher_once_and_hold_the_base() -> None:
     found = candidates(["a", "b", "c"])
-    sets = [set(merge.weights) for merge in found if merge.method == "average"]
-    assert all({"a", "b", "c"} - {left} in sets for left in "abc")
+    for method in ("average", "ties"):
+        sets = [set(merge.weights) for merge in found if merge.method == method]
+        assert all({"a", "b", "c"} - {left} in sets for left in "abc")
     assert BASE in found
     assert candidates(["a"]) == [Merge("average", {"a": 1.0}), BASE]
 
