@@ -60,8 +60,8 @@ ARMS = ["recipe", "ce-only-equal-time", "uniform", "entropy-token", "best-single
 class Bench:
     """Recipes and teachers below one folder."""
 
-    def __init__(self, folder: Path, tokens: int) -> None:
-        self.folder, self.tokens = folder.resolve(), tokens
+    def __init__(self, folder: Path, tokens: int, arms: list[str]) -> None:
+        self.folder, self.tokens, self.arms = folder.resolve(), tokens, arms
         self.folder.mkdir(parents=True, exist_ok=True)
         demo = load_recipe("smollm2/135m-two-experts").resolved()
         self.base = demo["student"]["base"]
@@ -81,7 +81,8 @@ class Bench:
             "training": {"tokens": self.tokens, "batch_tokens": 512, "micro_batch": 2},
         }
         recipe = load_recipe(str(self._written(f"method-{setting}", tree)))
-        arms = ["recipe", "uniform", "entropy-token"] if setting in BAD else [*ARMS, *MERGES]
+        among = ["recipe", "uniform", "entropy-token"] if setting in BAD else [*ARMS, *MERGES]
+        arms = self.arms or among
         out = self.folder / setting
         found = ablate(
             recipe=recipe, products=make_products(recipe), out=out, arms=arms, seeds=seeds
@@ -180,9 +181,10 @@ def main() -> None:
     parser.add_argument("--settings", default=",".join(SETTINGS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=12288)
+    parser.add_argument("--arms", help="instead of the arms that a setting asks for")
     parser.add_argument("--runs", type=Path, default=Path("runs/method"))
     options = parser.parse_args()
-    bench = Bench(options.runs, options.tokens)
+    bench = Bench(options.runs, options.tokens, options.arms.split(",") if options.arms else [])
     found = {name: bench.ablation(name, options.seeds) for name in options.settings.split(",")}
     print(
         json.dumps(
