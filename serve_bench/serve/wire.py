@@ -266,6 +266,8 @@ class Message(_Body):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: Str | None = None
     reasoning_content: Str | None = _unused("Of an earlier answer; templates leave it out.")
+    reasoning: Str | None = _unused("vLLM's newer name of it.")
+    provider_specific_fields: dict[str, Any] | None = _unused()
     refusal: Any = _only("")
     annotations: Any = _only([])
     images: Any = _only([])

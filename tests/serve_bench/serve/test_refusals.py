@@ -194,7 +194,10 @@ CHATS: dict[str, dict[str, Any]] = {
         "messages": [
             {"role": "user", "content": "abc"},
             {"role": "assistant", "content": None, "tool_calls": None, "function_call": None},
-            {"role": "assistant", "content": "def", "images": []},
+            {
+                "role": "assistant", "content": "def", "images": [], "reasoning": "hm",
+                "provider_specific_fields": {"refusal": None},
+            },
             {"role": "user", "content": "abc", "cache_control": {"type": "ephemeral"}},
         ],
         "include_reasoning": True,
