@@ -42,6 +42,11 @@ def choose_backend(
             f"{model_type} with rope of kind {kind} cannot be exported by GenAI's builder: its "
             "graph would give other logits. Set export.backend to auto."
         )
+    if named == "genai" and _names_partial_rope(config):
+        raise ModelError(
+            f"{model_type} with a partial_rotary_factor cannot be exported by GenAI's builder: its "
+            "graph does not run. Set export.backend to auto."
+        )
     return named, why
 
 
@@ -54,6 +59,8 @@ def _choose(config: Mapping[str, Any], provider: Provider) -> tuple[str, str]:
         return "dynamo", "auto: TensorRT has no kernel for the builder's fused attention"
     if wrong := sorted(rope_kinds(config) - _FUSED_ROPES):
         return "dynamo", f"auto: GenAI's builder is not right for rope of kind {wrong[0]}"
+    if _names_partial_rope(config):
+        return "dynamo", "auto: GenAI's builder is not right for a partial_rotary_factor"
     heads = config.get("num_attention_heads")
     size = config.get("head_dim") or (config.get("hidden_size", 0) // heads if heads else 0)
     if size % _HEAD:
@@ -72,9 +79,21 @@ def rope_kinds(config: Mapping[str, Any]) -> frozenset[str]:
 
     Some architectures, such as gemma3, have one for each type of layer.
     """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    by_layer = [inner for inner in rope.values() if isinstance(inner, Mapping)]
     return frozenset(
-        str(inner.get("rope_type") or inner.get("type") or "default")
-        for inner in by_layer or [rope]
+        str(rope.get("rope_type") or rope.get("type") or "default") for rope in _ropes(config)
+    )
+
+
+def _ropes(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return [inner for inner in rope.values() if isinstance(inner, Mapping)] or [rope]
+
+
+def _names_partial_rope(config: Mapping[str, Any]) -> bool:
+    """Whether a share of each head's numbers is named that rope turns.
+
+    The architectures in `KNOWN` turn all of them all the same.
+    """
+    return any(
+        place.get("partial_rotary_factor") not in (None, 1) for place in (config, *_ropes(config))
     )

@@ -21,11 +21,15 @@ _OWN = "limbeck/"  # prefix of every name that surgery adds
 def attention_windows(model: Path) -> list[int]:
     """Tokens each layer of the transformers folder ``model`` may look back, itself included; -1 is
     all of them.
+
+    Architectures without windows ignore a sliding_window in their file, which conversions from
+    other architectures leave there.
     """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model)
-    window = getattr(config, "sliding_window", None) or -1
+    has_windows = hasattr(type(config), "sliding_window")
+    window = (config.sliding_window if has_windows else None) or -1
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     return [window if kind == "sliding_attention" else -1 for kind in kinds]
 

@@ -65,6 +65,8 @@ def whole_config(config: Mapping[str, Any]) -> dict[str, Any]:
     except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ModelError(f"transformers cannot read the configuration: {error}") from None
     whole: dict[str, Any] = made.to_dict()
+    if not hasattr(type(made), "sliding_window"):  # transformers ignores it in this architecture
+        whole.pop("sliding_window", None)
     return whole
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from export.build.backend import build_graphs
 from export.build.choice import choose_backend, rope_kinds
+from export.build.surgery import attention_windows
 from export.check.parity import answer, make_cases, measure_parity
+from export.gguf.architecture import architecture, whole_config
 from limbeck.contract.errors import ModelError
 from tests.pico import make_model
 
@@ -74,6 +79,46 @@ def test_the_kind_is_read_from_either_generations_configuration(key: str, name: 
         assert backend == "genai" or kind in why
     assert choose_backend(config | {"head_dim": 24})[0] == "dynamo"
     assert choose_backend(config | {"model_type": "phi3"})[0] == "dynamo"
+
+
+@pytest.mark.parametrize("place", ["rope_parameters", "beside"])
+def test_a_partial_rope_goes_to_torchs_exporter(place: str) -> None:
+    """onnxruntime's kernel refuses what GenAI's builder makes of it."""
+    share = {"partial_rotary_factor": 0.5}
+    config = {"model_type": "llama", "head_dim": 16}
+    config |= {"rope_parameters": share} if place == "rope_parameters" else share
+    name, why = choose_backend(config)
+    assert (name, why) == (
+        "dynamo",
+        "auto: GenAI's builder is not right for a partial_rotary_factor",
+    )
+    with pytest.raises(ModelError, match="partial_rotary_factor cannot be exported by GenAI"):
+        choose_backend(config, backend="genai")
+    assert choose_backend(config | {"rope_parameters": None, "partial_rotary_factor": 1.0})[0] == (
+        "genai"
+    )
+
+
+def test_a_window_that_the_architecture_does_not_have_is_ignored(tmp_path: Path) -> None:
+    """As transformers ignores it: conversions from mistral leave it in the file of a llama."""
+    plain = make_model(tmp_path / "plain")
+    stray = make_model(tmp_path / "stray", sliding_window=4)
+    assert json.loads((stray / "config.json").read_text())["sliding_window"] == 4
+    ids = torch.arange(40).reshape(1, -1)
+    with torch.no_grad():
+        ours, theirs = (
+            AutoModelForCausalLM.from_pretrained(folder)(input_ids=ids).logits
+            for folder in (stray, plain)
+        )
+    assert torch.equal(ours, theirs)
+    assert attention_windows(stray) == attention_windows(plain) == [-1, -1]
+    real = make_model(tmp_path / "real", model_type="mistral", sliding_window=4)
+    assert attention_windows(real) == [4, 4]
+    config = json.loads((stray / "config.json").read_text())
+    architecture(whole_config(config))  # llama.cpp runs it too
+    config["model_type"] = "mistral"
+    with pytest.raises(ModelError, match="window"):
+        architecture(whole_config(config))
 
 
 def test_a_rope_of_each_layer_type_counts() -> None:
