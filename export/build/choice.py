@@ -85,7 +85,7 @@ def rope_kinds(config: Mapping[str, Any]) -> frozenset[str]:
 
 
 def _ropes(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     return [inner for inner in rope.values() if isinstance(inner, Mapping)] or [rope]
 
 

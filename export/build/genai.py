@@ -52,7 +52,7 @@ def build_genai(
     graphs.data.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         build = Path(temporary)
-        _run_builder(model, build)
+        _run_builder(model, _as_transformers_reads(model, build / "model"), build)
         genai = json.loads((build / "genai_config.json").read_text("utf-8"))
         head_size = int(genai["model"]["decoder"]["head_size"])
         if head_size % 16:
@@ -83,7 +83,45 @@ def build_genai(
     return graphs, genai
 
 
-def _run_builder(model: Path, folder: Path) -> None:
+def _as_transformers_reads(model: Path, folder: Path) -> Path:
+    """``folder``, filled with links to the files of ``model`` and a cleaned config.json.
+
+    The builder obeys fields of any architecture, such as a soft cap in the file of a llama, which
+    conversions leave there. transformers ignores those that the architecture does not have.
+    """
+    from transformers import AutoConfig
+
+    folder.mkdir()
+    for path in model.iterdir():
+        if path.name != "config.json":
+            (folder / path.name).symlink_to(path.resolve())
+    config = AutoConfig.from_pretrained(model)
+    for name in _FIELDS & vars(config).keys():
+        if not hasattr(type(config), name):
+            delattr(config, name)
+    config.save_pretrained(folder)
+    return folder
+
+
+# Fields that the builder reads of every architecture, and that not every one has.
+_FIELDS = {
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "hidden_activation",
+    "num_experts",
+    "num_local_experts",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+    "rope_embedding_base",
+    "rope_position_scale",
+    "seq_length",
+    "sliding_window",
+    "swiglu_limit",
+}
+
+
+def _run_builder(model: Path, source: Path, folder: Path) -> None:
+    """Build the graph of ``model`` below ``folder``, from its files as ``source`` has them."""
     config = json.loads((model / "config.json").read_text("utf-8"))
     architecture = (config.get("architectures") or ["none"])[0]
     log = io.StringIO()
@@ -97,10 +135,10 @@ def _run_builder(model: Path, folder: Path) -> None:
             # folder to them.
             options: dict[str, Any] = {"hf_token": "false", "windowed_kv_cache": False}
             check_extra_options(
-                "", str(model), str(folder), "fp32", "cpu", str(folder / "cache"), options
+                "", str(source), str(folder), "fp32", "cpu", str(folder / "cache"), options
             )
             create_model(
-                "", str(model), str(folder), "fp32", "cpu", str(folder / "cache"), **options
+                "", str(source), str(folder), "fp32", "cpu", str(folder / "cache"), **options
             )
     except OSError:
         raise  # the disk, not the architecture

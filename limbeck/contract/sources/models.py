@@ -197,7 +197,7 @@ def exported_context(config: Mapping[str, Any]) -> int | None:
     neighbours and on what is cached, so a graph keeps to the original context.
     """
     text, context = _text_config(config), context_in(config)
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
     by_layer = [inner for inner in rope.values() if isinstance(inner, Mapping)]
     name = "original_max_position_embeddings"
     original = [

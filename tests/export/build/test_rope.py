@@ -77,6 +77,8 @@ def test_the_kind_is_read_from_either_generations_configuration(key: str, name: 
         backend, why = choose_backend(given)
         assert backend == ("genai" if kind in ("llama3", "dynamic") else "dynamo")
         assert backend == "genai" or kind in why
+    both = {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {name: "linear"}}
+    assert rope_kinds(both) == {"linear"}  # as transformers reads it
     assert choose_backend(config | {"head_dim": 24})[0] == "dynamo"
     assert choose_backend(config | {"model_type": "phi3"})[0] == "dynamo"
 
@@ -119,6 +121,23 @@ def test_a_window_that_the_architecture_does_not_have_is_ignored(tmp_path: Path)
     config["model_type"] = "mistral"
     with pytest.raises(ModelError, match="window"):
         architecture(whole_config(config))
+
+
+def test_fields_of_other_architectures_change_no_graph(tmp_path: Path) -> None:
+    """transformers ignores them in a llama; GenAI's builder would obey each."""
+    stray = {
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 2.0,
+        "hidden_activation": "gelu",
+        "num_local_experts": 2,
+        "sliding_window": 4,
+    }
+    model = make_model(tmp_path / "model", num_hidden_layers=1, **stray)
+    built = build_graphs(model, tmp_path, {}, backend="genai")
+    texts = [np.arange(length) for length in (40, 33)]
+    cases = answer(make_cases(texts, context=built.context), model)
+    found = measure_parity("fp32", built.graphs.last, built.graphs.all, cases)
+    assert found["failures"] == []
 
 
 def test_a_rope_of_each_layer_type_counts() -> None:
