@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,22 @@ from tests import ROOT, forks
 from tests.app.cli.calls import GOOD, called_alone
 
 
-def endless(folder: Path) -> None:
-    """The command in ``folder``, with a training that never ends."""
+def command(folder: Path, *arguments: str) -> None:
+    """The command in ``folder``, in a forked process; its output goes to the files out and err."""
+    from limbeck.app import cli
+
     os.chdir(folder)
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
+    sys.argv = ["limbeck", *arguments]
+    cli.main()
+
+
+def endless(folder: Path) -> None:
+    """`limbeck run` with a training that never ends."""
     import compress
-    from limbeck.app import cli, plan
+    from limbeck.app import plan
     from limbeck.runtime import session
 
     def distill(**_: Any) -> None:
@@ -36,14 +45,14 @@ def endless(folder: Path) -> None:
     plan.seconds_after_training = lambda _: {}  # loads transformers
     compress.distill = distill
     session.import_onnxruntime = lambda: None
-    sys.argv = ["limbeck", "run", "mine.yaml"]
-    cli.main()
+    command(folder, "run", "mine.yaml")
 
 
-def _hears_ctrl_c() -> None:
-    """A shell lets what it starts in the background ignore SIGINT, and children inherit that: undo
-    it in the child."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def until(process: Any, true: Callable[[], bool], folder: Path) -> None:
+    """Wait while ``process`` runs, which has to make ``true`` so."""
+    while not true():
+        assert process.exitcode is None, (folder / "stderr").read_text()
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -52,14 +61,12 @@ def test_a_run_that_is_stopped_says_how_to_go_on(
 ) -> None:
     (tmp_path / "mine.yaml").write_text(GOOD)
     process = forks.start(endless, tmp_path)
-    while not (tmp_path / "working").exists():
-        assert process.exitcode is None, (tmp_path / "err").read_text()
-        time.sleep(0.02)
+    until(process, (tmp_path / "working").exists, tmp_path)
     os.kill(process.pid, number)
     process.join(20)
     assert process.exitcode == code
-    assert (tmp_path / "out").read_text() == ""
-    assert (tmp_path / "err").read_text().splitlines() == [
+    assert (tmp_path / "stdout").read_text() == ""
+    assert (tmp_path / "stderr").read_text().splitlines() == [
         "== compress",
         "",
         "stopped; run the same command again to go on",
@@ -76,37 +83,21 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 
 def test_pico_stopped_in_training_goes_on_to_a_verdict(tmp_path: Path) -> None:
-    """The installed command, as a user meets it: stopped by Ctrl-C, started again, and once more
-    when all is done."""
-    command = [
-        sys.executable,
-        "-c",
-        "from limbeck.app.cli import main; main()",
-        "run",
-        "pico",
-        "--out",
-        "out",
-    ]
-    with subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        preexec_fn=_hears_ctrl_c,
-    ) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if "training pico" in line:
-                break
-        process.send_signal(signal.SIGINT)
-        rest = process.stderr.read()
-    assert process.returncode == 130
-    assert rest.splitlines()[-1] == "stopped; run the same command again to go on"
+    """The command as a user meets it: stopped by Ctrl-C, started again, and once more when all is
+    done."""
+    out, err = tmp_path / "stdout", tmp_path / "stderr"
+    process = forks.start(command, tmp_path, "run", "pico", "--out", "out")
+    until(process, lambda: err.exists() and "training pico" in err.read_text(), tmp_path)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    assert err.read_text().splitlines()[-1] == "stopped; run the same command again to go on"
     assert not (tmp_path / "out" / "student").exists()
 
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "verdict: pass" in done.stdout
+    process = forks.start(command, tmp_path, "run", "pico", "--out", "out")
+    process.join()
+    assert process.exitcode == 0, err.read_text()
+    assert "verdict: pass" in out.read_text()
     assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
     digests = [
         open_artifact(tmp_path / "out" / name).digest for name in ("student", "onnx", "bench")
