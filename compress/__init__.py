@@ -6,7 +6,8 @@ The loss is in `compress.loss`, the loop in `compress.loop`; tasks differ in `co
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from limbeck.contract.artifact import Artifact, find_artifact, open_artifact, work_folder
@@ -43,15 +44,10 @@ def distill(
     if found is not None:
         shutil.rmtree(work_folder(out), ignore_errors=True)  # a kill can leave it
         return found
-    quiet_libraries()
-    from compress.host import give_memory_back
-
-    try:
+    with _libraries():
         from compress.loop import train
 
         return train(recipe=recipe, out=out, products=products, key=key, parents=parents)
-    finally:
-        give_memory_back()
 
 
 def recover(
@@ -79,16 +75,12 @@ def recover(
     if found := find_artifact(out, kind="student", key=key):
         shutil.rmtree(work_folder(out), ignore_errors=True)
         return found
-    quiet_libraries()
-    from compress.host import give_memory_back
-    from compress.recovery import train_through
+    with _libraries():
+        from compress.recovery import train_through
 
-    try:
         return train_through(
             student=trained, onnx=exported, recipe=recipe, out=out, products=products or {}, key=key
         )
-    finally:
-        give_memory_back()
 
 
 def heal(
@@ -107,28 +99,20 @@ def heal(
     holds checkpoint and log: an interrupted distillation goes on from them and reports the rounds
     again. Raises as `distill`.
     """
-    quiet_libraries()
-    from compress.healing import heal as run
-    from compress.host import give_memory_back
+    with _libraries():
+        from compress.healing import heal as run
 
-    try:
         run(recipe=recipe, products=products, work=work, rounds=rounds, goes_on=goes_on)
-    finally:
-        give_memory_back()
 
 
 def cache_teachers(
     *, recipe: Recipe, products: Mapping[str, Path], work: Path, rounds: Sequence[int]
 ) -> None:
     """Let every teacher read once what `heal` will ask it for. Raises as `distill`."""
-    quiet_libraries()
-    from compress.healing import cache_teachers as run
-    from compress.host import give_memory_back
+    with _libraries():
+        from compress.healing import cache_teachers as run
 
-    try:
         run(recipe=recipe, products=products, work=work, rounds=rounds)
-    finally:
-        give_memory_back()
 
 
 def fill_cache(
@@ -140,11 +124,9 @@ def fill_cache(
     there are kept. Raises as `distill`, `RecipeError` for a training that keeps no cache, and
     `EnvironmentalError` if the workers write to another cache folder.
     """
-    quiet_libraries()
-    from compress.caching.filling import TeacherCache
-    from compress.host import give_memory_back
+    with _libraries():
+        from compress.caching.filling import TeacherCache
 
-    try:
         cache = TeacherCache(recipe, products)
         if ray is not None:
             from compress.caching.ray_pool import fill_on_ray
@@ -152,6 +134,16 @@ def fill_cache(
             fill_on_ray(recipe, products, cache.missing(), address=ray, workers=workers)
             cache.require_all()
         return cache.complete()
+
+
+@contextmanager
+def _libraries() -> Iterator[None]:
+    """Quiet the libraries, and give the memory back in the end."""
+    quiet_libraries()
+    from compress.host import give_memory_back
+
+    try:
+        yield
     finally:
         give_memory_back()
 

@@ -31,9 +31,7 @@ def heal(
         nonlocal reported
         assert run.log is not None
         nll = {entry["step"]: entry["mean_nll"] for entry in run.log.read("evaluate")}
-        while (
-            reported < len(steps) and steps[reported] in nll
-        ):  # more than one after an interruption
+        while reported < len(steps) and steps[reported] in nll:  # several after an interruption
             reported += 1
             if not goes_on(reported - 1, nll[steps[reported - 1]]):
                 return True

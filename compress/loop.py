@@ -207,11 +207,7 @@ def fit(run: Run, *, ends: Callable[[], bool] = lambda: False) -> State:
             state.step += 1
             state.seen += step.count
             state.seconds = _seconds_of_all(run, resumed + time.monotonic() - started)
-            pace = step.count / (time.monotonic() - step_started)
-            seen = {"step": state.step, loaded.unit: state.seen, "seconds": round(state.seconds, 3)}
-            pace_of = {f"{loaded.unit}_per_second": round(pace, 1)}
-            run.record("step", seen | figures | {"learning_rate": rate} | pace_of)
-            run.keep(step.samples())
+            _log_step(run, state, step, figures, rate, time.monotonic() - step_started)
             progress.advance(1, loss=figures["loss"], **_best(state))
             before, done = done, run.share(state)
             share_of_step = share_of_step if loaded.steps else done - before
@@ -255,6 +251,17 @@ def _step(
         )
     optimizer.step()
     return figures
+
+
+def _log_step(
+    run: Run, state: State, step: Step, figures: Figures, rate: float, seconds: float
+) -> None:
+    """Log a step that took ``seconds``, and keep the texts that the student wrote for it."""
+    unit = run.task.unit
+    seen = {"step": state.step, unit: state.seen, "seconds": round(state.seconds, 3)}
+    speed = {"learning_rate": rate, f"{unit}_per_second": round(step.count / seconds, 1)}
+    run.record("step", seen | figures | speed)
+    run.keep(step.samples())
 
 
 def learning_rate(config: Trained, done: float, step: float) -> float:

@@ -42,9 +42,8 @@ class Static:
     """
 
     most: int = 127  # of the weights' codes
-    symmetric: bool = (
-        False  # signed activations, which TensorRT asks for; else unsigned ones with a zero point
-    )
+    # signed activations, which TensorRT asks for; else unsigned ones with a zero point
+    symmetric: bool = False
     activations: bool = True  # else weights alone
 
 

@@ -37,9 +37,8 @@ class Evidence:
     rise_over_fp32: Interval | None
     # by teacher: its mean NLL, and our relative rise over it
     rise_over_teachers: Mapping[str, tuple[float, Interval]]
-    recovered: bool = (
-        False  # whether `rise_over_fp32` is over another student, the one that recovery began with
-    )
+    # whether `rise_over_fp32` is over another student, the one that recovery began with
+    recovered: bool = False
     rise_of_ggufs: Mapping[str, float] = field(default_factory=dict)  # by form, over torch
     by_byte: frozenset[str] = frozenset()  # teachers with another tokenizer
     evaluations: Evaluations | None = None  # of the shipped form
@@ -50,12 +49,6 @@ def language_gates(gates: Gates, evidence: Evidence, *, timing_only: bool = Fals
     """Judge every gate of the recipe. ``timing_only`` leaves out quality and size."""
     judged = timing_gates(gates, evidence)
     return judged if timing_only else judged + _others(gates, evidence)
-
-
-def judge(gates: Gates, evidence: Evidence) -> Verdict:
-    """Judge every gate of a language model."""
-    judged = language_gates(gates, evidence)
-    return conclude(judged, name=evidence.name, shipped=evidence.shipped)
 
 
 def conclude(judged: Sequence[Gate], *, name: str, shipped: str, stand_in: bool = False) -> Verdict:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import ArtifactError
-from limbeck.contract.recipe import Bench, CompiledRuntime, GenaiRuntime, OpenAiRuntime
+from limbeck.contract.recipe import (
+    Bench,
+    CompiledRuntime,
+    EncoderBench,
+    GenaiRuntime,
+    OpenAiRuntime,
+)
 from limbeck.contract.results.bench import Arm, Role
+from limbeck.contract.sources.models import context_of
 
 
 def list_arms(*, onnx: Artifact, student: Artifact, bench: Bench | None = None) -> list[Arm]:
@@ -118,3 +125,14 @@ def form_arm(onnx: Artifact, form: str, *, twin: bool = False) -> Arm:
 def weights_on_disk(*folders: Path) -> int:
     """Bytes of the safetensors files in some folders."""
     return sum(path.stat().st_size for folder in folders for path in folder.glob("*.safetensors"))
+
+
+def require_context(arms: Sequence[Arm], bench: Bench | EncoderBench, student: Path) -> None:
+    """Raise `DataError` if the bench's longest work does not fit into the shortest context.
+
+    Graphs have the context of the transformers folder ``student``; a server's is unknown.
+    """
+    for arm in arms:
+        if arm.runtime != "openai":
+            folder = Path(arm.spec["model"]) if arm.runtime.startswith("torch") else student
+            bench.require_context(context_of(folder), arm.label)

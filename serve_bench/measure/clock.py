@@ -90,9 +90,9 @@ def time_blocks(
 ) -> Timed:
     """Time blocks until ``decided`` is true at a look, or the time and the fewest blocks are spent.
 
-    The sentinel voids a disturbed block, which is then
-    timed again, while no more blocks are void than the fewest wanted (half of that once the time is
-    spent). After that the machine counts as disturbed, and its blocks are kept.
+    The sentinel voids a disturbed block, which is then timed again. At most ``min_blocks`` blocks
+    are voided, or half as many once the time is spent; after that the machine counts as disturbed,
+    and its blocks are kept.
     """
     samples, void, disturbed, done = list[Sample](), 0, False, 0
     started, budget = time.monotonic(), 60 * limits.minutes

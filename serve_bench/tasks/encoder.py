@@ -14,9 +14,8 @@ from limbeck.contract.artifact import Artifact
 from limbeck.contract.data.arrays import Logits
 from limbeck.contract.data.examples import EXAMPLES, load_examples
 from limbeck.contract.progress import task
-from limbeck.contract.recipe import EncoderBench, EncoderRecipe
+from limbeck.contract.recipe import EncoderRecipe
 from limbeck.contract.results.bench import Arm, EncoderResult, Gate, Interval, Verdict
-from limbeck.contract.sources.models import context_of
 from serve_bench.judge import encoder as figures
 from serve_bench.judge.certificate import FP32
 from serve_bench.judge.changes import Row, judge_change
@@ -24,7 +23,7 @@ from serve_bench.judge.encoder import Evidence, Quality
 from serve_bench.judge.figures import Cell, Reference, Sample
 from serve_bench.judge.stats import first_look
 from serve_bench.judge.task import Judged, Measured
-from serve_bench.measure.arms import form_arm, teachers_of, weights_on_disk
+from serve_bench.measure.arms import form_arm, require_context, teachers_of, weights_on_disk
 from serve_bench.measure.live import Test
 from serve_bench.measure.units import Batch, batch
 from serve_bench.measure.workers import Workers
@@ -259,10 +258,3 @@ def list_arms(*, onnx: Artifact, student: Artifact) -> list[Arm]:
     arms.append(Arm("student", "student", "student", "torch", weights_on_disk(model), spec))
     forms = [form_arm(onnx, form) for form in onnx.result["forms"]]
     return [*arms, *forms, form_arm(onnx, str(onnx.result["shipped"]), twin=True)]
-
-
-def require_context(arms: Sequence[Arm], bench: EncoderBench, student: Path) -> None:
-    """Raise `DataError` when the longest sequence does not fit into the shortest context."""
-    for arm in arms:
-        folder = Path(arm.spec["model"]) if arm.runtime == "torch" else student
-        bench.require_context(context_of(folder), arm.label)

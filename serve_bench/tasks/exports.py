@@ -15,12 +15,11 @@ from limbeck.contract.machine import available_cores
 from limbeck.contract.recipe import EncoderBench
 from limbeck.contract.results.bench import Arm
 from serve_bench.judge.figures import SAMPLES, Cell, Sample, by_block
-from serve_bench.measure.arms import form_arm
+from serve_bench.measure.arms import form_arm, require_context
 from serve_bench.measure.bench import open_all, warm_all
 from serve_bench.measure.clock import Limits, time_blocks
 from serve_bench.measure.units import Batch, batch
 from serve_bench.measure.workers import Workers
-from serve_bench.tasks.encoder import require_context
 
 
 def time_encoders(

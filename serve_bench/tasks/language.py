@@ -18,7 +18,6 @@ from limbeck.contract.machine import available_cores
 from limbeck.contract.progress import task
 from limbeck.contract.recipe import Bench, Gates, Recipe
 from limbeck.contract.results.bench import Arm, Gate, LanguageResult, TaskName, Verdict
-from limbeck.contract.sources.models import context_of
 from serve_bench.judge import language as figures
 from serve_bench.judge import scenarios
 from serve_bench.judge.certificate import FP32
@@ -30,7 +29,7 @@ from serve_bench.judge.scenario_changes import scenario_changes
 from serve_bench.judge.stats import FEWEST_BLOCKS, Array, first_look, relative_rise
 from serve_bench.judge.task import Judged, Measured
 from serve_bench.measure import generation
-from serve_bench.measure.arms import list_arms
+from serve_bench.measure.arms import list_arms, require_context
 from serve_bench.measure.host.roofline import graph_weight_bytes
 from serve_bench.measure.live import Test
 from serve_bench.measure.quality import measure_evaluations, measure_quality
@@ -409,11 +408,3 @@ def require_evaluations(
             "gates.max_forgetting: there are no figures of the student's base; leave the gate out "
             "for a student without a base, and train one of an older version again."
         )
-
-
-def require_context(arms: Sequence[Arm], bench: Bench, student: Path) -> None:
-    """Raise `DataError` when a prompt and its answer do not fit into the shortest context."""
-    for arm in arms:
-        if arm.runtime != "openai":
-            folder = Path(arm.spec["model"]) if arm.runtime.startswith("torch") else student
-            bench.require_context(context_of(folder), arm.label)

@@ -145,13 +145,6 @@ class Label:
         return own > 10 or own > min(self.distances)
 
 
-def place_labels(bubbles: Sequence[Bubble]) -> list[Label]:
-    """The labels of a picture of ``bubbles``, where `quality_against_speed` puts them."""
-    with mpl.rc_context(STYLE):
-        figure, axes, corners = _trade(bubbles, "x", "y")
-        return _label_bubbles(figure, axes, bubbles, corners)
-
-
 def _label_bubbles(
     figure: Figure, axes: Any, bubbles: Sequence[Bubble], line: Sequence[tuple[float, float]]
 ) -> list[Label]:

@@ -28,9 +28,8 @@ class Session:
 
     def __init__(self) -> None:
         self.runtime: Runtime | None = None
-        self._scored: tuple[tuple[int, ...], Any] | None = (
-            None  # ids and log-probabilities of the last block
-        )
+        # ids and log-probabilities of the last block
+        self._scored: tuple[tuple[int, ...], Any] | None = None
 
     def answer(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """Do one command."""

@@ -25,11 +25,11 @@ from serve_bench import bench as measure
 from serve_bench import replay, write_report
 from serve_bench.judge import figures, quality
 from serve_bench.judge.certificate import CERTIFICATE
-from serve_bench.measure.arms import list_arms
+from serve_bench.measure.arms import list_arms, require_context
 from serve_bench.measure.clock import order
 from serve_bench.measure.scenarios import load
 from serve_bench.measure.units import prompt
-from serve_bench.tasks.language import require_context, require_evaluations
+from serve_bench.tasks.language import require_evaluations
 from tests.pico import make_blocks
 from tests.serve_bench.measurable import bench_recipe
 from tests.serve_bench.test_workers import torch_arm

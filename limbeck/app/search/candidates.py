@@ -31,9 +31,8 @@ class Candidate:
     tokens: int = 0  # of that round; of an encoder, examples
     # of an encoder: its task's metric by name, after that round
     metric: dict[str, float] = field(default_factory=dict)
-    work: float | None = (
-        None  # billions of operations, where time grows with those rather than with size
-    )
+    # billions of operations, where time grows with those rather than with size
+    work: float | None = None
     out: str | None = None  # why it is out; None if it reached the finals
     late: bool = False  # whether more hours would take it further
     # Finalists only: size, the times of the budget, NLL or the metric, and best_teacher (the best

@@ -49,8 +49,8 @@ def measure(recipe: Recipe, products: dict[str, Path], prompts: int) -> dict[str
     from compress.loop import fit, measure_teachers, setup
     from compress.models.language import load_tokenizer
     from compress.tasks.language import LanguageTask
-    from compress.tasks.own_terms import measure_own_text
     from compress.tasks.own_text import OwnText, Prompt
+    from tests.compress.tasks.own_measure import measure_own_text
 
     with tempfile.TemporaryDirectory() as folder:
         run = setup(recipe=recipe, products=products, work=Path(folder), key="own-text")

@@ -21,13 +21,13 @@ from compress.footprint.language import describe
 from compress.footprint.own_text import writing
 from compress.models.language import load_model, load_tokenizer
 from compress.tasks.language import LanguageTask
-from compress.tasks.own_terms import measure_own_text
 from compress.tasks.own_text import OwnText, Sampler
 from limbeck.app.pico import shrink_to_pico
 from limbeck.app.plan import plan_recipe
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import DataError, RecipeError
 from limbeck.contract.recipe import OnPolicy, OwnPrompts, Recipe, parse_recipe
+from tests.compress.tasks.own_measure import measure_own_text
 from tests.compress.teachers.test_other_tokenizers import mixed
 from tests.compress.test_compress import TINY, events, interrupted_after, tiny
 

@@ -8,15 +8,20 @@ from typing import Any
 import pytest
 
 from limbeck.contract.recipe import Gates
-from limbeck.contract.results.bench import EXIT_CODES, Evaluations, Interval
+from limbeck.contract.results.bench import EXIT_CODES, Evaluations, Interval, Verdict
 from serve_bench.judge.gates import (
     Evidence,
     best_teacher,
+    conclude,
     fastest_teacher,
-    judge,
     language_gates,
     show,
 )
+
+
+def judge(gates: Gates, found: Evidence) -> Verdict:
+    judged = language_gates(gates, found)
+    return conclude(judged, name=found.name, shipped=found.shipped)
 
 
 def evidence(**over: Any) -> Evidence:

@@ -9,6 +9,7 @@ import json
 import re
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 
@@ -232,7 +233,10 @@ def test_a_label_is_nearest_to_its_own_bubble() -> None:
                 )
             )
         ]
-        for label in bubbles_of.place_labels(bubbles):
+        with mpl.rc_context(bubbles_of.STYLE):
+            figure, axes, corners = bubbles_of._trade(bubbles, "x", "y")
+            labels = bubbles_of._label_bubbles(figure, axes, bubbles, corners)
+        for label in labels:
             near = label.distances[label.own] == min(label.distances)
             assert near or label.needs_line
             nearest += near
