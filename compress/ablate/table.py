@@ -37,7 +37,10 @@ FURTHER = {  # figures beside the loss, and how the table calls them
 
 
 class _Bootstrap:
-    """Paired draws of seeds and, within every domain, of held-out blocks; all arms share them."""
+    """Paired draws of seeds and, within every domain, of held-out blocks; all arms share them.
+
+    Shapes: D draws, S seeds, B blocks of a domain.
+    """
 
     def __init__(
         self,
@@ -48,24 +51,24 @@ class _Bootstrap:
     ) -> None:
         """``sums``: losses ``[seeds, blocks]`` by arm, domain; ``labels``: counts ``[blocks]``."""
         self.sums, self.labels = sums, labels
-        rng = np.random.default_rng(0)
-        self.picks = [
-            (
-                rng.integers(seeds, size=seeds),
-                {d: rng.integers(len(n), size=len(n)) for d, n in labels.items()},
-            )
+        rng, sizes = np.random.default_rng(0), [len(counts) for counts in labels.values()]
+        picks = [
+            (rng.integers(seeds, size=seeds), [rng.integers(n, size=n) for n in sizes])
             for _ in range(draws)
         ]
+        self.seeds_DS = np.stack([seeds for seeds, _ in picks])
+        blocks = zip(*(blocks for _, blocks in picks), strict=True)
+        self.blocks_DB = dict(zip(labels, map(np.stack, blocks), strict=True))
 
     def interval(self, arm: str, other: str, names: Sequence[str]) -> tuple[float, float, float]:
         """Return the difference per label of two arms over some domains, with its 95 % interval."""
         gap = {d: self.sums[arm][d] - self.sums[other][d] for d in names}
         labels = self.labels
         point = float(np.mean([gap[d].mean(0).sum() / labels[d].sum() for d in names]))
-        drawn = [
-            np.mean([gap[d][s][:, b[d]].mean(0).sum() / labels[d][b[d]].sum() for d in names])
-            for s, b in self.picks
-        ]
+        seeds_DS1, blocks_DB = self.seeds_DS[:, :, None], self.blocks_DB
+        gaps_D = [gap[d][seeds_DS1, blocks_DB[d][:, None]].mean(1).sum(1) for d in names]
+        each_D = [g / labels[d][blocks_DB[d]].sum(1) for d, g in zip(names, gaps_D, strict=True)]
+        drawn = np.stack(each_D, axis=1).mean(1)
         low, high = np.percentile(drawn, [2.5, 97.5])
         return point, float(low), float(high)
 
