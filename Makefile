@@ -10,7 +10,7 @@ WORKERS ?= 2
 BENCHMARKS := tests/benchmarks/ tests/benchmarks/*/
 module = $(subst /,.,$(basename $(1)))
 
-.PHONY: setup demo demo-encoders test coverage test-slow test-gpu test-faults test-wild fuzz test-clients test-real test-served test-browser test-eval check audit docs architectures help
+.PHONY: setup demo demo-encoders test coverage test-slow test-gpu gpu-kit test-faults test-wild fuzz test-clients test-real test-served test-browser test-eval check audit docs architectures help
 
 help:
 	@echo "make setup       the environment in .venv"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-wild   random models and adapters against transformers and peft; prints a table; ARGS=\"FIRST LAST\""
 	@echo "make fuzz        damaged files of every kind raise nothing but our errors; prints its seed"
 	@echo "make test-gpu    the tests that need an NVIDIA card"
+	@echo "make gpu-kit     a folder that runs them, and the benchmarks, on a machine without network (needs one here)"
 	@echo "make test-clients  the exported folder in other programs (needs node and npm)"
 	@echo "make test-real   SmolLM2-135M, Gemma-3-270M and two MiniLM through the whole chain (needs their packages)"
 	@echo "make test-served  teachers behind vLLM, which serves SmolLM2-135M on a CPU (an environment of its own, 6 minutes)"
@@ -144,6 +145,10 @@ test-browser: $(READY) .venvs/browser/.ready
 	mkdir -p $(@D)
 	npm install --ignore-scripts --no-audit --no-fund --prefix $(@D) puppeteer-core@24.43.1 axe-core@4.14.1
 	touch $@
+
+# Wheels, model and this commit in pieces, with run.sh, for a machine with a card and without network; see docs/gpu.md.
+gpu-kit: $(READY)
+	$(BIN)/python -m tests.benchmarks.gpu_kit.collect $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check

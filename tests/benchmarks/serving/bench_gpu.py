@@ -1,9 +1,12 @@
 """Decode and prefill on an NVIDIA card against torch in bf16, interleaved in one run.
 
-Forms: fp16, and int8-weight with an fp16 body. Arms: torch eager, our loop on ONNX Runtime with the
-cache on the card, ONNX Runtime GenAI's loop on the same files. Keys of the JSON object:
-`tpot_ratio` and `ttft_ratio`, by arm, over torch's (medians of paired ratios); `ms`, medians;
-`card` and versions. Without a card it says so and exits with 2.
+Forms: fp16, and int8-weight and int4-weight with an fp16 body. Arms: torch eager, our loop on ONNX
+Runtime with the cache on the card, ONNX Runtime GenAI's loop on the same files. Keys of the JSON
+object: `tpot_ratio` and `ttft_ratio`, by arm, over torch's (medians of paired ratios); `ms`,
+medians; `card` and versions. Without a card it says so and exits with 2.
+
+With ``--dry`` a tiny random model runs on the CPU instead: that proves the program, and gives the
+names of the arms and no times.
 """
 
 from __future__ import annotations
@@ -18,8 +21,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from limbeck.contract.artifact import Artifact
+from limbeck.contract.recipe import Recipe
+
 PROMPT, NEW, ROUNDS = 128, 64, 8
-FORMS = ("fp16", "int8-weight")
+FORMS, DRY_FORMS = ("fp16", "int8-weight", "int4-weight"), ("int8-weight",)
 
 
 def main() -> None:
@@ -28,7 +34,8 @@ def main() -> None:
 
     from limbeck.runtime.session import providers
 
-    if not torch.cuda.is_available() or "cuda" not in providers():
+    dry = "--dry" in sys.argv[1:]
+    if not dry and not (torch.cuda.is_available() and "cuda" in providers()):
         print(
             f"bench-gpu: no NVIDIA card for torch {torch.__version__} "
             f"(cuda available: {torch.cuda.is_available()}) and onnxruntime "
@@ -39,32 +46,52 @@ def main() -> None:
         raise SystemExit(2)
     from export import export_student
     from limbeck.runtime.decoder import Decoder
-    from tests.benchmarks.smollm2 import demo_recipe, untrained_student
 
+    forms, rounds = (DRY_FORMS, 1) if dry else (FORMS, ROUNDS)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        student = untrained_student(root / "student")
-        recipe = demo_recipe("export.provider=cuda", f"export.forms=[fp32, {', '.join(FORMS)}]")
+        student, recipe = tiny(root) if dry else smollm2(root)
         exported = export_student(student=student.path, out=root / "onnx", recipe=recipe)
         arms: dict[str, Callable[[list[int]], Iterator[int]]] = {
-            "torch": torch_arm(student.path / "model")
+            "torch": torch_arm(student.path / "model", on_card=not dry)
         }
-        for form in FORMS:
+        vocabulary = 256 if dry else 49_000
+        for form in forms:
             decoder = Decoder(exported.path, form=form)
             arms[f"{form} ort"] = lambda ids, decoder=decoder: decoder.generate(ids, NEW)  # type: ignore[misc]
             arms[f"{form} genai"] = genai_arm(
                 exported.path, exported.result["forms"][form]["graph"]
             )
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
-        for index in range(ROUNDS + 2):
-            ids = [(7919 * (index + 1) * at) % 49_000 + 100 for at in range(1, PROMPT + 1)]
+        for index in range(rounds + 2):
+            ids = [(7919 * (index + 1) * at) % vocabulary for at in range(1, PROMPT + 1)]
             order = list(arms) if index % 2 else list(reversed(arms))
             for name in order:
                 measured = timed(arms[name], ids)
                 if index >= 2:  # two rounds warm up
                     times[name].append(measured)
-        parity = {form: exported.result["forms"][form]["parity"]["kl"] for form in FORMS}
-    print(json.dumps(summary(times) | {"kl": parity, **machine()}))
+        parity = {form: exported.result["forms"][form]["parity"]["kl"] for form in forms}
+    found = {"dry": True, "arms": list(times)} if dry else summary(times) | {"kl": parity}
+    print(json.dumps(found | machine()))
+
+
+def smollm2(root: Path) -> tuple[Artifact, Recipe]:
+    """The untrained student of the demo, and a recipe that exports it for CUDA."""
+    from tests.benchmarks.smollm2 import demo_recipe, untrained_student
+
+    forms = f"export.forms=[fp32, {', '.join(FORMS)}]"
+    return untrained_student(root / "student"), demo_recipe("export.provider=cuda", forms)
+
+
+def tiny(root: Path) -> tuple[Artifact, Recipe]:
+    """A tiny random student, and a recipe that exports it for the CPU."""
+    from tests.architectures import SIZES
+    from tests.pico import make_model, make_student, pico_recipe
+
+    sizes = SIZES["llama"] | {"max_position_embeddings": 256}
+    model = make_model(root / "model", model_type="llama", **sizes)
+    recipe = pico_recipe(export={"forms": ["fp32", *DRY_FORMS]})
+    return make_student(root / "student", model), recipe
 
 
 def timed(arm: Callable[[list[int]], Iterator[int]], ids: list[int]) -> tuple[float, float]:
@@ -76,16 +103,17 @@ def timed(arm: Callable[[list[int]], Iterator[int]], ids: list[int]) -> tuple[fl
     return stamps[0] - started, (stamps[-1] - stamps[0]) / (NEW - 1)
 
 
-def torch_arm(model: Path) -> Callable[[list[int]], Iterator[int]]:
+def torch_arm(model: Path, *, on_card: bool) -> Callable[[list[int]], Iterator[int]]:
     """The transformers model in bf16 on the card, greedy; every token is read back."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).cuda().eval()
+    device = "cuda" if on_card else "cpu"
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device).eval()
 
     def generate(ids: list[int]) -> Iterator[int]:
         with torch.inference_mode():
-            out = loaded(torch.tensor([ids], device="cuda"), use_cache=True, logits_to_keep=1)
+            out = loaded(torch.tensor([ids], device=device), use_cache=True, logits_to_keep=1)
             for count in range(NEW):
                 token = out.logits[:, -1].argmax(-1, keepdim=True)
                 yield int(token)
@@ -148,7 +176,8 @@ def machine() -> dict[str, Any]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed"
-    return {"card": torch.cuda.get_device_name(0), "cuda": torch.version.cuda, "versions": found}
+    card = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return {"card": card, "cuda": torch.version.cuda, "versions": found}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""The GPU tests and benchmarks as a folder for a machine without network."""
