@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from export import export_student, verify_parity
 from limbeck.contract.artifact import Artifact
@@ -15,6 +16,7 @@ from tests.pico import make_model, make_student, pico_recipe
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif("cuda" not in providers(), reason="onnxruntime has no CUDA here"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA card"),
 ]
 FORMS = [
     "fp32",

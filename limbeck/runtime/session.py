@@ -58,9 +58,7 @@ def providers() -> list[Provider]:
 
 def asked_for(provider: Provider) -> list[str]:
     """Providers to open a session with. Nodes that TensorRT does not take stay on CUDA."""
-    return [
-        PROVIDERS[name] for name in (provider, "cuda") if name == provider or provider == "tensorrt"
-    ]
+    return [PROVIDERS[provider], *([PROVIDERS["cuda"]] if provider == "tensorrt" else [])]
 
 
 def open_session(

@@ -16,7 +16,7 @@ from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import ArtifactError, DataError, EnvironmentalError
 from limbeck.runtime.decoder import Decoder
 from limbeck.runtime.sampling import Sampling, choose
-from limbeck.runtime.session import import_onnxruntime
+from limbeck.runtime.session import asked_for, import_onnxruntime
 from limbeck.runtime.text import load_text, well_formed
 from tests.factory import Factory
 from tests.pico import make_tokenizer
@@ -364,3 +364,12 @@ def test_a_lone_surrogate_is_a_replacement_character(exported: Artifact, lone: s
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"tokenizer.json is missing"):
         load_text(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("provider", "asked"),
+    [("cpu", ["CPU"]), ("cuda", ["CUDA"]), ("tensorrt", ["Tensorrt", "CUDA"])],
+)
+def test_each_provider_is_asked_for_once(provider: Any, asked: list[str]) -> None:
+    """onnxruntime warns of a provider that is named twice, also on a card."""
+    assert asked_for(provider) == [f"{name}ExecutionProvider" for name in asked]

@@ -13,7 +13,7 @@ if [ "$wanted" != "$found" ]; then
   echo "run.sh: $PYTHON is Python $found, and this kit is for $wanted; set PYTHON, or collect a kit with --python $found" >&2
   exit 2
 fi
-beside=$("$PYTHON" -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))') || {
+beside=$("$PYTHON" -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))' 2> /dev/null) || {
   echo "run.sh: $PYTHON has no torch; set PYTHON to one that has" >&2
   exit 2
 }
@@ -22,7 +22,8 @@ beside=$("$PYTHON" -c 'import os, torch; print(os.path.dirname(os.path.dirname(t
 # An environment of our wheels first; what it lacks comes from the place where torch lies.
 env=source/.venv
 "$PYTHON" -m venv --clear --without-pip "$env"
-"$PYTHON" wheels/pip-*.whl/pip --python "$env/bin/python" install --quiet --no-index --no-deps \
+pips=(wheels/pip-*.whl) # a wheel is a program too: the Python here may have no pip
+"$PYTHON" "${pips[0]}/pip" --python "$env/bin/python" install --quiet --no-index --no-deps \
   --no-compile wheels/*.whl
 echo "$beside" > "$env/lib/python$found/site-packages/beside.pth"
 touch "$env/.ready"
