@@ -244,6 +244,18 @@ def test_resized_embeddings_work_with_the_tokenizer_beside_them(
     torch.testing.assert_close(torch.from_numpy(arm.score(IDS[0].numpy())), right[0], **CLOSE)
 
 
+def test_embeddings_that_are_only_filled_up_need_no_other_tokenizer(
+    bases: dict[bool, Path], tmp_path: Path
+) -> None:
+    """``resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)``."""
+    base, adapter = bases[False], tmp_path / "adapter"
+    config = LoraConfig(target_modules=_Q, base_model_name_or_path=str(base))
+    make_adapter(base, adapter, config, rows=320)
+    make_tokenizer().save_pretrained(adapter)
+    (ours,) = our_logits([teacher("one", base, adapter)])
+    torch.testing.assert_close(ours, peft_logits(base, adapter, rows=320), **CLOSE)
+
+
 def test_new_tokens_with_a_saved_head_and_embedding(
     bases: dict[bool, Path], tmp_path: Path
 ) -> None:

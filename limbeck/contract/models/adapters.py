@@ -59,6 +59,7 @@ _STARTS = {
 # A state dict has peft's name of the adapter inside, as in lora_A.default.weight. `save_pretrained`
 # leaves it out. Files of both kinds are found, and load alike.
 _NAME_INSIDE = r"(\.modules_to_save)?\.default(?=\.|$)"
+_MULTIPLES = (8, 16, 32, 64, 128, 256)  # that embeddings are filled up to
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal")  # of LoRA: the base stays as it is
 
 
@@ -413,7 +414,9 @@ def _resize(lm: Any, facts: AdapterFacts) -> None:
             "that has them. Save its "
             f"tokenizer there: tokenizer.save_pretrained('{path}')."
         )
-    if size > wanted or (wanted > here and size <= here):
+    # Without new tokens, rows are added to fill up to a multiple, as pad_to_multiple_of does.
+    is_padding = any(wanted == -(-size // multiple) * multiple for multiple in _MULTIPLES)
+    if size > wanted or (wanted > here and size <= here and not is_padding):
         raise ModelError(
             f"{found}, and the tokenizer beside it has {size} tokens; save the tokenizer that it "
             "was trained with there."
