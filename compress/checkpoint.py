@@ -139,6 +139,7 @@ def require_trackers(wanted: Sequence[str], work: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     chosen = {
         "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",  # it would name the folder that the training works in
         "WANDB_DIR": str(folder),
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
         "TRACKIO_DIR": str(folder / "trackio"),

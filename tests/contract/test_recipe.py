@@ -341,6 +341,8 @@ def test_extends_that_is_no_path(tmp_path: Path, value: str, found: str) -> None
 
 
 def test_extends_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="it is a folder, and `limbeck init` writes"):
+        find_recipe(tmp_path)
     with pytest.raises(RecipeError, match=r"gone\.yaml: no such recipe file"):
         load_recipe(write(tmp_path, f"extends: gone.yaml\n{MINIMAL}"))
 

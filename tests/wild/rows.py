@@ -20,14 +20,16 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from compress.data.blocks import conversations
 from compress.data.documents import documents
 from compress.data.packing import special_prefix
 from compress.models.language import load_tokenizer
 from export.build.choice import choose_backend
+from export.build.surgery import attention_windows
 from limbeck.app.given import exported_folder, require_made
 from limbeck.app.init.inputs import adapter_bases, teacher_source, text_source
 from limbeck.contract.errors import LimbeckError
-from limbeck.contract.recipe import FileText, HubModel, JsonLines, ParquetRows
+from limbeck.contract.recipe import ChatRows, FileText, HubModel, JsonLines, ParquetRows
 from limbeck.contract.sources.hub import hub_config
 from limbeck.contract.sources.models import require_fits
 from limbeck.contract.sources.texts import text_files
@@ -119,6 +121,13 @@ def _adapters(root: Path) -> Iterator[Row]:
         _loss(our_logits([teacher("one", untied, resized)])[0]),
         _loss(peft_logits(untied, resized, rows=260)),
     )
+    filled = made("filled", untied, rows=320)
+    make_tokenizer().save_pretrained(filled)
+    yield Row(
+        "teacher: an adapter whose embedding was filled up to a multiple of 64",
+        _loss(our_logits([teacher("one", untied, filled)])[0]),
+        _loss(peft_logits(untied, filled, rows=320)),
+    )
     made("on-hub", untied, base_model_name_or_path="some/base")
     mapped = adapter_bases([f"some/base={untied}"])
     yield Row(
@@ -170,6 +179,12 @@ def _tokenizers(root: Path) -> Iterator[Row]:
 
 
 def _models(root: Path) -> Iterator[Row]:
+    stray = make_model(root / "stray", sliding_window=4)
+    yield Row(
+        "llama with the sliding_window of another architecture in its file: windows of the graph",
+        str(attention_windows(stray)),
+        str([getattr(load(stray).model.layers[0].self_attn, "sliding_window", -1)] * 2),
+    )
     for kind, builder in (("yarn", "dynamo"), ("linear", "dynamo"), ("longrope", "dynamo")):
         config = {"model_type": "llama", "rope_parameters": {"rope_type": kind}, "head_dim": 16}
         yield Row(
@@ -241,6 +256,16 @@ def _files(root: Path) -> Iterator[Row]:
             "-",
             f"{name}, {place}: the text under 'text' is null; leave the row out",
         )
+    share = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    (root / "share.json").write_text(json.dumps([{"conversations": share}]))
+    chosen = text_source("share.json")["format"]
+    (found,) = conversations(root / "share.json", ChatRows(**chosen), tokenizer)
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    yield Row(
+        "ShareGPT in one JSON array, as init reads it",
+        found.text,
+        tokenizer.apply_chat_template(turns, tokenize=False),
+    )
     bodies = [(CompletionBody, {"prompt": "a"} | body) for body in COMPLETIONS.values()]
     bodies += [(ChatBody, body) for body in CHATS.values()]
     for kind, sent in bodies:

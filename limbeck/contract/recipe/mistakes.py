@@ -140,7 +140,7 @@ def did_you_mean(path: Path) -> str:
         return ""
     for close in difflib.get_close_matches(missing[0].lower(), names, cutoff=0.7):
         suggested = there.joinpath(names[close], *missing[1:])
-        if suggested.exists():
+        if suggested.exists() and suggested != path.absolute():
             here = Path.cwd()
             shown = suggested.relative_to(here) if suggested.is_relative_to(here) else suggested
             return f", did you mean {shown}?"

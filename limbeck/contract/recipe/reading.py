@@ -90,7 +90,12 @@ def find_recipe(reference: str | Path, *, folder: Path | None = None) -> Path:
         return shipped
     names = [name for name, _ in shipped_recipes()]
     close = difflib.get_close_matches(str(reference), names, n=1)
-    hint = f"; did you mean {close[0]}?" if close else did_you_mean(path)
+    if close:
+        hint = f"; did you mean {close[0]}?"
+    elif path.is_dir():
+        hint = "; it is a folder, and `limbeck init` writes a recipe for models in folders"
+    else:
+        hint = did_you_mean(path)
     raise RecipeError(
         f"{reference}: no such recipe file, and no shipped recipe of that name"
         f"{hint or '; `limbeck recipes` lists the shipped ones.'}"
