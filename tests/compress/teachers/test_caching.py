@@ -16,9 +16,9 @@ import psutil
 import pytest
 
 import compress
-from compress.caching import ray_pool
 from compress.caching.filling import TeacherCache
 from compress.teachers import live
+from limbeck.contract import ray_cluster
 from limbeck.contract.errors import EnvironmentalError, RecipeError, UserError
 from limbeck.contract.recipe import Recipe
 from limbeck.contract.sources.stores import file_system
@@ -206,7 +206,7 @@ def test_workers_that_write_elsewhere_are_named(
 ) -> None:
     monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "here"))
     theirs = {"LIMBECK_CACHE": str(tmp_path / "elsewhere")}
-    monkeypatch.setattr(ray_pool, "environment", lambda threads: theirs)
+    monkeypatch.setattr(ray_cluster, "environment", lambda threads: theirs)
     with pytest.raises(EnvironmentalError, match="give all nodes one shared folder"):
         compress.fill_cache(recipe=cached(tmp_path), products={}, ray=cluster, workers=1)
 
