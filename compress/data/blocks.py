@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
-from compress.data.chat import chat_template, check_messages, render
-from compress.data.documents import documents, pieces, rows_of
+from compress.data.chat import chat_template, render
+from compress.data.documents import documents, pieces
 from compress.data.packing import (
     Piece,
     Row,
@@ -30,6 +30,7 @@ from compress.data.packing import (
     special_prefix,
     tokenise,
 )
+from compress.data.talks import talks
 from limbeck.contract.data.heldout import Blocks
 from limbeck.contract.errors import DataError
 from limbeck.contract.lock import make_once
@@ -45,8 +46,9 @@ from limbeck.contract.recipe import (
 )
 from limbeck.contract.sources.places import cache_folder
 from limbeck.contract.sources.texts import text_digest, text_files
+from limbeck.runtime.chat import variables
 
-_VERSION = 3  # of the way text becomes blocks
+_VERSION = 4  # of the way text becomes blocks
 IGNORED = -100
 
 
@@ -106,10 +108,23 @@ def labels_of(
 def conversations(
     path: Path, form: ChatRows, tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[Piece]:
-    """The conversations of one file, rendered. Raises `DataError` naming file and row."""
-    template = chat_template(tokenizer)
-    for where, value in rows_of(path, form.field):
-        text, answers = render(check_messages(value, where), tokenizer, template, where)
+    """The conversations of one file, rendered. Raises `DataError` naming file and row.
+
+    A key beside the messages that would change the text and is not read is named once.
+    """
+    known, warned = variables(chat_template(tokenizer)), set[str]()
+    for where, talk, unread in talks(path, form, known):
+        template = chat_template(tokenizer, talk)
+        ignored = {"tools"} if talk.tools and "tools" not in variables(template) else set[str]()
+        for name in sorted(unread - warned):
+            say(
+                f"  {where}: the chat template reads {name}, which this row has beside its "
+                "messages; such a key is not given to it. Put it under chat_template_kwargs."
+            )
+        for name in ignored - warned:
+            say(f"  {where}: the chat template shows no {name}, so those of this row are left out")
+        warned |= unread | ignored
+        text, answers = render(talk, tokenizer, template, where)
         yield Piece(text, tuple(answers), says_end=False)
 
 
@@ -152,8 +167,8 @@ def _unrendered(path: Path, form: TextFormat | RowFormat) -> Iterator[str | Piec
     """Documents; for conversations their JSON, which is about as long as the rendered template."""
     if isinstance(form, ChatRows):
         return (
-            Piece(json.dumps(check_messages(value, where), ensure_ascii=False))
-            for where, value in rows_of(path, form.field)
+            Piece(json.dumps([*(talk.tools or ()), *talk.messages], ensure_ascii=False))
+            for _, talk, _ in talks(path, form)
         )
     return documents(path, form)
 
@@ -234,7 +249,7 @@ def _domain_blocks(
             "version": _VERSION,
             "text": text_digest(domain.text, folder=recipe.folder),
             "format": form.model_dump(),
-            "template": chat_template(tokenizer) if isinstance(form, ChatRows) else None,
+            "template": tokenizer.chat_template if isinstance(form, ChatRows) else None,
             "block": data.block,
             "packing": data.packing,
             "heldout": data.heldout.model_dump(),

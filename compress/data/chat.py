@@ -1,64 +1,40 @@
 """Conversations to text: apply the tokenizer's chat template and find the answers in the result.
 
-Knows templates and characters; knows nothing of tokens, files or blocks.
+Knows templates and characters; knows nothing of tokens, files or blocks. `compress.data.talks`
+reads conversations from rows.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from compress.data.talks import Talk
 from limbeck.contract.errors import DataError
 from limbeck.runtime.chat import limited
 
-Messages = list[dict[str, Any]]
 Span = tuple[int, int]  # first character, and the one after the last
 
-_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}  # ShareGPT's names
 _MARK = "\ue000{}\ue001"  # private use: no template and no language means anything by it
+_PROBE = Talk([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
+_TAIL = 32  # characters at the end of an answer by which it is known again
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # transformers' names of it
 
 
-def check_messages(value: Any, where: str) -> Messages:
-    """``value`` as a conversation, of {role, content} or ShareGPT's {from, value}.
+def chat_template(tokenizer: PreTrainedTokenizerFast, talk: Talk | None = None) -> str:
+    """The tokenizer's chat template, for ``talk`` where it has several.
 
-    Raises `DataError` that names ``where`` and the bad message.
+    Raises `DataError` where it has none.
     """
-    if not isinstance(value, list) or not value:
-        found = "an empty list" if value == [] else type(value).__name__
-        raise DataError(
-            f"{where}: expected a list of messages, found {found}; set format.field to the right "
-            "key."
-        )
-    messages = []
-    for number, message in enumerate(value, start=1):
-        if isinstance(message, dict) and {"from", "value"} <= message.keys():
-            role = message.pop("from")
-            message["role"] = _ROLES.get(role, role)
-            message["content"] = message.pop("value")
-        for key in ("role", "content"):
-            if not isinstance(message, dict) or not isinstance(message.get(key), str):
-                raise DataError(
-                    f"{where}: message {number} has no text under {key!r}; expected "
-                    "{role: …, content: …}, both text."
-                )
-        if message.get("weight", 1) not in (1, None):
-            raise DataError(
-                f"{where}: message {number} has weight {message['weight']}, but every answer is "
-                "learned alike; end the conversation before it, or leave the row out."
-            )
-        messages.append({key: inner for key, inner in message.items() if inner is not None})
-    return messages
-
-
-def chat_template(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The tokenizer's chat template. Raises `DataError` where it has none."""
     try:
-        return str(tokenizer.get_chat_template())
+        return str(tokenizer.get_chat_template(tools=talk.tools if talk else None))
     except ValueError:
         raise DataError(
             "the tokenizer has no chat template, so chat data cannot be rendered. Put a "
@@ -69,50 +45,132 @@ def chat_template(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def render(
-    messages: Messages, tokenizer: PreTrainedTokenizerFast, template: str, where: str
+    talk: Talk, tokenizer: PreTrainedTokenizerFast, template: str, where: str
 ) -> tuple[str, list[Span]]:
     """The conversation as text, and the span of every answer with the token that ends its turn.
 
     Spans come from the template's ``{% generation %}`` marks if it has them. Otherwise the
     conversation is rendered a second time with a mark in place of each answer; the text between the
-    parts around the marks is the answer, even if the template changed it. Raises `DataError` that
+    parts around the marks is the answer, even if the template changed it. An answer that has more
+    than content, such as tool calls, is what follows the prompt for it. Raises `DataError` that
     names ``where``.
     """
     marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
-    text, spans = _rendered(messages, tokenizer, template, where, marks=marked)
+    text, spans = _rendered(talk, tokenizer, template, where, marks=marked)
     if marked:
         return text, [(start, end) for start, end in spans if end > start]
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    between = around_answers(messages, tokenizer, template, where)
-    found = _between(text, between, answers) if between is not None else None
-    if found is None:
-        raise DataError(
-            f"{where}: the chat template changes this conversation so that its answers cannot be "
-            "told from the rest. Put {% generation %} and {% endgeneration %} around the answer "
-            "in the template, or leave the row out."
-        )
-    turn_end = end_of_turn(tokenizer)
-    return text, [
-        (start, m.end() if (m := turn_end.match(text, end)) else end) for start, end in found
-    ]
+    ways = [_between_marks]
+    if has_more(talk):
+        ways.insert(0, _after_prompts)
+    elif "add_generation_prompt" in template:
+        ways.append(_after_prompts)
+    for way in ways:
+        with contextlib.suppress(DataError):  # the template refuses the changed conversation
+            if (found := way(text, talk, tokenizer, template, where)) is not None:
+                return text, found
+    raise DataError(
+        f"{where}: the chat template changes this conversation so that its answers cannot be "
+        "told from the rest. Put {% generation %} and {% endgeneration %} around the answer "
+        "in the template, or leave the row out."
+    )
+
+
+def has_more(talk: Talk) -> bool:
+    """Whether an answer is more than its content: it calls tools, or shows its reasoning."""
+    return any(
+        message.get(key)
+        for message in talk.messages
+        if message["role"] == "assistant"
+        for key in ("tool_calls", *_REASONING)
+    )
 
 
 def around_answers(
-    messages: Messages, tokenizer: PreTrainedTokenizerFast, template: str, where: str
+    talk: Talk, tokenizer: PreTrainedTokenizerFast, template: str, where: str
 ) -> list[str] | None:
     """The rendered text before, between and after the answers; None where an answer is lost.
 
     Raises `DataError` that names ``where``.
     """
-    count = sum(message["role"] == "assistant" for message in messages)
+    count = sum(message["role"] == "assistant" for message in talk.messages)
     names = [_MARK.format(index) for index in range(count)]
     replacing = iter(names)
-    blank = [{**m, "content": next(replacing)} if m["role"] == "assistant" else m for m in messages]
-    text = _rendered(blank, tokenizer, template, where)[0]
+    more = {"tool_calls", *_REASONING}
+    blank = [
+        {k: v for k, v in m.items() if k not in more} | {"content": next(replacing)}
+        if m["role"] == "assistant"
+        else m
+        for m in talk.messages
+    ]
+    text = _rendered(replace(talk, messages=blank), tokenizer, template, where)[0]
     if not names:
         return [text]
     parts = re.split("(" + "|".join(names) + ")", text)
     return parts[::2] if parts[1::2] == names else None
+
+
+def _between_marks(
+    text: str, talk: Talk, tokenizer: PreTrainedTokenizerFast, template: str, where: str
+) -> list[Span] | None:
+    """Spans of the answers, each with the token that ends its turn; None where one is lost."""
+    between = around_answers(talk, tokenizer, template, where)
+    answers = [m.get("content", "") for m in talk.messages if m["role"] == "assistant"]
+    found = _between(text, between, answers) if between is not None else None
+    if found is None:
+        return None
+    ends = end_of_turn(tokenizer)
+    return [(start, m.end() if (m := ends.match(text, end)) else end) for start, end in found]
+
+
+def _after_prompts(
+    text: str, talk: Talk, tokenizer: PreTrainedTokenizerFast, template: str, where: str
+) -> list[Span] | None:
+    """Spans of the answers, each from the prompt for it to the token that ends its turn.
+
+    None unless ``text`` begins with each of these prompts, or with the conversation before it. A
+    template may change an answer once another one follows, for example leave out its reasoning;
+    such an answer ends at the first token that ends a turn.
+    """
+    ends, closing = end_of_turn(tokenizer), turn_end(tokenizer, template)
+    spans: list[Span] = []
+    for index, message in enumerate(talk.messages):
+        if message["role"] != "assistant":
+            continue
+        before = _part(talk, index, tokenizer, template, where, prompt=True)
+        whole = _part(talk, index + 1, tokenizer, template, where)
+        start = len(before)
+        if not text.startswith(before):  # the prompt may begin an answer, with <think>
+            start = len(os.path.commonprefix([before, text]))  # noqa: RUF071 (of characters)
+            if index and start < len(_part(talk, index, tokenizer, template, where)):
+                return None
+        if text.startswith(whole) and len(whole) >= start:
+            end = max(start, len(whole.rstrip()))
+        else:
+            end = text.find(closing, start) + len(closing) if closing else -1
+            if not start <= end <= len(whole) or not whole.rstrip().endswith(
+                text[start:end][-_TAIL:]
+            ):
+                return None
+        if not re.search(f"(?:{ends.pattern})\\Z", text[start:end]):
+            end = m.end() if (m := ends.match(text, end)) else end
+        if end == start:
+            return None
+        spans.append((start, end))
+    return spans
+
+
+def _part(
+    talk: Talk,
+    count: int,
+    tokenizer: PreTrainedTokenizerFast,
+    template: str,
+    where: str,
+    *,
+    prompt: bool = False,
+) -> str:
+    """The first ``count`` messages as text, with the ``prompt`` for an answer if wanted."""
+    first = replace(talk, messages=talk.messages[:count])
+    return _rendered(first, tokenizer, template, where, prompt=prompt)[0]
 
 
 def _between(text: str, between: Sequence[str], answers: Sequence[str]) -> list[Span] | None:
@@ -147,21 +205,34 @@ def end_of_turn(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
     )
 
 
+def turn_end(tokenizer: PreTrainedTokenizerFast, template: str) -> str | None:
+    """The special token that ``template`` writes right after an answer, with white space before."""
+    try:
+        parts = around_answers(_PROBE, tokenizer, template, "")
+    except DataError:
+        return None
+    found = end_of_turn(tokenizer).match(parts[1]) if parts else None
+    return found.group() if found else None
+
+
 def _rendered(
-    messages: Messages,
+    talk: Talk,
     tokenizer: PreTrainedTokenizerFast,
     template: str,
     where: str,
     *,
     marks: bool = False,
+    prompt: bool = False,
 ) -> tuple[str, list[Span]]:
     try:
         with limited():
             texts, spans = render_jinja_template(
-                conversations=[messages],
+                conversations=[talk.messages],
+                tools=talk.tools,
                 chat_template=template,
                 return_assistant_tokens_mask=marks,
-                **tokenizer.special_tokens_map,
+                add_generation_prompt=prompt,
+                **tokenizer.special_tokens_map | talk.variables,
             )
     except TemplateError as error:
         raise DataError(f"{where}: the chat template refuses this conversation: {error}.") from None

@@ -9,7 +9,7 @@ import ast
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ _OTHER_FILES = {
     b"\xfe\xff": "UTF-16 text; convert it with iconv -f UTF-16 -t UTF-8",
 }
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which has no UTF-8
+
+Place = tuple[str, dict[str, Any]]  # where a row is, for errors, and its values by key or column
 
 
 def documents(
@@ -106,9 +108,9 @@ def _mail(where: str, message: str | bytes) -> str:
         ) from None
 
 
-def _texts(rows: Iterator[tuple[str, Any]], field: str) -> Iterator[str]:
-    for where, value in rows:
-        if not isinstance(value, str):
+def _texts(rows: Iterator[Place], field: str) -> Iterator[str]:
+    for where, row in rows:
+        if not isinstance(value := row[field], str):
             raise DataError(f"{where}: {_no_text(value, field)}")
         yield value
 
@@ -138,18 +140,18 @@ def well_formed(value: Any) -> Any:
             return value
 
 
-def rows_of(path: Path, field: str) -> Iterator[tuple[str, Any]]:
-    """Where each row is, for errors, and its value under ``field``."""
+def rows_of(path: Path, field: str, beside: Collection[str] = ()) -> Iterator[Place]:
+    """Where each row is, and its values under ``field`` and, as far as it has them, ``beside``."""
     match path.suffix:
         case ".parquet":
-            return _parquet_rows(path, field)
+            return _parquet_rows(path, field, beside)
         case ".arrow":
-            return _arrow_rows(path, field)
+            return _arrow_rows(path, field, beside)
         case _:
-            return _json_lines(path, field)
+            return _json_lines(path, field, beside)
 
 
-def _json_lines(path: Path, field: str) -> Iterator[tuple[str, Any]]:
+def _json_lines(path: Path, field: str, beside: Collection[str] = ()) -> Iterator[Place]:
     for where, row in json_rows(path):
         if row is None:
             raise DataError(f"{where}: the row is null; leave it out.")
@@ -159,7 +161,7 @@ def _json_lines(path: Path, field: str) -> Iterator[tuple[str, Any]]:
                 f"{where}: no text under {field!r} (found: {keys}); set format.field to the "
                 "right key."
             )
-        yield where, well_formed(row[field])
+        yield where, {n: well_formed(v) for n, v in row.items() if n == field or n in beside}
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -194,15 +196,15 @@ def _parsed(where: str, text: bytes, expected: str) -> Any:
         raise DataError(f"{where}: not JSON: {reason}; {expected}.") from None
 
 
-def _parquet_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
+def _parquet_rows(path: Path, field: str, beside: Collection[str] = ()) -> Iterator[Place]:
     check_arrow()
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            _check_column(path, field, file.schema_arrow.names)
-            yield from _numbered(path, file.iter_batches(columns=[field]), field)
+            columns = _columns(path, field, beside, file.schema_arrow.names)
+            yield from _numbered(path, file.iter_batches(columns=columns), columns)
     except UnicodeDecodeError as error:
         raise DataError(_not_utf8(path, field, error)) from None
     except (pyarrow.ArrowException, OSError) as error:
@@ -211,22 +213,22 @@ def _parquet_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
         ) from None
 
 
-def _arrow_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
+def _arrow_rows(path: Path, field: str, beside: Collection[str] = ()) -> Iterator[Place]:
     """Rows of an Arrow stream, the form that `datasets` saves."""
     check_arrow()
     import pyarrow
 
     try:
         with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
-            _check_column(path, field, stream.schema.names)
-            yield from _numbered(path, stream, field)
+            yield from _numbered(path, stream, _columns(path, field, beside, stream.schema.names))
     except UnicodeDecodeError as error:
         raise DataError(_not_utf8(path, field, error)) from None
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not an Arrow stream ({error}); save the dataset again.") from None
 
 
-def _check_column(path: Path, field: str, found: Sequence[str]) -> None:
+def _columns(path: Path, field: str, beside: Collection[str], found: list[str]) -> list[str]:
+    """The columns to read. Raises `DataError` unless there is one of the name ``field``."""
     if field not in found:
         raise DataError(
             f"{path}: no column {field!r} (found: {', '.join(found)}); set format.field to the "
@@ -236,11 +238,26 @@ def _check_column(path: Path, field: str, found: Sequence[str]) -> None:
         raise DataError(
             f"{path}: {count} columns are called {field!r}; rename the others, and write it again."
         )
+    return [field, *(name for name in beside if name != field and found.count(name) == 1)]
 
 
-def _numbered(path: Path, batches: Iterable[Any], field: str) -> Iterator[tuple[str, Any]]:
-    values = itertools.chain.from_iterable(batch.column(field).to_pylist() for batch in batches)
-    return ((f"{path}, row {number}", value) for number, value in enumerate(values, start=1))
+def _numbered(path: Path, batches: Iterable[Any], columns: list[str]) -> Iterator[Place]:
+    rows = itertools.chain.from_iterable(batch.select(columns).to_pylist() for batch in batches)
+    return (
+        (f"{path}, row {number}", {name: _without_nulls(value) for name, value in row.items()})
+        for number, row in enumerate(rows, start=1)
+    )
+
+
+def _without_nulls(value: Any) -> Any:
+    """``value`` without null keys. Arrow writes one where only other rows have that key."""
+    match value:
+        case list():
+            return [_without_nulls(item) for item in value]
+        case dict():
+            return {k: _without_nulls(item) for k, item in value.items() if item is not None}
+        case _:
+            return value
 
 
 def _not_utf8(path: Path, field: str, error: UnicodeDecodeError) -> str:

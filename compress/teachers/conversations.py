@@ -23,15 +23,15 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
 from compress.data.chat import (
-    Messages,
     around_answers,
     chat_template,
-    check_messages,
     end_of_turn,
+    has_more,
     render,
+    turn_end,
 )
-from compress.data.documents import rows_of
 from compress.data.packing import Piece, tokenise
+from compress.data.talks import Talk, talks
 from compress.models.language import load_tokenizer
 from compress.teachers.pairs import Pairs
 from limbeck.contract.errors import DataError, RecipeError
@@ -43,9 +43,8 @@ from limbeck.contract.sources.places import cache_folder
 from limbeck.contract.sources.teacher_tokens import conversations_are_unknown
 from limbeck.contract.sources.texts import text_digest, text_files
 
-_VERSION = 1
+_VERSION = 2
 _NEAR = 64  # characters around an answer that a token of it may reach into
-_PROBE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 _ARRAYS = ("keys", "starts", "firsts", "answers")
 
@@ -63,12 +62,8 @@ class Side:
     @cached_property
     def turn_end(self) -> int | None:
         """The special token that its template writes right after an answer."""
-        try:
-            parts = around_answers(_PROBE, self.tokenizer, self.template, "")
-        except DataError:
-            return None
-        found = re.match(self.ends, parts[1]) if parts else None
-        return self.tokenizer.convert_tokens_to_ids(found.group()) if found else None
+        found = turn_end(self.tokenizer, self.template)
+        return self.tokenizer.convert_tokens_to_ids(found.strip()) if found else None
 
     @cached_property
     def ends(self) -> re.Pattern[str]:
@@ -177,9 +172,9 @@ def _rendered(domain: Domain, recipe: Recipe, own: Side, other: Side, name: str)
     def make(out: Path) -> dict[str, Any]:
         say(f"  {domain.name}: rendering it in the chat template of teacher {name}, once")
         rows = (
-            (check_messages(value, where), where)
+            (talk, where)
             for file in text_files(domain.text, folder=recipe.folder)
-            for where, value in rows_of(file, form.field)
+            for where, talk, _ in talks(file, form)
         )
         return _write(out, rows, own, other, block=recipe.data.block, name=name)
 
@@ -188,19 +183,13 @@ def _rendered(domain: Domain, recipe: Recipe, own: Side, other: Side, name: str)
 
 
 def _write(
-    folder: Path,
-    rows: Iterator[tuple[Messages, str]],
-    own: Side,
-    other: Side,
-    *,
-    block: int,
-    name: str,
+    folder: Path, rows: Iterator[tuple[Talk, str]], own: Side, other: Side, *, block: int, name: str
 ) -> dict[str, Any]:
     """Write the arrays of `Conversations`; memory holds the places of texts, not the texts."""
     keys, starts, firsts, answers = list[int](), list[int]([0]), list[int]([0]), list[Answer]()
     with (folder / "text.bin").open("wb") as file:
-        for messages, where in rows:
-            found = rendered_for(messages, where, own, other, block=block, name=name)
+        for talk, where in rows:
+            found = rendered_for(talk, where, own, other, block=block, name=name)
             if found is None:
                 continue
             ids, data, places = found
@@ -221,20 +210,26 @@ def _write(
 
 
 def rendered_for(
-    messages: Messages, where: str, own: Side, other: Side, *, block: int, name: str
+    talk: Talk, where: str, own: Side, other: Side, *, block: int, name: str
 ) -> tuple[list[int], bytes, list[Answer]] | None:
     """Tokens of a conversation up to its last label, the teacher's text of it, and its answers.
 
     None where no answer begins within ``block`` tokens. Raises `DataError`.
     """
-    text, spans = render(messages, own.tokenizer, own.template, where)
+    if has_more(talk):
+        raise DataError(
+            f"{where}: an answer calls tools or shows its reasoning, which teacher {name} would "
+            "see in another form, because it has another tokenizer. Leave the row out, or use a "
+            "teacher with the student's tokenizer."
+        )
+    text, spans = render(talk, own.tokenizer, own.template, where)
     (tokens,) = tokenise([Piece(text, tuple(spans), says_end=False)], own.tokenizer)
     labels = np.flatnonzero(tokens.scored[:block])
     if not len(labels):
         return None
     ids = tokens.ids[: labels[-1] + 1].tolist()
     here = f"{where}: teacher {name}"
-    parts = around_answers(messages, other.tokenizer, other.template, here)
+    parts = around_answers(talk, other.tokenizer, other.template, here)
     if parts is None or len(parts) != len(spans) + 1:
         raise DataError(
             f"{here}: its chat template and that of the student do not show the same answers of "

@@ -100,16 +100,15 @@ def limited() -> Iterator[None]:
         timer.cancel()
 
 
-def takes_tools(template: str) -> bool:
-    """Whether the template shows tools to the model. False for a template that is no jinja2."""
+def variables(template: str) -> frozenset[str]:
+    """Names that the template reads. Empty for a template that is no jinja2."""
     from jinja2 import TemplateError, meta
 
     try:
-        return "tools" in meta.find_undeclared_variables(
-            _environment().parse(without_marks(template))
-        )
+        tree = _environment().parse(without_marks(template))
     except TemplateError:
-        return False
+        return frozenset()
+    return frozenset(meta.find_undeclared_variables(tree))
 
 
 def _environment() -> SandboxedEnvironment:

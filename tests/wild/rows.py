@@ -33,9 +33,11 @@ from limbeck.contract.recipe import ChatRows, FileText, HubModel, JsonLines, Par
 from limbeck.contract.sources.hub import hub_config
 from limbeck.contract.sources.models import require_fits
 from limbeck.contract.sources.texts import text_files
+from limbeck.runtime.chat import without_marks
 from limbeck.runtime.text import load_text
 from serve_bench.serve.wire import ChatBody, CompletionBody
 from serve_bench.worker.runtimes import TorchEager
+from tests.compress.data.test_talks import MARKED as TOOL_TEMPLATE
 from tests.pico import make_model, make_tokenizer
 from tests.serve_bench.serve.test_refusals import CHATS, COMPLETIONS
 from tests.wild.adapters import IDS, load, make_adapter, make_base, our_logits, peft_logits, teacher
@@ -265,6 +267,28 @@ def _files(root: Path) -> Iterator[Row]:
         "ShareGPT in one JSON array, as init reads it",
         found.text,
         tokenizer.apply_chat_template(turns, tokenize=False),
+    )
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    asked = [turns[0], {"role": "assistant", "tool_calls": [call]}]
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    tokenizer.chat_template = without_marks(TOOL_TEMPLATE)
+    row = {"messages": asked, "tools": json.dumps([tool]), "system": "s"}
+    (root / "tools.jsonl").write_text(json.dumps(row))
+    (found,) = conversations(root / "tools.jsonl", ChatRows(kind="chat"), tokenizer)
+    (span,) = found.answers or ()
+    tokenizer.chat_template = TOOL_TEMPLATE
+    theirs = tokenizer.apply_chat_template(
+        [{"role": "system", "content": "s"}, *asked],
+        tools=[tool],
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    learned = zip(theirs["input_ids"], theirs["assistant_masks"], strict=True)
+    yield Row(
+        "chat with a system text and tools (as JSON) beside a tool call: text, and what is learned",
+        f"{found.text} | {found.text[slice(*span)]}",
+        f"{tokenizer.decode(theirs['input_ids'])} | "
+        f"{tokenizer.decode([token for token, mark in learned if mark])}",
     )
     bodies = [(CompletionBody, {"prompt": "a"} | body) for body in COMPLETIONS.values()]
     bodies += [(ChatBody, body) for body in CHATS.values()]

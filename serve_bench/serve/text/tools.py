@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from limbeck.runtime.chat import takes_tools
+from limbeck.runtime.chat import variables
 from limbeck.runtime.grammar import json_rule
 from serve_bench.serve.text.stops import overlap
 
@@ -41,7 +41,7 @@ LLAMA = CallFormat("", "", "parameters")
 
 def call_format(template: str) -> CallFormat | None:
     """The way of writing calls that a chat template defines; None for no or another way."""
-    if not takes_tools(template):
+    if "tools" not in variables(template):
         return None
     if "<tool_call>" in template:
         # Some templates have XML inside the tag: <function=name><parameter=...>.

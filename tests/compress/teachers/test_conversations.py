@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import compress
 from compress.aligned import AlignedStates, Pair
+from compress.data.talks import Talk
 from compress.head import IGNORED, Head
 from compress.loss import fused_loss
 from compress.models.body import Body
@@ -93,7 +94,7 @@ TALK = [
 
 def aligned(messages: Any, own: Side, other: Side, block: int = 4096) -> Any:
     """Tokens of the student, and both sides' alignment."""
-    found = rendered_for(messages, "row 1", own, other, block=block, name="big")
+    found = rendered_for(Talk(messages), "row 1", own, other, block=block, name="big")
     assert found is not None
     ids, data, answers = found
     turn = own.turn_end, other.turn_end
@@ -157,7 +158,7 @@ def test_no_chunk_holds_other_bytes(mine: str, theirs: str, turns: list[str], bl
     talk = [
         {"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)
     ]
-    found = rendered_for(talk, "row", own, other, block=block, name="big")
+    found = rendered_for(Talk(talk), "row", own, other, block=block, name="big")
     if found is None:
         return
     ids, data, answers = found
@@ -188,7 +189,7 @@ def pair_of(own: Side, other: Side, talk: Any) -> tuple[Pair, Tensor, Tensor]:
     """A pair that knows one conversation; the row's ids and labels ``[1, L]``."""
     from compress.teachers.pairs import _projection
 
-    found = rendered_for(talk, "row", own, other, block=512, name="big")
+    found = rendered_for(Talk(talk), "row", own, other, block=512, name="big")
     assert found is not None
     ids, data, answers = found
     (spans,) = (
@@ -392,6 +393,13 @@ def test_templates_that_cannot_be_aligned_are_named(
     with pytest.raises(DataError, match=message):
         compress.distill(recipe=recipe_of(tmp_path, template=template), out=tmp_path / "student")
     assert not (tmp_path / "student").exists()
+
+
+def test_tool_calls_are_refused_for_another_tokenizer() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [call]}]
+    with pytest.raises(DataError, match=r"row 1: an answer calls tools .* teacher big would see"):
+        aligned(talk, side(student()), side(gemma()))
 
 
 def test_conversations_without_answers_are_named(tmp_path: Path) -> None:

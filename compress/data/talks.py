@@ -1,0 +1,182 @@
+"""Rows of chat data to conversations, in the form that chat templates take.
+
+Knows the ways in which datasets write conversations; knows no tokenizer and no template.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compress.data.documents import rows_of, well_formed
+from limbeck.contract.errors import DataError
+from limbeck.contract.recipe import ChatRows
+
+Messages = list[dict[str, Any]]
+
+# ShareGPT's names, and OpenAI's newer name of system and older one of tool.
+_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool",
+          "developer": "system", "function": "tool"}  # fmt: skip
+_SYSTEMS = ("system", "system_prompt")
+_VARIABLES = "chat_template_kwargs"  # TRL's name
+_READ = ("tools", "functions", *_SYSTEMS, _VARIABLES)
+_OURS = {"messages", "tools", "chat_template", "add_generation_prompt", "conversations",
+         "continue_final_message", "return_assistant_tokens_mask"}  # fmt: skip
+_LEARNED = ("weight", "train", "training")  # OpenAI's and axolotl's marks of answers to learn
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A conversation, and what else its chat template is given."""
+
+    messages: Messages
+    tools: list[dict[str, Any]] | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)  # of the template
+
+
+def talks(
+    path: Path, form: ChatRows, watched: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, Talk, frozenset[str]]]:
+    """Where each conversation of a file is, itself, and keys ``watched`` that its row fills.
+
+    Keys that are read are not among these. Raises `DataError` that names the row.
+    """
+    watched -= {form.field, *_READ}
+    for where, row in rows_of(path, form.field, {*_READ, *watched}):
+        unread = frozenset(n for n in watched & row.keys() if row[n] not in (None, "", [], {}))
+        yield where, talk_of(row, form.field, where), unread
+
+
+def talk_of(row: Mapping[str, Any], key: str, where: str) -> Talk:
+    """The conversation of a row whose messages are under ``key``. Raises `DataError`."""
+    messages = _messages(row[key], where)
+    system = _system(row, where)
+    if system is not None:
+        first = messages[0]
+        if first["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
+        elif first["content"] != system:
+            raise DataError(
+                f"{where}: a system message and another one beside the messages; leave one of "
+                "them out."
+            )
+    variables = row.get(_VARIABLES) or {}
+    if not isinstance(variables, dict) or (clash := _OURS & variables.keys()):
+        found = type(variables).__name__ if not isinstance(variables, dict) else min(clash)
+        raise DataError(
+            f"{where}: {_VARIABLES}: found {found}; expected an object of the chat template's own "
+            "variables."
+        )
+    return Talk(messages, _tools(row, where), variables)
+
+
+def _messages(value: Any, where: str) -> Messages:
+    """``value`` as messages, of {role, content} or ShareGPT's {from, value}."""
+    if not isinstance(value, list) or not value:
+        found = "an empty list" if value == [] else type(value).__name__
+        raise DataError(
+            f"{where}: expected a list of messages, found {found}; set format.field to the right "
+            "key."
+        )
+    return [_message(message, f"{where}: message {n}") for n, message in enumerate(value, start=1)]
+
+
+def _message(given: Any, where: str) -> dict[str, Any]:
+    message = {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else {}
+    if {"from", "value"} <= message.keys():
+        message["role"], message["content"] = message.pop("from"), message.pop("value")
+    if message.get("role") == "function_call":  # LLaMA-Factory's
+        message |= {"role": "assistant", "tool_calls": message.pop("content", None)}
+    if "function_call" in message:  # OpenAI's older form
+        message["tool_calls"] = [message.pop("function_call")]
+    if message.get("tool_calls"):
+        message["tool_calls"] = _calls(message["tool_calls"], where)
+    content = message.get("content")
+    if isinstance(content, list) and all(
+        isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str)
+        for p in content
+    ):
+        message["content"] = "".join(part["text"] for part in content)
+    if "content" not in message and message.get("tool_calls"):
+        wanted: tuple[str, ...] = ("role",)
+    else:
+        wanted = ("role", "content")
+    for key in wanted:
+        if not isinstance(message.get(key), str):
+            raise DataError(
+                f"{where} has no text under {key!r}; expected {{role: …, content: …}}, both text."
+            )
+    message["role"] = _ROLES.get(message["role"], message["role"])
+    for name in _LEARNED:
+        if message.get(name, 1) not in (1, True):
+            raise DataError(
+                f"{where} has {name} {message[name]}, but every answer is learned alike; end the "
+                "conversation before it, or leave the row out."
+            )
+    return message
+
+
+def _calls(given: Any, where: str) -> list[dict[str, Any]]:
+    """Tool calls as chat templates take them: the arguments as an object, where they are one.
+
+    OpenAI and datasets write them as JSON text, which a template would quote once more.
+    """
+    calls = _parsed(given)
+    calls = [calls] if isinstance(calls, dict) else calls
+    if not isinstance(calls, list) or not all(isinstance(_parsed(call), dict) for call in calls):
+        raise DataError(
+            f"{where} has tool calls that are no list of objects; expected [{{type: function, "
+            "function: {name: …, arguments: {…}}}]."
+        )
+    found = []
+    for call in map(_parsed, calls):
+        inner = call if "function" not in call else _parsed(call["function"])
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+            raise DataError(f"{where} has a tool call without the name of its function.")
+        if isinstance(parsed := _parsed(inner.get("arguments")), dict):
+            inner = inner | {"arguments": parsed}
+        outer = call if "function" in call else {"type": "function"}
+        found.append(outer | {"function": inner})
+    return found
+
+
+def _system(row: Mapping[str, Any], where: str) -> str | None:
+    """The system message that stands beside the messages."""
+    given = {name: row[name] for name in _SYSTEMS if row.get(name)}
+    for name, text in given.items():
+        if not isinstance(text, str):
+            raise DataError(f"{where}: {name}: found {type(text).__name__}; expected text.")
+    return next(iter(given.values()), None)
+
+
+def _tools(row: Mapping[str, Any], where: str) -> list[dict[str, Any]] | None:
+    """Descriptions of functions, as `apply_chat_template` takes them; None where there are none."""
+    given = {name: row[name] for name in ("tools", "functions") if row.get(name)}
+    if len(given) > 1:
+        raise DataError(f"{where}: both tools and functions; leave one of them out.")
+    for name, value in given.items():
+        found = _parsed(value)
+        found = [found] if isinstance(found, dict) else found
+        tools = [_parsed(tool) for tool in found] if isinstance(found, list) else [found]
+        if not all(isinstance(tool, dict) for tool in tools):
+            raise DataError(
+                f"{where}: {name}: found {str(value)[:60]!r}; expected a list of descriptions of "
+                "functions, or its JSON."
+            )
+        if name == "functions":  # OpenAI's older form
+            tools = [t if "function" in t else {"type": "function", "function": t} for t in tools]
+        return tools or None
+    return None
+
+
+def _parsed(value: Any) -> Any:
+    """``value``, or what it is the JSON text of."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return well_formed(json.loads(value))
+    except (ValueError, RecursionError):
+        return value

@@ -1,0 +1,189 @@
+"""Rows of chat data with tools and a system text beside their messages, as datasets write them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compress.data.blocks import conversations
+from compress.data.packing import tokenise
+from limbeck.contract.errors import DataError
+from limbeck.contract.recipe import ChatRows
+from limbeck.runtime.chat import without_marks
+from tests.compress.data.texts import write_rows
+from tests.pico import CHAT, make_tokenizer
+
+# As Qwen3's template has it: tools, calls, reasoning of the last turn, and a variable.
+MARKED = """{%- if tools %}
+    {{- '<|system|># Tools\\n' }}
+    {%- for tool in tools %}{{- (tool | tojson) + '\\n' }}{%- endfor %}
+    {{- '<|end|>\\n' }}
+{%- endif %}
+{%- set ns = namespace(last=0) %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {{- '<|' + message.role + '|>' }}
+    {%- if message.role == 'assistant' %}
+    {%- generation %}
+        {%- if message.reasoning_content and loop.index0 > ns.last %}
+            {{- '<think>' + message.reasoning_content + '</think>' }}
+        {%- endif %}
+        {{- message.content }}
+        {%- for call in message.tool_calls or [] %}
+            {{- '\\n<tool_call>{"name": "' + call.function.name + '", "arguments": ' }}
+            {{- (call.function.arguments | tojson) + '}</tool_call>' }}
+        {%- endfor %}
+        {{- '<|end|>' }}
+    {%- endgeneration %}
+    {{- '\\n' }}
+    {%- else %}
+        {{- message.content + (' in ' + style if style is defined else '') + '<|end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}
+"""
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Ünïcode “quotes”",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Röm"}}}
+ASKED = [
+    {"role": "user", "content": "Rome?"},
+    {"role": "assistant", "tool_calls": [CALL]},
+    {"role": "tool", "content": "20"},
+    {"role": "assistant", "content": "It is 20."},
+]
+TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def as_text(messages: list[dict[str, Any]], **call: Any) -> list[dict[str, Any]]:
+    """The messages with the arguments of their calls as JSON text, as OpenAI writes them."""
+    found = copy.deepcopy(messages)
+    for message in found:
+        for one in message.get("tool_calls", ()):
+            one["function"]["arguments"] = json.dumps(one["function"]["arguments"])
+            one.update(call)
+    return found
+
+
+_ONE = as_text(ASKED)[1]["tool_calls"][0]["function"]
+LEGACY = [
+    ASKED[0],
+    {"role": "assistant", "content": None, "function_call": _ONE},
+    {"role": "function", "content": "20"},
+    ASKED[3],
+]  # fmt: skip
+FACTORY = [
+    {"from": "human", "value": "Rome?"},
+    {"from": "function_call", "value": json.dumps(CALL["function"])},
+    {"from": "observation", "value": "20"},
+    {"from": "gpt", "value": "It is 20."},
+]
+PARTS = [
+    {**turn, "content": [{"type": "text", "text": part} for part in turn["content"]]}
+    for turn in TALK
+]
+REASONED = [
+    *ASKED[:1],
+    {**ASKED[1], "reasoning_content": "I must look."},
+    *ASKED[2:],
+    {"role": "user", "content": "sure?"},
+    {"role": "assistant", "content": "yes", "reasoning_content": "I looked."},
+]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".arrow"])
+@pytest.mark.parametrize(
+    ("row", "messages", "options"),
+    [
+        ({"tools": [TOOL], "messages": TALK}, TALK, {"tools": [TOOL]}),
+        ({"tools": [TOOL], "messages": ASKED}, ASKED, {"tools": [TOOL]}),
+        ({"tools": json.dumps([TOOL]), "messages": as_text(ASKED, id="call_1")}, ASKED,
+         {"tools": [TOOL]}),
+        ({"tools": [json.dumps(TOOL)], "messages": TALK}, TALK, {"tools": [TOOL]}),
+        ({"tools": None, "messages": TALK, "id": 7}, TALK, {}),
+        ({"tools": "[]", "messages": TALK}, TALK, {}),
+        ({"functions": [TOOL["function"]], "messages": LEGACY}, ASKED, {"tools": [TOOL]}),
+        ({"tools": json.dumps([TOOL]), "system": "Be brief.", "messages": FACTORY},
+         [SYSTEM, *ASKED], {"tools": [TOOL]}),
+        ({"system": "", "messages": [SYSTEM, *TALK]}, [SYSTEM, *TALK], {}),
+        ({"system_prompt": "Be brief.", "messages": [SYSTEM, *TALK]}, [SYSTEM, *TALK], {}),
+        ({"chat_template_kwargs": {"style": "verse"}, "messages": TALK}, TALK, {"style": "verse"}),
+        ({"messages": [{**SYSTEM, "role": "developer"}, *TALK]}, [SYSTEM, *TALK], {}),
+        ({"messages": PARTS}, TALK, {}),
+        ({"tools": [TOOL], "messages": REASONED}, REASONED, {"tools": [TOOL]}),
+    ],
+    ids=["tools", "calls", "json", "list of json", "null", "empty", "openai's older form",
+         "sharegpt", "no system", "same system", "variables", "developer", "parts", "reasoning"],
+)  # fmt: skip
+def test_rows_are_rendered_and_masked_as_transformers_does(
+    tmp_path: Path, suffix: str, row: dict[str, Any], messages: Any, options: dict[str, Any]
+) -> None:
+    """The mask of `apply_chat_template` with a marked template; ours is without the marks."""
+    rows = [copy.deepcopy(row)]
+    if suffix != ".jsonl" and row["messages"] is ASKED:
+        other = copy.deepcopy(ASKED)  # so that Arrow writes null arguments into the first row
+        other[1]["tool_calls"][0]["function"]["arguments"] = {"day": "Monday"}
+        rows.append({"messages": other})
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = MARKED
+    theirs = tokenizer.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True, **options
+    )
+    for template in (MARKED, without_marks(MARKED)):
+        tokenizer.chat_template = template
+        pieces = list(conversations(write_rows(tmp_path / f"a{suffix}", rows), FORM, tokenizer))
+        tokens = next(tokenise(pieces, tokenizer))
+        assert tokens.ids.tolist() == theirs["input_ids"]
+        assert tokens.scored.tolist() == theirs["assistant_masks"]
+
+
+FORM = ChatRows(kind="chat")
+
+
+def test_what_a_template_does_not_read_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("compress.data.blocks.say", said.append)
+    row = {"messages": TALK, "tools": [TOOL], "style": "verse", "source": "web"}
+    path = write_rows(tmp_path / "a.jsonl", [row, row])
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT + "{{ style }}"
+    assert len(list(conversations(path, FORM, tokenizer))) == 2
+    assert ["line 1: the chat template reads style" in line for line in said] == [True, False]
+    assert "line 1: the chat template shows no tools" in said[1]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"tools": "search", "messages": TALK}, "a.jsonl, line 1: tools: found 'search'"),
+        ({"tools": [1], "messages": TALK}, "tools: found '.1.'; expected a list of descriptions"),
+        ({"tools": [TOOL], "functions": [TOOL], "messages": TALK}, "both tools and functions"),
+        ({"system": ["x"], "messages": TALK}, "system: found list; expected text"),
+        ({"system": "x", "messages": [SYSTEM, *TALK]}, "a system message and another one beside"),
+        ({"chat_template_kwargs": {"tools": 1}, "messages": TALK},
+         "chat_template_kwargs: found tools"),
+        ({"messages": [{**TALK[1], "train": False}]}, "message 1 has train False, but every"),
+        ({"messages": [{"role": "assistant", "tool_calls": "x"}]}, "tool calls that are no list"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]},
+         "without the name of its function"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "no text under 'cont"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [row])
+    with pytest.raises(DataError, match=message):
+        list(conversations(path, FORM, make_tokenizer()))
