@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +15,8 @@ from limbeck.contract.errors import EnvironmentalError, LimbeckError, UserError
 
 LOCAL = "local"  # the address that starts Ray on this machine
 _CONNECT_SECONDS = 5.0
+# An HTTP/2 client begins so, and an HTTP/2 server, as every gRPC server is, with a frame of type 4.
+_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 _STORE_BYTES = 150_000_000  # of a local cluster: only names and digests go through Ray
 
 
@@ -28,18 +32,25 @@ def connected(address: str, *, cores: int, threads: int) -> Iterator[Any]:
         import ray
     except ImportError:
         raise UserError("ray is not installed; run: pip install 'limbeck[ray]'.") from None
-    where = None if address == LOCAL else address
-    if where is not None:
-        _require_cluster(where)
-    ray.init(
-        address=where,
-        num_cpus=cores if where is None else None,
-        object_store_memory=_STORE_BYTES if where is None else None,
-        include_dashboard=False if where is None else None,
-        configure_logging=False,
-        log_to_driver=False,
-        runtime_env={"env_vars": environment(threads)},
-    )
+    here = address == LOCAL
+    if not here:
+        require_cluster(address)
+    handler = signal.getsignal(signal.SIGTERM)  # Ray sets one of its own
+    try:
+        ray.init(
+            address=address,  # `local` is Ray's own name too
+            num_cpus=cores if here else None,
+            object_store_memory=_STORE_BYTES if here else None,
+            include_dashboard=False if here else None,
+            configure_logging=False,
+            log_to_driver=False,
+            runtime_env={"env_vars": environment(threads)},
+        )
+    except Exception as error:  # other versions there than here, or a machine that is too busy
+        ray.shutdown()
+        raise EnvironmentalError(f"--ray {address}: Ray does not start here: {error}") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
     try:
         yield ray
     except ray.exceptions.RayTaskError as error:
@@ -59,8 +70,8 @@ def environment(threads: int) -> dict[str, str]:
     }
 
 
-def _require_cluster(address: str) -> None:
-    """Raise `EnvironmentalError` if nothing listens there: Ray itself would try for minutes."""
+def require_cluster(address: str) -> None:
+    """Raise `EnvironmentalError` if no gRPC server is there: Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         raise EnvironmentalError(
@@ -68,9 +79,16 @@ def _require_cluster(address: str) -> None:
             "it, or local."
         )
     try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+        with socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS) as connection:
+            connection.sendall(_GREETING)
+            answer = connection.recv(9)
     except (OSError, OverflowError) as error:
         raise EnvironmentalError(
             f"--ray {address}: no Ray cluster answers there ({error}); start one with `ray start "
             "--head`, or use --ray local."
         ) from error
+    if answer[3:4] != b"\x04" and os.environ.get("RAY_USE_TLS", "0") == "0":
+        raise EnvironmentalError(
+            f"--ray {address}: something else than Ray answers there; give the port that "
+            "`ray start --head` prints, 6379 by default."
+        )

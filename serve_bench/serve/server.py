@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ipaddress
 import time
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
@@ -29,14 +30,27 @@ from serve_bench.serve.page import HEADERS, docs_page
 from serve_bench.serve.service import Service
 from serve_bench.serve.wire import ChatBody, CompletionBody, first_mistake
 
+Gather = Callable[[], Awaitable[Iterable[Metric]]]
+
 
 def make_app(
-    engine: Engine, *, model: str, fingerprint: str, limits: Limits, access_log: bool = False
+    engine: Engine,
+    *,
+    model: str,
+    fingerprint: str,
+    limits: Limits,
+    access_log: bool = False,
+    gather: Gather | None = None,
 ) -> FastAPI:
-    """The ASGI application over a running engine, for any server that takes one."""
+    """The ASGI application over a running engine, for any server that takes one.
+
+    `/metrics` tells what ``gather`` finds, where several processes serve. Without it, it tells
+    ``state.registry`` of the application, the metrics of this process.
+    """
     metrics = Metrics(engine)
     service = Service(engine, metrics, model=model, fingerprint=fingerprint, limits=limits)
     app = FastAPI(title="Limbeck", docs_url=None, redoc_url=None)
+    app.state.registry = metrics.registry
     app.add_middleware(Gate, engine=engine, metrics=metrics, limits=limits, access_log=access_log)
     card = {
         "id": model,
@@ -90,7 +104,8 @@ def make_app(
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def figures() -> Response:
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        found = metrics.registry if gather is None else _Found(await gather())
+        return Response(generate_latest(found), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
@@ -100,6 +115,45 @@ def make_app(
         if "model" in body.get("properties", {}):
             body["properties"]["model"]["enum"] = [model]
     return app
+
+
+class _Found(CollectorRegistry):
+    """Metrics that were collected elsewhere."""
+
+    def __init__(self, found: Iterable[Metric]) -> None:
+        super().__init__()
+        self._found = found
+
+    def collect(self) -> Iterable[Metric]:
+        return self._found
+
+
+def load(
+    folder: Path,
+    *,
+    limits: Limits,
+    access_log: bool = False,
+    gather: Gather | None = None,
+    **options: Any,
+) -> tuple[FastAPI, Engine, str]:
+    """The application over the ``onnx`` artifact at ``folder``, its engine, and a line about them.
+
+    ``options`` are those of `Engine`; raises as it does.
+    """
+    engine = Engine(folder, **options)
+    artifact = open_artifact(folder, kind="onnx", verify=False)
+    recipe = artifact.manifest["recipe"]
+    model = str(recipe["resolved"]["name"]) if recipe else folder.resolve().name
+    app = make_app(
+        engine,
+        model=model,
+        fingerprint=f"limbeck-{artifact.digest[:12]}-{engine.form}",
+        limits=limits,
+        access_log=access_log,
+        gather=gather,
+    )
+    title = f"{model} ({engine.form}, context {engine.longest} tokens, {engine.threads} threads)"
+    return app, engine, title
 
 
 def open_server(
@@ -129,24 +183,16 @@ def open_server(
         if not ipaddress.ip_address(door.getsockname()[0]).is_loopback:
             # Whoever may reach another address has names for it that are not known here.
             limits = replace(limits, allowed_hosts=limits.allowed_hosts or ("*",))
-        engine = Engine(
+        app, engine, title = load(
             folder,
+            limits=limits,
+            access_log=access_log,
             form=form,
             threads=threads,
             max_batch=max_batch,
             max_queue=max_queue,
             cache_bytes=cache_bytes,
             prefix_bytes=prefix_bytes,
-        )
-        artifact = open_artifact(folder, kind="onnx", verify=False)
-        recipe = artifact.manifest["recipe"]
-        model = str(recipe["resolved"]["name"]) if recipe else folder.resolve().name
-        fingerprint = f"limbeck-{artifact.digest[:12]}-{engine.form}"
-        app = make_app(
-            engine, model=model, fingerprint=fingerprint, limits=limits, access_log=access_log
-        )
-        title = (
-            f"{model} ({engine.form}, context {engine.longest} tokens, {engine.threads} threads)"
         )
         return Listener(app, engine, door=door, title=title, grace=grace, limits=limits)
     except BaseException:

@@ -6,6 +6,7 @@ checked with them by hand.
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -58,6 +59,35 @@ def test_the_job_for_kuberay_has_what_its_schema_requires() -> None:
         (container,) = pod["containers"]
         mounted = {mount["name"] for mount in container["volumeMounts"]}
         assert mounted == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_the_service_for_kuberay_has_what_its_schemas_require() -> None:
+    schema = pytest.importorskip("ray.serve.schema", reason="ray is not installed")
+    service = yaml.safe_load((ROOT / "examples" / "rayservice.yaml").read_text())
+    assert (service["apiVersion"], service["kind"]) == ("ray.io/v1", "RayService")
+    assert set(service["spec"]) == {"serveConfigV2", "rayClusterConfig"}
+    served = yaml.safe_load(service["spec"]["serveConfigV2"])
+    (application,) = schema.ServeDeploySchema.model_validate(served).applications
+    module, _, name = application.import_path.partition(":")
+    deploy = importlib.import_module(module)
+    deployment = getattr(deploy, name)(application.args)._bound_deployment
+    scaling = deployment._deployment_config.autoscaling_config
+    cluster = service["spec"]["rayClusterConfig"]
+    assert f"ray=={cluster['rayVersion']}\n" in (ROOT / "constraints.txt").read_text()
+    (workers,) = cluster["workerGroupSpecs"]
+    assert {"groupName", "maxReplicas", "minReplicas", "template"} <= set(workers)
+    replicas = (workers["minReplicas"], workers["maxReplicas"])
+    assert replicas == (scaling.min_replicas, scaling.max_replicas)
+    for group in (cluster["headGroupSpec"], workers):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        variables = {one["name"]: one["value"] for one in container["env"]}
+        assert deploy.MIDDLEWARES.items() <= variables.items()
+        mounted = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]}
+    # A pod has the cores of one replica.
+    cores = deployment.ray_actor_options["num_cpus"]
+    assert int(container["resources"]["requests"]["cpu"]) == cores
 
 
 def test_the_task_for_skypilot_names_fields_of_a_task() -> None:

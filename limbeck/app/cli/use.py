@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from limbeck.app.cli.base import ExportedArgument, FormOption, ThreadsOption, command
-from limbeck.contract.errors import DataError, EnvironmentalError
+from limbeck.app.cli.base import Command, ExportedArgument, FormOption, ThreadsOption, app, command
+from limbeck.contract.errors import DataError, EnvironmentalError, UserError
 from limbeck.contract.limits import Limits
 
+_SERVE = ("fastapi", "starlette", "uvicorn", "prometheus_client")  # of the extra `serve`
 _MOST_PROMPT = 16 << 20  # bytes of standard input; no model reads as much
 
 
@@ -112,7 +113,18 @@ def generate(
     print()
 
 
-@command("serve")
+class _ServeCommand(Command):
+    """A bare `--ray` means `--ray local`; Typer has no options whose value may be left out."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Read the command line."""
+        for place, word in reversed(list(enumerate(args))):
+            if word == "--ray" and (args[place + 1 :] or ["-"])[0].startswith("-"):
+                args.insert(place + 1, "local")
+        return super().parse_args(ctx, args)
+
+
+@app.command("serve", cls=_ServeCommand)
 def serve(
     artifact: ExportedArgument,
     host: Annotated[
@@ -193,28 +205,54 @@ def serve(
             help="A line for each request: method, path, status, time and tokens; no text of it.",
         ),
     ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="[ADDRESS]",
+            help="Serve by replicas on a Ray cluster, with Ray Serve. ADDRESS: host:port of one "
+            "that runs; without it, or local, one is started here.",
+            show_default=False,
+        ),
+    ] = None,
+    replicas: Annotated[
+        str,
+        typer.Option(
+            "--replicas",
+            metavar="N|N..M",
+            help="With --ray: processes that serve, each with --threads cores (1 by default). A "
+            "range: more are started when requests wait.",
+        ),
+    ] = "1",
 ) -> None:
     """Serve an exported student to many clients at once, as an OpenAI-compatible endpoint.
 
     /v1/models, /v1/completions, /v1/chat/completions, /health, /docs, and Prometheus /metrics.
-    Needs the extra: pip install 'limbeck[serve]'.
+    Needs the extra: pip install 'limbeck[serve]'; with --ray: 'limbeck[ray,serve]'.
 
     \b
     Examples:
       limbeck serve runs/pico-1a2b3c4d
+      limbeck serve runs/pico-1a2b3c4d --ray 10.0.0.5:6379 --replicas 2..8
       limbeck serve runs/pico-1a2b3c4d/onnx --host 0.0.0.0 --port 8080 --max-batch 16 --threads 4
     """
     from limbeck.app.given import exported_folder
     from limbeck.contract.artifact import values_of
 
+    if ray is None and replicas != "1":
+        raise UserError("--replicas is for servers on Ray; add --ray.")
     try:
-        from serve_bench.serve.server import open_server
+        if ray is None:
+            from serve_bench.serve.server import open_server
+        else:
+            from serve_bench.serve.on_ray.deploy import Replicas, serve_on_ray
     except ModuleNotFoundError as error:
-        extra = ("fastapi", "starlette", "uvicorn", "prometheus_client")
-        if (error.name or "").partition(".")[0] not in extra:
+        missing = (error.name or "").partition(".")[0]
+        extra = "serve" if missing in _SERVE else "ray"
+        if missing == "limbeck" or (extra == "ray" and ray is None):
             raise
         raise EnvironmentalError(
-            f"{error.name} is not installed; run: pip install 'limbeck[serve]'."
+            f"{missing} is not installed; run: pip install 'limbeck[{extra}]'."
         ) from None
     folder = exported_folder(artifact, command="serve")
     limits = Limits(
@@ -225,19 +263,22 @@ def serve(
         api_key=os.environ.get("LIMBECK_API_KEY") if api_key is None else api_key,
         allowed_hosts=tuple(allow_host or ()),
     )
+    options: dict[str, Any] = {
+        "host": host,
+        "port": port,
+        "form": form,
+        "threads": threads,
+        "max_batch": max_batch,
+        "max_queue": max_queue,
+        "cache_bytes": cache_mb * 1_000_000,
+        "prefix_bytes": prefix_cache_mb * 1_000_000,
+        "grace": grace,
+        "access_log": access_log,
+        "limits": limits,
+    }
+    if ray is not None:
+        serve_on_ray(folder.resolve(), address=ray, replicas=Replicas.of(replicas), **options)
+        return
     with values_of(folder):
-        server = open_server(
-            folder,
-            host=host,
-            port=port,
-            form=form,
-            threads=threads,
-            max_batch=max_batch,
-            max_queue=max_queue,
-            cache_bytes=cache_mb * 1_000_000,
-            prefix_bytes=prefix_cache_mb * 1_000_000,
-            grace=grace,
-            access_log=access_log,
-            limits=limits,
-        )
+        server = open_server(folder, **options)
     server.run()
