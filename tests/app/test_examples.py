@@ -82,7 +82,7 @@ def test_the_service_for_kuberay_has_what_its_schemas_require() -> None:
         pod = group["template"]["spec"]
         (container,) = pod["containers"]
         variables = {one["name"]: one["value"] for one in container["env"]}
-        assert deploy.MIDDLEWARES.items() <= variables.items()
+        assert deploy.PROXY.items() <= variables.items()
         mounted = {mount["name"] for mount in container["volumeMounts"]}
         assert mounted == {volume["name"] for volume in pod["volumes"]}
     # A pod has the cores of one replica.

@@ -26,14 +26,18 @@ from limbeck.contract.limits import Limits
 from limbeck.contract.progress import say
 from limbeck.contract.ray_cluster import LOCAL, connected, require_cluster
 from serve_bench.serve.listener import open_door
+from serve_bench.serve.on_ray.proxy import Carried
 from serve_bench.serve.server import load
 
 NAME = "limbeck"  # of the application on the cluster: one student is served there
 _SCRAPE = 5.0  # seconds that a replica may take for its metrics
-# Ray Serve imports it in its proxies and puts it around them.
-MIDDLEWARES = {
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_bench.serve.on_ray.proxy:middlewares"
+# Variables of Ray's proxies. Ray Serve imports the middleware in them and puts it around them.
+# Every other thread between client and engine makes the first token later.
+PROXY = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_bench.serve.on_ray.proxy:middlewares",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
+_REPLICA = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
 _QUIET = {"enable_access_log": False, "log_level": "WARNING"}
 
 
@@ -65,7 +69,7 @@ class Replica:
         )
 
     def __serve_build_asgi_app__(self) -> Any:
-        return self._application
+        return Carried(self._application)
 
     def check_health(self) -> None:
         """Called by Ray, which replaces this process if it raises."""
@@ -129,7 +133,7 @@ def application(
         max_ongoing_requests=max_batch + max_queue + limits.max_connections,
         max_constructor_retry_count=3,
         graceful_shutdown_timeout_s=grace,
-        ray_actor_options={"num_cpus": threads},
+        ray_actor_options={"num_cpus": threads, "runtime_env": {"env_vars": _REPLICA}},
         **count,
     )
     return deployment(serve.ingress()(Replica)).bind(str(folder), {"limits": limits, **options})
@@ -174,13 +178,15 @@ def serve_on_ray(
         _, engine, title = load(folder, limits=limits, threads=threads, **options)
     engine.close()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    if address == LOCAL:  # Ray gives its workers the least priority, which is not for servers
+        os.environ.setdefault("RAY_worker_niceness", "0")
     with connected(address, cores=replicas.most * threads, threads=threads):
         before = serve.status()
         if NAME not in before.applications:
             serve.start(
                 http_options={"host": host, "port": port, "keep_alive_timeout_s": 30},
                 logging_config=_QUIET,
-                controller_options={"runtime_env": {"env_vars": MIDDLEWARES}},
+                controller_options={"runtime_env": {"env_vars": PROXY}},
             )
         try:
             serve.run(

@@ -1,4 +1,4 @@
-"""Inside Ray's HTTP proxy: ask again if a replica dies, and end what was cut with an error.
+"""Between Ray's HTTP proxy and a replica: ask again if it dies, end what was cut with an error.
 
 Knows ASGI and the shape of an error; knows neither replicas nor the engine. Ray's proxy itself
 ends without an answer when a replica dies, and writes its own errors as plain text.
@@ -6,6 +6,8 @@ ends without an answer when a replica dies, and writes its own errors as plain t
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 from typing import Any
 
@@ -15,6 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_bench.serve.answers import error_body
 
 _TRIES = 3  # replicas that one request may be given to; a request that kills them kills no more
+_CARRIED = "limbeck.first"  # of a scope: the first part of the body
+_CARRY_SECONDS = 0.01
 _LOST = "the process that wrote this answer has died; ask again."
 
 
@@ -34,12 +38,32 @@ class Steady:
             await self._app(scope, receive, send)
             return
         exchange = _Exchange(receive, send)
+        carried = {_CARRIED: await exchange.first()}
         for _ in range(_TRIES):
             # The proxy changes the scope, so that each try gets one of its own.
-            await self._app({**scope, "headers": list(scope["headers"])}, *exchange.again())
+            own = {**scope, **carried, "headers": list(scope["headers"])}
+            await self._app(own, *exchange.again())
             if exchange.begun or exchange.left:
                 break
         await exchange.end()
+
+
+class Carried:
+    """ASGI middleware around the application of a replica: the body begins in the scope.
+
+    Replicas ask the proxy for a body, which takes as long as the way of the request to them.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        kept = iter([first] if (first := scope.get(_CARRIED)) else [])
+
+        async def begin() -> Message:
+            return next(kept, None) or await receive()
+
+        await self.app(scope, begin, send)
 
 
 class _Exchange:
@@ -49,10 +73,17 @@ class _Exchange:
         self._receive, self._send = receive, send
         self._received: list[Message] = []
         self._start: Message | None = None
+        self._first: Message | None = None
         self.begun = self.left = self._complete = self._events = False
 
+    async def first(self) -> Message | None:
+        """The first part of the body, or None if the client has not sent it with its headers."""
+        with contextlib.suppress(TimeoutError):
+            self._first = await asyncio.wait_for(self._receive(), _CARRY_SECONDS)
+        return self._first
+
     def again(self) -> tuple[Receive, Send]:
-        """`receive` and `send` for the next try, which reads the same body."""
+        """`receive` and `send` for the next try, which reads the same rest of the body."""
         self._start = None
         kept = iter(list(self._received))
 

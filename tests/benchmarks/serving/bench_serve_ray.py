@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import socket
 import sys
 import tempfile
@@ -25,11 +26,13 @@ import aiohttp
 import numpy as np
 
 from serve_bench.judge.stats import median_interval
+from tests.benchmarks.serving import peers
 from tests.benchmarks.serving.bench_load import printable_model
 from tests.benchmarks.serving.bench_prefix import first_token
 from tests.benchmarks.serving.peers import Server, processor
 
 PROMPT = 16  # tokens
+LIGHT = peers.ROOT / "tests/light"  # lets processes of Ray start faster
 ON_RAY = ("--ray", "local", "--replicas", "1")
 
 
@@ -67,6 +70,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=20, help="of each server in a round")
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(LIGHT), os.environ.get("PYTHONPATH", "")])
     with tempfile.TemporaryDirectory() as temporary:
         folder = asked.artifact or printable_model(Path(temporary))
         servers = {"plain": start(folder, asked.threads)}

@@ -202,7 +202,8 @@ class Server:
 
     def stop(self) -> None:
         """End it and wait."""
-        self.process.terminate()
+        if self.process.poll() is None:
+            self.process.terminate()
         self.process.wait(timeout=60)
 
 

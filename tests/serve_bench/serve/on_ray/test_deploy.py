@@ -123,7 +123,7 @@ def replica(served: Artifact) -> Iterator[Replica]:
 
 
 def test_a_replica_has_the_application_of_one_process(replica: Replica, server: Listener) -> None:
-    here = replica.__serve_build_asgi_app__()
+    here = replica.__serve_build_asgi_app__().app
     alone: Any = server.config.app
     assert here.openapi() == alone.openapi()
     assert [type(one.cls) for one in here.user_middleware] == [

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from serve_bench.serve.on_ray.proxy import Steady
+from serve_bench.serve.on_ray.proxy import Carried, Steady
 
 Try = Callable[[Receive, Send], Awaitable[None]]
 STREAM = [(b"content-type", b"text/event-stream")]
@@ -31,7 +32,9 @@ def body(text: bytes, more: bool = False) -> Message:
     return {"type": "http.response.body", "body": text, "more_body": more}
 
 
-def asked(*tries: Try, path: str = "/v1/completions", left: bool = False) -> tuple[int, Any]:
+def asked(
+    *tries: Try, path: str = "/v1/completions", left: bool = False, late: float = 0.0
+) -> tuple[int, Any]:
     """How often the proxy was asked, and what the client got."""
     left_over, sent = list(tries), list[Message]()
     given = [*BODY, *([{"type": "http.disconnect"}] if left else [])]
@@ -39,9 +42,12 @@ def asked(*tries: Try, path: str = "/v1/completions", left: bool = False) -> tup
     async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
         scope["headers"].append((b"x-request-id", b"1"))  # as Ray's own middleware does
         assert len(scope["headers"]) == 1
-        await left_over.pop(0)(receive, send)
+        scope = pickle.loads(pickle.dumps(scope))  # it goes to another process
+        tried = left_over.pop(0)
+        await Carried(lambda _, receive, send: tried(receive, send))(scope, receive, send)
 
     async def receive() -> Message:
+        await asyncio.sleep(late)
         return given.pop(0)
 
     async def send(message: Message) -> None:
@@ -92,9 +98,12 @@ async def is_refused_by_us(receive: Receive, send: Send) -> None:
     await send(body(b'{"error": {}}'))
 
 
+@pytest.mark.parametrize("late", [0.0, 0.05])  # seconds between the headers and the body
 @pytest.mark.parametrize("first", [(dies,), (dies_after_its_headers,), (dies, dies)])
-def test_a_request_whose_answer_has_not_begun_is_given_to_another(first: tuple[Try, ...]) -> None:
-    count, sent = asked(*first, answers)
+def test_a_request_whose_answer_has_not_begun_is_given_to_another(
+    first: tuple[Try, ...], late: float
+) -> None:
+    count, sent = asked(*first, answers, late=late)
     assert count == len(first) + 1
     assert sent == [start(200, []), body(b"done")]
 
