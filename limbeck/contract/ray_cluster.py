@@ -21,11 +21,14 @@ _STORE_BYTES = 150_000_000  # of a local cluster: only names and digests go thro
 
 
 @contextmanager
-def connected(address: str, *, cores: int, threads: int) -> Iterator[Any]:
+def connected(
+    address: str, *, cores: int, threads: int, show_output: bool = False
+) -> Iterator[Any]:
     """Connect to the cluster at ``address`` and yield the `ray` module; disconnect at the end.
 
     `local` starts a cluster of ``cores`` on this machine, which lasts as long as the block. Every
-    worker gets this process's cache folder and ``threads`` for OpenMP. Raises `EnvironmentalError`
+    worker gets this process's cache folder and ``threads`` for OpenMP. ``show_output`` prints here
+    what workers print. Raises `EnvironmentalError`
     if no cluster answers, `UserError` if Ray is not installed, and a worker's own `LimbeckError`.
     """
     try:
@@ -43,7 +46,7 @@ def connected(address: str, *, cores: int, threads: int) -> Iterator[Any]:
             object_store_memory=_STORE_BYTES if here else None,
             include_dashboard=False if here else None,
             configure_logging=False,
-            log_to_driver=False,
+            log_to_driver=show_output,
             runtime_env={"env_vars": environment(threads)},
         )
     except Exception as error:  # other versions there than here, or a machine that is too busy

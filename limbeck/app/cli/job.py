@@ -239,6 +239,26 @@ def search(
     ] = None,
     overrides: SetOption = None,
     shrink: ShrinkOption = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            "--storage",
+            metavar="URL",
+            help="What searches on several machines share: postgresql://USER@HOST/DATABASE or "
+            "journal:///FOLDER/FILE.log. Default: a file in the folder of the search.",
+            show_default=False,
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            help="Address of a Ray cluster whose workers search, or `local`. Default: this "
+            "process.",
+            show_default=False,
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Workers on Ray.")] = 2,
 ) -> None:
     """Find the best student within a budget: plan, time a few exports, distil in rounds, measure
     the finalists.
@@ -246,18 +266,26 @@ def search(
     The budget is the recipe's: size_mb, quality.max_loss, hours, and tpot_ms and ttft_ms of a
     language model or latency_ms of an encoder. Writes chosen.yaml, a recipe that stands alone, or
     nearest.yaml and which bound cannot be kept. An interrupted search goes on, and an undecided one
-    too when it gets more budget.hours or bench.minutes; a second one in the same folder shares the
-    work. Exit codes: 0 chosen, 1 no student keeps the budget, 3 undecided (more bench.minutes or
-    budget.hours needed).
+    too when it gets more budget.hours or bench.minutes; a second one in the same folder or storage
+    shares the work. Exit codes: 0 chosen, 1 no student keeps the budget, 3 undecided (more
+    bench.minutes or budget.hours needed).
 
     \b
     Example:
       limbeck search smollm2/135m-two-experts --set budget.size_mb=120 --set budget.tpot_ms=8
       limbeck search minilm/spam-two-classifiers --set budget.size_mb=20 --set budget.latency_ms=5
+      limbeck search my-recipe.yaml --storage postgresql://limbeck@10.0.0.5/searches
+      limbeck search my-recipe.yaml --ray 10.0.0.5:6379 --workers 8
     """
     from limbeck.app.search import search as run_search
     from limbeck.app.search.outcome import show
 
-    found = run_search(load(recipe, overrides, shrink), out=out)
+    asked = load(recipe, overrides, shrink)
+    if ray is None:
+        found = run_search(asked, out=out, storage=storage)
+    else:
+        from limbeck.app.search.on_ray import search_on_ray
+
+        found = search_on_ray(asked, out=out, storage=storage, address=ray, workers=workers)
     show(found)
     raise typer.Exit(found.exit_code)

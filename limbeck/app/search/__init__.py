@@ -3,8 +3,9 @@
 Order of work: the plan rules out students that are too large; a few exports are timed and the rest
 predicted (`probes`); short distillations halve the field (`rounds`); the finalists go through the
 whole job (`finals`). Only a finalist can win, because only finalists are measured in full. Optuna
-keeps the state (ask and tell), so a search can continue after a stop and several processes can
-share it. `tasks` has the differences between language models and encoders.
+keeps the state (ask and tell), so a search can continue after a stop and several processes, on one
+machine or several, can share it (`storage`). `tasks` has the differences between language models
+and encoders.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import yaml
 
 from limbeck.app.plan import training_memory
 from limbeck.app.products import require_inputs
-from limbeck.app.search.candidates import Candidate, SpeedModel, still_in
+from limbeck.app.search.candidates import Candidate, still_in
 from limbeck.app.search.finals import measure_finalists
 from limbeck.app.search.outcome import (
     PICTURE,
@@ -37,11 +38,22 @@ from limbeck.app.search.outcome import (
 )
 from limbeck.app.search.probes import predict_speeds
 from limbeck.app.search.rounds import halve
-from limbeck.app.search.state import PATIENCE, SPENT, Clock, claim, digest_of, require_ours
+from limbeck.app.search.state import (
+    MACHINE,
+    PATIENCE,
+    SPENT,
+    TIMING,
+    Clock,
+    claim,
+    digest_of,
+    require_ours,
+)
+from limbeck.app.search.storage import Shared, masked, opened
 from limbeck.app.search.tasks import task_of
 from limbeck.contract.errors import EnvironmentalError, RecipeError
-from limbeck.contract.files import write_atomically
+from limbeck.contract.files import read_json, write_atomically
 from limbeck.contract.lock import locked
+from limbeck.contract.machine import host
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import AnyBudget, AnyRecipe, ServerModel, parse_any_recipe
 from limbeck.runtime.session import import_onnxruntime
@@ -51,41 +63,71 @@ _SIZE_ERROR = 0.02  # of the plan, relative
 _RESERVED = 0.5  # share of the hours kept for the finalists
 
 
-def search(recipe: AnyRecipe, *, out: Path | None = None) -> Found:
+def search(recipe: AnyRecipe, *, out: Path | None = None, storage: str | None = None) -> Found:
     """Find the best student within ``recipe.budget`` and write it to ``out`` as its own recipe.
 
     ``out`` defaults to ``runs/search-<name>-<digest8>``. An interrupted search continues there, and
-    several processes share one folder. Raises `RecipeError` without a budget or a base,
-    `EnvironmentalError` without Optuna, `ArtifactError` if the folder holds something else, and the
-    errors of each stage.
+    several processes share one folder. Searches of the same recipe on several machines share
+    ``storage``, the URL of a PostgreSQL database or a journal file; each has a folder of its own or
+    all have the same. Raises `RecipeError` without a budget or a base, `EnvironmentalError` without
+    Optuna and on a machine of another kind, `ArtifactError` if the folder holds something else,
+    the errors of the storage, and those of each stage.
     """
     budget = _required(recipe)
     _require_optuna()
+    if storage is not None:
+        masked(storage)  # reports a wrong URL
     require_inputs(recipe)
     import_onnxruntime()  # the first exports need it
     digest = digest_of(recipe)
-    folder = out or Path("runs") / f"search-{recipe.name}-{digest[:8]}"
+    folder = out or default_folder(recipe, digest)
     require_ours(folder, digest)
     task = task_of(recipe)
     students = dict(task.students(recipe))
     # Reports mistakes of models and forms, so it comes before anything is written.
     candidates = task.sized(recipe, students)
     claim(folder, digest)
-    clock = Clock(folder / SPENT)
-    with locked(folder, wait=True):
-        if (found := _found(folder, recipe, budget)) is not None:
+    name = "students" if storage is None else f"{recipe.name}-{digest[:16]}"
+    with opened(storage, folder, name=name, seed=recipe.seed) as shared:
+        return _search(recipe, students, candidates, budget, folder, shared)
+
+
+def default_folder(recipe: AnyRecipe, digest: str) -> Path:
+    """Folder of a search without --out."""
+    return Path("runs") / f"search-{recipe.name}-{digest[:8]}"
+
+
+def _search(
+    recipe: AnyRecipe,
+    students: Mapping[str, dict[str, Any]],
+    candidates: Sequence[Candidate],
+    budget: AnyBudget,
+    folder: Path,
+    shared: Shared,
+) -> Found:
+    with shared.turn(), locked(folder, wait=True):
+        if (found := _found(recipe, students, budget, folder, shared)) is not None:
             return found
+        _require_same_machine(folder, shared)
+        shared.fetch(folder / SPENT)
+        clock = Clock(folder / SPENT, shared.publish)
         say(f"== search: {len(students)} students in {len(recipe.search.forms)} forms")
         _rule_out_sizes(candidates, budget)
         _rule_out_memory(recipe, students, candidates, budget)
+        shared.fetch(folder / TIMING)
         models = predict_speeds(recipe, students, candidates, budget, folder)
+        shared.publish(folder / TIMING)
         clock.save()
-    halve(recipe, students, candidates, folder, clock, until=3600 * budget.hours * (1 - _RESERVED))
-    with locked(folder, wait=True):
-        if (found := _found(folder, recipe, budget)) is not None:
+    until = 3600 * budget.hours * (1 - _RESERVED)
+    halve(recipe, students, candidates, folder, clock, shared, until=until)
+    with shared.turn(), locked(folder, wait=True):
+        if (found := _found(recipe, students, budget, folder, shared)) is not None:
             return found
         measure_finalists(recipe, students, candidates, budget, folder, clock)
-        return _conclude(recipe, students, candidates, budget, models, folder, clock.spent())
+        errors = {metric: model.error for metric, model in models.items()}
+        found = _conclude(recipe, students, candidates, budget, errors, folder, clock.spent())
+        shared.publish(folder / RESULT)
+        return found
 
 
 def _required(recipe: AnyRecipe) -> AnyBudget:
@@ -128,17 +170,51 @@ def _require_optuna() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def _found(folder: Path, recipe: AnyRecipe, budget: AnyBudget) -> Found | None:
-    """Saved result of a finished search, or None if there is none or more time is now allowed."""
-    if not (folder / RESULT).exists():
+def _found(
+    recipe: AnyRecipe,
+    students: Mapping[str, dict[str, Any]],
+    budget: AnyBudget,
+    folder: Path,
+    shared: Shared,
+) -> Found | None:
+    """Result of a finished search, or None if there is none or more time is now allowed.
+
+    A result of another machine is written to ``folder`` too.
+    """
+
+    def is_final(result: Mapping[str, Any]) -> bool:
+        late = any(c["late"] for c in result["candidates"])
+        if late and budget.hours > result["budget"]["hours"]:
+            return False
+        undecided = any(c["verdict"] == "undecided" for c in result["candidates"])
+        more = any(getattr(recipe.bench, name) > result["bench"][name] for name in PATIENCE)
+        return not (undecided and more)
+
+    if (folder / RESULT).exists():
+        result = json.loads((folder / RESULT).read_text("utf-8"))
+        if is_final(result):
+            return Found(folder, result["table"], result["sentence"], result["exit_code"])
+    result = shared.study.user_attrs.get(RESULT)
+    if result is None or not is_final(result):
         return None
-    result = json.loads((folder / RESULT).read_text("utf-8"))
-    if any(c["late"] for c in result["candidates"]) and budget.hours > result["budget"]["hours"]:
-        return None
-    undecided = any(c["verdict"] == "undecided" for c in result["candidates"])
-    if undecided and any(getattr(recipe.bench, name) > result["bench"][name] for name in PATIENCE):
-        return None
-    return Found(folder, result["table"], result["sentence"], result["exit_code"])
+    shared.fetch(folder / MACHINE)
+    candidates = [Candidate(**kept) for kept in result["candidates"]]
+    errors, seconds = result["speed_error"], result["seconds"]
+    return _conclude(recipe, students, candidates, budget, errors, folder, seconds)
+
+
+def _require_same_machine(folder: Path, shared: Shared) -> None:
+    """Raise `EnvironmentalError` if the times of this search are those of other machines."""
+    here = {"processor": str(host()["processor"])}
+    if not shared.fetch(folder / MACHINE):
+        write_atomically(folder / MACHINE, json.dumps(here))
+    shared.publish(folder / MACHINE)
+    if (first := read_json(folder / MACHINE)) != here:
+        raise EnvironmentalError(
+            f"{folder}: this search takes its times on {first['processor']}, and this machine has "
+            f"{here['processor']}; their times cannot be compared. Join it from a machine of the "
+            "same kind, or begin another search with another --out and --storage."
+        )
 
 
 def _rule_out_sizes(candidates: Sequence[Candidate], budget: AnyBudget) -> None:
@@ -202,10 +278,11 @@ def _conclude(
     students: Mapping[str, dict[str, Any]],
     candidates: Sequence[Candidate],
     budget: AnyBudget,
-    models: Mapping[str, SpeedModel],
+    errors: Mapping[str, float | None],
     folder: Path,
     seconds: float,
 ) -> Found:
+    """Write the outcome. ``errors`` are those of predicted times, relative."""
     passed = [c for c in candidates if c.verdict == "pass"]
     undecided = [c for c in candidates if c.verdict == "undecided"]
     (folder / CHOSEN).unlink(missing_ok=True)
@@ -229,12 +306,15 @@ def _conclude(
             f"limbeck run {folder / NEAREST} (its gates are the budget's, which {kept})"
         )
     if said := ", ".join(
-        f"{metric} within {m.error:.0%}" for metric, m in models.items() if m.error is not None
+        f"{metric} within {error:.0%}" for metric, error in errors.items() if error is not None
     ):
         sentence += (
             f"\nPredicted times: {said}, by the worst of the timed exports that the prediction "
             "had not seen."
         )
+    processor = read_json(folder / MACHINE)["processor"]
+    if any(c.timed or c.measured for c in candidates):
+        sentence += f"\nAll times were taken on {processor}."
     tree = task_of(recipe).final_recipe(recipe, students[best.student], best, budget)
     head = (
         f"# Found by `limbeck search {recipe.name}` for {asked_for(budget)}: "
@@ -258,7 +338,8 @@ def _conclude(
                 "table": table,
                 "exit_code": code,
                 "seconds": round(seconds, 1),
-                "speed_error": {metric: fitted.error for metric, fitted in models.items()},
+                "processor": processor,
+                "speed_error": errors,
                 "candidates": [asdict(c) for c in candidates],
             },
             indent=1,

@@ -3,17 +3,16 @@ share."""
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.app.search.candidates import Candidate, still_in
-from limbeck.app.search.state import STATE, Clock
+from limbeck.app.search.state import Clock
+from limbeck.app.search.storage import WAIT, Shared
 from limbeck.app.search.tasks import task_of
 from limbeck.contract.errors import DivergenceError
 from limbeck.contract.lock import locked
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     import optuna
 
 _LATE = "no time left for it"
-_WAIT = 2.0  # seconds between checks of other workers
 
 
 def halve(
@@ -33,6 +31,7 @@ def halve(
     candidates: Sequence[Candidate],
     folder: Path,
     clock: Clock,
+    shared: Shared,
     *,
     until: float,
 ) -> None:
@@ -47,31 +46,25 @@ def halve(
     )
     if not names:
         return
-    rounds = task.rounds_of(recipe)
-    with locked(folder, wait=True), _study(folder, recipe.seed) as study:
+    rounds, study = task.rounds_of(recipe), shared.study
+    with shared.turn(), locked(folder, wait=True):
         cached = bool(study.user_attrs.get("cached"))
         products = task.make_teachers(recipe, students[names[0]], folder, rounds, cached=cached)
         study.set_user_attr("cached", True)
-        _enqueue(study, names, 0, until)
-    with _worker(folder) as me, _study(folder, recipe.seed) as study:
-        while (
-            trial := _next(
-                study,
-                folder,
-                me,
-                rounds=len(rounds),
-                finalists=recipe.search.finalists,
-                until=until,
-            )
-        ) is not None:
-            name = trial.user_attrs["student"]
+        _enqueue(study, study.get_trials(deepcopy=False), [(name, 0) for name in names], until)
+    finalists = recipe.search.finalists
+    while (
+        trial := _next(shared, rounds=len(rounds), finalists=finalists, until=until)
+    ) is not None:
+        with shared.holding(trial):
             if clock.spent() > until:
                 _tell(study, trial, None, why=_LATE, until=until)
                 continue
-            _heal(study, trial, recipe, students[name], products, folder, rounds, clock, until)
-            with locked(folder, wait=True):
-                clock.save()
-        reached, why = _reached(study)
+            student = students[trial.user_attrs["student"]]
+            _heal(study, trial, recipe, student, products, folder, rounds, clock, until)
+        with locked(folder, wait=True):
+            clock.save()
+    reached, why = _reached(study)
     if _LATE not in why.values():  # else more hours may be given, and they go on from there
         shutil.rmtree(folder / "healing", ignore_errors=True)
     top = max((rung for rung, *_ in reached.values()), default=0)
@@ -85,34 +78,10 @@ def halve(
                 candidate.out = f"behind after {candidate.tokens} {task.UNIT}"
 
 
-@contextmanager
-def _study(folder: Path, seed: int) -> Iterator[optuna.Study]:
-    """The queue of students and rounds and their results, in the folder's database."""
-    import optuna
-
-    storage = optuna.storages.RDBStorage(
-        f"sqlite:///{(folder / STATE).resolve()}", engine_kwargs={"connect_args": {"timeout": 60}}
-    )
-    try:
-        yield optuna.create_study(
-            study_name="students",
-            storage=storage,
-            load_if_exists=True,
-            sampler=optuna.samplers.RandomSampler(seed=seed),
-        )
-    finally:
-        storage.remove_session()
-        storage.engine.dispose()
-
-
-def _losses(study: optuna.Study, rung: int) -> dict[str, float]:
+def _losses(trials: Iterable[optuna.trial.FrozenTrial], rung: int) -> dict[str, float]:
     """Loss of every student that finished a round."""
-    import optuna
-
-    done = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
-    return {
-        t.user_attrs["student"]: float(t.values[0]) for t in done if t.user_attrs["rung"] == rung
-    }
+    done = (t for t in trials if t.state.name == "COMPLETE" and t.user_attrs["rung"] == rung)
+    return {t.user_attrs["student"]: float(t.values[0]) for t in done}
 
 
 def _reached(
@@ -136,98 +105,86 @@ def _reached(
     return reached, why
 
 
-def _enqueue(study: optuna.Study, names: Sequence[str], rung: int, until: float) -> bool:
-    """Queue students for a round, except those already queued; True if there were any.
+def _enqueue(
+    study: optuna.Study,
+    trials: Iterable[optuna.trial.FrozenTrial],
+    pairs: Iterable[tuple[str, int]],
+    until: float,
+) -> bool:
+    """Queue students for a round each, unless one of ``trials`` has it; True if there were any.
 
-    Only one worker may call this at a time. Students that an earlier, shorter time limit
-    stopped are queued again.
+    Students that an earlier, shorter time limit stopped are queued again.
     """
-    import optuna
-
-    state = optuna.trial.TrialState
-    queued = study.get_trials(states=(state.RUNNING, state.WAITING, state.COMPLETE, state.PRUNED))
-    held = {
-        (t.user_attrs.get("student"), t.user_attrs.get("rung"))
-        for t in queued
-        if t.user_attrs.get("until", until) >= until
-    }
-    new = [name for name in names if (name, rung) not in held]
-    for name in new:
+    held = {_pair(trial) for trial in trials if _holds(trial, until)}
+    new = [pair for pair in dict.fromkeys(pairs) if pair not in held]
+    for name, rung in new:
         study.enqueue_trial({}, user_attrs={"student": name, "rung": rung})
     return bool(new)
 
 
-def _next(
-    study: optuna.Study, folder: Path, me: str, *, rounds: int, finalists: int, until: float
-) -> optuna.Trial | None:
+def _pair(trial: optuna.Trial | optuna.trial.FrozenTrial) -> tuple[str, int]:
+    return trial.user_attrs["student"], trial.user_attrs["rung"]
+
+
+def _holds(trial: optuna.trial.FrozenTrial, until: float) -> bool:
+    """Whether a student's round is done, in work or queued by this trial."""
+    # A trial fails when its worker has ended, or when two workers queued the same. One without a
+    # student comes of asking an empty queue.
+    if trial.state.name == "FAIL" or "student" not in trial.user_attrs:
+        return False
+    return bool(trial.user_attrs.get("until", until) >= until)
+
+
+def _next(shared: Shared, *, rounds: int, finalists: int, until: float) -> optuna.Trial | None:
     """The next student of the queue, or None when it is empty. Dead workers' students return.
 
     At the end of a round its better half is queued for the next round, if it has more students than
-    there are ``finalists``.
+    there are ``finalists``. Each decision is made from one view of all trials, so that every worker
+    makes the same. Two of them may queue the same student; then the lower number counts.
     """
+    import optuna
 
-    def begin_next_round() -> bool:
+    study, state = shared.study, optuna.trial.TrialState
+
+    def begin_next_round(trials: Sequence[optuna.trial.FrozenTrial]) -> bool:
         for rung in range(rounds - 1):
-            losses = _losses(study, rung)
+            losses = _losses(trials, rung)
             better = _better_half(losses, of=len(losses))
             if len(better) <= finalists:
                 return False
-            if _enqueue(study, better, rung + 1, until):
+            if _enqueue(study, trials, [(name, rung + 1) for name in better], until):
                 return True
         return False
 
-    import optuna
-
-    state = optuna.trial.TrialState
     while True:
-        with locked(folder, wait=True):
-            running = study.get_trials(states=(state.RUNNING,))
-            for frozen in running:
-                if not _alive(folder, frozen.user_attrs.get("worker")):
-                    study.tell(frozen.number, state=state.FAIL)
-                    kept = {key: frozen.user_attrs[key] for key in ("student", "rung")}
-                    study.enqueue_trial({}, user_attrs=kept)
-            waiting = bool(study.get_trials(states=(state.WAITING,)))
-            if not waiting and not running:
-                if not begin_next_round():
-                    return None
-                waiting = True
-            if waiting:
-                trial = study.ask()
-                trial.set_user_attr("worker", me)
+        shared.running(study)  # gives back what dead workers hold
+        trials = study.get_trials(deepcopy=False)
+        lost = [t for t in trials if t.state == state.FAIL and "student" in t.user_attrs]
+        if _enqueue(study, trials, map(_pair, lost), until):
+            continue
+        states = {trial.state for trial in trials}
+        if state.WAITING in states:
+            trial = study.ask()
+            if not _is_double(study, trial, until):
                 return trial
-        time.sleep(_WAIT)
+            study.tell(trial, state=state.FAIL)
+        elif state.RUNNING in states:
+            time.sleep(WAIT)
+        elif not begin_next_round(trials):
+            return None
+
+
+def _is_double(study: optuna.Study, trial: optuna.Trial, until: float) -> bool:
+    """Whether others had emptied the queue, or a trial of a lower number has the same round."""
+    return "student" not in trial.user_attrs or any(
+        other.number < trial.number and _holds(other, until) and _pair(other) == _pair(trial)
+        for other in study.get_trials(deepcopy=False)
+    )
 
 
 def _better_half(losses: Mapping[str, float], *, of: int) -> list[str]:
     """The better half of ``of`` students by loss, best first; some of them may not be done yet."""
     return sorted(losses, key=lambda name: losses[name])[: (of + 1) // 2]
-
-
-@contextmanager
-def _worker(folder: Path) -> Iterator[str]:
-    """Name of this worker. It holds a lock while its process runs, so others see if it is alive."""
-    (folder / "workers").mkdir(exist_ok=True)
-    path = folder / "workers" / f"{os.uname().nodename}-{os.getpid()}-{time.monotonic_ns()}"
-    with path.open("w", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield path.name
-        finally:
-            path.unlink()
-
-
-def _alive(folder: Path, worker: str | None) -> bool:
-    if worker is None:  # it fell between taking a student and saying so
-        return False
-    try:
-        with (folder / "workers" / worker).open("r+", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def _heal(
@@ -242,6 +199,8 @@ def _heal(
     until: float,
 ) -> None:
     """Distil one student to the end of its round, and report to the study."""
+    import optuna
+
     name, rung = trial.user_attrs["student"], trial.user_attrs["rung"]
     say(f"== healing {name}, round {rung + 1} of {len(rounds)}")
     found, why = None, _LATE
@@ -259,17 +218,15 @@ def _heal(
     except DivergenceError as error:
         say(f"   {name}: {error}")
         why = "diverged"
-    if found is not None:
-        trial.set_user_attr("metric", found[1])
-    _tell(study, trial, None if found is None else found[0], why=why, until=until)
+    with suppress(optuna.exceptions.UpdateFinishedTrialError):  # another worker has it by now
+        if found is not None:
+            trial.set_user_attr("metric", found[1])
+        _tell(study, trial, None if found is None else found[0], why=why, until=until)
     # Delete the checkpoint of a student that cannot be in the better half any more: it has three
     # times the size of the weights.
-    asked = {
-        t.user_attrs["student"]
-        for t in study.get_trials(deepcopy=False)
-        if t.user_attrs.get("rung") == rung
-    }
-    losses = _losses(study, rung)
+    trials = study.get_trials(deepcopy=False)
+    asked = {t.user_attrs["student"] for t in trials if t.user_attrs.get("rung") == rung}
+    losses = _losses(trials, rung)
     for beaten in losses.keys() - set(_better_half(losses, of=len(asked))):
         shutil.rmtree(folder / "healing" / beaten, ignore_errors=True)
 
@@ -280,10 +237,10 @@ def _tell(
     """Report the loss after the round, the reason for its absence, or the time limit in seconds."""
     import optuna
 
-    if nll is None:
-        trial.set_user_attr("why", why)
-        if why == _LATE:
-            trial.set_user_attr("until", until)
-        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-    else:
-        study.tell(trial, nll)
+    if nll is not None:
+        study.tell(trial, nll, skip_if_finished=True)
+        return
+    trial.set_user_attr("why", why)
+    if why == _LATE:
+        trial.set_user_attr("until", until)
+    study.tell(trial, state=optuna.trial.TrialState.PRUNED, skip_if_finished=True)

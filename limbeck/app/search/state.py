@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from limbeck.app.products import plan_products
@@ -19,7 +20,7 @@ from limbeck.contract.lock import LOCK
 from limbeck.contract.recipe import AnyRecipe, fingerprint
 from limbeck.contract.sources.digests import input_digests
 
-ASKED, SPENT, TIMING, STATE = "asked.json", "spent.json", "timing.json", "search.db"
+ASKED, SPENT, TIMING, MACHINE = "asked.json", "spent.json", "timing.json", "machine.json"
 PATIENCE = ("minutes", "min_blocks")  # of the bench: how long it measures before "undecided"
 
 
@@ -79,11 +80,11 @@ def claim(folder: Path, digest: str) -> None:
 class Clock:
     """Seconds of work on a search, over all interruptions; for parallel workers, of the longest.
 
-    ``longest`` is the longest time of a finalist.
+    ``longest`` is the longest time of a finalist. ``publish`` copies the file to where others work.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, publish: Callable[[Path], None] | None = None) -> None:
+        self._path, self._publish = path, publish
         kept = self._kept()
         self._before, self.longest, self._started = (
             kept["seconds"],
@@ -102,6 +103,8 @@ class Clock:
         write_atomically(
             self._path, json.dumps({name: round(max(now[name], kept[name]), 1) for name in now})
         )
+        if self._publish is not None:
+            self._publish(self._path)
 
     def _kept(self) -> dict[str, float]:
         found: dict[str, float] = {"seconds": 0.0, "longest": 0.0}

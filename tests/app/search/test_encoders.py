@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import compress
 from limbeck.app import search as module
 from limbeck.app.cli import app
-from limbeck.app.search import encoders, finals, probes, rounds, search, state, variants
+from limbeck.app.search import encoders, finals, probes, rounds, search, state, storage, variants
 from limbeck.app.search.candidates import Candidate, fit_speed
 from limbeck.app.search.outcome import excess, figures_of, markdown, nearest, rows
 from limbeck.app.search.state import Clock
@@ -200,14 +200,16 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, 
         return SimpleNamespace(result={"metrics": metrics})
 
     monkeypatch.setattr(compress, "distill", distill)
-    monkeypatch.setattr(rounds, "_WAIT", 0.01)
+    monkeypatch.setattr(rounds, "WAIT", 0.01)
     return found
 
 
 def halve(recipe: EncoderRecipe, folder: Path) -> dict[str, Candidate]:
     field = [candidate(name) for name in LOSSES]
     students = {name: recipe.resolved()["student"] for name in LOSSES}
-    rounds.halve(recipe, students, field, folder, Clock(folder / state.SPENT), until=float("inf"))
+    clock = Clock(folder / state.SPENT)
+    with storage.opened(None, folder, name="students", seed=0) as shared:
+        rounds.halve(recipe, students, field, folder, clock, shared, until=float("inf"))
     return {c.student: c for c in field}
 
 

@@ -15,7 +15,7 @@ import pytest
 
 import compress
 from compress.teachers.cache import CachedTeachers
-from limbeck.app.search import finals, rounds, state, variants
+from limbeck.app.search import finals, rounds, state, storage, variants
 from limbeck.app.search.candidates import Candidate
 from limbeck.app.search.state import Clock
 from limbeck.contract.errors import DivergenceError
@@ -40,7 +40,8 @@ def stood_in(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
     monkeypatch.setattr(compress, "heal", heal)
     monkeypatch.setattr(compress, "cache_teachers", lambda **_: trained.append(("teachers", 0)))
-    monkeypatch.setattr(rounds, "_WAIT", 0.01)
+    monkeypatch.setattr(rounds, "WAIT", 0.01)
+    monkeypatch.setattr(storage, "WAIT", 0.01)
     return trained
 
 
@@ -49,7 +50,9 @@ def halve(folder: Path, *, until: float = float("inf"), **over: Any) -> list[Can
     recipe = pico(**{"search.finalists": 1, **over})
     candidates = [candidate(name) for name in LOSSES]
     students = {name: recipe.resolved()["student"] for name in LOSSES}
-    rounds.halve(recipe, students, candidates, folder, Clock(folder / state.SPENT), until=until)
+    clock = Clock(folder / state.SPENT)
+    with storage.opened(None, folder, name="students", seed=0) as shared:
+        rounds.halve(recipe, students, candidates, folder, clock, shared, until=until)
     return candidates
 
 
@@ -122,12 +125,10 @@ def test_a_student_whose_process_was_killed_is_taken_up_again(
 def test_what_a_killed_worker_leaves_behind_is_taken_up(
     tmp_path: Path, stood_in: list[tuple[str, int]]
 ) -> None:
-    with rounds._study(tmp_path, 0) as study:
-        rounds._enqueue(study, list(LOSSES), 0, float("inf"))
-        study.ask()
-        study.ask().set_user_attr("worker", "killed")
-    (tmp_path / "workers").mkdir()
-    (tmp_path / "workers" / "killed").touch()  # nobody holds its lock
+    killed = storage._me() | {"started": 0.0}  # another process that had this number
+    with storage.opened(None, tmp_path, name="students", seed=0) as shared:
+        rounds._enqueue(shared.study, [], [(name, 0) for name in LOSSES], float("inf"))
+        shared.study.ask().set_user_attr("worker", killed)
     assert all(c.nll is not None for c in halve(tmp_path))
 
 
@@ -158,7 +159,6 @@ def test_two_workers_share_the_students_and_both_know_all_losses(
         assert one.result(30) == two.result(30)
     assert sorted(name for name, tokens in stood_in if tokens == 512) == sorted(LOSSES)
     assert all(c.nll is not None for c in one.result())
-    assert list((tmp_path / "workers").iterdir()) == []
 
 
 def work_in(folder: Path, out: Path) -> None:
@@ -176,7 +176,7 @@ def work_in(folder: Path, out: Path) -> None:
                 mine.append(f"{name} {tokens}")
                 return
 
-    compress.heal, compress.cache_teachers, rounds._WAIT = heal, lambda **_: None, 0.01  # type: ignore[assignment]
+    compress.heal, compress.cache_teachers, rounds.WAIT = heal, lambda **_: None, 0.01  # type: ignore[assignment]
     found = {c.student: (c.nll, c.out) for c in halve(folder)}
     out.write_text(json.dumps({"mine": mine, "found": found}))
 
