@@ -129,9 +129,10 @@ def fill_cache(
 
         cache = TeacherCache(recipe, products)
         if ray is not None:
-            from compress.caching.ray_pool import fill_on_ray
+            from compress.caching.ray_pool import actors_of, make_shards
 
-            fill_on_ray(recipe, products, cache.missing(), address=ray, workers=workers)
+            with actors_of(recipe, products, address=ray, workers=workers) as actors:
+                make_shards(actors, cache.missing())
             cache.require_all()
         return cache.complete()
 

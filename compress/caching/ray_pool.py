@@ -7,7 +7,8 @@ whole, or not at all. The workers write to the cache folder, which all nodes mus
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,36 +33,37 @@ class _Worker:
         return teacher, shard, self._cache.make(teacher, shard)
 
 
-def fill_on_ray(
-    recipe: Recipe,
-    products: Mapping[str, Path],
-    jobs: Sequence[tuple[int, int]],
-    *,
-    address: str,
-    workers: int,
-) -> dict[str, str]:
-    """Make shards, each given by its teacher and number, on ``workers`` actors; their digests.
+@contextmanager
+def actors_of(
+    recipe: Recipe, products: Mapping[str, Path], *, address: str, workers: int
+) -> Iterator[list[Any]]:
+    """Start ``workers`` actors, which end with the block.
 
-    ``address`` is that of a running cluster, or `local` to start one on this machine while the call
-    lasts. A worker takes as many cores as `training.threads`, or one. Raises as
+    ``address`` is that of a running cluster, or `local` to start one on this machine. A worker
+    takes as many cores as `training.threads`, or one. Raises as
     `limbeck.contract.ray_cluster.connected`.
     """
     threads = recipe.training.threads or 1
     with connected(address, cores=workers * threads, threads=threads) as ray:
-        from ray.util import ActorPool
-
         tree = recipe.resolved()
         tree["training"]["threads"] = threads
         actor = ray.remote(num_cpus=threads, max_restarts=-1, max_task_retries=-1)(_Worker)
         paths = {name: str(path.resolve()) for name, path in products.items()}
         folder = str(recipe.folder.resolve())
-        pool = ActorPool([actor.remote(tree, folder, paths) for _ in range(workers)])
+        actors = [actor.remote(tree, folder, paths) for _ in range(workers)]
         say(f"  {workers} workers of {threads} threads on Ray")
-        digests: dict[str, str] = {}
-        with task("teacher cache, shards", len(jobs)) as progress:
-            for teacher, shard, digest in pool.map_unordered(
-                lambda worker, job: worker.make.remote(*job), list(jobs)
-            ):
-                digests[f"{teacher}/{shard}"] = digest
-                progress.advance()
-        return digests
+        yield actors
+
+
+def make_shards(actors: Sequence[Any], jobs: Sequence[tuple[int, int]]) -> dict[str, str]:
+    """Make shards, each given by its teacher and number, on actors; their digests."""
+    from ray.util import ActorPool
+
+    digests: dict[str, str] = {}
+    with task("teacher cache, shards", len(jobs)) as progress:
+        for teacher, shard, digest in ActorPool(list(actors)).map_unordered(
+            lambda worker, job: worker.make.remote(*job), list(jobs)
+        ):
+            digests[f"{teacher}/{shard}"] = digest
+            progress.advance()
+    return digests

@@ -41,6 +41,7 @@ class Footprint:
     cache_bytes: int  # of the teacher cache, at most; 0 without one
     operations: float  # floating-point operations of the whole training, but for own text
     own_text: Writing | None = None
+    filling: float = 0.0  # of the operations, those that fill the teacher cache
 
 
 @dataclass(frozen=True)

@@ -183,7 +183,8 @@ def footprint(
     ]
     # A teacher cache holds each block once.
     cached_tokens = _different_blocks(recipe) * recipe.data.block + _heldout_tokens(recipe)
-    operations = _operations(recipe, student, mine, teachers, theirs, cached_tokens)
+    to_fill = _filling(recipe, teachers, theirs, cached_tokens)
+    operations = to_fill + _operations(recipe, student, mine, teachers, theirs)
 
     # Heads are cast once to the number type of the forward pass.
     compute = _BYTES[precision]
@@ -257,7 +258,7 @@ def footprint(
         )
     cache_bytes = _cache_bytes(recipe, teachers, pairs, cached_tokens)
     worst = max(moments, key=lambda m: m.total)
-    return Footprint(trained, worst, cache_bytes, operations, own)
+    return Footprint(trained, worst, cache_bytes, operations, own, to_fill)
 
 
 def measure_speed(
@@ -473,12 +474,8 @@ def _operations(
     mine: Trace,
     teachers: Sequence[TeacherShape],
     theirs: Sequence[Trace],
-    cached_tokens: int,
 ) -> float:
-    """Operations of all steps and measurements; a product with a head of width d is 2 d V a token.
-
-    With a cache the bodies read each block once; with the `topk` cache the heads do too.
-    """
+    """Operations of all steps and measurements, without those that fill a teacher cache."""
     config = recipe.training
     tokens = config.tokens or 0
     micro = config.micro_batch * recipe.data.block
@@ -489,9 +486,24 @@ def _operations(
     step = (mine.forward + mine.backward) / micro + head * (3 if trains_head else 2)
     operations = tokens * step + measurements * heldout * (mine.forward / micro + head)
     read = tokens + heldout
-    by_body = read if isinstance(config.teacher_cache, NoCache) else cached_tokens
-    by_head = cached_tokens if isinstance(config.teacher_cache, TopkCache) else read
-    for teacher, trace in zip(teachers, theirs, strict=True):
-        each_head = 2 * teacher.shape.width * teacher.shape.vocabulary
-        operations += by_body * trace.forward / micro + by_head * each_head
+    if isinstance(config.teacher_cache, NoCache):
+        operations += read * sum(trace.forward for trace in theirs) / micro
+    if not isinstance(config.teacher_cache, TopkCache):
+        operations += read * _heads(teachers)
     return operations
+
+
+def _filling(
+    recipe: Recipe, teachers: Sequence[TeacherShape], theirs: Sequence[Trace], cached_tokens: int
+) -> float:
+    """Operations that fill a cache: of the bodies, and for `topk` of the heads."""
+    if isinstance(recipe.training.teacher_cache, NoCache):
+        return 0.0
+    micro = recipe.training.micro_batch * recipe.data.block
+    heads = _heads(teachers) if isinstance(recipe.training.teacher_cache, TopkCache) else 0
+    return cached_tokens * (sum(trace.forward for trace in theirs) / micro + heads)
+
+
+def _heads(teachers: Sequence[TeacherShape]) -> int:
+    """Operations of the teachers' heads for one token: 2 d V for a head of width d."""
+    return sum(2 * teacher.shape.width * teacher.shape.vocabulary for teacher in teachers)

@@ -27,6 +27,7 @@ class Cluster:
     rate: float | None  # operations a second of one card or process
     source: str  # of the rate, or why there is none
     seconds: float | None  # of training, prerequisites included; None without a rate
+    filling: float | None  # of it, until the teacher cache is full
 
     @property
     def processes(self) -> int:
@@ -63,6 +64,18 @@ class Cluster:
             f"at least {about(self.seconds)}: {self.rate / 1e12:,.3g} TFLOP/s a {each} "
             f"({self.source}), no time for communication or loading",
         )
+        if self.cache and self.filling:
+            reading = self.seconds - self.filling
+            yield (
+                "filling the cache",
+                f"at least {about(self.filling)} of it; all processes together write at most "
+                f"{megabytes(self.cache / self.filling)} a second",
+            )
+            yield (
+                "reading the cache",
+                f"at most {megabytes(self.cache / reading)} a second in all from a shared folder, "
+                f"{megabytes(self.nodes * self.cache / reading)} from a store",
+            )
 
 
 def spread(
@@ -80,7 +93,7 @@ def spread(
     rate, source = (
         (tflops * 1e12, "from --tflops") if tflops else (plan.speed, "by the trial on this machine")
     )
-    seconds = None
+    seconds = filling = None
     if plan.own_text:
         source = "the rate of own text is that of writing, not of reading"
     elif recipe.minutes:
@@ -89,6 +102,7 @@ def spread(
         source = "give the measured rate of one with --tflops, or add --trial on such a machine"
     else:
         seconds = (plan.operations + plan.operations_first) / (rate * processes)
+        filling = plan.filling / (rate * processes)
     return Cluster(
         nodes=nodes,
         gpus=gpus,
@@ -99,4 +113,5 @@ def spread(
         rate=rate,
         source=source,
         seconds=seconds,
+        filling=filling,
     )

@@ -64,6 +64,7 @@ class Plan:
     own_text: int = 0  # tokens that the student writes itself, at most
     advice: str = ""  # whether to merge or to distil, by measured runs; empty without advice
     other_work: OtherWork | None = None  # beside the trial
+    filling: float = 0.0  # of the operations, those that fill the teacher cache
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -215,6 +216,7 @@ def plan_recipe(recipe: AnyRecipe, *, trial: bool = False, cards: bool = False) 
         own_text=own.taken.own_text.tokens if own.taken.own_text is not None else 0,
         advice=merge_or_distil(recipe),
         other_work=other_work,
+        filling=own.taken.filling,
     )
 
 

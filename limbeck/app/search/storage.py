@@ -170,16 +170,26 @@ def _storage(url: str | None, folder: Path) -> optuna.storages.BaseStorage:
         return optuna.storages.RDBStorage(f"sqlite:///{place}", engine_kwargs=options)
     if url.startswith("journal:///"):
         path = Path(url.removeprefix("journal://"))
-        try:
-            with unwritable_is_a_user_error(path.parent, remedy="name another with --storage"):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                return JournalStorage(JournalFileBackend(str(path)))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise EnvironmentalError(
-                f"--storage {url}: this is no journal of Optuna ({error}); name a file that does "
-                "not exist yet."
-            ) from None
+        with unwritable_is_a_user_error(path.parent, remedy="name another with --storage"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _require_journal(path)
+            return JournalStorage(JournalFileBackend(str(path)))
     return _postgresql(url)
+
+
+def _require_journal(path: Path) -> None:
+    """Raise `EnvironmentalError` for a file of something else: Optuna would append to it."""
+    if path.is_dir():
+        raise EnvironmentalError(f"--storage: {path} is a folder; name a file.")
+    if not path.exists() or not path.stat().st_size:
+        return
+    with path.open("rb") as file:
+        try:
+            json.loads(file.readline())["op_code"]
+        except (ValueError, KeyError, TypeError):
+            raise EnvironmentalError(
+                f"--storage: {path} is no journal of Optuna; name a file that does not exist yet."
+            ) from None
 
 
 def _postgresql(url: str) -> optuna.storages.RDBStorage:

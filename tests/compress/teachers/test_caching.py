@@ -201,6 +201,27 @@ def test_two_nodes_make_the_bytes_of_one_process_though_workers_are_killed(
 
 
 @pytest.mark.slow
+def test_two_nodes_copy_the_bytes_of_one_process_to_a_store(
+    cluster: str, tmp_path: Path, machine: Callable[[str], None]
+) -> None:
+    machine("alone")
+    expected = compress.fill_cache(recipe=stored(tmp_path, None, HIDDEN, blocks=150), products={})
+    machine("shared")
+    store = tmp_path / "store"
+    recipe = stored(tmp_path, store.as_uri(), HIDDEN, blocks=150)
+    assert compress.fill_cache(recipe=recipe, products={}, ray=cluster, workers=2) == expected
+
+    def bytes_in(folder: Path) -> dict[str, bytes]:
+        found = (path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json"))
+        return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in found}
+
+    made = bytes_in(store)
+    alone = bytes_in(tmp_path / "alone" / "teachers")
+    assert len(made) > 2 * 6
+    assert {name: alone[name] for name in made} == made
+
+
+@pytest.mark.slow
 def test_workers_that_write_elsewhere_are_named(
     cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
