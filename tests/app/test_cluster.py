@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
 from typer.testing import CliRunner, Result
 
 from limbeck.app.cli import app
 from limbeck.app.plan import PROGRAM_BYTES
+from limbeck.contract.recipe import load_recipe
 
 MINE = """
 name: mine
@@ -47,6 +49,13 @@ def test_a_plan_is_spread_over_cards(recipe: Path) -> None:
     assert wide["gradients"] == 4 * here["student"]
     assert wide["cache"] == here["cache"] > 0
     assert wide["seconds"] == pytest.approx(here["operations"] / 8 / 2.5e12)
+    # A teacher takes two operations for a parameter and token, apart from its embedding and head.
+    config = LlamaConfig()
+    width, inner = config.hidden_size, config.intermediate_size
+    layers = config.num_hidden_layers * (4 * width * width + 3 * width * inner)
+    read = load_recipe(recipe)
+    tokens = 2560 + read.data.heldout.blocks * read.data.block
+    assert wide["filling"] == pytest.approx(2 * layers * tokens / 8 / 2.5e12, rel=0.02)
     assert "cluster" not in here
 
 
@@ -54,7 +63,10 @@ def test_a_time_is_never_made_up(recipe: Path) -> None:
     assert (
         "time of training      unknown: give the measured rate" in plan(recipe, "--gpus", 2).stdout
     )
-    assert "at least" in plan(recipe, "--gpus", 2, "--tflops", 100).stdout
+    timed_plan = plan(recipe, "--gpus", 2, "--tflops", 100).stdout
+    assert "at least" in timed_plan
+    assert "filling the cache" in timed_plan
+    assert "reading the cache" in timed_plan
     timed = recipe.with_name("timed.yaml")
     timed.write_text(MINE.replace("tokens: 2560,", "minutes: 3,").replace(", BUDGET", ""))
     found = plan(timed, "--nodes", 2, "--tflops", 100)
