@@ -183,8 +183,7 @@ def footprint(
     ]
     # A teacher cache holds each block once.
     cached_tokens = _different_blocks(recipe) * recipe.data.block + _heldout_tokens(recipe)
-    to_fill = _filling(recipe, teachers, theirs, cached_tokens)
-    operations = to_fill + _operations(recipe, student, mine, teachers, theirs)
+    operations, to_fill = _operations(recipe, student, mine, teachers, theirs, cached_tokens)
 
     # Heads are cast once to the number type of the forward pass.
     compute = _BYTES[precision]
@@ -474,9 +473,14 @@ def _operations(
     mine: Trace,
     teachers: Sequence[TeacherShape],
     theirs: Sequence[Trace],
-) -> float:
-    """Operations of all steps and measurements, without those that fill a teacher cache."""
-    config = recipe.training
+    cached_tokens: int,
+) -> tuple[float, float]:
+    """Operations of all steps and measurements, and those of them that fill the teacher cache.
+
+    A product with a head of width d is 2 d V a token. With a cache the bodies read each block once;
+    with the `topk` cache the heads do too.
+    """
+    config, cache = recipe.training, recipe.training.teacher_cache
     tokens = config.tokens or 0
     micro = config.micro_batch * recipe.data.block
     heldout = _heldout_tokens(recipe)
@@ -484,26 +488,12 @@ def _operations(
     head = 2 * student.width * student.vocabulary
     trains_head = not isinstance(recipe.student, LoraStudent)
     step = (mine.forward + mine.backward) / micro + head * (3 if trains_head else 2)
-    operations = tokens * step + measurements * heldout * (mine.forward / micro + head)
-    read = tokens + heldout
-    if isinstance(config.teacher_cache, NoCache):
-        operations += read * sum(trace.forward for trace in theirs) / micro
-    if not isinstance(config.teacher_cache, TopkCache):
-        operations += read * _heads(teachers)
-    return operations
-
-
-def _filling(
-    recipe: Recipe, teachers: Sequence[TeacherShape], theirs: Sequence[Trace], cached_tokens: int
-) -> float:
-    """Operations that fill a cache: of the bodies, and for `topk` of the heads."""
-    if isinstance(recipe.training.teacher_cache, NoCache):
-        return 0.0
-    micro = recipe.training.micro_batch * recipe.data.block
-    heads = _heads(teachers) if isinstance(recipe.training.teacher_cache, TopkCache) else 0
-    return cached_tokens * (sum(trace.forward for trace in theirs) / micro + heads)
-
-
-def _heads(teachers: Sequence[TeacherShape]) -> int:
-    """Operations of the teachers' heads for one token: 2 d V for a head of width d."""
-    return sum(2 * teacher.shape.width * teacher.shape.vocabulary for teacher in teachers)
+    own = tokens * step + measurements * heldout * (mine.forward / micro + head)
+    bodies = sum(trace.forward for trace in theirs) / micro
+    heads = sum(2 * teacher.shape.width * teacher.shape.vocabulary for teacher in teachers)
+    if isinstance(cache, NoCache):
+        return own + (tokens + heldout) * (bodies + heads), 0.0
+    if isinstance(cache, TopkCache):
+        filling = cached_tokens * (bodies + heads)
+        return own + filling, filling
+    return own + cached_tokens * bodies + (tokens + heldout) * heads, cached_tokens * bodies

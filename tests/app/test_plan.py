@@ -297,14 +297,16 @@ def test_a_cached_teacher_reads_each_block_once(cache: str, tmp_path: Path) -> N
         tracing.Trace(64e6 * recipe.training.micro_batch, 0, 0, 0, 0),
     )
     head = 2 * shape.width * shape.vocabulary
-    alone = footprint._operations(recipe, shape, nothing, [], [], 1024 + 256)
-    found = footprint._operations(
+    alone, _ = footprint._operations(recipe, shape, nothing, [], [], 1024 + 256)
+    found, filling = footprint._operations(
         recipe, shape, nothing, [footprint.TeacherShape(shape, "t")], [body], 1024 + 256
     )
     passes = {"none": (2304, 2304), "hidden": (1280, 2304), "topk": (1280, 1280)}[
         cache
     ]  # with 4 held-out blocks
     assert found - alone == pytest.approx(passes[0] * 1e6 + passes[1] * head)
+    by_head = passes[1] if cache == "topk" else 0
+    assert filling == (0 if cache == "none" else pytest.approx(passes[0] * 1e6 + by_head * head))
 
 
 # The library --------------------------------------------------------------------------------------

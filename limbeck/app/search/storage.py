@@ -21,8 +21,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from limbeck.contract.errors import EnvironmentalError, UserError
 from limbeck.contract.files import read_json, unwritable_is_a_user_error, write_atomically
 from limbeck.contract.lock import locked
@@ -262,6 +260,8 @@ def _give_back(study: optuna.Study, number: int) -> None:
 
 def _me() -> dict[str, Any]:
     """This process, as other processes can find it."""
+    import psutil
+
     pid = os.getpid()
     started = psutil.Process(pid).create_time()
     return {"host": platform.node(), "system": _system(), "pid": pid, "started": started}
@@ -274,11 +274,15 @@ def _system() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # not Linux
+        import psutil
+
         return f"{platform.node()} {psutil.boot_time():.0f}"
 
 
 def _runs(worker: dict[str, Any]) -> bool:
     """Whether a process of this system is still that worker."""
+    import psutil
+
     try:
         process = psutil.Process(worker["pid"])
         if process.status() == psutil.STATUS_ZOMBIE:
