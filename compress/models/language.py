@@ -43,7 +43,7 @@ from limbeck.contract.recipe import (
 from limbeck.contract.sources.hub import hub_config, hub_snapshot
 from limbeck.contract.sources.models import model_path, require_tokenizer
 from limbeck.contract.sources.places import cache_folder
-from limbeck.contract.sources.weights import check_weights
+from limbeck.contract.sources.weights import check_weights, stored_form
 
 # What transformers raises for impossible sizes.
 BAD_CONFIG = (
@@ -115,13 +115,24 @@ def _gguf_config(path: Path, _changed: int) -> Any:
 
 
 def load_model(
-    folder: Path, *, dtype: str = "fp32", quantize: str = "none", device: torch.device | str = "cpu"
+    folder: Path,
+    *,
+    dtype: str = "fp32",
+    quantize: str = "none",
+    device: torch.device | str = "cpu",
+    as_stored: bool = False,
 ) -> PreTrainedModel:
     """Load a causal LM from a plain folder, in eval mode and without gradients.
 
-    ``quantize`` is `none`, `int8` or `nf4` (bitsandbytes, on CPU and CUDA). Raises `ModelError`.
+    ``quantize`` is `none`, `int8` or `nf4` (bitsandbytes, on CPU and CUDA). A model that is stored
+    in such a form is dequantised, unless it is wanted ``as_stored``. Raises `ModelError`.
     """
     check_weights(folder)
+    if quantize != "none" and (stored := stored_form(folder)) not in (None, quantize):
+        raise ModelError(
+            f"{folder}: its weights are stored as {stored}, and quantize asks for {quantize}; "
+            "leave quantize out."
+        )
     options: dict[str, Any] = {}
     if quantize != "none":
         from transformers import BitsAndBytesConfig
@@ -137,6 +148,10 @@ def load_model(
         AutoModelForCausalLM, folder, dtype=DTYPES[dtype], **options
     )
     if quantize == "none":
+        if getattr(model, "is_quantized", False) and not as_stored:
+            model = model.dequantize(DTYPES[dtype])
+            # How transformers read the files, which it cannot undo when it saves the model.
+            vars(model).pop("_weight_conversions", None)
         model = model.to(device)
     model.requires_grad_(False).eval()
     require_faithful(Body(model), str(folder))

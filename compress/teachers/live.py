@@ -218,4 +218,6 @@ class Teachers:
 
 
 def _base(folder: TeacherFolder, device: torch.device) -> Any:
-    return load_model(folder.base, dtype=folder.dtype, quantize=folder.quantize, device=device)
+    return load_model(
+        folder.base, dtype=folder.dtype, quantize=folder.quantize, device=device, as_stored=True
+    )

@@ -35,6 +35,7 @@ from export.build.surgery import (
 )
 from export.graphs import Graphs, form_files, relocate, stamp
 from limbeck.contract.errors import ModelError
+from limbeck.contract.models.loading import load_pretrained, stored_names
 
 Logits = Literal["last", "all"]
 
@@ -87,15 +88,20 @@ def _as_transformers_reads(model: Path, folder: Path) -> Path:
     """``folder``, filled with links to the files of ``model`` and a cleaned config.json.
 
     The builder obeys fields of any architecture, such as a soft cap in the file of a llama, which
-    conversions leave there. transformers ignores those that the architecture does not have.
+    conversions leave there. transformers ignores those that the architecture does not have. The
+    builder rounds fp32 weights to the number type of the configuration, and drops a stored head
+    where the configuration says that it is tied; a graph is fp32, and transformers keeps the head.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     folder.mkdir()
     for path in model.iterdir():
         if path.name != "config.json":
             (folder / path.name).symlink_to(path.resolve())
     config = AutoConfig.from_pretrained(model)
+    if config.tie_word_embeddings and _HEAD_WEIGHT in stored_names(model):
+        config = load_pretrained(AutoModelForCausalLM, model).config
+    config.dtype = "float32"
     for name in _FIELDS & vars(config).keys():
         if not hasattr(type(config), name):
             delattr(config, name)
@@ -103,6 +109,7 @@ def _as_transformers_reads(model: Path, folder: Path) -> Path:
     return folder
 
 
+_HEAD_WEIGHT = "lm_head.weight"
 # Fields that the builder reads of every architecture, and that not every one has.
 _FIELDS = {
     "attn_logit_softcapping",

@@ -158,8 +158,9 @@ class TorchEager:
 
         loaded = load()
         if adapter is not None:
+            is_rounded = getattr(loaded, "is_quantized", False)
             loaded = attach(loaded, Path(adapter))
-            if not options:
+            if not is_rounded:
                 try:
                     loaded = merged(loaded, where=adapter)
                 except ModelError:  # merging has changed the weights by then

@@ -4,6 +4,7 @@ torch's.
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from export import export_student, verify_parity
 from export.round.smooth import find_boundaries
@@ -19,6 +21,7 @@ from limbeck.contract.data.heldout import CALIBRATION, HELDOUT, save_calibration
 from limbeck.contract.errors import ArtifactError, RecipeError
 from limbeck.runtime.decoder import Decoder
 from tests.pico import make_blocks, make_model, pico_recipe
+from tests.wild.adapters import peft_logits
 
 FORMS = ["fp32", "int8-dynamic", {"kind": "int8-weight", "block_size": 16}]
 PROMPT = list(range(40, 52))
@@ -98,6 +101,28 @@ def test_with_its_adapter_it_is_the_student_and_without_it_the_base(two: list[Ar
         np.testing.assert_allclose(alone, torch_logits(root / "base", PROMPT), atol=1e-4)
         assert np.abs(own - alone).max() > 1
     assert set(verify_parity(two[0].path)) == {"fp32", "int8-dynamic", "int8-weight"}
+
+
+@pytest.mark.parametrize(
+    ("tied", "changes"),
+    [(False, {"tie_word_embeddings": True}), (True, {"dtype": "bfloat16"})],
+    ids=["a head that its configuration calls tied", "fp32 weights that it calls bf16"],
+)
+def test_a_base_whose_configuration_is_wrong_is_what_transformers_makes_of_it(
+    tmp_path: Path, tied: bool, changes: dict[str, Any]
+) -> None:
+    base = make_model(tmp_path / "base", tie_word_embeddings=tied)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | changes))
+    with warnings.catch_warnings():  # of peft, on the head
+        warnings.simplefilter("ignore", UserWarning)
+        student = make_lora_student(tmp_path / "student", base, seed=1)
+    recipe = pico_recipe(export={"forms": ["fp32"], "adapters": "separate"})
+    exported = export_student(student=student.path, out=tmp_path / "onnx", recipe=recipe)
+    assert exported.result["backend"]["name"] == "genai"
+    theirs = peft_logits(base, student.path / "adapter", torch.tensor([PROMPT]))[0, -1]
+    ours = Decoder(exported.path, form="fp32").prefill([PROMPT])[0]
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
 def test_one_base_serves_both(two: list[Artifact]) -> None:

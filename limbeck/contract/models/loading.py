@@ -99,14 +99,29 @@ def require_finite(where: Path | str, tensors: Iterable[tuple[str, Any]]) -> Non
             )
 
 
+def stored_names(folder: Path) -> set[str]:
+    """Names of the tensors in the files that transformers reads."""
+    from safetensors import safe_open
+
+    found: set[str] = set()
+    for name in _files(folder):
+        with safe_open(folder / name, "np") as file:
+            found |= set(file.keys())
+    return found
+
+
+def _files(folder: Path) -> list[str]:
+    if (folder / _SINGLE).is_file():
+        return [_SINGLE]
+    index = json.loads((folder / _INDEX).read_text("utf-8"))
+    return sorted(set(index["weight_map"].values()))
+
+
 def _require_finite_files(folder: Path, *, unused: Iterable[str]) -> None:
     """`require_finite` of the files that transformers reads, ``unused`` tensors left out."""
     from safetensors import safe_open
 
-    names = {_SINGLE}
-    if not (folder / _SINGLE).is_file():
-        names = set(json.loads((folder / _INDEX).read_text("utf-8"))["weight_map"].values())
-    for name in sorted(names):
+    for name in _files(folder):
         with safe_open(folder / name, "pt") as file:
             used = sorted(set(file.keys()) - set(unused))
             require_finite(folder / name, ((key, file.get_tensor(key)) for key in used))

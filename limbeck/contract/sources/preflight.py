@@ -30,6 +30,7 @@ from limbeck.contract.sources.models import (
 )
 from limbeck.contract.sources.stores import file_system
 from limbeck.contract.sources.texts import ROWS, check_arrow, text_files
+from limbeck.contract.sources.weights import stored_form
 
 
 def preflight(recipe: AnyRecipe) -> list[str]:
@@ -103,5 +104,11 @@ def model_mistakes(recipe: AnyRecipe) -> Iterator[str]:
                     require_fits(path, block=recipe.block, exported=source is recipe.base)
                     if isinstance(source, LocalModel) and where not in adapted:
                         require_tokenizer(path)
+                    kept = recipe.exporting().get("adapters") == "separate"
+                    if kept and source is recipe.base and (form := stored_form(path)):
+                        yield (
+                            f"{where}: {path}: its weights are stored as {form}, and "
+                            "export.adapters: separate needs plain ones; set it to merged."
+                        )
         except UserError as error:
             yield f"{where}: {error}"

@@ -6,6 +6,10 @@ from pathlib import Path
 
 from limbeck.contract.errors import ModelError
 from limbeck.contract.recipe.mistakes import did_you_mean
+from limbeck.contract.sources.places import read_object
+
+# Quantised forms that transformers loads on a CPU; it dequantises fp8 and mxfp4 at once.
+_FORMS = ("bitsandbytes", "fp8", "mxfp4")
 
 
 def check_weights(path: Path) -> None:
@@ -49,3 +53,25 @@ def check_weights(path: Path) -> None:
                 "`save_pretrained(…)` it again, which writes safetensors."
             )
         raise ModelError(f"{path}: no weights; expected *.safetensors beside config.json.")
+    stored_form(path)
+
+
+def stored_form(folder: Path) -> str | None:
+    """The quantised form of a model's weights: int8, nf4, fp4, fp8 or mxfp4; None for plain ones.
+
+    Raises `ModelError` for a form that is not read, such as GPTQ and AWQ.
+    """
+    found = read_object(folder / "config.json").get("quantization_config")
+    if not isinstance(found, dict):
+        return None
+    method = found.get("quant_method")
+    if method is None and (found.get("load_in_8bit") or found.get("load_in_4bit")):
+        method = "bitsandbytes"  # as older files have it
+    if method not in _FORMS:
+        raise ModelError(
+            f"{folder}: its weights are stored as {method}; Limbeck reads plain weights, GGUF, "
+            f"{', '.join(_FORMS)}. Name the model that it was made from."
+        )
+    if method != "bitsandbytes":
+        return str(method)
+    return str(found.get("bnb_4bit_quant_type", "fp4")) if found.get("load_in_4bit") else "int8"

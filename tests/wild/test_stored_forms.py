@@ -1,0 +1,81 @@
+"""Models whose files hold quantised weights, held to transformers."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from compress.models.language import load_model
+from limbeck.contract.errors import ModelError
+from limbeck.contract.sources.preflight import preflight
+from serve_bench.worker.runtimes import TorchEager
+from tests.pico import make_model, make_tokenizer, pico_recipe
+from tests.wild.adapters import IDS, load, make_adapter, our_logits, teacher
+
+
+def stored(root: Path, bits: int) -> tuple[Path, Path]:
+    """A plain model, and the same as bitsandbytes stores it."""
+    base = make_model(root / "base", hidden_size=64, intermediate_size=128, scale=0.1)
+    config = BitsAndBytesConfig(
+        load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_quant_type="nf4"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(
+            base, quantization_config=config, device_map={"": "cpu"}, dtype=torch.float32
+        )
+        model.save_pretrained(root / "stored")
+    make_tokenizer().save_pretrained(root / "stored")
+    return base, root / "stored"
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_stored_model_teaches_as_it_is_and_students_start_from_its_values(
+    tmp_path: Path, bits: int
+) -> None:
+    base, folder = stored(tmp_path, bits)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        theirs = load(folder)(input_ids=IDS).logits
+        values = load(folder).dequantize(torch.float32)(input_ids=IDS).logits
+        assert torch.equal(our_logits([teacher("one", folder, None)])[0], theirs)
+        start: Any = load_model(folder)
+        assert torch.equal(start(input_ids=IDS).logits, values)
+        start.save_pretrained(tmp_path / "start")
+        torch.testing.assert_close(load(tmp_path / "start")(input_ids=IDS).logits, values)
+        adapter = make_adapter(base, tmp_path / "adapter", LoraConfig(target_modules=["q_proj"]))
+        arm = TorchEager(model=str(folder), adapter=str(adapter), threads=1)
+        from peft import PeftModel
+
+        adapted = PeftModel.from_pretrained(load(folder), adapter).eval()(input_ids=IDS[:1]).logits
+        found = torch.from_numpy(arm.score(IDS[0].numpy()))
+        torch.testing.assert_close(found, adapted[0], atol=1e-4, rtol=1e-4)
+    other = "nf4" if bits == 8 else "int8"
+    with pytest.raises(ModelError, match=f"are stored as .*, and quantize asks for {other}"):
+        load_model(folder, quantize=other)
+    recipe = pico_recipe(
+        student={"kind": "lora", "base": {"kind": "local", "path": str(folder)}},
+        export={"adapters": "separate"},
+    )
+    (mistake,) = preflight(recipe)
+    assert "export.adapters: separate needs plain ones" in mistake
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "hqq", "torchao", None])
+def test_forms_that_need_another_library_are_refused_by_name(
+    tmp_path: Path, method: str | None
+) -> None:
+    base = make_model(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (base / "config.json").write_text(json.dumps(config))
+    recipe = pico_recipe(student={"kind": "lora", "base": {"kind": "local", "path": str(base)}})
+    (mistake,) = preflight(recipe)
+    assert f"student.base: {base}: its weights are stored as {method}" in mistake
