@@ -32,10 +32,11 @@ from serve_bench.serve.server import load
 NAME = "limbeck"  # of the application on the cluster: one student is served there
 _SCRAPE = 5.0  # seconds that a replica may take for its metrics
 # Variables of Ray's proxies. Ray Serve imports the middleware in them and puts it around them.
-# Every other thread between client and engine makes the first token later.
+# Threads and actor calls between client and engine make the first token later.
 PROXY = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_bench.serve.on_ray.proxy:middlewares",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
 }
 _REPLICA = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
 _QUIET = {"enable_access_log": False, "log_level": "WARNING"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -30,7 +31,7 @@ from limbeck.runtime.text import load_text
 from serve_bench.measure.scenarios import load
 from serve_bench.serve.on_ray.deploy import Replicas, serve_on_ray
 from tests.factory import Factory
-from tests.serve_bench.serve.asking import PROMPTS, greedy
+from tests.serve_bench.serve.asking import PROMPTS, greedy, until
 
 pytestmark = pytest.mark.slow
 LIGHT = Path(__file__).parents[3] / "light"
@@ -118,6 +119,21 @@ def test_replicas_answer_as_one_process_does(cluster: Cluster, served: Artifact)
         parts = [event.choices[0].text for event in events]
     assert len(parts) > 2
     assert "".join(parts) == greedy(served.path, text.encode("a"), TOKENS)
+
+
+def test_a_client_that_leaves_frees_its_slot(cluster: Cluster) -> None:
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{cluster.port}/v1", api_key="none")
+    asked = wanted("a", extra_body={"ignore_eos": True}) | {"max_tokens": 500}
+    for _ in range(4):
+        with client.completions.create(**asked, stream=True) as events:
+            next(iter(events))
+    until(lambda: sum(cluster.metric("limbeck_running").values()) == 0)
+    written = sum(cluster.metric("limbeck_generated_tokens_total").values())
+    time.sleep(0.5)
+    assert sum(cluster.metric("limbeck_generated_tokens_total").values()) == written
+    text = cluster.ask("GET", "/metrics")[1]
+    cancelled = re.findall(r'^limbeck_finished_total{reason="cancelled".*} ([\d.]+)$', text, re.M)
+    assert 1 <= sum(map(float, cancelled)) <= 4
 
 
 def test_the_server_scenario_drives_it(cluster: Cluster) -> None:
