@@ -28,7 +28,7 @@ def search_on_ray(
     tree["training"]["threads"] = threads
     recipe = _parsed(tree, recipe.folder)
     folder = (out or default_folder(recipe, digest_of(recipe))).resolve()
-    storage = storage or f"journal://{folder / 'search.log'}"
+    storage = storage or f"journal://{folder / 'journal.log'}"
     place = masked(storage)
     with connected(address, cores=workers * threads, threads=threads, show_output=True) as ray:
         work = ray.remote(num_cpus=threads, max_retries=-1)(_work)

@@ -430,4 +430,4 @@ def test_workers_on_ray_end_as_one_worker_does(
     assert found.exit_code in (0, 3), found.sentence
     losses = {c["student"]: (c["nll"], c["tokens"]) for c in result_of(tmp_path / "out")}
     assert losses == {c["student"]: (c["nll"], c["tokens"]) for c in alone[0]}
-    assert (tmp_path / "out" / "search.log").exists()
+    assert (tmp_path / "out" / "journal.log").exists()
