@@ -20,6 +20,8 @@ Messages = list[dict[str, Any]]
 # ShareGPT's names, and OpenAI's newer name of system and older one of tool.
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool",
           "developer": "system", "function": "tool"}  # fmt: skip
+# Names of a model that are not the role of an answer: a template would write them as they are.
+_MISNAMED = {"assistant", "model", "bot", "ai", "chatgpt", "bard", "bing", "chatbot"}
 _SYSTEMS = ("system", "system_prompt")
 _VARIABLES = "chat_template_kwargs"  # TRL's name
 _READ = ("tools", "functions", *_SYSTEMS, _VARIABLES)
@@ -109,7 +111,12 @@ def _message(given: Any, where: str) -> dict[str, Any]:
             raise DataError(
                 f"{where} has no text under {key!r}; expected {{role: …, content: …}}, both text."
             )
-    message["role"] = _ROLES.get(message["role"], message["role"])
+    role = message["role"] = _ROLES.get(message["role"], message["role"])
+    if role != "assistant" and role.lower() in _MISNAMED:
+        raise DataError(
+            f"{where} has the role {role!r}, so it would not be learned as an answer; call it "
+            "assistant."
+        )
     for name in _LEARNED:
         if message.get(name, 1) not in (1, True):
             raise DataError(
