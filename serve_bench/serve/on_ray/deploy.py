@@ -199,14 +199,18 @@ def serve_on_ray(
             )
         except RuntimeError as error:
             raise EnvironmentalError(f"Ray Serve could not deploy {folder}: {error}") from None
-        count = f"{replicas.fewest} to {replicas.most}" if replicas.most > replicas.fewest else ""
-        title = f"{title[:-1]}, {count or replicas.fewest} replicas)"
+        fixed = replicas.most == replicas.fewest
+        count = replicas.fewest if fixed else f"{replicas.fewest} to {replicas.most}"
+        title = f"{title[:-1]}, replicas: {count})"
+        ended = _signalled() if address == LOCAL else None
         if NAME in before.applications:
             say(f"serving {title} in place of what was served before")
+        elif before.proxies:  # of another application; they keep their own settings
+            say(f"serving {title} where Ray Serve listened before, and asks no second replica")
         else:
             say(f"serving {title} at http://{host}:{port}/v1")
-        if address == LOCAL:
-            _wait()
+        if ended is not None:
+            ended.wait()
             say(f"shutting down; running requests have {grace:g} s left")
             serve.delete(NAME)
 
@@ -230,11 +234,15 @@ def _checked(host: str, port: int, *, here: bool) -> int:
         door.close()
 
 
-def _wait() -> None:
-    """Until SIGTERM or Ctrl-C; the next one raises KeyboardInterrupt."""
+def _signalled() -> threading.Event:
+    """Set by SIGTERM or Ctrl-C; the one after it raises KeyboardInterrupt."""
     ended = threading.Event()
+
+    def end(*_: object) -> None:
+        ended.set()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
-    ended.wait()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, end)
+    return ended
