@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from typer.testing import CliRunner
 import compress
 from limbeck.app import search as module
 from limbeck.app.cli import app
-from limbeck.app.search import finals, language, rounds, search, state, storage
+from limbeck.app.search import finals, language, on_ray, rounds, search, state, storage
 from limbeck.app.search.candidates import Candidate
 from limbeck.app.search.outcome import Found
 from limbeck.contract.errors import EnvironmentalError, UserError
@@ -284,6 +285,38 @@ def test_a_cluster_that_does_not_answer_is_named(address: str, said: str, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_workers_of_ray_share_a_journal_in_the_folder_of_the_search(
+    tmp_path: Path, made_up: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray is stood in for by calls in this process; the slow test below has the real one."""
+    started: list[tuple[Any, ...]] = []
+
+    class Here:
+        def remote(self, **_: Any) -> Callable[[Any], Any]:
+            return lambda work: SimpleNamespace(remote=lambda *given: (work, given))
+
+        def get(self, jobs: list[Any]) -> None:
+            for work, given in jobs:
+                started.append(given)
+                work(*given)
+
+    @contextlib.contextmanager
+    def connected(address: str, *, cores: int, **_: Any) -> Iterator[Here]:
+        assert (address, cores) == ("local", 2)
+        yield Here()
+
+    monkeypatch.setattr(on_ray, "connected", connected)
+    found = on_ray.search_on_ray(
+        pico(**SPACE), out=tmp_path / "out", storage=None, address="local", workers=2
+    )
+    assert found.exit_code == 0
+    assert len(started) == 2
+    assert {given[-1] for given in started} == {f"journal://{tmp_path}/out/journal.log"}
+    assert (tmp_path / "out" / "journal.log").exists()
+    assert (found.folder / module.CHOSEN).exists()
+    assert len(made_up) == len(set(made_up)) + len(set(made_up)) // 2  # nothing twice in a round
+
+
 # Whole searches -----------------------------------------------------------------------------------
 
 
@@ -420,8 +453,6 @@ def test_workers_on_ray_end_as_one_worker_does(
     alone: tuple[list[dict[str, Any]], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("ray", reason="ray is not installed")
-    from limbeck.app.search import on_ray
-
     monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
     bench = {"bench.minutes": 0.02, "bench.min_blocks": 3, "training.tokens": 1024}
     found = on_ray.search_on_ray(
