@@ -30,7 +30,7 @@ from tests.pico import make_tokenizer
 from tests.wild.adapters import load, make_adapter, peft_model, teacher
 
 CASES = 200
-TOLERANCE = 1e-4  # nats a token
+TOLERANCE = 1e-4  # nats a token, of losses up to 100; fp32 rounds larger ones by more
 # Not in docs/architectures.md, but loaded all the same: each has something of its own in its head.
 OTHERS = ("gemma2", "cohere", "phi", "starcoder2", "olmo2", "bloom")
 _LENGTH = 24  # longer than every window and every original context below
@@ -74,7 +74,8 @@ class Outcome:
     def verdict(self) -> str:
         """equal, refused, impossible (transformers or peft cannot make it), or what went wrong."""
         if isinstance(self.ours, float) and isinstance(self.theirs, float):
-            return "equal" if abs(self.ours - self.theirs) <= TOLERANCE else "DIFFERENT"
+            allowed = TOLERANCE * max(1.0, abs(self.theirs) / 100)
+            return "equal" if abs(self.ours - self.theirs) <= allowed else "DIFFERENT"
         if isinstance(self.ours, str) and self.ours.startswith("CRASH"):
             return "CRASH"
         if isinstance(self.ours, str):
