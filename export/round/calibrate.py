@@ -129,7 +129,7 @@ def calibration_for(
         case Int4WeightForm():
             if not reads or _rounds_to_nearest(form, as_they_are=as_they_are):
                 return None
-            rows = _rows(student, form, "set its algorithm: rtn")
+            rows = calibration_rows(student, form, "set its algorithm: rtn")
             moments = _moments(source, rows, list(dict.fromkeys(reads.values())), known or Known())
             return Calibration(
                 moments={matrix: moments[activation] for matrix, activation in reads.items()}
@@ -148,7 +148,7 @@ def calibration_for(
         )
     if not movable and not activations:
         return None
-    rows = _rows(student, form, "" if activations else "set its smooth: 0")
+    rows = calibration_rows(student, form, "" if activations else "set its smooth: 0")
     return calibrate(
         source, rows, activations, method=method, alpha=alpha if movable else 0.0, known=known
     )
@@ -159,7 +159,13 @@ def _rounds_to_nearest(form: Int4WeightForm, *, as_they_are: bool) -> bool:
     return form.algorithm == "rtn" or (form.algorithm is None and as_they_are)
 
 
-def _rows(student: Path, form: Form | EncoderForm, instead: str) -> list[npt.NDArray[np.int64]]:
+def calibration_rows(
+    student: Path, form: Form | EncoderForm, instead: str
+) -> list[npt.NDArray[np.int64]]:
+    """Token rows of the ``student`` artifact, for activations.
+
+    Raises `ArtifactError` if it has none; ``instead`` names a way to do without.
+    """
     if not (student / CALIBRATION).is_file():
         without = f", or {instead}" if instead else ""
         raise ArtifactError(

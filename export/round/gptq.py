@@ -1,74 +1,77 @@
 """GPTQ: round weights to few bits so that they compensate each other's errors (Frantar et al. 2022,
 arXiv 2210.17323).
 
-A matrix is rounded one input at a time. The remaining inputs take over the error of the product,
-weighted by the second moments of the activations. onnxruntime's solver of this name passes no error
-on (docs/experiments/forms.md), so this one is our own.
+A matrix is rounded one input at a time, the one with the largest second moment first. The remaining
+inputs take over the error of the product, weighted by the second moments of the activations.
+onnxruntime's solver of this name passes no error on (docs/experiments/forms.md), so this one is
+our own.
 
 Shape letters: K inputs of a product, N outputs.
 """
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from export.round.blocks import Blockwise, Codes, Floats, block_grid, inverse, quantize_blocks
+from export.round.blocks import Blockwise, Codes, Floats, inverse, quantize_blocks
 
 _DAMPING = 0.01  # of the mean second moment, on the diagonal; the paper's
 _AT_ONCE = 128  # inputs after which the rest of the matrix takes over
 
 
+@dataclass(frozen=True)
+class Shares:
+    """Who takes over the error of an input: U[k, j] / U[k, k] of the k-th goes to the j-th."""
+
+    order_K: npt.NDArray[np.int64]  # of the inputs, first rounded first
+    upper_KK: Floats  # U, upper triangular, in that order
+
+
 def round_blocks(
-    weights_NK: Floats, how: Blockwise, shares_KK: Floats | None
+    weights_NK: Floats, how: Blockwise, shares: Shares | None
 ) -> tuple[Codes, Floats, Codes]:
     """Codes, scales and zero points of ``weights[N, K]``, as from `blocks.quantize_blocks`.
 
-    ``shares_KK`` is the result of `shares`; without it the weights are rounded to nearest.
+    The scales are those of rounding to nearest; without ``shares`` the codes are, too.
     """
-    if shares_KK is None:
-        return quantize_blocks(weights_NK, how)
-    channels, width = weights_NK.shape
-    blocks, most = math.ceil(width / how.block), 2**how.bits - 1
-    left_KN = weights_NK.T.astype(np.float32, order="C")
-    codes_KN = np.empty((width, channels), np.float32)
-    scales, zeros = np.empty((blocks, channels), np.float32), np.empty((blocks, channels), np.uint8)
-    step = math.lcm(how.block, _AT_ONCE)
-    for start in range(0, width, step):
-        end = min(start + step, width)
-        errors = np.empty((end - start, channels), np.float32)
+    codes, scales, zeros = quantize_blocks(weights_NK, how)
+    if shares is None:
+        return codes, scales, zeros
+    width, most = weights_NK.shape[1], 2**how.bits - 1
+    order_K, upper_KK = shares.order_K, shares.upper_KK
+    block_K = order_K // how.block
+    scale_KN, zero_KN = scales.T[block_K], zeros.T[block_K].astype(np.float32)
+    left_KN = weights_NK.T[order_K].astype(np.float32, order="C")
+    codes_KN = np.empty(left_KN.shape, np.uint8)
+    for start in range(0, width, _AT_ONCE):
+        end = min(start + _AT_ONCE, width)
+        errors = np.empty((end - start, len(weights_NK)), np.float32)
         for k in range(start, end):
-            block = k // how.block
-            if k % how.block == 0:
-                scales[block], zeros[block] = block_grid(left_KN[k : k + how.block].T, how)
-                per_step, zero = inverse(scales[block]), zeros[block].astype(np.float32)
-            codes_KN[k] = np.clip(np.rint(left_KN[k] * per_step) + zero, 0, most)
-            error = (left_KN[k] - (codes_KN[k] - zero) * scales[block]) / shares_KK[k, k]
-            left_KN[k + 1 : end] -= np.outer(shares_KK[k, k + 1 : end], error)
-            errors[k - start] = error
-        left_KN[end:] -= shares_KK[start:end, end:].T @ errors
-    # beyond the width: 0
-    codes = np.repeat(zeros.T[:, :, None], how.block, axis=2).reshape(channels, -1)
-    codes[:, :width] = codes_KN.T
-    return (
-        codes.reshape(channels, blocks, how.block),
-        np.ascontiguousarray(scales.T),
-        np.ascontiguousarray(zeros.T),
-    )
+            code_N = np.rint(left_KN[k] * inverse(scale_KN[k])) + zero_KN[k]
+            codes_KN[k] = np.clip(code_N, 0, most)
+            back_N = (codes_KN[k] - zero_KN[k]) * scale_KN[k]
+            errors[k - start] = error_N = (left_KN[k] - back_N) / upper_KK[k, k]
+            left_KN[k + 1 : end] -= np.outer(upper_KK[k, k + 1 : end], error_N)
+        left_KN[end:] -= upper_KK[start:end, end:].T @ errors
+    codes = codes.reshape(len(weights_NK), -1)  # what is beyond the width stays
+    codes[:, order_K] = codes_KN.T
+    return codes.reshape(len(weights_NK), -1, how.block), scales, zeros
 
 
-def shares(moments_KK: Floats) -> Floats:
-    """Upper triangular U with Uᵀ U the inverse of the damped moments.
+def shares(moments_KK: Floats) -> Shares:
+    """Order of the inputs, and the triangular U with Uᵀ U the inverse of the damped moments.
 
-    U[k, j] / U[k, k] of input k's error is passed on to input j. ``moments_KK`` is the sum of x xᵀ
-    over the activations that a matrix reads. An input that is always 0 is rounded to nearest.
+    ``moments_KK`` is the sum of x xᵀ over the activations that a matrix reads. An input that is
+    always 0 is rounded to nearest.
     """
     damped: npt.NDArray[np.float64] = moments_KK.astype(np.float64)
     diagonal = np.einsum("kk->k", damped)  # a view
+    order_K = np.argsort(-diagonal, kind="stable")
     damping = _DAMPING * float(diagonal.mean())
     diagonal[diagonal == 0] = 1.0
     diagonal += damping
-    lower: npt.NDArray[np.float64] = np.linalg.cholesky(np.linalg.inv(damped))
-    return np.ascontiguousarray(lower.T, np.float32)
+    lower = np.linalg.cholesky(np.linalg.inv(damped[np.ix_(order_K, order_K)]))
+    return Shares(order_K, np.ascontiguousarray(lower.T, np.float32))

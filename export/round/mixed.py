@@ -4,6 +4,7 @@ the table behind the choice.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -37,17 +38,15 @@ def choose_bits(
     scheme: Scheme,
     graphs: Graphs,
     model: Path,
-    texts: Sequence[npt.NDArray[np.int64]],
+    rows: Sequence[npt.NDArray[np.int64]],
     heldout: Mapping[str, Blocks],
     calibrate: Callable[[Scheme], Calibration | None],
 ) -> tuple[Scheme, dict[str, Any]]:
     """``scheme`` with 4 bits except in the head and the chosen matrices, and the manifest's entry.
 
-    Sensitivities are measured on the rows ``texts``, a loss on all of ``heldout``. ``calibrate``
-    measures the activations that a scheme needs.
-
-    Gates use the same ``heldout``, so a bound on the loss is no independent finding there. The
-    student's training rows are no better: GPTQ is fitted to them and loses less on them.
+    Sensitivities are measured on some of the calibration ``rows``, a loss on all of ``heldout``.
+    ``calibrate`` measures the activations that a scheme needs. Gates use the same ``heldout``, so a
+    bound on the loss is no independent finding there.
     """
     flat, more = with_more(scheme, ()), scheme.head
     assert isinstance(more, Blockwise)
@@ -59,17 +58,15 @@ def choose_bits(
         graphs,
         body,
         origins(body, graphs, model),
-        texts,
+        _spread(rows, mixed.tokens),
         more=more,
-        tokens=mixed.tokens,
         moments=calibration.moments if calibration else {},
     )
 
     found: dict[str, Any] = {"kind": mixed.kind}
     if isinstance(mixed, MixedBySize):
-        bound = mixed.mb or gates.max_size_mb
-        assert bound is not None
-        least = _least_bytes(graphs, flat)
+        bound = mixed.mb or gates.max_size_mb or _bytes(graphs, scheme) / 1e6
+        least = _bytes(graphs, flat)
         chosen = within_bytes(costs, int(bound * 1e6) - least)
         found |= {"bound_mb": bound}
         if least > bound * 1e6:
@@ -128,12 +125,19 @@ def with_more(scheme: Scheme, names: Sequence[str]) -> Scheme:
     return replace(scheme, attention=few, narrow=few, exceptions=dict.fromkeys(names, more))
 
 
+def _spread(rows: Sequence[npt.NDArray[np.int64]], tokens: int) -> list[npt.NDArray[np.int64]]:
+    """Rows from all over ``rows`` with at least ``tokens`` tokens, or all of them."""
+    longest = max(len(row) for row in rows)
+    count = min(len(rows), math.ceil(tokens / longest))
+    return [rows[index * len(rows) // count] for index in range(count)]
+
+
 def _entry(cost: Cost, chosen: bool) -> dict[str, Any]:
     return asdict(cost) | {"bits": 8 if chosen else 4}
 
 
-def _least_bytes(graphs: Graphs, scheme: Scheme) -> int:
-    """Estimated size of graph and weights if no matrix gets more bits; slightly too large."""
+def _bytes(graphs: Graphs, scheme: Scheme) -> int:
+    """Estimated size of graph and weights; slightly too large."""
     proto = onnx.load(graphs.last, load_external_data=False)
     matrices = matrices_of(graphs, scheme)
     whole = graphs.last.stat().st_size + _NODE_BYTES * len(matrices)

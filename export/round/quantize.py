@@ -98,8 +98,8 @@ def _write_matrix(
         file.append(codes, whole if matrix.by_rows else whole.T)
         file.append(scales, np.concatenate([s for _, s in columns]))
         return
-    shares_KK = None if moments_KK is None else shares(moments_KK)
-    blocks = [round_blocks(piece, matrix.how, shares_KK) for piece in pieces]
+    found = None if moments_KK is None else shares(moments_KK)
+    blocks = [round_blocks(piece, matrix.how, found) for piece in pieces]
     pack = pack_nibbles if matrix.how.bits == 4 else np.asarray
     file.append(codes, np.concatenate([pack(c) for c, _, _ in blocks]))
     scale = file.append(scales, np.concatenate([s for _, s, _ in blocks]))

@@ -1,15 +1,15 @@
 """Cost of rounding each matrix alone, and the matrices of a 4-bit form that get 8 bits for a bound.
 
-Measured in torch on the student: KL from its own outputs on held-out text when one matrix of the
-graph has its rounded values. Activations stay in float, because their rounding is the same with 4
-and 8 bits.
+Estimated in torch on the student: KL from its own outputs, to second order in the change of the
+weights. Activations stay in float, because their rounding is the same with 4 and 8 bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +49,22 @@ def measure_costs(
     graphs: Graphs,
     matrices: Mapping[str, Matrix],
     parts: Mapping[str, Sequence[Part]],
-    texts: Sequence[npt.NDArray[np.int64]],
+    rows: Sequence[npt.NDArray[np.int64]],
     *,
     more: Blockwise,
-    tokens: int,
     moments: Mapping[str, Floats],
+    seed: int = 0,
 ) -> list[Cost]:
     """Cost of each of ``matrices`` of the fp32 ``graphs``, the greatest worth first.
 
-    ``parts`` maps each to parameters of the transformers folder ``model``. ``texts`` are rows of
-    held-out tokens, of which ``tokens`` are read. ``moments`` are those of
-    `export.round.calibrate.Calibration`, empty for rounding to nearest. Only the layers from the
-    changed one on are run again: earlier layers give the same outputs.
+    To second order, KL is 1/2 E[(g D x)²], half the Fisher information along the change of the
+    weights D (Martens, arXiv 1412.1193, section 5): x are the inputs of the matrix, and g is the
+    gradient of -log p(y) by its outputs, for a token y drawn from the model itself. One pass over
+    the token ``rows`` ``[S]``, forwards and backwards, serves all matrices.
+
+    ``parts`` maps each matrix to parameters of the transformers folder ``model``. ``moments`` are
+    those of `export.round.calibrate.Calibration`, empty for rounding to nearest. ``seed`` is of the
+    drawn tokens.
     """
     from transformers import AutoModelForCausalLM
 
@@ -69,44 +73,41 @@ def measure_costs(
         .eval()
         .requires_grad_(False)
     )
-    parameters = dict(loaded.named_parameters())
-    length = max(min(tokens // len(texts), *(len(text) for text in texts)), 1)
-    ids_RL = torch.from_numpy(np.stack([text[:length] for text in texts]))
-    costs = []
-    with (
-        torch.inference_mode(),
-        _Replay(loaded) as replay,
-        task("sensitivity of matrices", len(matrices)) as progress,
-    ):
-        reference = loaded(input_ids=ids_RL, use_cache=False).logits.log_softmax(-1)
-        for name, matrix in matrices.items():
-            assert isinstance(matrix.how, Blockwise)
-            rounded_NK = torch.from_numpy(
-                rounded(matrix_values(matrix, graphs), matrix.how, moments.get(name))
-            )
-            kept = {part.parameter: parameters[part.parameter].clone() for part in parts[name]}
-            for part in parts[name]:
-                rows = rounded_NK[part.start : part.start + part.rows]
-                parameters[part.parameter].copy_(rows.T if part.turned else rows)
-            with replay.up_to(kept):
-                changed = loaded(input_ids=ids_RL, use_cache=False).logits.log_softmax(-1)
-            kl = float(
-                (reference.exp() * (reference - changed)).sum(-1, dtype=torch.float64).mean()
-            )
-            for parameter, values in kept.items():
-                parameters[parameter].copy_(values)
-            few, many = (
-                stored_bytes(matrix.channels, matrix.width, how) for how in (matrix.how, more)
-            )
-            costs.append(Cost(name, tuple(kept), max(kl, 0.0), few, many - few))
+    changes: dict[str, list[tuple[str, Tensor]]] = {}  # of each matrix, by module
+    for name, matrix in matrices.items():
+        assert isinstance(matrix.how, Blockwise)
+        values_NK = matrix_values(matrix, graphs)
+        change_NK = torch.from_numpy(rounded(values_NK, matrix.how, moments.get(name)) - values_NK)
+        changes[name] = [
+            (part.parameter.rpartition(".")[0], change_NK[part.start : part.start + part.rows])
+            for part in parts[name]
+        ]
+    squares = dict.fromkeys(matrices, 0.0)
+    draw = torch.Generator().manual_seed(seed)
+    modules = {module for pieces in changes.values() for module, _ in pieces}
+    with _Recorded(loaded, modules) as recorded, task("sensitivity", len(rows)) as progress:
+        for row in rows:
+            logits_SV = loaded(input_ids=torch.from_numpy(row)[None], use_cache=False).logits[0]
+            labels_S = torch.multinomial(logits_SV.detach().softmax(-1), 1, generator=draw)[:, 0]
+            torch.nn.functional.cross_entropy(logits_SV, labels_S, reduction="sum").backward()
+            for name, pieces in changes.items():
+                effect_S = sum((recorded.effect(*piece) for piece in pieces), torch.zeros(()))
+                squares[name] += float(effect_S.double().square().sum())
             progress.advance()
+    positions = sum(len(row) for row in rows)
+    costs = []
+    for name, matrix in matrices.items():
+        few, many = (stored_bytes(matrix.channels, matrix.width, h) for h in (matrix.how, more))
+        kl = squares[name] / positions / 2
+        parameters = tuple(part.parameter for part in parts[name])
+        costs.append(Cost(name, parameters, kl, few, many - few))
     return sorted(costs, key=lambda cost: -cost.worth)
 
 
 def rounded(weights_NK: Floats, how: Blockwise, moments_KK: Floats | None = None) -> Floats:
     """``weights[N, K]`` after `export.round.gptq.round_blocks`."""
-    shares_KK = None if moments_KK is None else shares(moments_KK)
-    return dequantize_blocks(*round_blocks(weights_NK, how, shares_KK))[:, : weights_NK.shape[1]]
+    found = None if moments_KK is None else shares(moments_KK)
+    return dequantize_blocks(*round_blocks(weights_NK, how, found))[:, : weights_NK.shape[1]]
 
 
 def within_bytes(costs: Sequence[Cost], room: int) -> list[str]:
@@ -149,49 +150,33 @@ def within_loss(
     return [cost.matrix for cost in costs[:high]], loss_at[high]
 
 
-class _Replay:
-    """Keep the output of each decoder layer of the first run, to skip layers before a change."""
+class _Recorded:
+    """Inputs of modules, and gradients of their outputs, in the latest pass over one row."""
 
-    def __init__(self, model: Any) -> None:
-        count = model.config.get_text_config().num_hidden_layers
-        lists = (
-            (n, m)
-            for n, m in model.named_modules()
-            if isinstance(m, torch.nn.ModuleList) and len(m) == count
-        )
-        found: tuple[str, Any] = next(lists, ("", ()))
-        self._prefix, self._layers = found
-        self._answers: dict[int, Any] = {}
-        self._skipped = 0
+    def __init__(self, model: Any, modules: Collection[str]) -> None:
+        self._inputs: dict[str, Tensor] = {}
+        self._gradients: dict[str, Tensor] = {}
+        self._model, self._modules, self._hooks = model, modules, ExitStack()
 
-    def __enter__(self) -> _Replay:
-        for index, layer in enumerate(self._layers):
-            layer.forward = self._remember(index, layer.forward)
+    def __enter__(self) -> _Recorded:
+        # parameters need no gradient, so the embeddings begin the graph of operations
+        self._add(self._model.get_input_embeddings(), lambda _, __, out: out.requires_grad_())
+        for name in self._modules:
+            self._add(self._model.get_submodule(name), partial(self._keep, name))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for layer in self._layers:
-            del layer.forward
+        self._hooks.close()
 
-    @contextmanager
-    def up_to(self, changed: Mapping[str, Tensor]) -> Iterator[None]:
-        """Within the block, skip layers before the first that owns a ``changed`` parameter."""
-        owners = [
-            next(
-                (i for i in range(len(self._layers)) if name.startswith(f"{self._prefix}.{i}.")), 0
-            )
-            for name in changed
-        ]
-        self._skipped = min(owners)
-        yield
-        self._skipped = 0
+    def effect(self, module: str, change_NK: Tensor) -> Tensor:
+        """Change of -log p at each position ``[S]`` to first order, for changed weights."""
+        return ((self._inputs[module] @ change_NK.T) * self._gradients[module]).sum(-1)
 
-    def _remember(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def answer(*args: Any, **options: Any) -> Any:
-            if index < self._skipped:
-                return self._answers[index]
-            found = forward(*args, **options)
-            self._answers.setdefault(index, found)
-            return found
+    def _add(self, module: Any, hook: Callable[..., Any]) -> None:
+        self._hooks.callback(module.register_forward_hook(hook).remove)
 
-        return answer
+    def _keep(self, name: str, _: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._inputs[name] = inputs[0].detach().flatten(0, -2)
+        output.register_hook(
+            lambda gradient: self._gradients.update({name: gradient.flatten(0, -2)})
+        )

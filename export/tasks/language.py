@@ -20,6 +20,7 @@ from export.folder.ends import end_tokens, first_tokens
 from export.gguf.make import card_section, make_ggufs, require_writable
 from export.graphs import Graphs, form_files
 from export.heldout import heldout_losses, per_token, relative_rise
+from export.round.calibrate import calibration_rows
 from export.round.matrices import matrices_of
 from export.round.mixed import choose_bits, same_bits
 from export.round.origin import origins, rounding_of
@@ -137,7 +138,7 @@ class Language:
             scheme=scheme,
             graphs=built.graphs,
             model=self.model,
-            texts=list(self._texts.values()),
+            rows=calibration_rows(self.student.path, form, "set export.mixed: rule"),
             heldout=load_heldout(self.student.path / HELDOUT),
             calibrate=calibrate,
         )

@@ -7,6 +7,7 @@ one JSON object: `int8_rise` and `int4_rise` are the worst rise of loss on a dom
 and int4-weight (0.005 is 0.5 % worse); `int8_size` is the size of int8-weight over that of fp32.
 
     make bench-forms
+    make bench-forms ARGS='RUN --forms int4-weight --set "export.mixed={kind: size, mb: 105}"'
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 from limbeck.contract.data.heldout import Blocks
 
-FORMS = ("fp32", "int8-weight", "int8-dynamic", "int8-static", "int4-weight")
+FORMS = ("int8-weight", "int8-dynamic", "int8-static", "int4-weight")
 
 
 def heldout_text(model: Path, blocks: int) -> dict[str, Blocks]:
@@ -51,7 +52,10 @@ def main() -> None:
         help="a run folder whose student is exported (default: the base model)",
     )
     parser.add_argument("--blocks", type=int, default=24, help="held-out blocks per domain")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS, help="beside fp32")
+    parser.add_argument("--set", dest="sets", action="append", default=[], help="KEY=VALUE")
     asked = parser.parse_args()
+    forms = ["fp32", *asked.forms]
     from export import export_student
     from export.graphs import form_files
     from export.heldout import heldout_nll
@@ -66,28 +70,34 @@ def main() -> None:
         exported = export_student(
             student=student,
             out=Path(temporary) / "onnx",
-            recipe=demo_recipe(f"export.forms=[{', '.join(FORMS)}]"),
+            recipe=demo_recipe(f"export.forms=[{', '.join(forms)}]", *asked.sets),
         )
         text = heldout_text(student / "model", asked.blocks)
-        losses = {form: heldout_nll(form_files(exported.path, form).all, text) for form in FORMS}
+        losses = {form: heldout_nll(form_files(exported.path, form).all, text) for form in forms}
     made: dict[str, Any] = exported.result["forms"]
     rise = {
         form: {name: losses[form][name] / losses["fp32"][name] - 1 for name in text}
-        for form in FORMS[1:]
+        for form in asked.forms
     }
+    worst = {
+        f"{form.partition('-')[0]}_rise": round(max(rise[form].values()), 5)
+        for form in ("int8-weight", "int4-weight")
+        if form in rise
+    }
+    if "int8-weight" in made:
+        size = made["int8-weight"]["bytes"] / made["fp32"]["bytes"]
+        worst |= {"int8_size": round(size, 4)}
     print(
         json.dumps(
             {
-                "int8_rise": round(max(rise["int8-weight"].values()), 5),
-                "int4_rise": round(max(rise["int4-weight"].values()), 5),
-                "int8_size": round(made["int8-weight"]["bytes"] / made["fp32"]["bytes"], 4),
+                **worst,
                 "rise": {
                     form: {name: round(value, 5) for name, value in by_name.items()}
                     for form, by_name in rise.items()
                 },
                 "fp32_nll": {name: round(value, 4) for name, value in losses["fp32"].items()},
-                "megabytes": {form: round(made[form]["bytes"] / 1e6, 1) for form in FORMS},
-                "kl": {form: float(f"{made[form]['parity']['kl']:.2g}") for form in FORMS},
+                "megabytes": {form: round(made[form]["bytes"] / 1e6, 1) for form in forms},
+                "kl": {form: float(f"{made[form]['parity']['kl']:.2g}") for form in forms},
                 "scored_tokens": {name: blocks.labels for name, blocks in text.items()},
                 "cores": len(os.sched_getaffinity(0)),
             }

@@ -21,7 +21,6 @@ from limbeck.contract.recipe.export import (
     NO_KERNEL,
     MixedByLoss,
     MixedByRule,
-    MixedBySize,
     StaticShapes,
 )
 from limbeck.contract.recipe.inputs import ServerModel, Teacher
@@ -384,8 +383,6 @@ def _mixed(recipe: Recipe) -> Iterator[str]:
             f"export.mixed: found {mixed.kind!r}, which chooses between 4 and 8 bits; "
             "add int4-weight to export.forms"
         )
-    if isinstance(mixed, MixedBySize) and mixed.mb is None and gates.max_size_mb is None:
-        yield "export.mixed: there is no size to keep to; set `mb` there, or gates.max_size_mb"
     if (
         isinstance(mixed, MixedByLoss)
         and mixed.rise is None

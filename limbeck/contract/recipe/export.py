@@ -186,10 +186,10 @@ class MixedBySize(Frozen):
     mb: Positive | None = Field(
         None,
         description="Largest size of graph and weights, in MB (1e6 bytes); default: "
-        "gates.max_size_mb.",
+        "gates.max_size_mb, else the size by the rule.",
     )
     tokens: Count = Field(
-        256, description="Held-out tokens that each matrix's loss is measured on."
+        3072, description="Calibration tokens that each matrix's loss is estimated on."
     )
 
 
@@ -205,7 +205,7 @@ class MixedByLoss(Frozen):
         "on: leave a margin for other text.",
     )
     tokens: Count = Field(
-        256, description="Held-out tokens that each matrix's loss is measured on."
+        3072, description="Calibration tokens that each matrix's loss is estimated on."
     )
 
 

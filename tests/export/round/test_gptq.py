@@ -13,7 +13,7 @@ from onnx import TensorProto
 from export.graphs import form_files
 from export.round.blocks import Blockwise, dequantize_blocks, quantize_blocks
 from export.round.calibrate import calibration_for
-from export.round.gptq import round_blocks, shares
+from export.round.gptq import Shares, round_blocks, shares
 from export.round.matrices import Matrix
 from export.round.quantize import _write_matrix
 from export.round.weights import WeightsFile
@@ -78,26 +78,25 @@ def test_each_error_is_made_up_for_by_least_squares() -> None:
     damped = moments.astype(np.float64) + 0.01 * np.diag(moments).mean() * np.eye(width)
     left = w.astype(np.float64)
     codes, scales, zeros = round_blocks(w, how, shares(moments))
-    for k in range(width):
-        fixed = (codes[:, k // 32, k % 32].astype(float) - zeros[:, k // 32]) * scales[:, k // 32]
+    later = sorted(range(width), key=lambda k: -moments[k, k])  # the largest moment first
+    while later:
+        k = later.pop(0)
+        block = k // 32
+        fixed = (codes[:, block, k % 32].astype(float) - zeros[:, block]) * scales[:, block]
+        ends = np.isin(codes[:, block, k % 32], (0, 15))
         np.testing.assert_array_less(  # nothing nearer is on the grid
-            np.where(
-                (codes[:, k // 32, k % 32] == 0) | (codes[:, k // 32, k % 32] == 15),
-                0,
-                np.abs(left[:, k] - fixed),
-            ),
-            0.501 * scales[:, k // 32] + 1e-4,
+            np.where(ends, 0, np.abs(left[:, k] - fixed)), 0.501 * scales[:, block] + 1e-4
         )
-        moved = np.linalg.solve(damped[k + 1 :, k + 1 :], damped[k + 1 :, k])
-        left[:, k + 1 :] += (left[:, k] - fixed)[:, None] * moved
-        left[:, k] = fixed
+        if later:
+            moved = np.linalg.solve(damped[np.ix_(later, later)], damped[later, k])
+            left[:, later] += (left[:, k] - fixed)[:, None] * moved
 
 
 def test_a_matrix_in_pieces_is_solved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The inverse of its moments is the costly part, and is the same for all its rows."""
     solved: list[int] = []
 
-    def counted(moments: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def counted(moments: npt.NDArray[np.float32]) -> Shares:
         solved.append(len(moments))
         return shares(moments)
 

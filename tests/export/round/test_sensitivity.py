@@ -69,44 +69,46 @@ def test_a_matrix_that_was_changed_on_the_way_is_refused(tmp_path: Path) -> None
         origins(matrices_of(graphs, all_few(graphs, 32)), graphs, model)
 
 
-def test_costs_are_those_of_the_whole_model_with_one_matrix_rounded(tmp_path: Path) -> None:
+def test_costs_are_the_divergence_of_the_model_with_one_matrix_rounded(tmp_path: Path) -> None:
+    """8 bits change little, so that little is left beyond the second order. Drawn tokens leave
+    noise.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
+    small = Blockwise(8, 16)
     model = make_model(tmp_path / "model", num_hidden_layers=3)
     graphs, _ = build_genai(model, tmp_path, {})
-    matrices = {n: m for n, m in matrices_of(graphs, all_few(graphs, 32)).items() if m.how == FEW}
-    texts = [np.random.default_rng(n).integers(0, 256, 24) for n in range(2)]
+    scheme = Scheme(body=small, attention=small, narrow=small, head=Blockwise(8, 32))
+    matrices = {n: m for n, m in matrices_of(graphs, scheme).items() if m.how == small}
+    texts = [np.random.default_rng(n).integers(0, 256, 20) for n in range(2)]
     costs = measure_costs(
         model,
         graphs,
         matrices,
         origins(matrices, graphs, model),
-        texts,
+        texts * 100,
         more=MORE,
-        tokens=40,
         moments={},
     )
     assert len(costs) == 3 * 5
     assert [cost.worth for cost in costs] == sorted((cost.worth for cost in costs), reverse=True)
-    ids = torch.from_numpy(np.stack([text[:20] for text in texts]))
+    ids, ratios = torch.from_numpy(np.stack(texts)), []
     for cost in costs:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
         with torch.inference_mode():
             exact = loaded(ids).logits.log_softmax(-1)
-            for name in (
-                cost.parameters
-            ):  # rows are rounded by themselves, so a joined matrix may be rounded in parts
+            for name in cost.parameters:  # rows are rounded by themselves, also in a joined matrix
                 weights = loaded.get_parameter(name)
-                weights.copy_(torch.from_numpy(rounded(weights.numpy(), FEW)))
+                weights.copy_(torch.from_numpy(rounded(weights.float().numpy(), small)))
             changed = loaded(ids).logits.log_softmax(-1)
-        assert cost.kl == pytest.approx(
-            float((exact.exp() * (exact - changed)).sum(-1).mean()), rel=1e-3
-        )
-        assert cost.kl > 0
+        kl = float((exact.exp() * (exact - changed)).sum(-1).mean())
+        assert cost.kl == pytest.approx(kl, rel=0.4)
+        ratios.append(cost.kl / kl)
         matrix = matrices[cost.matrix]
-        sizes = [stored_bytes(matrix.channels, matrix.width, how) for how in (FEW, MORE)]
+        sizes = [stored_bytes(matrix.channels, matrix.width, how) for how in (small, MORE)]
         assert [cost.bytes, cost.bytes + cost.extra_bytes] == sizes
+    assert np.mean(ratios) == pytest.approx(1, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +191,10 @@ def test_a_size_and_a_loss_are_kept_to(tiny: Factory, tmp_path: Path) -> None:
     # All of them may get 8 bits; that is what was asked for, and no form that stayed unrounded.
     every = export("every", {"kind": "size", "mb": 1000})
     assert {cost["bits"] for cost in every["mixed"]["sensitivity"]} == {8}
+    # No size asked for: that of the rule, with the bits where they save more.
+    equal = export("equal", "size")
+    assert equal["bytes"] <= rule["bytes"] + 4000
+    assert {cost["bits"] for cost in equal["mixed"]["sensitivity"]} == {4, 8}
     half = export("half", "size", max_size_mb=(least["bytes"] + 4000) / 1e6)
     assert least["bytes"] < half["bytes"] <= least["bytes"] + 4000
     assert {cost["bits"] for cost in half["mixed"]["sensitivity"]} == {4, 8}
@@ -241,10 +247,6 @@ def test_rounding_is_told_as_data(tmp_path: Path) -> None:
     ("over", "says"),
     [
         ({"export": {"mixed": "size"}}, r"export.mixed: found 'size'.*add int4-weight"),
-        (
-            {"export": {"forms": ["fp32", "int4-weight"], "mixed": "size"}},
-            r"set `mb` there, or gates.max_size_mb",
-        ),
         (
             {"export": {"forms": ["fp32", "int4-weight"], "mixed": "loss"}},
             r"set `rise` there, or gates.max_quant",
