@@ -17,12 +17,7 @@ from limbeck.contract.recipe.distillation import (
     StaticWeights,
 )
 from limbeck.contract.recipe.encoder import ClassificationRecipe, EmbeddingRecipe, EncoderRecipe
-from limbeck.contract.recipe.export import (
-    NO_KERNEL,
-    MixedByLoss,
-    MixedByRule,
-    StaticShapes,
-)
+from limbeck.contract.recipe.export import NO_KERNEL, MixedByLoss, MixedByRule, StaticShapes
 from limbeck.contract.recipe.inputs import ServerModel, Teacher
 from limbeck.contract.recipe.language import Recipe
 
