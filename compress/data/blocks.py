@@ -20,6 +20,7 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
 from compress.data.chat import chat_template, render
+from compress.data.conversations import read_conversations
 from compress.data.documents import documents, pieces
 from compress.data.packing import (
     Piece,
@@ -30,7 +31,6 @@ from compress.data.packing import (
     special_prefix,
     tokenise,
 )
-from compress.data.talks import talks
 from limbeck.contract.data.heldout import Blocks
 from limbeck.contract.errors import DataError
 from limbeck.contract.lock import make_once
@@ -113,9 +113,11 @@ def conversations(
     A key beside the messages that would change the text and is not read is named once.
     """
     known, warned = variables(chat_template(tokenizer)), set[str]()
-    for where, talk, unread in talks(path, form, known):
-        template = chat_template(tokenizer, talk)
-        ignored = {"tools"} if talk.tools and "tools" not in variables(template) else set[str]()
+    for where, conversation, unread in read_conversations(path, form, known):
+        template = chat_template(tokenizer, conversation)
+        ignored = (
+            {"tools"} if conversation.tools and "tools" not in variables(template) else set[str]()
+        )
         for name in sorted(unread - warned):
             say(
                 f"  {where}: the chat template reads {name}, which this row has beside its "
@@ -124,7 +126,7 @@ def conversations(
         for name in ignored - warned:
             say(f"  {where}: the chat template shows no {name}, so those of this row are left out")
         warned |= unread | ignored
-        text, answers = render(talk, tokenizer, template, where)
+        text, answers = render(conversation, tokenizer, template, where)
         yield Piece(text, tuple(answers), says_end=False)
 
 
@@ -167,8 +169,12 @@ def _unrendered(path: Path, form: TextFormat | RowFormat) -> Iterator[str | Piec
     """Documents; for conversations their JSON, which is about as long as the rendered template."""
     if isinstance(form, ChatRows):
         return (
-            Piece(json.dumps([*(talk.tools or ()), *talk.messages], ensure_ascii=False))
-            for _, talk, _ in talks(path, form)
+            Piece(
+                json.dumps(
+                    [*(conversation.tools or ()), *conversation.messages], ensure_ascii=False
+                )
+            )
+            for _, conversation, _ in read_conversations(path, form)
         )
     return documents(path, form)
 

@@ -1,7 +1,7 @@
 """Conversations to text: apply the tokenizer's chat template and find the answers in the result.
 
-Knows templates and characters; knows nothing of tokens, files or blocks. `compress.data.talks`
-reads conversations from rows.
+Knows templates and characters; knows nothing of tokens, files or blocks.
+`compress.data.conversations` reads conversations from rows.
 """
 
 from __future__ import annotations
@@ -16,25 +16,29 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from compress.data.talks import Talk
+from compress.data.conversations import Conversation
 from limbeck.contract.errors import DataError
 from limbeck.runtime.chat import limited
 
 Span = tuple[int, int]  # first character, and the one after the last
 
 _MARK = "\ue000{}\ue001"  # private use: no template and no language means anything by it
-_PROBE = Talk([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
+_PROBE = Conversation(
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+)
 _TAIL = 32  # characters at the end of an answer by which it is known again
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # transformers' names of it
 
 
-def chat_template(tokenizer: PreTrainedTokenizerFast, talk: Talk | None = None) -> str:
-    """The tokenizer's chat template, for ``talk`` where it has several.
+def chat_template(
+    tokenizer: PreTrainedTokenizerFast, conversation: Conversation | None = None
+) -> str:
+    """The tokenizer's chat template, for ``conversation`` where it has several.
 
     Raises `DataError` where it has none.
     """
     try:
-        return str(tokenizer.get_chat_template(tools=talk.tools if talk else None))
+        return str(tokenizer.get_chat_template(tools=conversation.tools if conversation else None))
     except ValueError:
         raise DataError(
             "the tokenizer has no chat template, so chat data cannot be rendered. Put a "
@@ -45,7 +49,7 @@ def chat_template(tokenizer: PreTrainedTokenizerFast, talk: Talk | None = None) 
 
 
 def render(
-    talk: Talk, tokenizer: PreTrainedTokenizerFast, template: str, where: str
+    conversation: Conversation, tokenizer: PreTrainedTokenizerFast, template: str, where: str
 ) -> tuple[str, list[Span]]:
     """The conversation as text, and the span of every answer with the token that ends its turn.
 
@@ -56,17 +60,17 @@ def render(
     names ``where``.
     """
     marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
-    text, spans = _rendered(talk, tokenizer, template, where, marks=marked)
+    text, spans = _rendered(conversation, tokenizer, template, where, marks=marked)
     if marked:
         return text, [(start, end) for start, end in spans if end > start]
     ways = [_between_marks]
-    if has_more(talk):
+    if has_more(conversation):
         ways.insert(0, _after_prompts)
     elif "add_generation_prompt" in template:
         ways.append(_after_prompts)
     for way in ways:
         with contextlib.suppress(DataError):  # the template refuses the changed conversation
-            if (found := way(text, talk, tokenizer, template, where)) is not None:
+            if (found := way(text, conversation, tokenizer, template, where)) is not None:
                 return text, found
     raise DataError(
         f"{where}: the chat template changes this conversation so that its answers cannot be "
@@ -75,24 +79,24 @@ def render(
     )
 
 
-def has_more(talk: Talk) -> bool:
+def has_more(conversation: Conversation) -> bool:
     """Whether an answer is more than its content: it calls tools, or shows its reasoning."""
     return any(
         message.get(key)
-        for message in talk.messages
+        for message in conversation.messages
         if message["role"] == "assistant"
         for key in ("tool_calls", *_REASONING)
     )
 
 
 def around_answers(
-    talk: Talk, tokenizer: PreTrainedTokenizerFast, template: str, where: str
+    conversation: Conversation, tokenizer: PreTrainedTokenizerFast, template: str, where: str
 ) -> list[str] | None:
     """The rendered text before, between and after the answers; None where an answer is lost.
 
     Raises `DataError` that names ``where``.
     """
-    count = sum(message["role"] == "assistant" for message in talk.messages)
+    count = sum(message["role"] == "assistant" for message in conversation.messages)
     names = [_MARK.format(index) for index in range(count)]
     replacing = iter(names)
     more = {"tool_calls", *_REASONING}
@@ -100,9 +104,9 @@ def around_answers(
         {k: v for k, v in m.items() if k not in more} | {"content": next(replacing)}
         if m["role"] == "assistant"
         else m
-        for m in talk.messages
+        for m in conversation.messages
     ]
-    text = _rendered(replace(talk, messages=blank), tokenizer, template, where)[0]
+    text = _rendered(replace(conversation, messages=blank), tokenizer, template, where)[0]
     if not names:
         return [text]
     parts = re.split("(" + "|".join(names) + ")", text)
@@ -110,11 +114,15 @@ def around_answers(
 
 
 def _between_marks(
-    text: str, talk: Talk, tokenizer: PreTrainedTokenizerFast, template: str, where: str
+    text: str,
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerFast,
+    template: str,
+    where: str,
 ) -> list[Span] | None:
     """Spans of the answers, each with the token that ends its turn; None where one is lost."""
-    between = around_answers(talk, tokenizer, template, where)
-    answers = [m.get("content", "") for m in talk.messages if m["role"] == "assistant"]
+    between = around_answers(conversation, tokenizer, template, where)
+    answers = [m.get("content", "") for m in conversation.messages if m["role"] == "assistant"]
     found = _between(text, between, answers) if between is not None else None
     if found is None:
         return None
@@ -123,7 +131,11 @@ def _between_marks(
 
 
 def _after_prompts(
-    text: str, talk: Talk, tokenizer: PreTrainedTokenizerFast, template: str, where: str
+    text: str,
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerFast,
+    template: str,
+    where: str,
 ) -> list[Span] | None:
     """Spans of the answers, each from the prompt for it to the token that ends its turn.
 
@@ -133,15 +145,15 @@ def _after_prompts(
     """
     ends, closing = end_of_turn(tokenizer), turn_end(tokenizer, template)
     spans: list[Span] = []
-    for index, message in enumerate(talk.messages):
+    for index, message in enumerate(conversation.messages):
         if message["role"] != "assistant":
             continue
-        before = _part(talk, index, tokenizer, template, where, prompt=True)
-        whole = _part(talk, index + 1, tokenizer, template, where)
+        before = _part(conversation, index, tokenizer, template, where, prompt=True)
+        whole = _part(conversation, index + 1, tokenizer, template, where)
         start = len(before)
         if not text.startswith(before):  # the prompt may begin an answer, with <think>
             start = len(os.path.commonprefix([before, text]))  # noqa: RUF071 (of characters)
-            if index and start < len(_part(talk, index, tokenizer, template, where)):
+            if index and start < len(_part(conversation, index, tokenizer, template, where)):
                 return None
         if text.startswith(whole) and len(whole) >= start:
             end = max(start, len(whole.rstrip()))
@@ -160,7 +172,7 @@ def _after_prompts(
 
 
 def _part(
-    talk: Talk,
+    conversation: Conversation,
     count: int,
     tokenizer: PreTrainedTokenizerFast,
     template: str,
@@ -169,7 +181,7 @@ def _part(
     prompt: bool = False,
 ) -> str:
     """The first ``count`` messages as text, with the ``prompt`` for an answer if wanted."""
-    first = replace(talk, messages=talk.messages[:count])
+    first = replace(conversation, messages=conversation.messages[:count])
     return _rendered(first, tokenizer, template, where, prompt=prompt)[0]
 
 
@@ -216,7 +228,7 @@ def turn_end(tokenizer: PreTrainedTokenizerFast, template: str) -> str | None:
 
 
 def _rendered(
-    talk: Talk,
+    conversation: Conversation,
     tokenizer: PreTrainedTokenizerFast,
     template: str,
     where: str,
@@ -227,12 +239,12 @@ def _rendered(
     try:
         with limited():
             texts, spans = render_jinja_template(
-                conversations=[talk.messages],
-                tools=talk.tools,
+                conversations=[conversation.messages],
+                tools=conversation.tools,
                 chat_template=template,
                 return_assistant_tokens_mask=marks,
                 add_generation_prompt=prompt,
-                **tokenizer.special_tokens_map | talk.variables,
+                **tokenizer.special_tokens_map | conversation.variables,
             )
     except TemplateError as error:
         raise DataError(f"{where}: the chat template refuses this conversation: {error}.") from None

@@ -30,8 +30,8 @@ from compress.data.chat import (
     render,
     turn_end,
 )
+from compress.data.conversations import Conversation, read_conversations
 from compress.data.packing import Piece, tokenise
-from compress.data.talks import Talk, talks
 from compress.models.language import load_tokenizer
 from compress.teachers.pairs import Pairs
 from limbeck.contract.errors import DataError, RecipeError
@@ -172,9 +172,9 @@ def _rendered(domain: Domain, recipe: Recipe, own: Side, other: Side, name: str)
     def make(out: Path) -> dict[str, Any]:
         say(f"  {domain.name}: rendering it in the chat template of teacher {name}, once")
         rows = (
-            (talk, where)
+            (conversation, where)
             for file in text_files(domain.text, folder=recipe.folder)
-            for where, talk, _ in talks(file, form)
+            for where, conversation, _ in read_conversations(file, form)
         )
         return _write(out, rows, own, other, block=recipe.data.block, name=name)
 
@@ -183,13 +183,19 @@ def _rendered(domain: Domain, recipe: Recipe, own: Side, other: Side, name: str)
 
 
 def _write(
-    folder: Path, rows: Iterator[tuple[Talk, str]], own: Side, other: Side, *, block: int, name: str
+    folder: Path,
+    rows: Iterator[tuple[Conversation, str]],
+    own: Side,
+    other: Side,
+    *,
+    block: int,
+    name: str,
 ) -> dict[str, Any]:
     """Write the arrays of `Conversations`; memory holds the places of texts, not the texts."""
     keys, starts, firsts, answers = list[int](), list[int]([0]), list[int]([0]), list[Answer]()
     with (folder / "text.bin").open("wb") as file:
-        for talk, where in rows:
-            found = rendered_for(talk, where, own, other, block=block, name=name)
+        for conversation, where in rows:
+            found = rendered_for(conversation, where, own, other, block=block, name=name)
             if found is None:
                 continue
             ids, data, places = found
@@ -210,26 +216,26 @@ def _write(
 
 
 def rendered_for(
-    talk: Talk, where: str, own: Side, other: Side, *, block: int, name: str
+    conversation: Conversation, where: str, own: Side, other: Side, *, block: int, name: str
 ) -> tuple[list[int], bytes, list[Answer]] | None:
     """Tokens of a conversation up to its last label, the teacher's text of it, and its answers.
 
     None where no answer begins within ``block`` tokens. Raises `DataError`.
     """
-    if has_more(talk):
+    if has_more(conversation):
         raise DataError(
             f"{where}: an answer calls tools or shows its reasoning, which teacher {name} would "
             "see in another form, because it has another tokenizer. Leave the row out, or use a "
             "teacher with the student's tokenizer."
         )
-    text, spans = render(talk, own.tokenizer, own.template, where)
+    text, spans = render(conversation, own.tokenizer, own.template, where)
     (tokens,) = tokenise([Piece(text, tuple(spans), says_end=False)], own.tokenizer)
     labels = np.flatnonzero(tokens.scored[:block])
     if not len(labels):
         return None
     ids = tokens.ids[: labels[-1] + 1].tolist()
     here = f"{where}: teacher {name}"
-    parts = around_answers(talk, other.tokenizer, other.template, here)
+    parts = around_answers(conversation, other.tokenizer, other.template, here)
     if parts is None or len(parts) != len(spans) + 1:
         raise DataError(
             f"{here}: its chat template and that of the student do not show the same answers of "

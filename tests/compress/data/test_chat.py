@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 import compress
 from compress.data.blocks import conversations, labels_of, load_blocks
 from compress.data.chat import render
+from compress.data.conversations import Conversation
 from compress.data.documents import documents
 from compress.data.packing import Piece, tokenise
-from compress.data.talks import Talk
 from compress.models.language import byte_tokenizer
 from limbeck.contract.data.heldout import HELDOUT, load_heldout
 from limbeck.contract.errors import DataError
@@ -57,7 +57,7 @@ def answers_of(piece: Piece, tokenizer: Any) -> list[str]:
 def test_exactly_the_answers_are_scored(template: str, turns: list[str]) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
-    text, spans = render(Talk(chat(*turns)), tokenizer, template, "here")
+    text, spans = render(Conversation(chat(*turns)), tokenizer, template, "here")
     end = "<|end|>" if template is CHAT else ""
     expected = [turn + end for turn in turns[1::2]]
     assert [text[a:b] for a, b in spans] == [e for e in expected if e]
@@ -86,7 +86,7 @@ def test_answers_are_what_the_template_made_of_them(
     template: str, turns: tuple[str], expected: list[str]
 ) -> None:
     tokenizer = make_tokenizer()
-    text, spans = render(Talk(chat(*turns)), tokenizer, template, "here")
+    text, spans = render(Conversation(chat(*turns)), tokenizer, template, "here")
     assert answers_of(Piece(text, tuple(spans)), tokenizer) == expected
 
 
@@ -113,7 +113,7 @@ def test_answers_are_what_the_template_made_of_them(
 )
 def test_templates_that_hide_the_answers_are_refused(template: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        render(Talk(chat("a", "b")), make_tokenizer(), template, "here")
+        render(Conversation(chat("a", "b")), make_tokenizer(), template, "here")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".arrow"])

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import compress
 from compress.aligned import AlignedStates, Pair
-from compress.data.talks import Talk
+from compress.data.conversations import Conversation
 from compress.head import IGNORED, Head
 from compress.loss import fused_loss
 from compress.models.body import Body
@@ -94,7 +94,7 @@ TALK = [
 
 def aligned(messages: Any, own: Side, other: Side, block: int = 4096) -> Any:
     """Tokens of the student, and both sides' alignment."""
-    found = rendered_for(Talk(messages), "row 1", own, other, block=block, name="big")
+    found = rendered_for(Conversation(messages), "row 1", own, other, block=block, name="big")
     assert found is not None
     ids, data, answers = found
     turn = own.turn_end, other.turn_end
@@ -155,10 +155,10 @@ OWN = {
 def test_no_chunk_holds_other_bytes(mine: str, theirs: str, turns: list[str], block: int) -> None:
     """Whatever is said, stripped or cut: both sides of a chunk are the same bytes of an answer."""
     own, other = OWN[mine], SIDES[theirs]
-    talk = [
+    conversation = [
         {"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)
     ]
-    found = rendered_for(Talk(talk), "row", own, other, block=block, name="big")
+    found = rendered_for(Conversation(conversation), "row", own, other, block=block, name="big")
     if found is None:
         return
     ids, data, answers = found
@@ -185,16 +185,16 @@ def permuted(template: str) -> PreTrainedTokenizerFast:
     return chatty(permute(tokenizer, 5), template)
 
 
-def pair_of(own: Side, other: Side, talk: Any) -> tuple[Pair, Tensor, Tensor]:
+def pair_of(own: Side, other: Side, conversation: Any) -> tuple[Pair, Tensor, Tensor]:
     """A pair that knows one conversation; the row's ids and labels ``[1, L]``."""
     from compress.teachers.pairs import _projection
 
-    found = rendered_for(Talk(talk), "row", own, other, block=512, name="big")
+    found = rendered_for(Conversation(conversation), "row", own, other, block=512, name="big")
     assert found is not None
     ids, data, answers = found
     (spans,) = (
         own.tokenizer.apply_chat_template(
-            [talk], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            [conversation], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )["assistant_masks"],
     )
     labels = torch.tensor([[*ids[1:], IGNORED]])
@@ -228,13 +228,13 @@ def test_the_loss_is_that_of_the_teacher_s_own_rendering(tmp_path: Path, templat
     With one template, both contexts are the same, and the loss is that of the plain path.
     """
     own, other = side(student()), side(permuted(template))
-    talk = [m for m in TALK if "<|im_end|>" not in m["content"]][:3]
-    pair, ids, labels = pair_of(own, other, talk)
+    conversation = [m for m in TALK if "<|im_end|>" not in m["content"]][:3]
+    pair, ids, labels = pair_of(own, other, conversation)
     V = len(own.pieces)
     save_teacher(tmp_path / "big", byte_level(), vocab_size=V, initializer_range=0.3)
     body = Body(AutoModelForCausalLM.from_pretrained(tmp_path / "big"))
     rendered = other.tokenizer.apply_chat_template(
-        talk, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     where = [i for i, one in enumerate(rendered["assistant_masks"]) if one]
     with torch.no_grad():
@@ -283,13 +283,13 @@ def save_talks(path: Path, count: int = 40) -> None:
     words = ["the cat sat", "on the mat", "and the dog", "1234 years", "naïve café"]
     rows = []
     for n in range(count):
-        talk = [
+        conversation = [
             {"role": "user", "content": f"what {words[n % 5]}?"},
             {"role": "assistant", "content": f"{words[n % 5]} {words[(n + 1) % 5]} {n}"},
             {"role": "user", "content": "more"},
             {"role": "assistant", "content": f"{words[(n + 2) % 5]} of {n}"},
         ]
-        rows.append(json.dumps({"messages": talk}, ensure_ascii=False))
+        rows.append(json.dumps({"messages": conversation}, ensure_ascii=False))
     path.write_text("\n".join(rows), encoding="utf-8")
 
 
@@ -397,9 +397,9 @@ def test_templates_that_cannot_be_aligned_are_named(
 
 def test_tool_calls_are_refused_for_another_tokenizer() -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
-    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [call]}]
+    conversation = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [call]}]
     with pytest.raises(DataError, match=r"row 1: an answer calls tools .* teacher big would see"):
-        aligned(talk, side(student()), side(gemma()))
+        aligned(conversation, side(student()), side(gemma()))
 
 
 def test_conversations_without_answers_are_named(tmp_path: Path) -> None:

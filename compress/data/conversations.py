@@ -31,7 +31,7 @@ _LEARNED = ("weight", "train", "training")  # OpenAI's and axolotl's marks of an
 
 
 @dataclass(frozen=True)
-class Talk:
+class Conversation:
     """A conversation, and what else its chat template is given."""
 
     messages: Messages
@@ -39,9 +39,9 @@ class Talk:
     variables: Mapping[str, Any] = field(default_factory=dict)  # of the template
 
 
-def talks(
+def read_conversations(
     path: Path, form: ChatRows, watched: frozenset[str] = frozenset()
-) -> Iterator[tuple[str, Talk, frozenset[str]]]:
+) -> Iterator[tuple[str, Conversation, frozenset[str]]]:
     """Where each conversation of a file is, itself, and keys ``watched`` that its row fills.
 
     Keys that are read are not among these. Raises `DataError` that names the row.
@@ -49,10 +49,10 @@ def talks(
     watched -= {form.field, *_READ}
     for where, row in rows_of(path, form.field, {*_READ, *watched}):
         unread = frozenset(n for n in watched & row.keys() if row[n] not in (None, "", [], {}))
-        yield where, talk_of(row, form.field, where), unread
+        yield where, conversation_of(row, form.field, where), unread
 
 
-def talk_of(row: Mapping[str, Any], key: str, where: str) -> Talk:
+def conversation_of(row: Mapping[str, Any], key: str, where: str) -> Conversation:
     """The conversation of a row whose messages are under ``key``. Raises `DataError`."""
     messages = _messages(row[key], where)
     system = _system(row, where)
@@ -72,7 +72,7 @@ def talk_of(row: Mapping[str, Any], key: str, where: str) -> Talk:
             f"{where}: {_VARIABLES}: found {found}; expected an object of the chat template's own "
             "variables."
         )
-    return Talk(messages, _tools(row, where), variables)
+    return Conversation(messages, _tools(row, where), variables)
 
 
 def _messages(value: Any, where: str) -> Messages:
