@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from compress.data import chat as training
+from compress.data.conversations import Conversation
 from limbeck.contract.errors import DataError
 from limbeck.runtime import chat
 from tests.pico import make_tokenizer
@@ -35,7 +36,7 @@ def test_a_template_that_never_ends_is_refused_in_any_thread(template: str) -> N
         # The thread works on.
         assert pool.submit(chat.render, "{{ messages[0].content }}", MESSAGES, {}).result() == "abc"
     with pytest.raises(DataError, match=r"notes\.jsonl:3: the chat template fails .* Endless"):
-        training.render(MESSAGES, make_tokenizer(), template, "notes.jsonl:3")
+        training.render(Conversation(MESSAGES), make_tokenizer(), template, "notes.jsonl:3")
     assert time.monotonic() - started < 10
 
 

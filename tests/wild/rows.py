@@ -37,7 +37,7 @@ from limbeck.runtime.chat import without_marks
 from limbeck.runtime.text import load_text
 from serve_bench.serve.wire import ChatBody, CompletionBody
 from serve_bench.worker.runtimes import TorchEager
-from tests.compress.data.test_talks import MARKED as TOOL_TEMPLATE
+from tests.compress.data.test_conversations import MARKED as TOOL_TEMPLATE
 from tests.pico import make_model, make_tokenizer
 from tests.serve_bench.serve.test_refusals import CHATS, COMPLETIONS
 from tests.wild.adapters import IDS, load, make_adapter, make_base, our_logits, peft_logits, teacher
