@@ -69,6 +69,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--shards", type=int, default=1, help="of one worker in a round")
     given = parser.parse_args()
+    if given.rounds < 6:
+        parser.error("--rounds: at least 6, which an interval needs")
     compress.quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LIMBECK_CACHE"] = folder

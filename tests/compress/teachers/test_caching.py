@@ -20,6 +20,7 @@ from compress.caching.filling import TeacherCache
 from compress.teachers import live
 from limbeck.contract import ray_cluster
 from limbeck.contract.errors import EnvironmentalError, RecipeError, UserError
+from limbeck.contract.files import read_json
 from limbeck.contract.recipe import Recipe
 from limbeck.contract.sources.stores import file_system
 from tests.compress.test_compress import tiny
@@ -211,12 +212,14 @@ def test_two_nodes_copy_the_bytes_of_one_process_to_a_store(
     recipe = stored(tmp_path, store.as_uri(), HIDDEN, blocks=150)
     assert compress.fill_cache(recipe=recipe, products={}, ray=cluster, workers=2) == expected
 
-    def bytes_in(folder: Path) -> dict[str, bytes]:
-        found = (path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json"))
-        return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in found}
+    def shards_in(folder: Path) -> dict[str, Any]:
+        """Every file's bytes; of manifests, which have times too, the hashes of their files."""
+        files = {path.parent.name: read_json(path)["files"] for path in folder.rglob("*.json")}
+        arrays = folder.rglob("*.safetensors")
+        return files | {f"{path.parent.name}/{path.name}": path.read_bytes() for path in arrays}
 
-    made = bytes_in(store)
-    alone = bytes_in(tmp_path / "alone" / "teachers")
+    made = shards_in(store)
+    alone = shards_in(tmp_path / "alone" / "teachers")
     assert len(made) > 2 * 6
     assert {name: alone[name] for name in made} == made
 
