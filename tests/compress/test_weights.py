@@ -57,6 +57,8 @@ def test_weights_by_hand() -> None:
     assert first(CaMkdWeights(kind="ca_mkd")) == pytest.approx(
         1 - sigmoid(1)
     )  # CE 2 and 1: the better one gets more
+    # The first position has no evidence yet: the one with less entropy gets more, by 0.5 × 2 nats.
+    assert first(PosteriorWeights(kind="posterior", entropy=0.5)) == pytest.approx(sigmoid(1))
     # One position: entropy + (surprise - entropy) is the surprise itself.
     assert first(
         CorrectedEntropyWeights(kind="corrected_entropy", sharpness=1, floor=0)
