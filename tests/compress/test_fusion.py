@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from compress import head
 from compress.divergence import divergence
 from compress.head import IGNORED, Head
 from compress.loss import fused_loss, plain_loss
@@ -147,17 +148,29 @@ def test_chunked_equals_plain(config: Any, weights: Any, space: Any) -> None:
     V=st.integers(2, 40),
     masked=st.floats(0, 1),
     chunk=st.integers(1, 50),
+    cached=st.sampled_from((1, 60, head.CACHED)),  # a chunk is many blocks, some, or one
     weights=st.sampled_from(WEIGHTS),
     config=st.sampled_from(DIVERGENCES),
 )
 def test_chunked_equals_plain_on_any_shape(
-    seed: int, K: int, R: int, L: int, V: int, masked: float, chunk: int, weights: Any, config: Any
+    seed: int,
+    K: int,
+    R: int,
+    L: int,
+    V: int,
+    masked: float,
+    chunk: int,
+    cached: int,
+    weights: Any,
+    config: Any,
 ) -> None:
     if isinstance(weights, StaticWeights):
         weights = StaticWeights(kind="static", values=dict.fromkeys(NAMES[:K], 1.0))
     parts = problem(seed=seed, K=K, R=R, L=L, V=V, masked=masked)
     fusion = Fusion(weights=weights, divergence=config, chunk=chunk)
-    chunked, plain = fused_loss(fusion, **parts).loss, plain_loss(fusion, **parts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head, "CACHED", cached)
+        chunked, plain = fused_loss(fusion, **parts).loss, plain_loss(fusion, **parts)
     torch.testing.assert_close(chunked, plain, rtol=1e-4, atol=1e-5)
     for mine, reference in zip(gradients(chunked, parts), gradients(plain, parts), strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-3, atol=1e-5)
