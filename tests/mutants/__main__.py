@@ -1,8 +1,8 @@
 """Mutation test of the core: change one expression, and see whether a test fails; many times.
 
 mutmut makes the mutants and runs the tests that reach each of them; `[tool.mutmut]` in
-pyproject.toml names the modules and the tests. This module draws a sample, because all of them
-take a day, and prints a table with the survivors.
+pyproject.toml names the modules and the tests. This module draws a sample, because all 4,000 take
+hours, and prints a table with the survivors.
 
     make mutants                          # 400 of them, seed 0
     make mutants ARGS="--sample 50 --seed 7 --modules compress.loss"
