@@ -79,10 +79,10 @@ def weigh(
     ``entropy_KRL`` and ``label_logp_KRL`` are in nats. ``progress`` in [0, 1] drives the warm-up.
     ``global_means_2K`` holds the mean entropy and mean label log-likelihood of each teacher over
     the global batch: with it, `batch` granularity does not depend on the split into micro-batches.
-    ``prior_KR`` is the evidence of `posterior` before the first label, in nats: the log-likelihood
-    of a prompt that is read and not trained on. ``reach`` is that of teachers with other
-    tokenizers: a teacher without a distribution for a label has weight 0 there, and where no
-    teacher has one, all weights are 0.
+    ``prior_KR`` is the evidence of `posterior` before the first label, in nats: its `log_prior`,
+    and the log-likelihood of a prompt that is read and not trained on. ``reach`` is that of
+    teachers with other tokenizers: a teacher without a distribution for a label has weight 0 there,
+    and where no teacher has one, all weights are 0.
     """
     K = len(entropy_KRL)
     if reach is not None:
@@ -214,6 +214,23 @@ def _raw_weights(
             if prior_KR is not None:
                 evidence = evidence + prior_KR[..., None]
             return softmax(config.evidence * evidence - config.entropy * entropy_KRL)
+
+
+def log_prior(
+    config: Weights, names: Sequence[str], domains: Sequence[str], *, device: torch.device
+) -> Tensor | None:
+    """Log prior ``[K, R]`` of the teachers ``names``, for the domain of each row.
+
+    Divided by the power of the evidence, so that it can be added to it. None where the weights
+    have no prior.
+    """
+    if not (isinstance(config, PosteriorWeights) and config.prior):
+        return None
+    uniform = dict.fromkeys(names, 1.0)
+    rows = [config.prior.get(domain, uniform) for domain in domains]
+    given = [[row.get(name, 0.0) for row in rows] for name in names]
+    values_KR = torch.tensor(given, device=device)
+    return (values_KR / values_KR.sum(0)).log() / config.evidence
 
 
 def span_of(config: Weights, *, aligned: bool = False) -> Literal["token", "sequence", "batch"]:

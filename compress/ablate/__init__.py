@@ -158,7 +158,7 @@ def _run_arm(
     if arm == ORACLE:
         return teachers.oracle()
     tokens = equal_time_tokens(recipe, runs, f"{arm}/{seed}") if is_timed(arm) else None
-    changed = variant(recipe, arm, seed, teachers.means, tokens=tokens)
+    changed = variant(recipe, arm, seed, teachers.means, by_domain=teachers.best, tokens=tokens)
     run = setup(
         recipe=changed, products=products, work=out / ".training", key=f"{key}/{arm}/{seed}"
     )
@@ -202,11 +202,18 @@ class _Teachers:
     labels: Mapping[str, list[int]]  # of each block, by domain
     seconds: Mapping[str, float]  # for one unit of the training budget
 
+    @property
+    def best(self) -> dict[str, str]:
+        """Teacher with the least held-out loss, by domain."""
+        return {
+            domain: min(self.losses, key=lambda name: sum(self.losses[name][domain]))
+            for domain in self.labels
+        }
+
     def oracle(self) -> dict[str, Any]:
         """The run whose every domain is answered by the teacher with the least loss there."""
-        best = {d: min(self.losses.values(), key=lambda found: sum(found[d])) for d in self.labels}
         return {
-            "loss": {domain: found[domain] for domain, found in best.items()},
+            "loss": {domain: self.losses[name][domain] for domain, name in self.best.items()},
             "labels": self.labels,
             "tokens": 0,
             "seconds": 0.0,

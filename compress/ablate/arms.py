@@ -12,6 +12,7 @@ from limbeck.contract.recipe import AnyRecipe, parse_any_recipe
 
 Changes = Mapping[str, Mapping[str, Any]]  # by section of the recipe
 ORACLE = "routed-oracle"  # no student: each domain is answered by the teacher that reads it best
+BY_DOMAIN = "best-by-domain"  # each domain is taught by the teacher that reads it best
 EQUAL_TIME = "ce-only-equal-time"  # cross-entropy alone, for as many seconds as the recipe takes
 STARTS = ("base", "merge")
 
@@ -56,6 +57,7 @@ _LANGUAGE = Design(
         "posterior": _weights("posterior"),
         "posterior-entropy": _weights("posterior", entropy=1.0),
         "label-token": _weights("label", granularity="token", sharpness=1.0),
+        BY_DOMAIN: {},
         "label-sequence": _weights("label", granularity="sequence", sharpness=0.1),
         # Merges of the teachers, which cost no training.
         "merge-average": _merge("average"),
@@ -116,12 +118,13 @@ def variant(
     seed: int,
     losses: Mapping[str, float],
     *,
+    by_domain: Mapping[str, str] | None = None,
     tokens: int | None = None,
 ) -> AnyRecipe:
     """Return the recipe of one arm; ``losses`` are those of the teachers on held-out text.
 
-    ``tokens`` replaces the budget. Held-out text is measured at the end only, so that no arm picks
-    its best step.
+    ``by_domain`` names the best teacher of each domain; ``tokens`` replaces the budget. Held-out
+    text is measured at the end only, so that no arm picks its best step.
     """
     design, tree = DESIGNS[recipe.task], recipe.resolved()
     arm, _, start = arm.partition("@")
@@ -137,6 +140,9 @@ def variant(
         best = min(losses, key=losses.__getitem__)
         tree["teachers"] = [t for t in tree["teachers"] if t["name"] == best]
         tree["fusion"]["weights"] = {"kind": "uniform"}
+    if arm == BY_DOMAIN:
+        prior = {domain: {teacher: 1.0} for domain, teacher in (by_domain or {}).items()}
+        tree["fusion"]["weights"] = {"kind": "posterior", "prior": prior}
     if arm == "static":
         least = min(losses.values())
         values = {name: math.exp(-(loss - least) / 0.1) for name, loss in losses.items()}

@@ -21,7 +21,7 @@ from compress.states import AnyStates, teacher_statistics
 from compress.tasks.language_models import LanguageModels
 from compress.tasks.own_terms import OwnTerms, evidence_of_prompts
 from compress.tasks.own_text import Batch, Written, now
-from compress.weights import span_of
+from compress.weights import log_prior, span_of
 from limbeck.contract.recipe import Fusion, fingerprint
 
 
@@ -87,12 +87,16 @@ class LanguageStep:
             longest = max(len(self._own_rows[int(row)]) for row in part)
             ids, labels = ids[:, :longest], labels[:, :longest]
         states, inner = self._ask_teachers(ids, self._read_labels(part, labels, own=own))
-        fusion, prior_KR = task.recipe.fusion, None
+        fusion = task.recipe.fusion
+        domains = self._domains_of(part, own=own)
+        prior_KR = log_prior(fusion.weights, task.names, domains, device=device)
         if own and written is not None:
             # The label is what the student drew: cross-entropy would only confirm it.
             fusion = fusion.model_copy(update={"cross_entropy": 0.0})
             prompts = written.prompt_labels_RL[part, : labels.shape[1]]
-            prior_KR = evidence_of_prompts(task, states, prompts)
+            evidence_KR = evidence_of_prompts(task, states, prompts)
+            if evidence_KR is not None:
+                prior_KR = evidence_KR if prior_KR is None else evidence_KR + prior_KR
         use = functools.partial(
             self._terms, labels_RL=labels, teachers=states, teacher_states=inner,
             fusion=fusion, prior_KR=prior_KR, uncovered=0.0 if own else 1.0,
@@ -108,6 +112,13 @@ class LanguageStep:
         self._loss += float(loss.detach())
         found: Tensor = loss
         return found
+
+    def _domains_of(self, part: Tensor, *, own: bool) -> list[str]:
+        """Name of each row's domain, or of the place that its prompt comes from."""
+        if own and self.task.own is not None:
+            places = self.task.own.places
+            return [places[self._own_rows[int(row)].prompt.place] for row in part]
+        return [self.task.blocks[int(self.domains[row])].name for row in part]
 
     def _read_labels(self, part: Tensor, labels_RL: Tensor, *, own: bool) -> Tensor:
         """Labels of a micro-batch, and labels of the prompts that give evidence."""

@@ -16,8 +16,17 @@ _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _EXTENDS = {
     "type": "string",
     "description": "Another recipe, a path relative to this one or a shipped name. Mappings are "
-    "merged with its "
-    "own key by key, unless their kind differs; everything else replaces what is there.",
+    "merged with its own key by key, unless their kind differs; everything else replaces what is "
+    "there.",
+}
+# pydantic leaves its own names of bounds where a validator comes before them.
+_BOUNDS = {
+    "ge": "minimum",
+    "gt": "exclusiveMinimum",
+    "le": "maximum",
+    "lt": "exclusiveMaximum",
+    "min_length": "minLength",
+    "max_length": "maxLength",
 }
 
 
@@ -26,7 +35,7 @@ def recipe_schema() -> dict[str, Any]:
 
     `task` chooses among the recipes. A recipe that extends another may leave out what is required.
     """
-    made = TypeAdapter(AnyRecipe).json_schema(mode="validation")
+    made = _with_bounds(TypeAdapter(AnyRecipe).json_schema(mode="validation"))
     definitions: dict[str, Any] = made["$defs"]
     names = {
         task: name
@@ -49,6 +58,18 @@ def recipe_schema() -> dict[str, Any]:
         },
         "else": _by_task(names, ""),
         "$defs": definitions | parts,
+    }
+
+
+def _with_bounds(node: Any) -> Any:
+    """The schema with the bounds of numbers and texts under their names in JSON Schema."""
+    if isinstance(node, list):
+        return [_with_bounds(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    return {
+        key if isinstance(value, dict) else _BOUNDS.get(key, key): _with_bounds(value)
+        for key, value in node.items()
     }
 
 

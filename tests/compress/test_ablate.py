@@ -176,10 +176,11 @@ def test_starts_the_oracle_and_equal_seconds_are_arms(tmp_path: Path) -> None:
     student = {"kind": "lora", "rank": 2, "base": source}
     recipe = tiny(tmp_path, teachers=teachers, student=student, training={"tokens": 256})
     arms = ["recipe@base", "recipe@merge", "ce-only-equal-time@merge", "routed-oracle"]
+    arms.append("best-by-domain")
     out = tmp_path / "ablation"
     found = ablate.ablate(recipe=recipe, products={}, out=out, arms=arms, seeds=1)["arms"]
     # Arms that others need are run too, and before them.
-    assert list(found) == ["ce-only", *arms[:2], arms[3], "ce-only@merge", arms[2]]
+    assert list(found) == ["ce-only", *arms[:2], *arms[3:], "ce-only@merge", arms[2]]
     assert found["recipe@base"]["mean_loss"] != found["recipe@merge"]["mean_loss"]
     assert found["recipe@base"]["tokens"] == found["recipe@merge"]["tokens"]
     ours, alone, timed = (found[a] for a in ("recipe@merge", "ce-only@merge", arms[2]))
@@ -191,6 +192,9 @@ def test_starts_the_oracle_and_equal_seconds_are_arms(tmp_path: Path) -> None:
     of_each = [run.task.measure_teacher(k).nll for k in range(2)]
     least = {d: min(nll[d] for nll in of_each if nll) for d in of_each[0] or ()}
     assert found["routed-oracle"]["loss"] == pytest.approx(least, rel=1e-4)
+    for domain, weights in found["best-by-domain"]["weights"].items():
+        for k, name in enumerate(run.task.names):
+            assert weights[name] == (least[domain] == (of_each[k] or {})[domain])
 
 
 def test_calibration_error_by_hand() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from compress.head import IGNORED, Head, fit_temperature, label_nll
 from compress.loss import fused_loss, plain_loss
-from compress.weights import weigh
+from compress.weights import log_prior, weigh
 from limbeck.contract.recipe import (
     CaMkdWeights,
     CorrectedEntropyWeights,
@@ -74,6 +74,21 @@ def test_rounding_of_an_entropy_near_zero_moves_no_weight(config: Any) -> None:
     labels, logp = torch.zeros(1, 1, dtype=torch.long), torch.zeros(2, 1, 1)
     weights = weigh(config, entropy, logp, labels, names=("a", "b"))
     torch.testing.assert_close(weights, torch.full_like(weights, 0.5), rtol=3e-4, atol=0)
+
+
+def test_a_prior_by_domain_is_that_of_bayes_rule() -> None:
+    """prior^1 * likelihood^0.5, over the tokens before; a domain without a prior is uniform."""
+    prior = {"code": {"a": 3.0, "b": 1.0}, "prose": {"b": 2.0}}
+    config = PosteriorWeights(kind="posterior", evidence=0.5, prior=prior)
+    domains, cpu = ["code", "prose", "other"], torch.device("cpu")
+    logp_KRL = torch.log(torch.tensor([0.25, 0.04]))[:, None, None].expand(2, 3, 2)
+    given = log_prior(config, ["a", "b"], domains, device=cpu)
+    w = weigh(config, torch.zeros(2, 3, 2), logp_KRL, torch.ones(3, 2, dtype=torch.long),
+              names=["a", "b"], prior_KR=given)  # fmt: skip
+    # 0.25^0.5 = 0.5 and 0.04^0.5 = 0.2 after one token.
+    assert w[0, :, 0].tolist() == pytest.approx([0.75, 0.0, 0.5])
+    assert w[0, :, 1].tolist() == pytest.approx([1.5 / 1.7, 0.0, 0.5 / 0.7])
+    assert log_prior(PosteriorWeights(kind="posterior"), ["a"], ["code"], device=cpu) is None
 
 
 def test_the_posterior_is_causal_and_bayes_rule() -> None:

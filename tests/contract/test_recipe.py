@@ -189,6 +189,13 @@ def test_wrong_types_and_ranges(over: dict[str, Any], expected: str) -> None:
             "fusion.weights.values: all are 0",
         ),
         (
+            {
+                "teachers": [teacher("a")],
+                "fusion": {"weights": {"kind": "posterior", "prior": {"nowhere": {"a": 1}}}},
+            },
+            "fusion.weights.prior.nowhere: no domain 'nowhere'; the domains are ",
+        ),
+        (
             {"gates": {"max_loss_vs_best_teacher": 0}},
             "gates.max_loss_vs_best_teacher: there are no teachers",
         ),

@@ -14,6 +14,7 @@ from limbeck.contract.recipe.distillation import (
     FreshStudent,
     LoraStudent,
     MergeStudent,
+    PosteriorWeights,
     StaticWeights,
 )
 from limbeck.contract.recipe.encoder import ClassificationRecipe, EmbeddingRecipe, EncoderRecipe
@@ -57,6 +58,7 @@ def language_contradictions(recipe: Recipe) -> Iterator[str]:
     yield from _mixed(recipe)
     yield from _recovery(recipe)
     yield from _fusion(recipe)
+    yield from _priors(recipe)
     yield from _start(recipe)
     yield from bench_contradictions(recipe.bench)
     for gate in ("max_loss_vs_best_teacher", "min_decode_speedup"):
@@ -163,6 +165,21 @@ def _static_weights(weights: object, teachers: set[str]) -> Iterator[str]:
         )
     elif not sum(weights.values.values()) > 0:
         yield "fusion.weights.values: all are 0; give at least one teacher a weight"
+
+
+def _priors(recipe: Recipe) -> Iterator[str]:
+    """Check prior weights of teachers, which are given by domain."""
+    if not isinstance(weights := recipe.fusion.weights, PosteriorWeights):
+        return
+    known = {"teacher": [t.name for t in recipe.teachers]}
+    known["domain"] = [d.name for d in recipe.data.domains]
+    for domain, values in weights.prior.items():
+        where = f"fusion.weights.prior.{domain}"
+        for kind, names in (("domain", [domain]), ("teacher", values)):
+            for name in sorted(set(names) - set(known[kind])):
+                yield f"{where}: no {kind} {name!r}; the {kind}s are {', '.join(known[kind])}"
+        if not sum(values.values()) > 0:
+            yield f"{where}: all are 0; give at least one teacher a weight"
 
 
 def _teacher_gate(recipe: Recipe | EncoderRecipe, gate: str) -> Iterator[str]:

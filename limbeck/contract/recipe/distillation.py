@@ -198,10 +198,15 @@ class CorrectedEntropyWeights(Frozen):
 
 class PosteriorWeights(Frozen):
     """Causal posterior over teachers: label likelihood of the earlier tokens as evidence; prior
-    uniform, or by this token's entropy."""
+    uniform, by domain, or by this token's entropy."""
 
     kind: Literal["posterior"]
     evidence: Positive = Field(1.0, description="Power of the likelihood; 1 is Bayes' rule.")
+    prior: dict[str, dict[str, Annotated[Float, Field(ge=0)]]] = Field(
+        {},
+        description="Prior weight by domain and teacher, such as {code: {python: 1}}; a teacher "
+        "that its domain does not name has weight 0, and a domain that is not named is uniform.",
+    )
     entropy: Annotated[Float, Field(ge=0)] = Field(
         0.0, description="Weight of -H in the log prior, a nat."
     )
