@@ -20,7 +20,8 @@ import yaml
 from limbeck.app.cli import app
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = sorted((ROOT / "examples").iterdir())
+EXAMPLES = sorted(path for path in (ROOT / "examples").iterdir() if path.is_file())
+EXAMPLES.append(ROOT / "examples" / "lm-eval" / "make_data.py")
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +25,7 @@ from serve_bench.lm_eval import _figures, markdown, score, start_token
 from tests.factory import Factory
 from tests.pico import make_tokenizer
 
+ROOT = Path(__file__).parents[2]
 QUESTIONS = [
     {"question": "two and two make", "choices": ["four", "nine"], "answer": 0},
     {"question": "the sky is", "choices": ["loud", "blue"], "answer": 1},
@@ -158,3 +161,30 @@ def test_tasks_of_ones_own_over_the_deployed_graph(exported: Artifact, tmp_path:
     )
     assert unknown.returncode == 2
     assert "found nothing, which is neither in" in unknown.stderr
+
+
+@pytest.mark.slow
+def test_the_shipped_tasks_agree_with_our_own_evaluations(
+    exported: Artifact, tmp_path: Path
+) -> None:
+    """Data is made by the shipped script; lm-eval's accuracy is that of the greedy choices."""
+    pytest.importorskip("lm_eval", reason="extra [eval] is not installed; run: make test-eval")
+    shipped, folder = ROOT / "examples" / "lm-eval", tmp_path / "examples" / "lm-eval"
+    shutil.copytree(shipped, folder, ignore=shutil.ignore_patterns("*.jsonl"))
+    (tmp_path / "text.txt").write_text("once upon a time there was " * 40)
+    made = [sys.executable, str(folder / "make_data.py"), "text.txt"]
+    subprocess.run(made, cwd=tmp_path, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    command = [sys.executable, "-m", "limbeck", "eval", str(exported.path.resolve()), "--json"]
+    command += ["--tasks", "facts,last_words", "--include-path", "examples/lm-eval"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    decoder, text = Decoder(exported.path, threads=1, all_logits=True), load_text(exported.path)
+    for name in ("facts", "last_words"):
+        lines = (folder / f"{name}.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        greedy = [
+            score(decoder, text.encode(r["prompt"]), text.encode(r["answer"]), 64)[1] for r in rows
+        ]
+        assert found["samples"][name] == len(rows) > 3
+        assert found["results"][name]["acc"]["value"] == pytest.approx(np.mean(greedy))

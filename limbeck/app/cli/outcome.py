@@ -213,7 +213,7 @@ def evaluate(
 
     \b
     Example:
-      limbeck eval runs/pico-1a2b3c4d --tasks capitals --include-path my-tasks
+      limbeck eval runs/pico-1a2b3c4d --tasks facts --include-path examples/lm-eval
     """
     from limbeck.app.given import exported_folder
     from serve_bench import evaluate as run_tasks
@@ -221,7 +221,7 @@ def evaluate(
 
     names = names_in(tasks)
     if not names:
-        raise UserError("--tasks: found none; name at least one, such as --tasks capitals.")
+        raise UserError("--tasks: found none; name at least one, such as --tasks facts.")
     found = run_tasks(
         exported_folder(artifact, command="eval"),
         tasks=names,
