@@ -270,15 +270,8 @@ def _plain(value: float, unit: str) -> str:
         return f"{100 * value:+.2f}".replace("-", "−")
     if unit == SHARE:
         return f"{100 * value:.1f}".replace("-", "−")
-    if value == int(value) and abs(value) < 1e6:
-        return f"{value:.0f}"
-    return (
-        f"{value:.0f}"
-        if abs(value) >= 100
-        else f"{value:.1f}"
-        if abs(value) >= 10
-        else f"{value:.2f}"
-    )
+    digits = 0 if value == int(value) or value >= 100 else 1 if value >= 10 else 2
+    return f"{value:.{digits}f}"
 
 
 def _rise(value: float) -> str:

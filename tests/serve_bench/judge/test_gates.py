@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from limbeck.contract.recipe import Gates
-from limbeck.contract.results.bench import EXIT_CODES, Evaluations, Interval, Verdict
+from limbeck.contract.results.bench import EXIT_CODES, Evaluations, Gate, Interval, Verdict
 from serve_bench.judge.gates import (
     Evidence,
     best_teacher,
@@ -186,12 +186,101 @@ def test_sentences_say_value_interval_and_bound() -> None:
     assert unknown.gates[0].low is None
 
 
+def test_a_gate_has_everything_that_a_report_shows() -> None:
+    gates = Gates(max_tpot_ms=9.5, max_ttft_ms=80, max_loss_vs_best_teacher=-0.02, max_size_mb=200)
+    found = evidence(by_byte=frozenset({"right"}))
+    assert judge(gates, found).gates == (
+        Gate(
+            "max_tpot_ms", "TPOT", "undecided", 9.0, 8.0, 10.0, 9.5, "ms", False,
+            "TPOT 9 ms (95 % interval 8 to 10 ms); at most 9.50 ms was asked.",
+        ),
+        Gate(
+            "max_ttft_ms", "TTFT", "fail", 100.0, 90.0, 110.0, 80.0, "ms", False,
+            "TTFT 100 ms (95 % interval 90 to 110 ms); at most 80 ms was asked.",
+        ),
+        Gate(
+            "max_loss_vs_best_teacher", "Loss against the best single teacher", "fail",
+            0.004, -0.02, 0.03, -0.02, "%", False,
+            "Held-out loss 0.40 % above that of right, the best single teacher, in bits a byte "
+            "(interval for such text −2.00 to +3.00 %); a fall of at least 2 % was asked.",
+        ),
+        Gate(
+            "max_size_mb", "Size on disk", "pass", 143.0, None, None, 200.0, "MB", False,
+            "143 MB on disk; at most 200 MB was asked.",
+        ),
+    )  # fmt: skip
+    titles = {
+        "min_decode_speedup": "Decode speed over the fastest teacher",
+        "max_quantization_loss": "Loss from quantising",
+        "max_size_ratio": "Size over the fp32 graph",
+        "max_forgetting": "Loss on other text against the base",
+        "min_task": "Right answers, facts",
+        "max_task_loss": "Right answers against the best teacher",
+    }
+    every = dict.fromkeys(titles, 0.5) | {"min_task": {"facts": 0.5}}
+    shown = judge(Gates(**every), evidence(**ANSWERED)).gates
+    assert {gate.name: gate.title for gate in shown} == titles
+    assert [gate.name for gate in shown if gate.least] == ["min_decode_speedup", "min_task"]
+    assert {gate.unit for gate in shown} == {"×", "%", "of 100"}
+
+
+@pytest.mark.parametrize(
+    ("gates", "sentence"),
+    [
+        ({"max_size_mb": 143}, "is fit to ship: it meets its only gate on this machine."),
+        (
+            {"max_size_mb": 143, "max_size_ratio": 1},
+            "is fit to ship: it meets all 2 gates on this machine.",
+        ),
+        (
+            {"max_size_mb": 1, "max_size_ratio": 0.1, "max_tpot_ms": 1},
+            "is not fit to ship: tpot, size over the fp32 graph and size on disk miss their "
+            "bounds.",
+        ),
+        (
+            {"max_tpot_ms": 9, "max_ttft_ms": 100, "max_size_mb": 143},
+            "is undecided: the measured interval of tpot and ttft still contains the bound, and "
+            "the time for measuring is spent. Give bench.minutes more, or measure on a quieter "
+            "machine.",
+        ),
+        ({}, "was measured; the recipe sets no gates, so nothing was asked of it."),
+    ],
+)
+def test_the_verdict_is_one_sentence(gates: dict[str, Any], sentence: str) -> None:
+    assert judge(Gates(**gates), evidence()).sentence == f"demo, as int8-weight, {sentence}"
+
+
+def test_random_stand_ins_are_never_fit_to_ship() -> None:
+    judged = language_gates(Gates(max_size_mb=143, max_tpot_ms=9, max_ttft_ms=1), evidence())
+    verdict = conclude(judged, name="demo", shipped="fp32", stand_in=True)
+    says = "demo, as fp32, has random stand-ins for models: it runs here; this says nothing of "
+    assert verdict.sentence == f"{says}quality. Not met or undecided: tpot and ttft."
+    assert (verdict.status, verdict.gates) == ("fail", tuple(judged))
+    alone = conclude(judged[2:], name="demo", shipped="fp32", stand_in=True)
+    assert (alone.status, alone.sentence) == ("pass", f"{says}quality.")
+
+
+def test_equal_losses_and_falls_have_words_of_their_own() -> None:
+    for rise, words in ((0.0, "equal to that"), (-0.031, "3.10 % below that")):
+        found = evidence(rise_over_fp32=Interval(rise, rise, rise, 24))
+        gate = judge(Gates(max_quantization_loss=0.0), found).gates[0]
+        assert gate.sentence.startswith(f"Held-out loss {words} of the fp32 graph (")
+        assert gate.status == "pass"
+
+
 @pytest.mark.parametrize(
     ("value", "unit", "text"),
     [
         (5.147, "×", "5.15×"),
         (12.34, "ms", "12.3 ms"),
         (143.4, "MB", "143 MB"),
+        (100.4, "MB", "100 MB"),
+        (99.94, "MB", "99.9 MB"),
+        (10.04, "MB", "10.0 MB"),
+        (9.994, "MB", "9.99 MB"),
+        (1.0, "MB", "1 MB"),
+        (0.054, "of 100", "5.4 of 100"),
+        (-0.054, "of 100", "−5.4 of 100"),
         (-0.0637, "%", "−6.37 %"),
         (3, "×", "3×"),
     ],
