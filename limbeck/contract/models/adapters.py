@@ -421,10 +421,12 @@ def _resize(lm: Any, facts: AdapterFacts) -> None:
             f"{found}, and the tokenizer beside it has {size} tokens; save the tokenizer that it "
             "was trained with there."
         )
-    tied = _tied(lm)
     whole = [place for place in places if f"base_model.model.{place}.weight" in facts.shapes
              or f"base_model.model.{place}.base_layer.weight" in facts.shapes]  # fmt: skip
-    if wanted > here and not (len(whole) == len(places) or (tied and whole)):
+    # peft trains a copy of a saved module, so the other of a tied pair gets no new rows from it.
+    copied = set(facts.config.get("modules_to_save") or ())
+    shared = _tied(lm) and any(place.rpartition(".")[2] not in copied for place in whole)
+    if wanted > here and not (len(whole) == len(places) or shared):
         missing = [place for place in places if place not in whole]
         raise ModelError(
             f"{found}: the new rows of {' and '.join(missing)} are not in it. Save it again with "
