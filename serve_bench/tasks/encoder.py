@@ -27,7 +27,6 @@ from serve_bench.measure.arms import form_arm, require_context, teachers_of, wei
 from serve_bench.measure.live import Test
 from serve_bench.measure.units import Batch, batch
 from serve_bench.measure.workers import Workers
-from serve_bench.tasks.stand_ins import stand_in
 from serve_bench.tell import encoder_page
 from serve_bench.tell.task import Page
 
@@ -123,7 +122,7 @@ class Encoder:
     # Judging --------------------------------------------------------------------------------------
 
     def reference(self, shipped: str, arms: Sequence[Arm], judged: str = "") -> Reference:
-        looks, random = first_look(self.min_blocks), stand_in(self.recipe)
+        looks, random = first_look(self.min_blocks), self.recipe.stand_in
         return Reference(self.recipe.name, shipped, tuple(arms), looks, judged, random)
 
     def read_sample(self, row: Mapping[str, Any]) -> Sample:

@@ -36,7 +36,6 @@ from serve_bench.measure.quality import measure_evaluations, measure_quality
 from serve_bench.measure.scenarios import cold, load, offline
 from serve_bench.measure.units import Generation, prompt
 from serve_bench.measure.workers import Workers
-from serve_bench.tasks.stand_ins import stand_in
 from serve_bench.tell import language_page
 from serve_bench.tell.task import Page
 
@@ -225,7 +224,7 @@ class Language:
 
     def reference(self, shipped: str, arms: Sequence[Arm], judged: str = "") -> Reference:
         name, looks = self._recipe.name if self._recipe else "", first_look(self.min_blocks)
-        random = self._recipe is not None and stand_in(self._recipe)
+        random = self._recipe is not None and self._recipe.stand_in
         return Reference(name, shipped, tuple(arms), looks, judged, random)
 
     def read_sample(self, row: Mapping[str, Any]) -> Sample:

@@ -12,7 +12,7 @@ from serve_bench.judge.gates import show
 from serve_bench.tell import sections
 from serve_bench.tell.bubbles import Bubble, quality_against_speed
 from serve_bench.tell.numbers import interval, significant
-from serve_bench.tell.report import threads
+from serve_bench.tell.report import arm_title, threads
 from serve_bench.tell.task import Page
 
 _PARITY = (
@@ -35,9 +35,8 @@ def table(data: Mapping[str, Any]) -> list[list[str]]:
     ]
     for name, arm in data["arms"].items():
         over = data["speed_of_shipped_over"].get(name)
-        shipped = " (shipped)" if name == f"onnx:{data['shipped']}" else ""
         row = [
-            f"{arm['label']}{shipped}",
+            arm_title(data, name),
             arm["runtime"],
             f"{arm['bytes'] / 1e6:.1f}",
             f"{arm['peak_rss_bytes'] / 1e6:.0f}",

@@ -19,7 +19,7 @@ from serve_bench.tell import charts, sections
 from serve_bench.tell.bubbles import Bubble, quality_against_speed
 from serve_bench.tell.numbers import interval, significant
 from serve_bench.tell.own_text import own_text, read_samples
-from serve_bench.tell.report import threads
+from serve_bench.tell.report import arm_title, threads
 from serve_bench.tell.task import Page
 
 NAMES = (
@@ -47,7 +47,7 @@ def table(data: Mapping[str, Any]) -> list[list[str]]:
         over = data["speed_of_shipped_over"].get(name)
         rows.append(
             [
-                f"{arm['label']} (shipped)" if name == f"onnx:{data['shipped']}" else arm["label"],
+                arm_title(data, name),
                 arm["runtime"],
                 f"{arm['bytes'] / 1e6:.1f}",
                 "" if arm["peak_rss_bytes"] is None else f"{arm['peak_rss_bytes'] / 1e6:.0f}",

@@ -139,6 +139,15 @@ def templates() -> Environment:
     return environment
 
 
+def arm_title(data: Mapping[str, Any], name: str) -> str:
+    """Name of an arm in the terminal's table: a random stand-in and what ships are marked."""
+    marks = ["random stand-in"] * data["stand_in"] + ["shipped"] * (
+        name == f"onnx:{data['shipped']}"
+    )
+    label = str(data["arms"][name]["label"])
+    return f"{label} ({', '.join(marks)})" if marks else label
+
+
 def threads(environment: Mapping[str, Any]) -> str:
     """The number of threads, in words."""
     return "1 thread" if environment["threads"] == 1 else f"{environment['threads']} threads"

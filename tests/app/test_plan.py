@@ -396,7 +396,7 @@ def test_shrinking_keeps_every_choice(name: str) -> None:
     recipe = load_any_recipe(name)
     small = pico.shrink_to_pico(recipe)
     assert small.digest != recipe.digest
-    for part in ("fusion", "export", "gates", "seed"):
+    for part in ("fusion", "export", "seed"):
         assert getattr(small, part) == getattr(recipe, part)
     assert [t.model_dump(exclude={"model", "adapter"}) for t in small.teachers] == [
         t.model_dump(exclude={"model", "adapter"}) for t in recipe.teachers
@@ -453,7 +453,8 @@ def test_shrinking_tells_the_architecture_by_configuration_or_name(tmp_path: Pat
 def test_every_recipe_runs_to_its_verdict_shrunk(name: str, tmp_path: Path) -> None:
     report = pipeline.run(pico.shrink_to_pico(load_any_recipe(name)), out=tmp_path / "run")
     assert report is not None
-    assert report.verdict.status in ("pass", "fail", "undecided")
+    assert report.exit_code == 0
+    assert "it runs here; this says nothing of quality." in report.verdict.sentence
     assert report.html.is_file()
 
 

@@ -20,7 +20,6 @@ from serve_bench.judge import language
 from serve_bench.judge.task import read_bench
 from serve_bench.tasks import task_of
 from serve_bench.tell import bubbles as bubbles_of
-from serve_bench.tell import charts
 from serve_bench.tell.drawing import spread
 from serve_bench.tell.numbers import significant
 from serve_bench.tell.report import Report, warnings
@@ -243,15 +242,30 @@ def test_a_label_is_nearest_to_its_own_bubble() -> None:
     assert nearest >= 25  # of 30; the others' bubbles lie within larger ones
 
 
-def test_the_stroke_of_a_row_is_the_median_of_the_table() -> None:
-    """Raw samples and block means have other medians on a noisy machine; the picture shows the
-    table's.
-    """
-    dots = charts.Values("a", "form", [1.0, 1.0, 1.0, 9.0], 3.0)
-    svg = charts.strip([dots], title="t", x="ms")
-    assert "stroke-width: 2" in svg
-    other = charts.strip([charts.Values("a", "form", dots.values, 1.0)], title="t", x="ms")
-    assert svg != other
+@pytest.mark.parametrize(("name", "column"), [("TTFT", 0), ("TPOT", 1)])
+def test_the_strokes_of_the_picture_are_the_medians_of_the_table(
+    tmp_path: Path, name: str, column: int
+) -> None:
+    """Both are read out of the page of a noisy run, whose raw samples have other medians."""
+    chosen = recipe()
+    report = write_report(run=make_run(tmp_path, chosen, noise=0.5), recipe=chosen)
+    page, data = report.html.read_text(), json.loads(report.json.read_text())
+    (svg,) = re.findall(rf'<svg[^>]*aria-label="{name} of every generation.*?</svg>', page, re.S)
+    marks = re.findall(r'text-anchor: middle[^>]* x="([\d.]+)" y="[\d.]+">([\d.]+)</text>', svg)
+    (x0, v0), *_, (x1, v1) = [(float(x), np.log(float(value))) for x, value in marks]
+    strokes = re.findall(r'<path d="M ([\d.]+) [^>]*stroke-width: 2;', svg)
+    drawn = [float(np.exp(v0 + (float(x) - x0) * (v1 - v0) / (x1 - x0))) for x in strokes]
+    (table,) = re.findall(r'aria-label="Speed">.*?<tbody>(.*?)</tbody>', page, re.S)
+    cells = [re.findall(r'<td class="n">([\d.]+)', row) for row in table.split("</tr>")[:-1]]
+    written = [float(row[column]) for row in cells]
+    assert len(drawn) == len(written) == len(data["arms"])
+    assert drawn == pytest.approx(written, rel=0.01)  # three digits of the table
+    samples = read_bench(open_artifact(tmp_path / "bench"), task_of(chosen)).samples
+    raw = [
+        1e3 * np.median([getattr(s, name.lower()) for s in samples if s.arm == arm])
+        for arm in data["arms"]
+    ]
+    assert raw != pytest.approx(written, rel=0.01)
 
 
 @pytest.mark.parametrize(("cores", "busy"), [(1.1, True), (0.1, False)])
@@ -274,6 +288,8 @@ def test_random_stand_ins_are_never_fit_to_ship(tmp_path: Path) -> None:
     page = read(report.html).text
     assert "fit to ship" not in page
     assert "random stand-in for a teacher" in page
+    assert "| speeches (random stand-in)" in report.table
+    assert "| int8-weight (random stand-in, shipped)" in report.table
 
 
 def test_line_labels_keep_their_distance() -> None:
