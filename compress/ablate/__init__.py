@@ -75,7 +75,7 @@ def ablate(
     open_runs = [(a, seed) for seed in all_seeds for a in arms if f"{a}/{seed}" not in runs]
     estimate = _Estimate([arm for arm, _ in open_runs])
     for arm, seed in open_runs:
-        say(f"{arm}, seed {seed}{estimate.shown()}")
+        say(f"{arm}, seed {seed}{estimate.shown(arm)}")
         try:
             with estimate.running(arm):
                 runs[f"{arm}/{seed}"] = _run_arm(recipe, products, out, arm, seed, key, runs)
@@ -101,10 +101,12 @@ class _Estimate:
         self._open = [arm for arm in arms if _trains(arm)]
         self._seconds: list[float] = []  # of each trained arm
 
-    def shown(self) -> str:
-        """The time left before the next arm starts; empty before one was trained."""
-        left = len(self._open) * float(np.mean(self._seconds)) if self._seconds else 0.0
-        return f": about {about(left)} left of the whole job" if left else ""
+    def shown(self, arm: str) -> str:
+        """Time of ``arm``, the next one, and of all that are left; empty before one was trained."""
+        if not self._seconds or not _trains(arm):
+            return ""
+        own = float(np.mean(self._seconds))
+        return f": about {about(own)} (whole job: about {about(own * len(self._open))})"
 
     @contextmanager
     def running(self, arm: str) -> Iterator[None]:

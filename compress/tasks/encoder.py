@@ -255,7 +255,8 @@ class EncoderTask(ABC):
 
     def describe_teacher(self, report: TeacherResult) -> str:
         metrics = report.metrics or {}
-        return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        units = {"nll": f" {self.loss_unit}"}
+        return "  ".join(f"{n} {value:.4f}{units.get(n, '')}" for n, value in metrics.items())
 
     def losses(self, label: str) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
         self.student.eval()

@@ -190,6 +190,6 @@ def choose_start(
         f"  the student starts from {merge}: {scores[str(merge)]:.3f} nats a token on training text"
     )
     if str(BASE) in scores and merge != BASE:
-        say(f"    (the base: {scores[str(BASE)]:.3f})")
+        say(f"    (the base: {scores[str(BASE)]:.3f} nats a token)")
     used = {t.name: t for t in teachers if merge.weights.get(t.name)}
     return Start(merge, scores, used, seed)

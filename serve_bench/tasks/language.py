@@ -39,6 +39,8 @@ from serve_bench.measure.workers import Workers
 from serve_bench.tell import language_page
 from serve_bench.tell.task import Page
 
+_UNIT = ", nats a token"
+
 
 class Language:
     """The task `causal-lm`: a `MeasuringTask` and a `TellingTask`.
@@ -217,8 +219,10 @@ class Language:
                     progress.advance()
                 nll[name] = whole / blocks.labels
         domains = promised["domains"]
-        found = [(f"loss, {name}", domains[name]["nll"], value) for name, value in nll.items()]
-        return [*found, ("loss, mean", promised["mean_nll"], mean_nll(nll))]
+        found = [
+            (f"loss on {name}{_UNIT}", domains[name]["nll"], value) for name, value in nll.items()
+        ]
+        return [*found, (f"mean loss{_UNIT}", promised["mean_nll"], mean_nll(nll))]
 
     # Judging --------------------------------------------------------------------------------------
 
@@ -307,8 +311,8 @@ class Language:
         runs = [(run.quality, run.reference.shipped_arm.id) for run in (old, new)]
         then, now = (summarise(quality, arm) for quality, arm in runs)
         domains = [name for name in then["domains"] if name in now["domains"]]
-        titles = [("loss, mean of domains", domains)]
-        titles += [(f"loss, {name}", [name]) for name in domains if len(domains) > 1]
+        titles = [(f"mean loss{_UNIT}", domains)]
+        titles += [(f"loss on {name}{_UNIT}", [name]) for name in domains if len(domains) > 1]
         for title, names in titles:
             mean = names is domains
             shown = [f["mean_nll"] if mean else f["domains"][names[0]]["nll"] for f in (then, now)]

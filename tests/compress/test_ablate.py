@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -64,13 +65,29 @@ def test_the_verdict_says_what_was_not_beaten() -> None:
     )
 
 
+def require_units(shown: str, unit: str) -> None:
+    """Every loss of the training and of the teachers has its unit."""
+    losses = [line for line in shown.splitlines() if re.search(r"\b(loss|nll) [\d.]", line)]
+    teachers = re.findall(r"^  teacher \w+: [a-z_]+ \d.*", shown, re.MULTILINE)
+    assert any("training" in line for line in losses)
+    assert teachers
+    assert [line for line in losses if unit not in line] == []
+    assert unit.startswith("(") or [line for line in teachers if unit not in line] == []
+
+
 def test_arms_run_to_a_table_a_picture_and_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, out = tiny(tmp_path, training={"tokens": 128}), tmp_path / "ablation"
     arms = ["best-single", "static", "entropy-token", "recipe"]
     found = ablate.ablate(recipe=recipe, products={}, out=out, arms=arms, seeds=1)
     assert set(found["arms"]) == {"ce-only", *arms}
+    shown = capsys.readouterr().err
+    require_units(shown, "nats a token")
+    first, *later = re.findall(r"^\S+, seed \d.*", shown, re.MULTILINE)
+    assert first.endswith("seed 0")
+    assert len(later) == len(arms)
+    assert all(re.search(r": about \S+ s \(whole job: about \S+ s\)$", line) for line in later)
     recipe_row = found["arms"]["recipe"]
     assert 0 <= recipe_row["top1_agreement"] <= 1
     assert 0 <= recipe_row["text_match"] <= 1
@@ -86,7 +103,9 @@ def test_arms_run_to_a_table_a_picture_and_go_on(
 
 
 @pytest.mark.parametrize("make", [classifier_recipe, embedding_recipe], ids=["classes", "vectors"])
-def test_encoders_have_controls_too(tmp_path: Path, make: Any) -> None:
+def test_encoders_have_controls_too(
+    tmp_path: Path, make: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     training = {"examples": 32, "batch": 8, "precision": "fp32", "threads": 1}
     over: dict[str, Any] = {"training": training}
     if make is classifier_recipe:
@@ -98,6 +117,8 @@ def test_encoders_have_controls_too(tmp_path: Path, make: Any) -> None:
     arms = ["best-single", "static", "entropy-inverted", "recipe"]
     found = ablate.ablate(recipe=recipe, products={}, out=out, arms=arms, seeds=1)
     design = ablate.DESIGNS[recipe.task]
+    unit = "nats an example" if design.is_nll else "(distances, no unit)"
+    require_units(capsys.readouterr().err, unit)
     assert set(found["arms"]) == {design.reference, *arms}
     for run in json.loads((out / "runs.json").read_text())["runs"].values():
         losses = [value for group in run["loss"].values() for value in group]

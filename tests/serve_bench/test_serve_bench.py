@@ -228,12 +228,12 @@ def test_the_certificate_is_replayed_without_student_and_text(
         "TTFT ms",
         "speed over fp32, TPOT",
         "TPOT ms",
-        "loss, letters",
-        "loss, numbers",
-        "loss, mean",
+        "loss on letters, nats a token",
+        "loss on numbers, nats a token",
+        "mean loss, nats a token",
     ]
     for name in ("letters", "numbers", "mean"):
-        assert found[f"loss, {name}"].says == "equal to the digit"
+        assert found[f"loss on {name}, nats a token"].says == "equal to the digit"
     assert found["figures"].holds
     assert [f.figure for f in replay(run=tmp_path, quality=False, speed=False)] == ["figures"]
 
@@ -251,7 +251,7 @@ def test_a_certificate_that_was_edited_or_belongs_elsewhere(
     found = {finding.figure: finding for finding in replay(run=tmp_path, speed=False)}
     assert not found["figures"].holds
     assert "tpot_ms, quality" in found["figures"].says
-    assert not found["loss, mean"].holds
+    assert not found["mean loss, nats a token"].holds
     (tmp_path / CERTIFICATE).write_text(json.dumps(certificate | {"bench": "0" * 64}))
     with pytest.raises(ArtifactError, match="is of another bench"):
         replay(run=tmp_path)

@@ -54,7 +54,7 @@ from limbeck.contract.errors import EnvironmentalError, RecipeError
 from limbeck.contract.files import read_json, write_atomically
 from limbeck.contract.lock import locked
 from limbeck.contract.machine import host
-from limbeck.contract.progress import say
+from limbeck.contract.progress import about, say
 from limbeck.contract.recipe import AnyBudget, AnyRecipe, ServerModel, parse_any_recipe
 from limbeck.runtime.session import import_onnxruntime
 
@@ -111,7 +111,11 @@ def _search(
         _require_same_machine(folder, shared)
         shared.fetch(folder / SPENT)
         clock = Clock(folder / SPENT, shared.publish)
-        say(f"== search: {len(students)} students in {len(recipe.search.forms)} forms")
+        left = about(max(3600 * budget.hours - clock.spent(), 0))
+        forms = len(recipe.search.forms)
+        say(
+            f"== search: {len(students)} students in {forms} forms; {left} of budget.hours are left"
+        )
         _rule_out_sizes(candidates, budget)
         _rule_out_memory(recipe, students, candidates, budget)
         shared.fetch(folder / TIMING)

@@ -156,10 +156,9 @@ def heal(
     shutil.rmtree(work)  # the next round begins from the base
     metric = recipe.bench.metric if recipe.task == "classification" else "spearman"
     loss = float(metrics["nll"] if recipe.task == "classification" else 1 - metrics["spearman"])
-    say(
-        f"   {name}: {metric.replace('_', ' ')} {metrics[metric]:.4f}, loss {loss:.4f} after "
-        f"{rounds[rung]} examples"
-    )
+    shown = f", loss {loss:.4f} nats an example" if recipe.task == "classification" else ""
+    title = f"{metric.replace('_', ' ')} {metrics[metric]:.4f}"
+    say(f"   {name}: {title}{shown} after {rounds[rung]} examples")
     return loss, {metric: float(metrics[metric])}
 
 

@@ -100,9 +100,9 @@ def test_a_run_beside_itself_shows_no_difference(runs: tuple[Path, Path]) -> Non
         "ms in all",
         "MB on disk",
         "MB of memory at most",
-        "loss, mean of domains",
-        "loss, speeches",
-        "loss, scripture",
+        "mean loss, nats a token",
+        "loss on speeches, nats a token",
+        "loss on scripture, nats a token",
     ]
     assert (found.exit_code, headline(found)) == (0, "No regression.")
     assert found.notes == (
@@ -119,7 +119,7 @@ def test_each_metric_is_found_worse(runs: tuple[Path, Path]) -> None:
     assert {row.status for row in found.rows if row.metric != "MB of memory at most"} == {"worse"}
     assert found.exit_code == 1
     assert headline(found).startswith("Regression: TPOT ms, TTFT ms")
-    loss = next(row for row in found.rows if row.metric == "loss, mean of domains")
+    loss = next(row for row in found.rows if row.metric == "mean loss, nats a token")
     assert loss.change is not None
     assert loss.change.value == pytest.approx(0.02)
     assert (
