@@ -232,8 +232,8 @@ def test_the_certificate_is_replayed_without_student_and_text(
         "loss on numbers, nats a token",
         "mean loss, nats a token",
     ]
-    for name in ("letters", "numbers", "mean"):
-        assert found[f"loss on {name}, nats a token"].says == "equal to the digit"
+    for name in ("loss on letters", "loss on numbers", "mean loss"):
+        assert found[f"{name}, nats a token"].says == "equal to the digit"
     assert found["figures"].holds
     assert [f.figure for f in replay(run=tmp_path, quality=False, speed=False)] == ["figures"]
 
