@@ -6,7 +6,6 @@ Knows templates and characters; knows nothing of tokens, files or blocks.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Sequence
@@ -55,9 +54,10 @@ def render(
 
     Spans come from the template's ``{% generation %}`` marks if it has them. Otherwise the
     conversation is rendered a second time with a mark in place of each answer; the text between the
-    parts around the marks is the answer, even if the template changed it. An answer that has more
-    than content, such as tool calls, is what follows the prompt for it. Raises `DataError` that
-    names ``where``.
+    parts around the marks is the answer, even if the template changed it. An answer is what follows
+    the prompt for it where the template writes more there: tool calls, reasoning, or an opening
+    that the model has to write itself, such as an empty thought. Raises `DataError` that names
+    ``where``, with the template's own message if it has one.
     """
     marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
     text, spans = _rendered(conversation, tokenizer, template, where, marks=marked)
@@ -65,17 +65,20 @@ def render(
         return text, [(start, end) for start, end in spans if end > start]
     ways = [_between_marks]
     if has_more(conversation):
-        ways.insert(0, _after_prompts)
+        ways = [_after_prompts, _between_marks]
     elif "add_generation_prompt" in template:
-        ways.append(_after_prompts)
+        ways = [_after_own_prompts, _after_prompts, _between_marks]
+    refused = ""
     for way in ways:
-        with contextlib.suppress(DataError):  # the template refuses the changed conversation
+        try:
             if (found := way(text, conversation, tokenizer, template, where)) is not None:
                 return text, found
+        except DataError as error:  # the template refuses the changed conversation
+            refused = f" (of a part of it: {str(error).removeprefix(f'{where}: ')})"
     raise DataError(
         f"{where}: the chat template changes this conversation so that its answers cannot be "
-        "told from the rest. Put {% generation %} and {% endgeneration %} around the answer "
-        "in the template, or leave the row out."
+        f"told from the rest{refused}. Put {{% generation %}} and {{% endgeneration %}} around the "
+        "answer in the template, or leave the row out."
     )
 
 
@@ -130,6 +133,24 @@ def _between_marks(
     return [(start, m.end() if (m := ends.match(text, end)) else end) for start, end in found]
 
 
+def _after_own_prompts(
+    text: str,
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerFast,
+    template: str,
+    where: str,
+) -> list[Span] | None:
+    """The spans of `_between_marks` if each follows the prompt for an answer at once, else None."""
+    spans = _between_marks(text, conversation, tokenizer, template, where)
+    first = next((n for n, m in enumerate(conversation.messages) if m["role"] == "assistant"), 0)
+    if not spans or not first:
+        return None
+    before = _part(conversation, first, tokenizer, template, where)
+    prompted = _part(conversation, first, tokenizer, template, where, prompt=True)
+    prompt = prompted.removeprefix(before)
+    return spans if all(text.endswith(prompt, 0, start) for start, _ in spans) else None
+
+
 def _after_prompts(
     text: str,
     conversation: Conversation,
@@ -141,7 +162,7 @@ def _after_prompts(
 
     None unless ``text`` begins with each of these prompts, or with the conversation before it. A
     template may change an answer once another one follows, for example leave out its reasoning;
-    such an answer ends at the first token that ends a turn.
+    such an answer ends at the first token that ends a turn, or where the next message begins.
     """
     ends, closing = end_of_turn(tokenizer), turn_end(tokenizer, template)
     spans: list[Span] = []
@@ -162,13 +183,32 @@ def _after_prompts(
             if not start <= end <= len(whole) or not whole.rstrip().endswith(
                 text[start:end][-_TAIL:]
             ):
-                return None
+                end = _before_next(text, conversation, index, tokenizer, template, where)
+                if end < start:
+                    return None
         if not re.search(f"(?:{ends.pattern})\\Z", text[start:end]):
             end = m.end() if (m := ends.match(text, end)) else end
         if end == start:
             return None
         spans.append((start, end))
     return spans
+
+
+def _before_next(
+    text: str,
+    conversation: Conversation,
+    index: int,
+    tokenizer: PreTrainedTokenizerFast,
+    template: str,
+    where: str,
+) -> int:
+    """Where the answer ``index`` ends, by what the template writes of the next message; or -1."""
+    first = replace(conversation, messages=conversation.messages[: index + 2])
+    whole = _part(conversation, index + 2, tokenizer, template, where)
+    between = around_answers(first, tokenizer, template, where)
+    if index + 1 == len(conversation.messages) or between is None or not text.startswith(whole):
+        return -1
+    return len(whole.removesuffix(between[-1])) if whole.endswith(between[-1]) else -1
 
 
 def _part(

@@ -76,7 +76,8 @@ def conversation_of(row: Mapping[str, Any], key: str, where: str) -> Conversatio
 
 
 def _messages(value: Any, where: str) -> Messages:
-    """``value`` as messages, of {role, content} or ShareGPT's {from, value}."""
+    """``value`` as messages, of {role, content} or ShareGPT's {from, value}, or their JSON."""
+    value = _parsed(value)
     if not isinstance(value, list) or not value:
         found = "an empty list" if value == [] else type(value).__name__
         raise DataError(

@@ -43,7 +43,7 @@ from limbeck.contract.sources.places import cache_folder
 from limbeck.contract.sources.teacher_tokens import conversations_are_unknown
 from limbeck.contract.sources.texts import text_digest, text_files
 
-_VERSION = 2
+_VERSION = 3
 _NEAR = 64  # characters around an answer that a token of it may reach into
 
 _ARRAYS = ("keys", "starts", "firsts", "answers")

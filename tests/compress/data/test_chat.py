@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import compress
@@ -53,6 +53,7 @@ def answers_of(piece: Piece, tokenizer: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("template", [CHAT, GENERATION])
+@settings(deadline=None)  # another process may hold the processor
 @given(st.lists(st.text(max_size=12), min_size=1, max_size=5))
 def test_exactly_the_answers_are_scored(template: str, turns: list[str]) -> None:
     tokenizer = make_tokenizer()
@@ -108,6 +109,11 @@ def test_answers_are_what_the_template_made_of_them(
         (
             "{{ messages[0]['content'] }}",
             "here: .* cannot be told from the rest. Put {% generation %}",
+        ),
+        (
+            "{% if messages | length < 2 %}{{ raise_exception('Conversation roles must alternate') "
+            "}}{% endif %}{{ messages[0]['content'] }}{{ add_generation_prompt }}",
+            r"here: .* from the rest \(of a part of it: .*: Conversation roles must alternate\.\)",
         ),
     ],
 )

@@ -122,10 +122,11 @@ REASONED = [
         ({"chat_template_kwargs": {"style": "verse"}, "messages": TALK}, TALK, {"style": "verse"}),
         ({"messages": [{**SYSTEM, "role": "developer"}, *TALK]}, [SYSTEM, *TALK], {}),
         ({"messages": PARTS}, TALK, {}),
+        ({"messages": json.dumps(TALK)}, TALK, {}),
         ({"tools": [TOOL], "messages": REASONED}, REASONED, {"tools": [TOOL]}),
     ],
     ids=["tools", "calls", "json", "list of json", "null", "empty", "openai's older form",
-         "sharegpt", "no system", "same system", "variables", "developer", "parts", "reasoning"],
+         "sharegpt", "no system", "same system", "variables", "developer", "parts", "text", "reasoning"],
 )  # fmt: skip
 def test_rows_are_rendered_and_masked_as_transformers_does(
     tmp_path: Path, suffix: str, row: dict[str, Any], messages: Any, options: dict[str, Any]
@@ -150,6 +151,46 @@ def test_rows_are_rendered_and_masked_as_transformers_does(
 
 
 FORM = ChatRows(kind="chat")
+ASSISTANT = "{% if m.role == 'assistant' %}{% generation %}"
+PROMPT = "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+# As Qwen3's (with white space) and gpt-oss's: an answer has an opening that its model writes.
+OPENED = (
+    "{% for m in messages %}<|{{ m.role }}|>" + ASSISTANT + "<think>\n</think>\n{{ m.content }}"
+    "{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{{ eos_token }}{% endif %}" + PROMPT
+)
+# As GLM's: nothing ends a turn, and the reasoning of earlier turns is left out.
+ENDLESS = (
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}<|{{ m.role }}|>"
+    + ASSISTANT
+    + "<think>{% if loop.index0 > ns.last %}{{ m.reasoning_content }}{% endif %}</think>"
+    "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}" + PROMPT
+)
+THOUGHTS = [
+    {"role": "user", "content": "Rome?"},
+    {"role": "assistant", "content": "20", "reasoning_content": "I must look."},
+    {"role": "user", "content": "sure?"},
+    {"role": "assistant", "content": "yes", "reasoning_content": "I looked."},
+]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages"),
+    [(OPENED, TALK), (OPENED, THOUGHTS), (ENDLESS, TALK), (ENDLESS, THOUGHTS)],
+)
+def test_what_follows_the_prompt_is_learned_as_the_marks_say(
+    tmp_path: Path, template: str, messages: Any
+) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    theirs = tokenizer.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
+    tokenizer.chat_template = without_marks(template)
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": messages}])
+    tokens = next(tokenise(list(conversations(path, FORM, tokenizer)), tokenizer))
+    assert tokens.ids.tolist() == theirs["input_ids"]
+    assert tokens.scored.tolist() == theirs["assistant_masks"]
 
 
 def test_what_a_template_does_not_read_is_said_once(
