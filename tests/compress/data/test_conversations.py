@@ -126,7 +126,8 @@ REASONED = [
         ({"tools": [TOOL], "messages": REASONED}, REASONED, {"tools": [TOOL]}),
     ],
     ids=["tools", "calls", "json", "list of json", "null", "empty", "openai's older form",
-         "sharegpt", "no system", "same system", "variables", "developer", "parts", "text", "reasoning"],
+         "sharegpt", "no system", "same system", "variables", "developer", "parts", "text",
+         "reasoning"],
 )  # fmt: skip
 def test_rows_are_rendered_and_masked_as_transformers_does(
     tmp_path: Path, suffix: str, row: dict[str, Any], messages: Any, options: dict[str, Any]
