@@ -262,6 +262,7 @@ def _domain_blocks(
             "tokenizer": fingerprint(tokenizer.backend_tokenizer.to_str()),
             "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         }
+        | ({"split_special_tokens": True} if tokenizer.split_special_tokens else {})
     )
     folder = cache_folder() / "tokens" / key[:16]
 

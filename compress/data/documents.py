@@ -165,12 +165,12 @@ def _json_lines(path: Path, field: str, beside: Collection[str] = ()) -> Iterato
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Where each row of JSON lines is, and the row; of a .json file that is one array, its items.
+    """Where each row of JSON lines is, and the row; of a file that is one array, its items.
 
     Raises `DataError` naming file and line.
     """
     with path.open("rb") as file:
-        if path.suffix == ".json" and file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
+        if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
             file.seek(0)
             rows = _parsed(str(path), file.read(), "expected one array, or one object a line")
             yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))

@@ -29,7 +29,9 @@ from compress.models.body import Body, require_faithful
 from limbeck.contract.errors import EnvironmentalError, ModelError
 from limbeck.contract.files import file_digest
 from limbeck.contract.lock import make_once
+from limbeck.contract.models.alignment import relate
 from limbeck.contract.models.loading import load_pretrained
+from limbeck.contract.models.tokens import as_written
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import (
     BaseSource,
@@ -195,24 +197,30 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise ModelError(
             f"{folder}: only a slow tokenizer; save it with a tokenizer.json (a fast tokenizer)."
         )
-    # tokenizer.json may hold both, from the training that it was saved after. transformers switches
-    # them off in every call; the tokenizer inside, which we call, would cut and fill texts.
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
+    # transformers switches these off in every call; we call the tokenizer inside.
+    as_written(tokenizer.backend_tokenizer, split_special=tokenizer.split_special_tokens)
     return tokenizer
 
 
 def require_same_tokenizer(names_and_folders: Mapping[str, Path]) -> None:
-    """Raise `ModelError` unless all folders map the same tokens to the same ids.
+    """Raise `ModelError` unless all folders map the same tokens to the same ids, in equal texts.
 
     Padded rows may differ. The message counts the ids that differ and shows three.
     """
     (first, first_folder), *rest = names_and_folders.items()
-    reference = load_tokenizer(first_folder).get_vocab()
+    own = load_tokenizer(first_folder)
+    reference = own.get_vocab()
     for name, folder in rest:
-        vocabulary = load_tokenizer(folder).get_vocab()
+        tokenizer = load_tokenizer(folder)
+        vocabulary = tokenizer.get_vocab()
         if vocabulary == reference:
-            continue
+            if relate(own.backend_tokenizer, tokenizer.backend_tokenizer).same:
+                continue
+            raise ModelError(
+                f"{first} and {name} have the same tokens, but tokenise a text differently: one "
+                "may lower-case it, drop its accents, or add a token before it. Choose models of "
+                "one family."
+            )
         different = sorted(
             t for t in reference.keys() | vocabulary.keys() if reference.get(t) != vocabulary.get(t)
         )

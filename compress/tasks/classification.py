@@ -29,6 +29,7 @@ from limbeck.contract.recipe import (
     FittedCalibration,
     FixedCalibration,
 )
+from limbeck.contract.sources.encoders import require_one_label
 
 
 class ClassificationTask(EncoderTask):
@@ -66,6 +67,7 @@ class ClassificationTask(EncoderTask):
 
     def load_teacher(self, teacher: EncoderTeacher, folder: Path) -> Model:
         """Raises `ModelError` for other classes than the recipe's, or another order."""
+        require_one_label(folder)
         loaded = load_classifier(folder).to(self.device)
         found = class_names(loaded)
         if found != self.classes:

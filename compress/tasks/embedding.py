@@ -34,7 +34,8 @@ from compress.models.encoders import load_body, pooled
 from compress.tasks.encoder import Answers, EncoderStudent, EncoderTask, Model, Terms
 from compress.weights import weigh
 from limbeck.contract.models.loading import unused_pooler
-from limbeck.contract.recipe import EmbeddingRecipe, EncoderTeacher, Weights
+from limbeck.contract.recipe import EmbeddingRecipe, EmbeddingTeacher, EncoderTeacher, Weights
+from limbeck.contract.sources.encoders import require_pooling
 
 
 class EmbeddingTask(EncoderTask):
@@ -72,7 +73,9 @@ class EmbeddingTask(EncoderTask):
         return load_body(folder)
 
     def load_teacher(self, teacher: EncoderTeacher, folder: Path) -> Model:
-        loaded, pooling = load_body(folder).to(self.device), str(getattr(teacher, "pooling", ""))
+        assert isinstance(teacher, EmbeddingTeacher)
+        require_pooling(folder, teacher)
+        loaded, pooling = load_body(folder).to(self.device), teacher.pooling
         return lambda ids, mask: pooled(loaded, ids, mask, pooling=pooling)
 
     def terms(

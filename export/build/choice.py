@@ -4,6 +4,7 @@ is trained.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ KNOWN = ("granite", "llama", "mistral", "qwen2", "qwen3")
 _FUSED_ROPES = frozenset({"default", "llama3", "dynamic"})
 # Kinds that torch.export cannot trace: transformers branches on a length at run time.
 _UNTRACEABLE_ROPES = frozenset({"dynamic"})
+# Further model types whose graphs of torch's exporter the tests compare with torch.
+_TRACED = ("gemma3_text", "gpt2", "gpt_neox", "opt", "phi3", "smollm3")
 _HEAD = 16  # onnxruntime's fused attention takes heads of a multiple of this many numbers
 
 
@@ -37,6 +40,8 @@ def choose_backend(
             f"{model_type} with rope of kind {kind} cannot be exported ({why}): torch.export "
             "cannot trace it. Use a student with rope of another kind."
         )
+    if named == "dynamo" and model_type not in (*KNOWN, *_TRACED):
+        _require_traceable(config)
     for kind in sorted(kinds - _FUSED_ROPES) if named == "genai" else ():
         raise ModelError(
             f"{model_type} with rope of kind {kind} cannot be exported by GenAI's builder: its "
@@ -48,6 +53,34 @@ def choose_backend(
             "graph does not run. Set export.backend to auto."
         )
     return named, why
+
+
+def _require_traceable(config: Mapping[str, Any]) -> None:
+    """Raise `ModelError` for an architecture that torch's exporter would refuse after training."""
+    # They take seconds to import, and few students need this.
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type = config.get("model_type")
+    try:
+        with torch.device("meta"):  # without weights
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    except Exception:  # almost anything; the run tells why transformers cannot build it
+        return
+    why = None
+    if "text_config" in config:
+        why = "reads more than text"
+    elif any(type(module).__name__.endswith("Experts") for module in model.modules()):
+        why = "chooses among experts, which torch's exporter cannot write"
+    elif "position_ids" not in inspect.signature(model.forward).parameters:
+        why = "takes no position_ids, so its padded batches cannot be made right"
+    elif getattr(model, "_is_stateful", False):
+        why = "keeps something else than keys and values of each token"
+    if why is not None:
+        raise ModelError(
+            f"{model_type} cannot be exported: it {why}. It can be a teacher; use a student of an "
+            "architecture of docs/architectures.md."
+        )
 
 
 def _choose(config: Mapping[str, Any], provider: Provider) -> tuple[str, str]:

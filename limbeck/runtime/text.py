@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.contract.errors import ArtifactError, DataError
+from limbeck.contract.models.tokens import as_written
 from limbeck.runtime.chat import render
 
 _LONG = 20_000  # characters
@@ -151,9 +152,8 @@ def load_text(folder: Path) -> Text:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises no class of its own
         raise ArtifactError(f"{path}: no tokenizer ({error}); {_AGAIN}") from error
-    tokenizer.no_truncation()  # as saved with a training set; a prompt is never cut in silence
-    tokenizer.no_padding()
     config = _read(folder / "tokenizer_config.json")
+    as_written(tokenizer, split_special=config.get("split_special_tokens") is True)
     template = folder / "chat_template.jinja"
     special = {
         name: value["content"] if isinstance(value, dict) else value

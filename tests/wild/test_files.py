@@ -69,6 +69,56 @@ def test_a_literal_name_comes_before_a_glob_and_folders_give_their_files(tmp_pat
             found(tmp_path, hopeless)
 
 
+def test_a_file_counts_once_whatever_links_lead_to_it(tmp_path: Path) -> None:
+    """Read twice, a text would be both trained on and held out. Two links in a circle have names
+    without end."""
+    for name in ("text/a.txt", "text/sub/b.txt", "elsewhere/c.txt", ".hidden/d.txt", "e.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(name)
+    links = {
+        "text/loop": ".",
+        "text/sub/up": "..",
+        "text/a again.txt": "a.txt",
+        "text/far": "../elsewhere",
+        "text/.dots": "../elsewhere",
+        "more": "text",
+    }
+    for name, target in links.items():
+        (tmp_path / name).symlink_to(target)
+    right = ["a.txt", "b.txt", "c.txt"]
+    for paths in (
+        ["text/**/*.txt"],
+        ["text/**"],
+        ["text"],
+        ["text", "more/**/*.txt", "text/sub/../a.txt"],
+    ):
+        source = FileText.model_validate({"kind": "files", "paths": paths})
+        places = [path.resolve() for path in text_files(source, folder=tmp_path)]
+        assert len(places) == 3
+        assert sorted(place.name for place in places) == right
+    assert found(tmp_path, "**/sub/*.txt") == ["more/sub/b.txt"]
+    assert found(tmp_path, "*/*.txt") == ["elsewhere/c.txt", "more/a again.txt"]
+
+
+def test_an_array_is_read_whatever_the_file_is_called(tmp_path: Path) -> None:
+    rows = [{"text": "one"}, {"text": "two"}]
+    for indent in (None, 2):
+        (tmp_path / "a.jsonl").write_text(json.dumps(rows, indent=indent))
+        assert list(documents(tmp_path / "a.jsonl", JsonLines(kind="jsonl"))) == ["one", "two"]
+    (tmp_path / "b.jsonl").write_text('["one"]\n["two"]\n')
+    with pytest.raises(DataError, match=r"b.jsonl: not JSON: Extra data; expected one array"):
+        list(documents(tmp_path / "b.jsonl", JsonLines(kind="jsonl")))
+
+
+def test_messages_may_be_the_text_of_their_json(tmp_path: Path) -> None:
+    """As tables hold them, whose columns have simple types."""
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    table = pyarrow.table({"messages": [json.dumps(talk)]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    (piece,) = conversations(tmp_path / "a.parquet", ChatRows(kind="chat"), make_tokenizer())
+    assert piece.text == make_tokenizer().apply_chat_template(talk, tokenize=False)
+
+
 def test_lone_surrogates_become_replacement_characters(tmp_path: Path) -> None:
     """JSON and Python can write half a character; UTF-8, which tokenizers take, cannot."""
     (tmp_path / "a.jsonl").write_text('{"text": "one \\ud83d two \\ud83d\\ude00"}\n')

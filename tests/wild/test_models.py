@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from compress.loop import setup
 from compress.models.body import Body
 from compress.models.language import load_model, random_model
+from limbeck.app.products import mistakes
 from limbeck.contract.errors import ModelError
 from limbeck.contract.recipe import Features
+from limbeck.contract.sources.preflight import preflight
 from tests.pico import make_model, pico_recipe
 from tests.wild.adapters import IDS, load, make_base
 
@@ -79,6 +82,84 @@ def test_sizes_that_do_not_go_together_are_an_error_of_the_model(tmp_path: Path)
         load(folder)(input_ids=IDS)
     with pytest.raises(ModelError, match="HeliumForCausalLM cannot answer a test batch"):
         load_model(folder)
+
+
+def config_only(folder: Path, **fields: Any) -> Path:
+    """A model folder whose config.json has other ``fields``, which are all that is read here."""
+    make_model(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fields", "mistake"),
+    [
+        ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True},
+         "T5ForConditionalGeneration is an encoder with a decoder"),
+        ({"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
+          "text_config": {}}, "LlavaForConditionalGeneration reads more than text. Save its lang"),
+        ({"architectures": ["BertForMaskedLM"], "model_type": "bert"},
+         r"a model for another task \(ForMaskedLM\)"),
+        ({"architectures": ["LlamaForSequenceClassification"]},
+         r"a model for another task \(ForSequenceClassification\)"),
+        ({"architectures": ["OwnForCausalLM"], "model_type": "own",
+          "auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}},
+         "OwnForCausalLM needs code of its own"),
+    ],
+)  # fmt: skip
+def test_models_of_other_tasks_are_refused_before_anything_is_loaded(
+    tmp_path: Path, fields: dict[str, Any], mistake: str
+) -> None:
+    folder = config_only(tmp_path / "model", **fields)
+    source = {"kind": "local", "path": str(folder)}
+    recipe = pico_recipe(
+        teachers=[{"name": "one", "model": source}], student={"kind": "lora", "base": source}
+    )
+    found = preflight(recipe)
+    assert [line.partition(":")[0] for line in found] == ["teachers.0", "student.base"]
+    assert all(re.search(mistake, line) for line in found)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3",
+         "text_config": {}},
+        {"auto_map": {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}},
+        {"architectures": []},
+    ],
+)  # fmt: skip
+def test_models_that_transformers_loads_as_language_models_are_not(
+    tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    source = {"kind": "local", "path": str(config_only(tmp_path / "model", **fields))}
+    student = {"kind": "lora", "base": {"kind": "random", "config": {"model_type": "llama"}}}
+    recipe = pico_recipe(teachers=[{"name": "one", "model": source}], student=student)
+    assert preflight(recipe) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 16},
+         "chooses among experts"),
+        ({"model_type": "mixtral", "num_local_experts": 4}, "chooses among experts"),
+        ({"model_type": "bloom"}, "takes no position_ids"),
+        ({"model_type": "mamba"}, "takes no position_ids"),
+        ({"model_type": "jamba", "use_mamba_kernels": False}, "chooses among experts"),
+        ({"model_type": "gemma3", "text_config": {}}, "reads more than text"),
+    ],
+)  # fmt: skip
+def test_a_student_that_cannot_be_exported_is_refused_before_training(
+    config: dict[str, Any], why: str
+) -> None:
+    student = {"kind": "fresh", "config": SIZES | {"vocab_size": 258} | config}
+    teachers = [{"name": "one", "model": {"kind": "random", "config": {"model_type": "llama"}}}]
+    (mistake,) = mistakes(pico_recipe(student=student, teachers=teachers), timed=False)
+    assert f"student.config: {config['model_type']} cannot be exported: it {why}" in mistake
+    fine = student | {"config": SIZES | {"model_type": "gemma2"}}
+    assert mistakes(pico_recipe(student=fine, teachers=teachers), timed=False) == []
 
 
 @pytest.mark.parametrize("place", ["teacher one", "the student"])

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from limbeck.contract.errors import ModelError
+from limbeck.contract.models.tokens import as_written
 from limbeck.contract.recipe import fingerprint
 
 Ids = npt.NDArray[np.int64]
@@ -41,9 +42,7 @@ class Pieces:
         written = tokenizer.to_str()
         self.digest = fingerprint(written)
         self.name, self.end = name, end
-        self.tokenizer = Tokenizer.from_str(written)
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
+        self.tokenizer = as_written(Tokenizer.from_str(written))
         self.prefix = self._prefix()
         # Markers that stand in a text as characters are text, and never control the other model.
         self.tokenizer.encode_special_tokens = True
@@ -411,23 +410,41 @@ def projection(own: Pieces, other: Pieces, *, rows: int | None = None) -> Ids:
     return found[:rows]
 
 
+# What tokenizers of one vocabulary differ in: capitals, spaces, digits, accents, width of letters.
+_PROBE = "Don't  say 12345, \n\tnaïve Ｃafé 日本: HELLO  "
+
+
 @dataclass(frozen=True)
 class Relation:
-    """How two tokenizers relate: one token map, or two."""
+    """How two tokenizers relate: one of them can stand for both, or not."""
 
-    same: bool  # the same tokens have the same ids, but for those of `differ`
+    same: bool  # a text gives the same ids, but for the tokens of `differ`
     differ: tuple[str, ...] = ()  # added tokens that only one has, or that have other ids
 
 
 def relate(own: Tokenizer, other: Tokenizer) -> Relation:
-    """Compare two token maps. Maps that differ in added tokens only count as the same."""
+    """Compare two tokenizers. Those that differ in added tokens only count as the same.
+
+    Two of one vocabulary may begin a text with other tokens, or split it in other places. A
+    teacher would then read what it was never trained on.
+    """
     mine, theirs = own.get_vocab(), other.get_vocab()
-    if mine == theirs:
-        return Relation(True)
     added = {
         token.content
         for tokenizer in (own, other)
         for token in tokenizer.get_added_tokens_decoder().values()
     }
     differ = {t for t in mine.keys() | theirs.keys() if mine.get(t) != theirs.get(t)}
-    return Relation(differ <= added, tuple(sorted(differ)) if differ <= added else ())
+    same = first_tokens(own) == first_tokens(other) and _split(own) == _split(other)
+    return Relation(True, tuple(sorted(differ))) if same and differ <= added else Relation(False)
+
+
+def first_tokens(tokenizer: Tokenizer) -> list[str]:
+    """The tokens that are put before any text, such as a begin-of-text token."""
+    encoding = tokenizer.encode("a", add_special_tokens=True)
+    mask = encoding.special_tokens_mask
+    return list(encoding.tokens[: mask.index(0)]) if 0 in mask else []
+
+
+def _split(tokenizer: Tokenizer) -> list[str]:
+    return list(tokenizer.encode(_PROBE, add_special_tokens=False).tokens)

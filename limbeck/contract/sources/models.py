@@ -166,6 +166,36 @@ def require_fits(folder: Path, *, block: int | None = None, exported: bool = Fal
         )
 
 
+def require_language_model(folder: Path) -> None:
+    """Raise `ModelError` unless config.json is that of a model that continues a text."""
+    config = read_object(folder / "config.json")
+    kind = next(iter(config.get("architectures") or ()), "")
+    if kind.endswith("ForCausalLM") and not config.get("auto_map"):
+        return
+    model_type = config.get("model_type")
+    why = None
+    if config.get("is_encoder_decoder"):
+        why = "is an encoder with a decoder"
+    elif "text_config" in config or config.get("auto_map"):
+        # transformers and torch take seconds to import, and few folders need this
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            why = (
+                "needs code of its own (auto_map), which Limbeck never runs"
+                if config.get("auto_map")
+                else "reads more than text. Save its language model alone (model.language_model "
+                "and lm_head as a …ForCausalLM) with save_pretrained"
+            )
+    elif match := re.search(r"For(?!CausalLM|ConditionalGeneration)\w+$", kind):
+        why = f"is a model for another task ({match[0]})"
+    if why is not None:
+        raise ModelError(
+            f"{folder}: {kind or model_type} {why}; name a model that transformers loads with "
+            "AutoModelForCausalLM."
+        )
+
+
 def require_tokenizer(folder: Path) -> None:
     """Raise `ModelError` unless a file is there that a tokenizer can be made of."""
     if not any(match for pattern in _TOKENIZERS for match in folder.glob(pattern)):

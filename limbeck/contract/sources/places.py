@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,36 @@ def matching_files(root: Path, pattern: str, suffixes: tuple[str, ...]) -> list[
         if not rest and base.is_file():
             return [base]
         if not rest:
-            inside = (p for p in base.rglob("*") if p.is_file())
-            shown = (p for p in inside if not any(n[0] == "." for n in p.relative_to(base).parts))
-            return [p for p in shown if not suffixes or p.suffix in suffixes]
-        found = glob.glob(os.path.join(*rest), root_dir=base, recursive=True)
-        return [path for name in found if (path := base / name).is_file()]
+            found = _globbed(base, ["**", "*"])
+            return [p for p in found if p.is_file() and (not suffixes or p.suffix in suffixes)]
+        return [path for path in _globbed(base, rest) if path.is_file()]
     except (OSError, ValueError):  # a name that no file can have
         return []
+
+
+def _globbed(base: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """What a glob matches below ``base``; ``**`` enters each folder once, also through links."""
+    if "**" not in parts:
+        yield from (base / name for name in glob.glob(os.path.join(*parts), root_dir=base))
+        return
+    at = parts.index("**")
+    for start in _globbed(base, parts[:at]) if at else [base]:
+        for folder in _folders(start):
+            yield from _globbed(folder, parts[at + 1 :] or ["*"])
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    """``root`` and the folders in it, hidden ones left out; a link back to one is not followed."""
+    seen = {root.resolve(), *root.resolve().parents}
+    yield root
+    for path, names, _ in os.walk(root, followlinks=True):
+        folders = {name: Path(path, name).resolve() for name in sorted(names) if name[0] != "."}
+        names[:] = []
+        for name, place in folders.items():
+            if place not in seen:
+                seen.add(place)
+                names.append(name)
+                yield Path(path, name)
 
 
 def read_object(path: Path) -> dict[str, Any]:

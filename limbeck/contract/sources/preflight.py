@@ -9,6 +9,7 @@ from limbeck.contract.errors import UserError
 from limbeck.contract.models.adapters import adapter_facts
 from limbeck.contract.recipe import (
     AnyRecipe,
+    EmbeddingTeacher,
     HubModel,
     LocalModel,
     ModelSource,
@@ -20,11 +21,13 @@ from limbeck.contract.recipe import (
     ServerModel,
     find_recipe,
 )
+from limbeck.contract.sources.encoders import require_one_label, require_pooling
 from limbeck.contract.sources.hub import cached_config
 from limbeck.contract.sources.models import (
     model_path,
     package_pieces,
     require_fits,
+    require_language_model,
     require_tokenizer,
     tokenizer_path,
 )
@@ -77,6 +80,18 @@ def _mistakes(recipe: AnyRecipe) -> Iterator[str]:
                 yield f"teachers.{index}.adapter: {error}"
 
 
+def _require_task(recipe: AnyRecipe, where: str, folder: Path) -> None:
+    """Raise `ModelError` if the model of ``folder`` does another task than the recipe's."""
+    if recipe.task == "causal-lm":
+        require_language_model(folder)
+    elif recipe.task == "classification":
+        require_one_label(folder)
+    elif where.startswith("teachers."):
+        teacher = recipe.teachers[int(where.partition(".")[2])]
+        assert isinstance(teacher, EmbeddingTeacher)
+        require_pooling(folder, teacher)
+
+
 def model_mistakes(recipe: AnyRecipe) -> Iterator[str]:
     """Models that are missing here, or too small for the recipe's text or their own tokenizer."""
     models: list[tuple[str, ModelSource | OnnxModel]] = [
@@ -101,6 +116,7 @@ def model_mistakes(recipe: AnyRecipe) -> Iterator[str]:
                 else:
                     path = model_path(source, folder=recipe.folder)
                 if path is not None and path.is_dir():
+                    _require_task(recipe, where, path)
                     require_fits(path, block=recipe.block, exported=source is recipe.base)
                     if isinstance(source, LocalModel) and where not in adapted:
                         require_tokenizer(path)

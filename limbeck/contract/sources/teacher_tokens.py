@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from limbeck.contract.errors import UserError
+from limbeck.contract.models.tokens import as_written
 from limbeck.contract.recipe import (
     ChatRows,
     LocalModel,
@@ -61,9 +62,9 @@ def compare_tokenizers(recipe: Recipe) -> list[TeacherTokens]:
 
     from limbeck.contract.models.alignment import Pieces, relate
 
-    mine, found = Tokenizer.from_file(str(own)), list[TeacherTokens]()
+    mine, found = as_written(Tokenizer.from_file(str(own))), list[TeacherTokens]()
     for name, path in paths.items():
-        theirs = Tokenizer.from_file(str(path))
+        theirs = as_written(Tokenizer.from_file(str(path)))
         relation = relate(mine, theirs)
         if not relation.same:
             Pieces(mine, name="the student")

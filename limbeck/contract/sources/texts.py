@@ -26,7 +26,11 @@ from limbeck.contract.sources.places import matching_files, npm_root, package_ro
 
 
 def text_files(source: TextSource, *, folder: Path) -> list[Path]:
-    """Files that a text source names, sorted. Raises `DataError` if a path or glob matches none."""
+    """Files that a text source names, sorted, each file once whatever names and links it has.
+
+    Read twice, a text would be both trained on and held out. Raises `DataError` if a path or glob
+    matches none.
+    """
     match source:
         case FileText():
             root, paths = folder, source.paths
@@ -38,7 +42,7 @@ def text_files(source: TextSource, *, folder: Path) -> list[Path]:
             root, paths = Path(sysconfig.get_paths()["stdlib"]), source.paths
         case DatasetText():
             return _dataset_files((folder / source.path.expanduser()).resolve(), source.split)
-    found: set[Path] = set()
+    found: dict[Path, Path] = {}  # by the file behind all links
     for path in paths:
         pattern = os.path.expanduser(path)
         matches = matching_files(root, pattern, _SUFFIXES.get(source.format.kind, ()))
@@ -47,8 +51,10 @@ def text_files(source: TextSource, *, folder: Path) -> list[Path]:
                 f"{root / pattern}: no such file{did_you_mean(root / pattern)}; check the path in "
                 f"the recipe (relative paths start from {root})."
             )
-        found.update(matches)
-    return sorted(found)
+        for match in matches:
+            place = match.resolve()
+            found[place] = min(match, found.get(place, match))
+    return sorted(found.values())
 
 
 TABLES = (".csv", ".tsv")

@@ -1,0 +1,169 @@
+"""Tokenizers of one vocabulary that read a text in two ways, held to transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from compress.aligned import AlignedStates
+from compress.data.packing import Piece, special_prefix, tokenise
+from compress.models.language import load_tokenizer, require_same_tokenizer
+from compress.teachers.live import Teachers
+from compress.teachers.pairs import described, pair_teachers
+from export.folder.clients import tokenizer_config
+from limbeck.contract.errors import ModelError
+from limbeck.contract.sources.teacher_tokens import compare_tokenizers
+from limbeck.runtime.text import Text, load_text
+from tests.pico import pico_recipe
+from tests.tokenizers import END, byte_level, piece_level
+from tests.wild.adapters import load, make_base, teacher
+
+TEXT = "the cat sat on the mat, and the Dog sat on the log; 1234 5678"
+
+
+def starting(tokenizer: Tokenizer, token: str) -> Tokenizer:
+    """With ``token`` before every text."""
+    tokenizer.add_special_tokens([token])
+    ids = [(token, tokenizer.token_to_id(token))]
+    single = f"{token} $A"
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
+    return tokenizer
+
+
+def lowering(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.normalizer = normalizers.Lowercase()
+    return tokenizer
+
+
+def spaced(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return tokenizer
+
+
+def model_with(folder: Path, tokenizer: Tokenizer) -> Path:
+    make_base(folder, tied=True, vocab_size=340)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("own", "theirs"),
+    [
+        (byte_level(), starting(byte_level(), "<bos>")),  # as Qwen and DeepSeek-R1-Distill-Qwen
+        (starting(byte_level(), "<bos>"), byte_level()),
+        (starting(byte_level(), "<s>"), starting(byte_level(), "<bos>")),
+        (byte_level(), lowering(byte_level())),
+        (byte_level(), spaced(byte_level())),
+        (byte_level(), byte_level(digits=True)),
+    ],
+    ids=["bos", "no bos", "another bos", "lower-cased", "prefix space", "digits"],
+)
+def test_a_teacher_reads_a_text_as_its_own_tokenizer_writes_it(
+    tmp_path: Path, own: Tokenizer, theirs: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
+    student, folder = model_with(tmp_path / "own", own), model_with(tmp_path / "theirs", theirs)
+    ids = torch.tensor([AutoTokenizer.from_pretrained(student)(TEXT)["input_ids"]])
+    right = torch.tensor([AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]])
+    pair = pair_teachers(student, {"t": folder})[0]
+    assert pair is not None
+    teachers = Teachers(
+        [teacher("t", folder, None)],
+        device=torch.device("cpu"),
+        compute_dtype=torch.float32,
+        pairs=[pair],
+    )
+    (found,), _ = teachers.states(ids)
+    assert isinstance(found, AlignedStates)
+    assert found.alignment.texts == right.tolist()
+    hidden = load(folder)(input_ids=right, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(found.hidden_RMd, hidden, rtol=1e-4, atol=1e-4)
+    recipe = pico_recipe(
+        teachers=[{"name": "t", "model": {"kind": "local", "path": str(folder)}}],
+        student={"kind": "lora", "base": {"kind": "local", "path": str(student)}},
+    )
+    assert "another tokenizer" in str(*compare_tokenizers(recipe))
+    assert "another tokenizer" in described(student, {"t": folder})["t"]
+
+
+def test_encoders_of_one_vocabulary_that_lower_case_and_that_do_not_are_refused(
+    tmp_path: Path,
+) -> None:
+    for name, tokenizer in (("cased", byte_level()), ("uncased", lowering(byte_level()))):
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / name)
+    require_same_tokenizer({"x": tmp_path / "cased", "y": tmp_path / "cased"})
+    with pytest.raises(ModelError, match="x and y have the same tokens, but tokenise a text diff"):
+        require_same_tokenizer({"x": tmp_path / "cased", "y": tmp_path / "uncased"})
+
+
+def shipped(model: Path, folder: Path) -> Text:
+    """The tokenizer of ``model`` as an export writes it."""
+    load_tokenizer(model).save_pretrained(folder)
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(folder)))
+    return load_text(folder)
+
+
+def changed(folder: Path, **fields: Any) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_merges_are_not_left_out_at_random(tmp_path: Path) -> None:
+    """tokenizer.json keeps the BPE dropout of a training; transformers draws anew at each call."""
+    tokenizer = byte_level()
+    right = tokenizer.encode(TEXT).ids
+    tokenizer.model.dropout = 0.9  # type: ignore[attr-defined]
+    model_with(tmp_path / "model", tokenizer)
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")(TEXT)["input_ids"] != right
+    (found,) = tokenise([Piece(TEXT)], load_tokenizer(tmp_path / "model"))
+    assert found.ids.tolist() == right
+    assert load_text(tmp_path / "model").encode(TEXT) == right
+    assert pair_teachers(tmp_path / "model", {"t": tmp_path / "model"})[0] is None
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_names_of_special_tokens_are_read_alike_in_training_and_in_prompts(
+    tmp_path: Path, split: bool
+) -> None:
+    folder = model_with(tmp_path / "model", byte_level())
+    changed(folder, split_special_tokens=split)
+    text = f"a{END}b"
+    right = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+    assert (len(right) > 3) == split
+    (found,) = tokenise([Piece(text)], load_tokenizer(folder))
+    assert found.ids.tolist() == right
+    assert shipped(folder, tmp_path / "shipped").encode(text) == right
+
+
+@pytest.mark.parametrize("config", [{}, {"added_tokens_decoder": {}}])
+def test_a_tokenizer_without_tokenizer_json_is_read_as_transformers_reads_it(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    folder, tokenizer = tmp_path / "model", byte_level()
+    folder.mkdir()
+    assert isinstance(tokenizer.model, models.BPE)
+    tokenizer.model.save(str(folder))  # vocab.json and merges.txt
+    fields = {"tokenizer_class": "GPT2Tokenizer", "eos_token": END, "bos_token": END}
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields | config))
+    right = AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]
+    own = load_tokenizer(folder)
+    (found,) = tokenise([Piece(TEXT)], own)
+    assert [*special_prefix(own), *found.ids] == right
+    assert shipped(folder, tmp_path / "shipped").encode(TEXT) == right
+
+
+def test_a_sentencepiece_tokenizer_is_no_other_than_itself(tmp_path: Path) -> None:
+    folder = model_with(tmp_path / "model", byte_level())
+    for name in ("a", "b"):
+        fast = PreTrainedTokenizerFast(tokenizer_object=piece_level(), eos_token=END)
+        shutil.copytree(folder, tmp_path / name)
+        fast.save_pretrained(tmp_path / name)
+    assert pair_teachers(tmp_path / "a", {"b": tmp_path / "b"})[0] is None
