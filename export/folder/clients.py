@@ -19,6 +19,7 @@ from limbeck.contract.recipe import Provider
 from limbeck.contract.sources.models import exported_context
 from limbeck.contract.sources.places import read_object
 from limbeck.runtime.chat import without_marks
+from limbeck.runtime.text import MORE_TEMPLATES
 
 # transformers.js's names of the graphs' number types.
 DTYPES = {
@@ -67,6 +68,10 @@ def write_client_files(
     _write(folder / "tokenizer_config.json", tokenizer_config(model))
     if (template := chat_template(model)) is not None:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    for path in _more_templates(model):
+        (folder / MORE_TEMPLATES).mkdir(exist_ok=True)
+        text = without_marks(path.read_text("utf-8"))
+        (folder / MORE_TEMPLATES / path.name).write_text(text, encoding="utf-8")
     config = json.loads((model / "config.json").read_text("utf-8"))
     config.pop("_name_or_path", None)
     config.pop("_model_name_or_path", None)
@@ -140,6 +145,11 @@ def tokenizer_config(model: Path) -> dict[str, Any]:
         config["model_max_length"] = context
     if (template := chat_template(model)) is not None:
         config["chat_template"] = template
+        if more := _more_templates(model):  # as transformers 4 and transformers.js read them
+            named = {"default": template} | {
+                p.stem: without_marks(p.read_text("utf-8")) for p in more
+            }
+            config["chat_template"] = [{"name": n, "template": t} for n, t in named.items()]
     return config
 
 
@@ -147,6 +157,11 @@ def chat_template(model: Path) -> str | None:
     """The chat template as every client can read it."""
     path = model / "chat_template.jinja"
     return without_marks(path.read_text("utf-8")) if path.is_file() else None
+
+
+def _more_templates(model: Path) -> list[Path]:
+    """Files of further chat templates, such as tool_use."""
+    return sorted((model / MORE_TEMPLATES).glob("*.jinja"))
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from limbeck.contract.errors import ArtifactError, DataError
 from limbeck.contract.models.tokens import as_written
 from limbeck.runtime.chat import render
 
+MORE_TEMPLATES = "additional_chat_templates"  # folder of the named ones, as transformers saves it
 _LONG = 20_000  # characters
 _AGAIN = "copy the folder again, or export the student again."
 
@@ -40,6 +41,7 @@ class Text:
     template: str | None
     special: dict[str, str]  # bos_token and its like, as the chat template names them
     stop_ids: frozenset[int]
+    tool_template: str | None = None  # of conversations with tools, where the model has another one
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt: special tokens before it are added, those behind it are not.
@@ -69,12 +71,17 @@ class Text:
         ``tools`` are OpenAI's descriptions of functions, for templates that show them.
         Raises `DataError` when there is no chat template or it refuses the messages.
         """
-        if self.template is None:
+        template = self.template_for(tools)
+        if template is None:
             raise DataError(
                 "this model has no chat template; leave --chat out and give it plain text."
             )
-        text = well_formed(render(self.template, messages, self.special, tools))
+        text = well_formed(render(template, messages, self.special, tools))
         return list(self._encoded(text, False).ids)
+
+    def template_for(self, tools: Sequence[Any] | None) -> str | None:
+        """The chat template of a conversation with these ``tools``, as transformers chooses it."""
+        return self.tool_template if tools and self.tool_template is not None else self.template
 
     def _encoded(self, text: str, special: bool) -> Any:
         """Tokenise; a long text leaves the interpreter to other threads meanwhile.
@@ -154,7 +161,7 @@ def load_text(folder: Path) -> Text:
         raise ArtifactError(f"{path}: no tokenizer ({error}); {_AGAIN}") from error
     config = _read(folder / "tokenizer_config.json")
     as_written(tokenizer, split_special=config.get("split_special_tokens") is True)
-    template = folder / "chat_template.jinja"
+    templates = _templates(folder, config.get("chat_template"))
     special = {
         name: value["content"] if isinstance(value, dict) else value
         for name, value in config.items()
@@ -163,10 +170,20 @@ def load_text(folder: Path) -> Text:
     special = {name: value for name, value in special.items() if isinstance(value, str)}
     return Text(
         tokenizer=tokenizer,
-        template=template.read_text("utf-8") if template.is_file() else config.get("chat_template"),
+        template=templates.get("default"),
+        tool_template=templates.get("tool_use"),
         special=special,
         stop_ids=_stop_ids(folder, tokenizer.token_to_id(special.get("eos_token", ""))),
     )
+
+
+def _templates(folder: Path, written: Any) -> dict[str, str]:
+    """Chat templates by name, those of files before those ``written`` in the configuration."""
+    many = written if isinstance(written, list) else [{"name": "default", "template": written}]
+    found = {t["name"]: t["template"] for t in many if isinstance(t.get("template"), str)}
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {path.stem: path for path in (folder / MORE_TEMPLATES).glob("*.jinja")}
+    return found | {n: path.read_text("utf-8") for n, path in files.items() if path.is_file()}
 
 
 def _stop_ids(folder: Path, of_tokenizer: int | None) -> frozenset[int]:

@@ -169,7 +169,7 @@ class Offer:
         """Raises `ApiError` for a template that takes no tools, or writes calls in another way."""
         if not body.offered:
             return Offer(None)
-        form = call_format(text.template or "")
+        form = call_format(text.template_for(body.offered) or "")
         if form is not None and form.opening in text.unseen:
             form = None
         if form is None:

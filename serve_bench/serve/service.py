@@ -123,7 +123,7 @@ class Service:
     async def chat(self, http: HttpRequest, body: ChatBody) -> Response:
         """`/v1/chat/completions`."""
         self._check(body)
-        template = self.engine.text.template
+        template = self.engine.text.template_for(body.offered)
         if template is None:
             raise ApiError(
                 400, "this model has no chat template; use /v1/completions.", param="messages"

@@ -267,6 +267,8 @@ class Message(_Body):
     tool_call_id: Str | None = None
     reasoning_content: Str | None = _unused("Of an earlier answer; templates leave it out.")
     reasoning: Str | None = _unused("vLLM's newer name of it.")
+    reasoning_details: Any = _unused("OpenRouter's form of it.")
+    thinking_blocks: Any = _unused("LiteLLM's form of it.")
     provider_specific_fields: dict[str, Any] | None = _unused()
     refusal: Any = _only("")
     annotations: Any = _only([])
@@ -312,10 +314,11 @@ class ToolBody(_Body):
 
     type: Literal["function"]
     function: Function
+    cache_control: dict[str, Any] | None = _unused()
 
     def plain(self) -> dict[str, Any]:
         """As chat templates take it."""
-        return self.model_dump(exclude_none=True)
+        return self.model_dump(exclude_none=True, exclude={"cache_control"})
 
 
 class NamedFunction(_Body):
@@ -344,6 +347,7 @@ class ChatBody(Common):
     functions: Any = _only([])
     function_call: Any = _only("none", "auto")
     modalities: Any = _only(["text"])
+    prediction: Any = _unused("A guess of the answer, which makes some servers quicker.")
     reasoning_effort: Any = _only("none")
     include_reasoning: Any = _only(True)
     verbosity: Any = _only("medium")

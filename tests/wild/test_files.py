@@ -333,6 +333,28 @@ def test_a_tokenizer_larger_than_the_embedding_is_a_mistake_of_the_recipe(tmp_pa
         require_fits(tmp_path / "model")
 
 
+def test_tokens_may_be_added_in_any_of_three_files(tmp_path: Path) -> None:
+    """transformers reads them all; the embedding would be asked for a row that it lacks."""
+    token = {"content": "<one>", "special": False, "lstrip": False, "rstrip": False,
+             "normalized": True, "single_word": False}  # fmt: skip
+    for name in ("added_tokens.json", "tokenizer_config.json", "vocab.json"):
+        folder = make_model(tmp_path / name)
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        if name == "vocab.json":
+            tokenizer = make_tokenizer().backend_tokenizer
+            tokenizer.model.save(str(folder))
+            (folder / "tokenizer.json").unlink()
+            config["tokenizer_class"] = "GPT2Tokenizer"
+        if name == "added_tokens.json":
+            (folder / name).write_text(json.dumps({"<one>": 258}))
+        else:
+            config["added_tokens_decoder"] = {"258": token}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        assert AutoTokenizer.from_pretrained(folder)("<one>")["input_ids"] == [258]
+        with pytest.raises(ModelError, match=r"259 tokens, but its embedding has 258 rows"):
+            require_fits(folder)
+
+
 def test_mistyped_paths_are_answered_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

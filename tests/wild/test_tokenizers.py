@@ -17,11 +17,12 @@ from compress.data.packing import Piece, special_prefix, tokenise
 from compress.models.language import load_tokenizer, require_same_tokenizer
 from compress.teachers.live import Teachers
 from compress.teachers.pairs import described, pair_teachers
-from export.folder.clients import tokenizer_config
+from export.folder.clients import tokenizer_config, write_client_files
+from export.graphs import form_files
 from limbeck.contract.errors import ModelError
 from limbeck.contract.sources.teacher_tokens import compare_tokenizers
 from limbeck.runtime.text import Text, load_text
-from tests.pico import pico_recipe
+from tests.pico import CHAT, make_model, make_tokenizer, pico_recipe
 from tests.tokenizers import END, byte_level, piece_level
 from tests.wild.adapters import load, make_base, teacher
 
@@ -109,6 +110,33 @@ def shipped(model: Path, folder: Path) -> Text:
     (folder / "config.json").write_text("{}")
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(folder)))
     return load_text(folder)
+
+
+def test_a_conversation_with_tools_has_the_template_that_transformers_takes(tmp_path: Path) -> None:
+    folder, tokenizer = tmp_path / "model", make_tokenizer()
+    with_tools = "{% for tool in tools %}{{ tool.function.name }};{% endfor %}" + CHAT
+    tokenizer.chat_template = {"default": CHAT, "tool_use": with_tools}
+    make_model(folder)
+    tokenizer.save_pretrained(folder)
+    own = tmp_path / "own"
+    load_tokenizer(folder).save_pretrained(own)
+    shutil.copy(folder / "config.json", own)
+    out = tmp_path / "out"
+    out.mkdir()
+    write_client_files(own, out, graphs=[], shipped=form_files(out, "fp32"), genai=None)
+    messages = [{"role": "user", "content": "q"}]
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    for files in (True, False):  # older clients read tokenizer_config.json alone
+        if not files:
+            shutil.rmtree(out / "additional_chat_templates")
+            (out / "chat_template.jinja").unlink()
+        text, client = load_text(out), AutoTokenizer.from_pretrained(out)
+        for tools in (None, [tool]):
+            options: dict[str, Any] = {"tools": tools, "add_generation_prompt": True}
+            right = tokenizer.apply_chat_template(messages, **options)["input_ids"]
+            assert text.chat(messages, tools) == right
+            assert client.apply_chat_template(messages, **options)["input_ids"] == right
+    assert "f;" in tokenizer.decode(right)
 
 
 def changed(folder: Path, **fields: Any) -> None:

@@ -27,6 +27,7 @@ _KINDS = frozenset({
     "LOKR", "LORA", "MISS", "OFT", "RANDLORA", "ROAD", "SHIRA", "TRAINABLE_TOKENS", "VBLORA",
     "VERA", "WAVEFT",
 })  # fmt: skip
+_OTHER_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # peft's names of them
 # Options of LoRA that change more than the layers.
 _REFUSED = (
     "alora_invocation_tokens",
@@ -106,6 +107,11 @@ def adapter_facts(folder: Path) -> AdapterFacts:
         within = next((path.parent for path in sorted(folder.glob(f"*/{CONFIG}"))), None)
         hint = f" {within} is one: name that folder." if within else ""
         raise ModelError(f"{folder}: no {CONFIG}; expected a PEFT adapter folder.{hint}")
+    if (folder / "adapters.safetensors").is_file() and not (folder / WEIGHTS).is_file():
+        raise ModelError(
+            f"{folder}: adapters.safetensors is an adapter of mlx-lm, which peft cannot load. Fuse "
+            "it with its base (`mlx_lm.fuse --dequantize`), and name the fused folder as the model."
+        )
     if not (folder / WEIGHTS).is_file():
         pickle = next(folder.glob("adapter_model.bin"), None)
         raise ModelError(
@@ -126,6 +132,11 @@ def adapter_facts(folder: Path) -> AdapterFacts:
             f"{folder / CONFIG}: cannot be read ({type(error).__name__}: {error}); save the "
             "adapter again with `save_pretrained`."
         ) from None
+    if (task := config.get("task_type")) in _OTHER_TASKS:
+        raise ModelError(
+            f"{folder}: this adapter is of a model for another task ({task}), whose head is no "
+            "language model's. Name one that was trained with task_type CAUSAL_LM."
+        )
     if kind not in _KINDS:
         raise ModelError(
             f"{folder}: adapters of the kind {kind} are not supported: they change more than the "
@@ -165,24 +176,33 @@ def adapter_facts(folder: Path) -> AdapterFacts:
 
 
 def tokenizer_size(folder: Path) -> int | None:
-    """Largest token id of a folder's tokenizer, plus one; None without tokenizer.json."""
+    """Largest token id of a folder's tokenizer, plus one; None where no vocabulary in JSON is.
+
+    Tokens may have been added in three files; transformers reads them all.
+    """
+    ids: list[int] = []
     try:
-        tree = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        vocabulary = tree["model"]["vocab"]
-        ids = (
-            vocabulary.values()
-            if isinstance(vocabulary, dict)
-            else range(len(vocabulary))  # Unigram: a list, numbered by its order
-        )
-        added = (token["id"] for token in tree.get("added_tokens") or ())
-        return 1 + max(max(ids, default=-1), max(added, default=-1))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if (tree := _read(folder / "tokenizer.json")) is not None:
+            vocabulary = tree["model"]["vocab"]  # of Unigram a list, numbered by its order
+            ids += vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+            ids += (token["id"] for token in tree.get("added_tokens") or ())
+        elif (vocabulary := _read(folder / "vocab.json")) is not None:
+            ids += vocabulary.values()
+        else:
+            return None
+        ids += (_read(folder / "added_tokens.json") or {}).values()
+        config = _read(folder / "tokenizer_config.json") or {}
+        ids += map(int, config.get("added_tokens_decoder") or ())
+        return 1 + max(ids, default=-1)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{folder / 'tokenizer.json'}: cannot be read ({type(error).__name__}: {error}); save "
             "the tokenizer again."
         ) from None
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def can_join(model: Any, facts: AdapterFacts) -> bool:
