@@ -54,7 +54,7 @@ def read_conversations(
 
 def conversation_of(row: Mapping[str, Any], key: str, where: str) -> Conversation:
     """The conversation of a row whose messages are under ``key``. Raises `DataError`."""
-    messages = _messages(_parsed(row[key]), where)
+    messages = _messages(row[key], where)
     system = _system(row, where)
     if system is not None:
         first = messages[0]
