@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -39,15 +40,25 @@ def start(
     work: Callable[..., object], *arguments: Any, environment: Mapping[str, str] | None = None
 ) -> BaseProcess:
     """Start a process that calls ``work``, a function of a module, with ``arguments``."""
-    process = _CONTEXT.Process(target=_call, args=(work, arguments, dict(environment or {})))
+    forkserver.ensure_running()
+    server = forkserver._forkserver._forkserver_address
+    process = _CONTEXT.Process(
+        target=_call, args=(work, arguments, dict(environment or {}), server)
+    )
     process.start()
     return process
 
 
 def _call(
-    work: Callable[..., object], arguments: tuple[Any, ...], environment: Mapping[str, str]
+    work: Callable[..., object],
+    arguments: tuple[Any, ...],
+    environment: Mapping[str, str],
+    server: str,
 ) -> None:
     os.environ.update(environment)
+    # What this process starts is forked by the server that forked it.
+    forkserver._forkserver._forkserver_address = server
+    forkserver._forkserver.ensure_running = lambda: None
     work(*arguments)
 
 

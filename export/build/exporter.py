@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,7 @@ def save_onnx(
     Raises `ModelError` for a model that torch cannot export.
     """
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), _quiet(), _quick():
             program = torch.onnx.export(
                 module.eval(),
                 arguments,
@@ -53,6 +54,23 @@ def save_onnx(
             f"({type(error).__name__}: {str(error)[:300]}). "
             "Use a student of an architecture of docs/architectures.md."
         ) from error
+
+
+@contextmanager
+def _quick() -> Iterator[None]:
+    """Take a quarter off the time of a trace, whose graph stays the same.
+
+    On symbolic shapes torch's cache of fake tensors costs more than it saves. Automatic garbage
+    collections find little; the exporter's own, one a step, still run.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+            yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @contextmanager

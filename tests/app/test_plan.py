@@ -312,7 +312,13 @@ def test_a_cached_teacher_reads_each_block_once(cache: str, tmp_path: Path) -> N
 # The library --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", LIBRARY)
+@pytest.mark.parametrize(
+    "name",
+    [  # Gemma's file has 262,144 tokens, which take half a minute to read
+        pytest.param(name, marks=pytest.mark.slow) if name.startswith("gemma3/") else name
+        for name in LIBRARY
+    ],
+)
 def test_the_header_says_what_the_plan_says(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,11 +19,17 @@ from limbeck.contract.recipe import load_recipe
 from tests import ROOT, forks
 from tests.app.cli.calls import GOOD, called_alone
 
+SHORT = {"prompt_tokens": 8, "new_tokens": 4, "minutes": 0.02, "min_blocks": 3, "threads": 1}
+
 
 def command(folder: Path, *arguments: str) -> None:
-    """The command in ``folder``, in a forked process; its output goes to the files out and err."""
+    """The command in ``folder``, in a forked process, as torch arms of its bench are; its output
+    goes to the files stdout and stderr.
+    """
     from limbeck.app import cli
+    from serve_bench.measure import workers
 
+    workers.launch = forks.launch
     os.chdir(folder)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -86,7 +92,8 @@ def test_pico_stopped_in_training_goes_on_to_a_verdict(tmp_path: Path) -> None:
     """The command as a user meets it: stopped by Ctrl-C, started again, and once more when all is
     done."""
     out, err = tmp_path / "stdout", tmp_path / "stderr"
-    process = forks.start(command, tmp_path, "run", "pico", "--out", "out")
+    run = ("run", "pico", "--out", "out", "--set", f"bench={json.dumps(SHORT)}")
+    process = forks.start(command, tmp_path, *run)
     until(process, lambda: err.exists() and "training pico" in err.read_text(), tmp_path)
     os.kill(process.pid, signal.SIGINT)
     process.join(60)
@@ -94,7 +101,7 @@ def test_pico_stopped_in_training_goes_on_to_a_verdict(tmp_path: Path) -> None:
     assert err.read_text().splitlines()[-1] == "stopped; run the same command again to go on"
     assert not (tmp_path / "out" / "student").exists()
 
-    process = forks.start(command, tmp_path, "run", "pico", "--out", "out")
+    process = forks.start(command, tmp_path, *run)
     process.join()
     assert process.exitcode == 0, err.read_text()
     assert "verdict: pass" in out.read_text()
@@ -104,14 +111,14 @@ def test_pico_stopped_in_training_goes_on_to_a_verdict(tmp_path: Path) -> None:
     ]
 
     light = {"numpy", "onnxruntime", "matplotlib", "scipy"}  # no torch, transformers or onnx
-    again, imported = called_alone("run", "pico", "--out", "out")
+    again, imported = called_alone(*run)
     assert imported <= light
     assert again.count("already complete") == 3
     assert [
         open_artifact(tmp_path / "out" / name).digest for name in ("student", "onnx", "bench")
     ] == digests
     assert (
-        load_recipe("pico").digest
+        load_recipe("pico", overrides=run[-1:]).digest
         == json.loads((tmp_path / "out" / "run.json").read_text())["digest"]
     )
 

@@ -55,7 +55,9 @@ def operators(graph: Path) -> set[tuple[str, str]]:
 # Encoders ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", ["classification", "embedding"])
+@pytest.mark.parametrize(
+    "task", [pytest.param("classification", marks=pytest.mark.slow), "embedding"]
+)
 def test_an_encoder_of_fixed_shape_answers_as_the_free_one(task: str, tiny: Factory) -> None:
     free = tiny.exported_encoder(task=task, forms=ENCODER_FORMS)
     shapes = {"kind": "static", "batch": 5, "length": 40}
