@@ -45,18 +45,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Factory:
 
 @pytest.fixture(scope="session")
 def traced_once(tiny: Factory) -> Iterator[None]:
-    """torch's exporter traces a model once for all workers of a session, and reads its own list of
-    operators once for each worker, which takes a second.
-    """
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-    from export.build import dynamo, encoder
-
-    with pytest.MonkeyPatch.context() as patch:
-        read = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
-        patch.setattr(ONNXRegistry, "from_torchlib", read)
-        for builder in (dynamo, encoder):
-            patch.setattr(builder, "save_onnx", tiny.save_onnx)
+    """torch's exporter traces a model once for all workers of a session."""
+    with tiny.traced_once():
         yield
 
 

@@ -9,11 +9,14 @@ Shared artifacts are read-only by agreement; a test that changes one works on a 
 from __future__ import annotations
 
 import fcntl
+import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from limbeck.contract.artifact import Artifact, open_artifact
 from limbeck.contract.recipe import fingerprint
@@ -101,6 +104,25 @@ class Factory:
         for name in ("model.onnx", "model.onnx.data"):
             shutil.copy(folder / name, path.parent)
 
+    @contextmanager
+    def traced_once(self) -> Iterator[None]:
+        """Exports trace a model once a session."""
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        with (
+            patch("export.build.dynamo.save_onnx", self.save_onnx),
+            patch("export.build.encoder.save_onnx", self.save_onnx),
+            patch.object(ONNXRegistry, "from_torchlib", self._operators),
+        ):
+            yield
+
+    @functools.cached_property
+    def _operators(self) -> Any:
+        """torch's list of the operators it exports, made once a process: each takes a second."""
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        return staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+
     def copy(self, artifact: Artifact, to: Path) -> Path:
         """A copy of a shared artifact at ``to``, to be changed."""
         return Path(shutil.copytree(artifact.path, to))
@@ -110,7 +132,8 @@ class Factory:
 
         def make(folder: Path) -> None:
             (folder / "student").symlink_to(student.path, target_is_directory=True)
-            export_student(student=student.path, out=folder / "onnx", recipe=recipe)
+            with self.traced_once():
+                export_student(student=student.path, out=folder / "onnx", recipe=recipe)
 
         asked = recipe.export.model_dump(mode="json")
         return self._once({"student": str(student.path), "export": asked}, "onnx", make)
