@@ -156,9 +156,52 @@ def test_push_that_is_refused(run: Path, hub: FakeHub) -> None:
     assert done.exit_code == 2
     assert "the hub refused" in done.stderr
     assert "hf auth login" in done.stderr
-    done = call("push", run, "nobody")
+    names = ("nobody", "me/pi..co", "me/pico.", "me/pico.git", "me/é", "m/" + "x" * 99)
+    for name in names:
+        done = call("push", run, name)
+        assert done.exit_code == 2
+        assert "expected NAMESPACE/NAME" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("place", "status", "message"),
+    [
+        ("create", 401, "hf auth login"),
+        ("create", 404, "the hub refused"),
+        ("create", 500, "try again later"),
+        ("preupload", 429, "try again later"),
+        ("commit", 403, "hf auth login"),
+        ("commit", 409, "try again later"),
+        ("commit", 500, "try again later"),
+        ("create", None, "cannot be reached"),
+        ("commit", None, "cannot be reached"),
+    ],
+)
+def test_push_that_fails_on_the_way(
+    run: Path,
+    hub: FakeHub,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    status: int | None,
+    message: str,
+) -> None:
+    """A line that names the repository and a remedy, and no commit."""
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    hub.fails[place] = status
+    done = call("push", run, "me/pico")
+    assert done.exit_code == 2, done.exception
+    assert done.stderr.startswith("limbeck: me/pico: the hub ")
+    assert message in done.stderr
+    assert hub.repositories.get("me/pico", {}) == {}
+
+
+def test_a_private_push_into_a_public_repository_is_refused(run: Path, hub: FakeHub) -> None:
+    hub.repositories["me/pico"], hub.private["me/pico"] = {}, False
+    done = call("push", run, "me/pico", "--private")
     assert done.exit_code == 2
-    assert "expected NAMESPACE/NAME" in done.stderr
+    assert "me/pico: it is there already, and public" in done.stderr
+    assert hub.repositories["me/pico"] == {}
+    assert call("push", run, "me/pico").exit_code == 0
 
 
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://hub.invalid"])

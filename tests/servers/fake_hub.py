@@ -20,6 +20,7 @@ class FakeHub:
         self.private: dict[str, bool] = {}
         self.tokens: set[str] = set()
         self.refuses = False
+        self.fails: dict[str, int | None] = {}  # status by a part of the path; None hangs up
         self.objects: dict[str, bytes] = {}
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -43,7 +44,7 @@ class FakeHub:
                 else asked["name"]
             )
             self.repositories.setdefault(name, {})
-            self.private[name] = asked.get("visibility") == "private" or bool(asked.get("private"))
+            self.private.setdefault(name, asked.get("visibility") == "private")
             return {"url": f"{self.url}/{name}", "id": name}
         if path.endswith("/preupload/main"):
             files = json.loads(body)["files"]
@@ -89,6 +90,8 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             body = self.rfile.read(int(self.headers.get("content-length") or 0))
             if token := self.headers.get("authorization"):
                 hub.tokens.add(token)
+            if self._fails():
+                return
             found = hub.answer(self.path, body)
             status = 403 if hub.refuses else 200 if found is not None else 404
             self._send(status, json.dumps({"error": "no"} if status != 200 else found).encode())
@@ -96,7 +99,8 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             name = "/".join(self.path.split("/")[3:5])
             if name in hub.repositories:
-                self._send(200, json.dumps({"id": name, "sha": "0", "siblings": []}).encode())
+                found = {"id": name, "sha": "0", "siblings": [], "private": hub.private[name]}
+                self._send(200, json.dumps(found).encode())
             else:
                 self._send(404, b"{}")
 
@@ -104,6 +108,14 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             body = self.rfile.read(int(self.headers["content-length"]))
             hub.objects[self.path.rpartition("/")[2]] = body
             self._send(200, b"")
+
+        def _fails(self) -> bool:
+            status = next((s for part, s in hub.fails.items() if part in self.path), 0)
+            if status is None:
+                self.close_connection = True
+            elif status:
+                self._send(status, b'{"error": "no"}')
+            return status != 0
 
         def _send(self, status: int, body: bytes) -> None:
             self.send_response(status)

@@ -27,7 +27,6 @@ from limbeck.contract.recipe import fingerprint
 CERTIFICATE, LICENCES = "certificate.json", "LICENCES.md"
 _PARITY = "parity.safetensors"
 _CARD = "README.md"
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class Layout(StrEnum):
@@ -101,20 +100,33 @@ def pack(
 def push(run: Path, repository: str, *, form: str | None = None, private: bool = False) -> str:
     """Upload the packed ``run`` to the hub in one commit, and return the commit's address.
 
-    Raises `UserError` for a name that the hub does not accept, `EnvironmentalError` if the hub
-    cannot be reached or refuses, and the errors of `pack`.
+    Raises `UserError` for a name that the hub does not accept and for a ``private`` push into a
+    public repository, `EnvironmentalError` if the hub cannot be reached or refuses, and the errors
+    of `pack`.
     """
-    if not _REPOSITORY.fullmatch(repository):
-        raise UserError(f"{repository}: expected NAMESPACE/NAME, such as my-name/pico.")
     from httpx2 import HTTPError
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
+    try:
+        validate_repo_id(repository)
+        _, _ = repository.split("/")
+    except (HFValidationError, ValueError) as error:
+        why = f" ({error})" if isinstance(error, HFValidationError) else ""
+        raise UserError(
+            f"{repository}: expected NAMESPACE/NAME, such as my-name/pico{why}."
+        ) from None
     with tempfile.TemporaryDirectory(prefix="limbeck-push-") as work:
         packed = pack(run, out=Path(work) / "packed", form=form)
         api = HfApi(library_name="limbeck")
         try:
             api.create_repo(repository, private=private, exist_ok=True)
+            if private and not api.model_info(repository).private:
+                raise UserError(
+                    f"{repository}: it is there already, and public; make it private in its "
+                    "settings on the hub, or push without --private."
+                )
             done = api.upload_folder(
                 repo_id=repository,
                 folder_path=packed.folder,
@@ -134,6 +146,12 @@ def push(run: Path, repository: str, *, form: str | None = None, private: bool =
             raise EnvironmentalError(
                 f"{repository}: the hub cannot be reached ({error}); check the network or "
                 "HF_ENDPOINT."
+            ) from None
+        except (ValueError, KeyError, RuntimeError) as error:  # no hub's answer, or a lost upload
+            why = " ".join(str(error.__cause__ or error).split())
+            raise EnvironmentalError(
+                f"{repository}: the hub did not take the upload ({type(error).__name__}: {why}); "
+                "nothing was committed. Check HF_ENDPOINT and your token, and try again."
             ) from None
     return str(done.commit_url)
 
