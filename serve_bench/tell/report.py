@@ -7,6 +7,7 @@ and judged once.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -121,6 +122,7 @@ def markdown(
     return "\n".join([*lines, "", table, *(["", names] if names else [])])
 
 
+@functools.cache
 def templates() -> Environment:
     """The page's templates, with the filters that write numbers."""
     environment = Environment(

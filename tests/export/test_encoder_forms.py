@@ -124,12 +124,12 @@ def test_parity_sees_a_graph_that_computes_something_else(exported: Exported) ->
         require_parity("fp32", parity)
 
 
-def test_exports_are_timed_by_themselves(exported: Exported, tmp_path: Path) -> None:
+def test_exports_are_timed_by_themselves(tiny: Factory, tmp_path: Path) -> None:
     """One sequence of the largest length, every form twice in a block; the figure is the median of
     what lies in the samples.
     """
     bench = classifier_recipe().bench
-    run = exported.student.parent
+    run = tiny.exported_encoder("bert", "classification", forms=SMALL).path.parent
     found = serve_bench.time_encoders(
         [(run, "fp32"), (run, "int8-static")], out=tmp_path / "timing", bench=bench
     )

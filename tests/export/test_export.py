@@ -251,8 +251,15 @@ def test_clients_get_the_chat_template_without_the_marks_of_training(tmp_path: P
     assert (tmp_path / "chat_template.jinja").read_text() == config["chat_template"]
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["known licence", "unknown licence"])
-@pytest.mark.parametrize("kind", ["lora", "shrink"])
+@pytest.mark.parametrize(
+    ("kind", "known"),
+    [
+        pytest.param("lora", True, id="lora-known licence"),
+        pytest.param("lora", False, id="lora-unknown licence", marks=pytest.mark.slow),
+        pytest.param("shrink", True, id="shrink-known licence", marks=pytest.mark.slow),
+        pytest.param("shrink", False, id="shrink-unknown licence"),
+    ],
+)
 def test_the_card_says_what_the_student_was_made_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, known: bool
 ) -> None:
