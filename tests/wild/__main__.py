@@ -1,5 +1,6 @@
 """Print two tables, of the reported and of random cases: `python -m tests.wild [FIRST [LAST]]`.
 
+`--export` takes the models of the random cases through the export instead, half a minute each.
 Exit code 1 if one of them is wrong, crashed, was silently different, or was taken though nobody
 can load it.
 """
@@ -19,6 +20,7 @@ from tabulate import tabulate
 
 import compress
 from tests.wild.configurations import CASES, Outcome, draw_case, outcomes
+from tests.wild.exports import exported
 from tests.wild.rows import rows
 
 
@@ -56,6 +58,18 @@ def table(first: int, last: int) -> list[Outcome]:
     return found
 
 
+def exports(first: int, last: int) -> list[str]:
+    """Print a row for the export of each case's model, and return the verdicts."""
+    verdicts = []
+    for number in range(first, last):
+        with tempfile.TemporaryDirectory() as folder:
+            verdict, what, found = exported(number, Path(folder))
+        cells = [[str(number), verdict, what, found]]
+        print(tabulate(cells, tablefmt="plain", maxcolwidths=[4, 10, 70, 70]), flush=True)
+        verdicts.append(verdict)
+    return verdicts
+
+
 def _row(outcome: Outcome) -> list[str]:
     losses = [f"{x:.5f}" if isinstance(x, float) else x for x in (outcome.ours, outcome.theirs)]
     return [str(outcome.case.number), outcome.verdict, outcome.what, *losses]
@@ -65,8 +79,10 @@ def main() -> None:
     """Run the cases that the arguments name."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     compress.quiet_libraries()
-    given = [int(argument) for argument in sys.argv[1:]]
+    given = [int(argument) for argument in sys.argv[1:] if argument != "--export"]
     first, last = (given + [0, CASES][len(given) :])[:2] if len(given) < 2 else given[:2]
+    if "--export" in sys.argv:
+        sys.exit(any(verdict.isupper() for verdict in exports(first, last)))
     wrong = any(verdict.isupper() for verdict in reported())
     print("\ncase, verdict, what it is, our loss, the loss of transformers and peft (nats a token)")
     counts = collections.Counter(outcome.verdict for outcome in table(first, last))

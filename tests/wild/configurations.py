@@ -297,7 +297,7 @@ def outcomes(case: Case, folder: Path) -> Iterator[Outcome]:
     """Make ``case`` below ``folder``; the loss of its model, then that of each adapter on it."""
     base = folder / "model"
     try:
-        _make_model(case, base)
+        make_case_model(case, base)
     except LimbeckError as error:
         yield Outcome(case, describe(case.config), str(error), "transformers cannot build it")
         return
@@ -325,7 +325,7 @@ def outcomes(case: Case, folder: Path) -> Iterator[Outcome]:
         yield Outcome(case, what, found, theirs)
 
 
-def _make_model(case: Case, folder: Path) -> None:
+def make_case_model(case: Case, folder: Path) -> None:
     """Save a model whose every weight, norms and biases included, is far from its start."""
     model: Any = random_model(case.config, vocab_size=258, seed=case.number, where=f"{case.number}")
     draw = torch.Generator().manual_seed(case.number)

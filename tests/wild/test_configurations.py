@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from limbeck.contract.errors import ModelError, ParityError
 from tests.architectures import SIZES
 from tests.wild.configurations import CASES, Outcome, draw_case, outcomes
+from tests.wild.exports import exported
 
 # The first cases: every architecture of docs/architectures.md, and one other.
 QUICK = range(len(SIZES) + 1)
@@ -51,3 +53,23 @@ def test_a_difference_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("compress.models.body.require_equal", lambda *_, **__: None)
     number = next(n for n in range(CASES) if draw_case(n).config.get("logits_scaling") == 4.0)
     assert "DIFFERENT" in {outcome.verdict for outcome in run(tmp_path, [number])}
+
+
+@pytest.mark.parametrize(
+    ("error", "verdict"),
+    [
+        (ParityError("fp32: KL 1"), "PARITY"),
+        (ModelError("no builder"), "refused"),
+        (KeyError("weight"), "CRASH"),
+    ],
+)
+def test_an_export_that_fails_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, verdict: str
+) -> None:
+    def fail(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("tests.wild.exports.export_student", fail)
+    found, _, what = exported(1, tmp_path)
+    assert found == verdict
+    assert str(error) in what
