@@ -114,6 +114,19 @@ def _no_tokenizer(folder: Path) -> None:
     _of_a_teacher({"kind": "local", "path": "models/bare"})(folder)
 
 
+def _of_another_task(folder: Path) -> None:
+    base = make_model(folder / "models" / "t5")
+    config = json.loads((base / "config.json").read_text())
+    config |= {"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}
+    (base / "config.json").write_text(json.dumps(config))
+    _of_a_teacher({"kind": "local", "path": "models/t5"})(folder)
+
+
+def _experts(folder: Path) -> None:
+    make_model(folder / "models" / "moe", model_type="mixtral", num_local_experts=4)
+    _recipe(student={"kind": "lora", "base": {"kind": "local", "path": "models/moe"}})(folder)
+
+
 def _adapter(weights: str = "adapter_model.safetensors", **config: Any) -> Mistake:
     def make(folder: Path) -> None:
         adapter = folder / "adapters" / "legal"
@@ -188,10 +201,14 @@ SECTIONS: dict[str, dict[str, Mistake]] = {
         "The folder is not there": _of_a_teacher({"kind": "local", "path": "models/bsae"}),
         "The weights are a pickle": _pickle,
         "The folder has no tokenizer": _no_tokenizer,
+        "The model does another task": _of_another_task,
+        "The student could not be exported": _experts,
         "A weight is not a number": _nan,
         "The tokenizer has more tokens than the model": _too_many_tokens,
         "The folder of the adapter is not there": _adapter_path,
         "The adapter's weights are a pickle": _adapter("adapter_model.bin"),
+        "The adapter is of mlx-lm": _adapter("adapters.safetensors"),
+        "The adapter is of a classifier": _adapter(task_type="SEQ_CLS"),
         "The adapter is of a kind that changes more than layers": _adapter(
             peft_type="PROMPT_TUNING", num_virtual_tokens=4
         ),

@@ -18,12 +18,13 @@ import pyarrow.parquet
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from compress.data.blocks import conversations
 from compress.data.documents import documents
 from compress.data.packing import special_prefix
 from compress.models.language import load_tokenizer
+from compress.teachers.pairs import pair_teachers
 from export.build.choice import choose_backend
 from export.build.surgery import attention_windows
 from limbeck.app.given import exported_folder, require_made
@@ -40,8 +41,10 @@ from serve_bench.worker.runtimes import TorchEager
 from tests.compress.data.test_conversations import MARKED as TOOL_TEMPLATE
 from tests.pico import make_model, make_tokenizer
 from tests.serve_bench.serve.test_refusals import CHATS, COMPLETIONS
+from tests.tokenizers import END, byte_level
 from tests.wild.adapters import IDS, load, make_adapter, make_base, our_logits, peft_logits, teacher
 from tests.wild.test_files import with_template
+from tests.wild.test_tokenizers import lowering, starting
 
 _Q = ["q_proj", "v_proj"]
 
@@ -66,7 +69,7 @@ class Row:
 def rows(folder: Path) -> Iterator[Row]:
     """Every case, made below ``folder``, which must be the working directory. Asks no network."""
     with patch("huggingface_hub.constants.HF_HUB_OFFLINE", True):
-        for part in (_adapters, _tokenizers, _models, _files, _commands):
+        for part in (_adapters, _tokenizers, _readings, _models, _files, _commands):
             yield from part(folder)
 
 
@@ -180,6 +183,28 @@ def _tokenizers(root: Path) -> Iterator[Row]:
         )
 
 
+def _readings(root: Path) -> Iterator[Row]:
+    """Teachers that have the student's tokens and read a text in another way."""
+    student = make_base(root / "own-tokens", tied=True, vocab_size=340)
+    for what, tokenizer in {
+        "puts a BOS before a text": starting(byte_level(), "<bos>"),
+        "lower-cases a text": lowering(byte_level()),
+    }.items():
+        PreTrainedTokenizerFast(tokenizer_object=byte_level(), eos_token=END).save_pretrained(
+            student
+        )
+        folder = make_base(root / what.partition(" ")[0], tied=True, vocab_size=340)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END).save_pretrained(folder)
+        text = "The cat sat on the mat, and the Dog"
+        pair = pair_teachers(student, {"t": folder})[0]
+        mine = torch.tensor([load_tokenizer(student)(text)["input_ids"]])
+        yield Row(
+            f"teacher: has the student's tokens and {what}",
+            str(pair.align(mine).texts[0] if pair else mine[0].tolist()),
+            str(AutoTokenizer.from_pretrained(folder)(text)["input_ids"]),
+        )
+
+
 def _models(root: Path) -> Iterator[Row]:
     stray = make_model(root / "stray", sliding_window=4)
     yield Row(
@@ -225,6 +250,12 @@ def _files(root: Path) -> Iterator[Row]:
         _said(lambda: tokenizer(half)),
         "^a\ufffdb$",
     )
+    (root / "array.jsonl").write_text('[{"text": "a"},\n {"text": "b"}]')
+    yield Row(
+        "a JSON array in a .jsonl file",
+        str([*documents(root / "array.jsonl", JsonLines(kind="jsonl"))]),
+        str([row["text"] for row in json.loads((root / "array.jsonl").read_text())]),
+    )
     (root / "half.jsonl").write_text(json.dumps({"text": half}))
     yield Row(
         "a lone surrogate in JSON lines",
@@ -237,6 +268,13 @@ def _files(root: Path) -> Iterator[Row]:
     for name in ("text/my [2024] notes.txt", "text/b.txt"):
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text("text")
+    (root / "text" / "loop").symlink_to(".")
+    (root / "text" / "again.txt").symlink_to("b.txt")
+    yield Row(
+        "'text/**/*.txt', with a link back to the folder and one to a file",
+        str(len(text_files(FileText(kind="files", paths=("text/**/*.txt",)), folder=root))),
+        str(len(list((root / "text").glob("[bm]*.txt")))),
+    )
     for given, count in (("text/my [2024] notes.txt", 1), ("text/*.txt", 2), ("text", 2)):
         source = FileText(kind="files", paths=(given,))
         read = text_source(given)["paths"][0]
