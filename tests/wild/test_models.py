@@ -18,7 +18,7 @@ from limbeck.contract.errors import ModelError
 from limbeck.contract.recipe import Features
 from limbeck.contract.sources.preflight import preflight
 from tests.pico import make_model, pico_recipe
-from tests.wild.adapters import IDS, load, make_base
+from tests.wild.adapters import IDS, load, make_base, our_logits, teacher
 
 
 def test_a_stored_head_survives_a_configuration_that_ties_it(tmp_path: Path) -> None:
@@ -81,6 +81,47 @@ def test_sizes_that_do_not_go_together_are_an_error_of_the_model(tmp_path: Path)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         load(folder)(input_ids=IDS)
     with pytest.raises(ModelError, match="HeliumForCausalLM cannot answer a test batch"):
+        load_model(folder)
+
+
+def parts(folder: Path) -> Path:
+    """A model in two files, as transformers saves a large one."""
+    folder = make_base(folder, tied=False)
+    load(folder).save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    return folder
+
+
+def test_a_model_in_parts_needs_all_of_them(tmp_path: Path) -> None:
+    folder = parts(tmp_path / "model")
+    torch.testing.assert_close(
+        our_logits([teacher("one", folder, None)])[0], load(folder)(input_ids=IDS).logits
+    )
+    first = sorted(folder.glob("model-*.safetensors"))[1]
+    first.rename(folder / "elsewhere.safetensors")
+    recipe = pico_recipe(student={"kind": "lora", "base": {"kind": "local", "path": str(folder)}})
+    (mistake,) = preflight(recipe)
+    assert f"{folder}: {first.name} is missing, one of 1 of the " in mistake
+    (folder / "model.safetensors.index.json").unlink()
+    (mistake,) = preflight(recipe)
+    assert "neither model.safetensors nor model.safetensors.index.json" in mistake
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"attn_implementation": "flash_attention_2"}, "Take attn_implementation out of its conf"),
+        ({"pad_token_id": 999}, "AssertionError: Padding_idx must be within num_embeddings"),
+        ({"use_return_dict": False}, "AttributeError: .*use_return_dict"),
+    ],
+)
+def test_whatever_transformers_raises_is_an_error_of_the_model(
+    tmp_path: Path, fields: dict[str, Any], problem: str
+) -> None:
+    folder = config_only(tmp_path / "model", **fields)
+    with pytest.raises((ImportError, AssertionError, AttributeError)):
+        load(folder)
+    with pytest.raises(ModelError, match=problem):
         load_model(folder)
 
 

@@ -47,8 +47,24 @@ def load_pretrained(
         raise ModelError(
             f"{where}: its weights cannot be read ({error}); copy or download the folder again."
         ) from error
-    except (ValueError, TypeError, KeyError, OSError, RuntimeError, StrictDataclassError) as error:
-        raise ModelError(f"{where}: transformers cannot load it as {what}: {error}") from error
+    except ImportError as error:  # of a kind of attention, most often
+        raise ModelError(
+            f"{where}: {' '.join(str(error).split())} Take attn_implementation out of its "
+            "config.json."
+        ) from error
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        StrictDataclassError,
+    ) as error:
+        raise ModelError(
+            f"{where}: transformers cannot load it as {what}: {type(error).__name__}: {error}"
+        ) from error
 
     def is_fresh(name: str) -> bool:
         return fresh is not None and fresh(model, name)

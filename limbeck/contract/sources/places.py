@@ -97,5 +97,5 @@ def read_object(path: Path) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); save the dataset again.") from None
+        raise DataError(f"{path}: cannot be read ({error}); write or copy it again.") from None
     return found

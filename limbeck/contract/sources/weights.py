@@ -53,7 +53,28 @@ def check_weights(path: Path) -> None:
                 "`save_pretrained(…)` it again, which writes safetensors."
             )
         raise ModelError(f"{path}: no weights; expected *.safetensors beside config.json.")
+    _require_whole(path)
     stored_form(path)
+
+
+def _require_whole(folder: Path) -> None:
+    """Raise `ModelError` unless the files are there from which transformers reads a model."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return
+    if not index.is_file():
+        found = min(path.name for path in folder.glob("*.safetensors"))
+        raise ModelError(
+            f"{folder}: neither model.safetensors nor {index.name}, which lists the files of a "
+            f"model in parts (found: {found}). Copy or download the folder again."
+        )
+    named = read_object(index).get("weight_map")
+    names = sorted(set(map(str, named.values()))) if isinstance(named, dict) else []
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise ModelError(
+            f"{folder}: {missing[0]} is missing, one of {len(missing)} of the {len(names)} files "
+            f"that {index.name} lists. Copy or download the folder again."
+        )
 
 
 def stored_form(folder: Path) -> str | None:
