@@ -27,6 +27,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from compress.data.chat import chat_template, turn_end
 from compress.data.prompts import first_tokens
 from compress.head import IGNORED
 from compress.models.body import causal_lm
@@ -101,6 +102,8 @@ class OwnText:
         added = tokenizer.added_tokens_decoder if plain else {}
         self._forbidden = sorted(set(added) - {tokenizer.eos_token_id})
         self._chat = [isinstance(d.text.format, ChatRows) for d in recipe.data.domains]
+        end = turn_end(tokenizer, chat_template(tokenizer)) if any(self._chat) else None
+        self._end_of_turn = tokenizer.convert_tokens_to_ids(end.strip()) if end else None
         self.places = [d.name for d in recipe.data.domains]
         self._prompts: list[list[int]] = []
         if config.prompts.text is not None:
@@ -206,10 +209,10 @@ class OwnText:
         ]
 
     def _ends(self, lm: Any) -> list[int]:
-        """Ids that end a text: the tokenizer's and the generation config's."""
+        """Ids that end a text: the tokenizer's, the generation config's and the chat template's."""
         ends = lm.generation_config.eos_token_id
         several = ends if isinstance(ends, list) else [ends]
-        found = {self._tokenizer.eos_token_id, *several} - {None}
+        found = {self._tokenizer.eos_token_id, self._end_of_turn, *several} - {None}
         return sorted(end for end in found if end < self._vocabulary)
 
     # Telling -------------------------------------------------------------------------------------

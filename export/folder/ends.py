@@ -6,19 +6,27 @@ import json
 from pathlib import Path
 from typing import Any
 
+from limbeck.contract.errors import DataError
+from limbeck.runtime.chat import render
+from limbeck.runtime.text import load_text
+
+_ANSWER = "\ue000answer\ue001"  # private use: no template means anything by it
+
 
 def end_tokens(model: Path) -> list[int]:
     """Ids of all end tokens of the transformers folder ``model``, those of its generation
     configuration first.
 
     A chat model's turn ends with its tokenizer's end token, which its generation configuration may
-    not name.
+    not name; or with one that only its chat template names, as in conversations on a base model.
     """
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
         ends = _read(model / name).get("eos_token_id")
         found += [ends] if isinstance(ends, int) else list(ends or ())
     if (end := _id_of(model, _read(model / "tokenizer_config.json").get("eos_token"))) is not None:
+        found.append(end)
+    if (end := _end_of_turn(model)) is not None:
         found.append(end)
     return list(dict.fromkeys(found))
 
@@ -33,6 +41,27 @@ def first_tokens(model: Path) -> list[int]:
     special: list[int] = encoded.special_tokens_mask
     count = special.index(0) if 0 in special else 0
     return list(encoded.ids[:count])
+
+
+def _end_of_turn(model: Path) -> int | None:
+    """The special token that the chat template writes after an answer, whatever follows."""
+    if not (model / "tokenizer.json").is_file():
+        return None
+    text = load_text(model)
+    if text.template is None:
+        return None
+    user = {"role": "user", "content": "Hi"}
+    talk = [user, {"role": "assistant", "content": _ANSWER}]
+    try:
+        shown = [render(text.template, [*talk, *more], text.special) for more in ([], [user])]
+    except DataError:  # the template wants other messages
+        return None
+    behind = [part.partition(_ANSWER)[2].lstrip() for part in shown]
+    longest_first = sorted(text.unseen, key=len, reverse=True)
+    first = [next((t for t in longest_first if part.startswith(t)), None) for part in behind]
+    if first[0] is None or first[0] != first[1]:
+        return None
+    return int(text.tokenizer.token_to_id(first[0]))
 
 
 def _id_of(model: Path, token: Any) -> int | None:

@@ -12,6 +12,7 @@ from export.build.genai import build_genai
 from export.folder.clients import write_client_files
 from export.folder.ends import end_tokens, first_tokens
 from export.graphs import form_files
+from limbeck.runtime.text import load_text
 from tests.pico import make_model, make_tokenizer
 
 
@@ -35,6 +36,42 @@ def test_both_configurations_name_every_end_token(tmp_path: Path) -> None:
     assert written["eos_token_id"] == [256, 257]
     written = json.loads((tmp_path / "genai_config.json").read_text())
     assert written["model"]["eos_token_id"] == [256, 257]
+
+
+TURN = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content | trim }}<|turn|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [
+        (TURN, [256, 258]),  # as Qwen's base models, whose files name <|endoftext|> alone
+        (TURN.replace("<|turn|>", ""), [256]),
+        (TURN.replace("<|turn|>", "{{ eos_token }}"), [256]),
+        (TURN.replace("<|turn|>", "{% if not loop.last %}<|turn|>{% endif %}"), [256]),
+        ("{{ raise_exception('no') }}", [256]),
+    ],
+    ids=["turn", "no end", "eos", "between turns", "refuses"],
+)
+def test_the_token_by_which_only_the_chat_template_ends_a_turn_ends_an_answer(
+    tmp_path: Path, template: str, ends: list[int]
+) -> None:
+    model, tokenizer = make_model(tmp_path / "model", vocab_size=261), make_tokenizer()
+    names = ["<|turn|>", "<|user|>", "<|assistant|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": names})
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(model)
+    assert end_tokens(model) == ends
+    if 258 in ends:
+        talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+        written = tokenizer.apply_chat_template(talk)["input_ids"]
+        assert [token for token in written if token in ends] == [258, 258]
+    (tmp_path / "out").mkdir()
+    fp32 = form_files(tmp_path / "out", "fp32")
+    write_client_files(model, tmp_path / "out", graphs=[], shipped=fp32, genai=None)
+    assert load_text(tmp_path / "out").stop_ids == set(ends)
 
 
 @pytest.mark.parametrize(
