@@ -171,7 +171,8 @@ def test_models_of_other_kinds_are_told_apart(tmp_path: Path) -> None:
         ),
         ({"question": "a", "answer": "b"}, "its rows have question, answer, .*content.: question"),
         ({"text": ["a"]}, r"its rows have text \(list\), and it is unclear which is the text"),
-        (["a"], "line 2: list, where an object was expected"),
+        (7, "line 2: int, where an object was expected"),
+        (["a"], "not JSON: Extra data; expected one array, or one object a line"),
     ],
 )
 def test_rows_are_told_by_the_first_of_them(

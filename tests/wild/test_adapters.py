@@ -340,23 +340,6 @@ def test_adapters_that_are_no_layers_are_refused_by_name(
         our_logits([teacher("one", bases[True], adapter)])
 
 
-def test_adapters_of_other_tasks_and_programs_are_named(
-    bases: dict[bool, Path], tmp_path: Path
-) -> None:
-    from peft import get_peft_model
-    from transformers import AutoModelForSequenceClassification
-
-    model = AutoModelForSequenceClassification.from_pretrained(bases[True], num_labels=3)
-    config = LoraConfig(target_modules=_Q, task_type="SEQ_CLS")
-    get_peft_model(model, config).save_pretrained(adapter := tmp_path / "classes")
-    with pytest.raises(ModelError, match=r"of a model for another task \(SEQ_CLS\)"):
-        adapter_facts(adapter)
-    (adapter / "adapter_model.safetensors").rename(adapter / "adapters.safetensors")
-    (adapter / "adapter_config.json").write_text('{"fine_tune_type": "lora", "num_layers": 2}')
-    with pytest.raises(ModelError, match=r"is an adapter of mlx-lm.*mlx_lm\.fuse"):
-        adapter_facts(adapter)
-
-
 def changed(adapter: Path, **fields: Any) -> None:
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification
 
 from compress.loop import setup
 from compress.models.body import Body
 from compress.models.language import load_model, random_model
 from limbeck.app.products import mistakes
 from limbeck.contract.errors import ModelError
+from limbeck.contract.models.adapters import adapter_facts
 from limbeck.contract.recipe import Features
 from limbeck.contract.sources.preflight import preflight
 from tests.pico import make_model, pico_recipe
@@ -123,6 +126,19 @@ def test_whatever_transformers_raises_is_an_error_of_the_model(
         load(folder)
     with pytest.raises(ModelError, match=problem):
         load_model(folder)
+
+
+def test_adapters_of_other_tasks_and_programs_are_named(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", tied=True)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    config = LoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS")
+    get_peft_model(model, config).save_pretrained(adapter := tmp_path / "classes")
+    with pytest.raises(ModelError, match=r"of a model for another task \(SEQ_CLS\)"):
+        adapter_facts(adapter)
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapters.safetensors")
+    (adapter / "adapter_config.json").write_text('{"fine_tune_type": "lora", "num_layers": 2}')
+    with pytest.raises(ModelError, match=r"is an adapter of mlx-lm.*mlx_lm\.fuse"):
+        adapter_facts(adapter)
 
 
 def config_only(folder: Path, **fields: Any) -> Path:
