@@ -1,8 +1,9 @@
-"""Models whose files hold quantised weights, held to transformers."""
+"""Models whose files hold quantised or half weights, held to transformers and peft."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,20 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from compress.models.language import load_model
 from limbeck.contract.errors import ModelError
+from limbeck.contract.models.adapters import attach, merged
 from limbeck.contract.sources.preflight import preflight
 from serve_bench.worker.runtimes import TorchEager
 from tests.pico import make_model, make_tokenizer, pico_recipe
-from tests.wild.adapters import IDS, load, make_adapter, our_logits, teacher
+from tests.wild.adapters import (
+    IDS,
+    LAYERS,
+    load,
+    make_adapter,
+    make_base,
+    our_logits,
+    peft_logits,
+    teacher,
+)
 
 
 def stored(root: Path, bits: int) -> tuple[Path, Path]:
@@ -79,3 +90,23 @@ def test_forms_that_need_another_library_are_refused_by_name(
     recipe = pico_recipe(student={"kind": "lora", "base": {"kind": "local", "path": str(base)}})
     (mistake,) = preflight(recipe)
     assert f"student.base: {base}: its weights are stored as {method}" in mistake
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_base_in_shards_carries_its_adapter_everywhere(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    plain = make_base(tmp_path / "plain", tied=False)
+    base = tmp_path / "base"
+    shutil.copytree(plain, base, ignore=shutil.ignore_patterns("*.safetensors"))
+    load(plain).to(dtype).save_pretrained(base, max_shard_size="20KB")
+    assert len(list(base.glob("*.safetensors"))) > 1
+    adapter = make_adapter(base, tmp_path / "adapter", LoraConfig(target_modules=LAYERS))
+    right = peft_logits(base, adapter)
+    close: dict[str, float] = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(our_logits([teacher("one", base, adapter)])[0], right, **close)
+    arm = TorchEager(model=str(base), adapter=str(adapter), threads=1)
+    torch.testing.assert_close(torch.from_numpy(arm.score(IDS[0].numpy())), right[0], **close)
+    whole = merged(attach(load(base), adapter), where="the base")
+    with torch.no_grad():
+        torch.testing.assert_close(whole(input_ids=IDS).logits, right, **close)
