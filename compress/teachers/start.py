@@ -55,7 +55,9 @@ class Start:
     seed: int = 0
 
     def apply(self, model: Any, base: Path) -> None:
-        """Put the merged weights into ``model``, which has the shape of ``base``."""
+        """Put the merged weights into ``model``, which holds those of ``base``."""
+        if not self.teachers:  # the base itself
+            return
         states = {name: parameters(folder) for name, folder in self.teachers.items()}
         start = parameters_of(load_model(base))
         load_merged(model, merged(self.merge, start, states, seed=self.seed))
@@ -152,7 +154,8 @@ def choose_start(
     kept in the cache. Raises `ModelError` for the base, and the errors of ``among``.
     """
     model = load_model(base, device=device)
-    start = parameters_of(load_model(base))
+    # A merge replaces the model's tensors, so these keep the base's values.
+    start = {name: values.cpu() for name, values in parameters_of(model).items()}
     states = {}
     for teacher in teachers:
         try:
