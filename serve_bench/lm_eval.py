@@ -150,9 +150,7 @@ def _adapter(artifact: Path, *, form: str | None, threads: int | None) -> Any:
         def tok_encode(
             self, string: str, add_special_tokens: bool | None = None, **_: Any
         ) -> list[int]:
-            """Token ids, special tokens as the tokenizer's own post-processor adds them unless told
-            otherwise.
-            """
+            """Token ids, with the tokenizer's special tokens if they are asked for."""
             return list(
                 text.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)).ids
             )

@@ -77,8 +77,8 @@ def render(
             refused = f" (of a part of it: {str(error).removeprefix(f'{where}: ')})"
     raise DataError(
         f"{where}: the chat template changes this conversation so that its answers cannot be "
-        f"told from the rest{refused}. Put {{% generation %}} and {{% endgeneration %}} around the "
-        "answer in the template, or leave the row out."
+        f"separated from the rest{refused}. Put {{% generation %}} and {{% endgeneration %}} "
+        "around the answer in the template, or leave the row out."
     )
 
 

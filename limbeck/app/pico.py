@@ -272,7 +272,7 @@ def architecture(source: ModelSource | OnnxModel, recipe: AnyRecipe, *, where: s
     )
     if found is None:
         raise ModelError(
-            f"{where}: the architecture of {name} cannot be told from its name; known are "
+            f"{where}: the architecture of {name} cannot be found from its name; known are "
             f"{', '.join(family.names)}. Point to a local folder with a config.json instead."
         )
     return found

@@ -92,7 +92,7 @@ def test_a_cut_keeps_the_most_that_fits_in_either_form(tmp_path: Path) -> None:
     assert chosen.form == ("int8-weight" if planned["int8-weight"] <= most else "int4-weight")
 
 
-def test_what_cannot_be_is_told_and_nothing_is_written(tmp_path: Path) -> None:
+def test_what_cannot_be_is_reported_and_nothing_is_written(tmp_path: Path) -> None:
     result = init(0.01)
     assert result.exit_code == 2
     assert "no student of that size from these models; the smallest is " in result.stderr

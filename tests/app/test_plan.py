@@ -447,7 +447,7 @@ def test_shrinking_tells_the_architecture_by_configuration_or_name(tmp_path: Pat
     assert teacher.model.model_dump()["config"]["model_type"] == "gpt2"
     odd = {"name": "t", "model": {"kind": "hub", "id": "someone/something"}}
     with pytest.raises(
-        ModelError, match=r"teachers\.0: the architecture of someone/something cannot be told"
+        ModelError, match=r"teachers\.0: the architecture of someone/something cannot be found"
     ):
         pico.shrink_to_pico(parse_recipe(tree | {"teachers": [odd]}))
     result = CliRunner().invoke(app, ["run", "pico", "--shrink-to", "nano"])

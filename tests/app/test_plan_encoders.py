@@ -277,7 +277,9 @@ def test_the_command_plans_encoders(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_bad_input_is_told_in_one_line(over: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_bad_input_is_reported_in_one_line(
+    over: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     path = write(tmp_path / "bad.yaml", classifier_recipe(), **over)
     result = call("plan", str(path))
     assert result.exit_code == 2, result.output
@@ -310,7 +312,7 @@ def test_what_cannot_be_told_or_given_text_is_named() -> None:
         student={"kind": "full", "base": {"kind": "hub", "id": "someone/mobilebert"}}
     )
     with pytest.raises(
-        ModelError, match=r"student\.base: the architecture of someone/mobilebert cannot be told"
+        ModelError, match=r"student\.base: the architecture of someone/mobilebert cannot be found"
     ):
         pico.shrink_to_pico(odd)
     many = [{**CLASSES[0], "name": f"c{index}"} for index in range(2000)]

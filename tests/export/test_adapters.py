@@ -21,7 +21,7 @@ from limbeck.contract.data.heldout import CALIBRATION, HELDOUT, save_calibration
 from limbeck.contract.errors import ArtifactError, RecipeError
 from limbeck.runtime.decoder import Decoder
 from tests.pico import make_blocks, make_model, pico_recipe
-from tests.wild.adapters import peft_logits
+from tests.wild.cases.adapters import peft_logits
 
 FORMS = ["fp32", "int8-dynamic", {"kind": "int8-weight", "block_size": 16}]
 PROMPT = list(range(40, 52))

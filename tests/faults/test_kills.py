@@ -78,7 +78,9 @@ def test_the_harness_finds_what_is_left_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "case", _quick(CASES[:-1], "artifact, replaced", "text, replaced"), ids=lambda case: case.name
 )
-def test_a_disk_that_is_full_at_any_page_is_told_and_survived(tmp_path: Path, case: Case) -> None:
+def test_a_disk_that_is_full_at_any_page_is_reported_and_survived(
+    tmp_path: Path, case: Case
+) -> None:
     try:
         row = fill_disks(case, tmp_path, step=4, wanted=EnvironmentalError)
     except NoMount as error:

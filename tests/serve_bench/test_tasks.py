@@ -98,7 +98,7 @@ def test_figures_are_paired_with_their_errors() -> None:
     assert "| x | acc | 0.5000 | 0.1000 | 4 |" in table
 
 
-def test_mistakes_are_told(exported: Artifact, tmp_path: Path) -> None:
+def test_mistakes_are_reported(exported: Artifact, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         evaluate(exported.path, tasks=["choose"], include_path=tmp_path / "gone")
     if importlib.util.find_spec("lm_eval") is None:

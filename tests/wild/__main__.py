@@ -19,9 +19,9 @@ from unittest.mock import patch
 from tabulate import tabulate
 
 import compress
-from tests.wild.configurations import CASES, Outcome, draw_case, outcomes
-from tests.wild.exports import exported
-from tests.wild.rows import rows
+from tests.wild.cases.configurations import CASES, Outcome, draw_case, outcomes
+from tests.wild.cases.exports import exported
+from tests.wild.cases.rows import rows
 
 
 def reported() -> list[str]:

@@ -45,7 +45,7 @@ from limbeck.contract.models.loading import require_finite
 from limbeck.contract.recipe import LoraStudent, RandomModel
 from serve_bench.worker.runtimes import TorchEager
 from tests.pico import make_tokenizer
-from tests.wild.adapters import (
+from tests.wild.cases.adapters import (
     IDS,
     LAYERS,
     load,

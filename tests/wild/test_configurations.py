@@ -11,8 +11,8 @@ import pytest
 
 from limbeck.contract.errors import ModelError, ParityError
 from tests.architectures import SIZES
-from tests.wild.configurations import CASES, Outcome, draw_case, outcomes
-from tests.wild.exports import exported
+from tests.wild.cases.configurations import CASES, Outcome, draw_case, outcomes
+from tests.wild.cases.exports import exported
 
 # The first cases: every architecture of docs/architectures.md, and one other.
 QUICK = range(len(SIZES) + 1)
@@ -69,7 +69,7 @@ def test_an_export_that_fails_is_seen(
     def fail(**_: object) -> None:
         raise error
 
-    monkeypatch.setattr("tests.wild.exports.export_student", fail)
+    monkeypatch.setattr("tests.wild.cases.exports.export_student", fail)
     found, _, what = exported(1, tmp_path)
     assert found == verdict
     assert str(error) in what

@@ -21,7 +21,7 @@ from limbeck.contract.models.adapters import adapter_facts
 from limbeck.contract.recipe import Features
 from limbeck.contract.sources.preflight import preflight
 from tests.pico import make_model, pico_recipe
-from tests.wild.adapters import IDS, load, make_base, our_logits, teacher
+from tests.wild.cases.adapters import IDS, load, make_base, our_logits, teacher
 
 
 def test_a_stored_head_survives_a_configuration_that_ties_it(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from peft import LoraConfig
 
 from limbeck.contract.errors import ModelError
 from tests.pico import make_tokenizer
-from tests.wild.adapters import make_adapter, make_base, our_logits, peft_logits, teacher
+from tests.wild.cases.adapters import make_adapter, make_base, our_logits, peft_logits, teacher
 
 
 @pytest.mark.parametrize(

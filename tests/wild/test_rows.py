@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.wild.rows import Row, rows
+from tests.wild.cases.rows import Row, rows
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers and peft, on what they get wrong

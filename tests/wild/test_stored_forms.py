@@ -19,7 +19,7 @@ from limbeck.contract.models.adapters import attach, merged
 from limbeck.contract.sources.preflight import preflight
 from serve_bench.worker.runtimes import TorchEager
 from tests.pico import make_model, make_tokenizer, pico_recipe
-from tests.wild.adapters import (
+from tests.wild.cases.adapters import (
     IDS,
     LAYERS,
     load,

@@ -24,7 +24,7 @@ from limbeck.contract.sources.teacher_tokens import compare_tokenizers
 from limbeck.runtime.text import Text, load_text
 from tests.pico import CHAT, make_model, make_tokenizer, pico_recipe
 from tests.tokenizers import END, byte_level, piece_level
-from tests.wild.adapters import load, make_base, teacher
+from tests.wild.cases.adapters import load, make_base, teacher
 
 TEXT = "the cat sat on the mat, and the Dog sat on the log; 1234 5678"
 

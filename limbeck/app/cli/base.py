@@ -65,12 +65,12 @@ class Commands(TyperGroup):
         except OSError as error:
             from limbeck.contract.files import explained  # slow to import
 
-            if (told := explained(error)) is None:
+            if (shown := explained(error)) is None:
                 raise
             if error.filename is None:  # standard output; the interpreter would try again
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            print(f"limbeck: {told}", file=sys.stderr)
-            raise SystemExit(told.exit_code) from None
+            print(f"limbeck: {shown}", file=sys.stderr)
+            raise SystemExit(shown.exit_code) from None
 
 
 app = typer.Typer(

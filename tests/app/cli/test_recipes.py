@@ -135,7 +135,7 @@ def test_a_wrong_recipe_is_one_message_and_exit_2(
     assert not Path("runs").exists()
 
 
-def test_missing_files_and_empty_text_are_told_before_anything_runs(tmp_path: Path) -> None:
+def test_missing_files_and_empty_text_are_reported_before_anything_runs(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     for path, expected in (("gone.txt", "no such file"), ("empty.txt", "every file is empty")):
         (tmp_path / "mine.yaml").write_text(
@@ -167,7 +167,7 @@ def test_a_teacher_without_safetensors_is_refused(
     assert expected in result.stderr
 
 
-def test_set_is_applied_and_its_mistakes_are_told(
+def test_set_is_applied_and_its_mistakes_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mine.yaml").write_text(GOOD)

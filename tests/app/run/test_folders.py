@@ -84,7 +84,7 @@ def test_two_runs_cannot_share_a_folder(stages: Stages) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
-def test_a_folder_that_cannot_be_made_is_told(
+def test_a_folder_that_cannot_be_made_is_reported(
     stages: Stages, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     def refused(*_: Any, **__: Any) -> None:
@@ -99,7 +99,7 @@ def test_a_folder_that_cannot_be_made_is_told(
             pipeline.run(loaded, out=Path("out"))
 
 
-def test_a_full_disk_is_told(stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported(stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(**_: Any) -> Artifact:
         raise OSError(28, "No space left on device")
 

@@ -20,7 +20,7 @@ from tests.app.run.stages import Stages, recipe
 # Order --------------------------------------------------------------------------------------------
 
 
-def test_stages_run_in_order_and_the_verdict_is_told(
+def test_stages_run_in_order_and_the_verdict_is_reported(
     stages: Stages, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loaded = load_recipe(recipe("alone"))
@@ -145,7 +145,7 @@ def test_recipes_made_from_each_other_are_refused(stages: Stages) -> None:
     assert stages.called == []
 
 
-def test_every_mistake_of_every_teacher_is_told_before_anything_runs(stages: Stages) -> None:
+def test_every_mistake_of_every_teacher_is_reported_before_anything_runs(stages: Stages) -> None:
     recipe("bad", more="fusion: {weigt: 1}\n")
     recipe("hungry")
     Path("hungry.yaml").write_text(Path("hungry.yaml").read_text().replace("abc.py", "gone.py"))

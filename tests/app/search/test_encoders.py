@@ -445,7 +445,7 @@ def test_each_form_of_a_student_is_measured_with_the_same_weights(
         ),
     ],
 )
-def test_wrong_input_is_told(over: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_wrong_input_is_reported(over: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=said):
         search(classifiers(**over), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -210,9 +210,9 @@ def test_a_budget_that_nothing_fits_is_said_before_anything_is_trained(tmp_path:
     assert not (tmp_path / "out" / "healing").exists()
     left = load_recipe(tmp_path / "out" / module.NEAREST)
     assert left.gates.max_size_mb == 0.01
-    told = "ts gates are the budget's, which are not kept: it fails unless they are raised"
-    assert told in found.sentence
-    assert told in left.text
+    said = "ts gates are the budget's, which are not kept: it fails unless they are raised"
+    assert said in found.sentence
+    assert said in left.text
     result = json.loads((tmp_path / "out" / module.RESULT).read_text())
     assert all(c["out"].startswith("planned") for c in result["candidates"])
     with pytest.raises(ArtifactError, match="another recipe or budget"):
@@ -366,7 +366,9 @@ def test_a_folder_of_something_else_is_left_as_it_is(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["text"]
 
 
-def test_wrong_input_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_input_is_reported_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for override, said in (
         ("budget={hours: 2}", "a search needs a bound to keep to"),

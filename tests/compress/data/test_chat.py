@@ -104,11 +104,11 @@ def test_answers_are_what_the_template_made_of_them(
         ),
         (
             "{% for m in messages %}{{ m['content'] | upper }}{{ m['content'] }}{% endfor %}",
-            "here: .*cannot be told from",
+            "here: .*cannot be separated from",
         ),
         (
             "{{ messages[0]['content'] }}",
-            "here: .* cannot be told from the rest. Put {% generation %}",
+            "here: .* cannot be separated from the rest. Put {% generation %}",
         ),
         (
             "{% if messages | length < 2 %}{{ raise_exception('Conversation roles must alternate') "

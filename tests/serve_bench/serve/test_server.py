@@ -171,7 +171,7 @@ def test_stopping_lets_streams_finish_and_takes_no_more(
     assert not thread.is_alive()
 
 
-def test_a_stream_that_outlives_the_grace_is_told(
+def test_a_stream_that_outlives_the_grace_is_reported(
     served: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(served.path, grace=0.05) as server, connect(server) as client:

@@ -27,7 +27,7 @@ from compress.teachers.live import TeacherFolder, Teachers
 from limbeck.contract.errors import LimbeckError
 from tests.architectures import SIZES
 from tests.pico import make_tokenizer
-from tests.wild.adapters import load, make_adapter, peft_model, teacher
+from tests.wild.cases.adapters import load, make_adapter, peft_model, teacher
 
 CASES = 200
 TOLERANCE = 1e-4  # nats a token, of losses up to 100; fp32 rounds larger ones by more

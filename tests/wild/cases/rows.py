@@ -42,7 +42,15 @@ from tests.compress.data.test_conversations import MARKED as TOOL_TEMPLATE
 from tests.pico import make_model, make_tokenizer
 from tests.serve_bench.serve.test_refusals import CHATS, COMPLETIONS
 from tests.tokenizers import END, byte_level
-from tests.wild.adapters import IDS, load, make_adapter, make_base, our_logits, peft_logits, teacher
+from tests.wild.cases.adapters import (
+    IDS,
+    load,
+    make_adapter,
+    make_base,
+    our_logits,
+    peft_logits,
+    teacher,
+)
 from tests.wild.test_files import with_template
 from tests.wild.test_tokenizers import lowering, starting
 

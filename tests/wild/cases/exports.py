@@ -8,7 +8,7 @@ from pathlib import Path
 from export import export_student
 from limbeck.contract.errors import LimbeckError, ParityError
 from tests.pico import make_student, pico_recipe
-from tests.wild.configurations import describe, draw_case, make_case_model
+from tests.wild.cases.configurations import describe, draw_case, make_case_model
 
 _FORMS = ("fp32", "int8-weight")
 
