@@ -8,7 +8,9 @@ local; nothing is fetched. lm-eval is the extra `[eval]`; it is imported when it
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +62,17 @@ def evaluate(
     opened = open_artifact(artifact, kind="onnx")
     model = _adapter(artifact, form=form, threads=threads)
     try:
-        found = lm_eval.simple_evaluate(
-            model=model,
-            tasks=list(tasks),
-            task_manager=manager,
-            limit=limit,
-            num_fewshot=shots,
-            log_samples=False,
-            bootstrap_iters=1000,
-            verbosity="ERROR",
-        )
+        with redirect_stdout(sys.stderr):  # it prints what it does, and ours is the result alone
+            found = lm_eval.simple_evaluate(
+                model=model,
+                tasks=list(tasks),
+                task_manager=manager,
+                limit=limit,
+                num_fewshot=shots,
+                log_samples=False,
+                bootstrap_iters=1000,
+                verbosity="ERROR",
+            )
     except (OSError, ConnectionError, ValueError) as error:
         # datasets raises these for files that are not there and for sets that it would have to
         # fetch.

@@ -129,14 +129,48 @@ generate made abc
 init --teacher made/student/model --data text --target-mb 1 --out mine.yaml
 eval made --tasks none
 """
+# Commands of minutes, on as little as they take.
+_LONG_COMMANDS = """
+run pico --out whole --set training.tokens=1024 --set bench.minutes=0.05
+bench whole --against whole#fp32 --out timed --set bench.minutes=0.05
+ablate pico --arms uniform --seeds 1 --out arms --set training.tokens=1024
+cache pico --set training.tokens=1024 --set training.teacher_cache=hidden
+search pico --out best --set budget.size_mb=0.6 --set budget.tpot_ms=50 SMALL
+serve whole --port 8123
+"""
+_SMALL = (
+    "--set training.tokens=2048 --set bench.minutes=0.05 --set search.depths=[1.0,0.5] "
+    "--set search.widths=[0.5]"
+)
+# Serves for a while, answers a request, and is asked to stop.
+_SERVE = """
+import json, signal, subprocess, sys, time, urllib.request
+server = subprocess.Popen(sys.argv[1:])
+for attempt in range(60):
+    time.sleep(1)
+    try:
+        urllib.request.urlopen("http://127.0.0.1:8123/health", timeout=5)
+        break
+    except OSError:
+        pass
+names = json.load(urllib.request.urlopen("http://127.0.0.1:8123/v1/models"))["data"]
+asked = json.dumps({"model": names[0]["id"], "prompt": "abc", "max_tokens": 4}).encode()
+request = urllib.request.Request(
+    "http://127.0.0.1:8123/v1/completions", asked, {"Content-Type": "application/json"}
+)
+answer = json.load(urllib.request.urlopen(request, timeout=60))
+time.sleep(20)
+server.send_signal(signal.SIGTERM)
+sys.exit(server.wait() or answer["usage"]["completion_tokens"] != 4)
+"""
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("commands", [_COMMANDS, _LONG_COMMANDS], ids=["short", "long"])
 def test_no_command_asks_for_a_name_sends_a_packet_or_writes_elsewhere(
-    tmp_path: Path, alone: list[str]
+    tmp_path: Path, alone: list[str], commands: str
 ) -> None:
-    """Every command but those that a plan of minutes needs: run, bench, ablate, cache, search and
-    serve are made of the same parts; push is asked to use the network."""
+    """Every command but push, which is asked to use the network."""
     folders = {name: tmp_path / name for name in ("home", "tmp", "work")}
     for folder in folders.values():
         folder.mkdir()
@@ -150,9 +184,13 @@ def test_no_command_asks_for_a_name_sends_a_packet_or_writes_elsewhere(
     ):
         subprocess.run(command.split(), cwd=work, check=True, capture_output=True)
     (tmp_path / "lost.py").write_text(_LOST)
-    lines = [f"{sys.executable} -m limbeck {line}" for line in _COMMANDS.strip().splitlines()]
-    script = "".join(f"{line} >> log 2>&1; echo $? {line[-40:]}\n" for line in lines)
-    (tmp_path / "all.sh").write_text(script + f"{sys.executable} {tmp_path}/lost.py\n")
+    (tmp_path / "served.py").write_text(_SERVE)
+    script = ""
+    for line in commands.strip().splitlines():
+        served = f"{sys.executable} {tmp_path}/served.py " if line.startswith("serve") else ""
+        asked = f"{served}{sys.executable} -m limbeck {line.replace('SMALL', _SMALL)}"
+        script += f"{asked} >> log 2>&1; echo $? {line[:40]}\n"
+    (tmp_path / "all.sh").write_text(f"{script}{sys.executable} {tmp_path}/lost.py\n")
     environment = clean(
         HOME=str(folders["home"]), TMPDIR=str(folders["tmp"]), PYTHONDONTWRITEBYTECODE="1",
         LIMBECK_CACHE=str(tmp_path / "cache"),

@@ -155,7 +155,7 @@ def test_tasks_of_ones_own_over_the_deployed_graph(exported: Artifact, tmp_path:
     assert found["results"]["whole"]["byte_perplexity"]["value"] == pytest.approx(
         math.exp(-sum(ends) / size), rel=1e-4
     )
-    assert found["form"] == "fp32"
+    assert found["form"] == "int8-weight"  # what the factory ships
     unknown = subprocess.run(
         [*command[:6], "nothing", *command[7:]], capture_output=True, text=True, check=False
     )
