@@ -170,10 +170,8 @@ def plan_recipe(recipe: AnyRecipe, *, trial: bool = False, cards: bool = False) 
     """
     import torch
 
-    import compress
     from compress.footprint.tasks import task_of
 
-    compress.quiet_libraries()
     if found := [*model_mistakes(recipe), *bench_mistakes(recipe)]:
         raise RecipeError("\n".join(f"{recipe.name}: {mistake}" for mistake in found))
     own = _making(recipe, cards)
@@ -260,9 +258,6 @@ def training_memory(recipe: AnyRecipe) -> tuple[int, int]:
     """Bytes of training at its peak, and bytes available there. Raises as `plan_recipe`."""
     import torch
 
-    import compress
-
-    compress.quiet_libraries()
     making = _making(recipe)
     on_card = making.device.type == "cuda"
     here = (
@@ -276,10 +271,12 @@ def training_memory(recipe: AnyRecipe) -> tuple[int, int]:
 def _making(recipe: AnyRecipe, cards: bool = False) -> _Making:
     import torch
 
+    import compress
     from compress.footprint.tasks import task_of
     from compress.host import resolve_precision
     from compress.models.language import resolve_device
 
+    compress.quiet_libraries()
     task, precision = task_of(recipe.task), str(recipe.training.precision)
     device = torch.device("cuda") if cards else resolve_device(recipe.training.device)
     if cards and not torch.cuda.is_available() and precision == "auto":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 import export
 from limbeck.app import run as pipeline
+from limbeck.app.plan import training_operations
 from limbeck.app.products import plan_products
 from limbeck.contract.artifact import Artifact, open_artifact
 from limbeck.contract.errors import ArtifactError, RecipeError
@@ -218,3 +220,11 @@ def test_report_draws_again_without_the_recipe_file(stages: Stages) -> None:
         with pytest.raises(ArtifactError):
             pipeline.report(Path(wrong))
     assert list(Path("cache").iterdir()) == []
+
+
+def test_planning_a_run_shows_no_warning_of_a_library() -> None:
+    """peft asks transformers for a deprecated attribute, once for each adapter that is planned."""
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always", FutureWarning)
+        training_operations(load_recipe("pico"))
+    assert not [warning for warning in shown if warning.category is FutureWarning]
