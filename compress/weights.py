@@ -125,7 +125,10 @@ def _within_reach(
     weights = _raw_weights(
         config, entropy_KRL, logp_KRL, labels_RL, names, global_means_2K, prior_KR, target_KRL
     )
-    present_KRL, count_RL = target_KRL.float(), target_KRL.sum(0).clamp(min=1)
+    present_KRL = target_KRL.float()
+    if prior_KR is not None:  # a teacher without prior weight does not stand in for another one
+        present_KRL = present_KRL * prior_KR.isfinite()[..., None]
+    count_RL = present_KRL.sum(0).clamp(min=1)
 
     def shared(weights_KRL: Tensor) -> Tensor:
         weights_KRL = torch.nan_to_num(weights_KRL) * present_KRL

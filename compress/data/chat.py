@@ -203,10 +203,13 @@ def _before_next(
     where: str,
 ) -> int:
     """Where the answer ``index`` ends, by what the template writes of the next message; or -1."""
+    following = conversation.messages[index + 1 : index + 2]
+    if not following or following[0]["role"] == "assistant":
+        return -1
     first = replace(conversation, messages=conversation.messages[: index + 2])
     whole = _part(conversation, index + 2, tokenizer, template, where)
     between = around_answers(first, tokenizer, template, where)
-    if index + 1 == len(conversation.messages) or between is None or not text.startswith(whole):
+    if between is None or not text.startswith(whole):
         return -1
     return len(whole.removesuffix(between[-1])) if whole.endswith(between[-1]) else -1
 

@@ -206,6 +206,7 @@ def _labels(classes: Sequence[str]) -> dict[str, Any]:
         "num_labels": len(classes),
         "id2label": dict(enumerate(classes)),
         "label2id": {name: index for index, name in enumerate(classes)},
+        "problem_type": None,  # a base may have been of several labels, or of a number
     }
 
 

@@ -180,7 +180,8 @@ def load_text(folder: Path) -> Text:
 def _templates(folder: Path, written: Any) -> dict[str, str]:
     """Chat templates by name, those of files before those ``written`` in the configuration."""
     many = written if isinstance(written, list) else [{"name": "default", "template": written}]
-    found = {t["name"]: t["template"] for t in many if isinstance(t.get("template"), str)}
+    named = [t for t in many if isinstance(t, dict) and isinstance(t.get("template"), str)]
+    found = {str(t.get("name", "default")): t["template"] for t in named}
     files = {"default": folder / "chat_template.jinja"}
     files |= {path.stem: path for path in (folder / MORE_TEMPLATES).glob("*.jinja")}
     return found | {n: path.read_text("utf-8") for n, path in files.items() if path.is_file()}

@@ -10,7 +10,7 @@ import torch
 
 from compress.head import IGNORED, Head, fit_temperature, label_nll
 from compress.loss import fused_loss, plain_loss
-from compress.weights import log_prior, weigh
+from compress.weights import Reach, log_prior, weigh
 from limbeck.contract.recipe import (
     CaMkdWeights,
     CorrectedEntropyWeights,
@@ -89,6 +89,18 @@ def test_a_prior_by_domain_is_that_of_bayes_rule() -> None:
     assert w[0, :, 0].tolist() == pytest.approx([0.75, 0.0, 0.5])
     assert w[0, :, 1].tolist() == pytest.approx([1.5 / 1.7, 0.0, 0.5 / 0.7])
     assert log_prior(PosteriorWeights(kind="posterior"), ["a"], ["code"], device=cpu) is None
+
+
+def test_no_teacher_stands_in_for_the_one_that_the_prior_names() -> None:
+    """Where that one has no distribution for the label, all weights are 0."""
+    config = PosteriorWeights(kind="posterior", prior={"code": {"a": 1.0}})
+    zeros_KRL, labels_RL = torch.zeros(2, 1, 2), torch.ones(1, 2, dtype=torch.long)
+    target_KRL = torch.tensor([[[True, False]], [[True, True]]])
+    reach = Reach(target_KRL, torch.ones_like(target_KRL), torch.ones_like(target_KRL))
+    given = log_prior(config, ["a", "b"], ["code"], device=torch.device("cpu"))
+    w = weigh(config, zeros_KRL, zeros_KRL, labels_RL, names=["a", "b"], prior_KR=given,
+              reach=reach)  # fmt: skip
+    assert w[:, 0].T.tolist() == [[1, 0], [0, 0]]
 
 
 def test_the_posterior_is_causal_and_bayes_rule() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from compress.models.encoders import load_body, pooled
+from compress.models.encoders import load_body, load_classifier, pooled
 from compress.models.language import random_config
 from limbeck.contract.errors import ModelError
 from limbeck.contract.recipe import AnyRecipe
@@ -104,6 +104,13 @@ def test_text_that_sentence_transformers_would_lower_is_refused(tmp_path: Path) 
     tokenizer["normalizer"] = {"type": "Lowercase"}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert preflight(recipe_of(folder)) == []
+    # Without tokenizer.json, transformers makes the tokenizer of a vocabulary and a setting.
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").write_text("a")
+    for lowers in (True, False):
+        settings = {"do_lower_case": lowers, "tokenizer_class": "BertTokenizer"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        assert len(preflight(recipe_of(folder))) == (not lowers)
 
 
 @pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
@@ -115,3 +122,8 @@ def test_a_classifier_of_several_labels_is_refused(tmp_path: Path, kind: str) ->
     model = {"kind": "local", "path": str(folder)}
     (found,) = preflight(classifier_recipe(teachers=[{"name": "a", "model": model}]))
     assert f"teachers.0: {folder}: its problem_type is {kind}" in found
+    # Of a base only the body is read, and the student is a classifier of single labels.
+    student = {"kind": "full", "base": model}
+    assert preflight(classifier_recipe(student=student)) == []
+    made = load_classifier(folder, classes=["no", "yes"])
+    assert made.config.problem_type is None

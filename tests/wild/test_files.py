@@ -20,8 +20,10 @@ from compress.models.language import load_tokenizer
 from limbeck.app.plan import plan_recipe
 from limbeck.app.products import mistakes
 from limbeck.contract.errors import DataError, ModelError, RecipeError
+from limbeck.contract.models.adapters import tokenizer_size
 from limbeck.contract.recipe import (
     ChatRows,
+    DatasetText,
     FileText,
     JsonLines,
     ParquetRows,
@@ -82,6 +84,7 @@ def test_a_file_counts_once_whatever_links_lead_to_it(tmp_path: Path) -> None:
         "text/far": "../elsewhere",
         "text/.dots": "../elsewhere",
         "more": "text",
+        "text/self": "self",
     }
     for name, target in links.items():
         (tmp_path / name).symlink_to(target)
@@ -96,7 +99,15 @@ def test_a_file_counts_once_whatever_links_lead_to_it(tmp_path: Path) -> None:
         places = [path.resolve() for path in text_files(source, folder=tmp_path)]
         assert len(places) == 3
         assert sorted(place.name for place in places) == right
+    # A glob may enter the folder itself by another name; a link to itself is none.
+    by_name = ["text/far/c.txt", "text/loop/a again.txt", "text/loop/sub/b.txt"]
+    assert found(tmp_path, "text/*/**/*.txt") == by_name
     assert found(tmp_path, "**/sub/*.txt") == ["more/sub/b.txt"]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.jsonl").write_text('{"text": "a"}')
+    (tmp_path / "set" / "b.jsonl").symlink_to("a.jsonl")
+    saved = DatasetText.model_validate({"kind": "datasets", "path": "set"})
+    assert text_files(saved, folder=tmp_path) == [tmp_path / "set" / "a.jsonl"]
     assert found(tmp_path, "*/*.txt") == ["elsewhere/c.txt", "more/a again.txt"]
 
 
@@ -353,6 +364,14 @@ def test_tokens_may_be_added_in_any_of_three_files(tmp_path: Path) -> None:
         assert AutoTokenizer.from_pretrained(folder)("<one>")["input_ids"] == [258]
         with pytest.raises(ModelError, match=r"259 tokens, but its embedding has 258 rows"):
             require_fits(folder)
+        if name == "added_tokens.json":  # left over beside the newer list, it is not read
+            config["added_tokens_decoder"] = {}
+            (folder / "tokenizer_config.json").write_text(json.dumps(config))
+            assert AutoTokenizer.from_pretrained(folder)("<one>")["input_ids"] != [258]
+            require_fits(folder)
+            (folder / "tokenizer_config.json").write_text("{")
+            with pytest.raises(ModelError, match=r"tokenizer_config\.json: cannot be read"):
+                tokenizer_size(folder)
 
 
 def test_mistyped_paths_are_answered_at_once(

@@ -155,7 +155,7 @@ def config_only(folder: Path, **fields: Any) -> Path:
         ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True},
          "T5ForConditionalGeneration is an encoder with a decoder"),
         ({"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
-          "text_config": {}}, "LlavaForConditionalGeneration reads more than text. Save its lang"),
+          "text_config": {}}, "LlavaForConditionalGeneration reads more than text: save its lang"),
         ({"architectures": ["BertForMaskedLM"], "model_type": "bert"},
          r"a model for another task \(ForMaskedLM\)"),
         ({"architectures": ["LlamaForSequenceClassification"]},

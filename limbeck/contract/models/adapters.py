@@ -178,26 +178,28 @@ def adapter_facts(folder: Path) -> AdapterFacts:
 def tokenizer_size(folder: Path) -> int | None:
     """Largest token id of a folder's tokenizer, plus one; None where no vocabulary in JSON is.
 
-    Tokens may have been added in three files; transformers reads them all.
+    Further tokens may be in tokenizer_config.json or, where it lists none, in added_tokens.json.
     """
     ids: list[int] = []
+    path = folder / "tokenizer.json"
     try:
-        if (tree := _read(folder / "tokenizer.json")) is not None:
+        if (tree := _read(path)) is not None:
             vocabulary = tree["model"]["vocab"]  # of Unigram a list, numbered by its order
             ids += vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
             ids += (token["id"] for token in tree.get("added_tokens") or ())
-        elif (vocabulary := _read(folder / "vocab.json")) is not None:
+        elif (vocabulary := _read(path := folder / "vocab.json")) is not None:
             ids += vocabulary.values()
         else:
             return None
-        ids += (_read(folder / "added_tokens.json") or {}).values()
-        config = _read(folder / "tokenizer_config.json") or {}
-        ids += map(int, config.get("added_tokens_decoder") or ())
+        config = _read(path := folder / "tokenizer_config.json") or {}
+        if "added_tokens_decoder" in config:
+            ids += map(int, config["added_tokens_decoder"] or ())
+        else:
+            ids += (_read(path := folder / "added_tokens.json") or {}).values()
         return 1 + max(ids, default=-1)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
-            f"{folder / 'tokenizer.json'}: cannot be read ({type(error).__name__}: {error}); save "
-            "the tokenizer again."
+            f"{path}: cannot be read ({type(error).__name__}: {error}); save the tokenizer again."
         ) from None
 
 
@@ -444,7 +446,8 @@ def _resize(lm: Any, facts: AdapterFacts) -> None:
     whole = [place for place in places if f"base_model.model.{place}.weight" in facts.shapes
              or f"base_model.model.{place}.base_layer.weight" in facts.shapes]  # fmt: skip
     # peft trains a copy of a saved module, so the other of a tied pair gets no new rows from it.
-    copied = set(facts.config.get("modules_to_save") or ())
+    saved = facts.config.get("modules_to_save") or ()
+    copied = {name.rpartition(".")[2] for name in saved}
     shared = _tied(lm) and any(place.rpartition(".")[2] not in copied for place in whole)
     if wanted > here and not (len(whole) == len(places) or shared):
         missing = [place for place in places if place not in whole]

@@ -47,11 +47,14 @@ def load_pretrained(
         raise ModelError(
             f"{where}: its weights cannot be read ({error}); copy or download the folder again."
         ) from error
-    except ImportError as error:  # of a kind of attention, most often
-        raise ModelError(
-            f"{where}: {' '.join(str(error).split())} Take attn_implementation out of its "
-            "config.json."
-        ) from error
+    except ImportError as error:
+        says = " ".join(str(error).split())
+        remedy = (
+            "Take attn_implementation out of its config.json."
+            if "attention" in says.lower()
+            else "Install what is missing, and try again."
+        )
+        raise ModelError(f"{where}: {says} {remedy}") from error
     except (
         ValueError,
         TypeError,

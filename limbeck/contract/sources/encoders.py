@@ -44,9 +44,9 @@ def require_pooling(folder: Path, teacher: EmbeddingTeacher) -> None:
             found = _modes(folder / str(module.get("path")) / "config.json")
             mode = _OURS.get(found[0]) if len(found) == 1 else None
             if mode is None:
+                way = " and ".join(found) or "a way that its config.json does not name"
                 raise ModelError(
-                    f"{folder}: it pools token states by {' and '.join(found)}; Limbeck knows "
-                    "mean and cls."
+                    f"{folder}: it pools token states by {way}; Limbeck knows mean and cls."
                 )
             if mode != teacher.pooling:
                 raise ModelError(
@@ -83,7 +83,8 @@ def _lowers_text(folder: Path) -> bool:
     path = folder / "sentence_bert_config.json"
     if not path.is_file() or not read_object(path).get("do_lower_case"):
         return False
-    tokenizer = folder / "tokenizer.json"
-    own = read_object(tokenizer).get("normalizer") if tokenizer.is_file() else None
-    written = json.dumps(own)
+    tokenizer, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not tokenizer.is_file():  # transformers makes one of the vocabulary and this setting
+        return config.is_file() and read_object(config).get("do_lower_case") is False
+    written = json.dumps(read_object(tokenizer).get("normalizer"))
     return '"lowercase": true' not in written and '"Lowercase"' not in written

@@ -184,8 +184,8 @@ def require_language_model(folder: Path) -> None:
             why = (
                 "needs code of its own (auto_map), which Limbeck never runs"
                 if config.get("auto_map")
-                else "reads more than text. Save its language model alone (model.language_model "
-                "and lm_head as a …ForCausalLM) with save_pretrained"
+                else "reads more than text: save its language model alone, as a class that ends "
+                "in ForCausalLM"
             )
     elif match := re.search(r"For(?!CausalLM|ConditionalGeneration)\w+$", kind):
         why = f"is a model for another task ({match[0]})"

@@ -79,13 +79,14 @@ def _globbed(base: Path, parts: Sequence[str]) -> Iterator[Path]:
 
 def _folders(root: Path) -> Iterator[Path]:
     """``root`` and the folders in it, hidden ones left out; a link back to one is not followed."""
-    seen = {root.resolve(), *root.resolve().parents}
+    here = Path(os.path.realpath(root))  # unlike `resolve`, it bears a link to itself
+    seen = {here, *here.parents}
     yield root
     for path, names, _ in os.walk(root, followlinks=True):
-        folders = {name: Path(path, name).resolve() for name in sorted(names) if name[0] != "."}
+        shown = [name for name in sorted(names) if name[0] != "."]
         names[:] = []
-        for name, place in folders.items():
-            if place not in seen:
+        for name in shown:
+            if (place := Path(os.path.realpath(Path(path, name)))) not in seen:
                 seen.add(place)
                 names.append(name)
                 yield Path(path, name)

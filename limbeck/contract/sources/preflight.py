@@ -84,9 +84,11 @@ def _require_task(recipe: AnyRecipe, where: str, folder: Path) -> None:
     """Raise `ModelError` if the model of ``folder`` does another task than the recipe's."""
     if recipe.task == "causal-lm":
         require_language_model(folder)
+    elif not where.startswith("teachers."):
+        return  # of an encoder's base only the body is read
     elif recipe.task == "classification":
         require_one_label(folder)
-    elif where.startswith("teachers."):
+    else:
         teacher = recipe.teachers[int(where.partition(".")[2])]
         assert isinstance(teacher, EmbeddingTeacher)
         require_pooling(folder, teacher)

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from limbeck.contract.sources.places import matching_files, npm_root, package_ro
 
 
 def text_files(source: TextSource, *, folder: Path) -> list[Path]:
-    """Files that a text source names, sorted, each file once whatever names and links it has.
+    """Files that a text source names, sorted, each file once, whatever links lead to it.
 
     Read twice, a text would be both trained on and held out. Raises `DataError` if a path or glob
     matches none.
@@ -42,7 +43,7 @@ def text_files(source: TextSource, *, folder: Path) -> list[Path]:
             root, paths = Path(sysconfig.get_paths()["stdlib"]), source.paths
         case DatasetText():
             return _dataset_files((folder / source.path.expanduser()).resolve(), source.split)
-    found: dict[Path, Path] = {}  # by the file behind all links
+    found: list[Path] = []
     for path in paths:
         pattern = os.path.expanduser(path)
         matches = matching_files(root, pattern, _SUFFIXES.get(source.format.kind, ()))
@@ -51,10 +52,16 @@ def text_files(source: TextSource, *, folder: Path) -> list[Path]:
                 f"{root / pattern}: no such file{did_you_mean(root / pattern)}; check the path in "
                 f"the recipe (relative paths start from {root})."
             )
-        for match in matches:
-            place = match.resolve()
-            found[place] = min(match, found.get(place, match))
-    return sorted(found.values())
+        found += matches
+    return _each_once(found)
+
+
+def _each_once(paths: Iterable[Path]) -> list[Path]:
+    """The paths in order, without those that lead to the file of an earlier one."""
+    first: dict[Path, Path] = {}  # by the file behind all links
+    for path in sorted(paths):
+        first.setdefault(path.resolve(), path)
+    return list(first.values())
 
 
 TABLES = (".csv", ".tsv")
@@ -88,9 +95,8 @@ def _dataset_files(root: Path, split: str | None) -> list[Path]:
                 "leave split out."
             )
         return _saved_files(root)
-    found = sorted(
-        p for p in root.rglob("*") if p.suffix in (".parquet", ".jsonl", ".arrow") and p.is_file()
-    )
+    inside = (p for p in root.rglob("*") if p.suffix in (".parquet", ".jsonl", ".arrow"))
+    found = _each_once(path for path in inside if path.is_file())
     if not found:
         raise DataError(
             f"{root}: no dataset; expected a `save_to_disk` folder, or *.parquet or *.jsonl files."
