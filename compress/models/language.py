@@ -5,10 +5,8 @@ All later code sees one form only: a folder with config, safetensors weights and
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,13 +24,12 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from compress.models.body import Body, require_faithful
+from compress.models.gguf import dequantise, gguf_key
 from limbeck.contract.errors import EnvironmentalError, ModelError
-from limbeck.contract.files import file_digest
 from limbeck.contract.lock import make_once
 from limbeck.contract.models.alignment import relate
 from limbeck.contract.models.loading import load_pretrained
 from limbeck.contract.models.tokens import as_written
-from limbeck.contract.progress import say
 from limbeck.contract.recipe import (
     BaseSource,
     GgufModel,
@@ -76,8 +73,7 @@ def model_folder(source: BaseSource, *, folder: Path) -> Path:
             assert path is not None
             if path.is_dir():
                 return path
-            key = fingerprint({"gguf": file_digest(path)})
-            return cached(key, lambda out: _dequantise(path, out))
+            return cached(gguf_key(path), lambda out: dequantise(path, out))
 
 
 def model_config(source: BaseSource, *, folder: Path) -> Any:
@@ -256,28 +252,6 @@ def cached(key: str, make: Callable[[Path], dict[str, Any]]) -> Path:
     path = cache_folder() / "models" / key[:16]
     make_once(path, kind="model", key=key, parents={}, make=make)
     return path
-
-
-def _dequantise(file: Path, out: Path) -> dict[str, Any]:
-    say(f"  {file.name}: dequantising to fp32, once, into the cache")
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
-            loaded = load_pretrained(
-                AutoModelForCausalLM, file.parent, gguf_file=file.name, dtype=torch.float32
-            )
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (ValueError, OSError, KeyError, NotImplementedError) as error:
-        raise ModelError(f"{file}: transformers cannot read this GGUF file: {error}") from error
-    config = loaded.config
-    # A model loaded from GGUF refuses save_pretrained while it carries this.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(loaded.state_dict())
-    model.tie_weights()
-    model.generation_config = loaded.generation_config
-    _save(model, tokenizer, out)
-    return {"parameters": model.num_parameters()}
 
 
 def _make_random(source: RandomModel, out: Path) -> dict[str, Any]:

@@ -29,17 +29,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from compress.aligned import ANY_ROWS, Alignment, Pair
 from compress.data.training_text import Row
 from compress.head import IGNORED
+from compress.models.gguf import gguf_key, gguf_tokenizer
 from compress.models.language import cached, load_tokenizer
 from compress.states import SparseStates
 from compress.teachers.prompt_logprobs import Likeliest, Server
 from limbeck.contract.artifact import MANIFEST, open_artifact
 from limbeck.contract.errors import ArtifactError, ModelError
-from limbeck.contract.files import disk_full_is_a_user_error, file_digest, new_folder, sweep
+from limbeck.contract.files import disk_full_is_a_user_error, new_folder, sweep
 from limbeck.contract.lock import make_once
 from limbeck.contract.progress import say, task
 from limbeck.contract.recipe import (
@@ -448,10 +448,7 @@ def _tokenizer_folder(source: TokenizerSource, *, folder: Path) -> Path:
 
     def convert(out: Path) -> dict[str, Any]:
         say(f"  {path.name}: reading its tokenizer, once, into the cache")
-        try:
-            AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(out)
-        except (ValueError, OSError, KeyError, NotImplementedError) as error:
-            raise ModelError(f"{path}: no tokenizer can be read from it: {error}") from error
+        gguf_tokenizer(path).save_pretrained(out)
         return {}
 
-    return cached(fingerprint({"tokenizer of": file_digest(path)}), convert)
+    return cached(fingerprint({"tokenizer of": gguf_key(path)}), convert)

@@ -71,7 +71,7 @@ def model_digest(
             if path is None:
                 return fingerprint(source.identity())
             # By content: the same tokenizer in another folder gives the same answers.
-            found = file_digest(path / "tokenizer.json" if path.is_dir() else path)
+            found = file_digest(path / "tokenizer.json") if path.is_dir() else gguf_digest(path)
             return fingerprint(source.identity() | {"tokenizer": found})
         case OnnxModel():
             path = model_path(source, folder=folder)
@@ -82,7 +82,14 @@ def model_digest(
         case _:
             path = model_path(source, folder=folder)
             assert path is not None
-            return file_digest(path) if path.is_file() else folder_digest(path)
+            return gguf_digest(path) if path.is_file() else folder_digest(path)
+
+
+def gguf_digest(file: Path) -> str:
+    """Fingerprint of a GGUF file, and of the tokenizer.json beside it if there is one."""
+    beside = file.parent / "tokenizer.json"
+    digests = [file_digest(file), *([file_digest(beside)] if beside.is_file() else [])]
+    return digests[0] if len(digests) == 1 else fingerprint(digests)
 
 
 def adapter_digest(path: Path) -> str:

@@ -1,0 +1,172 @@
+"""GGUF files to plain transformers folders: dequantised weights, and the tokenizer as llama.cpp
+reads it.
+
+transformers splits text as GPT-2 does wherever it does not know a pre-tokenizer's name, and it
+adds no begin-of-text token where the file does not mention one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+from limbeck.contract.errors import ModelError
+from limbeck.contract.models.loading import load_pretrained
+from limbeck.contract.models.tokens import as_written
+from limbeck.contract.progress import say
+from limbeck.contract.recipe import fingerprint
+from limbeck.contract.sources.digests import gguf_digest
+
+# What llama.cpp's names of pre-tokenizers (tokenizer.ggml.pre) mean, from its llama-vocab.cpp as of
+# llama-cpp-python 0.3.36. A name that is missing here is refused.
+_GPT2 = {
+    "gpt-2", "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "gigachat", "a.x-4.0",
+    "mellum", "modern-bert", "exaone4", "mpt", "olmo", "jais", "trillion", "granite-docling",
+}  # fmt: skip
+_SINGLE_DIGITS = {  # and then as GPT-2
+    "smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2",
+}  # fmt: skip
+_SAME_SPLIT = {  # names that transformers lacks, and a name that it knows
+    "chatglm-bpe": "llama-bpe",
+    "glm4": "llama-bpe",
+    "glm5": "llama-bpe",
+    "stablelm2": "qwen2",
+    "hunyuan": "qwen2",
+    "solar-open": "qwen2",
+    "grok-2": "qwen2",
+}
+_LLAMA3 = {
+    "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
+    "jina-v5-nano",
+}  # fmt: skip
+_ADDS_BOS = {*_LLAMA3, "tekken"}  # where the file does not say tokenizer.ggml.add_bos_token
+_WHOLE_WORDS = {*_LLAMA3, "tekken", "glm4", "glm5"}  # a word that is a token needs no merges
+
+_BESIDE = "Put the model's own tokenizer.json beside this file"
+_UNREADABLE = (ValueError, OSError, KeyError, NotImplementedError)
+_NORMAL = 1  # type of a token that is part of the vocabulary
+_RULES = 2  # raised when a file's tokenizer is read in another way
+
+
+def gguf_key(file: Path) -> str:
+    """Fingerprint of a GGUF file and of the tokenizer.json beside it."""
+    return fingerprint({"gguf": gguf_digest(file), "rules": _RULES})
+
+
+def dequantise(file: Path, out: Path) -> dict[str, Any]:
+    """Write the model of a GGUF file into the folder ``out``, in fp32. Raises `ModelError`."""
+    say(f"  {file.name}: dequantising to fp32, once, into the cache")
+    tokenizer = gguf_tokenizer(file)  # first: it takes less time to refuse
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+            loaded = load_pretrained(
+                AutoModelForCausalLM, file.parent, gguf_file=file.name, dtype=torch.float32
+            )
+    except _UNREADABLE as error:
+        raise ModelError(f"{file}: transformers cannot read this GGUF file: {error}") from error
+    config = loaded.config
+    # A model loaded from GGUF refuses save_pretrained while it carries this.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    model.generation_config = loaded.generation_config
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return {"parameters": model.num_parameters()}
+
+
+def gguf_tokenizer(file: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a GGUF file: that of the tokenizer.json beside it, or the one inside.
+
+    Raises `ModelError` if the one beside has other tokens, and if transformers would read the one
+    inside in another way than llama.cpp does.
+    """
+    try:
+        architecture, fields, config = get_gguf_tokenizer(str(file))
+        if (beside := file.parent / "tokenizer.json").is_file():
+            return _own(beside, file, fields, config)
+        backend, _ = convert_gguf_tokenizer(architecture, fields)
+    except _UNREADABLE as error:
+        raise ModelError(f"{file}: no tokenizer can be read from it: {error}") from error
+    if fields["tokenizer_type"] == "gpt2":
+        name = fields.get("pre_tokenizer_type")
+        if name is None and architecture == "gpt2":
+            name = "gpt-2"
+        _split_as(name, backend, file)
+        config.setdefault("add_bos_token", name in _ADDS_BOS)
+    if config.get("add_bos_token") and config["bos_token"] is None:
+        raise ModelError(
+            f"{file}: its tokenizer puts a token before every text, but the file does not say which"
+            f" (tokenizer.ggml.bos_token_id is missing). {_BESIDE}, or write that key into it."
+        )
+    tree = json.loads(backend.to_str())
+    # transformers adds an <|endoftext|> of its own, which the model has no row for.
+    tree["added_tokens"] = [t for t in tree["added_tokens"] if t["id"] < len(fields["tokens"])]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(tree)),
+        **{name: value for name, value in config.items() if value is not None},
+    )
+
+
+def _split_as(name: str | None, tokenizer: Any, file: Path) -> None:
+    """Make a byte-level ``tokenizer`` split text as llama.cpp's pre-tokenizer ``name`` does."""
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    regex = GGUF_PRE_TOKENIZER_SPLITS.get(_SAME_SPLIT.get(name or "", name))
+    if name in _GPT2:
+        tokenizer.pre_tokenizer = by_bytes
+    elif name in _SINGLE_DIGITS:
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, by_bytes])
+    elif regex is not None:
+        by_bytes.use_regex = False
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(regex), behavior="isolated"), by_bytes]
+        )
+    else:
+        found = (
+            f"splits text as {name!r} does (tokenizer.ggml.pre), which Limbeck cannot rebuild"
+            if name
+            else "does not say how it splits text (tokenizer.ggml.pre is missing)"
+        )
+        raise ModelError(f"{file}: its tokenizer {found}. {_BESIDE}.")
+    tokenizer.model.ignore_merges = name in _WHOLE_WORDS
+
+
+def _own(
+    path: Path, file: Path, fields: dict[str, Any], config: dict[str, Any]
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of ``path``, with the special tokens and chat template of ``file`` if it lacks
+    them."""
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(path.parent)
+    as_written(tokenizer.backend_tokenizer)
+    vocabulary, kinds = tokenizer.get_vocab(), fields.get("token_type") or []
+    by_id = {number: token for token, number in vocabulary.items()}
+    for number, (token, kind) in enumerate(zip(fields["tokens"], kinds, strict=True)):
+        # Files of SentencePiece models may hold spaces for metaspaces.
+        there = by_id.get(number, "")
+        if kind == _NORMAL and there.replace(" ", "▁") != token.replace(" ", "▁"):
+            raise ModelError(
+                f"{path}: not the tokenizer of {file.name}, whose token {number} is {token!r}; here"
+                f" it is {there!r}. Put that model's own tokenizer.json there, or move this one."
+            )
+    if len(tokenizer) > len(fields["tokens"]):
+        raise ModelError(
+            f"{path}: has {len(tokenizer)} tokens, and {file.name} {len(fields['tokens'])}. Put "
+            "that model's own tokenizer.json there, or move this one."
+        )
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        if getattr(tokenizer, name) is None and config.get(name) is not None:
+            setattr(tokenizer, name, config[name])
+    tokenizer.chat_template = tokenizer.chat_template or config.get("chat_template")
+    return tokenizer

@@ -1,0 +1,206 @@
+"""GGUF files of other makers: their tokenizers read text as the models' own do.
+
+The right ids are those of the tokenizers that the files are written from.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+from gguf import TokenType
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2
+
+from compress.data.packing import special_prefix
+from compress.models.gguf import gguf_tokenizer
+from compress.models.language import load_tokenizer, model_folder
+from export.gguf.write import write_gguf
+from limbeck.contract.errors import ModelError
+from limbeck.contract.recipe import GgufModel
+from limbeck.contract.sources.digests import model_digest
+from tests.pico import make_model
+from tests.tokenizers import END, byte_level, permute, piece_level
+from tests.wild.test_tokenizers import TEXT, starting
+
+BOS = "<bos>"
+# GPT-2 splits these elsewhere: spaces before digits, long numbers, capitals after an apostrophe.
+TEXTS = [TEXT, "x =  5", "def f(x):\n    1\n  2\t3", "in 12345 years, WE'RE 3.5%  ", "日本 １２"]
+LLAMA3 = TikTokenConverter().pattern  # transformers takes it for Llama 3's own files
+
+
+def splitting(regex: str, *, whole_words: bool = False) -> Tokenizer:
+    """A byte-level tokenizer that splits text at ``regex``; ``whole_words`` need no merges."""
+    tree = json.loads(byte_level().to_str())
+    if whole_words:
+        tree["model"]["merges"] = tree["model"]["merges"][:-10]
+    tree["model"]["ignore_merges"] = whole_words
+    tokenizer = Tokenizer.from_str(json.dumps(tree))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(regex), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return tokenizer
+
+
+def written(
+    file: Path, tokenizer: Tokenizer, *, pre: str | None, arch: str = "llama", **keys: Any
+) -> Path:
+    """The header of a GGUF file with ``tokenizer``, as other programs write it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    writer, vocabulary = gguf.GGUFWriter(file, arch), tokenizer.get_vocab()
+    by_bytes = isinstance(tokenizer.decoder, decoders.ByteLevel)
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    added = {t.content for t in tokenizer.get_added_tokens_decoder().values()}
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_head_count(2)
+    writer.add_tokenizer_model("gpt2" if by_bytes else "llama")
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([TokenType.CONTROL if t in added else TokenType.NORMAL for t in tokens])
+    writer.add_token_scores([0.0] * len(tokens))
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(merge) for merge in merges])
+    writer.add_eos_token_id(vocabulary[END])
+    if BOS in vocabulary and keys.pop("bos_token_id", True):
+        writer.add_bos_token_id(vocabulary[BOS])
+    for key, value in keys.items():
+        writer.add_bool(f"tokenizer.ggml.{key}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return file
+
+
+@pytest.mark.parametrize(
+    ("pre", "tokenizer"),
+    [
+        ("gpt-2", byte_level()),
+        ("olmo", byte_level()),
+        ("smollm", byte_level(digits=True)),
+        ("starcoder", byte_level(digits=True)),
+        ("command-r", byte_level(digits=True)),
+        ("qwen2", splitting(QWEN2)),
+        ("stablelm2", splitting(QWEN2)),
+        ("dbrx", splitting(LLAMA3)),
+        ("llama-bpe", splitting(LLAMA3, whole_words=True)),
+        ("glm4", splitting(LLAMA3, whole_words=True)),
+    ],
+)
+def test_a_text_is_split_as_the_name_of_the_pre_tokenizer_says(
+    tmp_path: Path, pre: str, tokenizer: Tokenizer
+) -> None:
+    keys: Any = {"add_bos_token": False}
+    read = gguf_tokenizer(written(tmp_path / "a.gguf", tokenizer, pre=pre, **keys))
+    for text in TEXTS:
+        right = tokenizer.encode(text, add_special_tokens=False)
+        assert read.tokenize(text) == right.tokens, text
+        assert read.decode(right.ids) == text
+
+
+@pytest.mark.parametrize(
+    ("pre", "keys", "begins"),
+    [
+        ("llama-bpe", {}, True),  # llama.cpp's rules, where the file does not say
+        ("llama3", {}, True),
+        ("tekken", {}, True),
+        ("lfm2", {"add_eos_token": False}, True),
+        ("llama-bpe", {"add_bos_token": False}, False),
+        ("qwen2", {}, False),
+        ("glm4", {}, False),
+        ("qwen2", {"add_bos_token": True}, True),
+    ],
+)
+def test_a_text_begins_as_llama_cpp_begins_it(
+    tmp_path: Path, pre: str, keys: Any, begins: bool
+) -> None:
+    tokenizer = starting(splitting(LLAMA3), BOS)
+    right = [tokenizer.token_to_id(BOS)] if begins else []
+    text = "the same tokens, wherever it is split"
+    read = gguf_tokenizer(written(tmp_path / "a.gguf", tokenizer, pre=pre, **keys))
+    read.save_pretrained(tmp_path / "saved")
+    for found in (read, load_tokenizer(tmp_path / "saved")):
+        assert special_prefix(found) == right
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert found(text)["input_ids"] == [*right, *ids]
+        assert len(found) == tokenizer.get_vocab_size()  # each has a row in the embedding
+
+
+def test_a_sentencepiece_file_begins_a_text_unless_it_says_no(tmp_path: Path) -> None:
+    tokenizer = piece_level(prepends=True)
+    cases: Any = (({}, [tokenizer.token_to_id(BOS)]), ({"add_bos_token": False}, []))
+    for keys, right in cases:
+        file = written(tmp_path / "a.gguf", tokenizer, pre="default", **keys)
+        read = gguf_tokenizer(file)
+        assert special_prefix(read) == right
+        theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="a.gguf")
+        assert read(TEXTS)["input_ids"] == theirs(TEXTS)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("pre", "message"),
+    [
+        ("deepseek-llm", "splits text as 'deepseek-llm' does .*cannot rebuild"),
+        ("default", "splits text as 'default'"),
+        (None, "does not say how it splits text .*tokenizer.ggml.pre is missing"),
+    ],
+)
+def test_a_split_that_is_not_known_is_refused_unless_its_tokenizer_lies_beside(
+    tmp_path: Path, pre: str | None, message: str
+) -> None:
+    tokenizer = starting(splitting(r"\p{L}+|\s|."), BOS)
+    file = written(tmp_path / "a.gguf", tokenizer, pre=pre)
+    with pytest.raises(
+        ModelError, match=f"a.gguf: its tokenizer {message}.*tokenizer.json beside this file"
+    ):
+        gguf_tokenizer(file)
+    source = GgufModel(kind="gguf", path=file)
+    alone = model_digest(source, folder=tmp_path, products={})
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert model_digest(source, folder=tmp_path, products={}) != alone
+    read = gguf_tokenizer(file)
+    assert [read(text)["input_ids"] for text in TEXTS] == [tokenizer.encode(t).ids for t in TEXTS]
+    assert (read.bos_token, read.eos_token) == (BOS, END)
+    permute(tokenizer, 3).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ModelError, match=r"tokenizer.json: not the tokenizer of a.gguf, whose tok"):
+        gguf_tokenizer(file)
+
+
+def test_a_gpt2_file_from_before_the_names_splits_as_gpt2(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    read = gguf_tokenizer(written(tmp_path / "a.gguf", tokenizer, pre=None, arch="gpt2"))
+    assert [read.tokenize(t) for t in TEXTS] == [tokenizer.encode(t).tokens for t in TEXTS]
+
+
+def test_a_token_before_every_text_must_be_named(tmp_path: Path) -> None:
+    tokenizer = starting(splitting(LLAMA3), BOS)
+    file = written(tmp_path / "a.gguf", tokenizer, pre="llama-bpe", bos_token_id=False)
+    with pytest.raises(ModelError, match=r"the file does not say which .*bos_token_id is missing"):
+        gguf_tokenizer(file)
+
+
+def test_a_teacher_of_a_gguf_file_reads_what_its_model_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
+    tokenizer = byte_level(digits=True)
+    ends: Any = dict.fromkeys(["bos_token_id", "eos_token_id", "pad_token_id"], 0)
+    model = make_model(tmp_path / "model", vocab_size=330, hidden_size=64, **ends)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END).save_pretrained(model)
+    write_gguf(model, tmp_path / "a.gguf", "gguf-f16", name="tiny", metadata={})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of transformers' reader
+        folder = model_folder(GgufModel(kind="gguf", path=Path("a.gguf")), folder=tmp_path)
+    read = load_tokenizer(folder)
+    assert [read(t)["input_ids"] for t in TEXTS] == [tokenizer.encode(t).ids for t in TEXTS]
