@@ -336,9 +336,12 @@ def _padded(values: Tensor, width: int, filling: float) -> Tensor:
 def per_byte(
     nll: Mapping[str, Sequence[float]], blocks: Sequence[DomainBlocks]
 ) -> dict[str, float]:
-    """Return bits a byte by domain, from sums over blocks in nats."""
+    """Return bits a byte by domain, from sums over blocks in nats.
+
+    Domains whose labels are special tokens alone have no bytes, and are left out.
+    """
     sizes = {b.name: int(b.heldout.utf8_bytes.sum()) for b in blocks}
-    return {name: sum(sums) / math.log(2) / sizes[name] for name, sums in nll.items()}
+    return {n: sum(sums) / math.log(2) / sizes[n] for n, sums in nll.items() if sizes[n]}
 
 
 def per_token(

@@ -47,6 +47,7 @@ from limbeck.contract.recipe import (
 )
 from limbeck.contract.recipe.checks import require_share_for_all
 from limbeck.contract.sources.licences import sources_of
+from limbeck.contract.sources.teacher_tokens import reads_plain_text
 
 _START_ROWS = 8  # training blocks of each domain that merges of teachers are scored on
 
@@ -77,7 +78,7 @@ class LanguageModels:
             self.folders = teacher_folders(recipe, products)
             self.folder = student_folder(recipe, [f.tokenizer for f in self.folders])
             tokenizers = {f.name: f.tokenizer for f in self.folders}
-            self.pairs = pair_teachers(self.folder, tokenizers)
+            self.pairs = pair_teachers(self.folder, tokenizers, plain=reads_plain_text(recipe))
             require_whole_distributions(recipe, self.pairs)
             tokenizer = load_tokenizer(self.folder)
             self.blocks = load_blocks(recipe, tokenizer)

@@ -18,6 +18,7 @@ from limbeck.contract.data.heldout import Blocks
 from limbeck.contract.errors import DataError, ModelError, RecipeError
 from limbeck.contract.lock import make_once
 from limbeck.contract.models.alignment import Aligner, Pieces, projection, relate
+from limbeck.contract.models.tokens import same_chat
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import Recipe, fingerprint
 from limbeck.contract.sources.places import cache_folder
@@ -51,10 +52,12 @@ class Pairs:
         return fingerprint([_VERSION, sides, *([chats.digest] if chats else [])])
 
 
-def pair_teachers(student: Path, teachers: Mapping[str, Path]) -> Pairs:
+def pair_teachers(student: Path, teachers: Mapping[str, Path], *, plain: bool = True) -> Pairs:
     """Compare each teacher's tokenizer with the student's, and align those that differ.
 
-    Raises `ModelError` for a tokenizer that cannot be aligned.
+    ``plain`` says that some text is no conversation: only there do tokens before a text matter,
+    unless the chat templates differ too. Raises `ModelError` for a tokenizer that cannot be
+    aligned.
     """
     if not teachers:
         return Pairs((), ())
@@ -64,7 +67,8 @@ def pair_teachers(student: Path, teachers: Mapping[str, Path]) -> Pairs:
     differ: list[tuple[str, ...]] = []
     for name, folder in teachers.items():
         theirs = load_tokenizer(folder)
-        relation = relate(mine.backend_tokenizer, theirs.backend_tokenizer)
+        begins = plain or not same_chat(student, folder)
+        relation = relate(mine.backend_tokenizer, theirs.backend_tokenizer, begins=begins)
         differ.append(relation.differ)
         if relation.same:
             if relation.differ:

@@ -15,11 +15,11 @@ import onnx
 from export.folder.ends import end_tokens
 from export.graphs import Graphs
 from limbeck.contract.errors import ModelError
+from limbeck.contract.models.tokens import MORE_TEMPLATES
 from limbeck.contract.recipe import Provider
 from limbeck.contract.sources.models import exported_context
 from limbeck.contract.sources.places import read_object
 from limbeck.runtime.chat import without_marks
-from limbeck.runtime.text import MORE_TEMPLATES
 
 # transformers.js's names of the graphs' number types.
 DTYPES = {

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.contract.errors import ArtifactError, DataError
-from limbeck.contract.models.tokens import as_written
+from limbeck.contract.models.tokens import as_written, chat_templates, special_tokens
 from limbeck.runtime.chat import render
 
-MORE_TEMPLATES = "additional_chat_templates"  # folder of the named ones, as transformers saves it
 _LONG = 20_000  # characters
 _AGAIN = "copy the folder again, or export the student again."
 
@@ -161,13 +160,7 @@ def load_text(folder: Path) -> Text:
         raise ArtifactError(f"{path}: no tokenizer ({error}); {_AGAIN}") from error
     config = _read(folder / "tokenizer_config.json")
     as_written(tokenizer, split_special=config.get("split_special_tokens") is True)
-    templates = _templates(folder, config.get("chat_template"))
-    special = {
-        name: value["content"] if isinstance(value, dict) else value
-        for name, value in config.items()
-        if name.endswith("_token")
-    }
-    special = {name: value for name, value in special.items() if isinstance(value, str)}
+    templates, special = chat_templates(folder, config), special_tokens(config)
     return Text(
         tokenizer=tokenizer,
         template=templates.get("default"),
@@ -175,16 +168,6 @@ def load_text(folder: Path) -> Text:
         special=special,
         stop_ids=_stop_ids(folder, tokenizer.token_to_id(special.get("eos_token", ""))),
     )
-
-
-def _templates(folder: Path, written: Any) -> dict[str, str]:
-    """Chat templates by name, those of files before those ``written`` in the configuration."""
-    many = written if isinstance(written, list) else [{"name": "default", "template": written}]
-    named = [t for t in many if isinstance(t, dict) and isinstance(t.get("template"), str)]
-    found = {str(t.get("name", "default")): t["template"] for t in named}
-    files = {"default": folder / "chat_template.jinja"}
-    files |= {path.stem: path for path in (folder / MORE_TEMPLATES).glob("*.jinja")}
-    return found | {n: path.read_text("utf-8") for n, path in files.items() if path.is_file()}
 
 
 def _stop_ids(folder: Path, of_tokenizer: int | None) -> frozenset[int]:

@@ -97,17 +97,18 @@ def calibration_error(blocks: Sequence[Sequence[Sequence[float]]]) -> float:
 def summarise(quality: Mapping[str, Any], arm: str) -> dict[str, Any]:
     """Figures of one arm from quality.json: by domain, and their unweighted mean.
 
-    NLL and KL in nats per token, ``bits_per_byte`` over the UTF-8 bytes of the scored text;
+    NLL and KL in nats per token, ``bits_per_byte`` over the UTF-8 bytes of the scored text (None
+    where special tokens alone are scored);
     ``top1`` and ``calibration_error`` are shares of 1. Older benches have no calibration.
     """
     by_domain = {}
     for name, sizes in quality["domains"].items():
         sums, labels = quality["arms"][arm][name], sum(sizes["labels"])
-        nll = sum(sums["nll"])
+        nll, size = sum(sums["nll"]), sum(sizes["utf8_bytes"])
         by_domain[name] = {
             "nll": nll / labels,
             "perplexity": math.exp(min(nll / labels, 700.0)),
-            "bits_per_byte": nll / math.log(2) / sum(sizes["utf8_bytes"]),
+            "bits_per_byte": nll / math.log(2) / size if size else None,
             # A teacher with another tokenizer has no distribution over these tokens.
             "kl": sum(sums["kl"]) / labels if quality["mixture_of"] and "kl" in sums else None,
             "top1": sum(sums["top1"]) / labels

@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import compress
 from compress.aligned import AlignedStates
 from compress.data.packing import Piece, special_prefix, tokenise
 from compress.models.language import load_tokenizer, require_same_tokenizer
@@ -19,9 +20,10 @@ from compress.teachers.live import Teachers
 from compress.teachers.pairs import described, pair_teachers
 from export.folder.clients import tokenizer_config, write_client_files
 from export.graphs import form_files
-from limbeck.contract.errors import ModelError
+from limbeck.contract.errors import DataError, ModelError
 from limbeck.contract.sources.teacher_tokens import compare_tokenizers
 from limbeck.runtime.text import Text, load_text
+from tests.compress.test_compress import tiny
 from tests.pico import CHAT, make_model, make_tokenizer, pico_recipe
 from tests.tokenizers import END, byte_level, piece_level
 from tests.wild.cases.adapters import load, make_base, teacher
@@ -195,3 +197,46 @@ def test_a_sentencepiece_tokenizer_is_no_other_than_itself(tmp_path: Path) -> No
         shutil.copytree(folder, tmp_path / name)
         fast.save_pretrained(tmp_path / name)
     assert pair_teachers(tmp_path / "a", {"b": tmp_path / "b"})[0] is None
+
+
+@pytest.mark.parametrize(
+    ("template", "bos", "same"),
+    [(CHAT, END, True), (CHAT + " ", END, False), ("{{ bos_token }}" + CHAT, "<bos>", False)],
+    ids=["one template", "two templates", "another token in the template"],
+)
+def test_tokens_before_a_text_do_not_matter_to_conversations(
+    tmp_path: Path, template: str, bos: str, same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tool calls can only be learned from a teacher that reads the student's tokens."""
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
+    own = model_with(tmp_path / "own", starting(byte_level(), "<bos>"))
+    theirs = byte_level()
+    theirs.add_special_tokens(["<bos>"])
+    folder = model_with(tmp_path / "theirs", theirs)
+    (own / "chat_template.jinja").write_text(CHAT if bos == END else template)
+    (folder / "chat_template.jinja").write_text(template)
+    changed(own, bos_token=END)
+    changed(folder, bos_token=bos)
+    text = {"kind": "files", "paths": ["chat.jsonl"], "format": {"kind": "chat"}}
+    recipe = tiny(
+        tmp_path,
+        teachers=[{"name": "t", "model": {"kind": "local", "path": str(folder)}}],
+        student={"kind": "lora", "base": {"kind": "local", "path": str(own)}},
+        data={"domains": [{"name": "chat", "text": text}], "block": 64},
+    )
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    talk = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    (tmp_path / "chat.jsonl").write_text("\n".join([json.dumps({"messages": talk})] * 40))
+    assert ("another tokenizer" not in str(*compare_tokenizers(recipe))) == same
+    assert (pair_teachers(own, {"t": folder}, plain=False)[0] is None) == same
+    assert pair_teachers(own, {"t": folder})[0] is not None
+    if same:
+        made = compress.distill(recipe=recipe, out=tmp_path / "student")
+        # The template shows no calls: what is learned is the end of the turn, which has no bytes.
+        assert made.result["teachers"]["t"]["bits_per_byte"] == {}
+    else:
+        with pytest.raises(DataError, match="an answer calls tools"):
+            compress.distill(recipe=recipe, out=tmp_path / "student")

@@ -422,11 +422,12 @@ class Relation:
     differ: tuple[str, ...] = ()  # added tokens that only one has, or that have other ids
 
 
-def relate(own: Tokenizer, other: Tokenizer) -> Relation:
+def relate(own: Tokenizer, other: Tokenizer, *, begins: bool = True) -> Relation:
     """Compare two tokenizers. Those that differ in added tokens only count as the same.
 
     Two of one vocabulary may begin a text with other tokens, or split it in other places. A
-    teacher would then read what it was never trained on.
+    teacher would then read what it was never trained on. ``begins`` says whether the tokens before
+    a text count; a chat template writes its own.
     """
     mine, theirs = own.get_vocab(), other.get_vocab()
     added = {
@@ -435,7 +436,9 @@ def relate(own: Tokenizer, other: Tokenizer) -> Relation:
         for token in tokenizer.get_added_tokens_decoder().values()
     }
     differ = {t for t in mine.keys() | theirs.keys() if mine.get(t) != theirs.get(t)}
-    same = first_tokens(own) == first_tokens(other) and _split(own) == _split(other)
+    same = _split(own) == _split(other)
+    if begins:
+        same = same and first_tokens(own) == first_tokens(other)
     return Relation(True, tuple(sorted(differ))) if same and differ <= added else Relation(False)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from limbeck.contract.errors import UserError
-from limbeck.contract.models.tokens import as_written
+from limbeck.contract.models.tokens import as_written, same_chat
 from limbeck.contract.recipe import (
     ChatRows,
     LocalModel,
@@ -65,7 +65,8 @@ def compare_tokenizers(recipe: Recipe) -> list[TeacherTokens]:
     mine, found = as_written(Tokenizer.from_file(str(own))), list[TeacherTokens]()
     for name, path in paths.items():
         theirs = as_written(Tokenizer.from_file(str(path)))
-        relation = relate(mine, theirs)
+        begins = reads_plain_text(recipe) or not same_chat(own.parent, path.parent)
+        relation = relate(mine, theirs, begins=begins)
         if not relation.same:
             Pieces(mine, name="the student")
             Pieces(theirs, name=f"teacher {name}")
@@ -85,6 +86,11 @@ def tokenizer_mistakes(recipe: Recipe) -> Iterator[str]:
             yield why
         if teacher.name in others and (why := conversations_are_unknown(recipe, teacher.name)):
             yield why
+
+
+def reads_plain_text(recipe: Recipe) -> bool:
+    """Whether any text of a recipe is no conversation, so that tokens before a text matter."""
+    return not all(isinstance(text.format, ChatRows) for _, text in recipe.texts())
 
 
 def sorted_is_unknown(recipe: Recipe, teacher: Teacher) -> str | None:
