@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from compress.data.chat import chat_template, render
 from compress.data.conversations import read_conversations
-from compress.data.documents import documents, pieces
+from compress.data.documents import documents, pieces, require_prompts
 from compress.data.packing import (
     Piece,
     Row,
@@ -127,7 +127,12 @@ def conversations(
             say(f"  {where}: the chat template shows no {name}, so those of this row are left out")
         warned |= unread | ignored
         text, answers = render(conversation, tokenizer, template, where)
-        yield Piece(text, tuple(answers), says_end=False)
+        if conversation.given and len(answers) != conversation.answers:
+            raise DataError(
+                f"{where}: the chat template merges or drops answers, so that those of the prompt "
+                "cannot be separated from the one to learn; leave the row out."
+            )
+        yield Piece(text, tuple(answers[conversation.given :]), says_end=False)
 
 
 # Before there is a tokenizer ---------------------------------------------------------------------
@@ -151,6 +156,7 @@ def measure_text(domain: Domain, data: Data, *, folder: Path, enough: int | None
     form, split = domain.text.format, _Split(data)
     training = longest = blocks = 0
     files = text_files(domain.text, folder=folder)
+    require_prompts(files[0], form)
     for piece in split.train(
         itertools.chain.from_iterable(_unrendered(path, form) for path in files)
     ):
@@ -305,6 +311,9 @@ def _write_blocks(
     Memory holds the held-out text and one batch of the rest.
     """
     form: TextFormat | RowFormat = domain.text.format
+    require_prompts(paths[0], form)
+    if form.model_dump().get("field") == "chosen":
+        say(f"  {domain.name}: the chosen answers are learned; rejected ones are not read")
     chat = isinstance(form, ChatRows)
     prefix = [] if chat else special_prefix(tokenizer)  # a chat template writes its own
     split, answers = _Split(data), _Answers(data.block)

@@ -99,8 +99,7 @@ def around_answers(
 
     Raises `DataError` that names ``where``.
     """
-    count = sum(message["role"] == "assistant" for message in conversation.messages)
-    names = [_MARK.format(index) for index in range(count)]
+    names = [_MARK.format(index) for index in range(conversation.answers)]
     replacing = iter(names)
     more = {"tool_calls", *_REASONING}
     blank = [

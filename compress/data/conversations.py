@@ -37,6 +37,12 @@ class Conversation:
     messages: Messages
     tools: list[dict[str, Any]] | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)  # of the template
+    given: int = 0  # answers at its beginning that belong to the prompt, and are not learned
+
+    @property
+    def answers(self) -> int:
+        """Number of answers, those of the prompt included."""
+        return sum(message["role"] == "assistant" for message in self.messages)
 
 
 def read_conversations(
@@ -46,15 +52,24 @@ def read_conversations(
 
     Keys that are read are not among these. Raises `DataError` that names the row.
     """
-    watched -= {form.field, *_READ}
-    for where, row in rows_of(path, form.field, {*_READ, *watched}):
+    watched -= {form.field, form.prompt, *_READ}
+    for where, row in rows_of(path, form.field, {*_READ, form.prompt, *watched}):
         unread = frozenset(n for n in watched & row.keys() if row[n] not in (None, "", [], {}))
-        yield where, conversation_of(row, form.field, where), unread
+        yield where, _conversation(row, form, where), unread
 
 
-def conversation_of(row: Mapping[str, Any], key: str, where: str) -> Conversation:
-    """The conversation of a row whose messages are under ``key``. Raises `DataError`."""
-    messages = _messages(row[key], where)
+def _conversation(row: Mapping[str, Any], form: ChatRows, where: str) -> Conversation:
+    prompt = row.get(form.prompt)
+    answer = row[form.field]
+    if prompt and isinstance(answer, str) and not _lists_messages(answer):
+        answer = [{"role": "assistant", "content": answer}]
+    messages, given = _messages(answer, where), 0
+    opens = next((m["role"] for m in messages if m["role"] != "system"), "assistant")
+    if prompt and opens == "assistant":  # otherwise the messages hold their prompt
+        if isinstance(prompt, str) and not _lists_messages(prompt):
+            prompt = [{"role": "user", "content": prompt}]
+        before = _messages(prompt, f"{where}: {form.prompt}")
+        messages, given = before + messages, sum(m["role"] == "assistant" for m in before)
     system = _system(row, where)
     if system is not None:
         first = messages[0]
@@ -72,7 +87,13 @@ def conversation_of(row: Mapping[str, Any], key: str, where: str) -> Conversatio
             f"{where}: {_VARIABLES}: found {found}; expected an object of the chat template's own "
             "variables."
         )
-    return Conversation(messages, _tools(row, where), variables)
+    return Conversation(messages, _tools(row, where), variables, given)
+
+
+def _lists_messages(text: str) -> bool:
+    """Whether a text is the JSON of a list of objects."""
+    found = _parsed(text)
+    return isinstance(found, list) and bool(found) and all(isinstance(m, dict) for m in found)
 
 
 def _messages(value: Any, where: str) -> Messages:
@@ -82,7 +103,7 @@ def _messages(value: Any, where: str) -> Messages:
         found = "an empty list" if value == [] else type(value).__name__
         raise DataError(
             f"{where}: expected a list of messages, found {found}; set format.field to the right "
-            "key."
+            "key. Where it holds answers alone, set format.prompt to the key of their prompts."
         )
     return [_message(message, f"{where}: message {n}") for n, message in enumerate(value, start=1)]
 

@@ -35,6 +35,10 @@ _OTHER_FILES = {
 }
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which has no UTF-8
 
+# Names of an answer and of what it answers, as datasets have them.
+_ANSWERS = ("completion", "chosen", "rejected", "output", "response", "answer")
+_PROMPTS = ("prompt", "instruction", "question")
+
 Place = tuple[str, dict[str, Any]]  # where a row is, for errors, and its values by key or column
 
 
@@ -61,6 +65,19 @@ def documents(
         case Rows():
             found = _texts(rows_of(path, form.field), form.field)
     return (well_formed(document) for document in found if document.strip())
+
+
+def require_prompts(path: Path, form: object) -> None:
+    """Raise `DataError` where a file's first row has an answer as its text, and a prompt beside."""
+    if not isinstance(form, JsonLines | ParquetRows | Rows) or form.field not in _ANSWERS:
+        return
+    for where, row in itertools.islice(rows_of(path, form.field, _PROMPTS), 1):
+        if prompt := next((name for name in _PROMPTS if row.get(name)), None):
+            raise DataError(
+                f"{where}: {form.field} would be learned without its {prompt}; set format to "
+                f"{{kind: chat, field: {form.field}, prompt: {prompt}}}, or join both texts under "
+                "one key."
+            )
 
 
 def pieces(document: str, *, length: int) -> Iterator[str]:

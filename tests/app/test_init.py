@@ -169,7 +169,15 @@ def test_models_of_other_kinds_are_told_apart(tmp_path: Path) -> None:
             {"conversations": [{"from": "human", "value": "a"}]},
             {"kind": "chat", "field": "conversations"},
         ),
-        ({"question": "a", "answer": "b"}, "its rows have question, answer, .*content.: question"),
+        (
+            {"question": "a", "answer": "b"},
+            {"kind": "chat", "field": "answer", "prompt": "question"},
+        ),
+        (
+            {"prompt": "a", "chosen": [{"role": "assistant", "content": "b"}], "rejected": []},
+            {"kind": "chat", "field": "chosen"},
+        ),
+        ({"instruction": "a", "input": "b", "output": "c"}, "its rows have instruction, in"),
         ({"text": ["a"]}, r"its rows have text \(list\), and it is unclear which is the text"),
         (7, "line 2: int, where an object was expected"),
         (["a"], "not JSON: Extra data; expected one array, or one object a line"),

@@ -214,19 +214,22 @@ def text_source(given: str) -> dict[str, Any]:
                 pass
         return source
     fields = _parquet_fields(files[0]) if kind == "parquet" else _json_fields(files[0])
-    talks = next((name for name in ("messages", "conversations") if name in fields), None)
+    talks = next((name for name in ("messages", "conversations", "chosen") if name in fields), None)
     if talks is not None:
         chosen = {} if talks == "messages" else {"field": talks}
         return source | {"format": {"kind": "chat", **chosen}}
+    if "text" not in fields and "input" not in fields:  # Alpaca's input belongs to the prompt
+        for prompt, answer in _PAIRS:
+            if {prompt, answer} <= fields.keys():
+                named = {} if prompt == "prompt" else {"prompt": prompt}
+                return source | {"format": {"kind": "chat", "field": answer, **named}}
     texts = [name for name, type_ in fields.items() if type_ == _TEXT]
     field = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
     if field is None:
-        pair = next((pair for pair in _PAIRS if set(pair) <= fields.keys()), ("prompt", "answer"))
         raise DataError(
             f"--data {given}: its rows have {_listed(fields)}, and it is unclear which is the "
             "text; write it under text, or a conversation under messages: "
-            f'[{{"role": "user", "content": {pair[0]}}}, '
-            f'{{"role": "assistant", "content": {pair[1]}}}].'
+            '[{"role": "user", "content": …}, {"role": "assistant", "content": …}].'
         )
     return source | {"format": {"kind": kind, "field": field}}
 

@@ -246,14 +246,20 @@ class ChatRows(Frozen):
     answers only.
 
     Rendered by the tokenizer's chat template. An answer is scored with the token that ends its
-    turn.
+    turn. Rows of a prompt and its answer are conversations too; of preferences, name the chosen
+    answer.
     """
 
     kind: Literal["chat"]
     field: str = Field(
         "messages",
         description="Key or column that holds the list of {role, content}, or of ShareGPT's {from, "
-        "value}.",
+        "value}; or of an answer alone, such as completion or chosen.",
+    )
+    prompt: str = Field(
+        "prompt",
+        description="Key of what comes before an answer that stands alone: text of the user, or "
+        "messages, of which nothing is learned.",
     )
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from compress.data.blocks import conversations
+from compress.data.blocks import conversations, load_blocks
 from compress.data.packing import tokenise
 from limbeck.contract.errors import DataError
 from limbeck.contract.recipe import ChatRows
 from limbeck.runtime.chat import without_marks
-from tests.compress.data.texts import write_rows
+from tests.compress.data.texts import recipe_of, write_rows
 from tests.pico import CHAT, make_tokenizer
 
 # As Qwen3's template has it: tools, calls, reasoning of the last turn, and a variable.
@@ -233,3 +233,71 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, row: dict[str, Any], messa
     path = write_rows(tmp_path / "a.jsonl", [row])
     with pytest.raises(DataError, match=message):
         list(conversations(path, FORM, make_tokenizer()))
+
+
+ASK = [{"role": "user", "content": "hi"}]
+SECOND = [*TALK, {"role": "user", "content": "again?"}]
+WORSE = [{"role": "assistant", "content": "go away"}]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    ("row", "form", "prompt", "answer"),
+    [
+        ({"prompt": ASK, "chosen": TALK[1:], "rejected": WORSE}, {"field": "chosen"}, ASK,
+         TALK[1:]),
+        ({"chosen": TALK, "rejected": [*ASK, *WORSE]}, {"field": "chosen"}, ASK, TALK[1:]),
+        # UltraFeedback has the prompt twice.
+        ({"prompt": "hi", "chosen": TALK, "rejected": TALK}, {"field": "chosen"}, ASK, TALK[1:]),
+        ({"prompt": "hi", "chosen": "hello", "rejected": "no"}, {"field": "chosen"}, ASK, TALK[1:]),
+        ({"prompt": "hi", "completion": "[1]"}, {"field": "completion"}, ASK,
+         [{"role": "assistant", "content": "[1]"}]),
+        ({"prompt": SECOND, "completion": WORSE}, {"field": "completion"}, SECOND, WORSE),
+        ({"prompt": json.dumps(SECOND), "completion": json.dumps(WORSE)}, {"field": "completion"},
+         SECOND, WORSE),
+        ({"question": "hi", "answer": "hello"}, {"field": "answer", "prompt": "question"}, ASK,
+         TALK[1:]),
+        ({"system": "Be brief.", "prompt": "hi", "completion": "hello"}, {"field": "completion"},
+         [SYSTEM, *ASK], TALK[1:]),
+        ({"prompt": "hi", "chosen": ASKED, "tools": [TOOL]}, {"field": "chosen"}, None, ASKED),
+    ],
+    ids=["preference", "no prompt", "twice", "text", "completion", "turns", "json", "names",
+         "system", "whole"],
+)  # fmt: skip
+def test_an_answer_alone_is_learned_after_its_prompt(
+    tmp_path: Path, suffix: str, row: dict[str, Any], form: Any, prompt: Any, answer: Any
+) -> None:
+    """As TRL does with prompts and completions: nothing of the prompt is learned."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = MARKED
+    options: Any = {"return_dict": True, "tools": row.get("tools")}
+    whole = tokenizer.apply_chat_template(
+        [*(prompt or []), *answer], return_assistant_tokens_mask=True, **options
+    )
+    start = 0
+    if prompt:
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)
+        start = len(ids["input_ids"])
+        assert whole["input_ids"][:start] == ids["input_ids"]
+    right = [int(at >= start and mask) for at, mask in enumerate(whole["assistant_masks"])]
+    path = write_rows(tmp_path / f"a{suffix}", [row])
+    for template in (MARKED, without_marks(MARKED)):
+        tokenizer.chat_template = template
+        found = conversations(path, ChatRows(kind="chat", **form), tokenizer)
+        (tokens,) = tokenise(list(found), tokenizer)
+        assert tokens.ids.tolist() == whole["input_ids"]
+        assert tokens.scored.tolist() == right
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_an_answer_as_plain_text_is_refused_where_its_prompt_would_be_lost(
+    tmp_path: Path, kind: str
+) -> None:
+    row = {"prompt": "which of them is long enough for a block?", "chosen": "it", "rejected": "no"}
+    write_rows(tmp_path / f"a.{kind}", [row] * 99)
+    recipe = recipe_of(tmp_path, f"a.{kind}", text={"format": {"kind": kind, "field": "chosen"}})
+    with pytest.raises(DataError, match=r"1: chosen would be learned without its prompt; set fo.*"
+                       r"\{kind: chat, field: chosen, prompt: prompt\}"):  # fmt: skip
+        load_blocks(recipe, make_tokenizer())
+    recipe = recipe_of(tmp_path, f"a.{kind}", text={"format": {"kind": kind, "field": "prompt"}})
+    assert load_blocks(recipe, make_tokenizer())
