@@ -221,8 +221,8 @@ def text_source(given: str) -> dict[str, Any]:
     if "text" not in fields and "input" not in fields:  # Alpaca's input belongs to the prompt
         for prompt, answer in _PAIRS:
             if {prompt, answer} <= fields.keys():
-                named = {} if prompt == "prompt" else {"prompt": prompt}
-                return source | {"format": {"kind": "chat", "field": answer, **named}}
+                extra = {} if prompt == "prompt" else {"prompt": prompt}
+                return source | {"format": {"kind": "chat", "field": answer, **extra}}
     texts = [name for name, type_ in fields.items() if type_ == _TEXT]
     field = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
     if field is None:
