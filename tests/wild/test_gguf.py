@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import warnings
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 from gguf import TokenType
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
@@ -21,6 +23,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QW
 from compress.data.packing import special_prefix
 from compress.models.gguf import gguf_tokenizer
 from compress.models.language import load_tokenizer, model_folder
+from export.gguf.llama_cpp import LlamaCpp
 from export.gguf.write import write_gguf
 from limbeck.contract.errors import ModelError
 from limbeck.contract.recipe import GgufModel
@@ -54,7 +57,7 @@ def splitting(regex: str, *, whole_words: bool = False) -> Tokenizer:
 def written(
     file: Path, tokenizer: Tokenizer, *, pre: str | None, arch: str = "llama", **keys: Any
 ) -> Path:
-    """The header of a GGUF file with ``tokenizer``, as other programs write it."""
+    """A GGUF file of one layer with ``tokenizer``, as other programs write it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     writer, vocabulary = gguf.GGUFWriter(file, arch), tokenizer.get_vocab()
     by_bytes = isinstance(tokenizer.decoder, decoders.ByteLevel)
@@ -64,6 +67,8 @@ def written(
     writer.add_embedding_length(32)
     writer.add_block_count(1)
     writer.add_head_count(2)
+    writer.add_feed_forward_length(64)
+    writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tokenizer_model("gpt2" if by_bytes else "llama")
     if pre is not None:
         writer.add_tokenizer_pre(pre)
@@ -77,8 +82,15 @@ def written(
         writer.add_bos_token_id(vocabulary[BOS])
     for key, value in keys.items():
         writer.add_bool(f"tokenizer.ggml.{key}", value)
+    sizes = {"token_embd": (len(tokens), 32), "output_norm": (32,), "blk.0.attn_norm": (32,)}
+    sizes |= {f"blk.0.attn_{part}": (32, 32) for part in ("q", "k", "v", "output")}
+    sizes |= {"blk.0.ffn_norm": (32,), "blk.0.ffn_down": (32, 64)}
+    sizes |= {f"blk.0.ffn_{part}": (64, 32) for part in ("gate", "up")}
+    for name, size in sizes.items():
+        writer.add_tensor(f"{name}.weight", np.zeros(size, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
     writer.close()
     return file
 
@@ -204,3 +216,19 @@ def test_a_teacher_of_a_gguf_file_reads_what_its_model_did(
         folder = model_folder(GgufModel(kind="gguf", path=Path("a.gguf")), folder=tmp_path)
     read = load_tokenizer(folder)
     assert [read(t)["input_ids"] for t in TEXTS] == [tokenizer.encode(t).ids for t in TEXTS]
+
+
+@pytest.mark.parametrize(
+    "pre", ["gpt-2", "smollm", "stablelm2", "dbrx", "llama-bpe", "tekken", "gpt-4o", None]
+)
+def test_llama_cpp_reads_the_same_tokens(tmp_path: Path, pre: str | None) -> None:
+    """Without add_bos_token, in texts where the splits differ; None is a SentencePiece file."""
+    pytest.importorskip("cyllama", reason="llama.cpp is not installed")
+    tokenizer = piece_level(prepends=True)
+    if pre is not None:
+        tokenizer = starting(splitting(LLAMA3, whole_words=True), BOS)
+    file = written(tmp_path / "a.gguf", tokenizer, pre=pre)
+    read = gguf_tokenizer(file)
+    with closing(LlamaCpp(file, 64)) as theirs:
+        for text in [*TEXTS, "I'M\r\n\r\n  ½ Ⅷ ١٢٣ wORLD", "foo/bar //\n\n\t\tÀÉ 'S"]:
+            assert read(text)["input_ids"] == theirs.encode(text, True), text
