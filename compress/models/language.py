@@ -29,7 +29,7 @@ from limbeck.contract.errors import EnvironmentalError, ModelError
 from limbeck.contract.lock import make_once
 from limbeck.contract.models.alignment import relate
 from limbeck.contract.models.loading import load_pretrained
-from limbeck.contract.models.tokens import as_written
+from limbeck.contract.models.tokens import as_written, sentencepiece_file
 from limbeck.contract.recipe import (
     BaseSource,
     GgufModel,
@@ -40,7 +40,7 @@ from limbeck.contract.recipe import (
     fingerprint,
 )
 from limbeck.contract.sources.hub import hub_config, hub_snapshot
-from limbeck.contract.sources.models import model_path, require_tokenizer
+from limbeck.contract.sources.models import model_path, require_rows, require_tokenizer
 from limbeck.contract.sources.places import cache_folder
 from limbeck.contract.sources.weights import check_weights, stored_form
 
@@ -178,7 +178,8 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Load the fast tokenizer of a plain folder; it never cuts or fills a text.
 
-    Raises `ModelError`.
+    Raises `ModelError`, also if it has more tokens than the model has rows, or if transformers
+    reads a SentencePiece file in another way than sentencepiece does.
     """
     require_tokenizer(folder)
     try:
@@ -195,7 +196,28 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         )
     # transformers switches these off in every call; we call the tokenizer inside.
     as_written(tokenizer.backend_tokenizer, split_special=tokenizer.split_special_tokens)
+    require_rows(folder, len(tokenizer))
+    if (file := sentencepiece_file(folder)) is not None:
+        _require_same_pieces(tokenizer, file)
     return tokenizer
+
+
+# What readers of SentencePiece files differ in: first words, spaces, digits, unknown letters.
+_PROBE = "The quick  brown fox, naïve Café: 12345 of 日本"
+
+
+def _require_same_pieces(tokenizer: PreTrainedTokenizerFast, file: Path) -> None:
+    from sentencepiece import SentencePieceProcessor  # few models need it
+
+    own = SentencePieceProcessor(model_file=str(file)).encode(_PROBE, out_type=str)
+    found = tokenizer.tokenize(_PROBE)
+    if found != own:
+        first = next((n for n, (a, b) in enumerate(zip(found, own, strict=False)) if a != b), -1)
+        raise ModelError(
+            f"{file}: transformers reads it as {type(tokenizer).__name__}, which cuts a text in "
+            f"other places ({found[first]!r} where sentencepiece has {own[first]!r}). Name the "
+            "model's own tokenizer_class in tokenizer_config.json, or put its tokenizer.json there."
+        )
 
 
 def require_same_tokenizer(names_and_folders: Mapping[str, Path]) -> None:

@@ -20,7 +20,7 @@ from compress.models.language import load_tokenizer
 from limbeck.app.plan import plan_recipe
 from limbeck.app.products import mistakes
 from limbeck.contract.errors import DataError, ModelError, RecipeError
-from limbeck.contract.models.adapters import tokenizer_size
+from limbeck.contract.models.tokens import tokenizer_size
 from limbeck.contract.recipe import (
     ChatRows,
     DatasetText,

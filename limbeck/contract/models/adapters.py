@@ -18,6 +18,7 @@ from typing import Any
 from limbeck.contract.errors import ModelError
 from limbeck.contract.models.loading import require_finite
 from limbeck.contract.models.probe import probe_ids, require_equal
+from limbeck.contract.models.tokens import tokenizer_size
 from limbeck.contract.recipe.mistakes import did_you_mean
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -173,38 +174,6 @@ def adapter_facts(folder: Path) -> AdapterFacts:
         )
     base = config.get("base_model_name_or_path")
     return AdapterFacts(folder, kind, str(base) if base else None, config, shapes)
-
-
-def tokenizer_size(folder: Path) -> int | None:
-    """Largest token id of a folder's tokenizer, plus one; None where no vocabulary in JSON is.
-
-    Further tokens may be in tokenizer_config.json or, where it lists none, in added_tokens.json.
-    """
-    ids: list[int] = []
-    path = folder / "tokenizer.json"
-    try:
-        if (tree := _read(path)) is not None:
-            vocabulary = tree["model"]["vocab"]  # of Unigram a list, numbered by its order
-            ids += vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-            ids += (token["id"] for token in tree.get("added_tokens") or ())
-        elif (vocabulary := _read(path := folder / "vocab.json")) is not None:
-            ids += vocabulary.values()
-        else:
-            return None
-        config = _read(path := folder / "tokenizer_config.json") or {}
-        if "added_tokens_decoder" in config:
-            ids += map(int, config["added_tokens_decoder"] or ())
-        else:
-            ids += (_read(path := folder / "added_tokens.json") or {}).values()
-        return 1 + max(ids, default=-1)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"{path}: cannot be read ({type(error).__name__}: {error}); save the tokenizer again."
-        ) from None
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def can_join(model: Any, facts: AdapterFacts) -> bool:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from limbeck.contract.errors import ModelError
+
 MORE_TEMPLATES = "additional_chat_templates"  # folder of the named ones, as transformers saves it
 
 
@@ -24,6 +26,81 @@ def as_written(tokenizer: Any, *, split_special: bool = False) -> Any:
     if split_special:
         tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def tokenizer_size(folder: Path) -> int | None:
+    """Largest token id of a folder's tokenizer, plus one; None where no vocabulary is found.
+
+    Further tokens may be in tokenizer_config.json or, where it lists none, in added_tokens.json.
+    Raises `ModelError` for a file that cannot be read.
+    """
+    ids: list[int] = []
+    path = folder / "tokenizer.json"
+    try:
+        if (tree := _read(path)) is not None:
+            vocabulary = tree["model"]["vocab"]  # of Unigram a list, numbered by its order
+            ids += vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+            ids += (token["id"] for token in tree.get("added_tokens") or ())
+        elif (vocabulary := _read(path := folder / "vocab.json")) is not None:
+            ids += vocabulary.values()
+        elif (path := folder / "vocab.txt").is_file():
+            ids += range(path.read_bytes().rstrip(b"\n").count(b"\n") + 1)
+        elif (pieces := sentencepiece_file(folder)) is not None:
+            ids += range(count_pieces(pieces.read_bytes()))
+        else:
+            return None
+        config = _read(path := folder / "tokenizer_config.json") or {}
+        if "added_tokens_decoder" in config:
+            ids += map(int, config["added_tokens_decoder"] or ())
+        else:
+            ids += (_read(path := folder / "added_tokens.json") or {}).values()
+        return 1 + max(ids, default=-1)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{path}: cannot be read ({type(error).__name__}: {error}); save the tokenizer again."
+        ) from None
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def sentencepiece_file(folder: Path) -> Path | None:
+    """The SentencePiece file that a tokenizer has to be made of; None where there is a better one.
+
+    A tiktoken file may have such a name too.
+    """
+    if any(match for pattern in _BETTER for match in folder.glob(pattern)):
+        return None
+    found = sorted(path for path in folder.glob("*.model") if path.is_file())
+    return next((path for path in found if count_pieces(path.read_bytes())), None)
+
+
+_BETTER = ("tokenizer.json", "vocab.*", "tekken.json", "*.tiktoken")
+_PIECE = 1 << 3 | 2  # key of `repeated SentencePiece pieces = 1` in the protobuf of a model
+
+
+def count_pieces(content: bytes) -> int:
+    """Number of pieces in the bytes of a SentencePiece file; 0 where they are something else."""
+    at, count = 0, 0
+    while at < len(content):
+        key, at = _varint(content, at)
+        size, at = _varint(content, at)
+        if key & 7 != 2 or at + size > len(content):  # a message of messages only
+            return 0
+        count, at = count + (key == _PIECE), at + size
+    return count
+
+
+def _varint(content: bytes, at: int) -> tuple[int, int]:
+    """A number of a protobuf at a place of its bytes, and the place behind it."""
+    value = shift = 0
+    while at < len(content):
+        byte, at = content[at], at + 1
+        value, shift = value | (byte & 0x7F) << shift, shift + 7
+        if byte < 0x80 or shift > 63:
+            break
+    return value, at
 
 
 def chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:

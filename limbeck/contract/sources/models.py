@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from limbeck.contract.errors import ModelError
+from limbeck.contract.errors import EnvironmentalError, ModelError
 from limbeck.contract.files import file_digest
 from limbeck.contract.lock import make_once
-from limbeck.contract.models.adapters import tokenizer_size
+from limbeck.contract.models.tokens import sentencepiece_file, tokenizer_size
 from limbeck.contract.recipe import (
     BaseSource,
     GgufModel,
@@ -146,19 +146,25 @@ def stored_config(source: BaseSource, *, folder: Path) -> Mapping[str, Any] | No
 def require_fits(folder: Path, *, block: int | None = None, exported: bool = False) -> None:
     """Raise `ModelError` unless a model accepts ``block`` tokens and every id of its tokenizer.
 
-    ``exported`` says that its graph has to accept them too. Reads config.json and tokenizer.json
-    only. A value that they do not give is not checked.
+    ``exported`` says that its graph has to accept them too. Reads config.json and the files of the
+    tokenizer only. A value that they do not give is not checked.
     """
     config = read_object(folder / "config.json")
-    text = _text_config(config)
     context = exported_context(config) if exported else context_in(config)
     if block is not None and context is not None and block > context:
         raise ModelError(
             f"{folder}: data.block is {block}, but the model reads {context} tokens at most; set "
             f"data.block to {context} or less."
         )
-    rows, size = text.get("vocab_size"), tokenizer_size(folder)
-    if size is not None and isinstance(rows, int) and size > rows:
+    if (size := tokenizer_size(folder)) is not None:
+        require_rows(folder, size)
+
+
+def require_rows(folder: Path, size: int) -> None:
+    """Raise `ModelError` if config.json says that a model has fewer rows than ``size`` tokens."""
+    path = folder / "config.json"
+    rows = _text_config(read_object(path)).get("vocab_size") if path.is_file() else None
+    if isinstance(rows, int) and size > rows:
         raise ModelError(
             f"{folder}: its tokenizer has {size} tokens, but its embedding has {rows} rows; save "
             "the tokenizer that belongs "
@@ -197,7 +203,15 @@ def require_language_model(folder: Path) -> None:
 
 
 def require_tokenizer(folder: Path) -> None:
-    """Raise `ModelError` unless a file is there that a tokenizer can be made of."""
+    """Raise `ModelError` unless a file is there that a tokenizer can be made of.
+
+    Raises `EnvironmentalError` if the package for it is missing.
+    """
+    if (file := sentencepiece_file(folder)) and importlib.util.find_spec("sentencepiece") is None:
+        raise EnvironmentalError(
+            f"{file}: the only file of the tokenizer, which needs the package sentencepiece; run: "
+            "pip install sentencepiece. Or put the model's tokenizer.json beside it."
+        )
     if not any(match for pattern in _TOKENIZERS for match in folder.glob(pattern)):
         raise ModelError(
             f"{folder}: no tokenizer; expected tokenizer.json beside config.json. Save the "
