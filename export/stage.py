@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from export.folder.card import graph_metadata, write_card
 from export.folder.clients import write_client_files
 from export.forms import Job, make_form, release_memory
@@ -15,6 +17,7 @@ from export.round.scheme import Scheme
 from export.tasks import task_of
 from limbeck.contract.artifact import Artifact, write_artifact
 from limbeck.contract.errors import ParityError, QualityError
+from limbeck.contract.machine import available_cores
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import AnyRecipe
 from limbeck.contract.results.onnx import ExportedForm, OnnxResult
@@ -24,6 +27,9 @@ from limbeck.runtime.session import import_onnxruntime
 def write(source: Artifact, out: Path, recipe: AnyRecipe, key: str) -> None:
     """Make the ``onnx`` artifact of the student ``source``; see `export.export_student`."""
     import_onnxruntime()  # before any work: it may be missing, or two builds may share a folder
+    # Sums depend on the number of threads, and a training in this process has set its own. The same
+    # folder must come out of an export that is started alone, as after an interruption.
+    torch.set_num_threads(available_cores())
     parents = {"student": source.digest}
     with write_artifact(out, kind="onnx", key=key, parents=parents, recipe=recipe) as draft:
         folder, model = draft.folder, source.path / "model"

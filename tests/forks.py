@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -40,7 +41,7 @@ def start(
     work: Callable[..., object], *arguments: Any, environment: Mapping[str, str] | None = None
 ) -> BaseProcess:
     """Start a process that calls ``work``, a function of a module, with ``arguments``."""
-    forkserver.ensure_running()
+    forkserver._forkserver.ensure_running()
     server = forkserver._forkserver._forkserver_address
     process = _CONTEXT.Process(
         target=_call, args=(work, arguments, dict(environment or {}), server)
@@ -58,8 +59,30 @@ def _call(
     os.environ.update(environment)
     # What this process starts is forked by the server that forked it.
     forkserver._forkserver._forkserver_address = server
-    forkserver._forkserver.ensure_running = lambda: None
+    use_server_of_parent()
     work(*arguments)
+
+
+def use_server_of_parent() -> None:
+    """Start no server in this process: the one that it was forked by, or that its parent used,
+    does.
+    """
+    forkserver._forkserver.ensure_running = lambda: None
+
+
+def command(folder: Path, *arguments: str) -> None:
+    """The command line in ``folder``, for `start`, as torch arms of its bench are forked; its
+    output goes to the files stdout and stderr.
+    """
+    from limbeck.app import cli
+
+    workers.launch = launch
+    os.chdir(folder)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
+    sys.argv = ["limbeck", *arguments]
+    cli.main()
 
 
 def share(work: Callable[..., object], *arguments: Any, processes: int, seconds: float) -> None:

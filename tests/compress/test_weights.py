@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from compress.head import IGNORED, Head, fit_temperature, label_nll
 from compress.loss import fused_loss, plain_loss
@@ -20,6 +21,7 @@ from limbeck.contract.recipe import (
     InverseEntropyWeights,
     LabelWeights,
     PosteriorWeights,
+    StaticWeights,
 )
 from tests.compress.problems import NAMES, WEIGHTS, problem
 
@@ -101,6 +103,31 @@ def test_no_teacher_stands_in_for_the_one_that_the_prior_names() -> None:
     w = weigh(config, zeros_KRL, zeros_KRL, labels_RL, names=["a", "b"], prior_KR=given,
               reach=reach)  # fmt: skip
     assert w[:, 0].T.tolist() == [[1, 0], [0, 0]]
+
+
+def test_floor_warm_up_and_even_shares_count_the_teachers_that_are_there() -> None:
+    """Of three teachers, b is absent at the first label, and only c is there at the second."""
+    zeros_KRL, labels_RL = torch.zeros(3, 1, 2), torch.ones(1, 2, dtype=torch.long)
+    target_KRL = torch.tensor([[[True, False]], [[False, False]], [[True, True]]])
+    reach = Reach(target_KRL, torch.ones_like(target_KRL), torch.ones_like(target_KRL))
+
+    def at(config: Any, progress: float, entropy_KRL: Tensor = zeros_KRL) -> list[list[float]]:
+        found = weigh(config, entropy_KRL, zeros_KRL, labels_RL, names=["a", "b", "c"],
+                      progress=progress, reach=reach)  # fmt: skip
+        return found[:, 0].T.tolist()
+
+    static = StaticWeights(kind="static", values={"a": 1, "b": 1, "c": 0})
+    assert at(static, 1) == [[1, 0, 0], [0, 0, 1]]
+    config = EntropyWeights(kind="entropy", granularity="token", sharpness=1, floor=0.1, warmup=0.5)
+    entropy_KRL = torch.tensor([0.0, 0.0, math.log(3)])[:, None, None].expand(3, 1, 2)
+    # exp(-entropy) is 1 and 1 / 3: weights 3 / 4 and 1 / 4, of which a tenth is shared evenly.
+    whole = 0.9 * 0.75 + 0.05
+    half = 0.5 * whole + 0.25
+    for progress, first in ((1.0, whole), (0.5, whole), (0.25, half)):
+        expected = [[first, 0, 1 - first], [0, 0, 1]]
+        torch.testing.assert_close(
+            torch.tensor(at(config, progress, entropy_KRL)), torch.tensor(expected)
+        )
 
 
 def test_the_posterior_is_causal_and_bayes_rule() -> None:

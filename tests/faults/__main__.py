@@ -1,26 +1,31 @@
-"""``python -m tests.faults [NAME …]``: kill at every file event, fill disks, print a table.
+"""Kill at every file event, fill disks, stop a whole job at random moments, print a table.
 
-Without names, every case; a name chooses the cases that contain it. Exits with 1 when a kill lost
-something or left something over.
+Exits with 1 when a kill lost something or left something over.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
 
 from limbeck.contract.errors import EnvironmentalError
-from tests.faults import cases, job
+from tests.faults import cases, job, moments
 from tests.faults.disks import NoMount
-from tests.faults.kills import Case, Killed, Row, fill_disks, kill_everywhere, record
+from tests.faults.kills import Case, Killed, Row, fill_disks, kill_everywhere
 
 _JOB_STEP = 160  # kilobytes between the sizes of a disk
 
 
-def main(names: list[str]) -> int:
+def main() -> int:
     """Run the chosen cases."""
-    failures = 0
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("names", nargs="*", help="cases whose names contain one; default: all")
+    parser.add_argument("--kills", type=int, default=20, help="at random moments")
+    parser.add_argument("--seed", type=int, default=0, help="of these moments")
+    asked = parser.parse_args()
+    failures, names = 0, asked.names
     print(f"{'case':42} {'kills':>6} {'states':>7} {'seconds':>8}", flush=True)
     with tempfile.TemporaryDirectory(prefix="limbeck-faults-") as root:
         for case in [*cases.CASES, *_job(Path(root), names)]:
@@ -41,7 +46,13 @@ def main(names: list[str]) -> int:
             except Killed as error:
                 failures += 1
                 print(f"{case.name}, disk full: FAILED: {error}", flush=True)
-    print("every event was tried; no random choice was made" if not failures else "FAILED")
+        if not names or any(name in moments.NAME for name in names):
+            try:
+                _print(moments.stop_at_random(asked.kills, asked.seed, Path(root)))
+            except Killed as error:
+                failures += 1
+                print(f"{moments.NAME}, seed {asked.seed}: FAILED: {error}", flush=True)
+    print("FAILED" if failures else f"all cases passed; random moments: seed {asked.seed}")
     return 1 if failures else 0
 
 
@@ -51,14 +62,12 @@ def _print(row: Row) -> None:
 
 def _job(root: Path, names: list[str]) -> tuple[Case, ...]:
     """The cases of the tiny job, when they are wanted: they take minutes."""
-    if names and not any(name in "job, compress job, export" for name in names):
+    if names and not any(name in "job, compress job, export job, bench" for name in names):
         return ()
     job.warm()
-    prepared = root / "prepared"
-    prepared.mkdir()
-    record(lambda folder: job.run_stage("compress", folder), prepared)
-    return job.cases(prepared)
+    job.prepare(root / "prepared")
+    return job.cases(root / "prepared")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -6,14 +6,18 @@ kill is tried once.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.recipe import Recipe, parse_recipe
-from tests.faults.kills import Case
+from tests import forks
+from tests.faults.kills import Case, record
 
 _TINY = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
@@ -42,6 +46,9 @@ def recipe() -> Recipe:
                 "checkpoint_every": 2, "threads": 1,
             },
             "export": {"forms": [{"kind": "fp32"}, {"kind": "int8-weight"}]},
+            "bench": {
+                "prompt_tokens": 8, "new_tokens": 4, "minutes": 0.02, "min_blocks": 3, "threads": 1,
+            },
             "gates": {"max_quantization_loss": 1.0},
         }
     )  # fmt: skip
@@ -57,9 +64,10 @@ def warm() -> None:
         "compress.loop", "compress.models.students", "export", "export.build.backend",
         "export.check.parity", "export.round.quantize", "onnxruntime", "onnxruntime_genai", "peft",
         "transformers.models.llama",
-        "limbeck.runtime.decoder",
+        "limbeck.runtime.decoder", "serve_bench", "serve_bench.tell.report",
     ):  # fmt: skip
         importlib.import_module(name)
+    forks.start(time.sleep, 0).join()
 
 
 def run_stage(stage: str, folder: Path) -> None:
@@ -78,6 +86,23 @@ def _export(folder: Path) -> None:
     run_stage("export", folder)
 
 
+def _bench(folder: Path) -> None:
+    from serve_bench.measure import workers
+
+    workers.launch = forks.launch
+    forks.use_server_of_parent()
+    run_stage("bench", folder)
+
+
+def _measured(folder: Path) -> Any:
+    """Times differ from run to run, so only what was measured is compared, not what came out."""
+    bench, run = open_artifact(folder / "run" / "bench", verify=True), folder / "run"
+    certificate = json.loads((run / "certificate.json").read_text())
+    return digests(folder), bench.key, sorted(certificate), "</html>" in (
+        run / "report.html"
+    ).read_text()  # fmt: skip
+
+
 def digests(folder: Path) -> dict[str, Any]:
     """Digest of every artifact of the run, with the hash of each graph."""
     found: dict[str, Any] = {}
@@ -89,13 +114,27 @@ def digests(folder: Path) -> dict[str, Any]:
     return found
 
 
-def cases(prepared: Path) -> tuple[Case, ...]:
-    """Compress and export; ``prepared`` holds a finished compress stage for the second."""
+def prepare(folder: Path) -> None:
+    """Make ``folder/compress`` and ``folder/export``, which hold what these stages made."""
+    before = None
+    for stage, work in (("compress", _compress), ("export", _export)):
+        if before is not None:
+            shutil.copytree(folder / before, folder / stage, symlinks=True)
+        (folder / stage).mkdir(parents=True, exist_ok=True)
+        record(work, folder / stage)
+        before = stage
 
-    def copy(folder: Path) -> None:
-        shutil.copytree(prepared, folder, symlinks=True, dirs_exist_ok=True)
+
+def cases(prepared: Path) -> tuple[Case, ...]:
+    """The three stages; ``prepared`` is a folder that `prepare` has filled."""
+
+    def copy(stage: str) -> Callable[[Path], None]:
+        return lambda folder: shutil.copytree(
+            prepared / stage, folder, symlinks=True, dirs_exist_ok=True
+        )  # fmt: skip
 
     return (
         Case("job, compress", _compress, digests, look=digests),
-        Case("job, export", _export, digests, prepare=copy, look=digests),
+        Case("job, export", _export, digests, prepare=copy("compress"), look=digests),
+        Case("job, bench", _bench, _measured, prepare=copy("export"), look=digests),
     )

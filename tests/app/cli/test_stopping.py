@@ -22,22 +22,6 @@ from tests.app.cli.calls import GOOD, called_alone
 SHORT = {"prompt_tokens": 8, "new_tokens": 4, "minutes": 0.02, "min_blocks": 3, "threads": 1}
 
 
-def command(folder: Path, *arguments: str) -> None:
-    """The command in ``folder``, in a forked process, as torch arms of its bench are; its output
-    goes to the files stdout and stderr.
-    """
-    from limbeck.app import cli
-    from serve_bench.measure import workers
-
-    workers.launch = forks.launch
-    os.chdir(folder)
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
-    sys.argv = ["limbeck", *arguments]
-    cli.main()
-
-
 def endless(folder: Path) -> None:
     """`limbeck run` with a training that never ends."""
     import compress
@@ -51,7 +35,7 @@ def endless(folder: Path) -> None:
     plan.seconds_after_training = lambda _: {}  # loads transformers
     compress.distill = distill
     session.import_onnxruntime = lambda: None
-    command(folder, "run", "mine.yaml")
+    forks.command(folder, "run", "mine.yaml")
 
 
 def until(process: Any, true: Callable[[], bool], folder: Path) -> None:
@@ -93,7 +77,7 @@ def test_pico_stopped_in_training_goes_on_to_a_verdict(tmp_path: Path) -> None:
     done."""
     out, err = tmp_path / "stdout", tmp_path / "stderr"
     run = ("run", "pico", "--out", "out", "--set", f"bench={json.dumps(SHORT)}")
-    process = forks.start(command, tmp_path, *run)
+    process = forks.start(forks.command, tmp_path, *run)
     until(process, lambda: err.exists() and "training pico" in err.read_text(), tmp_path)
     os.kill(process.pid, signal.SIGINT)
     process.join(60)
@@ -101,7 +85,7 @@ def test_pico_stopped_in_training_goes_on_to_a_verdict(tmp_path: Path) -> None:
     assert err.read_text().splitlines()[-1] == "stopped; run the same command again to go on"
     assert not (tmp_path / "out" / "student").exists()
 
-    process = forks.start(command, tmp_path, *run)
+    process = forks.start(forks.command, tmp_path, *run)
     process.join()
     assert process.exitcode == 0, err.read_text()
     assert "verdict: pass" in out.read_text()

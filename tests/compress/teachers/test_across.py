@@ -99,6 +99,15 @@ def test_the_chunked_loss_is_the_plain_one(across: str, weights: Any) -> None:
 
 
 @pytest.mark.parametrize("across", ACROSS)
+def test_the_divergence_that_is_shown_is_that_of_all_chunks(across: str) -> None:
+    """The loss is linear in `weight`, so the plain one gives the divergence by a difference."""
+    parts = problem("gemma", "smaller")
+    found = fused_loss(Fusion(across=across, chunk=7), **parts).divergence
+    two, one = (plain_loss(Fusion(across=across, weight=w), **parts).item() for w in (2.0, 1.0))
+    assert found == pytest.approx((two - one) * parts["denominator"], rel=1e-4)
+
+
+@pytest.mark.parametrize("across", ACROSS)
 @pytest.mark.parametrize(
     "options",
     [

@@ -53,6 +53,16 @@ def test_a_case_that_is_wrong_throughout_fails(
     assert [failure for failure in found if failure.startswith(says)], found
 
 
+def test_where_the_limits_of_a_case_begin() -> None:
+    """Twenty positions are a case of their own; logits below one are held to the limit of one."""
+    cases = {"long": differences(1000), "twenty": differences(20, kl=0.3), "one": differences(1)}
+    assert judge("int8-weight", cases, largest=40).failures == ["twenty: kl is 0.3, tolerance 0.25"]
+    small = {"long": differences(300, kl=0, largest=1.5e-4)}
+    assert judge("fp32", small, largest=0.5).failures == [
+        "long: max_abs is 0.00015, tolerance 0.0001"
+    ]
+
+
 def test_a_few_positions_are_held_to_the_limit_of_a_case() -> None:
     """As in a folder of a large vocabulary, with which two positions of each case travel."""
     few = {f"c{n}": differences(2, kl=0.2) for n in range(9)}
