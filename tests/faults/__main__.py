@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 
 from limbeck.contract.errors import EnvironmentalError
-from tests.faults import cases, job, moments
-from tests.faults.disks import NoMount
-from tests.faults.kills import Case, Killed, Row, fill_disks, kill_everywhere
+from tests.faults.killing import cases, job, moments
+from tests.faults.killing.disks import NoMount
+from tests.faults.killing.events import Case, Killed, Row, fill_disks, kill_everywhere
 
 _JOB_STEP = 160  # kilobytes between the sizes of a disk
 

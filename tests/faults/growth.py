@@ -24,7 +24,7 @@ import numpy as np
 import scipy
 
 from limbeck.contract.recipe import parse_recipe
-from tests.faults import job
+from tests.faults.killing import job
 
 COUNT = 10_000
 ALLOWED = 1 << 20  # bytes over the judged part: a hundred a step and more would be seen

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from limbeck.contract.artifact import MANIFEST
-from tests.faults import job
+from tests.faults.killing import job
 
 
 def test_two_runs_in_two_folders_give_equal_digests_and_graphs(

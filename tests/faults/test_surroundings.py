@@ -12,7 +12,7 @@ import pytest
 
 from limbeck.contract.artifact import MANIFEST
 from tests import ROOT
-from tests.faults.disks import NoMount, read_only_disk
+from tests.faults.killing.disks import NoMount, read_only_disk
 
 _ROOT = str(ROOT)
 

@@ -13,7 +13,7 @@ from limbeck.contract.artifact import MANIFEST, open_artifact, write_artifact
 from limbeck.contract.files import write_atomically
 from limbeck.contract.lock import locked, make_once
 from limbeck.contract.recipe import Recipe
-from tests.faults.kills import Case
+from tests.faults.killing.events import Case
 from tests.pico import pico_recipe
 
 

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from tests import forks
-from tests.faults.job import digests
-from tests.faults.kills import Killed, Row, listing
+from tests.faults.killing.events import Killed, Row, listing
+from tests.faults.killing.job import digests
 
 NAME = "pico, random moments"
 _BENCH = {"prompt_tokens": 8, "new_tokens": 4, "minutes": 0.02, "min_blocks": 3, "threads": 1}

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from limbeck.contract.errors import EnvironmentalError
-from tests.faults.cases import CASES
-from tests.faults.disks import NoMount
-from tests.faults.kills import Case, Killed, fill_disks, kill_everywhere
+from tests.faults.killing.cases import CASES
+from tests.faults.killing.disks import NoMount
+from tests.faults.killing.events import Case, Killed, fill_disks, kill_everywhere
 
 
 def _quick(cases: Sequence[Case], *names: str) -> list[Any]:

@@ -17,7 +17,7 @@ from typing import Any
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.recipe import Recipe, parse_recipe
 from tests import forks
-from tests.faults.kills import Case, record
+from tests.faults.killing.events import Case, record
 
 _TINY = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
