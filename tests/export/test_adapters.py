@@ -14,12 +14,14 @@ import onnx
 import pytest
 import torch
 
+import compress
 from export import export_student, verify_parity
 from export.round.smooth import find_boundaries
 from limbeck.contract.artifact import Artifact, open_artifact, write_artifact
 from limbeck.contract.data.heldout import CALIBRATION, HELDOUT, save_calibration, save_heldout
 from limbeck.contract.errors import ArtifactError, RecipeError
 from limbeck.runtime.decoder import Decoder
+from tests.compress.test_compress import tiny
 from tests.pico import make_blocks, make_model, pico_recipe
 from tests.wild.cases.adapters import peft_logits
 
@@ -29,7 +31,6 @@ PROMPT = list(range(40, 52))
 
 def make_lora_student(path: Path, base: Path, *, seed: int, **config: Any) -> Artifact:
     """A student artifact as the compress stage writes it for LoRA, with a random adapter."""
-    import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -78,13 +79,15 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[Artifact]:
     ]
 
 
-def torch_logits(model: Path, prompt: list[int]) -> Any:
-    import torch
+def torch_model(model: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
+    return AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager")
+
+
+def torch_logits(model: Path, prompt: list[int]) -> Any:
     with torch.inference_mode():
-        loaded = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager")
-        return loaded(torch.tensor([prompt])).logits[0, -1].numpy()
+        return torch_model(model)(torch.tensor([prompt])).logits[0, -1].numpy()
 
 
 def test_with_its_adapter_it_is_the_student_and_without_it_the_base(two: list[Artifact]) -> None:
@@ -120,6 +123,29 @@ def test_a_base_whose_configuration_is_wrong_is_what_transformers_makes_of_it(
     recipe = pico_recipe(export={"forms": ["fp32"], "adapters": "separate"})
     exported = export_student(student=student.path, out=tmp_path / "onnx", recipe=recipe)
     assert exported.result["backend"]["name"] == "genai"
+    theirs = peft_logits(base, student.path / "adapter", torch.tensor([PROMPT]))[0, -1]
+    ours = Decoder(exported.path, form="fp32").prefill([PROMPT])[0]
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("adapters", ["merged", "separate"])
+def test_a_half_base_in_shards_is_exported_with_what_was_learned_on_it(
+    tmp_path: Path, adapters: str
+) -> None:
+    base = make_model(tmp_path / "base", tie_word_embeddings=True)
+    model = torch_model(base).to(torch.bfloat16)
+    (base / "model.safetensors").unlink()
+    model.save_pretrained(base, max_shard_size="20KB")
+    assert len(list(base.glob("*.safetensors"))) > 1
+    recipe = tiny(
+        tmp_path,
+        teachers=[{"name": "t", "model": {"kind": "local", "path": str(base)}}],
+        student={"base": {"kind": "local", "path": str(base)}, "init": "base"},
+        training={"tokens": 64},
+    )
+    student = compress.distill(recipe=recipe, out=tmp_path / "student")
+    exporting = pico_recipe(export={"forms": ["fp32"], "adapters": adapters})
+    exported = export_student(student=student.path, out=tmp_path / "onnx", recipe=exporting)
     theirs = peft_logits(base, student.path / "adapter", torch.tensor([PROMPT]))[0, -1]
     ours = Decoder(exported.path, form="fp32").prefill([PROMPT])[0]
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
