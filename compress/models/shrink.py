@@ -22,6 +22,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from compress.models.language import BAD_CONFIG
 from limbeck.contract.errors import ModelError
 from limbeck.contract.recipe import Sizes
+from limbeck.contract.sources.models import require_shrunk
 
 
 @dataclass(frozen=True)
@@ -249,12 +250,7 @@ def shrink(
 
 def family_of(config: Any) -> Family:
     """Family of an architecture: how it is cut. Raises `ModelError` if it is unknown."""
-    if config.model_type not in FAMILIES:
-        raise ModelError(
-            f"student.kind: shrink does not know the architecture {config.model_type!r}; known: "
-            f"{', '.join(sorted(FAMILIES))}. "
-            "Use kind: lora or fresh."
-        )
+    require_shrunk({"model_type": config.model_type})
     if config.model_type == "opt" and not (
         config.do_layer_norm_before and config.word_embed_proj_dim == config.hidden_size
     ):

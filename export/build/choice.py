@@ -59,7 +59,8 @@ def _require_traceable(config: Mapping[str, Any]) -> None:
     """Raise `ModelError` for an architecture that torch's exporter would refuse after training."""
     # They take seconds to import, and few students need this.
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     model_type = config.get("model_type")
     try:
@@ -67,14 +68,18 @@ def _require_traceable(config: Mapping[str, Any]) -> None:
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     except Exception:  # almost anything; the run tells why transformers cannot build it
         return
-    why = None
+    why, takes = None, inspect.signature(model.forward).parameters
+    cached = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    known = {DynamicLayer, DynamicSlidingWindowLayer}
     if "text_config" in config:
         why = "reads more than text"
     elif any(type(module).__name__.endswith("Experts") for module in model.modules()):
         why = "chooses among experts, which torch's exporter cannot write"
-    elif "position_ids" not in inspect.signature(model.forward).parameters:
+    elif "position_ids" not in takes:
         why = "takes no position_ids, so its padded batches cannot be made right"
-    elif getattr(model, "_is_stateful", False):
+    elif "past_key_values" not in takes:
+        why = "keeps no keys and values, so every token would read the whole text again"
+    elif getattr(model, "_is_stateful", False) or not cached <= known:
         why = "keeps something else than keys and values of each token"
     if why is not None:
         raise ModelError(

@@ -15,10 +15,12 @@ from transformers import AutoModelForSequenceClassification
 from compress.loop import setup
 from compress.models.body import Body
 from compress.models.language import load_model, random_model
+from compress.models.shrink import FAMILIES
 from limbeck.app.products import mistakes
 from limbeck.contract.errors import ModelError
 from limbeck.contract.models.adapters import adapter_facts
 from limbeck.contract.recipe import Features
+from limbeck.contract.sources.models import SHRUNK
 from limbeck.contract.sources.preflight import preflight
 from tests.pico import make_model, pico_recipe
 from tests.wild.cases.adapters import IDS, load, make_base, our_logits, teacher
@@ -204,6 +206,12 @@ def test_models_that_transformers_loads_as_language_models_are_not(
         ({"model_type": "mixtral", "num_local_experts": 4}, "chooses among experts"),
         ({"model_type": "bloom"}, "takes no position_ids"),
         ({"model_type": "mamba"}, "takes no position_ids"),
+        ({"model_type": "openai-gpt"}, "keeps no keys and values"),
+        (
+            {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
+            "keeps something else than keys and values",
+        ),
+        ({"model_type": "falcon_h1"}, "keeps something else than keys and values"),
         ({"model_type": "jamba", "use_mamba_kernels": False}, "chooses among experts"),
         ({"model_type": "gemma3", "text_config": {}}, "reads more than text"),
     ],
@@ -217,6 +225,16 @@ def test_a_student_that_cannot_be_exported_is_refused_before_training(
     assert f"student.config: {config['model_type']} cannot be exported: it {why}" in mistake
     fine = student | {"config": SIZES | {"model_type": "gemma2"}}
     assert mistakes(pico_recipe(student=fine, teachers=teachers), timed=False) == []
+
+
+def test_a_base_that_cannot_be_cut_is_refused_before_training(tmp_path: Path) -> None:
+    assert set(SHRUNK) == FAMILIES.keys()
+    folder = config_only(tmp_path / "model", model_type="phi", architectures=["PhiForCausalLM"])
+    base = {"kind": "local", "path": str(folder)}
+    recipe = pico_recipe(student={"kind": "shrink", "base": base, "layers": 1})
+    (mistake,) = preflight(recipe)
+    assert "student.kind: shrink does not know the architecture 'phi'; known: bert," in mistake
+    assert preflight(pico_recipe(student={"kind": "lora", "base": base})) == []
 
 
 @pytest.mark.parametrize("place", ["teacher one", "the student"])

@@ -202,6 +202,22 @@ def require_language_model(folder: Path) -> None:
         )
 
 
+# Architectures that `student.kind: shrink` knows how to cut; compress.models.shrink says how.
+SHRUNK = (
+    "bert", "distilbert", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral", "opt",
+    "phi3", "qwen2", "qwen3", "roberta", "smollm3",
+)  # fmt: skip
+
+
+def require_shrunk(config: Mapping[str, Any]) -> None:
+    """Raise `ModelError` unless the architecture of a configuration can be cut."""
+    if (model_type := config.get("model_type")) not in SHRUNK:
+        raise ModelError(
+            f"student.kind: shrink does not know the architecture {model_type!r}; known: "
+            f"{', '.join(SHRUNK)}. Use kind: lora or fresh."
+        )
+
+
 def require_tokenizer(folder: Path) -> None:
     """Raise `ModelError` unless a file is there that a tokenizer can be made of.
 

@@ -28,9 +28,11 @@ from limbeck.contract.sources.models import (
     package_pieces,
     require_fits,
     require_language_model,
+    require_shrunk,
     require_tokenizer,
     tokenizer_path,
 )
+from limbeck.contract.sources.places import read_object
 from limbeck.contract.sources.stores import file_system
 from limbeck.contract.sources.texts import ROWS, check_arrow, text_files
 from limbeck.contract.sources.weights import stored_form
@@ -122,6 +124,8 @@ def model_mistakes(recipe: AnyRecipe) -> Iterator[str]:
                     require_fits(path, block=recipe.block, exported=source is recipe.base)
                     if isinstance(source, LocalModel) and where not in adapted:
                         require_tokenizer(path)
+                    if source is recipe.base and recipe.student.kind == "shrink":
+                        require_shrunk(read_object(path / "config.json"))
                     kept = recipe.exporting().get("adapters") == "separate"
                     if kept and source is recipe.base and (form := stored_form(path)):
                         yield (
