@@ -80,6 +80,22 @@ BASES: dict[str, dict[str, Any]] = {
     "gpt_neox": _WIDE,
     "opt": _WIDE | {"ffn_dim": 96, "word_embed_proj_dim": 64},
 }
+# Further architectures, which are not cut: two teachers of each make a LoRA student.
+FURTHER: dict[str, dict[str, Any]] = {
+    "cohere2": {
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "logit_scale": 0.5,
+    },
+    "ernie4_5": {},
+    "glm4": {"partial_rotary_factor": 0.5},
+    "nemotron": {"partial_rotary_factor": 0.5},
+    "olmo2": {},
+    "phi": {"partial_rotary_factor": 0.5},
+    "stablelm": {"partial_rotary_factor": 0.25, "use_qkv_bias": True},
+    "starcoder2": {"sliding_window": 8},
+}
+BASES_OF_ALL = BASES | {kind: _GROUPED | sizes for kind, sizes in FURTHER.items()}
 STUDENTS = ("lora", "shrink")
 HEAD = """# Architectures
 
@@ -100,6 +116,15 @@ The column *weights* names the models of **real weights** that went the whole wa
 | model type | class | weights | backend | plain model | LoRA student | shrunk student | a card |
 |---|---|---|---|---|---|---|---|
 """
+FURTHER_HEAD = """
+Further decoders, of random weights, as two teachers and a LoRA student. `shrink` does not know
+them. Others that transformers loads can teach: what their models compute is compared with what the
+loss reads when they are loaded. `validate` refuses students whose graph cannot be written, such as
+LFM2, Falcon-H1, mixtures of experts and state-space models.
+
+| model type | class | backend | LoRA student |
+|---|---|---|---|
+"""
 # By architecture, or architecture and task: models that tests/real or a shipped recipe takes
 # through the whole chain.
 REAL_WEIGHTS = {
@@ -118,6 +143,7 @@ def document() -> str:
     ):
         folder = Path(name)
         decoders = [prove(folder, kind) for kind in SIZES]
+        further = [prove_further(folder, kind) for kind in FURTHER]
         encoders = [
             prove_encoder(folder, kind, task)
             for kind in ENCODERS
@@ -126,6 +152,8 @@ def document() -> str:
         return (
             HEAD
             + "".join(f"{row}\n" for row in decoders)
+            + FURTHER_HEAD
+            + "".join(f"{row}\n" for row in further)
             + ENCODER_HEAD
             + "".join(f"{row}\n" for row in encoders)
         )
@@ -151,6 +179,17 @@ def prove(folder: Path, model_type: str) -> str:
     proven = " | ".join(", ".join(exported.result["forms"]) for exported in (plain, lora, shrunk))
     cards = ", ".join(prove_card(root, provider, form) for provider, form in CARDS)
     return f"| {model_type} | {name} | {weights(model_type)} | {backend} | {proven} | {cards} |"
+
+
+def prove_further(folder: Path, model_type: str) -> str:
+    """Distil and export a LoRA student of ``model_type`` below ``folder``, and return its row."""
+    exported = prove_student(folder / model_type, model_type, "lora", ("fp32", WEIGHT8))
+    config = json.loads((folder / model_type / "student/model/config.json").read_text())
+    facts = exported.result
+    return (
+        f"| {model_type} | {config['architectures'][0]} | {facts['backend']['name']} | "
+        f"{', '.join(facts['forms'])} |"
+    )
 
 
 def weights(key: str) -> str:
@@ -191,7 +230,7 @@ def distillation(model_type: str, kind: str, forms: Sequence[Any] = FORMS) -> Re
     """
     # Spread, so that logits differ; opt has its own name for it.
     spread = {"init_std" if model_type == "opt" else "initializer_range": 0.2}
-    config = {"model_type": model_type, **BASES[model_type], **spread}
+    config = {"model_type": model_type, **BASES_OF_ALL[model_type], **spread}
     one, two, base = ({"kind": "random", "config": config, "seed": seed} for seed in (1, 2, 0))
     sizes = {"rank": 4} if kind == "lora" else {**cut(model_type), "calibration_blocks": 4}
     return pico_recipe(

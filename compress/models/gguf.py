@@ -92,13 +92,15 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     Raises `ModelError` if the one beside has other tokens, and if transformers would read the one
     inside in another way than llama.cpp does.
     """
+    beside, backend = file.parent / "tokenizer.json", None
     try:
         architecture, fields, config = get_gguf_tokenizer(str(file))
-        if (beside := file.parent / "tokenizer.json").is_file():
-            return _own(beside, file, fields, config)
-        backend, _ = convert_gguf_tokenizer(architecture, fields)
-    except _UNREADABLE as error:
+        if not beside.is_file():
+            backend = _inside(architecture, fields)
+    except Exception as error:  # tokenizers raises no class of its own
         raise ModelError(f"{file}: no tokenizer can be read from it: {error}") from error
+    if backend is None:
+        return _own(beside, file, fields, config)
     if fields["tokenizer_type"] == "gpt2":
         name = fields.get("pre_tokenizer_type")
         if name is None and architecture == "gpt2":
@@ -117,6 +119,15 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerFast:
         tokenizer_object=Tokenizer.from_str(json.dumps(tree)),
         **{name: value for name, value in config.items() if value is not None},
     )
+
+
+def _inside(architecture: str, fields: dict[str, Any]) -> Any:
+    """The tokenizer of ``fields``, as transformers makes it."""
+    if "merges" in fields:
+        # llama.cpp wants one, so files of tokenizers without any have one of symbols never met.
+        known = set(fields["tokens"])
+        fields["merges"] = [m for m in fields["merges"] if known.issuperset(m.split(" "))]
+    return convert_gguf_tokenizer(architecture, fields)[0]
 
 
 def _split_as(name: str | None, tokenizer: Any, file: Path) -> None:
@@ -148,7 +159,10 @@ def _own(
 ) -> PreTrainedTokenizerFast:
     """The tokenizer of ``path``, with the special tokens and chat template of ``file`` if it lacks
     them."""
-    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(path.parent)
+    try:
+        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(path.parent)
+    except Exception as error:
+        raise ModelError(f"{path}: no tokenizer can be read from it: {error}") from error
     as_written(tokenizer.backend_tokenizer)
     vocabulary, kinds = tokenizer.get_vocab(), fields.get("token_type") or []
     by_id = {number: token for token, number in vocabulary.items()}

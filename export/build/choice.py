@@ -19,7 +19,10 @@ _FUSED_ROPES = frozenset({"default", "llama3", "dynamic"})
 # Kinds that torch.export cannot trace: transformers branches on a length at run time.
 _UNTRACEABLE_ROPES = frozenset({"dynamic"})
 # Further model types whose graphs of torch's exporter the tests compare with torch.
-_TRACED = ("gemma3_text", "gpt2", "gpt_neox", "opt", "phi3", "smollm3")
+_TRACED = (
+    "cohere2", "ernie4_5", "gemma3_text", "glm4", "gpt2", "gpt_neox", "nemotron", "olmo2", "opt",
+    "phi", "phi3", "smollm3", "stablelm", "starcoder2",
+)  # fmt: skip
 _HEAD = 16  # onnxruntime's fused attention takes heads of a multiple of this many numbers
 
 

@@ -25,6 +25,7 @@ from compress.models.gguf import gguf_tokenizer
 from compress.models.language import load_tokenizer, model_folder
 from export.gguf.llama_cpp import LlamaCpp
 from export.gguf.write import write_gguf
+from limbeck.app.init.inputs import model_source
 from limbeck.contract.errors import ModelError
 from limbeck.contract.recipe import GgufModel
 from limbeck.contract.sources.digests import model_digest
@@ -216,6 +217,25 @@ def test_a_teacher_of_a_gguf_file_reads_what_its_model_did(
         folder = model_folder(GgufModel(kind="gguf", path=Path("a.gguf")), folder=tmp_path)
     read = load_tokenizer(folder)
     assert [read(t)["input_ids"] for t in TEXTS] == [tokenizer.encode(t).ids for t in TEXTS]
+
+
+def test_a_file_of_a_hubs_cache_is_read_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the link in a snapshot has the file's name; its tokenizer has no merges."""
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
+    model = make_model(tmp_path / "model", hidden_size=64, intermediate_size=96)
+    blob, link = tmp_path / "hub/blobs/0a1b", tmp_path / "hub/snapshots/c0ffee/tiny.gguf"
+    blob.parent.mkdir(parents=True)
+    link.parent.mkdir(parents=True)
+    write_gguf(model, blob, "gguf-f16", name="tiny", metadata={})
+    link.symlink_to(blob)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of transformers' reader
+        found = model_folder(GgufModel(kind="gguf", path=link), folder=tmp_path)
+    right = load_tokenizer(model)
+    assert load_tokenizer(found)(TEXTS)["input_ids"] == right(TEXTS)["input_ids"]
+    assert model_source(str(link), "--teacher")["path"] == str(link)
 
 
 @pytest.mark.parametrize(

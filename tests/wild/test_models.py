@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from compress.loop import setup
@@ -95,6 +96,16 @@ def parts(folder: Path) -> Path:
     load(folder).save_pretrained(folder, max_shard_size="20KB")
     (folder / "model.safetensors").unlink(missing_ok=True)
     return folder
+
+
+def test_weights_of_a_larger_model_are_named(tmp_path: Path) -> None:
+    """The language model of a model that reads pictures too, with a configuration of its own."""
+    folder = make_base(tmp_path / "model", tied=True)
+    file = folder / "model.safetensors"
+    inner = {n.replace("model.", "model.language_model.", 1): w for n, w in load_file(file).items()}
+    save_file(inner, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"have model.language_model.embed_tokens.weight instead"):
+        load_model(folder)
 
 
 def test_a_model_in_parts_needs_all_of_them(tmp_path: Path) -> None:

@@ -141,6 +141,19 @@ def test_a_conversation_with_tools_has_the_template_that_transformers_takes(tmp_
     assert "f;" in tokenizer.decode(right)
 
 
+def test_chat_templates_by_name_are_read_as_transformers_reads_them(tmp_path: Path) -> None:
+    make_model(tmp_path / "model")
+    (tmp_path / "model/chat_template.jinja").unlink()
+    texts = {"default": CHAT, "tool_use": "{{ tools }}" + CHAT}
+    listed = [{"name": name, "template": text} for name, text in texts.items()]
+    for written in (texts, listed):
+        changed(tmp_path / "model", chat_template=written)
+        right = AutoTokenizer.from_pretrained(tmp_path / "model")
+        assert right.get_chat_template(tools=[{}]) == texts["tool_use"]
+        found = load_text(tmp_path / "model")
+        assert [found.template, found.tool_template] == list(texts.values())
+
+
 def changed(folder: Path, **fields: Any) -> None:
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))

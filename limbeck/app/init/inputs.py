@@ -133,7 +133,7 @@ def model_source(given: str, option: str) -> dict[str, Any]:
             )
         return {"kind": "local", "path": str(path.resolve())}
     if path.suffix == ".gguf" and path.is_file():
-        return {"kind": "gguf", "path": str(path.resolve())}
+        return {"kind": "gguf", "path": str(path.absolute())}
     if path.suffix == ".yaml":
         return {"kind": "recipe", "recipe": str(find_recipe(given))}
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", given) and not path.exists():

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from limbeck.contract.errors import ModelError
 from limbeck.contract.recipe import AnyRecipe, find_recipe, parse_any_recipe, portable_reference
+from limbeck.contract.sources.places import file_at
 
 R = TypeVar("R", bound=AnyRecipe)
 _NOT_SHAPE = (
@@ -135,7 +136,7 @@ def _absolute(node: Any, folder: Path) -> Any:
     if kind == "recipe":
         made["recipe"] = portable_reference(find_recipe(made["recipe"], folder=folder))
     elif kind in ("local", "gguf", "datasets") or (kind == "onnx" and made["package"] is None):
-        made["path"] = str((folder / Path(made["path"]).expanduser()).resolve())
+        made["path"] = str(file_at(Path(made["path"]), folder=folder))
     elif kind == "files":
         made["paths"] = [str(folder / Path(path).expanduser()) for path in made["paths"]]
     if isinstance(made.get("adapter"), str):

@@ -84,10 +84,20 @@ def load_pretrained(
         )
     missing = sorted(name for name in found["missing_keys"] if not is_fresh(name))
     if missing:
-        raise ModelError(
+        lacks = (
             f"{where}: as {what} it lacks {len(missing)} of its weights (for example "
-            f"{', '.join(missing[:3])}). Save the whole model "
-            "again, its head included, with the configuration that belongs to it."
+            f"{', '.join(missing[:3])})"
+        )
+        tail = missing[0].partition(".")[2]
+        if inner := next((n for n in sorted(found["unexpected_keys"]) if n.endswith(tail)), None):
+            raise ModelError(
+                f"{lacks}. Its files have {inner} instead: they hold a larger model than its "
+                "config.json says. Take that model's own config.json, or save the part for text "
+                "alone, with its configuration."
+            )
+        raise ModelError(
+            f"{lacks}. Save the whole model again, its head included, with the configuration that "
+            "belongs to it."
         )
     if "gguf_file" in options:
         require_finite(where, model.state_dict().items())

@@ -109,7 +109,9 @@ def chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     ``config`` is what tokenizer_config.json holds. The template without a name is ``default``.
     """
     written = config.get("chat_template")
-    many = written if isinstance(written, list) else [{"name": "default", "template": written}]
+    by_name = written if isinstance(written, dict) else {"default": written}
+    many = [{"name": name, "template": text} for name, text in by_name.items()]
+    many = written if isinstance(written, list) else many
     named = [t for t in many if isinstance(t, dict) and isinstance(t.get("template"), str)]
     found = {str(t.get("name", "default")): t["template"] for t in named}
     files = {"default": folder / "chat_template.jinja"}

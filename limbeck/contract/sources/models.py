@@ -30,7 +30,13 @@ from limbeck.contract.recipe import (
 )
 from limbeck.contract.recipe.mistakes import did_you_mean
 from limbeck.contract.sources.hub import cached_config
-from limbeck.contract.sources.places import cache_folder, matching_files, package_root, read_object
+from limbeck.contract.sources.places import (
+    cache_folder,
+    file_at,
+    matching_files,
+    package_root,
+    read_object,
+)
 from limbeck.contract.sources.weights import check_weights
 
 
@@ -43,7 +49,7 @@ def model_path(source: BaseSource | OnnxModel, *, folder: Path) -> Path | None:
         case LocalModel():
             path = (folder / source.path.expanduser()).resolve()
         case GgufModel():
-            path = (folder / source.path.expanduser()).resolve()
+            path = file_at(source.path, folder=folder)
         case PackageModel(sha256=str()):
             return joined(source)
         case PackageModel():
@@ -51,7 +57,7 @@ def model_path(source: BaseSource | OnnxModel, *, folder: Path) -> Path | None:
         case OnnxModel():
             model_path(source.like, folder=folder)
             root = package_root(source.package, source.version) if source.package else folder
-            path = (root / source.path.expanduser()).resolve()
+            path = file_at(source.path, folder=root)
             if not path.is_file():
                 raise ModelError(
                     f"{path}: no such file{did_you_mean(path)}; check the path in the recipe."
@@ -117,7 +123,7 @@ def tokenizer_path(source: TokenizerSource, *, folder: Path) -> Path | None:
             root = package_root(source.package, source.version)
             path = joined(source) if source.sha256 else root / source.path
         case _:
-            path = (folder / source.path.expanduser()).resolve()
+            path = file_at(source.path, folder=folder)
     if (path / "tokenizer.json").is_file() or (path.suffix == ".gguf" and path.is_file()):
         return path
     raise ModelError(

@@ -15,6 +15,14 @@ from limbeck.contract.environment import cache_folder as cache_folder
 from limbeck.contract.errors import DataError, UserError
 
 
+def file_at(path: Path, *, folder: Path) -> Path:
+    """The absolute place of a file that a recipe in ``folder`` names; links stay as they are.
+
+    In a hub's cache only the links have the files' names, and the other files beside them.
+    """
+    return Path(os.path.abspath(folder / path.expanduser()))
+
+
 def package_root(package: str, version: str | None) -> Path:
     """Root folder of an installed package's files. Raises `UserError` with the install command."""
     wanted = f"{package}=={version}" if version else package

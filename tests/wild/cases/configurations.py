@@ -32,7 +32,10 @@ from tests.wild.cases.adapters import load, make_adapter, peft_model, teacher
 CASES = 200
 TOLERANCE = 1e-4  # nats a token, of losses up to 100; fp32 rounds larger ones by more
 # Not in docs/architectures.md, but loaded all the same: each has something of its own in its head.
-OTHERS = ("gemma2", "cohere", "phi", "starcoder2", "olmo2", "bloom")
+OTHERS = (
+    "gemma2", "cohere", "phi", "starcoder2", "olmo2", "bloom", "stablelm", "glm4", "cohere2",
+    "ernie4_5", "nemotron", "lfm2", "falcon_h1",
+)  # fmt: skip
 _LENGTH = 24  # longer than every window and every original context below
 _LENGTHS = (24, 17, 9)  # the rows are padded on the right
 _Draw = random.Random
@@ -154,11 +157,32 @@ def _config(draw: _Draw, kind: str) -> dict[str, Any]:
                 | _gemma(draw, kind, layers, head["head_dim"])
                 | {"sliding_window": window}
             )
-        case "cohere":
-            own = grouped | {
-                "logit_scale": draw.choice((0.0625, 0.5, 1.0)),
-                "use_qk_norm": draw.random() < 0.5,
-            }
+        case "cohere" | "cohere2":
+            own = grouped | {"logit_scale": draw.choice((0.0625, 0.5, 1.0))}
+            if kind == "cohere":
+                own["use_qk_norm"] = draw.random() < 0.5
+            else:
+                own |= {"layer_types": _layer_types(draw, layers), "sliding_window": window}
+        case "stablelm":
+            share = draw.choice((0.5, 1.0))
+            own = grouped | _rope(draw, int(grouped["hidden_size"] // heads * share), share=share)
+            for name in ("use_qkv_bias", "use_parallel_residual", "qk_layernorm"):
+                own[name] = draw.random() < 0.5
+        case "glm4" | "ernie4_5" | "nemotron":
+            # Of Ernie transformers turns all numbers of a head, whatever share is named.
+            share = 1.0 if kind == "ernie4_5" else draw.choice((0.5, 1.0))
+            own = grouped | head | _rope(draw, int(head["head_dim"] * share), share=share)
+            own |= {"use_bias": biases["attention_bias"]} if kind == "ernie4_5" else biases
+        case "lfm2":
+            own = grouped | _rope(draw, grouped["hidden_size"] // heads)
+            types = draw.choices(("conv", "full_attention"), k=layers - 1)
+            own |= {"layer_types": [*types, "full_attention"], "block_auto_adjust_ff_dim": False}
+            own |= {"conv_L_cache": draw.choice((2, 3)), "conv_bias": draw.random() < 0.5}
+        case "falcon_h1":
+            own = grouped | head | _rope(draw, head["head_dim"])
+            own |= {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
+            own |= {"lm_head_multiplier": draw.choice((1.0, 0.25))}
+            own |= {"embedding_multiplier": draw.choice((1.0, 4.0)), "mamba_n_groups": 1}
         case "phi":
             share = draw.choice((0.5, 1.0))
             own = grouped | _rope(draw, int(grouped["hidden_size"] // heads * share), share=share)
@@ -208,10 +232,13 @@ def _rope(
     return {"rope_parameters": rope | {"partial_rotary_factor": share}}
 
 
+def _layer_types(draw: _Draw, layers: int) -> list[str]:
+    return [draw.choice(("sliding_attention", "full_attention")) for _ in range(layers)]
+
+
 def _gemma(draw: _Draw, kind: str, layers: int, size: int) -> dict[str, Any]:
-    types = [draw.choice(("sliding_attention", "full_attention")) for _ in range(layers)]
     own = {
-        "layer_types": types,
+        "layer_types": _layer_types(draw, layers),
         "final_logit_softcapping": draw.choice((None, 3.0)),
         "attn_logit_softcapping": draw.choice((None, 2.0)),
         "query_pre_attn_scalar": draw.choice((8, 64)),
