@@ -37,7 +37,7 @@ from compress.models.sharded import like, whole
 from compress.models.students import load_trainable_state, trainable_state
 from compress.tasks import Figures, Step, Task, task_of
 from limbeck.contract.artifact import Artifact, open_artifact, work_folder, write_artifact
-from limbeck.contract.errors import DivergenceError
+from limbeck.contract.errors import DivergenceError, ModelError
 from limbeck.contract.files import write_atomically
 from limbeck.contract.progress import say, task
 from limbeck.contract.recipe import AnyRecipe, EncoderTraining, Training
@@ -156,12 +156,23 @@ def measure_teachers(run: Run) -> dict[str, TeacherResult]:
         reports = {name: TeacherResult(**report) for name, report in found["reports"].items()}
     else:
         reports = {name: run.task.measure_teacher(k) for k, name in enumerate(names)}
+        for name, report in reports.items():
+            _require_finite(name, report)
         shown = {name: asdict(report) for name, report in reports.items()}
         write_atomically(kept, json.dumps({"key": run.key, "reports": shown}))
     run.task.temperatures[:] = [reports[name].temperature for name in names]
     for name in names:
         say(f"  teacher {name}: {run.task.describe_teacher(reports[name])}")
     return reports
+
+
+def _require_finite(name: str, report: TeacherResult) -> None:
+    for domain, nats in (report.nll or {}).items():
+        if not math.isfinite(nats):
+            raise ModelError(
+                f"teacher {name}: its loss on the held-out text of {domain} is {nats} nats a "
+                "token. Look for damaged weights, or give the model more range (precision: fp32)."
+            )
 
 
 # Fit -------------------------------------------------------------------------------------------
@@ -243,11 +254,17 @@ def _step(
             if checkpoint.exists()
             else "there is no checkpoint yet"
         )
+        wrong = [name for name, nats in figures["entropy"].items() if not math.isfinite(nats)]
+        remedy = (
+            f"The teacher {wrong[0]} answered with NaN or infinite numbers; leave it out, or use "
+            "precision: fp32."
+            if wrong
+            else f"Lower training.learning_rate (now {run.recipe.training.learning_rate}) or use "
+            "precision: fp32."
+        )
         raise DivergenceError(
             f"training of {run.recipe.name} diverged at step {state.step + 1}: loss "
-            f"{figures['loss']}, gradient norm {norm}; batch {step.fingerprint()}; {good}. Lower "
-            f"training.learning_rate (now {run.recipe.training.learning_rate}) or use precision: "
-            "fp32."
+            f"{figures['loss']}, gradient norm {norm}; batch {step.fingerprint()}; {good}. {remedy}"
         )
     optimizer.step()
     return figures
