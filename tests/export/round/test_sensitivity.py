@@ -111,6 +111,15 @@ def test_costs_are_the_divergence_of_the_model_with_one_matrix_rounded(tmp_path:
     assert np.mean(ratios) == pytest.approx(1, rel=0.1)
 
 
+def test_a_code_that_rounds_past_the_grid_is_its_last() -> None:
+    """Weight and zero point both lie half-way: 8 + 8 is one more than four bits hold."""
+    codes, scales, zeros = quantize_blocks(
+        np.array([[-7.5, 7.5]], np.float32), Blockwise(4, 2, True)
+    )
+    assert (codes.tolist(), zeros.tolist()) == ([[[0, 15]]], [[8]])
+    assert scales[0, 0] == 1
+
+
 @pytest.mark.parametrize(
     "how", [Blockwise(4, 64, zero_points=True), Blockwise(4, 32), Blockwise(8, 16)]
 )

@@ -10,6 +10,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import scipy
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +22,7 @@ from serve_bench.judge.stats import (
     median_interval,
     paired_ratio,
     percentile,
+    rate,
     relative_rise,
     samples_needed,
     sequential_interval,
@@ -153,6 +155,26 @@ def test_relative_rise_by_hand() -> None:
     assert rise.low <= rise.value <= rise.high
     assert relative_rise(ours, ours, labels) == Interval(0.0, 0.0, 0.0, 3)
     assert relative_rise(ours, theirs, labels) == rise  # no hidden randomness
+
+
+def test_the_interval_of_a_rise_is_that_of_scipys_bootstrap() -> None:
+    draw = np.random.default_rng(1)
+    labels = draw.integers(50, 100, 40).astype(float)
+    theirs = labels * draw.normal(3, 0.4, 40)
+    ours = theirs + labels * draw.normal(0.06, 0.1, 40)
+    found = relative_rise([ours], [theirs], [labels])
+    expected = scipy.stats.bootstrap(
+        (ours, theirs), lambda a, b, axis: a.sum(axis) / b.sum(axis) - 1, paired=True,
+        vectorized=True, method="percentile", n_resamples=20_000, rng=2,
+    ).confidence_interval  # fmt: skip
+    width = expected.high - expected.low
+    assert found.low == pytest.approx(expected.low, abs=0.05 * width)
+    assert found.high == pytest.approx(expected.high, abs=0.05 * width)
+
+
+def test_a_rate_by_hand() -> None:
+    assert rate(10, Interval(0.5, 0.25, 2.0, 7)) == Interval(20, 5, 40, 7)
+    assert rate(10, Interval(0.5, 0.0, 2.0, 7)).high == math.inf
 
 
 # Simulated machines -------------------------------------------------------------------------------
