@@ -8,7 +8,6 @@ they bound other models, and the verdict says only that the job runs here. Knows
 
 from __future__ import annotations
 
-import json
 import re
 import sysconfig
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from limbeck.contract.errors import ModelError, RecipeError
+from limbeck.contract.files import parse_json
 from limbeck.contract.recipe import (
     AnyRecipe,
     EncoderRecipe,
@@ -240,7 +240,7 @@ def architecture(source: ModelSource | OnnxModel, recipe: AnyRecipe, *, where: s
             path = model_path(source, folder=recipe.folder)
             assert path is not None
             try:
-                return str(json.loads((path / "config.json").read_text("utf-8"))["model_type"])
+                return str(parse_json((path / "config.json").read_text("utf-8"))["model_type"])
             except (OSError, ValueError, TypeError, KeyError) as error:
                 raise ModelError(
                     f"{where}: {path / 'config.json'}: no model_type can be read from it ({error})."

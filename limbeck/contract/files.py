@@ -214,9 +214,17 @@ def read_json(path: Path) -> Any:
     with open_regular(path, most=_MOST_JSON) as file:
         text = file.read()
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, an endless number, too deep
+        return parse_json(text)
+    except ValueError as error:  # no JSON, no UTF-8, an endless number, too deep
         raise ArtifactError(f"{path}: not JSON ({_reason(error)}).") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """As `json.loads`, with a ValueError too for what is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 @contextmanager
@@ -246,7 +254,7 @@ def open_regular(path: Path, *, most: int | None = None) -> Iterator[BufferedRea
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+    return str(error).splitlines()[0]
 
 
 def file_digest(path: Path) -> str:

@@ -5,7 +5,6 @@ Knows tokenizers, and imports it when it is first needed.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.contract.errors import ArtifactError, DataError
+from limbeck.contract.files import parse_json
 from limbeck.contract.models.tokens import as_written, chat_templates, special_tokens
 from limbeck.runtime.chat import render
 
@@ -188,6 +188,6 @@ def _stop_ids(folder: Path, of_tokenizer: int | None) -> frozenset[int]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
+        return dict(parse_json(path.read_text("utf-8"))) if path.is_file() else {}
     except (ValueError, TypeError) as error:
         raise ArtifactError(f"{path}: cannot be read ({error}); {_AGAIN}") from error

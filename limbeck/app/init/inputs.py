@@ -6,13 +6,13 @@ Knows paths, names and suffixes. Looks into files as far as a choice needs it.
 from __future__ import annotations
 
 import glob
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from limbeck.contract.errors import DataError, LimbeckError, ModelError
+from limbeck.contract.files import parse_json
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import ChatRows, Data, FileText, PlainText, find_recipe
 from limbeck.contract.recipe.mistakes import did_you_mean
@@ -56,7 +56,7 @@ def teacher_source(given: str, base_paths: Mapping[str, Path]) -> dict[str, Any]
     if not (path / "adapter_config.json").is_file() or (path / "config.json").is_file():
         return {"model": model_source(given, "--teacher")}
     try:
-        base = json.loads((path / "adapter_config.json").read_text("utf-8"))[
+        base = parse_json((path / "adapter_config.json").read_text("utf-8"))[
             "base_model_name_or_path"
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -117,7 +117,7 @@ def model_source(given: str, option: str) -> dict[str, Any]:
     path = _path(given)
     if path.is_dir():
         try:
-            kinds = json.loads((path / "config.json").read_text("utf-8")).get("architectures") or []
+            kinds = parse_json((path / "config.json").read_text("utf-8")).get("architectures") or []
         except (OSError, ValueError, AttributeError) as error:
             files = (*path.glob("*/config.json"), *path.glob("*/adapter_config.json"))
             inside = sorted(f"{given.rstrip('/')}/{file.parent.name}" for file in files)

@@ -7,7 +7,6 @@ peft and torch are imported where they are needed.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.contract.errors import ModelError
+from limbeck.contract.files import parse_json
 from limbeck.contract.models.loading import require_finite
 from limbeck.contract.models.probe import probe_ids, require_equal
 from limbeck.contract.models.tokens import tokenizer_size
@@ -126,13 +126,19 @@ def adapter_facts(folder: Path) -> AdapterFacts:
             )
         )
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = parse_json((folder / CONFIG).read_text(encoding="utf-8"))
         kind = str(config["peft_type"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{folder / CONFIG}: cannot be read ({type(error).__name__}: {error}); save the "
             "adapter again with `save_pretrained`."
         ) from None
+    saved = config.get("modules_to_save") or []
+    if not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+        raise ModelError(
+            f"{folder / CONFIG}: modules_to_save is {saved!r}, expected a list of names; save the "
+            "adapter again with `save_pretrained`."
+        )
     if (task := config.get("task_type")) in _OTHER_TASKS:
         raise ModelError(
             f"{folder}: this adapter is of a model for another task ({task}), whose head is no "

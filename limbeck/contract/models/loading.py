@@ -6,12 +6,12 @@ imported.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from limbeck.contract.errors import ModelError
+from limbeck.contract.files import parse_json
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -142,7 +142,7 @@ def stored_names(folder: Path) -> set[str]:
 def _files(folder: Path) -> list[str]:
     if (folder / _SINGLE).is_file():
         return [_SINGLE]
-    index = json.loads((folder / _INDEX).read_text("utf-8"))
+    index = parse_json((folder / _INDEX).read_text("utf-8"))
     return sorted(set(index["weight_map"].values()))
 
 

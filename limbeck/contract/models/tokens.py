@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from limbeck.contract.errors import ModelError
+from limbeck.contract.files import parse_json
 
 MORE_TEMPLATES = "additional_chat_templates"  # folder of the named ones, as transformers saves it
 
@@ -62,7 +62,7 @@ def tokenizer_size(folder: Path) -> int | None:
 
 
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return parse_json(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def sentencepiece_file(folder: Path) -> Path | None:
@@ -134,7 +134,7 @@ def same_chat(one: Path, other: Path) -> bool:
     templates, tokens = [], []
     for folder in (one, other):
         path = folder / "tokenizer_config.json"
-        config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        config = parse_json(path.read_text("utf-8")) if path.is_file() else {}
         templates.append(chat_templates(folder, config))
         tokens.append(special_tokens(config))
     if not templates[0] or templates[0] != templates[1]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.contract.errors import DataError, ModelError
+from limbeck.contract.files import parse_json
 from limbeck.contract.recipe import EmbeddingTeacher
 from limbeck.contract.sources.places import read_object
 
@@ -63,7 +64,7 @@ def require_pooling(folder: Path, teacher: EmbeddingTeacher) -> None:
 def _modules(folder: Path) -> list[dict[str, Any]]:
     path = folder / "modules.json"
     try:
-        found = json.loads(path.read_text("utf-8")) if path.is_file() else []
+        found = parse_json(path.read_text("utf-8")) if path.is_file() else []
         return [dict(module) for module in found]
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); copy the folder again.") from None

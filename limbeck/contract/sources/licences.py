@@ -32,7 +32,7 @@ from limbeck.contract.recipe import (
     TextSource,
 )
 from limbeck.contract.sources.models import model_path
-from limbeck.contract.sources.places import npm_root
+from limbeck.contract.sources.places import npm_root, read_object
 
 UNKNOWN = "unknown"
 # The hub's names for `license:`, from
@@ -233,4 +233,4 @@ def _dataset_infos(source: TextSource, *, folder: Path) -> list[dict[str, Any]]:
     if not isinstance(source, DatasetText):
         return []
     files = sorted((folder / source.path.expanduser()).rglob("dataset_info.json"))
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return [read_object(file) for file in files]

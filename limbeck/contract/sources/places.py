@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import importlib.metadata
 import importlib.util
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from limbeck.contract.environment import cache_folder as cache_folder
 from limbeck.contract.errors import DataError, UserError
+from limbeck.contract.files import parse_json
 
 
 def file_at(path: Path, *, folder: Path) -> Path:
@@ -47,7 +47,7 @@ def npm_root(package: str, version: str) -> Path:
         f"npm install --ignore-scripts --no-audit --no-fund --prefix {prefix} '{package}@{version}'"
     )
     try:
-        found = json.loads((root / "package.json").read_text(encoding="utf-8"))["version"]
+        found = parse_json((root / "package.json").read_text(encoding="utf-8"))["version"]
     except (OSError, ValueError, KeyError):
         raise UserError(f"the npm package {package} is not installed; run: {install}") from None
     if found != version:
@@ -102,7 +102,7 @@ def _folders(root: Path) -> Iterator[Path]:
 
 def read_object(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:

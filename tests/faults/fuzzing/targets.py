@@ -18,7 +18,8 @@ from limbeck.contract.data.heldout import (
     save_heldout,
 )
 from limbeck.contract.errors import DataError
-from limbeck.contract.recipe import JsonLines, ParquetRows
+from limbeck.contract.recipe import JsonLines, ParquetRows, load_any_recipe
+from tests import ROOT
 from tests.faults.fuzzing.fuzz import Target
 from tests.pico import make_blocks, pico_recipe
 
@@ -104,6 +105,38 @@ def _read_config(folder: Path) -> None:
     from compress.models.language import folder_config
 
     folder_config(folder)
+
+
+def _adapter(folder: Path) -> None:
+    from safetensors.numpy import save_file
+
+    (folder / "adapter").mkdir()
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "base", "r": 4,
+        "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none", "rank_pattern": {"q": 2},
+        "modules_to_save": None, "init_lora_weights": True,
+    }  # fmt: skip
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {
+        f"{layer}.lora_A.weight": np.zeros((4, 32), np.float32),
+        f"{layer}.lora_B.weight": np.zeros((32, 4), np.float32),
+    }
+    save_file(tensors, folder / "adapter" / "adapter_model.safetensors")
+
+
+def _read_adapter(folder: Path) -> None:
+    from limbeck.contract.models.adapters import adapter_facts
+
+    assert isinstance(adapter_facts(folder / "adapter").shares_base, bool)
+
+
+def _recipe(folder: Path) -> None:
+    (folder / "x.yaml").write_bytes((ROOT / "recipes" / "pico.yaml").read_bytes())
+
+
+def _read_recipe(folder: Path) -> None:
+    load_any_recipe(folder / "x.yaml")
 
 
 def _gguf(folder: Path) -> None:
@@ -218,6 +251,9 @@ TARGETS = (
     Target("Parquet", "x.parquet", _parquet, _documents),
     Target("certificate", "certificate.json", _certificate, _read_certificate),
     Target("tokenizer.json", "tokenizer.json", _tokenizer, _read_tokenizer),
+    Target("recipe", "x.yaml", _recipe, _read_recipe),
+    Target("adapter_config.json", "adapter/adapter_config.json", _adapter, _read_adapter),
+    Target("adapter's tensors", "adapter/adapter_model.safetensors", _adapter, _read_adapter),
     Target("config.json", "config.json", _config, _read_config),
     Target("GGUF header", "x.gguf", _gguf, _read_gguf),
     Target("ONNX graph", "x.onnx", _onnx, _read_onnx),
