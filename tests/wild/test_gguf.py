@@ -29,7 +29,8 @@ from limbeck.app.init.inputs import model_source
 from limbeck.contract.errors import ModelError
 from limbeck.contract.recipe import GgufModel
 from limbeck.contract.sources.digests import model_digest
-from tests.pico import make_model
+from limbeck.contract.sources.preflight import preflight
+from tests.pico import make_model, pico_recipe
 from tests.tokenizers import END, byte_level, permute, piece_level
 from tests.wild.test_tokenizers import TEXT, starting
 
@@ -217,6 +218,19 @@ def test_a_teacher_of_a_gguf_file_reads_what_its_model_did(
         folder = model_folder(GgufModel(kind="gguf", path=Path("a.gguf")), folder=tmp_path)
     read = load_tokenizer(folder)
     assert [read(t)["input_ids"] for t in TEXTS] == [tokenizer.encode(t).ids for t in TEXTS]
+
+
+def test_a_part_of_a_file_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "big-Q8_0-00002-of-00003.gguf"
+    file.write_bytes(b"GGUF")
+    source = {"kind": "gguf", "path": str(file)}
+    (mistake,) = preflight(pico_recipe(teachers=[{"name": "big", "model": source}]))
+    assert "teachers.0" in mistake
+    assert "one of 3 parts of a GGUF file" in mistake
+    assert "--merge big-Q8_0-00001-of-00003.gguf big-Q8_0.gguf" in mistake
+    whole = file.rename(tmp_path / "big-00001-of-00001.gguf")
+    source = {"kind": "gguf", "path": str(whole)}
+    assert preflight(pico_recipe(teachers=[{"name": "big", "model": source}])) == []
 
 
 def test_a_file_of_a_hubs_cache_is_read_by_its_name(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from limbeck.contract.errors import ModelError
@@ -16,6 +17,7 @@ def check_weights(path: Path) -> None:
     """Raise `ModelError` unless ``path`` is a GGUF file or a model folder with safetensors."""
     if path.is_file():
         if path.suffix == ".gguf":
+            _require_one_file(path)
             return
         raise ModelError(
             f"{path}: not a model; expected a .gguf file or a folder with safetensors weights."
@@ -55,6 +57,21 @@ def check_weights(path: Path) -> None:
         raise ModelError(f"{path}: no weights; expected *.safetensors beside config.json.")
     _require_whole(path)
     stored_form(path)
+
+
+_PART = re.compile(r"(?P<name>.*)-\d{5}-of-(?P<count>\d{5})\.gguf")  # as llama-gguf-split writes
+
+
+def _require_one_file(file: Path) -> None:
+    """Raise `ModelError` for a part of a GGUF file: transformers reads one file only."""
+    found = _PART.fullmatch(file.name)
+    if found is not None and int(found["count"]) > 1:
+        name = found["name"]
+        raise ModelError(
+            f"{file}: one of {int(found['count'])} parts of a GGUF file. Join them, and name the "
+            f"joined file: llama-gguf-split --merge {name}-00001-of-{found['count']}.gguf "
+            f"{name}.gguf"
+        )
 
 
 def _require_whole(folder: Path) -> None:

@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from compress.data.blocks import conversations
 from compress.data.documents import documents
 from compress.data.packing import special_prefix
+from compress.models.gguf import gguf_tokenizer
 from compress.models.language import load_tokenizer
 from compress.teachers.pairs import pair_teachers
 from export.build.choice import choose_backend
@@ -52,6 +53,7 @@ from tests.wild.cases.adapters import (
     teacher,
 )
 from tests.wild.test_files import with_template
+from tests.wild.test_gguf import LLAMA3, splitting, written
 from tests.wild.test_tokenizers import lowering, starting
 
 _Q = ["q_proj", "v_proj"]
@@ -77,7 +79,7 @@ class Row:
 def rows(folder: Path) -> Iterator[Row]:
     """Every case, made below ``folder``, which must be the working directory. Asks no network."""
     with patch("huggingface_hub.constants.HF_HUB_OFFLINE", True):
-        for part in (_adapters, _tokenizers, _readings, _models, _files, _commands):
+        for part in (_adapters, _tokenizers, _ggufs, _readings, _models, _files, _commands):
             yield from part(folder)
 
 
@@ -191,6 +193,25 @@ def _tokenizers(root: Path) -> Iterator[Row]:
         )
 
 
+def _ggufs(root: Path) -> Iterator[Row]:
+    for pre, tokenizer in {
+        "llama-bpe": starting(splitting(LLAMA3, whole_words=True), "<bos>"),
+        "smollm": byte_level(digits=True),
+    }.items():
+        file = written(root / f"{pre}.gguf", tokenizer, pre=pre)
+        text = "def f(x):\n    1"
+        ours = gguf_tokenizer(file)(text)["input_ids"]
+        what = f"GGUF with pre-tokenizer {pre}, without add_bos_token: tokens of code"
+        yield Row(what, str(ours), str(tokenizer.encode(text).ids))
+    file = written(root / "other.gguf", byte_level(), pre="deepseek-llm")
+    yield Row(
+        "GGUF with a pre-tokenizer that transformers splits as GPT-2 does",
+        _said(lambda: gguf_tokenizer(file)),
+        "as GPT-2",
+        "splits text as 'deepseek-llm' does .*tokenizer.json beside this file",
+    )
+
+
 def _readings(root: Path) -> Iterator[Row]:
     """Teachers that have the student's tokens and read a text in another way."""
     student = make_base(root / "own-tokens", tied=True, vocab_size=340)
@@ -257,6 +278,15 @@ def _files(root: Path) -> Iterator[Row]:
         tokenizer.decode(text.encode(half)),
         _said(lambda: tokenizer(half)),
         "^a\ufffdb$",
+    )
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    row = {"prompt": talk[:1], "chosen": talk[1:], "rejected": []}
+    (root / "preference.jsonl").write_text(json.dumps(row))
+    form = ChatRows(kind="chat", field="chosen")
+    yield Row(
+        "a row of prompt, chosen and rejected, read with field: chosen",
+        next(conversations(root / "preference.jsonl", form, tokenizer)).text,
+        tokenizer.apply_chat_template(talk, tokenize=False),
     )
     (root / "array.jsonl").write_text('[{"text": "a"},\n {"text": "b"}]')
     yield Row(
