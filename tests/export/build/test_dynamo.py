@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from export.build.backend import build_graphs
-from export.build.choice import KNOWN
+from export.build.choice import _TRACED, KNOWN
 from export.build.dynamo import build_dynamo, split_gemm
 from export.check.census import require_quantized, take_census
 from limbeck.contract.artifact import Artifact
@@ -25,6 +25,8 @@ from tests.architectures import (
     ENCODER_HEAD,
     ENCODERS,
     FORMS,
+    FURTHER,
+    FURTHER_HEAD,
     HEAD,
     SIZES,
     WEIGHT4,
@@ -188,13 +190,19 @@ def test_auto_says_why_the_builder_gave_up(tmp_path: Path, monkeypatch: pytest.M
 def test_the_table_names_every_architecture_and_all_of_its_students_pass() -> None:
     text = DOCUMENT.read_text()
     assert text.startswith(HEAD)
-    decoders, _, encoders = text[len(HEAD) :].partition(ENCODER_HEAD)
+    tables, _, encoders = text[len(HEAD) :].partition(ENCODER_HEAD)
+    decoders, _, further = tables.partition(FURTHER_HEAD)
     every, every_of_encoders = (
         ", ".join(form if isinstance(form, str) else form["kind"] for form in forms)
         for forms in (FORMS, ENCODER_FORMS)
     )
     rows = [line.strip("| ").split(" | ") for line in decoders.splitlines()]
     assert [row[0] for row in rows] == list(SIZES)
+    others = [line.strip("| ").split(" | ") for line in further.splitlines()]
+    assert [(row[0], *row[2:]) for row in others] == [
+        (kind, "dynamo", "fp32, int8-weight") for kind in FURTHER
+    ]
+    assert {*SIZES, *FURTHER} == {*KNOWN, *_TRACED}
     assert {row[0] for row in rows if row[3] == "genai"} == set(KNOWN)
     assert all(row[4:7] == [every] * 3 for row in rows)
     found = [line.strip("| ").split(" | ") for line in encoders.splitlines()]
