@@ -10,7 +10,7 @@ WORKERS ?= 2
 BENCHMARKS := tests/benchmarks/ tests/benchmarks/*/
 module = $(subst /,.,$(basename $(1)))
 
-.PHONY: setup demo demo-encoders test coverage mutants test-slow test-gpu gpu-kit test-faults test-wild fuzz test-clients test-real test-served test-browser test-eval check audit docs architectures help
+.PHONY: setup demo demo-encoders test coverage mutants test-slow test-gpu gpu-kit test-faults test-growth test-wild fuzz test-clients test-real test-served test-browser test-eval check audit docs architectures help
 
 help:
 	@echo "make setup       the environment in .venv"
@@ -21,6 +21,7 @@ help:
 	@echo "make mutants     changes of one expression in the core, and how many of them the tests see"
 	@echo "make test-slow   the tests that take minutes"
 	@echo "make test-faults  a kill at every file event loses nothing and leaves nothing over; ARGS=… chooses cases"
+	@echo "make test-growth  memory over 10,000 steps of training, tokens and requests does not grow"
 	@echo "make test-wild   random models and adapters against transformers and peft; prints a table; ARGS=\"FIRST LAST\""
 	@echo "make fuzz        damaged files of every kind raise nothing but our errors; prints its seed"
 	@echo "make test-gpu    the tests that need an NVIDIA card"
@@ -74,9 +75,13 @@ mutants: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
-# kill -9 and a full disk at every file event of the contract and of a tiny job; prints a table. Takes 15 minutes or so.
+# kill -9 and a full disk at every file event of the contract and of a tiny job, and 20 stops of a whole job at random
+# moments; prints a table. Takes half an hour. ARGS="'random moments' --kills 200 --seed 5" for more of the last kind alone.
 test-faults: $(READY)
 	$(BIN)/python -m tests.faults $(ARGS)
+
+test-growth: $(READY)
+	$(BIN)/python -m tests.faults.growth $(ARGS)
 
 # Models, adapters and tokenizers as people bring them, held to transformers and peft; then two tables: reported cases,
 # and 200 random ones.

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compress.data import packing
 from compress.data.blocks import DomainBlocks, labels_of, load_blocks, training_order
 from compress.data.documents import documents, pieces
-from compress.data.packing import Tokens, pack_documents, pack_stream
+from compress.data.packing import Piece, Tokens, pack_documents, pack_stream, tokenise
 from compress.models.language import byte_tokenizer
 from limbeck.contract.data.heldout import Blocks, all_but_first
 from limbeck.contract.errors import DataError, EnvironmentalError
@@ -51,6 +52,14 @@ def test_pieces_lose_nothing(document: str, length: int) -> None:
     cut = list(pieces(document, length=length))
     assert "".join(cut) == document
     assert all(0 < len(p) <= length + 1 for p in cut)
+
+
+def test_texts_are_tokenised_in_batches_and_none_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "_BATCH_CHARS", 10)
+    tokenizer = byte_tokenizer()
+    texts = ["one", "two and three", "", "four", "five six", "x" * 30, "last"]
+    found = [tokens.ids.tolist() for tokens in tokenise([Piece(t) for t in texts], tokenizer)]
+    assert found == [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
 
 
 def test_heldout_is_interleaved_and_apart_from_training(tmp_path: Path) -> None:
