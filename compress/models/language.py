@@ -29,7 +29,7 @@ from limbeck.contract.errors import EnvironmentalError, ModelError
 from limbeck.contract.lock import make_once
 from limbeck.contract.models.alignment import relate
 from limbeck.contract.models.loading import load_pretrained
-from limbeck.contract.models.tokens import as_written, sentencepiece_file
+from limbeck.contract.models.tokens import as_written, sentencepiece_file, tokenizers_errors
 from limbeck.contract.recipe import (
     BaseSource,
     GgufModel,
@@ -182,14 +182,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     reads a SentencePiece file in another way than sentencepiece does.
     """
     require_tokenizer(folder)
-    try:
+    with tokenizers_errors(folder):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
-    except Exception as error:  # a damaged file makes tokenizers raise a plain Exception, and more
-        raise ModelError(
-            f"{folder}: no tokenizer that transformers can load ({type(error).__name__}): {error}"
-        ) from error
     if not tokenizer.is_fast:
         raise ModelError(
             f"{folder}: only a slow tokenizer; save it with a tokenizer.json (a fast tokenizer)."

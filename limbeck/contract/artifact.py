@@ -19,7 +19,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt, StringConstraints
 from pydantic import ValidationError as PydanticError
 
-from limbeck.contract.errors import ArtifactError, LimbeckError
+from limbeck.contract.errors import ArtifactError, LimbeckError, UserError
 from limbeck.contract.files import (
     disk_full_is_a_user_error,
     file_digest,
@@ -222,6 +222,13 @@ def open_artifact(path: Path, *, kind: str | None = None, verify: bool = True) -
                 "stage again."
             )
     return Artifact(path, manifest)
+
+
+def require_outside(out: Path) -> None:
+    """Raise `UserError` if ``out`` lies inside an artifact, which would no longer be whole."""
+    for folder in out.absolute().parents:
+        if (folder / MANIFEST).is_file():
+            raise UserError(f"{out}: inside the artifact {folder}; name a place outside of it.")
 
 
 def find_artifact(path: Path, *, kind: str, key: str) -> Artifact | None:

@@ -13,7 +13,12 @@ from typing import Any
 
 from limbeck.contract.errors import ArtifactError, DataError
 from limbeck.contract.files import parse_json
-from limbeck.contract.models.tokens import as_written, chat_templates, special_tokens
+from limbeck.contract.models.tokens import (
+    as_written,
+    chat_templates,
+    read_tokenizer,
+    special_tokens,
+)
 from limbeck.runtime.chat import render
 
 _LONG = 20_000  # characters
@@ -147,17 +152,15 @@ def load_text(folder: Path) -> Text:
 
     Raises `ArtifactError` for a file that is missing or cannot be read.
     """
-    from tokenizers import Tokenizer
-
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ArtifactError(
             f"{folder}: tokenizer.json is missing; expected the folder that `limbeck export` wrote."
         )
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises no class of its own
-        raise ArtifactError(f"{path}: no tokenizer ({error}); {_AGAIN}") from error
+        tokenizer = read_tokenizer(path)
+    except ModelError as error:
+        raise ArtifactError(f"{path}: no tokenizer ({error.__cause__}); {_AGAIN}") from error
     config = _read(folder / "tokenizer_config.json")
     as_written(tokenizer, split_special=config.get("split_special_tokens") is True)
     templates, special = chat_templates(folder, config), special_tokens(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import zipfile
@@ -119,6 +120,36 @@ def test_pack_mistakes(
     assert done.exit_code == 2
     assert expected in done.stderr
     assert not (tmp_path / "new").exists()
+
+
+def test_nothing_is_packed_into_an_artifact_or_through_a_link(run: Path, tmp_path: Path) -> None:
+    done = call("pack", run, "--out", run / "onnx" / "packed")
+    assert (done.exit_code, done.stderr.count("inside the artifact")) == (2, 1)
+    open_artifact(run / "onnx")
+    (tmp_path / "new.zip").symlink_to(tmp_path / "elsewhere")
+    done = call("pack", run, "--out", tmp_path / "new", "--zip")
+    assert (done.exit_code, done.stderr.count("new.zip: is already there")) == (2, 1)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_disk_that_is_full_at_the_zip_leaves_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = tmp_path / "new"
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile.ZipFile, "write", full)
+        done = call("pack", run, "--out", out, "--zip")
+    assert done.exit_code == 2
+    assert f"{out}.zip: no space left on the disk" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert call("pack", run, "--out", out, "--zip").exit_code == 0
+    with zipfile.ZipFile(f"{out}.zip") as packed:
+        assert packed.testzip() is None
+        packed.extractall(tmp_path / "unpacked")
+    open_artifact(tmp_path / "unpacked" / "new")
 
 
 # The hub ------------------------------------------------------------------------------------------

@@ -103,6 +103,28 @@ def test_the_bill_of_materials_is_valid_and_holds_figures_with_intervals(run: Pa
     assert (run / "again.json").read_text() == text  # nothing in it depends on the time of writing
 
 
+def test_a_bill_of_materials_replaces_nothing_else(run: Path) -> None:
+    for place, says in (
+        (run / "onnx" / "manifest.json", "inside the artifact"),
+        (run / "run.json", "is there, and no bill of materials"),
+    ):
+        before = place.read_bytes()
+        done = call("sbom", run, "--out", place)
+        assert (done.exit_code, says in done.stderr) == (2, True), done.stderr
+        assert place.read_bytes() == before
+
+
+def test_a_signature_is_not_written_through_a_link(run: Path, keys: tuple[Path, Path]) -> None:
+    other = run.parent / "other"
+    other.write_text("mine")
+    (run / "onnx.sig").symlink_to(other)
+    assert call("sign", run, "--key", keys[0]).exit_code == 0
+    assert other.read_text() == "mine"
+    assert not (run / "onnx.sig").is_symlink()
+    assert call("verify", run / "onnx", "--key", keys[1]).exit_code == 0
+    assert not list(run.glob(".*writing"))
+
+
 def test_an_export_without_its_student_has_no_bill_of_materials(run: Path) -> None:
     shutil.rmtree(run / "student")
     done = call("sbom", run)

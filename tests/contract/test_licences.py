@@ -44,6 +44,16 @@ UNKNOWN = Licence()
         ("---\nlicense: unknown\n---\n", "unknown"),
         ("---\nlicense: [\n---\n", "unknown"),
         ("# No header\nlicense: mit\n", "unknown"),
+        ("---\nlicense: mit\ndate: 2026-13-45\nfrom: 2024-01-02\n---\n", "mit"),
+        ("---\nlicense: mit\nx: " + "[" * 3000 + "\n---\n", "unknown"),
+        ("---\nlicense: mit\nx: " + "1:" * 400_000 + "1\n---\n", "unknown"),
+        (
+            "---\nlicense: mit\n"
+            + "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 10 if n else ''}]\n" for n in range(9))
+            + "---\n",
+            "unknown",
+        ),
+        ("---\n" + "\n" * 60_000 + "license: mit\n---\n", "mit"),
         (None, "unknown"),
     ],
 )

@@ -230,6 +230,12 @@ def test_the_digest_is_of_what_is_trained_not_of_what_is_asked_afterwards(tmp_pa
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("name: " + "1:" * 400_000 + "1\n", "line 1, column 7: not valid YAML: '1:1:"),
+        ("name: 1:1:1.5\n", "'1:1:1.5' is no number of a field; put it in quotes if it is text"),
+        (f"seed: 0x{'F' * 5000}\n", "is no number of a field"),
+        ("name: !!map [a]\n", "this value is no map; leave out the type !!map"),
+        ("name: !!seq {a: 1}\n", "this value is no seq; leave out the type !!seq"),
+        ("name: !!map a\n", "'a' is no map; leave out the type !!map"),
         ("name: a\nname: b\n", "line 2, column 1: not valid YAML: key 'name' is written twice"),
         ("data: {block: 1, block: 2}\n", "key 'block' is written twice"),
         ("name: [a\n", "not valid YAML"),

@@ -20,7 +20,8 @@ from compress.teachers.live import Teachers
 from compress.teachers.pairs import described, pair_teachers
 from export.folder.clients import tokenizer_config, write_client_files
 from export.graphs import form_files
-from limbeck.contract.errors import DataError, ModelError
+from limbeck.contract.errors import ArtifactError, DataError, ModelError
+from limbeck.contract.models.tokens import read_tokenizer
 from limbeck.contract.sources.teacher_tokens import compare_tokenizers
 from limbeck.runtime.text import Text, load_text
 from tests.compress.test_compress import tiny
@@ -170,6 +171,33 @@ def test_merges_are_not_left_out_at_random(tmp_path: Path) -> None:
     assert found.ids.tolist() == right
     assert load_text(tmp_path / "model").encode(TEXT) == right
     assert pair_teachers(tmp_path / "model", {"t": tmp_path / "model"})[0] is None
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        (
+            {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(("}, "behavior": "Removed",
+                               "invert": False}},
+            "Exception: Oniguruma error",
+        ),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA////"}},
+         "PanicException"),
+    ],
+)  # fmt: skip
+def test_what_tokenizers_cannot_read_is_a_message(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], part: dict[str, Any], says: str
+) -> None:
+    """A panic of its Rust code is no `Exception`."""
+    folder = model_with(tmp_path / "model", byte_level())
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | part))
+    for read in (load_tokenizer, lambda folder: read_tokenizer(folder / "tokenizer.json")):
+        with pytest.raises(ModelError, match=f"no tokenizer that can be read .{says}"):
+            read(folder)
+    with pytest.raises(ArtifactError, match="tokenizer.json: no tokenizer"):
+        load_text(folder)
+    capfd.readouterr()  # Rust tells of the panic itself
 
 
 @pytest.mark.parametrize("split", [True, False])

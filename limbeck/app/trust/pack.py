@@ -7,9 +7,12 @@ other forms, the twin graphs with all logits, and the cases of the parity check.
 from __future__ import annotations
 
 import json
+import os
 import re
+import secrets
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,9 +21,16 @@ from typing import Any
 
 from limbeck.app.given import exported_folder
 from limbeck.app.trust.triton import write_repository
-from limbeck.contract.artifact import MANIFEST, Artifact, open_artifact, student_of, write_artifact
+from limbeck.contract.artifact import (
+    MANIFEST,
+    Artifact,
+    open_artifact,
+    require_outside,
+    student_of,
+    write_artifact,
+)
 from limbeck.contract.errors import ArtifactError, EnvironmentalError, UserError
-from limbeck.contract.files import read_json, unwritable_is_a_user_error
+from limbeck.contract.files import disk_full_is_a_user_error, read_json, unwritable_is_a_user_error
 from limbeck.contract.printable import printable
 from limbeck.contract.recipe import fingerprint
 
@@ -62,8 +72,9 @@ def pack(
     `EnvironmentalError` if it cannot be written.
     """
     archive = Path(f"{out}.zip") if as_zip else None
+    require_outside(out)
     for path in (out, archive):
-        if path is not None and path.exists():
+        if path is not None and os.path.lexists(path):  # also a link that leads nowhere
             raise UserError(f"{path}: is already there; name another with --out.")
     onnx = open_artifact(exported_folder(run, command="pack"), kind="onnx")
     form = form or str(onnx.result["shipped"])
@@ -92,9 +103,26 @@ def pack(
             draft.result = _result(onnx, form)
         size = sum(f["bytes"] for f in open_artifact(out, verify=False).manifest["files"].values())
         if archive is not None:
-            shutil.make_archive(str(out), "zip", root_dir=out.parent, base_dir=out.name)
+            _zip(out, archive)
     files = 1 + len(open_artifact(out, verify=False).manifest["files"])
     return Packed(out, form, files, (size + (out / MANIFEST).stat().st_size) / 1e6, archive)
+
+
+def _zip(folder: Path, archive: Path) -> None:
+    """Write the whole of ``folder`` to ``archive``, or neither of them stays."""
+    half = archive.with_name(f".{archive.name}.{secrets.token_hex(4)}.writing")
+    try:
+        with (
+            disk_full_is_a_user_error(archive),
+            zipfile.ZipFile(half, "x", zipfile.ZIP_DEFLATED) as file,
+        ):
+            for path in sorted(folder.rglob("*")):
+                file.write(path, path.relative_to(folder.parent))
+        half.rename(archive)
+    except BaseException:
+        half.unlink(missing_ok=True)
+        shutil.rmtree(folder)
+        raise
 
 
 def push(run: Path, repository: str, *, form: str | None = None, private: bool = False) -> str:

@@ -17,9 +17,9 @@ from typing import Any
 
 from limbeck.app.given import exported_folder
 from limbeck.app.trust.pack import certificate_of, ingredients
-from limbeck.contract.artifact import Artifact, open_artifact, student_of
-from limbeck.contract.errors import ArtifactError, EnvironmentalError
-from limbeck.contract.files import write_atomically
+from limbeck.contract.artifact import Artifact, open_artifact, require_outside, student_of
+from limbeck.contract.errors import ArtifactError, EnvironmentalError, UserError
+from limbeck.contract.files import read_json, write_atomically
 from limbeck.contract.machine import versions
 from limbeck.contract.recipe import fingerprint
 
@@ -37,6 +37,10 @@ def write_sbom(run: Path, out: Path | None = None) -> Path:
     Raises `ArtifactError` for a folder without a student beside its export, and
     `EnvironmentalError` if cyclonedx-python-lib is not installed.
     """
+    if out is not None:
+        require_outside(out)
+        if out.is_file() and not _is_bill(out):
+            raise UserError(f"{out}: is there, and no bill of materials; name another file.")
     onnx = open_artifact(exported_folder(run, command="sbom"), kind="onnx", verify=False)
     folder = student_of(onnx)
     if not (folder / "manifest.json").exists():
@@ -49,6 +53,14 @@ def write_sbom(run: Path, out: Path | None = None) -> Path:
     path = out or folder.parent / "sbom.cdx.json"
     write_atomically(path, text)
     return path
+
+
+def _is_bill(path: Path) -> bool:
+    try:
+        found = read_json(path)
+    except ArtifactError:
+        return False
+    return isinstance(found, dict) and found.get("bomFormat") == "CycloneDX"
 
 
 def _document(onnx: Artifact, student: Artifact, certificate: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ Each lies beside what it signs, as NAME.sig, because an artifact has no room for
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,13 @@ def sign(path: Path, key: Path) -> list[Path]:
     with unwritable_is_a_user_error(path.parent):
         for signed, signature in _pairs(path):
             require_place(signature)
-            signer.sign(signed, signature)
+            # The library would follow a link of that name, and the folder may be a stranger's.
+            half = signature.with_name(f".{signature.name}.{secrets.token_hex(4)}.writing")
+            try:
+                signer.sign(signed, half)
+                half.replace(signature)
+            finally:
+                half.unlink(missing_ok=True)
             made.append(signature)
     return made
 

@@ -220,10 +220,11 @@ def attach(model: Any, folder: Path, *, name: str = "default") -> Any:
     except (
         RuntimeError,
         ValueError,
-        KeyError,
+        LookupError,
         TypeError,
         AttributeError,
         SafetensorError,
+        re.error,  # names of layers may be patterns
     ) as error:
         problem = f"{base.config._name_or_path or 'its base'}: {_in_one_line(error)}"
         if getattr(base, "is_quantized", False):

@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from limbeck.contract.errors import ModelError
+from limbeck.contract.errors import LimbeckError, ModelError
 from limbeck.contract.files import parse_json
 
 MORE_TEMPLATES = "additional_chat_templates"  # folder of the named ones, as transformers saves it
+
+
+@contextmanager
+def tokenizers_errors(what: Path | str) -> Iterator[None]:
+    """Turn what the package tokenizers raises into a `ModelError` that names ``what``.
+
+    It raises plain `Exception` for most faults of a file, and for a panic of its own code a
+    `BaseException`, which no `except Exception` catches.
+    """
+    try:
+        yield
+    except (LimbeckError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise ModelError(
+            f"{what}: no tokenizer that can be read ({type(error).__name__}: {error}); save the "
+            "tokenizer again."
+        ) from error
+
+
+def read_tokenizer(path: Path) -> Any:
+    """The tokenizer of a tokenizer.json, `as_written`. Raises `ModelError`."""
+    from tokenizers import Tokenizer  # `validate` of most recipes needs none of it
+
+    with tokenizers_errors(path):
+        return as_written(Tokenizer.from_file(str(path)))
 
 
 def as_written(tokenizer: Any, *, split_special: bool = False) -> Any:

@@ -24,7 +24,10 @@ MOST_DEPTH, MOST_VALUES = 40, 100_000  # nested values; values after aliases are
 _CORE = ("str", "int", "float", "bool", "null", "map", "seq", "merge")
 _TAG = "tag:yaml.org,2002:"
 _KINDS = {yaml.MappingNode: "mapping", yaml.SequenceNode: "list"}
+_HOLDERS = {"map": yaml.MappingNode, "seq": yaml.SequenceNode}
+_MOST_DIGITS = 40
 _C = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_C_TEXTS = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -262,6 +265,17 @@ def load_yaml(text: str) -> Any:
         raise yaml.YAMLError(str(error)) from None
 
 
+def load_yaml_texts(text: str) -> Any:
+    """As `load_yaml`, for files that others write: dates, numbers and the like stay text."""
+    try:
+        _bound(text)
+        return yaml.load(text, Loader=_C_TEXTS)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, yaml.YAMLError):
+            raise
+        raise yaml.YAMLError(str(error)) from None
+
+
 def _bound(text: str) -> None:
     """Walk over the text without building anything, so that no bomb goes off."""
     sizes: dict[str, int] = {}  # values below each anchor that is complete
@@ -301,6 +315,13 @@ class _Loader(_C):  # type: ignore[misc,valid-type]
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         kind = node.tag.removeprefix(_TAG)
         shown = repr(node.value[:60]) if isinstance(node, yaml.ScalarNode) else "this value"
+        # Base 60 (1:30) takes quadratic time, and numbers of thousands of digits break JSON.
+        if kind in ("int", "float") and (":" in node.value or len(node.value) > _MOST_DIGITS):
+            _refuse(
+                f"{shown} is no number of a field; put it in quotes if it is text", node.start_mark
+            )
+        if kind in _HOLDERS and not isinstance(node, _HOLDERS[kind]):
+            _refuse(f"{shown} is no {kind}; leave out the type !!{kind}", node.start_mark)
         if kind not in _CORE:
             _refuse(
                 f"{shown} is of the type {kind}, which no field takes; put it in quotes if it "

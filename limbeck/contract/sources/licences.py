@@ -16,6 +16,8 @@ from typing import Any
 import yaml
 
 from limbeck.contract.artifact import open_artifact
+from limbeck.contract.errors import ArtifactError
+from limbeck.contract.files import open_regular
 from limbeck.contract.recipe import (
     AnyRecipe,
     AnySource,
@@ -31,10 +33,12 @@ from limbeck.contract.recipe import (
     StdlibText,
     TextSource,
 )
+from limbeck.contract.recipe.reading import load_yaml_texts
 from limbeck.contract.sources.models import model_path
 from limbeck.contract.sources.places import npm_root, read_object
 
 UNKNOWN = "unknown"
+_MOST_HEADER = 64 << 10  # bytes of a card in which its header must end
 # The hub's names for `license:`, from
 # https://huggingface.co/docs/hub/repositories-licenses.
 _HUB = frozenset(
@@ -219,12 +223,14 @@ def _said(name: Any, other: Any = None, *, by: str) -> Licence:
 def _header(readme: Path) -> dict[str, Any]:
     """The YAML header of a card; empty if there is none or it cannot be read."""
     try:
-        found = re.match(
-            r"---\s*\n(.*?)\n---\s*(?:\n|$)", readme.read_text(encoding="utf-8"), re.DOTALL
-        )
-        header = yaml.safe_load(found[1]) if found else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        header = None
+        with open_regular(readme) as file:
+            first, *lines = file.read(_MOST_HEADER).decode("utf-8", "replace").splitlines()
+        marks = [at for at, line in enumerate(lines) if line.rstrip() == "---"]
+        if first.rstrip() != "---" or not marks:
+            return {}
+        header = load_yaml_texts("\n".join(lines[: marks[0]]))
+    except (OSError, ValueError, ArtifactError, yaml.YAMLError):
+        return {}
     return header if isinstance(header, dict) else {}
 
 

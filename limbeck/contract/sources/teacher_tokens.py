@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from limbeck.contract.errors import UserError
-from limbeck.contract.models.tokens import as_written, same_chat
+from limbeck.contract.models.tokens import read_tokenizer, same_chat
 from limbeck.contract.recipe import (
     ChatRows,
     LocalModel,
@@ -58,13 +58,11 @@ def compare_tokenizers(recipe: Recipe) -> list[TeacherTokens]:
     paths = {name: path for name, path in files.items() if path is not None}
     if own is None or not paths:
         return []
-    from tokenizers import Tokenizer  # `validate` of most recipes needs none of it
-
     from limbeck.contract.models.alignment import Pieces, relate
 
-    mine, found = as_written(Tokenizer.from_file(str(own))), list[TeacherTokens]()
+    mine, found = read_tokenizer(own), list[TeacherTokens]()
     for name, path in paths.items():
-        theirs = as_written(Tokenizer.from_file(str(path)))
+        theirs = read_tokenizer(path)
         begins = reads_plain_text(recipe) or not same_chat(own.parent, path.parent)
         relation = relate(mine, theirs, begins=begins)
         if not relation.same:
