@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from limbeck.contract.errors import ArtifactError, DataError
+from limbeck.contract.errors import ArtifactError, DataError, ModelError
 from limbeck.contract.files import parse_json
 from limbeck.contract.models.tokens import (
     as_written,
