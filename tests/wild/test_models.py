@@ -21,7 +21,7 @@ from limbeck.app.products import mistakes
 from limbeck.contract.errors import ModelError
 from limbeck.contract.models.adapters import adapter_facts
 from limbeck.contract.recipe import Features
-from limbeck.contract.sources.models import SHRUNK
+from limbeck.contract.sources.models import SHRUNK, require_fits, require_language_model
 from limbeck.contract.sources.preflight import preflight
 from tests.pico import make_model, pico_recipe
 from tests.wild.cases.adapters import IDS, load, make_base, our_logits, teacher
@@ -270,3 +270,15 @@ def test_states_of_two_widths_cannot_be_aligned(tmp_path: Path, place: str) -> N
         setup(recipe=recipe, products={}, work=tmp_path / "work", key="key")
     plain = recipe.model_copy(update={"features": Features(weight=0)})
     setup(recipe=plain, products={}, work=tmp_path / "work", key="key")
+
+
+def test_configurations_that_no_model_has(tmp_path: Path) -> None:
+    """Building the layers first would take minutes."""
+    for config in ({"num_hidden_layers": 10**7}, {"text_config": {"num_hidden_layers": 10**7}}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ModelError, match="config.json says 10,000,000 layers"):
+            require_language_model(tmp_path)
+    for odd in ({"architectures": 5}, {"architectures": [1]}, {"text_config": "x"}):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | odd))
+        require_language_model(tmp_path)
+        require_fits(tmp_path, block=64)

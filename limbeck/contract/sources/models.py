@@ -86,6 +86,7 @@ def package_pieces(source: PackageModel) -> list[Path]:
 
 
 _PIECE = re.compile(r"(?P<name>[A-Za-z0-9._-]+)\s*==\s*(?P<version>[^\s;,]+)$")  # unconditional
+_MOST_LAYERS = 1000
 
 
 def joined(source: PackageModel) -> Path:
@@ -181,7 +182,14 @@ def require_rows(folder: Path, size: int) -> None:
 def require_language_model(folder: Path) -> None:
     """Raise `ModelError` unless config.json is that of a model that continues a text."""
     config = read_object(folder / "config.json")
-    kind = next(iter(config.get("architectures") or ()), "")
+    named = config.get("architectures")
+    kind = str(named[0]) if isinstance(named, list) and named else ""
+    layers = _text_config(config).get("num_hidden_layers")
+    if isinstance(layers, int) and layers > _MOST_LAYERS:
+        raise ModelError(
+            f"{folder}: config.json says {layers:,} layers (num_hidden_layers); no model has so "
+            "many. Copy the folder again."
+        )
     if kind.endswith("ForCausalLM") and not config.get("auto_map"):
         return
     model_type = config.get("model_type")
@@ -275,7 +283,8 @@ def exported_context(config: Mapping[str, Any]) -> int | None:
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    return config.get("text_config") or config
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) and inner else config
 
 
 # Their position embeddings begin behind the padding token's id.

@@ -19,6 +19,7 @@ from limbeck.contract.data.heldout import (
 )
 from limbeck.contract.errors import DataError
 from limbeck.contract.recipe import JsonLines, ParquetRows, load_any_recipe
+from limbeck.contract.sources.models import require_fits, require_language_model
 from tests import ROOT
 from tests.faults.fuzzing.fuzz import Target
 from tests.pico import make_blocks, pico_recipe
@@ -104,6 +105,8 @@ def _config(folder: Path) -> None:
 def _read_config(folder: Path) -> None:
     from compress.models.language import folder_config
 
+    require_language_model(folder)
+    require_fits(folder, block=64)
     folder_config(folder)
 
 
