@@ -276,7 +276,7 @@ def test_configurations_that_no_model_has(tmp_path: Path) -> None:
     """Building the layers first would take minutes."""
     for config in ({"num_hidden_layers": 10**7}, {"text_config": {"num_hidden_layers": 10**7}}):
         (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ModelError, match="config.json says 10,000,000 layers"):
+        with pytest.raises(ModelError, match=r"config.json says 10,000,000 layers"):
             require_language_model(tmp_path)
     for odd in ({"architectures": 5}, {"architectures": [1]}, {"text_config": "x"}):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | odd))
