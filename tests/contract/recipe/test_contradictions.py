@@ -9,7 +9,7 @@ import pytest
 
 from limbeck.contract.errors import RecipeError
 from limbeck.contract.recipe.checks import require_equal_shares
-from tests.contract.test_recipe import mistakes, plain, teacher
+from tests.contract.recipe.test_recipe import mistakes, plain, teacher
 from tests.encoders import classifier_recipe, embedding_recipe, source
 
 _ONE = [teacher("a")]
