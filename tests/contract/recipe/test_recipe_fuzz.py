@@ -159,7 +159,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("yes: 1\n", "a key should be text; put 'yes' in quotes"),
         ("2024-01-01: 1\n", "of the type timestamp"),
         ('x: "\\0"\n', "NUL character"),
-        ("seed: " + "9" * 5000 + "\n", "is no int"),
+        ("seed: " + "9" * 5000 + "\n", "is no number of a field"),
         ("<<: 3\nname: a\n", "expected a mapping or list of mappings for merging"),
     ],
 )
