@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from limbeck.contract.artifact import open_artifact
-from limbeck.contract.errors import ArtifactError
+from limbeck.contract.errors import ArtifactError, DataError
 from limbeck.contract.files import open_regular
 from limbeck.contract.recipe import (
     AnyRecipe,
@@ -156,9 +156,7 @@ def of_all(licences: Iterable[Licence]) -> Licence:
 def hub_dataset(source: TextSource, *, folder: Path) -> str | None:
     """The hub's name of a folder saved by `datasets`, from the addresses of its download."""
     addresses = [
-        a
-        for info in _dataset_infos(source, folder=folder)
-        for a in info.get("download_checksums") or ()
+        a for info in _dataset_infos(source, folder=folder) for a in info["download_checksums"]
     ]
     return next(
         (found[1] for a in addresses if (found := re.match(r"hf://datasets/([^@]+)@", a))), None
@@ -211,7 +209,7 @@ def _of_package(package: str) -> Licence:
 def _said(name: Any, other: Any = None, *, by: str) -> Licence:
     """``other`` is the hub's name for a licence that it does not list."""
     if isinstance(name, list):
-        name = " and ".join(str(part) for part in name)
+        name = " and ".join(part for part in name if isinstance(part, str))
     if name == "other" and other:
         name = other
     words = " ".join(name.split()) if isinstance(name, str) else ""
@@ -235,8 +233,20 @@ def _header(readme: Path) -> dict[str, Any]:
 
 
 def _dataset_infos(source: TextSource, *, folder: Path) -> list[dict[str, Any]]:
-    """The description that `save_to_disk` wrote of each split; None for other text."""
+    """The description that `save_to_disk` wrote of each split; none for other text.
+
+    Each has the addresses of its download under ``download_checksums``.
+    """
     if not isinstance(source, DatasetText):
         return []
-    files = sorted((folder / source.path.expanduser()).rglob("dataset_info.json"))
-    return [read_object(file) for file in files]
+    found = []
+    for file in sorted((folder / source.path.expanduser()).rglob("dataset_info.json")):
+        info = read_object(file)
+        info["download_checksums"] = info.get("download_checksums") or {}
+        if not isinstance(info["download_checksums"], dict):
+            raise DataError(
+                f"{file}: download_checksums: expected an object, as `save_to_disk` writes it; "
+                "save the dataset again, or delete this file."
+            )
+        found.append(info)
+    return found

@@ -47,7 +47,7 @@ def model_path(source: BaseSource | OnnxModel, *, folder: Path) -> Path | None:
     """
     match source:
         case LocalModel():
-            path = (folder / source.path.expanduser()).resolve()
+            path = file_at(source.path, folder=folder).resolve()
         case GgufModel():
             path = file_at(source.path, folder=folder)
         case PackageModel(sha256=str()):

@@ -11,16 +11,40 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.contract.environment import cache_folder as cache_folder
-from limbeck.contract.errors import DataError, UserError
-from limbeck.contract.files import parse_json
+from limbeck.contract.errors import ArtifactError, DataError, UserError
+from limbeck.contract.files import open_regular, parse_json
+
+# What the kernel shows there of the machine and its processes, environment variables among it.
+_KERNEL = (Path("/proc"), Path("/sys"), Path("/dev"))
+_MEMORY = Path("/dev/shm")  # ordinary files
+_MOST_JSON = 256 << 20  # bytes; the largest tokenizer.json seen has 34 MB
 
 
 def file_at(path: Path, *, folder: Path) -> Path:
     """The absolute place of a file that a recipe in ``folder`` names; links stay as they are.
 
-    In a hub's cache only the links have the files' names, and the other files beside them.
+    In a hub's cache only the links have the files' names, and the other files beside them. Raises
+    `DataError` as `require_stored` does.
     """
-    return Path(os.path.abspath(folder / path.expanduser()))
+    return require_stored(Path(os.path.abspath(folder / path.expanduser())))
+
+
+def require_stored(path: Path) -> Path:
+    """``path``, unless links lead it to a file of the kernel, which raises `DataError`.
+
+    A recipe of a stranger must not turn environment variables into text to learn.
+    """
+    try:
+        real = Path(os.path.realpath(path))
+    except ValueError:  # a NUL in the name; no file has such a name
+        return path
+    root = next((root for root in _KERNEL if real.is_relative_to(root)), None)
+    if root is None or real.is_relative_to(_MEMORY):
+        return path
+    raise DataError(
+        f"{path}: in {root}, where the system shows itself and its processes; a recipe reads "
+        "nothing there. Name a file of a disk."
+    )
 
 
 def package_root(package: str, version: str | None) -> Path:
@@ -59,11 +83,15 @@ def npm_root(package: str, version: str) -> Path:
 
 
 def matching_files(root: Path, pattern: str, suffixes: tuple[str, ...]) -> list[Path]:
-    """The file or the folder's files of exactly this name; else the files that the glob matches."""
+    """The file or the folder's files of exactly this name; else the files that the glob matches.
+
+    Raises `DataError` as `require_stored` does.
+    """
     base, rest = root, list(Path(pattern).parts)
     try:
         while rest and (base / rest[0]).exists():
             base /= rest.pop(0)
+        require_stored(base)  # before a glob walks through it
         if not rest and base.is_file():
             return [base]
         if not rest:
@@ -86,9 +114,12 @@ def _globbed(base: Path, parts: Sequence[str]) -> Iterator[Path]:
 
 
 def _folders(root: Path) -> Iterator[Path]:
-    """``root`` and the folders in it, hidden ones left out; a link back to one is not followed."""
+    """``root`` and the folders in it, hidden ones and the kernel's left out.
+
+    A link back to one of them is not followed.
+    """
     here = Path(os.path.realpath(root))  # unlike `resolve`, it bears a link to itself
-    seen = {here, *here.parents}
+    seen = {here, *here.parents, *_KERNEL}
     yield root
     for path, names, _ in os.walk(root, followlinks=True):
         shown = [name for name in sorted(names) if name[0] != "."]
@@ -101,10 +132,14 @@ def _folders(root: Path) -> Iterator[Path]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
+    """The object of a JSON file. Raises `DataError` for anything else, a pipe included."""
     try:
-        found = parse_json(path.read_text(encoding="utf-8"))
+        with open_regular(path, most=_MOST_JSON) as file:
+            found = parse_json(file.read())
         if not isinstance(found, dict):
             raise ValueError("not a JSON object")
+    except ArtifactError as error:
+        raise DataError(str(error)) from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}); write or copy it again.") from None
     return found

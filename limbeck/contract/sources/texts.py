@@ -23,7 +23,14 @@ from limbeck.contract.recipe import (
     fingerprint,
 )
 from limbeck.contract.recipe.mistakes import did_you_mean
-from limbeck.contract.sources.places import matching_files, npm_root, package_root, read_object
+from limbeck.contract.sources.places import (
+    file_at,
+    matching_files,
+    npm_root,
+    package_root,
+    read_object,
+    require_stored,
+)
 
 
 def text_files(source: TextSource, *, folder: Path) -> list[Path]:
@@ -42,7 +49,7 @@ def text_files(source: TextSource, *, folder: Path) -> list[Path]:
         case StdlibText():
             root, paths = Path(sysconfig.get_paths()["stdlib"]), source.paths
         case DatasetText():
-            return _dataset_files((folder / source.path.expanduser()).resolve(), source.split)
+            return _dataset_files(file_at(source.path, folder=folder).resolve(), source.split)
     found: list[Path] = []
     for path in paths:
         pattern = os.path.expanduser(path)
@@ -60,7 +67,7 @@ def _each_once(paths: Iterable[Path]) -> list[Path]:
     """The paths in order, without those that lead to the file of an earlier one."""
     first: dict[Path, Path] = {}  # by the file behind all links
     for path in sorted(paths):
-        first.setdefault(path.resolve(), path)
+        first.setdefault(require_stored(path).resolve(), path)
     return list(first.values())
 
 
@@ -79,7 +86,7 @@ def _dataset_files(root: Path, split: str | None) -> list[Path]:
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; check the path in the recipe.")
     if (root / "dataset_dict.json").is_file():
-        splits = _listed(root / "dataset_dict.json", "splits")
+        splits = _names(root / "dataset_dict.json", _listed(root / "dataset_dict.json", "splits"))
         if split is None and len(splits) == 1:
             split = splits[0]
         if split not in splits:
@@ -133,7 +140,9 @@ def _saved_files(root: Path) -> list[Path]:
         raise DataError(
             f"{root}: a selection that an old `datasets` wrote; load it and `save_to_disk` again."
         )
-    files = [root / entry["filename"] for entry in _listed(root / "state.json", "_data_files")]
+    listed = _listed(root / "state.json", "_data_files")
+    names = [entry.get("filename") if isinstance(entry, dict) else entry for entry in listed]
+    files = [require_stored(root / name) for name in _names(root / "state.json", names)]
     for file in files:
         if not file.is_file():
             raise DataError(
@@ -142,14 +151,25 @@ def _saved_files(root: Path) -> list[Path]:
     return files
 
 
+_SAVE_AGAIN = "this is not what `save_to_disk` writes: save the dataset again."
+
+
 def _listed(path: Path, key: str) -> list[Any]:
     found = read_object(path)
     if not isinstance(found.get(key), list):
-        raise DataError(
-            f"{path}: no list under {key!r}; this is not what `save_to_disk` writes: save the "
-            "dataset again."
-        )
+        raise DataError(f"{path}: no list under {key!r}; {_SAVE_AGAIN}")
     return list(found[key])
+
+
+def _names(path: Path, listed: list[Any]) -> list[str]:
+    """``listed``, which ``path`` holds, if all are names in its own folder and not elsewhere."""
+    for name in listed:
+        if not isinstance(name, str) or not re.fullmatch(r"(?!\.\.?$)[^/\0]+", name):
+            raise DataError(
+                f"{path}: found {str(name)[:60]!r} where the name of a file or folder beside it "
+                f"was expected; {_SAVE_AGAIN}"
+            )
+    return listed
 
 
 def check_arrow() -> None:
