@@ -9,14 +9,14 @@ import ast
 import itertools
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from compress.data.mail import subject_and_body
+from compress.data.tables import Place, arrow_rows, parquet_rows
 from limbeck.contract.errors import DataError
 from limbeck.contract.recipe import JsonLines, MailText, ParquetRows, PlainText, PythonStrings, Rows
-from limbeck.contract.sources.texts import check_arrow
 
 # First bytes of files that are not UTF-8 text, what they are, and what to do.
 _OTHER_FILES = {
@@ -33,13 +33,12 @@ _OTHER_FILES = {
     b"\xff\xfe": "UTF-16 text; convert it with iconv -f UTF-16 -t UTF-8",
     b"\xfe\xff": "UTF-16 text; convert it with iconv -f UTF-16 -t UTF-8",
 }
+_MOST_LEVELS = 100  # of lists and objects in a row; descriptions of tools have about ten
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which has no UTF-8
 
 # Names of an answer and of what it answers, as datasets have them.
 _ANSWERS = ("completion", "chosen", "rejected", "output", "response", "answer")
 _PROMPTS = ("prompt", "instruction", "question")
-
-Place = tuple[str, dict[str, Any]]  # where a row is, for errors, and its values by key or column
 
 
 def documents(
@@ -61,7 +60,7 @@ def documents(
         case JsonLines():
             found = _texts(_json_lines(path, form.field), form.field)
         case ParquetRows():
-            found = _texts(_parquet_rows(path, form.field), form.field)
+            found = _texts(parquet_rows(path, form.field), form.field)
         case Rows():
             found = _texts(rows_of(path, form.field), form.field)
     return (well_formed(document) for document in found if document.strip())
@@ -141,18 +140,21 @@ def _no_text(value: Any, field: str) -> str:
     )
 
 
-def well_formed(value: Any) -> Any:
+def well_formed(value: Any, levels: int = _MOST_LEVELS) -> Any:
     """A text, or JSON with texts in it, in which U+FFFD replaces every lone surrogate.
 
-    JSON can escape half a character. Tokenizers take UTF-8, which has no such thing.
+    JSON can escape half a character. Tokenizers take UTF-8, which has no such thing. Raises
+    `RecursionError` for what is nested deeper than ``levels``, which chat templates cannot take.
     """
     match value:
         case str():
             return _SURROGATE.sub("\ufffd", value)
+        case list() | dict() if levels == 0:
+            raise RecursionError(f"nested more than {_MOST_LEVELS} deep")
         case list():
-            return [well_formed(item) for item in value]
+            return [well_formed(item, levels - 1) for item in value]
         case dict():
-            return {well_formed(key): well_formed(item) for key, item in value.items()}
+            return {well_formed(k): well_formed(v, levels - 1) for k, v in value.items()}
         case _:
             return value
 
@@ -161,9 +163,9 @@ def rows_of(path: Path, field: str, beside: Collection[str] = ()) -> Iterator[Pl
     """Where each row is, and its values under ``field`` and, as far as it has them, ``beside``."""
     match path.suffix:
         case ".parquet":
-            return _parquet_rows(path, field, beside)
+            return parquet_rows(path, field, beside)
         case ".arrow":
-            return _arrow_rows(path, field, beside)
+            return arrow_rows(path, field, beside)
         case _:
             return _json_lines(path, field, beside)
 
@@ -178,7 +180,12 @@ def _json_lines(path: Path, field: str, beside: Collection[str] = ()) -> Iterato
                 f"{where}: no text under {field!r} (found: {keys}); set format.field to the "
                 "right key."
             )
-        yield where, {n: well_formed(v) for n, v in row.items() if n == field or n in beside}
+        kept = {n: v for n, v in row.items() if n == field or n in beside}
+        try:
+            found = well_formed(kept)
+        except RecursionError as error:
+            raise DataError(f"{where}: a value is {error}; leave the row out.") from None
+        yield where, found
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -213,81 +220,19 @@ def _parsed(where: str, text: bytes, expected: str) -> Any:
         raise DataError(f"{where}: not JSON: {reason}; {expected}.") from None
 
 
-def _parquet_rows(path: Path, field: str, beside: Collection[str] = ()) -> Iterator[Place]:
-    check_arrow()
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = _columns(path, field, beside, file.schema_arrow.names)
-            yield from _numbered(path, file.iter_batches(columns=columns), columns)
-    except UnicodeDecodeError as error:
-        raise DataError(_not_utf8(path, field, error)) from None
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(
-            f"{path}: not a Parquet file ({error}); check format.kind, or write the file again."
-        ) from None
-
-
-def _arrow_rows(path: Path, field: str, beside: Collection[str] = ()) -> Iterator[Place]:
-    """Rows of an Arrow stream, the form that `datasets` saves."""
-    check_arrow()
-    import pyarrow
-
-    try:
-        with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
-            yield from _numbered(path, stream, _columns(path, field, beside, stream.schema.names))
-    except UnicodeDecodeError as error:
-        raise DataError(_not_utf8(path, field, error)) from None
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not an Arrow stream ({error}); save the dataset again.") from None
-
-
-def _columns(path: Path, field: str, beside: Collection[str], found: list[str]) -> list[str]:
-    """The columns to read. Raises `DataError` unless there is one of the name ``field``."""
-    if field not in found:
-        raise DataError(
-            f"{path}: no column {field!r} (found: {', '.join(found)}); set format.field to the "
-            "right one."
-        )
-    if (count := found.count(field)) > 1:
-        raise DataError(
-            f"{path}: {count} columns are called {field!r}; rename the others, and write it again."
-        )
-    return [field, *(name for name in beside if name != field and found.count(name) == 1)]
-
-
-def _numbered(path: Path, batches: Iterable[Any], columns: list[str]) -> Iterator[Place]:
-    rows = itertools.chain.from_iterable(batch.select(columns).to_pylist() for batch in batches)
-    return (
-        (f"{path}, row {number}", {name: _without_nulls(value) for name, value in row.items()})
-        for number, row in enumerate(rows, start=1)
-    )
-
-
-def _without_nulls(value: Any) -> Any:
-    """``value`` without null keys. Arrow writes one where only other rows have that key."""
-    match value:
-        case list():
-            return [_without_nulls(item) for item in value]
-        case dict():
-            return {k: _without_nulls(item) for k, item in value.items() if item is not None}
-        case _:
-            return value
-
-
-def _not_utf8(path: Path, field: str, error: UnicodeDecodeError) -> str:
-    return (
-        f"{path}: column {field!r} is not UTF-8 text (byte {error.start} of a value); convert it."
-    )
-
-
 def _python_strings(path: Path, text: str, min_chars: int) -> Iterator[str]:
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise DataError(f"{path}, line {line}: not Python: a NUL character; remove it.")
     try:
         tree = ast.parse(text)
     except SyntaxError as error:
         raise DataError(f"{path}, line {error.lineno}: not Python: {error.msg}.") from None
+    except (MemoryError, RecursionError):  # the parser's own bounds
+        raise DataError(
+            f"{path}: its expressions or statements are nested too deeply for Python's parser; "
+            "leave the file out."
+        ) from None
     for node in ast.walk(tree):
         if (
             isinstance(node, ast.Constant)
