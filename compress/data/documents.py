@@ -33,7 +33,7 @@ _OTHER_FILES = {
     b"\xff\xfe": "UTF-16 text; convert it with iconv -f UTF-16 -t UTF-8",
     b"\xfe\xff": "UTF-16 text; convert it with iconv -f UTF-16 -t UTF-8",
 }
-_MOST_LEVELS = 100  # of lists and objects in a row; descriptions of tools have about ten
+_MOST_LEVELS = 100  # of lists and objects in a row, more than descriptions of tools need
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which has no UTF-8
 
 # Names of an answer and of what it answers, as datasets have them.

@@ -34,13 +34,12 @@ def parquet_rows(path: Path, field: str, beside: Collection[str] = ()) -> Iterat
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = _columns(path, field, beside, file.schema_arrow)
-            encoded, groups = 1, file.metadata.num_row_groups
-            texts = set()
+            encoded, texts = 1, set()  # bytes; the leaves that hold text
             for leaf in range(len(file.schema)):
                 column = file.schema.column(leaf)
                 if column.path.partition(".")[0] not in columns:
                     continue
-                for group in range(groups):
+                for group in range(file.metadata.num_row_groups):
                     encoded += file.metadata.row_group(group).column(leaf).total_uncompressed_size
                 kind = column.logical_type.type
                 if column.physical_type == "BYTE_ARRAY" and kind in ("STRING", "NONE"):
@@ -49,7 +48,7 @@ def parquet_rows(path: Path, field: str, beside: Collection[str] = ()) -> Iterat
         # A text that is stored once and repeated in every row stays stored once.
         with pyarrow.parquet.ParquetFile(path, read_dictionary=sorted(texts)) as file:
             yield from _numbered(path, file.iter_batches(batch_size=rows, columns=columns), columns)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: not a Parquet file ({error}); check format.kind, or write the file again."
         ) from None
@@ -63,7 +62,7 @@ def arrow_rows(path: Path, field: str, beside: Collection[str] = ()) -> Iterator
     try:
         with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
             yield from _numbered(path, stream, _columns(path, field, beside, stream.schema))
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not an Arrow stream ({error}); save the dataset again.") from None
 
 
@@ -95,7 +94,7 @@ def _is_read(kind: Any) -> bool:
     import pyarrow.types as types
 
     if isinstance(kind, pyarrow.BaseExtensionType):
-        return _is_read(kind.storage_type)  # type: ignore[attr-defined]
+        return _is_read(kind.storage_type)
     if types.is_dictionary(kind):
         return _is_text(kind.value_type) or types.is_primitive(kind.value_type)
     if not types.is_nested(kind):

@@ -20,7 +20,7 @@ from limbeck.contract.recipe import (
     fingerprint,
 )
 from limbeck.contract.sources.models import model_path, package_pieces, tokenizer_path
-from limbeck.contract.sources.places import file_at
+from limbeck.contract.sources.places import require_stored
 from limbeck.contract.sources.texts import text_digest
 
 
@@ -39,7 +39,7 @@ def input_digests(recipe: AnyRecipe, *, products: Mapping[str, Path] | None) -> 
         if products is not None or not isinstance(t.model, RecipeModel)
     }
     for name, adapter in recipe.adapters.items():
-        path = file_at(adapter, folder=recipe.folder).resolve()
+        path = require_stored((recipe.folder / adapter.expanduser()).resolve())
         found[f"adapter {name}"] = adapter_digest(path)
     if (base := recipe.base) is not None:
         found["base"] = model_digest(base, folder=recipe.folder, products={})

@@ -36,6 +36,7 @@ from limbeck.contract.sources.places import (
     matching_files,
     package_root,
     read_object,
+    require_stored,
 )
 from limbeck.contract.sources.weights import check_weights
 
@@ -47,7 +48,7 @@ def model_path(source: BaseSource | OnnxModel, *, folder: Path) -> Path | None:
     """
     match source:
         case LocalModel():
-            path = file_at(source.path, folder=folder).resolve()
+            path = require_stored((folder / source.path.expanduser()).resolve())
         case GgufModel():
             path = file_at(source.path, folder=folder)
         case PackageModel(sha256=str()):

@@ -17,7 +17,7 @@ from limbeck.contract.files import open_regular, parse_json
 # What the kernel shows there of the machine and its processes, environment variables among it.
 _KERNEL = (Path("/proc"), Path("/sys"), Path("/dev"))
 _MEMORY = Path("/dev/shm")  # ordinary files
-_MOST_JSON = 256 << 20  # bytes; the largest tokenizer.json seen has 34 MB
+_MOST_JSON = 256 << 20  # bytes; a tokenizer.json may have some tens of MB
 
 
 def file_at(path: Path, *, folder: Path) -> Path:
@@ -135,7 +135,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """The object of a JSON file. Raises `DataError` for anything else, a pipe included."""
     try:
         with open_regular(path, most=_MOST_JSON) as file:
-            found = parse_json(file.read())
+            found = parse_json(file.read().decode("utf-8"))
         if not isinstance(found, dict):
             raise ValueError("not a JSON object")
     except ArtifactError as error:

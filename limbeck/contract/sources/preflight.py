@@ -32,7 +32,7 @@ from limbeck.contract.sources.models import (
     require_tokenizer,
     tokenizer_path,
 )
-from limbeck.contract.sources.places import file_at, read_object
+from limbeck.contract.sources.places import read_object, require_stored
 from limbeck.contract.sources.stores import file_system
 from limbeck.contract.sources.texts import ROWS, check_arrow, text_files
 from limbeck.contract.sources.weights import stored_form
@@ -77,7 +77,7 @@ def _mistakes(recipe: AnyRecipe) -> Iterator[str]:
     for index, name in enumerate(recipe.teacher_models):
         if (adapter := recipe.adapters.get(name)) is not None:
             try:
-                adapter_facts(file_at(adapter, folder=recipe.folder).resolve())
+                adapter_facts(require_stored((recipe.folder / adapter.expanduser()).resolve()))
             except UserError as error:
                 yield f"teachers.{index}.adapter: {error}"
 

@@ -24,7 +24,6 @@ from limbeck.contract.recipe import (
 )
 from limbeck.contract.recipe.mistakes import did_you_mean
 from limbeck.contract.sources.places import (
-    file_at,
     matching_files,
     npm_root,
     package_root,
@@ -49,7 +48,8 @@ def text_files(source: TextSource, *, folder: Path) -> list[Path]:
         case StdlibText():
             root, paths = Path(sysconfig.get_paths()["stdlib"]), source.paths
         case DatasetText():
-            return _dataset_files(file_at(source.path, folder=folder).resolve(), source.split)
+            root = require_stored((folder / source.path.expanduser()).resolve())
+            return _dataset_files(root, source.split)
     found: list[Path] = []
     for path in paths:
         pattern = os.path.expanduser(path)

@@ -237,6 +237,14 @@ def test_types_that_repeat_values_without_bound_are_refused(tmp_path: Path, colu
         read(stream(tmp_path / "a.arrow", column))
 
 
+@pytest.mark.parametrize("write", [parquet, stream])
+def test_a_column_whose_name_is_no_utf8_is_named(tmp_path: Path, write: Any) -> None:
+    path = write(tmp_path / {parquet: "a.parquet", stream: "a.arrow"}[write], pa.array(["b"]))
+    path.write_bytes(path.read_bytes().replace(b"text", b"te\xff\xfe"))
+    with pytest.raises(DataError, match=r"a\..* can't decode byte 0xff"):
+        read(path)
+
+
 DAMAGED = """
 import random, sys
 from pathlib import Path
