@@ -18,6 +18,9 @@ from limbeck.contract.sources.texts import check_arrow
 Place = tuple[str, dict[str, Any]]  # where a row is, for errors, and its values by key or column
 
 _ROWS = 1024  # read at a time, at most
+# The same of lists and structs: Arrow writes out what a file stores once and repeats in them.
+_NESTED_ROWS = 64
+_TEXTS = ("STRING", "NONE")  # types of Parquet that are text, or bytes of an unknown kind
 _BYTES = 32 << 20  # of values that are read at a time, unless one row has more
 _MOST_BYTES = 64 << 20  # of one row; a book has about one million
 
@@ -34,19 +37,20 @@ def parquet_rows(path: Path, field: str, beside: Collection[str] = ()) -> Iterat
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = _columns(path, field, beside, file.schema_arrow)
-            encoded, texts = 1, set()  # bytes; the leaves that hold text
+            encoded, most, texts = 1, _ROWS, list[str]()
             for leaf in range(len(file.schema)):
                 column = file.schema.column(leaf)
                 if column.path.partition(".")[0] not in columns:
                     continue
                 for group in range(file.metadata.num_row_groups):
                     encoded += file.metadata.row_group(group).column(leaf).total_uncompressed_size
-                kind = column.logical_type.type
-                if column.physical_type == "BYTE_ARRAY" and kind in ("STRING", "NONE"):
-                    texts.add(column.path)
-            rows = max(1, min(_ROWS, _BYTES * file.metadata.num_rows // encoded))
+                if column.path not in columns:
+                    most = _NESTED_ROWS
+                elif column.physical_type == "BYTE_ARRAY" and column.logical_type.type in _TEXTS:
+                    texts.append(column.path)
+            rows = max(1, min(most, _BYTES * file.metadata.num_rows // encoded))
         # A text that is stored once and repeated in every row stays stored once.
-        with pyarrow.parquet.ParquetFile(path, read_dictionary=sorted(texts)) as file:
+        with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
             yield from _numbered(path, file.iter_batches(batch_size=rows, columns=columns), columns)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(

@@ -152,7 +152,7 @@ def stream(path: Path, column: Any) -> Path:
 
 @pytest.mark.parametrize("form", ["text", "dictionary", "nested"])
 def test_a_small_file_does_not_fill_the_memory(tmp_path: Path, form: str) -> None:
-    rows, value = 3000, "a" * 100_000  # 300 MB in 500 bytes
+    rows, value = 3000, "a" * 100_000  # 300 MB in less than 3 kB
     repeated = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), [value])
     column = {
         "text": lambda: repeated,
@@ -175,8 +175,8 @@ def test_a_small_file_does_not_fill_the_memory(tmp_path: Path, form: str) -> Non
 def test_a_row_that_is_too_large_is_named(tmp_path: Path) -> None:
     for name, column in (
         ("a", pa.DictionaryArray.from_arrays(pa.array([0, 1]), ["x", "a" * (65 << 20)])),
-        ("b", pa.ListArray.from_arrays([0, 1, 500_001], pa.DictionaryArray.from_arrays(
-            pa.array([0] * 500_001), ["a" * 1000]))),
+        ("b", pa.ListArray.from_arrays([0, 1, 70_001], pa.DictionaryArray.from_arrays(
+            pa.array([0] * 70_001), ["a" * 1000]))),
     ):  # fmt: skip
         path = parquet(tmp_path / f"{name}.parquet", column)
         rows = tables.parquet_rows(path, "text")
