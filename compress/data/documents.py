@@ -148,7 +148,11 @@ def well_formed(value: Any, levels: int = _MOST_LEVELS) -> Any:
     """
     match value:
         case str():
-            return _SURROGATE.sub("\ufffd", value)
+            try:
+                value.encode()  # much faster than the search
+            except UnicodeEncodeError:
+                return _SURROGATE.sub("\ufffd", value)
+            return value
         case list() | dict() if levels == 0:
             raise RecursionError(f"nested more than {_MOST_LEVELS} deep")
         case list():

@@ -212,6 +212,7 @@ def test_values_come_through_whatever_their_type_is(tmp_path: Path, write: Any) 
     [
         (pa.array([10**9], pa.date32()), r"type date32.* that Python cannot hold .*; write"),
         (pa.array([10**18], pa.duration("s")), r"type duration\[s\] has a value that Python"),
+        (pa.array([10**12], pa.timestamp("ms", "x/y")), r"tz=x/y\] has a value that Python"),
         (pa.array([1], pa.int64()), r"row 1: no text under 'text' \(found: int\)"),
         (pa.nulls(1), "row 1: the text under 'text' is null"),
     ],
