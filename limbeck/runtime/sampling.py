@@ -1,4 +1,4 @@
-"""Choosing the next token from logits, and the log-probabilities of a choice. Knows numpy alone.
+"""Choosing the next token from logits, and the log-probabilities of a choice. Needs numpy alone.
 
 The filters and their order are those of transformers: repetition penalty, the model's end held
 back, temperature, top-k, top-p, min-p. Frequency and presence penalties are OpenAI's. V is the
@@ -13,6 +13,8 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from limbeck.contract.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Sampler:
     def next(self, row: npt.NDArray[np.float32]) -> int:
         """Choose the token after logits ``row[V]``, which stay unchanged, and count it.
 
-        Raises as the constraint does.
+        Raises as the constraint and `choose` do.
         """
         token = choose(self._adjusted(row), self._sampling, self._draw)
         self._counts[token] = self._counts.get(token, 0) + 1
@@ -116,11 +118,17 @@ def choose(
     """The next token from logits ``row[V]``: the greatest at temperature 0, else a draw.
 
     Without ``draw`` every call draws from a fresh source.
+    Raises `ModelError` when the greatest logit is no finite number.
     """
+    likeliest = int(row.argmax())  # of the first NaN, where there is one
+    if not np.isfinite(row[likeliest]):
+        raise ModelError(
+            f"found a logit of {row[likeliest]}, expected finite numbers; export the student again."
+        )
     if sampling.temperature <= 0:
-        return int(row.argmax())
+        return likeliest
     with np.errstate(over="ignore"):  # a tiny temperature sends all but the greatest to -inf
-        weights = np.exp((row.astype(np.float64) - row.max()) / sampling.temperature)
+        weights = np.exp((row.astype(np.float64) - row[likeliest]) / sampling.temperature)
     weights /= weights.sum()
     draw = draw or np.random.default_rng()
     if sampling.top_p >= 1 and not sampling.min_p and not 0 < sampling.top_k < len(row):

@@ -219,7 +219,7 @@ def require(finish: Finish, limits: Limits) -> None:
                 code="schema_too_complex",
             )
         case "failed":
-            raise ApiError(500, "the engine has failed; the server's log says why.", code="failed")
+            raise ApiError(500, "the request has failed; the server's log says why.", code="failed")
 
 
 class EventStream(StreamingResponse):

@@ -31,6 +31,7 @@ from limbeck.contract.errors import (
     EnvironmentalError,
     QueueFullError,
 )
+from limbeck.contract.progress import say
 from limbeck.runtime.decoder import FEWEST_READ, Decoder, common_prefix
 from limbeck.runtime.grammar import Grammar, GrammarError, Grammars
 from limbeck.runtime.sampling import GREEDY, Sampler, Sampling, TokenLogprobs, logprobs
@@ -427,11 +428,18 @@ class Engine:
 
     def _advance(self, stream: Stream, logits: Floats) -> Finish | None:
         """Choose the token after ``logits[V]`` and send it; returns why the stream ends, if so."""
-        request = stream.request
         try:
-            token = stream.sampler.next(logits)
+            return self._chosen(stream, logits)
         except GrammarError:
             return "grammar"
+        except Exception as error:  # the other requests go on
+            say(f"a request failed: {type(error).__name__}: {error}")
+            return "failed"
+
+    @staticmethod
+    def _chosen(stream: Stream, logits: Floats) -> Finish | None:
+        request = stream.request
+        token = stream.sampler.next(logits)
         if token in request.stop_ids or stream.sampler.ended:
             return "stop"
         stream.answer.append(token)
@@ -452,5 +460,7 @@ class Engine:
             self._end(stream, ended[row])
 
     def _end(self, stream: Stream, finish: Finish) -> None:
-        rest = stream.stops.add(stream.decoding.rest()) + stream.stops.rest()
+        rest = ""
+        if finish != "failed":  # else the failure may be that of the text
+            rest = stream.stops.add(stream.decoding.rest()) + stream.stops.rest()
         stream.put(Piece(rest, time.monotonic(), finish=finish))

@@ -129,7 +129,8 @@ class Common(_Body):
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    # Logits are divided by it: a tiny one would take them past what float32 holds.
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
 
     response_format: ResponseFormat | None = None
     prompt_logprobs: Annotated[int, Field(ge=0)] | None = None

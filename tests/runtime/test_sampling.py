@@ -18,6 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from limbeck.contract.errors import ModelError
 from limbeck.runtime.sampling import Sampler, Sampling, choose, logprobs
 
 V = 40
@@ -64,6 +65,15 @@ def test_draws_are_transformers(sampling: Sampling) -> None:
     counts = Counter(choose(row, sampling, draw) for _ in range(points))  # type: ignore[arg-type]
     found = np.array([counts[token] / points for token in range(V)])
     np.testing.assert_allclose(found, expected.numpy(), atol=1.5 / points)
+
+
+@pytest.mark.parametrize("logit", [np.nan, np.inf])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, top_p=0.9)])
+def test_a_logit_that_is_no_number_is_an_error(logit: float, sampling: Sampling) -> None:
+    row = np.zeros(V, np.float32)
+    row[3] = logit
+    with pytest.raises(ModelError, match=f"found a logit of {logit}, expected finite numbers"):
+        choose(row, sampling)
 
 
 @pytest.mark.parametrize("penalty", [1.3, 0.8])

@@ -278,6 +278,18 @@ def test_a_defect_ends_every_request_and_is_kept(served: Artifact) -> None:
     engine.close()
 
 
+def test_a_request_that_cannot_be_sampled_fails_alone(served: Artifact) -> None:
+    with running(served.path) as engine:
+        expected = collect(start(engine, [1, 2], 20)[1])
+        good = start(engine, [1, 2], 20)[1]
+        for temperature in (0.0, 1.0):
+            # float32 keeps this penalty as 0, and a logit divided by it is none.
+            odd = start(engine, [5], 4, repetition_penalty=1e-50, temperature=temperature)[1]
+            assert collect(odd)[2] == "failed"
+        assert collect(good) == expected == collect(start(engine, [1, 2], 20)[1])
+        assert not engine.failure
+
+
 # Limits -------------------------------------------------------------------------------------------
 
 
