@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
@@ -17,7 +18,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from compress.data.conversations import Conversation
 from limbeck.contract.errors import DataError
-from limbeck.runtime.chat import limited
+from limbeck.runtime.chat import bounded
+from limbeck.runtime.child import TooMuch
 
 Span = tuple[int, int]  # first character, and the one after the last
 
@@ -278,22 +280,37 @@ def _rendered(
     marks: bool = False,
     prompt: bool = False,
 ) -> tuple[str, list[Span]]:
+    settings = {
+        "tools": conversation.tools,
+        "chat_template": template,
+        "return_assistant_tokens_mask": marks,
+        "add_generation_prompt": prompt,
+        **tokenizer.special_tokens_map | conversation.variables,
+    }
     try:
-        with limited():
-            texts, spans = render_jinja_template(
-                conversations=[conversation.messages],
-                tools=conversation.tools,
-                chat_template=template,
-                return_assistant_tokens_mask=marks,
-                add_generation_prompt=prompt,
-                **tokenizer.special_tokens_map | conversation.variables,
-            )
-    except TemplateError as error:
+        text, spans = bounded(_render, conversation.messages, settings)
+    except TemplateRefusal as error:
         raise DataError(f"{where}: the chat template refuses this conversation: {error}.") from None
-    except Exception as error:  # a template is a program, and may fail like one
+    except (DataError, TooMuch) as error:
         raise DataError(
-            f"{where}: the chat template fails on this conversation: {type(error).__name__}: "
-            f"{error}. "
+            f"{where}: the chat template fails on this conversation: {error}. "
             "Correct the template, or leave the row out."
-        ) from error
-    return texts[0], spans[0] if marks else []
+        ) from None
+    return text, spans
+
+
+class TemplateRefusal(Exception):
+    """A template's own message about a conversation."""
+
+
+def _render(messages: list[Any], settings: dict[str, Any]) -> tuple[str, list[Span]]:
+    """What `_rendered` runs in the child process: the text, and the spans that are marked in it."""
+    try:
+        texts, spans = render_jinja_template(conversations=[messages], **settings)
+    except TemplateError as error:
+        raise TemplateRefusal(str(error)) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # a template is a program, and may fail like one
+        raise DataError(f"{type(error).__name__}: {error}") from None
+    return texts[0], spans[0] if settings["return_assistant_tokens_mask"] else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from limbeck.contract.errors import EnvironmentalError
@@ -28,4 +29,9 @@ class Limits:
             raise EnvironmentalError(
                 "found an empty API key, which would let everyone in; "
                 "give a key (--api-key or LIMBECK_API_KEY), or unset LIMBECK_API_KEY."
+            )
+        if self.api_key is not None and not re.fullmatch("[!-~]+", self.api_key):
+            raise EnvironmentalError(
+                "found an API key with blanks, control characters or letters beyond ASCII, which "
+                "not every client can send; give another key (--api-key or LIMBECK_API_KEY)."
             )

@@ -1,26 +1,28 @@
 """Chat templates as clients render them, with the names and filters that transformers gives them.
 
 Knows jinja2, and imports it when it is first needed; knows nothing of tokens. Training renders with
-`compress.data.chat`.
+`compress.data.chat`, in the same child process.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import re
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from limbeck.contract.errors import DataError
+from limbeck.runtime.child import Child, TooMuch
 
 if TYPE_CHECKING:
+    from jinja2 import Template
     from jinja2.sandbox import SandboxedEnvironment
 
-LONGEST = 5.0  # seconds of one rendering; a conversation of 1 MB takes 0.1 s
+LONGEST = 5.0  # seconds of a processor for one rendering; a conversation of 1 MB takes 0.1 s
+_CHILD = Child()
+T = TypeVar("T")
 _MARK = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 
 
@@ -42,73 +44,66 @@ def render(
     """The conversation as text, up to where the model answers. ``special``: bos_token and its like.
 
     ``tools`` are OpenAI's descriptions of functions.
-    Raises `DataError` when the template refuses the messages or fails on them.
+    Raises `DataError` when the template refuses the messages, fails on them or takes too much.
     """
+    given = list(messages), dict(special), list(tools) if tools else None
+    try:
+        return bounded(_render, without_marks(template), *given)
+    except TooMuch as error:
+        raise _unrendered(str(error)) from None
+
+
+def bounded(function: Callable[..., T], *given: Any) -> T:
+    """``function(*given)``, which renders a template, in a child process.
+
+    A template of a stranger may compute for ever. Raises as `Child.call` does.
+    """
+    return _CHILD.call(function, *given, seconds=LONGEST)
+
+
+def _render(
+    template: str, messages: list[Any], special: dict[str, str], tools: list[Any] | None
+) -> str:
+    """What `render` runs in the child process."""
     from jinja2 import TemplateError
 
     try:
-        with limited():
-            return (
-                _environment()
-                .from_string(without_marks(template))
-                .render(
-                    messages=list(messages),
-                    tools=list(tools) if tools else None,
-                    documents=None,
-                    add_generation_prompt=True,
-                    **special,
-                )
-            )
+        return _compiled(template).render(
+            messages=messages, tools=tools, documents=None, add_generation_prompt=True, **special
+        )
     except TemplateError as error:
-        why = str(error)
+        raise _unrendered(str(error)) from None
+    except MemoryError:
+        raise
     except Exception as error:  # a template is a program, and may fail like one
-        why = f"{type(error).__name__}: {error}"
-    raise DataError(f"the model's chat template cannot render these messages: {why}")
+        raise _unrendered(f"{type(error).__name__}: {error}") from None
 
 
-class Endless(Exception):
-    """Work of a stranger's program that took too long."""
-
-    def __str__(self) -> str:
-        return f"it was still at work after {LONGEST:g} s"
+@lru_cache(4)
+def _compiled(template: str) -> Template:
+    return _environment().from_string(template)
 
 
-@contextmanager
-def limited() -> Iterator[None]:
-    """Raise `Endless` in a block of Python code that takes longer than `LONGEST`.
-
-    A template of a stranger may compute for ever. It may do so in a thread that no signal reaches,
-    so another thread lets the interpreter raise the exception there.
-    """
-    worker, lock, ended = threading.get_ident(), threading.Lock(), False
-
-    def stop() -> None:
-        with lock:
-            if not ended:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                    ctypes.c_ulong(worker), ctypes.py_object(Endless)
-                )
-
-    timer = threading.Timer(LONGEST, stop)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        with lock:
-            ended = True
-        timer.cancel()
+def _unrendered(why: str) -> DataError:
+    return DataError(f"the model's chat template cannot render these messages: {why}")
 
 
 def variables(template: str) -> frozenset[str]:
-    """Names that the template reads. Empty for a template that is no jinja2."""
+    """Names that the template reads. Empty for a template that is no jinja2.
+
+    Raises `DataError` for one that is nested too deeply.
+    """
     from jinja2 import TemplateError, meta
 
     try:
         tree = _environment().parse(without_marks(template))
+        return frozenset(meta.find_undeclared_variables(tree))
     except TemplateError:
         return frozenset()
-    return frozenset(meta.find_undeclared_variables(tree))
+    except RecursionError:
+        raise DataError(
+            "the model's chat template is nested too deeply to be read; give the model another one."
+        ) from None
 
 
 def _environment() -> SandboxedEnvironment:

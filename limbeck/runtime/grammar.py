@@ -16,7 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from limbeck.contract.errors import DataError, EnvironmentalError
+from limbeck.runtime.child import Child, TooMuch
 
+LONGEST = 5.0  # seconds of a processor for one grammar
+_CHILD = Child()
 _KEPT = 64  # compiled grammars; clients send the same schema again and again
 # Models write JSON on one line or indented. More freedom lets a small model write blanks for ever.
 _JSON = {"whitespace_flexible": True, "whitespace_pattern": r"[ ]?|\n[ ]{0,32}", "lenient": False}
@@ -82,11 +85,14 @@ class Grammars:
 
         Raises `GrammarError` for what it cannot express, `EnvironmentalError` without llguidance.
         """
+        if (known := self._kept(lark)) is not None:
+            return known
+        llguidance = import_llguidance()
+        try:
+            _CHILD.call(_try, lark, seconds=LONGEST)
+        except TooMuch as error:
+            raise GrammarError(f"it is too complex ({error})") from None
         with self._lock:
-            if (known := self._known.get(lark)) is not None:
-                self._known.move_to_end(lark)
-                return known
-            llguidance = import_llguidance()
             if self._open is None:
                 self._open = self._opened(llguidance)
             matcher = llguidance.LLMatcher(
@@ -99,6 +105,12 @@ class Grammars:
                 self._known.popitem(last=False)
             return grammar
 
+    def _kept(self, lark: str) -> Grammar | None:
+        with self._lock:
+            if lark in self._known:
+                self._known.move_to_end(lark)
+            return self._known.get(lark)
+
     def _opened(self, llguidance: Any) -> Any:
         if not self._stop_ids:
             raise GrammarError("this model has no stop token, so nothing could end the answer")
@@ -108,6 +120,16 @@ class Grammars:
             )
         except Exception as error:  # llguidance raises no class of its own
             raise GrammarError(f"llguidance cannot use this model's tokenizer: {error}") from error
+
+
+def _try(lark: str) -> None:
+    """Compile a grammar in a child process, since some take all memory and never end.
+
+    Its tokens are bytes: what a grammar takes does not depend on the tokenizer.
+    """
+    llguidance = import_llguidance()
+    tokenizer = llguidance.LLTokenizer("byte")
+    llguidance.LLMatcher(tokenizer, llguidance.LLMatcher.grammar_from_lark(lark), log_level=0)
 
 
 def import_llguidance() -> Any:

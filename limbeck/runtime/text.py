@@ -70,7 +70,19 @@ class Text:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
-        """Token ids of a conversation (``role`` and ``content`` each) up to the model's answer.
+        """Token ids of a conversation, as `encode_rendered` has them of what `rendered` has."""
+        return self.encode_rendered(self.rendered(messages, tools))
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of what `rendered` returned, which has its special tokens already."""
+        return list(self._encoded(text, False).ids)
+
+    def rendered(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """A conversation (``role`` and ``content`` each) as text up to the model's answer.
 
         ``tools`` are OpenAI's descriptions of functions, for templates that show them.
         Raises `DataError` when there is no chat template or it refuses the messages.
@@ -80,8 +92,7 @@ class Text:
             raise DataError(
                 "this model has no chat template; leave --chat out and give it plain text."
             )
-        text = well_formed(render(template, messages, self.special, tools))
-        return list(self._encoded(text, False).ids)
+        return well_formed(render(template, messages, self.special, tools))
 
     def template_for(self, tools: Sequence[Any] | None) -> str | None:
         """The chat template of a conversation with these ``tools``, as transformers chooses it."""

@@ -64,8 +64,9 @@ class Service:
         self.model, self.fingerprint = model, fingerprint
         self._post: Post | None = None
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="limbeck-text")
+        self._compilers = ThreadPoolExecutor(1, thread_name_prefix="limbeck-grammar")
         self._scorers = ThreadPoolExecutor(1, thread_name_prefix="limbeck-score")
-        self._busy = 0  # prompts that wait for a reader or a scorer
+        self._busy = 0  # prompts that wait for a thread
 
     def post(self) -> Post:
         """The way from the engine to the loop that serves."""
@@ -136,10 +137,8 @@ class Service:
         offer = Offer.of(body, self.engine.text)
         messages = [message.plain() for message in body.messages]
         tools = [tool.plain() for tool in body.offered]
-        shown = json.dumps(tools, ensure_ascii=False) if tools else ""
-        self._fits("".join(message["content"] for message in messages) + shown)
         try:
-            ids = await self._work(self._readers, self.engine.text.chat, messages, tools)
+            ids = await self._work(self._readers, self._read_chat, messages, tools)
         except DataError as error:
             raise ApiError(400, str(error), param="messages") from None
         most = body.max_completion_tokens or body.max_tokens
@@ -151,10 +150,16 @@ class Service:
             grammar = await self._grammar(lark, "tools" if tools else "response_format")
         return await self._answer(http, body, ids, most, shape, grammar=grammar, offer=offer)
 
+    def _read_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[int]:
+        """The tokens of a conversation; of one that cannot fit, only the text is made."""
+        text = self.engine.text.rendered(messages, tools)
+        self._fits(text)
+        return self.engine.text.encode_rendered(text)
+
     async def _grammar(self, lark: str, field: str) -> Grammar:
         """Compile a grammar off the loop. Raises `ApiError` for what cannot be expressed."""
         try:
-            return await self._work(self._readers, self.engine.grammars.compile, lark)
+            return await self._work(self._compilers, self.engine.grammars.compile, lark)
         except GrammarError as error:
             raise wrong(field, f"this server cannot follow it: {error}") from None
         except EnvironmentalError as error:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import EnvironmentalError
+from limbeck.runtime import grammar
 from limbeck.runtime.decoder import Decoder
 from limbeck.runtime.grammar import GrammarError, Grammars, json_rule
 from limbeck.runtime.sampling import Sampling
@@ -47,6 +48,18 @@ def decoder(served: Artifact) -> Decoder:
 
 def held(grammars: Grammars, schema: dict[str, Any]) -> Any:
     return grammars.compile(f"start: {json_rule(schema)}").begin()
+
+
+def test_a_grammar_that_takes_too_much_is_refused(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unbounded, this one took 14 GB and did not end."""
+    held(grammars, PERSON)
+    monkeypatch.setattr(grammar, "LONGEST", 0.5)
+    patterns = [f"(a|b)*a(a|b){{{count}}}" for count in range(60)]
+    with pytest.raises(GrammarError, match="it is too complex"):
+        held(grammars, {"allOf": [{"type": "string", "pattern": one} for one in patterns]})
+    assert held(grammars, {"const": "a"}).allowed()[ord('"')]
 
 
 @pytest.mark.parametrize("seed", range(8))

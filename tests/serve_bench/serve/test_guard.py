@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from limbeck.contract.limits import Limits
 from limbeck.runtime.text import Text
 from serve_bench.serve.gate import is_allowed
 from serve_bench.serve.listener import Listener
+from tests.pico import CHAT
 from tests.serve_bench.serve.asking import bare, serving
 
 
@@ -186,11 +189,17 @@ def test_a_rebound_name_is_refused(served: Artifact) -> None:
         assert bare(server, "GET", "/v1/models", Host="api.example")[0] == 200
 
 
-@pytest.mark.parametrize("key", ["", "  "])
-def test_an_empty_key_does_not_open_the_server(
-    served: Artifact, monkeypatch: pytest.MonkeyPatch, key: str
+EMPTY, ODD = "found an empty API key", "found an API key with blanks, control characters or"
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [("", EMPTY), ("  ", EMPTY), ("k\udcffy", ODD), ("kéy", ODD), ("key\n", ODD), ("a b", ODD)],
+)
+def test_a_key_that_nobody_can_send_is_refused_at_the_start(
+    served: Artifact, monkeypatch: pytest.MonkeyPatch, key: str, message: str
 ) -> None:
-    with pytest.raises(EnvironmentalError, match="found an empty API key"):
+    with pytest.raises(EnvironmentalError, match=message):
         Limits(api_key=key)
     for arguments, variable in (((), key), (("--api-key", key), None)):
         if variable is not None:
@@ -198,7 +207,7 @@ def test_an_empty_key_does_not_open_the_server(
         else:
             monkeypatch.delenv("LIMBECK_API_KEY")
         result = CliRunner().invoke(app, ["serve", str(served.path), "--port", "0", *arguments])
-        assert (result.exit_code, "found an empty API key" in result.stderr) == (2, True)
+        assert (result.exit_code, message in result.stderr) == (2, True)
 
 
 # Long prompts -------------------------------------------------------------------------------------
@@ -212,16 +221,25 @@ def test_what_cannot_fit_is_refused_before_it_is_read(
 
     with serving(served.path) as server:
         with monkeypatch.context() as patch:
-            patch.setattr(Text, "encode", unread)
-            patch.setattr(Text, "chat", unread)
+            patch.setattr(Text, "_encoded", unread)
+            calls = "{% for m in messages %}{{ (m.tool_calls or []) | tojson }}{% endfor %}"
+            text = replace(server.engine.text, template=CHAT + calls)
+            patch.setattr(server.engine, "text", text)
             long = "x" * 500_000
+            user: dict[str, Any] = {"role": "user", "content": ""}
+            function = {"name": "f", "arguments": json.dumps({"x": long})}
+            call = {"role": "assistant", "tool_calls": [{"function": function}]}
             for path, body in (
                 ("completions", {"prompt": long}),
                 ("chat/completions", {"messages": [{"role": "user", "content": long}]}),
+                ("chat/completions", {"messages": [user] * 20_000}),
+                ("chat/completions", {"messages": [user, call]}),
             ):
                 status, _, answer = bare(server, "POST", f"/v1/{path}", {"model": "pico"} | body)
-                assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
-                assert "found a prompt of 500000 bytes" in answer["error"]["message"]
+                assert (status, answer["error"]["code"]) == (400, "context_length_exceeded"), answer
+                found = re.search(r"found a prompt of (\d+) bytes", answer["error"]["message"])
+                assert found
+                assert int(found[1]) >= 20_000
         longest = "x" * 511  # the bound refuses nothing that fits: a byte a token here
         body = {"model": "pico", "prompt": longest, "max_tokens": 1, "ignore_eos": True}
         assert bare(server, "POST", "/v1/completions", body)[0] == 200
