@@ -21,12 +21,15 @@ import numpy as np
 import numpy.typing as npt
 
 from limbeck.contract.errors import EnvironmentalError, ModelError
+from limbeck.contract.files import parse_json
 from limbeck.contract.recipe import ServerModel
-from limbeck.runtime.endpoint import CONNECT, Endpoint, refusal
+from limbeck.runtime.endpoint import CONNECT, Endpoint, ask, refusal
 
 _BUSY = (408, 409, 425, 429)  # besides 5xx: the same request may succeed later
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0  # seconds
 _ABOVE_ONE = 1e-2  # nats; servers round
+# Most bytes of an answer: for each token and likely token, and for all else.
+_ENTRY, _ERROR = 1024, 1 << 20
 _PROBE = (
     "The quick brown fox jumps over the lazy dog. In 1969, two people walked on the moon; "
     'the third stayed in orbit.\n\ndef area(r):\n    return 3.14159 * r ** 2  # "circle"\n'
@@ -204,22 +207,30 @@ class Server:
         for attempt in itertools.count():
             wait = min(_FIRST_WAIT * 2**attempt, _LONGEST_WAIT) * random.uniform(0.75, 1.25)
             try:
-                answer = self._client.post(self._url, json=body, headers=self._endpoint.headers)
-                status = answer.status_code
+                answer = ask(
+                    self._client,
+                    "POST",
+                    self._url,
+                    json=body,
+                    headers=self._endpoint.headers,
+                    seconds=self._model.timeout,
+                    most=_ENTRY * len(body["prompt"]) * (1 + body["prompt_logprobs"]) + _ERROR,
+                )
+                status = answer.status
                 if status == 200:
-                    found = answer.json()
+                    found = parse_json(answer.body)
                     if isinstance(found, dict):
                         return found
                     reason = "its answer is no JSON object"
                 elif status in _BUSY or status >= 500:
-                    reason = refusal(status, answer.content)
+                    reason = refusal(status, answer.body)
                     with contextlib.suppress(ValueError):
                         asked = float(answer.headers.get("retry-after", ""))
                         wait = min(max(wait, asked), _LONGEST_WAIT)
                 else:
                     hint = f"; is the key in ${self._model.key_variable} right?"
                     raise EnvironmentalError(
-                        f"{self._where}: {refusal(status, answer.content)}"
+                        f"{self._where}: {refusal(status, answer.body)}"
                         f"{hint if status in (401, 403) else ''}"
                     )
             except httpx2.HTTPError as error:  # not reached, cut off, or too slow

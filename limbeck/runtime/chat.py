@@ -88,6 +88,7 @@ def _unrendered(why: str) -> DataError:
     return DataError(f"the model's chat template cannot render these messages: {why}")
 
 
+@lru_cache(4)
 def variables(template: str) -> frozenset[str]:
     """Names that the template reads. Empty for a template that is no jinja2.
 

@@ -5,8 +5,10 @@ Used by the load generator of the bench and by teachers behind a server.
 
 from __future__ import annotations
 
-import json
 import os
+import queue
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +16,12 @@ from typing import Any
 import httpx2
 
 from limbeck.contract.errors import EnvironmentalError
+from limbeck.contract.files import parse_json
+from limbeck.contract.recipe.base import mistake_of_address
 
 CONNECT = 10.0  # seconds to reach a server
+_LISTING = 30.0  # seconds for the whole list of models
+_LIST = 16 << 20  # bytes of it
 
 
 @dataclass(frozen=True)
@@ -39,23 +45,19 @@ def find_endpoint(
 
     Raises `EnvironmentalError` when nothing usable answers or it lacks ``model``.
     """
+    if mistake := mistake_of_address(url):
+        raise EnvironmentalError(f"{url}: {mistake}; correct the address.")
     base = url.rstrip("/").removesuffix("/v1").rstrip("/") + "/v1"
     key = os.environ.get(key_variable)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        answer = httpx2.get(f"{base}/models", headers=headers, timeout=CONNECT)
-        answer.raise_for_status()
-        found = {str(entry["id"]): entry for entry in answer.json()["data"]}
-    except httpx2.HTTPStatusError as error:
-        hint = (
-            f"; is the key in ${key_variable} right?"
-            if error.response.status_code in (401, 403)
-            else "."
-        )
-        raise EnvironmentalError(
-            f"{base}/models: answered {error.response.status_code}{hint}"
-        ) from None
-    except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
+        with httpx2.Client(headers=headers, timeout=CONNECT) as client:
+            answer = ask(client, "GET", f"{base}/models", seconds=_LISTING, most=_LIST)
+        if not 200 <= answer.status < 300:
+            hint = f"; is the key in ${key_variable} right?" if answer.status in (401, 403) else "."
+            raise EnvironmentalError(f"{base}/models: answered {answer.status}{hint}")
+        found = {str(entry["id"]): entry for entry in parse_json(answer.body)["data"]}
+    except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, KeyError, TypeError) as error:
         raise EnvironmentalError(
             f"{base}/models: no OpenAI-compatible server answers there ({type(error).__name__}: "
             f"{error}); is it running?"
@@ -71,11 +73,65 @@ def find_endpoint(
     return Endpoint(base, name, headers, context if isinstance(context, int) else None)
 
 
+@dataclass(frozen=True)
+class Reply:
+    """A whole answer."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+def ask(
+    client: httpx2.Client,
+    method: str,
+    url: str,
+    *,
+    seconds: float,
+    most: int,
+    headers: Mapping[str, str] | None = None,
+    json: Any = None,
+) -> Reply:
+    """One request and its whole answer, of ``most`` bytes at most, within ``seconds``.
+
+    The time limits of httpx hold for each read, and a server may send a byte a second. Raises
+    `httpx2.HTTPError` as the client does, for a late answer and for one that is too large.
+    """
+    end, box = time.monotonic() + seconds, queue.SimpleQueue[Reply | Exception]()
+
+    def read() -> Reply:
+        body = bytearray()
+        with client.stream(method, url, headers=headers, json=json) as answer:
+            for part in answer.iter_bytes():
+                body += part
+                if len(body) > most:
+                    raise httpx2.ReadError(f"the answer is larger than {most} bytes")
+                if time.monotonic() > end:
+                    break  # nobody waits any more
+        return Reply(answer.status_code, answer.headers, bytes(body))
+
+    def work() -> None:
+        try:
+            box.put(read())
+        except Exception as error:
+            box.put(error)
+
+    # A read cannot be interrupted, so a thread waits for it that no command waits for.
+    threading.Thread(target=work, name="limbeck-ask", daemon=True).start()
+    try:
+        found = box.get(timeout=seconds)
+    except queue.Empty:
+        raise httpx2.ReadTimeout(f"the answer took longer than {seconds:g} s") from None
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
 def refusal(status: int, body: bytes) -> str:
     """Status and message of an answer that is an error."""
     text = body.decode(errors="replace").strip()
     try:
-        found = json.loads(text)
+        found = parse_json(text)
         text = str(found.get("error", {}).get("message") or found.get("detail") or text)
     except (ValueError, AttributeError):
         pass

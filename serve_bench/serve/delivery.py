@@ -16,6 +16,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from limbeck.contract.errors import DataError
 from limbeck.contract.limits import Limits
 from limbeck.runtime.grammar import json_rule
 from limbeck.runtime.text import Text
@@ -169,7 +170,10 @@ class Offer:
         """Raises `ApiError` for a template that takes no tools, or writes calls in another way."""
         if not body.offered:
             return Offer(None)
-        form = call_format(text.template_for(body.offered) or "")
+        try:
+            form = call_format(text.template_for(body.offered) or "")
+        except DataError as error:
+            raise wrong("tools", str(error).rstrip(".")) from None
         if form is not None and form.opening in text.unseen:
             form = None
         if form is None:

@@ -95,15 +95,19 @@ class Door(socket.socket):
 
 
 class Connection(H11Protocol):
-    """uvicorn's protocol, with a time limit for the headers of a request and for silence."""
+    """uvicorn's protocol, with time limits for the headers of a request, for silence, and for a
+    client that does not read its answer."""
 
     door: Door
     header_timeout: float
+    unread_timeout = 60.0  # seconds in which a client must read something of what is ready
     _waiting: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected, and must now send a request."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # `pause_writing` comes for every unsent byte
         self._expect_headers()
 
     def data_received(self, data: bytes) -> None:
@@ -118,8 +122,34 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Make room for another one."""
         self._headers_came()
+        self._all_was_sent()
         self.door.open -= 1
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client reads more slowly than answers come."""
+        super().pause_writing()
+        self._expect_reading(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        """The client has caught up."""
+        self._all_was_sent()
+        super().resume_writing()
+
+    def _expect_reading(self, unsent: int) -> None:
+        def look() -> None:
+            now = self.transport.get_write_buffer_size()
+            if now < unsent:
+                self._expect_reading(now)
+            else:
+                self.transport.abort()
+
+        self._unread = self.loop.call_later(self.unread_timeout, look)
+
+    def _all_was_sent(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _expect_headers(self) -> None:
         self._waiting = self.loop.call_later(self.header_timeout, self.transport.abort)

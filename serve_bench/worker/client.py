@@ -8,7 +8,6 @@ HTTP; knows nothing of arrivals (see `serve_bench.measure.scenarios.load`).
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +19,11 @@ import numpy as np
 
 from limbeck.contract.data.arrays import Ids, Logits
 from limbeck.contract.errors import DataError, EnvironmentalError
+from limbeck.contract.files import parse_json
 from limbeck.runtime.endpoint import CONNECT, Endpoint, find_endpoint, refusal
 
 _LONGEST_EVENT = 1 << 20  # bytes of a line of a stream
+_REFUSAL = 1 << 16  # bytes that are read of an answer that is an error
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Stream:
         if data == "[DONE]":
             self.finished = True
             return False
-        event = json.loads(data)
+        event = parse_json(data)
         if "error" in event:
             raise ValueError(f"the server said: {event['error']}")
         if usage := event.get("usage"):
@@ -104,7 +105,7 @@ async def request(session: aiohttp.ClientSession, endpoint: Endpoint, body: byte
     try:
         async with session.post(url, data=body, headers=headers, allow_redirects=False) as response:
             if response.status != 200:
-                raise ValueError(refusal(response.status, await response.read()))
+                raise ValueError(refusal(response.status, await response.content.read(_REFUSAL)))
             async for line in response.content:
                 stream.read(line.decode(), clock())
     except aiohttp.ClientError as error:
@@ -114,6 +115,11 @@ async def request(session: aiohttp.ClientSession, endpoint: Endpoint, body: byte
     if not stream.at:
         raise ValueError("the answer holds no token")
     return stream
+
+
+def _beginning(response: httpx2.Response) -> bytes:
+    parts = response.iter_bytes(_REFUSAL)
+    return next(parts, b"")
 
 
 class OpenAi:
@@ -195,7 +201,7 @@ class OpenAi:
                 "POST", url, json=body, headers=self._endpoint.headers
             ) as response:
                 if response.status_code != 200:
-                    raise ValueError(refusal(response.status_code, response.read()))
+                    raise ValueError(refusal(response.status_code, _beginning(response)))
                 for line in response.iter_lines():
                     if stream.read(line, time.perf_counter()):
                         yield None

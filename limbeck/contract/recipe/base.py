@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -73,6 +74,27 @@ def _may_be_sent(name: str) -> str:
 
 
 KeyVariable = Annotated[str, AfterValidator(_may_be_sent)]
+
+
+def mistake_of_address(url: str) -> str | None:
+    """Why ``url`` is no address of a server, or None if it may be one."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises for one that is no port
+    except ValueError as error:
+        return f"it is no address ({error})"
+    if not url.isprintable() or " " in url:
+        return "it is no address (it holds blanks or control characters)"
+    return None if parts.hostname else "it is no address (it names no host)"
+
+
+def _address(url: str) -> str:
+    if mistake := mistake_of_address(url):
+        raise PydanticCustomError("address", "{mistake}", {"mistake": mistake})
+    return url
+
+
+Address = Annotated[str, AfterValidator(_address)]
 
 
 class _Shorthand:

@@ -9,6 +9,7 @@ from pydantic import Field
 from limbeck.contract.errors import DataError
 from limbeck.contract.recipe.base import (
     SHORTHAND,
+    Address,
     Count,
     Float,
     Fraction,
@@ -60,7 +61,7 @@ class UrlTarget(Frozen):
     """Any server with an OpenAI-compatible completions endpoint that streams."""
 
     kind: Literal["url"]
-    url: str = Field(pattern=r"^https?://", description="Address up to and without /v1.")
+    url: Address = Field(pattern=r"^https?://", description="Address up to and without /v1.")
     model: str | None = Field(
         None, description="Name of the model there; default: the first that it lists."
     )
@@ -144,7 +145,7 @@ class OpenAiRuntime(Frozen):
     and `ignore_eos`."""
 
     kind: Literal["openai"]
-    url: str = Field(pattern=r"^https?://", description="Address up to and without /v1.")
+    url: Address = Field(pattern=r"^https?://", description="Address up to and without /v1.")
     model: str | None = Field(
         None, description="Name of the model there; default: the first that it lists."
     )

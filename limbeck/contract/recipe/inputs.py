@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from limbeck.contract.recipe.base import (
     SHORTHAND,
+    Address,
     Count,
     Fraction,
     Frozen,
@@ -116,7 +117,7 @@ class ServerModel(Frozen):
     """
 
     kind: Literal["server"]
-    url: str = Field(
+    url: Address = Field(
         pattern=r"^https?://[^/?#@]+(/[^?#@]*)?$",
         description="Address up to and without /v1, without a name and password in it.",
     )

@@ -25,9 +25,10 @@ from limbeck.contract.errors import EnvironmentalError
 from limbeck.contract.limits import Limits
 from limbeck.runtime.text import Text
 from serve_bench.serve.gate import is_allowed
-from serve_bench.serve.listener import Listener
+from serve_bench.serve.listener import Connection, Listener
+from serve_bench.serve.page import docs_page
 from tests.pico import CHAT
-from tests.serve_bench.serve.asking import bare, serving
+from tests.serve_bench.serve.asking import bare, serving, until
 
 
 def address(server: Listener) -> tuple[str, int]:
@@ -93,6 +94,29 @@ def test_a_slow_answer_outlives_the_time_for_headers(
         )
         body = {"model": "pico", "prompt": "a", "max_tokens": 12, "ignore_eos": True}
         assert bare(server, "POST", "/v1/completions", body)[0] == 200
+
+
+DOCS = b"GET /docs HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def test_a_client_that_does_not_read_is_let_go_and_a_slow_one_is_not(
+    served: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Connection, "unread_timeout", 0.5)
+    with serving(served.path) as server:
+        length = len(docs_page(server.config.app.openapi(), "pico").encode())  # type: ignore[union-attr]
+        with socket.socket() as silent, socket.socket() as slow:
+            for client in (silent, slow):
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.settimeout(10)
+                client.connect(address(server))
+                client.sendall(DOCS * 200)
+            got, ends = 0, time.monotonic() + 20
+            while got < 200 * length:
+                assert time.monotonic() < ends
+                got += len(slow.recv(1 << 18))
+                time.sleep(0.001)
+            until(lambda: server._door.open == 1)
 
 
 def test_connections_are_capped(served: Artifact) -> None:

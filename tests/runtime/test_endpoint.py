@@ -1,0 +1,112 @@
+"""Servers that are hostile or wrong: a message each, in bounded time and memory."""
+
+from __future__ import annotations
+
+import gzip
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx2
+import pytest
+
+from limbeck.contract.errors import EnvironmentalError, RecipeError
+from limbeck.contract.recipe import parse_recipe
+from limbeck.runtime import endpoint
+from limbeck.runtime.endpoint import find_endpoint, refusal
+from tests.pico import pico_recipe
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+WHOLE = HEAD + b"Content-Length: 1000000\r\n\r\n"
+
+
+@contextmanager
+def answering(first: bytes, then: bytes = b"", every: float = 0.0) -> Iterator[str]:
+    """A server that answers ``first``, then ``then`` again and again until the client leaves."""
+    door, closing = socket.create_server(("127.0.0.1", 0)), threading.Event()
+
+    def serve() -> None:
+        try:
+            connection, _ = door.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(first)
+                while then and not closing.wait(every):
+                    connection.sendall(then)
+        except OSError:
+            pass
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{door.getsockname()[1]}"
+    finally:
+        closing.set()
+        door.close()
+        thread.join(10)
+
+
+def sized(body: bytes, kind: bytes = b"") -> bytes:
+    return HEAD + kind + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+BOMB = gzip.compress(bytes(64 << 20))
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "every", "message"),
+    [
+        (sized(b"[" * 100_000), b"", 0, "nested too deeply"),
+        (sized(b'{"data":' + b"1" * 5000 + b"}"), b"", 0, "integer string"),
+        (sized(BOMB, b"Content-Encoding: gzip\r\n"), b"", 0, "larger than 16777216 bytes"),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"10000\r\n" + b" " * 65536 + b"\r\n", 0,
+         "larger than 16777216 bytes"),
+        (WHOLE, b" ", 0.05, r"took longer than 0\.5 s"),
+        (HEAD, b"a", 0.05, r"took longer than 0\.5 s"),
+    ],
+    ids=["deep", "digits", "gzip", "endless", "slow body", "slow headers"],
+)  # fmt: skip
+def test_a_hostile_list_of_models_is_refused(
+    monkeypatch: pytest.MonkeyPatch, first: bytes, then: bytes, every: float, message: str
+) -> None:
+    if "longer" in message:
+        monkeypatch.setattr(endpoint, "_LISTING", 0.5)
+    began = time.monotonic()
+    with answering(first, then, every) as url:
+        with pytest.raises(EnvironmentalError, match=f"no OpenAI-compatible server.*{message}"):
+            find_endpoint(url)
+        assert time.monotonic() - began < 5
+
+
+def test_a_refusal_that_is_nested_too_deeply_is_shown_as_text() -> None:
+    assert refusal(400, b"[" * 100_000) == "status 400: " + "[" * 300
+
+
+ODD = ["http://[::1", "http://[x]", "http://a:b", "http://a:99999999", "http://a\x01b",
+       "http://a b", "http://:80", "http://a\u2028"]  # fmt: skip
+
+
+@pytest.mark.parametrize("url", ODD)
+def test_what_is_no_address_is_refused(url: str) -> None:
+    with pytest.raises(EnvironmentalError, match="it is no address"):
+        find_endpoint(url)
+    tokenizer = {"kind": "local", "path": "x"}
+    server = {"kind": "server", "url": url, "model": "m", "tokenizer": tokenizer}
+    target = {"scenarios": [{"kind": "server", "target": {"kind": "url", "url": url}}]}
+    runtime = {"runtimes": [{"kind": "openai", "url": url}]}
+    for change, place in (
+        ({"teachers": [{"name": "a", "model": server}]}, "teachers"),
+        ({"bench": target}, "bench.scenarios"),
+        ({"bench": runtime}, "bench.runtimes"),
+    ):
+        with pytest.raises(RecipeError, match=rf"(?s){place}.*(it is no address|pattern)"):
+            parse_recipe(pico_recipe().resolved() | change)
+
+
+@pytest.mark.parametrize("url", ["http://a", "https://a:1/v1", "http://[::1]:80/v1", "http://ä.de"])
+def test_addresses_are_taken(url: str) -> None:
+    runtime = {"kind": "openai", "url": url}
+    assert parse_recipe(pico_recipe().resolved() | {"bench": {"runtimes": [runtime]}})
+    httpx2.URL(url)
