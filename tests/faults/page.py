@@ -394,6 +394,7 @@ _SECTIONS: dict[str, dict[str, Callable[[Path], None]]] = {
     },
     "`limbeck serve`": {
         "`LIMBECK_API_KEY` is empty": _serve(api_key=""),
+        "`LIMBECK_API_KEY` cannot be sent by every client": _serve(api_key="clé"),
         "The address is taken": _taken,
         "The key is missing or wrong (the answer to the client)": _refused(
             "/v1/completions", limits=Limits(api_key="secret")
