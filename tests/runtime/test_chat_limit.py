@@ -30,12 +30,11 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     ("template", "why"),
     [
         (ENDLESS, TOO_LONG),
-        ("{{ 9**9**9 }}", TOO_LONG),  # within C, where no thread can end it
-        ("{% set n = messages|length + 7 %}{{ n**n**n }}", TOO_LONG),
+        ("{{ 9**(9**9) }}", TOO_LONG),  # within C, where no thread can end it
+        ("{% set n = messages|length + 7 %}{{ n**(n**n) }}", TOO_LONG),
         ("{{ ([range(1000)|list] * 9999)|sum(start=[]) }}", TOO_LONG),
         ("{{ ('a' * 3000000000)|length }}", TOO_LARGE),
         ("{{ 'a'|center(2000000000) }}", TOO_LARGE),
-        ("{{ '%0999999999d'|format(1) }}{{ '%0999999999d'|format(1) }}", TOO_LARGE),
     ],
 )
 def test_a_template_that_takes_too_much_is_refused_in_any_thread(template: str, why: str) -> None:
@@ -50,7 +49,7 @@ def test_a_template_that_takes_too_much_is_refused_in_any_thread(template: str, 
     assert time.monotonic() - started < 10
 
 
-@pytest.mark.parametrize(("template", "why"), [(ENDLESS, TOO_LONG), ("{{ 9**9**9 }}", TOO_LONG)])
+@pytest.mark.parametrize(("template", "why"), [(ENDLESS, TOO_LONG), ("{{ 9**(9**9) }}", TOO_LONG)])
 def test_so_it_is_where_it_trains(template: str, why: str) -> None:
     with pytest.raises(DataError, match=rf"notes\.jsonl:3: the chat template fails .*{why}"):
         training.render(Conversation(MESSAGES), make_tokenizer(), template, "notes.jsonl:3")

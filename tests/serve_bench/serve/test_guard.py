@@ -181,6 +181,34 @@ def test_few_descriptors_and_many_idle_connections(served: Artifact) -> None:
     assert any("connections refused: all" in line for line in lines)
 
 
+def test_a_signal_ends_the_server_while_a_hostile_schema_is_compiled(served: Artifact) -> None:
+    patterns = [f"(a|b)*a(a|b){{{count}}}" for count in range(60)]
+    schema = {"allOf": [{"type": "string", "pattern": one} for one in patterns]}
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    body = json.dumps({"model": "pico", "prompt": "a", "response_format": form}).encode()
+    command = [sys.executable, "-m", "limbeck", "serve", str(served.path), "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr
+        found = re.search(r"http://127.0.0.1:(\d+)", process.stderr.readline())
+        assert found
+        with socket.create_connection(("127.0.0.1", int(found[1])), timeout=10) as connection:
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+                b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+            )
+            until(lambda: children(process.pid) > 0)
+            process.terminate()
+            assert process.wait(timeout=25) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def children(pid: int) -> int:
+    return sum(len(one.read_text().split()) for one in Path(f"/proc/{pid}/task").glob("*/children"))
+
+
 # Who may ask --------------------------------------------------------------------------------------
 
 
