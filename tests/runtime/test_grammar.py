@@ -59,7 +59,7 @@ def test_a_grammar_that_takes_too_much_is_refused(
     patterns = [f"(a|b)*a(a|b){{{count}}}" for count in range(60)]
     with pytest.raises(GrammarError, match="it is too complex"):
         held(grammars, {"allOf": [{"type": "string", "pattern": one} for one in patterns]})
-    assert held(grammars, {"const": "a"}).allowed()[ord('"')]
+    assert held(grammars, {"const": "a"}).allowed().any()
 
 
 @pytest.mark.parametrize("seed", range(8))
