@@ -122,7 +122,7 @@ def _serve(pipe: Connection) -> None:
         except (EOFError, ConnectionResetError):
             return
         if statm.exists():
-            now = int(statm.read_text().split()[0]) * resource.getpagesize()
+            now = int(statm.read_bytes().split()[0]) * resource.getpagesize()
             within = now + MEMORY if most == resource.RLIM_INFINITY else min(now + MEMORY, most)
             resource.setrlimit(resource.RLIMIT_AS, (within, most))
         signal.setitimer(signal.ITIMER_PROF, seconds)  # then the system ends this process
