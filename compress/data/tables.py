@@ -18,9 +18,9 @@ from limbeck.contract.sources.texts import check_arrow
 Place = tuple[str, dict[str, Any]]  # where a row is, for errors, and its values by key or column
 
 _ROWS = 1024  # read at a time, at most
-# Texts in lists and structs that are read at a time, on average. Arrow writes out each of them,
-# even where a file stores one text and repeats it.
-_NESTED = 512
+# The same of lists and structs, in which Arrow writes out each text, even where a file stores one
+# text and repeats it.
+_NESTED_ROWS = 64
 _TEXTS = ("STRING", "NONE")  # types of Parquet that are text, or bytes of an unknown kind
 _BYTES = 32 << 20  # of values that are read at a time, unless one row has more
 _MOST_BYTES = 64 << 20  # of one row; a novel has about one million
@@ -38,20 +38,19 @@ def parquet_rows(path: Path, field: str, beside: Collection[str] = ()) -> Iterat
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = _columns(path, field, beside, file.schema_arrow)
-            count, groups = file.metadata.num_rows, file.metadata.num_row_groups
-            encoded, most, texts = 1, _ROWS, list[str]()
+            facts, most, texts = file.metadata, _ROWS, list[str]()
+            # Of all columns. Those of one could end the process: pyarrow does not catch what C++
+            # throws at a damaged description of a column.
+            encoded = sum(facts.row_group(n).total_byte_size for n in range(facts.num_row_groups))
             for leaf in range(len(file.schema)):
                 column = file.schema.column(leaf)
                 if column.path.partition(".")[0] not in columns:
                     continue
-                chunks = [file.metadata.row_group(n).column(leaf) for n in range(groups)]
-                encoded += sum(chunk.total_uncompressed_size for chunk in chunks)
                 if column.path not in columns:
-                    values = sum(chunk.num_values for chunk in chunks)
-                    most = min(most, _NESTED * count // max(values, 1))
+                    most = _NESTED_ROWS
                 elif column.physical_type == "BYTE_ARRAY" and column.logical_type.type in _TEXTS:
                     texts.append(column.path)
-            rows = max(1, min(most, _BYTES * count // encoded))
+            rows = max(1, min(most, _BYTES * facts.num_rows // max(encoded, 1)))
         # A text that is stored once and repeated in every row stays stored once.
         with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
             yield from _numbered(path, file.iter_batches(batch_size=rows, columns=columns), columns)
