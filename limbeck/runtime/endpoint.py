@@ -38,6 +38,12 @@ class Endpoint:
         return {"model": self.model, "prompt": prompt, "max_tokens": new_tokens, "temperature": 0}
 
 
+def require_address(url: str) -> None:
+    """Raise `EnvironmentalError` when ``url`` cannot be the address of a server."""
+    if mistake := mistake_of_address(url):
+        raise EnvironmentalError(f"{url}: {mistake}; correct the address.")
+
+
 def find_endpoint(
     url: str, model: str | None = None, key_variable: str = "OPENAI_API_KEY"
 ) -> Endpoint:
@@ -45,8 +51,7 @@ def find_endpoint(
 
     Raises `EnvironmentalError` when nothing usable answers or it lacks ``model``.
     """
-    if mistake := mistake_of_address(url):
-        raise EnvironmentalError(f"{url}: {mistake}; correct the address.")
+    require_address(url)
     base = url.rstrip("/").removesuffix("/v1").rstrip("/") + "/v1"
     key = os.environ.get(key_variable)
     headers = {"Authorization": f"Bearer {key}"} if key else {}

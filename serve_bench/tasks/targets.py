@@ -24,6 +24,7 @@ from limbeck.contract.results.bench import Arm
 from limbeck.contract.sources.hub import hub_snapshot
 from limbeck.contract.sources.models import context_of
 from limbeck.contract.sources.weights import check_weights
+from limbeck.runtime.endpoint import require_address
 from serve_bench.judge import figures, language, scenarios
 from serve_bench.judge.figures import ENVIRONMENT, SAMPLES, Reference, Sample
 from serve_bench.judge.stats import first_look
@@ -198,10 +199,11 @@ def _vocabulary(arm: Arm) -> int | None:
 
 def _at(bench: Bench, target: str) -> Bench:
     """The bench whose server scenario asks ``target``: a URL itself, an exported folder behind a
-    server of ours.
+    server of ours. Raises `EnvironmentalError` for what is no address.
     """
     if not target.startswith(("http://", "https://")):
         return bench
+    require_address(target)
     url = UrlTarget(kind="url", url=target)
     asked = tuple(
         s.model_copy(update={"target": url}) if isinstance(s, ServerScenario) else s

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 
 import httpx2
 import pytest
+from typer.testing import CliRunner
 
+from limbeck.app.cli import app
 from limbeck.contract.errors import EnvironmentalError, RecipeError
 from limbeck.contract.recipe import parse_recipe
 from limbeck.runtime import endpoint
@@ -103,6 +105,12 @@ def test_what_is_no_address_is_refused(url: str) -> None:
     ):
         with pytest.raises(RecipeError, match=rf"(?s){place}.*(it is no address|pattern)"):
             parse_recipe(pico_recipe().resolved() | change)
+
+
+@pytest.mark.parametrize("url", ODD[:4])
+def test_the_bench_refuses_them_without_a_traceback(url: str) -> None:
+    result = CliRunner().invoke(app, ["bench", url])
+    assert (result.exit_code, "it is no address" in result.stderr) == (2, True), result.exception
 
 
 @pytest.mark.parametrize("url", ["http://a", "https://a:1/v1", "http://[::1]:80/v1", "http://ä.de"])
