@@ -92,9 +92,11 @@ def serve(folder: Path) -> None:
 
 def ask(port: int, first: int) -> None:
     """A quarter of the requests."""
+    model = job.recipe().name
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     for number in range(first, COUNT, 4):
-        body = {"prompt": f"{'shared ' * (number % 3)}{number}", "max_tokens": 3, "seed": number}
+        prompt = f"{'shared ' * (number % 3)}{number}"
+        body = {"model": model, "prompt": prompt, "max_tokens": 3, "seed": number}
         connection.request(
             "POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"}
         )
