@@ -21,7 +21,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 
 from limbeck.contract.errors import ModelError
 from limbeck.contract.models.loading import load_pretrained
-from limbeck.contract.models.tokens import as_written
+from limbeck.contract.models.tokens import as_written, tokenizers_errors
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import fingerprint
 from limbeck.contract.sources.digests import gguf_digest
@@ -159,10 +159,9 @@ def _own(
 ) -> PreTrainedTokenizerFast:
     """The tokenizer of ``path``, with the special tokens and chat template of ``file`` if it lacks
     them."""
-    try:
-        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(path.parent)
-    except Exception as error:
-        raise ModelError(f"{path}: no tokenizer can be read from it: {error}") from error
+    tokenizer: PreTrainedTokenizerFast
+    with tokenizers_errors(path):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent)
     as_written(tokenizer.backend_tokenizer)
     vocabulary, kinds = tokenizer.get_vocab(), fields.get("token_type") or []
     by_id = {number: token for token, number in vocabulary.items()}
