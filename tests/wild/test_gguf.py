@@ -189,6 +189,11 @@ def test_a_split_that_is_not_known_is_refused_unless_its_tokenizer_lies_beside(
     permute(tokenizer, 3).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ModelError, match=r"tokenizer.json: not the tokenizer of a.gguf, whose tok"):
         gguf_tokenizer(file)
+    tree = json.loads(tokenizer.to_str())
+    tree["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA////"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    with pytest.raises(ModelError, match=r"no tokenizer that can be read .PanicException"):
+        gguf_tokenizer(file)
 
 
 def test_a_gpt2_file_from_before_the_names_splits_as_gpt2(tmp_path: Path) -> None:
