@@ -6,6 +6,7 @@ Exits with 1 when a kill lost something or left something over.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -15,6 +16,7 @@ from tests.faults.killing import cases, job, moments
 from tests.faults.killing.disks import NoMount
 from tests.faults.killing.events import Case, Killed, Row, fill_disks, kill_everywhere
 
+_SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "ctrl-c": signal.SIGINT}
 _JOB_STEP = 160  # kilobytes between the sizes of a disk
 
 
@@ -24,7 +26,11 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="cases whose names contain one; default: all")
     parser.add_argument("--kills", type=int, default=20, help="at random moments")
     parser.add_argument("--seed", type=int, default=0, help="of these moments")
+    parser.add_argument(
+        "--signals", nargs="+", choices=_SIGNALS, default=["kill"], help="at file events"
+    )
     asked = parser.parse_args()
+    signals = tuple(_SIGNALS[name] for name in asked.signals)
     failures, names = 0, asked.names
     print(f"{'case':42} {'kills':>6} {'states':>7} {'seconds':>8}", flush=True)
     with tempfile.TemporaryDirectory(prefix="limbeck-faults-") as root:
@@ -32,7 +38,7 @@ def main() -> int:
             if names and not any(name in case.name for name in names):
                 continue
             try:
-                row = kill_everywhere(case, Path(root) / "case")
+                row = kill_everywhere(case, Path(root) / "case", signals=signals)
             except Killed as error:
                 failures += 1
                 print(f"{case.name:42} FAILED: {error}", flush=True)

@@ -87,13 +87,14 @@ def main() -> None:
     """Entry point of the `limbeck` command."""
     end_with_parent()
     try:
-        signal.signal(signal.SIGTERM, _terminate)
+        signal.signal(signal.SIGTERM, terminate)
         app(prog_name="limbeck")
     except KeyboardInterrupt as stop:  # before a command was reached
         raise SystemExit(_stopped(stop)) from None
 
 
-def _terminate(*_: object) -> NoReturn:
+def terminate(*_: object) -> NoReturn:
+    """The handler of SIGTERM."""
     raise Terminated
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from limbeck.app.cli.base import terminate
 from tests.faults.killing.disks import resize, small_disk, used
 
 _EVENTS = {
@@ -136,7 +137,11 @@ def stop_at(work: Work, folder: Path, at: int, *, number: int = signal.SIGKILL) 
         if count == at + 1:
             os.kill(os.getpid(), number)
 
-    status = _run(work, folder, stop)
+    def stopped(folder: Path) -> None:
+        signal.signal(signal.SIGTERM, terminate)  # as the command line does
+        work(folder)
+
+    status = _run(stopped, folder, stop)
     assert os.WIFSIGNALED(status) or number != signal.SIGKILL, f"event {at} did not come: {status}"
 
 
