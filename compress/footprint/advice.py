@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from compress.footprint.language import meta_model
+from compress.footprint.shapes import meta_model
 from compress.models.merge import can_be_merged, parameters_of
 from limbeck.contract.recipe import AnyRecipe, LoraStudent, ShrinkStudent
 

@@ -1,51 +1,38 @@
 """The cost of training a language model, without its weights: parameters, memory, operations.
 
-The modules of each architecture are traced (`compress.footprint.tracing`); the loop's own share
-(optimiser, copies, logits of a chunk) is added here. Texts are only counted, where they are here.
+Shapes are in `compress.footprint.shapes`, memory in `compress.footprint.memory`. Texts are only
+counted, where they are here.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from compress.data.blocks import measure_text
 from compress.features import layer_pairs
-from compress.footprint.base import Asked, Footprint, Memory
+from compress.footprint import shapes
+from compress.footprint.base import Asked, Footprint
+from compress.footprint.memory import Job, worst_moment
 from compress.footprint.own_text import writing
-from compress.footprint.tracing import (
-    TRIAL_VOCABULARY,
-    Trace,
-    on_a_line,
-    operations_a_second,
-    resized,
-    trace_model,
-    traced_once,
+from compress.footprint.shapes import (
+    BYTES,
+    Shape,
+    TeacherShape,
+    hidden_states,
+    lora_parameters,
+    trace_line,
 )
-from compress.head import CACHED
+from compress.footprint.tracing import TRIAL_VOCABULARY, Trace, operations_a_second, resized
 from compress.host import prepare_host
-from compress.models.attention import use_short_attention
-from compress.models.body import Body, causal_lm
-from compress.models.language import (
-    BAD_CONFIG,
-    DTYPES,
-    cast_frozen,
-    load_tokenizer,
-    model_config,
-    random_config,
-)
+from compress.models.language import load_tokenizer, model_config, random_config
 from compress.models.shrink import shrunk_config
-from compress.models.students import with_lora
 from compress.teachers.served import served_teacher
-from limbeck.contract.errors import ModelError, UserError
+from limbeck.contract.errors import UserError
 from limbeck.contract.recipe import (
     FreshStudent,
     HiddenCache,
@@ -59,58 +46,8 @@ from limbeck.contract.recipe import (
 )
 from limbeck.contract.sources.texts import text_files
 
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-config_of = model_config  # of a model source; see `compress.footprint.tasks`
-_EVALUATED = 4  # blocks in one batch of held-out text
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A causal LM as its configuration describes it."""
-
-    config: Any
-    parameters: int
-    linear: int  # of them in layers that bitsandbytes quantises, which leaves the head alone
-    layers: int
-    width: int
-    vocabulary: int
-
-    def weights(self, *, dtype: str = "fp32", quantize: str = "none") -> int:
-        """Bytes in memory. nf4 keeps an fp32 scale for every 64 numbers."""
-        each = {"none": _BYTES[dtype], "int8": 1, "nf4": 0.5 + 4 / 64}[quantize]
-        return round((self.parameters - self.linear) * _BYTES[dtype] + self.linear * each)
-
-
-@dataclass(frozen=True)
-class TeacherShape:
-    """A teacher in memory. Those of one ``place`` share weights; ``adapter`` is each one's own."""
-
-    shape: Shape
-    place: str
-    dtype: str = "fp32"
-    quantize: str = "none"
-    adapter: int = 0
-
-
-def meta_model(config: Any, task: str = "causal-lm") -> Any:
-    """Build a causal LM on the meta device. Raises `ModelError` when transformers cannot."""
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except BAD_CONFIG as error:
-        raise ModelError(f"{config.model_type}: transformers cannot build it: {error}") from error
-
-
-def describe(config: Any, recipe: Recipe | None = None, *, name: str = "") -> Shape:
-    """Count a configuration's parameters; recipe and name are needed for encoders only.
-
-    Raises `ModelError` when transformers cannot build it.
-    """
-    model = meta_model(config)
-    body, outputs = Body(model), model.get_output_embeddings()
-    linear = sum(m.weight.numel() for m in model.modules() if _is_linear(m) and m is not outputs)
-    vocabulary, width = body.head.weight_Vd.shape
-    return Shape(config, model.num_parameters(), linear, body.layers, width, vocabulary)
+# Of a model source, of a shape and of a model; see `compress.footprint.tasks.Task`.
+config_of, describe, meta_model = model_config, shapes.describe, shapes.meta_model
 
 
 def student_config(recipe: Recipe, *, base: Any, vocabulary: int) -> Any:
@@ -144,13 +81,6 @@ def teacher_shape(
     return TeacherShape(shape, place, teacher.dtype, teacher.quantize, adapter)
 
 
-def lora_parameters(config: Any, student: LoraStudent) -> int:
-    """Trainable parameters of the adapters of ``student`` on the configuration."""
-    with torch.device("meta"):
-        model = with_lora(meta_model(config), student, seed=0)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
 def footprint(
     recipe: Recipe,
     *,
@@ -160,104 +90,29 @@ def footprint(
     precision: str,
 ) -> Footprint:
     """Sum up a training from the sizes of student and teachers; ``precision`` is fp32 or bf16."""
-    config, lora = recipe.training, isinstance(recipe.student, LoraStudent)
-    tokens = config.micro_batch * recipe.data.block
-    cached = not isinstance(config.teacher_cache, NoCache)
+    config = recipe.training
     pairs = _pairs(recipe, student, teachers)
-    projections = sum(
-        len(p) * student.width * t.shape.width for t, p in zip(teachers, pairs, strict=True)
-    )
-    adapters = (
-        lora_parameters(student.config, recipe.student)
-        if isinstance(recipe.student, LoraStudent)
-        else 0
-    )
-    trained = (adapters if lora else student.parameters) + projections
-    if isinstance(recipe.student, MergeStudent):
-        trained = 0  # nothing is trained
-
     mine = trace_line(student, recipe, rows=config.micro_batch, precision=precision)
     theirs = [
         _teacher_trace(t, recipe, precision=precision, states=bool(p))
         for t, p in zip(teachers, pairs, strict=True)
     ]
-    # A teacher cache holds each block once.
-    cached_tokens = _different_blocks(recipe) * recipe.data.block + _heldout_tokens(recipe)
-    operations, to_fill = _operations(recipe, student, mine, teachers, theirs, cached_tokens)
-
-    # Heads are cast once to the number type of the forward pass.
-    compute = _BYTES[precision]
-    places = {t.place: t for t in teachers}
-    heads = sum(
-        t.shape.width * t.shape.vocabulary * compute
-        for t in places.values()
-        if cached or t.dtype != precision
-    )
-    bodies = sum(_body(t, compute) for t in places.values())
-    bodies += sum(4 * t.adapter for t in teachers)
-    quantize = recipe.student.quantize if isinstance(recipe.student, LoraStudent) else "none"
-    weights = student.weights(quantize=quantize) + 4 * (projections + adapters)
-    if _is_cast(recipe) and quantize == "none":
-        weights -= student.linear * (4 - compute)
-    head = student.width * student.vocabulary * compute if precision != "fp32" else 0
-    answers = sum(
-        tokens * t.shape.width * (compute + len(p) * 4)
-        for t, p in zip(teachers, pairs, strict=True)
-    )
-    aligned = sum(
-        tokens * t.shape.width * 4 * len(p) * 4 for t, p in zip(teachers, pairs, strict=True)
-    )
-    logits = _logits(recipe, student, len(teachers), compute)
-    if not lora:
-        logits += student.width * student.vocabulary * 4  # gradient of the head, summed over chunks
-    teacher_peak = 0 if cached else max((t.forward_peak for t in theirs), default=0)
-    activations = max(
-        mine.kept + answers + aligned, mine.backward_peak - logits + answers, teacher_peak - logits
-    )
-    best = 4 * trained
-    # The cache is mapped from disk: the kernel drops its pages when memory is short, and a GPU gets
-    # one micro-batch of it at a time.
-    kept_teachers = heads if cached else bodies + heads
-    moments = [
-        Memory(kept_teachers, weights + head, 12 * trained + best, activations, logits, "training")
-    ]
+    lora = recipe.student if isinstance(recipe.student, LoraStudent) else None
+    adapters = lora_parameters(student.config, lora) if lora else 0
+    job = Job(recipe, student, base, teachers, pairs, mine, theirs, adapters, precision)
     own = writing(
         recipe,
         student.config,
         parameters=student.parameters,
         head=2 * student.width * student.vocabulary,
-        forward=mine.forward / tokens,
-        compute=compute,
+        forward=mine.forward / (config.micro_batch * recipe.data.block),
+        compute=job.compute,
     )
-    if own is not None:  # there are no gradients at this moment
-        kept = 8 * trained + best
-        moments.append(
-            Memory(kept_teachers, weights + head, kept, own.cache, own.logits, "writing own text")
-        )
-    if cached:
-        filling = max((t.forward_peak for t in theirs), default=0)
-        moments.append(Memory(bodies + heads, weights + head, 0, filling, 0, "filling the cache"))
-    if base is not None and isinstance(recipe.student, ShrinkStudent):
-        moments.append(Memory(0, base.weights() + weights, 0, 0, 0, "shrinking"))
-    again = student.weights()  # the student as it is saved is loaded and measured once more
-    scored = trace_line(
-        student, None, rows=_EVALUATED, length=recipe.data.block, precision="fp32"
-    ).forward_peak
-    moments.append(Memory(kept_teachers, weights + head + again, 2 * best, scored, 0, "saving"))
-    if lora:  # the adapters are merged into the base as it is on disk
-        moments.append(
-            Memory(
-                kept_teachers,
-                weights + head + again + 4 * student.linear,
-                2 * best,
-                0,
-                0,
-                "merging",
-            )
-        )
+    # A teacher cache holds each block once.
+    cached_tokens = _different_blocks(recipe) * recipe.data.block + _heldout_tokens(recipe)
+    operations, to_fill = _operations(recipe, student, mine, teachers, theirs, cached_tokens)
     cache_bytes = _cache_bytes(recipe, teachers, pairs, cached_tokens)
-    worst = max(moments, key=lambda m: m.total)
-    return Footprint(trained, worst, cache_bytes, operations, own, to_fill)
+    return Footprint(job.trained, worst_moment(job, own), cache_bytes, operations, own, to_fill)
 
 
 def measure_speed(
@@ -275,75 +130,11 @@ def measure_speed(
     )
 
     def step() -> None:
-        hidden = _hidden(model, ids, precision)
+        hidden = hidden_states(model, ids, precision)
         hidden.backward(torch.ones_like(hidden))
         model.zero_grad(set_to_none=True)
 
     return operations_a_second(step, seconds=seconds, device=device)
-
-
-# Tracing ---------------------------------------------------------------------------------------
-
-
-def trace_line(
-    shape: Shape,
-    recipe: Recipe | None,
-    *,
-    rows: int,
-    precision: str,
-    length: int = 0,
-    states: bool = False,
-) -> Trace:
-    """Trace one micro-batch through all layers of ``shape``.
-
-    With a recipe that is its student, forward and backward; without, a teacher's forward pass.
-    """
-    asked: list[Any] = [rows, length, precision, states]
-    if recipe is not None:
-        student = recipe.student.model_dump(mode="json")
-        asked += [student, recipe.data.block, recipe.training.gradient_checkpointing]
-
-    def trace_of(layers: int) -> Trace:
-        config = resized(shape.config, layers=layers)
-        return traced_once(
-            [config.to_json_string(use_diff=False), *asked],
-            lambda: _trace(config, recipe, rows, length, precision, states),
-        )
-
-    return on_a_line(shape.layers, trace_of)
-
-
-def _trace(
-    config: Any, recipe: Recipe | None, rows: int, length: int, precision: str, states: bool
-) -> Trace:
-    with torch.device("meta"):
-        model = meta_model(config)
-        model.requires_grad_(recipe is not None)
-        if recipe is not None and isinstance(recipe.student, LoraStudent):
-            model = with_lora(model.requires_grad_(False), recipe.student, seed=0)
-        if recipe is None or _is_cast(recipe):
-            cast_frozen(model, DTYPES[precision])
-        use_short_attention(causal_lm(model))
-    if recipe is not None:
-        length = recipe.data.block
-        if recipe.training.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
-    trains = recipe is not None
-    run = functools.partial(_hidden, precision=precision, states=states)
-    return trace_model(model, run, rows=rows, length=length, trains=trains)
-
-
-def _hidden(model: Any, ids: Tensor, precision: str, *, states: bool = False) -> Any:
-    lm = causal_lm(model)
-    body = getattr(lm, lm.base_model_prefix)
-    mixed = (
-        torch.autocast(ids.device.type, DTYPES[precision])
-        if precision != "fp32"
-        else contextlib.nullcontext()
-    )
-    with mixed:
-        return body(input_ids=ids, use_cache=False, output_hidden_states=states).last_hidden_state
 
 
 def _teacher_trace(teacher: TeacherShape, recipe: Recipe, *, precision: str, states: bool) -> Trace:
@@ -358,25 +149,6 @@ def _teacher_trace(teacher: TeacherShape, recipe: Recipe, *, precision: str, sta
     )
 
 
-def _is_cast(recipe: Recipe) -> bool:
-    """Whether frozen matrices of the base are kept in the number type of the forward pass."""
-    return isinstance(recipe.student, LoraStudent) and not recipe.student.dora
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-# Sums ------------------------------------------------------------------------------------------
-
-
-def _body(teacher: TeacherShape, compute: int) -> int:
-    """Bytes of a teacher's weights, whose fp32 matrices take the forward pass's number type."""
-    size = teacher.shape.weights(dtype=teacher.dtype, quantize=teacher.quantize)
-    cast = teacher.quantize == "none" and teacher.dtype == "fp32"
-    return size - teacher.shape.linear * (4 - compute) if cast else size
-
-
 def _pairs(
     recipe: Recipe, student: Shape, teachers: Sequence[TeacherShape]
 ) -> list[list[tuple[int, int]]]:
@@ -386,16 +158,6 @@ def _pairs(
         layer_pairs(recipe.features, student_layers=student.layers, teacher_layers=t.shape.layers)
         for t in teachers
     ]
-
-
-def _logits(recipe: Recipe, student: Shape, teachers: int, compute: int) -> int:
-    """Peak of `fused_loss`, as measured: K + 2 products [C, V] and eight fp32 blocks."""
-    label_positions = recipe.training.micro_batch * (recipe.data.block - 1)
-    chunk = min(recipe.fusion.chunk, label_positions) * student.vocabulary
-    device = recipe.training.device
-    # where a block is the chunk
-    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    return (teachers + 2) * chunk * compute + 8 * (chunk if on_gpu else min(CACHED, chunk)) * 4
 
 
 def asked(recipe: Recipe) -> dict[str, Asked]:
@@ -453,7 +215,7 @@ def _cache_bytes(
     pairs: Sequence[Sequence[tuple[int, int]]],
     tokens: int,
 ) -> int:
-    heads = sum(_BYTES[t.dtype] * t.shape.width * t.shape.vocabulary for t in teachers)
+    heads = sum(BYTES[t.dtype] * t.shape.width * t.shape.vocabulary for t in teachers)
     match recipe.training.teacher_cache:
         case HiddenCache():
             kept = sum(

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 import compress
 from compress.footprint import language as footprint
-from compress.footprint import tracing
-from compress.footprint.language import describe, trace_line
+from compress.footprint import shapes, tracing
+from compress.footprint.shapes import describe, trace_line
 from compress.loop import setup
 from compress.models.language import model_config, random_config, random_model
 from compress.models.shrink import FAMILIES, shrunk_sizes
@@ -88,11 +88,11 @@ def test_the_traced_step_keeps_what_a_real_one_keeps(student: str) -> None:
     traced = trace_line(shape, recipe, rows=2, precision="fp32")
     model: Any = AutoModelForCausalLM.from_config(shape.config)
     if student == "lora":
-        model = footprint.with_lora(model.requires_grad_(False), recipe.student, seed=0)  # type: ignore[arg-type]
+        model = shapes.with_lora(model.requires_grad_(False), recipe.student, seed=0)  # type: ignore[arg-type]
     ids = torch.zeros((2, recipe.data.block), dtype=torch.int64)
     model.train()
     with tracing.Live([*model.parameters(), *model.buffers(), ids]) as live:
-        hidden = footprint._hidden(model, ids, "fp32")
+        hidden = shapes.hidden_states(model, ids, "fp32")
         # Fake tensors get an explicit attention mask in every layer, which real ones go without.
         masks = 3 * 2 * recipe.data.block**2 * 4
         assert traced.kept - masks <= live.now <= traced.kept
@@ -107,7 +107,7 @@ def test_the_traced_step_keeps_what_a_real_one_keeps(student: str) -> None:
 def test_a_rope_that_reads_its_positions_is_traced_as_any_other() -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     traces = [
-        footprint._trace(config(**over), _recipe("fresh"), 2, 0, "fp32", False)
+        shapes._trace(config(**over), _recipe("fresh"), 2, 0, "fp32", False)
         for over in ({}, {"rope_parameters": rope})
     ]
     assert traces[0] == traces[1]
@@ -115,7 +115,7 @@ def test_a_rope_that_reads_its_positions_is_traced_as_any_other() -> None:
 
 def test_layers_lie_on_a_line() -> None:
     recipe, deep = _recipe("fresh"), describe(config(num_hidden_layers=7))
-    whole = footprint._trace(deep.config, recipe, 2, 0, "fp32", False)
+    whole = shapes._trace(deep.config, recipe, 2, 0, "fp32", False)
     assert trace_line(deep, recipe, rows=2, precision="fp32") == whole
 
 
@@ -177,7 +177,7 @@ def test_plan_of_a_recipe_from_teachers_that_are_made_first(tmp_path: Path) -> N
         load_recipe(tmp_path / "child.yaml", overrides=["training.precision=fp32"])
     )
     one = describe(config())
-    adapters = footprint.lora_parameters(one.config, load_recipe(tmp_path / "a.yaml").student)  # type: ignore[arg-type]
+    adapters = shapes.lora_parameters(one.config, load_recipe(tmp_path / "a.yaml").student)  # type: ignore[arg-type]
     assert found.first == ("a", "b")
     assert found.teachers == {"a": one.parameters, "b": one.parameters}
     assert found.memory["teachers"] == 4 * one.parameters + 2 * 4 * adapters  # one base for both
@@ -299,7 +299,7 @@ def test_a_cached_teacher_reads_each_block_once(cache: str, tmp_path: Path) -> N
     head = 2 * shape.width * shape.vocabulary
     alone, _ = footprint._operations(recipe, shape, nothing, [], [], 1024 + 256)
     found, filling = footprint._operations(
-        recipe, shape, nothing, [footprint.TeacherShape(shape, "t")], [body], 1024 + 256
+        recipe, shape, nothing, [shapes.TeacherShape(shape, "t")], [body], 1024 + 256
     )
     passes = {"none": (2304, 2304), "hidden": (1280, 2304), "topk": (1280, 1280)}[
         cache
