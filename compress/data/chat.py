@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from compress.data.conversations import Conversation
+from limbeck.contract.child import TooMuch
 from limbeck.contract.errors import DataError
-from limbeck.runtime.chat import bounded
-from limbeck.runtime.child import TooMuch
+from limbeck.runtime.chat import TemplateRefusal, bounded
 
 Span = tuple[int, int]  # first character, and the one after the last
 
@@ -299,18 +298,7 @@ def _rendered(
     return text, spans
 
 
-class TemplateRefusal(Exception):
-    """A template's own message about a conversation."""
-
-
 def _render(messages: list[Any], settings: dict[str, Any]) -> tuple[str, list[Span]]:
-    """What `_rendered` runs in the child process: the text, and the spans that are marked in it."""
-    try:
-        texts, spans = render_jinja_template(conversations=[messages], **settings)
-    except TemplateError as error:
-        raise TemplateRefusal(str(error)) from None
-    except MemoryError:
-        raise
-    except Exception as error:  # a template is a program, and may fail like one
-        raise DataError(f"{type(error).__name__}: {error}") from None
+    """The text, and the spans that are marked in it."""
+    texts, spans = render_jinja_template(conversations=[messages], **settings)
     return texts[0], spans[0] if settings["return_assistant_tokens_mask"] else []

@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 from collections.abc import Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ _OTHER_FILES = {
     b"\xff\xfe": "UTF-16 text; convert it with iconv -f UTF-16 -t UTF-8",
     b"\xfe\xff": "UTF-16 text; convert it with iconv -f UTF-16 -t UTF-8",
 }
+# Bytes of a file that is read as a whole, by its form: a text takes up to 5 times as much memory,
+# an array of JSON 20 times, the parts of a mail and the syntax tree of Python 100 times.
+_MOST_TEXT, _MOST_ARRAY, _MOST_MAIL, _MOST_PYTHON = 1 << 30, 1 << 28, 1 << 26, 1 << 24
+_MOST_LINE = 1 << 26  # bytes of a line of JSON; a novel has about one million
 _MOST_LEVELS = 100  # of lists and objects in a row, more than descriptions of tools need
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which has no UTF-8
 
@@ -49,9 +54,9 @@ def documents(
         case PlainText():
             found: Iterator[str] = iter([_text(path)])
         case PythonStrings():
-            found = _python_strings(path, _text(path), form.min_chars)
+            found = _python_strings(path, _text(path, _MOST_PYTHON), form.min_chars)
         case MailText(field=None):
-            found = iter([_mail(str(path), path.read_bytes())])
+            found = iter([_mail(str(path), _small(path, _MOST_MAIL).read_bytes())])
         case MailText(field=str(field)):
             found = (
                 _mail(f"{path}: a mail under {field!r}", text)
@@ -95,9 +100,19 @@ def pieces(document: str, *, length: int) -> Iterator[str]:
         start = end
 
 
-def _text(path: Path) -> str:
+def _small(path: Path, most: int) -> Path:
+    """``path``, a file that is read as a whole. Raises `DataError` for over ``most`` bytes."""
+    if (size := path.stat().st_size) > most:
+        raise DataError(
+            f"{path}: {size >> 20} MB; a file of this form is read as a whole, and has at most "
+            f"{most >> 20} MB. Cut it into several files, or write JSON lines."
+        )
+    return path
+
+
+def _text(path: Path, most: int = _MOST_TEXT) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = _small(path, most).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(_not_text(path, f"byte {error.start}")) from None
     if text.count("\0") > len(text) // 10:  # UTF-16 without a mark is valid UTF-8 in English
@@ -199,12 +214,18 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """
     with path.open("rb") as file:
         if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
-            file.seek(0)
-            rows = _parsed(str(path), file.read(), "expected one array, or one object a line")
+            text = _small(path, _MOST_ARRAY).read_bytes()
+            rows = _parsed(str(path), text, "expected one array, or one object a line")
             yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
             return
         file.seek(0)
-        for number, line in enumerate(file, start=1):
+        lines = iter(partial(file.readline, _MOST_LINE + 1), b"")
+        for number, line in enumerate(lines, start=1):
+            if len(line) > _MOST_LINE:
+                raise DataError(
+                    f"{path}, line {number}: longer than {_MOST_LINE >> 20} MB. Cut it, or leave "
+                    "it out."
+                )
             if number == 1 and line.startswith(tuple(_OTHER_FILES)):
                 raise DataError(_not_text(path, "line 1"))
             if line.strip():

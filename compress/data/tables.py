@@ -6,12 +6,13 @@ process. Memory holds one part of a batch; what is refused names file, row or co
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from limbeck.contract.child import Child, TooMuch
 from limbeck.contract.errors import DataError
 from limbeck.contract.sources.texts import check_arrow
 
@@ -23,6 +24,9 @@ _ROWS = 1024  # read at a time, at most
 _NESTED_ROWS = 64
 _TEXTS = ("STRING", "NONE")  # types of Parquet that are text, or bytes of an unknown kind
 _BYTES = 32 << 20  # of values that are read at a time, unless one row has more
+# Seconds of a processor for a first reading of a file, and the bytes for which it gets one more.
+_LEAST, _SPEED = 5.0, 2 << 20
+_CHILD = Child()
 _MOST_BYTES = 64 << 20  # of one row; a novel has about one million
 
 
@@ -37,27 +41,37 @@ def parquet_rows(path: Path, field: str, beside: Collection[str] = ()) -> Iterat
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = _columns(path, field, beside, file.schema_arrow)
-            facts, most, texts = file.metadata, _ROWS, list[str]()
-            # Of all columns. Those of one could end the process: pyarrow does not catch what C++
-            # throws at a damaged description of a column.
-            encoded = sum(facts.row_group(n).total_byte_size for n in range(facts.num_row_groups))
-            for leaf in range(len(file.schema)):
-                column = file.schema.column(leaf)
-                if column.path.partition(".")[0] not in columns:
-                    continue
-                if column.path not in columns:
-                    most = _NESTED_ROWS
-                elif column.physical_type == "BYTE_ARRAY" and column.logical_type.type in _TEXTS:
-                    texts.append(column.path)
-            rows = max(1, min(most, _BYTES * facts.num_rows // max(encoded, 1)))
-        # A text that is stored once and repeated in every row stays stored once.
-        with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
-            yield from _numbered(path, file.iter_batches(batch_size=rows, columns=columns), columns)
+            schema = file.schema_arrow
+            columns = _columns(path, field, beside, schema)
+        if not all(_is_flat(schema.field(name).type) for name in columns):
+            _try(_parquet_batches, path, columns)
+        yield from _numbered(path, _parquet_batches(path, columns), columns)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: not a Parquet file ({error}); check format.kind, or write the file again."
         ) from None
+
+
+def _parquet_batches(path: Path, columns: list[str]) -> Iterator[Any]:
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as file:
+        facts, most, texts = file.metadata, _ROWS, list[str]()
+        # Of all columns. Those of one could end the process: pyarrow does not catch what C++
+        # throws at a damaged description of a column.
+        encoded = sum(facts.row_group(n).total_byte_size for n in range(facts.num_row_groups))
+        for leaf in range(len(file.schema)):
+            column = file.schema.column(leaf)
+            if column.path.partition(".")[0] not in columns:
+                continue
+            if column.path not in columns:
+                most = _NESTED_ROWS
+            elif column.physical_type == "BYTE_ARRAY" and column.logical_type.type in _TEXTS:
+                texts.append(column.path)
+        rows = max(1, min(most, _BYTES * facts.num_rows // max(encoded, 1)))
+    # A text that is stored once and repeated in every row stays stored once.
+    with ParquetFile(path, read_dictionary=texts) as file:
+        yield from file.iter_batches(batch_size=rows, columns=columns)
 
 
 def arrow_rows(path: Path, field: str, beside: Collection[str] = ()) -> Iterator[Place]:
@@ -67,9 +81,52 @@ def arrow_rows(path: Path, field: str, beside: Collection[str] = ()) -> Iterator
 
     try:
         with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
-            yield from _numbered(path, stream, _columns(path, field, beside, stream.schema))
+            columns = _columns(path, field, beside, stream.schema)
+            _try(_arrow_batches, path, columns)  # they may be compressed
+            yield from _numbered(path, stream, columns)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not an Arrow stream ({error}); save the dataset again.") from None
+
+
+def _arrow_batches(path: Path, columns: list[str]) -> Iterator[Any]:
+    import pyarrow
+
+    # A map of a large file would count as memory of the process.
+    with pyarrow.OSFile(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
+        yield from stream
+
+
+def _try(
+    batches: Callable[[Path, list[str]], Iterator[Any]], path: Path, columns: list[str]
+) -> None:
+    """Read a file in another process, which ends if a batch takes too much memory.
+
+    A few bytes of such a file can stand for gigabytes, and nothing says so before they are read.
+    """
+    try:
+        _CHILD.call(
+            _read_all, batches, path, columns, seconds=_LEAST + path.stat().st_size / _SPEED
+        )
+    except TooMuch as error:
+        raise DataError(
+            f"{path}: its columns cannot be unpacked: {error}. Write it again, with fewer rows in "
+            "each row group or batch."
+        ) from None
+
+
+def _read_all(
+    batches: Callable[[Path, list[str]], Iterator[Any]], path: Path, columns: list[str]
+) -> None:
+    import pyarrow
+
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # others warn where memory ends
+    try:
+        for _ in batches(path, columns):
+            pass
+    except MemoryError:
+        raise
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError):
+        pass  # the reader meets it again, and names it
 
 
 def _columns(path: Path, field: str, beside: Collection[str], schema: Any) -> list[str]:
@@ -110,6 +167,15 @@ def _is_read(kind: Any) -> bool:
     return any(is_kind(kind) for is_kind in known) and all(
         _is_read(kind.field(n).type) for n in range(kind.num_fields)
     )
+
+
+def _is_flat(kind: Any) -> bool:
+    """Whether a batch of such values takes memory that is bounded by its rows."""
+    import pyarrow.types as types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return _is_text(kind) or types.is_primitive(kind) or types.is_null(kind)
 
 
 def _is_text(kind: Any) -> bool:

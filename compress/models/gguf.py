@@ -21,7 +21,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 
 from limbeck.contract.errors import ModelError
 from limbeck.contract.models.loading import load_pretrained
-from limbeck.contract.models.tokens import as_written, tokenizers_errors
+from limbeck.contract.models.tokens import as_written, require_bounded, tokenizers_errors
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import fingerprint
 from limbeck.contract.sources.digests import gguf_digest
@@ -161,8 +161,9 @@ def _own(
     them."""
     tokenizer: PreTrainedTokenizerFast
     with tokenizers_errors(path):
+        require_bounded(path)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent)
-    as_written(tokenizer.backend_tokenizer)
+    as_written(tokenizer.backend_tokenizer, path)
     vocabulary, kinds = tokenizer.get_vocab(), fields.get("token_type") or []
     by_id = {number: token for token, number in vocabulary.items()}
     for number, (token, kind) in enumerate(zip(fields["tokens"], kinds, strict=True)):

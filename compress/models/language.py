@@ -29,7 +29,12 @@ from limbeck.contract.errors import EnvironmentalError, ModelError
 from limbeck.contract.lock import make_once
 from limbeck.contract.models.alignment import relate
 from limbeck.contract.models.loading import load_pretrained
-from limbeck.contract.models.tokens import as_written, sentencepiece_file, tokenizers_errors
+from limbeck.contract.models.tokens import (
+    as_written,
+    require_bounded,
+    sentencepiece_file,
+    tokenizers_errors,
+)
 from limbeck.contract.recipe import (
     BaseSource,
     GgufModel,
@@ -183,6 +188,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """
     require_tokenizer(folder)
     with tokenizers_errors(folder):
+        if (path := folder / "tokenizer.json").is_file():
+            require_bounded(path)
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
@@ -191,7 +198,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             f"{folder}: only a slow tokenizer; save it with a tokenizer.json (a fast tokenizer)."
         )
     # transformers switches these off in every call; we call the tokenizer inside.
-    as_written(tokenizer.backend_tokenizer, split_special=tokenizer.split_special_tokens)
+    as_written(tokenizer.backend_tokenizer, folder, split_special=tokenizer.split_special_tokens)
     require_rows(folder, len(tokenizer))
     if (file := sentencepiece_file(folder)) is not None:
         _require_same_pieces(tokenizer, file)

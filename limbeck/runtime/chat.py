@@ -13,8 +13,8 @@ from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from limbeck.contract.child import Child, TooMuch
 from limbeck.contract.errors import DataError
-from limbeck.runtime.child import Child, TooMuch
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -49,43 +49,50 @@ def render(
     given = list(messages), dict(special), list(tools) if tools else None
     try:
         return bounded(_render, without_marks(template), *given)
-    except TooMuch as error:
-        raise _unrendered(str(error)) from None
+    except (TemplateRefusal, TooMuch, DataError) as error:
+        raise DataError(
+            f"the model's chat template cannot render these messages: {error}"
+        ) from None
+
+
+class TemplateRefusal(Exception):
+    """A template's own message about a conversation."""
 
 
 def bounded(function: Callable[..., T], *given: Any) -> T:
     """``function(*given)``, which renders a template, in a child process.
 
-    A template of a stranger may compute for ever. Raises as `Child.call` does.
+    A template of a stranger may compute for ever. Raises `TemplateRefusal`, `DataError` for a
+    template that fails, and `TooMuch`.
     """
-    return _CHILD.call(function, *given, seconds=LONGEST)
+    return _CHILD.call(_guarded, function, *given, seconds=LONGEST)
+
+
+def _guarded(function: Callable[..., T], *given: Any) -> T:
+    """What `bounded` runs in the child process."""
+    from jinja2 import TemplateError
+
+    try:
+        return function(*given)
+    except TemplateError as error:
+        raise TemplateRefusal(str(error)) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # a template is a program, and may fail like one
+        raise DataError(f"{type(error).__name__}: {error}") from None
 
 
 def _render(
     template: str, messages: list[Any], special: dict[str, str], tools: list[Any] | None
 ) -> str:
-    """What `render` runs in the child process."""
-    from jinja2 import TemplateError
-
-    try:
-        return _compiled(template).render(
-            messages=messages, tools=tools, documents=None, add_generation_prompt=True, **special
-        )
-    except TemplateError as error:
-        raise _unrendered(str(error)) from None
-    except MemoryError:
-        raise
-    except Exception as error:  # a template is a program, and may fail like one
-        raise _unrendered(f"{type(error).__name__}: {error}") from None
+    return _compiled(template).render(
+        messages=messages, tools=tools, documents=None, add_generation_prompt=True, **special
+    )
 
 
 @lru_cache(4)
 def _compiled(template: str) -> Template:
     return _environment().from_string(template)
-
-
-def _unrendered(why: str) -> DataError:
-    return DataError(f"the model's chat template cannot render these messages: {why}")
 
 
 @lru_cache(4)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from limbeck.contract.child import Child, TooMuch
 from limbeck.contract.errors import DataError, EnvironmentalError
-from limbeck.runtime.child import Child, TooMuch
 
 LONGEST = 5.0  # seconds of a processor for one grammar
 _CHILD = Child()

@@ -171,9 +171,11 @@ def load_text(folder: Path) -> Text:
     try:
         tokenizer = read_tokenizer(path)
     except ModelError as error:
+        if error.__cause__ is None:
+            raise ArtifactError(str(error)) from None
         raise ArtifactError(f"{path}: no tokenizer ({error.__cause__}); {_AGAIN}") from error
     config = _read(folder / "tokenizer_config.json")
-    as_written(tokenizer, split_special=config.get("split_special_tokens") is True)
+    as_written(tokenizer, path, split_special=config.get("split_special_tokens") is True)
     templates, special = chat_templates(folder, config), special_tokens(config)
     return Text(
         tokenizer=tokenizer,

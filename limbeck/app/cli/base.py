@@ -7,6 +7,9 @@ import os
 import re
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -23,7 +26,6 @@ from limbeck.contract.process import end_with_parent
 if TYPE_CHECKING:
     from limbeck.contract.recipe import AnyRecipe
 
-_STOPPED = "stopped; run the same command again to go on"
 _RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda")
 _BOLD, _CYAN, _PLAIN = "\x1b[1m", "\x1b[36m", "\x1b[0m"
 
@@ -50,14 +52,23 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for."""
         try:
-            result = super().invoke(ctx)
-            sys.stdout.flush()
-            return result
+            with _stoppable():
+                result = super().invoke(ctx)
+                sys.stdout.flush()
+                return result
         except LimbeckError as error:
             print(f"limbeck: {printable(str(error))}", file=sys.stderr)
             raise SystemExit(error.exit_code) from None
         except KeyboardInterrupt as stop:
-            raise SystemExit(_stopped(stop)) from None
+            print("\nstopped; run the same command again to go on", file=sys.stderr)
+            raise SystemExit(143 if isinstance(stop, Terminated) else 130) from None
+        except MemoryError:
+            print(
+                "limbeck: no memory is left; close other programs, raise the limit of `ulimit -v`, "
+                "or take a larger machine.",
+                file=sys.stderr,
+            )
+            raise SystemExit(2) from None
         except BrokenPipeError:
             # Our reader has left. Keep the interpreter from complaining on its way out.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -86,21 +97,31 @@ command = partial(app.command, cls=Command)
 def main() -> None:
     """Entry point of the `limbeck` command."""
     end_with_parent()
-    try:
+    app(prog_name="limbeck")
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Raise `KeyboardInterrupt` where the work is, on Ctrl-C and SIGTERM.
+
+    Before and after the work both end the command at once and without words.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        if before[signal.SIGINT] is signal.SIG_DFL:  # not where the shell ignores it
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, terminate)
-        app(prog_name="limbeck")
-    except KeyboardInterrupt as stop:  # before a command was reached
-        raise SystemExit(_stopped(stop)) from None
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def terminate(*_: object) -> NoReturn:
     """The handler of SIGTERM."""
     raise Terminated
-
-
-def _stopped(stop: KeyboardInterrupt) -> int:
-    print(f"\n{_STOPPED}", file=sys.stderr)
-    return 143 if isinstance(stop, Terminated) else 130
 
 
 def _coloured(text: str) -> str:

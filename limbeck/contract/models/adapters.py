@@ -17,6 +17,7 @@ from typing import Any
 from limbeck.contract.errors import ModelError
 from limbeck.contract.files import parse_json
 from limbeck.contract.models.loading import require_finite
+from limbeck.contract.models.patterns import require_quick
 from limbeck.contract.models.probe import probe_ids, require_equal
 from limbeck.contract.models.tokens import tokenizer_size
 from limbeck.contract.recipe.mistakes import did_you_mean
@@ -202,8 +203,9 @@ def attach(model: Any, folder: Path, *, name: str = "default") -> Any:
     with safe_open(folder / WEIGHTS, "pt") as file:
         names = list(file.keys())
         require_finite(folder / WEIGHTS, ((name, file.get_tensor(name)) for name in names))
-    inside = {_NAME_INSIDE: ""} if facts.shapes.keys() != set(names) else None
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    require_quick(folder / CONFIG, facts.config, [name for name, _ in base.named_modules()])
+    inside = {_NAME_INSIDE: ""} if facts.shapes.keys() != set(names) else None
     _resize(base, facts)
     try:
         with warnings.catch_warnings():  # of peft, on what is checked below
@@ -223,6 +225,7 @@ def attach(model: Any, folder: Path, *, name: str = "default") -> Any:
         LookupError,
         TypeError,
         AttributeError,
+        OverflowError,  # of a number in a pattern
         SafetensorError,
         re.error,  # names of layers may be patterns
     ) as error:

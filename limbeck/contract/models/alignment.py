@@ -42,7 +42,7 @@ class Pieces:
         written = tokenizer.to_str()
         self.digest = fingerprint(written)
         self.name, self.end = name, end
-        self.tokenizer = as_written(Tokenizer.from_str(written))
+        self.tokenizer = as_written(Tokenizer.from_str(written), name)
         self.prefix = self._prefix()
         # Markers that stand in a text as characters are text, and never control the other model.
         self.tokenizer.encode_special_tokens = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 from limbeck.contract.errors import LimbeckError, ModelError
 from limbeck.contract.files import parse_json
 
+_MOST_GROWTH = 64  # characters for one; Unicode's longest ligature becomes 18
 MORE_TEMPLATES = "additional_chat_templates"  # folder of the named ones, as transformers saves it
 
 
@@ -22,7 +25,7 @@ def tokenizers_errors(what: Path | str) -> Iterator[None]:
     """
     try:
         yield
-    except (LimbeckError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (LimbeckError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
         raise ModelError(
@@ -36,16 +39,55 @@ def read_tokenizer(path: Path) -> Any:
     from tokenizers import Tokenizer  # `validate` of most recipes needs none of it
 
     with tokenizers_errors(path):
-        return as_written(Tokenizer.from_file(str(path)))
+        require_bounded(path)
+        return as_written(Tokenizer.from_file(str(path)), path)
 
 
-def as_written(tokenizer: Any, *, split_special: bool = False) -> Any:
+def require_bounded(path: Path) -> None:
+    """Refuse a tokenizer.json whose rules multiply a text, with a `ModelError`, or a `ValueError`
+    for what is no JSON.
+
+    The package tokenizers applies them when it opens the file, to the tokens that were added.
+    """
+    tree = parse_json(path.read_bytes())
+    for part in ("normalizer", "decoder"):
+        _require_growth(tree.get(part), path)
+
+
+def _require_growth(tree: Any, where: Path | str) -> None:
+    if _growth(tree) > _MOST_GROWTH:
+        raise ModelError(
+            f"{where}: its normalizers or decoders may replace one character by more than "
+            f"{_MOST_GROWTH}, so a text could fill the memory. Take another model, or correct "
+            "these rules."
+        )
+
+
+def _growth(tree: Any) -> int:
+    """Characters that the rules of a normalizer or decoder make of one character, at most."""
+    match tree:
+        case {"normalizers": [*rules]} | {"decoders": [*rules]}:
+            return math.prod(map(_growth, rules))
+        case {"type": "Replace", "content": str(text)}:
+            return max(len(text), 1)
+        case {"type": "Precompiled", "precompiled_charsmap": str(written)}:
+            table = base64.b64decode(written)  # the size of a trie, the trie, and texts
+            texts = table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")
+            return max(1, *(len(text.decode(errors="replace")) for text in texts))
+        case _:
+            return 1
+
+
+def as_written(tokenizer: Any, where: Path | str, *, split_special: bool = False) -> Any:
     """``tokenizer``, of the package tokenizers, so that a text always gives all of its tokens.
 
     A file may still hold what a training used: a length that texts are cut to or filled up to, and
     a share of BPE merges that are left out at random. ``split_special`` reads the names of special
-    tokens in a text as text (``split_special_tokens`` in tokenizer_config.json).
+    tokens in a text as text (``split_special_tokens`` in tokenizer_config.json). Raises
+    `ModelError` that names ``where`` if its normalizers multiply a text.
     """
+    if tokenizer.normalizer is not None:  # which a SentencePiece file has too
+        _require_growth(parse_json(tokenizer.normalizer.__getstate__()), where)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if getattr(tokenizer.model, "dropout", None):

@@ -134,3 +134,34 @@ def test_two_processes_share_the_training_and_the_first_does_the_rest(tmp_path: 
     ]
     assert done.stdout.count("verdict: pass") == 1
     assert open_artifact(tmp_path / "out" / "student").result["steps"] > 0
+
+
+# Sends itself a signal at the import of a module.
+_AT = """
+import os, runpy, signal, sys
+class Stop:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), {number})
+sys.meta_path.insert(0, Stop())
+sys.argv = ["bin/limbeck", "validate", "pico"]
+runpy.run_module("limbeck", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("module", "started"),
+    [("limbeck.contract.environment", False), ("typer", False), ("limbeck.app.cli.use", False),
+     ("limbeck.app.pico", True)],
+)  # fmt: skip
+def test_a_signal_at_the_start_leaves_no_traceback(
+    number: signal.Signals, module: str, started: bool
+) -> None:
+    """Before the command has begun the signal ends the process, as the shell reports it."""
+    code = _AT.format(module=module, number=int(number))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == (128 + number if started else -number)
+    said = "\nstopped; run the same command again to go on\n" if started else ""
+    assert (done.stdout, done.stderr) == ("", said)

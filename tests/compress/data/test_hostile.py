@@ -12,16 +12,25 @@ from email.header import Header
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from compress.data import tables
 from compress.data.conversations import read_conversations
-from compress.data.documents import documents
+from compress.data.documents import documents, rows_of
 from compress.data.mail import subject_and_body
 from limbeck.contract.errors import DataError
-from limbeck.contract.recipe import ChatRows, JsonLines, ParquetRows, PythonStrings, Rows
+from limbeck.contract.recipe import (
+    ChatRows,
+    JsonLines,
+    MailText,
+    ParquetRows,
+    PlainText,
+    PythonStrings,
+    Rows,
+)
 from tests.compress.data.texts import write_rows
 
 # Mail --------------------------------------------------------------------------------------------
@@ -183,6 +192,65 @@ def test_a_row_that_is_too_large_is_named(tmp_path: Path) -> None:
         assert next(rows)[0] == f"{path}, row 1"
         with pytest.raises(DataError, match=r"parquet, row 2: \d+ MB; a row has at most 64 MB"):
             next(rows)
+
+
+def nested_bomb(path: Path) -> None:
+    """One row of 1,500,000 times the same text: 1.5 GB."""
+    repeated = pa.DictionaryArray.from_arrays(np.zeros(1_500_000, np.int32), ["a" * 1000])
+    parquet(path, pa.ListArray.from_arrays([0, 1_500_000], repeated), store_schema=False)
+
+
+def wide_bomb(path: Path) -> None:
+    """200 times the same value of 8 MB: 1.6 GB."""
+    parquet(path, pa.array([b"a" * (8 << 20)], pa.binary(8 << 20)).take(pa.array([0] * 200)))
+
+
+def packed_bomb(path: Path) -> None:
+    """One batch of zeros: 2 GB."""
+    schema = pa.schema({"text": pa.int64()})
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    buffer = pa.py_buffer(np.zeros(1 << 28, np.int64))
+    column = pa.Array.from_buffers(pa.int64(), 1 << 28, [None, buffer])
+    with (
+        pa.OSFile(str(path), "wb") as file,
+        pa.ipc.new_stream(file, schema, options=options) as out,
+    ):
+        out.write_batch(pa.record_batch([column], schema))
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [("a.parquet", nested_bomb), ("b.parquet", wide_bomb), ("c.arrow", packed_bomb)],
+)
+def test_columns_that_unpack_to_gigabytes_are_named(tmp_path: Path, name: str, write: Any) -> None:
+    path = tmp_path / name
+    write(path)
+    assert path.stat().st_size < 1 << 20
+    before = pa.default_memory_pool().bytes_allocated()
+    with pytest.raises(DataError, match=rf"{name}: its columns cannot be unpacked: it took more"):
+        next(rows_of(path, "text"))
+    assert pa.default_memory_pool().bytes_allocated() - before < 100 << 20
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "bytes_", "message"),
+    [
+        ("a.txt", PlainText(kind="text"), 1 << 30, "1024 MB; .* has at most 1024 MB. Cut"),
+        ("a.py", PythonStrings(kind="python-strings"), 1 << 24, "16 MB; .* has at most 16 MB. "),
+        ("a.eml", MailText(kind="mail"), 1 << 26, "64 MB; .* has at most 64 MB. Cut it into"),
+        ("a.json", JsonLines(kind="jsonl"), 1 << 28, "256 MB; .* has at most 256 MB. Cut it"),
+        ("a.jsonl", JsonLines(kind="jsonl"), 1 << 26, "line 1: longer than 64 MB. Cut it, or"),
+    ],
+)
+def test_files_that_would_fill_the_memory_are_named(
+    tmp_path: Path, name: str, form: Any, bytes_: int, message: str
+) -> None:
+    path = tmp_path / name
+    with path.open("wb") as file:
+        file.write(b"[" if name == "a.json" else b"{")
+        file.truncate(bytes_ + 1)
+    with pytest.raises(DataError, match=rf"{re.escape(str(path))}.*{message}"):
+        list(documents(path, form))
 
 
 @pytest.mark.parametrize("write", [parquet, stream])

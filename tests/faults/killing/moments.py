@@ -35,8 +35,8 @@ _SHORT = (
     "run", "pico", "--out", "run", "--set", f"bench={json.dumps(_BENCH)}",
     "--set", "training.tokens=2560", "--set", "training.checkpoint_every=1",
 )  # fmt: skip
-# SIGTERM ends a process by itself before the command line has begun.
-_STOPPED = (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+# SIGTERM and Ctrl-C end a process by themselves before the command line has begun.
+_STOPPED = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, 143, 130)
 _STOPS = 12  # of one job, which is then left alone: most would come in its longest stage
 _ENDING = 15.0  # seconds that processes may take to end after the first one
 

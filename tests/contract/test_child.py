@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.runtime.child import Child, TooMuch
+from limbeck.contract.child import Child, TooMuch
 
 
 def test_results_and_errors_come_back() -> None:
@@ -31,13 +31,26 @@ def test_a_call_that_takes_too_much_ends_the_child_and_the_next_one_has_another(
     child = Child()
     with pytest.raises(TooMuch, match=r"it was still at work after 0\.2 s"):
         child.call(operator.pow, 9, 9**9, seconds=0.2)
-    with pytest.raises(TooMuch, match="it took more than 1024 MB of memory"):
+    with pytest.raises(TooMuch, match=r"it took more memory than it may \(1024 MB, or"):
         child.call(operator.mul, [None], 1 << 28, seconds=5)
+    with pytest.raises(TooMuch, match="the system killed its process, most likely because memory"):
+        child.call(signal.raise_signal, signal.SIGKILL, seconds=5)
     with pytest.raises(TooMuch, match=r"or failed \(SIGABRT\)"):
         child.call(os.abort, seconds=5)
     with pytest.raises(RuntimeError, match="status 3; its message says why"):
         child.call(os._exit, 3, seconds=5)
+    with pytest.raises(RuntimeError, match="_Unsendable: a lock"):
+        child.call(_fail, seconds=5)
     assert child.call(operator.neg, 1, seconds=5) == -1
+
+
+class _Unsendable(Exception):
+    def __reduce__(self) -> str:
+        raise TypeError("cannot be pickled")
+
+
+def _fail() -> None:
+    raise _Unsendable("a lock")
 
 
 def runs(pid: int) -> bool:
@@ -50,7 +63,7 @@ def runs(pid: int) -> bool:
 
 _PARENT = """
 import operator, os, time
-from limbeck.runtime.child import Child
+from limbeck.contract.child import Child
 child = Child()
 print(child.call(os.getpid, seconds=5), flush=True)
 {then}

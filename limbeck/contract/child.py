@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import atexit
 import os
+import pickle
 import resource
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
 MEMORY = 1 << 30  # bytes that one call may add
+_TOO_LARGE = f"it took more memory than it may ({MEMORY >> 20} MB, or what `ulimit -v` leaves)"
 _SLEEP = 60.0  # seconds beyond its processor time that a call may wait for a processor
+_GRACE = 5.0  # seconds until a process that has closed its pipe is gone
 T = TypeVar("T")
 
 
@@ -51,7 +55,8 @@ class Child:
             try:
                 pipe.send((function, given, seconds))
                 if not pipe.poll(seconds + _SLEEP):
-                    raise EOFError
+                    self._end()
+                    raise TooMuch(f"it had no result after {seconds + _SLEEP:g} s")
                 done, result = pipe.recv()
             except RecursionError:  # before a byte was sent
                 raise TooMuch("the values are nested too deeply") from None
@@ -63,7 +68,7 @@ class Child:
         if done:
             return result  # type: ignore[no-any-return]  # of the function, in the child
         if isinstance(result, MemoryError):
-            raise TooMuch(f"it took more than {MEMORY >> 20} MB of memory")
+            raise TooMuch(_TOO_LARGE)
         raise result
 
     def _started(self) -> Connection:
@@ -89,17 +94,20 @@ class Child:
 
     def _why(self, seconds: float) -> str:
         """Why the child ended within a call. Raises `RuntimeError` when that is a defect."""
-        self._end()
         assert self._process is not None
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_GRACE)  # its pipe closes a moment before it has a status
+        self._end()
         status = self._process.returncode
         if status >= 0:
             raise RuntimeError(
                 f"the child process ended with status {status}; its message says why"
             )
-        if -status in (signal.SIGPROF, signal.SIGKILL):
+        if -status == signal.SIGPROF:
             return f"it was still at work after {seconds:g} s"
-        name = signal.Signals(-status).name
-        return f"it took more than {MEMORY >> 20} MB of memory, or failed ({name})"
+        if -status == signal.SIGKILL:
+            return "the system killed its process, most likely because memory ran out"
+        return f"{_TOO_LARGE}, or failed ({signal.Signals(-status).name})"
 
     def _end(self) -> None:
         if self._pipe is not None:
@@ -114,7 +122,7 @@ def _serve(pipe: Connection) -> None:
     """Run what comes through ``pipe`` until the parent closes it or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     statm = Path("/proc/self/statm")
     while True:
         try:
@@ -123,16 +131,19 @@ def _serve(pipe: Connection) -> None:
             return
         if statm.exists():
             now = int(statm.read_bytes().split()[0]) * resource.getpagesize()
-            within = now + MEMORY if most == resource.RLIM_INFINITY else min(now + MEMORY, most)
-            resource.setrlimit(resource.RLIMIT_AS, (within, most))
+            within = now + MEMORY if soft == resource.RLIM_INFINITY else min(now + MEMORY, soft)
+            resource.setrlimit(resource.RLIMIT_AS, (within, hard))
         signal.setitimer(signal.ITIMER_PROF, seconds)  # then the system ends this process
         try:
             answer = True, function(*given)
         except BaseException as error:
             answer = False, error
         signal.setitimer(signal.ITIMER_PROF, 0)
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
-        pipe.send(answer)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        try:
+            pipe.send(answer)
+        except (pickle.PicklingError, TypeError, AttributeError):  # a panic of Rust, for example
+            pipe.send((False, RuntimeError(f"{type(answer[1]).__name__}: {answer[1]}")))
 
 
 if __name__ == "__main__":
