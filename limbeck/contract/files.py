@@ -29,6 +29,8 @@ _LEFT = re.compile(r"\.(?P<name>.+?)((\.[0-9a-f]+)?\.writing|(?P<old>\.old))")
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _AT_FDCWD = -100
 # Libraries that write through C or C++ report a full disk only in words: torch, numpy.
+# Of the system, of its loader of libraries, and of torch.
+_NO_MEMORY = re.compile("[Cc]an(not|'t) allocate memory|failed to map segment from shared object")
 _FULL = re.compile(
     r"No space left|unexpected pos \d+|file write failed|\d+ requested and \d+ written"
 )
@@ -306,11 +308,18 @@ def _is_full(error: BaseException | None) -> bool:
     return False
 
 
-def explained(error: OSError) -> EnvironmentalError | None:
+def explained(error: Exception) -> EnvironmentalError | None:
     """What a user can do about an error of the system that nothing nearer to it has explained.
 
     None for a defect.
     """
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+        return EnvironmentalError(
+            "no memory is left; close other programs, raise the limit of `ulimit -v`, or take a "
+            "larger machine."
+        )
+    if not isinstance(error, OSError):
+        return None
     where = os.fsdecode(error.filename) if error.filename else "standard output"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return EnvironmentalError(f"{where}: no space left; free some room and run again.")

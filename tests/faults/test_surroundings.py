@@ -46,6 +46,15 @@ def test_full_output(tmp_path: Path) -> None:
     assert "limbeck: standard output: no space left; free some room and run again." in said
 
 
+@pytest.mark.parametrize("megabytes", [250, 600])  # the first is too little to load torch
+def test_too_little_memory(tmp_path: Path, megabytes: int) -> None:
+    before = f"ulimit -v {megabytes << 10};"
+    one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    code, said = _limbeck("run", "pico", cwd=tmp_path, before=before, environment=one)
+    assert code == 2
+    assert "limbeck: no memory is left; close other programs, raise the limit of" in said
+
+
 def test_deleted_working_directory(tmp_path: Path) -> None:
     (tmp_path / "gone").mkdir()
     code, said = _limbeck(

@@ -62,23 +62,17 @@ class Commands(TyperGroup):
         except KeyboardInterrupt as stop:
             print("\nstopped; run the same command again to go on", file=sys.stderr)
             raise SystemExit(143 if isinstance(stop, Terminated) else 130) from None
-        except MemoryError:
-            print(
-                "limbeck: no memory is left; close other programs, raise the limit of `ulimit -v`, "
-                "or take a larger machine.",
-                file=sys.stderr,
-            )
-            raise SystemExit(2) from None
         except BrokenPipeError:
             # Our reader has left. Keep the interpreter from complaining on its way out.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(141) from None
-        except OSError as error:
+        except Exception as error:
             from limbeck.contract.files import explained  # slow to import
 
             if (shown := explained(error)) is None:
                 raise
-            if error.filename is None:  # standard output; the interpreter would try again
+            if isinstance(error, OSError) and error.filename is None:
+                # Standard output; the interpreter would try again.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             print(f"limbeck: {shown}", file=sys.stderr)
             raise SystemExit(shown.exit_code) from None
