@@ -65,7 +65,8 @@ def bounded(function: Callable[..., T], *given: Any) -> T:
     A template of a stranger may compute for ever. Raises `TemplateRefusal`, `DataError` for a
     template that fails, and `TooMuch`.
     """
-    return _CHILD.call(_guarded, function, *given, seconds=LONGEST)
+    result: T = _CHILD.call(_guarded, function, *given, seconds=LONGEST)
+    return result
 
 
 def _guarded(function: Callable[..., T], *given: Any) -> T:
