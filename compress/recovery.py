@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 from compress.head import label_nll
 from compress.loop import Run, State, fit, setup
 from compress.models.body import Body
-from compress.models.language import load_model, load_tokenizer
+from compress.models.language import load_model
 from compress.models.students import Student
 from compress.tasks.language import LanguageTask, evaluate, per_token
 from limbeck.contract.artifact import Artifact, open_artifact, work_folder, write_artifact
@@ -33,6 +33,7 @@ from limbeck.contract.data.heldout import CALIBRATION, HELDOUT, mean_nll
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import Features, Recipe, Recover
 from limbeck.contract.results.student import StudentResult
+from limbeck.contract.sources.tokenizer import load_tokenizer
 
 _PARAMETRIZED = re.compile(r"parametrizations\.(?=[^.]+\.original$)|\.original$")
 _COPIED = (HELDOUT, CALIBRATION, EVALS, "teachers.json")

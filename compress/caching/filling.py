@@ -17,7 +17,7 @@ from compress.data.training_text import TrainingText
 from compress.features import aligned_layers
 from compress.footprint.language import describe, student_config
 from compress.host import prepare_host, resolve_precision
-from compress.models.language import DTYPES, load_tokenizer, model_config, resolve_device
+from compress.models.language import DTYPES, model_config, resolve_device
 from compress.models.students import student_folder
 from compress.teachers.cache import CachedTeachers
 from compress.teachers.conversations import with_conversations
@@ -28,6 +28,7 @@ from limbeck.contract.errors import EnvironmentalError, RecipeError
 from limbeck.contract.progress import task
 from limbeck.contract.recipe import NoCache, Recipe
 from limbeck.contract.sources.teacher_tokens import reads_plain_text
+from limbeck.contract.sources.tokenizer import load_tokenizer
 
 
 class TeacherCache:

@@ -45,7 +45,7 @@ from limbeck.contract.recipe import (
     fingerprint,
 )
 from limbeck.contract.sources.places import cache_folder
-from limbeck.contract.sources.texts import text_digest, text_files
+from limbeck.contract.sources.texts import preference_notes, text_digest, text_files
 from limbeck.runtime.chat import variables
 
 _VERSION = 6  # of the way text becomes blocks
@@ -69,6 +69,8 @@ def load_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> list[Doma
 
     Raises `DataError` for missing, empty or too little text.
     """
+    for note in preference_notes(recipe):
+        say(f"  {note}")
     return [_domain_blocks(domain, recipe, tokenizer) for domain in recipe.data.domains]
 
 
@@ -312,8 +314,6 @@ def _write_blocks(
     """
     form: TextFormat | RowFormat = domain.text.format
     require_prompts(paths[0], form)
-    if form.model_dump().get("field") == "chosen":
-        say(f"  {domain.name}: the chosen answers are learned; rejected ones are not read")
     chat = isinstance(form, ChatRows)
     prefix = [] if chat else special_prefix(tokenizer)  # a chat template writes its own
     split, answers = _Split(data), _Answers(data.block)

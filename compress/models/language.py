@@ -14,13 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from compress.models.body import Body, require_faithful
@@ -29,12 +23,6 @@ from limbeck.contract.errors import EnvironmentalError, ModelError
 from limbeck.contract.lock import make_once
 from limbeck.contract.models.alignment import relate
 from limbeck.contract.models.loading import load_pretrained
-from limbeck.contract.models.tokens import (
-    as_written,
-    require_bounded,
-    sentencepiece_file,
-    tokenizers_errors,
-)
 from limbeck.contract.recipe import (
     BaseSource,
     GgufModel,
@@ -45,8 +33,9 @@ from limbeck.contract.recipe import (
     fingerprint,
 )
 from limbeck.contract.sources.hub import hub_config, hub_snapshot
-from limbeck.contract.sources.models import model_path, require_rows, require_tokenizer
+from limbeck.contract.sources.models import model_path
 from limbeck.contract.sources.places import cache_folder
+from limbeck.contract.sources.tokenizer import load_tokenizer
 from limbeck.contract.sources.weights import check_weights, stored_form
 
 # What transformers raises for impossible sizes.
@@ -178,49 +167,6 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.dtype != dtype and not tensor.requires_grad:
             tensor.data = tensor.data.clone()
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Load the fast tokenizer of a plain folder; it never cuts or fills a text.
-
-    Raises `ModelError`, also if it has more tokens than the model has rows, or if transformers
-    reads a SentencePiece file in another way than sentencepiece does.
-    """
-    require_tokenizer(folder)
-    with tokenizers_errors(folder):
-        if (path := folder / "tokenizer.json").is_file():
-            require_bounded(path)
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"{folder}: only a slow tokenizer; save it with a tokenizer.json (a fast tokenizer)."
-        )
-    # transformers switches these off in every call; we call the tokenizer inside.
-    as_written(tokenizer.backend_tokenizer, folder, split_special=tokenizer.split_special_tokens)
-    require_rows(folder, len(tokenizer))
-    if (file := sentencepiece_file(folder)) is not None:
-        _require_same_pieces(tokenizer, file)
-    return tokenizer
-
-
-# What readers of SentencePiece files differ in: first words, spaces, digits, unknown letters.
-_PROBE = "The quick  brown fox, naïve Café: 12345 of 日本"
-
-
-def _require_same_pieces(tokenizer: PreTrainedTokenizerFast, file: Path) -> None:
-    from sentencepiece import SentencePieceProcessor  # few models need it
-
-    own = SentencePieceProcessor(model_file=str(file)).encode(_PROBE, out_type=str)
-    found = tokenizer.tokenize(_PROBE)
-    if found != own:
-        first = next((n for n, (a, b) in enumerate(zip(found, own, strict=False)) if a != b), -1)
-        raise ModelError(
-            f"{file}: transformers reads it as {type(tokenizer).__name__}, which cuts a text in "
-            f"other places ({found[first]!r} where sentencepiece has {own[first]!r}). Name the "
-            "model's own tokenizer_class in tokenizer_config.json, or put its tokenizer.json there."
-        )
 
 
 def require_same_tokenizer(names_and_folders: Mapping[str, Path]) -> None:

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from compress.features import Projections
 from compress.models.body import Body, causal_lm, require_faithful
-from compress.models.language import load_model, load_tokenizer, model_folder, random_model
+from compress.models.language import load_model, model_folder, random_model
 from compress.models.sharded import like, whole
 from compress.models.shrink import Importance, shrink
 from limbeck.contract.errors import EnvironmentalError, ModelError
 from limbeck.contract.models.adapters import attach, merged
 from limbeck.contract.recipe import FreshStudent, LoraStudent, MergeStudent, Recipe, ShrinkStudent
 from limbeck.contract.sources.models import require_fits
+from limbeck.contract.sources.tokenizer import load_tokenizer
 
 Used = TypeVar("Used")
 

@@ -28,7 +28,7 @@ from compress.data.general import general_rows
 from compress.data.training_text import heldout_batches
 from compress.head import fit_temperature, label_nll
 from compress.models.body import Body
-from compress.models.language import load_model, load_tokenizer
+from compress.models.language import load_model
 from compress.models.students import save_student
 from compress.states import AnyStates, SparseStates, TeacherStates, teacher_statistics
 from compress.tasks.continuations import against_mixture, calibration, continuations
@@ -49,6 +49,7 @@ from limbeck.contract.progress import task
 from limbeck.contract.recipe import FittedCalibration, FixedCalibration, FreshStudent, LoraStudent
 from limbeck.contract.results.student import LanguageFigures, Parameters, TeacherResult
 from limbeck.contract.sources.models import context_of
+from limbeck.contract.sources.tokenizer import load_tokenizer
 
 _CALIBRATION_ROWS = 24  # training blocks that travel with a student, for the export's calibration
 

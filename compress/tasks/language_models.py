@@ -22,7 +22,7 @@ from compress.features import Projections, aligned_layers, require_even_width
 from compress.head import Head, label_nll
 from compress.models.attention import use_short_attention
 from compress.models.body import Body, causal_lm
-from compress.models.language import DTYPES, cast_frozen, load_tokenizer
+from compress.models.language import DTYPES, cast_frozen
 from compress.models.students import Student, build_model, student_folder
 from compress.tasks.own_text import OwnText
 from compress.teachers.conversations import with_conversations
@@ -48,6 +48,7 @@ from limbeck.contract.recipe import (
 from limbeck.contract.recipe.checks import require_share_for_all
 from limbeck.contract.sources.licences import sources_of
 from limbeck.contract.sources.teacher_tokens import reads_plain_text
+from limbeck.contract.sources.tokenizer import load_tokenizer
 
 _START_ROWS = 8  # training blocks of each domain that merges of teachers are scored on
 

@@ -32,7 +32,6 @@ from compress.data.chat import (
 )
 from compress.data.conversations import Conversation, read_conversations
 from compress.data.packing import Piece, tokenise
-from compress.models.language import load_tokenizer
 from compress.teachers.pairs import Pairs
 from limbeck.contract.errors import DataError, RecipeError
 from limbeck.contract.lock import make_once
@@ -42,6 +41,7 @@ from limbeck.contract.recipe import ChatRows, Domain, Recipe, fingerprint
 from limbeck.contract.sources.places import cache_folder
 from limbeck.contract.sources.teacher_tokens import conversations_are_unknown
 from limbeck.contract.sources.texts import text_digest, text_files
+from limbeck.contract.sources.tokenizer import load_tokenizer
 
 _VERSION = 3
 _NEAR = 64  # characters around an answer that a token of it may reach into

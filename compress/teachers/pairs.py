@@ -13,7 +13,6 @@ import torch
 
 from compress.aligned import Pair
 from compress.data.blocks import DomainBlocks, labels_of
-from compress.models.language import load_tokenizer
 from limbeck.contract.data.heldout import Blocks
 from limbeck.contract.errors import DataError, ModelError, RecipeError
 from limbeck.contract.lock import make_once
@@ -23,6 +22,7 @@ from limbeck.contract.progress import say
 from limbeck.contract.recipe import Recipe, fingerprint
 from limbeck.contract.sources.places import cache_folder
 from limbeck.contract.sources.teacher_tokens import sorted_is_unknown
+from limbeck.contract.sources.tokenizer import load_tokenizer
 
 _VERSION = 1  # raise it when two tokenizers would give another alignment or projection
 _ROWS = 32  # training blocks of a domain that coverage is measured on

@@ -34,7 +34,7 @@ from compress.aligned import ANY_ROWS, Alignment, Pair
 from compress.data.training_text import Row
 from compress.head import IGNORED
 from compress.models.gguf import gguf_key, gguf_tokenizer
-from compress.models.language import cached, load_tokenizer
+from compress.models.language import cached
 from compress.states import SparseStates
 from compress.teachers.prompt_logprobs import Likeliest, Server
 from limbeck.contract.artifact import MANIFEST, open_artifact
@@ -54,6 +54,7 @@ from limbeck.contract.sources.digests import model_digest
 from limbeck.contract.sources.hub import hub_tokenizer
 from limbeck.contract.sources.models import tokenizer_path
 from limbeck.contract.sources.places import cache_folder
+from limbeck.contract.sources.tokenizer import load_tokenizer
 from limbeck.runtime.endpoint import Endpoint, find_endpoint
 
 Text = tuple[bytes, list[int]]  # key and token ids

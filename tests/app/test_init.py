@@ -12,7 +12,6 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from compress.data.blocks import load_blocks
-from compress.models.language import load_tokenizer
 from limbeck.app import run as pipeline
 from limbeck.app.cli import app
 from limbeck.app.init.choice import choose_student, cuts, sizes_of
@@ -20,6 +19,7 @@ from limbeck.app.plan import form_sizes
 from limbeck.contract.recipe import load_recipe
 from limbeck.contract.sources.preflight import preflight
 from limbeck.contract.sources.texts import text_files
+from limbeck.contract.sources.tokenizer import load_tokenizer
 from tests.pico import make_model
 from tests.servers.logprob_server import LogprobServer
 

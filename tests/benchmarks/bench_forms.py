@@ -29,8 +29,8 @@ def heldout_text(model: Path, blocks: int) -> dict[str, Blocks]:
     import torch
 
     from compress.data.blocks import load_blocks
-    from compress.models.language import load_tokenizer
     from limbeck.contract.recipe import Domain, FileText, StdlibText
+    from limbeck.contract.sources.tokenizer import load_tokenizer
     from tests.benchmarks.smollm2 import demo_recipe
 
     recipe = demo_recipe(f"data.heldout.blocks={blocks}")

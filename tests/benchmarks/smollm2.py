@@ -34,7 +34,8 @@ def untrained_student(path: Path) -> Artifact:
     compress.quiet_libraries()
     from compress.data.blocks import load_blocks
     from compress.data.general import general_rows
-    from compress.models.language import load_tokenizer, model_folder
+    from compress.models.language import model_folder
+    from limbeck.contract.sources.tokenizer import load_tokenizer
 
     recipe = demo_recipe()
     assert isinstance(recipe.student, LoraStudent)

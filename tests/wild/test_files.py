@@ -16,7 +16,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from compress.data.blocks import conversations, load_blocks
 from compress.data.documents import documents
 from compress.data.packing import Piece, special_prefix, tokenise
-from compress.models.language import load_tokenizer
 from limbeck.app.plan import plan_recipe
 from limbeck.app.products import mistakes
 from limbeck.contract.errors import DataError, ModelError, RecipeError
@@ -35,6 +34,7 @@ from limbeck.contract.sources.hub import hub_config, hub_snapshot
 from limbeck.contract.sources.models import require_fits
 from limbeck.contract.sources.preflight import preflight
 from limbeck.contract.sources.texts import text_files
+from limbeck.contract.sources.tokenizer import load_tokenizer
 from limbeck.runtime.text import load_text
 from tests.pico import make_model, make_tokenizer, pico_recipe
 

@@ -22,7 +22,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QW
 
 from compress.data.packing import special_prefix
 from compress.models.gguf import gguf_tokenizer
-from compress.models.language import load_tokenizer, model_folder
+from compress.models.language import model_folder
 from export.gguf.llama_cpp import LlamaCpp
 from export.gguf.write import write_gguf
 from limbeck.app.init.inputs import model_source
@@ -30,6 +30,7 @@ from limbeck.contract.errors import ModelError
 from limbeck.contract.recipe import GgufModel
 from limbeck.contract.sources.digests import model_digest
 from limbeck.contract.sources.preflight import preflight
+from limbeck.contract.sources.tokenizer import load_tokenizer
 from tests.pico import make_model, pico_recipe
 from tests.tokenizers import END, byte_level, permute, piece_level
 from tests.wild.test_tokenizers import TEXT, starting

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from compress.models.language import load_tokenizer
 from limbeck.contract.errors import EnvironmentalError, ModelError
 from limbeck.contract.models.tokens import tokenizer_size
 from limbeck.contract.sources.preflight import preflight
+from limbeck.contract.sources.tokenizer import load_tokenizer
 from tests.pico import make_model, pico_recipe
 
 TEXT = [

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import compress
 from compress.aligned import AlignedStates
 from compress.data.packing import Piece, special_prefix, tokenise
-from compress.models.language import load_tokenizer, require_same_tokenizer
+from compress.models.language import require_same_tokenizer
 from compress.teachers.live import Teachers
 from compress.teachers.pairs import described, pair_teachers
 from export.folder.clients import tokenizer_config, write_client_files
@@ -23,6 +23,7 @@ from export.graphs import form_files
 from limbeck.contract.errors import ArtifactError, DataError, ModelError
 from limbeck.contract.models.tokens import read_tokenizer
 from limbeck.contract.sources.teacher_tokens import compare_tokenizers
+from limbeck.contract.sources.tokenizer import load_tokenizer
 from limbeck.runtime.text import Text, load_text
 from tests.compress.test_compress import tiny
 from tests.pico import CHAT, make_model, make_tokenizer, pico_recipe
@@ -95,6 +96,34 @@ def test_a_teacher_reads_a_text_as_its_own_tokenizer_writes_it(
     )
     assert "another tokenizer" in str(*compare_tokenizers(recipe))
     assert "another tokenizer" in described(student, {"t": folder})["t"]
+
+
+@pytest.mark.parametrize("kind", ["no tokenizer.json", "a class that drops it"])
+def test_a_first_token_that_tokenizer_json_does_not_show_is_seen_before_training(
+    tmp_path: Path, kind: str
+) -> None:
+    """transformers builds some tokenizers by their class, and by tokenizer_config.json."""
+    own = model_with(tmp_path / "own", byte_level())
+    folder = tmp_path / "theirs"
+    if kind == "no tokenizer.json":
+        bos = byte_level()
+        model_with(folder, bos)
+        (folder / "tokenizer.json").unlink()
+        assert isinstance(bos.model, models.BPE)
+        bos.model.save(str(folder))
+        fields = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "bos_token": END}
+    else:
+        model_with(folder, starting(byte_level(), "<bos>"))
+        own = model_with(tmp_path / "own", starting(byte_level(), "<bos>"))
+        fields = {"tokenizer_class": "GPTNeoXTokenizer"}
+    changed(folder, **fields)
+    first = [AutoTokenizer.from_pretrained(one)("a")["input_ids"][0] for one in (own, folder)]
+    assert first[0] != first[1]
+    recipe = pico_recipe(
+        teachers=[{"name": "t", "model": {"kind": "local", "path": str(folder)}}],
+        student={"kind": "lora", "base": {"kind": "local", "path": str(own)}},
+    )
+    assert "another tokenizer" in str(*compare_tokenizers(recipe))
 
 
 def test_encoders_of_one_vocabulary_that_lower_case_and_that_do_not_are_refused(

@@ -109,7 +109,7 @@ def validate(
             bad += 1
         else:
             print(f"{reference}: valid; {recipe.name}, digest {recipe.digest[:8]}")
-            _print_tokenizers(recipe)
+            _print_notes(recipe)
     if bad:
         raise typer.Exit(2)
 
@@ -267,11 +267,15 @@ def plan(
     print(found.as_text())
     if wide is not None:
         print(wide.as_text())
-    _print_tokenizers(read)
+    _print_notes(read)
 
 
-def _print_tokenizers(recipe: Any) -> None:
-    """Say which teachers have another tokenizer than the student."""
+def _print_notes(recipe: Any) -> None:
+    """Say what is learned of preferences, and which teachers have another tokenizer."""
+    from limbeck.contract.sources.texts import preference_notes
+
+    for note in preference_notes(recipe):
+        print(f"  {note}")
     if recipe.task != "causal-lm":
         return
     from limbeck.contract.sources.teacher_tokens import compare_tokenizers

@@ -1,7 +1,7 @@
 """Which teachers of a recipe have another tokenizer than its student, before anything is loaded.
 
-Only tokenizer.json files on this machine are read. Of a GGUF file, which holds its tokenizer in a
-form of its own, and of models that are not here yet, the run tells.
+Only folders on this machine are read. The run reports on GGUF files, which hold their tokenizers
+in a form of their own, and on models that are not here yet.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from limbeck.contract.errors import UserError
-from limbeck.contract.models.tokens import read_tokenizer, same_chat
+from limbeck.contract.files import file_digest
+from limbeck.contract.models.tokens import same_chat
 from limbeck.contract.recipe import (
     ChatRows,
     LocalModel,
@@ -22,7 +23,8 @@ from limbeck.contract.recipe import (
     Teacher,
     TopkCache,
 )
-from limbeck.contract.sources.models import model_path, tokenizer_path
+from limbeck.contract.sources.models import model_path, require_tokenizer, tokenizer_path
+from limbeck.contract.sources.places import read_object
 
 if TYPE_CHECKING:
     from limbeck.contract.models.alignment import Relation
@@ -53,17 +55,24 @@ def compare_tokenizers(recipe: Recipe) -> list[TeacherTokens]:
 
     Raises `ModelError` for one that cannot be aligned.
     """
-    own = _tokenizer_file(recipe.base, recipe.folder) if recipe.base is not None else None
-    files = {n: _tokenizer_file(model, recipe.folder) for n, model in recipe.teacher_models.items()}
-    paths = {name: path for name, path in files.items() if path is not None}
-    if own is None or not paths:
+    own = _tokenizer_folder(recipe.base, recipe.folder) if recipe.base is not None else None
+    models = recipe.teacher_models.items()
+    folders = {name: _tokenizer_folder(model, recipe.folder) for name, model in models}
+    here = {name: folder for name, folder in folders.items() if folder is not None}
+    if own is None or not here:
         return []
-    from limbeck.contract.models.alignment import Pieces, relate
+    from limbeck.contract.models.alignment import Pieces, Relation, relate
 
-    mine, found = read_tokenizer(own), list[TeacherTokens]()
-    for name, path in paths.items():
-        theirs = read_tokenizer(path)
-        begins = reads_plain_text(recipe) or not same_chat(own.parent, path.parent)
+    found = list[TeacherTokens]()
+    for name, folder in here.items():
+        if _files(folder) == _files(own):
+            found.append(TeacherTokens(name, Relation(True)))
+            continue
+        # Classes of transformers change what tokenizer.json says, for example the first token.
+        from limbeck.contract.sources.tokenizer import load_tokenizer
+
+        mine, theirs = (load_tokenizer(one).backend_tokenizer for one in (own, folder))
+        begins = reads_plain_text(recipe) or not same_chat(own, folder)
         relation = relate(mine, theirs, begins=begins)
         if not relation.same:
             Pieces(mine, name="the student")
@@ -131,8 +140,8 @@ def conversations_are_unknown(recipe: Recipe, teacher: str) -> str | None:
     return None
 
 
-def _tokenizer_file(source: object, folder: Path) -> Path | None:
-    """tokenizer.json of a model that is a folder here; None where it is not known yet."""
+def _tokenizer_folder(source: object, folder: Path) -> Path | None:
+    """Folder here that holds the tokenizer of a model; None where it is not known yet."""
     try:
         if isinstance(source, ServerModel):
             path = tokenizer_path(source.tokenizer, folder=folder)
@@ -140,8 +149,18 @@ def _tokenizer_file(source: object, folder: Path) -> Path | None:
             path = model_path(source, folder=folder)
         else:
             return None
+        if path is None or not path.is_dir():
+            return None
+        require_tokenizer(path)
     except UserError:  # preflight has named it
         return None
-    if path is None or not (path / "tokenizer.json").is_file():
-        return None
-    return path / "tokenizer.json"
+    return path
+
+
+def _files(folder: Path) -> object:
+    """What transformers makes the tokenizer of ``folder`` of."""
+    config = folder / "config.json"
+    names = "*token*", "vocab*", "merges.txt", "*.model"
+    files = {path.name: path for name in names for path in folder.glob(name) if path.is_file()}
+    digests = {name: file_digest(path) for name, path in files.items()}
+    return digests, read_object(config).get("model_type") if config.is_file() else None

@@ -14,6 +14,7 @@ from typing import Any
 from limbeck.contract.errors import DataError, EnvironmentalError
 from limbeck.contract.files import file_digest
 from limbeck.contract.recipe import (
+    AnyRecipe,
     DatasetText,
     FileText,
     NpmText,
@@ -179,6 +180,16 @@ def check_arrow() -> None:
             "Parquet and Arrow files need the package pyarrow, which is not installed; run: "
             "pip install 'limbeck[data]'"
         )
+
+
+def preference_notes(recipe: AnyRecipe) -> list[str]:
+    """What is learned of rows of preferences, for each text whose chosen answers are named."""
+    return [
+        f"{where}: of preferences the chosen answers are learned, each after its prompt; rejected "
+        "ones are not read"
+        for where, _, text in recipe.groups()
+        if where.startswith("data.") and getattr(text.format, "field", None) == "chosen"
+    ]
 
 
 def text_digest(source: TextSource, *, folder: Path) -> str:

@@ -264,3 +264,17 @@ def test_sets_that_cannot_be_are_one_message(tmp_path: Path, override: str) -> N
     result = call("validate", "mine.yaml", "--set", override)
     assert result.exit_code == 2
     assert result.stderr.startswith("--set ")
+
+
+def test_it_is_said_what_is_learned_of_preferences(tmp_path: Path) -> None:
+    messages = [{"role": "assistant", "content": "b"}]
+    row = {"prompt": "a", "chosen": messages, "rejected": messages}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    for field in ("chosen", "messages"):
+        text = f"{{kind: files, paths: [rows.jsonl], format: {{kind: chat, field: {field}}}}}"
+        (tmp_path / "mine.yaml").write_text(GOOD.replace("{kind: stdlib, paths: [abc.py]}", text))
+        for command in ("validate", "plan"):
+            result = call(command, "mine.yaml")
+            assert result.exit_code == 0, result.stderr
+            said = "of preferences the chosen answers are learned, each after its prompt"
+            assert (f"data.domains.0.text: {said}" in result.stdout) == (field == "chosen")

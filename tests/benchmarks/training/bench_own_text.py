@@ -47,9 +47,9 @@ def recipe_of(arm: str, seed: int, asked: argparse.Namespace) -> Recipe:
 def measure(recipe: Recipe, products: dict[str, Path], prompts: int) -> dict[str, float]:
     """Train one arm and measure its last weights."""
     from compress.loop import fit, measure_teachers, setup
-    from compress.models.language import load_tokenizer
     from compress.tasks.language import LanguageTask
     from compress.tasks.own_text import OwnText, Prompt
+    from limbeck.contract.sources.tokenizer import load_tokenizer
     from tests.compress.tasks.own_measure import measure_own_text
 
     with tempfile.TemporaryDirectory() as folder:

@@ -95,7 +95,8 @@ def main() -> None:
 
     compress.quiet_libraries()
     from compress.data.blocks import load_blocks
-    from compress.models.language import load_tokenizer, model_folder
+    from compress.models.language import model_folder
+    from limbeck.contract.sources.tokenizer import load_tokenizer
 
     recipe = load_recipe("smollm2/expert-speeches")
     folder = model_folder(recipe.student.base, folder=recipe.folder)  # type: ignore[union-attr]

@@ -73,7 +73,7 @@ def ours(given: argparse.Namespace) -> dict[str, Any]:
 
     compress.quiet_libraries()
     from compress.loop import fit, setup
-    from compress.models.language import load_tokenizer
+    from limbeck.contract.sources.tokenizer import load_tokenizer
 
     recipe, teacher = recipe_of(given)
     run = setup(recipe=recipe, products={}, work=given.work / "ours", key=str(given.seed))

@@ -17,7 +17,7 @@ from compress import distill
 from compress.data.blocks import DomainBlocks
 from compress.data.evals import evaluate_rows, evaluation_rows, facts
 from compress.data.general import general_rows
-from compress.models.language import load_model, load_tokenizer
+from compress.models.language import load_model
 from limbeck.contract.data.evals import EVALS, losses, shares
 from limbeck.contract.data.heldout import (
     CALIBRATION,
@@ -26,6 +26,7 @@ from limbeck.contract.data.heldout import (
     load_calibration,
     load_heldout,
 )
+from limbeck.contract.sources.tokenizer import load_tokenizer
 from tests.compress.test_compress import tiny
 from tests.pico import make_model
 

@@ -19,7 +19,7 @@ from compress import loop as train
 from compress.data.blocks import IGNORED
 from compress.footprint.language import describe
 from compress.footprint.own_text import writing
-from compress.models.language import load_model, load_tokenizer
+from compress.models.language import load_model
 from compress.tasks.language import LanguageTask
 from compress.tasks.own_text import OwnText, Sampler
 from limbeck.app.pico import shrink_to_pico
@@ -27,6 +27,7 @@ from limbeck.app.plan import plan_recipe
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import DataError, RecipeError
 from limbeck.contract.recipe import OnPolicy, OwnPrompts, Recipe, parse_recipe
+from limbeck.contract.sources.tokenizer import load_tokenizer
 from tests.compress.tasks.own_measure import measure_own_text
 from tests.compress.teachers.test_other_tokenizers import mixed
 from tests.compress.test_compress import TINY, events, interrupted_after, tiny

@@ -18,12 +18,13 @@ import pytest
 import torch
 
 from compress.data.blocks import IGNORED
-from compress.models.language import load_tokenizer, model_folder
+from compress.models.language import model_folder
 from compress.states import SparseStates
 from compress.teachers.cache import CachedTeachers
 from compress.teachers.live import TeacherFolder
 from compress.teachers.served import ServedTeachers, served_teacher
 from limbeck.contract.recipe import LoraStudent, TopkCache, load_recipe
+from limbeck.contract.sources.tokenizer import load_tokenizer
 from tests import ROOT
 from tests.compress.test_compress import tiny
 

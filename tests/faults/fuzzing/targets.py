@@ -85,7 +85,7 @@ def _tokenizer(folder: Path) -> None:
 
 
 def _read_tokenizer(folder: Path) -> None:
-    from compress.models.language import load_tokenizer
+    from limbeck.contract.sources.tokenizer import load_tokenizer
 
     load_tokenizer(folder)
 

@@ -24,7 +24,6 @@ from compress.data.blocks import conversations
 from compress.data.documents import documents
 from compress.data.packing import special_prefix
 from compress.models.gguf import gguf_tokenizer
-from compress.models.language import load_tokenizer
 from compress.teachers.pairs import pair_teachers
 from export.build.choice import choose_backend
 from export.build.surgery import attention_windows
@@ -35,6 +34,7 @@ from limbeck.contract.recipe import ChatRows, FileText, HubModel, JsonLines, Par
 from limbeck.contract.sources.hub import hub_config
 from limbeck.contract.sources.models import require_fits
 from limbeck.contract.sources.texts import text_files
+from limbeck.contract.sources.tokenizer import load_tokenizer
 from limbeck.runtime.chat import without_marks
 from limbeck.runtime.text import load_text
 from serve_bench.serve.wire import ChatBody, CompletionBody

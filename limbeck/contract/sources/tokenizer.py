@@ -1,0 +1,67 @@
+"""The tokenizer of a model folder, as transformers reads it.
+
+transformers is imported where it is needed: it takes seconds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from limbeck.contract.errors import ModelError
+from limbeck.contract.models.tokens import (
+    as_written,
+    require_bounded,
+    sentencepiece_file,
+    tokenizers_errors,
+)
+from limbeck.contract.sources.models import require_rows, require_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Load the fast tokenizer of a plain folder; it never cuts or fills a text.
+
+    Raises `ModelError`, also if it has more tokens than the model has rows, or if transformers
+    reads a SentencePiece file in another way than sentencepiece does.
+    """
+    from transformers import AutoTokenizer
+
+    require_tokenizer(folder)
+    tokenizer: PreTrainedTokenizerFast
+    with tokenizers_errors(folder):
+        if (path := folder / "tokenizer.json").is_file():
+            require_bounded(path)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"{folder}: only a slow tokenizer; save it with a tokenizer.json (a fast tokenizer)."
+        )
+    # transformers switches these off in every call; we call the tokenizer inside.
+    as_written(tokenizer.backend_tokenizer, folder, split_special=tokenizer.split_special_tokens)
+    require_rows(folder, len(tokenizer))
+    if (file := sentencepiece_file(folder)) is not None:
+        _require_same_pieces(tokenizer, file)
+    return tokenizer
+
+
+# What readers of SentencePiece files differ in: first words, spaces, digits, unknown letters.
+_PROBE = "The quick  brown fox, naïve Café: 12345 of 日本"
+
+
+def _require_same_pieces(tokenizer: PreTrainedTokenizerFast, file: Path) -> None:
+    from sentencepiece import SentencePieceProcessor  # few models need it
+
+    own = SentencePieceProcessor(model_file=str(file)).encode(_PROBE, out_type=str)
+    found = tokenizer.tokenize(_PROBE)
+    if found != own:
+        first = next((n for n, (a, b) in enumerate(zip(found, own, strict=False)) if a != b), -1)
+        raise ModelError(
+            f"{file}: transformers reads it as {type(tokenizer).__name__}, which cuts a text in "
+            f"other places ({found[first]!r} where sentencepiece has {own[first]!r}). Name the "
+            "model's own tokenizer_class in tokenizer_config.json, or put its tokenizer.json there."
+        )
