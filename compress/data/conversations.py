@@ -24,6 +24,8 @@ _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool",
 _MISNAMED = {"assistant", "model", "bot", "ai", "chatgpt", "bard", "bing", "chatbot"}
 _SYSTEMS = ("system", "system_prompt")
 _VARIABLES = "chat_template_kwargs"  # TRL's name
+_INSTRUCTION, _DETAILS = "instruction", ("input", "context")  # of Alpaca, and of Dolly
+_HISTORY = "history"  # LLaMA-Factory's: pairs of what was asked and answered before
 _READ = ("tools", "functions", *_SYSTEMS, _VARIABLES)
 _OURS = {"messages", "tools", "chat_template", "add_generation_prompt", "conversations",
          "continue_final_message", "return_assistant_tokens_mask"}  # fmt: skip
@@ -52,8 +54,11 @@ def read_conversations(
 
     Keys that are read are not among these. Raises `DataError` that names the row.
     """
-    watched -= {form.field, form.prompt, *_READ}
-    for where, row in rows_of(path, form.field, {*_READ, form.prompt, *watched}):
+    read = {form.field, form.prompt, *_READ}
+    if form.field != "messages":
+        read |= {*_DETAILS, _HISTORY}
+    watched -= read
+    for where, row in rows_of(path, form.field, read | watched):
         unread = frozenset(n for n in watched & row.keys() if row[n] not in (None, "", [], {}))
         yield where, _conversation(row, form, where), unread
 
@@ -67,7 +72,7 @@ def _conversation(row: Mapping[str, Any], form: ChatRows, where: str) -> Convers
     opens = next((m["role"] for m in messages if m["role"] != "system"), "assistant")
     if prompt and opens == "assistant":  # otherwise the messages hold their prompt
         if isinstance(prompt, str) and not _lists_messages(prompt):
-            prompt = [{"role": "user", "content": prompt}]
+            prompt = _asked(prompt, row, form, where)
         before = _messages(prompt, f"{where}: {form.prompt}")
         messages, given = before + messages, sum(m["role"] == "assistant" for m in before)
     system = _system(row, where)
@@ -88,6 +93,27 @@ def _conversation(row: Mapping[str, Any], form: ChatRows, where: str) -> Convers
             "variables."
         )
     return Conversation(messages, _tools(row, where), variables, given)
+
+
+def _asked(prompt: str, row: Mapping[str, Any], form: ChatRows, where: str) -> Messages:
+    """A prompt as messages, with what Alpaca's columns hold besides."""
+    details = {name: row[name] for name in _DETAILS if row.get(name) and name != form.field}
+    history = _parsed(row.get(_HISTORY)) or []
+    if form.prompt != _INSTRUCTION and (details or history):
+        name = next(iter(details), _HISTORY)
+        raise DataError(
+            f"{where}: {name} beside {form.prompt} would not be learned from; join both texts "
+            f"under {form.prompt}, or take {name} out of the file."
+        )
+    pairs = isinstance(history, list) and all(isinstance(p, list) and len(p) == 2 for p in history)
+    if not pairs or not all(isinstance(text, str) for text in details.values()):
+        raise DataError(
+            f"{where}: expected text under {' and '.join(_DETAILS)}, and pairs of texts under "
+            f"{_HISTORY}."
+        )
+    turns = [turn for pair in history for turn in zip(("user", "assistant"), pair, strict=True)]
+    turns.append(("user", "\n".join([prompt, *details.values()])))  # as LLaMA-Factory joins them
+    return [{"role": role, "content": text} for role, text in turns]
 
 
 def _lists_messages(text: str) -> bool:

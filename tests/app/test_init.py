@@ -177,7 +177,11 @@ def test_models_of_other_kinds_are_told_apart(tmp_path: Path) -> None:
             {"prompt": "a", "chosen": [{"role": "assistant", "content": "b"}], "rejected": []},
             {"kind": "chat", "field": "chosen"},
         ),
-        ({"instruction": "a", "input": "b", "output": "c"}, "its rows have instruction, in"),
+        (
+            {"instruction": "a", "input": "b", "output": "c"},
+            {"kind": "chat", "field": "output", "prompt": "instruction"},
+        ),
+        ({"title": "a", "body": "b"}, "its rows have title, body, and it is unclear"),
         ({"text": ["a"]}, r"its rows have text \(list\), and it is unclear which is the text"),
         (7, "line 2: int, where an object was expected"),
         (["a"], "not JSON: Extra data; expected one array, or one object a line"),

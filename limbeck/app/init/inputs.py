@@ -25,7 +25,12 @@ _PASSES = 10  # over the text at most
 _DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _BYTES = 4  # of a token of text, about
 _TEXT = "text"  # the type of a field that holds text
-_PAIRS = (("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
+_PAIRS = (
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("question", "answer"),
+)
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 
@@ -218,7 +223,7 @@ def text_source(given: str) -> dict[str, Any]:
     if talks is not None:
         chosen = {} if talks == "messages" else {"field": talks}
         return source | {"format": {"kind": "chat", **chosen}}
-    if "text" not in fields and "input" not in fields:  # Alpaca's input belongs to the prompt
+    if "text" not in fields:
         for prompt, answer in _PAIRS:
             if {prompt, answer} <= fields.keys():
                 extra = {} if prompt == "prompt" else {"prompt": prompt}

@@ -259,10 +259,15 @@ WORSE = [{"role": "assistant", "content": "go away"}]
          TALK[1:]),
         ({"system": "Be brief.", "prompt": "hi", "completion": "hello"}, {"field": "completion"},
          [SYSTEM, *ASK], TALK[1:]),
+        # LLaMA-Factory documents this form: the input follows the instruction on a new line.
+        ({"instruction": "say", "input": "hi", "output": "hello", "history": [["a", "b"]]},
+         {"field": "output", "prompt": "instruction"},
+         [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+          {"role": "user", "content": "say\nhi"}], TALK[1:]),
         ({"prompt": "hi", "chosen": ASKED, "tools": [TOOL]}, {"field": "chosen"}, None, ASKED),
     ],
     ids=["preference", "no prompt", "twice", "text", "completion", "turns", "json", "names",
-         "system", "whole"],
+         "system", "alpaca", "whole"],
 )  # fmt: skip
 def test_an_answer_alone_is_learned_after_its_prompt(
     tmp_path: Path, suffix: str, row: dict[str, Any], form: Any, prompt: Any, answer: Any
@@ -287,6 +292,20 @@ def test_an_answer_alone_is_learned_after_its_prompt(
         (tokens,) = tokenise(list(found), tokenizer)
         assert tokens.ids.tolist() == whole["input_ids"]
         assert tokens.scored.tolist() == right
+
+
+def test_no_part_of_a_prompt_is_lost(tmp_path: Path) -> None:
+    row = {"question": "who?", "context": "It is he.", "answer": "he"}
+    path = write_rows(tmp_path / "a.jsonl", [row])
+    form = ChatRows(kind="chat", field="answer", prompt="question")
+    with pytest.raises(DataError, match="1: context beside question would not be learned from"):
+        list(conversations(path, form, make_tokenizer()))
+    for wrong in ({"input": ["x"]}, {"history": ["x"]}):
+        row = {"instruction": "say", "output": "x"} | wrong
+        path = write_rows(tmp_path / "a.jsonl", [row])
+        form = ChatRows(kind="chat", field="output", prompt="instruction")
+        with pytest.raises(DataError, match="pairs of texts under history"):
+            list(conversations(path, form, make_tokenizer()))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
