@@ -107,6 +107,10 @@ def open_runtime(runtime: str, spec: Mapping[str, Any], *, threads: int) -> Runt
 
 # torch --------------------------------------------------------------------------------------------
 
+# transformers' names of what a model keeps of the tokens that it has read, in what it returns.
+_CACHES = ("past_key_values", "cache_params")
+_KEEPS_INSIDE = ("recurrent_gemma",)  # takes past_key_values and returns none
+
 
 class TorchEager:
     """A transformers folder in torch, not compiled: the plain loop over the model's forward pass
@@ -169,8 +173,11 @@ class TorchEager:
             loaded = loaded.to(device)
         self._torch, self._model, self._device = torch, loaded.eval().requires_grad_(False), device
         base = loaded.get_base_model() if hasattr(loaded, "get_base_model") else loaded
-        keeps = "logits_to_keep" in inspect.signature(base.forward).parameters
-        self._last: dict[str, int] = {"logits_to_keep": 1} if keeps else {}
+        accepts = inspect.signature(base.forward).parameters
+        self._last: dict[str, int] = {"logits_to_keep": 1} if "logits_to_keep" in accepts else {}
+        self._kept = next((name for name in _CACHES if name in accepts), None)
+        if base.config.model_type in _KEEPS_INSIDE:
+            self._kept = None
         self._cache: Any = None
         self._events: list[tuple[Any, Any]] = []
         self._prompt_tokens = 0
@@ -179,7 +186,7 @@ class TorchEager:
             "vocabulary": int(config.vocab_size),
             "context": getattr(config, "max_position_embeddings", None),
             "threads": torch.get_num_threads(),
-            "kv_cache": True,
+            "kv_cache": self._kept is not None,
             "weight_bytes": _weight_bytes(base),
             "library": f"torch {torch.__version__}",
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -219,13 +226,16 @@ class TorchEager:
 
     def _forward(self, ids: Ids) -> Ids:
         with self._torch.inference_mode(), self._timed():
-            output = self._model(
-                input_ids=self._torch.from_numpy(ids).to(self._device),
-                past_key_values=self._cache,
-                use_cache=True,
-                **self._last,
-            )
-            self._cache = output.past_key_values
+            read = self._torch.from_numpy(ids).to(self._device)
+            if self._kept is None:  # every step reads the whole row again
+                if self._cache is not None:
+                    read = self._torch.cat([self._cache, read], dim=1)
+                output = self._model(input_ids=read, use_cache=False, **self._last)
+                self._cache = read
+            else:
+                cache = {self._kept: self._cache}
+                output = self._model(input_ids=read, use_cache=True, **cache, **self._last)
+                self._cache = getattr(output, self._kept)
             chosen = output.logits[:, -1].argmax(-1)
         tokens: Ids = chosen.cpu().numpy()
         return tokens

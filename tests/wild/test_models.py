@@ -23,6 +23,7 @@ from limbeck.contract.models.adapters import adapter_facts
 from limbeck.contract.recipe import Features
 from limbeck.contract.sources.models import SHRUNK, require_fits, require_language_model
 from limbeck.contract.sources.preflight import preflight
+from serve_bench.worker.runtimes import TorchEager
 from tests.pico import make_model, pico_recipe
 from tests.wild.cases.adapters import IDS, load, make_base, our_logits, teacher
 
@@ -105,6 +106,15 @@ def test_weights_of_a_larger_model_are_named(tmp_path: Path) -> None:
     inner = {n.replace("model.", "model.language_model.", 1): w for n, w in load_file(file).items()}
     save_file(inner, file, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"have model.language_model.embed_tokens.weight instead"):
+        load_model(folder)
+
+
+def test_weights_of_a_wrapped_model_are_named(tmp_path: Path) -> None:
+    """transformers loads random weights in their place, and only warns."""
+    folder = make_base(tmp_path / "model", tied=True)
+    file = folder / "model.safetensors"
+    save_file({f"_orig_mod.{n}": w for n, w in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"saved with its wrapper .*model\._orig_mod\.save_pretr"):
         load_model(folder)
 
 
@@ -282,3 +292,37 @@ def test_configurations_that_no_model_has(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | odd))
         require_language_model(tmp_path)
         require_fits(tmp_path, block=64)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "openai-gpt", "recurrent_gemma", "rwkv"])
+def test_the_bench_continues_a_text_with_and_without_a_cache(tmp_path: Path, kind: str) -> None:
+    """Some architectures keep another state than keys and values, or none."""
+    sizes: dict[str, Any] = {"mamba": {"state_size": 8}, "rwkv": {}}.get(kind, {})
+    if kind == "mamba2":
+        sizes = {"state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1}
+    elif kind == "openai-gpt":
+        sizes = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64}
+    elif kind == "recurrent_gemma":
+        sizes = {"head_dim": 8, "attention_window_size": 8, "lru_width": 32, "num_hidden_layers": 3}
+    config = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "model_type": kind,
+        "num_attention_heads": 4,
+    }
+    ends = dict.fromkeys(["bos_token_id", "eos_token_id", "pad_token_id"], 0)
+    model: Any = random_model(SIZES | config | ends | sizes, vocab_size=258, seed=1, where="test")
+    draw = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw)
+    model.save_pretrained(tmp_path)
+    arm = TorchEager(model=str(tmp_path), threads=1)
+    read, theirs = IDS[:, :6], load(tmp_path)
+    found = arm.begin(read.numpy(), 4)
+    for _ in range(4):
+        with torch.no_grad():
+            right = theirs(input_ids=read, use_cache=False).logits[:, -1].argmax(-1)
+        assert found.tolist() == right.tolist()
+        read = torch.cat([read, right[:, None]], 1)
+        found = arm.step(found)
+    assert arm.facts["kv_cache"] == (kind in ("mamba", "mamba2"))

@@ -1,8 +1,10 @@
-"""Models whose files hold quantised or half weights, held to transformers and peft."""
+"""Models whose files hold quantised or half weights, and adapters under other names, held to
+transformers and peft."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from compress.models.language import load_model
@@ -110,3 +113,23 @@ def test_a_half_base_in_shards_carries_its_adapter_everywhere(
     whole = merged(attach(load(base), adapter), where="the base")
     with torch.no_grad():
         torch.testing.assert_close(whole(input_ids=IDS).logits, right, **close)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (r"\.(lora_[AB])\.", r".\1.my-expert."),
+        (r"\.(lora_[AB])\.", r".\1.default."),
+        (r"^base_model\.model\.", "base_model.model._orig_mod."),
+    ],
+)
+def test_names_of_a_training_script_are_read(tmp_path: Path, old: str, new: str) -> None:
+    """Adapters are called by any name, and torch.compile wraps the model that they are on."""
+    base = make_base(tmp_path / "base", tied=False)
+    adapter = make_adapter(base, tmp_path / "adapter", LoraConfig(target_modules=LAYERS))
+    right, file = peft_logits(base, adapter), adapter / "adapter_model.safetensors"
+    weights = {re.sub(old, new, name): tensor for name, tensor in load_file(file).items()}
+    save_file(weights, file)
+    folders = [teacher(f"t.{i}", base, adapter) for i in range(2)]
+    for ours in our_logits(folders):
+        torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-4)

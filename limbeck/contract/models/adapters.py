@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -59,9 +59,9 @@ _STARTS = {
     "corda": "peft computes the start from statistics that no adapter holds",
     "loftq": "peft rounds the base again at every load, and only with CUDA",
 }
-# A state dict has peft's name of the adapter inside, as in lora_A.default.weight. `save_pretrained`
-# leaves it out. Files of both kinds are found, and load alike.
-_NAME_INSIDE = r"(\.modules_to_save)?\.default(?=\.|$)"
+# A state dict has the adapter's name inside, as in lora_A.default.weight. `save_pretrained` leaves
+# it out. Files of both kinds are found, and load alike.
+_NAMED = re.compile(r"\.lora_(?:embedding_)?[AB]\.(?!weight$|bias$)([^.]+)(?:\.weight)?$")
 _MULTIPLES = (8, 16, 32, 64, 128, 256)  # that embeddings are filled up to
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal")  # of LoRA: the base stays as it is
 
@@ -166,7 +166,8 @@ def adapter_facts(folder: Path) -> AdapterFacts:
         )
     try:
         with safe_open(folder / WEIGHTS, "np") as file:
-            names = {name: re.sub(_NAME_INSIDE, "", name) for name in file.keys()}  # noqa: SIM118
+            extra = _not_saved(file.keys())
+            names = {name: re.sub(extra, "", name) for name in file.keys()}  # noqa: SIM118
             shapes = {new: tuple(file.get_slice(old).get_shape()) for old, new in names.items()}
     except (SafetensorError, OSError) as error:
         raise ModelError(
@@ -181,6 +182,13 @@ def adapter_facts(folder: Path) -> AdapterFacts:
         )
     base = config.get("base_model_name_or_path")
     return AdapterFacts(folder, kind, str(base) if base else None, config, shapes)
+
+
+def _not_saved(names: Iterable[str]) -> str:
+    """Pattern of the parts of a state dict's ``names`` that `save_pretrained` would leave out."""
+    inside = next((found[1] for name in names if (found := _NAMED.search(name))), "default")
+    # torch.compile wraps the model as _orig_mod.
+    return rf"(\.modules_to_save)?\.{re.escape(inside)}(?=\.|$)|(?<![^.])_orig_mod\."
 
 
 def can_join(model: Any, facts: AdapterFacts) -> bool:
@@ -203,9 +211,9 @@ def attach(model: Any, folder: Path, *, name: str = "default") -> Any:
     with safe_open(folder / WEIGHTS, "pt") as file:
         names = list(file.keys())
         require_finite(folder / WEIGHTS, ((name, file.get_tensor(name)) for name in names))
+    inside = {_not_saved(names): ""} if facts.shapes.keys() != set(names) else None
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     require_quick(folder / CONFIG, facts.config, [name for name, _ in base.named_modules()])
-    inside = {_NAME_INSIDE: ""} if facts.shapes.keys() != set(names) else None
     _resize(base, facts)
     try:
         with warnings.catch_warnings():  # of peft, on what is checked below

@@ -13,6 +13,7 @@ from typing import Any
 from limbeck.contract.errors import ModelError
 from limbeck.contract.files import parse_json
 
+_WRAPPERS = ("_orig_mod.", "module.")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 Fresh = Callable[
@@ -89,6 +90,13 @@ def load_pretrained(
             f"{', '.join(missing[:3])})"
         )
         tail = missing[0].partition(".")[2]
+        if wrapped := next((n for n in found["unexpected_keys"] if n.startswith(_WRAPPERS)), None):
+            prefix = wrapped.partition(".")[0]
+            raise ModelError(
+                f"{lacks}. Its files have {wrapped} instead: the model was saved with its wrapper "
+                f"({prefix}), of torch.compile or of several processes. Save the model inside: "
+                f"model.{prefix}.save_pretrained(…)."
+            )
         if inner := next((n for n in sorted(found["unexpected_keys"]) if n.endswith(tail)), None):
             raise ModelError(
                 f"{lacks}. Its files have {inner} instead: they hold a larger model than its "
