@@ -13,6 +13,7 @@ from typing import Any
 
 from compress.data.documents import rows_of, well_formed
 from limbeck.contract.errors import DataError
+from limbeck.contract.progress import say
 from limbeck.contract.recipe import ChatRows
 
 Messages = list[dict[str, Any]]
@@ -25,6 +26,7 @@ _MISNAMED = {"assistant", "model", "bot", "ai", "chatgpt", "bard", "bing", "chat
 _SYSTEMS = ("system", "system_prompt")
 _VARIABLES = "chat_template_kwargs"  # TRL's name
 _INSTRUCTION, _DETAILS = "instruction", ("input", "context")  # of Alpaca, and of Dolly
+_WANTED = "label"  # of TRL's KTO: whether the answer is one to learn
 _HISTORY = "history"  # LLaMA-Factory's: pairs of what was asked and answered before
 _READ = ("tools", "functions", *_SYSTEMS, _VARIABLES)
 _OURS = {"messages", "tools", "chat_template", "add_generation_prompt", "conversations",
@@ -56,9 +58,15 @@ def read_conversations(
     """
     read = {form.field, form.prompt, *_READ}
     if form.field != "messages":
-        read |= {*_DETAILS, _HISTORY}
+        read |= {*_DETAILS, _HISTORY, _WANTED}
     watched -= read
+    unwanted = False
     for where, row in rows_of(path, form.field, read | watched):
+        if row.get(_WANTED) is False and form.field != "messages":
+            if not unwanted:
+                say(f"  {where}: {_WANTED} is false; such answers are not learned")
+            unwanted = True
+            continue
         unread = frozenset(n for n in watched & row.keys() if row[n] not in (None, "", [], {}))
         yield where, _conversation(row, form, where), unread
 
@@ -97,7 +105,8 @@ def _conversation(row: Mapping[str, Any], form: ChatRows, where: str) -> Convers
 
 def _asked(prompt: str, row: Mapping[str, Any], form: ChatRows, where: str) -> Messages:
     """A prompt as messages, with what Alpaca's columns hold besides."""
-    details = {name: row[name] for name in _DETAILS if row.get(name) and name != form.field}
+    details = {name: row[name] for name in _DETAILS if row.get(name)}
+    details = {n: value for n, value in details.items() if n not in (form.field, form.prompt)}
     history = _parsed(row.get(_HISTORY)) or []
     if form.prompt != _INSTRUCTION and (details or history):
         name = next(iter(details), _HISTORY)

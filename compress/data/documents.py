@@ -1,4 +1,5 @@
-"""Files to documents: plain text, rows of JSON lines, Parquet and Arrow, strings of Python, mail.
+"""Files to documents: plain text, rows of JSON lines, Parquet, Arrow and tables, strings of Python,
+mail.
 
 Knows files and formats, not tokens. Every error names the file and the line or row.
 """
@@ -6,6 +7,7 @@ Knows files and formats, not tokens. Every error names the file and the line or 
 from __future__ import annotations
 
 import ast
+import csv
 import itertools
 import json
 import re
@@ -39,11 +41,12 @@ _OTHER_FILES = {
 _MOST_TEXT, _MOST_ARRAY, _MOST_MAIL, _MOST_PYTHON = 1 << 30, 1 << 28, 1 << 26, 1 << 24
 _MOST_LINE = 1 << 26  # bytes of a line of JSON; a novel has about one million
 _MOST_LEVELS = 100  # of lists and objects in a row, more than descriptions of tools need
+_MOST_CELL = 64 << 20  # characters of a table's cell
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which has no UTF-8
 
 # Names of an answer and of what it answers, as datasets have them.
-_ANSWERS = ("completion", "chosen", "rejected", "output", "response", "answer")
-_PROMPTS = ("prompt", "instruction", "question")
+_ANSWERS = ("completion", "chosen", "rejected", "output", "response", "answer", "solution")
+_PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input")
 
 
 def documents(
@@ -185,8 +188,40 @@ def rows_of(path: Path, field: str, beside: Collection[str] = ()) -> Iterator[Pl
             return parquet_rows(path, field, beside)
         case ".arrow":
             return arrow_rows(path, field, beside)
+        case ".csv" | ".tsv":
+            return _csv_rows(path, field, beside)
         case _:
             return _json_lines(path, field, beside)
+
+
+def _csv_rows(path: Path, field: str, beside: Collection[str]) -> Iterator[Place]:
+    """Where each row of a table is, and its cells of the columns that its first line names."""
+    csv.field_size_limit(_MOST_CELL)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(
+                file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True
+            )
+            names = list(rows.fieldnames or ())
+            if names.count(field) != 1:
+                raise DataError(
+                    f"{path}: {names.count(field)} columns are called {field!r} (found: "
+                    f"{', '.join(names)}); set format.field to the right one."
+                )
+            for row in rows:
+                where = f"{path}, line {rows.line_num}"
+                if None in row or None in row.values():
+                    raise DataError(
+                        f"{where}: not one cell for each of the {len(names)} columns; put texts "
+                        "with commas or line ends in quotes."
+                    )
+                yield where, {n: v for n, v in row.items() if n == field or n in beside}
+    except UnicodeDecodeError as error:
+        raise DataError(_not_text(path, f"byte {error.start}")) from None
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {rows.line_num + 1}: no table ({error}); write it again."
+        ) from None
 
 
 def _json_lines(path: Path, field: str, beside: Collection[str] = ()) -> Iterator[Place]:

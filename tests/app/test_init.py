@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
 from compress.data.blocks import load_blocks
+from compress.data.documents import documents
 from limbeck.app import run as pipeline
 from limbeck.app.cli import app
 from limbeck.app.init.choice import choose_student, cuts, sizes_of
 from limbeck.app.plan import form_sizes
-from limbeck.contract.recipe import load_recipe
+from limbeck.contract.recipe import DatasetText, load_recipe
 from limbeck.contract.sources.preflight import preflight
 from limbeck.contract.sources.texts import text_files
 from limbeck.contract.sources.tokenizer import load_tokenizer
@@ -111,8 +115,8 @@ def test_what_cannot_be_is_reported_and_nothing_is_written(tmp_path: Path) -> No
     )
     (tmp_path / "latin.txt").write_bytes("Grüße".encode("latin-1"))
     assert "latin.txt: not UTF-8 text" in init(10, "--data", "latin.txt").stderr
-    (tmp_path / "table.csv").write_text("id,text\n1,a\n")
-    assert "table.csv is a table; save its column" in init(10, "--data", "table.csv").stderr
+    (tmp_path / "table.csv").write_text("id,name\n1,a\n")
+    assert "its rows have id, name, and it is unclear" in init(10, "--data", "table.csv").stderr
     (tmp_path / "empty").mkdir()
     assert "--data empty: no file with text there" in init(10, "--data", "empty").stderr
     assert not (tmp_path / "recipe.yaml").exists()
@@ -201,6 +205,38 @@ def test_rows_are_told_by_the_first_of_them(
     assert recipe["data"]["domains"][1]["text"]["format"] == form
     mistakes = list(preflight(load_recipe(tmp_path / "recipe.yaml")))
     assert not [m for m in mistakes if "plain text" in m]
+
+
+@pytest.mark.parametrize("kind", ["saved", "splits", "hub"])
+def test_a_folder_with_a_dataset_is_read_as_one(tmp_path: Path, kind: str) -> None:
+    """As `datasets` saves it, and as a hub keeps it, beside cards and other files."""
+    rows = pyarrow.table({"text": ["a few words " * 9] * 500})
+    folder, split = tmp_path / "set", None if kind == "saved" else "train"
+    for part in ("train", "test") if kind == "splits" else ("train",):
+        place = folder / part if kind == "splits" else folder
+        place.mkdir(parents=True, exist_ok=True)
+        with pyarrow.ipc.new_stream(place / "data-0.arrow", rows.schema) as stream:
+            stream.write_table(rows)
+        state = {"_data_files": [{"filename": "data-0.arrow"}], "_split": part}
+        (place / "state.json").write_text(json.dumps(state))
+    if kind == "splits":
+        (folder / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    if kind == "hub":
+        shutil.rmtree(folder)
+        (folder / "data").mkdir(parents=True)
+        for part in ("train", "test"):
+            pyarrow.parquet.write_table(rows, folder / f"data/{part}-00000-of-00001.parquet")
+    (folder / "README.md").write_text("# card")
+    result = init(10, "--data", "set")
+    assert result.exit_code == 0, result.output
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    source = recipe.data.domains[1].text
+    assert isinstance(source, DatasetText)
+    assert [source.split, source.format.kind] == [split, "rows"]
+    files = text_files(source, folder=recipe.folder)
+    texts = [text for file in files for text in documents(file, source.format)]  # type: ignore[arg-type]
+    assert texts == rows["text"].to_pylist()
+    assert preflight(recipe) == []
 
 
 def test_little_text_is_not_read_over_and_over(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import socket
 from pathlib import Path
@@ -29,6 +30,7 @@ from limbeck.contract.recipe import (
     PlainText,
     PythonStrings,
     Recipe,
+    Rows,
 )
 from limbeck.contract.sources.hub import hub_config, hub_snapshot
 from limbeck.contract.sources.models import require_fits
@@ -119,6 +121,39 @@ def test_an_array_is_read_whatever_the_file_is_called(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('["one"]\n["two"]\n')
     with pytest.raises(DataError, match=r"b.jsonl: not JSON: Extra data; expected one array"):
         list(documents(tmp_path / "b.jsonl", JsonLines(kind="jsonl")))
+
+
+def test_tables_are_read_as_spreadsheets_write_them(tmp_path: Path) -> None:
+    """Cells with commas, quotes and line ends; a mark of UTF-8 before them, as Excel has it."""
+    rows = [{"id": "1", "text": "hello"}, {"id": "2", "text": 'x, "y"\n\tz  '}]
+    form = Rows(kind="rows")
+    for name, between in (("a.csv", ","), ("a.tsv", "\t")):
+        with (tmp_path / name).open("w", encoding="utf-8-sig", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], delimiter=between)
+            writer.writeheader()
+            writer.writerows(rows)
+        assert list(documents(tmp_path / name, form)) == [row["text"] for row in rows]
+    pairs = tmp_path / "b.csv"
+    pairs.write_text("prompt,completion\nq,a\n")
+    chat = ChatRows(kind="chat", field="completion")
+    (talk,) = conversations(pairs, chat, make_tokenizer())
+    assert talk.text == make_tokenizer().apply_chat_template(
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], tokenize=False
+    )
+    for content, problem in (
+        ("id;text\n1;a\n", "0 columns are called 'text' .found: id;text"),
+        ("text,text\na,b\n", "2 columns are called 'text'"),
+        ("id,text\n1,a,b\n", "line 2: not one cell for each of the 2 columns"),
+        ("id,text\n1\n", "line 2: not one cell for each of the 2 columns"),
+        ('id,text\n1,"a"b\n', "line 2: no table"),
+        ("", "0 columns are called 'text'"),
+    ):
+        (tmp_path / "bad.csv").write_text(content)
+        with pytest.raises(DataError, match=rf"bad\.csv.*{problem}"):
+            list(documents(tmp_path / "bad.csv", form))
+    (tmp_path / "bad.csv").write_bytes("text\nGrüße\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"bad\.csv: not UTF-8 text"):
+        list(documents(tmp_path / "bad.csv", form))
 
 
 def test_messages_may_be_the_text_of_their_json(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Knows paths, names and suffixes. Looks into files as far as a choice needs it.
 
 from __future__ import annotations
 
+import csv
 import glob
 import re
 from collections.abc import Mapping, Sequence
@@ -14,9 +15,9 @@ from typing import Any
 from limbeck.contract.errors import DataError, LimbeckError, ModelError
 from limbeck.contract.files import parse_json
 from limbeck.contract.progress import say
-from limbeck.contract.recipe import ChatRows, Data, FileText, PlainText, find_recipe
+from limbeck.contract.recipe import ChatRows, Data, DatasetText, FileText, PlainText, find_recipe
 from limbeck.contract.recipe.mistakes import did_you_mean
-from limbeck.contract.sources.texts import TABLES, check_arrow, text_files
+from limbeck.contract.sources.texts import ROWS, TABLES, check_arrow, text_files
 
 BATCH = 1024  # tokens a training step
 _TOKENS = 204800  # of training
@@ -30,7 +31,13 @@ _PAIRS = (
     ("instruction", "output"),
     ("instruction", "response"),
     ("question", "answer"),
+    ("question", "response"),
+    ("query", "response"),
+    ("prompt", "response"),
+    ("problem", "solution"),
+    ("input", "output"),
 )
+_DATASETS = (".parquet", ".arrow")
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 
@@ -196,8 +203,8 @@ def text_source(given: str) -> dict[str, Any]:
     """Text source for a --data argument; the suffix tells rows from text. Raises `DataError`."""
     from compress.data.documents import documents
 
-    files = _files(given)
-    source: dict[str, Any] = {
+    files, dataset = _files(given), _dataset(given)
+    source: dict[str, Any] = dataset or {
         "kind": "files",
         "paths": [str(Path.cwd() / Path(given).expanduser())],
     }
@@ -210,15 +217,10 @@ def text_source(given: str) -> dict[str, Any]:
     kind = next(iter(kinds))
     if kind == "text":
         for file in files:
-            if file.suffix in TABLES:
-                raise DataError(
-                    f"--data {given}: {file.name} is a table; save its column of text as Parquet "
-                    "or JSON lines, under the name text."
-                )
             for _ in documents(file, PlainText(kind="text")):  # fails now if it cannot be read
                 pass
         return source
-    fields = _parquet_fields(files[0]) if kind == "parquet" else _json_fields(files[0])
+    fields = _fields(files[0])
     talks = next((name for name in ("messages", "conversations", "chosen") if name in fields), None)
     if talks is not None:
         chosen = {} if talks == "messages" else {"field": talks}
@@ -236,7 +238,7 @@ def text_source(given: str) -> dict[str, Any]:
             "text; write it under text, or a conversation under messages: "
             '[{"role": "user", "content": …}, {"role": "assistant", "content": …}].'
         )
-    return source | {"format": {"kind": kind, "field": field}}
+    return source | {"format": {"kind": "rows" if dataset else kind, "field": field}}
 
 
 def _listed(fields: Mapping[str, str]) -> str:
@@ -245,8 +247,25 @@ def _listed(fields: Mapping[str, str]) -> str:
     return ", ".join(named) or "no fields"
 
 
+def _dataset(given: str) -> dict[str, Any] | None:
+    """Source of a folder that holds a dataset, its split for training; None for anything else."""
+    path = Path(given).expanduser()
+    saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    if not saved and not any(file for end in _DATASETS for file in path.rglob(f"*{end}")):
+        return None
+    source: dict[str, Any] = {"kind": "datasets", "path": str(Path.cwd() / path)}
+    try:
+        text_files(DatasetText(**source), folder=Path.cwd())
+    except DataError:
+        source["split"] = "train"
+        text_files(DatasetText(**source), folder=Path.cwd())
+    return source
+
+
 def _files(given: str) -> list[Path]:
     """Files of one `--data`: a file, a folder, or a glob. Raises `DataError`."""
+    if Path(given).expanduser().is_dir() and (dataset := _dataset(given)) is not None:
+        return text_files(DatasetText(**dataset), folder=Path.cwd())
     try:
         return text_files(FileText(kind="files", paths=(given,)), folder=Path.cwd())
     except (DataError, OSError, ValueError):
@@ -259,13 +278,22 @@ def _files(given: str) -> list[Path]:
 
 
 def _kind(file: Path) -> str:
-    return (
-        "parquet"
-        if file.suffix == ".parquet"
-        else "jsonl"
-        if file.suffix in _JSON_LINES
-        else "text"
-    )
+    if file.suffix == ".parquet":
+        return "parquet"
+    if file.suffix in _JSON_LINES:
+        return "jsonl"
+    return "rows" if file.suffix in ROWS else "text"
+
+
+def _fields(path: Path) -> dict[str, str]:
+    """Names of what the first row of a file has, and the type of each."""
+    if path.suffix in (".parquet", ".arrow"):
+        return _columns(path)
+    if path.suffix in TABLES:
+        with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+            names = next(csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ","), [])
+        return dict.fromkeys(names, _TEXT)
+    return _json_fields(path)
 
 
 def _json_fields(path: Path) -> dict[str, str]:
@@ -281,16 +309,21 @@ def _json_fields(path: Path) -> dict[str, str]:
     return {name: _TEXT if isinstance(v, str) else type(v).__name__ for name, v in row.items()}
 
 
-def _parquet_fields(path: Path) -> dict[str, str]:
-    """Columns of a Parquet file, and the type of each."""
+def _columns(path: Path) -> dict[str, str]:
+    """Columns of a Parquet or Arrow file, and the type of each."""
     check_arrow()
     import pyarrow
     import pyarrow.parquet
 
     try:
-        schema = pyarrow.parquet.read_schema(path)
+        if path.suffix == ".parquet":
+            schema = pyarrow.parquet.read_schema(path)
+        else:
+            with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
+                schema = stream.schema
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"--data {path}: not a Parquet file ({error}).") from None
+        kind = "Parquet file" if path.suffix == ".parquet" else "Arrow stream"
+        raise DataError(f"--data {path}: not a {kind} ({error}).") from None
     types = pyarrow.types
     found = {}
     for field in schema:
@@ -323,10 +356,10 @@ def are_short(texts: Sequence[str], data: Data) -> bool:
 def training_tokens(texts: Sequence[str]) -> int:
     """Training tokens: at most ten passes over the text, where a token is about four bytes.
 
-    The bytes of Parquet files say little about their text, so that they count as enough.
+    The bytes of Parquet and Arrow files say little about their text, so that they count as enough.
     """
     files = [file for text in texts for file in _files(text)]
-    if any(file.suffix == ".parquet" for file in files):
+    if any(file.suffix in _DATASETS for file in files):
         return _TOKENS
     passes = _PASSES * sum(file.stat().st_size for file in files) // _BYTES
     return max(20 * BATCH, min(_TOKENS, passes // BATCH * BATCH))

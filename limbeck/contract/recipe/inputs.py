@@ -242,8 +242,15 @@ class ParquetRows(Frozen):
     field: str = Field("text", description="Column that holds the document's text.")
 
 
+class Rows(Frozen):
+    """Each row is one document: of JSON Lines, Parquet, Arrow, CSV or TSV, by the file's name."""
+
+    kind: Literal["rows"]
+    field: str = Field("text", description="Key or column that holds the document's text.")
+
+
 class ChatRows(Frozen):
-    """Each row of a JSONL or Parquet file is a conversation; the student learns the assistant's
+    """Each row of a file that `rows` reads is a conversation; the student learns the assistant's
     answers only.
 
     Rendered by the tokenizer's chat template. An answer is scored with the token that ends its
@@ -285,16 +292,9 @@ class MailText(Frozen):
 
 
 TextFormat = Annotated[
-    PlainText | JsonLines | ParquetRows | ChatRows | PythonStrings | MailText,
+    PlainText | JsonLines | ParquetRows | Rows | ChatRows | PythonStrings | MailText,
     Field(discriminator="kind"),
 ]
-
-
-class Rows(Frozen):
-    """Each row is one document."""
-
-    kind: Literal["rows"]
-    field: str = Field("text", description="Column that holds the document's text.")
 
 
 RowFormat = Annotated[Rows | ChatRows, Field(discriminator="kind")]

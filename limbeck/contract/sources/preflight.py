@@ -62,7 +62,7 @@ def _mistakes(recipe: AnyRecipe) -> Iterator[str]:
             ):
                 yield (
                     f"{where}: {rows.name} would be read as plain text, with its punctuation; "
-                    "set format to jsonl, parquet or chat, or to text where that is meant."
+                    "set format to rows or chat, or to text where that is meant."
                 )
             if not any(path.stat().st_size for path in files):
                 yield f"{where}: every file is empty; name files with text."

@@ -77,7 +77,8 @@ ROWS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", *TABLES)  # not plai
 _SUFFIXES = {  # of the files taken from a folder; of other formats all
     "jsonl": (".jsonl", ".ndjson", ".json"),
     "parquet": (".parquet",),
-    "chat": (".jsonl", ".ndjson", ".json", ".parquet"),
+    "rows": ROWS,
+    "chat": ROWS,
     "python-strings": (".py",),
 }
 

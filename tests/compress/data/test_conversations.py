@@ -308,6 +308,18 @@ def test_no_part_of_a_prompt_is_lost(tmp_path: Path) -> None:
             list(conversations(path, form, make_tokenizer()))
 
 
+def test_answers_that_are_not_wanted_are_not_learned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TRL's KTO marks every answer of a prompt as good or bad."""
+    rows = [{"prompt": "q", "completion": f"a{n}", "label": n > 1} for n in range(4)]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    form = ChatRows(kind="chat", field="completion")
+    found = [piece.text for piece in conversations(path, form, make_tokenizer())]
+    assert ["a2" in found[0], "a3" in found[1], len(found)] == [True, True, 2]
+    assert capsys.readouterr().err.count("label is false; such answers are not learned") == 1
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_an_answer_as_plain_text_is_refused_where_its_prompt_would_be_lost(
     tmp_path: Path, kind: str
