@@ -29,7 +29,7 @@ from compress.footprint.shapes import (
 )
 from compress.footprint.tracing import TRIAL_VOCABULARY, Trace, operations_a_second, resized
 from compress.host import prepare_host
-from compress.models.language import load_tokenizer, model_config, random_config
+from compress.models.language import model_config, random_config
 from compress.models.shrink import shrunk_config
 from compress.teachers.served import served_teacher
 from limbeck.contract.errors import UserError
@@ -45,6 +45,7 @@ from limbeck.contract.recipe import (
     TopkCache,
 )
 from limbeck.contract.sources.texts import text_files
+from limbeck.contract.sources.tokenizer import load_tokenizer
 
 # Of a model source, of a shape and of a model; see `compress.footprint.tasks.Task`.
 config_of, describe, meta_model = model_config, shapes.describe, shapes.meta_model

@@ -24,7 +24,6 @@ from transformers import (
 from compress.models.language import (
     byte_tokenizer,
     cached,
-    load_tokenizer,
     model_config,
     model_folder,
     random_config,
@@ -48,6 +47,7 @@ from limbeck.contract.recipe import (
     fingerprint,
 )
 from limbeck.contract.sources.models import context_in, model_path
+from limbeck.contract.sources.tokenizer import load_tokenizer
 from limbeck.contract.sources.weights import check_weights
 
 _FAITHFUL = (
