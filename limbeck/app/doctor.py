@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 
 from limbeck.contract.errors import LimbeckError
 from limbeck.contract.machine import host, sums_overflow, versions
-from limbeck.contract.recipe import LoraStudent, PackageModel, PackageText, load_recipe
+from limbeck.contract.recipe import PackageModel, PackageText, load_recipe
 from limbeck.contract.sources.places import cache_folder, package_root
 from limbeck.runtime.session import import_onnxruntime
 
@@ -211,17 +211,14 @@ def _server(findings: Findings) -> None:
 def _demo(findings: Findings) -> None:
     """The packages that the demo takes its model and its text from."""
     recipe = load_recipe(_DEMO)
-    wanted: list[Any] = [domain.text for domain in recipe.data.domains]
-    if isinstance(recipe.student, LoraStudent):
-        wanted.append(recipe.student.base)
     facts: dict[str, Any] = {}
-    for source in wanted:
-        if isinstance(source, PackageModel | PackageText):
-            facts[source.package] = _version(source.package)
-            try:
-                package_root(source.package, source.version)
-            except LimbeckError as error:
-                findings.advice.append(f"the demo: {error}")
+    for source in (*(domain.text for domain in recipe.data.domains), recipe.base):
+        assert isinstance(source, PackageModel | PackageText)
+        facts[source.package] = _version(source.package)
+        try:
+            package_root(source.package, source.version)
+        except LimbeckError as error:
+            findings.advice.append(f"the demo: {error}")
     findings.facts["demo"] = facts
 
 

@@ -17,7 +17,8 @@ from export.build.encoder import load_student
 from export.check.encoder import measure_encoder_parity
 from export.check.parity import PARITY, load_arrays, require_parity
 from limbeck.contract.artifact import Artifact
-from limbeck.contract.errors import DataError, ParityError
+from limbeck.contract.errors import ArtifactError, DataError, ParityError
+from limbeck.runtime.decoder import Decoder
 from limbeck.runtime.encoder import Encoder
 from tests.encoders import SMALL, classifier_recipe, make_examples
 from tests.factory import Factory
@@ -71,6 +72,17 @@ def test_every_form_of_a_tiny_bert(exported: Exported) -> None:
     np.testing.assert_allclose(encoder.run(ids, mask), expected.numpy(), rtol=1e-3, atol=1e-4)
     with pytest.raises(DataError, match="reads 64 at most"):
         encoder.run(np.ones((1, 65)))
+    with pytest.raises(DataError, match=r"shape \(5,\); expected \[rows, tokens\]"):
+        encoder.run(np.ones(5))
+
+
+def test_folders_and_forms_that_are_no_encoder(exported: Exported, tiny: Factory) -> None:
+    with pytest.raises(ArtifactError, match="no form 'int3'; it has fp32, int8-weight"):
+        Encoder(exported.onnx.path, form="int3")
+    with pytest.raises(ArtifactError, match=r"holds an encoder, .* open it with .*Encoder\."):
+        Decoder(exported.onnx.path)
+    with pytest.raises(ArtifactError, match=r"holds a language model; use .*decoder\.Decoder"):
+        Encoder(tiny.exported().path)
 
 
 def test_texts_go_in(exported: Exported) -> None:
@@ -81,6 +93,8 @@ def test_texts_go_in(exported: Exported) -> None:
     np.testing.assert_allclose(
         encoder.encode(texts)[1:], encoder.encode(texts[1:]), rtol=1e-3, atol=1e-5
     )
+    with pytest.raises(DataError, match="found no texts, expected at least one"):
+        encoder.encode([])
     card = (exported.onnx.path / "README.md").read_text()
     whose = "of the student in torch, before it was rounded to int8-dynamic"
     names = {

@@ -23,9 +23,10 @@ from export.gguf.write import write_gguf
 from export.plan import form_bytes
 from limbeck.app.products import mistakes
 from limbeck.app.trust.pack import pack
-from limbeck.contract.errors import ModelError, ParityError
+from limbeck.contract.errors import ArtifactError, ModelError, ParityError
 from limbeck.contract.recipe.export import GgufQ8Form
 from limbeck.contract.results.onnx import OnnxResult
+from limbeck.runtime.decoder import Decoder
 from tests.factory import Factory
 from tests.pico import make_model, pico_recipe
 
@@ -212,6 +213,9 @@ def test_files_lie_beside_the_graphs_and_are_scored(tiny: Factory, tmp_path: Pat
     assert 0 < half.parity["kl"] < eight.parity["kl"] < 0.03
     assert eight.file in (onnx.path / "README.md").read_text("utf-8")
 
+    with pytest.raises(ArtifactError, match=f"gguf-q8_0 is a GGUF file, {eight.file}; run it with"):
+        Decoder(onnx.path, form="gguf-q8_0")
+
     packed = pack(onnx.path, out=tmp_path / "one", form="gguf-q8_0")
     names = {p.relative_to(packed.folder).as_posix() for p in packed.folder.rglob("*.*")}
     assert eight.file in names
@@ -244,6 +248,40 @@ def test_a_plan_knows_the_size(tmp_path: Path) -> None:
                 "rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4},
             },
             "rope of kind yarn",
+        ),
+        (
+            {
+                "model_type": "qwen2",
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1e4,
+                    "partial_rotary_factor": 0.5,
+                },
+            },
+            "partial rope",
+        ),
+        ({"model_type": "gpt2", "scale_attn_weights": False}, "unscaled attention"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention bias"),
+        ({"model_type": "gemma3_text", "attention_bias": True}, "attention bias"),
+        ({"model_type": "gemma3_text", "query_pre_attn_scalar": 64}, "attention scale 64 "),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "both directions"),
+        (
+            {
+                "model_type": "gemma3_text",
+                "num_hidden_layers": 2,
+                "layer_types": ["full_attention", "sliding_attention"],
+            },
+            "other order of windows than one full layer in 6",
+        ),
+        (
+            {
+                "model_type": "gemma3_text",
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 5e4},
+                },
+            },
+            "rope_theta 50000.0 in layers with a window",
         ),
     ],
 )

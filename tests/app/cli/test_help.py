@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -146,6 +147,33 @@ def test_doctor_says_what_is_missing_and_what_installs_it(monkeypatch: pytest.Mo
 
 def _refuse(message: str) -> Any:
     raise EnvironmentalError(message)
+
+
+@pytest.mark.parametrize(
+    ("memory", "free", "overflows", "writable"), [(4, 1, True, False), (64, 100, False, True)]
+)
+def test_doctor_advises_about_the_machine(
+    monkeypatch: pytest.MonkeyPatch, memory: int, free: int, overflows: bool, writable: bool
+) -> None:
+    machine = doctor.host() | {"memory_bytes": memory * 10**9}
+    room = shutil.disk_usage("/")._replace(free=free * 10**9)
+    monkeypatch.setattr(doctor, "host", lambda: machine)
+    monkeypatch.setattr(doctor, "sums_overflow", lambda: overflows)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: room)
+    monkeypatch.setattr(doctor.os, "access", lambda *_: writable)
+    found = call("doctor", "--json")
+    said = json.loads(found.stdout)
+    text = "\n".join([*said["missing"], *said["advice"]])
+    assert found.exit_code == (0 if writable else 2)
+    for expected, is_said in (
+        ("this processor has no VNNI", overflows),
+        ("the demo needs about 8.0 GB of memory; `limbeck run pico` needs 2 GB", memory < 8),
+        ("the demo writes about 4.0 GB; free some room or set LIMBECK_CACHE", free < 4),
+        ("the demo writes about 4.0 GB; free some room or name another disk with --out", free < 4),
+        ("cannot be written; set LIMBECK_CACHE to another folder", not writable),
+        ("cannot be written; go to another folder, or use --out", not writable),
+    ):
+        assert (expected in text) == is_said, expected
 
 
 def test_doctor_advises_about_a_gpu_that_is_not_used(
