@@ -96,10 +96,12 @@ def live_table(
 def _drawn(table: Sequence[Sequence[str]], unit: str, news: str) -> Any:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    drawn = Table(box=box.SIMPLE_HEAD, caption=news, caption_justify="left")
+    # Labels and news as texts: a folder's name may hold brackets, which are markup otherwise.
+    drawn = Table(box=box.SIMPLE_HEAD, caption=Text(news), caption_justify="left")
     for name, side in zip(head(unit), _ALIGN, strict=True):
         drawn.add_column(name, justify=side, no_wrap=name != "model")  # type: ignore[arg-type]
     for cells in table:
-        drawn.add_row(*cells)
+        drawn.add_row(*map(Text, cells))
     return drawn

@@ -88,6 +88,22 @@ def test_a_boundary_needs_whole_characters_on_both_sides() -> None:
         assert span
 
 
+@pytest.mark.parametrize("first", ["", "a"])
+def test_a_space_that_the_other_side_adds_is_read_before_the_text(first: str) -> None:
+    """The added space is a token by itself here, and stands for no byte of the text."""
+    aligner, character = Aligner(OWN, pieces(unigram())), "語"
+    assert OWN.end is not None
+    ids = [*OWN.tokenizer.encode(first).ids, OWN.end, *OWN.tokenizer.encode(character).ids]
+    end = ids.index(OWN.end)
+    found = aligner.row(ids)
+    read = aligner.other.pieces(found.ids.tolist())
+    space = len(read) - 2
+    assert read[space:] == [b" ", character.encode()]
+    assert found.chunks[-1].tolist() == [end + 1, len(ids), space + 1, space + 2]
+    assert found.at[-1] == space + 1
+    assert found.at[end] == (space if first else -1)  # with no token before it begins the text
+
+
 def test_a_begin_token_on_one_side_only() -> None:
     """The other side's BOS is before the text, and no chunk holds it."""
     ids = OWN.tokenizer.encode("the cat").ids
@@ -189,6 +205,18 @@ def test_the_projection_is_the_student_s_own_first_token() -> None:
             continue
         own = OWN.tokenizer.encode(text, add_special_tokens=False).ids
         assert target[index] == own[0], text
+
+
+def test_tokens_that_begin_with_nothing_of_ours_have_no_target() -> None:
+    """A Unigram vocabulary lacks most bytes, and these two know no end of a text."""
+    own = Pieces(unigram(), name="student")
+    other = Pieces(byte_level(), name="teacher")
+    target = projection(own, other)
+    known = tuple(data for data in own.of if data)
+    begun = [data.startswith(known) for data in other.of]
+    assert (target >= 0).tolist() == begun
+    assert target[other.tokenizer.token_to_id(END)] == -1
+    assert 0 < sum(begun) < len(begun)
 
 
 def test_the_projection_of_a_permuted_vocabulary_is_the_permutation() -> None:

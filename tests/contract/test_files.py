@@ -102,4 +102,4 @@ def test_only_refusals_of_the_file_system_are_a_folder_that_cannot_be_written(
     assert caught.value is error
     with pytest.raises(EnvironmentalError, match=r"cannot be written \(embedded null byte\); name"):
         with files.unwritable_is_a_user_error(tmp_path):
-            open("a\0b")
+            (tmp_path / "a\0b").read_text()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 import subprocess
 import sys
 import time
@@ -41,6 +43,31 @@ def test_a_main_task_shows_its_own_time_left_and_that_of_the_whole_job(
         wait(10)
         work.advance(loss=3.0)  # 15 s a step
         assert "about 2 min left (whole job: about 7 min)" in shown(capsys)
+
+
+def test_a_main_task_alone_is_the_whole_job(capsys: pytest.CaptureFixture[str], wait: Wait) -> None:
+    with task("training", 10, main=True) as work:
+        wait(20)
+        work.advance()
+    assert shown(capsys) == "training: 1/10  20 s, about 3 min left"
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_a_terminal_shows_a_bar_with_figures_and_the_label_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, main: bool
+) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    with before(lambda _: 7200.0), task("teacher [b]", 4, unit="nats", main=main) as work:
+        work.advance(2, loss=3.25)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    assert "  teacher [b] " in plain
+    assert "2/4" in plain
+    assert "loss 3.25 nats" in plain
+    assert ("whole job: about 2.0 h" in plain) == main
 
 
 def test_parts_of_a_job_within_another_are_all_counted(

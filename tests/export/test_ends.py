@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 
 from export.build.genai import build_genai
@@ -88,3 +90,23 @@ def test_first_tokens_are_those_that_the_tokenizer_puts_before_a_text(
         )
     tokenizer.save_pretrained(tmp_path)
     assert first_tokens(tmp_path) == first
+
+
+@pytest.mark.parametrize(
+    ("named", "ends"),
+    [("</s>", [3, 1]), ({"content": "</s>"}, [3, 1]), ("<gone>", [3]), (None, [3])],
+    ids=["in the vocabulary", "as an entry", "unknown", "none"],
+)
+def test_an_end_token_may_be_of_the_vocabulary_alone(
+    tmp_path: Path, named: object, ends: list[int]
+) -> None:
+    Tokenizer(WordLevel({"a": 0, "</s>": 1}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": named}))
+    (tmp_path / "config.json").write_text('{"eos_token_id": 3}')
+    assert end_tokens(tmp_path) == ends
+
+
+def test_a_model_without_tokenizer_has_the_end_of_its_configuration(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"eos_token_id": [3, 4]}')
+    assert end_tokens(tmp_path) == [3, 4]
+    assert first_tokens(tmp_path) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import warnings
 from contextlib import closing
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from export.gguf import write
@@ -150,7 +152,7 @@ def test_llama_cpp_computes_what_torch_computes(
 
 def with_tokenizer(folder: Path, kind: str) -> Any:
     """Train a tokenizer of a ``kind`` that llama.cpp knows on this file, beside a model."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Regex, decoders, normalizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     from export.gguf.tokenizer import _LLAMA3
@@ -288,6 +290,26 @@ def test_a_plan_knows_the_size(tmp_path: Path) -> None:
 def test_what_llama_cpp_computes_otherwise_is_refused(config: dict[str, Any], named: str) -> None:
     with pytest.raises(ModelError, match=named):
         architecture(whole_config(config))
+
+
+@pytest.mark.parametrize(
+    ("over", "cuts", "named"),
+    [
+        ({"byte_fallback": True}, pre_tokenizers.Digits(), r"of a tokenizer with \['Digits'\]"),
+        ({}, None, r"the way it cuts text \(not at all\)"),
+        ({}, pre_tokenizers.Split(" ", "isolated"), r"the way it cuts text \(Split\)"),
+        ({}, pre_tokenizers.Digits(), r"the way it cuts text \(Digits\)"),
+        ({"ignore_merges": True}, pre_tokenizers.ByteLevel(), r"cuts text \(bytes\)"),
+    ],
+)
+def test_tokenizers_that_llama_cpp_does_not_know_are_refused(
+    over: dict[str, Any], cuts: Any, named: str
+) -> None:
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")], **over))
+    if cuts is not None:
+        tokenizer.pre_tokenizer = cuts
+    with pytest.raises(ModelError, match=rf"{named}.* Leave the gguf forms out of export.forms"):
+        require_known(json.loads(tokenizer.to_str()))
 
 
 def test_validate_refuses_before_training(tmp_path: Path) -> None:

@@ -223,18 +223,17 @@ def show(found: Found) -> None:
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
-        lines = [
+        head, _, *lines = (
             [cell.strip() for cell in line.strip("|").split("|")]
             for line in found.table.splitlines()
-        ]
-        table = Table(*lines[0])
-        for line in lines[2:]:
+        )
+        table = Table(*head)
+        for line in lines:
+            # As texts: a message may hold brackets, which are markup otherwise.
             table.add_row(
-                *(
-                    f"[bold]{cell.strip('*')}[/bold]" if cell.startswith("**") else cell
-                    for cell in line
-                )
+                *(Text(cell.strip("*"), "bold" if cell.startswith("**") else "") for cell in line)
             )
         Console().print(table)
     else:

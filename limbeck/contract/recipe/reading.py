@@ -256,23 +256,19 @@ def load_yaml(text: str) -> Any:
     to itself, and for values nested deeper or, with their aliases followed, more than the bounds of
     this module.
     """
-    try:
-        _bound(text)
-        return yaml.load(text, Loader=_Loader)
-    except (ValueError, RecursionError) as error:  # such as characters that YAML cannot hold
-        if isinstance(error, yaml.YAMLError):
-            raise
-        raise yaml.YAMLError(str(error)) from None
+    return _load(text, _Loader)
 
 
 def load_yaml_texts(text: str) -> Any:
     """As `load_yaml`, for files that others write: dates, numbers and the like stay text."""
+    return _load(text, _C_TEXTS)
+
+
+def _load(text: str, loader: Any) -> Any:
     try:
         _bound(text)
-        return yaml.load(text, Loader=_C_TEXTS)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, yaml.YAMLError):
-            raise
+        return yaml.load(text, Loader=loader)
+    except (ValueError, RecursionError) as error:  # such as characters that YAML cannot hold
         raise yaml.YAMLError(str(error)) from None
 
 
@@ -331,8 +327,6 @@ class _Loader(_C):  # type: ignore[misc,valid-type]
         try:
             value = super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError) as error:  # PyYAML's own, of `!!int x`
-            if not isinstance(node, yaml.ScalarNode):
-                raise
             _refuse(
                 f"{shown} is no {kind} ({error}); put it in quotes if it is text", node.start_mark
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -20,9 +21,20 @@ from limbeck.app.cli import app
 from limbeck.app.search import finals, language, probes, search, state, variants
 from limbeck.app.search.candidates import Candidate
 from limbeck.app.search.language import final_recipe
-from limbeck.app.search.outcome import Found, excess, missed_bound, nearest, out_of_time
+from limbeck.app.search.outcome import (
+    PICTURE,
+    Found,
+    asked_for,
+    excess,
+    markdown,
+    missed_bound,
+    nearest,
+    out_of_time,
+    show,
+)
 from limbeck.contract.errors import ArtifactError, EnvironmentalError, ModelError, ParityError
 from limbeck.contract.recipe import Budget, QualityBudget, Recipe, load_recipe, parse_recipe
+from limbeck.contract.recipe.budget import ClassificationBudget, ClassificationQuality
 from tests.app.search.candidates import candidate, pico
 
 # What is left -------------------------------------------------------------------------------------
@@ -136,6 +148,46 @@ def test_a_time_that_nobody_measured_is_called_predicted() -> None:
     )
     slow.timed = True
     assert missed_bound([slow, slower], Budget(tpot_ms=5)).endswith("the fastest takes 8.00.")
+
+
+def test_bounds_that_are_kept_one_by_one_and_never_together() -> None:
+    small, best = candidate("small"), candidate("best")
+    small.predicted = best.predicted = {"tpot_ms": 4.0}
+    small.out = "loss 3.5 of at most 3.1"
+    budget = Budget(size_mb=1, tpot_ms=5)
+    assert missed_bound([small, best], budget) == "No student keeps every bound at once."
+    small.run = "runs/small"
+    assert missed_bound([small, best], budget) == (
+        f"No finalist keeps every bound ({small.name}: loss 3.5 of at most 3.1)."
+    )
+
+
+def test_a_budget_in_words() -> None:
+    quality = QualityBudget(max_loss=0.02)
+    assert asked_for(Budget(size_mb=120, tpot_ms=8, quality=quality)) == (
+        "size_mb 120, tpot_ms 8, at most +2.0% loss against the best teacher"
+    )
+    assert asked_for(
+        ClassificationBudget(size_mb=20, quality=ClassificationQuality(max_loss=0.02))
+    ) == ("size_mb 20, at most +2.0% loss of the metric against the better teacher")
+
+
+def test_a_terminal_shows_a_table_and_what_was_measured_in_bold(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shown = io.StringIO()
+    shown.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stdout", shown)
+    for name in ("TERM", "COLORTERM", "NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    table = markdown([["student", "size"], ["whole", "**1.5 MB**"], ["cut [red]", "0.9 MB"]])
+    show(Found(tmp_path, table, "Whole it is.", 0))
+    said = shown.getvalue()
+    assert "│ whole     │ \x1b[1m1.5 MB\x1b[0m │" in said
+    assert "│ cut [red] │ 0.9 MB │" in said
+    assert said.endswith(f"\nWhole it is.\npicture: {tmp_path / PICTURE}\n")
+    assert "**" not in said
 
 
 def test_hours_that_ran_out_are_no_answer() -> None:

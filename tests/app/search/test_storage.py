@@ -258,10 +258,70 @@ def test_a_storage_that_does_not_answer_is_named_without_its_password(tmp_path: 
         find(tmp_path / "out", url)
 
 
-def test_a_driver_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "psycopg", None)
-    with pytest.raises(UserError, match=r"psycopg is not installed; run: pip install 'psycopg\[b"):
-        find(tmp_path / "out", "postgresql://me@127.0.0.1:1/db")
+@pytest.mark.parametrize(
+    ("driver", "missing", "install"),
+    [
+        ("", "psycopg", r"'psycopg\[binary\]'"),
+        ("+psycopg2", "psycopg2", "psycopg2-binary"),
+        ("+pg8000", "pg8000", "pg8000"),
+    ],
+)
+def test_a_driver_that_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: str, missing: str, install: str
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(UserError, match=rf"{missing} is not installed; run: pip install {install}"):
+        find(tmp_path / "out", f"postgresql{driver}://me@127.0.0.1:1/db")
+
+
+@pytest.mark.parametrize("failures", [1, 2, 3])
+def test_tables_that_another_worker_makes_now_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    """The second of two workers that make the same tables fails, and finds them a second later."""
+    from sqlalchemy.exc import ProgrammingError
+
+    slept, left = list[float](), [ProgrammingError("", {}, Exception("exists"))] * failures
+
+    def made(url: str, **_: Any) -> str:
+        if left:
+            raise left.pop()
+        return url
+
+    monkeypatch.setattr("optuna.storages.RDBStorage", made)
+    monkeypatch.setattr(storage, "time", SimpleNamespace(sleep=slept.append))
+    if failures == 3:
+        with pytest.raises(ProgrammingError, match="exists"):
+            storage._postgresql("postgresql://me@host/db")
+    else:
+        found: Any = storage._postgresql("postgresql://me@host/db")
+        assert found == "postgresql+psycopg://me@host/db"
+    assert slept == [1] * min(failures, 2)
+
+
+def test_a_file_of_the_search_that_is_no_database_is_named(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / storage.STATE).write_text("of mine\n" * 1000)
+    with pytest.raises(
+        EnvironmentalError, match=rf"^{storage.STATE}: cannot be used \(file is not a database\)\.$"
+    ):
+        with storage.opened(None, tmp_path / "out", name="students", seed=0):
+            pass
+
+
+def test_a_process_that_ended_and_was_not_waited_for_does_no_work() -> None:
+    import psutil
+
+    process = subprocess.Popen(["sleep", "60"])
+    worker = {"pid": process.pid, "started": psutil.Process(process.pid).create_time()}
+    assert storage._runs(worker)
+    process.kill()
+    until = time.monotonic() + 10
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until
+    assert not storage._runs(worker)
+    process.wait()
+    assert not storage._runs(worker)
 
 
 def test_a_file_that_is_no_journal_is_named(tmp_path: Path) -> None:
@@ -270,6 +330,8 @@ def test_a_file_that_is_no_journal_is_named(tmp_path: Path) -> None:
     for name in ("notes.txt", "other.json"):
         with pytest.raises(EnvironmentalError, match="is no journal of Optuna"):
             find(tmp_path / "out", f"journal://{tmp_path / name}")
+    with pytest.raises(EnvironmentalError, match=f"--storage: {tmp_path} is a folder; name a file"):
+        find(tmp_path / "out", f"journal://{tmp_path}")
     assert (tmp_path / "notes.txt").read_text() == "of mine\n"
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from limbeck.contract.errors import RecipeError
 from limbeck.contract.recipe import find_recipe, load_recipe, parse_recipe
-from limbeck.contract.recipe.reading import RECIPES
+from limbeck.contract.recipe.reading import RECIPES, load_yaml, load_yaml_texts
 from tests.pico import pico_recipe
 
 MINIMAL = """
@@ -272,6 +274,20 @@ def test_yaml_mistakes(tmp_path: Path, text: str, expected: str) -> None:
         load_recipe(write(tmp_path, text))
     assert str(caught.value).startswith(str(tmp_path / "mine.yaml"))
     assert expected in str(caught.value)
+
+
+def test_aliases_of_single_values_count_as_one_each() -> None:
+    aliases = ", ".join(["*x"] * 1000)
+    assert load_yaml(f"a: &x 3\nb: [{aliases}]") == {"a": 3, "b": [3] * 1000}
+
+
+@pytest.mark.parametrize("read", [load_yaml, load_yaml_texts])
+def test_half_a_character_is_no_yaml(read: Callable[[str], Any]) -> None:
+    """An argument of the command line that is no UTF-8 reaches Python as lone surrogates."""
+    with pytest.raises(yaml.YAMLError, match=r"surrogates not allowed|unacceptable character"):
+        read("name: \udcff")
+    with pytest.raises(RecipeError, match=r"--set name=.*: the value is not valid YAML: "):
+        load_recipe("pico", overrides=["name=\udcff"])
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
