@@ -9,6 +9,7 @@ import json
 import time
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -238,6 +239,7 @@ def test_what_cannot_be_served_is_said_before_anything_is_measured(
     ours = ServerScenario(kind="server")
     with pytest.raises(EnvironmentalError, match="a model in torch is not served"):
         load.require_server(ours, None)
+    load.require_server(ours, Path("somewhere"))  # all that it needs is installed here
     for missing in (["prometheus_client"], ["fastapi", "uvicorn", "prometheus_client"]):
         monkeypatch.setattr(
             load.importlib.util,
@@ -260,6 +262,37 @@ def test_a_served_artifact_that_does_not_start_shows_its_last_words(tmp_path: Pa
     ):
         with load.serve(tmp_path / "nothing", threads=1, log=tmp_path / "log"):
             raise AssertionError("unreachable")
+
+
+@pytest.mark.parametrize("status", [200, 503])
+def test_a_served_artifact_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    (tmp_path / "log").write_text("loading")
+    asked, answers = list[str](), [load.httpx2.ConnectError("refused"), 503, status]
+
+    def health(url: str, **_: Any) -> SimpleNamespace:
+        asked.append(url)
+        answer = answers.pop(0) if answers else status
+        if isinstance(answer, Exception):
+            raise answer
+        return SimpleNamespace(status_code=answer)
+
+    monkeypatch.setattr(load.httpx2, "get", health)
+    monkeypatch.setattr(load, "_READY", 0.5)
+    running: Any = SimpleNamespace(poll=lambda: None)
+    if status == 200:
+        load._wait_until_ready("http://x", running, tmp_path / "log")
+        assert asked == ["http://x/health"] * 3
+    else:
+        with pytest.raises(EnvironmentalError, match=r"not ready .*; its log ends:\nloading"):
+            load._wait_until_ready("http://x", running, tmp_path / "log")
+
+
+def test_a_request_alone_takes_its_first_token_and_all_others() -> None:
+    with FakeServer(first=0.05, pace=0.02) as server:
+        loop = Loop(find_endpoint(server.url), prompts, Sizes(4, 4), scenario(server.url))
+        assert 0.05 + 3 * 0.02 <= loop.alone() < 1
 
 
 # As a runtime -------------------------------------------------------------------------------------
@@ -314,3 +347,23 @@ def test_the_runtime_behind_a_url_refuses_other_work() -> None:
     refused(DataError, "ended after 2 tokens", cut=2)
     refused(DataError, "gives no usage", usage=False)
     refused(EnvironmentalError, "status 429: no room", status=429)
+
+
+def test_answers_without_an_end_or_a_token_are_failed_requests() -> None:
+    for how, new_tokens, error in (
+        ({"done": False}, 2, "the stream ended without [DONE]"),
+        ({}, 0, "the answer holds no token"),
+    ):
+        with FakeServer(**how) as server:
+            (answer,) = run_loop(server, rate=100, requests=1, new_tokens=new_tokens)
+        assert answer["error"] == error
+
+
+def test_a_connection_is_used_again_though_an_answer_was_not_read_to_its_end() -> None:
+    with FakeServer() as server, closing(OpenAi(url=server.url)) as runtime:
+        runtime.begin(np.array([[1, 2, 3]]), 4)
+        runtime.begin(np.array([[1, 2, 3, 4, 5]]), 4)
+        assert runtime.prompt_tokens() == 5  # usage comes behind the tokens that nobody read
+        assert [body["prompt"] for body in server.bodies] == [[1, 2, 3], [1, 2, 3, 4, 5]]
+        with pytest.raises(DataError, match="takes one prompt a request; measure it in the `serv"):
+            runtime.begin(np.zeros((2, 3), np.int64), 4)

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from limbeck.contract.results.bench import Arm
 from serve_bench.judge import figures, scenarios
 from serve_bench.judge.figures import Reference, Sample
 from serve_bench.judge.language import against
-from serve_bench.measure import clock, fairness, units
+from serve_bench.measure import clock, fairness, memory, units
 from serve_bench.measure.clock import Limits, time_blocks
 from serve_bench.measure.host import machine
 from serve_bench.measure.host.roofline import graph_weight_bytes, run_kernels
@@ -274,6 +276,58 @@ def test_energy_is_read_where_it_can_be_and_said_to_be_missing_elsewhere(tmp_pat
     assert package.joules() == 3
     (tmp_path / "intel-rapl:0/energy_uj").write_text("500000")  # it went round
     assert package.joules() == 5.5
+
+
+class Cards:
+    """NVML with one card, whose memory in use and energy are those of ``generations``."""
+
+    lib, why = None, ""
+
+    def __init__(self, worker: Paced | None = None) -> None:
+        self.cards, self._worker = ["card"] if worker else [], worker
+
+    def __enter__(self) -> Cards:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def used_bytes(self) -> int:
+        return 1000 + (500 if self._worker and self._worker.calls else 0)
+
+    def joules(self) -> float:
+        return 6.0 * self._worker.calls if self._worker else 0.0
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_memory_and_energy_of_a_card(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    class Slow(Paced):
+        pid = os.getpid()
+
+        def generate(self, prompt: list[int], new_tokens: int) -> dict[str, Any]:
+            answer = super().generate(prompt, new_tokens) | {"peak_rss_bytes": 10**15}
+            time.sleep(0.05)  # memory is looked at every 10 ms
+            return answer
+
+    worker = Slow("a", [0.001])
+    chosen = Arm("a", "a", "form", "onnxruntime", 1, {"device": device})
+    workers: Any = SimpleNamespace(create=lambda _: worker, open=lambda _: None)
+    monkeypatch.setattr(memory, "Nvml", lambda: Cards(worker))
+    found = memory.measure_memory(workers, [chosen], Generation([1, 2], 4))["a"]
+    assert found["device_bytes"] == (500 if device == "cuda" else None)
+    assert found["peak_rss_bytes"] == 10**15  # the kernel's mark of the process
+    assert worker.calls == 1 + 3
+    # Three generations of four tokens, 6 J each.
+    assert found["energy"]["joules_per_token"] >= 1.5
+    assert "NVML" in found["energy"]["source"]
+
+
+def test_a_machine_that_gives_no_reason_has_no_energy(tmp_path: Path) -> None:
+    cards: Any = Cards()
+    assert Energy(cards, tmp_path).per_token(None, 4) == {
+        "joules_per_token": None,
+        "why": f"no RAPL package in {tmp_path}",
+    }
 
 
 def test_kernels_and_where_decoding_stands() -> None:

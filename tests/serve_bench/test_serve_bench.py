@@ -20,7 +20,7 @@ from limbeck.contract.artifact import Artifact, open_artifact, write_artifact
 from limbeck.contract.data.evals import EVALS
 from limbeck.contract.data.heldout import HELDOUT, load_heldout
 from limbeck.contract.errors import ArtifactError, DataError
-from limbeck.contract.recipe import Gates, Recipe, ServerScenario
+from limbeck.contract.recipe import Bench, Gates, Recipe, ServerScenario
 from serve_bench import bench as measure
 from serve_bench import replay, write_report
 from serve_bench.judge import figures, quality
@@ -342,6 +342,29 @@ def test_inputs_that_do_not_belong_together(run: Path, tmp_path: Path) -> None:
             out=tmp_path / "bench",
             recipe=bench_recipe(),
         )
+
+
+def test_further_runtimes_run_the_shipped_form_or_the_student(run: Path) -> None:
+    onnx, student = open_artifact(run / "onnx"), open_artifact(run / "student")
+    asked = Bench(
+        torch_dtype="bf16",
+        runtimes=[
+            {"kind": "onnxruntime-genai"},
+            {"kind": "torch-compile"},
+            {"kind": "openai", "url": "http://x/v1", "model": "m"},
+        ],
+    )
+    arms = {arm.id: arm for arm in list_arms(onnx=onnx, student=student, bench=asked)}
+    genai, compiled, server = (arms[name] for name in ("genai", "compiled", "openai"))
+    assert (genai.label, genai.bytes) == ("int8-weight, genai", arms["onnx:int8-weight"].bytes)
+    assert genai.spec == {"artifact": str(run / "onnx"), "device": "cpu"}
+    assert (compiled.runtime, compiled.spec) == ("torch-compile", arms["student"].spec)
+    assert compiled.bytes == (run / "student/model/model.safetensors").stat().st_size
+    assert (server.label, server.bytes, server.spec["model"]) == ("http://x/v1", 0, "m")
+    assert {a.spec["dtype"] for a in arms.values() if a.runtime.startswith("torch")} == {"bf16"}
+    require_context([server], Bench(prompt_tokens=9999), run / "student/model")  # it is unknown
+    with pytest.raises(DataError, match="context"):
+        require_context([server, genai], Bench(prompt_tokens=9999), run / "student/model")
 
 
 def test_a_teacher_that_is_gone_is_named(run: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from compress.models.language import model_folder
 from limbeck.app.run import bench_targets
-from limbeck.contract.artifact import open_artifact
+from limbeck.contract.artifact import open_artifact, write_artifact
 from limbeck.contract.errors import (
     ArtifactError,
     DataError,
@@ -95,6 +95,29 @@ def test_what_is_no_target_is_named(run: Path, tmp_path: Path) -> None:
         bench_targets(
             [str(run / "onnx")], against=[], out=tmp_path / "out", overrides=["bench.new_tokens=1"]
         )
+
+
+def test_a_run_is_its_export_and_a_student_its_model(run: Path) -> None:
+    exported = find_arm(f"{run}#fp32", Bench())
+    assert (exported.label, exported.spec["artifact"]) == (f"{run.name} fp32", str(run / "onnx"))
+    student = find_arm(str(run / "student"), Bench())
+    assert (student.label, student.runtime) == ("student", "torch")
+    assert student.spec["model"] == str((run / "student/model").resolve())
+
+
+@pytest.mark.parametrize("kind", ["bench", "student"])
+@pytest.mark.parametrize("result", [{"targets": []}, {}])
+def test_only_a_bench_of_targets_is_replaced(
+    tmp_path: Path, kind: str, result: dict[str, Any]
+) -> None:
+    with write_artifact(tmp_path / "out", kind=kind, key="k", parents={}) as draft:
+        draft.result = result
+    ours = kind == "bench" and bool(result)
+    with pytest.raises(LimbeckError, match="no such folder" if ours else "holds something else"):
+        measure_targets([str(tmp_path / "nothing")], out=tmp_path / "out", bench=Bench())
+    nor_target = "no config.json" if kind == "bench" else "no such folder"  # it holds no model
+    with pytest.raises(ModelError, match=nor_target):
+        find_arm(str(tmp_path / "out"), Bench())
 
 
 def test_targets_must_have_the_context_and_a_folder_that_can_be_written(

@@ -10,11 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from limbeck.contract.errors import ArtifactError, EnvironmentalError, ModelError
+from limbeck.contract.errors import ArtifactError, DataError, EnvironmentalError, ModelError
 from limbeck.contract.results.bench import Arm
 from serve_bench.measure.workers import Worker, Workers
-from serve_bench.worker.runtimes import TorchCompiled, TorchEager
+from serve_bench.worker import runtimes
+from serve_bench.worker.runtimes import (
+    OnnxRuntime,
+    TorchCompiled,
+    TorchEager,
+    open_runtime,
+    prepare,
+)
+from tests.factory import Factory
 from tests.pico import make_model
 
 
@@ -155,7 +164,6 @@ main(Session())
     "ignore:`is_gradient_checkpointing`:FutureWarning"
 )  # peft asks for the old name
 def test_an_adapter_is_merged_before_it_is_timed(model: Path, tmp_path: Path) -> None:
-    import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -211,3 +219,34 @@ def generate_with_both(model: Path) -> None:
             told.append(np.stack(columns).tolist())
         found.append(told)
     assert found[0] == found[1]
+
+
+def test_a_compiled_arm_says_so(model: Path) -> None:
+    runtime = open_runtime("torch-compile", {"model": str(model)}, threads=1)
+    assert isinstance(runtime, TorchCompiled)
+    assert runtime.facts["library"] == f"torch {torch.__version__}, compiled"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_an_arm_for_a_card_is_refused_without_one(model: Path) -> None:
+    with pytest.raises(EnvironmentalError, match=r"sees no NVIDIA card here; set bench.device"):
+        TorchEager(model=str(model), threads=1, device="cuda")
+
+
+def test_a_scored_arm_generates_no_more(tiny: Factory) -> None:
+    folder = str(tiny.exported().path)
+    runtime, fresh = (OnnxRuntime(artifact=folder, form="fp32", threads=1) for _ in range(2))
+    ids = np.arange(5)
+    assert runtime.score(ids)[-1].argmax() == fresh.begin(ids[None], 1)[0]
+    with pytest.raises(DataError, match=r"was scored already, .* open it anew"):
+        runtime.begin(ids[None], 1)
+
+
+def test_genai_is_left_out_where_it_is_missing_or_cannot_run_the_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ArtifactError, match=r"no genai_config\.json, .*leave onnxruntime-genai"):
+        open_runtime("onnxruntime-genai", {"artifact": str(tmp_path)}, threads=1)
+    monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(EnvironmentalError, match="genai is not installed; run: pip install 'limb"):
+        prepare("onnxruntime-genai", {})

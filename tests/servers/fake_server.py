@@ -15,8 +15,9 @@ class FakeServer:
 
     All requests run at once; the first token takes ``first`` seconds. ``stall`` = (after, seconds)
     stops everything once, ``after`` seconds after the first completion came in. ``status`` refuses;
-    ``cut`` ends streams early; ``usage=False`` leaves the counts out; ``extra`` prompt tokens are
-    added to the count; ``text`` is the text of each token (default: its number).
+    ``cut`` ends streams early, ``done=False`` without their mark; ``usage=False`` leaves the counts
+    out; ``extra`` prompt tokens are added to the count; ``text`` is the text of each token
+    (default: its number).
     """
 
     def __init__(
@@ -28,12 +29,13 @@ class FakeServer:
         status: int = 200,
         cut: int | None = None,
         usage: bool = True,
+        done: bool = True,
         extra: int = 0,
         text: str | None = None,
     ) -> None:
         self._pace, self._stall, self._status, self._cut = pace, stall, status, cut
         self._first = pace if first is None else first
-        self._usage, self._extra, self._text = usage, extra, text
+        self._usage, self._done, self._extra, self._text = usage, done, extra, text
         self.bodies: list[dict[str, Any]] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -98,7 +100,8 @@ class FakeServer:
                 "completion_tokens": self._cut or wanted,
             }
             self._event(writer, {"choices": [], "usage": counts})
-        self._chunk(writer, b"data: [DONE]\n\n")
+        if self._done:
+            self._chunk(writer, b"data: [DONE]\n\n")
         self._chunk(writer, b"")
         await writer.drain()
         return None

@@ -15,7 +15,6 @@ from limbeck.app import run as pipeline
 from limbeck.contract.artifact import Artifact, find_artifact, open_artifact, write_artifact
 from limbeck.contract.recipe import Recipe, load_recipe
 from limbeck.contract.results.bench import Verdict
-from limbeck.runtime import session as runtime
 from serve_bench.tell.report import Report
 from tests.app.run.stages import GOOD, KEPT, Stages, recipe
 
@@ -59,7 +58,6 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     monkeypatch.setattr(export, "export_student", export_student)
     monkeypatch.setattr(serve_bench, "bench", measure)
     monkeypatch.setattr(serve_bench, "write_report", write_report)
-    monkeypatch.setattr(runtime, "import_onnxruntime", lambda: None)
     # The plan takes seconds; tests/app/test_plan.py has it.
     monkeypatch.setattr(plan, "training_operations", lambda recipe: float(len(recipe.name)))
     return stages

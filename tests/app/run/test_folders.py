@@ -20,6 +20,7 @@ from limbeck.contract.artifact import Artifact, find_artifact, open_artifact, wr
 from limbeck.contract.errors import ArtifactError, EnvironmentalError, ParityError
 from limbeck.contract.recipe import Recipe, load_recipe
 from tests.app.run.stages import Stages, recipe
+from tests.factory import Factory
 
 
 def test_a_folder_of_another_recipe_is_refused(stages: Stages) -> None:
@@ -231,6 +232,26 @@ def test_a_bench_of_an_export_with_other_settings_is_refused(
     with pytest.raises(ArtifactError, match=r"out/onnx: was exported with other settings"):
         pipeline.run_stage("bench", changed, out=Path("out"))
     assert pipeline.run_stage("bench", load_recipe(path), out=Path("out")) is not None
+
+
+@pytest.fixture(scope="module")
+def exported(tiny: Factory) -> Artifact:
+    """A real export, made before a test puts stand-ins in the place of the stages."""
+    return tiny.exported()
+
+
+def test_a_bench_of_an_export_whose_shipped_form_failed_is_refused(
+    exported: Artifact, stages: Stages
+) -> None:
+    why = {"int8-weight": "int8-weight: mean KL is 9"}
+    path = recipe("alone", more="export: {forms: [fp32, int8-weight]}\n")
+    loaded = load_recipe(path)
+    pipeline.run_stage("compress", loaded, out=Path("out"))
+    with write_artifact(Path("out/onnx"), kind="onnx", key="k", parents={}, recipe=loaded) as draft:
+        draft.result = exported.result | {"failed": why, "shipped": "fp32"}
+    with pytest.raises(ParityError, match=r"^int8-weight: mean KL is 9\nKept in out/onnx: fp32"):
+        pipeline.run_stage("bench", loaded, out=Path("out"))
+    assert [stage for stage, _ in stages.called] == ["compress"]
 
 
 def test_exports_of_the_former_layout_are_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 
+import compress
 import export
 from limbeck.app import run as pipeline
 from limbeck.app.plan import training_operations
 from limbeck.app.products import plan_products
 from limbeck.contract.artifact import Artifact, open_artifact
 from limbeck.contract.errors import ArtifactError, RecipeError
-from limbeck.contract.recipe import load_recipe
+from limbeck.contract.recipe import Recipe, load_recipe
 from limbeck.contract.sources.places import cache_folder
 from tests.app.run.stages import Stages, recipe
+from tests.encoders import classifier_recipe
 
 # Order --------------------------------------------------------------------------------------------
 
@@ -207,6 +209,57 @@ def test_a_recovery_by_several_processes_is_refused_before_they_wait_for_each_ot
                 start(loaded)
     pipeline.run_stage("compress", loaded)
     assert [stage for stage, _ in stages.called] == ["compress", "compress"]
+
+
+def test_of_several_processes_all_train_and_the_first_does_the_rest(
+    stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_recipe(recipe("alone"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert pipeline.run(loaded, out=Path("out")) is None
+    assert [stage for stage, _ in stages.called] == ["compress"]
+    assert not Path("out/log.jsonl").exists()
+    assert pipeline.run_stage("export", loaded, out=Path("out")) is None
+    monkeypatch.setenv("RANK", "0")
+    assert pipeline.run(loaded, out=Path("first")) is not None
+    stages_of_both = ["compress", "compress", "export", "bench", "report"]
+    assert [stage for stage, _ in stages.called] == stages_of_both
+
+
+def test_the_rest_of_a_job_is_in_proportion_to_its_operations_if_all_are_known() -> None:
+    assert pipeline._in_proportion(5.0, [10.0, 5.0])(20.0) == 60.0
+    for own, rest in ((5.0, [10.0, None]), (None, [10.0])):
+        assert pipeline._in_proportion(own, rest)(20.0) is None
+
+
+def test_a_teacher_cache_is_filled_at_the_url_that_was_named(
+    stages: Stages, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[str | None, dict[str, Path]]] = []
+
+    def fill_cache(*, recipe: Recipe, products: dict[str, Path], **_: Any) -> dict[str, str]:
+        asked.append((recipe.store, products))
+        return {"left/0": "a", "left/1": "b"}
+
+    monkeypatch.setattr(compress, "fill_cache", fill_cache)
+    recipe("left")
+    loaded = load_recipe(
+        recipe("child", "left"), overrides=["training.teacher_cache={kind: hidden}"]
+    )
+    pipeline.cache(loaded, ray=None, workers=1)
+    pipeline.cache(loaded, ray=None, workers=1, to="file:///shared")
+    assert [store for store, _ in asked] == [None, "file:///shared"]
+    assert all(open_artifact(products["left"]).kind == "student" for _, products in asked)
+    assert capsys.readouterr().out == (
+        f"teacher cache: 2 shards in {cache_folder() / 'teachers'}\n"
+        "teacher cache: 2 shards in file:///shared\n"
+    )
+    with pytest.raises(RecipeError, match=r"an encoder's teachers answer once, .* language models"):
+        pipeline.cache(classifier_recipe(), ray=None, workers=1)
+    none = load_recipe("child.yaml", overrides=["training.teacher_cache={kind: none}"])
+    with pytest.raises(RecipeError, match=r"--to file:///shared: .*\n  training\.teacher_cache"):
+        pipeline.cache(none, ray=None, workers=1, to="file:///shared")
 
 
 def test_report_draws_again_without_the_recipe_file(stages: Stages) -> None:
