@@ -104,6 +104,15 @@ class Artifact:
         """What the stage measured."""
         return dict(self.manifest["result"])
 
+    def file(self, name: str) -> Path:
+        """The file that a result calls ``name``. Raises `ArtifactError` for one of another folder.
+
+        The name may be a stranger's, and lead anywhere.
+        """
+        if name not in self.manifest["files"]:
+            raise ArtifactError(f"{self.path}: its result names {name}, no file of this folder.")
+        return self.path / name
+
     @property
     def digest(self) -> str:
         """sha256 over kind, key, parents and the hash of every file but notes: no times, places or

@@ -354,7 +354,8 @@ class Decoder(GraphDecoder):
         no kernels for.
         """
         folder = Path(folder)
-        result = open_artifact(folder, kind="onnx", verify=verify).result
+        artifact = open_artifact(folder, kind="onnx", verify=verify)
+        result = artifact.result
         if result.get("task", "causal-lm") != "causal-lm":
             raise ArtifactError(
                 f"{folder}: holds an encoder, which generates nothing; "
@@ -382,9 +383,9 @@ class Decoder(GraphDecoder):
             )
         if adapter == "own":
             own = result.get("adapter")
-            adapter = folder / own["file"] if own else "none"
+            adapter = artifact.file(own["file"]) if own else "none"
         super().__init__(
-            folder / made["all_logits_graph" if all_logits else "graph"],
+            artifact.file(made["all_logits_graph" if all_logits else "graph"]),
             threads=threads,
             provider=provider,
             adapter=None if adapter == "none" else Path(adapter),

@@ -100,7 +100,8 @@ class Encoder(GraphEncoder):
         `EnvironmentalError` without a runtime.
         """
         folder = Path(folder)
-        result = open_artifact(folder, kind="onnx", verify=False).result
+        artifact = open_artifact(folder, kind="onnx", verify=False)
+        result = artifact.result
         if result.get("task", "causal-lm") == "causal-lm":
             raise ArtifactError(
                 f"{folder}: holds a language model; use limbeck.runtime.decoder.Decoder."
@@ -108,7 +109,7 @@ class Encoder(GraphEncoder):
         name = form or result["shipped"]
         if name not in result["forms"]:
             raise ArtifactError(f"{folder}: no form {name!r}; it has {', '.join(result['forms'])}.")
-        super().__init__(folder / result["forms"][name]["graph"], threads=threads)
+        super().__init__(artifact.file(result["forms"][name]["graph"]), threads=threads)
         self.classes: list[str] = result["classes"] or []
         self._folder = folder
         self._tokenizer: Any = None

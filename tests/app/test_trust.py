@@ -125,6 +125,14 @@ def test_a_signature_is_not_written_through_a_link(run: Path, keys: tuple[Path, 
     assert not list(run.glob(".*writing"))
 
 
+def test_a_link_within_an_export_is_not_signed(run: Path, keys: tuple[Path, Path]) -> None:
+    card = run / "onnx" / "README.md"
+    card.rename(run / "card")
+    card.symlink_to(run / "card")
+    done = call("sign", run, "--key", keys[0])
+    assert (done.exit_code, "onnx: cannot be signed (Cannot use " in done.stderr) == (2, True)
+
+
 def test_an_export_without_its_student_has_no_bill_of_materials(run: Path) -> None:
     shutil.rmtree(run / "student")
     done = call("sbom", run)

@@ -104,15 +104,45 @@ def test_more_threads_than_any_machine_has(field: str) -> None:
     assert "less than or equal to 1024" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["../../../../etc/hostname", "/etc/hostname"])
-def test_a_form_names_only_files_of_its_folder(exported: Path, name: str) -> None:
+def in_files(result: dict[str, Any], name: str) -> None:
+    result["forms"][result["shipped"]]["files"].append(name)
+
+
+def as_graph(result: dict[str, Any], name: str) -> None:
+    result["forms"][result["shipped"]]["graph"] = name
+
+
+def as_gguf(result: dict[str, Any], name: str) -> None:
+    result["ggufs"], result["shipped"] = {"q8": {"file": name}}, "q8"
+
+
+@pytest.mark.parametrize(
+    ("place", "command"),
+    [(in_files, "pack"), (as_gguf, "pack"), (as_graph, "pack"), (as_graph, "generate")],
+)
+def test_a_result_names_only_files_of_its_folder(exported: Path, place: Any, command: str) -> None:
+    (exported.parent / "mine").write_text("mine")
+    whole = (exported / MANIFEST).read_text()
+    for name in ("../mine", "/etc/hostname", "manifest.json"):
+        manifest = json.loads(whole)
+        place(manifest["result"], name)
+        (exported / MANIFEST).write_text(json.dumps(manifest))
+        more = ["--out", exported.parent / "packed" / "new"] if command == "pack" else ["abc"]
+        done = call(command, exported, *more)
+        assert (done.exit_code, f"names {name}, no file of this folder" in done.stderr) == (2, True)
+    assert {path.name for path in exported.parent.iterdir()} == {exported.name, "mine"}
+
+
+@pytest.mark.parametrize("name", ["../../there", "/tmp/limbeck-there", "..", "", "a/b", "a\nb"])
+def test_a_name_of_a_stranger_is_no_folder(exported: Path, name: str) -> None:
     manifest = json.loads((exported / MANIFEST).read_text())
-    manifest["result"]["forms"][manifest["result"]["shipped"]]["files"].append(name)
+    manifest["recipe"]["resolved"]["name"] = name
     (exported / MANIFEST).write_text(json.dumps(manifest))
-    done = call("pack", exported, "--out", exported.parent / "packed")
-    assert done.exit_code == 2
-    assert f"names {name}, no file of this folder" in done.stderr
-    assert not (exported.parent / "packed").exists()
+    out = exported.parent / "packed"
+    done = call("pack", exported, "--layout", "triton", "--out", out)
+    assert (done.exit_code, "its recipe has no name for a folder" in done.stderr) == (2, True)
+    assert not out.exists()
+    assert not (out / name).exists() or name in ("..", "")
 
 
 # Values of another kind, in files whose hashes hold -----------------------------------------------

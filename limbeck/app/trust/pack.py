@@ -95,7 +95,7 @@ def pack(
             else:
                 for name in keep:
                     (draft.folder / name).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(onnx.path / name, draft.folder / name)
+                    shutil.copyfile(onnx.file(name), draft.folder / name)
                 _point_at_form(draft.folder, onnx, form)
             if form == onnx.result["shipped"] and certificate_of(onnx):
                 shutil.copyfile(onnx.path.parent / CERTIFICATE, draft.folder / CERTIFICATE)
@@ -201,15 +201,15 @@ def _files(onnx: Artifact, form: str) -> list[str]:
     forms: Mapping[str, Any] = onnx.result["forms"]
     ggufs = {name: {file["file"]} for name, file in onnx.result.get("ggufs", {}).items()}
     if form in ggufs:  # it holds its tokenizer and configuration
-        return sorted({*ggufs[form], _CARD})
-    own = set(forms[form]["files"]) - {_scoring_graph(forms[form])}
-    of_forms = {name for each in forms.values() for name in each["files"]}
-    of_forms |= {name for files in ggufs.values() for name in files}
-    others = {name for name in onnx.manifest["files"] if name not in of_forms}
-    keep = sorted(own | (others - {_PARITY}))
-    if strange := next((name for name in keep if name not in onnx.manifest["files"]), None):
-        # It may lie anywhere: only files of the artifact are read, and written elsewhere.
-        raise ArtifactError(f"{onnx.path}: form {form} names {strange}, no file of this folder.")
+        keep = sorted({*ggufs[form], _CARD})
+    else:
+        own = {*forms[form]["files"], forms[form]["graph"]} - {_scoring_graph(forms[form])}
+        of_forms = {name for each in forms.values() for name in each["files"]}
+        of_forms |= {name for files in ggufs.values() for name in files}
+        others = {name for name in onnx.manifest["files"] if name not in of_forms}
+        keep = sorted(own | (others - {_PARITY}))
+    for name in keep:
+        onnx.file(name)
     return keep
 
 

@@ -42,6 +42,8 @@ def sign(path: Path, key: Path) -> list[Path]:
             try:
                 signer.sign(signed, half)
                 half.replace(signature)
+            except ValueError as error:  # of a link, which the library does not follow
+                raise ArtifactError(f"{signed}: cannot be signed ({error}).") from None
             finally:
                 half.unlink(missing_ok=True)
             made.append(signature)
