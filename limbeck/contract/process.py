@@ -20,7 +20,7 @@ def end_with_parent() -> None:
     serve another one.
     """
     parent = os.environ.pop(PARENT, None)  # this process's own children have another parent
-    if parent is None:
+    if parent is None or not parent.isdecimal():
         return
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -26,6 +26,7 @@ from limbeck.runtime.text import well_formed
 
 STOPS = 16  # stop strings of one request
 _STOP_LENGTH = 256  # characters
+_STOP_IDS = 1024  # of one request; each one costs time at every token
 _CHOICES = 64  # of one request
 _TOOLS = 128  # of one request
 
@@ -46,6 +47,8 @@ def _mend(value: Any) -> Any:
 # Text in which U+FFFD stands for lone surrogates, which JSON can write and UTF-8 cannot.
 Str = Annotated[str, BeforeValidator(_mend)]
 StopString = Annotated[str, Field(min_length=1, max_length=_STOP_LENGTH), BeforeValidator(_mend)]
+
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
 class _Body(BaseModel):
@@ -117,7 +120,7 @@ class Common(_Body):
     n: Annotated[int, Field(ge=1, le=_CHOICES)] | None = None
     seed: int | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=STOPS)] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=_STOP_IDS)] | None = None
     ignore_eos: bool | None = Field(default=None, description="Go on past the model's own end.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from limbeck.contract.process import PARENT
 from serve_bench.measure.host.machine import child_environment
 
@@ -65,7 +67,9 @@ def test_a_child_finds_the_packages_of_its_parent_and_nothing_beside_them() -> N
     assert Path(first, "limbeck", "__init__.py").is_file()
 
 
-def test_only_a_child_that_was_told_its_parent_is_bound() -> None:
+@pytest.mark.parametrize("parent", [None, "", "abc", "-1"])
+def test_only_a_child_that_was_given_a_parent_is_bound(parent: str | None) -> None:
     environment = {name: value for name, value in os.environ.items() if name != PARENT}
+    environment |= {} if parent is None else {PARENT: parent}
     code = "from limbeck.contract.process import end_with_parent; end_with_parent()"
     assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=20).returncode == 0

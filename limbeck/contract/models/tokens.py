@@ -86,8 +86,14 @@ def as_written(tokenizer: Any, where: Path | str, *, split_special: bool = False
     tokens in a text as text (``split_special_tokens`` in tokenizer_config.json). Raises
     `ModelError` that names ``where`` if its normalizers multiply a text.
     """
-    if tokenizer.normalizer is not None:  # which a SentencePiece file has too
-        _require_growth(parse_json(tokenizer.normalizer.__getstate__()), where)
+    if (normalizer := tokenizer.normalizer) is not None:  # which a SentencePiece file has too
+        rules = normalizer.__getstate__()
+        _require_growth(parse_json(rules), where)
+        if b"precompiled_charsmap" in rules:  # a wrong table ends in a panic at some characters
+            with tokenizers_errors(where):
+                normalizer.normalize_str(
+                    "".join(map(chr, (*range(0xD800), *range(0xE000, 1 << 16))))
+                )
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if getattr(tokenizer.model, "dropout", None):

@@ -118,15 +118,14 @@ def cached_config(repository: str, revision: str | None) -> Path | None:
     return None
 
 
-def _cached_snapshot(repository: str, revision: str | None) -> Path | None:
+def _cached_snapshot(repository: str, revision: str | None = None) -> Path | None:
     """A snapshot of the hub on this machine with all its weights and a tokenizer."""
     folder = cached_config(repository, revision)
     if folder is None or not any(folder.glob("tokenizer*")):
         return None
     index = folder / "model.safetensors.index.json"
-    wanted = (
-        set(read_object(index)["weight_map"].values()) if index.is_file() else ["model.safetensors"]
-    )
+    named = read_object(index).get("weight_map") if index.is_file() else None
+    wanted = set(map(str, named.values())) if isinstance(named, dict) else {"model.safetensors"}
     return folder if all((folder / name).is_file() for name in wanted) else None
 
 

@@ -61,6 +61,16 @@ def test_rules_of_real_tokenizers_are_read(tmp_path: Path, rules: Any) -> None:
     assert read_tokenizer(path).encode("a").ids[-1] in (0, 1)
 
 
+def test_a_table_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    short = base64.b64encode((4).to_bytes(4, "little") + bytes(4)).decode()
+    rules = {"type": "Precompiled", "precompiled_charsmap": short}
+    path = write(tmp_path / "tokenizer.json", normalizer=rules)
+    with pytest.raises(
+        ModelError, match=r"tokenizer.json: no tokenizer .*PanicException: index out"
+    ):
+        read_tokenizer(path)
+
+
 def test_the_longest_that_unicode_writes_for_one_character_is_allowed() -> None:
     """By the package tokenizers itself: U+FDFA."""
     longest = max(len(normalizers.NFKC().normalize_str(chr(n))) for n in range(0xF000, 0xFFFF))

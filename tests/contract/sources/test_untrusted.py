@@ -11,6 +11,7 @@ import pytest
 
 from limbeck.contract.errors import DataError
 from limbeck.contract.recipe import DatasetText, FileText, GgufModel, LocalModel
+from limbeck.contract.sources import hub
 from limbeck.contract.sources.licences import Licence, hub_dataset, of_text
 from limbeck.contract.sources.models import model_path
 from limbeck.contract.sources.texts import text_files
@@ -92,3 +93,13 @@ def test_odd_descriptions_of_a_dataset_are_named_and_pipes_do_not_hang(tmp_path:
         read = hub_dataset if name == "dataset_info" else text_files
         with pytest.raises(DataError, match=r"pipe or device|no dataset"):
             read(source, folder=tmp_path)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}])
+def test_an_index_that_names_no_files_is_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: Any
+) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    monkeypatch.setattr(hub, "cached_config", lambda *_: tmp_path)
+    assert hub._cached_snapshot("a/b") is None

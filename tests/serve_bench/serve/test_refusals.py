@@ -48,6 +48,9 @@ from tests.serve_bench.serve.asking import CALLS, CHAT, bare, connect, serving
         ({"max_tokens": 401}, "max_tokens", "found 401; at most 400 are allowed here"),
         ({"stop": ""}, "stop", "at least 1 character"),
         ({"stop": ["a"] * 17}, "stop", "at most 16 items"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids", "greater than or equal to 0"),
+        ({"stop_token_ids": [2**31]}, "stop_token_ids", "less than 2147483648"),
+        ({"stop_token_ids": [5] * 1025}, "stop_token_ids", "at most 1024 items"),
         ({"misspelt": 1}, "misspelt", "this server does not know this field"),
         (
             {"prompt": 3},
