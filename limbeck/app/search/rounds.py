@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from limbeck.app.search.candidates import Candidate, still_in
 from limbeck.app.search.state import Clock
-from limbeck.app.search.storage import WAIT, Shared
+from limbeck.app.search.storage import WAIT, Shared, ask, give_back
 from limbeck.app.search.tasks import task_of
 from limbeck.contract.errors import DivergenceError
 from limbeck.contract.lock import locked
@@ -164,10 +164,10 @@ def _next(shared: Shared, *, rounds: int, finalists: int, until: float) -> optun
             continue
         states = {trial.state for trial in trials}
         if state.WAITING in states:
-            trial = study.ask()
+            trial = ask(study)
             if not _is_double(study, trial, until):
                 return trial
-            study.tell(trial, state=state.FAIL)
+            give_back(study, trial.number)
         elif state.RUNNING in states:
             time.sleep(WAIT)
         elif not begin_next_round(trials):
@@ -199,8 +199,6 @@ def _heal(
     until: float,
 ) -> None:
     """Distil one student to the end of its round, and report to the study."""
-    import optuna
-
     name, rung = trial.user_attrs["student"], trial.user_attrs["rung"]
     say(f"== healing {name}, round {rung + 1} of {len(rounds)}")
     found, why = None, _LATE
@@ -218,10 +216,7 @@ def _heal(
     except DivergenceError as error:
         say(f"   {name}: {error}")
         why = "diverged"
-    with suppress(optuna.exceptions.UpdateFinishedTrialError):  # another worker has it by now
-        if found is not None:
-            trial.set_user_attr("metric", found[1])
-        _tell(study, trial, None if found is None else found[0], why=why, until=until)
+    _tell(study, trial, found, why=why, until=until)
     # Delete the checkpoint of a student that cannot be in the better half any more: it has three
     # times the size of the weights.
     trials = study.get_trials(deepcopy=False)
@@ -232,15 +227,24 @@ def _heal(
 
 
 def _tell(
-    study: optuna.Study, trial: optuna.Trial, nll: float | None, *, why: str, until: float
+    study: optuna.Study,
+    trial: optuna.Trial,
+    found: tuple[float, dict[str, float]] | None,
+    *,
+    why: str,
+    until: float,
 ) -> None:
-    """Report the loss after the round, the reason for its absence, or the time limit in seconds."""
+    """Report loss and metric after the round; without them, the reason and the time limit in
+    seconds.
+    """
     import optuna
 
-    if nll is not None:
-        study.tell(trial, nll, skip_if_finished=True)
-        return
-    trial.set_user_attr("why", why)
-    if why == _LATE:
-        trial.set_user_attr("until", until)
-    study.tell(trial, state=optuna.trial.TrialState.PRUNED, skip_if_finished=True)
+    with suppress(optuna.exceptions.UpdateFinishedTrialError):  # another worker has it by now
+        if found is not None:
+            trial.set_user_attr("metric", found[1])
+            study.tell(trial, found[0], skip_if_finished=True)
+            return
+        trial.set_user_attr("why", why)
+        if why == _LATE:
+            trial.set_user_attr("until", until)
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED, skip_if_finished=True)

@@ -45,8 +45,7 @@ class Shared:
 
     @contextmanager
     def holding(self, trial: optuna.Trial) -> Iterator[None]:
-        """Sign a trial and keep it while the block lasts; if the block raises, give it back."""
-        trial.set_user_attr("worker", _me())
+        """Keep a trial that is signed while the block lasts; if the block raises, give it back."""
         ended = threading.Event()
         beats = threading.Thread(target=_beat, args=(trial, ended), daemon=True)
         beats.start()
@@ -54,7 +53,7 @@ class Shared:
             yield
         except BaseException:
             with contextlib.suppress(Exception):  # the block's own error is the one to report
-                _give_back(trial.study, trial.number)
+                give_back(trial.study, trial.number)
             raise
         finally:
             ended.set()
@@ -63,13 +62,13 @@ class Shared:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Let one worker at a time into the block: the one whose trial has the lowest number."""
-        mine = self._turns.ask()
+        mine = ask(self._turns)
         with self.holding(mine):
             while ahead := [t for t in self.running(self._turns) if t.number < mine.number]:
                 _say_once(f"waiting for another search ({_name(ahead[0])})")
                 time.sleep(WAIT)
             yield
-        _give_back(self._turns, mine.number)
+        give_back(self._turns, mine.number)
 
     def running(self, study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
         """Trials that living workers hold. Those of dead ones are given back."""
@@ -79,7 +78,7 @@ class Shared:
         for trial in held:
             if not self._lives(study, trial):
                 say(f"   {_name(trial)} has ended in the middle of its work, which is done again")
-                _give_back(study, trial.number)
+                give_back(study, trial.number)
         return study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
 
     def _lives(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
@@ -165,7 +164,9 @@ def _storage(url: str | None, folder: Path) -> optuna.storages.BaseStorage:
     if url is None:
         place = (folder / STATE).resolve()
         options: dict[str, Any] = {"connect_args": {"timeout": 60}}
-        return optuna.storages.RDBStorage(f"sqlite:///{place}", engine_kwargs=options)
+        storage = optuna.storages.RDBStorage(f"sqlite:///{place}", engine_kwargs=options)
+        _lock_at_begin(storage.engine)
+        return storage
     if url.startswith("journal:///"):
         path = Path(url.removeprefix("journal://"))
         with unwritable_is_a_user_error(path.parent, remedy="name another with --storage"):
@@ -173,6 +174,25 @@ def _storage(url: str | None, folder: Path) -> optuna.storages.BaseStorage:
             _require_journal(path)
             return JournalStorage(JournalFileBackend(str(path)))
     return _postgresql(url)
+
+
+def _lock_at_begin(engine: Any) -> None:
+    """Make every transaction of a SQLite engine take the lock of the file when it begins.
+
+    Optuna reads the state of a trial and then writes it. SQLite has no locks of rows, so two
+    workers could take the same trial from the queue. The recipe is that of SQLAlchemy's manual.
+    """
+    from sqlalchemy import event
+
+    engine.dispose()  # connections that were made before
+
+    @event.listens_for(engine, "connect")
+    def _connect(connection: Any, _: Any) -> None:
+        connection.isolation_level = None  # the driver begins no transaction of its own
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _require_journal(path: Path) -> None:
@@ -252,10 +272,25 @@ def _beat(trial: optuna.Trial, ended: threading.Event) -> None:
             say(f"   the storage did not answer ({type(error).__name__}); trying again")
 
 
-def _give_back(study: optuna.Study, number: int) -> None:
+def ask(study: optuna.Study) -> optuna.Trial:
+    """The next trial of the queue, signed by this worker; a new one where the queue is empty."""
     import optuna
 
-    study.tell(number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
+    while True:
+        trial = study.ask()
+        try:
+            trial.set_user_attr("worker", _me())
+            return trial
+        except optuna.exceptions.UpdateFinishedTrialError:
+            continue  # this process was asleep before it could sign: another gave the trial back
+
+
+def give_back(study: optuna.Study, number: int) -> None:
+    import optuna
+
+    # Two workers that see the same dead one may both give its trial back.
+    with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+        study.tell(number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
 
 
 def _me() -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -188,6 +189,8 @@ def test_two_processes_share_the_students(tmp_path: Path) -> None:
         if (child := os.fork()) == 0:  # a fresh process would load torch first
             try:
                 work_in(tmp_path / "work", file)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(0 if file.exists() else 1)
         children.append(child)

@@ -103,7 +103,7 @@ def test_a_worker_of_another_machine_keeps_its_student_while_it_lives(
 ) -> None:
     with place() as theirs, place() as ours:
         rounds._enqueue(theirs.study, [], [("a", 0)], float("inf"))
-        trial = theirs.study.ask()
+        trial = storage.ask(theirs.study)
         with theirs.holding(trial):
             elsewhere(monkeypatch)
             until = time.monotonic() + 1.0  # more than twice the grace
@@ -118,7 +118,7 @@ def test_a_worker_of_another_machine_keeps_its_student_while_it_lives(
         assert again is not None
         assert (again.number > trial.number, again.user_attrs["student"]) == (True, "a")
         # It was only asleep, and comes back: its student is another's now.
-        rounds._tell(theirs.study, trial, 3.0, why="", until=float("inf"))
+        rounds._tell(theirs.study, trial, (3.0, {}), why="", until=float("inf"))
         assert rounds._losses(ours.study.get_trials(), 0) == {}
 
 
@@ -133,9 +133,46 @@ def test_two_workers_that_queue_the_same_students_train_each_once(place: Any, qu
             assert trial is not None
             trial.set_user_attr("worker", storage._me())
             taken.append(trial.user_attrs["student"])
-            rounds._tell(each.study, trial, 3.0, why="", until=float("inf"))
+            rounds._tell(each.study, trial, (3.0, {}), why="", until=float("inf"))
         assert taken == list(LOSSES)
         assert rounds._next(one, rounds=1, finalists=1, until=float("inf")) is None
+
+
+def test_a_worker_that_slept_before_it_signed_asks_again(
+    place: Any, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with place() as other, place() as mine:
+        sign, slept = storage._me, []
+
+        def sleep() -> Any:
+            if not slept:
+                slept.append(other.study.trials[0].number)
+                storage.give_back(other.study, slept[0])
+            return sign()
+
+        monkeypatch.setattr(storage, "_me", sleep)
+        assert storage.ask(mine.study).number == 1
+        assert slept == [0]
+
+
+def test_workers_that_ask_at_the_same_time_get_different_students(place: Any, quick: None) -> None:
+    with place() as shared:
+        rounds._enqueue(shared.study, [], [(f"s{n}", 0) for n in range(40)], float("inf"))
+    taken: list[str] = []
+    begin = threading.Barrier(3)
+
+    def work() -> None:
+        with place() as mine:
+            begin.wait(10)
+            while "student" in (trial := storage.ask(mine.study)).user_attrs:
+                taken.append(trial.user_attrs["student"])
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(taken) == sorted(f"s{n}" for n in range(40))
 
 
 def test_turns_exclude_each_other_and_those_of_the_dead_end(place: Any, quick: None) -> None:
