@@ -62,12 +62,12 @@ PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 test: $(READY)
 	$(BIN)/python -m pytest $(PARALLEL)
 
-# Branches of the four packages that the quick tests take; work of other processes is not counted.
+# Branches of the four packages that the quick tests take, also in processes that they start. Takes 25 minutes.
 coverage: $(READY)
 	$(BIN)/python -m pytest $(PARALLEL) --cov-branch --cov-report=term:skip-covered \
 		--cov=limbeck --cov=compress --cov=export --cov=serve_bench
 
-# A sample of mutants of the core; prints a table and those that survived. 218 took 15 minutes on 2 cores.
+# A sample of mutants of the core; prints a table and those that survived. Takes half an hour on 2 quiet cores.
 mutants: $(READY)
 	$(BIN)/pip install $(PIP_ARGS) -c constraints.txt mutmut==3.8.1
 	$(BIN)/python -m tests.mutants $(ARGS)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +25,33 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIMBECK_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _workers_end_by_themselves() -> Iterator[None]:
+    """Under `make coverage` a worker of the bench may end before it is killed: a killed process
+    does not write down which branches it took.
+    """
+    if "COVERAGE_PROCESS_CONFIG" not in os.environ:
+        yield
+        return
+    from serve_bench.measure.workers import Worker
+
+    kill = Worker.kill
+
+    def end(worker: Worker) -> None:
+        stdin = worker._process.stdin
+        if stdin is not None:
+            with contextlib.suppress(OSError):
+                stdin.close()
+        until = time.monotonic() + 10
+        while worker._process.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        kill(worker)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Worker, "kill", end)
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)
