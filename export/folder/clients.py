@@ -64,7 +64,7 @@ def write_client_files(
     ends = end_tokens(model)
     if (model / "generation_config.json").is_file():
         generation = json.loads((model / "generation_config.json").read_text("utf-8"))
-        _write(folder / "generation_config.json", generation | _ends(ends))
+        _write(folder / "generation_config.json", generation | {"use_cache": True} | _ends(ends))
     _write(folder / "tokenizer_config.json", tokenizer_config(model))
     if (template := chat_template(model)) is not None:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -75,6 +75,10 @@ def write_client_files(
     config = json.loads((model / "config.json").read_text("utf-8"))
     config.pop("_name_or_path", None)
     config.pop("_model_name_or_path", None)
+    # Training with gradient checkpointing leaves False in both files. A client that obeys would read
+    # the whole text again for every token.
+    if "use_cache" in config:
+        config["use_cache"] = True
     # transformers.js looks for a second file, and for a cache in fp16, only where this says so; the
     # latter by dtype.
     config["transformers.js_config"] = {

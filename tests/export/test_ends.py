@@ -30,12 +30,16 @@ def chat_model(folder: Path) -> Path:
 
 def test_both_configurations_name_every_end_token(tmp_path: Path) -> None:
     model = chat_model(tmp_path / "model")
+    for name in ("config.json", "generation_config.json"):  # as training with checkpointing saves
+        fields = json.loads((model / name).read_text()) | {"use_cache": False}
+        (model / name).write_text(json.dumps(fields))
     assert end_tokens(model) == [256, 257]
     _, genai = build_genai(model, tmp_path, {})
     fp32 = form_files(tmp_path, "fp32")
     write_client_files(model, tmp_path, graphs=[fp32], shipped=fp32, genai=genai)
     written = json.loads((tmp_path / "generation_config.json").read_text())
-    assert written["eos_token_id"] == [256, 257]
+    assert [written["eos_token_id"], written["use_cache"]] == [[256, 257], True]
+    assert json.loads((tmp_path / "config.json").read_text())["use_cache"] is True
     written = json.loads((tmp_path / "genai_config.json").read_text())
     assert written["model"]["eos_token_id"] == [256, 257]
 
