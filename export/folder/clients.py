@@ -75,8 +75,8 @@ def write_client_files(
     config = json.loads((model / "config.json").read_text("utf-8"))
     config.pop("_name_or_path", None)
     config.pop("_model_name_or_path", None)
-    # Training with gradient checkpointing leaves False in both files. A client that obeys would read
-    # the whole text again for every token.
+    # Training with gradient checkpointing leaves False in both files. A client that obeys would
+    # read the whole text again for every token.
     if "use_cache" in config:
         config["use_cache"] = True
     # transformers.js looks for a second file, and for a cache in fp16, only where this says so; the

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.wild.cases.rows import Row, rows
+from tests.wild.cases.row import Row
+from tests.wild.cases.rows import rows
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers and peft, on what they get wrong

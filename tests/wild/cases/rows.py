@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,7 +16,6 @@ import pyarrow
 import pyarrow.parquet
 import torch
 from peft import LoraConfig
-from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from compress.data.blocks import conversations
@@ -29,7 +27,6 @@ from export.build.choice import choose_backend
 from export.build.surgery import attention_windows
 from limbeck.app.given import exported_folder, require_made
 from limbeck.app.init.inputs import adapter_bases, teacher_source, text_source
-from limbeck.contract.errors import LimbeckError
 from limbeck.contract.recipe import ChatRows, FileText, HubModel, JsonLines, ParquetRows
 from limbeck.contract.sources.hub import hub_config
 from limbeck.contract.sources.models import require_fits
@@ -52,6 +49,8 @@ from tests.wild.cases.adapters import (
     peft_logits,
     teacher,
 )
+from tests.wild.cases.row import Row, loss, said
+from tests.wild.cases.variants import variants
 from tests.wild.test_files import with_template
 from tests.wild.test_gguf import LLAMA3, splitting, written
 from tests.wild.test_tokenizers import lowering, starting
@@ -59,43 +58,20 @@ from tests.wild.test_tokenizers import lowering, starting
 _Q = ["q_proj", "v_proj"]
 
 
-@dataclass(frozen=True)
-class Row:
-    """A case, our answer and theirs. Without ``wanted``, the two losses must be equal."""
-
-    what: str
-    ours: str
-    theirs: str
-    wanted: str = ""  # a pattern of our answer, where theirs is none that a user could want
-
-    @property
-    def verdict(self) -> str:
-        """``equal`` or ``named``; upper case if it is wrong."""
-        if self.wanted:
-            return "named" if re.search(self.wanted, self.ours) else "WRONG"
-        return "equal" if self.ours == self.theirs else "DIFFERENT"
-
-
 def rows(folder: Path) -> Iterator[Row]:
     """Every case, made below ``folder``, which must be the working directory. Asks no network."""
     with patch("huggingface_hub.constants.HF_HUB_OFFLINE", True):
-        for part in (_adapters, _tokenizers, _ggufs, _readings, _models, _files, _commands):
+        for part in (
+            _adapters,
+            _tokenizers,
+            _ggufs,
+            _readings,
+            _models,
+            _files,
+            _commands,
+            variants,
+        ):
             yield from part(folder)
-
-
-def _loss(logits_RLV: Tensor) -> str:
-    loss = nn.functional.cross_entropy(logits_RLV[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
-    return f"{float(loss):.4f}"
-
-
-def _said(act: Callable[[], object]) -> str:
-    """What ``act`` gives, or the error that it raises, in one line."""
-    try:
-        return str(act())
-    except LimbeckError as error:
-        return str(error)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _adapters(root: Path) -> Iterator[Row]:
@@ -109,8 +85,8 @@ def _adapters(root: Path) -> Iterator[Row]:
     head = made("head", tied, targets=[*_Q, "lm_head"])
     yield Row(
         "teacher: LoRA on lm_head",
-        _loss(our_logits([teacher("one", tied, head)])[0]),
-        _loss(peft_logits(tied, head)),
+        loss(our_logits([teacher("one", tied, head)])[0]),
+        loss(peft_logits(tied, head)),
     )
     saved = [made(f"saved{i * '-'}", untied, modules_to_save=["lm_head"]) for i in (1, 2)]
     plain = made("plain", untied)
@@ -123,40 +99,40 @@ def _adapters(root: Path) -> Iterator[Row]:
         ("trainable tokens after a saved embedding", tied, embedding, tokens),
     ):
         ours = our_logits([teacher("one", base, first), teacher("two", base, second)])
-        yield Row(f"teacher: {what}", _loss(ours[1]), _loss(peft_logits(base, second)))
+        yield Row(f"teacher: {what}", loss(ours[1]), loss(peft_logits(base, second)))
     arm = TorchEager(model=str(tied), adapter=str(head), threads=1)
     scored = torch.stack([torch.from_numpy(arm.score(row.numpy())) for row in IDS])
-    yield Row("bench: LoRA on a tied lm_head", _loss(scored), _loss(peft_logits(tied, head)))
+    yield Row("bench: LoRA on a tied lm_head", loss(scored), loss(peft_logits(tied, head)))
     resized = made("resized", untied, rows=260)
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<one>", "<two>"])
     tokenizer.save_pretrained(resized)
     yield Row(
         "teacher: an adapter with two added tokens",
-        _loss(our_logits([teacher("one", untied, resized)])[0]),
-        _loss(peft_logits(untied, resized, rows=260)),
+        loss(our_logits([teacher("one", untied, resized)])[0]),
+        loss(peft_logits(untied, resized, rows=260)),
     )
     filled = made("filled", untied, rows=320)
     make_tokenizer().save_pretrained(filled)
     yield Row(
         "teacher: an adapter whose embedding was filled up to a multiple of 64",
-        _loss(our_logits([teacher("one", untied, filled)])[0]),
-        _loss(peft_logits(untied, filled, rows=320)),
+        loss(our_logits([teacher("one", untied, filled)])[0]),
+        loss(peft_logits(untied, filled, rows=320)),
     )
     made("on-hub", untied, base_model_name_or_path="some/base")
     mapped = adapter_bases([f"some/base={untied}"])
     yield Row(
         "an adapter whose base is a hub id, offline",
-        _said(lambda: hub_config("some/base", "main")),
-        _said(lambda: AutoModelForCausalLM.from_pretrained("some/base", local_files_only=True)),
+        said(lambda: hub_config("some/base", "main")),
+        said(lambda: AutoModelForCausalLM.from_pretrained("some/base", local_files_only=True)),
         "some/base@main: .* not on this machine",
     )
     source = teacher_source(str(root / "on-hub"), mapped)
     found = our_logits([teacher("one", Path(source["model"]["path"]), Path(source["adapter"]))])
     yield Row(
         "the same with --base some/base=PATH",
-        _loss(found[0]),
-        _loss(peft_logits(untied, root / "on-hub")),
+        loss(found[0]),
+        loss(peft_logits(untied, root / "on-hub")),
     )
 
 
@@ -206,7 +182,7 @@ def _ggufs(root: Path) -> Iterator[Row]:
     file = written(root / "other.gguf", byte_level(), pre="deepseek-llm")
     yield Row(
         "GGUF with a pre-tokenizer that transformers splits as GPT-2 does",
-        _said(lambda: gguf_tokenizer(file)),
+        said(lambda: gguf_tokenizer(file)),
         "as GPT-2",
         "splits text as 'deepseek-llm' does .*tokenizer.json beside this file",
     )
@@ -245,7 +221,7 @@ def _models(root: Path) -> Iterator[Row]:
         config = {"model_type": "llama", "rope_parameters": {"rope_type": kind}, "head_dim": 16}
         yield Row(
             f"llama with rope {kind}, backend: auto",
-            _said(lambda config=config: choose_backend(config)[0]),
+            said(lambda config=config: choose_backend(config)[0]),
             "torch's exporter alone gives the logits of torch (tests/export/build/test_rope.py)",
             builder,
         )
@@ -253,8 +229,8 @@ def _models(root: Path) -> Iterator[Row]:
     long = torch.zeros((1, 65), dtype=torch.long)
     yield Row(
         "a block longer than n_positions",
-        _said(lambda: require_fits(gpt2, block=65)),
-        _said(lambda: load(gpt2)(input_ids=long)),
+        said(lambda: require_fits(gpt2, block=65)),
+        said(lambda: load(gpt2)(input_ids=long)),
         "data.block is 65, but the model reads 64 tokens at most",
     )
     larger = make_tokenizer()
@@ -262,8 +238,8 @@ def _models(root: Path) -> Iterator[Row]:
     larger.save_pretrained(gpt2)
     yield Row(
         "a tokenizer with more ids than the embedding has rows",
-        _said(lambda: require_fits(gpt2)),
-        _said(lambda: load(gpt2)(input_ids=torch.tensor([larger("<one>")["input_ids"]]))),
+        said(lambda: require_fits(gpt2)),
+        said(lambda: load(gpt2)(input_ids=torch.tensor([larger("<one>")["input_ids"]]))),
         "its tokenizer has 259 tokens, but its embedding has 258 rows",
     )
 
@@ -276,7 +252,7 @@ def _files(root: Path) -> Iterator[Row]:
     yield Row(
         "a lone surrogate in a prompt",
         tokenizer.decode(text.encode(half)),
-        _said(lambda: tokenizer(half)),
+        said(lambda: tokenizer(half)),
         "^a\ufffdb$",
     )
     talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -298,7 +274,7 @@ def _files(root: Path) -> Iterator[Row]:
     yield Row(
         "a lone surrogate in JSON lines",
         str(*documents(root / "half.jsonl", JsonLines(kind="jsonl"))),
-        _said(lambda: json.loads((root / "half.jsonl").read_text())["text"].encode()),
+        said(lambda: json.loads((root / "half.jsonl").read_text())["text"].encode()),
         "^a\ufffdb$",
     )
     body = ChatBody.model_validate({"model": "m", "messages": [{"role": "user", "content": half}]})
@@ -330,7 +306,7 @@ def _files(root: Path) -> Iterator[Row]:
     ):
         yield Row(
             f"a null in {name}",
-            _said(lambda name=name, form=form: list(documents(root / name, form))),
+            said(lambda name=name, form=form: list(documents(root / name, form))),
             "-",
             f"{name}, {place}: the text under 'text' is null; leave the row out",
         )
@@ -382,27 +358,27 @@ def _commands(root: Path) -> Iterator[Row]:
     mistyped = "models/fortuns-lora"
     yield Row(
         f"--teacher {mistyped}",
-        _said(lambda: teacher_source(mistyped, {})),
-        _said(lambda: AutoConfig.from_pretrained(mistyped, local_files_only=True)),
+        said(lambda: teacher_source(mistyped, {})),
+        said(lambda: AutoConfig.from_pretrained(mistyped, local_files_only=True)),
         "did you mean models/fortunes-lora",
     )
     yield Row(
         "generate models/base",
-        _said(lambda: exported_folder(Path("models/base"), command="generate")),
+        said(lambda: exported_folder(Path("models/base"), command="generate")),
         "-",
         "is a model folder, not an exported student; `limbeck init",
     )
     (root / "mine.yaml").write_text("name: mine")
     yield Row(
         "verify mine.yaml",
-        _said(lambda: require_made(Path("mine.yaml"), command="verify")),
+        said(lambda: require_made(Path("mine.yaml"), command="verify")),
         "-",
         "is a recipe, .*`limbeck run mine.yaml` makes it",
     )
     hub = HubModel(kind="hub", id="some/base")
     yield Row(
         "a hub model, offline",
-        _said(lambda: hub_config(hub.id, hub.revision)),
-        _said(lambda: AutoConfig.from_pretrained(hub.id, local_files_only=True)),
+        said(lambda: hub_config(hub.id, hub.revision)),
+        said(lambda: AutoConfig.from_pretrained(hub.id, local_files_only=True)),
         "hf download some/base config.json",
     )
