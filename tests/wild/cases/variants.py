@@ -216,11 +216,10 @@ def _texts(root: Path) -> Iterator[Row]:
         messages = [{"role": r, "content": t} for r, t in zip(roles, turns, strict=False)]
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
 
-    def read(row: Any, **form: str) -> str:
-        path = root / "rows.jsonl"
+    def read(row: Any, **fields: Any) -> str:
+        path, form = root / "rows.jsonl", ChatRows(kind="chat", **fields)
         path.write_text(json.dumps(row))
-        found = conversations(path, ChatRows(kind="chat", **form), tokenizer)  # type: ignore[arg-type]
-        return " ".join(piece.text for piece in found)
+        return " ".join(piece.text for piece in conversations(path, form, tokenizer))
 
     alpaca = {"instruction": "say", "input": "hi", "output": "a", "history": [["q", "b"]]}
     asked = {"field": "output", "prompt": "instruction"}
