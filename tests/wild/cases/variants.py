@@ -35,22 +35,6 @@ from tests.wild.cases.adapters import (
 from tests.wild.cases.row import Row, loss, said
 
 _Q = ["q_proj", "v_proj"]
-_ADAPTERS: dict[str, Any] = {
-    "VeRA without its projections": VeraConfig(target_modules=["q_proj"], save_projection=False),
-    "RandLora without its bases": RandLoraConfig(target_modules=_Q[:1], save_projection=False),
-    "VB-LoRA with its best indices only": VBLoRAConfig(
-        target_modules=_Q, vector_length=16, num_vectors=8, topk=2, save_only_topk_weights=True),
-    "modules_to_save: [model.norm]": LoraConfig(target_modules=_Q, modules_to_save=["model.norm"]),
-    "a pattern of targets and one of exclusions": LoraConfig(
-        target_modules=r".*layers\.[01]\..*proj", exclude_modules=r".*down_proj"),
-    "layers_pattern": LoraConfig(
-        target_modules=_Q, layers_to_transform=[1], layers_pattern="layers"),
-    "rank_pattern from the first letter on, rslora": LoraConfig(
-        target_modules=_Q, rank_pattern={r"^model\.layers\.0\.self_attn\.q_proj": 3},
-        alpha_pattern={"layers.1.*q_proj": 5}, use_rslora=True),
-    "trainable tokens of the embedding and of the head": LoraConfig(
-        target_modules=_Q, trainable_token_indices={"embed_tokens": [3, 5], "lm_head": [3, 5]}),
-}  # fmt: skip
 _NAMES = {  # of tensors in an adapter's file: what is replaced
     "an adapter called expert": (r"\.(lora_[AB])\.", r".\1.expert."),
     "torch.compile": (r"^base_model\.model\.", "base_model.model._orig_mod."),
@@ -80,6 +64,37 @@ def variants(root: Path) -> Iterator[Row]:
     yield from _texts(root / "texts of other forms")
 
 
+def _configs() -> dict[str, Any]:
+    """Of adapters; peft warns of some when they are made."""
+    return {
+        "VeRA without its projections": VeraConfig(
+            target_modules=["q_proj"], save_projection=False
+        ),
+        "RandLora without its bases": RandLoraConfig(target_modules=_Q[:1], save_projection=False),
+        "VB-LoRA with its best indices only": VBLoRAConfig(
+            target_modules=_Q, vector_length=16, num_vectors=8, topk=2, save_only_topk_weights=True
+        ),
+        "modules_to_save: [model.norm]": LoraConfig(
+            target_modules=_Q, modules_to_save=["model.norm"]
+        ),
+        "a pattern of targets and one of exclusions": LoraConfig(
+            target_modules=r".*layers\.[01]\..*proj", exclude_modules=r".*down_proj"
+        ),
+        "layers_pattern": LoraConfig(
+            target_modules=_Q, layers_to_transform=[1], layers_pattern="layers"
+        ),
+        "rank_pattern from the first letter on, rslora": LoraConfig(
+            target_modules=_Q,
+            rank_pattern={r"^model\.layers\.0\.self_attn\.q_proj": 3},
+            alpha_pattern={"layers.1.*q_proj": 5},
+            use_rslora=True,
+        ),
+        "trainable tokens of the embedding and of the head": LoraConfig(
+            target_modules=_Q, trainable_token_indices={"embed_tokens": [3, 5], "lm_head": [3, 5]}
+        ),
+    }
+
+
 def _adapters(root: Path) -> Iterator[Row]:
     base = make_base(root / "base", tied=False)
 
@@ -88,7 +103,7 @@ def _adapters(root: Path) -> Iterator[Row]:
         (ours,) = our_logits([teacher("one", base, adapter)])
         return Row(f"adapter: {what}", loss(ours), loss(theirs))
 
-    for number, (what, config) in enumerate(_ADAPTERS.items()):
+    for number, (what, config) in enumerate(_configs().items()):
         yield row(what, make_adapter(base, root / f"{number}", config, seed=number))
     plain = LoraConfig(target_modules=_Q)
     for what, (old, new) in _NAMES.items():
@@ -155,13 +170,18 @@ def _models(root: Path) -> Iterator[Row]:
             f"stored as {form}; .* Name the model that it was made from",
         )
     ends = dict.fromkeys(["bos_token_id", "eos_token_id", "pad_token_id"], 0)
-    for kind, sizes in {"mamba": {"state_size": 8}, "rwkv": {}}.items():
+    gpt = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64}
+    for kind, sizes in {"mamba": {"state_size": 8}, "openai-gpt": gpt}.items():
         fields = SIZES | ends | sizes | {"hidden_size": 32, "num_hidden_layers": 2}
         model: Any = random_model(fields | {"model_type": kind}, vocab_size=258, seed=1, where=kind)
+        draw = torch.Generator().manual_seed(1)
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw)
         model.save_pretrained(root / kind)
         arm = TorchEager(model=str(root / kind), threads=1)
         found = [arm.begin(IDS[:, :6].numpy(), 4)]
-        found += [arm.step(found[-1]) for found in [found] for _ in range(3)]
+        for _ in range(3):
+            found.append(arm.step(found[-1]))
         theirs = load(root / kind).generate(
             IDS[:, :6], do_sample=False, max_new_tokens=4, use_cache=False, eos_token_id=None
         )
