@@ -19,7 +19,9 @@ from compress.data.documents import documents
 from limbeck.app import run as pipeline
 from limbeck.app.cli import app
 from limbeck.app.init.choice import choose_student, cuts, sizes_of
+from limbeck.app.init.inputs import _fields
 from limbeck.app.plan import form_sizes
+from limbeck.contract.errors import DataError
 from limbeck.contract.recipe import DatasetText, load_recipe
 from limbeck.contract.sources.preflight import preflight
 from limbeck.contract.sources.texts import text_files
@@ -123,6 +125,24 @@ def test_what_cannot_be_is_reported_and_nothing_is_written(tmp_path: Path) -> No
     (tmp_path / "recipe.yaml").write_text("mine")
     assert "is already there" in init(10).stderr
     assert (tmp_path / "recipe.yaml").read_text() == "mine"
+
+
+def test_columns_of_an_arrow_file_are_those_of_its_schema(tmp_path: Path) -> None:
+    """Text that a dictionary stands for is text."""
+    table = pyarrow.table({"notes": pyarrow.array(["a", "b"]).dictionary_encode(), "size": [1, 2]})
+    path = tmp_path / "rows.arrow"
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table)
+    assert _fields(path) == {"notes": "text", "size": "int64"}
+    path.write_bytes(b"of mine")
+    with pytest.raises(DataError, match=r"--data .*rows\.arrow: not an Arrow stream"):
+        _fields(path)
+
+
+def test_the_tokenizer_of_a_server_is_no_recipe() -> None:
+    found = init(10, "--teacher", "http://x/v1=pico.yaml")
+    assert found.exit_code == 2
+    assert "pico.yaml is a recipe; name a folder or hub id with the tokenizer that" in found.stderr
 
 
 def test_models_of_other_kinds_are_told_apart(tmp_path: Path) -> None:

@@ -19,26 +19,17 @@ from compress.footprint import language as footprint
 from compress.footprint import shapes, tracing
 from compress.footprint.shapes import describe, trace_line
 from compress.loop import setup
-from compress.models.language import model_config, random_config, random_model
-from compress.models.shrink import FAMILIES, shrunk_sizes
+from compress.models.language import random_config, random_model
 from export import export_student
 from export.plan import form_bytes
-from limbeck.app import pico, plan
-from limbeck.app import run as pipeline
+from limbeck.app import plan
 from limbeck.app.cli import app
 from limbeck.app.library import Entry, library
 from limbeck.app.products import plan_products
-from limbeck.contract.errors import ModelError, RecipeError
+from limbeck.contract.errors import RecipeError
 from limbeck.contract.machine import OtherWork, host
 from limbeck.contract.progress import about
-from limbeck.contract.recipe import (
-    EncoderRecipe,
-    Recipe,
-    ShrinkStudent,
-    load_any_recipe,
-    load_recipe,
-    parse_recipe,
-)
+from limbeck.contract.recipe import Recipe, load_any_recipe, load_recipe
 from tests.pico import make_model, make_student, pico_recipe
 from tests.servers import hub
 
@@ -392,76 +383,6 @@ def test_an_expert_of_your_own_text_is_the_one_beside_your_recipe(tmp_path: Path
     ):
         products = plan_products(load_recipe(reference)).order
         assert [product.recipe.name for product in products] == [expert]
-
-
-# Shrunk to pico -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", LIBRARY)
-def test_shrinking_keeps_every_choice(name: str) -> None:
-    recipe = load_any_recipe(name)
-    small = pico.shrink_to_pico(recipe)
-    assert small.digest != recipe.digest
-    for part in ("fusion", "export", "seed"):
-        assert getattr(small, part) == getattr(recipe, part)
-    assert [t.model_dump(exclude={"model", "adapter"}) for t in small.teachers] == [
-        t.model_dump(exclude={"model", "adapter"}) for t in recipe.teachers
-    ]
-    assert {t.model.kind for t in small.teachers} <= {"random"}
-    assert small.student.kind == recipe.student.kind
-    if isinstance(small, Recipe):
-        assert isinstance(recipe, Recipe)
-        assert [d.name for d in small.data.domains] == [d.name for d in recipe.data.domains]
-    else:
-        assert isinstance(recipe, EncoderRecipe)
-        assert [name for _, name, _ in small.groups()] == [name for _, name, _ in recipe.groups()]
-        assert {text.kind for _, _, text in small.groups()} == {"stdlib"}
-
-
-@pytest.mark.parametrize("kind", sorted({*pico._BY_NAME.values(), "opt"} & FAMILIES.keys()))
-def test_a_cut_in_heads_and_width_can_be_made_of_every_shrunk_architecture(kind: str) -> None:
-    config = {"model_type": kind, "num_hidden_layers": 2}
-    student = {
-        "kind": "shrink",
-        "base": {"kind": "random", "config": config},
-        "kv_heads": 3,
-        "hidden_size": 96,
-    }
-    small = pico.shrink_to_pico(pico_recipe(student=student)).student
-    assert isinstance(small, ShrinkStudent)
-    assert shrunk_sizes(model_config(small.base, folder=Path()), small)["hidden_size"] == 32
-
-
-def test_a_recovery_is_shrunk_as_the_training_is() -> None:
-    asked = {"export": {"recover": {"tokens": 2_000_000}}, "gates": {"max_quantization_loss": 0.01}}
-    small = pico.shrink_to_pico(pico_recipe(**asked))
-    assert small.export.recover is not None
-    assert small.export.recover.tokens == small.training.tokens
-
-
-def test_shrinking_tells_the_architecture_by_configuration_or_name(tmp_path: Path) -> None:
-    make_model(tmp_path / "mine", model_type="gpt2", n_embd=32, n_head=4, n_layer=1)
-    tree = pico_recipe().resolved()
-    local = {"name": "t", "model": {"kind": "local", "path": str(tmp_path / "mine")}}
-    teacher = pico.shrink_to_pico(parse_recipe(tree | {"teachers": [local]})).teachers[0]
-    assert teacher.model.model_dump()["config"]["model_type"] == "gpt2"
-    odd = {"name": "t", "model": {"kind": "hub", "id": "someone/something"}}
-    with pytest.raises(
-        ModelError, match=r"teachers\.0: the architecture of someone/something cannot be found"
-    ):
-        pico.shrink_to_pico(parse_recipe(tree | {"teachers": [odd]}))
-    result = CliRunner().invoke(app, ["run", "pico", "--shrink-to", "nano"])
-    assert (result.exit_code, "expected pico" in result.stderr) == (2, True)
-
-
-@pytest.mark.slow  # the quick tests run one recipe of a language model and one of a classifier
-@pytest.mark.parametrize("name", LIBRARY)
-def test_every_recipe_runs_to_its_verdict_shrunk(name: str, tmp_path: Path) -> None:
-    report = pipeline.run(pico.shrink_to_pico(load_any_recipe(name)), out=tmp_path / "run")
-    assert report is not None
-    assert report.exit_code == 0
-    assert "it runs here; this says nothing of quality." in report.verdict.sentence
-    assert report.html.is_file()
 
 
 def _cached(folder: Path, cache: str, *, tokens: int) -> Recipe:

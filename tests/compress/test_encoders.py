@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from compress.data.examples import load_examples as examples_of
 from compress.data.examples import training_order
 from compress.data.mail import subject_and_body
 from compress.models.encoders import (
+    base_folder,
     build_student,
     class_names,
     encoder_folder,
@@ -30,7 +32,9 @@ from limbeck.contract.data.examples import accuracy, macro_f1
 from limbeck.contract.errors import DataError, ModelError, RecipeError, UserError
 from limbeck.contract.recipe import (
     EncoderShrinkStudent,
+    FreshStudent,
     OnnxModel,
+    RecipeModel,
     load_any_recipe,
     load_recipe,
     parse_any_recipe,
@@ -260,6 +264,7 @@ def test_an_onnx_file_is_read_back(tmp_path: Path) -> None:
             rtol=1e-4,
             atol=1e-5,
         )
+    refused_onnx(file, like, entry, tmp_path)
     graph = onnx.load(file)
     tensor = next(t for t in graph.graph.initializer if t.name.endswith("word_embeddings.weight"))
     weights = onnx.numpy_helper.to_array(tensor).copy()
@@ -272,6 +277,36 @@ def test_an_onnx_file_is_read_back(tmp_path: Path) -> None:
     entry["path"] = str(tmp_path / "none.onnx")
     with pytest.raises(ModelError, match="no such file"):
         encoder_folder(OnnxModel.model_validate(entry), folder=Path())
+
+
+def refused_onnx(file: Path, like: Path, entry: dict[str, Any], folder: Path) -> None:
+    """Files whose weights are not found, or with which ``like`` computes something else."""
+    graph = onnx.load(file)
+    for thing in (*graph.graph.node, *graph.graph.initializer):
+        thing.name = thing.name.replace("encoder", "tower")
+    for node in graph.graph.node:
+        node.input[:] = [name.replace("encoder", "tower") for name in node.input]
+    onnx.save(graph, folder / "renamed.onnx")
+    with pytest.raises(ModelError, match=r"renamed.onnx: \d+ weights of a bert are not found in i"):
+        encoder_folder(
+            OnnxModel.model_validate(entry | {"path": str(folder / "renamed.onnx")}), folder=Path()
+        )
+    other = Path(shutil.copytree(like, folder / "other"))
+    config = json.loads((other / "config.json").read_text()) | {"hidden_act": "relu"}
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"computes something else \(difference"):
+        encoder_folder(
+            OnnxModel.model_validate(entry | {"like": {"kind": "local", "path": str(other)}}),
+            folder=Path(),
+        )
+
+
+def test_a_teacher_that_is_made_first_and_the_tokenizer_of_a_fresh_student(tmp_path: Path) -> None:
+    made = RecipeModel(kind="recipe", recipe="teacher.yaml")
+    assert encoder_folder(made, folder=Path(), product=tmp_path) == tmp_path / "model"
+    teachers = [tmp_path / "a", tmp_path / "b"]
+    fresh = FreshStudent(kind="fresh", config={"model_type": "bert"})
+    assert base_folder(fresh, folder=Path(), teachers=teachers) == tmp_path / "a"
 
 
 def test_only_the_head_of_a_base_and_an_unused_pooler_may_be_missing(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from limbeck.contract.recipe import (
     GgufModel,
     LocalModel,
     NpmText,
+    OnnxModel,
     PackageModel,
     PackageText,
     RandomModel,
@@ -187,3 +188,12 @@ def gguf(path: Path, fields: dict[str, str]) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def test_an_onnx_file_has_the_licence_of_its_package(tmp_path: Path) -> None:
+    like = {"kind": "local", "path": str(tmp_path)}
+    for package, licence in (("hypothesis", "mpl-2.0"), (None, "unknown")):
+        source = OnnxModel.model_validate(
+            {"kind": "onnx", "path": "a.onnx", "package": package, "like": like}
+        )
+        assert of_model(source, folder=tmp_path, made=tmp_path).license == licence

@@ -322,8 +322,8 @@ def _columns(path: Path) -> dict[str, str]:
             with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
                 schema = stream.schema
     except (pyarrow.ArrowException, OSError) as error:
-        kind = "Parquet file" if path.suffix == ".parquet" else "Arrow stream"
-        raise DataError(f"--data {path}: not a {kind} ({error}).") from None
+        kind = "a Parquet file" if path.suffix == ".parquet" else "an Arrow stream"
+        raise DataError(f"--data {path}: not {kind} ({error}).") from None
     types = pyarrow.types
     found = {}
     for field in schema:

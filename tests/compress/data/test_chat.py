@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 import compress
 from compress.data.blocks import conversations, labels_of, load_blocks
@@ -119,6 +121,46 @@ def test_answers_are_what_the_template_made_of_them(
 )
 def test_templates_that_hide_the_answers_are_refused(template: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
+        render(Conversation(chat("a", "b")), make_tokenizer(), template, "here")
+
+
+# Each asks for an answer in other words than it writes around one.
+THINKS = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("turns", [("a", "b"), ("a", "b", "c", "d")])
+def test_a_prompt_that_begins_an_answer_which_the_text_lacks(turns: tuple[str, ...]) -> None:
+    """The answer is what follows the part of the prompt that the text has."""
+    tokenizer = make_tokenizer()
+    text, spans = render(Conversation(chat(*turns)), tokenizer, THINKS, "here")
+    assert [text[a:b] for a, b in spans] == [f"{turn}<|end|>" for turn in turns[1::2]]
+    assert all(text[:a].endswith("<|assistant|>") for a, _ in spans)
+
+
+def test_a_tokenizer_without_special_tokens_has_no_token_behind_an_answer() -> None:
+    plain = Tokenizer.from_str(make_tokenizer().backend_tokenizer.to_str())
+    tree = json.loads(plain.to_str()) | {"added_tokens": []}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(tree)))
+    assert not tokenizer.added_tokens_decoder
+    template = "{% for m in messages %}{{ m.content }}<|end|>\n{% endfor %}"
+    text, spans = render(Conversation(chat("a", "b")), tokenizer, template, "here")
+    assert [text[a:b] for a, b in spans] == ["b"]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[1].content | length }}: {% for m in messages %}{{ m.content }}\n{% endfor %}",
+        "{% for m in messages %}{{ m.content }}{{ m.content | length }}\n{% endfor %}",
+    ],
+    ids=["before", "behind"],
+)
+def test_text_around_an_answer_that_depends_on_it_is_refused(template: str) -> None:
+    """It cannot be known whether such text is part of the answer."""
+    with pytest.raises(DataError, match=r"here: .* cannot be separated from the rest"):
         render(Conversation(chat("a", "b")), make_tokenizer(), template, "here")
 
 

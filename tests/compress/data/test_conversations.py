@@ -7,12 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from compress.data.blocks import conversations, load_blocks
+from compress.data.documents import documents
 from compress.data.packing import tokenise
+from compress.data.prompts import first_tokens
 from limbeck.contract.errors import DataError
-from limbeck.contract.recipe import ChatRows
+from limbeck.contract.recipe import ChatRows, FileText, Rows
 from limbeck.runtime.chat import without_marks
 from tests.compress.data.texts import recipe_of, write_rows
 from tests.pico import CHAT, make_tokenizer
@@ -332,3 +336,35 @@ def test_an_answer_as_plain_text_is_refused_where_its_prompt_would_be_lost(
         load_blocks(recipe, make_tokenizer())
     recipe = recipe_of(tmp_path, f"a.{kind}", text={"format": {"kind": kind, "field": "prompt"}})
     assert load_blocks(recipe, make_tokenizer())
+
+
+def test_prompts_of_conversations_end_where_the_first_answer_begins(tmp_path: Path) -> None:
+    talk = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "more"},
+        {"role": "assistant", "content": "b"},
+    ]
+    long = [{"role": "user", "content": "x" * 100}, talk[1]]
+    write_rows(tmp_path / "a.jsonl", [{"messages": talk}, {"messages": long}])
+    tokenizer = make_tokenizer()
+    text = FileText(kind="files", paths=("a.jsonl",), format=ChatRows(kind="chat"))
+    expected = tokenizer.apply_chat_template(talk[:1], add_generation_prompt=True)["input_ids"]
+    most = len(expected)
+    found = first_tokens(text, tokenizer, folder=tmp_path, tokens=4, most=most)
+    assert found == [expected]  # the long one is left out, and a prompt is never cut
+    with pytest.raises(DataError, match=f"whose first answer begins within {most - 1} tokens, in"):
+        first_tokens(text, tokenizer, folder=tmp_path, tokens=4, most=most - 1)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_text_in_an_extension_type_of_arrow_is_text(tmp_path: Path, suffix: str) -> None:
+    storage = pa.array(['{"a": 1}', "[]"])
+    rows = pa.ExtensionArray.from_storage(pa.json_(pa.string()), storage)
+    table, path = pa.table({"text": rows}), tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+    assert list(documents(path, Rows(kind="rows"))) == ['{"a": 1}', "[]"]

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from limbeck.contract.errors import DataError
-from limbeck.contract.recipe import DatasetText, FileText, GgufModel, LocalModel
+from limbeck.contract.errors import DataError, ModelError
+from limbeck.contract.recipe import DatasetText, EmbeddingTeacher, FileText, GgufModel, LocalModel
 from limbeck.contract.sources import hub
+from limbeck.contract.sources.encoders import require_pooling
 from limbeck.contract.sources.licences import Licence, hub_dataset, of_text
 from limbeck.contract.sources.models import model_path
 from limbeck.contract.sources.texts import text_files
@@ -103,3 +104,45 @@ def test_an_index_that_names_no_files_is_no_model(
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     monkeypatch.setattr(hub, "cached_config", lambda *_: tmp_path)
     assert hub._cached_snapshot("a/b") is None
+
+
+def test_the_only_split_of_a_dataset_is_taken(tmp_path: Path) -> None:
+    source = saved(tmp_path / "one", dataset_dict={"splits": ["train"]})
+    saved(tmp_path / "one/train", state={"_data_files": [{"filename": "a.arrow"}]})
+    (tmp_path / "one/train/a.arrow").write_bytes(b"rows")
+    assert text_files(source, folder=tmp_path) == [tmp_path / "one/train/a.arrow"]
+    two = saved(tmp_path / "two", dataset_dict={"splits": ["train", "test"]})
+    with pytest.raises(DataError, match="several splits and none chosen; set split to one of: tr"):
+        text_files(two, folder=tmp_path)
+
+
+def test_a_selection_of_rows_is_not_read_as_all_rows(tmp_path: Path) -> None:
+    state = {"_data_files": [], "_indices_data_files": [{"filename": "indices.arrow"}]}
+    with pytest.raises(DataError, match="a selection that an old `datasets` wrote; load it and"):
+        text_files(saved(tmp_path / "some", state=state), folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"pooling_mode": "cls"}, "it pools token states by cls .*; set pooling: cls"),
+        ({"pooling_mode": "max"}, "pools token states by max; Limbeck knows mean and cls"),
+        ({"pooling_mode": "mean"}, None),
+        ({"pooling_mode_cls_token": True}, "it pools token states by cls .*; set pooling: cls"),
+        ({}, "a way that its config.json does not name"),
+    ],
+)
+def test_how_a_sentence_encoder_pools_is_read_in_the_old_and_the_new_form(
+    tmp_path: Path, config: dict[str, Any], message: str | None
+) -> None:
+    modules = [{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling/config.json").write_text(json.dumps(config))
+    model = LocalModel(kind="local", path=tmp_path)
+    teacher = EmbeddingTeacher(name="t", model=model)
+    if message is None:
+        require_pooling(tmp_path, teacher)
+    else:
+        with pytest.raises(ModelError, match=message):
+            require_pooling(tmp_path, teacher)

@@ -227,3 +227,10 @@ def test_a_real_regression_is_found() -> None:
     draw = np.random.default_rng(2)
     found = sum(stopped(machine(draw, 24, ratio=1.05), bound=0.0).low > 0 for _ in range(500))
     assert found / 500 >= 0.9
+
+
+def test_looks_that_contradict_each_other_give_the_widest_interval() -> None:
+    """A machine that got slower for good: the first look lies wholly below the last."""
+    values = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, *[100.0] * 60]
+    found = sequential_interval(values, first=6)
+    assert (found.value, found.low, found.high) == (100.0, 1.0, 100.0)

@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -20,9 +21,10 @@ from serve_bench.judge import language
 from serve_bench.judge.task import read_bench
 from serve_bench.tasks import task_of
 from serve_bench.tell import bubbles as bubbles_of
-from serve_bench.tell.drawing import spread
+from serve_bench.tell.drawing import spread, ticks
 from serve_bench.tell.numbers import significant
 from serve_bench.tell.report import Report, warnings
+from serve_bench.tell.sections import source_text
 from tests.serve_bench.tell.runs import make_run, read, recipe
 
 
@@ -297,3 +299,38 @@ def test_line_labels_keep_their_distance() -> None:
     assert places == sorted(places)
     assert all(b - a >= 0.2 - 1e-6 for a, b in itertools.pairwise(places))
     assert places[3] == 3.0
+
+
+def test_line_labels_stay_inside_the_picture_if_there_is_room() -> None:
+    assert spread([3.9, 3.95, 4.0], gap=0.5, low=0.0, high=4.0) == pytest.approx([3.0, 3.5, 4.0])
+    assert spread([0.0, 0.1], gap=0.5, low=0.0, high=4.0) == pytest.approx([0.0, 0.5])
+    crowded = spread([1.0] * 20, gap=0.5, low=0.0, high=4.0)  # no room: apart, and outside
+    assert crowded[0] < 0
+    assert crowded[-1] > 4
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "found"),
+    [
+        (1, 100, [1, 2, 5, 10, 20, 50, 100]),
+        (1, 1000, [1, 3, 10, 30, 100, 300, 1000]),
+        (1, 10_000, [1, 10, 100, 1000, 10_000]),
+        (1e-4, 1e4, [1e-4, 1e-3, 1e-2, 0.1, 1, 10, 100, 1e3, 1e4]),
+    ],
+)
+def test_a_logarithmic_axis_is_not_crowded(low: float, high: float, found: list[float]) -> None:
+    assert ticks(low, high) == pytest.approx(found)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ({"kind": "hub", "id": "a/b", "revision": "4f1e"}, "a/b @ 4f1e"),
+        ({"kind": "package", "package": "w", "version": "1.0", "path": "m.gguf"}, "w 1.0: m.gguf"),
+        ({"kind": "package", "package": "w", "version": None, "paths": ["a", "b"]}, "w: a, b"),
+        ({"kind": "recipe", "recipe": "smollm2/expert-law"}, "student of smollm2/expert-law"),
+        ({"kind": "server", "model": "m", "url": "http://x/v1"}, "m behind http://x/v1"),
+    ],
+)
+def test_a_source_in_words(source: dict[str, Any], words: str) -> None:
+    assert source_text(source) == words
