@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Mapping
@@ -54,6 +55,11 @@ def find_endpoint(
     require_address(url)
     base = url.rstrip("/").removesuffix("/v1").rstrip("/") + "/v1"
     key = os.environ.get(key_variable)
+    if key and not re.fullmatch("[!-~]+", key):  # the client would show it in its error
+        raise EnvironmentalError(
+            f"${key_variable}: found a key with blanks, control characters or letters beyond "
+            "ASCII, which no header can hold; set the right one."
+        )
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         with httpx2.Client(headers=headers, timeout=CONNECT) as client:

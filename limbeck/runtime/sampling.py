@@ -100,6 +100,8 @@ class Sampler:
             counts = np.array(list(self._counts.values()), np.float32)
             row[made] -= sampling.frequency_penalty * counts + sampling.presence_penalty
         ends = [token for token in self._stop_ids if token < len(row)] if held_back else []
+        if len(ends) == len(row):  # nothing else is left to choose
+            ends = []
         if constraint is not None:
             allowed = constraint.allowed()
             row[~allowed] = -np.inf

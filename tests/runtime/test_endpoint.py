@@ -118,3 +118,15 @@ def test_addresses_are_taken(url: str) -> None:
     runtime = {"kind": "openai", "url": url}
     assert parse_recipe(pico_recipe().resolved() | {"bench": {"runtimes": [runtime]}})
     httpx2.URL(url)
+
+
+@pytest.mark.parametrize("key", ["s3cret\nX: y", "s3cret\r", "é", "a b", "\x1b[31m"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(
+        EnvironmentalError, match=r"\$OPENAI_API_KEY: found a key with blanks"
+    ) as at:
+        find_endpoint("http://127.0.0.1:1")
+    assert "s3cret" not in str(at.value)

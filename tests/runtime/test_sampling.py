@@ -136,3 +136,8 @@ def test_logprobs_are_torchs(count: int) -> None:
         assert found.rank == int((expected > expected[token]).sum()) + 1
         assert [one for one, _ in found.top] == ids.tolist()
         np.testing.assert_allclose([value for _, value in found.top], values, atol=1e-9)
+
+
+def test_where_every_token_ends_the_answer_none_is_held_back() -> None:
+    sampler = Sampler(Sampling(min_tokens=5), stop_ids=range(4))
+    assert sampler.next(np.array([0, 2, 1, -1], np.float32)) == 1

@@ -22,7 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.contract.errors import EnvironmentalError, UserError
-from limbeck.contract.files import read_json, unwritable_is_a_user_error, write_atomically
+from limbeck.contract.files import (
+    read_json,
+    require_place,
+    unwritable_is_a_user_error,
+    write_atomically,
+)
 from limbeck.contract.lock import locked
 from limbeck.contract.progress import say
 
@@ -196,9 +201,8 @@ def _lock_at_begin(engine: Any) -> None:
 
 
 def _require_journal(path: Path) -> None:
-    """Raise `EnvironmentalError` for a file of something else: Optuna would append to it."""
-    if path.is_dir():
-        raise EnvironmentalError(f"--storage: {path} is a folder; name a file.")
+    """Raise `EnvironmentalError` for anything but a journal: Optuna would append to it."""
+    require_place(path)
     if not path.exists() or not path.stat().st_size:
         return
     with path.open("rb") as file:

@@ -367,7 +367,9 @@ def test_a_file_that_is_no_journal_is_named(tmp_path: Path) -> None:
     for name in ("notes.txt", "other.json"):
         with pytest.raises(EnvironmentalError, match="is no journal of Optuna"):
             find(tmp_path / "out", f"journal://{tmp_path / name}")
-    with pytest.raises(EnvironmentalError, match=f"--storage: {tmp_path} is a folder; name a file"):
+    with pytest.raises(EnvironmentalError, match="/dev/null: a folder, pipe or device; name a fil"):
+        find(tmp_path / "out", "journal:///dev/null")
+    with pytest.raises(EnvironmentalError, match=f"{tmp_path}: a folder, pipe or device; name a"):
         find(tmp_path / "out", f"journal://{tmp_path}")
     assert (tmp_path / "notes.txt").read_text() == "of mine\n"
 
