@@ -48,6 +48,8 @@ def test_new_rows_of_a_tied_pair_are_not_those_of_a_saved_copy(
     [
         ({"target_modules": "(("}, r"error: missing \).* Name the base"),
         ({"rank_pattern": {"((": 8}}, r"error: missing \).* Name the base"),
+        ({"r": 10**9}, "a rank in it is larger than each of the tensors in adapter_model"),
+        ({"rank_pattern": {"q_proj": 10**9}}, "a rank in it is larger than each of the tensors"),
         ({"trainable_token_indices": [10**9]}, "IndexError.* Name the base"),
         # peft would look for modules named by its letters.
         ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head', expected a list of names"),

@@ -180,6 +180,14 @@ def adapter_facts(folder: Path) -> AdapterFacts:
             f"{folder / WEIGHTS}: it holds both {twice} and {names[twice]}, which are one weight. "
             "Save the adapter again with `save_pretrained`."
         )
+    of_layers = config.get("rank_pattern")
+    ranks = [config.get("r"), *(of_layers.values() if isinstance(of_layers, dict) else ())]
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    if kind == "LORA" and any(isinstance(rank, int) and rank > largest for rank in ranks):
+        raise ModelError(  # peft would make matrices of that size before it reads the weights
+            f"{folder / CONFIG}: a rank in it is larger than each of the tensors in {WEIGHTS}; "
+            "save the adapter again with `save_pretrained`."
+        )
     base = config.get("base_model_name_or_path")
     return AdapterFacts(folder, kind, str(base) if base else None, config, shapes)
 
