@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from limbeck.contract.recipe import AnyRecipe
 
 _RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda")
+_AGAIN = 0.05  # seconds until a stop that was lost is raised again
 _BOLD, _CYAN, _PLAIN = "\x1b[1m", "\x1b[36m", "\x1b[0m"
 
 
@@ -98,24 +99,40 @@ def main() -> None:
 def _stoppable() -> Iterator[None]:
     """Raise `KeyboardInterrupt` where the work is, on Ctrl-C and SIGTERM.
 
-    Before and after the work both end the command at once and without words.
+    A library that is being loaded may turn it into an error of its own, so every error after a
+    signal is the stop. Where Python can raise nothing (in a callback of a weak reference), it is
+    raised again a little later. Before and after the work both signals end the command at once and
+    without words.
     """
-    before = {}
+    stops: list[type[KeyboardInterrupt]] = []
+
+    def stop(number: int, _: object) -> NoReturn:
+        stops.append(Terminated if number == signal.SIGTERM else KeyboardInterrupt)
+        raise stops[-1]
+
+    def ignored(event: sys.UnraisableHookArgs) -> None:
+        if not issubclass(event.exc_type, KeyboardInterrupt):
+            shown(event)
+            return
+        number = signal.SIGTERM if issubclass(event.exc_type, Terminated) else signal.SIGINT
+        threading.Timer(_AGAIN, os.kill, (os.getpid(), number)).start()
+
+    before, shown, sys.unraisablehook = {}, sys.unraisablehook, ignored
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        if before[signal.SIGINT] is signal.SIG_DFL:  # not where the shell ignores it
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, terminate)
+        if before[signal.SIGINT] is not signal.SIG_IGN:  # a shell ignores it for work in background
+            signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except Exception as error:
+        if stops:
+            raise stops[0] from error
+        raise
     finally:
+        sys.unraisablehook = shown
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def terminate(*_: object) -> NoReturn:
-    """The handler of SIGTERM."""
-    raise Terminated
 
 
 def _coloured(text: str) -> str:

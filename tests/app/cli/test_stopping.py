@@ -63,6 +63,75 @@ def test_a_run_that_is_stopped_says_how_to_go_on(
     ]
 
 
+def _endless_but_deaf(folder: Path) -> None:
+    """As `endless`; the first Ctrl-C comes while a weak reference's callback runs."""
+    import weakref
+
+    class Held:
+        pass
+
+    def lost(_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):
+            pass
+
+    held = Held()
+    reference = weakref.ref(held, lost)
+    sleep = time.sleep
+
+    def deaf(seconds: float) -> None:
+        nonlocal held
+        del held
+        sleep(seconds)
+
+    time.sleep = deaf
+    endless(folder)
+    del reference
+
+
+def test_a_stop_that_python_had_to_ignore_is_not_lost(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(GOOD)
+    process = forks.start(_endless_but_deaf, tmp_path)
+    process.join(20)
+    assert process.exitcode == 130
+    assert (tmp_path / "stderr").read_text().splitlines() == [
+        "== compress",
+        "",
+        "stopped; run the same command again to go on",
+    ]
+
+
+_LOADING = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.{name})
+    for _ in range(1000):
+        pass
+except KeyboardInterrupt as stop:  # as pybind11 does where the libraries of onnxruntime start
+    raise ImportError("initialization failed") from stop
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_stop_while_a_library_is_loaded_is_no_broken_library(
+    tmp_path: Path, name: str, code: int
+) -> None:
+    (tmp_path / "onnxruntime.py").write_text(_LOADING.format(name=name))
+    done = subprocess.run(
+        [sys.executable, "-m", "limbeck", "run", "pico"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr.split("\n")[-2]) == (
+        code,
+        "stopped; run the same command again to go on",
+    )
+    assert "install" not in done.stderr
+
+
 def test_a_reader_that_leaves_is_no_error() -> None:
     command = (
         f"{sys.executable} -c 'from limbeck.app.cli import main; main()' recipes --json "

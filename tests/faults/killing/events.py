@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limbeck.app.cli.base import terminate
 from tests.faults.killing.disks import resize, small_disk, used
 
 _EVENTS = {
@@ -138,7 +137,8 @@ def stop_at(work: Work, folder: Path, at: int, *, number: int = signal.SIGKILL) 
             os.kill(os.getpid(), number)
 
     def stopped(folder: Path) -> None:
-        signal.signal(signal.SIGTERM, terminate)  # as the command line does
+        # As the command line does.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         work(folder)
 
     status = _run(stopped, folder, stop)
