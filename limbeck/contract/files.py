@@ -145,7 +145,13 @@ def _beside(path: Path, make: Callable[[Path], int]) -> Iterator[tuple[Path, int
     sweep(path.parent, path.name)
     while True:
         temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.writing")
-        handle = make(temporary)
+        try:
+            handle = make(temporary)
+        except FileNotFoundError:
+            if not path.parent.is_dir():
+                raise
+            reason = "this folder takes no files"  # such as /proc
+            raise PermissionError(errno.EACCES, reason, str(path)) from None
         try:
             if _own(handle) and temporary.exists():  # else another process has just swept it
                 yield temporary, handle

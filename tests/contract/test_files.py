@@ -63,6 +63,16 @@ def test_a_temporary_name_that_another_process_swept_is_made_again(
     assert list(tmp_path.iterdir()) == [target]
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux")
+def test_a_folder_of_the_system_takes_no_files() -> None:
+    for write in (files.write_atomically, _folder):
+        with (
+            pytest.raises(EnvironmentalError, match=r"/proc/x: cannot be written \(this folder"),
+            files.unwritable_is_a_user_error(Path("/proc/x")),
+        ):
+            write(Path("/proc/x"), "whole")
+
+
 def test_a_huge_manifest_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "manifest.json").open("wb") as file:
         file.truncate((256 << 20) + 1)  # takes no room on disk
