@@ -62,7 +62,7 @@ PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 test: $(READY)
 	$(BIN)/python -m pytest $(PARALLEL)
 
-# Branches of the four packages that the quick tests take, also in processes that they start. Takes 25 minutes.
+# Branches of the four packages that the quick tests take, also in processes that they start. Takes 16 minutes.
 coverage: $(READY)
 	$(BIN)/python -m pytest $(PARALLEL) --cov-branch --cov-report=term:skip-covered \
 		--cov=limbeck --cov=compress --cov=export --cov=serve_bench
