@@ -66,7 +66,10 @@ class _Job:
             file.write(struct.pack("q", -3600 * self.hours))
 
     def output(self) -> str:
-        return (self.folder / "stderr").read_text(errors="replace")
+        try:
+            return (self.folder / "stderr").read_text(errors="replace")
+        except FileNotFoundError:  # it was stopped before it began to write
+            return ""
 
     def outcome(self) -> dict[str, Any]:
         """Digests of student and graphs, and every name that is left."""
