@@ -22,7 +22,8 @@ from compress.states import TeacherStates
 from compress.teachers.served import ServedTeacher, served_teacher
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import ModelError
-from limbeck.contract.models.adapters import adapter_facts, attach, can_join
+from limbeck.contract.models.adapter_files import adapter_facts
+from limbeck.contract.models.adapters import attach, can_join
 from limbeck.contract.recipe import Recipe, RecipeModel, ServerModel, Teacher, fingerprint
 from limbeck.contract.results.student import StudentResult
 from limbeck.contract.sources.digests import adapter_digest, model_digest

@@ -32,7 +32,8 @@ from compress.teachers.live import TeacherFolder
 from limbeck.contract.artifact import MANIFEST
 from limbeck.contract.errors import ModelError, RecipeError
 from limbeck.contract.files import file_digest, files_below
-from limbeck.contract.models.adapters import adapter_facts, attach, join
+from limbeck.contract.models.adapter_files import adapter_facts
+from limbeck.contract.models.adapters import attach, join
 from limbeck.contract.models.adapters import merged as without_adapter
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import LoraStudent, MergeStudent, ShrinkStudent, fingerprint

@@ -40,7 +40,8 @@ from transformers import BitsAndBytesConfig
 
 from compress.models.students import with_lora
 from limbeck.contract.errors import ModelError
-from limbeck.contract.models.adapters import adapter_facts, attach, merged
+from limbeck.contract.models.adapter_files import adapter_facts
+from limbeck.contract.models.adapters import attach, merged
 from limbeck.contract.models.loading import require_finite
 from limbeck.contract.recipe import LoraStudent, RandomModel
 from serve_bench.worker.runtimes import TorchEager

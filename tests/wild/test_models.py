@@ -19,7 +19,7 @@ from compress.models.language import load_model, random_model
 from compress.models.shrink import FAMILIES
 from limbeck.app.products import mistakes
 from limbeck.contract.errors import ModelError
-from limbeck.contract.models.adapters import adapter_facts
+from limbeck.contract.models.adapter_files import adapter_facts
 from limbeck.contract.recipe import Features
 from limbeck.contract.sources.models import SHRUNK, require_fits, require_language_model
 from limbeck.contract.sources.preflight import preflight

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.files import file_digest, folder_digest
-from limbeck.contract.models.adapters import adapter_facts
+from limbeck.contract.models.adapter_files import adapter_facts
 from limbeck.contract.recipe import (
     AnyRecipe,
     HubModel,

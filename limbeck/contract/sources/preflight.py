@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from limbeck.contract.errors import UserError
-from limbeck.contract.models.adapters import adapter_facts
+from limbeck.contract.models.adapter_files import adapter_facts
 from limbeck.contract.recipe import (
     AnyRecipe,
     EmbeddingTeacher,

@@ -129,7 +129,7 @@ def _adapter(folder: Path) -> None:
 
 
 def _read_adapter(folder: Path) -> None:
-    from limbeck.contract.models.adapters import adapter_facts
+    from limbeck.contract.models.adapter_files import adapter_facts
 
     assert isinstance(adapter_facts(folder / "adapter").shares_base, bool)
 
