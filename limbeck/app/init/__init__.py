@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,41 +55,9 @@ def write_recipe(
             f"{out}: {out.parent} is no folder that can be written to; name another file with "
             "--out."
         )
-    local = adapter_bases(base_paths)
-    sources = [teacher_source(given, local) for given in teachers]
-    named = [
-        source["model"].get("model", given) for source, given in zip(sources, teachers, strict=True)
-    ]
-    found = [
-        {"name": name, **source} for name, source in zip(short_names(named), sources, strict=True)
-    ]
+    found = _named_teachers(teachers, adapter_bases(base_paths))
     own = [model_source(student, "--student")] if student else []
-    context = _context([t["model"] for t in found] + own)
-    tree: dict[str, Any] = {
-        "name": re.sub(r"[^a-z0-9._-]+", "-", out.stem.lower()).strip("-.") or "mine",
-        "teachers": found,
-        "data": {
-            "domains": [
-                {"name": name, "text": text_source(text)}
-                for name, text in zip(short_names(texts), texts, strict=True)
-            ],
-            "block": min(_BLOCK, 1 << (context.bit_length() - 1)),
-            "heldout": {"piece_chars": 1024},
-        },
-        "training": {
-            "tokens": training_tokens(texts),
-            "batch_tokens": BATCH,
-            "learning_rate": 1e-3,
-            "evaluate_every": 50,
-        },
-        "gates": {"max_size_mb": target_mb, "max_loss_vs_best_teacher": 0.02},
-    }
-    if any(t["model"]["kind"] == "server" for t in found):
-        tree["fusion"] = {"calibration": {"kind": "none"}}  # a server answers uncalibrated
-    if context < _TIMED:
-        tree["bench"] = {"prompt_tokens": context // 2, "new_tokens": max(2, context // 4)}
-    if are_short(texts, Data.model_validate(tree["data"])):
-        tree["data"]["packing"] = "stream"
+    tree = _common(out, found, own, texts, target_mb)
     bases = own or [t["model"] for t in found if t["model"]["kind"] not in ("recipe", "server")]
     if not bases:
         raise ModelError(
@@ -116,6 +84,53 @@ def write_recipe(
     parse_recipe(tree, where=str(out))
     write_atomically(out, _text(tree, choice, target_mb))
     return choice
+
+
+def _named_teachers(teachers: Sequence[str], local: Mapping[str, Path]) -> list[dict[str, Any]]:
+    sources = [teacher_source(given, local) for given in teachers]
+    named = [
+        source["model"].get("model", given) for source, given in zip(sources, teachers, strict=True)
+    ]
+    return [
+        {"name": name, **source} for name, source in zip(short_names(named), sources, strict=True)
+    ]
+
+
+def _common(
+    out: Path,
+    found: Sequence[dict[str, Any]],
+    own: Sequence[dict[str, Any]],
+    texts: Sequence[str],
+    target_mb: float,
+) -> dict[str, Any]:
+    """A recipe without its student; ``own`` are models that were named for it."""
+    context = _context([*(t["model"] for t in found), *own])
+    tree: dict[str, Any] = {
+        "name": re.sub(r"[^a-z0-9._-]+", "-", out.stem.lower()).strip("-.") or "mine",
+        "teachers": [*found],
+        "data": {
+            "domains": [
+                {"name": name, "text": text_source(text)}
+                for name, text in zip(short_names(texts), texts, strict=True)
+            ],
+            "block": min(_BLOCK, 1 << (context.bit_length() - 1)),
+            "heldout": {"piece_chars": 1024},
+        },
+        "training": {
+            "tokens": training_tokens(texts),
+            "batch_tokens": BATCH,
+            "learning_rate": 1e-3,
+            "evaluate_every": 50,
+        },
+        "gates": {"max_size_mb": target_mb, "max_loss_vs_best_teacher": 0.02},
+    }
+    if any(t["model"]["kind"] == "server" for t in found):
+        tree["fusion"] = {"calibration": {"kind": "none"}}  # a server answers uncalibrated
+    if context < _TIMED:
+        tree["bench"] = {"prompt_tokens": context // 2, "new_tokens": max(2, context // 4)}
+    if are_short(texts, Data.model_validate(tree["data"])):
+        tree["data"]["packing"] = "stream"
+    return tree
 
 
 def _context(models: Sequence[dict[str, Any]]) -> int:

@@ -6,7 +6,7 @@ imported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +70,22 @@ def load_pretrained(
             f"{where}: transformers cannot load it as {what}: {type(error).__name__}: {error}"
         ) from error
 
-    def is_fresh(name: str) -> bool:
-        return fresh is not None and fresh(model, name)
+    _require_all(found, where, what=what, is_fresh=lambda n: fresh is not None and fresh(model, n))
+    if "gguf_file" in options:
+        require_finite(where, model.state_dict().items())
+    else:
+        _require_finite_files(Path(folder), unused=found["unexpected_keys"])
+    _record_untied_head(model)
+    return model
 
+
+def _require_all(
+    found: Mapping[str, Any], where: Path | str, *, what: str, is_fresh: Callable[[str], bool]
+) -> None:
+    """Raise `ModelError` if weights are missing or have another shape.
+
+    ``found`` is what transformers says of its loading.
+    """
     wrong = sorted(entry for entry in found["mismatched_keys"] if not is_fresh(entry[0]))
     if wrong:
         shown = "; ".join(
@@ -85,34 +98,32 @@ def load_pretrained(
         )
     missing = sorted(name for name in found["missing_keys"] if not is_fresh(name))
     if missing:
-        lacks = (
-            f"{where}: as {what} it lacks {len(missing)} of its weights (for example "
-            f"{', '.join(missing[:3])})"
+        raise ModelError(_lacking(missing, found["unexpected_keys"], f"{where}: as {what}"))
+
+
+def _lacking(missing: Sequence[str], stored: Iterable[str], who: str) -> str:
+    """Why weights are missing, as far as the names of the ``stored`` ones that nobody asked for
+    tell.
+    """
+    lacks = f"{who} it lacks {len(missing)} of its weights (for example {', '.join(missing[:3])})"
+    tail = missing[0].partition(".")[2]
+    if wrapped := next((n for n in stored if n.startswith(_WRAPPERS)), None):
+        prefix = wrapped.partition(".")[0]
+        return (
+            f"{lacks}. Its files have {wrapped} instead: the model was saved with its wrapper "
+            f"({prefix}), of torch.compile or of several processes. Save the model inside: "
+            f"model.{prefix}.save_pretrained(…)."
         )
-        tail = missing[0].partition(".")[2]
-        if wrapped := next((n for n in found["unexpected_keys"] if n.startswith(_WRAPPERS)), None):
-            prefix = wrapped.partition(".")[0]
-            raise ModelError(
-                f"{lacks}. Its files have {wrapped} instead: the model was saved with its wrapper "
-                f"({prefix}), of torch.compile or of several processes. Save the model inside: "
-                f"model.{prefix}.save_pretrained(…)."
-            )
-        if inner := next((n for n in sorted(found["unexpected_keys"]) if n.endswith(tail)), None):
-            raise ModelError(
-                f"{lacks}. Its files have {inner} instead: they hold a larger model than its "
-                "config.json says. Take that model's own config.json, or save the part for text "
-                "alone, with its configuration."
-            )
-        raise ModelError(
-            f"{lacks}. Save the whole model again, its head included, with the configuration that "
-            "belongs to it."
+    if inner := next((n for n in sorted(stored) if n.endswith(tail)), None):
+        return (
+            f"{lacks}. Its files have {inner} instead: they hold a larger model than its "
+            "config.json says. Take that model's own config.json, or save the part for text "
+            "alone, with its configuration."
         )
-    if "gguf_file" in options:
-        require_finite(where, model.state_dict().items())
-    else:
-        _require_finite_files(Path(folder), unused=found["unexpected_keys"])
-    _record_untied_head(model)
-    return model
+    return (
+        f"{lacks}. Save the whole model again, its head included, with the configuration that "
+        "belongs to it."
+    )
 
 
 def require_finite(where: Path | str, tensors: Iterable[tuple[str, Any]]) -> None:
