@@ -132,7 +132,7 @@ def _stoppable() -> Iterator[None]:
     finally:
         sys.unraisablehook = shown
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: it was set by C
 
 
 def _coloured(text: str) -> str:
