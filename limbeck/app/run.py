@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -109,7 +108,9 @@ def run_stage(
     if stage == "export":
         _require_one_to_recover(recipe)
     folder = out or default_folder(recipe)
-    for earlier, name in takewhile(lambda item: item[0] != stage, FOLDERS.items()):
+    for earlier, name in FOLDERS.items():
+        if earlier == stage:
+            break
         if not (folder / name / MANIFEST).exists():
             where = f" --out {out}" if out else ""
             raise ArtifactError(

@@ -290,6 +290,7 @@ def ask(study: optuna.Study) -> optuna.Trial:
 
 
 def give_back(study: optuna.Study, number: int) -> None:
+    """Let another worker have a trial again; do nothing for one that has ended."""
     import optuna
 
     # Two workers that see the same dead one may both give its trial back.
