@@ -27,7 +27,7 @@ from compress.teachers.pairs import pair_teachers, require_coverage
 from limbeck.contract.errors import EnvironmentalError, RecipeError
 from limbeck.contract.progress import task
 from limbeck.contract.recipe import NoCache, Recipe
-from limbeck.contract.sources.teacher_tokens import reads_plain_text
+from limbeck.contract.sources.teacher_tokens import packing_of_conversations, reads_plain_text
 from limbeck.contract.sources.tokenizer import load_tokenizer
 
 
@@ -51,7 +51,12 @@ class TeacherCache:
         folders = teacher_folders(recipe, products)
         folder = student_folder(recipe, [f.tokenizer for f in folders])
         tokenizers = {f.name: f.tokenizer for f in folders}
-        pairs = pair_teachers(folder, tokenizers, plain=reads_plain_text(recipe))
+        pairs = pair_teachers(
+            folder,
+            tokenizers,
+            plain=reads_plain_text(recipe),
+            chats=packing_of_conversations(recipe),
+        )
         tokenizer = load_tokenizer(folder)
         blocks = load_blocks(recipe, tokenizer)
         pairs = with_conversations(recipe, pairs, folder, tokenizers)

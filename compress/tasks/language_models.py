@@ -47,7 +47,7 @@ from limbeck.contract.recipe import (
 )
 from limbeck.contract.recipe.checks import require_share_for_all
 from limbeck.contract.sources.licences import sources_of
-from limbeck.contract.sources.teacher_tokens import reads_plain_text
+from limbeck.contract.sources.teacher_tokens import packing_of_conversations, reads_plain_text
 from limbeck.contract.sources.tokenizer import load_tokenizer
 
 _START_ROWS = 8  # training blocks of each domain that merges of teachers are scored on
@@ -79,7 +79,12 @@ class LanguageModels:
             self.folders = teacher_folders(recipe, products)
             self.folder = student_folder(recipe, [f.tokenizer for f in self.folders])
             tokenizers = {f.name: f.tokenizer for f in self.folders}
-            self.pairs = pair_teachers(self.folder, tokenizers, plain=reads_plain_text(recipe))
+            self.pairs = pair_teachers(
+                self.folder,
+                tokenizers,
+                plain=reads_plain_text(recipe),
+                chats=packing_of_conversations(recipe),
+            )
             require_whole_distributions(recipe, self.pairs)
             tokenizer = load_tokenizer(self.folder)
             self.blocks = load_blocks(recipe, tokenizer)
@@ -96,7 +101,7 @@ class LanguageModels:
         asked = recipe.training.on_policy
         self.own: OwnText | None = None
         if asked is not None and asked.share and self.steps != 0:
-            others = any(pair is not None for pair in self.pairs.pairs)
+            others = not all(self.pairs.same_tokens)
             self.own = OwnText(recipe, asked, tokenizer, vocabulary=self.vocabulary, plain=others)
         self._fill_cache()
 
@@ -144,8 +149,8 @@ class LanguageModels:
         # Embeddings of another tokenizer have other rows, even if their shape is equal.
         local = [
             f
-            for f, pair in zip(self.folders, self.pairs.pairs, strict=True)
-            if isinstance(f, TeacherFolder) and pair is None
+            for f, same in zip(self.folders, self.pairs.same_tokens, strict=True)
+            if isinstance(f, TeacherFolder) and same
         ]
         if isinstance(student, FreshStudent) or not local:
             return None

@@ -123,13 +123,16 @@ def with_conversations(
         pair = found[k]
         if pair is None:
             continue
-        if why := conversations_are_unknown(recipe, name):
+        if not pair.aligner.same and (why := conversations_are_unknown(recipe, name)):
             raise RecipeError(why)
         if not domains:
             continue
         own = _side(student, pair.aligner.own, "the student")
         other = _side(folder, pair.aligner.other, f"teacher {name}")
-        folders = tuple(_rendered(domain, recipe, own, other, name) for domain in domains)
+        same = pair.aligner.same
+        folders = tuple(
+            _rendered(domain, recipe, own, other, name, same=same) for domain in domains
+        )
         turn = own.turn_end, other.turn_end
         target_V = pair.target_V
         if turn[0] is not None and turn[1] is not None:
@@ -154,7 +157,9 @@ def _side(folder: Path, pieces: Pieces, who: str) -> Side:
         ) from None
 
 
-def _rendered(domain: Domain, recipe: Recipe, own: Side, other: Side, name: str) -> Path:
+def _rendered(
+    domain: Domain, recipe: Recipe, own: Side, other: Side, name: str, *, same: bool
+) -> Path:
     """Folder with the conversations of a domain; made when missing."""
     form = domain.text.format
     assert isinstance(form, ChatRows)
@@ -165,6 +170,7 @@ def _rendered(domain: Domain, recipe: Recipe, own: Side, other: Side, name: str)
             "format": form.model_dump(),
             "block": recipe.data.block,
             "sides": [own.digest, other.digest],
+            **({"same": True} if same else {}),
         }
     )
     path = cache_folder() / "conversations" / key[:16]
@@ -176,7 +182,7 @@ def _rendered(domain: Domain, recipe: Recipe, own: Side, other: Side, name: str)
             for file in text_files(domain.text, folder=recipe.folder)
             for where, conversation, _ in read_conversations(file, form)
         )
-        return _write(out, rows, own, other, block=recipe.data.block, name=name)
+        return _write(out, rows, own, other, block=recipe.data.block, name=name, same=same)
 
     make_once(path, kind="conversations", key=key, parents={}, make=make)
     return path
@@ -190,11 +196,19 @@ def _write(
     *,
     block: int,
     name: str,
+    same: bool,
 ) -> dict[str, Any]:
-    """Write the arrays of `Conversations`; memory holds the places of texts, not the texts."""
+    """Write the arrays of `Conversations`; memory holds the places of texts, not the texts.
+
+    With the ``same`` tokens, a teacher reads the student's text of what two templates do not align.
+    """
+    kept_out = 0
     keys, starts, firsts, answers = list[int](), list[int]([0]), list[int]([0]), list[Answer]()
     with (folder / "text.bin").open("wb") as file:
         for conversation, where in rows:
+            if same and has_more(conversation):
+                kept_out += 1
+                continue
             found = rendered_for(conversation, where, own, other, block=block, name=name)
             if found is None:
                 continue
@@ -206,6 +220,11 @@ def _write(
             firsts.append(len(answers))
         if not keys:  # an empty file cannot be mapped
             file.write(b"\0")
+    if kept_out:
+        say(
+            f"    {kept_out} of them call tools or show reasoning; teacher {name} reads these in "
+            "the student's chat template"
+        )
     kept, order = np.unique(np.array(keys, np.uint64), return_index=True)
     spans = {n: np.lib.stride_tricks.sliding_window_view(np.array(v, np.int64), 2)[order]
              for n, v in (("starts", starts), ("firsts", firsts))}  # fmt: skip
@@ -240,7 +259,7 @@ def rendered_for(
         raise DataError(
             f"{here}: its chat template and that of the student do not show the same answers of "
             f"this conversation ({'none' if parts is None else len(parts) - 1} and {len(spans)}); "
-            "leave the row out, or use a teacher with the student's tokenizer."
+            "leave the row out, or use a teacher with the student's tokenizer and template."
         )
     data, answers, closing = b"", list[Answer](), b""
     whole = tokens.ids.tolist()

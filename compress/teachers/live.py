@@ -27,7 +27,7 @@ from limbeck.contract.models.adapters import attach, can_join
 from limbeck.contract.recipe import Recipe, RecipeModel, ServerModel, Teacher, fingerprint
 from limbeck.contract.results.student import StudentResult
 from limbeck.contract.sources.digests import adapter_digest, model_digest
-from limbeck.contract.sources.models import context_of, require_fits
+from limbeck.contract.sources.models import adapter_tokenizer, context_of, require_fits
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,12 @@ def _teacher_folder(
     if own is not None:
         common["digest"] = fingerprint([digest, adapter_digest(own)])
     return TeacherFolder(
-        base=folder, adapter=own, whole=folder, whole_adapter=own, tokenizer=folder, **common
+        base=folder,
+        adapter=own,
+        whole=folder,
+        whole_adapter=own,
+        tokenizer=(adapter_tokenizer(own) if own is not None else None) or folder,
+        **common,
     )
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,13 +16,12 @@ from compress.data.blocks import DomainBlocks, labels_of
 from limbeck.contract.data.heldout import Blocks
 from limbeck.contract.errors import DataError, ModelError, RecipeError
 from limbeck.contract.lock import make_once
-from limbeck.contract.models.alignment import Aligner, Pieces, projection, relate
-from limbeck.contract.models.tokens import same_chat
+from limbeck.contract.models.alignment import Aligner, Pieces, Relation, projection
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import Recipe, fingerprint
 from limbeck.contract.sources.places import cache_folder
 from limbeck.contract.sources.teacher_tokens import sorted_is_unknown
-from limbeck.contract.sources.tokenizer import load_tokenizer
+from limbeck.contract.sources.tokenizer import load_tokenizer, relation
 
 _VERSION = 1  # raise it when two tokenizers would give another alignment or projection
 _ROWS = 32  # training blocks of a domain that coverage is measured on
@@ -32,11 +31,16 @@ _ROWS = 32  # training blocks of a domain that coverage is measured on
 class Pairs:
     """Every teacher's relation to the student's tokenizer, in their order."""
 
-    pairs: tuple[Pair | None, ...]  # None: the teacher has the student's token map
+    pairs: tuple[Pair | None, ...]  # None: the teacher reads the student's tokens
     differ: tuple[tuple[str, ...], ...]  # added tokens that only one of the two has
 
     def __getitem__(self, k: int) -> Pair | None:
         return self.pairs[k]
+
+    @property
+    def same_tokens(self) -> tuple[bool, ...]:
+        """Whether each teacher has the student's token map, and so embeddings of the same rows."""
+        return tuple(pair is None or pair.aligner.same for pair in self.pairs)
 
     def only(self, chosen: Sequence[int]) -> Pairs:
         """The pairs of some teachers."""
@@ -49,15 +53,21 @@ class Pairs:
             return None
         sides = [(side.digest, side.end) for side in (pair.aligner.own, pair.aligner.other)]
         chats = pair.conversations
-        return fingerprint([_VERSION, sides, *([chats.digest] if chats else [])])
+        same = [True] if pair.aligner.same else []
+        return fingerprint([_VERSION, sides, *([chats.digest] if chats else []), *same])
 
 
-def pair_teachers(student: Path, teachers: Mapping[str, Path], *, plain: bool = True) -> Pairs:
+def pair_teachers(
+    student: Path,
+    teachers: Mapping[str, Path],
+    *,
+    plain: bool = True,
+    chats: Literal["document", "stream"] | None = None,
+) -> Pairs:
     """Compare each teacher's tokenizer with the student's, and align those that differ.
 
-    ``plain`` says that some text is no conversation: only there do tokens before a text matter,
-    unless the chat templates differ too. Raises `ModelError` for a tokenizer that cannot be
-    aligned.
+    `limbeck.contract.sources.tokenizer.relation` says what ``plain`` and ``chats`` are. Raises
+    `ModelError` for a tokenizer that cannot be aligned.
     """
     if not teachers:
         return Pairs((), ())
@@ -67,18 +77,17 @@ def pair_teachers(student: Path, teachers: Mapping[str, Path], *, plain: bool = 
     differ: list[tuple[str, ...]] = []
     for name, folder in teachers.items():
         theirs = load_tokenizer(folder)
-        begins = plain or not same_chat(student, folder)
-        relation = relate(mine.backend_tokenizer, theirs.backend_tokenizer, begins=begins)
-        differ.append(relation.differ)
-        if relation.same:
-            if relation.differ:
-                say(f"  teacher {name}: {_listed(relation.differ)} differ from the student's")
+        found = relation(mine, theirs, plain=plain, chats=chats)
+        differ.append(found.differ)
+        if not found.equal:
+            say(f"  teacher {name}: {found}")
+        if found.same and not found.renders:
             pairs.append(None)
             continue
         own = own or pieces_of(mine, "the student")
         other = pieces_of(theirs, f"teacher {name}")
-        pairs.append(Pair(Aligner(own, other), torch.from_numpy(_projection(own, other))))
-        say(f"  teacher {name}: another tokenizer; aligned with the student's on bytes of the text")
+        target = _equal_ids(own, other) if found.same else _projection(own, other)
+        pairs.append(Pair(Aligner(own, other, same=found.same), torch.from_numpy(target)))
     return Pairs(tuple(pairs), tuple(differ))
 
 
@@ -89,23 +98,19 @@ def require_whole_distributions(recipe: Recipe, pairs: Pairs) -> None:
             raise RecipeError(why)
 
 
-def described(student: Path, teachers: Mapping[str, Path]) -> dict[str, str]:
-    """Say of each teacher how its tokenizer relates to the student's, before anything is made.
+def described(student: Path, teachers: Mapping[str, Path]) -> dict[str, Relation]:
+    """How each teacher's tokenizer relates to the student's, before anything is made.
 
     Raises `ModelError` for a tokenizer that cannot be aligned.
     """
-    mine, found = load_tokenizer(student), {}
+    mine, found = load_tokenizer(student), dict[str, Relation]()
     for name, folder in teachers.items():
         theirs = load_tokenizer(folder)
-        relation = relate(mine.backend_tokenizer, theirs.backend_tokenizer)
-        if not relation.same:
+        relates = relation(mine, theirs)
+        if not relates.same:
             pieces_of(mine, "the student")
             pieces_of(theirs, f"teacher {name}")
-            found[name] = "another tokenizer; aligned with the student's on bytes of the text"
-        elif relation.differ:
-            found[name] = f"the student's tokenizer, but for {_listed(relation.differ)}"
-        else:
-            found[name] = "the student's tokenizer"
+        found[name] = relates
     return found
 
 
@@ -114,9 +119,14 @@ def pieces_of(tokenizer: Any, name: str) -> Pieces:
     return Pieces(tokenizer.backend_tokenizer, name=name, end=tokenizer.eos_token_id)
 
 
-def _listed(tokens: Sequence[str]) -> str:
-    more = f" and {len(tokens) - 3} more" if len(tokens) > 3 else ""
-    return f"added tokens {', '.join(map(repr, tokens[:3]))}{more}"
+def _equal_ids(own: Pieces, other: Pieces) -> np.ndarray:
+    """The projection of a tokenizer with the same ids; -1 for tokens that only one of them has."""
+    mine, theirs = (side.tokenizer.get_vocab(with_added_tokens=True) for side in (own, other))
+    target = np.full(len(other), -1, np.int64)
+    for token, index in theirs.items():
+        if mine.get(token) == index:
+            target[index] = index
+    return target
 
 
 def _projection(own: Pieces, other: Pieces) -> np.ndarray:

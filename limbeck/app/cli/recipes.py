@@ -281,5 +281,5 @@ def _print_notes(recipe: Any) -> None:
     from limbeck.contract.sources.teacher_tokens import compare_tokenizers
 
     found = compare_tokenizers(recipe)
-    for teacher in found if any(t.relation.differ or not t.relation.same for t in found) else ():
+    for teacher in found if any(not t.relation.equal for t in found) else ():
         print(f"  {teacher}")

@@ -17,6 +17,7 @@ from limbeck.contract.files import parse_json
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import ChatRows, Data, DatasetText, FileText, PlainText, find_recipe
 from limbeck.contract.recipe.mistakes import did_you_mean
+from limbeck.contract.sources.models import adapter_tokenizer
 from limbeck.contract.sources.texts import ROWS, TABLES, check_arrow, text_files
 
 BATCH = 1024  # tokens a training step
@@ -187,6 +188,9 @@ def check_tokenizers(teachers: Sequence[dict[str, Any]], bases: Sequence[dict[st
 
     sources = {t["name"]: t["model"].get("tokenizer", t["model"]) for t in teachers}
     local = {name: Path(s["path"]) for name, s in sources.items() if s["kind"] == "local"}
+    for teacher in teachers:
+        if "adapter" in teacher and (its := adapter_tokenizer(Path(teacher["adapter"]))):
+            local[teacher["name"]] = its
     student = [Path(base["path"]) for base in bases if base["kind"] == "local"]
     own = [
         local[t["name"]] for t in teachers if t["model"]["kind"] != "server" and t["name"] in local
@@ -195,7 +199,7 @@ def check_tokenizers(teachers: Sequence[dict[str, Any]], bases: Sequence[dict[st
         return
     reference = (student or own)[0]
     for name, relation in described(reference, local).items():
-        if "another" in relation:
+        if not relation.equal:
             say(f"  teacher {name}: {relation}")
 
 

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -194,16 +194,21 @@ class Aligned:
 class Aligner:
     """Writes rows of one tokenizer's tokens in another one's."""
 
-    def __init__(self, own: Pieces, other: Pieces) -> None:
-        """``own`` is the tokenizer of the rows: the student's."""
-        self.own, self.other = own, other
+    def __init__(self, own: Pieces, other: Pieces, *, same: bool = False) -> None:
+        """``own`` is the tokenizer of the rows: the student's. ``same``: a text has the same ids
+        on both sides."""
+        self.own, self.other, self.same = own, other, same
 
     def row(self, ids: Sequence[int]) -> Aligned:
         """Align one row, without padding.
 
         A special token ends a segment of the text. The end-of-text token is that of the other side
-        too; other special tokens are not shown to it.
+        too; other special tokens are not shown to it. A side of the same ids reads the row itself.
         """
+        if self.same:
+            places = np.arange(len(ids), dtype=np.int64)
+            chunks_of_one = np.stack([places, places + 1, places, places + 1], axis=1)
+            return Aligned(np.array(ids, np.int64), places, chunks_of_one)
         at = np.full(len(ids), -1, np.int64)
         theirs: list[int] = []
         chunks: list[tuple[int, int, int, int]] = []
@@ -420,6 +425,36 @@ class Relation:
 
     same: bool  # a text gives the same ids, but for the tokens of `differ`
     differ: tuple[str, ...] = ()  # added tokens that only one has, or that have other ids
+    # How conversations are packed, where they are another text in each of both chat templates.
+    chats: Literal["document", "stream"] | None = None
+    ends: tuple[str, str] | None = None  # the end-of-text tokens of both, where these differ
+
+    @property
+    def equal(self) -> bool:
+        """Whether there is nothing to say: the student's tokenizer in every way."""
+        return self == Relation(True)
+
+    @property
+    def renders(self) -> bool:
+        """Whether the other side has the same tokens, and a rendering of its own: it needs whole
+        conversations."""
+        return self.chats == "document"
+
+    def __str__(self) -> str:
+        """Describe the second tokenizer, that of a teacher; the first one is the student's."""
+        if not self.same:
+            return "another tokenizer; aligned with the student's on bytes of the text"
+        more = f" and {len(self.differ) - 3} more" if len(self.differ) > 3 else ""
+        listed = f"{', '.join(map(repr, self.differ[:3]))}{more}"
+        parts = [f"the student's tokenizer{f', but for added tokens {listed}' * bool(self.differ)}"]
+        if self.chats:
+            names = "its own", "the student's"
+            reads, not_this = names if self.renders else reversed(names)
+            parts.append(f"reads conversations in {reads} chat template, not in {not_this}")
+        if self.ends:
+            own, other = self.ends
+            parts.append(f"ends a text with {other}, but reads the student's {own} here")
+        return "; ".join(parts)
 
 
 def relate(own: Tokenizer, other: Tokenizer, *, begins: bool = True) -> Relation:

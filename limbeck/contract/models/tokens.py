@@ -202,17 +202,3 @@ def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
         if name.endswith("_token")
     }
     return {name: value for name, value in given.items() if isinstance(value, str)}
-
-
-def same_chat(one: Path, other: Path) -> bool:
-    """Whether two model folders have chat templates, and these write a conversation alike."""
-    templates, tokens = [], []
-    for folder in (one, other):
-        path = folder / "tokenizer_config.json"
-        config = parse_json(path.read_text("utf-8")) if path.is_file() else {}
-        templates.append(chat_templates(folder, config))
-        tokens.append(special_tokens(config))
-    if not templates[0] or templates[0] != templates[1]:
-        return False
-    used = [n for n in tokens[0] | tokens[1] if any(n in text for text in templates[0].values())]
-    return all(tokens[0].get(name) == tokens[1].get(name) for name in used)

@@ -243,11 +243,32 @@ def require_tokenizer(folder: Path) -> None:
             f"{file}: the only file of the tokenizer, which needs the package sentencepiece; run: "
             "pip install sentencepiece. Or put the model's tokenizer.json beside it."
         )
-    if not any(match for pattern in _TOKENIZERS for match in folder.glob(pattern)):
+    if not _holds_tokenizer(folder):
         raise ModelError(
             f"{folder}: no tokenizer; expected tokenizer.json beside config.json. Save the "
             "tokenizer of this model there: `AutoTokenizer.from_pretrained(…).save_pretrained(…)`."
         )
+
+
+def adapter_tokenizer(adapter: Path) -> Path | None:
+    """The folder of an adapter if its own tokenizer is beside it, else None.
+
+    Raises `ModelError` if only a chat template is.
+    """
+    if _holds_tokenizer(adapter):
+        return adapter
+    config = adapter / "tokenizer_config.json"
+    template = adapter / "chat_template.jinja"
+    if template.is_file() or (config.is_file() and read_object(config).get("chat_template")):
+        raise ModelError(
+            f"{adapter}: has a chat template, but not the tokenizer that it is of. Copy the "
+            "tokenizer.json and tokenizer_config.json of its base there, or remove the template."
+        )
+    return None
+
+
+def _holds_tokenizer(folder: Path) -> bool:
+    return any(match for pattern in _TOKENIZERS for match in folder.glob(pattern))
 
 
 def context_of(folder: Path) -> int | None:

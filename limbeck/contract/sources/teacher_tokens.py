@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from limbeck.contract.errors import UserError
 from limbeck.contract.files import file_digest
-from limbeck.contract.models.tokens import same_chat
+from limbeck.contract.models.tokens import MORE_TEMPLATES
 from limbeck.contract.recipe import (
     ChatRows,
     LocalModel,
@@ -23,7 +23,12 @@ from limbeck.contract.recipe import (
     Teacher,
     TopkCache,
 )
-from limbeck.contract.sources.models import model_path, require_tokenizer, tokenizer_path
+from limbeck.contract.sources.models import (
+    adapter_tokenizer,
+    model_path,
+    require_tokenizer,
+    tokenizer_path,
+)
 from limbeck.contract.sources.places import read_object
 
 if TYPE_CHECKING:
@@ -38,16 +43,7 @@ class TeacherTokens:
     relation: Relation
 
     def __str__(self) -> str:
-        match self.relation.same, len(self.relation.differ):
-            case True, 0:
-                return f"teacher {self.name}: the student's tokenizer"
-            case True, count:
-                return f"teacher {self.name}: the student's tokenizer, but for {count} added tokens"
-            case _:
-                return (
-                    f"teacher {self.name}: another tokenizer; aligned with the student's on bytes "
-                    "of the text"
-                )
+        return f"teacher {self.name}: {self.relation}"
 
 
 def compare_tokenizers(recipe: Recipe) -> list[TeacherTokens]:
@@ -56,12 +52,14 @@ def compare_tokenizers(recipe: Recipe) -> list[TeacherTokens]:
     Raises `ModelError` for one that cannot be aligned.
     """
     own = _tokenizer_folder(recipe.base, recipe.folder) if recipe.base is not None else None
-    models = recipe.teacher_models.items()
-    folders = {name: _tokenizer_folder(model, recipe.folder) for name, model in models}
+    folders = {
+        name: _tokenizer_folder(model, recipe.folder, recipe.adapters.get(name))
+        for name, model in recipe.teacher_models.items()
+    }
     here = {name: folder for name, folder in folders.items() if folder is not None}
     if own is None or not here:
         return []
-    from limbeck.contract.models.alignment import Pieces, Relation, relate
+    from limbeck.contract.models.alignment import Pieces, Relation
 
     found = list[TeacherTokens]()
     for name, folder in here.items():
@@ -69,15 +67,16 @@ def compare_tokenizers(recipe: Recipe) -> list[TeacherTokens]:
             found.append(TeacherTokens(name, Relation(True)))
             continue
         # Classes of transformers change what tokenizer.json says, for example the first token.
-        from limbeck.contract.sources.tokenizer import load_tokenizer
+        from limbeck.contract.sources.tokenizer import load_tokenizer, relation
 
-        mine, theirs = (load_tokenizer(one).backend_tokenizer for one in (own, folder))
-        begins = reads_plain_text(recipe) or not same_chat(own, folder)
-        relation = relate(mine, theirs, begins=begins)
-        if not relation.same:
-            Pieces(mine, name="the student")
-            Pieces(theirs, name=f"teacher {name}")
-        found.append(TeacherTokens(name, relation))
+        mine, theirs = (load_tokenizer(one) for one in (own, folder))
+        relates = relation(
+            mine, theirs, plain=reads_plain_text(recipe), chats=packing_of_conversations(recipe)
+        )
+        if not relates.same or relates.renders:
+            Pieces(mine.backend_tokenizer, name="the student")
+            Pieces(theirs.backend_tokenizer, name=f"teacher {name}")
+        found.append(TeacherTokens(name, relates))
     return found
 
 
@@ -98,6 +97,15 @@ def tokenizer_mistakes(recipe: Recipe) -> Iterator[str]:
 def reads_plain_text(recipe: Recipe) -> bool:
     """Whether any text of a recipe is no conversation, so that tokens before a text matter."""
     return not all(isinstance(text.format, ChatRows) for _, text in recipe.texts())
+
+
+def packing_of_conversations(recipe: Recipe) -> Literal["document", "stream"] | None:
+    """How conversations are packed; None where there are none.
+
+    As documents they are read one by one, so each teacher may read them in its own template.
+    """
+    chats = any(isinstance(domain.text.format, ChatRows) for domain in recipe.data.domains)
+    return recipe.data.packing if chats else None
 
 
 def sorted_is_unknown(recipe: Recipe, teacher: Teacher) -> str | None:
@@ -140,8 +148,15 @@ def conversations_are_unknown(recipe: Recipe, teacher: str) -> str | None:
     return None
 
 
-def _tokenizer_folder(source: object, folder: Path) -> Path | None:
-    """Folder here that holds the tokenizer of a model; None where it is not known yet."""
+def _tokenizer_folder(source: object, folder: Path, adapter: Path | None = None) -> Path | None:
+    """Folder here that holds the tokenizer of a model, or of the ``adapter`` on it.
+
+    None where it is not known yet.
+    """
+    if adapter is not None:
+        own = adapter_tokenizer((folder / adapter.expanduser()).resolve())
+        if own is not None:
+            return own
     try:
         if isinstance(source, ServerModel):
             path = tokenizer_path(source.tokenizer, folder=folder)
@@ -160,7 +175,8 @@ def _tokenizer_folder(source: object, folder: Path) -> Path | None:
 def _files(folder: Path) -> object:
     """What transformers makes the tokenizer of ``folder`` of."""
     config = folder / "config.json"
-    names = "*token*", "vocab*", "merges.txt", "*.model"
-    files = {path.name: path for name in names for path in folder.glob(name) if path.is_file()}
+    names = "*token*", "vocab*", "merges.txt", "*.model", "*.jinja", f"{MORE_TEMPLATES}/*"
+    found = [path for name in names for path in folder.glob(name) if path.is_file()]
+    files = {str(path.relative_to(folder)): path for path in found}
     digests = {name: file_digest(path) for name, path in files.items()}
     return digests, read_object(config).get("model_type") if config.is_file() else None

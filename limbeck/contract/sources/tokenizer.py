@@ -5,8 +5,9 @@ transformers is imported where it is needed: it takes seconds.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from limbeck.contract.errors import ModelError
 from limbeck.contract.models.tokens import (
@@ -19,6 +20,8 @@ from limbeck.contract.sources.models import require_rows, require_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from limbeck.contract.models.alignment import Relation
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -47,6 +50,42 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     if (file := sentencepiece_file(folder)) is not None:
         _require_same_pieces(tokenizer, file)
     return tokenizer
+
+
+def relation(
+    own: PreTrainedTokenizerFast,
+    other: PreTrainedTokenizerFast,
+    *,
+    plain: bool = True,
+    chats: Literal["document", "stream"] | None = None,
+) -> Relation:
+    """How a teacher's tokenizer ``other`` relates to the student's.
+
+    ``plain``: some text is no conversation, and only there the tokens before and after a text
+    matter, unless the chat templates differ too. ``chats``: how conversations are packed; None
+    where there are none.
+    """
+    from limbeck.contract.models.alignment import relate
+
+    both = own.chat_template and other.chat_template
+    alike = bool(both) and _same_chat(own, other)
+    found = relate(own.backend_tokenizer, other.backend_tokenizer, begins=plain or not alike)
+    if not found.same:
+        return found
+    ends = (str(own.eos_token), str(other.eos_token))
+    differ = plain and other.eos_token is not None and ends[0] != ends[1]
+    return replace(
+        found, chats=chats if both and not alike else None, ends=ends if differ else None
+    )
+
+
+def _same_chat(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
+    """Whether the chat templates of two tokenizers write a conversation alike."""
+    if one.chat_template != other.chat_template:
+        return False
+    texts, special = str(one.chat_template), (one.special_tokens_map, other.special_tokens_map)
+    used = [name for name in special[0] | special[1] if name in texts]
+    return all(str(special[0].get(name)) == str(special[1].get(name)) for name in used)
 
 
 # What readers of SentencePiece files differ in: first words, spaces, digits, unknown letters.
