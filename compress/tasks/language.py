@@ -27,7 +27,7 @@ from compress.data.evals import evaluate_rows, evaluation_rows
 from compress.data.general import general_rows
 from compress.data.training_text import heldout_batches
 from compress.head import fit_temperature, label_nll
-from compress.models.body import Body
+from compress.models.body import Body, causal_lm
 from compress.models.language import load_model
 from compress.models.students import save_student
 from compress.states import AnyStates, SparseStates, TeacherStates, teacher_statistics
@@ -48,7 +48,7 @@ from limbeck.contract.data.heldout import (
 from limbeck.contract.progress import task
 from limbeck.contract.recipe import FittedCalibration, FixedCalibration, FreshStudent, LoraStudent
 from limbeck.contract.results.student import LanguageFigures, Parameters, TeacherResult
-from limbeck.contract.sources.models import context_of
+from limbeck.contract.sources.models import context_in
 from limbeck.contract.sources.tokenizer import load_tokenizer
 
 _CALIBRATION_ROWS = 24  # training blocks that travel with a student, for the export's calibration
@@ -223,7 +223,7 @@ class LanguageTask(LanguageModels):
     @functools.cached_property
     def evaluation_rows(self) -> dict[str, Blocks]:
         """Rows of the short evaluations, by name."""
-        longest = context_of(self.folder) or sys.maxsize
+        longest = context_in(causal_lm(self.student.model).config.to_dict()) or sys.maxsize
         return evaluation_rows(
             load_tokenizer(self.folder), self.blocks, longest=longest, vocabulary=self.vocabulary
         )

@@ -20,10 +20,10 @@ from compress.teachers.pairs import pair_teachers
 from limbeck.app.products import mistakes
 from limbeck.contract.errors import ModelError
 from limbeck.contract.models.adapters import attach
-from limbeck.contract.recipe import Recipe
+from limbeck.contract.recipe import FreshStudent, Recipe
 from limbeck.contract.sources.teacher_tokens import compare_tokenizers
 from tests.compress.teachers.test_conversations import CHATML, GEMMA, chatty, save_talks, student
-from tests.compress.test_compress import tiny
+from tests.compress.test_compress import TINY, tiny
 from tests.pico import make_tokenizer
 from tests.tokenizers import byte_level
 from tests.wild.cases.adapters import (
@@ -171,6 +171,16 @@ def test_a_student_of_an_adapter_with_a_template_keeps_its_base_s(tmp_path: Path
     assert made.result["teachers"]["t"]["coverage"]["chat"]["positions"] == 1
     saved = AutoTokenizer.from_pretrained(made.path / "model")
     assert saved.chat_template == CHATML
+
+
+def test_a_fresh_student_has_the_tokenizer_of_its_adapter(tmp_path: Path) -> None:
+    config = {name: value for name, value in TINY.items() if name != "vocab_size"}
+    recipe = recipe_with(tmp_path, with_turns(), rows=334)
+    fresh = FreshStudent(kind="fresh", config=config)
+    recipe = recipe.model_copy(update={"student": fresh})
+    made = compress.distill(recipe=recipe, out=tmp_path / "student")
+    saved = AutoTokenizer.from_pretrained(made.path / "model")
+    assert (saved.chat_template, len(saved)) == (GEMMA, 334)
 
 
 def test_conversations_in_a_stream_are_read_in_the_student_s_template(tmp_path: Path) -> None:
