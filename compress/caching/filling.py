@@ -24,9 +24,9 @@ from compress.teachers.conversations import with_conversations
 from compress.teachers.live import teacher_folders
 from compress.teachers.mixed import MixedTeachers, open_teachers
 from compress.teachers.pairs import pair_teachers, require_coverage
-from limbeck.contract.errors import EnvironmentalError, RecipeError
+from limbeck.contract.errors import EnvironmentalError
 from limbeck.contract.progress import task
-from limbeck.contract.recipe import NoCache, Recipe
+from limbeck.contract.recipe import Recipe
 from limbeck.contract.sources.teacher_tokens import packing_of_conversations, reads_plain_text
 from limbeck.contract.sources.tokenizer import load_tokenizer
 
@@ -40,11 +40,7 @@ class TeacherCache:
         Raises `RecipeError` for a recipe whose training keeps no cache, and `ModelError` and
         `DataError` as a training does.
         """
-        if isinstance(recipe.training.teacher_cache, NoCache):
-            raise RecipeError(
-                f"{recipe.name}: training.teacher_cache is none, so the training would not look "
-                "for a cache; set it to hidden or topk."
-            )
+        recipe.require_cache()
         device = resolve_device(recipe.training.device)
         precision = resolve_precision(recipe.training.precision, device)
         prepare_host(recipe.training.threads)

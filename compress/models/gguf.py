@@ -35,7 +35,7 @@ _GPT2 = {
 _SINGLE_DIGITS = {  # and then as GPT-2
     "smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2",
 }  # fmt: skip
-_SAME_SPLIT = {  # names that transformers lacks, and a name that it knows
+_SAME_SPLIT = {  # names that transformers lacks, and a name that it or `_SPLITS` knows
     "chatglm-bpe": "llama-bpe",
     "glm4": "llama-bpe",
     "glm5": "llama-bpe",
@@ -43,13 +43,71 @@ _SAME_SPLIT = {  # names that transformers lacks, and a name that it knows
     "hunyuan": "qwen2",
     "solar-open": "qwen2",
     "grok-2": "qwen2",
+    "hunyuan-dense": "deepseek-v3",
+    "joyai-llm": "deepseek-v3",
+    "gpt3-finnish": "bloom",
+    "poro-chat": "bloom",
+    "bailingmoe2": "bailingmoe",
+    "llada-moe": "bailingmoe",
 }
 _LLAMA3 = {
     "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
     "jina-v5-nano",
 }  # fmt: skip
+# Patterns that split text one after the other; each splits the pieces of the one before. None is
+# GPT-2's own pattern.
+_WORDS_AND_MARKS = (  # of letters with their accents, and of marks
+    r"[!-/:-@\[-`{-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_DEEPSEEK3 = (r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u30ff]+", _WORDS_AND_MARKS)
+_IDEOGRAPHS = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+_CASED = (  # cased letters of all but some scripts, as DeepSeek lists them
+    "[\\p{Lu}\\p{Ll}\\p{Lt}&&[^\u0560-\u0588\u10c7-\u10ff\u1c80-\u1c88\u2d00-\u2d2d\ua790-\ua7fa"
+    "\uab30-\uab68\U00010570-\U000105bc\U00016e40-\U00016e7f\U0001d400-\U0001d7cb"
+    "\U0001df00-\U0001df1e]]"
+)
+_BLOOM = " ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_ENDS = r"\s+(?!\S)|\s+"
+_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_SPLITS = {
+    "deepseek-llm": (
+        r"[\r\n]",
+        rf"\s?{_CASED}+",
+        "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+        r"\s+$",
+        _IDEOGRAPHS,
+        r"\p{N}+",
+    ),
+    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _IDEOGRAPHS, r"\p{N}"),
+    "deepseek-v3": _DEEPSEEK3,
+    "falcon": (r"[\p{P}$+<=>^~|`]+", None, "[0-9]{3}"),
+    "bloom": (_BLOOM,),
+    "viking": (_BLOOM, r"\p{N}"),
+    "bailingmoe": (
+        rf"'(?i:[sdmt]|ll|ve|re)|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]|{_ENDS}",
+    ),
+    "seed-coder": (
+        rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+|{_ENDS}",
+    ),
+    "exaone-moe": (
+        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
+        rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]?|\s*[\r\n]|{_ENDS}",
+    ),
+    "minicpm5": (
+        r"\p{N}{1,3}",
+        rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|{_ENDS}",
+    ),
+}
 _ADDS_BOS = {*_LLAMA3, "tekken"}  # where the file does not say tokenizer.ggml.add_bos_token
-_WHOLE_WORDS = {*_LLAMA3, "tekken", "glm4", "glm5"}  # a word that is a token needs no merges
+_WHOLE_WORDS = {
+    *_LLAMA3,
+    "tekken",
+    "glm4",
+    "glm5",
+    "minicpm5",
+}  # a word that is a token needs no merges
 
 _BESIDE = "Put the model's own tokenizer.json beside this file"
 _UNREADABLE = (ValueError, OSError, KeyError, NotImplementedError)
@@ -132,18 +190,15 @@ def _inside(architecture: str, fields: dict[str, Any]) -> Any:
 
 def _split_as(name: str | None, tokenizer: Any, file: Path) -> None:
     """Make a byte-level ``tokenizer`` split text as llama.cpp's pre-tokenizer ``name`` does."""
-    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    regex = GGUF_PRE_TOKENIZER_SPLITS.get(_SAME_SPLIT.get(name or "", name))
+    known = _SAME_SPLIT.get(name or "", name)
     if name in _GPT2:
-        tokenizer.pre_tokenizer = by_bytes
+        splits: tuple[str | None, ...] = (None,)
     elif name in _SINGLE_DIGITS:
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, by_bytes])
-    elif regex is not None:
-        by_bytes.use_regex = False
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(regex), behavior="isolated"), by_bytes]
-        )
+        splits = (r"\p{N}", None)
+    elif known in _SPLITS:
+        splits = _SPLITS[known]
+    elif known in GGUF_PRE_TOKENIZER_SPLITS:
+        splits = (GGUF_PRE_TOKENIZER_SPLITS[known],)
     else:
         found = (
             f"splits text as {name!r} does (tokenizer.ggml.pre), which Limbeck cannot rebuild"
@@ -151,6 +206,16 @@ def _split_as(name: str | None, tokenizer: Any, file: Path) -> None:
             else "does not say how it splits text (tokenizer.ggml.pre is missing)"
         )
         raise ModelError(f"{file}: its tokenizer {found}. {_BESIDE}.")
+    level = pre_tokenizers.ByteLevel
+    parts = [
+        level(add_prefix_space=False)
+        if regex is None
+        else pre_tokenizers.Split(Regex(regex), behavior="isolated")
+        for regex in splits
+    ]
+    if None not in splits:
+        parts.append(level(add_prefix_space=False, use_regex=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
     tokenizer.model.ignore_merges = name in _WHOLE_WORDS
 
 

@@ -278,6 +278,7 @@ def cache(recipe: AnyRecipe, *, ray: str | None, workers: int, to: str | None = 
             f"{recipe.name}: an encoder's teachers answer once, when its training begins; a cache "
             "is for language models."
         )
+    recipe.require_cache()  # before its teachers are made
     if to is not None:
         tree = recipe.resolved()
         tree["training"]["teacher_cache"]["store"] = to

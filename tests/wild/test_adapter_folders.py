@@ -21,6 +21,7 @@ from limbeck.app.products import mistakes
 from limbeck.contract.errors import ModelError
 from limbeck.contract.models.adapters import attach
 from limbeck.contract.recipe import FreshStudent, Recipe
+from limbeck.contract.sources.digests import adapter_digest, input_digests
 from limbeck.contract.sources.teacher_tokens import compare_tokenizers
 from tests.compress.teachers.test_conversations import CHATML, GEMMA, chatty, save_talks, student
 from tests.compress.test_compress import TINY, tiny
@@ -210,6 +211,15 @@ def test_another_end_of_an_adapter_is_said(
     path = tmp_path / "adapter" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     assert re.search(says.replace("|", r"\|"), str(*compare_tokenizers(recipe)))
+
+
+def test_a_student_made_before_the_tokenizer_was_read_is_made_again(tmp_path: Path) -> None:
+    recipe = recipe_with(tmp_path, student())
+    folder = tmp_path / "adapter"
+    assert input_digests(recipe, products={})["adapter t"] != adapter_digest(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).unlink()
+    assert input_digests(recipe, products={})["adapter t"] == adapter_digest(folder)
 
 
 def test_a_template_without_its_tokenizer_is_named(tmp_path: Path) -> None:

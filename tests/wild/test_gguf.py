@@ -37,24 +37,57 @@ from tests.wild.test_tokenizers import TEXT, starting
 
 BOS = "<bos>"
 # GPT-2 splits these elsewhere: spaces before digits, long numbers, capitals after an apostrophe.
-TEXTS = [TEXT, "x =  5", "def f(x):\n    1\n  2\t3", "in 12345 years, WE'RE 3.5%  ", "日本 １２"]
+TEXTS = [
+    TEXT,
+    "x =  5",
+    "a|b <= $1+2^3, (`c`)!? ... ok...",
+    "der Ärger, ʔaŋ, ა, é\u0301 ｎ：ｎ",
+    "def f(x):\n    1\n  2\t3",
+    "in 12345 years, WE'RE 3.5%  ",
+    "日本 １２",
+]
 LLAMA3 = TikTokenConverter().pattern  # transformers takes it for Llama 3's own files
 
 
-def splitting(regex: str, *, whole_words: bool = False) -> Tokenizer:
-    """A byte-level tokenizer that splits text at ``regex``; ``whole_words`` need no merges."""
+def splitting(*rules: str | pre_tokenizers.PreTokenizer, whole_words: bool = False) -> Tokenizer:
+    """A byte-level tokenizer that splits text by each of ``rules``, a pattern or a part of
+    tokenizers. ``whole_words`` need no merges."""
     tree = json.loads(byte_level().to_str())
     if whole_words:
         tree["model"]["merges"] = tree["model"]["merges"][:-10]
     tree["model"]["ignore_merges"] = whole_words
     tokenizer = Tokenizer.from_str(json.dumps(tree))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(regex), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    parts = [
+        pre_tokenizers.Split(Regex(rule), behavior="isolated") if isinstance(rule, str) else rule
+        for rule in rules
+    ]
+    if not any(isinstance(part, pre_tokenizers.ByteLevel) for part in parts):
+        parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
     return tokenizer
+
+
+# What the tokenizer.json of each of these families holds.
+FALCON = splitting(
+    pre_tokenizers.Punctuation("contiguous"),
+    pre_tokenizers.ByteLevel(add_prefix_space=False),
+    pre_tokenizers.Digits(individual_digits=False),
+    "[0-9][0-9][0-9]",
+)
+BLOOM = splitting(r" ?[^(\s|[.,!?…。，、।۔،])]+")
+CODER = splitting(
+    "[\r\n]",
+    r"\s?\p{L}+",
+    r"\s?\p{P}+",
+    "[一-龥ࠀ-一가-퟿]+",
+    pre_tokenizers.Digits(individual_digits=True),
+)
+DEEPSEEK3 = splitting(
+    r"\p{N}{1,3}",
+    "[一-龥぀-ゟ゠-ヿ]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+)
 
 
 def written(
@@ -111,6 +144,12 @@ def written(
         ("dbrx", splitting(LLAMA3)),
         ("llama-bpe", splitting(LLAMA3, whole_words=True)),
         ("glm4", splitting(LLAMA3, whole_words=True)),
+        ("falcon", FALCON),
+        ("bloom", BLOOM),
+        ("deepseek-coder", CODER),
+        ("deepseek-v3", DEEPSEEK3),
+        # Its first rule leaves no number of more than three digits to the second one.
+        ("minicpm5", splitting(r"\p{N}{1,3}", LLAMA3, whole_words=True)),
     ],
 )
 def test_a_text_is_split_as_the_name_of_the_pre_tokenizer_says(
@@ -166,7 +205,7 @@ def test_a_sentencepiece_file_begins_a_text_unless_it_says_no(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("pre", "message"),
     [
-        ("deepseek-llm", "splits text as 'deepseek-llm' does .*cannot rebuild"),
+        ("kimi-k2", "splits text as 'kimi-k2' does .*cannot rebuild"),
         ("default", "splits text as 'default'"),
         (None, "does not say how it splits text .*tokenizer.ggml.pre is missing"),
     ],
@@ -259,8 +298,13 @@ def test_a_file_of_a_hubs_cache_is_read_by_its_name(
 
 
 @pytest.mark.parametrize(
-    "pre", ["gpt-2", "smollm", "stablelm2", "dbrx", "llama-bpe", "tekken", "gpt-4o", None]
-)
+    "pre",
+    [
+        "gpt-2", "smollm", "stablelm2", "dbrx", "llama-bpe", "tekken", "gpt-4o", None,
+        "deepseek-llm", "deepseek-coder", "deepseek-v3", "falcon", "bloom", "viking", "bailingmoe",
+        "seed-coder", "exaone-moe", "qwen35", "hunyuan-dense", "poro-chat", "llada-moe",
+    ],
+)  # fmt: skip
 def test_llama_cpp_reads_the_same_tokens(tmp_path: Path, pre: str | None) -> None:
     """Without add_bos_token, in texts where the splits differ; None is a SentencePiece file."""
     pytest.importorskip("cyllama", reason="llama.cpp is not installed")

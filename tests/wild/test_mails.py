@@ -17,7 +17,9 @@ import pytest
 from compress.data.documents import documents
 from compress.data.mail import subject_and_body
 from limbeck.contract.errors import DataError
-from limbeck.contract.recipe import MailText
+from limbeck.contract.files import file_digest
+from limbeck.contract.recipe import FileText, MailText, PlainText, fingerprint
+from limbeck.contract.sources.texts import text_digest
 
 TEXTS = {
     "us-ascii": "Hello there",
@@ -128,3 +130,16 @@ def test_no_damage_of_a_mail_is_a_crash(tmp_path: Path) -> None:
         (tmp_path / "a.eml").write_bytes(damaged)
         for text in documents(tmp_path / "a.eml", MailText(kind="mail")):
             text.encode()  # what a tokenizer takes
+
+
+def test_a_student_of_mails_that_were_read_otherwise_is_made_again(tmp_path: Path) -> None:
+    """The digest of the text, by which a student is found, says how a mail is read."""
+    (tmp_path / "a.eml").write_text("Subject: a\n\nb")
+    found = {
+        form.kind: text_digest(
+            FileText(kind="files", paths=("a.eml",), format=form), folder=tmp_path
+        )
+        for form in (MailText(kind="mail"), PlainText(kind="text"))
+    }
+    assert found["text"] == fingerprint([file_digest(tmp_path / "a.eml")])
+    assert found["mail"] != found["text"]

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from limbeck.contract.errors import RecipeError
 from limbeck.contract.recipe.bench import Bench, Gates
 from limbeck.contract.recipe.budget import Budget, Space
 from limbeck.contract.recipe.distillation import Features, FreshStudent, Fusion, Student, Training
@@ -76,6 +77,15 @@ class Recipe(BaseRecipe):
         """URL where the teachers' outputs are shared, or None."""
         cache = self.training.teacher_cache
         return None if isinstance(cache, NoCache) else cache.store
+
+    def require_cache(self) -> None:
+        """Raise `RecipeError` for a training that keeps no teacher cache."""
+        if isinstance(self.training.teacher_cache, NoCache):
+            raise RecipeError(
+                f"{self.name}: training.teacher_cache is none, so the training would not look for "
+                "a cache. Set it to hidden or topk in the recipe, or for one command with "
+                "--set 'training.teacher_cache={kind: hidden}'."
+            )
 
     def groups(self) -> list[tuple[str, str, TextSource]]:
         """Place in the recipe, name and text of every domain and of the prompts, in order."""

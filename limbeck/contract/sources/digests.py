@@ -19,7 +19,12 @@ from limbeck.contract.recipe import (
     ServerModel,
     fingerprint,
 )
-from limbeck.contract.sources.models import model_path, package_pieces, tokenizer_path
+from limbeck.contract.sources.models import (
+    adapter_tokenizer,
+    model_path,
+    package_pieces,
+    tokenizer_path,
+)
 from limbeck.contract.sources.places import require_stored
 from limbeck.contract.sources.texts import text_digest
 
@@ -40,7 +45,10 @@ def input_digests(recipe: AnyRecipe, *, products: Mapping[str, Path] | None) -> 
     }
     for name, adapter in recipe.adapters.items():
         path = require_stored((recipe.folder / adapter.expanduser()).resolve())
-        found[f"adapter {name}"] = adapter_digest(path)
+        digest = adapter_digest(path)
+        if adapter_tokenizer(path) is not None:  # which older versions did not read
+            digest = fingerprint([digest, "tokenizer"])
+        found[f"adapter {name}"] = digest
     if (base := recipe.base) is not None:
         found["base"] = model_digest(base, folder=recipe.folder, products={})
     return found | {

@@ -17,6 +17,7 @@ from limbeck.contract.recipe import (
     AnyRecipe,
     DatasetText,
     FileText,
+    MailText,
     NpmText,
     PackageText,
     StdlibText,
@@ -193,6 +194,13 @@ def preference_notes(recipe: AnyRecipe) -> list[str]:
     ]
 
 
+_MAIL_RULES = "mail 2"  # raised when a mail is read in another way
+
+
 def text_digest(source: TextSource, *, folder: Path) -> str:
-    """Fingerprint of a source's text files, in order. Raises `DataError` if one is missing."""
-    return fingerprint([file_digest(path) for path in text_files(source, folder=folder)])
+    """Fingerprint of a source's text files, in order, and of the rules that read them.
+
+    Raises `DataError` if one is missing.
+    """
+    rules = [_MAIL_RULES] if isinstance(source.format, MailText) else []
+    return fingerprint([*(file_digest(path) for path in text_files(source, folder=folder)), *rules])

@@ -258,8 +258,10 @@ def test_a_teacher_cache_is_filled_at_the_url_that_was_named(
     with pytest.raises(RecipeError, match=r"an encoder's teachers answer once, .* language models"):
         pipeline.cache(classifier_recipe(), ray=None, workers=1)
     none = load_recipe("child.yaml", overrides=["training.teacher_cache={kind: none}"])
-    with pytest.raises(RecipeError, match=r"--to file:///shared: .*\n  training\.teacher_cache"):
-        pipeline.cache(none, ray=None, workers=1, to="file:///shared")
+    monkeypatch.setattr(pipeline, "make_products", pytest.fail)
+    for to in (None, "file:///shared"):
+        with pytest.raises(RecipeError, match=r"child: training\.teacher_cache is none.*--set"):
+            pipeline.cache(none, ray=None, workers=1, to=to)
 
 
 def test_report_draws_again_without_the_recipe_file(stages: Stages) -> None:

@@ -52,7 +52,7 @@ from tests.wild.cases.adapters import (
 from tests.wild.cases.row import Row, loss, said
 from tests.wild.cases.variants import variants
 from tests.wild.test_files import with_template
-from tests.wild.test_gguf import LLAMA3, splitting, written
+from tests.wild.test_gguf import BLOOM, CODER, DEEPSEEK3, FALCON, LLAMA3, splitting, written
 from tests.wild.test_tokenizers import lowering, starting
 
 _Q = ["q_proj", "v_proj"]
@@ -173,18 +173,22 @@ def _ggufs(root: Path) -> Iterator[Row]:
     for pre, tokenizer in {
         "llama-bpe": starting(splitting(LLAMA3, whole_words=True), "<bos>"),
         "smollm": byte_level(digits=True),
+        "falcon": FALCON,
+        "bloom": BLOOM,
+        "deepseek-coder": CODER,
+        "deepseek-v3": DEEPSEEK3,
     }.items():
         file = written(root / f"{pre}.gguf", tokenizer, pre=pre)
         text = "def f(x):\n    1"
         ours = gguf_tokenizer(file)(text)["input_ids"]
         what = f"GGUF with pre-tokenizer {pre}, without add_bos_token: tokens of code"
         yield Row(what, str(ours), str(tokenizer.encode(text).ids))
-    file = written(root / "other.gguf", byte_level(), pre="deepseek-llm")
+    file = written(root / "other.gguf", byte_level(), pre="kimi-k2")
     yield Row(
         "GGUF with a pre-tokenizer that transformers splits as GPT-2 does",
         said(lambda: gguf_tokenizer(file)),
         "as GPT-2",
-        "splits text as 'deepseek-llm' does .*tokenizer.json beside this file",
+        "splits text as 'kimi-k2' does .*tokenizer.json beside this file",
     )
 
 
