@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
-from compress.data.chat import chat_template, render
+from compress.data.chat import chat_template, hidden, render
 from compress.data.conversations import read_conversations
 from compress.data.documents import documents, pieces, require_prompts
 from compress.data.packing import (
@@ -125,16 +125,21 @@ def conversations(
                 f"  {where}: the chat template reads {name}, which this row has beside its "
                 "messages; such a key is not given to it. Put it under chat_template_kwargs."
             )
-        for name in ignored - warned:
-            say(f"  {where}: the chat template shows no {name}, so those of this row are left out")
-        warned |= unread | ignored
         text, answers = render(conversation, tokenizer, template, where)
-        if conversation.given and len(answers) != conversation.answers:
-            raise DataError(
-                f"{where}: the chat template merges or drops answers, so that those of the prompt "
-                "cannot be separated from the one to learn; leave the row out."
+        ignored |= hidden(conversation, text)
+        for name in sorted(ignored - warned):
+            say(
+                f"  {where}: the chat template shows no {name}; what this row has of them is left "
+                "out"
             )
-        yield Piece(text, tuple(answers[conversation.given :]), says_end=False)
+        warned |= unread | ignored
+        if conversation.silent and len(answers) != conversation.answers:
+            raise DataError(
+                f"{where}: the chat template merges or drops answers, so that those that are not "
+                "learned cannot be separated from the others; leave the row out."
+            )
+        learned = (span for n, span in enumerate(answers) if n not in conversation.silent)
+        yield Piece(text, tuple(learned), says_end=False)
 
 
 # Before there is a tokenizer ---------------------------------------------------------------------

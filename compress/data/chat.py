@@ -93,6 +93,20 @@ def has_more(conversation: Conversation) -> bool:
     )
 
 
+def hidden(conversation: Conversation, text: str) -> set[str]:
+    """What answers have besides their content that is not in the rendered ``text``.
+
+    Templates may drop the reasoning of all answers but the last.
+    """
+    answers = [m for m in conversation.messages if m["role"] == "assistant"]
+    calls = [call["function"]["name"] for m in answers for call in m.get("tool_calls") or ()]
+    found = {"tool calls"} if any(name not in text for name in calls) else set[str]()
+    thought = [m[key] for m in answers[-1:] for key in _REASONING if isinstance(m.get(key), str)]
+    if thought and not any(part.strip() in text for part in thought):
+        found.add("reasoning")
+    return found
+
+
 def around_answers(
     conversation: Conversation, tokenizer: PreTrainedTokenizerFast, template: str, where: str
 ) -> list[str] | None:

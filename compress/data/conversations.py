@@ -31,6 +31,7 @@ _HISTORY = "history"  # LLaMA-Factory's: pairs of what was asked and answered be
 _READ = ("tools", "functions", *_SYSTEMS, _VARIABLES)
 _OURS = {"messages", "tools", "chat_template", "add_generation_prompt", "conversations",
          "continue_final_message", "return_assistant_tokens_mask"}  # fmt: skip
+_TEXTS = ("text", "input_text", "output_text")  # types of parts of a message
 _LEARNED = ("weight", "train", "training")  # OpenAI's and axolotl's marks of answers to learn
 
 
@@ -41,7 +42,7 @@ class Conversation:
     messages: Messages
     tools: list[dict[str, Any]] | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)  # of the template
-    given: int = 0  # answers at its beginning that belong to the prompt, and are not learned
+    silent: frozenset[int] = frozenset()  # answers that are not learned, counted from 0
 
     @property
     def answers(self) -> int:
@@ -100,7 +101,11 @@ def _conversation(row: Mapping[str, Any], form: ChatRows, where: str) -> Convers
             f"{where}: {_VARIABLES}: found {found}; expected an object of the chat template's own "
             "variables."
         )
-    return Conversation(messages, _tools(row, where), variables, given)
+    marks = [m for m in messages if m["role"] == "assistant"]
+    silent = {n for n, m in enumerate(marks) if not all(m.get(name, 1) for name in _LEARNED)}
+    return Conversation(
+        messages, _tools(row, where), variables, frozenset({*range(given), *silent})
+    )
 
 
 def _asked(prompt: str, row: Mapping[str, Any], form: ChatRows, where: str) -> Messages:
@@ -154,11 +159,8 @@ def _message(given: Any, where: str) -> dict[str, Any]:
     if message.get("tool_calls"):
         message["tool_calls"] = _calls(message["tool_calls"], where)
     content = message.get("content")
-    if isinstance(content, list) and all(
-        isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str)
-        for p in content
-    ):
-        message["content"] = "".join(part["text"] for part in content)
+    if isinstance(content, list) and content:
+        message["content"] = "".join(_text_of_part(part, where) for part in content)
     if "content" not in message and message.get("tool_calls"):
         wanted: tuple[str, ...] = ("role",)
     else:
@@ -175,12 +177,26 @@ def _message(given: Any, where: str) -> dict[str, Any]:
             "assistant."
         )
     for name in _LEARNED:
-        if message.get(name, 1) not in (1, True):
+        if message.get(name, 1) not in (0, 1):
             raise DataError(
-                f"{where} has {name} {message[name]}, but every answer is learned alike; end the "
-                "conversation before it, or leave the row out."
+                f"{where} has {name} {message[name]}, but an answer is learned or it is not; write "
+                "1 or 0, or leave the row out."
             )
     return message
+
+
+def _text_of_part(part: Any, where: str) -> str:
+    """The text of a part of a message, as the interfaces of OpenAI, Anthropic and Amazon write
+    it."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+    if kind in _TEXTS and isinstance(part.get("text"), str):
+        return str(part["text"])
+    raise DataError(
+        f"{where} has a part of type {kind}, but only text is learned; leave the part or the row "
+        "out."
+    )
 
 
 def _calls(given: Any, where: str) -> list[dict[str, Any]]:

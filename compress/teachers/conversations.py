@@ -249,7 +249,10 @@ def rendered_for(
         )
     text, spans = render(conversation, own.tokenizer, own.template, where)
     (tokens,) = tokenise([Piece(text, tuple(spans), says_end=False)], own.tokenizer)
-    labels = np.flatnonzero(tokens.scored[:block])
+    learned = np.zeros(len(tokens.ids), bool)
+    for n, (begin, end) in enumerate(tokens.answers):
+        learned[begin:end] = n not in conversation.silent
+    labels = np.flatnonzero((tokens.scored * learned)[:block])
     if not len(labels):
         return None
     ids = tokens.ids[: labels[-1] + 1].tolist()

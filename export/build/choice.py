@@ -5,7 +5,10 @@ is trained.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from limbeck.contract.errors import ModelError
@@ -67,8 +70,11 @@ def _require_traceable(config: Mapping[str, Any]) -> None:
 
     model_type = config.get("model_type")
     try:
+        with TemporaryDirectory() as folder:  # files spell numbers that `for_model` does not read
+            Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
+            read = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):  # without weights
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+            model = AutoModelForCausalLM.from_config(read)
     except Exception:  # almost anything; the run tells why transformers cannot build it
         return
     why, takes = None, inspect.signature(model.forward).parameters

@@ -21,11 +21,12 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from limbeck.contract.errors import ArtifactError, EnvironmentalError
+from limbeck.contract.errors import ArtifactError, EnvironmentalError, ModelError
 from limbeck.contract.recipe import fingerprint
 
 _MOST_JSON = 256 << 20  # bytes; the largest manifest seen has 1 MB
 _LEFT = re.compile(r"\.(?P<name>.+?)((\.[0-9a-f]+)?\.writing|(?P<old>\.old))")
+_POINTER, _LFS = 1024, b"version https://git-lfs.github.com/"  # bytes, and how they begin
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _AT_FDCWD = -100
 # Libraries that write through C or C++ report a full disk only in words: torch, numpy.
@@ -257,6 +258,15 @@ def open_regular(path: Path, *, most: int | None = None) -> Iterator[BufferedRea
         raise ArtifactError(f"{path}: larger than {most >> 20} MB, too large for this file.")
     with open(handle, "rb") as file:
         yield file
+
+
+def require_content(path: Path) -> None:
+    """Raise `ModelError` for the pointer that a clone without Git LFS has in a file's place."""
+    if path.is_file() and path.stat().st_size < _POINTER and path.read_bytes().startswith(_LFS):
+        raise ModelError(
+            f"{path}: a pointer of Git LFS, not the file itself. Run `git lfs pull` in that "
+            "folder, or download the file."
+        )
 
 
 def _reason(error: Exception) -> str:

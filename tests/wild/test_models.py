@@ -11,12 +11,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from compress.loop import setup
 from compress.models.body import Body
 from compress.models.language import load_model, random_model
 from compress.models.shrink import FAMILIES
+from export.build.choice import choose_backend
 from limbeck.app.products import mistakes
 from limbeck.contract.errors import ModelError
 from limbeck.contract.models.adapter_files import adapter_facts
@@ -246,6 +247,25 @@ def test_a_student_that_cannot_be_exported_is_refused_before_training(
     assert f"student.config: {config['model_type']} cannot be exported: it {why}" in mistake
     fine = student | {"config": SIZES | {"model_type": "gemma2"}}
     assert mistakes(pico_recipe(student=fine, teachers=teachers), timed=False) == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "granitemoehybrid", "layer_types": ["mamba", "attention"],
+         "mamba_n_heads": 4, "mamba_d_head": 16, "num_local_experts": 0},
+        {"model_type": "bamba", "mamba_n_heads": 4, "mamba_d_head": 16, "attn_layer_indices": [1]},
+    ],
+    ids=["granite 4", "bamba"],
+)  # fmt: skip
+def test_a_hybrid_is_refused_as_it_is_saved(tmp_path: Path, fields: dict[str, Any]) -> None:
+    """transformers writes an infinite limit of theirs as an object."""
+    fields = SIZES | {"num_attention_heads": 4, "hidden_size": 32, "num_hidden_layers": 2} | fields
+    AutoConfig.for_model(**fields).save_pretrained(tmp_path)
+    assert "__float__" in (tmp_path / "config.json").read_text()
+    config = json.loads((tmp_path / "config.json").read_text())
+    with pytest.raises(ModelError, match="keeps something else than keys and values"):
+        choose_backend(config)
 
 
 def test_a_base_that_cannot_be_cut_is_refused_before_training(tmp_path: Path) -> None:

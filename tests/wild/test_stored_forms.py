@@ -133,3 +133,57 @@ def test_names_of_a_training_script_are_read(tmp_path: Path, old: str, new: str)
     folders = [teacher(f"t.{i}", base, adapter) for i in range(2)]
     for ours in our_logits(folders):
         torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("weight_scale_inv", (1, 1)), ("weight_scale", (64, 1)), ("bias", (64,)), ("scales", (64, 2))],
+)
+def test_a_stored_part_that_the_configuration_leaves_out_is_named(
+    tmp_path: Path, name: str, shape: tuple[int, ...]
+) -> None:
+    """transformers takes the weight alone, and computes another model."""
+    base = make_base(tmp_path / "base", tied=True)
+    file, layer = base / "model.safetensors", "model.layers.0.self_attn.q_proj"
+    right = load(base)(input_ids=IDS).logits
+    save_file(load_file(file) | {f"{layer}.{name}": torch.ones(shape)}, file, {"format": "pt"})
+    assert torch.equal(load(base)(input_ids=IDS).logits, right)
+    with pytest.raises(ModelError, match=rf"{layer}\.{name}, which its config.json does not prov"):
+        load_model(base)
+
+
+@pytest.mark.parametrize("name", ["rotary_emb.inv_freq", "self_attn.masked_bias", "mtp.weight"])
+def test_parts_that_no_weight_needs_are_left_out(tmp_path: Path, name: str) -> None:
+    """Files of older releases hold buffers, and some models hold layers for other uses."""
+    base = make_base(tmp_path / "base", tied=True)
+    file = base / "model.safetensors"
+    extra = {f"model.layers.0.{name}": torch.ones(8)}
+    save_file(load_file(file) | extra, file, {"format": "pt"})
+    found: Any = load_model(base)
+    assert torch.equal(found(input_ids=IDS).logits, load(base)(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("key", ["quantization", "quantization_config"])
+def test_weights_of_mlx_are_named(tmp_path: Path, key: str) -> None:
+    base = make_model(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    form = {"group_size": 64, "bits": 4, "mode": "affine"}
+    (base / "config.json").write_text(json.dumps(config | {key: form}))
+    recipe = pico_recipe(student={"kind": "lora", "base": {"kind": "local", "path": str(base)}})
+    (mistake,) = preflight(recipe)
+    assert "stored in MLX's form of 4 bits" in mistake
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "tokenizer.json", "adapter_model.safetensors", "model.gguf"]
+)
+def test_a_clone_without_git_lfs_is_named(tmp_path: Path, name: str) -> None:
+    base = make_base(tmp_path / "base", tied=True)
+    adapter = make_adapter(base, tmp_path / "adapter", LoraConfig(target_modules=["q_proj"]))
+    place = (adapter if name.startswith("adapter") else base) / name
+    place.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 4242\n")
+    model = {"kind": "gguf", "path": str(place)} if name.endswith("gguf") else None
+    local = model or {"kind": "local", "path": str(base)}
+    adapted = {} if model else {"adapter": str(adapter)}
+    recipe = pico_recipe(teachers=[{"name": "one", "model": local} | adapted])
+    assert any(f"{place}: a pointer of Git LFS" in line for line in preflight(recipe))

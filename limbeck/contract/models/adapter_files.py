@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.contract.errors import ModelError
-from limbeck.contract.files import parse_json
+from limbeck.contract.files import parse_json, require_content
 from limbeck.contract.recipe.mistakes import did_you_mean
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -127,6 +127,7 @@ def _require_files(folder: Path) -> None:
                 else "expected a PEFT adapter folder with safetensors weights."
             )
         )
+    require_content(folder / WEIGHTS)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -74,6 +74,7 @@ def load_pretrained(
     if "gguf_file" in options:
         require_finite(where, model.state_dict().items())
     else:
+        _require_no_rest(Path(folder), set(found["unexpected_keys"]))
         _require_finite_files(Path(folder), unused=found["unexpected_keys"])
     _record_untied_head(model)
     return model
@@ -99,6 +100,24 @@ def _require_all(
     missing = sorted(name for name in found["missing_keys"] if not is_fresh(name))
     if missing:
         raise ModelError(_lacking(missing, found["unexpected_keys"], f"{where}: as {what}"))
+
+
+def _require_no_rest(folder: Path, unused: set[str]) -> None:
+    """Raise `ModelError` for a stored part of a layer whose weight is used without it.
+
+    transformers leaves out such a scale of quantised weights, or a bias, and only warns.
+    """
+    if not unused:
+        return
+    used = stored_names(folder) - unused
+    for name in sorted(unused):
+        layer = name.rpartition(".")[0]
+        if layer and f"{layer}.weight" in used:
+            raise ModelError(
+                f"{folder}: its files have {name}, which its config.json does not provide for, so "
+                f"{layer}.weight alone is another model. Take the config.json that was saved with "
+                "these weights; if they are quantised, it has a quantization_config."
+            )
 
 
 def _lacking(missing: Sequence[str], stored: Iterable[str], who: str) -> str:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from limbeck.contract.errors import ModelError
+from limbeck.contract.files import require_content
 from limbeck.contract.recipe.mistakes import did_you_mean
 from limbeck.contract.sources.places import read_object
 
@@ -18,6 +19,7 @@ def check_weights(path: Path) -> None:
     if path.is_file():
         if path.suffix == ".gguf":
             _require_one_file(path)
+            require_content(path)
             return
         raise ModelError(
             f"{path}: not a model; expected a .gguf file or a folder with safetensors weights."
@@ -56,6 +58,8 @@ def check_weights(path: Path) -> None:
             )
         raise ModelError(f"{path}: no weights; expected *.safetensors beside config.json.")
     _require_whole(path)
+    for file in (*path.glob("*.safetensors"), *path.glob("tokenizer*")):
+        require_content(file)
     stored_form(path)
 
 
@@ -99,9 +103,16 @@ def stored_form(folder: Path) -> str | None:
 
     Raises `ModelError` for a form that is not read, such as GPTQ and AWQ.
     """
-    found = read_object(folder / "config.json").get("quantization_config")
+    config = read_object(folder / "config.json")
+    found = config.get("quantization_config", config.get("quantization"))
     if not isinstance(found, dict):
         return None
+    if {"bits", "group_size"} <= found.keys() and "quant_method" not in found:
+        raise ModelError(
+            f"{folder}: its weights are stored in MLX's form of {found['bits']} bits, which "
+            "transformers cannot read. Name the model that it was made from, or dequantise it: "
+            "mlx_lm.convert --dequantize."
+        )
     method = found.get("quant_method")
     if method is None and (found.get("load_in_8bit") or found.get("load_in_4bit")):
         method = "bitsandbytes"  # as older files have it

@@ -212,6 +212,69 @@ def test_what_a_template_does_not_read_is_said_once(
     assert "line 1: the chat template shows no tools" in said[1]
 
 
+def test_what_answers_have_besides_and_a_template_does_not_show_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("compress.data.blocks.say", said.append)
+    call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+    answer = {"role": "assistant", "content": "a", "reasoning_content": "why", "tool_calls": [call]}
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": [TALK[0], answer]}])
+    tokenizer = make_tokenizer()
+    (piece,) = conversations(path, FORM, tokenizer)
+    assert piece.text == tokenizer.apply_chat_template([TALK[0], answer], tokenize=False)
+    assert [line.partition(";")[0].partition("shows ")[2] for line in said] == [
+        "no reasoning",
+        "no tool calls",
+    ]
+    said.clear()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.reasoning_content or '' }}{{ m.content }}"
+        "{{ m.tool_calls or '' }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    list(conversations(path, FORM, tokenizer))
+    assert said == []
+
+
+@pytest.mark.parametrize("template", [CHAT, MARKED])
+@pytest.mark.parametrize(
+    "mark", [{"weight": 0}, {"train": False}, {"training": False}], ids=["openai", "axolotl", "old"]
+)
+@pytest.mark.parametrize("silent", [{0}, {1}, {0, 2}, {0, 1, 2}])
+def test_marked_answers_are_context_alone(
+    tmp_path: Path, template: str, mark: dict[str, Any], silent: set[int]
+) -> None:
+    """As OpenAI's fine-tuning and axolotl have it: the text stays, and is not learned."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = without_marks(template)
+    turns = [(f"q{n}", f"answer {n}") for n in range(3)]
+    messages = []
+    for n, (question, answer) in enumerate(turns):
+        messages.append({"role": "user", "content": question, "weight": 0})
+        own = {"role": "assistant", "content": answer}
+        messages.append(own | (mark if n in silent else {"weight": 1}))
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": messages}])
+    (piece,) = conversations(path, FORM, tokenizer)
+    assert piece.text == tokenizer.apply_chat_template(messages, tokenize=False)
+    learned = [piece.text[slice(*span)] for span in piece.answers or ()]
+    assert [text.split("<|")[0] for text in learned] == [
+        answer for n, (_, answer) in enumerate(turns) if n not in silent
+    ]
+
+
+@pytest.mark.parametrize("kind", ["text", "input_text", "output_text", None])
+def test_parts_of_text_are_joined(tmp_path: Path, kind: str | None) -> None:
+    """Of OpenAI's and Anthropic's interfaces, and of Amazon's, whose parts have no type."""
+    parts = [({"type": kind} if kind else {}) | {"text": text} for text in ("one ", "two")]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[:1]}]
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": messages}])
+    tokenizer = make_tokenizer()
+    (piece,) = conversations(path, FORM, tokenizer)
+    plain = [{"role": "user", "content": "one two"}, {"role": "assistant", "content": "one "}]
+    assert piece.text == tokenizer.apply_chat_template(plain, tokenize=False)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -222,7 +285,9 @@ def test_what_a_template_does_not_read_is_said_once(
         ({"system": "x", "messages": [SYSTEM, *TALK]}, "a system message and another one beside"),
         ({"chat_template_kwargs": {"tools": 1}, "messages": TALK},
          "chat_template_kwargs: found tools"),
-        ({"messages": [{**TALK[1], "train": False}]}, "message 1 has train False, but every"),
+        ({"messages": [{**TALK[1], "weight": 0.5}]}, "message 1 has weight 0.5, but an answer is"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+         "message 1 has a part of type image_url, but only text is learned"),
         ({"messages": [TALK[0], {"role": "Assistant", "content": "hi"}]},
          "message 2 has the role 'Assistant', so it would not be learned"),
         ({"messages": [{"from": "human", "value": "u"}, {"from": "chatgpt", "value": "hi"}]},
@@ -230,7 +295,6 @@ def test_what_a_template_does_not_read_is_said_once(
         ({"messages": [{"role": "assistant", "tool_calls": "x"}]}, "tool calls that are no list"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]},
          "without the name of its function"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "no text under 'cont"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:

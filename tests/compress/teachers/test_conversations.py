@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import compress
 from compress.aligned import AlignedStates, Pair
-from compress.data.conversations import Conversation
+from compress.data.blocks import conversations
+from compress.data.conversations import Conversation, read_conversations
+from compress.data.packing import tokenise
 from compress.head import IGNORED, Head
 from compress.loss import fused_loss
 from compress.models.body import Body
@@ -28,7 +30,7 @@ from compress.teachers.pairs import pair_teachers, pieces_of
 from limbeck.app.products import mistakes
 from limbeck.contract.errors import DataError, RecipeError
 from limbeck.contract.models.alignment import Aligner
-from limbeck.contract.recipe import Fusion, Recipe
+from limbeck.contract.recipe import ChatRows, Fusion, Recipe
 from tests.compress.problems import gradients
 from tests.compress.teachers.test_other_tokenizers import save_teacher
 from tests.compress.teachers.test_served import source
@@ -400,6 +402,32 @@ def test_tool_calls_are_refused_for_another_tokenizer() -> None:
     conversation = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [call]}]
     with pytest.raises(DataError, match=r"row 1: an answer calls tools .* teacher big would see"):
         aligned(conversation, side(student()), side(gemma()))
+
+
+@pytest.mark.parametrize("silent", [set(), {0}, {1}, {0, 1}])
+def test_a_row_is_found_by_the_answers_that_are_learned(tmp_path: Path, silent: set[int]) -> None:
+    """Training cuts a row after its last label, and finds its rendering by what is left."""
+    answers = [{"role": "assistant", "content": text} for text in ("a cat", "a dog")]
+    marked = [m | {"weight": 0} if n in silent else m for n, m in enumerate(answers)]
+    talk = [
+        {"role": "user", "content": "q"},
+        marked[0],
+        {"role": "user", "content": "r"},
+        marked[1],
+    ]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": talk}))
+    form = ChatRows(kind="chat")
+    own, other = side(student()), side(gemma())
+    ((where, conversation, _),) = read_conversations(tmp_path / "a.jsonl", form)
+    found = rendered_for(conversation, where, own, other, block=4096, name="big")
+    (tokens,) = tokenise(conversations(tmp_path / "a.jsonl", form, own.tokenizer), own.tokenizer)
+    labels = tokens.scored.nonzero()[0]
+    if len(silent) == 2:
+        assert found is None
+        assert not len(labels)
+    else:
+        assert found is not None
+        assert found[0] == tokens.ids[: labels[-1] + 1].tolist()
 
 
 def test_conversations_without_answers_are_named(tmp_path: Path) -> None:
