@@ -8,6 +8,7 @@ from pathlib import Path
 
 from onnx import ModelProto, helper
 
+ROPE = "limbeck/rope/"  # prefix of what computes tables of angles, which needs fp32
 # transformers.js's names of dtypes fp32, fp16, q8, int8, uint8 and q4
 _STEMS = {
     "fp32": "model",

@@ -13,7 +13,8 @@ from typing import Any, Literal, cast
 
 from torch import nn
 
-from export.build.choice import choose_backend
+from export.build.choice import choose_backend, rope_kinds, ropes_of
+from export.build.rope import COMPUTED, LARGE
 from export.gguf.architecture import architecture, layers_of
 from export.gguf.write import arch_number, tensor_bytes
 from export.round.blocks import Blockwise
@@ -29,10 +30,7 @@ _ATTENTION_OUT = re.compile(r"(o_proj|out_proj|c_proj|dense)$")
 # every node and writes norms as many small nodes.
 _Growth = tuple[int, tuple[int, int, int]]
 _GENAI: _Growth = (6_000, (4_500, 5_600, 10_500))
-_DYNAMO: dict[str, _Growth] = {
-    "gpt2": (36_000, (72_000, 71_000, 74_000)),
-    "gemma3_text": (36_000, (197_000, 182_000, 185_000)),
-}
+_DYNAMO: dict[str, _Growth] = {"gpt2": (36_000, (72_000, 71_000, 74_000))}
 _OTHER_DYNAMO: _Growth = (36_000, (91_000, 84_000, 87_000))
 _ENCODERS: dict[tuple[str, str], _Growth] = {
     ("bert", "classification"): (60_000, (85_200, 69_400, 72_400)),
@@ -185,7 +183,10 @@ def _encoder_matrices(model: Any, task: str) -> Iterator[Matrix]:
 
 
 def _rotary_numbers(config: Any) -> int:
-    """The builder's tables of cosines and sines: a row a position."""
+    """The builder's tables of cosines and sines: a row a position. See `compute_tables`."""
     text = config.get_text_config()
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(text.max_position_embeddings * size)
+    ropes = ropes_of(config.to_dict())
+    numbers = int(text.max_position_embeddings * size * len(ropes))
+    computed = rope_kinds(config.to_dict()) in COMPUTED and 4 * numbers >= LARGE
+    return 0 if computed else numbers

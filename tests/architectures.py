@@ -88,6 +88,12 @@ FURTHER: dict[str, dict[str, Any]] = {
         "logit_scale": 0.5,
     },
     "ernie4_5": {},
+    "gemma": {},
+    "gemma2": {
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "query_pre_attn_scalar": 24,
+    },
     "glm4": {"partial_rotary_factor": 0.5},
     "nemotron": {"partial_rotary_factor": 0.5},
     "olmo2": {},

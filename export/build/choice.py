@@ -14,17 +14,22 @@ from typing import Any
 from limbeck.contract.errors import ModelError
 from limbeck.contract.recipe import Provider
 
-# Model types whose fused graphs the tests export and compare with torch.
-KNOWN = ("granite", "llama", "mistral", "qwen2", "qwen3")
 # Kinds of rope whose fused graphs equal torch's logits (dynamic: within the context, which is all
 # that a graph accepts). Fused graphs of yarn, linear and longrope differ by 10 in a logit.
 _FUSED_ROPES = frozenset({"default", "llama3", "dynamic"})
+# Model types whose fused graphs the tests export and compare with torch, and their ropes.
+KNOWN: dict[str, frozenset[str]] = {
+    **dict.fromkeys(("granite", "llama", "mistral", "qwen2", "qwen3"), _FUSED_ROPES),
+    **dict.fromkeys(
+        ("ernie4_5", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3"), frozenset({"default"})
+    ),
+}
 # Kinds that torch.export cannot trace: transformers branches on a length at run time.
 _UNTRACEABLE_ROPES = frozenset({"dynamic"})
 # Further model types whose graphs of torch's exporter the tests compare with torch.
 _TRACED = (
-    "cohere2", "ernie4_5", "gemma3_text", "glm4", "gpt2", "gpt_neox", "nemotron", "olmo2", "opt",
-    "phi", "phi3", "smollm3", "stablelm", "starcoder2",
+    "cohere2", "glm4", "gpt2", "gpt_neox", "nemotron", "olmo2", "opt", "phi", "stablelm",
+    "starcoder2",
 )  # fmt: skip
 _HEAD = 16  # onnxruntime's fused attention takes heads of a multiple of this many numbers
 
@@ -48,7 +53,8 @@ def choose_backend(
         )
     if named == "dynamo" and model_type not in (*KNOWN, *_TRACED):
         _require_traceable(config)
-    for kind in sorted(kinds - _FUSED_ROPES) if named == "genai" else ():
+    fused = KNOWN.get(str(model_type), _FUSED_ROPES)
+    for kind in sorted(kinds - fused) if named == "genai" else ():
         raise ModelError(
             f"{model_type} with rope of kind {kind} cannot be exported by GenAI's builder: its "
             "graph would give other logits. Set export.backend to auto."
@@ -99,13 +105,16 @@ def _require_traceable(config: Mapping[str, Any]) -> None:
 
 def _choose(config: Mapping[str, Any], provider: Provider) -> tuple[str, str]:
     architecture = (config.get("architectures") or [config.get("model_type")])[0]
-    if config.get("model_type") not in KNOWN:
+    fused = KNOWN.get(str(config.get("model_type")))
+    if fused is None:
         known = ", ".join(KNOWN)
         return "dynamo", f"auto: GenAI's builder is not proven on {architecture}, only on {known}"
     if provider == "tensorrt":
         return "dynamo", "auto: TensorRT has no kernel for the builder's fused attention"
-    if wrong := sorted(rope_kinds(config) - _FUSED_ROPES):
+    if wrong := sorted(rope_kinds(config) - fused):
         return "dynamo", f"auto: GenAI's builder is not right for rope of kind {wrong[0]}"
+    if config.get("use_bidirectional_attention"):
+        return "dynamo", "auto: fused attention reads in one direction only"
     if _names_partial_rope(config):
         return "dynamo", "auto: GenAI's builder is not right for a partial_rotary_factor"
     heads = config.get("num_attention_heads")
@@ -127,11 +136,12 @@ def rope_kinds(config: Mapping[str, Any]) -> frozenset[str]:
     Some architectures, such as gemma3, have one for each type of layer.
     """
     return frozenset(
-        str(rope.get("rope_type") or rope.get("type") or "default") for rope in _ropes(config)
+        str(rope.get("rope_type") or rope.get("type") or "default") for rope in ropes_of(config)
     )
 
 
-def _ropes(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def ropes_of(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rope of a configuration, or that of each type of layer."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     return [inner for inner in rope.values() if isinstance(inner, Mapping)] or [rope]
 
@@ -142,5 +152,5 @@ def _names_partial_rope(config: Mapping[str, Any]) -> bool:
     The architectures in `KNOWN` turn all of them all the same.
     """
     return any(
-        place.get("partial_rotary_factor") not in (None, 1) for place in (config, *_ropes(config))
+        place.get("partial_rotary_factor") not in (None, 1) for place in (config, *ropes_of(config))
     )

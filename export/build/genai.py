@@ -26,6 +26,8 @@ import onnx
 from onnx import ModelProto
 
 from export.build.choice import KNOWN
+from export.build.corrections import correct_configuration, corrected_builder
+from export.build.rope import compute_tables, drop_rope
 from export.build.surgery import (
     Maker,
     attention_windows,
@@ -63,6 +65,7 @@ def build_genai(
                 "Change head_dim (or hidden_size / num_attention_heads) of the student."
             )
         windows = attention_windows(model)
+        compute_tables(build / "model.onnx", model)
         shutil.move(build / "model.onnx.data", graphs.data)
         for logits, path in (("last", graphs.last), ("all", graphs.all)):
             proto = onnx.load(build / "model.onnx", load_external_data=False)
@@ -71,6 +74,7 @@ def build_genai(
             relocate(proto, graphs.data.name)
             _static_cache(proto, head_size)
             _set_windows(proto, windows)
+            drop_rope(proto, model)
             handle_padding(proto, logits="last" if logits == "last" else "all")
             stamp(
                 proto,
@@ -105,6 +109,7 @@ def _as_transformers_reads(model: Path, folder: Path) -> Path:
     for name in _FIELDS & vars(config).keys():
         if not hasattr(type(config), name):
             delattr(config, name)
+    correct_configuration(config)
     config.save_pretrained(folder)
     return folder
 
@@ -144,9 +149,10 @@ def _run_builder(model: Path, source: Path, folder: Path) -> None:
             check_extra_options(
                 "", str(source), str(folder), "fp32", "cpu", str(folder / "cache"), options
             )
-            create_model(
-                "", str(source), str(folder), "fp32", "cpu", str(folder / "cache"), **options
-            )
+            with corrected_builder():
+                create_model(
+                    "", str(source), str(folder), "fp32", "cpu", str(folder / "cache"), **options
+                )
     except OSError:
         raise  # the disk, not the architecture
     except Exception as error:

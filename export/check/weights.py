@@ -23,7 +23,7 @@ from export.round.blocks import Blockwise, dequantize_blocks, unpack_nibbles
 from export.round.calibrate import Calibration
 from export.round.matrices import Matrix, find_matrices
 from export.round.scheme import Scheme
-from export.round.weights import external_array
+from export.weights import external_array
 from limbeck.contract.errors import ParityError
 
 Floats = npt.NDArray[np.float32]

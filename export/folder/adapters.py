@@ -21,7 +21,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from export.graphs import Graphs, stamp
-from export.round.weights import external_array
+from export.weights import external_array
 from limbeck.contract.errors import ModelError
 from limbeck.contract.models.adapters import attach
 from limbeck.contract.models.loading import load_pretrained

@@ -14,8 +14,8 @@ import numpy.typing as npt
 import onnx
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
-from export.graphs import Graphs, stamp
-from export.round.weights import WeightsFile, external_array
+from export.graphs import ROPE, Graphs, stamp
+from export.weights import WeightsFile, external_array
 from limbeck.contract.errors import QualityError
 from limbeck.contract.progress import task
 
@@ -85,7 +85,7 @@ def half(name: str, values: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
 
 
 def _half_tensor(tensor: TensorProto) -> TensorProto:
-    if tensor.data_type != _FLOAT:
+    if tensor.data_type != _FLOAT or tensor.name.startswith(ROPE):
         return tensor
     return numpy_helper.from_array(half(tensor.name, numpy_helper.to_array(tensor)), tensor.name)
 

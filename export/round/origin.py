@@ -19,7 +19,7 @@ from safetensors import safe_open
 from export.graphs import Graphs
 from export.round.blocks import Blockwise
 from export.round.matrices import Matrix
-from export.round.weights import external_array
+from export.weights import external_array
 from limbeck.contract.errors import ModelError
 
 

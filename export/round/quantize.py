@@ -17,7 +17,7 @@ from export.round.gptq import round_blocks, shares
 from export.round.matrices import Matrix, find_matrices
 from export.round.operators import replace_nodes
 from export.round.scheme import How, Scheme, Static, is_calibrated
-from export.round.weights import WeightsFile, external_array
+from export.weights import WeightsFile, external_array
 from limbeck.contract.progress import task
 
 _ROWS = 4096  # rows of a matrix rounded at a time, which bounds the memory

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto
 
 from export.graphs import Graphs
-from export.round.weights import external_array
+from export.weights import external_array
 
 Floats = npt.NDArray[np.float32]
 

@@ -115,6 +115,7 @@ def test_layers_lie_on_a_line() -> None:
     [
         ("llama", {"tie_word_embeddings": True, "num_hidden_layers": 3}),
         ("llama", {"tie_word_embeddings": False, "hidden_size": 72, "vocab_size": 1000}),
+        ("gemma3_text", {"hidden_size": 64, "max_position_embeddings": 16384}),
         pytest.param(
             "gpt2",
             {"n_embd": 96, "n_head": 4, "n_layer": 3, "n_positions": 64},

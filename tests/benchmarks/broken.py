@@ -20,7 +20,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from export.round.matrices import turned
-from export.round.weights import external_array
+from export.weights import external_array
 
 Array = npt.NDArray[Any]
 Fault = Mapping[str, Array]  # new values by initialiser

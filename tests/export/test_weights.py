@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from export.round.weights import ALIGN, WeightsFile, external_array
+from export.weights import ALIGN, WeightsFile, external_array
 
 PAST = {
     "2 GiB": 2**31 + 5,

@@ -80,7 +80,7 @@ def test_the_kind_is_read_from_either_generations_configuration(key: str, name: 
     both = {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {name: "linear"}}
     assert rope_kinds(both) == {"linear"}  # as transformers reads it
     assert choose_backend(config | {"head_dim": 24})[0] == "dynamo"
-    assert choose_backend(config | {"model_type": "phi3"})[0] == "dynamo"
+    assert choose_backend(config | {"model_type": "phi"})[0] == "dynamo"
 
 
 @pytest.mark.parametrize("place", ["rope_parameters", "beside"])

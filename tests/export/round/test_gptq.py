@@ -16,7 +16,7 @@ from export.round.calibrate import calibration_for
 from export.round.gptq import Shares, round_blocks, shares
 from export.round.matrices import Matrix
 from export.round.quantize import _write_matrix
-from export.round.weights import WeightsFile
+from export.weights import WeightsFile
 from limbeck.contract.errors import ArtifactError, RecipeError
 from limbeck.contract.recipe import Int4WeightForm
 from tests.factory import Factory
