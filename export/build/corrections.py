@@ -14,6 +14,8 @@ from unittest.mock import patch
 def correct_configuration(config: Any) -> None:
     """Change a transformers configuration to what the builder has to read, in place."""
     match config.model_type:
+        case "gemma3_text":
+            config.attn_logit_softcapping = None  # transformers reads it and uses it nowhere
         case "phi3" if config.rope_parameters["rope_type"] != "longrope":
             # The builder takes two different lengths for longrope, whatever the type says.
             config.original_max_position_embeddings = config.max_position_embeddings

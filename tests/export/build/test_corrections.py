@@ -32,6 +32,8 @@ _CASES = {
         {
             **_GEMMA,
             "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 2.0,  # which transformers does not apply
+            "final_logit_softcapping": 3.0,
             "rope_parameters": {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
                 "full_attention": {"rope_type": "default", "rope_theta": 1e6},
