@@ -7,28 +7,19 @@ called, torch and onnxruntime only in the worker processes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from limbeck.contract.artifact import Artifact
-from limbeck.contract.recipe import AnyRecipe, Bench, EncoderBench
+from limbeck.contract.recipe import AnyRecipe
 
 if TYPE_CHECKING:
     from serve_bench.judge.changes import Comparison
     from serve_bench.judge.findings import Finding
     from serve_bench.tell.report import Report
 
-__all__ = [
-    "bench",
-    "compare_runs",
-    "evaluate",
-    "measure_targets",
-    "replay",
-    "table",
-    "time_encoders",
-    "write_report",
-]
+__all__ = ["bench", "compare_runs", "replay", "write_report"]
 
 
 def bench(*, onnx: Path, student: Path, out: Path, recipe: AnyRecipe) -> Artifact:
@@ -43,42 +34,6 @@ def bench(*, onnx: Path, student: Path, out: Path, recipe: AnyRecipe) -> Artifac
     from serve_bench.tasks import task_of
 
     return measure(onnx=onnx, student=student, out=out, asked=task_of(recipe))
-
-
-def measure_targets(
-    targets: Sequence[str], *, against: Sequence[str] = (), out: Path, bench: Bench
-) -> Artifact:
-    """Time ``targets`` and those to compare with, without a recipe; ratios are of the first target.
-
-    A target is a run or an exported folder (``#FORM`` picks a form), a model folder,
-    ``hub:ID[@REVISION]``, or the URL of an OpenAI-compatible server. Writes a ``bench`` artifact
-    without quality and verdict to ``out``. Raises `ModelError` if a target is none of these,
-    `ArtifactError` if ``out`` holds something else, `DataError` if arms cannot be compared.
-    """
-    from serve_bench.tasks.targets import measure_targets as run
-
-    return run(targets, against=against, out=out, bench=bench)
-
-
-def time_encoders(
-    exports: Sequence[tuple[Path, str]], *, out: Path, bench: EncoderBench
-) -> list[float]:
-    """Median milliseconds of one sequence at the largest of `lengths`, of each run folder and form,
-    all in one interleaved run.
-
-    Blocks go on for the bench's `minutes`; its samples lie in ``out``. Raises `ArtifactError` for a
-    folder without export, `DataError` for a sequence past a model's context.
-    """
-    from serve_bench.tasks.exports import time_encoders as run
-
-    return run(exports, out=out, bench=bench)
-
-
-def table(bench: Artifact) -> str:
-    """The figures of a ``bench`` artifact as a llama-bench-like table for a terminal."""
-    from serve_bench.tell.terminal import of_artifact
-
-    return of_artifact(bench)
 
 
 def write_report(*, run: Path, recipe: AnyRecipe) -> Report:
@@ -127,34 +82,4 @@ def compare_runs(
 
     return compare(
         before, after, task_of_bench, tolerances=tolerances, across_machines=across_machines
-    )
-
-
-def evaluate(
-    artifact: Path,
-    *,
-    tasks: Sequence[str],
-    include_path: Path | None = None,
-    form: str | None = None,
-    limit: int | None = None,
-    shots: int | None = None,
-    threads: int | None = None,
-) -> dict[str, Any]:
-    """Run tasks of lm-eval on a form of the ``onnx`` artifact (the shipped one unless ``form``
-    names another).
-
-    ``include_path`` is a folder of task files; ``limit`` the most samples a task; ``shots``
-    examples before each question. Raises `EnvironmentalError` without lm-eval, `UserError` for an
-    unknown task, `DataError` for data that is not local.
-    """
-    from serve_bench.lm_eval import evaluate as run
-
-    return run(
-        artifact,
-        tasks=tasks,
-        include_path=include_path,
-        form=form,
-        limit=limit,
-        shots=shots,
-        threads=threads,
     )

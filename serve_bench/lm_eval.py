@@ -37,7 +37,13 @@ def evaluate(
     shots: int | None = None,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """See `serve_bench.evaluate`."""
+    """Run tasks of lm-eval on a form of the ``onnx`` artifact (the shipped one unless ``form``
+    names another).
+
+    ``include_path`` is a folder of task files; ``limit`` the most samples a task; ``shots``
+    examples before each question. Raises `EnvironmentalError` without lm-eval, `UserError` for an
+    unknown task, `DataError` for data that is not local.
+    """
     if include_path is not None and not include_path.is_dir():
         raise DataError(
             f"--include-path {include_path}: no such folder; expected one with lm-eval task files "

@@ -6,7 +6,6 @@ any shard, in any order, and what a killed one has not finished another one make
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -98,7 +97,7 @@ class TeacherCache:
 
     def make(self, teacher: int, shard: int) -> str:
         """Make one shard unless it is there; its digest."""
-        with self._computing():
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._autocast):
             return self._local.fill(teacher, self._shards[shard])
 
     def complete(self) -> dict[str, str]:
@@ -114,6 +113,3 @@ class TeacherCache:
         if isinstance(self._teachers, MixedTeachers):
             self._teachers.served.prepare(self._rows)
         return found
-
-    def _computing(self) -> contextlib.AbstractContextManager[None]:
-        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._autocast)

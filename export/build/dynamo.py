@@ -180,8 +180,10 @@ def _export(folder: Path, path: Path, opset: int | None, static: StaticShapes | 
         "attention_mask": batch | {1: "total_sequence_length"},
         "past": [batch | {2: "past_sequence_length"}] * len(names),
     }
+    kinds, by_layer = getattr(model.config, "layer_types", None), attention_windows(folder)
+    windows = dict(zip(kinds, by_layer, strict=True)) if kinds else by_layer[0]
     save_onnx(
-        FlatCache(model, _windows(folder, model.config), shifts=static is not None),
+        FlatCache(model, windows, shifts=static is not None),
         (
             torch.zeros((rows, new), dtype=torch.int64),
             torch.ones((rows, past + new), dtype=torch.int64),
@@ -195,12 +197,6 @@ def _export(folder: Path, path: Path, opset: int | None, static: StaticShapes | 
         opset=opset,
     )
     return exported_context(model.config.to_dict())
-
-
-def _windows(folder: Path, config: Any) -> Mapping[str, int] | int:
-    windows = attention_windows(folder)
-    kinds = getattr(config, "layer_types", None)
-    return dict(zip(kinds, windows, strict=True)) if kinds else windows[0]
 
 
 def split_gemm(proto: ModelProto) -> None:

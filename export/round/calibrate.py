@@ -127,7 +127,8 @@ def calibration_for(
         case Int8WeightForm() | Int8DynamicForm():
             pass
         case Int4WeightForm():
-            if not reads or _rounds_to_nearest(form, as_they_are=as_they_are):
+            rounds_each_alone = form.algorithm == "rtn" or (form.algorithm is None and as_they_are)
+            if not reads or rounds_each_alone:
                 return None
             rows = calibration_rows(student, form, "set its algorithm: rtn")
             moments = _moments(source, rows, list(dict.fromkeys(reads.values())), known or Known())
@@ -152,11 +153,6 @@ def calibration_for(
     return calibrate(
         source, rows, activations, method=method, alpha=alpha if movable else 0.0, known=known
     )
-
-
-def _rounds_to_nearest(form: Int4WeightForm, *, as_they_are: bool) -> bool:
-    """Whether each 4-bit weight is rounded alone; ``as_they_are`` as in `calibration_for`."""
-    return form.algorithm == "rtn" or (form.algorithm is None and as_they_are)
 
 
 def calibration_rows(

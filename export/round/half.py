@@ -36,7 +36,8 @@ def cast_to_half(source: Graphs, target: Graphs, *, metadata: Mapping[str, str])
     """
     first = onnx.load(source.last, load_external_data=False)
     whole = any(node.op_type == "GroupQueryAttention" for node in first.graph.node)
-    halved = _floats(first.graph) if whole else _matrices(first.graph)
+    constants = {c.name for c in first.graph.initializer if c.data_type == _FLOAT}
+    halved = constants if whole else _matrices(first.graph)
     written: dict[str, TensorProto] = {}
     names: dict[
         str, str
@@ -88,10 +89,6 @@ def _half_tensor(tensor: TensorProto) -> TensorProto:
     if tensor.data_type != _FLOAT or tensor.name.startswith(ROPE):
         return tensor
     return numpy_helper.from_array(half(tensor.name, numpy_helper.to_array(tensor)), tensor.name)
-
-
-def _floats(graph: GraphProto) -> set[str]:
-    return {tensor.name for tensor in graph.initializer if tensor.data_type == _FLOAT}
 
 
 def _matrices(graph: GraphProto) -> set[str]:

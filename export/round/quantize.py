@@ -16,7 +16,7 @@ from export.round.calibrate import Calibration
 from export.round.gptq import round_blocks, shares
 from export.round.matrices import Matrix, find_matrices
 from export.round.operators import replace_nodes
-from export.round.scheme import How, Scheme, Static, is_calibrated
+from export.round.scheme import Scheme, Static, is_calibrated
 from export.weights import WeightsFile, external_array
 from limbeck.contract.progress import task
 
@@ -111,16 +111,11 @@ def _write_matrix(
 def _integer_bits(matrices: Mapping[str, Matrix]) -> dict[str, str]:
     """Metadata for clients: whether integer products have weights of 7 or 8 bits.
 
-    8-bit sums overflow on some processors.
+    8-bit sums of unsigned activations overflow on some processors.
     """
     most = {
         m.how.most
         for m in matrices.values()
-        if not isinstance(m.how, Blockwise) and _unsigned(m.how)
+        if not isinstance(m.how, Blockwise) and not (isinstance(m.how, Static) and m.how.symmetric)
     }
     return {"limbeck.integer_weights": "8 bits" if 127 in most else "7 bits"} if most else {}
-
-
-def _unsigned(how: How) -> bool:
-    """Whether activations are unsigned; only those overflow."""
-    return not isinstance(how, Static) or not how.symmetric

@@ -69,7 +69,7 @@ class Findings:
 def examine() -> Findings:
     """Look at Python, libraries, runtime, processor, memory, disk, GPU and the demo's packages."""
     findings = Findings()
-    _python(findings)
+    findings.facts["python"] = {"version": versions()["python"], "executable": sys.executable}
     _libraries(findings)
     _runtime(findings)
     _machine(findings)
@@ -77,10 +77,6 @@ def examine() -> Findings:
     _server(findings)
     _demo(findings)
     return findings
-
-
-def _python(findings: Findings) -> None:
-    findings.facts["python"] = {"version": versions()["python"], "executable": sys.executable}
 
 
 def _libraries(findings: Findings) -> None:

@@ -198,21 +198,26 @@ def bench_targets(
 ) -> None:
     """Time targets without a recipe into ``out``, and print their table. Raises `RecipeError` for
     an override outside `bench`."""
-    import serve_bench
+    from serve_bench.tasks.targets import measure_targets
+    from serve_bench.tell.terminal import of_artifact
 
     bench = load_bench(overrides)
     folder = out or Path("runs") / f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     with disk_full_is_a_user_error(folder):
-        made = serve_bench.measure_targets(targets, against=against, out=folder, bench=bench)
-    print(f"{serve_bench.table(made)}\n\nsamples: {folder}", flush=True)
+        made = measure_targets(targets, against=against, out=folder, bench=bench)
+    print(f"{of_artifact(made)}\n\nsamples: {folder}", flush=True)
 
 
 def make_products(recipe: AnyRecipe, products: Products | None = None) -> dict[str, Path]:
     """Make the products that ``recipe`` needs, as planned before or now; student artifacts by
     teacher name."""
+    from limbeck.app.plan import training_operations
+
     products = products or plan_products(recipe)
-    left = [p for p in products.order if not (p.student / MANIFEST).exists()]
-    costs = _training_costs([p.recipe for p in left] + [recipe]) if left and leads() else {}
+    left = [p.recipe for p in products.order if not (p.student / MANIFEST).exists()]
+    # Planned operations by the recipe's digest; None with a budget in time.
+    planned = [*left, recipe] if left and leads() else []
+    costs = {each.digest: training_operations(each) for each in planned}
     for product in products.order:
         title = f"teacher {product.recipe.name}"
         own = costs.pop(product.recipe.digest, None)
@@ -222,13 +227,6 @@ def make_products(recipe: AnyRecipe, products: Products | None = None) -> dict[s
         ):
             _distill(title, product.recipe, product.folder, product.artifacts)
     return products.artifacts
-
-
-def _training_costs(recipes: Sequence[AnyRecipe]) -> dict[str, float | None]:
-    """Planned operations of each training by the recipe's digest; None with a budget in time."""
-    from limbeck.app.plan import training_operations
-
-    return {recipe.digest: training_operations(recipe) for recipe in recipes}
 
 
 def _in_proportion(own: float | None, rest: Sequence[float | None]) -> Later:

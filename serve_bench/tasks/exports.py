@@ -25,7 +25,12 @@ from serve_bench.measure.workers import Workers
 def time_encoders(
     exports: Sequence[tuple[Path, str]], *, out: Path, bench: EncoderBench
 ) -> list[float]:
-    """See `serve_bench.time_encoders`."""
+    """Median milliseconds of one sequence at the largest of `lengths`, of each run folder and form,
+    all in one interleaved run.
+
+    Blocks go on for the bench's `minutes`; its samples lie in ``out``. Raises `ArtifactError` for a
+    folder without export, `DataError` for a sequence past a model's context.
+    """
     cell, arms = Cell(1, max(bench.lengths)), list[Arm]()
     for run, form in exports:
         arm = form_arm(open_artifact(run / "onnx", kind="onnx"), form)

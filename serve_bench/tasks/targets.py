@@ -43,9 +43,15 @@ _FEW = 1000  # tokens in every vocabulary, used if the vocabulary is unknown
 
 
 def measure_targets(
-    targets: Sequence[str], *, against: Sequence[str], out: Path, bench: Bench
+    targets: Sequence[str], *, against: Sequence[str] = (), out: Path, bench: Bench
 ) -> Artifact:
-    """See `serve_bench.measure_targets`."""
+    """Time ``targets`` and those to compare with, without a recipe; ratios are of the first target.
+
+    A target is a run or an exported folder (``#FORM`` picks a form), a model folder,
+    ``hub:ID[@REVISION]``, or the URL of an OpenAI-compatible server. Writes a ``bench`` artifact
+    without quality and verdict to ``out``. Raises `ModelError` if a target is none of these,
+    `ArtifactError` if ``out`` holds something else, `DataError` if arms cannot be compared.
+    """
     _require_free(out)
     bench = _at(bench, targets[0])
     arms = [find_arm(target, bench) for target in (*targets, *against)]

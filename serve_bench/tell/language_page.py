@@ -12,7 +12,6 @@ from typing import Any
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.data.evals import TITLES
 from limbeck.contract.recipe import Recipe
-from serve_bench.judge.figures import Sample
 from serve_bench.judge.gates import Evidence, best_teacher, show
 from serve_bench.judge.task import Judged
 from serve_bench.tell import charts, sections
@@ -283,7 +282,12 @@ def _pictures(
         if arm["quality"]
     ]
     hills = [
-        charts.Values(arm["label"], arm["role"], _gaps(samples, name), arm["itl_ms"]["p50"])
+        charts.Values(
+            arm["label"],
+            arm["role"],
+            [1e3 * float(gap) for sample in samples if sample.arm == name for gap in sample.itl],
+            arm["itl_ms"]["p50"],
+        )
         for name, arm in arms.items()
     ]
 
@@ -334,10 +338,6 @@ def _pictures(
         losses = [nll for nll, _ in judged.evidence.rise_over_teachers.values()]
         pictures["heldout"] = _heldout(evaluations, min(losses, default=None))
     return pictures
-
-
-def _gaps(samples: Sequence[Sample], arm: str) -> list[float]:
-    return [1e3 * float(gap) for sample in samples if sample.arm == arm for gap in sample.itl]
 
 
 def _terms(steps: Sequence[Mapping[str, Any]]) -> str:

@@ -117,11 +117,6 @@ async def request(session: aiohttp.ClientSession, endpoint: Endpoint, body: byte
     return stream
 
 
-def _beginning(response: httpx2.Response) -> bytes:
-    parts = response.iter_bytes(_REFUSAL)
-    return next(parts, b"")
-
-
 class OpenAi:
     """A model behind a URL as a `Runtime`: one request at a time, each token taken from the stream.
 
@@ -201,7 +196,8 @@ class OpenAi:
                 "POST", url, json=body, headers=self._endpoint.headers
             ) as response:
                 if response.status_code != 200:
-                    raise ValueError(refusal(response.status_code, _beginning(response)))
+                    beginning = next(response.iter_bytes(_REFUSAL), b"")
+                    raise ValueError(refusal(response.status_code, beginning))
                 for line in response.iter_lines():
                     if stream.read(line, time.perf_counter()):
                         yield None

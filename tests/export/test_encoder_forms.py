@@ -12,7 +12,6 @@ import torch
 from huggingface_hub import ModelCard
 
 import export
-import serve_bench
 from export.build.encoder import load_student
 from export.check.encoder import measure_encoder_parity
 from export.check.parity import PARITY, load_arrays, require_parity
@@ -20,6 +19,7 @@ from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import ArtifactError, DataError, ParityError
 from limbeck.runtime.decoder import Decoder
 from limbeck.runtime.encoder import Encoder
+from serve_bench.tasks.exports import time_encoders
 from tests.encoders import SMALL, classifier_recipe, make_examples
 from tests.factory import Factory
 
@@ -144,7 +144,7 @@ def test_exports_are_timed_by_themselves(tiny: Factory, tmp_path: Path) -> None:
     """
     bench = classifier_recipe().bench
     run = tiny.exported_encoder("bert", "classification", forms=SMALL).path.parent
-    found = serve_bench.time_encoders(
+    found = time_encoders(
         [(run, "fp32"), (run, "int8-static")], out=tmp_path / "timing", bench=bench
     )
     lines = (tmp_path / "timing" / "samples.jsonl").read_text().splitlines()
@@ -161,4 +161,4 @@ def test_exports_are_timed_by_themselves(tiny: Factory, tmp_path: Path) -> None:
         assert told == pytest.approx(1e3 * np.median([np.sqrt(a * b) for a, b in pairs]))
     long = bench.model_copy(update={"lengths": (8, 65)})
     with pytest.raises(DataError, match=r"bench\.lengths: found 65; .* reads 64 tokens at most"):
-        serve_bench.time_encoders([(run, "fp32")], out=tmp_path / "long", bench=long)
+        time_encoders([(run, "fp32")], out=tmp_path / "long", bench=long)

@@ -15,7 +15,7 @@ from limbeck.contract.artifact import Artifact
 from limbeck.contract.recipe import EncoderBench
 from limbeck.contract.results.onnx import OnnxResult
 from limbeck.runtime.encoder import Encoder
-from serve_bench import time_encoders
+from serve_bench.tasks.exports import time_encoders
 from tests.real.students import make_student, recipe_of, skip_if_missing
 
 FORMS = ["fp32", "int8-weight", "int8-static", "int8-dynamic"]

@@ -20,8 +20,7 @@ from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import DataError, EnvironmentalError
 from limbeck.runtime.decoder import Decoder
 from limbeck.runtime.text import load_text
-from serve_bench import evaluate
-from serve_bench.lm_eval import _figures, markdown, score, start_token
+from serve_bench.lm_eval import _figures, evaluate, markdown, score, start_token
 from tests.factory import Factory
 from tests.pico import make_tokenizer
 

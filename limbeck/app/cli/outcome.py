@@ -216,7 +216,7 @@ def evaluate(
       limbeck eval runs/pico-1a2b3c4d --tasks facts --include-path examples/lm-eval
     """
     from limbeck.app.given import exported_folder
-    from serve_bench import evaluate as run_tasks
+    from serve_bench.lm_eval import evaluate as run_tasks
     from serve_bench.lm_eval import markdown
 
     names = names_in(tasks)
@@ -275,12 +275,11 @@ def pack(
       limbeck pack runs/pico-1a2b3c4d --out pico-int8 --zip
       limbeck pack runs/pico-1a2b3c4d --out models --layout triton
     """
-    from limbeck.app.trust.pack import Layout
     from limbeck.app.trust.pack import pack as pack_run
     from limbeck.contract.artifact import values_of
 
     with values_of(run):
-        packed = pack_run(run, out=out, form=form, as_zip=as_zip, layout=Layout(layout))
+        packed = pack_run(run, out=out, form=form, as_zip=as_zip, triton=layout == "triton")
     print(f"{packed.folder}: {packed.form}, {packed.files} files, {packed.megabytes:.1f} MB")
     if packed.archive:
         print(f"{packed.archive}: {packed.archive.stat().st_size / 1e6:.1f} MB")

@@ -98,12 +98,10 @@ def time_exports(
     recipe: EncoderRecipe, exports: Sequence[tuple[Path, str]], out: Path
 ) -> list[dict[str, float]]:
     """Median times of one sequence by run folder and form, from one interleaved run."""
-    import serve_bench
+    from serve_bench.tasks.exports import time_encoders
 
     bench = recipe.bench.model_copy(update={"minutes": min(1.0, recipe.bench.minutes)})
-    return [
-        {"latency_ms": found} for found in serve_bench.time_encoders(exports, out=out, bench=bench)
-    ]
+    return [{"latency_ms": found} for found in time_encoders(exports, out=out, bench=bench)]
 
 
 # Rounds -------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def time_exports(
     recipe: Recipe, exports: Sequence[tuple[Path, str]], out: Path
 ) -> list[dict[str, float]]:
     """Median times by run folder and form, from one interleaved run."""
-    import serve_bench
+    from serve_bench.tasks.targets import measure_targets
 
     bench = recipe.bench.model_copy(
         update={
@@ -130,9 +130,8 @@ def time_exports(
             "runtimes": (),
         }
     )
-    result = serve_bench.measure_targets(
-        [f"{run}#{form}" for run, form in exports], out=out, bench=bench
-    ).result
+    targets = [f"{run}#{form}" for run, form in exports]
+    result = measure_targets(targets, out=out, bench=bench).result
     arms = [arm for arm in result["arms"].values() if arm["role"] != "twin"]
     return [
         {metric: float(arm[metric]["value"]) for metric in ("tpot_ms", "ttft_ms")} for arm in arms

@@ -15,7 +15,6 @@ import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +38,6 @@ _PARITY = "parity.safetensors"
 _CARD = "README.md"
 
 
-class Layout(StrEnum):
-    """How the packed folder is laid out."""
-
-    folder = "folder"  # an artifact, as clients and the hub expect it
-    triton = "triton"  # a Triton model repository
-
-
 @dataclass(frozen=True)
 class Packed:
     """The packed folder."""
@@ -58,18 +50,14 @@ class Packed:
 
 
 def pack(
-    run: Path,
-    *,
-    out: Path,
-    form: str | None = None,
-    as_zip: bool = False,
-    layout: Layout = Layout.folder,
+    run: Path, *, out: Path, form: str | None = None, as_zip: bool = False, triton: bool = False
 ) -> Packed:
     """Write one form of the exported student of ``run``, a run or its exported folder, to ``out``.
 
-    Every file of the export is checked against its hash first. Raises `ArtifactError` for another
-    folder or an unknown form, `UserError` if ``out`` exists or a form cannot have the ``layout``,
-    `EnvironmentalError` if it cannot be written.
+    With ``triton`` it becomes a Triton model repository. Every file of the export is checked
+    against its hash first. Raises `ArtifactError` for another folder or an unknown form,
+    `UserError` if ``out`` exists or Triton cannot serve the form, `EnvironmentalError` if it cannot
+    be written.
     """
     archive = Path(f"{out}.zip") if as_zip else None
     require_outside(out)
@@ -86,11 +74,11 @@ def pack(
     with unwritable_is_a_user_error(out.parent):
         with write_artifact(
             out,
-            kind="onnx" if layout is Layout.folder else layout,
+            kind="triton" if triton else "onnx",
             key=fingerprint([onnx.digest, form]),
             parents={**onnx.manifest["parents"], "onnx": onnx.digest},
         ) as draft:
-            if layout is Layout.triton:
+            if triton:
                 write_repository(draft.folder, onnx, form, keep)
             else:
                 for name in keep:

@@ -7,18 +7,19 @@ The repository holds one model. Triton moves tensors alone, so the tokenizer goe
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import ArtifactError, UserError
 from limbeck.contract.printable import printable
+from limbeck.contract.recipe.base import Name
 
 CLIENT = "client"  # folder of what clients need; Triton takes folders with numbers alone
-_NAME = r"[a-z0-9][a-z0-9._-]{0,79}"  # of recipes
 _MOST_BATCH = 32
 _LABELS = "labels.txt"
 
@@ -39,8 +40,12 @@ def write_repository(folder: Path, onnx: Artifact, form: str, files: Sequence[st
         )
     recipe = onnx.manifest["recipe"]  # a packed folder has none
     name = recipe["resolved"]["name"] if recipe else "student"
-    if not re.fullmatch(_NAME, name):  # it becomes a folder, and an artifact may be a stranger's
-        raise ArtifactError(f"{onnx.path}: its recipe has no name for a folder: {name[:60]!r}.")
+    try:  # it becomes a folder, and an artifact may be a stranger's
+        TypeAdapter(Name).validate_python(name)
+    except ValidationError:
+        raise ArtifactError(
+            f"{onnx.path}: its recipe has no name for a folder: {name[:60]!r}."
+        ) from None
     model = folder / name
     (model / "1").mkdir(parents=True)
     for file in files:

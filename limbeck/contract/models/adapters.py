@@ -272,7 +272,9 @@ def _resize(lm: Any, facts: AdapterFacts) -> None:
     # peft trains a copy of a saved module, so the other of a tied pair gets no new rows from it.
     saved = facts.config.get("modules_to_save") or ()
     copied = {name.rpartition(".")[2] for name in saved}
-    shared = _tied(lm) and any(place.rpartition(".")[2] not in copied for place in whole)
+    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    shared = tied and any(place.rpartition(".")[2] not in copied for place in whole)
     if wanted > here and not (len(whole) == len(places) or shared):
         missing = [place for place in places if place not in whole]
         raise ModelError(
@@ -306,8 +308,3 @@ def _rows(shapes: Mapping[str, tuple[int, ...]], place: str) -> int:
             case "lora_embedding_A":
                 found = max(found, shape[1])
     return found
-
-
-def _tied(lm: Any) -> bool:
-    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
-    return head is not None and head.weight is embedding.weight

@@ -104,7 +104,8 @@ class _Exchange:
             return
         if self._start is not None:
             start, self._start = self._start, None
-            kind = _content_type(start)
+            headers = {k.lower(): bytes(v) for k, v in reversed(start["headers"])}
+            kind = headers.get(b"content-type", b"")
             if start["status"] >= 400 and kind.startswith(b"text/plain"):
                 await self._refuse(start["status"], message.get("body", b"").decode())
                 return
@@ -139,7 +140,3 @@ class _Exchange:
         self.begun = self._complete = True
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
-
-
-def _content_type(start: Message) -> bytes:
-    return next((bytes(v) for k, v in start["headers"] if k.lower() == b"content-type"), b"")

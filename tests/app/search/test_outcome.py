@@ -15,7 +15,6 @@ import yaml
 from typer.testing import CliRunner
 
 import compress
-import serve_bench
 from limbeck.app import search as module
 from limbeck.app.cli import app
 from limbeck.app.search import finals, language, probes, search, state, variants
@@ -35,6 +34,7 @@ from limbeck.app.search.outcome import (
 from limbeck.contract.errors import ArtifactError, EnvironmentalError, ModelError, ParityError
 from limbeck.contract.recipe import Budget, QualityBudget, Recipe, load_recipe, parse_recipe
 from limbeck.contract.recipe.budget import ClassificationBudget, ClassificationQuality
+from serve_bench.tasks import targets as benches
 from tests.app.search.candidates import candidate, pico
 
 # What is left -------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def test_a_form_that_parity_refuses_untrained_is_out_and_the_others_are_timed(
         return SimpleNamespace(result={"arms": dict.fromkeys(targets, arm)})
 
     monkeypatch.setattr(probes, "export_untrained", export)
-    monkeypatch.setattr(serve_bench, "measure_targets", measure)
+    monkeypatch.setattr(benches, "measure_targets", measure)
     field, students = [candidate(*pair) for pair in pairs], {name: {"name": name} for name in "abc"}
     recipe = pico()
     assert recipe.budget is not None
