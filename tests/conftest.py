@@ -100,6 +100,15 @@ def forked_workers() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def forked_arms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every arm of the test's benches is forked; for tests that look at no arm's memory."""
+    from serve_bench.measure import workers
+    from tests import forks
+
+    monkeypatch.setattr(workers, "launch", forks.launch_any)
+
+
 @pytest.fixture(scope="session")
 def served(tiny: Factory) -> Artifact:
     """An exported tiny student with room for long answers, for the engine and the server."""

@@ -28,6 +28,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
         "compress.loop",
+        "onnxruntime",
         "peft",
         "serve_bench.worker.encoder",
         "serve_bench.worker.language",
@@ -71,12 +72,12 @@ def use_server_of_parent() -> None:
 
 
 def command(folder: Path, *arguments: str) -> None:
-    """The command line in ``folder``, for `start`, as torch arms of its bench are forked; its
-    output goes to the files stdout and stderr.
+    """The command line in ``folder``, for `start`, as the arms of its bench are forked; its output
+    goes to the files stdout and stderr.
     """
     from limbeck.app import cli
 
-    workers.launch = launch
+    workers.launch = launch_any
     os.chdir(folder)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -115,8 +116,8 @@ def share(work: Callable[..., object], *arguments: Any, processes: int, seconds:
 # Processes of the bench ---------------------------------------------------------------------------
 
 
-class TorchWorker:
-    """The forked process of a torch arm, as far as a `Worker` needs `subprocess.Popen`."""
+class ForkedWorker:
+    """The forked process of an arm, as far as a `Worker` needs `subprocess.Popen`."""
 
     def __init__(self, task: TaskName, environment: Mapping[str, str], log: Path) -> None:
         commands, asked = _CONTEXT.Pipe(duplex=False)
@@ -155,11 +156,16 @@ def _worker(task: str, commands: Connection, answers: Connection, log: Path) -> 
 _launch = workers.launch
 
 
+def launch_any(arm: Arm, task: TaskName, environment: dict[str, str], log: Path) -> Any:
+    """As `serve_bench.measure.workers.launch`, with a fork for every arm."""
+    return ForkedWorker(task, environment, log)
+
+
 def launch(arm: Arm, task: TaskName, environment: dict[str, str], log: Path) -> Any:
     """As `serve_bench.measure.workers.launch`, with a fork for torch in eager mode.
 
     Other runtimes keep a process of their own: it holds no torch, and tests look at its memory.
     """
     if arm.runtime == "torch":
-        return TorchWorker(task, environment, log)
+        return launch_any(arm, task, environment, log)
     return _launch(arm, task, environment, log)

@@ -52,7 +52,13 @@ def recipe_of(folder: Path, url: str) -> Path:
         "fusion": {"calibration": {"kind": "none"}},
         "training": {"tokens": 1280, "batch_tokens": 128, "precision": "fp32", "threads": 1},
         "export": {"forms": ["fp32", "int8-weight"]},
-        "bench": {"prompt_tokens": 8, "new_tokens": 4, "minutes": 0.05, "threads": 1},
+        "bench": {
+            "prompt_tokens": 8,
+            "new_tokens": 4,
+            "minutes": 0.01,
+            "min_blocks": 3,
+            "threads": 1,
+        },
         "gates": {"max_quantization_loss": 0.5},
     }
     path = folder / "families.yaml"
@@ -75,7 +81,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.usefixtures("one_roofline", "forked_workers")
+@pytest.mark.usefixtures("one_roofline", "forked_arms")
 def test_three_teachers_of_two_families_and_a_server_reach_a_verdict(models: Path) -> None:
     with LogprobServer(models / "models" / "big") as server:
         recipe = recipe_of(models, server.url)

@@ -21,14 +21,14 @@ from limbeck.contract.errors import (
 )
 from limbeck.contract.recipe import Bench, HubModel
 from limbeck.contract.sources.places import cache_folder
-from serve_bench import measure_targets
-from serve_bench.tasks.targets import find_arm
+from serve_bench.tasks.targets import find_arm, measure_targets
 from tests.pico import make_model
 from tests.servers.fake_server import FakeServer
 
 pytestmark = pytest.mark.usefixtures("one_roofline")
 
 
+@pytest.mark.usefixtures("forked_arms")
 def test_arms_without_a_recipe(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

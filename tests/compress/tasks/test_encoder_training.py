@@ -128,7 +128,7 @@ def test_sentence_encoders_become_alike(tmp_path: Path) -> None:
     assert not [name for name in saved.state_dict() if "projection" in name]
 
 
-@pytest.mark.usefixtures("one_roofline", "forked_workers")
+@pytest.mark.usefixtures("one_roofline", "forked_arms", "traced_once")
 def test_the_whole_chain_to_a_verdict(expert: Path, tmp_path: Path) -> None:
     recipe = taught(expert, "a")  # one teacher: each is measured in a process that loads torch
     run = tmp_path / "run"
