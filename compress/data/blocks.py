@@ -345,23 +345,10 @@ def _write_blocks(
             f"data.domains: {domain.name}: no text in {paths[0]}{' …' * (len(paths) > 1)}; name "
             "files with text."
         )
-    full = int((lengths == data.block).sum())
-    if not (len(lengths) if chat else full) or not heldout_rows:
-        raise DataError(
-            f"data.domains: {domain.name}: too little text: "
-            + (
-                f"{len(lengths)} training and {len(heldout_rows)} held-out blocks with an answer "
-                f"from {split.seen} conversations, {answers.dropped} answers past the first "
-                f"{data.block} tokens; expected at least one block of each. Add conversations, or "
-                "make data.block larger or data.heldout.every smaller."
-                if chat
-                else f"{full} full training blocks of {data.block} tokens and "
-                f"{len(heldout_rows)} held-out blocks from {split.seen} pieces of "
-                f"{data.heldout.piece_chars} characters; expected at least one of each. Add text, "
-                "make data.block, data.heldout.piece_chars or data.heldout.every smaller, or join "
-                "short documents with data.packing: stream."
-            )
-        )
+    training = len(lengths) if chat else int((lengths == data.block).sum())
+    if not training or not heldout_rows:
+        missing = _shortage(data, split, answers if chat else None, training, len(heldout_rows))
+        raise DataError(f"data.domains: {domain.name}: too little text: {missing}")
     answers.say(domain.name if data.packing == "document" else f"{domain.name}, held-out text")
     # Spread over the corpus; full blocks first, so that short documents do not dominate the loss.
     if not chat:
@@ -376,18 +363,35 @@ def _write_blocks(
     )
     for name, array in {"train_lengths": lengths, **arrays}.items():
         np.save(folder / f"{name}.npy", array)
+    counts = {name: getattr(answers, name) for name in ("kept", "shortened", "dropped")}
     return {
         "train_blocks": len(lengths),
         "train_tokens": int(lengths.sum()),
         "heldout_blocks": len(chosen),
-        "answers": {
-            "kept": answers.kept,
-            "shortened": answers.shortened,
-            "dropped": answers.dropped,
-        }
-        if chat
-        else None,
+        "answers": counts if chat else None,
     }
+
+
+def _shortage(
+    data: Data, split: _Split, answers: _Answers | None, training: int, heldout: int
+) -> str:
+    """What was found and how to get more; ``answers`` are those of chat rows.
+
+    ``training`` counts blocks with an answer, or full blocks of text.
+    """
+    if answers is not None:
+        return (
+            f"{training} training and {heldout} held-out blocks with an answer from {split.seen} "
+            f"conversations, {answers.dropped} answers past the first {data.block} tokens; "
+            "expected at least one block of each. Add conversations, or make data.block larger or "
+            "data.heldout.every smaller."
+        )
+    return (
+        f"{training} full training blocks of {data.block} tokens and {heldout} held-out blocks "
+        f"from {split.seen} pieces of {data.heldout.piece_chars} characters; expected at least "
+        "one of each. Add text, make data.block, data.heldout.piece_chars or data.heldout.every "
+        "smaller, or join short documents with data.packing: stream."
+    )
 
 
 def _heldout_arrays(

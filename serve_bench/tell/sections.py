@@ -148,14 +148,15 @@ def rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+_TIMES = (("ttft_ms", "TTFT"), ("tpot_ms", "TPOT"), ("e2el_ms", "end-to-end latency"))
+
+
 def _rows(data: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
     shipped = data["shipped"]
     for name, arm in data["arms"].items():
         label = arm["label"]
         for key, what, unit in (
-            ("ttft_ms", "TTFT", "ms"),
-            ("tpot_ms", "TPOT", "ms"),
-            ("e2el_ms", "end-to-end latency", "ms"),
+            *((key, what, "ms") for key, what in _TIMES),
             ("decode_tokens_s", "decode speed", "tokens/s"),
             ("prompt_tokens_s", "prompt speed", "tokens/s"),
         ):
@@ -176,52 +177,33 @@ def _rows(data: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
             if over := data["speed_of_shipped_over"].get(name, {}).get(metric):
                 yield label, f"{what} of {shipped} over it", "×", *_estimate(over)
         if rise := data["nll_rise_of_shipped_over"].get(name):
-            yield (
-                label,
-                f"rise of loss of {shipped} over it",
-                "%",
-                *_estimate({**rise, **_percent(rise)}),
-            )
+            what, percent = f"rise of loss of {shipped} over it", {**rise, **_percent(rise)}
+            yield label, what, "%", *_estimate(percent)
+    yield from _scenario_rows(data)
+
+
+def _scenario_rows(data: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
     for cell in data.get("offline") or ():
+        label = data["arms"][cell["arm"]]["label"]
         where = f"batch {cell['batch']}, prompt {cell['prompt_tokens']}, new {cell['new_tokens']}"
         for key, what, unit in (
             ("prompt_tokens_s", "prompt", "tokens/s"),
             ("generated_tokens_s", "generated", "tokens/s"),
             ("requests_s", "requests", "requests/s"),
         ):
-            yield (
-                data["arms"][cell["arm"]]["label"],
-                f"offline, {where}: {what}",
-                unit,
-                *_estimate(cell[key]),
-            )
+            yield label, f"offline, {where}: {what}", unit, *_estimate(cell[key])
     for found in (data.get("cold") or {}).values():
         for key in (*COLD_PARTS, "second_token_s", "total_s"):
-            yield (
-                found["label"],
-                f"cold: {key.removesuffix('_s').replace('_', ' ')}",
-                "s",
-                *_estimate(found[key]),
-            )
+            what = key.removesuffix("_s").replace("_", " ")
+            yield found["label"], f"cold: {what}", "s", *_estimate(found[key])
     server_data = data.get("server") or {}
     for rate in server_data.get("rates") or ():
         label, at = server_data["target"]["label"], f"server at {rate['rate']:g}/s"
         yield label, f"{at}: goodput", "requests/s", rate["goodput"], None, None, rate["requests"]
-        for key, what in (
-            ("ttft_ms", "TTFT"),
-            ("tpot_ms", "TPOT"),
-            ("e2el_ms", "end-to-end latency"),
-        ):
+        for key, what in _TIMES:
             for percentile in ("p50", "p90", "p95", "p99"):
-                yield (
-                    label,
-                    f"{at}: {what}, {percentile}",
-                    "ms",
-                    rate[key][percentile],
-                    None,
-                    None,
-                    rate[key]["n"],
-                )
+                value, n = rate[key][percentile], rate[key]["n"]
+                yield label, f"{at}: {what}, {percentile}", "ms", value, None, None, n
 
 
 def _quality_rows(

@@ -19,6 +19,7 @@ from compress import loop as train
 from limbeck.contract.errors import RecipeError
 from limbeck.contract.recipe import AnyRecipe, parse_any_recipe, parse_recipe
 from limbeck.contract.recipe.checks import require_share_for_all
+from tests.compress.conftest import shorten_evaluations
 from tests.compress.test_compress import STUDENTS, events, tiny
 from tests.encoders import classifier_recipe, embedding_recipe, source
 from tests.forks import share
@@ -49,6 +50,7 @@ _record = train.Run.record
 
 def work(folder: Path, names: Sequence[str], stopped: str | None) -> None:
     """Train ``STUDENT-MODE`` one after the other; of ``stopped``, leave after step 5 of 6."""
+    shorten_evaluations(pytest.MonkeyPatch())
     for name in names:
         student, mode = name.split("-")
         if mode == "fsdp":

@@ -287,28 +287,16 @@ def _conclude(
     seconds: float,
 ) -> Found:
     """Write the outcome. ``errors`` are those of predicted times, relative."""
-    passed = [c for c in candidates if c.verdict == "pass"]
-    undecided = [c for c in candidates if c.verdict == "undecided"]
-    (folder / CHOSEN).unlink(missing_ok=True)
-    (folder / NEAREST).unlink(missing_ok=True)
-    if passed:
-        best, code, name, note = chosen(passed, budget), 0, CHOSEN, ""
-        sentence = (
-            f"{best.name} keeps the budget: {figures_of(best)}; limbeck run {folder / CHOSEN}"
-        )
+    for name in (CHOSEN, NEAREST):
+        (folder / name).unlink(missing_ok=True)
+    best, code, note = _best(candidates, budget)
+    name = NEAREST if code else CHOSEN
+    run = f"{figures_of(best)}; limbeck run {folder / name}"
+    if code:
+        missed = missed_bound(candidates, budget)
+        sentence = f"{missed} The nearest is {best.name}: {run} (its gates are {note})"
     else:
-        best, name = nearest(undecided or candidates, budget), NEAREST
-        code = 3 if undecided or out_of_time(candidates) else 1
-        kept = (
-            "were not shown to be kept"
-            if code == 3
-            else "are not kept: it fails unless they are raised"
-        )
-        note = f"# Its gates are the budget's, which {kept}.\n"
-        sentence = (
-            f"{missed_bound(candidates, budget)} The nearest is {best.name}: {figures_of(best)}; "
-            f"limbeck run {folder / NEAREST} (its gates are the budget's, which {kept})"
-        )
+        sentence = f"{best.name} keeps the budget: {run}"
     if said := ", ".join(
         f"{metric} within {error:.0%}" for metric, error in errors.items() if error is not None
     ):
@@ -322,7 +310,7 @@ def _conclude(
     tree = task_of(recipe).final_recipe(recipe, students[best.student], best, budget)
     head = (
         f"# Found by `limbeck search {recipe.name}` for {asked_for(budget)}: "
-        f"{figures_of(best)}.\n{note}"
+        f"{figures_of(best)}.\n" + (f"# Its gates are {note}.\n" if note else "")
     )
     write_atomically(
         folder / name, head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)
@@ -350,3 +338,14 @@ def _conclude(
         ),
     )
     return Found(folder, table, sentence, code)
+
+
+def _best(candidates: Sequence[Candidate], budget: AnyBudget) -> tuple[Candidate, int, str]:
+    """The candidate to keep, the exit code, and what its gates are unless it keeps the budget."""
+    if passed := [c for c in candidates if c.verdict == "pass"]:
+        return chosen(passed, budget), 0, ""
+    undecided = [c for c in candidates if c.verdict == "undecided"]
+    best = nearest(undecided or candidates, budget)
+    if undecided or out_of_time(candidates):
+        return best, 3, "the budget's, which were not shown to be kept"
+    return best, 1, "the budget's, which are not kept: it fails unless they are raised"
