@@ -174,8 +174,9 @@ def plan_recipe(recipe: AnyRecipe, *, trial: bool = False, cards: bool = False) 
 
     if found := [*model_mistakes(recipe), *bench_mistakes(recipe)]:
         raise RecipeError("\n".join(f"{recipe.name}: {mistake}" for mistake in found))
+    products = plan_products(recipe).order  # refuses wrong recipes of teachers, before the tracing
     own = _making(recipe, cards)
-    first = [_making(product.recipe, cards) for product in plan_products(recipe).order]
+    first = [_making(product.recipe, cards) for product in products]
     worst = max([own, *first], key=lambda making: sum(making.memory.values()))
     moment = worst.taken.memory.moment
     speed, seconds, other_work = None, None, None

@@ -85,11 +85,11 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_three_teachers_of_two_families_and_a_server_reach_a_verdict(models: Path) -> None:
     with LogprobServer(models / "models" / "big") as server:
         recipe = recipe_of(models, server.url)
-        planned = call("plan", recipe)
-        assert planned.exit_code == 0, planned.output
+        checked = call("validate", recipe)
+        assert checked.exit_code == 0, checked.output
         for name in ("other", "served"):
-            assert f"teacher {name}: another tokenizer; aligned with" in planned.output
-        assert not server.asked  # planning asks nothing of a server
+            assert f"teacher {name}: another tokenizer; aligned with" in checked.output
+        assert not server.asked  # checking asks nothing of a server
         run = models / "run"
         done = call("run", recipe, "--out", run)
         assert done.exit_code == 0, done.output

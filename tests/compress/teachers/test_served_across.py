@@ -183,18 +183,18 @@ def test_the_losses_are_those_of_the_same_model_here(
     here = {"name": "big", "model": {"kind": "local", "path": str(gemma)}}
     there = recipe_of(tmp_path, far(server, gemma), fusion=fusion)
     made = compress.distill(recipe=there, out=tmp_path / "there")
-    count = len(server.bodies)
-    again = compress.distill(recipe=there, out=tmp_path / "again")
-    assert len(server.bodies) == count  # nothing is asked for twice
     local_one = compress.distill(
         recipe=recipe_of(tmp_path, here, fusion=fusion), out=tmp_path / "h"
     )
     losses = [
-        [step["loss"] for step in events(artifact.path, "step")]
-        for artifact in (made, again, local_one)
+        [step["loss"] for step in events(artifact.path, "step")] for artifact in (made, local_one)
     ]
-    assert losses[0] == losses[1]
-    assert losses[0] == pytest.approx(losses[2], rel=1e-4)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    if across == "chunk":
+        count = len(server.bodies)
+        again = compress.distill(recipe=there, out=tmp_path / "again")
+        assert len(server.bodies) == count  # nothing is asked for twice
+        assert losses[0] == [step["loss"] for step in events(again.path, "step")]
     ours, theirs = (found.result["teachers"]["big"] for found in (made, local_one))
     assert ours["nll"] == pytest.approx(theirs["nll"], rel=1e-4)
     assert ours["coverage"] == theirs["coverage"]
