@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import compress
@@ -17,6 +18,7 @@ from compress.aligned import AlignedStates
 from compress.teachers.conversations import with_conversations
 from compress.teachers.live import TeacherFolder, Teachers, teacher_folders
 from compress.teachers.pairs import pair_teachers
+from limbeck.app.init.inputs import teacher_source
 from limbeck.app.products import mistakes
 from limbeck.contract.errors import ModelError
 from limbeck.contract.models.adapters import attach
@@ -228,3 +230,26 @@ def test_a_template_without_its_tokenizer_is_named(tmp_path: Path) -> None:
     assert any("adapter: has a chat template, but not the" in line for line in mistakes(recipe))
     with pytest.raises(ModelError, match="Copy the tokenizer"):
         teacher_folders(recipe, {})
+
+
+def test_an_adapter_with_its_base_s_configuration_beside_it_is_an_adapter(tmp_path: Path) -> None:
+    """As axolotl leaves it. With the weights of a model there too, it is a model."""
+    base = make_base(tmp_path / "base", tied=True)
+    adapter = make_adapter(base, tmp_path / "adapter", LoraConfig(target_modules=["q_proj"]))
+    (adapter / "config.json").write_bytes((base / "config.json").read_bytes())
+    make_tokenizer().save_pretrained(adapter)
+    found = teacher_source(str(adapter), {})
+    assert found == {"model": {"kind": "local", "path": str(base)}, "adapter": str(adapter)}
+    (ours,) = our_logits([teacher("one", base, Path(found["adapter"]))])
+    torch.testing.assert_close(ours, peft_logits(base, adapter), rtol=1e-4, atol=1e-4)
+    (adapter / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes())
+    assert teacher_source(str(adapter), {})["model"]["path"] == str(adapter)
+
+
+def test_an_adapter_that_one_of_several_processes_saved_is_named(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", tied=True)
+    adapter = make_adapter(base, tmp_path / "adapter", LoraConfig(target_modules=["q_proj"]))
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: torch.zeros(0) for name in load_file(file)}, file)
+    with pytest.raises(ModelError, match=r"lora_A.weight is empty: .* ZeRO-3"):
+        attach(load(base), adapter)

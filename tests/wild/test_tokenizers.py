@@ -307,3 +307,23 @@ def test_tokens_before_a_text_do_not_matter_to_conversations(
     else:
         with pytest.raises(DataError, match="an answer calls tools"):
             compress.distill(recipe=recipe, out=tmp_path / "student")
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"auto_map": {"AutoTokenizer": ["tok.Own", None]}, "tokenizer_class": "Own"},
+         r"code of its own \(auto_map in tokenizer_config.json\), which Limbeck never runs"),
+        ({"tokenizer_class": "GemmaTokenizerFast"}, "no tokenizer that can be read"),
+    ],
+    ids=["its own code", "a class of another tokenizer"],
+)  # fmt: skip
+def test_a_tokenizer_that_fails_at_its_first_text_is_named_when_it_is_loaded(
+    tmp_path: Path, fields: dict[str, Any], says: str
+) -> None:
+    make_tokenizer().save_pretrained(tmp_path)
+    changed(tmp_path, **fields)
+    with pytest.raises(Exception, match=r"custom code|Unk token"):
+        AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)("a b")
+    with pytest.raises(ModelError, match=says):
+        load_tokenizer(tmp_path)

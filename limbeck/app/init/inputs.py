@@ -66,7 +66,9 @@ def teacher_source(given: str, base_paths: Mapping[str, Path]) -> dict[str, Any]
     if re.match("https?://", given):
         return {"model": _server_source(given)}
     path = _path(given)
-    if not (path / "adapter_config.json").is_file() or (path / "config.json").is_file():
+    # axolotl and others save the configuration of the base beside an adapter.
+    is_model = (path / "config.json").is_file() and any(path.glob("model*.safetensors"))
+    if is_model or not (path / "adapter_config.json").is_file():
         return {"model": model_source(given, "--teacher")}
     try:
         base = parse_json((path / "adapter_config.json").read_text("utf-8"))[

@@ -190,6 +190,12 @@ def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             f"{folder / WEIGHTS}: this adapter's weights cannot be read ({error}); copy or "
             "download the folder again."
         ) from None
+    if empty := next((name for name, shape in shapes.items() if 0 in shape), None):
+        raise ModelError(
+            f"{folder / WEIGHTS}: {empty} is empty: one of several processes saved the part that "
+            "it had (DeepSpeed ZeRO-3 or FSDP). Gather the weights where it was trained, for "
+            "example with stage3_gather_16bit_weights_on_model_save, and save it again."
+        )
     if len(shapes) < len(names):
         twice = next(old for old, new in names.items() if old != new and new in names)
         raise ModelError(

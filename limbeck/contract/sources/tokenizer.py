@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from limbeck.contract.models.alignment import Relation
 
 
+# What readers of SentencePiece files differ in: first words, spaces, digits, unknown letters.
+_PROBE = "The quick  brown fox, naïve Café: 12345 of 日本"
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Load the fast tokenizer of a plain folder; it never cuts or fills a text.
 
@@ -37,9 +41,21 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     with tokenizers_errors(folder):
         if (path := folder / "tokenizer.json").is_file():
             require_bounded(path)
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+        except ValueError as error:
+            if "custom code" not in str(error):
+                raise
+            raise ModelError(
+                f"{folder}: its tokenizer needs code of its own (auto_map in "
+                "tokenizer_config.json), which Limbeck never runs. If there is a tokenizer.json, "
+                "take auto_map and tokenizer_class out of that file."
+            ) from None
+        # A class that does not go with the file may fail only here.
+        if tokenizer.is_fast:
+            tokenizer.backend_tokenizer.encode(_PROBE)
     if not tokenizer.is_fast:
         raise ModelError(
             f"{folder}: only a slow tokenizer; save it with a tokenizer.json (a fast tokenizer)."
@@ -86,10 +102,6 @@ def _same_chat(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> 
     texts, special = str(one.chat_template), (one.special_tokens_map, other.special_tokens_map)
     used = [name for name in special[0] | special[1] if name in texts]
     return all(str(special[0].get(name)) == str(special[1].get(name)) for name in used)
-
-
-# What readers of SentencePiece files differ in: first words, spaces, digits, unknown letters.
-_PROBE = "The quick  brown fox, naïve Café: 12345 of 日本"
 
 
 def _require_same_pieces(tokenizer: PreTrainedTokenizerFast, file: Path) -> None:

@@ -49,6 +49,7 @@ from tests.wild.cases.adapters import (
     peft_logits,
     teacher,
 )
+from tests.wild.cases.recent import recent
 from tests.wild.cases.row import Row, loss, said
 from tests.wild.cases.variants import variants
 from tests.wild.test_files import with_template
@@ -70,6 +71,7 @@ def rows(folder: Path) -> Iterator[Row]:
             _files,
             _commands,
             variants,
+            recent,
         ):
             yield from part(folder)
 
