@@ -54,6 +54,7 @@ def measure(*, onnx: Path, student: Path, out: Path, asked: MeasuringTask) -> Ar
         }
     )
     if found := find_artifact(out, kind="bench", key=key):
+        shutil.rmtree(_scratch_folder(out), ignore_errors=True)  # a kill can leave it
         return found
 
     arms = asked.open(exported, trained)
@@ -91,10 +92,14 @@ def measure(*, onnx: Path, student: Path, out: Path, asked: MeasuringTask) -> Ar
     return open_artifact(out, kind="bench", verify=False)
 
 
+def _scratch_folder(out: Path) -> Path:
+    return out.parent / f".{out.name}.work"
+
+
 @contextmanager
 def scratch(out: Path) -> Iterator[Path]:
     """An empty folder beside ``out`` for logs and intermediate files, deleted in the end."""
-    work = out.parent / f".{out.name}.work"
+    work = _scratch_folder(out)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:

@@ -198,13 +198,19 @@ def test_samples_are_raw_and_the_same_work(bench: Artifact) -> None:
     assert any(row["event"] == "warm-up" for row in rows)
 
 
-def test_a_second_run_measures_nothing(bench: Artifact, run: Path) -> None:
+def test_a_second_run_measures_nothing_and_clears_what_a_kill_left(
+    bench: Artifact, run: Path
+) -> None:
+    left = run / ".bench.work"
+    left.mkdir()
+    (left / "0.log").touch()
     started = time.monotonic()
     again = measure(
         onnx=run / "onnx", student=run / "student", out=run / "bench", recipe=whole_recipe()
     )
     assert again.digest == bench.digest
     assert time.monotonic() - started < 1
+    assert not left.exists()
 
 
 def test_report_of_a_real_run(bench: Artifact, run: Path) -> None:
