@@ -40,12 +40,19 @@ def choose_backend(
     """The builder that ``backend`` of a recipe takes for a transformers configuration, and why.
 
     ``genai`` is ONNX Runtime GenAI's builder, whose graphs have fused attention; ``dynamo`` is
-    torch's exporter. Raises `ModelError` for a kind of rope that the builder gets wrong.
+    torch's exporter. Raises `ModelError` for a kind of rope that the builder gets wrong, and
+    for attention in both directions.
     """
     named, why = (
         (backend, "the recipe names it") if backend != "auto" else _choose(config, provider)
     )
     model_type, kinds = config.get("model_type"), rope_kinds(config)
+    if str(model_type).startswith("gemma") and config.get("use_bidirectional_attention"):
+        raise ModelError(
+            f"{model_type} with use_bidirectional_attention cannot be exported: each token reads "
+            "the tokens behind it, so keys and values cannot be kept while text is written. Use a "
+            "student without it."
+        )
     for kind in kinds & _UNTRACEABLE_ROPES if named == "dynamo" else ():
         raise ModelError(
             f"{model_type} with rope of kind {kind} cannot be exported ({why}): torch.export "
@@ -113,8 +120,6 @@ def _choose(config: Mapping[str, Any], provider: Provider) -> tuple[str, str]:
         return "dynamo", "auto: TensorRT has no kernel for the builder's fused attention"
     if wrong := sorted(rope_kinds(config) - fused):
         return "dynamo", f"auto: GenAI's builder is not right for rope of kind {wrong[0]}"
-    if config.get("use_bidirectional_attention"):
-        return "dynamo", "auto: fused attention reads in one direction only"
     if _names_partial_rope(config):
         return "dynamo", "auto: GenAI's builder is not right for a partial_rotary_factor"
     heads = config.get("num_attention_heads")

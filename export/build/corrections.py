@@ -10,9 +10,16 @@ from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
+from export.build.choice import KNOWN
+
 
 def correct_configuration(config: Any) -> None:
     """Change a transformers configuration to what the builder has to read, in place."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if config.model_type in KNOWN:
+        # The class that transformers loads; a file may name another one, or none.
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     match config.model_type:
         case "gemma3_text":
             config.attn_logit_softcapping = None  # transformers reads it and uses it nowhere

@@ -106,8 +106,8 @@ def _as_transformers_reads(model: Path, folder: Path) -> Path:
     if config.tie_word_embeddings and _HEAD_WEIGHT in stored_names(model):
         config = load_pretrained(AutoModelForCausalLM, model).config
     config.dtype = "float32"
-    for name in _FIELDS & vars(config).keys():
-        if not hasattr(type(config), name):
+    for name in [name for name in vars(config) if not name.startswith("_")]:
+        if name not in _READ and not hasattr(type(config), name):
             delattr(config, name)
     correct_configuration(config)
     config.save_pretrained(folder)
@@ -115,21 +115,8 @@ def _as_transformers_reads(model: Path, folder: Path) -> Path:
 
 
 _HEAD_WEIGHT = "lm_head.weight"
-# Fields that the builder reads of every architecture, and that not every one has.
-_FIELDS = {
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "hidden_activation",
-    "num_experts",
-    "num_local_experts",
-    "original_max_position_embeddings",
-    "partial_rotary_factor",
-    "rope_embedding_base",
-    "rope_position_scale",
-    "seq_length",
-    "sliding_window",
-    "swiglu_limit",
-}
+# Fields that transformers reads of architectures whose configuration class does not name them.
+_READ = {"head_dim", "quantization_config"}
 
 
 def _run_builder(model: Path, source: Path, folder: Path) -> None:
@@ -194,7 +181,9 @@ def _set_windows(proto: ModelProto, windows: list[int]) -> None:
     """
     attentions = [node for node in proto.graph.node if node.op_type == "GroupQueryAttention"]
     for node, window in zip(attentions, windows, strict=True):
-        next(a for a in node.attribute if a.name == "local_window_size").i = window
+        for old in [a for a in node.attribute if a.name == "local_window_size"]:
+            node.attribute.remove(old)
+        node.attribute.append(onnx.helper.make_attribute("local_window_size", window))
 
 
 def handle_padding(proto: ModelProto, *, logits: Logits) -> None:

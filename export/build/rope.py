@@ -32,12 +32,12 @@ def drop_rope(proto: ModelProto, model: Path) -> None:
     """Take rope from the attention of layers that have none (`no_rope_layers` of SmolLM3)."""
     from transformers import AutoConfig
 
-    has_rope = getattr(AutoConfig.from_pretrained(model), "no_rope_layers", None)
-    if has_rope is None:
+    config = AutoConfig.from_pretrained(model)
+    if not hasattr(type(config), "no_rope_layers"):  # files of other models may name it
         return
     attentions = [node for node in proto.graph.node if node.op_type == "GroupQueryAttention"]
-    for node, rope in zip(attentions, has_rope, strict=True):
-        if not rope:
+    for node, has_rope in zip(attentions, config.no_rope_layers, strict=True):
+        if not has_rope:
             next(a for a in node.attribute if a.name == "do_rotary").i = 0
             node.input[7] = node.input[8] = ""  # cosines and sines
 

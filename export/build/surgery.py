@@ -30,8 +30,16 @@ def attention_windows(model: Path) -> list[int]:
     config = AutoConfig.from_pretrained(model)
     has_windows = hasattr(type(config), "sliding_window")
     window = (config.sliding_window if has_windows else None) or -1
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    kinds = layer_kinds(config) or ["sliding_attention"] * config.num_hidden_layers
     return [window if kind == "sliding_attention" else -1 for kind in kinds]
+
+
+def layer_kinds(config: Any) -> Sequence[str] | None:
+    """The kind of attention of each layer; None for an architecture whose layers are all alike.
+
+    Such architectures ignore layer_types in their file.
+    """
+    return config.layer_types if hasattr(type(config), "layer_types") else None
 
 
 def head_of(proto: ModelProto) -> NodeProto:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from export.build.choice import choose_backend
 from export.check.parity import answer, make_cases, measure_parity
 from export.graphs import ROPE, form_files
 from export.round.half import cast_to_half
+from limbeck.contract.errors import ModelError
 from tests.pico import make_model
 
 _SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -62,6 +64,39 @@ def test_the_fused_graph_is_torchs_model(tmp_path: Path, case: str) -> None:
     found = measure_parity("fp32", built.graphs.last, built.graphs.all, cases)
     assert found["failures"] == []
     assert found["max_abs"] < 5e-5
+
+
+@pytest.mark.parametrize(
+    ("kind", "stray"),
+    [
+        ("ernie4_5", {"compression_ratio": 2.0}),
+        ("gemma", {"no_rope_layers": [0, 1]}),
+        ("llama", {"no_rope_layers": [0, 1]}),
+        ("mistral", {"sliding_window": 8, "layer_types": _SLIDING[:2]}),
+        ("phi3", {"sliding_window": 8, "layer_types": _SLIDING[:2]}),
+        ("phi3", {"architectures": ["LlamaForCausalLM"]}),
+        ("smollm3", {"architectures": None}),
+    ],
+)
+def test_fields_that_transformers_ignores_are_ignored(
+    tmp_path: Path, kind: str, stray: dict[str, Any]
+) -> None:
+    model = make_model(tmp_path / "model", model_type=kind)
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | stray))
+    built = build_graphs(model, tmp_path, {}, backend="auto")
+    assert built.backend == "genai", built.why
+    texts = [np.random.default_rng(7).integers(0, 256, 40)]
+    cases = answer(make_cases(texts, context=built.context), model)
+    assert measure_parity("fp32", built.graphs.last, built.graphs.all, cases)["failures"] == []
+
+
+@pytest.mark.parametrize("backend", ["auto", "genai", "dynamo"])
+@pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3_text"])
+def test_attention_in_both_directions_is_refused(kind: str, backend: str) -> None:
+    config = {"model_type": kind, "head_dim": 16, "use_bidirectional_attention": True}
+    with pytest.raises(ModelError, match="reads the tokens behind it"):
+        choose_backend(config, backend=backend)
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama3", "gemma3_text"])
@@ -118,7 +153,6 @@ def _only(graph: onnx.GraphProto, name: str) -> onnx.ModelProto:
     ("kind", "changed"),
     [
         ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "linear"}}}),
-        ("gemma3_text", {"use_bidirectional_attention": True}),
         ("smollm3", {"rope_parameters": {"rope_type": "llama3"}}),
         ("phi3", {"partial_rotary_factor": 0.75}),
         ("phi3", {"rope_parameters": {"rope_type": "longrope"}}),
