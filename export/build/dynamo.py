@@ -27,6 +27,7 @@ from export.build.surgery import (
     choose_columns,
     declare_one_position,
     describe_input,
+    layer_kinds,
 )
 from export.graphs import Graphs, form_files, relocate, stamp
 from limbeck.contract.errors import ModelError
@@ -180,7 +181,7 @@ def _export(folder: Path, path: Path, opset: int | None, static: StaticShapes | 
         "attention_mask": batch | {1: "total_sequence_length"},
         "past": [batch | {2: "past_sequence_length"}] * len(names),
     }
-    kinds, by_layer = getattr(model.config, "layer_types", None), attention_windows(folder)
+    kinds, by_layer = layer_kinds(model.config), attention_windows(folder)
     windows = dict(zip(kinds, by_layer, strict=True)) if kinds else by_layer[0]
     save_onnx(
         FlatCache(model, windows, shifts=static is not None),
