@@ -3,7 +3,7 @@ the file that fills them.
 
 Knows peft's adapters and ONNX protobufs. A product's adapter is found by the weights it sits on,
 not by names, so that a builder may call and pack its matrices as it likes; products that are packed
-into one get one adapter with blocks.
+into one get one adapter with blocks, and the products of a packed layer that is split get one each.
 
 Shape letters: K inputs of a product, N outputs, R rank.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -153,7 +153,7 @@ def _find(proto: ModelProto, folder: Path, updates: Sequence[Update]) -> dict[st
             matrix_KN = array.T if name in turned else array
             ends[tensor.name] = (tuple(matrix_KN.shape), np.array(matrix_KN[[0, -1]]))
     found: dict[str, _Found] = {}
-    for update in updates:
+    for update in (part for whole in updates for part in _split(whole, ends)):
         matches = [
             (name, column)
             for name, (shape, ends_2N) in ends.items()
@@ -168,6 +168,26 @@ def _find(proto: ModelProto, folder: Path, updates: Sequence[Update]) -> dict[st
         name, column = matches[0]
         found.setdefault(name, _Found(ends[name][0], [])).updates.append((update, column))
     return found
+
+
+def _split(update: Update, ends: Mapping[str, tuple[tuple[int, int], Floats]]) -> list[Update]:
+    """``update`` cut into those of the matrices that a builder has split its layer into.
+
+    A layer that is not split, or not into matrices that make it up in order, comes back whole.
+    """
+    cuts = sorted(
+        (column, column + shape[1])
+        for shape, ends_2N in ends.values()
+        if shape[0] == update.inputs
+        for column in _columns(update.ends_2N, ends_2N)
+    )
+    edges = [0, *(stop for _, stop in cuts)]
+    if edges[:-1] != [start for start, _ in cuts] or edges[-1] != len(update.up_NR):
+        return [update]
+    return [
+        replace(update, ends_2N=update.ends_2N[:, start:stop], up_NR=update.up_NR[start:stop])
+        for start, stop in cuts
+    ]
 
 
 def _columns(whole_2N: Floats, part_2N: Floats) -> list[int]:

@@ -106,6 +106,17 @@ def test_with_its_adapter_it_is_the_student_and_without_it_the_base(two: list[Ar
     assert set(verify_parity(two[0].path)) == {"fp32", "int8-dynamic", "int8-weight"}
 
 
+def test_packed_layers_that_the_builder_splits_get_an_adapter_each(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", model_type="phi3")
+    targets = ["qkv_proj", "gate_up_proj", "o_proj"]
+    student = make_lora_student(tmp_path / "student", base, seed=1, target_modules=targets)
+    recipe = pico_recipe(export={"forms": ["fp32"], "adapters": "separate"})
+    exported = export_student(student=student.path, out=tmp_path / "onnx", recipe=recipe)
+    assert exported.result["backend"]["name"] == "genai"
+    own = Decoder(exported.path, form="fp32").prefill([PROMPT])[0]
+    np.testing.assert_allclose(own, torch_logits(student.path / "model", PROMPT), atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("tied", "changes"),
     [(False, {"tie_word_embeddings": True}), (True, {"dtype": "bfloat16"})],
