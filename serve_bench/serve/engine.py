@@ -4,7 +4,7 @@ Knows requests, sampling, stop strings, limits and time. Knows nothing of HTTP, 
 use it. The key-value caches and the graph belong to `serve_bench.serve.batch`.
 
 Between two steps of the running rows, requests that ended leave and waiting ones join. A prompt is
-read in chunks, one chunk a step, so that a long one delays the others by some 50 ms only. A request
+read in chunks, one chunk a step, so that a long one delays the others little. A request
 joins when there is room for all it may ask for, first come first served: nothing that runs is ever
 pushed out again. The beginning that a prompt shares with a running or finished sequence is copied
 instead of read.
@@ -44,9 +44,10 @@ from serve_bench.serve.text.stops import StopStrings
 Finish = Literal["stop", "length", "cancelled", "timeout", "closed", "failed", "grammar"]
 
 PREFIX_BYTES = 256_000_000  # default memory of finished sequences
-# Prompt tokens between two steps of the running rows: as many as take this long, within bounds.
+# Prompt tokens between two steps of the running rows: as many as take this long, within bounds. In
+# shorter runs each costs so much more that prompts wait and rows stay empty.
 _PAUSE = 0.05  # seconds
-_SHORTEST, _CHUNK = 16, 128
+_SHORTEST, _CHUNK = 64, 128
 _ALONE = 512  # where no row waits; only giving up and other prompts do
 
 
