@@ -29,6 +29,9 @@ def main() -> int:
     parser.add_argument(
         "--signals", nargs="+", choices=_SIGNALS, default=["kill"], help="at file events"
     )
+    parser.add_argument(
+        "--first", type=int, default=0, help="event to begin at, where a find is mended"
+    )
     asked = parser.parse_args()
     signals = tuple(_SIGNALS[name] for name in asked.signals)
     failures, names = 0, asked.names
@@ -38,7 +41,7 @@ def main() -> int:
             if names and not any(name in case.name for name in names):
                 continue
             try:
-                row = kill_everywhere(case, Path(root) / "case", signals=signals)
+                row = kill_everywhere(case, Path(root) / "case", signals=signals, first=asked.first)
             except Killed as error:
                 failures += 1
                 print(f"{case.name:42} FAILED: {error}", flush=True)

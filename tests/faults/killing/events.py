@@ -74,8 +74,10 @@ class Killed(AssertionError):
     """Work that did not end as it does without a kill; the message names the event."""
 
 
-def kill_everywhere(case: Case, root: Path, *, signals: tuple[int, ...] = (signal.SIGKILL,)) -> Row:
-    """Kill ``case`` at each of its events in folders below ``root``.
+def kill_everywhere(
+    case: Case, root: Path, *, signals: tuple[int, ...] = (signal.SIGKILL,), first: int = 0
+) -> Row:
+    """Kill ``case`` at each of its events from number ``first`` on, in folders below ``root``.
 
     Raises `Killed` for the first kill that harms.
     """
@@ -84,7 +86,7 @@ def kill_everywhere(case: Case, root: Path, *, signals: tuple[int, ...] = (signa
     expected, listed = case.outcome(clean), listing(clean)
     kills, seen = 0, set[str]()
     for number in signals:
-        for at, event in enumerate(events):
+        for at, event in list(enumerate(events))[first:]:
             folder = _fresh(case, root / "killed")
             where = f"{case.name}: signal {number} at event {at} of {len(events)}, {event}"
             stop_at(case.work, folder, at, number=number)
