@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ from limbeck.contract.artifact import Artifact
 from tests.factory import Factory
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which test modules do
+# A shell that starts pytest in the background lets it ignore Ctrl-C, and all that the tests start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
