@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
-from unittest.mock import patch
 
 from export.build.choice import KNOWN
 
@@ -50,8 +49,8 @@ def corrected_builder() -> Iterator[None]:
         config.rope_local_base_freq = ropes["sliding_attention"]["rope_theta"]
         third(self, config, *rest)
 
-    with (
-        patch.object(GemmaModel, "__init__", with_exact_scale),
-        patch.object(Gemma3Model, "__init__", with_both_ropes),
-    ):
+    GemmaModel.__init__, Gemma3Model.__init__ = with_exact_scale, with_both_ropes
+    try:
         yield
+    finally:
+        GemmaModel.__init__, Gemma3Model.__init__ = plain, third
