@@ -181,9 +181,12 @@ def _set_windows(proto: ModelProto, windows: list[int]) -> None:
     """
     attentions = [node for node in proto.graph.node if node.op_type == "GroupQueryAttention"]
     for node, window in zip(attentions, windows, strict=True):
-        for old in [a for a in node.attribute if a.name == "local_window_size"]:
-            node.attribute.remove(old)
-        node.attribute.append(onnx.helper.make_attribute("local_window_size", window))
+        given = next((a for a in node.attribute if a.name == "local_window_size"), None)
+        if given is None:
+            given = node.attribute.add(
+                name="local_window_size", type=onnx.AttributeProto.AttributeType.INT
+            )
+        given.i = window
 
 
 def handle_padding(proto: ModelProto, *, logits: Logits) -> None:
