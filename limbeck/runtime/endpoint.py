@@ -109,6 +109,7 @@ def ask(
     `httpx2.HTTPError` as the client does, for a late answer and for one that is too large.
     """
     end, box = time.monotonic() + seconds, queue.SimpleQueue[Reply | Exception]()
+    late = httpx2.ReadTimeout(f"the answer took longer than {seconds:g} s")
 
     def read() -> Reply:
         body = bytearray()
@@ -118,7 +119,7 @@ def ask(
                 if len(body) > most:
                     raise httpx2.ReadError(f"the answer is larger than {most} bytes")
                 if time.monotonic() > end:
-                    break  # nobody waits any more
+                    raise late  # what has come is only a part
         return Reply(answer.status_code, answer.headers, bytes(body))
 
     def work() -> None:
@@ -132,7 +133,7 @@ def ask(
     try:
         found = box.get(timeout=seconds)
     except queue.Empty:
-        raise httpx2.ReadTimeout(f"the answer took longer than {seconds:g} s") from None
+        raise late from None
     if isinstance(found, Exception):
         raise found
     return found

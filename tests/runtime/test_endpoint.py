@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import queue
 import socket
 import threading
 import time
@@ -130,3 +131,19 @@ def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(
     ) as at:
         find_endpoint("http://127.0.0.1:1")
     assert "s3cret" not in str(at.value)
+
+
+def test_a_part_of_an_answer_that_comes_late_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the thread that reads is faster than the one that waits."""
+
+    class Patient(queue.SimpleQueue[object]):
+        def get(self, block: bool = True, timeout: float | None = None) -> object:
+            return super().get(block, 10)
+
+    monkeypatch.setattr(queue, "SimpleQueue", Patient)
+    monkeypatch.setattr(endpoint, "_LISTING", 0.2)
+    with (
+        answering(WHOLE, b" ", 0.05) as url,
+        pytest.raises(EnvironmentalError, match=r"took longer than 0\.2 s"),
+    ):
+        find_endpoint(url)
