@@ -142,7 +142,7 @@ def test_tables_of_angles_are_computed_as_torch_does(
 
 def _only(graph: onnx.GraphProto, name: str) -> onnx.ModelProto:
     """The part of ``graph`` that computes the table ``name`` from constants."""
-    nodes = [node for node in graph.node if any(f"{name}" in out for out in node.output)]
+    nodes = [node for node in graph.node if any(name in out for out in node.output)]
     constants = [t for t in graph.initializer if t.name.startswith(f"{ROPE}{name}/")]
     value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
     made = onnx.helper.make_graph(nodes, "table", [], [value], constants)
