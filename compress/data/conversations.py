@@ -21,12 +21,13 @@ Messages = list[dict[str, Any]]
 # ShareGPT's names, and OpenAI's newer name of system and older one of tool.
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool",
           "developer": "system", "function": "tool"}  # fmt: skip
-# Names of a model that are not the role of an answer: a template would write them as they are.
-_MISNAMED = {"assistant", "model", "bot", "ai", "chatgpt", "bard", "bing", "chatbot"}
+# Names of a model that are not the role of an answer.
+_MISNAMED = {"model", "bot", "ai", "chatgpt", "bard", "bing", "chatbot"}
+_KNOWN = {"system", "user", "assistant", "tool"}
 _SYSTEMS = ("system", "system_prompt")
 _VARIABLES = "chat_template_kwargs"  # TRL's name
 _INSTRUCTION, _DETAILS = "instruction", ("input", "context")  # of Alpaca, and of Dolly
-_WANTED = "label"  # of TRL's KTO: whether the answer is one to learn
+_WANTED = ("label", "kto_tag")  # of TRL's and LLaMA-Factory's KTO: whether to learn the answer
 _HISTORY = "history"  # LLaMA-Factory's: pairs of what was asked and answered before
 _READ = ("tools", "functions", *_SYSTEMS, _VARIABLES)
 _OURS = {"messages", "tools", "chat_template", "add_generation_prompt", "conversations",
@@ -57,24 +58,31 @@ def read_conversations(
 
     Keys that are read are not among these. Raises `DataError` that names the row.
     """
-    read = {form.field, form.prompt, *_READ}
+    read = {form.field, form.prompt, *_READ, *_WANTED}
     if form.field != "messages":
-        read |= {*_DETAILS, _HISTORY, _WANTED}
+        read |= {*_DETAILS, _HISTORY}
     watched -= read
     unwanted = False
     for where, row in rows_of(path, form.field, read | watched):
-        if row.get(_WANTED) is False and form.field != "messages":
+        if bad := next((name for name in _WANTED if _is_false(row.get(name))), None):
             if not unwanted:
-                say(f"  {where}: {_WANTED} is false; such answers are not learned")
+                say(f"  {where}: {bad} is false; such answers are not learned")
             unwanted = True
             continue
         unread = frozenset(n for n in watched & row.keys() if row[n] not in (None, "", [], {}))
         yield where, _conversation(row, form, where), unread
 
 
+def _is_false(value: Any) -> bool:
+    """Whether a mark is false, of JSON or as a table writes it. A number may be a class."""
+    return value is False or (isinstance(value, str) and value.strip().lower() == "false")
+
+
 def _conversation(row: Mapping[str, Any], form: ChatRows, where: str) -> Conversation:
-    prompt = row.get(form.prompt)
-    answer = row[form.field]
+    prompt, answer = row.get(form.prompt), row[form.field]
+    if isinstance(prompt, dict) and prompt.get("messages"):  # of OpenAI's preferences
+        row = {name: prompt[name] for name in _READ if prompt.get(name)} | dict(row)
+        prompt = prompt["messages"]
     if prompt and isinstance(answer, str) and not _lists_messages(answer):
         answer = [{"role": "assistant", "content": answer}]
     messages, given = _messages(answer, where), 0
@@ -139,6 +147,8 @@ def _lists_messages(text: str) -> bool:
 def _messages(value: Any, where: str) -> Messages:
     """``value`` as messages, of {role, content} or ShareGPT's {from, value}, or their JSON."""
     value = _parsed(value)
+    if isinstance(value, dict) and ("role" in value or "from" in value):
+        value = [value]
     if not isinstance(value, list) or not value:
         found = "an empty list" if value == [] else type(value).__name__
         raise DataError(
@@ -171,10 +181,12 @@ def _message(given: Any, where: str) -> dict[str, Any]:
                 f"{where} has no text under {key!r}; expected {{role: …, content: …}}, both text."
             )
     role = message["role"] = _ROLES.get(message["role"], message["role"])
-    if role != "assistant" and role.lower() in _MISNAMED:
+    plain = role.strip().lower()
+    meant = "assistant" if plain in _MISNAMED else _ROLES.get(plain, plain)
+    if role != meant and meant in _KNOWN:
         raise DataError(
-            f"{where} has the role {role!r}, so it would not be learned as an answer; call it "
-            "assistant."
+            f"{where} has the role {role!r}, which a chat template would write as it is; call it "
+            f"{meant}."
         )
     for name in _LEARNED:
         if message.get(name, 1) not in (0, 1):

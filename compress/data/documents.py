@@ -30,6 +30,7 @@ _OTHER_FILES = {
     b"PK\x03\x04": "a zip archive or an office document; unpack it, or save its text as UTF-8",
     b"%PDF": "a PDF; save its text, for example with pdftotext",
     b"PAR1": "a Parquet file; set format to parquet",
+    b"ARROW1": "an Arrow file; call it .arrow or .feather, and set format to rows or chat",
     b"\x89PNG": "a picture; leave it out",
     b"\xff\xd8\xff": "a picture; leave it out",
     b"\xff\xfe\0\0": "UTF-32 text; convert it with iconv -f UTF-32 -t UTF-8",
@@ -183,10 +184,10 @@ def well_formed(value: Any, levels: int = _MOST_LEVELS) -> Any:
 
 def rows_of(path: Path, field: str, beside: Collection[str] = ()) -> Iterator[Place]:
     """Where each row is, and its values under ``field`` and, as far as it has them, ``beside``."""
-    match path.suffix:
+    match path.suffix.lower():
         case ".parquet":
             return parquet_rows(path, field, beside)
-        case ".arrow":
+        case ".arrow" | ".feather":
             return arrow_rows(path, field, beside)
         case ".csv" | ".tsv":
             return _csv_rows(path, field, beside)
@@ -199,10 +200,14 @@ def _csv_rows(path: Path, field: str, beside: Collection[str]) -> Iterator[Place
     csv.field_size_limit(_MOST_CELL)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(
-                file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True
-            )
+            between = "\t" if path.suffix.lower() == ".tsv" else ","
+            rows = csv.DictReader(file, delimiter=between, strict=True)
             names = list(rows.fieldnames or ())
+            if len(names) == 1 and (other := next((c for c in ",;\t|" if c in names[0]), None)):
+                raise DataError(
+                    f"{path}: its columns seem to be separated by {other!r}, not by {between!r}; "
+                    "save it again as .csv with commas, or as .tsv with tabs."
+                )
             if names.count(field) != 1:
                 raise DataError(
                     f"{path}: {names.count(field)} columns are called {field!r} (found: "

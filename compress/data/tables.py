@@ -75,25 +75,48 @@ def _parquet_batches(path: Path, columns: list[str]) -> Iterator[Any]:
 
 
 def arrow_rows(path: Path, field: str, beside: Collection[str] = ()) -> Iterator[Place]:
-    """As `parquet_rows`, of an Arrow stream, the form that `datasets` saves."""
+    """As `parquet_rows`, of an Arrow stream, the form that `datasets` saves, or of an Arrow file
+    (Feather), the form of pandas and polars."""
     check_arrow()
     import pyarrow
 
     try:
-        with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
-            columns = _columns(path, field, beside, stream.schema)
+        with pyarrow.memory_map(str(path)) as file:
+            schema, batches = _arrow(file)
+            columns = _columns(path, field, beside, schema)
             _try(_arrow_batches, path, columns)  # they may be compressed
-            yield from _numbered(path, stream, columns)
+            yield from _numbered(path, batches, columns)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not an Arrow stream ({error}); save the dataset again.") from None
+        raise DataError(f"{path}: not an Arrow file ({error}); save the dataset again.") from None
+
+
+def arrow_schema(path: Path) -> Any:
+    """The schema of an Arrow stream or file. Raises what pyarrow raises."""
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as file:
+        return _arrow(file)[0]
+
+
+def _arrow(file: Any) -> tuple[Any, Iterable[Any]]:
+    """Schema and batches of an open Arrow stream or file."""
+    from pyarrow import ipc
+
+    magic = file.read(6)
+    file.seek(0)
+    if magic != b"ARROW1":
+        stream = ipc.open_stream(file)
+        return stream.schema, stream
+    whole = ipc.open_file(file)
+    return whole.schema, map(whole.get_batch, range(whole.num_record_batches))
 
 
 def _arrow_batches(path: Path, columns: list[str]) -> Iterator[Any]:
     import pyarrow
 
     # A map of a large file would count as memory of the process.
-    with pyarrow.OSFile(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
-        yield from stream
+    with pyarrow.OSFile(str(path)) as file:
+        yield from _arrow(file)[1]
 
 
 def _try(

@@ -135,7 +135,7 @@ def test_columns_of_an_arrow_file_are_those_of_its_schema(tmp_path: Path) -> Non
         out.write_table(table)
     assert _fields(path) == {"notes": "text", "size": "int64"}
     path.write_bytes(b"of mine")
-    with pytest.raises(DataError, match=r"--data .*rows\.arrow: not an Arrow stream"):
+    with pytest.raises(DataError, match=r"--data .*rows\.arrow: not an Arrow file"):
         _fields(path)
 
 

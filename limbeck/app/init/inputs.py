@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,14 @@ from limbeck.contract.progress import say
 from limbeck.contract.recipe import ChatRows, Data, DatasetText, FileText, PlainText, find_recipe
 from limbeck.contract.recipe.mistakes import did_you_mean
 from limbeck.contract.sources.models import adapter_tokenizer
-from limbeck.contract.sources.texts import ROWS, TABLES, check_arrow, text_files
+from limbeck.contract.sources.texts import (
+    ARROW,
+    PREFERRED,
+    TABLES,
+    check_arrow,
+    holds_rows,
+    text_files,
+)
 
 BATCH = 1024  # tokens a training step
 _TOKENS = 204800  # of training
@@ -38,8 +46,9 @@ _PAIRS = (
     ("problem", "solution"),
     ("input", "output"),
 )
-_DATASETS = (".parquet", ".arrow")
-_JSON_LINES = (".jsonl", ".ndjson", ".json")
+# Prompts of preferences: TRL's, LLaMA-Factory's, Alpaca's, OpenAI's.
+_ASKED = ("prompt", "conversations", "instruction", "question", "query", "input")
+_DATASETS = (".parquet", *ARROW)
 
 
 def short_names(given: Sequence[str]) -> list[str]:
@@ -227,15 +236,23 @@ def text_source(given: str) -> dict[str, Any]:
                 pass
         return source
     fields = _fields(files[0])
-    talks = next((name for name in ("messages", "conversations", "chosen") if name in fields), None)
-    if talks is not None:
-        chosen = {} if talks == "messages" else {"field": talks}
+    talks = ("messages", "preferred_output", "chosen", "conversations")
+    if answer := next((name for name in talks if name in fields), None):
+        chosen = {} if answer == "messages" else {"field": answer}
+        prompt = next((name for name in _ASKED if name in fields), "prompt")
+        if answer in PREFERRED and prompt != "prompt":
+            chosen["prompt"] = prompt
         return source | {"format": {"kind": "chat", **chosen}}
     if "text" not in fields:
         for prompt, answer in _PAIRS:
             if {prompt, answer} <= fields.keys():
                 extra = {} if prompt == "prompt" else {"prompt": prompt}
                 return source | {"format": {"kind": "chat", "field": answer, **extra}}
+    if (inner := next((n for n, type_ in fields.items() if type_ == "list"), None)) and _one(files):
+        raise DataError(
+            f"--data {given}: one object, whose rows seem to be under {inner!r}; save that list "
+            "alone."
+        )
     texts = [name for name, type_ in fields.items() if type_ == _TEXT]
     field = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
     if field is None:
@@ -284,20 +301,22 @@ def _files(given: str) -> list[Path]:
 
 
 def _kind(file: Path) -> str:
-    if file.suffix == ".parquet":
+    suffix = file.suffix.lower()
+    if suffix == ".parquet":
         return "parquet"
-    if file.suffix in _JSON_LINES:
-        return "jsonl"
-    return "rows" if file.suffix in ROWS else "text"
+    if suffix in (*ARROW, *TABLES):
+        return "rows"
+    return "jsonl" if holds_rows(file) else "text"
 
 
 def _fields(path: Path) -> dict[str, str]:
     """Names of what the first row of a file has, and the type of each."""
-    if path.suffix in (".parquet", ".arrow"):
+    suffix = path.suffix.lower()
+    if suffix in _DATASETS:
         return _columns(path)
-    if path.suffix in TABLES:
+    if suffix in TABLES:
         with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-            names = next(csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ","), [])
+            names = next(csv.reader(file, delimiter="\t" if suffix == ".tsv" else ","), [])
         return dict.fromkeys(names, _TEXT)
     return _json_fields(path)
 
@@ -315,20 +334,30 @@ def _json_fields(path: Path) -> dict[str, str]:
     return {name: _TEXT if isinstance(v, str) else type(v).__name__ for name, v in row.items()}
 
 
+def _one(files: Sequence[Path]) -> bool:
+    """Whether all that is there is one object of JSON."""
+    from compress.data.documents import json_rows
+
+    return (
+        len(files) == 1
+        and files[0].suffix.lower() == ".json"
+        and len(list(itertools.islice(json_rows(files[0]), 2))) == 1
+    )
+
+
 def _columns(path: Path) -> dict[str, str]:
     """Columns of a Parquet or Arrow file, and the type of each."""
     check_arrow()
     import pyarrow
     import pyarrow.parquet
 
+    from compress.data.tables import arrow_schema
+
     try:
-        if path.suffix == ".parquet":
-            schema = pyarrow.parquet.read_schema(path)
-        else:
-            with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
-                schema = stream.schema
+        is_parquet = path.suffix.lower() == ".parquet"
+        schema = (pyarrow.parquet.read_schema if is_parquet else arrow_schema)(path)
     except (pyarrow.ArrowException, OSError) as error:
-        kind = "a Parquet file" if path.suffix == ".parquet" else "an Arrow stream"
+        kind = "a Parquet file" if is_parquet else "an Arrow file"
         raise DataError(f"--data {path}: not {kind} ({error}).") from None
     types = pyarrow.types
     found = {}
@@ -365,7 +394,7 @@ def training_tokens(texts: Sequence[str]) -> int:
     The bytes of Parquet and Arrow files say little about their text, so that they count as enough.
     """
     files = [file for text in texts for file in _files(text)]
-    if any(file.suffix in _DATASETS for file in files):
+    if any(file.suffix.lower() in _DATASETS for file in files):
         return _TOKENS
     passes = _PASSES * sum(file.stat().st_size for file in files) // _BYTES
     return max(20 * BATCH, min(_TOKENS, passes // BATCH * BATCH))

@@ -96,7 +96,8 @@ def matching_files(root: Path, pattern: str, suffixes: tuple[str, ...]) -> list[
             return [base]
         if not rest:
             found = _globbed(base, ["**", "*"])
-            return [p for p in found if p.is_file() and (not suffixes or p.suffix in suffixes)]
+            named = [p for p in found if not suffixes or p.suffix.lower() in suffixes]
+            return [path for path in named if path.is_file()]
         return [path for path in _globbed(base, rest) if path.is_file()]
     except (OSError, ValueError):  # a name that no file can have
         return []

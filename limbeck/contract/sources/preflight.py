@@ -34,7 +34,7 @@ from limbeck.contract.sources.models import (
 )
 from limbeck.contract.sources.places import read_object, require_stored
 from limbeck.contract.sources.stores import file_system
-from limbeck.contract.sources.texts import ROWS, check_arrow, text_files
+from limbeck.contract.sources.texts import ARROW, check_arrow, holds_rows, text_files
 from limbeck.contract.sources.weights import stored_form
 
 
@@ -51,15 +51,11 @@ def _mistakes(recipe: AnyRecipe) -> Iterator[str]:
         try:
             files = text_files(text, folder=recipe.folder)
             if isinstance(text.format, ParquetRows) or any(
-                p.suffix in (".parquet", ".arrow") for p in files
+                p.suffix.lower() in (".parquet", *ARROW) for p in files
             ):
                 check_arrow()
-            rows = next((p for p in files if p.suffix in ROWS), None)
-            if (
-                rows
-                and isinstance(text.format, PlainText)
-                and "format" not in text.model_fields_set
-            ):
+            plain = isinstance(text.format, PlainText) and "format" not in text.model_fields_set
+            if plain and (rows := next(filter(holds_rows, files), None)):
                 yield (
                     f"{where}: {rows.name} would be read as plain text, with its punctuation; "
                     "set format to rows or chat, or to text where that is meant."

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.contract.errors import DataError, EnvironmentalError
-from limbeck.contract.files import file_digest
+from limbeck.contract.files import file_digest, parse_json
 from limbeck.contract.recipe import (
     AnyRecipe,
     DatasetText,
@@ -74,9 +74,12 @@ def _each_once(paths: Iterable[Path]) -> list[Path]:
 
 
 TABLES = (".csv", ".tsv")
-ROWS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", *TABLES)  # not plain text
+JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".json")
+ARROW = (".arrow", ".feather")
+ROWS = (*JSON_LINES, ".parquet", *ARROW, *TABLES)  # not plain text
+_MOST_LINE = 1 << 22  # bytes
 _SUFFIXES = {  # of the files taken from a folder; of other formats all
-    "jsonl": (".jsonl", ".ndjson", ".json"),
+    "jsonl": JSON_LINES,
     "parquet": (".parquet",),
     "rows": ROWS,
     "chat": ROWS,
@@ -105,7 +108,7 @@ def _dataset_files(root: Path, split: str | None) -> list[Path]:
                 "leave split out."
             )
         return _saved_files(root)
-    inside = (p for p in root.rglob("*") if p.suffix in (".parquet", ".jsonl", ".arrow"))
+    inside = (p for p in root.rglob("*") if p.suffix.lower() in (".parquet", ".jsonl", *ARROW))
     found = _each_once(path for path in inside if path.is_file())
     if not found:
         raise DataError(
@@ -175,6 +178,18 @@ def _names(path: Path, listed: list[Any]) -> list[str]:
     return listed
 
 
+def holds_rows(path: Path) -> bool:
+    """Whether a file has the suffix of rows, or its first line is an object of JSON."""
+    if path.suffix.lower() in ROWS:
+        return True
+    with path.open("rb") as file:
+        line = file.readline(_MOST_LINE).strip(b"\xef\xbb\xbf \t\r\n")
+    try:
+        return line.startswith(b"{") and isinstance(parse_json(line), dict)
+    except ValueError:
+        return False
+
+
 def check_arrow() -> None:
     """Raise `EnvironmentalError` unless pyarrow is installed; Parquet and Arrow files need it."""
     if importlib.util.find_spec("pyarrow") is None:
@@ -184,13 +199,16 @@ def check_arrow() -> None:
         )
 
 
+PREFERRED = ("chosen", "preferred_output")  # names of the better answer, TRL's and OpenAI's
+
+
 def preference_notes(recipe: AnyRecipe) -> list[str]:
     """What is learned of rows of preferences, for each text whose chosen answers are named."""
     return [
         f"{where}: of preferences the chosen answers are learned, each after its prompt; rejected "
         "ones are not read"
         for where, _, text in recipe.groups()
-        if where.startswith("data.") and getattr(text.format, "field", None) == "chosen"
+        if where.startswith("data.") and getattr(text.format, "field", None) in PREFERRED
     ]
 
 

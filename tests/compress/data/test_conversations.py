@@ -289,7 +289,7 @@ def test_parts_of_text_are_joined(tmp_path: Path, kind: str | None) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
          "message 1 has a part of type image_url, but only text is learned"),
         ({"messages": [TALK[0], {"role": "Assistant", "content": "hi"}]},
-         "message 2 has the role 'Assistant', so it would not be learned"),
+         "message 2 has the role 'Assistant', which a chat template would write as it is; call it"),
         ({"messages": [{"from": "human", "value": "u"}, {"from": "chatgpt", "value": "hi"}]},
          "message 2 has the role 'chatgpt'"),
         ({"messages": [{"role": "assistant", "tool_calls": "x"}]}, "tool calls that are no list"),

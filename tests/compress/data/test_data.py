@@ -328,7 +328,7 @@ def test_a_damaged_arrow_file_and_a_missing_package_are_named(
 ) -> None:
     path = write_rows(tmp_path / "a.arrow", [{"text": "words " * 100}])
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(DataError, match=r"a\.arrow: not an Arrow stream"):
+    with pytest.raises(DataError, match=r"a\.arrow: not an Arrow file"):
         list(documents(path, Rows(kind="rows")))
     real = importlib.util.find_spec
     monkeypatch.setattr(

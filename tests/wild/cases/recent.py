@@ -338,8 +338,5 @@ def _texts(root: Path) -> Iterator[Row]:
          "has weight 0.5, but an answer is learned or it is not"),
         ("Gemini's contents", {"contents": [{"role": "user", "parts": [{"text": "q"}]}]},
          "rows have contents .list., and it is unclear which is the text"),
-        ("OpenAI's preferences", {"input": {"messages": [ask]}, "preferred_output": [reply],
-                                  "non_preferred_output": [first]},
-         "it is unclear which is the text"),
     ):  # fmt: skip
         yield Row(f"chat: {what}", said(lambda row=row: read(row)), "-", says)

@@ -51,6 +51,7 @@ from tests.wild.cases.adapters import (
 )
 from tests.wild.cases.recent import recent
 from tests.wild.cases.row import Row, loss, said
+from tests.wild.cases.texts import texts
 from tests.wild.cases.variants import variants
 from tests.wild.test_files import with_template
 from tests.wild.test_gguf import BLOOM, CODER, DEEPSEEK3, FALCON, LLAMA3, splitting, written
@@ -72,6 +73,7 @@ def rows(folder: Path) -> Iterator[Row]:
             _commands,
             variants,
             recent,
+            texts,
         ):
             yield from part(folder)
 
