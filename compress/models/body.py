@@ -82,6 +82,7 @@ def require_faithful(body: Body, where: str) -> None:
         with _evaluating(body.model):
             hidden, _ = body.states(rows_read)  # first: it chooses the adapter
             theirs = body.model(input_ids=ids).logits
+        ours = body.head.logits(hidden[:1].to(body.head.weight_Vd.dtype))
     except Exception as error:  # sizes of a configuration that do not go together raise anything
         raise ModelError(
             f"{where}: {type(lm).__name__} cannot answer a test batch "
@@ -89,7 +90,6 @@ def require_faithful(body: Body, where: str) -> None:
             "weights."
         ) from error
     dtype = lm.get_output_embeddings().weight.dtype
-    ours = body.head.logits(hidden[:1].to(body.head.weight_Vd.dtype))
     require_equal(
         ours,
         theirs[:1],

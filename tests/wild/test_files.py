@@ -141,7 +141,7 @@ def test_tables_are_read_as_spreadsheets_write_them(tmp_path: Path) -> None:
         [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], tokenize=False
     )
     for content, problem in (
-        ("id;text\n1;a\n", "0 columns are called 'text' .found: id;text"),
+        ("id;text\n1;a\n", "columns seem to be separated by ';', not by ','"),
         ("text,text\na,b\n", "2 columns are called 'text'"),
         ("id,text\n1,a,b\n", "line 2: not one cell for each of the 2 columns"),
         ("id,text\n1\n", "line 2: not one cell for each of the 2 columns"),

@@ -19,9 +19,10 @@ from limbeck.contract.recipe.mistakes import did_you_mean
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Kinds of peft that replace layers of the model, each held to peft by tests/wild.
 _KINDS = frozenset({
-    "ADALORA", "BOFT", "C3A", "DELORA", "FOURIERFT", "GRALORA", "HRA", "IA3", "LN_TUNING", "LOHA",
-    "LOKR", "LORA", "MISS", "OFT", "RANDLORA", "ROAD", "SHIRA", "TRAINABLE_TOKENS", "VBLORA",
-    "VERA", "WAVEFT",
+    "ADALORA", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA",
+    "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT", "OSF", "PEANUT",
+    "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS",
+    "UNILORA", "VBLORA", "VERA", "WAVEFT",
 })  # fmt: skip
 _OTHER_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # peft's names of them
 # Options of LoRA that change more than the layers.

@@ -25,6 +25,8 @@ from limbeck.contract.models.patterns import require_quick
 from limbeck.contract.models.probe import probe_ids, require_equal
 from limbeck.contract.models.tokens import tokenizer_size
 
+# Names of an embedding or head as it is stored whole, the last two inside a module of peft.
+_WHOLE = ("weight", "base_layer.weight", "token_adapter.base_layer.weight")
 _MULTIPLES = (8, 16, 32, 64, 128, 256)  # that embeddings are filled up to
 
 
@@ -90,6 +92,7 @@ def attach(model: Any, folder: Path, *, name: str = "default") -> Any:
         key
         for key in found.unexpected_keys
         if key.replace(".modules_to_save.", ".") not in facts.shapes.keys() - {key}
+        and not _is_stored_twice(key, base, folder / WEIGHTS)
     ]
     missing = [key for key in found.missing_keys if "vblora_vector_bank" not in key]
     for keys, problem in (
@@ -103,6 +106,22 @@ def attach(model: Any, folder: Path, *, name: str = "default") -> Any:
                 f"(for example {keys[0]}). Name the base that it was trained on ({facts.base})."
             )
     return model.eval().requires_grad_(False)
+
+
+def _is_stored_twice(key: str, lm: Any, file: Path) -> bool:
+    """Whether a tensor of the head is that of the embedding, as peft stores a tied pair."""
+    import torch
+    from safetensors import safe_open
+
+    embedding, *head = _places(lm)
+    twin = key.replace(f".{head[0]}.", f".{embedding}.", 1) if head else key
+    with safe_open(file, "pt") as weights:
+        names = set(weights.keys())
+        return (
+            twin != key
+            and {key, twin} <= names
+            and torch.equal(weights.get_tensor(key), weights.get_tensor(twin))
+        )
 
 
 def _run_twice(model: Any, base: Any) -> None:
@@ -267,8 +286,7 @@ def _resize(lm: Any, facts: AdapterFacts) -> None:
             f"{found}, and the tokenizer beside it has {size} tokens; save the tokenizer that it "
             "was trained with there."
         )
-    whole = [place for place in places if f"base_model.model.{place}.weight" in facts.shapes
-             or f"base_model.model.{place}.base_layer.weight" in facts.shapes]  # fmt: skip
+    whole = [p for p in places if any(f"base_model.model.{p}.{n}" in facts.shapes for n in _WHOLE)]
     # peft trains a copy of a saved module, so the other of a tied pair gets no new rows from it.
     saved = facts.config.get("modules_to_save") or ()
     copied = {name.rpartition(".")[2] for name in saved}
@@ -302,9 +320,9 @@ def _rows(shapes: Mapping[str, tuple[int, ...]], place: str) -> int:
     prefix = f"base_model.model.{place}."
     found = 0
     for name, shape in shapes.items():
-        match name.removeprefix(prefix) if name.startswith(prefix) else "":
-            case "weight" | "base_layer.weight" | "lora_B.weight":
-                found = max(found, shape[0])
-            case "lora_embedding_A":
-                found = max(found, shape[1])
+        tail = name.removeprefix(prefix) if name.startswith(prefix) else ""
+        if tail in (*_WHOLE, "lora_B.weight"):
+            found = max(found, shape[0])
+        elif tail == "lora_embedding_A":
+            found = max(found, shape[1])
     return found

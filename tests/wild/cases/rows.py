@@ -49,6 +49,7 @@ from tests.wild.cases.adapters import (
     peft_logits,
     teacher,
 )
+from tests.wild.cases.models import models
 from tests.wild.cases.recent import recent
 from tests.wild.cases.row import Row, loss, said
 from tests.wild.cases.texts import texts
@@ -74,6 +75,7 @@ def rows(folder: Path) -> Iterator[Row]:
             variants,
             recent,
             texts,
+            models,
         ):
             yield from part(folder)
 
