@@ -21,29 +21,38 @@ _STEMS = {
 }
 
 
+# The form whose products a processor may do faster in fp32 where there are many rows.
+_HAS_PROMPT_GRAPH = "int8-weight"
+
+
 @dataclass(frozen=True)
 class Graphs:
-    """The two graphs of one form and the weights file both refer to; paths below the deployable
+    """The graphs of one form and the weights file that all refer to; paths below the deployable
     folder.
     """
 
     last: Path
     all: Path
     data: Path
+    prompt: Path | None = None  # reads long prompts: `export.round.floats`
 
     @property
     def files(self) -> tuple[Path, ...]:
         """What must be shipped for the form to run."""
-        return (self.last, self.all, self.data)
+        return (self.last, self.all, self.data, *([self.prompt] if self.prompt else []))
 
 
-def form_files(folder: Path, form: str) -> Graphs:
-    """Where the graphs of ``form`` lie in ``folder``; the names are transformers.js's."""
+def form_files(folder: Path, form: str, *, prompt: bool = False) -> Graphs:
+    """Where the graphs of ``form`` lie in ``folder``; the names are transformers.js's.
+
+    With ``prompt`` also the graph for long prompts, of the form that has one.
+    """
     stem = _STEMS[form]
     return Graphs(
         folder / f"onnx/{stem}.onnx",
         folder / f"onnx/{stem}_all_logits.onnx",
         folder / f"onnx/{stem}.onnx_data",
+        folder / f"onnx/{stem}_prompt.onnx" if prompt and form == _HAS_PROMPT_GRAPH else None,
     )
 
 

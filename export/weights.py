@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,9 +50,14 @@ class WeightsFile:
 
     def rename(self, tensor: TensorProto, name: str, dims: list[int]) -> None:
         """The same bytes under another name and shape."""
-        other = TensorProto()
-        other.CopyFrom(tensor)
-        other.name = name
-        del other.dims[:]
-        other.dims.extend(dims)
-        self._written[name] = other
+        self._written[name] = same_bytes(tensor, name, dims)
+
+
+def same_bytes(tensor: TensorProto, name: str, dims: Sequence[int]) -> TensorProto:
+    """An initialiser of the bytes of ``tensor``, with another name and shape."""
+    other = TensorProto()
+    other.CopyFrom(tensor)
+    other.name = name
+    del other.dims[:]
+    other.dims.extend(dims)
+    return other

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
 from export.check.verdict import TOLERANCES, judge, summary
+from export.graphs import Graphs
 from limbeck.contract.errors import ParityError
 from limbeck.contract.models.adapters import attach
 from limbeck.contract.models.loading import load_pretrained
@@ -210,8 +211,7 @@ def load_arrays(path: Path) -> dict[str, dict[str, npt.NDArray[Any]]]:
 
 def measure_parity(
     form: str,
-    last: Path,
-    all_: Path,
+    graphs: Graphs,
     cases: Mapping[str, Case],
     *,
     provider: Provider = "cpu",
@@ -220,28 +220,37 @@ def measure_parity(
     """Differences between the graphs of ``form`` and the cases' answers, by case and over all
     positions.
 
-    Both graphs are fed: ``all_`` is compared at every position, ``last`` where it has an answer.
+    Both graphs are fed: that of all logits is compared at every position, the other where it has an
+    answer. Where there is a graph for prompts, it reads the long ones, and the graph of the last
+    logits goes on: cases that are judged, but not in the figures of the form.
     The result names the tolerance and the ``failures``, empty when the form is good enough.
     """
     lead = TOLERANCES[form].lead
     by_case: dict[str, Floats64] = {}
     nll: dict[str, float] = {}
     largest = max(float(np.abs(case.logits).max()) for case in cases.values())
-    with task(f"parity of {form}", 2 * len(cases)) as progress:
-        for path in (all_, last):
+    with task(f"parity of {form}", (2 + bool(graphs.prompt)) * len(cases)) as progress:
+        for path in (graphs.all, graphs.last):
             decoder = GraphDecoder(path, provider=provider, adapter=adapter)
             found, losses = compare(decoder, cases, progress.advance)
             by_case |= found
             nll |= losses
             del decoder  # its weights, before the next graph's are loaded
-    verdict = judge(form, by_case, largest=largest)
+        after_prompts: dict[str, Floats64] = {}
+        if graphs.prompt:
+            decoder = GraphDecoder(
+                graphs.last, provider=provider, adapter=adapter, prompts=graphs.prompt
+            )
+            after_prompts, _ = compare(decoder, cases, progress.advance)
+            del decoder
+    verdict = judge(form, by_case | after_prompts, largest=largest)
     return {
         **summary(np.concatenate(list(by_case.values()), axis=1), lead),
         **nll,
         "provider": provider,
         "tolerance": verdict.limits,
         "lead": lead,
-        "cases": {name: summary(found, lead) for name, found in by_case.items()},
+        "cases": {name: summary(found, lead) for name, found in (by_case | after_prompts).items()},
         "failures": verdict.failures,
     }
 
@@ -251,16 +260,21 @@ def compare(
 ) -> tuple[dict[str, Floats64], dict[str, float]]:
     """`differences` of each case from a graph's answers, and the losses of the long case.
 
-    A graph of the last logits alone is compared where it answers, under the name ``case/last``.
+    A graph of the last logits alone is compared where it answers, under the name ``case/last``;
+    with a graph for prompts, which reads long ones alone, under the name ``case/prompt``.
     """
     by_case: dict[str, Floats64] = {}
     nll: dict[str, float] = {}
     for name, case in cases.items():
+        if decoder.prompts and not decoder.is_long(int(case.splits[0])):
+            advance()
+            continue
         every = decoder.all_logits
+        kind = "prompt" if decoder.prompts else "last"
         chosen = np.arange(len(case.rows)) if every else np.flatnonzero(_after_prompt(case))
         if len(chosen):
             found = feed(decoder, case)
-            by_case[name if every else f"{name}/last"] = differences(case, chosen, found)
+            by_case[name if every else f"{name}/{kind}"] = differences(case, chosen, found)
             if name == "long" and len(chosen) == case.mask.sum():
                 nll = _nll(case, found)
             del found  # before the next case's are made

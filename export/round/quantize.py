@@ -13,6 +13,7 @@ from onnx import TensorProto, numpy_helper
 from export.graphs import Graphs, stamp
 from export.round.blocks import Blockwise, Floats, inverse, pack_nibbles
 from export.round.calibrate import Calibration
+from export.round.floats import multiply_in_floats
 from export.round.gptq import round_blocks, shares
 from export.round.matrices import Matrix, find_matrices
 from export.round.operators import replace_nodes
@@ -36,7 +37,8 @@ def quantize_weights(
     A static scheme needs ``calibration``. Matrices with moments in it are rounded by GPTQ
     (`export.round.gptq`). Each MatMul with a constant matrix becomes a MatMulNBits of accuracy
     level 4 (the fast kernel, activations in 8 bits too) or a MatMulIntegerToFloat. Each embedding
-    becomes a GatherBlockQuantized, on the head's own codes if the two are tied.
+    becomes a GatherBlockQuantized, on the head's own codes if the two are tied. The graph for long
+    prompts, where ``target`` has one, multiplies in fp32 instead.
     """
     first = onnx.load(source.last, load_external_data=False)
     tensors = {t.name: t for t in first.graph.initializer}
@@ -64,9 +66,14 @@ def quantize_weights(
                 else:
                     file.append(tensor.name, values)
             progress.advance()
-    for old, new in ((source.last, target.last), (source.all, target.all)):
+    graphs = [(source.last, target.last), (source.all, target.all)]
+    if target.prompt:
+        graphs.append((source.last, target.prompt))
+    for old, new in graphs:
         proto = onnx.load(old, load_external_data=False)
         replace_nodes(proto, matrices, ranges)
+        if new == target.prompt:
+            multiply_in_floats(proto.graph, written)
         own = {
             t.name: t
             for t in proto.graph.initializer

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from export.build.backend import Built, build_graphs
 from export.check import parity
 from export.check.greedy import Answer, answer_greedily, first_differences
+from export.check.prompts import require_same_products
 from export.folder import adapters
 from export.folder.card import Card, in_torch, markdown_table, plain
 from export.folder.clients import DTYPES, optimum_loads
@@ -68,8 +69,9 @@ class Language:
         self._answers: dict[str, Answer] = {}  # of fp32
 
     def files(self, form: str) -> Graphs:
-        """Where the two graphs of ``form`` lie."""
-        return form_files(self.folder, form)
+        """Where the graphs of ``form`` lie."""
+        prompt = self.provider == "cpu" and not isinstance(self.recipe.export.shapes, StaticShapes)
+        return form_files(self.folder, form, prompt=prompt)
 
     def build(self) -> Built:
         """Build with the recipe's backend; an adapter that is kept apart becomes inputs of the
@@ -149,9 +151,10 @@ class Language:
         for name, cases in self.cases.items():
             adapter = self.adapter if name == parity.PARITY else None
             measured[name] = parity.measure_parity(
-                form, graphs.last, graphs.all, cases, provider=provider, adapter=adapter
+                form, graphs, cases, provider=provider, adapter=adapter
             )
             parity.require_parity(form, measured[name])
+        require_same_products(form, graphs, list(self._texts.values()))
         decoder = GraphDecoder(graphs.last, provider=provider, adapter=self.adapter)
         if form == "fp32":
             ends = set(end_tokens(self.model))
@@ -246,10 +249,15 @@ class Language:
         measured: dict[str, Any] = {}
         for name, form in result.forms.items():
             for file, adapter in files.items():
-                found = parity.measure_parity(
-                    name,
+                graphs = Graphs(
                     folder / form.graph,
                     folder / form.all_logits_graph,
+                    folder,
+                    folder / form.prompt_graph if form.prompt_graph else None,
+                )
+                found = parity.measure_parity(
+                    name,
+                    graphs,
                     parity.load_cases(folder / file),
                     provider=parity.provider_here(cast(Provider, form.provider)),
                     adapter=adapter,

@@ -7,6 +7,7 @@ Shape letters: B rows, S new tokens, L whole length, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import ArtifactError, DataError, EnvironmentalError
-from limbeck.contract.machine import available_cores
+from limbeck.contract.machine import available_cores, sums_overflow
 from limbeck.contract.recipe import NO_KERNEL, Provider
 from limbeck.runtime.sampling import GREEDY, Constraint, Sampler, Sampling
 from limbeck.runtime.session import PROVIDERS, import_onnxruntime, open_session, read_adapter
@@ -26,6 +27,9 @@ Logits = npt.NDArray[np.float32]
 # Tokens of a prompt that are read at least, however much of it a cache holds. A cold run reads
 # several at once, and a run of one token adds in another order: docs/experiments/serving.md.
 FEWEST_READ = 2
+# Tokens of a prompt from which on a graph with fp32 products reads it faster, on an x86 without
+# VNNI: docs/experiments/decoder.md.
+_LONG_PROMPT = 32
 
 
 class GraphDecoder:
@@ -37,6 +41,10 @@ class GraphDecoder:
     forget the cache's oldest column: a prompt of S tokens takes S runs.
     Padding on either side is right, ragged batches included, because the graph itself places each
     row's tokens (see `export.build.genai` and `export.build.dynamo`).
+
+    A second graph may read long prompts (``prompts``). It has the same weights and other products,
+    so that its keys and values differ in their rounding. What one graph has read is never taken
+    for what the other one would read: an answer does not depend on what the cache held before.
     """
 
     def __init__(
@@ -46,16 +54,19 @@ class GraphDecoder:
         threads: int | None = None,
         provider: Provider = "cpu",
         adapter: Path | None = None,
+        prompts: Path | None = None,
     ) -> None:
         """Open a graph file by itself, as callers do that still make the artifact.
 
         ``threads`` defaults to every core this process may use; ``adapter`` fills the inputs of a
-        graph exported with `adapters: separate`. Raises as `open_session` and `read_adapter` do.
+        graph exported with `adapters: separate`; ``prompts`` is the graph that reads long prompts,
+        opened at the first one. Raises as `open_session` and `read_adapter` do.
         """
         # The mask grows at every step, so a memory plan would never be used twice.
         self.session = open_session(graph, threads=threads, provider=provider, memory_pattern=False)
         self._ort = import_onnxruntime()
         self.threads = threads or available_cores()
+        self.prompts = prompts
         self.provider = PROVIDERS[provider]
         self.cache_device = "cpu" if provider == "cpu" else "cuda"
         inputs = {value.name: value for value in self.session.get_inputs()}
@@ -85,11 +96,12 @@ class GraphDecoder:
             )
         # Key and value buffers; of a graph that returns its cache, what the last run returned.
         self._cache: list[Any] = []
-        self._binding: Any = None
+        self._bindings: dict[bool, Any] = {}  # by whether it is the graph for prompts
         self._rows = self._capacity = 0
         self._mask: Ids = np.zeros((0, 0), np.int64)
         self._length = 0
         self._held: list[int] | None = None  # tokens in the cache, of one row without padding
+        self._long = 0  # how many of them the graph for prompts has read
         self.reused = 0  # tokens of the last prompt that the cache already held
 
     def prefill(
@@ -117,12 +129,14 @@ class GraphDecoder:
         self._mask[:, : tokens.shape[1]] = valid
         self._length = tokens.shape[1]
         self.reused, self._held = 0, None
+        is_long = self.is_long(tokens.shape[1])
+        self._long = tokens.shape[1] if is_long else 0
         if self.grows:
             columns = self.fixed[1] - 1 if self.fixed else 0
             self._cache = [
                 self._share(self._empty(heads, columns, size)) for heads, size in self.past.values()
             ]
-        logits = self._run(tokens)
+        logits = self._run(tokens, is_long)
         self._held = tokens[0].tolist() if len(tokens) == 1 and valid.all() else None
         return logits
 
@@ -130,9 +144,15 @@ class GraphDecoder:
         """As `prefill` for one prompt, without reading again what the cache holds of its beginning.
 
         A conversation's next turn begins with everything before it, so only the new tokens are
-        read. Afterwards ``reused`` is the number of tokens taken over.
+        read; with a graph for prompts, the last answer as well. Afterwards ``reused`` is the number
+        of tokens taken over.
         """
-        shared = min(common_prefix(self._held or (), ids), len(ids) - FEWEST_READ)
+        is_long, held = self.is_long(len(ids)), self._held or []
+        if is_long != bool(self._long):
+            held = []
+        elif is_long:
+            held = held[: self._long]
+        shared = min(common_prefix(held, ids), len(ids) - FEWEST_READ)
         grown = len(ids) + room > self._capacity
         if shared < 1 or self.fixed or (grown and self.cache_device != "cpu"):
             return self.prefill([list(ids)], room=room)
@@ -147,7 +167,8 @@ class GraphDecoder:
         self._mask[:, :shared] = 1
         self._length = self.reused = shared
         self._held = list(ids[:shared])
-        return self.extend([list(ids[shared:])])
+        self._long = len(ids) if is_long else 0
+        return self._extend(np.array([ids[shared:]], np.int64), None, is_long)
 
     def extend(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> Logits:
         """Append ``ids[B, S]`` to the cache; returns as `prefill`. S > 1 needs a single row.
@@ -156,7 +177,9 @@ class GraphDecoder:
         several rows, which its kernel cannot take, and padding in ``mask``: its kernel would add no
         column for it and write over the row's last token.
         """
-        tokens = np.ascontiguousarray(ids, np.int64)
+        return self._extend(np.ascontiguousarray(ids, np.int64), mask, False)
+
+    def _extend(self, tokens: Ids, mask: npt.ArrayLike | None, is_long: bool) -> Logits:
         valid = np.ones_like(tokens) if mask is None else np.ascontiguousarray(mask, np.int64)
         if not self.grows and not valid.all():
             raise DataError(
@@ -174,7 +197,7 @@ class GraphDecoder:
         self._mask[:, self._length : self._length + tokens.shape[1]] = valid
         self._length += tokens.shape[1]
         held, self._held = self._held, None
-        logits = self._run(tokens)
+        logits = self._run(tokens, is_long)
         if held is not None and valid.all():
             held.extend(tokens[0].tolist())
             self._held = held
@@ -254,19 +277,28 @@ class GraphDecoder:
             return
         self._rows, self._capacity = rows, capacity
         self._mask = np.ones((rows, capacity), np.int64)
-        self._binding = self.new_binding()
-        if self.grows:
-            return
-        self._cache = [
-            self._share(self._empty(heads, capacity, size)) for heads, size in self.past.values()
-        ]
-        for name, cache in zip(self.past, self._cache, strict=True):
-            self._binding.bind_ortvalue_input(name, cache)
-            self._binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), cache)
+        self._bindings = {}
+        if not self.grows:
+            self._cache = [
+                self._share(self._empty(heads, capacity, size))
+                for heads, size in self.past.values()
+            ]
 
-    def new_binding(self) -> Any:
-        """An IOBinding of the session with the adapter in place, where there is one."""
-        binding = self.session.io_binding()
+    def is_long(self, tokens: int) -> bool:
+        """Whether the graph for prompts reads a prompt of so many tokens, in parts or whole."""
+        return self.prompts is not None and tokens >= _LONG_PROMPT
+
+    @cached_property
+    def prompt_session(self) -> Any:
+        """The session of the graph for prompts, opened at the first use."""
+        assert self.prompts is not None
+        return open_session(
+            self.prompts, threads=self.threads, memory_pattern=False, dequantizes=True
+        )
+
+    def new_binding(self, *, is_long: bool = False) -> Any:
+        """An IOBinding of a session with the adapter in place, where there is one."""
+        binding = (self.prompt_session if is_long else self.session).io_binding()
         for name, value in self._adapter.items():
             binding.bind_ortvalue_input(name, value)
         return binding
@@ -285,10 +317,11 @@ class GraphDecoder:
         rows = self.fixed[0] if self.fixed else self._rows
         return np.zeros((rows, heads, tokens, size), self.cache_type)
 
-    def _run(self, tokens: Ids) -> Logits:
+    def _run(self, tokens: Ids, is_long: bool) -> Logits:
         """Feed ``tokens[B, S]``, the last S columns of the mask so far."""
         if self.fixed is None:
-            return self._feed(tokens, np.ascontiguousarray(self._mask[:, : self._length]))
+            mask = np.ascontiguousarray(self._mask[:, : self._length])
+            return self._feed(tokens, mask, is_long)
         rows, columns = self.fixed
         out: Logits = np.zeros(
             (len(tokens), tokens.shape[1] if self.all_logits else 1, self.vocabulary), np.float32
@@ -303,23 +336,30 @@ class GraphDecoder:
             out[wanted, at if self.all_logits else 0] = found.reshape(len(tokens), -1)[wanted]
         return out if self.all_logits else out[:, 0]
 
-    def _feed(self, tokens: Ids, mask: Ids) -> Logits:
+    def _feed(self, tokens: Ids, mask: Ids, is_long: bool = False) -> Logits:
         shape = (len(tokens), tokens.shape[1] if self.all_logits else 1, self.vocabulary)
         logits: Logits = np.empty(shape, np.float32)
         # On the CPU these share the arrays' memory: nothing is copied. On a device the cache stays
         # there; only ids, mask and logits travel.
-        self._binding.bind_ortvalue_input("input_ids", self.share(tokens))
-        self._binding.bind_ortvalue_input("attention_mask", self.share(mask))
-        self._binding.bind_ortvalue_output("logits", self.share(logits))
+        binding = self._bindings.get(is_long) or self._bind(is_long)
+        binding.bind_ortvalue_input("input_ids", self.share(tokens))
+        binding.bind_ortvalue_input("attention_mask", self.share(mask))
+        binding.bind_ortvalue_output("logits", self.share(logits))
         for name, cache in zip(self.past, self._cache if self.grows else (), strict=False):
-            self._binding.bind_ortvalue_input(name, cache)
-            self._binding.bind_output(
-                name.replace("past_key_values.", "present."), self.cache_device
-            )
-        self.session.run_with_iobinding(self._binding)
+            binding.bind_ortvalue_input(name, cache)
+            binding.bind_output(name.replace("past_key_values.", "present."), self.cache_device)
+        (self.prompt_session if is_long else self.session).run_with_iobinding(binding)
         if self.grows:
-            self._cache = self._binding.get_outputs()[-len(self.past) :]
+            self._cache = binding.get_outputs()[-len(self.past) :]
         return logits if self.all_logits else logits[:, 0]
+
+    def _bind(self, is_long: bool) -> Any:
+        """A binding with the buffers of a fused graph, kept until they change."""
+        binding = self._bindings[is_long] = self.new_binding(is_long=is_long)
+        for name, cache in zip(self.past, () if self.grows else self._cache, strict=False):
+            binding.bind_ortvalue_input(name, cache)
+            binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), cache)
+        return binding
 
 
 def common_prefix(one: Sequence[int] | Ids, other: Sequence[int] | Ids) -> int:
@@ -381,6 +421,14 @@ class Decoder(GraphDecoder):
                 f"Open the form {instead} there (export.forms in the recipe), "
                 f"or keep {name} for another provider."
             )
+        prompts = None
+        if (
+            (file := made.get("prompt_graph"))  # exports of an older version have none
+            and not all_logits
+            and provider == "cpu"
+            and sums_overflow()
+        ):
+            prompts = artifact.file(file)
         if adapter == "own":
             own = result.get("adapter")
             adapter = artifact.file(own["file"]) if own else "none"
@@ -389,4 +437,5 @@ class Decoder(GraphDecoder):
             threads=threads,
             provider=provider,
             adapter=None if adapter == "none" else Path(adapter),
+            prompts=prompts,
         )

@@ -67,11 +67,14 @@ def open_session(
     threads: int | None = None,
     provider: Provider = "cpu",
     memory_pattern: bool = True,
+    dequantizes: bool = False,
 ) -> Any:
     """Open the graph file and return its ``InferenceSession``.
 
     ``threads`` defaults to every core this process may use. Switch ``memory_pattern`` off where
     input shapes differ at every run: onnxruntime would plan memory for each shape anew.
+    ``dequantizes`` is for a graph that turns its weights into fp32 as it runs: each matrix is made
+    just before its product and freed after it.
     Raises `EnvironmentalError` when the provider is missing or cannot start, `ArtifactError` when
     onnxruntime cannot open the file.
     """
@@ -94,12 +97,21 @@ def open_session(
     options.inter_op_num_threads = 1
     options.enable_mem_pattern = memory_pattern
     options.log_severity_level = 4
+    switched_off = []
+    if (
+        dequantizes
+    ):  # by default onnxruntime keeps all matrices until the run ends: 3 times the file
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        switched_off = ["ConstantFolding"]  # which would make them when the graph is opened
     # Threads may spin within a run, where the next operator is microseconds away, but not for
     # long: beside a busy process they would take each other's time. Between runs they must sleep.
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN))
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
-        session = ort.InferenceSession(str(graph), options, providers=asked_for(provider))
+        session = ort.InferenceSession(
+            str(graph), options, providers=asked_for(provider), disabled_optimizers=switched_off
+        )
     except Exception as error:  # onnxruntime's errors share no base class
         raise ArtifactError(
             f"{graph}: onnxruntime cannot open it ({error}); export the student again."

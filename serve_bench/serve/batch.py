@@ -37,8 +37,11 @@ class Batch(Protocol):
     def fits(self, needs: Sequence[int]) -> bool:
         """Whether rows that may grow to ``needs`` tokens each can be held at once."""
 
-    def fill(self, ids: Sequence[int]) -> Floats:
-        """Append ``ids`` to the new row; returns the logits ``[V]`` after its last token."""
+    def fill(self, ids: Sequence[int], *, is_long: bool = False) -> Floats:
+        """Append ``ids`` to the new row; returns the logits ``[V]`` after its last token.
+
+        ``is_long`` is whether its whole prompt is: see `GraphDecoder.is_long`.
+        """
 
     def join(self) -> None:
         """Make the new row the last of the running rows."""
@@ -113,8 +116,8 @@ class InPlaceBatch:
         self._lengths = np.zeros(rows + 1, np.int64)
         self._logits = np.empty((rows, 1, decoder.vocabulary), np.float32)
         self._running: Any = None
-        self._new: int | None = None  # the row that is being filled, and its binding
-        self._filling: Any = None
+        self._new: int | None = None  # the row that is being filled, and its bindings
+        self._filling: dict[bool, Any] = {}
 
     @property
     def held(self) -> int:
@@ -123,15 +126,15 @@ class InPlaceBatch:
     def fits(self, needs: Sequence[int]) -> bool:
         return len(needs) <= self._most and sum(needs) <= self._tokens
 
-    def fill(self, ids: Sequence[int]) -> Floats:
+    def fill(self, ids: Sequence[int], *, is_long: bool = False) -> Floats:
         new = self._begin()
         tokens = np.array([ids], np.int64)
         self._lengths[new] += len(ids)
         mask = np.ones((1, self._lengths[new]), np.int64)
         logits = np.empty((1, 1, self._decoder.vocabulary), np.float32)
-        if self._filling is None:
-            self._filling = self._bind(new, new + 1)
-        run(self._decoder, self._filling, tokens, mask, logits)
+        if is_long not in self._filling:
+            self._filling[is_long] = self._bind(new, new + 1, is_long)
+        run(self._decoder, self._filling[is_long], tokens, mask, logits, is_long)
         last: Floats = logits[0, 0]
         return last
 
@@ -139,12 +142,12 @@ class InPlaceBatch:
         new = self._begin()
         if new != self.rows:  # a row has left meanwhile
             self._move(new, self.rows)
-        self._new = self._filling = None
+        self._new, self._filling = None, {}
         self._resize(self.rows + 1)
 
     def drop(self) -> None:
         self._clear(self._begin())
-        self._new = self._filling = None
+        self._new, self._filling = None, {}
 
     def step(self, ids: Ids) -> Floats:
         lengths = self._lengths[: self.rows]
@@ -197,8 +200,8 @@ class InPlaceBatch:
         self.rows = rows
         self._running = self._bind(0, rows) if rows else None
 
-    def _bind(self, first: int, last: int) -> Any:
-        binding = self._decoder.new_binding()
+    def _bind(self, first: int, last: int, is_long: bool = False) -> Any:
+        binding = self._decoder.new_binding(is_long=is_long)
         for name, pages in self._buffers.items():
             cache = self._decoder.share(pages.array[first:last])
             binding.bind_ortvalue_input(name, cache)
@@ -234,7 +237,7 @@ class GrowingBatch:
         self._decoder = decoder
         self._tokens = tokens // 2  # a step holds the old cache and the new one
         self.longest = min(self._tokens, decoder.context or self._tokens)
-        self._binding = decoder.new_binding()
+        self._bindings: dict[bool, Any] = {}
         self._cache: list[Any] = []
         self._mask: Ids = np.zeros((0, 0), np.int64)
         self._new: list[Any] = []  # the cache of the row that is being filled
@@ -248,14 +251,14 @@ class GrowingBatch:
         # Every row is as long as the longest.
         return len(needs) * max(needs, default=0) <= self._tokens
 
-    def fill(self, ids: Sequence[int]) -> Floats:
+    def fill(self, ids: Sequence[int], *, is_long: bool = False) -> Floats:
         self._filled += len(ids)
         kind = self._decoder.cache_type
         past = self._new or [
             self._share(np.zeros((1, h, 0, d), kind)) for h, d in self._decoder.past.values()
         ]
         logits, self._new = self._run(
-            np.array([ids], np.int64), np.ones((1, self._filled), np.int64), past
+            np.array([ids], np.int64), np.ones((1, self._filled), np.int64), past, is_long
         )
         last: Floats = logits[0]
         return last
@@ -313,13 +316,18 @@ class GrowingBatch:
             [self._share(np.ascontiguousarray(array)) for array in arrays] if self.rows else []
         )
 
-    def _run(self, tokens: Ids, mask: Ids, past: list[Any]) -> tuple[Floats, list[Any]]:
+    def _run(
+        self, tokens: Ids, mask: Ids, past: list[Any], is_long: bool = False
+    ) -> tuple[Floats, list[Any]]:
         logits = np.empty((len(tokens), 1, self._decoder.vocabulary), np.float32)
+        if is_long not in self._bindings:
+            self._bindings[is_long] = self._decoder.new_binding(is_long=is_long)
+        binding = self._bindings[is_long]
         for name, cache in zip(self._decoder.past, past, strict=True):
-            self._binding.bind_ortvalue_input(name, cache)
-            self._binding.bind_output(name.replace("past_key_values.", "present."), "cpu")
-        run(self._decoder, self._binding, tokens, np.ascontiguousarray(mask), logits)
-        return logits[:, 0], self._binding.get_outputs()[: len(past)]  # bound before the logits
+            binding.bind_ortvalue_input(name, cache)
+            binding.bind_output(name.replace("past_key_values.", "present."), "cpu")
+        run(self._decoder, binding, tokens, np.ascontiguousarray(mask), logits, is_long)
+        return logits[:, 0], binding.get_outputs()[: len(past)]  # bound before the logits
 
     def _share(self, array: Floats) -> Any:
         return self._decoder.share(array)
@@ -333,9 +341,16 @@ class GrowingBatch:
         return np.pad(array, ((0, 0), (0, 0), (length - array.shape[2], 0), (0, 0)))
 
 
-def run(decoder: GraphDecoder, binding: Any, tokens: Ids, mask: Ids, logits: Floats) -> None:
-    """Run the graph on ``tokens[N, S]`` and ``mask[N, L]`` into ``logits``; caches are bound."""
+def run(
+    decoder: GraphDecoder,
+    binding: Any,
+    tokens: Ids,
+    mask: Ids,
+    logits: Floats,
+    is_long: bool = False,
+) -> None:
+    """Run a graph on ``tokens[N, S]`` and ``mask[N, L]`` into ``logits``; caches are bound."""
     binding.bind_ortvalue_input("input_ids", decoder.share(tokens))
     binding.bind_ortvalue_input("attention_mask", decoder.share(mask))
     binding.bind_ortvalue_output("logits", decoder.share(logits))
-    decoder.session.run_with_iobinding(binding)
+    (decoder.prompt_session if is_long else decoder.session).run_with_iobinding(binding)

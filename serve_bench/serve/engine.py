@@ -166,6 +166,7 @@ class Engine:
         )
         self.scorer = Scorer(folder, form=self.form, threads=self.threads)
         self.failure: BaseException | None = None  # what ended the thread, when that was a defect
+        self._decoder = decoder
         self._batch = open_batch(decoder, rows=max_batch, tokens=tokens)
         self._prefixes = PrefixCache(prefix_bytes)
         self._change = threading.Condition()
@@ -356,7 +357,7 @@ class Engine:
                 end += FEWEST_READ
             chunk = new.request.ids[new.read : end]
             began = time.perf_counter()
-            logits = self._batch.fill(chunk)
+            logits = self._batch.fill(chunk, is_long=self._decoder.is_long(len(new.request.ids)))
             took = time.perf_counter() - began
             if len(chunk) >= _SHORTEST:  # shorter ones are dominated by what a run costs
                 self._pace += (took / len(chunk) - self._pace) / 4
@@ -395,23 +396,37 @@ class Engine:
 
     def _reuse(self, new: Stream) -> None:
         """Copy the longest beginning of the prompt that a running or a finished sequence holds."""
-        ids, owner = new.request.ids[:-FEWEST_READ], new.request.owner
-        length, arrays = self._prefixes.find(ids, owner)
+        ids, pool = new.request.ids[:-FEWEST_READ], self._pool(new)
+        length, arrays = self._prefixes.find(ids, pool)
         for row, stream in enumerate(self._running if self._prefixes.budget else ()):
-            if stream.request.owner == owner:
-                shared = min(common_prefix(stream.ids, ids), self._batch.length(row))
+            if self._pool(stream) == pool:
+                held = self._shared(stream, self._batch.length(row))
+                shared = min(common_prefix(stream.ids, ids), held)
                 if shared > length:
                     length, arrays = shared, tuple(self._batch.view(row, shared))
         if length:
             self._batch.take(arrays)
             new.read = new.reused = length
 
+    def _pool(self, stream: Stream) -> tuple[str, bool]:
+        """Requests that may take over each other's caches: of one owner, read by one graph."""
+        return stream.request.owner, self._decoder.is_long(len(stream.request.ids))
+
+    def _shared(self, stream: Stream, length: int) -> int:
+        """How many of the first ``length`` tokens of ``stream`` another prompt may take over.
+
+        Not the answer to a long prompt: as a part of its own prompt, a cold run would read it with
+        the other graph.
+        """
+        count = len(stream.request.ids)
+        return min(length, count) if self._decoder.is_long(count) else length
+
     def _keep(self, stream: Stream, row: int | None) -> None:
         """Keep the caches of a sequence that ends, for prompts that begin like it."""
-        length = self._batch.length(row)
+        length = self._shared(stream, self._batch.length(row))
         self._prefixes.put(
             stream.ids[:length],
-            stream.request.owner,
+            self._pool(stream),
             self._token_bytes,
             lambda: [array.copy() for array in self._batch.view(row, length)],
         )

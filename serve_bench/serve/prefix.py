@@ -6,7 +6,7 @@ Shape letters: H heads, L tokens, D width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ Cache = npt.NDArray[np.floating[Any]]
 class Entry:
     """One sequence: its tokens, and an array ``[H, L, D]`` for each key and value input."""
 
-    owner: str
+    owner: Hashable
     ids: npt.NDArray[np.int64]
     arrays: tuple[Cache, ...]
 
@@ -44,7 +44,7 @@ class PrefixCache:
         self.bytes = 0
         self._entries: list[Entry] = []  # least recently used first
 
-    def find(self, ids: Sequence[int], owner: str) -> tuple[int, tuple[Cache, ...]]:
+    def find(self, ids: Sequence[int], owner: Hashable) -> tuple[int, tuple[Cache, ...]]:
         """The longest beginning of ``ids`` that is held: its length, and arrays cut to it."""
         wanted = np.array(ids, np.int64)
         best, length = None, 0
@@ -57,7 +57,7 @@ class PrefixCache:
         return length, tuple(array[:, :length] for array in best.arrays)
 
     def put(
-        self, ids: Sequence[int], owner: str, token_bytes: int, read: Callable[[], list[Cache]]
+        self, ids: Sequence[int], owner: Hashable, token_bytes: int, read: Callable[[], list[Cache]]
     ) -> None:
         """Keep a sequence. ``read`` is called for copies of its arrays when it is worth keeping.
 

@@ -69,7 +69,7 @@ def test_every_way_of_feeding_agrees_with_torch(tmp_path: Path, sizes: dict[str,
     model = make_model(tmp_path / "model", **sizes)
     fp32, _ = build_genai(model, tmp_path, {})
     cases = answer(make_cases(texts_of(40, 33), context=64), model)
-    exact = measure_parity("fp32", fp32.last, fp32.all, cases)
+    exact = measure_parity("fp32", fp32, cases)
     assert exact["failures"] == []
     assert exact["max_abs"] < 5e-5
     assert {
@@ -87,7 +87,7 @@ def test_every_way_of_feeding_agrees_with_torch(tmp_path: Path, sizes: dict[str,
         scheme = scheme_for(form, sizes.get("hidden_size", 32))
         assert scheme is not None
         quantize_weights(fp32, graphs, scheme=scheme, metadata={})
-        rounded = measure_parity(form.kind, graphs.last, graphs.all, cases)
+        rounded = measure_parity(form.kind, graphs, cases)
         assert 0 < rounded["kl"] < worst
         require_quantized(form.kind, take_census(graphs.last))
 

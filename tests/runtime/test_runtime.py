@@ -69,9 +69,9 @@ def test_a_ragged_batch_generates_what_each_prompt_does_alone(exported: Artifact
 def test_the_cache_is_kept_between_prompts_and_grows(exported: Artifact) -> None:
     decoder = Decoder(exported.path, form="fp32")
     long = list(decoder.generate(list(range(30)), 10))
-    binding = decoder._binding
+    binding = decoder._bindings[False]
     short = list(decoder.generate([1, 2], 3))
-    assert decoder._binding is binding
+    assert decoder._bindings[False] is binding
     assert list(decoder.generate(list(range(30)), 10)) == long
     assert list(Decoder(exported.path, form="fp32").generate([1, 2], 3)) == short
 

@@ -37,7 +37,7 @@ class ExportedForm:
     graph: str
     all_logits_graph: str  # for scoring; of an encoder the same as `graph`
     files: tuple[str, ...]
-    bytes: int  # of what runs: the graph and its weights
+    bytes: int  # of what runs: graphs and weights
     rounding: Mapping[str, Any] | None
     smooth: float
     algorithm: str | None
@@ -47,6 +47,7 @@ class ExportedForm:
     parity_base: Mapping[str, Any] | None
     census: Mapping[str, Any]
     greedy: tuple[Mapping[str, Any], ...] = ()
+    prompt_graph: str | None = None  # reads long prompts; see `export.round.floats`
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def test_the_fused_graph_is_torchs_model(tmp_path: Path, case: str) -> None:
     assert any(node.op_type == "GroupQueryAttention" for node in graph.node)
     texts = [np.random.default_rng(7).integers(0, 256, length) for length in (40, 33)]
     cases = answer(make_cases(texts, context=built.context), model)
-    found = measure_parity("fp32", built.graphs.last, built.graphs.all, cases)
+    found = measure_parity("fp32", built.graphs, cases)
     assert found["failures"] == []
     assert found["max_abs"] < 5e-5
 
@@ -88,7 +88,7 @@ def test_fields_that_transformers_ignores_are_ignored(
     assert built.backend == "genai", built.why
     texts = [np.random.default_rng(7).integers(0, 256, 40)]
     cases = answer(make_cases(texts, context=built.context), model)
-    assert measure_parity("fp32", built.graphs.last, built.graphs.all, cases)["failures"] == []
+    assert measure_parity("fp32", built.graphs, cases)["failures"] == []
 
 
 @pytest.mark.parametrize("backend", ["auto", "genai", "dynamo"])
@@ -122,7 +122,7 @@ def test_tables_of_angles_are_computed_as_torch_does(
 
     texts = [np.random.default_rng(7).integers(0, 256, length) for length in (40, 33, 900, 900)]
     cases = answer(make_cases(texts[:2], context=4096, more=texts[2:]), model)
-    found = measure_parity("fp32", built.graphs.last, built.graphs.all, cases)
+    found = measure_parity("fp32", built.graphs, cases)
     assert found["failures"] == []
     rotary = AutoModelForCausalLM.from_pretrained(model).model.rotary_emb
     at = torch.arange(4096)[None]
@@ -136,7 +136,7 @@ def test_tables_of_angles_are_computed_as_torch_does(
 
     half = form_files(tmp_path, "fp16")
     cast_to_half(built.graphs, half, metadata={})
-    rounded = measure_parity("fp16", half.last, half.all, cases)
+    rounded = measure_parity("fp16", half, cases)
     assert rounded["failures"] == []
 
 

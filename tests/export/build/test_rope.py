@@ -58,7 +58,7 @@ def test_auto_takes_the_builder_that_computes_what_torch_does(
     built = build_graphs(model, tmp_path, {}, backend="auto")
     assert built.backend == backend, built.why
     cases = answer(make_cases(texts, context=built.context), model)
-    found = measure_parity("fp32", built.graphs.last, built.graphs.all, cases)
+    found = measure_parity("fp32", built.graphs, cases)
     assert found["failures"] == []
     # Beyond the original context, longrope's factors for one row depend on the rows beside it.
     assert built.context == (24 if kind == "longrope" else 64)
@@ -136,7 +136,7 @@ def test_fields_of_other_architectures_change_no_graph(tmp_path: Path) -> None:
     built = build_graphs(model, tmp_path, {}, backend="genai")
     texts = [np.arange(length) for length in (40, 33)]
     cases = answer(make_cases(texts, context=built.context), model)
-    found = measure_parity("fp32", built.graphs.last, built.graphs.all, cases)
+    found = measure_parity("fp32", built.graphs, cases)
     assert found["failures"] == []
 
 

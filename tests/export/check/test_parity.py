@@ -15,7 +15,8 @@ from export.build.genai import build_genai
 from export.check.census import require_quantized, take_census
 from export.check.greedy import answer_greedily, first_differences
 from export.check.parity import load_cases, margins, measure_parity, require_parity
-from limbeck.contract.artifact import Artifact, open_artifact
+from export.graphs import form_files
+from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import ArtifactError, ParityError, QualityError
 from limbeck.runtime.decoder import Decoder
 from tests.export.test_export import texts_of
@@ -33,9 +34,8 @@ def test_parity_is_measured_again_without_torch(
 
 
 def test_a_tampered_graph_fails_parity(copy: Path) -> None:
-    forms = open_artifact(copy).result["forms"]
-    graphs = [copy / forms["fp32"][name] for name in ("graph", "all_logits_graph")]
-    for path in graphs:
+    graphs = form_files(copy, "fp32")
+    for path in (graphs.last, graphs.all):
         proto = onnx.load(path, load_external_data=False)
         attention = next(node for node in proto.graph.node if node.op_type == "GroupQueryAttention")
         next(a for a in attention.attribute if a.name == "scale").f *= 1.1
@@ -44,16 +44,15 @@ def test_a_tampered_graph_fails_parity(copy: Path) -> None:
         verify_parity(copy)
     cases = load_cases(copy / "parity.safetensors")
     assert any(
-        "left_padded" in failure for failure in measure_parity("fp32", *graphs, cases)["failures"]
+        "left_padded" in failure for failure in measure_parity("fp32", graphs, cases)["failures"]
     )
 
 
 def test_one_wrong_matrix_of_a_quantised_form_fails_parity(copy: Path) -> None:
-    facts = open_artifact(copy).result["forms"]["int8-weight"]
-    graphs = [copy / facts[name] for name in ("graph", "all_logits_graph")]
+    graphs = form_files(copy, "int8-weight")
     cases = load_cases(copy / "parity.safetensors")
-    require_parity("int8-weight", measure_parity("int8-weight", *graphs, cases))
-    tensors = onnx.load(graphs[0], load_external_data=False).graph.initializer
+    require_parity("int8-weight", measure_parity("int8-weight", graphs, cases))
+    tensors = onnx.load(graphs.last, load_external_data=False).graph.initializer
     codes = next(
         t for t in tensors if "layers.1.mlp.down_proj" in t.name and t.name.endswith("_codes")
     )
@@ -69,13 +68,13 @@ def test_one_wrong_matrix_of_a_quantised_form_fails_parity(copy: Path) -> None:
     with pytest.raises(
         ParityError, match=r"the int8-weight graph does not compute what the student computes"
     ):
-        require_parity("int8-weight", measure_parity("int8-weight", *graphs, cases))
+        require_parity("int8-weight", measure_parity("int8-weight", graphs, cases))
 
 
 def test_one_wrong_case_fails_although_all_cases_together_pass(exported: Artifact) -> None:
     """First and second choice exchanged at a few positions: too few to move any mean."""
-    forms, cases = exported.result["forms"], load_cases(exported.path / "parity.safetensors")
-    graphs = [exported.path / forms["fp32"][name] for name in ("graph", "all_logits_graph")]
+    cases = load_cases(exported.path / "parity.safetensors")
+    graphs = form_files(exported.path, "fp32")
     long = cases["long"]
     leads = margins(long.logits)
     few = np.flatnonzero((leads > 0.5) & (leads < 1))[:6]
@@ -84,7 +83,7 @@ def test_one_wrong_case_fails_although_all_cases_together_pass(exported: Artifac
     row = np.arange(6)
     logits[row, first], logits[row, second] = logits[row, second], logits[row, first]
     cases["wrong"] = replace(long, rows=long.rows[few], columns=long.columns[few], logits=logits)
-    parity = measure_parity("int8-dynamic", *graphs, cases)
+    parity = measure_parity("int8-dynamic", graphs, cases)
     assert parity["top1_sure"] > parity["tolerance"]["top1_sure"]
     assert parity["kl"] < parity["tolerance"]["kl"]
     assert parity["failures"] == ["wrong: 6 of 6 first choices that torch is sure of differ, 3 may"]

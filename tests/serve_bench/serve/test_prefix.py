@@ -111,9 +111,9 @@ def test_no_token_of_a_prompt_is_read_by_itself(folder: Path) -> None:
     with running(folder) as engine:
         sizes, fill = list[int](), engine._batch.fill
 
-        def recorded(ids: Any) -> Any:
+        def recorded(ids: Any, **how: Any) -> Any:
             sizes.append(len(ids))
-            return fill(ids)
+            return fill(ids, **how)
 
         engine._batch.fill = recorded  # type: ignore[method-assign]
         blocker = start(engine, [1, 2], 40)[0]  # so that prompts are read in chunks
