@@ -45,14 +45,15 @@ class Graphs:
 def form_files(folder: Path, form: str, *, prompt: bool = False) -> Graphs:
     """Where the graphs of ``form`` lie in ``folder``; the names are transformers.js's.
 
-    With ``prompt`` also the graph for long prompts, of the form that has one.
+    With ``prompt`` also the graph for long prompts, of the form that has one. Its name does not end
+    as a graph's, because optimum would choose between the two.
     """
     stem = _STEMS[form]
     return Graphs(
         folder / f"onnx/{stem}.onnx",
         folder / f"onnx/{stem}_all_logits.onnx",
         folder / f"onnx/{stem}.onnx_data",
-        folder / f"onnx/{stem}_prompt.onnx" if prompt and form == _HAS_PROMPT_GRAPH else None,
+        folder / f"onnx/{stem}.onnx_prompt" if prompt and form == _HAS_PROMPT_GRAPH else None,
     )
 
 

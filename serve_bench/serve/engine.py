@@ -167,6 +167,8 @@ class Engine:
         self.scorer = Scorer(folder, form=self.form, threads=self.threads)
         self.failure: BaseException | None = None  # what ended the thread, when that was a defect
         self._decoder = decoder
+        if decoder.prompts is not None:
+            _ = decoder.prompt_session  # now, so that no request waits for it or fails with it
         self._batch = open_batch(decoder, rows=max_batch, tokens=tokens)
         self._prefixes = PrefixCache(prefix_bytes)
         self._change = threading.Condition()
