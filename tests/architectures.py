@@ -125,8 +125,10 @@ The column *weights* names the models of **real weights** that went the whole wa
 FURTHER_HEAD = """
 Further decoders, of random weights, as two teachers and a LoRA student. `shrink` does not know
 them. Others that transformers loads can teach: what their models compute is compared with what the
-loss reads when they are loaded. `validate` refuses students whose graph cannot be written, such as
-LFM2, Falcon-H1, mixtures of experts and state-space models.
+loss reads when they are loaded. Models for pictures and text teach what they say without a picture:
+Gemma 3, Mistral Small 3, Qwen2-VL to Qwen3-VL, LLaVA, SmolVLM, Idefics 3, InternVL and LFM2-VL.
+`validate` refuses students whose graph cannot be written, such as these, LFM2, Falcon-H1, mixtures
+of experts and state-space models.
 
 | model type | class | backend | LoRA student |
 |---|---|---|---|

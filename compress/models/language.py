@@ -22,7 +22,7 @@ from compress.models.gguf import dequantise, gguf_key
 from limbeck.contract.errors import EnvironmentalError, ModelError
 from limbeck.contract.lock import make_once
 from limbeck.contract.models.alignment import relate
-from limbeck.contract.models.loading import load_pretrained
+from limbeck.contract.models.loading import know_wrapper, load_pretrained
 from limbeck.contract.recipe import (
     BaseSource,
     GgufModel,
@@ -91,7 +91,9 @@ def folder_config(path: Path) -> Any:
     try:
         if path.is_file():
             return copy.deepcopy(_gguf_config(path, path.stat().st_mtime_ns))
-        return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        know_wrapper(config.model_type)
+        return config
     except Exception as error:  # a damaged file makes transformers and gguf raise almost anything
         raise ModelError(
             f"{path}: transformers cannot read its configuration ({type(error).__name__}): {error}"

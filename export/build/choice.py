@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from limbeck.contract.errors import ModelError
+from limbeck.contract.models.loading import know_wrapper
 from limbeck.contract.recipe import Provider
 
 # Kinds of rope whose fused graphs equal torch's logits (dynamic: within the context, which is all
@@ -86,6 +87,7 @@ def _require_traceable(config: Mapping[str, Any]) -> None:
         with TemporaryDirectory() as folder:  # files spell numbers that `for_model` does not read
             Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
             read = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        know_wrapper(read.model_type)
         with torch.device("meta"):  # without weights
             model = AutoModelForCausalLM.from_config(read)
     except Exception:  # almost anything; the run tells why transformers cannot build it

@@ -178,8 +178,8 @@ def config_only(folder: Path, **fields: Any) -> Path:
     [
         ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True},
          "T5ForConditionalGeneration is an encoder with a decoder"),
-        ({"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
-          "text_config": {}}, "LlavaForConditionalGeneration reads more than text: save its lang"),
+        ({"architectures": ["PaliGemmaForConditionalGeneration"], "model_type": "paligemma",
+          "text_config": {}}, "PaliGemmaForConditionalGeneration reads more than text: save its"),
         ({"architectures": ["BertForMaskedLM"], "model_type": "bert"},
          r"a model for another task \(ForMaskedLM\)"),
         ({"architectures": ["LlamaForSequenceClassification"]},

@@ -14,11 +14,30 @@ from limbeck.contract.errors import ModelError
 from limbeck.contract.files import parse_json
 
 _WRAPPERS = ("_orig_mod.", "module.")
+# Models for pictures and text, of which transformers says only that they answer pictures. Read
+# without a picture they are language models; tests/wild holds each to transformers.
+WRAPPERS = frozenset({
+    "idefics3", "internvl", "lfm2_vl", "llava", "llava_onevision", "mistral3", "qwen2_5_vl",
+    "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
+})  # fmt: skip
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 Fresh = Callable[
     [Any, str], bool
 ]  # of the model and the name of a weight: whether the folder may lack it
+
+
+def know_wrapper(model_type: object) -> None:
+    """Let `AutoModelForCausalLM` make a model of `WRAPPERS`, as it makes Gemma 3's."""
+    if model_type not in WRAPPERS:
+        return
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    config = CONFIG_MAPPING[str(model_type)]
+    AutoModelForCausalLM.register(
+        config, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[config], exist_ok=True
+    )
 
 
 def load_pretrained(
@@ -39,6 +58,9 @@ def load_pretrained(
     from safetensors import SafetensorError
 
     where = Path(folder, options["gguf_file"]) if "gguf_file" in options else folder
+    config = Path(folder, "config.json")
+    if config.is_file():
+        know_wrapper(parse_json(config.read_text("utf-8")).get("model_type"))
     try:
         model, found = auto.from_pretrained(
             folder, use_safetensors=True, trust_remote_code=False, local_files_only=True,

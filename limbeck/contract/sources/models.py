@@ -16,6 +16,7 @@ from typing import Any
 from limbeck.contract.errors import EnvironmentalError, ModelError
 from limbeck.contract.files import file_digest
 from limbeck.contract.lock import make_once
+from limbeck.contract.models.loading import WRAPPERS
 from limbeck.contract.models.tokens import sentencepiece_file, tokenizer_size
 from limbeck.contract.recipe import (
     BaseSource,
@@ -201,7 +202,7 @@ def require_language_model(folder: Path) -> None:
         # transformers and torch take seconds to import, and few folders need this
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-        if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if model_type not in {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *WRAPPERS}:
             why = (
                 "needs code of its own (auto_map), which Limbeck never runs"
                 if config.get("auto_map")

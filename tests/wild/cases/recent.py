@@ -174,9 +174,9 @@ def _folders(root: Path) -> Iterator[Row]:
             said(lambda folder=folder: load(folder)),
             says,
         )
-    wrapper = made("a wrapper of Mistral Small for pictures")
+    wrapper = made("a model for pictures whose text sees what follows")
     inner = json.loads((wrapper / "config.json").read_text())
-    kinds = {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3"}
+    kinds = {"architectures": ["PaliGemmaForConditionalGeneration"], "model_type": "paligemma"}
     (wrapper / "config.json").write_text(json.dumps(kinds | {"text_config": inner}))
     yield Row(
         f"model: {wrapper.name}",

@@ -54,6 +54,7 @@ from tests.wild.cases.recent import recent
 from tests.wild.cases.row import Row, loss, said
 from tests.wild.cases.texts import texts
 from tests.wild.cases.variants import variants
+from tests.wild.cases.wrappers import wrappers
 from tests.wild.test_files import with_template
 from tests.wild.test_gguf import BLOOM, CODER, DEEPSEEK3, FALCON, LLAMA3, splitting, written
 from tests.wild.test_tokenizers import lowering, starting
@@ -76,6 +77,7 @@ def rows(folder: Path) -> Iterator[Row]:
             recent,
             texts,
             models,
+            wrappers,
         ):
             yield from part(folder)
 
