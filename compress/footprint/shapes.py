@@ -127,7 +127,13 @@ def _trace(
             model.enable_input_require_grads()
     trains = recipe is not None
     run = functools.partial(hidden_states, precision=precision, states=states)
-    return trace_model(model, run, rows=rows, length=length, trains=trains)
+    try:
+        return trace_model(model, run, rows=rows, length=length, trains=trains)
+    except BAD_CONFIG as error:
+        raise ModelError(
+            f"{config.model_type}: cannot answer a batch without weights ({type(error).__name__}: "
+            f"{error}); take the config.json that was saved with its weights."
+        ) from error
 
 
 def hidden_states(model: Any, ids: Tensor, precision: str, *, states: bool = False) -> Any:

@@ -7,6 +7,7 @@ beside a model.
 from __future__ import annotations
 
 import copy
+import math
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -25,6 +26,9 @@ from limbeck.contract.recipe import fingerprint
 TRIAL_VOCABULARY = 1024  # of a model whose layers are timed
 _TRACES: dict[str, Trace] = {}  # of this process, by the fingerprint of what was asked
 _TRACED = (2, 4)  # layers that are traced; all others lie on the line through both
+
+
+_EXPERTS = torch.ops.aten._grouped_mm  # the product of each token with its experts
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ def trace_model(
         for parameter in model.parameters():
             if parameter.requires_grad:  # gradients are counted with the optimiser
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        with Live(known) as live, FlopCounterMode(display=False) as counter:
+        operations = FlopCounterMode(display=False, custom_mapping={_EXPERTS: _of_experts})
+        with Live(known) as live, operations as counter:
             output = run(model, ids)
             kept, forward_peak, forward = live.now, live.peak, counter.get_total_flops()
             live.peak = live.now
@@ -63,6 +68,11 @@ def trace_model(
             return Trace(
                 forward, counter.get_total_flops() - forward, kept, forward_peak, live.peak
             )
+
+
+def _of_experts(tokens_Sd: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    """Operations of a product of S tokens with their experts, which torch does not count."""
+    return 2 * int(math.prod(out_shape)) * int(tokens_Sd[-1])
 
 
 def _rotate_by_default(model: Any) -> None:
@@ -110,11 +120,13 @@ def on_a_line(layers: int, trace_of: Callable[[int], Trace]) -> Trace:
 
 def resized(config: Any, *, layers: int) -> Any:
     """A copy with fewer layers; lists that hold one entry a layer are cut with them."""
-    smaller, before = copy.deepcopy(config), config.num_hidden_layers
-    for name, value in vars(smaller).items():
+    smaller = copy.deepcopy(config)
+    text = smaller.get_text_config()  # of a model that reads pictures too, the part inside
+    before = text.num_hidden_layers
+    for name, value in vars(text).items():
         if isinstance(value, list) and len(value) == before:
-            setattr(smaller, name, value[:layers])
-    smaller.num_hidden_layers = layers
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = layers
     return smaller
 
 
@@ -141,7 +153,10 @@ class Live(TorchDispatchMode):
         self._seen: Any = weakref.WeakKeyDictionary({t.untyped_storage(): True for t in known})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        if func is _EXPERTS.default:  # torch has no fake kernel of it but for bf16
+            result = args[0].new_empty((args[0].shape[0], args[1].shape[-1]))
+        else:
+            result = func(*args, **(kwargs or {}))
         tree_map_only(torch.Tensor, self._count, result)
         return result
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from peft import LoraConfig, TrainableTokensConfig
 
+from compress.footprint.shapes import describe, trace_line
+from compress.models.language import folder_config
 from serve_bench.worker.runtimes import TorchEager
 from tests.pico import make_model, make_tokenizer
 from tests.wild.cases.adapters import (
@@ -23,6 +25,7 @@ from tests.wild.cases.adapters import (
     teacher,
 )
 from tests.wild.cases.row import Row, loss, said
+from tests.wild.cases.wrappers import planned
 
 _GPT = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64}
 _EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2,
@@ -92,10 +95,19 @@ def models(root: Path) -> Iterator[Row]:
     sizes = {"vocab_size": 258, "max_position_embeddings": 64}
     for kind, fields in _TYPES.items():
         yield _row(f"teacher: {kind}", make_model(root / kind, model_type=kind, **sizes | fields))
+    for kind in ("mixtral", "qwen3_moe", "granitemoe"):
+        yield planned(root / kind, kind, load(root / kind))
     for what, changed in _CONFIGS.items():
         yield _row(f"model: {what}", _configured(root / what, changed))
     for what, (changed, says) in _REFUSED.items():
         yield _row(f"model: {what}", _configured(root / what, changed), says)
+    shape = describe(folder_config(root / "return_dict: false"))
+    yield Row(
+        "plan: return_dict: false",
+        said(lambda: trace_line(shape, None, rows=2, length=12, precision="fp32")),
+        "-",
+        "llama: cannot answer a batch without weights .AttributeError: 'tuple'",
+    )
     yield from _new_tokens(root)
 
 

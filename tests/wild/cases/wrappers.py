@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
-from compress.footprint.shapes import describe
+from compress.footprint.shapes import describe, trace_line
 from compress.models.body import Body
 from compress.models.language import folder_config, load_model
 from export.build.choice import choose_backend
@@ -39,6 +40,7 @@ _ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 _QWEN2 = {"rope_parameters": _ROPE}
 _QWEN3 = {"rope_parameters": _ROPE | {"mrope_interleaved": True}}
 _KINDS: dict[str, dict[str, Any]] = {  # the model for text inside
+    "gemma3": {},
     "mistral3": {"model_type": "mistral"},
     "qwen3_vl": _QWEN3,
     "qwen3_vl_moe": _QWEN3
@@ -57,14 +59,13 @@ _TOKENS = ("image_token_id", "image_token_index", "video_token_id", "vision_star
 
 def wrappers(root: Path) -> Iterator[Row]:
     """All of them, made below ``root``."""
-    assert _KINDS.keys() == WRAPPERS
+    assert _KINDS.keys() - {"gemma3"} == WRAPPERS  # transformers takes Gemma 3 by itself
     for number, kind in enumerate(_KINDS):
         yield from _rows(root / "wrappers" / kind, kind, tied=number % 2 == 1)
 
 
 def _rows(folder: Path, kind: str, *, tied: bool) -> Iterator[Row]:
     whole = _made(folder, kind, tied=tied)
-    parameters = whole.num_parameters()
     require_language_model(folder)
     (ours,) = our_logits([teacher("one", folder, None)])
     with torch.no_grad():
@@ -76,7 +77,7 @@ def _rows(folder: Path, kind: str, *, tied: bool) -> Iterator[Row]:
         _means([states[1], states[2]]),
         _means(theirs.hidden_states[1:]),
     )
-    yield Row(f"plan: {kind}", str(describe(folder_config(folder)).parameters), str(parameters))
+    yield planned(folder, kind, whole)
     arm = TorchEager(model=str(folder), threads=1)
     steps = [arm.begin(IDS[:, :6].numpy(), 4)]
     for _ in range(3):
@@ -105,6 +106,21 @@ def _rows(folder: Path, kind: str, *, tied: bool) -> Iterator[Row]:
         right_logits = right(input_ids=IDS).logits
     (ours,) = our_logits([teacher("one", folder, adapter)])
     yield Row(f"adapter: on {kind}", loss(ours), loss(right_logits))
+
+
+def planned(folder: Path, kind: str, model: Any) -> Row:
+    """Parameters and operations of a forward pass, as they are planned and as torch counts them."""
+    shape = describe(folder_config(folder))
+    trace = trace_line(shape, None, rows=2, length=12, precision="fp32")
+    if any(type(module).__name__.endswith("Experts") for module in model.modules()):
+        model.set_experts_implementation("batched_mm")  # torch counts no products of groups
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.model(input_ids=IDS, use_cache=False)
+    return Row(
+        f"plan: {kind}, parameters and operations",
+        f"{shape.parameters} {trace.forward:.0f}",
+        f"{model.num_parameters()} {counter.get_total_flops()}",
+    )
 
 
 def _made(folder: Path, kind: str, *, tied: bool) -> Any:
