@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -206,7 +207,7 @@ def init(
         print(choice.caution)
     if advice := merge_or_distil(load(str(out), None)):
         print(advice)
-    print(f"next: limbeck run {out}")
+    print(f"next: limbeck run {shlex.quote(str(out))}")
 
 
 @command("plan")

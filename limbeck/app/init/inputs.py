@@ -49,6 +49,8 @@ _PAIRS = (
 # Prompts of preferences: TRL's, LLaMA-Factory's, Alpaca's, OpenAI's.
 _ASKED = ("prompt", "conversations", "instruction", "question", "query", "input")
 _DATASETS = (".parquet", *ARROW)
+# The page of a model, as it is copied from a browser.
+_HUB = re.compile(r"(?:https?://)?(?:huggingface\.co|hf\.co)/(?P<id>[\w.-]+/[\w.-]+)/?")
 
 
 def short_names(given: Sequence[str]) -> list[str]:
@@ -72,6 +74,8 @@ def teacher_source(given: str, base_paths: Mapping[str, Path]) -> dict[str, Any]
     ``base_paths`` maps hub ids of adapters' bases to local folders; "" is for any. Raises
     `ModelError`, or `EnvironmentalError` for a server that does not answer.
     """
+    if (hub := _HUB.fullmatch(given)) is not None:
+        given = hub["id"]
     if re.match("https?://", given):
         return {"model": _server_source(given)}
     path = _path(given)

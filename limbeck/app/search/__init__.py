@@ -11,6 +11,7 @@ and encoders.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -291,7 +292,7 @@ def _conclude(
         (folder / name).unlink(missing_ok=True)
     best, code, note = _best(candidates, budget)
     name = NEAREST if code else CHOSEN
-    run = f"{figures_of(best)}; limbeck run {folder / name}"
+    run = f"{figures_of(best)}; limbeck run {shlex.quote(str(folder / name))}"
     if code:
         missed = missed_bound(candidates, budget)
         sentence = f"{missed} The nearest is {best.name}: {run} (its gates are {note})"

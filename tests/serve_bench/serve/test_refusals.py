@@ -175,6 +175,27 @@ COMPLETIONS: dict[str, dict[str, Any]] = {
 
 
 CHATS: dict[str, dict[str, Any]] = {
+    "openai-agents": {
+        "messages": [{"role": "developer", "content": "s"}, {"role": "user", "content": "abc"},
+                     {"role": "assistant", "content": "d", "refusal": None, "annotations": [],
+                      "audio": None, "function_call": None, "tool_calls": None},
+                     {"role": "user", "content": "abc"}],
+        "store": False, "metadata": {"trace": "1"}, "prompt_cache_retention": None,
+        "top_logprobs": None, "parallel_tool_calls": None, "max_tokens": 4,
+    },
+    "cline": {
+        "messages": [
+            {"role": "system", "content": [{"type": "text", "text": "s",
+                                            "cache_control": {"type": "ephemeral"}}]},
+            {"role": "user", "content": [{"type": "text", "text": t} for t in "ab"]},
+        ],
+        "temperature": 0, "max_tokens": 4, "stream": True,
+        "stream_options": {"include_usage": True},
+    },
+    "open-webui": {
+        "messages": [{"role": "user", "content": "abc"}], "stream": False,
+        "max_completion_tokens": 4, "metadata": None, "seed": -1, "stop": [],
+    },
     "vllm": {
         "messages": [{"role": "user", "content": [{"type": "text", "text": "abc"}]}],
         "max_completion_tokens": 4, "stream": True, "stream_options": {"include_usage": True},

@@ -387,6 +387,12 @@ def _commands(root: Path) -> Iterator[Row]:
         "-",
         "is a recipe, .*`limbeck run mine.yaml` makes it",
     )
+    pages = ("https://huggingface.co/some/base", "hf.co/some/base/")
+    yield Row(
+        f"--teacher {' and '.join(pages)}",
+        str([teacher_source(page, {}) for page in pages]),
+        str([{"model": {"kind": "hub", "id": "some/base"}}] * 2),
+    )
     hub = HubModel(kind="hub", id="some/base")
     yield Row(
         "a hub model, offline",
