@@ -20,7 +20,9 @@ from limbeck.contract.errors import DataError, EnvironmentalError
 
 LONGEST = 5.0  # seconds of a processor for one grammar
 _CHILD = Child()
-_KEPT = 64  # compiled grammars; clients send the same schema again and again
+# Clients send the same schema again and again. Compiled, 1 MB of text took up to 61 MB of memory.
+_KEPT = 64  # compiled grammars
+_KEPT_TEXT = 4_000_000  # characters of their texts together
 # Models write JSON on one line or indented. More freedom lets a small model write blanks for ever.
 _JSON = {"whitespace_flexible": True, "whitespace_pattern": r"[ ]?|\n[ ]{0,32}", "lenient": False}
 
@@ -101,7 +103,7 @@ class Grammars:
             if matcher.is_error():
                 raise GrammarError(_first_line(matcher))
             self._known[lark] = grammar = Grammar(matcher, self._vocabulary, self._stop_ids)
-            if len(self._known) > _KEPT:
+            while len(self._known) > _KEPT or sum(map(len, self._known)) > _KEPT_TEXT:
                 self._known.popitem(last=False)
             return grammar
 

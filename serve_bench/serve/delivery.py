@@ -210,10 +210,7 @@ def require(finish: Finish, limits: Limits) -> None:
     """Raise `ApiError` for an end that the client did not ask for."""
     match finish:
         case "timeout":
-            limit = f"{limits.request_timeout:g} s"
-            raise ApiError(
-                504, f"the request took longer than {limit}, the limit here.", code="timeout"
-            )
+            raise late(limits)
         case "closed":
             raise ApiError(503, "the server is shutting down.", code="shutting_down")
         case "grammar":
@@ -224,6 +221,12 @@ def require(finish: Finish, limits: Limits) -> None:
             )
         case "failed":
             raise ApiError(500, "the request has failed; the server's log says why.", code="failed")
+
+
+def late(limits: Limits) -> ApiError:
+    """The answer to a request whose time is over."""
+    limit = f"{limits.request_timeout:g} s"
+    return ApiError(504, f"the request took longer than {limit}, the limit here.", code="timeout")
 
 
 class EventStream(StreamingResponse):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -40,7 +41,7 @@ from serve_bench.serve.delivery import (
     Offer,
     Parts,
     Post,
-    require,
+    late,
     unless_gone,
 )
 from serve_bench.serve.engine import Engine, Piece, Request, Stream
@@ -66,7 +67,7 @@ class Service:
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="limbeck-text")
         self._compilers = ThreadPoolExecutor(1, thread_name_prefix="limbeck-grammar")
         self._scorers = ThreadPoolExecutor(1, thread_name_prefix="limbeck-score")
-        self._busy = 0  # prompts that wait for a thread
+        self._busy = Counter[ThreadPoolExecutor]()  # requests that wait for a thread
 
     def post(self) -> Post:
         """The way from the engine to the loop that serves."""
@@ -99,7 +100,7 @@ class Service:
         prompt = body.one_prompt
         if isinstance(prompt, str):
             self._fits(prompt)
-            ids = await self._work(self._readers, self.engine.text.encode, prompt)
+            ids = await self._work(http, self._readers, self.engine.text.encode, prompt)
         else:
             ids = prompt
         most = body.max_tokens
@@ -116,9 +117,8 @@ class Service:
         shape = Completion(self.model, self.fingerprint, self._token_text(body), wanted)
         grammar = None
         if body.schema_of_answer is not None:
-            grammar = await self._grammar(
-                f"start: {json_rule(body.schema_of_answer)}", "response_format"
-            )
+            lark = f"start: {json_rule(body.schema_of_answer)}"
+            grammar = await self._grammar(http, lark, "response_format")
         return await self._answer(http, body, ids, most, shape, grammar=grammar)
 
     async def chat(self, http: HttpRequest, body: ChatBody) -> Response:
@@ -138,7 +138,7 @@ class Service:
         messages = [message.plain() for message in body.messages]
         tools = [tool.plain() for tool in body.offered]
         try:
-            ids = await self._work(self._readers, self._read_chat, messages, tools)
+            ids = await self._work(http, self._readers, self._read_chat, messages, tools)
         except DataError as error:
             raise ApiError(400, str(error), param="messages") from None
         most = body.max_completion_tokens or body.max_tokens
@@ -147,7 +147,7 @@ class Service:
         shape = ChatCompletion(self.model, self.fingerprint, self._token_text(body), wanted)
         grammar = None
         if (lark := offer.grammar(body)) is not None:
-            grammar = await self._grammar(lark, "tools" if tools else "response_format")
+            grammar = await self._grammar(http, lark, "tools" if tools else "response_format")
         return await self._answer(http, body, ids, most, shape, grammar=grammar, offer=offer)
 
     def _read_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[int]:
@@ -156,10 +156,10 @@ class Service:
         self._fits(text)
         return self.engine.text.encode_rendered(text)
 
-    async def _grammar(self, lark: str, field: str) -> Grammar:
+    async def _grammar(self, http: HttpRequest, lark: str, field: str) -> Grammar:
         """Compile a grammar off the loop. Raises `ApiError` for what cannot be expressed."""
         try:
-            return await self._work(self._compilers, self.engine.grammars.compile, lark)
+            return await self._work(http, self._compilers, self.engine.grammars.compile, lark)
         except GrammarError as error:
             raise wrong(field, f"this server cannot follow it: {error}") from None
         except EnvironmentalError as error:
@@ -200,15 +200,26 @@ class Service:
                 code="context_length_exceeded",
             )
 
-    async def _work(self, pool: ThreadPoolExecutor, task: Callable[..., T], *given: Any) -> T:
-        """Run ``task`` in a thread of ``pool``, so that the loop goes on. Raises `ApiError`."""
-        if self._busy > self.engine.max_queue + self.engine.max_batch:
-            raise _busy("too many prompts wait to be read; try again later.")
-        self._busy += 1
+    async def _work(
+        self, http: HttpRequest, pool: ThreadPoolExecutor, task: Callable[..., T], *given: Any
+    ) -> T:
+        """Run ``task`` in a thread of ``pool``, so that the loop goes on.
+
+        A request whose client has left, or whose time is over, gives up its place in the queue.
+        Raises `ApiError`, and `ClientGone`.
+        """
+        if self._busy[pool] > self.engine.max_queue + self.engine.max_batch:
+            raise _busy("too many requests wait to be read; try again later.")
+        visit: Visit = http.scope["limbeck.visit"]
+        self._busy[pool] += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(pool, task, *given)
+            working = asyncio.get_running_loop().run_in_executor(pool, task, *given)
+            left = max(visit.arrived + self.limits.request_timeout - time.monotonic(), 1e-3)
+            return await asyncio.wait_for(unless_gone(http, working), left)
+        except TimeoutError:
+            raise late(self.limits) from None
         finally:
-            self._busy -= 1
+            self._busy[pool] -= 1
 
     def _token_text(self, body: Common) -> TokenText:
         if body.return_tokens_as_token_ids:
@@ -254,7 +265,7 @@ class Service:
             owner=json.dumps([bearer(http.headers), body.cache_salt]),
             grammar=grammar,
         )
-        echoed = await self._echo(request, body, most)
+        echoed = await self._echo(http, request, body, most)
         if most == 0:
             for choice in echoed:
                 choice.finish = "length"
@@ -280,7 +291,9 @@ class Service:
         seeds = [None if first is None else (first + at) % 2**64 for at in range(count)]
         return [replace(request, seed=seed) for seed in seeds]
 
-    async def _echo(self, request: Request, body: Common, most: int) -> list[Choice]:
+    async def _echo(
+        self, http: HttpRequest, request: Request, body: Common, most: int
+    ) -> list[Choice]:
         """Choices that begin with the prompt and its log-probabilities, where wanted."""
         choices = [Choice(index) for index in range(body.choices)]
         echo = isinstance(body, CompletionBody) and bool(body.echo)
@@ -299,9 +312,7 @@ class Service:
             deadline = time.monotonic() + (request.timeout or 0)
             score = partial(self.engine.scorer.score, request.ids, count, deadline=deadline)
             try:
-                found = await self._work(self._scorers, score)
-            except TimeoutError:
-                require("timeout", self.limits)
+                found = await self._work(http, self._scorers, score)
             except DataError as error:
                 raise ApiError(400, str(error), code="context_length_exceeded") from None
         for choice in choices:

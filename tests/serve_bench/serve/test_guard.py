@@ -23,6 +23,7 @@ from limbeck.app.cli import app
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import EnvironmentalError
 from limbeck.contract.limits import Limits
+from limbeck.runtime.grammar import Grammar, Grammars
 from limbeck.runtime.text import Text
 from serve_bench.serve.gate import is_allowed
 from serve_bench.serve.listener import Connection, Listener
@@ -316,6 +317,42 @@ def test_the_loop_goes_on_while_a_long_prompt_is_read(
         assert bare(server, "GET", "/health")[0] == 200
         go.set()
         asking.join(20)
+
+
+def test_who_has_left_waits_for_nothing(
+    server: Listener, limited: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Schemas that took 5 s each held prompts of others for an hour, whoever still waited."""
+    compiled, go, compile_ = list[str](), threading.Event(), Grammars.compile
+
+    def held(grammars: Grammars, lark: str) -> Grammar:
+        compiled.append(lark)
+        assert go.wait(20)
+        return compile_(grammars, lark)
+
+    monkeypatch.setattr(Grammars, "compile", held)
+    body = {"model": "pico", "prompt": "abc", "max_tokens": 1}
+    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"const": 1}}}
+    asked = json.dumps(body | {"response_format": schema}).encode()
+    head = b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(asked)
+    request = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n" + head + asked
+    place = server.engine.max_queue + server.engine.max_batch + 1
+    clients = []
+    for _ in range(place):
+        clients.append(socket.create_connection(address(server)))
+        clients[-1].sendall(request)
+    until(lambda: len(compiled) == 1 and bare(server, "POST", "/v1/completions", asked)[0] == 429)
+    assert bare(server, "POST", "/v1/completions", body)[0] == 200  # without a schema
+    for client in clients:
+        client.close()
+    go.set()
+    until(lambda: bare(server, "POST", "/v1/completions", asked)[0] == 200)
+    assert len(compiled) < 9
+
+    go.clear()
+    status, _, answer = bare(limited, "POST", "/v1/completions", asked)
+    go.set()
+    assert (status, answer["error"]["code"]) == (504, "timeout")
 
 
 def test_long_and_short_texts_are_read_alike(served: Artifact, tmp_path: Path) -> None:
