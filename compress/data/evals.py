@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from compress.data.blocks import DomainBlocks
 from compress.data.packing import special_prefix
 from limbeck.contract.data.heldout import Blocks
+from limbeck.contract.models.tokens import text_errors
 
 _BLOCK, _BLOCKS = 256, 5  # tokens and rows of a text
 _CONTEXT, _ROWS = 64, 24  # tokens before an answer, and rows of an evaluation or a domain
@@ -114,7 +115,8 @@ def _answered(prompt: list[int], answer: list[int]) -> Row:
 
 
 def _ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    with text_errors():
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from compress.data.documents import documents, pieces
 from limbeck.contract.data.examples import Examples
 from limbeck.contract.errors import DataError
+from limbeck.contract.models.tokens import text_errors
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import ChatRows, EncoderRecipe, TextSource
 from limbeck.contract.sources.texts import text_files
@@ -93,9 +94,9 @@ def _tokenise(
 ) -> list[Row]:
     rows: list[Row] = []
     for at in range(0, len(texts), _TOKENISED):
-        found = tokenizer(
-            list(texts[at : at + _TOKENISED]), truncation=True, max_length=max_tokens
-        )["input_ids"]
+        some = list(texts[at : at + _TOKENISED])
+        with text_errors():
+            found = tokenizer(some, truncation=True, max_length=max_tokens)["input_ids"]
         rows += [tuple(row) for row in found if row]
     return rows
 

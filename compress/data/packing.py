@@ -13,6 +13,7 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
 from compress.data.chat import Span
+from limbeck.contract.models.tokens import text_errors
 
 # Characters tokenised at a time: an encoding takes about 100 bytes a token while it is made.
 _BATCH_CHARS = 1 << 20
@@ -56,9 +57,10 @@ def special_prefix(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 def tokenise(texts: Iterable[Piece], tokenizer: PreTrainedTokenizerFast) -> Iterator[Tokens]:
     """Tokens of each piece, in order. A token that lies partly in an answer is scored."""
     for batch in _batches(texts):
-        encodings = tokenizer.backend_tokenizer.encode_batch(
-            [piece.text for piece in batch], add_special_tokens=False
-        )
+        with text_errors():
+            encodings = tokenizer.backend_tokenizer.encode_batch(
+                [piece.text for piece in batch], add_special_tokens=False
+            )
         for piece, encoding in zip(batch, encodings, strict=True):
             ids = np.array(encoding.ids, dtype=np.int32)
             if piece.answers is None:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import ArtifactError, DataError
 from limbeck.contract.machine import available_cores
+from limbeck.contract.models.tokens import text_errors
 from limbeck.runtime.session import open_session
 from limbeck.runtime.text import load_text, well_formed
 
@@ -122,7 +123,9 @@ class Encoder(GraphEncoder):
             self._tokenizer = load_text(self._folder).tokenizer
         tokenizer = self._tokenizer
         tokenizer.enable_truncation(max_tokens or self.context or _CONTEXT)
-        rows = [encoding.ids for encoding in tokenizer.encode_batch(list(map(well_formed, texts)))]
+        with text_errors():
+            encodings = tokenizer.encode_batch(list(map(well_formed, texts)))
+        rows = [encoding.ids for encoding in encodings]
         width = max(len(row) for row in rows)
         pad = tokenizer.token_to_id("[PAD]") or tokenizer.token_to_id("<pad>") or 0
         ids = np.array([row + [pad] * (width - len(row)) for row in rows])

@@ -18,6 +18,7 @@ from limbeck.contract.models.tokens import (
     chat_templates,
     read_tokenizer,
     special_tokens,
+    text_errors,
 )
 from limbeck.runtime.chat import render
 
@@ -102,10 +103,12 @@ class Text:
         """Tokenise; a long text leaves the interpreter to other threads meanwhile.
 
         `encode` is quicker for one text but holds the interpreter lock: 0.3 s for 1 MB.
+        Raises `DataError` for a text on which the tokenizer fails.
         """
-        if len(text) < _LONG:
-            return self.tokenizer.encode(text, add_special_tokens=special)
-        return self.tokenizer.encode_batch_fast([text], add_special_tokens=special)[0]
+        with text_errors():
+            if len(text) < _LONG:
+                return self.tokenizer.encode(text, add_special_tokens=special)
+            return self.tokenizer.encode_batch_fast([text], add_special_tokens=special)[0]
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Text of ``ids`` as it becomes certain.
@@ -135,7 +138,7 @@ class Decoding:
     """Text of tokens that come one at a time."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._decode = tokenizer.decode
+        self._tokenizer = tokenizer
         self._pending: list[int] = []
         # The last tokens whose text is out: a decoder may treat a text's first token differently.
         self._context: list[int] = []
@@ -154,8 +157,12 @@ class Decoding:
         """The text held back, once no token follows."""
         return self._new() if self._pending else ""
 
+    def _decode(self, ids: list[int]) -> str:
+        with text_errors():
+            return str(self._tokenizer.decode(ids))
+
     def _new(self) -> str:
-        return str(self._decode(self._context + self._pending)[len(self._decode(self._context)) :])
+        return self._decode(self._context + self._pending)[len(self._decode(self._context)) :]
 
 
 def load_text(folder: Path) -> Text:

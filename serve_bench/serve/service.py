@@ -100,7 +100,10 @@ class Service:
         prompt = body.one_prompt
         if isinstance(prompt, str):
             self._fits(prompt)
-            ids = await self._work(http, self._readers, self.engine.text.encode, prompt)
+            try:
+                ids = await self._work(http, self._readers, self.engine.text.encode, prompt)
+            except DataError as error:
+                raise ApiError(400, str(error), param="prompt") from None
         else:
             ids = prompt
         most = body.max_tokens

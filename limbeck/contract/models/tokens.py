@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from limbeck.contract.errors import LimbeckError, ModelError
+from limbeck.contract.errors import DataError, LimbeckError, ModelError
 from limbeck.contract.files import parse_json
+from limbeck.contract.models.patterns import require_quick_tokenizer
 
 _MOST_GROWTH = 64  # characters for one; Unicode's longest ligature becomes 18
 MORE_TEMPLATES = "additional_chat_templates"  # folder of the named ones, as transformers saves it
@@ -34,6 +35,20 @@ def tokenizers_errors(what: Path | str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def text_errors() -> Iterator[None]:
+    """Turn a panic of the package tokenizers over a text into a `DataError`."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise DataError(
+            f"the model's tokenizer fails on this text ({error}); leave the text out, or take a "
+            "model with another tokenizer."
+        ) from None
+
+
 def read_tokenizer(path: Path) -> Any:
     """The tokenizer of a tokenizer.json, `as_written`. Raises `ModelError`."""
     from tokenizers import Tokenizer  # `validate` of most recipes needs none of it
@@ -44,14 +59,15 @@ def read_tokenizer(path: Path) -> Any:
 
 
 def require_bounded(path: Path) -> None:
-    """Refuse a tokenizer.json whose rules multiply a text, with a `ModelError`, or a `ValueError`
-    for what is no JSON.
+    """Refuse a tokenizer.json whose rules multiply a text or take too long, with a `ModelError`, or
+    a `ValueError` for what is no JSON.
 
     The package tokenizers applies them when it opens the file, to the tokens that were added.
     """
     tree = parse_json(path.read_bytes())
     for part in ("normalizer", "decoder"):
         _require_growth(tree.get(part), path)
+    require_quick_tokenizer(path, tree)
 
 
 def _require_growth(tree: Any, where: Path | str) -> None:

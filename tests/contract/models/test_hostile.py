@@ -13,10 +13,11 @@ import pytest
 from tokenizers import Tokenizer, normalizers
 from tokenizers.models import WordLevel
 
-from limbeck.contract.errors import ModelError
+from limbeck.contract.errors import DataError, ModelError
 from limbeck.contract.models import patterns
 from limbeck.contract.models.patterns import require_quick
 from limbeck.contract.models.tokens import read_tokenizer, tokenizers_errors
+from limbeck.runtime.text import Text
 
 
 def replace(old: str, new: str) -> dict[str, Any]:
@@ -69,6 +70,67 @@ def test_a_table_that_leads_nowhere_is_named(tmp_path: Path) -> None:
         ModelError, match=r"tokenizer.json: no tokenizer .*PanicException: index out"
     ):
         read_tokenizer(path)
+
+
+def split(pattern: str) -> dict[str, Any]:
+    return {
+        "type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("part", "rules", "why"),
+    [
+        ("pre_tokenizer", split(r".?" * 22 + "$^"), r"it was still at work after 0\.2 s"),
+        ("normalizer", replace("", "") | {"pattern": {"Regex": r"(a+)+b"}}, "PanicException: Onig"),
+        ("decoder", replace("", "") | {"pattern": {"Regex": r"\s*\s*\s*\s*$^"}}, "it was|Panic"),
+    ],
+)
+def test_an_expression_that_takes_too_long_on_text_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    part: str,
+    rules: Any,
+    why: str,
+) -> None:
+    monkeypatch.setattr(patterns, "_LONGEST_PART", 0.2)
+    path = write(tmp_path / "tokenizer.json", **{part: rules})
+    with pytest.raises(ModelError, match=rf"a regular expression in it cannot .*: ({why})"):
+        read_tokenizer(path)
+    assert "panicked" not in capfd.readouterr().err
+
+
+# Of GPT-2, Llama 3, DeepSeek V3 and o200k.
+_HONEST = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+",
+)
+
+
+@pytest.mark.parametrize("pattern", _HONEST)
+def test_expressions_of_real_tokenizers_take_a_tenth_of_the_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    path = write(tmp_path / "tokenizer.json", pre_tokenizer=split(pattern))
+    read_tokenizer(path)  # the child has its libraries now
+    monkeypatch.setattr(patterns, "_LONGEST_PART", patterns._LONGEST_PART / 10)
+    patterns._fault.cache_clear()
+    read_tokenizer(path)
+
+
+def test_a_text_on_which_a_tokenizer_fails_is_the_fault_of_the_two(tmp_path: Path) -> None:
+    """Behind a trigger that no trial knows."""
+    tokenizer = read_tokenizer(write(tmp_path / "tokenizer.json", pre_tokenizer=split(r"Z(a+)+b")))
+    text = Text(tokenizer, None, {}, frozenset())
+    assert text.encode("a") == [0]
+    with pytest.raises(DataError, match=r"fails on this text \(Onig: .*another tokenizer\."):
+        text.encode("Z" + "a" * 60)
 
 
 def test_the_longest_that_unicode_writes_for_one_character_is_allowed() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -130,12 +131,13 @@ def record(work: Work, folder: Path, *, where: str = "") -> list[str]:
 
 def stop_at(work: Work, folder: Path, at: int, *, number: int = signal.SIGKILL) -> None:
     """Let ``work`` run in a child, which sends itself signal ``number`` before event ``at``."""
-    count = 0
+    count, came = 0, mmap.mmap(-1, 1)  # shared with the child
 
     def stop(_: str) -> None:
         nonlocal count
         count += 1
         if count == at + 1:
+            came[0] = 1
             os.kill(os.getpid(), number)
 
     def stopped(folder: Path) -> None:
@@ -144,7 +146,9 @@ def stop_at(work: Work, folder: Path, at: int, *, number: int = signal.SIGKILL) 
         work(folder)
 
     status = _run(stopped, folder, stop)
-    assert os.WIFSIGNALED(status) or number != signal.SIGKILL, f"event {at} did not come: {status}"
+    if not came[0]:
+        report = folder.with_name(f"{folder.name}.error").read_text() if status else ""
+        raise Killed(f"event {at} did not come, status {status}:\n{report}")
 
 
 def _run(
