@@ -76,7 +76,7 @@ def environment(threads: int) -> dict[str, str]:
 def require_cluster(address: str) -> None:
     """Raise `EnvironmentalError` if no gRPC server is there: Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not (port.isascii() and port.isdigit()):
         raise EnvironmentalError(
             f"--ray {address}: this is no address; give host:port, as `ray start --head` prints "
             "it, or local."
@@ -85,7 +85,7 @@ def require_cluster(address: str) -> None:
         with socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS) as connection:
             connection.sendall(_GREETING)
             answer = connection.recv(9)
-    except (OSError, OverflowError) as error:
+    except (OSError, ValueError, OverflowError) as error:  # a ValueError: no name that can be
         raise EnvironmentalError(
             f"--ray {address}: no Ray cluster answers there ({error}); start one with `ray start "
             "--head`, or use --ray local."

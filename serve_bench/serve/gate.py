@@ -148,6 +148,14 @@ class Gate:
 
     def _admit(self, path: str, headers: Headers) -> None:
         limits = self._limits
+        if "transfer-encoding" in headers and "content-length" in headers:
+            # A proxy that goes by the length takes the rest for a request of somebody else, unless
+            # the connection ends here (RFC 9112, 6.1).
+            raise ApiError(
+                400,
+                "found both Content-Length and Transfer-Encoding; send one of them.",
+                headers={"Connection": "close"},
+            )
         if not is_allowed(host := headers.get("host", ""), limits.allowed_hosts):
             raise ApiError(
                 400,

@@ -80,6 +80,13 @@ def test_name_too_long(tmp_path: Path, name: str) -> None:
     assert "File name too long" in said
 
 
+def test_link_to_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "run").symlink_to("gone")
+    code, said = _limbeck("run", "pico", "--out", "run", cwd=tmp_path)
+    assert code == 2
+    assert "run: cannot be written (File exists); name another with --out." in said
+
+
 def test_pipe_as_manifest(tmp_path: Path) -> None:
     (tmp_path / "student").mkdir()
     os.mkfifo(tmp_path / "student" / MANIFEST)

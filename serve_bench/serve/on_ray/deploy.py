@@ -54,9 +54,10 @@ class Replicas:
         """Read ``N`` or ``N..M``. Raises `EnvironmentalError`."""
         first, dots, last = str(text).partition("..")
         fewest, most = first.strip(), last.strip() if dots else first.strip()
-        if not (fewest.isdecimal() and most.isdecimal() and 1 <= int(fewest) <= int(most)):
+        numbers = all(part.isdecimal() and len(part) < 5 for part in (fewest, most))
+        if not (numbers and 1 <= int(fewest) <= int(most)):
             raise EnvironmentalError(
-                f"--replicas {text}: expected a number from 1 on, or a range such as 2..8."
+                f"--replicas {text}: expected a number from 1 to 9999, or a range such as 2..8."
             )
         return Replicas(int(fewest), int(most))
 

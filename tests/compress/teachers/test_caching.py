@@ -237,7 +237,13 @@ def test_workers_that_write_elsewhere_are_named(
 
 @pytest.mark.parametrize(
     ("address", "message"),
-    [("127.0.0.1:1", "no Ray cluster answers there"), ("nowhere", "this is no address")],
+    [
+        ("127.0.0.1:1", "no Ray cluster answers there"),
+        ("nowhere", "this is no address"),
+        ("host:²", "this is no address"),
+        (f"{'a' * 70}.com:1", "no Ray cluster answers there"),
+        ("host:" + "9" * 5000, "no Ray cluster answers there"),
+    ],
 )
 def test_a_cluster_that_does_not_answer_is_named(
     address: str, message: str, tmp_path: Path

@@ -233,6 +233,19 @@ def test_names_of_this_server(host: str, names: tuple[str, ...], allowed: bool) 
     assert is_allowed(host, names) == allowed
 
 
+def test_a_request_of_two_lengths_hides_no_second_one(server: Listener) -> None:
+    with socket.create_connection(address(server), timeout=10) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+            b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        )
+        answer = b"".join(iter(lambda: connection.recv(10_000), b""))
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"found both Content-Length and Transfer-Encoding" in answer
+    assert answer.count(b"HTTP/1.1") == 1
+
+
 def test_a_rebound_name_is_refused(served: Artifact) -> None:
     with serving(served.path) as server:
         for path in ("/v1/models", "/metrics", "/health"):

@@ -37,7 +37,7 @@ def test_replicas_are_a_number_or_a_range() -> None:
     assert Replicas.of("2") == Replicas(2, 2)
     assert Replicas.of("2..8") == Replicas(2, 8)
     for wrong in ("0", "8..2", "2..", "..2", "two", "1.5", "-1", "2...8", ""):
-        with pytest.raises(EnvironmentalError, match=r"expected a number from 1 on, or a range"):
+        with pytest.raises(EnvironmentalError, match=r"expected a number from 1 to 9999, or a range"):
             Replicas.of(wrong)
 
 
@@ -88,6 +88,7 @@ def test_a_wrong_address_is_named_within_seconds(served: Artifact, not_ray: int)
         (["--ray", "--host", "localhost"], "--host localhost: with --ray give an address"),
         (["--ray", "10.0.0.5:6379", "--port", "0"], "--port 0: nodes of a cluster need"),
         (["--ray", "--replicas", "8..2"], "--replicas 8..2: expected a number"),
+        (["--ray", "--replicas", "9" * 5000], "9: expected a number from 1 to 9999"),
         (["--replicas", "2"], "--replicas is for servers on Ray; add --ray"),
     ):
         result = call(served.path, *given)
