@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -40,10 +41,18 @@ def _limbeck(
     return done.returncode, done.stdout + done.stderr
 
 
-def test_full_output(tmp_path: Path) -> None:
-    code, said = _limbeck("recipes", cwd=tmp_path, stdout="> /dev/full")
+@pytest.mark.parametrize("command", ["recipes", "--help", "--version"])
+def test_full_output(tmp_path: Path, command: str) -> None:
+    code, said = _limbeck(command, cwd=tmp_path, stdout="> /dev/full")
     assert code == 2
     assert "limbeck: standard output: no space left; free some room and run again." in said
+
+
+@pytest.mark.parametrize("closed", ["<&- >&-", ">&- 2>&-"])
+def test_closed_files_are_not_taken_by_others(tmp_path: Path, closed: str) -> None:
+    code, _ = _limbeck("schema", "--out", "schema.json", cwd=tmp_path, stdout=closed)
+    assert code == 0
+    json.loads((tmp_path / "schema.json").read_text())
 
 
 @pytest.mark.parametrize("megabytes", [250, 600])  # the first is too little to load torch

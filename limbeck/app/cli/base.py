@@ -63,20 +63,8 @@ class Commands(TyperGroup):
         except KeyboardInterrupt as stop:
             print("\nstopped; run the same command again to go on", file=sys.stderr)
             raise SystemExit(143 if isinstance(stop, Terminated) else 130) from None
-        except BrokenPipeError:
-            # Our reader has left. Keep the interpreter from complaining on its way out.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(141) from None
         except Exception as error:
-            from limbeck.contract.files import explained  # slow to import
-
-            if (shown := explained(error)) is None:
-                raise
-            if isinstance(error, OSError) and error.filename is None:
-                # Standard output; the interpreter would try again.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            print(f"limbeck: {shown}", file=sys.stderr)
-            raise SystemExit(shown.exit_code) from None
+            _end(error)
 
 
 app = typer.Typer(
@@ -91,8 +79,45 @@ command = partial(app.command, cls=Command)
 
 def main() -> None:
     """Entry point of the `limbeck` command."""
+    _open_standard_files()
     end_with_parent()
-    app(prog_name="limbeck")
+    try:
+        try:
+            app(prog_name="limbeck")
+        finally:
+            sys.stdout.flush()
+    except OSError as error:  # of `--help`, and of commands that end with a code of their own
+        _end(error)
+
+
+def _open_standard_files() -> None:
+    """Open those of stdin, stdout and stderr that are closed (``>&-``).
+
+    Otherwise the next file that is opened takes the number, and what a library prints goes into it.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
+
+
+def _end(error: Exception) -> NoReturn:
+    """End with a message for an error of the system. Raises ``error`` again for a defect."""
+    from limbeck.contract.files import explained  # slow to import
+
+    left = isinstance(error, BrokenPipeError)  # our reader
+    shown = None if left else explained(error)
+    if shown is None and not left:
+        raise error
+    if left or (isinstance(error, OSError) and error.filename is None):
+        # Standard output; the interpreter would try again on its way out, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if shown is None:
+        raise SystemExit(141) from None
+    print(f"limbeck: {shown}", file=sys.stderr)
+    raise SystemExit(shown.exit_code) from None
 
 
 @contextmanager

@@ -37,7 +37,9 @@ def test_replicas_are_a_number_or_a_range() -> None:
     assert Replicas.of("2") == Replicas(2, 2)
     assert Replicas.of("2..8") == Replicas(2, 8)
     for wrong in ("0", "8..2", "2..", "..2", "two", "1.5", "-1", "2...8", ""):
-        with pytest.raises(EnvironmentalError, match=r"expected a number from 1 to 9999, or a range"):
+        with pytest.raises(
+            EnvironmentalError, match=r"expected a number from 1 to 9999, or a range"
+        ):
             Replicas.of(wrong)
 
 
