@@ -73,6 +73,16 @@ def require_place(path: Path) -> None:
 
 
 @contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file to fill, beside ``path``, which takes its place at the end unless an error comes."""
+    with _beside(path, _new_file) as (temporary, _):
+        yield temporary
+        _sync(temporary)
+        temporary.rename(path)
+        _sync(path.parent)
+
+
+@contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, beside ``path``.
 

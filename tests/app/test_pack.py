@@ -146,7 +146,9 @@ def test_a_disk_that_is_full_at_the_zip_leaves_nothing(
     assert done.exit_code == 2
     assert f"{out}.zip: no space left on the disk" in done.stderr
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".new.zip.0a1b2c3d.writing").touch()  # of a process that was killed
     assert call("pack", run, "--out", out, "--zip").exit_code == 0
+    assert not list(tmp_path.glob(".*"))
     with zipfile.ZipFile(f"{out}.zip") as packed:
         assert packed.testzip() is None
         packed.extractall(tmp_path / "unpacked")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import shutil
 import tempfile
 import zipfile
@@ -29,7 +28,12 @@ from limbeck.contract.artifact import (
     write_artifact,
 )
 from limbeck.contract.errors import ArtifactError, EnvironmentalError, UserError
-from limbeck.contract.files import disk_full_is_a_user_error, read_json, unwritable_is_a_user_error
+from limbeck.contract.files import (
+    disk_full_is_a_user_error,
+    new_file,
+    read_json,
+    unwritable_is_a_user_error,
+)
 from limbeck.contract.printable import printable
 from limbeck.contract.recipe import fingerprint
 
@@ -98,17 +102,13 @@ def pack(
 
 def _zip(folder: Path, archive: Path) -> None:
     """Write the whole of ``folder`` to ``archive``, or neither of them stays."""
-    half = archive.with_name(f".{archive.name}.{secrets.token_hex(4)}.writing")
     try:
-        with (
-            disk_full_is_a_user_error(archive),
-            zipfile.ZipFile(half, "x", zipfile.ZIP_DEFLATED) as file,
-        ):
-            for path in sorted(folder.rglob("*")):
-                file.write(path, path.relative_to(folder.parent))
-        half.rename(archive)
+        with disk_full_is_a_user_error(archive), new_file(archive) as half:
+            with zipfile.ZipFile(half, "w", zipfile.ZIP_DEFLATED) as file:
+                for path in sorted(folder.rglob("*")):
+                    file.write(path, path.relative_to(folder.parent))
     except BaseException:
-        half.unlink(missing_ok=True)
+        archive.unlink(missing_ok=True)
         shutil.rmtree(folder)
         raise
 

@@ -7,7 +7,6 @@ Each lies beside what it signs, as NAME.sig, because an artifact has no room for
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from limbeck.app.run import RUN
 from limbeck.app.trust.pack import CERTIFICATE
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import ArtifactError, EnvironmentalError, UserError
-from limbeck.contract.files import open_regular, require_place, unwritable_is_a_user_error
+from limbeck.contract.files import new_file, open_regular, require_place, unwritable_is_a_user_error
 
 _MOST = 1 << 20  # bytes of a key or a signature; seen: 0.2 kB and 20 kB
 
@@ -38,14 +37,11 @@ def sign(path: Path, key: Path) -> list[Path]:
         for signed, signature in _pairs(path):
             require_place(signature)
             # The library would follow a link of that name, and the folder may be a stranger's.
-            half = signature.with_name(f".{signature.name}.{secrets.token_hex(4)}.writing")
             try:
-                signer.sign(signed, half)
-                half.replace(signature)
+                with new_file(signature) as half:
+                    signer.sign(signed, half)
             except ValueError as error:  # of a link, which the library does not follow
                 raise ArtifactError(f"{signed}: cannot be signed ({error}).") from None
-            finally:
-                half.unlink(missing_ok=True)
             made.append(signature)
     return made
 

@@ -10,7 +10,7 @@ from typing import Any
 from limbeck.app.run import RUN, open_run
 from limbeck.contract import files
 from limbeck.contract.artifact import MANIFEST, open_artifact, write_artifact
-from limbeck.contract.files import write_atomically
+from limbeck.contract.files import new_file, write_atomically
 from limbeck.contract.lock import locked, make_once
 from limbeck.contract.recipe import Recipe
 from tests.faults.killing.events import Case
@@ -55,6 +55,11 @@ def _is_old_or_new(folder: Path) -> None:
 
 def _text(folder: Path) -> None:
     write_atomically(folder / "report.json", json.dumps({"text": "new" * 1000}))
+
+
+def _file(folder: Path) -> None:
+    with new_file(folder / "report.json") as half:
+        half.write_text(json.dumps({"text": "new" * 1000}))
 
 
 def _old_text(folder: Path) -> None:
@@ -121,6 +126,7 @@ CASES = (
     Case("artifact, replaced without exchange", _write_without_exchange, _digest,
          prepare=_write_old, look=_is_none_or_whole),
     Case("text, replaced", _text, _has_text, prepare=_old_text, look=_has_text),
+    Case("file, replaced", _file, _has_text, prepare=_old_text, look=_has_text),
     Case("cache", _cache, _cached),
     Case("cache, former and damaged", _cache, _cached, prepare=_damaged_cache),
     Case("run.json", _claim, _claimed, look=_is_claimed_or_free),

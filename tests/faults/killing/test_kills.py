@@ -24,7 +24,13 @@ def _quick(cases: Sequence[Case], *names: str) -> list[Any]:
 
 @pytest.mark.parametrize(
     "case",
-    _quick(CASES, "artifact, replaced", "cache, former and damaged", "run.json, former litter"),
+    _quick(
+        CASES,
+        "artifact, replaced",
+        "file, replaced",
+        "cache, former and damaged",
+        "run.json, former litter",
+    ),
     ids=lambda case: case.name,
 )
 def test_a_kill_at_any_file_event_is_survived(tmp_path: Path, case: Case) -> None:
