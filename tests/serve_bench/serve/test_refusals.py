@@ -149,6 +149,7 @@ def test_values_that_change_nothing_are_taken(client: openai.OpenAI) -> None:
 
 # What clients send by default, read from their sources: `vllm bench serve`, guidellm 0.8.1, aiperf
 # 0.13, langchain-openai 1.7; what litellm 1.110 may send; neutral values of more of vLLM's fields.
+# Those of openai-agents, cline and Open WebUI are written from their documented fields.
 COMPLETIONS: dict[str, dict[str, Any]] = {
     "vllm": {
         "repetition_penalty": 1.0, "logprobs": None, "stream": True,
