@@ -40,6 +40,7 @@ _ENCODERS: dict[tuple[str, str], _Growth] = {
     ("distilbert", "classification"): (53_000, (84_600, 68_300, 71_300)),
     ("distilbert", "embedding"): (47_000, (70_200, 56_800, 59_800)),
 }
+_WITH_PROMPT = 2.3  # times the bytes of a graph that is shipped with one for long prompts
 _INLINE = 256  # bytes below which torch's exporter keeps a tensor in the graph of an encoder
 
 
@@ -91,7 +92,10 @@ def _decoder_bytes(model: Any, form: Form, backend: str, provider: Provider) -> 
     growth = _GENAI if fused else _DYNAMO.get(config.model_type, _OTHER_DYNAMO)
     scheme = scheme_for(form, int(model.get_output_embeddings().weight.shape[1]))
     layers = int(config.get_text_config().num_hidden_layers)
-    return size + _graph_bytes(growth, layers, scheme) + _stored(matrices, scheme, number)
+    graph = _graph_bytes(growth, layers, scheme)
+    if form.kind == "int8-weight" and provider == "cpu":
+        graph = round(_WITH_PROMPT * graph)
+    return size + graph + _stored(matrices, scheme, number)
 
 
 _TOKEN = 20  # bytes of a token in a GGUF file: text, type, score or merge, about
