@@ -29,7 +29,7 @@ _NO_TELEMETRY = {
 # by the variable that moves them into it.
 _FOLDERS = {"TORCHINDUCTOR_CACHE_DIR": "torch", "MPLCONFIGDIR": "matplotlib"}
 # Each of these sets how OpenMP threads wait. A user's own setting is kept.
-_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 def cache_folder() -> Path:
@@ -62,5 +62,5 @@ def prepare() -> None:
         if found.is_dir() and os.access(found, os.W_OK):
             for name, folder in _FOLDERS.items():
                 os.environ.setdefault(name, str(cache / folder))
-    if not any(name in os.environ for name in _WAITING):
+    if not any(name in os.environ for name in WAITING):
         os.environ["OMP_WAIT_POLICY"] = "passive"

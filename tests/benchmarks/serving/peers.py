@@ -29,6 +29,7 @@ from limbeck.contract.data.heldout import Blocks
 from limbeck.contract.results.bench import Interval
 from limbeck.contract.results.onnx import OnnxResult
 from serve_bench.judge.stats import first_look, paired_ratio
+from tests.benchmarks.environment import as_by_hand
 
 ROOT = Path(__file__).resolve().parents[3]
 LLAMA_SERVER = ROOT / ".venvs/llama/build/bin/llama-server"
@@ -126,6 +127,7 @@ class Process:
         self._process = subprocess.Popen(
             [str(part) for part in command],
             cwd=ROOT,
+            env=as_by_hand(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -169,7 +171,10 @@ class Server:
     def __init__(self, address: str, command: Sequence[str | Path]) -> None:
         self.address = address
         self.process = psutil.Popen(
-            [str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [str(part) for part in command],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=as_by_hand(),
         )
         deadline = time.monotonic() + 300
         while True:

@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.benchmarks.environment import as_by_hand
+
 STEPS, ROOT = 7, Path(__file__).resolve().parents[3]
 
 
@@ -135,7 +137,9 @@ def main() -> None:
     }
     found: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     for name in [*commands, *reversed(commands)]:
-        done = subprocess.run(commands[name], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            commands[name], cwd=ROOT, env=as_by_hand(), capture_output=True, text=True, check=False
+        )
         if done.returncode:
             raise SystemExit(f"{name}: exit code {done.returncode}\n{done.stderr[-3000:]}")
         found[name].append(json.loads(done.stdout.strip().splitlines()[-1]))

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.contract.machine import host
+from tests.benchmarks.environment import as_by_hand
 
 ROOT = Path(__file__).resolve().parents[3]
 BATCH, MICRO_BATCH, WARMUP = 2, 2, 0.1  # blocks of 256 tokens
@@ -144,7 +145,9 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
     for name in ("ours", "trl", "ours"):
         shutil.rmtree(work / "ours", ignore_errors=True)
-        done = subprocess.run(commands[name], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            commands[name], cwd=ROOT, env=as_by_hand(), capture_output=True, text=True, check=False
+        )
         if done.returncode:
             raise SystemExit(f"{name}: exit code {done.returncode}\n{done.stderr[-3000:]}")
         found[name].append(json.loads(done.stdout.strip().splitlines()[-1]))
