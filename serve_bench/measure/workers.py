@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.contract import errors
+from limbeck.contract.environment import as_by_default
 from limbeck.contract.errors import EnvironmentalError
 from limbeck.contract.results.bench import Arm, TaskName
 from serve_bench.measure.fairness import require_same_work
@@ -40,6 +41,7 @@ class Worker:
             TOKENIZERS_PARALLELISM="false",
             HF_HUB_OFFLINE="1",
         )
+        environment = as_by_default(environment)
         self._process = launch(arm, task, environment, log)
         self.opened: dict[str, Any] = {}
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,30 @@ def test_what_the_user_has_set_stays() -> None:
         text=True,
     )
     assert done.stdout.split() == ["0", "None"], done.stderr
+
+
+def test_what_is_measured_waits_as_libgomp_does_by_itself() -> None:
+    libgomp = next(Path(find_spec("torch").origin).parent.glob("lib/libgomp*"))  # type: ignore[union-attr,arg-type]
+    load = f"import ctypes; ctypes.CDLL({str(libgomp)!r})"
+    measured = f"""
+import os, sys, limbeck
+from limbeck.contract.environment import as_by_default
+arguments = [sys.executable, "-c", "import limbeck; " + {load!r}]
+os.execve(sys.executable, arguments, as_by_default(os.environ))
+"""
+
+    def waiting(code: str, **chosen: str) -> set[str]:
+        environment = clean(OMP_DISPLAY_ENV="VERBOSE", **chosen)
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        shown = [line.strip() for line in done.stderr.splitlines()]
+        return {line for line in shown if line.startswith(("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"))}
+
+    by_itself = waiting(load)
+    assert by_itself == waiting(measured)
+    assert by_itself != waiting("import limbeck; " + load)
+    active = {"OMP_WAIT_POLICY": "active"}
+    assert waiting(load, **active) == waiting(measured, **active) != by_itself
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -26,10 +27,10 @@ import psutil
 
 from export.heldout import heldout_nll
 from limbeck.contract.data.heldout import Blocks
+from limbeck.contract.environment import as_by_default
 from limbeck.contract.results.bench import Interval
 from limbeck.contract.results.onnx import OnnxResult
 from serve_bench.judge.stats import first_look, paired_ratio
-from tests.benchmarks.environment import as_by_hand
 
 ROOT = Path(__file__).resolve().parents[3]
 LLAMA_SERVER = ROOT / ".venvs/llama/build/bin/llama-server"
@@ -127,7 +128,7 @@ class Process:
         self._process = subprocess.Popen(
             [str(part) for part in command],
             cwd=ROOT,
-            env=as_by_hand(),
+            env=as_by_default(os.environ),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -174,7 +175,7 @@ class Server:
             [str(part) for part in command],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env=as_by_hand(),
+            env=as_by_default(os.environ),
         )
         deadline = time.monotonic() + 300
         while True:

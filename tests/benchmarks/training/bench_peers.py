@@ -8,6 +8,7 @@ mirrored order. Prints one JSON object. `make bench-peers` sets up .venvs/peers.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.benchmarks.environment import as_by_hand
+from limbeck.contract.environment import as_by_default
 
 STEPS, ROOT = 7, Path(__file__).resolve().parents[3]
 
@@ -138,7 +139,12 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     for name in [*commands, *reversed(commands)]:
         done = subprocess.run(
-            commands[name], cwd=ROOT, env=as_by_hand(), capture_output=True, text=True, check=False
+            commands[name],
+            cwd=ROOT,
+            env=as_by_default(os.environ),
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             raise SystemExit(f"{name}: exit code {done.returncode}\n{done.stderr[-3000:]}")

@@ -19,6 +19,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import shutil
 import statistics
 import subprocess
@@ -27,8 +28,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from limbeck.contract.environment import as_by_default
 from limbeck.contract.machine import host
-from tests.benchmarks.environment import as_by_hand
 
 ROOT = Path(__file__).resolve().parents[3]
 BATCH, MICRO_BATCH, WARMUP = 2, 2, 0.1  # blocks of 256 tokens
@@ -146,7 +147,12 @@ def main() -> None:
     for name in ("ours", "trl", "ours"):
         shutil.rmtree(work / "ours", ignore_errors=True)
         done = subprocess.run(
-            commands[name], cwd=ROOT, env=as_by_hand(), capture_output=True, text=True, check=False
+            commands[name],
+            cwd=ROOT,
+            env=as_by_default(os.environ),
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             raise SystemExit(f"{name}: exit code {done.returncode}\n{done.stderr[-3000:]}")
