@@ -71,10 +71,7 @@ def make_form(form: AnyForm, job: Job) -> tuple[ExportedForm, Scheme | None]:
         all_logits_graph=graphs.all.relative_to(job.folder).as_posix(),
         prompt_graph=graphs.prompt.relative_to(job.folder).as_posix() if graphs.prompt else None,
         files=tuple(p.relative_to(job.folder).as_posix() for p in (*graphs.files, *apart)),
-        # What runs. The all-logits twin is for scoring and is not counted.
-        bytes=sum(
-            path.stat().st_size for path in (*graphs.files, *apart) if path is not graphs.all
-        ),
+        bytes=sum(path.stat().st_size for path in (*graphs.running, *apart)),
         rounding=asdict(scheme) if scheme else None,
         smooth=calibration.alpha if calibration else 0.0,
         algorithm=("gptq" if calibration else "rtn") if form.kind == "int4-weight" else None,

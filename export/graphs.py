@@ -37,9 +37,14 @@ class Graphs:
     prompt: Path | None = None  # reads long prompts: `export.round.floats`
 
     @property
+    def running(self) -> tuple[Path, ...]:
+        """What is read to answer; ``all`` is for scoring."""
+        return (self.last, self.data, *([self.prompt] if self.prompt else []))
+
+    @property
     def files(self) -> tuple[Path, ...]:
         """What must be shipped for the form to run."""
-        return (self.last, self.all, self.data, *([self.prompt] if self.prompt else []))
+        return (*self.running, self.all)
 
 
 def form_files(folder: Path, form: str, *, prompt: bool = False) -> Graphs:

@@ -37,7 +37,7 @@ _FULL = re.compile(
 )
 _REFUSALS = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP,
-    errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EIO,
+    errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS,
     errno.EEXIST,  # a folder in place of a link that leads nowhere
 }  # fmt: skip
 

@@ -77,8 +77,8 @@ def require_quick_tokenizer(path: Path, tree: Mapping[str, Any]) -> None:
         return
     if (why := _fault(written)) is not None:
         raise ModelError(
-            f"{path}: a regular expression in it cannot be used on text: {why}. Take another "
-            "model, or correct the expression."
+            f"{path}: what changes and splits text in it cannot be used: {why}. Take another "
+            "model, or correct its regular expressions."
         )
 
 

@@ -358,6 +358,8 @@ def test_who_has_left_waits_for_nothing(
     assert bare(server, "POST", "/v1/completions", body)[0] == 200  # without a schema
     for client in clients:
         client.close()
+    until(lambda: not server.server_state.connections)  # it has seen them go
+    assert bare(server, "GET", "/health")[0] == 200
     go.set()
     until(lambda: bare(server, "POST", "/v1/completions", asked)[0] == 200)
     assert len(compiled) < 9
