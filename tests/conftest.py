@@ -17,6 +17,8 @@ from limbeck.contract.artifact import Artifact
 from tests.factory import Factory
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which test modules do
+# Tests share the cores: OpenMP threads of what the bench starts sleep, as if a user had said so.
+os.environ.pop("LIMBECK_OMP_WAIT_POLICY", None)
 # A shell that starts pytest in the background lets it ignore Ctrl-C, and all that the tests start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
