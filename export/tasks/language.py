@@ -252,7 +252,7 @@ class Language:
                 graphs = Graphs(
                     folder / form.graph,
                     folder / form.all_logits_graph,
-                    folder,
+                    (folder / form.graph).with_suffix(".onnx_data"),
                     folder / form.prompt_graph if form.prompt_graph else None,
                 )
                 found = parity.measure_parity(

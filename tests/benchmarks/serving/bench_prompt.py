@@ -1,7 +1,7 @@
-"""Time to read a prompt: a rounded form by itself, with its graph for prompts, and fp32.
+"""Time to read a prompt: int8-weight by itself, with its graph for prompts, and fp32.
 
 Arms take turns; whole prompts are read in one run. Prints one JSON object: `with_prompt_graph` and
-`fp32` are the ratios to the form by itself, medians over rounds, by tokens of the prompt; `ms`;
+`fp32` are the ratios to int8-weight by itself, medians over rounds, by tokens of the prompt; `ms`;
 `mb` is the process's anonymous and file-backed memory after opening each arm and after its longest
 prompt.
 
@@ -35,14 +35,13 @@ def memory() -> dict[str, int]:
 def main() -> None:
     """Open the decoders, time them in turn, print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("onnx", type=Path, help="an exported folder with fp32 and the form")
-    parser.add_argument("--form", default=FORM)
+    parser.add_argument("onnx", type=Path, help="an exported folder with fp32 and int8-weight")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     asked = parser.parse_args()
     forms = OnnxResult.of(open_artifact(asked.onnx)).forms
-    made = forms[asked.form]
+    made = forms[FORM]
     assert made.prompt_graph, "the form has no graph for prompts; export it again"
     graphs = {
         "alone": (made.graph, None),

@@ -149,7 +149,7 @@ def main() -> None:
         done = subprocess.run(
             commands[name],
             cwd=ROOT,
-            env=as_by_default(os.environ),
+            env=as_by_default(os.environ) if name == "trl" else None,
             capture_output=True,
             text=True,
             check=False,
