@@ -15,6 +15,8 @@ ORACLE = "routed-oracle"  # no student: each domain is answered by the teacher t
 BY_DOMAIN = "best-by-domain"  # each domain is taught by the teacher that reads it best
 EQUAL_TIME = "ce-only-equal-time"  # cross-entropy alone, for as many seconds as the recipe takes
 STARTS = ("base", "merge")
+SINGLE = "single-"  # followed by the name of the one teacher that is used
+ACROSS = "across-"  # followed by the loss against teachers with another tokenizer
 
 
 def _weights(kind: str, **options: Any) -> Changes:
@@ -112,6 +114,18 @@ DESIGNS: Mapping[str, Design] = {
 }
 
 
+def changes_of(recipe: AnyRecipe, arm: str) -> Changes | None:
+    """Return what an arm changes in the recipe; None if the recipe has no such arm."""
+    design, arm = DESIGNS[recipe.task], arm.partition("@")[0]
+    if arm in design.arms:
+        return design.arms[arm]
+    if arm in [f"{SINGLE}{teacher.name}" for teacher in recipe.teachers]:
+        return {}
+    if design.has_starts and arm in [f"{ACROSS}{loss}" for loss in ("projected", "chunk", "uld")]:
+        return {"fusion": {"across": arm.removeprefix(ACROSS)}}
+    return None
+
+
 def variant(
     recipe: AnyRecipe,
     arm: str,
@@ -128,17 +142,20 @@ def variant(
     """
     design, tree = DESIGNS[recipe.task], recipe.resolved()
     arm, _, start = arm.partition("@")
-    for section, changes in design.arms[arm].items():
+    arm_changes = changes_of(recipe, arm) or {}
+    for section, changes in arm_changes.items():
         tree[section] = {**tree[section], **changes}
     if is_merge(arm):  # a merge has no other field of the recipe's student
-        tree["student"] = {"base": tree["student"]["base"], **design.arms[arm]["student"]}
+        tree["student"] = {"base": tree["student"]["base"], **arm_changes["student"]}
     if start:
         tree["student"]["init"] = start
     if tokens is not None:
         tree["training"]["tokens"] = tokens
+    only = arm.removeprefix(SINGLE) if arm.startswith(SINGLE) else None
     if arm == "best-single":
-        best = min(losses, key=losses.__getitem__)
-        tree["teachers"] = [t for t in tree["teachers"] if t["name"] == best]
+        only = min(losses, key=losses.__getitem__)
+    if only is not None:
+        tree["teachers"] = [t for t in tree["teachers"] if t["name"] == only]
         tree["fusion"]["weights"] = {"kind": "uniform"}
     if arm == BY_DOMAIN:
         prior = {domain: {teacher: 1.0} for domain, teacher in (by_domain or {}).items()}
@@ -170,7 +187,7 @@ def is_merge(arm: str) -> bool:
 
 def asks_teachers(recipe: AnyRecipe, arm: str) -> bool:
     """Whether the training of an arm needs the teachers' answers."""
-    fusion = DESIGNS[recipe.task].arms[arm.partition("@")[0]].get("fusion", {})
+    fusion = (changes_of(recipe, arm) or {}).get("fusion", {})
     return not is_merge(arm) and fusion.get("weight") != 0
 
 
@@ -193,8 +210,9 @@ def require_arm(recipe: AnyRecipe, arm: str) -> None:
     """Raise `RecipeError` for an arm that this recipe's task does not have."""
     design = DESIGNS[recipe.task]
     name, at, start = arm.partition("@")
-    if name not in design.arms:
-        raise RecipeError(f"--arms {arm}: no such arm; known: {', '.join(design.arms)}.")
+    if changes_of(recipe, name) is None:
+        known = [*design.arms, *(f"{SINGLE}{teacher.name}" for teacher in recipe.teachers)]
+        raise RecipeError(f"--arms {arm}: no such arm; known: {', '.join(known)}.")
     if not at:
         return
     is_trained = not is_merge(name) and name != ORACLE

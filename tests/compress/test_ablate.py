@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from compress import ablate
+from compress.ablate.arms import variant
 from compress.loop import setup
 from compress.tasks.continuations import calibration_error
 from limbeck.contract.errors import RecipeError
@@ -216,6 +217,21 @@ def test_starts_the_oracle_and_equal_seconds_are_arms(tmp_path: Path) -> None:
     for domain, weights in found["best-by-domain"]["weights"].items():
         for k, name in enumerate(run.task.names):
             assert weights[name] == (least[domain] == (of_each[k] or {})[domain])
+
+
+def test_arms_of_one_teacher_and_of_one_loss_across_tokenizers(tmp_path: Path) -> None:
+    recipe = tiny(tmp_path)
+    for name in ("a", "b"):
+        alone = variant(recipe, f"single-{name}", 3, {"a": 1.0, "b": 2.0})
+        assert [teacher.name for teacher in alone.teachers] == [name]
+    best = variant(recipe, "best-single", 3, {"a": 2.0, "b": 1.0})
+    assert best == variant(recipe, "single-b", 3, {})
+    for loss in ("projected", "chunk", "uld"):
+        changed = variant(recipe, f"across-{loss}", 3, {}).resolved()["fusion"]
+        assert changed == recipe.resolved()["fusion"] | {"across": loss}
+    for arm in ("single-c", "across-nothing"):
+        with pytest.raises(RecipeError, match=r"label-sequence.*single-a, single-b"):
+            ablate.ablate(recipe=recipe, products={}, out=tmp_path / "a", arms=[arm])
 
 
 def test_calibration_error_by_hand() -> None:

@@ -164,8 +164,10 @@ def ablate(
 
     Controls: cross-entropy only, also for equal seconds; best single teacher, uniform, static,
     entropy in its forms, inverted, shuffled, label oracle, merges of the teachers, and each domain
-    answered by its best teacher. ARM@base and ARM@merge choose where an arm starts. Teachers run
-    once; an interrupted comparison goes on where it stopped.
+    answered by its best teacher. On request: single-NAME for one teacher of the recipe, and
+    across-chunk and across-uld for the other losses across tokenizers. ARM@base and ARM@merge
+    choose where an arm starts. Teachers run once; an interrupted comparison goes on where it
+    stopped.
 
     \b
     Example:
