@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import math
 import random
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from limbeck.contract.recipe import ServerModel
 from limbeck.runtime.endpoint import CONNECT, Endpoint, ask, refusal
 
 _BUSY = (408, 409, 425, 429)  # besides 5xx: the same request may succeed later
+_LONG_NUMBER = re.compile(r"\b\d{4,9}\b")  # a token id that a server refuses, and hardly a limit
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0  # seconds
 _ABOVE_ONE = 1e-2  # nats; servers round
 # Most bytes of an answer: for each token and likely token, and for all else.
@@ -228,11 +230,12 @@ class Server:
                         asked = float(answer.headers.get("retry-after", ""))
                         wait = min(max(wait, asked), _LONGEST_WAIT)
                 else:
-                    hint = f"; is the key in ${self._model.key_variable} right?"
-                    raise EnvironmentalError(
-                        f"{self._where}: {refusal(status, answer.body)}"
-                        f"{hint if status in (401, 403) else ''}"
-                    )
+                    reason, hint = refusal(status, answer.body), ""
+                    if status in (401, 403):
+                        hint = f"; is the key in ${self._model.key_variable} right?"
+                    elif any(int(n) in body["prompt"] for n in _LONG_NUMBER.findall(reason)):
+                        hint = "; is `tokenizer` that of the served model?"
+                    raise EnvironmentalError(f"{self._where}: {reason}{hint}")
             except httpx2.HTTPError as error:  # not reached, cut off, or too slow
                 reason = f"{type(error).__name__}: {error}".rstrip(": ")
             except ValueError:  # cut off inside the JSON

@@ -71,6 +71,9 @@ class LogprobServer:
             if self.context is not None:
                 entry |= {"max_model_len": self.context}
             return self._send(handler, 200, {"data": [entry]})
+        if (most := max(body["prompt"])) >= self.model.config.vocab_size:  # as vLLM says it
+            error = {"error": {"message": f"Token id {most} is out of vocabulary"}}
+            return self._send(handler, 400, error)
         with self._lock:
             self.bodies.append(body)
             number = len(self.bodies) - 1

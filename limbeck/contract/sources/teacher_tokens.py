@@ -7,7 +7,8 @@ in a form of their own, and on models that are not here yet.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -32,6 +33,8 @@ from limbeck.contract.sources.models import (
 from limbeck.contract.sources.places import read_object
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from limbeck.contract.models.alignment import Relation
 
 
@@ -56,28 +59,44 @@ def compare_tokenizers(recipe: Recipe) -> list[TeacherTokens]:
         name: _tokenizer_folder(model, recipe.folder, recipe.adapters.get(name))
         for name, model in recipe.teacher_models.items()
     }
-    here = {name: folder for name, folder in folders.items() if folder is not None}
+    here = {name: _files(folder) for name, folder in folders.items() if folder is not None}
     if own is None or not here:
         return []
+    plain, chats = reads_plain_text(recipe), packing_of_conversations(recipe)
+    return list(_compared(_files(own), tuple(here.items()), plain, chats))
+
+
+# Asked twice by `validate` and `plan`. The tokenizers themselves, of hundreds of MB, are let go.
+@lru_cache(maxsize=8)
+def _compared(
+    own: _Files,
+    teachers: tuple[tuple[str, _Files], ...],
+    plain: bool,
+    chats: Literal["document", "stream"] | None,
+) -> tuple[TeacherTokens, ...]:
     from limbeck.contract.models.alignment import Pieces, Relation
 
+    loaded = dict[_Files, "PreTrainedTokenizerFast"]()
+    aligned = set[_Files]()
     found = list[TeacherTokens]()
-    for name, folder in here.items():
-        if _files(folder) == _files(own):
+    for name, files in teachers:
+        if files == own:
             found.append(TeacherTokens(name, Relation(True)))
             continue
         # Classes of transformers change what tokenizer.json says, for example the first token.
         from limbeck.contract.sources.tokenizer import load_tokenizer, relation
 
-        mine, theirs = (load_tokenizer(one) for one in (own, folder))
-        relates = relation(
-            mine, theirs, plain=reads_plain_text(recipe), chats=packing_of_conversations(recipe)
-        )
+        for one in (own, files):
+            if one not in loaded:
+                loaded[one] = load_tokenizer(one.folder)
+        relates = relation(loaded[own], loaded[files], plain=plain, chats=chats)
         if not relates.same or relates.renders:
-            Pieces(mine.backend_tokenizer, name="the student")
-            Pieces(theirs.backend_tokenizer, name=f"teacher {name}")
+            for one, whose in ((own, "the student"), (files, f"teacher {name}")):
+                if one not in aligned:
+                    Pieces(loaded[one].backend_tokenizer, name=whose)
+                    aligned.add(one)
         found.append(TeacherTokens(name, relates))
-    return found
+    return tuple(found)
 
 
 def tokenizer_mistakes(recipe: Recipe) -> Iterator[str]:
@@ -172,11 +191,19 @@ def _tokenizer_folder(source: object, folder: Path, adapter: Path | None = None)
     return path
 
 
-def _files(folder: Path) -> object:
-    """What transformers makes the tokenizer of ``folder`` of."""
+@dataclass(frozen=True)
+class _Files:
+    """What transformers makes a tokenizer of; equal files in two folders are one tokenizer."""
+
+    digests: tuple[tuple[str, str], ...]  # by name
+    model_type: str
+    folder: Path = field(compare=False)
+
+
+def _files(folder: Path) -> _Files:
     config = folder / "config.json"
     names = "*token*", "vocab*", "merges.txt", "*.model", "*.jinja", f"{MORE_TEMPLATES}/*"
-    found = [path for name in names for path in folder.glob(name) if path.is_file()]
-    files = {str(path.relative_to(folder)): path for path in found}
-    digests = {name: file_digest(path) for name, path in files.items()}
-    return digests, read_object(config).get("model_type") if config.is_file() else None
+    found = {path for name in names for path in folder.glob(name) if path.is_file()}
+    digests = sorted((str(path.relative_to(folder)), file_digest(path)) for path in found)
+    kind = read_object(config).get("model_type") if config.is_file() else None
+    return _Files(tuple(digests), str(kind), folder)

@@ -25,9 +25,11 @@ from compress.states import SparseStates
 from compress.teachers.cache import CachedTeachers
 from compress.teachers.live import TeacherFolder, Teachers
 from compress.teachers.mixed import MixedTeachers, open_teachers
+from compress.teachers.prompt_logprobs import Server
 from compress.teachers.served import ServedTeachers, entropy_bounds, served_teacher
 from limbeck.contract.errors import ArtifactError, EnvironmentalError, ModelError, RecipeError
-from limbeck.contract.recipe import NoCache, Recipe, TopkCache, parse_recipe
+from limbeck.contract.recipe import NoCache, Recipe, ServerModel, TopkCache, parse_recipe
+from limbeck.runtime.endpoint import find_endpoint
 from tests.compress.test_compress import events, tiny
 from tests.pico import make_model
 from tests.servers.logprob_server import LogprobServer
@@ -274,6 +276,20 @@ def test_another_tokenizer_is_found_before_the_first_text(
     ):
         served(tmp_path, server, tmp_path / "other").prepare(rows_of(1))
     assert len(server.bodies) == 1
+
+
+def test_ids_that_the_server_does_not_know_point_at_the_tokenizer(
+    tmp_path: Path, server: LogprobServer, folder: Path
+) -> None:
+    recipe = recipe_of(tmp_path, folder, [{"name": "big", "model": source(server, folder)}])
+    model = recipe.teachers[0].model
+    assert isinstance(model, ServerModel)
+    endpoint = find_endpoint(model.endpoint, model.model, model.key_variable)
+    with (
+        Server("big", model, endpoint, vocabulary=50_000) as asked,
+        pytest.raises(EnvironmentalError, match=r"id 42424 is out .*; is `tokenizer` that of the"),
+    ):
+        asked.ask([5, 42424])
 
 
 def test_another_model_of_the_same_name_is_found(
