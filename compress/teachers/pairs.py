@@ -16,7 +16,7 @@ from compress.data.blocks import DomainBlocks, labels_of
 from limbeck.contract.data.heldout import Blocks
 from limbeck.contract.errors import DataError, ModelError, RecipeError
 from limbeck.contract.lock import make_once
-from limbeck.contract.models.alignment import Aligner, Pieces, Relation, projection
+from limbeck.contract.models.alignment import Aligner, Pieces, projection
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import Recipe, fingerprint
 from limbeck.contract.sources.places import cache_folder
@@ -96,22 +96,6 @@ def require_whole_distributions(recipe: Recipe, pairs: Pairs) -> None:
     for teacher, pair in zip(recipe.teachers, pairs.pairs, strict=True):
         if pair is not None and (why := sorted_is_unknown(recipe, teacher)):
             raise RecipeError(why)
-
-
-def described(student: Path, teachers: Mapping[str, Path]) -> dict[str, Relation]:
-    """How each teacher's tokenizer relates to the student's, before anything is made.
-
-    Raises `ModelError` for a tokenizer that cannot be aligned.
-    """
-    mine, found = load_tokenizer(student), dict[str, Relation]()
-    for name, folder in teachers.items():
-        theirs = load_tokenizer(folder)
-        relates = relation(mine, theirs)
-        if not relates.same:
-            pieces_of(mine, "the student")
-            pieces_of(theirs, f"teacher {name}")
-        found[name] = relates
-    return found
 
 
 def pieces_of(tokenizer: Any, name: str) -> Pieces:

@@ -29,6 +29,7 @@ from limbeck.contract.sources.tokenizer import load_tokenizer
 from tests.pico import make_model
 from tests.servers.logprob_server import LogprobServer
 
+LEGAL = "models/Legal"
 SIZES: dict[str, Any] = {
     "max_position_embeddings": 256,
     "num_hidden_layers": 6,
@@ -152,16 +153,19 @@ def test_models_of_other_kinds_are_told_apart(tmp_path: Path) -> None:
         tokenizer["model"]["vocab"][x] for x in "ba"
     )
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    result = init(10, "--teacher", "models/v1.5-other")
-    assert result.exit_code == 0
-    assert "teacher v1.5-other: another tokenizer; aligned with the student's" in result.stderr
-    (tmp_path / "recipe.yaml").unlink()
+    # The smallest of them is the student's base, unless another one is named.
+    for student, others in ((), ["legal", "medical"]), (("--student", LEGAL), ["v1.5-other"]):
+        result = init(10, "--teacher", "models/v1.5-other", *student)
+        assert result.exit_code == 0
+        named = r"teacher (\S+): another tokenizer; aligned with the student's"
+        assert re.findall(named, result.stderr) == others
+        (tmp_path / "recipe.yaml").unlink()
     written = (other / "tokenizer.json").read_text()
     words = tokenizer | {"model": {"type": "WordPiece", "vocab": tokenizer["model"]["vocab"],
                                    "unk_token": "a", "continuing_subword_prefix": "##",
                                    "max_input_chars_per_word": 100}}  # fmt: skip
     (other / "tokenizer.json").write_text(json.dumps(words))
-    result = init(10, "--teacher", "models/v1.5-other")
+    result = init(10, "--teacher", "models/v1.5-other", "--student", LEGAL)
     assert result.exit_code == 2
     assert "teacher v1.5-other: its tokenizer is WordPiece" in result.stderr
     (other / "tokenizer.json").write_text(written)

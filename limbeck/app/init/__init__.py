@@ -16,7 +16,6 @@ from limbeck.app.init.inputs import (
     BATCH,
     adapter_bases,
     are_short,
-    check_tokenizers,
     model_source,
     short_names,
     teacher_source,
@@ -25,8 +24,10 @@ from limbeck.app.init.inputs import (
 )
 from limbeck.contract.errors import ModelError, RecipeError
 from limbeck.contract.files import write_atomically
+from limbeck.contract.progress import say
 from limbeck.contract.recipe import Bench, Data, parse_recipe
 from limbeck.contract.sources.models import context_of
+from limbeck.contract.sources.teacher_tokens import compare_tokenizers
 
 _BLOCK = 128
 _TIMED = Bench().prompt_tokens + Bench().new_tokens
@@ -64,7 +65,6 @@ def write_recipe(
             "--teacher: no teacher is a model that the student could start from; name one with "
             "--student."
         )
-    check_tokenizers(found, bases if student else [])
     asked = (
         [(f"--student {student}", bases[0], False)]
         if student
@@ -81,7 +81,9 @@ def write_recipe(
         tree["training"]["learning_rate"] = 3e-4
     tree["gates"]["max_quantization_loss"] = 0.01 if choice.form == "int8-weight" else 0.05
     tree |= {"student": choice.student, "export": {"forms": ["fp32", choice.form]}}
-    parse_recipe(tree, where=str(out))
+    for teacher in compare_tokenizers(parse_recipe(tree, where=str(out))):
+        if not teacher.relation.equal:
+            say(f"  {teacher}")
     write_atomically(out, _text(tree, choice, target_mb))
     return choice
 

@@ -18,7 +18,6 @@ from limbeck.contract.files import parse_json
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import ChatRows, Data, DatasetText, FileText, PlainText, find_recipe
 from limbeck.contract.recipe.mistakes import did_you_mean
-from limbeck.contract.sources.models import adapter_tokenizer
 from limbeck.contract.sources.texts import (
     ARROW,
     PREFERRED,
@@ -192,30 +191,6 @@ def _path(given: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:
         raise ModelError(f"{given[:100]}: no path ({error}).") from None
     return path
-
-
-def check_tokenizers(teachers: Sequence[dict[str, Any]], bases: Sequence[dict[str, Any]]) -> None:
-    """Say which folders on this machine have another tokenizer than the student.
-
-    Raises `ModelError` for one that cannot be aligned. `limbeck run` checks other sources.
-    """
-    from compress.teachers.pairs import described
-
-    sources = {t["name"]: t["model"].get("tokenizer", t["model"]) for t in teachers}
-    local = {name: Path(s["path"]) for name, s in sources.items() if s["kind"] == "local"}
-    for teacher in teachers:
-        if "adapter" in teacher and (its := adapter_tokenizer(Path(teacher["adapter"]))):
-            local[teacher["name"]] = its
-    student = [Path(base["path"]) for base in bases if base["kind"] == "local"]
-    own = [
-        local[t["name"]] for t in teachers if t["model"]["kind"] != "server" and t["name"] in local
-    ]
-    if not local or not (student or own):
-        return
-    reference = (student or own)[0]
-    for name, relation in described(reference, local).items():
-        if not relation.equal:
-            say(f"  teacher {name}: {relation}")
 
 
 def text_source(given: str) -> dict[str, Any]:
