@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from limbeck.app.plan import Plan, megabytes
+from limbeck.app.plan import Plan, columns, megabytes
 from limbeck.contract.progress import about
 from limbeck.contract.recipe import AnyRecipe
 
@@ -36,7 +36,7 @@ class Cluster:
 
     def as_text(self) -> str:
         """For a terminal."""
-        return "\n".join(f"{name:22}{value}" for name, value in self._rows())
+        return columns(self._rows())
 
     def _rows(self) -> Iterator[tuple[str, str]]:
         each = "card" if self.gpus else "process"

@@ -6,7 +6,7 @@ training, `export.plan` the sizes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +72,7 @@ class Plan:
 
     def as_text(self) -> str:
         """For a terminal."""
-        return "\n".join(f"{name:22}{value}".rstrip() for name, value in self._rows())
+        return columns(self._rows())
 
     def _rows(self) -> Iterator[tuple[str, str]]:
         yield "recipe", self.recipe
@@ -389,6 +389,13 @@ def _teacher(
         return task.describe(config, recipe, name=f"teacher {teacher.name}"), made
     except LimbeckError as error:
         raise type(error)(f"{recipe.name}: teachers.{index}: {error}") from error
+
+
+def columns(rows: Iterable[tuple[str, str]]) -> str:
+    """Lines of a name and a value, the values below each other."""
+    shown = list(rows)
+    width = max(22, *(len(name) + 1 for name, _ in shown))
+    return "\n".join(f"{name:{width}}{value}".rstrip() for name, value in shown)
 
 
 def megabytes(size: float) -> str:
