@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast
 from torch import Tensor
+from torch.distributed import DistError
 
 from compress.checkpoint import (
     CHECKPOINT,
@@ -37,7 +38,8 @@ from compress.models.sharded import like, whole
 from compress.models.students import load_trainable_state, trainable_state
 from compress.tasks import Figures, Step, Task, task_of
 from limbeck.contract.artifact import Artifact, open_artifact, work_folder, write_artifact
-from limbeck.contract.errors import DivergenceError, ModelError
+from limbeck.contract.environment import require_launcher
+from limbeck.contract.errors import DivergenceError, EnvironmentalError, ModelError
 from limbeck.contract.files import write_atomically
 from limbeck.contract.progress import say, task
 from limbeck.contract.recipe import AnyRecipe, EncoderTraining, Training
@@ -131,12 +133,19 @@ def setup(
     # A teacher's own recipe may have run in this process with another precision.
     AcceleratorState._reset_state()
     require_trackers(config.trackers, work)
-    accelerator = Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision="no" if precision == "fp32" else precision,
-        log_with=list(config.trackers) or None,
-        project_dir=work / TRACKERS,
-    )
+    require_launcher(trains=True)
+    try:
+        accelerator = Accelerator(
+            cpu=device.type == "cpu",
+            mixed_precision="no" if precision == "fp32" else precision,
+            log_with=list(config.trackers) or None,
+            project_dir=work / TRACKERS,
+        )
+    except DistError as error:
+        raise EnvironmentalError(
+            "the processes of this job do not find each other; check MASTER_ADDR and MASTER_PORT, "
+            f"which torchrun sets: {str(error).splitlines()[0]}"
+        ) from error
     loaded = task_of(
         recipe, products=products, accelerator=accelerator, precision=precision, model=model
     )

@@ -21,6 +21,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from limbeck.contract.environment import misread
 from limbeck.contract.errors import ArtifactError, EnvironmentalError, ModelError
 from limbeck.contract.recipe import fingerprint
 
@@ -345,6 +346,8 @@ def explained(error: Exception) -> EnvironmentalError | None:
             "no memory is left; close other programs, raise the limit of `ulimit -v`, or take a "
             "larger machine."
         )
+    if (variable := misread(error)) is not None:
+        return variable
     if not isinstance(error, OSError):
         return None
     where = os.fsdecode(error.filename) if error.filename else "standard output"

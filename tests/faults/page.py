@@ -21,6 +21,7 @@ from limbeck.contract.artifact import (
     write_artifact,
 )
 from limbeck.contract.data.heldout import load_heldout, save_heldout
+from limbeck.contract.environment import require_launcher
 from limbeck.contract.errors import DataError, LimbeckError
 from limbeck.contract.files import explained, unwritable_is_a_user_error, write_atomically
 from limbeck.contract.limits import Limits
@@ -168,6 +169,17 @@ def _descriptors(_: Path) -> None:
     error = explained(OSError(errno.EMFILE, os.strerror(errno.EMFILE), "report.json"))
     assert error is not None
     raise error
+
+
+def _several(_: Path) -> None:
+    kept = os.environ.get("WORLD_SIZE")
+    os.environ["WORLD_SIZE"] = "two"
+    try:
+        require_launcher()
+    finally:
+        del os.environ["WORLD_SIZE"]
+        if kept is not None:
+            os.environ["WORLD_SIZE"] = kept
 
 
 def _output(_: Path) -> None:
@@ -417,6 +429,7 @@ _SECTIONS: dict[str, dict[str, Callable[[Path], None]]] = {
         "The disk is read-only": _read_only,
         "Standard output is full": _output,
         "Too many files are open": _descriptors,
+        "A variable of the environment is not a number": _several,
     },
 }
 

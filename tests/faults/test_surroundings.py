@@ -6,12 +6,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from accelerate.utils import TorchDynamoPlugin
+from accelerate.utils.environment import get_int_from_env, parse_flag_from_env
 
 from limbeck.contract.artifact import MANIFEST
+from limbeck.contract.environment import require_launcher
+from limbeck.contract.errors import EnvironmentalError
+from limbeck.contract.files import explained
 from tests import ROOT
 from tests.faults.killing.disks import NoMount, read_only_disk
 
@@ -62,6 +67,95 @@ def test_too_little_memory(tmp_path: Path, megabytes: int) -> None:
     code, said = _limbeck("run", "pico", cwd=tmp_path, before=before, environment=one)
     assert code == 2
     assert "limbeck: no memory is left; close other programs, raise the limit of" in said
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE is 'x', and should be a whole number from 1"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is ''"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK is 'x'"),
+        ({"LOCAL_RANK": "1.5"}, "LOCAL_RANK is '1.5'"),
+        ({"LOCAL_WORLD_SIZE": "two"}, "LOCAL_WORLD_SIZE is 'two'"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT is '65536'"),
+        ({"RANK": "1"}, "RANK is 1, and should be below WORLD_SIZE, which is not set"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2, and should be below WORLD_SIZE, which is 2"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1"},
+            "WORLD_SIZE is 2, but MASTER_ADDR is not set",
+        ),
+    ],
+    ids=str,
+)
+def test_a_place_among_processes_that_cannot_be(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], said: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(EnvironmentalError, match=said):
+        require_launcher(trains=True)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"LOCAL_RANK": "-1"},
+        {"WORLD_SIZE": "1", "RANK": "0"},
+        {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+    ],
+    ids=str,
+)
+def test_a_place_among_processes_that_can_be(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    require_launcher(trains=True)
+
+
+def test_a_command_names_the_place_that_cannot_be(tmp_path: Path) -> None:
+    code, said = _limbeck("recipes", cwd=tmp_path, environment={"WORLD_SIZE": "x"})
+    assert code == 2
+    assert "the environment variable WORLD_SIZE is 'x'" in said
+
+
+def _whole_number() -> None:
+    get_int_from_env(["OMPI_COMM_WORLD_SIZE"], 1)
+
+
+def _flag() -> None:
+    parse_flag_from_env("ACCELERATE_DEBUG_MODE")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "read"),
+    [
+        ("OMPI_COMM_WORLD_SIZE", "many", _whole_number),
+        ("OMPI_COMM_WORLD_SIZE", "", _whole_number),
+        ("ACCELERATE_DEBUG_MODE", "nein", _flag),
+        ("ACCELERATE_DYNAMO_BACKEND", "fast", TorchDynamoPlugin),
+    ],
+)
+def test_a_variable_that_a_library_cannot_read(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, read: Callable[[], object]
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"invalid|is not a valid") as raised:
+        read()
+    found = explained(raised.value)
+    assert str(found).startswith(f"a library cannot read the environment variable {name} (")
+    monkeypatch.delenv(name)
+    assert explained(raised.value) is None  # without such a variable it is a defect
+
+
+def test_a_number_of_ours_is_no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_NAME", "many")
+    with pytest.raises(ValueError, match="many") as raised:
+        int("many")
+    assert explained(raised.value) is None
 
 
 def test_deleted_working_directory(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from limbeck import __version__
+from limbeck.contract.environment import require_launcher
 from limbeck.contract.errors import LimbeckError, RecipeError
 from limbeck.contract.limits import MOST_THREADS
 from limbeck.contract.printable import printable
@@ -54,6 +55,7 @@ class Commands(TyperGroup):
         """Run the command that was asked for."""
         try:
             with _stoppable():
+                require_launcher()
                 result = super().invoke(ctx)
                 sys.stdout.flush()
                 return result
