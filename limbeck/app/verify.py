@@ -8,18 +8,21 @@ from pathlib import Path
 
 from limbeck.app.exports import PLAIN, SECOND, SHIPPED
 from limbeck.app.run import FOLDERS
+from limbeck.app.trust.pack import CERTIFICATE
 from limbeck.contract.artifact import MANIFEST, RECOVERED, Artifact, open_artifact
 from limbeck.contract.errors import ArtifactError, LimbeckError, QualityError
 from limbeck.contract.progress import say
 
 
-def verify(path: Path, *, quality: bool = True, speed: bool = True) -> int:
+def verify(path: Path, *, quality: bool = True, speed: bool = True, signed: bool = False) -> int:
     """Check every artifact at ``path`` (an artifact or a run), print tables, return the exit code.
 
     The certificate of a run is replayed; ``quality`` and ``speed`` choose the figures to measure
-    again. Returns 0 if all holds; 1 if a graph no longer computes what the student computed, or a
-    promise of the certificate is broken; 2 if a file is changed, missing or extra, or an artifact
-    was made from another one than the one beside it. Raises `ArtifactError` without any artifact.
+    again. Without the bench that it was computed from, it needs a signature that holds
+    (``signed``). Returns 0 if all holds; 1 if a graph no longer computes what the student computed,
+    or a promise of the certificate is broken; 2 if a file is changed, missing or extra, or an
+    artifact was made from another one than the one beside it. Raises `ArtifactError` without any
+    artifact.
     """
     folders = [path] if (path / MANIFEST).exists() else [path / name for name in FOLDERS.values()]
     if folders != [path]:
@@ -55,6 +58,13 @@ def verify(path: Path, *, quality: bool = True, speed: bool = True) -> int:
             complaints += _verify_graphs(artifact)
     if {"onnx", "bench"} <= {artifact.kind for artifact in artifacts}:
         complaints += _replay(path, quality=quality, speed=speed)
+    elif folders != [path] and (path / CERTIFICATE).exists() and not (signed or complaints):
+        complaints.append(
+            ArtifactError(
+                f"{path}: {CERTIFICATE} promises figures that nothing here can show: onnx or bench "
+                "is missing. Run that stage, check a signature with --key, or move the file away."
+            )
+        )
     for complaint in complaints:
         print(f"\n{complaint}")
     code = max((complaint.exit_code for complaint in complaints), default=0)
@@ -101,10 +111,10 @@ def _replay(run: Path, *, quality: bool, speed: bool) -> list[LimbeckError]:
     """Measure the promises of the certificate, print the findings, and return the errors."""
     import serve_bench
 
-    if not (run / "certificate.json").exists():
+    if not (run / CERTIFICATE).exists():
         return [
             ArtifactError(
-                f"{run}: certificate.json is missing; `limbeck report {run}` writes it again."
+                f"{run}: {CERTIFICATE} is missing; `limbeck report {run}` writes it again."
             )
         ]
     try:

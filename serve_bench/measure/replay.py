@@ -6,7 +6,6 @@ Needs only `onnx`, `bench` and the certificate, not the student: the held-out te
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 import tempfile
@@ -18,9 +17,16 @@ from typing import Any
 from limbeck.contract.artifact import Artifact, open_artifact, student_of
 from limbeck.contract.errors import ArtifactError
 from limbeck.contract.machine import host, versions
+from limbeck.contract.printable import printable
 from limbeck.contract.results.bench import Arm
 from serve_bench.judge import figures
-from serve_bench.judge.certificate import CERTIFICATE, FP32, promises, read_certificate
+from serve_bench.judge.certificate import (
+    CERTIFICATE,
+    FP32,
+    certify,
+    read_certificate,
+    require_computed,
+)
 from serve_bench.judge.compare import Chooser
 from serve_bench.judge.findings import Finding, judge_loss, judge_speed
 from serve_bench.judge.stats import FEWEST_BLOCKS, first_look
@@ -44,9 +50,17 @@ def replay(
     student = open_artifact(student_of(onnx), verify=False) if student_of(onnx).is_dir() else None
     _require_ours(certificate, run, onnx=onnx, bench=bench, student=student)
     task = choose(bench)
-    findings = [
-        _recomputed(certificate, promises(judge_bench(read_bench(bench, task), task), task))
-    ]
+    computed = certify(
+        judged=judge_bench(read_bench(bench, task), task),
+        task=task,
+        bench=bench,
+        onnx=onnx,
+        parents=_parents(certificate, student),
+        recipe=task.recipe,
+    )
+    require_computed(run, certificate, computed)
+    says = "every field computed again from the artifacts and raw samples: the same"
+    findings = [Finding("certificate", CERTIFICATE, "artifacts", says, True)]
     if not quality and not speed:
         return findings
     task.open_data(bench.path)
@@ -102,42 +116,30 @@ def _require_ours(
     bench: Artifact,
     student: Artifact | None,
 ) -> None:
-    """Raise `ArtifactError` unless the certificate is of these artifacts."""
-    digests = {
-        "onnx": (certificate["artifact"]["digest"], onnx),
-        "bench": (certificate["bench"], bench),
-    }
+    """Raise `ArtifactError` if the certificate is of other artifacts."""
+    made_from = {"onnx": (("artifact", "digest"), onnx), "bench": (("bench",), bench)}
     if student is not None:
-        digests["student"] = (certificate["parents"]["student"], student)
-    for role, (promised, artifact) in digests.items():
-        if promised != artifact.digest:
+        made_from["student"] = (("parents", "student"), student)
+    for role, (path, artifact) in made_from.items():
+        promised: Any = certificate
+        for key in path:
+            promised = promised.get(key) if isinstance(promised, Mapping) else None
+        if isinstance(promised, str) and promised != artifact.digest:
             raise ArtifactError(
                 f"{run / CERTIFICATE}: is of another {role} (found {artifact.digest[:12]}, "
-                f"expected {promised[:12]}); "
+                f"expected {printable(promised[:12])}); "
                 f"run `limbeck report {run}`, which writes the certificate of what is there."
             )
 
 
-def _recomputed(certificate: Mapping[str, Any], found: Mapping[str, Any]) -> Finding:
-    """Whether the figures follow from the samples that lie in the bench."""
-    wrong = [
-        name
-        for name, value in found.items()
-        if json.loads(json.dumps(value)) != certificate["figures"].get(name)
-    ]
-    if wrong:
-        says = (
-            f"NOT what the raw samples say: {', '.join(wrong)}. The certificate was edited, or "
-            "written by another version."
-        )
-        return Finding("figures", "certificate.json", "raw samples", says, False)
-    return Finding(
-        "figures",
-        "certificate.json",
-        "raw samples",
-        "computed again from the raw samples: the same",
-        True,
-    )
+def _parents(certificate: Mapping[str, Any], student: Artifact | None) -> Mapping[str, str]:
+    """The student's parents. Without the student, nothing else knows them."""
+    if student is not None:
+        parents: Mapping[str, str] = student.manifest["parents"]
+        return parents
+    given = certificate.get("parents")
+    roles = given if isinstance(given, Mapping) else {}
+    return {role: digest for role, digest in roles.items() if role != "student"}
 
 
 def replay_speed(

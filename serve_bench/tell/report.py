@@ -25,7 +25,7 @@ from limbeck.contract.files import write_atomically
 from limbeck.contract.machine import OtherWork
 from limbeck.contract.recipe import BaseRecipe
 from limbeck.contract.results.bench import Verdict
-from serve_bench.judge.certificate import CERTIFICATE, certify
+from serve_bench.judge.certificate import CERTIFICATE, certify, write_certificate
 from serve_bench.judge.gates import show
 from serve_bench.judge.task import judge_bench, read_bench
 from serve_bench.tell.numbers import interval, significant
@@ -75,7 +75,7 @@ def write_report(*, run: Path, recipe: BaseRecipe, task: TellingTask) -> Report:
         | {f"{role} (of the student)": digest for role, digest in parents},
     }
     certificate = certify(
-        judged=judged, task=task, bench=bench, onnx=onnx, student=student, recipe=recipe
+        judged=judged, task=task, bench=bench, onnx=onnx, parents=dict(parents), recipe=recipe
     )
     sections = task.page(data, judged, student, certificate)
     page = (
@@ -101,7 +101,7 @@ def write_report(*, run: Path, recipe: BaseRecipe, task: TellingTask) -> Report:
             **sections.context,
         )
     )
-    write_atomically(run / CERTIFICATE, json.dumps(certificate, indent=1))
+    write_atomically(run / CERTIFICATE, write_certificate(certificate))
     write_atomically(run / JSON, json.dumps(data, indent=1))
     write_atomically(run / HTML, page)
     table = markdown(judged.verdict, task.table(data), warnings(data), names=task.names)

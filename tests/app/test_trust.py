@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from base64 import b64decode, b64encode
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -15,10 +18,13 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cyclonedx.model.bom import Bom
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
+from model_signing.signing import Config
 from typer.testing import CliRunner, Result
 
 from limbeck.app.cli import app
+from limbeck.app.trust.signing import require_signed
 from limbeck.contract.artifact import open_artifact
+from limbeck.contract.errors import ArtifactError
 from tests.factory import Factory
 
 
@@ -195,6 +201,96 @@ def test_what_was_changed_after_the_signature_is_refused_by_name(
     done = call("verify", run, "--key", public, "--no-quality", "--no-speed")
     assert done.exit_code == 2
     assert message in done.stderr
+
+
+def test_every_byte_of_a_signature_and_of_what_it_signs_counts(
+    run: Path, keys: tuple[Path, Path]
+) -> None:
+    """The file of a signature, changed and replaced; then the files that it signs."""
+    private, public = keys
+    assert call("sign", run, "--key", private).exit_code == 0
+    onnx, certificate = run / "onnx.sig", run / "certificate.sig"
+    signed = {path: path.read_bytes() for path in (onnx, certificate)}
+    bundle = json.loads(signed[onnx])
+    envelope = bundle["dsseEnvelope"]
+    raw = envelope["signatures"][0]["sig"]
+    for path, text in (
+        (onnx, signed[certificate]),  # of another file, by the same key
+        (certificate, signed[onnx]),
+        (onnx, b""),
+        (onnx, signed[onnx][:-1]),
+        (onnx, signed[onnx][: len(signed[onnx]) // 2]),
+        (onnx, b"x" + signed[onnx][1:]),
+        (onnx, signed[onnx].replace(raw[:8].encode(), raw[:7].encode() + b"/")),
+        (onnx, json.dumps(_with(bundle, sig=_first_byte(raw))).encode()),
+        (onnx, json.dumps(_with(bundle, sig=_last_byte(raw))).encode()),
+        (onnx, json.dumps(_with(bundle, sig="")).encode()),
+        (onnx, json.dumps(_with(bundle, payload=_first_byte(envelope["payload"]))).encode()),
+        (onnx, json.dumps(_with(bundle, payload=_last_byte(envelope["payload"]))).encode()),
+    ):
+        path.write_bytes(text)
+        _is_refused(run, public, path)
+        path.write_bytes(signed[path])
+    # What was signed: a file more, in a folder more; a link in place of a file, to an equal one.
+    more, card = run / "onnx" / "more" / "file", run / "onnx" / "README.md"
+    more.parent.mkdir()
+    more.write_bytes(b"")
+    _is_refused(run, public, onnx)
+    shutil.rmtree(more.parent)
+    card.rename(run / "card")
+    card.symlink_to(run / "card")
+    _is_refused(run, public, onnx)
+    card.unlink()
+    (run / "card").rename(card)
+    for path in (run / "certificate.json", run / "onnx" / "manifest.json"):
+        text = path.read_bytes()
+        for other in (text[:-1], bytes([text[0] ^ 1]) + text[1:], text[:-1] + b"]", b""):
+            path.write_bytes(other)
+            _is_refused(run, public, certificate if path.parent == run else onnx)
+        path.write_bytes(text)
+    assert require_signed(run, public) == [onnx, certificate]
+
+
+def test_a_signature_of_another_run_is_refused(
+    run: Path, keys: tuple[Path, Path], tmp_path: Path
+) -> None:
+    private, public = keys
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    (other / "onnx" / "README.md").write_text("another card")
+    (other / "onnx" / "manifest.json").unlink()
+    (run / "certificate.json").write_text("{}")
+    signer = Config().use_elliptic_key_signer(private_key=private)
+    signer.sign(other / "onnx", run / "onnx.sig")
+    signer.sign(other / "certificate.json", run / "certificate.sig")
+    _is_refused(run, public, run / "onnx.sig")
+    assert call("sign", run / "onnx", "--key", private).exit_code == 0
+    _is_refused(run, public, run / "certificate.sig")
+
+
+def _is_refused(run: Path, public: Path, signature: Path) -> None:
+    with pytest.raises(ArtifactError, match=re.escape(f"{signature}: does not hold for ")):
+        require_signed(run, public)
+
+
+def _with(bundle: Any, **changed: str) -> Any:
+    """The bundle with another payload, or another signature of it."""
+    envelope = dict(bundle["dsseEnvelope"])
+    if "sig" in changed:
+        envelope["signatures"] = [{**envelope["signatures"][0], "sig": changed["sig"]}]
+    else:
+        envelope |= changed
+    return bundle | {"dsseEnvelope": envelope}
+
+
+def _first_byte(base64: str) -> str:
+    content = b64decode(base64)
+    return b64encode(bytes([content[0] ^ 1]) + content[1:]).decode()
+
+
+def _last_byte(base64: str) -> str:
+    content = b64decode(base64)
+    return b64encode(content[:-1] + bytes([content[-1] ^ 1])).decode()
 
 
 def test_another_key_and_what_is_no_key_are_refused(

@@ -95,7 +95,7 @@ def verify(
         for signature in require_signed(path, key):
             print(f"{signature}: holds")
     with values_of(path):
-        code = check(path, quality=quality, speed=speed)
+        code = check(path, quality=quality, speed=speed, signed=key is not None)
     raise typer.Exit(code)
 
 

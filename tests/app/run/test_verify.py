@@ -83,6 +83,9 @@ def test_verify_of_an_unfinished_run_says_what_is_not_there(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.rmtree(finished / "bench")
+    assert verify(finished) == 2
+    assert "certificate.json promises figures that nothing here" in capsys.readouterr().out
+    (finished / "certificate.json").unlink()
     assert verify(finished) == 0
     assert "bench" in capsys.readouterr().out.split("not made yet")[0]
     with pytest.raises(ArtifactError, match="no complete artifact"):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +14,12 @@ import pytest
 
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.data.heldout import HELDOUT
+from limbeck.contract.errors import ArtifactError
 from limbeck.contract.files import file_digest
 from limbeck.contract.machine import host, versions
 from limbeck.contract.results.bench import Arm, Interval
-from serve_bench import write_report
-from serve_bench.judge.certificate import CERTIFICATE
+from serve_bench import replay, write_report
+from serve_bench.judge.certificate import CERTIFICATE, require_computed
 from serve_bench.judge.findings import judge_loss, judge_speed
 from serve_bench.measure.arms import form_arm
 from serve_bench.measure.replay import differences, replay_speed
@@ -127,6 +132,115 @@ def test_loss_is_equal_to_the_digit_or_has_a_reason(
     finding = judge_loss("loss", 2.5, now, tolerance=0.03, reasons=reasons)
     assert finding.holds is holds
     assert says in finding.says
+
+
+Place = tuple[str | int, ...]
+CHANGES = ("value", "type", "delete", "add")
+
+
+def leaves(tree: Any, path: Place = ()) -> Iterator[Place]:
+    """Paths of every value in a certificate."""
+    if isinstance(tree, dict | list) and tree:
+        for key in tree if isinstance(tree, dict) else range(len(tree)):
+            yield from leaves(tree[key], (*path, key))
+    else:
+        yield path
+
+
+def changed(tree: Any, path: Place, change: str) -> Any:
+    """A copy of ``tree`` with another value at ``path``, or a key less or more there."""
+    tree = copy.deepcopy(tree)
+    *above, last = path
+    place = tree
+    for key in above:
+        place = place[key]
+    value = place[last]
+    if change == "delete":
+        del place[last]
+    elif change == "add":
+        place.append(value) if isinstance(place, list) else place.update({f"{last}2": value})
+    elif isinstance(value, str):
+        place[last] = [value] if change == "type" else f"{value[:-1]}{chr(ord(value[-1]) ^ 1)}"
+    elif isinstance(value, bool) or value is None:
+        place[last] = int(value or 0) if change == "type" else not value
+    elif isinstance(value, float):
+        place[last] = str(value) if change == "type" else math.nextafter(value, math.inf)
+    else:
+        place[last] = float(value) if change == "type" else value + 1
+    return tree
+
+
+def all_changes(certificate: Any) -> Iterator[tuple[str, Any]]:
+    """Every field changed in every way: what a message must name, and the new certificate."""
+    for path in leaves(certificate):
+        # An item more in a list moves the others, so the list is named.
+        inner = path[:-1] if isinstance(path[-1], int) else path
+        for change in CHANGES:
+            yield ".".join(map(str, inner)), changed(certificate, path, change)
+
+
+def test_every_field_of_a_certificate_is_compared(certified: Path) -> None:
+    certificate = json.loads((certified / CERTIFICATE).read_text())
+    changes = [*all_changes(certificate)]
+    assert len(changes) == 4 * 137
+    for name, other in changes[::7]:  # the ways take turns; the slow test below tries all
+        with pytest.raises(ArtifactError, match=re.escape(name)):
+            require_computed(certified, other, certificate)
+
+
+@pytest.mark.slow
+def test_every_change_of_a_certificate_is_refused(certified: Path, tmp_path: Path) -> None:
+    for name in ("student", "onnx", "bench"):
+        (tmp_path / name).symlink_to(certified / name)
+    text = (certified / CERTIFICATE).read_text()
+    for name, other in all_changes(json.loads(text)):
+        (tmp_path / CERTIFICATE).write_text(json.dumps(other))
+        with pytest.raises(ArtifactError, match=r"certificate\.json: ") as refused:
+            replay(run=tmp_path, quality=False, speed=False)
+        role = {"artifact.digest": "onnx", "parents.student": "student"}.get(name, name)
+        named = (name, f"is of another {role}", f"'{name}'", "certificate of format")
+        assert any(words in str(refused.value) for words in named), (name, str(refused.value))
+    (tmp_path / CERTIFICATE).write_text(json.dumps(json.loads(text)))  # other blanks: no change
+    assert replay(run=tmp_path, quality=False, speed=False)[0].holds
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"verdict": "fail"}, "artifacts and raw samples say: verdict. It was edited"),
+        ({"figures": {}}, r"figures, figures.ttft_ms.value, .* and \d+ more. It was edited"),
+        ({"bench": "0" * 64}, "is of another bench"),
+        ({"bench": 7}, "raw samples say: bench. It"),
+        ({"artifact": []}, "artifact, artifact.shipped"),
+        ({"parents": "x"}, "parents"),
+        ({"format": 2}, "a certificate of format 2"),
+        ({"\x1b[2J": 1}, r"say: \\x1b\[2J. It"),
+    ],
+    ids=str,
+)
+def test_an_edited_certificate_is_not_replayed(
+    certified: Path, tmp_path: Path, change: dict[str, Any], says: str
+) -> None:
+    for name in ("student", "onnx", "bench"):
+        (tmp_path / name).symlink_to(certified / name)
+    certificate = json.loads((certified / CERTIFICATE).read_text())
+    (tmp_path / CERTIFICATE).write_text(json.dumps(certificate | change))
+    with pytest.raises(ArtifactError, match=says):
+        replay(run=tmp_path)
+
+
+def test_a_key_that_is_written_twice_and_one_in_another_order_are_refused(
+    certified: Path, tmp_path: Path
+) -> None:
+    for name in ("student", "onnx", "bench"):
+        (tmp_path / name).symlink_to(certified / name)
+    text = (certified / CERTIFICATE).read_text()
+    twice = text.replace('"verdict": "pass"', '"verdict": "fail",\n "verdict": "pass"', 1)
+    backwards = json.dumps(dict(reversed(json.loads(text).items())))
+    for other in (twice, backwards):
+        (tmp_path / CERTIFICATE).write_text(other)
+        with pytest.raises(ArtifactError, match="order, number or spelling of its keys"):
+            replay(run=tmp_path, quality=False, speed=False)
 
 
 class FakeWorkers:

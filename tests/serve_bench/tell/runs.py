@@ -92,7 +92,8 @@ def make_run(
             "seconds": 412.0,
             "parameters": {"trained": 4_884_480, "total": 134_515_008},
         }
-    with write_artifact(run / "onnx", kind="onnx", key="o", parents={}) as draft:
+    made_from = {"student": open_artifact(run / "student").digest}
+    with write_artifact(run / "onnx", kind="onnx", key="o", parents=made_from) as draft:
         (draft.folder / "model.onnx").write_text("a graph")
         parity = {"positions": 1204, "max_abs": 6.1e-5, "kl": 2.1e-9, "top1": 1.0}
         census = {
