@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, cast
 
 from limbeck.app.exports import export_run
 from limbeck.app.products import Products, plan_products, require_inputs
-from limbeck.contract.artifact import MANIFEST, Artifact, open_artifact, student_of, values_of
+from limbeck.contract.artifact import MANIFEST, Artifact, open_artifact, student_of
 from limbeck.contract.errors import ArtifactError, RecipeError
 from limbeck.contract.files import (
     disk_full_is_a_user_error,
@@ -28,6 +28,7 @@ from limbeck.contract.files import (
 )
 from limbeck.contract.lock import LOCK, locked
 from limbeck.contract.progress import Later, about, before, leads, processes, say
+from limbeck.contract.reading import reading
 from limbeck.contract.recipe import AnyRecipe, Recipe, load_bench, parse_any_recipe
 from limbeck.contract.sources.places import cache_folder
 
@@ -203,7 +204,8 @@ def bench_targets(
 
     bench = load_bench(overrides)
     folder = out or Path("runs") / f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    with disk_full_is_a_user_error(folder):
+    folders = [Path(target.partition("#")[0]) for target in (*targets, *against)]
+    with disk_full_is_a_user_error(folder), reading(*(f for f in folders if f.is_dir())):
         made = measure_targets(targets, against=against, out=folder, bench=bench)
     print(f"{of_artifact(made)}\n\nsamples: {folder}", flush=True)
 
@@ -334,7 +336,7 @@ def _tell(folder: Path, recipe: AnyRecipe) -> Report:
     """Write the report; print its table, the verdict and its path."""
     import serve_bench
 
-    with disk_full_is_a_user_error(folder), values_of(folder):
+    with disk_full_is_a_user_error(folder), reading(folder):
         report = serve_bench.write_report(run=folder, recipe=recipe)
     print(f"{report.table}\n\nverdict: {report.verdict.status}\nreport:  {report.html}", flush=True)
     return report

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt, StringConstraints
 from pydantic import ValidationError as PydanticError
 
-from limbeck.contract.errors import ArtifactError, LimbeckError, UserError
+from limbeck.contract.errors import ArtifactError, UserError
 from limbeck.contract.files import (
     disk_full_is_a_user_error,
     file_digest,
@@ -167,26 +166,6 @@ def write_artifact(
         write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
         _share(folder)
         put_in_place(folder, path)
-
-
-@contextmanager
-def values_of(path: Path) -> Iterator[None]:
-    """Turn what values of another kind than Limbeck's cause into an `ArtifactError` for ``path``.
-
-    The results in a manifest, and files whose hashes hold, can come from somebody else's program.
-    The message ends with the place in the code, so that a defect of ours can be found too.
-    """
-    try:
-        yield
-    except (LimbeckError, OSError, MemoryError, ImportError):
-        raise
-    except Exception as error:
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        raise ArtifactError(
-            f"{path}: holds values that Limbeck does not write; run its stage again, or report "
-            f"this if nobody changed the folder: {type(error).__name__}: {str(error)[:200]} "
-            f"({Path(at.filename).name}, line {at.lineno})."
-        ) from error
 
 
 def open_artifact(path: Path, *, kind: str | None = None, verify: bool = True) -> Artifact:

@@ -18,12 +18,18 @@ from typing import IO, Any
 
 from limbeck.contract.artifact import find_artifact, write_artifact
 from limbeck.contract.errors import ArtifactError
-from limbeck.contract.files import disk_full_is_a_user_error, sweep, unwritable_is_a_user_error
+from limbeck.contract.files import (
+    disk_full_is_a_user_error,
+    open_regular,
+    sweep,
+    unwritable_is_a_user_error,
+)
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import BaseRecipe
 
 LOCK = ".lock"
 _OTHER_CACHE = "name another cache folder with LIMBECK_CACHE"
+_LONGEST = 100  # bytes of a process's number
 _SIGNED_WITHIN = 0.5  # seconds a holder may take to write its number into the file it has locked
 
 
@@ -46,6 +52,16 @@ def locked(folder: Path, *, wait: bool) -> Iterator[None]:
         sweep(folder)
         with _signed(file):
             yield
+
+
+def holder(folder: Path) -> str | None:
+    """The living process that holds ``folder`` by `locked`, such as ``process 4711``."""
+    try:
+        with open_regular(folder / LOCK, most=_LONGEST) as file:
+            number = file.read().decode("ascii").strip()
+    except (ArtifactError, OSError, ValueError):
+        return None
+    return f"process {number}" if _is_alive(number) else None
 
 
 def make_once(

@@ -13,19 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.app.run import RUN, open_run
-from limbeck.contract.artifact import (
-    MANIFEST,
-    find_artifact,
-    open_artifact,
-    values_of,
-    write_artifact,
-)
+from limbeck.contract.artifact import MANIFEST, find_artifact, open_artifact, write_artifact
 from limbeck.contract.data.heldout import load_heldout, save_heldout
 from limbeck.contract.environment import require_launcher
 from limbeck.contract.errors import DataError, LimbeckError
 from limbeck.contract.files import explained, unwritable_is_a_user_error, write_atomically
 from limbeck.contract.limits import Limits
 from limbeck.contract.lock import locked
+from limbeck.contract.reading import reading
 from serve_bench.serve.listener import open_door
 from serve_bench.serve.server import make_app
 from tests import ROOT
@@ -107,7 +102,7 @@ def _pipe(folder: Path) -> None:
 
 def _strange_values(folder: Path) -> None:
     path = _changed(folder, result={"sources": "mine"})
-    with values_of(path):
+    with reading(path):
         open_artifact(path).result["sources"].items()
 
 

@@ -35,9 +35,9 @@ def report(run: RunArgument) -> None:
       limbeck report runs/pico-1a2b3c4d
     """
     from limbeck.app import run as pipeline
-    from limbeck.contract.artifact import values_of
+    from limbeck.contract.reading import reading
 
-    with values_of(run):
+    with reading(run):
         code = pipeline.report(run).exit_code
     raise typer.Exit(code)
 
@@ -86,15 +86,15 @@ def verify(
     """
     from limbeck.app.given import require_made
     from limbeck.app.verify import verify as check
-    from limbeck.contract.artifact import values_of
+    from limbeck.contract.reading import reading
 
     require_made(path, command="verify")
-    if key is not None:
-        from limbeck.app.trust.signing import require_signed
+    with reading(path):
+        if key is not None:
+            from limbeck.app.trust.signing import require_signed
 
-        for signature in require_signed(path, key):
-            print(f"{signature}: holds")
-    with values_of(path):
+            for signature in require_signed(path, key):
+                print(f"{signature}: holds")
         code = check(path, quality=quality, speed=speed, signed=key is not None)
     raise typer.Exit(code)
 
@@ -145,10 +145,10 @@ def compare(
       limbeck compare runs/main runs/branch --tolerance speed=0.1 --tolerance size=0
     """
     from limbeck.app.verify import compare as compare_runs
-    from limbeck.contract.artifact import values_of
+    from limbeck.contract.reading import reading
 
     tolerances = _tolerances(tolerance or ())
-    with values_of(after):
+    with reading(after, before):
         code = compare_runs(
             before, after, tolerances=tolerances, across_machines=across_machines, as_json=as_json
         )
@@ -216,21 +216,24 @@ def evaluate(
       limbeck eval runs/pico-1a2b3c4d --tasks facts --include-path examples/lm-eval
     """
     from limbeck.app.given import exported_folder
+    from limbeck.contract.reading import reading
     from serve_bench.lm_eval import evaluate as run_tasks
     from serve_bench.lm_eval import markdown
 
     names = names_in(tasks)
     if not names:
         raise UserError("--tasks: found none; name at least one, such as --tasks facts.")
-    found = run_tasks(
-        exported_folder(artifact, command="eval"),
-        tasks=names,
-        include_path=include_path,
-        form=form,
-        limit=limit,
-        shots=shots,
-        threads=threads,
-    )
+    folder = exported_folder(artifact, command="eval")
+    with reading(folder):
+        found = run_tasks(
+            folder,
+            tasks=names,
+            include_path=include_path,
+            form=form,
+            limit=limit,
+            shots=shots,
+            threads=threads,
+        )
     print(json.dumps(found, indent=1) if as_json else markdown(found))
 
 
@@ -276,10 +279,8 @@ def pack(
       limbeck pack runs/pico-1a2b3c4d --out models --layout triton
     """
     from limbeck.app.trust.pack import pack as pack_run
-    from limbeck.contract.artifact import values_of
 
-    with values_of(run):
-        packed = pack_run(run, out=out, form=form, as_zip=as_zip, triton=layout == "triton")
+    packed = pack_run(run, out=out, form=form, as_zip=as_zip, triton=layout == "triton")
     print(f"{packed.folder}: {packed.form}, {packed.files} files, {packed.megabytes:.1f} MB")
     if packed.archive:
         print(f"{packed.archive}: {packed.archive.stat().st_size / 1e6:.1f} MB")
@@ -322,10 +323,8 @@ def push(
       limbeck push runs/pico-1a2b3c4d my-name/pico
     """
     from limbeck.app.trust.pack import push as push_run
-    from limbeck.contract.artifact import values_of
 
-    with values_of(run):
-        print(push_run(run, repository, form=form, private=private))
+    print(push_run(run, repository, form=form, private=private))
 
 
 @command("sbom")
@@ -351,10 +350,8 @@ def sbom(
       limbeck sbom runs/pico-1a2b3c4d
     """
     from limbeck.app.trust.sbom import write_sbom
-    from limbeck.contract.artifact import values_of
 
-    with values_of(run):
-        print(write_sbom(run, out))
+    print(write_sbom(run, out))
 
 
 @command("sign")

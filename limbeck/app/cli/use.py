@@ -76,7 +76,7 @@ def generate(
       limbeck generate runs/pico-1a2b3c4d "Who are you?" --chat --temperature 0.7 --top-p 0.9
     """
     from limbeck.app.given import exported_folder
-    from limbeck.contract.artifact import values_of
+    from limbeck.contract.reading import reading
 
     folder = exported_folder(artifact, command="generate")
     if prompt == "-":
@@ -92,7 +92,7 @@ def generate(
     from limbeck.runtime.sampling import Sampling
     from limbeck.runtime.text import load_text
 
-    with values_of(folder):
+    with reading(folder):
         decoder = Decoder(
             folder,
             form=form,
@@ -237,7 +237,7 @@ def serve(
       limbeck serve runs/pico-1a2b3c4d/onnx --host 0.0.0.0 --port 8080 --max-batch 16 --threads 4
     """
     from limbeck.app.given import exported_folder
-    from limbeck.contract.artifact import values_of
+    from limbeck.contract.reading import reading
 
     if ray is None and replicas != "1":
         raise UserError("--replicas is for servers on Ray; add --ray.")
@@ -279,6 +279,6 @@ def serve(
     if ray is not None:
         serve_on_ray(folder.resolve(), address=ray, replicas=Replicas.of(replicas), **options)
         return
-    with values_of(folder):
+    with reading(folder):
         server = open_server(folder, **options)
     server.run()

@@ -22,6 +22,7 @@ from limbeck.app.trust.triton import write_repository
 from limbeck.contract.artifact import (
     MANIFEST,
     Artifact,
+    Draft,
     open_artifact,
     require_outside,
     student_of,
@@ -35,6 +36,7 @@ from limbeck.contract.files import (
     unwritable_is_a_user_error,
 )
 from limbeck.contract.printable import printable
+from limbeck.contract.reading import reading
 from limbeck.contract.recipe import fingerprint
 
 CERTIFICATE, LICENCES = "certificate.json", "LICENCES.md"
@@ -68,36 +70,42 @@ def pack(
     for path in (out, archive):
         if path is not None and os.path.lexists(path):  # also a link that leads nowhere
             raise UserError(f"{path}: is already there; name another with --out.")
-    onnx = open_artifact(exported_folder(run, command="pack"), kind="onnx")
-    form = form or str(onnx.result["shipped"])
-    known = {**onnx.result["forms"], **onnx.result.get("ggufs", {})}
-    if form not in known:
-        forms = ", ".join(known)
-        raise ArtifactError(f"{onnx.path}: no form {form!r}; it has {forms}.")
-    keep = _files(onnx, form)
-    with unwritable_is_a_user_error(out.parent):
+    with unwritable_is_a_user_error(out.parent), reading(run) as require_same:
+        onnx = open_artifact(exported_folder(run, command="pack"), kind="onnx")
+        form = form or str(onnx.result["shipped"])
+        known = {**onnx.result["forms"], **onnx.result.get("ggufs", {})}
+        if form not in known:
+            forms = ", ".join(known)
+            raise ArtifactError(f"{onnx.path}: no form {form!r}; it has {forms}.")
         with write_artifact(
             out,
             kind="triton" if triton else "onnx",
             key=fingerprint([onnx.digest, form]),
             parents={**onnx.manifest["parents"], "onnx": onnx.digest},
         ) as draft:
-            if triton:
-                write_repository(draft.folder, onnx, form, keep)
-            else:
-                for name in keep:
-                    (draft.folder / name).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(onnx.file(name), draft.folder / name)
-                _point_at_form(draft.folder, onnx, form)
-            if form == onnx.result["shipped"] and certificate_of(onnx):
-                shutil.copyfile(onnx.path.parent / CERTIFICATE, draft.folder / CERTIFICATE)
-            (draft.folder / LICENCES).write_text(_licences(onnx), encoding="utf-8")
-            draft.result = _result(onnx, form)
+            _fill(draft, onnx, form, triton=triton)
+            require_same()
         size = sum(f["bytes"] for f in open_artifact(out, verify=False).manifest["files"].values())
         if archive is not None:
             _zip(out, archive)
     files = 1 + len(open_artifact(out, verify=False).manifest["files"])
     return Packed(out, form, files, (size + (out / MANIFEST).stat().st_size) / 1e6, archive)
+
+
+def _fill(draft: Draft, onnx: Artifact, form: str, *, triton: bool) -> None:
+    """Copy what ships with ``form`` into ``draft``."""
+    keep = _files(onnx, form)
+    if triton:
+        write_repository(draft.folder, onnx, form, keep)
+    else:
+        for name in keep:
+            (draft.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(onnx.file(name), draft.folder / name)
+        _point_at_form(draft.folder, onnx, form)
+    if form == onnx.result["shipped"] and certificate_of(onnx):
+        shutil.copyfile(onnx.path.parent / CERTIFICATE, draft.folder / CERTIFICATE)
+    (draft.folder / LICENCES).write_text(_licences(onnx), encoding="utf-8")
+    draft.result = _result(onnx, form)
 
 
 def _zip(folder: Path, archive: Path) -> None:

@@ -21,6 +21,7 @@ from limbeck.contract.artifact import Artifact, open_artifact, require_outside, 
 from limbeck.contract.errors import ArtifactError, EnvironmentalError, UserError
 from limbeck.contract.files import read_json, write_atomically
 from limbeck.contract.machine import versions
+from limbeck.contract.reading import reading
 from limbeck.contract.recipe import fingerprint
 
 _TASKS = {
@@ -41,17 +42,19 @@ def write_sbom(run: Path, out: Path | None = None) -> Path:
         require_outside(out)
         if out.is_file() and not _is_bill(out):
             raise UserError(f"{out}: is there, and no bill of materials; name another file.")
-    onnx = open_artifact(exported_folder(run, command="sbom"), kind="onnx", verify=False)
-    folder = student_of(onnx)
-    if not (folder / "manifest.json").exists():
-        raise ArtifactError(
-            f"{onnx.path}: the student that it was made from is not beside it, so its sources are "
-            "not known; give the run folder."
-        )
-    student = open_artifact(folder, kind="student", verify=False)
-    text = _document(onnx, student, certificate_of(onnx))
-    path = out or folder.parent / "sbom.cdx.json"
-    write_atomically(path, text)
+    with reading(run) as require_same:
+        onnx = open_artifact(exported_folder(run, command="sbom"), kind="onnx", verify=False)
+        folder = student_of(onnx)
+        if not (folder / "manifest.json").exists():
+            raise ArtifactError(
+                f"{onnx.path}: the student that it was made from is not beside it, so its sources "
+                "are not known; give the run folder."
+            )
+        student = open_artifact(folder, kind="student", verify=False)
+        text = _document(onnx, student, certificate_of(onnx))
+        path = out or folder.parent / "sbom.cdx.json"
+        require_same()
+        write_atomically(path, text)
     return path
 
 

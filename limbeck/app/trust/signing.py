@@ -17,6 +17,7 @@ from limbeck.app.trust.pack import CERTIFICATE
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import ArtifactError, EnvironmentalError, UserError
 from limbeck.contract.files import new_file, open_regular, require_place, unwritable_is_a_user_error
+from limbeck.contract.reading import reading
 
 _MOST = 1 << 20  # bytes of a key or a signature; seen: 0.2 kB and 20 kB
 
@@ -28,18 +29,19 @@ def sign(path: Path, key: Path) -> list[Path]:
     first. Raises `ArtifactError` for damaged files, `UserError` for a key that cannot be used.
     """
     signing, _, hashing = _library()
-    open_artifact(exported_folder(path, command="sign"), kind="onnx")
     signer = _with_key(
         key, lambda: signing.Config().use_elliptic_key_signer(private_key=key)
     ).set_hashing_config(_hashing(hashing))
     made = []
-    with unwritable_is_a_user_error(path.parent):
+    with unwritable_is_a_user_error(path.parent), reading(path) as require_same:
+        open_artifact(exported_folder(path, command="sign"), kind="onnx")
         for signed, signature in _pairs(path):
             require_place(signature)
             # The library would follow a link of that name, and the folder may be a stranger's.
             try:
                 with new_file(signature) as half:
                     signer.sign(signed, half)
+                    require_same()
             except ValueError as error:  # of a link, which the library does not follow
                 raise ArtifactError(f"{signed}: cannot be signed ({error}).") from None
             made.append(signature)

@@ -20,11 +20,11 @@ from prometheus_client import Metric
 from ray import serve
 from ray.exceptions import RayError
 
-from limbeck.contract.artifact import values_of
 from limbeck.contract.errors import EnvironmentalError
 from limbeck.contract.limits import Limits
 from limbeck.contract.progress import say
 from limbeck.contract.ray_cluster import LOCAL, connected, require_cluster
+from limbeck.contract.reading import reading
 from serve_bench.serve.listener import open_door
 from serve_bench.serve.on_ray.proxy import Carried
 from serve_bench.serve.server import load
@@ -176,7 +176,7 @@ def serve_on_ray(
     if address != LOCAL:
         require_cluster(address)
     # A student that cannot be served must not replace one that is: it is loaded here first.
-    with values_of(folder):
+    with reading(folder):
         _, engine, title = load(folder, limits=limits, threads=threads, **options)
     engine.close()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
