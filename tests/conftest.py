@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,14 @@ os.environ.pop("LIMBECK_OMP_WAIT_POLICY", None)
 # A shell that starts pytest in the background lets it ignore Ctrl-C, and all that the tests start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _no_fsync(file: Any) -> None:
+    """Fails for a closed file, as `os.fsync` does, but does not wait for the disk."""
+    os.fstat(file if isinstance(file, int) else file.fileno())
+
+
+os.fsync = _no_fsync  # no test outlives a power failure
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -95,24 +104,22 @@ def one_roofline() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def forked_workers() -> Iterator[None]:
-    """Torch arms of this session's benches are forked: to load torch takes a start 8 s."""
-    from serve_bench.measure import workers
+    """The module's benches fork their torch arms, which load for 8 s otherwise, and do not wait."""
     from tests import forks
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers, "launch", forks.launch)
+        forks.hurry(patch.setattr, forks.launch)
         yield
 
 
 @pytest.fixture
 def forked_arms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every arm of the test's benches is forked; for tests that look at no arm's memory."""
-    from serve_bench.measure import workers
+    """Benches of the test fork every arm and do not wait; for tests that look at no memory."""
     from tests import forks
 
-    monkeypatch.setattr(workers, "launch", forks.launch_any)
+    forks.hurry(monkeypatch.setattr, forks.launch_any)
 
 
 @pytest.fixture(scope="session")

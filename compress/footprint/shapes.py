@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,9 @@ class Shape:
         return round((self.parameters - self.linear) * BYTES[dtype] + self.linear * each)
 
 
+_SHAPES = dict[str, Shape]()  # by the configuration's JSON
+
+
 @dataclass(frozen=True)
 class TeacherShape:
     """A teacher in memory. Those of one ``place`` share weights; ``adapter`` is each one's own."""
@@ -65,13 +68,17 @@ def meta_model(config: Any, task: str = "causal-lm") -> Any:
 def describe(config: Any, recipe: Recipe | None = None, *, name: str = "") -> Shape:
     """Count a configuration's parameters; recipe and name are needed for encoders only.
 
+    A configuration is counted once in a process: a search asks for the same ones again and again.
     Raises `ModelError` when transformers cannot build it.
     """
-    model = meta_model(config)
-    body, outputs = Body(model), model.get_output_embeddings()
-    linear = sum(m.weight.numel() for m in model.modules() if _is_linear(m) and m is not outputs)
-    vocabulary, width = body.head.weight_Vd.shape
-    return Shape(config, model.num_parameters(), linear, body.layers, width, vocabulary)
+    key = config.to_json_string(use_diff=False)
+    if key not in _SHAPES:
+        model = meta_model(config)
+        body, head = Body(model), model.get_output_embeddings()
+        linear = sum(m.weight.numel() for m in model.modules() if _is_linear(m) and m is not head)
+        vocabulary, width = body.head.weight_Vd.shape
+        _SHAPES[key] = Shape(config, model.num_parameters(), linear, body.layers, width, vocabulary)
+    return replace(_SHAPES[key], config=config)
 
 
 def lora_parameters(config: Any, student: LoraStudent) -> int:
