@@ -126,7 +126,7 @@ def conversations(
                 "messages; such a key is not given to it. Put it under chat_template_kwargs."
             )
         text, answers = render(conversation, tokenizer, template, where)
-        ignored |= hidden(conversation, text)
+        ignored |= hidden(conversation, text, tokenizer, template, where)
         for name in sorted(ignored - warned):
             say(
                 f"  {where}: the chat template shows no {name}; what this row has of them is left "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from compress.data.conversations import Conversation
 from limbeck.contract.child import TooMuch
 from limbeck.contract.errors import DataError
-from limbeck.runtime.chat import TemplateRefusal, bounded
+from limbeck.runtime.chat import Messages, TemplateRefusal, bounded, fitted, shows_calls
 
 Span = tuple[int, int]  # first character, and the one after the last
 
@@ -60,6 +60,8 @@ def render(
     that the model has to write itself, such as an empty thought. Raises `DataError` that names
     ``where``, with the template's own message if it has one.
     """
+    text_of = _renderer(conversation, tokenizer, template, where)
+    conversation = replace(conversation, messages=list(fitted(conversation.messages, text_of)))
     marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
     text, spans = _rendered(conversation, tokenizer, template, where, marks=marked)
     if marked:
@@ -83,6 +85,15 @@ def render(
     )
 
 
+def _renderer(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerFast, template: str, where: str
+) -> Callable[[Messages], str]:
+    """Text of other messages in place of those of ``conversation``."""
+    return lambda messages: _rendered(
+        replace(conversation, messages=list(map(dict, messages))), tokenizer, template, where
+    )[0]
+
+
 def has_more(conversation: Conversation) -> bool:
     """Whether an answer is more than its content: it calls tools, or shows its reasoning."""
     return any(
@@ -93,14 +104,23 @@ def has_more(conversation: Conversation) -> bool:
     )
 
 
-def hidden(conversation: Conversation, text: str) -> set[str]:
+def hidden(
+    conversation: Conversation,
+    text: str,
+    tokenizer: PreTrainedTokenizerFast,
+    template: str,
+    where: str,
+) -> set[str]:
     """What answers have besides their content that is not in the rendered ``text``.
 
-    Templates may drop the reasoning of all answers but the last.
+    Templates may drop the reasoning of all answers but the last. Raises `DataError`.
     """
     answers = [m for m in conversation.messages if m["role"] == "assistant"]
-    calls = [call["function"]["name"] for m in answers for call in m.get("tool_calls") or ()]
-    found = {"tool calls"} if any(name not in text for name in calls) else set[str]()
+    found = set[str]()
+    if any(m.get("tool_calls") for m in answers):
+        text_of = _renderer(conversation, tokenizer, template, where)
+        if not shows_calls(fitted(conversation.messages, text_of), text_of):
+            found.add("tool calls")
     thought = [m[key] for m in answers[-1:] for key in _REASONING if isinstance(m.get(key), str)]
     if thought and not any(part.strip() in text for part in thought):
         found.add("reasoning")
@@ -139,7 +159,7 @@ def _between_marks(
 ) -> list[Span] | None:
     """Spans of the answers, each with the token that ends its turn; None where one is lost."""
     between = around_answers(conversation, tokenizer, template, where)
-    answers = [m.get("content", "") for m in conversation.messages if m["role"] == "assistant"]
+    answers = [m.get("content") or "" for m in conversation.messages if m["role"] == "assistant"]
     found = _between(text, between, answers) if between is not None else None
     if found is None:
         return None

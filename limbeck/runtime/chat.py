@@ -6,6 +6,7 @@ Knows jinja2, and imports it when it is first needed; knows nothing of tokens. T
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 LONGEST = 5.0  # seconds of a processor for one rendering; a conversation of 1 MB takes 0.1 s
 _CHILD = Child()
 T = TypeVar("T")
+Messages = Sequence[Mapping[str, Any]]
+_NAME = "limbeck_call_{}_"  # no function is called so
 _MARK = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 
 
@@ -37,22 +40,90 @@ def without_marks(template: str) -> str:
 
 def render(
     template: str,
-    messages: Sequence[Mapping[str, Any]],
+    messages: Messages,
     special: Mapping[str, str],
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
     """The conversation as text, up to where the model answers. ``special``: bos_token and its like.
 
-    ``tools`` are OpenAI's descriptions of functions.
+    ``tools`` are OpenAI's descriptions of functions. Messages have the form of `fitted`.
     Raises `DataError` when the template refuses the messages, fails on them or takes too much.
     """
-    given = list(messages), dict(special), list(tools) if tools else None
-    try:
-        return bounded(_render, without_marks(template), *given)
-    except (TemplateRefusal, TooMuch, DataError) as error:
-        raise DataError(
-            f"the model's chat template cannot render these messages: {error}"
-        ) from None
+    given = dict(special), list(tools) if tools else None
+
+    def text_of(messages: Messages) -> str:
+        try:
+            return bounded(_render, without_marks(template), list(messages), *given)
+        except (TemplateRefusal, TooMuch, DataError) as error:
+            raise DataError(
+                f"the model's chat template cannot render these messages: {error}"
+            ) from None
+
+    return text_of(fitted(messages, text_of))
+
+
+def fitted(messages: Messages, text_of: Callable[[Messages], str]) -> Messages:
+    """``messages`` in the first form of which the template shows all tool calls, else as given.
+
+    An answer that only calls tools has no content. For a template that fails then, it is empty;
+    for one that tests for it (DeepSeek's), it is null, which transformers leaves out. Arguments of
+    calls are objects, and JSON text for a template that cannot write objects. ``text_of`` renders,
+    and raises `DataError`.
+    """
+    forms = [messages]
+    for change in (_with_content(""), _with_content(None), _quoted):
+        forms += [new for form in list(forms) if (new := change(form)) != form and new not in forms]
+    readable = messages
+    for form in forms if len(forms) > 1 else ():
+        try:
+            if shows_calls(form, text_of):
+                return form
+        except DataError:
+            continue
+        readable = form if readable is messages else readable
+    return readable
+
+
+def shows_calls(messages: Messages, text_of: Callable[[Messages], str]) -> bool:
+    """Whether each tool call is in the text, its arguments not as Python writes an object.
+
+    Functions have other names there, because tools that are offered are in the text too.
+    """
+    names = (_NAME.format(number) for number in itertools.count())
+    renamed = [
+        {**m, "tool_calls": [_with(call, name=next(names)) for call in m["tool_calls"]]}
+        if m.get("tool_calls")
+        else m
+        for m in messages
+    ]
+    text = text_of(renamed)
+    calls = [call["function"] for m in renamed for call in m.get("tool_calls") or ()]
+    objects = [a for call in calls if isinstance(a := call.get("arguments"), dict) and a]
+    return all(c["name"] in text for c in calls) and not any(str(a) in text for a in objects)
+
+
+def _with(call: Mapping[str, Any], **changed: Any) -> dict[str, Any]:
+    """A tool call whose function has ``changed``."""
+    return {**call, "function": call["function"] | changed}
+
+
+def _with_content(content: str | None) -> Callable[[Messages], Messages]:
+    return lambda messages: [
+        {**m, "content": content} if m.get("content") is None else m for m in messages
+    ]
+
+
+def _quoted(messages: Messages) -> Messages:
+    """With JSON text for the arguments of tool calls."""
+
+    def quoted(call: Mapping[str, Any]) -> Mapping[str, Any]:
+        given = call["function"].get("arguments")
+        return _with(call, arguments=_tojson(given)) if isinstance(given, dict) else call
+
+    return [
+        {**m, "tool_calls": [quoted(c) for c in m["tool_calls"]]} if m.get("tool_calls") else m
+        for m in messages
+    ]
 
 
 class TemplateRefusal(Exception):

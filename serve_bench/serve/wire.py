@@ -269,8 +269,10 @@ class Message(_Body):
     name: Str | None = Field(default=None, description="Given to the chat template.")
     tool_calls: list[ToolCall] | None = None
     tool_call_id: Str | None = None
-    reasoning_content: Str | None = _unused("Of an earlier answer; templates leave it out.")
-    reasoning: Str | None = _unused("vLLM's newer name of it.")
+    reasoning_content: Str | None = Field(
+        default=None, description="Of an earlier answer. Given to the chat template."
+    )
+    reasoning: Str | None = Field(default=None, description="vLLM's newer name of it.")
     reasoning_details: Any = _unused("OpenRouter's form of it.")
     thinking_blocks: Any = _unused("LiteLLM's form of it.")
     provider_specific_fields: dict[str, Any] | None = _unused()
@@ -289,14 +291,18 @@ class Message(_Body):
 
     def plain(self) -> dict[str, Any]:
         """As chat templates take it: `developer` is the newer name of `system`."""
-        content = self.content or ""
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
-        message: dict[str, Any] = {
-            "role": "system" if self.role == "developer" else self.role,
-            "content": text,
-        }
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
+        if isinstance(self.content, list):
+            message["content"] = "".join(part.text for part in self.content)
+        elif self.content is not None:
+            message["content"] = self.content
         if self.name is not None:
             message["name"] = self.name
+        thoughts = {"reasoning_content": self.reasoning_content, "reasoning": self.reasoning}
+        given = {name: text for name, text in thoughts.items() if text is not None}
+        if given:  # under all names of templates, as transformers gives it
+            thought = next(iter(given.values()))
+            message |= given | {"reasoning_content": thought, "thinking": thought}
         if self.tool_calls:
             message["tool_calls"] = [call.plain() for call in self.tool_calls]
         if self.tool_call_id is not None:

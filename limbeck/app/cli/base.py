@@ -3,14 +3,14 @@ codes."""
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -76,7 +76,26 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-command = partial(app.command, cls=Command)
+
+
+def command(
+    name: str, kind: type[Command] = Command
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a function that is the command ``name``.
+
+    Its paths may begin with ``~``, which a shell leaves as it is in `--out=~/x`.
+    """
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def at_home_too(**given: Any) -> None:
+            paths = {n: Path(at_home(str(v))) for n, v in given.items() if isinstance(v, Path)}
+            function(**given | paths)
+
+        app.command(name, cls=kind)(at_home_too)
+        return function
+
+    return register
 
 
 def main() -> None:
@@ -318,6 +337,16 @@ def load(
     allow_keys(keys or ())
     recipe = load_any_recipe(reference, overrides=overrides or ())
     return shrink_to_pico(recipe) if shrink else recipe
+
+
+def at_home(path: str) -> str:
+    """``path`` with the home folder in place of ``~``. Raises `RecipeError` for an unknown user."""
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:
+        raise RecipeError(
+            f"{path}: there is no such user here; write the path without ~."
+        ) from None
 
 
 def names_in(given: str) -> list[str]:

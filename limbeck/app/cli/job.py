@@ -13,6 +13,7 @@ from limbeck.app.cli.base import (
     RecipeArgument,
     SetOption,
     ShrinkOption,
+    at_home,
     command,
     load,
     names_in,
@@ -118,13 +119,14 @@ def bench(
     from limbeck.app import run as pipeline
     from limbeck.contract.recipe import allow_keys
 
+    targets, against = [at_home(t) for t in targets], [at_home(t) for t in against or ()]
     if len(targets) > 1 or against or pipeline.is_target(targets[0]):
         if shrink is not None:
             raise RecipeError(
                 "--shrink-to: only a recipe can be shrunk, and none is given here; leave it out."
             )
         allow_keys(keys or ())
-        pipeline.bench_targets(targets, against=against or (), out=out, overrides=overrides or ())
+        pipeline.bench_targets(targets, against=against, out=out, overrides=overrides or ())
         return
     _stage("bench", targets[0], out, overrides, shrink, keys)
 

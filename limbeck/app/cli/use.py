@@ -9,7 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from limbeck.app.cli.base import Command, ExportedArgument, FormOption, ThreadsOption, app, command
+from limbeck.app.cli.base import (
+    Command,
+    ExportedArgument,
+    FormOption,
+    ThreadsOption,
+    at_home,
+    command,
+)
 from limbeck.contract.errors import DataError, EnvironmentalError, UserError
 from limbeck.contract.limits import Limits
 
@@ -97,7 +104,11 @@ def generate(
             folder,
             form=form,
             threads=threads,
-            adapter="own" if adapter is None else "none" if adapter == "none" else Path(adapter),
+            adapter="own"
+            if adapter is None
+            else "none"
+            if adapter == "none"
+            else Path(at_home(adapter)),
         )
         text = load_text(folder)
     ids = text.chat([{"role": "user", "content": prompt}]) if chat else text.encode(prompt)
@@ -124,7 +135,7 @@ class _ServeCommand(Command):
         return super().parse_args(ctx, args)
 
 
-@app.command("serve", cls=_ServeCommand)
+@command("serve", _ServeCommand)
 def serve(
     artifact: ExportedArgument,
     host: Annotated[

@@ -198,10 +198,7 @@ def text_source(given: str) -> dict[str, Any]:
     from compress.data.documents import documents
 
     files, dataset = _files(given), _dataset(given)
-    source: dict[str, Any] = dataset or {
-        "kind": "files",
-        "paths": [str(Path.cwd() / Path(given).expanduser())],
-    }
+    source: dict[str, Any] = dataset or {"kind": "files", "paths": [str(Path.cwd() / _path(given))]}
     kinds = {_kind(file): file for file in files}
     if len(kinds) > 1:
         named = ", ".join(f"{file.name} ({kind})" for kind, file in sorted(kinds.items()))
@@ -251,7 +248,7 @@ def _listed(fields: Mapping[str, str]) -> str:
 
 def _dataset(given: str) -> dict[str, Any] | None:
     """Source of a folder that holds a dataset, its split for training; None for anything else."""
-    path = Path(given).expanduser()
+    path = _path(given)
     saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
     if not saved and not any(file for end in _DATASETS for file in path.rglob(f"*{end}")):
         return None
@@ -266,12 +263,12 @@ def _dataset(given: str) -> dict[str, Any] | None:
 
 def _files(given: str) -> list[Path]:
     """Files of one `--data`: a file, a folder, or a glob. Raises `DataError`."""
-    if Path(given).expanduser().is_dir() and (dataset := _dataset(given)) is not None:
+    if _path(given).is_dir() and (dataset := _dataset(given)) is not None:
         return text_files(DatasetText(**dataset), folder=Path.cwd())
     try:
         return text_files(FileText(kind="files", paths=(given,)), folder=Path.cwd())
     except (DataError, OSError, ValueError):
-        path = Path(given).expanduser()
+        path = _path(given)
         found = "no file with text there" if path.exists() else f"no such file{did_you_mean(path)}"
         raise DataError(
             f"--data {given[:200]}: {found}; give a text file, a folder of text files, or a glob "

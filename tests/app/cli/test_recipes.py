@@ -254,6 +254,28 @@ def test_paths_that_cannot_be_are_one_message(name: str) -> None:
         assert isinstance(result.exception, SystemExit)
 
 
+def test_a_path_may_begin_with_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    assert call("schema", "--out=~/schema.json").exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert (home / "schema.json").is_file()
+    folder = f"{home}/nothing"
+    for arguments in (["report", "~/nothing"], ["bench", "~/nothing", "--against=~/nothing"]):
+        assert folder in call(*arguments).stderr
+    for arguments in (
+        ["schema", "--out=~nosuchuser/x"],
+        ["bench", "pico", "--against", "~nosuchuser/x"],
+    ):
+        result = call(*arguments)
+        assert result.exit_code == 2
+        assert "there is no such user here" in result.stderr
+
+
 @pytest.mark.parametrize(
     "override", ["teachers.².name=x", ".".join("a" * 500) + "=1", "seed=[" * 90]
 )

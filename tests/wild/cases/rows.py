@@ -49,6 +49,7 @@ from tests.wild.cases.adapters import (
     peft_logits,
     teacher,
 )
+from tests.wild.cases.chats import chats
 from tests.wild.cases.models import models
 from tests.wild.cases.recent import recent
 from tests.wild.cases.row import Row, loss, said
@@ -78,6 +79,7 @@ def rows(folder: Path) -> Iterator[Row]:
             texts,
             models,
             wrappers,
+            chats,
         ):
             yield from part(folder)
 

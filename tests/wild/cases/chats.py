@@ -1,0 +1,136 @@
+"""Rows of conversations with tool calls, in templates that write them in different ways."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from compress.data.blocks import conversations
+from limbeck.contract.recipe import ChatRows
+from limbeck.runtime.text import load_text
+from serve_bench.serve.wire import ChatBody
+from tests.pico import make_tokenizer
+from tests.wild.cases.row import Row, said
+
+_TURN = "{{ '<|end|>' }}"
+_PROMPT = "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+_NULL_ALONE = (  # shows calls only where content is null; arguments must be text, as DeepSeek's
+    "{% for m in messages %}{{ m['role'] + ': ' }}"
+    "{% if m['role'] == 'assistant' and m['content'] is none %}"
+    "{% for c in m['tool_calls'] %}"
+    "{{ '<call>' + c['function']['name'] + ' ' + c['function']['arguments'] + '</call>' }}"
+    "{% endfor %}{% else %}{{ m['content'] }}{% endif %}" + _TURN + "{% endfor %}" + _PROMPT
+)
+_CALLS = (
+    "{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name + ' ' }}"
+    "{{ c.function.arguments | tojson }}</call>{% endfor %}"
+)
+_TEMPLATES = {
+    "shows calls where content is null": _NULL_ALONE,
+    "shows them there, arguments as objects": _NULL_ALONE.replace(
+        "c['function']['arguments'] +", "(c['function']['arguments'] | tojson) +"
+    ),
+    "tests whether content is text": (
+        "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}"
+        "{% endif %}" + _CALLS + _TURN + "{% endfor %}" + _PROMPT
+    ),
+    "adds content to other text": (
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}" + _CALLS + _TURN + "{% endfor %}"
+    )
+    + _PROMPT,
+    "writes content": (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}" + _CALLS + _TURN + "{% endfor %}"
+    )
+    + _PROMPT,
+    "writes arguments, which are text": (
+        "{% for m in messages %}{{ m.role }}: {{ m.content or '' }}"
+        + _CALLS.replace(" | tojson", "")
+        + _TURN
+        + "{% endfor %}"
+        + _PROMPT
+    ),
+}
+_TEXT_ARGUMENTS = {"shows calls where content is null", "writes arguments, which are text"}
+_FAILS_OR_SAYS_NONE = {"adds content to other text", "writes content"}
+
+
+def chats(root: Path) -> Iterator[Row]:
+    """All of them, made below ``root``."""
+    root = root / "chats"
+    root.mkdir()
+    for name, template in _TEMPLATES.items():
+        yield from _calls(root / name, name, template)
+    yield _reasoning(root / "reasoning")
+
+
+def _calls(folder: Path, name: str, template: str) -> Iterator[Row]:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    arguments = json.dumps({"x": 1})
+    for content in (None, "", "look"):
+        called = {"name": "f", "arguments": arguments}
+        call = {"id": "c1", "type": "function", "function": called}
+        asked = [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": content, "tool_calls": [call]},
+            {"role": "tool", "content": "r", "tool_call_id": "c1"},
+        ]
+        answered = [*asked, {"role": "assistant", "content": "a"}]
+        (folder / "rows.jsonl").write_text(json.dumps({"messages": answered}))
+        right = "" if content is None and name in _FAILS_OR_SAYS_NONE else content
+        given = arguments if name in _TEXT_ARGUMENTS else json.loads(arguments)
+        plain = [dict(m) for m in answered]
+        plain[1] |= {
+            "content": right,
+            "tool_calls": [call | {"function": called | {"arguments": given}}],
+        }
+        what = f"template that {name}, content {json.dumps(content)}"
+        theirs = _rendered(tokenizer, plain)
+
+        def trained() -> str:
+            (piece,) = conversations(folder / "rows.jsonl", ChatRows(kind="chat"), tokenizer)
+            return piece.text
+
+        yield Row(f"chat: {what}", said(trained), theirs)
+        body = ChatBody.model_validate({"model": "m", "messages": asked})
+        theirs = _rendered(tokenizer, plain[:3], prompt=True)
+        sent = [message.plain() for message in body.messages]
+        ours = said(lambda sent=sent: load_text(folder).rendered(sent))  # type: ignore[misc]
+        yield Row(f"serve: {what}", ours, theirs)
+
+
+def _rendered(tokenizer: Any, messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
+    """By transformers, which is given null where a template tests for it."""
+    texts, _ = render_jinja_template(
+        [messages], chat_template=tokenizer.chat_template, add_generation_prompt=prompt
+    )
+    return str(texts[0])
+
+
+def _reasoning(folder: Path) -> Row:
+    """An agent's client sends back the thought of the turn that is not finished, as Qwen3 needs."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {% if m.reasoning_content is string %}"
+        "<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+        + _TURN
+        + "{% endfor %}"
+    ) + _PROMPT
+    tokenizer.save_pretrained(folder)
+    talk: list[dict[str, Any]] = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "reasoning_content": "hm"},
+        {"role": "tool", "content": "r", "tool_call_id": "c1"},
+    ]
+    body = ChatBody.model_validate({"model": "m", "messages": talk})
+    sent = [message.plain() for message in body.messages]
+    return Row(
+        "serve: reasoning_content of an earlier answer",
+        load_text(folder).rendered(sent),
+        _rendered(tokenizer, talk, prompt=True),
+    )
