@@ -61,7 +61,9 @@ def render(
     ``where``, with the template's own message if it has one.
     """
     text_of = _renderer(conversation, tokenizer, template, where)
-    conversation = replace(conversation, messages=list(fitted(conversation.messages, text_of)))
+    conversation = replace(
+        conversation, messages=[*map(dict, fitted(conversation.messages, text_of))]
+    )
     marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
     text, spans = _rendered(conversation, tokenizer, template, where, marks=marked)
     if marked:

@@ -33,7 +33,9 @@ _READ = ("tools", "functions", *_SYSTEMS, _VARIABLES)
 _OURS = {"messages", "tools", "chat_template", "add_generation_prompt", "conversations",
          "continue_final_message", "return_assistant_tokens_mask"}  # fmt: skip
 _TEXTS = ("text", "input_text", "output_text")  # types of parts of a message
-_LEARNED = ("weight", "train", "training")  # OpenAI's and axolotl's marks of answers to learn
+# Marks of answers to learn: OpenAI's, axolotl's, ms-swift's.
+_LEARNED = ("weight", "train", "training", "train_on_turn", "loss", "loss_scale")
+_PARTS = ("train_detail", "training_detail")  # axolotl's marks of parts of an answer
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,13 @@ def _is_false(value: Any) -> bool:
 
 def _conversation(row: Mapping[str, Any], form: ChatRows, where: str) -> Conversation:
     prompt, answer = row.get(form.prompt), row[form.field]
+    if prompt == "" and isinstance(answer, str) and not _lists_messages(answer):
+        raise DataError(f"{where}: {form.prompt} is empty; leave the row out.")
+    if form.field == "completion" and any(type(row.get(name)) is int for name in _WANTED):
+        raise DataError(
+            f"{where}: a label that is a number, beside a completion. If it says whether to learn "
+            "the answer, write true or false; otherwise give it another name."
+        )
     if isinstance(prompt, dict) and prompt.get("messages"):  # of OpenAI's preferences
         row = {name: prompt[name] for name in _READ if prompt.get(name)} | dict(row)
         prompt = prompt["messages"]
@@ -151,6 +160,8 @@ def _messages(value: Any, where: str) -> Messages:
         value = [value]
     if not isinstance(value, list) or not value:
         found = "an empty list" if value == [] else type(value).__name__
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            found = "text that is no JSON, perhaps a list as Python prints it (use json.dumps)"
         raise DataError(
             f"{where}: expected a list of messages, found {found}; set format.field to the right "
             "key. Where it holds answers alone, set format.prompt to the key of their prompts."
@@ -187,6 +198,11 @@ def _message(given: Any, where: str) -> dict[str, Any]:
         raise DataError(
             f"{where} has the role {role!r}, which a chat template would write as it is; call it "
             f"{meant}."
+        )
+    if name := next((name for name in _PARTS if message.get(name)), None):
+        raise DataError(
+            f"{where} has {name}, but an answer is learned as a whole; take {name} out, or leave "
+            "the row out."
         )
     for name in _LEARNED:
         if message.get(name, 1) not in (0, 1):

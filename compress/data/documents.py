@@ -119,6 +119,8 @@ def _text(path: Path, most: int = _MOST_TEXT) -> str:
         text = _small(path, most).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(_not_text(path, f"byte {error.start}")) from None
+    if text.startswith(("%PDF-", "PK\x03\x04")):  # short ones may be valid UTF-8
+        raise DataError(_not_text(path, "a document"))
     if text.count("\0") > len(text) // 10:  # UTF-16 without a mark is valid UTF-8 in English
         raise DataError(_not_text(path, "it is full of NUL characters, as UTF-16 is"))
     return text

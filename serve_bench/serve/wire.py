@@ -8,6 +8,7 @@ because many clients always send it; so is null, whatever the field.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -48,6 +49,13 @@ def _mend(value: Any) -> Any:
 Str = Annotated[str, BeforeValidator(_mend)]
 StopString = Annotated[str, Field(min_length=1, max_length=_STOP_LENGTH), BeforeValidator(_mend)]
 
+
+def _whole(value: Any) -> Any:
+    """Some clients write every number with a point, as in 40.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Int = Annotated[int, BeforeValidator(_whole)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
@@ -116,9 +124,9 @@ class Common(_Body):
     """Fields of both endpoints. Those that OpenAI does not have are vLLM's."""
 
     model: Str
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    n: Annotated[int, Field(ge=1, le=_CHOICES)] | None = None
-    seed: int | None = None
+    max_tokens: Annotated[Int, Field(ge=1)] | None = None
+    n: Annotated[Int, Field(ge=1, le=_CHOICES)] | None = None
+    seed: Int | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=STOPS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=_STOP_IDS)] | None = None
     ignore_eos: bool | None = Field(default=None, description="Go on past the model's own end.")
@@ -127,9 +135,9 @@ class Common(_Body):
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = Field(default=None, description="0 and -1: all.")
+    top_k: Annotated[Int, Field(ge=-1)] | None = Field(default=None, description="0 and -1: all.")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_tokens: Annotated[Int, Field(ge=0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     # Logits are divided by it: a tiny one would take them past what float32 holds.
@@ -157,6 +165,27 @@ class Common(_Body):
     spaces_between_special_tokens: Any = _only(True)
     return_token_ids: Any = _only(False)
     detokenize: Any = _only(True)
+    best_of: Any = _only(1)
+    # Of llama.cpp, Ollama and OpenRouter, whose clients send them to any server.
+    cache_prompt: Any = _unused()
+    keep_alive: Any = _unused()
+    prompt_cache_retention: Any = _unused()
+    timings_per_token: Any = _only(False)
+    typical_p: Any = _only(1, 1.0)
+    mirostat: Any = _only(0)
+    repeat_penalty: Any = _only(1, 1.0)
+    transforms: Any = _only([])
+
+    @field_validator("max_tokens", "max_completion_tokens", mode="before", check_fields=False)
+    @classmethod
+    def _no_limit(cls, given: Any) -> Any:
+        """-1 is llama.cpp's and LM Studio's word for no limit."""
+        return None if type(given) is int and given == -1 else given
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _zeros_change_nothing(cls, given: Any) -> Any:
+        return {} if isinstance(given, dict) and not any(given.values()) else given
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -202,10 +231,9 @@ class CompletionBody(Common):
         | Annotated[list[Str], Field(max_length=1)]
         | Annotated[list[list[int]], Field(max_length=1)]
     )
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_tokens: Annotated[Int, Field(ge=0)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0)] | None = None
-    best_of: Any = _only(1)
     suffix: Any = _only("")
     add_special_tokens: Any = _only(True)
 
@@ -234,11 +262,25 @@ class TextPart(_Body):
     cache_control: dict[str, Any] | None = _unused()
 
 
+def _text_part(given: Any, number: int) -> Any:
+    part = {"text": given} if isinstance(given, str) else given
+    kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+    if kind not in ("text", "input_text", "output_text"):
+        raise ValueError(f"part {number} is of type {kind}; this server takes 'text' alone")
+    return part | {"type": "text"}
+
+
 class CalledFunction(_Body):
     """The function of a tool call, its arguments as JSON text."""
 
     name: Str
     arguments: Str
+
+    @field_validator("arguments", mode="before")
+    @classmethod
+    def _as_text(cls, given: Any) -> Any:
+        """Clients of other interfaces send the object itself."""
+        return json.dumps(given, ensure_ascii=False) if isinstance(given, dict) else given
 
 
 class ToolCall(_Body):
@@ -248,10 +290,13 @@ class ToolCall(_Body):
     type: Literal["function"] = "function"
     index: int | None = None
     function: CalledFunction
+    extra_content: Any = _unused("Google's.")
+    provider_specific_fields: Any = _unused("LiteLLM's form of it.")
 
     def plain(self) -> dict[str, Any]:
         """As chat templates take it: the arguments as an object, where they are one."""
-        call = self.model_dump(exclude_none=True)
+        unused = {"extra_content", "provider_specific_fields"}
+        call = self.model_dump(exclude_none=True, exclude=unused)
         try:
             arguments = json.loads(self.function.arguments)
         except (ValueError, RecursionError):
@@ -282,6 +327,13 @@ class Message(_Body):
     audio: Any = _only()
     function_call: Any = _only()
     cache_control: dict[str, Any] | None = _unused()
+    id: Str | None = _unused()
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _parts(cls, given: Any) -> Any:
+        """Parts in OpenAI's form, of those of the Responses interface and of bare texts."""
+        return [_text_part(p, n) for n, p in enumerate(given)] if type(given) is list else given
 
     @model_validator(mode="after")
     def _has_content(self) -> Message:
@@ -348,7 +400,7 @@ class ChatBody(Common):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     tools: Annotated[list[ToolBody], Field(max_length=_TOOLS)] | None = None
@@ -405,7 +457,7 @@ def first_mistake(errors: Sequence[Any]) -> tuple[str, str | None]:
     if error["type"] == "json_invalid":
         why, at = error["ctx"]["error"], error["loc"][-1]
         return f"the body is not JSON: {why} at character {at}.", None
-    place = [str(part) for part in error["loc"] if part != "body"]
+    place = _place(error)
     if not place and error["type"] == "value_error":  # of fields that do not go together
         message = str(error["ctx"]["error"])
         return f"{message}.", message.partition(":")[0]
@@ -422,8 +474,14 @@ def first_mistake(errors: Sequence[Any]) -> tuple[str, str | None]:
     found = repr(error.get("input"))
     found = found if len(found) <= 80 else f"{found[:77]}..."
     # The branches of a union fail at the same place.
-    same = [other for other in errors if other["loc"][:2] == error["loc"][:2]]
+    same = [other for other in errors if _place(other) == place]
     expected = " or ".join(
         dict.fromkeys(str(other["msg"]).removeprefix("Value error, ") for other in same)
     )
-    return f"{place[0] if len(same) > 1 else '.'.join(place)}: found {found}; {expected}.", field
+    return f"{'.'.join(place)}: found {found}; {expected}.", field
+
+
+def _place(error: Any) -> list[str]:
+    """Fields and numbers that lead to an error, without the names of our types between them."""
+    named = [str(part) for part in error["loc"] if part not in ("body", "str", "int")]
+    return [part for part in named if re.fullmatch("[a-z_]+|[0-9]+", part)]

@@ -21,6 +21,7 @@ from tabulate import tabulate
 import compress
 from tests.wild.cases.configurations import CASES, Outcome, draw_case, outcomes
 from tests.wild.cases.exports import exported
+from tests.wild.cases.fresh import fresh
 from tests.wild.cases.rows import rows
 
 
@@ -33,7 +34,7 @@ def reported() -> list[str]:
         patch.dict(os.environ, LIMBECK_CACHE=f"{name}/cache"),
     ):
         warnings.simplefilter("ignore")
-        found = list(rows(Path(name)))
+        found = [*rows(Path(name)), *fresh(Path(name))]
         cells = [
             [r.verdict, r.what, *(s.replace(f"{name}/", "") for s in (r.ours, r.theirs))]
             for r in found

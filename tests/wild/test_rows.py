@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.wild.cases.fresh import fresh
 from tests.wild.cases.row import Row
 from tests.wild.cases.rows import rows
 
@@ -18,8 +19,19 @@ def test_every_reported_case_is_equal_or_named(
     monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
     found = list(rows(tmp_path))
     assert [row for row in found if row.verdict.isupper()] == []
-    assert len(found) >= 290
-    assert sum(row.verdict == "equal" for row in found) == 230
+    assert len(found) >= 355
+    assert sum(row.verdict == "equal" for row in found) == 271
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_stranger_configurations_weights_and_adapters_are_equal_or_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = list(fresh(tmp_path))
+    assert [row for row in found if row.verdict.isupper()] == []
+    assert (len(found), sum(row.verdict == "equal" for row in found)) == (115, 64)
 
 
 def test_a_wrong_answer_is_seen() -> None:

@@ -47,6 +47,8 @@ _PAIRS = (
 )
 # Prompts of preferences: TRL's, LLaMA-Factory's, Alpaca's, OpenAI's.
 _ASKED = ("prompt", "conversations", "instruction", "question", "query", "input")
+# Names of fields that tell rows apart, and hold no text.
+_LABEL = re.compile(r"(?:.*_)?(?:id|uuid|hash|lang|language|source|category|split|url|model)", re.I)
 _DATASETS = (".parquet", *ARROW)
 # The page of a model, as it is copied from a browser.
 _HUB = re.compile(r"(?:https?://)?(?:huggingface\.co|hf\.co)/(?P<id>[\w.-]+/[\w.-]+)/?")
@@ -91,14 +93,21 @@ def teacher_source(given: str, base_paths: Mapping[str, Path]) -> dict[str, Any]
             f"--teacher {given}: its adapter_config.json names no base model ({error}); "
             "write its path there as base_model_name_or_path."
         ) from None
-    if not isinstance(base, str) and not base_paths.get(""):
+    if not (isinstance(base, str) and base) and not base_paths.get(""):
         raise ModelError(
             f"--teacher {given}: its adapter_config.json names no base model; add --base PATH with "
             "the folder of the model that it was trained on."
         )
-    base = str(base)
-    if not _path(base).is_dir() and (mapped := base_paths.get(base) or base_paths.get("")):
+    base = str(base or "")
+    if not (base and _path(base).is_dir()) and (
+        mapped := base_paths.get(base) or base_paths.get("")
+    ):
         base = str(mapped)
+    elif (Path(base).is_absolute() or base.startswith(".")) and not _path(base).exists():
+        raise ModelError(
+            f"--teacher {given}: it was trained on {base}, which is not on this machine; add "
+            "--base PATH with the folder of that model."
+        )
     return {
         "model": model_source(base, f"--teacher {given}, an adapter on"),
         "adapter": str(path.resolve()),
@@ -229,7 +238,7 @@ def text_source(given: str) -> dict[str, Any]:
             f"--data {given}: one object, whose rows seem to be under {inner!r}; save that list "
             "alone."
         )
-    texts = [name for name, type_ in fields.items() if type_ == _TEXT]
+    texts = [n for n, type_ in fields.items() if type_ == _TEXT and not _LABEL.fullmatch(n)]
     field = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
     if field is None:
         raise DataError(
@@ -287,12 +296,16 @@ def _kind(file: Path) -> str:
 
 def _fields(path: Path) -> dict[str, str]:
     """Names of what the first row of a file has, and the type of each."""
+    from compress.data.documents import rows_of
+
     suffix = path.suffix.lower()
     if suffix in _DATASETS:
         return _columns(path)
     if suffix in TABLES:
         with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
             names = next(csv.reader(file, delimiter="\t" if suffix == ".tsv" else ","), [])
+        if any("\ufffd" in name for name in names):
+            next(rows_of(path, names[0]), None)  # says what the file is
         return dict.fromkeys(names, _TEXT)
     return _json_fields(path)
 

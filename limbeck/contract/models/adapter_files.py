@@ -24,6 +24,11 @@ _KINDS = frozenset({
     "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS",
     "UNILORA", "VBLORA", "VERA", "WAVEFT",
 })  # fmt: skip
+# Kinds that peft merges into no base: texts before the prompt, and routers.
+_UNMERGED = frozenset({
+    "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "LILY", "MULTITASK_PROMPT_TUNING", "POLY",
+    "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "SHADOW", "XLORA",
+})  # fmt: skip
 _OTHER_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # peft's names of them
 # Options of LoRA that change more than the layers.
 _REFUSED = (
@@ -158,9 +163,8 @@ def _require_supported(folder: Path, config: Mapping[str, Any]) -> None:
         )
     if (kind := config["peft_type"]) not in _KINDS:
         raise ModelError(
-            f"{folder}: adapters of the kind {kind} are not supported: they change more than the "
-            "layers of a model. Merge it into its base with peft and name the merged folder as "
-            "the model."
+            f"{folder}: adapters of the kind {kind} are not supported: they change more than each "
+            f"layer for itself. {_remedy(kind)}"
         )
     for option in _REFUSED:
         if config.get(option):
@@ -175,6 +179,17 @@ def _require_supported(folder: Path, config: Mapping[str, Any]) -> None:
             "Merge it where it was trained, or save it as a plain adapter there, with "
             "save_pretrained(…, path_initial_model_for_weight_conversion=…)."
         )
+
+
+def _remedy(kind: str) -> str:
+    if kind.upper() in _KINDS:
+        return f"In {CONFIG}, peft writes the name in capitals: {kind.upper()}."
+    if kind in _UNMERGED:
+        return (
+            "peft cannot merge it into its base either. Train an adapter of another kind, such as "
+            "LORA, or let a server that runs it be the teacher."
+        )
+    return "Merge it into its base with peft, and name the merged folder as the model."
 
 
 def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

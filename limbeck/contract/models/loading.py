@@ -127,19 +127,28 @@ def _require_all(
 def _require_no_rest(folder: Path, unused: set[str]) -> None:
     """Raise `ModelError` for a stored part of a layer whose weight is used without it.
 
-    transformers leaves out such a scale of quantised weights, or a bias, and only warns.
+    transformers leaves out such a scale of quantised weights, a bias or an adapter's matrix, and
+    only warns.
     """
     if not unused:
         return
     used = stored_names(folder) - unused
     for name in sorted(unused):
-        layer = name.rpartition(".")[0]
-        if layer and f"{layer}.weight" in used:
-            raise ModelError(
-                f"{folder}: its files have {name}, which its config.json does not provide for, so "
-                f"{layer}.weight alone is another model. Take the config.json that was saved with "
-                "these weights; if they are quantised, it has a quantization_config."
-            )
+        parts = name.split(".")
+        layers = [".".join(parts[:count]) for count in range(1, len(parts))]
+        layer = next((layer for layer in layers if f"{layer}.weight" in used), None)
+        if layer is None:
+            continue
+        remedy = (
+            "It is an adapter's: merge the adapter with `merge_and_unload`, and save the model."
+            if "lora_" in name
+            else "Take the config.json that was saved with these weights; if they are quantised, "
+            "it has a quantization_config."
+        )
+        raise ModelError(
+            f"{folder}: its files have {name}, which its config.json does not provide for, so "
+            f"{layer}.weight alone is another model. {remedy}"
+        )
 
 
 def _lacking(missing: Sequence[str], stored: Iterable[str], who: str) -> str:

@@ -110,10 +110,13 @@ def _dataset_files(root: Path, split: str | None) -> list[Path]:
         return _saved_files(root)
     inside = (p for p in root.rglob("*") if p.suffix.lower() in (".parquet", ".jsonl", *ARROW))
     found = _each_once(path for path in inside if path.is_file())
+    # In its cache, `datasets` keeps what a program made of the rows beside them.
+    found = [path for path in found if not _MADE.fullmatch(path.name)] or found
     if not found:
         raise DataError(
             f"{root}: no dataset; expected a `save_to_disk` folder, or *.parquet or *.jsonl files."
         )
+    _require_parts(found)
     names = {path: path.relative_to(root).with_suffix("").as_posix() for path in found}
     if split is not None:
         chosen = [path for path in found if _in_split(names[path], split)]
@@ -129,6 +132,24 @@ def _dataset_files(root: Path, split: str | None) -> list[Path]:
     if len(splits) > 1:
         raise DataError(f"{root}: {_wrong_split(split)}; set split to one of: {', '.join(splits)}.")
     return found
+
+
+_MADE = re.compile(r"(?:cache|tmp)[-0-9a-z_]*\.arrow")
+_PART = re.compile(r"(?P<name>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>\..*)")
+
+
+def _require_parts(paths: Iterable[Path]) -> None:
+    """Raise `DataError` if one of the parts that a dataset's files count is missing."""
+    for path in paths:
+        if (part := _PART.fullmatch(path.name)) is None:
+            continue
+        for number in range(int(part["count"])):
+            name = f"{part['name']}-{number:05}-of-{part['count']}{part['end']}"
+            if not (path.parent / name).is_file():
+                raise DataError(
+                    f"{path.parent}: {name} is missing, one of {int(part['count'])} parts; copy or "
+                    "download the dataset again, or name the files that are there."
+                )
 
 
 def _wrong_split(split: str | None) -> str:

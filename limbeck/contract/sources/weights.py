@@ -89,11 +89,17 @@ def _require_whole(folder: Path) -> None:
             f"{folder}: neither model.safetensors nor {index.name}, which lists the files of a "
             f"model in parts (found: {found}). Copy or download the folder again."
         )
-    named = read_object(index).get("weight_map")
-    names = sorted(set(map(str, named.values()))) if isinstance(named, dict) else []
+    listed = read_object(index)
+    named = listed.get("weight_map")
+    if not isinstance(named, dict) or not isinstance(listed.get("metadata"), dict):
+        raise ModelError(
+            f"{index}: expected two objects, metadata and weight_map, without which transformers "
+            "reads no model in parts. Copy or download the file again."
+        )
+    names = sorted(set(map(str, named.values())))
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise ModelError(
-            f"{folder}: {missing[0]} is missing, one of {len(missing)} of the {len(names)} files "
+            f"{folder}: {missing[0]} is missing, one of {len(names)} files "
             f"that {index.name} lists. Copy or download the folder again."
         )
 

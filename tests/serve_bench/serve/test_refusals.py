@@ -46,7 +46,7 @@ from tests.serve_bench.serve.asking import CALLS, CHAT, bare, connect, serving
         ({"top_p": -0.1}, "top_p", "greater than or equal to 0"),
         ({"max_tokens": 0}, "max_tokens", "found 0; Input should be greater than or equal to 1"),
         ({"max_tokens": 401}, "max_tokens", "found 401; at most 400 are allowed here"),
-        ({"stop": ""}, "stop", "at least 1 character"),
+        ({"stop": ""}, "stop", "^stop: found ''; String should have at least 1 character"),
         ({"stop": ["a"] * 17}, "stop", "at most 16 items"),
         ({"stop_token_ids": [-1]}, "stop_token_ids", "greater than or equal to 0"),
         ({"stop_token_ids": [2**31]}, "stop_token_ids", "less than 2147483648"),
@@ -108,7 +108,12 @@ def test_what_is_not_supported_is_refused_by_name(
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
             "messages",
-            "'text'",
+            r"messages\.0\.content: .* part 0 is of type image_url; this server takes 'text' alone",
+        ),
+        (
+            {"tools": [{"type": "custom", "custom": {"name": "f"}}]},
+            "tools",
+            r"^tools\.0\.type: found 'custom'; Input should be 'function'",
         ),
         ({"top_logprobs": 2}, "top_logprobs", "only with logprobs; set logprobs to true"),
         ({"logprobs": True, "top_logprobs": 65}, "top_logprobs", "found 65; at most 64"),
@@ -176,6 +181,16 @@ COMPLETIONS: dict[str, dict[str, Any]] = {
 
 
 CHATS: dict[str, dict[str, Any]] = {
+    "llama.cpp, LM Studio, n8n": {
+        "messages": [{"role": "user", "content": "abc", "id": "1"}], "max_tokens": -1,
+        "max_completion_tokens": 4.0, "top_k": 40.0, "typical_p": 1.0, "mirostat": 0,
+        "repeat_penalty": 1.0, "cache_prompt": True, "logit_bias": {"5": 0}, "best_of": 1,
+    },
+    "parts of the Responses interface": {
+        "messages": [{"role": "user", "content": ["a", {"type": "input_text", "text": "b"},
+                                                  {"text": "c"}]}],
+        "max_completion_tokens": 4,
+    },
     "openai-agents": {
         "messages": [{"role": "developer", "content": "s"}, {"role": "user", "content": "abc"},
                      {"role": "assistant", "content": "d", "refusal": None, "annotations": [],

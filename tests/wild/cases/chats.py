@@ -100,6 +100,13 @@ def _calls(folder: Path, name: str, template: str) -> Iterator[Row]:
         body = ChatBody.model_validate({"model": "m", "messages": asked})
         theirs = _rendered(tokenizer, plain[:3], prompt=True)
         sent = [message.plain() for message in body.messages]
+        called_with = body.model_dump(exclude_none=True)
+        for m in called_with["messages"]:  # as clients of other interfaces send arguments
+            for c in m.get("tool_calls", ()):
+                c["function"]["arguments"] = json.loads(arguments)
+                c["extra_content"] = {"google": {}}
+        again = ChatBody.model_validate(called_with)
+        assert [message.plain() for message in again.messages] == sent
         ours = said(lambda sent=sent: load_text(folder).rendered(sent))  # type: ignore[misc]
         yield Row(f"serve: {what}", ours, theirs)
 

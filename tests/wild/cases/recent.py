@@ -83,6 +83,7 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
     "nemotron_h": {"layers_block_type": ["mamba", "attention"], "mamba_num_heads": 4,
                    "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1},
 }  # fmt: skip
+_MARKS = ("train", "training", "train_on_turn", "loss")  # of answers that are not learned
 _HYBRID = {"qwen3_5_text", "lfm2", "granitemoehybrid", "nemotron_h"}
 
 
@@ -300,7 +301,8 @@ def _texts(root: Path) -> Iterator[Row]:
         return f"{text} learned: {answers[len(answers) - learned :]}"
 
     first = {"role": "assistant", "content": "bad"}
-    for name, mark in {"weight": 0, "train": False, "training": False}.items():
+    marks = {"weight": 0, "loss_scale": 0} | dict.fromkeys(_MARKS, False)
+    for name, mark in marks.items():
         yield Row(
             f"chat: {name}: {mark} of an answer",
             read({"messages": [ask, first | {name: mark}, ask, reply]}),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
-from pyarrow import feather, ipc
+from pyarrow import feather, ipc, parquet
 
 from compress.data.blocks import conversations
 from compress.data.documents import documents
@@ -75,6 +75,18 @@ _REFUSED: dict[str, tuple[str, bytes, str]] = {
     "JSON lines in UTF-16": ("a.jsonl", _TEXT.decode().encode("utf-16"), "UTF-16 text"),
     "HH-RLHF, of whole dialogues in one text": (
         "a.jsonl", b'{"chosen": "Human: q Assistant: a", "rejected": "b"}', "found str"),
+    "axolotl's marks of parts of an answer": (
+        "a.jsonl", json.dumps({"messages": [_ASK, _GOOD | {"train_detail": [1]}]}).encode(),
+        "message 2 has train_detail, but an answer is learned as a whole"),
+    "an id, and turns without roles": (
+        "a.jsonl", b'{"id": "1", "data": ["q", "a"]}', "id, data .list., and it is unclear"),
+    "a label that is a number, beside a completion": (
+        "a.jsonl", b'{"prompt": "q", "completion": "bad", "label": 0}', "write true or false"),
+    "a list as Python prints it, in a table": (
+        "a.csv", b"messages\n\"[{'role': 'user', 'content': 'q'}]\"\n", "as Python prints it"),
+    "a table in UTF-16": ("a.csv", "prompt,completion\nq,a\n".encode("utf-16"), "UTF-16 text"),
+    "an empty prompt": ("a.csv", b"prompt,completion\n,a\n", "line 2: prompt is empty"),
+    "a PDF that is all ASCII": ("a.txt", b"%PDF-1.4 x", "a PDF; save its text"),
     **{
         f"the role {role!r}": (
             "a.jsonl",
@@ -107,6 +119,7 @@ def texts(root: Path) -> Iterator[Row]:
     for what, (name, content, says) in _REFUSED.items():
         path = _file(root / what.replace("\n", "-") / name, content)
         yield Row(f"text: {what}", said(lambda path=path: _read(path)), "-", says)
+    yield from _datasets(root / "folders of datasets")
     path = _file(root / "plain" / "a.txt", _TEXT)
     source = {"kind": "files", "paths": [str(path)]}
     domains = {"domains": [{"name": "a", "text": source}], "block": 32}
@@ -115,6 +128,24 @@ def texts(root: Path) -> Iterator[Row]:
         said(lambda: preflight(pico_recipe(data=domains))),
         "-",
         "a.txt would be read as plain text, with its punctuation",
+    )
+
+
+def _datasets(root: Path) -> Iterator[Row]:
+    """Folders as a hub and the cache of `datasets` keep them."""
+    table = pyarrow.table({"text": ["a", "b"]})
+    for name in ("x-train.arrow", "cache-0123456789abcdef.arrow", "cache-1_00000_of_00001.arrow"):
+        path = _file(root / "cache" / name, b"") if name[0] == "x" else root / "cache" / name
+        with ipc.new_stream(path, table.schema) as stream:
+            stream.write_table(table)
+    yield Row("text: a cache of datasets, with what a program made", _read(root / "cache"), "a b")
+    part = _file(root / "hub" / "data" / "train-00000-of-00002.parquet", b"")
+    parquet.write_table(table, part)
+    yield Row(
+        "text: a dataset of a hub of which a part is missing",
+        said(lambda: _read(root / "hub")),
+        "-",
+        "train-00001-of-00002.parquet is missing, one of 2 parts",
     )
 
 
