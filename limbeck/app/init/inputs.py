@@ -48,7 +48,10 @@ _PAIRS = (
 # Prompts of preferences: TRL's, LLaMA-Factory's, Alpaca's, OpenAI's.
 _ASKED = ("prompt", "conversations", "instruction", "question", "query", "input")
 # Names of fields that tell rows apart, and hold no text.
-_LABEL = re.compile(r"(?:.*_)?(?:id|uuid|hash|lang|language|source|category|split|url|model)", re.I)
+_LABEL = re.compile(
+    r"(?:.*_)?(?:id|uuid|hash|name|path|date|lang|language|source|category|split|url|model|license)",
+    re.IGNORECASE,
+)
 _DATASETS = (".parquet", *ARROW)
 # The page of a model, as it is copied from a browser.
 _HUB = re.compile(r"(?:https?://)?(?:huggingface\.co|hf\.co)/(?P<id>[\w.-]+/[\w.-]+)/?")

@@ -99,7 +99,7 @@ def _require_whole(folder: Path) -> None:
     names = sorted(set(map(str, named.values())))
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise ModelError(
-            f"{folder}: {missing[0]} is missing, one of {len(names)} files "
+            f"{folder}: {missing[0]} is missing, one of {len(missing)} of the {len(names)} files "
             f"that {index.name} lists. Copy or download the folder again."
         )
 

@@ -221,7 +221,7 @@ def _stored(root: Path) -> Iterator[Row]:
     for what, change, says in (
         ("metadata", {"metadata": _GONE}, "expected two objects, metadata and weight_map"),
         ("a file", {"metadata": {}, "weight_map": {"model.extra": "model-99.safetensors"}},
-         "model-99.safetensors is missing, one of 1 files"),
+         "model-99.safetensors is missing, one of 1 of the 1 files"),
     ):  # fmt: skip
         _edited(index, **change)
         yield Row(f"weights: an index without {what}", _ours(parts), _theirs(parts), says)
