@@ -59,6 +59,10 @@ demo-encoders: $(READY)
 # order: by default those of many tests come first, and a few long tests are left for the end.
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
+# The tests start hundreds of processes, each of which would compile every module anew where a shell
+# forbids byte code.
+test coverage: export PYTHONDONTWRITEBYTECODE =
+
 test: $(READY)
 	$(BIN)/python -m pytest $(PARALLEL)
 

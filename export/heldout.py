@@ -52,11 +52,9 @@ def per_token(
     return {name: sum(nats) / heldout[name].labels for name, nats in losses.items()}
 
 
-def heldout_nll(
-    all_logits: Path, heldout: Mapping[str, Blocks], *, provider: Provider = "cpu"
-) -> dict[str, float]:
+def heldout_nll(all_logits: Path, heldout: Mapping[str, Blocks]) -> dict[str, float]:
     """Nats a scored token of every domain, from a graph that keeps all logits."""
-    return per_token(heldout_losses(all_logits, heldout, provider=provider), heldout)
+    return per_token(heldout_losses(all_logits, heldout), heldout)
 
 
 def relative_rise(form: Mapping[str, float], fp32: Mapping[str, float]) -> float:
