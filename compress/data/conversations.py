@@ -267,8 +267,9 @@ def _tools(row: Mapping[str, Any], where: str) -> list[dict[str, Any]] | None:
         raise DataError(f"{where}: both tools and functions; leave one of them out.")
     for name, value in given.items():
         found = _parsed(value)
-        found = [found] if isinstance(found, dict) else found
-        tools = [_parsed(tool) for tool in found] if isinstance(found, list) else [found]
+        one = isinstance(found, dict) and bool({"function", "name"} & found.keys())
+        found = [found] if one else found
+        tools = [_parsed(tool) for tool in found] if isinstance(found, list) else [None]
         if not all(isinstance(tool, dict) for tool in tools):
             raise DataError(
                 f"{where}: {name}: found {str(value)[:60]!r}; expected a list of descriptions of "

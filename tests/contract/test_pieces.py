@@ -125,7 +125,7 @@ def test_the_stored_form_of_weights(
 
 def test_a_single_file_is_a_model_only_as_gguf(tmp_path: Path) -> None:
     for name in ("model.gguf", "model.bin"):
-        (tmp_path / name).write_bytes(WHOLE)
+        (tmp_path / name).write_bytes(b"GGUF" + WHOLE)
     check_weights(tmp_path / "model.gguf")
     with pytest.raises(ModelError, match=r"model\.bin: not a model; expected a \.gguf file or"):
         check_weights(tmp_path / "model.bin")

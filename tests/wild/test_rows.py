@@ -31,7 +31,7 @@ def test_stranger_configurations_weights_and_adapters_are_equal_or_named(
     monkeypatch.chdir(tmp_path)
     found = list(fresh(tmp_path))
     assert [row for row in found if row.verdict.isupper()] == []
-    assert (len(found), sum(row.verdict == "equal" for row in found)) == (115, 64)
+    assert (len(found), sum(row.verdict == "equal" for row in found)) == (129, 64)
 
 
 def test_a_wrong_answer_is_seen() -> None:

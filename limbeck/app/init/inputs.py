@@ -32,6 +32,7 @@ _TOKENS = 204800  # of training
 _PASSES = 10  # over the text at most
 # Names of the classes of transformers that write text end so.
 _DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_CONFIGS = ("config.json", "adapter_config.json")
 _BYTES = 4  # of a token of text, about
 _TEXT = "text"  # the type of a field that holds text
 _PAIRS = (
@@ -54,7 +55,8 @@ _LABEL = re.compile(
 )
 _DATASETS = (".parquet", *ARROW)
 # The page of a model, as it is copied from a browser.
-_HUB = re.compile(r"(?:https?://)?(?:huggingface\.co|hf\.co)/(?P<id>[\w.-]+/[\w.-]+)/?")
+_PAGE = r"(?:hf://|(?:https?://)?(?:huggingface\.co|hf\.co)/)"
+_HUB = re.compile(_PAGE + r"(?P<id>[\w.-]+/[\w.-]+?)(?:(?:/tree/|@)(?P<revision>[\w.-]+))?/?")
 
 
 def short_names(given: Sequence[str]) -> list[str]:
@@ -79,7 +81,14 @@ def teacher_source(given: str, base_paths: Mapping[str, Path]) -> dict[str, Any]
     `ModelError`, or `EnvironmentalError` for a server that does not answer.
     """
     if (hub := _HUB.fullmatch(given)) is not None:
+        if hub["revision"] not in (None, "main"):
+            return {"model": {"kind": "hub", **hub.groupdict()}}
         given = hub["id"]
+    elif re.match(_PAGE, given):
+        raise ModelError(
+            f"--teacher {given}: no page of a model; give owner/name, or download the file and "
+            "give its path."
+        )
     if re.match("https?://", given):
         return {"model": _server_source(given)}
     path = _path(given)
@@ -158,8 +167,11 @@ def model_source(given: str, option: str) -> dict[str, Any]:
         try:
             kinds = parse_json((path / "config.json").read_text("utf-8")).get("architectures") or []
         except (OSError, ValueError, AttributeError) as error:
-            files = (*path.glob("*/config.json"), *path.glob("*/adapter_config.json"))
-            inside = sorted(f"{given.rstrip('/')}/{file.parent.name}" for file in files)
+            places = ("*", "snapshots/*")  # the second in a hub's cache
+            files = [f for p in places for n in _CONFIGS for f in path.glob(f"{p}/{n}")]
+            inside = sorted(
+                f"{given.rstrip('/')}/{file.parent.relative_to(path)}" for file in files
+            )
             hint = f" Did you mean {' or '.join(inside[:3])}?" if inside else ""
             raise ModelError(
                 f"{option} {given}: no config.json of a model there ({error}).{hint}"
@@ -173,6 +185,8 @@ def model_source(given: str, option: str) -> dict[str, Any]:
         return {"kind": "local", "path": str(path.resolve())}
     if path.suffix == ".gguf" and path.is_file():
         return {"kind": "gguf", "path": str(path.absolute())}
+    if path.is_file() and (path.parent / "config.json").is_file():
+        raise ModelError(f"{option} {given}: a file of a model; give its folder, {path.parent}.")
     if path.suffix == ".yaml":
         return {"kind": "recipe", "recipe": str(find_recipe(given))}
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", given) and not path.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,6 +33,16 @@ def _has_home(value: Any) -> Any:
     return value
 
 
+def _of_hub(given: str) -> str:
+    """Refuse what no repository of the hub is called."""
+    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", given, re.ASCII) and ".." not in given:
+        return given
+    page = re.search(r"(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", given)
+    raise PydanticCustomError(
+        "repository", "it should be {wanted}", {"wanted": page[1] if page else "owner/name"}
+    )
+
+
 UserPath = Annotated[Path, AfterValidator(_has_home)]
 Glob = Annotated[str, Field(min_length=1), AfterValidator(_has_home)]
 PipName = Annotated[
@@ -48,9 +59,11 @@ class HubModel(Frozen):
     """A model on the Hugging Face hub. The only source that uses the network."""
 
     kind: Literal["hub"]
-    id: str = Field(description="Repository id, owner/name.")
+    id: Annotated[str, AfterValidator(_of_hub)] = Field(description="Repository id, owner/name.")
     revision: str = Field(
-        "main", description="Branch, tag or commit; pin a commit for a repeatable run."
+        "main",
+        min_length=1,
+        description="Branch, tag or commit; pin a commit for a repeatable run.",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from limbeck.contract.errors import ModelError
@@ -20,6 +21,11 @@ def check_weights(path: Path) -> None:
         if path.suffix == ".gguf":
             _require_one_file(path)
             require_content(path)
+            with path.open("rb") as content:
+                if content.read(4) != b"GGUF":
+                    raise ModelError(
+                        f"{path}: no GGUF file, which begins with GGUF; download it again."
+                    )
             return
         raise ModelError(
             f"{path}: not a model; expected a .gguf file or a folder with safetensors weights."
@@ -36,9 +42,10 @@ def check_weights(path: Path) -> None:
         raise ModelError(
             f"{path}: no config.json; expected a folder as `save_pretrained` writes it."
             + (
-                " It holds an adapter: name its base as the model, and this folder as adapter."
+                " It holds an adapter: name its base as the model, and this folder as adapter. Of "
+                "an encoder, merge both with peft's `merge_and_unload`, and name the result."
                 if adapter
-                else ""
+                else _hint(path.glob("snapshots/*/config.json"))
             )
         )
     if adapter:
@@ -56,11 +63,20 @@ def check_weights(path: Path) -> None:
                 "reads safetensors and GGUF only. Load it where you trust it and "
                 "`save_pretrained(…)` it again, which writes safetensors."
             )
-        raise ModelError(f"{path}: no weights; expected *.safetensors beside config.json.")
+        hint = "".join(
+            f" {file.name} is a GGUF file: name that file, with kind: gguf."
+            for file in sorted(path.glob("*.gguf"))[:1]
+        )
+        raise ModelError(f"{path}: no weights; expected *.safetensors beside config.json.{hint}")
     _require_whole(path)
     for file in (*path.glob("*.safetensors"), *path.glob("tokenizer*")):
         require_content(file)
     stored_form(path)
+
+
+def _hint(configs: Iterable[Path]) -> str:
+    """Where the model is that the folder of a hub's cache holds."""
+    return "".join(f" {file.parent} is one." for file in sorted(configs)[:1])
 
 
 _PART = re.compile(r"(?P<name>.*)-\d{5}-of-(?P<count>\d{5})\.gguf")  # as llama-gguf-split writes

@@ -20,7 +20,7 @@ from limbeck.app.init.inputs import teacher_source
 from limbeck.contract.models.adapter_files import adapter_facts
 from limbeck.contract.sources.models import require_fits, require_language_model
 from limbeck.contract.sources.weights import check_weights
-from tests.pico import make_model
+from tests.pico import make_model, pico_recipe
 from tests.wild.cases.adapters import (
     IDS,
     Q,
@@ -136,6 +136,40 @@ def fresh(root: Path) -> Iterator[Row]:
     yield from _configs(root / "fresh configurations")
     yield from _stored(root / "fresh weights")
     yield from _adapters(root / "fresh adapters")
+    yield from _names(root / "fresh names")
+
+
+def _names(root: Path) -> Iterator[Row]:
+    """Models as people name them, for `init` and in recipes."""
+    hub = root / "hub/models--org--name"
+    snapshot = make_base(hub / "snapshots/abc", tied=True)
+    gguf = make_base(root / "gguf", tied=True)
+    (gguf / "model.safetensors").rename(gguf / "x.gguf")
+    for given, says in {
+        "hf://org/name": "'id': 'org/name'",
+        "https://huggingface.co/org/name/tree/v1": "'id': 'org/name', 'revision': 'v1'",
+        "https://huggingface.co/org/name/blob/main/x.gguf": "give owner/name, or download",
+        str(hub): "Did you mean .*snapshots/abc",
+        str(snapshot / "model.safetensors"): "a file of a model; give its folder",
+    }.items():
+        found = said(lambda given=given: teacher_source(given, {}))
+        yield Row(f"init --teacher: {Path(given).name} of {given[:5]}", found, "-", says)
+    lora = make_adapter(snapshot, root / "adapter", LoraConfig(target_modules=Q))
+    for path, says in {
+        hub: "snapshots/abc is one",
+        gguf: "x.gguf is a GGUF file: name that file, with kind: gguf",
+        gguf / "x.gguf": "no GGUF file",
+        lora: "Of an encoder, merge both with peft",
+    }.items():
+        yield Row(f"model: {path.name}", said(lambda path=path: check_weights(path)), "-", says)
+    for name in ("https://huggingface.co/org/name", " org/name", "../x", "a/b/c", ""):
+        wrong = {"name": "t", "model": {"kind": "hub", "id": name}}
+        yield Row(
+            f"recipe: id {name!r} of the hub",
+            said(lambda wrong=wrong: pico_recipe(teachers=[wrong])),
+            "-",
+            "teachers.0.model.id: found .*; it should be (org/name|owner/name)",
+        )
 
 
 def _ours(base: Path, adapter: Path | None = None) -> str:

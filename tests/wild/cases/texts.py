@@ -85,6 +85,9 @@ _REFUSED: dict[str, tuple[str, bytes, str]] = {
     "a list as Python prints it, in a table": (
         "a.csv", b"messages\n\"[{'role': 'user', 'content': 'q'}]\"\n", "as Python prints it"),
     "a table in UTF-16": ("a.csv", "prompt,completion\nq,a\n".encode("utf-16"), "UTF-16 text"),
+    "tools by name": (
+        "a.jsonl", json.dumps({"messages": [_ASK, _GOOD], "tools": {"f": {}}}).encode(),
+        "tools: found .*; expected a list of descriptions of functions"),
     "an empty prompt": ("a.csv", b"prompt,completion\n,a\n", "line 2: prompt is empty"),
     "a PDF that is all ASCII": ("a.txt", b"%PDF-1.4 x", "a PDF; save its text"),
     **{
