@@ -269,8 +269,8 @@ def _tools(row: Mapping[str, Any], where: str) -> list[dict[str, Any]] | None:
         found = _parsed(value)
         one = isinstance(found, dict) and bool({"function", "name"} & found.keys())
         found = [found] if one else found
-        tools = [_parsed(tool) for tool in found] if isinstance(found, list) else [None]
-        if not all(isinstance(tool, dict) for tool in tools):
+        tools = [_parsed(tool) for tool in found] if isinstance(found, list) else []
+        if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in tools):
             raise DataError(
                 f"{where}: {name}: found {str(value)[:60]!r}; expected a list of descriptions of "
                 "functions, or its JSON."
