@@ -7,7 +7,6 @@ half of an entry counts as none.
 from __future__ import annotations
 
 import errno
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 
 from limbeck.contract.artifact import MANIFEST, Artifact, find_artifact, open_artifact
 from limbeck.contract.errors import ArtifactError, EnvironmentalError, LimbeckError
+from limbeck.contract.files import new_folder
 from limbeck.contract.lock import make_once
 from limbeck.contract.progress import say
 from limbeck.contract.sources.places import cache_folder
@@ -108,8 +108,8 @@ class RemoteStore:
     def fill(self, entry: Entry, make: Make) -> str:
         """See `Store`. Raises `EnvironmentalError`."""
         self._local.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self._local.folder, prefix=".check-") as folder:
-            if (found := self._fetch(entry, Path(folder))) is not None:
+        with new_folder(self._local.folder / "check") as folder:
+            if (found := self._fetch(entry, folder)) is not None:
                 return found.digest
         return open_artifact(self.obtain(entry, make), verify=False).digest
 

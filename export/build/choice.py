@@ -7,11 +7,10 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from limbeck.contract.errors import ModelError
+from limbeck.contract.files import temporary_folder
 from limbeck.contract.models.loading import know_wrapper
 from limbeck.contract.recipe import Provider
 
@@ -84,8 +83,8 @@ def _require_traceable(config: Mapping[str, Any]) -> None:
 
     model_type = config.get("model_type")
     try:
-        with TemporaryDirectory() as folder:  # files spell numbers that `for_model` does not read
-            Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
+        with temporary_folder() as folder:  # files spell numbers that `for_model` does not read
+            (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
             read = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         know_wrapper(read.model_type)
         with torch.device("meta"):  # without weights

@@ -5,7 +5,6 @@ float and why, and which execution provider runs each node.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper
 
 from limbeck.contract.errors import QualityError
+from limbeck.contract.files import temporary_folder
 from limbeck.contract.recipe import Provider
 from limbeck.runtime.session import asked_for, import_onnxruntime
 
@@ -106,10 +106,10 @@ def where_nodes_run(graph: Path, *, provider: Provider = "cpu") -> dict[str, dic
     copies of its own.
     """
     ort = import_onnxruntime()
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         options = ort.SessionOptions()
         options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder) / "profile")
+        options.profile_file_prefix = str(folder / "profile")
         options.log_severity_level = 4
         session = ort.InferenceSession(str(graph), options, providers=asked_for(provider))
         cache: dict[str, Any] = {}

@@ -93,6 +93,19 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield folder
 
 
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """An empty folder among the system's temporary files, for this user alone; removed at the end.
+
+    Those that killed processes left are removed too, by the next process that needs one.
+    """
+    import tempfile
+
+    place = Path(tempfile.gettempdir()) / f"limbeck-{os.getuid()}"
+    with _beside(place, _private_folder) as (folder, _):
+        yield folder
+
+
 def put_in_place(folder: Path, path: Path) -> None:
     """Let ``folder``, complete, take the place of ``path``. At every moment ``path`` is the old
     folder or the new one.
@@ -183,6 +196,11 @@ def _new_file(path: Path) -> int:
 
 def _new_folder(path: Path) -> int:
     path.mkdir()
+    return os.open(path, os.O_RDONLY)
+
+
+def _private_folder(path: Path) -> int:
+    path.mkdir(mode=0o700)
     return os.open(path, os.O_RDONLY)
 
 

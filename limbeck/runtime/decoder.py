@@ -32,6 +32,12 @@ FEWEST_READ = 2
 _LONG_PROMPT = 32
 
 
+def _identity(path: Path) -> tuple[int, int]:
+    """Which file this is; another one may take its name."""
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
+
+
 class GraphDecoder:
     """A decoder graph file, its key-value cache, and the tokens that the cache holds.
 
@@ -66,7 +72,7 @@ class GraphDecoder:
         self.session = open_session(graph, threads=threads, provider=provider, memory_pattern=False)
         self._ort = import_onnxruntime()
         self.threads = threads or available_cores()
-        self.prompts = prompts
+        self.prompts, self._prompts_are = prompts, prompts and _identity(prompts)
         self.provider = PROVIDERS[provider]
         self.cache_device = "cpu" if provider == "cpu" else "cuda"
         inputs = {value.name: value for value in self.session.get_inputs()}
@@ -290,11 +296,20 @@ class GraphDecoder:
 
     @cached_property
     def prompt_session(self) -> Any:
-        """The session of the graph for prompts, opened at the first use."""
+        """The session of the graph for prompts, opened at the first use.
+
+        Raises `ArtifactError` if another export has taken the folder's place meanwhile: its graph
+        would fill the cache with the keys of other weights.
+        """
         assert self.prompts is not None
-        return open_session(
+        session = open_session(
             self.prompts, threads=self.threads, memory_pattern=False, dequantizes=True
         )
+        if _identity(self.prompts) != self._prompts_are:
+            raise ArtifactError(
+                f"{self.prompts}: was replaced since the graph beside it was opened; start again."
+            )
+        return session
 
     def new_binding(self, *, is_long: bool = False) -> Any:
         """An IOBinding of a session with the adapter in place, where there is one."""

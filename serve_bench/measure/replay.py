@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 from limbeck.contract.artifact import Artifact, open_artifact, student_of
 from limbeck.contract.errors import ArtifactError
+from limbeck.contract.files import temporary_folder
 from limbeck.contract.machine import host, versions
 from limbeck.contract.printable import printable
 from limbeck.contract.results.bench import Arm
@@ -65,23 +64,19 @@ def replay(
         return findings
     task.open_data(bench.path)
     arm = form_arm(onnx, str(certificate["artifact"]["shipped"]))
-    work = Path(tempfile.mkdtemp(prefix="limbeck-verify-"))
-    try:
-        threads = int(certificate["protocol"]["threads"])
-        with Workers(work, threads=threads, task=task.name) as workers:
-            facts = workers.start(arm).opened["facts"]
-            differs = differences(certificate, facts.get("provider"))
-            if speed:  # before scoring, which ends an arm's use for generation
-                findings += replay_speed(workers, arm, certificate, task, onnx, differs)
-            if quality:
-                found = task.replay_quality(workers, arm, certificate, bench, work)
-                tolerance, reasons = task.tolerance(onnx), _reasons(differs)
-                findings += [
-                    judge_loss(name, then, now, tolerance=tolerance, reasons=reasons)
-                    for name, then, now in found
-                ]
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    threads = int(certificate["protocol"]["threads"])
+    with temporary_folder() as work, Workers(work, threads=threads, task=task.name) as workers:
+        facts = workers.start(arm).opened["facts"]
+        differs = differences(certificate, facts.get("provider"))
+        if speed:  # before scoring, which ends an arm's use for generation
+            findings += replay_speed(workers, arm, certificate, task, onnx, differs)
+        if quality:
+            found = task.replay_quality(workers, arm, certificate, bench, work)
+            tolerance, reasons = task.tolerance(onnx), _reasons(differs)
+            findings += [
+                judge_loss(name, then, now, tolerance=tolerance, reasons=reasons)
+                for name, then, now in found
+            ]
     return findings
 
 

@@ -6,13 +6,14 @@ Exits with 1 when a kill lost something or left something over.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import sys
 import tempfile
 from pathlib import Path
 
 from limbeck.contract.errors import EnvironmentalError
-from tests.faults.killing import cases, job, moments
+from tests.faults.killing import cases, commands, job, moments
 from tests.faults.killing.disks import NoMount
 from tests.faults.killing.events import Case, Killed, Row, fill_disks, kill_everywhere
 
@@ -32,22 +33,32 @@ def main() -> int:
     parser.add_argument(
         "--first", type=int, default=0, help="event to begin at, where a find is mended"
     )
+    parser.add_argument("--last", type=int, help="event to end before; default: none")
+    parser.add_argument("--step", type=int, default=1, help="2 takes every second event")
     asked = parser.parse_args()
     signals = tuple(_SIGNALS[name] for name in asked.signals)
     failures, names = 0, asked.names
     print(f"{'case':42} {'kills':>6} {'states':>7} {'seconds':>8}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="limbeck-faults-") as root:
-        for case in [*cases.CASES, *_job(Path(root), names)]:
+    with (
+        tempfile.TemporaryDirectory(prefix="limbeck-faults-") as root,
+        contextlib.ExitStack() as stack,
+    ):
+        for case in [*cases.CASES, *_made(Path(root), names, stack)]:
             if names and not any(name in case.name for name in names):
                 continue
             try:
-                row = kill_everywhere(case, Path(root) / "case", signals=signals, first=asked.first)
+                row = kill_everywhere(
+                    case, Path(root) / "case", signals=signals, first=asked.first, last=asked.last,
+                    step=asked.step,
+                )  # fmt: skip
             except Killed as error:
                 failures += 1
                 print(f"{case.name:42} FAILED: {error}", flush=True)
             else:
                 _print(row)
             try:
+                if case.name.startswith("command"):
+                    continue  # they write as the other cases do
                 step = 4 if case in cases.CASES else _JOB_STEP
                 _print(fill_disks(case, Path(root) / "case", step=step, wanted=EnvironmentalError))
             except NoMount as error:
@@ -69,13 +80,14 @@ def _print(row: Row) -> None:
     print(f"{row.name:42} {row.kills:6} {row.states:7} {row.seconds:8.0f}", flush=True)
 
 
-def _job(root: Path, names: list[str]) -> tuple[Case, ...]:
-    """The cases of the tiny job, when they are wanted: they take minutes."""
-    if names and not any(name in "job, compress job, export job, bench" for name in names):
+def _made(root: Path, names: list[str], stack: contextlib.ExitStack) -> tuple[Case, ...]:
+    """The cases of the tiny job and of commands, when they are wanted: they take minutes."""
+    if names and not any(name.startswith(("job", "command")) for name in names):
         return ()
     job.warm()
     job.prepare(root / "prepared")
-    return job.cases(root / "prepared")
+    made = stack.enter_context(commands.cases(root / "prepared"))
+    return (*job.cases(root / "prepared"), *made)
 
 
 if __name__ == "__main__":

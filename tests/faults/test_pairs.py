@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
+import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +24,10 @@ from limbeck.contract.artifact import MANIFEST, open_artifact, write_artifact
 from limbeck.contract.errors import ArtifactError
 from limbeck.contract.lock import locked
 from limbeck.contract.reading import reading
+from tests import forks
 from tests.app.test_trust import keys as keys
 from tests.factory import Factory
+from tests.faults.killing import job
 
 _watch: list[Callable[[str], None]] = []  # at most one; an audit hook cannot be removed
 
@@ -170,3 +175,109 @@ def test_an_artifact_that_is_made_meanwhile_explains_why_it_was_missing(exports:
 
     with pytest.raises(ArtifactError, match="replaced it while"):
         read()
+
+
+# Whole commands, as processes ---------------------------------------------------------------------
+
+_OTHER_FORMS = ["--set", "export.forms=[{kind: fp32}, {kind: int8-weight, block_size: 16}]"]
+_CALLS = {
+    "run": ["run", "recipe.yaml", "--out", "run", *_OTHER_FORMS],
+    "export": ["export", "recipe.yaml", "--out", "run", *_OTHER_FORMS],
+    "bench": ["bench", "recipe.yaml", "--out", "run", "--set", "bench.new_tokens=5"],
+    "serve": ["serve", "run", "--port", "0"],
+    "pack": ["pack", "run", "--out", "packed"],
+    "sign": ["sign", "run", "--key", "private.pem"],
+    "verify": ["verify", "run", "--no-speed"],
+    "compare": ["compare", "run", "run"],
+    "report": ["report", "run"],
+}
+_SAID = re.compile(
+    r"another run \(process \d+\) is using this folder"
+    r"|(process \d+|another process) replaced it while it was read here"
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, keys: tuple[Path, Path]) -> Path:
+    """A folder with a recipe, its complete run, and a key."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = job.recipe().model_dump(mode="json", exclude_unset=True)
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    shutil.copy(keys[0], folder / "private.pem")
+    code, said = _ended(_start(folder, ["run", "recipe.yaml", "--out", "run"]), folder)
+    assert code in (0, 1, 3), said
+    return folder
+
+
+@dataclass
+class _Started:
+    process: Any
+    output: Path
+
+
+def _start(folder: Path, arguments: list[str], number: int = 0) -> _Started:
+    environment = {"LIMBECK_CACHE": str(folder / "cache")}
+    output = folder / f"output{number}"
+    return _Started(
+        forks.start(_command, folder, output, arguments, environment=environment), output
+    )
+
+
+def _command(folder: Path, output: Path, arguments: list[str]) -> None:
+    output.mkdir(exist_ok=True)
+    os.chdir(output)
+    for path in folder.iterdir():
+        if not path.name.startswith("output"):
+            (output / path.name).symlink_to(path)
+    forks.command(output, *arguments)
+
+
+def _ended(started: _Started, folder: Path) -> tuple[int, str]:
+    started.process.join()
+    said = "".join((started.output / name).read_text() for name in ("stdout", "stderr"))
+    return started.process.exitcode, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("run", "export"), ("run", "bench"), ("run", "pack"), ("run", "verify"), ("run", "report"),
+        ("export", "serve"), ("export", "sign"), ("bench", "compare"),
+    ],
+)  # fmt: skip
+def test_two_commands_at_once_say_the_truth(
+    finished: Path, tmp_path: Path, first: str, second: str, delay: float
+) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True, ignore=lambda *_: ["output0"])
+    one = _start(tmp_path, _CALLS[first], 1)
+    time.sleep(delay)
+    two = _start(tmp_path, _CALLS[second], 2)
+    ends = [_ended(one, tmp_path)]
+    if second == "serve":
+        until = time.monotonic() + 60
+        while two.process.exitcode is None and "http://" not in _said(two):
+            assert time.monotonic() < until, _said(two)
+            time.sleep(0.1)
+        if two.process.exitcode is None:
+            os.kill(two.process.pid, signal.SIGTERM)
+    ends.append(_ended(two, tmp_path))
+    for code, said in ends:
+        assert "Traceback" not in said, said
+        assert code in (0, 1, 3, 143) or (code == 2 and _SAID.search(said)), (code, said)
+    if second == "pack" and ends[1][0] == 0:
+        open_artifact(tmp_path / "output2" / "packed")
+    assert not [path for path in (tmp_path / "run").rglob(".*") if files.is_temporary(path.name)]
+    again = _ended(_start(tmp_path, _CALLS["run"], 3), tmp_path)
+    assert again[0] in (0, 1, 3), again
+    checked = _start(tmp_path, ["verify", "run", "--no-quality", "--no-speed"], 4)
+    assert _ended(checked, tmp_path)[0] == 0, _said(checked)
+    print(f"{first} + {second} after {delay:g} s: {[code for code, _ in ends]}")
+
+
+def _said(started: _Started) -> str:
+    try:
+        return (started.output / "stderr").read_text() + (started.output / "stdout").read_text()
+    except FileNotFoundError:
+        return ""

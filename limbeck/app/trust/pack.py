@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from limbeck.contract.files import (
     disk_full_is_a_user_error,
     new_file,
     read_json,
+    temporary_folder,
     unwritable_is_a_user_error,
 )
 from limbeck.contract.printable import printable
@@ -141,8 +141,8 @@ def push(run: Path, repository: str, *, form: str | None = None, private: bool =
         raise UserError(
             f"{repository}: expected NAMESPACE/NAME, such as my-name/pico{why}."
         ) from None
-    with tempfile.TemporaryDirectory(prefix="limbeck-push-") as work:
-        packed = pack(run, out=Path(work) / "packed", form=form)
+    with temporary_folder() as work:
+        packed = pack(run, out=work / "packed", form=form)
         api = HfApi(library_name="limbeck")
         try:
             api.create_repo(repository, private=private, exist_ok=True)

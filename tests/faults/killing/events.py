@@ -76,9 +76,16 @@ class Killed(AssertionError):
 
 
 def kill_everywhere(
-    case: Case, root: Path, *, signals: tuple[int, ...] = (signal.SIGKILL,), first: int = 0
+    case: Case,
+    root: Path,
+    *,
+    signals: tuple[int, ...] = (signal.SIGKILL,),
+    first: int = 0,
+    last: int | None = None,
+    step: int = 1,
 ) -> Row:
-    """Kill ``case`` at each of its events from number ``first`` on, in folders below ``root``.
+    """Kill ``case`` at events ``first``, ``first + step`` and so on, before ``last`` if there is
+    one, in folders below ``root``.
 
     Raises `Killed` for the first kill that harms.
     """
@@ -87,7 +94,7 @@ def kill_everywhere(
     expected, listed = case.outcome(clean), listing(clean)
     kills, seen = 0, set[str]()
     for number in signals:
-        for at, event in list(enumerate(events))[first:]:
+        for at, event in list(enumerate(events))[first:last:step]:
             folder = _fresh(case, root / "killed")
             where = f"{case.name}: signal {number} at event {at} of {len(events)}, {event}"
             stop_at(case.work, folder, at, number=number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from limbeck.contract.artifact import Artifact
+from limbeck.contract.errors import ArtifactError
 from limbeck.runtime import decoder as decoder_module
 from limbeck.runtime.decoder import Decoder
 from tests.serve_bench.serve.test_engine import collect, running, start
@@ -40,6 +42,18 @@ def test_the_processor_decides(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     other = Decoder(folder, form=FORM, threads=1)
     assert not other.is_long(400)
     assert np.abs(other.prefill([LONG]) - decoder.prefill([LONG])).max() > 1e-3
+
+
+def test_a_graph_that_was_replaced_meanwhile_reads_nothing(folder: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "onnx"
+    shutil.copytree(folder, mine)
+    decoder = Decoder(mine, form=FORM, threads=1)
+    assert decoder.prompts is not None
+    decoder.prefill([LONG[:20]])  # the first graph is in use
+    shutil.copy(decoder.prompts, tmp_path / "other")
+    (tmp_path / "other").replace(decoder.prompts)
+    with pytest.raises(ArtifactError, match="was replaced since the graph beside it was opened"):
+        decoder.prefill([LONG])
 
 
 def test_a_decoder_that_resumes_takes_over_no_answer_to_a_long_prompt(folder: Path) -> None:
