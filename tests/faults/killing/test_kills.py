@@ -95,6 +95,9 @@ def test_a_disk_that_is_full_at_any_page_is_reported_and_survived(
 
 
 @pytest.mark.slow
-def test_the_tiny_job_survives_a_kill_at_any_file_event() -> None:
-    done = subprocess.run([sys.executable, "-m", "tests.faults", "job"], check=False)
+@pytest.mark.parametrize(
+    "names", [["job"], ["command, schema", "command, report", "command, push"]]
+)
+def test_the_tiny_job_and_commands_survive_a_kill_at_any_file_event(names: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", "tests.faults", *names], check=False)
     assert done.returncode == 0
