@@ -47,7 +47,7 @@ def reading(*paths: Path) -> Iterator[Callable[[], None]]:
         yield require_same
     except Exception as error:
         require_same(failed=True)
-        if isinstance(error, LimbeckError | OSError | MemoryError | ImportError):
+        if not paths or isinstance(error, LimbeckError | OSError | MemoryError | ImportError):
             raise
         at = traceback.extract_tb(error.__traceback__)[-1]
         raise ArtifactError(

@@ -216,24 +216,21 @@ def evaluate(
       limbeck eval runs/pico-1a2b3c4d --tasks facts --include-path examples/lm-eval
     """
     from limbeck.app.given import exported_folder
-    from limbeck.contract.reading import reading
     from serve_bench.lm_eval import evaluate as run_tasks
     from serve_bench.lm_eval import markdown
 
     names = names_in(tasks)
     if not names:
         raise UserError("--tasks: found none; name at least one, such as --tasks facts.")
-    folder = exported_folder(artifact, command="eval")
-    with reading(folder):
-        found = run_tasks(
-            folder,
-            tasks=names,
-            include_path=include_path,
-            form=form,
-            limit=limit,
-            shots=shots,
-            threads=threads,
-        )
+    found = run_tasks(
+        exported_folder(artifact, command="eval"),
+        tasks=names,
+        include_path=include_path,
+        form=form,
+        limit=limit,
+        shots=shots,
+        threads=threads,
+    )
     print(json.dumps(found, indent=1) if as_json else markdown(found))
 
 
