@@ -78,10 +78,15 @@ def generate(folder: Path) -> None:
 
 
 def serve(folder: Path) -> None:
-    """Requests of four clients at once; prompts differ, and some begin alike."""
+    """Requests of four clients at once; prompts differ, and some begin alike.
+
+    The prefix cache is full after some forty requests: until then it grows as it should.
+    """
     from tests.serve_bench.serve.asking import serving
 
-    with serving(folder / "run" / "onnx", form="int8-weight", grace=1.0) as server:
+    with serving(
+        folder / "run" / "onnx", form="int8-weight", grace=1.0, prefix_bytes=200_000
+    ) as server:
         port = int(server.address.rpartition(":")[2])
         with concurrent.futures.ProcessPoolExecutor(
             4, mp_context=multiprocessing.get_context("spawn")
