@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from limbeck.runtime.decoder import common_prefix
 
+_MOST = 512  # sequences: every prompt is compared with all of them
 Cache = npt.NDArray[np.floating[Any]]
 
 
@@ -33,7 +34,7 @@ class Entry:
 
 
 class PrefixCache:
-    """Sequences under a byte budget; the least recently used one goes first.
+    """At most 512 sequences under a byte budget; the least recently used one goes first.
 
     A sequence is found only by its owner, so that the time to the first token tells nobody what
     others have asked.
@@ -74,7 +75,9 @@ class PrefixCache:
             if shared == len(entry.ids):
                 self._remove(entry)
         new = Entry(owner, tokens, tuple(read()))
-        while self._entries and self.bytes + new.bytes > self.budget:
+        while self._entries and (
+            self.bytes + new.bytes > self.budget or len(self._entries) >= _MOST
+        ):
             self._remove(self._entries[0])
         self._entries.append(new)
         self.bytes += new.bytes

@@ -80,7 +80,8 @@ def generate(folder: Path) -> None:
 def serve(folder: Path) -> None:
     """Requests of four clients at once; prompts differ, and some begin alike.
 
-    The prefix cache is full after some forty requests: until then it grows as it should.
+    The prefix cache is full after some forty requests: until then it grows as it should. Words
+    come again, because the tokenizer remembers up to 10,000 of them.
     """
     from tests.serve_bench.serve.asking import serving
 
@@ -100,7 +101,7 @@ def ask(port: int, first: int) -> None:
     model = job.recipe().name
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     for number in range(first, COUNT, 4):
-        prompt = f"{'shared ' * (number % 3)}{number}"
+        prompt = f"{'shared ' * (number % 3)}{number % 97}"
         body = {"model": model, "prompt": prompt, "max_tokens": 3, "seed": number}
         connection.request(
             "POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"}

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,13 +77,14 @@ def pack(
         if form not in known:
             forms = ", ".join(known)
             raise ArtifactError(f"{onnx.path}: no form {form!r}; it has {forms}.")
+        keep = _files(onnx, form)  # refused before a folder is made
         with write_artifact(
             out,
             kind="triton" if triton else "onnx",
             key=fingerprint([onnx.digest, form]),
             parents={**onnx.manifest["parents"], "onnx": onnx.digest},
         ) as draft:
-            _fill(draft, onnx, form, triton=triton)
+            _fill(draft, onnx, form, keep, triton=triton)
             require_same()
         size = sum(f["bytes"] for f in open_artifact(out, verify=False).manifest["files"].values())
         if archive is not None:
@@ -92,9 +93,8 @@ def pack(
     return Packed(out, form, files, (size + (out / MANIFEST).stat().st_size) / 1e6, archive)
 
 
-def _fill(draft: Draft, onnx: Artifact, form: str, *, triton: bool) -> None:
-    """Copy what ships with ``form`` into ``draft``."""
-    keep = _files(onnx, form)
+def _fill(draft: Draft, onnx: Artifact, form: str, keep: Sequence[str], *, triton: bool) -> None:
+    """Copy what ships with ``form``, the files ``keep``, into ``draft``."""
     if triton:
         write_repository(draft.folder, onnx, form, keep)
     else:

@@ -171,6 +171,15 @@ def test_the_least_recently_used_goes_first() -> None:
     assert cache.bytes == 72
 
 
+def test_many_short_sequences_are_not_kept_without_end() -> None:
+    """Each prompt is compared with all of them, so thousands would cost more than they save."""
+    cache = PrefixCache(1 << 40)
+    for n in range(600):
+        put(cache, [n, n])
+    assert [cache.find([n, n], "")[0] for n in (0, 87, 88, 599)] == [0, 0, 2, 2]
+    assert cache.bytes == 512 * 24
+
+
 def test_a_longer_sequence_takes_the_place_of_its_beginning() -> None:
     cache = PrefixCache(10_000)
     put(cache, [1, 2])
