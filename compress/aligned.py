@@ -48,6 +48,13 @@ class Pair:
     target_V: Tensor  # [V_T]: student's token that begins each teacher token; -1: none
     conversations: Rendered | None = None  # as the teacher reads them
 
+    @cached_property
+    def renames(self) -> bool:
+        """Whether the teacher has the student's tokens, perhaps under other ids: no two of its
+        tokens meet, and 99 % of the student's are met."""
+        met = self.target_V[self.target_V >= 0]
+        return len(met) == len(met.unique()) >= 0.99 * len(self.aligner.own)
+
     def target(self, rows: int, device: torch.device) -> Tensor:
         """``target_V`` for a head of ``rows`` rows, of which the last may belong to no token."""
         found = torch.full((rows,), -1, dtype=torch.long, device=device)
@@ -162,6 +169,7 @@ class AlignedStates:
     alignment: Alignment
     target_V: Tensor
     temperature: float = 1.0
+    renames: bool = False  # see `Pair`
 
     vocabulary = ANY_ROWS
 

@@ -16,8 +16,9 @@ Everything about the teachers is detached. Padding and ignored labels count nowh
 
 A teacher of another tokenizer (`compress.aligned`) has a p_k where the label begins at a common
 boundary, projected into the student's vocabulary, and weight 0 elsewhere; a label without any
-teacher has alpha = 1 and no D. With `across: chunk` or `uld` such teachers are not in p; the loss
-is, with S the teachers of the student's own tokens and W the sum of their weights,
+teacher has alpha = 1 and no D. It is in p with `across: projected`, and with `auto` if its tokens
+are the student's under other ids. Else it has a loss of its own, and the whole is, with S the
+teachers in p and W the sum of their weights,
 
     (alpha CE + beta (W tau^2 D(p_S, q) + sum_{k not in S} w_k l_k)) / N
 
@@ -84,7 +85,7 @@ def plain_loss(
             names=names, progress=progress, prior_KR=prior_KR, reach=reach,
         )  # fmt: skip
         weights_KT = weights_KRL[:, valid_RL]
-        mixed = [k for k in range(K) if config.across == "projected" or teachers[k].spans is None]
+        mixed = [k for k in range(K) if is_fused(config, teachers[k])]
         share_T = weights_KT[mixed].sum(0)
         weights_KT1 = (weights_KT[mixed] / share_T.clamp(min=1e-30))[..., None]
         if config.space == "arithmetic":
@@ -102,7 +103,7 @@ def plain_loss(
     for k in set(range(K)) - set(mixed):
         teacher = teachers[k]
         assert isinstance(teacher, AlignedStates)
-        if config.across == "chunk":
+        if config.across != "uld":
             fusion = fusion + plain_chunks(teacher, weights_KRL[k], logp_KRL[k], own_RL, tau)
             has_RL = has_RL | (teacher.spans.start_RL >= 0)
         else:
@@ -117,6 +118,15 @@ def plain_loss(
                     fusion = fusion + weights_KRL[k, r, i] * (p_V - q_V).abs().sum()
     alpha_T = torch.where(has_RL[valid_RL], config.cross_entropy, uncovered)
     return ((alpha_T * cross_entropy_T).sum() + config.weight * fusion) / denominator
+
+
+def is_fused(config: Fusion, teacher: AnyStates) -> bool:
+    """Whether a teacher is in the fused target p; the others have a loss of their own."""
+    return (
+        teacher.spans is None
+        or config.across == "projected"
+        or (config.across == "auto" and teacher.renames)
+    )
 
 
 # The same in chunks ----------------------------------------------------------------------------
@@ -168,7 +178,7 @@ def fused_loss(
     )  # fmt: skip
     if batch.weighs == "ahead":
         batch.weigh_ahead(global_means_2K)
-    if batch.across and config.across == "chunk":
+    if batch.across and config.across != "uld":
         batch.match_chunks(hidden_RLd, head)
     loss: Tensor = _ChunkedLoss.apply(hidden_RLd, head.weight_Vd, head.bias_V, batch)  # type: ignore[no-untyped-call]
     return FusionTerms(
@@ -269,8 +279,8 @@ class _Batch:
         # When weights are computed: with each block, with each chunk of whole rows where a weight
         # depends on its row, or ahead of the chunks where it depends on more than a chunk holds.
         self.reach = Reach.of([t.spans for t in self.teachers], self.labels_RL)
-        projected, K = self.config.across == "projected", len(self.teachers)
-        self.mixed = [k for k in range(K) if projected or self.teachers[k].spans is None]
+        K = len(self.teachers)
+        self.mixed = [k for k in range(K) if is_fused(self.config, self.teachers[k])]
         self.across = [k for k in range(K) if k not in self.mixed]
         span = span_of(self.config.weights, aligned=self.reach is not None)
         self.weighs = "block" if span == "token" or not self.teachers else "rows"
@@ -278,7 +288,7 @@ class _Batch:
             span == "batch" or self.config.chunk < self.labels_RL.shape[1]
         ):
             self.weighs = "ahead"
-        if self.across and self.config.across == "chunk":
+        if self.across and self.config.across != "uld":
             self.weighs = "ahead"
 
     def weigh_ahead(self, global_means_2K: Tensor | None) -> None:

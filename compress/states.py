@@ -27,6 +27,7 @@ class TeacherStates:
     temperature: float = 1.0
 
     spans = None  # a teacher of the student's tokenizer judges every label
+    renames = True
 
     @property
     def vocabulary(self) -> int:
@@ -58,6 +59,7 @@ class SparseStates:
     # With another tokenizer: the labels it judges, and the mass without a token here.
     spans: Spans | None = None
     lost_RL: Tensor | None = None
+    renames: bool = True  # see `compress.aligned.Pair`
 
     def read(self, place: Place, vocabulary: int) -> Reading:
         """As `TeacherStates.read`."""

@@ -134,7 +134,13 @@ class CachedTeachers:
                 kept = SparseStates(ids, share, entropy, logp, len(self.heads[k].weight_Vd))
                 if pair is not None:
                     spans = Spans(*(stacked(n) for n in ("target", "start", "ends")))
-                    kept = replace(kept, vocabulary=ANY_ROWS, spans=spans, lost_RL=stacked("lost"))
+                    kept = replace(
+                        kept,
+                        vocabulary=ANY_ROWS,
+                        spans=spans,
+                        lost_RL=stacked("lost"),
+                        renames=pair.renames,
+                    )
                 last.append(kept)
                 inner.append([])
                 continue
@@ -149,7 +155,12 @@ class CachedTeachers:
                 }
                 last.append(
                     AlignedStates(
-                        by_layer[self.depths[k]], self.heads[k], a, target_V, self.temperatures[k]
+                        by_layer[self.depths[k]],
+                        self.heads[k],
+                        a,
+                        target_V,
+                        self.temperatures[k],
+                        pair.renames,
                     )
                 )
                 inner.append([a.gathered(by_layer[layer]) for layer in layers[k]] if layers else [])

@@ -202,7 +202,9 @@ class Teachers:
                 self._require_room(k, a.ids_RM.shape[1])
                 hidden_RMd, states = body.states(a.ids_RM, wanted)
                 hidden_RMd = hidden_RMd.to(head.weight_Vd.dtype)
-                last.append(AlignedStates(hidden_RMd, head, a, target_V, self.temperatures[k]))
+                last.append(
+                    AlignedStates(hidden_RMd, head, a, target_V, self.temperatures[k], pair.renames)
+                )
                 inner.append([a.gathered(states[i]) for i in wanted])
                 continue
             self._require_room(k, input_ids_RL.shape[1])

@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +189,8 @@ class _Cache:
         texts = alignment.texts
         found = self._stacked([_key(t) for t in texts], texts, alignment.ids_RM.shape[1], device)
         target_V = self.pair.target(self.vocabulary, device)
-        return projected(found, alignment.to(device), target_V)
+        answered = projected(found, alignment.to(device), target_V)
+        return replace(answered, renames=self.pair.renames)
 
     def _stacked(
         self, keys: Sequence[bytes], texts: Sequence[list[int]], L: int, device: torch.device

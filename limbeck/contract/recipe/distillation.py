@@ -320,11 +320,12 @@ class Fusion(Frozen):
     cross_entropy: Annotated[Float, Field(ge=0)] = Field(
         0.3, description="Factor of the label's cross-entropy."
     )
-    across: Literal["projected", "chunk", "uld"] = Field(
-        "projected",
+    across: Literal["auto", "projected", "chunk", "uld"] = Field(
+        "auto",
         description="Loss against teachers with another tokenizer than the student's: their "
         "distribution projected into the student's vocabulary, the likelihood of each chunk of "
-        "text (ALM), or sorted probabilities (ULD, a baseline).",
+        "text (ALM), or sorted probabilities (ULD, a baseline). auto is chunk, and projected for "
+        "a teacher that has the student's tokens.",
     )
     chunk: Count = Field(
         256, description="Token positions worked on at a time; memory grows with it."

@@ -75,7 +75,7 @@ def problem(*names: str, same: int = 1, seed: int = 0) -> dict[str, Any]:
         a = pair.align(ids, labels)
         head = Head(draw(len(pair.aligner.other), 5), draw(len(pair.aligner.other)), 1.0, 4.0)
         states = 2 * draw(R, a.ids_RM.shape[1], 5)
-        teachers.append(AlignedStates(states, head, a, pair.target_V, 0.9))
+        teachers.append(AlignedStates(states, head, a, pair.target_V, 0.9, pair.renames))
     return {
         "hidden_RLd": draw(R, L, 8).requires_grad_(),
         "head": Head(draw(V, 8).requires_grad_(), draw(V).requires_grad_(), 0.7, 6.0),
@@ -96,6 +96,18 @@ def test_the_chunked_loss_is_the_plain_one(across: str, weights: Any) -> None:
     torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(gradients(chunked, parts), gradients(plain, parts), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen"), [("gemma", "chunk"), ("smaller", "chunk"), ("permuted", "projected")]
+)
+def test_auto_projects_only_teachers_that_have_the_students_tokens(name: str, chosen: str) -> None:
+    parts = problem(name)
+    found, by_name = (fused_loss(Fusion(across=a), **parts).loss for a in ("auto", chosen))
+    assert torch.equal(found, by_name)
+    both = problem(name, "permuted")  # beside a teacher that is projected
+    chunked, plain = fused_loss(Fusion(chunk=7), **both).loss, plain_loss(Fusion(), **both)
+    torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("across", ACROSS)
@@ -141,7 +153,7 @@ def test_a_permuted_vocabulary_changes_nothing(weights: Any) -> None:
     shown = content[:, : width - 1]
     assert torch.equal(a.ids_RM[:, 1:][shown], inverse[labels[:, : width - 1][shown]])
     states = teacher.hidden_RLd[:, : a.ids_RM.shape[1]]
-    permuted = AlignedStates(states, head, a, pair.target_V, teacher.temperature)
+    permuted = AlignedStates(states, head, a, pair.target_V, teacher.temperature, pair.renames)
     fusion = Fusion(weights=weights.model_copy(update={"values": {"a": 1, "b": 2}})
                     if weights.kind == "static" else weights)  # fmt: skip
     given, moved = parts, {**parts, "teachers": [parts["teachers"][0], permuted]}

@@ -266,7 +266,7 @@ def test_the_loss_is_that_of_the_teacher_s_own_rendering(tmp_path: Path, templat
         "denominator": int((labels != IGNORED).sum()),
     }
     expected = fused_loss(Fusion(), teachers=[direct], **parts)
-    found = fused_loss(Fusion(), teachers=[across], **parts)
+    found = fused_loss(Fusion(across="projected"), teachers=[across], **parts)
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.label_logp_KRL, expected.label_logp_KRL, rtol=1e-4, atol=1e-4)
     for ours, theirs in zip(
