@@ -25,8 +25,9 @@ _SMALLER = (
 _APART = (
     "distil: no merge can hold {names}, whose weights do not have the base's shape or are not "
     "here. The student can learn from the answers alone. Compare it with training on the text "
-    "alone (`limbeck ablate --arms recipe,ce-only-equal-time`): an expert of Gemma 3 270M beside "
-    "one of SmolLM2-135M lowered the loss by 0.5 % at equal tokens, and not on its own domain"
+    "alone (`limbeck ablate --arms recipe,ce-only-equal-time`): two teachers of two families "
+    "lowered the loss of SmolLM2-135M by 0.5 % at equal tokens, and the one of the other family "
+    "did not help on its own domain"
 )
 
 
