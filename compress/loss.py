@@ -322,10 +322,16 @@ class _Batch:
         """Return the loss of one chunk and its gradient ``[C, V]`` at the product h W^T + b."""
         labels_C = self.labels_RL[place]
         product_CV = head.product(hidden_Cd, self.vocabulary)
-        readings = [teacher.read(place, self.vocabulary) for teacher in self.teachers]
+        # Of teachers whose chunks are matched everything is known: `weigh_ahead` has read them.
+        known = self.across if self.config.across != "uld" else ()
+        readings = [
+            None if k in known else teacher.read(place, self.vocabulary)
+            for k, teacher in enumerate(self.teachers)
+        ]
         if self.weighs == "rows":
             # The blocks compute these softmaxes again: cheaper than to keep K of them.
             for k, reading in enumerate(readings):
+                assert reading is not None, "weighed ahead"
                 self.entropy_KRL[k][place], self.label_logp_KRL[k][place] = statistics_of(
                     reading, labels_C, self.vocabulary
                 )
@@ -341,7 +347,7 @@ class _Batch:
         self,
         head: Head,
         product_CV: Tensor,
-        readings: Sequence[Reading],
+        readings: Sequence[Reading | None],
         place: Place,
         block: slice,
     ) -> tuple[float, Tensor]:
@@ -380,7 +386,7 @@ class _Batch:
     def _block_within_reach(
         self,
         head: Head,
-        readings: Sequence[Reading],
+        readings: Sequence[Reading | None],
         place: Place,
         block: slice,
         logq_BV: Tensor,
@@ -426,7 +432,7 @@ class _Batch:
         return divergence(kind, target_BV, torch.log_softmax(logq_BV / tau, dim=-1))
 
     def _target(
-        self, readings: Sequence[Reading], place: Place, block: slice, logq_BV: Tensor
+        self, readings: Sequence[Reading | None], place: Place, block: slice, logq_BV: Tensor
     ) -> Tensor:
         """Return the fused teacher distribution ``[B, V]`` at tau; keep the statistics."""
         row_B, position_B = place[0][block], place[1][block]
@@ -436,6 +442,7 @@ class _Batch:
                 entropy_B, logp_B = self._statistics_across(k, reading, place, block)
                 p_BV = logq_BV[:0]
             else:
+                assert reading is not None, "not in the target"
                 p_BV, entropy_B, logp_B = reading.distribution(
                     block, self.labels_RL[place], tau=self.config.temperature, logq_BV=logq_BV
                 )
@@ -462,12 +469,13 @@ class _Batch:
         return torch.softmax(log_BV, dim=-1)
 
     def _statistics_across(
-        self, k: int, reading: Reading, place: Place, block: slice
+        self, k: int, reading: Reading | None, place: Place, block: slice
     ) -> tuple[Tensor, Tensor]:
         """Entropy and evidence ``[B]`` of a teacher that is not in the fused target."""
         if self.weighs == "ahead":
             at = place[0][block], place[1][block]
             return self.entropy_KRL[k][at], self.label_logp_KRL[k][at]
+        assert reading is not None, "its chunks are not matched"
         entropy_C, logp_C = statistics_of(reading, self.labels_RL[place], self.vocabulary)
         return entropy_C[block], logp_C[block]
 
