@@ -322,7 +322,7 @@ class _Batch:
         """Return the loss of one chunk and its gradient ``[C, V]`` at the product h W^T + b."""
         labels_C = self.labels_RL[place]
         product_CV = head.product(hidden_Cd, self.vocabulary)
-        # Of teachers whose chunks are matched everything is known: `weigh_ahead` has read them.
+        # `weigh_ahead` has read all that matching chunks needs.
         known = self.across if self.config.across != "uld" else ()
         readings = [
             None if k in known else teacher.read(place, self.vocabulary)
